@@ -1,0 +1,51 @@
+# make env | quickstart | test | test-slow | lint | bench | lock | clean
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A `uv` on the PATH is used as it is; otherwise pip brings one into .cache, beside the project and
+# outside every environment, so that a Python whose packages belong to the system stays untouched.
+UV := $(shell command -v uv || echo .cache/uv/bin/uv)
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+
+.PHONY: help env lock quickstart test test-slow lint format bench docs clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.cache/uv/bin/uv:
+	$(PYTHON) -m pip install --quiet --target .cache/uv uv
+
+env: $(VENV)/.installed ## create or update .venv (idempotent)
+
+$(VENV)/.installed: requirements.lock setup.py pyproject.toml | $(filter .cache/%,$(UV))
+	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' $(VENV)
+	$(UV) pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+lock: | $(filter .cache/%,$(UV)) ## resolve setup.py into requirements.lock
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.12 --all-extras --no-header \
+	  --no-emit-index-url --no-emit-find-links setup.py -o requirements.lock
+
+lint: env ## ruff, ruff format, mypy strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint ## lint and the whole suite
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: env ## what takes minutes
+	$(BIN)/python -m pytest -m slow
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) .cache runs build *.egg-info
