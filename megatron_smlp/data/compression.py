@@ -1,0 +1,92 @@
+"""Compressed text as a stream of blocks that says where it breaks off.
+
+The standard library's file objects drop what they had decompressed when a truncated file ends;
+here every readable byte comes out first, and then `DamagedInputError`.
+"""
+
+import bz2
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_smlp.data.errors import require_package
+
+BLOCK_BYTES = 1 << 20
+# Small, because a compressed block may grow a thousandfold.
+COMPRESSED_BLOCK_BYTES = 1 << 16
+MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh", "xz": b"\xfd7zXZ\x00"}
+SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+
+
+class DamagedInputError(ValueError):
+    """A file breaks off or is not what its name says; the message is the reason."""
+
+
+def compression_of(path: Path) -> str | None:
+    """By the suffix, or by the first bytes of a file whose suffix does not say."""
+    if path.suffix in SUFFIXES:
+        return SUFFIXES[path.suffix]
+    with path.open("rb") as stream:
+        start = stream.read(8)
+    return next((kind for kind, magic in MAGIC.items() if start.startswith(magic)), None)
+
+
+def text_blocks(path: Path, *, skip: int = 0) -> Iterator[bytes]:
+    """Blocks of uncompressed bytes, without the first `skip`.
+
+    Raises:
+        DamagedInputError: after the last readable block.
+    """
+    kind = compression_of(path)
+    with path.open("rb") as stream:
+        if kind is None:
+            stream.seek(skip)
+            yield from iter(lambda: stream.read(BLOCK_BYTES), b"")
+            return
+        for block in _decompressed(stream, kind):
+            if skip < len(block):
+                yield block[skip:]
+            skip = max(0, skip - len(block))
+
+
+def _decompressed(stream: BinaryIO, kind: str) -> Iterator[bytes]:
+    """Decompress member after member: gzip and zstd files are often several, one after another."""
+    new = _decompressor(kind)
+    member = new()
+    started = False
+    while data := stream.read(COMPRESSED_BLOCK_BYTES):
+        while data:
+            if not started and not data.strip(b"\0"):
+                break  # Padding after the last member, as tape and block devices leave it.
+            block = _decompress(member, data, kind)
+            started = True
+            if block:
+                yield block
+            data = b""
+            if member.eof:
+                data, member, started = member.unused_data, new(), False
+    if started or stream.tell() == 0:
+        raise DamagedInputError(f"the {kind} data is truncated")
+
+
+def _decompress(member: Any, data: bytes, kind: str) -> bytes:
+    # zstandard's error class is only known where that package is there, and derives from Exception.
+    try:
+        return bytes(member.decompress(data))
+    except Exception as error:
+        raise DamagedInputError(f"the {kind} data is damaged: {error}") from None
+
+
+def _decompressor(kind: str) -> Callable[[], Any]:
+    if kind == "gzip":
+        return lambda: zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    if kind == "bzip2":
+        return bz2.BZ2Decompressor
+    if kind == "xz":
+        return lzma.LZMADecompressor
+    require_package("zstandard", purpose="a .zst input", extra="zstandard")
+    import zstandard
+
+    return lambda: zstandard.ZstdDecompressor().decompressobj()

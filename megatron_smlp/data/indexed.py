@@ -1,0 +1,234 @@
+"""Megatron's indexed dataset on disk: the pair `PREFIX.bin` / `PREFIX.idx`, without torch.
+
+    .idx   magic[9] | version u64 | dtype code u8 | S u64 | D u64
+           lengths int32[S] | byte pointers int64[S] | document starts int64[D]
+    .bin   the token ids, one after another
+
+S = sequences, D = documents + 1. All numbers are little-endian. `tests/unit/data/test_indexed.py`
+holds this file to `megatron.core.datasets.indexed_dataset`, byte for byte.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_smlp.data.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("uint8"),
+    2: np.dtype("int8"),
+    3: np.dtype("int16"),
+    4: np.dtype("int32"),
+    5: np.dtype("int64"),
+    8: np.dtype("uint16"),
+}
+UINT16_VOCABULARY_LIMIT = 65500
+COPY_ITEMS = 1 << 20
+
+
+def optimal_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Megatron's choice of id type: uint16 under 65,500 entries, else int32."""
+    return np.dtype("uint16") if vocab_size < UINT16_VOCABULARY_LIMIT else np.dtype("int32")
+
+
+@dataclass(frozen=True)
+class Index:
+    """A pair opened for reading; arrays are memory maps, so a huge pair opens at once."""
+
+    prefix: str
+    dtype: np.dtype[Any]
+    lengths: NDArray[np.int32]
+    """<int32>[S], tokens."""
+    pointers: NDArray[np.int64]
+    """<int64>[S], bytes into `.bin`."""
+    documents: NDArray[np.int64]
+    """<int64>[D], index of the first sequence of each document, then S."""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.documents) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(int(part.sum(dtype=np.int64)) for part in in_parts(self.lengths))
+
+    @property
+    def expected_bin_bytes(self) -> int:
+        """Size of `.bin` by the last index entry: end of the last sequence."""
+        if self.num_sequences == 0:
+            return 0
+        return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+
+    def tokens(self) -> NDArray[Any]:
+        """<dtype>[tokens], a memory map of `.bin`."""
+        path = bin_path(self.prefix)
+        if path.stat().st_size == 0:
+            return np.empty(0, dtype=self.dtype)
+        return np.memmap(path, dtype=self.dtype, mode="r")
+
+    def sequence(self, number: int) -> NDArray[Any]:
+        """<dtype>[length] of sequence `number`."""
+        start = int(self.pointers[number]) // self.dtype.itemsize
+        return self.tokens()[start : start + int(self.lengths[number])]
+
+
+def bin_path(prefix: str) -> Path:
+    return Path(prefix + ".bin")
+
+
+def idx_path(prefix: str) -> Path:
+    return Path(prefix + ".idx")
+
+
+def strip_suffix(name: str) -> str:
+    """`PREFIX`, from `PREFIX`, `PREFIX.bin` or `PREFIX.idx`."""
+    return name[:-4] if name.endswith((".bin", ".idx")) else name
+
+
+def in_parts(array: NDArray[Any], items: int = COPY_ITEMS) -> Iterator[NDArray[Any]]:
+    """Cut `array` into views of at most `items` entries, to keep memory flat."""
+    for start in range(0, len(array), items):
+        yield array[start : start + items]
+
+
+def open_index(prefix: str) -> Index:
+    """Open a pair and check its header and its sizes; quick for any size.
+
+    Raises:
+        DataError: a file is missing or empty, the header is damaged, or the sizes disagree.
+    """
+    for path in (idx_path(prefix), bin_path(prefix)):
+        if not path.is_file():
+            raise DataError(_missing_message(prefix, path))
+    path = idx_path(prefix)
+    dtype, sequences, starts = _read_header(path)
+    _check_idx_size(path, sequences, starts)
+    lengths_at = HEADER.size
+    pointers_at = lengths_at + 4 * sequences
+    documents_at = pointers_at + 8 * sequences
+    index = Index(
+        prefix=prefix,
+        dtype=dtype,
+        lengths=_map(path, "<i4", lengths_at, sequences),
+        pointers=_map(path, "<i8", pointers_at, sequences),
+        documents=_map(path, "<i8", documents_at, starts),
+    )
+    _check_ends(index)
+    return index
+
+
+def _missing_message(prefix: str, path: Path) -> str:
+    if path.suffix == ".idx" and bin_path(prefix).is_file():
+        return (
+            f"{path} is missing beside its .bin: an unfinished or partly copied dataset; copy both"
+        )
+    names = sorted(found.name[:-4] for found in path.parent.glob("*.idx"))
+    nearby = f"; in that folder there are: {', '.join(names[:5])}" if names else ""
+    return (
+        f"no dataset at {prefix!r}: {path} does not exist{nearby} (give the path without .bin/.idx)"
+    )
+
+
+def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
+    with path.open("rb") as stream:
+        raw = stream.read(HEADER.size)
+    if len(raw) < HEADER.size:
+        raise DataError(f"{path} is truncated: {len(raw)} bytes, its header has {HEADER.size}")
+    magic, version, code, sequences, starts = HEADER.unpack(raw)
+    if magic != MAGIC:
+        raise DataError(f"{path} is no Megatron index: it starts with {magic!r}, not {MAGIC!r}")
+    if version != 1:
+        raise DataError(f"{path} has index version {version}, but only version 1 is known")
+    if code not in DTYPE_CODES:
+        known = ", ".join(f"{number} ({dtype})" for number, dtype in DTYPE_CODES.items())
+        raise DataError(f"{path} has token type code {code}; token ids have one of {known}")
+    return DTYPE_CODES[code], sequences, starts
+
+
+def _check_idx_size(path: Path, sequences: int, starts: int) -> None:
+    expected = HEADER.size + 12 * sequences + 8 * starts
+    size = path.stat().st_size
+    if size == expected:
+        return
+    if size == expected + sequences and sequences:
+        raise DataError(f"{path} is a multimodal index (a mode byte a sequence): text is expected")
+    raise DataError(
+        f"{path} is damaged: {size} bytes, but {sequences} sequences and {starts} document "
+        f"starts need {expected}; write it again"
+    )
+
+
+def _map(path: Path, dtype: str, offset: int, count: int) -> NDArray[Any]:
+    if count == 0:
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+
+
+def _check_ends(index: Index) -> None:
+    path = idx_path(index.prefix)
+    starts = index.documents
+    if len(starts) == 0 or starts[0] != 0 or starts[-1] != index.num_sequences:
+        raise DataError(
+            f"{path} is damaged: document starts must run from 0 to the {index.num_sequences} "
+            f"sequences, but run from {_end(starts, 0)} to {_end(starts, -1)}; write it again"
+        )
+    if index.num_sequences and index.pointers[0] != 0:
+        raise DataError(f"{path} is damaged: the first sequence starts at byte {index.pointers[0]}")
+    size = bin_path(index.prefix).stat().st_size
+    if size != index.expected_bin_bytes:
+        raise DataError(
+            f"{bin_path(index.prefix)} has {size} bytes, but its index describes "
+            f"{index.expected_bin_bytes}: truncated, or .bin and .idx are of different datasets"
+        )
+
+
+def _end(array: NDArray[Any], position: int) -> str:
+    return str(array[position]) if len(array) else "nothing"
+
+
+def write_index(
+    path: Path,
+    *,
+    dtype: np.dtype[Any],
+    lengths: NDArray[np.int32],
+    sequences_per_document: NDArray[np.int32],
+) -> None:
+    """Write an `.idx` file from flat arrays, in parts, so that memory does not grow with them.
+
+    Args:
+        lengths: <int32>[S], tokens of each sequence.
+        sequences_per_document: <int32>[documents], 0 for an empty document.
+    """
+    code = next(code for code, known in DTYPE_CODES.items() if known == dtype)
+    with path.open("wb") as stream:
+        stream.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(sequences_per_document) + 1))
+        for part in in_parts(lengths):
+            stream.write(part.astype("<i4").tobytes())
+        _write_running_sums(stream, lengths, scale=dtype.itemsize)
+        stream.write(struct.pack("<q", 0))
+        _write_running_sums(stream, sequences_per_document, inclusive=True)
+
+
+def _write_running_sums(
+    stream: BinaryIO, counts: NDArray[np.int32], *, scale: int = 1, inclusive: bool = False
+) -> None:
+    """Write the running sum of `counts * scale` before (or, if inclusive, after) each entry."""
+    total = 0
+    for part in in_parts(counts):
+        sums = np.cumsum(part, dtype=np.int64) * scale + total
+        total_after = int(sums[-1])
+        if not inclusive:
+            sums = np.concatenate(([total], sums[:-1]))
+        stream.write(sums.astype("<i8").tobytes())
+        total = total_after

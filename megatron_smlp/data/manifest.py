@@ -1,0 +1,139 @@
+"""The manifest `PREFIX.json` beside a dataset: what it was made from, with which tokenizer.
+
+One manifest describes the pairs of one run (one pair for each JSON key). It holds no date and no
+duration, so that a resumed run writes the same bytes as an uninterrupted one.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.data.errors import DataError
+
+FORMAT = "megatron_smlp.dataset"
+VERSION = 1
+FINGERPRINT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that wrote the ids."""
+
+    type: str
+    identity: str | None
+    """SHA-256 of the vocabulary (`tokenizers.vocabulary_identity`); None: ids without a text."""
+    vocab_size: int
+    eod: int | None
+    append_eod: bool
+
+
+@dataclass(frozen=True)
+class PairRecord:
+    """One `.bin`/`.idx` pair; sizes in bytes, checksums in hexadecimal."""
+
+    key: str
+    level: str
+    dtype: str
+    documents: int
+    sequences: int
+    tokens: int
+    max_id: int
+    bin_bytes: int
+    idx_bytes: int
+    bin_sha256: str
+    idx_sha256: str
+    fingerprint: str
+    """SHA-256 of both sizes and of the first and last MiB of both files: quick at any size."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole file."""
+
+    tokenizer: TokenizerRecord
+    pairs: dict[str, PairRecord]
+    """By the name of the pair, without folder and suffix."""
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Write to `path` at once: a reader sees the old file or the whole new one."""
+        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        write_atomically(path, json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        DataError: not JSON, of another format or version, or incomplete.
+    """
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        if body["format"] != FORMAT or body["version"] != VERSION:
+            raise DataError(
+                f"{path} is a {body['format']} manifest of version {body['version']}; "
+                f"{FORMAT} version {VERSION} is expected"
+            )
+        return Manifest(
+            tokenizer=TokenizerRecord(**body["tokenizer"]),
+            pairs={name: PairRecord(**pair) for name, pair in body["pairs"].items()},
+            sources=body["sources"],
+            counts=body["counts"],
+        )
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is no readable dataset manifest ({error!r}): delete it") from None
+
+
+def find_manifest(prefix: str) -> tuple[Path, Manifest] | None:
+    """The manifest that lists the pair at `prefix`, or None where there is none.
+
+    `P_text_document` is described by `P.json`; a key may hold underscores, so each cut is tried.
+    """
+    pair = Path(prefix)
+    stem = pair.name
+    while stem:
+        path = pair.with_name(stem + ".json")
+        if path.is_file() and _is_manifest(path):
+            manifest = read_manifest(path)
+            if pair.name in manifest.pairs:
+                return path, manifest
+        stem = stem.rpartition("_")[0]
+    return None
+
+
+def _is_manifest(path: Path) -> bool:
+    """Other JSON files may lie beside a dataset; only ours name the format first."""
+    with path.open("rb") as stream:
+        return FORMAT.encode() in stream.read(200)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint_of(*paths: Path) -> str:
+    """SHA-256 over size, first and last MiB of each file."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with path.open("rb") as stream:
+            digest.update(stream.read(FINGERPRINT_BYTES))
+            stream.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(stream.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` under another name, flush it to the disk, and rename it to `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)

@@ -1,0 +1,116 @@
+"""The command line of `tools/preprocess_data.py`. Imports nothing heavy before `--help`."""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_smlp.data.tokenizers import add_tokenizer_arguments
+
+if TYPE_CHECKING:
+    from megatron_smlp.data.preprocessing import Summary
+
+# Flags of Megatron's tool, now or once, that have no work to do here.
+IGNORED_FLAGS = {
+    "--partitions": "one run reads all files in parallel and keeps their order",
+    "--log-interval": "progress is shown by time",
+    "--keep-sequential-samples": "order is always kept",
+    "--dataset-impl": "mmap is the only format",
+    "--chunk-size": "chunks are sized in bytes",
+    "--vocab-extra-ids": "it has no part in the ids that are written",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags; Megatron's keep their names and meaning."""
+    parser = argparse.ArgumentParser(
+        description="Turn text into Megatron's .bin/.idx pairs.", allow_abbrev=False
+    )
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders or globs: .jsonl .json (.gz .zst .bz2 .xz), .parquet",
+    )
+    group.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY")
+    group.add_argument(
+        "--on-error",
+        choices=["raise", "skip"],
+        default="raise",
+        help="stop at the first bad record with file:line (default), or list and count them",
+    )
+    group.add_argument("--split-sentences", action="store_true", help="a sequence a sentence")
+    group.add_argument("--lang", default="english", help="language of --split-sentences")
+    group.add_argument("--keep-newlines", action="store_true", help="with --split-sentences")
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="writes PREFIX_KEY_document.bin/.idx and PREFIX.json",
+    )
+    group.add_argument(
+        "--append-eod", action="store_true", help="end each document with the end-of-document id"
+    )
+    group.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
+    group.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that encode (default 1)"
+    )
+    add_tokenizer_arguments(parser)
+    _add_ignored_flags(parser)
+    return parser
+
+
+def _add_ignored_flags(parser: argparse.ArgumentParser) -> None:
+    for flag, why in IGNORED_FLAGS.items():
+        nargs = "?" if flag != "--keep-sequential-samples" else 0
+        parser.add_argument(flag, nargs=nargs, action=_Ignored, why=why, help=argparse.SUPPRESS)
+
+
+class _Ignored(argparse.Action):
+    """Accept a flag of Megatron's tool, and say why it does nothing."""
+
+    def __init__(self, *args: Any, why: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.why = why
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        print(f"note: {option} is accepted and ignored: {self.why}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the tool; `run_tool` shows the errors."""
+    began = time.monotonic()
+    args = build_parser().parse_args(argv)
+    # A scheduler's SIGTERM ends the run as Ctrl-C does: workers stop, finished shards stay.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from megatron_smlp.data.preprocessing import preprocess, settings_from_arguments
+    from megatron_smlp.data.progress import ProgressReport
+    from megatron_smlp.data.sources import comparable_size
+
+    settings = settings_from_arguments(args)
+    with ProgressReport(comparable_size(settings.inputs)) as report:
+        summary = preprocess(settings, on_progress=report.update)
+    _print_summary(summary, time.monotonic() - began)
+
+
+def _print_summary(summary: "Summary", total_seconds: float) -> None:
+    counts = summary.counts
+    if summary.already_complete:
+        print(f"{summary.prefix}: already complete, nothing to do")
+    rate = counts.text_bytes / 1e6 / max(summary.seconds, 1e-9)
+    speed = "" if summary.already_complete else f" at {rate:.1f} MB/s, {total_seconds:.1f} s in all"
+    print(
+        f"{summary.prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens from "
+        f"{counts.text_bytes / 1e6:,.1f} MB{speed}"
+    )
+    if counts.empty:
+        print(f"skipped {counts.empty:,} empty documents")
+    if counts.rejected:
+        reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.rejected.items()))
+        listed = f"{summary.prefix}.rejected.jsonl"
+        print(f"rejected {counts.num_rejected:,} records ({reasons}), listed in {listed}")

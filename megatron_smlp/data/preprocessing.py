@@ -1,0 +1,205 @@
+"""Text to `.bin`/`.idx`: the run behind `tools/preprocess_data.py`, read from top to bottom."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.data.encoding import EncodedChunk, EncodingSettings
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.indexed import optimal_dtype
+from megatron_smlp.data.manifest import Manifest, TokenizerRecord, read_manifest
+from megatron_smlp.data.output import Counts, PartialOutput
+from megatron_smlp.data.records import Rejection
+from megatron_smlp.data.sentences import SentenceSettings, check_sentence_data
+from megatron_smlp.data.sources import Position, describe_inputs, find_inputs, read_chunks
+from megatron_smlp.data.tokenizers import Tokenizer, TokenizerSpec
+from megatron_smlp.data.workers import encode_chunks
+
+SHARD_BYTES = 64 << 20
+SHARD_SECONDS = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessSettings:
+    """Everything that `tools/preprocess_data.py` was told."""
+
+    inputs: tuple[str, ...]
+    """Files, folders and globs, in the order of the output."""
+    output_prefix: str
+    tokenizer: TokenizerSpec
+    keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    sentences: SentenceSettings | None = None
+    """None: a document is one sequence."""
+    workers: int = 1
+    """Processes that encode; 1 encodes in the calling process."""
+    skip_errors: bool = False
+    resume: bool = False
+    shard_bytes: int = SHARD_BYTES
+    """Uncompressed input between two commits, bytes."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did."""
+
+    prefix: str
+    counts: Counts
+    seconds: float
+    """From the first chunk to the last; start-up is not in it."""
+    already_complete: bool = False
+
+
+OnProgress = Callable[[Counts], None]
+
+
+def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None = None) -> Summary:
+    """Write the dataset that `settings` describe.
+
+    Args:
+        on_progress: called after each chunk with the counts so far.
+
+    Raises:
+        DataError: a user's error, a refused record unless `skip_errors`, or a worker that died.
+            After a refused record nothing is left; otherwise finished shards stay for `resume`.
+    """
+    files = find_inputs(settings.inputs)
+    tokenizer = settings.tokenizer.resolve()
+    _check(settings, tokenizer)
+    digest = _digest(settings, tokenizer, files)
+    if settings.resume and (done := _complete_already(settings, digest)):
+        return done
+    partial = PartialOutput(
+        settings.output_prefix,
+        keys=settings.keys,
+        level="sentence" if settings.sentences else "document",
+        dtype=optimal_dtype(tokenizer.vocab_size),
+    )
+    with partial:
+        start = partial.start(digest, resume=settings.resume)
+        began = time.monotonic()
+        _encode_from(start, settings, tokenizer, files, partial, on_progress or _ignore)
+        _publish(settings, tokenizer, files, digest, partial)
+        return Summary(settings.output_prefix, partial.journal.counts, time.monotonic() - began)
+
+
+def _ignore(counts: Counts) -> None:
+    """No progress wanted."""
+
+
+def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
+    if settings.workers < 1:
+        raise DataError(f"--workers {settings.workers}: at least 1 is needed")
+    if settings.append_eod and tokenizer.eod is None:
+        raise DataError(
+            f"--append-eod: this {settings.tokenizer.tokenizer_type} has no end-of-document token; "
+            f"set eos_token in its tokenizer_config.json, or leave out --append-eod"
+        )
+    if len(set(settings.keys)) != len(settings.keys):
+        raise DataError(f"--json-keys {' '.join(settings.keys)}: a key is named twice")
+    if settings.sentences:
+        check_sentence_data(settings.sentences)
+
+
+def _digest(settings: PreprocessSettings, tokenizer: Tokenizer, files: list[Path]) -> str:
+    """Digest of what decides the bytes of the output; the number of workers does not."""
+    stable = replace(settings, workers=1, resume=False, shard_bytes=0, output_prefix="")
+    inputs = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    what = [asdict(stable), tokenizer.identity, tokenizer.vocab_size, tokenizer.eod, inputs]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _complete_already(settings: PreprocessSettings, digest: str) -> Summary | None:
+    path = Path(settings.output_prefix + ".json")
+    if Path(settings.output_prefix + ".partial").exists() or not path.is_file():
+        return None
+    counts = dict(read_manifest(path).counts)
+    if counts.pop("settings") != digest:
+        return None
+    return Summary(settings.output_prefix, Counts(**counts), 0.0, already_complete=True)
+
+
+def _encode_from(
+    start: Position,
+    settings: PreprocessSettings,
+    tokenizer: Tokenizer,
+    files: list[Path],
+    partial: PartialOutput,
+    on_progress: OnProgress,
+) -> None:
+    encoding = EncodingSettings(tokenizer, settings.keys, settings.append_eod, settings.sentences)
+    counts = partial.journal.counts
+    committed_bytes, committed_at = counts.text_bytes, time.monotonic()
+    position = start
+    chunks = read_chunks(files, keys=settings.keys, start=start)
+    for chunk, encoded in encode_chunks(chunks, settings=encoding, num_workers=settings.workers):
+        _stop_at_rejection(settings, encoded, partial)
+        partial.write(encoded)
+        position = chunk.end
+        counts.text_bytes += chunk.num_bytes
+        on_progress(counts)
+        due = counts.text_bytes - committed_bytes >= settings.shard_bytes
+        if due or time.monotonic() - committed_at >= SHARD_SECONDS:
+            partial.commit(position)
+            committed_bytes, committed_at = counts.text_bytes, time.monotonic()
+    partial.commit(position)
+
+
+def _stop_at_rejection(
+    settings: PreprocessSettings, encoded: EncodedChunk, partial: PartialOutput
+) -> None:
+    if settings.skip_errors or not encoded.rejections:
+        return
+    first: Rejection = encoded.rejections[0]
+    partial.discard()
+    raise DataError(f"{first} [{first.reason}]; nothing was written (--on-error skip goes on)")
+
+
+def _publish(
+    settings: PreprocessSettings,
+    tokenizer: Tokenizer,
+    files: list[Path],
+    digest: str,
+    partial: PartialOutput,
+) -> None:
+    counts = partial.journal.counts
+    if counts.documents == 0:
+        partial.discard()
+        raise DataError(
+            f"no document with text in {len(files)} input file(s): {counts.empty} empty, "
+            f"{counts.num_rejected} rejected {counts.rejected or ''}; nothing was written"
+        )
+    manifest = Manifest(
+        tokenizer=TokenizerRecord(
+            type=settings.tokenizer.tokenizer_type,
+            identity=tokenizer.identity,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+            append_eod=settings.append_eod,
+        ),
+        pairs=partial.finish(),
+        sources=describe_inputs(files),
+        counts={**asdict(counts), "settings": digest},
+    )
+    partial.publish(manifest)
+
+
+def settings_from_arguments(args: Any) -> PreprocessSettings:
+    """Settings from the parsed flags of `tools/preprocess_data.py`."""
+    sentences = SentenceSettings(args.lang, args.keep_newlines) if args.split_sentences else None
+    return PreprocessSettings(
+        inputs=tuple(args.input),
+        output_prefix=os.fspath(args.output_prefix),
+        tokenizer=TokenizerSpec.from_arguments(args),
+        keys=tuple(args.json_keys),
+        append_eod=args.append_eod,
+        sentences=sentences,
+        workers=args.workers,
+        skip_errors=args.on_error == "skip",
+        resume=args.resume,
+    )

@@ -1,0 +1,78 @@
+"""Progress on the console: a bar on a terminal, a line every so often in a log file."""
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_smlp.data.output import Counts
+
+MEGABYTE = 1e6
+LOG_SECONDS = 10.0
+
+
+class ProgressReport:
+    """MB/s of input text, documents, tokens and time left; all to stderr.
+
+    `total_bytes` is the size of the input on disk; for compressed input it is not comparable with
+    the text read, and no time left is shown (pass None).
+    """
+
+    def __init__(self, total_bytes: int | None) -> None:
+        self.total_bytes = total_bytes
+        self.bar: Any = None
+        self.began = self.logged = time.monotonic()
+        self.already: int | None = None
+
+    def __enter__(self) -> "ProgressReport":
+        if sys.stderr.isatty():
+            self.bar, self.task = _make_bar(self.total_bytes)
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, counts: "Counts") -> None:
+        """Called after each chunk."""
+        if self.already is None:  # What an earlier run did says nothing about this one's speed.
+            self.already, self.began = counts.text_bytes, time.monotonic()
+        line = self._line(counts)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=counts.text_bytes, rates=line)
+        elif time.monotonic() - self.logged >= LOG_SECONDS:
+            self.logged = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
+
+    def _line(self, counts: "Counts") -> str:
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        done = counts.text_bytes - (self.already or 0)
+        line = (
+            f"{counts.text_bytes / MEGABYTE:,.0f} MB, {done / MEGABYTE / seconds:.1f} MB/s, "
+            f"{counts.documents:,} documents ({counts.documents / seconds:,.0f}/s), "
+            f"{counts.tokens:,} tokens"
+        )
+        if counts.num_rejected:
+            line += f", {counts.num_rejected:,} rejected"
+        return line
+
+
+def _make_bar(total_bytes: int | None) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%" if total_bytes else ""),
+        TextColumn("{task.fields[rates]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    return bar, bar.add_task("", total=total_bytes, rates="starting")

@@ -1,0 +1,70 @@
+"""`--split-sentences`: NLTK's punkt, as Megatron's tool uses it, without a download."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.data.errors import DataError, require_package
+
+# Megatron cuts a text before punkt sees it, which shows in the sentences at the cuts.
+PIECE_CHARACTERS = 1_000_000
+DOWNLOAD = "python -c \"import nltk; nltk.download('punkt_tab')\""
+
+
+@dataclass(frozen=True)
+class SentenceSettings:
+    """Megatron's `--lang` and `--keep-newlines`."""
+
+    language: str = "english"
+    keep_newlines: bool = False
+
+
+def check_sentence_data(settings: SentenceSettings) -> None:
+    """Raise `DataError` early, with the way to get it, where punkt's data is missing."""
+    Splitter(settings)
+
+
+class Splitter:
+    """Splits texts of one language into sentences."""
+
+    def __init__(self, settings: SentenceSettings) -> None:
+        require_package("nltk", purpose="--split-sentences", extra="nltk")
+        from nltk.data import path as search_path
+        from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTokenizer
+
+        try:
+            self.punkt: PunktSentenceTokenizer = PunktTokenizer(settings.language)
+        except (LookupError, OSError):
+            known = _languages([Path(folder) for folder in search_path])
+            raise DataError(
+                f"--split-sentences --lang {settings.language}: NLTK's punkt_tab data is not there "
+                f"(found: {known}); get it once with: {DOWNLOAD}, or set NLTK_DATA to a folder "
+                f"that holds tokenizers/punkt_tab/{settings.language}"
+            ) from None
+        if settings.keep_newlines:
+            self.punkt = _keep_newlines(self.punkt)
+
+    def split(self, text: str) -> list[str]:
+        pieces = (text[at : at + PIECE_CHARACTERS] for at in range(0, len(text), PIECE_CHARACTERS))
+        return [sentence for piece in pieces for sentence in self.punkt.tokenize(piece)]
+
+
+def _languages(folders: list[Path]) -> str:
+    found = {path.name for folder in folders for path in folder.glob("tokenizers/punkt_tab/*/")}
+    return ", ".join(sorted(found)) or "no language"
+
+
+def _keep_newlines(punkt: Any) -> Any:
+    """The same parameters, with the white space after a sentence kept as its end.
+
+    Punkt looks for the next token after white space; here the white space belongs to the match of
+    the sentence's end instead, so that line ends are not eaten.
+    """
+    from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer
+
+    class NewlineKeepingVars(PunktLanguageVars):
+        _period_context_fmt = (
+            r"\S*%(SentEndChars)s\s*(?=(?P<after_tok>%(NonWord)s|(?P<next_tok>\S+)))"
+        )
+
+    return PunktSentenceTokenizer(train_text=punkt._params, lang_vars=NewlineKeepingVars())

@@ -1,0 +1,46 @@
+"""Corpora and flags that several test files make."""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_smlp.data.preprocess_cli import build_parser
+
+ROOT = Path(__file__).resolve().parents[3]
+PYTHON = sys.executable
+WORDS = [
+    *("the", "a", "of", "and", "sea", "ship", "whale", "captain's", "don't", "12", "3.14"),
+    *("<|endoftext|>", "x\ty", "under\u00a0way", "caf\u00e9", "cafe\u0301", "na\u00efve"),
+    *("\u201cquoted\u201d", "\u2014", "\u65e5\u672c\u8a9e", "\u0440\u0443\u043a\u0430"),
+    *("\U0001f642", "\u0627\u0644\u0639"),
+]
+
+
+def make_documents(count: int, seed: int = 0) -> list[str]:
+    """Texts of 1 to 60 words in several scripts, with odd white space."""
+    rng = random.Random(seed)
+    gaps = [" ", " ", " ", "  ", "\n", "\n\n", ". ", ", ", "\r\n"]
+    documents = []
+    for _ in range(count):
+        words = rng.choices(WORDS, k=rng.randint(1, 60))
+        documents.append("".join(word + rng.choice(gaps) for word in words))
+    return documents
+
+
+def write_jsonl(path: Path, documents: Sequence[str], key: str = "text") -> Path:
+    with path.open("w", encoding="utf-8") as stream:
+        for number, text in enumerate(documents):
+            # Both spellings of a non-ASCII character occur in the wild.
+            record = {"id": number, key: text}
+            stream.write(json.dumps(record, ensure_ascii=bool(number % 2)) + "\n")
+    return path
+
+
+BYTE_FLAGS = ["--tokenizer-type", "ByteLevelTokenizer"]
+
+
+def parse(*flags: object) -> argparse.Namespace:
+    return build_parser().parse_args([str(flag) for flag in flags])

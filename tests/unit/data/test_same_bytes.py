@@ -1,0 +1,101 @@
+"""The pairs equal what Megatron's own tokenizer and `IndexedDatasetBuilder` write."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_helpers import parse
+
+from megatron_smlp.data.preprocessing import Summary
+from megatron_smlp.data.tokenizers import identity_from_arguments
+
+Run = Callable[..., Summary]
+
+
+def megatron_tokenizer(flags: Sequence[object]) -> Any:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training.arguments import _add_tokenizer_args
+
+    args = _add_tokenizer_args(argparse.ArgumentParser()).parse_args([str(flag) for flag in flags])
+    args.rank, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size = 0, 128, 1
+    return build_tokenizer(args)
+
+
+def write_with_megatron(
+    prefix: Path, documents: Sequence[Sequence[str]], tokenizer: Any, *, append_eod: bool
+) -> None:
+    """The loop of Megatron's tool: sentences without ids are dropped, EOD joins the last one."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(
+        f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size)
+    )
+    for sentences in documents:
+        rows = [row for row in map(tokenizer.tokenize, sentences) if len(row)]
+        if rows and append_eod:
+            rows[-1] = [*rows[-1], tokenizer.eod]
+        builder.add_document([number for row in rows for number in row], list(map(len, rows)))
+    builder.finalize(f"{prefix}.idx")
+
+
+def assert_same_pair(ours: Path | str, theirs: Path | str) -> None:
+    for suffix in (".idx", ".bin"):
+        assert Path(f"{ours}{suffix}").read_bytes() == Path(f"{theirs}{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_hugging_face_folder(
+    run: Run,
+    tmp_path: Path,
+    corpus: Path,
+    documents: list[str],
+    hf_flags: list[str],
+    append_eod: bool,
+) -> None:
+    flags = [*hf_flags, *(["--append-eod"] if append_eod else [])]
+    run(corpus, tmp_path / "ours", *flags)
+    theirs = megatron_tokenizer(hf_flags)
+    rows = [[text] for text in documents]
+    write_with_megatron(tmp_path / "theirs", rows, theirs, append_eod=append_eod)
+    assert_same_pair(tmp_path / "ours_text_document", tmp_path / "theirs")
+
+
+def test_megatron_reads_our_pair(
+    run: Run, tmp_path: Path, corpus: Path, documents: list[str], hf_flags: list[str]
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    run(corpus, tmp_path / "ours", *hf_flags, "--append-eod")
+    dataset = IndexedDataset(str(tmp_path / "ours_text_document"))
+    tokenizer = megatron_tokenizer(hf_flags)
+    assert len(dataset) == len(documents)
+    for number in (0, 17, len(documents) - 1):
+        expected = [*tokenizer.tokenize(documents[number]), tokenizer.eod]
+        np.testing.assert_array_equal(dataset[number], expected)
+
+
+def test_training_arguments_give_the_identity_of_the_data_tool(hf_flags: list[str]) -> None:
+    from megatron.training.arguments import _add_tokenizer_args
+
+    theirs = _add_tokenizer_args(argparse.ArgumentParser()).parse_args(hf_flags)
+    ours = parse("--input", "x", "--output-prefix", "y", *hf_flags)
+    assert identity_from_arguments(theirs) == identity_from_arguments(ours)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_gives_the_same_bytes(
+    run: Run,
+    tmp_path: Path,
+    hf_flags: list[str],
+    documents: list[str],
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+    corpus: Path,
+) -> None:
+    monkeypatch.setattr("megatron_smlp.data.sources.CHUNK_BYTES", 1000)
+    run(corpus, tmp_path / "one", *hf_flags, "--append-eod")
+    run(corpus, tmp_path / "many", *hf_flags, "--append-eod", "--workers", workers)
+    assert_same_pair(tmp_path / "one_text_document", tmp_path / "many_text_document")

@@ -1,0 +1,104 @@
+"""What training is told about data that it must not read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from data_helpers import BYTE_FLAGS
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.manifest import read_manifest
+from megatron_smlp.data.preprocessing import Summary
+from megatron_smlp.data.verification import verify_for_training
+
+
+@pytest.fixture
+def prefix(run: Callable[..., Summary], tmp_path: Path, corpus: Path) -> str:
+    run(corpus, tmp_path / "data", *BYTE_FLAGS, "--append-eod")
+    return str(tmp_path / "data_text_document")
+
+
+def test_good_data_passes(prefix: str, tmp_path: Path) -> None:
+    identity = read_manifest(tmp_path / "data.json").tokenizer.identity
+    verify_for_training(prefix, identity, vocab_size=512)
+    verify_for_training(prefix + ".bin")
+
+
+def test_data_without_a_manifest_passes(prefix: str, tmp_path: Path) -> None:
+    (tmp_path / "data.json").unlink()
+    verify_for_training(prefix, "0" * 64)
+
+
+def test_another_tokenizer_is_refused_with_the_way_around(prefix: str) -> None:
+    with pytest.raises(DataError, match=r"another tokenizer.*--allow-tokenizer-mismatch"):
+        verify_for_training(prefix, "0" * 64)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(prefix: str) -> None:
+    with pytest.raises(DataError, match=r"holds token id \d+.*0 to 99"):
+        verify_for_training(prefix, vocab_size=100)
+
+
+def test_a_missing_prefix_names_what_is_there(prefix: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no dataset at .*data_text_document"):
+        verify_for_training(str(tmp_path / "dato"))
+
+
+def test_a_missing_index_is_said(prefix: str) -> None:
+    Path(prefix + ".idx").unlink()
+    with pytest.raises(DataError, match=r"\.idx is missing beside its \.bin"):
+        verify_for_training(prefix)
+
+
+def _flip(path: str, at: int) -> None:
+    data = bytearray(Path(path).read_bytes())
+    data[at] ^= 0x55
+    Path(path).write_bytes(data)
+
+
+@pytest.mark.parametrize("at", [0, 8, 9, 16, 17, 18, 25, 26, 33, 34, 40, -1, -8, -9])
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_a_flipped_byte_in_the_index(
+    prefix: str, tmp_path: Path, at: int, with_manifest: bool
+) -> None:
+    _flip(prefix + ".idx", at)
+    if not with_manifest:
+        (tmp_path / "data.json").unlink()
+        if at in (34, 40, -9):
+            pytest.skip("the middle of the index is only checked by `validate`")
+    with pytest.raises(DataError, match=r"\.idx|index|manifest"):
+        verify_for_training(prefix)
+
+
+@pytest.mark.parametrize("at", [0, 1000, -1])
+def test_a_flipped_token_is_seen_by_the_manifest(prefix: str, at: int) -> None:
+    _flip(prefix + ".bin", at)
+    with pytest.raises(DataError, match="is not what its manifest"):
+        verify_for_training(prefix)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("keep", [0, 1, 20, 33, 34, 100])
+def test_a_truncated_file(prefix: str, suffix: str, keep: int) -> None:
+    path = Path(prefix + suffix)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=r"truncated|damaged|describes"):
+        verify_for_training(prefix)
+
+
+def test_swapped_files_are_seen(prefix: str, tmp_path: Path) -> None:
+    Path(prefix + ".bin").rename(tmp_path / "x")
+    Path(prefix + ".idx").rename(prefix + ".bin")
+    (tmp_path / "x").rename(prefix + ".idx")
+    with pytest.raises(DataError, match="is no Megatron index"):
+        verify_for_training(prefix)
+
+
+def test_a_damaged_manifest_is_said(prefix: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    body = json.loads(path.read_text())
+    del body["pairs"]["data_text_document"]["tokens"]
+    path.write_text(json.dumps(body))
+    with pytest.raises(DataError, match="no readable dataset manifest"):
+        verify_for_training(prefix)
