@@ -1,0 +1,188 @@
+"""Every architecture as a list of (token mixer, channel mixer) pairs in Megatron's two layer slots.
+
+`megatron_smlp.options.layer_slots` is the table: it says, by name, what fills each slot of each
+layer. Here the names become Megatron specs:
+
+    mixer    attention        Megatron's SelfAttention
+             spatial_gating   layers/spatial_gating.py
+             feature_moe      layers/feature_moe.py
+    channel  mlp              Megatron's MLP
+             token_moe        layers/token_moe.py (Megatron's MoELayer)
+             none             nothing: the slot is the identity
+
+A Megatron-LM user takes the layers alone, without our training script:
+
+    pretrain_gpt.py --spec megatron_smlp.architectures gmlp ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, get_backend
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from megatron.core.utils import get_pg_rank
+
+from megatron_smlp.layers.attention import SDPACoreAttention
+from megatron_smlp.layers.feature_moe import DeterministicFeatureMoE
+from megatron_smlp.layers.norms import norm_builder
+from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialGatingSubmodules
+from megatron_smlp.layers.token_moe import token_moe_builder
+from megatron_smlp.options import LayerSlots, ModelOptions, layer_slots, model_option_names
+
+
+@dataclass
+class SMLPTransformerConfig(TransformerConfig, ModelOptions):
+    """Megatron's TransformerConfig with our model flags beside its own."""
+
+    seq_length: int = 1024
+    """T, tokens: the size of every spatial matrix."""
+
+    hetereogenous_dist_checkpoint: bool = True
+    """Checkpoints name each layer by its number, since layers of one model differ."""
+
+
+class SlottedLayer(TransformerLayer):
+    """One layer whose two slots come from the table, by the layer's number in the whole model.
+
+    Args:
+        architecture: overrides the config's; how a bare `--spec` names what it wants.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+        architecture: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        offset = get_transformer_layer_offset(config, vp_stage, get_pg_rank(pg_collection.pp))
+        slots = slots_of(config, architecture=architecture)[layer_number - 1 + offset]
+        super().__init__(
+            config,
+            layer_submodules(config, slots),
+            layer_number=layer_number,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+            **kwargs,
+        )
+
+
+def slots_of(config: TransformerConfig, *, architecture: str | None = None) -> list[LayerSlots]:
+    """The table's row for this config; a plain TransformerConfig gets our flags' defaults."""
+    defaults = ModelOptions()
+    values = {name: getattr(config, name, getattr(defaults, name)) for name in model_option_names()}
+    options = dataclasses.replace(defaults, **values)
+    if architecture is not None:
+        options = dataclasses.replace(options, architecture=architecture)  # type: ignore[arg-type]
+    return layer_slots(
+        options,
+        num_layers=config.num_layers,
+        num_experts=config.num_moe_experts,
+        moe_layer_freq=config.moe_layer_freq,
+        num_attention_heads=config.num_attention_heads,
+    )
+
+
+def layer_submodules(config: TransformerConfig, slots: LayerSlots) -> TransformerLayerSubmodules:
+    """The specs of one layer: norm, mixer, residual, norm, channel mixer, residual."""
+    backend = get_backend(config.transformer_impl)
+    norm = norm_builder(config)
+    has_channel = slots.channel != "none"
+    return TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=_mixer(config, slots, backend),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=norm if has_channel else IdentityOp,
+        mlp=_channel(config, slots, backend) if has_channel else IdentityOp,
+        mlp_bda=get_bias_dropout_add if has_channel else _no_residual,
+    )
+
+
+def _mixer(
+    config: TransformerConfig, slots: LayerSlots, backend: BackendSpecProvider
+) -> ModuleSpec:
+    if slots.mixer == "attention":
+        local = config.transformer_impl == "local"
+        return ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=backend.column_parallel_linear(),
+                core_attention=SDPACoreAttention if local else backend.core_attention(),
+                linear_proj=backend.row_parallel_linear(),
+            ),
+        )
+    mixers = {"spatial_gating": SpatialGating, "feature_moe": DeterministicFeatureMoE}
+    return ModuleSpec(
+        module=mixers[slots.mixer],
+        params={"num_heads": slots.heads, "sequence_length": _sequence_length(config)},
+        submodules=SpatialGatingSubmodules(
+            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+        ),
+    )
+
+
+def _channel(config: TransformerConfig, slots: LayerSlots, backend: BackendSpecProvider) -> Any:
+    if slots.channel == "token_moe":
+        return token_moe_builder(config, backend)
+    return partial(
+        MLP.as_mlp_submodule,
+        submodules=MLPSubmodules(
+            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+        ),
+    )
+
+
+def _no_residual(training: bool, fused: bool) -> Any:
+    """The residual of an empty channel slot: the identity would otherwise be added to itself."""
+    return lambda output, residual, dropout: residual
+
+
+def _sequence_length(config: TransformerConfig) -> int:
+    """T from our config or, under a bare `--spec`, from Megatron's own arguments."""
+    if hasattr(config, "seq_length"):
+        return int(config.seq_length)
+    from megatron.training import get_args
+
+    return int(get_args().seq_length)
+
+
+def block_spec(
+    config: SMLPTransformerConfig, *, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the final norm, for GPTModel."""
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=[ModuleSpec(module=SlottedLayer)] * count, layer_norm=norm_builder(config)
+    )
+
+
+# For Megatron-LM's `--spec megatron_smlp.architectures NAME`; our flags keep their defaults there.
+transformer = ModuleSpec(module=SlottedLayer, params={"architecture": "transformer"})
+gmlp = ModuleSpec(module=SlottedLayer, params={"architecture": "gmlp"})
+smlp = ModuleSpec(module=SlottedLayer, params={"architecture": "smlp"})
+
+__all__ = ["IdentityFuncOp", "SMLPTransformerConfig", "block_spec", "gmlp", "smlp", "transformer"]

@@ -1,0 +1,347 @@
+"""Command line and YAML -> checked arguments.
+
+Order: the YAML file's keys become flags, the command line comes after them and so wins; then the
+platform sets what the machine needs; then our checks, which name flag, value, what is allowed and
+what to do; then Megatron's own validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from megatron_smlp.options import ModelOptions, RunOptions
+from megatron_smlp.platform import cpu
+
+
+class UsageError(ValueError):
+    """Something that the user gave is wrong; its text is one line for the user, with a remedy."""
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The whole way from a command line to arguments that Megatron has validated.
+
+    Returns:
+        Megatron's namespace with our flags in it.
+
+    Raises:
+        UsageError: with the flag, its value, what is allowed, and what to do.
+    """
+    cpu.apply()
+    parser = build_parser()
+    argv = expand_config(parser, argv)
+    _refuse_unknown(parser, argv)
+    args = _parse_like_megatron(argv)
+    args.explicit_flags = given_flags(parser, argv)
+    _settle_defaults(args)
+    check_model(args)
+    _validate(args)
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Megatron's parser with our two groups of flags."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(
+        prog="pretrain_smlp.py",
+        description="Pretrain sparse all-MLP language models and their baselines.",
+        allow_abbrev=False,
+    )
+    return _add_options(add_megatron_arguments(parser))
+
+
+def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    ArgumentGroupFactory(ModelOptions).build_group(parser, "sparse all-MLP model")
+    ArgumentGroupFactory(RunOptions).build_group(parser, "run")
+    parser.error = _raise_usage  # type: ignore[method-assign]
+    return parser
+
+
+def _raise_usage(message: str) -> NoReturn:
+    """argparse would print some hundred lines of usage before the one that matters."""
+    raise UsageError(message)
+
+
+def _parse_like_megatron(argv: Sequence[str]) -> argparse.Namespace:
+    from megatron.training.arguments import parse_args
+
+    before = sys.argv
+    sys.argv = [before[0], *argv]  # Megatron reads sys.argv itself, and rank and world size
+    try:
+        return parse_args(extra_args_provider=_add_options)
+    finally:
+        sys.argv = before
+
+
+def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Put the flags of `--config FILE.yaml` before those of the command line.
+
+    A boolean key of the file is switched off by `--no-KEY` on the command line.
+
+    Raises:
+        UsageError: the file is missing or is not a mapping, or a key is unknown.
+    """
+    path = _config_path(argv)
+    if path is None:
+        return list(argv)
+    rest = list(argv)
+    flags: list[str] = []
+    for key, value in read_yaml(path).items():
+        action = _action_of(parser, key, path)
+        negation = f"--no-{key.replace('_', '-')}"
+        if action.nargs == 0 and negation in rest and negation not in _options(parser):
+            rest.remove(negation)
+            continue
+        flags += _as_flags(action, key, value, path)
+    return flags + rest
+
+
+def _config_path(argv: Sequence[str]) -> Path | None:
+    paths = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
+    paths += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+    return Path(paths[-1]) if paths else None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A flat YAML mapping of flags."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"--config {path}: no such file; configs/ holds ready ones.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config {path} cannot be read as YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path} must hold `flag: value` lines at its top level.")
+    return {str(key): value for key, value in content.items()}
+
+
+def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return parser._option_string_actions
+
+
+def _action_of(parser: argparse.ArgumentParser, key: str, path: Path) -> argparse.Action:
+    action = _options(parser).get("--" + key.replace("_", "-"))
+    if action is None:
+        raise UsageError(f"--config {path}: unknown key '{key}'. {nearest(parser, key)}")
+    return action
+
+
+def nearest(parser: argparse.ArgumentParser, name: str) -> str:
+    """`Did you mean ...?` for a flag or key that does not exist."""
+    known = [option.removeprefix("--") for option in _options(parser)]
+    close = difflib.get_close_matches(name.lstrip("-").replace("_", "-"), known, n=3, cutoff=0.5)
+    if not close:
+        return "`pretrain_smlp.py --help` lists every flag."
+    return f"Did you mean {' or '.join(repr(option) for option in close)}?"
+
+
+def _as_flags(action: argparse.Action, key: str, value: Any, path: Path) -> list[str]:
+    flag = "--" + key.replace("_", "-")
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UsageError(f"--config {path}: '{key}' is a switch: true or false, not {value!r}.")
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return [flag if value else flag.replace("--", "--no-", 1)]
+        return [flag] if value else []
+    if value is None:
+        return []
+    values = value if isinstance(value, list) and action.nargs else [value]
+    words = [str(item) for item in values]
+    return [f"{flag}={words[0]}"] if len(words) == 1 else [flag, *words]
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    _, unknown = parser.parse_known_args(list(argv))
+    for word in unknown:
+        if word.startswith("-"):
+            flag = word.split("=")[0]
+            raise UsageError(f"{flag} is not a flag. {nearest(parser, flag)}")
+    if unknown:
+        raise UsageError(f"'{unknown[0]}' belongs to no flag.")
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
+    """Destinations of the flags that the command line or the YAML file names."""
+    options = _options(parser)
+    words = (word.split("=")[0] for word in argv)
+    return frozenset(options[word].dest for word in words if word in options)
+
+
+def _settle_defaults(args: argparse.Namespace) -> None:
+    """Defaults that depend on other flags or on the machine; an explicit flag is kept."""
+    given = args.explicit_flags
+    if "transformer_impl" not in given and not _has("transformer_engine"):
+        args.transformer_impl = "local"
+    if args.transformer_impl == "local":
+        # These need Apex or Transformer Engine, which the local implementation does without.
+        args.gradient_accumulation_fusion &= _has("fused_weight_gradient_mlp_cuda")
+        args.no_persist_layer_norm = args.no_persist_layer_norm or not _has("apex")
+        args.masked_softmax_fusion = False
+    if "position_embedding_type" not in given and args.architecture != "transformer":
+        args.position_embedding_type = "none"  # rows of the spatial matrix are positions
+    if "max_position_embeddings" not in given:
+        args.max_position_embeddings = args.seq_length
+    if args.num_experts and args.moe_router_topk == 1:
+        # The weight of a single expert is its share of all, or it would always be 1.
+        args.moe_router_pre_softmax = True
+    if "bias_gelu_fusion" not in given:
+        # Megatron's fused GELU is the tanh approximation; here GELU is exact on every device.
+        args.bias_gelu_fusion = False
+    if "ckpt_format" not in given:
+        args.ckpt_format = "torch_dist"
+    # Ours does the same in lockstep over the ranks, and can skip the step: --nonfinite-loss.
+    args.check_for_nan_in_loss_and_grad = False
+    args.exit_signal_handler = True
+    args.log_dir = args.log_dir or args.save
+    try:
+        args.platform_changes = cpu.set_flags(args)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _has(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Our own checks of shapes and layouts, each with flag, value, allowed, remedy.
+
+    Raises:
+        UsageError: see the messages.
+    """
+    for name in ("num_layers", "hidden_size", "seq_length", "micro_batch_size"):
+        value = getattr(args, name)
+        if value is None or value < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {value}: give a positive number (or a --config that has it).")
+    if args.architecture == "transformer":
+        _check_attention(args)
+    else:
+        _check_spatial(args)
+    if args.architecture == "smlp":
+        _check_sparse(args)
+    elif args.num_dense_layers or args.feature_router != "none":
+        flag = "--num-dense-layers" if args.num_dense_layers else "--feature-router"
+        raise UsageError(f"{flag} is for --architecture smlp, not {args.architecture}: leave it out.")
+    _check_experts(args)
+
+
+def _check_attention(args: argparse.Namespace) -> None:
+    heads, tp = args.num_attention_heads, args.tensor_model_parallel_size
+    if not heads or args.hidden_size % heads:
+        raise UsageError(
+            f"--num-attention-heads {heads} does not divide --hidden-size {args.hidden_size}: "
+            "choose a divisor."
+        )
+    if heads % tp:
+        raise UsageError(
+            f"--tensor-model-parallel-size {tp} does not divide --num-attention-heads {heads}: "
+            "choose a divisor."
+        )
+
+
+def _check_spatial(args: argparse.Namespace) -> None:
+    from megatron_smlp.layers.spatial_gating import check_gate
+
+    if args.num_attention_heads is None:
+        args.num_attention_heads = 1  # Megatron wants a number; nothing attends
+    sparse = args.architecture == "smlp" and args.feature_router != "none"
+    heads = {"--spatial-heads": args.spatial_heads} | (
+        {"--num-feature-experts": args.num_feature_experts} if sparse else {}
+    )
+    args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
+    for flag, count in heads.items():
+        try:
+            check_gate(
+                flag,
+                num_heads=count,
+                ffn_hidden_size=args.ffn_hidden_size,
+                tensor_parallel=args.tensor_model_parallel_size,
+                context_parallel=args.context_parallel_size,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+
+def _check_sparse(args: argparse.Namespace) -> None:
+    if not 0 <= args.num_dense_layers <= args.num_layers:
+        raise UsageError(
+            f"--num-dense-layers {args.num_dense_layers} must lie between 0 and --num-layers "
+            f"{args.num_layers}: it says how many of them are dense."
+        )
+    if args.feature_router == "deterministic" and args.num_feature_experts < 2:
+        raise UsageError(
+            f"--num-feature-experts {args.num_feature_experts} with --feature-router deterministic "
+            "is no mixture: give 2 or more, or --feature-router none."
+        )
+
+
+def _check_experts(args: argparse.Namespace) -> None:
+    experts, ep = args.num_experts, args.expert_model_parallel_size
+    if experts is None:
+        if ep > 1:
+            raise UsageError(
+                f"--expert-model-parallel-size {ep} without --num-experts: there is nothing to "
+                "spread. Give --num-experts, or leave it out."
+            )
+        return
+    if experts < 1 or experts % ep:
+        raise UsageError(
+            f"--num-experts {experts} is not a multiple of --expert-model-parallel-size {ep}: "
+            "choose a multiple."
+        )
+    if args.moe_router_topk > experts:
+        raise UsageError(
+            f"--moe-router-topk {args.moe_router_topk} is over --num-experts {experts}: a token "
+            "can visit each expert once. Choose at most the number of experts."
+        )
+
+
+def _validate(args: argparse.Namespace) -> None:
+    """Megatron's own validation and global state.
+
+    Raises:
+        UsageError: with Megatron's reason, or with the check that failed where it gives none.
+    """
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    try:
+        validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
+        set_global_variables(args)
+    except (AssertionError, ValueError, RuntimeError, FileNotFoundError, OSError) as error:
+        raise UsageError(f"Megatron refuses these arguments: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    words = " ".join(str(error).split())
+    if words:
+        return words
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"`{frame.line}` ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn a UsageError into one line on rank 0's stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except UsageError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"pretrain_smlp.py: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

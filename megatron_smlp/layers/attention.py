@@ -1,0 +1,66 @@
+"""Scaled dot-product attention for machines without Transformer Engine.
+
+    y = softmax(q k^T / sqrt(d) + causal mask) v                (Vaswani et al., arXiv 1706.03762)
+
+Megatron's own local core builds the T x T scores; torch's SDPA picks a flash kernel on CPU and GPU.
+Letters: T tokens, B batch, n heads on this rank, d head width, g key/value groups on this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+from torch.nn import functional
+
+
+class SDPACoreAttention(DotProductAttention):
+    """Megatron's DotProductAttention with torch's SDPA inside; same arguments.
+
+    Raises:
+        ValueError: a setting that SDPA has no equal for (window, sink softmax, packed sequences).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.config.window_size is not None or self.config.softmax_type != "vanilla":
+            raise ValueError(
+                "--window-size and --softmax-type other than vanilla need Transformer Engine, "
+                "which is not in use (--transformer-impl local). Leave them out."
+            )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query: <float>[T, B, n, d]; key, value: <float>[T, B, g, d] -> <float>[T, B, n d].
+
+        The mask is causal; an explicit one is for other models and is refused.
+        """
+        mask_type = attn_mask_type or self.attn_mask_type
+        if packed_seq_params is not None or attention_bias is not None:
+            raise ValueError("Packed sequences and attention bias need Transformer Engine.")
+        if mask_type is not AttnMaskType.causal:
+            raise ValueError(f"Only the causal mask is supported here, not {mask_type}.")
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        with torch.autocast(q.device.type, enabled=False):
+            mixed = functional.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                dropout_p=self.attention_dropout.p if self.training else 0.0,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=k.shape[1] != q.shape[1],
+            )
+        return mixed.permute(2, 0, 1, 3).flatten(2)

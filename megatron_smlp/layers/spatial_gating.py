@@ -1,0 +1,312 @@
+"""Causal spatial gating, the token mixer of gMLP (Liu et al., arXiv 2105.08050), in Megatron's
+`self_attention` slot. The LN and the residual around it are the slot's.
+
+    u  = GELU(x U)                     x = LN(input);  U: D x Z,  u = [u1 | u2], each [T, F], F = Z/2
+    g  = M_k LN_k(u2_k) + b_k          per head k: its chunk of f = F/h features, M_k lower triangular
+    y  = (u1 * g) V                    V: F x D
+
+Init: M ~ U(-1e-3/T, 1e-3/T), b = 1, so that the block starts as a plain FFN. Rows of M are absolute
+positions: a shorter sequence uses M[:t, :t] and b[:t], so batches are padded on the right.
+
+Tensor parallelism shards the features, never the tokens: whole heads where tp divides h; a single
+head is split over the whole TP group, M is then the same on all its ranks, and its gradient and the
+statistics of LN are summed over them. The result does not depend on tp.
+
+Letters: T sequence, B batch, D hidden, Z ffn_hidden_size, F = Z/2 gate width, h heads, f = F/h,
+tp tensor parallel size; h', F' are the share of a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import Tensor, nn
+
+from megatron_smlp.layers.norms import HeadLayerNorm
+from megatron_smlp.ops.causal_mix import causal_mix
+
+
+@dataclass
+class SpatialGatingSubmodules:
+    """The two projections, so that a Transformer Engine build can bring its own."""
+
+    linear_fc1: ModuleSpec | type
+    linear_fc2: ModuleSpec | type
+
+
+class SpatialProjection(nn.Module):
+    """M and b of the heads on this rank: g = M v + b, along the tokens.
+
+    Args:
+        num_heads: h', heads on this rank.
+        length: T, the longest sequence.
+        first_head, total_heads: which slice of all heads this rank draws, so that the initial
+            values do not depend on the tensor parallel size.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        length: int,
+        dtype: torch.dtype,
+        first_head: int = 0,
+        total_heads: int | None = None,
+        initialize: bool = True,
+    ) -> None:
+        super().__init__()
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self.length = length
+        self.weight = nn.Parameter(
+            torch.empty(num_heads, length, length, dtype=dtype, device=device)
+        )
+        self.bias = nn.Parameter(torch.ones(num_heads, length, dtype=dtype, device=device))
+        if initialize:
+            self._draw(first_head, total_heads or num_heads)
+
+    @torch.no_grad()
+    def _draw(self, first_head: int, total_heads: int) -> None:
+        bound = 1e-3 / self.length
+        for head in range(total_heads):
+            # On the CPU's generator, one head at a time: never all heads' matrices in memory.
+            matrix = torch.empty(self.length, self.length).uniform_(-bound, bound).tril_()
+            if first_head <= head < first_head + len(self.weight):
+                self.weight[head - first_head].copy_(matrix)
+
+    def forward(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
+        """values: <float>[T', B, F'] -> <float>[T', B, F'], T' <= T; row t reads rows <= t.
+
+        Raises:
+            ValueError: T' > T.
+        """
+        tokens, batch, features = values.shape
+        if tokens > self.length:
+            raise ValueError(
+                f"A sequence of {tokens} tokens is longer than --seq-length {self.length}: spatial "
+                f"gating has no weights for positions from {self.length} on. Cut the sequence, or "
+                "train with a longer --seq-length."
+            )
+        weight = self.weight if weight is None else weight
+        heads = len(weight)
+        # [T', B, h', f] -> [h', T', B f]: one GEMM a head over all samples.
+        columns = values.view(tokens, batch, heads, -1).permute(2, 0, 1, 3).flatten(2)
+        mixed = causal_mix(weight[:, :tokens, :tokens], columns)
+        mixed = mixed + self.bias[:, :tokens, None]
+        return mixed.view(heads, tokens, batch, -1).permute(1, 2, 0, 3).reshape(values.shape)
+
+
+class SpatialGating(MegatronModule):
+    """The gMLP block's inside, a drop-in for Megatron's SelfAttention.
+
+    Args:
+        num_heads: h. tp must divide it, or it must be 1.
+
+    Raises:
+        ValueError: h does not divide F, tp does not fit h, or context parallelism is on.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SpatialGatingSubmodules,
+        layer_number: int,
+        *,
+        num_heads: int,
+        sequence_length: int,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+        **unused_attention_arguments: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.tp_group = pg_collection.tp
+        tp = self.tp_group.size()
+        check_gate(
+            "num_heads",
+            num_heads=num_heads,
+            ffn_hidden_size=config.ffn_hidden_size,
+            tensor_parallel=tp,
+            context_parallel=config.context_parallel_size,
+        )
+        gate_width = config.ffn_hidden_size // 2
+        self.head_is_split = num_heads == 1 and tp > 1
+        local_heads = max(1, num_heads // tp)
+
+        self.linear_fc1 = build_module(
+            submodules.linear_fc1,
+            config.hidden_size,
+            config.ffn_hidden_size,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=config.add_bias_linear,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_group=self.tp_group,
+            stride=2,  # [u1 | u2]: each half is sharded by itself
+        )
+        self.norm = HeadLayerNorm(
+            gate_width // tp,
+            num_heads=local_heads,
+            eps=config.layernorm_epsilon,
+            dtype=config.params_dtype,
+            group=self.tp_group if self.head_is_split else None,
+        )
+        self.spatial = SpatialProjection(
+            local_heads,
+            length=sequence_length,
+            dtype=config.params_dtype,
+            first_head=0 if self.head_is_split else self.tp_group.rank() * local_heads,
+            total_heads=num_heads,
+            initialize=config.perform_initialization,
+        )
+        self.linear_fc2 = build_module(
+            submodules.linear_fc2,
+            gate_width,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_group=self.tp_group,
+        )
+        self._mark_sharded_parameters()
+        self.recompute_gate = (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
+
+    def _sharded_parameters(self) -> dict[str, nn.Parameter]:
+        """Our own parameters that TP shards, along dimension 0."""
+        sharded = {"norm.weight": self.norm.weight, "norm.bias": self.norm.bias}
+        if not self.head_is_split:
+            sharded["spatial.weight"] = self.spatial.weight
+            sharded["spatial.bias"] = self.spatial.bias
+        return sharded
+
+    def _mark_sharded_parameters(self) -> None:
+        # Megatron's gradient norm counts an unmarked parameter once per TP group.
+        for parameter in self._sharded_parameters().values():
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: <float>[T', B, D] (normed; [T'/tp, B, D] under sequence parallel).
+
+        Returns:
+            y without the bias of V: the same shape and dtype; the bias: [D] or None.
+        """
+        u, _ = self.linear_fc1(hidden_states)
+        if self.recompute_gate and self.training:
+            gated = tensor_parallel.checkpoint(self.gate, False, u)
+        else:
+            gated = self.gate(u)
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(gated)
+        return output
+
+    def gate(self, u: Tensor) -> Tensor:
+        """u: <float>[T', B, 2 F'], before the GELU -> u1 * g: <float>[T', B, F']."""
+        u1, u2 = self.config.activation_func(u).chunk(2, dim=-1)
+        weight = self.spatial.weight
+        if self.head_is_split:
+            # Each rank mixes its own features with the same M: dM, db are the sum over the ranks.
+            weight = tensor_parallel.copy_to_tensor_model_parallel_region(weight, self.tp_group)
+        return u1 * self._mix(self.norm(u2), weight)
+
+    def _mix(self, values: Tensor, weight: Tensor) -> Tensor:
+        mixed: Tensor = self.spatial(values, weight)
+        return mixed
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Megatron's description of which slice of each global tensor this rank holds.
+
+        In the checkpoint U is one [Z, D] tensor, u1's rows first, for any tensor parallel size.
+        """
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        sharded: dict[str, Any] = {}
+        for name in ("linear_fc1", "linear_fc2"):
+            sharded |= sharded_state_dict_default(
+                getattr(self, name), f"{prefix}{name}.", sharded_offsets, metadata
+            )
+        for key in (f"{prefix}linear_fc1.weight", f"{prefix}linear_fc1.bias"):
+            if key in sharded:
+                sharded[key] = apply_swiglu_sharded_factory(
+                    sharded[key],
+                    sharded_offsets,
+                    metadata.get("singleton_local_shards", False),
+                    tp_group=self.tp_group,
+                    dp_group=metadata["dp_cp_group"],
+                )
+        own = {
+            f"{module}.{name}": value
+            for module in ("norm", "spatial")
+            for name, value in getattr(self, module).state_dict(keep_vars=True).items()
+        }
+        return sharded | make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            dict.fromkeys(self._sharded_parameters(), 0),
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+def check_gate(
+    flag: str,
+    *,
+    num_heads: int,
+    ffn_hidden_size: int,
+    tensor_parallel: int,
+    context_parallel: int,
+) -> None:
+    """Raise ValueError where heads, gate width and parallel layout do not fit together.
+
+    Args:
+        flag: the flag that gave `num_heads`, for the message.
+    """
+    width, odd = divmod(ffn_hidden_size, 2)
+    if odd or num_heads < 1 or width % num_heads:
+        raise ValueError(
+            f"{flag} {num_heads} does not divide the gate width {ffn_hidden_size / 2:g} "
+            f"(--ffn-hidden-size {ffn_hidden_size} / 2): choose a divisor, or another "
+            "--ffn-hidden-size."
+        )
+    if num_heads % tensor_parallel and num_heads != 1:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tensor_parallel} does not divide {flag} {num_heads}: "
+            "choose a divisor, or a single head, which is split over all ranks."
+        )
+    if width % tensor_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tensor_parallel} does not divide the gate width "
+            f"{width} (--ffn-hidden-size / 2): choose a divisor."
+        )
+    if context_parallel > 1:
+        raise ValueError(
+            f"--context-parallel-size {context_parallel} is not available with spatial gating: one "
+            "T x T matrix mixes all tokens of a sequence, so they must be on one rank. Leave it "
+            "out; --tensor-model-parallel-size shards the features instead."
+        )

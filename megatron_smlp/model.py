@@ -1,0 +1,29 @@
+"""Arguments -> Megatron's GPTModel with the layers of our table."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megatron.core.transformer.spec_utils import import_module
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.arguments import core_transformer_config_from_args
+
+from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
+
+
+def transformer_config(args: argparse.Namespace) -> SMLPTransformerConfig:
+    """Megatron's own translation of arguments, into our config class."""
+    return core_transformer_config_from_args(args, config_class=SMLPTransformerConfig)
+
+
+def model_config(args: argparse.Namespace) -> Any:
+    """The GPTModelConfig that `megatron.training.pretrain` builds the model from."""
+    config = transformer_config(args)
+    model = gpt_config_from_args(args, config=config)
+    model.transformer_layer_spec = import_module(args.spec) if args.spec else _layers
+    return model
+
+
+def _layers(model: Any, vp_stage: int | None = None) -> Any:
+    return block_spec(model.transformer, vp_stage=vp_stage)

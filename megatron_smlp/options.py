@@ -1,0 +1,115 @@
+"""Our flags, as two frozen-by-use dataclasses: one field, one docstring, one unit.
+
+Nothing heavy is imported here: the accounting and the tools read these without torch or Megatron.
+Annotations stay real types (no `from __future__ import annotations`): Megatron's argument factory
+builds the parser from them.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+Mixer = Literal["attention", "spatial_gating", "feature_moe"]
+Channel = Literal["mlp", "token_moe", "none"]
+
+
+@dataclass
+class ModelOptions:
+    """What the model is, beyond Megatron's own flags."""
+
+    architecture: Literal["transformer", "gmlp", "smlp"] = "transformer"
+    """Which pair of mixers each layer gets; megatron_smlp/architectures.py is the table."""
+
+    spatial_heads: int = 1
+    """Spatial gating: number of heads in a dense layer; each has its own T x T matrix, bias and
+    LayerNorm over gate_width / heads features. Must divide ffn_hidden_size / 2."""
+
+    feature_router: Literal["none", "deterministic"] = "none"
+    """smlp: how chunks of the hidden dimension choose their spatial expert in a sparse layer.
+    deterministic: chunk i goes to expert i."""
+
+    num_feature_experts: int = 1
+    """smlp: number of spatial experts (and of chunks) in a sparse layer. Must divide
+    ffn_hidden_size / 2."""
+
+    num_dense_layers: int = 0
+    """smlp: how many dense spatial gating layers come before the sparse ones (N1 of the paper);
+    the other --num-layers minus this many are sparse (N2)."""
+
+
+@dataclass
+class RunOptions:
+    """What our command line adds around Megatron's training loop."""
+
+    config: str | None = None
+    """YAML file of flags, with hyphens or underscores; flags on the command line win over it."""
+
+    dry_run: bool = False
+    """Print the resolved configuration, the layer table, parameters and FLOPs, then exit."""
+
+    log_dir: str | None = None
+    """Folder of metrics.jsonl and of the start-up record (default: the --save folder)."""
+
+    nonfinite_loss: Literal["stop", "skip"] = "stop"
+    """What a loss that is NaN or infinite does: stop the run, or skip that step's update."""
+
+    peak_tflops: float | None = None
+    """Dense peak of one device for the MFU figure, in TFLOP/s (default: known GPUs, else n/a)."""
+
+
+@dataclass(frozen=True)
+class LayerSlots:
+    """What fills the two slots of one layer."""
+
+    mixer: Mixer
+    channel: Channel
+    heads: int
+    """Attention heads, spatial heads or spatial experts, whichever the mixer has."""
+
+
+def is_moe_layer(index: int, moe_layer_freq: int | list[int]) -> bool:
+    """Megatron's rule: every freq-th layer from the first, or a pattern of zeros and ones."""
+    if isinstance(moe_layer_freq, list):
+        return bool(moe_layer_freq[index])
+    return index % moe_layer_freq == 0
+
+
+def layer_slots(
+    options: ModelOptions,
+    *,
+    num_layers: int,
+    num_experts: int | None,
+    moe_layer_freq: int | list[int],
+    num_attention_heads: int,
+) -> list[LayerSlots]:
+    """The table of architectures: the slots of every layer, first to last.
+
+    | architecture | mixer | channel |
+    |---|---|---|
+    | transformer | attention | mlp; token MoE in MoE layers |
+    | gmlp | spatial gating | none (it is inside the block); token MoE in MoE layers |
+    | smlp, first N1 | spatial gating | none |
+    | smlp, then N2 | feature MoE | token MoE if --num-experts is given |
+    """
+    slots = []
+    for index in range(num_layers):
+        routed = num_experts is not None and is_moe_layer(index, moe_layer_freq)
+        if options.architecture == "transformer":
+            channel: Channel = "token_moe" if routed else "mlp"
+            slots.append(LayerSlots("attention", channel, num_attention_heads))
+        elif options.architecture == "gmlp":
+            channel = "token_moe" if routed else "none"
+            slots.append(LayerSlots("spatial_gating", channel, options.spatial_heads))
+        elif index < options.num_dense_layers:
+            slots.append(LayerSlots("spatial_gating", "none", options.spatial_heads))
+        else:
+            channel = "none" if num_experts is None else "token_moe"
+            if options.feature_router == "none":
+                slots.append(LayerSlots("spatial_gating", channel, options.spatial_heads))
+            else:
+                slots.append(LayerSlots("feature_moe", channel, options.num_feature_experts))
+    return slots
+
+
+def model_option_names() -> list[str]:
+    return [field.name for field in dataclasses.fields(ModelOptions)]

@@ -1,0 +1,302 @@
+"""Runs `megatron.training` on a machine without CUDA, over gloo.
+
+NVIDIA supports no CPU path, but nothing in the training loop needs a GPU beyond the names that it
+calls. This module replaces those names, each with its reason, and nothing else in the project does.
+`apply()` changes nothing where CUDA is available; `torch.cuda.is_available` itself is never faked,
+because torch.compile and Megatron's own fallbacks ask it and must get the true answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+# Flag values that a CPU needs, as argparse destinations. The fusions are CUDA extensions; weights
+# are drawn on the CPU anyway; NCCL does not exist here.
+FLAGS: dict[str, Any] = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "no_persist_layer_norm": True,
+    "create_attention_mask_in_dataloader": False,
+}
+
+# Tensor factories that Megatron calls with device="cuda" or device=torch.cuda.current_device().
+FACTORIES = (
+    "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn",
+    "tensor", "zeros", "zeros_like", "as_tensor", "linspace", "randint",
+)  # fmt: skip
+
+# The optimizer sorts parameters by these strings.
+CPU_TYPES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+    "torch.DoubleTensor": "torch.cuda.DoubleTensor",
+}
+
+
+def needed() -> bool:
+    """True where there is no CUDA device, so that `apply` has work to do."""
+    return not torch.cuda.is_available()
+
+
+def apply() -> None:
+    """Replace every name below, once per process. No effect where CUDA is available."""
+    if not needed() or getattr(torch.cuda, "_smlp_cpu_platform", False):
+        return
+    torch.cuda._smlp_cpu_platform = True  # type: ignore[attr-defined]
+    _replace_device_functions()
+    _replace_streams()
+    _replace_random_state()
+    _replace_tensor_placement()
+    _replace_tensor_types()
+    _replace_in_megatron()
+
+
+def set_flags(args: argparse.Namespace) -> list[str]:
+    """Set the flags that a CPU needs; returns a description of each one that changed.
+
+    Raises:
+        ValueError: a flag asks for what only a GPU has.
+    """
+    if not needed():
+        return []
+    for flag in ("fp16", "use_megatron_fsdp", "use_torch_fsdp2", "tp_comm_overlap", "fp8"):
+        if getattr(args, flag, None):
+            name = "--" + flag.replace("_", "-")
+            raise ValueError(
+                f"{name} needs a CUDA device and none was found. Leave it out"
+                + (", or use --bf16." if flag in ("fp16", "fp8") else ".")
+            )
+    changed = [
+        f"{name}={value}"
+        for name, value in FLAGS.items()
+        if getattr(args, name, value) != value  # a flag that Megatron lacks needs no change
+    ]
+    for name, value in FLAGS.items():
+        setattr(args, name, value)
+    return changed
+
+
+def _replace_device_functions() -> None:
+    """Questions about the device: there is one, it is the CPU, and it has no limits to report."""
+    properties = SimpleNamespace(
+        name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=1, warp_size=1
+    )
+    answers: dict[str, Any] = {
+        "current_device": CPU,
+        "device_count": 1,  # initialize_megatron builds process groups only for a count over 0
+        "get_device_name": "cpu",
+        "get_device_properties": properties,
+        "get_device_capability": (0, 0),
+        "memory_allocated": 0,
+        "max_memory_allocated": 0,
+        "memory_reserved": 0,
+        "max_memory_reserved": 0,
+        "memory_stats": {},
+        "is_current_stream_capturing": False,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, _constant(answer))
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+        setattr(torch.cuda, name, _constant(None))
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, _constant(None))
+    torch.cuda.nvtx.range = _no_context  # type: ignore[assignment]
+
+
+class CPUEvent:
+    """`torch.cuda.Event` for work that is done when the call returns: it only keeps the time."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.seconds = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end: CPUEvent) -> float:
+        """Milliseconds between the two records."""
+        return (end.seconds - self.seconds) * 1e3
+
+    def query(self) -> bool:
+        return True
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class CPUStream:
+    """`torch.cuda.Stream` on a device with one queue: order holds without waiting."""
+
+    cuda_stream = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> CPUStream:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> CPUEvent:
+        event = event or CPUEvent()
+        event.record()
+        return event  # type: ignore[no-any-return]
+
+
+def _replace_streams() -> None:
+    """Streams and events do nothing: an operation on the CPU is finished when it returns."""
+    stream = CPUStream()
+    torch.cuda.Event = CPUEvent  # type: ignore[assignment,misc]
+    torch.cuda.Stream = CPUStream  # type: ignore[assignment,misc]
+    torch.cuda.stream = _no_context  # type: ignore[assignment,misc]
+    torch.cuda.set_stream = _constant(None)
+    torch.cuda.current_stream = _constant(stream)
+    torch.cuda.default_stream = _constant(stream)
+
+
+def _replace_random_state() -> None:
+    """The "device" generator is torch's default generator, which dropout on the CPU draws from."""
+    generator = torch.default_generator
+
+    def get_rng_state(device: Any = None) -> torch.Tensor:
+        return generator.get_state()
+
+    def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+        generator.set_state(state)
+
+    torch.cuda.default_generators = (generator,)
+    torch.cuda.get_rng_state = get_rng_state
+    torch.cuda.set_rng_state = set_rng_state
+    torch.cuda.manual_seed = generator.manual_seed
+    torch.cuda.manual_seed_all = generator.manual_seed
+
+
+def _replace_tensor_placement() -> None:
+    """`device="cuda"`, `.cuda()` and `.to("cuda")` mean the CPU."""
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for name in ("new_zeros", "new_empty", "new_ones", "new_tensor", "new_full"):
+        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+
+    def stay(self: Any, *_: Any, **__: Any) -> Any:
+        return self
+
+    torch.Tensor.cuda = stay  # type: ignore[method-assign]
+    torch.nn.Module.cuda = stay  # type: ignore[method-assign]
+    for owner in (torch.Tensor, torch.nn.Module):
+        owner.to = _to_on_cpu(owner.to)  # type: ignore[attr-defined]
+
+
+def _replace_tensor_types() -> None:
+    """`Tensor.type()` without an argument names the CUDA type that the optimizer compares with."""
+    plain = torch.Tensor.type
+
+    @functools.wraps(plain)
+    def named(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = plain(self, *args, **kwargs)
+        return CPU_TYPES.get(answer, answer) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = named  # type: ignore[method-assign,assignment]
+
+
+def _replace_in_megatron() -> None:
+    """The few places in Megatron that check for CUDA or assume it."""
+    from megatron.core.datasets import utils as dataset_utils
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.training import initialize, training
+
+    # The loop asserts CUDA unless it is told otherwise, and pretrain() does not pass the flag on.
+    training.initialize_megatron = functools.partial(
+        initialize.initialize_megatron, allow_no_cuda=True
+    )
+    # The wheel carries the compiled index builder but no Makefile to compile it with.
+    dataset_utils.compile_helpers = _constant(None)
+    # The warm-up compiles fused CUDA kernels.
+    training.set_jit_fusion_options = _constant(None)
+    # Split sizes that are on the CPU already must still become numpy, or gloo refuses them.
+    for module in (moe_utils, token_dispatcher):
+        module.maybe_move_tensor_to_cpu = _move_to_cpu
+    # A DataLoader draws its base seed from the default generator when it is iterated: here that is
+    # the generator of the dropout, whose state a resumed run has just loaded.
+    training.build_train_valid_test_data_iterators = _keeping_random_state(
+        training.build_train_valid_test_data_iterators
+    )
+
+
+def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _keeping_random_state(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _to_on_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(to)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return to(self, *args, **kwargs)
+
+    return wrapped
+
+
+def _constant(answer: Any) -> Callable[..., Any]:
+    def function(*_: Any, **__: Any) -> Any:
+        return answer
+
+    return function
+
+
+@contextlib.contextmanager
+def _no_context(*_: Any, **__: Any) -> Iterator[None]:
+    yield

@@ -1,0 +1,185 @@
+"""Where our code hangs into `megatron.training`'s loop, on every device.
+
+The loop offers no callbacks, so five of its module-level functions are wrapped; each wrapper calls
+the original with its own arguments. tests/contract holds their signatures.
+
+| function in megatron.training.training | why |
+|---|---|
+| setup_model_and_optimizer | to hold back the update of a step whose loss is not finite |
+| training_log | the only place that sees loss, gradient norm and learning rate of a step |
+| evaluate, evaluate_and_print_results | validation numbers, and the time that they take |
+| save_checkpoint_and_time | the time that saving takes, and what was saved |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from megatron.training import training
+
+
+class Observer(Protocol):
+    """What wants to know of the loop. Every method is called on every rank, in lockstep."""
+
+    def built(self, model: list[Any], optimizer: Any) -> None: ...
+
+    def may_update(self) -> bool:
+        """False holds this step's optimizer update back."""
+
+    def stepped(
+        self,
+        losses: dict[str, torch.Tensor],
+        *,
+        iteration: int,
+        learning_rate: float | None,
+        grad_norm: float | None,
+        skipped: bool,
+        loss_scale: float,
+    ) -> None: ...
+
+    def validated(
+        self, losses: dict[str, torch.Tensor], *, iteration: int, title: str, seconds: float
+    ) -> None: ...
+
+    def saved(self, *, iteration: int, seconds: float) -> None: ...
+
+
+@contextlib.contextmanager
+def installed(observer: Observer) -> Iterator[None]:
+    """Wrap the functions above for the time of one `pretrain`, and put the originals back."""
+    validation = _Validation(observer)
+    wrappers: dict[str, Callable[[Any], Any]] = {
+        "setup_model_and_optimizer": lambda f: _with_guarded_update(f, observer),
+        "training_log": lambda f: _with_step(f, observer),
+        "evaluate": validation.around_evaluate,
+        "evaluate_and_print_results": validation.around_printing,
+        "save_checkpoint_and_time": lambda f: _with_saving(f, observer),
+    }
+    originals = {name: getattr(training, name) for name in wrappers}
+    for name, wrap in wrappers.items():
+        setattr(training, name, wrap(originals[name]))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(training, name, original)
+
+
+def _with_guarded_update(setup: Callable[..., Any], observer: Observer) -> Callable[..., Any]:
+    @functools.wraps(setup)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        model, optimizer, scheduler = setup(*args, **kwargs)
+        observer.built(model, optimizer)
+        if optimizer is not None:
+            optimizer.step = _guarded(optimizer.step, observer)
+        return model, optimizer, scheduler
+
+    return wrapped
+
+
+def _guarded(step: Callable[[], Any], observer: Observer) -> Callable[[], Any]:
+    @functools.wraps(step)
+    def wrapped() -> Any:
+        # Not successful, no gradient norm, no zeros counted: Megatron then counts a skipped step
+        # and leaves the learning rate schedule where it is.
+        return step() if observer.may_update() else (False, None, None)
+
+    return wrapped
+
+
+def _with_step(training_log: Callable[..., Any], observer: Observer) -> Callable[..., Any]:
+    @functools.wraps(training_log)
+    def wrapped(
+        loss_dict: dict[str, torch.Tensor],
+        total_loss_dict: dict[str, Any],
+        learning_rate: float | None,
+        iteration: int,
+        loss_scale: float,
+        report_memory_flag: bool,
+        skipped_iter: int,
+        grad_norm: float | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        observer.stepped(
+            loss_dict,
+            iteration=iteration,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            skipped=bool(skipped_iter),
+            loss_scale=loss_scale,
+        )
+        return training_log(
+            loss_dict,
+            total_loss_dict,
+            learning_rate,
+            iteration,
+            loss_scale,
+            report_memory_flag,
+            skipped_iter,
+            grad_norm,
+            *args,
+            **kwargs,
+        )
+
+    return wrapped
+
+
+class _Validation:
+    """Ties the numbers that `evaluate` returns to the iteration that only its caller knows."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self.iteration = 0
+        self.title = ""
+
+    def around_printing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(
+            prefix: str,
+            forward_step_func: Any,
+            data_iterator: Any,
+            model: Any,
+            iteration: int,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            self.iteration = iteration
+            self.title = "test" if prefix.endswith("test set") else "validation"
+            return function(
+                prefix, forward_step_func, data_iterator, model, iteration, *args, **kwargs
+            )
+
+        return wrapped
+
+    def around_evaluate(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            losses, collected, out_of_time = function(*args, **kwargs)
+            if not out_of_time:
+                self.observer.validated(
+                    losses,
+                    iteration=self.iteration,
+                    title=self.title,
+                    seconds=time.perf_counter() - start,
+                )
+            return losses, collected, out_of_time
+
+        return wrapped
+
+
+def _with_saving(save: Callable[..., Any], observer: Observer) -> Callable[..., Any]:
+    @functools.wraps(save)
+    def wrapped(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        answer = save(iteration, *args, **kwargs)
+        observer.saved(iteration=iteration, seconds=time.perf_counter() - start)
+        return answer
+
+    return wrapped

@@ -1,0 +1,102 @@
+"""One forward step: a batch, the model, the loss.
+
+    loss = sum over tokens of mask * -log p(label)        over all micro-batches, / number of tokens
+
+Letters: B micro-batch, T sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_timers
+from megatron.training.utils import is_first_or_last_pipeline_stage
+from torch import Tensor
+
+BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask")
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+class ForwardStep:
+    """Megatron's `forward_step_func`. Remembers whether a loss of this step was not finite."""
+
+    def __init__(self) -> None:
+        self.nonfinite = False
+
+    def __call__(
+        self, data_iterator: Iterator[dict[str, Tensor]], model: Any
+    ) -> tuple[Tensor, LossFunction]:
+        """Run one micro-batch through this stage of the model.
+
+        Returns:
+            on the last stage the loss of each token, <float>[B, T]; else the stage's output. And
+            the function that Megatron calls on it.
+        """
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = next_batch(data_iterator, vp_stage)
+        timers("batch-generator").stop()
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return output, partial(self._loss, batch["loss_mask"])
+
+    def _loss(
+        self, loss_mask: Tensor, token_losses: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """token_losses, loss_mask: <float>[B, T] -> summed loss, number of tokens, report."""
+        mask = loss_mask.view(-1).float()
+        loss = torch.sum(token_losses.view(-1).float() * mask)
+        num_tokens = mask.sum().int()
+        if self.training_step(token_losses):
+            self.nonfinite |= not bool(torch.isfinite(loss.detach()))
+        report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
+        return loss, num_tokens, {"lm loss": report}
+
+    @staticmethod
+    def training_step(token_losses: Tensor) -> bool:
+        return token_losses.requires_grad
+
+    def take_nonfinite(self) -> bool:
+        """Whether a loss was not finite since the last call."""
+        nonfinite, self.nonfinite = self.nonfinite, False
+        return nonfinite
+
+
+def next_batch(
+    data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None
+) -> dict[str, Tensor | None]:
+    """The next micro-batch, broadcast over the TP group; None for what this stage does not need.
+
+    Returns:
+        tokens, position_ids, labels: <int64>[B, T]; loss_mask: <float32>[B, T].
+    """
+    args = get_args()
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    batch: dict[str, Any] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        sample = next(data_iterator)
+        batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return {key: batch.get(key) for key in BATCH_KEYS}

@@ -1,0 +1,79 @@
+"""Keeps what Megatron and torch print out of the user's sight, but not out of reach.
+
+From the first import on, standard output, warnings and library logging go into memory, and then, as
+soon as the log folder is known, into `megatron.log` there. What is for the user is written to the
+terminal by training/reporting.py; errors go to standard error as always.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+
+class Transcript(contextlib.AbstractContextManager["Transcript"]):
+    """`with Transcript() as transcript: ...; transcript.open(folder, rank=0)`."""
+
+    def __init__(self) -> None:
+        self.file: TextIO = io.StringIO()
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Transcript:
+        self.stack.enter_context(contextlib.redirect_stdout(self))  # type: ignore[type-var]
+        self.stack.enter_context(warnings.catch_warnings())
+        warnings.showwarning = self._show_warning
+        logging.basicConfig(stream=self, level=logging.INFO)  # type: ignore[arg-type]
+        # It has a handler of its own, and says on every machine without CUDA that there is none.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stack.close()
+        self.flush()
+
+    def open(self, folder: str | None, *, rank: int) -> None:
+        """Go on in `folder`/megatron.log (megatron.rank3.log on rank 3); no folder keeps nothing."""
+        if folder is None:
+            self.file = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115
+            return
+        path = Path(folder) / ("megatron.log" if rank == 0 else f"megatron.rank{rank}.log")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = self.file.getvalue() if isinstance(self.file, io.StringIO) else ""
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+        self.file.write(earlier)
+
+    def write(self, text: str) -> int:
+        return self.file.write(text)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+    def _show_warning(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: Any = None,
+        line: str | None = None,
+    ) -> None:
+        self.write(f"{filename}:{lineno}: {category.__name__}: {message}\n")
+
+
+def terminal() -> TextIO:
+    """The real standard output, whatever is redirected."""
+    return sys.__stdout__ or sys.stderr

@@ -1,0 +1,55 @@
+"""Pretrain a sparse all-MLP or one of its baselines. Hosted by `megatron.training.pretrain`.
+
+    python pretrain_smlp.py --config configs/cpu/smlp_deterministic.yaml --data-path PREFIX ...
+    torchrun --nproc-per-node 8 pretrain_smlp.py --config ... --tensor-model-parallel-size 2 ...
+
+All Megatron flags keep their meaning; `--help` lists ours at the end. Read on in
+megatron_smlp/arguments.py (flags), architectures.py (what the model is), training/ (the step).
+"""
+
+import argparse
+import os
+import sys
+
+
+def main(argv: list[str]) -> None:
+    # Imports stay inside: the checkpoint's helper process, being spawned, imports this file again.
+    from megatron_smlp.training.transcript import Transcript
+
+    with Transcript() as transcript:
+        from megatron_smlp.arguments import parse_arguments
+
+        args = parse_arguments(argv)
+        transcript.open(args.log_dir, rank=args.rank)
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from torch.distributed import HashStore
+
+    from megatron_smlp.model import model_config
+    from megatron_smlp.platform import hooks
+    from megatron_smlp.training.data import train_valid_test_datasets
+    from megatron_smlp.training.reporting import Reporter
+    from megatron_smlp.training.step import ForwardStep
+
+    step = ForwardStep()
+    reporter = Reporter(args, flops_per_token=0, nonfinite=step.take_nonfinite)
+    with hooks.installed(reporter), reporter.session():
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config(args)),
+            train_valid_test_datasets,
+            ModelType.encoder_or_decoder,
+            step,
+            store=None if "MASTER_ADDR" in os.environ else HashStore(),  # one process, no torchrun
+        )
+
+
+if __name__ == "__main__":
+    from megatron_smlp.arguments import readable_errors
+
+    with readable_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,42 @@
+"""Runs several pretrainings, one after the other, in one set of processes.
+
+torchrun takes some ten seconds to start, so the tests put many runs into one launch:
+
+    python -m torch.distributed.run --nproc-per-node 2 tests/support/runs.py runs.json
+
+`runs.json` is a list of command lines for pretrain_smlp.py.
+"""
+
+import contextlib
+import gc
+import json
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from pretrain_smlp import main
+
+
+def forget_run() -> None:
+    """Megatron keeps its state in module globals; drop it all but the process group."""
+    from megatron.training.training import destroy_global_state
+
+    destroy_global_state()
+    gc.collect()
+
+
+def run_all(path: str) -> None:
+    for argv in json.loads(Path(path).read_text(encoding="utf-8")):
+        with contextlib.suppress(SystemExit):  # --exit-interval and signals end by exiting
+            main(argv)
+        forget_run()
+
+
+if __name__ == "__main__":
+    try:
+        run_all(sys.argv[1])
+    except BaseException:
+        traceback.print_exc()
+        raise
