@@ -11,12 +11,13 @@ at every level: two half-size triangles and the square below them,
     y_low = tri(M_22) v_2 + M_21 v_1           dv_low = tri(M_22)' g_2        dM_21 = g_2 v_1'
 
 down to leaves small enough to be masked and multiplied densely. Squares are the shape that GEMM
-libraries like best: the same work in row panels was measured 10 % slower on CPU. No mask is kept, and
-the backward saves the caller's own weight and values, no copy of them.
+libraries like best: the same work in row panels was measured 10 % slower on CPU. No mask is kept,
+and the backward saves the caller's own weight and values, no copy of them.
 
 The cuts lie at `leaf * 2**k`, whatever T is, so a prefix of a sequence is cut like the whole.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,54 +25,44 @@ import torch
 from torch import Tensor
 
 
-class _Square(NamedTuple):
-    """One dense block under the diagonal."""
+class _Block(NamedTuple):
+    """One product: a leaf on the diagonal (rows == columns), or a square below it."""
 
     rows: slice
     columns: slice
 
-
-class _Plan(NamedTuple):
-    """Every block of a triangle of one size, smallest first."""
-
-    leaves: tuple[slice, ...]
-    squares: tuple[_Square, ...]
+    @property
+    def is_leaf(self) -> bool:
+        return self.rows == self.columns
 
 
 @lru_cache(maxsize=256)
-def _plan(length: int, leaf: int) -> _Plan:
-    leaves: list[slice] = []
-    squares: list[_Square] = []
+def _blocks(length: int, leaf: int) -> tuple[_Block, ...]:
+    """All blocks of one triangle, depth first: a square finds its operands still in the cache."""
 
-    def cut(start: int, stop: int) -> None:
+    def cut(start: int, stop: int) -> Iterator[_Block]:
         if stop - start <= leaf:
-            leaves.append(slice(start, stop))
+            yield _Block(slice(start, stop), slice(start, stop))
             return
         half = leaf
         while 2 * half < stop - start:
             half *= 2
         middle = start + half
-        cut(start, middle)
-        cut(middle, stop)
-        squares.append(_Square(slice(middle, stop), slice(start, middle)))
+        yield from cut(start, middle)
+        yield from cut(middle, stop)
+        yield _Block(slice(middle, stop), slice(start, middle))
 
-    if length > 0:
-        cut(0, length)
-    return _Plan(tuple(leaves), tuple(squares))
+    return tuple(cut(0, length)) if length > 0 else ()
 
 
 def _leaf_size(values: Tensor) -> int:
-    """Rows below which cutting on costs more than the multiplications that it saves.
+    """Rows below which cutting on costs more than the multiplications that it saves (measured).
 
-    It depends on the device, the precision and N, not on T (see the module's last line). A reduced
-    precision GEMM is so fast that the call around it counts; so is a GPU, which also wants all of its
-    multiprocessors busy.
+    It does not depend on T (see the module's last line). A reduced precision GEMM is so fast that
+    the calls around it count; so is a GPU, which also wants all of its multiprocessors busy.
     """
-    if values.device.type != "cpu":
-        return 256
-    if values.dtype in (torch.bfloat16, torch.float16):
-        return 256
-    return 128 if values.shape[-1] >= 512 else 64
+    is_cpu = values.device.type == "cpu"
+    return 128 if is_cpu and values.dtype in (torch.float32, torch.float64) else 256
 
 
 def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
@@ -101,28 +92,26 @@ def _gemm_ready(matrix: Tensor) -> Tensor:
 @torch.library.custom_op("megatron_smlp::causal_mix", mutates_args=())
 def _mix(weight: Tensor, values: Tensor) -> Tensor:
     values = _gemm_ready(values)
-    plan = _plan(values.shape[1], _leaf_size(values))
     out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-    for block in plan.leaves:
-        triangle = weight[:, block, block].to(values.dtype).tril()
-        _multiply(triangle, values[:, block], out=out[:, block])
-    for rows, columns in plan.squares:
-        square = weight[:, rows, columns].to(values.dtype)
-        _accumulate(square, values[:, columns], out=out[:, rows])
+    for block in _blocks(values.shape[1], _leaf_size(values)):
+        matrix = weight[:, block.rows, block.columns].to(values.dtype)
+        if block.is_leaf:
+            _multiply(matrix.tril(), values[:, block.columns], out=out[:, block.rows])
+        else:
+            _accumulate(matrix, values[:, block.columns], out=out[:, block.rows])
     return out
 
 
 @torch.library.custom_op("megatron_smlp::causal_mix_values_gradient", mutates_args=())
 def _values_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
     gradient = _gemm_ready(gradient)
-    plan = _plan(gradient.shape[1], _leaf_size(gradient))
     out = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
-    for block in plan.leaves:
-        triangle = weight[:, block, block].to(gradient.dtype).tril()
-        _multiply(triangle.mT, gradient[:, block], out=out[:, block])
-    for rows, columns in plan.squares:
-        square = weight[:, rows, columns].to(gradient.dtype)
-        _accumulate(square.mT, gradient[:, rows], out=out[:, columns])
+    for block in _blocks(gradient.shape[1], _leaf_size(gradient)):
+        matrix = weight[:, block.rows, block.columns].to(gradient.dtype)
+        if block.is_leaf:
+            _multiply(matrix.tril().mT, gradient[:, block.rows], out=out[:, block.columns])
+        else:
+            _accumulate(matrix.mT, gradient[:, block.rows], out=out[:, block.columns])
     return out
 
 
@@ -130,14 +119,14 @@ def _values_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
 def _weight_gradient(gradient: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     gradient, values = _gemm_ready(gradient), _gemm_ready(values)
     heads, length, _ = values.shape
-    plan = _plan(length, _leaf_size(values))
     out = torch.empty(heads, length, length, dtype=values.dtype, device=values.device)
-    for block in plan.leaves:
-        _multiply(gradient[:, block], values[:, block].mT, out=out[:, block, block])
-        out[:, block, block].tril_()
-    for rows, columns in plan.squares:
-        _multiply(gradient[:, rows], values[:, columns].mT, out=out[:, rows, columns])
-        out[:, columns, rows].zero_()
+    for rows, columns in _blocks(length, _leaf_size(values)):
+        product = out[:, rows, columns]
+        _multiply(gradient[:, rows], values[:, columns].mT, out=product)
+        if rows == columns:
+            product.tril_()
+        else:
+            out[:, columns, rows].zero_()
     return out.to(dtype)
 
 
@@ -157,7 +146,9 @@ def _(gradient: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.new_empty((heads, length, length), dtype=dtype)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -176,11 +167,15 @@ _mix.register_autograd(_backward, setup_context=_save)
 
 
 def _check_shapes(weight: Tensor, values: Tensor) -> None:
-    if weight.dim() != 3 or values.dim() != 3 or weight.shape != (*values.shape[:2], values.shape[1]):
+    if (
+        weight.dim() != 3
+        or values.dim() != 3
+        or weight.shape != (*values.shape[:2], values.shape[1])
+    ):
         raise ValueError(
             f"causal_mix: weight has shape {tuple(weight.shape)} and values {tuple(values.shape)}, "
-            "but weight [E, T, T] and values [E, T, N] are needed; for a sequence of t < T tokens pass "
-            "weight[:, :t, :t]"
+            "but weight [E, T, T] and values [E, T, N] are needed; for a sequence of t < T tokens "
+            "pass weight[:, :t, :t]"
         )
 
 

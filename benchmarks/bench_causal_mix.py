@@ -1,0 +1,98 @@
+"""Causal token mixing, forward and backward, against the two ways in which others do it.
+
+`masked dense`: mask the [E, T, T] weight, then one batched matmul, in our own layout.
+`g-mlp-pytorch`: the spatial gating unit of that package with `causal=True`, against the same unit
+built on `causal_mix` (LayerNorm, mix, bias, gate product), same shapes and weights.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timing import Record, compare, report
+from torch import Tensor
+
+from megatron_smlp.ops.causal_mix import causal_mix
+
+# (heads E, tokens T, columns N)
+DENSE_SHAPES = [(1, 512, 4096), (1, 1024, 2048), (1, 2048, 2048), (4, 1024, 1024), (8, 1024, 256)]
+# (batch B, tokens T, hidden D, heads)
+UNIT_SHAPES = [(4, 512, 1024, 1), (4, 1024, 1024, 1), (2, 2048, 1024, 1), (4, 1024, 1024, 4)]
+
+
+def _bench_dense(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> Record:
+    heads, length, columns = shape
+    weight = torch.randn(heads, length, length, dtype=dtype, requires_grad=True)
+    values = torch.randn(heads, length, columns, dtype=dtype, requires_grad=True)
+    gradient = torch.randn(heads, length, columns, dtype=dtype)
+    above = torch.ones(length, length, dtype=torch.bool).triu(1)
+
+    def run(output: Tensor) -> None:
+        torch.autograd.grad(output, (weight, values), gradient)
+
+    return compare(
+        f"masked dense {str(dtype)[6:]} E={heads} T={length} N={columns}",
+        lambda: run(causal_mix(weight, values)),
+        lambda: run(weight.masked_fill(above, 0) @ values),
+        repeats=repeats,
+    )
+
+
+def _gated(hidden: Tensor, weight: Tensor, bias: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
+    """hidden: <float>[B, T, D]. The causal gating unit of g-mlp-pytorch on our product."""
+    batch, length, _ = hidden.shape
+    heads = weight.shape[0]
+    passed, gate = hidden.chunk(2, dim=-1)
+    gate = F.layer_norm(gate, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    # [B, T, h, f] -> [h, T, B f]: the batch becomes more columns of the same product.
+    columns = gate.unflatten(-1, (heads, -1)).permute(2, 1, 0, 3).reshape(heads, length, -1)
+    mixed = causal_mix(weight, columns) + bias[:, :, None]
+    mixed = mixed.unflatten(-1, (batch, -1)).permute(2, 1, 0, 3).flatten(2)
+    return mixed * passed
+
+
+def _bench_unit(shape: tuple[int, int, int, int], dtype: torch.dtype, repeats: int) -> Record:
+    from g_mlp_pytorch.g_mlp_pytorch import SpatialGatingUnit
+
+    batch, length, hidden, heads = shape
+    unit = SpatialGatingUnit(hidden, length, causal=True, heads=heads).to(dtype)
+    inputs = torch.randn(batch, length, hidden, dtype=dtype, requires_grad=True)
+    gradient = torch.randn(batch, length, hidden // 2, dtype=dtype)
+    leaves = (inputs, *unit.parameters())
+
+    def run(output: Tensor) -> None:
+        torch.autograd.grad(output, leaves, gradient)
+
+    def ours() -> Tensor:
+        return _gated(inputs, unit.weight, unit.bias, unit.norm)
+
+    # Rows near 1 in size: compare at the precision's own rounding before timing anything.
+    torch.testing.assert_close(ours(), unit(inputs), rtol=2e-2, atol=2e-2)
+    return compare(
+        f"g-mlp-pytorch {str(dtype)[6:]} B={batch} T={length} D={hidden} h={heads}",
+        lambda: run(ours()),
+        lambda: run(unit(inputs)),
+        repeats=repeats,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the records here")
+    parser.add_argument("--repeats", type=int, default=15, help="calls per case and side")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    records = [
+        bench(shape, dtype, arguments.repeats)
+        for bench, shapes in ((_bench_dense, DENSE_SHAPES), (_bench_unit, UNIT_SHAPES))
+        for dtype in (torch.float32, torch.bfloat16)
+        for shape in shapes
+    ]
+    report(records, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
