@@ -41,7 +41,6 @@ class EncodedKey:
     """<int32>[sequences], tokens."""
     sequences: NDArray[np.int32]
     """<int32>[documents], sequences of each."""
-    max_id: int
 
 
 @dataclass
@@ -111,8 +110,6 @@ class ChunkEncoder:
     def _finish(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], counts: NDArray[np.int64]
     ) -> EncodedKey:
-        if self.settings.append_eod and len(lengths):
-            ids, lengths = self._append_eod(ids, lengths, counts)
         max_id = int(ids.max()) if len(ids) else -1
         if max_id > np.iinfo(self.dtype).max:
             size = self.settings.tokenizer.vocab_size
@@ -120,9 +117,10 @@ class ChunkEncoder:
                 f"the tokenizer gave id {max_id}, but says that it has {size} entries, whose ids "
                 f"are stored as {self.dtype}; give its true --vocab-size"
             )
-        return EncodedKey(
-            ids.astype(self.dtype), lengths.astype(np.int32), counts.astype(np.int32), max_id
-        )
+        ids = ids.astype(self.dtype)
+        if self.settings.append_eod:
+            ids, lengths = self._append_eod(ids, lengths, counts)
+        return EncodedKey(ids, lengths.astype(np.int32), counts.astype(np.int32))
 
     def _append_eod(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], counts: NDArray[np.int64]
@@ -131,9 +129,7 @@ class ChunkEncoder:
         ends = np.cumsum(lengths)[last]
         longer = lengths.copy()
         longer[last] += 1
-        # An encoder may return narrow ids (bytes), which the end-of-document id need not fit.
-        eod = np.int64(self.settings.tokenizer.eod or 0)
-        return np.insert(ids.astype(np.int64), ends, eod), longer
+        return np.insert(ids, ends, self.dtype.type(self.settings.tokenizer.eod)), longer
 
     def _without_unencodable(
         self, chunk: Chunk, documents: list[tuple[int, tuple[str, ...]]], result: EncodedChunk

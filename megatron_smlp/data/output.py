@@ -1,14 +1,12 @@
 """A dataset under construction: `PREFIX.partial/`, committed shard by shard, published at the end.
 
-The folder holds, for each key, the ids, the lengths and the sequences of each document as flat
-files that only grow, and a journal: how far into the input, and how long each file was then. What
-lies beyond the journal after a crash is cut off by a resumed run.
+The folder holds the growing files of each key's pair, the rejected records, and a journal: how far
+into the input, and how long each file was then. What lies beyond the journal after a crash is cut
+off by a resumed run.
 """
 
 import fcntl
-import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,20 +14,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_smlp.data.encoding import EncodedChunk, EncodedKey
+from megatron_smlp.data.encoding import EncodedChunk
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.indexed import write_index
-from megatron_smlp.data.manifest import (
-    Manifest,
-    PairRecord,
-    fingerprint_of,
-    sha256_of,
-    write_atomically,
-)
+from megatron_smlp.data.manifest import Manifest, PairRecord, write_atomically
+from megatron_smlp.data.pair_writer import PairWriter, append_to, flush_to_disk, publish
 from megatron_smlp.data.records import Rejection
 from megatron_smlp.data.sources import Position
-
-STREAMS = ("bin", "lengths", "sequences")
 
 
 @dataclass
@@ -56,9 +46,11 @@ class Journal:
     settings: str
     """Digest of everything that decides the bytes; a resumed run must have the same."""
     position: Position = field(default_factory=Position)
-    sizes: dict[str, int] = field(default_factory=dict)
-    """Bytes of each growing file."""
+    pair_sizes: list[dict[str, int] | None] = field(default_factory=list)
+    """Bytes of each stream of each key's pair."""
     max_ids: list[int] = field(default_factory=list)
+    rejected_size: int = 0
+    """Bytes of the list of rejected records."""
     counts: Counts = field(default_factory=Counts)
 
     @classmethod
@@ -77,13 +69,11 @@ class PartialOutput:
     ) -> None:
         self.prefix, self.keys, self.level, self.dtype = prefix, keys, level, dtype
         self.folder = Path(prefix + ".partial")
-        self.files: dict[str, BinaryIO] = {}
-        self.digests: list[Any] = []
+        self.writers: list[PairWriter] = []
         self.journal = Journal(settings="")
 
     def __enter__(self) -> "PartialOutput":
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = (self.folder / "lock").open("wb")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,8 +86,10 @@ class PartialOutput:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for stream in self.files.values():
-            stream.close()
+        for writer in self.writers:
+            writer.close()
+        if self.writers:
+            self.rejected.close()
         self.lock.close()
 
     def start(self, settings: str, *, resume: bool) -> Position:
@@ -107,7 +99,8 @@ class PartialOutput:
             DataError: the folder was left by a run with other settings or inputs.
         """
         journal_path = self.folder / "journal.json"
-        self.journal = Journal(settings, max_ids=[-1] * len(self.keys))
+        num_keys = len(self.keys)
+        self.journal = Journal(settings, pair_sizes=[None] * num_keys, max_ids=[-1] * num_keys)
         if resume and journal_path.is_file():
             self.journal = Journal.read(journal_path)
             if self.journal.settings != settings:
@@ -115,31 +108,26 @@ class PartialOutput:
                     f"--resume: {self.folder} was left by a run with other flags or other input "
                     f"files; give the same ones, or leave out --resume to start again"
                 )
-        for name in self._file_names():
-            self._open_at_commit(name)
-        self.digests = [self._digest_of_committed(number) for number in range(len(self.keys))]
+        elif journal_path.is_file():
+            journal_path.unlink()
+        self._open_files()
         return self.journal.position
 
-    def _file_names(self) -> list[str]:
-        pairs = [f"{number}.{stream}" for number in range(len(self.keys)) for stream in STREAMS]
-        return [*pairs, "rejected.jsonl"]
-
-    def _open_at_commit(self, name: str) -> None:
-        stream = (self.folder / name).open("ab")
-        committed = self.journal.sizes.get(name, 0)
-        if stream.tell() < committed:
-            raise DataError(f"--resume: {self.folder / name} is shorter than its journal says")
-        stream.truncate(committed)
-        self.files[name] = stream
-
-    def _digest_of_committed(self, number: int) -> Any:
-        with (self.folder / f"{number}.bin").open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256")
+    def _open_files(self) -> None:
+        journal = self.journal
+        self.writers = [
+            PairWriter(self.folder / str(number), dtype=self.dtype, committed=sizes, max_id=max_id)
+            for number, (sizes, max_id) in enumerate(
+                zip(journal.pair_sizes, journal.max_ids, strict=True)
+            )
+        ]
+        rejected = self.folder / "rejected.jsonl"
+        self.rejected: BinaryIO = append_to(rejected, committed=journal.rejected_size)
 
     def write(self, encoded: EncodedChunk) -> None:
         """Append the documents and the rejections of one chunk."""
-        for number, part in enumerate(encoded.keys):
-            self._write_key(number, part)
+        for writer, part in zip(self.writers, encoded.keys, strict=True):
+            writer.write(part.ids, lengths=part.lengths, sequences=part.sequences)
         for rejection in encoded.rejections:
             self._write_rejection(rejection)
         counts = self.journal.counts
@@ -147,84 +135,43 @@ class PartialOutput:
         counts.empty += encoded.num_empty
         counts.tokens += sum(len(part.ids) for part in encoded.keys)
 
-    def _write_key(self, number: int, part: EncodedKey) -> None:
-        ids = part.ids.tobytes()
-        self.digests[number].update(ids)
-        self.files[f"{number}.bin"].write(ids)
-        self.files[f"{number}.lengths"].write(part.lengths.astype("<i4").tobytes())
-        self.files[f"{number}.sequences"].write(part.sequences.astype("<i4").tobytes())
-        self.journal.max_ids[number] = max(self.journal.max_ids[number], part.max_id)
-
     def _write_rejection(self, rejection: Rejection) -> None:
         line = json.dumps(asdict(rejection), ensure_ascii=True) + "\n"
-        self.files["rejected.jsonl"].write(line.encode())
+        self.rejected.write(line.encode())
         rejected = self.journal.counts.rejected
         rejected[rejection.reason] = rejected.get(rejection.reason, 0) + 1
 
     def commit(self, position: Position) -> None:
         """Make what is written so far survive a crash, as everything before `position`."""
-        for name, stream in self.files.items():
-            stream.flush()
-            os.fsync(stream.fileno())
-            self.journal.sizes[name] = stream.tell()
-        self.journal.position = position
-        write_atomically(self.folder / "journal.json", json.dumps(asdict(self.journal)))
+        journal = self.journal
+        journal.pair_sizes = [writer.commit() for writer in self.writers]
+        journal.max_ids = [writer.max_id for writer in self.writers]
+        journal.rejected_size = flush_to_disk(self.rejected)
+        journal.position = position
+        write_atomically(self.folder / "journal.json", json.dumps(asdict(journal)))
 
-    def pair_name(self, key: str) -> str:
-        return f"{Path(self.prefix).name}_{key}_{self.level}"
+    def _pair_prefixes(self) -> list[str]:
+        return [f"{self.prefix}_{key}_{self.level}" for key in self.keys]
 
     def finish(self) -> dict[str, PairRecord]:
         """Write the indices; the records of the pairs for the manifest, by name."""
         return {
-            self.pair_name(key): self._finish_pair(number, key)
-            for number, key in enumerate(self.keys)
+            Path(prefix).name: writer.finish(key=key, level=self.level)
+            for prefix, writer, key in zip(
+                self._pair_prefixes(), self.writers, self.keys, strict=True
+            )
         }
 
-    def _finish_pair(self, number: int, key: str) -> PairRecord:
-        data, index = self.folder / f"{number}.bin", self.folder / f"{number}.idx"
-        lengths = _read_flat(self.folder / f"{number}.lengths")
-        sequences = _read_flat(self.folder / f"{number}.sequences")
-        write_index(index, dtype=self.dtype, lengths=lengths, sequences_per_document=sequences)
-        return PairRecord(
-            key=key,
-            level=self.level,
-            dtype=self.dtype.name,
-            documents=len(sequences),
-            sequences=len(lengths),
-            tokens=data.stat().st_size // self.dtype.itemsize,
-            max_id=self.journal.max_ids[number],
-            bin_bytes=data.stat().st_size,
-            idx_bytes=index.stat().st_size,
-            bin_sha256=self.digests[number].hexdigest(),
-            idx_sha256=sha256_of(index),
-            fingerprint=fingerprint_of(data, index),
-        )
-
     def publish(self, manifest: Manifest) -> None:
-        """Move everything to its final name; `.idx` last of a pair, the manifest last of all.
-
-        Files of an older run go first: a crash in between must not leave a mixed pair.
-        """
-        final = Path(self.prefix)
-        manifest_path = final.with_name(final.name + ".json")
-        rejected_path = final.with_name(final.name + ".rejected.jsonl")
-        pairs = [str(final.with_name(self.pair_name(key))) for key in self.keys]
-        for old in (manifest_path, rejected_path, *(Path(pair + ".idx") for pair in pairs)):
-            old.unlink(missing_ok=True)
-        for number, pair in enumerate(pairs):
-            (self.folder / f"{number}.bin").replace(pair + ".bin")
-            (self.folder / f"{number}.idx").replace(pair + ".idx")
+        """Move everything to its final name; only then is it there at all."""
+        rejected_path = Path(self.prefix + ".rejected.jsonl")
+        rejected_path.unlink(missing_ok=True)
         if self.journal.counts.rejected:
             (self.folder / "rejected.jsonl").replace(rejected_path)
-        manifest.write(manifest_path)
+        writers = dict(zip(self._pair_prefixes(), self.writers, strict=True))
+        publish(writers, manifest=manifest, manifest_path=Path(self.prefix + ".json"))
         self.discard()
 
     def discard(self) -> None:
         """Leave nothing behind."""
         shutil.rmtree(self.folder)
-
-
-def _read_flat(path: Path) -> np.ndarray[Any, np.dtype[np.int32]]:
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype="<i4")
-    return np.memmap(path, dtype="<i4", mode="r")

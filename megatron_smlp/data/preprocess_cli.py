@@ -100,14 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _print_summary(summary: "Summary", total_seconds: float) -> None:
     counts = summary.counts
+    made = f"{counts.documents:,} documents, {counts.tokens:,} tokens"
+    read = f"{counts.text_bytes / 1e6:,.1f} MB of text"
     if summary.already_complete:
-        print(f"{summary.prefix}: already complete, nothing to do")
-    rate = counts.text_bytes / 1e6 / max(summary.seconds, 1e-9)
-    speed = "" if summary.already_complete else f" at {rate:.1f} MB/s, {total_seconds:.1f} s in all"
-    print(
-        f"{summary.prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens from "
-        f"{counts.text_bytes / 1e6:,.1f} MB{speed}"
-    )
+        print(f"{summary.prefix}: already complete ({made} from {read})")
+    else:
+        rate = f"{counts.text_bytes / 1e6 / max(summary.seconds, 1e-9):.1f} MB/s"
+        start_up = f"start-up {total_seconds - summary.seconds:.1f} s"
+        print(f"{summary.prefix}: {made} from {read} by {summary.encoder}, {rate}, {start_up}")
     if counts.empty:
         print(f"skipped {counts.empty:,} empty documents")
     if counts.rejected:

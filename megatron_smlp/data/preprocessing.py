@@ -18,7 +18,7 @@ from megatron_smlp.data.records import Rejection
 from megatron_smlp.data.sentences import SentenceSettings, check_sentence_data
 from megatron_smlp.data.sources import Position, describe_inputs, find_inputs, read_chunks
 from megatron_smlp.data.tokenizers import Tokenizer, TokenizerSpec
-from megatron_smlp.data.workers import encode_chunks
+from megatron_smlp.data.workers import InlineWorker, WorkerPool, start_workers
 
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 20.0
@@ -51,7 +51,9 @@ class Summary:
     prefix: str
     counts: Counts
     seconds: float
-    """From the first chunk to the last; start-up is not in it."""
+    """From the first chunk to the published files; start-up is not in it."""
+    encoder: str
+    """What made the ids: the library, and why a slower one was taken."""
     already_complete: bool = False
 
 
@@ -80,12 +82,19 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
         level="sentence" if settings.sentences else "document",
         dtype=optimal_dtype(tokenizer.vocab_size),
     )
+    encoding = EncodingSettings(tokenizer, settings.keys, settings.append_eod, settings.sentences)
     with partial:
         start = partial.start(digest, resume=settings.resume)
-        began = time.monotonic()
-        _encode_from(start, settings, tokenizer, files, partial, on_progress or _ignore)
+        with start_workers(encoding, num_workers=settings.workers) as workers:
+            began = time.monotonic()
+            _encode(workers, start, settings, files, partial, on_progress or _ignore)
         _publish(settings, tokenizer, files, digest, partial)
-        return Summary(settings.output_prefix, partial.journal.counts, time.monotonic() - began)
+        return Summary(
+            settings.output_prefix,
+            partial.journal.counts,
+            seconds=time.monotonic() - began,
+            encoder=workers.description,
+        )
 
 
 def _ignore(counts: Counts) -> None:
@@ -121,23 +130,23 @@ def _complete_already(settings: PreprocessSettings, digest: str) -> Summary | No
     counts = dict(read_manifest(path).counts)
     if counts.pop("settings") != digest:
         return None
-    return Summary(settings.output_prefix, Counts(**counts), 0.0, already_complete=True)
+    return Summary(settings.output_prefix, Counts(**counts), 0.0, "", already_complete=True)
 
 
-def _encode_from(
+def _encode(
+    workers: WorkerPool | InlineWorker,
     start: Position,
     settings: PreprocessSettings,
-    tokenizer: Tokenizer,
     files: list[Path],
     partial: PartialOutput,
     on_progress: OnProgress,
 ) -> None:
-    encoding = EncodingSettings(tokenizer, settings.keys, settings.append_eod, settings.sentences)
+    """Encode the input from `start` on into `partial`, with a commit every now and then."""
     counts = partial.journal.counts
     committed_bytes, committed_at = counts.text_bytes, time.monotonic()
     position = start
     chunks = read_chunks(files, keys=settings.keys, start=start)
-    for chunk, encoded in encode_chunks(chunks, settings=encoding, num_workers=settings.workers):
+    for chunk, encoded in workers.encode(chunks):
         _stop_at_rejection(settings, encoded, partial)
         partial.write(encoded)
         position = chunk.end

@@ -11,7 +11,7 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,22 +24,33 @@ IN_FLIGHT_BYTES = 64 << 20
 JOIN_SECONDS = 5.0
 
 
-def encode_chunks(
-    chunks: Iterable[Chunk], *, settings: EncodingSettings, num_workers: int
-) -> Iterator[tuple[Chunk, EncodedChunk]]:
-    """Encode every chunk, in order, and give it back with its position; one worker means this
-    process.
+def start_workers(settings: EncodingSettings, *, num_workers: int) -> "WorkerPool | InlineWorker":
+    """Processes ready to encode; one worker is this process. Use as a context manager.
 
     Raises:
-        DataError: the encoding failed, or a worker died.
+        DataError: a worker could not start.
     """
     if num_workers == 1:
-        encoder = ChunkEncoder(settings)
+        return InlineWorker(settings)
+    return WorkerPool(settings, num_workers=num_workers)
+
+
+class InlineWorker:
+    """The calling process, with the interface of `WorkerPool`."""
+
+    def __init__(self, settings: EncodingSettings) -> None:
+        self.encoder = ChunkEncoder(settings)
+        self.description = self.encoder.encoder.description
+
+    def __enter__(self) -> "InlineWorker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing to end."""
+
+    def encode(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, EncodedChunk]]:
         for chunk in chunks:
-            yield chunk, encoder.encode(chunk)
-        return
-    with WorkerPool(settings, num_workers=num_workers) as pool:
-        yield from pool.encode(chunks)
+            yield chunk, self.encoder.encode(chunk)
 
 
 class WorkerPool:
@@ -48,21 +59,38 @@ class WorkerPool:
     def __init__(self, settings: EncodingSettings, *, num_workers: int) -> None:
         # "spawn": a forked copy of a process with threads (progress bar, tokenizer) may lock up.
         context = multiprocessing.get_context("spawn")
-        self.workers = [_Worker(context, settings) for _ in range(num_workers)]
         self.threads = ThreadPoolExecutor(num_workers, thread_name_prefix="worker")
+        self.workers = [_Worker(context, settings) for _ in range(num_workers)]
         self.idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        for worker in self.workers:
-            self.idle.put(worker)
+        try:
+            for worker in self.workers:
+                self.description = worker.wait_until_ready()
+                self.idle.put(worker)
+        except BaseException:
+            self._end(at_once=True)
+            raise
 
     def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *error: object) -> None:
-        for worker in self.workers:
-            worker.stop(at_once=error[0] is not None)
+        self._end(at_once=error[0] is not None)
+
+    def _end(self, *, at_once: bool) -> None:
+        if at_once:
+            for worker in self.workers:
+                worker.process.kill()
+        # A thread that waits for a killed worker sees its pipe end; then nobody uses the pipes.
         self.threads.shutdown(cancel_futures=True)
+        for worker in self.workers:
+            worker.close()
 
     def encode(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, EncodedChunk]]:
+        """Encode every chunk and give it back in order, without its text.
+
+        Raises:
+            DataError: the encoding failed, or a worker died.
+        """
         pending: deque[tuple[Chunk, Future[EncodedChunk]]] = deque()
         in_flight = 0
         for chunk in chunks:
@@ -98,36 +126,54 @@ class _Worker:
         self.process.start()
         theirs.close()  # Else the pipe would stay open when the worker dies.
 
+    def wait_until_ready(self) -> str:
+        """The description of the worker's encoder."""
+        encoder = self._receive("at its start")
+        return str(encoder)
+
     def encode(self, chunk: Chunk) -> EncodedChunk:
+        place = f"near {chunk.file}:{chunk.first_line}"
         try:
             self.connection.send(chunk)
+        except OSError:
+            raise self._death(place) from None
+        encoded: EncodedChunk = self._receive(place)
+        return encoded
+
+    def _receive(self, place: str) -> Any:
+        try:
             answer = self.connection.recv()
         except (EOFError, OSError):
-            self.process.join(JOIN_SECONDS)
-            raise DataError(_death(self.process.exitcode, chunk)) from None
-        if isinstance(answer, EncodedChunk):
-            return answer
-        raise DataError(f"{chunk.file}:{chunk.first_line}: a worker failed: {answer}")
+            raise self._death(place) from None
+        if isinstance(answer, _Failure):
+            raise DataError(f"a worker process failed {place}: {answer.message}")
+        return answer
 
-    def stop(self, *, at_once: bool) -> None:
-        """End the process, waiting for it unless `at_once`."""
-        if at_once:
-            self.process.kill()
+    def _death(self, place: str) -> DataError:
+        self.process.join(JOIN_SECONDS)
+        code = self.process.exitcode
+        cause = f"exit code {code}"
+        if code is not None and code < 0:
+            cause = f"signal {signal.Signals(-code).name}"
+        hint = ", most likely for lack of memory" if code == -signal.SIGKILL else ""
+        return DataError(
+            f"a worker process died {place} ({cause}{hint}); finished shards are kept: go on with "
+            f"--resume, perhaps with fewer --workers"
+        )
+
+    def close(self) -> None:
+        """Let the process end: its loop stops where the pipe is closed."""
         self.connection.close()
         self.process.join(JOIN_SECONDS)
         if self.process.is_alive():
             self.process.kill()
 
 
-def _death(exit_code: int | None, chunk: Chunk) -> str:
-    cause = f"exit code {exit_code}"
-    if exit_code is not None and exit_code < 0:
-        cause = f"signal {signal.Signals(-exit_code).name}"
-    hint = ", most likely for lack of memory" if exit_code == -signal.SIGKILL else ""
-    return (
-        f"a worker process died ({cause}{hint}) near {chunk.file}:{chunk.first_line}; "
-        f"what is finished is kept: go on with --resume, perhaps with fewer --workers"
-    )
+@dataclass(frozen=True)
+class _Failure:
+    """Sent instead of an answer."""
+
+    message: str
 
 
 def _serve(connection: Connection, settings: EncodingSettings) -> None:
@@ -135,18 +181,13 @@ def _serve(connection: Connection, settings: EncodingSettings) -> None:
     # Ctrl-C reaches the whole group; the parent decides. And one process here is one core.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    encoder = ChunkEncoder(settings)
-    while True:
-        try:
-            chunk = connection.recv()
-        except EOFError:
-            return
-        connection.send(_encode_or_explain(encoder, chunk))
-
-
-def _encode_or_explain(encoder: ChunkEncoder, chunk: Chunk) -> EncodedChunk | str:
     try:
-        return encoder.encode(chunk)
+        encoder = ChunkEncoder(settings)
+        connection.send(encoder.encoder.description)
+        while True:
+            connection.send(encoder.encode(connection.recv()))
+    except (EOFError, BrokenPipeError):
+        return  # The parent closed the pipe, or died.
     # Whatever it is, panics from Rust (which are no `Exception`) included: the parent reports it.
     except BaseException as error:
-        return f"{type(error).__name__}: {error}"
+        connection.send(_Failure(f"{type(error).__name__}: {error}"))
