@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_smlp.data.errors import require_package
+from megatron_smlp.data.errors import DataError, require_package
 
 BLOCK_BYTES = 1 << 20
 # Small, because a compressed block may grow a thousandfold.
@@ -28,6 +28,8 @@ def compression_of(path: Path) -> str | None:
     """By the suffix, or by the first bytes of a file whose suffix does not say."""
     if path.suffix in SUFFIXES:
         return SUFFIXES[path.suffix]
+    if not path.is_file():
+        return None  # A pipe: bytes that are looked at are gone.
     with path.open("rb") as stream:
         start = stream.read(8)
     return next((kind for kind, magic in MAGIC.items() if start.startswith(magic)), None)
@@ -42,13 +44,21 @@ def text_blocks(path: Path, *, skip: int = 0) -> Iterator[bytes]:
     kind = compression_of(path)
     with path.open("rb") as stream:
         if kind is None:
-            stream.seek(skip)
+            _skip_to(stream, path, skip)
             yield from iter(lambda: stream.read(BLOCK_BYTES), b"")
             return
         for block in _decompressed(stream, kind):
             if skip < len(block):
                 yield block[skip:]
             skip = max(0, skip - len(block))
+
+
+def _skip_to(stream: BinaryIO, path: Path, offset: int) -> None:
+    if offset == 0:
+        return
+    if not stream.seekable():
+        raise DataError(f"{path} is a pipe, which --resume cannot read again; give a file")
+    stream.seek(offset)
 
 
 def _decompressed(stream: BinaryIO, kind: str) -> Iterator[bytes]:
@@ -62,8 +72,7 @@ def _decompressed(stream: BinaryIO, kind: str) -> Iterator[bytes]:
                 break  # Padding after the last member, as tape and block devices leave it.
             block = _decompress(member, data, kind)
             started = True
-            if block:
-                yield block
+            yield from (block[at : at + BLOCK_BYTES] for at in range(0, len(block), BLOCK_BYTES))
             data = b""
             if member.eof:
                 data, member, started = member.unused_data, new(), False

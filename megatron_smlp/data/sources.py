@@ -112,7 +112,7 @@ def _read_file(path: Path, *, keys: Sequence[str], begin: Position) -> Iterator[
 def _records(path: Path, *, keys: Sequence[str], begin: Position) -> Iterator[Chunk]:
     if _is_parquet(path):
         return _parquet_chunks(path, keys=keys, begin=begin)
-    if ".json" in path.suffixes and _starts_with_bracket(path):
+    if ".json" in path.suffixes and path.is_file() and _starts_with_bracket(path):
         from megatron_smlp.data.json_arrays import array_chunks
 
         return array_chunks(path, begin=begin)
@@ -120,6 +120,8 @@ def _records(path: Path, *, keys: Sequence[str], begin: Position) -> Iterator[Ch
 
 
 def _is_parquet(path: Path) -> bool:
+    if not path.is_file():
+        return False
     with path.open("rb") as stream:
         return path.suffix == ".parquet" or stream.read(4) == PARQUET_MAGIC
 

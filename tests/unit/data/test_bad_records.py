@@ -1,0 +1,306 @@
+"""Bad lines of every kind: refused with file:line and reason, or listed and counted."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import BYTE_FLAGS, PYTHON, ROOT
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.indexed import open_index
+from megatron_smlp.data.preprocessing import Summary
+
+Run = Callable[..., Summary]
+GOOD = b'{"text": "good"}'
+
+BAD_LINES: list[tuple[str, bytes]] = [
+    *(("blank_line", line) for line in (b"", b" ", b"\t", b"  \t ", b"\r", b"\xc2\xa0")),
+    *(
+        ("bad_json", line)
+        for line in (
+            b"{",
+            b"}",
+            b"[",
+            b"]",
+            b'"',
+            b"{]",
+            b"text",
+            b"nul",
+            b"undefined",
+            b"'text'",
+            b'{"text"}',
+            b'{"text":}',
+            b'{"text": "open',
+            b'{"text": "a"',
+            b'{"text": "a",}',
+            b'{"text": "a"}}',
+            b'{"text": "a"} {"text": "b"}',
+            b"{'text': 'a'}",
+            b'{text: "a"}',
+            b'{"text": "a" "b"}',
+            b'{"text": "tab\tinside"}',
+            b'{"text": "nul\x00inside"}',
+            b'{"text": "\\x41"}',
+            b'{"text": "\\u12"}',
+            b'{"text": "\\"}',
+            b'{"text": 01}',
+            b'{"text": .5}',
+            b'{"text": +1}',
+            b'{"text": "a"} // comment',
+            b"# comment",
+            b"--- yaml",
+            b"<doc>xml</doc>",
+            b"a,b,c",
+            b"\x00\x00\x00",
+            b"[" * 100_000,
+            b'{"text": ' + b"9" * 5000 + b"}",
+            b'\xef\xbb\xbf{"text": "BOM inside the file"}',
+        )
+    ),
+    *(
+        ("invalid_utf8", line)
+        for line in (
+            b'{"text": "\xff"}',
+            b'{"text": "\xc3"}',
+            b'{"text": "\xed\xa0\x80"}',
+            b"\x80",
+            b'{"text": "\xc0\xaf"}',
+            b'{"text": "\xf5\x80\x80\x80"}',
+            b'{"text": "caf\xe9"}',
+            '{"text": "wide"}'.encode("utf-16-le")[:-1] + b"\xff",
+        )
+    ),
+    *(
+        ("not_an_object", line)
+        for line in (b"null", b"1", b"true", b'"text"', b'["text"]', b"[]", b"NaN", b"-0.5e3")
+    ),
+    *(("missing_key", line) for line in (b"{}", b'{"Text": "a"}', b'{"text ": "a"}', b'{"": 1}')),
+    *(("null_text", line) for line in (b'{"text": null}', b'{"text": "a", "text": null}')),
+    *(
+        ("not_a_string", b'{"text": %s}' % value)
+        for value in (b"1", b"1.5", b"true", b"[]", b'["a"]', b"{}", b'{"text": "a"}', b"NaN")
+    ),
+    *(
+        ("lone_surrogate", b'{"text": "%s"}' % value)
+        for value in (b"\\ud800", b"a\\udfff", b"\\udc00\\ud800", b"\\uD83D \\uDE42")
+    ),
+]
+
+
+def test_there_are_sixty_kinds() -> None:
+    assert len({line for _, line in BAD_LINES}) >= 60
+
+
+def test_raise_names_the_line_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "bad.jsonl"
+    for reason, line in BAD_LINES:
+        source.write_bytes(b"\n".join([GOOD, GOOD, line, GOOD]) + b"\n")
+        with pytest.raises(DataError) as caught:
+            run(source, tmp_path / "out" / "data", *BYTE_FLAGS)
+        message = str(caught.value)
+        assert f"{source}:3: " in message, line
+        assert f"[{reason}]" in message, (line, message)
+        assert list((tmp_path / "out").iterdir()) == [], line
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_skip_keeps_every_good_line_and_lists_the_others(
+    run: Run, tmp_path: Path, workers: int
+) -> None:
+    source, prefix = tmp_path / "bad.jsonl", tmp_path / "data"
+    lines = [part for _, line in BAD_LINES for part in (GOOD, line)]
+    source.write_bytes(b"\n".join(lines))
+    summary = run(source, prefix, *BYTE_FLAGS, "--on-error", "skip", "--workers", workers)
+    index = open_index(f"{prefix}_text_document")
+    assert index.num_documents == summary.counts.documents == len(BAD_LINES)
+    assert bytes(index.tokens().astype(np.uint8)) == b"good" * len(BAD_LINES)
+    listed = [
+        json.loads(line) for line in Path(f"{prefix}.rejected.jsonl").read_text().splitlines()
+    ]
+    assert [(row["line"], row["reason"]) for row in listed] == [
+        (2 * number, reason) for number, (reason, _) in enumerate(BAD_LINES, start=1)
+    ]
+    assert sum(summary.counts.rejected.values()) == len(BAD_LINES)
+    assert json.loads(Path(f"{prefix}.json").read_text())["counts"]["rejected"] == (
+        summary.counts.rejected
+    )
+
+
+def test_empty_documents_are_counted_not_refused(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "empty.jsonl"
+    source.write_bytes(b'{"text": ""}\n' + GOOD + b'\n{"text": ""}\n')
+    summary = run(source, tmp_path / "data", *BYTE_FLAGS, "--append-eod")
+    assert (summary.counts.documents, summary.counts.empty) == (1, 2)
+    assert open_index(str(tmp_path / "data_text_document")).num_documents == 1
+
+
+def test_a_byte_order_mark_at_the_start_is_no_text(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "bom.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n" + GOOD)
+    assert run(source, tmp_path / "data", *BYTE_FLAGS).counts.documents == 2
+
+
+def test_no_document_at_all_is_an_error(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "nothing.jsonl"
+    source.write_bytes(b"")
+    with pytest.raises(DataError, match="no document with text in 1 input"):
+        run(source, tmp_path / "data", *BYTE_FLAGS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nothing.jsonl"]
+
+
+def _zstd(data: bytes) -> bytes:
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": _zstd,
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_a_truncated_archive_gives_all_it_has(run: Run, tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(300).hex() for _ in range(3000)]
+    body = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+    source = tmp_path / f"cut.jsonl{suffix}"
+    packed = COMPRESSORS[suffix](body)
+    source.write_bytes(packed[: len(packed) * 2 // 3])
+    with pytest.raises(DataError, match=rf"cut\.jsonl{suffix}:\d+: .*truncated.*\[damaged_file\]"):
+        run(source, tmp_path / "data", *BYTE_FLAGS)
+    good = tmp_path / "good.jsonl"
+    good.write_bytes(GOOD + b"\n")
+    summary = run([source, good], tmp_path / "data", *BYTE_FLAGS, "--on-error", "skip")
+    assert summary.counts.rejected == {"damaged_file": 1}
+    index = open_index(str(tmp_path / "data_text_document"))
+    whole = index.num_documents - 1
+    assert len(texts) // 4 < whole < len(texts)
+    expected = "".join(texts[:whole]) + "good"
+    assert bytes(index.tokens().astype(np.uint8)).decode() == expected
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_an_archive_that_is_none(run: Run, tmp_path: Path, suffix: str) -> None:
+    source = tmp_path / f"plain.jsonl{suffix}"
+    source.write_bytes(GOOD)
+    with pytest.raises(DataError, match=r":1: the \w+ data is damaged.*\[damaged_file\]"):
+        run(source, tmp_path / "data", *BYTE_FLAGS)
+
+
+def test_a_number_outside_of_the_vocabulary(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "numbers.jsonl"
+    texts = ["1 2 3", "4 x", "5 99", "6", "7  8", "-1"]
+    source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", 99]
+    with pytest.raises(DataError, match=r"numbers\.jsonl:2: .*\[not_encodable\]"):
+        run(source, tmp_path / "data", *flags)
+    summary = run(source, tmp_path / "data", *flags, "--on-error", "skip", "--append-eod")
+    assert summary.counts.rejected == {"not_encodable": 4}
+    assert open_index(str(tmp_path / "data_text_document")).tokens().tolist() == [
+        1,
+        2,
+        3,
+        98,
+        6,
+        98,
+    ]
+
+
+def _tool(*flags: object) -> subprocess.CompletedProcess[str]:
+    command = [PYTHON, str(ROOT / "tools/preprocess_data.py"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_command_line_says_one_line_and_exits_1(tmp_path: Path) -> None:
+    source = tmp_path / "bad.jsonl"
+    source.write_bytes(GOOD + b"\n\n" + GOOD)
+    done = _tool("--input", source, "--output-prefix", tmp_path / "data", *BYTE_FLAGS)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"error: {source}:2: blank line [blank_line]; nothing was written (--on-error skip goes on)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokenizer-type", "GPT2BPETokenizer"], "needs --vocab-file FILE"),
+        (["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "none"], "none: no such file"),
+        (["--tokenizer-type", "HuggingFaceTokenizer"], "needs --tokenizer-model FOLDER"),
+        (["--tokenizer-type", "NullTokenizer"], "needs --vocab-size"),
+        ([*BYTE_FLAGS, "--workers", "0"], "--workers 0: at least 1"),
+        ([*BYTE_FLAGS, "--json-keys", "text", "text"], "named twice"),
+    ],
+)
+def test_wrong_flags(
+    run: Run, tmp_path: Path, corpus: Path, flags: list[str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        run(corpus, tmp_path / "data", *flags)
+
+
+def test_an_input_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    for name in ("none.jsonl", "*.jsonl"):
+        with pytest.raises(DataError, match=r"no such file, folder or match"):
+            run(tmp_path / name, tmp_path / "data", *BYTE_FLAGS)
+    with pytest.raises(DataError, match=r"the folder holds no \.jsonl"):
+        run(tmp_path, tmp_path / "data", *BYTE_FLAGS)
+
+
+def test_a_killed_worker_ends_the_run(run: Run, tmp_path: Path, corpus: Path) -> None:
+    """The tokenizer kills its own process, as the out-of-memory killer would."""
+    program = f"""
+import os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}]
+from megatron_smlp.data.errors import run_tool
+from megatron_smlp.data.preprocess_cli import main
+from megatron_smlp.data.tokenizers_other import ByteLevel
+
+def die(self, texts):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+ByteLevel.encode_batch = die
+if __name__ == "__main__":
+    run_tool(main)
+"""
+    script = tmp_path / "killer.py"
+    script.write_text(program)
+    command = [PYTHON, str(script), "--input", str(corpus), "--output-prefix"]
+    command += [str(tmp_path / "data"), *BYTE_FLAGS, "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "a worker process died near" in done.stderr
+    assert "SIGKILL" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_workers_end_when_the_parent_is_killed(tmp_path: Path) -> None:
+    source = tmp_path / "long.fifo"
+    os.mkfifo(source)
+    flags = ["--input", source, "--output-prefix", tmp_path / "data", *BYTE_FLAGS, "--workers", 2]
+    command = [PYTHON, str(ROOT / "tools/preprocess_data.py"), *map(str, flags)]
+    parent = subprocess.Popen(command, start_new_session=True)
+    with source.open(
+        "wb", buffering=0
+    ) as stream:  # Opens when the tool reads, after its workers started.
+        stream.write(GOOD)
+        parent.kill()
+        parent.wait()
+    with pytest.raises(ProcessLookupError):
+        _wait_until_gone(parent.pid)
+
+
+def _wait_until_gone(group: int) -> None:
+    for _ in range(100):
+        os.killpg(group, 0)
+        time.sleep(0.1)

@@ -1,0 +1,162 @@
+"""A run killed at any moment goes on where it stopped, and gives the same bytes."""
+
+import json
+import random
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from data_helpers import BYTE_FLAGS, PYTHON, ROOT, make_documents, write_jsonl
+
+from megatron_smlp.data import preprocessing
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.output import PartialOutput
+from megatron_smlp.data.preprocessing import Summary
+
+Run = Callable[..., Summary]
+SUFFIXES = ("_text_document.bin", "_text_document.idx", ".rejected.jsonl", ".json")
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small chunks and a commit after every few of them; one bad line in ten."""
+    monkeypatch.setattr("megatron_smlp.data.sources.CHUNK_BYTES", 2000)
+    monkeypatch.setattr("megatron_smlp.data.compression.BLOCK_BYTES", 500)
+    monkeypatch.setattr(preprocessing, "SHARD_SECONDS", 0.0)
+    path = write_jsonl(tmp_path / "source.jsonl", make_documents(400, seed=5))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[::10] = ["bad"] * len(lines[::10])
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+FLAGS = [*BYTE_FLAGS, "--append-eod", "--on-error", "skip"]
+
+
+def _outputs(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in SUFFIXES]
+
+
+class _KilledError(BaseException):
+    """Ends a run without any cleaning up that it would do for an `Exception`."""
+
+
+def _kill_after(monkeypatch: pytest.MonkeyPatch, method: str, calls: int) -> None:
+    left = [calls]
+    original = getattr(PartialOutput, method)
+
+    def counted(self: PartialOutput, *args: object, **kwargs: object) -> object:
+        if left[0] == 0:
+            raise _KilledError
+        left[0] -= 1
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PartialOutput, method, counted)
+
+
+@pytest.mark.parametrize("method", ["write", "commit", "finish", "publish"])
+@pytest.mark.parametrize("calls", [0, 1, 7])
+def test_a_run_stopped_at_each_step(
+    run: Run, tmp_path: Path, source: Path, method: str, calls: int
+) -> None:
+    whole, prefix = tmp_path / "a" / "data", tmp_path / "b" / "data"
+    run(source, whole, *FLAGS)
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_after(patch, method, calls)
+        try:
+            run(source, prefix, *FLAGS)
+        except _KilledError:
+            assert not Path(f"{prefix}_text_document.idx").exists()
+    run(source, prefix, *FLAGS, "--resume")
+    assert _outputs(prefix) == _outputs(whole)
+    assert not Path(f"{prefix}.partial").exists()
+
+
+def test_finished_shards_are_not_encoded_again(
+    run: Run, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_after(patch, "write", 5)
+        with pytest.raises(_KilledError):
+            run(source, tmp_path / "data", *FLAGS)
+    journal = json.loads((tmp_path / "data.partial" / "journal.json").read_text())
+    assert journal["position"]["line"] > 20
+    starts = []
+    original = preprocessing.read_chunks
+
+    def noted(*args: object, start: object, **kwargs: object) -> object:
+        starts.append(start)
+        return original(*args, start=start, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(preprocessing, "read_chunks", noted)
+    run(source, tmp_path / "data", *FLAGS, "--resume")
+    assert starts[0].line == journal["position"]["line"]
+
+
+def test_other_flags_or_input_are_refused(run: Run, tmp_path: Path, source: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_after(patch, "write", 3)
+        with pytest.raises(_KilledError):
+            run(source, tmp_path / "data", *FLAGS)
+    with pytest.raises(DataError, match="other flags or other input"):
+        run(source, tmp_path / "data", *FLAGS, "--resume", "--json-keys", "id")
+    source.write_text(source.read_text() + '\n{"text": "more"}')
+    with pytest.raises(DataError, match="other flags or other input"):
+        run(source, tmp_path / "data", *FLAGS, "--resume")
+    run(source, tmp_path / "data", *FLAGS)
+
+
+def test_a_finished_run_is_not_done_again(run: Run, tmp_path: Path, source: Path) -> None:
+    first = run(source, tmp_path / "data", *FLAGS)
+    again = run(source, tmp_path / "data", *FLAGS, "--resume", "--workers", 2)
+    assert again.already_complete
+    assert again.counts == first.counts
+
+
+def test_one_prefix_is_written_by_one_run(run: Run, tmp_path: Path, source: Path) -> None:
+    with (
+        PartialOutput(str(tmp_path / "data"), keys=("text",), level="document", dtype=None),  # type: ignore[arg-type]
+        pytest.raises(DataError, match="another process is writing"),
+    ):
+        run(source, tmp_path / "data", *FLAGS)
+
+
+def test_kill_9_at_random_moments(run: Run, tmp_path: Path, source: Path) -> None:
+    """Real processes, killed until one gets through."""
+    body = source.read_bytes() + b"\n"
+    source.write_bytes(body * 60)
+    program = tmp_path / "small_shards.py"
+    program.write_text(f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}]
+from megatron_smlp.data import preprocessing, sources
+from megatron_smlp.data.errors import run_tool
+from megatron_smlp.data.preprocess_cli import main
+preprocessing.SHARD_SECONDS = 0.0
+sources.CHUNK_BYTES = 4000
+if __name__ == "__main__":
+    run_tool(main)
+""")
+    command = [PYTHON, str(program), "--input", str(source), "--output-prefix"]
+    command += [str(tmp_path / "killed"), *FLAGS, "--workers", "2", "--resume"]
+    rng = random.Random(0)
+    kills = 0
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=rng.uniform(0.5, 1.2) + 0.3 * (kills // 3))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            time.sleep(0.05)  # The kernel lets go of the lock.
+            continue
+        assert process.returncode == 0
+        break
+    assert kills > 0
+    run(source, tmp_path / "whole", *FLAGS)
+    ours, theirs = _outputs(tmp_path / "killed"), _outputs(tmp_path / "whole")
+    assert ours[:3] == theirs[:3]
+    assert ours[3] == theirs[3].replace(b"whole", b"killed")

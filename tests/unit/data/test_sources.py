@@ -1,0 +1,217 @@
+"""The same documents out of every input format, and the place to go on from."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.indexed import open_index
+from megatron_smlp.data.preprocessing import Summary
+from megatron_smlp.data.records import Rejection, parse_chunk
+from megatron_smlp.data.sources import Position, find_inputs, read_chunks
+
+Run = Callable[..., Summary]
+DOCUMENTS = make_documents(400, seed=3)
+
+
+def _jsonl(path: Path) -> Path:
+    return write_jsonl(path, DOCUMENTS)
+
+
+def _packed(path: Path, pack: Callable[[bytes], bytes], *, members: int = 1) -> Path:
+    lines = _jsonl(path.with_suffix(".tmp")).read_bytes().splitlines(keepends=True)
+    step = -(-len(lines) // members)
+    parts = [b"".join(lines[at : at + step]) for at in range(0, len(lines), step)]
+    path.write_bytes(b"".join(map(pack, parts)))
+    return path
+
+
+def _array(path: Path, **layout: Any) -> Path:
+    records = [{"text": text, "n": [1, {"a": "]}"}]} for text in DOCUMENTS]
+    path.write_text(json.dumps(records, **layout), encoding="utf-8")
+    return path
+
+
+def _parquet(path: Path) -> Path:
+    columns = {"n": list(range(len(DOCUMENTS))), "text": DOCUMENTS}
+    return _write_parquet(path, columns, row_group_size=150)
+
+
+def _write_parquet(path: Path, columns: dict[str, list[Any]], **layout: Any) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(columns), path, **layout)
+    return path
+
+
+def _zstd(data: bytes) -> bytes:
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+
+
+FORMATS: dict[str, Callable[[Path], Path]] = {
+    "a.jsonl": _jsonl,
+    "a.json": _jsonl,
+    "no_suffix": _jsonl,
+    "a.jsonl.gz": lambda path: _packed(path, gzip.compress),
+    "several_members.jsonl.gz": lambda path: _packed(path, gzip.compress, members=7),
+    "a.json.bz2": lambda path: _packed(path, bz2.compress, members=2),
+    "a.jsonl.xz": lambda path: _packed(path, lzma.compress, members=2),
+    "a.jsonl.zst": lambda path: _packed(path, _zstd, members=3),
+    "gzip_by_its_content.jsonl": lambda path: _packed(path, gzip.compress),
+    "array.json": _array,
+    "indented.json": lambda path: _array(path, indent=1, ensure_ascii=False),
+    "a.parquet": _parquet,
+}
+
+
+@pytest.fixture(params=FORMATS)
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return FORMATS[request.param](tmp_path / request.param)
+
+
+def _texts(files: list[Path], start: Position = Position()) -> list[str]:  # noqa: B008
+    texts = []
+    for chunk in read_chunks(files, keys=("text",), start=start):
+        for record in parse_chunk(chunk, ("text",)):
+            assert not isinstance(record, Rejection), record
+            texts.append(record[1][0])
+    return texts
+
+
+def test_every_format_gives_the_same_documents(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_smlp.data.sources.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("megatron_smlp.data.compression.BLOCK_BYTES", 777)
+    monkeypatch.setattr("megatron_smlp.data.compression.COMPRESSED_BLOCK_BYTES", 333)
+    assert _texts([source]) == DOCUMENTS
+
+
+def test_reading_goes_on_from_the_end_of_every_chunk(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_smlp.data.sources.CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("megatron_smlp.data.sources.PARQUET_ROWS", 64)
+    monkeypatch.setattr("megatron_smlp.data.json_arrays.CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("megatron_smlp.data.compression.BLOCK_BYTES", 4096)
+    monkeypatch.setattr("megatron_smlp.data.compression.COMPRESSED_BLOCK_BYTES", 1024)
+    other = write_jsonl(tmp_path / "other.jsonl", ["one more"])
+    files = [other, source, other]
+    everything = ["one more", *DOCUMENTS, "one more"]
+    chunks = list(read_chunks(files, keys=("text",)))
+    assert len(chunks) > 4
+    done = 0
+    for chunk in chunks:
+        done += len(list(parse_chunk(chunk, ("text",))))
+        assert _texts(files, chunk.end) == everything[done:]
+
+
+def test_line_numbers_are_those_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_smlp.data.sources.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("megatron_smlp.data.compression.BLOCK_BYTES", 256)
+    path = _jsonl(tmp_path / "a.jsonl")
+    lines = [
+        record[0]
+        for chunk in read_chunks([path], keys=("text",))
+        for record in parse_chunk(chunk, ("text",))
+        if not isinstance(record, Rejection)
+    ]
+    assert lines == list(range(1, len(DOCUMENTS) + 1))
+
+
+def test_folders_and_globs_are_sorted_and_searched(tmp_path: Path) -> None:
+    for name in (
+        "b.jsonl",
+        "a.json.gz",
+        "sub/c.jsonl.zst",
+        "sub/d.parquet",
+        "notes.txt",
+        ".h.jsonl",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    names = ["a.json.gz", "b.jsonl", "sub/c.jsonl.zst", "sub/d.parquet"]
+    assert find_inputs([str(tmp_path)]) == [tmp_path / name for name in names]
+    assert find_inputs([f"{tmp_path}/*.jsonl", f"{tmp_path}/notes.txt"]) == [
+        tmp_path / "b.jsonl",
+        tmp_path / "notes.txt",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "texts", "why"),
+    [
+        ('[{"text": "a"}, {"text": "b"}', ["a", "b"], "not closed"),
+        ('[{"text": "a"} {"text": "b"}]', ["a"], "',' or ']' expected"),
+        ('[{"text": "a"}, {"text": }]', ["a"], "bad JSON in the array"),
+        ('[{"text": "a"}, ', ["a"], "not closed"),
+        ("[", [], "not closed"),
+    ],
+)
+def test_a_damaged_array(run: Run, tmp_path: Path, body: str, texts: list[str], why: str) -> None:
+    path = tmp_path / "array.json"
+    path.write_text(body)
+    chunks = list(read_chunks([path], keys=("text",)))
+    records = [record for chunk in chunks for record in parse_chunk(chunk, ("text",))]
+    assert [record[1][0] for record in records if not isinstance(record, Rejection)] == texts
+    assert isinstance(records[-1], Rejection)
+    assert records[-1].line == len(texts) + 1
+    assert why in records[-1].detail
+
+
+def test_an_empty_array(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "array.json"
+    path.write_text(" [ ]\n")
+    assert list(read_chunks([path], keys=("text",))) == []
+
+
+def test_a_parquet_file_without_the_key(run: Run, tmp_path: Path) -> None:
+    path = _parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="only the columns n, text"):
+        run(path, tmp_path / "data", *BYTE_FLAGS, "--json-keys", "body")
+
+
+def test_a_null_in_a_parquet_file_is_refused(run: Run, tmp_path: Path) -> None:
+    path = _write_parquet(tmp_path / "a.parquet", {"text": ["a", None]})
+    with pytest.raises(DataError, match=r"a\.parquet:2: .*\[null_text\]"):
+        run(path, tmp_path / "data", *BYTE_FLAGS)
+
+
+def test_a_file_that_is_no_parquet(run: Run, tmp_path: Path) -> None:
+    path = _jsonl(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet:1: no readable parquet file"):
+        run(path, tmp_path / "data", *BYTE_FLAGS)
+
+
+def test_several_keys_stay_aligned(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "two.jsonl"
+    rows = [("t1", "b1"), ("", "b2"), ("", ""), ("t4", ""), ("t5", "b5")]
+    path.write_text("".join(json.dumps({"t": t, "b": b}) + "\n" for t, b in rows))
+    summary = run(path, tmp_path / "data", *BYTE_FLAGS, "--json-keys", "t", "b")
+    assert (summary.counts.documents, summary.counts.empty) == (4, 1)
+    titles = open_index(str(tmp_path / "data_t_document"))
+    bodies = open_index(str(tmp_path / "data_b_document"))
+    assert titles.documents.tolist() == [0, 1, 1, 2, 3]
+    assert bodies.documents.tolist() == [0, 1, 2, 2, 3]
+
+
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    body = _jsonl(tmp_path / "a.jsonl").read_bytes()
+    writer = threading.Thread(target=pipe.write_bytes, args=(body,))
+    writer.start()
+    assert _texts([pipe]) == DOCUMENTS
+    writer.join()
