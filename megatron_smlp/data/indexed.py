@@ -82,6 +82,12 @@ class Index:
         start = int(self.pointers[number]) // self.dtype.itemsize
         return self.tokens()[start : start + int(self.lengths[number])]
 
+    def document(self, number: int) -> NDArray[Any]:
+        """<dtype>[tokens] of document `number`."""
+        first, last = map(int, self.documents[number : number + 2])
+        parts = [self.sequence(sequence) for sequence in range(first, last)]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
+
 
 def bin_path(prefix: str) -> Path:
     return Path(prefix + ".bin")

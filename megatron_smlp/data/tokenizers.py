@@ -159,10 +159,10 @@ def identity_from_arguments(args: argparse.Namespace) -> str | None:
     return TokenizerSpec.from_arguments(args).resolve().identity
 
 
-def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add Megatron's tokenizer flags to `parser`."""
     group = parser.add_argument_group("tokenizer (Megatron's flags)")
-    group.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
+    group.add_argument("--tokenizer-type", required=required, choices=TOKENIZER_TYPES)
     group.add_argument(
         "--tokenizer-model",
         metavar="PATH",

@@ -5,6 +5,10 @@ from pathlib import Path
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.indexed import Index, bin_path, idx_path, open_index, strip_suffix
 from megatron_smlp.data.manifest import Manifest, PairRecord, find_manifest, fingerprint_of
+from megatron_smlp.data.validation import check_checksums, check_ids, check_index
+
+QUICK_BYTES = 256 << 20
+"""Files up to this size are checked over all of their bytes, which takes less than a second."""
 
 
 def verify_for_training(
@@ -16,8 +20,9 @@ def verify_for_training(
 ) -> None:
     """Refuse a dataset that training would misread.
 
-    Reads the header and the ends of the index, the sizes, up to 4 MiB of the contents, and the
-    manifest where there is one (data from other tools has none, which is no error).
+    Reads the header and the ends of the index, the sizes, and the manifest where there is one
+    (data from other tools has none, which is no error). Files of up to 256 MiB are checked whole,
+    larger ones by the manifest's fingerprint of their first and last MiB.
 
     Args:
         prefix: path of the pair without `.bin`/`.idx`.
@@ -33,32 +38,49 @@ def verify_for_training(
     index = open_index(strip_suffix(prefix))
     if index.num_sequences == 0:
         raise DataError(f"the dataset {prefix!r} holds no tokens; preprocess a corpus with text")
+    if idx_path(index.prefix).stat().st_size <= QUICK_BYTES:
+        _check_whole_index(index)
     found = find_manifest(index.prefix)
-    if found is None:
-        return
-    path, manifest = found
+    if found is not None:
+        path, manifest = found
+        _check_unchanged(index, manifest, path)
+        _check_tokenizer(index, manifest, path, tokenizer_identity, override_flag)
+    if vocab_size is not None:
+        _check_vocabulary(index, found[1] if found else None, vocab_size)
+
+
+def _check_whole_index(index: Index) -> None:
+    for finding in check_index(index):
+        if finding.problem:
+            raise DataError(
+                f"{idx_path(index.prefix)} is damaged: {finding.problem}; preprocess again"
+            )
+
+
+def _check_unchanged(index: Index, manifest: Manifest, manifest_path: Path) -> None:
     pair = manifest.pairs[Path(index.prefix).name]
-    _check_unchanged(index, pair, path)
-    _check_tokenizer(index, manifest, path, tokenizer_identity, override_flag)
-    if vocab_size is not None and pair.max_id >= vocab_size:
-        raise DataError(
-            f"the dataset {index.prefix!r} holds token id {pair.max_id}, but this run's vocabulary "
-            f"has only the ids 0 to {vocab_size - 1}; train with the tokenizer that wrote the data "
-            f"({manifest.tokenizer.type}, {manifest.tokenizer.vocab_size} entries)"
-        )
-
-
-def _check_unchanged(index: Index, pair: PairRecord, manifest_path: Path) -> None:
     if index.dtype.name != pair.dtype:
         raise DataError(
             f"{idx_path(index.prefix)} says {index.dtype} ids, but its manifest {manifest_path} "
             f"says {pair.dtype}: the index was damaged or replaced; preprocess again"
         )
-    if fingerprint_of(bin_path(index.prefix), idx_path(index.prefix)) != pair.fingerprint:
+    if not _same_bytes(index, manifest, pair):
         raise DataError(
             f"the dataset {index.prefix!r} is not what its manifest {manifest_path} describes: a "
             f"file was damaged or swapped; see tools/inspect_dataset.py validate"
         )
+
+
+def _same_bytes(index: Index, manifest: Manifest, pair: PairRecord) -> bool:
+    if fingerprint_of(bin_path(index.prefix), idx_path(index.prefix)) != pair.fingerprint:
+        return False
+    if bin_path(index.prefix).stat().st_size > QUICK_BYTES:
+        return True
+    try:
+        check_checksums(index, manifest)
+    except DataError:
+        return False
+    return True
 
 
 def _check_tokenizer(
@@ -73,3 +95,28 @@ def _check_tokenizer(
         f"(vocabulary {identity[:12]}), see {path}; give the same tokenizer, preprocess again, "
         f"or pass {override_flag} if the ids mean the same"
     )
+
+
+def _check_vocabulary(index: Index, manifest: Manifest | None, vocab_size: int) -> None:
+    """By the largest id that the manifest knows, else by the ids of a small dataset."""
+    if manifest is None:
+        if bin_path(index.prefix).stat().st_size <= QUICK_BYTES:
+            _check_small(index, vocab_size)
+        return
+    max_id = manifest.pairs[Path(index.prefix).name].max_id
+    if max_id >= vocab_size:
+        raise DataError(
+            f"the dataset {index.prefix!r} holds token id {max_id}, but this run's vocabulary has "
+            f"only the ids 0 to {vocab_size - 1}; train with the tokenizer that wrote the data "
+            f"({manifest.tokenizer.type}, {manifest.tokenizer.vocab_size} entries)"
+        )
+
+
+def _check_small(index: Index, vocab_size: int) -> None:
+    try:
+        check_ids(index, vocab_size)
+    except DataError as error:
+        raise DataError(
+            f"the dataset {index.prefix!r} is not for this run's vocabulary of {vocab_size} "
+            f"entries, or damaged: {error}"
+        ) from None
