@@ -1,0 +1,132 @@
+"""Merging and splitting, against Megatron's builder and against each other."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_smlp.data.combining import find_pairs, merge
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.indexed import open_index
+from megatron_smlp.data.manifest import read_manifest
+from megatron_smlp.data.preprocessing import Summary
+from megatron_smlp.data.splitting import NAMES, split
+from megatron_smlp.data.validation import validate
+
+Run = Callable[..., Summary]
+NUMBERS = ["--tokenizer-type", "NullTokenizer", "--vocab-size"]
+
+
+@pytest.fixture
+def pairs(run: Run, tmp_path: Path) -> list[str]:
+    """Three pairs of the same tokenizer."""
+    for number in range(3):
+        source = write_jsonl(tmp_path / f"{number}.jsonl", make_documents(50, seed=number))
+        run(source, tmp_path / "in" / f"part{number}", *BYTE_FLAGS, "--append-eod")
+    return [str(tmp_path / "in" / f"part{number}_text_document") for number in range(3)]
+
+
+def _problems(prefix: str) -> list[str]:
+    return [finding.problem for finding in validate(prefix) if finding.problem]
+
+
+def test_merging_gives_the_bytes_of_megatron(pairs: list[str], tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    for prefix in pairs:
+        builder.add_index(prefix)
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    folder = [str(tmp_path / "in")]
+    merge(find_pairs(folder, output_prefix="x"), output_prefix=str(tmp_path / "ours"))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (
+            tmp_path / f"theirs{suffix}"
+        ).read_bytes()
+    assert _problems(str(tmp_path / "ours")) == []
+    assert read_manifest(tmp_path / "ours.json").tokenizer.type == "ByteLevelTokenizer"
+
+
+def test_narrow_and_wide_ids_merge_into_wide_ones(run: Run, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["1 2 3", "4"])
+    run(source, tmp_path / "narrow", *NUMBERS, 100)
+    run(source, tmp_path / "wide", *NUMBERS, 70000)
+    inputs = [str(tmp_path / f"{name}_text_document") for name in ("narrow", "wide")]
+    with pytest.raises(DataError, match="not written with the same tokenizer"):
+        merge(inputs, output_prefix=str(tmp_path / "both"))
+    merge(inputs, output_prefix=str(tmp_path / "both"), allow_mismatch=True)
+    both = open_index(str(tmp_path / "both"))
+    assert both.dtype == np.int32
+    assert both.tokens().tolist() == [1, 2, 3, 4] * 2
+    assert not (tmp_path / "both.json").exists()
+
+
+def test_what_cannot_be_merged(pairs: list[str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is one of the inputs"):
+        find_pairs(pairs, output_prefix=pairs[0])
+    Path(pairs[1] + ".idx").unlink()
+    with pytest.raises(DataError, match=r"part1_text_document\.idx is missing"):
+        find_pairs([str(tmp_path / "in")], output_prefix="x")
+    with pytest.raises(DataError, match=r"holds no \.bin/\.idx pair"):
+        find_pairs([str(tmp_path)], output_prefix="x")
+
+
+def test_a_damaged_pair_is_not_merged(pairs: list[str], tmp_path: Path) -> None:
+    data = bytearray(Path(pairs[1] + ".bin").read_bytes())
+    data[5] ^= 1
+    Path(pairs[1] + ".bin").write_bytes(data)
+    with pytest.raises(DataError, match="is not what its manifest"):
+        merge(pairs, output_prefix=str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    weights=st.lists(st.integers(1, 50), min_size=1, max_size=3),
+    by=st.sampled_from(["documents", "tokens"]),
+    seed=st.none() | st.integers(0, 5),
+)
+def test_every_document_is_in_one_part(
+    pairs: list[str], tmp_path: Path, weights: list[int], by: str, seed: int | None
+) -> None:
+    whole, output = open_index(pairs[0]), str(tmp_path / "split")
+    documents = [whole.document(number).tobytes() for number in range(whole.num_documents)]
+    try:
+        parts = split(pairs[0], output_prefix=output, weights=weights, by=by, seed=seed)
+    except DataError as error:
+        assert "would get no document" in str(error)  # noqa: PT017
+        return
+    found = []
+    for name, count in parts.items():
+        if count:
+            index = open_index(f"{output}_{name}")
+            assert index.num_documents == count
+            assert _problems(f"{output}_{name}") == []
+            found += [index.document(number).tobytes() for number in range(count)]
+    assert (found if seed is None else sorted(found)) == (
+        documents if seed is None else sorted(documents)
+    )
+
+
+def test_shares_are_kept(pairs: list[str], tmp_path: Path) -> None:
+    output = str(tmp_path / "split")
+    assert split(pairs[0], output_prefix=output, weights=[6, 3, 1], by="documents") == {
+        "train": 30,
+        "valid": 15,
+        "test": 5,
+    }
+    split(pairs[0], output_prefix=output, weights=[6, 3, 1], by="tokens", seed=1)
+    tokens = np.array([open_index(f"{output}_{name}").num_tokens for name in NAMES])
+    np.testing.assert_allclose(tokens / tokens.sum(), [0.6, 0.3, 0.1], atol=0.05)
+
+
+@pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [1, 1, 1, 1]])
+def test_bad_shares(pairs: list[str], tmp_path: Path, weights: list[float]) -> None:
+    with pytest.raises(DataError, match="--weights"):
+        split(pairs[0], output_prefix=str(tmp_path / "s"), weights=weights, by="tokens")
