@@ -60,6 +60,14 @@ class SMLPTransformerConfig(TransformerConfig, ModelOptions):
     hetereogenous_dist_checkpoint: bool = True
     """Checkpoints name each layer by its number, since layers of one model differ."""
 
+    def __post_init__(self) -> None:
+        # Megatron allows tensor parallel experts only without a bias, and reads that off the whole
+        # model's flag. Our experts have none (layers/token_moe.py), whatever the other layers have.
+        bias = self.add_bias_linear
+        self.add_bias_linear = bias and self.num_moe_experts is None
+        super().__post_init__()
+        self.add_bias_linear = bias
+
 
 class SlottedLayer(TransformerLayer):
     """One layer whose two slots come from the table, by the layer's number in the whole model.

@@ -36,6 +36,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UsageError: with the flag, its value, what is allowed, and what to do.
     """
+    # Megatron insists on it for tensor parallelism, and CUDA reads it when it starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.apply()
     parser = build_parser()
     argv = expand_config(parser, argv)
@@ -194,6 +196,8 @@ def _settle_defaults(args: argparse.Namespace) -> None:
         args.position_embedding_type = "none"  # rows of the spatial matrix are positions
     if "max_position_embeddings" not in given:
         args.max_position_embeddings = args.seq_length
+    if args.num_experts and args.tensor_model_parallel_size > 1:
+        args.sequence_parallel = True  # Megatron's MoELayer dispatches slices of the tokens
     if args.num_experts and args.moe_router_topk == 1:
         # The weight of a single expert is its share of all, or it would always be 1.
         args.moe_router_pre_softmax = True
@@ -237,7 +241,9 @@ def check_model(args: argparse.Namespace) -> None:
         _check_sparse(args)
     elif args.num_dense_layers or args.feature_router != "none":
         flag = "--num-dense-layers" if args.num_dense_layers else "--feature-router"
-        raise UsageError(f"{flag} is for --architecture smlp, not {args.architecture}: leave it out.")
+        raise UsageError(
+            f"{flag} is for --architecture smlp, not {args.architecture}: leave it out."
+        )
     _check_experts(args)
 
 

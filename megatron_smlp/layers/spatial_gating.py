@@ -87,8 +87,10 @@ class SpatialProjection(nn.Module):
             if first_head <= head < first_head + len(self.weight):
                 self.weight[head - first_head].copy_(matrix)
 
-    def forward(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(self, values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """values: <float>[T', B, F'] -> <float>[T', B, F'], T' <= T; row t reads rows <= t.
+
+        weight: [h', T, T] and bias: [h', T] are this module's own, or stand for them in autograd.
 
         Raises:
             ValueError: T' > T.
@@ -100,12 +102,11 @@ class SpatialProjection(nn.Module):
                 f"gating has no weights for positions from {self.length} on. Cut the sequence, or "
                 "train with a longer --seq-length."
             )
-        weight = self.weight if weight is None else weight
         heads = len(weight)
         # [T', B, h', f] -> [h', T', B f]: one GEMM a head over all samples.
         columns = values.view(tokens, batch, heads, -1).permute(2, 0, 1, 3).flatten(2)
         mixed = causal_mix(weight[:, :tokens, :tokens], columns)
-        mixed = mixed + self.bias[:, :tokens, None]
+        mixed = mixed + bias[:, :tokens, None]
         return mixed.view(heads, tokens, batch, -1).permute(1, 2, 0, 3).reshape(values.shape)
 
 
@@ -224,15 +225,13 @@ class SpatialGating(MegatronModule):
     def gate(self, u: Tensor) -> Tensor:
         """u: <float>[T', B, 2 F'], before the GELU -> u1 * g: <float>[T', B, F']."""
         u1, u2 = self.config.activation_func(u).chunk(2, dim=-1)
-        weight = self.spatial.weight
+        weight, bias = self.spatial.weight, self.spatial.bias
         if self.head_is_split:
-            # Each rank mixes its own features with the same M: dM, db are the sum over the ranks.
+            # Each rank mixes its own features with the same M, b: dM, db are the sum over the ranks.
             weight = tensor_parallel.copy_to_tensor_model_parallel_region(weight, self.tp_group)
-        return u1 * self._mix(self.norm(u2), weight)
-
-    def _mix(self, values: Tensor, weight: Tensor) -> Tensor:
-        mixed: Tensor = self.spatial(values, weight)
-        return mixed
+            bias = tensor_parallel.copy_to_tensor_model_parallel_region(bias, self.tp_group)
+        gates: Tensor = self.spatial(self.norm(u2), weight, bias)
+        return u1 * gates
 
     def sharded_state_dict(
         self,

@@ -190,10 +190,11 @@ def _replace_random_state() -> None:
         generator.set_state(state)
 
     torch.cuda.default_generators = (generator,)
-    torch.cuda.get_rng_state = get_rng_state
-    torch.cuda.set_rng_state = set_rng_state
-    torch.cuda.manual_seed = generator.manual_seed
-    torch.cuda.manual_seed_all = generator.manual_seed
+    for module in (torch.cuda, torch.cuda.random):  # Megatron calls either name
+        module.get_rng_state = get_rng_state  # type: ignore[attr-defined]
+        module.set_rng_state = set_rng_state  # type: ignore[attr-defined]
+        module.manual_seed = generator.manual_seed  # type: ignore[attr-defined]
+        module.manual_seed_all = generator.manual_seed  # type: ignore[attr-defined]
 
 
 def _replace_tensor_placement() -> None:

@@ -21,9 +21,11 @@ from pretrain_smlp import main
 
 def forget_run() -> None:
     """Megatron keeps its state in module globals; drop it all but the process group."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training.training import destroy_global_state
 
     destroy_global_state()
+    destroy_moe_metrics_tracker()  # its entries hold the process groups of the last run
     gc.collect()
 
 
