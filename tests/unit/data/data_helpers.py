@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_smlp.data.preprocess_cli import build_parser
 
@@ -44,3 +45,34 @@ BYTE_FLAGS = ["--tokenizer-type", "ByteLevelTokenizer"]
 
 def parse(*flags: object) -> argparse.Namespace:
     return build_parser().parse_args([str(flag) for flag in flags])
+
+
+def megatron_tokenizer(flags: Sequence[object]) -> Any:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training.arguments import _add_tokenizer_args
+
+    args = _add_tokenizer_args(argparse.ArgumentParser()).parse_args([str(flag) for flag in flags])
+    args.rank, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size = 0, 128, 1
+    return build_tokenizer(args)
+
+
+def write_with_megatron(
+    prefix: Path, documents: Sequence[Sequence[str]], tokenizer: Any, *, append_eod: bool
+) -> None:
+    """The loop of Megatron's tool: sentences without ids are dropped, EOD joins the last one."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(
+        f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size)
+    )
+    for sentences in documents:
+        rows = [row for row in map(tokenizer.tokenize, sentences) if len(row)]
+        if rows and append_eod:
+            rows[-1] = [*rows[-1], tokenizer.eod]
+        builder.add_document([number for row in rows for number in row], list(map(len, rows)))
+    builder.finalize(f"{prefix}.idx")
+
+
+def assert_same_pair(ours: Path | str, theirs: Path | str) -> None:
+    for suffix in (".idx", ".bin"):
+        assert Path(f"{ours}{suffix}").read_bytes() == Path(f"{theirs}{suffix}").read_bytes()

@@ -1,49 +1,17 @@
 """The pairs equal what Megatron's own tokenizer and `IndexedDatasetBuilder` write."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import parse
+from data_helpers import assert_same_pair, megatron_tokenizer, parse, write_with_megatron
 
 from megatron_smlp.data.preprocessing import Summary
 from megatron_smlp.data.tokenizers import identity_from_arguments
 
 Run = Callable[..., Summary]
-
-
-def megatron_tokenizer(flags: Sequence[object]) -> Any:
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    from megatron.training.arguments import _add_tokenizer_args
-
-    args = _add_tokenizer_args(argparse.ArgumentParser()).parse_args([str(flag) for flag in flags])
-    args.rank, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size = 0, 128, 1
-    return build_tokenizer(args)
-
-
-def write_with_megatron(
-    prefix: Path, documents: Sequence[Sequence[str]], tokenizer: Any, *, append_eod: bool
-) -> None:
-    """The loop of Megatron's tool: sentences without ids are dropped, EOD joins the last one."""
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(
-        f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size)
-    )
-    for sentences in documents:
-        rows = [row for row in map(tokenizer.tokenize, sentences) if len(row)]
-        if rows and append_eod:
-            rows[-1] = [*rows[-1], tokenizer.eod]
-        builder.add_document([number for row in rows for number in row], list(map(len, rows)))
-    builder.finalize(f"{prefix}.idx")
-
-
-def assert_same_pair(ours: Path | str, theirs: Path | str) -> None:
-    for suffix in (".idx", ".bin"):
-        assert Path(f"{ours}{suffix}").read_bytes() == Path(f"{theirs}{suffix}").read_bytes()
 
 
 @pytest.mark.parametrize("append_eod", [True, False])

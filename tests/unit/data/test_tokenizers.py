@@ -1,0 +1,290 @@
+"""Every tokenizer type gives Megatron's ids, its end of document, its size, and one identity."""
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_helpers import make_documents, megatron_tokenizer, parse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.tokenizers import Tokenizer, TokenizerSpec, UnencodableTextError
+from megatron_smlp.data.tokenizers_huggingface import (
+    GigatokenEncoder,
+    HuggingFaceEncoder,
+    HuggingFaceTokenizer,
+)
+
+DOCUMENTS = make_documents(120, seed=9)
+Flags = list[object]
+
+
+def resolve(flags: Sequence[object]) -> Tokenizer:
+    args = parse("--input", "x", "--output-prefix", "y", *flags)
+    return TokenizerSpec.from_arguments(args).resolve()
+
+
+def rows(ids: np.ndarray, lengths: np.ndarray) -> list[list[int]]:  # type: ignore[type-arg]
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+
+
+def encode(flags: Sequence[object], texts: Sequence[str]) -> list[list[int]]:
+    return rows(*resolve(flags).build().encode_batch(texts))
+
+
+@pytest.fixture
+def sentencepiece_flags(tmp_path: Path) -> Flags:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(" ".join(DOCUMENTS).split("\n")),
+        model_prefix=str(tmp_path / "sp"),
+        vocab_size=120,
+        hard_vocab_limit=False,
+        byte_fallback=False,
+        minloglevel=2,
+    )
+    return [
+        "--tokenizer-type",
+        "SentencePieceTokenizer",
+        "--tokenizer-model",
+        tmp_path / "sp.model",
+    ]
+
+
+@pytest.fixture
+def tiktoken_flags(tmp_path: Path) -> Flags:
+    pytest.importorskip("tiktoken")
+    merges = [b"th", b"the", b" t", b" the", b"wh", b"ale", b"al", b"ale "]
+    tokens = dict.fromkeys([bytes([number]) for number in range(256)] + merges)
+    ranks = [
+        {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+        for rank, token in enumerate(tokens)
+    ]
+    path = tmp_path / "ranks.json"
+    path.write_text(json.dumps(ranks))
+    return [
+        *("--tokenizer-type", "TikTokenizer", "--tokenizer-model", path),
+        *("--tiktoken-num-special-tokens", 20, "--vocab-size", len(ranks) + 20),
+        *("--tiktoken-pattern", "v2"),
+    ]
+
+
+@pytest.fixture
+def gpt2_flags(gpt2_files: tuple[Path, Path]) -> Flags:
+    vocab, merges = gpt2_files
+    return ["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", vocab, "--merge-file", merges]
+
+
+@pytest.fixture
+def bos_flags(tokenizer_folder: Path, tmp_path: Path) -> Flags:
+    """A folder whose template puts ids around each text."""
+    folder = tmp_path / "bos"
+    folder.mkdir()
+    from tokenizers import Tokenizer, processors
+
+    backend = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    backend.add_special_tokens(["<bos>", "<sep>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <sep>",
+        special_tokens=[(name, backend.token_to_id(name)) for name in ("<bos>", "<sep>")],
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    config = (tokenizer_folder / "tokenizer_config.json").read_text()
+    (folder / "tokenizer_config.json").write_text(config)
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
+
+
+@pytest.fixture
+def class_flags(gpt2_files: tuple[Path, Path], tmp_path: Path) -> Flags:
+    """A folder that names a class, whose pipeline only `transformers` knows."""
+    folder = tmp_path / "class"
+    folder.mkdir()
+    for path in gpt2_files:
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
+
+
+@pytest.mark.parametrize(
+    "kind", ["sentencepiece_flags", "tiktoken_flags", "gpt2_flags", "bos_flags", "class_flags"]
+)
+def test_ids_are_those_of_megatron(
+    kind: str,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    gpt2_files: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = request.getfixturevalue(kind)
+    # Megatron's GPT2BPETokenizer asks for "gpt2", which a folder of that name answers offline.
+    working = tmp_path_factory.mktemp("working")
+    (working / "gpt2").mkdir()
+    (working / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    for path in gpt2_files:
+        (working / "gpt2" / path.name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(working)
+    theirs, ours = megatron_tokenizer(flags), resolve(flags)
+    assert ours.vocab_size == theirs.vocab_size
+    assert ours.eod == theirs.eod
+    assert encode(flags, DOCUMENTS) == [list(theirs.tokenize(text)) for text in DOCUMENTS]
+
+
+def test_bytes_and_numbers_are_those_of_megatron() -> None:
+    from megatron.core.tokenizers.text.libraries import ByteLevelTokenizer, NullTokenizer
+
+    theirs = ByteLevelTokenizer()
+    ours = resolve(["--tokenizer-type", "ByteLevelTokenizer"])
+    assert (ours.vocab_size, ours.eod) == (theirs.vocab_size, theirs.eod)
+    assert rows(*ours.build().encode_batch(DOCUMENTS)) == list(map(theirs.text_to_ids, DOCUMENTS))
+    numbers = NullTokenizer(1000)
+    ours = resolve(["--tokenizer-type", "NullTokenizer", "--vocab-size", 1000])
+    assert (ours.vocab_size, ours.eod) == (numbers.vocab_size, numbers.eod)
+    assert rows(*ours.build().encode_batch(["1 2", "999"])) == [[1, 2], [999]]
+
+
+def test_one_vocabulary_has_one_identity_in_all_its_files(
+    gpt2_flags: Flags, hf_flags: Flags, class_flags: Flags, bos_flags: Flags
+) -> None:
+    same = {resolve(flags).identity for flags in (gpt2_flags, hf_flags, class_flags)}
+    assert len(same) == 1
+    assert resolve(bos_flags).identity not in same
+    assert resolve(["--tokenizer-type", "ByteLevelTokenizer"]).identity not in same
+    assert resolve(["--tokenizer-type", "NullTokenizer", "--vocab-size", 9]).identity is None
+
+
+def test_decoding_gives_the_text_back(
+    gpt2_flags: Flags, hf_flags: Flags, tiktoken_flags: Flags
+) -> None:
+    for flags in (gpt2_flags, hf_flags, tiktoken_flags, ["--tokenizer-type", "ByteLevelTokenizer"]):
+        encoder = resolve(flags).build()
+        for text in DOCUMENTS[:20]:
+            assert encoder.decode(encoder.encode_batch([text])[0].tolist()) == text
+
+
+@pytest.fixture(scope="module")
+def both_encoders(tokenizer_folder: Path) -> tuple[GigatokenEncoder, HuggingFaceEncoder]:
+    pytest.importorskip("gigatoken")
+    slow = HuggingFaceEncoder((tokenizer_folder / "tokenizer.json").read_text(), False)
+    fast = GigatokenEncoder.if_it_agrees(slow)
+    assert fast is not None, slow.description
+    return fast, slow
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=8))
+def test_the_fast_path_gives_the_ids_of_the_slow_one(
+    both_encoders: tuple[GigatokenEncoder, HuggingFaceEncoder], texts: list[str]
+) -> None:
+    fast, slow = both_encoders
+    assert rows(*fast.encode_batch(texts)) == rows(*slow.encode_batch(texts))
+
+
+def test_the_fast_path_on_books(both_encoders: object) -> None:
+    """GPT-2's real vocabulary, real text."""
+    import gzip
+
+    data = Path(__file__).resolve().parents[4] / "shared" / "data"
+    if not data.is_dir():
+        pytest.skip("the books and GPT-2's vocabulary are not on this machine")
+    files = (
+        "--vocab-file",
+        data / "gpt2_bpe/vocab.json",
+        "--merge-file",
+        data / "gpt2_bpe/merges.txt",
+    )
+    tokenizer = resolve(["--tokenizer-type", "GPT2BPETokenizer", *files])
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    slow = HuggingFaceEncoder(tokenizer.tokenizer_json, False)
+    fast = GigatokenEncoder.if_it_agrees(slow)
+    assert fast is not None
+    with gzip.open(data / "books" / "valid.jsonl.gz") as stream:
+        texts = [json.loads(line)["text"][:200_000] for line in stream]
+    assert rows(*fast.encode_batch(texts)) == rows(*slow.encode_batch(texts))
+
+
+def test_without_gigatoken_the_slow_one_is_taken(
+    hf_flags: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    encoder = resolve(hf_flags).build()
+    assert encoder.description == "tokenizers (pip install gigatoken is faster)"
+
+
+def test_a_tokenizer_that_gigatoken_gets_wrong_is_left_to_the_slow_one(
+    hf_flags: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gigatoken")
+
+    def wrong(self: Any, texts: Sequence[str]) -> Any:
+        return np.zeros(len(texts), np.uint32), np.ones(len(texts), np.int64)
+
+    monkeypatch.setattr(GigatokenEncoder, "encode_batch", wrong)
+    encoder = resolve(hf_flags).build()
+    assert encoder.description == "tokenizers (gigatoken gives other ids for this tokenizer)"
+
+
+def test_a_word_level_tokenizer_that_gigatoken_does_not_know(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    encoder = HuggingFaceTokenizer(backend.to_str(), None, False).build()
+    assert encoder.description.startswith("tokenizers (gigatoken")
+    assert rows(*encoder.encode_batch(["a b c"])) == [[1, 2, 0]]
+
+
+def test_texts_without_ids_are_refused() -> None:
+    encoder = resolve(["--tokenizer-type", "NullTokenizer", "--vocab-size", 9]).build()
+    for text in ("a", "1  2", "9", "-1", "1.5"):
+        with pytest.raises(UnencodableTextError):
+            encoder.encode_batch([text])
+
+
+def _write(content: str) -> Callable[[Path], Flags]:
+    def write(folder: Path) -> Flags:
+        (folder / "tokenizer.json").write_text(content)
+        (folder / "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+        )
+        return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
+
+    return write
+
+
+def _file(name: str, kind: str) -> Callable[[Path], Flags]:
+    def write(folder: Path) -> Flags:
+        (folder / name).write_text("nonsense")
+        return ["--tokenizer-type", kind, "--tokenizer-model", folder / name]
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_write("{}"), "tokenizer.json is not readable"),
+        (_write("nonsense"), "tokenizer.json is not readable"),
+        (_file("sp.model", "SentencePieceTokenizer"), "is no SentencePiece model"),
+        (_file("ranks.json", "TikTokenizer"), "holds no tiktoken ranks"),
+        (_file("ranks.tiktoken", "TikTokenizer"), "holds no tiktoken ranks"),
+    ],
+)
+def test_damaged_files(make: Callable[[Path], Flags], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        resolve(make(tmp_path))
+
+
+def test_an_end_of_document_that_is_not_there(tmp_path: Path, run: Any, corpus: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    flags = _write(Tokenizer(models.BPE({"a": 0}, [])).to_str())(tmp_path)
+    with pytest.raises(DataError, match="has no end-of-document token"):
+        run(corpus, tmp_path / "data", *flags, "--append-eod")
