@@ -1,0 +1,195 @@
+"""Balance for every input; the summed score against scipy's exact optimum."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from megatron_smlp.ops.balanced_assignment import balanced_assignment
+
+
+def _assert_balanced(experts: Tensor, num_tokens: int, num_experts: int) -> None:
+    assert experts.dtype == torch.int64
+    assert experts.shape == (num_tokens,)
+    counts = experts.bincount(minlength=num_experts)
+    assert counts.numel() == num_experts
+    assert counts.min() >= num_tokens // num_experts
+    assert counts.max() <= -(-num_tokens // num_experts)
+
+
+def _total(scores: Tensor, experts: Tensor) -> float:
+    return scores.double().gather(1, experts[:, None]).sum().item()
+
+
+def _optimum(scores: Tensor) -> float:
+    """The exact optimum: one column a slot; the optional slots are shared out by dummy tokens."""
+    values = scores.double().numpy()
+    num_tokens, num_experts = values.shape
+    share, remainder = divmod(num_tokens, num_experts)
+    if remainder == 0:
+        slots = np.repeat(values, share, axis=1)
+    else:
+        slots = np.repeat(values, share + 1, axis=1)
+        dummies = np.full((num_experts - remainder, slots.shape[1]), -1e6)
+        dummies[:, share :: share + 1] = 0.0
+        slots = np.concatenate([slots, dummies])
+    rows, columns = linear_sum_assignment(slots, maximize=True)
+    return float(slots[rows, columns][:num_tokens].sum())
+
+
+def _random(num_tokens: int, num_experts: int) -> Tensor:
+    return torch.randn(num_tokens, num_experts)
+
+
+def _clustered(num_tokens: int, num_experts: int) -> Tensor:
+    """Hidden states around 12 centres, scored against random centroids: most tokens compete."""
+    centres = 2.0 * torch.randn(12, 32)
+    hidden = centres[torch.randint(12, (num_tokens,))] + 0.3 * torch.randn(num_tokens, 32)
+    return hidden @ torch.randn(num_experts, 32).T / 6
+
+
+def _low_rank(num_tokens: int, num_experts: int) -> Tensor:
+    return torch.randn(num_tokens, 4) @ torch.randn(4, num_experts)
+
+
+def _one_favourite(num_tokens: int, num_experts: int) -> Tensor:
+    return torch.randn(num_tokens, num_experts) + 5.0 * torch.randn(num_experts)
+
+
+def _tiny_differences(num_tokens: int, num_experts: int) -> Tensor:
+    """float64 scores that differ in the twelfth digit only."""
+    return 1.0 + 1e-12 * torch.randn(num_tokens, num_experts, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "make", [_random, _clustered, _low_rank, _one_favourite, _tiny_differences]
+)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts"),
+    [(1024, 16), (1024, 64), (1000, 7), (600, 4), (128, 128), (513, 128), (65, 64), (10, 64)],
+)
+def test_reaches_nearly_the_optimum(make, num_tokens: int, num_experts: int):
+    """As a share of the way from a random balanced assignment to the optimum.
+
+    The plain ratio says little where the optimum is near zero or negative.
+    """
+    torch.manual_seed(num_tokens + num_experts)
+    scores = make(num_tokens, num_experts)
+    experts = balanced_assignment(scores)
+    _assert_balanced(experts, num_tokens, num_experts)
+    optimum, chance = _optimum(scores), scores.double().mean(dim=1).sum().item()
+    assert (_total(scores, experts) - chance) / (optimum - chance) >= 0.995
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(0, 70), st.integers(1, 12)),
+        elements=st.one_of(
+            st.sampled_from([0.0, 1.0, -1.0, 1e30, -1e38, 1e-45, 3.4e38]),
+            st.floats(allow_nan=False, allow_infinity=False, width=32),
+        ),
+    )
+)
+def test_is_balanced_for_every_finite_input(values: np.ndarray):
+    _assert_balanced(balanced_assignment(torch.from_numpy(values)), *values.shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(
+        np.float64,
+        st.tuples(st.integers(1, 24), st.integers(1, 6)),
+        elements=st.integers(-5, 5).map(float),
+    )
+)
+def test_is_close_to_the_optimum_on_tied_integer_scores(values: np.ndarray):
+    """Small integers tie all the time; one unit in 24 tokens is what rounding may cost."""
+    scores = torch.from_numpy(values)
+    assert _total(scores, balanced_assignment(scores)) >= _optimum(scores) - 1.0
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(2048, 64), (1001, 64), (33, 64), (7, 1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n, e: torch.zeros(n, e),
+        lambda n, e: torch.randn(1, e).expand(n, e),
+        lambda n, e: torch.randn(n, 1).expand(n, e),
+        lambda n, e: torch.randn(3, e)[torch.arange(n) % 3],
+        lambda n, e: 1e30 * torch.randn(n, e),
+        lambda n, e: torch.full((n, e), -1e38),
+        lambda n, e: torch.rand(n, e) * 1e-44,
+        lambda n, e: torch.randn(n, e, dtype=torch.float64) * 1e307,
+        lambda n, e: torch.randn(n, e) * torch.exp(15 * torch.randn(n, e)),
+    ],
+    ids=["zero", "same row", "same column", "3 rows", "1e30", "-1e38", "denormal", "1e307", "wild"],
+)
+def test_ties_and_extreme_scores_stay_balanced(make, num_tokens: int, num_experts: int):
+    torch.manual_seed(3)
+    scores = make(num_tokens, num_experts)
+    _assert_balanced(balanced_assignment(scores), num_tokens, num_experts)
+
+
+def test_one_huge_score_does_not_hide_the_others_from_their_optimum():
+    torch.manual_seed(0)
+    scores = torch.randn(512, 8)
+    scores[7, 3] = 1e4
+    experts = balanced_assignment(scores)
+    assert experts[7] == 3
+    _assert_balanced(experts, 512, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_floating_type(dtype: torch.dtype):
+    torch.manual_seed(0)
+    scores = torch.randn(300, 8).to(dtype)
+    experts = balanced_assignment(scores)
+    _assert_balanced(experts, 300, 8)
+    assert _total(scores, experts) >= 0.995 * _optimum(scores)
+
+
+def test_same_scores_give_the_same_assignment_whatever_the_random_state():
+    torch.manual_seed(0)
+    scores = torch.randn(777, 16)
+    first = balanced_assignment(scores)
+    torch.manual_seed(1)
+    assert torch.equal(balanced_assignment(scores.clone()), first)
+
+
+def test_any_strides_and_no_change_of_the_input():
+    torch.manual_seed(0)
+    scores = torch.randn(16, 200)
+    before = scores.clone()
+    assert torch.equal(balanced_assignment(scores.T), balanced_assignment(scores.T.contiguous()))
+    assert torch.equal(scores, before)
+
+
+def test_needs_no_gradient_and_works_under_autocast():
+    torch.manual_seed(0)
+    scores = torch.randn(128, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        experts = balanced_assignment(scores.clone().requires_grad_())
+    assert not experts.requires_grad
+    assert torch.equal(experts, balanced_assignment(scores))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_scores_that_are_not_finite_are_refused(bad: float):
+    scores = torch.zeros(5, 3)
+    scores[2, 1] = bad
+    with pytest.raises(ValueError, match="1 of 15 scores are NaN or infinite"):
+        balanced_assignment(scores)
+
+
+@pytest.mark.parametrize(
+    "scores", [torch.zeros(5), torch.zeros(5, 0), torch.zeros(5, 3, dtype=torch.int64)]
+)
+def test_what_is_no_score_matrix_is_refused(scores: Tensor):
+    with pytest.raises(ValueError, match=r"floating tensor \[tokens, experts\]"):
+        balanced_assignment(scores)
