@@ -72,6 +72,7 @@ class ChunkEncoder:
                 documents.append(record)
             else:
                 result.num_empty += 1
+        chunk.release()
         self._encode_documents(chunk, documents, result)
         return result
 

@@ -37,7 +37,7 @@ def array_chunks(path: Path, *, begin: Position) -> Iterator[Chunk]:
 
 
 def _chunk(path: Path, lines: list[bytes], file: int, last: int) -> Chunk:
-    payload = b"".join(lines)
+    payload = bytearray().join(lines)
     end = Position(file, last, last)
     return Chunk(str(path), last - len(lines) + 1, payload, end, len(payload))
 

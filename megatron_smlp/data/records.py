@@ -57,9 +57,9 @@ def _parse_rows(
 
 
 def _parse_lines(
-    chunk: Chunk, payload: bytes | bytearray, keys: Sequence[str]
+    chunk: Chunk, payload: bytearray, keys: Sequence[str]
 ) -> Iterator[tuple[int, tuple[str, ...]] | Rejection]:
-    view = memoryview(payload)
+    view = memoryview(payload)  # Slices of it are no copies.
     start, line = 0, chunk.first_line
     if line == 1 and payload.startswith(UTF8_BOM):
         start = len(UTF8_BOM)

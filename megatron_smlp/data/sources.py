@@ -44,13 +44,17 @@ class Chunk:
     file: str
     first_line: int
     """Number of the first record in its file, from 1."""
-    payload: bytes | bytearray | list[tuple[Any, ...]]
+    payload: bytearray | list[tuple[Any, ...]]
     """Raw lines, or for parquet one tuple of values a record, in the order of the keys."""
     end: Position
     num_bytes: int
     """Uncompressed size, for bounds and progress."""
     damage: str | None = None
     """Why the file cannot be read beyond this chunk (which then has no records)."""
+
+    def release(self) -> None:
+        """Free the records once they are parsed or sent: one alone may fill a gigabyte."""
+        self.payload.clear()
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
@@ -106,7 +110,7 @@ def _read_file(path: Path, *, keys: Sequence[str], begin: Position) -> Iterator[
             yield chunk
     except DamagedInputError as damage:
         end = Position(begin.file + 1)
-        yield Chunk(str(path), position.line + 1, b"", end, 0, damage=str(damage))
+        yield Chunk(str(path), position.line + 1, bytearray(), end, 0, damage=str(damage))
 
 
 def _records(path: Path, *, keys: Sequence[str], begin: Position) -> Iterator[Chunk]:

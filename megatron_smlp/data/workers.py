@@ -21,6 +21,7 @@ from megatron_smlp.data.sources import Chunk
 
 IN_FLIGHT_BYTES = 64 << 20
 """Bound on the raw text between reading and writing; one larger record passes alone."""
+PIECE_BYTES = 1 << 20
 JOIN_SECONDS = 5.0
 
 
@@ -99,9 +100,7 @@ class WorkerPool:
                 in_flight -= done.num_bytes
                 yield done, future.result()
             in_flight += chunk.num_bytes
-            future = self.threads.submit(self._call, chunk)
-            # The text itself is freed as soon as a worker has it.
-            pending.append((replace(chunk, payload=b""), future))
+            pending.append((chunk, self.threads.submit(self._call, chunk)))
         while pending:
             done, future = pending.popleft()
             yield done, future.result()
@@ -134,7 +133,7 @@ class _Worker:
     def encode(self, chunk: Chunk) -> EncodedChunk:
         place = f"near {chunk.file}:{chunk.first_line}"
         try:
-            self.connection.send(chunk)
+            send_chunk(self.connection, chunk)
         except OSError:
             raise self._death(place) from None
         encoded: EncodedChunk = self._receive(place)
@@ -169,6 +168,27 @@ class _Worker:
             self.process.kill()
 
 
+def send_chunk(connection: Connection, chunk: Chunk) -> None:
+    """Send a chunk and free its text. Raw lines go in pieces: a pickle would copy them whole."""
+    if isinstance(chunk.payload, bytearray):
+        connection.send(replace(chunk, payload=bytearray()))
+        with memoryview(chunk.payload) as view:
+            for at in range(0, len(view), PIECE_BYTES):
+                connection.send_bytes(view[at : at + PIECE_BYTES])
+    else:
+        connection.send(chunk)
+    chunk.release()
+
+
+def receive_chunk(connection: Connection) -> Chunk:
+    """The other end of `send_chunk`."""
+    chunk: Chunk = connection.recv()
+    if isinstance(chunk.payload, bytearray):
+        while len(chunk.payload) < chunk.num_bytes:
+            chunk.payload.extend(connection.recv_bytes())
+    return chunk
+
+
 @dataclass(frozen=True)
 class _Failure:
     """Sent instead of an answer."""
@@ -185,7 +205,7 @@ def _serve(connection: Connection, settings: EncodingSettings) -> None:
         encoder = ChunkEncoder(settings)
         connection.send(encoder.encoder.description)
         while True:
-            connection.send(encoder.encode(connection.recv()))
+            connection.send(encoder.encode(receive_chunk(connection)))
     except (EOFError, BrokenPipeError):
         return  # The parent closed the pipe, or died.
     # Whatever it is, panics from Rust (which are no `Exception`) included: the parent reports it.

@@ -1,9 +1,10 @@
 """A run killed at any moment goes on where it stopped, and gives the same bytes."""
 
 import json
+import os
 import random
+import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,38 +125,39 @@ def test_one_prefix_is_written_by_one_run(run: Run, tmp_path: Path, source: Path
 
 
 def test_kill_9_at_random_moments(run: Run, tmp_path: Path, source: Path) -> None:
-    """Real processes, killed until one gets through."""
-    body = source.read_bytes() + b"\n"
-    source.write_bytes(body * 60)
-    program = tmp_path / "small_shards.py"
+    """Real processes that kill themselves while they work, until one gets through."""
+    source.write_bytes((source.read_bytes() + b"\n") * 15)
+    program = tmp_path / "dies.py"
     program.write_text(f"""
-import sys
+import os, signal, sys, threading
 sys.path[:0] = [{str(ROOT)!r}]
 from megatron_smlp.data import preprocessing, sources
 from megatron_smlp.data.errors import run_tool
 from megatron_smlp.data.preprocess_cli import main
 preprocessing.SHARD_SECONDS = 0.0
-sources.CHUNK_BYTES = 4000
+sources.CHUNK_BYTES = 20_000
+
+def read_and_die(*args, **kwargs):
+    seconds = float(os.environ["SECONDS_TO_LIVE"])
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+    return sources.read_chunks(*args, **kwargs)
+
+preprocessing.read_chunks = read_and_die
 if __name__ == "__main__":
     run_tool(main)
 """)
     command = [PYTHON, str(program), "--input", str(source), "--output-prefix"]
     command += [str(tmp_path / "killed"), *FLAGS, "--workers", "2", "--resume"]
     rng = random.Random(0)
-    kills = 0
-    while True:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=rng.uniform(0.5, 1.2) + 0.3 * (kills // 3))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-            time.sleep(0.05)  # The kernel lets go of the lock.
-            continue
-        assert process.returncode == 0
-        break
-    assert kills > 0
+    codes: list[int] = []
+    while not codes or codes[-1] == -signal.SIGKILL:
+        seconds = rng.uniform(0.005, 0.1) + 0.05 * len(codes)
+        environment = {**os.environ, "SECONDS_TO_LIVE": str(seconds)}
+        codes.append(subprocess.run(command, env=environment, timeout=60, check=False).returncode)
+    assert codes[-1] == 0
+    assert len(codes) > 1
     run(source, tmp_path / "whole", *FLAGS)
     ours, theirs = _outputs(tmp_path / "killed"), _outputs(tmp_path / "whole")
     assert ours[:3] == theirs[:3]
