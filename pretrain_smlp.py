@@ -20,8 +20,21 @@ def main(argv: list[str]) -> None:
         from megatron_smlp.arguments import parse_arguments
 
         args = parse_arguments(argv)
+        if args.dry_run:
+            dry_run(args)
+            return
         transcript.open(args.log_dir, rank=args.rank)
         train(args)
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from megatron_smlp.training.plan import print_dry_run
+    from megatron_smlp.training.transcript import terminal
+
+    if args.rank == 0:
+        print_dry_run(args, Console(file=terminal(), highlight=False, soft_wrap=True))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -32,13 +45,15 @@ def train(args: argparse.Namespace) -> None:
 
     from megatron_smlp.model import model_config
     from megatron_smlp.platform import hooks
-    from megatron_smlp.training.data import train_valid_test_datasets
+    from megatron_smlp.training.data import check_data, train_valid_test_datasets
     from megatron_smlp.training.reporting import Reporter
+    from megatron_smlp.training.signals import keyboard_like_sigterm
     from megatron_smlp.training.step import ForwardStep
 
+    check_data(args)
     step = ForwardStep()
-    reporter = Reporter(args, flops_per_token=0, nonfinite=step.take_nonfinite)
-    with hooks.installed(reporter), reporter.session():
+    reporter = Reporter(args, nonfinite=step.take_nonfinite)
+    with keyboard_like_sigterm(reporter.say), hooks.installed(reporter), reporter.session():
         pretrain(
             pretrain_cfg_container_from_args(args, model_config(args)),
             train_valid_test_datasets,
@@ -49,7 +64,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    from megatron_smlp.arguments import readable_errors
+    from megatron_smlp.errors import readable_errors
 
-    with readable_errors():
+    with readable_errors("pretrain_smlp.py"):
         main(sys.argv[1:])

@@ -63,8 +63,8 @@ class SMLPTransformerConfig(TransformerConfig, ModelOptions):
     def __post_init__(self) -> None:
         # Megatron allows tensor parallel experts only without a bias, and reads that off the whole
         # model's flag. Our experts have none (layers/token_moe.py), whatever the other layers have.
-        bias = self.add_bias_linear
-        self.add_bias_linear = bias and self.num_moe_experts is None
+        bias: bool = self.add_bias_linear
+        self.add_bias_linear: bool = bias and self.num_moe_experts is None
         super().__post_init__()
         self.add_bias_linear = bias
 

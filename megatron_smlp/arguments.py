@@ -8,23 +8,20 @@ what to do; then Megatron's own validation.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from megatron_smlp.errors import UsageError
 from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import cpu
-
-
-class UsageError(ValueError):
-    """Something that the user gave is wrong; its text is one line for the user, with a remedy."""
+from megatron_smlp.training.checkpoints import check_against_checkpoint, settle_load
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -46,7 +43,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.explicit_flags = given_flags(parser, argv)
     _settle_defaults(args)
     check_model(args)
+    check_schedule(args)
     _validate(args)
+    check_against_checkpoint(args)
     return args
 
 
@@ -210,6 +209,7 @@ def _settle_defaults(args: argparse.Namespace) -> None:
     args.check_for_nan_in_loss_and_grad = False
     args.exit_signal_handler = True
     args.log_dir = args.log_dir or args.save
+    settle_load(args)
     try:
         args.platform_changes = cpu.set_flags(args)
     except ValueError as error:
@@ -318,6 +318,28 @@ def _check_experts(args: argparse.Namespace) -> None:
         )
 
 
+def check_schedule(args: argparse.Namespace) -> None:
+    """Steps, warm-up and evaluation that fit together.
+
+    Raises:
+        UsageError: see the messages.
+    """
+    if not args.train_iters and not args.train_samples:
+        raise UsageError("--train-iters is missing: give it (or --train-samples).")
+    steps = args.lr_decay_iters or args.train_iters
+    if args.train_iters and args.lr_warmup_iters >= steps:
+        raise UsageError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} must be under --lr-decay-iters or "
+            f"--train-iters {steps}. Lower it, or use --lr-warmup-fraction."
+        )
+    if args.lr is None:
+        raise UsageError("--lr is missing: give the peak learning rate, for example --lr 1e-3.")
+    if args.eval_iters and not args.eval_interval:
+        raise UsageError("--eval-iters without --eval-interval: give both, or --eval-iters 0.")
+    if not args.eval_iters:
+        args.eval_interval = args.eval_interval or args.train_iters  # Megatron divides by it
+
+
 def _validate(args: argparse.Namespace) -> None:
     """Megatron's own validation and global state.
 
@@ -340,14 +362,3 @@ def _reason(error: BaseException) -> str:
         return words
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"`{frame.line}` ({Path(frame.filename).name}, line {frame.lineno})"
-
-
-@contextlib.contextmanager
-def readable_errors() -> Iterator[None]:
-    """Turn a UsageError into one line on rank 0's stderr and exit code 2, without a traceback."""
-    try:
-        yield
-    except UsageError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"pretrain_smlp.py: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None

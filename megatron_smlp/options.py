@@ -47,11 +47,18 @@ class RunOptions:
     dry_run: bool = False
     """Print the resolved configuration, the layer table, parameters and FLOPs, then exit."""
 
+    no_resume: bool = False
+    """Start from scratch although the --save folder holds a checkpoint. By default --load is the
+    --save folder where it holds one, so that the same command goes on after an interruption."""
+
     log_dir: str | None = None
     """Folder of metrics.jsonl and of the start-up record (default: the --save folder)."""
 
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     """What a loss that is NaN or infinite does: stop the run, or skip that step's update."""
+
+    allow_tokenizer_mismatch: bool = False
+    """Train on data whose manifest names another vocabulary than this run's tokenizer has."""
 
     peak_tflops: float | None = None
     """Dense peak of one device for the MFU figure, in TFLOP/s (default: known GPUs, else n/a)."""

@@ -47,7 +47,7 @@ class TorchNorm:
 
 
 def norm_builder(config: TransformerConfig) -> Any:
-    """The norm class of a layer slot: Transformer Engine's, else Apex's for LayerNorm, else torch's."""
+    """The norm class of a slot: Transformer Engine's, else Apex's for LayerNorm, else torch's."""
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 

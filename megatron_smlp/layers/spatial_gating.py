@@ -1,9 +1,9 @@
 """Causal spatial gating, the token mixer of gMLP (Liu et al., arXiv 2105.08050), in Megatron's
 `self_attention` slot. The LN and the residual around it are the slot's.
 
-    u  = GELU(x U)                     x = LN(input);  U: D x Z,  u = [u1 | u2], each [T, F], F = Z/2
-    g  = M_k LN_k(u2_k) + b_k          per head k: its chunk of f = F/h features, M_k lower triangular
-    y  = (u1 * g) V                    V: F x D
+    u  = GELU(x U)                 x = LN(input);  U: D x Z,  u = [u1 | u2], each [T, F], F = Z/2
+    g  = M_k LN_k(u2_k) + b_k      per head k: its chunk of f = F/h features, M_k lower triangular
+    y  = (u1 * g) V                V: F x D
 
 Init: M ~ U(-1e-3/T, 1e-3/T), b = 1, so that the block starts as a plain FFN. Rows of M are absolute
 positions: a shorter sequence uses M[:t, :t] and b[:t], so batches are padded on the right.
@@ -95,7 +95,7 @@ class SpatialProjection(nn.Module):
         Raises:
             ValueError: T' > T.
         """
-        tokens, batch, features = values.shape
+        tokens, batch, _ = values.shape
         if tokens > self.length:
             raise ValueError(
                 f"A sequence of {tokens} tokens is longer than --seq-length {self.length}: spatial "
@@ -227,7 +227,7 @@ class SpatialGating(MegatronModule):
         u1, u2 = self.config.activation_func(u).chunk(2, dim=-1)
         weight, bias = self.spatial.weight, self.spatial.bias
         if self.head_is_split:
-            # Each rank mixes its own features with the same M, b: dM, db are the sum over the ranks.
+            # Each rank mixes its own features with the same M, b: dM, db are sums over the ranks.
             weight = tensor_parallel.copy_to_tensor_model_parallel_region(weight, self.tp_group)
             bias = tensor_parallel.copy_to_tensor_model_parallel_region(bias, self.tp_group)
         gates: Tensor = self.spatial(self.norm(u2), weight, bias)

@@ -59,7 +59,7 @@ def apply() -> None:
     """Replace every name below, once per process. No effect where CUDA is available."""
     if not needed() or getattr(torch.cuda, "_smlp_cpu_platform", False):
         return
-    torch.cuda._smlp_cpu_platform = True  # type: ignore[attr-defined]
+    torch.cuda._smlp_cpu_platform = True
     _replace_device_functions()
     _replace_streams()
     _replace_random_state()
@@ -117,7 +117,7 @@ def _replace_device_functions() -> None:
         setattr(torch.cuda, name, _constant(None))
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, _constant(None))
-    torch.cuda.nvtx.range = _no_context  # type: ignore[assignment]
+    torch.cuda.nvtx.range = _no_context
 
 
 class CPUEvent:
@@ -165,15 +165,15 @@ class CPUStream:
     def record_event(self, event: Any = None) -> CPUEvent:
         event = event or CPUEvent()
         event.record()
-        return event  # type: ignore[no-any-return]
+        return event
 
 
 def _replace_streams() -> None:
     """Streams and events do nothing: an operation on the CPU is finished when it returns."""
     stream = CPUStream()
-    torch.cuda.Event = CPUEvent  # type: ignore[assignment,misc]
-    torch.cuda.Stream = CPUStream  # type: ignore[assignment,misc]
-    torch.cuda.stream = _no_context  # type: ignore[assignment,misc]
+    torch.cuda.Event = CPUEvent
+    torch.cuda.Stream = CPUStream
+    torch.cuda.stream = _no_context
     torch.cuda.set_stream = _constant(None)
     torch.cuda.current_stream = _constant(stream)
     torch.cuda.default_stream = _constant(stream)
@@ -191,10 +191,10 @@ def _replace_random_state() -> None:
 
     torch.cuda.default_generators = (generator,)
     for module in (torch.cuda, torch.cuda.random):  # Megatron calls either name
-        module.get_rng_state = get_rng_state  # type: ignore[attr-defined]
-        module.set_rng_state = set_rng_state  # type: ignore[attr-defined]
-        module.manual_seed = generator.manual_seed  # type: ignore[attr-defined]
-        module.manual_seed_all = generator.manual_seed  # type: ignore[attr-defined]
+        module.get_rng_state = get_rng_state
+        module.set_rng_state = set_rng_state
+        module.manual_seed = generator.manual_seed
+        module.manual_seed_all = generator.manual_seed
 
 
 def _replace_tensor_placement() -> None:
@@ -207,10 +207,10 @@ def _replace_tensor_placement() -> None:
     def stay(self: Any, *_: Any, **__: Any) -> Any:
         return self
 
-    torch.Tensor.cuda = stay  # type: ignore[method-assign]
-    torch.nn.Module.cuda = stay  # type: ignore[method-assign]
+    torch.Tensor.cuda = stay
+    torch.nn.Module.cuda = stay
     for owner in (torch.Tensor, torch.nn.Module):
-        owner.to = _to_on_cpu(owner.to)  # type: ignore[attr-defined]
+        owner.to = _to_on_cpu(owner.to)
 
 
 def _replace_tensor_types() -> None:
@@ -222,7 +222,7 @@ def _replace_tensor_types() -> None:
         answer = plain(self, *args, **kwargs)
         return CPU_TYPES.get(answer, answer) if isinstance(answer, str) else answer
 
-    torch.Tensor.type = named  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = named
 
 
 def _replace_in_megatron() -> None:

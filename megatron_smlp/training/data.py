@@ -12,6 +12,39 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_smlp.data.tokenizers import identity_from_arguments
+from megatron_smlp.data.verification import verify_for_training
+from megatron_smlp.errors import UsageError
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Look at every dataset before anything is built.
+
+    Raises:
+        UsageError: no data, missing or damaged files, or data of another vocabulary.
+    """
+    if args.mock_data:
+        return
+    try:
+        prefixes = data_prefixes(args)
+        if not prefixes:
+            raise UsageError(
+                "--data-path is missing: give the prefix of a .bin/.idx pair that "
+                "tools/preprocess_data.py wrote, or --mock-data."
+            )
+        identity = None if args.allow_tokenizer_mismatch else identity_from_arguments(args)
+        for prefix in prefixes:
+            verify_for_training(prefix, identity, vocab_size=get_tokenizer().vocab_size)
+    except (ValueError, OSError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def data_prefixes(args: argparse.Namespace) -> list[str]:
+    """Every prefix of the blend, over all splits, once."""
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blends = [blend, *(per_split or [])]
+    return list(dict.fromkeys(prefix for each in blends if each for prefix in each[0]))
+
 
 def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
     """The provider that `megatron.training.pretrain` calls, on every rank.

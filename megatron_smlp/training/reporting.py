@@ -1,4 +1,4 @@
-"""What the user sees of a run: one line a log interval, metrics.jsonl, and a start that fits a screen.
+"""What the user sees of a run: a start that fits a screen, a line a log interval, metrics.jsonl.
 
 Rank 0 prints; under pipeline parallelism the loss lives on the last stage and is sent to it. What
 Megatron itself prints is kept by training/transcript.py.
@@ -16,11 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import __version__ as megatron_version
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_smlp import __version__
+from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_token
+from megatron_smlp.errors import NonFiniteLossError
+from megatron_smlp.training.checkpoints import write_model_flags
+from megatron_smlp.training.plan import summary
 from megatron_smlp.training.transcript import terminal
 
 # Dense bf16 peaks of one device in TFLOP/s, from the vendor's data sheets (no sparsity).
@@ -41,15 +47,13 @@ class Reporter:
     """Prints and records the run; the `Observer` that platform/hooks.py calls.
 
     Args:
-        flops_per_token: needed training FLOPs (forward and backward) for one token.
         nonfinite: asks and clears whether a loss of the step on this rank was not finite.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, *, flops_per_token: float, nonfinite: Callable[[], bool]
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, *, nonfinite: Callable[[], bool]) -> None:
         self.args = args
-        self.flops_per_token = flops_per_token
+        shape = ModelShape.from_args(args)
+        self.flops_per_token = training_flops_per_token(model_cost(shape), shape)
         self.nonfinite = nonfinite
         self.first_rank = args.rank == 0
         self.console = Console(file=terminal(), highlight=False, soft_wrap=True)
@@ -62,11 +66,36 @@ class Reporter:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Show the progress bar, where there is a terminal for it, while the run goes on."""
+        """From the start screen to the last word; on a terminal with a progress bar."""
+        self._introduce()
         with contextlib.ExitStack() as stack:
             if self.first_rank and self.console.is_terminal:
                 self.progress = stack.enter_context(self._bar())
-            yield
+            try:
+                yield
+            except SystemExit:  # how Megatron's loop ends on a signal or an exit flag
+                self.say(self._farewell())
+                raise
+
+    def _introduce(self) -> None:
+        args = self.args
+        lines = [f"megatron_smlp {__version__} on Megatron-Core {megatron_version}"]
+        lines += summary(args, ModelShape.from_args(args))
+        if args.platform_changes:
+            lines.append("platform    CPU: GPU-only defaults are off (docs/architecture.md)")
+        lines.append(f"data        {'mock' if args.mock_data else ' '.join(data_words(args))}")
+        lines.append(f"start       {'from ' + args.load if args.load else 'from scratch'}")
+        if args.log_dir:
+            lines.append(f"logs        {args.log_dir}: metrics.jsonl, megatron.log")
+        else:
+            lines.append("logs        none are kept: give --log-dir or --save")
+        for line in lines:
+            self.say(line)
+
+    def _farewell(self) -> str:
+        where = f"saved to {self.args.save}" if self.last_saved else "nothing was saved"
+        again = "; the same command goes on from there" if self.last_saved else ""
+        return f"stopped at iteration {self.args.curr_iteration + 1}: {where}{again}"
 
     def _bar(self) -> Progress:
         progress = Progress(
@@ -98,7 +127,7 @@ class Reporter:
         """All ranks agree whether this step's losses were finite.
 
         Raises:
-            NonFiniteLoss: on every rank, where --nonfinite-loss is stop.
+            NonFiniteLossError: on every rank, where --nonfinite-loss is stop.
         """
         rank = torch.distributed.get_rank()
         bad = torch.tensor(
@@ -111,7 +140,7 @@ class Reporter:
             f"non-finite loss on rank {bad.item() - 1} at iteration {self.args.curr_iteration + 1}"
         )
         if self.args.nonfinite_loss == "stop":
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"{message}: stopped before the update (--nonfinite-loss stop). Lower --lr or "
                 "--clip-grad, check the data there, or go on without such steps by "
                 "--nonfinite-loss skip."
@@ -210,11 +239,9 @@ class Reporter:
     def saved(self, *, iteration: int, seconds: float) -> None:
         self.clock.exclude(seconds)
         self.last_saved = iteration
+        if self.first_rank:
+            write_model_flags(self.args, iteration)
         self.say(f"iteration {iteration} saved to {self.args.save} | {seconds:.1f} s")
-
-
-class NonFiniteLoss(RuntimeError):
-    """A loss was NaN or infinite and the run was told to stop at one."""
 
 
 class StepClock:
@@ -290,6 +317,13 @@ def _to_first_rank(losses: dict[str, torch.Tensor]) -> dict[str, float]:
     box = [{name: float(value) for name, value in losses.items()}]
     torch.distributed.broadcast_object_list(box, src=last)
     return box[0]
+
+
+def data_words(args: argparse.Namespace) -> list[str]:
+    """The data flags that were given, as they were given."""
+    names = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+    given = [getattr(args, name) for name in names if getattr(args, name)]
+    return [str(word) for words in given for word in words] or [str(args.data_args_path)]
 
 
 def perplexity(loss: float) -> float:

@@ -25,10 +25,10 @@ class Transcript(contextlib.AbstractContextManager["Transcript"]):
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> Transcript:
-        self.stack.enter_context(contextlib.redirect_stdout(self))  # type: ignore[type-var]
+        self.stack.enter_context(contextlib.redirect_stdout(self))
         self.stack.enter_context(warnings.catch_warnings())
         warnings.showwarning = self._show_warning
-        logging.basicConfig(stream=self, level=logging.INFO)  # type: ignore[arg-type]
+        logging.basicConfig(stream=self, level=logging.INFO)
         # It has a handler of its own, and says on every machine without CUDA that there is none.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         return self
@@ -43,7 +43,7 @@ class Transcript(contextlib.AbstractContextManager["Transcript"]):
         self.flush()
 
     def open(self, folder: str | None, *, rank: int) -> None:
-        """Go on in `folder`/megatron.log (megatron.rank3.log on rank 3); no folder keeps nothing."""
+        """Go on in `folder`/megatron.log, megatron.rank3.log on rank 3; no folder keeps nothing."""
         if folder is None:
             self.file = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115
             return

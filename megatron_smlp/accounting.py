@@ -1,0 +1,197 @@
+"""Parameters and FLOPs of every architecture: plain arithmetic, no torch, no GPU.
+
+FLOPs are 2 per multiply-add, forward, and training is 3 x forward. Two conventions, which differ
+only where a product is causal:
+
+    needed   the lower triangle with its diagonal: T (T + 1) / 2 of the T x T pairs of positions
+    paper    the full square: 24 layers of width 1024 at T = 1024, V = 50,257 are 0.827 TFLOPs
+
+Letters: T sequence length, D hidden, Z ffn_hidden_size, F = Z / 2 gate width, V padded vocabulary,
+E token experts, X width of an expert, h heads, k experts a token visits, P attention width.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_smlp.options import LayerSlots, ModelOptions, layer_slots, model_option_names
+
+TOKENS_PER_REPORT = 1024
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one part of the model costs."""
+
+    parameters: int
+    active_parameters: int
+    """Parameters that one token's forward pass uses."""
+    flops: int
+    """Forward FLOPs of one sequence, only the needed ones."""
+    square_flops: int
+    """The same with full squares instead of triangles: the paper's convention."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.parameters + other.parameters,
+            self.active_parameters + other.active_parameters,
+            self.flops + other.flops,
+            self.square_flops + other.square_flops,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes that decide what a model costs; names as in Megatron's arguments."""
+
+    slots: tuple[LayerSlots, ...]
+    hidden_size: int
+    ffn_hidden_size: int
+    seq_length: int
+    padded_vocab_size: int
+    attention_width: int
+    """Width of the queries over all heads: heads * kv_channels."""
+    key_value_width: int
+    """Width of the keys, and of the values: query groups * kv_channels."""
+    num_experts: int = 0
+    moe_ffn_hidden_size: int = 0
+    moe_router_topk: int = 1
+    learned_positions: bool = False
+    tied_embeddings: bool = True
+    linear_bias: bool = True
+    norm_parameters: int = 2
+    """Parameter vectors of a norm: 2 for LayerNorm, 1 for RMSNorm."""
+    gated_mlp: bool = False
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> ModelShape:
+        """From Megatron's namespace, after validation."""
+        width = args.kv_channels * args.num_attention_heads
+        groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+        options = ModelOptions(**{name: getattr(args, name) for name in model_option_names()})
+        return cls(
+            slots=tuple(
+                layer_slots(
+                    options,
+                    num_layers=args.num_layers,
+                    num_experts=args.num_experts,
+                    moe_layer_freq=args.moe_layer_freq,
+                    num_attention_heads=args.num_attention_heads,
+                )
+            ),
+            hidden_size=args.hidden_size,
+            ffn_hidden_size=args.ffn_hidden_size,
+            seq_length=args.seq_length,
+            padded_vocab_size=args.padded_vocab_size,
+            attention_width=width,
+            key_value_width=groups * args.kv_channels,
+            num_experts=args.num_experts or 0,
+            moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
+            moe_router_topk=args.moe_router_topk,
+            learned_positions=args.position_embedding_type == "learned_absolute",
+            tied_embeddings=not args.untie_embeddings_and_output_weights,
+            linear_bias=args.add_bias_linear,
+            norm_parameters=2 if args.normalization == "LayerNorm" else 1,
+            gated_mlp=args.swiglu,
+        )
+
+    @property
+    def triangle(self) -> int:
+        """Pairs of positions (t, s) with s <= t."""
+        return self.seq_length * (self.seq_length + 1) // 2
+
+    @property
+    def square(self) -> int:
+        return self.seq_length**2
+
+
+def model_cost(shape: ModelShape) -> Cost:
+    """The whole model: embeddings, layers, final norm, logits."""
+    return total([embedding_cost(shape), *(layer_cost(shape, s) for s in shape.slots)])
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    return sum(costs, start=Cost(0, 0, 0, 0))
+
+
+def forward_tflops_per_1024_tokens(cost: Cost, shape: ModelShape) -> tuple[float, float]:
+    """(paper convention, needed only), in TFLOPs."""
+    scale = TOKENS_PER_REPORT / shape.seq_length / 1e12
+    return cost.square_flops * scale, cost.flops * scale
+
+
+def training_flops_per_token(cost: Cost, shape: ModelShape) -> float:
+    """Needed FLOPs of forward and backward for one token."""
+    return 3 * cost.flops / shape.seq_length
+
+
+def embedding_cost(shape: ModelShape) -> Cost:
+    """Token and position embeddings, the final norm, and the logits."""
+    table = shape.padded_vocab_size * shape.hidden_size
+    positions = shape.seq_length * shape.hidden_size if shape.learned_positions else 0
+    untied = 0 if shape.tied_embeddings else table
+    parameters = table + untied + positions + _norm(shape)
+    flops = 2 * shape.seq_length * table
+    return Cost(parameters, parameters, flops, flops)
+
+
+def layer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """Both slots of one layer, each with its norm."""
+    mixer = attention_cost(shape) if slots.mixer == "attention" else gating_cost(shape, slots)
+    channels = {"mlp": mlp_cost, "token_moe": token_moe_cost, "none": lambda _: total([])}
+    return mixer + channels[slots.channel](shape)
+
+
+def attention_cost(shape: ModelShape) -> Cost:
+    """q, k, v and output projections; scores and their product with v are causal."""
+    width = shape.attention_width
+    qkv = _linear(shape, shape.hidden_size, width + 2 * shape.key_value_width)
+    return qkv + _linear(shape, width, shape.hidden_size) + _causal(shape, 2 * width, 0)
+
+
+def gating_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """Spatial gating: U, the heads' norm, M and b, V. FLOPs do not depend on the heads."""
+    gate_width = shape.ffn_hidden_size // 2
+    up = _linear(shape, shape.hidden_size, shape.ffn_hidden_size)
+    down = _linear(shape, gate_width, shape.hidden_size)
+    spatial = slots.heads * (shape.square + shape.seq_length) + 2 * gate_width
+    return up + down + _causal(shape, gate_width, spatial)
+
+
+def mlp_cost(shape: ModelShape) -> Cost:
+    hidden = shape.ffn_hidden_size
+    up = _linear(shape, shape.hidden_size, 2 * hidden if shape.gated_mlp else hidden)
+    return up + _linear(shape, hidden, shape.hidden_size) + _parameters(_norm(shape))
+
+
+def token_moe_cost(shape: ModelShape) -> Cost:
+    """Router and experts (without bias); a token visits k of E experts, nothing is dropped."""
+    widths = 3 if shape.gated_mlp else 2
+    expert = widths * shape.hidden_size * shape.moe_ffn_hidden_size
+    router = shape.hidden_size * shape.num_experts
+    active = shape.moe_router_topk * expert + router
+    flops = 2 * shape.seq_length * active
+    norm = _norm(shape)
+    return Cost(shape.num_experts * expert + router + norm, active + norm, flops, flops)
+
+
+def _norm(shape: ModelShape) -> int:
+    return shape.norm_parameters * shape.hidden_size
+
+
+def _parameters(count: int) -> Cost:
+    return Cost(count, count, 0, 0)
+
+
+def _linear(shape: ModelShape, inputs: int, outputs: int) -> Cost:
+    parameters = inputs * outputs + (outputs if shape.linear_bias else 0)
+    flops = 2 * shape.seq_length * inputs * outputs
+    return Cost(parameters, parameters, flops, flops)
+
+
+def _causal(shape: ModelShape, columns: int, parameters: int) -> Cost:
+    """A causal product of T x T with `columns` columns, and the norm in front of the mixer."""
+    parameters += _norm(shape)
+    return Cost(parameters, parameters, 2 * shape.triangle * columns, 2 * shape.square * columns)

@@ -1,0 +1,37 @@
+"""Errors for the user: one line that names the thing, its value, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """Its text is shown as it is, without a traceback; the process ends with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A flag, a file or a combination of them is wrong."""
+
+    exit_code = 2
+
+
+class NonFiniteLossError(UserError):
+    """A loss was NaN or infinite and the run was told to stop at one."""
+
+    exit_code = 3
+
+
+@contextlib.contextmanager
+def readable_errors(program: str) -> Iterator[None]:
+    """Turn a UserError into one line on rank 0's stderr and its exit code."""
+    try:
+        yield
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None

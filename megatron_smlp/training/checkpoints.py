@@ -1,0 +1,107 @@
+"""What a checkpoint says of the model in it, and whether a run may go on from it.
+
+`model.json` lies in each `iter_*` folder, beside Megatron's own files: the flags that make the
+model, as plain JSON, so that they can be read without torch and without unpickling anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.options import model_option_names
+
+FILE_NAME = "model.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+
+# Flags of Megatron's that shape the parameters; ours come from ModelOptions.
+MEGATRON_MODEL_FLAGS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "group_query_attention",
+    "num_query_groups",
+    "seq_length",
+    "max_position_embeddings",
+    "position_embedding_type",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_router_topk",
+    "normalization",
+    "layernorm_epsilon",
+    "add_bias_linear",
+    "swiglu",
+    "untie_embeddings_and_output_weights",
+    "padded_vocab_size",
+)
+
+
+def model_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that make the model what it is, by argparse destination."""
+    names = (*model_option_names(), *MEGATRON_MODEL_FLAGS)
+    flags = {name: getattr(args, name) for name in names}
+    if not args.group_query_attention:
+        flags["num_query_groups"] = None  # without it Megatron fills in one number or another
+    return flags
+
+
+def iteration_folder(checkpoint: str | Path, iteration: int) -> Path:
+    return Path(checkpoint) / f"iter_{iteration:07d}"
+
+
+def latest_iteration(checkpoint: str | Path) -> int | None:
+    """The iteration that the tracker file names, or None where there is no checkpoint."""
+    try:
+        return int((Path(checkpoint) / TRACKER).read_text(encoding="utf-8").strip())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def write_model_flags(args: argparse.Namespace, iteration: int) -> None:
+    """Put model.json into the folder of a checkpoint that was just saved."""
+    target = iteration_folder(args.save, iteration) / FILE_NAME
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(model_flags(args), indent=1) + "\n", encoding="utf-8")
+    partial.replace(target)
+
+
+def read_model_flags(checkpoint: str | Path) -> dict[str, Any] | None:
+    """The flags of the newest checkpoint in a folder; None where it was not written by us."""
+    iteration = latest_iteration(checkpoint)
+    if iteration is None:
+        return None
+    path = iteration_folder(checkpoint, iteration) / FILE_NAME
+    if not path.exists():
+        return None
+    flags: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return flags
+
+
+def settle_load(args: argparse.Namespace) -> None:
+    """A run that is started again with the same --save goes on from what it saved there."""
+    if args.load is None and args.save and not args.no_resume and latest_iteration(args.save):
+        args.load = args.save
+
+
+def check_against_checkpoint(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict the checkpoint that is to be loaded.
+
+    Raises:
+        UsageError: with the flag and both values.
+    """
+    saved = read_model_flags(args.load) if args.load else None
+    wanted = model_flags(args)
+    for name, there in (saved or {}).items():
+        here = wanted.get(name, there)
+        if here != there:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{flag} {here} contradicts the checkpoint {args.load}, which was made with "
+                f"{there}: give {flag} {there}, or another --load."
+            )

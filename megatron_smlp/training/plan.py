@@ -1,0 +1,111 @@
+"""What a run is going to do, in words: the start screen and `--dry-run`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from megatron_smlp.accounting import (
+    ModelShape,
+    forward_tflops_per_1024_tokens,
+    layer_cost,
+    model_cost,
+)
+from megatron_smlp.options import LayerSlots
+
+MIXERS = {
+    "attention": "self-attention, heads: {heads}",
+    "spatial_gating": "spatial gating, heads: {heads}",
+    "feature_moe": "feature MoE, experts: {heads}",
+}
+PRECISIONS = ("bf16", "fp16")
+
+
+def print_dry_run(args: argparse.Namespace, console: Console) -> None:
+    """The resolved configuration, the layers with both slots, parameters and FLOPs."""
+    shape = ModelShape.from_args(args)
+    resolved = {name: getattr(args, name) for name in sorted(args.explicit_flags)}
+    console.print("Configuration (flags and --config; everything else is Megatron's default)")
+    console.print(yaml.safe_dump(_plain(resolved), sort_keys=True).rstrip(), markup=False)
+    console.print()
+    console.print(layer_table(args, shape))
+    for line in summary(args, shape):
+        console.print(line, markup=False)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    simple = (str, int, float, bool, list, type(None))
+    return {key: v if isinstance(v, simple) else str(v) for key, v in values.items()}
+
+
+def layer_table(args: argparse.Namespace, shape: ModelShape) -> Table:
+    """One row a layer: mixer slot, channel slot, parameters, forward GFLOPs a sequence."""
+    table = Table(title="Layers", title_justify="left", box=None, pad_edge=False)
+    for name in ("layer", "token mixer", "channel mixer"):
+        table.add_column(name, no_wrap=True)
+    for name in ("parameters", "GFLOPs/sequence"):
+        table.add_column(name, justify="right")
+    for number, slots in enumerate(shape.slots, start=1):
+        cost = layer_cost(shape, slots)
+        mixer, channel = describe(args, slots)
+        gflops = f"{cost.square_flops / 1e9:.2f}"
+        table.add_row(str(number), mixer, channel, f"{cost.parameters:,}", gflops)
+    return table
+
+
+def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
+    """Both slots in words."""
+    channels = {
+        "mlp": f"MLP, width {args.ffn_hidden_size}",
+        "token_moe": f"token MoE, experts: {args.num_experts}, top-{args.moe_router_topk}",
+        "none": "-",
+    }
+    return MIXERS[slots.mixer].format(heads=slots.heads), channels[slots.channel]
+
+
+def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:
+    """The start screen: model, size, layout, batch, precision."""
+    cost = model_cost(shape)
+    paper, needed = forward_tflops_per_1024_tokens(cost, shape)
+    groups = itertools.groupby(describe(args, slots) for slots in shape.slots)
+    layers = "; ".join(
+        f"{len(list(same))} x {mixer}" + ("" if channel == "-" else f" + {channel}")
+        for (mixer, channel), same in groups
+    )
+    dtype = next((name for name in PRECISIONS if getattr(args, name)), "fp32")
+    yield f"model       {args.architecture}: {layers}"
+    yield (
+        f"size        {cost.parameters:,} parameters, {cost.active_parameters:,} active per token; "
+        f"hidden {args.hidden_size}, T {args.seq_length}, vocabulary {args.padded_vocab_size:,}"
+    )
+    yield (
+        f"cost        {paper:.4f} TFLOPs forward per 1024 tokens "
+        f"({needed:.4f} needed, without what lies above the diagonal)"
+    )
+    yield f"layout      {layout(args)}; {dtype}"
+    yield (
+        f"steps       {args.train_iters} x {args.global_batch_size} samples of {args.seq_length} "
+        f"tokens, micro-batch {args.micro_batch_size}"
+    )
+
+
+def layout(args: argparse.Namespace) -> str:
+    """`4 processes: TP 2, PP 2, EP 1, DP 1`."""
+    words = [
+        f"TP {args.tensor_model_parallel_size}" + (" + SP" if args.sequence_parallel else ""),
+        f"PP {args.pipeline_model_parallel_size}",
+        f"EP {args.expert_model_parallel_size}",
+        f"DP {args.data_parallel_size}",
+    ]
+    if args.virtual_pipeline_model_parallel_size:
+        words[1] += f" x {args.virtual_pipeline_model_parallel_size} interleaved"
+    if args.use_distributed_optimizer:
+        words.append("distributed optimizer")
+    processes = f"{args.world_size} process" + ("es" if args.world_size > 1 else "")
+    return f"{processes}: {', '.join(words)}"
