@@ -1,7 +1,7 @@
 """Configuration of the sparse all-MLP language models and their baselines, for transformers.
 
-Names are Megatron's where Megatron has the word. `num_hidden_layers` and `seq_length` are accepted as
-other names of `num_layers` and `max_position_embeddings`.
+Names are Megatron's where Megatron has the word. `num_hidden_layers` and `seq_length` are accepted
+as other names of `num_layers` and `max_position_embeddings`.
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ class SMLPConfig(PreTrainedConfig):
         num_feature_experts: spatial experts of a sparse block.
         num_feature_chunks: chunks of its features; default: one per expert.
         prefix_fraction: partial prediction routes from the first floor(prefix_fraction * T) tokens.
-        partial_loss: partial prediction trains on targets from the end of that prefix on, or on all.
+        partial_loss: partial prediction trains on targets behind that prefix (suffix), or on all.
         feature_aux_loss_coeff: weight of the balance loss over spatial experts.
         num_experts, moe_ffn_hidden_size: FFN experts of a token MoE and their width (default:
             ffn_hidden_size); experts have no bias.
@@ -152,7 +152,9 @@ class SMLPConfig(PreTrainedConfig):
     def _check_choices(self) -> None:
         for name, allowed in _ALLOWED.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}"
+                )
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
