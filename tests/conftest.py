@@ -1,0 +1,54 @@
+"""What all tests share: threads, seeds, and one process of Megatron without a launcher."""
+
+import os
+
+# Small sizes lose more to threads than they win; `make test` sets its own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The suite holds the CPU platform; only `-m gpu` looks at a GPU that may be there."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers in every test, whichever ran before (and no import of torch)."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(1234)
+
+
+@pytest.fixture(scope="module")
+def megatron() -> Iterator[None]:
+    """Model parallel groups of one process over gloo, as pretrain_smlp.py has without torchrun.
+
+    A module's, not the session's: what the next file sets up of Megatron's globals is its own.
+    """
+    from support.in_process import one_process
+
+    with one_process():
+        yield
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """`parse("--flag value ...")` -> checked arguments; Megatron's global copy goes afterwards."""
+    from support.in_process import MINIMAL, forget_arguments
+
+    from megatron_smlp.arguments import parse_arguments
+
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+    def parse_words(words: str, *, base: str = MINIMAL) -> Any:
+        forget_arguments()
+        return parse_arguments([*base.split(), *words.split()])
+
+    yield parse_words
+    forget_arguments()

@@ -1,0 +1,100 @@
+"""In evaluation, a token changes no logit before it, whatever else is in the batch.
+
+Bitwise, but for models with token experts: there the number of tokens that reach an expert changes
+with the other tokens of the batch, and the GEMM library may round another batch size differently.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.in_process import build_model
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+BATCH, LENGTH = 4, 16
+EXPERTS = "--num-experts 4 --moe-router-topk 1"
+MODELS = {
+    "transformer": "--architecture transformer --num-attention-heads 4",
+    "gmlp_1_head": "--architecture gmlp",
+    "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
+    "smlp_feature_moe_only": "--architecture smlp --num-dense-layers 2 --spatial-heads 2 "
+    "--feature-router deterministic --num-feature-experts 4",
+    "smlp": "--architecture smlp --num-dense-layers 2 --spatial-heads 2 "
+    f"--feature-router deterministic --num-feature-experts 4 {EXPERTS}",
+    "transformer_moe": f"--architecture transformer --num-attention-heads 4 {EXPERTS}",
+}
+ROUTED = {"smlp", "transformer_moe"}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
+    """(name, GPTModel in evaluation mode) with weights far from the initial ones."""
+    from support.in_process import MINIMAL, forget_arguments
+
+    from megatron_smlp.arguments import parse_arguments
+
+    args = parse_arguments(f"{MINIMAL} {MODELS[request.param]} --seq-length {LENGTH}".split())
+    torch.manual_seed(3)
+    model = build_model(args)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # The initial spatial matrices are so small that a leak could vanish in the rounding.
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    yield request.param, model
+    forget_arguments()
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    """tokens: <int64>[B, T] -> <float32>[B, T, V]"""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with torch.no_grad():
+        return model(tokens, positions, None)
+
+
+def other_tokens(tokens: Tensor, vocabulary: int) -> Tensor:
+    """Another token at every place."""
+    return (tokens + torch.randint(1, vocabulary, tokens.shape)) % vocabulary
+
+
+def assert_unchanged(name: str, after: Tensor, before: Tensor) -> None:
+    if name in ROUTED:
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("position", [0, 1, 7, 14, 15])
+def test_a_token_changes_nothing_before_it(model: tuple[str, Any], position: int):
+    """One token of one sequence changes, and every token of the other sequences."""
+    name, network = model
+    vocabulary = network.vocab_size
+    before = torch.randint(vocabulary, (BATCH, LENGTH))
+    after = other_tokens(before, vocabulary)
+    after[1] = before[1]
+    after[1, position] = (before[1, position] + 1) % vocabulary
+    old, new = logits(network, before), logits(network, after)
+    assert_unchanged(name, new[1, :position], old[1, :position])
+    # The change does reach the model: its own position and, through the mixer, every later one.
+    assert (new[1, position:] != old[1, position:]).any(-1).all()
+
+
+@pytest.mark.parametrize("length", [1, 5, 15])
+def test_a_prefix_has_the_logits_of_the_whole(model: tuple[str, Any], length: int):
+    """What is generated token by token sees the model that was trained on whole sequences."""
+    _, network = model
+    tokens = torch.randint(network.vocab_size, (BATCH, LENGTH))
+    whole = logits(network, tokens)[:, :length]
+    torch.testing.assert_close(logits(network, tokens[:, :length]), whole, rtol=0, atol=1e-5)
+
+
+def test_the_batch_does_not_matter(model: tuple[str, Any]):
+    """A sequence alone has the logits that it has among others."""
+    _, network = model
+    tokens = torch.randint(network.vocab_size, (BATCH, LENGTH))
+    whole = logits(network, tokens)
+    for row in range(BATCH):
+        alone = logits(network, tokens[row : row + 1])[0]
+        torch.testing.assert_close(alone, whole[row], rtol=0, atol=1e-5)

@@ -1,0 +1,78 @@
+"""Megatron in the test's own process: model parallel groups of one rank, layers, whole models."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import HashStore
+
+from megatron_smlp.architectures import SMLPTransformerConfig
+from megatron_smlp.platform import cpu
+
+# What Megatron asks for before it looks at anything of ours.
+MINIMAL = """
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 100 --make-vocab-size-divisible-by 4
+    --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --seq-length 16 --micro-batch-size 2
+    --global-batch-size 2 --train-iters 4 --lr 1e-3 --attention-dropout 0 --hidden-dropout 0
+    --eval-iters 1 --eval-interval 100
+"""
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """gloo over a store in memory, and every model parallel group of size one."""
+    cpu.apply()
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1234)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def forget_arguments() -> None:
+    """Drop the namespace, tokenizer and counters that Megatron keeps after parsing."""
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+
+    destroy_global_vars()
+    destroy_num_microbatches_calculator()
+
+
+def layer_config(**changes: Any) -> SMLPTransformerConfig:
+    """A small fp32 config for one layer, as parse_arguments would make it on a CPU."""
+    values: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 24,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 4,
+        "seq_length": 16,
+        "params_dtype": torch.float32,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": True,
+        "transformer_impl": "local",
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "persist_layer_norm": False,
+    }
+    return SMLPTransformerConfig(**(values | changes))
+
+
+def build_model(args: Any) -> Any:
+    """Megatron's GPTModel with the layers that these arguments name, in evaluation mode."""
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron_smlp.model import model_config
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return GPTModelBuilder(model_config(args)).build_model(groups).eval()

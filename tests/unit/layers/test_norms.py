@@ -1,0 +1,124 @@
+"""Norms: torch's under Megatron's signature, and one that a head split over ranks can use."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.in_process import layer_config
+from torch import Tensor, nn
+from torch.distributed import HashStore, ProcessGroupGloo
+
+from megatron_smlp.architectures import SlottedLayer
+from megatron_smlp.layers.norms import HeadLayerNorm, TorchNorm
+
+EPS = 1e-5
+
+
+def on_ranks[T](function: Callable[[int, ProcessGroupGloo], T], *, size: int) -> list[T]:
+    """Run `function(rank, group)` on as many threads as ranks, over a gloo group of their own."""
+    store = HashStore()
+
+    def rank_main(rank: int) -> T:
+        return function(rank, ProcessGroupGloo(store, rank, size))
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(rank_main, rank) for rank in range(size)]
+        return [future.result(timeout=60) for future in futures]
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_split_head_is_normed_as_a_whole(size: int):
+    """Each rank has its share of one head's features; statistics and gradients span all."""
+    features, shape = 12, (5, 2)
+    # Away from zero mean and unit variance, where local statistics would pass for global ones.
+    x = torch.randn(*shape, features) * torch.linspace(0.1, 3, features) + torch.arange(features)
+    weight, bias, upstream = (
+        torch.randn(features),
+        torch.randn(features),
+        torch.randn(*shape, features),
+    )
+
+    def norm(part: slice, group: ProcessGroupGloo | None) -> list[Tensor]:
+        mine = HeadLayerNorm(
+            features // (group.size() if group else 1),
+            num_heads=1,
+            eps=EPS,
+            dtype=torch.float32,
+            group=group,
+        )
+        with torch.no_grad():
+            mine.weight.copy_(weight[part])
+            mine.bias.copy_(bias[part])
+        inputs = x[..., part].clone().requires_grad_()
+        output = mine(inputs)
+        gradients = torch.autograd.grad(
+            output, [inputs, mine.weight, mine.bias], upstream[..., part]
+        )
+        return [output.detach(), *gradients]
+
+    share = features // size
+    shares = on_ranks(
+        lambda rank, group: norm(slice(rank * share, (rank + 1) * share), group), size=size
+    )
+    names = ["output", "input gradient", "weight gradient", "bias gradient"]
+    for name, whole, *parts in zip(names, norm(slice(None), None), *shares, strict=True):
+        torch.testing.assert_close(
+            torch.cat(parts, dim=-1),
+            whole,
+            rtol=1e-5,
+            atol=1e-5,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def test_each_whole_head_is_normed_by_itself():
+    heads, features = 3, 12
+    norm = HeadLayerNorm(features, num_heads=heads, eps=EPS, dtype=torch.float32)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(5, 2, features) * 4 + 1
+    width = features // heads
+    for k in range(heads):
+        chunk = slice(k * width, (k + 1) * width)
+        alone = nn.functional.layer_norm(
+            x[..., chunk], (width,), norm.weight[chunk], norm.bias[chunk], EPS
+        )
+        torch.testing.assert_close(norm(x)[..., chunk], alone)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "norm_class"), [("LayerNorm", nn.LayerNorm), ("RMSNorm", nn.RMSNorm)]
+)
+def test_torch_norm_says_whether_its_gradient_is_a_part(kind, norm_class, sequence_parallel):
+    """Megatron sums the gradients of parameters so marked over the tensor parallel group."""
+    config = SimpleNamespace(
+        normalization=kind, sequence_parallel=sequence_parallel, params_dtype=torch.bfloat16
+    )
+    norm = TorchNorm(config, hidden_size=8, eps=1e-3)
+    assert isinstance(norm, norm_class)
+    assert norm.eps == 1e-3
+    parameters = list(norm.parameters())
+    assert {p.shape for p in parameters} == {(8,)}
+    assert {p.dtype for p in parameters} == {torch.bfloat16}
+    assert {p.sequence_parallel for p in parameters} == {sequence_parallel}
+
+
+def test_other_norms_are_refused_with_the_allowed_ones():
+    config = SimpleNamespace(normalization="BatchNorm", sequence_parallel=False)
+    with pytest.raises(
+        ValueError, match=r"--normalization BatchNorm .* allowed: LayerNorm, RMSNorm"
+    ):
+        TorchNorm(config, hidden_size=8)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_every_norm_of_a_layer_is_marked_under_sequence_parallel():
+    config = layer_config(architecture="transformer")
+    config.sequence_parallel = True  # Megatron's own check wants a second rank for it
+    layer = SlottedLayer(config)
+    for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
+        assert all(p.sequence_parallel for p in norm.parameters())

@@ -1,0 +1,246 @@
+"""Spatial gating in Megatron's slot against slower twins: outputs and every gradient."""
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from g_mlp_pytorch.g_mlp_pytorch import PreNorm, Residual, gMLPBlock
+from support.in_process import layer_config
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron_smlp.architectures import SlottedLayer
+from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialProjection, check_gate
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+BATCH = 3
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def gmlp_layer(*, heads: int = 1, length: int = 16) -> SlottedLayer:
+    config = layer_config(architecture="gmlp", spatial_heads=heads, seq_length=length)
+    layer = SlottedLayer(config)
+    _stir(layer.parameters())
+    return layer
+
+
+def _stir(parameters: Iterable[nn.Parameter]) -> None:
+    """Away from the initial values, where the gate is almost 1 and hides a wrong mixing."""
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+
+
+def _gradients(
+    function: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    parameters: Iterable[Tensor],
+    upstream: Tensor,
+) -> list[Tensor]:
+    inputs = inputs.detach().requires_grad_()
+    output = function(inputs)
+    return [output.detach(), *torch.autograd.grad(output, [inputs, *parameters], upstream)]
+
+
+def _assert_all_close(
+    names: list[str], left: list[Tensor], right: list[Tensor], *, rtol: float, atol: float
+) -> None:
+    for name, a, b in zip(names, left, right, strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def _forward(layer: SlottedLayer) -> Callable[[Tensor], Tensor]:
+    return lambda x: layer(x, attention_mask=None)[0]
+
+
+# g-mlp-pytorch, the best known public implementation, numbers its Residual(PreNorm(block)) so.
+PEER_NAMES = {
+    "input_layernorm": "fn.norm",
+    "self_attention.linear_fc1": "fn.fn.proj_in.0",
+    "self_attention.norm": "fn.fn.sgu.norm",
+    "self_attention.spatial": "fn.fn.sgu",
+    "self_attention.linear_fc2": "fn.fn.proj_out",
+}
+
+
+@pytest.mark.parametrize("tokens", [16, 9])
+def test_layer_equals_g_mlp_pytorch(tokens: int):
+    """One head, causal, same weights: the layer with its norm and residual, also for T' < T."""
+    layer = gmlp_layer()
+    config = layer.config
+    block = gMLPBlock(
+        dim=config.hidden_size,
+        dim_ff=config.ffn_hidden_size,
+        seq_len=config.seq_length,
+        causal=True,
+    )
+    peer = Residual(PreNorm(config.hidden_size, block))
+    ours, theirs = dict(layer.named_parameters()), dict(peer.named_parameters())
+    pairs = {
+        f"{module}.{kind}": f"{PEER_NAMES[module]}.{kind}"
+        for module in PEER_NAMES
+        for kind in ("weight", "bias")
+    }
+    assert set(pairs) == set(ours)
+    assert set(pairs.values()) == set(theirs)
+    with torch.no_grad():
+        for name, peer_name in pairs.items():
+            theirs[peer_name].copy_(ours[name])
+
+    inputs, upstream = torch.randn(2, tokens, BATCH, config.hidden_size)
+    left = _gradients(_forward(layer), inputs, [ours[name] for name in pairs], upstream)
+    right = _gradients(
+        lambda x: peer(x.transpose(0, 1)).transpose(0, 1),
+        inputs,
+        [theirs[name] for name in pairs.values()],
+        upstream,
+    )
+    _assert_all_close(["output", "input", *pairs], left, right, **TOLERANCE)
+
+
+def naive_gating(mixer: SpatialGating, x: Tensor, *, heads: int) -> Tensor:
+    """The equation, head by head and token by token, on Megatron's weights. x: [T', B, D]."""
+    u = functional.gelu(functional.linear(x, mixer.linear_fc1.weight, mixer.linear_fc1.bias))
+    u1, u2 = u.chunk(2, dim=-1)
+    width = u2.shape[-1] // heads
+    gates = []
+    for k in range(heads):
+        chunk = slice(k * width, (k + 1) * width)
+        scale, shift = mixer.norm.weight[chunk], mixer.norm.bias[chunk]
+        v = functional.layer_norm(u2[..., chunk], (width,), scale, shift, mixer.norm.eps)
+        rows = [
+            sum(mixer.spatial.weight[k, t, s] * v[s] for s in range(t + 1))
+            + mixer.spatial.bias[k, t]
+            for t in range(len(x))
+        ]
+        gates.append(torch.stack(rows))
+    gated = u1 * torch.cat(gates, dim=-1)
+    return functional.linear(gated, mixer.linear_fc2.weight, mixer.linear_fc2.bias)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+@pytest.mark.parametrize(("length", "tokens"), [(63, 63), (16, 16), (16, 5), (16, 1)])
+def test_heads_equal_the_naive_loop(heads: int, length: int, tokens: int):
+    # In double precision: sums of up to 63 terms in another order differ by rounding in single.
+    mixer = gmlp_layer(heads=heads, length=length).self_attention.double()
+    parameters = dict(mixer.named_parameters())
+    inputs, upstream = torch.randn(2, tokens, BATCH, mixer.config.hidden_size).double()
+
+    def slotted(x: Tensor) -> Tensor:
+        output, bias = mixer(x)  # the layer adds the bias, fused with dropout and residual
+        return output + bias
+
+    left = _gradients(slotted, inputs, parameters.values(), upstream)
+    right = _gradients(
+        lambda x: naive_gating(mixer, x, heads=heads), inputs, parameters.values(), upstream
+    )
+    _assert_all_close(["output", "input", *parameters], left, right, rtol=1e-10, atol=1e-10)
+
+
+def test_rows_are_absolute_positions():
+    """A shorter sequence, padded on the right, is a prefix of a longer one."""
+    layer = gmlp_layer(heads=2)
+    inputs = torch.randn(16, BATCH, layer.config.hidden_size)
+    whole = _forward(layer)(inputs)
+    torch.testing.assert_close(_forward(layer)(inputs[:7]), whole[:7], **TOLERANCE)
+
+
+def test_a_longer_sequence_is_refused_with_its_length_and_the_flag():
+    layer = gmlp_layer()
+    expected = r"sequence of 17 tokens is longer than --seq-length 16.*Cut the sequence"
+    with pytest.raises(ValueError, match=expected):
+        layer(torch.randn(17, 1, layer.config.hidden_size), attention_mask=None)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_initial_values(heads: int):
+    """M ~ U(-1e-3/T, 1e-3/T) in the lower triangle, b = 1, LN the identity."""
+    length = 64
+    spatial = SpatialProjection(heads, length=length, dtype=torch.float32)
+    bound = 1e-3 / length
+    lower = spatial.weight.detach()[:, *torch.tril_indices(length, length)]
+    assert lower.abs().max() <= bound
+    # A uniform distribution, not merely something small: its deciles, to 5 % of the bound.
+    deciles = torch.linspace(-0.8, 0.8, 9)
+    found = torch.quantile(lower.flatten() / bound, (deciles + 1) / 2)
+    torch.testing.assert_close(found, deciles, rtol=0, atol=0.05)
+    assert torch.equal(spatial.weight, spatial.weight.tril())
+    assert torch.equal(spatial.bias, torch.ones(heads, length))
+    if heads > 1:
+        assert not torch.equal(spatial.weight[0], spatial.weight[1])
+
+
+def test_initial_values_do_not_depend_on_the_tensor_parallel_size():
+    """Each rank draws all heads and keeps its own, so two halves are the whole."""
+
+    def draw(count: int, first: int) -> Tensor:
+        torch.manual_seed(5)
+        return SpatialProjection(
+            count, length=8, dtype=torch.float32, first_head=first, total_heads=4
+        ).weight
+
+    whole = draw(4, 0)
+    assert torch.equal(torch.cat([draw(2, 0), draw(2, 2)]), whole)
+    assert torch.equal(torch.cat([draw(1, head) for head in range(4)]), whole)
+
+
+def test_block_starts_as_a_plain_ffn():
+    """With the initial M and b the gate is 1 to a thousandth: y = GELU(x U)_1 V."""
+    config = layer_config(architecture="gmlp", spatial_heads=2)
+    mixer = SlottedLayer(config).self_attention
+    inputs = torch.randn(16, BATCH, config.hidden_size)
+    half = config.ffn_hidden_size // 2
+    hidden = functional.gelu(mixer.linear_fc1(inputs)[0][..., :half])
+    ffn = mixer.linear_fc2(hidden)[0]
+    output, _ = mixer(inputs)
+    assert (output - ffn).norm() < 2e-3 * ffn.norm()
+    assert not torch.equal(output, ffn)
+
+
+@pytest.mark.parametrize("tokens", [16, 5])
+def test_deterministic_feature_moe_equals_heads(tokens: int):
+    """Chunk i goes to expert i: as many heads as experts, to the last bit."""
+    heads = gmlp_layer(heads=4)
+    routed = SlottedLayer(
+        layer_config(architecture="smlp", feature_router="deterministic", num_feature_experts=4)
+    )
+    assert type(routed.self_attention) is not type(heads.self_attention)
+    routed.load_state_dict(heads.state_dict())
+    inputs = torch.randn(tokens, BATCH, heads.config.hidden_size)
+    assert torch.equal(_forward(routed)(inputs), _forward(heads)(inputs))
+
+
+@pytest.mark.parametrize("heads", [5, 0, -1, 49])
+def test_heads_that_do_not_divide_the_gate_are_refused(heads: int):
+    with pytest.raises(ValueError, match=rf"num_heads {heads} does not divide the gate width 48"):
+        SlottedLayer(layer_config(architecture="gmlp", spatial_heads=heads))
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "tp", "cp", "message"),
+    [
+        (1, 31, 1, 1, r"--heads 1 does not divide the gate width 15.5 \(--ffn-hidden-size 31"),
+        (4, 64, 8, 1, r"--tensor-model-parallel-size 8 does not divide --heads 4: choose a div"),
+        (1, 60, 4, 1, r"--tensor-model-parallel-size 4 does not divide the gate width 30"),
+        (4, 64, 1, 2, r"--context-parallel-size 2 is not available with spatial gating"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused(heads, width, tp, cp, message):
+    with pytest.raises(ValueError, match=message):
+        check_gate(
+            "--heads",
+            num_heads=heads,
+            ffn_hidden_size=width,
+            tensor_parallel=tp,
+            context_parallel=cp,
+        )
+
+
+@pytest.mark.parametrize(("heads", "tp"), [(1, 1), (1, 4), (4, 4), (4, 2), (8, 4)])
+def test_layouts_that_fit_pass(heads: int, tp: int):
+    check_gate(
+        "--heads", num_heads=heads, ffn_hidden_size=64, tensor_parallel=tp, context_parallel=1
+    )

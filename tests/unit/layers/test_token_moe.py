@@ -1,0 +1,75 @@
+"""Token MoE in the channel slot: Megatron's MoELayer, experts without a bias, any router."""
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.backends import get_backend
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.router import TopKRouter
+from support.in_process import layer_config
+from torch.nn import functional
+
+from megatron_smlp.architectures import SlottedLayer
+from megatron_smlp.layers.token_moe import token_moe_builder
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+EXPERTS = 4
+
+
+def moe_config(**changes: Any) -> Any:
+    values = {
+        "num_moe_experts": EXPERTS,
+        "moe_router_topk": 1,
+        "moe_router_pre_softmax": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_ffn_hidden_size": 96,
+        "add_bias_linear": True,
+    }
+    return layer_config(**(values | changes))
+
+
+class EveryTokenTo(TopKRouter):
+    """A router of a test's own: every token to one expert, with one weight."""
+
+    def __init__(self, *, expert: int, weight: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.expert, self.expert_weight = expert, weight
+
+    def forward(self, input: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = input.shape[0] * input.shape[1]
+        chosen = functional.one_hot(torch.full((tokens,), self.expert), EXPERTS)
+        return chosen * self.expert_weight, chosen.bool()
+
+
+@pytest.mark.parametrize("expert", [0, 3])
+def test_router_plugs_in_and_experts_are_the_equation(expert: int):
+    """y = w_e GELU(h A_e) B_e, without a bias although the model's other layers have one."""
+    config = moe_config()
+
+    def router(**kwargs: Any) -> EveryTokenTo:
+        return EveryTokenTo(expert=expert, weight=0.25, **kwargs)
+
+    build = token_moe_builder(config, get_backend(config.transformer_impl), router=router)
+    moe = build(config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    hidden = torch.randn(5, 3, config.hidden_size)
+    output, bias = moe(hidden)
+    chosen = moe.experts.local_experts[expert]
+    expected = 0.25 * functional.linear(
+        functional.gelu(functional.linear(hidden, chosen.linear_fc1.weight)),
+        chosen.linear_fc2.weight,
+    )
+    assert bias is None
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("architecture", ["transformer", "smlp"])
+def test_only_experts_lose_their_bias(architecture: str):
+    config = moe_config(architecture=architecture)
+    names = [name for name, _ in SlottedLayer(config).named_parameters()]
+    experts = [name for name in names if ".experts." in name]
+    assert len(experts) == 2 * EXPERTS
+    assert all(name.endswith(".weight") for name in experts)
+    assert any(name.startswith("self_attention.") and name.endswith(".bias") for name in names)
+    assert config.add_bias_linear
