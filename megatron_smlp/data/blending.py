@@ -1,0 +1,164 @@
+"""Megatron's data flags as checked blends: which datasets, with which weights, for which split.
+
+Megatron takes a flat list. An odd one, or one that mixes numbers and names, it silently reads as
+names alone; here it is refused with the entry that is wrong.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.indexed import idx_path
+
+SPLITS = ("train", "valid", "test")
+SPLIT_FLAGS = ("train_data_path", "valid_data_path", "test_data_path")
+WHOLE_FLAGS = ("data_path", "data_args_path")
+PER_SPLIT_FLAGS = (*SPLIT_FLAGS, "per_split_data_args_path")
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Datasets of one split."""
+
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...] | None
+    """Shares of the samples, of any sum; None: each dataset once, by its size."""
+
+    def as_megatron(self) -> tuple[list[str], list[float] | None]:
+        """The form that `GPTDatasetConfig` takes."""
+        return list(self.prefixes), None if self.weights is None else list(self.weights)
+
+
+@dataclass(frozen=True)
+class Blends:
+    """What a run reads: one blend that `--split` cuts, or one for each split."""
+
+    whole: Blend | None = None
+    per_split: tuple[Blend | None, Blend | None, Blend | None] | None = None
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Every dataset once, in the order of the flags."""
+        blends = [self.whole, *(self.per_split or ())]
+        return list(dict.fromkeys(name for blend in blends if blend for name in blend.prefixes))
+
+
+def blends_from_arguments(args: argparse.Namespace) -> Blends:
+    """The blends of `--data-path`, `--data-args-path`, `--train-data-path` and so on.
+
+    Raises:
+        DataError: flags that exclude one another, an unreadable file, or a list that is no blend.
+    """
+    given = [name for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS) if getattr(args, name, None)]
+    _check_exclusive(given)
+    if "data_path" in given:
+        return Blends(parse_blend(args.data_path, source="--data-path"))
+    if "data_args_path" in given:
+        words = _read(args.data_args_path, "--data-args-path").split()
+        return Blends(parse_blend(words, source=f"--data-args-path {args.data_args_path}"))
+    if "per_split_data_args_path" in given:
+        return Blends(per_split=_read_per_split(args.per_split_data_args_path))
+    if given:
+        lists = [getattr(args, name, None) for name in SPLIT_FLAGS]
+        return Blends(per_split=_three_blends(lists, [_flag(name) for name in SPLIT_FLAGS]))
+    return Blends()
+
+
+def _check_exclusive(given: list[str]) -> None:
+    separate = [name for name in given if name not in SPLIT_FLAGS]
+    if len(separate) > 1 or (separate and len(given) > 1):
+        flags = " and ".join(_flag(name) for name in given)
+        raise DataError(f"{flags} exclude one another; give one of them")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _read(path: str, flag: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{flag} {path} is not readable: {error}") from None
+
+
+def _read_per_split(path: str) -> tuple[Blend | None, Blend | None, Blend | None]:
+    flag = "--per-split-data-args-path"
+    try:
+        body = json.loads(_read(path, flag))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{flag} {path} is no JSON: {error}") from None
+    if not isinstance(body, dict) or set(body) != set(SPLITS):
+        found = ", ".join(body) if isinstance(body, dict) else type(body).__name__
+        raise DataError(f"{flag} {path} must hold the keys {', '.join(SPLITS)}; it has {found}")
+    values = [body[name] for name in SPLITS]
+    lists = [value.split() if isinstance(value, str) else value for value in values]
+    return _three_blends(lists, [f"{flag} {path}, {name}:" for name in SPLITS])
+
+
+def _three_blends(
+    lists: Sequence[Sequence[str] | None], sources: Sequence[str]
+) -> tuple[Blend | None, Blend | None, Blend | None]:
+    train, valid, test = (
+        parse_blend(words, source=source) if words else None
+        for words, source in zip(lists, sources, strict=True)
+    )
+    return train, valid, test
+
+
+def parse_blend(words: Sequence[str], *, source: str) -> Blend:
+    """A list of prefixes, or of weight and prefix in turns.
+
+    Args:
+        source: the flag or file, for the message.
+
+    Raises:
+        DataError: neither of the two, or a weight that is not a positive number.
+    """
+    words = [str(word).strip() for word in words]
+    if not words:
+        raise DataError(f"{source} is empty: give a dataset prefix, or weights and prefixes")
+    numbers = [_is_weight(word) for word in words]
+    if not any(numbers):
+        return Blend(tuple(words), None)
+    for position, (word, is_number) in enumerate(zip(words, numbers, strict=True)):
+        expected = "weight" if position % 2 == 0 else "prefix"
+        if is_number != (expected == "weight"):
+            raise DataError(_wrong_turn(source, words, position, expected, word))
+    if len(words) % 2:
+        raise DataError(f"{source} ends with the weight {words[-1]}: a prefix is missing after it")
+    weights = tuple(
+        _weight(word, name, source) for word, name in zip(words[::2], words[1::2], strict=True)
+    )
+    return Blend(tuple(words[1::2]), weights)
+
+
+def _is_weight(word: str) -> bool:
+    """A number, unless a dataset has that name."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return not idx_path(word).is_file()
+
+
+def _wrong_turn(source: str, words: list[str], position: int, expected: str, word: str) -> str:
+    example = "0.7 first_prefix 0.3 second_prefix"
+    return (
+        f"{source} mixes weights and prefixes: entry {position + 1} of {len(words)}, {word!r}, "
+        f"should be a {expected}; give a weight before every prefix ({example}), or none at all"
+    )
+
+
+def _weight(word: str, name: str, source: str) -> float:
+    weight = float(word)
+    if not math.isfinite(weight) or weight <= 0:
+        raise DataError(
+            f"{source}: the weight {word} of {name!r} is not above 0; leave a dataset out that is "
+            f"not to be read"
+        )
+    return weight

@@ -1,0 +1,134 @@
+"""Megatron's GPT datasets, built under a cache lock, and what a run will read of each.
+
+The one module of `data` that imports Megatron: training calls it, the tools do not.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from megatron_smlp.data.blending import SPLITS, Blends
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.index_cache import exclusive_caches
+from megatron_smlp.data.indexed import open_index
+
+
+@dataclass(frozen=True)
+class DatasetUse:
+    """What a run reads of one dataset."""
+
+    split: str
+    prefix: str
+    samples: int
+    """Samples drawn, of seq_length tokens."""
+    tokens: int
+    """Tokens that the split has of this dataset: one epoch."""
+    epochs: float
+    """Samples drawn over samples in an epoch."""
+
+
+def build_datasets(
+    num_samples: Sequence[int | None],
+    *,
+    blends: Blends,
+    config: GPTDatasetConfig,
+    is_built_on_rank: Callable[[], bool],
+    rank: int,
+) -> list[Any]:
+    """Train, valid and test dataset (None where there is none); call on every rank.
+
+    Args:
+        num_samples: samples wanted of each split.
+        config: with the blends in it, as `Blend.as_megatron` gives them.
+        rank: the global rank; the first one holds the caches for the others.
+
+    Raises:
+        DataError: a split without a document, a cache that cannot be written, or unweighted
+            datasets that do not suffice.
+    """
+    _check_splits(blends, config)
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), is_built_on_rank, config)
+    caches = exclusive_caches(blends.prefixes, path_to_cache=config.path_to_cache)
+    with caches if rank == 0 else nullcontext():
+        datasets: list[Any] = builder.build()
+    for name, dataset, wanted in zip(SPLITS, datasets, num_samples, strict=True):
+        _check_suffices(name, dataset, wanted)
+    return datasets
+
+
+def _check_splits(blends: Blends, config: GPTDatasetConfig) -> None:
+    """Megatron repeats a dataset until it is long enough: for ever, where a part of it is empty."""
+    if blends.whole is None:
+        return
+    for prefix in blends.whole.prefixes:
+        count = open_index(prefix).num_sequences
+        for name, share in zip(SPLITS, config.split_matrix or (), strict=True):
+            if share is not None and round(share[0] * count) >= round(share[1] * count):
+                raise DataError(
+                    f"--split {config.split} leaves no document for {name} in {prefix!r}, which "
+                    f"has {count}; set that share to 0, make it larger, or give --train-data-path "
+                    f"and --valid-data-path"
+                )
+
+
+def _check_suffices(split: str, dataset: Any, wanted: int | None) -> None:
+    """Megatron reads unweighted datasets once; a longer run would end in the middle."""
+    if not isinstance(dataset, BlendedDataset) or wanted is None or len(dataset) >= wanted:
+        return
+    tokens = [member._get_num_tokens_per_epoch() for member in dataset.datasets]
+    names = [member.dataset_path for member in dataset.datasets]
+    weighted = " ".join(f"{count} {name}" for count, name in zip(tokens, names, strict=True))
+    raise DataError(
+        f"the {split} datasets have {len(dataset)} samples and are read once without weights, but "
+        f"the run wants {wanted}; give weights to go on over the same data, by size: {weighted}"
+    )
+
+
+def dataset_uses(datasets: Sequence[Any], *, sequence_length: int) -> list[DatasetUse]:
+    """What is read of every dataset, from the built datasets of a rank that has them."""
+    uses = []
+    for split, dataset in zip(SPLITS, datasets, strict=True):
+        for member, samples in _members(dataset):
+            uses.append(_use(split, member, samples, sequence_length))
+    return uses
+
+
+def _members(dataset: Any) -> list[tuple[Any, int]]:
+    """(dataset, samples drawn from it) of a blend, of a single dataset, or of none."""
+    if dataset is None:
+        return []
+    if not isinstance(dataset, BlendedDataset):
+        return [(dataset, _wanted(dataset))]
+    drawn = np.bincount(dataset.dataset_index, minlength=len(dataset.datasets))
+    return list(zip(dataset.datasets, drawn.tolist(), strict=True))
+
+
+def _wanted(dataset: Any) -> int:
+    """Samples that a run reads of a single dataset, which may hold more."""
+    return len(dataset) if dataset.num_samples is None else int(dataset.num_samples)
+
+
+def _use(split: str, dataset: Any, samples: int, sequence_length: int) -> DatasetUse:
+    tokens = dataset._get_num_tokens_per_epoch()
+    epochs = samples * sequence_length / max(tokens, 1)
+    return DatasetUse(split, str(dataset.dataset_path), samples, tokens, epochs)
+
+
+def use_lines(uses: Sequence[DatasetUse]) -> list[str]:
+    """A table for the log: split, share, samples, tokens, epochs, dataset."""
+    totals = {split: sum(use.samples for use in uses if use.split == split) for split in SPLITS}
+    lines = [f"{'split':<6}{'share':>8}{'samples':>14}{'tokens':>17}{'epochs':>9}  dataset"]
+    for use in uses:
+        share = use.samples / max(totals[use.split], 1)
+        lines.append(
+            f"{use.split:<6}{share:>8.2%}{use.samples:>14,}{use.tokens:>17,}{use.epochs:>9.2f}"
+            f"  {Path(use.prefix)}"
+        )
+    return lines

@@ -1,0 +1,74 @@
+"""Megatron's sample index caches, safe for two jobs that start at once and after a crash.
+
+Megatron writes its `.npy` files under their final names and trusts every file that exists. Here
+one job at a time builds in a cache folder, and what a killed job left unfinished is removed first.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from megatron_smlp.data.errors import DataError
+
+CLASS_FOLDER = "GPTDataset_indices"
+LOCK_NAME = ".building.lock"
+
+
+def cache_folders(prefixes: Sequence[str], *, path_to_cache: str | None) -> list[Path]:
+    """Where Megatron puts the caches of these datasets: `--data-cache-path`, or beside each."""
+    if path_to_cache is not None:
+        return [Path(path_to_cache)]
+    return sorted({Path(prefix) / "cache" / CLASS_FOLDER for prefix in prefixes})
+
+
+@contextmanager
+def exclusive_caches(prefixes: Sequence[str], *, path_to_cache: str | None) -> Iterator[None]:
+    """Hold the cache folders while Megatron builds or loads; call on one rank of a job.
+
+    Raises:
+        DataError: a folder cannot be written.
+    """
+    with ExitStack() as stack:
+        for folder in cache_folders(prefixes, path_to_cache=path_to_cache):
+            stack.enter_context(_locked(folder))
+            remove_unfinished(folder)
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_NAME).open("wb")
+    except OSError as error:
+        raise DataError(
+            f"the sample index cannot be cached in {folder} ({error.strerror}); give a folder that "
+            f"can be written with --data-cache-path"
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def remove_unfinished(folder: Path) -> list[Path]:
+    """Remove `.npy` files that are shorter than their headers say; which ones.
+
+    Megatron builds all files of a dataset again where one of them is missing.
+    """
+    broken = [path for path in sorted(folder.glob("*.npy")) if not _is_whole(path)]
+    for path in broken:
+        path.unlink()
+    return broken
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    # An empty file, a cut header, or fewer bytes than the header says.
+    except (ValueError, EOFError, OSError):
+        return False
+    return bool(os.path.getsize(path) >= array.nbytes)  # noqa: PTH202

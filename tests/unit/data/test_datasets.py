@@ -1,0 +1,177 @@
+"""Building Megatron's datasets: weights kept, uses counted, caches safe."""
+
+import multiprocessing
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_smlp.data.blending import Blends, parse_blend
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.index_cache import exclusive_caches, remove_unfinished
+from megatron_smlp.data.preprocessing import Summary
+
+LENGTH = 32
+
+
+@pytest.fixture
+def prefixes(run: Callable[..., Summary], tmp_path: Path) -> list[str]:
+    for number, count in enumerate((100, 300, 60)):
+        source = write_jsonl(tmp_path / f"{number}.jsonl", make_documents(count, seed=number))
+        run(source, tmp_path / f"data{number}", *BYTE_FLAGS, "--append-eod")
+    return [str(tmp_path / f"data{number}_text_document") for number in range(3)]
+
+
+def _config(blends: Blends, cache: Path, split: str = "900,50,50") -> Any:
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    tokenizer = SimpleNamespace(
+        eod=0, pad=1, vocab_size=512, unique_identifiers=OrderedDict(kind="bytes")
+    )
+    per_split = blends.per_split and [
+        None if blend is None else blend.as_megatron() for blend in blends.per_split
+    ]
+    return GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=LENGTH,
+        blend=blends.whole.as_megatron() if blends.whole else None,
+        blend_per_split=per_split,
+        split=split if blends.whole else None,
+        path_to_cache=str(cache),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+
+
+def _build(words: list[str], sizes: list[int], cache: Path, split: str = "900,50,50") -> Any:
+    from megatron_smlp.data.datasets import build_datasets
+
+    blends = Blends(parse_blend(words, source="--data-path"))
+    config = _config(blends, cache, split)
+    return build_datasets(
+        sizes, blends=blends, config=config, is_built_on_rank=lambda: True, rank=0
+    )
+
+
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    weights=st.lists(st.floats(0.05, 1.0), min_size=3, max_size=3),
+    samples=st.integers(3000, 9000),
+)
+def test_weights_are_honoured_within_one_sample_in_a_thousand(
+    prefixes: list[str], tmp_path: Path, weights: list[float], samples: int
+) -> None:
+    from megatron_smlp.data.datasets import dataset_uses
+
+    words = [str(part) for pair in zip(weights, prefixes, strict=True) for part in pair]
+    datasets = _build(words, [samples, 10, 10], tmp_path / "cache")
+    uses = [use for use in dataset_uses(datasets, sequence_length=LENGTH) if use.split == "train"]
+    drawn = np.array([use.samples for use in uses])
+    shares = np.array(weights) / sum(weights)
+    assert np.abs(drawn - shares * drawn.sum()).max() <= drawn.sum() / 1000
+    assert drawn.sum() >= samples
+
+
+def test_uses_of_one_dataset_and_of_a_blend(prefixes: list[str], tmp_path: Path) -> None:
+    from megatron_smlp.data.datasets import dataset_uses, use_lines
+    from megatron_smlp.data.indexed import open_index
+
+    whole = open_index(prefixes[1]).num_tokens
+    datasets = _build([prefixes[1]], [2 * whole // LENGTH, 5, 5], tmp_path / "cache")
+    uses = dataset_uses(datasets, sequence_length=LENGTH)
+    assert [use.split for use in uses] == ["train", "valid", "test"]
+    assert sum(use.tokens for use in uses) == whole
+    assert uses[0].epochs == pytest.approx(2 * whole / uses[0].tokens, rel=0.01)
+    lines = use_lines(uses)
+    assert len(lines) == 4
+    assert prefixes[1] in lines[1]
+    assert "100.00%" in lines[1]
+
+
+def test_a_split_without_documents_is_refused_where_megatron_would_hang(
+    prefixes: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"--split 969,30,1 leaves no document for test.*has 60"):
+        _build([prefixes[2]], [10, 10, 0], tmp_path / "cache", split="969,30,1")
+
+
+def test_datasets_without_weights_that_do_not_suffice(prefixes: list[str], tmp_path: Path) -> None:
+    _build(prefixes, [500, 5, 5], tmp_path / "cache")
+    with pytest.raises(DataError, match=r"read once without weights.*wants 100000.*by size: \d+ "):
+        _build(prefixes, [100_000, 5, 5], tmp_path / "cache")
+
+
+def test_one_dataset_for_each_split(prefixes: list[str], tmp_path: Path) -> None:
+    from megatron_smlp.data.datasets import build_datasets, dataset_uses
+
+    blends = Blends(
+        per_split=tuple(parse_blend([name], source="x") for name in prefixes)  # type: ignore[arg-type]
+    )
+    datasets = build_datasets(
+        [50, 5, 5],
+        blends=blends,
+        config=_config(blends, tmp_path / "cache"),
+        is_built_on_rank=lambda: True,
+        rank=0,
+    )
+    uses = dataset_uses(datasets, sequence_length=LENGTH)
+    assert [use.prefix for use in uses] == prefixes
+
+
+def _all_samples(words: list[str], cache: Path) -> list[bytes]:
+    train = _build(words, [400, 5, 5], cache)[0]
+    return [train[number]["tokens"].numpy().tobytes() for number in range(len(train))]
+
+
+def test_caches_cut_short_by_a_crash_are_built_again(prefixes: list[str], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    words = ["0.5", prefixes[0], "0.5", prefixes[1]]
+    expected = _all_samples(words, cache)
+    files = sorted(cache.glob("*.npy"))
+    assert len(files) > 6
+    for number, path in enumerate(files):
+        body = path.read_bytes()
+        path.write_bytes(body[: (0, 20, len(body) - 1)[number % 3]])
+    assert _all_samples(words, cache) == expected
+    assert remove_unfinished(cache) == []
+
+
+def _build_in_a_process(words: list[str], cache: Path, results: Any) -> None:
+    results.put(_all_samples(words, cache))
+
+
+def test_two_jobs_that_start_at_once(prefixes: list[str], tmp_path: Path) -> None:
+    words = ["0.5", prefixes[0], "0.5", prefixes[1]]
+    # Forked: Megatron is imported already, so that both are at the cache at the same time.
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    arguments = (words, tmp_path / "cache", results)
+    jobs = [context.Process(target=_build_in_a_process, args=arguments) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    both = [results.get(timeout=60) for _ in jobs]
+    for job in jobs:
+        job.join()
+    assert both[0] == both[1] == _all_samples(words, tmp_path / "alone")
+
+
+def test_a_cache_that_cannot_be_written(prefixes: list[str], tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with (
+        pytest.raises(DataError, match=r"cannot be cached in .* --data-cache-path"),
+        exclusive_caches(prefixes, path_to_cache=str(blocked / "cache")),
+    ):
+        pass
