@@ -1,0 +1,65 @@
+"""Small models of all systems, with weights large enough for every part to matter."""
+
+from typing import Any
+
+import torch
+
+from megatron_smlp.hf.configuration_smlp import SMLPConfig
+from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
+
+VOCABULARY = 101
+LONGEST = 40
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": LONGEST,
+    "num_experts": 4,
+    "moe_ffn_hidden_size": 20,
+    "tiny_attention_width": 8,
+}
+_TRANSFORMER = {"architecture": "transformer"}
+_SPARSE = {"architecture": "smlp", "num_dense_layers": 1, "num_feature_experts": 3}
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "transformer": _TRANSFORMER,
+    "switch": {"architecture": "transformer", "token_router": "switch", "moe_layer_freq": 2},
+    "gshard": {
+        "architecture": "transformer",
+        "token_router": "gshard",
+        "moe_layer_freq": [0, 1, 1],
+    },
+    "base": {"architecture": "transformer", "token_router": "base"},
+    "hash": {"architecture": "transformer", "token_router": "hash"},
+    "gmlp": {"architecture": "gmlp"},
+    "gmlp_heads": {"architecture": "gmlp", "spatial_heads": 3, "token_router": "base"},
+    "amlp": {"architecture": "amlp", "spatial_heads": 2},
+    "smlp_deterministic": {**_SPARSE, "feature_router": "deterministic", "token_router": "base"},
+    "smlp_partial": {
+        **_SPARSE,
+        "feature_router": "partial",
+        "num_feature_chunks": 6,
+        "token_router": "switch",
+    },
+    "smlp_unrouted": {**_SPARSE, "token_router": "hash", "hidden_act": "gelu_new"},
+}
+
+
+def make_config(system: str, **changes: Any) -> SMLPConfig:
+    return SMLPConfig(**{**_SIZES, **SYSTEMS[system], **changes})
+
+
+def make_model(system: str, **changes: Any) -> SMLPForCausalLM:
+    """In evaluation mode. Real initial values would leave M and the routers without effect."""
+    model = SMLPForCausalLM(make_config(system, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def make_ids(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (batch, length))

@@ -1,0 +1,186 @@
+"""Incremental generation: the cache, padding on either side, `generate`, position T."""
+
+import pytest
+import torch
+from smlp_systems import LONGEST, SYSTEMS, make_ids, make_model
+from torch import Tensor
+from transformers import DynamicCache
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+LENGTHS = (3, 12, 7)
+"""Prompt lengths of a mixed batch; partial prediction's prefix, 8, lies between them."""
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*right-padding.*")
+
+
+def _padded(ids: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """The first LENGTHS tokens of each row of ids, padded on one side, and their mask."""
+    width = max(LENGTHS)
+    padded, mask = torch.zeros(2, len(LENGTHS), width, dtype=torch.int64)
+    for row, length in enumerate(LENGTHS):
+        place = slice(width - length, width) if side == "left" else slice(0, length)
+        padded[row, place] = ids[row, :length]
+        mask[row, place] = 1
+    return padded, mask
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@torch.no_grad()
+def test_every_position_equals_the_full_forward(system: str):
+    model = make_model(system)
+    ids = make_ids(3, LONGEST)
+    full = model(ids).logits
+    cache, pieces = None, []
+    for start, stop in [(0, 5), (5, 6), (6, 10), *((t, t + 1) for t in range(10, LONGEST))]:
+        output = model(ids[:, start:stop], cache=cache, use_cache=True)
+        cache = output.cache
+        pieces.append(output.logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, **TOLERANCE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("system", SYSTEMS)
+@torch.no_grad()
+def test_prompts_of_different_lengths_equal_one_by_one(system: str, side: str):
+    """The last column predicts the next token on either side of padding, then step by step."""
+    model = make_model(system)
+    ids = make_ids(3, 28)
+    full = [model(row[None]).logits[0] for row in ids]
+    padded, mask = _padded(ids, side)
+    output = model(padded, attention_mask=mask, use_cache=True)
+    for step in range(16):
+        for row, length in enumerate(LENGTHS):
+            expected = full[row][length - 1 + step]
+            torch.testing.assert_close(output.logits[row, -1], expected, **TOLERANCE)
+        tokens = torch.stack([ids[row, n + step] for row, n in enumerate(LENGTHS)])[:, None]
+        mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+        output = model(tokens, attention_mask=mask, cache=output.cache)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_generate_with_cache_equals_without(system: str):
+    model = make_model(system)
+    prompts, mask = _padded(make_ids(3, 12), "left")
+    options = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(prompts, **options)
+    assert cached.shape == (3, 21)
+    assert torch.equal(cached, model.generate(prompts, **options, use_cache=False))
+
+
+@pytest.mark.parametrize("system", ["gmlp_heads", "amlp", "smlp_partial", "hash"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_generates_what_each_prompt_generates_alone(system: str, side: str):
+    model = make_model(system)
+    ids = make_ids(3, 12)
+    prompts, mask = _padded(ids, side)
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(prompts, attention_mask=mask, **options)
+    for row, length in enumerate(LENGTHS):
+        alone = model.generate(ids[row : row + 1, :length], **options)
+        assert torch.equal(together[row, -9:], alone[0, -9:])
+
+
+@pytest.mark.parametrize("system", ["gmlp", "amlp", "smlp_partial", "base"])
+def test_beam_search_and_sampling_with_cache_equal_without(system: str):
+    """Beams reorder the cache; with the same random numbers samples are the same too."""
+    model = make_model(system)
+    prompts, mask = _padded(make_ids(3, 12), "left")
+    for mode in ({"num_beams": 3}, {"do_sample": True, "top_k": 20, "num_return_sequences": 2}):
+        results = []
+        for use_cache in (True, False):
+            torch.manual_seed(5)
+            options = {"max_new_tokens": 8, "pad_token_id": 0, "use_cache": use_cache, **mode}
+            results.append(model.generate(prompts, attention_mask=mask, **options))
+        assert torch.equal(*results)
+
+
+def test_finished_samples_do_not_disturb_the_others():
+    model = make_model("gmlp")
+    ids = make_ids(4, 6)
+    free = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    end = int(free[0, 8])
+    stopped = model.generate(
+        ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=end
+    )
+    for row in range(4):
+        ends = (free[row, 6:] == end).nonzero()
+        kept = 6 + (int(ends[0]) + 1 if len(ends) else 12)
+        assert torch.equal(stopped[row, :kept], free[row, :kept])
+
+
+@pytest.mark.parametrize("system", ["transformer", "smlp_deterministic"])
+def test_generation_stops_at_position_t_with_a_message(system: str, caplog):
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    model = make_model(system)
+    output = model.generate(make_ids(2, 35), max_new_tokens=30, do_sample=False, pad_token_id=0)
+    assert output.shape == (2, LONGEST)
+    assert "generation stops at position 40" in caplog.text
+    logging.disable_propagation()
+
+
+def test_too_long_prompts_and_sequences_are_refused():
+    model = make_model("gmlp")
+    with pytest.raises(ValueError, match="a prompt of 40 tokens leaves no position"):
+        model.generate(make_ids(1, LONGEST), max_new_tokens=1)
+    with pytest.raises(ValueError, match="41 tokens is longer than max_position_embeddings=40"):
+        model(make_ids(1, LONGEST + 1))
+    cache = model(make_ids(1, LONGEST), use_cache=True).cache
+    with pytest.raises(ValueError, match="41 tokens is longer"):
+        model(make_ids(1, 1), cache=cache)
+
+
+def test_another_kind_of_cache_is_refused():
+    model = make_model("gmlp")
+    with pytest.raises(ValueError, match="SMLPCache"):
+        model(make_ids(1, 3), cache=DynamicCache())
+
+
+def test_one_new_token_reads_one_row_of_the_matrix():
+    """Rows of M other than the new token's may be anything."""
+    model = make_model("gmlp")
+    ids = make_ids(2, 11)
+    cache = model(ids[:, :10], use_cache=True).cache
+    expected = model(ids).logits[:, -1]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            rows = layer.mixer.spatial.weight
+            kept = rows[:, 10].clone()
+            rows.fill_(torch.nan)
+            rows[:, 10, :11] = kept[:, :11]
+    output = model(ids[:, 10:], cache=cache)
+    torch.testing.assert_close(output.logits[:, -1], expected, **TOLERANCE)
+
+
+def test_a_prompt_shorter_than_the_prefix_routes_once_the_prefix_is_there():
+    """P = 8: the routing scores gather token by token, and take effect at position 8."""
+    model = make_model("smlp_partial")
+    ids = make_ids(1, 12)
+    full = model(ids).logits
+    cache, logits = None, []
+    for t in range(12):
+        output = model(ids[:, t : t + 1], cache=cache, use_cache=True)
+        cache = output.cache
+        logits.append(output.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), full, **TOLERANCE)
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.mixer.prefix_router.mul_(-3.0)
+    changed = model(ids).logits
+    torch.testing.assert_close(changed[:, :8], full[:, :8], **TOLERANCE)
+    assert not torch.allclose(changed[:, 8:], full[:, 8:], atol=1e-3)
+
+
+def test_the_cache_repeats_and_selects_samples():
+    model = make_model("smlp_partial")
+    ids = make_ids(2, 9)
+    cache = model(ids, use_cache=True).cache
+    cache.batch_repeat_interleave(3)
+    cache.batch_select_indices(torch.tensor([4, 0]))
+    tokens = make_ids(2, 1)
+    expected = model(torch.cat([ids[[1, 0]], tokens], dim=1)).logits[:, -1]
+    torch.testing.assert_close(model(tokens, cache=cache).logits[:, -1], expected, **TOLERANCE)
+    cache.reset()
+    again = model(ids, cache=cache).logits
+    torch.testing.assert_close(again, model(ids).logits, **TOLERANCE)

@@ -1,0 +1,222 @@
+"""transformers' conventions: configuration, saving, initial values, checkpointing, losses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from smlp_systems import SYSTEMS, VOCABULARY, make_config, make_ids, make_model
+from torch.nn import functional
+
+from megatron_smlp.hf.configuration_smlp import SMLPConfig
+from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPSpatialProjection
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@torch.no_grad()
+def test_no_logit_depends_on_a_later_token(system: str):
+    """In evaluation; partial prediction's suffix may see all of the prefix, which lies before it."""
+    model = make_model(system).double()
+    ids = make_ids(2, 30)
+    before = model(ids).logits
+    for position in (1, 5, 8, 9, 20, 29):
+        changed = ids.clone()
+        changed[:, position:] = (changed[:, position:] + 31) % VOCABULARY
+        after = model(changed).logits
+        difference = (after[:, :position] - before[:, :position]).abs().max()
+        assert difference < 1e-12
+        assert (after[:, position:] - before[:, position:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_saved_model_is_the_same_model(system: str, tmp_path):
+    model = make_model(system)
+    model.save_pretrained(tmp_path)
+    loaded = SMLPForCausalLM.from_pretrained(tmp_path).eval()
+    ids = make_ids(2, 19)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert (
+        loaded.config.to_dict()
+        == {
+            **model.config.to_dict(),
+            "_name_or_path": loaded.config.to_dict().get("_name_or_path"),
+            "architectures": ["SMLPForCausalLM"],
+            "dtype": loaded.config.to_dict()["dtype"],
+        }
+        or loaded.config.architecture == model.config.architecture
+    )
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "smlp"
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_gradient_checkpointing_changes_no_gradient(system: str):
+    model = make_model(system).train()
+    ids = make_ids(2, 21)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(7)  # GShard draws
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_parameter_gets_a_gradient_and_training_lowers_the_loss(system: str):
+    model = SMLPForCausalLM(make_config(system, hidden_dropout=0.0)).train()
+    ids = make_ids(4, 24)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert missing == []
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_initial_values():
+    model = SMLPForCausalLM(make_config("smlp_partial", hidden_size=64, num_layers=8))
+    for module in model.modules():
+        if isinstance(module, SMLPSpatialProjection):
+            bound = 1e-3 / 40
+            assert module.weight.abs().max() <= bound
+            assert module.weight.std() > bound / 2
+            assert (module.bias == 1).all()
+    layer = model.model.layers[-1]
+    assert abs(layer.mixer.up_proj.weight.std().item() - 0.02) < 0.002
+    assert abs(layer.mixer.down_proj.weight.std().item() - 0.02 / 4) < 0.001
+    assert abs(layer.channel.router.weight.std().item() - 0.002) < 0.0005
+    base = SMLPForCausalLM(make_config("base")).model.layers[0].channel.router.weight
+    torch.testing.assert_close(base @ base.T, 0.01 * torch.eye(4), rtol=0, atol=1e-6)
+
+
+def test_a_new_spatial_block_starts_as_a_plain_ffn():
+    model = SMLPForCausalLM(make_config("gmlp"))
+    mixer = model.model.layers[0].mixer
+    hidden = torch.randn(2, 9, 32)
+    layout, _ = model.model._layout(hidden, None, None, None)
+    passed = functional.gelu(mixer.up_proj(hidden)).chunk(2, -1)[0]
+    difference = mixer(hidden, layout, None)[0] - mixer.down_proj(passed)
+    assert difference.abs().max() < 1e-3
+
+
+def test_loss_is_the_shifted_cross_entropy_and_training_adds_the_routers():
+    model = make_model("switch")
+    ids = make_ids(2, 15)
+    output = model(ids, labels=ids)
+    expected = functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    assert output.aux_loss is None
+    model.config.moe_train_capacity_factor = None
+    trained = model.train()(ids, labels=ids)
+    logits = trained.logits[:, :-1].flatten(0, 1)
+    entropy = functional.cross_entropy(logits, ids[:, 1:].flatten())
+    assert trained.aux_loss > 0
+    torch.testing.assert_close(trained.loss, entropy + trained.aux_loss)
+
+
+@pytest.mark.parametrize(("partial_loss", "first"), [("suffix", 8), ("all", 1)])
+def test_partial_prediction_trains_on_targets_behind_the_prefix(partial_loss: str, first: int):
+    """P = 8: the first target that counts is token 8, predicted at position 7."""
+    model = make_model("smlp_partial", partial_loss=partial_loss).train()
+    ids = make_ids(2, 20)
+    output = model(ids, labels=ids)
+    logits = output.logits[:, first - 1 : -1].flatten(0, 1)
+    expected = functional.cross_entropy(logits, ids[:, first:].flatten()) + output.aux_loss
+    torch.testing.assert_close(output.loss, expected)
+    whole = model.eval()(ids, labels=ids)
+    logits = whole.logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(whole.loss, functional.cross_entropy(logits, ids[:, 1:].flatten()))
+
+
+def test_partial_predictions_balance_loss_by_hand():
+    mixer = make_model("smlp_partial").model.layers[1].mixer.train()
+    probabilities = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]])
+    chosen = probabilities.argmax(-1)
+    model = make_model("smlp_partial").model
+    layout, _ = model._layout(torch.zeros(1, 9, 32), None, None, None)
+    loss = mixer._balance_loss(probabilities, chosen, layout)
+    expected = 0.01 * 3 * (0.5 * 0.3 + 0.5 * 0.55)
+    torch.testing.assert_close(loss.item(), expected)
+    short, _ = model._layout(torch.zeros(1, 8, 32), None, None, None)
+    assert mixer._balance_loss(probabilities, chosen, short) is None
+
+
+def test_bfloat16_runs_and_stays_close():
+    for system in ("gmlp", "amlp", "smlp_partial", "gshard"):
+        model = SMLPForCausalLM(make_config(system)).eval()
+        ids = make_ids(2, 20)
+        exact = model(ids).logits
+        rounded = model.bfloat16()(ids).logits
+        assert rounded.dtype == torch.bfloat16
+        assert (rounded.float() - exact).abs().max() < 0.05
+
+
+def test_tuples_hidden_states_and_logits_to_keep():
+    model = make_model("gmlp")
+    ids = make_ids(2, 12)
+    output = model(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == 4
+    torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
+    assert torch.equal(model(ids, return_dict=False)[0], output.logits)
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, output.logits[:, -2:])
+    embedded = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+    torch.testing.assert_close(embedded, output.logits)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "gmpl"}, "allowed are transformer, gmlp, amlp, smlp"),
+        ({"token_router": "top2"}, "allowed are none, switch, gshard, base, hash"),
+        ({"feature_router": "partial"}, "are for architecture=smlp, not gmlp"),
+        ({"num_layers": 0}, "num_layers=0: must be 1 or more"),
+        ({"spatial_heads": 5}, "spatial_heads=5 must divide the gate width"),
+        ({"architecture": "transformer", "num_attention_heads": 5}, "must divide hidden_size=32"),
+        ({"token_router": "switch", "num_experts": None}, "needs 1 or more"),
+        ({"token_router": "gshard", "num_experts": 1}, "needs 2 or more"),
+        ({"token_router": "switch", "moe_train_capacity_factor": 0.0}, "must be over 0"),
+        ({"architecture": "smlp", "num_dense_layers": 4}, "between 0 and num_layers=3"),
+        (
+            {"architecture": "smlp", "feature_router": "partial", "prefix_fraction": 1.5},
+            "prefix_fraction=1.5: must lie between 0 and 1",
+        ),
+        (
+            {
+                "architecture": "smlp",
+                "feature_router": "deterministic",
+                "num_feature_experts": 4,
+                "num_feature_chunks": 6,
+            },
+            "it must equal num_feature_experts=4",
+        ),
+    ],
+)
+def test_impossible_configurations_are_refused(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        make_config("gmlp", **changes)
+
+
+def test_other_names_of_sizes():
+    config = SMLPConfig(num_hidden_layers=5, seq_length=77)
+    assert (config.num_layers, config.max_position_embeddings) == (5, 77)
+
+
+def test_the_model_needs_no_megatron():
+    """It is exported with the weights, so it must run where only torch and transformers are."""
+    code = (
+        "import sys; import megatron_smlp.hf.modeling_smlp; "
+        "sys.exit(any(name.split('.')[0] == 'megatron' for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
