@@ -23,7 +23,9 @@ class ProgressReport:
         self.total_bytes = total_bytes
         self.bar: Any = None
         self.began = self.logged = time.monotonic()
-        self.already: int | None = None
+        self.start: tuple[int, int] | None = None
+        """Bytes and documents at the first report: what an earlier run did, and the start-up, say
+        nothing about the speed of this one."""
 
     def __enter__(self) -> "ProgressReport":
         if sys.stderr.isatty():
@@ -42,8 +44,9 @@ class ProgressReport:
 
     def update(self, counts: "Counts") -> None:
         """Called after each chunk."""
-        if self.already is None:  # What an earlier run did says nothing about this one's speed.
-            self.already, self.began = counts.text_bytes, time.monotonic()
+        if self.start is None:
+            self.start = counts.text_bytes, counts.documents
+            self.began = self.logged = time.monotonic()
         line = self._line(counts)
         if self.bar is not None:
             self.bar.update(self.task, completed=counts.text_bytes, rates=line)
@@ -53,10 +56,12 @@ class ProgressReport:
 
     def _line(self, counts: "Counts") -> str:
         seconds = max(time.monotonic() - self.began, 1e-9)
-        done = counts.text_bytes - (self.already or 0)
+        bytes_before, documents_before = self.start or (0, 0)
+        text_rate = (counts.text_bytes - bytes_before) / MEGABYTE / seconds
+        document_rate = (counts.documents - documents_before) / seconds
         line = (
-            f"{counts.text_bytes / MEGABYTE:,.0f} MB, {done / MEGABYTE / seconds:.1f} MB/s, "
-            f"{counts.documents:,} documents ({counts.documents / seconds:,.0f}/s), "
+            f"{counts.text_bytes / MEGABYTE:,.0f} MB, {text_rate:.1f} MB/s, "
+            f"{counts.documents:,} documents ({document_rate:,.0f}/s), "
             f"{counts.tokens:,} tokens"
         )
         if counts.num_rejected:

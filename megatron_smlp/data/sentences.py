@@ -1,5 +1,6 @@
 """`--split-sentences`: NLTK's punkt, as Megatron's tool uses it, without a download."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,21 @@ class SentenceSettings:
     keep_newlines: bool = False
 
 
+def import_nltk() -> Any:
+    """NLTK without scipy and scikit-learn, which it imports where they are there: for parts of it
+    that are not used here, and for three seconds."""
+    require_package("nltk", purpose="--split-sentences", extra="nltk")
+    hidden = [name for name in ("scipy", "sklearn") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        import nltk
+        import nltk.tokenize.punkt
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return nltk
+
+
 def check_sentence_data(settings: SentenceSettings) -> None:
     """Raise `DataError` early, with the way to get it, where punkt's data is missing."""
     Splitter(settings)
@@ -28,14 +44,11 @@ class Splitter:
     """Splits texts of one language into sentences."""
 
     def __init__(self, settings: SentenceSettings) -> None:
-        require_package("nltk", purpose="--split-sentences", extra="nltk")
-        from nltk.data import path as search_path
-        from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTokenizer
-
+        nltk = import_nltk()
         try:
-            self.punkt: PunktSentenceTokenizer = PunktTokenizer(settings.language)
+            self.punkt: Any = nltk.tokenize.punkt.PunktTokenizer(settings.language)
         except (LookupError, OSError):
-            known = _languages([Path(folder) for folder in search_path])
+            known = _languages([Path(folder) for folder in nltk.data.path])
             raise DataError(
                 f"--split-sentences --lang {settings.language}: NLTK's punkt_tab data is not there "
                 f"(found: {known}); get it once with: {DOWNLOAD}, or set NLTK_DATA to a folder "
