@@ -82,7 +82,7 @@ class _Ignored(argparse.Action):
         print(f"note: {option} is accepted and ignored: {self.why}", file=sys.stderr)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; `run_tool` shows the errors."""
     began = time.monotonic()
     args = build_parser().parse_args(argv)
@@ -93,9 +93,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_smlp.data.sources import comparable_size
 
     settings = settings_from_arguments(args)
-    with ProgressReport(comparable_size(settings.inputs)) as report:
-        summary = preprocess(settings, on_progress=report.update)
+    try:
+        with ProgressReport(comparable_size(settings.inputs)) as report:
+            summary = preprocess(settings, on_progress=report.update)
+    except KeyboardInterrupt:
+        print("interrupted; finished shards are kept: go on with --resume", file=sys.stderr)
+        return 128 + signal.SIGINT
     _print_summary(summary, time.monotonic() - began)
+    return 0
 
 
 def _print_summary(summary: "Summary", total_seconds: float) -> None:

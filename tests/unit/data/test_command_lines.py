@@ -1,0 +1,175 @@
+"""The tools as a user starts them: quick, quiet, and with the right exit codes."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from data_helpers import BYTE_FLAGS, PYTHON, ROOT, write_jsonl
+
+from megatron_smlp.data import errors, preprocess_cli, tokenizer_training
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.preprocessing import Summary
+
+TOOLS = ("preprocess_data", "merge_datasets", "inspect_dataset", "train_tokenizer")
+
+
+def _run(tool: str, *flags: object) -> subprocess.CompletedProcess[str]:
+    command = [PYTHON, str(ROOT / "tools" / f"{tool}.py"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_imports_nothing_heavy(tool: str) -> None:
+    program = f"""
+import runpy, sys
+sys.argv = ["{tool}", "--help"]
+try:
+    runpy.run_path({str(ROOT / "tools" / f"{tool}.py")!r}, run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+slow = {{"numpy", "torch", "megatron", "tokenizers", "transformers", "nltk", "rich"}}
+assert not slow & set(sys.modules), slow & set(sys.modules)
+"""
+    done = subprocess.run([PYTHON, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+def test_preprocessing_imports_neither_torch_nor_megatron(corpus: Path, tmp_path: Path) -> None:
+    flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "data"), *BYTE_FLAGS]
+    program = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}]
+from megatron_smlp.data.preprocess_cli import main
+main({flags!r})
+assert not {{"torch", "megatron", "transformers"}} & set(sys.modules)
+"""
+    subprocess.run([PYTHON, "-c", program], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_wrong_flag_exits_2(tool: str) -> None:
+    done = _run(tool, "--no-such-flag")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_flags_of_megatron_are_accepted_with_a_note(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = ["--partitions", "4", "--log-interval", "100", "--keep-sequential-samples"]
+    old += ["--dataset-impl", "mmap", "--chunk-size", "25"]
+    flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "data"), *BYTE_FLAGS, *old]
+    assert preprocess_cli.main(flags) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("is accepted and ignored") == 5
+    assert "300 documents" in printed.out
+    assert "by bytes" in printed.out
+
+
+def test_sigterm_keeps_finished_shards(corpus: Path, tmp_path: Path) -> None:
+    pipe, prefix = tmp_path / "pipe", tmp_path / "data"
+    os.mkfifo(pipe)
+    flags = ["--input", corpus, pipe, "--output-prefix", prefix, *BYTE_FLAGS, "--workers", 2]
+    command = [PYTHON, str(ROOT / "tools/preprocess_data.py"), *map(str, flags)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with pipe.open("wb", buffering=0) as stream:  # Opens when the tool has read the first file.
+        stream.write(b"\n")
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        _, message = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert message.strip() == "interrupted; finished shards are kept: go on with --resume"
+    assert (tmp_path / "data.partial").is_dir()
+    assert not Path(f"{prefix}_text_document.idx").exists()
+
+
+def test_an_old_dataset_is_replaced_as_a_whole(
+    run: Callable[..., Summary], tmp_path: Path, corpus: Path
+) -> None:
+    source = write_jsonl(tmp_path / "bad.jsonl", ["a"])
+    source.write_text(source.read_text() + "bad\n")
+    run(source, tmp_path / "data", *BYTE_FLAGS, "--on-error", "skip")
+    assert (tmp_path / "data.rejected.jsonl").exists()
+    run(corpus, tmp_path / "data", *BYTE_FLAGS)
+    assert not (tmp_path / "data.rejected.jsonl").exists()
+    assert json.loads((tmp_path / "data.json").read_text())["counts"]["documents"] == 300
+
+
+def test_progress_on_a_terminal(corpus: Path, tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "data"), *BYTE_FLAGS]
+    command = [PYTHON, str(ROOT / "tools/preprocess_data.py"), *flags]
+    environment = {**os.environ, "COLUMNS": "160"}
+    shown = bytearray()
+    pid, descriptor = pty.fork()
+    if pid == 0:
+        os.execvpe(command[0], command, environment)
+    with contextlib.suppress(OSError):  # So Linux ends a terminal whose other side is closed.
+        while data := os.read(descriptor, 4096):
+            shown += data
+    assert os.waitpid(pid, 0)[1] == 0
+    text = shown.decode()
+    assert "MB/s" in text
+    assert "documents (" in text
+    assert "tokens" in text
+
+
+class TestTrainingATokenizer:
+    def test_transformers_loads_the_folder(self, tokenizer_folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder))
+        assert len(tokenizer) == 320
+        assert tokenizer.eos_token == "<|endoftext|>"
+        text = "Don't  stop:\n caf\u00e9 \u65e5\u672c\u8a9e \U0001f642"
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+    def test_too_small_and_too_large(self, corpus: Path, tmp_path: Path) -> None:
+        for size, message in ((256, "at least 257"), (50_000, "has pairs for \\d+ entries only")):
+            with pytest.raises(DataError, match=message):
+                tokenizer_training.train_tokenizer(
+                    [str(corpus)], output=str(tmp_path / "t"), vocab_size=size
+                )
+        assert not (tmp_path / "t").exists()
+
+    def test_bad_records(self, tmp_path: Path, corpus: Path) -> None:
+        bad = tmp_path / "bad.jsonl"
+        bad.write_bytes(corpus.read_bytes() + b"bad\n")
+        flags = ["--input", str(bad), "--vocab-size", "300", "--output", str(tmp_path / "t")]
+        with pytest.raises(DataError, match=r"bad\.jsonl:301: .*\[bad_json\]"):
+            tokenizer_training.main(flags)
+        tokenizer_training.main([*flags, "--on-error", "skip"])
+        assert (tmp_path / "t" / "tokenizer.json").exists()
+
+
+def test_run_tool(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(error: BaseException) -> Callable[[], None]:
+        def main() -> None:
+            raise error
+
+        return main
+
+    missing = FileNotFoundError(2, "No such file or directory", "x.bin")
+    cases: list[tuple[BaseException, int, str]] = [
+        (DataError("a\nb"), 1, "error: a b\n"),
+        (missing, 1, "error: x.bin: No such file or directory\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ]
+    for error, code, message in cases:
+        with pytest.raises(SystemExit) as end:
+            errors.run_tool(fails(error))
+        assert end.value.code == code
+        assert capsys.readouterr().err == message
+    stdout = sys.stdout
+    with pytest.raises(SystemExit) as end:
+        errors.run_tool(fails(BrokenPipeError()))
+    sys.stdout = stdout
+    assert end.value.code == 0
