@@ -3,8 +3,8 @@
 
     benchmarks/bench_dataset.py [--prefix data/books_text_document] [--samples 1000000]
 
-Reads samples of 1,024 tokens through Megatron's GPT dataset in one process, in the shuffled order of
-training, and prints samples/s. Without --prefix it makes 20 million random tokens and reads them
+Reads samples of 1,024 tokens through Megatron's GPT dataset in one process, in the shuffled order
+of training, and prints samples/s. Without --prefix it makes 20 million random tokens and reads them
 for several epochs. Exit 1: fewer than the required samples/s (a CPU step of the shipped configs
 takes under 1,000).
 """
