@@ -1,0 +1,168 @@
+"""The CPU platform replaces what is there, only where it is needed, and nothing else replaces."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.launches import REPOSITORY, clean_environment
+
+from megatron_smlp.platform import cpu
+
+# In a process of its own, since `apply` is for the life of a process.
+PROBE = """
+import importlib, json, sys
+import torch
+cuda = torch.cuda.is_available
+torch.cuda.is_available = lambda: True
+from megatron_smlp.platform import cpu
+
+NAMES = ["torch", "torch.cuda", "torch.cuda.random", "torch.cuda.nvtx",
+         "megatron.training.training", "megatron.training.initialize",
+         "megatron.core.datasets.utils", "megatron.core.transformer.moe.moe_utils",
+         "megatron.core.transformer.moe.token_dispatcher"]
+PLACES = {name: importlib.import_module(name) for name in NAMES}
+PLACES |= {"torch.Tensor": torch.Tensor, "torch.nn.Module": torch.nn.Module}
+
+def look():
+    return {f"{place}.{name}": value for place, where in PLACES.items()
+            for name in dir(where) if name != "__dict__"
+            for value in [getattr(where, name, None)]}
+
+def difference(before, after):
+    # Methods of a class are looked up anew each time: equal, not identical.
+    same = lambda a, b: a is b or (type(a) is type(b) and callable(a) and a == b)
+    return {"new": sorted(set(after) - set(before)),
+            "replaced": sorted(n for n in before if n in after and not same(before[n], after[n]))}
+
+def apply():
+    before = look()
+    cpu.apply()
+    return difference(before, look())
+
+with_cuda = apply()
+torch.cuda.is_available = cuda
+print(json.dumps({"with_cuda": with_cuda, "without": apply(), "again": apply(),
+                  "available": torch.cuda.is_available is cuda}))
+"""
+
+NOTHING = {"new": [], "replaced": []}
+
+
+@pytest.fixture(scope="module")
+def probe() -> dict:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        cwd=REPOSITORY,
+        env=clean_environment(CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_nothing_is_replaced_where_cuda_is_available(probe: dict):
+    assert probe["with_cuda"] == NOTHING
+
+
+def test_whatever_is_replaced_was_there(probe: dict):
+    """A name that Megatron or torch no longer has would be set, and would change nothing."""
+    assert probe["without"]["new"] == ["torch.cuda._smlp_cpu_platform"]
+
+
+def test_what_is_replaced(probe: dict):
+    """The whole list: another name here is another decision, to be made with a reason in cpu.py."""
+    cuda = """Event Stream current_device current_stream default_generators default_stream
+        device_count empty_cache get_device_capability get_device_name get_device_properties
+        get_rng_state is_current_stream_capturing manual_seed manual_seed_all
+        max_memory_allocated max_memory_reserved memory_allocated memory_reserved memory_stats
+        reset_peak_memory_stats set_device set_rng_state set_stream stream synchronize"""
+    expected = {f"torch.cuda.{name}" for name in cuda.split()}
+    expected |= {f"torch.cuda.nvtx.{name}" for name in ("mark", "range", "range_pop", "range_push")}
+    random = ("get_rng_state", "manual_seed", "manual_seed_all", "set_rng_state")
+    expected |= {f"torch.cuda.random.{name}" for name in random}
+    expected |= {f"torch.{name}" for name in cpu.FACTORIES}
+    tensor = "cuda new_empty new_full new_ones new_tensor new_zeros to type"
+    expected |= {f"torch.Tensor.{name}" for name in tensor.split()}
+    expected |= {f"torch.nn.Module.{name}" for name in ("cuda", "to")}
+    megatron = """training.training.initialize_megatron training.training.set_jit_fusion_options
+        training.training.build_train_valid_test_data_iterators
+        core.datasets.utils.compile_helpers
+        core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu
+        core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu"""
+    expected |= {f"megatron.{name}" for name in megatron.split()}
+    assert set(probe["without"]["replaced"]) == expected
+
+
+def test_applying_twice_is_applying_once(probe: dict):
+    assert probe["again"] == NOTHING
+
+
+def test_whether_cuda_is_available_is_never_faked(probe: dict):
+    assert probe["available"]
+
+
+def test_every_flag_that_the_platform_sets_is_one_of_megatrons():
+    from megatron_smlp.arguments import build_parser
+
+    destinations = {action.dest for action in build_parser()._actions}
+    assert set(cpu.FLAGS) <= destinations
+
+
+def replacements(source: str) -> Iterator[str]:
+    """`name.attribute` assigned to, where `name` was imported from torch or Megatron."""
+    tree = ast.parse(source)
+    foreign = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] in ("torch", "megatron"):
+                    foreign.add(alias.asname or alias.name.split(".")[0])
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in (
+            "torch",
+            "megatron",
+        ):
+            foreign |= {alias.asname or alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AnnAssign | ast.AugAssign):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr"):
+            targets = [ast.Attribute(value=node.args[0], attr="?")]
+        for target in targets:
+            root = target
+            while isinstance(root, ast.Attribute | ast.Subscript):
+                root = root.value
+            if root is not target and isinstance(root, ast.Name) and root.id in foreign:
+                yield ast.unparse(target)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch\ntorch.cuda.device_count = None",
+        "import torch.nn as n\nn.Module.cuda: object = None",
+        "from megatron.training import training\nsetattr(training, 'evaluate', None)",
+        "from megatron.core import mpu as m\nm.x['a'] = 1",
+    ],
+)
+def test_the_search_finds_a_replacement(line: str):
+    assert list(replacements(line))
+
+
+def test_only_the_platform_replaces_anything_in_torch_or_megatron():
+    platform = REPOSITORY / "megatron_smlp" / "platform"
+    files = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("tools/*.py")]
+    files += [f for f in REPOSITORY.glob("megatron_smlp/**/*.py") if platform not in f.parents]
+    found = {str(f.relative_to(REPOSITORY)): list(replacements(f.read_text())) for f in files}
+    assert len(found) > 20
+    assert {name: what for name, what in found.items() if what} == {}
+    assert list(replacements(Path(cpu.__file__).read_text())), "and the platform does"

@@ -1,0 +1,371 @@
+"""Every place where our code plugs into Megatron still has the shape that our code relies on.
+
+When the pinned version moves, these fail first and say what to look at. What can be called is
+called, with a part that notes what it is given; signatures are compared where a call needs a run.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import get_backend
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint, copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec, import_module
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    _get_block_submodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import (
+    BaseTransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from megatron.core.transformer.utils import (
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from support.in_process import layer_config
+
+from megatron_smlp import architectures
+from megatron_smlp.architectures import SlottedLayer, SMLPTransformerConfig
+from megatron_smlp.layers.norms import TorchNorm
+from megatron_smlp.layers.spatial_gating import SpatialGating
+from megatron_smlp.model import model_config, transformer_config
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def names(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+class Noted(torch.nn.Module):
+    """Fills a slot and notes how it was built and called."""
+
+    built: dict[str, Any]
+    called: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        type(self).built = dict(enumerate(args)) | kwargs
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        type(self).called = (args, kwargs)
+        return torch.zeros_like(args[0]), None
+
+
+def test_the_pinned_minor_version():
+    assert version("megatron-core").startswith("0.19."), "then every test of this file is due"
+
+
+class TestLayerSlots:
+    def test_names_of_the_slots(self):
+        fields = {field.name for field in dataclasses.fields(TransformerLayerSubmodules)}
+        ours = {"input_layernorm", "self_attention", "self_attn_bda"}
+        assert fields >= ours | {"pre_mlp_layernorm", "mlp", "mlp_bda"}
+
+    def test_how_a_layer_builds_and_calls_its_mixer(self, monkeypatch: pytest.MonkeyPatch):
+        """SpatialGating takes what Megatron's SelfAttention is given."""
+
+        class Mixer(Noted):
+            pass
+
+        monkeypatch.setattr(
+            architectures,
+            "layer_submodules",
+            lambda config, slots: TransformerLayerSubmodules(
+                input_layernorm=TorchNorm,
+                self_attention=ModuleSpec(module=Mixer),
+                self_attn_bda=get_bias_dropout_add,
+            ),
+        )
+        layer = SlottedLayer(layer_config(), layer_number=2)
+        hidden = torch.randn(4, 1, layer.config.hidden_size)
+        layer(hidden, attention_mask=None)
+        assert set(Mixer.built) == {"config", "layer_number", "pg_collection", "name"}
+        assert Mixer.built["layer_number"] == 2
+        accepted = names(SpatialGating.__init__)
+        assert {"config", "layer_number", "pg_collection", "name"} <= set(accepted)
+        args, kwargs = Mixer.called
+        assert len(args) == 1, "the mixer gets the hidden states, and everything else by name"
+        assert args[0].shape == hidden.shape
+        assert "attention_mask" in kwargs
+
+    def test_how_a_layer_builds_its_channel_mixer(self, monkeypatch: pytest.MonkeyPatch):
+        class Channel(Noted):
+            def forward(self, hidden: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+                return hidden, None
+
+        monkeypatch.setattr(
+            architectures,
+            "layer_submodules",
+            lambda config, slots: TransformerLayerSubmodules(mlp=Channel),
+        )
+        SlottedLayer(layer_config())
+        # MoELayer's other parameters are given by our partial, in token_moe_builder.
+        given = {"config", "pg_collection", "is_mtp_layer", "name"}
+        assert set(Channel.built) == given
+        assert given <= set(names(MoELayer.__init__))
+
+    def test_an_empty_channel_slot_is_the_identity_without_parameters(self):
+        layer = SlottedLayer(layer_config(architecture="gmlp"))
+        assert isinstance(layer.mlp, IdentityOp)
+        hidden = torch.randn(4, 1, layer.config.hidden_size)
+        mixed, bias = layer.self_attention(layer.input_layernorm(hidden))
+        output, _ = layer(hidden, attention_mask=None)
+        torch.testing.assert_close(output, hidden + mixed + bias)
+
+    def test_how_the_block_builds_a_layer(self, parse: Callable[..., Any]):
+        """SlottedLayer names four of the arguments; the rest goes through."""
+        given: dict[str, Any] = {}
+
+        class NotedLayer(SlottedLayer):
+            def __init__(self, **kwargs: Any) -> None:
+                given.update(kwargs)
+                super().__init__(**kwargs)
+
+        config = model_config(parse("--architecture gmlp"))
+        spec = TransformerBlockSubmodules(
+            layer_specs=[ModuleSpec(module=NotedLayer)] * config.transformer.num_layers,
+            layer_norm=TorchNorm,
+        )
+        config.transformer_layer_spec = lambda _: spec
+        build(config)
+        assert {"config", "layer_number", "pg_collection", "vp_stage"} <= set(given)
+        assert given["layer_number"] == config.transformer.num_layers, (
+            "from one, local to the stage"
+        )
+
+    def test_signature_of_the_layer_offset(self):
+        assert names(get_transformer_layer_offset)[:3] == ["config", "vp_stage", "pp_rank"]
+        assert names(get_num_layers_to_build)[:2] == ["config", "vp_stage"]
+
+
+class TestTokenMoE:
+    def test_how_the_layer_builds_router_and_experts(self):
+        class Router(Noted):
+            def set_layer_number(self, number: int) -> None: ...
+
+        class Experts(Noted):
+            pass
+
+        assert {"experts", "router"} <= {f.name for f in dataclasses.fields(MoESubmodules)}
+        config = layer_config(num_moe_experts=2, moe_token_dispatcher_type="alltoall")
+        MoELayer(config, MoESubmodules(experts=Experts, router=Router))
+        assert set(Router.built) == {"config", "pg_collection", "is_mtp_layer"}
+        assert Experts.built.pop(0) == 2, "the number of experts on this rank comes first"
+        assert Experts.built.pop(1) is config, "then the config, both without a name"
+        assert set(Experts.built) == {"pg_collection", "name"}
+
+
+class TestModel:
+    def test_the_layer_spec_may_be_a_function_of_the_stage(self, parse: Callable[..., Any]):
+        config = model_config(parse("--architecture gmlp"))
+        plain = config.transformer_layer_spec
+        stages: list[Any] = []
+
+        def noted(model: Any, vp_stage: Any = "missing") -> Any:
+            stages.append(vp_stage)
+            assert model is config
+            return plain(model, vp_stage=vp_stage)
+
+        config.transformer_layer_spec = noted
+        assert isinstance(build(config), GPTModel)
+        assert stages == [None]
+
+    def test_block_submodules_are_taken_as_they_are(self):
+        config = layer_config(num_layers=3)
+        block = TransformerBlockSubmodules(layer_specs=[], layer_norm=TorchNorm)
+        assert _get_block_submodules(config, block, None, 0) is block
+
+    def test_a_layer_spec_is_repeated_for_every_layer(self):
+        """What `--spec megatron_smlp.architectures gmlp` relies on."""
+        assert issubclass(SlottedLayer, BaseTransformerLayer)
+        config = layer_config(num_layers=3)
+        spec = import_module(["megatron_smlp.architectures", "gmlp"])
+        assert spec is architectures.gmlp
+        assert _get_block_submodules(config, spec, None, 0).layer_specs == [spec] * 3
+
+    def test_arguments_fill_our_config_class(self, parse: Callable[..., Any]):
+        config = transformer_config(parse("--architecture gmlp --spatial-heads 4"))
+        assert type(config) is SMLPTransformerConfig
+        assert (config.spatial_heads, config.seq_length, config.hidden_size) == (4, 16, 32)
+
+    def test_our_config_hides_no_field_of_the_models(self, parse: Callable[..., Any]):
+        """GPTModelConfig writes a field that the layer config has too into the layer config."""
+        config = model_config(parse("--architecture gmlp --max-position-embeddings 48"))
+        model = build(config)
+        assert model.max_sequence_length == 48
+        assert model.decoder.layers[0].self_attention.spatial.length == 16
+
+    def test_call_of_the_model(self):
+        expected = ["self", "input_ids", "position_ids", "attention_mask"]
+        assert names(GPTModel.forward)[:4] == expected
+        assert "labels" in names(GPTModel.forward)
+
+
+def build(config: Any) -> Any:
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+class TestParts:
+    def test_local_backend(self):
+        from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+        backend = get_backend("local")
+        assert backend.column_parallel_linear() is ColumnParallelLinear
+        assert backend.row_parallel_linear() is RowParallelLinear
+        config = layer_config(num_moe_experts=2)
+        experts = backend.grouped_mlp_modules(config.moe_grouped_gemm)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        assert len(experts(2, config, pg_collection=groups).local_experts) == 2
+
+    def test_core_attention(self):
+        from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+        assert names(DotProductAttention.forward) == [
+            "self", "query", "key", "value", "attention_mask", "attn_mask_type", "attention_bias",
+            "packed_seq_params",
+        ]  # fmt: skip
+        assert AttnMaskType.causal in AttnMaskType
+
+    def test_tensor_parallel_functions(self):
+        assert names(checkpoint)[:2] == ["function", "distribute_saved_activations"]
+        assert names(copy_to_tensor_model_parallel_region)[:2] == ["input_", "group"]
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+        assert parameter.tensor_model_parallel
+
+
+class TestCheckpoints:
+    def test_signatures(self):
+        assert names(sharded_state_dict_default)[:4] == [
+            "module", "prefix", "sharded_offsets", "metadata",
+        ]  # fmt: skip
+        assert names(apply_swiglu_sharded_factory)[:3] == [
+            "original_sh_ten", "sharded_offsets", "singleton_local_shards",
+        ]  # fmt: skip
+        assert {"tp_group", "dp_group"} <= set(names(apply_swiglu_sharded_factory))
+        assert names(make_sharded_tensors_for_checkpoint)[:4] == [
+            "state_dict", "prefix", "tensor_parallel_layers_axis_map", "sharded_offsets",
+        ]  # fmt: skip
+        assert {"tp_group", "dp_cp_group"} <= set(names(make_sharded_tensors_for_checkpoint))
+
+    @pytest.mark.parametrize("architecture", ["transformer", "gmlp"])
+    def test_layers_are_named_by_their_number(self, architecture: str, parse: Callable[..., Any]):
+        """Layers of one model may differ, so Megatron must not stack them into one tensor."""
+        model = build(model_config(parse(f"--architecture {architecture} --num-attention-heads 4")))
+        keys = {entry.key for entry in model.sharded_state_dict().values() if hasattr(entry, "key")}
+        for number in range(4):
+            assert any(key.startswith(f"decoder.layers.{number}.self_attention.") for key in keys)
+
+    def test_our_parameters_are_all_in_it(self):
+        mixer = SlottedLayer(layer_config(architecture="gmlp", spatial_heads=2)).self_attention
+        sharded = mixer.sharded_state_dict(prefix="mixer.")
+        assert set(sharded) >= {f"mixer.{name}" for name, _ in mixer.named_parameters()}
+
+
+class TestTrainingLoop:
+    def test_pretrain(self):
+        from megatron.training import pretrain
+
+        assert names(pretrain)[:4] == [
+            "cfg_container", "train_valid_test_dataset_provider", "model_type",
+            "forward_step_func",
+        ]  # fmt: skip
+        assert "store" in names(pretrain)
+
+    @pytest.mark.parametrize(
+        ("function", "leading"),
+        [
+            ("setup_model_and_optimizer", ["model_type"]),
+            (
+                "training_log",
+                ["loss_dict", "total_loss_dict", "learning_rate", "iteration", "loss_scale",
+                 "report_memory_flag", "skipped_iter", "grad_norm"],
+            ),
+            ("evaluate", ["forward_step_func", "data_iterator", "model"]),
+            (
+                "evaluate_and_print_results",
+                ["prefix", "forward_step_func", "data_iterator", "model", "iteration"],
+            ),
+            ("save_checkpoint_and_time", ["iteration"]),
+        ],
+    )  # fmt: skip
+    def test_functions_that_the_hooks_wrap(self, function: str, leading: list[str]):
+        from megatron.training import training
+
+        original = inspect.unwrap(getattr(training, function))
+        assert names(original)[: len(leading)] == leading
+        # The wrappers replace a module's name, which works only while its callers look it up there.
+        assert original.__module__ == training.__name__
+        assert original.__globals__ is vars(training)
+
+    def test_hooks_wrap_exactly_those_and_put_them_back(self):
+        from megatron.training import training
+
+        from megatron_smlp.platform import hooks
+
+        before = dict(vars(training))
+        with hooks.installed(SimpleNamespace()):
+            changed = {name for name, value in vars(training).items() if before[name] is not value}
+        assert changed == {
+            "setup_model_and_optimizer", "training_log", "evaluate", "evaluate_and_print_results",
+            "save_checkpoint_and_time",
+        }  # fmt: skip
+        assert all(before[name] is value for name, value in vars(training).items())
+
+    def test_a_forward_step_returns_a_sum_and_its_number_of_tokens(self):
+        """The gradient is that of sum / tokens, averaged over the micro-batches."""
+        config = layer_config(calculate_per_token_loss=False)
+        model = torch.nn.Linear(3, 1, bias=False)
+        model.config, model.set_input_tensor, model.model_type = config, lambda _: None, None
+        batches = [torch.randn(2, 3), torch.randn(5, 3)]
+        seen: list[tuple[Any, ...]] = []
+
+        def step(data_iterator: Any, network: Any) -> tuple[torch.Tensor, Any]:
+            seen.append((data_iterator, network))
+            output = network(next(data_iterator))
+            return output, lambda y: (y.sum(), torch.tensor(len(y)), {"lm loss": y.sum().detach()})
+
+        iterator = iter(batches)
+        reports = forward_backward_no_pipelining(
+            forward_step_func=step,
+            data_iterator=iterator,
+            model=model,
+            num_microbatches=2,
+            seq_length=2,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        assert seen == [(iterator, model)] * 2
+        assert [set(report) for report in reports] == [{"lm loss"}] * 2
+        mean = sum(batch.mean(0) for batch in batches) / 2
+        torch.testing.assert_close(model.weight.grad[0], mean)
+
+    def test_batch_broadcast(self):
+        from megatron.core.utils import get_batch_on_this_tp_rank
+
+        assert set(names(get_batch_on_this_tp_rank)) >= {
+            "has_cu_seqlens", "is_hybrid_cp", "create_attention_mask_in_dataloader",
+            "broadcast_src_rank", "broadcast_group", "cp_size", "tp_rank", "micro_batch_size",
+            "seq_length", "mtp_on_this_rank", "pipeline_model_parallel_size",
+            "is_pipeline_first_stage", "is_pipeline_last_stage",
+        }  # fmt: skip
