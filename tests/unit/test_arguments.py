@@ -1,0 +1,291 @@
+"""Command line and YAML -> checked arguments; and one readable line for what is wrong."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.in_process import MINIMAL
+from support.launches import REPOSITORY, clean_environment
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.platform import cpu
+from megatron_smlp.training.checkpoints import TRACKER, iteration_folder, write_model_flags
+
+Parse = Callable[..., Any]
+
+GMLP = "--architecture gmlp"
+SMLP = """
+    --architecture smlp --num-dense-layers 2 --feature-router deterministic --num-feature-experts 4
+"""
+TRANSFORMER = "--architecture transformer --num-attention-heads 4"
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a config file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """As if a launcher had started so many processes."""
+    return lambda count: monkeypatch.setenv("WORLD_SIZE", str(count))
+
+
+class TestConfigFile:
+    def test_flags_win_over_the_file_and_the_file_over_defaults(self, parse: Parse, yaml):
+        path = yaml("lr: 2.0e-3\nseed: 7\narchitecture: gmlp\nspatial_heads: 4\n")
+        base = MINIMAL.replace("--lr 1e-3", "")
+        assert parse(f"--config {path}", base=base).lr == 2e-3
+        args = parse(f"--config {path} --lr 5e-3 --spatial-heads 2", base=base)
+        assert (args.lr, args.spatial_heads, args.seed) == (5e-3, 2, 7)
+        assert parse(TRANSFORMER).seed == 1234, "Megatron's default"
+
+    @pytest.mark.parametrize("word", ["--config {}", "--config={}"])
+    def test_the_place_of_the_flag_does_not_matter(self, parse: Parse, yaml, word: str):
+        path = yaml("architecture: gmlp\nseed: 7\n")
+        assert parse(f"--seed 8 {word.format(path)}").seed == 8
+
+    def test_keys_may_have_hyphens_or_underscores(self, parse: Parse, yaml):
+        args = parse(f"--config {yaml('spatial-heads: 4')} {GMLP}")
+        assert args.spatial_heads == 4
+        args = parse(f"--config {yaml('spatial_heads: 2')} {GMLP}")
+        assert args.spatial_heads == 2
+
+    def test_switches(self, parse: Parse, yaml):
+        """true and false for a flag without a value, also where Megatron names it by its no-."""
+        text = "untie-embeddings-and-output-weights: true\ndisable-bias-linear: false\n"
+        args = parse(f"--config {yaml(text)} {GMLP}")
+        assert args.untie_embeddings_and_output_weights
+        assert args.add_bias_linear
+
+    def test_a_switch_of_the_file_is_put_out_by_its_no(self, parse: Parse, yaml):
+        path = yaml("untie_embeddings_and_output_weights: true\n")
+        args = parse(f"--config {path} {GMLP} --no-untie-embeddings-and-output-weights")
+        assert not args.untie_embeddings_and_output_weights
+
+    def test_our_own_switches_have_both_forms(self, parse: Parse, yaml):
+        path = yaml("allow-tokenizer-mismatch: true\n")
+        assert parse(f"--config {path} {GMLP}").allow_tokenizer_mismatch
+        args = parse(f"--config {path} {GMLP} --no-allow-tokenizer-mismatch")
+        assert not args.allow_tokenizer_mismatch
+
+    def test_lists(self, parse: Parse, yaml):
+        """Several values for one flag, and a list that Megatron reads as one word."""
+        text = "num-experts: 2\nmoe-router-topk: 1\nmoe-layer-freq: [0, 1, 0, 1]\n"
+        args = parse(f"--config {yaml(text + 'train-data-path: [1, a, 2, b]')} {TRANSFORMER}")
+        assert args.moe_layer_freq == [0, 1, 0, 1]
+        assert args.train_data_path == ["1", "a", "2", "b"]
+
+    def test_null_is_the_default(self, parse: Parse, yaml):
+        assert parse(f"--config {yaml('num-experts: null')} {GMLP}").num_experts is None
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("num-lyers: 4", r"unknown key 'num-lyers'\. Did you mean 'num-layers'"),
+            ("spatial_head: 4", r"unknown key 'spatial_head'\. Did you mean 'spatial-heads'"),
+            ("zzzzqqqq: 4", r"unknown key 'zzzzqqqq'.*--help"),
+            ("bf16: 1", r"'bf16' is a switch: true or false, not 1"),
+            ("lr: [", "cannot be read as YAML: .*line 1"),
+            ("- lr", "must hold `flag: value` lines"),
+            ("just text", "must hold `flag: value` lines"),
+            ("lr: fast", "argument --lr: invalid float value: 'fast'"),
+            ("architecture: gmpl", "--architecture: invalid choice: 'gmpl'.*gmlp"),
+        ],
+    )
+    def test_a_wrong_file_is_named(self, parse: Parse, yaml, text: str, message: str):
+        path = yaml(text)
+        error = refusal(parse, f"--config {path} {TRANSFORMER}", message)
+        if not message.startswith(("argument", "--arch")):
+            assert str(path) in error
+
+    def test_a_missing_file_is_named(self, parse: Parse, tmp_path: Path):
+        refusal(parse, f"--config {tmp_path}/none.yaml", r"--config .*/none\.yaml: no such file")
+
+
+def refusal(parse: Parse, words: str, message: str) -> str:
+    """The text of the refusal: one line that matches `message`."""
+    with pytest.raises(UsageError) as caught:
+        parse(words)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert re.search(message, text), text
+    return text
+
+
+class TestRefusals:
+    """Flag, value, what is allowed, what to do."""
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ("--spatial-head 4", r"--spatial-head is not a flag\. Did you mean 'spatial-heads'"),
+            ("--spatial_heads=4", r"--spatial_heads is not a flag\. Did you mean 'spatial-heads'"),
+            ("stray", "'stray' belongs to no flag"),
+            ("--num-layers 0", "--num-layers 0: give a positive number"),
+            ("--seq-length -1", "--seq-length -1: give a positive number"),
+            ("--num-layers many", "argument --num-layers: invalid int value: 'many'"),
+        ],
+    )
+    def test_flags(self, parse: Parse, words: str, message: str):
+        refusal(parse, f"{GMLP} {words}", message)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (f"{GMLP} --spatial-heads 3", r"--spatial-heads 3 does not divide the gate width 32.*"
+             r"--ffn-hidden-size 64.*choose a divisor"),
+            (f"{GMLP} --spatial-heads 0", r"--spatial-heads 0 does not divide"),
+            (f"{SMLP} --num-feature-experts 5", r"--num-feature-experts 5 does not divide the gate "
+             r"width 32"),
+            (f"{SMLP} --num-feature-experts 1", r"--num-feature-experts 1 .*is no mixture: give 2"),
+            (f"{SMLP} --num-dense-layers 5", r"--num-dense-layers 5 must lie between 0 and "
+             r"--num-layers 4"),
+            (f"{SMLP} --num-dense-layers -1", r"--num-dense-layers -1 must lie between 0 and"),
+            (f"{GMLP} --num-dense-layers 2", r"--num-dense-layers is for --architecture smlp, not "
+             r"gmlp: leave it out"),
+            (f"{TRANSFORMER} --feature-router deterministic", r"--feature-router is for "
+             r"--architecture smlp, not transformer: leave it out"),
+            ("--num-attention-heads 5", r"--num-attention-heads 5 does not divide --hidden-size "
+             r"32"),
+            (f"{SMLP} --num-experts 2 --moe-router-topk 3", r"--moe-router-topk 3 is over "
+             r"--num-experts 2"),
+        ],
+    )  # fmt: skip
+    def test_shapes(self, parse: Parse, words: str, message: str):
+        refusal(parse, words, message)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (f"{GMLP} --spatial-heads 2 --tensor-model-parallel-size 4",
+             r"--tensor-model-parallel-size 4 does not divide --spatial-heads 2: choose a divisor, "
+             r"or a single head"),
+            (f"{SMLP} --num-feature-experts 2 --tensor-model-parallel-size 4",
+             r"--tensor-model-parallel-size 4 does not divide --num-feature-experts 2"),
+            (f"{TRANSFORMER} --tensor-model-parallel-size 8",
+             r"--tensor-model-parallel-size 8 does not divide --num-attention-heads 4"),
+            (f"{GMLP} --context-parallel-size 2",
+             r"--context-parallel-size 2 is not available with spatial gating.*Leave it out"),
+            (f"{SMLP} --context-parallel-size 2", r"--context-parallel-size 2 is not available"),
+            (f"{SMLP} --expert-model-parallel-size 2",
+             r"--expert-model-parallel-size 2 without --num-experts"),
+            (f"{SMLP} --num-experts 3 --moe-router-topk 1 --expert-model-parallel-size 2",
+             r"--num-experts 3 is not a multiple of --expert-model-parallel-size 2"),
+        ],
+    )  # fmt: skip
+    def test_layouts(self, parse: Parse, processes, words: str, message: str):
+        processes(8)
+        refusal(parse, words, message)
+
+    def test_what_only_megatron_knows_is_one_line_too(self, parse: Parse, processes):
+        processes(3)
+        words = f"{GMLP} --tensor-model-parallel-size 2 --global-batch-size 6"
+        refusal(parse, words, r"Megatron refuses these arguments: .*3.* not divisible by")
+
+    @pytest.mark.skipif(not cpu.needed(), reason="there is a CUDA device, which has these")
+    @pytest.mark.parametrize("flag", ["--fp16", "--use-torch-fsdp2"])
+    def test_what_only_a_gpu_has(self, parse: Parse, flag: str):
+        refusal(parse, f"{GMLP} {flag}", rf"{flag} needs a CUDA device and none was found\. Leave")
+
+    def test_another_sequence_length_than_the_checkpoints(self, parse: Parse, tmp_path: Path):
+        checkpoint(parse(GMLP), tmp_path)
+        message = (
+            rf"--seq-length 8 contradicts the checkpoint {tmp_path}, .* made with 16: give --s"
+        )
+        refusal(parse, f"{GMLP} --load {tmp_path} --seq-length 8", message)
+
+    @pytest.mark.parametrize(
+        ("words", "flag"),
+        [
+            ("--spatial-heads 2", "--spatial-heads 2"),
+            ("--num-layers 2", "--num-layers 2"),
+            ("--hidden-size 16", "--hidden-size 16"),
+        ],
+    )
+    def test_another_model_than_the_checkpoints(self, parse: Parse, tmp_path, words, flag):
+        checkpoint(parse(GMLP), tmp_path)
+        refusal(parse, f"{GMLP} --load {tmp_path} {words}", f"{flag} contradicts the checkpoint")
+
+    def test_the_same_model_is_loaded(self, parse: Parse, tmp_path: Path):
+        """And a run that finds its own checkpoint under --save goes on from it, unasked."""
+        checkpoint(parse(TRANSFORMER), tmp_path)
+        assert parse(f"{TRANSFORMER} --load {tmp_path}").load == str(tmp_path)
+        assert parse(f"{TRANSFORMER} --save {tmp_path} --save-interval 5").load == str(tmp_path)
+        words = f"{TRANSFORMER} --save {tmp_path} --save-interval 5 --no-resume"
+        assert parse(words).load is None
+
+
+def checkpoint(args: Any, folder: Path) -> None:
+    """What a save leaves for the check: the tracker file and the flags of the model."""
+    args.save = str(folder)
+    iteration_folder(folder, 3).mkdir()
+    write_model_flags(args, 3)
+    (folder / TRACKER).write_text("3")
+
+
+class TestSettled:
+    """Defaults that depend on other flags."""
+
+    def test_positions(self, parse: Parse):
+        """Rows of the spatial matrix are positions; attention needs an embedding of them."""
+        assert parse(GMLP).position_embedding_type == "none"
+        assert parse(TRANSFORMER).position_embedding_type == "learned_absolute"
+        assert parse(f"{GMLP} --position-embedding-type rope").position_embedding_type == "rope"
+        assert parse(TRANSFORMER).max_position_embeddings == 16
+
+    def test_a_single_expert_keeps_its_weight(self, parse: Parse):
+        """A softmax over the one chosen expert would always be 1, and teach the router nothing."""
+        assert parse(f"{TRANSFORMER} --num-experts 2 --moe-router-topk 1").moe_router_pre_softmax
+        args = parse(f"{TRANSFORMER} --num-experts 2 --moe-router-topk 2")
+        assert not args.moe_router_pre_softmax
+
+    def test_spatial_gating_needs_no_attention_heads_in_any_layout(self, parse: Parse, processes):
+        from megatron_smlp.model import transformer_config
+
+        processes(2)
+        config = transformer_config(parse(f"{GMLP} --tensor-model-parallel-size 2"))
+        assert config.tensor_model_parallel_size == 2
+
+    def test_experts_under_tensor_parallelism_are_sequence_parallel(self, parse: Parse, processes):
+        processes(2)
+        words = f"{SMLP} --num-experts 2 --moe-router-topk 1 --tensor-model-parallel-size 2"
+        assert parse(words).sequence_parallel
+
+    @pytest.mark.skipif(not cpu.needed(), reason="there is a CUDA device")
+    def test_what_the_platform_sets(self, parse: Parse):
+        args = parse(f"{GMLP} --distributed-backend nccl")
+        assert {name: getattr(args, name) for name in cpu.FLAGS} == cpu.FLAGS
+        assert "distributed_backend=gloo" in args.platform_changes
+
+
+def test_a_wrong_flag_on_the_real_command_line():
+    """One line on standard error, exit code 2, no traceback, nothing else."""
+    flags = [*MINIMAL.split(), *GMLP.split(), "--spatial-heads", "3"]
+    done = subprocess.run(
+        [sys.executable, "pretrain_smlp.py", *flags],
+        cwd=REPOSITORY,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(
+        "pretrain_smlp.py: error: --spatial-heads 3 does not divide the gate"
+    )
