@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.indexed import Index, bin_path, idx_path, open_index, strip_suffix
-from megatron_smlp.data.manifest import Manifest, find_manifest, fingerprint_of
+from megatron_smlp.data.manifest import Manifest, check_manifest_path, find_manifest, fingerprint_of
 from megatron_smlp.data.pair_writer import PairWriter, publish
 
 COPY_DOCUMENTS = 1 << 16
@@ -130,7 +130,12 @@ def _joined(manifests: list[Manifest], name: str) -> str:
 
 @contextmanager
 def scratch_folder(output_prefix: str) -> Iterator[Path]:
-    """An empty folder beside the output, gone afterwards."""
+    """An empty folder beside the output, gone afterwards.
+
+    Raises:
+        DataError: the manifest would replace a file that is none.
+    """
+    check_manifest_path(Path(output_prefix + ".json"))
     folder = Path(output_prefix + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

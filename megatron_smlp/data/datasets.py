@@ -104,6 +104,8 @@ def _members(dataset: Any) -> list[tuple[Any, int]]:
     """(dataset, samples drawn from it) of a blend, of a single dataset, or of none."""
     if dataset is None:
         return []
+    if isinstance(dataset, list):  # --multiple-validation-sets
+        return [member for each in dataset for member in _members(each)]
     if not isinstance(dataset, BlendedDataset):
         return [(dataset, _wanted(dataset))]
     drawn = np.bincount(dataset.dataset_index, minlength=len(dataset.datasets))

@@ -105,6 +105,19 @@ def find_manifest(prefix: str) -> tuple[Path, Manifest] | None:
     return None
 
 
+def check_manifest_path(path: Path) -> None:
+    """Refuse to write a manifest over a file that is none: `books.json` may be the corpus itself.
+
+    Raises:
+        DataError: the file is there and is not ours.
+    """
+    if path.exists() and not (path.is_file() and _is_manifest(path)):
+        raise DataError(
+            f"{path} is there and is no dataset manifest, whose name it has; give another "
+            f"--output-prefix, or move it away"
+        )
+
+
 def _is_manifest(path: Path) -> bool:
     """Other JSON files may lie beside a dataset; only ours name the format first."""
     with path.open("rb") as stream:

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_smlp.data.encoding import EncodedChunk
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.manifest import Manifest, PairRecord, write_atomically
+from megatron_smlp.data.manifest import Manifest, PairRecord, check_manifest_path, write_atomically
 from megatron_smlp.data.pair_writer import PairWriter, append_to, flush_to_disk, publish
 from megatron_smlp.data.records import Rejection
 from megatron_smlp.data.sources import Position
@@ -73,6 +73,7 @@ class PartialOutput:
         self.journal = Journal(settings="")
 
     def __enter__(self) -> "PartialOutput":
+        check_manifest_path(Path(self.prefix + ".json"))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = (self.folder / "lock").open("wb")
         try:
@@ -91,6 +92,8 @@ class PartialOutput:
         if self.writers:
             self.rejected.close()
         self.lock.close()
+        if error[0] is not None and not (self.folder / "journal.json").is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)  # Nothing to go on from.
 
     def start(self, settings: str, *, resume: bool) -> Position:
         """Open the files, at the last commit if `resume`; the place in the input to go on from.

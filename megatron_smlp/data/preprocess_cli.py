@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_smlp.data.tokenizers import add_tokenizer_arguments
@@ -97,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ProgressReport(comparable_size(settings.inputs)) as report:
             summary = preprocess(settings, on_progress=report.update)
     except KeyboardInterrupt:
-        print("interrupted; finished shards are kept: go on with --resume", file=sys.stderr)
+        kept = Path(settings.output_prefix + ".partial").exists()
+        rest = "finished shards are kept, go on with --resume" if kept else "nothing was written"
+        print(f"interrupted: {rest}", file=sys.stderr)
         return 128 + signal.SIGINT
     _print_summary(summary, time.monotonic() - began)
     return 0

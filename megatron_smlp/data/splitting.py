@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from megatron_smlp.data.combining import copy_documents, document_parts, scratch_folder
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.indexed import Index, open_index
-from megatron_smlp.data.manifest import find_manifest
+from megatron_smlp.data.manifest import check_manifest_path, find_manifest
 from megatron_smlp.data.pair_writer import PairWriter, publish
 from megatron_smlp.data.statistics import document_lengths
 
@@ -77,6 +77,7 @@ def _write_parts(index: Index, part_of: NDArray[np.int8], output_prefix: str) ->
                 for documents in document_parts(index, run.start, run.stop):
                     copy_documents(index, writer, documents)
             target = f"{output_prefix}_{name}"
+            check_manifest_path(Path(target + ".json"))
             old = found[1].pairs[Path(index.prefix).name] if found else None
             record = writer.finish(
                 key=old.key if old else "text", level=old.level if old else "document"

@@ -74,7 +74,7 @@ def test_flags_of_megatron_are_accepted_with_a_note(
     assert "by bytes" in printed.out
 
 
-def test_sigterm_keeps_finished_shards(corpus: Path, tmp_path: Path) -> None:
+def test_sigterm_ends_the_run_and_its_workers(corpus: Path, tmp_path: Path) -> None:
     pipe, prefix = tmp_path / "pipe", tmp_path / "data"
     os.mkfifo(pipe)
     flags = ["--input", corpus, pipe, "--output-prefix", prefix, *BYTE_FLAGS, "--workers", 2]
@@ -86,9 +86,8 @@ def test_sigterm_keeps_finished_shards(corpus: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         _, message = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert message.strip() == "interrupted; finished shards are kept: go on with --resume"
-    assert (tmp_path / "data.partial").is_dir()
-    assert not Path(f"{prefix}_text_document.idx").exists()
+    assert message.strip() == "interrupted: nothing was written"
+    assert not list(tmp_path.glob("data*"))
 
 
 def test_an_old_dataset_is_replaced_as_a_whole(

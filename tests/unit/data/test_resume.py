@@ -116,6 +116,14 @@ def test_a_finished_run_is_not_done_again(run: Run, tmp_path: Path, source: Path
     assert again.counts == first.counts
 
 
+def test_a_corpus_of_the_name_of_the_manifest_is_not_replaced(run: Run, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "books.json", ["a", "b"])
+    before = source.read_bytes()
+    with pytest.raises(DataError, match=r"books\.json is there and is no dataset manifest"):
+        run(source, tmp_path / "books", *FLAGS)
+    assert source.read_bytes() == before
+
+
 def test_one_prefix_is_written_by_one_run(run: Run, tmp_path: Path, source: Path) -> None:
     with (
         PartialOutput(str(tmp_path / "data"), keys=("text",), level="document", dtype=None),  # type: ignore[arg-type]
@@ -153,7 +161,7 @@ if __name__ == "__main__":
     rng = random.Random(0)
     codes: list[int] = []
     while not codes or codes[-1] == -signal.SIGKILL:
-        seconds = rng.uniform(0.005, 0.1) + 0.05 * len(codes)
+        seconds = rng.uniform(0.005, 0.1) if len(codes) < 4 else 1000.0
         environment = {**os.environ, "SECONDS_TO_LIVE": str(seconds)}
         codes.append(subprocess.run(command, env=environment, timeout=60, check=False).returncode)
     assert codes[-1] == 0

@@ -10,7 +10,7 @@ from data_helpers import assert_same_pair, megatron_tokenizer, write_with_megatr
 
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.preprocessing import Summary
-from megatron_smlp.data.sentences import SentenceSettings, Splitter
+from megatron_smlp.data.sentences import SentenceSettings, Splitter, import_nltk
 
 Run = Callable[..., Summary]
 TEXTS = [
@@ -27,7 +27,7 @@ TEXTS = [
 @pytest.fixture(scope="session")
 def nltk_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """punkt_tab data of a made-up training text."""
-    nltk = pytest.importorskip("nltk")
+    nltk = import_nltk()
     from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
 
     trainer = PunktTrainer()
