@@ -54,8 +54,9 @@ from megatron_smlp.options import LayerSlots, ModelOptions, layer_slots, model_o
 class SMLPTransformerConfig(TransformerConfig, ModelOptions):
     """Megatron's TransformerConfig with our model flags beside its own."""
 
-    seq_length: int = 1024
-    """T, tokens: the size of every spatial matrix."""
+    spatial_length: int | None = None
+    """T, tokens: the size of every spatial matrix; None takes Megatron's --seq-length. (It has a
+    name of its own because GPTModelConfig has a `seq_length` that it would hide.)"""
 
     hetereogenous_dist_checkpoint: bool = True
     """Checkpoints name each layer by its number, since layers of one model differ."""
@@ -171,8 +172,9 @@ def _no_residual(training: bool, fused: bool) -> Any:
 
 def _sequence_length(config: TransformerConfig) -> int:
     """T from our config or, under a bare `--spec`, from Megatron's own arguments."""
-    if hasattr(config, "seq_length"):
-        return int(config.seq_length)
+    length = getattr(config, "spatial_length", None)
+    if length is not None:
+        return int(length)
     from megatron.training import get_args
 
     return int(get_args().seq_length)

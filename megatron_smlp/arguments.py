@@ -335,7 +335,9 @@ def check_schedule(args: argparse.Namespace) -> None:
     if args.lr is None:
         raise UsageError("--lr is missing: give the peak learning rate, for example --lr 1e-3.")
     if args.eval_iters and not args.eval_interval:
-        raise UsageError("--eval-iters without --eval-interval: give both, or --eval-iters 0.")
+        if "eval_iters" in args.explicit_flags:
+            raise UsageError("--eval-iters without --eval-interval: give both, or --eval-iters 0.")
+        args.eval_iters = 0  # Megatron's default without an interval to use it at
     if not args.eval_iters:
         args.eval_interval = args.eval_interval or args.train_iters  # Megatron divides by it
 

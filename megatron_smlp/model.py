@@ -14,7 +14,9 @@ from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
 
 def transformer_config(args: argparse.Namespace) -> SMLPTransformerConfig:
     """Megatron's own translation of arguments, into our config class."""
-    return core_transformer_config_from_args(args, config_class=SMLPTransformerConfig)
+    config = core_transformer_config_from_args(args, config_class=SMLPTransformerConfig)
+    config.spatial_length = args.seq_length
+    return config
 
 
 def model_config(args: argparse.Namespace) -> Any:

@@ -3,8 +3,8 @@
     y = sum over the chosen experts e of  w_e * f_e(h),     f_e(h) = GELU(h A_e) B_e,   h = LN(x)
 
 The router decides e and w_e and plugs into MoELayer's router slot; dispatch, expert parallelism and
-the experts themselves are Megatron's. Experts have no bias, as in the equation: a bias would also
-be scaled by w_e.
+the experts themselves are Megatron's. Experts and routers have no bias, as in the equations: w_e would
+scale an expert's bias too.
 """
 
 from __future__ import annotations
@@ -27,13 +27,22 @@ def token_moe_builder(
     Args:
         router: what fills MoELayer's router slot; called with config, pg_collection, is_mtp_layer.
     """
-    experts = partial(_without_bias, backend.grouped_mlp_modules(config.moe_grouped_gemm))
-    return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=router))
+    submodules = MoESubmodules(
+        experts=partial(_experts, backend.grouped_mlp_modules(config.moe_grouped_gemm)),
+        router=partial(_router, router),
+    )
+    return partial(MoELayer, submodules=submodules)
 
 
-def _without_bias(
-    builder: Any, num_local_experts: int, config: TransformerConfig, **kwargs: Any
-) -> Any:
-    expert_config = copy.copy(config)
-    expert_config.add_bias_linear = False
-    return builder(num_local_experts, expert_config, **kwargs)
+def _experts(builder: Any, num_local_experts: int, config: TransformerConfig, **kwargs: Any) -> Any:
+    return builder(num_local_experts, _without_bias(config), **kwargs)
+
+
+def _router(builder: Any, *, config: TransformerConfig, **kwargs: Any) -> Any:
+    return builder(config=_without_bias(config), **kwargs)
+
+
+def _without_bias(config: TransformerConfig) -> TransformerConfig:
+    copied = copy.copy(config)
+    copied.add_bias_linear = False
+    return copied

@@ -54,7 +54,7 @@ def layer_config(**changes: Any) -> SMLPTransformerConfig:
         "hidden_size": 24,
         "ffn_hidden_size": 96,
         "num_attention_heads": 4,
-        "seq_length": 16,
+        "spatial_length": 16,
         "params_dtype": torch.float32,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,

@@ -19,7 +19,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def gmlp_layer(*, heads: int = 1, length: int = 16) -> SlottedLayer:
-    config = layer_config(architecture="gmlp", spatial_heads=heads, seq_length=length)
+    config = layer_config(architecture="gmlp", spatial_heads=heads, spatial_length=length)
     layer = SlottedLayer(config)
     _stir(layer.parameters())
     return layer
@@ -74,7 +74,7 @@ def test_layer_equals_g_mlp_pytorch(tokens: int):
     block = gMLPBlock(
         dim=config.hidden_size,
         dim_ff=config.ffn_hidden_size,
-        seq_len=config.seq_length,
+        seq_len=config.spatial_length,
         causal=True,
     )
     peer = Residual(PreNorm(config.hidden_size, block))
