@@ -7,12 +7,14 @@ only where a product is causal:
     paper    the full square: 24 layers of width 1024 at T = 1024, V = 50,257 are 0.827 TFLOPs
 
 Letters: T sequence length, D hidden, Z ffn_hidden_size, F = Z / 2 gate width, V padded vocabulary,
-E token experts, X width of an expert, h heads, k experts a token visits, P attention width.
+E experts, X width of a token expert, h heads, k experts a token visits, P prefix length of partial
+prediction, C chunks of features.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -56,8 +58,16 @@ class ModelShape:
     key_value_width: int
     """Width of the keys, and of the values: query groups * kv_channels."""
     num_experts: int = 0
+    token_router: str = "switch"
+    """Which rule routes tokens: base and hash have no softmax, hash has no parameters."""
     moe_ffn_hidden_size: int = 0
     moe_router_topk: int = 1
+    tiny_attention_width: int = 0
+    """amlp: width of the attention head beside the gate; 0: none."""
+    prefix_length: int = 0
+    """P, tokens from which partial prediction routes; 0: no such routing."""
+    num_feature_chunks: int = 0
+    """C, chunks of features that partial prediction routes."""
     learned_positions: bool = False
     tied_embeddings: bool = True
     linear_bias: bool = True
@@ -67,29 +77,28 @@ class ModelShape:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ModelShape:
-        """From Megatron's namespace, after validation."""
+        """From Megatron's namespace, after validation, or any other with its names."""
         width = args.kv_channels * args.num_attention_heads
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-        options = ModelOptions(**{name: getattr(args, name) for name in model_option_names()})
+        token_router = getattr(args, "token_router", "switch")
+        num_experts = None if token_router == "none" else args.num_experts
+        is_partial = getattr(args, "feature_router", "none") == "partial"
+        is_amlp = args.architecture == "amlp"
         return cls(
-            slots=tuple(
-                layer_slots(
-                    options,
-                    num_layers=args.num_layers,
-                    num_experts=args.num_experts,
-                    moe_layer_freq=args.moe_layer_freq,
-                    num_attention_heads=args.num_attention_heads,
-                )
-            ),
+            slots=tuple(_slots(args, num_experts)),
             hidden_size=args.hidden_size,
             ffn_hidden_size=args.ffn_hidden_size,
             seq_length=args.seq_length,
             padded_vocab_size=args.padded_vocab_size,
             attention_width=width,
             key_value_width=groups * args.kv_channels,
-            num_experts=args.num_experts or 0,
+            num_experts=num_experts or 0,
+            token_router=token_router,
             moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
-            moe_router_topk=args.moe_router_topk,
+            moe_router_topk=_experts_per_token(args),
+            tiny_attention_width=getattr(args, "tiny_attention_width", 64) if is_amlp else 0,
+            prefix_length=int(args.prefix_fraction * args.seq_length) if is_partial else 0,
+            num_feature_chunks=_num_chunks(args) if is_partial else 0,
             learned_positions=args.position_embedding_type == "learned_absolute",
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             linear_bias=args.add_bias_linear,
@@ -105,6 +114,34 @@ class ModelShape:
     @property
     def square(self) -> int:
         return self.seq_length**2
+
+
+def _slots(args: argparse.Namespace, num_experts: int | None) -> Iterable[LayerSlots]:
+    # A namespace from elsewhere, the estimate tool's, may lack flags that keep their defaults.
+    defaults = ModelOptions()
+    names = model_option_names()
+    options = ModelOptions(**{n: getattr(args, n, getattr(defaults, n)) for n in names})
+    if args.architecture == "amlp":
+        options = dataclasses.replace(options, architecture="gmlp")  # the same slots
+    return layer_slots(
+        options,
+        num_layers=args.num_layers,
+        num_experts=num_experts,
+        moe_layer_freq=args.moe_layer_freq,
+        num_attention_heads=args.num_attention_heads,
+    )
+
+
+def _experts_per_token(args: argparse.Namespace) -> int:
+    """Megatron's --moe-router-topk, where the rule of the router leaves it open."""
+    fixed = {"switch": 1, "gshard": 2, "base": 1, "hash": 1}
+    count: int = fixed.get(getattr(args, "token_router", ""), args.moe_router_topk)
+    return count
+
+
+def _num_chunks(args: argparse.Namespace) -> int:
+    chunks: int = getattr(args, "num_feature_chunks", None) or args.num_feature_experts
+    return chunks
 
 
 def model_cost(shape: ModelShape) -> Cost:
@@ -157,7 +194,27 @@ def gating_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     up = _linear(shape, shape.hidden_size, shape.ffn_hidden_size)
     down = _linear(shape, gate_width, shape.hidden_size)
     spatial = slots.heads * (shape.square + shape.seq_length) + 2 * gate_width
-    return up + down + _causal(shape, gate_width, spatial)
+    cost = up + down + _causal(shape, gate_width, spatial)
+    if shape.tiny_attention_width:
+        cost += tiny_attention_cost(shape)
+    if shape.prefix_length and slots.mixer == "feature_moe":
+        cost += prefix_router_cost(shape, slots.heads)
+    return cost
+
+
+def tiny_attention_cost(shape: ModelShape) -> Cost:
+    """amlp's attention head beside the gate; it reads the same norm, so it has none of its own."""
+    width = shape.tiny_attention_width
+    qkv = _linear(shape, shape.hidden_size, 3 * width)
+    out = _linear(shape, width, shape.ffn_hidden_size // 2)
+    return qkv + out + _pairs(shape, 2 * width)
+
+
+def prefix_router_cost(shape: ModelShape, num_experts: int) -> Cost:
+    """Partial prediction: one weight for each prefix position and expert."""
+    parameters = shape.prefix_length * num_experts
+    flops = 2 * shape.num_feature_chunks * parameters
+    return Cost(parameters, parameters, flops, flops)
 
 
 def mlp_cost(shape: ModelShape) -> Cost:
@@ -170,7 +227,7 @@ def token_moe_cost(shape: ModelShape) -> Cost:
     """Router and experts (without bias); a token visits k of E experts, nothing is dropped."""
     widths = 3 if shape.gated_mlp else 2
     expert = widths * shape.hidden_size * shape.moe_ffn_hidden_size
-    router = shape.hidden_size * shape.num_experts
+    router = 0 if shape.token_router == "hash" else shape.hidden_size * shape.num_experts
     active = shape.moe_router_topk * expert + router
     flops = 2 * shape.seq_length * active
     norm = _norm(shape)
@@ -193,5 +250,9 @@ def _linear(shape: ModelShape, inputs: int, outputs: int) -> Cost:
 
 def _causal(shape: ModelShape, columns: int, parameters: int) -> Cost:
     """A causal product of T x T with `columns` columns, and the norm in front of the mixer."""
-    parameters += _norm(shape)
-    return Cost(parameters, parameters, 2 * shape.triangle * columns, 2 * shape.square * columns)
+    return _parameters(parameters + _norm(shape)) + _pairs(shape, columns)
+
+
+def _pairs(shape: ModelShape, columns: int) -> Cost:
+    """The FLOPs of a causal product of T x T with `columns` columns."""
+    return Cost(0, 0, 2 * shape.triangle * columns, 2 * shape.square * columns)

@@ -1,0 +1,169 @@
+"""Parameters against built models, exactly; FLOPs against torch's counter."""
+
+import argparse
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_smlp.accounting import (
+    ModelShape,
+    forward_tflops_per_1024_tokens,
+    model_cost,
+    training_flops_per_token,
+)
+from megatron_smlp.hf.configuration_smlp import SMLPConfig
+from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
+
+TRANSFORMER = {"architecture": "transformer"}
+SPARSE = {"architecture": "smlp", "num_dense_layers": 1, "num_feature_experts": 4}
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "transformer": {"architecture": "transformer"},
+    "switch": {**TRANSFORMER, "token_router": "switch", "moe_layer_freq": 2},
+    "gshard": {
+        "architecture": "transformer",
+        "token_router": "gshard",
+        "moe_layer_freq": [0, 1, 0],
+    },
+    "base": {**TRANSFORMER, "token_router": "base"},
+    "hash": {**TRANSFORMER, "token_router": "hash", "add_bias_linear": False},
+    "gmlp": {"architecture": "gmlp", "spatial_heads": 2},
+    "gmlp_moe": {"architecture": "gmlp", "token_router": "base", "moe_layer_freq": 2},
+    "amlp": {"architecture": "amlp", "tiny_attention_width": 16},
+    "smlp_deterministic": {**SPARSE, "feature_router": "deterministic", "token_router": "base"},
+    "smlp_partial": {
+        **SPARSE,
+        "feature_router": "partial",
+        "token_router": "base",
+        "num_feature_chunks": 8,
+    },
+}
+LENGTH = 128
+SAME_NAMES = (
+    *("architecture", "token_router", "feature_router", "hidden_size", "ffn_hidden_size"),
+    *("num_layers", "num_dense_layers", "num_attention_heads", "spatial_heads"),
+    *("num_feature_experts", "num_feature_chunks", "prefix_fraction", "num_experts"),
+    *("moe_ffn_hidden_size", "moe_layer_freq", "tiny_attention_width", "add_bias_linear"),
+)
+
+
+def _config(system: str) -> SMLPConfig:
+    return SMLPConfig(
+        **{
+            "token_router": "none",
+            "vocab_size": 512,
+            "hidden_size": 128,
+            "ffn_hidden_size": 384,
+            "num_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": LENGTH,
+            "num_experts": 4,
+            "moe_ffn_hidden_size": 256,
+            **SYSTEMS[system],
+        }
+    )
+
+
+def _namespace(config: SMLPConfig) -> argparse.Namespace:
+    """The same model in Megatron's names."""
+    return argparse.Namespace(
+        **{name: getattr(config, name) for name in SAME_NAMES},
+        seq_length=config.max_position_embeddings,
+        padded_vocab_size=config.vocab_size,
+        kv_channels=config.hidden_size // config.num_attention_heads,
+        num_query_groups=None,
+        group_query_attention=False,
+        moe_router_topk=1,
+        position_embedding_type=(
+            "learned_absolute" if config.architecture == "transformer" else "none"
+        ),
+        untie_embeddings_and_output_weights=False,
+        normalization="LayerNorm",
+        swiglu=False,
+    )
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_parameters_are_those_of_the_built_model(system: str):
+    config = _config(system)
+    with torch.device("meta"):
+        model = SMLPForCausalLM(config)
+    built = sum(parameter.numel() for parameter in model.parameters())
+    assert model_cost(ModelShape.from_args(_namespace(config))).parameters == built
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_active_parameters_leave_out_the_experts_that_a_token_does_not_visit(system: str):
+    config = _config(system)
+    cost = model_cost(ModelShape.from_args(_namespace(config)))
+    expert = 2 * config.hidden_size * config.expert_width
+    num_moe = sum(config.has_token_moe(index) for index in range(config.num_layers))
+    idle = config.num_experts - (2 if config.token_router == "gshard" else 1)
+    assert cost.parameters - cost.active_parameters == num_moe * idle * expert
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_square_flops_are_what_torch_counts(system: str):
+    config = _config(system)
+    model = SMLPForCausalLM(config).eval()
+    ids = torch.randint(config.vocab_size, (2, LENGTH))
+    # The mathematical kernel, so that attention is counted product by product.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids)
+    cost = model_cost(ModelShape.from_args(_namespace(config)))
+    expected = 2 * cost.square_flops
+    if system == "smlp_partial":
+        # The reference model computes no row of the prefix against later columns.
+        prefix, sparse_layers = config.prefix_length, config.num_layers - config.num_dense_layers
+        saved = 2 * prefix * (LENGTH - prefix) * config.gate_width
+        expected -= 2 * sparse_layers * saved
+    assert abs(counter.get_total_flops() / expected - 1) < 0.01
+
+
+def test_the_papers_convention_gives_the_papers_figure():
+    """24 layers of width 1024 at T = 1024 and V = 50,257: 0.827 TFLOPs."""
+    config = SMLPConfig(
+        architecture="transformer",
+        vocab_size=50257,
+        hidden_size=1024,
+        ffn_hidden_size=4096,
+        num_layers=24,
+        num_attention_heads=16,
+    )
+    shape = ModelShape.from_args(_namespace(config))
+    paper, needed = forward_tflops_per_1024_tokens(model_cost(shape), shape)
+    assert round(paper, 3) == 0.827
+    saved = 24 * 4 * 1024 * (1024 * 1023 // 2) / 1e12
+    assert abs(paper - needed - saved) < 1e-9
+    assert training_flops_per_token(model_cost(shape), shape) == pytest.approx(
+        3 * needed * 1e12 / 1024
+    )
+
+
+def test_causal_products_count_the_triangle_once():
+    """One gMLP layer by hand: U and V, the triangle with its diagonal, and the logits."""
+    config = SMLPConfig(
+        architecture="gmlp",
+        vocab_size=10,
+        hidden_size=4,
+        ffn_hidden_size=12,
+        num_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=5,
+    )
+    cost = model_cost(ModelShape.from_args(_namespace(config)))
+    linear = 2 * 5 * (4 * 12 + 6 * 4 + 4 * 10)
+    assert cost.flops == linear + 2 * 15 * 6
+    assert cost.square_flops == linear + 2 * 25 * 6
+
+
+def test_importing_needs_neither_torch_nor_megatron():
+    code = (
+        "import sys; import megatron_smlp.accounting, megatron_smlp.footprint; "
+        "sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

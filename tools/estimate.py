@@ -1,0 +1,17 @@
+#!/usr/bin/env python3
+"""What a configuration costs: parameters, FLOPs, and the memory and traffic of one GPU.
+
+    tools/estimate.py --config configs/cpu/smlp_deterministic.yaml
+    tools/estimate.py --config configs/cpu/gmlp.yaml --json \\
+        --world-size 128 --tensor-model-parallel-size 4 --pipeline-model-parallel-size 4
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_smlp.estimation import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
