@@ -1,0 +1,63 @@
+# shellcheck shell=bash
+# What the launchers share. Sourced by them, not run.
+
+EXAMPLES="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+REPOSITORY="$(dirname -- "$EXAMPLES")"
+
+fail() {
+  echo "$(basename -- "$0"): error: $*" >&2
+  exit 2
+}
+
+# The comment at the top of the calling script.
+usage() {
+  sed -n '2,/^$/{/^#SBATCH/d;s/^# \{0,1\}//p}' "$0"
+}
+
+# require NAME "what it is": stop unless the environment has a value for it.
+require() {
+  [[ -n "${!1:-}" ]] || fail "$1 is not set: give $2. For all variables: $0 --help"
+}
+
+# require_number NAME "what it is"
+require_number() {
+  require "$1" "$2"
+  [[ "${!1}" =~ ^[0-9]+$ ]] || fail "$1 is '${!1}', but $2 is a whole number"
+}
+
+# Processes on this node: one a GPU, or one where there is none.
+default_processes() {
+  local gpus="${SLURM_GPUS_ON_NODE:-}"
+  if [[ -z "$gpus" ]] && command -v nvidia-smi > /dev/null; then
+    gpus="$(nvidia-smi --list-gpus 2> /dev/null | wc -l)"
+  fi
+  echo "$((${gpus:-0} > 0 ? gpus : 1))"
+}
+
+# The project's own Python where `make env` made it.
+default_python() {
+  local own="$REPOSITORY/.venv/bin/python"
+  if [[ -x "$own" ]]; then echo "$own"; else echo python3; fi
+}
+
+# check_common: the variables that every launcher reads.
+check_common() {
+  require CONFIG "the YAML file of the model, for example CONFIG=configs/cpu/gmlp.yaml"
+  [[ -f "$CONFIG" ]] || fail "CONFIG=$CONFIG: no such file; ready ones lie in $REPOSITORY/configs"
+  NPROC_PER_NODE="${NPROC_PER_NODE:-$(default_processes)}"
+  require_number NPROC_PER_NODE "the number of processes (GPUs) on this node"
+  PYTHON="${PYTHON:-$(default_python)}"
+  command -v "$PYTHON" > /dev/null || fail "PYTHON=$PYTHON: no such program. Run \`make env\` first"
+}
+
+# launch TORCHRUN_FLAG... -- TRAINING_FLAG...
+launch() {
+  local torchrun=()
+  while [[ "$1" != "--" ]]; do
+    torchrun+=("$1")
+    shift
+  done
+  shift
+  exec "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC_PER_NODE" "${torchrun[@]}" \
+    "$REPOSITORY/pretrain_smlp.py" --config "$CONFIG" "$@"
+}

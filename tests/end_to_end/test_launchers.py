@@ -1,0 +1,188 @@
+"""The launchers of examples/, started for real: one node, two "nodes" on this machine, Slurm."""
+
+import contextlib
+import os
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from support.launches import REPOSITORY, TIME_LIMIT, Step, clean_environment, run_command, steps
+
+EXAMPLES = REPOSITORY / "examples"
+LAUNCHERS = ("one_node.sh", "several_nodes.sh", "slurm.sh")
+CONFIG = "configs/cpu/smlp_deterministic.yaml"
+NUM_STEPS = 5
+# The config's model in small, on data that needs no file.
+FLAGS = f"""
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --hidden-size 64
+    --ffn-hidden-size 128 --moe-ffn-hidden-size 128 --seq-length 32 --micro-batch-size 2
+    --global-batch-size 4 --train-iters {NUM_STEPS} --log-interval 1 --eval-iters 1
+    --eval-interval 100 --distributed-timeout-minutes 2
+"""
+
+
+def command(launcher: str, folder: Path) -> list[str]:
+    return [str(EXAMPLES / launcher), *FLAGS.split(), "--log-dir", str(folder)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(
+    commands: Sequence[tuple[Sequence[str], dict[str, str]]],
+) -> Iterator[list[subprocess.Popen]]:
+    """Processes that run side by side; none outlives the test."""
+    processes = [
+        subprocess.Popen(
+            words,
+            cwd=REPOSITORY,
+            env=clean_environment(**variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for words, variables in commands
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def one_node(tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
+    """The steps of one agent with two processes."""
+    folder = tmp_path_factory.mktemp("one_node")
+    run_command(command("one_node.sh", folder), CONFIG=CONFIG, NPROC_PER_NODE="2")
+    found = steps(folder)
+    assert len(found) == NUM_STEPS
+    return found
+
+
+def test_two_nodes_train_as_one(one_node: list[Step], tmp_path: Path):
+    """Two torchrun agents of one process each, which find each other by their rendezvous."""
+    common = {
+        "CONFIG": CONFIG,
+        "NPROC_PER_NODE": "1",
+        "NNODES": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    words = command("several_nodes.sh", tmp_path)
+    with started([(words, common | {"NODE_RANK": str(rank)}) for rank in range(2)]) as nodes:
+        outputs = [node.communicate(timeout=TIME_LIMIT)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)[-6000:]
+    # One reports, and it is not a run of its own: each of two would have logged all steps.
+    assert sorted("iteration 5/5" in output for output in outputs) == [False, True]
+    assert steps(tmp_path) == one_node
+
+
+# Starts the tasks of all "nodes" on this machine, as `srun --ntasks-per-node=1` does on theirs.
+FAKE_SRUN = """#!/usr/bin/env bash
+while [[ "$1" == --* ]]; do shift; done
+tasks=()
+for ((node = 0; node < SLURM_NNODES; node++)); do
+  SLURM_NODEID=$node "$@" &
+  tasks+=($!)
+done
+for task in "${tasks[@]}"; do wait "$task"; done
+"""
+FAKE_SCONTROL = """#!/usr/bin/env bash
+[[ "$*" == "show hostnames node[1-2]" ]] && printf '127.0.0.1\\nnode2\\n'
+"""
+
+
+def test_slurm_starts_the_same_training(one_node: list[Step], tmp_path: Path):
+    """slurm.sh with stand-ins for srun and scontrol, run from a copy as Slurm does."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    spooled = tmp_path / "slurm_script"
+    spooled.write_text((EXAMPLES / "slurm.sh").read_text())
+    words = ["bash", str(spooled), *command("slurm.sh", tmp_path / "log")[1:]]
+    run_command(
+        words,
+        PATH=f"{tools}:{os.environ['PATH']}",
+        CONFIG=CONFIG,
+        NPROC_PER_NODE="1",
+        MASTER_PORT=str(free_port()),
+        SLURM_JOB_ID="4711",
+        SLURM_NNODES="2",
+        SLURM_JOB_NODELIST="node[1-2]",
+        SLURM_SUBMIT_DIR=str(REPOSITORY),
+    )
+    assert steps(tmp_path / "log") == one_node
+
+
+def refused(launcher: str, *flags: str, **variables: str) -> str:
+    """The one line that a launcher says before it starts anything."""
+    done = subprocess.run(
+        [EXAMPLES / launcher, *flags],
+        cwd=REPOSITORY,
+        env=clean_environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+NODES = {"CONFIG": CONFIG, "NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_a_missing_variable_is_named(name: str):
+    variables = {key: value for key, value in NODES.items() if key != name}
+    assert f"{name} is not set: give" in refused("several_nodes.sh", **variables)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"CONFIG": "configs/none.yaml"}, "CONFIG=configs/none.yaml: no such file"),
+        ({"NNODES": "two"}, "NNODES is 'two', but the number of machines is a whole number"),
+        ({"NODE_RANK": "2"}, "NODE_RANK=2 must be below NNODES=2"),
+        ({"NPROC_PER_NODE": "-1"}, "NPROC_PER_NODE is '-1', but"),
+        ({"PYTHON": "no-such-python"}, "PYTHON=no-such-python: no such program"),
+    ],
+)
+def test_a_wrong_variable_is_named(changes: dict[str, str], message: str):
+    assert message in refused("several_nodes.sh", **(NODES | changes))
+
+
+def test_slurm_outside_of_a_job_or_of_the_project(tmp_path: Path):
+    assert "SLURM_JOB_ID is not set" in refused("slurm.sh", CONFIG=CONFIG)
+    message = refused("slurm.sh", CONFIG=CONFIG, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert "Submit the job from the project's folder" in message
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_usage_names_every_variable_that_is_read(launcher: str):
+    done = run_command([str(EXAMPLES / launcher), "--help"])
+    for name in ("CONFIG", "NPROC_PER_NODE", "PYTHON"):
+        assert f"  {name} " in done.stdout
+    assert "SBATCH" not in done.stdout
+    assert "set -euo" not in done.stdout
+
+
+@pytest.mark.parametrize("launcher", [*LAUNCHERS, "common.sh"])
+def test_shell_syntax_and_sizes(launcher: str):
+    """bash can read it, and no size of a model is written in it."""
+    run_command(["bash", "-n", str(EXAMPLES / launcher)])
+    text = (EXAMPLES / launcher).read_text(encoding="utf-8")
+    assert "--hidden-size" not in text
+    assert "--num-layers" not in text

@@ -1,0 +1,181 @@
+"""Every parallel layout gives the same training: losses and gradient norms of five steps.
+
+All layouts of an architecture start from one checkpoint, since pipeline stages and tensor parallel
+ranks draw other initial weights than one process does. The gradient norm is compared too: a wrong
+sum over ranks, or a message that reaches the wrong stage, can leave the losses looking normal.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from support.launches import Step, launch, steps
+
+NUM_STEPS = 5
+LONG_RUN = 16  # steps in which a loss falls visibly
+TOLERANCE = 1e-4  # relative
+
+MODEL = """
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 500
+    --num-layers 4 --hidden-size 64 --ffn-hidden-size 256 --seq-length 32
+    --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2 --global-batch-size 8
+    --num-workers 0 --lr 3e-3 --lr-decay-style constant --log-interval 1
+    --eval-iters 1 --eval-interval 1000
+"""
+EXPERTS = "--num-experts 4 --moe-router-topk 1 --moe-token-dispatcher-type alltoall"
+ATTENTION = "--architecture transformer --num-attention-heads 4"
+SMLP = """
+    --architecture smlp --num-dense-layers 2 --spatial-heads 2
+    --feature-router deterministic --num-feature-experts 4
+"""
+
+ARCHITECTURES = {
+    "transformer": ATTENTION,
+    "transformer_moe": f"{ATTENTION} {EXPERTS} --moe-layer-freq 2",
+    "gmlp_1_head": "--architecture gmlp --spatial-heads 1",
+    "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
+    "smlp": f"{SMLP} {EXPERTS}",
+}
+ROUTED = {"transformer_moe", "smlp"}
+
+TP = "--tensor-model-parallel-size 2"
+PP = "--pipeline-model-parallel-size 2"
+TWO_PROCESSES = {
+    "tp2": TP,
+    "tp2_sp": f"{TP} --sequence-parallel",
+    "pp2": PP,
+    "pp2_interleaved": f"{PP} --num-layers-per-virtual-pipeline-stage 1",
+    "dp2": "",
+    "dp2_distributed_optimizer": "--use-distributed-optimizer",
+    "ep2": "--expert-model-parallel-size 2",
+}
+FOUR_PROCESSES = {"tp2_pp2": f"{TP} {PP}"}
+RECOMPUTE = {
+    "recompute_full": "--recompute-granularity full --recompute-method uniform "
+    "--recompute-num-layers 1",
+    "recompute_selective": "--recompute-granularity selective",
+}
+PRECISIONS = {"fp32": "", "bf16": "--bf16"}
+# As a Megatron-LM user without our flags writes it; heads and positions are Megatron's to ask for.
+BARE_SPEC = f"""
+    --spec megatron_smlp.architectures gmlp --num-attention-heads 1
+    --position-embedding-type none --train-iters {NUM_STEPS}
+"""
+
+
+def _applies(layout: str, architecture: str) -> bool:
+    if architecture in ROUTED:
+        return layout != "tp2"  # Megatron's MoELayer under TP always is sequence parallel
+    return layout != "ep2"
+
+
+def _cases(layouts: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(a, layout) for a in ARCHITECTURES for layout in layouts if _applies(layout, a)]
+
+
+class Runs:
+    """The runs of this file, by architecture and layout."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def seed(self, architecture: str) -> str:
+        """Flags of the run that writes the checkpoint which all the others start from."""
+        where = f"--save {self.folder}/seeds/{architecture} --save-interval 100"
+        how = "--train-iters 1 --lr-decay-iters 5 --no-save-optim --no-save-rng"
+        return f"{MODEL} {ARCHITECTURES[architecture]} {where} {how}"
+
+    def resumed(self, architecture: str, layout: str) -> str:
+        """Flags of a run of NUM_STEPS from that checkpoint."""
+        where = f"--load {self.folder}/seeds/{architecture}"
+        how = f"--train-iters {NUM_STEPS} --finetune --no-load-optim --no-load-rng"
+        return f"{MODEL} {ARCHITECTURES[architecture]} {where} {how} {layout}"
+
+    def all_of(self, layouts: Mapping[str, str]) -> dict[str, str]:
+        return {f"{a}/{layout}": self.resumed(a, layouts[layout]) for a, layout in _cases(layouts)}
+
+    def steps(self, architecture: str, layout: str) -> list[Step]:
+        return steps(self.folder / architecture / layout)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The seed checkpoints, and what one process makes of them."""
+    runs = Runs(tmp_path_factory.mktemp("layouts"))
+    seeds = {f"seeds/{name}": runs.seed(name) for name in ARCHITECTURES}
+    plain = runs.all_of({"plain": ""} | RECOMPUTE)
+    fresh = {
+        f"{name}/{precision}": f"{MODEL} {ARCHITECTURES[name]} --train-iters {LONG_RUN} {flags}"
+        for name in ARCHITECTURES
+        for precision, flags in PRECISIONS.items()
+    }
+    bare = {"bare/spec": f"{MODEL} {BARE_SPEC}"}
+    launch(seeds | plain | fresh | bare, processes=1, folder=runs.folder)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def two(one: Runs) -> Runs:
+    launch(one.all_of(TWO_PROCESSES), processes=2, folder=one.folder)
+    return one
+
+
+@pytest.fixture(scope="module")
+def four(one: Runs) -> Runs:
+    launch(one.all_of(FOUR_PROCESSES), processes=4, folder=one.folder)
+    return one
+
+
+def _assert_same(ours: Sequence[Step], plain: Sequence[Step]) -> None:
+    assert len(ours) == len(plain) == NUM_STEPS
+    for number, (left, right) in enumerate(zip(ours, plain, strict=True), start=1):
+        assert left.loss == pytest.approx(right.loss, rel=TOLERANCE), f"loss of step {number}"
+        assert left.grad_norm == pytest.approx(right.grad_norm, rel=TOLERANCE), (
+            f"gradient norm of step {number}"
+        )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_steps_move_far_more_than_the_tolerance(one: Runs, architecture: str):
+    """Or all the comparisons below would hold for a model that does not train."""
+    plain = one.steps(architecture, "plain")
+    for earlier, later in itertools.pairwise(plain):
+        assert abs(later.loss / earlier.loss - 1) > 10 * TOLERANCE
+        assert abs(later.grad_norm / earlier.grad_norm - 1) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(("architecture", "layout"), _cases(TWO_PROCESSES))
+def test_two_processes_train_as_one(two: Runs, architecture: str, layout: str):
+    _assert_same(two.steps(architecture, layout), two.steps(architecture, "plain"))
+
+
+@pytest.mark.parametrize(("architecture", "layout"), _cases(FOUR_PROCESSES))
+def test_four_processes_train_as_one(four: Runs, architecture: str, layout: str):
+    _assert_same(four.steps(architecture, layout), four.steps(architecture, "plain"))
+
+
+@pytest.mark.parametrize(("architecture", "layout"), _cases(RECOMPUTE))
+def test_recomputing_activations_changes_nothing(one: Runs, architecture: str, layout: str):
+    _assert_same(one.steps(architecture, layout), one.steps(architecture, "plain"))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_both_precisions_learn(one: Runs, architecture: str, precision: str):
+    losses = [step.loss for step in one.steps(architecture, precision)]
+    assert len(losses) == LONG_RUN
+    assert sum(losses[-3:]) / 3 < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bf16_follows_fp32(one: Runs, architecture: str):
+    """The same start, so the first loss differs by rounding, but does differ: it is bf16."""
+    half, single = (one.steps(architecture, name)[0].loss for name in ("bf16", "fp32"))
+    assert half != single
+    assert half == pytest.approx(single, rel=2e-3)
+
+
+def test_a_bare_spec_trains_as_our_flag(one: Runs):
+    """`--spec megatron_smlp.architectures gmlp` is `--architecture gmlp` with its defaults."""
+    _assert_same(one.steps("bare", "spec"), one.steps("gmlp_1_head", "fp32")[:NUM_STEPS])
