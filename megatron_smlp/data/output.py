@@ -17,7 +17,7 @@ import numpy as np
 from megatron_smlp.data.encoding import EncodedChunk
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.manifest import Manifest, PairRecord, check_manifest_path, write_atomically
-from megatron_smlp.data.pair_writer import PairWriter, append_to, flush_to_disk, publish
+from megatron_smlp.data.pair_writer import PairWriter, append_to, flush_to_disk, place, publish
 from megatron_smlp.data.records import Rejection
 from megatron_smlp.data.sources import Position
 
@@ -166,15 +166,16 @@ class PartialOutput:
         }
 
     def publish(self, manifest: Manifest) -> None:
-        """Move everything to its final name; only then is it there at all."""
+        """Give everything its final name; only then is it there at all. May be repeated."""
         rejected_path = Path(self.prefix + ".rejected.jsonl")
         rejected_path.unlink(missing_ok=True)
         if self.journal.counts.rejected:
-            (self.folder / "rejected.jsonl").replace(rejected_path)
+            place(self.folder / "rejected.jsonl", rejected_path)
         writers = dict(zip(self._pair_prefixes(), self.writers, strict=True))
         publish(writers, manifest=manifest, manifest_path=Path(self.prefix + ".json"))
         self.discard()
 
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind, nor, after a crash in here, a journal of files that are gone."""
+        (self.folder / "journal.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder)

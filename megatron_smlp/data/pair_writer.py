@@ -131,10 +131,26 @@ def _read_flat(path: Path) -> NDArray[np.int32]:
     return np.memmap(path, dtype="<i4", mode="r")
 
 
+def place(source: Path, target: Path) -> None:
+    """Give a finished file its name, at once.
+
+    The file stays under its first name too, so that publishing can be repeated after a crash in
+    the middle; where the file system knows no links it is moved.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(source)
+    except OSError:
+        source.replace(target)
+    else:
+        temporary.replace(target)
+
+
 def publish(
     writers: dict[str, PairWriter], *, manifest: Manifest | None, manifest_path: Path
 ) -> None:
-    """Move finished pairs to their names: `.idx` last of a pair, the manifest last of all.
+    """Give finished pairs their names: `.idx` last of a pair, the manifest last of all.
 
     Files of an older run go first: a crash in between must not leave a mixed pair.
 
@@ -146,7 +162,7 @@ def publish(
     for prefix in writers:
         idx_path(prefix).unlink(missing_ok=True)
     for prefix, writer in writers.items():
-        writer.path("bin").replace(bin_path(prefix))
-        writer.path("idx").replace(idx_path(prefix))
+        place(writer.path("bin"), bin_path(prefix))
+        place(writer.path("idx"), idx_path(prefix))
     if manifest is not None:
         manifest.write(manifest_path)

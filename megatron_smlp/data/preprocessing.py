@@ -125,10 +125,11 @@ def _digest(settings: PreprocessSettings, tokenizer: Tokenizer, files: list[Path
 
 def _complete_already(settings: PreprocessSettings, digest: str) -> Summary | None:
     path = Path(settings.output_prefix + ".json")
-    if Path(settings.output_prefix + ".partial").exists() or not path.is_file():
+    unfinished = Path(settings.output_prefix + ".partial") / "journal.json"
+    if unfinished.exists() or not path.is_file():
         return None
     counts = dict(read_manifest(path).counts)
-    if counts.pop("settings") != digest:
+    if counts.pop("settings", None) != digest:
         return None
     return Summary(settings.output_prefix, Counts(**counts), 0.0, "", already_complete=True)
 

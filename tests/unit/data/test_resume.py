@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, make_documents, write_jsonl
 
-from megatron_smlp.data import preprocessing
+from megatron_smlp.data import output, pair_writer, preprocessing
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.output import PartialOutput
 from megatron_smlp.data.preprocessing import Summary
@@ -73,6 +73,36 @@ def test_a_run_stopped_at_each_step(
     run(source, prefix, *FLAGS, "--resume")
     assert _outputs(prefix) == _outputs(whole)
     assert not Path(f"{prefix}.partial").exists()
+
+
+@pytest.mark.parametrize("calls", range(4))
+def test_a_run_stopped_between_two_names(
+    run: Run, tmp_path: Path, source: Path, calls: int
+) -> None:
+    """Killed while it gives the rejected list, `.bin` and `.idx` their names, or after them."""
+    whole, prefix = tmp_path / "a" / "data", tmp_path / "b" / "data"
+    run(source, whole, *FLAGS)
+    with pytest.MonkeyPatch.context() as patch:
+        names = [0]
+        original = pair_writer.place
+
+        def place(first: Path, target: Path) -> None:
+            if names[0] == calls:
+                raise _KilledError
+            names[0] += 1
+            original(first, target)
+
+        for module in (pair_writer, output):
+            patch.setattr(module, "place", place)
+        patch.setattr(output.shutil, "rmtree", _die)
+        with pytest.raises(_KilledError):
+            run(source, prefix, *FLAGS)
+    run(source, prefix, *FLAGS, "--resume")
+    assert _outputs(prefix) == _outputs(whole)
+
+
+def _die(*args: object, **kwargs: object) -> None:
+    raise _KilledError
 
 
 def test_finished_shards_are_not_encoded_again(
