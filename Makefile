@@ -41,6 +41,9 @@ format: env ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+quickstart: env ## corpus, tokenizer, dataset, pretraining on two processes, sample
+	CORPUS="$(CORPUS)" PYTHON_BIN=$(BIN)/python examples/quickstart.sh
+
 test: lint ## lint and the whole suite
 	$(BIN)/python -m pytest -m "not slow"
 

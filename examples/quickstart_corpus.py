@@ -22,7 +22,9 @@ SHORTEST = 120  # characters; shorter docstrings are labels, not prose
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON lines to write")
-    parser.add_argument("--megabytes", type=float, default=8.0, help="size of the text (10^6 bytes)")
+    parser.add_argument(
+        "--megabytes", type=float, default=8.0, help="size of the text (10^6 bytes)"
+    )
     options = parser.parse_args()
     written = write_corpus(options.output, int(options.megabytes * 1e6))
     print(f"{options.output}: {written / 1e6:.1f} MB of text", file=sys.stderr)

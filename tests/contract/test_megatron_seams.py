@@ -204,7 +204,7 @@ class TestModel:
     def test_arguments_fill_our_config_class(self, parse: Callable[..., Any]):
         config = transformer_config(parse("--architecture gmlp --spatial-heads 4"))
         assert type(config) is SMLPTransformerConfig
-        assert (config.spatial_heads, config.seq_length, config.hidden_size) == (4, 16, 32)
+        assert (config.spatial_heads, config.spatial_length, config.hidden_size) == (4, 16, 32)
 
     def test_our_config_hides_no_field_of_the_models(self, parse: Callable[..., Any]):
         """GPTModelConfig writes a field that the layer config has too into the layer config."""

@@ -1,0 +1,114 @@
+"""How the tensors of a Megatron checkpoint and of our Hugging Face model are called.
+
+One table, read in both directions. A Megatron checkpoint holds whole tensors under global names,
+whatever layout saved them, so there is one row a kind of tensor and nothing about ranks. Only the
+queries, keys and values need more than a new name: Megatron keeps them in one tensor, by groups.
+
+Letters: D hidden, n heads, g key/value groups, d head width, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OUTSIDE = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "embedding.position_embeddings.weight": "model.embed_positions.weight",
+    "decoder.final_layernorm.weight": "model.final_norm.weight",
+    "decoder.final_layernorm.bias": "model.final_norm.bias",
+    "output_layer.weight": "lm_head.weight",
+}
+
+# Within one layer: `decoder.layers.N.` and `model.layers.N.` are left out.
+IN_LAYER = {
+    "input_layernorm.weight": "mixer_norm.weight",
+    "input_layernorm.bias": "mixer_norm.bias",
+    "self_attention.linear_proj.weight": "mixer.out_proj.weight",
+    "self_attention.linear_proj.bias": "mixer.out_proj.bias",
+    "self_attention.linear_fc1.weight": "mixer.up_proj.weight",
+    "self_attention.linear_fc1.bias": "mixer.up_proj.bias",
+    "self_attention.norm.weight": "mixer.gate_norm.weight",
+    "self_attention.norm.bias": "mixer.gate_norm.bias",
+    "self_attention.spatial.weight": "mixer.spatial.weight",
+    "self_attention.spatial.bias": "mixer.spatial.bias",
+    "self_attention.linear_fc2.weight": "mixer.down_proj.weight",
+    "self_attention.linear_fc2.bias": "mixer.down_proj.bias",
+    "pre_mlp_layernorm.weight": "channel_norm.weight",
+    "pre_mlp_layernorm.bias": "channel_norm.bias",
+    "mlp.linear_fc1.weight": "channel.up_proj.weight",
+    "mlp.linear_fc1.bias": "channel.up_proj.bias",
+    "mlp.linear_fc2.weight": "channel.down_proj.weight",
+    "mlp.linear_fc2.bias": "channel.down_proj.bias",
+    "mlp.router.weight": "channel.router.weight",
+    "mlp.experts.experts.linear_fc1.weight": "channel.experts.up_proj",
+    "mlp.experts.experts.linear_fc2.weight": "channel.experts.down_proj",
+}
+QKV = "self_attention.linear_qkv."
+QKV_PARTS = ("mixer.q_proj.", "mixer.k_proj.", "mixer.v_proj.")
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """How Megatron's fused tensor is laid out: g groups of n / g queries, one key, one value."""
+
+    groups: int
+    queries: int
+    """Queries of one group: n / g."""
+    width: int
+    """d."""
+
+    @classmethod
+    def of(cls, flags: dict[str, Any]) -> HeadShape:
+        """From the model flags of a checkpoint."""
+        heads = flags["num_attention_heads"]
+        groups = flags["num_query_groups"] if flags["group_query_attention"] else heads
+        return cls(groups, heads // groups, flags["kv_channels"])
+
+
+def to_huggingface(name: str, tensor: Tensor, heads: HeadShape) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors that one Megatron tensor becomes.
+
+    Raises:
+        KeyError: no row of the table has this name.
+    """
+    if name in OUTSIDE:
+        yield OUTSIDE[name], tensor
+        return
+    layer, rest = _split_layer(name)
+    if rest.startswith(QKV):
+        kind = rest.removeprefix(QKV)
+        for part, piece in zip(QKV_PARTS, split_qkv(tensor, heads), strict=True):
+            yield f"model.layers.{layer}.{part}{kind}", piece
+        return
+    yield f"model.layers.{layer}.{IN_LAYER[rest]}", tensor
+
+
+def _split_layer(name: str) -> tuple[int, str]:
+    prefix = "decoder.layers."
+    if not name.startswith(prefix):
+        raise KeyError(name)
+    number, _, rest = name.removeprefix(prefix).partition(".")
+    return int(number), rest
+
+
+def split_qkv(fused: Tensor, heads: HeadShape) -> tuple[Tensor, Tensor, Tensor]:
+    """[g (n/g + 2) d, ...] -> queries [n d, ...], keys [g d, ...], values [g d, ...]."""
+    grouped = fused.unflatten(0, (heads.groups, heads.queries + 2, heads.width))
+    parts = grouped.split([heads.queries, 1, 1], dim=1)
+    queries, keys, values = (part.flatten(0, 2).contiguous() for part in parts)
+    return queries, keys, values
+
+
+def join_qkv(queries: Tensor, keys: Tensor, values: Tensor, heads: HeadShape) -> Tensor:
+    """The inverse of `split_qkv`."""
+    counts = (heads.queries, 1, 1)
+    grouped = [
+        part.unflatten(0, (heads.groups, count, heads.width))
+        for part, count in zip((queries, keys, values), counts, strict=True)
+    ]
+    return torch.cat(grouped, dim=1).flatten(0, 2).contiguous()
