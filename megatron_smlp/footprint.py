@@ -239,19 +239,20 @@ def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerS
         return hidden
     tp, ffn, gate_width = layout.tensor, shape.ffn_hidden_size, shape.ffn_hidden_size // 2
     if slots.mixer == "attention":
-        # q, k, v, the mixed values, and the projection's copy of them.
-        mixer = (3 * shape.attention_width + 2 * shape.key_value_width) / tp
+        # q, k, v and the mixed values.
+        mixer = (2 * shape.attention_width + 2 * shape.key_value_width) / tp
     else:
         # u before and after the GELU; the normed gate, the mixed one, and the product.
         mixer = (2 * ffn + 3 * gate_width) / tp
-        # Heads are cut out by a copy, and the weight of their norm is a product of its own.
+        # The norm of several heads keeps its result before the weight as well.
         mixer += gate_width / tp if slots.heads > 1 else 0
     channel = 0.0
     if slots.channel == "mlp":
         channel = 2 * hidden + (3 if shape.gated_mlp else 2) * ffn / tp
     elif slots.channel == "token_moe":
-        expert = 2 * shape.moe_ffn_hidden_size / layout.expert_tensor
-        channel = 2 * hidden + shape.moe_router_topk * (2 * shape.hidden_size + expert)
+        # The dispatched token; the expert's hidden layer before and after the GELU, and weighted.
+        expert = 3 * shape.moe_ffn_hidden_size / layout.expert_tensor
+        channel = 2 * hidden + shape.moe_router_topk * (shape.hidden_size + expert)
     return 2 * hidden + mixer + channel
 
 

@@ -1,0 +1,213 @@
+"""Per-GPU memory and traffic: shards add up to the model, by-hand figures, and kept tensors."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_smlp.accounting import ModelShape, model_cost
+from megatron_smlp.estimation import estimate, main, resolve
+from megatron_smlp.footprint import (
+    ParallelLayout,
+    activation_elements,
+    footprint,
+    stage_parameters,
+)
+from megatron_smlp.options import LayerSlots
+
+SIZES: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "ffn_hidden_size": 256,
+    "num_attention_heads": 4,
+    "seq_length": 32,
+    "vocab_size": 1000,
+}
+SPARSE = {"architecture": "smlp", "num_dense_layers": 2, "num_feature_experts": 4, "num_experts": 8}
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "transformer": {"architecture": "transformer"},
+    "switch": {"architecture": "transformer", "num_experts": 8, "moe_layer_freq": 2},
+    "hash": {"architecture": "transformer", "num_experts": 8, "token_router": "hash"},
+    "gmlp": {"architecture": "gmlp"},
+    "gmlp_heads": {"architecture": "gmlp", "spatial_heads": 4},
+    "amlp": {"architecture": "amlp"},
+    "smlp": {**SPARSE, "feature_router": "deterministic", "token_router": "base"},
+    "smlp_partial": {**SPARSE, "feature_router": "partial", "token_router": "base"},
+}
+LAYOUTS = [(1, 1, 1, 1), (2, 1, 1, 2), (1, 2, 1, 2), (1, 1, 4, 4), (2, 2, 2, 8), (4, 4, 4, 64)]
+
+
+def _resolved(system: str, tp: int = 1, pp: int = 1, ep: int = 1, world: int = 1, **changes: Any):
+    values = SIZES | SYSTEMS[system] | changes
+    return resolve(
+        values
+        | {
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "expert_model_parallel_size": ep,
+            "expert_tensor_parallel_size": 1,
+            "world_size": world,
+            "padded_vocab_size": 1024,
+        }
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_shards_of_all_ranks_are_the_model(system: str, layout: tuple[int, ...]):
+    """Replicated parameters count once, and so does the copy of a tied embedding."""
+    args = _resolved(system, *layout)
+    shape, parallel = ModelShape.from_args(args), ParallelLayout.from_args(args)
+    total = 0
+    for stage in range(parallel.pipeline):
+        part = stage_parameters(shape, parallel, stage)
+        assert part.sharded % parallel.tensor == 0
+        total += part.sharded + part.replicated + part.experts
+    copies = shape.padded_vocab_size * shape.hidden_size if parallel.pipeline > 1 else 0
+    assert total - copies == model_cost(shape).parameters
+
+
+def test_one_rank_of_a_layout_by_hand():
+    """gMLP, 4 heads, TP 2, PP 2: the first stage, with bias."""
+    args = _resolved("gmlp_heads", 2, 2, 1, 4)
+    shape, parallel = ModelShape.from_args(args), ParallelLayout.from_args(args)
+    part = stage_parameters(shape, parallel, 0).dense_on_rank(parallel)
+    up, down = 128 * 64 + 128, 64 * 64 + 64
+    layer = 2 * 64 + up + 2 * 64 + 2 * (32 * 32 + 32) + down
+    assert part == 512 * 64 + 2 * layer
+
+
+def test_memory_by_hand():
+    """Two ranks of data parallelism, bf16: 2 B weights, 4 B gradients, 12 B / 2 optimizer."""
+    changes = {"bf16": True, "use_distributed_optimizer": True}
+    args = _resolved("gmlp", 1, 1, 1, 2, **changes)
+    shape = ModelShape.from_args(args)
+    result = footprint(shape, ParallelLayout.from_args(args))
+    count = model_cost(shape).parameters
+    assert (result.parameters, result.weight_bytes) == (count, 2 * count)
+    assert (result.gradient_bytes, result.optimizer_bytes) == (4 * count, count // 2 * 12)
+    per_layer = 2 * 64 + 2 * 256 + 3 * 128
+    logits = 32 * 1024 * (2 + 4)
+    assert result.activation_bytes == 4 * per_layer * 32 * 2 + logits
+    alone = dataclasses.replace(ParallelLayout.from_args(args), data=1, precision="fp32")
+    assert footprint(shape, alone).optimizer_bytes == 8 * count
+    assert result.memory_bytes == 6 * count + count // 2 * 12 + result.activation_bytes
+
+
+def test_traffic_by_hand():
+    """Rings: an all-reduce of S bytes over n ranks sends 2 (n - 1) / n S."""
+    hidden = 2 * 32 * 64 * 4  # a micro-batch of 2 in fp32
+    options = {"micro_batch_size": 2, "global_batch_size": 12}
+    one = footprint(*_both("transformer", 1, 1, 1, 1, **options))
+    assert one.communication_bytes == 0
+    tensor = footprint(*_both("transformer", 2, 1, 1, 2, **options))
+    assert tensor.tensor_parallel_bytes == 6 * 4 * 2 * 2 * hidden
+    assert tensor.communication_bytes == tensor.tensor_parallel_bytes
+    pipeline = footprint(*_both("transformer", 1, 4, 1, 4, **options))
+    assert pipeline.pipeline_parallel_bytes in (6 * hidden, 2 * 6 * hidden)
+    data = footprint(*_both("transformer", 1, 1, 1, 3, **options))
+    assert data.data_parallel_bytes == round(2 * 2 / 3 * 4 * data.parameters)
+    # DP 4 over EP 4: one micro-batch is left, two MoE layers, three quarters of the tokens leave.
+    expert = footprint(*_both("switch", 1, 1, 4, 4, micro_batch_size=2, global_batch_size=8))
+    assert expert.expert_parallel_bytes == 4 * 2 * hidden * 3 // 4
+
+
+def _both(*arguments: Any, **changes: Any) -> tuple[ModelShape, ParallelLayout]:
+    args = _resolved(*arguments, **changes)
+    return ModelShape.from_args(args), ParallelLayout.from_args(args)
+
+
+def test_earlier_pipeline_stages_keep_more_micro_batches():
+    shape, parallel = _both("gmlp", 1, 2, 1, 2, micro_batch_size=1, global_batch_size=8)
+    kept = activation_elements(shape, parallel, shape.slots[0]) * 2 * 32 * 4
+    first = footprint(dataclasses.replace(shape, padded_vocab_size=8), parallel)
+    assert first.activation_bytes == 2 * kept
+    recomputed = dataclasses.replace(parallel, recompute=True)
+    assert activation_elements(shape, recomputed, shape.slots[0]) == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "slots"),
+    [
+        ({"architecture": "gmlp"}, LayerSlots("spatial_gating", "none", 1)),
+        ({"architecture": "gmlp", "spatial_heads": 4}, LayerSlots("spatial_gating", "none", 4)),
+        ({"architecture": "transformer"}, LayerSlots("attention", "mlp", 4)),
+    ],
+)
+@pytest.mark.usefixtures("megatron")
+def test_activations_are_what_autograd_keeps_within_ten_percent(
+    config: dict[str, Any], slots: LayerSlots
+):
+    from support.in_process import layer_config
+
+    from megatron_smlp.architectures import SlottedLayer
+
+    sizes = {"spatial_length": 48, "hidden_size": 64, "ffn_hidden_size": 256}
+    layer = SlottedLayer(layer_config(**sizes, num_attention_heads=4, **config))
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)  # an address is only unique while its tensor lives
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(torch.randn(48, 2, 64, requires_grad=True), attention_mask=None)
+    shape = dataclasses.replace(
+        ModelShape.from_args(_resolved("transformer")), slots=(slots,), seq_length=48
+    )
+    measured = sum(kept.values()) / 4 / (48 * 2)
+    assert abs(activation_elements(shape, ParallelLayout(), slots) / measured - 1) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"world_size": 3, "tensor_model_parallel_size": 2}, "--world-size 3 is not a multiple"),
+        ({"pipeline_model_parallel_size": 3}, "--num-layers 4 is not a multiple of PP = 3"),
+        ({"num_experts": 3, "expert_model_parallel_size": 2}, "--num-experts 3 is not a multiple"),
+        ({"global_batch_size": 5, "micro_batch_size": 2}, "--global-batch-size 5"),
+        ({"hidden_sizes": 5}, "did you mean 'hidden_size'"),
+        ({"num_layers": None}, "num_layers missing"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        estimate(SIZES | changes)
+
+
+def test_estimate_prints_json_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = tmp_path / "model.yaml"
+    lines = (SIZES | SYSTEMS["smlp"] | {"lr": 1e-3}).items()
+    config.write_text("\n".join(f"{key.replace('_', '-')}: {value}" for key, value in lines))
+    assert main(["--config", str(config), "--json", "--expert-model-parallel-size", "2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    cost = model_cost(ModelShape.from_args(resolve(SIZES | SYSTEMS["smlp"])))
+    assert result["total_parameters"] == cost.parameters
+    assert result["active_parameters"] == cost.active_parameters
+    assert result["per_gpu"]["expert_parallel_bytes"] > 0
+    assert main(["--config", str(config)]) == 0
+    assert f"{cost.parameters:,}" in capsys.readouterr().out
+    assert main(["--config", str(tmp_path / "missing.yaml")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_the_tool_runs_without_torch():
+    tool = Path(__file__).parents[2] / "tools" / "estimate.py"
+    code = (
+        f"import sys; sys.argv = ['estimate.py', '--help']; import runpy\n"
+        f"try: runpy.run_path({str(tool)!r}, run_name='__main__')\n"
+        f"except SystemExit: pass\n"
+        f"sys.exit(bool({{'torch', 'megatron'}} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 0
