@@ -18,10 +18,23 @@ IGNORED_FLAGS = {
     "--partitions": "one run reads all files in parallel and keeps their order",
     "--log-interval": "progress is shown by time",
     "--keep-sequential-samples": "order is always kept",
+    "--find-optimal-num-workers": "all of the input is processed with --workers",
+    "--workers-to-check": "all of the input is processed with --workers",
+    "--max-documents": "all of the input is processed",
     "--dataset-impl": "mmap is the only format",
     "--chunk-size": "chunks are sized in bytes",
-    "--vocab-extra-ids": "it has no part in the ids that are written",
 }
+IGNORED_FLAGS |= dict.fromkeys(
+    (
+        "--vocab-extra-ids",
+        "--make-vocab-size-divisible-by",
+        "--padded-vocab-size",
+        "--tokenizer-metadata",
+        "--chat-template",
+        "--null-tokenizer-pad-id",
+    ),
+    "it has no part in the ids that are written",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,8 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_ignored_flags(parser: argparse.ArgumentParser) -> None:
     for flag, why in IGNORED_FLAGS.items():
-        nargs = "?" if flag != "--keep-sequential-samples" else 0
-        parser.add_argument(flag, nargs=nargs, action=_Ignored, why=why, help=argparse.SUPPRESS)
+        parser.add_argument(flag, nargs="*", action=_Ignored, why=why, help=argparse.SUPPRESS)
 
 
 class _Ignored(argparse.Action):

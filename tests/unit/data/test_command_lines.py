@@ -66,10 +66,11 @@ def test_flags_of_megatron_are_accepted_with_a_note(
 ) -> None:
     old = ["--partitions", "4", "--log-interval", "100", "--keep-sequential-samples"]
     old += ["--dataset-impl", "mmap", "--chunk-size", "25"]
+    old += ["--find-optimal-num-workers", "--workers-to-check", "1", "2"]
     flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "data"), *BYTE_FLAGS, *old]
     assert preprocess_cli.main(flags) == 0
     printed = capsys.readouterr()
-    assert printed.err.count("is accepted and ignored") == 5
+    assert printed.err.count("is accepted and ignored") == 7
     assert "300 documents" in printed.out
     assert "by bytes" in printed.out
 
