@@ -2,7 +2,7 @@
 
     unigram perplexity = exp( - mean over validation tokens of log p(token) )
 
-p is the token's share of the training tokens, with one count added to every entry of the vocabulary.
+p is the share of the training tokens, with one count added to every entry of the vocabulary.
 Exits with 1 where the model is not clearly better.
 """
 

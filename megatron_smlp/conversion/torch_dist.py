@@ -1,4 +1,4 @@
-"""Read Megatron's distributed checkpoints without Megatron's process groups: one process, no GPU."""
+"""Read Megatron's distributed checkpoints without its process groups: one process, no GPU."""
 
 from __future__ import annotations
 
