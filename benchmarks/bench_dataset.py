@@ -68,14 +68,13 @@ def _train_dataset(prefix: str, samples: int, seq_length: int, cache: Path) -> A
 
     logging.getLogger().setLevel(logging.WARNING)
     blends = Blends(parse_blend([prefix], source="--prefix"))
-    assert blends.whole is not None
     tokenizer = SimpleNamespace(
         eod=VOCABULARY - 1, pad=-1, vocab_size=VOCABULARY, unique_identifiers=OrderedDict(kind="x")
     )
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=seq_length,
-        blend=blends.whole.as_megatron(),
+        **blends.as_megatron(),
         split="1,0,0",
         path_to_cache=str(cache),
         tokenizer=tokenizer,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.indexed import idx_path
@@ -39,6 +40,14 @@ class Blends:
 
     whole: Blend | None = None
     per_split: tuple[Blend | None, Blend | None, Blend | None] | None = None
+
+    def as_megatron(self) -> dict[str, Any]:
+        """`blend` and `blend_per_split` of `GPTDatasetConfig`."""
+        per_split = self.per_split and [blend and blend.as_megatron() for blend in self.per_split]
+        return {
+            "blend": self.whole and self.whole.as_megatron(),
+            "blend_per_split": per_split,
+        }
 
     @property
     def prefixes(self) -> list[str]:

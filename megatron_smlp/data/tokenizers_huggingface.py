@@ -17,6 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smlp.data.errors import DataError, require_package
+from megatron_smlp.data.gigatoken_encoder import (
+    GigatokenEncoder,
+    gigatoken_in_place_of,
+    join_ids,
+)
 from megatron_smlp.data.tokenizers import Encoder, TokenizerSpec, vocabulary_identity
 
 if TYPE_CHECKING:
@@ -25,17 +30,9 @@ if TYPE_CHECKING:
 # Classes that `transformers` loads from tokenizer.json as it is; every other class may rebuild the
 # pipeline in its own Python code, which only `transformers` itself can tell.
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# Settings by which `transformers` changes what tokenizer.json says.
+PIPELINE_KEYS = ("add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens")
 GPT2_EOD = "<|endoftext|>"
-PROBE = (
-    "The quick brown fox isn't 12,345.67 km from here;  it's\tI'LL we\u2019ll.\r\n\n   def f(x):",
-    "caf\u00e9 cafe\u0301 Stra\u00dfe \u65e5\u672c\u8a9e\u306e\u6587 \u0420\u0443\u0441\u0441",
-    "\u0627\u0644\u0639 \u0e44\u0e17\u0e22 \uff11\uff12\u0663 \U0001f642\u200d\U0001f9d1\U0001f3fd",
-    "\u00a0\u2003x\u0000\u0007\ufeff\U0010ffff",
-    "<|endoftext|>a <|endoftext|> b</s><s> [CLS]<unk>",
-    "   leading",
-    "trailing \n ",
-    "a" * 300 + " " * 70 + "\n" * 9,
-)
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,17 @@ class HuggingFaceTokenizer:
 
     def build(self) -> Encoder:
         slow = HuggingFaceEncoder(self.tokenizer_json, self.add_special_tokens)
-        return GigatokenEncoder.if_it_agrees(slow) or slow
+        prefix, suffix = _surrounding_ids(slow)
+        fast = gigatoken_in_place_of(
+            slow,
+            lambda gigatoken: gigatoken.Tokenizer.from_json(self.tokenizer_json),
+            prefix=prefix,
+            suffix=suffix,
+        )
+        if isinstance(fast, GigatokenEncoder):
+            return fast
+        slow.description = f"tokenizers ({fast})"
+        return slow
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The cached backend is made again where it is needed: its pickle is slower to load.
@@ -72,7 +79,6 @@ class HuggingFaceEncoder:
     """The reference: the `tokenizers` library."""
 
     def __init__(self, tokenizer_json: str, add_special_tokens: bool) -> None:
-        self.tokenizer_json = tokenizer_json
         self.add_special_tokens = add_special_tokens
         self.backend = _load(tokenizer_json)
         self.description = "tokenizers"
@@ -85,58 +91,6 @@ class HuggingFaceEncoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.backend.decode(list(ids), skip_special_tokens=False))
-
-
-class GigatokenEncoder:
-    """The same ids, an order of magnitude faster."""
-
-    def __init__(self, slow: HuggingFaceEncoder) -> None:
-        import gigatoken
-
-        self.slow = slow
-        self.fast = gigatoken.Tokenizer.from_json(slow.tokenizer_json)
-        self.prefix, self.suffix = _surrounding_ids(slow)
-        self.description = "gigatoken"
-
-    @classmethod
-    def if_it_agrees(cls, slow: HuggingFaceEncoder) -> "GigatokenEncoder | None":
-        """The fast encoder, or None (and the reason in `slow.description`)."""
-        try:
-            fast = cls(slow)
-            agrees = _same(fast.encode_batch(PROBE), slow.encode_batch(PROBE))
-        except ImportError:
-            slow.description = "tokenizers (pip install gigatoken is faster)"
-        # A tokenizer that gigatoken does not know raises errors of many kinds from Rust.
-        except Exception as error:
-            slow.description = f"tokenizers (gigatoken does not support it: {error})"
-        else:
-            if agrees:
-                return fast
-            slow.description = "tokenizers (gigatoken gives other ids for this tokenizer)"
-        return None
-
-    def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        rows = self.fast.encode_batch(list(texts), parallel=False).layout
-        ids = np.asarray(rows.content.data)
-        lengths = np.diff(np.asarray(rows.offsets.data))
-        if not self.prefix and not self.suffix:
-            return ids, lengths
-        parts = np.split(ids, np.cumsum(lengths)[:-1])
-        around = (np.asarray(self.prefix, np.uint32), np.asarray(self.suffix, np.uint32))
-        return join_ids([np.concatenate((around[0], part, around[1])) for part in parts])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.slow.decode(ids)
-
-
-def join_ids(rows: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Rows of ids as one flat array and the length of each."""
-    lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
-    return (np.concatenate(rows) if rows else np.empty(0, np.uint32)), lengths
-
-
-def _same(first: tuple[NDArray[Any], ...], second: tuple[NDArray[Any], ...]) -> bool:
-    return all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def _surrounding_ids(slow: HuggingFaceEncoder) -> tuple[list[int], list[int]]:
@@ -204,17 +158,26 @@ def _read_generic_folder(folder: Path) -> tuple[str, int | None] | None:
         return None
     except ValueError as error:
         raise DataError(f"--tokenizer-model {folder}: tokenizer_config.json: {error}") from None
-    if config.get("tokenizer_class") not in GENERIC_CLASSES or config.get("add_prefix_space"):
+    changes_pipeline = any(config.get(name) for name in PIPELINE_KEYS)
+    if config.get("tokenizer_class") not in GENERIC_CLASSES or changes_pipeline:
         return None
     backend = _load(text)
-    named = [config.get(name) for name in ("eos_token", "bos_token", "sep_token", "pad_token")]
-    tokens = [_content(token) for token in named if token]
-    tokens += [_content(token) for token in config.get("added_tokens_decoder", {}).values()]
-    if any(backend.token_to_id(token) is None for token in tokens):
-        return None
+    if any(backend.token_to_id(token) is None for token in _named_tokens(config)):
+        return None  # They would be added behind the vocabulary.
     # Megatron takes sep_token where eos_token is missing.
     eos = config.get("eos_token") or config.get("sep_token")
     return text, backend.token_to_id(_content(eos)) if eos else None
+
+
+def _named_tokens(config: dict[str, Any]) -> list[str]:
+    """Every token that the configuration names."""
+    named = [value for name, value in config.items() if name.endswith("_token") and value]
+    listed = [*config.get("additional_special_tokens", []), *config.get("extra_special_tokens", [])]
+    return [_content(token) for token in (*named, *listed, *_added(config))]
+
+
+def _added(config: dict[str, Any]) -> list[Any]:
+    return list(config.get("added_tokens_decoder", {}).values())
 
 
 def _content(token: Any) -> str:

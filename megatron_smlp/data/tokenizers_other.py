@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smlp.data.errors import DataError, require_package
+from megatron_smlp.data.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
 from megatron_smlp.data.tokenizers import (
     Encoder,
     TokenizerSpec,
@@ -85,7 +86,21 @@ class SentencePiece:
         return vocabulary_identity((i, piece(i).encode()) for i in range(self.vocab_size))
 
     def build(self) -> Encoder:
-        return self
+        # gigatoken reads the names of control pieces, which SentencePiece takes for plain text.
+        fast = gigatoken_in_place_of(
+            self,
+            lambda gigatoken: gigatoken.Tokenizer.from_sentencepiece(self.model),
+            slow_strings=self._names_of_control_pieces(),
+        )
+        if isinstance(fast, GigatokenEncoder):
+            return fast
+        return replace(self, description=f"sentencepiece ({fast})")
+
+    def _names_of_control_pieces(self) -> list[str]:
+        processor = self.processor
+        numbers = range(self.vocab_size)
+        special = (i for i in numbers if processor.is_control(i) or processor.is_unknown(i))
+        return [processor.id_to_piece(i) for i in special]
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         return _flatten([self.processor.encode_as_ids(text) for text in texts])

@@ -35,14 +35,10 @@ def _config(blends: Blends, cache: Path, split: str = "900,50,50") -> Any:
     tokenizer = SimpleNamespace(
         eod=0, pad=1, vocab_size=512, unique_identifiers=OrderedDict(kind="bytes")
     )
-    per_split = blends.per_split and [
-        None if blend is None else blend.as_megatron() for blend in blends.per_split
-    ]
     return GPTDatasetConfig(
         random_seed=1,
         sequence_length=LENGTH,
-        blend=blends.whole.as_megatron() if blends.whole else None,
-        blend_per_split=per_split,
+        **blends.as_megatron(),
         split=split if blends.whole else None,
         path_to_cache=str(cache),
         tokenizer=tokenizer,

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.tokenizers import Tokenizer, TokenizerSpec, UnencodableTextError
+from megatron_smlp.data.gigatoken_encoder import GigatokenEncoder
+from megatron_smlp.data.tokenizers import Encoder, Tokenizer, TokenizerSpec, UnencodableTextError
 from megatron_smlp.data.tokenizers_huggingface import (
-    GigatokenEncoder,
     HuggingFaceEncoder,
     HuggingFaceTokenizer,
 )
@@ -168,24 +168,28 @@ def test_decoding_gives_the_text_back(
 
 
 @pytest.fixture(scope="module")
-def both_encoders(tokenizer_folder: Path) -> tuple[GigatokenEncoder, HuggingFaceEncoder]:
+def both_encoders(tokenizer_folder: Path) -> tuple[Encoder, Encoder]:
+    return _both(HuggingFaceTokenizer((tokenizer_folder / "tokenizer.json").read_text(), 0, False))
+
+
+def _both(tokenizer: HuggingFaceTokenizer) -> tuple[Encoder, Encoder]:
+    """The fast and the slow encoder."""
     pytest.importorskip("gigatoken")
-    slow = HuggingFaceEncoder((tokenizer_folder / "tokenizer.json").read_text(), False)
-    fast = GigatokenEncoder.if_it_agrees(slow)
-    assert fast is not None, slow.description
-    return fast, slow
+    fast = tokenizer.build()
+    assert isinstance(fast, GigatokenEncoder), fast.description
+    return fast, HuggingFaceEncoder(tokenizer.tokenizer_json, False)
 
 
 @settings(max_examples=300, deadline=None)
 @given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=8))
 def test_the_fast_path_gives_the_ids_of_the_slow_one(
-    both_encoders: tuple[GigatokenEncoder, HuggingFaceEncoder], texts: list[str]
+    both_encoders: tuple[Encoder, Encoder], texts: list[str]
 ) -> None:
     fast, slow = both_encoders
     assert rows(*fast.encode_batch(texts)) == rows(*slow.encode_batch(texts))
 
 
-def test_the_fast_path_on_books(both_encoders: object) -> None:
+def test_the_fast_path_on_books() -> None:
     """GPT-2's real vocabulary, real text."""
     import gzip
 
@@ -200,12 +204,33 @@ def test_the_fast_path_on_books(both_encoders: object) -> None:
     )
     tokenizer = resolve(["--tokenizer-type", "GPT2BPETokenizer", *files])
     assert isinstance(tokenizer, HuggingFaceTokenizer)
-    slow = HuggingFaceEncoder(tokenizer.tokenizer_json, False)
-    fast = GigatokenEncoder.if_it_agrees(slow)
-    assert fast is not None
+    fast, slow = _both(tokenizer)
     with gzip.open(data / "books" / "valid.jsonl.gz") as stream:
         texts = [json.loads(line)["text"][:200_000] for line in stream]
     assert rows(*fast.encode_batch(texts)) == rows(*slow.encode_batch(texts))
+
+
+def test_the_fast_path_of_sentencepiece(tmp_path: Path) -> None:
+    pytest.importorskip("gigatoken")
+    sentencepiece = pytest.importorskip("sentencepiece")
+    for kind in ("bpe", "unigram"):
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(" ".join(DOCUMENTS).split("\n")),
+            model_prefix=str(tmp_path / kind),
+            model_type=kind,
+            vocab_size=340,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model"]
+    fast = resolve([*flags, tmp_path / "bpe.model"])
+    encoder = fast.build()
+    assert encoder.description == "gigatoken"
+    texts = [*DOCUMENTS, "a <s> b</s>", "<unk>"]
+    assert rows(*encoder.encode_batch(texts)) == rows(*fast.encode_batch(texts))  # type: ignore[attr-defined]
+    slow = resolve([*flags, tmp_path / "unigram.model"]).build()
+    assert slow.description.startswith("sentencepiece (gigatoken does not support it")
 
 
 def test_without_gigatoken_the_slow_one_is_taken(
