@@ -5,8 +5,8 @@
 
 Reads samples of 1,024 tokens through Megatron's GPT dataset in one process, in the shuffled order
 of training, and prints samples/s. Without --prefix it makes 20 million random tokens and reads them
-for several epochs. Exit 1: fewer than the required samples/s (a CPU step of the shipped configs
-takes under 1,000).
+for several epochs. Exit 1: fewer than the required samples/s (a step on a CPU
+takes some dozens).
 """
 
 import argparse
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_smlp.data.blending import Blends, parse_blend  # noqa: E402
 from megatron_smlp.data.pair_writer import PairWriter, publish  # noqa: E402
 
-REQUIRED_SAMPLES_PER_SECOND = 5000.0
+REQUIRED_SAMPLES_PER_SECOND = 1000.0
 DOCUMENTS = 20_000
 TOKENS_A_DOCUMENT = 1000
 VOCABULARY = 50257

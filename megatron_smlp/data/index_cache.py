@@ -29,27 +29,33 @@ def cache_folders(prefixes: Sequence[str], *, path_to_cache: str | None) -> list
 def exclusive_caches(prefixes: Sequence[str], *, path_to_cache: str | None) -> Iterator[None]:
     """Hold the cache folders while Megatron builds or loads; call on one rank of a job.
 
+    A folder that is there and cannot be written is left as it is: nobody builds in it.
+
     Raises:
-        DataError: a folder cannot be written.
+        DataError: a folder that is not there cannot be made.
     """
     with ExitStack() as stack:
         for folder in cache_folders(prefixes, path_to_cache=path_to_cache):
-            stack.enter_context(_locked(folder))
-            remove_unfinished(folder)
+            _make(folder)
+            if os.access(folder, os.W_OK):
+                stack.enter_context(_locked(folder))
+                remove_unfinished(folder)
         yield
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_NAME).open("wb")
     except OSError as error:
         raise DataError(
             f"the sample index cannot be cached in {folder} ({error.strerror}); give a folder that "
             f"can be written with --data-cache-path"
         ) from None
-    with lock:
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / LOCK_NAME).open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -83,7 +83,6 @@ def _open(args: argparse.Namespace) -> "Index":
 
 def _show(args: argparse.Namespace) -> int:
     from megatron_smlp.data.indexed import bin_path, idx_path
-    from megatron_smlp.data.manifest import find_manifest
 
     index = _open(args)
     sizes = [path(index.prefix).stat().st_size for path in (bin_path, idx_path)]
@@ -93,22 +92,29 @@ def _show(args: argparse.Namespace) -> int:
         "sequences": f"{index.num_sequences:,}",
         "bytes": f"{sizes[0]:,} (.bin), {sizes[1]:,} (.idx)",
     }
-    found = find_manifest(index.prefix)
-    if found is None:
-        rows["manifest"] = "none"
-    else:
-        path, manifest = found
-        written = manifest.tokenizer
-        pair = manifest.pairs[Path(index.prefix).name]
-        rows["manifest"] = str(path)
-        rows["tokenizer"] = f"{written.type}, {written.vocab_size:,} entries, eod {written.eod}"
-        rows["vocabulary"] = str(written.identity)
-        rows["end of document"] = "appended" if written.append_eod else "not appended"
-        rows["key, level"] = f"{pair.key}, {pair.level}"
-        rows["sources"] = ", ".join(str(next(iter(row.values()))) for row in manifest.sources)
+    rows |= _origin(index.prefix)
     for name, value in rows.items():
         print(f"{name:<16} {value}")
     return 0
+
+
+def _origin(prefix: str) -> dict[str, str]:
+    """What the manifest knows, as rows to show."""
+    from megatron_smlp.data.manifest import find_manifest
+
+    found = find_manifest(prefix)
+    if found is None:
+        return {"manifest": "none"}
+    path, manifest = found
+    written, pair = manifest.tokenizer, manifest.pairs[Path(prefix).name]
+    return {
+        "manifest": str(path),
+        "tokenizer": f"{written.type}, {written.vocab_size:,} entries, eod {written.eod}",
+        "vocabulary": str(written.identity),
+        "end of document": "appended" if written.append_eod else "not appended",
+        "key, level": f"{pair.key}, {pair.level}",
+        "sources": ", ".join(str(next(iter(row.values()))) for row in manifest.sources),
+    }
 
 
 def _validate(args: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """The tools as a user starts them: quick, quiet, and with the right exit codes."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -9,11 +10,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, write_jsonl
 
-from megatron_smlp.data import errors, preprocess_cli, tokenizer_training
+from megatron_smlp.data import (
+    errors,
+    inspect_cli,
+    merge_cli,
+    preprocess_cli,
+    tokenizer_training,
+)
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.preprocessing import Summary
 
@@ -73,6 +81,23 @@ def test_flags_of_megatron_are_accepted_with_a_note(
     assert printed.err.count("is accepted and ignored") == 7
     assert "300 documents" in printed.out
     assert "by bytes" in printed.out
+
+
+@pytest.mark.parametrize("parser", [preprocess_cli, merge_cli, inspect_cli, tokenizer_training])
+def test_every_flag_is_in_the_documentation(parser: Any) -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    actions = list(parser.build_parser()._actions)
+    for action in list(actions):
+        if isinstance(action.choices, dict):  # The commands of inspect_dataset.
+            actions += [each for command in action.choices.values() for each in command._actions]
+    flags = {flag for action in actions if action.help != "==SUPPRESS==" for flag in _long(action)}
+    assert [
+        flag for flag in sorted(flags) if f"`{flag}" not in text and f" {flag}" not in text
+    ] == []
+
+
+def _long(action: argparse.Action) -> list[str]:
+    return [flag for flag in action.option_strings if flag.startswith("--") and flag != "--help"]
 
 
 def test_sigterm_ends_the_run_and_its_workers(corpus: Path, tmp_path: Path) -> None:
