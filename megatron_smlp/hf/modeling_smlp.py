@@ -17,6 +17,25 @@ reading: the triangle is masked and multiplied densely, experts are a loop.
 Positions are absolute and start at 0. Inside, every batch is padded on the right; tokens that come
 padded on the left, as transformers' `generate` wants them, are moved there and back.
 
+Names here, under `model.layers.<i>.`, and in the Megatron model, under `decoder.layers.<i>.`; a
+weight is [out, in] in both:
+
+    mixer_norm                               input_layernorm
+    mixer.{q,k,v}_proj                       self_attention.linear_qkv: per head its rows of q, k, v
+    mixer.out_proj                           self_attention.linear_proj
+    mixer.up_proj, mixer.down_proj           self_attention.linear_fc1, .linear_fc2
+    mixer.gate_norm                          self_attention.norm
+    mixer.spatial.weight, .bias              self_attention.spatial.weight, .bias
+    channel_norm                             pre_mlp_layernorm
+    channel.up_proj, channel.down_proj       mlp.linear_fc1, mlp.linear_fc2
+    channel.router.weight                    mlp.router.weight
+    channel.experts.{up,down}_proj[e]        mlp.experts.local_experts.<e>.linear_fc{1,2}.weight
+
+and `model.embed_tokens` is `embedding.word_embeddings`, `model.embed_positions`
+`embedding.position_embeddings`, `model.final_norm` `decoder.final_layernorm`. Without a twin in
+Megatron's own layers: `mixer.tiny_attention.{q,k,v,out}_proj`, `mixer.prefix_router` <float>[P, E],
+`channel.router.table` <int64>[V].
+
 Letters: B batch, T tokens of this call, L tokens so far (with the cache), D hidden, V vocabulary,
 F gate width, h heads, f = F/h, C chunks, E experts, X expert width, P prefix length, N = B T.
 """
@@ -504,6 +523,8 @@ class SMLPTokenMoE(nn.Module):
         output = torch.zeros_like(tokens)
         for expert in range(self.router.num_experts):
             rows, choice = (routing.experts == expert).nonzero(as_tuple=True)
+            if not len(rows):
+                continue  # one token at a time leaves most experts idle
             weighted = self.experts(tokens[real[rows]], expert)
             weighted = weighted * routing.weights[rows, choice, None].to(weighted.dtype)
             output.index_add_(0, real[rows], weighted)
