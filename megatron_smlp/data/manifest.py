@@ -97,7 +97,7 @@ def find_manifest(prefix: str) -> tuple[Path, Manifest] | None:
     stem = pair.name
     while stem:
         path = pair.with_name(stem + ".json")
-        if path.is_file() and _is_manifest(path):
+        if path.is_file() and is_manifest(path):
             manifest = read_manifest(path)
             if pair.name in manifest.pairs:
                 return path, manifest
@@ -111,14 +111,14 @@ def check_manifest_path(path: Path) -> None:
     Raises:
         DataError: the file is there and is not ours.
     """
-    if path.exists() and not (path.is_file() and _is_manifest(path)):
+    if path.exists() and not (path.is_file() and is_manifest(path)):
         raise DataError(
             f"{path} is there and is no dataset manifest, whose name it has; give another "
             f"--output-prefix, or move it away"
         )
 
 
-def _is_manifest(path: Path) -> bool:
+def is_manifest(path: Path) -> bool:
     """Other JSON files may lie beside a dataset; only ours name the format first."""
     with path.open("rb") as stream:
         return FORMAT.encode() in stream.read(200)

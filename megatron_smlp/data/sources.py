@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_smlp.data.compression import DamagedInputError, compression_of, text_blocks
 from megatron_smlp.data.errors import DataError, require_package
+from megatron_smlp.data.manifest import is_manifest
 
 CHUNK_BYTES = 2 << 20
 PARQUET_ROWS = 1024
@@ -85,11 +86,18 @@ def _files_in(folder: Path) -> list[Path]:
     files = sorted(
         path
         for path in folder.rglob("*")
-        if path.name.endswith(suffixes) and path.is_file() and not path.name.startswith(".")
+        if path.name.endswith(suffixes) and path.is_file() and not _is_output(path)
     )
     if not files:
         raise DataError(f"--input {folder}: the folder holds no {', '.join(suffixes)} file")
     return files
+
+
+def _is_output(path: Path) -> bool:
+    """Hidden files, and what these tools write: it may lie in the folder of the corpus."""
+    if path.name.startswith(".") or path.name.endswith(".rejected.jsonl"):
+        return True
+    return path.parent.suffix == ".partial" or (path.suffix == ".json" and is_manifest(path))
 
 
 def read_chunks(

@@ -150,6 +150,17 @@ def test_folders_and_globs_are_sorted_and_searched(tmp_path: Path) -> None:
     ]
 
 
+def test_output_in_the_folder_of_the_corpus_is_no_input(run: Run, tmp_path: Path) -> None:
+    _jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "bad.jsonl").write_text("bad")
+    flags = [*BYTE_FLAGS, "--on-error", "skip"]
+    first = run(tmp_path, tmp_path / "data", *flags)
+    assert first.counts.num_rejected == 1
+    (tmp_path / "data.partial").mkdir()
+    (tmp_path / "data.partial" / "rejected.jsonl").write_text("bad")
+    assert run(tmp_path, tmp_path / "data", *flags).counts == first.counts
+
+
 @pytest.mark.parametrize(
     ("body", "texts", "why"),
     [
