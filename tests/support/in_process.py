@@ -20,7 +20,7 @@ MINIMAL = """
     --mock-data --tokenizer-type NullTokenizer --vocab-size 100 --make-vocab-size-divisible-by 4
     --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --seq-length 16 --micro-batch-size 2
     --global-batch-size 2 --train-iters 4 --lr 1e-3 --attention-dropout 0 --hidden-dropout 0
-    --eval-iters 1 --eval-interval 100
+    --eval-iters 1 --eval-interval 100 --num-workers 0
 """
 
 
@@ -45,6 +45,22 @@ def forget_arguments() -> None:
 
     destroy_global_vars()
     destroy_num_microbatches_calculator()
+
+
+@contextlib.contextmanager
+def pretrained(words: str) -> Iterator[None]:
+    """A whole pretrain_smlp.py run in this process, forgotten afterwards; its errors come out."""
+    from support.runs import forget_run
+
+    from pretrain_smlp import main
+
+    try:
+        main([*MINIMAL.split(), *words.split()])
+        yield
+    finally:
+        forget_run()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def layer_config(**changes: Any) -> SMLPTransformerConfig:

@@ -65,9 +65,10 @@ def test_router_plugs_in_and_experts_are_the_equation(expert: int):
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "smlp"])
-def test_only_experts_lose_their_bias(architecture: str):
+def test_only_experts_and_routers_lose_their_bias(architecture: str):
     config = moe_config(architecture=architecture)
     names = [name for name, _ in SlottedLayer(config).named_parameters()]
+    assert [name for name in names if ".router." in name] == ["mlp.router.weight"]
     experts = [name for name in names if ".experts." in name]
     assert len(experts) == 2 * EXPERTS
     assert all(name.endswith(".weight") for name in experts)

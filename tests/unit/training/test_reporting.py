@@ -1,0 +1,84 @@
+"""The small parts of reporting: units, files that a crash cut off, the start-up transcript."""
+
+import contextlib
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from megatron_smlp.training.reporting import MetricsFile, duration, perplexity
+from megatron_smlp.training.transcript import Transcript
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (12.4, "12s"), (59.6, "1m00s"), (200, "3m20s"), (3599.6, "1h00m"), (3725, "1h02m")],
+)
+def test_durations(seconds: float, text: str):
+    assert duration(seconds) == text
+
+
+def test_perplexity_of_a_loss_that_is_too_large_is_infinite():
+    assert perplexity(math.log(50)) == pytest.approx(50)
+    assert perplexity(1e4) == math.inf
+
+
+class TestMetricsFile:
+    def test_lines_are_json_also_for_numbers_that_json_lacks(self, tmp_path: Path):
+        metrics = MetricsFile(str(tmp_path / "new" / "folder"))
+        metrics.write({"iteration": 1, "loss": math.nan, "mfu": None, "perplexity": math.inf})
+        text = (tmp_path / "new" / "folder" / "metrics.jsonl").read_text()
+        record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert record == {"iteration": 1, "loss": "nan", "mfu": None, "perplexity": "inf"}
+
+    def test_a_resumed_run_replaces_what_came_after_its_checkpoint(self, tmp_path: Path):
+        """Steps after the save, and half a line of a run that was killed, go; the rest stays."""
+        metrics = MetricsFile(str(tmp_path))
+        for iteration in range(1, 6):
+            metrics.write({"iteration": iteration, "loss": 1.0})
+        with metrics.path.open("a") as file:
+            file.write('{"iteration": 6, "lo')
+        metrics.drop_after(3)
+        metrics.write({"iteration": 4, "loss": 2.0})
+        lines = [json.loads(line) for line in metrics.path.read_text().splitlines()]
+        expected = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+        assert [(line["iteration"], line["loss"]) for line in lines] == expected
+
+    def test_nothing_is_kept_without_a_folder(self, tmp_path: Path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        metrics = MetricsFile(None)
+        metrics.write({"iteration": 1})
+        metrics.drop_after(0)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestTranscript:
+    def test_it_keeps_what_was_said_before_and_after_the_folder_is_known(self, tmp_path: Path):
+        with Transcript() as transcript:
+            print("early")
+            warnings.simplefilter("always")
+            warnings.warn("a warning", stacklevel=1)
+            transcript.open(str(tmp_path), rank=0)
+            print("late")
+        text = (tmp_path / "megatron.log").read_text()
+        assert text.index("early") < text.index("UserWarning: a warning") < text.index("late")
+
+    def test_ranks_have_files_of_their_own(self, tmp_path: Path):
+        with Transcript() as transcript:
+            transcript.open(str(tmp_path), rank=3)
+            print("from three")
+        assert (tmp_path / "megatron.rank3.log").read_text() == "from three\n"
+
+    def test_afterwards_everything_is_as_before(self, tmp_path: Path):
+        before = (sys.stdout, warnings.showwarning)
+        transcript = Transcript()
+        with contextlib.suppress(KeyError), transcript:
+            transcript.open(str(tmp_path), rank=0)
+            raise KeyError
+        assert (sys.stdout, warnings.showwarning) == before
+        # Library logging still goes to the transcript: it must find the file open.
+        transcript.write("after the end\n")
+        assert (tmp_path / "megatron.log").read_text().endswith("after the end\n")

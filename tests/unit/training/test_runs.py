@@ -1,0 +1,136 @@
+"""Whole runs in this process: what is logged, what is shown, and how a broken loss ends one."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.in_process import pretrained
+
+from megatron_smlp.errors import NonFiniteLossError, UsageError
+
+GMLP = "--architecture gmlp --log-interval 1"
+# Steps so large that the weights are useless after the first: the loss of the second is not finite.
+DIVERGING = f"{GMLP} --lr 1e30 --lr-decay-style constant"
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+class TestMetrics:
+    @pytest.fixture(scope="class")
+    def logged(self, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("metrics")
+        with pretrained(f"{GMLP} --log-dir {folder} --eval-interval 2 --min-lr 1e-4"):
+            return records(folder)
+
+    def test_every_step_has_every_number(self, logged: list[dict[str, Any]]):
+        steps = [record for record in logged if "loss" in record]
+        assert [step["iteration"] for step in steps] == [1, 2, 3, 4]
+        assert [step["consumed_samples"] for step in steps] == [2, 4, 6, 8]
+        assert [step["consumed_tokens"] for step in steps] == [32, 64, 96, 128]
+        for step in steps:
+            assert step["perplexity"] == pytest.approx(math.exp(step["loss"]))
+            assert step["grad_norm"] > 0
+            assert 1e-4 <= step["learning_rate"] <= 1e-3
+            assert step["tokens_per_second"] == pytest.approx(32 / step["seconds_per_iteration"])
+            assert step["eta_seconds"] >= 0
+            assert step["mfu"] is None, "the peak of this device is not known"
+            assert not step["skipped"]
+        assert steps[-1]["eta_seconds"] == 0
+
+    def test_the_first_loss_is_that_of_a_uniform_guess(self, logged: list[dict[str, Any]]):
+        assert logged[0]["loss"] == pytest.approx(math.log(100), rel=0.02)
+
+    def test_validation_has_lines_of_its_own(self, logged: list[dict[str, Any]]):
+        validations = [record for record in logged if "validation_loss" in record]
+        assert [record["iteration"] for record in validations][:2] == [2, 4]
+        for record in validations:
+            loss = record["validation_loss"]
+            assert record["validation_perplexity"] == pytest.approx(math.exp(loss))
+            assert "loss" not in record
+
+
+def test_the_log_interval_thins_the_lines_and_keeps_the_last(tmp_path: Path):
+    """Four steps, one line every third: the third, and the last."""
+    with pretrained(f"{GMLP} --log-dir {tmp_path} --log-interval 3"):
+        steps = [record["iteration"] for record in records(tmp_path) if "loss" in record]
+    assert steps == [3, 4]
+
+
+def test_the_peak_gives_the_share_of_it(tmp_path: Path):
+    with pretrained(f"{GMLP} --log-dir {tmp_path} --peak-tflops 0.5 --train-iters 1"):
+        step = records(tmp_path)[0]
+    assert step["mfu"] == pytest.approx(step["tflops_per_device"] / 0.5)
+
+
+def test_what_a_run_shows(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """A start that fits a screen, then a line a step; Megatron's own output is in a file."""
+    with pretrained(f"{GMLP} --log-dir {tmp_path}"):
+        shown = capfd.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(shown) if line.startswith("iteration 1/4"))
+    assert 5 <= first <= 24
+    assert any(line.startswith("model") and "spatial gating" in line for line in shown[:first])
+    for word in ("loss", "ppl", "lr", "grad norm", "tokens/s", "TFLOP/s", "MFU n/a", "ETA"):
+        assert word in shown[first]
+    assert not any("arguments" in line for line in shown)
+    log = (tmp_path / "megatron.log").read_text(encoding="utf-8")
+    assert "end of arguments" in log
+
+
+def test_a_run_without_a_folder_says_that_nothing_is_kept(capfd: pytest.CaptureFixture[str]):
+    with pretrained(f"{GMLP} --train-iters 1"):
+        assert "none are kept: give --log-dir or --save" in capfd.readouterr().out
+
+
+class TestNonFiniteLoss:
+    def test_stop_names_rank_and_step_and_what_to_do(self, tmp_path: Path):
+        message = (
+            r"non-finite loss on rank 0 at iteration 2: stopped before the update.*--nonfinite"
+        )
+        with (
+            pytest.raises(NonFiniteLossError, match=message) as caught,
+            pretrained(f"{DIVERGING} --log-dir {tmp_path}"),
+        ):
+            pass
+        assert "\n" not in str(caught.value)
+        assert caught.value.exit_code == 3
+        assert [record["iteration"] for record in records(tmp_path)] == [1]
+
+    def test_skip_goes_on_and_counts_nothing_as_trained(self, tmp_path: Path, capfd):
+        with pretrained(f"{DIVERGING} --log-dir {tmp_path} --nonfinite-loss skip"):
+            output = capfd.readouterr().out
+        steps = [record for record in records(tmp_path) if "loss" in record]
+        assert [step["skipped"] for step in steps] == [False, True, True, True]
+        assert "non-finite loss on rank 0 at iteration 2: this step's update is skipped" in output
+        # JSON has no NaN: a reader that follows the standard must get through.
+        assert all(isinstance(step["loss"], float | str) for step in steps)
+        assert not math.isfinite(float(steps[1]["loss"]))
+
+
+class TestData:
+    def test_missing(self):
+        flags = GMLP.replace("--log-interval 1", "")
+        with pytest.raises(UsageError, match=r"--data-path is missing: give the prefix"):
+            run_with_data(flags)
+
+    def test_a_prefix_that_is_not_there(self, tmp_path: Path):
+        with pytest.raises(UsageError, match=rf"{tmp_path}/none") as caught:
+            run_with_data(f"{GMLP} --data-path {tmp_path}/none")
+        assert "\n" not in str(caught.value)
+
+
+def run_with_data(flags: str) -> None:
+    """A run without --mock-data."""
+    from support.in_process import MINIMAL, forget_arguments
+
+    from pretrain_smlp import main
+
+    words = [word for word in MINIMAL.split() if word != "--mock-data"]
+    try:
+        main([*words, *flags.split()])
+    finally:
+        forget_arguments()
