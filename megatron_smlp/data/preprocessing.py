@@ -52,6 +52,8 @@ class Summary:
     counts: Counts
     seconds: float
     """From the first chunk to the published files; start-up is not in it."""
+    text_bytes: int
+    """Uncompressed input that this run read: less than `counts` say after a resume."""
     encoder: str
     """What made the ids: the library, and why a slower one was taken."""
     already_complete: bool = False
@@ -85,6 +87,7 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
     encoding = EncodingSettings(tokenizer, settings.keys, settings.append_eod, settings.sentences)
     with partial:
         start = partial.start(digest, resume=settings.resume)
+        bytes_before = partial.journal.counts.text_bytes
         with start_workers(encoding, num_workers=settings.workers) as workers:
             began = time.monotonic()
             _encode(workers, start, settings, files, partial, on_progress or _ignore)
@@ -93,6 +96,7 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
             settings.output_prefix,
             partial.journal.counts,
             seconds=time.monotonic() - began,
+            text_bytes=partial.journal.counts.text_bytes - bytes_before,
             encoder=workers.description,
         )
 
@@ -131,7 +135,7 @@ def _complete_already(settings: PreprocessSettings, digest: str) -> Summary | No
     counts = dict(read_manifest(path).counts)
     if counts.pop("settings", None) != digest:
         return None
-    return Summary(settings.output_prefix, Counts(**counts), 0.0, "", already_complete=True)
+    return Summary(settings.output_prefix, Counts(**counts), 0.0, 0, "", already_complete=True)
 
 
 def _encode(

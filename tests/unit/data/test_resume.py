@@ -122,8 +122,9 @@ def test_finished_shards_are_not_encoded_again(
         return original(*args, start=start, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(preprocessing, "read_chunks", noted)
-    run(source, tmp_path / "data", *FLAGS, "--resume")
+    summary = run(source, tmp_path / "data", *FLAGS, "--resume")
     assert starts[0].line == journal["position"]["line"]
+    assert 0 < summary.text_bytes < summary.counts.text_bytes == source.stat().st_size
 
 
 def test_other_flags_or_input_are_refused(run: Run, tmp_path: Path, source: Path) -> None:
