@@ -20,7 +20,7 @@ import yaml
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import ModelOptions, RunOptions
-from megatron_smlp.platform import cpu
+from megatron_smlp.platform import cpu, torch_adam
 from megatron_smlp.training.checkpoints import check_against_checkpoint, settle_load
 
 
@@ -36,6 +36,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     # Megatron insists on it for tensor parallelism, and CUDA reads it when it starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.apply()
+    torch_adam.apply()
     parser = build_parser()
     argv = expand_config(parser, argv)
     _refuse_unknown(parser, argv)
@@ -208,6 +209,8 @@ def _settle_defaults(args: argparse.Namespace) -> None:
     # Ours does the same in lockstep over the ranks, and can skip the step: --nonfinite-loss.
     args.check_for_nan_in_loss_and_grad = False
     args.exit_signal_handler = True
+    if args.save and not args.save_interval:
+        args.save_interval = args.train_iters  # once, at the end; Megatron insists on a number
     args.log_dir = args.log_dir or args.save
     settle_load(args)
     try:

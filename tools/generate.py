@@ -26,10 +26,11 @@ def generate(options: argparse.Namespace) -> str:
     """Prompt and continuation."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(options.hf)
+    set_verbosity_error()  # it wonders about a model type that it does not ship
+    tokenizer = AutoTokenizer.from_pretrained(options.hf, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(options.hf, trust_remote_code=True).eval()
     inputs = tokenizer(options.prompt, return_tensors="pt", add_special_tokens=False)
     if inputs["input_ids"].shape[1] == 0:

@@ -1,0 +1,194 @@
+"""A run as a user has it: text, tokenizer, dataset, training; and what happens when it goes wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.launches import REPOSITORY, clean_environment, run_command
+
+from megatron_smlp.errors import UsageError
+
+SIZES = (
+    "--config configs/cpu/gmlp.yaml --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 "
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --log-interval 1 --eval-iters 2"
+)
+WORDS = "the model mixes every token with what came before it and nothing that comes after".split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer, a second one of another vocabulary, and a dataset of the first."""
+    folder: Path = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=80)) for _ in range(200)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "text.jsonl").write_text(lines, encoding="utf-8")
+    for name, size in (("tokenizer", 300), ("other", 310)):
+        run_command(
+            [sys.executable, "tools/train_tokenizer.py", "--input", str(folder / "text.jsonl")]
+            + ["--vocab-size", str(size), "--output", str(folder / name)]
+        )
+    run_command(
+        [sys.executable, "tools/preprocess_data.py", "--input", str(folder / "text.jsonl")]
+        + ["--output-prefix", str(folder / "text"), "--append-eod", "--workers", "1"]
+        + tokenizer_flags(folder / "tokenizer").split()
+    )
+    return folder
+
+
+def tokenizer_flags(folder: Path) -> str:
+    return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"
+
+
+def flags(corpus: Path, *, tokenizer: str = "tokenizer") -> str:
+    data = corpus / "text_text_document"
+    return f"{SIZES} --data-path {data} {tokenizer_flags(corpus / tokenizer)}"
+
+
+def command(words: str) -> list[str]:
+    return [sys.executable, "pretrain_smlp.py", *words.split()]
+
+
+def failing(words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(words),
+        cwd=REPOSITORY,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_training_on_text_learns_and_reports(corpus: Path, tmp_path: Path) -> None:
+    """The start fits a screen; every logged step has its numbers; the loss falls on real tokens."""
+    done = run_command(
+        command(f"{flags(corpus)} --train-iters 30 --eval-interval 15 --save {tmp_path} --lr 1e-2")
+    )
+    lines = done.stdout.splitlines()
+    first_step = next(i for i, line in enumerate(lines) if line.startswith("iteration 1/30"))
+    assert first_step <= 12
+    assert not done.stderr, done.stderr
+    metrics = records(tmp_path)
+    trained = [record for record in metrics if "loss" in record]
+    assert [record["iteration"] for record in trained] == list(range(1, 31))
+    for name in ("learning_rate", "grad_norm", "tokens_per_second", "eta_seconds"):
+        assert all(isinstance(record[name], float) for record in trained)
+    assert trained[-1]["consumed_samples"] == 30 * 4
+    assert trained[-1]["loss"] < trained[0]["loss"] - 1
+    validated = [record for record in metrics if "validation_loss" in record]
+    assert [record["iteration"] for record in validated] == [15, 30, 30]
+    assert all(1 < record["validation_perplexity"] < 300 for record in validated)
+    assert "end of arguments" in (tmp_path / "megatron.log").read_text(encoding="utf-8")
+
+
+def test_interrupted_run_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Path) -> None:
+    """SIGTERM and SIGINT: exit 0, a checkpoint of the step that was reached, then onwards."""
+    words = f"{flags(corpus)} --train-iters 100000 --eval-interval 100000 --save {tmp_path}"
+    reached = 0
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(
+            command(words),
+            cwd=REPOSITORY,
+            env=clean_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        output = []
+        for line in process.stdout:
+            output.append(line)
+            if line.startswith(f"iteration {reached + 5}/"):
+                process.send_signal(sent)
+        assert process.wait(timeout=60) == 0, "".join(output)
+        if reached:
+            assert f"resumed from iteration {reached} of {tmp_path}\n" in output
+        tracker = tmp_path / "latest_checkpointed_iteration.txt"
+        saved = int(tracker.read_text(encoding="utf-8"))
+        assert saved >= reached + 5
+        assert output[-1].startswith(f"stopped at iteration {saved}: saved to {tmp_path}")
+        reached = saved
+
+
+def test_nonfinite_loss_stops_the_run_with_rank_and_step(corpus: Path, tmp_path: Path) -> None:
+    """An absurd learning rate: the first update breaks the weights, the second step says so."""
+    words = f"{flags(corpus)} --train-iters 4 --lr 1e38 --clip-grad 0 --lr-warmup-fraction 0"
+    done = failing(f"{words} --log-dir {tmp_path}")
+    assert done.returncode == 3
+    assert "non-finite loss on rank 0 at iteration 2: stopped before the update" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert [record["iteration"] for record in records(tmp_path)] == [1]
+
+
+def test_nonfinite_loss_can_be_skipped(corpus: Path, tmp_path: Path) -> None:
+    words = f"{flags(corpus)} --train-iters 3 --lr 1e38 --clip-grad 0 --lr-warmup-fraction 0"
+    done = run_command(
+        command(f"{words} --eval-iters 0 --log-dir {tmp_path} --nonfinite-loss skip")
+    )
+    assert "non-finite loss on rank 0 at iteration 3: this step's update is skipped" in done.stdout
+    assert [record["skipped"] for record in records(tmp_path)] == [False, True, True]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(corpus: Path) -> None:
+    done = failing(f"{flags(corpus)} --data-path {corpus / 'absent'}")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert str(corpus / "absent") in done.stderr
+
+
+def test_data_of_another_vocabulary_is_refused(corpus: Path, parse: Callable[..., Any]) -> None:
+    from megatron_smlp.training.data import check_data
+
+    words = f"{flags(corpus, tokenizer='other')} --train-iters 2"
+    with pytest.raises(UsageError, match="written with another tokenizer.*310|another tokenizer"):
+        check_data(parse(words, base=""))
+    check_data(parse(f"{words} --allow-tokenizer-mismatch", base=""))
+    check_data(parse(f"{flags(corpus)} --train-iters 2", base=""))
+
+
+def test_no_data_is_refused(corpus: Path, parse: Callable[..., Any]) -> None:
+    from megatron_smlp.training.data import check_data
+
+    words = f"{SIZES} --train-iters 2 {tokenizer_flags(corpus / 'tokenizer')}"
+    with pytest.raises(UsageError, match="--data-path is missing"):
+        check_data(parse(words, base=""))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("--seq-length 64", "--seq-length 64 contradicts the checkpoint .* made with 32"),
+        ("--ffn-hidden-size 128", "--ffn-hidden-size 128 contradicts"),
+        ("--architecture transformer --num-attention-heads 1", "--architecture transformer contr"),
+    ],
+)
+def test_flag_against_the_checkpoint_is_refused(
+    corpus: Path, parse: Callable[..., Any], tmp_path: Path, changed: str, named: str
+) -> None:
+    """By the model.json of the checkpoint, before anything is built."""
+    from megatron_smlp.training.checkpoints import iteration_folder, write_model_flags
+
+    words = f"{flags(corpus)} --train-iters 2 --save {tmp_path}"
+    args = parse(words, base="")
+    iteration_folder(tmp_path, 7).mkdir()
+    write_model_flags(args, 7)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7", encoding="utf-8")
+    assert parse(f"{words} --lr 1e-4 --micro-batch-size 1", base="").load == str(tmp_path)
+    with pytest.raises(UsageError, match=named):
+        parse(f"{words} {changed}", base="")

@@ -1,0 +1,82 @@
+"""N steps in one go and k steps + resume + ... end in the same bits, twice in a row.
+
+Held: every tensor of the last checkpoint (weights and optimizer state), and loss and gradient norm of
+every step in metrics.jsonl, also of the first one after a resume.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import checkpoint_tensors
+from support.launches import launch, steps
+
+BASE = (
+    "--mock-data --tokenizer-type NullTokenizer --vocab-size 500 --num-layers 4 --hidden-size 64 "
+    "--ffn-hidden-size 256 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 "
+    "--global-batch-size 4 --train-iters 6 --lr 1e-2 --lr-warmup-fraction 0.2 --eval-iters 1 "
+    "--eval-interval 3 --log-interval 1 --num-workers 0 --seed 1 --save-interval 100"
+)
+MOE = "--num-experts 4 --moe-router-topk 1 --moe-token-dispatcher-type alltoall"
+SMLP = (
+    f"--architecture smlp --num-dense-layers 2 --spatial-heads 2 --feature-router deterministic "
+    f"--num-feature-experts 4 {MOE}"
+)
+ARCHITECTURES = {
+    "transformer": "--architecture transformer",
+    "transformer_moe": f"--architecture transformer --moe-layer-freq 2 {MOE}",
+    "gmlp": "--architecture gmlp",
+    "smlp": SMLP,
+}
+DROPOUT = {
+    "exact": "--attention-dropout 0 --hidden-dropout 0",
+    "dropout": "--attention-dropout 0.1 --hidden-dropout 0.1",
+}
+ONE_PROCESS = {
+    f"{name}_{kind}": f"{flags} {dropout}"
+    for name, flags in ARCHITECTURES.items()
+    for kind, dropout in DROPOUT.items()
+}
+TWO_PROCESSES = {
+    "smlp_tp2_dropout": f"{SMLP} {DROPOUT['dropout']} --tensor-model-parallel-size 2",
+    "gmlp_dp2_bf16": (
+        f"--architecture gmlp {DROPOUT['exact']} --bf16 --use-distributed-optimizer "
+        "--ckpt-fully-parallel-save"
+    ),
+}
+
+
+def plan(cases: dict[str, str], folder: Path) -> dict[str, str]:
+    """For each case one run of 6 steps, and three that stop after 2, 4 and 6."""
+    runs: dict[str, str] = {}
+    for name, flags in cases.items():
+        runs[f"{name}/whole"] = f"{BASE} {flags} --save {folder / name / 'whole'}"
+        for _ in range(3):
+            # Three runs write to one metrics.jsonl: launch() names the folder after the key.
+            part = f"{name}/parts" + "/." * sum(key.startswith(f"{name}/parts") for key in runs)
+            runs[part] = f"{BASE} {flags} --exit-interval 2 --save {folder / name / 'parts'}"
+    return runs
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("resume")
+    launch(plan(ONE_PROCESS, folder), processes=1, folder=folder)
+    launch(plan(TWO_PROCESSES, folder), processes=2, folder=folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", [*ONE_PROCESS, *TWO_PROCESSES])
+def test_resumed_run_ends_in_the_same_bits(results: Path, case: str) -> None:
+    whole, parts = (checkpoint_tensors(results / case / kind, 6) for kind in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert any(name.startswith("optimizer.") for name in whole)
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+@pytest.mark.parametrize("case", [*ONE_PROCESS, *TWO_PROCESSES])
+def test_logged_steps_are_the_same(results: Path, case: str) -> None:
+    whole = steps(results / case / "whole")
+    assert len(whole) == 6
+    assert steps(results / case / "parts") == whole
+    assert whole[-1].loss < whole[0].loss
