@@ -65,23 +65,34 @@ def _leaf_size(values: Tensor) -> int:
     return 128 if is_cpu and values.dtype in (torch.float32, torch.float64) else 256
 
 
+def _head_groups(values: Tensor) -> list[slice]:
+    """Heads that share a call: all on a GPU; on a CPU, whose cache holds one head's blocks, one."""
+    if values.device.type != "cpu":
+        return [slice(None)]
+    return [slice(head, head + 1) for head in range(values.shape[0])]
+
+
+def _steps(values: Tensor) -> Iterator[tuple[slice, _Block]]:
+    """Heads and block of every product, in the order in which they are done."""
+    blocks = _blocks(values.shape[1], _leaf_size(values))
+    return ((heads, block) for heads in _head_groups(values) for block in blocks)
+
+
 def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
     """out = left @ right over the leading dimension, into a strided `out`."""
-    if out.device.type != "cpu":
+    if out.device.type == "cpu":
+        # A batched product with a strided output would be copied around; a single one is not.
+        torch.mm(left[0], right[0], out=out[0])
+    else:
         torch.bmm(left, right, out=out)
-        return
-    # CPU: a batched product with a strided output is copied around, single ones are not.
-    for index in range(out.shape[0]):
-        torch.mm(left[index], right[index], out=out[index])
 
 
 def _accumulate(left: Tensor, right: Tensor, *, out: Tensor) -> None:
     """out += left @ right over the leading dimension, into a strided `out`."""
-    if out.device.type != "cpu":
+    if out.device.type == "cpu":
+        out[0].addmm_(left[0], right[0])
+    else:
         out.baddbmm_(left, right)
-        return
-    for index in range(out.shape[0]):
-        out[index].addmm_(left[index], right[index])
 
 
 def _gemm_ready(matrix: Tensor) -> Tensor:
@@ -92,42 +103,69 @@ def _gemm_ready(matrix: Tensor) -> Tensor:
 @torch.library.custom_op("megatron_smlp::causal_mix", mutates_args=())
 def _mix(weight: Tensor, values: Tensor) -> Tensor:
     values = _gemm_ready(values)
-    out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-    for block in _blocks(values.shape[1], _leaf_size(values)):
-        matrix = weight[:, block.rows, block.columns].to(values.dtype)
+    out = values.new_empty(values.shape)
+    for heads, block in _steps(values):
+        matrix = weight[heads, block.rows, block.columns].to(values.dtype)
         if block.is_leaf:
-            _multiply(matrix.tril(), values[:, block.columns], out=out[:, block.rows])
+            _multiply(matrix.tril(), values[heads, block.columns], out=out[heads, block.rows])
         else:
-            _accumulate(matrix, values[:, block.columns], out=out[:, block.rows])
+            _accumulate(matrix, values[heads, block.columns], out=out[heads, block.rows])
     return out
+
+
+def _values_gradient_of(
+    heads: slice, block: _Block, weight: Tensor, gradient: Tensor, *, out: Tensor
+) -> None:
+    """Add one block's part of M' g to its columns; a leaf comes first, and sets them."""
+    matrix = weight[heads, block.rows, block.columns].to(gradient.dtype)
+    if block.is_leaf:
+        _multiply(matrix.tril().mT, gradient[heads, block.rows], out=out[heads, block.columns])
+    else:
+        _accumulate(matrix.mT, gradient[heads, block.rows], out=out[heads, block.columns])
+
+
+def _weight_gradient_of(
+    heads: slice, block: _Block, gradient: Tensor, values: Tensor, *, out: Tensor
+) -> None:
+    """Set one block of tril(g v'), and the zeros that mirror it."""
+    product = out[heads, block.rows, block.columns]
+    _multiply(gradient[heads, block.rows], values[heads, block.columns].mT, out=product)
+    if block.is_leaf:
+        product.tril_()
+    else:
+        out[heads, block.columns, block.rows].zero_()
 
 
 @torch.library.custom_op("megatron_smlp::causal_mix_values_gradient", mutates_args=())
 def _values_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
     gradient = _gemm_ready(gradient)
-    out = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
-    for block in _blocks(gradient.shape[1], _leaf_size(gradient)):
-        matrix = weight[:, block.rows, block.columns].to(gradient.dtype)
-        if block.is_leaf:
-            _multiply(matrix.tril().mT, gradient[:, block.rows], out=out[:, block.columns])
-        else:
-            _accumulate(matrix.mT, gradient[:, block.rows], out=out[:, block.columns])
+    out = gradient.new_empty(gradient.shape)
+    for heads, block in _steps(gradient):
+        _values_gradient_of(heads, block, weight, gradient, out=out)
     return out
 
 
 @torch.library.custom_op("megatron_smlp::causal_mix_weight_gradient", mutates_args=())
 def _weight_gradient(gradient: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     gradient, values = _gemm_ready(gradient), _gemm_ready(values)
-    heads, length, _ = values.shape
-    out = torch.empty(heads, length, length, dtype=values.dtype, device=values.device)
-    for rows, columns in _blocks(length, _leaf_size(values)):
-        product = out[:, rows, columns]
-        _multiply(gradient[:, rows], values[:, columns].mT, out=product)
-        if rows == columns:
-            product.tril_()
-        else:
-            out[:, columns, rows].zero_()
+    num_heads, length, _ = values.shape
+    out = values.new_empty(num_heads, length, length)
+    for heads, block in _steps(values):
+        _weight_gradient_of(heads, block, gradient, values, out=out)
     return out.to(dtype)
+
+
+@torch.library.custom_op("megatron_smlp::causal_mix_gradients", mutates_args=())
+def _gradients(weight: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one pass: a block of the gradient is read for both while it is in the cache."""
+    gradient, values = _gemm_ready(gradient), _gemm_ready(values)
+    num_heads, length, _ = values.shape
+    of_values = gradient.new_empty(gradient.shape)
+    of_weight = values.new_empty(num_heads, length, length)
+    for heads, block in _steps(values):
+        _values_gradient_of(heads, block, weight, gradient, out=of_values)
+        _weight_gradient_of(heads, block, gradient, values, out=of_weight)
+    return of_weight.to(weight.dtype), of_values
 
 
 @_mix.register_fake
@@ -146,6 +184,11 @@ def _(gradient: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.new_empty((heads, length, length), dtype=dtype)
 
 
+@_gradients.register_fake
+def _(weight: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape), gradient.new_empty(gradient.shape)
+
+
 def _save(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
 ) -> None:
@@ -157,6 +200,8 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     weight, values = ctx.saved_tensors
     needs_weight, needs_values = ctx.needs_input_grad
+    if needs_weight and needs_values:
+        return _gradients(weight, gradient, values)
     return (
         _weight_gradient(gradient, values, weight.dtype) if needs_weight else None,
         _values_gradient(weight, gradient) if needs_values else None,
