@@ -3,6 +3,9 @@
 `masked dense`: mask the [E, T, T] weight, then one batched matmul, in our own layout.
 `g-mlp-pytorch`: the spatial gating unit of that package with `causal=True`, against the same unit
 built on `causal_mix` (LayerNorm, mix, bias, gate product), same shapes and weights.
+
+Products in blocks wait for their slowest thread more often than one large product does: run it on a
+quiet machine, or with --threads 1.
 """
 
 import argparse
@@ -40,41 +43,44 @@ def _bench_dense(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) 
 
 
 def _gated(hidden: Tensor, weight: Tensor, bias: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
-    """hidden: <float>[B, T, D]. The causal gating unit of g-mlp-pytorch on our product."""
-    batch, length, _ = hidden.shape
+    """hidden: <float>[T, B, D]. The causal gating unit of g-mlp-pytorch on our product."""
+    length, batch, _ = hidden.shape
     heads = weight.shape[0]
     passed, gate = hidden.chunk(2, dim=-1)
     gate = F.layer_norm(gate, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    # [B, T, h, f] -> [h, T, B f]: the batch becomes more columns of the same product.
-    columns = gate.unflatten(-1, (heads, -1)).permute(2, 1, 0, 3).reshape(heads, length, -1)
+    # [T, B, h, f] -> [h, T, B f]: the batch becomes more columns; with one head, nothing moves.
+    columns = gate.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).reshape(heads, length, -1)
     mixed = causal_mix(weight, columns) + bias[:, :, None]
-    mixed = mixed.unflatten(-1, (batch, -1)).permute(2, 1, 0, 3).flatten(2)
+    mixed = mixed.unflatten(-1, (batch, -1)).permute(1, 2, 0, 3).flatten(2)
     return mixed * passed
 
 
 def _bench_unit(shape: tuple[int, int, int, int], dtype: torch.dtype, repeats: int) -> Record:
+    """Each side gets its own layout, [T, B, D] and [B, T, D], as a model built on it would."""
     from g_mlp_pytorch.g_mlp_pytorch import SpatialGatingUnit
 
     batch, length, hidden, heads = shape
     unit = SpatialGatingUnit(hidden, length, causal=True, heads=heads).to(dtype)
-    inputs = torch.randn(batch, length, hidden, dtype=dtype, requires_grad=True)
+    parameters = tuple(unit.parameters())
+    theirs = torch.randn(batch, length, hidden, dtype=dtype, requires_grad=True)
+    ours = theirs.detach().transpose(0, 1).contiguous().requires_grad_()
     gradient = torch.randn(batch, length, hidden // 2, dtype=dtype)
-    leaves = (inputs, *unit.parameters())
+    our_gradient = gradient.transpose(0, 1).contiguous()
 
-    def run(output: Tensor) -> None:
-        torch.autograd.grad(output, leaves, gradient)
+    def run_ours() -> Tensor:
+        output = _gated(ours, unit.weight, unit.bias, unit.norm)
+        torch.autograd.grad(output, (ours, *parameters), our_gradient)
+        return output
 
-    def ours() -> Tensor:
-        return _gated(inputs, unit.weight, unit.bias, unit.norm)
+    def run_theirs() -> Tensor:
+        output = unit(theirs)
+        torch.autograd.grad(output, (theirs, *parameters), gradient)
+        return output
 
     # Rows near 1 in size: compare at the precision's own rounding before timing anything.
-    torch.testing.assert_close(ours(), unit(inputs), rtol=2e-2, atol=2e-2)
-    return compare(
-        f"g-mlp-pytorch {str(dtype)[6:]} B={batch} T={length} D={hidden} h={heads}",
-        lambda: run(ours()),
-        lambda: run(unit(inputs)),
-        repeats=repeats,
-    )
+    torch.testing.assert_close(run_ours().transpose(0, 1), run_theirs(), rtol=2e-2, atol=2e-2)
+    name = f"g-mlp-pytorch {str(dtype)[6:]} B={batch} T={length} D={hidden} h={heads}"
+    return compare(name, run_ours, run_theirs, repeats=repeats)
 
 
 def main() -> None:
