@@ -45,18 +45,19 @@ def train(args: argparse.Namespace) -> None:
 
     from megatron_smlp.model import model_config
     from megatron_smlp.platform import hooks
-    from megatron_smlp.training.data import check_data, train_valid_test_datasets
+    from megatron_smlp.training.data import DatasetProvider, check_data
     from megatron_smlp.training.reporting import Reporter
     from megatron_smlp.training.signals import keyboard_like_sigterm
     from megatron_smlp.training.step import ForwardStep
 
     check_data(args)
     step = ForwardStep()
-    reporter = Reporter(args, nonfinite=step.take_nonfinite)
-    with keyboard_like_sigterm(reporter.say), hooks.installed(reporter), reporter.session():
+    reporter = Reporter(args, step=step)
+    speaks = args.rank == 0
+    with keyboard_like_sigterm(speaks=speaks), hooks.installed(reporter), reporter.session():
         pretrain(
             pretrain_cfg_container_from_args(args, model_config(args)),
-            train_valid_test_datasets,
+            DatasetProvider(reporter.say),
             ModelType.encoder_or_decoder,
             step,
             store=None if "MASTER_ADDR" in os.environ else HashStore(),  # one process, no torchrun

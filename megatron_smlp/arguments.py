@@ -337,6 +337,11 @@ def check_schedule(args: argparse.Namespace) -> None:
         )
     if args.lr is None:
         raise UsageError("--lr is missing: give the peak learning rate, for example --lr 1e-3.")
+    if (args.min_lr or 0.0) > args.lr:
+        raise UsageError(
+            f"--min-lr {args.min_lr} is over --lr {args.lr}: the learning rate decays from the "
+            "second to the first. Lower --min-lr."
+        )
     if args.eval_iters and not args.eval_interval:
         if "eval_iters" in args.explicit_flags:
             raise UsageError("--eval-iters without --eval-interval: give both, or --eval-iters 0.")

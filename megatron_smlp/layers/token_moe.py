@@ -3,8 +3,8 @@
     y = sum over the chosen experts e of  w_e * f_e(h),     f_e(h) = GELU(h A_e) B_e,   h = LN(x)
 
 The router decides e and w_e and plugs into MoELayer's router slot; dispatch, expert parallelism and
-the experts themselves are Megatron's. Experts and routers have no bias, as in the equations: w_e would
-scale an expert's bias too.
+the experts themselves are Megatron's. Experts and routers have no bias, as in the equations: w_e
+would scale an expert's bias too.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Lets Megatron's distributed optimizer resume with torch's Adam, where Apex is not installed.
 
-Megatron asks the optimizer for its state before it loads a checkpoint into it, and takes the step count
-from there. Apex's and Transformer Engine's Adam keep that count in the parameter groups; torch's keeps it
-beside each parameter, and allocates it at the first step only. A new optimizer has none, and
-`assert len(steps) == 1` ends every resume. Here the state is allocated before it is asked for, as the
-first step would do it: zeros, at step 0. The load then fills it.
+Megatron asks the optimizer for its state before it loads a checkpoint into it, and takes the step
+count from there. Apex's and Transformer Engine's Adam keep that count in the parameter groups;
+torch's keeps it beside each parameter, and allocates it at the first step only. A new optimizer has
+none, and `assert len(steps) == 1` ends every resume. Here the state is allocated before it is asked
+for, as the first step would do it: zeros, at step 0. The load then fills it.
 """
 
 from __future__ import annotations

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.training import get_args, get_tokenizer
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from megatron.training.utils import is_first_or_last_pipeline_stage
 
+from megatron_smlp.data.blending import blends_from_arguments
+from megatron_smlp.data.datasets import build_datasets, dataset_uses, use_lines
+from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.tokenizers import identity_from_arguments
 from megatron_smlp.data.verification import verify_for_training
 from megatron_smlp.errors import UsageError
@@ -26,7 +30,7 @@ def check_data(args: argparse.Namespace) -> None:
     if args.mock_data:
         return
     try:
-        prefixes = data_prefixes(args)
+        prefixes = blends_from_arguments(args).prefixes
         if not prefixes:
             raise UsageError(
                 "--data-path is missing: give the prefix of a .bin/.idx pair that "
@@ -39,30 +43,49 @@ def check_data(args: argparse.Namespace) -> None:
         raise UsageError(" ".join(str(error).split())) from error
 
 
-def data_prefixes(args: argparse.Namespace) -> list[str]:
-    """Every prefix of the blend, over all splits, once."""
-    blend, per_split = get_blend_and_blend_per_split(args)
-    blends = [blend, *(per_split or [])]
-    return list(dict.fromkeys(prefix for each in blends if each for prefix in each[0]))
-
-
-def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
-    """The provider that `megatron.training.pretrain` calls, on every rank.
+class DatasetProvider:
+    """What `megatron.training.pretrain` calls for its datasets, on every rank.
 
     Args:
-        num_samples: samples of seq_length tokens wanted for train, validation and test.
+        say: prints a line for the user on rank 0: what the run will read of each dataset.
     """
-    args = get_args()
-    return BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
-        num_samples,
-        partial(_reads_data, vp_stage),
-        dataset_config(args),
-    ).build()
 
+    is_distributed = True  # Megatron then calls it on every rank, not only once per TP group
 
-# Megatron then calls the provider on every rank, not only on the first of each TP group.
-train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.said = False
+
+    def __call__(self, num_samples: list[int], vp_stage: int | None = None) -> Any:
+        """Train, validation and test datasets with `num_samples` samples of seq_length tokens.
+
+        Raises:
+            UsageError: the datasets do not suffice, or a split is empty.
+        """
+        args = get_args()
+        on_rank = partial(_reads_data, vp_stage)
+        if args.mock_data:
+            return BlendedMegatronDatasetBuilder(
+                MockGPTDataset, num_samples, on_rank, dataset_config(args)
+            ).build()
+        try:
+            datasets = build_datasets(
+                num_samples,
+                blends=blends_from_arguments(args),
+                config=dataset_config(args),
+                is_built_on_rank=on_rank,
+                rank=args.rank,
+            )
+        except DataError as error:
+            raise UsageError(str(error)) from error
+        self._say_uses(datasets, args)
+        return datasets
+
+    def _say_uses(self, datasets: list[Any], args: argparse.Namespace) -> None:
+        if args.rank == 0 and not self.said:
+            for line in use_lines(dataset_uses(datasets, sequence_length=args.seq_length)):
+                self.say(line)
+        self.said = True
 
 
 def _reads_data(vp_stage: int | None) -> bool:
@@ -72,12 +95,10 @@ def _reads_data(vp_stage: int | None) -> bool:
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     """Megatron's dataset flags -> its dataset config."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
+        **blends_from_arguments(args).as_megatron(),
         split=args.split,
         multiple_validation_sets=args.multiple_validation_sets,
         full_validation=args.full_validation,

@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.training.checkpoints import write_model_flags
 from megatron_smlp.training.plan import summary
+from megatron_smlp.training.step import ForwardStep
 from megatron_smlp.training.transcript import terminal
 
 # Dense bf16 peaks of one device in TFLOP/s, from the vendor's data sheets (no sparsity).
@@ -47,14 +48,14 @@ class Reporter:
     """Prints and records the run; the `Observer` that platform/hooks.py calls.
 
     Args:
-        nonfinite: asks and clears whether a loss of the step on this rank was not finite.
+        step: knows whether a loss of the step was not finite, and how long it waited for data.
     """
 
-    def __init__(self, args: argparse.Namespace, *, nonfinite: Callable[[], bool]) -> None:
+    def __init__(self, args: argparse.Namespace, *, step: ForwardStep) -> None:
         self.args = args
+        self.step = step
         shape = ModelShape.from_args(args)
         self.flops_per_token = training_flops_per_token(model_cost(shape), shape)
-        self.nonfinite = nonfinite
         self.first_rank = args.rank == 0
         self.console = Console(file=terminal(), highlight=False, soft_wrap=True)
         self.metrics = MetricsFile(args.log_dir) if self.first_rank else None
@@ -131,7 +132,7 @@ class Reporter:
         """
         rank = torch.distributed.get_rank()
         bad = torch.tensor(
-            [rank + 1 if self.nonfinite() else 0], device=torch.cuda.current_device()
+            [rank + 1 if self.step.take_nonfinite() else 0], device=torch.cuda.current_device()
         )
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
         if not bad.item():
@@ -186,6 +187,7 @@ class Reporter:
             self.progress.update(self.task, completed=iteration, note=f"loss {loss:.4f}")
 
     def _speed(self, iteration: int) -> dict[str, float | None]:
+        steps = max(1, self.clock.steps)
         seconds = self.clock.take_seconds_per_step()
         tokens = get_current_global_batch_size() * self.args.seq_length / seconds
         tflops = tokens * self.flops_per_token / 1e12 / self.args.world_size
@@ -194,6 +196,7 @@ class Reporter:
             "tokens_per_second": tokens,
             "tflops_per_device": tflops,
             "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
+            "data_wait_share": self.step.take_data_seconds() / steps / seconds,
             "eta_seconds": (self.args.train_iters - iteration) * seconds,
         }
 

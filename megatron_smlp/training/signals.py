@@ -7,21 +7,29 @@ keyboard's signal takes the same way.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+MESSAGE = b"interrupted: finishing this step, then saving; interrupt again to stop at once\n"
+
 
 @contextlib.contextmanager
-def keyboard_like_sigterm(say: Callable[[str], None]) -> Iterator[None]:
-    """For the time of a run, hand SIGINT to the handler that Megatron installed for SIGTERM."""
+def keyboard_like_sigterm(*, speaks: bool) -> Iterator[None]:
+    """For the time of a run, hand SIGINT to the handler that Megatron installed for SIGTERM.
+
+    Args:
+        speaks: whether this process tells the user what happens next.
+    """
     graceful: Any = signal.getsignal(signal.SIGTERM)
     before = signal.getsignal(signal.SIGINT)
 
     def first(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        say("interrupted: finishing this step, then saving; interrupt again to stop at once")
+        if speaks:
+            os.write(2, MESSAGE)  # print() may be what was interrupted, and cannot be re-entered
         graceful(signum, frame)
 
     if callable(graceful):

@@ -7,6 +7,7 @@ Letters: B micro-batch, T sequence length.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -24,10 +25,14 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
 class ForwardStep:
-    """Megatron's `forward_step_func`. Remembers whether a loss of this step was not finite."""
+    """Megatron's `forward_step_func`.
+
+    Remembers whether a loss was not finite, and the seconds spent on getting batches, until asked.
+    """
 
     def __init__(self) -> None:
         self.nonfinite = False
+        self.data_seconds = 0.0
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: Any
@@ -40,8 +45,10 @@ class ForwardStep:
         """
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
-        vp_stage = get_attr_wrapped_model(model, "vp_stage")
-        batch = next_batch(data_iterator, vp_stage)
+        start = time.perf_counter()
+        batch = next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        if torch.is_grad_enabled():  # validation does not count
+            self.data_seconds += time.perf_counter() - start
         timers("batch-generator").stop()
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return output, partial(self._loss, batch["loss_mask"])
@@ -53,19 +60,20 @@ class ForwardStep:
         mask = loss_mask.view(-1).float()
         loss = torch.sum(token_losses.view(-1).float() * mask)
         num_tokens = mask.sum().int()
-        if self.training_step(token_losses):
+        if token_losses.requires_grad:
             self.nonfinite |= not bool(torch.isfinite(loss.detach()))
         report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
         return loss, num_tokens, {"lm loss": report}
-
-    @staticmethod
-    def training_step(token_losses: Tensor) -> bool:
-        return token_losses.requires_grad
 
     def take_nonfinite(self) -> bool:
         """Whether a loss was not finite since the last call."""
         nonfinite, self.nonfinite = self.nonfinite, False
         return nonfinite
+
+    def take_data_seconds(self) -> float:
+        """Wall time spent on batches of training steps since the last call, on this rank."""
+        seconds, self.data_seconds = self.data_seconds, 0.0
+        return seconds
 
 
 def next_batch(

@@ -1,4 +1,4 @@
-"""A run as a user has it: text, tokenizer, dataset, training; and what happens when it goes wrong."""
+"""A run as a user has it: text, tokenizer, dataset, training; and what happens when it fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = (
     "--config configs/cpu/gmlp.yaml --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 "
     "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --log-interval 1 --eval-iters 2"
 )
-WORDS = "the model mixes every token with what came before it and nothing that comes after".split()
+SENTENCE = "the model mixes every token with what came before it and nothing that comes after"
 
 
 @pytest.fixture(scope="module")
@@ -28,20 +28,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer, a second one of another vocabulary, and a dataset of the first."""
     folder: Path = tmp_path_factory.mktemp("corpus")
     draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS, k=80)) for _ in range(200)]
+    texts = [" ".join(draw.choices(SENTENCE.split(), k=80)) for _ in range(200)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (folder / "text.jsonl").write_text(lines, encoding="utf-8")
+    text = folder / "text.jsonl"
     for name, size in (("tokenizer", 300), ("other", 310)):
-        run_command(
-            [sys.executable, "tools/train_tokenizer.py", "--input", str(folder / "text.jsonl")]
-            + ["--vocab-size", str(size), "--output", str(folder / name)]
-        )
-    run_command(
-        [sys.executable, "tools/preprocess_data.py", "--input", str(folder / "text.jsonl")]
-        + ["--output-prefix", str(folder / "text"), "--append-eod", "--workers", "1"]
-        + tokenizer_flags(folder / "tokenizer").split()
+        tool("train_tokenizer", f"--input {text} --vocab-size {size} --output {folder / name}")
+    tool(
+        "preprocess_data",
+        f"--input {text} --output-prefix {folder / 'text'} --append-eod --workers 1 "
+        + tokenizer_flags(folder / "tokenizer"),
     )
     return folder
+
+
+def tool(name: str, words: str) -> None:
+    run_command([sys.executable, f"tools/{name}.py", *words.split()])
 
 
 def tokenizer_flags(folder: Path) -> str:
@@ -81,13 +83,14 @@ def test_training_on_text_learns_and_reports(corpus: Path, tmp_path: Path) -> No
     )
     lines = done.stdout.splitlines()
     first_step = next(i for i, line in enumerate(lines) if line.startswith("iteration 1/30"))
-    assert first_step <= 12
+    assert first_step <= 16
     assert not done.stderr, done.stderr
     metrics = records(tmp_path)
     trained = [record for record in metrics if "loss" in record]
     assert [record["iteration"] for record in trained] == list(range(1, 31))
     for name in ("learning_rate", "grad_norm", "tokens_per_second", "eta_seconds"):
         assert all(isinstance(record[name], float) for record in trained)
+    assert all(0 < record["data_wait_share"] < 1 for record in trained)
     assert trained[-1]["consumed_samples"] == 30 * 4
     assert trained[-1]["loss"] < trained[0]["loss"] - 1
     validated = [record for record in metrics if "validation_loss" in record]
@@ -127,7 +130,7 @@ def test_interrupted_run_saves_and_the_same_command_goes_on(corpus: Path, tmp_pa
 
 def test_nonfinite_loss_stops_the_run_with_rank_and_step(corpus: Path, tmp_path: Path) -> None:
     """An absurd learning rate: the first update breaks the weights, the second step says so."""
-    words = f"{flags(corpus)} --train-iters 4 --lr 1e38 --clip-grad 0 --lr-warmup-fraction 0"
+    words = f"{flags(corpus)} --train-iters 4 --lr 1e30 --clip-grad 0 --lr-warmup-fraction 0"
     done = failing(f"{words} --log-dir {tmp_path}")
     assert done.returncode == 3
     assert "non-finite loss on rank 0 at iteration 2: stopped before the update" in done.stderr
@@ -137,7 +140,7 @@ def test_nonfinite_loss_stops_the_run_with_rank_and_step(corpus: Path, tmp_path:
 
 
 def test_nonfinite_loss_can_be_skipped(corpus: Path, tmp_path: Path) -> None:
-    words = f"{flags(corpus)} --train-iters 3 --lr 1e38 --clip-grad 0 --lr-warmup-fraction 0"
+    words = f"{flags(corpus)} --train-iters 3 --lr 1e30 --clip-grad 0 --lr-warmup-fraction 0"
     done = run_command(
         command(f"{words} --eval-iters 0 --log-dir {tmp_path} --nonfinite-loss skip")
     )
@@ -156,7 +159,7 @@ def test_data_of_another_vocabulary_is_refused(corpus: Path, parse: Callable[...
     from megatron_smlp.training.data import check_data
 
     words = f"{flags(corpus, tokenizer='other')} --train-iters 2"
-    with pytest.raises(UsageError, match="written with another tokenizer.*310|another tokenizer"):
+    with pytest.raises(UsageError, match="written with another tokenizer"):
         check_data(parse(words, base=""))
     check_data(parse(f"{words} --allow-tokenizer-mismatch", base=""))
     check_data(parse(f"{flags(corpus)} --train-iters 2", base=""))
@@ -189,6 +192,6 @@ def test_flag_against_the_checkpoint_is_refused(
     iteration_folder(tmp_path, 7).mkdir()
     write_model_flags(args, 7)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7", encoding="utf-8")
-    assert parse(f"{words} --lr 1e-4 --micro-batch-size 1", base="").load == str(tmp_path)
+    assert parse(f"{words} --lr 1e-3 --micro-batch-size 1", base="").load == str(tmp_path)
     with pytest.raises(UsageError, match=named):
         parse(f"{words} {changed}", base="")

@@ -1,7 +1,7 @@
 """N steps in one go and k steps + resume + ... end in the same bits, twice in a row.
 
-Held: every tensor of the last checkpoint (weights and optimizer state), and loss and gradient norm of
-every step in metrics.jsonl, also of the first one after a resume.
+Held: every tensor of the last checkpoint (weights and optimizer state), and loss and gradient norm
+of every step in metrics.jsonl, also of the first one after a resume.
 """
 
 from pathlib import Path
