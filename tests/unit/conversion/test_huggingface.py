@@ -38,9 +38,7 @@ SYSTEMS = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of every system after three real steps."""
     folder: Path = tmp_path_factory.mktemp("export")
-    runs = {
-        name: f"{BASE} {flags} --save {folder / name}/run" for name, flags in SYSTEMS.items()
-    }
+    runs = {name: f"{BASE} {flags} --save {folder / name}/run" for name, flags in SYSTEMS.items()}
     launch(runs, processes=1, folder=folder)
     return folder
 
