@@ -244,3 +244,14 @@ def test_layouts_that_fit_pass(heads: int, tp: int):
     check_gate(
         "--heads", num_heads=heads, ffn_hidden_size=64, tensor_parallel=tp, context_parallel=1
     )
+
+
+def test_every_sharded_parameter_is_marked():
+    """Megatron's gradient norm counts an unmarked one once per tensor parallel group, not per rank.
+
+    At the initial values these gradients are so small that a whole run would not show it.
+    """
+    mixer = gmlp_layer(heads=4).self_attention
+    for parameter in (*mixer.norm.parameters(), *mixer.spatial.parameters()):
+        assert parameter.tensor_model_parallel
+        assert (parameter.partition_dim, parameter.partition_stride) == (0, 1)
