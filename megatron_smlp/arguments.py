@@ -161,7 +161,7 @@ def _as_flags(action: argparse.Action, key: str, value: Any, path: Path) -> list
     if value is None:
         return []
     values = value if isinstance(value, list) and action.nargs else [value]
-    words = [str(item) for item in values]
+    words = [str(item).replace(", ", ",") for item in values]  # [0,1]: Megatron takes no blanks
     return [f"{flag}={words[0]}"] if len(words) == 1 else [flag, *words]
 
 
@@ -268,7 +268,8 @@ def _check_spatial(args: argparse.Namespace) -> None:
     from megatron_smlp.layers.spatial_gating import check_gate
 
     if args.num_attention_heads is None:
-        args.num_attention_heads = 1  # Megatron wants a number; nothing attends
+        # Megatron wants a number that every parallel size divides; nothing attends.
+        args.num_attention_heads = args.hidden_size
     sparse = args.architecture == "smlp" and args.feature_router != "none"
     heads = {"--spatial-heads": args.spatial_heads} | (
         {"--num-feature-experts": args.num_feature_experts} if sparse else {}

@@ -186,15 +186,16 @@ def _replace_random_state() -> None:
     def get_rng_state(device: Any = None) -> torch.Tensor:
         return generator.get_state()
 
-    def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
-        generator.set_state(state)
-
     torch.cuda.default_generators = (generator,)
     for module in (torch.cuda, torch.cuda.random):  # Megatron calls either name
         module.get_rng_state = get_rng_state
-        module.set_rng_state = set_rng_state
+        module.set_rng_state = _set_rng_state
         module.manual_seed = generator.manual_seed
         module.manual_seed_all = generator.manual_seed
+
+
+def _set_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+    torch.default_generator.set_state(state)
 
 
 def _replace_tensor_placement() -> None:
@@ -228,6 +229,7 @@ def _replace_tensor_types() -> None:
 def _replace_in_megatron() -> None:
     """The few places in Megatron that check for CUDA or assume it."""
     from megatron.core.datasets import utils as dataset_utils
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.training import initialize, training
 
@@ -239,6 +241,9 @@ def _replace_in_megatron() -> None:
     dataset_utils.compile_helpers = _constant(None)
     # The warm-up compiles fused CUDA kernels.
     training.set_jit_fusion_options = _constant(None)
+    # Without CUDA this call is queued until CUDA starts, which is never: the random states of the
+    # tensor parallel regions would not be switched, nor loaded.
+    tensor_parallel_random._set_cuda_rng_state = _set_rng_state
     # Split sizes that are on the CPU already must still become numpy, or gloo refuses them.
     for module in (moe_utils, token_dispatcher):
         module.maybe_move_tensor_to_cpu = _move_to_cpu

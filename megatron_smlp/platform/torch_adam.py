@@ -1,10 +1,15 @@
 """Lets Megatron's distributed optimizer resume with torch's Adam, where Apex is not installed.
 
-Megatron asks the optimizer for its state before it loads a checkpoint into it, and takes the step
-count from there. Apex's and Transformer Engine's Adam keep that count in the parameter groups;
-torch's keeps it beside each parameter, and allocates it at the first step only. A new optimizer has
-none, and `assert len(steps) == 1` ends every resume. Here the state is allocated before it is asked
-for, as the first step would do it: zeros, at step 0. The load then fills it.
+Apex's and Transformer Engine's Adam keep the step count in the parameter groups; torch's keeps it
+beside each parameter, as a tensor, and allocates it at the first step only. Three things go wrong:
+
+* Megatron asks the optimizer for its state, with the step count, before it loads a checkpoint into
+  it. A new optimizer has none, and `assert len(steps) == 1` ends the resume. Here the state is
+  allocated before it is asked for, as the first step would do it: zeros, at step 0.
+* Megatron loads one and the same step tensor for every parameter. Adam adds one to it in place, for
+  each parameter, so that the count runs away after a resume. Here each parameter gets its own.
+* In fp32 the optimizer's parameters are views of the model's, and loading copies into them in place,
+  which autograd refuses. Here it does not watch.
 """
 
 from __future__ import annotations
@@ -23,18 +28,28 @@ def needed() -> bool:
 
 
 def apply() -> None:
-    """Replace `DistributedOptimizer.state_dict`, once per process."""
-    original = DistributedOptimizer.state_dict
-    if not needed() or hasattr(original, "__wrapped__"):
+    """Replace `state_dict` and `load_state_dict` of DistributedOptimizer, once per process."""
+    if not needed() or hasattr(DistributedOptimizer.state_dict, "__wrapped__"):
         return
+    give, take = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
 
-    @functools.wraps(original)
+    @functools.wraps(give)
     def state_dict(self: Any) -> Any:
         if isinstance(self.optimizer, torch.optim.Adam) and not self.optimizer.state:
             allocate(self.optimizer)
-        return original(self)
+        return give(self)
+
+    @functools.wraps(take)
+    def load_state_dict(self: Any, loaded: Any) -> None:
+        with torch.no_grad():
+            take(self, loaded)
+        if isinstance(self.optimizer, torch.optim.Adam):
+            step = float(loaded["optimizer"]["param_groups"][0]["step"])
+            for state in self.optimizer.state.values():
+                state["step"] = torch.tensor(step)
 
     DistributedOptimizer.state_dict = state_dict
+    DistributedOptimizer.load_state_dict = load_state_dict
 
 
 def allocate(optimizer: torch.optim.Adam) -> None:

@@ -1,6 +1,8 @@
 """One forward step: a batch, the model, the loss.
 
-    loss = sum over tokens of mask * -log p(label)        over all micro-batches, / number of tokens
+    loss = sum over tokens of mask * -log p(label) / number of tokens        of one micro-batch
+
+Megatron averages over the micro-batches, or, with --calculate-per-token-loss, over all their tokens.
 
 Letters: B micro-batch, T sequence length.
 """
