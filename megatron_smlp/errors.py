@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -34,4 +35,6 @@ def readable_errors(program: str) -> Iterator[None]:
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        for child in multiprocessing.active_children():
+            child.kill()  # data loader workers ignore SIGTERM, and exiting waits
         raise SystemExit(error.exit_code) from None

@@ -8,7 +8,7 @@ beside each parameter, as a tensor, and allocates it at the first step only. Thr
   allocated before it is asked for, as the first step would do it: zeros, at step 0.
 * Megatron loads one and the same step tensor for every parameter. Adam adds one to it in place, for
   each parameter, so that the count runs away after a resume. Here each parameter gets its own.
-* In fp32 the optimizer's parameters are views of the model's, and loading copies into them in place,
+* In fp32 the optimizer's parameters are views of the model's; loading copies into them in place,
   which autograd refuses. Here it does not watch.
 """
 

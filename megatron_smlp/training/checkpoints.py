@@ -42,10 +42,17 @@ MEGATRON_MODEL_FLAGS = (
 )
 
 
+# Padding of the vocabulary grows with the tensor parallel size; Megatron loads across it.
+LAYOUT_DEPENDENT = ("padded_vocab_size",)
+
+
 def model_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that make the model what it is, by argparse destination."""
     names = (*model_option_names(), *MEGATRON_MODEL_FLAGS)
+    from megatron.training import get_tokenizer
+
     flags = {name: getattr(args, name) for name in names}
+    flags["vocab_size"] = get_tokenizer().vocab_size
     if not args.group_query_attention:
         flags["num_query_groups"] = None  # without it Megatron fills in one number or another
     return flags
@@ -99,7 +106,7 @@ def check_against_checkpoint(args: argparse.Namespace) -> None:
     wanted = model_flags(args)
     for name, there in (saved or {}).items():
         here = wanted.get(name, there)
-        if here != there:
+        if here != there and name not in LAYOUT_DEPENDENT:
             flag = "--" + name.replace("_", "-")
             raise UsageError(
                 f"{flag} {here} contradicts the checkpoint {args.load}, which was made with "

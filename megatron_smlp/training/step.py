@@ -2,7 +2,7 @@
 
     loss = sum over tokens of mask * -log p(label) / number of tokens        of one micro-batch
 
-Megatron averages over the micro-batches, or, with --calculate-per-token-loss, over all their tokens.
+Megatron averages over micro-batches, or, with --calculate-per-token-loss, over all their tokens.
 
 Letters: B micro-batch, T sequence length.
 """
