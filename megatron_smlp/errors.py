@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -27,6 +28,13 @@ class NonFiniteLossError(UserError):
     exit_code = 3
 
 
+def _end_workers() -> None:
+    """Data loader workers ignore SIGTERM, and exiting would wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their deaths
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 @contextlib.contextmanager
 def readable_errors(program: str) -> Iterator[None]:
     """Turn a UserError into one line on rank 0's stderr and its exit code."""
@@ -35,6 +43,5 @@ def readable_errors(program: str) -> Iterator[None]:
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
-        for child in multiprocessing.active_children():
-            child.kill()  # data loader workers ignore SIGTERM, and exiting waits
+        _end_workers()
         raise SystemExit(error.exit_code) from None
