@@ -22,6 +22,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import cpu, torch_adam
 from megatron_smlp.training.checkpoints import check_against_checkpoint, settle_load
+from megatron_smlp.training.tokenizer_folder import use_local_gpt2_files
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -213,6 +214,7 @@ def _settle_defaults(args: argparse.Namespace) -> None:
         args.save_interval = args.train_iters  # once, at the end; Megatron insists on a number
     args.log_dir = args.log_dir or args.save
     settle_load(args)
+    use_local_gpt2_files(args)
     try:
         args.platform_changes = cpu.set_flags(args)
     except ValueError as error:
