@@ -1,7 +1,7 @@
 """GPT-2's two vocabulary files as a tokenizer folder, so that Megatron needs no network for them.
 
 Megatron looks `GPT2BPETokenizer` up by the name "gpt2" on the Hugging Face hub, even where
-`--vocab-file` and `--merge-file` are given. The same files in a folder are a Hugging Face tokenizer.
+`--vocab-file` and `--merge-file` are given. In a folder the same files are a tokenizer of its kind.
 """
 
 from __future__ import annotations

@@ -48,5 +48,5 @@ def test_training_has_the_tokenizer_of_the_data(files: str, parse: Callable[...,
 
 def test_missing_file_is_one_line(parse: Callable[..., Any], tmp_path: Path) -> None:
     words = "--architecture gmlp --tokenizer-type GPT2BPETokenizer --merge-file x"
-    with pytest.raises(UsageError, match="--vocab-file .*absent.* cannot be read"):
+    with pytest.raises(UsageError, match=r"--vocab-file .*absent.* cannot be read"):
         parse(f"{words} --vocab-file {tmp_path / 'absent.json'}")
