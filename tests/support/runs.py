@@ -21,11 +21,16 @@ from pretrain_smlp import main
 
 def forget_run() -> None:
     """Megatron keeps its state in module globals; drop it all but the process group."""
+    import torch
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training.training import destroy_global_state
 
     destroy_global_state()
     destroy_moe_metrics_tracker()  # its entries hold the process groups of the last run
+    # Megatron forgets its groups without ending them, and each keeps a thread of gloo's awake.
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
     gc.collect()
 
 
