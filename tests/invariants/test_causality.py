@@ -15,7 +15,7 @@ from torch import Tensor
 pytestmark = pytest.mark.usefixtures("megatron")
 
 BATCH, LENGTH = 4, 16
-EXPERTS = "--num-experts 4 --moe-router-topk 1"
+EXPERTS = "--token-router switch --num-experts 4"
 MODELS = {
     "transformer": "--architecture transformer --num-attention-heads 4",
     "gmlp_1_head": "--architecture gmlp",

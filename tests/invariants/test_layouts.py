@@ -23,7 +23,7 @@ MODEL = """
     --num-workers 0 --lr 3e-3 --lr-decay-style constant --log-interval 1
     --eval-iters 1 --eval-interval 1000
 """
-EXPERTS = "--num-experts 4 --moe-router-topk 1 --moe-token-dispatcher-type alltoall"
+EXPERTS = "--token-router switch --num-experts 4 --moe-token-dispatcher-type alltoall"
 ATTENTION = "--architecture transformer --num-attention-heads 4"
 SMLP = """
     --architecture smlp --num-dense-layers 2 --spatial-heads 2

@@ -17,7 +17,7 @@ BASE = (
     "--global-batch-size 4 --train-iters 6 --lr 1e-2 --lr-warmup-fraction 0.2 --eval-iters 1 "
     "--eval-interval 3 --log-interval 1 --num-workers 0 --seed 1 --save-interval 100"
 )
-MOE = "--num-experts 4 --moe-router-topk 1 --moe-token-dispatcher-type alltoall"
+MOE = "--token-router switch --num-experts 4 --moe-token-dispatcher-type alltoall"
 SMLP = (
     f"--architecture smlp --num-dense-layers 2 --spatial-heads 2 --feature-router deterministic "
     f"--num-feature-experts 4 {MOE}"

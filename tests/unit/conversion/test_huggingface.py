@@ -22,7 +22,7 @@ BASE = (
     "--global-batch-size 2 --train-iters 3 --lr 1e-2 --eval-iters 0 --num-workers 0 "
     "--attention-dropout 0 --hidden-dropout 0"
 )
-MOE = "--num-experts 4 --moe-router-topk 1"
+MOE = "--token-router switch --num-experts 4"
 SYSTEMS = {
     "transformer": "--architecture transformer",
     "transformer_moe": f"--architecture transformer --moe-layer-freq 2 {MOE}",
