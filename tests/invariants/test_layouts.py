@@ -23,7 +23,7 @@ MODEL = """
     --num-workers 0 --lr 3e-3 --lr-decay-style constant --log-interval 1
     --eval-iters 1 --eval-interval 1000
 """
-EXPERTS = "--token-router switch --num-experts 4 --moe-token-dispatcher-type alltoall"
+EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
 ATTENTION = "--architecture transformer --num-attention-heads 4"
 SMLP = """
     --architecture smlp --num-dense-layers 2 --spatial-heads 2
@@ -32,12 +32,13 @@ SMLP = """
 
 ARCHITECTURES = {
     "transformer": ATTENTION,
-    "transformer_moe": f"{ATTENTION} {EXPERTS} --moe-layer-freq 2",
+    "transformer_switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-layer-freq 2",
+    "transformer_hash": f"{ATTENTION} --token-router hash {EXPERTS}",
     "gmlp_1_head": "--architecture gmlp --spatial-heads 1",
     "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
-    "smlp": f"{SMLP} {EXPERTS}",
+    "smlp": f"{SMLP} --token-router base {EXPERTS}",
 }
-ROUTED = {"transformer_moe", "smlp"}
+ROUTED = {"transformer_switch", "transformer_hash", "smlp"}
 
 TP = "--tensor-model-parallel-size 2"
 PP = "--pipeline-model-parallel-size 2"
@@ -46,6 +47,8 @@ TWO_PROCESSES = {
     "tp2_sp": f"{TP} --sequence-parallel",
     "pp2": PP,
     "pp2_interleaved": f"{PP} --num-layers-per-virtual-pipeline-stage 1",
+    "pp2_recompute": f"{PP} --recompute-granularity full --recompute-method uniform "
+    "--recompute-num-layers 1",
     "dp2": "",
     "dp2_distributed_optimizer": "--use-distributed-optimizer",
     "ep2": "--expert-model-parallel-size 2",

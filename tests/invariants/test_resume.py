@@ -17,14 +17,20 @@ BASE = (
     "--global-batch-size 4 --train-iters 6 --lr 1e-2 --lr-warmup-fraction 0.2 --eval-iters 1 "
     "--eval-interval 3 --log-interval 1 --num-workers 0 --seed 1 --save-interval 100"
 )
-MOE = "--token-router switch --num-experts 4 --moe-token-dispatcher-type alltoall"
+MOE = "--num-experts 4 --moe-token-dispatcher-type alltoall"
 SMLP = (
     f"--architecture smlp --num-dense-layers 2 --spatial-heads 2 --feature-router deterministic "
-    f"--num-feature-experts 4 {MOE}"
+    f"--num-feature-experts 4 --token-router base {MOE}"
 )
 ARCHITECTURES = {
     "transformer": "--architecture transformer",
-    "transformer_moe": f"--architecture transformer --moe-layer-freq 2 {MOE}",
+    "transformer_gshard": (
+        f"--architecture transformer --moe-layer-freq 2 --token-router gshard {MOE} "
+        "--moe-train-capacity-factor 1"
+    ),
+    "transformer_hash": (
+        f"--architecture transformer --moe-layer-freq 2 --token-router hash {MOE}"
+    ),
     "gmlp": "--architecture gmlp",
     "smlp": SMLP,
 }
