@@ -49,6 +49,10 @@ def settle_token_router(args: argparse.Namespace) -> None:
     args.moe_router_load_balancing_type = "aux_loss" if has_loss else "none"
     args.moe_aux_loss_coeff = _aux_loss_coeff(args) if has_loss else 0.0
     args.moe_router_pre_softmax = True  # Megatron insists on it where a token visits one expert
+    if "moe_token_drop_policy" not in args.explicit_flags:
+        args.moe_token_drop_policy = (
+            "position"  # by probability, later tokens push out earlier ones
+        )
 
 
 def _check_presence(args: argparse.Namespace) -> None:

@@ -5,8 +5,10 @@
     capacity  ceil(2 c ceil(N / E)) slots an expert; first choices take them before second ones
     loss      as Switch's, over first choices only
 
-A weight is not raised where the other expert drops the token. W is initialised as the other weights
-are. Letters as in switch.py; the source groups tokens by device, here the group is a micro-batch.
+A weight is not raised where the other expert drops the token. A later token's first choice takes a
+slot before an earlier one's second choice, under either drop policy. W is initialised as the other
+weights are. Letters as in switch.py; the source groups tokens by device, here the group is a
+micro-batch.
 """
 
 from __future__ import annotations
