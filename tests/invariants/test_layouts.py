@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from support.checkpoints import checkpoint_tensors
 from support.launches import Step, launch, steps
 
 NUM_STEPS = 5
@@ -66,6 +68,9 @@ BARE_SPEC = f"""
     --position-embedding-type none --train-iters {NUM_STEPS}
 """
 
+# 512 entries are padded to 768, as another tensor parallel size may do it.
+PADDED = "--make-vocab-size-divisible-by 384 --save-interval 100 --save"
+
 
 def _applies(layout: str, architecture: str) -> bool:
     if architecture in ROUTED:
@@ -114,7 +119,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         for precision, flags in PRECISIONS.items()
     }
     bare = {"bare/spec": f"{MODEL} {BARE_SPEC}"}
-    launch(seeds | plain | fresh | bare, processes=1, folder=runs.folder)
+    padded = {"padded/hash": runs.resumed("transformer_hash", f"{PADDED} {runs.folder}/padded/run")}
+    launch(seeds | plain | fresh | bare | padded, processes=1, folder=runs.folder)
     return runs
 
 
@@ -182,3 +188,12 @@ def test_bf16_follows_fp32(one: Runs, architecture: str):
 def test_a_bare_spec_trains_as_our_flag(one: Runs):
     """`--spec megatron_smlp.architectures gmlp` is `--architecture gmlp` with its defaults."""
     _assert_same(one.steps("bare", "spec"), one.steps("gmlp_1_head", "fp32")[:NUM_STEPS])
+
+
+def test_a_hash_table_is_loaded_into_a_longer_one(one: Runs):
+    """Padding follows the layout: the load is not refused, and real tokens keep their experts."""
+    name = "decoder.layers.0.mlp.router.table"
+    saved = checkpoint_tensors(one.folder / "seeds" / "transformer_hash", 1)[name]
+    longer = checkpoint_tensors(one.folder / "padded" / "run", NUM_STEPS)[name]
+    assert (len(saved), len(longer)) == (512, 768)
+    assert torch.equal(longer[:512], saved)
