@@ -18,7 +18,13 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_smlp.options import LayerSlots, ModelOptions, layer_slots, model_option_names
+from megatron_smlp.options import (
+    EXPERTS_PER_TOKEN,
+    LayerSlots,
+    ModelOptions,
+    layer_slots,
+    model_option_names,
+)
 
 TOKENS_PER_REPORT = 1024
 
@@ -134,8 +140,8 @@ def _slots(args: argparse.Namespace, num_experts: int | None) -> Iterable[LayerS
 
 def _experts_per_token(args: argparse.Namespace) -> int:
     """Megatron's --moe-router-topk, where the rule of the router leaves it open."""
-    fixed = {"switch": 1, "gshard": 2, "base": 1, "hash": 1}
-    count: int = fixed.get(getattr(args, "token_router", ""), args.moe_router_topk)
+    name = getattr(args, "token_router", "none")
+    count: int = EXPERTS_PER_TOKEN.get(name, args.moe_router_topk)
     return count
 
 

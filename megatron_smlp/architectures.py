@@ -58,6 +58,9 @@ class SMLPTransformerConfig(TransformerConfig, ModelOptions):
     """T, tokens: the size of every spatial matrix; None takes Megatron's --seq-length. (It has a
     name of its own because GPTModelConfig has a `seq_length` that it would hide.)"""
 
+    hash_vocab_size: int | None = None
+    """HASH: the padded vocabulary, entries of its table."""
+
     hetereogenous_dist_checkpoint: bool = True
     """Checkpoints name each layer by its number, since layers of one model differ."""
 

@@ -21,6 +21,7 @@ import yaml
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import cpu, torch_adam
+from megatron_smlp.routers.flags import settle_token_router
 from megatron_smlp.training.checkpoints import check_against_checkpoint, settle_load
 from megatron_smlp.training.tokenizer_folder import use_local_gpt2_files
 
@@ -199,9 +200,7 @@ def _settle_defaults(args: argparse.Namespace) -> None:
         args.max_position_embeddings = args.seq_length
     if args.num_experts and args.tensor_model_parallel_size > 1:
         args.sequence_parallel = True  # Megatron's MoELayer dispatches slices of the tokens
-    if args.num_experts and args.moe_router_topk == 1:
-        # The weight of a single expert is its share of all, or it would always be 1.
-        args.moe_router_pre_softmax = True
+    settle_token_router(args)
     if "bias_gelu_fusion" not in given:
         # Megatron's fused GELU is the tanh approximation; here GELU is exact on every device.
         args.bias_gelu_fusion = False
@@ -316,11 +315,6 @@ def _check_experts(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--num-experts {experts} is not a multiple of --expert-model-parallel-size {ep}: "
             "choose a multiple."
-        )
-    if args.moe_router_topk > experts:
-        raise UsageError(
-            f"--moe-router-topk {args.moe_router_topk} is over --num-experts {experts}: a token "
-            "can visit each expert once. Choose at most the number of experts."
         )
 
 

@@ -10,12 +10,14 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 
 from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
+from megatron_smlp.routers.hash import give_token_ids
 
 
 def transformer_config(args: argparse.Namespace) -> SMLPTransformerConfig:
     """Megatron's own translation of arguments, into our config class."""
     config = core_transformer_config_from_args(args, config_class=SMLPTransformerConfig)
     config.spatial_length = args.seq_length
+    config.hash_vocab_size = args.padded_vocab_size
     return config
 
 
@@ -24,7 +26,14 @@ def model_config(args: argparse.Namespace) -> Any:
     config = transformer_config(args)
     model = gpt_config_from_args(args, config=config)
     model.transformer_layer_spec = import_module(args.spec) if args.spec else _layers
+    model.pre_wrap_hooks.append(_with_token_ids)
     return model
+
+
+def _with_token_ids(stages: list[Any]) -> list[Any]:
+    for stage in stages:
+        give_token_ids(stage)
+    return stages
 
 
 def _layers(model: Any, vp_stage: int | None = None) -> Any:

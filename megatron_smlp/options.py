@@ -11,6 +11,8 @@ from typing import Literal
 
 Mixer = Literal["attention", "spatial_gating", "feature_moe"]
 Channel = Literal["mlp", "token_moe", "none"]
+TokenRouterName = Literal["none", "switch", "gshard", "base", "hash"]
+EXPERTS_PER_TOKEN = {"switch": 1, "gshard": 2, "base": 1, "hash": 1}
 
 
 @dataclass
@@ -35,6 +37,21 @@ class ModelOptions:
     num_dense_layers: int = 0
     """smlp: how many dense spatial gating layers come before the sparse ones (N1 of the paper);
     the other --num-layers minus this many are sparse (N2)."""
+
+    token_router: TokenRouterName = "none"
+    """How tokens choose among the --num-experts FFN experts of a token MoE; one file a rule in
+    megatron_smlp/routers/. none: there are no token experts."""
+
+    moe_train_capacity_factor: float | None = None
+    """switch, gshard: choices that an expert serves in training, as a multiple of an even share of
+    the micro-batch; the others pass by the residual (see --moe-token-drop-policy). Left out:
+    nothing is dropped."""
+
+    moe_eval_capacity_factor: float | None = None
+    """switch, gshard: the same in evaluation, where it often is larger or left out."""
+
+    hash_seed: int = 0
+    """hash: seed of the random table of token ids with which a new model starts."""
 
 
 @dataclass

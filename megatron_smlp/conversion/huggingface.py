@@ -27,6 +27,11 @@ SAME_NAME = (
     "hidden_size",
     "ffn_hidden_size",
     "num_attention_heads",
+    "token_router",
+    "moe_train_capacity_factor",
+    "moe_eval_capacity_factor",
+    "moe_aux_loss_coeff",
+    "hash_seed",
     "num_experts",
     "moe_ffn_hidden_size",
     "moe_layer_freq",
@@ -77,7 +82,7 @@ def huggingface_config(flags: dict[str, Any]) -> SMLPConfig:
             )
     return SMLPConfig(
         **{name: flags[name] for name in SAME_NAME},
-        token_router="switch" if flags["num_experts"] else "none",
+        moe_drop_policy=flags["moe_token_drop_policy"],
         vocab_size=flags["padded_vocab_size"],
         max_position_embeddings=flags["seq_length"],
         layer_norm_epsilon=flags["layernorm_epsilon"],
@@ -87,13 +92,13 @@ def huggingface_config(flags: dict[str, Any]) -> SMLPConfig:
 
 @torch.no_grad()
 def fill(model: SMLPForCausalLM, checkpoint: TorchDistCheckpoint) -> None:
-    """Copy every weight of the checkpoint into the model, and account for each one.
+    """Copy every weight and buffer of the checkpoint into the model, and account for each one.
 
     Raises:
         UsageError: with the name of a tensor that is unknown, missing, or of another shape.
     """
     heads = HeadShape.of(checkpoint.flags)
-    targets: dict[str, Tensor] = dict(model.named_parameters())
+    targets: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     missing = set(targets)
     for name, tensor in checkpoint.tensors():
         try:

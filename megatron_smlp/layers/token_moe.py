@@ -18,20 +18,51 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_smlp.routers.base import BaseRouter
+from megatron_smlp.routers.gshard import GShardRouter
+from megatron_smlp.routers.hash import HashRouter
+from megatron_smlp.routers.switch import SwitchRouter
+
+ROUTERS: dict[str, Any] = {
+    "none": TopKRouter,  # only under a bare `--spec` in Megatron-LM's own script, with its flags
+    "switch": SwitchRouter,
+    "gshard": GShardRouter,
+    "base": BaseRouter,
+    "hash": HashRouter,
+}
+
 
 def token_moe_builder(
-    config: TransformerConfig, backend: BackendSpecProvider, *, router: Any = TopKRouter
+    config: TransformerConfig, backend: BackendSpecProvider, *, router: Any = None
 ) -> Any:
     """A builder for the `mlp` slot.
 
     Args:
-        router: what fills MoELayer's router slot; called with config, pg_collection, is_mtp_layer.
+        router: what fills MoELayer's router slot, called with config, pg_collection, is_mtp_layer;
+            default: the rule that the config names.
     """
+    router = router or ROUTERS[getattr(config, "token_router", "none")]
     submodules = MoESubmodules(
         experts=partial(_experts, backend.grouped_mlp_modules(config.moe_grouped_gemm)),
         router=partial(_router, router),
     )
-    return partial(MoELayer, submodules=submodules)
+    return partial(_layer, submodules)
+
+
+def _layer(submodules: MoESubmodules, *, config: TransformerConfig, **kwargs: Any) -> MoELayer:
+    if _may_drop(config):
+        # A capacity of its own is how Megatron's dispatcher learns that not every token is sent
+        # k times. Only its top-k router would drop by it.
+        config = copy.copy(config)
+        config.moe_expert_capacity_factor = float(config.num_moe_experts)
+    return MoELayer(config, submodules=submodules, **kwargs)
+
+
+def _may_drop(config: TransformerConfig) -> bool:
+    """Whether the router leaves out choices: over the capacity, or GShard's second expert."""
+    factors = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
+    limited = any(getattr(config, name, None) is not None for name in factors)
+    return limited or getattr(config, "token_router", "none") == "gshard"
 
 
 def _experts(builder: Any, num_local_experts: int, config: TransformerConfig, **kwargs: Any) -> Any:

@@ -33,6 +33,8 @@ MEGATRON_MODEL_FLAGS = (
     "moe_ffn_hidden_size",
     "moe_layer_freq",
     "moe_router_topk",
+    "moe_aux_loss_coeff",
+    "moe_token_drop_policy",
     "normalization",
     "layernorm_epsilon",
     "add_bias_linear",
@@ -41,6 +43,13 @@ MEGATRON_MODEL_FLAGS = (
     "padded_vocab_size",
 )
 
+# Recorded for whoever exports the model, but free to change from run to run.
+MAY_CHANGE = (
+    "moe_train_capacity_factor",
+    "moe_eval_capacity_factor",
+    "moe_aux_loss_coeff",
+    "moe_token_drop_policy",
+)
 
 # Padding of the vocabulary grows with the tensor parallel size; Megatron loads across it.
 LAYOUT_DEPENDENT = ("padded_vocab_size",)
@@ -106,7 +115,7 @@ def check_against_checkpoint(args: argparse.Namespace) -> None:
     wanted = model_flags(args)
     for name, there in (saved or {}).items():
         here = wanted.get(name, there)
-        if here != there and name not in LAYOUT_DEPENDENT:
+        if here != there and name not in (*LAYOUT_DEPENDENT, *MAY_CHANGE):
             flag = "--" + name.replace("_", "-")
             raise UsageError(
                 f"{flag} {here} contradicts the checkpoint {args.load}, which was made with "

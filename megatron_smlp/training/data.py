@@ -63,7 +63,7 @@ class DatasetProvider:
             UsageError: the datasets do not suffice, or a split is empty.
         """
         args = get_args()
-        on_rank = partial(_reads_data, vp_stage)
+        on_rank = partial(_reads_data, args, vp_stage)
         if args.mock_data:
             return BlendedMegatronDatasetBuilder(
                 MockGPTDataset, num_samples, on_rank, dataset_config(args)
@@ -88,9 +88,19 @@ class DatasetProvider:
         self.said = True
 
 
-def _reads_data(vp_stage: int | None) -> bool:
-    """Whether this rank reads samples: the ends of the pipeline, once per TP group."""
-    return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+def needs_token_ids(args: argparse.Namespace) -> bool:
+    """Whether every pipeline stage looks at the token ids: HASH routes by them."""
+    return bool(args.token_router == "hash")
+
+
+def needs_batch(args: argparse.Namespace, vp_stage: int | None) -> bool:
+    """Whether this pipeline stage gets batches: the ends of the pipeline, or all of it."""
+    return needs_token_ids(args) or bool(is_first_or_last_pipeline_stage(vp_stage))
+
+
+def _reads_data(args: argparse.Namespace, vp_stage: int | None) -> bool:
+    """Whether this rank reads samples: one of each TP group."""
+    return mpu.get_tensor_model_parallel_rank() == 0 and needs_batch(args, vp_stage)
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:

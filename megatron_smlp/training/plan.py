@@ -63,7 +63,7 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
     """Both slots in words."""
     channels = {
         "mlp": f"MLP, width {args.ffn_hidden_size}",
-        "token_moe": f"token MoE, experts: {args.num_experts}, top-{args.moe_router_topk}",
+        "token_moe": f"token MoE ({args.token_router}), experts: {args.num_experts}",
         "none": "-",
     }
     return MIXERS[slots.mixer].format(heads=slots.heads), channels[slots.channel]

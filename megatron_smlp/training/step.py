@@ -18,8 +18,9 @@ import torch
 from megatron.core import mpu
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers
-from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
+
+from megatron_smlp.training.data import needs_batch, needs_token_ids
 
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask")
 
@@ -87,7 +88,7 @@ def next_batch(
         tokens, position_ids, labels: <int64>[B, T]; loss_mask: <float32>[B, T].
     """
     args = get_args()
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    if not needs_batch(args, vp_stage):
         return dict.fromkeys(BATCH_KEYS)
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -104,7 +105,7 @@ def next_batch(
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=needs_token_ids(args),  # then Megatron broadcasts all of it on all stages
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),

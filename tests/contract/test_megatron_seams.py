@@ -20,10 +20,14 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipeli
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import checkpoint, copy_to_tensor_model_parallel_region
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -172,8 +176,59 @@ class TestTokenMoE:
         assert Experts.built.pop(1) is config, "then the config, both without a name"
         assert set(Experts.built) == {"pg_collection", "name"}
 
+    def test_what_our_routers_use_of_megatrons(self):
+        assert names(TopKRouter.forward) == ["self", "input", "padding_mask"]
+        assert names(TopKRouter.attach_and_log_load_balancing_loss)[:6] == [
+            "self", "activation", "aux_loss_coeff", "aux_loss", "aux_loss_name", "reduce_group",
+        ]  # fmt: skip
+        assert names(TopKRouter.apply_z_loss)[:2] == ["self", "logits"]
+        assert names(TopKRouter.get_aux_loss_coeff) == ["self", "aux_loss_type"]
+        assert names(router_gating_linear) == ["inp", "weight", "bias", "router_dtype"]
+        assert {"input_", "group"} <= set(names(gather_from_sequence_parallel_region))
+
+    @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+    def test_a_capacity_tells_the_dispatcher_that_tokens_may_be_left_out(self, dispatcher: str):
+        """One of four tokens goes nowhere: its output is zero, the others' are not."""
+        config = layer_config(
+            num_moe_experts=2,
+            moe_router_topk=1,
+            moe_router_pre_softmax=True,
+            moe_token_dispatcher_type=dispatcher,
+            moe_expert_capacity_factor=2.0,
+            add_bias_linear=False,
+        )
+
+        class Router(Noted):
+            def set_layer_number(self, number: int) -> None: ...
+
+            def forward(self, hidden: torch.Tensor, _: Any) -> tuple[torch.Tensor, torch.Tensor]:
+                sent = torch.tensor([[1, 0], [0, 1], [0, 0], [0, 1]])
+                return sent.float(), sent.bool()
+
+        backend = get_backend("local")
+        experts = backend.grouped_mlp_modules(config.moe_grouped_gemm)
+        layer = MoELayer(config, MoESubmodules(experts=experts, router=Router))
+        output, _ = layer(torch.randn(4, 1, config.hidden_size))
+        assert output.ne(0).any(-1)[:, 0].tolist() == [True, True, False, True]
+
+    def test_checkpointing_says_so_in_both_passes(self):
+        seen: list[tuple[bool, bool]] = []
+
+        def noted(hidden: torch.Tensor) -> torch.Tensor:
+            seen.append((is_checkpointing(), torch.is_grad_enabled()))
+            return hidden * 2
+
+        checkpoint(noted, False, torch.ones(2, requires_grad=True)).sum().backward()
+        assert seen == [(True, False), (True, True)]
+        assert not is_checkpointing()
+
 
 class TestModel:
+    def test_hooks_see_the_model_before_it_is_wrapped(self, parse: Callable[..., Any]):
+        """And every stage is called with the token ids first, wrapped or not."""
+        assert len(model_config(parse("--architecture gmlp")).pre_wrap_hooks) == 1
+        assert names(GPTModel.forward)[1] == "input_ids"
+
     def test_the_layer_spec_may_be_a_function_of_the_stage(self, parse: Callable[..., Any]):
         config = model_config(parse("--architecture gmlp"))
         plain = config.transformer_layer_spec

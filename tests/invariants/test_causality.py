@@ -4,7 +4,7 @@ Bitwise, but for models with token experts: there the number of tokens that reac
 with the other tokens of the batch, and the GEMM library may round another batch size differently.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 pytestmark = pytest.mark.usefixtures("megatron")
 
 BATCH, LENGTH = 4, 16
-EXPERTS = "--num-experts 4 --moe-router-topk 1"
+EXPERTS = "--num-experts 4"
 MODELS = {
     "transformer": "--architecture transformer --num-attention-heads 4",
     "gmlp_1_head": "--architecture gmlp",
@@ -23,10 +23,13 @@ MODELS = {
     "smlp_feature_moe_only": "--architecture smlp --num-dense-layers 2 --spatial-heads 2 "
     "--feature-router deterministic --num-feature-experts 4",
     "smlp": "--architecture smlp --num-dense-layers 2 --spatial-heads 2 "
-    f"--feature-router deterministic --num-feature-experts 4 {EXPERTS}",
-    "transformer_moe": f"--architecture transformer --num-attention-heads 4 {EXPERTS}",
+    f"--feature-router deterministic --num-feature-experts 4 --token-router base {EXPERTS}",
+    **{
+        f"transformer_{router}": f"--num-attention-heads 4 --token-router {router} {EXPERTS}"
+        for router in ("switch", "gshard", "base", "hash")
+    },
 }
-ROUTED = {"smlp", "transformer_moe"}
+ROUTED = {name for name, flags in MODELS.items() if EXPERTS in flags}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -88,6 +91,33 @@ def test_a_prefix_has_the_logits_of_the_whole(model: tuple[str, Any], length: in
     tokens = torch.randint(network.vocab_size, (BATCH, LENGTH))
     whole = logits(network, tokens)[:, :length]
     torch.testing.assert_close(logits(network, tokens[:, :length]), whole, rtol=0, atol=1e-5)
+
+
+# What looks across the micro-batch by its method, and what does not although it drops tokens.
+LIMITED = "--token-router switch --moe-train-capacity-factor 0.5 --moe-token-drop-policy"
+IN_TRAINING = {
+    "drops_by_position": (f"{LIMITED} position", False),
+    "drops_by_probability": (f"{LIMITED} probs", True),
+    "base": ("--token-router base", True),
+    "hash": ("--token-router hash", False),
+}
+
+
+@pytest.mark.parametrize("case", IN_TRAINING)
+def test_what_sees_later_tokens_in_training(case: str, parse: Callable[..., Any]):
+    flags, looks_ahead = IN_TRAINING[case]
+    network = build_model(parse(f"--num-attention-heads 4 {EXPERTS} {flags}")).train()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    position, changes = 8, []
+    for _ in range(10):
+        before = torch.randint(network.vocab_size, (BATCH, LENGTH))
+        after = torch.cat([before[:, :position], other_tokens(before, 100)[:, position:]], dim=1)
+        old, new = logits(network, before), logits(network, after)
+        changes.append((old - new)[:, :position].abs().max().item())
+    assert (max(changes) > 1e-3) == looks_ahead
+    assert looks_ahead or max(changes) < 1e-5
 
 
 def test_the_batch_does_not_matter(model: tuple[str, Any]):

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from support.checkpoints import checkpoint_tensors
 from support.launches import Step, launch, steps
 
 NUM_STEPS = 5
@@ -23,7 +25,7 @@ MODEL = """
     --num-workers 0 --lr 3e-3 --lr-decay-style constant --log-interval 1
     --eval-iters 1 --eval-interval 1000
 """
-EXPERTS = "--num-experts 4 --moe-router-topk 1 --moe-token-dispatcher-type alltoall"
+EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
 ATTENTION = "--architecture transformer --num-attention-heads 4"
 SMLP = """
     --architecture smlp --num-dense-layers 2 --spatial-heads 2
@@ -32,12 +34,13 @@ SMLP = """
 
 ARCHITECTURES = {
     "transformer": ATTENTION,
-    "transformer_moe": f"{ATTENTION} {EXPERTS} --moe-layer-freq 2",
+    "transformer_switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-layer-freq 2",
+    "transformer_hash": f"{ATTENTION} --token-router hash {EXPERTS}",
     "gmlp_1_head": "--architecture gmlp --spatial-heads 1",
     "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
-    "smlp": f"{SMLP} {EXPERTS}",
+    "smlp": f"{SMLP} --token-router base {EXPERTS}",
 }
-ROUTED = {"transformer_moe", "smlp"}
+ROUTED = {"transformer_switch", "transformer_hash", "smlp"}
 
 TP = "--tensor-model-parallel-size 2"
 PP = "--pipeline-model-parallel-size 2"
@@ -46,6 +49,8 @@ TWO_PROCESSES = {
     "tp2_sp": f"{TP} --sequence-parallel",
     "pp2": PP,
     "pp2_interleaved": f"{PP} --num-layers-per-virtual-pipeline-stage 1",
+    "pp2_recompute": f"{PP} --recompute-granularity full --recompute-method uniform "
+    "--recompute-num-layers 1",
     "dp2": "",
     "dp2_distributed_optimizer": "--use-distributed-optimizer",
     "ep2": "--expert-model-parallel-size 2",
@@ -62,6 +67,9 @@ BARE_SPEC = f"""
     --spec megatron_smlp.architectures gmlp --num-attention-heads 1
     --position-embedding-type none --train-iters {NUM_STEPS}
 """
+
+# 512 entries are padded to 768, as another tensor parallel size may do it.
+PADDED = "--make-vocab-size-divisible-by 384 --save-interval 100 --save"
 
 
 def _applies(layout: str, architecture: str) -> bool:
@@ -111,7 +119,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         for precision, flags in PRECISIONS.items()
     }
     bare = {"bare/spec": f"{MODEL} {BARE_SPEC}"}
-    launch(seeds | plain | fresh | bare, processes=1, folder=runs.folder)
+    padded = {"padded/hash": runs.resumed("transformer_hash", f"{PADDED} {runs.folder}/padded/run")}
+    launch(seeds | plain | fresh | bare | padded, processes=1, folder=runs.folder)
     return runs
 
 
@@ -179,3 +188,12 @@ def test_bf16_follows_fp32(one: Runs, architecture: str):
 def test_a_bare_spec_trains_as_our_flag(one: Runs):
     """`--spec megatron_smlp.architectures gmlp` is `--architecture gmlp` with its defaults."""
     _assert_same(one.steps("bare", "spec"), one.steps("gmlp_1_head", "fp32")[:NUM_STEPS])
+
+
+def test_a_hash_table_is_loaded_into_a_longer_one(one: Runs):
+    """Padding follows the layout: the load is not refused, and real tokens keep their experts."""
+    name = "decoder.layers.0.mlp.router.table"
+    saved = checkpoint_tensors(one.folder / "seeds" / "transformer_hash", 1)[name]
+    longer = checkpoint_tensors(one.folder / "padded" / "run", NUM_STEPS)[name]
+    assert (len(saved), len(longer)) == (512, 768)
+    assert torch.equal(longer[:512], saved)

@@ -86,9 +86,12 @@ def layer_config(**changes: Any) -> SMLPTransformerConfig:
 
 def build_model(args: Any) -> Any:
     """Megatron's GPTModel with the layers that these arguments name, in evaluation mode."""
+    from megatron.training.models.base import compose_hooks
     from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron_smlp.model import model_config
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return GPTModelBuilder(model_config(args)).build_model(groups).eval()
+    config = model_config(args)
+    model = GPTModelBuilder(config).build_model(groups)
+    return compose_hooks(config.pre_wrap_hooks)([model])[0].eval()

@@ -82,7 +82,7 @@ class TestConfigFile:
 
     def test_lists(self, parse: Parse, yaml):
         """Several values for one flag, and a list that Megatron reads as one word."""
-        text = "num-experts: 2\nmoe-router-topk: 1\nmoe-layer-freq: [0, 1, 0, 1]\n"
+        text = "token-router: switch\nnum-experts: 2\nmoe-layer-freq: [0, 1, 0, 1]\n"
         args = parse(f"--config {yaml(text + 'iterations-to-skip: [3, 5]')} {TRANSFORMER}")
         assert args.moe_layer_freq == [0, 1, 0, 1]
         assert args.iterations_to_skip == [3, 5]
@@ -159,12 +159,38 @@ class TestRefusals:
              r"--architecture smlp, not transformer: leave it out"),
             ("--num-attention-heads 5", r"--num-attention-heads 5 does not divide --hidden-size "
              r"32"),
-            (f"{SMLP} --num-experts 2 --moe-router-topk 3", r"--moe-router-topk 3 is over "
-             r"--num-experts 2"),
         ],
     )  # fmt: skip
     def test_shapes(self, parse: Parse, words: str, message: str):
         refusal(parse, words, message)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ("--num-experts 4", r"--num-experts 4 without --token-router: choose one of switch, "
+             r"gshard, base, hash, or leave"),
+            ("--token-router base", r"--token-router base without --num-experts: give"),
+            ("--token-router gshard --num-experts 1", r"--num-experts 1 is too few for "
+             r"--token-router gshard: give 2"),
+            ("--token-router best --num-experts 4", r"--token-router: invalid choice: 'best'"),
+            ("--token-router switch --num-experts 4 --moe-train-capacity-factor 0",
+             r"--moe-train-capacity-factor 0 must be over 0"),
+            ("--token-router gshard --num-experts 4 --moe-eval-capacity-factor -1.5",
+             r"--moe-eval-capacity-factor -1\.5 must be over 0"),
+            ("--token-router base --num-experts 4 --moe-train-capacity-factor 1",
+             r"--moe-train-capacity-factor is for --token-router switch or gshard, not base"),
+            ("--token-router hash --num-experts 4 --moe-aux-loss-coeff 0.1",
+             r"--moe-aux-loss-coeff is for --token-router switch or gshard, not hash"),
+            ("--token-router switch --num-experts 4 --moe-aux-loss-coeff 0.1 0.2",
+             r"--moe-aux-loss-coeff 0\.1 0\.2: give one number"),
+            ("--token-router switch --num-experts 4 --moe-router-topk 2",
+             r"--moe-router-topk 2 contradicts --token-router switch, with which a token visits 1"),
+            ("--token-router switch --num-experts 4 --moe-expert-capacity-factor 1",
+             r"--moe-expert-capacity-factor is for Megatron's top-k router.* leave it out"),
+        ],
+    )  # fmt: skip
+    def test_token_routers(self, parse: Parse, words: str, message: str):
+        refusal(parse, f"{TRANSFORMER} {words}", message)
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -181,7 +207,7 @@ class TestRefusals:
             (f"{SMLP} --context-parallel-size 2", r"--context-parallel-size 2 is not available"),
             (f"{SMLP} --expert-model-parallel-size 2",
              r"--expert-model-parallel-size 2 without --num-experts"),
-            (f"{SMLP} --num-experts 3 --moe-router-topk 1 --expert-model-parallel-size 2",
+            (f"{SMLP} --token-router switch --num-experts 3 --expert-model-parallel-size 2",
              r"--num-experts 3 is not a multiple of --expert-model-parallel-size 2"),
         ],
     )  # fmt: skip
@@ -245,11 +271,26 @@ class TestSettled:
         assert parse(f"{GMLP} --position-embedding-type rope").position_embedding_type == "rope"
         assert parse(TRANSFORMER).max_position_embeddings == 16
 
-    def test_a_single_expert_keeps_its_weight(self, parse: Parse):
-        """A softmax over the one chosen expert would always be 1, and teach the router nothing."""
-        assert parse(f"{TRANSFORMER} --num-experts 2 --moe-router-topk 1").moe_router_pre_softmax
-        args = parse(f"{TRANSFORMER} --num-experts 2 --moe-router-topk 2")
-        assert not args.moe_router_pre_softmax
+    @pytest.mark.parametrize(
+        ("router", "experts_per_token", "loss", "coefficient"),
+        [
+            ("switch", 1, "aux_loss", 0.01),
+            ("gshard", 2, "aux_loss", 0.01),
+            ("base", 1, "none", 0.0),
+            ("hash", 1, "none", 0.0),
+        ],
+    )
+    def test_the_rule_of_the_router_settles_megatrons_flags(
+        self, parse: Parse, router: str, experts_per_token: int, loss: str, coefficient: float
+    ):
+        args = parse(f"{TRANSFORMER} --token-router {router} --num-experts 4")
+        assert args.moe_router_topk == experts_per_token
+        assert args.moe_router_load_balancing_type == loss
+        assert args.moe_aux_loss_coeff == coefficient
+
+    def test_a_coefficient_of_the_balance_loss_is_kept(self, parse: Parse):
+        words = f"{TRANSFORMER} --token-router switch --num-experts 4 --moe-aux-loss-coeff 0.02"
+        assert parse(words).moe_aux_loss_coeff == 0.02
 
     def test_spatial_gating_needs_no_attention_heads_in_any_layout(self, parse: Parse, processes):
         from megatron_smlp.model import transformer_config
@@ -260,7 +301,7 @@ class TestSettled:
 
     def test_experts_under_tensor_parallelism_are_sequence_parallel(self, parse: Parse, processes):
         processes(2)
-        words = f"{SMLP} --num-experts 2 --moe-router-topk 1 --tensor-model-parallel-size 2"
+        words = f"{SMLP} --token-router switch --num-experts 2 --tensor-model-parallel-size 2"
         assert parse(words).sequence_parallel
 
     @pytest.mark.skipif(not cpu.needed(), reason="there is a CUDA device")

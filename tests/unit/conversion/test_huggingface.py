@@ -22,14 +22,16 @@ BASE = (
     "--global-batch-size 2 --train-iters 3 --lr 1e-2 --eval-iters 0 --num-workers 0 "
     "--attention-dropout 0 --hidden-dropout 0"
 )
-MOE = "--num-experts 4 --moe-router-topk 1"
+MOE = "--num-experts 4"
 SYSTEMS = {
     "transformer": "--architecture transformer",
-    "transformer_moe": f"--architecture transformer --moe-layer-freq 2 {MOE}",
+    "transformer_switch": f"{MOE} --token-router switch --moe-layer-freq 2",
+    "transformer_gshard": f"{MOE} --token-router gshard --moe-eval-capacity-factor 1",
+    "transformer_hash": f"{MOE} --token-router hash --hash-seed 3",
     "gmlp": "--architecture gmlp --spatial-heads 3",
     "smlp": (
         "--architecture smlp --num-dense-layers 1 --feature-router deterministic "
-        f"--num-feature-experts 4 {MOE} --moe-ffn-hidden-size 40"
+        f"--num-feature-experts 4 {MOE} --token-router base --moe-ffn-hidden-size 40"
     ),
 }
 

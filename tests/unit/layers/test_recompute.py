@@ -13,7 +13,7 @@ ARCHITECTURES = {
     "transformer": "--architecture transformer --num-attention-heads 4",
     "gmlp": "--architecture gmlp --spatial-heads 4",
     "smlp": "--architecture smlp --num-dense-layers 2 --feature-router deterministic "
-    "--num-feature-experts 4 --num-experts 2 --moe-router-topk 1",
+    "--num-feature-experts 4 --token-router switch --num-experts 2",
 }
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective"

@@ -1,0 +1,128 @@
+"""The flags of the token routers: what each rule settles of Megatron's, and what it refuses."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, get_args
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.options import EXPERTS_PER_TOKEN, TokenRouterName
+
+ALLOWED = ", ".join(name for name in get_args(TokenRouterName) if name != "none")
+WITH_CAPACITY = ("switch", "gshard")  # and with a balance loss
+CAPACITIES = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
+DEFAULT_AUX_LOSS_COEFF = 0.01
+# Megatron's top-k router reads these, ours do not.
+OF_MEGATRONS_ROUTER = (
+    "moe_router_load_balancing_type",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+    "moe_router_force_load_balancing",
+    "moe_router_force_biased",
+    "moe_router_fusion",
+    "moe_input_jitter_eps",
+    "moe_expert_capacity_factor",
+)
+
+
+def settle_token_router(args: argparse.Namespace) -> None:
+    """Check the router's flags, and set those of Megatron's that follow from the rule.
+
+    Raises:
+        UsageError: with flag, value, what is allowed, and what to do.
+    """
+    _check_presence(args)
+    if args.token_router == "none":
+        return
+    _refuse_megatrons(args)
+    _check_capacity(args)
+    has_loss = args.token_router in WITH_CAPACITY
+    if "moe_aux_loss_coeff" in args.explicit_flags and not has_loss:
+        raise UsageError(
+            f"--moe-aux-loss-coeff is for --token-router {' or '.join(WITH_CAPACITY)}, not "
+            f"{args.token_router}, which has no balance loss: leave it out."
+        )
+    args.moe_router_topk = EXPERTS_PER_TOKEN[args.token_router]
+    args.moe_router_load_balancing_type = "aux_loss" if has_loss else "none"
+    args.moe_aux_loss_coeff = _aux_loss_coeff(args) if has_loss else 0.0
+    args.moe_router_pre_softmax = True  # Megatron insists on it where a token visits one expert
+    if "moe_token_drop_policy" not in args.explicit_flags:
+        args.moe_token_drop_policy = (
+            "position"  # by probability, later tokens push out earlier ones
+        )
+
+
+def _check_presence(args: argparse.Namespace) -> None:
+    router, experts = args.token_router, args.num_experts
+    if router == "none" and experts is not None:
+        raise UsageError(
+            f"--num-experts {experts} without --token-router: choose one of {ALLOWED}, or leave "
+            "--num-experts out."
+        )
+    if router == "none":
+        return
+    if experts is None:
+        raise UsageError(
+            f"--token-router {router} without --num-experts: give the number of experts, or "
+            "--token-router none."
+        )
+    fewest = EXPERTS_PER_TOKEN[router]
+    if experts < fewest:
+        raise UsageError(
+            f"--num-experts {experts} is too few for --token-router {router}: give {fewest} or "
+            "more."
+        )
+
+
+def _refuse_megatrons(args: argparse.Namespace) -> None:
+    for name in OF_MEGATRONS_ROUTER:
+        if name in args.explicit_flags:
+            raise UsageError(
+                f"{_flag(name)} is for Megatron's top-k router, not for --token-router "
+                f"{args.token_router}: leave it out. Capacities are {_flag(CAPACITIES[0])} and "
+                f"{_flag(CAPACITIES[1])}."
+            )
+    topk = EXPERTS_PER_TOKEN[args.token_router]
+    if "moe_router_topk" in args.explicit_flags and args.moe_router_topk != topk:
+        raise UsageError(
+            f"--moe-router-topk {args.moe_router_topk} contradicts --token-router "
+            f"{args.token_router}, with which a token visits {topk}: leave it out."
+        )
+
+
+def _check_capacity(args: argparse.Namespace) -> None:
+    for name in CAPACITIES:
+        factor = getattr(args, name)
+        if factor is None:
+            continue
+        if args.token_router not in WITH_CAPACITY:
+            raise UsageError(
+                f"{_flag(name)} is for --token-router {' or '.join(WITH_CAPACITY)}, not "
+                f"{args.token_router}, which drops nothing: leave it out."
+            )
+        if not factor > 0:
+            raise UsageError(
+                f"{_flag(name)} {factor:g} must be over 0: 1 is an even share for each expert. "
+                "Leave it out to drop nothing."
+            )
+
+
+def _aux_loss_coeff(args: argparse.Namespace) -> float:
+    """Megatron reads a list of numbers, for its several losses; here there is one."""
+    if "moe_aux_loss_coeff" not in args.explicit_flags:
+        return DEFAULT_AUX_LOSS_COEFF
+    given: Any = args.moe_aux_loss_coeff
+    values = given if isinstance(given, list) else [given]
+    if len(values) > 1:
+        raise UsageError(
+            f"--moe-aux-loss-coeff {' '.join(map(str, values))}: give one number, for the one "
+            f"balance loss of --token-router {args.token_router}."
+        )
+    return float(values[0])
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,87 @@
+"""HASH: the expert of a token follows from its id (Roller et al. 2021, arXiv 2106.04426).
+
+    e = table[id]        y = f_e(h)        no parameters, no loss, nothing dropped
+
+table <int64>[V], V the padded vocabulary: uniform random numbers in [0, E) by --hash-seed, the same
+in every layer. It is a buffer, saved with the model, so a checkpoint's table wins over the seed.
+
+The ids are those of the model's input, on every pipeline stage: `give_token_ids` hands them over
+whenever the model is called, and a recomputed layer finds those of its own forward pass again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import is_checkpointing
+from torch import Tensor, nn
+
+from megatron_smlp.routers.token_router import TokenRouter, as_megatron
+
+
+def random_table(*, num_experts: int, vocab_size: int, seed: int) -> Tensor:
+    """<int64>[V] of numbers in [0, E)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(num_experts, (vocab_size,), generator=generator)
+
+
+class HashRouter(TokenRouter):
+    """See the top of the file."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.weight = None  # Megatron's base class makes one
+        table = random_table(
+            num_experts=config.num_moe_experts,
+            vocab_size=config.hash_vocab_size,
+            seed=config.hash_seed,
+        )
+        self.register_buffer("table", table)
+        self.token_ids: Tensor | None = None
+        self._to_recompute: deque[Tensor] = deque()
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See TokenRouter.forward.
+
+        Raises:
+            ValueError: the model was called without token ids.
+        """
+        ids = self._ids().T.flatten()[self.own_rows(input.shape[0] * input.shape[1])]
+        experts = self.table[ids][:, None]
+        weights = torch.ones_like(experts, dtype=torch.float32)
+        return as_megatron(weights, experts, torch.ones_like(experts).bool(), self.num_experts)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The table, which another layout may pad to another length: no id lies in the padding."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        for entry in state.values():
+            entry.allow_shape_mismatch = True
+        return state
+
+    def _ids(self) -> Tensor:
+        """<int64>[B, T] of the micro-batch whose forward pass this is, or repeats.
+
+        A pipeline stage has several micro-batches under way, and their backward passes come in the
+        order of their forward passes.
+        """
+        if is_checkpointing() and torch.is_grad_enabled():
+            return self._to_recompute.popleft()
+        if self.token_ids is None:
+            raise ValueError("--token-router hash routes by token ids: call the model with them")
+        if is_checkpointing():
+            self._to_recompute.append(self.token_ids)
+        return self.token_ids
+
+
+def give_token_ids(model: nn.Module) -> None:
+    """Let every HASH router of this model, or pipeline stage, know the input of each call."""
+    routers = [module for module in model.modules() if isinstance(module, HashRouter)]
+
+    def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for router in routers:
+            router.token_ids = args[0] if args else kwargs["input_ids"]
+
+    if routers:
+        model.register_forward_pre_hook(give, with_kwargs=True)

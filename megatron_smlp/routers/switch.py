@@ -1,0 +1,81 @@
+"""Switch: one expert per token, the most probable one (Fedus et al. 2021, arXiv 2101.03961).
+
+    p = softmax(h W)        e = argmax p        y = p_e f_e(h)
+    capacity  ceil(c N / E) slots an expert; what overflows passes by the residual
+    loss      a E sum_e f_e P_e,   f_e share of the N tokens whose argmax is e, before any drop,
+                                   P_e mean of p_e over them; 1 where uniform
+
+h <float>[n, D] tokens after the norm; W <float>[D, E], kept as [E, D], without bias, drawn ten
+times smaller than the other weights (their section 2.4). c: --moe-train-capacity-factor in
+training, else --moe-eval-capacity-factor; a: --moe-aux-loss-coeff. Unlike the source, no jitter.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_smlp.routers.capacity import within_capacity
+from megatron_smlp.routers.token_router import TokenRouter
+
+INIT_SCALE = 0.1
+
+
+class SwitchRouter(TokenRouter):
+    """See the top of the file; GShard differs in the choice and in the number of slots."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.weight.data.mul_(INIT_SCALE)
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """One choice of each token, <int64>[N, 1], and whether it got a slot, <bool>[N, 1]."""
+        probabilities = scores.softmax(dim=-1)
+        wanted = probabilities.argmax(dim=-1, keepdim=True)
+        return wanted, self.kept(wanted, torch.ones_like(wanted, dtype=torch.bool), probabilities)
+
+    def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
+        """p of the chosen expert."""
+        return scores.softmax(dim=-1).gather(1, wanted)
+
+    def kept(self, wanted: Tensor, asking: Tensor, probabilities: Tensor) -> Tensor:
+        """Which of the asking choices <bool>[N, k] fit; probabilities: <fp32>[N, E]."""
+        config = self.config
+        factor = (
+            config.moe_train_capacity_factor if self.training else config.moe_eval_capacity_factor
+        )
+        if factor is None:
+            return asking
+        priority = probabilities.gather(1, wanted)
+        if config.moe_token_drop_policy == "position":
+            priority = torch.zeros_like(priority)
+        capacity = self.capacity(factor, len(wanted))
+        return within_capacity(
+            wanted, asking, priority, capacity=capacity, num_experts=self.num_experts
+        )
+
+    def capacity(self, factor: float, num_tokens: int) -> int:
+        """Slots of one expert."""
+        return math.ceil(factor * num_tokens / self.num_experts)
+
+    def balanced(self, probs: Tensor, scores: Tensor, first: Tensor) -> Tensor:
+        """Attach the balance loss; each TP rank its tokens' part, the gradients are summed."""
+        coefficient = self.get_aux_loss_coeff("aux_loss")
+        if not (self.training and torch.is_grad_enabled() and coefficient):
+            return probs
+        share = balance_loss(scores.softmax(dim=-1), first)
+        return self.attach_and_log_load_balancing_loss(
+            probs, coefficient, coefficient * share, "load_balancing_loss", self.tp_cp_group
+        )
+
+
+def balance_loss(probabilities: Tensor, first: Tensor) -> Tensor:
+    """E sum_e f_e P_e, or the part of it that n of the N tokens give.
+
+    probabilities: <fp32>[n, E]; first: <int64>[N], the first choices of the whole group.
+    """
+    num_experts = probabilities.shape[1]
+    share = first.bincount(minlength=num_experts) / len(first)
+    return num_experts * (share * probabilities.sum(dim=0)).sum() / len(first)

@@ -1,0 +1,85 @@
+"""What all token routers share: scores in fp32, one routing group, Megatron's answer.
+
+A routing group is a micro-batch, whatever the layout: under tensor parallelism each rank holds a
+slice of its tokens (sequence parallelism), so the scores are gathered over the TP group, every rank
+makes the same choices for all N tokens, and keeps the rows of its own n. Rows are in the order of
+positions, then of samples.
+
+Letters: N tokens of the group, n tokens of this rank, E experts, k choices of a token, D hidden,
+T sequence length, B micro-batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+
+class TokenRouter(TopKRouter):
+    """A rule says whom a token wants (`choose`) and with which weight it is sent (`weigh`).
+
+    Megatron's z-loss applies to the scores; its own top-k, capacity and balance losses do not.
+    """
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Route the tokens of this rank. Megatron's pretraining batches have no padding.
+
+        Args:
+            input: <float>[T or T / TP, B, D].
+
+        Returns:
+            weights <fp32>[n, E], zero where a token does not go, and where it goes <bool>[n, E].
+        """
+        scores = self.apply_z_loss(self.gating(input).flatten(0, 1))
+        with torch.no_grad():
+            wanted, kept = self.choose(self.of_group(scores.detach()))
+        rows = self.own_rows(len(scores))
+        weights = self.weigh(scores, wanted[rows])
+        probs, routing_map = as_megatron(weights, wanted[rows], kept[rows], self.num_experts)
+        return self.balanced(probs, scores, wanted[:, 0]), routing_map
+
+    def gating(self, input: Tensor) -> Tensor:
+        """input: <float>[..., D] -> scores <fp32>[..., E], whatever precision the model has."""
+        return router_gating_linear(input, self.weight, None, torch.float32)
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """scores: <fp32>[N, E] of the group -> wanted experts <int64>[N, k], kept <bool>[N, k]."""
+        raise NotImplementedError
+
+    def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
+        """scores: <fp32>[n, E]; wanted: <int64>[n, k] -> weights <fp32>[n, k], with gradient."""
+        raise NotImplementedError
+
+    def balanced(self, probs: Tensor, scores: Tensor, first: Tensor) -> Tensor:
+        """Attach a balance loss to `probs`, for the rules that have one.
+
+        scores: <fp32>[n, E] of this rank; first: <int64>[N], first choices of the group.
+        """
+        return probs
+
+    def of_group(self, rows: Tensor) -> Tensor:
+        """Rows of this rank [n, ...] -> rows of the whole group [N, ...]."""
+        if not self.config.sequence_parallel:
+            return rows
+        return gather_from_sequence_parallel_region(rows, group=self.tp_group)
+
+    def own_rows(self, count: int) -> slice:
+        """Where the `count` rows of this rank lie within the group."""
+        rank = self.tp_group.rank() if self.config.sequence_parallel else 0
+        return slice(rank * count, (rank + 1) * count)
+
+
+def as_megatron(
+    weights: Tensor, wanted: Tensor, kept: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor]:
+    """k choices of a token -> Megatron's dense tables.
+
+    weights: <fp32>[n, k]; wanted: <int64>[n, k], distinct in a row; kept: <bool>[n, k].
+    Returns probs <fp32>[n, E] and routing_map <bool>[n, E].
+    """
+    probs = weights.new_zeros(len(wanted), num_experts).scatter(1, wanted, weights * kept)
+    nowhere = torch.zeros_like(probs, dtype=torch.bool)
+    return probs, nowhere.scatter(1, wanted, kept)

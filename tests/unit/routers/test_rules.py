@@ -1,0 +1,279 @@
+"""Token routers on examples small enough to compute by hand: choices, weights, drops, losses."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import checkpoint
+from megatron.core.transformer.moe.moe_logging import (
+    destroy_moe_metrics_tracker,
+    get_moe_metrics_tracker,
+)
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from support.in_process import layer_config
+from torch import Tensor, nn
+
+from megatron_smlp.layers.token_moe import ROUTERS
+from megatron_smlp.routers.hash import give_token_ids, random_table
+from megatron_smlp.routers.switch import balance_loss
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+SIX = [[0.7, 0.3], [0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.8, 0.2], [0.4, 0.6]]
+"""Four tokens want expert 0 (0, 1, 2, 4), two want expert 1."""
+COEFFICIENT = 0.01
+
+
+@pytest.fixture(autouse=True)
+def metrics() -> Iterator[None]:
+    """An empty tracker, and the scale of a loss that counts once."""
+    destroy_moe_metrics_tracker()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    yield
+    destroy_moe_metrics_tracker()
+
+
+def probable(probabilities: list[list[float]]) -> Tensor:
+    """<float>[n, 1, E]: tokens whose scores, with W = 1, give these probabilities."""
+    return torch.tensor(probabilities).log()[:, None]
+
+
+def make_router(name: str, *, num_experts: int, **changes: Any) -> Any:
+    """A router alone; with W = 1, so that a token of D = E numbers is its own scores."""
+    values = {
+        "token_router": name,
+        "hidden_size": num_experts,
+        "num_attention_heads": 1,
+        "num_moe_experts": num_experts,
+        "moe_router_topk": 2 if name == "gshard" else 1,
+        "moe_router_pre_softmax": True,
+        "moe_aux_loss_coeff": COEFFICIENT if name in ("switch", "gshard") else 0.0,
+        "moe_token_drop_policy": "position",
+        "add_bias_linear": False,
+        "hash_vocab_size": 40,
+    }
+    config = layer_config(**(values | changes))
+    router = ROUTERS[name](
+        config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
+    )
+    router.set_layer_number(1)
+    if router.weight is not None:
+        router.weight.data.copy_(torch.eye(num_experts))
+    return router
+
+
+def experts_of(routing_map: Tensor) -> list[list[int]]:
+    return [row.nonzero()[:, 0].tolist() for row in routing_map]
+
+
+class TestSwitch:
+    def test_choices_and_weights(self):
+        probs, routing_map = make_router("switch", num_experts=2)(probable(SIX))
+        assert experts_of(routing_map) == [[0], [0], [0], [1], [0], [1]]
+        expected = torch.tensor([0.7, 0.9, 0.6, 0.8, 0.8, 0.6])
+        torch.testing.assert_close(probs.sum(1), expected)
+        assert torch.equal(probs > 0, routing_map)
+
+    def test_loss(self):
+        """f = (4/6, 2/6), P = (3.6/6, 2.4/6): E sum f P, logged without its coefficient."""
+        router = make_router("switch", num_experts=2)
+        router(probable(SIX))
+        logged = get_moe_metrics_tracker().metrics["load_balancing_loss"].values
+        expected = 2 * (4 / 6 * 0.6 + 2 / 6 * 0.4)
+        torch.testing.assert_close(logged, torch.tensor([expected, 0.0]))
+
+    def test_gradient_of_the_loss_reaches_the_router(self):
+        """Nothing but the attached loss: the gradient of a * E sum f P with f constant."""
+        router, tokens = make_router("switch", num_experts=2), probable(SIX)
+        probs, _ = router(tokens)
+        (probs * 0).sum().backward()
+        weight = torch.eye(2, requires_grad=True)
+        share = torch.tensor([4 / 6, 2 / 6])
+        mean = (tokens[:, 0] @ weight.T).softmax(dim=-1).mean(dim=0)
+        (COEFFICIENT * 2 * (share * mean).sum()).backward()
+        torch.testing.assert_close(router.weight.grad, weight.grad)
+        assert weight.grad.abs().max() > 0
+
+    def test_loss_is_one_where_uniform(self):
+        even = torch.full((8, 4), 0.25)
+        assert balance_loss(even, torch.arange(8) % 4) == pytest.approx(1.0)
+
+    def test_parts_of_the_loss_add_up(self):
+        """What two ranks of a TP group attach is together what one would."""
+        probabilities, first = torch.rand(8, 4).softmax(-1), torch.randint(4, (8,))
+        parts = [balance_loss(half, first) for half in probabilities.chunk(2)]
+        torch.testing.assert_close(sum(parts), balance_loss(probabilities, first))
+
+    @pytest.mark.parametrize("policy", ["position", "probs"])
+    def test_drops(self, policy: str):
+        """Capacity ceil(1 * 6 / 2) = 3: one of the four tokens of expert 0 must go."""
+        router = make_router(
+            "switch", num_experts=2, moe_train_capacity_factor=1.0, moe_token_drop_policy=policy
+        )
+        probs, routing_map = router(probable(SIX))
+        dropped = {"position": 4, "probs": 2}[policy]
+        expected = [[0], [0], [0], [1], [0], [1]]
+        expected[dropped] = []
+        assert experts_of(routing_map) == expected
+        assert probs[dropped].eq(0).all()
+        logged = get_moe_metrics_tracker().metrics["load_balancing_loss"].values[0]
+        torch.testing.assert_close(logged, torch.tensor(2 * (4 / 6 * 0.6 + 2 / 6 * 0.4)))
+
+    @pytest.mark.parametrize(
+        ("training", "num_kept"), [(True, 4), (False, 6)], ids=["training", "evaluation"]
+    )
+    def test_training_and_evaluation_have_their_own_capacity(self, training: bool, num_kept: int):
+        router = make_router(
+            "switch", num_experts=2, moe_train_capacity_factor=0.5, moe_eval_capacity_factor=2.0
+        ).train(training)
+        assert router(probable(SIX))[1].sum() == num_kept
+
+    def test_starts_ten_times_smaller(self):
+        config = layer_config(hidden_size=256, num_moe_experts=64, add_bias_linear=False)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        weight = ROUTERS["switch"](config=config, pg_collection=groups).weight
+        assert weight.shape == (64, 256)
+        assert weight.std().item() == pytest.approx(0.1 * config.init_method_std, rel=0.05)
+
+
+class TestGShard:
+    def test_weights_and_choices_in_evaluation(self):
+        router = make_router("gshard", num_experts=3).eval()
+        probs, routing_map = router(probable([[0.6, 0.3, 0.1], [0.2, 0.05, 0.75]]))
+        assert experts_of(routing_map) == [[0, 1], [0, 2]]
+        expected = [[2 / 3, 1 / 3, 0], [0.2 / 0.95, 0, 0.75 / 0.95]]
+        torch.testing.assert_close(probs, torch.tensor(expected))
+
+    @pytest.mark.parametrize("second", [0.05, 0.2, 0.45])
+    def test_second_expert_is_used_with_probability_two_g2(self, second: float):
+        router, count = make_router("gshard", num_experts=3), 20_000
+        third = min(0.1, second / 2)
+        row = [1 - second - third, second, third]
+        _, routing_map = router(probable([row]).expand(count, 1, 3))
+        assert routing_map[:, 0].all()
+        used = routing_map[:, 1].float().mean().item()
+        assert used == pytest.approx(2 * second, abs=4 * math.sqrt(0.25 / count))
+
+    def test_loss_counts_first_choices_only(self):
+        router = make_router("gshard", num_experts=2)
+        router(probable(SIX))
+        logged = get_moe_metrics_tracker().metrics["load_balancing_loss"].values[0]
+        torch.testing.assert_close(logged, torch.tensor(2 * (4 / 6 * 0.6 + 2 / 6 * 0.4)))
+
+    def test_first_choices_take_slots_before_second_ones(self):
+        """Capacity ceil(2 * 0.5 * ceil(6 / 2)) = 3, while all six tokens ask both experts."""
+        router = make_router("gshard", num_experts=2, moe_eval_capacity_factor=0.5).eval()
+        probs, routing_map = router(probable(SIX))
+        # Expert 0: first choices 0, 1, 2 fill it. Expert 1: 3 and 5 first, then 0 as a second one.
+        assert experts_of(routing_map) == [[0, 1], [0], [0], [1], [], [1]]
+        torch.testing.assert_close(probs[0], torch.tensor([0.7, 0.3]))
+        torch.testing.assert_close(probs[1], torch.tensor([0.9, 0.0]))
+
+
+class TestBase:
+    def test_training_balances(self):
+        """All prefer expert 0; it keeps the two that lose most elsewhere."""
+        router = make_router("base", num_experts=2)
+        tokens = torch.tensor([[3.0, 0.0], [5.0, 0.0], [1.0, 0.0], [4.0, 3.5]])[:, None]
+        probs, routing_map = router(tokens)
+        assert experts_of(routing_map) == [[0], [0], [1], [1]]
+        expected = torch.tensor([3.0, 5.0, 0.0, 3.5]).sigmoid()
+        torch.testing.assert_close(probs.sum(1), expected)
+
+    def test_load_is_even_to_within_one(self):
+        router = make_router("base", num_experts=4)
+        load = router(torch.randn(7, 3, 4))[1].sum(0)
+        assert sorted(load.tolist()) == [5, 5, 5, 6]
+
+    def test_evaluation_is_greedy(self):
+        _, routing_map = make_router("base", num_experts=2).eval()(torch.tensor([[[3.0, 0.0]]] * 4))
+        assert experts_of(routing_map) == [[0]] * 4
+
+    def test_gradient_reaches_the_centroids_only_through_the_sigmoid(self):
+        router, tokens = make_router("base", num_experts=4), torch.randn(12, 1, 4)
+        probs, routing_map = router(tokens)
+        upstream = torch.randn(12)
+        (probs.sum(1) * upstream).sum().backward()
+        chosen = routing_map.float()
+        sigmoid = (tokens[:, 0] * chosen).sum(1).sigmoid()
+        expected = chosen.T @ (tokens[:, 0] * (upstream * sigmoid * (1 - sigmoid))[:, None])
+        torch.testing.assert_close(router.weight.grad, expected)
+
+    def test_scores_that_are_not_finite_do_not_stop_the_step(self):
+        router = make_router("base", num_experts=2)
+        _, routing_map = router(torch.full((4, 1, 2), torch.nan))
+        assert routing_map.sum(0).tolist() == [2, 2]
+
+    @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+    def test_starts_orthogonal(self, precision: torch.dtype):
+        config = layer_config(
+            hidden_size=32, num_moe_experts=8, add_bias_linear=False, params_dtype=precision
+        )
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        weight = ROUTERS["base"](config=config, pg_collection=groups).weight
+        assert weight.dtype == precision
+        gram = weight.float() @ weight.float().T
+        torch.testing.assert_close(gram, 0.01 * torch.eye(8), rtol=0, atol=2e-4)
+
+
+class Called(nn.Module):
+    """A model of nothing but a router, called as GPTModel is."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+        give_token_ids(self)
+
+    def forward(self, input_ids: Tensor, hidden: Tensor) -> Any:
+        return self.router(hidden)
+
+
+class TestHash:
+    def test_expert_follows_from_the_id(self):
+        router = make_router("hash", num_experts=4)
+        ids = torch.randint(40, (3, 5))  # [B, T]
+        probs, routing_map = Called(router)(ids, torch.randn(5, 3, 4))
+        assert experts_of(routing_map) == router.table[ids.T.flatten()][:, None].tolist()
+        assert torch.equal(probs, routing_map.float())
+
+    def test_no_parameters_and_a_table_that_is_saved(self):
+        router = make_router("hash", num_experts=4)
+        assert not list(router.parameters())
+        sharded = router.sharded_state_dict(prefix="router.")
+        assert list(sharded) == ["router.table"]
+        assert sharded["router.table"].global_shape == (40,)
+        assert sharded["router.table"].allow_shape_mismatch, "padding depends on the layout"
+
+    def test_table_follows_from_the_seed(self):
+        first, again, other = (
+            random_table(num_experts=8, vocab_size=1000, seed=seed) for seed in (1, 1, 2)
+        )
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        assert first.bincount(minlength=8).min() > 80
+
+    def test_without_ids_is_refused(self):
+        with pytest.raises(ValueError, match="--token-router hash routes by token ids"):
+            make_router("hash", num_experts=4)(torch.randn(5, 3, 4))
+
+    def test_recomputing_finds_the_ids_of_its_own_micro_batch(self):
+        """Two forward passes before the first backward pass, as on a pipeline's first stage."""
+        router = make_router("hash", num_experts=4)
+        seen: list[list[list[int]]] = []
+
+        def noted(hidden: Tensor) -> Tensor:
+            probs, routing_map = router(hidden)
+            seen.append(experts_of(routing_map))
+            return hidden * probs.sum(1)[:, None, None]
+
+        outputs = []
+        for ids in (torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]])):
+            router.token_ids = ids
+            outputs.append(checkpoint(noted, False, torch.randn(3, 1, 4, requires_grad=True)))
+        for output in outputs:
+            output.sum().backward()
+        assert seen[:2] == seen[2:]
+        assert seen[0] != seen[1]

@@ -1,0 +1,129 @@
+"""The same weights give the same logits and gradients in megatron_smlp/hf/, the plain reference.
+
+In evaluation, and in training with capacity limits: losses, drops and the numbers that GShard draws
+are the same too. Only BASE's assignment is put into the reference, which has a simpler one.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from support.in_process import build_model
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_smlp.conversion.huggingface import huggingface_config
+from megatron_smlp.conversion.names import HeadShape, to_huggingface
+from megatron_smlp.hf.modeling_smlp import SMLPBaseRouter, SMLPForCausalLM
+from megatron_smlp.ops.balanced_assignment import balanced_assignment
+from megatron_smlp.training.checkpoints import model_flags
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+LENGTH = 13  # odd, and shorter than the model's 16
+LAYERS = {
+    "transformer": "--architecture transformer --num-attention-heads 4 --moe-layer-freq 2",
+    "smlp": "--architecture smlp --num-dense-layers 2 --feature-router deterministic "
+    "--num-feature-experts 4",
+}
+CAPACITY = "--moe-train-capacity-factor 0.75 --moe-eval-capacity-factor 1"
+ROUTERS = {
+    "switch": "--token-router switch",
+    "switch_limited": f"--token-router switch {CAPACITY} --moe-token-drop-policy position",
+    "switch_limited_by_probability": f"--token-router switch {CAPACITY}",
+    "gshard": "--token-router gshard",
+    "gshard_limited": f"--token-router gshard {CAPACITY}",
+    "base": "--token-router base",
+    "hash": "--token-router hash --hash-seed 5",
+}
+
+
+@pytest.fixture(autouse=True)
+def metrics() -> Iterator[None]:
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    yield
+    destroy_moe_metrics_tracker()
+
+
+def by_global_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors as its checkpoint names them: local experts become one tensor."""
+    whole: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        before, found, after = name.partition(".local_experts.")
+        if found:
+            rest = after.partition(".")[2]
+            whole.setdefault(f"{before}.experts.{rest}", []).append(tensor)
+        else:
+            whole[name] = tensor
+    return {n: torch.stack(t) if isinstance(t, list) else t for n, t in whole.items()}
+
+
+def in_reference_names(tensors: dict[str, Tensor], args: Any) -> dict[str, Tensor]:
+    heads = HeadShape.of(model_flags(args))
+    return {
+        target: piece
+        for name, tensor in by_global_name(tensors).items()
+        for target, piece in to_huggingface(name, tensor, heads)
+    }
+
+
+def reference_of(model: Any, args: Any) -> SMLPForCausalLM:
+    reference = SMLPForCausalLM(huggingface_config(model_flags(args)))
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    weights = in_reference_names(tensors, args)
+    loaded = reference.load_state_dict(weights, strict=False)
+    assert not loaded.unexpected_keys
+    assert loaded.missing_keys in ([], ["lm_head.weight"]), "tied to the embedding"
+    for module in reference.modules():
+        if isinstance(module, SMLPBaseRouter):
+            module.assign = balanced_assignment
+    return reference
+
+
+@pytest.fixture(params=[(layers, router) for layers in LAYERS for router in ROUTERS], ids="-".join)
+def twins(
+    request: pytest.FixtureRequest, parse: Callable[..., Any]
+) -> tuple[Any, SMLPForCausalLM, Any]:
+    layers, router = request.param
+    args = parse(f"{LAYERS[layers]} --num-experts 4 {ROUTERS[router]}")
+    model = build_model(args)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model, reference_of(model, args), args
+
+
+def batch(vocab_size: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(vocab_size, (3, LENGTH))
+    return tokens, torch.arange(LENGTH).expand_as(tokens)
+
+
+def test_logits_in_evaluation(twins: tuple[Any, SMLPForCausalLM, Any]):
+    model, reference, args = twins
+    tokens, positions = batch(args.padded_vocab_size)
+    with torch.no_grad():
+        expected = reference.eval()(tokens).logits
+        torch.testing.assert_close(model(tokens, positions, None), expected, rtol=0, atol=1e-5)
+
+
+def test_losses_and_gradients_in_training(twins: tuple[Any, SMLPForCausalLM, Any]):
+    model, reference, args = twins
+    tokens, positions = batch(args.padded_vocab_size)
+    labels = tokens.roll(-1, dims=1)
+    torch.manual_seed(11)
+    loss = model.train()(tokens, positions, None, labels=labels).mean()
+    loss.backward()
+    torch.manual_seed(11)
+    outputs = reference.train()(tokens)
+    expected = functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    (expected + (0 if outputs.aux_loss is None else outputs.aux_loss)).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    theirs = {name: p.grad for name, p in reference.named_parameters()}
+    ours = in_reference_names(gradients, args)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-5, msg=name)
