@@ -105,6 +105,8 @@ class Reporter:
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             console=self.console,
+            redirect_stdout=False,  # what Megatron prints is kept in its log, not shown here
+            redirect_stderr=False,
         )
         self.task = progress.add_task("train", total=self.args.train_iters or 1, note="starting")
         return progress
