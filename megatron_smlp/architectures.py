@@ -27,7 +27,7 @@ from megatron.core.models.backends import BackendSpecProvider, get_backend
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -197,5 +197,3 @@ def block_spec(
 transformer = ModuleSpec(module=SlottedLayer, params={"architecture": "transformer"})
 gmlp = ModuleSpec(module=SlottedLayer, params={"architecture": "gmlp"})
 smlp = ModuleSpec(module=SlottedLayer, params={"architecture": "smlp"})
-
-__all__ = ["IdentityFuncOp", "SMLPTransformerConfig", "block_spec", "gmlp", "smlp", "transformer"]

@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Callable
 
+from megatron_smlp.errors import UserError
 
-class DataError(ValueError):
-    """Something the user can put right; the message is one readable line."""
+
+class DataError(UserError):
+    """Something about data or its tokenizer that the user can put right."""
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
