@@ -14,7 +14,6 @@ prediction, C chunks of features.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -127,8 +126,6 @@ def _slots(args: argparse.Namespace, num_experts: int | None) -> Iterable[LayerS
     defaults = ModelOptions()
     names = model_option_names()
     options = ModelOptions(**{n: getattr(args, n, getattr(defaults, n)) for n in names})
-    if args.architecture == "amlp":
-        options = dataclasses.replace(options, architecture="gmlp")  # the same slots
     return layer_slots(
         options,
         num_layers=args.num_layers,
@@ -201,7 +198,7 @@ def gating_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     down = _linear(shape, gate_width, shape.hidden_size)
     spatial = slots.heads * (shape.square + shape.seq_length) + 2 * gate_width
     cost = up + down + _causal(shape, gate_width, spatial)
-    if shape.tiny_attention_width:
+    if slots.mixer == "gating_and_attention":
         cost += tiny_attention_cost(shape)
     if shape.prefix_length and slots.mixer == "feature_moe":
         cost += prefix_router_cost(shape, slots.heads)

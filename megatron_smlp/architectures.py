@@ -5,7 +5,8 @@ layer. Here the names become Megatron specs:
 
     mixer    attention        Megatron's SelfAttention
              spatial_gating   layers/spatial_gating.py
-             feature_moe      layers/feature_moe.py
+             gating_and_attention   the same with layers/tiny_attention.py beside the gate
+             feature_moe      layers/feature_moe.py, deterministic or partial prediction
     channel  mlp              Megatron's MLP
              token_moe        layers/token_moe.py (Megatron's MoELayer)
              none             nothing: the slot is the identity
@@ -43,9 +44,10 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.utils import get_pg_rank
 
 from megatron_smlp.layers.attention import SDPACoreAttention
-from megatron_smlp.layers.feature_moe import DeterministicFeatureMoE
+from megatron_smlp.layers.feature_moe import DeterministicFeatureMoE, PartialFeatureMoE
 from megatron_smlp.layers.norms import norm_builder
 from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialGatingSubmodules
+from megatron_smlp.layers.tiny_attention import TinyAttention
 from megatron_smlp.layers.token_moe import token_moe_builder
 from megatron_smlp.options import LayerSlots, ModelOptions, layer_slots, model_option_names
 
@@ -60,6 +62,9 @@ class SMLPTransformerConfig(TransformerConfig, ModelOptions):
 
     hash_vocab_size: int | None = None
     """HASH: the padded vocabulary, entries of its table."""
+
+    tokenizer_vocab_size: int | None = None
+    """HASH: the vocabulary without padding, entries of a --hash-table."""
 
     hetereogenous_dist_checkpoint: bool = True
     """Checkpoints name each layer by its number, since layers of one model differ."""
@@ -103,10 +108,8 @@ class SlottedLayer(TransformerLayer):
 
 
 def slots_of(config: TransformerConfig, *, architecture: str | None = None) -> list[LayerSlots]:
-    """The table's row for this config; a plain TransformerConfig gets our flags' defaults."""
-    defaults = ModelOptions()
-    values = {name: getattr(config, name, getattr(defaults, name)) for name in model_option_names()}
-    options = dataclasses.replace(defaults, **values)
+    """The table's row for this config."""
+    options = _options_of(config)
     if architecture is not None:
         options = dataclasses.replace(options, architecture=architecture)  # type: ignore[arg-type]
     return layer_slots(
@@ -116,6 +119,13 @@ def slots_of(config: TransformerConfig, *, architecture: str | None = None) -> l
         moe_layer_freq=config.moe_layer_freq,
         num_attention_heads=config.num_attention_heads,
     )
+
+
+def _options_of(config: TransformerConfig) -> ModelOptions:
+    """Our part of the config; a plain TransformerConfig gets our flags' defaults."""
+    defaults = ModelOptions()
+    values = {name: getattr(config, name, getattr(defaults, name)) for name in model_option_names()}
+    return dataclasses.replace(defaults, **values)
 
 
 def layer_submodules(config: TransformerConfig, slots: LayerSlots) -> TransformerLayerSubmodules:
@@ -147,14 +157,39 @@ def _mixer(
                 linear_proj=backend.row_parallel_linear(),
             ),
         )
-    mixers = {"spatial_gating": SpatialGating, "feature_moe": DeterministicFeatureMoE}
+    attends = slots.mixer == "gating_and_attention"
     return ModuleSpec(
-        module=mixers[slots.mixer],
-        params={"num_heads": slots.heads, "sequence_length": _sequence_length(config)},
+        **_gating(config, slots),
         submodules=SpatialGatingSubmodules(
-            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+            linear_fc1=backend.column_parallel_linear(),
+            linear_fc2=backend.row_parallel_linear(),
+            tiny_attention=_tiny_attention(config) if attends else None,
         ),
     )
+
+
+def _gating(config: TransformerConfig, slots: LayerSlots) -> dict[str, Any]:
+    """Which kind of spatial gating, and its own arguments."""
+    length = _sequence_length(config)
+    params = {"num_heads": slots.heads, "sequence_length": length}
+    if slots.mixer != "feature_moe":
+        return {"module": SpatialGating, "params": params}
+    options = _options_of(config)
+    if options.feature_router == "deterministic":
+        return {"module": DeterministicFeatureMoE, "params": params}
+    routing = {
+        "num_heads": options.num_chunks,
+        "num_experts": options.num_feature_experts,
+        "prefix_length": options.prefix_length(length),
+        "loss_coeff": options.feature_aux_loss_coeff,
+    }
+    return {"module": PartialFeatureMoE, "params": params | routing}
+
+
+def _tiny_attention(config: TransformerConfig) -> partial[TinyAttention]:
+    assert config.ffn_hidden_size is not None
+    width, gate_width = _options_of(config).tiny_attention_width, config.ffn_hidden_size // 2
+    return partial(TinyAttention, width=width, out_features=gate_width)
 
 
 def _channel(config: TransformerConfig, slots: LayerSlots, backend: BackendSpecProvider) -> Any:
@@ -196,4 +231,5 @@ def block_spec(
 # For Megatron-LM's `--spec megatron_smlp.architectures NAME`; our flags keep their defaults there.
 transformer = ModuleSpec(module=SlottedLayer, params={"architecture": "transformer"})
 gmlp = ModuleSpec(module=SlottedLayer, params={"architecture": "gmlp"})
+amlp = ModuleSpec(module=SlottedLayer, params={"architecture": "amlp"})
 smlp = ModuleSpec(module=SlottedLayer, params={"architecture": "smlp"})

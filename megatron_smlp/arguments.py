@@ -21,9 +21,17 @@ import yaml
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import cpu, torch_adam
-from megatron_smlp.routers.flags import settle_token_router
+from megatron_smlp.routers.flags import settle_feature_router, settle_token_router
 from megatron_smlp.training.checkpoints import check_against_checkpoint, settle_load
 from megatron_smlp.training.tokenizer_folder import use_local_gpt2_files
+
+OF_ONE_ARCHITECTURE = {
+    "num_dense_layers": "smlp",
+    "feature_router": "smlp",
+    "num_feature_experts": "smlp",
+    "num_feature_chunks": "smlp",
+    "tiny_attention_width": "amlp",
+}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -48,6 +56,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     check_model(args)
     check_schedule(args)
     _validate(args)
+    _check_hash_table(args)
     check_against_checkpoint(args)
     return args
 
@@ -237,18 +246,32 @@ def check_model(args: argparse.Namespace) -> None:
         if value is None or value < 1:
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} {value}: give a positive number (or a --config that has it).")
+    if args.tiny_attention_width < 1:
+        raise UsageError(
+            f"--tiny-attention-width {args.tiny_attention_width}: give a positive number of "
+            "features."
+        )
     if args.architecture == "transformer":
         _check_attention(args)
     else:
         _check_spatial(args)
     if args.architecture == "smlp":
         _check_sparse(args)
-    elif args.num_dense_layers or args.feature_router != "none":
-        flag = "--num-dense-layers" if args.num_dense_layers else "--feature-router"
-        raise UsageError(
-            f"{flag} is for --architecture smlp, not {args.architecture}: leave it out."
-        )
+    _refuse_foreign(args)
     _check_experts(args)
+
+
+def _refuse_foreign(args: argparse.Namespace) -> None:
+    """Flags that the architecture does not read, each with the one that does."""
+    defaults = ModelOptions()
+    for name, owner in OF_ONE_ARCHITECTURE.items():
+        value = getattr(args, name)
+        if value != getattr(defaults, name) and args.architecture != owner:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{flag} {value} is for --architecture {owner}, not {args.architecture}: leave it "
+                "out."
+            )
 
 
 def _check_attention(args: argparse.Namespace) -> None:
@@ -271,10 +294,10 @@ def _check_spatial(args: argparse.Namespace) -> None:
     if args.num_attention_heads is None:
         # Megatron wants a number that every parallel size divides; nothing attends.
         args.num_attention_heads = args.hidden_size
-    sparse = args.architecture == "smlp" and args.feature_router != "none"
-    heads = {"--spatial-heads": args.spatial_heads} | (
-        {"--num-feature-experts": args.num_feature_experts} if sparse else {}
-    )
+    heads = {"--spatial-heads": args.spatial_heads}
+    if args.architecture == "smlp" and args.feature_router != "none":
+        flag = "--num-feature-chunks" if args.num_feature_chunks else "--num-feature-experts"
+        heads[flag] = args.num_feature_chunks or args.num_feature_experts
     args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
     for flag, count in heads.items():
         try:
@@ -295,11 +318,12 @@ def _check_sparse(args: argparse.Namespace) -> None:
             f"--num-dense-layers {args.num_dense_layers} must lie between 0 and --num-layers "
             f"{args.num_layers}: it says how many of them are dense."
         )
-    if args.feature_router == "deterministic" and args.num_feature_experts < 2:
+    if args.feature_router != "none" and args.num_feature_experts < 2:
         raise UsageError(
-            f"--num-feature-experts {args.num_feature_experts} with --feature-router deterministic "
-            "is no mixture: give 2 or more, or --feature-router none."
+            f"--num-feature-experts {args.num_feature_experts} with --feature-router "
+            f"{args.feature_router} is no mixture: give 2 or more, or --feature-router none."
         )
+    settle_feature_router(args)
 
 
 def _check_experts(args: argparse.Namespace) -> None:
@@ -361,6 +385,25 @@ def _validate(args: argparse.Namespace) -> None:
         set_global_variables(args)
     except (AssertionError, ValueError, RuntimeError, FileNotFoundError, OSError) as error:
         raise UsageError(f"Megatron refuses these arguments: {_reason(error)}") from error
+
+
+def _check_hash_table(args: argparse.Namespace) -> None:
+    if args.hash_table is None:
+        return
+    if args.token_router != "hash":
+        raise UsageError(
+            f"--hash-table {args.hash_table} is for --token-router hash, not {args.token_router}: "
+            "leave it out."
+        )
+    from megatron.training import get_tokenizer
+
+    from megatron_smlp.routers.hash_table import read_table
+
+    size = get_tokenizer().vocab_size
+    try:
+        read_table(args.hash_table, num_experts=args.num_experts, vocab_size=size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _reason(error: BaseException) -> str:

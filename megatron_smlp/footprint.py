@@ -194,15 +194,18 @@ def _attention(shape: ModelShape) -> Parameters:
 def _gating(shape: ModelShape, slots: LayerSlots) -> Parameters:
     gate_width = shape.ffn_hidden_size // 2
     matrices = slots.heads * (shape.square + shape.seq_length)
-    # A single head is split over the whole group, which then holds the same matrix on every rank.
-    spatial = Parameters(replicated=matrices) if slots.heads == 1 else Parameters(sharded=matrices)
+    # A single head is split over the whole group, and a routed chunk may choose any expert: every
+    # rank then holds all matrices.
+    is_partial = shape.prefix_length > 0 and slots.mixer == "feature_moe"
+    everywhere = slots.heads == 1 or is_partial
+    spatial = Parameters(replicated=matrices) if everywhere else Parameters(sharded=matrices)
     total = _column_row(shape, shape.ffn_hidden_size, gate_width) + _norm(shape) + spatial
     total += Parameters(sharded=2 * gate_width)
-    if shape.tiny_attention_width:
+    if slots.mixer == "gating_and_attention":
         width, bias = shape.tiny_attention_width, int(shape.linear_bias)
         qkv = 3 * width * (shape.hidden_size + bias)
         total += Parameters(sharded=gate_width * (width + bias), replicated=qkv)
-    if shape.prefix_length and slots.mixer == "feature_moe":
+    if is_partial:
         total += Parameters(replicated=shape.prefix_length * slots.heads)
     return total
 

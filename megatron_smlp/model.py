@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from megatron.core.transformer.spec_utils import import_module
+from megatron.training import get_tokenizer
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 
@@ -18,6 +19,8 @@ def transformer_config(args: argparse.Namespace) -> SMLPTransformerConfig:
     config = core_transformer_config_from_args(args, config_class=SMLPTransformerConfig)
     config.spatial_length = args.seq_length
     config.hash_vocab_size = args.padded_vocab_size
+    if args.hash_table:
+        config.tokenizer_vocab_size = get_tokenizer().vocab_size
     return config
 
 

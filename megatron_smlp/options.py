@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-Mixer = Literal["attention", "spatial_gating", "feature_moe"]
+Mixer = Literal["attention", "spatial_gating", "gating_and_attention", "feature_moe"]
 Channel = Literal["mlp", "token_moe", "none"]
 TokenRouterName = Literal["none", "switch", "gshard", "base", "hash"]
 EXPERTS_PER_TOKEN = {"switch": 1, "gshard": 2, "base": 1, "hash": 1}
@@ -19,20 +19,36 @@ EXPERTS_PER_TOKEN = {"switch": 1, "gshard": 2, "base": 1, "hash": 1}
 class ModelOptions:
     """What the model is, beyond Megatron's own flags."""
 
-    architecture: Literal["transformer", "gmlp", "smlp"] = "transformer"
+    architecture: Literal["transformer", "gmlp", "amlp", "smlp"] = "transformer"
     """Which pair of mixers each layer gets; megatron_smlp/architectures.py is the table."""
 
     spatial_heads: int = 1
     """Spatial gating: number of heads in a dense layer; each has its own T x T matrix, bias and
     LayerNorm over gate_width / heads features. Must divide ffn_hidden_size / 2."""
 
-    feature_router: Literal["none", "deterministic"] = "none"
+    tiny_attention_width: int = 64
+    """amlp: width of the one attention head beside the gate, in features."""
+
+    feature_router: Literal["none", "deterministic", "partial"] = "none"
     """smlp: how chunks of the hidden dimension choose their spatial expert in a sparse layer.
-    deterministic: chunk i goes to expert i."""
+    deterministic: chunk i goes to expert i. partial: a sample's prefix decides (see
+    --prefix-fraction)."""
 
     num_feature_experts: int = 1
-    """smlp: number of spatial experts (and of chunks) in a sparse layer. Must divide
-    ffn_hidden_size / 2."""
+    """smlp: number of spatial experts in a sparse layer. Must divide ffn_hidden_size / 2."""
+
+    num_feature_chunks: int | None = None
+    """smlp: number of chunks that a sparse layer cuts its gate features into; must divide
+    ffn_hidden_size / 2. Left out: one per spatial expert, as deterministic routing needs it."""
+
+    prefix_fraction: float = 0.2
+    """partial: fraction of --seq-length, the tokens from which a sample's chunks are routed."""
+
+    partial_loss: Literal["suffix", "all"] = "suffix"
+    """partial: train on targets behind the prefix only, as the paper does, or on all of them."""
+
+    feature_aux_loss_coeff: float = 0.01
+    """partial: weight of the balance loss over the spatial experts."""
 
     num_dense_layers: int = 0
     """smlp: how many dense spatial gating layers come before the sparse ones (N1 of the paper);
@@ -52,6 +68,19 @@ class ModelOptions:
 
     hash_seed: int = 0
     """hash: seed of the random table of token ids with which a new model starts."""
+
+    hash_table: str | None = None
+    """hash: file that tools/build_hash_table.py made from the counts of a corpus, with which a new
+    model starts instead. A checkpoint's own table wins over both."""
+
+    @property
+    def num_chunks(self) -> int:
+        """C, chunks of features in a sparse layer."""
+        return self.num_feature_chunks or self.num_feature_experts
+
+    def prefix_length(self, seq_length: int) -> int:
+        """P, the tokens from which partial prediction routes; 0 without it."""
+        return int(self.prefix_fraction * seq_length) if self.feature_router == "partial" else 0
 
 
 @dataclass
@@ -112,6 +141,7 @@ def layer_slots(
     |---|---|---|
     | transformer | attention | mlp; token MoE in MoE layers |
     | gmlp | spatial gating | none (it is inside the block); token MoE in MoE layers |
+    | amlp | spatial gating and a small attention head | the same |
     | smlp, first N1 | spatial gating | none |
     | smlp, then N2 | feature MoE | token MoE if --num-experts is given |
     """
@@ -121,9 +151,11 @@ def layer_slots(
         if options.architecture == "transformer":
             channel: Channel = "token_moe" if routed else "mlp"
             slots.append(LayerSlots("attention", channel, num_attention_heads))
-        elif options.architecture == "gmlp":
+        elif options.architecture in ("gmlp", "amlp"):
+            is_amlp = options.architecture == "amlp"
+            mixer: Mixer = "gating_and_attention" if is_amlp else "spatial_gating"
             channel = "token_moe" if routed else "none"
-            slots.append(LayerSlots("spatial_gating", channel, options.spatial_heads))
+            slots.append(LayerSlots(mixer, channel, options.spatial_heads))
         elif index < options.num_dense_layers:
             slots.append(LayerSlots("spatial_gating", "none", options.spatial_heads))
         else:

@@ -36,6 +36,9 @@ IN_LAYER = {
     "self_attention.norm.bias": "mixer.gate_norm.bias",
     "self_attention.spatial.weight": "mixer.spatial.weight",
     "self_attention.spatial.bias": "mixer.spatial.bias",
+    "self_attention.tiny_attention.linear_proj.weight": "mixer.tiny_attention.out_proj.weight",
+    "self_attention.tiny_attention.linear_proj.bias": "mixer.tiny_attention.out_proj.bias",
+    "self_attention.router.weight": "mixer.prefix_router",
     "self_attention.linear_fc2.weight": "mixer.down_proj.weight",
     "self_attention.linear_fc2.bias": "mixer.down_proj.bias",
     "pre_mlp_layernorm.weight": "channel_norm.weight",
@@ -51,6 +54,8 @@ IN_LAYER = {
 }
 QKV = "self_attention.linear_qkv."
 QKV_PARTS = ("mixer.q_proj.", "mixer.k_proj.", "mixer.v_proj.")
+TINY_QKV = "self_attention.tiny_attention.linear_qkv."
+TINY_QKV_PARTS = tuple(f"mixer.tiny_attention.{part}_proj." for part in "qkv")
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ def to_huggingface(name: str, tensor: Tensor, heads: HeadShape) -> Iterator[tupl
     if rest.startswith(QKV):
         kind = rest.removeprefix(QKV)
         for part, piece in zip(QKV_PARTS, split_qkv(tensor, heads), strict=True):
+            yield f"model.layers.{layer}.{part}{kind}", piece
+        return
+    if rest.startswith(TINY_QKV):
+        kind = rest.removeprefix(TINY_QKV)
+        for part, piece in zip(TINY_QKV_PARTS, tensor.chunk(3), strict=True):
             yield f"model.layers.{layer}.{part}{kind}", piece
         return
     yield f"model.layers.{layer}.{IN_LAYER[rest]}", tensor

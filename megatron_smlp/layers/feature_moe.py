@@ -2,15 +2,141 @@
 
     g_i = s_i * (M_e(i) LN(u2_i)) + b_e(i)           i = 1..C chunks of F/C features, E experts
 
-Deterministic routing (Yu et al., arXiv 2203.06850, section 3): C = E, e(i) = i, s_i = 1. Nothing is
-learned and no token is looked at, so it is causal; parameters grow by E T T a layer, FLOPs do not
-grow with E, and where tp divides E it needs no communication.
+Both rules are of Yu et al., arXiv 2203.06850, section 3. Parameters grow by E T T a layer, FLOPs do
+not grow with E.
+
+Deterministic: C = E, e(i) = i, s_i = 1. Nothing is learned and no token is looked at, so it is
+causal, and where tp divides E it needs no communication.
+
+Partial prediction: the first P tokens of a sample choose e(i) and s_i (routers/prefix.py) for its
+rows t >= P. Rows t < P must not see all of the prefix: they use e(i) = i mod E and s_i = 1, as a
+whole sequence of fewer than P tokens does. Tensor parallelism shards the chunks; any of them may
+choose any expert, so every rank holds all M and b, and their gradients are summed over the ranks.
+
+Letters: T tokens of this call, B batch, C' chunks of this rank, f = F/C features of one, E experts,
+P prefix length, R = B C'.
 """
 
 from __future__ import annotations
 
-from megatron_smlp.layers.spatial_gating import SpatialGating
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialProjection
+from megatron_smlp.ops.causal_mix import causal_mix
+from megatron_smlp.routers.prefix import Choice, PrefixRouter
 
 
 class DeterministicFeatureMoE(SpatialGating):
     """Chunk i goes to expert i: spatial gating whose heads are the experts, and the same code."""
+
+
+class PartialFeatureMoE(SpatialGating):
+    """See the top of the file.
+
+    Args:
+        num_heads: C; tp must divide it.
+        num_experts: E.
+        prefix_length: P, tokens.
+        loss_coeff: weight of the balance loss.
+
+    Raises:
+        ValueError: C does not divide F, or tp does not divide C.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        num_experts: int,
+        prefix_length: int,
+        loss_coeff: float,
+        **kwargs: Any,
+    ) -> None:
+        self.num_experts, self.prefix_length = num_experts, prefix_length
+        super().__init__(config, *args, **kwargs)
+        first = self.tp_group.rank() * self.local_heads
+        self.default_experts = [(first + i) % num_experts for i in range(self.local_heads)]
+        self.router = PrefixRouter(
+            config,
+            prefix_length=prefix_length,
+            num_experts=num_experts,
+            loss_coeff=loss_coeff,
+            tp_group=self.tp_group,
+        )
+
+    @property
+    def shares_spatial(self) -> bool:
+        return True
+
+    def _spatial(self, num_matrices: int, length: int) -> SpatialProjection:
+        return SpatialProjection(
+            self.num_experts,
+            length=length,
+            dtype=self.config.params_dtype,
+            initialize=self.config.perform_initialization,
+        )
+
+    def mix(self, u2: Tensor) -> Tensor:
+        """u2: <float>[T, B, F'] -> g: <float>[T, B, F']."""
+        tokens = len(u2)
+        self.spatial.check_length(tokens)
+        chunks = self.norm(u2).unflatten(-1, (self.local_heads, -1))
+        weight, bias = (x[:, :tokens] for x in self.spatial_parameters())
+        mixed = self._prefix_rows(chunks[: self.prefix_length], weight, bias)
+        if tokens > self.prefix_length:
+            # Averaged after its LayerNorm, a chunk would have the same mean for every input.
+            choice = self.router(u2.unflatten(-1, (self.local_heads, -1)).float().mean(dim=-1))
+            mixed = torch.cat([mixed, self._routed_rows(chunks, weight, bias, choice)])
+        return mixed.flatten(2)
+
+    def _prefix_rows(self, chunks: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """chunks: <float>[p, B, C', f], p = min(P, T); weight: [E, T, *]; bias: [E, T].
+
+        Returns:
+            g of the rows t < P, <float>[p, B, C', f].
+        """
+        rows, batch = chunks.shape[:2]
+        weight = weight[:, :rows, :rows][self.default_experts]
+        bias = bias[:, :rows][self.default_experts]
+        columns = chunks.permute(2, 0, 1, 3).flatten(2)  # [C', p, B f]: one GEMM a chunk
+        mixed = causal_mix(weight, columns) + bias[..., None]
+        return mixed.unflatten(-1, (batch, -1)).permute(1, 2, 0, 3)
+
+    def _routed_rows(self, chunks: Tensor, weight: Tensor, bias: Tensor, choice: Choice) -> Tensor:
+        """chunks: <float>[T, B, C', f] -> g of the rows t >= P, <float>[T - P, B, C', f].
+
+        The R pairs of sample and chunk are sorted by expert, so that each expert is one product.
+        """
+        experts, order = choice.experts.flatten().sort(stable=True)
+        counts = experts.bincount(minlength=self.num_experts).tolist()
+        pairs = chunks.flatten(1, 2).index_select(1, order)  # [T, R, f]
+        first = self.prefix_length
+        scale = choice.scale.flatten()[order].to(pairs.dtype)
+        mixed = _mix_groups(pairs, weight[:, first:], counts, first) * scale[:, None]
+        mixed = mixed + bias[:, first:][experts].T[..., None]
+        return mixed.index_select(1, order.argsort()).view(len(mixed), *chunks.shape[1:])
+
+
+def _mix_groups(pairs: Tensor, weight: Tensor, counts: list[int], first: int) -> Tensor:
+    """The rows from `first` on, each group of neighbouring pairs by its own expert.
+
+    pairs: <float>[T, R, f]; weight: <float>[E, T - first, >= T]; counts: pairs of each expert.
+    Returns <float>[T - first, R, f].
+    """
+    tokens, _, width = pairs.shape
+    # One slice and one `unbind`: their gradients are one tensor of that size, not one an expert.
+    prefix_columns = weight[:, :, :first].unbind()
+    triangles = weight[:, :, first:tokens].unbind()
+    mixed = []
+    for expert, group in enumerate(pairs.split(counts, dim=1)):
+        if group.shape[1] == 0:
+            continue
+        columns = group.reshape(tokens, -1)
+        from_prefix = prefix_columns[expert].to(columns.dtype) @ columns[:first]
+        from_rest = causal_mix(triangles[expert][None], columns[None, first:])[0]
+        mixed.append((from_prefix + from_rest).unflatten(-1, (-1, width)))
+    return torch.cat(mixed, dim=1)

@@ -3,6 +3,7 @@
 
     u  = GELU(x U)                 x = LN(input);  U: D x Z,  u = [u1 | u2], each [T, F], F = Z/2
     g  = M_k LN_k(u2_k) + b_k      per head k: its chunk of f = F/h features, M_k lower triangular
+    g += attention(x)              aMLP only: layers/tiny_attention.py
     y  = (u1 * g) V                V: F x D
 
 Init: M ~ U(-1e-3/T, 1e-3/T), b = 1, so that the block starts as a plain FFN. Rows of M are absolute
@@ -18,6 +19,7 @@ tp tensor parallel size; h', F' are the share of a rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,8 @@ class SpatialGatingSubmodules:
 
     linear_fc1: ModuleSpec | type
     linear_fc2: ModuleSpec | type
+    tiny_attention: Callable[..., nn.Module] | None = None
+    """aMLP: builds what is added to g from x; called with config and tp_group."""
 
 
 class SpatialProjection(nn.Module):
@@ -96,18 +100,22 @@ class SpatialProjection(nn.Module):
             ValueError: T' > T.
         """
         tokens, batch, _ = values.shape
-        if tokens > self.length:
-            raise ValueError(
-                f"A sequence of {tokens} tokens is longer than --seq-length {self.length}: spatial "
-                f"gating has no weights for positions from {self.length} on. Cut the sequence, or "
-                "train with a longer --seq-length."
-            )
+        self.check_length(tokens)
         heads = len(weight)
         # [T', B, h', f] -> [h', T', B f]: one GEMM a head over all samples.
         columns = values.view(tokens, batch, heads, -1).permute(2, 0, 1, 3).flatten(2)
         mixed = causal_mix(weight[:, :tokens, :tokens], columns)
         mixed = mixed + bias[:, :tokens, None]
         return mixed.view(heads, tokens, batch, -1).permute(1, 2, 0, 3).reshape(values.shape)
+
+    def check_length(self, tokens: int) -> None:
+        """Raise ValueError where a sequence has more tokens than M has rows."""
+        if tokens > self.length:
+            raise ValueError(
+                f"A sequence of {tokens} tokens is longer than --seq-length {self.length}: spatial "
+                f"gating has no weights for positions from {self.length} on. Cut the sequence, or "
+                "train with a longer --seq-length."
+            )
 
 
 class SpatialGating(MegatronModule):
@@ -146,7 +154,7 @@ class SpatialGating(MegatronModule):
         )
         gate_width = config.ffn_hidden_size // 2
         self.head_is_split = num_heads == 1 and tp > 1
-        local_heads = max(1, num_heads // tp)
+        self.local_heads = max(1, num_heads // tp)
 
         self.linear_fc1 = build_module(
             submodules.linear_fc1,
@@ -163,19 +171,12 @@ class SpatialGating(MegatronModule):
         )
         self.norm = HeadLayerNorm(
             gate_width // tp,
-            num_heads=local_heads,
+            num_heads=self.local_heads,
             eps=config.layernorm_epsilon,
             dtype=config.params_dtype,
             group=self.tp_group if self.head_is_split else None,
         )
-        self.spatial = SpatialProjection(
-            local_heads,
-            length=sequence_length,
-            dtype=config.params_dtype,
-            first_head=0 if self.head_is_split else self.tp_group.rank() * local_heads,
-            total_heads=num_heads,
-            initialize=config.perform_initialization,
-        )
+        self.spatial = self._spatial(num_heads, sequence_length)
         self.linear_fc2 = build_module(
             submodules.linear_fc2,
             gate_width,
@@ -188,15 +189,37 @@ class SpatialGating(MegatronModule):
             is_expert=False,
             tp_group=self.tp_group,
         )
+        self.tiny_attention = (
+            submodules.tiny_attention(config=config, tp_group=self.tp_group)
+            if submodules.tiny_attention
+            else None
+        )
         self._mark_sharded_parameters()
         self.recompute_gate = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
 
+    @property
+    def shares_spatial(self) -> bool:
+        """Whether every rank of the TP group holds all M and b."""
+        return self.head_is_split
+
+    def _spatial(self, num_matrices: int, length: int) -> SpatialProjection:
+        """M and b: those of this rank's heads, or all of them where every rank needs them all."""
+        local = num_matrices if self.shares_spatial else self.local_heads
+        return SpatialProjection(
+            local,
+            length=length,
+            dtype=self.config.params_dtype,
+            first_head=0 if self.shares_spatial else self.tp_group.rank() * local,
+            total_heads=num_matrices,
+            initialize=self.config.perform_initialization,
+        )
+
     def _sharded_parameters(self) -> dict[str, nn.Parameter]:
         """Our own parameters that TP shards, along dimension 0."""
         sharded = {"norm.weight": self.norm.weight, "norm.bias": self.norm.bias}
-        if not self.head_is_split:
+        if not self.shares_spatial:
             sharded["spatial.weight"] = self.spatial.weight
             sharded["spatial.bias"] = self.spatial.bias
         return sharded
@@ -215,23 +238,39 @@ class SpatialGating(MegatronModule):
             y without the bias of V: the same shape and dtype; the bias: [D] or None.
         """
         u, _ = self.linear_fc1(hidden_states)
+        attended = self.tiny_attention(hidden_states) if self.tiny_attention is not None else None
         if self.recompute_gate and self.training:
-            gated = tensor_parallel.checkpoint(self.gate, False, u)
+            gated = tensor_parallel.checkpoint(self.gate, False, u, attended)
         else:
-            gated = self.gate(u)
+            gated = self.gate(u, attended)
         output: tuple[Tensor, Tensor | None] = self.linear_fc2(gated)
         return output
 
-    def gate(self, u: Tensor) -> Tensor:
-        """u: <float>[T', B, 2 F'], before the GELU -> u1 * g: <float>[T', B, F']."""
+    def gate(self, u: Tensor, attended: Tensor | None = None) -> Tensor:
+        """u: <float>[T', B, 2 F'], before the GELU; attended: <float>[T', B, F'], added to g.
+
+        Returns:
+            u1 * g: <float>[T', B, F'].
+        """
         u1, u2 = self.config.activation_func(u).chunk(2, dim=-1)
+        gates = self.mix(u2)
+        if attended is not None:
+            gates = gates + attended
+        return u1 * gates
+
+    def mix(self, u2: Tensor) -> Tensor:
+        """u2 -> g: <float>[T', B, F']."""
+        gates: Tensor = self.spatial(self.norm(u2), *self.spatial_parameters())
+        return gates
+
+    def spatial_parameters(self) -> tuple[Tensor, Tensor]:
+        """M and b, as autograd is to see them."""
         weight, bias = self.spatial.weight, self.spatial.bias
-        if self.head_is_split:
+        if self.shares_spatial:
             # Each rank mixes its own features with the same M, b: dM, db are sums over the ranks.
             weight = tensor_parallel.copy_to_tensor_model_parallel_region(weight, self.tp_group)
             bias = tensor_parallel.copy_to_tensor_model_parallel_region(bias, self.tp_group)
-        gates: Tensor = self.spatial(self.norm(u2), weight, bias)
-        return u1 * gates
+        return weight, bias
 
     def sharded_state_dict(
         self,
@@ -257,6 +296,11 @@ class SpatialGating(MegatronModule):
                     metadata.get("singleton_local_shards", False),
                     tp_group=self.tp_group,
                     dp_group=metadata["dp_cp_group"],
+                )
+        for name in ("tiny_attention", "router"):
+            if getattr(self, name, None) is not None:
+                sharded |= sharded_state_dict_default(
+                    getattr(self, name), f"{prefix}{name}.", sharded_offsets, metadata
                 )
         own = {
             f"{module}.{name}": value

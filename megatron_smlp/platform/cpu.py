@@ -229,6 +229,7 @@ def _replace_tensor_types() -> None:
 def _replace_in_megatron() -> None:
     """The few places in Megatron that check for CUDA or assume it."""
     from megatron.core.datasets import utils as dataset_utils
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.training import initialize, training
@@ -247,6 +248,12 @@ def _replace_in_megatron() -> None:
     # Split sizes that are on the CPU already must still become numpy, or gloo refuses them.
     for module in (moe_utils, token_dispatcher):
         module.maybe_move_tensor_to_cpu = _move_to_cpu
+    # Tensor parallel ranks that send their experts unlike numbers of tokens: NCCL takes parts of
+    # unlike sizes, gloo refuses them.
+    mappings._gather_along_first_dim = _gathering_parts(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _reducing_parts(
+        mappings._reduce_scatter_along_first_dim
+    )
     # A DataLoader draws its base seed from the default generator when it is iterated: here that is
     # the generator of the dropout, whose state a resumed run has just loaded.
     training.build_train_valid_test_data_iterators = _keeping_random_state(
@@ -256,6 +263,40 @@ def _replace_in_megatron() -> None:
 
 def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _gathering_parts(gather: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(gather)
+    def wrapped(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if output_split_sizes is None:
+            plain: torch.Tensor = gather(input_, group, None, *args, **kwargs)
+            return plain
+        output = input_.new_empty((sum(output_split_sizes), *input_.shape[1:]))
+        for rank, part in enumerate(output.split(output_split_sizes)):
+            if rank == group.rank():
+                part.copy_(input_)
+            torch.distributed.broadcast(part, group=group, group_src=rank)
+        return output
+
+    return wrapped
+
+
+def _reducing_parts(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(reduce_scatter)
+    def wrapped(
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if input_split_sizes is None:
+            plain: torch.Tensor = reduce_scatter(input_, group, None, *args, **kwargs)
+            return plain
+        parts = input_.contiguous().clone().split(input_split_sizes)
+        for rank, part in enumerate(parts):
+            torch.distributed.reduce(part, group=group, group_dst=rank)
+        return parts[group.rank()].clone()
+
+    return wrapped
 
 
 def _keeping_random_state(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The flags of the token routers: what each rule settles of Megatron's, and what it refuses."""
+"""The flags of the routers: what each rule settles of Megatron's, and what it refuses."""
 
 from __future__ import annotations
 
@@ -52,6 +52,43 @@ def settle_token_router(args: argparse.Namespace) -> None:
     if "moe_token_drop_policy" not in args.explicit_flags:
         args.moe_token_drop_policy = (
             "position"  # by probability, later tokens push out earlier ones
+        )
+
+
+OF_PARTIAL = ("prefix_fraction", "partial_loss", "feature_aux_loss_coeff")
+
+
+def settle_feature_router(args: argparse.Namespace) -> None:
+    """Check the flags of the feature router of --architecture smlp.
+
+    Raises:
+        UsageError: with flag, value, what is allowed, and what to do.
+    """
+    chunks, experts = args.num_feature_chunks, args.num_feature_experts
+    if args.feature_router != "partial":
+        for name in OF_PARTIAL:
+            if name in args.explicit_flags:
+                raise UsageError(
+                    f"{_flag(name)} is for --feature-router partial, not {args.feature_router}: "
+                    "leave it out."
+                )
+        if chunks not in (None, experts):
+            raise UsageError(
+                f"--num-feature-chunks {chunks} with --feature-router {args.feature_router} must "
+                f"be --num-feature-experts {experts}: chunk i goes to expert i. Leave it out."
+            )
+        return
+    prefix = int(args.prefix_fraction * args.seq_length)
+    if not (0 < args.prefix_fraction < 1 and 0 < prefix < args.seq_length):
+        raise UsageError(
+            f"--prefix-fraction {args.prefix_fraction:g} of --seq-length {args.seq_length} is a "
+            f"prefix of {prefix} tokens: it must lie between 0 and 1 and leave at least one token "
+            "on both sides."
+        )
+    if args.feature_aux_loss_coeff < 0:
+        raise UsageError(
+            f"--feature-aux-loss-coeff {args.feature_aux_loss_coeff:g} must be 0 or more: it is "
+            "the weight of the balance loss."
         )
 
 

@@ -34,9 +34,15 @@ class GShardRouter(SwitchRouter):
         gates, wanted = probabilities.topk(2, dim=-1)
         asking = torch.ones_like(wanted, dtype=torch.bool)
         if self.training:
-            # Every rank of the TP group draws the same numbers for the whole group.
-            asking[:, 1] = torch.rand_like(gates[:, 1]) < 2 * gates[:, 1]
+            asking[:, 1] = self.draw(gates[:, 1]) < 2 * gates[:, 1]
         return wanted, self.kept(wanted, asking, probabilities)
+
+    def draw(self, gates: Tensor) -> Tensor:
+        """gates: <fp32>[N] -> numbers in [0, 1), the same on every rank of the TP group.
+
+        As with dropout, other data parallel ranks or micro-batches draw others.
+        """
+        return torch.rand_like(gates)
 
     def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
         """g1 / (g1 + g2) and g2 / (g1 + g2)."""

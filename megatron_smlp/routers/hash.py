@@ -2,8 +2,9 @@
 
     e = table[id]        y = f_e(h)        no parameters, no loss, nothing dropped
 
-table <int64>[V], V the padded vocabulary: uniform random numbers in [0, E) by --hash-seed, the same
-in every layer. It is a buffer, saved with the model, so a checkpoint's table wins over the seed.
+table <int64>[V], V the padded vocabulary, the same in every layer: random by --hash-seed, or read
+from --hash-table (routers/hash_table.py). It is a buffer, saved with the model, so a checkpoint's
+table wins over both.
 
 The ids are those of the model's input, on every pipeline stage: `give_token_ids` hands them over
 whenever the model is called, and a recomputed layer finds those of its own forward pass again.
@@ -18,13 +19,23 @@ import torch
 from megatron.core.tensor_parallel.random import is_checkpointing
 from torch import Tensor, nn
 
+from megatron_smlp.routers.hash_table import random_table, read_table
 from megatron_smlp.routers.token_router import TokenRouter, as_megatron
 
 
-def random_table(*, num_experts: int, vocab_size: int, seed: int) -> Tensor:
-    """<int64>[V] of numbers in [0, E)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(num_experts, (vocab_size,), generator=generator)
+def _first_table(config: Any) -> Tensor:
+    """<int64>[V]; ids of the padding, which no text has, stay random."""
+    table = random_table(
+        num_experts=config.num_moe_experts, vocab_size=config.hash_vocab_size, seed=config.hash_seed
+    )
+    if config.hash_table is not None:
+        experts = read_table(
+            config.hash_table,
+            num_experts=config.num_moe_experts,
+            vocab_size=config.tokenizer_vocab_size,
+        )
+        table[: len(experts)] = experts
+    return table
 
 
 class HashRouter(TokenRouter):
@@ -33,12 +44,7 @@ class HashRouter(TokenRouter):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.weight = None  # Megatron's base class makes one
-        table = random_table(
-            num_experts=config.num_moe_experts,
-            vocab_size=config.hash_vocab_size,
-            seed=config.hash_seed,
-        )
-        self.register_buffer("table", table)
+        self.register_buffer("table", _first_table(config))
         self.token_ids: Tensor | None = None
         self._to_recompute: deque[Tensor] = deque()
 

@@ -45,6 +45,10 @@ MEGATRON_MODEL_FLAGS = (
 
 # Recorded for whoever exports the model, but free to change from run to run.
 MAY_CHANGE = (
+    "partial_loss",
+    "feature_aux_loss_coeff",
+    "hash_seed",
+    "hash_table",
     "moe_train_capacity_factor",
     "moe_eval_capacity_factor",
     "moe_aux_loss_coeff",

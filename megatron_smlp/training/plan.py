@@ -22,7 +22,8 @@ from megatron_smlp.options import LayerSlots
 MIXERS = {
     "attention": "self-attention, heads: {heads}",
     "spatial_gating": "spatial gating, heads: {heads}",
-    "feature_moe": "feature MoE, experts: {heads}",
+    "gating_and_attention": "spatial gating, heads: {heads}, and attention of width {width}",
+    "feature_moe": "feature MoE ({router}), experts: {heads}",
 }
 PRECISIONS = ("bf16", "fp16")
 
@@ -66,7 +67,10 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
         "token_moe": f"token MoE ({args.token_router}), experts: {args.num_experts}",
         "none": "-",
     }
-    return MIXERS[slots.mixer].format(heads=slots.heads), channels[slots.channel]
+    mixer = MIXERS[slots.mixer].format(
+        heads=slots.heads, width=args.tiny_attention_width, router=args.feature_router
+    )
+    return mixer, channels[slots.channel]
 
 
 def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:

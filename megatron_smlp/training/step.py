@@ -3,8 +3,10 @@
     loss = sum over tokens of mask * -log p(label) / number of tokens        of one micro-batch
 
 Megatron averages over micro-batches, or, with --calculate-per-token-loss, over all their tokens.
+Partial prediction (arXiv 2203.06850, section 3) trains on the positions t >= P only; validation
+reports the loss of all positions, and that of these beside it.
 
-Letters: B micro-batch, T sequence length.
+Letters: B micro-batch, T sequence length, P prefix length.
 """
 
 from __future__ import annotations
@@ -16,12 +18,19 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_tp_rank,
+    get_model_config,
+)
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from megatron_smlp.training.data import needs_batch, needs_token_ids
 
+SUFFIX_LOSS = "suffix loss"
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask")
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -53,6 +62,8 @@ class ForwardStep:
         if torch.is_grad_enabled():  # validation does not count
             self.data_seconds += time.perf_counter() - start
         timers("batch-generator").stop()
+        if get_args().feature_router == "partial":
+            scale_balance_losses(model)
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return output, partial(self._loss, batch["loss_mask"])
 
@@ -60,13 +71,18 @@ class ForwardStep:
         self, loss_mask: Tensor, token_losses: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """token_losses, loss_mask: <float>[B, T] -> summed loss, number of tokens, report."""
-        mask = loss_mask.view(-1).float()
-        loss = torch.sum(token_losses.view(-1).float() * mask)
-        num_tokens = mask.sum().int()
-        if token_losses.requires_grad:
-            self.nonfinite |= not bool(torch.isfinite(loss.detach()))
-        report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
-        return loss, num_tokens, {"lm loss": report}
+        prefix = _unpredicted_prefix()
+        suffix_mask = loss_mask.clone()
+        suffix_mask[:, :prefix] = 0
+        if not token_losses.requires_grad:
+            loss, num_tokens = _masked_sum(token_losses, loss_mask)
+            reports = {"lm loss": _report(loss, num_tokens)}
+            if prefix:
+                reports[SUFFIX_LOSS] = _report(*_masked_sum(token_losses, suffix_mask))
+            return loss, num_tokens, reports
+        loss, num_tokens = _masked_sum(token_losses, suffix_mask)
+        self.nonfinite |= not bool(torch.isfinite(loss.detach()))
+        return loss, num_tokens, {"lm loss": _report(loss, num_tokens)}
 
     def take_nonfinite(self) -> bool:
         """Whether a loss was not finite since the last call."""
@@ -77,6 +93,38 @@ class ForwardStep:
         """Wall time spent on batches of training steps since the last call, on this rank."""
         seconds, self.data_seconds = self.data_seconds, 0.0
         return seconds
+
+
+def _unpredicted_prefix() -> int:
+    """P where partial prediction leaves the first P positions out of the loss, else 0."""
+    args = get_args()
+    if args.feature_router != "partial" or args.partial_loss == "all":
+        return 0
+    return int(args.prefix_fraction * args.seq_length)
+
+
+def _masked_sum(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """<float>[B, T] -> the sum in fp32, and the number of tokens in it."""
+    return torch.sum(losses.float() * mask), mask.sum().int()
+
+
+def _report(loss: Tensor, num_tokens: Tensor) -> Tensor:
+    """What Megatron averages over micro-batches and ranks: <fp32>[2]."""
+    return torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
+
+
+def scale_balance_losses(model: Any) -> None:
+    """Weigh balance losses as the main loss; Megatron does so only where there are token experts.
+
+    Partial prediction has such a loss without them.
+    """
+    config = get_model_config(model)
+    scale = torch.ones(1, device=torch.cuda.current_device())
+    if config.grad_scale_func is not None:
+        scale = config.grad_scale_func(scale)
+    if not config.calculate_per_token_loss:
+        scale = scale / get_num_microbatches()
+    MoEAuxLossAutoScaler.set_loss_scale(scale)
 
 
 def next_batch(

@@ -22,7 +22,8 @@ from megatron_smlp.platform import cpu
 
 NAMES = ["torch", "torch.cuda", "torch.cuda.random", "torch.cuda.nvtx",
          "megatron.training.training", "megatron.training.initialize",
-         "megatron.core.datasets.utils", "megatron.core.transformer.moe.moe_utils",
+         "megatron.core.datasets.utils", "megatron.core.tensor_parallel.mappings",
+         "megatron.core.transformer.moe.moe_utils",
          "megatron.core.transformer.moe.token_dispatcher"]
 PLACES = {name: importlib.import_module(name) for name in NAMES}
 PLACES |= {"torch.Tensor": torch.Tensor, "torch.nn.Module": torch.nn.Module}
@@ -94,6 +95,8 @@ def test_what_is_replaced(probe: dict):
     megatron = """training.training.initialize_megatron training.training.set_jit_fusion_options
         training.training.build_train_valid_test_data_iterators
         core.datasets.utils.compile_helpers
+        core.tensor_parallel.mappings._gather_along_first_dim
+        core.tensor_parallel.mappings._reduce_scatter_along_first_dim
         core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu
         core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu"""
     expected |= {f"megatron.{name}" for name in megatron.split()}

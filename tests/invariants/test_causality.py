@@ -16,18 +16,22 @@ pytestmark = pytest.mark.usefixtures("megatron")
 
 BATCH, LENGTH = 4, 16
 EXPERTS = "--num-experts 4"
-MODELS = {
+SMLP = "--architecture smlp --num-dense-layers 2 --spatial-heads 2 --num-feature-experts 4"
+ARCHITECTURES = {
     "transformer": "--architecture transformer --num-attention-heads 4",
-    "gmlp_1_head": "--architecture gmlp",
+    "gmlp": "--architecture gmlp",
     "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
-    "smlp_feature_moe_only": "--architecture smlp --num-dense-layers 2 --spatial-heads 2 "
-    "--feature-router deterministic --num-feature-experts 4",
-    "smlp": "--architecture smlp --num-dense-layers 2 --spatial-heads 2 "
-    f"--feature-router deterministic --num-feature-experts 4 --token-router base {EXPERTS}",
-    **{
-        f"transformer_{router}": f"--num-attention-heads 4 --token-router {router} {EXPERTS}"
-        for router in ("switch", "gshard", "base", "hash")
-    },
+    "amlp": "--architecture amlp --tiny-attention-width 8",
+    "smlp_deterministic": f"{SMLP} --feature-router deterministic",
+    "smlp_partial": f"{SMLP} --feature-router partial",
+}
+ROUTERS = {"none": ""} | {
+    name: f"--token-router {name} {EXPERTS}" for name in ("switch", "gshard", "base", "hash")
+}
+MODELS = {
+    f"{architecture}-{router}": f"{ARCHITECTURES[architecture]} {ROUTERS[router]}"
+    for architecture in ARCHITECTURES
+    for router in ROUTERS
 }
 ROUTED = {name for name, flags in MODELS.items() if EXPERTS in flags}
 

@@ -6,6 +6,7 @@ sum over ranks, or a message that reaches the wrong stage, can leave the losses 
 """
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,19 +29,24 @@ MODEL = """
 EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
 ATTENTION = "--architecture transformer --num-attention-heads 4"
 SMLP = """
-    --architecture smlp --num-dense-layers 2 --spatial-heads 2
-    --feature-router deterministic --num-feature-experts 4
+    --architecture smlp --num-dense-layers 2 --spatial-heads 2 --num-feature-experts 4
 """
 
 ARCHITECTURES = {
     "transformer": ATTENTION,
     "transformer_switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-layer-freq 2",
     "transformer_hash": f"{ATTENTION} --token-router hash {EXPERTS}",
+    "transformer_gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-layer-freq 2 "
+    "--moe-train-capacity-factor 1 --moe-token-drop-policy position "
+    "--gshard-always-uses-the-second-expert",
     "gmlp_1_head": "--architecture gmlp --spatial-heads 1",
     "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
-    "smlp": f"{SMLP} --token-router base {EXPERTS}",
+    "amlp": "--architecture amlp --spatial-heads 2 --tiny-attention-width 16",
+    "smlp": f"{SMLP} --feature-router deterministic --token-router base {EXPERTS}",
+    "smlp_partial": f"{SMLP} --feature-router partial --token-router base {EXPERTS}",
+    "feature_moe_partial": f"{SMLP} --feature-router partial",
 }
-ROUTED = {"transformer_switch", "transformer_hash", "smlp"}
+ROUTED = {name for name, flags in ARCHITECTURES.items() if EXPERTS in flags}
 
 TP = "--tensor-model-parallel-size 2"
 PP = "--pipeline-model-parallel-size 2"
@@ -72,7 +78,20 @@ BARE_SPEC = f"""
 PADDED = "--make-vocab-size-divisible-by 384 --save-interval 100 --save"
 
 
+# Where an architecture shares all but one part with others, the layouts that this part could break.
+FEWER = {
+    "transformer_gshard": ("tp2_sp", "ep2", "dp2", "recompute_full"),
+    "smlp_partial": ("tp2_sp", "pp2", "ep2", "dp2", "tp2_pp2"),
+    "feature_moe_partial": (
+        *("tp2", "pp2_interleaved", "pp2_recompute", "dp2_distributed_optimizer"),
+        *("recompute_full", "recompute_selective"),
+    ),
+}
+
+
 def _applies(layout: str, architecture: str) -> bool:
+    if layout not in FEWER.get(architecture, (layout,)):
+        return False
     if architecture in ROUTED:
         return layout != "tp2"  # Megatron's MoELayer under TP always is sequence parallel
     return layout != "ep2"
@@ -112,7 +131,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The seed checkpoints, and what one process makes of them."""
     runs = Runs(tmp_path_factory.mktemp("layouts"))
     seeds = {f"seeds/{name}": runs.seed(name) for name in ARCHITECTURES}
-    plain = runs.all_of({"plain": ""} | RECOMPUTE)
+    plain = {f"{name}/plain": runs.resumed(name, "") for name in ARCHITECTURES}
+    plain |= runs.all_of(RECOMPUTE)
     fresh = {
         f"{name}/{precision}": f"{MODEL} {ARCHITECTURES[name]} --train-iters {LONG_RUN} {flags}"
         for name in ARCHITECTURES
@@ -148,10 +168,12 @@ def _assert_same(ours: Sequence[Step], plain: Sequence[Step]) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_steps_move_far_more_than_the_tolerance(one: Runs, architecture: str):
     """Or all the comparisons below would hold for a model that does not train."""
-    plain = one.steps(architecture, "plain")
-    for earlier, later in itertools.pairwise(plain):
-        assert abs(later.loss / earlier.loss - 1) > 10 * TOLERANCE
-        assert abs(later.grad_norm / earlier.grad_norm - 1) > 10 * TOLERANCE
+    pairs = list(itertools.pairwise(one.steps(architecture, "plain")))
+    losses = [abs(later.loss / earlier.loss - 1) for earlier, later in pairs]
+    norms = [abs(later.grad_norm / earlier.grad_norm - 1) for earlier, later in pairs]
+    # Two neighbouring batches may happen to be as hard as each other.
+    assert statistics.median(losses) > 10 * TOLERANCE
+    assert statistics.median(norms) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize(("architecture", "layout"), _cases(TWO_PROCESSES))

@@ -29,6 +29,17 @@ LAYERS = {
     "smlp": "--architecture smlp --num-dense-layers 2 --feature-router deterministic "
     "--num-feature-experts 4",
 }
+# Mixers that only differ from these beside the token router are compared with one of them, or none.
+MIXERS = {
+    "gmlp": "--architecture gmlp --spatial-heads 2",
+    "amlp": "--architecture amlp --tiny-attention-width 8",
+    "partial": "--architecture smlp --num-dense-layers 1 --feature-router partial "
+    "--num-feature-experts 4 --prefix-fraction 0.3 --feature-aux-loss-coeff 0.5",
+    "partial_more_chunks": "--architecture smlp --feature-router partial --num-feature-experts 3 "
+    "--num-feature-chunks 8 --prefix-fraction 0.3",
+    "partial_few_tokens": "--architecture smlp --feature-router partial --num-feature-experts 4 "
+    "--prefix-fraction 0.85",
+}
 CAPACITY = "--moe-train-capacity-factor 0.75 --moe-eval-capacity-factor 1"
 ROUTERS = {
     "switch": "--token-router switch",
@@ -83,12 +94,17 @@ def reference_of(model: Any, args: Any) -> SMLPForCausalLM:
     return reference
 
 
-@pytest.fixture(params=[(layers, router) for layers in LAYERS for router in ROUTERS], ids="-".join)
+CASES = [(layers, router) for layers in LAYERS for router in ROUTERS]
+CASES += [(mixer, router) for mixer in MIXERS for router in ("none", "base")]
+
+
+@pytest.fixture(params=CASES, ids="-".join)
 def twins(
     request: pytest.FixtureRequest, parse: Callable[..., Any]
 ) -> tuple[Any, SMLPForCausalLM, Any]:
     layers, router = request.param
-    args = parse(f"{LAYERS[layers]} --num-experts 4 {ROUTERS[router]}")
+    experts = "" if router == "none" else f"--num-experts 4 {ROUTERS[router]}"
+    args = parse(f"{(LAYERS | MIXERS)[layers]} {experts}")
     model = build_model(args)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -99,6 +115,11 @@ def twins(
 def batch(vocab_size: int) -> tuple[Tensor, Tensor]:
     tokens = torch.randint(vocab_size, (3, LENGTH))
     return tokens, torch.arange(LENGTH).expand_as(tokens)
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """Zeros for what was not used: the prefix router of a sequence that ends within the prefix."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def test_logits_in_evaluation(twins: tuple[Any, SMLPForCausalLM, Any]):
@@ -121,8 +142,8 @@ def test_losses_and_gradients_in_training(twins: tuple[Any, SMLPForCausalLM, Any
     expected = functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
     (expected + (0 if outputs.aux_loss is None else outputs.aux_loss)).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    theirs = {name: p.grad for name, p in reference.named_parameters()}
+    gradients = {name: gradient_of(p) for name, p in model.named_parameters()}
+    theirs = {name: gradient_of(p) for name, p in reference.named_parameters()}
     ours = in_reference_names(gradients, args)
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():

@@ -1,0 +1,119 @@
+"""The small attention head of aMLP (Liu et al., arXiv 2105.08050), which is added to the gate.
+
+    q, k, v = x W_qkv        one head of width w, x = LN(input), as the gate's U reads it
+    a = softmax(q k^T / sqrt(w) + causal mask) v W_o            W_o: w x F;  g := g + a
+
+One head cannot be cut over the tensor parallel ranks, and is too small to be worth it: every rank
+computes it whole, with the same W_qkv, and maps it to its own share of the F gate features.
+
+Letters: T sequence, B batch, D hidden, w tiny_attention_width, F gate width; F' = F / tp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class TinyAttention(nn.Module):
+    """See the top of the file.
+
+    Args:
+        width: w.
+        out_features: F, of all ranks together.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        width: int,
+        out_features: int,
+        tp_group: torch.distributed.ProcessGroup,
+    ) -> None:
+        super().__init__()
+        self.config, self.tp_group = config, tp_group
+        local = out_features // tp_group.size()
+        first = local * tp_group.rank()
+        self.linear_qkv = self._linear(config.hidden_size, 3 * width)
+        self.linear_proj = self._linear(width, out_features, rows=slice(first, first + local))
+        for parameter in self.linear_proj.parameters():
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+
+    def _linear(self, inputs: int, outputs: int, *, rows: slice | None = None) -> nn.Linear:
+        """Rows of a projection whose values do not depend on the tensor parallel size."""
+        config = self.config
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        rows = rows or slice(0, outputs)
+        linear = nn.Linear(
+            inputs,
+            rows.stop - rows.start,
+            bias=config.add_bias_linear,
+            dtype=config.params_dtype,
+            device=device,
+        )
+        if config.perform_initialization:
+            # On the CPU's generator, which is the same on all ranks of the group.
+            whole = torch.empty(outputs, inputs, device="cpu")
+            config.init_method(whole)
+            linear.weight.data.copy_(whole[rows])
+        if config.add_bias_linear:
+            nn.init.zeros_(linear.bias)
+        return linear
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states: <float>[T, B, D] ([T / tp, B, D] under sequence parallel).
+
+        Returns:
+            what is added to the gate of this rank, <float>[T, B, F'].
+        """
+        if self.config.sequence_parallel:
+            # All ranks go on to compute the same: each keeps its tokens' part of the gradient.
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        q, k, v = self.linear_qkv(hidden_states).transpose(0, 1).unsqueeze(1).chunk(3, dim=-1)
+        attended = functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            dropout_p=self.config.attention_dropout if self.training else 0.0,
+            is_causal=True,
+        )
+        attended = attended.squeeze(1).transpose(0, 1)
+        return self._project(attended)
+
+    def _project(self, attended: Tensor) -> Tensor:
+        # Each rank has other gate features: the gradient of the head is the sum over the ranks.
+        shared = tensor_parallel.copy_to_tensor_model_parallel_region(attended, self.tp_group)
+        projected: Tensor = self.linear_proj(shared)
+        return projected
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Megatron's description of which slice of each global tensor this rank holds."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state = self.state_dict(keep_vars=True)
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            state,
+            prefix,
+            {name: 0 for name in state if name.startswith("linear_proj.")},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return sharded

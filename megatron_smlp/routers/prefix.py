@@ -1,0 +1,88 @@
+"""Partial prediction: the prefix of a sample routes its chunks of features to spatial experts.
+
+    a_i = sum over t < P of  W_r[t] m_i[t]          m_i[t] mean of chunk i of u2[t]
+    p_i = softmax(a_i)        e(i) = argmax p_i        s_i = E p_i[e(i)]      (1 where p is uniform)
+    loss  a E sum_e f_e P_e,  f_e share of the (sample, chunk) choices of e, P_e mean of p_e
+
+Yu et al., arXiv 2203.06850, section 3; the details are ours (docs/decisions/0006). W_r: P x E. Rows
+t < P must not see all of the prefix: they use expert i mod E with s = 1 (layers/feature_moe.py).
+s_i multiplies the mixed values: W_r would get no gradient otherwise. a: --feature-aux-loss-coeff.
+
+Letters: T tokens, B batch, C chunks, C' = C / tp chunks of this rank, E experts, P prefix length.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_smlp.routers.switch import balance_loss
+
+
+class Choice(NamedTuple):
+    """Where each chunk of each sample goes."""
+
+    experts: Tensor
+    """<int64>[B, C']."""
+    scale: Tensor
+    """<fp32>[B, C'], with gradient."""
+
+
+class PrefixRouter(nn.Module):
+    """See the top of the file. Every rank of a TP group routes its own chunks by the same W_r.
+
+    Args:
+        prefix_length: P.
+        num_experts: E.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        prefix_length: int,
+        num_experts: int,
+        loss_coeff: float,
+        tp_group: torch.distributed.ProcessGroup,
+    ) -> None:
+        super().__init__()
+        self.config, self.tp_group = config, tp_group
+        self.num_experts, self.loss_coeff = num_experts, loss_coeff
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        dtype = config.params_dtype
+        self.weight = nn.Parameter(
+            torch.empty(prefix_length, num_experts, dtype=dtype, device=device)
+        )
+        if config.perform_initialization:
+            drawn = torch.empty(self.weight.shape, device="cpu")
+            config.init_method(drawn)  # on the CPU's generator, the same on all ranks
+            self.weight.data.copy_(drawn)
+
+    def forward(self, means: Tensor) -> Choice:
+        """means: <fp32>[T, B, C'] of the chunks of u2, T >= P."""
+        weight = tensor_parallel.copy_to_tensor_model_parallel_region(self.weight, self.tp_group)
+        prefix = means[: len(weight)].float()
+        probabilities = torch.einsum("tbc,te->bce", prefix, weight.float()).softmax(dim=-1)
+        largest, experts = probabilities.max(dim=-1)
+        scale = largest * self.num_experts
+        if self.training and torch.is_grad_enabled() and self.loss_coeff:
+            loss = self._balance_loss(probabilities.flatten(0, 1), experts.flatten())
+            if self.config.calculate_per_token_loss:
+                # Megatron then divides by tokens where it divides by micro-batches else.
+                loss = loss * means.shape[0] * means.shape[1]
+            scale = MoEAuxLossAutoScaler.apply(scale, loss)
+        return Choice(experts, scale)
+
+    def _balance_loss(self, probabilities: Tensor, experts: Tensor) -> Tensor:
+        """Over the chunks of all TP ranks: each its chunks' part, and the gradients are summed."""
+        everywhere = experts
+        if self.tp_group.size() > 1:
+            parts = [torch.empty_like(experts) for _ in range(self.tp_group.size())]
+            torch.distributed.all_gather(parts, experts, group=self.tp_group)
+            everywhere = torch.cat(parts)
+        return self.loss_coeff * balance_loss(probabilities, everywhere)
