@@ -300,7 +300,11 @@ class SpatialGating(MegatronModule):
         for name in ("tiny_attention", "router"):
             if getattr(self, name, None) is not None:
                 sharded |= sharded_state_dict_default(
-                    getattr(self, name), f"{prefix}{name}.", sharded_offsets, metadata
+                    getattr(self, name),
+                    f"{prefix}{name}.",
+                    sharded_offsets,
+                    metadata,
+                    tp_group=self.tp_group,
                 )
         own = {
             f"{module}.{name}": value
