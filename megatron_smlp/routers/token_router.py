@@ -52,10 +52,10 @@ class TokenRouter(CountedRouter, TopKRouter):
             weights <fp32>[n, E], zero where a token does not go, and where it goes <bool>[n, E].
         """
         scores = self.apply_z_loss(self.gating(input).flatten(0, 1))
+        of_group = self.of_group(scores.detach())
         with torch.no_grad():
-            of_group = self.of_group(scores.detach())
             choices = self.choose(of_group)
-            self.count(choices, of_group, padding_mask)
+        self.count(choices, of_group, padding_mask)
         wanted, kept = choices.wanted, choices.kept
         rows = self.own_rows(len(scores))
         weights = self.weigh(scores, wanted[rows])
@@ -105,20 +105,19 @@ class TokenRouter(CountedRouter, TopKRouter):
         if real is not None:
             choices, scores = Choices(*(rows[real] for rows in choices)), scores[real]
         first = choices.wanted[:, 0]
-        if len(first) == 0:
-            return
-        assert self.counter is not None
-        self.counter.add(
-            training=self.training,
-            experts=choices.wanted.flatten(),
-            asked=choices.asked.flatten(),
-            kept=choices.kept.sum(),
-            gate=self.weigh(scores, choices.wanted)[:, 0].sum(),
-            gates=len(first),
-            aux_loss=self.aux_loss(scores, first),
-            z_loss=scores.logsumexp(dim=-1).square().sum() if self.has_z_loss else 0.0,
-            groups=1,
-        )
+        if len(first):
+            assert self.counter is not None
+            self.counter.add(
+                training=self.training,
+                experts=choices.wanted.flatten(),
+                asked=choices.asked.flatten(),
+                kept=choices.kept.sum(),
+                gate=self.weigh(scores, choices.wanted)[:, 0].sum(),
+                gates=len(first),
+                aux_loss=self.aux_loss(scores, first),
+                z_loss=scores.logsumexp(dim=-1).square().sum() if self.has_z_loss else 0.0,
+                groups=1,
+            )
 
     def _real(self, padding_mask: Tensor | None) -> Tensor | None:
         """<bool>[N] of the group, False for padding; None where there is none."""

@@ -30,6 +30,7 @@ def router_records(loads: Loads) -> list[dict[str, Any]]:
             "layer": key.layer,
             "kind": key.kind,
             **{name: round(value, DIGITS) for name, value in scalars(load)},
+            "choices": round(load.choices),
             "load_share": [round(share, DIGITS) for share in load.load_share],
         }
         for key, load in loads.items()
