@@ -18,11 +18,11 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 
 from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_token
 from megatron_smlp.errors import NonFiniteLossError
+from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.routers.statistics import RouterStatistics
 from megatron_smlp.training.checkpoints import write_model_flags
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.router_report import (
-    CollapseWatch,
     Loads,
     router_records,
     router_words,

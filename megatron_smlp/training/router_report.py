@@ -5,7 +5,7 @@ Megatron opens the writers of TensorBoard and W&B on the last rank; every rank k
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
@@ -14,8 +14,6 @@ from megatron_smlp.routers.statistics import RouterKey, RouterLoad
 
 Loads = Mapping[RouterKey, RouterLoad]
 
-COLLAPSED = 0.8
-"""Entropy, as a share of log E, under which a router is said to collapse."""
 NOUNS = {"token": "experts", "feature": "chunks"}
 SCALARS = (
     "load_share_min", "load_share_max", "entropy", "drop_rate", "mean_gate", "aux_loss", "z_loss",
@@ -63,32 +61,6 @@ def router_words(loads: Loads) -> list[str]:
         text = f"{noun} {least:.1f}-{most:.1f}x, entropy {entropy:.2f}"
         words.append(f"{text}, dropped {dropped:.1%}" if kind == "token" else text)
     return words
-
-
-class CollapseWatch:
-    """Says once of each router that it collapsed.
-
-    Args:
-        fixed: kinds of routers whose load is no choice of theirs (HASH).
-    """
-
-    def __init__(self, *, fixed: Collection[str] = ()) -> None:
-        self.fixed = fixed
-        self.warned: set[RouterKey] = set()
-
-    def warnings(self, loads: Loads, *, iteration: int, title: str = "") -> Iterator[str]:
-        """title: of an evaluation; empty in training."""
-        when = f"{iteration} {title}".rstrip()
-        for key, load in loads.items():
-            if key.kind in self.fixed or key in self.warned or load.entropy >= COLLAPSED:
-                continue
-            self.warned.add(key)
-            busiest = max(range(len(load.load_share)), key=lambda expert: load.load_share[expert])
-            yield (
-                f"warning: iteration {when}: the {key.kind} router of layer {key.layer} "
-                f"collapses: entropy {load.entropy:.2f} of log E is under {COLLAPSED}, expert "
-                f"{busiest} gets {load.load_share_max:.0%} of the choices (docs/metrics.md)"
-            )
 
 
 def write_scalars(loads: Loads, *, iteration: int, title: str = "") -> None:
