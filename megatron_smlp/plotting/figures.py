@@ -25,6 +25,7 @@ from megatron_smlp.plotting.series import (
     Axis,
     Curve,
     RouterHistory,
+    common_unit,
     curve,
     router_histories,
     smoothed,
@@ -61,13 +62,14 @@ def loss_figure(runs: Sequence[Run], *, axes: Sequence[str], window: int) -> Fig
 
 
 def _draw_losses(panel: Axes, runs: Sequence[Run], *, axis: Axis, window: int) -> None:
+    unit, unit_name = common_unit(runs, axis)
     for run, look in zip(runs, _looks(), strict=False):
-        raw = curve(run.training, axis=axis, field="loss")
+        raw = curve(run.training, axis=axis, unit=unit, field="loss")
         line = smoothed(raw, window=window)
         panel.plot(line.x, line.y, linewidth=1.4, **look)
-        dots = curve(run.validation, axis=axis, field="validation_loss")
+        dots = curve(run.validation, axis=axis, unit=unit, field="validation_loss")
         panel.plot(dots.x, dots.y, "o", color=look["color"], markersize=4, markeredgecolor="white")
-    panel.set_xlabel(axis.label)
+    panel.set_xlabel(axis.label.format(unit_name))
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(_ReadableLog())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -111,7 +113,8 @@ def load_figure(run: Run, *, evaluation: bool = False) -> Figure | None:
     histories = router_histories(run, evaluation=evaluation)
     if not histories:
         return None
-    columns = min(3, len(histories))
+    # With routers of both kinds, a row a layer.
+    columns = 2 if len({history.kind for history in histories}) > 1 else min(3, len(histories))
     rows = -(-len(histories) // columns)
     figure = Figure(figsize=(4.2 * columns + 1, 2.5 * rows + 0.7), layout="constrained", dpi=DPI)
     panels = figure.subplots(rows, columns, squeeze=False)

@@ -49,7 +49,7 @@ def read_runs(paths: Sequence[Path], *, labels: Sequence[str] | None = None) -> 
 
 
 def default_labels(paths: Sequence[Path]) -> list[str]:
-    """The part of the folders in which they differ: `switch` and `base` of `switch/log base/log`."""
+    """The part of the paths in which they differ: `switch`, `base` of `switch/log base/log`."""
     folders = [(path.parent if path.suffix == ".jsonl" else path).resolve() for path in paths]
     for part in range(1, max(len(folder.parts) for folder in folders)):
         names = [folder.parts[-part] if part < len(folder.parts) else "" for folder in folders]

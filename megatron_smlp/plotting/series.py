@@ -23,16 +23,40 @@ class Axis:
     field: str
     """Of metrics.jsonl."""
     label: str
-    unit: float = 1.0
-    """How many of the field's units make one of the label's."""
+    """Takes the name of the unit."""
+    units: tuple[tuple[float, str], ...] = ((1.0, ""),)
+    """How many of the field's make one of the unit, and its name; ascending."""
+
+    def unit(self, largest: float) -> tuple[float, str]:
+        """The largest unit of which the largest value has one or more."""
+        fitting = [unit for unit in self.units if largest >= unit[0]]
+        return fitting[-1] if fitting else self.units[0]
 
 
 AXES = {
-    "steps": Axis("iteration", "step"),
-    "tokens": Axis("consumed_tokens", "training tokens (millions)", 1e6),
-    "flops": Axis("consumed_flops", "training compute (PFLOPs)", 1e15),
-    "time": Axis("wall_seconds", "wall time (minutes)", 60.0),
+    "steps": Axis("iteration", "training steps"),
+    "tokens": Axis(
+        "consumed_tokens",
+        "training tokens{}",
+        ((1.0, ""), (1e3, " (thousands)"), (1e6, " (millions)"), (1e9, " (billions)")),
+    ),
+    "flops": Axis(
+        "consumed_flops",
+        "training compute ({}FLOPs)",
+        ((1e9, "G"), (1e12, "T"), (1e15, "P"), (1e18, "E"), (1e21, "Z")),
+    ),
+    "time": Axis(
+        "wall_seconds",
+        "wall time ({})",
+        ((1.0, "seconds"), (60.0, "minutes"), (3600.0, "hours"), (86400.0, "days")),
+    ),
 }
+
+
+def common_unit(runs: Sequence[Run], axis: Axis) -> tuple[float, str]:
+    """One unit for all of the runs."""
+    values = [number(record, axis.field) for run in runs for record in run.training]
+    return axis.unit(max((value for value in values if np.isfinite(value)), default=0.0))
 
 
 @dataclass(frozen=True)
@@ -43,9 +67,9 @@ class Curve:
     y: Floats
 
 
-def curve(records: Sequence[Record], *, axis: Axis, field: str) -> Curve:
-    """One number of these records against the axis, in the units of its label."""
-    x = np.array([number(record, axis.field) for record in records]) / axis.unit
+def curve(records: Sequence[Record], *, axis: Axis, unit: float, field: str) -> Curve:
+    """One number of these records against the axis, of whose values `unit` make one."""
+    x = np.array([number(record, axis.field) for record in records]) / unit
     y = np.array([number(record, field) for record in records])
     finite = np.isfinite(x) & np.isfinite(y)
     return Curve(x[finite], y[finite])

@@ -28,6 +28,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
+from megatron_smlp.options import prefix_length
 from megatron_smlp.routers.statistics import RouterStatistics
 from megatron_smlp.training.data import may_be_padded, needs_batch, needs_every_batch
 
@@ -77,16 +78,17 @@ class ForwardStep:
         self, loss_mask: Tensor, token_losses: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """token_losses, loss_mask: <float>[B, T] -> summed loss, number of tokens, report."""
-        prefix = _unpredicted_prefix()
+        args = get_args()
         suffix_mask = loss_mask.clone()
-        suffix_mask[:, :prefix] = 0
+        suffix_mask[:, : prefix_length(args, seq_length=args.seq_length)] = 0
         if not token_losses.requires_grad:
             loss, num_tokens = _masked_sum(token_losses, loss_mask)
             reports = {"lm loss": _report(loss, num_tokens)}
-            if prefix:
+            if args.feature_router == "partial":
                 reports[SUFFIX_LOSS] = _report(*_masked_sum(token_losses, suffix_mask))
             return loss, num_tokens, reports
-        loss, num_tokens = _masked_sum(token_losses, suffix_mask)
+        mask = loss_mask if args.partial_loss == "all" else suffix_mask
+        loss, num_tokens = _masked_sum(token_losses, mask)
         self.nonfinite |= not bool(torch.isfinite(loss.detach()))
         return loss, num_tokens, {"lm loss": _report(loss, num_tokens)}
 
@@ -107,14 +109,6 @@ def real_tokens(loss_mask: Tensor | None) -> Tensor | None:
     That is its padding. Positions that are masked before the end of the sample are tokens.
     """
     return None if loss_mask is None else loss_mask.flip(1).cumsum(1).flip(1) > 0
-
-
-def _unpredicted_prefix() -> int:
-    """P where partial prediction leaves the first P positions out of the loss, else 0."""
-    args = get_args()
-    if args.feature_router != "partial" or args.partial_loss == "all":
-        return 0
-    return int(args.prefix_fraction * args.seq_length)
 
 
 def _masked_sum(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
