@@ -139,7 +139,7 @@ def _draw_load(panel: Axes, history: RouterHistory) -> Any:
     norm = LogNorm(1 / EXTREME, EXTREME)
     edges = _edges(history.iterations)
     mesh = panel.pcolormesh(edges, experts, load, norm=norm, cmap=colormaps["PuOr_r"])
-    panel.set(title=history.title, xlabel="step", ylabel="expert")
+    panel.set(title=history.title, xlabel="training steps", ylabel="expert")
     panel.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     panel.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     return mesh
@@ -174,8 +174,8 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
         "collapse", (0.995, COLLAPSED), xycoords=("axes fraction", "data"), ha="right", va="top",
         color="0.35", fontsize=8,
     )  # fmt: skip
-    entropy.set(ylabel="entropy of the load (share of log E)", xlabel="step")
-    dropped.set(ylabel="dropped choices", xlabel="step")
+    entropy.set(ylabel="entropy of the load (share of log E)", xlabel="training steps")
+    dropped.set(ylabel="dropped choices", xlabel="training steps")
     dropped.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
     low, high = dropped.get_ylim()
     dropped.set_ylim(min(low, 0), max(high, 0.01))

@@ -19,7 +19,6 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_token
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.routers.collapse import CollapseWatch
-from megatron_smlp.routers.statistics import RouterStatistics
 from megatron_smlp.training.checkpoints import write_model_flags
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.router_report import (
@@ -39,16 +38,14 @@ class Reporter:
     """Prints and records the run; the `Observer` that platform/hooks.py calls.
 
     Args:
-        step: knows whether a loss of the step was not finite, and how long it waited for data.
-        statistics: counts what the routers do.
+        step: knows whether a loss of the step was not finite, how long it waited for data, and what
+            the routers did.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, *, step: ForwardStep, statistics: RouterStatistics
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, *, step: ForwardStep) -> None:
         self.args = args
         self.step = step
-        self.statistics = statistics
+        self.statistics = step.statistics
         self.collapse = CollapseWatch(fixed=("token",) if args.token_router == "hash" else ())
         shape = ModelShape.from_args(args)
         self.flops_per_token = training_flops_per_token(model_cost(shape), shape)

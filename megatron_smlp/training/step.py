@@ -42,13 +42,11 @@ class ForwardStep:
     """Megatron's `forward_step_func`.
 
     Remembers whether a loss was not finite, and the seconds spent on getting batches, until asked.
-
-    Args:
-        statistics: is told of each micro-batch, before its routers are.
+    Holds the statistics of the routers, which it tells what is padding.
     """
 
-    def __init__(self, statistics: RouterStatistics) -> None:
-        self.statistics = statistics
+    def __init__(self) -> None:
+        self.statistics = RouterStatistics()
         self.nonfinite = False
         self.data_seconds = 0.0
 
