@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from megatron_smlp.config_file import read_yaml
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import ModelOptions, RunOptions
-from megatron_smlp.platform import cpu, torch_adam
+from megatron_smlp.platform import cpu, safe_loading, torch_adam
 from megatron_smlp.routers.flags import settle_feature_router, settle_token_router
 from megatron_smlp.training.checkpoints import check_against_checkpoint, settle_load
 from megatron_smlp.training.tokenizer_folder import use_local_gpt2_files
@@ -46,11 +46,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.apply()
     torch_adam.apply()
+    safe_loading.apply()
     parser = build_parser()
     argv = expand_config(parser, argv)
     _refuse_unknown(parser, argv)
     args = _parse_like_megatron(argv)
-    args.explicit_flags = given_flags(parser, argv)
+    args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
     _settle_defaults(args)
     check_model(args)
     check_schedule(args)
