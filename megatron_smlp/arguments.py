@@ -67,10 +67,21 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="pretrain_smlp.py",
+        usage="%(prog)s --config FILE.yaml [--flag value ...]",
         description="Pretrain sparse all-MLP language models and their baselines.",
         allow_abbrev=False,
     )
-    return _add_options(add_megatron_arguments(parser))
+    return _with_readable_help(_add_options(add_megatron_arguments(parser)))
+
+
+def _with_readable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Megatron 0.19 has a bare percent sign in a flag's help, at which argparse stops."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % vars(action)
+        except ValueError:
+            action.help = (action.help or "").replace("%", "%%")
+    return parser
 
 
 def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
