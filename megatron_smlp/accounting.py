@@ -23,6 +23,7 @@ from megatron_smlp.options import (
     ModelOptions,
     layer_slots,
     model_option_names,
+    prefix_length,
 )
 
 TOKENS_PER_REPORT = 1024
@@ -102,7 +103,7 @@ class ModelShape:
             moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
             moe_router_topk=_experts_per_token(args),
             tiny_attention_width=getattr(args, "tiny_attention_width", 64) if is_amlp else 0,
-            prefix_length=int(args.prefix_fraction * args.seq_length) if is_partial else 0,
+            prefix_length=prefix_length(args, seq_length=args.seq_length) if is_partial else 0,
             num_feature_chunks=_num_chunks(args) if is_partial else 0,
             learned_positions=args.position_embedding_type == "learned_absolute",
             tied_embeddings=not args.untie_embeddings_and_output_weights,

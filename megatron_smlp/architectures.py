@@ -49,7 +49,13 @@ from megatron_smlp.layers.norms import norm_builder
 from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialGatingSubmodules
 from megatron_smlp.layers.tiny_attention import TinyAttention
 from megatron_smlp.layers.token_moe import token_moe_builder
-from megatron_smlp.options import LayerSlots, ModelOptions, layer_slots, model_option_names
+from megatron_smlp.options import (
+    LayerSlots,
+    ModelOptions,
+    layer_slots,
+    model_option_names,
+    prefix_length,
+)
 
 
 @dataclass
@@ -180,7 +186,7 @@ def _gating(config: TransformerConfig, slots: LayerSlots) -> dict[str, Any]:
     routing = {
         "num_heads": options.num_chunks,
         "num_experts": options.num_feature_experts,
-        "prefix_length": options.prefix_length(length),
+        "prefix_length": prefix_length(options, seq_length=length),
         "loss_coeff": options.feature_aux_loss_coeff,
     }
     return {"module": PartialFeatureMoE, "params": params | routing}

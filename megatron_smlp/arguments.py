@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
+from megatron_smlp.config_file import read_yaml
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import cpu, layout_free_optimizer, torch_adam
@@ -127,20 +126,6 @@ def _config_path(argv: Sequence[str]) -> Path | None:
     paths = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
     paths += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
     return Path(paths[-1]) if paths else None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A flat YAML mapping of flags."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"--config {path}: no such file; configs/ holds ready ones.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"--config {path} cannot be read as YAML: {reason}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"--config {path} must hold `flag: value` lines at its top level.")
-    return {str(key): value for key, value in content.items()}
 
 
 def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

@@ -11,13 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_smlp.accounting import (
     ModelShape,
     forward_tflops_per_1024_tokens,
     model_cost,
 )
+from megatron_smlp.config_file import read_yaml, spelling
 from megatron_smlp.footprint import ParallelLayout, footprint
 
 _REQUIRED = ("num_layers", "hidden_size", "seq_length")
@@ -64,6 +63,7 @@ _DEFAULTS: dict[str, Any] = {
     "recompute_granularity": None,
 }
 _ON_COMMAND_LINE = (
+    "vocab_size",
     "world_size",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -109,6 +109,8 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     if missing:
         raise ValueError(f"{', '.join(missing)} missing: give a positive number for each")
     args = argparse.Namespace(**(_DEFAULTS | values))
+    if not isinstance(args.moe_layer_freq, int | list):
+        raise ValueError(f"moe_layer_freq {args.moe_layer_freq}: give a number or a list as [0, 1]")
     args.num_attention_heads = args.num_attention_heads or 1
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
@@ -133,18 +135,6 @@ def _refuse_misspelt(values: dict[str, Any]) -> None:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
         if close:
             raise ValueError(f"unknown key {name!r}: did you mean {close[0]!r}?")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A flat YAML mapping of flags; hyphens or underscores."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--config {path} cannot be read: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path} must hold `flag: value` lines at its top level")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -180,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(flag, type=int, help="instead of the file's value")
     options = parser.parse_args(argv)
     try:
-        values = read_config(options.config)
+        values = {spelling(key): value for key, value in read_yaml(options.config).items()}
         given = {name: getattr(options, name) for name in _ON_COMMAND_LINE}
         result = estimate(values | {k: v for k, v in given.items() if v is not None})
     except ValueError as error:

@@ -249,12 +249,18 @@ def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerS
         mixer = (2 * ffn + 3 * gate_width) / tp
         # The norm of several heads keeps its result before the weight as well.
         mixer += gate_width / tp if slots.heads > 1 else 0
+    if slots.mixer == "gating_and_attention":
+        mixer += 4 * shape.tiny_attention_width
+    if slots.mixer == "feature_moe" and shape.prefix_length:
+        mixer += gate_width / tp  # the mixed values before they are scaled
     channel = 0.0
     if slots.channel == "mlp":
         channel = 2 * hidden + (3 if shape.gated_mlp else 2) * ffn / tp
     elif slots.channel == "token_moe":
-        # The dispatched token; the expert's hidden layer before and after the GELU, and weighted.
-        expert = 3 * shape.moe_ffn_hidden_size / layout.expert_tensor
+        # The dispatched token; the expert's hidden layer before and after the GELU, and weighted,
+        # unless the weight is fixed. GShard's second expert is counted as if it always served.
+        num_hidden = 2 if shape.token_router == "hash" else 3
+        expert = num_hidden * shape.moe_ffn_hidden_size / layout.expert_tensor
         channel = 2 * hidden + shape.moe_router_topk * (shape.hidden_size + expert)
     return 2 * hidden + mixer + channel
 

@@ -7,7 +7,7 @@ builds the parser from them.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Mixer = Literal["attention", "spatial_gating", "gating_and_attention", "feature_moe"]
 Channel = Literal["mlp", "token_moe", "none"]
@@ -78,10 +78,6 @@ class ModelOptions:
         """C, chunks of features in a sparse layer."""
         return self.num_feature_chunks or self.num_feature_experts
 
-    def prefix_length(self, seq_length: int) -> int:
-        """P, the tokens from which partial prediction routes; 0 without it."""
-        return int(self.prefix_fraction * seq_length) if self.feature_router == "partial" else 0
-
 
 @dataclass
 class RunOptions:
@@ -123,6 +119,16 @@ class LayerSlots:
     channel: Channel
     heads: int
     """Attention heads, spatial heads or spatial experts, whichever the mixer has."""
+
+
+def prefix_length(options: Any, *, seq_length: int) -> int:
+    """P, the tokens from which partial prediction routes; 0 without it.
+
+    Args:
+        options: ModelOptions, or a namespace with its names.
+    """
+    is_partial = options.feature_router == "partial"
+    return int(options.prefix_fraction * seq_length) if is_partial else 0
 
 
 def is_moe_layer(index: int, moe_layer_freq: int | list[int]) -> bool:

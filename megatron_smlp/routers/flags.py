@@ -6,7 +6,7 @@ import argparse
 from typing import Any, get_args
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.options import EXPERTS_PER_TOKEN, TokenRouterName
+from megatron_smlp.options import EXPERTS_PER_TOKEN, TokenRouterName, prefix_length
 
 ALLOWED = ", ".join(name for name in get_args(TokenRouterName) if name != "none")
 WITH_CAPACITY = ("switch", "gshard")  # and with a balance loss
@@ -78,7 +78,7 @@ def settle_feature_router(args: argparse.Namespace) -> None:
                 f"be --num-feature-experts {experts}: chunk i goes to expert i. Leave it out."
             )
         return
-    prefix = int(args.prefix_fraction * args.seq_length)
+    prefix = prefix_length(args, seq_length=args.seq_length)
     if not (0 < args.prefix_fraction < 1 and 0 < prefix < args.seq_length):
         raise UsageError(
             f"--prefix-fraction {args.prefix_fraction:g} of --seq-length {args.seq_length} is a "

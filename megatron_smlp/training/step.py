@@ -28,6 +28,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
+from megatron_smlp.options import prefix_length
 from megatron_smlp.training.data import needs_batch, needs_token_ids
 
 SUFFIX_LOSS = "suffix loss"
@@ -71,16 +72,17 @@ class ForwardStep:
         self, loss_mask: Tensor, token_losses: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """token_losses, loss_mask: <float>[B, T] -> summed loss, number of tokens, report."""
-        prefix = _unpredicted_prefix()
+        args = get_args()
         suffix_mask = loss_mask.clone()
-        suffix_mask[:, :prefix] = 0
+        suffix_mask[:, : prefix_length(args, seq_length=args.seq_length)] = 0
         if not token_losses.requires_grad:
             loss, num_tokens = _masked_sum(token_losses, loss_mask)
             reports = {"lm loss": _report(loss, num_tokens)}
-            if prefix:
+            if args.feature_router == "partial":
                 reports[SUFFIX_LOSS] = _report(*_masked_sum(token_losses, suffix_mask))
             return loss, num_tokens, reports
-        loss, num_tokens = _masked_sum(token_losses, suffix_mask)
+        mask = loss_mask if args.partial_loss == "all" else suffix_mask
+        loss, num_tokens = _masked_sum(token_losses, mask)
         self.nonfinite |= not bool(torch.isfinite(loss.detach()))
         return loss, num_tokens, {"lm loss": _report(loss, num_tokens)}
 
@@ -93,14 +95,6 @@ class ForwardStep:
         """Wall time spent on batches of training steps since the last call, on this rank."""
         seconds, self.data_seconds = self.data_seconds, 0.0
         return seconds
-
-
-def _unpredicted_prefix() -> int:
-    """P where partial prediction leaves the first P positions out of the loss, else 0."""
-    args = get_args()
-    if args.feature_router != "partial" or args.partial_loss == "all":
-        return 0
-    return int(args.prefix_fraction * args.seq_length)
 
 
 def _masked_sum(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

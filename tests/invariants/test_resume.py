@@ -32,7 +32,9 @@ ARCHITECTURES = {
         f"--architecture transformer --moe-layer-freq 2 --token-router hash {MOE}"
     ),
     "gmlp": "--architecture gmlp",
+    "amlp": "--architecture amlp --tiny-attention-width 16",
     "smlp": SMLP,
+    "smlp_partial": SMLP.replace("deterministic", "partial"),
 }
 DROPOUT = {
     "exact": "--attention-dropout 0 --hidden-dropout 0",

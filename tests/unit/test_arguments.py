@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.in_process import MINIMAL
 from support.launches import REPOSITORY, clean_environment
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import cpu
+from megatron_smlp.routers.hash_table import balanced_table, table_as_json
 from megatron_smlp.training.checkpoints import TRACKER, iteration_folder, write_model_flags
 
 Parse = Callable[..., Any]
@@ -21,6 +23,7 @@ GMLP = "--architecture gmlp"
 SMLP = """
     --architecture smlp --num-dense-layers 2 --feature-router deterministic --num-feature-experts 4
 """
+PARTIAL = SMLP.replace("deterministic", "partial")
 TRANSFORMER = "--architecture transformer --num-attention-heads 4"
 
 
@@ -153,10 +156,10 @@ class TestRefusals:
             (f"{SMLP} --num-dense-layers 5", r"--num-dense-layers 5 must lie between 0 and "
              r"--num-layers 4"),
             (f"{SMLP} --num-dense-layers -1", r"--num-dense-layers -1 must lie between 0 and"),
-            (f"{GMLP} --num-dense-layers 2", r"--num-dense-layers is for --architecture smlp, not "
-             r"gmlp: leave it out"),
-            (f"{TRANSFORMER} --feature-router deterministic", r"--feature-router is for "
-             r"--architecture smlp, not transformer: leave it out"),
+            (f"{GMLP} --num-dense-layers 2", r"--num-dense-layers 2 is for --architecture smlp, "
+             r"not gmlp: leave it out"),
+            (f"{TRANSFORMER} --feature-router deterministic", r"--feature-router deterministic "
+             r"is for --architecture smlp, not transformer: leave it out"),
             ("--num-attention-heads 5", r"--num-attention-heads 5 does not divide --hidden-size "
              r"32"),
         ],
@@ -191,6 +194,62 @@ class TestRefusals:
     )  # fmt: skip
     def test_token_routers(self, parse: Parse, words: str, message: str):
         refusal(parse, f"{TRANSFORMER} {words}", message)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (f"{PARTIAL} --prefix-fraction 0", r"--prefix-fraction 0 of --seq-length 16 is a "
+             r"prefix of 0 tokens: it must lie between 0 and 1"),
+            (f"{PARTIAL} --prefix-fraction 1", r"--prefix-fraction 1 .*between 0 and 1"),
+            (f"{PARTIAL} --prefix-fraction -0.2", r"--prefix-fraction -0\.2 .*between 0 and 1"),
+            (f"{PARTIAL} --prefix-fraction 0.01", r"--prefix-fraction 0\.01 .* at least one token"),
+            (f"{PARTIAL} --feature-aux-loss-coeff -1", r"--feature-aux-loss-coeff -1 must be 0 or"),
+            (f"{PARTIAL} --num-feature-chunks 3", r"--num-feature-chunks 3 does not divide"),
+            (f"{PARTIAL} --partial-loss some", r"--partial-loss: invalid choice: 'some'"),
+            (f"{SMLP} --prefix-fraction 0.5", r"--prefix-fraction is for --feature-router partial, "
+             r"not deterministic: leave it out"),
+            (f"{SMLP} --num-feature-chunks 8", r"--num-feature-chunks 8 with --feature-router "
+             r"deterministic must be --num-feature-experts 4"),
+            (f"{GMLP} --feature-router partial", r"--feature-router partial is for --architecture "
+             r"smlp, not gmlp"),
+            (f"{GMLP} --tiny-attention-width 32", r"--tiny-attention-width 32 is for "
+             r"--architecture amlp, not gmlp"),
+            ("--architecture amlp --tiny-attention-width 0", r"--tiny-attention-width 0: give a"),
+        ],
+    )  # fmt: skip
+    def test_feature_routers_and_tiny_attention(self, parse: Parse, words: str, message: str):
+        refusal(parse, words, message)
+
+    @pytest.mark.parametrize(
+        ("vocabulary", "experts", "message"),
+        [
+            (
+                50,
+                4,
+                r"is for a vocabulary of 50 ids, but the tokenizer has 100: .*build_hash_table",
+            ),
+            (100, 2, r"is for 2 experts, not for --num-experts 4"),
+            (100, 4, None),
+        ],
+    )
+    def test_hash_tables(self, parse: Parse, tmp_path: Path, vocabulary, experts, message):
+        path = tmp_path / "table.json"
+        table = balanced_table(np.arange(vocabulary), num_experts=experts)
+        path.write_text(table_as_json(table, num_experts=experts))
+        words = f"{TRANSFORMER} --token-router hash --num-experts 4 --hash-table {path}"
+        if message is None:
+            assert parse(words).hash_table == str(path)
+        else:
+            refusal(parse, words, message)
+
+    def test_hash_tables_that_are_none(self, parse: Parse, tmp_path: Path):
+        router = f"{TRANSFORMER} --token-router hash --num-experts 4 --hash-table"
+        refusal(parse, f"{router} {tmp_path}/none.json", r"none\.json cannot be read .*build_hash")
+        path = tmp_path / "table.json"
+        path.write_text("[1, 2]")
+        refusal(parse, f"{router} {path}", r"is no hash table: tools/build_hash_table\.py makes")
+        words = f"{TRANSFORMER} --token-router base --num-experts 4 --hash-table {path}"
+        refusal(parse, words, r"--hash-table .* is for --token-router hash, not base: leave it out")
 
     @pytest.mark.parametrize(
         ("words", "message"),

@@ -18,7 +18,7 @@ from megatron_smlp.footprint import (
     footprint,
     stage_parameters,
 )
-from megatron_smlp.options import LayerSlots
+from megatron_smlp.options import EXPERTS_PER_TOKEN, LayerSlots
 
 SIZES: dict[str, Any] = {
     "num_layers": 4,
@@ -131,24 +131,86 @@ def test_earlier_pipeline_stages_keep_more_micro_batches():
     assert activation_elements(shape, recomputed, shape.slots[0]) == 64
 
 
-@pytest.mark.parametrize(
-    ("config", "slots"),
-    [
-        ({"architecture": "gmlp"}, LayerSlots("spatial_gating", "none", 1)),
-        ({"architecture": "gmlp", "spatial_heads": 4}, LayerSlots("spatial_gating", "none", 4)),
-        ({"architecture": "transformer"}, LayerSlots("attention", "mlp", 4)),
-    ],
-)
+SMALL = {"hidden_size": 64, "ffn_hidden_size": 256, "num_attention_heads": 4}
+LENGTH, BATCH = 192, 4
+
+
+def _moe(router: str) -> dict[str, Any]:
+    """Megatron's settings for one of our token routers, as the command line makes them."""
+    return {
+        "token_router": router,
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 256,
+        "moe_router_topk": EXPERTS_PER_TOKEN[router],
+        "moe_router_pre_softmax": True,
+        "moe_aux_loss_coeff": 0.01 if router in ("switch", "gshard") else 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "add_bias_linear": False,
+        "hash_vocab_size": 40,
+    }
+
+
+FEATURES = {"architecture": "smlp", "num_feature_experts": 4, "feature_router": "deterministic"}
+KEPT: dict[str, tuple[dict[str, Any], LayerSlots]] = {
+    "gmlp": ({"architecture": "gmlp"}, LayerSlots("spatial_gating", "none", 1)),
+    "gmlp_heads": (
+        {"architecture": "gmlp", "spatial_heads": 4},
+        LayerSlots("spatial_gating", "none", 4),
+    ),
+    "amlp": (
+        {"architecture": "amlp", "tiny_attention_width": 16},
+        LayerSlots("gating_and_attention", "none", 1),
+    ),
+    "feature_moe": (FEATURES, LayerSlots("feature_moe", "none", 4)),
+    "partial": (
+        FEATURES | {"feature_router": "partial"},
+        LayerSlots("feature_moe", "none", 4),
+    ),
+    "smlp": (FEATURES | _moe("base"), LayerSlots("feature_moe", "token_moe", 4)),
+    "transformer": ({"architecture": "transformer"}, LayerSlots("attention", "mlp", 4)),
+} | {
+    router: (
+        {"architecture": "transformer"} | _moe(router),
+        LayerSlots("attention", "token_moe", 4),
+    )
+    for router in EXPERTS_PER_TOKEN
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
 @pytest.mark.usefixtures("megatron")
 def test_activations_are_what_autograd_keeps_within_ten_percent(
-    config: dict[str, Any], slots: LayerSlots
+    case: str, monkeypatch: pytest.MonkeyPatch
 ):
+    from megatron_smlp.routers.gshard import GShardRouter
+
+    monkeypatch.setattr(GShardRouter, "draw", lambda _, gates: torch.zeros_like(gates))
+    config, slots = KEPT[case]
+    values = {name: config.get(name) for name in ("token_router", "tiny_attention_width")}
+    values |= {"num_experts": config.get("num_moe_experts"), "moe_ffn_hidden_size": 256}
+    values |= {"feature_router": config.get("feature_router", "none")}
+    args = resolve(
+        SMALL
+        | values
+        | {"num_layers": 4, "seq_length": LENGTH}
+        | {"architecture": config["architecture"]}
+    )
+    shape = dataclasses.replace(ModelShape.from_args(args), slots=(slots,))
+    measured = _kept_elements(config) / (LENGTH * BATCH)
+    assert abs(activation_elements(shape, ParallelLayout(), slots) / measured - 1) < 0.1
+
+
+def _kept_elements(config: dict[str, Any]) -> float:
+    """Numbers of 4 bytes that autograd keeps from one layer's forward pass, weights aside."""
     from support.in_process import layer_config
 
     from megatron_smlp.architectures import SlottedLayer
+    from megatron_smlp.routers.hash import HashRouter
 
-    sizes = {"spatial_length": 48, "hidden_size": 64, "ffn_hidden_size": 256}
-    layer = SlottedLayer(layer_config(**sizes, num_attention_heads=4, **config))
+    layer = SlottedLayer(layer_config(**SMALL, spatial_length=LENGTH, **config))
+    for module in layer.modules():
+        if isinstance(module, HashRouter):
+            module.token_ids = torch.randint(40, (BATCH, LENGTH))
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     kept: dict[int, int] = {}
     alive = []
@@ -161,12 +223,8 @@ def test_activations_are_what_autograd_keeps_within_ten_percent(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(torch.randn(48, 2, 64, requires_grad=True), attention_mask=None)
-    shape = dataclasses.replace(
-        ModelShape.from_args(_resolved("transformer")), slots=(slots,), seq_length=48
-    )
-    measured = sum(kept.values()) / 4 / (48 * 2)
-    assert abs(activation_elements(shape, ParallelLayout(), slots) / measured - 1) < 0.1
+        layer(torch.randn(LENGTH, BATCH, 64, requires_grad=True), attention_mask=None)
+    return sum(kept.values()) / 4
 
 
 @pytest.mark.parametrize(
@@ -198,7 +256,7 @@ def test_estimate_prints_json_and_a_table(tmp_path: Path, capsys: pytest.Capture
     assert main(["--config", str(config)]) == 0
     assert f"{cost.parameters:,}" in capsys.readouterr().out
     assert main(["--config", str(tmp_path / "missing.yaml")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "missing.yaml: no such file" in capsys.readouterr().err
 
 
 def test_the_tool_runs_without_torch():

@@ -25,7 +25,13 @@ from megatron_smlp.data import (
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.preprocessing import Summary
 
-TOOLS = ("preprocess_data", "merge_datasets", "inspect_dataset", "train_tokenizer")
+TOOLS = (
+    "preprocess_data",
+    "merge_datasets",
+    "inspect_dataset",
+    "train_tokenizer",
+    "build_hash_table",
+)
 
 
 def _run(tool: str, *flags: object) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,60 @@
+"""How often each token id is in a corpus."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_smlp.data.blending import Blend
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.indexed import in_parts, open_index
+from megatron_smlp.data.manifest import find_manifest
+
+
+def vocabulary_of(blend: Blend) -> int:
+    """Ids of the one tokenizer that made these datasets, as their manifests say.
+
+    Raises:
+        DataError: a dataset has no manifest, or they are of several vocabularies.
+    """
+    sizes: dict[int, str] = {}
+    for prefix in blend.prefixes:
+        found = find_manifest(prefix)
+        if found is None:
+            raise DataError(
+                f"{prefix} has no manifest that tells its vocabulary: give --vocab-size"
+            )
+        sizes[found[1].tokenizer.vocab_size] = prefix
+    if len(sizes) > 1:
+        words = ", ".join(f"{prefix} has {size:,} ids" for size, prefix in sizes.items())
+        raise DataError(f"--data-path holds data of several vocabularies: {words}")
+    return next(iter(sizes))
+
+
+def token_counts(blend: Blend, *, vocab_size: int) -> NDArray[np.int64]:
+    """How often each id is in the corpus; with weights, in as many tokens of that mixture.
+
+    Returns:
+        <int64>[V].
+
+    Raises:
+        DataError: a dataset is missing or damaged, or holds an id outside the vocabulary.
+    """
+    parts = [_counts(prefix, vocab_size) for prefix in blend.prefixes]
+    if blend.weights is None:
+        return np.sum(parts, axis=0, dtype=np.int64)
+    total = sum(int(part.sum()) for part in parts)
+    weights = np.array(blend.weights) / sum(blend.weights)
+    shares = [w * part / max(part.sum(), 1) for w, part in zip(weights, parts, strict=True)]
+    return np.rint(total * np.sum(shares, axis=0)).astype(np.int64)
+
+
+def _counts(prefix: str, vocab_size: int) -> NDArray[np.int64]:
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for part in in_parts(open_index(prefix).tokens()):
+        found = np.bincount(part, minlength=vocab_size)
+        if len(found) > vocab_size:
+            raise DataError(
+                f"{prefix} holds the id {len(found) - 1}, outside a vocabulary of {vocab_size:,} "
+                "ids: give the tokenizer's --vocab-size"
+            )
+        counts += found
+    return counts

@@ -1,0 +1,182 @@
+"""Every file of configs/: its budget, its dry run, and the large ones' shards on 128 ranks."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from support.in_process import build_model
+from support.launches import REPOSITORY, clean_environment
+
+from megatron_smlp.accounting import ModelShape
+from megatron_smlp.config_file import read_yaml, spelling
+from megatron_smlp.errors import UsageError
+from megatron_smlp.estimation import estimate
+from megatron_smlp.footprint import ParallelLayout, stage_parameters
+from megatron_smlp.training.plan import print_dry_run
+
+SYSTEMS = (
+    "transformer",
+    "gshard",
+    "switch",
+    "base",
+    "hash",
+    "gmlp",
+    "amlp",
+    "smlp_deterministic",
+    "smlp_partial",
+)
+TOKEN_MOES = ("gshard", "switch", "base", "hash")
+FOLDERS = {"cpu": 0.0134, "paper/regular": 0.8, "paper/large": 2.0}
+VOCABULARY = {"cpu": 4096, "paper/regular": 50257, "paper/large": 50257}
+CONFIGS = [(folder, system) for folder in FOLDERS for system in SYSTEMS]
+DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size"
+
+
+def config(folder: str, system: str) -> Path:
+    return REPOSITORY / "configs" / folder / f"{system}.yaml"
+
+
+def estimated(folder: str, system: str) -> dict[str, Any]:
+    values = {spelling(key): value for key, value in read_yaml(config(folder, system)).items()}
+    return estimate(values | {"vocab_size": VOCABULARY[folder]})
+
+
+def test_every_system_is_there_and_nothing_else():
+    found = {(str(p.parent.relative_to(REPOSITORY / "configs")), p.stem) for p in all_configs()}
+    assert found == set(CONFIGS)
+
+
+def all_configs() -> Iterator[Path]:
+    for path in (REPOSITORY / "configs").rglob("*.yaml"):
+        if path.parent.name != "base":
+            yield path
+
+
+@pytest.mark.parametrize(("folder", "system"), CONFIGS)
+def test_flops_are_the_folders_budget(folder: str, system: str):
+    tflops = estimated(folder, system)["forward_tflops_per_1024_tokens"]
+    assert abs(tflops / FOLDERS[folder] - 1) < 0.03
+
+
+def test_the_large_moes_have_the_papers_sizes():
+    for system in TOKEN_MOES:
+        assert 9e9 < estimated("paper/large", system)["total_parameters"] < 10e9
+    for system in ("smlp_deterministic", "smlp_partial"):
+        parameters = estimated("paper/large", system)["total_parameters"]
+        assert abs(parameters / 9.41e9 - 1) < 0.01
+
+
+@pytest.mark.parametrize(("folder", "system"), CONFIGS)
+def test_dry_run(parse: Callable[..., Any], folder: str, system: str):
+    """Through all checks, ours and Megatron's; the layer table has a row for every layer."""
+    words = f"--config {config(folder, system)} {DATA} {VOCABULARY[folder]}"
+    args = parse(words, base="")
+    text = io.StringIO()
+    print_dry_run(args, Console(file=text, width=200))
+    rows = [line.split() for line in text.getvalue().splitlines()]
+    numbers = [row[0] for row in rows if row and row[0].isdigit()]
+    assert numbers == [str(index + 1) for index in range(args.num_layers)]
+    total = estimated(folder, system)["total_parameters"]
+    assert f"{total:,} parameters" in text.getvalue()
+
+
+def test_dry_run_of_the_real_command():
+    command = [sys.executable, "pretrain_smlp.py", "--config", "configs/paper/large/base.yaml"]
+    done = subprocess.run(
+        [*command, *DATA.split(), "50257", "--dry-run"],
+        cwd=REPOSITORY,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "token MoE (base), experts: 32" in done.stdout
+
+
+LAYOUT = {
+    "tensor_model_parallel_size": 4,
+    "pipeline_model_parallel_size": 4,
+    "expert_model_parallel_size": 8,
+}
+RANKS = 128
+SOME = (0, 3, 31, 32, 64, 95, 96, 127)  # the ends of all pipeline stages
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_shards_of_the_large_models(
+    parse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, system: str
+):
+    """Built by Megatron as each rank would, without storage: every one has the expected size."""
+    has_experts = system in TOKEN_MOES or system.startswith("smlp")
+    layout = LAYOUT if has_experts else LAYOUT | {"expert_model_parallel_size": 1}
+    flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in layout.items())
+    words = f"--config {config('paper/large', system)} {DATA} 50257 {flags}"
+    expert_tensor = ("", " --expert-tensor-parallel-size 1") if has_experts else ("",)
+    ranks = range(RANKS) if system == "smlp_deterministic" else SOME
+    monkeypatch.setenv("WORLD_SIZE", str(RANKS))
+    for more in expert_tensor:
+        args = parse(words + more, base="")
+        for args.rank in ranks:
+            expected = expected_parameters(args, stage=args.rank // (RANKS // 4))
+            assert built_parameters(args, monkeypatch) == expected, (args.rank, more)
+
+
+def expected_parameters(args: Any, *, stage: int) -> int:
+    shape, layout = ModelShape.from_args(args), ParallelLayout.from_args(args)
+    part = stage_parameters(shape, layout, stage)
+    return part.dense_on_rank(layout) + part.experts_on_rank(layout)
+
+
+def built_parameters(args: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The size of Megatron's model on `args.rank` of a process group that sends nothing."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    args.use_cpu_initialization, args.perform_initialization = False, False
+    store = FakeStore()
+    torch.distributed.init_process_group("fake", store=store, rank=args.rank, world_size=RANKS)
+    try:
+        parallel_state.initialize_model_parallel(
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(1)
+        with monkeypatch.context() as patched, torch.device("meta"):
+            # Megatron allocates on the current device by name.
+            patched.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+            model = build_model(args)
+        return sum(parameter.numel() for parameter in model.parameters())
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+class TestInclude:
+    def test_own_keys_win_and_spelling_does_not_matter(self, tmp_path: Path):
+        (tmp_path / "base.yaml").write_text("lr: 1\nnum-layers: 2\n")
+        (tmp_path / "top.yaml").write_text("include: base.yaml\nnum_layers: 3\n")
+        assert read_yaml(tmp_path / "top.yaml") == {"lr": 1, "num_layers": 3}
+
+    def test_a_circle_and_a_missing_file_are_named(self, tmp_path: Path):
+        path = tmp_path / "top.yaml"
+        path.write_text("include: top.yaml\n")
+        with pytest.raises(UsageError, match="includes itself"):
+            read_yaml(path)
+        path.write_text("include: other.yaml\n")
+        with pytest.raises(UsageError, match=r"other\.yaml: no such file"):
+            read_yaml(path)
+        path.write_text("include: [a.yaml]\n")
+        with pytest.raises(UsageError, match="'include' names one file"):
+            read_yaml(path)

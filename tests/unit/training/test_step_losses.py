@@ -1,0 +1,76 @@
+"""The loss of partial prediction: training counts the suffix, validation reports both."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_smlp.training.step import SUFFIX_LOSS, ForwardStep
+
+PARTIAL = """
+    --architecture smlp --num-dense-layers 2 --feature-router partial --num-feature-experts 4
+    --prefix-fraction 0.25
+"""
+TOKENS, PREFIX = 16, 4
+
+
+def losses_and_mask() -> tuple[Tensor, Tensor]:
+    """<float>[2, 16] each; two targets are left out, one before P and one behind it."""
+    mask = torch.ones(2, TOKENS)
+    mask[0, 1] = mask[1, 9] = 0
+    return torch.randn(2, TOKENS).exp().requires_grad_(), mask
+
+
+def mean(losses: Tensor, mask: Tensor, *, start: int) -> Tensor:
+    kept = mask[:, start:] > 0
+    return losses[:, start:][kept].mean()
+
+
+def loss_of(report: Tensor) -> Tensor:
+    return report[0] / report[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "start"),
+    [(PARTIAL, PREFIX), (f"{PARTIAL} --partial-loss all", 0), ("--architecture gmlp", 0)],
+)
+def test_training_counts_the_targets_that_are_predicted(
+    parse: Callable[..., Any], flags: str, start: int
+):
+    parse(flags)
+    losses, mask = losses_and_mask()
+    total, count, reports = ForwardStep()._loss(mask, losses)
+    torch.testing.assert_close(total / count, mean(losses, mask, start=start))
+    torch.testing.assert_close(loss_of(reports["lm loss"]), mean(losses, mask, start=start))
+    assert SUFFIX_LOSS not in reports
+    total.backward()
+    assert losses.grad is not None
+    assert torch.equal(losses.grad[:, :start], torch.zeros(2, start))
+    assert torch.equal(losses.grad[:, start:], mask[:, start:])
+
+
+@pytest.mark.parametrize("flags", [PARTIAL, f"{PARTIAL} --partial-loss all"])
+def test_validation_reports_the_whole_and_the_suffix(parse: Callable[..., Any], flags: str):
+    parse(flags)
+    losses, mask = losses_and_mask()
+    total, count, reports = ForwardStep()._loss(mask, losses.detach())
+    torch.testing.assert_close(total / count, mean(losses, mask, start=0))
+    torch.testing.assert_close(loss_of(reports["lm loss"]), mean(losses, mask, start=0))
+    torch.testing.assert_close(loss_of(reports[SUFFIX_LOSS]), mean(losses, mask, start=PREFIX))
+
+
+def test_other_systems_report_no_suffix(parse: Callable[..., Any]):
+    parse("--architecture gmlp")
+    losses, mask = losses_and_mask()
+    assert set(ForwardStep()._loss(mask, losses.detach())[2]) == {"lm loss"}
+
+
+def test_a_loss_that_is_not_finite_is_remembered_until_asked(parse: Callable[..., Any]):
+    parse("--architecture gmlp")
+    step = ForwardStep()
+    losses, mask = losses_and_mask()
+    step._loss(mask, losses * float("inf"))
+    assert step.take_nonfinite()
+    assert not step.take_nonfinite()
