@@ -50,14 +50,16 @@ def train(args: argparse.Namespace) -> None:
 
     from megatron_smlp.model import model_config
     from megatron_smlp.platform import hooks
+    from megatron_smlp.routers.statistics import RouterStatistics
     from megatron_smlp.training.data import DatasetProvider, check_data
     from megatron_smlp.training.reporting import Reporter
     from megatron_smlp.training.signals import keyboard_like_sigterm
     from megatron_smlp.training.step import ForwardStep
 
     check_data(args)
-    step = ForwardStep()
-    reporter = Reporter(args, step=step)
+    statistics = RouterStatistics()
+    step = ForwardStep(statistics)
+    reporter = Reporter(args, step=step, statistics=statistics)
     speaks = args.rank == 0
     with keyboard_like_sigterm(speaks=speaks), hooks.installed(reporter), reporter.session():
         pretrain(

@@ -62,6 +62,7 @@ class PartialFeatureMoE(SpatialGating):
         self.default_experts = [(first + i) % num_experts for i in range(self.local_heads)]
         self.router = PrefixRouter(
             config,
+            layer_number=self.layer_number,
             prefix_length=prefix_length,
             num_experts=num_experts,
             loss_coeff=loss_coeff,

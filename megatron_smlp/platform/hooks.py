@@ -131,12 +131,15 @@ def _with_step(training_log: Callable[..., Any], observer: Observer) -> Callable
 
 
 class _Validation:
-    """Ties the numbers that `evaluate` returns to the iteration that only its caller knows."""
+    """Ties the numbers that `evaluate` returns to the iteration that only its caller knows.
+
+    Megatron validates once more after the training, on other samples, also where it has just done
+    so by its interval; then the second time is left out.
+    """
 
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
-        self.iteration = 0
-        self.title = ""
+        self.iteration, self.title = -1, ""
 
     def around_printing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -149,8 +152,10 @@ class _Validation:
             *args: Any,
             **kwargs: Any,
         ) -> Any:
-            self.iteration = iteration
-            self.title = "test" if prefix.endswith("test set") else "validation"
+            title = "test" if prefix.endswith("test set") else "validation"
+            if (iteration, title) == (self.iteration, self.title):
+                return None
+            self.iteration, self.title = iteration, title
             return function(
                 prefix, forward_step_func, data_iterator, model, iteration, *args, **kwargs
             )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_smlp.ops.balanced_assignment import balanced_assignment
-from megatron_smlp.routers.token_router import TokenRouter
+from megatron_smlp.routers.token_router import Choices, TokenRouter
 
 INIT_GAIN = 0.1
 
@@ -30,14 +30,15 @@ class BaseRouter(TokenRouter):
             # QR exists in fp32, not in the half precision that the weight may have.
             self.weight.data.copy_(nn.init.orthogonal_(torch.empty(self.weight.shape), INIT_GAIN))
 
-    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """One expert of each token, <int64>[N, 1]; every choice is kept."""
+    def choose(self, scores: Tensor) -> Choices:
+        """One expert of each token; every choice is kept."""
         if self.training:
             # A step whose scores are not finite is found, and ended, by its loss.
             wanted = balanced_assignment(scores.nan_to_num())
         else:
             wanted = scores.argmax(dim=-1)
-        return wanted[:, None], torch.ones_like(wanted[:, None], dtype=torch.bool)
+        every = torch.ones_like(wanted[:, None], dtype=torch.bool)
+        return Choices(wanted[:, None], every, every)
 
     def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
         """sigmoid of the chosen expert's score."""

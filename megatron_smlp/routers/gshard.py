@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.routers.switch import SwitchRouter
-from megatron_smlp.routers.token_router import TokenRouter
+from megatron_smlp.routers.token_router import Choices, TokenRouter
 
 
 class GShardRouter(SwitchRouter):
@@ -28,14 +28,14 @@ class GShardRouter(SwitchRouter):
     def reset_parameters(self) -> None:
         TokenRouter.reset_parameters(self)
 
-    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Both choices of each token, <int64>[N, 2], and which are used, <bool>[N, 2]."""
+    def choose(self, scores: Tensor) -> Choices:
+        """Both choices of each token."""
         probabilities = scores.softmax(dim=-1)
         gates, wanted = probabilities.topk(2, dim=-1)
-        asking = torch.ones_like(wanted, dtype=torch.bool)
+        asked = torch.ones_like(wanted, dtype=torch.bool)
         if self.training:
-            asking[:, 1] = self.draw(gates[:, 1]) < 2 * gates[:, 1]
-        return wanted, self.kept(wanted, asking, probabilities)
+            asked[:, 1] = self.draw(gates[:, 1]) < 2 * gates[:, 1]
+        return Choices(wanted, asked, self.kept(wanted, asked, probabilities))
 
     def draw(self, gates: Tensor) -> Tensor:
         """gates: <fp32>[N] -> numbers in [0, 1), the same on every rank of the TP group.

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.random import is_checkpointing
 from torch import Tensor, nn
 
 from megatron_smlp.routers.hash_table import random_table, read_table
-from megatron_smlp.routers.token_router import TokenRouter, as_megatron
+from megatron_smlp.routers.token_router import Choices, TokenRouter, as_megatron
 
 
 def _first_table(config: Any) -> Tensor:
@@ -54,10 +54,20 @@ class HashRouter(TokenRouter):
         Raises:
             ValueError: the model was called without token ids.
         """
-        ids = self._ids().T.flatten()[self.own_rows(input.shape[0] * input.shape[1])]
-        experts = self.table[ids][:, None]
-        weights = torch.ones_like(experts, dtype=torch.float32)
-        return as_megatron(weights, experts, torch.ones_like(experts).bool(), self.num_experts)
+        wanted = self.table[self._ids().T.flatten()][:, None]
+        every = torch.ones_like(wanted, dtype=torch.bool)
+        self.count(Choices(wanted, every, every), every.float(), padding_mask)
+        rows = self.own_rows(input.shape[0] * input.shape[1])
+        weights = self.weigh(every[rows].float(), wanted[rows])
+        return as_megatron(weights, wanted[rows], every[rows], self.num_experts)
+
+    def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
+        """1; there are no scores."""
+        return torch.ones_like(wanted, dtype=torch.float32)
+
+    @property
+    def has_z_loss(self) -> bool:
+        return False
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The table, which another layout may pad to another length: no id lies in the padding."""

@@ -21,6 +21,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_smlp.routers.statistics import CountedRouter
 from megatron_smlp.routers.switch import balance_loss
 
 
@@ -33,7 +34,7 @@ class Choice(NamedTuple):
     """<fp32>[B, C'], with gradient."""
 
 
-class PrefixRouter(nn.Module):
+class PrefixRouter(CountedRouter, nn.Module):
     """See the top of the file. Every rank of a TP group routes its own chunks by the same W_r.
 
     Args:
@@ -41,17 +42,21 @@ class PrefixRouter(nn.Module):
         num_experts: E.
     """
 
+    router_kind = "feature"
+    has_aux_loss = True
+
     def __init__(
         self,
         config: TransformerConfig,
         *,
+        layer_number: int,
         prefix_length: int,
         num_experts: int,
         loss_coeff: float,
         tp_group: torch.distributed.ProcessGroup,
     ) -> None:
         super().__init__()
-        self.config, self.tp_group = config, tp_group
+        self.config, self.tp_group, self.layer_number = config, tp_group, layer_number
         self.num_experts, self.loss_coeff = num_experts, loss_coeff
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         dtype = config.params_dtype
@@ -70,13 +75,40 @@ class PrefixRouter(nn.Module):
         probabilities = torch.einsum("tbc,te->bce", prefix, weight.float()).softmax(dim=-1)
         largest, experts = probabilities.max(dim=-1)
         scale = largest * self.num_experts
-        if self.training and torch.is_grad_enabled() and self.loss_coeff:
-            loss = self._balance_loss(probabilities.flatten(0, 1), experts.flatten())
+        attaches = self.training and torch.is_grad_enabled() and bool(self.loss_coeff)
+        if not (attaches or self.counts):
+            return Choice(experts, scale)
+        real = self._real_samples()
+        part = self._balance_loss(probabilities[real].flatten(0, 1), experts[real].flatten())
+        self._count(experts[real].flatten(), scale[real].detach(), part.detach())
+        if attaches:
+            loss = self.loss_coeff * part
             if self.config.calculate_per_token_loss:
                 # Megatron then divides by tokens where it divides by micro-batches else.
                 loss = loss * means.shape[0] * means.shape[1]
             scale = MoEAuxLossAutoScaler.apply(scale, loss)
         return Choice(experts, scale)
+
+    def _real_samples(self) -> Tensor | slice:
+        """Which samples are more than padding behind the prefix, <bool>[B]; or all of them."""
+        if self.counter is None or self.counter.real is None:
+            return slice(None)
+        return self.counter.real[:, len(self.weight) :].any(dim=1)
+
+    def _count(self, experts: Tensor, scale: Tensor, loss_part: Tensor) -> None:
+        """Add the pairs of sample and chunk of this rank; experts: <int64>[M]."""
+        if self.counts and len(experts):
+            assert self.counter is not None
+            self.counter.add(
+                training=self.training,
+                experts=experts,
+                asked=torch.ones_like(experts, dtype=torch.bool),
+                kept=len(experts),
+                gate=scale.sum(),
+                gates=len(experts),
+                aux_loss=loss_part,
+                groups=int(self.tp_group.rank() == 0),  # of which every rank has a part
+            )
 
     def _balance_loss(self, probabilities: Tensor, experts: Tensor) -> Tensor:
         """Over the chunks of all TP ranks: each its chunks' part, and the gradients are summed."""
@@ -85,4 +117,4 @@ class PrefixRouter(nn.Module):
             parts = [torch.empty_like(experts) for _ in range(self.tp_group.size())]
             torch.distributed.all_gather(parts, experts, group=self.tp_group)
             everywhere = torch.cat(parts)
-        return self.loss_coeff * balance_loss(probabilities, everywhere)
+        return balance_loss(probabilities, everywhere)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.routers.capacity import within_capacity
-from megatron_smlp.routers.token_router import TokenRouter
+from megatron_smlp.routers.token_router import Choices, TokenRouter
 
 INIT_SCALE = 0.1
 
@@ -26,34 +26,37 @@ INIT_SCALE = 0.1
 class SwitchRouter(TokenRouter):
     """See the top of the file; GShard differs in the choice and in the number of slots."""
 
+    has_aux_loss = True
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.weight.data.mul_(INIT_SCALE)
 
-    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """One choice of each token, <int64>[N, 1], and whether it got a slot, <bool>[N, 1]."""
+    def choose(self, scores: Tensor) -> Choices:
+        """One choice of each token."""
         probabilities = scores.softmax(dim=-1)
         wanted = probabilities.argmax(dim=-1, keepdim=True)
-        return wanted, self.kept(wanted, torch.ones_like(wanted, dtype=torch.bool), probabilities)
+        asked = torch.ones_like(wanted, dtype=torch.bool)
+        return Choices(wanted, asked, self.kept(wanted, asked, probabilities))
 
     def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
         """p of the chosen expert."""
         return scores.softmax(dim=-1).gather(1, wanted)
 
-    def kept(self, wanted: Tensor, asking: Tensor, probabilities: Tensor) -> Tensor:
-        """Which of the asking choices <bool>[N, k] fit; probabilities: <fp32>[N, E]."""
+    def kept(self, wanted: Tensor, asked: Tensor, probabilities: Tensor) -> Tensor:
+        """Which of the asked choices <bool>[N, k] fit; probabilities: <fp32>[N, E]."""
         config = self.config
         factor = (
             config.moe_train_capacity_factor if self.training else config.moe_eval_capacity_factor
         )
         if factor is None:
-            return asking
+            return asked
         priority = probabilities.gather(1, wanted)
         if config.moe_token_drop_policy == "position":
             priority = torch.zeros_like(priority)
         capacity = self.capacity(factor, len(wanted))
         return within_capacity(
-            wanted, asking, priority, capacity=capacity, num_experts=self.num_experts
+            wanted, asked, priority, capacity=capacity, num_experts=self.num_experts
         )
 
     def capacity(self, factor: float, num_tokens: int) -> int:
@@ -70,12 +73,17 @@ class SwitchRouter(TokenRouter):
             probs, coefficient, coefficient * share, "load_balancing_loss", self.tp_cp_group
         )
 
+    def aux_loss(self, scores: Tensor, first: Tensor) -> Tensor:
+        return balance_loss(scores.softmax(dim=-1), first)
+
 
 def balance_loss(probabilities: Tensor, first: Tensor) -> Tensor:
     """E sum_e f_e P_e, or the part of it that n of the N tokens give.
 
     probabilities: <fp32>[n, E]; first: <int64>[N], the first choices of the whole group.
     """
-    num_experts = probabilities.shape[1]
-    share = first.bincount(minlength=num_experts) / len(first)
-    return num_experts * (share * probabilities.sum(dim=0)).sum() / len(first)
+    num_experts, count = probabilities.shape[1], max(1, len(first))
+    # Not bincount, which waits for the device to learn how many bins there are.
+    share = probabilities.new_zeros(num_experts)
+    share.index_add_(0, first, torch.ones_like(first, dtype=share.dtype))
+    return num_experts * (share / count * probabilities.sum(dim=0)).sum() / count

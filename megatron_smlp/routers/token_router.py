@@ -11,31 +11,52 @@ T sequence length, B micro-batch.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_smlp.routers.statistics import CountedRouter
 
-class TokenRouter(TopKRouter):
+
+class Choices(NamedTuple):
+    """Of a routing group."""
+
+    wanted: Tensor
+    """<int64>[N, k], experts, distinct in a row."""
+    asked: Tensor
+    """<bool>[N, k], which of them are to be sent; the others are not used by the rule."""
+    kept: Tensor
+    """<bool>[N, k], which of those found a slot."""
+
+
+class TokenRouter(CountedRouter, TopKRouter):
     """A rule says whom a token wants (`choose`) and with which weight it is sent (`weigh`).
 
     Megatron's z-loss applies to the scores; its own top-k, capacity and balance losses do not.
     """
 
+    router_kind = "token"
+
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Route the tokens of this rank. Megatron's pretraining batches have no padding.
+        """Route the tokens of this rank, padding too: it is only kept out of the statistics.
 
         Args:
             input: <float>[T or T / TP, B, D].
+            padding_mask: <bool>[T or T / TP, B], as Megatron hands it on, True where padded.
 
         Returns:
             weights <fp32>[n, E], zero where a token does not go, and where it goes <bool>[n, E].
         """
         scores = self.apply_z_loss(self.gating(input).flatten(0, 1))
+        of_group = self.of_group(scores.detach())
         with torch.no_grad():
-            wanted, kept = self.choose(self.of_group(scores.detach()))
+            choices = self.choose(of_group)
+        self.count(choices, of_group, padding_mask)
+        wanted, kept = choices.wanted, choices.kept
         rows = self.own_rows(len(scores))
         weights = self.weigh(scores, wanted[rows])
         probs, routing_map = as_megatron(weights, wanted[rows], kept[rows], self.num_experts)
@@ -45,8 +66,8 @@ class TokenRouter(TopKRouter):
         """input: <float>[..., D] -> scores <fp32>[..., E], whatever precision the model has."""
         return router_gating_linear(input, self.weight, None, torch.float32)
 
-    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """scores: <fp32>[N, E] of the group -> wanted experts <int64>[N, k], kept <bool>[N, k]."""
+    def choose(self, scores: Tensor) -> Choices:
+        """scores: <fp32>[N, E] of the group."""
         raise NotImplementedError
 
     def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
@@ -59,6 +80,51 @@ class TokenRouter(TopKRouter):
         scores: <fp32>[n, E] of this rank; first: <int64>[N], first choices of the group.
         """
         return probs
+
+    def aux_loss(self, scores: Tensor, first: Tensor) -> Tensor | float:
+        """The balance loss of a whole group, without its coefficient, for the statistics.
+
+        scores: <fp32>[N, E]; first: <int64>[N].
+        """
+        return 0.0
+
+    @property
+    def has_z_loss(self) -> bool:
+        return bool(self.config.moe_z_loss_coeff)
+
+    def count(self, choices: Choices, scores: Tensor, padding_mask: Tensor | None) -> None:
+        """Add a group to the statistics; scores: <fp32>[N, E].
+
+        All ranks of a TP group make the same choices, so the first one counts them.
+        """
+        if not self.counts:
+            return
+        real = self._real(padding_mask)
+        if self.tp_group.rank() != 0:
+            return
+        if real is not None:
+            choices, scores = Choices(*(rows[real] for rows in choices)), scores[real]
+        first = choices.wanted[:, 0]
+        if len(first):
+            assert self.counter is not None
+            self.counter.add(
+                training=self.training,
+                experts=choices.wanted.flatten(),
+                asked=choices.asked.flatten(),
+                kept=choices.kept.sum(),
+                gate=self.weigh(scores, choices.wanted)[:, 0].sum(),
+                gates=len(first),
+                aux_loss=self.aux_loss(scores, first),
+                z_loss=scores.logsumexp(dim=-1).square().sum() if self.has_z_loss else 0.0,
+                groups=1,
+            )
+
+    def _real(self, padding_mask: Tensor | None) -> Tensor | None:
+        """<bool>[N] of the group, False for padding; None where there is none."""
+        if padding_mask is not None:
+            return self.of_group(padding_mask.flatten().float()) == 0
+        assert self.counter is not None
+        return None if self.counter.real is None else self.counter.real.T.flatten()
 
     def of_group(self, rows: Tensor) -> Tensor:
         """Rows of this rank [n, ...] -> rows of the whole group [N, ...]."""

@@ -88,14 +88,24 @@ class DatasetProvider:
         self.said = True
 
 
-def needs_token_ids(args: argparse.Namespace) -> bool:
-    """Whether every pipeline stage looks at the token ids: HASH routes by them."""
-    return bool(args.token_router == "hash")
+def may_be_padded(args: argparse.Namespace) -> bool:
+    """Whether samples may end in padding. Megatron leaves an incomplete last sample out of all
+    other batches: theirs are full.
+    """
+    return bool(args.full_validation)
+
+
+def needs_every_batch(args: argparse.Namespace) -> bool:
+    """Whether every pipeline stage looks at the batches: HASH routes by the token ids, and what is
+    padding must not be counted by the routers of any stage.
+    """
+    has_routers = args.token_router != "none" or args.feature_router == "partial"
+    return bool(args.token_router == "hash" or (has_routers and may_be_padded(args)))
 
 
 def needs_batch(args: argparse.Namespace, vp_stage: int | None) -> bool:
     """Whether this pipeline stage gets batches: the ends of the pipeline, or all of it."""
-    return needs_token_ids(args) or bool(is_first_or_last_pipeline_stage(vp_stage))
+    return needs_every_batch(args) or bool(is_first_or_last_pipeline_stage(vp_stage))
 
 
 def _reads_data(args: argparse.Namespace, vp_stage: int | None) -> bool:

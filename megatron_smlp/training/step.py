@@ -29,7 +29,8 @@ from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from megatron_smlp.options import prefix_length
-from megatron_smlp.training.data import needs_batch, needs_token_ids
+from megatron_smlp.routers.statistics import RouterStatistics
+from megatron_smlp.training.data import may_be_padded, needs_batch, needs_every_batch
 
 SUFFIX_LOSS = "suffix loss"
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask")
@@ -41,9 +42,13 @@ class ForwardStep:
     """Megatron's `forward_step_func`.
 
     Remembers whether a loss was not finite, and the seconds spent on getting batches, until asked.
+
+    Args:
+        statistics: is told of each micro-batch, before its routers are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, statistics: RouterStatistics) -> None:
+        self.statistics = statistics
         self.nonfinite = False
         self.data_seconds = 0.0
 
@@ -56,14 +61,15 @@ class ForwardStep:
             on the last stage the loss of each token, <float>[B, T]; else the stage's output. And
             the function that Megatron calls on it.
         """
-        timers = get_timers()
+        args, timers = get_args(), get_timers()
         timers("batch-generator", log_level=2).start()
         start = time.perf_counter()
         batch = next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
         if torch.is_grad_enabled():  # validation does not count
             self.data_seconds += time.perf_counter() - start
         timers("batch-generator").stop()
-        if get_args().feature_router == "partial":
+        self.statistics.begin(real_tokens(batch["loss_mask"]) if may_be_padded(args) else None)
+        if args.feature_router == "partial":
             scale_balance_losses(model)
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return output, partial(self._loss, batch["loss_mask"])
@@ -95,6 +101,14 @@ class ForwardStep:
         """Wall time spent on batches of training steps since the last call, on this rank."""
         seconds, self.data_seconds = self.data_seconds, 0.0
         return seconds
+
+
+def real_tokens(loss_mask: Tensor | None) -> Tensor | None:
+    """<float>[B, T] -> <bool>[B, T], False from where no later target of the sample counts.
+
+    That is its padding. Positions that are masked before the end of the sample are tokens.
+    """
+    return None if loss_mask is None else loss_mask.flip(1).cumsum(1).flip(1) > 0
 
 
 def _masked_sum(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +161,9 @@ def next_batch(
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=needs_token_ids(args),  # then Megatron broadcasts all of it on all stages
+        mtp_on_this_rank=needs_every_batch(
+            args
+        ),  # then Megatron broadcasts all of it on all stages
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),

@@ -94,7 +94,7 @@ def test_training_on_text_learns_and_reports(corpus: Path, tmp_path: Path) -> No
     assert trained[-1]["consumed_samples"] == 30 * 4
     assert trained[-1]["loss"] < trained[0]["loss"] - 1
     validated = [record for record in metrics if "validation_loss" in record]
-    assert [record["iteration"] for record in validated] == [15, 30, 30]
+    assert [record["iteration"] for record in validated] == [15, 30]
     assert all(1 < record["validation_perplexity"] < 300 for record in validated)
     assert "end of arguments" in (tmp_path / "megatron.log").read_text(encoding="utf-8")
 

@@ -1,4 +1,5 @@
-"""Every parallel layout gives the same training: losses and gradient norms of five steps.
+"""Every parallel layout gives the same training: losses and gradient norms of five steps, and what
+the routers did in them.
 
 All layouts of an architecture start from one checkpoint, since pipeline stages and tensor parallel
 ranks draw other initial weights than one process does. The gradient norm is compared too: a wrong
@@ -9,11 +10,12 @@ import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.checkpoints import checkpoint_tensors
-from support.launches import Step, launch, steps
+from support.launches import Step, launch, records, steps
 
 NUM_STEPS = 5
 LONG_RUN = 16  # steps in which a loss falls visibly
@@ -125,6 +127,12 @@ class Runs:
     def steps(self, architecture: str, layout: str) -> list[Step]:
         return steps(self.folder / architecture / layout)
 
+    def routers(self, architecture: str, layout: str) -> list[dict[str, Any]]:
+        """Every router of every step, then of the validation and of the test."""
+        lines = records(self.folder / architecture / layout)
+        names = ("routers", "validation_routers", "test_routers")
+        return [router for line in lines for name in names for router in line.get(name, [])]
+
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
@@ -189,6 +197,54 @@ def test_four_processes_train_as_one(four: Runs, architecture: str, layout: str)
 @pytest.mark.parametrize(("architecture", "layout"), _cases(RECOMPUTE))
 def test_recomputing_activations_changes_nothing(one: Runs, architecture: str, layout: str):
     _assert_same(one.steps(architecture, layout), one.steps(architecture, "plain"))
+
+
+def _has_routers(architecture: str) -> bool:
+    return architecture in ROUTED or "partial" in architecture
+
+
+def _router_cases(layouts: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [case for case in _cases(layouts) if _has_routers(case[0])]
+
+
+def _assert_same_routers(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> None:
+    """The same routers counted as many choices; a choice on the edge may fall to the other side."""
+    assert [(r["layer"], r["kind"], r["choices"]) for r in ours] == [
+        (r["layer"], r["kind"], r["choices"]) for r in plain
+    ]
+    for left, right in zip(ours, plain, strict=True):
+        assert left.keys() == right.keys()
+        for name in left.keys() - {"kind"}:
+            is_share = "share" in name or "rate" in name
+            allowed = {"abs": 2 / left["choices"]} if is_share else {"rel": 5e-3}
+            assert left[name] == pytest.approx(right[name], **allowed), name
+
+
+@pytest.mark.parametrize(("architecture", "layout"), _router_cases(TWO_PROCESSES))
+def test_two_processes_count_as_one(two: Runs, architecture: str, layout: str):
+    _assert_same_routers(two.routers(architecture, layout), two.routers(architecture, "plain"))
+
+
+@pytest.mark.parametrize(("architecture", "layout"), _router_cases(FOUR_PROCESSES))
+def test_four_processes_count_as_one(four: Runs, architecture: str, layout: str):
+    _assert_same_routers(four.routers(architecture, layout), four.routers(architecture, "plain"))
+
+
+@pytest.mark.parametrize(("architecture", "layout"), _router_cases(RECOMPUTE))
+def test_a_recomputed_pass_is_counted_once(one: Runs, architecture: str, layout: str):
+    _assert_same_routers(one.routers(architecture, layout), one.routers(architecture, "plain"))
+
+
+@pytest.mark.parametrize("architecture", filter(_has_routers, ARCHITECTURES))
+def test_every_router_counts_every_choice(one: Runs, architecture: str):
+    """8 samples of 32 tokens a step; GShard's two choices of each; 4 chunks of each sample."""
+    counted = one.routers(architecture, "plain")
+    each = {"token": 8 * 32 * (2 if "gshard" in architecture else 1), "feature": 8 * 4}
+    assert {(r["kind"], r["choices"]) for r in counted} == {
+        (kind, each[kind]) for kind in {r["kind"] for r in counted}
+    }
+    layers = {(r["layer"], r["kind"]) for r in counted}
+    assert len(counted) == len(layers) * (NUM_STEPS + 2)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 RUNS = REPOSITORY / "tests" / "support" / "runs.py"
@@ -76,8 +77,12 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **variables}
 
 
-def steps(folder: Path) -> list[Step]:
-    """The training steps that a run logged to `folder`/metrics.jsonl, in order."""
+def records(folder: Path) -> list[dict[str, Any]]:
+    """What a run logged to `folder`/metrics.jsonl, in order."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    return [Step(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
+    return [json.loads(line) for line in lines]
+
+
+def steps(folder: Path) -> list[Step]:
+    """The training steps among them."""
+    return [Step(r["loss"], r["grad_norm"]) for r in records(folder) if "loss" in r]

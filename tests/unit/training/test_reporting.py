@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smlp.training.reporting import MetricsFile, duration, perplexity
+from megatron_smlp.training.metrics_file import MetricsFile
+from megatron_smlp.training.reporting import perplexity
+from megatron_smlp.training.speed import duration
 from megatron_smlp.training.transcript import Transcript
 
 

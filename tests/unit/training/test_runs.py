@@ -47,7 +47,7 @@ class TestMetrics:
 
     def test_validation_has_lines_of_its_own(self, logged: list[dict[str, Any]]):
         validations = [record for record in logged if "validation_loss" in record]
-        assert [record["iteration"] for record in validations][:2] == [2, 4]
+        assert [record["iteration"] for record in validations] == [2, 4]
         for record in validations:
             loss = record["validation_loss"]
             assert record["validation_perplexity"] == pytest.approx(math.exp(loss))

@@ -1,0 +1,208 @@
+"""The figures, by matplotlib, without a display: losses, load heat maps, router curves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
+
+from megatron_smlp.plotting.records import Run
+from megatron_smlp.plotting.series import (
+    AXES,
+    Axis,
+    Curve,
+    RouterHistory,
+    common_unit,
+    curve,
+    router_histories,
+    smoothed,
+)
+from megatron_smlp.routers.collapse import COLLAPSED
+
+# Paul Tol's "muted", which colour-blind readers tell apart; line styles help where two are near.
+COLORS = (
+    "#332288", "#CC6677", "#117733", "#DDAA33", "#88CCEE", "#AA4499", "#882255", "#44AA99",
+    "#999933",
+)  # fmt: skip
+STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
+EXTREME = 4.0  # times an even share, where the colours of a heat map end
+DPI = 150
+
+
+def loss_figure(runs: Sequence[Run], *, axes: Sequence[str], window: int) -> Figure:
+    """Loss of training (lines) and validation (dots) against each of `axes`, names of AXES.
+
+    window: logged lines that a training curve averages over.
+    """
+    columns = min(2, len(axes))
+    rows = -(-len(axes) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.8 * rows + 0.6), layout="constrained", dpi=DPI)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for panel in panels.flat[len(axes) :]:
+        panel.remove()
+    for name, panel in zip(axes, panels.flat, strict=False):
+        _draw_losses(panel, runs, axis=AXES[name], window=window)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("loss (nats per token)")
+    _legend(figure, runs)
+    return figure
+
+
+def _draw_losses(panel: Axes, runs: Sequence[Run], *, axis: Axis, window: int) -> None:
+    unit, unit_name = common_unit(runs, axis)
+    for run, look in zip(runs, _looks(), strict=False):
+        raw = curve(run.training, axis=axis, unit=unit, field="loss")
+        line = smoothed(raw, window=window)
+        panel.plot(line.x, line.y, linewidth=1.4, **look)
+        dots = curve(run.validation, axis=axis, unit=unit, field="validation_loss")
+        panel.plot(dots.x, dots.y, "o", color=look["color"], markersize=4, markeredgecolor="white")
+    panel.set_xlabel(axis.label.format(unit_name))
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(_ReadableLog())
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+    panel.yaxis.set_minor_locator(FixedLocator([]))
+    _tidy(panel)
+
+
+class _ReadableLog(MaxNLocator):
+    """Round numbers on a logarithmic axis that spans less than a decade."""
+
+    def __init__(self) -> None:
+        super().__init__(nbins=7, steps=[1, 2, 2.5, 5, 10])
+
+
+def _legend(figure: Figure, runs: Sequence[Run]) -> None:
+    """Below the panels, so that it never lies on a curve."""
+    panel = figure.axes[0]
+    lines = [
+        panel.plot([], [], linewidth=1.8, **look)[0]
+        for _, look in zip(runs, _looks(), strict=False)
+    ]
+    labels = [run.label for run in runs]
+    if any(run.validation for run in runs):
+        lines.append(panel.plot([], [], "o", color="0.4", markeredgecolor="white")[0])
+        labels.append("validation")
+    figure.legend(
+        lines, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False
+    )
+
+
+def _looks() -> Any:
+    return (
+        {"color": COLORS[index % len(COLORS)], "linestyle": STYLES[index % len(STYLES)]}
+        for index in itertools.count()
+    )
+
+
+def load_figure(run: Run, *, evaluation: bool = False) -> Figure | None:
+    """Load of every expert over time, a panel a router; None where the run has no routers."""
+    histories = router_histories(run, evaluation=evaluation)
+    if not histories:
+        return None
+    # With routers of both kinds, a row a layer.
+    columns = 2 if len({history.kind for history in histories}) > 1 else min(3, len(histories))
+    rows = -(-len(histories) // columns)
+    figure = Figure(figsize=(4.2 * columns + 1, 2.5 * rows + 0.7), layout="constrained", dpi=DPI)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel in panels.flat[len(histories) :]:
+        panel.remove()
+    used = panels.flat[: len(histories)]
+    for panel, history in zip(used, histories, strict=True):
+        mesh = _draw_load(panel, history)
+    bar = figure.colorbar(mesh, ax=list(used), extend="both", shrink=0.9)
+    bar.set_label("load (multiple of an even share)")
+    bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["¼", "½", "1", "2", "4"])
+    bar.minorticks_off()
+    phase = "validation" if evaluation else "training"
+    figure.suptitle(f"{run.label}: expert load in {phase}")
+    return figure
+
+
+def _draw_load(panel: Axes, history: RouterHistory) -> Any:
+    """Cells end halfway between two logged lines; an expert without load has the lowest colour."""
+    load = np.maximum(history.load.T, 1e-3)
+    experts = np.arange(load.shape[0] + 1) - 0.5
+    norm = LogNorm(1 / EXTREME, EXTREME)
+    edges = _edges(history.iterations)
+    mesh = panel.pcolormesh(edges, experts, load, norm=norm, cmap=colormaps["PuOr_r"])
+    panel.set(title=history.title, xlabel="step", ylabel="expert")
+    panel.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    return mesh
+
+
+def _edges(centers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[S] -> [S + 1]."""
+    if len(centers) == 1:
+        return centers[0] + np.array([-0.5, 0.5])
+    middle = (centers[1:] + centers[:-1]) / 2
+    return np.concatenate(([2 * centers[0] - middle[0]], middle, [2 * centers[-1] - middle[-1]]))
+
+
+def router_figure(runs: Sequence[Run]) -> Figure | None:
+    """Entropy and drop rate over time: a line the worst of a run's layers, a band all of them.
+
+    None where no run has routers.
+    """
+    routed = [
+        (run, look) for run, look in zip(runs, _looks(), strict=False) if router_histories(run)
+    ]
+    if not routed:
+        return None
+    figure = Figure(figsize=(10.4, 4.4), layout="constrained", dpi=DPI)
+    entropy, dropped = figure.subplots(1, 2)
+    for run, look in routed:
+        histories = router_histories(run)
+        _draw_band(entropy, histories, "entropy", worst=np.nanmin, look=look)
+        _draw_band(dropped, histories, "drop_rate", worst=np.nanmax, look=look)
+    entropy.axhline(COLLAPSED, color="0.35", linewidth=0.9, linestyle=":")
+    entropy.annotate(
+        "collapse", (0.995, COLLAPSED), xycoords=("axes fraction", "data"), ha="right", va="top",
+        color="0.35", fontsize=8,
+    )  # fmt: skip
+    entropy.set(ylabel="entropy of the load (share of log E)", xlabel="step")
+    dropped.set(ylabel="dropped choices", xlabel="step")
+    dropped.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+    low, high = dropped.get_ylim()
+    dropped.set_ylim(min(low, 0), max(high, 0.01))
+    for panel in (entropy, dropped):
+        _tidy(panel)
+    figure.suptitle("lines: the worst router of a run; bands: all of its routers", fontsize=10)
+    lines = [entropy.plot([], [], linewidth=1.8, **look)[0] for _, look in routed]
+    labels = [run.label for run, _ in routed]
+    figure.legend(
+        lines, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False
+    )
+    return figure
+
+
+def _draw_band(
+    panel: Axes, histories: Sequence[RouterHistory], field: str, *, worst: Any, look: dict[str, Any]
+) -> None:
+    values = np.stack([getattr(history, field) for history in histories])
+    steps = histories[0].iterations
+    band = Curve(steps, worst(values, axis=0))
+    panel.fill_between(
+        steps, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.12, linewidth=0
+    )
+    panel.plot(band.x, band.y, linewidth=1.4, **look)
+
+
+def _tidy(panel: Axes) -> None:
+    panel.grid(color="0.9", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)

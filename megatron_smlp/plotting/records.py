@@ -1,0 +1,120 @@
+"""metrics.jsonl of one or more runs -> records in the order of their iterations, without overlap.
+
+A run that was stopped and went on, or was copied behind another part of it, has iterations twice:
+the later line holds what became of the model, and replaces the earlier ones from its iteration on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.errors import UsageError
+
+FILE_NAME = "metrics.jsonl"
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run logged."""
+
+    label: str
+    training: list[Record]
+    """Lines with a `loss`, one an iteration, ascending."""
+    validation: list[Record]
+    """Lines with a `validation_loss`, likewise."""
+
+
+def read_runs(paths: Sequence[Path], *, labels: Sequence[str] | None = None) -> list[Run]:
+    """The runs at these folders or files.
+
+    Args:
+        labels: one a run; default: what tells their paths apart.
+
+    Raises:
+        UsageError: another number of labels, one twice, or what `read_run` raises.
+    """
+    names = list(labels) if labels else default_labels(paths)
+    if len(names) != len(paths):
+        raise UsageError(f"--labels {' '.join(names)}: give one for each of the {len(paths)} runs.")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"label {twice!r} stands for two runs: name each one by --labels.")
+    return [read_run(path, label=label) for path, label in zip(paths, names, strict=True)]
+
+
+def default_labels(paths: Sequence[Path]) -> list[str]:
+    """The part of the paths in which they differ: `switch`, `base` of `switch/log base/log`."""
+    folders = [(path.parent if path.suffix == ".jsonl" else path).resolve() for path in paths]
+    for part in range(1, max(len(folder.parts) for folder in folders)):
+        names = [folder.parts[-part] if part < len(folder.parts) else "" for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def read_run(path: Path, *, label: str) -> Run:
+    """One run.
+
+    Raises:
+        UsageError: no such file, a line that is no record, or no step in it.
+    """
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UsageError(
+            f"{file}: {reason}: give a folder that --log-dir or --save named, or a {FILE_NAME}."
+        ) from error
+    records = [
+        _parse(line, where=f"{file}:{number}", is_last=number == len(lines))
+        for number, line in enumerate(lines, start=1)
+    ]
+    present = _without_overlap([record for record in records if record])
+    training, validation = (_by_iteration(present, name) for name in ("loss", "validation_loss"))
+    if not training:
+        raise UsageError(f"{file}: no training step is recorded in it: nothing can be drawn.")
+    return Run(label, training, validation)
+
+
+def _parse(line: str, *, where: str, is_last: bool) -> Record:
+    """A line's record; empty for a blank line, and for half a line at the end of a running run."""
+    if not line.strip():
+        return {}
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        if is_last:
+            return {}
+        raise UsageError(f"{where}: not a JSON object: remove the line.") from error
+    if not (isinstance(record, dict) and isinstance(record.get("iteration"), int)):
+        raise UsageError(f"{where}: a JSON object with an integer `iteration` is expected.")
+    return record
+
+
+def _without_overlap(records: Sequence[Record]) -> list[Record]:
+    """Each record drops what was written before it of later iterations, a step also its own."""
+    kept: list[Record] = []
+    for record in records:
+        reached = record["iteration"] - ("loss" in record)  # a validation follows the step
+        while kept and kept[-1]["iteration"] > reached:
+            kept.pop()
+        kept.append(record)
+    return kept
+
+
+def _by_iteration(records: Sequence[Record], name: str) -> list[Record]:
+    """Those that have this number, the last one of each iteration."""
+    return list({record["iteration"]: record for record in records if name in record}.values())
+
+
+def number(record: Record, name: str) -> float:
+    """A field as a number: NaN where it is not there, and from the text that stands for one."""
+    value = record.get(name)
+    return math.nan if value is None else float(value)

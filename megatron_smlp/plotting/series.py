@@ -1,0 +1,129 @@
+"""The data behind the figures: what is drawn, without how.
+
+Letters: S logged lines, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_smlp.plotting.records import Record, Run, number
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What a loss is drawn against."""
+
+    field: str
+    """Of metrics.jsonl."""
+    label: str
+    """Takes the name of the unit."""
+    units: tuple[tuple[float, str], ...] = ((1.0, ""),)
+    """How many of the field's make one of the unit, and its name; ascending."""
+
+    def unit(self, largest: float) -> tuple[float, str]:
+        """The largest unit of which the largest value has one or more."""
+        fitting = [unit for unit in self.units if largest >= unit[0]]
+        return fitting[-1] if fitting else self.units[0]
+
+
+AXES = {
+    "steps": Axis("iteration", "training steps"),
+    "tokens": Axis(
+        "consumed_tokens",
+        "training tokens{}",
+        ((1.0, ""), (1e3, " (thousands)"), (1e6, " (millions)"), (1e9, " (billions)")),
+    ),
+    "flops": Axis(
+        "consumed_flops",
+        "training compute ({}FLOPs)",
+        ((1e9, "G"), (1e12, "T"), (1e15, "P"), (1e18, "E"), (1e21, "Z")),
+    ),
+    "time": Axis(
+        "wall_seconds",
+        "wall time ({})",
+        ((1.0, "seconds"), (60.0, "minutes"), (3600.0, "hours"), (86400.0, "days")),
+    ),
+}
+
+
+def common_unit(runs: Sequence[Run], axis: Axis) -> tuple[float, str]:
+    """One unit for all of the runs."""
+    values = [number(record, axis.field) for run in runs for record in run.training]
+    return axis.unit(max((value for value in values if np.isfinite(value)), default=0.0))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """<float64>[S] each; a point whose x or y is not finite is left out."""
+
+    x: Floats
+    y: Floats
+
+
+def curve(records: Sequence[Record], *, axis: Axis, unit: float, field: str) -> Curve:
+    """One number of these records against the axis, of whose values `unit` make one."""
+    x = np.array([number(record, axis.field) for record in records]) / unit
+    y = np.array([number(record, field) for record in records])
+    finite = np.isfinite(x) & np.isfinite(y)
+    return Curve(x[finite], y[finite])
+
+
+def smoothed(line: Curve, *, window: int) -> Curve:
+    """Mean of the last `window` points, of fewer at the start."""
+    if window < 2 or not len(line.y):
+        return line
+    sums = np.concatenate(([0.0], np.cumsum(line.y)))
+    end = np.arange(1, len(line.y) + 1)
+    start = np.maximum(0, end - window)
+    return Curve(line.x, (sums[end] - sums[start]) / (end - start))
+
+
+@dataclass(frozen=True)
+class RouterHistory:
+    """One router over the run."""
+
+    layer: int
+    kind: str
+    iterations: Floats
+    """<float64>[S]."""
+    load: Floats
+    """<float64>[S, E], share of each expert times E: 1 is even."""
+    entropy: Floats
+    """<float64>[S], of log E."""
+    drop_rate: Floats
+    """<float64>[S]."""
+
+    @property
+    def title(self) -> str:
+        return f"layer {self.layer}, {self.kind} router"
+
+
+def router_histories(run: Run, *, evaluation: bool = False) -> list[RouterHistory]:
+    """All routers of a run, in training or in its validations, first layer first."""
+    records = run.validation if evaluation else run.training
+    field = "validation_routers" if evaluation else "routers"
+    found: dict[tuple[int, str], list[tuple[int, Record]]] = {}
+    for record in records:
+        for router in record.get(field, []):
+            key = (router["layer"], router["kind"])
+            found.setdefault(key, []).append((record["iteration"], router))
+    return [_history(*key, found[key]) for key in sorted(found)]
+
+
+def _history(layer: int, kind: str, lines: Sequence[tuple[int, Record]]) -> RouterHistory:
+    shares = np.array([router["load_share"] for _, router in lines])
+    return RouterHistory(
+        layer=layer,
+        kind=kind,
+        iterations=np.array([iteration for iteration, _ in lines], dtype=np.float64),
+        load=shares * shares.shape[1],
+        entropy=np.array([number(router, "entropy") for _, router in lines]),
+        drop_rate=np.array([number(router, "drop_rate") for _, router in lines]),
+    )

@@ -1,0 +1,43 @@
+"""When a router is said to collapse: few experts do all the work, the others learn nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_smlp.routers.statistics import RouterKey, RouterLoad
+
+COLLAPSED = 0.8
+"""Entropy of the load, as a share of log E, under which it has."""
+
+
+class CollapseWatch:
+    """Says once of each router that it collapsed.
+
+    Args:
+        fixed: kinds of routers whose load is no choice of theirs (HASH).
+    """
+
+    def __init__(self, *, fixed: Collection[str] = ()) -> None:
+        self.fixed = fixed
+        self.warned: set[RouterKey] = set()
+
+    def warnings(
+        self, loads: Mapping[RouterKey, RouterLoad], *, iteration: int, title: str = ""
+    ) -> Iterator[str]:
+        """A line for each router that did so since it was last asked.
+
+        title: of an evaluation; empty in training.
+        """
+        when = f"{iteration} {title}".rstrip()
+        for key, load in loads.items():
+            if key.kind in self.fixed or key in self.warned or load.entropy >= COLLAPSED:
+                continue
+            self.warned.add(key)
+            busiest = load.load_share.index(load.load_share_max)
+            yield (
+                f"warning: iteration {when}: the {key.kind} router of layer {key.layer} "
+                f"collapses: entropy {load.entropy:.2f} of log E is under {COLLAPSED}, expert "
+                f"{busiest} gets {load.load_share_max:.0%} of the choices (docs/metrics.md)"
+            )

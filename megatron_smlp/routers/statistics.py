@@ -1,0 +1,187 @@
+"""What routers do, counted on their device and read once in a while.
+
+    f_e        share of the choices that ask for expert e, before any is dropped
+    entropy    - sum_e f_e log f_e / log E         1 where even, 0 where one expert gets everything
+    drop rate  share of the choices that found no slot
+    mean gate  mean weight of the first choices (token router), mean of s_i (feature router)
+    aux loss   the rule's balance loss, without its coefficient: 1 where uniform
+    z loss     mean over tokens of (log sum_e exp score_e)^2, without its coefficient
+
+A choice is a token's (or one of its two, with GShard), or that of a (sample, chunk) pair. Padding
+is not counted, and a forward pass that is repeated to recompute activations is counted once. Every
+rank sums what it alone knows; `take` adds the ranks up, so the numbers do not depend on the layout.
+
+Letters: E experts, B micro-batch, T sequence length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from megatron.core.tensor_parallel.random import is_checkpointing
+from torch import Tensor, nn
+
+RouterKind = Literal["token", "feature"]
+FIELDS = ("kept", "gate", "gates", "aux_loss", "z_loss", "groups")
+
+
+class RouterKey(NamedTuple):
+    """Which router: a layer may have one of each kind."""
+
+    layer: int
+    """From 1, in the whole model."""
+    kind: RouterKind
+
+
+class RouterSpec(NamedTuple):
+    """What every rank must know of a router, wherever it lives."""
+
+    key: RouterKey
+    num_experts: int
+    has_aux_loss: bool
+    has_z_loss: bool
+
+
+@dataclass(frozen=True)
+class RouterLoad:
+    """What one router did since it was last asked. The formulas are at the top of the file."""
+
+    load_share: tuple[float, ...]
+    """f_e of each expert; their sum is 1."""
+    drop_rate: float
+    mean_gate: float
+    aux_loss: float | None
+    z_loss: float | None
+    choices: float
+    """Number of choices that all this was counted over."""
+
+    @property
+    def load_share_min(self) -> float:
+        return min(self.load_share)
+
+    @property
+    def load_share_max(self) -> float:
+        return max(self.load_share)
+
+    @property
+    def entropy(self) -> float:
+        if len(self.load_share) == 1:
+            return 1.0
+        nats = -sum(share * math.log(share) for share in self.load_share if share > 0)
+        return nats / math.log(len(self.load_share))
+
+
+class RouterCounter:
+    """The sums of one router on one rank.
+
+    Args:
+        num_experts: E.
+    """
+
+    def __init__(self, num_experts: int, device: torch.device) -> None:
+        self.num_experts = num_experts
+        # fp64 counts exactly. Row 0 is of evaluation, row 1 of training.
+        size = (2, num_experts + len(FIELDS))
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
+        self.real: Tensor | None = None
+        """<bool>[B, T] of the micro-batch under way, False where it is padded; None: nowhere."""
+
+    def add(
+        self, *, training: bool, experts: Tensor, asked: Tensor, **values: Tensor | float
+    ) -> None:
+        """Add one forward pass.
+
+        experts: <int64>[M], the choices; asked: <bool>[M], which of them are sent at all; values:
+        what FIELDS names: sums over choices, and over routing groups (`aux_loss`, `groups`).
+        """
+        row = self.sums[int(training)]
+        row[: self.num_experts].index_add_(0, experts, asked.to(row.dtype))
+        for place, name in enumerate(FIELDS, start=self.num_experts):
+            row[place] += values.get(name, 0.0)
+
+
+class CountedRouter:
+    """Mixin of a router that can be counted; it is not until `RouterStatistics.attach`."""
+
+    router_kind: ClassVar[RouterKind]
+    has_aux_loss: ClassVar[bool] = False
+    num_experts: int
+    layer_number: int | None
+    counter: RouterCounter | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether this forward pass is to be counted."""
+        repeats = is_checkpointing() and torch.is_grad_enabled()
+        return self.counter is not None and not repeats
+
+    @property
+    def has_z_loss(self) -> bool:
+        return False
+
+    def spec(self) -> RouterSpec:
+        assert self.layer_number is not None
+        key = RouterKey(self.layer_number, self.router_kind)
+        return RouterSpec(key, self.num_experts, self.has_aux_loss, self.has_z_loss)
+
+
+class RouterStatistics:
+    """The counters of all routers of a model, over all ranks."""
+
+    def __init__(self) -> None:
+        self.specs: list[RouterSpec] = []
+        self.counters: dict[RouterKey, RouterCounter] = {}
+
+    def attach(self, model: Sequence[nn.Module]) -> None:
+        """Start to count in these model chunks. Collective: every rank learns of every router."""
+        device = torch.device(torch.cuda.current_device())
+        routers = [m for chunk in model for m in chunk.modules() if isinstance(m, CountedRouter)]
+        for router in routers:
+            router.counter = RouterCounter(router.num_experts, device)
+            self.counters[router.spec().key] = router.counter
+        everywhere: list[list[RouterSpec]] = [[]] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, [router.spec() for router in routers])
+        self.specs = sorted({spec for specs in everywhere for spec in specs})
+
+    def begin(self, real: Tensor | None) -> None:
+        """Before a micro-batch goes through the model; real: <bool>[B, T], or None: no padding."""
+        for counter in self.counters.values():
+            counter.real = real
+
+    def take(self, *, training: bool) -> dict[RouterKey, RouterLoad]:
+        """What was counted since the last call, by layer; empty where nothing was. Collective."""
+        if not self.specs:
+            return {}
+        row = int(training)
+        device = torch.device(torch.cuda.current_device())
+        widths = [spec.num_experts + len(FIELDS) for spec in self.specs]
+        total = torch.zeros(sum(widths), dtype=torch.float64, device=device)
+        for spec, sums in zip(self.specs, total.split(widths), strict=True):
+            if spec.key in self.counters:
+                sums.copy_(self.counters[spec.key].sums[row])
+                self.counters[spec.key].sums[row].zero_()
+        torch.distributed.all_reduce(total)
+        rows = [part.tolist() for part in total.cpu().split(widths)]
+        pairs = zip(self.specs, rows, strict=True)
+        return {spec.key: _load(spec, values) for spec, values in pairs if any(values)}
+
+
+def _load(spec: RouterSpec, sums: list[float]) -> RouterLoad:
+    """sums: of all ranks, E counts and then FIELDS."""
+    asked, values = (
+        sums[: spec.num_experts],
+        dict(zip(FIELDS, sums[spec.num_experts :], strict=True)),
+    )
+    choices = sum(asked)
+    return RouterLoad(
+        load_share=tuple(count / choices for count in asked),
+        drop_rate=1 - values["kept"] / choices,
+        mean_gate=values["gate"] / values["gates"],
+        aux_loss=values["aux_loss"] / values["groups"] if spec.has_aux_loss else None,
+        z_loss=values["z_loss"] / values["gates"] if spec.has_z_loss else None,
+        choices=choices,
+    )

@@ -1,0 +1,82 @@
+"""What the routers did, for a reader: words on the console, metrics.jsonl, TensorBoard, W&B.
+
+Megatron opens the writers of TensorBoard and W&B on the last rank; every rank knows the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+from megatron_smlp.routers.statistics import RouterKey, RouterLoad
+
+Loads = Mapping[RouterKey, RouterLoad]
+
+NOUNS = {"token": "experts", "feature": "chunks"}
+SCALARS = (
+    "load_share_min", "load_share_max", "entropy", "drop_rate", "mean_gate", "aux_loss", "z_loss",
+)  # fmt: skip
+DIGITS = 6
+
+
+def router_records(loads: Loads) -> list[dict[str, Any]]:
+    """The `routers` of a line of metrics.jsonl: an object a router, first layer first."""
+    return [
+        {
+            "layer": key.layer,
+            "kind": key.kind,
+            **{name: round(value, DIGITS) for name, value in scalars(load)},
+            "choices": round(load.choices),
+            "load_share": [round(share, DIGITS) for share in load.load_share],
+        }
+        for key, load in loads.items()
+    ]
+
+
+def scalars(load: RouterLoad) -> Iterator[tuple[str, float]]:
+    """The numbers of a router that it has."""
+    for name in SCALARS:
+        value = getattr(load, name)
+        if value is not None:
+            yield name, value
+
+
+def router_words(loads: Loads) -> list[str]:
+    """A few words for each kind of router: the extremes over its layers, and all that it dropped.
+
+    `experts 0.8-1.3x, entropy 0.98, dropped 2.1%`: load as a multiple of an even share.
+    """
+    words = []
+    for kind, noun in NOUNS.items():
+        of_kind = [load for key, load in loads.items() if key.kind == kind]
+        if not of_kind:
+            continue
+        least = min(load.load_share_min * len(load.load_share) for load in of_kind)
+        most = max(load.load_share_max * len(load.load_share) for load in of_kind)
+        entropy = min(load.entropy for load in of_kind)
+        choices = sum(load.choices for load in of_kind)
+        dropped = sum(load.drop_rate * load.choices for load in of_kind) / choices
+        text = f"{noun} {least:.1f}-{most:.1f}x, entropy {entropy:.2f}"
+        words.append(f"{text}, dropped {dropped:.1%}" if kind == "token" else text)
+    return words
+
+
+def write_scalars(loads: Loads, *, iteration: int, title: str = "") -> None:
+    """To TensorBoard and W&B, on the rank that has them: `router/layer 2 token/entropy`.
+
+    title: of an evaluation, which the names then begin with; empty in training.
+    """
+    prefix = f"{title} " if title else ""
+    values = {
+        f"{prefix}router/layer {key.layer} {key.kind}/{name}": value
+        for key, load in loads.items()
+        for name, value in scalars(load)
+    }
+    tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
+    if tensorboard:
+        for name, value in values.items():
+            tensorboard.add_scalar(name, value, iteration)
+    if wandb and values:
+        wandb.log(values, iteration)

@@ -1,0 +1,74 @@
+"""How fast a run is: wall time of its steps, and the peak of the device that they run on."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+# Dense bf16 peaks of one device in TFLOP/s, from the vendor's data sheets (no sparsity).
+DENSE_PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "V100": 125.0,
+}
+
+
+class StepClock:
+    """Wall time of training steps alone: what was spent on validating and saving is left out."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.start = time.perf_counter()
+        self.excluded = 0.0
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def exclude(self, seconds: float) -> None:
+        self.excluded += seconds
+
+    def take_seconds_per_step(self) -> float:
+        """Seconds a step since the last call."""
+        seconds = time.perf_counter() - self.start - self.excluded
+        steps = max(1, self.steps)
+        self.restart()
+        return seconds / steps
+
+
+class WallClock:
+    """Wall time of the run with all that it does once it is built, summed over its restarts."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self, *, before: float = 0.0) -> None:
+        """before: seconds that the run had taken up to the checkpoint that it goes on from."""
+        self.start = time.perf_counter() - before
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+
+def duration(seconds: float) -> str:
+    """1h02m, 3m20s, 12s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def device_peak_tflops() -> float | None:
+    """Dense bf16 peak of this device in TFLOP/s, or None where it is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in DENSE_PEAK_TFLOPS.items() if key in name), None)

@@ -1,0 +1,164 @@
+"""The series behind the figures, that they are the ones that are drawn, and the command line."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.launches import REPOSITORY
+from test_plot_records import step, validation, write
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.plotting.cli import main
+from megatron_smlp.plotting.figures import load_figure, loss_figure, router_figure
+from megatron_smlp.plotting.records import Run, read_run
+from megatron_smlp.plotting.series import (
+    AXES,
+    Curve,
+    common_unit,
+    curve,
+    router_histories,
+    smoothed,
+)
+
+
+def router(layer: int, shares: list[float], *, kind: str = "token", **more: Any) -> dict[str, Any]:
+    values = {"entropy": 0.9, "drop_rate": 0.1} | more
+    return {"layer": layer, "kind": kind, "load_share": shares, **values}
+
+
+def progress(iteration: int) -> dict[str, float]:
+    return {
+        "consumed_tokens": 2000 * iteration,
+        "consumed_flops": 3e12 * iteration,
+        "wall_seconds": 60.0 * iteration,
+    }
+
+
+def routed_lines(count: int = 3) -> list[dict[str, Any]]:
+    """Layer 2 has experts of 1/4 and 3/4, layer 4 of 1/2; validations at every second step."""
+    lines: list[dict[str, Any]] = []
+    for iteration in range(1, count + 1):
+        routers = [router(4, [0.5, 0.5]), router(2, [0.25, 0.75], entropy=0.7, drop_rate=0.2)]
+        lines.append(step(iteration, 5.0 - iteration, **progress(iteration), routers=routers))
+        if iteration % 2 == 0:
+            more = {"validation_routers": [router(2, [1.0, 0.0])]} | progress(iteration)
+            lines.append(validation(iteration, 4.5) | more)
+    return lines
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return read_run(write(tmp_path / "run", *routed_lines()), label="run")
+
+
+class TestSeries:
+    @pytest.mark.parametrize(
+        ("name", "x", "label"),
+        [
+            ("steps", [1, 2, 3], ""),
+            ("tokens", [2, 4, 6], " (thousands)"),
+            ("flops", [3, 6, 9], "T"),
+            ("time", [1, 2, 3], "minutes"),
+        ],
+    )
+    def test_loss_against_each_axis(self, run: Run, name: str, x: list[float], label: str):
+        unit, unit_name = common_unit([run], AXES[name])
+        line = curve(run.training, axis=AXES[name], unit=unit, field="loss")
+        assert (line.x.tolist(), line.y.tolist(), unit_name) == (x, [4, 3, 2], label)
+
+    def test_losses_that_are_not_finite_are_left_out(self):
+        records = [step(1, 2.0), {"iteration": 2, "loss": "nan"}, {"iteration": 3, "loss": "inf"}]
+        line = curve(records, axis=AXES["steps"], unit=1, field="loss")
+        assert line.x.tolist() == [1]
+
+    def test_smoothing_averages_backwards(self):
+        line = Curve(np.arange(4.0), np.array([4.0, 2.0, 0.0, 5.0]))
+        assert smoothed(line, window=2).y.tolist() == [4, 3, 1, 2.5]
+        assert smoothed(line, window=9).y.tolist() == pytest.approx([4, 3, 2, 2.75])
+        assert smoothed(line, window=1) is line
+
+    def test_routers(self, run: Run):
+        second, fourth = router_histories(run)
+        assert (second.layer, fourth.layer) == (2, 4)
+        assert second.iterations.tolist() == [1, 2, 3]
+        assert second.load.tolist() == [[0.5, 1.5]] * 3, "multiples of an even share"
+        assert fourth.load.tolist() == [[1, 1]] * 3
+        assert second.entropy.tolist() == [0.7] * 3
+        assert second.drop_rate.tolist() == [0.2] * 3
+        (evaluated,) = router_histories(run, evaluation=True)
+        assert evaluated.iterations.tolist() == [2]
+        assert evaluated.load.tolist() == [[2, 0]]
+
+
+class TestFigures:
+    def test_loss_draws_the_series(self, run: Run):
+        figure = loss_figure([run], axes=["steps", "time"], window=1)
+        steps, time = figure.axes
+        assert steps.get_xlabel() == "training steps"
+        assert time.get_xlabel() == "wall time (minutes)"
+        trained, validated = steps.get_lines()[:2]
+        assert trained.get_xydata().tolist() == [[1, 4], [2, 3], [3, 2]]
+        assert validated.get_xydata().tolist() == [[2, 4.5]]
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["run", "validation"]
+
+    def test_nine_runs_look_different(self, run: Run):
+        runs = [Run(str(index), run.training, []) for index in range(9)]
+        figure = loss_figure(runs, axes=["steps"], window=1)
+        lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 3]
+        assert len({line.get_color() for line in lines}) == 9
+
+    def test_load_draws_every_router(self, run: Run):
+        figure = load_figure(run)
+        second, fourth = (axes for axes in figure.axes if axes.get_title())
+        assert second.get_title() == "layer 2, token router"
+        (mesh,) = second.collections
+        assert mesh.get_array().tolist() == [[0.5] * 3, [1.5] * 3]
+        edges = mesh.get_coordinates()
+        assert edges[0, :, 0].tolist() == [0.5, 1.5, 2.5, 3.5], "steps"
+        assert edges[:, 0, 1].tolist() == [-0.5, 0.5, 1.5], "experts"
+        assert fourth.get_title() == "layer 4, token router"
+
+    def test_curves_draw_the_worst_router(self, run: Run):
+        figure = router_figure([run])
+        entropy, dropped = figure.axes
+        assert entropy.get_lines()[0].get_ydata().tolist() == [0.7] * 3
+        assert dropped.get_lines()[0].get_ydata().tolist() == [0.2] * 3
+
+    def test_without_routers_there_is_only_the_loss(self, tmp_path: Path):
+        plain = read_run(write(tmp_path / "plain", step(1), step(2)), label="plain")
+        assert load_figure(plain) is None
+        assert router_figure([plain]) is None
+
+
+class TestCommandLine:
+    def test_files(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        paths = [write(tmp_path / name, *routed_lines()).parent for name in ("one", "two (b)")]
+        output = tmp_path / "new" / "plots"
+        main([*map(str, paths), "--output", str(output), "--smooth", "2"])
+        names = ["loss", "routers"]
+        names += [f"load-{run}{end}" for run in ("one", "two_b_") for end in ("", "-validation")]
+        assert capsys.readouterr().out.splitlines() == [f"{output}/{name}.png" for name in names]
+        for name in names:
+            assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_a_field_that_no_line_has(self, tmp_path: Path):
+        path = write(tmp_path / "old", step(1), step(2))
+        with pytest.raises(UsageError, match=r"old: no line has 'wall_seconds': leave time out"):
+            main([str(path), "--against", "time", "--output", str(tmp_path)])
+
+    def test_a_window_of_nothing(self, tmp_path: Path):
+        with pytest.raises(UsageError, match="--smooth 0: 1 or more"):
+            main([str(tmp_path), "--smooth", "0"])
+
+    def test_an_error_is_one_line_and_exit_code_2(self, tmp_path: Path):
+        done = subprocess.run(
+            [sys.executable, "tools/plot_runs.py", str(tmp_path / "absent")],
+            cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.startswith("plot_runs.py: error: ")
+        assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,290 @@
+"""What is counted of the routers, on examples small enough to count by hand."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import checkpoint
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from support.in_process import layer_config
+from support.routers import SIX, make_router, probable
+from torch import nn
+
+from megatron_smlp.routers.prefix import PrefixRouter
+from megatron_smlp.routers.statistics import RouterKey, RouterLoad, RouterStatistics
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+LOSS_OF_SIX = 2 * (4 / 6 * 0.6 + 2 / 6 * 0.4)
+"""E sum f P with f = (4/6, 2/6) and P = (3.6/6, 2.4/6)."""
+GATE_OF_SIX = (0.7 + 0.9 + 0.6 + 0.8 + 0.8 + 0.6) / 6
+
+
+@pytest.fixture(autouse=True)
+def tracker() -> Iterator[None]:
+    """Megatron's own, empty; and the scale of a loss that counts once."""
+    destroy_moe_metrics_tracker()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    yield
+    destroy_moe_metrics_tracker()
+
+
+def counted(router: nn.Module) -> RouterStatistics:
+    statistics = RouterStatistics()
+    statistics.attach([router])
+    return statistics
+
+
+def load_of(statistics: RouterStatistics, *, training: bool, kind: str = "token") -> RouterLoad:
+    loads = statistics.take(training=training)
+    assert list(loads) == [RouterKey(1, kind)]
+    return loads[RouterKey(1, kind)]
+
+
+class TestSwitch:
+    def test_everything(self):
+        """Capacity ceil(1 * 6 / 2) = 3, and four of six tokens want expert 0: one is dropped."""
+        router = make_router("switch", num_experts=2, moe_train_capacity_factor=1.0)
+        statistics = counted(router)
+        router(probable(SIX))
+        load = load_of(statistics, training=True)
+        assert load.load_share == pytest.approx((4 / 6, 2 / 6))
+        assert (load.load_share_min, load.load_share_max) == pytest.approx((2 / 6, 4 / 6))
+        assert load.entropy == pytest.approx(0.918296, rel=1e-5)
+        assert load.drop_rate == pytest.approx(1 / 6)
+        assert load.mean_gate == pytest.approx(GATE_OF_SIX)
+        assert load.aux_loss == pytest.approx(LOSS_OF_SIX)
+        assert load.z_loss is None
+        assert load.choices == 6
+
+    def test_z_loss_is_without_its_coefficient(self):
+        """Scores log p + 3: their log-sum-exp is 3."""
+        router = make_router("switch", num_experts=2, moe_z_loss_coeff=0.001)
+        statistics = counted(router)
+        router(probable(SIX) + 3)
+        assert load_of(statistics, training=True).z_loss == pytest.approx(9)
+
+    def test_training_and_evaluation_are_kept_apart(self):
+        router = make_router(
+            "switch", num_experts=2, moe_train_capacity_factor=0.5, moe_eval_capacity_factor=1.0
+        )
+        statistics = counted(router)
+        router(probable(SIX))
+        router.eval()(probable(SIX))
+        assert load_of(statistics, training=False).drop_rate == pytest.approx(1 / 6)
+        assert load_of(statistics, training=True).drop_rate == pytest.approx(2 / 6)
+
+    def test_micro_batches_add_up_until_they_are_taken(self):
+        """Six tokens, then two: shares over all eight, the loss a mean over the micro-batches."""
+        router = make_router("switch", num_experts=2)
+        statistics = counted(router)
+        router(probable(SIX))
+        router(probable([[0.2, 0.8], [0.4, 0.6]]))
+        load = load_of(statistics, training=True)
+        assert load.load_share == pytest.approx((4 / 8, 4 / 8))
+        assert load.aux_loss == pytest.approx((LOSS_OF_SIX + 2 * 1 * 0.7) / 2)
+        assert load.choices == 8
+        assert statistics.take(training=True) == {}
+
+    def test_the_logged_loss_is_megatrons(self):
+        """Its tracker logs the loss that the gradient is of."""
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+        router = make_router("switch", num_experts=4)
+        statistics = counted(router)
+        router(torch.randn(9, 3, 4))
+        logged = get_moe_metrics_tracker().metrics["load_balancing_loss"].values[0]
+        assert load_of(statistics, training=True).aux_loss == pytest.approx(logged.item())
+
+    def test_nothing_is_counted_before_it_is_attached(self):
+        make_router("switch", num_experts=2)(probable(SIX))
+        assert RouterStatistics().take(training=True) == {}
+
+
+class TestGShard:
+    def test_in_evaluation_all_ask_twice(self):
+        """Capacity ceil(2 * 0.5 * ceil(6 / 2)) = 3 of six asked choices, on both experts."""
+        router = make_router("gshard", num_experts=2, moe_eval_capacity_factor=0.5).eval()
+        statistics = counted(router)
+        router(probable(SIX))
+        load = load_of(statistics, training=False)
+        assert load.load_share == pytest.approx((0.5, 0.5))
+        assert load.choices == 12
+        assert load.drop_rate == pytest.approx(6 / 12)
+        assert load.mean_gate == pytest.approx(GATE_OF_SIX), "of the first choices"
+        assert load.aux_loss == pytest.approx(LOSS_OF_SIX), "over first choices only"
+
+    def test_a_second_choice_that_is_not_used_is_not_counted(self, monkeypatch):
+        """Draws of 0.5: the second expert is asked where 2 g2 > 0.5, by tokens 0, 2 and 5."""
+        router = make_router("gshard", num_experts=2, moe_train_capacity_factor=0.5)
+        monkeypatch.setattr(router, "draw", lambda gates: torch.full_like(gates, 0.5))
+        statistics = counted(router)
+        router(probable(SIX))
+        load = load_of(statistics, training=True)
+        assert load.choices == 9
+        assert load.load_share == pytest.approx((5 / 9, 4 / 9))
+        # Three slots an expert. Expert 0: tokens 0, 1, 2; 4 and then 5 are dropped. Expert 1:
+        # 3 and 5, then 0 as a second choice; 2 is dropped.
+        assert load.drop_rate == pytest.approx(3 / 9)
+        assert load.aux_loss == pytest.approx(LOSS_OF_SIX)
+
+
+class TestBaseAndHash:
+    def test_base_is_even_in_training_and_what_it_is_in_evaluation(self):
+        router = make_router("base", num_experts=2)
+        statistics = counted(router)
+        tokens = torch.tensor([[3.0, 0.0], [5.0, 0.0], [1.0, 0.0], [4.0, 3.5]])[:, None]
+        router(tokens)
+        router.eval()(tokens)
+        trained, evaluated = (load_of(statistics, training=training) for training in (True, False))
+        assert trained.load_share == (0.5, 0.5)
+        assert trained.entropy == pytest.approx(1)
+        assert evaluated.load_share == (1, 0)
+        assert evaluated.entropy == 0
+        gate = torch.tensor([3.0, 5.0, 1.0, 4.0]).sigmoid().mean().item()
+        assert evaluated.mean_gate == pytest.approx(gate)
+        assert trained.aux_loss is trained.z_loss is None
+        assert trained.drop_rate == 0
+
+    def test_hash_counts_its_table(self):
+        router = make_router("hash", num_experts=4)
+        statistics = counted(router)
+        router.table.copy_(torch.arange(40) % 4)
+        router.token_ids = torch.tensor([[0, 1, 2, 3], [4, 8, 12, 5]])
+        router(torch.randn(4, 2, 4))
+        load = load_of(statistics, training=True)
+        assert load.load_share == pytest.approx((4 / 8, 2 / 8, 1 / 8, 1 / 8))
+        assert load.mean_gate == 1
+        assert load.aux_loss is load.z_loss is None
+
+
+def prefix_router(**changes: Any) -> PrefixRouter:
+    """P = 1, two experts, W_r = (1, 0): the mean of a chunk is the log odds of expert 0."""
+    router = PrefixRouter(
+        layer_config(**changes),
+        layer_number=1,
+        prefix_length=1,
+        num_experts=2,
+        loss_coeff=0.01,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    router.weight.data.copy_(torch.tensor([[1.0, 0.0]]))
+    return router
+
+
+CHUNKS = torch.tensor([[0.7, 0.6], [0.2, 0.9]])
+"""p of expert 0, for the chunks of two samples."""
+
+
+def chunk_means(length: int = 3) -> torch.Tensor:
+    return (CHUNKS / (1 - CHUNKS)).log().expand(length, 2, 2)
+
+
+class TestFeatureRouter:
+    def test_everything(self):
+        router = prefix_router()
+        statistics = counted(router)
+        router(chunk_means())
+        load = load_of(statistics, training=True, kind="feature")
+        assert load.load_share == pytest.approx((3 / 4, 1 / 4))
+        assert load.aux_loss == pytest.approx(2 * (3 / 4 * 0.6 + 1 / 4 * 0.4))
+        assert load.mean_gate == pytest.approx(2 * (0.7 + 0.6 + 0.8 + 0.9) / 4)
+        assert load.drop_rate == 0
+        assert load.choices == 4
+
+    def test_a_sample_that_is_padded_behind_the_prefix_is_not_counted(self):
+        router = prefix_router().eval()
+        statistics = counted(router)
+        statistics.begin(torch.tensor([[True, False, False], [True, True, False]]))
+        router(chunk_means())
+        load = load_of(statistics, training=False, kind="feature")
+        assert load.load_share == pytest.approx((1 / 2, 1 / 2))
+        assert load.mean_gate == pytest.approx(2 * (0.8 + 0.9) / 2)
+        assert load.choices == 2
+
+
+# Two samples of four tokens; the second has two tokens of padding, which want expert 1.
+PADDED = torch.tensor(
+    [
+        [[0.7, 0.3], [0.9, 0.1], [0.6, 0.4], [0.2, 0.8]],
+        [[0.8, 0.2], [0.4, 0.6], [0.1, 0.9], [0.1, 0.9]],
+    ]
+).log()
+REAL = torch.tensor([[True, True, True, True], [True, True, False, False]])
+
+
+class TestPadding:
+    @pytest.mark.parametrize("way", ["statistics", "megatron"])
+    def test_is_not_counted(self, way: str):
+        """By what the step says of the batch, or by the mask that Megatron hands to the router."""
+        router = make_router("switch", num_experts=2)
+        statistics = counted(router)
+        tokens = PADDED.transpose(0, 1).contiguous()  # [T, B, D]
+        if way == "statistics":
+            statistics.begin(REAL)
+            router(tokens)
+        else:
+            router(tokens, ~REAL.T)
+        load = load_of(statistics, training=True)
+        assert load.choices == 6
+        assert load.load_share == pytest.approx((4 / 6, 2 / 6))
+        assert load.mean_gate == pytest.approx(GATE_OF_SIX)
+        assert load.aux_loss == pytest.approx(LOSS_OF_SIX)
+
+    def test_hash_does_not_count_it_either(self):
+        router = make_router("hash", num_experts=2)
+        statistics = counted(router)
+        router.table.copy_(torch.arange(40) % 2)
+        router.token_ids = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+        statistics.begin(REAL)
+        router(torch.randn(4, 2, 2))
+        assert load_of(statistics, training=True).load_share == pytest.approx((1 / 6, 5 / 6))
+
+    def test_a_batch_of_nothing_else_counts_nothing(self):
+        for router, tokens in (
+            (make_router("switch", num_experts=2), PADDED.transpose(0, 1).contiguous()),
+            (prefix_router(), chunk_means(4)),
+        ):
+            statistics = counted(router.eval())
+            statistics.begin(torch.zeros_like(REAL))
+            router(tokens)
+            assert statistics.take(training=False) == {}
+
+    def test_is_what_no_target_follows(self):
+        """A masked target before the end, as --eod-mask-loss makes them, belongs to a token."""
+        from megatron_smlp.training.step import real_tokens
+
+        mask = torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+        expected = [[True, True, True, False], [False] * 4, [True] * 4]
+        assert real_tokens(mask).tolist() == expected
+        assert real_tokens(None) is None
+
+
+@pytest.mark.parametrize("kind", ["token", "feature"])
+def test_a_pass_that_is_repeated_for_its_gradient_is_counted_once(kind: str):
+    router = prefix_router() if kind == "feature" else make_router("switch", num_experts=2)
+    statistics = counted(router)
+    means = chunk_means() if kind == "feature" else probable(SIX)
+
+    def layer(hidden: torch.Tensor) -> torch.Tensor:
+        weights = router(hidden).scale if kind == "feature" else router(hidden)[0]
+        return hidden.sum() * weights.sum()
+
+    checkpoint(layer, False, means.clone().requires_grad_()).backward()
+    choices = {"token": 6, "feature": 4}[kind]
+    assert load_of(statistics, training=True, kind=kind).choices == choices
+
+
+def test_one_expert_is_even():
+    load = RouterLoad((1.0,), drop_rate=0, mean_gate=1, aux_loss=None, z_loss=None, choices=1)
+    assert load.entropy == 1
+
+
+def test_entropy_is_a_share_of_log_e():
+    shares = (0.5, 0.25, 0.25, 0.0)
+    load = RouterLoad(shares, drop_rate=0, mean_gate=1, aux_loss=None, z_loss=None, choices=4)
+    assert load.entropy == pytest.approx(1.5 * math.log(2) / math.log(4))
