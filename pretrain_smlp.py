@@ -13,6 +13,11 @@ import sys
 
 
 def main(argv: list[str]) -> None:
+    from megatron_smlp.help import print_help, wants_help
+
+    if wants_help(argv):
+        print_help()
+        return
     # Imports stay inside: the checkpoint's helper process, being spawned, imports this file again.
     from megatron_smlp.training.transcript import Transcript
 

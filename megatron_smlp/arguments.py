@@ -19,10 +19,11 @@ from typing import Any, NoReturn
 from megatron_smlp.config_file import read_yaml
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import ModelOptions, RunOptions
-from megatron_smlp.platform import cpu, torch_adam
+from megatron_smlp.platform import cpu, layout_free_optimizer, safe_loading, torch_adam
 from megatron_smlp.routers.flags import settle_feature_router, settle_token_router
 from megatron_smlp.training.checkpoints import check_against_checkpoint, settle_load
 from megatron_smlp.training.tokenizer_folder import use_local_gpt2_files
+from megatron_smlp.training.vocabulary import keep_padding
 
 OF_ONE_ARCHITECTURE = {
     "num_dense_layers": "smlp",
@@ -46,11 +47,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.apply()
     torch_adam.apply()
+    safe_loading.apply()
+    layout_free_optimizer.apply()
     parser = build_parser()
     argv = expand_config(parser, argv)
     _refuse_unknown(parser, argv)
     args = _parse_like_megatron(argv)
-    args.explicit_flags = given_flags(parser, argv)
+    args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
     _settle_defaults(args)
     check_model(args)
     check_schedule(args)
@@ -66,10 +69,21 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="pretrain_smlp.py",
+        usage="%(prog)s --config FILE.yaml [--flag value ...]",
         description="Pretrain sparse all-MLP language models and their baselines.",
         allow_abbrev=False,
     )
-    return _add_options(add_megatron_arguments(parser))
+    return _with_readable_help(_add_options(add_megatron_arguments(parser)))
+
+
+def _with_readable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Megatron 0.19 has a bare percent sign in a flag's help, at which argparse stops."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % vars(action)
+        except ValueError:
+            action.help = (action.help or "").replace("%", "%%")
+    return parser
 
 
 def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -200,6 +214,7 @@ def _settle_defaults(args: argparse.Namespace) -> None:
         args.bias_gelu_fusion = False
     if "ckpt_format" not in given:
         args.ckpt_format = "torch_dist"
+    args.dist_ckpt_optim_fully_reshardable |= args.optimizer_checkpoint == "any_layout"
     # Ours does the same in lockstep over the ranks, and can skip the step: --nonfinite-loss.
     args.check_for_nan_in_loss_and_grad = False
     args.exit_signal_handler = True
@@ -207,6 +222,7 @@ def _settle_defaults(args: argparse.Namespace) -> None:
         args.save_interval = args.train_iters  # once, at the end; Megatron insists on a number
     args.log_dir = args.log_dir or args.save
     settle_load(args)
+    keep_padding(args)
     use_local_gpt2_files(args)
     try:
         args.platform_changes = cpu.set_flags(args)

@@ -14,6 +14,8 @@ class UserError(ValueError):
     """Its text is shown as it is, without a traceback; the process ends with `exit_code`."""
 
     exit_code = 1
+    every_rank = True
+    """Whether all ranks raise it together, so that rank 0 can speak for them."""
 
 
 class UsageError(UserError):
@@ -28,6 +30,20 @@ class NonFiniteLossError(UserError):
     exit_code = 3
 
 
+class CheckpointError(UserError):
+    """A checkpoint cannot be loaded or saved. Any rank may be the only one that sees it."""
+
+    every_rank = False
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing, or is not what was written."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint would run code while it is loaded."""
+
+
 def _end_workers() -> None:
     """Data loader workers ignore SIGTERM, and exiting would wait for them for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their deaths
@@ -37,11 +53,11 @@ def _end_workers() -> None:
 
 @contextlib.contextmanager
 def readable_errors(program: str) -> Iterator[None]:
-    """Turn a UserError into one line on rank 0's stderr and its exit code."""
+    """Turn a UserError into one line on stderr, once for all ranks, and its exit code."""
     try:
         yield
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if not error.every_rank or int(os.environ.get("RANK", "0")) == 0:
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         _end_workers()
         raise SystemExit(error.exit_code) from None

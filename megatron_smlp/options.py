@@ -99,6 +99,11 @@ class RunOptions:
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     """What a loss that is NaN or infinite does: stop the run, or skip that step's update."""
 
+    optimizer_checkpoint: Literal["any_layout", "data_parallel"] = "any_layout"
+    """How a distributed optimizer saves its state. any_layout: whole tensors, gathered over the
+    data parallel ranks, for a resume under any layout. data_parallel: Megatron's own default,
+    written without communication, for a resume with another data parallel size only."""
+
     allow_tokenizer_mismatch: bool = False
     """Train on data whose manifest names another vocabulary than this run's tokenizer has."""
 

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.platform import safe_loading
 from megatron_smlp.training.checkpoints import iteration_folder, latest_iteration, read_model_flags
 
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state", "common_state")
@@ -27,6 +28,7 @@ class TorchDistCheckpoint:
     """
 
     def __init__(self, folder: str | Path) -> None:
+        safe_loading.apply()
         iteration = latest_iteration(folder)
         if iteration is None:
             raise UsageError(
@@ -53,7 +55,7 @@ class TorchDistCheckpoint:
         for name in sorted(self.shapes):
             entry = self.shapes[name]
             box = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
-            with warnings.catch_warnings():
+            with safe_loading.plain_errors(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that one process loads alone is the intention
                 dcp.load(box, storage_reader=self.reader, no_dist=True)
             yield name, box[name]

@@ -1,13 +1,17 @@
 """Lets Megatron's distributed optimizer resume with torch's Adam, where Apex is not installed.
 
 Apex's and Transformer Engine's Adam keep the step count in the parameter groups; torch's keeps it
-beside each parameter, as a tensor, and allocates it at the first step only. Three things go wrong:
+beside each parameter, as a tensor, and allocates it at the first step only. Five things go wrong:
 
 * Megatron asks the optimizer for its state, with the step count, before it loads a checkpoint into
   it. A new optimizer has none, and `assert len(steps) == 1` ends the resume. Here the state is
   allocated before it is asked for, as the first step would do it: zeros, at step 0.
+* A rank may hold no part of any parameter, where there are few experts and many data parallel
+  ranks: it has no step count at all, and meets the same assertion. Here it says 0.
 * Megatron loads one and the same step tensor for every parameter. Adam adds one to it in place, for
   each parameter, so that the count runs away after a resume. Here each parameter gets its own.
+* Where the step count is a tensor, Megatron looks for it among a parameter's loaded moments, but
+  the format for any layout has none there. Here it is told to skip it.
 * In fp32 the optimizer's parameters are views of the model's; loading copies into them in place,
   which autograd refuses. Here it does not watch.
 """
@@ -28,15 +32,18 @@ def needed() -> bool:
 
 
 def apply() -> None:
-    """Replace `state_dict` and `load_state_dict` of DistributedOptimizer, once per process."""
+    """Replace three methods of DistributedOptimizer, once per process."""
     if not needed() or hasattr(DistributedOptimizer.state_dict, "__wrapped__"):
         return
     give, take = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+    put = DistributedOptimizer._set_main_param_and_optimizer_states
 
     @functools.wraps(give)
     def state_dict(self: Any) -> Any:
         if isinstance(self.optimizer, torch.optim.Adam) and not self.optimizer.state:
             allocate(self.optimizer)
+            if not self.optimizer.state:
+                return _of_nothing(self)
         return give(self)
 
     @functools.wraps(take)
@@ -48,8 +55,26 @@ def apply() -> None:
             for state in self.optimizer.state.values():
                 state["step"] = torch.tensor(step)
 
+    @functools.wraps(put)
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        put(self, model_param, {"step": None, **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
     DistributedOptimizer.state_dict = state_dict
     DistributedOptimizer.load_state_dict = load_state_dict
+
+
+def _of_nothing(optimizer: Any) -> dict[str, Any]:
+    """What Megatron's own `state_dict` gives, for groups that are all empty."""
+    inner = optimizer.optimizer.state_dict()
+    groups = [
+        {name: value for name, value in group.items() if name != "params"} | {"step": 0}
+        for group in inner["param_groups"]
+    ]
+    scaler = optimizer.grad_scaler
+    return {"optimizer": {"param_groups": groups}} | (
+        {"grad_scaler": scaler.state_dict()} if scaler else {}
+    )
 
 
 def allocate(optimizer: torch.optim.Adam) -> None:

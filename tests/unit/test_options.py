@@ -1,8 +1,12 @@
 """The table of architectures, by name: what fills the two slots of each layer."""
 
 import dataclasses
+import re
+import subprocess
+import sys
 
 import pytest
+from support.launches import REPOSITORY
 
 from megatron_smlp.options import (
     LayerSlots,
@@ -91,6 +95,34 @@ def test_every_field_says_what_it_is(options: type):
     helps = {action.dest: action.help for action in build_parser()._actions}
     for field in dataclasses.fields(options):
         assert len(helps[field.name] or "") > 30, field.name
+
+
+def flags_of(text: str) -> set[str]:
+    return set(re.findall(r"--[a-z0-9-]+", text))
+
+
+def test_the_help_files_are_those_of_the_parser():
+    """They are read instead of the parser, which takes seconds to build."""
+    from megatron_smlp import help
+    from megatron_smlp.arguments import build_parser
+
+    remedy = "run `python -m megatron_smlp.help`"
+    written = help.HELP_FILE.read_text(encoding="utf-8")
+    # Python versions break the lines differently.
+    assert flags_of(written) == flags_of(help.help_text(build_parser())), remedy
+    assert help.FLAGS_PAGE.read_text(encoding="utf-8") == help.flags_page(build_parser()), remedy
+
+
+def test_help_of_the_real_command_imports_nothing_heavy():
+    code = (
+        "import sys; from pretrain_smlp import main; main(['--help']); "
+        "sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for flag in ("--num-layers", "--feature-router", "--dry-run"):
+        assert f"  {flag} " in done.stdout
 
 
 def test_model_option_names_are_the_fields():

@@ -1,0 +1,132 @@
+"""What is replaced for resuming in another layout: Megatron's side, and that it needs replacing."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from support.in_process import build_model
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.platform import torch_adam
+from megatron_smlp.platform.layout_free_optimizer import ANY_LAYOUT, FORMAT
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+MODEL = "--architecture smlp --num-dense-layers 2 --token-router base --num-experts 2"
+
+
+@pytest.fixture
+def optimizer(parse: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Builds Megatron's optimizer over a small model: (optimizer, the model's sharded tensors)."""
+
+    def build(*, distributed: bool, bf16: bool = False) -> tuple[ChainedOptimizer, Any]:
+        args = parse(f"{MODEL} {'--bf16' if bf16 else ''}")
+        model = build_model(args)
+        if bf16:
+            model = model.bfloat16()
+        wrapped = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(use_distributed_optimizer=distributed),
+            model,
+        )
+        config = OptimizerConfig(
+            optimizer="adam", lr=1e-3, bf16=bf16, use_distributed_optimizer=distributed
+        )
+        return get_megatron_optimizer(config, [wrapped]), model.sharded_state_dict()
+
+    return build
+
+
+def saved(optimizer: ChainedOptimizer, model: Any) -> dict[str, Any]:
+    """What goes into a checkpoint."""
+    state = optimizer.sharded_state_dict(model, metadata={FORMAT: ANY_LAYOUT})
+    tensors = {value.key for value in nested_values(state) if isinstance(value, ShardedBase)}
+    rest = {
+        name: value
+        for name, value in state.items()
+        if not any(
+            isinstance(leaf, ShardedBase | LocalNonpersistentObject)
+            for leaf in nested_values({name: value})
+        )
+    }
+    return {"tensors": tensors, "rest": rest}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_plain_and_distributed_optimizers_save_the_same_names(
+    optimizer: Callable[..., Any], bf16: bool
+) -> None:
+    plain, plain_model = optimizer(distributed=False, bf16=bf16)
+    for one in plain.chained_optimizers:  # a plain one has no moments before its first step
+        torch_adam.allocate(one.optimizer)
+    distributed = saved(*optimizer(distributed=True, bf16=bf16))
+    assert saved(plain, plain_model) == distributed
+    kinds = {name.split(".")[2] for name in distributed["tensors"]}
+    assert kinds == {"exp_avg", "exp_avg_sq"} | ({"fp32_param"} if bf16 else set())
+    assert distributed["rest"] == {"step": 0}
+
+
+def test_the_step_is_saved_once(optimizer: Callable[..., Any]) -> None:
+    built, model = optimizer(distributed=False)
+    for one in built.chained_optimizers:
+        torch_adam.allocate(one.optimizer)
+        for state in one.optimizer.state.values():
+            state["step"] += 7
+    assert saved(built, model)["rest"] == {"step": 7}
+
+
+def test_a_format_for_other_layouts_only_is_refused_by_a_plain_optimizer(
+    optimizer: Callable[..., Any],
+) -> None:
+    built, model = optimizer(distributed=False)
+    with pytest.raises(UsageError, match=r"dp_reshardable.*--use-distributed-optimizer"):
+        built.sharded_state_dict(model, True, metadata={FORMAT: "dp_reshardable"})
+
+
+def test_megatron_looks_for_the_step_among_the_loaded_moments(
+    optimizer: Callable[..., Any],
+) -> None:
+    """The original, which we wrap: if it no longer fails, the wrapper can go."""
+    built, _ = optimizer(distributed=True)
+    one = built.chained_optimizers[0]
+    torch_adam.allocate(one.optimizer)
+    parameter = next(iter(one.buffers[0].param_index_map))
+    original = DistributedOptimizer._set_main_param_and_optimizer_states.__wrapped__
+    moments = {name: torch.zeros(parameter.numel()) for name in ("param", "exp_avg", "exp_avg_sq")}
+    with torch.no_grad():
+        with pytest.raises(KeyError, match="step"):
+            original(one, parameter, moments)
+        one._set_main_param_and_optimizer_states(parameter, moments)
+
+
+def test_a_rank_without_parameters_has_a_state(optimizer: Callable[..., Any]) -> None:
+    """Megatron's `assert len(steps) == 1` has nothing to count there."""
+    built, _ = optimizer(distributed=True)
+    one = built.chained_optimizers[0]
+    for group in one.optimizer.param_groups:
+        group["params"].clear()
+    with pytest.raises(AssertionError):
+        DistributedOptimizer.state_dict.__wrapped__(one)
+    groups = one.state_dict()["optimizer"]["param_groups"]
+    assert groups
+    assert all(group["step"] == 0 and "params" not in group for group in groups)
+
+
+def test_signatures() -> None:
+    give = inspect.signature(ChainedOptimizer.sharded_state_dict).parameters
+    assert list(give) == ["self", "model_sharded_state_dict", "is_loading", "kwargs"]
+    assert {"checkpoint_dir", "preloaded_state_dict"} == set(
+        inspect.signature(dist_checkpointing.load_content_metadata).parameters
+    )
+    assert dist_checkpointing.load_content_metadata(
+        preloaded_state_dict={"content_metadata": {"singleton_local_shards": False}}
+    ) == {FORMAT: ANY_LAYOUT, "singleton_local_shards": False}

@@ -1,0 +1,153 @@
+"""A run goes on under any other layout, with its optimizer state: the next steps are the same.
+
+One run of five steps saves after the second. Another layout loads that and makes the last three,
+whose losses and gradient norms must be those of the first run. The gradient norm of the third step
+shows the weights, that of the fourth whether the update used the right moments and step count.
+
+The vocabulary of 300 is padded to 384 by one tensor parallel rank and to 512 by two.
+"""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from support.launches import launch, steps
+
+SAVED, LAST = 2, 5
+TOLERANCE = 1e-4  # relative
+
+MODEL = f"""
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 300
+    --num-layers 4 --hidden-size 64 --ffn-hidden-size 256 --seq-length 32
+    --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2 --global-batch-size 8
+    --num-workers 0 --lr 3e-3 --lr-decay-style constant --log-interval 1
+    --eval-iters 0 --train-iters {LAST}
+"""
+EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
+ATTENTION = "--architecture transformer --num-attention-heads 4"
+SMLP = f"""
+    --architecture smlp --num-dense-layers 2 --spatial-heads 2 --num-feature-experts 4
+    --token-router base {EXPERTS}
+"""
+SYSTEMS = {
+    "transformer": ATTENTION,
+    "transformer_bf16": f"{ATTENTION} --bf16",
+    "gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-layer-freq 2 "
+    "--gshard-always-uses-the-second-expert",
+    "switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-layer-freq 2",
+    "base": f"{ATTENTION} --token-router base {EXPERTS} --moe-layer-freq 2",
+    "hash": f"{ATTENTION} --token-router hash {EXPERTS} --moe-layer-freq 2",
+    "gmlp": "--architecture gmlp",
+    "amlp": "--architecture amlp --spatial-heads 2 --tiny-attention-width 16",
+    "smlp": f"{SMLP} --feature-router deterministic",
+    "smlp_partial": f"{SMLP} --feature-router partial",
+}
+ROUTED = {name for name, flags in SYSTEMS.items() if EXPERTS in flags}
+
+TP = "--tensor-model-parallel-size 2"
+PP = "--pipeline-model-parallel-size 2"
+EP = "--expert-model-parallel-size 2"
+INTERLEAVED = f"{PP} --num-layers-per-virtual-pipeline-stage 1"
+DISTRIBUTED = "--use-distributed-optimizer"
+LAYOUTS = {
+    "one": (1, ""),
+    "one_distributed": (1, DISTRIBUTED),
+    "tp": (2, TP),
+    "tp_distributed": (2, f"{TP} {DISTRIBUTED}"),
+    "pp": (2, PP),
+    "pp_distributed": (2, f"{PP} {DISTRIBUTED}"),
+    "interleaved": (2, INTERLEAVED),
+    "dp": (2, ""),
+    "dp_distributed": (2, DISTRIBUTED),
+    "ep": (2, EP),
+    "ep_distributed": (2, f"{EP} {DISTRIBUTED}"),
+    "tp_pp_distributed": (4, f"{TP} {PP} {DISTRIBUTED}"),
+    "interleaved_dp_distributed": (4, f"{INTERLEAVED} {DISTRIBUTED}"),
+    "tp_dp": (4, TP),
+    "pp_ep_distributed": (4, f"{PP} {EP} {DISTRIBUTED}"),
+}
+
+# (system, saved under, continued under)
+Case = tuple[str, str, str]
+SHORT: list[Case] = [
+    ("transformer", "tp_distributed", "pp_distributed"),
+    ("transformer", "pp_distributed", "interleaved"),
+    ("transformer", "dp_distributed", "one"),
+    ("transformer_bf16", "dp", "dp_distributed"),
+    ("transformer_bf16", "dp_distributed", "dp"),
+    ("smlp", "pp", "ep"),
+    ("smlp", "ep_distributed", "tp"),
+    ("smlp", "tp", "one_distributed"),
+    ("smlp_partial", "pp", "tp_distributed"),
+]
+
+
+def ring(system: str) -> list[Case]:
+    """Every layout of the list goes on under the next one, and the last under the first."""
+    names = [name for name, (_, flags) in LAYOUTS.items() if EP not in flags or system in ROUTED]
+    return [(system, *pair) for pair in itertools.pairwise([*names, names[0]])]
+
+
+class Runs:
+    """What the cases need, in as few launches as their order allows."""
+
+    def __init__(self, folder: Path, cases: list[Case]) -> None:
+        self.folder = folder
+        sources = dict.fromkeys(case[:2] for case in cases)
+        waiting: list[tuple[str, ...]] = [*sources, *cases]
+        done: set[tuple[str, ...]] = set()
+        for processes in itertools.cycle((4, 2, 1)):
+            fits = [run for run in waiting if LAYOUTS[run[-1]][0] == processes]
+            ready = [run for run in fits if len(run) == 2 or run[:2] in done | set(fits)]
+            if ready:
+                named = {"/".join(run): self._flags(*run) for run in ready}
+                launch(named, processes=processes, folder=folder)
+            done |= set(ready)
+            waiting = [run for run in waiting if run not in done]
+            if not waiting:
+                break
+
+    def _flags(self, system: str, source: str, target: str | None = None) -> str:
+        saved = self.folder / system / source / "saved"
+        if target is None:
+            where = f"--save {saved} --save-interval {SAVED} {LAYOUTS[source][1]}"
+        else:
+            where = f"--load {saved} --ckpt-step {SAVED} {LAYOUTS[target][1]}"
+        return f"{MODEL} {SYSTEMS[system]} {where}"
+
+    def check(self, system: str, source: str, target: str) -> None:
+        old = steps(self.folder / system / source)[SAVED:]
+        new = steps(self.folder / system / source / target)
+        assert len(old) == len(new) == LAST - SAVED
+        for here, there in zip(old, new, strict=True):
+            assert there.loss == pytest.approx(here.loss, rel=TOLERANCE)
+            assert there.grad_norm == pytest.approx(here.grad_norm, rel=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("resharding"), SHORT)
+
+
+@pytest.mark.parametrize(("system", "source", "target"), SHORT)
+def test_the_next_steps_are_those_of_the_old_layout(
+    short: Runs, system: str, source: str, target: str
+) -> None:
+    short.check(system, source, target)
+
+
+def test_the_comparison_would_notice_a_fresh_optimizer(short: Runs) -> None:
+    """Neighbouring steps differ by far more than the tolerance."""
+    for earlier, later in itertools.pairwise(
+        steps(short.folder / "transformer" / "pp_distributed")
+    ):
+        assert abs(later.grad_norm / earlier.grad_norm - 1) > 10 * TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("system", [name for name in SYSTEMS if "bf16" not in name])
+def test_every_system_goes_on_under_every_layout(tmp_path: Path, system: str) -> None:
+    runs = Runs(tmp_path, ring(system))
+    for case in ring(system):
+        runs.check(*case)

@@ -1,0 +1,131 @@
+"""A checkpoint that would run code when it is loaded is refused, wherever the code hides."""
+
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from support import exploits
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+
+from megatron_smlp.errors import DamagedCheckpointError, UnsafeCheckpointError
+from megatron_smlp.platform import safe_loading
+
+
+@pytest.fixture(scope="module", autouse=True)
+def applied() -> None:
+    safe_loading.apply()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    state = {"weight": torch.arange(6.0), "object": {"step": 3, "name": "Adam"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, storage_writer=FileSystemWriter(str(folder)), no_dist=True)
+    return folder
+
+
+def load(folder: Path) -> dict[str, object]:
+    """As the tools do: the index, then what it names."""
+    box: dict[str, object] = {"weight": torch.zeros(6), "object": {"step": 0, "name": ""}}
+    reader = FileSystemReader(str(folder))
+    reader.read_metadata()
+    with warnings.catch_warnings(), safe_loading.plain_errors():
+        warnings.simplefilter("ignore")
+        dcp.load(box, storage_reader=reader, no_dist=True)
+    return box
+
+
+def test_what_is_plain_data_loads(checkpoint: Path):
+    loaded = load(checkpoint)
+    assert torch.equal(loaded["weight"], torch.arange(6.0))
+    assert loaded["object"] == {"step": 3, "name": "Adam"}
+
+
+@pytest.mark.parametrize("place", ["metadata", "objects", "tensors"])
+def test_code_is_refused(place: str, checkpoint: Path, tmp_path: Path):
+    proof = tmp_path / "it-ran"
+    file = exploits.PLACES[place](checkpoint, proof)
+    assert exploits.would_work(checkpoint, proof), "else this test shows nothing"
+    with pytest.raises(UnsafeCheckpointError, match=rf"{checkpoint}/{file} asks to run \w*\.mknod"):
+        load(checkpoint)
+    assert not proof.exists()
+
+
+def test_code_in_common_is_refused(tmp_path: Path):
+    from megatron.core.dist_checkpointing import serialization
+
+    proof = tmp_path / "it-ran"
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}', encoding="utf-8")
+    exploits.in_common(tmp_path, proof)
+    with pytest.raises(UnsafeCheckpointError, match=r"common\.pt asks to run"):
+        serialization.load_common_state_dict(tmp_path)
+    assert not proof.exists()
+    torch.save({"iteration": 4}, tmp_path / "common.pt")
+    assert serialization.load_common_state_dict(tmp_path) == {"iteration": 4}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("os", "system"),
+        ("builtins", "eval"),
+        ("torch", "load"),
+        ("torch.serialization", "load"),
+        ("torch.distributed.checkpoint.metadata", "os.system"),
+        ("torch.distributed.checkpoint.filesystem", "os.system"),
+        ("torch", "serialization.os.system"),
+    ],
+)
+def test_no_other_name_gets_through(names: tuple[str, str], tmp_path: Path):
+    """Dotted names too, by which a pickle walks from an allowed module to any other."""
+    module, name = names
+    path = tmp_path / "pickle"
+    path.write_bytes(
+        b"\x80\x04" + b"".join(pickle_text(word) for word in (module, name)) + b"\x93."
+    )
+    with pytest.raises(pickle.UnpicklingError), path.open("rb") as file:
+        safe_loading.load_metadata(file)
+
+
+def pickle_text(word: str) -> bytes:
+    return b"\x8c" + bytes([len(word)]) + word.encode()
+
+
+@pytest.mark.parametrize("path", ["../other/__0_0.distcp", "/etc/passwd", ".."])
+def test_files_elsewhere_are_not_read(path: str, checkpoint: Path):
+    metadata = FileSystemReader(str(checkpoint)).read_metadata()
+    for entry in metadata.storage_data.values():
+        entry.relative_path = path
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(DamagedCheckpointError, match=r"in another folder"):
+        load(checkpoint)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, Path.unlink])
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_damage_names_the_file(name: str, damage: Callable[[Path], None], checkpoint: Path):
+    damage(checkpoint / name)
+    with pytest.raises(DamagedCheckpointError) as caught:
+        load(checkpoint)
+    assert f"{checkpoint / name} cannot be read" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_may_be_moved(checkpoint: Path, tmp_path: Path):
+    shutil.move(checkpoint, tmp_path / "elsewhere")
+    assert torch.equal(load(tmp_path / "elsewhere")["weight"], torch.arange(6.0))
