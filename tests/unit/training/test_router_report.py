@@ -184,7 +184,7 @@ def test_wall_time_goes_on_over_a_restart(tmp_path: Path):
     lost = {"iteration": 3, "loss": 1.0, "wall_seconds": 5000.0}
     text = "".join(json.dumps(line) + "\n" for line in [*before[:-1], last, lost])
     (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
-    with pretrained(f"{flags} --train-iters 4"):
+    with pretrained(f"{flags} --train-iters 4 --override-opt_param-scheduler"):
         after = [line for line in records(tmp_path) if "loss" in line]
     assert [line["iteration"] for line in after] == [1, 2, 3, 4]
     walls = [line["wall_seconds"] for line in after[2:]]
