@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool.
 
     Raises:
-        UsageError: matplotlib is not there, or a run cannot be read.
+        UsageError: matplotlib is not there, a run cannot be read, or --output not be made.
     """
     args = build_parser().parse_args(argv)
     if find_spec("matplotlib") is None:
@@ -61,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_smlp.plotting.records import read_runs
 
     runs = read_runs(args.runs, labels=args.labels)
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--output {args.output}: {error.strerror}: give a folder that can be written to."
+        ) from error
     for name, figure in figures(runs, against=args.against, window=args.smooth):
         path = args.output / f"{name}.png"
         figure.savefig(path)

@@ -172,7 +172,7 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
     entropy.axhline(COLLAPSED, color="0.35", linewidth=0.9, linestyle=":")
     entropy.annotate(
         "collapse", (0.995, COLLAPSED), xycoords=("axes fraction", "data"), ha="right", va="top",
-        color="0.35", fontsize=8,
+        color="0.35", fontsize=8, bbox={"color": "white", "pad": 1},
     )  # fmt: skip
     entropy.set(ylabel="entropy of the load (share of log E)", xlabel="training steps")
     dropped.set(ylabel="dropped choices", xlabel="training steps")

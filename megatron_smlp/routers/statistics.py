@@ -71,7 +71,7 @@ class RouterLoad:
     def entropy(self) -> float:
         if len(self.load_share) == 1:
             return 1.0
-        nats = -sum(share * math.log(share) for share in self.load_share if share > 0)
+        nats = sum(share * math.log(1 / share) for share in self.load_share if share > 0)
         return nats / math.log(len(self.load_share))
 
 

@@ -154,6 +154,11 @@ class TestCommandLine:
         with pytest.raises(UsageError, match="--smooth 0: 1 or more"):
             main([str(tmp_path), "--smooth", "0"])
 
+    def test_an_output_that_is_no_folder(self, tmp_path: Path):
+        path = write(tmp_path, step(1))
+        with pytest.raises(UsageError, match=rf"--output {path}: File exists: give a folder"):
+            main([str(tmp_path), "--output", str(path)])
+
     def test_an_error_is_one_line_and_exit_code_2(self, tmp_path: Path):
         done = subprocess.run(
             [sys.executable, "tools/plot_runs.py", str(tmp_path / "absent")],
