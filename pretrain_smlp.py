@@ -10,6 +10,12 @@ megatron_smlp/arguments.py (flags), architectures.py (what the model is), traini
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_smlp.platform.hooks import Observer
+    from megatron_smlp.training.reporting import Reporter
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +48,10 @@ def dry_run(args: argparse.Namespace) -> None:
         print_dry_run(args, Console(file=terminal(), highlight=False, soft_wrap=True))
 
 
-def train(args: argparse.Namespace) -> None:
+def train(
+    args: argparse.Namespace, *, observe: Callable[["Reporter"], "Observer"] = lambda own: own
+) -> None:
+    """Run `megatron.training.pretrain`; `observe` may put another observer around the reporter."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -59,7 +68,11 @@ def train(args: argparse.Namespace) -> None:
     step = ForwardStep()
     reporter = Reporter(args, step=step)
     speaks = args.rank == 0
-    with keyboard_like_sigterm(speaks=speaks), hooks.installed(reporter), reporter.session():
+    with (
+        keyboard_like_sigterm(speaks=speaks),
+        hooks.installed(observe(reporter)),
+        reporter.session(),
+    ):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config(args)),
             DatasetProvider(reporter.say),
