@@ -364,6 +364,11 @@ def check_schedule(args: argparse.Namespace) -> None:
             f"--min-lr {args.min_lr} is over --lr {args.lr}: the learning rate decays from the "
             "second to the first. Lower --min-lr."
         )
+    if args.full_validation and not args.multiple_validation_sets:
+        raise UsageError(
+            "--full-validation stops Megatron 0.19 unless --multiple-validation-sets is given too: "
+            "give both, or --eval-iters with the number of batches."
+        )
     if args.eval_iters and not args.eval_interval:
         if "eval_iters" in args.explicit_flags:
             raise UsageError("--eval-iters without --eval-interval: give both, or --eval-iters 0.")

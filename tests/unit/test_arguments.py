@@ -138,6 +138,7 @@ class TestRefusals:
             ("stray", "'stray' belongs to no flag"),
             ("--num-layers 0", "--num-layers 0: give a positive number"),
             ("--seq-length -1", "--seq-length -1: give a positive number"),
+            ("--full-validation", "--full-validation stops Megatron 0.19 unless --multiple-valid"),
             ("--num-layers many", "argument --num-layers: invalid int value: 'many'"),
         ],
     )
