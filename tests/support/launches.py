@@ -24,11 +24,12 @@ class Step:
     grad_norm: float
 
 
-def launch(runs: Mapping[str, str], *, processes: int, folder: Path) -> None:
+def launch(runs: Mapping[str, str], *, processes: int, folder: Path, **variables: str) -> None:
     """Run each command line of pretrain_smlp.py, one after the other, in `processes` processes.
 
     Args:
         runs: name -> flags; the metrics of a run are kept in `folder`/name.
+        variables: of the environment.
     """
     folder.mkdir(parents=True, exist_ok=True)
     command_lines = [
@@ -43,7 +44,7 @@ def launch(runs: Mapping[str, str], *, processes: int, folder: Path) -> None:
         if processes > 1
         else []
     )
-    run_command([sys.executable, *launcher, str(RUNS), str(plan)])
+    run_command([sys.executable, *launcher, str(RUNS), str(plan)], **variables)
 
 
 def run_command(command: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
