@@ -1,0 +1,75 @@
+"""All systems of configs/cpu at equal FLOPs: how much of the machine's GEMM speed a step reaches.
+
+The peer is a yardstick: how long the FLOPs that the model needs for the step (3 x forward, causal
+products as triangles) would take at the speed of one large square GEMM in the same precision, which
+runs in turns with our steps. The ratio is the share of that speed, and compares the systems.
+Tokens per second are 4,096,000 / ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from hosted import ROOT, run, steps_in_turns
+from timing import Record
+
+SYSTEMS = (
+    "smlp_deterministic",
+    "smlp_partial",
+    "switch",
+    "gshard",
+    "base",
+    "hash",
+    "gmlp",
+    "amlp",
+    "transformer",
+)
+CASES = [f"{system} {precision}" for precision in ("bf16", "fp32") for system in SYSTEMS]
+WIDTH, CALLS = 2048, 8
+FLAGS = """
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 4095 --eval-iters 0 --log-interval 10
+    --no-resume
+"""
+
+
+def yardstick(precision: str) -> Callable[[], None]:
+    """CALLS GEMMs of WIDTH^3."""
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = (torch.randn(WIDTH, WIDTH, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+
+    def multiply() -> None:
+        for _ in range(CALLS):
+            torch.mm(left, right, out=out)
+
+    return multiply
+
+
+def flops_per_step(args: argparse.Namespace) -> float:
+    from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_token
+
+    shape = ModelShape.from_args(args)
+    per_token = training_flops_per_token(model_cost(shape), shape)
+    return per_token * float(args.global_batch_size * args.seq_length)
+
+
+def measure(case: str, repeats: int) -> Record:
+    system, precision = case.split()
+    bf16 = "--bf16" if precision == "bf16" else ""
+    words = f"--config {ROOT}/configs/cpu/{system}.yaml {FLAGS} {bf16}"
+    flops: list[float] = []
+
+    def peer(args: argparse.Namespace) -> Callable[[], None]:
+        flops.append(flops_per_step(args))
+        return yardstick(precision)
+
+    ours, gemms = steps_in_turns(words, peer, repeats=repeats)
+    ideal = gemms * flops[0] / (CALLS * 2 * WIDTH**3)
+    return Record(case=case, ours_ms=ours, peer_ms=ideal, ratio=ideal / ours)
+
+
+if __name__ == "__main__":
+    run(__doc__, CASES, measure)

@@ -1,0 +1,107 @@
+"""Times steps of our real training loop, in turns with something else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from timing import Record, report
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP = 3
+
+
+class _TakingTurns:
+    """An observer of the training loop that lets the peer run after each step."""
+
+    def __init__(self, reporter: Any, peer: Callable[[], object]) -> None:
+        self.reporter, self.peer = reporter, peer
+        self.ours: list[float] = []
+        self.theirs: list[float] = []
+        self.started = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reporter, name)
+
+    def stepped(self, *args: Any, **kwargs: Any) -> None:
+        self.reporter.stepped(*args, **kwargs)
+        now = time.perf_counter()
+        self.ours.append(now - self.started)
+        self.peer()
+        self.started = time.perf_counter()
+        self.theirs.append(self.started - now)
+
+
+def steps_in_turns(
+    words: str, make_peer: Callable[[argparse.Namespace], Callable[[], object]], *, repeats: int
+) -> tuple[float, float]:
+    """Train by `pretrain_smlp.py WORDS` in this process, once per process.
+
+    Everything that `megatron.training` does for a step is in our time.
+
+    Returns:
+        median milliseconds of our step and of the peer's call, after a few that are not counted.
+    """
+    from megatron_smlp.training.transcript import Transcript
+
+    sys.path.insert(0, str(ROOT))  # pretrain_smlp.py is no part of the package
+    turns: list[_TakingTurns] = []
+    with Transcript():
+        from megatron_smlp.arguments import parse_arguments
+        from pretrain_smlp import train
+
+        args = parse_arguments([*words.split(), "--train-iters", str(WARM_UP + repeats)])
+
+        def observe(reporter: Any) -> _TakingTurns:
+            turns.append(_TakingTurns(reporter, make_peer(args)))
+            return turns[0]
+
+        train(args, observe=observe)
+    sides = (turns[0].ours, turns[0].theirs)
+    ours, theirs = (1e3 * statistics.median(times[WARM_UP:]) for times in sides)
+    return ours, theirs
+
+
+def run(
+    description: str | None, cases: Sequence[str], measure: Callable[[str, int], Record]
+) -> None:
+    """The command line of a benchmark: every case in a process of its own.
+
+    Args:
+        measure: case, steps -> its record; called in that process.
+    """
+    import torch
+
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write the records here")
+    parser.add_argument("--repeats", type=int, default=10, help="steps per case and side")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--only", help="cases whose name holds this")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        torch.set_num_threads(arguments.threads)
+        arguments.json.write_text(json.dumps(measure(arguments.case, arguments.repeats)))
+        return
+    chosen = [case for case in cases if (arguments.only or "") in case]
+    report([_in_a_process(case, arguments) for case in chosen], arguments.json)
+
+
+def _in_a_process(case: str, arguments: argparse.Namespace) -> Record:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "record.json"
+        command = [sys.executable, str(Path(sys.argv[0]).resolve())]
+        command += ["--case", case, "--json", str(path)]
+        command += ["--repeats", str(arguments.repeats), "--threads", str(arguments.threads)]
+        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+        record: Record = json.loads(path.read_text())
+    print(f"{record['case']}: ratio {record['ratio']:.2f}", file=sys.stderr, flush=True)
+    return record
