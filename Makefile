@@ -1,4 +1,4 @@
-# make env | quickstart | test | test-slow | test-gpu | lint | lock | clean
+# make env | quickstart | test | test-slow | test-gpu | lint | bench | lock | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv || echo .cache/uv/bin/uv)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help env lock quickstart test test-slow test-gpu lint format clean
+.PHONY: help env lock quickstart test test-slow test-gpu lint format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ test-slow: env ## what takes minutes
 
 test-gpu: env ## on a machine with a CUDA device: all systems against the CPU
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+bench: env ## every benchmark, into benchmarks/results/
+	env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/run_all.py
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) .cache runs build *.egg-info

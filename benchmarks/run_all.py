@@ -1,0 +1,118 @@
+"""`make bench`: every benchmark of this folder, into benchmarks/results/<hardware>.md and .json.
+
+A figure is a ratio of two sides measured in one run, medians of calls in turns; figures of
+different runs or machines are not comparable. The load average at the time is written beside each
+table: above the number of threads, the machine was busy with something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BENCHMARKS = {
+    "bench_causal_mix": "The triangular product against masked dense ones",
+    "bench_assignment": "Balanced assignment",
+    "bench_step": "The whole training step against its peers",
+    "bench_systems": "All systems: share of the machine's GEMM speed",
+    "bench_generate": "Incremental generation",
+}
+PACKAGES = ("torch", "megatron-core", "transformers", "g-mlp-pytorch", "scipy")
+
+
+def hardware() -> str:
+    """The processor and how many of its cores are ours, as a file name."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        name = found[1] if found else name
+    words = re.sub(r"\(R\)|\(TM\)|CPU|Processor|@.*", " ", name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return re.sub(r"[^a-z0-9]+", "-", f"{words} {cores} cores".lower()).strip("-")
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "hardware": hardware(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Run one benchmark; its records, and the load of the machine before and after."""
+    variables = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
+    before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records.json"
+        command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(path)]
+        start = time.monotonic()
+        subprocess.run(command, check=True, env=variables)
+        records = json.loads(path.read_text())
+    return {
+        "records": records,
+        "load_average": [round(before, 2), round(os.getloadavg()[0], 2)],
+        "seconds": round(time.monotonic() - start),
+    }
+
+
+def as_markdown(about: dict[str, Any], results: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items())
+    lines = [
+        f"# Benchmarks on {about['hardware']}",
+        "",
+        f"{about['date']}, Python {about['python']}, {packages}.",
+        "Written by `make bench`; a ratio is peer / ours, over 1 is faster.",
+    ]
+    for name, result in results.items():
+        lines += ["", f"## {BENCHMARKS[name]}", "", *_table(name, result)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(name: str, result: dict[str, Any]) -> Iterator[str]:
+    load = " to ".join(map(str, result["load_average"]))
+    yield f"`benchmarks/{name}.py`, {result['seconds']} s, load average {load}."
+    yield ""
+    yield "| case | ours ms | peer ms | ratio |"
+    yield "|---|---:|---:|---:|"
+    for record in result["records"]:
+        figures = f"{record['ours_ms']:.2f} | {record['peer_ms']:.2f} | {record['ratio']:.2f}"
+        yield f"| {record['case']} | {figures} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(BENCHMARKS), help=", ".join(BENCHMARKS))
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(
+            f"no benchmark {', '.join(sorted(unknown))}: choose of {', '.join(BENCHMARKS)}"
+        )
+    results = {name: measure(name) for name in arguments.names}
+    about = environment()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    stem = arguments.output / about["hardware"]
+    stem.with_suffix(".json").write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
+    stem.with_suffix(".md").write_text(as_markdown(about, results))
+    print(f"wrote {stem}.md and .json")
+
+
+if __name__ == "__main__":
+    main()
