@@ -28,7 +28,10 @@ def main(argv: list[str]) -> None:
     from megatron_smlp.training.transcript import Transcript
 
     with Transcript() as transcript:
-        from megatron_smlp.arguments import parse_arguments
+        from megatron_smlp.platform.late_compile import late_compile
+
+        with late_compile():
+            from megatron_smlp.arguments import parse_arguments
 
         args = parse_arguments(argv)
         if args.dry_run:

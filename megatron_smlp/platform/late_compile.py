@@ -1,0 +1,53 @@
+"""`torch.compile` that waits for the first call, for the time in which Megatron is imported.
+
+Megatron decorates its fused functions with `torch.compile` where they are defined. The decorator
+alone imports TorchDynamo and Inductor, a third of the time that Megatron takes to import, and most
+runs call none of these functions (on a CPU no run does: the fusions are off).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def late_compile() -> Iterator[None]:
+    """Functions decorated inside are compiled by their first call, by the real `torch.compile`.
+
+    What is no plain function (a module, a class), and calls inside an outer compiled region, go
+    the usual way.
+    """
+    compile_now: Callable[..., Any] = torch.compile
+
+    def compile_later(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return functools.partial(compile_later, **options)
+        if not inspect.isfunction(model):
+            return compile_now(model, **options)
+        return _compiled_by_first_call(model, functools.partial(compile_now, model, **options))
+
+    torch.compile = compile_later
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+
+
+def _compiled_by_first_call(function: Callable[..., Any], compile_now: Callable[[], Any]) -> Any:
+    compiled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)  # the outer region compiles it with the rest
+        if not compiled:
+            compiled.append(compile_now())
+        return compiled[0](*args, **kwargs)
+
+    return call

@@ -1,0 +1,68 @@
+"""Deferred `torch.compile`: real compilation, by the first call; a light import of Megatron."""
+
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_smlp.platform.late_compile import late_compile
+
+
+def test_the_first_call_compiles_once():
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with late_compile():
+
+        @torch.compile(backend=backend)
+        def square(x: Tensor) -> Tensor:
+            """x * x"""
+            return x * x
+
+    assert not graphs
+    assert square.__doc__ == "x * x"
+    for _ in range(2):
+        assert square(torch.tensor([3.0])).item() == 9.0
+    assert len(graphs) == 1
+
+
+def test_an_outer_region_takes_the_function_in():
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with late_compile():
+        double = torch.compile(lambda x: 2 * x, backend="eager")
+    outer = torch.compile(lambda x: double(x) + 1, backend=backend, fullgraph=True)
+    assert outer(torch.tensor([3.0])).item() == 7.0
+    assert len(graphs) == 1
+
+
+def test_modules_are_compiled_as_ever_and_torch_is_put_back():
+    compile_now = torch.compile
+    with late_compile():
+        module = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+    assert type(module).__name__ == "OptimizedModule"
+    assert torch.compile is compile_now
+
+
+def test_megatron_is_imported_without_the_compiler():
+    code = """
+import sys
+from megatron_smlp.platform.late_compile import late_compile
+with late_compile():
+    import megatron_smlp.arguments, megatron.training.arguments
+assert "megatron.core.fusions.fused_bias_geglu" in sys.modules
+print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
