@@ -31,6 +31,7 @@ EXTRAS = {
         "hypothesis>=6.115",
         "scipy>=1.14",
         "g-mlp-pytorch>=0.1.5",
+        "lm_eval[api]>=0.4.9,<0.5",  # its local-completions, against tools/serve.py
         "openai>=1.50",
         "ruff>=0.14",
         "mypy>=1.18",

@@ -34,7 +34,6 @@ SAME_NAME = (
     "num_attention_heads",
     "token_router",
     "moe_train_capacity_factor",
-    "moe_eval_capacity_factor",
     "moe_aux_loss_coeff",
     "hash_seed",
     "num_experts",
@@ -88,6 +87,7 @@ def huggingface_config(flags: dict[str, Any]) -> SMLPConfig:
     return SMLPConfig(
         **{name: flags[name] for name in SAME_NAME},
         moe_drop_policy=flags["moe_token_drop_policy"],
+        moe_eval_capacity_factor=None,  # a score must not depend on what else is in its batch
         vocab_size=flags["padded_vocab_size"],
         max_position_embeddings=flags["seq_length"],
         layer_norm_epsilon=flags["layernorm_epsilon"],

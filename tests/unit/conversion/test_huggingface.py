@@ -23,10 +23,11 @@ BASE = (
     "--attention-dropout 0 --hidden-dropout 0"
 )
 MOE = "--num-experts 4"
+CAPACITY = "--moe-eval-capacity-factor 1"
 SYSTEMS = {
     "transformer": "--architecture transformer",
     "transformer_switch": f"{MOE} --token-router switch --moe-layer-freq 2",
-    "transformer_gshard": f"{MOE} --token-router gshard --moe-eval-capacity-factor 1",
+    "transformer_gshard": f"{MOE} --token-router gshard {CAPACITY}",
     "transformer_hash": f"{MOE} --token-router hash --hash-seed 3",
     "gmlp": "--architecture gmlp --spatial-heads 3",
     "smlp": (
@@ -64,7 +65,7 @@ def test_exported_logits_are_those_of_megatron(
     trained: Path, system: str, parse: Callable[..., Any], tmp_path: Path
 ) -> None:
     run = trained / system / "run"
-    model = build_model(parse(SYSTEMS[system], base=BASE))
+    model = build_model(parse(SYSTEMS[system].replace(CAPACITY, ""), base=BASE))
     load_into_megatron(model, TorchDistCheckpoint(run))
     folder = export(run, tmp_path / "hf")
     exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -73,6 +74,12 @@ def test_exported_logits_are_those_of_megatron(
     with torch.no_grad():
         expected: Tensor = model(tokens, positions, None)
         torch.testing.assert_close(exported(tokens).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_an_exported_model_drops_no_token_in_evaluation(trained: Path) -> None:
+    flags = TorchDistCheckpoint(trained / "transformer_gshard" / "run").flags
+    assert flags["moe_eval_capacity_factor"] == 1
+    assert huggingface_config(flags).moe_eval_capacity_factor is None
 
 
 @pytest.mark.parametrize("change", ["missing", "shape"])

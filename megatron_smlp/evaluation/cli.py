@@ -1,0 +1,72 @@
+"""tools/evaluate.py: options -> a model -> tasks or perplexity -> console, JSON, markdown."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.evaluation.options import parse
+
+
+def main(argv: Sequence[str]) -> None:
+    options, megatron_flags = parse(argv)
+    evaluate_tasks(options, megatron_flags)
+
+
+def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
+    from megatron_smlp.evaluation.selection import require_harness, select_tasks, split_names
+
+    require_harness()
+    from megatron_smlp.evaluation.harness import quiet, run_tasks
+
+    with quiet():
+        selection = select_tasks(
+            split_names(options.tasks), data_dir=options.data_dir, prompt_style=options.prompt_style
+        )
+        model = _harness_model(options, megatron_flags)
+        results = run_tasks(model, selection, limit=options.limit)
+    _report(options, results)
+
+
+def _harness_model(options: argparse.Namespace, megatron_flags: Sequence[str]) -> Any:
+    from megatron_smlp.evaluation.huggingface_model import ExportedModel
+
+    return ExportedModel(
+        options.hf, batch_size=options.batch_size, device=options.device or default_device()
+    )
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _report(options: argparse.Namespace, results: Sequence[Any]) -> None:
+    from rich.console import Console
+
+    from megatron_smlp.evaluation.reports import as_markdown, print_table, write_json
+    from megatron_smlp.evaluation.results import write_samples
+
+    source = options.hf or options.checkpoint
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    print_table(results, console, title=f"Zero-shot: {source}")
+    if options.output:
+        about = {
+            "path": str(source),
+            "kind": "hf" if options.hf else "checkpoint",
+            "limit": options.limit,
+            "prompt_style": options.prompt_style,
+        }
+        write_json(Path(options.output), model=about, results=results)
+    if options.samples:
+        write_samples(list(results), Path(options.samples))
+    if options.markdown:
+        text = as_markdown(results, model=str(source))
+        Path(options.markdown).write_text(text, encoding="utf-8")

@@ -1,0 +1,58 @@
+"""One run of lm-evaluation-harness: a model, tasks, what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_smlp.evaluation.results import TaskResult, from_harness
+from megatron_smlp.evaluation.selection import Selection
+
+
+def run_tasks(model: Any, selection: Selection, *, limit: int | None) -> list[TaskResult]:
+    """Score every example of the tasks, zero-shot.
+
+    Args:
+        model: a `lm_eval.api.model.LM`.
+        limit: examples per task, the first ones; None: all.
+
+    Returns:
+        a result per task; nothing on ranks that the harness gives none.
+    """
+    import lm_eval
+
+    results = lm_eval.simple_evaluate(
+        model=model,
+        tasks=selection.tasks,
+        task_manager=selection.manager,
+        num_fewshot=0,
+        limit=limit,
+        log_samples=True,
+        bootstrap_iters=1000,
+    )
+    return [] if results is None else from_harness(results)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the chatter of the libraries below; their errors still come out."""
+    import datasets
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()
+    datasets.disable_progress_bars()
+    names = ("lm_eval", "datasets", "transformers", "accelerate")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

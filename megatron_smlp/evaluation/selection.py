@@ -1,0 +1,120 @@
+"""Task names -> tasks of lm-evaluation-harness: its own over the hub, or ours over local files."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.tasks.documents import FILES, find_file
+
+TASK_FOLDER = Path(__file__).parent / "tasks"
+PAPER_COPA = TASK_FOLDER / "copa_paper.yaml"
+PAPER_TASKS = tuple(FILES)
+HARNESS_NAMES = {"storycloze": "storycloze_2016"}
+"""What lm-evaluation-harness calls a task of the paper, where its name is another one."""
+
+PromptStyle = Literal["lm_eval", "paper"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Loaded tasks, in the order that they were asked for."""
+
+    tasks: list[Any]
+    manager: Any
+    """The TaskManager that loaded them."""
+
+
+def split_names(text: str) -> list[str]:
+    """`copa, piqa` -> ["copa", "piqa"], each once.
+
+    Raises:
+        UsageError: there is no name in it.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise UsageError(f"--tasks '{text}' names no task; the paper's are {','.join(PAPER_TASKS)}")
+    return names
+
+
+def select_tasks(
+    names: Sequence[str], *, data_dir: str | None, prompt_style: PromptStyle = "lm_eval"
+) -> Selection:
+    """Load tasks.
+
+    Args:
+        data_dir: folder with the tasks' files; no network is used then. None: the hub.
+        prompt_style: how COPA asks; the other tasks have one style.
+
+    Raises:
+        UsageError: an unknown task, with the nearest name; missing or malformed files.
+    """
+    if data_dir is not None:
+        return _offline(names, data_dir, prompt_style)
+    manager = _manager(None)
+    wanted = [HARNESS_NAMES.get(name, name) for name in names]
+    for name in wanted:
+        _check_known(name, manager.all_tasks)
+    if prompt_style == "paper":
+        wanted = [str(PAPER_COPA) if name == "copa" else name for name in wanted]
+    try:
+        return Selection(list(manager.load(wanted)["tasks"].values()), manager)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"--tasks {','.join(wanted)}: their data cannot be had from the hub "
+            f"({_first_line(error)}); give --data-dir with local files (docs/evaluation.md)"
+        ) from error
+
+
+def _offline(names: Sequence[str], data_dir: str, prompt_style: PromptStyle) -> Selection:
+    if not Path(data_dir).is_dir():
+        raise UsageError(
+            f"--data-dir {data_dir} is no folder; docs/evaluation.md says what is in it"
+        )
+    for name in names:
+        _check_known(name, PAPER_TASKS, where="--data-dir serves")
+        find_file(name, data_dir)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    manager = _manager(data_dir)
+    is_paper = prompt_style == "paper"
+    wanted = [PAPER_COPA.stem if is_paper and name == "copa" else name for name in names]
+    return Selection(list(manager.load(wanted)["tasks"].values()), manager)
+
+
+def _manager(data_dir: str | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    if data_dir is None:
+        return TaskManager()
+    return TaskManager(
+        include_path=TASK_FOLDER, include_defaults=False, metadata={"data_dir": str(data_dir)}
+    )
+
+
+def _check_known(name: str, known: Sequence[str], *, where: str = "known are") -> None:
+    if name in known:
+        return
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else ""
+    few = f"{where} {', '.join(known)}" if len(known) < 20 else ""
+    text = "; ".join(part for part in (hint, few) if part) or "`lm_eval ls tasks` lists all"
+    raise UsageError(f"--tasks {name} is not a task: {text}")
+
+
+def require_harness() -> None:
+    """Raise `UsageError` with the way to install lm-evaluation-harness where it is missing."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            "--tasks needs lm-evaluation-harness: pip install 'megatron-smlp[eval]'"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,164 @@
+"""Local files of the six tasks: found, checked, and turned into the harness's own documents."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.selection import Selection, select_tasks, split_names
+from megatron_smlp.evaluation.tasks.documents import split_context
+from megatron_smlp.evaluation.tasks.record import token_f1
+
+ROWS: dict[str, Any] = {
+    "copa.jsonl": {
+        "premise": "The man broke his toe.",
+        "choice1": "He got a hole in his sock.",
+        "choice2": "He dropped a hammer on his foot.",
+        "question": "cause",
+        "label": 1,
+    },
+    "piqa.jsonl": {"goal": "dresser", "sol1": "a bobby pin", "sol2": "finish it", "label": 1},
+    "winogrande.jsonl": {
+        "sentence": "The trophy does not fit into the case because the _ is too big.",
+        "option1": "trophy",
+        "option2": "case",
+        "answer": "1",
+    },
+    "hellaswag.jsonl": {
+        "activity_label": "Roof shingle removal",
+        "ctx": "A man is sitting on a roof. he",
+        "endings": ["is [laughing].", "starts pulling up roofing."],
+        "label": 1,
+    },
+    "record.jsonl": {
+        "passage": {
+            "text": "Ada met Bob.\n@highlight\nThey talked",
+            "entities": [{"start": 0, "end": 2}, {"start": 8, "end": 10}, {"start": 0, "end": 2}],
+        },
+        "qas": [
+            {"query": "@placeholder was met.", "answers": [{"start": 8, "end": 10, "text": "Bob"}]},
+            {"query": "@placeholder came.", "answers": [{"start": 0, "end": 2, "text": "Ada"}]},
+        ],
+    },
+}
+STORY = (
+    "InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,"
+    "RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2,AnswerRightEnding\n"
+    'x,"Ann, 9, ran.",She fell.,It hurt.,She cried.,She laughed.,Mum came.,2\n'
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = tmp_path_factory.mktemp("tasks")
+    for name, row in ROWS.items():
+        (made / name).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (made / "storycloze.csv").write_text(STORY, encoding="utf-8")
+    return made
+
+
+def requests(selection: Selection) -> dict[str, list[list[tuple[str, str]]]]:
+    """task -> for each document its (context, option) pairs, as a model gets them."""
+    made = {}
+    for task in selection.tasks:
+        task.build_all_requests()
+        documents: dict[int, list[tuple[str, str]]] = {}
+        for instance in task.instances:
+            documents.setdefault(instance.doc_id, []).append(instance.args)
+        made[task.config.task] = list(documents.values())
+    return made
+
+
+def test_prompts_are_those_of_the_harness(folder: Path) -> None:
+    names = ["copa", "piqa", "storycloze", "winogrande", "hellaswag", "record"]
+    made = requests(select_tasks(names, data_dir=str(folder)))
+    assert made["copa"] == [
+        [
+            ("The man broke his toe because", f"  {choice}")  # two blanks, as the harness has them
+            for choice in ("he got a hole in his sock.", "he dropped a hammer on his foot.")
+        ]
+    ]
+    assert made["piqa"][0][1] == ("Question: dresser\nAnswer:", " finish it")
+    story = "Ann, 9, ran. She fell. It hurt. She cried."
+    assert made["storycloze"] == [[(story, " She laughed."), (story, " Mum came.")]]
+    assert made["winogrande"][0] == [
+        (f"The trophy does not fit into the case because the {word}", " is too big.")
+        for word in ("trophy", "case")
+    ]
+    context = "Roof shingle removal: A man is sitting on a roof. He"
+    assert made["hellaswag"] == [[(context, " is ."), (context, " starts pulling up roofing.")]]
+    assert len(made["record"]) == 2
+    assert made["record"][0] == [
+        ("Ada met Bob.\n\n  - They talked.\n", f"   - {name} was met.") for name in ("Ada", "Bob")
+    ]
+
+
+def test_copa_asks_in_the_papers_words(folder: Path) -> None:
+    made = requests(select_tasks(["copa"], data_dir=str(folder), prompt_style="paper"))
+    context = "The man broke his toe. What was the CAUSE of this?"
+    assert made["copa_paper"][0][1] == (context, " He dropped a hammer on his foot.")
+
+
+@pytest.mark.parametrize(
+    ("context", "parts"),
+    [
+        ("He sat. the lady", ("He sat.", "the lady")),
+        ('"Go!" he said. "Now." she', ('"Go!" he said. "Now."', "she")),
+        ("[header] How to cook [title] Buy rice.", ("[header] How to cook [title] Buy rice.", "")),
+        ("no end", ("no end", "")),
+    ],
+)
+def test_context_is_cut_where_its_last_sentence_begins(
+    context: str, parts: tuple[str, str]
+) -> None:
+    assert split_context(context) == parts
+
+
+def test_record_scores_words_as_squad_does() -> None:
+    assert token_f1("the Benazir Bhutto", "Bhutto") == pytest.approx(2 / 3)
+    assert token_f1("U.S.", "us") == 1
+    assert token_f1("the", "a") == 1
+    assert token_f1("the", "Bob") == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("copq", "--tasks copq is not a task: did you mean copa"),
+        ("lambada", "--data-dir serves copa, piqa, storycloze"),
+    ],
+)
+def test_unknown_task_is_named_with_the_nearest(folder: Path, names: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        select_tasks(split_names(names), data_dir=str(folder))
+
+
+def test_missing_file_says_which_and_from_where(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no copa\*\.jsonl .*superglue/data/v2/COPA\.zip"):
+        select_tasks(["copa"], data_dir=str(tmp_path))
+    with pytest.raises(UsageError, match="is no folder"):
+        select_tasks(["copa"], data_dir=str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"premise": "a"}\n', "copa.jsonl:1 has no 'choice1'"),
+        ('\n{"premise": \n', "copa.jsonl:2 is no JSON"),
+        ("[1]\n", "copa.jsonl:1 is no JSON object"),
+        ("", "copa.jsonl is empty"),
+    ],
+)
+def test_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "copa.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=said):
+        select_tasks(["copa"], data_dir=str(tmp_path))
+
+
+def test_two_files_for_one_task_are_refused(tmp_path: Path) -> None:
+    for name in ("copa_a.jsonl", "copa_b.jsonl"):
+        (tmp_path / name).write_text(json.dumps(ROWS["copa.jsonl"]), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"several files for copa: copa_a\.jsonl, copa_b\.jsonl"):
+        select_tasks(["copa"], data_dir=str(tmp_path))

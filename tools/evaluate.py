@@ -1,0 +1,21 @@
+#!/usr/bin/env python3
+"""Zero-shot tasks and perplexity of a checkpoint, in any layout, or of an exported model.
+
+    tools/evaluate.py --checkpoint runs/first --tasks copa,piqa --data-dir tasks
+    torchrun --nproc-per-node 4 tools/evaluate.py --checkpoint runs/first \\
+        --tensor-model-parallel-size 2 --tasks hellaswag
+    tools/evaluate.py --hf runs/first/hf --tasks winogrande
+    tools/evaluate.py --checkpoint runs/first --data-path data/valid_text_document
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_smlp.errors import readable_errors
+from megatron_smlp.evaluation.cli import main
+
+if __name__ == "__main__":
+    with readable_errors("evaluate.py"):
+        main(sys.argv[1:])
