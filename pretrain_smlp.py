@@ -61,9 +61,11 @@ def train(
     from torch.distributed import HashStore
 
     from megatron_smlp.model import model_config
-    from megatron_smlp.platform import hooks
+    from megatron_smlp.platform import checkpointing, hooks
     from megatron_smlp.training.data import DatasetProvider, check_data
+    from megatron_smlp.training.loading import choose_checkpoint
     from megatron_smlp.training.reporting import Reporter
+    from megatron_smlp.training.saving import Saving
     from megatron_smlp.training.signals import keyboard_like_sigterm
     from megatron_smlp.training.step import ForwardStep
 
@@ -74,6 +76,9 @@ def train(
     with (
         keyboard_like_sigterm(speaks=speaks),
         hooks.installed(observe(reporter)),
+        checkpointing.installed(
+            Saving(args, reporter), before_loading=lambda: choose_checkpoint(args, reporter.say)
+        ),
         reporter.session(),
     ):
         pretrain(

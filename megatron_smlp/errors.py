@@ -40,6 +40,14 @@ class DamagedCheckpointError(CheckpointError):
     """A file of a checkpoint is missing, or is not what was written."""
 
 
+class SaveError(UserError):
+    """A checkpoint could not be saved; all ranks have agreed on that."""
+
+
+class NoGoodCheckpointError(UserError):
+    """None of the checkpoints that may be loaded is whole; all ranks have agreed on that."""
+
+
 class UnsafeCheckpointError(CheckpointError):
     """A checkpoint would run code while it is loaded."""
 

@@ -93,6 +93,21 @@ class RunOptions:
     """Start from scratch although the --save folder holds a checkpoint. By default --load is the
     --save folder where it holds one, so that the same command goes on after an interruption."""
 
+    strict_load: bool = False
+    """Stop where the checkpoint to be loaded is damaged. By default the newest good one in the
+    folder is loaded instead, and the run says so."""
+
+    keep_last: int | None = None
+    """Keep this many of the last checkpoints in --save and delete older ones, each time that a new
+    one is there (default: keep all)."""
+
+    keep_every: int | None = None
+    """With --keep-last: keep also what was saved at a multiple of this many iterations."""
+
+    on_save_failure: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be saved does, as on a full disk: end the run, or let it go on
+    to the next one. What was saved before stays intact."""
+
     log_dir: str | None = None
     """Folder of metrics.jsonl and of the start-up record (default: the --save folder)."""
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_smlp.checkpoints.structure import iteration_folder, latest_iteration
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import safe_loading
-from megatron_smlp.training.checkpoints import iteration_folder, latest_iteration, read_model_flags
+from megatron_smlp.training.checkpoints import read_model_flags
 
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state", "common_state")
 

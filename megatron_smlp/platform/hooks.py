@@ -8,7 +8,7 @@ the original with its own arguments. tests/contract holds their signatures.
 | setup_model_and_optimizer | to hold back the update of a step whose loss is not finite |
 | training_log | the only place that sees loss, gradient norm and learning rate of a step |
 | evaluate, evaluate_and_print_results | validation numbers, and the time that they take |
-| save_checkpoint_and_time | the time that saving takes, and what was saved |
+| save_checkpoint_and_time | the time that saving holds the training up |
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Observer(Protocol):
         self, losses: dict[str, torch.Tensor], *, iteration: int, title: str, seconds: float
     ) -> None: ...
 
-    def saved(self, *, iteration: int, seconds: float) -> None: ...
+    def held_up(self, *, seconds: float) -> None:
+        """The loop saved a checkpoint, or started to."""
 
 
 @contextlib.contextmanager
@@ -181,10 +182,10 @@ class _Validation:
 
 def _with_saving(save: Callable[..., Any], observer: Observer) -> Callable[..., Any]:
     @functools.wraps(save)
-    def wrapped(iteration: int, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
-        answer = save(iteration, *args, **kwargs)
-        observer.saved(iteration=iteration, seconds=time.perf_counter() - start)
+        answer = save(*args, **kwargs)
+        observer.held_up(seconds=time.perf_counter() - start)
         return answer
 
     return wrapped

@@ -11,11 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.checkpoints.structure import MODEL, iteration_folder, latest_iteration
+from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import model_option_names
-
-FILE_NAME = "model.json"
-TRACKER = "latest_checkpointed_iteration.txt"
 
 # Flags of Megatron's that shape the parameters; ours come from ModelOptions.
 MEGATRON_MODEL_FLAGS = (
@@ -71,41 +70,39 @@ def model_flags(args: argparse.Namespace) -> dict[str, Any]:
     return flags
 
 
-def iteration_folder(checkpoint: str | Path, iteration: int) -> Path:
-    return Path(checkpoint) / f"iter_{iteration:07d}"
+def write_model_flags(args: argparse.Namespace, folder: Path) -> None:
+    """Put model.json into the folder of a checkpoint.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_durably(folder / MODEL, json.dumps(model_flags(args), indent=1) + "\n")
 
 
-def latest_iteration(checkpoint: str | Path) -> int | None:
-    """The iteration that the tracker file names, or None where there is no checkpoint."""
-    try:
-        return int((Path(checkpoint) / TRACKER).read_text(encoding="utf-8").strip())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
+def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> dict[str, Any] | None:
+    """The flags of a checkpoint in a run's folder; None where it was not written by us.
 
+    A damaged file is no error here: whoever loads the checkpoint compares its checksums before.
 
-def write_model_flags(args: argparse.Namespace, iteration: int) -> None:
-    """Put model.json into the folder of a checkpoint that was just saved."""
-    target = iteration_folder(args.save, iteration) / FILE_NAME
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(model_flags(args), indent=1) + "\n", encoding="utf-8")
-    partial.replace(target)
-
-
-def read_model_flags(checkpoint: str | Path) -> dict[str, Any] | None:
-    """The flags of the newest checkpoint in a folder; None where it was not written by us."""
-    iteration = latest_iteration(checkpoint)
+    Args:
+        iteration: the one to read; left out: the newest.
+    """
+    iteration = latest_iteration(checkpoint) if iteration is None else iteration
     if iteration is None:
         return None
-    path = iteration_folder(checkpoint, iteration) / FILE_NAME
-    if not path.exists():
+    try:
+        text = (iteration_folder(checkpoint, iteration) / MODEL).read_text(encoding="utf-8")
+        flags: dict[str, Any] = json.loads(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return None
-    flags: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return flags
+    return flags if isinstance(flags, dict) else None
 
 
 def settle_load(args: argparse.Namespace) -> None:
     """A run that is started again with the same --save goes on from what it saved there."""
-    if args.load is None and args.save and not args.no_resume and latest_iteration(args.save):
+    if args.load is not None or not args.save or args.no_resume:
+        return
+    if latest_iteration(args.save) is not None:
         args.load = args.save
 
 
@@ -115,7 +112,7 @@ def check_against_checkpoint(args: argparse.Namespace) -> None:
     Raises:
         UsageError: with the flag and both values.
     """
-    saved = read_model_flags(args.load) if args.load else None
+    saved = read_model_flags(args.load, args.ckpt_step) if args.load else None
     wanted = model_flags(args)
     for name, there in (saved or {}).items():
         here = wanted.get(name, there)

@@ -19,7 +19,6 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_token
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.routers.collapse import CollapseWatch
-from megatron_smlp.training.checkpoints import write_model_flags
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.router_report import (
     Loads,
@@ -228,11 +227,14 @@ class Reporter:
             words.append(f"suffix ppl {of_losses[f'{title}_suffix_perplexity']:.2f}")
         self.say(" | ".join([*words, *router_words(loads), f"{seconds:.1f} s"]))
 
-    def saved(self, *, iteration: int, seconds: float) -> None:
+    def held_up(self, *, seconds: float) -> None:
         self.clock.exclude(seconds)
+
+    # Listener of training/saving.py
+
+    def saved(self, *, iteration: int, seconds: float) -> None:
+        """A checkpoint is there, whole."""
         self.last_saved = iteration
-        if self.first_rank:
-            write_model_flags(self.args, iteration)
         self.say(f"iteration {iteration} saved to {self.args.save} | {seconds:.1f} s")
 
 

@@ -23,6 +23,6 @@ def keep_padding(args: argparse.Namespace) -> None:
         return
     if args.finetune and "make_vocab_size_divisible_by" in given:
         return
-    padded = (read_model_flags(args.load) or {}).get("padded_vocab_size")
+    padded = (read_model_flags(args.load, args.ckpt_step) or {}).get("padded_vocab_size")
     if padded is not None and padded % args.tensor_model_parallel_size == 0:
         args.padded_vocab_size = padded

@@ -1,15 +1,50 @@
-"""Read every tensor of a Megatron checkpoint, optimizer state included, in one process."""
+"""Runs that save, and their checkpoints: every tensor of one, what undisturbed means, damage."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from support.in_process import pretrained
+from support.launches import steps
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_smlp.checkpoints.integrity import verify
+from megatron_smlp.checkpoints.structure import iteration_folder, tracked_iteration
+
+# Six steps, saved every two; MINIMAL of support/in_process.py goes before.
+RUN = (
+    "--architecture gmlp --num-layers 2 --hidden-size 8 --ffn-hidden-size 16 --log-interval 1 "
+    "--train-iters 6 --save-interval 2 --lr-warmup-fraction 0.2"
+)
+
+
+def pretrain(words: str) -> None:
+    """RUN with more flags, in this process; --exit-interval is a good end too."""
+    with contextlib.suppress(SystemExit), pretrained(f"{RUN} {words}"):
+        pass
+
+
+def assert_ends_like(run: Path, undisturbed: Path) -> None:
+    """Weights, optimizer and logged steps are the same bits, and the last checkpoint is whole."""
+    ours, theirs = (checkpoint_tensors(folder, 6) for folder in (run, undisturbed))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert steps(run) == steps(undisturbed)
+    assert verify(iteration_folder(run, 6)) == []
+    assert tracked_iteration(run) == 6
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
 
 
 def checkpoint_tensors(folder: Path, iteration: int) -> dict[str, Tensor]:

@@ -12,10 +12,11 @@ import pytest
 from support.in_process import MINIMAL
 from support.launches import REPOSITORY, clean_environment
 
+from megatron_smlp.checkpoints.structure import TRACKER, iteration_folder
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import cpu
 from megatron_smlp.routers.hash_table import balanced_table, table_as_json
-from megatron_smlp.training.checkpoints import TRACKER, iteration_folder, write_model_flags
+from megatron_smlp.training.checkpoints import write_model_flags
 
 Parse = Callable[..., Any]
 
@@ -315,9 +316,8 @@ class TestRefusals:
 
 def checkpoint(args: Any, folder: Path) -> None:
     """What a save leaves for the check: the tracker file and the flags of the model."""
-    args.save = str(folder)
     iteration_folder(folder, 3).mkdir()
-    write_model_flags(args, 3)
+    write_model_flags(args, iteration_folder(folder, 3))
     (folder / TRACKER).write_text("3")
 
 

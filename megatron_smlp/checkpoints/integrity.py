@@ -1,0 +1,159 @@
+"""Checksums of a checkpoint: written when it is saved, compared before it is loaded.
+
+`checksums.b2` has a line for every file in coreutils' format, and `complete.b2`, the marker, has
+one for `checksums.b2`; so `b2sum -c complete.b2 checksums.b2` also tells. The marker is written
+last. BLAKE2b with 256 bits; the checksums find accidents, they are no protection from intent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from megatron_smlp.checkpoints.structure import MARKER, SUMS, is_ours
+from megatron_smlp.durable import write_durably
+
+DIGEST_BYTES = 32
+BLOCK_BYTES = 4 << 20
+THREADS = 4  # of each process; hashlib leaves the lock of the interpreter while it computes
+LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
+OWN_FILES = re.compile(r"__(\d+)_\d+\.distcp")
+SHARE = ".checksums-{rank}"
+
+Sums = Mapping[str, str]
+
+
+def file_sum(path: Path, *, sync: bool = False) -> str:
+    """The checksum of one file, in hexadecimal; with `sync` it is on the disk afterwards.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+        if sync:
+            os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def sums_of(paths: Iterable[Path]) -> dict[str, str]:
+    """Checksums by name, several files at a time, each brought to the disk."""
+    paths = list(paths)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(
+            zip(
+                (path.name for path in paths),
+                pool.map(lambda path: file_sum(path, sync=True), paths),
+                strict=True,
+            )
+        )
+
+
+def format_sums(sums: Sums) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def parse_sums(text: str) -> dict[str, str] | None:
+    """None where a line is not what `format_sums` writes."""
+    matches = [LINE.fullmatch(line) for line in text.removesuffix("\n").split("\n")]
+    sums = {match[2]: match[1] for match in matches if match}
+    return sums if len(sums) == len(matches) and format_sums(sums) == text else None
+
+
+def write_share(folder: Path, *, rank: int) -> None:
+    """Compute the checksums of the shards that this rank wrote, and leave them for `seal`.
+
+    Raises:
+        OSError: a shard cannot be read, or nothing more can be written.
+    """
+    shards = [
+        p for p in folder.iterdir() if (m := OWN_FILES.fullmatch(p.name)) and int(m[1]) == rank
+    ]
+    if shards:
+        (folder / SHARE.format(rank=rank)).write_text(format_sums(sums_of(shards)), "utf-8")
+
+
+def seal(folder: Path) -> None:
+    """Write checksums and marker, from the ranks' shares and of every other file.
+
+    Raises:
+        OSError: something cannot be read or written.
+    """
+    sums: dict[str, str] = {}
+    for share in sorted(folder.glob(SHARE.format(rank="*"))):
+        sums |= parse_sums(share.read_text(encoding="utf-8")) or {}
+        share.unlink()
+    rest = (path for path in folder.iterdir() if path.is_file() and path.name not in sums)
+    sums |= sums_of(rest)
+    write_durably(folder / SUMS, format_sums(sums))
+    write_durably(folder / MARKER, format_sums({SUMS: file_sum(folder / SUMS)}))
+
+
+def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The checksums of a checkpoint of ours, and what is wrong with the two files themselves."""
+    sums, problem = _read(folder / SUMS)
+    marker, marker_problem = _read(folder / MARKER)
+    problems = [text for text in (problem, marker_problem) if text]
+    if problems:
+        return sums, problems
+    if set(marker) != {SUMS}:
+        return sums, [f"{MARKER} is damaged"]
+    if marker[SUMS] != file_sum(folder / SUMS):
+        return sums, [_which_of_both(folder, sums)]
+    return sums, []
+
+
+def _read(path: Path) -> tuple[dict[str, str], str | None]:
+    try:
+        sums = parse_sums(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, f"{path.name} is missing"
+    except (OSError, UnicodeDecodeError):
+        sums = None
+    return (sums, None) if sums is not None else ({}, f"{path.name} is damaged")
+
+
+def _which_of_both(folder: Path, sums: Sums) -> str:
+    """They do not agree: if all that the checksums say is true, the marker is the damaged one."""
+    return f"{SUMS if problems_in(folder, sums) else MARKER} is damaged"
+
+
+def problems_in(folder: Path, sums: Sums) -> list[str]:
+    """What is wrong with these files, a sentence each."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda item: _problem(folder / item[0], item[1]), sums.items())
+        return [text for text in found if text]
+
+
+def _problem(path: Path, expected: str) -> str | None:
+    try:
+        size = path.stat().st_size
+        if file_sum(path) == expected:
+            return None
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return f"{path.name} is empty" if size == 0 else f"{path.name} is not what was written"
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, a sentence each; nothing for a good one.
+
+    One without checksums, of Megatron's or an older version, is checked for shards that are
+    missing or too short.
+    """
+    if not folder.is_dir():
+        return ["the folder is missing"]
+    if not is_ours(folder):
+        from megatron_smlp.checkpoints.foreign import structural_problems
+
+        return structural_problems(folder)
+    sums, problems = read_sums(folder)
+    return problems or problems_in(folder, sums)

@@ -1,0 +1,38 @@
+"""Which checkpoints of a run go when a new one is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_smlp.checkpoints.structure import iteration_folder, iterations, looks_whole
+from megatron_smlp.durable import remove_folder
+
+
+def superfluous(run: str | Path, *, newest: int, last: int | None, every: int | None) -> list[int]:
+    """Iterations to delete: not among the last few, and no multiple to keep.
+
+    What is later than the newest belongs to another run, or is about to be replaced: it stays. So
+    do links, and what is not whole: it does not count, and somebody may want to look at it.
+
+    Args:
+        newest: iteration that was just saved.
+        last: how many of the last to keep; None: all.
+        every: iterations that are a multiple of it are kept forever.
+    """
+    if last is None:
+        return []
+    folders = {n: iteration_folder(run, n) for n in iterations(run) if n <= newest}
+    whole = [n for n, path in folders.items() if looks_whole(path) and not path.is_symlink()]
+    return [n for n in whole[:-last] if not (every and n % every == 0)]
+
+
+def delete(run: str | Path, doomed: list[int]) -> list[str]:
+    """Delete checkpoints; what could not be is said, a sentence each."""
+    problems = []
+    for iteration in doomed:
+        folder = iteration_folder(run, iteration)
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            problems.append(f"{folder} could not be deleted: {error.strerror}")
+    return problems

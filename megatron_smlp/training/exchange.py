@@ -1,0 +1,21 @@
+"""Small things that the ranks tell each other, as Python objects. Collective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def from_first_rank(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all ranks, on every rank."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,98 @@
+"""What platform/checkpointing.py replaces in Megatron still has the shape that it relies on."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.training import checkpointing, training
+
+from megatron_smlp.checkpoints.structure import TRACKER
+from megatron_smlp.platform.checkpointing import installed
+
+OWNERS = (dist_checkpointing, checkpointing, serialization, filesystem_async, training)
+
+
+def names(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_everything_is_put_back():
+    before = [dict(vars(owner)) for owner in (*OWNERS, FileSystemWriterAsync)]
+    with installed(SimpleNamespace(), before_loading=lambda: None):
+        now = [dict(vars(owner)) for owner in (*OWNERS, FileSystemWriterAsync)]
+    changed = {
+        name
+        for old, new in zip(before, now, strict=True)
+        for name in old
+        if old[name] is not new[name]
+    }
+    assert changed == {
+        "save", "ensure_directory_exists", "maybe_msc", "read_metadata", "write_preloaded_data",
+        "finish", "save_config", "get_write_results_queue", "save_checkpoint",
+        "maybe_finalize_async_save", "setup_model_and_optimizer",
+    }  # fmt: skip
+    assert [dict(vars(owner)) for owner in (*OWNERS, FileSystemWriterAsync)] == before
+
+
+def test_signatures():
+    assert names(dist_checkpointing.save)[:2] == ["sharded_state_dict", "checkpoint_dir"]
+    assert "async_sharded_save" in names(dist_checkpointing.save)
+    assert names(checkpointing.ensure_directory_exists) == ["filename", "check_parent"]
+    assert names(checkpointing.read_metadata) == ["tracker_filename"]
+    assert {"write_bucket", "results_queue"} <= set(
+        names(FileSystemWriterAsync.write_preloaded_data)
+    )
+    fields = async_utils.AsyncRequest._fields
+    assert fields[:3] == ("async_fn", "async_fn_args", "finalize_fns")
+
+
+def test_where_the_functions_are_called():
+    """By the name that is replaced, in the order that is relied on."""
+    save = inspect.getsource(checkpointing.save_checkpoint)
+    made = save.index("ensure_directory_exists(checkpoint_name, check_parent=False)")
+    written = save.index("dist_checkpointing.save(")
+    tracked = save.index("maybe_msc.open(tracker_filename, 'w')")
+    assert made < written < tracked
+    assert "save_checkpoint(" in inspect.getsource(training.save_checkpoint_and_time)
+    assert "maybe_finalize_async_save(" in inspect.getsource(training.train)
+    assert "load_checkpoint(" in inspect.getsource(training.setup_model_and_optimizer)
+    assert "save_config(" in inspect.getsource(serialization.save)
+    assert "get_write_results_queue(" in inspect.getsource(FileSystemWriterAsync.prepare_write_data)
+
+
+class TestTracker:
+    @pytest.fixture(autouse=True)
+    def replaced(self):
+        with installed(SimpleNamespace(), before_loading=lambda: None):
+            yield
+
+    def test_it_is_replaced_at_once(self, tmp_path: Path):
+        tracker = tmp_path / TRACKER
+        tracker.write_text("2")
+        with checkpointing.maybe_msc.open(str(tracker), "w") as file:
+            file.write("4")
+            assert tracker.read_text() == "2"
+        assert tracker.read_text() == "4"
+        assert [path.name for path in tmp_path.iterdir()] == [TRACKER]
+        with checkpointing.maybe_msc.open(str(tracker), "r") as file:
+            assert file.read() == "4"
+
+    @pytest.mark.parametrize("text", ["", "garbage", "-3"])
+    def test_one_that_says_nothing_does_not_end_the_process(self, tmp_path: Path, text: str):
+        tracker = tmp_path / TRACKER
+        tracker.write_text(text)
+        assert checkpointing.read_metadata(str(tracker)) == (-1, False)
+
+    def test_what_it_says_is_read_by_megatron(self, tmp_path: Path):
+        tracker = tmp_path / TRACKER
+        tracker.write_text("12")
+        assert checkpointing.read_metadata(str(tracker)) == (12, False)
+        tracker.write_text("release")
+        assert checkpointing.read_metadata(str(tracker)) == (0, True)

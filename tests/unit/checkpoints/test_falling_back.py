@@ -1,0 +1,113 @@
+"""A run that meets damaged checkpoints: it says so, and ends in the bits of the undisturbed run."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.checkpoints import assert_ends_like, flip_a_bit, pretrain
+
+from megatron_smlp.checkpoints.structure import (
+    MARKER,
+    SUMS,
+    TRACKER,
+    iteration_folder,
+    iterations,
+    tracked_iteration,
+)
+from megatron_smlp.errors import NoGoodCheckpointError
+
+
+def cut_shard(run: Path) -> str:
+    shard = iteration_folder(run, 6) / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return r"iter_0000006 is damaged \(__0_0\.distcp is not what was written\)"
+
+
+def flipped_index_and_more(run: Path) -> str:
+    """Two in a row, and a tracker that says nothing."""
+    flip_a_bit(iteration_folder(run, 6) / ".metadata")
+    (iteration_folder(run, 4) / MARKER).unlink()
+    (run / TRACKER).write_bytes(b"")
+    return r"iter_0000004 is damaged \(complete\.b2 is missing\)"
+
+
+def garbage_in_the_tracker(run: Path) -> str:
+    (run / TRACKER).write_bytes(b"\xff\x00")
+    flip_a_bit(iteration_folder(run, 6) / "model.json")
+    return r"iter_0000006 is damaged \(model\.json is not what was written\)"
+
+
+@pytest.mark.parametrize("spoil", [cut_shard, flipped_index_and_more, garbage_in_the_tracker])
+def test_the_newest_good_one_is_loaded(
+    run: Path, finished_run: Path, capfd: pytest.CaptureFixture[str], spoil: Callable[[Path], str]
+):
+    expected = spoil(run)
+    (run / ".iter_0000006.partial-12ab").mkdir()
+    pretrain(f"--save {run}")
+    output = capfd.readouterr().out
+    assert re.search(rf"WARNING: .*{expected}: it is not loaded", output), output
+    good = 2 if "0000004" in expected else 4
+    assert f"WARNING: going on from {iteration_folder(run, good)} instead" in output
+    assert f"resumed from iteration {good} of" in output
+    assert "removed .iter_0000006.partial-12ab" in output
+    assert_ends_like(run, finished_run)
+    assert iterations(run) == [2, 4, 6]
+
+
+def test_a_missing_tracker_is_no_loss(
+    run: Path, finished_run: Path, capfd: pytest.CaptureFixture[str]
+):
+    (run / TRACKER).unlink()
+    pretrain(f"--save {run}")
+    assert "resumed from iteration 6 of" in capfd.readouterr().out
+    assert_ends_like(run, finished_run)
+
+
+def test_strict_load_refuses(run: Path):
+    expected = cut_shard(run)
+    with pytest.raises(NoGoodCheckpointError, match=rf"{expected}.*without --strict-load"):
+        pretrain(f"--save {run} --strict-load")
+    assert tracked_iteration(run) == 6
+
+
+def test_a_step_that_is_asked_for_is_not_replaced_by_another(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    cut_shard(run)
+    with pytest.raises(NoGoodCheckpointError, match="--ckpt-step 6 asks for it"):
+        pretrain(f"--load {run} --ckpt-step 6")
+    with pytest.raises(NoGoodCheckpointError, match=r"iter_0000003 is damaged \(the folder"):
+        pretrain(f"--load {run} --ckpt-step 3")
+    capfd.readouterr()
+    pretrain(f"--load {run} --ckpt-step 2 --save {tmp_path / 'other'} --exit-interval 4")
+    output = capfd.readouterr().out
+    assert "resumed from iteration 2 of" in output
+    assert "WARNING" not in output
+    assert iterations(tmp_path / "other") == [4]
+
+
+def test_nothing_good_is_never_a_silent_new_start(run: Path):
+    for iteration in (2, 4, 6):
+        flip_a_bit(iteration_folder(run, iteration) / "__0_0.distcp")
+    with pytest.raises(NoGoodCheckpointError) as caught:
+        pretrain(f"--save {run}")
+    assert all(f"iter_000000{n} is damaged" in str(caught.value) for n in (2, 4, 6))
+    assert "--no-resume" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_folder_and_of_megatron(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """--finetune falls back too, leaves --load as it is, and takes one without checksums."""
+    flip_a_bit(iteration_folder(run, 6) / "__0_0.distcp")
+    for name in (SUMS, MARKER):
+        (iteration_folder(run, 4) / name).unlink()
+    before = sorted(path.name for path in run.iterdir())
+    pretrain(f"--load {run} --finetune --save {tmp_path / 'tuned'} --exit-interval 2")
+    output = capfd.readouterr().out
+    assert f"{iteration_folder(run, 4)} has no checksums" in output
+    assert sorted(path.name for path in run.iterdir()) == before
+    assert tracked_iteration(run) == 6
+    assert iterations(tmp_path / "tuned") == [2]

@@ -1,0 +1,115 @@
+"""Every damage to a file of a real checkpoint is found, and the file is named."""
+
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_smlp.checkpoints.integrity import verify
+from megatron_smlp.checkpoints.structure import MARKER, MODEL, RUN, SUMS, iteration_folder
+
+DRAW = random.Random(5)
+
+
+@pytest.fixture
+def folder(run: Path) -> Path:
+    return iteration_folder(run, 6)
+
+
+def flip(path: Path) -> None:
+    """One bit."""
+    data = bytearray(path.read_bytes())
+    data[DRAW.randrange(len(data))] ^= 1 << DRAW.randrange(8)
+    path.write_bytes(bytes(data))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: DRAW.randrange(1, path.stat().st_size)])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def zeroes(path: Path) -> None:
+    """What some file systems leave of a file after a power failure."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+DAMAGES: list[Callable[[Path], None]] = [flip, cut, empty, zeroes, Path.unlink]
+
+
+def test_a_good_one(folder: Path):
+    assert verify(folder) == []
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {".metadata", "metadata.json", "__0_0.distcp", MODEL, SUMS, MARKER}
+    (folder / "notes.txt").write_text("of the user")
+    assert verify(folder) == []
+
+
+@pytest.mark.skipif(not shutil.which("b2sum"), reason="coreutils are not there")
+def test_coreutils_agree(folder: Path):
+    command = ["b2sum", "--quiet", "--check", MARKER, SUMS]
+    assert subprocess.run(command, cwd=folder, check=False).returncode == 0
+    flip(folder / MODEL)
+    assert subprocess.run(command, cwd=folder, check=False, capture_output=True).returncode == 1
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_in_every_file(folder: Path, damage: Callable[[Path], None]):
+    for path in sorted(folder.iterdir()):
+        before = path.read_bytes()
+        for _ in range(1 if damage in (empty, zeroes, Path.unlink) else 20):
+            damage(path)
+            found = verify(folder)
+            assert [text.split()[0] for text in found] == [path.name], (damage, found)
+            path.write_bytes(before)
+    assert verify(folder) == []
+
+
+def test_several_damages_are_all_named(folder: Path):
+    flip(folder / "__0_0.distcp")
+    (folder / ".metadata").unlink()
+    assert sorted(verify(folder)) == [
+        ".metadata is missing", "__0_0.distcp is not what was written"
+    ]  # fmt: skip
+
+
+def test_without_a_marker_it_is_not_whole(folder: Path):
+    (folder / MARKER).unlink()
+    (folder / SUMS).unlink()
+    (folder / RUN).touch()
+    assert verify(folder) == [f"{SUMS} is missing", f"{MARKER} is missing"]
+
+
+def test_no_folder(tmp_path: Path):
+    assert verify(tmp_path / "iter_0000002") == ["the folder is missing"]
+
+
+class TestWithoutChecksums:
+    """Of Megatron's own, or of an older version: what the index tells."""
+
+    @pytest.fixture
+    def foreign(self, folder: Path) -> Path:
+        for name in (SUMS, MARKER, RUN):
+            (folder / name).unlink(missing_ok=True)
+        return folder
+
+    def test_a_good_one(self, foreign: Path):
+        assert verify(foreign) == []
+
+    @pytest.mark.parametrize("damage", [cut, empty, Path.unlink])
+    @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+    def test_missing_and_short_files(
+        self, foreign: Path, name: str, damage: Callable[[Path], None]
+    ):
+        damage(foreign / name)
+        [found] = verify(foreign)
+        assert name in found
+
+    def test_half_a_save(self, foreign: Path):
+        (foreign / "metadata.json").unlink()
+        assert verify(foreign) == ["metadata.json is missing"]

@@ -1,0 +1,125 @@
+"""Names in a run's folder: which are checkpoints, in which order they are tried, what is left."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_smlp.checkpoints import retention, structure
+from megatron_smlp.checkpoints.structure import MARKER, RUN, TRACKER, iteration_folder
+
+
+def checkpoint(run: Path, iteration: int, *, whole: bool = True) -> Path:
+    folder = iteration_folder(run, iteration)
+    folder.mkdir(parents=True)
+    (folder / RUN).write_text("{}")
+    if whole:
+        (folder / MARKER).write_text("")
+    return folder
+
+
+def names(run: Path) -> set[str]:
+    return {path.name for path in run.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("tracker", "order"),
+    [
+        ("6", [6, 4, 2, 8]),  # what is later than the tracker says comes last
+        ("8\n", [8, 6, 4, 2]),
+        ("5", [4, 2, 8, 6]),
+        ("", [8, 6, 4, 2]),
+        ("garbage", [8, 6, 4, 2]),
+        ("\x00\x00", [8, 6, 4, 2]),
+        ("²", [8, 6, 4, 2]),  # a digit to str.isdigit, none to int()
+        ("9" * 5000, [8, 6, 4, 2]),
+        (None, [8, 6, 4, 2]),
+    ],
+)
+def test_order_of_loading(tmp_path: Path, tracker: str | None, order: list[int]):
+    for iteration in (8, 2, 4, 6):
+        checkpoint(tmp_path, iteration)
+    (tmp_path / "iter_0000003").write_text("a file is no checkpoint")
+    (tmp_path / ".iter_0000005.partial-00").mkdir()
+    if tracker is not None:
+        (tmp_path / TRACKER).write_text(tracker)
+    assert structure.loading_order(tmp_path) == order
+
+
+def test_the_latest_is_the_first_that_looks_whole(tmp_path: Path):
+    assert structure.latest_iteration(tmp_path / "absent") is None
+    assert structure.latest_iteration(tmp_path) is None
+    checkpoint(tmp_path, 2, whole=False)
+    assert structure.latest_iteration(tmp_path) == 2, "what is there is not passed over in silence"
+    checkpoint(tmp_path, 0)
+    checkpoint(tmp_path, 10_000_000)
+    checkpoint(tmp_path, 10_000_002, whole=False)
+    assert structure.latest_iteration(tmp_path) == 10_000_000
+    (tmp_path / TRACKER).write_text("5")
+    assert structure.latest_iteration(tmp_path) == 0
+
+
+def test_tidying_finishes_what_was_interrupted(tmp_path: Path):
+    """Between the two renames of a replacement, after them, in a save, in a deletion."""
+    checkpoint(tmp_path, 2).rename(tmp_path / ".iter_0000002.replaced")
+    checkpoint(tmp_path, 4)
+    (tmp_path / ".iter_0000004.replaced").mkdir()
+    (tmp_path / ".iter_0000006.partial-0a1b").mkdir()
+    (tmp_path / ".iter_0000001.deleted").mkdir()
+    (tmp_path / ".of_the_user").mkdir()
+    gone = structure.tidy(tmp_path)
+    assert gone == [
+        ".iter_0000001.deleted", ".iter_0000004.replaced", ".iter_0000006.partial-0a1b"
+    ]  # fmt: skip
+    assert names(tmp_path) == {"iter_0000002", "iter_0000004", ".of_the_user"}
+    assert structure.tidy(tmp_path / "absent") == []
+
+
+def test_a_replacement_leaves_one_of_both(tmp_path: Path):
+    final = checkpoint(tmp_path, 2)
+    (final / "old").touch()
+    partial = structure.partial_folder(final)
+    with pytest.raises(OSError):  # there is nothing to put in its place
+        structure.replace_folder(partial, final)
+    assert (final / "old").exists()
+    partial.mkdir()
+    (partial / "new").touch()
+    structure.replace_folder(partial, final)
+    assert names(tmp_path) == {"iter_0000002"}
+    assert names(final) == {"new"}
+
+
+def test_two_saves_of_one_iteration_have_their_own_folders(tmp_path: Path):
+    final = iteration_folder(tmp_path, 2)
+    assert structure.partial_folder(final) != structure.partial_folder(final)
+
+
+class TestRetention:
+    @pytest.mark.parametrize(
+        ("last", "every", "newest", "gone"),
+        [
+            (None, None, 50, []),
+            (2, None, 50, [10, 20, 30]),
+            (1, None, 50, [10, 20, 30, 40]),
+            (2, 20, 50, [10, 30]),
+            (9, None, 50, []),
+            (1, None, 30, [10, 20]),  # 40 and 50 are not this run's
+        ],
+    )
+    def test_what_goes(
+        self, tmp_path: Path, last: int | None, every: int | None, newest: int, gone: list[int]
+    ):
+        for iteration in (10, 20, 30, 40, 50):
+            checkpoint(tmp_path, iteration)
+        doomed = retention.superfluous(tmp_path, newest=newest, last=last, every=every)
+        assert doomed == gone
+        assert retention.delete(tmp_path, doomed) == []
+        kept = {10, 20, 30, 40, 50} - set(gone)
+        assert names(tmp_path) == {iteration_folder(tmp_path, n).name for n in kept}
+
+    def test_damaged_ones_and_links_neither_count_nor_go(self, tmp_path: Path):
+        for iteration in (10, 20, 40):
+            checkpoint(tmp_path, iteration)
+        checkpoint(tmp_path, 30, whole=False)
+        elsewhere = checkpoint(tmp_path / "elsewhere", 5)
+        iteration_folder(tmp_path, 5).symlink_to(elsewhere)
+        assert retention.superfluous(tmp_path, newest=40, last=2, every=None) == [10]
