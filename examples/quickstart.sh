@@ -54,7 +54,7 @@ train
 
 step "6/6 result"
 "$python" tools/convert_checkpoint.py --load "$run/checkpoints" --save "$run/hf" \
-  --from torch_dist --to hf --tokenizer-model "$run/tokenizer"
+  --from torch_dist --to hf --tokenizer-model "$run/tokenizer" --overwrite
 "$python" examples/quickstart_report.py --run "$run" --split 95,5,0
 printf '\nA sample ("The function returns" is the prompt):\n'
 "$python" tools/generate.py --hf "$run/hf" --prompt "The function returns" --max-new-tokens 60 \

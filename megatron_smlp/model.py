@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from megatron.core.transformer.spec_utils import import_module
 from megatron.training import get_tokenizer
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import core_transformer_config_from_args
+from torch import Tensor
+from torch.nn import functional
 
 from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
 from megatron_smlp.routers.hash import give_token_ids
+
+tanh_gelu = partial(functional.gelu, approximate="tanh")
+"""GPT-2's GELU, transformers' `gelu_new`."""
+
+
+def activation(flags: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    """What Megatron's flags name: SiLU inside --swiglu, the tanh of --openai-gelu, exact GELU.
+
+    Megatron 0.19 parses --openai-gelu and does not read it.
+    """
+    if flags["swiglu"]:
+        return functional.silu
+    return tanh_gelu if flags["openai_gelu"] else functional.gelu
 
 
 def transformer_config(args: argparse.Namespace) -> SMLPTransformerConfig:
     """Megatron's own translation of arguments, into our config class."""
     config = core_transformer_config_from_args(args, config_class=SMLPTransformerConfig)
     config.spatial_length = args.seq_length
+    if args.openai_gelu:
+        config.activation_func = activation(vars(args))
     config.hash_vocab_size = args.padded_vocab_size
     if args.hash_table:
         config.tokenizer_vocab_size = get_tokenizer().vocab_size

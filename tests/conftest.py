@@ -31,7 +31,7 @@ def megatron() -> Iterator[None]:
 
     A module's, not the session's: what the next file sets up of Megatron's globals is its own.
     """
-    from support.in_process import one_process
+    from megatron_smlp.platform.one_process import one_process
 
     with one_process():
         yield

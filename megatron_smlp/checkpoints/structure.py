@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron_smlp.durable import sync_folder
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
 SUMS = "checksums.b2"
 MARKER = "complete.b2"
 MODEL = "model.json"
@@ -50,6 +51,18 @@ def tracked_iteration(run: str | Path) -> int | None:
     except (OSError, UnicodeDecodeError):
         return None
     return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
+
+
+def release_folder(run: str | Path) -> Path | None:
+    """The folder of weights without the state of a run, where the tracker names that.
+
+    `release`, for tracker and folder, is Megatron's word; it starts with them at iteration 0.
+    """
+    try:
+        text = (Path(run) / TRACKER).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return Path(run) / RELEASE if text == RELEASE else None
 
 
 def iterations(run: str | Path) -> list[int]:

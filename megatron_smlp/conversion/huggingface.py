@@ -1,22 +1,26 @@
-"""A Megatron checkpoint -> a Hugging Face folder that loads with torch and transformers alone."""
+"""Our Hugging Face model's side of a conversion: its configuration, its tensors, its folder."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
 
-from megatron_smlp.conversion.names import HeadShape, to_huggingface
-from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
+from megatron_smlp.conversion.names import HeadShape, to_huggingface, to_megatron
+from megatron_smlp.conversion.safetensors_files import write_folder
+from megatron_smlp.conversion.streamed_layers import weights_from
+from megatron_smlp.conversion.tensors import Recipe, Source, Spec
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf import configuration_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 
+# Flags of a Megatron checkpoint that the configuration calls by the same name.
 SAME_NAME = (
     "architecture",
     "spatial_heads",
@@ -41,38 +45,20 @@ SAME_NAME = (
     "moe_layer_freq",
     "add_bias_linear",
 )
+# Megatron's flag -> the configuration's name.
+OTHER_NAME = {
+    "moe_token_drop_policy": "moe_drop_policy",
+    "padded_vocab_size": "vocab_size",
+    "vocab_size": "unpadded_vocab_size",
+    "seq_length": "max_position_embeddings",
+    "layernorm_epsilon": "layer_norm_epsilon",
+}
+# What the model does not have, with the only value that can be exported.
 UNSUPPORTED = {"swiglu": False, "group_query_attention": False, "normalization": "LayerNorm"}
+CODE = ("configuration_smlp.py", "modeling_smlp.py")
 
 
-def export(load: str | Path, save: str | Path, *, tokenizer: str | None = None) -> Path:
-    """Write config, weights, code and tokenizer of the newest checkpoint in `load` to `save`.
-
-    Args:
-        tokenizer: folder of a Hugging Face tokenizer to go with the model.
-
-    Raises:
-        UsageError: what the checkpoint holds has no equal in the Hugging Face model, or a tensor
-            is unknown, missing or of another shape.
-    """
-    disable_progress_bar()  # one bar a file says nothing where there is one file
-    checkpoint = TorchDistCheckpoint(load)
-    config = huggingface_config(checkpoint.flags)
-    model = SMLPForCausalLM(config)
-    fill(model, checkpoint)
-    for auto in ("AutoConfig", "AutoModelForCausalLM"):
-        type_ = SMLPConfig if auto == "AutoConfig" else SMLPForCausalLM
-        type_.register_for_auto_class(auto)
-    target = Path(save)
-    if tokenizer:
-        _add_tokenizer(model, tokenizer, target)
-    model.save_pretrained(target)
-    source = Path(configuration_smlp.__file__).parent
-    for file in ("configuration_smlp.py", "modeling_smlp.py"):
-        shutil.copy(source / file, target / file)
-    return target
-
-
-def huggingface_config(flags: dict[str, Any]) -> SMLPConfig:
+def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     """The model flags of a checkpoint, in Hugging Face's words.
 
     Raises:
@@ -84,56 +70,181 @@ def huggingface_config(flags: dict[str, Any]) -> SMLPConfig:
                 f"--{name.replace('_', '-')} {flags[name]} has no equal in the Hugging Face "
                 f"model; it can be exported with {only} only."
             )
+    if flags["seq_length"] != flags["max_position_embeddings"]:
+        raise UsageError(
+            f"--max-position-embeddings {flags['max_position_embeddings']} and --seq-length "
+            f"{flags['seq_length']} are one number in the Hugging Face model: a checkpoint can be "
+            "exported where they are equal."
+        )
     return SMLPConfig(
         **{name: flags[name] for name in SAME_NAME},
-        moe_drop_policy=flags["moe_token_drop_policy"],
+        **{theirs: flags[ours] for ours, theirs in OTHER_NAME.items()},
         moe_eval_capacity_factor=None,  # a score must not depend on what else is in its batch
-        vocab_size=flags["padded_vocab_size"],
-        max_position_embeddings=flags["seq_length"],
-        layer_norm_epsilon=flags["layernorm_epsilon"],
+        hidden_act="gelu_new" if flags["openai_gelu"] else "gelu",
         tie_word_embeddings=not flags["untie_embeddings_and_output_weights"],
     )
 
 
-@torch.no_grad()
-def fill(model: SMLPForCausalLM, checkpoint: TorchDistCheckpoint) -> None:
-    """Copy every weight and buffer of the checkpoint into the model, and account for each one.
+def flags_of(config: SMLPConfig) -> dict[str, Any]:
+    """The model flags of a Megatron checkpoint, from the configuration of an exported folder."""
+    is_attention = config.architecture == "transformer"
+    has_experts = config.token_router != "none"
+    return {
+        **{name: getattr(config, name) for name in SAME_NAME},
+        **{ours: getattr(config, theirs) for ours, theirs in OTHER_NAME.items()},
+        "vocab_size": config.unpadded_vocab_size or config.vocab_size,
+        "hash_table": None,
+        "moe_eval_capacity_factor": config.moe_eval_capacity_factor,
+        "kv_channels": config.hidden_size // config.num_attention_heads,
+        "group_query_attention": False,
+        "num_query_groups": None,
+        "max_position_embeddings": config.max_position_embeddings,
+        "position_embedding_type": "learned_absolute" if is_attention else "none",
+        "num_experts": config.num_experts if has_experts else None,
+        "moe_ffn_hidden_size": config.expert_width if has_experts else None,
+        "moe_router_topk": 2 if config.token_router == "gshard" else 1,
+        "normalization": "LayerNorm",
+        "swiglu": False,
+        "openai_gelu": config.hidden_act == "gelu_new",
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+    }
+
+
+def read_config(folder: Path) -> SMLPConfig:
+    """The configuration of an exported folder; no code of the folder is run.
 
     Raises:
-        UsageError: with the name of a tensor that is unknown, missing, or of another shape.
+        UsageError: it holds another model, or a value that is not possible.
     """
-    heads = HeadShape.of(checkpoint.flags)
-    targets: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    missing = set(targets)
-    for name, tensor in checkpoint.tensors():
-        try:
-            pieces = list(to_huggingface(name, tensor, heads))
-        except KeyError as error:
-            raise UsageError(f"the checkpoint's tensor {name} is unknown to this model") from error
-        for target, piece in pieces:
-            _copy(targets, target, piece, name)
-            missing.discard(target)
-    if missing:
-        raise UsageError(f"the checkpoint lacks {', '.join(sorted(missing))}")
-
-
-def _copy(targets: dict[str, Tensor], target: str, piece: Tensor, name: str) -> None:
-    if target not in targets:
-        raise UsageError(f"the checkpoint's tensor {name} has no place in this model ({target})")
-    if targets[target].shape != piece.shape:
+    values = read_config_json(folder)
+    if values.get("model_type") != SMLPConfig.model_type:
         raise UsageError(
-            f"the checkpoint's tensor {name} is {list(piece.shape)}, the model's {target} is "
-            f"{list(targets[target].shape)}"
+            f"{folder}/config.json is of a model of type {values.get('model_type')!r}; what can be "
+            f"read is {SMLPConfig.model_type!r}, which this tool writes, and 'gpt2'."
         )
-    targets[target].copy_(piece)
+    try:
+        return SMLPConfig(**{name: v for name, v in values.items() if name != "model_type"})
+    except ValueError as error:
+        raise UsageError(f"{folder}/config.json: {error}") from error
 
 
-def _add_tokenizer(model: SMLPForCausalLM, tokenizer: str, target: Path) -> None:
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """`config.json` as it is.
+
+    Raises:
+        UsageError: it is missing or no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is missing: give the folder of a Hugging Face model.") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}).") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no JSON object.")
+    return values
+
+
+def build(config: SMLPConfig) -> SMLPForCausalLM:
+    """The model in evaluation mode, its parameters on the meta device."""
+    with torch.device("meta"):
+        return SMLPForCausalLM(config).eval()
+
+
+def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an exported folder; a tied output layer is not saved a second time."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def export_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
+    """How the Hugging Face tensors are made of a Megatron checkpoint's `names`.
+
+    Raises:
+        UsageError: a name that no model of ours has.
+    """
+    heads = HeadShape.of(flags)
+    plan: dict[str, Recipe] = {}
+    for name in names:
+        try:
+            plan |= to_huggingface(name, heads)
+        except KeyError as error:
+            raise UsageError(f"the checkpoint's tensor {name} is unknown to this model.") from error
+    return plan
+
+
+def import_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
+    """How a Megatron checkpoint's `names` are made of Hugging Face tensors."""
+    heads = HeadShape.of(flags)
+    return {name: to_megatron(name, heads) for name in names}
+
+
+def write(
+    folder: Path,
+    config: SMLPConfig,
+    specs: Mapping[str, Spec],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    shard_limit: int,
+    tokenizer: str | None,
+) -> None:
+    """Write a folder that needs torch and transformers alone.
+
+    Args:
+        specs: of `tensors`, in their order.
+        shard_limit: bytes of one weights file.
+        tokenizer: folder of a Hugging Face tokenizer to go with the model.
+    """
+    config.architectures = [SMLPForCausalLM.__name__]
+    config.auto_map = {
+        "AutoConfig": f"configuration_smlp.{SMLPConfig.__name__}",
+        "AutoModelForCausalLM": f"modeling_smlp.{SMLPForCausalLM.__name__}",
+    }
+    floats = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
+    config.dtype = max(set(floats), key=floats.count)
+    if tokenizer:
+        _add_tokenizer(config, tokenizer, folder)
+    config.save_pretrained(folder)
+    _generation_config(config).save_pretrained(folder)
+    source = Path(configuration_smlp.__file__).parent
+    for file in CODE:
+        shutil.copy(source / file, folder / file)
+    write_folder(folder, specs, tensors, limit=shard_limit)
+
+
+def _add_tokenizer(config: SMLPConfig, tokenizer: str, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
-    loaded.model_max_length = model.config.max_position_embeddings
-    loaded.save_pretrained(target)
-    for owner in (model.config, model.generation_config):
-        owner.eos_token_id = loaded.eos_token_id
-        owner.pad_token_id = loaded.eos_token_id
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--tokenizer-model {tokenizer} is no folder of a Hugging Face tokenizer ({reason})."
+        ) from error
+    loaded.model_max_length = config.max_position_embeddings
+    loaded.save_pretrained(folder)
+    config.eos_token_id = loaded.eos_token_id
+    config.pad_token_id = loaded.eos_token_id
+
+
+def _generation_config(config: SMLPConfig) -> Any:
+    """With it `generate` never draws an id of the vocabulary's padding, which no text has."""
+    from transformers import GenerationConfig
+
+    padding = list(range(config.unpadded_vocab_size or config.vocab_size, config.vocab_size))
+    return GenerationConfig(
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
+        suppress_tokens=padding or None,
+    )
+
+
+@torch.no_grad()
+def logits(model: SMLPForCausalLM, source: Source, tokens: Tensor) -> Tensor:
+    """tokens: <int64>[B, T] -> <fp32>[B, T, V], with the weights of a folder."""
+    with weights_from(source, model, model.model.layers, prefix="model.layers"):
+        output: Tensor = model(tokens).logits
+    return output

@@ -9,12 +9,15 @@ Letters: D hidden, n heads, g key/value groups, d head width, V padded vocabular
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_smlp.conversion.tensors import Recipe, same
 
 OUTSIDE = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -69,34 +72,68 @@ class HeadShape:
     """d."""
 
     @classmethod
-    def of(cls, flags: dict[str, Any]) -> HeadShape:
+    def of(cls, flags: Mapping[str, Any]) -> HeadShape:
         """From the model flags of a checkpoint."""
         heads = flags["num_attention_heads"]
         groups = flags["num_query_groups"] if flags["group_query_attention"] else heads
         return cls(groups, heads // groups, flags["kv_channels"])
 
 
-def to_huggingface(name: str, tensor: Tensor, heads: HeadShape) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors that one Megatron tensor becomes.
+def huggingface_names(name: str) -> tuple[str, ...]:
+    """What one Megatron tensor is called there: one name, or three for queries, keys, values.
 
     Raises:
         KeyError: no row of the table has this name.
     """
     if name in OUTSIDE:
-        yield OUTSIDE[name], tensor
-        return
+        return (OUTSIDE[name],)
     layer, rest = _split_layer(name)
-    if rest.startswith(QKV):
-        kind = rest.removeprefix(QKV)
-        for part, piece in zip(QKV_PARTS, split_qkv(tensor, heads), strict=True):
-            yield f"model.layers.{layer}.{part}{kind}", piece
-        return
-    if rest.startswith(TINY_QKV):
-        kind = rest.removeprefix(TINY_QKV)
-        for part, piece in zip(TINY_QKV_PARTS, tensor.chunk(3), strict=True):
-            yield f"model.layers.{layer}.{part}{kind}", piece
-        return
-    yield f"model.layers.{layer}.{IN_LAYER[rest]}", tensor
+    for fused, parts in ((QKV, QKV_PARTS), (TINY_QKV, TINY_QKV_PARTS)):
+        if rest.startswith(fused):
+            kind = rest.removeprefix(fused)
+            return tuple(f"model.layers.{layer}.{part}{kind}" for part in parts)
+    return (f"model.layers.{layer}.{IN_LAYER[rest]}",)
+
+
+def to_huggingface(name: str, heads: HeadShape) -> dict[str, Recipe]:
+    """The Hugging Face tensors that one Megatron tensor becomes.
+
+    Raises:
+        KeyError: no row of the table has this name.
+    """
+    targets = huggingface_names(name)
+    if len(targets) == 1:
+        return {targets[0]: Recipe((name,), same)}
+    return {
+        target: Recipe((name,), partial(_part, name=name, number=number, heads=heads))
+        for number, target in enumerate(targets)
+    }
+
+
+def to_megatron(name: str, heads: HeadShape) -> Recipe:
+    """The Megatron tensor of this name, made of Hugging Face tensors.
+
+    Raises:
+        KeyError: no row of the table has this name.
+    """
+    sources = huggingface_names(name)
+    if len(sources) == 1:
+        return Recipe(sources, same)
+    return Recipe(sources, _stacked if _is_tiny(name) else partial(join_qkv, heads=heads))
+
+
+def _is_tiny(name: str) -> bool:
+    return f".{TINY_QKV}" in name
+
+
+def _stacked(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
+def _part(fused: Tensor, *, name: str, number: int, heads: HeadShape) -> Tensor:
+    if _is_tiny(name):
+        return fused.chunk(3)[number].contiguous()
+    return split_qkv(fused, heads)[number].contiguous()
 
 
 def _split_layer(name: str) -> tuple[int, str]:
@@ -111,7 +148,7 @@ def split_qkv(fused: Tensor, heads: HeadShape) -> tuple[Tensor, Tensor, Tensor]:
     """[g (n/g + 2) d, ...] -> queries [n d, ...], keys [g d, ...], values [g d, ...]."""
     grouped = fused.unflatten(0, (heads.groups, heads.queries + 2, heads.width))
     parts = grouped.split([heads.queries, 1, 1], dim=1)
-    queries, keys, values = (part.flatten(0, 2).contiguous() for part in parts)
+    queries, keys, values = (part.flatten(0, 2) for part in parts)
     return queries, keys, values
 
 

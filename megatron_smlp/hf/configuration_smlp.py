@@ -46,6 +46,7 @@ class SMLPConfig(PreTrainedConfig):
         prefix_fraction: partial prediction routes from the first floor(prefix_fraction * T) tokens.
         partial_loss: partial prediction trains on targets behind that prefix (suffix), or on all.
         feature_aux_loss_coeff: weight of the balance loss over spatial experts.
+        unpadded_vocab_size: ids of the tokenizer; rows from there on are padding.
         num_experts, moe_ffn_hidden_size: FFN experts of a token MoE and their width (default:
             ffn_hidden_size); experts have no bias.
         moe_layer_freq: every n-th layer from the first has a token MoE, or one 0/1 per layer
@@ -75,6 +76,7 @@ class SMLPConfig(PreTrainedConfig):
     token_router: str = "none"
     feature_router: str = "none"
     vocab_size: int = 50304
+    unpadded_vocab_size: int | None = None
     hidden_size: int = 768
     ffn_hidden_size: int = 3072
     num_layers: int = 12

@@ -11,7 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.checkpoints.structure import MODEL, iteration_folder, latest_iteration
+from megatron_smlp.checkpoints.structure import (
+    MODEL,
+    iteration_folder,
+    latest_iteration,
+    release_folder,
+)
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import model_option_names
@@ -38,6 +43,7 @@ MEGATRON_MODEL_FLAGS = (
     "layernorm_epsilon",
     "add_bias_linear",
     "swiglu",
+    "openai_gelu",
     "untie_embeddings_and_output_weights",
     "padded_vocab_size",
 )
@@ -88,10 +94,13 @@ def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> di
         iteration: the one to read; left out: the newest.
     """
     iteration = latest_iteration(checkpoint) if iteration is None else iteration
-    if iteration is None:
+    folder = release_folder(checkpoint)
+    if iteration is not None:
+        folder = iteration_folder(checkpoint, iteration)
+    if folder is None:
         return None
     try:
-        text = (iteration_folder(checkpoint, iteration) / MODEL).read_text(encoding="utf-8")
+        text = (folder / MODEL).read_text(encoding="utf-8")
         flags: dict[str, Any] = json.loads(text)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return None
@@ -102,7 +111,7 @@ def settle_load(args: argparse.Namespace) -> None:
     """A run that is started again with the same --save goes on from what it saved there."""
     if args.load is not None or not args.save or args.no_resume:
         return
-    if latest_iteration(args.save) is not None:
+    if latest_iteration(args.save) is not None or release_folder(args.save):
         args.load = args.save
 
 

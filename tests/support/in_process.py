@@ -7,13 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from torch.distributed import HashStore
 
 from megatron_smlp.architectures import SMLPTransformerConfig
-from megatron_smlp.platform import cpu
 
 # What Megatron asks for before it looks at anything of ours.
 MINIMAL = """
@@ -22,20 +18,6 @@ MINIMAL = """
     --global-batch-size 2 --train-iters 4 --lr 1e-3 --attention-dropout 0 --hidden-dropout 0
     --eval-iters 1 --eval-interval 100 --num-workers 0
 """
-
-
-@contextlib.contextmanager
-def one_process() -> Iterator[None]:
-    """gloo over a store in memory, and every model parallel group of size one."""
-    cpu.apply()
-    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(1234)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 def forget_arguments() -> None:

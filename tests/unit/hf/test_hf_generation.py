@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from smlp_systems import LONGEST, SYSTEMS, make_ids, make_model
+from support.smlp_systems import LONGEST, SYSTEMS, make_ids, make_model
 from torch import Tensor
 from transformers import DynamicCache
 

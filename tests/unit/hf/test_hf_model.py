@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from smlp_systems import SYSTEMS, VOCABULARY, make_config, make_ids, make_model
+from support.smlp_systems import SYSTEMS, VOCABULARY, make_config, make_ids, make_model
 from torch.nn import functional
 
 from megatron_smlp.hf.configuration_smlp import SMLPConfig

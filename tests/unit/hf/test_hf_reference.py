@@ -3,7 +3,7 @@
 import pytest
 import torch
 from g_mlp_pytorch import gMLP
-from smlp_systems import make_ids, make_model
+from support.smlp_systems import make_ids, make_model
 from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from smlp_systems import make_config, make_ids, make_model
+from support.smlp_systems import make_config, make_ids, make_model
 from torch import Tensor
 from torch.nn import functional
 

@@ -15,7 +15,7 @@ from support.in_process import build_model
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_smlp.conversion.huggingface import huggingface_config
+from megatron_smlp.conversion.huggingface import config_of
 from megatron_smlp.conversion.names import HeadShape, to_huggingface
 from megatron_smlp.hf.modeling_smlp import SMLPBaseRouter, SMLPForCausalLM
 from megatron_smlp.ops.balanced_assignment import balanced_assignment
@@ -75,14 +75,16 @@ def by_global_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def in_reference_names(tensors: dict[str, Tensor], args: Any) -> dict[str, Tensor]:
     heads = HeadShape.of(model_flags(args))
     return {
-        target: piece
+        target: recipe.make(tensor)
         for name, tensor in by_global_name(tensors).items()
-        for target, piece in to_huggingface(name, tensor, heads)
+        for target, recipe in to_huggingface(name, heads).items()
     }
 
 
 def reference_of(model: Any, args: Any) -> SMLPForCausalLM:
-    reference = SMLPForCausalLM(huggingface_config(model_flags(args)))
+    config = config_of(model_flags(args))
+    config.moe_eval_capacity_factor = args.moe_eval_capacity_factor  # an export drops nothing
+    reference = SMLPForCausalLM(config)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     weights = in_reference_names(tensors, args)
     loaded = reference.load_state_dict(weights, strict=False)

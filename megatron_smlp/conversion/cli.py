@@ -1,0 +1,102 @@
+"""The command line of tools/convert_checkpoint.py."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_smlp.errors import UsageError
+
+DESCRIPTION = "Convert a checkpoint to another format or layout: one process, no GPU."
+PAIRS = ("torch_dist to hf", "hf to torch_dist")
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(f"{message}. `--help` lists every flag.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="convert_checkpoint.py",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--load", type=Path, required=True, help="folder to read")
+    parser.add_argument("--save", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--from", dest="source", choices=["torch_dist", "hf"], default="torch_dist",
+        help="torch_dist: the --save folder of a run; hf: a folder of transformers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--to", dest="target", choices=["torch_dist", "hf"], required=True, help="what to write"
+    )
+    parser.add_argument(
+        "--ckpt-step", type=int, metavar="N", help="read this iteration (default: the newest)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --save")
+    parser.add_argument(
+        "--no-check", dest="checks", action="store_false",
+        help="leave out the comparison of logits at the end",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE",
+        help="hf: limit of one weights file, as 500MB or 5GB (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer-model", metavar="FOLDER",
+        help="hf: Hugging Face tokenizer to put beside the model (default: that of the run)",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = build_parser().parse_args(argv)
+    pair = f"{options.source} to {options.target}"
+    if pair not in PAIRS:
+        raise UsageError(f"--from {options.source} --to {options.target} is no conversion.")
+    shard_limit = parse_size(options.max_shard_size)
+    # Imported late: torch and Megatron take seconds, and --help and wrong flags should not.
+    _silence_libraries()
+    from megatron_smlp.conversion import convert
+
+    chosen = convert.Options(
+        load=options.load,
+        save=options.save,
+        iteration=options.ckpt_step,
+        overwrite=options.overwrite,
+        checks=options.checks,
+        shard_limit=shard_limit,
+        tokenizer=options.tokenizer_model,
+    )
+    run = convert.torch_dist_to_hf if pair == PAIRS[0] else convert.hf_to_torch_dist
+    run(chosen)
+
+
+def _silence_libraries() -> None:
+    """What they say of a machine without CUDA, Apex or Transformer Engine is no news here."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+
+    for name in ("torch.utils.cpp_extension", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def parse_size(text: str) -> int:
+    """`5GB` -> 5 * 10**9.
+
+    Raises:
+        UsageError: no number of bytes over 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text.strip().upper())
+    size = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
+    if size < 1:
+        raise UsageError(f"--max-shard-size {text}: give a size like 500MB or 5GB.")
+    return size

@@ -1,0 +1,59 @@
+"""The last step of a conversion: both models compute the same logits for the same tokens.
+
+The tokens are fixed, so that two conversions can be compared; weights are read back from what was
+written, in fp32, one layer at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_smlp.errors import CheckpointError
+
+LIMIT = 1e-4
+SAMPLES = 2
+MOST_TOKENS = 64
+
+
+class ForwardCheckError(CheckpointError):
+    """The converted model computes something else."""
+
+
+def fixed_tokens(*, vocab_size: int, length: int) -> Tensor:
+    """<int64>[SAMPLES, T], the same on every machine; T is `length`, or MOST_TOKENS."""
+    generator = torch.Generator().manual_seed(20220314)
+    return torch.randint(vocab_size, (SAMPLES, min(length, MOST_TOKENS)), generator=generator)
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """Over the logits that both have: padding of the vocabulary may differ."""
+    common = min(one.shape[-1], other.shape[-1])
+    return float((one[..., :common] - other[..., :common]).abs().max())
+
+
+def check(before: Tensor, after: Tensor) -> str:
+    """A line that says how far the logits are apart.
+
+    before, after: <fp32>[B, T, V].
+
+    Raises:
+        ForwardCheckError: over LIMIT, or not a number.
+    """
+    difference = largest_difference(before, after)
+    words = f"forward check: logits of {before.shape[0]} x {before.shape[1]} tokens differ by "
+    if not difference <= LIMIT:
+        raise ForwardCheckError(
+            f"{words}{difference:.2e}, which is over {LIMIT:g}: nothing was written. Please report "
+            "it; --no-check writes the folder all the same."
+        )
+    return f"{words}at most {difference:.2e}"
+
+
+def loss(logits: Tensor, tokens: Tensor) -> float:
+    """Mean cross entropy of predicting each token from those before it, in nats.
+
+    logits: <fp32>[B, T, V]; tokens: <int64>[B, T].
+    """
+    return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))

@@ -1,0 +1,202 @@
+"""Read and write folders of safetensors files one tensor at a time.
+
+The format: u64 length of a JSON header, the header (name -> dtype, shape, begin and end in the
+rest), the values. The safetensors library maps whole files into memory or wants all tensors at
+once; here a tensor is read into memory of its own and written by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from megatron_smlp.conversion.tensors import Spec
+from megatron_smlp.errors import DamagedCheckpointError, UsageError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
+
+
+class SafetensorsFolder:
+    """The tensors of `model.safetensors`, or of all the files that its index names.
+
+    Raises:
+        UsageError: there is no such file in the folder, or two files hold the same name.
+        DamagedCheckpointError: a file is missing, or not what it says.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.specs: dict[str, Spec] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        for path in self._files():
+            self._read_header(path)
+        self._check_index()
+
+    def _files(self) -> list[Path]:
+        self.index = _read_index(self.folder / INDEX)
+        if self.index is not None:
+            return [self.folder / name for name in sorted(set(self.index.values()))]
+        if (self.folder / SINGLE).is_file():
+            return [self.folder / SINGLE]
+        raise UsageError(
+            f"{self.folder} holds neither {SINGLE} nor {INDEX}: give the folder of a Hugging Face "
+            "model with safetensors weights."
+        )
+
+    def _read_header(self, path: Path) -> None:
+        try:
+            with path.open("rb") as file:
+                header, start = _header(file)
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpointError(f"{path} cannot be read ({error}).") from error
+        size = path.stat().st_size
+        for name, entry in header.items():
+            if name in self.specs:
+                raise UsageError(f"{path} holds {name} a second time: which one counts is unclear.")
+            spec, (begin, end) = _spec(path, name, entry)
+            if end - begin != spec.nbytes or start + end > size:
+                raise DamagedCheckpointError(
+                    f"{path} holds {name} with {end - begin} bytes in a file of {size}; "
+                    f"{list(spec.shape)} of {spec.dtype} take {spec.nbytes}."
+                )
+            self.specs[name], self._places[name] = spec, (path, start + begin)
+
+    def _check_index(self) -> None:
+        if self.index is None:
+            return
+        for name, file in self.index.items():
+            if name not in self.specs or self._places[name][0].name != file:
+                raise DamagedCheckpointError(f"{self.folder / file} lacks {name}, see {INDEX}.")
+        for name, (path, _) in self._places.items():
+            if name not in self.index:
+                raise UsageError(f"{path} holds {name}, which {INDEX} does not name.")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        spec, (path, offset) = self.specs[name], self._places[name]
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
+        if spec.nbytes:
+            with path.open("rb") as file:
+                file.seek(offset)
+                count = file.readinto(_bytes(tensor))
+            if count != spec.nbytes:
+                raise DamagedCheckpointError(f"{path} ends within {name}.")
+        return tensor
+
+
+def _read_index(path: Path) -> dict[str, str] | None:
+    if not path.is_file():
+        return None
+    try:
+        weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): str(file) for name, file in weights.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{path} is no index of safetensors files.") from error
+    for file in files.values():
+        if Path(file).name != file:
+            raise UsageError(f"{path} names {file}, in another folder: refused.")
+    return files
+
+
+def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The entries, and where the values begin. Raises ValueError on anything else."""
+    (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+    if length > LARGEST_HEADER:
+        raise ValueError("no safetensors header")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _spec(path: Path, name: str, entry: Any) -> tuple[Spec, tuple[int, int]]:
+    try:
+        shape = tuple(int(size) for size in entry["shape"])
+        begin, end = entry["data_offsets"]
+        return Spec(shape, DTYPES[entry["dtype"]]), (int(begin), int(end))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path} describes {name} as {entry}.") from error
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def shards(specs: Mapping[str, Spec], *, limit: int) -> list[list[str]]:
+    """Names in order, cut into files of at most `limit` bytes; a larger tensor has its own."""
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if files[-1] and size + spec.nbytes > limit:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += spec.nbytes
+    return files
+
+
+def write_folder(
+    folder: Path, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Tensor]], *, limit: int
+) -> None:
+    """Write `tensors`, in the order of `specs`, and the index where there is more than one file.
+
+    Args:
+        limit: bytes of one file.
+    """
+    parts = shards(specs, limit=limit)
+    stream = iter(tensors)
+    where: dict[str, str] = {}
+    for number, names in enumerate(parts, 1):
+        file = SINGLE if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        with (folder / file).open("wb") as output:
+            output.write(_encoded_header({name: specs[name] for name in names}))
+            for name in names:
+                actual, tensor = next(stream)
+                assert (actual, Spec.of(tensor)) == (name, specs[name]), (actual, name)
+                if tensor.numel():
+                    output.write(_bytes(tensor.contiguous()))
+            output.flush()
+            os.fsync(output.fileno())
+        where |= dict.fromkeys(names, file)
+    if len(parts) > 1:
+        total = sum(spec.nbytes for spec in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _encoded_header(specs: Mapping[str, Spec]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        end = offset + spec.nbytes
+        entries[name] = {
+            "dtype": NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # values are aligned
+    return struct.pack("<Q", len(header)) + header

@@ -1,0 +1,132 @@
+"""What a conversion is made of: tensors to read, recipes for tensors to write, and their accounts.
+
+A recipe says from which tensors one new tensor is made, and how. It is run twice: on the `meta`
+device, which gives the new tensor's shape and dtype without reading anything, so that a conversion
+is checked as a whole before its first byte is written; and on the real tensors, one recipe at a
+time, so that memory holds what one tensor needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_smlp.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Spec:
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    def on_meta(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+class Source(Protocol):
+    """Where tensors are read from, one at a time."""
+
+    @property
+    def specs(self) -> Mapping[str, Spec]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One new tensor from some old ones; from none where its values are new."""
+
+    sources: tuple[str, ...]
+    make: Callable[..., Tensor]
+    """Called with the sources' tensors, on the meta device too."""
+
+
+Plan = Mapping[str, Recipe]
+"""New tensor's name -> its recipe."""
+
+
+def same(tensor: Tensor) -> Tensor:
+    """The recipe of a tensor that only gets another name."""
+    return tensor
+
+
+def account(
+    plan: Plan,
+    source: Mapping[str, Spec],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    where: str,
+    allowed_to_drop: Iterable[str] = (),
+) -> dict[str, Spec]:
+    """Check that a plan uses every source tensor and makes every expected one, in its shape.
+
+    Args:
+        source: what there is to read.
+        expected: names and shapes that the target model has.
+        where: what the source is, for messages.
+        allowed_to_drop: source tensors that need not be used.
+
+    Returns:
+        names, shapes and dtypes of the new tensors, in the plan's order.
+
+    Raises:
+        UsageError: with the name of a tensor that is missing, unknown or of another shape.
+    """
+    for target, recipe in plan.items():
+        for name in recipe.sources:
+            if name not in source:
+                raise UsageError(f"{where} lacks the tensor {name}, which {target} is made of.")
+        if target not in expected:
+            named = ", ".join(recipe.sources)
+            raise UsageError(f"{where} holds {named}, which has no place in this model ({target}).")
+    missing = [name for name in expected if name not in plan]
+    if missing:
+        raise UsageError(f"{where} lacks what {_some(missing)} could be made of.")
+    used = {name for recipe in plan.values() for name in recipe.sources}
+    unknown = sorted(set(source) - used - set(allowed_to_drop))
+    if unknown:
+        raise UsageError(f"{where} holds {_some(unknown)}, which this model does not know.")
+    specs = {target: _outcome(target, recipe, source, where) for target, recipe in plan.items()}
+    for target, spec in specs.items():
+        if spec.shape != expected[target]:
+            named = ", ".join(f"{n} {list(source[n].shape)}" for n in plan[target].sources)
+            raise UsageError(
+                f"{where} holds {named}, which makes {target} {list(spec.shape)}; this model's "
+                f"is {list(expected[target])}."
+            )
+    return specs
+
+
+def _outcome(target: str, recipe: Recipe, source: Mapping[str, Spec], where: str) -> Spec:
+    try:
+        return Spec.of(recipe.make(*(source[name].on_meta() for name in recipe.sources)))
+    except RuntimeError as error:  # what torch says of shapes that do not fit
+        named = ", ".join(f"{n} {list(source[n].shape)}" for n in recipe.sources)
+        raise UsageError(
+            f"{where} holds {named}, of which {target} cannot be made: {error}"
+        ) from error
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def carried_out(plan: Plan, source: Source) -> Iterator[tuple[str, Tensor]]:
+    """The new tensors, one at a time."""
+    for target, recipe in plan.items():
+        yield target, recipe.make(*(source.read(name) for name in recipe.sources))

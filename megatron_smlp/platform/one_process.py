@@ -1,0 +1,31 @@
+"""Megatron's model parallel groups in a process of its own: every group has this one rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from megatron_smlp.platform import cpu
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """gloo over a store in memory; groups that are there already are used as they are."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    cpu.apply()
+    if torch.distributed.is_initialized():
+        yield
+        return
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1234)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

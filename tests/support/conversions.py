@@ -1,0 +1,48 @@
+"""Checkpoints and exported folders to convert: of every system, small, with weights that matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_smlp.conversion import convert
+from megatron_smlp.conversion.huggingface import expected_shapes, write
+from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
+from megatron_smlp.conversion.tensors import Source, Spec
+from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
+
+
+def save_exported(model: SMLPForCausalLM, folder: Path) -> Path:
+    """A folder as `--to hf` writes it."""
+    folder.mkdir(parents=True)
+    state = model.state_dict()
+    tensors = {name: state[name] for name in expected_shapes(model)}
+    specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
+    write(folder, model.config, specs, tensors.items(), shard_limit=10**9, tokenizer=None)
+    return folder
+
+
+def run(kind: Any, load: Path, save: Path, **changes: Any) -> list[str]:
+    """One conversion; what it said."""
+    said: list[str] = []
+    kind(convert.Options(load=load, save=save, **changes), said.append)
+    return said
+
+
+def weights(source: Source) -> dict[str, Tensor]:
+    return {name: source.read(name) for name in source.specs}
+
+
+def folder_weights(folder: Path) -> dict[str, Tensor]:
+    return weights(SafetensorsFolder(folder))
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Bitwise, names and dtypes included."""
+    assert sorted(one) == sorted(other)
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name

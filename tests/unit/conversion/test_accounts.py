@@ -1,0 +1,208 @@
+"""Every tensor is accounted for in both directions, and nothing half is ever written."""
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.conversions import folder_weights, run, save_exported
+from support.smlp_systems import make_model
+from torch import Tensor
+
+from megatron_smlp.conversion import convert, forward_check
+from megatron_smlp.conversion.cli import main, parse_size
+from megatron_smlp.conversion.safetensors_files import INDEX, SafetensorsFolder, write_folder
+from megatron_smlp.conversion.tensors import Spec
+from megatron_smlp.conversion.torch_dist import COMMON, TorchDistCheckpoint
+from megatron_smlp.conversion.torch_dist_writer import TorchDistWriter
+from megatron_smlp.errors import DamagedCheckpointError, UsageError
+from megatron_smlp.platform.one_process import one_process
+
+NORM = "model.layers.1.mixer_norm.weight"
+Change = Callable[[dict[str, Tensor]], object]
+CHANGES: dict[str, tuple[Change, str]] = {
+    "missing": (lambda t: t.pop(NORM), f"lacks the tensor {NORM}"),
+    "unknown": (lambda t: t.update(stray=torch.ones(2)), "holds stray, which this model does not"),
+    "shape": (lambda t: t.update({NORM: torch.ones(7)}), rf"{NORM} \[7\], which makes .* \[7\]"),
+    "transposed": (
+        lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"].T}),
+        r"model.embed_tokens.weight \[32, 101\]",
+    ),
+    "queries": (
+        lambda t: t.update({"model.layers.0.mixer.q_proj.weight": torch.ones(3, 32)}),
+        r"q_proj.weight \[3, 32\].*cannot be made",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    changes = {"num_experts": None, "moe_ffn_hidden_size": None, "num_layers": 2}
+    return save_exported(make_model("transformer", **changes), tmp_path_factory.mktemp("a") / "hf")
+
+
+@pytest.fixture
+def one() -> Iterator[None]:
+    with one_process():
+        yield
+
+
+def rewrite(source: Path, target: Path, change: Change) -> Path:
+    target.mkdir()
+    tensors = folder_weights(source)
+    change(tensors)
+    specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
+    write_folder(target, specs, tensors.items(), limit=10**9)
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_wrong_tensor_of_a_folder_is_named(exported: Path, tmp_path: Path, change: str) -> None:
+    alter, words = CHANGES[change]
+    folder = rewrite(exported, tmp_path / "changed", alter)
+    with pytest.raises(UsageError, match=words):
+        run(convert.hf_to_torch_dist, folder, tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"]
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+@pytest.mark.usefixtures("one")
+def test_a_wrong_tensor_of_a_checkpoint_is_named(
+    exported: Path, tmp_path: Path, change: str
+) -> None:
+    run(convert.hf_to_torch_dist, exported, tmp_path / "run", checks=False)
+    checkpoint = TorchDistCheckpoint(tmp_path / "run")
+    tensors = dict(checkpoint.tensors())
+    name = "decoder.layers.1.self_attention.linear_proj.bias"
+    if change == "missing":
+        del tensors[name]
+    else:
+        tensors["stray" if change == "unknown" else name] = torch.ones(5)
+    with TorchDistWriter(tmp_path / "changed") as writer:
+        for key, tensor in tensors.items():
+            writer.add(key, tensor)
+        writer.add_object(COMMON, [checkpoint.common])
+    (tmp_path / "changed" / "model.json").write_text(json.dumps(checkpoint.flags))
+    words = {"missing": "lacks what model.layers.1.mixer.out_proj.bias", "unknown": "stray"}
+    with pytest.raises(UsageError, match=words.get(change, rf"{name} \[5\]")):
+        run(convert.torch_dist_to_hf, tmp_path / "changed", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_duplicate_is_named(exported: Path, tmp_path: Path) -> None:
+    """The same name in two files of one folder."""
+    tensors = folder_weights(exported)
+    specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
+    write_folder(tmp_path, specs, tensors.items(), limit=40_000)
+    index = json.loads((tmp_path / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 1
+    (tmp_path / files[1]).write_bytes((tmp_path / files[0]).read_bytes())
+    with pytest.raises(UsageError, match="a second time"):
+        SafetensorsFolder(tmp_path)
+    (tmp_path / files[1]).unlink()
+    with pytest.raises(DamagedCheckpointError, match=files[1]):
+        SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 5, 60, -1])
+def test_a_cut_file_is_named(exported: Path, tmp_path: Path, length: int) -> None:
+    content = (exported / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:length])
+    with pytest.raises(DamagedCheckpointError, match=r"model\.safetensors"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_a_lying_header_is_refused(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}).encode()
+    content = struct.pack("<Q", len(header)) + header + bytes(8)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match="take 16"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_safetensors_own_library_reads_what_is_written(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = {
+        "half": torch.randn(3, 5).bfloat16(),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(3.5),
+        "table": torch.arange(7),
+        "view": torch.randn(6, 4).T,
+    }
+    specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
+    write_folder(tmp_path, specs, tensors.items(), limit=10**9)
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert torch.equal(tensor, tensors[name]), name
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    for name, tensor in folder_weights(tmp_path).items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+def test_a_wrong_conversion_is_noticed(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys taken for values: no name and no shape is wrong, only the logits are."""
+    from megatron_smlp.conversion import names
+
+    swapped = tuple(names.QKV_PARTS[i] for i in (0, 2, 1))
+    monkeypatch.setattr(names, "QKV_PARTS", swapped)
+    with pytest.raises(forward_check.ForwardCheckError, match="nothing was written"):
+        run(convert.hf_to_torch_dist, exported, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_replaced_only_on_demand(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").touch()
+    with pytest.raises(UsageError, match="--overwrite"):
+        run(convert.hf_to_torch_dist, exported, tmp_path / "run", checks=False)
+    assert (tmp_path / "run" / "precious").exists()
+    run(convert.hf_to_torch_dist, exported, tmp_path / "run", checks=False, overwrite=True)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.parent == tmp_path) == ["run"]
+    assert not (tmp_path / "run" / "precious").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interrupted_conversion_leaves_nothing(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    added = []
+
+    def add(self: TorchDistWriter, name: str, tensor: Tensor) -> None:
+        added.append(name)
+        if len(added) == 5:
+            raise error
+
+    monkeypatch.setattr(TorchDistWriter, "add", add)
+    expected = UsageError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        run(convert.hf_to_torch_dist, exported, tmp_path / "run", checks=False)
+    assert len(added) == 5
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--from hf --to hf", "no conversion"),
+        ("--from torch --to hf", "invalid choice"),
+        ("--to hf --tokeniser x", "unrecognized arguments: --tokeniser"),
+        ("--to hf --max-shard-size big", "--max-shard-size big"),
+        ("--to hf", "nowhere holds no checkpoint"),
+        ("--from hf --to torch_dist", "nowhere/config.json is missing"),
+    ],
+)
+def test_wrong_flags_are_one_line(words: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        main(["--load", "nowhere", "--save", "there", *words.split()])
+
+
+def test_sizes() -> None:
+    assert parse_size("5GB") == 5 * 10**9
+    assert parse_size("1.5 MiB") == 3 * 2**19
+    assert parse_size("700") == 700

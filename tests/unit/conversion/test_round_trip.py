@@ -1,0 +1,114 @@
+"""torch_dist <-> Hugging Face: the same logits, the same bits, for every system."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.conversions import assert_same, folder_weights, run, save_exported, weights
+from support.in_process import pretrained
+from support.launches import records
+from support.smlp_systems import SYSTEMS, make_model
+
+from megatron_smlp.checkpoints import integrity
+from megatron_smlp.conversion import convert
+from megatron_smlp.conversion.huggingface import config_of
+from megatron_smlp.conversion.names import HeadShape, join_qkv, split_qkv
+from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
+from megatron_smlp.platform.one_process import one_process
+
+TRAINED = (
+    "--architecture smlp --num-dense-layers 1 --num-layers 3 --feature-router partial "
+    "--num-feature-experts 2 --num-feature-chunks 4 --num-experts 4 --token-router hash "
+    "--moe-ffn-hidden-size 40 --untie-embeddings-and-output-weights --bf16 --lr 1e-2 "
+    "--log-interval 1"
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that Megatron wrote after real steps, with padding and a tensor per expert."""
+    folder: Path = tmp_path_factory.mktemp("trained")
+    with pretrained(f"{TRAINED} --save {folder}"):
+        return folder
+
+
+@pytest.fixture
+def one() -> Iterator[None]:
+    with one_process():
+        yield
+
+
+def changed(system: str) -> dict[str, Any]:
+    """Some systems with what a conversion could get wrong: untied output, padding, no bias."""
+    if "token_router" in SYSTEMS[system]:
+        return {"unpadded_vocab_size": 101}
+    changes: dict[str, Any] = {
+        "unpadded_vocab_size": 101,
+        "num_experts": None,
+        "moe_ffn_hidden_size": None,
+    }
+    if system == "transformer":
+        changes |= {"tie_word_embeddings": False, "unpadded_vocab_size": 97}
+    return changes | ({"add_bias_linear": False} if system == "gmlp" else {})
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.usefixtures("one")
+def test_to_megatron_and_back(tmp_path: Path, system: str) -> None:
+    model = make_model(system, **changed(system))
+    exported = save_exported(model, tmp_path / "hf")
+    said = run(convert.hf_to_torch_dist, exported, tmp_path / "run")
+    assert "forward check" in said[0]
+    said = run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "again")
+    assert any("forward check" in line for line in said)
+    assert_same(folder_weights(exported), folder_weights(tmp_path / "again"))
+    ours, theirs = (
+        (folder / "config.json").read_text() for folder in (exported, tmp_path / "again")
+    )
+    assert ours == theirs
+
+
+def test_a_trained_checkpoint_comes_back_bitwise(trained: Path, tmp_path: Path) -> None:
+    run(convert.torch_dist_to_hf, trained, tmp_path / "hf", shard_limit=20_000)
+    run(convert.hf_to_torch_dist, tmp_path / "hf", tmp_path / "again")
+    before, after = TorchDistCheckpoint(trained), TorchDistCheckpoint(tmp_path / "again")
+    assert_same(weights(before), weights(after))
+    assert integrity.verify(after.folder) == []
+    assert before.specs["embedding.word_embeddings.weight"].dtype == torch.bfloat16
+    changed = {name for name, value in before.flags.items() if after.flags[name] != value}
+    assert not changed
+
+
+def test_what_came_back_trains_on(trained: Path, tmp_path: Path) -> None:
+    """By --load, at iteration 0, with the loss of the run that it came from."""
+    run(convert.torch_dist_to_hf, trained, tmp_path / "hf")
+    run(convert.hf_to_torch_dist, tmp_path / "hf", tmp_path / "again", checks=False)
+    losses = []
+    for number, load in enumerate((f"{trained} --finetune", tmp_path / "again")):
+        log = tmp_path / str(number)
+        with pretrained(f"{TRAINED} --load {load} --log-dir {log} --train-iters 2"):
+            losses.append([r["loss"] for r in records(log) if "loss" in r])
+    assert len(losses[1]) == 2
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.usefixtures("one")
+def test_an_exported_model_drops_no_token_in_evaluation(tmp_path: Path) -> None:
+    exported = save_exported(make_model("gshard", moe_eval_capacity_factor=1.0), tmp_path / "hf")
+    run(convert.hf_to_torch_dist, exported, tmp_path / "run", checks=False)
+    flags = TorchDistCheckpoint(tmp_path / "run").flags
+    assert flags["moe_eval_capacity_factor"] == 1
+    assert config_of(flags).moe_eval_capacity_factor is None
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_fused_queries_keys_values_split_and_join(groups: int) -> None:
+    heads = HeadShape(groups=groups, queries=4 // groups, width=3)
+    fused = torch.arange(groups * (4 // groups + 2) * 3 * 5.0).view(-1, 5)
+    parts = split_qkv(fused, heads)
+    assert [len(part) for part in parts] == [12, 3 * groups, 3 * groups]
+    assert torch.equal(join_qkv(*parts, heads), fused)
+    # Megatron's order within a group: its queries, its key, its value.
+    assert torch.equal(parts[1][:3], fused[4 // groups * 3 :][:3])
