@@ -14,7 +14,13 @@ from megatron_smlp.evaluation.options import parse
 
 def main(argv: Sequence[str]) -> None:
     options, megatron_flags = parse(argv)
-    evaluate_tasks(options, megatron_flags)
+    from megatron_smlp.training.transcript import Transcript
+
+    with (
+        Transcript() as transcript
+    ):  # Megatron and torch print much; the results go to the terminal
+        transcript.open(None, rank=0)
+        evaluate_tasks(options, megatron_flags)
 
 
 def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
@@ -31,15 +37,25 @@ def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -
         )
         model = _harness_model(options, megatron_flags)
         results = run_tasks(model, selection, limit=options.limit)
-    _report(options, results)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _report(options, results)
 
 
 def _harness_model(options: argparse.Namespace, megatron_flags: Sequence[str]) -> Any:
-    from megatron_smlp.evaluation.huggingface_model import ExportedModel
+    if options.hf:
+        from megatron_smlp.evaluation.huggingface_model import ExportedModel
 
-    return ExportedModel(
-        options.hf, batch_size=options.batch_size, device=options.device or default_device()
-    )
+        return ExportedModel(
+            options.hf, batch_size=options.batch_size, device=options.device or default_device()
+        )
+    from megatron_smlp.evaluation.megatron_loading import load_model
+
+    args, stages, tokenizer = load_model(options.checkpoint, megatron_flags)
+    from megatron_smlp.evaluation.adapter import ScorerModel
+    from megatron_smlp.evaluation.megatron_model import MegatronScorer
+
+    scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=options.batch_size)
+    return ScorerModel(scorer, tokenizer, speaks=args.rank == 0)
 
 
 def default_device() -> str:
@@ -53,9 +69,10 @@ def _report(options: argparse.Namespace, results: Sequence[Any]) -> None:
 
     from megatron_smlp.evaluation.reports import as_markdown, print_table, write_json
     from megatron_smlp.evaluation.results import write_samples
+    from megatron_smlp.training.transcript import terminal
 
     source = options.hf or options.checkpoint
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    console = Console(file=terminal(), highlight=False, soft_wrap=True)
     print_table(results, console, title=f"Zero-shot: {source}")
     if options.output:
         about = {

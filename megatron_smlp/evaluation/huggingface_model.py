@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
 from megatron_smlp.errors import UsageError
-
-Request = tuple[tuple[str, str], list[int], list[int]]
-"""(context, continuation), and the token ids of both."""
-
-
-def check_requests(requests: Sequence[Request], *, longest: int) -> None:
-    """The continuation of every request must fit into the model; its context is cut to fit.
-
-    Raises:
-        UsageError: with the text, its tokens, and the model's length.
-    """
-    for (_, text), _, continuation in requests:
-        shown = text if len(text) <= 60 else f"{text[:60]}..."
-        if len(continuation) > longest:
-            raise UsageError(
-                f"the option {shown!r} has {len(continuation)} tokens and the model's sequences "
-                f"end at {longest}: leave the example out, or evaluate a model with a longer "
-                "--seq-length"
-            )
-        if not continuation:
-            raise UsageError(
-                f"the option {shown!r} has no tokens of its own: there is nothing to score"
-            )
+from megatron_smlp.evaluation.requests import Request, check_requests
 
 
 class ExportedModel(HFLM):
@@ -56,6 +34,12 @@ class ExportedModel(HFLM):
                 f"--hf {folder}: the tokenizer has {entries} entries and the model {rows}: they do "
                 "not belong together"
             )
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """With progress bars on a terminal only."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(
         self, requests: list[Request], *args: Any, **kwargs: Any

@@ -1,0 +1,46 @@
+"""A trained checkpoint of a few systems with a real tokenizer, and its exported twin."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from evaluation_helpers import SYSTEMS, TEXT, Run
+
+from megatron_smlp.conversion.convert import Options, torch_dist_to_hf
+
+
+@pytest.fixture(scope="package")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of 300 entries."""
+    from megatron_smlp.data.tokenizer_training import main
+
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    draw = random.Random(0)
+    lines = [{"text": " ".join(draw.choices(TEXT.split(), k=60))} for _ in range(50)]
+    corpus = folder / "text.jsonl"
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    main(["--input", str(corpus), "--vocab-size", "300", "--output", str(folder / "tokenizer")])
+    return folder / "tokenizer"
+
+
+@pytest.fixture(scope="package", params=SYSTEMS)
+def run(
+    request: pytest.FixtureRequest, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    """A run of a few steps in this process."""
+    from support.in_process import pretrained
+
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    words = (
+        f"{SYSTEMS[request.param]} --tokenizer-type HuggingFaceTokenizer "
+        f"--tokenizer-model {tokenizer} --save {folder / 'run'} --lr 3e-2 --init-method-std 0.2 "
+        "--train-iters 3 --eval-iters 0"
+    )
+    with pretrained(words):
+        pass
+    paths = {"load": folder / "run", "save": folder / "hf"}
+    torch_dist_to_hf(Options(**paths, tokenizer=str(tokenizer), checks=False))
+    return Run(checkpoint=folder / "run", exported=folder / "hf")

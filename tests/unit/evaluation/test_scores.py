@@ -1,0 +1,164 @@
+"""Log-likelihoods of Megatron's model against the exported one under lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation_helpers import LENGTH, TEXT, Run, loaded
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.adapter import ScorerModel
+from megatron_smlp.evaluation.huggingface_model import ExportedModel
+from megatron_smlp.evaluation.megatron_model import MegatronScorer
+from megatron_smlp.evaluation.scoring import Row
+
+SMALL = 1e-4
+
+
+@pytest.fixture(scope="module")
+def scorer(run: Run) -> Iterator[tuple[MegatronScorer, Any]]:
+    with loaded(run.checkpoint) as (args, stages, tokenizer):
+        yield MegatronScorer(stages, longest=args.seq_length, batch_size=8), tokenizer
+
+
+@pytest.fixture(scope="module")
+def ours(scorer: tuple[MegatronScorer, Any]) -> ScorerModel:
+    return ScorerModel(*scorer, speaks=False)
+
+
+@pytest.fixture(scope="module")
+def stock(run: Run) -> HFLM:
+    return HFLM(pretrained=str(run.exported), trust_remote_code=True, batch_size=4, device="cpu")
+
+
+def instances(pairs: list[tuple[str, str]], kind: str = "loglikelihood") -> list[Instance]:
+    return [
+        Instance(request_type=kind, doc={}, arguments=pair, idx=number)
+        for number, pair in enumerate(pairs)
+    ]
+
+
+def cases() -> list[tuple[str, str]]:
+    """Contexts from none to over T, options of one token and more, the same context twice."""
+    draw = random.Random(3)
+    words = TEXT.split()
+    pairs = [("", " the model"), ("the model", " mixes"), ("the model", " nothing"), ("a ", "b")]
+    for length in (1, 2, 5, 8, 30, 60):
+        context = " ".join(draw.choices(words, k=length))
+        pairs += [(context, " " + " ".join(draw.choices(words, k=k))) for k in (1, 3)]
+    return pairs
+
+
+def test_scores_are_those_of_the_exported_model(ours: ScorerModel, stock: HFLM) -> None:
+    """Within 1e-4 of stock lm-eval; a context that is too long is cut from the left by both."""
+    pairs = cases()
+    assert max(len(ours.tok_encode(context)) for context, _ in pairs) > 2 * LENGTH
+    mine = ours.loglikelihood(instances(pairs))
+    theirs = stock.loglikelihood(instances(pairs))
+    for (score, is_greedy), (expected, greedy), pair in zip(mine, theirs, pairs, strict=True):
+        assert score == pytest.approx(expected, abs=SMALL), pair
+        assert is_greedy == greedy, pair
+    assert len({round(score, 3) for score, _ in mine}) > 10
+
+
+def test_texts_are_scored_as_by_the_exported_model(ours: ScorerModel, stock: HFLM) -> None:
+    """Whole texts, in windows, as tasks of perplexity have them."""
+    texts = [(TEXT,), (f"{TEXT} {TEXT} {TEXT}",), ("a",)]
+    kind = "loglikelihood_rolling"
+    mine = ours.loglikelihood_rolling(instances(texts, kind))
+    assert mine == pytest.approx(stock.loglikelihood_rolling(instances(texts, kind)), abs=SMALL)
+
+
+def test_what_the_model_would_say_is_greedy(ours: ScorerModel, run: Run) -> None:
+    """As in LAMBADA: the last word is right where every token of it is the likeliest."""
+    model = ExportedModel(run.exported, batch_size=1, device="cpu")
+    context = model.tok_encode("the model mixes every token")
+    said = model.model.generate(
+        torch.tensor([context]), max_new_tokens=3, do_sample=False, eos_token_id=None
+    )
+    tokens = said[0].tolist()
+    other = [*tokens[:-1], (tokens[-1] + 1) % 300]
+    scores = ours.scorer.score([Row(tuple(tokens), 3), Row(tuple(other), 3)])
+    assert all(scores[0].greedy)
+    assert scores[1].greedy == (True, True, False)
+
+
+def rows() -> list[Row]:
+    draw = random.Random(5)
+    lengths = [2, 3, 4, 9, 9, 16, LENGTH, LENGTH + 1, 11]
+    return [
+        Row(tuple(draw.randrange(300) for _ in range(n)), draw.randint(1, n - 1)) for n in lengths
+    ]
+
+
+def test_a_score_does_not_depend_on_its_batch(scorer: tuple[MegatronScorer, Any]) -> None:
+    """Bitwise in fp32 on a CPU: alone, together, in another order, asked for 1 or 8 at once."""
+    eight, _ = scorer
+    one = MegatronScorer(eight.stages, longest=LENGTH, batch_size=1)
+    some = rows()
+    together = eight.score(some)
+    assert together == one.score(some)
+    assert together == eight.score(some[::-1])[::-1]
+    assert together == [eight.score([row])[0] for row in some]
+
+
+def test_padded_batches_score_nearly_the_same(scorer: tuple[MegatronScorer, Any]) -> None:
+    """What GPUs do: rows of many lengths side by side, padded on the right."""
+    alone, _ = scorer
+    batched = MegatronScorer(alone.stages, longest=LENGTH, batch_size=1)
+    batched.batch_size = 8
+    for mine, theirs in zip(batched.score(rows()), alone.score(rows()), strict=True):
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+
+
+def test_scoring_leaves_the_model_as_it_was(scorer: tuple[MegatronScorer, Any]) -> None:
+    model, _ = scorer
+    for mode in (True, False):
+        model.stages[0].train(mode)
+        model.score(rows()[:1])
+        assert model.stages[0].training is mode
+    assert model.score([]) == []
+
+
+@pytest.mark.parametrize("model", ["ours", "exported"])
+def test_options_that_cannot_be_scored_are_named(ours: ScorerModel, run: Run, model: str) -> None:
+    asked = ours if model == "ours" else ExportedModel(run.exported, batch_size=1, device="cpu")
+    with pytest.raises(
+        UsageError, match=rf"' {TEXT[:20]}.* tokens and the model.* end at {LENGTH}"
+    ):
+        asked.loglikelihood(instances([("a", f" {TEXT} {TEXT}")]))
+    with pytest.raises(UsageError, match="has no tokens of its own"):
+        asked.loglikelihood(instances([("a", "")]))
+
+
+def test_another_vocabulary_is_refused(run: Run) -> None:
+    flags = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "77")
+    with (
+        pytest.raises(UsageError, match=r"the tokenizer has 77 entries .* was trained with 300"),
+        loaded(run.checkpoint, *flags),
+    ):
+        pass
+
+
+def test_no_checkpoint_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no checkpoint"), loaded(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"), [((), "has no config.json"), (("config.json",), "has no tokenizer")]
+)
+def test_a_folder_that_is_no_model_is_refused(
+    tmp_path: Path, kept: tuple[str, ...], said: str
+) -> None:
+    for name in kept:
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError, match=said):
+        ExportedModel(tmp_path, batch_size=1, device="cpu")
