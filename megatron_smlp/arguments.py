@@ -19,7 +19,13 @@ from typing import Any, NoReturn
 from megatron_smlp.config_file import read_yaml
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import ModelOptions, RunOptions
-from megatron_smlp.platform import cpu, layout_free_optimizer, safe_loading, torch_adam
+from megatron_smlp.platform import (
+    cpu,
+    forked_saving,
+    layout_free_optimizer,
+    safe_loading,
+    torch_adam,
+)
 from megatron_smlp.routers.flags import settle_feature_router, settle_token_router
 from megatron_smlp.training.checkpoints import check_against_checkpoint, settle_load
 from megatron_smlp.training.tokenizer_folder import use_local_gpt2_files
@@ -221,6 +227,7 @@ def _settle_defaults(args: argparse.Namespace) -> None:
     if args.save and not args.save_interval:
         args.save_interval = args.train_iters  # once, at the end; Megatron insists on a number
     args.log_dir = args.log_dir or args.save
+    _settle_saving(args)
     settle_load(args)
     keep_padding(args)
     use_local_gpt2_files(args)
@@ -228,6 +235,24 @@ def _settle_defaults(args: argparse.Namespace) -> None:
         args.platform_changes = cpu.set_flags(args)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _settle_saving(args: argparse.Namespace) -> None:
+    if args.save_retain_interval:
+        # Megatron's own way deletes before the new checkpoint is on the disk.
+        args.keep_last = args.keep_last or 1
+        args.keep_every = args.keep_every or args.save_retain_interval
+        args.save_retain_interval = None
+    if args.async_save:
+        forked_saving.settle(args, has_nvrx=_has("nvidia_resiliency_ext"))
+    for name in ("keep_last", "keep_every"):
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} {value}: give 1 or more, or leave it out to keep all.")
+    if args.keep_every and not args.keep_last:
+        raise UsageError(
+            f"--keep-every {args.keep_every} without --keep-last deletes nothing: give both."
+        )
 
 
 def _has(module: str) -> bool:
@@ -388,6 +413,7 @@ def _validate(args: argparse.Namespace) -> None:
 
     try:
         validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
+        forked_saving.after_validation(args)
         set_global_variables(args)
     except (AssertionError, ValueError, RuntimeError, FileNotFoundError, OSError) as error:
         raise UsageError(f"Megatron refuses these arguments: {_reason(error)}") from error

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_smlp.checkpoints.structure import TRACKER, tracked_iteration
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import SaveError
-from megatron_smlp.training.saving import Saving, add_share
+from megatron_smlp.platform import forked_saving
+from megatron_smlp.training.saving import Saving, add_share, write_and_add_share
 
 FAILURES = (CheckpointException, SaveError)
 
@@ -49,9 +49,9 @@ def installed(saving: Saving, *, before_loading: Callable[[], None]) -> Iterator
         (FileSystemWriterAsync, "write_preloaded_data", _naming_the_file),
         (FileSystemWriterAsync, "finish", lambda f: _noting(f, saving)),
         (serialization, "save_config", lambda f: _noting(f, saving)),
-        (filesystem_async, "get_write_results_queue", lambda _: _results_queue),
-        (training, "save_checkpoint", lambda f: _surviving(f, saving, newest=True)),
-        (training, "maybe_finalize_async_save", lambda f: _surviving(f, saving, newest=False)),
+        (filesystem_async, "get_write_results_queue", forked_saving.results_queue),
+        (training, "save_checkpoint", lambda f: _surviving_start(f, saving)),
+        (training, "maybe_finalize_async_save", lambda f: _surviving_end(f, saving)),
         (training, "setup_model_and_optimizer", lambda f: _after(before_loading, f)),
     ]
     originals = [(owner, name, vars(owner)[name]) for owner, name, _ in replacements]
@@ -69,10 +69,17 @@ def _saving_whole(save: Callable[..., Any], saving: Saving) -> Callable[..., Any
     def wrapped(
         state: Any, checkpoint_dir: str, *args: Any, async_sharded_save: bool = False, **kwargs: Any
     ) -> Any:
-        partial = saving.start(Path(checkpoint_dir))
-        save(state, str(partial), *args, async_sharded_save=async_sharded_save, **kwargs)
-        add_share(partial, saving.args.rank)
-        saving.commit()
+        folder, rank = saving.start(Path(checkpoint_dir)), saving.args.rank
+        request = save(state, str(folder), *args, async_sharded_save=async_sharded_save, **kwargs)
+        if not async_sharded_save:
+            add_share(folder, rank)
+            saving.commit()
+            return None
+        request.finalize_fns.append(saving.commit)
+        if request.async_fn is None:  # nothing to write on this rank
+            return request
+        write = functools.partial(write_and_add_share, request.async_fn, folder, rank)
+        return request._replace(async_fn=write)
 
     return wrapped
 
@@ -149,18 +156,26 @@ def _noting(write: Callable[..., None], saving: Saving) -> Callable[..., None]:
     return wrapped
 
 
-def _results_queue(mp_mode: str = "spawn") -> queue.SimpleQueue[Any]:
-    """One writer, one reader, one process."""
-    return queue.SimpleQueue()
-
-
-def _surviving(function: Callable[..., None], saving: Saving, *, newest: bool) -> Any:
-    @functools.wraps(function)
+def _surviving_start(save: Callable[..., None], saving: Saving) -> Callable[..., None]:
+    @functools.wraps(save)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            save(*args, **kwargs)
         except FAILURES as error:
-            saving.failed(saving.open[-1 if newest else 0], error)
+            saving.failed(saving.open[-1], error)
+
+    return wrapped
+
+
+def _surviving_end(finalize: Callable[..., None], saving: Saving) -> Callable[..., None]:
+    @functools.wraps(finalize)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        while True:
+            try:
+                finalize(*args, **kwargs)
+                return
+            except FAILURES as error:
+                saving.failed(saving.open[0], error)  # and on with the next in the queue
 
     return wrapped
 

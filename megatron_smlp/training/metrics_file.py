@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -33,9 +34,10 @@ class MetricsFile:
         return last
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a record; on a full disk it is lost, and the run lives on."""
         if self.path is None:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
 
 

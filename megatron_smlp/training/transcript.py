@@ -51,13 +51,17 @@ class Transcript(contextlib.AbstractContextManager["Transcript"]):
         path.parent.mkdir(parents=True, exist_ok=True)
         earlier = self.file.getvalue() if isinstance(self.file, io.StringIO) else ""
         self.file = path.open("a", encoding="utf-8", buffering=1)
-        self.file.write(earlier)
+        self.write(earlier)
 
     def write(self, text: str) -> int:
-        return self.file.write(text)
+        """A full disk costs the log its lines, and not the run its life."""
+        with contextlib.suppress(OSError):
+            self.file.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self.file.flush()
+        with contextlib.suppress(OSError):
+            self.file.flush()
 
     def isatty(self) -> bool:
         return False

@@ -1,0 +1,105 @@
+"""Saves in the background, saves that fail, and what is kept of many."""
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.checkpoints import assert_ends_like, pretrain
+
+from megatron_smlp.checkpoints.integrity import verify
+from megatron_smlp.checkpoints.structure import iteration_folder, iterations, tracked_iteration
+from megatron_smlp.errors import SaveError, UsageError
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """A shard no longer fits: the system refuses to write files beyond 30,000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def hidden(run: Path) -> list[str]:
+    return [path.name for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_a_save_in_the_background_holds_the_step_that_asked_for_it(
+    finished_run: Path, tmp_path: Path
+):
+    """Not what the next steps made of the weights meanwhile."""
+    run = tmp_path / "run"
+    pretrain(f"--save {run} --async-save")
+    assert iterations(run) == [2, 4, 6]
+    assert [verify(iteration_folder(run, n)) for n in (2, 4, 6)] == [[], [], []]
+    assert_ends_like(run, finished_run)
+    for iteration in (2, 4):
+        ours, theirs = (iteration_folder(folder, iteration) for folder in (run, finished_run))
+        assert same_tensors(ours, theirs)
+    assert not hidden(run)
+
+
+def same_tensors(ours: Path, theirs: Path) -> bool:
+    import torch
+    from support.checkpoints import checkpoint_tensors
+
+    iteration = int(ours.name.removeprefix("iter_"))
+    mine, other = (checkpoint_tensors(path.parent, iteration) for path in (ours, theirs))
+    return mine.keys() == other.keys() and all(torch.equal(mine[n], other[n]) for n in mine)
+
+
+@pytest.mark.parametrize("how", ["", "--async-save"])
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_ends_the_run_in_one_line(tmp_path: Path, how: str):
+    run = tmp_path / "run"
+    with pytest.raises(SaveError) as caught:
+        pretrain(f"--save {run} --log-dir {tmp_path / 'log'} --exit-interval 2 {how}")
+    words = str(caught.value)
+    assert f"iteration 2 could not be saved to {run}: __0_0.distcp: File too large" in words
+    assert "none is there" in words
+    assert "\n" not in words
+    assert iterations(run) == []
+    assert not hidden(run)
+
+
+@pytest.mark.parametrize("how", ["", "--async-save"])
+def test_a_run_may_go_on_without(
+    run: Path, how: str, full_disk: None, capfd: pytest.CaptureFixture[str]
+):
+    """What was saved before stays as it is."""
+    log = run.parent / "log"
+    pretrain(f"--save {run} --log-dir {log} --ckpt-step 2 --on-save-failure continue {how}")
+    output = capfd.readouterr().out
+    assert "iteration 4 could not be saved" in output
+    assert "iteration 6 could not be saved" in output
+    assert "iteration 6/6" in output
+    assert [verify(iteration_folder(run, n)) for n in (2, 4, 6)] == [[], [], []]
+    assert tracked_iteration(run) == 2
+    assert not hidden(run)
+
+
+def test_old_checkpoints_go_when_the_new_one_is_there(tmp_path: Path):
+    pretrain(f"--save {tmp_path} --save-interval 1 --keep-last 2 --keep-every 3")
+    assert iterations(tmp_path) == [3, 5, 6]
+    assert not hidden(tmp_path)
+
+
+def test_megatrons_flag_for_retention(tmp_path: Path):
+    pretrain(f"--save {tmp_path} --save-interval 1 --save-retain-interval 4")
+    assert iterations(tmp_path) == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--keep-last 0", "--keep-last 0: give 1 or more"),
+        ("--keep-last 2 --keep-every -1", "--keep-every -1: give 1 or more"),
+        ("--keep-every 10", "--keep-every 10 without --keep-last"),
+    ],
+)
+def test_retention_that_makes_no_sense(words: str, named: str):
+    with pytest.raises(UsageError, match=named):
+        pretrain(words)
