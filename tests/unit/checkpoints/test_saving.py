@@ -77,7 +77,7 @@ def test_a_run_may_go_on_without(
     assert "iteration 6 could not be saved" in output
     assert "iteration 6/6" in output
     assert [verify(iteration_folder(run, n)) for n in (2, 4, 6)] == [[], [], []]
-    assert tracked_iteration(run) == 2
+    assert tracked_iteration(run) == 6
     assert not hidden(run)
 
 
