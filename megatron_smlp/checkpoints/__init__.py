@@ -1,1 +1,1 @@
-"""Checkpoints on disk: names, completeness, checksums, retention, inspection. No torch needed."""
+"""Checkpoints on disk: names, completeness, checksums, retention, inspection."""

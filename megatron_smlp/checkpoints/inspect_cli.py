@@ -1,0 +1,87 @@
+"""The command line of `tools/inspect_checkpoint.py`: show, diff, verify."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Look into checkpoints, compare two, check one.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, count, summary in (
+        ("show", 1, "iteration, model, tensors with shapes and norms"),
+        ("diff", 2, "tensors that differ; exit 0 if none does, else 1"),
+        ("verify", 1, "compare all checksums; exit 0 or 1"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        command.add_argument(
+            "folders", nargs=count, metavar="DIR", help="folder of a run (its newest), or iter_*"
+        )
+        command.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns its exit code.
+
+    Raises:
+        UserError: there is no checkpoint, or one cannot be read.
+    """
+    args = build_parser().parse_args(argv)
+    from megatron_smlp.checkpoints.inspection import checkpoint_of
+
+    folders = [checkpoint_of(path) for path in args.folders]
+    commands: dict[str, Callable[..., tuple[dict[str, Any], int]]]
+    commands = {"show": _show, "diff": _diff, "verify": _verify}
+    answer, code = commands[args.command](*folders)
+    print(json.dumps(answer, indent=1) if args.json else "\n".join(_lines(answer)))
+    return code
+
+
+def _show(folder: Path) -> tuple[dict[str, Any], int]:
+    from megatron_smlp.checkpoints.inspection import describe, tensor_rows
+
+    return {**describe(folder), "tensors": list(tensor_rows(folder))}, 0
+
+
+def _diff(first: Path, second: Path) -> tuple[dict[str, Any], int]:
+    from megatron_smlp.checkpoints.inspection import differences
+
+    rows = list(differences(first, second))
+    return {"checkpoints": [str(first), str(second)], "differences": rows}, int(bool(rows))
+
+
+def _verify(folder: Path) -> tuple[dict[str, Any], int]:
+    from megatron_smlp.checkpoints.integrity import verify
+    from megatron_smlp.checkpoints.structure import is_ours
+
+    problems = verify(folder)
+    answer = {"checkpoint": str(folder), "has_checksums": is_ours(folder), "problems": problems}
+    return answer, int(bool(problems))
+
+
+def _lines(answer: dict[str, Any]) -> list[str]:
+    """Rows of a table are a line each; what is empty says so."""
+    lines = []
+    for key, value in answer.items():
+        if isinstance(value, dict):
+            lines += [f"{key}.{name:<28} {inner}" for name, inner in value.items()]
+        elif isinstance(value, list):
+            lines.append(f"{key}: {len(value) or 'none'}")
+            lines += [f"  {_row(row)}" for row in value]
+        else:
+            lines.append(f"{key}: {value}")
+    return lines
+
+
+def _row(row: Any) -> str:
+    if not isinstance(row, dict):
+        return str(row)
+    rest = (f"{key} {v:.6g}" if isinstance(v, float) else f"{key} {v}" for key, v in row.items())
+    return "  ".join(rest).removeprefix("name ")

@@ -1,0 +1,61 @@
+"""tools/inspect_checkpoint.py on real checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import checkpoint_tensors, flip_a_bit
+
+from megatron_smlp.checkpoints.inspect_cli import main
+from megatron_smlp.checkpoints.structure import iteration_folder
+from megatron_smlp.errors import UsageError
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: Any, code: int = 0) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main([*map(str, words), "--json"]) == code
+    parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return parsed
+
+
+def test_show_has_every_tensor_with_its_norm(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+):
+    shown = answer(capsys, "show", finished_run)
+    assert shown["iteration"] == 6
+    assert shown["model"]["architecture"] == "gmlp"
+    tensors = checkpoint_tensors(finished_run, 6)
+    assert {row["name"] for row in shown["tensors"]} == set(tensors)
+    for row in shown["tensors"]:
+        assert row["norm"] == pytest.approx(float(tensors[row["name"]].double().norm()))
+        assert row["shape"] == list(tensors[row["name"]].shape)
+    assert main(["show", str(finished_run)]) == 0
+    assert "embedding.word_embeddings.weight  shape [100, 8]" in capsys.readouterr().out
+
+
+def test_diff_is_by_tensor(finished_run: Path, capsys: pytest.CaptureFixture[str]):
+    first, second = (iteration_folder(finished_run, n) for n in (2, 6))
+    assert answer(capsys, "diff", first, first)["differences"] == []
+    rows = {
+        row["name"]: row for row in answer(capsys, "diff", first, second, code=1)["differences"]
+    }
+    before, after = (checkpoint_tensors(finished_run, n) for n in (2, 6))
+    assert set(rows) == {name for name in before if not torch.equal(before[name], after[name])}
+    name = "embedding.word_embeddings.weight"
+    gap = (before[name].double() - after[name].double()).abs().max()
+    assert rows[name]["max_abs"] == pytest.approx(float(gap))
+
+
+def test_verify_names_what_is_wrong(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert answer(capsys, "verify", run)["problems"] == []
+    flip_a_bit(iteration_folder(run, 6) / "__0_0.distcp")
+    problems = answer(capsys, "verify", run, code=1)["problems"]
+    assert problems == ["__0_0.distcp is not what was written"]
+    assert answer(capsys, "verify", iteration_folder(run, 4))["problems"] == []
+
+
+def test_no_checkpoint_is_a_readable_error(tmp_path: Path):
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        main(["verify", str(tmp_path)])

@@ -1,0 +1,19 @@
+#!/usr/bin/env python3
+"""Look into checkpoints, compare two, check one: one process, no GPU.
+
+tools/inspect_checkpoint.py show runs/first
+tools/inspect_checkpoint.py diff runs/first/iter_0000100 runs/second
+tools/inspect_checkpoint.py verify runs/first
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_smlp.checkpoints.inspect_cli import main
+from megatron_smlp.errors import readable_errors
+
+if __name__ == "__main__":
+    with readable_errors("inspect_checkpoint.py"):
+        sys.exit(main())
