@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,41 @@ def main(argv: Sequence[str]) -> None:
         Transcript() as transcript
     ):  # Megatron and torch print much; the results go to the terminal
         transcript.open(None, rank=0)
-        evaluate_tasks(options, megatron_flags)
+        if options.data_path:
+            evaluate_text(options, megatron_flags)
+        else:
+            evaluate_tasks(options, megatron_flags)
+        _end_together()
+
+
+def _end_together() -> None:
+    """A rank that left early would tear down what the others still talk through."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
+    """Print the perplexity of a dataset, a number a line."""
+    args, scorer, tokenizer = _scorer(options, megatron_flags)
+    from megatron_smlp.evaluation.perplexity import measure
+    from megatron_smlp.options import prefix_length
+    from megatron_smlp.training.transcript import terminal
+
+    prefix = prefix_length(args, seq_length=args.seq_length)
+    result = measure(
+        scorer, tokenizer, options.data_path, stride=options.stride, suffix_from=prefix
+    )
+    if args.rank != 0:
+        return
+    for name, value in result.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+        print(f"{name.replace('_', ' ')}: {shown}", file=terminal(), flush=True)
+    if options.output:
+        about = {"checkpoint": options.checkpoint, "data_path": options.data_path, **result}
+        Path(options.output).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
@@ -48,14 +83,21 @@ def _harness_model(options: argparse.Namespace, megatron_flags: Sequence[str]) -
         return ExportedModel(
             options.hf, batch_size=options.batch_size, device=options.device or default_device()
         )
+    args, scorer, tokenizer = _scorer(options, megatron_flags)
+    from megatron_smlp.evaluation.adapter import ScorerModel
+
+    return ScorerModel(scorer, tokenizer, speaks=args.rank == 0)
+
+
+def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple[Any, Any, Any]:
+    """Arguments, scorer and tokenizer of --checkpoint, in the layout of the flags."""
     from megatron_smlp.evaluation.megatron_loading import load_model
 
     args, stages, tokenizer = load_model(options.checkpoint, megatron_flags)
-    from megatron_smlp.evaluation.adapter import ScorerModel
     from megatron_smlp.evaluation.megatron_model import MegatronScorer
 
     scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=options.batch_size)
-    return ScorerModel(scorer, tokenizer, speaks=args.rank == 0)
+    return args, scorer, tokenizer
 
 
 def default_device() -> str:

@@ -38,7 +38,6 @@ def build_parser() -> argparse.ArgumentParser:
     tasks.add_argument("--markdown", metavar="FILE", help="a report beside the paper's figures")
     text = parser.add_argument_group("perplexity")
     text.add_argument("--data-path", metavar="PREFIX", help="a .bin/.idx pair, read once, whole")
-    text.add_argument("--split", metavar="A,B,C", help="only the validation part, as in training")
     text.add_argument(
         "--stride", type=int, metavar="N", help="tokens between windows (default: no overlap)"
     )
@@ -62,6 +61,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UsageError(
             "say what to measure: --tasks copa,piqa,... or --data-path PREFIX (perplexity)"
         )
+    if options.hf and options.data_path:
+        raise UsageError("--data-path goes with --checkpoint DIR, the run that --hf came from")
     if options.hf and rest:
         raise UsageError(f"{rest[0]} is not a flag of evaluate.py --hf; `--help` lists them")
     for flag in ("limit", "batch_size", "stride"):

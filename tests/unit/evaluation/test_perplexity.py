@@ -1,0 +1,72 @@
+"""Perplexity over a whole dataset: nothing twice, nothing left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_helpers import LENGTH, TEXT, Run, loaded
+from transformers import AutoModelForCausalLM
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.megatron_model import MegatronScorer
+from megatron_smlp.evaluation.perplexity import measure, windows
+
+
+@pytest.mark.parametrize("count", [2, 5, 8, 9, 10, 31])
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_every_token_but_the_first_is_predicted_once(count: int, stride: int) -> None:
+    cut = windows(range(count), longest=8, stride=stride)
+    predicted = [token for window in cut for token in window.row.tokens[-window.row.scored :]]
+    assert predicted == list(range(1, count))
+    for window in cut:
+        assert len(window.row.tokens) <= 9
+        assert window.row.tokens[window.first + 1] == window.row.tokens[-window.row.scored]
+
+
+@pytest.fixture(scope="module")
+def data(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from megatron_smlp.data.preprocess_cli import main
+
+    folder: Path = tmp_path_factory.mktemp("data")
+    lines = [json.dumps({"text": f"{TEXT} {number}"}) + "\n" for number in range(3)]
+    (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
+    words = (
+        f"--input {folder / 'text.jsonl'} --output-prefix {folder / 'text'} --append-eod "
+        f"--workers 1 --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}"
+    )
+    main(words.split())
+    return folder / "text_text_document"
+
+
+def test_perplexity_is_that_of_the_exported_model(run: Run, data: Path) -> None:
+    from megatron_smlp.data.indexed import open_index
+
+    with loaded(run.checkpoint) as (args, stages, tokenizer):
+        scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=8)
+        result = measure(scorer, tokenizer, str(data), stride=None, suffix_from=4)
+        strided = measure(scorer, tokenizer, str(data), stride=5, suffix_from=0)
+        with pytest.raises(UsageError, match="--stride 99 is over the model's 24 tokens"):
+            measure(scorer, tokenizer, str(data), stride=99, suffix_from=0)
+        with pytest.raises(UsageError, match="no dataset at"):
+            measure(scorer, tokenizer, f"{data}-absent", stride=None, suffix_from=0)
+    model = AutoModelForCausalLM.from_pretrained(run.exported, trust_remote_code=True).eval()
+    tokens = torch.from_numpy(open_index(str(data)).tokens().astype("int64"))
+    losses, behind = [], []
+    for begin in range(0, len(tokens) - 1, LENGTH):
+        part = tokens[begin : begin + LENGTH + 1]
+        with torch.no_grad():
+            logits = model(part[None, :-1]).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits, part[1:], reduction="none")
+        losses += loss.tolist()
+        behind += loss[4:].tolist()
+    assert result["tokens"] == len(losses) == strided["tokens"]
+    assert result["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    expected = math.exp(sum(behind) / len(behind))
+    assert result["suffix_perplexity"] == pytest.approx(expected, rel=1e-5)
+    texts = [f"{TEXT} {number}" for number in range(3)]
+    assert result["words"] == pytest.approx(sum(len(text.split()) for text in texts), abs=1)
+    assert result["byte_perplexity"] < result["perplexity"]
