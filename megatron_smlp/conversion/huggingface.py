@@ -201,16 +201,21 @@ def write(
         "AutoConfig": f"configuration_smlp.{SMLPConfig.__name__}",
         "AutoModelForCausalLM": f"modeling_smlp.{SMLPForCausalLM.__name__}",
     }
-    floats = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
-    config.dtype = max(set(floats), key=floats.count)
+    config.dtype = main_dtype(specs)
     if tokenizer:
         _add_tokenizer(config, tokenizer, folder)
     config.save_pretrained(folder)
-    _generation_config(config).save_pretrained(folder)
+    generation_config(config).save_pretrained(folder)
     source = Path(configuration_smlp.__file__).parent
     for file in CODE:
         shutil.copy(source / file, folder / file)
     write_folder(folder, specs, tensors, limit=shard_limit)
+
+
+def main_dtype(specs: Mapping[str, Spec]) -> torch.dtype:
+    """What most floating-point tensors are kept in."""
+    floats = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
+    return max(set(floats), key=floats.count)
 
 
 def _add_tokenizer(config: SMLPConfig, tokenizer: str, folder: Path) -> None:
@@ -229,7 +234,7 @@ def _add_tokenizer(config: SMLPConfig, tokenizer: str, folder: Path) -> None:
     config.pad_token_id = loaded.eos_token_id
 
 
-def _generation_config(config: SMLPConfig) -> Any:
+def generation_config(config: SMLPConfig) -> Any:
     """With it `generate` never draws an id of the vocabulary's padding, which no text has."""
     from transformers import GenerationConfig
 

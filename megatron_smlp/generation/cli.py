@@ -1,0 +1,224 @@
+"""The command line of tools/generate.py: one prompt, a file of them, or a conversation."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_smlp.errors import UsageError
+
+if TYPE_CHECKING:
+    from megatron_smlp.generation.completion import Completion, Sampling
+    from megatron_smlp.generation.language_model import LanguageModel
+
+EPILOG = """\
+Without --prompt and --prompts-file, prompts are read from the terminal, a line each; Ctrl-D ends.
+A model has as many positions as --seq-length of its run: at the last one, generation stops with a
+message on stderr."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong flags end like every other error of the tools: in one line."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(f"{message}. `--help` lists every flag.")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, with which tokenizer, and where it runs."""
+    from megatron_smlp.data.tokenizers import add_tokenizer_arguments
+
+    model = parser.add_argument_group("model (one of the first two)")
+    model.add_argument("--checkpoint", metavar="DIR", help="the --save folder of a run")
+    model.add_argument("--hf", metavar="DIR", help="what tools/convert_checkpoint.py --to hf wrote")
+    model.add_argument(
+        "--ckpt-step", type=int, metavar="N", help="iteration of --checkpoint (default: the newest)"
+    )
+    model.add_argument("--device", help="(default: a GPU where there is one)")
+    model.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of the weights (default: as they are stored)",
+    )  # fmt: skip
+    add_tokenizer_arguments(parser, required=False)
+
+
+def check_model_arguments(options: argparse.Namespace) -> None:
+    """Before torch is imported.
+
+    Raises:
+        UsageError: not exactly one model, or a folder that does not exist.
+    """
+    if bool(options.checkpoint) == bool(options.hf):
+        raise UsageError("give one model: --checkpoint DIR (of a run) or --hf DIR (exported)")
+    flag = "checkpoint" if options.checkpoint else "hf"
+    folder = getattr(options, flag)
+    if not Path(folder).is_dir():
+        raise UsageError(f"--{flag} {folder}: there is no such folder")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="generate.py",
+        description="Continue prompts with a checkpoint, in any layout, or an exported model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("--prompt", metavar="TEXT", help="print it with its continuation")
+    prompts.add_argument(
+        "--prompts-file", metavar="FILE",
+        help='a prompt per line, or {"prompt": ...} per line of a .jsonl; prints JSON lines',
+    )  # fmt: skip
+    prompts.add_argument("--batch-size", type=int, default=8, metavar="B", help="(default 8)")
+    how = parser.add_argument_group("sampling")
+    how.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default 64)")
+    how.add_argument(
+        "--temperature", type=float, default=0.8, help="0: the likeliest token (default 0.8)"
+    )
+    how.add_argument("--top-k", type=int, default=50, help="0: all tokens (default 50)")
+    how.add_argument("--top-p", type=float, default=1.0, help="(default 1: all tokens)")
+    how.add_argument("--num-beams", type=int, default=1, help="beam search (default 1: none)")
+    how.add_argument("--num-samples", type=int, default=1, help="of each prompt (default 1)")
+    how.add_argument("--seed", type=int, default=0, help="(default 0)")
+    add_model_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = build_parser().parse_args(argv)
+    check_model_arguments(options)
+    _check(options)
+    prompts = read_prompts(Path(options.prompts_file)) if options.prompts_file else []
+    # Imported late: torch takes seconds, and --help and wrong flags should not.
+    import torch
+
+    from megatron_smlp.generation.completion import Sampling
+    from megatron_smlp.generation.language_model import load
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "num_beams", "num_samples")
+    sampling = Sampling(**{name: getattr(options, name) for name in names})
+    lm = load(options)
+    torch.manual_seed(options.seed)
+    if options.prompts_file:
+        _run_file(lm, prompts, sampling, batch_size=options.batch_size)
+    elif options.prompt is not None:
+        _run_one(lm, options.prompt, sampling, where="--prompt")
+    else:
+        _converse(lm, sampling)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.prompt is not None and options.prompts_file:
+        raise UsageError("give --prompt or --prompts-file, not both")
+    if options.prompt == "":
+        raise UsageError("--prompt is empty: give some text to continue")
+    for flag in ("max_new_tokens", "num_beams", "num_samples", "batch_size"):
+        if getattr(options, flag) < 1:
+            raise _wrong(options, flag, "1 or more")
+    if not options.temperature >= 0:
+        raise _wrong(options, "temperature", "0 or more")
+    if options.top_k < 0:
+        raise _wrong(options, "top_k", "0 or more")
+    if not 0 < options.top_p <= 1:
+        raise _wrong(options, "top_p", "over 0 and at most 1")
+    if options.temperature == 0 and options.num_samples > options.num_beams:
+        raise UsageError(
+            f"--num-samples {options.num_samples} with --temperature 0 would be the same text "
+            "again: give a temperature over 0, or as many --num-beams"
+        )
+
+
+def _wrong(options: argparse.Namespace, name: str, allowed: str) -> UsageError:
+    return UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: give {allowed}")
+
+
+def read_prompts(path: Path) -> list[tuple[str, str]]:
+    """(name for messages, prompt) of each line that is not blank.
+
+    Raises:
+        UsageError: the file cannot be read, or a line of a .jsonl has no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts-file {path} cannot be read: {error}") from error
+    prompts = [
+        (where, _from_json(line, where) if path.suffix == ".jsonl" else line.rstrip("\r"))
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+        for where in [f"{path}, line {number}"]
+    ]
+    if not prompts:
+        raise UsageError(f"--prompts-file {path} has no prompts: give one per line")
+    return prompts
+
+
+def _from_json(line: str, where: str) -> str:
+    try:
+        record: Any = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{where} is not JSON: {error}") from error
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(prompt, str):
+        raise UsageError(f'{where} has no "prompt" that is a text')
+    return prompt
+
+
+def _run_file(
+    lm: LanguageModel, prompts: list[tuple[str, str]], sampling: Sampling, *, batch_size: int
+) -> None:
+    from megatron_smlp.generation.completion import complete, encode_prompt
+
+    # All of them first: a wrong line is found before hours of work, not after them.
+    encoded = [encode_prompt(lm, prompt, where=where) for where, prompt in prompts]
+    for batch in _batches(encoded, batch_size, room=lm.longest - sampling.max_new_tokens):
+        for done in complete(lm, batch, sampling):
+            record = {"prompt": done.prompt, "text": done.text, "num_tokens": done.num_tokens}
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+            _tell(lm, done)
+
+
+def _batches(prompts: list[list[int]], size: int, *, room: int) -> Iterator[tuple[list[int], ...]]:
+    """In order. A prompt that will reach position T goes alone, so that it stops no other."""
+    for ends_early, group in itertools.groupby(prompts, key=lambda ids: len(ids) > room):
+        yield from itertools.batched(group, 1 if ends_early else size)
+
+
+def _run_one(lm: LanguageModel, prompt: str, sampling: Sampling, *, where: str) -> None:
+    from megatron_smlp.generation.completion import complete, encode_prompt
+
+    ids = encode_prompt(lm, prompt, where=where)
+    for done in complete(lm, [ids], sampling):
+        print(prompt + done.text, flush=True)
+        _tell(lm, done)
+
+
+def _tell(lm: LanguageModel, done: Completion) -> None:
+    if done.reached_the_end:
+        print(
+            f"generate.py: stopped at position {lm.longest}, where the model's sequences end, "
+            f"after {done.num_tokens} new tokens",
+            file=sys.stderr,
+        )
+
+
+def _converse(lm: LanguageModel, sampling: Sampling) -> None:
+    """Lines of the terminal or a pipe; what is wrong with one does not end it."""
+    sign = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            prompt = input(sign)
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not prompt.strip():
+            continue
+        try:
+            _run_one(lm, prompt, sampling, where="the prompt")
+        except UsageError as error:
+            print(f"generate.py: {error}", file=sys.stderr)

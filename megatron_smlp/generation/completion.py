@@ -1,0 +1,113 @@
+"""Prompts -> continuations, by transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.generation.language_model import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+    """0 takes the likeliest token, always."""
+    top_k: int = 50
+    """Tokens to choose among; 0: all."""
+    top_p: float = 1.0
+    """The likeliest tokens that have this probability together."""
+    num_beams: int = 1
+    num_samples: int = 1
+    """Continuations of each prompt."""
+
+    def arguments(self) -> dict[str, Any]:
+        """In the words of `generate`."""
+        common = {"num_beams": self.num_beams, "num_return_sequences": self.num_samples}
+        if self.temperature == 0:
+            return {"do_sample": False, **common}
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            **common,
+        }
+
+
+@dataclass(frozen=True)
+class Completion:
+    prompt: str
+    text: str
+    """What follows the prompt, without the end-of-document token."""
+    num_tokens: int
+    reached_the_end: bool
+    """Whether it stopped because the model has no further position."""
+
+
+def encode_prompt(lm: LanguageModel, prompt: str, *, where: str) -> list[int]:
+    """The ids of a prompt that can be continued.
+
+    Args:
+        where: what to call the prompt in a message.
+
+    Raises:
+        UsageError: it is empty, or leaves no position to generate at.
+    """
+    try:
+        ids = lm.encode(prompt)
+    except ValueError as error:
+        raise UsageError(f"{where} cannot be encoded: {error}") from error
+    if not ids:
+        raise UsageError(f"{where} is empty: give some text to continue")
+    if len(ids) >= lm.longest:
+        raise UsageError(
+            f"{where} has {len(ids)} tokens and the model's sequences end at {lm.longest}: give "
+            f"at most {lm.longest - 1}"
+        )
+    return ids
+
+
+def complete(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> Iterator[Completion]:
+    """Continue prompts together, in one batch; sampling draws from torch's global generator.
+
+    The longest prompt decides where position T is: no sample goes on when that one has to stop.
+
+    Args:
+        prompts: token ids, at least one each, fewer than T.
+    """
+    width = max(map(len, prompts))
+    room = lm.longest - width
+    padding = lm.end or 0
+    ids = torch.full((len(prompts), width), padding, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    device = lm.model.device
+    with torch.inference_mode():
+        output = lm.model.generate(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=min(sampling.max_new_tokens, room),
+            eos_token_id=lm.end,
+            pad_token_id=padding,
+            **sampling.arguments(),
+        )
+    for row, new in enumerate(output[:, width:].tolist()):
+        prompt = prompts[row // sampling.num_samples]
+        kept = new[: new.index(lm.end)] if lm.end in new else new
+        yield Completion(
+            prompt=lm.decode(prompt),
+            text=lm.continuation(prompt, kept),
+            num_tokens=len(kept),
+            reached_the_end=len(kept) == room < sampling.max_new_tokens,
+        )

@@ -1,0 +1,188 @@
+"""A model with its tokenizer, ready to generate: from a run's checkpoint or an exported folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.tokenizers import Encoder, TokenizerSpec
+from megatron_smlp.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Text in, text out."""
+
+    model: Any
+    """A transformers model with `generate`, in evaluation mode."""
+    tokenizer: Encoder
+    end: int | None
+    """Id of the end-of-document token; generation stops at it."""
+    name: str
+
+    @property
+    def longest(self) -> int:
+        """T: positions that the model has."""
+        return int(self.model.config.max_position_embeddings)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, padding included."""
+        return int(self.model.config.vocab_size)
+
+    @property
+    def padding_ids(self) -> list[int]:
+        """Ids of the vocabulary's padding, which no text has."""
+        return list(self.model.generation_config.suppress_tokens or [])
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode_batch([text])[0].tolist()
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
+        """The text of `new` where it follows `prompt`; some tokenizers write a blank between."""
+        return self.decode([*prompt, *new])[len(self.decode(prompt)) :]
+
+
+def load(options: argparse.Namespace) -> LanguageModel:
+    """The model that --checkpoint or --hf names, on --device and in --dtype.
+
+    Raises:
+        UsageError: a folder that is neither, or a tokenizer that is missing or not the model's.
+    """
+    _silence_transformers()
+    model, spec, source = _exported(options) if options.hf else _trained(options)
+    tokenizer = _resolve(_asked_for(options, spec, source), source)
+    config = model.config
+    entries = getattr(config, "unpadded_vocab_size", None) or config.vocab_size
+    if tokenizer.vocab_size > entries:
+        raise UsageError(
+            f"{source} was trained with {entries} vocabulary entries and the tokenizer has "
+            f"{tokenizer.vocab_size}: they do not belong together"
+        )
+    folder = Path(options.hf or options.checkpoint)
+    name = options.model_name if getattr(options, "model_name", None) else folder.resolve().name
+    return LanguageModel(_placed(model, options), tokenizer.build(), tokenizer.eod, name)
+
+
+def _trained(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, str]:
+    from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
+
+    checkpoint = TorchDistCheckpoint(options.checkpoint, iteration=options.ckpt_step)
+    recorded = getattr(checkpoint.args, "tokenizer_type", None)
+    spec = TokenizerSpec.from_arguments(checkpoint.args) if recorded else None
+    return model_of(checkpoint), spec, f"--checkpoint {options.checkpoint}"
+
+
+def model_of(checkpoint: Any) -> Any:
+    """The Hugging Face model of a Megatron checkpoint, whatever its layout, in memory.
+
+    checkpoint: a `TorchDistCheckpoint`.
+    """
+    from megatron_smlp.conversion import huggingface
+    from megatron_smlp.conversion.tensors import account, carried_out
+
+    config = huggingface.config_of(checkpoint.flags)
+    model = huggingface.build(config)
+    plan = huggingface.export_plan(checkpoint.specs, checkpoint.flags)
+    expected = huggingface.expected_shapes(model)
+    specs = account(plan, checkpoint.specs, expected, where=str(checkpoint.folder))
+    # `account` has compared the names; a tied output layer alone is not among them.
+    model.load_state_dict(dict(carried_out(plan, checkpoint)), assign=True, strict=False)
+    model.tie_weights()
+    model.generation_config = huggingface.generation_config(config)
+    return model.to(huggingface.main_dtype(specs)).eval()
+
+
+def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, str]:
+    from transformers import AutoModelForCausalLM
+
+    from megatron_smlp.conversion.huggingface import read_config_json
+    from megatron_smlp.hf.configuration_smlp import SMLPConfig
+    from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
+
+    folder = Path(options.hf)
+    is_ours = read_config_json(folder).get("model_type") == SMLPConfig.model_type
+    # Our own class: no code that lies in the folder is run.
+    kind = SMLPForCausalLM if is_ours else AutoModelForCausalLM
+    try:
+        model = kind.from_pretrained(folder, dtype="auto", local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"--hf {folder} cannot be loaded: {reason}") from error
+    spec = None
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        spec = TokenizerSpec(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
+    return model.eval(), spec, f"--hf {folder}"
+
+
+def _asked_for(
+    options: argparse.Namespace, spec: TokenizerSpec | None, source: str
+) -> TokenizerSpec:
+    """The tokenizer of the command line, or else that of the model."""
+    if options.tokenizer_type:
+        return TokenizerSpec.from_arguments(options)
+    if options.tokenizer_model:
+        return TokenizerSpec(
+            tokenizer_type=spec.tokenizer_type if spec else "HuggingFaceTokenizer",
+            tokenizer_model=options.tokenizer_model,
+        )
+    if spec is None:
+        raise UsageError(f"{source} has no tokenizer: give --tokenizer-model FOLDER")
+    return spec
+
+
+def _resolve(spec: TokenizerSpec, source: str) -> Any:
+    # A prompt goes on: no token that closes a text may follow it.
+    bare = dataclasses.replace(spec, tokenizer_hf_no_include_special_tokens=True)
+    try:
+        return bare.resolve()
+    except DataError as error:
+        raise UsageError(
+            f"{error}; where the tokenizer of {source} has moved, give --tokenizer-model"
+        ) from error
+
+
+def _placed(model: Any, options: argparse.Namespace) -> Any:
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {device} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+    return model if options.dtype == "auto" else model.to(_dtype(options.dtype))
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _silence_transformers() -> None:
+    import logging
+    import warnings
+
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()
+    warnings.simplefilter("ignore")  # what is missing on a machine without CUDA is no news
+    logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -1,0 +1,36 @@
+"""Folders of small models with a tokenizer, as the tools for text take them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from support.conversions import save_exported
+from support.smlp_systems import make_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+END = "<|endoftext|>"
+
+
+def save_tokenizer(folder: Path) -> int:
+    """Bytes and an end-of-document token, as a Hugging Face tokenizer; its number of entries."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return int(backend.get_vocab_size())
+
+
+def save_language_model(folder: Path, system: str, **changes: Any) -> Path:
+    """An exported folder of one of support/smlp_systems.py, with padding of its vocabulary."""
+    entries = save_tokenizer(folder / "tokenizer")
+    model = make_model(system, vocab_size=entries + 7, unpadded_vocab_size=entries, **changes)
+    save_exported(model, folder / "hf")
+    save_tokenizer(folder / "hf")
+    return folder / "hf"

@@ -1,0 +1,171 @@
+"""tools/generate.py: prompts of all three kinds, both kinds of models, position T, bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.conversions import run
+from support.in_process import pretrained
+from support.language_models import save_language_model
+from support.smlp_systems import LONGEST
+
+from megatron_smlp.conversion import convert
+from megatron_smlp.errors import UserError
+from megatron_smlp.generation import cli
+from megatron_smlp.generation.language_model import load
+
+ROOT = Path(__file__).parents[3]
+TRAINED = (
+    "--architecture smlp --num-dense-layers 1 --num-layers 3 --feature-router deterministic "
+    "--num-feature-experts 2 --num-experts 4 --token-router base --bf16"
+)
+GREEDY = ["--temperature", "0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(3)
+    return save_language_model(tmp_path_factory.mktemp("model"), "smlp_partial")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a run whose tokens are numbers."""
+    made: Path = tmp_path_factory.mktemp("trained")
+    with pretrained(f"{TRAINED} --save {made}"):
+        return made
+
+
+def lines(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    cli.main(words)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_checkpoint_says_what_its_export_says(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(convert.torch_dist_to_hf, trained, tmp_path / "hf")
+    words = ["--prompt", "5 17 3", "--max-new-tokens", "6", *GREEDY]
+    [ours] = lines(["--checkpoint", str(trained), *words], capsys)
+    numbers = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
+    assert lines(["--hf", str(tmp_path / "hf"), *numbers, *words], capsys) == [ours]
+    tokens = [int(word) for word in ours.split()]
+    assert tokens[:3] == [5, 17, 3]
+    assert len(tokens) == 9
+    assert max(tokens) <= 100  # never the padding of the vocabulary
+
+
+def test_a_checkpoint_has_the_weights_of_its_export(trained: Path, tmp_path: Path) -> None:
+    run(convert.torch_dist_to_hf, trained, tmp_path / "hf")
+    words = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
+    states = []
+    for model in (["--checkpoint", str(trained)], ["--hf", str(tmp_path / "hf"), *words]):
+        states.append(load(cli.build_parser().parse_args(model)).model.state_dict())
+    ours, theirs = states
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert {name: ours[name].dtype for name in ours} == {n: t.dtype for n, t in theirs.items()}
+
+
+def test_a_file_of_prompts_equals_one_by_one(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Different lengths together; the last prompt ends at position T and stops no other."""
+    prompts = ["a", "the files are", "", "nine words ", "x" * (LONGEST - 3)]
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    model = ["--hf", str(folder), "--max-new-tokens", "9", *GREEDY]
+    records = [json.loads(line) for line in lines([*model, "--prompts-file", str(path)], capsys)]
+    given = [prompt for prompt in prompts if prompt]
+    assert [record["prompt"] for record in records] == given
+    for record, prompt in zip(records, given, strict=True):
+        cli.main([*model, "--prompt", prompt])
+        assert capsys.readouterr().out == record["prompt"] + record["text"] + "\n"
+    assert records[-1]["num_tokens"] == 3
+    path = path.with_suffix(".jsonl")
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in given))
+    again = [json.loads(line) for line in lines([*model, "--prompts-file", str(path)], capsys)]
+    assert again == records
+
+
+def test_it_stops_at_position_t_and_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "y" * (LONGEST - 4)
+    model = ["--hf", str(folder), *GREEDY, "--prompt", prompt]
+    cli.main([*model, "--max-new-tokens", "4"])
+    enough = capsys.readouterr()
+    cli.main([*model, "--max-new-tokens", "50"])
+    stopped = capsys.readouterr()
+    assert enough.out == stopped.out
+    assert enough.err == ""
+    assert f"stopped at position {LONGEST}" in stopped.err
+    assert "after 4 new tokens" in stopped.err
+
+
+def test_a_seed_repeats_and_samples_differ(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--hf", str(folder), "--prompt", "a b", "--num-samples", "3", "--temperature", "2"]
+    texts = []
+    for seed in ("1", "1", "2"):
+        cli.main([*model, "--seed", seed, "--top-p", "0.95", "--top-k", "0"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    cli.main(["--hf", str(folder), "--prompt", "a b", "--num-beams", "3", *GREEDY])
+    assert capsys.readouterr().out.startswith("a b")
+
+
+def test_lines_of_a_pipe_are_a_conversation(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"a\n{'z' * LONGEST}\nb\n"))
+    cli.main(["--hf", str(folder), "--max-new-tokens", "1", *GREEDY])
+    said = capsys.readouterr()
+    assert "the prompt has 40 tokens and the model's sequences end at 40" in said.err
+    assert said.out.startswith("a")
+    assert "\nb" in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "give one model: --checkpoint DIR"),
+        ("--hf {0} --checkpoint {0}", "give one model"),
+        ("--hf /absent --prompt a", "--hf /absent: there is no such folder"),
+        ("--checkpoint {1} --prompt a", "holds no checkpoint"),
+        ("--hf {1} --prompt a", "config.json is missing"),
+        ("--hf {0} --prompt=", "--prompt is empty"),
+        ("--hf {0} --prompt a --top-p 0", "--top-p 0.0: give over 0 and at most 1"),
+        ("--hf {0} --prompt a --temperature nan", "--temperature nan: give 0 or more"),
+        ("--hf {0} --prompt a --max-new-tokens 0", "--max-new-tokens 0: give 1 or more"),
+        ("--hf {0} --prompt a --max-new-tokens x", "invalid int value: 'x'"),
+        ("--hf {0} --prompt a --device nowhere", "--device nowhere cannot be used"),
+        ("--hf {0} --prompts-file /absent", "--prompts-file /absent cannot be read"),
+        ("--hf {0} --prompts-file {1}/bad.jsonl", 'bad.jsonl, line 2 has no "prompt"'),
+        ("--hf {0} --prompt a --tokenizer-model {1}", "--tokenizer-model"),
+        ("--hf {0} --prompt a --tokenizer-type ByteLevelTokenizer", "do not belong together"),
+    ],
+)
+def test_bad_input_is_one_line(folder: Path, tmp_path: Path, words: str, message: str) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(UserError) as caught:
+        cli.main(words.format(folder, tmp_path).split())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_flags_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.argv[1:] = sys.argv[2:]; from megatron_smlp.generation import cli\n"
+        "from megatron_smlp.errors import UsageError\n"
+        "try: cli.main(['--hf', '/absent'])\n"
+        "except UsageError: sys.exit('torch' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
