@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_smlp.config_file import read_yaml
+from megatron_smlp.continuing import with_checkpoint_flags
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import (
@@ -56,10 +57,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     safe_loading.apply()
     layout_free_optimizer.apply()
     parser = build_parser()
-    argv = expand_config(parser, argv)
+    argv = with_checkpoint_flags(parser, expand_config(parser, argv))
     _refuse_unknown(parser, argv)
     args = _parse_like_megatron(argv)
     args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
+    args.command_line = argv
     _settle_defaults(args)
     check_model(args)
     check_schedule(args)
@@ -228,6 +230,9 @@ def _settle_defaults(args: argparse.Namespace) -> None:
         args.save_interval = args.train_iters  # once, at the end; Megatron insists on a number
     args.log_dir = args.log_dir or args.save
     _settle_saving(args)
+    if not args.use_checkpoint_opt_param_scheduler:
+        # Megatron would stop with a traceback where a checkpoint has another --lr or --train-iters.
+        args.override_opt_param_scheduler = True
     settle_load(args)
     keep_padding(args)
     use_local_gpt2_files(args)

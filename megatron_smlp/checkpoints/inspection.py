@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.structure import (
     MODEL,
     is_checkpoint_folder,
@@ -72,10 +73,18 @@ class Tensors:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Iteration and the flags of the model."""
+    """Iteration, layout, tokenizer, the flags that were given, and those of the model."""
     model = folder / MODEL
     flags = json.loads(model.read_text(encoding="utf-8")) if model.exists() else None
-    return {"checkpoint": str(folder), "iteration": iteration_of(folder), "model": flags}
+    record = read_run_record(folder) or {}
+    return {
+        "checkpoint": str(folder),
+        "iteration": iteration_of(folder),
+        "layout": record.get("layout"),
+        "tokenizer": record.get("tokenizer"),
+        "command_line": " ".join(record.get("command_line", [])) or None,
+        "model": flags,
+    }
 
 
 def tensor_rows(folder: Path) -> Iterator[dict[str, Any]]:

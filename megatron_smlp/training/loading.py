@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_smlp.checkpoints import integrity
+from megatron_smlp.checkpoints.run_record import changes, read_run_record
 from megatron_smlp.checkpoints.structure import (
     TRACKER,
     is_ours,
@@ -48,6 +49,7 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
     if not order:
         return
     chosen = _first_good(args, order, say)
+    _tell_changes(args, chosen, say)
     if chosen == args.ckpt_step:
         return
     args.ckpt_step = chosen
@@ -88,6 +90,12 @@ def _tell(refused: list[str], folder: Path, say: Say) -> None:
         say(f"WARNING: going on from {folder} instead, the newest that is whole")
     if not is_ours(folder):
         say(f"{folder} has no checksums: it was checked for missing and short files only")
+
+
+def _tell_changes(args: argparse.Namespace, iteration: int, say: Say) -> None:
+    record = read_run_record(iteration_folder(args.load, iteration)) if args.rank == 0 else None
+    if record and (found := changes(record, args)):
+        say(f"changed since iteration {iteration}: {', '.join(found)}")
 
 
 def _refusal(args: argparse.Namespace, refused: list[str]) -> str:

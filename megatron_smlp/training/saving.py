@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_smlp.checkpoints import integrity, retention
+from megatron_smlp.checkpoints.run_record import write_run_record
 from megatron_smlp.checkpoints.structure import (
     TRACKER,
     iteration_of,
@@ -101,6 +102,7 @@ class Saving:
     def _publish(self, save: Save) -> list[str]:
         try:
             write_model_flags(self.args, save.partial)
+            write_run_record(self.args, save.partial, iteration=iteration_of(save.final))
             integrity.seal(save.partial)
             replace_folder(save.partial, save.final)
             iteration = iteration_of(save.final)

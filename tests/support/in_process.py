@@ -30,14 +30,14 @@ def forget_arguments() -> None:
 
 
 @contextlib.contextmanager
-def pretrained(words: str) -> Iterator[None]:
+def pretrained(words: str, *, base: str = MINIMAL) -> Iterator[None]:
     """A whole pretrain_smlp.py run in this process, forgotten afterwards; its errors come out."""
     from support.runs import forget_run
 
     from pretrain_smlp import main
 
     try:
-        main([*MINIMAL.split(), *words.split()])
+        main([*base.split(), *words.split()])
         yield
     finally:
         forget_run()

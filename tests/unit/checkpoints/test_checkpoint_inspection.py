@@ -26,6 +26,9 @@ def test_show_has_every_tensor_with_its_norm(
     shown = answer(capsys, "show", finished_run)
     assert shown["iteration"] == 6
     assert shown["model"]["architecture"] == "gmlp"
+    assert shown["layout"]["world_size"] == 1
+    assert shown["tokenizer"]["tokenizer_type"] == "NullTokenizer"
+    assert "--ffn-hidden-size 16" in shown["command_line"]
     tensors = checkpoint_tensors(finished_run, 6)
     assert {row["name"] for row in shown["tensors"]} == set(tensors)
     for row in shown["tensors"]:

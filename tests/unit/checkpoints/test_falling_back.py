@@ -9,6 +9,7 @@ from support.checkpoints import assert_ends_like, flip_a_bit, pretrain
 
 from megatron_smlp.checkpoints.structure import (
     MARKER,
+    RUN,
     SUMS,
     TRACKER,
     iteration_folder,
@@ -102,7 +103,7 @@ def test_weights_of_another_folder_and_of_megatron(
 ):
     """--finetune falls back too, leaves --load as it is, and takes one without checksums."""
     flip_a_bit(iteration_folder(run, 6) / "__0_0.distcp")
-    for name in (SUMS, MARKER):
+    for name in (SUMS, MARKER, RUN):
         (iteration_folder(run, 4) / name).unlink()
     before = sorted(path.name for path in run.iterdir())
     pretrain(f"--load {run} --finetune --save {tmp_path / 'tuned'} --exit-interval 2")

@@ -1,0 +1,118 @@
+"""`run.json` in a checkpoint: the whole configuration of the run that saved it, as plain JSON.
+
+| key | what it is |
+|---|---|
+| iteration, consumed_train_samples | how far the run was |
+| command_line | its flags as words, those of its YAML file among them |
+| given | which flags these were |
+| flags | the value of every flag, as Megatron and the machine settled it |
+| layout | over how many ranks the model was spread, and how |
+| tokenizer | flags that name it, its size, and the SHA-256 of its vocabulary |
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.checkpoints import integrity
+from megatron_smlp.checkpoints.structure import RUN
+from megatron_smlp.durable import write_durably
+
+LAYOUT = (
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "context_parallel_size",
+    "data_parallel_size",
+    "sequence_parallel",
+    "use_distributed_optimizer",
+)
+TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
+
+# What one start of a run says about itself; the next one does not take it over.
+OF_ONE_START = frozenset({
+    "config", "use_checkpoint_args", "load", "save", "log_dir", "ckpt_step", "finetune",
+    "no_load_optim", "no_load_rng", "pretrained_checkpoint", "dry_run", "no_resume", "strict_load",
+    "exit_interval", "exit_duration_in_mins", "override_opt_param_scheduler",
+    "use_checkpoint_opt_param_scheduler",
+})  # fmt: skip
+
+
+def run_record(args: argparse.Namespace, *, iteration: int | None) -> dict[str, Any]:
+    """What `run.json` says, of a namespace that `parse_arguments` returned."""
+    return {
+        "iteration": iteration,
+        "consumed_train_samples": args.consumed_train_samples,
+        "command_line": args.command_line,
+        "given": sorted(args.explicit_flags),
+        "layout": {name: getattr(args, name) for name in LAYOUT},
+        "tokenizer": {name: getattr(args, name) for name in TOKENIZER}
+        | {"identity": _tokenizer_identity(args)},
+        "flags": {name: plain(value) for name, value in sorted(vars(args).items())},
+    }
+
+
+def _tokenizer_identity(args: argparse.Namespace) -> str | None:
+    from megatron_smlp.data.errors import DataError
+    from megatron_smlp.data.tokenizers import identity_from_arguments
+
+    try:
+        return identity_from_arguments(args)
+    except DataError:  # trained with, but not one that the tools of this repository read
+        return None
+
+
+def plain(value: Any) -> Any:
+    """The same for JSON; what JSON does not have becomes its text."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return str(value)
+
+
+def write_run_record(args: argparse.Namespace, folder: Path, *, iteration: int | None) -> None:
+    """Put run.json into the folder of a checkpoint.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = json.dumps(run_record(args, iteration=iteration), indent=1)
+    write_durably(folder / RUN, text + "\n")
+
+
+def read_run_record(folder: Path) -> dict[str, Any] | None:
+    """What is in run.json; None where it is missing or is not what was written."""
+    try:
+        text = (folder / RUN).read_text(encoding="utf-8")
+        sums, problems = integrity.read_sums(folder)
+        if problems or integrity.problems_in(folder, {RUN: sums.get(RUN, "")}):
+            return None
+        record: dict[str, Any] = json.loads(text)
+    except (OSError, ValueError):
+        return None
+    return record
+
+
+def changes(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """What this run's flags say otherwise than the checkpoint's: `--lr 0.001 -> 0.0005`.
+
+    Flags that were given then or are given now, and the number of ranks.
+    """
+    names = {*record["given"], *args.explicit_flags} - OF_ONE_START
+    before = record["flags"]
+    found = []
+    for name in ["world_size", *sorted(names)]:
+        now = plain(getattr(args, name, None))
+        if name in before and before[name] != now:
+            title = "ranks" if name == "world_size" else "--" + name.replace("_", "-")
+            found.append(f"{title} {before[name]} -> {now}")
+    return found

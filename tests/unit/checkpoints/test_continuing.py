@@ -1,0 +1,94 @@
+"""`--use-checkpoint-args`: a checkpoint's flags, what may differ from them and what may not."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.checkpoints import assert_ends_like, carry_on, flip_a_bit, pretrain
+
+from megatron_smlp.checkpoints.run_record import read_run_record
+from megatron_smlp.checkpoints.structure import RUN, iteration_folder, iterations
+from megatron_smlp.errors import UsageError
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_a_run_goes_on_without_its_flags(finished_run: Path, tmp_path: Path, capfd: Capture):
+    run = tmp_path / "run"
+    pretrain(f"--save {run} --exit-interval 2")
+    carry_on(f"--load {run} --use-checkpoint-args")
+    output = capfd.readouterr().out
+    assert "resumed from iteration 2 of" in output
+    assert "changed since" not in output
+    assert_ends_like(run, finished_run)
+
+
+def test_a_yaml_file_and_a_moved_folder(finished_run: Path, tmp_path: Path):
+    """The file is not read again, and a record of a record is whole."""
+    config = tmp_path / "config.yaml"
+    config.write_text("clip_grad: 0.5\nuntie_embeddings_and_output_weights: true\n", "utf-8")
+    pretrain(f"--save {tmp_path / 'run'} --config {config} --exit-interval 2")
+    config.unlink()
+    run = (tmp_path / "run").rename(tmp_path / "moved")
+    carry_on(f"--load {run} --use-checkpoint-args --exit-interval 4")
+    carry_on(f"--load {run} --use-checkpoint-args")
+    assert iterations(run) == [2, 4, 6]
+    assert not (tmp_path / "run").exists()
+    record = read_run_record(iteration_folder(run, 6)) or {}
+    assert record["iteration"] == 6
+    assert record["consumed_train_samples"] == 12
+    assert record["flags"]["clip_grad"] == 0.5
+    assert "--untie-embeddings-and-output-weights" in record["command_line"]
+
+
+def test_learning_rate_and_batch_may_change_and_are_told(run: Path, capfd: Capture):
+    carry_on(
+        f"--load {run} --ckpt-step 2 --use-checkpoint-args --lr 5e-4 --global-batch-size 4 "
+        "--train-iters 8"
+    )
+    output = capfd.readouterr().out
+    changed = (
+        "changed since iteration 2: --global-batch-size 2 -> 4, --lr 0.001 -> 0.0005, "
+        "--train-iters 6 -> 8"
+    )
+    assert changed in output
+    assert iterations(run)[-1] == 8
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    rates = {line["iteration"]: line["learning_rate"] for line in lines if "learning_rate" in line}
+    assert rates[8] < rates[3] <= 5e-4 < rates[2]
+
+
+def test_the_model_may_not_change(run: Path):
+    message = r"--seq-length 8 contradicts the checkpoint .* made with 16: give --seq-length 16"
+    with pytest.raises(UsageError, match=message):
+        carry_on(f"--load {run} --use-checkpoint-args --seq-length 8")
+
+
+def test_another_folder_to_save_in(run: Path, tmp_path: Path):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    carry_on(
+        f"--load {run} --ckpt-step 4 --use-checkpoint-args --save {tmp_path / 'new'} "
+        "--no-mock-data --mock-data --train-samples 12"
+    )
+    assert iterations(tmp_path / "new") == [6]
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_damaged_flags_are_not_believed(run: Path, capfd: Capture):
+    """Those of the checkpoint that is loaded instead are."""
+    flip_a_bit(iteration_folder(run, 6) / RUN)
+    carry_on(f"--load {run} --use-checkpoint-args")
+    output = capfd.readouterr().out
+    assert "run.json is not what was written" in output
+    assert "resumed from iteration 4 of" in output
+
+
+def test_what_has_no_flags_is_refused(run: Path, tmp_path: Path):
+    for iteration in (2, 4, 6):
+        (iteration_folder(run, iteration) / RUN).unlink()
+    with pytest.raises(UsageError, match=r"iter_0000006 has no run\.json that is whole"):
+        carry_on(f"--load {run} --use-checkpoint-args")
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        carry_on(f"--load {tmp_path / 'nothing'} --use-checkpoint-args")
+    with pytest.raises(UsageError, match="say which one by --load"):
+        carry_on("--use-checkpoint-args")
