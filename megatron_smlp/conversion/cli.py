@@ -10,7 +10,11 @@ from pathlib import Path
 from megatron_smlp.errors import UsageError
 
 DESCRIPTION = "Convert a checkpoint to another format or layout: one process, no GPU."
-PAIRS = ("torch_dist to hf", "hf to torch_dist")
+CONVERSIONS = {
+    "torch_dist to hf": "torch_dist_to_hf",
+    "hf to torch_dist": "hf_to_torch_dist",
+    "gpt2 to torch_dist": "gpt2_to_torch_dist",
+}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -30,8 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--load", type=Path, required=True, help="folder to read")
     parser.add_argument("--save", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--from", dest="source", choices=["torch_dist", "hf"], default="torch_dist",
-        help="torch_dist: the --save folder of a run; hf: a folder of transformers",
+        "--from", dest="source", choices=["torch_dist", "hf", "gpt2"], default="torch_dist",
+        help="torch_dist: the --save folder of a run; hf: a folder that --to hf wrote, or a "
+        "GPT2LMHeadModel folder; gpt2: only the latter",
     )  # fmt: skip
     parser.add_argument(
         "--to", dest="target", choices=["torch_dist", "hf"], required=True, help="what to write"
@@ -52,14 +57,27 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer-model", metavar="FOLDER",
         help="hf: Hugging Face tokenizer to put beside the model (default: that of the run)",
     )  # fmt: skip
+    parser.add_argument(
+        "--make-vocab-size-divisible-by", type=int, default=128, metavar="N",
+        help="gpt2: pad the vocabulary to a multiple of this, which the tensor parallel size must "
+        "divide (default: %(default)s)",
+    )  # fmt: skip
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     pair = f"{options.source} to {options.target}"
-    if pair not in PAIRS:
-        raise UsageError(f"--from {options.source} --to {options.target} is no conversion.")
+    if pair not in CONVERSIONS:
+        raise UsageError(
+            f"--from {options.source} --to {options.target} is no conversion. Those that are: "
+            f"{', '.join(CONVERSIONS)}."
+        )
+    if options.make_vocab_size_divisible_by < 1:
+        raise UsageError(
+            f"--make-vocab-size-divisible-by {options.make_vocab_size_divisible_by}: give 1 "
+            "(no padding) or more."
+        )
     shard_limit = parse_size(options.max_shard_size)
     # Imported late: torch and Megatron take seconds, and --help and wrong flags should not.
     _silence_libraries()
@@ -73,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         checks=options.checks,
         shard_limit=shard_limit,
         tokenizer=options.tokenizer_model,
+        divisible_by=options.make_vocab_size_divisible_by,
     )
-    run = convert.torch_dist_to_hf if pair == PAIRS[0] else convert.hf_to_torch_dist
-    run(chosen)
+    getattr(convert, CONVERSIONS[pair])(chosen)
 
 
 def _silence_libraries() -> None:

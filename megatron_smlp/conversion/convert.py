@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from megatron_smlp.conversion import huggingface, megatron_model
+from megatron_smlp.conversion import gpt2, huggingface, megatron_model
 from megatron_smlp.conversion.forward_check import check, fixed_tokens
 from megatron_smlp.conversion.output import whole_folder
 from megatron_smlp.conversion.progress import Progress
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
-from megatron_smlp.conversion.tensors import account, carried_out
+from megatron_smlp.conversion.tensors import Plan, Source, account, carried_out
 from megatron_smlp.conversion.tokenizer import tokenizer_folder
 from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion.torch_dist_writer import write_weights
@@ -35,6 +35,8 @@ class Options:
     shard_limit: int = 5 * 10**9
     """Bytes of one weights file of a Hugging Face folder."""
     tokenizer: str | None = None
+    divisible_by: int = 128
+    """gpt2: the vocabulary is padded to a multiple of this."""
 
 
 def torch_dist_to_hf(options: Options, say: Say = print) -> None:
@@ -65,14 +67,47 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
 
 
 def hf_to_torch_dist(options: Options, say: Say = print) -> None:
-    """A folder for transformers -> a Megatron checkpoint of the weights."""
+    """A folder for transformers, ours or GPT-2's -> a Megatron checkpoint of the weights."""
+    values = huggingface.read_config_json(options.load)
+    if values.get("model_type") == gpt2.MODEL_TYPE:
+        gpt2_to_torch_dist(options, say)
+        return
+    config = huggingface.read_config(options.load)
+    source = SafetensorsFolder(options.load)
+
+    def logits(tokens: Tensor) -> Tensor:
+        return huggingface.logits(huggingface.build(config), source, tokens)
+
+    flags = huggingface.flags_of(config)
+    _weights_to_torch_dist(options, say, flags, source, huggingface.import_plan, logits)
+
+
+def gpt2_to_torch_dist(options: Options, say: Say = print) -> None:
+    """A GPT-2 folder of transformers -> a Megatron checkpoint of the weights."""
+    values = huggingface.read_config_json(options.load)
+    config = gpt2.config_of(values, options.load, divisible_by=options.divisible_by)
+    source = gpt2.GPT2Folder(options.load, config)
+
+    def logits(tokens: Tensor) -> Tensor:
+        return gpt2.logits(values, source, tokens)
+
+    flags = huggingface.flags_of(config)
+    _weights_to_torch_dist(options, say, flags, source, gpt2.import_plan, logits)
+
+
+def _weights_to_torch_dist(
+    options: Options,
+    say: Say,
+    flags: Mapping[str, Any],
+    source: Source,
+    make_plan: Callable[[Iterable[str], Mapping[str, Any]], Plan],
+    logits: Callable[[Tensor], Tensor],
+) -> None:
+    """Write a release, and compare its logits with those of the source."""
     with one_process():
-        config = huggingface.read_config(options.load)
-        source = SafetensorsFolder(options.load)
-        flags = huggingface.flags_of(config)
         model = megatron_model.build(flags)
         expected = megatron_model.expected_shapes(model)
-        plan = huggingface.import_plan(expected, flags)
+        plan = make_plan(expected, flags)
         specs = account(plan, source.specs, expected, where=str(options.load))
         with whole_folder(options.save, overwrite=options.overwrite) as folder:
             write_weights(
@@ -84,12 +119,11 @@ def hf_to_torch_dist(options: Options, say: Say = print) -> None:
             )
             if options.checks:
                 tokens = _tokens(flags)
-                before = huggingface.logits(huggingface.build(config), source, tokens)
-                say(check(before, _megatron_logits(TorchDistCheckpoint(folder), tokens)))
+                say(check(logits(tokens), _megatron_logits(TorchDistCheckpoint(folder), tokens)))
     say(f"{options.save}: {len(specs)} tensors written for Megatron, a release (iteration 0)")
 
 
-def _tokens(flags: dict[str, Any]) -> Tensor:
+def _tokens(flags: Mapping[str, Any]) -> Tensor:
     return fixed_tokens(vocab_size=flags["vocab_size"], length=flags["seq_length"])
 
 

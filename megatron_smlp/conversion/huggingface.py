@@ -102,7 +102,8 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
         "position_embedding_type": "learned_absolute" if is_attention else "none",
         "num_experts": config.num_experts if has_experts else None,
         "moe_ffn_hidden_size": config.expert_width if has_experts else None,
-        "moe_router_topk": 2 if config.token_router == "gshard" else 1,
+        # Without experts it counts for nothing and is Megatron's default.
+        "moe_router_topk": 2 if config.token_router in ("none", "gshard") else 1,
         "normalization": "LayerNorm",
         "swiglu": False,
         "openai_gelu": config.hidden_act == "gelu_new",
