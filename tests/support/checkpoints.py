@@ -36,14 +36,14 @@ def carry_on(words: str) -> None:
         pass
 
 
-def assert_ends_like(run: Path, undisturbed: Path) -> None:
+def assert_ends_like(run: Path, undisturbed: Path, *, iteration: int = 6) -> None:
     """Weights, optimizer and logged steps are the same bits, and the last checkpoint is whole."""
-    ours, theirs = (checkpoint_tensors(folder, 6) for folder in (run, undisturbed))
+    ours, theirs = (checkpoint_tensors(folder, iteration) for folder in (run, undisturbed))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert steps(run) == steps(undisturbed)
-    assert verify(iteration_folder(run, 6)) == []
-    assert tracked_iteration(run) == 6
+    assert verify(iteration_folder(run, iteration)) == []
+    assert tracked_iteration(run) == iteration
 
 
 def flip_a_bit(path: Path) -> None:
