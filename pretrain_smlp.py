@@ -71,7 +71,12 @@ def train(
 
     check_data(args)
     step = ForwardStep()
-    reporter = Reporter(args, step=step)
+    tasks = None
+    if args.eval_tasks:
+        from megatron_smlp.evaluation.during_training import TaskEvaluation
+
+        tasks = TaskEvaluation(args, step.statistics)
+    reporter = Reporter(args, step=step, tasks=tasks)
     speaks = args.rank == 0
     with (
         keyboard_like_sigterm(speaks=speaks),

@@ -233,6 +233,7 @@ def _settle_defaults(args: argparse.Namespace) -> None:
     if not args.use_checkpoint_opt_param_scheduler:
         # Megatron would stop with a traceback where a checkpoint has another --lr or --train-iters.
         args.override_opt_param_scheduler = True
+    _check_eval_tasks(args)
     settle_load(args)
     keep_padding(args)
     use_local_gpt2_files(args)
@@ -258,6 +259,17 @@ def _settle_saving(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--keep-every {args.keep_every} without --keep-last deletes nothing: give both."
         )
+
+
+def _check_eval_tasks(args: argparse.Namespace) -> None:
+    for name in ("eval_tasks_interval", "eval_tasks_limit", "eval_tasks_data_dir"):
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        if not args.eval_tasks:
+            raise UsageError(f"{flag} {value} without --eval-tasks evaluates nothing: give both.")
+        if isinstance(value, int) and value < 1:
+            raise UsageError(f"{flag} {value}: give 1 or more, or leave it out.")
 
 
 def _has(module: str) -> bool:

@@ -122,6 +122,19 @@ class RunOptions:
     allow_tokenizer_mismatch: bool = False
     """Train on data whose manifest names another vocabulary than this run's tokenizer has."""
 
+    eval_tasks: str | None = None
+    """Zero-shot tasks to score during training, as copa,piqa: accuracies go to metrics.jsonl and
+    TensorBoard. Needs the extra [eval]; docs/evaluation.md."""
+
+    eval_tasks_interval: int | None = None
+    """With --eval-tasks: iterations between evaluations (default: after the last one only)."""
+
+    eval_tasks_data_dir: str | None = None
+    """With --eval-tasks: folder of the tasks' local files; left out, the hub is asked."""
+
+    eval_tasks_limit: int | None = None
+    """With --eval-tasks: only the first so many examples of each task."""
+
     peak_tflops: float | None = None
     """Dense peak of one device for the MFU figure, in TFLOP/s (default: known GPUs, else n/a)."""
 

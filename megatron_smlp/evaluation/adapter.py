@@ -20,10 +20,18 @@ class ScorerModel(TemplateLM):
 
     Args:
         speaks: whether this rank shows a progress bar.
+
+    Raises:
+        UsageError: the tokenizer's ids stand for no text.
     """
 
     def __init__(self, scorer: Scorer, tokenizer: Tokenizer, *, speaks: bool) -> None:
         super().__init__()
+        if tokenizer.identity is None:
+            raise UsageError(
+                "the tokenizer has numbers and no texts: tasks need a model that was trained with "
+                "a tokenizer of text"
+            )
         self.scorer = scorer
         self.encoder = tokenizer.build()
         self.end = tokenizer.eod

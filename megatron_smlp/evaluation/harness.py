@@ -31,6 +31,9 @@ def run_tasks(model: Any, selection: Selection, *, limit: int | None) -> list[Ta
         num_fewshot=0,
         limit=limit,
         log_samples=True,
+        random_seed=None,  # nothing is drawn, and a training around this goes on with its seeds
+        numpy_random_seed=None,
+        torch_random_seed=None,
         bootstrap_iters=1000,
     )
     return [] if results is None else from_harness(results)

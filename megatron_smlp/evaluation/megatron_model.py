@@ -72,14 +72,16 @@ class MegatronScorer:
     def _evaluating(self) -> Iterator[None]:
         """Without gradients, dropout, and Megatron's timers; as it was, afterwards."""
         training = [stage.training for stage in self.stages]
-        timers, self.config.timers = self.config.timers, None
+        config = self.config
+        timers, config.timers = config.timers, None
+        sync, config.param_sync_func = config.param_sync_func, None  # nothing is being gathered
         for stage in self.stages:
             stage.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.config.timers = timers
+            config.timers, config.param_sync_func = timers, sync
             for stage, mode in zip(self.stages, training, strict=True):
                 stage.train(mode)
 

@@ -54,10 +54,8 @@ def resolve_for(spec: TokenizerSpec, flags: dict[str, Any], checkpoint: str | Pa
     Raises:
         UsageError: the files are missing, or hold another vocabulary.
     """
-    # Options are scored as they are, without the tokens that a tokenizer puts around a text.
-    bare = dataclasses.replace(spec, tokenizer_hf_no_include_special_tokens=True)
     try:
-        tokenizer = bare.resolve()
+        tokenizer = bare(spec).resolve()
     except DataError as error:
         raise UsageError(
             f"{error}. That is the tokenizer of --checkpoint {checkpoint}; where it has moved, "
@@ -69,6 +67,11 @@ def resolve_for(spec: TokenizerSpec, flags: dict[str, Any], checkpoint: str | Pa
             f"trained with {flags['vocab_size']}: give the tokenizer of that run"
         )
     return tokenizer
+
+
+def bare(spec: TokenizerSpec) -> TokenizerSpec:
+    """Options are scored as they are, without the tokens that a tokenizer puts around a text."""
+    return dataclasses.replace(spec, tokenizer_hf_no_include_special_tokens=True)
 
 
 def tokenizer_flags(spec: TokenizerSpec) -> list[str]:

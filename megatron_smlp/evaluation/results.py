@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,27 @@ def _sample(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
     else:
         record["answers"] = answers
     return record | {name: sample[name] for name in sample["metrics"] if name in sample}
+
+
+def as_record(results: Iterable[TaskResult]) -> dict[str, dict[str, float | None]]:
+    """For metrics.jsonl: `{"copa": {"acc": 0.55, "acc_stderr": 0.05, "examples": 100}}`."""
+    return {
+        result.task: {
+            **{name: score.value for name, score in result.scores.items()},
+            **{f"{name}_stderr": score.stderr for name, score in result.scores.items()},
+            "examples": result.examples,
+        }
+        for result in results
+    }
+
+
+def task_words(results: Iterable[TaskResult]) -> list[str]:
+    """For a console line: `copa acc 0.550`."""
+    return [
+        " ".join([result.task, *(f"{name} {score.value:.3f}" for name, score in pairs)])
+        for result in results
+        for pairs in [result.scores.items()]
+    ]
 
 
 def write_samples(results: list[TaskResult], path: Path) -> None:

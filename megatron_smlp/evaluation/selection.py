@@ -30,7 +30,7 @@ class Selection:
     """The TaskManager that loaded them."""
 
 
-def split_names(text: str) -> list[str]:
+def split_names(text: str, *, flag: str = "--tasks") -> list[str]:
     """`copa, piqa` -> ["copa", "piqa"], each once.
 
     Raises:
@@ -38,7 +38,7 @@ def split_names(text: str) -> list[str]:
     """
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
-        raise UsageError(f"--tasks '{text}' names no task; the paper's are {','.join(PAPER_TASKS)}")
+        raise UsageError(f"{flag} '{text}' names no task; the paper's are {','.join(PAPER_TASKS)}")
     return names
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import mpu
@@ -18,17 +19,22 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 
 from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_token
 from megatron_smlp.errors import NonFiniteLossError
+from megatron_smlp.evaluation.results import as_record, task_words
 from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.router_report import (
     Loads,
     router_records,
     router_words,
+    to_writers,
     write_scalars,
 )
 from megatron_smlp.training.screen import Screen
 from megatron_smlp.training.speed import StepClock, WallClock, device_peak_tflops, duration
 from megatron_smlp.training.step import SUFFIX_LOSS, ForwardStep
+
+if TYPE_CHECKING:
+    from megatron_smlp.evaluation.during_training import TaskEvaluation
 
 PERPLEXITY_LIMIT = 700.0  # exp() of a loss above this overflows
 
@@ -39,11 +45,15 @@ class Reporter:
     Args:
         step: knows whether a loss of the step was not finite, how long it waited for data, and what
             the routers did.
+        tasks: to score during training.
     """
 
-    def __init__(self, args: argparse.Namespace, *, step: ForwardStep) -> None:
+    def __init__(
+        self, args: argparse.Namespace, *, step: ForwardStep, tasks: TaskEvaluation | None = None
+    ) -> None:
         self.args = args
         self.step = step
+        self.tasks = tasks
         self.statistics = step.statistics
         self.collapse = CollapseWatch(fixed=("token",) if args.token_router == "hash" else ())
         shape = ModelShape.from_args(args)
@@ -78,6 +88,8 @@ class Reporter:
     def built(self, model: list[Any], optimizer: Any) -> None:
         iteration = self.args.iteration
         self.statistics.attach(model)
+        if self.tasks:
+            self.tasks.built(model, optimizer)
         last = self.metrics.drop_after(iteration) if self.metrics else {}
         if iteration:
             self.say(f"resumed from iteration {iteration} of {self.args.load}")
@@ -120,9 +132,21 @@ class Reporter:
         loss_scale: float,
     ) -> None:
         self.clock.step()
-        args = self.args
-        if iteration % args.log_interval and iteration != args.train_iters:
-            return
+        if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
+            self._log_step(
+                losses,
+                iteration=iteration,
+                learning_rate=learning_rate,
+                grad_norm=grad_norm,
+                skipped=skipped,
+                loss_scale=loss_scale,
+            )
+        if self.tasks and self.tasks.is_due(iteration):
+            self._evaluate(self.tasks, iteration)
+
+    def _log_step(
+        self, losses: dict[str, torch.Tensor], *, iteration: int, **of_step: float | None
+    ) -> None:
         numbers = _to_first_rank(losses)
         loads = self._routers(iteration)
         if not self.first_rank:
@@ -132,10 +156,7 @@ class Reporter:
             "iteration": iteration,
             "loss": loss,
             "perplexity": perplexity(loss),
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
-            "skipped": skipped,
-            "loss_scale": loss_scale,
+            **of_step,
             **self._progress(),
             **numbers,
             **self._speed(iteration),
@@ -145,6 +166,27 @@ class Reporter:
         self.metrics.write(record)
         self.say(self._line(record, loads))
         self.screen.advance(iteration, note=f"loss {loss:.4f}")
+
+    def _evaluate(self, tasks: TaskEvaluation, iteration: int) -> None:
+        start = time.perf_counter()
+        results = tasks.run()
+        seconds = time.perf_counter() - start
+        self.clock.exclude(seconds)
+        scores = as_record(results)
+        values = {
+            f"tasks/{task}/{name}": value
+            for task, numbers in scores.items()
+            for name, value in numbers.items()
+            if value is not None
+        }
+        to_writers(values, iteration=iteration)
+        if self.metrics is None:
+            return
+        self.metrics.write(
+            {"iteration": iteration, "tasks": scores, **self._progress(), "seconds": seconds}
+        )
+        words = [f"iteration {iteration} tasks", *task_words(results), f"{seconds:.1f} s"]
+        self.say(" | ".join(words))
 
     def _routers(self, iteration: int, *, title: str = "") -> Loads:
         """What the routers did since the last line; also said where one collapses. Collective.

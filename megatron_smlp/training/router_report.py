@@ -74,6 +74,11 @@ def write_scalars(loads: Loads, *, iteration: int, title: str = "") -> None:
         for key, load in loads.items()
         for name, value in scalars(load)
     }
+    to_writers(values, iteration=iteration)
+
+
+def to_writers(values: Mapping[str, float], *, iteration: int) -> None:
+    """Numbers to TensorBoard and W&B, on the rank that has them."""
     tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
     if tensorboard:
         for name, value in values.items():

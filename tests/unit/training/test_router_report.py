@@ -163,8 +163,8 @@ def test_console_line_and_warning(tmp_path: Path, capfd: pytest.CaptureFixture[s
     ("flags", "everywhere"),
     [
         (PARTIAL, False),
-        (f"{PARTIAL} --full-validation", True),
-        ("--architecture gmlp --full-validation", False),
+        (f"{PARTIAL} --full-validation --multiple-validation-sets", True),
+        ("--architecture gmlp --full-validation --multiple-validation-sets", False),
         ("--num-attention-heads 4 --token-router hash --num-experts 4", True),
     ],
 )

@@ -1,0 +1,134 @@
+"""--eval-tasks: zero-shot tasks by the model in training, in its own layout, between two steps.
+
+The training must not notice: its random numbers, its counts of what routers did, its capacity
+factor and the overlapped gathering of its parameters are afterwards what they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.training import training
+from megatron.training.global_vars import get_args
+from torch import nn
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.tokenizers import TokenizerSpec
+from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.recorded import bare
+from megatron_smlp.evaluation.results import TaskResult
+from megatron_smlp.evaluation.selection import require_harness, select_tasks, split_names
+from megatron_smlp.routers.statistics import RouterStatistics
+
+
+class TaskEvaluation:
+    """Tasks of a run; every method that works is collective.
+
+    Raises:
+        UsageError: lm-evaluation-harness, a task or its data is missing, or the tokenizer has no
+            texts.
+    """
+
+    def __init__(self, args: argparse.Namespace, statistics: RouterStatistics) -> None:
+        require_harness()
+        from megatron_smlp.evaluation.harness import quiet
+
+        self.args = args
+        self.statistics = statistics
+        names = split_names(args.eval_tasks, flag="--eval-tasks")
+        with quiet(), _own_random_numbers():
+            self.selection = select_tasks(names, data_dir=args.eval_tasks_data_dir)
+        try:
+            self.tokenizer = bare(TokenizerSpec.from_arguments(args)).resolve()
+        except DataError as error:
+            raise UsageError(f"--eval-tasks: {error}") from error
+        if self.tokenizer.identity is None:
+            raise UsageError(
+                f"--eval-tasks {args.eval_tasks} needs a tokenizer of text, not --tokenizer-type "
+                f"{args.tokenizer_type}"
+            )
+
+    def built(self, model: Sequence[Any], optimizer: Any) -> None:
+        self.model, self.optimizer = list(model), optimizer
+
+    def is_due(self, iteration: int) -> bool:
+        """At every multiple of the interval, and after the last step."""
+        interval = self.args.eval_tasks_interval
+        return bool(iteration == self.args.train_iters or (interval and iteration % interval == 0))
+
+    def run(self) -> list[TaskResult]:
+        """Score all tasks; the same results on every rank."""
+        from megatron_smlp.evaluation.adapter import ScorerModel
+        from megatron_smlp.evaluation.harness import quiet, run_tasks
+        from megatron_smlp.evaluation.megatron_model import MegatronScorer
+
+        args = self.args
+        scorer = MegatronScorer(
+            self.model, longest=args.seq_length, batch_size=args.micro_batch_size
+        )
+        with (
+            quiet(),
+            _own_random_numbers(),
+            _whole_parameters(self.model, self.optimizer),
+            _no_capacity(self.model),
+            self._uncounted(),
+        ):
+            model = ScorerModel(scorer, self.tokenizer, speaks=False)
+            return run_tasks(model, self.selection, limit=args.eval_tasks_limit)
+
+    @contextlib.contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """What the routers do here is of no validation."""
+        self.statistics.begin(None)
+        yield
+        self.statistics.take(training=False)
+
+
+@contextlib.contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Libraries draw, and some seed; the training draws afterwards as if they had not."""
+    ours, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)
+
+
+@contextlib.contextmanager
+def _whole_parameters(model: list[Any], optimizer: Any) -> Iterator[None]:
+    """A distributed optimizer may gather them in the forward pass of training; here before it."""
+    overlaps = training.should_disable_forward_pre_hook(get_args()) and any(
+        stage.remove_forward_pre_hook_handles for stage in model
+    )
+    if overlaps:
+        training.disable_forward_pre_hook(model, optimizer=optimizer)
+    yield
+    if overlaps:
+        training.enable_forward_pre_hook(model)
+
+
+@contextlib.contextmanager
+def _no_capacity(model: Sequence[nn.Module]) -> Iterator[None]:
+    """A score must not depend on what else is in its batch: nothing is dropped."""
+    configs = {
+        id(module.config): module.config
+        for m in model
+        for module in m.modules()
+        if hasattr(getattr(module, "config", None), "moe_eval_capacity_factor")
+    }
+    before = {key: config.moe_eval_capacity_factor for key, config in configs.items()}
+    for config in configs.values():
+        config.moe_eval_capacity_factor = None
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config.moe_eval_capacity_factor = before[key]

@@ -1,0 +1,122 @@
+"""--eval-tasks: scored between the steps of a training that does not notice."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation_helpers import SYSTEMS, TEXT, loaded
+from support.checkpoints import checkpoint_tensors
+from support.in_process import pretrained
+from support.launches import records
+
+from megatron_smlp.errors import UsageError
+
+EXAMPLES = 24
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """COPA and PIQA of random words."""
+    folder: Path = tmp_path_factory.mktemp("tasks")
+    draw = random.Random(1)
+
+    def some(count: int) -> str:
+        return " ".join(draw.choices(TEXT.split(), k=count))
+
+    copa: list[dict[str, Any]] = []
+    piqa: list[dict[str, Any]] = []
+    for number in range(EXAMPLES):
+        choices = {"choice1": some(3), "choice2": some(2)}
+        copa.append({"premise": some(5), **choices, "question": "cause", "label": number % 2})
+        piqa.append({"goal": some(4), "sol1": some(2), "sol2": some(4), "label": number % 2})
+    for name, rows in {"copa": copa, "piqa": piqa}.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def training(system: str, tokenizer: Path, folder: Path) -> str:
+    return (
+        f"{SYSTEMS[system]} --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer} "
+        f"--save {folder} --tensorboard-dir {folder}/events --lr 3e-2 --init-method-std 0.2 "
+        "--hidden-dropout 0.1 --log-interval 1 --eval-interval 2"
+    )
+
+
+def without_time(line: dict[str, Any]) -> dict[str, Any]:
+    times = ("second", "tflops", "share", "mfu")
+    return {name: value for name, value in line.items() if not any(t in name for t in times)}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_training_does_not_notice(
+    system: str,
+    tasks: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Same losses, router counts and weights, bitwise, dropout and GShard's draws included; and
+    the last scores are those that tools/evaluate.py gives for the saved checkpoint.
+    """
+    with pretrained(training(system, tokenizer, tmp_path / "plain")):
+        pass
+    flags = f"--eval-tasks copa,piqa --eval-tasks-interval 3 --eval-tasks-data-dir {tasks}"
+    with pretrained(f"{training(system, tokenizer, tmp_path / 'scored')} {flags}"):
+        shown = capfd.readouterr().out
+    lines = records(tmp_path / "scored")
+    scored = [line for line in lines if "tasks" in line]
+    others = [without_time(line) for line in lines if "tasks" not in line]
+    assert others == [without_time(line) for line in records(tmp_path / "plain")]
+    ours, theirs = (checkpoint_tensors(tmp_path / name, 4) for name in ("scored", "plain"))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    assert [line["iteration"] for line in scored] == [3, 4]
+    assert "iteration 4 tasks | copa acc 0." in shown
+    assert scored[-1]["tasks"] == _afterwards(tmp_path / "scored", tasks)
+    assert scored[-1]["tasks"]["copa"]["examples"] == EXAMPLES
+    _check_tensorboard(tmp_path / "scored" / "events", scored)
+
+
+def _afterwards(checkpoint: Path, tasks: Path) -> dict[str, Any]:
+    from megatron_smlp.evaluation.adapter import ScorerModel
+    from megatron_smlp.evaluation.harness import quiet, run_tasks
+    from megatron_smlp.evaluation.megatron_model import MegatronScorer
+    from megatron_smlp.evaluation.results import as_record
+    from megatron_smlp.evaluation.selection import select_tasks
+
+    with quiet(), loaded(checkpoint) as (args, stages, tokenizer):
+        scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=2)
+        selection = select_tasks(["copa", "piqa"], data_dir=str(tasks))
+        model = ScorerModel(scorer, tokenizer, speaks=False)
+        return as_record(run_tasks(model, selection, limit=None))
+
+
+def _check_tensorboard(folder: Path, scored: list[dict[str, Any]]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("tasks/piqa/acc_norm")]
+    assert found == [
+        (line["iteration"], pytest.approx(line["tasks"]["piqa"]["acc_norm"])) for line in scored
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--eval-tasks-interval 2", "--eval-tasks-interval 2 without --eval-tasks"),
+        ("--eval-tasks copa --eval-tasks-interval 0", "--eval-tasks-interval 0: give 1 or more"),
+        ("--eval-tasks copq --eval-tasks-data-dir {tasks}", "did you mean copa"),
+        ("--eval-tasks record --eval-tasks-data-dir {tasks}", "has no record"),
+        ("--eval-tasks copa --eval-tasks-data-dir {tasks}", "needs a tokenizer of text"),
+    ],
+)
+def test_wrong_flags_are_said_before_the_training(flags: str, said: str, tasks: Path) -> None:
+    """The tokenizer of `pretrained` has no texts."""
+    words = f"--architecture gmlp {flags.format(tasks=tasks)}"
+    with pytest.raises(UsageError, match=said), pretrained(words):
+        pass
