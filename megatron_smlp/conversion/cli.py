@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_smlp.errors import UsageError
 
@@ -14,7 +15,20 @@ CONVERSIONS = {
     "torch_dist to hf": "torch_dist_to_hf",
     "hf to torch_dist": "hf_to_torch_dist",
     "gpt2 to torch_dist": "gpt2_to_torch_dist",
+    "upcycled torch_dist to torch_dist": "upcycle",
 }
+SPARSE = (
+    "architecture",
+    "token_router",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "feature_router",
+    "num_feature_experts",
+    "num_feature_chunks",
+    "num_dense_layers",
+    "prefix_fraction",
+)
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -62,15 +76,55 @@ def build_parser() -> argparse.ArgumentParser:
         help="gpt2: pad the vocabulary to a multiple of this, which the tensor parallel size must "
         "divide (default: %(default)s)",
     )  # fmt: skip
+    _add_upcycling(parser)
     return parser
+
+
+def _add_upcycling(parser: argparse.ArgumentParser) -> None:
+    """Flags of the sparse model, spelled as pretrain_smlp.py spells them."""
+    group = parser.add_argument_group(
+        "upcycling", "torch_dist to torch_dist: make a sparse model of a dense one"
+    )
+    group.add_argument(
+        "--upcycle", action="store_true",
+        help="copy the dense FFNs and spatial matrices into experts, with new routers",
+    )  # fmt: skip
+    group.add_argument("--architecture", choices=["transformer", "gmlp", "amlp", "smlp"])
+    group.add_argument("--token-router", choices=["switch", "gshard", "base", "hash"])
+    group.add_argument("--num-experts", type=int, metavar="E")
+    group.add_argument("--moe-ffn-hidden-size", type=int, metavar="X")
+    group.add_argument("--moe-layer-freq", type=int, metavar="N")
+    group.add_argument("--feature-router", choices=["deterministic", "partial"])
+    group.add_argument("--num-feature-experts", type=int, metavar="E")
+    group.add_argument("--num-feature-chunks", type=int, metavar="C")
+    group.add_argument("--num-dense-layers", type=int, metavar="N")
+    group.add_argument("--prefix-fraction", type=float, metavar="P")
+
+
+def _sparse_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of the upcycling flags that were given.
+
+    Raises:
+        UsageError: some without --upcycle.
+    """
+    given = {name: getattr(options, name) for name in SPARSE}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not options.upcycle:
+        flag = "--" + next(iter(given)).replace("_", "-")
+        raise UsageError(f"{flag} says what --upcycle makes: give that too, or leave it out.")
+    return given
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     pair = f"{options.source} to {options.target}"
+    model = _sparse_flags(options)
+    if options.upcycle:
+        pair = f"upcycled {pair}"
     if pair not in CONVERSIONS:
         raise UsageError(
-            f"--from {options.source} --to {options.target} is no conversion. Those that are: "
+            f"{'--upcycle ' * options.upcycle}--from {options.source} --to {options.target} is no "
+            f"conversion. Those that are: "
             f"{', '.join(CONVERSIONS)}."
         )
     if options.make_vocab_size_divisible_by < 1:
@@ -92,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shard_limit=shard_limit,
         tokenizer=options.tokenizer_model,
         divisible_by=options.make_vocab_size_divisible_by,
+        model=model,
     )
     getattr(convert, CONVERSIONS[pair])(chosen)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from megatron_smlp.conversion import gpt2, huggingface, megatron_model
-from megatron_smlp.conversion.forward_check import check, fixed_tokens
+from megatron_smlp.conversion import gpt2, huggingface, megatron_model, upcycling
+from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
 from megatron_smlp.conversion.output import whole_folder
 from megatron_smlp.conversion.progress import Progress
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
@@ -37,6 +37,8 @@ class Options:
     tokenizer: str | None = None
     divisible_by: int = 128
     """gpt2: the vocabulary is padded to a multiple of this."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """upcycle: flags of the sparse model that the dense one has other values for."""
 
 
 def torch_dist_to_hf(options: Options, say: Say = print) -> None:
@@ -120,6 +122,33 @@ def _weights_to_torch_dist(
             if options.checks:
                 tokens = _tokens(flags)
                 say(check(logits(tokens), _megatron_logits(TorchDistCheckpoint(folder), tokens)))
+    say(f"{options.save}: {len(specs)} tensors written for Megatron, a release (iteration 0)")
+
+
+def upcycle(options: Options, say: Say = print) -> None:
+    """A dense Megatron checkpoint -> a sparse one, weights only; `options.model` says which."""
+    with one_process():
+        checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
+        flags = upcycling.target_flags(checkpoint.flags, options.model)
+        huggingface.config_of(flags)  # which knows what sizes fit
+        model = megatron_model.build(flags)
+        expected = megatron_model.expected_shapes(model)
+        plan = upcycling.plan(checkpoint.specs, expected, flags)
+        specs = account(plan, checkpoint.specs, expected, where=str(checkpoint.folder))
+        with whole_folder(options.save, overwrite=options.overwrite) as folder:
+            write_weights(
+                folder,
+                flags,
+                Progress(specs).over(carried_out(plan, checkpoint)),
+                objects=megatron_model.object_names(model),
+                layout={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1},
+            )
+            if options.checks:
+                tokens = _tokens(flags)
+                before = _megatron_logits(checkpoint, tokens)
+                after = _megatron_logits(TorchDistCheckpoint(folder), tokens)
+                reason = upcycling.why_not_exact(checkpoint.flags, flags)
+                say(check_loss(before, after, tokens, why_not=reason))
     say(f"{options.save}: {len(specs)} tensors written for Megatron, a release (iteration 0)")
 
 

@@ -6,6 +6,8 @@ written, in fp32, one layer at a time.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,6 +15,7 @@ from torch.nn import functional
 from megatron_smlp.errors import CheckpointError
 
 LIMIT = 1e-4
+LOSS_LIMIT = 1e-3
 SAMPLES = 2
 MOST_TOKENS = 64
 
@@ -49,6 +52,29 @@ def check(before: Tensor, after: Tensor) -> str:
             "it; --no-check writes the folder all the same."
         )
     return f"{words}at most {difference:.2e}"
+
+
+def check_loss(before: Tensor, after: Tensor, tokens: Tensor, *, why_not: str | None) -> str:
+    """A line that says how far the losses of a dense and its sparse model are apart.
+
+    before, after: <fp32>[B, T, V]; tokens: <int64>[B, T].
+
+    Args:
+        why_not: why they are not the same; None: they have to be.
+
+    Raises:
+        ForwardCheckError: over LOSS_LIMIT without a reason, or not a number.
+    """
+    old, new = loss(before, tokens), loss(after, tokens)
+    words = f"forward check: loss {new:.6f}, of the dense model {old:.6f}: "
+    if abs(new - old) <= LOSS_LIMIT:
+        return f"{words}{abs(new - old):.1e} apart"
+    if why_not is None or not math.isfinite(new):
+        raise ForwardCheckError(
+            f"{words}{abs(new - old):.1e} is over {LOSS_LIMIT:g}: nothing was written. Please "
+            "report it; --no-check writes the folder all the same."
+        )
+    return f"{words}{abs(new - old):.1e} apart, since {why_not}"
 
 
 def loss(logits: Tensor, tokens: Tensor) -> float:

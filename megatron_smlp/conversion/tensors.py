@@ -113,7 +113,8 @@ def account(
 
 def _outcome(target: str, recipe: Recipe, source: Mapping[str, Spec], where: str) -> Spec:
     try:
-        return Spec.of(recipe.make(*(source[name].on_meta() for name in recipe.sources)))
+        with torch.device("meta"):  # for recipes that make new values
+            return Spec.of(recipe.make(*(source[name].on_meta() for name in recipe.sources)))
     except RuntimeError as error:  # what torch says of shapes that do not fit
         named = ", ".join(f"{n} {list(source[n].shape)}" for n in recipe.sources)
         raise UsageError(

@@ -1,0 +1,255 @@
+"""A dense model's weights -> those of a sparse one that computes the same.
+
+Every expert starts as a copy, and the router is new. docs/decisions/0033 derives what follows.
+
+    router   weight of the chosen expert at the start      copies are multiplied by
+    switch   max softmax(h W) = 1/E                        E
+    base     sigmoid(h w_e) = 1/2                          2
+    gshard   g1 / (g1 + g2) + g2 / (g1 + g2) = 1           1
+    hash     1                                             1
+
+W is drawn so small that these weights hold to 1e-4; which expert a token chooses depends on its
+direction alone.
+
+Experts have no bias, a dense FFN may have. LN's output x^ sums to zero over the D features, so with
+a norm of weight 1 and bias 1 (before: a, c) the sum of h' = x^ + 1 is D for every token:
+
+    A (a x^ + c) + b  =  (A a + (A c + b - A a 1) 1' / D) h'
+
+and one more hidden unit, which is the same for every token, carries the output's bias.
+
+Letters: D hidden, Z dense FFN width, X expert width, E experts, T tokens, h spatial heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_smlp.conversion.tensors import Plan, Recipe, Spec, same
+from megatron_smlp.errors import UsageError
+from megatron_smlp.routers.hash_table import random_table
+
+SCALE: dict[str, Callable[[int], float]] = {"switch": float, "base": lambda experts: 2.0}
+EXTRA_WIDTH = 8
+"""Hidden units more than the dense FFN, of which one carries its bias."""
+ROUTER_SCORE = 1e-4
+"""Standard deviation of a router's scores for features of variance 1."""
+STD = 0.02
+SEED = 20220314
+
+
+def target_flags(flags: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The sparse model's flags.
+
+    Args:
+        flags: the dense model's.
+        changes: what the command line says of the new model.
+
+    Raises:
+        UsageError: the source is sparse already, or nothing of it can become sparse.
+    """
+    if flags["token_router"] != "none" or flags["architecture"] == "smlp" or flags["num_experts"]:
+        raise UsageError("--upcycle: the checkpoint is of a sparse model already.")
+    target = {**flags, **changes}
+    pair = flags["architecture"], target["architecture"]
+    if pair[0] != pair[1] and pair != ("gmlp", "smlp"):
+        raise UsageError(
+            f"--architecture {pair[1]}: a {pair[0]} cannot become one; gmlp becomes smlp, and any "
+            "architecture gets token experts by --token-router."
+        )
+    if target["token_router"] == "none" and target["feature_router"] == "none":
+        raise UsageError("--upcycle: give --token-router, or --architecture smlp --feature-router.")
+    if target["token_router"] != "none":
+        _add_experts(target)
+    _check_spatial(flags, target)
+    return target
+
+
+def _add_experts(target: dict[str, Any]) -> None:
+    if not target["num_experts"]:
+        raise UsageError(f"--token-router {target['token_router']}: give --num-experts too.")
+    has_bias = target["architecture"] == "transformer" and target["add_bias_linear"]
+    if has_bias and target["normalization"] != "LayerNorm":
+        raise UsageError(
+            f"--normalization {target['normalization']} and biases: experts have no bias, and "
+            "only LayerNorm's zero sum can carry one."
+        )
+    if target["swiglu"] and target["architecture"] == "transformer":
+        raise UsageError("--swiglu: only GELU models can be upcycled.")
+    dense = target["ffn_hidden_size"]
+    fewest = dense + has_bias if target["architecture"] == "transformer" else 1
+    default = dense + EXTRA_WIDTH * has_bias
+    width = target["moe_ffn_hidden_size"] = target["moe_ffn_hidden_size"] or default
+    if width < fewest:
+        raise UsageError(
+            f"--moe-ffn-hidden-size {width}: the dense FFN has {dense} units"
+            f"{' and a bias, which takes one more' if has_bias else ''}; give {fewest} or more."
+        )
+    target["moe_router_topk"] = 2 if target["token_router"] == "gshard" else 1
+
+
+def _check_spatial(flags: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+    heads, experts = flags["spatial_heads"], target["num_feature_experts"]
+    if target["feature_router"] == "partial" and heads > 1:
+        raise UsageError(
+            f"--feature-router partial: any chunk may choose any expert, so the experts start as "
+            f"one matrix, and this model has {heads} (--spatial-heads): take deterministic."
+        )
+    if target["feature_router"] != "none" and experts % heads:
+        raise UsageError(
+            f"--num-feature-experts {experts}: give a multiple of the dense model's "
+            f"--spatial-heads {heads}, whose matrices are copied."
+        )
+
+
+def why_not_exact(flags: Mapping[str, Any], target: Mapping[str, Any]) -> str | None:
+    """Why the sparse model's loss is another one at the start; None where it is the same."""
+    if target["feature_router"] == "none":
+        return None
+    chunks = target["num_feature_chunks"] or target["num_feature_experts"]
+    if chunks == flags["spatial_heads"]:
+        return None
+    return (
+        f"the gate's LayerNorm is over each of {chunks} chunks now, and was over each of "
+        f"{flags['spatial_heads']} heads"
+    )
+
+
+def plan(
+    source: Mapping[str, Spec],
+    expected: Mapping[str, tuple[int, ...]],
+    target: Mapping[str, Any],
+) -> Plan:
+    """How the sparse model's tensors are made of the dense model's.
+
+    Args:
+        source: the dense checkpoint's tensors.
+        expected: the sparse model's tensors.
+    """
+    dtype = source["embedding.word_embeddings.weight"].dtype
+    return {name: _recipe(name, shape, source, target, dtype) for name, shape in expected.items()}
+
+
+def _recipe(
+    name: str,
+    shape: tuple[int, ...],
+    source: Mapping[str, Spec],
+    target: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> Recipe:
+    layer = ".".join(name.split(".")[:3]) + "."
+    kind = name.removeprefix(layer)
+    seed = SEED + sum(map(ord, name)) + 1000 * len(name)
+    fc1, fc2 = f"{layer}mlp.linear_fc1.", f"{layer}mlp.linear_fc2."
+    norm = f"{layer}pre_mlp_layernorm."
+    folds = f"{fc1}bias" in source
+    like = {"shape": shape, "dtype": dtype}
+    if kind == "mlp.router.table":
+        return Recipe((), partial(_table, target))
+    if kind == "mlp.router.weight":
+        return Recipe((), partial(_router, **like, seed=seed))
+    if kind == "self_attention.router.weight" and name not in source:
+        return Recipe((), partial(_prefix_router, **like, seed=seed))
+    if kind.startswith("mlp.experts."):
+        if f"{fc1}weight" not in source:  # a layer that had no FFN: its experts add nothing yet
+            std = STD if "fc1" in kind else 0.0
+            return Recipe((), partial(_normal, **like, std=std, seed=seed))
+        if "fc1" in kind:
+            names = (f"{fc1}weight", f"{fc1}bias", f"{norm}weight", f"{norm}bias")
+            make = partial(_expert_fc1, shape=shape, seed=seed)
+            return Recipe(names if folds else names[:1], make)
+        scale = SCALE.get(target["token_router"], lambda _: 1.0)(shape[0])
+        outputs = (f"{fc2}weight", f"{fc2}bias")
+        add_up = partial(_expert_fc2, shape=shape, scale=scale, unit=_unit(target))
+        return Recipe(outputs if folds else outputs[:1], add_up)
+    is_moe_norm = name.startswith(norm) and f"{fc1}weight" not in source
+    becomes_moe = name.startswith(norm) and folds and f"{fc1}weight" in source
+    if is_moe_norm:
+        return Recipe((), partial(torch.full, shape, float(kind.endswith("weight")), dtype=dtype))
+    if becomes_moe and not _stays_dense(layer, target):
+        return Recipe((), partial(torch.ones, shape, dtype=dtype))
+    if kind.startswith("self_attention.spatial.") and source[name].shape != shape:
+        return Recipe((name,), partial(_copied, experts=shape[0]))
+    return Recipe((name,), same)
+
+
+def _stays_dense(layer: str, target: Mapping[str, Any]) -> bool:
+    """Whether a Transformer's layer keeps its FFN."""
+    number, frequency = int(layer.split(".")[2]), target["moe_layer_freq"]
+    if isinstance(frequency, int):
+        return number % frequency != 0
+    return not frequency[number]
+
+
+def _unit(flags: Mapping[str, Any]) -> float:
+    """The activation of 1."""
+    from megatron_smlp.model import activation
+
+    return float(activation(flags)(torch.ones((), device="cpu", dtype=torch.float64)))
+
+
+def _copied(heads: Tensor, *, experts: int) -> Tensor:
+    """[h, ...] -> [E, ...]: E / h neighbours are copies of one head."""
+    return heads.repeat_interleave(experts // len(heads), dim=0)
+
+
+def _normal(shape: tuple[int, ...], dtype: torch.dtype, *, std: float, seed: int) -> Tensor:
+    values = torch.zeros(shape, dtype=dtype)
+    if std and not values.is_meta:
+        values.normal_(std=std, generator=torch.Generator().manual_seed(seed))
+    return values
+
+
+def _router(*, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """Rows that sum to zero: what all tokens have in common favours no expert."""
+    weight = _normal(shape, torch.float32, std=ROUTER_SCORE / math.sqrt(shape[1]), seed=seed)
+    return (weight - weight.mean(dim=1, keepdim=True)).to(dtype)
+
+
+def _prefix_router(*, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return _normal(shape, dtype, std=ROUTER_SCORE / math.sqrt(shape[0]), seed=seed)
+
+
+def _table(flags: Mapping[str, Any]) -> Tensor:
+    with torch.device("cpu"):
+        return random_table(
+            num_experts=flags["num_experts"],
+            vocab_size=flags["padded_vocab_size"],
+            seed=flags["hash_seed"],
+        )
+
+
+def _expert_fc1(weight: Tensor, *biased: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
+    """weight: <float>[Z, D]; biased: b [Z], a [D], c [D]. Returns <float>[E, X, D]."""
+    dense = len(weight)
+    # Rows beyond those of the dense FFN start at random and lead nowhere yet.
+    rows = _normal(shape[1:], weight.dtype, std=STD, seed=seed).to(weight.device)
+    rows[:dense] = _folded(weight, *biased).to(weight.dtype) if biased else weight
+    if biased:
+        rows[dense] = 1 / weight.shape[1]
+    return rows.expand(shape).contiguous()
+
+
+def _folded(weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+    whole = weight.double()
+    scaled = whole * norm_weight.double()
+    constant = whole @ norm_bias.double() + bias.double() - scaled.sum(dim=1)
+    return scaled + constant[:, None] / weight.shape[1]
+
+
+def _expert_fc2(
+    weight: Tensor, *biased: Tensor, shape: tuple[int, ...], scale: float, unit: float
+) -> Tensor:
+    """weight: <float>[D, Z]; biased: [D]. Returns <float>[E, D, X]."""
+    dense = weight.shape[1]
+    columns = weight.new_zeros(shape[1:])
+    columns[:, :dense] = weight * scale
+    for bias in biased:
+        columns[:, dense] = bias * (scale / unit)
+    return columns.expand(shape).contiguous()

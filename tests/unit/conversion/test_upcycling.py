@@ -1,0 +1,156 @@
+"""A dense checkpoint becomes a sparse one whose loss is the same at the start."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.conversions import run, save_exported
+from support.in_process import pretrained
+from support.launches import records
+from support.smlp_systems import make_model
+from torch import Tensor
+
+from megatron_smlp.conversion import convert, megatron_model
+from megatron_smlp.conversion.cli import main
+from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
+from megatron_smlp.errors import UsageError
+from megatron_smlp.platform.one_process import one_process
+
+DENSE: dict[str, Any] = {"num_experts": None, "moe_ffn_hidden_size": None}
+
+
+@pytest.fixture(autouse=True)
+def one(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "trains_on" in request.node.name:
+        yield
+    else:
+        with one_process():
+            yield
+
+
+def dense(folder: Path, system: str, **changes: Any) -> Path:
+    """A checkpoint with weights, norms and biases that all matter."""
+    exported = save_exported(make_model(system, **DENSE, **changes), folder / "hf")
+    run(convert.hf_to_torch_dist, exported, folder / "dense", checks=False)
+    return folder / "dense"
+
+
+def logits(folder: Path, tokens: Tensor) -> Tensor:
+    checkpoint = TorchDistCheckpoint(folder)
+    return megatron_model.logits(megatron_model.build(checkpoint.flags), checkpoint, tokens)
+
+
+def upcycled(source: Path, target: Path, **model: Any) -> tuple[list[str], float]:
+    """What was said, and the largest difference of logits, relative to the largest logit."""
+    said = run(convert.upcycle, source, target, model=model)
+    tokens = torch.randint(101, (2, 30))
+    before, after = logits(source, tokens), logits(target, tokens)
+    return said, float((before - after).abs().max() / before.abs().max())
+
+
+@pytest.mark.parametrize("router", ["switch", "gshard", "base", "hash"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_transformer_keeps_its_loss(tmp_path: Path, router: str, bias: bool) -> None:
+    source = dense(tmp_path, "transformer", add_bias_linear=bias)
+    said, difference = upcycled(source, tmp_path / "moe", token_router=router, num_experts=4)
+    assert "apart" in said[0]
+    assert "since" not in said[0]
+    assert difference < 1e-3
+    checkpoint = TorchDistCheckpoint(tmp_path / "moe")
+    assert checkpoint.flags["moe_ffn_hidden_size"] == 48 + 8 * bias
+    if router != "hash":
+        router_weight = checkpoint.read("decoder.layers.0.mlp.router.weight")
+        assert router_weight.std() > 0
+
+
+def test_tokens_spread_over_the_experts(tmp_path: Path) -> None:
+    """A router that is small is no router that sends everybody to one expert."""
+    source = dense(tmp_path, "transformer")
+    run(
+        convert.upcycle,
+        source,
+        tmp_path / "moe",
+        model={"token_router": "switch", "num_experts": 4},
+    )
+    weight = TorchDistCheckpoint(tmp_path / "moe").read("decoder.layers.1.mlp.router.weight")
+    tokens = torch.nn.functional.layer_norm(torch.randn(4000, 32), (32,)) + 1
+    counts = (tokens @ weight.T).argmax(dim=1).bincount(minlength=4)
+    assert counts.min() > 400
+
+
+def test_some_layers_stay_dense(tmp_path: Path) -> None:
+    source = dense(tmp_path, "transformer", hidden_act="gelu_new")
+    model = {"token_router": "base", "num_experts": 2, "moe_layer_freq": 2}
+    _, difference = upcycled(source, tmp_path / "moe", **model)
+    assert difference < 1e-3
+    names = TorchDistCheckpoint(tmp_path / "moe").specs
+    assert "decoder.layers.1.mlp.linear_fc1.bias" in names
+    assert "decoder.layers.2.mlp.experts.experts.linear_fc1.weight" in names
+
+
+SPATIAL: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "deterministic": (
+        {"spatial_heads": 3},
+        {"feature_router": "deterministic", "num_feature_experts": 3},
+        True,
+    ),
+    "partial": (
+        {},
+        {"feature_router": "partial", "num_feature_experts": 4, "num_feature_chunks": 1},
+        True,
+    ),
+    "more chunks": ({}, {"feature_router": "partial", "num_feature_experts": 3}, False),
+}
+
+
+@pytest.mark.parametrize("kind", SPATIAL)
+def test_a_gmlp_becomes_an_smlp(tmp_path: Path, kind: str) -> None:
+    changes, model, is_exact = SPATIAL[kind]
+    source = dense(tmp_path, "gmlp", **changes)
+    sparse = {"architecture": "smlp", "num_dense_layers": 1, "token_router": "base"}
+    said, difference = upcycled(source, tmp_path / "smlp", num_experts=2, **sparse, **model)
+    assert (difference < 1e-3) == is_exact
+    assert ("since the gate's LayerNorm is over each of 3 chunks" in said[0]) != is_exact
+
+
+def test_an_upcycled_model_trains_on(tmp_path: Path) -> None:
+    base = "--architecture transformer --num-attention-heads 4 --log-interval 1 --lr 1e-2"
+    with pretrained(f"{base} --save {tmp_path / 'dense'} --train-iters 2"):
+        pass
+    model = {"token_router": "hash", "num_experts": 4}
+    run(convert.upcycle, tmp_path / "dense", tmp_path / "moe", model=model)
+    sparse = "--token-router hash --num-experts 4 --moe-ffn-hidden-size 72"
+    losses = []
+    for number, words in enumerate((f"dense {base}", f"moe {base} {sparse}")):
+        name, _, flags = words.partition(" ")
+        log = tmp_path / str(number)
+        load = f"--load {tmp_path / name} --finetune --log-dir {log} --train-iters 2"
+        with pretrained(f"{flags} {load}"):
+            losses.append([r["loss"] for r in records(log) if "loss" in r])
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({}, "give --token-router"),
+        ({"token_router": "hash"}, "give --num-experts"),
+        ({"architecture": "smlp", "token_router": "hash"}, "a transformer cannot become one"),
+        (
+            {"token_router": "hash", "num_experts": 2, "moe_ffn_hidden_size": 48},
+            "a bias, which takes one more; give 49",
+        ),
+    ],
+)
+def test_what_cannot_be_upcycled_is_named(
+    tmp_path: Path, model: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(convert.upcycle, dense(tmp_path, "transformer"), tmp_path / "moe", model=model)
+
+
+def test_flags_without_upcycle() -> None:
+    with pytest.raises(UsageError, match="--num-experts says what --upcycle makes"):
+        main(["--load", "a", "--save", "b", "--to", "torch_dist", "--num-experts", "4"])
