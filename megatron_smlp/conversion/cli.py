@@ -15,8 +15,10 @@ CONVERSIONS = {
     "torch_dist to hf": "torch_dist_to_hf",
     "hf to torch_dist": "hf_to_torch_dist",
     "gpt2 to torch_dist": "gpt2_to_torch_dist",
+    "torch_dist to torch_dist": "torch_dist_to_torch_dist",
     "upcycled torch_dist to torch_dist": "upcycle",
 }
+LAYOUT = ("tensor-model", "pipeline-model", "expert-model")
 SPARSE = (
     "architecture",
     "token_router",
@@ -73,8 +75,17 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--make-vocab-size-divisible-by", type=int, default=128, metavar="N",
-        help="gpt2: pad the vocabulary to a multiple of this, which the tensor parallel size must "
-        "divide (default: %(default)s)",
+        help="gpt2: pad the vocabulary to a multiple of this times the tensor parallel size "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    for kind in LAYOUT:
+        parser.add_argument(
+            f"--target-{kind}-parallel-size", type=int, default=1, metavar="N",
+            help="torch_dist: parallel size of the run that is meant, checked and recorded",
+        )  # fmt: skip
+    parser.add_argument(
+        "--drop-optimizer", action="store_true",
+        help="torch_dist to torch_dist: write the weights alone, as a release",
     )  # fmt: skip
     _add_upcycling(parser)
     return parser
@@ -146,6 +157,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         shard_limit=shard_limit,
         tokenizer=options.tokenizer_model,
         divisible_by=options.make_vocab_size_divisible_by,
+        layout={
+            name: getattr(options, f"target_{name}")
+            for name in (f"{kind.replace('-', '_')}_parallel_size" for kind in LAYOUT)
+        },
+        drops_optimizer=options.drop_optimizer,
         model=model,
     )
     getattr(convert, CONVERSIONS[pair])(chosen)

@@ -9,18 +9,23 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_smlp.conversion import gpt2, huggingface, megatron_model, upcycling
+from megatron_smlp.conversion import gpt2, huggingface, megatron_model, resharding, upcycling
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
 from megatron_smlp.conversion.output import whole_folder
 from megatron_smlp.conversion.progress import Progress
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
-from megatron_smlp.conversion.tensors import Plan, Source, account, carried_out
+from megatron_smlp.conversion.tensors import Plan, Recipe, Source, account, carried_out, same
 from megatron_smlp.conversion.tokenizer import tokenizer_folder
 from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion.torch_dist_writer import write_weights
 from megatron_smlp.platform.one_process import one_process
 
 Say = Callable[[str], None]
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,10 @@ class Options:
     """Bytes of one weights file of a Hugging Face folder."""
     tokenizer: str | None = None
     divisible_by: int = 128
-    """gpt2: the vocabulary is padded to a multiple of this."""
+    """gpt2: the vocabulary is padded to a multiple of this times the tensor parallel size."""
+    layout: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(LAYOUT, 1))
+    """Parallel sizes that a Megatron checkpoint is meant for."""
+    drops_optimizer: bool = False
     model: Mapping[str, Any] = field(default_factory=dict)
     """upcycle: flags of the sparse model that the dense one has other values for."""
 
@@ -87,7 +95,8 @@ def hf_to_torch_dist(options: Options, say: Say = print) -> None:
 def gpt2_to_torch_dist(options: Options, say: Say = print) -> None:
     """A GPT-2 folder of transformers -> a Megatron checkpoint of the weights."""
     values = huggingface.read_config_json(options.load)
-    config = gpt2.config_of(values, options.load, divisible_by=options.divisible_by)
+    divisible_by = options.divisible_by * options.layout["tensor_model_parallel_size"]
+    config = gpt2.config_of(values, options.load, divisible_by=divisible_by)
     source = gpt2.GPT2Folder(options.load, config)
 
     def logits(tokens: Tensor) -> Tensor:
@@ -107,6 +116,7 @@ def _weights_to_torch_dist(
 ) -> None:
     """Write a release, and compare its logits with those of the source."""
     with one_process():
+        resharding.check_layout(flags, options.layout)
         model = megatron_model.build(flags)
         expected = megatron_model.expected_shapes(model)
         plan = make_plan(expected, flags)
@@ -117,12 +127,43 @@ def _weights_to_torch_dist(
                 flags,
                 Progress(specs).over(carried_out(plan, source)),
                 objects=megatron_model.object_names(model),
-                layout={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1},
+                layout=options.layout,
             )
             if options.checks:
                 tokens = _tokens(flags)
                 say(check(logits(tokens), _megatron_logits(TorchDistCheckpoint(folder), tokens)))
     say(f"{options.save}: {len(specs)} tensors written for Megatron, a release (iteration 0)")
+
+
+def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
+    """A Megatron checkpoint -> the same for another layout, or without optimizer state."""
+    with one_process():
+        checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
+        resharding.check_layout(checkpoint.flags, options.layout)
+        model = megatron_model.build(checkpoint.flags)
+        expected = megatron_model.expected_shapes(model)
+        plan = {name: Recipe((name,), same) for name in checkpoint.specs}
+        account(plan, checkpoint.specs, expected, where=str(checkpoint.folder))
+        is_release = options.drops_optimizer or not checkpoint.iteration
+        with whole_folder(options.save, overwrite=options.overwrite) as folder:
+            if is_release:
+                specs = checkpoint.specs
+                write_weights(
+                    folder,
+                    checkpoint.flags,
+                    Progress(specs).over(checkpoint.tensors()),
+                    objects=megatron_model.object_names(model),
+                    layout=options.layout,
+                )
+                count = len(specs)
+            else:
+                count = resharding.copy(checkpoint, folder, options.layout)
+            if options.checks:
+                tokens = _tokens(checkpoint.flags)
+                before = megatron_model.logits(model, checkpoint, tokens)
+                say(check(before, _megatron_logits(TorchDistCheckpoint(folder), tokens)))
+    what = "a release (iteration 0)" if is_release else f"iteration {checkpoint.iteration}"
+    say(f"{options.save}: {count} tensors written for Megatron, {what}")
 
 
 def upcycle(options: Options, say: Say = print) -> None:
@@ -131,6 +172,7 @@ def upcycle(options: Options, say: Say = print) -> None:
         checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
         flags = upcycling.target_flags(checkpoint.flags, options.model)
         huggingface.config_of(flags)  # which knows what sizes fit
+        resharding.check_layout(flags, options.layout)
         model = megatron_model.build(flags)
         expected = megatron_model.expected_shapes(model)
         plan = upcycling.plan(checkpoint.specs, expected, flags)
@@ -141,7 +183,7 @@ def upcycle(options: Options, say: Say = print) -> None:
                 flags,
                 Progress(specs).over(carried_out(plan, checkpoint)),
                 objects=megatron_model.object_names(model),
-                layout={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1},
+                layout=options.layout,
             )
             if options.checks:
                 tokens = _tokens(flags)

@@ -1,0 +1,52 @@
+"""Checkpoints that are rewritten for another layout go on as if nothing had happened."""
+
+from pathlib import Path
+
+import pytest
+from support.conversions import assert_same, run
+from support.in_process import pretrained
+from support.launches import records
+from support.smlp_systems import make_config
+
+from megatron_smlp.checkpoints import integrity
+from megatron_smlp.conversion import convert
+from megatron_smlp.conversion.huggingface import flags_of
+from megatron_smlp.conversion.resharding import check_layout
+from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
+from megatron_smlp.errors import UsageError
+
+MODEL = "--architecture transformer --num-attention-heads 4 --log-interval 1"
+
+
+def test_a_rewritten_checkpoint_goes_on_with_its_optimizer(tmp_path: Path) -> None:
+    save = f"{MODEL} --save {tmp_path / 'run'} --save-interval 2 --lr-decay-style constant"
+    with pretrained(f"{save} --log-dir {tmp_path / 'old'}"):
+        old = [r["loss"] for r in records(tmp_path / "old") if "loss" in r]
+    said = run(convert.torch_dist_to_torch_dist, tmp_path / "run", tmp_path / "new", iteration=2)
+    assert "iteration 2" in said[-1]
+    before = TorchDistCheckpoint(tmp_path / "run", iteration=2)
+    after = TorchDistCheckpoint(tmp_path / "new")
+    assert_same(
+        {name: before.read(name) for name in before.all_specs},
+        {name: after.read(name) for name in after.all_specs},
+    )
+    assert integrity.verify(after.folder) == []
+    load = f"--load {tmp_path / 'new'} --log-dir {tmp_path / 'log'} --lr-decay-style constant"
+    with pretrained(f"{MODEL} {load}"):
+        new = [r["loss"] for r in records(tmp_path / "log") if "loss" in r]
+    assert new == pytest.approx(old[2:], rel=1e-6)
+    weights = tmp_path / "weights"
+    run(convert.torch_dist_to_torch_dist, tmp_path / "run", weights, drops_optimizer=True)
+    assert not any("optimizer" in name for name in TorchDistCheckpoint(weights).all_specs)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [((3, 1, 1), "num-attention-heads"), ((1, 3, 1), "num-layers 4"), ((0, 1, 1), "give 1")],
+)
+def test_a_layout_that_does_not_fit_is_refused(layout: tuple[int, ...], words: str) -> None:
+    flags = flags_of(
+        make_config("transformer", num_layers=4, vocab_size=128, tiny_attention_width=64)
+    )
+    with pytest.raises(UsageError, match=words):
+        check_layout(flags, dict(zip(convert.LAYOUT, layout, strict=True)))
