@@ -120,8 +120,9 @@ def _read(path: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _which_of_both(folder: Path, sums: Sums) -> str:
-    """They do not agree: if all that the checksums say is true, the marker is the damaged one."""
-    return f"{SUMS if problems_in(folder, sums) else MARKER} is damaged"
+    """They do not agree: where the checksums are true and name every file, it is the marker."""
+    unnamed = {path.name for path in folder.iterdir()} - {SUMS, MARKER, *sums}
+    return f"{SUMS if unnamed or problems_in(folder, sums) else MARKER} is damaged"
 
 
 def problems_in(folder: Path, sums: Sums) -> list[str]:

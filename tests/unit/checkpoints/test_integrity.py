@@ -70,6 +70,13 @@ def test_damage_is_found_in_every_file(folder: Path, damage: Callable[[Path], No
     assert verify(folder) == []
 
 
+def test_checksums_cut_at_the_end_of_a_line(folder: Path):
+    """All that is left of them is true, but they no longer name every file."""
+    lines = (folder / SUMS).read_text().splitlines(keepends=True)
+    (folder / SUMS).write_text("".join(lines[:-1]))
+    assert verify(folder) == [f"{SUMS} is damaged"]
+
+
 def test_several_damages_are_all_named(folder: Path):
     flip(folder / "__0_0.distcp")
     (folder / ".metadata").unlink()
