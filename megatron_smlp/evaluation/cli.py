@@ -21,11 +21,15 @@ def main(argv: Sequence[str]) -> None:
         Transcript() as transcript
     ):  # Megatron and torch print much; the results go to the terminal
         transcript.open(None, rank=0)
-        if options.data_path:
-            evaluate_text(options, megatron_flags)
-        else:
-            evaluate_tasks(options, megatron_flags)
+        evaluate(options, megatron_flags)
         _end_together()
+
+
+def evaluate(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
+    if options.data_path:
+        evaluate_text(options, megatron_flags)
+    else:
+        evaluate_tasks(options, megatron_flags)
 
 
 def _end_together() -> None:

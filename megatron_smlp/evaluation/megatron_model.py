@@ -8,7 +8,8 @@ and are scored on the last one where the logits are, still cut over the vocabula
 
 Rows are padded on the right, so positions count from 0. On a CPU every row goes through the model
 by itself, without padding: a matrix product there rounds by the number of its rows, and a score
-would depend on its batch. GPUs take batches.
+would depend on its batch. GPUs take batches. Where experts are spread over data ranks, the rows
+that go through at one time are padded to one length everywhere.
 
 Letters: B rows at once, T tokens, V vocabulary, n scored tokens.
 """
@@ -58,12 +59,18 @@ class MegatronScorer:
         size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
         # All data ranks make the same number of calls: their experts may live on each other.
         share = self.batch_size * -(-len(rows) // (size * self.batch_size))
-        mine = [order[place % len(order)] for place in range(rank, share * size, size)]
+        dealt = [order[place % len(order)] for place in range(share * size)]
+        # Ranks that share experts gather each other's tokens, as many from each.
+        together = self.config.expert_model_parallel_size > 1
         scores: dict[int, RowScore] = {}
         with self._evaluating():
             for start in range(0, share, self.batch_size):
-                batch = mine[start : start + self.batch_size]
-                scores |= zip(batch, self._forward([rows[number] for number in batch]), strict=True)
+                everyone = dealt[start * size : (start + self.batch_size) * size]
+                batch = everyone[rank::size]
+                beside = everyone if together else batch
+                length = self._length([rows[number] for number in beside])
+                answers = self._forward([rows[number] for number in batch], length)
+                scores |= zip(batch, answers, strict=True)
                 if progress is not None:
                     progress(min(len(rows), (start + self.batch_size) * size))
         return self._gathered(scores, len(rows))
@@ -85,9 +92,9 @@ class MegatronScorer:
             for stage, mode in zip(self.stages, training, strict=True):
                 stage.train(mode)
 
-    def _forward(self, rows: Sequence[Row]) -> list[RowScore]:
-        """One batch through all stages; the scores are right on the last stage only."""
-        tokens = self._padded(rows)
+    def _forward(self, rows: Sequence[Row], length: int) -> list[RowScore]:
+        """One batch, padded to `length`, through all stages; right on the last stage only."""
+        tokens = self._padded(rows, length)
         # The interleaved schedule wants as many micro-batches as there are stages.
         interleaved = len(self.stages) > 1
         repeats = mpu.get_pipeline_model_parallel_world_size() if interleaved else 1
@@ -105,12 +112,16 @@ class MegatronScorer:
         scored: Scored = outputs[0] if outputs else [([], [])] * len(rows)
         return [RowScore(tuple(logprobs), tuple(greedy)) for logprobs, greedy in scored]
 
-    def _padded(self, rows: Sequence[Row]) -> Tensor:
-        """The input of each row, all tokens but its last: <int64>[B, T]."""
+    def _length(self, rows: Sequence[Row]) -> int:
+        """That of the longest row's input; sequence parallelism cuts it evenly."""
         length = max(len(row.tokens) for row in rows) - 1
         if self.config.sequence_parallel:
             size = mpu.get_tensor_model_parallel_world_size()
             length = min(self.longest, -(-length // size) * size)
+        return length
+
+    def _padded(self, rows: Sequence[Row], length: int) -> Tensor:
+        """The input of each row, all tokens but its last: <int64>[B, T]."""
         tokens = torch.zeros(len(rows), length, dtype=torch.int64)
         for place, row in enumerate(rows):
             tokens[place, : len(row.tokens) - 1] = torch.tensor(row.tokens[:-1])

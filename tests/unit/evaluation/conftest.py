@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
-from evaluation_helpers import SYSTEMS, TEXT, Run
+from evaluation_helpers import EXAMPLES, SYSTEMS, TEXT, Run
 
 from megatron_smlp.conversion.convert import Options, torch_dist_to_hf
 
@@ -24,6 +25,27 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     main(["--input", str(corpus), "--vocab-size", "300", "--output", str(folder / "tokenizer")])
     return folder / "tokenizer"
+
+
+@pytest.fixture(scope="package")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """COPA and PIQA of random words."""
+    folder: Path = tmp_path_factory.mktemp("tasks")
+    draw = random.Random(1)
+
+    def some(count: int) -> str:
+        return " ".join(draw.choices(TEXT.split(), k=count))
+
+    copa: list[dict[str, Any]] = []
+    piqa: list[dict[str, Any]] = []
+    for number in range(EXAMPLES):
+        choices = {"choice1": some(3), "choice2": some(2)}
+        copa.append({"premise": some(5), **choices, "question": "cause", "label": number % 2})
+        piqa.append({"goal": some(4), "sol1": some(2), "sol2": some(4), "label": number % 2})
+    for name, rows in {"copa": copa, "piqa": piqa}.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="package", params=SYSTEMS)

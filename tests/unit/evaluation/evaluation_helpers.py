@@ -12,6 +12,8 @@ import torch
 
 TEXT = "the model mixes every token with what came before it and nothing that comes after, twice"
 LENGTH = 24
+EXAMPLES = 24
+"""Of each task in the fixture `tasks`."""
 
 SIZES = f"--seq-length {LENGTH} --max-position-embeddings {LENGTH} --num-layers 2"
 SYSTEMS = {

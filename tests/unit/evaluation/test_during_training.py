@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_helpers import SYSTEMS, TEXT, loaded
+from evaluation_helpers import EXAMPLES, SYSTEMS, loaded
 from support.checkpoints import checkpoint_tensors
 from support.in_process import pretrained
 from support.launches import records
 
 from megatron_smlp.errors import UsageError
-
-EXAMPLES = 24
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """COPA and PIQA of random words."""
-    folder: Path = tmp_path_factory.mktemp("tasks")
-    draw = random.Random(1)
-
-    def some(count: int) -> str:
-        return " ".join(draw.choices(TEXT.split(), k=count))
-
-    copa: list[dict[str, Any]] = []
-    piqa: list[dict[str, Any]] = []
-    for number in range(EXAMPLES):
-        choices = {"choice1": some(3), "choice2": some(2)}
-        copa.append({"premise": some(5), **choices, "question": "cause", "label": number % 2})
-        piqa.append({"goal": some(4), "sol1": some(2), "sol2": some(4), "label": number % 2})
-    for name, rows in {"copa": copa, "piqa": piqa}.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    return folder
 
 
 def training(system: str, tokenizer: Path, folder: Path) -> str:

@@ -1,0 +1,83 @@
+"""Scores of one checkpoint under torchrun, in every layout, against those of one process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_helpers import EXAMPLES, LENGTH
+from support.evaluations import evaluate_all
+from support.in_process import pretrained
+from support.launches import run_command
+
+SMALL = 1e-4
+SIZES = f"--seq-length {LENGTH} --num-layers 4 --lr 3e-2 --init-method-std 0.2 --train-iters 2"
+EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
+SYSTEMS = {
+    "gmlp": "--architecture gmlp --spatial-heads 2",
+    "smlp": "--architecture smlp --num-dense-layers 2 --feature-router partial "
+    f"--num-feature-experts 2 {EXPERTS} --token-router base",
+    "hash": f"--architecture transformer --num-attention-heads 4 {EXPERTS} --token-router hash",
+}
+TP, PP = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+EP = "--expert-model-parallel-size 2"
+LAYOUTS = {
+    "gmlp": {
+        "dp2": "",
+        "tp2": TP,
+        "tp2_sp": f"{TP} --sequence-parallel",
+        "pp2_interleaved": f"{PP} --num-layers-per-virtual-pipeline-stage 1",
+    },
+    "smlp": {
+        "tp2_sp": f"{TP} --sequence-parallel",
+        "pp2": PP,
+        "ep2": "--expert-model-parallel-size 2",
+    },
+    "hash": {"pp2": PP, "ep2": "--expert-model-parallel-size 2"},
+}
+CASES = [(system, layout) for system, layouts in LAYOUTS.items() for layout in layouts]
+
+
+@pytest.fixture(scope="module")
+def folder(tasks: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`system/layout.jsonl`, the samples; `system/one.jsonl`, those of one process."""
+    made: Path = tmp_path_factory.mktemp("layouts")
+
+    def command(system: str, layout: str, flags: str) -> list[str]:
+        words = (
+            f"--checkpoint {made}/{system} --tasks copa,piqa --data-dir {tasks} "
+            f"--samples {made}/{system}/{layout}.jsonl {flags}"
+        )
+        return words.split()
+
+    for system, flags in SYSTEMS.items():
+        text = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}"
+        with pretrained(f"{SIZES} {flags} {text} --save {made / system} --eval-iters 0"):
+            pass
+        evaluate_all([command(system, "one", "")])
+        torch.distributed.destroy_process_group()
+    plan = made / "plan.json"
+    commands = [command(system, layout, LAYOUTS[system][layout]) for system, layout in CASES]
+    plan.write_text(json.dumps(commands), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run_command([sys.executable, *launcher, "tests/support/evaluations.py", str(plan)])
+    return made
+
+
+def samples(path: Path) -> list[tuple[str, int, list[float]]]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(line["task"], line["doc_id"], line["loglikelihoods"]) for line in lines]
+
+
+@pytest.mark.parametrize(("system", "layout"), CASES)
+def test_a_layout_changes_no_score(folder: Path, system: str, layout: str) -> None:
+    ours = samples(folder / system / f"{layout}.jsonl")
+    theirs = samples(folder / system / "one.jsonl")
+    assert len(ours) == len(theirs) == 2 * EXAMPLES
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert mine[:2] == expected[:2]
+        assert mine[2] == pytest.approx(expected[2], abs=SMALL), mine[:2]
+    assert len({round(value, 2) for *_, values in ours for value in values}) > EXAMPLES
