@@ -1,0 +1,78 @@
+"""The command line of tools/serve.py."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import socket
+from collections.abc import Sequence
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.generation.cli import Parser, add_model_arguments, check_model_arguments
+
+SHUTDOWN_SECONDS = 3
+"""How long requests may go on after Ctrl-C."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="serve.py",
+        description="Serve a checkpoint or an exported model as OpenAI's /v1/completions.",
+        allow_abbrev=False,
+    )
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="(default: this machine alone)")
+    server.add_argument("--port", type=int, default=8000, help="0: any free one (default 8000)")
+    server.add_argument("--model-name", metavar="NAME", help="(default: the folder's name)")
+    server.add_argument(
+        "--max-body-bytes", type=int, default=2**20, metavar="N",
+        help="of one request; more is refused with 413 (default 1048576)",
+    )  # fmt: skip
+    server.add_argument(
+        "--max-waiting", type=int, default=256, metavar="N",
+        help="requests at a time; more are refused with 429 (default 256)",
+    )  # fmt: skip
+    add_model_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = build_parser().parse_args(argv)
+    check_model_arguments(options)
+    for flag in ("max_body_bytes", "max_waiting"):
+        if getattr(options, flag) < 1:
+            name = flag.replace("_", "-")
+            raise UsageError(f"--{name} {getattr(options, flag)}: give 1 or more")
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise UsageError(
+            f"serve.py needs the package {error.name!r}: pip install 'megatron-smlp[serve]'"
+        ) from error
+    listening = _listen(options.host, options.port)
+    from megatron_smlp.generation.language_model import load
+    from megatron_smlp.serving.app import build_app
+
+    lm = load(options)
+    app = build_app(lm, max_body_bytes=options.max_body_bytes, max_waiting=options.max_waiting)
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS, lifespan="on"
+    )
+    host, port = listening.getsockname()[:2]
+    print(f"serving {lm.name!r} at http://{host}:{port}/v1 (Ctrl-C ends)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down, and raises it again
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Before the model is loaded: a port that is taken is found at once."""
+    try:
+        family = socket.getaddrinfo(host, None)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)  # whoever comes before the model is loaded waits
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"--host {host} --port {port} cannot be used: {error}") from error
+    return listening

@@ -1,0 +1,270 @@
+"""tools/serve.py over a real socket: openai's client, lm-eval's, fifty at once, bad requests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from support.language_models import END, save_language_model
+from support.smlp_systems import LONGEST
+
+from megatron_smlp.errors import UserError
+from megatron_smlp.generation.cli import build_parser
+from megatron_smlp.generation.language_model import LanguageModel, load
+from megatron_smlp.serving import cli
+from megatron_smlp.serving.app import build_app
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(3)
+    return save_language_model(tmp_path_factory.mktemp("served"), "smlp_deterministic")
+
+
+@pytest.fixture(scope="module")
+def lm(folder: Path) -> LanguageModel:
+    return load(build_parser().parse_args(["--hf", str(folder)]))
+
+
+@pytest.fixture(scope="module")
+def url(lm: LanguageModel) -> Iterator[str]:
+    app = build_app(lm, max_body_bytes=20_000, max_waiting=200)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        server.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+
+
+def greedy(lm: LanguageModel, prompt: str, count: int) -> list[int]:
+    """The slow way: a whole forward for each token."""
+    ids = lm.encode(prompt)
+    for _ in range(count):
+        logits = lm.model(torch.tensor([ids])).logits[0, -1]
+        logits[lm.padding_ids] = -torch.inf
+        ids.append(int(logits.argmax()))
+        if ids[-1] == lm.end:
+            break
+    return ids[len(lm.encode(prompt)) :]
+
+
+def logprobs_of(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return lm.model(torch.tensor([ids])).logits[0].float().log_softmax(dim=-1)
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["hf"]
+
+
+def test_greedy_answers_with_log_probabilities(client: openai.OpenAI, lm: LanguageModel) -> None:
+    new = greedy(lm, "the file", 6)
+    answer = client.completions.create(
+        model="hf", prompt="the file", max_tokens=6, temperature=0, logprobs=3, echo=True
+    )
+    [choice] = answer.choices
+    assert choice.text == "the file" + lm.decode([token for token in new if token != lm.end])
+    ids = [*lm.encode("the file"), *new]
+    expected = logprobs_of(lm, ids)
+    told = choice.logprobs
+    assert told.tokens == [lm.decode([number]) for number in ids]
+    assert told.token_logprobs[0] is None
+    assert told.top_logprobs[0] is None
+    for place, number in enumerate(ids[1:], start=1):
+        assert told.token_logprobs[place] == pytest.approx(
+            expected[place - 1, number].item(), abs=1e-5
+        )
+        largest = expected[place - 1].topk(3).values.tolist()
+        assert sorted(told.top_logprobs[place].values()) == pytest.approx(largest[::-1], abs=1e-5)
+    assert told.text_offset[:3] == [0, 1, 2]
+    assert answer.usage.prompt_tokens == len("the file")
+    assert answer.usage.completion_tokens == len(new)
+
+
+def test_pieces_together_are_the_whole(client: openai.OpenAI) -> None:
+    """Characters of several bytes never arrive in parts; seeds repeat; n answers differ."""
+    asked: dict[str, Any] = {
+        "model": "hf", "prompt": "é", "max_tokens": 20, "temperature": 1.5, "top_p": 0.9,
+        "seed": 7, "n": 3, "logprobs": 0, "echo": True,
+    }  # fmt: skip
+    whole = client.completions.create(**asked)
+    texts, tokens, reasons = [""] * 3, [0] * 3, [None] * 3
+    for event in client.completions.create(**asked, stream=True):
+        for piece in event.choices:
+            texts[piece.index] += piece.text
+            tokens[piece.index] += len(piece.logprobs.tokens)
+            reasons[piece.index] = piece.finish_reason
+    assert texts == [choice.text for choice in whole.choices]
+    assert tokens == [len(choice.logprobs.tokens) for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert len(set(texts)) == 3
+    again = client.completions.create(**{**asked, "seed": 8})
+    assert [choice.text for choice in again.choices] != texts
+
+
+def test_stop_texts_end_an_answer(client: openai.OpenAI, lm: LanguageModel) -> None:
+    free = lm.decode(greedy(lm, "abc", 12))
+    stop = free[4:6]
+    asked: dict[str, Any] = {"model": "hf", "prompt": "abc", "max_tokens": 12, "temperature": 0}
+    [choice] = client.completions.create(**asked, stop=[stop, "absent"]).choices
+    assert choice.text == free[: free.index(stop)]
+    assert choice.finish_reason == "stop"
+    pieces = client.completions.create(**asked, stop=stop, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == choice.text
+
+
+def test_fifty_clients_each_get_their_own_answer(url: str, lm: LanguageModel) -> None:
+    """Different prompts, lengths and kinds of request at once, half of them streamed."""
+    prompts = [f"{number} " + "ab" * (number % 7) for number in range(50)]
+
+    async def ask(client: openai.AsyncOpenAI, number: int) -> str:
+        asked = {"model": "hf", "prompt": prompts[number], "max_tokens": 3 + number % 5}
+        if number % 2:
+            answer = await client.completions.create(**asked, temperature=0)
+            return str(answer.choices[0].text)
+        events = await client.completions.create(**asked, temperature=0, stream=True)
+        return "".join([event.choices[0].text async for event in events])
+
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(50)))
+
+    answers = asyncio.run(ask_all())
+    for number, prompt in enumerate(prompts):
+        new = [token for token in greedy(lm, prompt, 3 + number % 5) if token != lm.end]
+        assert answers[number] == lm.decode(new), prompt
+
+
+BAD: list[tuple[bytes | dict[str, Any], int, str]] = [
+    (b"{", 400, "the body is not JSON"),
+    (b"\xff", 400, "the body is not JSON"),
+    (b"[1]", 400, "must be a JSON object"),
+    (b"[" * 9000, 400, "not JSON"),
+    (b"x" * 20_001, 413, "the body is over 20000 bytes"),
+    ({}, 400, "prompt must be"),
+    ({"prompt": ""}, 400, "prompt is empty"),
+    ({"prompt": ["a", 3]}, 400, "texts or lists of token ids alone"),
+    ({"prompt": [5, 9999]}, 400, "the token id 9999 is not in the vocabulary"),
+    ({"prompt": "\ud800"}, 400, "prompt cannot be encoded"),
+    ({"prompt": "a" * (LONGEST + 1)}, 400, "the prompt has 41 tokens"),
+    ({"prompt": "a", "max_tokens": LONGEST}, 400, "ask for at most 39"),
+    ({"prompt": "a", "model": "gpt-4"}, 404, "the model 'gpt-4' does not exist"),
+    ({"prompt": "a", "temperature": float("nan")}, 400, "temperature must be a number"),
+    ({"prompt": "a", "top_p": 0}, 400, "top_p must be over 0"),
+    ({"prompt": "a", "n": 10**30}, 400, "n must be an integer from 1 to 128"),
+    ({"prompt": ["a"] * 100, "n": 2}, 400, "over 128 answers"),
+    ({"prompt": "a", "logprobs": 21}, 400, "logprobs must be an integer from 0 to 20"),
+    ({"prompt": "a", "stop": [1]}, 400, "stop must be a text"),
+    ({"prompt": "a", "echo": "yes"}, 400, "echo must be true or false"),
+    ({"prompt": "a", "suffix": "b"}, 400, "suffix is not supported"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "message"), BAD)
+def test_bad_requests_get_json(
+    url: str, body: bytes | dict[str, Any], status: int, message: str
+) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = httpx.post(f"{url}/completions", content=content)
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+
+
+def test_other_paths_get_json_and_the_server_lives(url: str) -> None:
+    assert httpx.get(f"{url}/chat").json()["error"]["message"].startswith("Not Found")
+    assert httpx.get(f"{url}/completions").status_code == 405
+    answer = httpx.post(f"{url}/completions", json={"prompt": [5, 6], "max_tokens": 0})
+    assert answer.json()["choices"][0]["text"] == ""
+
+
+def test_lm_eval_scores_as_the_model_does(url: str, lm: LanguageModel, folder: Path) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    asker = LocalCompletionsAPI(
+        base_url=f"{url}/completions",
+        model="hf",
+        tokenizer_backend="huggingface",
+        tokenizer=str(folder),
+        max_length=LONGEST,
+        batch_size=2,
+        max_retries=1,
+    )
+    pairs = [("The man", " fell."), ("x" * 60, " it is"), ("He", END)]
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    for (context, option), (score, is_greedy) in zip(
+        pairs, asker.loglikelihood(requests, disable_tqdm=True), strict=True
+    ):
+        new = lm.encode(option)
+        ids = [*lm.encode(context), *new][-(LONGEST - 1) :]
+        rows = logprobs_of(lm, ids)[-len(new) - 1 : -1]
+        assert score == pytest.approx(float(rows[range(len(new)), new].sum()), abs=1e-4)
+        assert is_greedy == (rows.argmax(dim=-1).tolist() == new)
+
+
+def test_more_than_may_wait_are_turned_away(lm: LanguageModel) -> None:
+    from fastapi.testclient import TestClient
+
+    with TestClient(build_app(lm, max_body_bytes=1000, max_waiting=0)) as client:
+        answer = client.post("/v1/completions", json={"prompt": "a"})
+        assert answer.status_code == 429
+        assert "waiting already" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "give one model"),
+        ("--hf {0} --port 99999", "--port 99999 cannot be used"),
+        ("--hf {0} --host 203.0.113.1", "--host 203.0.113.1 --port 8000 cannot be used"),
+        ("--hf {0} --max-waiting 0", "--max-waiting 0: give 1 or more"),
+    ],
+)
+def test_bad_flags_are_one_line(folder: Path, words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cli.main(words.format(folder).split())
+
+
+def test_ctrl_c_ends_it_cleanly(folder: Path) -> None:
+    words = [sys.executable, "tools/serve.py", "--hf", str(folder), "--port", "0"]
+    server = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        line = server.stdout.readline()
+        assert line.startswith("serving 'hf' at http://127.0.0.1:")
+        url = line.split()[3]
+        assert httpx.get(f"{url}/models", timeout=60).status_code == 200
+        server.send_signal(signal.SIGINT)
+        _, said = server.communicate(timeout=60)
+    finally:
+        server.kill()
+    assert server.returncode == 0
+    assert said == ""
