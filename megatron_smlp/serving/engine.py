@@ -60,6 +60,10 @@ def _tokens(ids: Sequence[int], logprobs: Tensor, count: int) -> list[Token]:
     return [Token(*values) for values in zip(ids, chosen, tops, strict=True)]
 
 
+class _NoPadding(SuppressTokensLogitsProcessor):
+    """A class of our own: transformers would move one of its own in front of the watcher."""
+
+
 class _Watcher(LogitsProcessor, StoppingCriteria):
     """Stands in `generate` before the sampler, for the logits, and behind it, for the choice.
 
@@ -98,7 +102,7 @@ def answer(lm: LanguageModel, job: Job) -> None:
     watcher = _Watcher(job)
     processors: list[Any] = [watcher]
     if lm.padding_ids:
-        processors.append(SuppressTokensLogitsProcessor(lm.padding_ids, device=lm.model.device))
+        processors.append(_NoPadding(lm.padding_ids, device=lm.model.device))
     ids = torch.tensor([job.prompt] * job.n, device=lm.model.device)
     how: dict[str, Any] = {"do_sample": False}
     if job.temperature > 0:
