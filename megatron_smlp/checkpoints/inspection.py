@@ -21,13 +21,14 @@ from megatron_smlp.checkpoints.structure import (
     iteration_folder,
     iteration_of,
     latest_iteration,
+    release_folder,
 )
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import safe_loading
 
 
 def checkpoint_of(path: str | Path) -> Path:
-    """The folder of one checkpoint: `path` itself, or the newest one in the folder of a run.
+    """The folder of one checkpoint: `path` itself, or the one that the tracker of a run names.
 
     Raises:
         UsageError: there is none.
@@ -36,11 +37,12 @@ def checkpoint_of(path: str | Path) -> Path:
     if path.is_dir() and is_checkpoint_folder(path):
         return path
     latest = latest_iteration(path)
-    if latest is None:
+    folder = release_folder(path) if latest is None else iteration_folder(path, latest)
+    if folder is None:
         raise UsageError(
             f"{path} holds no checkpoint: give the --save folder of a run, or an iter_ folder."
         )
-    return iteration_folder(path, latest)
+    return folder
 
 
 class Tensors:

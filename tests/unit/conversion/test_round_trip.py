@@ -12,6 +12,7 @@ from support.launches import records
 from support.smlp_systems import SYSTEMS, make_model
 
 from megatron_smlp.checkpoints import integrity
+from megatron_smlp.checkpoints.inspection import checkpoint_of
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import config_of
 from megatron_smlp.conversion.names import HeadShape, join_qkv, split_qkv
@@ -75,6 +76,7 @@ def test_a_trained_checkpoint_comes_back_bitwise(trained: Path, tmp_path: Path) 
     run(convert.hf_to_torch_dist, tmp_path / "hf", tmp_path / "again")
     before, after = TorchDistCheckpoint(trained), TorchDistCheckpoint(tmp_path / "again")
     assert_same(weights(before), weights(after))
+    assert checkpoint_of(tmp_path / "again") == after.folder
     assert integrity.verify(after.folder) == []
     assert before.specs["embedding.word_embeddings.weight"].dtype == torch.bfloat16
     changed = {name for name, value in before.flags.items() if after.flags[name] != value}
