@@ -18,10 +18,8 @@ from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.structure import (
     MODEL,
     is_checkpoint_folder,
-    iteration_folder,
     iteration_of,
-    latest_iteration,
-    release_folder,
+    tracked_folder,
 )
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import safe_loading
@@ -36,8 +34,7 @@ def checkpoint_of(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir() and is_checkpoint_folder(path):
         return path
-    latest = latest_iteration(path)
-    folder = release_folder(path) if latest is None else iteration_folder(path, latest)
+    folder = tracked_folder(path)
     if folder is None:
         raise UsageError(
             f"{path} holds no checkpoint: give the --save folder of a run, or an iter_ folder."

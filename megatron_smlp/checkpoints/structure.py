@@ -65,6 +65,12 @@ def release_folder(run: str | Path) -> Path | None:
     return Path(run) / RELEASE if text == RELEASE else None
 
 
+def tracked_folder(run: str | Path) -> Path | None:
+    """The checkpoint folder that the tracker names, which may be gone; None where it names none."""
+    latest = latest_iteration(run)
+    return release_folder(run) if latest is None else iteration_folder(run, latest)
+
+
 def iterations(run: str | Path) -> list[int]:
     """Iterations of all checkpoint folders of a run, whole or not, in ascending order."""
     try:

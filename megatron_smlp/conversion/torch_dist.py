@@ -24,8 +24,7 @@ from megatron_smlp.checkpoints.structure import (
     TRACKER,
     iteration_folder,
     iteration_of,
-    latest_iteration,
-    release_folder,
+    tracked_folder,
 )
 from megatron_smlp.conversion.tensors import Spec
 from megatron_smlp.errors import DamagedCheckpointError, UsageError
@@ -171,10 +170,7 @@ def _find(folder: Path, iteration: int | None) -> Path:
         if not found.is_dir():
             raise UsageError(f"--ckpt-step {iteration}: {found} does not exist.")
         return found
-    newest = release_folder(folder)
-    latest = latest_iteration(folder)
-    if latest is not None:
-        newest = iteration_folder(folder, latest)
+    newest = tracked_folder(folder)
     if newest is None:
         raise UsageError(
             f"{folder} holds no checkpoint: latest_checkpointed_iteration.txt is missing. Give "
