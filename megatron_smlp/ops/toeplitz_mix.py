@@ -1,0 +1,227 @@
+"""The causal token mixing product where M[t, s] depends on the distance t - s alone.
+
+    y[e, t, n] = sum over k = 0 .. min(t, K - 1) of  m[e, k] * v[e, t - k, n]
+
+Letters: E heads or spatial experts, K distances with a weight, T tokens, N columns, L block length,
+W = span of a panel: the smallest multiple of L that holds every column which L rows can reach.
+
+All blocks of L rows of such a matrix are one matrix, moved to the right: one panel [L, W] a head is
+written out of m, and every block of rows is one product with it,
+
+    R[a, x] = m[W - L + a - x]        y_i  = R[:, last columns] v[.. (i + 1) L]
+    C[b, x] = m[x - b]                dv_j = C[:, first columns] g[j L ..]
+                                      dR  += g_i v[.. (i + 1) L]'   dm = dR summed along diagonals
+
+so that nothing of size T x T exists. An FFT needs fewer multiplications, but rounding of later
+tokens then reaches earlier ones: docs/decisions/0052 has the measurements.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Step(NamedTuple):
+    """One block of rows and what it reads: rows and columns of the whole, columns of the panel."""
+
+    rows: slice
+    columns: slice
+    panel: slice
+
+    @property
+    def height(self) -> int:
+        return int(self.rows.stop - self.rows.start)
+
+
+def _block_length(values: Tensor) -> int:
+    """L; measured as that of causal_mix. It does not depend on T."""
+    return 128 if values.device.type == "cpu" else 256
+
+
+def _span(num_weights: int, length: int, block: int) -> int:
+    """W; not over T rounded up, since no row reads before the first token."""
+    blocks = min(-(-length // block), -(-(num_weights + block - 1) // block))
+    return blocks * block
+
+
+def _looking_back(length: int, *, span: int, block: int) -> Iterator[_Step]:
+    """Rows and the earlier columns that they read, with R's columns."""
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        first = max(0, start + block - span)
+        left = span - block - (start - first)
+        yield _Step(slice(start, stop), slice(first, stop), slice(left, left + stop - first))
+
+
+def _looking_ahead(length: int, *, span: int, block: int) -> Iterator[_Step]:
+    """Columns of M as rows of M', and the later tokens that they read, with C's columns."""
+    for start in range(0, length, block):
+        stop, last = min(start + block, length), min(start + span, length)
+        yield _Step(slice(start, stop), slice(start, last), slice(0, last - start))
+
+
+def _padded(weight: Tensor, *, span: int, block: int) -> Tensor:
+    """m for the distances 1 - L .. W - 1, zero where it has none: [E, W + L - 1]."""
+    return F.pad(weight[:, :span], (block - 1, max(0, span - weight.shape[1])))
+
+
+def _panel(line: Tensor, span: int) -> Tensor:
+    """[E, W + L - 1] -> [E, L, W], row i of it from place L - 1 - i on."""
+    return line.unfold(1, span, 1).flip(1)
+
+
+def _sum_of_diagonals(panel: Tensor) -> Tensor:
+    """The adjoint of `_panel`: [E, L, W] -> [E, W + L - 1]."""
+    heads, block, span = panel.shape
+    width = span + block - 1
+    # Read with rows one shorter than they were written, each row moves one place to the right.
+    rows = F.pad(panel.flip(1), (0, block)).flatten(1)[:, : block * width]
+    return rows.view(heads, block, width).sum(dim=1)
+
+
+def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
+    """out = left @ right over the leading dimension, into a strided `out`."""
+    if out.device.type == "cpu":
+        # A batched product with a strided output would be copied around; a single one is not.
+        for head in range(len(out)):
+            torch.mm(left[head], right[head], out=out[head])
+    else:
+        torch.bmm(left, right, out=out)
+
+
+def _accumulate(left: Tensor, right: Tensor, *, out: Tensor) -> None:
+    """out += left @ right over the leading dimension, into a strided `out`."""
+    if out.device.type == "cpu":
+        for head in range(len(out)):
+            out[head].addmm_(left[head], right[head])
+    else:
+        out.baddbmm_(left, right)
+
+
+def _gemm_ready(values: Tensor) -> Tensor:
+    """The tensor itself where BLAS can read its strides, else one copy instead of one per block."""
+    return values if 1 in values.stride()[-2:] else values.contiguous()
+
+
+@torch.library.custom_op("megatron_smlp::toeplitz_mix", mutates_args=())
+def _mix(weight: Tensor, values: Tensor) -> Tensor:
+    values = _gemm_ready(values)
+    length, block = values.shape[1], _block_length(values)
+    span = _span(weight.shape[1], length, block)
+    out = values.new_empty(values.shape)
+    line = _padded(weight.to(values.dtype), span=span, block=block)
+    panel = _panel(line.flip(1), span) if length else line
+    for step in _looking_back(length, span=span, block=block):
+        rows = panel[:, : step.height, step.panel]
+        _multiply(rows, values[:, step.columns], out=out[:, step.rows])
+    return out
+
+
+@torch.library.custom_op("megatron_smlp::toeplitz_mix_values_gradient", mutates_args=())
+def _values_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
+    gradient = _gemm_ready(gradient)
+    length, block = gradient.shape[1], _block_length(gradient)
+    span = _span(weight.shape[1], length, block)
+    out = gradient.new_empty(gradient.shape)
+    line = _padded(weight.to(gradient.dtype), span=span, block=block)
+    panel = _panel(line, span) if length else line
+    for step in _looking_ahead(length, span=span, block=block):
+        rows = panel[:, : step.height, step.panel]
+        _multiply(rows, gradient[:, step.columns], out=out[:, step.rows])
+    return out
+
+
+@torch.library.custom_op("megatron_smlp::toeplitz_mix_weight_gradient", mutates_args=())
+def _weight_gradient(weight: Tensor, gradient: Tensor, values: Tensor) -> Tensor:
+    gradient, values = _gemm_ready(gradient), _gemm_ready(values)
+    heads, length, _ = values.shape
+    block = _block_length(values)
+    span = _span(weight.shape[1], length, block)
+    panel = values.new_zeros(heads, block, span)
+    for step in _looking_back(length, span=span, block=block):
+        rows = panel[:, : step.height, step.panel]
+        _accumulate(gradient[:, step.rows], values[:, step.columns].mT, out=rows)
+    out = torch.zeros_like(weight)
+    if length:
+        exact = panel if panel.dtype == torch.float64 else panel.float()
+        line = _sum_of_diagonals(exact).flip(1)[:, block - 1 :]
+        used = min(weight.shape[1], length)
+        out[:, :used] = line[:, :used]
+    return out
+
+
+@_mix.register_fake
+def _(weight: Tensor, values: Tensor) -> Tensor:
+    return values.new_empty(values.shape)
+
+
+@_values_gradient.register_fake
+def _(weight: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.new_empty(gradient.shape)
+
+
+@_weight_gradient.register_fake
+def _(weight: Tensor, gradient: Tensor, values: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _save(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    weight, values = ctx.saved_tensors
+    needs_weight, needs_values = ctx.needs_input_grad
+    return (
+        _weight_gradient(weight, gradient, values) if needs_weight else None,
+        _values_gradient(weight, gradient) if needs_values else None,
+    )
+
+
+_mix.register_autograd(_backward, setup_context=_save)
+
+
+def _check_shapes(weight: Tensor, values: Tensor) -> None:
+    if weight.dim() != 2 or values.dim() != 3 or len(weight) != len(values) or not weight.shape[1]:
+        raise ValueError(
+            f"toeplitz_mix: weight has shape {tuple(weight.shape)} and values "
+            f"{tuple(values.shape)}, but weight [E, K] with K >= 1 and values [E, T, N] are needed"
+        )
+
+
+def toeplitz_mix(weight: Tensor, values: Tensor) -> Tensor:
+    """Multiply the lower triangular Toeplitz matrix of each vector with its sequence.
+
+    weight: <float>[E, K], by distance: a token reads itself and the K - 1 before it. T may be
+        smaller or larger than K. It may be kept in a higher precision than the values; it is then
+        rounded once, and its gradient has its own precision.
+    values: <float>[E, T, N], any strides. Under autocast they are cast as a matmul's operands are.
+    Returns <float>[E, T, N] in the precision of the values.
+
+    Row t is bitwise independent of finite values at later positions. Differentiable once, under
+    activation recompute and `torch.compile` too.
+    Raises ValueError where the shapes do not fit.
+    """
+    _check_shapes(weight, values)
+    kind = values.device.type
+    if torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
+        values = values.to(torch.get_autocast_dtype(kind))
+    return _mix(weight, values)
+
+
+def toeplitz_mix_reference(weight: Tensor, values: Tensor) -> Tensor:
+    """The slow twin of `toeplitz_mix`: the definition, one distance after the other."""
+    _check_shapes(weight, values)
+    length = values.shape[1]
+    out = torch.zeros_like(values)
+    for distance in range(min(length, weight.shape[1])):
+        moved = F.pad(values[:, : length - distance], (0, 0, distance, 0))
+        out = out + weight[:, distance, None, None] * moved
+    return out
