@@ -1,20 +1,24 @@
 """Generating token by token with the cache, against doing without it and against GPT-2's.
 
-`recompute`: a forward over everything so far for each new token. Some steps are timed, at evenly
-spaced lengths, and their mean is taken for all: the whole would take minutes.
-`GPT-2`: transformers' own of the same width, depth and vocabulary, with its key-value cache, the
-same loop and the same lengths.
+`GPT-2`: transformers' own of the same width, depth and vocabulary, with its key-value cache.
+`recompute`: a forward over everything so far for each new token. The whole would take minutes, so
+it is timed in the middle of each block of --block tokens, and the mean of those is taken for all.
 
-Both sides are one greedy loop over `forward`, so that `generate`'s own work per token, which is the
-same for both, does not hide the difference. A figure is milliseconds per new token.
+After a prompt of half the length the sides generate the other half in turns, a block of tokens each
+in changing order, so that a slow phase of the machine falls on all of them. Both models go through
+one greedy loop over `forward`: `generate`'s own work per token, the same for both, does not hide
+the difference. A figure is milliseconds per new token; the prompt is not in it.
 """
 
 import argparse
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Record, compare, report
+from timing import Record, report
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -22,7 +26,6 @@ from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 
 VOCABULARY = 8192
-LONGEST, NEW = 1024, 512
 SMLP = {
     "architecture": "smlp",
     "num_feature_experts": 4,
@@ -34,13 +37,18 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "amlp": {"architecture": "amlp", "tiny_attention_width": 64},
     "smlp deterministic": {**SMLP, "feature_router": "deterministic"},
     "smlp partial": {**SMLP, "feature_router": "partial", "num_feature_chunks": 4},
+    "transformer switch": {
+        "architecture": "transformer",
+        "num_experts": 4,
+        "token_router": "switch",
+    },
 }
 
 
-def build(changes: dict[str, Any], *, hidden: int, layers: int) -> SMLPForCausalLM:
+def build(changes: dict[str, Any], *, hidden: int, layers: int, length: int) -> SMLPForCausalLM:
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
-        "max_position_embeddings": LONGEST,
+        "max_position_embeddings": length,
         "hidden_size": hidden,
         "ffn_hidden_size": 4 * hidden,
         "num_layers": layers,
@@ -52,10 +60,10 @@ def build(changes: dict[str, Any], *, hidden: int, layers: int) -> SMLPForCausal
     return SMLPForCausalLM(SMLPConfig(**{**sizes, **changes})).eval()
 
 
-def build_gpt2(*, hidden: int, layers: int) -> GPT2LMHeadModel:
+def build_gpt2(*, hidden: int, layers: int, length: int) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=VOCABULARY,
-        n_positions=LONGEST,
+        n_positions=length,
         n_embd=hidden,
         n_layer=layers,
         n_head=hidden // 64,
@@ -65,66 +73,78 @@ def build_gpt2(*, hidden: int, layers: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-@torch.inference_mode()
-def generate(model: Any, prompt: Tensor, *, steps: int, cache: str) -> list[int]:
-    """Greedy, with the cache of earlier calls. prompt: <int64>[1, n]."""
-    output = model(prompt, use_cache=True)
-    tokens = []
-    for _ in range(steps):
-        token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
-        tokens.append(int(token))
-        output = model(token, use_cache=True, **{cache: output[cache]})
-    return tokens
+class Greedy:
+    """A model after its prompt, a token at a time."""
+
+    def __init__(self, model: Any, prompt: Tensor) -> None:
+        self.model = model
+        self.output = model(prompt, use_cache=True)
+
+    def generate(self, steps: int) -> None:
+        for _ in range(steps):
+            token = self.output.logits[:, -1].argmax(dim=-1, keepdim=True)
+            self.output = self.model(token, use_cache=True, cache=self.output.cache)
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 @torch.inference_mode()
-def recompute(model: SMLPForCausalLM, ids: Tensor, lengths: range) -> None:
-    """One forward per length, of which the last position's logits are made alone."""
-    for length in lengths:
-        model(ids[:, :length], use_cache=False, logits_to_keep=1).logits.argmax()
+def measure(ours: Any, gpt2: Any, ids: Tensor, *, block: int) -> dict[str, float]:
+    """Milliseconds per new token of each side. ids: <int64>[1, T], of which half is the prompt."""
+    length = ids.shape[1]
+    prompt = ids[:, : length // 2]
+    for model in (ours, gpt2):
+        Greedy(model, prompt).generate(4)  # the first calls of a process are slow
+    sides = {"ours": Greedy(ours, prompt), "gpt2": Greedy(gpt2, prompt)}
+    total = dict.fromkeys((*sides, "recompute"), 0.0)
+    order = list(sides)
+    for start in range(length // 2, length, block):
+        for name in order:
+            total[name] += seconds(lambda name=name: sides[name].generate(block))
+        seen = ids[:, : start + block // 2]
+        once = seconds(lambda seen=seen: ours(seen, use_cache=False, logits_to_keep=1))
+        total["recompute"] += block * once
+        order.reverse()
+    return {name: 1e3 * spent / (length - length // 2) for name, spent in total.items()}
 
 
-def per_token(record: Record, *, ours: int, peer: int) -> Record:
-    """From milliseconds of so many tokens to those of one."""
-    ours_ms, peer_ms = record["ours_ms"] / ours, record["peer_ms"] / peer
-    return Record(case=record["case"], ours_ms=ours_ms, peer_ms=peer_ms, ratio=peer_ms / ours_ms)
+def record(case: str, ours_ms: float, peer_ms: float) -> Record:
+    return Record(case=case, ours_ms=ours_ms, peer_ms=peer_ms, ratio=peer_ms / ours_ms)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the records here")
-    parser.add_argument("--repeats", type=int, default=3, help="calls per case and side")
+    parser.add_argument("--repeats", type=int, default=1, help="runs per system; their median")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--hidden", type=int, default=512, help="width of all models")
     parser.add_argument("--layers", type=int, default=8, help="depth of all models")
-    parser.add_argument("--samples", type=int, default=4, help="lengths at which to recompute")
+    parser.add_argument("--length", type=int, default=1024, help="T; half of it is the prompt")
+    parser.add_argument("--block", type=int, default=64, help="tokens a turn; divides half of T")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    sizes = {"hidden": arguments.hidden, "layers": arguments.layers}
-    ids = torch.randint(VOCABULARY, (1, LONGEST))
-    prompt = ids[:, : LONGEST - NEW]
-    lengths = range(LONGEST - NEW, LONGEST, NEW // arguments.samples)
+    sizes = {name: getattr(arguments, name) for name in ("hidden", "layers", "length")}
+    ids = torch.randint(VOCABULARY, (1, arguments.length))
     gpt2 = build_gpt2(**sizes)
-    steps = NEW - 1  # the last token needs no further forward
     records = []
-    for name, changes in SYSTEMS.items():
-        model = build(changes, **sizes)
-        name = f"{name} D={arguments.hidden} L={arguments.layers} T={LONGEST}"
-        against_gpt2 = compare(
-            f"{name}, GPT-2",
-            lambda model=model: generate(model, prompt, steps=steps, cache="cache"),
-            lambda: generate(gpt2, prompt, steps=steps, cache="cache"),
-            repeats=arguments.repeats,
+    for name in arguments.systems:
+        model = build(SYSTEMS[name], **sizes)
+        runs = [measure(model, gpt2, ids, block=arguments.block) for _ in range(arguments.repeats)]
+        ours, peer, without = (
+            statistics.median(run[side] for run in runs) for side in ("ours", "gpt2", "recompute")
         )
-        again = compare(
-            f"{name}, recompute",
-            lambda model=model: generate(model, prompt, steps=steps, cache="cache"),
-            lambda model=model: recompute(model, ids, lengths),
-            repeats=arguments.repeats,
-        )
-        records.append(per_token(against_gpt2, ours=NEW, peer=NEW))
-        records.append(per_token(again, ours=NEW, peer=len(lengths)))
+        about = f"D={arguments.hidden} L={arguments.layers} T={arguments.length}"
+        case = f"{name} {about} {arguments.threads} threads"
+        records += [
+            record(f"{case}, GPT-2", ours, peer),
+            record(f"{case}, recompute", ours, without),
+        ]
     report(records, arguments.json)
 
 

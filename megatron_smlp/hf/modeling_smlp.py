@@ -83,6 +83,11 @@ class Layout:
     cached: bool
     """Whether a cache is being filled; then capacity limits drop nothing."""
 
+    @property
+    def is_one_step(self) -> bool:
+        """One token each, at the same position: it sees all there is, so nothing needs a mask."""
+        return self.start is not None and self.end - self.start == 1
+
 
 @dataclass(frozen=True)
 class Move:
@@ -102,7 +107,7 @@ class Move:
 
 
 class SMLPCacheLayer(DynamicLayer):
-    """States of one mixer by absolute position, in a buffer that doubles when it is full.
+    """States of one mixer by absolute position, in a buffer that doubles when it is full, up to T.
 
     Attention keeps keys and values, spatial gating its normalised gate inputs as `keys`. Partial
     prediction also keeps its routing scores <float>[B, C, E], a sum over the prefix so far.
@@ -110,9 +115,9 @@ class SMLPCacheLayer(DynamicLayer):
 
     is_croppable = False  # the routing scores cannot forget a token
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.length = 0
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.longest, self.length = longest, 0
         self.scores: Tensor | None = None
 
     def write(self, keys: Tensor, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -137,7 +142,7 @@ class SMLPCacheLayer(DynamicLayer):
         return like.new_zeros(*like.shape[:2], length, like.shape[3])
 
     def _grown(self, buffer: Tensor) -> Tensor:
-        grown = self._empty(buffer, max(self.length, 2 * buffer.shape[2]))
+        grown = self._empty(buffer, max(self.length, min(self.longest, 2 * buffer.shape[2])))
         grown[:, :, : buffer.shape[2]] = buffer
         return grown
 
@@ -167,7 +172,8 @@ class SMLPCache(Cache):
 
     def __init__(self, config: SMLPConfig) -> None:
         per_layer = 2 if config.architecture == "amlp" else 1
-        super().__init__(layers=[SMLPCacheLayer() for _ in range(per_layer * config.num_layers)])
+        longest, num_mixers = config.max_position_embeddings, per_layer * config.num_layers
+        super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_mixers)])
         self.num_columns = 0
         self.lengths: Tensor | None = None
         """<int64>[B], tokens of each sample; None: `num_columns` each."""
@@ -235,14 +241,15 @@ class SMLPAttention(nn.Module):
         )
         if cache is not None:
             keys, values = cache.layers[self.cache_index].write(keys, values, layout)
-        from_zero = layout.start == 0
+        is_causal = layout.start == 0
+        needs_no_mask = is_causal or layout.is_one_step
         mixed = F.scaled_dot_product_attention(
             queries,
             keys,
             values,
-            attn_mask=None if from_zero else _visible(layout, keys.shape[2])[:, None],
+            attn_mask=None if needs_no_mask else _visible(layout, keys.shape[2])[:, None],
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=from_zero,
+            is_causal=is_causal,
         )
         return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
 
@@ -272,20 +279,27 @@ class SMLPSpatialProjection(nn.Module):
         start, end = layout.start, layout.end
         if start is None:
             experts = torch.arange(values.shape[1], device=values.device)
-            return self.routed(values, experts[None, :, None], layout)
+            return self.routed(values, experts[None, :, None], layout, None)
         # One new token costs one row; rows from 0 on cost the triangle.
-        rows = self.weight[:, start:end, :end].tril(start)
+        rows = self.weight[:, start:end, :end]
+        rows = rows if layout.is_one_step else rows.tril(start)
         return rows @ values + self.bias[:, start:end, None]
 
-    def routed(self, values: Tensor, experts: Tensor, layout: Layout) -> Tensor:
+    def routed(
+        self, values: Tensor, experts: Tensor, layout: Layout, factor: Tensor | None
+    ) -> Tensor:
         """Any expert for each sample, chunk and row: for the few rows of a generation step.
 
-        values: <float>[B, C, L, f]; experts: <int64>, broadcastable to [B, C, T].
+        values: <float>[B, C, L, f]; experts: <int64>, broadcastable to [B, C, T]; factor: what the
+        products are multiplied by, but not the bias, likewise <float>.
         Returns <float>[B, C, T, f].
         """
         positions, length = layout.positions[:, None], values.shape[2]
         rows = self.weight[experts, positions, :length]
-        rows = rows.masked_fill(~_visible(layout, length)[:, None], 0.0)
+        if not layout.is_one_step:
+            rows = rows.masked_fill(~_visible(layout, length)[:, None], 0.0)
+        if factor is not None:
+            rows = rows * factor[..., None]
         return rows @ values + self.bias[experts, positions][..., None]
 
 
@@ -380,8 +394,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
     def _mix(
         self, chunks: Tensor, gate: Tensor, layout: Layout, cache: SMLPCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        scores = self._scores(self._split(gate).float().mean(dim=-1), layout, cache)
-        probabilities = scores.softmax(dim=-1)
+        probabilities = self._scores(gate, layout, cache).softmax(dim=-1)
         largest, chosen = probabilities.max(dim=-1)
         scale = (largest * self.num_experts).to(chunks.dtype)
         values = self._remember(chunks, layout, cache)
@@ -392,18 +405,21 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         )
         return mixed, self._balance_loss(probabilities, chosen, layout)
 
-    def _scores(self, means: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
-        """means: <fp32>[B, C, T]. Returns a: <fp32>[B, C, E], over the prefix tokens so far."""
+    def _scores(self, gate: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
+        """gate: <float>[B, T, F]. Returns a: <fp32>[B, C, E], over the prefix tokens so far."""
         prefix = self.prefix_router.shape[0]
+        before = None if cache is None else cache.layers[self.cache_index].scores
+        if before is not None and layout.start is not None and layout.start >= prefix:
+            return before
+        means = self._split(gate).float().mean(dim=-1)
         counts = layout.positions < prefix
         if layout.valid is not None:
             counts = counts & layout.valid
         weights = self.prefix_router.float()[layout.positions.clamp(max=prefix - 1)]
         scores = torch.einsum("bct,bte->bce", means, weights * counts[..., None])
         if cache is not None:
-            layer = cache.layers[self.cache_index]
-            layer.scores = scores if layer.scores is None else layer.scores + scores
-            scores = layer.scores
+            scores = scores if before is None else before + scores
+            cache.layers[self.cache_index].scores = scores
         return scores
 
     def _default_experts(self, device: torch.device) -> Tensor:
@@ -430,12 +446,14 @@ class SMLPPartialPrediction(SMLPSpatialGating):
 
     def _mix_step(self, values: Tensor, chosen: Tensor, scale: Tensor, layout: Layout) -> Tensor:
         """A few new rows: same arguments, values [B, C, L, f]. Returns [B, C, T, f]."""
-        routed = (layout.positions >= self.prefix_router.shape[0])[:, None]
-        default = self._default_experts(values.device)
-        experts = torch.where(routed, chosen[..., None], default[:, None])
-        factor = torch.where(routed, scale[..., None], torch.ones_like(scale)[..., None])
-        bias = self.spatial.bias[experts, layout.positions[:, None]][..., None]
-        return (self.spatial.routed(values, experts, layout) - bias) * factor[..., None] + bias
+        prefix = self.prefix_router.shape[0]
+        experts, factor = chosen[..., None], scale[..., None]
+        if layout.start is None or layout.start < prefix:
+            routed = (layout.positions >= prefix)[:, None]
+            default = self._default_experts(values.device)
+            experts = torch.where(routed, experts, default[:, None])
+            factor = torch.where(routed, factor, torch.ones_like(factor))
+        return self.spatial.routed(values, experts, layout, factor)
 
     def _balance_loss(self, probabilities: Tensor, chosen: Tensor, layout: Layout) -> Tensor | None:
         if not self.training:
@@ -514,6 +532,8 @@ class SMLPTokenMoE(nn.Module):
 
     def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and the router's loss if it has one."""
+        if hidden.shape[:2].numel() == 1 and layout.valid is None:
+            return self._one_token(hidden, layout)
         tokens = hidden.transpose(0, 1).flatten(0, 1)
         real = torch.arange(tokens.shape[0], device=tokens.device)
         if layout.valid is not None:
@@ -521,14 +541,28 @@ class SMLPTokenMoE(nn.Module):
         ids = None if layout.input_ids is None else layout.input_ids.T.flatten()[real]
         routing = self.router(tokens[real], ids, limited=not layout.cached)
         output = torch.zeros_like(tokens)
-        for expert in range(self.router.num_experts):
+        for expert in routing.experts.unique().tolist():  # a generation step leaves most idle
+            if expert < 0:
+                continue
             rows, choice = (routing.experts == expert).nonzero(as_tuple=True)
-            if not len(rows):
-                continue  # one token at a time leaves most experts idle
             weighted = self.experts(tokens[real[rows]], expert)
             weighted = weighted * routing.weights[rows, choice, None].to(weighted.dtype)
             output.index_add_(0, real[rows], weighted)
         return output.unflatten(0, (hidden.shape[1], -1)).transpose(0, 1), routing.loss
+
+    def _one_token(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """The same for <float>[1, 1, D], as generation has it, without sorting and scattering."""
+        token = hidden[0]
+        ids = None if layout.input_ids is None else layout.input_ids[0]
+        routing = self.router(token, ids, limited=not layout.cached)
+        weights = routing.weights.to(token.dtype)[0]
+        chosen = [
+            self.experts(token, expert) * weights[place]
+            for place, expert in enumerate(routing.experts[0].tolist())
+            if expert >= 0
+        ]
+        output = torch.stack(chosen).sum(dim=0) if chosen else torch.zeros_like(token)
+        return output[None], routing.loss
 
 
 class SMLPSwitchRouter(nn.Module):
