@@ -74,6 +74,8 @@ class ModelShape:
     """P, tokens from which partial prediction routes; 0: no such routing."""
     num_feature_chunks: int = 0
     """C, chunks of features that partial prediction routes."""
+    toeplitz: bool = False
+    """Whether a spatial matrix is given by one number per distance, with one bias."""
     learned_positions: bool = False
     tied_embeddings: bool = True
     linear_bias: bool = True
@@ -105,6 +107,7 @@ class ModelShape:
             tiny_attention_width=getattr(args, "tiny_attention_width", 64) if is_amlp else 0,
             prefix_length=prefix_length(args, seq_length=args.seq_length) if is_partial else 0,
             num_feature_chunks=_num_chunks(args) if is_partial else 0,
+            toeplitz=getattr(args, "toeplitz", False),
             learned_positions=args.position_embedding_type == "learned_absolute",
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             linear_bias=args.add_bias_linear,
@@ -120,6 +123,11 @@ class ModelShape:
     @property
     def square(self) -> int:
         return self.seq_length**2
+
+    @property
+    def matrix_parameters(self) -> int:
+        """M and b of one spatial head or expert."""
+        return self.seq_length + (1 if self.toeplitz else self.square)
 
 
 def _slots(args: argparse.Namespace, num_experts: int | None) -> Iterable[LayerSlots]:
@@ -193,11 +201,12 @@ def attention_cost(shape: ModelShape) -> Cost:
 
 
 def gating_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """Spatial gating: U, the heads' norm, M and b, V. FLOPs do not depend on the heads."""
+    """Spatial gating: U, the heads' norm, M and b, V. FLOPs do not depend on the heads, nor on
+    whether M is Toeplitz: it is multiplied by blocks (ops/toeplitz_mix.py)."""
     gate_width = shape.ffn_hidden_size // 2
     up = _linear(shape, shape.hidden_size, shape.ffn_hidden_size)
     down = _linear(shape, gate_width, shape.hidden_size)
-    spatial = slots.heads * (shape.square + shape.seq_length) + 2 * gate_width
+    spatial = slots.heads * shape.matrix_parameters + 2 * gate_width
     cost = up + down + _causal(shape, gate_width, spatial)
     if slots.mixer == "gating_and_attention":
         cost += tiny_attention_cost(shape)

@@ -46,8 +46,13 @@ from megatron.core.utils import get_pg_rank
 from megatron_smlp.layers.attention import SDPACoreAttention
 from megatron_smlp.layers.feature_moe import DeterministicFeatureMoE, PartialFeatureMoE
 from megatron_smlp.layers.norms import norm_builder
-from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialGatingSubmodules
+from megatron_smlp.layers.spatial_gating import (
+    SpatialGating,
+    SpatialGatingSubmodules,
+    SpatialProjection,
+)
 from megatron_smlp.layers.tiny_attention import TinyAttention
+from megatron_smlp.layers.toeplitz import ToeplitzProjection
 from megatron_smlp.layers.token_moe import token_moe_builder
 from megatron_smlp.options import (
     LayerSlots,
@@ -176,11 +181,14 @@ def _mixer(
 
 def _gating(config: TransformerConfig, slots: LayerSlots) -> dict[str, Any]:
     """Which kind of spatial gating, and its own arguments."""
-    length = _sequence_length(config)
-    params = {"num_heads": slots.heads, "sequence_length": length}
+    length, options = _sequence_length(config), _options_of(config)
+    params = {
+        "num_heads": slots.heads,
+        "sequence_length": length,
+        "projection": ToeplitzProjection if options.toeplitz else SpatialProjection,
+    }
     if slots.mixer != "feature_moe":
         return {"module": SpatialGating, "params": params}
-    options = _options_of(config)
     if options.feature_router == "deterministic":
         return {"module": DeterministicFeatureMoE, "params": params}
     routing = {

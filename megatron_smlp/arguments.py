@@ -296,6 +296,11 @@ def check_model(args: argparse.Namespace) -> None:
         )
     if args.architecture == "transformer":
         _check_attention(args)
+        if args.toeplitz:
+            raise UsageError(
+                "--toeplitz is for the spatial matrices of --architecture gmlp, amlp and smlp, and "
+                "a transformer has none: leave it out."
+            )
     else:
         _check_spatial(args)
     if args.architecture == "smlp":

@@ -27,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "feature_router": "none",
     "num_dense_layers": 0,
     "spatial_heads": 1,
+    "toeplitz": False,
     "num_feature_experts": 1,
     "num_feature_chunks": None,
     "prefix_fraction": 0.2,

@@ -193,7 +193,7 @@ def _attention(shape: ModelShape) -> Parameters:
 
 def _gating(shape: ModelShape, slots: LayerSlots) -> Parameters:
     gate_width = shape.ffn_hidden_size // 2
-    matrices = slots.heads * (shape.square + shape.seq_length)
+    matrices = slots.heads * shape.matrix_parameters
     # A single head is split over the whole group, and a routed chunk may choose any expert: every
     # rank then holds all matrices.
     is_partial = shape.prefix_length > 0 and slots.mixer == "feature_moe"

@@ -26,6 +26,11 @@ class ModelOptions:
     """Spatial gating: number of heads in a dense layer; each has its own T x T matrix, bias and
     LayerNorm over gate_width / heads features. Must divide ffn_hidden_size / 2."""
 
+    toeplitz: bool = False
+    """Spatial gating: one weight per distance, M[t, s] = m[t - s], and one bias, for each head or
+    spatial expert, in place of a T x T matrix and T biases. Such a model can be evaluated on
+    sequences longer than --seq-length, of which each token reads the last T. Not in the paper."""
+
     tiny_attention_width: int = 64
     """amlp: width of the one attention head beside the gate, in features."""
 

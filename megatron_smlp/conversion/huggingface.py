@@ -24,6 +24,7 @@ from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 SAME_NAME = (
     "architecture",
     "spatial_heads",
+    "toeplitz",
     "feature_router",
     "num_feature_experts",
     "num_feature_chunks",

@@ -29,6 +29,7 @@ from megatron_smlp.checkpoints.structure import (
 from megatron_smlp.conversion.tensors import Spec
 from megatron_smlp.errors import DamagedCheckpointError, UsageError
 from megatron_smlp.platform import safe_loading
+from megatron_smlp.training.checkpoints import OLDER_THAN
 
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state", "common_state")
 COMMON = "common_state/shard_0_1"
@@ -191,4 +192,4 @@ def _read_flags(folder: Path) -> dict[str, Any]:
         flags: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedCheckpointError(f"{path} is not JSON ({error}).") from error
-    return {"openai_gelu": False, **flags}  # older checkpoints do not say it
+    return {**OLDER_THAN, **flags}

@@ -95,12 +95,13 @@ def _harness_model(options: argparse.Namespace, megatron_flags: Sequence[str]) -
 
 def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple[Any, Any, Any]:
     """Arguments, scorer and tokenizer of --checkpoint, in the layout of the flags."""
-    from megatron_smlp.evaluation.megatron_loading import load_model
+    from megatron_smlp.evaluation.megatron_loading import load_model, sequence_length
 
     args, stages, tokenizer = load_model(options.checkpoint, megatron_flags)
     from megatron_smlp.evaluation.megatron_model import MegatronScorer
 
-    scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=options.batch_size)
+    longest = sequence_length(args, options.seq_length)
+    scorer = MegatronScorer(stages, longest=longest, batch_size=options.batch_size)
     return args, scorer, tokenizer
 
 

@@ -58,6 +58,34 @@ def load_model(
     return args, _build_and_load(args), tokenizer
 
 
+def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:
+    """Tokens that go into the model at once.
+
+    Args:
+        args: of the loaded model.
+        wanted: None takes the length of the training.
+
+    Raises:
+        UsageError: the model has no weights for so many, or the layout cannot cut them evenly.
+    """
+    if wanted is None:
+        return int(args.seq_length)
+    any_length = args.toeplitz and args.position_embedding_type != "learned_absolute"
+    if wanted > args.seq_length and not any_length:
+        raise UsageError(
+            f"--seq-length {wanted} is over the {args.seq_length} tokens of the training: only "
+            "spatial gating with --toeplitz, and without learned positions, reads longer "
+            f"sequences; give at most {args.seq_length}"
+        )
+    size = args.tensor_model_parallel_size
+    if args.sequence_parallel and wanted % size:
+        raise UsageError(
+            f"--seq-length {wanted} is not a multiple of --tensor-model-parallel-size {size}, over "
+            "which sequence parallelism cuts it: give a multiple"
+        )
+    return wanted
+
+
 def _tokenizer_given(parser: argparse.ArgumentParser, flags: Sequence[str]) -> TokenizerSpec | None:
     given, _ = parser.parse_known_args(list(flags))
     if given.tokenizer_type is None:

@@ -42,6 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--stride", type=int, metavar="N", help="tokens between windows (default: no overlap)"
     )
     both = parser.add_argument_group("both")
+    both.add_argument(
+        "--seq-length",
+        type=int,
+        metavar="N",
+        help="tokens that --checkpoint gets at once (default: those of its training; more with "
+        "--toeplitz models)",
+    )
     both.add_argument("--batch-size", type=int, default=8, metavar="B", help="(default 8)")
     both.add_argument("--device", help="of --hf (default: a GPU where there is one)")
     both.add_argument("--output", metavar="FILE", help="write the results as JSON")
@@ -65,7 +72,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UsageError("--data-path goes with --checkpoint DIR, the run that --hf came from")
     if options.hf and rest:
         raise UsageError(f"{rest[0]} is not a flag of evaluate.py --hf; `--help` lists them")
-    for flag in ("limit", "batch_size", "stride"):
+    if options.hf and options.seq_length:
+        raise UsageError("--seq-length goes with --checkpoint DIR, the run that --hf came from")
+    for flag in ("limit", "batch_size", "stride", "seq_length"):
         value = getattr(options, flag)
         if value is not None and value < 1:
             raise UsageError(f"--{flag.replace('_', '-')} {value}: give 1 or more")

@@ -41,6 +41,8 @@ class SMLPConfig(PreTrainedConfig):
             sparse (N2).
         max_position_embeddings: T, tokens: the size of every spatial matrix and the longest input.
         spatial_heads: heads of a dense spatial gating block.
+        toeplitz: whether spatial matrices hold one weight per distance, M[t, s] = m[t - s], and one
+            bias; an input may then be longer than T, and every token sees the last T.
         num_feature_experts: spatial experts of a sparse block.
         num_feature_chunks: chunks of its features; default: one per expert.
         prefix_fraction: partial prediction routes from the first floor(prefix_fraction * T) tokens.
@@ -84,6 +86,7 @@ class SMLPConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     max_position_embeddings: int = 1024
     spatial_heads: int = 1
+    toeplitz: bool = False
     num_feature_experts: int = 1
     num_feature_chunks: int | None = None
     prefix_fraction: float = 0.2
@@ -163,6 +166,11 @@ class SMLPConfig(PreTrainedConfig):
 
     def _check_widths(self) -> None:
         if self.architecture == "transformer":
+            if self.toeplitz:
+                raise ValueError(
+                    "toeplitz=True is for the spatial matrices of architecture=gmlp, amlp and "
+                    "smlp; a transformer has none"
+                )
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"num_attention_heads={self.num_attention_heads} must divide "

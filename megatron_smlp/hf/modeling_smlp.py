@@ -271,6 +271,22 @@ class SMLPSpatialProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, length, length))
         self.bias = nn.Parameter(torch.empty(num_experts, length))
 
+    def rows(self, start: int, end: int) -> Tensor:
+        """Rows of all M for the positions from `start` on, <float>[E, end - start, end]."""
+        rows = self.weight[:, start:end, :end]
+        return rows if end - start == 1 else rows.tril(start)
+
+    def biases(self, start: int, end: int) -> Tensor:
+        """<float>[E, end - start]; [E, 1] where all are the same."""
+        return self.bias[:, start:end]
+
+    def rows_at(self, experts: Tensor, positions: Tensor, length: int) -> Tensor:
+        """One row for each expert and position, <float>[..., length], not masked yet."""
+        return self.weight[experts, positions, :length]
+
+    def biases_at(self, experts: Tensor, positions: Tensor) -> Tensor:
+        return self.bias[experts, positions]
+
     def forward(self, values: Tensor, layout: Layout) -> Tensor:
         """Chunk i through expert i.
 
@@ -281,9 +297,7 @@ class SMLPSpatialProjection(nn.Module):
             experts = torch.arange(values.shape[1], device=values.device)
             return self.routed(values, experts[None, :, None], layout, None)
         # One new token costs one row; rows from 0 on cost the triangle.
-        rows = self.weight[:, start:end, :end]
-        rows = rows if layout.is_one_step else rows.tril(start)
-        return rows @ values + self.bias[:, start:end, None]
+        return self.rows(start, end) @ values + self.biases(start, end)[..., None]
 
     def routed(
         self, values: Tensor, experts: Tensor, layout: Layout, factor: Tensor | None
@@ -295,12 +309,40 @@ class SMLPSpatialProjection(nn.Module):
         Returns <float>[B, C, T, f].
         """
         positions, length = layout.positions[:, None], values.shape[2]
-        rows = self.weight[experts, positions, :length]
+        rows = self.rows_at(experts, positions, length)
         if not layout.is_one_step:
             rows = rows.masked_fill(~_visible(layout, length)[:, None], 0.0)
         if factor is not None:
             rows = rows * factor[..., None]
-        return rows @ values + self.bias[experts, positions][..., None]
+        return rows @ values + self.biases_at(experts, positions)[..., None]
+
+
+class SMLPToeplitzProjection(SMLPSpatialProjection):
+    """One weight per distance <float>[E, T] and one bias <float>[E, 1], for inputs of any length.
+
+    g[t] = sum over k < T of m[k] v[t - k] + b
+    """
+
+    def __init__(self, num_experts: int, length: int) -> None:
+        super().__init__(num_experts, 1)
+        self.weight = nn.Parameter(torch.empty(num_experts, length))
+
+    def rows(self, start: int, end: int) -> Tensor:
+        positions = torch.arange(start, end, device=self.weight.device)
+        experts = torch.arange(len(self.weight), device=self.weight.device)
+        return self.rows_at(experts[:, None], positions[None], end)
+
+    def biases(self, start: int, end: int) -> Tensor:
+        return self.bias
+
+    def rows_at(self, experts: Tensor, positions: Tensor, length: int) -> Tensor:
+        distance = positions[..., None] - torch.arange(length, device=positions.device)
+        longest = self.weight.shape[1]
+        rows = self.weight[experts[..., None], distance.clamp(0, longest - 1)]
+        return rows.masked_fill((distance < 0) | (distance >= longest), 0.0)
+
+    def biases_at(self, experts: Tensor, positions: Tensor) -> Tensor:
+        return self.bias[experts, 0]
 
 
 class SMLPSpatialGating(nn.Module):
@@ -321,7 +363,8 @@ class SMLPSpatialGating(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.up_proj = nn.Linear(config.hidden_size, 2 * width, bias=bias)
         self.gate_norm = nn.LayerNorm(width, eps=self.eps)
-        self.spatial = SMLPSpatialProjection(num_experts, config.max_position_embeddings)
+        projection = SMLPToeplitzProjection if config.toeplitz else SMLPSpatialProjection
+        self.spatial = projection(num_experts, config.max_position_embeddings)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=bias)
         self.tiny_attention: SMLPAttention | None = None
         if has_attention:
@@ -434,14 +477,14 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         """
         default = self._default_experts(values.device)
         prefix, end = min(self.prefix_router.shape[0], layout.end), layout.end
-        weight = self.spatial.weight[:, :end, :end].tril()
+        weight = self.spatial.rows(0, end)
         head = weight[default, :prefix, :prefix] @ values[:, :, :prefix]
-        head = head + self.spatial.bias[default, :prefix, None]
+        head = head + self.spatial.biases(0, prefix)[default, :, None]
         tail = values.new_empty(*values.shape[:2], end - prefix, values.shape[3])
         for expert in range(self.num_experts):
             own = chosen == expert
             rows = weight[expert, prefix:] @ values[own] * scale[own][:, None, None]
-            tail[own] = rows + self.spatial.bias[expert, prefix:end, None]
+            tail[own] = rows + self.spatial.biases(prefix, end)[expert, :, None]
         return torch.cat([head, tail], dim=2)
 
     def _mix_step(self, values: Tensor, chosen: Tensor, scale: Tensor, layout: Layout) -> Tensor:
@@ -933,7 +976,7 @@ class SMLPModel(SMLPPreTrainedModel):
 
     def _check_length(self, length: int) -> None:
         longest = self.config.max_position_embeddings
-        if length > longest:
+        if length > longest and not self.config.toeplitz:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than max_position_embeddings={longest}: "
                 f"the model has no weights for positions from {longest} on; cut it from the left"
@@ -985,7 +1028,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             training only), logits <float>[B, T, V], cache, hidden_states.
 
         Raises:
-            ValueError: a sequence longer than T, a cache of another kind, no token ids for HASH.
+            ValueError: a sequence longer than T (without toeplitz), a cache of another kind, no
+                token ids for HASH.
         """
         outputs = self.model(
             input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states
@@ -1027,6 +1071,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
     def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> Any:
         """Called by `generate`: end at position T, and say so, instead of failing there."""
         generation_config = super()._prepare_generated_length(generation_config, **kwargs)
+        if self.config.toeplitz:
+            return generation_config
         longest, prompt = self.config.max_position_embeddings, kwargs["input_ids_length"]
         if prompt >= longest:
             raise ValueError(

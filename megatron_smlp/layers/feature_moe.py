@@ -19,6 +19,7 @@ P prefix length, R = B C'.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialProjection
-from megatron_smlp.ops.causal_mix import causal_mix
 from megatron_smlp.routers.prefix import Choice, PrefixRouter
 
 
@@ -74,7 +74,7 @@ class PartialFeatureMoE(SpatialGating):
         return True
 
     def _spatial(self, num_matrices: int, length: int) -> SpatialProjection:
-        return SpatialProjection(
+        return self.projection(
             self.num_experts,
             length=length,
             dtype=self.config.params_dtype,
@@ -86,7 +86,8 @@ class PartialFeatureMoE(SpatialGating):
         tokens = len(u2)
         self.spatial.check_length(tokens)
         chunks = self.norm(u2).unflatten(-1, (self.local_heads, -1))
-        weight, bias = (x[:, :tokens] for x in self.spatial_parameters())
+        weight, bias = self.spatial_parameters()
+        bias = bias[:, :tokens]
         mixed = self._prefix_rows(chunks[: self.prefix_length], weight, bias)
         if tokens > self.prefix_length:
             # Averaged after its LayerNorm, a chunk would have the same mean for every input.
@@ -95,16 +96,16 @@ class PartialFeatureMoE(SpatialGating):
         return mixed.flatten(2)
 
     def _prefix_rows(self, chunks: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """chunks: <float>[p, B, C', f], p = min(P, T); weight: [E, T, *]; bias: [E, T].
+        """chunks: <float>[p, B, C', f], p = min(P, T); weight: all; bias: [E, T] or [E, 1].
 
         Returns:
             g of the rows t < P, <float>[p, B, C', f].
         """
         rows, batch = chunks.shape[:2]
-        weight = weight[:, :rows, :rows][self.default_experts]
+        weight = self.spatial.first(weight, rows)[self.default_experts]
         bias = bias[:, :rows][self.default_experts]
         columns = chunks.permute(2, 0, 1, 3).flatten(2)  # [C', p, B f]: one GEMM a chunk
-        mixed = causal_mix(weight, columns) + bias[..., None]
+        mixed = self.spatial.mix(weight, columns) + bias[..., None]
         return mixed.unflatten(-1, (batch, -1)).permute(1, 2, 0, 3)
 
     def _routed_rows(self, chunks: Tensor, weight: Tensor, bias: Tensor, choice: Choice) -> Tensor:
@@ -117,27 +118,24 @@ class PartialFeatureMoE(SpatialGating):
         pairs = chunks.flatten(1, 2).index_select(1, order)  # [T, R, f]
         first = self.prefix_length
         scale = choice.scale.flatten()[order].to(pairs.dtype)
-        mixed = _mix_groups(pairs, weight[:, first:], counts, first) * scale[:, None]
-        mixed = mixed + bias[:, first:][experts].T[..., None]
+        rows = len(chunks) - first
+        mix = self.spatial.rows_from(weight, first, len(chunks))
+        mixed = _mix_groups(pairs, counts, mix) * scale[:, None]
+        # The last biases: a Toeplitz matrix has one for all rows.
+        mixed = mixed + bias[:, -rows:][experts].T[..., None]
         return mixed.index_select(1, order.argsort()).view(len(mixed), *chunks.shape[1:])
 
 
-def _mix_groups(pairs: Tensor, weight: Tensor, counts: list[int], first: int) -> Tensor:
-    """The rows from `first` on, each group of neighbouring pairs by its own expert.
+def _mix_groups(pairs: Tensor, counts: list[int], mix: Callable[..., Tensor]) -> Tensor:
+    """Some rows of the mixed pairs, each group of neighbouring pairs by its own expert.
 
-    pairs: <float>[T, R, f]; weight: <float>[E, T - first, >= T]; counts: pairs of each expert.
-    Returns <float>[T - first, R, f].
+    pairs: <float>[T, R, f]; counts: pairs of each expert; mix: see SpatialProjection.rows_from.
+    Returns <float>[rows, R, f].
     """
     tokens, _, width = pairs.shape
-    # One slice and one `unbind`: their gradients are one tensor of that size, not one an expert.
-    prefix_columns = weight[:, :, :first].unbind()
-    triangles = weight[:, :, first:tokens].unbind()
     mixed = []
     for expert, group in enumerate(pairs.split(counts, dim=1)):
-        if group.shape[1] == 0:
-            continue
-        columns = group.reshape(tokens, -1)
-        from_prefix = prefix_columns[expert].to(columns.dtype) @ columns[:first]
-        from_rest = causal_mix(triangles[expert][None], columns[None, first:])[0]
-        mixed.append((from_prefix + from_rest).unflatten(-1, (-1, width)))
+        if group.shape[1]:
+            columns = mix(expert, group.reshape(tokens, -1))
+            mixed.append(columns.unflatten(-1, (-1, width)))
     return torch.cat(mixed, dim=1)

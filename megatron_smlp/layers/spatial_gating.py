@@ -13,6 +13,8 @@ Tensor parallelism shards the features, never the tokens: whole heads where tp d
 head is split over the whole TP group, M is then the same on all its ranks, and its gradient and the
 statistics of LN are summed over them. The result does not depend on tp.
 
+Another M, of fewer parameters, is in layers/toeplitz.py.
+
 Letters: T sequence, B batch, D hidden, Z ffn_hidden_size, F = Z/2 gate width, h heads, f = F/h,
 tp tensor parallel size; h', F' are the share of a rank.
 """
@@ -75,21 +77,28 @@ class SpatialProjection(nn.Module):
         super().__init__()
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.length = length
-        self.weight = nn.Parameter(
-            torch.empty(num_heads, length, length, dtype=dtype, device=device)
-        )
-        self.bias = nn.Parameter(torch.ones(num_heads, length, dtype=dtype, device=device))
+        weight, bias = self._shapes(length)
+        self.weight = nn.Parameter(torch.empty(num_heads, *weight, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.ones(num_heads, *bias, dtype=dtype, device=device))
         if initialize:
             self._draw(first_head, total_heads or num_heads)
+
+    def _shapes(self, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one head's M and b."""
+        return (length, length), (length,)
 
     @torch.no_grad()
     def _draw(self, first_head: int, total_heads: int) -> None:
         bound = 1e-3 / self.length
         for head in range(total_heads):
             # On the CPU's generator, one head at a time: never all heads' matrices in memory.
-            matrix = torch.empty(self.length, self.length).uniform_(-bound, bound).tril_()
+            matrix = torch.empty(self.weight.shape[1:]).uniform_(-bound, bound)
             if first_head <= head < first_head + len(self.weight):
-                self.weight[head - first_head].copy_(matrix)
+                self.weight[head - first_head].copy_(self._causal(matrix))
+
+    def _causal(self, matrix: Tensor) -> Tensor:
+        """Zeros where one head's M is never read."""
+        return matrix.tril_()
 
     def forward(self, values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """values: <float>[T', B, F'] -> <float>[T', B, F'], T' <= T; row t reads rows <= t.
@@ -104,9 +113,29 @@ class SpatialProjection(nn.Module):
         heads = len(weight)
         # [T', B, h', f] -> [h', T', B f]: one GEMM a head over all samples.
         columns = values.view(tokens, batch, heads, -1).permute(2, 0, 1, 3).flatten(2)
-        mixed = causal_mix(weight[:, :tokens, :tokens], columns)
+        mixed = self.mix(self.first(weight, tokens), columns)
         mixed = mixed + bias[:, :tokens, None]
         return mixed.view(heads, tokens, batch, -1).permute(1, 2, 0, 3).reshape(values.shape)
+
+    def first(self, weight: Tensor, tokens: int) -> Tensor:
+        """What a sequence of `tokens` needs of the weights."""
+        return weight[:, :tokens, :tokens]
+
+    def mix(self, weight: Tensor, columns: Tensor) -> Tensor:
+        """M v: `first` weights of some heads, <float>[h, T', N] -> <float>[h, T', N]."""
+        return causal_mix(weight, columns)
+
+    def rows_from(self, weight: Tensor, first: int, tokens: int) -> Callable[..., Tensor]:
+        """For T' = tokens: (head, <float>[T', N]) -> the rows of M v from `first` on, [.., N]."""
+        rows = weight[:, first:tokens]
+        # One slice and one `unbind`: their gradients are one tensor of that size, not one a head.
+        before, triangles = rows[:, :, :first].unbind(), rows[:, :, first:tokens].unbind()
+
+        def mix(head: int, columns: Tensor) -> Tensor:
+            from_before = before[head].to(columns.dtype) @ columns[:first]
+            return from_before + causal_mix(triangles[head][None], columns[None, first:])[0]
+
+        return mix
 
     def check_length(self, tokens: int) -> None:
         """Raise ValueError where a sequence has more tokens than M has rows."""
@@ -123,6 +152,7 @@ class SpatialGating(MegatronModule):
 
     Args:
         num_heads: h. tp must divide it, or it must be 1.
+        projection: the kind of M and b.
 
     Raises:
         ValueError: h does not divide F, tp does not fit h, or context parallelism is on.
@@ -136,12 +166,13 @@ class SpatialGating(MegatronModule):
         *,
         num_heads: int,
         sequence_length: int,
+        projection: type[SpatialProjection] = SpatialProjection,
         pg_collection: ProcessGroupCollection | None = None,
         name: str | None = None,
         **unused_attention_arguments: Any,
     ) -> None:
         super().__init__(config=config)
-        self.layer_number = layer_number
+        self.layer_number, self.projection = layer_number, projection
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group = pg_collection.tp
         tp = self.tp_group.size()
@@ -207,7 +238,7 @@ class SpatialGating(MegatronModule):
     def _spatial(self, num_matrices: int, length: int) -> SpatialProjection:
         """M and b: those of this rank's heads, or all of them where every rank needs them all."""
         local = num_matrices if self.shares_spatial else self.local_heads
-        return SpatialProjection(
+        return self.projection(
             local,
             length=length,
             dtype=self.config.params_dtype,

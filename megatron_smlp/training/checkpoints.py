@@ -60,6 +60,9 @@ MAY_CHANGE = (
     "moe_token_drop_policy",
 )
 
+# What checkpoints that are older than a flag do not say.
+OLDER_THAN: dict[str, Any] = {"openai_gelu": False, "toeplitz": False}
+
 # Padding of the vocabulary grows with the tensor parallel size; Megatron loads across it.
 LAYOUT_DEPENDENT = ("padded_vocab_size",)
 
@@ -104,7 +107,7 @@ def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> di
         flags: dict[str, Any] = json.loads(text)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return None
-    return flags if isinstance(flags, dict) else None
+    return {**OLDER_THAN, **flags} if isinstance(flags, dict) else None
 
 
 def settle_load(args: argparse.Namespace) -> None:

@@ -70,6 +70,8 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
     mixer = MIXERS[slots.mixer].format(
         heads=slots.heads, width=args.tiny_attention_width, router=args.feature_router
     )
+    if args.toeplitz:
+        mixer += ", Toeplitz"
     return mixer, channels[slots.channel]
 
 

@@ -47,6 +47,7 @@ ARCHITECTURES = {
     "smlp": f"{SMLP} --feature-router deterministic --token-router base {EXPERTS}",
     "smlp_partial": f"{SMLP} --feature-router partial --token-router base {EXPERTS}",
     "feature_moe_partial": f"{SMLP} --feature-router partial",
+    "feature_moe_toeplitz": f"{SMLP} --feature-router partial --toeplitz",
 }
 ROUTED = {name for name, flags in ARCHITECTURES.items() if EXPERTS in flags}
 
@@ -84,6 +85,7 @@ PADDED = "--make-vocab-size-divisible-by 384 --save-interval 100 --save"
 FEWER = {
     "transformer_gshard": ("tp2_sp", "ep2", "dp2", "recompute_full"),
     "smlp_partial": ("tp2_sp", "pp2", "ep2", "dp2", "tp2_pp2"),
+    "feature_moe_toeplitz": ("tp2_sp", "pp2", "dp2_distributed_optimizer"),
     "feature_moe_partial": (
         *("tp2", "pp2_interleaved", "pp2_recompute", "dp2_distributed_optimizer"),
         *("recompute_full", "recompute_selective"),

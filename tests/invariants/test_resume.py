@@ -44,7 +44,7 @@ ONE_PROCESS = {
     f"{name}_{kind}": f"{flags} {dropout}"
     for name, flags in ARCHITECTURES.items()
     for kind, dropout in DROPOUT.items()
-}
+} | {"gmlp_toeplitz_exact": f"--architecture gmlp --toeplitz {DROPOUT['exact']}"}
 TWO_PROCESSES = {
     "smlp_tp2_dropout": f"{SMLP} {DROPOUT['dropout']} --tensor-model-parallel-size 2",
     "gmlp_dp2_fp32": f"--architecture gmlp {DROPOUT['exact']} --use-distributed-optimizer",

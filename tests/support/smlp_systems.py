@@ -44,6 +44,13 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "num_feature_chunks": 6,
         "token_router": "switch",
     },
+    "gmlp_toeplitz": {"architecture": "gmlp", "spatial_heads": 2, "toeplitz": True},
+    "smlp_partial_toeplitz": {
+        **_SPARSE,
+        "feature_router": "partial",
+        "num_feature_chunks": 6,
+        "toeplitz": True,
+    },
     "smlp_unrouted": {**_SPARSE, "token_router": "hash", "hidden_act": "gelu_new"},
 }
 

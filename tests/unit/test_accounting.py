@@ -32,6 +32,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "base": {**TRANSFORMER, "token_router": "base"},
     "hash": {**TRANSFORMER, "token_router": "hash", "add_bias_linear": False},
     "gmlp": {"architecture": "gmlp", "spatial_heads": 2},
+    "gmlp_toeplitz": {"architecture": "gmlp", "spatial_heads": 2, "toeplitz": True},
     "gmlp_moe": {"architecture": "gmlp", "token_router": "base", "moe_layer_freq": 2},
     "amlp": {"architecture": "amlp", "tiny_attention_width": 16},
     "smlp_deterministic": {**SPARSE, "feature_router": "deterministic", "token_router": "base"},
@@ -46,6 +47,7 @@ LENGTH = 128
 SAME_NAMES = (
     *("architecture", "token_router", "feature_router", "hidden_size", "ffn_hidden_size"),
     *("num_layers", "num_dense_layers", "num_attention_heads", "spatial_heads"),
+    *("toeplitz",),
     *("num_feature_experts", "num_feature_chunks", "prefix_fraction", "num_experts"),
     *("moe_ffn_hidden_size", "moe_layer_freq", "tiny_attention_width", "add_bias_linear"),
 )

@@ -160,6 +160,7 @@ class TestRefusals:
             (f"{SMLP} --num-dense-layers -1", r"--num-dense-layers -1 must lie between 0 and"),
             (f"{GMLP} --num-dense-layers 2", r"--num-dense-layers 2 is for --architecture smlp, "
              r"not gmlp: leave it out"),
+            (f"{TRANSFORMER} --toeplitz", r"--toeplitz is for .* gmlp, amlp and smlp, and"),
             (f"{TRANSFORMER} --feature-router deterministic", r"--feature-router deterministic "
              r"is for --architecture smlp, not transformer: leave it out"),
             ("--num-attention-heads 5", r"--num-attention-heads 5 does not divide --hidden-size "

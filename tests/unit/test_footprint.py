@@ -35,6 +35,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "hash": {"architecture": "transformer", "num_experts": 8, "token_router": "hash"},
     "gmlp": {"architecture": "gmlp"},
     "gmlp_heads": {"architecture": "gmlp", "spatial_heads": 4},
+    "gmlp_toeplitz": {"architecture": "gmlp", "spatial_heads": 4, "toeplitz": True},
     "amlp": {"architecture": "amlp"},
     "smlp": {**SPARSE, "feature_router": "deterministic", "token_router": "base"},
     "smlp_partial": {**SPARSE, "feature_router": "partial", "token_router": "base"},
@@ -156,6 +157,10 @@ KEPT: dict[str, tuple[dict[str, Any], LayerSlots]] = {
     "gmlp_heads": (
         {"architecture": "gmlp", "spatial_heads": 4},
         LayerSlots("spatial_gating", "none", 4),
+    ),
+    "gmlp_toeplitz": (
+        {"architecture": "gmlp", "toeplitz": True},
+        LayerSlots("spatial_gating", "none", 1),
     ),
     "amlp": (
         {"architecture": "amlp", "tiny_attention_width": 16},

@@ -66,3 +66,19 @@ def run(
     paths = {"load": folder / "run", "save": folder / "hf"}
     torch_dist_to_hf(Options(**paths, tokenizer=str(tokenizer), checks=False))
     return Run(checkpoint=folder / "run", exported=folder / "hf")
+
+
+@pytest.fixture(scope="package")
+def data(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of three short documents."""
+    from megatron_smlp.data.preprocess_cli import main
+
+    folder: Path = tmp_path_factory.mktemp("data")
+    lines = [json.dumps({"text": f"{TEXT} {number}"}) + "\n" for number in range(3)]
+    (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
+    words = (
+        f"--input {folder / 'text.jsonl'} --output-prefix {folder / 'text'} --append-eod "
+        f"--workers 1 --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}"
+    )
+    main(words.split())
+    return folder / "text_text_document"

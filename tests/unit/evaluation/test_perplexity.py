@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -25,21 +24,6 @@ def test_every_token_but_the_first_is_predicted_once(count: int, stride: int) ->
     for window in cut:
         assert len(window.row.tokens) <= 9
         assert window.row.tokens[window.first + 1] == window.row.tokens[-window.row.scored]
-
-
-@pytest.fixture(scope="module")
-def data(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from megatron_smlp.data.preprocess_cli import main
-
-    folder: Path = tmp_path_factory.mktemp("data")
-    lines = [json.dumps({"text": f"{TEXT} {number}"}) + "\n" for number in range(3)]
-    (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
-    words = (
-        f"--input {folder / 'text.jsonl'} --output-prefix {folder / 'text'} --append-eod "
-        f"--workers 1 --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}"
-    )
-    main(words.split())
-    return folder / "text_text_document"
 
 
 def test_perplexity_is_that_of_the_exported_model(run: Run, data: Path) -> None:

@@ -120,6 +120,22 @@ def test_generation_stops_at_position_t_with_a_message(system: str, caplog):
     logging.disable_propagation()
 
 
+@pytest.mark.parametrize("system", ["gmlp_toeplitz", "smlp_partial_toeplitz"])
+@torch.no_grad()
+def test_toeplitz_models_go_on_behind_position_t(system: str):
+    model = make_model(system)
+    ids = make_ids(2, LONGEST + 20)
+    full = model(ids).logits
+    output = model(ids[:, :35], use_cache=True)
+    for t in range(35, LONGEST + 20):
+        output = model(ids[:, t : t + 1], cache=output.cache)
+        torch.testing.assert_close(output.logits[:, 0], full[:, t], **TOLERANCE)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(ids[:, :35], **options)
+    assert cached.shape == (2, 47)
+    assert torch.equal(cached, model.generate(ids[:, :35], **options, use_cache=False))
+
+
 def test_too_long_prompts_and_sequences_are_refused():
     model = make_model("gmlp")
     with pytest.raises(ValueError, match="a prompt of 40 tokens leaves no position"):

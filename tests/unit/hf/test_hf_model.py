@@ -176,6 +176,7 @@ def test_tuples_hidden_states_and_logits_to_keep():
         ({"architecture": "gmpl"}, "allowed are transformer, gmlp, amlp, smlp"),
         ({"token_router": "top2"}, "allowed are none, switch, gshard, base, hash"),
         ({"feature_router": "partial"}, "are for architecture=smlp, not gmlp"),
+        ({"architecture": "transformer", "toeplitz": True}, "a transformer has none"),
         ({"num_layers": 0}, "num_layers=0: must be 1 or more"),
         ({"spatial_heads": 5}, "spatial_heads=5 must divide the gate width"),
         ({"architecture": "transformer", "num_attention_heads": 5}, "must divide hidden_size=32"),

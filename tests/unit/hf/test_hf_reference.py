@@ -220,6 +220,28 @@ def test_partial_prediction_equals_a_loop_over_rows_with_its_gradients(length: i
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4 * right.abs().max())
 
 
+@pytest.mark.parametrize("system", ["gmlp_toeplitz", "smlp_partial_toeplitz"])
+@pytest.mark.parametrize("length", [40, 70])
+def test_a_toeplitz_model_is_the_dense_one_with_its_matrices(system: str, length: int):
+    """Also where the sequence is longer than T = 40: then each token reads 40."""
+    model = make_model(system).double()
+    dense = make_model(
+        system, toeplitz=False, max_position_embeddings=length, prefix_fraction=8.5 / length
+    ).double()
+    state = dict(model.state_dict())
+    for name in [name for name in state if "spatial.weight" in name]:
+        vectors = state[name]
+        matrices = vectors.new_zeros(len(vectors), length, length)
+        for t in range(length):
+            for s in range(max(0, t - 39), t + 1):
+                matrices[:, t, s] = vectors[:, t - s]
+        bias = name.replace("weight", "bias")
+        state |= {name: matrices, bias: state[bias].expand(-1, length)}
+    dense.load_state_dict(state)
+    ids = make_ids(2, length)
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, **TOLERANCE)
+
+
 def test_partial_prediction_really_routes():
     model = make_model("smlp_partial")
     mixer = model.model.layers[-1].mixer
