@@ -1,4 +1,4 @@
-# make env | quickstart | test | test-slow | test-gpu | lint | bench | lock | clean
+# make env | quickstart | test | test-slow | test-gpu | lint | bench | bench-gpu | lock | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv || echo .cache/uv/bin/uv)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help env lock quickstart test test-slow test-gpu lint format bench clean
+.PHONY: help env lock quickstart test test-slow test-gpu lint format bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,10 @@ test-gpu: env ## on a machine with a CUDA device: all systems against the CPU
 
 bench: env ## every benchmark, into benchmarks/results/
 	env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/run_all.py
+	env -u OPENBLAS_CORETYPE $(BIN)/python -m pytest -m slow tests/benchmarks
+
+bench-gpu: env ## on a machine with a CUDA device: speed of all systems in bf16
+	$(BIN)/python benchmarks/bench_gpu.py
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) .cache runs build *.egg-info

@@ -28,6 +28,8 @@ BENCHMARKS = {
     "bench_step": "The whole training step against its peers",
     "bench_systems": "All systems: share of the machine's GEMM speed",
     "bench_generate": "Incremental generation",
+    "bench_scaling": "Growth with T, experts, layers and processes",
+    "bench_startup": "Start-up",
 }
 PACKAGES = ("torch", "megatron-core", "transformers", "g-mlp-pytorch", "scipy")
 
@@ -88,11 +90,12 @@ def _table(name: str, result: dict[str, Any]) -> Iterator[str]:
     load = " to ".join(map(str, result["load_average"]))
     yield f"`benchmarks/{name}.py`, {result['seconds']} s, load average {load}."
     yield ""
-    yield "| case | ours ms | peer ms | ratio |"
+    yield "| case | ours, ms | peer, ms | ratio |"
     yield "|---|---:|---:|---:|"
     for record in result["records"]:
-        figures = f"{record['ours_ms']:.2f} | {record['peer_ms']:.2f} | {record['ratio']:.2f}"
-        yield f"| {record['case']} | {figures} |"
+        unit = f" {record['unit']}" if "unit" in record else ""
+        ours, peer = (f"{record[side]:.2f}{unit}" for side in ("ours_ms", "peer_ms"))
+        yield f"| {record['case']} | {ours} | {peer} | {record['ratio']:.2f} |"
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class Record(TypedDict):
@@ -15,6 +15,8 @@ class Record(TypedDict):
     ours_ms: float
     peer_ms: float
     ratio: float
+    unit: NotRequired[str]
+    """Of the two figures, where it is not milliseconds."""
 
 
 def _milliseconds(function: Callable[[], object]) -> float:
@@ -44,6 +46,6 @@ def report(records: list[Record], path: Path | None) -> None:
     print(f"{'case':{width}}  {'ours ms':>9}  {'peer ms':>9}  {'ratio':>6}")
     for record in records:
         figures = f"{record['ours_ms']:9.2f}  {record['peer_ms']:9.2f}  {record['ratio']:6.2f}"
-        print(f"{record['case']:{width}}  {figures}")
+        print(f"{record['case']:{width}}  {figures}  {record.get('unit', '')}".rstrip())
     if path is not None:
         path.write_text(json.dumps(records, indent=2) + "\n")

@@ -63,7 +63,7 @@ def loss_figure(runs: Sequence[Run], *, axes: Sequence[str], window: int) -> Fig
 
 def _draw_losses(panel: Axes, runs: Sequence[Run], *, axis: Axis, window: int) -> None:
     unit, unit_name = common_unit(runs, axis)
-    for run, look in zip(runs, _looks(), strict=False):
+    for run, look in zip(runs, looks(), strict=False):
         raw = curve(run.training, axis=axis, unit=unit, field="loss")
         line = smoothed(raw, window=window)
         panel.plot(line.x, line.y, linewidth=1.4, **look)
@@ -75,7 +75,7 @@ def _draw_losses(panel: Axes, runs: Sequence[Run], *, axis: Axis, window: int) -
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.yaxis.set_minor_locator(FixedLocator([]))
-    _tidy(panel)
+    tidy(panel)
 
 
 class _ReadableLog(MaxNLocator):
@@ -89,8 +89,7 @@ def _legend(figure: Figure, runs: Sequence[Run]) -> None:
     """Below the panels, so that it never lies on a curve."""
     panel = figure.axes[0]
     lines = [
-        panel.plot([], [], linewidth=1.8, **look)[0]
-        for _, look in zip(runs, _looks(), strict=False)
+        panel.plot([], [], linewidth=1.8, **look)[0] for _, look in zip(runs, looks(), strict=False)
     ]
     labels = [run.label for run in runs]
     if any(run.validation for run in runs):
@@ -101,7 +100,7 @@ def _legend(figure: Figure, runs: Sequence[Run]) -> None:
     )
 
 
-def _looks() -> Any:
+def looks() -> Any:
     return (
         {"color": COLORS[index % len(COLORS)], "linestyle": STYLES[index % len(STYLES)]}
         for index in itertools.count()
@@ -159,7 +158,7 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
     None where no run has routers.
     """
     routed = [
-        (run, look) for run, look in zip(runs, _looks(), strict=False) if router_histories(run)
+        (run, look) for run, look in zip(runs, looks(), strict=False) if router_histories(run)
     ]
     if not routed:
         return None
@@ -180,7 +179,7 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
     low, high = dropped.get_ylim()
     dropped.set_ylim(min(low, 0), max(high, 0.01))
     for panel in (entropy, dropped):
-        _tidy(panel)
+        tidy(panel)
     figure.suptitle("lines: the worst router of a run; bands: all of its routers", fontsize=10)
     lines = [entropy.plot([], [], linewidth=1.8, **look)[0] for _, look in routed]
     labels = [run.label for run, _ in routed]
@@ -202,7 +201,7 @@ def _draw_band(
     panel.plot(band.x, band.y, linewidth=1.4, **look)
 
 
-def _tidy(panel: Axes) -> None:
+def tidy(panel: Axes) -> None:
     panel.grid(color="0.9", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)

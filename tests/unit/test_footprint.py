@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.kept_activations import build_layer, kept_bytes
 
 from megatron_smlp.accounting import ModelShape, model_cost
 from megatron_smlp.estimation import estimate, main, resolve
@@ -182,10 +183,11 @@ KEPT: dict[str, tuple[dict[str, Any], LayerSlots]] = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", KEPT)
 @pytest.mark.usefixtures("megatron")
 def test_activations_are_what_autograd_keeps_within_ten_percent(
-    case: str, monkeypatch: pytest.MonkeyPatch
+    case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
     from megatron_smlp.routers.gshard import GShardRouter
 
@@ -201,35 +203,14 @@ def test_activations_are_what_autograd_keeps_within_ten_percent(
         | {"architecture": config["architecture"]}
     )
     shape = dataclasses.replace(ModelShape.from_args(args), slots=(slots,))
-    measured = _kept_elements(config) / (LENGTH * BATCH)
+    measured = _kept_numbers(config, dtype=dtype) / (LENGTH * BATCH)
     assert abs(activation_elements(shape, ParallelLayout(), slots) / measured - 1) < 0.1
 
 
-def _kept_elements(config: dict[str, Any]) -> float:
-    """Numbers of 4 bytes that autograd keeps from one layer's forward pass, weights aside."""
-    from support.in_process import layer_config
-
-    from megatron_smlp.architectures import SlottedLayer
-    from megatron_smlp.routers.hash import HashRouter
-
-    layer = SlottedLayer(layer_config(**SMALL, spatial_length=LENGTH, **config))
-    for module in layer.modules():
-        if isinstance(module, HashRouter):
-            module.token_ids = torch.randint(40, (BATCH, LENGTH))
-    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    kept: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        alive.append(tensor)  # an address is only unique while its tensor lives
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(torch.randn(LENGTH, BATCH, 64, requires_grad=True), attention_mask=None)
-    return sum(kept.values()) / 4
+def _kept_numbers(config: dict[str, Any], *, dtype: torch.dtype) -> float:
+    """Numbers of `dtype` that autograd keeps from one layer's forward pass, weights aside."""
+    layer = build_layer(batch=BATCH, length=LENGTH, **SMALL, **config, params_dtype=dtype)
+    return kept_bytes(layer, torch.randn(LENGTH, BATCH, 64, dtype=dtype)) / dtype.itemsize
 
 
 @pytest.mark.parametrize(

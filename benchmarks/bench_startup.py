@@ -1,0 +1,77 @@
+"""How long a command takes before it does what it was started for, each in a new process.
+
+`--help`, `--dry-run`: until it has ended. `first step`: until the first training step is in
+metrics.jsonl, of a small gMLP. The best of the calls counts, and the peer is the time that is
+allowed: a ratio over 1 is within it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from timing import Record, report
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = f"""
+    --config {ROOT}/configs/cpu/gmlp.yaml --mock-data --tokenizer-type NullTokenizer
+    --vocab-size 4095 --log-interval 1 --eval-iters 0 --train-iters 1 --no-resume
+"""
+CASES = {
+    "--help": ("--help", 3.0),
+    "--dry-run": (f"{RUN} --dry-run", 10.0),
+    "first step": (RUN, 15.0),
+}
+
+
+def seconds(words: str, *, threads: int) -> float:
+    """Of one call; ends where the first step is logged."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "pretrain_smlp.py"), *words.split()]
+        if "train-iters" in words:
+            command += ["--log-dir", folder]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        metrics = Path(folder) / "metrics.jsonl"
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        while process.poll() is None and not _has_a_line(metrics):
+            time.sleep(0.01)
+        taken = time.perf_counter() - start
+        _, said = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{said.decode()[-3000:]}")
+    return taken
+
+
+def _has_a_line(path: Path) -> bool:
+    return path.exists() and b"\n" in path.read_bytes()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the records here")
+    parser.add_argument("--repeats", type=int, default=3, help="calls per case")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    arguments = parser.parse_args()
+    records = []
+    for case, (words, allowed) in CASES.items():
+        if arguments.only in case:
+            calls = [seconds(words, threads=arguments.threads) for _ in range(arguments.repeats)]
+            best = min(calls)
+            name = f"{case}, {allowed:g} s allowed"
+            records.append(
+                Record(case=name, ours_ms=best * 1e3, peer_ms=allowed * 1e3, ratio=allowed / best)
+            )
+    report(records, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

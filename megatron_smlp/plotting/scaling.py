@@ -1,0 +1,81 @@
+"""What something costs against its size: measured points, and what was to be expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+from megatron_smlp.plotting.figures import DPI, looks, tidy
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One line: its sizes, ascending and over 0, and a cost for each."""
+
+    sizes: Sequence[float]
+    measured: Sequence[float]
+    expected: Sequence[float]
+
+    def exponent(self, *, expected: bool = False) -> float:
+        """p of cost = a size^p, by least squares over logarithms."""
+        costs = self.expected if expected else self.measured
+        return float(np.polyfit(np.log(self.sizes), np.log(costs), 1)[0])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One panel."""
+
+    size: str
+    cost: str
+    lines: Mapping[str, Growth]
+
+
+def scaling_figure(sweeps: Sequence[Sweep]) -> Figure:
+    """A panel a sweep, both axes logarithmic: dots measured, dashes expected."""
+    figure = Figure(figsize=(4.6 * len(sweeps), 4.4), layout="constrained", dpi=DPI)
+    panels = figure.subplots(1, len(sweeps), squeeze=False)[0]
+    labels = list(dict.fromkeys(label for sweep in sweeps for label in sweep.lines))
+    colors = {label: look["color"] for label, look in zip(labels, looks(), strict=False)}
+    for sweep, panel in zip(sweeps, panels, strict=True):
+        for label, line in sweep.lines.items():
+            color = colors[label]
+            panel.plot(line.sizes, line.measured, "o-", color=color, linewidth=1.4, markersize=4)
+            panel.plot(line.sizes, line.expected, "--", color=color, linewidth=1.0)
+        panel.set(xscale="log", yscale="log", xlabel=sweep.size, ylabel=sweep.cost)
+        sizes = sorted({size for line in sweep.lines.values() for size in line.sizes})
+        for axis, ticks in ((panel.xaxis, sizes), (panel.yaxis, _ticks(sweep))):
+            axis.set_major_locator(FixedLocator(ticks))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_locator(NullLocator())
+            axis.set_minor_formatter(NullFormatter())
+        tidy(panel)
+    handles = [
+        panels[0].plot([], [], "o-", color=colors[label], markersize=4)[0] for label in labels
+    ]
+    handles.append(panels[0].plot([], [], "--", color="0.4", linewidth=1.0)[0])
+    figure.legend(
+        handles,
+        [*labels, "expected"],
+        loc="outside lower center",
+        ncols=min(6, 2 * len(sweeps)),
+        frameon=False,
+    )
+    return figure
+
+
+def _ticks(sweep: Sweep) -> list[float]:
+    """Round numbers, some six of them, that span the panel's costs."""
+    costs = [cost for line in sweep.lines.values() for cost in (*line.measured, *line.expected)]
+    low, high = min(costs), max(costs)
+    round_numbers = [
+        digit * 10.0**power
+        for power in range(int(np.floor(np.log10(low))) - 1, int(np.log10(high)) + 2)
+        for digit in (1, 1.2, 1.4, 1.6, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)
+    ]
+    inside = [number for number in round_numbers if low / 1.1 <= number <= high * 1.1]
+    return inside[:: max(1, len(inside) // 8)]

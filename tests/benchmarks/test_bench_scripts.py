@@ -1,0 +1,77 @@
+"""What the benchmarks run is what a user could run; what they say of it follows from its log."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bench_gpu
+import bench_scaling
+import pytest
+import torch
+
+from megatron_smlp.accounting import ModelShape, model_cost
+
+ROOT = Path(__file__).parents[2]
+BYTES_PER_PARAMETER = 18  # bf16 weights, fp32 gradients, master copy and two moments
+
+
+@pytest.mark.parametrize("system", bench_gpu.SYSTEMS)
+def test_the_gpus_models_are_accepted_and_fit_80_gb(parse: Callable[..., Any], system: str) -> None:
+    args = parse(f"{bench_gpu.flags(system)} --train-iters 20", base="")
+    assert args.bf16
+    assert args.train_iters > bench_gpu.WARM_UP
+    cost = model_cost(ModelShape.from_args(args))
+    assert cost.parameters * BYTES_PER_PARAMETER < 50e9
+
+
+def test_the_gpus_record() -> None:
+    lines = [
+        {
+            "iteration": iteration,
+            "seconds_per_iteration": seconds,
+            "tokens_per_second": 1000 / seconds,
+            "tflops_per_device": 200.0,
+        }
+        for iteration, seconds in ((5, 9.0), (10, 9.0), (15, 0.5), (20, 0.5))
+    ]
+    record = bench_gpu.as_record("gmlp", lines, peak=400.0)
+    assert record["case"].startswith("gmlp: 2,000 tokens/s, 200.0 of 400.0 TFLOP/s")
+    assert (record["ours_ms"], record["peer_ms"], record["ratio"]) == (500.0, 250.0, 0.5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so_and_ends_well() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_gpu.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout == "bench_gpu: skipped, there is no CUDA device\n"
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        bench_scaling.Point(sweep, system, sizes[0])
+        for sweep, (_, systems, sizes) in bench_scaling.SWEEPS.items()
+        for system in systems
+    ],
+    ids=lambda point: point.name,
+)
+def test_the_scaling_points_are_accepted_and_counted(
+    parse: Callable[..., Any], point: bench_scaling.Point
+) -> None:
+    args = parse(point.flags(steps=3), base="")
+    assert args.global_batch_size * args.seq_length == bench_scaling.TOKENS
+    shape = ModelShape.from_args(args)
+    assert 3 * model_cost(shape).flops / args.seq_length == point.flops_per_token()
+
+
+def test_an_exponent_is_the_slope_over_logarithms() -> None:
+    points = [bench_scaling.Point("T", "gmlp", size) for size in (256, 512, 1024)]
+    measured = {point: 3.0 * point.size**1.5 for point in points}
+    records = list(bench_scaling.as_records(measured))
+    assert records[0]["ratio"] == 1
+    line = bench_scaling.growths(records, "T", divisor=1.0)["gmlp"]
+    assert line.exponent() == pytest.approx(1.5)
+    assert 0 < line.exponent(expected=True) < 1
