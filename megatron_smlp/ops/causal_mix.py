@@ -25,24 +25,22 @@ import torch
 from torch import Tensor
 
 
-class _Block(NamedTuple):
-    """One product: a leaf on the diagonal (rows == columns), or a square below it."""
+class _Square(NamedTuple):
+    """One product below the leaves: every row of it lies below every column."""
 
     rows: slice
     columns: slice
 
-    @property
-    def is_leaf(self) -> bool:
-        return self.rows == self.columns
-
 
 @lru_cache(maxsize=256)
-def _blocks(length: int, leaf: int) -> tuple[_Block, ...]:
-    """All blocks of one triangle, depth first: a square finds its operands still in the cache."""
+def _squares(length: int, leaf: int) -> tuple[_Square, ...]:
+    """What the leaves on the diagonal leave of a triangle.
 
-    def cut(start: int, stop: int) -> Iterator[_Block]:
+    Depth first: a square finds its operands still in the cache.
+    """
+
+    def cut(start: int, stop: int) -> Iterator[_Square]:
         if stop - start <= leaf:
-            yield _Block(slice(start, stop), slice(start, stop))
             return
         half = leaf
         while 2 * half < stop - start:
@@ -50,19 +48,28 @@ def _blocks(length: int, leaf: int) -> tuple[_Block, ...]:
         middle = start + half
         yield from cut(start, middle)
         yield from cut(middle, stop)
-        yield _Block(slice(middle, stop), slice(start, middle))
+        yield _Square(slice(middle, stop), slice(start, middle))
 
-    return tuple(cut(0, length)) if length > 0 else ()
+    return tuple(cut(0, length))
 
 
 def _leaf_size(values: Tensor) -> int:
     """Rows below which cutting on costs more than the multiplications that it saves (measured).
 
     It does not depend on T (see the module's last line). A GPU wants all of its multiprocessors
-    busy. On a CPU, one thread, 128 was the best of 32, 64, 128 and 256 in most shapes, and within
-    15 % of the best in all of them, in fp32 and bf16.
+    busy. On a CPU, 128 was the best of 32, 64, 128 and 256 in most shapes, and within 15 % of the
+    best in all of them, in fp32 and bf16.
     """
     return 128 if values.device.type == "cpu" else 256
+
+
+def _leaves(length: int, leaf: int) -> Iterator[tuple[int, slice]]:
+    """Leaves that share one batched product: how many, and their rows. The last may be shorter."""
+    whole = length - length % leaf
+    if whole:
+        yield whole // leaf, slice(0, whole)
+    if whole < length:
+        yield 1, slice(whole, length)
 
 
 def _head_groups(values: Tensor) -> list[slice]:
@@ -72,10 +79,22 @@ def _head_groups(values: Tensor) -> list[slice]:
     return [slice(head, head + 1) for head in range(values.shape[0])]
 
 
-def _steps(values: Tensor) -> Iterator[tuple[slice, _Block]]:
-    """Heads and block of every product, in the order in which they are done."""
-    blocks = _blocks(values.shape[1], _leaf_size(values))
-    return ((heads, block) for heads in _head_groups(values) for block in blocks)
+def _steps(values: Tensor) -> Iterator[tuple[slice, _Square]]:
+    """Heads and square of every product below the leaves, in the order in which they are done."""
+    squares = _squares(values.shape[1], _leaf_size(values))
+    return ((heads, square) for heads in _head_groups(values) for square in squares)
+
+
+def _leaf_steps(values: Tensor) -> Iterator[tuple[int, int, slice]]:
+    """Head, number of leaves and their rows of every product on the diagonal."""
+    groups = list(_leaves(values.shape[1], _leaf_size(values)))
+    return ((head, *group) for head in range(values.shape[0]) for group in groups)
+
+
+def _diagonal(matrix: Tensor, count: int) -> Tensor:
+    """[count L, count L] -> its `count` blocks on the diagonal, [count, L, L], as a view."""
+    blocks = matrix.unflatten(0, (count, -1)).unflatten(2, (count, -1))
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
 def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
@@ -100,48 +119,62 @@ def _gemm_ready(matrix: Tensor) -> Tensor:
     return matrix if 1 in matrix.stride()[-2:] else matrix.contiguous()
 
 
+def _multiply_leaves(weight: Tensor, values: Tensor, *, out: Tensor, transposed: bool) -> None:
+    """Set all rows of `out` to the leaves' products, M v or M' v. One call for all of a head:
+    small products on several threads otherwise wait for one another after each."""
+    for head, count, rows in _leaf_steps(values):
+        matrix = _diagonal(weight[head, rows, rows], count).to(values.dtype).tril()
+        torch.bmm(
+            matrix.mT if transposed else matrix,
+            values[head, rows].unflatten(0, (count, -1)),
+            out=out[head, rows].unflatten(0, (count, -1)),
+        )
+
+
 @torch.library.custom_op("megatron_smlp::causal_mix", mutates_args=())
 def _mix(weight: Tensor, values: Tensor) -> Tensor:
     values = _gemm_ready(values)
     out = values.new_empty(values.shape)
-    for heads, block in _steps(values):
-        matrix = weight[heads, block.rows, block.columns].to(values.dtype)
-        if block.is_leaf:
-            _multiply(matrix.tril(), values[heads, block.columns], out=out[heads, block.rows])
-        else:
-            _accumulate(matrix, values[heads, block.columns], out=out[heads, block.rows])
+    _multiply_leaves(weight, values, out=out, transposed=False)
+    for heads, (rows, columns) in _steps(values):
+        matrix = weight[heads, rows, columns].to(values.dtype)
+        _accumulate(matrix, values[heads, columns], out=out[heads, rows])
     return out
 
 
-def _values_gradient_of(
-    heads: slice, block: _Block, weight: Tensor, gradient: Tensor, *, out: Tensor
+def _add_values_gradient(
+    heads: slice, square: _Square, weight: Tensor, gradient: Tensor, *, out: Tensor
 ) -> None:
-    """Add one block's part of M' g to its columns; a leaf comes first, and sets them."""
-    matrix = weight[heads, block.rows, block.columns].to(gradient.dtype)
-    if block.is_leaf:
-        _multiply(matrix.tril().mT, gradient[heads, block.rows], out=out[heads, block.columns])
-    else:
-        _accumulate(matrix.mT, gradient[heads, block.rows], out=out[heads, block.columns])
+    """Add one square's part of M' g to its columns."""
+    rows, columns = square
+    matrix = weight[heads, rows, columns].to(gradient.dtype)
+    _accumulate(matrix.mT, gradient[heads, rows], out=out[heads, columns])
 
 
-def _weight_gradient_of(
-    heads: slice, block: _Block, gradient: Tensor, values: Tensor, *, out: Tensor
+def _set_weight_gradient(
+    heads: slice, square: _Square, gradient: Tensor, values: Tensor, *, out: Tensor
 ) -> None:
-    """Set one block of tril(g v'), and the zeros that mirror it."""
-    product = out[heads, block.rows, block.columns]
-    _multiply(gradient[heads, block.rows], values[heads, block.columns].mT, out=product)
-    if block.is_leaf:
-        product.tril_()
-    else:
-        out[heads, block.columns, block.rows].zero_()
+    """Set one square of g v', and the zeros that mirror it."""
+    rows, columns = square
+    _multiply(gradient[heads, rows], values[heads, columns].mT, out=out[heads, rows, columns])
+    out[heads, columns, rows].zero_()
+
+
+def _set_leaf_gradients(gradient: Tensor, values: Tensor, *, out: Tensor) -> None:
+    """Set the blocks of tril(g v') on the diagonal."""
+    for head, count, rows in _leaf_steps(values):
+        leaves = gradient[head, rows].unflatten(0, (count, -1))
+        product = leaves @ values[head, rows].unflatten(0, (count, -1)).mT
+        _diagonal(out[head, rows, rows], count).copy_(product.tril_())
 
 
 @torch.library.custom_op("megatron_smlp::causal_mix_values_gradient", mutates_args=())
 def _values_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
     gradient = _gemm_ready(gradient)
     out = gradient.new_empty(gradient.shape)
-    for heads, block in _steps(gradient):
-        _values_gradient_of(heads, block, weight, gradient, out=out)
+    _multiply_leaves(weight, gradient, out=out, transposed=True)
+    for heads, square in _steps(gradient):
+        _add_values_gradient(heads, square, weight, gradient, out=out)
     return out
 
 
@@ -150,8 +183,9 @@ def _weight_gradient(gradient: Tensor, values: Tensor, dtype: torch.dtype) -> Te
     gradient, values = _gemm_ready(gradient), _gemm_ready(values)
     num_heads, length, _ = values.shape
     out = values.new_empty(num_heads, length, length)
-    for heads, block in _steps(values):
-        _weight_gradient_of(heads, block, gradient, values, out=out)
+    _set_leaf_gradients(gradient, values, out=out)
+    for heads, square in _steps(values):
+        _set_weight_gradient(heads, square, gradient, values, out=out)
     return out.to(dtype)
 
 
@@ -162,9 +196,11 @@ def _gradients(weight: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor
     num_heads, length, _ = values.shape
     of_values = gradient.new_empty(gradient.shape)
     of_weight = values.new_empty(num_heads, length, length)
-    for heads, block in _steps(values):
-        _values_gradient_of(heads, block, weight, gradient, out=of_values)
-        _weight_gradient_of(heads, block, gradient, values, out=of_weight)
+    _multiply_leaves(weight, gradient, out=of_values, transposed=True)
+    _set_leaf_gradients(gradient, values, out=of_weight)
+    for heads, square in _steps(values):
+        _add_values_gradient(heads, square, weight, gradient, out=of_values)
+        _set_weight_gradient(heads, square, gradient, values, out=of_weight)
     return of_weight.to(weight.dtype), of_values
 
 
