@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -71,37 +72,60 @@ def steps_in_turns(
 
 
 def run(
-    description: str | None, cases: Sequence[str], measure: Callable[[str, int], Record]
+    description: str | None,
+    cases: Sequence[str],
+    measure: Callable[[str, int], Record],
+    *,
+    repeats: int = 6,
 ) -> None:
     """The command line of a benchmark: every case in a process of its own.
 
     Args:
         measure: case, steps -> its record; called in that process.
+        repeats: steps per case and side, where the user names no other number.
     """
-    import torch
-
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the records here")
-    parser.add_argument("--repeats", type=int, default=10, help="steps per case and side")
+    parser.add_argument("--repeats", type=int, default=repeats, help="steps per case and side")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--only", help="cases whose name holds this")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.case:
-        torch.set_num_threads(arguments.threads)
-        arguments.json.write_text(json.dumps(measure(arguments.case, arguments.repeats)))
-        return
     chosen = [case for case in cases if (arguments.only or "") in case]
-    report([_in_a_process(case, arguments) for case in chosen], arguments.json)
+    if not chosen:
+        parser.error(f"--only {arguments.only}: no case holds this; the cases are {list(cases)}")
+    _import_once()
+    report([_in_a_process(case, measure, arguments) for case in chosen], arguments.json)
 
 
-def _in_a_process(case: str, arguments: argparse.Namespace) -> Record:
+def _import_once() -> None:
+    """Megatron's imports take longer than the steps: the processes of the cases are forked."""
+    from megatron_smlp.platform.late_compile import late_compile
+
+    with late_compile():
+        import megatron_smlp.arguments
+        import megatron_smlp.model  # noqa: F401
+
+
+def _in_a_process(
+    case: str, measure: Callable[[str, int], Record], arguments: argparse.Namespace
+) -> Record:
+    """Megatron keeps its state in modules, so that a process trains once."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
-        command = [sys.executable, str(Path(sys.argv[0]).resolve())]
-        command += ["--case", case, "--json", str(path)]
-        command += ["--repeats", str(arguments.repeats), "--threads", str(arguments.threads)]
-        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+
+        def child() -> None:
+            import torch
+
+            os.chdir(folder)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            torch.set_num_threads(arguments.threads)
+            path.write_text(json.dumps(measure(case, arguments.repeats)))
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{case}: ended with exit code {process.exitcode}")
         record: Record = json.loads(path.read_text())
     print(f"{record['case']}: ratio {record['ratio']:.2f}", file=sys.stderr, flush=True)
     return record

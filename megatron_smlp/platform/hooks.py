@@ -5,7 +5,7 @@ the original with its own arguments. tests/contract holds their signatures.
 
 | function in megatron.training.training | why |
 |---|---|
-| setup_model_and_optimizer | to hold back the update of a step whose loss is not finite |
+| setup_model_and_optimizer | to hold back the update where the loss is not finite; to fuse Adam |
 | training_log | the only place that sees loss, gradient norm and learning rate of a step |
 | evaluate, evaluate_and_print_results | validation numbers, and the time that they take |
 | save_checkpoint_and_time | the time that saving holds the training up |
@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 import torch
 from megatron.training import training
+
+from megatron_smlp.platform import torch_adam
 
 
 class Observer(Protocol):
@@ -77,6 +79,7 @@ def _with_guarded_update(setup: Callable[..., Any], observer: Observer) -> Calla
         model, optimizer, scheduler = setup(*args, **kwargs)
         observer.built(model, optimizer)
         if optimizer is not None:
+            torch_adam.fuse_steps(optimizer)
             optimizer.step = _guarded(optimizer.step, observer)
         return model, optimizer, scheduler
 
