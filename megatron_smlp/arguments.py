@@ -23,6 +23,7 @@ from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import (
     cpu,
     forked_saving,
+    gradient_scale,
     layout_free_optimizer,
     safe_loading,
     torch_adam,
@@ -54,6 +55,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.apply()
     torch_adam.apply()
+    gradient_scale.apply()
     safe_loading.apply()
     layout_free_optimizer.apply()
     parser = build_parser()
