@@ -2,7 +2,7 @@
 
 `GPT-2`: transformers' own of the same width, depth and vocabulary, with its key-value cache.
 `recompute`: a forward over everything so far for each new token. The whole would take minutes, so
-it is timed in the middle of each block of --block tokens, and the mean of those is taken for all.
+it is timed at the end of every second block of --block tokens, and counts for those 2 x --block.
 
 After a prompt of half the length the sides generate the other half in turns, a block of tokens each
 in changing order, so that a slow phase of the machine falls on all of them. Both models go through
@@ -102,13 +102,14 @@ def measure(ours: Any, gpt2: Any, ids: Tensor, *, block: int) -> dict[str, float
     sides = {"ours": Greedy(ours, prompt), "gpt2": Greedy(gpt2, prompt)}
     total = dict.fromkeys((*sides, "recompute"), 0.0)
     order = list(sides)
-    for start in range(length // 2, length, block):
+    for _ in range(length // 2, length, block):
         for name in order:
             total[name] += seconds(lambda name=name: sides[name].generate(block))
-        seen = ids[:, : start + block // 2]
-        once = seconds(lambda seen=seen: ours(seen, use_cache=False, logits_to_keep=1))
-        total["recompute"] += block * once
         order.reverse()
+    for start in range(length // 2, length, 2 * block):
+        seen = ids[:, : start + block]
+        once = seconds(lambda seen=seen: ours(seen, use_cache=False, logits_to_keep=1))
+        total["recompute"] += 2 * block * once
     return {name: 1e3 * spent / (length - length // 2) for name, spent in total.items()}
 
 
@@ -124,7 +125,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512, help="width of all models")
     parser.add_argument("--layers", type=int, default=8, help="depth of all models")
     parser.add_argument("--length", type=int, default=1024, help="T; half of it is the prompt")
-    parser.add_argument("--block", type=int, default=64, help="tokens a turn; divides half of T")
+    parser.add_argument(
+        "--block", type=int, default=64, help="tokens a turn; T is a multiple of 4 x this"
+    )
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -207,6 +207,37 @@ class SMLPCache(Cache):
 
 
 # ------------------------------------------------------------------------------------------------
+# Projections
+# ------------------------------------------------------------------------------------------------
+
+SHORT_ROW = 1024
+"""Matrices with rows up to so many numbers gain by `linear`'s way with one row."""
+
+
+class SMLPLinear(nn.Linear):
+    """nn.Linear, faster at a generation step on a CPU; see `linear`."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: <float>[..., in] -> <float>[..., out]."""
+        return linear(hidden, self.weight, self.bias)
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear. One row on a CPU is multiplied as two equal ones, of which one is kept.
+
+    The time is that of reading the weight, and BLAS's product with a single vector reads it in one
+    thread and slowly where rows are short; its product of matrices does neither (MKL on an AMD
+    EPYC, in = 512: 1.8 times as fast with one thread, 3.3 times with two).
+    """
+    is_step = hidden.numel() == weight.shape[1] <= SHORT_ROW
+    if not (is_step and hidden.device.type == "cpu" and hidden.dtype == torch.float32):
+        return F.linear(hidden, weight, bias)
+    product = torch.mm(weight, hidden.reshape(1, -1).repeat(2, 1).T)[:, 0]
+    product = product if bias is None else product + bias
+    return product.view(*hidden.shape[:-1], -1)
+
+
+# ------------------------------------------------------------------------------------------------
 # Mixers: tokens see earlier tokens
 # ------------------------------------------------------------------------------------------------
 
@@ -226,10 +257,10 @@ class SMLPAttention(nn.Module):
         bias = config.add_bias_linear
         self.num_heads, self.cache_index = num_heads, cache_index
         self.dropout = config.attention_dropout
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.out_proj = nn.Linear(width, out_features, bias=bias)
+        self.q_proj = SMLPLinear(config.hidden_size, width, bias=bias)
+        self.k_proj = SMLPLinear(config.hidden_size, width, bias=bias)
+        self.v_proj = SMLPLinear(config.hidden_size, width, bias=bias)
+        self.out_proj = SMLPLinear(width, out_features, bias=bias)
 
     def forward(
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
@@ -361,11 +392,11 @@ class SMLPSpatialGating(nn.Module):
         self.cache_index = layer_index * (2 if has_attention else 1)
         self.eps = config.layer_norm_epsilon
         self.activation = ACT2FN[config.hidden_act]
-        self.up_proj = nn.Linear(config.hidden_size, 2 * width, bias=bias)
+        self.up_proj = SMLPLinear(config.hidden_size, 2 * width, bias=bias)
         self.gate_norm = nn.LayerNorm(width, eps=self.eps)
         projection = SMLPToeplitzProjection if config.toeplitz else SMLPSpatialProjection
         self.spatial = projection(num_experts, config.max_position_embeddings)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.down_proj = SMLPLinear(width, config.hidden_size, bias=bias)
         self.tiny_attention: SMLPAttention | None = None
         if has_attention:
             self.tiny_attention = SMLPAttention(
@@ -524,8 +555,8 @@ class SMLPFeedForward(nn.Module):
         super().__init__()
         bias = config.add_bias_linear
         self.activation = ACT2FN[config.hidden_act]
-        self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=bias)
-        self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
+        self.up_proj = SMLPLinear(config.hidden_size, config.ffn_hidden_size, bias=bias)
+        self.down_proj = SMLPLinear(config.ffn_hidden_size, config.hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
@@ -544,9 +575,7 @@ class SMLPExperts(nn.Module):
 
     def forward(self, tokens: Tensor, expert: int) -> Tensor:
         """tokens: <float>[n, D] -> <float>[n, D]."""
-        return F.linear(
-            self.activation(F.linear(tokens, self.up_proj[expert])), self.down_proj[expert]
-        )
+        return linear(self.activation(linear(tokens, self.up_proj[expert])), self.down_proj[expert])
 
 
 @dataclass(frozen=True)
@@ -993,7 +1022,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__(config)
         self.model = SMLPModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = SMLPLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(

@@ -6,6 +6,8 @@ from support.smlp_systems import LONGEST, SYSTEMS, make_ids, make_model
 from torch import Tensor
 from transformers import DynamicCache
 
+from megatron_smlp.hf.modeling_smlp import SHORT_ROW, linear
+
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 LENGTHS = (3, 12, 7)
 """Prompt lengths of a mixed batch; partial prediction's prefix, 8, lies between them."""
@@ -24,11 +26,12 @@ def _padded(ids: Tensor, side: str) -> tuple[Tensor, Tensor]:
     return padded, mask
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("system", SYSTEMS)
 @torch.no_grad()
-def test_every_position_equals_the_full_forward(system: str):
+def test_every_position_equals_the_full_forward(system: str, batch: int):
     model = make_model(system)
-    ids = make_ids(3, LONGEST)
+    ids = make_ids(batch, LONGEST)
     full = model(ids).logits
     cache, pieces = None, []
     for start, stop in [(0, 5), (5, 6), (6, 10), *((t, t + 1) for t in range(10, LONGEST))]:
@@ -151,6 +154,24 @@ def test_another_kind_of_cache_is_refused():
     model = make_model("gmlp")
     with pytest.raises(ValueError, match="SMLPCache"):
         model(make_ids(1, 3), cache=DynamicCache())
+
+
+@pytest.mark.parametrize("width", [SHORT_ROW, SHORT_ROW + 1])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_one_row_is_multiplied_like_any_other(width: int, has_bias: bool):
+    """Values and gradients, on either side of the width where the way changes."""
+    inputs = [torch.randn(7, width), *([torch.randn(7)] if has_bias else [])]
+    inputs = [tensor.requires_grad_() for tensor in (torch.randn(1, 1, width), *inputs)]
+    ours, plain = linear(*inputs), torch.nn.functional.linear(*inputs)
+    assert ours.shape == plain.shape == (1, 1, 7)
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn_like(plain)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, inputs, upstream),
+        torch.autograd.grad(plain, inputs, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_one_new_token_reads_one_row_of_the_matrix():
