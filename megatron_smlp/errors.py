@@ -52,6 +52,11 @@ class UnsafeCheckpointError(CheckpointError):
     """A checkpoint would run code while it is loaded."""
 
 
+def is_first_rank() -> bool:
+    """Whether this process may speak for all, before there is a process group too."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _end_workers() -> None:
     """Data loader workers ignore SIGTERM, and exiting would wait for them for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their deaths
@@ -61,11 +66,19 @@ def _end_workers() -> None:
 
 @contextlib.contextmanager
 def readable_errors(program: str) -> Iterator[None]:
-    """Turn a UserError into one line on stderr, once for all ranks, and its exit code."""
+    """Turn a UserError into one line on stderr, once for all ranks, and its exit code.
+
+    So it is with Ctrl-C where nothing else is made of it; the code is the one shells expect.
+    """
     try:
         yield
     except UserError as error:
-        if not error.every_rank or int(os.environ.get("RANK", "0")) == 0:
+        if not error.every_rank or is_first_rank():
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         _end_workers()
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if is_first_rank():
+            print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        _end_workers()
+        raise SystemExit(128 + signal.SIGINT) from None

@@ -55,7 +55,15 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
     args.ckpt_step = chosen
     check_against_checkpoint(args)
     if args.rank == 0 and _is_same(args.load, args.save) and tracked_iteration(args.load) != chosen:
-        write_durably(Path(args.load) / TRACKER, str(chosen))
+        _set_tracker(Path(args.load) / TRACKER, chosen, say)
+
+
+def _set_tracker(tracker: Path, iteration: int, say: Say) -> None:
+    """Megatron is told the iteration by a flag; the file is for who comes next."""
+    try:
+        write_durably(tracker, str(iteration))
+    except OSError as error:
+        say(f"WARNING: {tracker} cannot be set to {iteration}: {error.strerror}")
 
 
 def _order(args: argparse.Namespace) -> list[int]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
+import os
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
+
+from megatron_smlp.durable import write_durably
+from megatron_smlp.training.lost_lines import LostLines
 
 
 class MetricsFile:
@@ -16,6 +20,7 @@ class MetricsFile:
         self.path = Path(folder) / "metrics.jsonl" if folder else None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lost = LostLines(self.path)
 
     def drop_after(self, iteration: int) -> dict[str, Any]:
         """Forget what a run wrote after the checkpoint that this run goes on from.
@@ -27,18 +32,28 @@ class MetricsFile:
             return {}
         lines = self.path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _iteration_of(line) <= iteration]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(self.path)
+        with self.lost.tolerated():
+            write_durably(self.path, "".join(f"{line}\n" for line in kept))
         last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         return last
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record; on a full disk it is lost, and the run lives on."""
+        """Append a record, whole or not at all; on a full disk it is lost, and the run lives on."""
         if self.path is None:
             return
-        with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+        line = json.dumps({key: _finite(value) for key, value in record.items()}) + "\n"
+        with self.lost.tolerated(), self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                _write_all(file, line.encode())
+            except OSError:
+                file.truncate(end)
+                raise
+
+
+def _write_all(file: RawIOBase, data: bytes) -> None:
+    while data:
+        data = data[file.write(data) :]
 
 
 def _iteration_of(line: str) -> float:

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import re
 import shutil
+import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -127,8 +128,7 @@ class Saving:
             SaveError: where --on-save-failure is stop.
         """
         self.open.remove(save)
-        if self._is_first_rank():
-            shutil.rmtree(save.partial, ignore_errors=True)
+        self._remove(save)
         left = latest_iteration(save.final.parent)
         rest = f"the newest there is of iteration {left}" if left is not None else "none is there"
         message = (
@@ -136,11 +136,17 @@ class Saving:
             f"{reason_of(error)}; {rest}"
         )
         if self.args.on_save_failure == "stop":
+            for later in self.open:  # still in the background, which ends with the run
+                self._remove(later)
             raise SaveError(
                 f"{message}. Make room there and start the same command again, or let a run go on "
                 "without by --on-save-failure continue."
             ) from error
         self.listener.say(f"{message}. The run goes on (--on-save-failure continue)")
+
+    def _remove(self, save: Save) -> None:
+        if self._is_first_rank():
+            shutil.rmtree(save.partial, ignore_errors=True)
 
     def _agree(self, problems: list[str]) -> None:
         """Raise SaveError on every rank where one has a problem. Collective."""
@@ -162,6 +168,8 @@ def write_and_add_share(
     write: Callable[..., Any], partial: Path, rank: int, *args: Any, **kwargs: Any
 ) -> None:
     """What a process that writes shards is given to do."""
+    # Ctrl-C reaches every process at the terminal; what to make of it is the training's to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     write(*args, **kwargs)
     add_share(partial, rank)
 

@@ -16,12 +16,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from megatron_smlp.training.lost_lines import LostLines
+
 
 class Transcript(contextlib.AbstractContextManager["Transcript"]):
     """`with Transcript() as transcript: ...; transcript.open(folder, rank=0)`."""
 
     def __init__(self) -> None:
         self.file: TextIO = io.StringIO()
+        self.lost = LostLines(Path("megatron.log"))
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> Transcript:
@@ -49,18 +52,19 @@ class Transcript(contextlib.AbstractContextManager["Transcript"]):
             return
         path = Path(folder) / ("megatron.log" if rank == 0 else f"megatron.rank{rank}.log")
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.lost = LostLines(path)
         earlier = self.file.getvalue() if isinstance(self.file, io.StringIO) else ""
         self.file = path.open("a", encoding="utf-8", buffering=1)
         self.write(earlier)
 
     def write(self, text: str) -> int:
         """A full disk costs the log its lines, and not the run its life."""
-        with contextlib.suppress(OSError):
+        with self.lost.tolerated():
             self.file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with self.lost.tolerated():
             self.file.flush()
 
     def isatty(self) -> bool:

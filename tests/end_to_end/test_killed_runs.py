@@ -1,6 +1,7 @@
-"""kill -9 at random moments of a run that saves every two steps: nothing is lost, bit by bit."""
+"""Runs that save every two steps, stopped at random moments: nothing is lost, bit by bit."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -14,32 +15,62 @@ from megatron_smlp.checkpoints.structure import iteration_folder, iterations
 
 STEPS = 20
 WORDS = f"{' '.join(MINIMAL.split())} {RUN} --train-iters {STEPS} --keep-last 2 --keep-every 10"
+TENSOR_PARALLEL = "--tensor-model-parallel-size 2"
+DATA_PARALLEL = "--micro-batch-size 1 --use-distributed-optimizer"
+HOW = ["", "--async-save"]
 
 
-def check_killed(folder: Path, how: str, *, kills: int, seed: int) -> None:
-    plan = {"words": f"{WORDS} {how}", "folder": str(folder), "kills": kills, "seed": seed}
+def check_stopped(
+    folder: Path, how: str, *, stops: int, seed: int, by: str = "kill", ranks: int = 1
+) -> set[int]:
+    """The exit codes of the runs that were stopped."""
+    plan = {"words": f"{WORDS} {how}", "folder": str(folder), "stops": stops, "seed": seed}
+    plan |= {"by": by, "ranks": ranks}
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     script = REPOSITORY / "tests" / "support" / "killed_runs.py"
     done = run_command([sys.executable, str(script), str(folder / "plan.json")])
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["kills"] == kills
+    assert result["stops"] == stops
     logs = ""
     for chain in map(str, range(result["chains"])):
         run = folder / chain
         assert_ends_like(run, folder / "undisturbed", iteration=STEPS)
-        assert iterations(run) == [10, STEPS - 2, STEPS]
-        assert [verify(iteration_folder(run, n)) for n in iterations(run)] == [[], [], []]
+        whole = iterations(run)
+        assert whole[-1] == STEPS
+        assert by == "keyboard" or whole == [10, STEPS - 2, STEPS]
+        assert [verify(iteration_folder(run, n)) for n in whole] == [[]] * len(whole)
         logs += (folder / f"{chain}.log").read_text(encoding="utf-8")
-    assert "resumed from iteration" in logs, "no kill came after the first save"
-    assert "it is not loaded" not in logs, "what a kill leaves is no damaged checkpoint"
+    assert "resumed from iteration" in logs, "none came after the first save"
+    assert "it is not loaded" not in logs, "what a stop leaves is no damaged checkpoint"
+    if by == "keyboard":
+        assert "Traceback" not in logs, logs
+    return set(result["codes"])
 
 
-@pytest.mark.parametrize("how", ["", "--async-save"])
+@pytest.mark.parametrize("how", HOW)
 def test_a_few_kills(tmp_path: Path, how: str):
-    check_killed(tmp_path, how, kills=3, seed=11)
+    check_stopped(tmp_path, how, stops=3, seed=11)
+
+
+def test_a_few_kills_of_ranks(tmp_path: Path):
+    check_stopped(tmp_path, f"{TENSOR_PARALLEL} --async-save", stops=3, seed=3, ranks=2)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_keyboard_stops_a_run_that_saves(tmp_path: Path, how: str):
+    """Once, then twice, in some order: a whole checkpoint, or the one before, never a half one."""
+    codes = check_stopped(tmp_path, how, stops=4, seed=5, by="keyboard")
+    assert codes <= {0, 128 + signal.SIGINT}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["", "--async-save"])
+@pytest.mark.parametrize("how", HOW)
 def test_thirty_kills(tmp_path: Path, how: str):
-    check_killed(tmp_path, how, kills=30, seed=12)
+    check_stopped(tmp_path, how, stops=30, seed=12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("layout", [TENSOR_PARALLEL, DATA_PARALLEL])
+def test_kills_of_ranks(tmp_path: Path, layout: str, how: str):
+    check_stopped(tmp_path, f"{layout} {how}", stops=8, seed=13, ranks=2)

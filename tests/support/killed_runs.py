@@ -1,10 +1,13 @@
-"""Runs that are killed at random moments and started again, until they end by themselves.
+"""Runs that are stopped at random moments and started again, until they end by themselves.
 
     python tests/support/killed_runs.py plan.json
 
-The plan has `words` (flags of pretrain_smlp.py without --save), `folder`, `kills` and `seed`. Into
-the folder come `undisturbed`, then `0`, `1`, ... until there were so many kills in all of them.
-Each run is a fork of this process, which has imported everything: that is ten times as fast.
+The plan has `words` (flags of pretrain_smlp.py without --save), `folder`, `stops`, `seed`, `ranks`
+and `by`: "kill" is SIGKILL for one rank or all, and what torchrun then does with the others;
+"keyboard" is Ctrl-C once or twice while a checkpoint is written. Into the folder come
+`undisturbed`, then `0`, `1`, ... until there were so many stops in all of them. Each run is a fork
+of this process, which has imported everything: that is ten times as fast. A rank is told what
+torchrun tells it.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -31,24 +36,76 @@ with late_compile():
     import megatron_smlp.platform.checkpointing
     import megatron_smlp.training.reporting  # noqa: F401
 
+from megatron_smlp.errors import readable_errors
 from pretrain_smlp import main
 
 SHARE = 0.5  # of the time from an undisturbed run's first save to its end: the latest kill
+LONGEST = 120.0  # seconds after which a run hangs
+PATIENCE = 3.0  # seconds from SIGTERM to SIGKILL for a rank whose neighbour is gone
 
 
-def start(words: str, folder: Path) -> int:
-    """The id of a process that trains into `folder`."""
+@dataclass
+class Run:
+    """The processes of one start, and the exit codes of those that have ended."""
+
+    folder: Path
+    waiting: list[int]
+    codes: list[int] = field(default_factory=list)
+
+    def collect(self) -> bool:
+        """Whether all have ended."""
+        for process in list(self.waiting):
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                self.waiting.remove(process)
+                self.codes.append(os.waitstatus_to_exitcode(status))
+        return not self.waiting
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all have ended in that time."""
+        deadline = time.monotonic() + seconds
+        while not self.collect():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
+
+    def send(self, number: int) -> None:
+        """To each rank's group, background saves included, as a terminal does."""
+        for process in self.waiting:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, number)
+
+    def ended_well(self) -> bool:
+        return not self.waiting and set(self.codes) == {0}
+
+
+def start(words: str, folder: Path, *, ranks: int) -> Run:
+    """A training into `folder`."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return Run(folder, [_start_rank(words, folder, rank, ranks, port) for rank in range(ranks)])
+
+
+def _start_rank(words: str, folder: Path, rank: int, ranks: int, port: int) -> int:
     process = os.fork()
     if process:
         return process
     code = 1
     try:
+        os.setpgid(0, 0)
         log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        with contextlib.suppress(SystemExit):
+        if ranks > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        with readable_errors("pretrain_smlp.py"):
             main([*words.split(), "--save", str(folder)])
         code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -57,60 +114,88 @@ def start(words: str, folder: Path) -> int:
         os._exit(code)
 
 
-def start_and_see_a_save(words: str, folder: Path) -> int:
+def start_and_see_a_save(words: str, folder: Path, *, ranks: int) -> Run:
     """The same, once it has begun to save, or has ended."""
     names = saves(folder)
-    process = start(words, folder)
-    while saves(folder) <= names and not has_ended(process):
+    run = start(words, folder, ranks=ranks)
+    while saves(folder) <= names and not run.collect():
         time.sleep(0.001)
-    return process
+    return run
 
 
 def saves(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*iter_*")}
 
 
-def has_ended(process: int) -> bool:
-    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def ended(process: int, *, within: float | None) -> bool:
-    """Whether it ended by itself; otherwise it is killed, and its background save is an orphan."""
-    deadline = time.monotonic() + (within or 120)
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            if os.waitstatus_to_exitcode(status):
-                raise SystemExit("a run failed: see its .log")
-            return True
-        time.sleep(0.002)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    if within is None:
+def finish(run: Run) -> None:
+    if not run.wait(LONGEST):
+        run.send(signal.SIGKILL)
         raise SystemExit("a run hangs: see its .log")
-    return False
+    if not run.ended_well():
+        raise SystemExit("a run failed: see its .log")
+
+
+def kill(run: Run, draw: random.Random) -> None:
+    """One rank or all; a background save goes on, an orphan."""
+    doomed = run.waiting if draw.random() < 0.5 else [draw.choice(run.waiting)]
+    for process in doomed:
+        os.kill(process, signal.SIGKILL)
+    time.sleep(draw.uniform(0, 0.05))
+    for process in run.waiting:
+        os.kill(process, signal.SIGTERM)
+    if not run.wait(PATIENCE):
+        for process in run.waiting:
+            os.kill(process, signal.SIGKILL)
+        run.wait(LONGEST)
+
+
+def interrupt(run: Run, draw: random.Random) -> None:
+    """Ctrl-C: once it ends well, with a checkpoint; twice at once, with the code of shells."""
+    twice = draw.random() < 0.5
+    run.send(signal.SIGINT)
+    if twice:
+        time.sleep(draw.uniform(0.001, 0.02))
+        run.send(signal.SIGINT)
+    if not run.wait(LONGEST):
+        run.send(signal.SIGKILL)
+        raise SystemExit("an interrupted run hangs: see its .log")
+    # The second one may come when the first has ended the run, or is about to.
+    if not set(run.codes) <= ({0, 128 + signal.SIGINT} if twice else {0}):
+        raise SystemExit(f"an interrupted run ended with {run.codes}: see its .log")
 
 
 def run_all(plan: Path) -> None:
     what = json.loads(plan.read_text(encoding="utf-8"))
-    folder, words = Path(what["folder"]), what["words"]
-    process = start_and_see_a_save(words, folder / "undisturbed")
+    folder, words, ranks = Path(what["folder"]), what["words"], what["ranks"]
+    run = start_and_see_a_save(words, folder / "undisturbed", ranks=ranks)
     began = time.monotonic()
-    ended(process, within=None)
+    finish(run)
     longest = (time.monotonic() - began) * SHARE
     draw = random.Random(what["seed"])
-    kills, chain = 0, 0
-    while kills < what["kills"]:
-        shortest = longest / 3  # the first kill has something to lose
-        while kills < what["kills"]:
-            process = start_and_see_a_save(words, folder / str(chain))
-            if ended(process, within=draw.uniform(shortest, longest)):
+    stop = {"kill": kill, "keyboard": interrupt}[what["by"]]
+    stops, chain, codes = 0, 0, []
+    while stops < what["stops"]:
+        shortest = longest / 3  # the first one has something to lose
+        while stops < what["stops"]:
+            run = start_and_see_a_save(words, folder / str(chain), ranks=ranks)
+            if run.wait(draw.uniform(shortest, longest)):
+                finish(run)
                 break
-            kills, shortest = kills + 1, 0.0
+            if what["by"] == "keyboard":
+                see_another_save(run)
+            stop(run, draw)
+            codes += run.codes
+            stops, shortest = stops + 1, 0.0
         else:
-            ended(start(words, folder / str(chain)), within=None)
+            finish(start(words, folder / str(chain), ranks=ranks))
         chain += 1
-    print(json.dumps({"kills": kills, "chains": chain}))
+    print(json.dumps({"stops": stops, "chains": chain, "codes": sorted(set(codes))}))
+
+
+def see_another_save(run: Run) -> None:
+    """Wait until a checkpoint is being written, or the run has ended."""
+    while not run.collect() and not list(run.folder.glob(".iter_*.partial-*/*")):
+        time.sleep(0.0005)
 
 
 if __name__ == "__main__":
