@@ -30,7 +30,7 @@ from megatron_smlp.platform import (
 )
 from megatron_smlp.routers.flags import settle_feature_router, settle_token_router
 from megatron_smlp.training.checkpoints import check_against_checkpoint, settle_load
-from megatron_smlp.training.tokenizer_folder import use_local_gpt2_files
+from megatron_smlp.training.tokenizer_folder import local_gpt2_files
 from megatron_smlp.training.vocabulary import keep_padding
 
 OF_ONE_ARCHITECTURE = {
@@ -67,7 +67,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     _settle_defaults(args)
     check_model(args)
     check_schedule(args)
-    _validate(args)
+    with local_gpt2_files(args):
+        _validate(args)
     _check_hash_table(args)
     check_against_checkpoint(args)
     return args
@@ -238,7 +239,6 @@ def _settle_defaults(args: argparse.Namespace) -> None:
     _check_eval_tasks(args)
     settle_load(args)
     keep_padding(args)
-    use_local_gpt2_files(args)
     try:
         args.platform_changes = cpu.set_flags(args)
     except ValueError as error:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.platform.quiet import silence_libraries
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: there is no checkpoint, or one cannot be read.
     """
     args = build_parser().parse_args(argv)
+    silence_libraries()
     from megatron_smlp.checkpoints.inspection import checkpoint_of
 
     folders = [checkpoint_of(path) for path in args.folders]

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.structure import (
@@ -21,8 +17,8 @@ from megatron_smlp.checkpoints.structure import (
     iteration_of,
     tracked_folder,
 )
+from megatron_smlp.conversion.torch_dist_reader import TorchDistReader
 from megatron_smlp.errors import UsageError
-from megatron_smlp.platform import safe_loading
 
 
 def checkpoint_of(path: str | Path) -> Path:
@@ -42,35 +38,6 @@ def checkpoint_of(path: str | Path) -> Path:
     return folder
 
 
-class Tensors:
-    """The tensors of a checkpoint, whole, under their global names.
-
-    Raises:
-        UserError: the index is damaged, or would run code.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        safe_loading.apply()
-        self.reader = FileSystemReader(str(folder))
-        entries = self.reader.read_metadata().state_dict_metadata
-        self.entries: dict[str, TensorStorageMetadata] = {
-            name: entry
-            for name, entry in sorted(entries.items())
-            if isinstance(entry, TensorStorageMetadata)
-        }
-
-    def shape(self, name: str) -> list[int]:
-        return list(self.entries[name].size)
-
-    def load(self, name: str) -> Tensor:
-        entry = self.entries[name]
-        box = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
-        with safe_loading.plain_errors(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that one process loads alone is the intention
-            dcp.load(box, storage_reader=self.reader, no_dist=True)
-        return box[name]
-
-
 def describe(folder: Path) -> dict[str, Any]:
     """Iteration, layout, tokenizer, the flags that were given, and those of the model."""
     model = folder / MODEL
@@ -88,9 +55,9 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def tensor_rows(folder: Path) -> Iterator[dict[str, Any]]:
     """Name, shape, type and norms of each tensor."""
-    tensors = Tensors(folder)
-    for name in tensors.entries:
-        tensor = tensors.load(name)
+    tensors = TorchDistReader(folder)
+    for name in tensors.all_specs:
+        tensor = tensors.read(name)
         values = tensor.double()
         yield {
             "name": name,
@@ -107,16 +74,17 @@ def differences(first: Path, second: Path) -> Iterator[dict[str, Any]]:
     `max_abs` is the largest difference of two elements, `relative` the norm of the difference over
     that of the first tensor (or of the second, where the first is zero).
     """
-    ours, theirs = Tensors(first), Tensors(second)
-    for name in sorted(ours.entries.keys() | theirs.entries.keys()):
-        if name not in theirs.entries:
+    ours, theirs = TorchDistReader(first), TorchDistReader(second)
+    for name in sorted(ours.all_specs.keys() | theirs.all_specs.keys()):
+        if name not in theirs.all_specs:
             yield {"name": name, "only_in": str(first)}
-        elif name not in ours.entries:
+        elif name not in ours.all_specs:
             yield {"name": name, "only_in": str(second)}
-        elif ours.shape(name) != theirs.shape(name):
-            yield {"name": name, "shapes": [ours.shape(name), theirs.shape(name)]}
+        elif ours.all_specs[name].shape != theirs.all_specs[name].shape:
+            shapes = [list(side.all_specs[name].shape) for side in (ours, theirs)]
+            yield {"name": name, "shapes": shapes}
         else:
-            mine, other = ours.load(name), theirs.load(name)
+            mine, other = ours.read(name), theirs.read(name)
             if not torch.equal(mine, other):
                 yield {"name": name, **_distance(mine.double(), other.double())}
 

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.platform.memory import give_large_blocks_back
+from megatron_smlp.platform.quiet import silence_libraries
 
 DESCRIPTION = "Convert a checkpoint to another format or layout: one process, no GPU."
 CONVERSIONS = {
     "torch_dist to hf": "torch_dist_to_hf",
-    "hf to torch_dist": "hf_to_torch_dist",
-    "gpt2 to torch_dist": "gpt2_to_torch_dist",
+    "hf to torch_dist": "to_torch_dist",
+    "gpt2 to torch_dist": "to_torch_dist",
     "torch_dist to torch_dist": "torch_dist_to_torch_dist",
     "upcycled torch_dist to torch_dist": "upcycle",
+    "upcycled hf to torch_dist": "upcycle",
+    "upcycled gpt2 to torch_dist": "upcycle",
 }
 LAYOUT = ("tensor-model", "pipeline-model", "expert-model")
 SPARSE = (
@@ -74,9 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="hf: Hugging Face tokenizer to put beside the model (default: that of the run)",
     )  # fmt: skip
     parser.add_argument(
-        "--make-vocab-size-divisible-by", type=int, default=128, metavar="N",
-        help="gpt2: pad the vocabulary to a multiple of this times the tensor parallel size "
-        "(default: %(default)s)",
+        "--make-vocab-size-divisible-by", type=int, metavar="N",
+        help="pad the vocabulary to a multiple of this times the tensor parallel size (default: "
+        "leave it as it is; gpt2: 128)",
     )  # fmt: skip
     for kind in LAYOUT:
         parser.add_argument(
@@ -94,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_upcycling(parser: argparse.ArgumentParser) -> None:
     """Flags of the sparse model, spelled as pretrain_smlp.py spells them."""
     group = parser.add_argument_group(
-        "upcycling", "torch_dist to torch_dist: make a sparse model of a dense one"
+        "upcycling", "to torch_dist: make a sparse model of a dense one"
     )
     group.add_argument(
         "--upcycle", action="store_true",
@@ -138,25 +142,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"conversion. Those that are: "
             f"{', '.join(CONVERSIONS)}."
         )
-    if options.make_vocab_size_divisible_by < 1:
+    divisible_by = options.make_vocab_size_divisible_by
+    if divisible_by is not None and divisible_by < 1:
         raise UsageError(
-            f"--make-vocab-size-divisible-by {options.make_vocab_size_divisible_by}: give 1 "
-            "(no padding) or more."
+            f"--make-vocab-size-divisible-by {divisible_by}: give 1 (no padding) or more."
         )
     shard_limit = parse_size(options.max_shard_size)
     # Imported late: torch and Megatron take seconds, and --help and wrong flags should not.
-    _silence_libraries()
+    silence_libraries()
+    give_large_blocks_back()
     from megatron_smlp.conversion import convert
 
     chosen = convert.Options(
         load=options.load,
         save=options.save,
+        source=options.source,
         iteration=options.ckpt_step,
         overwrite=options.overwrite,
         checks=options.checks,
         shard_limit=shard_limit,
         tokenizer=options.tokenizer_model,
-        divisible_by=options.make_vocab_size_divisible_by,
+        divisible_by=divisible_by,
         layout={
             name: getattr(options, f"target_{name}")
             for name in (f"{kind.replace('-', '_')}_parallel_size" for kind in LAYOUT)
@@ -165,17 +171,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         model=model,
     )
     getattr(convert, CONVERSIONS[pair])(chosen)
-
-
-def _silence_libraries() -> None:
-    """What they say of a machine without CUDA, Apex or Transformer Engine is no news here."""
-    import logging
-    import warnings
-
-    warnings.simplefilter("ignore")
-
-    for name in ("torch.utils.cpp_extension", "megatron"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def parse_size(text: str) -> int:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.conversion import gpt2, huggingface, megatron_model, resharding, upcycling
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
 from megatron_smlp.conversion.output import whole_folder
+from megatron_smlp.conversion.padding import Repadded, padded_size
 from megatron_smlp.conversion.progress import Progress
+from megatron_smlp.conversion.record import converted_record
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
-from megatron_smlp.conversion.tensors import Plan, Recipe, Source, account, carried_out, same
+from megatron_smlp.conversion.tensors import Converted, Recipe, Source, Spec, same, tensors_of
 from megatron_smlp.conversion.tokenizer import tokenizer_folder
 from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion.torch_dist_writer import write_weights
 from megatron_smlp.platform.one_process import one_process
 
 Say = Callable[[str], None]
+GPT2_DIVISIBLE_BY = 128
 LAYOUT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -34,14 +40,19 @@ class Options:
 
     load: Path
     save: Path
+    source: str = "torch_dist"
+    """Format of `load`: torch_dist, hf or gpt2."""
     iteration: int | None = None
     overwrite: bool = False
     checks: bool = True
     shard_limit: int = 5 * 10**9
     """Bytes of one weights file of a Hugging Face folder."""
     tokenizer: str | None = None
-    divisible_by: int = 128
-    """gpt2: the vocabulary is padded to a multiple of this times the tensor parallel size."""
+    divisible_by: int | None = None
+    """The vocabulary is padded to a multiple of this times the tensor parallel size.
+
+    None leaves it as it is; a GPT-2 is padded to a multiple of 128.
+    """
     layout: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(LAYOUT, 1))
     """Parallel sizes that a Megatron checkpoint is meant for."""
     drops_optimizer: bool = False
@@ -49,155 +60,197 @@ class Options:
     """upcycle: flags of the sparse model that the dense one has other values for."""
 
 
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights under Megatron's names, whatever the format that holds them."""
+
+    source: Source
+    flags: Mapping[str, Any]
+    where: str
+    logits: Callable[[Tensor], Tensor]
+    """Of tokens, by the model of that format, as it was before its vocabulary was padded."""
+    record: Mapping[str, Any] | None = None
+    """run.json of the run that it comes from."""
+
+
 def torch_dist_to_hf(options: Options, say: Say = print) -> None:
     """A Megatron checkpoint -> a folder for transformers."""
     with one_process():
         checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
-        config = huggingface.config_of(checkpoint.flags)
+        source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags)
+        config = huggingface.config_of(flags)
         model = huggingface.build(config)
-        plan = huggingface.export_plan(checkpoint.specs, checkpoint.flags)
+        plan = huggingface.export_plan(source.specs, flags)
         expected = huggingface.expected_shapes(model)
-        where = str(checkpoint.folder)
-        specs = account(plan, checkpoint.specs, expected, where=where)
+        converted = Converted(plan, source, expected, where=str(checkpoint.folder))
         tokenizer = options.tokenizer or tokenizer_folder(checkpoint.args, say)
         with whole_folder(options.save, overwrite=options.overwrite) as folder:
             huggingface.write(
                 folder,
                 config,
-                specs,
-                Progress(specs).over(carried_out(plan, checkpoint)),
+                converted.specs,
+                Progress(converted.specs).over(tensors_of(converted)),
                 shard_limit=options.shard_limit,
                 tokenizer=tokenizer,
             )
             if options.checks:
-                tokens = _tokens(checkpoint.flags)
-                before = _megatron_logits(checkpoint, tokens)
-                say(check(before, huggingface.logits(model, SafetensorsFolder(folder), tokens)))
-    say(f"{options.save}: {len(specs)} tensors written for transformers")
-
-
-def hf_to_torch_dist(options: Options, say: Say = print) -> None:
-    """A folder for transformers, ours or GPT-2's -> a Megatron checkpoint of the weights."""
-    values = huggingface.read_config_json(options.load)
-    if values.get("model_type") == gpt2.MODEL_TYPE:
-        gpt2_to_torch_dist(options, say)
-        return
-    config = huggingface.read_config(options.load)
-    source = SafetensorsFolder(options.load)
-
-    def logits(tokens: Tensor) -> Tensor:
-        return huggingface.logits(huggingface.build(config), source, tokens)
-
-    flags = huggingface.flags_of(config)
-    _weights_to_torch_dist(options, say, flags, source, huggingface.import_plan, logits)
-
-
-def gpt2_to_torch_dist(options: Options, say: Say = print) -> None:
-    """A GPT-2 folder of transformers -> a Megatron checkpoint of the weights."""
-    values = huggingface.read_config_json(options.load)
-    divisible_by = options.divisible_by * options.layout["tensor_model_parallel_size"]
-    config = gpt2.config_of(values, options.load, divisible_by=divisible_by)
-    source = gpt2.GPT2Folder(options.load, config)
-
-    def logits(tokens: Tensor) -> Tensor:
-        return gpt2.logits(values, source, tokens)
-
-    flags = huggingface.flags_of(config)
-    _weights_to_torch_dist(options, say, flags, source, gpt2.import_plan, logits)
-
-
-def _weights_to_torch_dist(
-    options: Options,
-    say: Say,
-    flags: Mapping[str, Any],
-    source: Source,
-    make_plan: Callable[[Iterable[str], Mapping[str, Any]], Plan],
-    logits: Callable[[Tensor], Tensor],
-) -> None:
-    """Write a release, and compare its logits with those of the source."""
-    with one_process():
-        resharding.check_layout(flags, options.layout)
-        model = megatron_model.build(flags)
-        expected = megatron_model.expected_shapes(model)
-        plan = make_plan(expected, flags)
-        specs = account(plan, source.specs, expected, where=str(options.load))
-        with whole_folder(options.save, overwrite=options.overwrite) as folder:
-            write_weights(
-                folder,
-                flags,
-                Progress(specs).over(carried_out(plan, source)),
-                objects=megatron_model.object_names(model),
-                layout=options.layout,
-            )
-            if options.checks:
                 tokens = _tokens(flags)
-                say(check(logits(tokens), _megatron_logits(TorchDistCheckpoint(folder), tokens)))
-    say(f"{options.save}: {len(specs)} tensors written for Megatron, a release (iteration 0)")
+                before = _megatron_logits(checkpoint, checkpoint.flags, tokens)
+                say(check(before, huggingface.logits(model, SafetensorsFolder(folder), tokens)))
+    say(f"{options.save}: {len(converted.specs)} tensors written for transformers")
+
+
+def to_torch_dist(options: Options, say: Say = print) -> None:
+    """Weights in any format -> a Megatron checkpoint of them."""
+    with one_process():
+        weights = _weights(options)
+        resharding.check_layout(weights.flags, options.layout)
+        with _release(options, weights, weights.flags, weights.source) as folder:
+            if options.checks:
+                tokens = _tokens(weights.flags)
+                before, after = weights.logits(tokens), _read_back(folder, tokens)
+                say(check(before, after))
+    count = len(weights.source.specs)
+    say(f"{options.save}: {count} tensors written for Megatron, a release (iteration 0)")
 
 
 def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
     """A Megatron checkpoint -> the same for another layout, or without optimizer state."""
+    checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
+    if options.drops_optimizer or not checkpoint.iteration:
+        to_torch_dist(options, say)
+        return
     with one_process():
-        checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
-        resharding.check_layout(checkpoint.flags, options.layout)
-        model = megatron_model.build(checkpoint.flags)
-        expected = megatron_model.expected_shapes(model)
-        plan = {name: Recipe((name,), same) for name in checkpoint.specs}
-        account(plan, checkpoint.specs, expected, where=str(checkpoint.folder))
-        is_release = options.drops_optimizer or not checkpoint.iteration
+        _account(checkpoint, checkpoint.specs, checkpoint.flags, str(checkpoint.folder))
+        source, flags = _padded(options, checkpoint, checkpoint.all_specs, checkpoint.flags)
+        resharding.check_layout(flags, options.layout)
         with whole_folder(options.save, overwrite=options.overwrite) as folder:
-            if is_release:
-                specs = checkpoint.specs
-                write_weights(
-                    folder,
-                    checkpoint.flags,
-                    Progress(specs).over(checkpoint.tensors()),
-                    objects=megatron_model.object_names(model),
-                    layout=options.layout,
-                )
-                count = len(specs)
-            else:
-                count = resharding.copy(checkpoint, folder, options.layout)
+            resharding.copy(checkpoint, source, folder, flags, options.layout)
             if options.checks:
-                tokens = _tokens(checkpoint.flags)
-                before = megatron_model.logits(model, checkpoint, tokens)
-                say(check(before, _megatron_logits(TorchDistCheckpoint(folder), tokens)))
-    what = "a release (iteration 0)" if is_release else f"iteration {checkpoint.iteration}"
-    say(f"{options.save}: {count} tensors written for Megatron, {what}")
+                tokens = _tokens(flags)
+                before = _megatron_logits(checkpoint, checkpoint.flags, tokens)
+                say(check(before, _read_back(folder, tokens)))
+    count = len(source.specs)
+    say(f"{options.save}: {count} tensors written for Megatron, iteration {checkpoint.iteration}")
 
 
 def upcycle(options: Options, say: Say = print) -> None:
-    """A dense Megatron checkpoint -> a sparse one, weights only; `options.model` says which."""
+    """A dense model in any format -> a sparse one for Megatron; `options.model` says which."""
     with one_process():
-        checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
-        flags = upcycling.target_flags(checkpoint.flags, options.model)
+        dense = _weights(options)
+        flags = upcycling.target_flags(dense.flags, options.model)
         huggingface.config_of(flags)  # which knows what sizes fit
         resharding.check_layout(flags, options.layout)
-        model = megatron_model.build(flags)
-        expected = megatron_model.expected_shapes(model)
-        plan = upcycling.plan(checkpoint.specs, expected, flags)
-        specs = account(plan, checkpoint.specs, expected, where=str(checkpoint.folder))
-        with whole_folder(options.save, overwrite=options.overwrite) as folder:
-            write_weights(
-                folder,
-                flags,
-                Progress(specs).over(carried_out(plan, checkpoint)),
-                objects=megatron_model.object_names(model),
-                layout=options.layout,
-            )
+        expected = megatron_model.expected_shapes(megatron_model.build(flags))
+        plan = upcycling.plan(dense.source.specs, expected, flags)
+        sparse = Converted(plan, dense.source, expected, where=dense.where)
+        with _release(options, dense, flags, sparse) as folder:
             if options.checks:
                 tokens = _tokens(flags)
-                before = _megatron_logits(checkpoint, tokens)
-                after = _megatron_logits(TorchDistCheckpoint(folder), tokens)
-                reason = upcycling.why_not_exact(checkpoint.flags, flags)
-                say(check_loss(before, after, tokens, why_not=reason))
-    say(f"{options.save}: {len(specs)} tensors written for Megatron, a release (iteration 0)")
+                before = _megatron_logits(dense.source, dense.flags, tokens)
+                reason = upcycling.why_not_exact(dense.flags, flags)
+                say(check_loss(before, _read_back(folder, tokens), tokens, why_not=reason))
+    count = len(sparse.specs)
+    say(f"{options.save}: {count} tensors written for Megatron, a release (iteration 0)")
+
+
+def _weights(options: Options) -> Weights:
+    """What is in the folder, every tensor accounted for."""
+    if options.source == "torch_dist":
+        return _of_checkpoint(options)
+    values = huggingface.read_config_json(options.load)
+    is_gpt2 = options.source == "gpt2" or values.get("model_type") == gpt2.MODEL_TYPE
+    return _of_gpt2(options, values) if is_gpt2 else _of_exported(options)
+
+
+def _of_checkpoint(options: Options) -> Weights:
+    checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
+    source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags)
+    where = str(checkpoint.folder)
+    converted = _account(source, source.specs, flags, where)
+    logits = partial(_megatron_logits, checkpoint, checkpoint.flags)
+    record = read_run_record(checkpoint.folder)
+    return Weights(converted, flags, where, logits, record)
+
+
+def _of_exported(options: Options) -> Weights:
+    config = huggingface.read_config(options.load)
+    files = SafetensorsFolder(options.load)
+    source, flags = _padded(options, files, files.specs, huggingface.flags_of(config))
+    expected = megatron_model.expected_shapes(megatron_model.build(flags))
+    plan = huggingface.import_plan(expected, flags)
+    converted = Converted(plan, source, expected, where=str(options.load))
+    logits = partial(huggingface.logits, huggingface.build(config), files)
+    return Weights(converted, flags, str(options.load), logits)
+
+
+def _of_gpt2(options: Options, values: Mapping[str, Any]) -> Weights:
+    config = gpt2.config_of(values, options.load)
+    files = gpt2.GPT2Folder(options.load, config)
+    flags = huggingface.flags_of(config)
+    source, flags = _padded(options, files, files.specs, flags, default=GPT2_DIVISIBLE_BY)
+    expected = megatron_model.expected_shapes(megatron_model.build(flags))
+    plan = gpt2.import_plan(expected, flags)
+    converted = Converted(plan, source, expected, where=str(options.load))
+    return Weights(converted, flags, str(options.load), partial(gpt2.logits, values, files))
+
+
+def _padded(
+    options: Options,
+    source: Source,
+    specs: Mapping[str, Spec],
+    flags: Mapping[str, Any],
+    *,
+    default: int | None = None,
+) -> tuple[Repadded, dict[str, Any]]:
+    """A source with the padding that its vocabulary is to have, and the flags that say it."""
+    divisible_by = options.divisible_by or default
+    rows = flags["padded_vocab_size"]
+    if divisible_by is not None:
+        tensor = options.layout["tensor_model_parallel_size"]
+        rows = padded_size(flags["vocab_size"], divisible_by=divisible_by, tensor_parallel=tensor)
+    return Repadded(source, specs, flags, rows=rows), {**flags, "padded_vocab_size": rows}
+
+
+def _account(
+    source: Source, specs: Mapping[str, Spec], flags: Mapping[str, Any], where: str
+) -> Converted:
+    """A source that has Megatron's names already."""
+    expected = megatron_model.expected_shapes(megatron_model.build(flags))
+    return Converted({name: Recipe((name,), same) for name in specs}, source, expected, where=where)
+
+
+@contextlib.contextmanager
+def _release(
+    options: Options, before: Weights, flags: Mapping[str, Any], source: Source
+) -> Iterator[Path]:
+    """Write weights for Megatron, and publish them where nothing goes wrong after that.
+
+    Args:
+        flags: of the model that `source` holds, which is made of `before`.
+    """
+    record = converted_record(
+        before.record,
+        flags,
+        options.layout,
+        iteration=None,
+        is_new_model=source is not before.source,
+    )
+    objects = megatron_model.object_names(megatron_model.build(flags))
+    with whole_folder(options.save, overwrite=options.overwrite) as folder:
+        tensors = Progress(source.specs).over(tensors_of(source))
+        write_weights(folder, flags, tensors, objects=objects, layout=options.layout, record=record)
+        yield folder
 
 
 def _tokens(flags: Mapping[str, Any]) -> Tensor:
     return fixed_tokens(vocab_size=flags["vocab_size"], length=flags["seq_length"])
 
 
-def _megatron_logits(checkpoint: TorchDistCheckpoint, tokens: Tensor) -> Tensor:
-    model = megatron_model.build(checkpoint.flags)
-    return megatron_model.logits(model, checkpoint, tokens)
+def _megatron_logits(source: Source, flags: Mapping[str, Any], tokens: Tensor) -> Tensor:
+    return megatron_model.logits(megatron_model.build(flags), source, tokens)
+
+
+def _read_back(run: Path, tokens: Tensor) -> Tensor:
+    written = TorchDistCheckpoint(run)
+    return _megatron_logits(written, written.flags, tokens)

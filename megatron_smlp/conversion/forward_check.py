@@ -1,7 +1,7 @@
 """The last step of a conversion: both models compute the same logits for the same tokens.
 
 The tokens are fixed, so that two conversions can be compared; weights are read back from what was
-written, in fp32, one layer at a time.
+written, in fp32, one at a time.
 """
 
 from __future__ import annotations

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from megatron_smlp.conversion.names import HeadShape, join_qkv
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
-from megatron_smlp.conversion.streamed_layers import weights_from
+from megatron_smlp.conversion.streamed_weights import weights_from
 from megatron_smlp.conversion.tensors import Recipe, Spec, same
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
@@ -59,11 +58,8 @@ UNSUPPORTED = {
 }
 
 
-def config_of(values: Mapping[str, Any], folder: Path, *, divisible_by: int = 1) -> SMLPConfig:
+def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
     """The contents of GPT-2's `config.json`, in the words of our model.
-
-    Args:
-        divisible_by: the vocabulary is padded to a multiple of this.
 
     Raises:
         UsageError: another model, or one that computes what ours cannot.
@@ -94,7 +90,7 @@ def config_of(values: Mapping[str, Any], folder: Path, *, divisible_by: int = 1)
     try:
         return SMLPConfig(
             architecture="transformer",
-            vocab_size=-(-theirs.vocab_size // divisible_by) * divisible_by,
+            vocab_size=theirs.vocab_size,
             unpadded_vocab_size=theirs.vocab_size,
             hidden_size=theirs.n_embd,
             ffn_hidden_size=theirs.n_inner or 4 * theirs.n_embd,
@@ -141,42 +137,17 @@ class GPT2Folder:
     def specs(self) -> dict[str, Spec]:
         return {whole: self.files.specs[name] for whole, name in self.names.items()}
 
-    def read(self, name: str) -> Tensor:
-        return self.files.read(self.names[name])
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        return self.files.read(self.names[name], row)
+
+    def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
+        self.files.read_into(target, self.names[name], start=start)
 
 
 def import_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
     """How a Megatron checkpoint's `names` are made of GPT-2's tensors."""
     heads = HeadShape.of(flags)
-    plan = {name: _recipe(name, heads) for name in names}
-    vocabulary = {"rows": flags["padded_vocab_size"]}
-    embedding, output = (name for name, source in OUTSIDE.items() if source in (EMBEDDING, HEAD))
-    last = output if output in plan else embedding
-    if last != embedding:
-        plan[embedding] = Recipe((EMBEDDING,), partial(_with_zeros, **vocabulary))
-    plan[last] = Recipe((OUTSIDE[last], FINAL_BIAS), partial(padded, **vocabulary))
-    return plan
-
-
-def _with_zeros(embedding: Tensor, *, rows: int) -> Tensor:
-    """Rows that no token has, and that no softmax counts."""
-    return functional.pad(embedding, (0, 0, 0, max(0, rows - len(embedding))))
-
-
-def padded(output: Tensor, bias: Tensor, *, rows: int) -> Tensor:
-    """Pad the output layer with copies of the row that is least likely in the mean.
-
-    Softmax counts padding, and logits of zero would be far above those of most tokens.
-
-    output: <float>[V, D]; bias: <float>[D] of the final norm. Returns <float>[rows, D].
-    """
-    missing = rows - len(output)
-    if missing <= 0:
-        return output
-    if output.is_meta or output.shape[1:] != bias.shape:
-        return _with_zeros(output, rows=rows)
-    least = int((output.float() @ bias.float()).argmin())
-    return torch.cat([output, output[least].expand(missing, -1)])
+    return {name: _recipe(name, heads) for name in names}
 
 
 def _recipe(name: str, heads: HeadShape) -> Recipe:
@@ -203,7 +174,7 @@ def _head_by_head(fused: Tensor, *, heads: HeadShape) -> Tensor:
 
 @torch.no_grad()
 def logits(values: Mapping[str, Any], source: GPT2Folder, tokens: Tensor) -> Tensor:
-    """What transformers' own GPT-2 computes of a folder's weights, a layer in memory at a time.
+    """What transformers' own GPT-2 computes of a folder's weights, one in memory at a time.
 
     values: of `config.json`; tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
     """
@@ -212,7 +183,6 @@ def logits(values: Mapping[str, Any], source: GPT2Folder, tokens: Tensor) -> Ten
     config = GPT2Config(**{name: v for name, v in values.items() if name != "model_type"})
     with torch.device("meta"):
         model = GPT2LMHeadModel(config).float().eval()
-    layers = model.transformer.h
-    with weights_from(source, model, layers, prefix="transformer.h"):
+    with weights_from(source, model):
         output: Tensor = model(tokens, use_cache=False).logits
     return output

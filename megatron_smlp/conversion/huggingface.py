@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_smlp.conversion.names import HeadShape, to_huggingface, to_megatron
 from megatron_smlp.conversion.safetensors_files import write_folder
-from megatron_smlp.conversion.streamed_layers import weights_from
+from megatron_smlp.conversion.streamed_weights import weights_from
 from megatron_smlp.conversion.tensors import Recipe, Source, Spec
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf import configuration_smlp
@@ -252,6 +252,6 @@ def generation_config(config: SMLPConfig) -> Any:
 @torch.no_grad()
 def logits(model: SMLPForCausalLM, source: Source, tokens: Tensor) -> Tensor:
     """tokens: <int64>[B, T] -> <fp32>[B, T, V], with the weights of a folder."""
-    with weights_from(source, model, model.model.layers, prefix="model.layers"):
+    with weights_from(source, model):
         output: Tensor = model(tokens).logits
     return output

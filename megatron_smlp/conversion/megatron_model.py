@@ -1,7 +1,7 @@
 """The Megatron model that the flags of a checkpoint describe, without memory for its weights.
 
 It says which tensors a checkpoint of it holds, in which shapes, and it computes logits with the
-weights of one layer in memory at a time. It is the model that pretrain_smlp.py trains: the same
+weights read one at a time. It is the model that pretrain_smlp.py trains: the same
 layers by the same table. Needs `platform.one_process` around it.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from megatron_smlp.conversion.streamed_layers import weights_from
+from megatron_smlp.conversion.streamed_weights import weights_from
 from megatron_smlp.conversion.tensors import Source
 
 # As pretrain_smlp.py sets it on a machine without Apex and Transformer Engine, in fp32.
@@ -143,17 +143,13 @@ class _LocalNames:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._stack = "", torch.empty(0)
-        """All experts' weights of one kind, which are asked for one expert after the other."""
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """An expert's weight is a row of the stack, of which no model here takes a row again."""
         match = EXPERT.search(name)
         if match is None:
-            return self.source.read(name)
-        stacked = EXPERT.sub(STACKED, name)
-        if self._stack[0] != stacked:
-            self._stack = stacked, self.source.read(stacked)
-        return self._stack[1][int(match[1])]
+            return self.source.read(name, row)
+        return self.source.read(EXPERT.sub(STACKED, name), int(match[1]))
 
 
 @torch.no_grad()
@@ -163,6 +159,6 @@ def logits(model: Any, source: Source, tokens: Tensor) -> Tensor:
     tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
     """
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    with weights_from(_LocalNames(source), model, model.decoder.layers, prefix="decoder.layers"):
+    with weights_from(_LocalNames(source), model):
         output: Tensor = model(tokens, positions, None)
     return output

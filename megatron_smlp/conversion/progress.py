@@ -38,6 +38,7 @@ class Progress:
             for name, tensor in tensors:
                 size = tensor.nbytes
                 yield name, tensor
+                del tensor  # before the next one is made
                 bar.advance(task, size)
 
     def _with_lines(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -45,6 +46,7 @@ class Progress:
         for name, tensor in tensors:
             done += tensor.nbytes
             yield name, tensor
+            del tensor  # before the next one is made
             if time.monotonic() - last >= LINE_SECONDS:
                 last = time.monotonic()
                 share = f"{done / GIGABYTE:.1f} of {self.total / GIGABYTE:.1f} GB"

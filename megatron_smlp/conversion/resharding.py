@@ -8,14 +8,15 @@ before a cluster is waited for, and the optimizer's state, two thirds of the fil
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.structure import iteration_folder
 from megatron_smlp.conversion.progress import Progress
+from megatron_smlp.conversion.record import converted_record
+from megatron_smlp.conversion.tensors import Source, tensors_of
 from megatron_smlp.conversion.torch_dist import COMMON, NOT_WEIGHTS, TorchDistCheckpoint
 from megatron_smlp.conversion.torch_dist_writer import TorchDistWriter, finish
 from megatron_smlp.errors import UsageError
@@ -46,25 +47,31 @@ def check_layout(flags: Mapping[str, Any], layout: Mapping[str, int]) -> None:
     if flags["padded_vocab_size"] % tensor:
         raise UsageError(
             f"--target-tensor-model-parallel-size {tensor} does not divide the padded vocabulary "
-            f"{flags['padded_vocab_size']}: choose a divisor."
+            f"{flags['padded_vocab_size']}: choose a divisor, or give "
+            "--make-vocab-size-divisible-by to pad it anew."
         )
 
 
 def copy(
     checkpoint: TorchDistCheckpoint,
+    source: Source,
     run: Path,
+    flags: Mapping[str, Any],
     layout: Mapping[str, int],
-) -> int:
-    """Write the whole state for another layout; the number of tensors.
+) -> None:
+    """Write the whole state for another layout.
 
     Random number states belong to ranks of the old layout and are left out, as Megatron leaves
     them out where it loads another layout.
 
+    Args:
+        source: the tensors of the checkpoint, optimizer state included.
+        flags: of the model, with the vocabulary as it is in `source`.
+
     Raises:
         UsageError: the optimizer state is tied to the layout that saved it.
     """
-    names = list(checkpoint.all_specs)
-    for name in names:
+    for name in source.specs:
         if name.startswith("optimizer.") and not name.startswith(ANY_LAYOUT):
             raise UsageError(
                 f"{checkpoint.folder} was saved with --optimizer-checkpoint data_parallel "
@@ -72,18 +79,22 @@ def copy(
             )
     common = dict(checkpoint.common)
     common.pop("rerun_state_machine", None)
-    common["args"] = argparse.Namespace(**{**vars(checkpoint.args), **layout, "no_save_rng": True})
+    common["args"] = argparse.Namespace(
+        **{**vars(checkpoint.args), **flags, **layout, "no_save_rng": True}
+    )
     with TorchDistWriter(iteration_folder(run, checkpoint.iteration)) as writer:
-        for name, tensor in Progress(checkpoint.all_specs).over(_read(checkpoint, names)):
+        for name, tensor in Progress(source.specs).over(tensors_of(source)):
             writer.add(name, tensor)
+            del tensor  # before the next one is read
         for name in checkpoint.objects:
             if not name.startswith(NOT_WEIGHTS):
                 writer.add_object(name, checkpoint.read_object(name))
         writer.add_object(COMMON, [common])
-    finish(run, checkpoint.flags, iteration=checkpoint.iteration)
-    return len(names)
-
-
-def _read(checkpoint: TorchDistCheckpoint, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        yield name, checkpoint.read(name)
+    record = converted_record(
+        read_run_record(checkpoint.folder),
+        flags,
+        layout,
+        iteration=checkpoint.iteration,
+        is_new_model=False,
+    )
+    finish(run, flags, record, iteration=checkpoint.iteration)

@@ -8,6 +8,7 @@ once; here a tensor is read into memory of its own and written by itself.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -36,7 +37,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
-BLOCK = 2**24
+BLOCK = 2**20
 
 
 class SafetensorsFolder:
@@ -94,17 +95,23 @@ class SafetensorsFolder:
             if name not in self.index:
                 raise UsageError(f"{path} holds {name}, which {INDEX} does not name.")
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
-        spec, (path, offset) = self.specs[name], self._places[name]
-        tensor = torch.empty(spec.shape, dtype=spec.dtype)
-        if spec.nbytes:
-            with path.open("rb") as file:
-                file.seek(offset)
-                count = file.readinto(_bytes(tensor))
-            if count != spec.nbytes:
-                raise DamagedCheckpointError(f"{path} ends within {name}.")
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """One tensor, or one row of it, in memory of its own."""
+        spec = self.specs[name]
+        tensor = torch.empty(spec.shape if row is None else spec.shape[1:], dtype=spec.dtype)
+        self.read_into(tensor if row is None else tensor[None], name, start=row or 0)
         return tensor
+
+    def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
+        """Fill a contiguous tensor with rows of the one of this name, from `start` on."""
+        path, offset = self._places[name]
+        if not target.numel():
+            return
+        with path.open("rb") as file:
+            file.seek(offset + start * math.prod(target.shape[1:]) * target.itemsize)
+            count = file.readinto(bytes_of(target))
+        if count != target.nbytes:
+            raise DamagedCheckpointError(f"{path} ends within {name}.")
 
     def are_same(self, one: str, other: str) -> bool:
         """Whether two tensors are equal bit by bit; compared in blocks."""
@@ -156,7 +163,7 @@ def _spec(path: Path, name: str, entry: Any) -> tuple[Spec, tuple[int, int]]:
         raise DamagedCheckpointError(f"{path} describes {name} as {entry}.") from error
 
 
-def _bytes(tensor: Tensor) -> Any:
+def bytes_of(tensor: Tensor) -> Any:
     """The memory of a contiguous tensor."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
@@ -193,7 +200,8 @@ def write_folder(
                 actual, tensor = next(stream)
                 assert (actual, Spec.of(tensor)) == (name, specs[name]), (actual, name)
                 if tensor.numel():
-                    output.write(_bytes(tensor.contiguous()))
+                    output.write(bytes_of(tensor.contiguous()))
+                del tensor  # before the next one is made
             output.flush()
             os.fsync(output.fileno())
         where |= dict.fromkeys(names, file)

@@ -43,7 +43,13 @@ class Source(Protocol):
     @property
     def specs(self) -> Mapping[str, Spec]: ...
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """A tensor in memory of its own, or one of its rows: `[E, X, D]` -> `[X, D]`."""
+        ...
+
+    def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
+        """Fill a tensor with rows of the one of this name, from `start` on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,35 @@ def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def carried_out(plan: Plan, source: Source) -> Iterator[tuple[str, Tensor]]:
-    """The new tensors, one at a time."""
-    for target, recipe in plan.items():
-        yield target, recipe.make(*(source.read(name) for name in recipe.sources))
+class Converted:
+    """The new tensors of a plan, made when they are read.
+
+    Args:
+        expected: names and shapes that they have to have.
+        where: what the source is, for messages.
+
+    Raises:
+        UsageError: a tensor is missing, unknown or of another shape.
+    """
+
+    def __init__(
+        self, plan: Plan, source: Source, expected: Mapping[str, tuple[int, ...]], *, where: str
+    ) -> None:
+        self.plan, self.source = plan, source
+        self.specs = account(plan, source.specs, expected, where=where)
+
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        recipe = self.plan[name]
+        if recipe.make is same:
+            return self.source.read(recipe.sources[0], row)
+        made = recipe.make(*map(self.source.read, recipe.sources))
+        return made if row is None else made[row]
+
+    def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
+        target.copy_(self.read(name)[start : start + len(target)])
+
+
+def tensors_of(source: Source) -> Iterator[tuple[str, Tensor]]:
+    """One at a time, in the order of their names in the source."""
+    for name in source.specs:
+        yield name, source.read(name)

@@ -6,9 +6,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_smlp.errors import UsageError
+from megatron_smlp.training.tokenizer_folder import gpt2_folder, has_gpt2_files
+
 
 def tokenizer_folder(args: argparse.Namespace, say: Callable[[str], None]) -> str | None:
-    """The folder that the run was trained with, if it was one of Hugging Face's and is still there.
+    """The run's tokenizer as a folder, if Hugging Face reads it and its files are still there.
 
     Args:
         args: the flags that the checkpoint recorded.
@@ -17,5 +20,11 @@ def tokenizer_folder(args: argparse.Namespace, say: Callable[[str], None]) -> st
     is_huggingface = getattr(args, "tokenizer_type", None) == "HuggingFaceTokenizer"
     if recorded and is_huggingface and (Path(recorded) / "tokenizer_config.json").is_file():
         return str(recorded)
-    say("no tokenizer is written: --tokenizer-model FOLDER adds one")
+    reason = ""
+    if has_gpt2_files(args):
+        try:
+            return str(gpt2_folder(args))
+        except UsageError as error:
+            reason = f" ({error})"
+    say(f"no tokenizer is written{reason}: --tokenizer-model FOLDER adds one")
     return None

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_smlp.checkpoints import integrity
-from megatron_smlp.checkpoints.structure import MODEL, RELEASE, TRACKER, iteration_folder
+from megatron_smlp.checkpoints.structure import MODEL, RELEASE, RUN, TRACKER, iteration_folder
 from megatron_smlp.conversion.torch_dist import COMMON
 
 SHARD = "__0_0.distcp"
@@ -98,6 +98,7 @@ def write_weights(
     *,
     objects: Iterable[str],
     layout: Mapping[str, int],
+    record: Mapping[str, Any],
 ) -> None:
     """A run's folder with one release: weights at iteration 0, without optimizer state.
 
@@ -105,6 +106,7 @@ def write_weights(
         flags: for model.json, and for Megatron's own record of arguments.
         objects: names beside the tensors that the model looks for when it is loaded.
         layout: parallel sizes, by Megatron's argument names.
+        record: for run.json.
     """
     common = {
         "args": argparse.Namespace(
@@ -125,20 +127,24 @@ def write_weights(
     with TorchDistWriter(run / RELEASE) as writer:
         for name, tensor in tensors:
             writer.add(name, tensor)
+            del tensor  # before the next one is read
         for name in objects:
             writer.add_object(name, [None])
         writer.add_object(COMMON, [common])
-    finish(run, flags, iteration=None)
+    finish(run, flags, record, iteration=None)
 
 
-def finish(run: Path, flags: Mapping[str, Any], *, iteration: int | None) -> None:
-    """model.json, checksums and tracker of a run's folder with one checkpoint.
+def finish(
+    run: Path, flags: Mapping[str, Any], record: Mapping[str, Any], *, iteration: int | None
+) -> None:
+    """model.json, run.json, checksums and tracker of a run's folder with one checkpoint.
 
     Args:
         iteration: None: a release.
     """
     folder = run / RELEASE if iteration is None else iteration_folder(run, iteration)
-    (folder / MODEL).write_text(json.dumps(dict(flags), indent=1) + "\n", encoding="utf-8")
+    for name, content in ((MODEL, flags), (RUN, record)):
+        (folder / name).write_text(json.dumps(dict(content), indent=1) + "\n", encoding="utf-8")
     integrity.seal(folder)
     tracked = RELEASE if iteration is None else str(iteration)
     (run / TRACKER).write_text(tracked, encoding="utf-8")

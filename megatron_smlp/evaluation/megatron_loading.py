@@ -10,7 +10,6 @@ from typing import Any
 from megatron_smlp.data.tokenizers import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.recorded import (
-    model_flags,
     open_checkpoint,
     resolve_for,
     tokenizer_flags,
@@ -41,6 +40,7 @@ def load_model(
     saved = open_checkpoint(checkpoint)
     from megatron_smlp.arguments import build_parser, parse_arguments
     from megatron_smlp.platform import cpu
+    from megatron_smlp.training.model_words import model_words
 
     cpu.apply()
     parser = build_parser()
@@ -49,7 +49,7 @@ def load_model(
     args = parse_arguments(
         [
             *NO_TRAINING.split(),
-            *model_flags(parser, saved.flags),
+            *model_words(parser, saved.flags),
             *tokenizer_flags(spec),
             *flags,
             *("--load", str(checkpoint)),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,7 @@ from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.tokenizers import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
-from megatron_smlp.training.checkpoints import (
-    LAYOUT_DEPENDENT,
-    MAY_CHANGE,
-)
 
-# They follow from other flags, or from the tokenizer.
-DERIVED = ("moe_router_topk", "vocab_size", "max_position_embeddings")
 TAKE_A_SIZE = ("NullTokenizer", "ByteLevelTokenizer", "TikTokenizer")
 
 
@@ -86,26 +78,3 @@ def tokenizer_flags(spec: TokenizerSpec) -> list[str]:
         values = [] if value is True else value if isinstance(value, tuple) else [value]
         words += ["--" + field.name.replace("_", "-"), *map(str, values)]
     return words
-
-
-def model_flags(parser: argparse.ArgumentParser, flags: dict[str, Any]) -> list[str]:
-    """model.json as words of a command line, without what only training reads."""
-    skipped = {*LAYOUT_DEPENDENT, *MAY_CHANGE, *DERIVED}
-    words: list[str] = []
-    for name, value in flags.items():
-        if name not in skipped and value is not None:
-            actions = [action for action in parser._actions if action.dest == name]
-            words += _words(actions, value)
-    return words
-
-
-def _words(actions: Sequence[argparse.Action], value: Any) -> Iterator[str]:
-    for action in actions:
-        option = action.option_strings[0]
-        if action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction):
-            if action.const == value and action.default != value:
-                yield option
-        elif isinstance(action, argparse.BooleanOptionalAction):
-            yield option if value else option.replace("--", "--no-", 1)
-        elif value != action.default:
-            yield f"{option}={str(value).replace(' ', '')}"

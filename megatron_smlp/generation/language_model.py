@@ -93,18 +93,18 @@ def model_of(checkpoint: Any) -> Any:
     checkpoint: a `TorchDistCheckpoint`.
     """
     from megatron_smlp.conversion import huggingface
-    from megatron_smlp.conversion.tensors import account, carried_out
+    from megatron_smlp.conversion.tensors import Converted, tensors_of
 
     config = huggingface.config_of(checkpoint.flags)
     model = huggingface.build(config)
     plan = huggingface.export_plan(checkpoint.specs, checkpoint.flags)
     expected = huggingface.expected_shapes(model)
-    specs = account(plan, checkpoint.specs, expected, where=str(checkpoint.folder))
-    # `account` has compared the names; a tied output layer alone is not among them.
-    model.load_state_dict(dict(carried_out(plan, checkpoint)), assign=True, strict=False)
+    converted = Converted(plan, checkpoint, expected, where=str(checkpoint.folder))
+    # It has compared the names; a tied output layer alone is not among them.
+    model.load_state_dict(dict(tensors_of(converted)), assign=True, strict=False)
     model.tie_weights()
     model.generation_config = huggingface.generation_config(config)
-    return model.to(huggingface.main_dtype(specs)).eval()
+    return model.to(huggingface.main_dtype(converted.specs)).eval()
 
 
 def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, str]:

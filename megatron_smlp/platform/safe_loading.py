@@ -29,7 +29,6 @@ from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan
 
@@ -182,19 +181,3 @@ def _explained(path: Path, error: BaseException) -> UserError:
         )
     reason = words.split(". ")[0][:200] or type(error).__name__
     return DamagedCheckpointError(f"{path} cannot be read ({reason}): the file is damaged.")
-
-
-@contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """Take the user's error out of the exception that torch wraps it in.
-
-    torch keeps only the words of what went wrong in `.metadata`: read that before, and directly.
-    """
-    try:
-        yield
-    except CheckpointException as error:
-        inner = (failure[0] for failure in error.failures.values())
-        found = next((e for e in inner if isinstance(e, UserError)), None)
-        if found is None:
-            raise
-        raise found from error

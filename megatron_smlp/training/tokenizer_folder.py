@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_smlp.errors import UsageError
@@ -20,14 +22,41 @@ CONFIG = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | dict.
 )
 
 
-def use_local_gpt2_files(args: argparse.Namespace) -> None:
-    """Point a GPT2BPETokenizer with both files at a folder made of them, for this process's life.
+def has_gpt2_files(args: argparse.Namespace) -> bool:
+    """Whether the flags name a tokenizer by GPT-2's two files."""
+    kind = getattr(args, "tokenizer_type", None)
+    return bool(kind == "GPT2BPETokenizer" and args.vocab_file and args.merge_file)
+
+
+@contextlib.contextmanager
+def local_gpt2_files(args: argparse.Namespace) -> Iterator[None]:
+    """Point a GPT2BPETokenizer with both files at a folder made of them.
+
+    Afterwards the flags are those of the user again: a checkpoint records them, and the folder is
+    gone with this process.
 
     Raises:
         UsageError: one of the two files is missing.
     """
-    if args.tokenizer_type != "GPT2BPETokenizer" or not (args.vocab_file and args.merge_file):
+    if not has_gpt2_files(args):
+        yield
         return
+    names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
+    before = {name: getattr(args, name) for name in names}
+    args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(gpt2_folder(args))
+    args.vocab_file = args.merge_file = None
+    try:
+        yield
+    finally:
+        vars(args).update(before)
+
+
+def gpt2_folder(args: argparse.Namespace) -> Path:
+    """A tokenizer folder, for this process's life, made of the files that the flags name.
+
+    Raises:
+        UsageError: one of the two is missing.
+    """
     folder = Path(tempfile.mkdtemp(prefix="gpt2-tokenizer-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for flag, file in (("vocab", "vocab.json"), ("merge", "merges.txt")):
@@ -37,5 +66,4 @@ def use_local_gpt2_files(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UsageError(f"--{flag}-file {source} cannot be read: {error.strerror}.") from error
     (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(folder)
-    args.vocab_file = args.merge_file = None
+    return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def run(kind: Any, load: Path, save: Path, **changes: Any) -> list[str]:
     said: list[str] = []
     kind(convert.Options(load=load, save=save, **changes), said.append)
     return said
+
+
+def from_hf(options: convert.Options, say: convert.Say) -> None:
+    """`--from hf --to torch_dist`"""
+    convert.to_torch_dist(dataclasses.replace(options, source="hf"), say)
+
+
+def from_gpt2(options: convert.Options, say: convert.Say) -> None:
+    """`--from gpt2 --to torch_dist`"""
+    convert.to_torch_dist(dataclasses.replace(options, source="gpt2"), say)
 
 
 def weights(source: Source) -> dict[str, Tensor]:

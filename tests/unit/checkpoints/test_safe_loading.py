@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from support import exploits
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_smlp.errors import DamagedCheckpointError, UnsafeCheckpointError
 from megatron_smlp.platform import safe_loading
@@ -32,13 +33,16 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def load(folder: Path) -> dict[str, object]:
-    """As the tools do: the index, then what it names."""
+    """As torch does: the index, then what it names; it wraps what goes wrong."""
     box: dict[str, object] = {"weight": torch.zeros(6), "object": {"step": 0, "name": ""}}
     reader = FileSystemReader(str(folder))
     reader.read_metadata()
-    with warnings.catch_warnings(), safe_loading.plain_errors():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(box, storage_reader=reader, no_dist=True)
+        try:
+            dcp.load(box, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
+            raise next(failure[0] for failure in error.failures.values()) from error
     return box
 
 

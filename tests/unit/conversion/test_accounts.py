@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.conversions import folder_weights, run, save_exported
+from support.conversions import folder_weights, from_hf, run, save_exported, weights
 from support.smlp_systems import make_model
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def test_a_wrong_tensor_of_a_folder_is_named(exported: Path, tmp_path: Path, cha
     alter, words = CHANGES[change]
     folder = rewrite(exported, tmp_path / "changed", alter)
     with pytest.raises(UsageError, match=words):
-        run(convert.hf_to_torch_dist, folder, tmp_path / "run")
+        run(from_hf, folder, tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"]
 
 
@@ -73,9 +73,9 @@ def test_a_wrong_tensor_of_a_folder_is_named(exported: Path, tmp_path: Path, cha
 def test_a_wrong_tensor_of_a_checkpoint_is_named(
     exported: Path, tmp_path: Path, change: str
 ) -> None:
-    run(convert.hf_to_torch_dist, exported, tmp_path / "run", checks=False)
+    run(from_hf, exported, tmp_path / "run", checks=False)
     checkpoint = TorchDistCheckpoint(tmp_path / "run")
-    tensors = dict(checkpoint.tensors())
+    tensors = weights(checkpoint)
     name = "decoder.layers.1.self_attention.linear_proj.bias"
     if change == "missing":
         del tensors[name]
@@ -152,7 +152,7 @@ def test_a_wrong_conversion_is_noticed(
     swapped = tuple(names.QKV_PARTS[i] for i in (0, 2, 1))
     monkeypatch.setattr(names, "QKV_PARTS", swapped)
     with pytest.raises(forward_check.ForwardCheckError, match="nothing was written"):
-        run(convert.hf_to_torch_dist, exported, tmp_path / "run")
+        run(from_hf, exported, tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 
@@ -160,9 +160,9 @@ def test_a_folder_is_replaced_only_on_demand(exported: Path, tmp_path: Path) -> 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").touch()
     with pytest.raises(UsageError, match="--overwrite"):
-        run(convert.hf_to_torch_dist, exported, tmp_path / "run", checks=False)
+        run(from_hf, exported, tmp_path / "run", checks=False)
     assert (tmp_path / "run" / "precious").exists()
-    run(convert.hf_to_torch_dist, exported, tmp_path / "run", checks=False, overwrite=True)
+    run(from_hf, exported, tmp_path / "run", checks=False, overwrite=True)
     assert sorted(p.name for p in tmp_path.rglob("*") if p.parent == tmp_path) == ["run"]
     assert not (tmp_path / "run" / "precious").exists()
 
@@ -181,7 +181,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     monkeypatch.setattr(TorchDistWriter, "add", add)
     expected = UsageError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
-        run(convert.hf_to_torch_dist, exported, tmp_path / "run", checks=False)
+        run(from_hf, exported, tmp_path / "run", checks=False)
     assert len(added) == 5
     assert not list(tmp_path.iterdir())
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.conversions import run
+from support.conversions import from_gpt2, from_hf, run
 from support.in_process import pretrained
 from support.launches import records
 from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from megatron_smlp.conversion import convert, gpt2, megatron_model
+from megatron_smlp.conversion import megatron_model
 from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform.one_process import one_process
@@ -66,7 +66,7 @@ def our_logits(run_folder: Path, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
     folder = save_gpt2(tmp_path / "gpt2", **VARIANTS[variant])
-    said = run(convert.gpt2_to_torch_dist, folder, tmp_path / "run")
+    said = run(from_gpt2, folder, tmp_path / "run")
     assert "forward check" in said[0]
     tokens = torch.randint(101, (3, 16))
     torch.testing.assert_close(
@@ -77,10 +77,20 @@ def test_logits_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
     )
 
 
-def test_padding_is_unlikely() -> None:
-    output, bias = torch.tensor([[1.0, 0], [-3, 0], [2, 1]]), torch.tensor([1.0, 0])
-    rows = gpt2.padded(output, bias, rows=5)
-    assert rows.tolist() == [[1, 0], [-3, 0], [2, 1], [-3, 0], [-3, 0]]
+@pytest.mark.parametrize("untied", [False, True])
+def test_padding_is_unlikely(tmp_path: Path, untied: bool) -> None:
+    """It repeats the token whose logit is lowest in the mean, where softmax counts it."""
+    folder = save_gpt2(tmp_path / "gpt2", tie_word_embeddings=not untied)
+    run(from_gpt2, folder, tmp_path / "run")
+    theirs, ours = load_file(folder / "model.safetensors"), TorchDistCheckpoint(tmp_path / "run")
+    embedding = theirs["transformer.wte.weight"]
+    output = theirs["lm_head.weight"] if untied else embedding
+    least = output[(output @ theirs["transformer.ln_f.bias"]).argmin()].expand(27, -1)
+    name = "output_layer.weight" if untied else "embedding.word_embeddings.weight"
+    assert torch.equal(ours.read(name), torch.cat([output, least]))
+    if untied:
+        rest = ours.read("embedding.word_embeddings.weight")
+        assert torch.equal(rest[:101], embedding)
 
 
 def test_older_files(tmp_path: Path) -> None:
@@ -94,28 +104,28 @@ def test_older_files(tmp_path: Path) -> None:
     older["h.0.attn.masked_bias"] = torch.tensor(-1e4)
     older["lm_head.weight"] = older["wte.weight"]
     edit(folder, older)
-    run(convert.hf_to_torch_dist, folder, tmp_path / "run")  # which sees what it is
+    run(from_hf, folder, tmp_path / "run")  # which sees what it is
     logits = our_logits(tmp_path / "run", tokens)[..., :101]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     older["lm_head.weight"] = older["wte.weight"] + 1
     edit(folder, older)
     with pytest.raises(UsageError, match=r"lm_head\.weight, which is not wte\.weight"):
-        run(convert.gpt2_to_torch_dist, folder, tmp_path / "other")
+        run(from_gpt2, folder, tmp_path / "other")
 
 
 def test_what_was_imported_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first loss is that of transformers on the same tokens, and training lowers it."""
     folder = save_gpt2(tmp_path / "gpt2")
-    run(convert.gpt2_to_torch_dist, folder, tmp_path / "run", checks=False, divisible_by=1)
+    run(from_gpt2, folder, tmp_path / "run", checks=False, divisible_by=1)
     batches = watch_batches(monkeypatch)
     words = (
-        "--architecture transformer --num-layers 3 --ffn-hidden-size 128 --openai-gelu "
-        "--num-attention-heads 4 --train-iters 20 --log-interval 1 --lr 1e-2 "
-        "--vocab-size 101 --make-vocab-size-divisible-by 4 "
-        f"--load {tmp_path / 'run'} --log-dir {tmp_path / 'log'}"
+        f"--use-checkpoint-args --load {tmp_path / 'run'} --save {tmp_path / 'more'} --mock-data "
+        "--tokenizer-type NullTokenizer --vocab-size 101 --train-iters 20 --log-interval 1 "
+        "--lr 1e-2 --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2 "
+        "--global-batch-size 2 --eval-iters 0 --num-workers 0"
     )
-    with pretrained(words):
-        losses = [r["loss"] for r in records(tmp_path / "log") if "loss" in r]
+    with pretrained(words, base=""):
+        losses = [r["loss"] for r in records(tmp_path / "more") if "loss" in r]
     tokens, labels = batches[0]
     expected = functional.cross_entropy(
         their_logits(folder, tokens).flatten(0, 1), labels.flatten()
@@ -156,7 +166,7 @@ def test_what_cannot_be_imported_is_named(
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UsageError, match=message):
-        run(convert.gpt2_to_torch_dist, folder, tmp_path / "run")
+        run(from_gpt2, folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
@@ -170,4 +180,4 @@ def test_a_wrong_tensor_is_named(tmp_path: Path, change: str) -> None:
         tensors["score.weight" if change == "unknown" else name] = torch.ones(3, 7)
     edit(folder, tensors)
     with pytest.raises(UsageError, match=r"score\.weight" if change == "unknown" else name):
-        run(convert.gpt2_to_torch_dist, folder, tmp_path / "run")
+        run(from_gpt2, folder, tmp_path / "run")

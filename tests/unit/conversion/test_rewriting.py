@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import pytest
+from support.checkpoints import carry_on
 from support.conversions import assert_same, run
 from support.in_process import pretrained
 from support.launches import records
 from support.smlp_systems import make_config
 
 from megatron_smlp.checkpoints import integrity
+from megatron_smlp.checkpoints.inspection import checkpoint_of
+from megatron_smlp.checkpoints.run_record import read_run_record
+from megatron_smlp.checkpoints.structure import iteration_folder
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import flags_of
 from megatron_smlp.conversion.resharding import check_layout
@@ -35,9 +39,32 @@ def test_a_rewritten_checkpoint_goes_on_with_its_optimizer(tmp_path: Path) -> No
     with pretrained(f"{MODEL} {load}"):
         new = [r["loss"] for r in records(tmp_path / "log") if "loss" in r]
     assert new == pytest.approx(old[2:], rel=1e-6)
+    carry_on(f"--load {tmp_path / 'new'} --use-checkpoint-args --exit-interval 3")
+    record = read_run_record(iteration_folder(tmp_path / "new", 3)) or {}
+    assert record["flags"]["num_attention_heads"] == 4
     weights = tmp_path / "weights"
     run(convert.torch_dist_to_torch_dist, tmp_path / "run", weights, drops_optimizer=True)
     assert not any("optimizer" in name for name in TorchDistCheckpoint(weights).all_specs)
+
+
+def test_its_flags_are_those_of_the_run_with_the_layout_that_is_meant(tmp_path: Path) -> None:
+    with pretrained(f"{MODEL} --save {tmp_path / 'run'} --train-iters 2"):
+        pass
+    layout = dict(zip(convert.LAYOUT, (2, 1, 1), strict=True))
+    for name, drops in (("state", False), ("weights", True)):
+        folder = tmp_path / name
+        run(
+            convert.torch_dist_to_torch_dist,
+            tmp_path / "run",
+            folder,
+            layout=layout,
+            drops_optimizer=drops,
+        )
+        record = read_run_record(checkpoint_of(folder)) or {}
+        assert record["command_line"][-2:] == ["--tensor-model-parallel-size", "2"]
+        assert "--num-attention-heads" in record["command_line"]
+        assert record["layout"]["tensor_model_parallel_size"] == 2
+        assert record["tokenizer"]["tokenizer_type"] == "NullTokenizer"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.conversions import assert_same, folder_weights, run, save_exported, weights
+from support.conversions import assert_same, folder_weights, from_hf, run, save_exported, weights
 from support.in_process import pretrained
 from support.launches import records
 from support.smlp_systems import SYSTEMS, make_model
@@ -60,7 +60,7 @@ def changed(system: str) -> dict[str, Any]:
 def test_to_megatron_and_back(tmp_path: Path, system: str) -> None:
     model = make_model(system, **changed(system))
     exported = save_exported(model, tmp_path / "hf")
-    said = run(convert.hf_to_torch_dist, exported, tmp_path / "run")
+    said = run(from_hf, exported, tmp_path / "run")
     assert "forward check" in said[0]
     said = run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "again")
     assert any("forward check" in line for line in said)
@@ -73,7 +73,7 @@ def test_to_megatron_and_back(tmp_path: Path, system: str) -> None:
 
 def test_a_trained_checkpoint_comes_back_bitwise(trained: Path, tmp_path: Path) -> None:
     run(convert.torch_dist_to_hf, trained, tmp_path / "hf", shard_limit=20_000)
-    run(convert.hf_to_torch_dist, tmp_path / "hf", tmp_path / "again")
+    run(from_hf, tmp_path / "hf", tmp_path / "again")
     before, after = TorchDistCheckpoint(trained), TorchDistCheckpoint(tmp_path / "again")
     assert_same(weights(before), weights(after))
     assert checkpoint_of(tmp_path / "again") == after.folder
@@ -86,7 +86,7 @@ def test_a_trained_checkpoint_comes_back_bitwise(trained: Path, tmp_path: Path) 
 def test_what_came_back_trains_on(trained: Path, tmp_path: Path) -> None:
     """By --load, at iteration 0, with the loss of the run that it came from."""
     run(convert.torch_dist_to_hf, trained, tmp_path / "hf")
-    run(convert.hf_to_torch_dist, tmp_path / "hf", tmp_path / "again", checks=False)
+    run(from_hf, tmp_path / "hf", tmp_path / "again", checks=False)
     losses = []
     for number, load in enumerate((f"{trained} --finetune", tmp_path / "again")):
         log = tmp_path / str(number)
@@ -99,7 +99,7 @@ def test_what_came_back_trains_on(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one")
 def test_an_exported_model_drops_no_token_in_evaluation(tmp_path: Path) -> None:
     exported = save_exported(make_model("gshard", moe_eval_capacity_factor=1.0), tmp_path / "hf")
-    run(convert.hf_to_torch_dist, exported, tmp_path / "run", checks=False)
+    run(from_hf, exported, tmp_path / "run", checks=False)
     flags = TorchDistCheckpoint(tmp_path / "run").flags
     assert flags["moe_eval_capacity_factor"] == 1
     assert config_of(flags).moe_eval_capacity_factor is None

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.conversions import run, save_exported
+from support.conversions import assert_same, from_gpt2, from_hf, run, save_exported, weights
 from support.in_process import pretrained
 from support.launches import records
 from support.smlp_systems import make_model
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from megatron_smlp.conversion import convert, megatron_model
 from megatron_smlp.conversion.cli import main
@@ -18,6 +19,8 @@ from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform.one_process import one_process
 
+GPT2 = {"vocab_size": 101, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+GPT2 |= {"bos_token_id": 100, "eos_token_id": 100}
 DENSE: dict[str, Any] = {"num_experts": None, "moe_ffn_hidden_size": None}
 
 
@@ -33,7 +36,7 @@ def one(request: pytest.FixtureRequest) -> Iterator[None]:
 def dense(folder: Path, system: str, **changes: Any) -> Path:
     """A checkpoint with weights, norms and biases that all matter."""
     exported = save_exported(make_model(system, **DENSE, **changes), folder / "hf")
-    run(convert.hf_to_torch_dist, exported, folder / "dense", checks=False)
+    run(from_hf, exported, folder / "dense", checks=False)
     return folder / "dense"
 
 
@@ -130,6 +133,22 @@ def test_an_upcycled_model_trains_on(tmp_path: Path) -> None:
         with pretrained(f"{flags} {load}"):
             losses.append([r["loss"] for r in records(log) if "loss" in r])
     assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-3)
+
+
+def test_from_folders_of_transformers(tmp_path: Path) -> None:
+    """In one step the same weights as in two."""
+    exported = save_exported(make_model("transformer", **DENSE), tmp_path / "hf")
+    GPT2LMHeadModel(GPT2Config(**GPT2)).save_pretrained(tmp_path / "gpt2")
+    model = {"token_router": "base", "num_experts": 2}
+    for source, kind in ((exported, from_hf), (tmp_path / "gpt2", from_gpt2)):
+        folder = tmp_path / kind.__name__
+        said = run(convert.upcycle, source, folder / "once", source=kind.__name__[5:], model=model)
+        assert "apart" in said[0]
+        run(kind, source, folder / "first", checks=False)
+        run(convert.upcycle, folder / "first", folder / "twice", checks=False, model=model)
+        once, twice = (TorchDistCheckpoint(folder / name) for name in ("once", "twice"))
+        assert_same(weights(once), weights(twice))
+        assert once.flags == twice.flags
 
 
 @pytest.mark.parametrize(

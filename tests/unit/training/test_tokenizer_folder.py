@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.conversions import run
+from support.in_process import MINIMAL, pretrained
 from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoTokenizer
 
+from megatron_smlp.checkpoints.run_record import read_run_record
+from megatron_smlp.conversion import convert
+from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.data.tokenizers import TokenizerSpec, identity_from_arguments
 from megatron_smlp.errors import UsageError
 
@@ -44,6 +50,23 @@ def test_training_has_the_tokenizer_of_the_data(files: str, parse: Callable[...,
     text = "every token, mixes with  what came"
     assert get_tokenizer().tokenize(text) == written.build().encode_batch([text])[0].tolist()
     assert get_tokenizer().eod == written.eod
+
+
+def test_checkpoints_name_the_files_of_the_user(files: str, tmp_path: Path) -> None:
+    """The folder is gone with the run: generation, evaluation and export look for the files."""
+    words = f"--architecture gmlp --tokenizer-type GPT2BPETokenizer {files}"
+    base = " ".join(MINIMAL.split()).replace("--tokenizer-type NullTokenizer --vocab-size 100", "")
+    with pretrained(f"{words} --save {tmp_path / 'run'}", base=base):
+        pass
+    checkpoint = TorchDistCheckpoint(tmp_path / "run")
+    recorded = TokenizerSpec.from_arguments(checkpoint.args)
+    named = recorded.tokenizer_type, f"--vocab-file {recorded.vocab_file}", recorded.tokenizer_model
+    assert named == ("GPT2BPETokenizer", files.partition(" --merge")[0], None)
+    assert read_run_record(checkpoint.folder)["tokenizer"]["identity"]
+    run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "every token, mixes with  what came"
+    assert exported.encode(text) == recorded.resolve().build().encode_batch([text])[0].tolist()
 
 
 def test_missing_file_is_one_line(parse: Callable[..., Any], tmp_path: Path) -> None:

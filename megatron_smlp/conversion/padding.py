@@ -1,0 +1,91 @@
+"""A source of tensors whose vocabulary has another number of rows of padding.
+
+Rows are read into their place: the embedding is often the largest tensor, and a copy would double
+what a conversion needs. docs/decisions/0034 says what new rows are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_smlp.conversion.tensors import Source, Spec
+
+# Tensors with a row a token, of a Megatron checkpoint and its optimizer state, of our Hugging Face
+# folders, of GPT-2's; the output layer comes after the embedding it may be tied to.
+EMBEDDINGS = ("embedding.word_embeddings.weight", "model.embed_tokens.weight", "wte.weight")
+OUTPUTS = ("output_layer.weight", "lm_head.weight")
+TABLES = (".router.table",)
+FINAL_BIASES = ("decoder.final_layernorm.bias", "model.final_norm.bias", "transformer.ln_f.bias")
+BLOCK_ROWS = 4096
+
+
+def padded_size(tokens: int, *, divisible_by: int, tensor_parallel: int) -> int:
+    """Rows of a vocabulary with its padding, as Megatron counts them."""
+    multiple = divisible_by * tensor_parallel
+    return -(-tokens // multiple) * multiple
+
+
+class Repadded:
+    """Another source, cut or padded.
+
+    Args:
+        specs: of all tensors that are asked for.
+        flags: of the model that the source is of.
+        rows: of the vocabulary, with its padding, from now on.
+    """
+
+    def __init__(
+        self, source: Source, specs: Mapping[str, Spec], flags: Mapping[str, Any], *, rows: int
+    ) -> None:
+        self.source = source
+        self.before = specs
+        self.tokens: int = flags["vocab_size"]
+        self.more = rows - flags["padded_vocab_size"]
+        self.specs = {name: self._changed(name, spec) for name, spec in specs.items()}
+        self.repeated = self._repeated(flags["padded_vocab_size"]) if self.more > 0 else 0
+
+    def _changed(self, name: str, spec: Spec) -> Spec:
+        if not name.endswith(EMBEDDINGS + OUTPUTS + TABLES):
+            return spec
+        return Spec((spec.shape[0] + self.more, *spec.shape[1:]), spec.dtype)
+
+    def _repeated(self, rows: int) -> int:
+        """Which row the new ones repeat: one of padding, or of the token that is least likely."""
+        if rows > self.tokens:
+            return self.tokens
+        names = [name for name in self.before if not name.startswith("optimizer.")]
+        weights = [name for ends in (OUTPUTS, EMBEDDINGS) for name in names if name.endswith(ends)]
+        biases = [name for name in self.before if name in FINAL_BIASES]
+        if not weights or not biases:
+            return rows - 1
+        return least_likely(self.source.read(weights[0]), self.source.read(biases[0]))
+
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        spec = self.specs[name]
+        if row is not None or spec == self.before[name]:
+            return self.source.read(name, row)
+        whole = torch.empty(spec.shape, dtype=spec.dtype)
+        self.read_into(whole, name)
+        return whole
+
+    def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
+        if self.specs[name] == self.before[name]:
+            self.source.read_into(target, name, start=start)
+            return
+        there = max(0, min(len(target), self.before[name].shape[0] - start))
+        self.source.read_into(target[:there], name, start=start)
+        if there < len(target):
+            target[there:] = self.source.read(name, self.repeated)
+
+
+def least_likely(output: Tensor, bias: Tensor) -> int:
+    """The row whose logit is lowest in the mean.
+
+    output: <float>[V, D] of the output layer; bias: <float>[D] of the final norm.
+    """
+    parts = output.split(BLOCK_ROWS)  # a copy in fp32 of the whole may be too much
+    return int(torch.cat([part.float() @ bias.float() for part in parts]).argmin())

@@ -1,0 +1,45 @@
+"""`run.json` of a checkpoint that a conversion writes, with which --use-checkpoint-args starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def converted_record(
+    before: Mapping[str, Any] | None,
+    flags: Mapping[str, Any],
+    layout: Mapping[str, int],
+    *,
+    iteration: int | None,
+    is_new_model: bool,
+) -> dict[str, Any]:
+    """What is known of the run: its own record, if there is one, or the model's flags alone.
+
+    Args:
+        before: the record of the checkpoint that was converted.
+        flags: of the model that is written.
+        layout: parallel sizes that are meant; given later, they win over those of the run.
+        is_new_model: whether the model is another than that of the run.
+    """
+    from megatron_smlp.arguments import build_parser
+    from megatron_smlp.training.model_words import model_words
+
+    before = before or {}
+    words = [str(word) for word in before.get("command_line", [])]
+    if is_new_model or not words:
+        words += model_words(build_parser(), flags)
+    for name, size in layout.items():
+        flag = "--" + name.replace("_", "-")
+        if size > 1 or any(word.split("=")[0] == flag for word in words):
+            words += [flag, str(size)]
+    changes = {**layout, "padded_vocab_size": flags["padded_vocab_size"]}
+    return {
+        "iteration": iteration,
+        "consumed_train_samples": before.get("consumed_train_samples", 0) if iteration else 0,
+        "command_line": words,
+        "given": list(before.get("given", [])),
+        "layout": dict(layout),
+        "tokenizer": before.get("tokenizer"),
+        "flags": {**before["flags"], **changes} if before else {},
+    }

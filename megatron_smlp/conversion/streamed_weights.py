@@ -1,0 +1,91 @@
+"""Runs a model whose weights are on the disk: each is read when it is computed with, and let go."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+
+class Reader(Protocol):
+    def read(self, name: str, row: int | None = None) -> Tensor: ...
+
+
+class StreamedWeight(Tensor):
+    """Stands for a tensor in fp32: what is computed with it is computed with its values.
+
+    `weight[3]` reads that row alone, so that a stack of experts is never in memory as a whole.
+    """
+
+    reader: Reader
+    key: str
+
+    @staticmethod
+    def of(reader: Reader, name: str, like: Tensor) -> StreamedWeight:
+        dtype = torch.float32 if like.is_floating_point() else like.dtype
+        meta = torch.empty(like.shape, dtype=dtype, device="meta")
+        weight: StreamedWeight = Tensor._make_subclass(StreamedWeight, meta)
+        weight.reader, weight.key = reader, name
+        return weight
+
+    def values(self, row: int | None = None) -> Tensor:
+        read = self.reader.read(self.key, row)
+        return read.float() if read.is_floating_point() else read
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in WITHOUT_VALUES:
+                return func(*args, **(kwargs or {}))
+            if func == Tensor.__getitem__ and isinstance(args[1], int):
+                return args[0].values(row=args[1])
+            args, kwargs = tree_map(_values, (args, kwargs or {}))
+            return func(*args, **kwargs)
+
+
+WITHOUT_VALUES = {
+    Tensor.shape.__get__,
+    Tensor.dtype.__get__,
+    Tensor.ndim.__get__,
+    Tensor.requires_grad.__get__,
+    Tensor.is_floating_point,
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+}
+"""What need not be read; whatever else is asked of a weight, its device too, its values answer."""
+
+
+def _values(value: Any) -> Any:
+    return value.values() if isinstance(value, StreamedWeight) else value
+
+
+@contextlib.contextmanager
+def weights_from(reader: Reader, model: nn.Module) -> Iterator[None]:
+    """Put streamed weights in the place of the model's parameters and saved buffers.
+
+    Args:
+        reader: gives a weight by the name that it has in the model; of a tied one, by the first.
+        model: on the meta device.
+    """
+    first: dict[int, str] = {}
+    before = []
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor):
+            tied = first.setdefault(id(value), name)
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            table = owner._parameters if leaf in owner._parameters else owner._buffers
+            before.append((table, leaf, value))
+            table[leaf] = StreamedWeight.of(reader, tied, value)
+    try:
+        yield
+    finally:
+        for table, leaf, value in before:
+            table[leaf] = value

@@ -1,0 +1,24 @@
+"""A conversion needs memory for one tensor, not for the model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from support.launches import REPOSITORY, run_command
+
+SHARE = 1.3  # of the largest tensor, beside one output shard
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the memory")
+def test_memory_is_for_one_tensor(tmp_path: Path) -> None:
+    """Models of 400 MB, whose largest tensors are an embedding and a stack of experts."""
+    command = [sys.executable, "-m", "support.conversion_memory", str(tmp_path)]
+    done = run_command(command, PYTHONPATH=f"{REPOSITORY}:{REPOSITORY / 'tests'}")
+    print(done.stdout)
+    for kind, found in json.loads(done.stdout.splitlines()[-1]).items():
+        assert found["model"] > 3 * found["largest"]
+        for conversion, peak in found["peaks"].items():
+            bound = SHARE * found["largest"] + found["shard"]
+            assert peak < bound, f"{kind}, {conversion}: {peak:,} bytes, at most {bound:,.0f}"

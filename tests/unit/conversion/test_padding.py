@@ -1,0 +1,98 @@
+"""Another padding of the vocabulary: the same logits of real tokens, and back again bitwise."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.conversions import assert_same, folder_weights, from_hf, run, save_exported, weights
+from support.in_process import pretrained
+from support.launches import records
+from support.smlp_systems import make_model
+
+from megatron_smlp.conversion import convert
+from megatron_smlp.conversion.padding import padded_size
+from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
+from megatron_smlp.errors import UsageError
+from megatron_smlp.platform.one_process import one_process
+
+DENSE: dict[str, Any] = {"num_experts": None, "moe_ffn_hidden_size": None}
+EMBEDDING = "embedding.word_embeddings.weight"
+TRAINED = (
+    "--architecture transformer --num-attention-heads 4 --log-interval 1 --token-router hash "
+    "--num-experts 4 --untie-embeddings-and-output-weights"
+)
+
+
+@pytest.fixture
+def one() -> Iterator[None]:
+    with one_process():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("divisible_by", "tensor", "rows"), [(1, 1, 101), (8, 1, 104), (8, 4, 128)]
+)
+def test_sizes(divisible_by: int, tensor: int, rows: int) -> None:
+    assert padded_size(101, divisible_by=divisible_by, tensor_parallel=tensor) == rows
+
+
+@pytest.mark.parametrize("system", ["transformer", "hash", "smlp_deterministic"])
+@pytest.mark.usefixtures("one")
+def test_there_and_back(tmp_path: Path, system: str) -> None:
+    """Every conversion compares the logits of real tokens, and ends with an error otherwise."""
+    changes = {"vocab_size": 112, "unpadded_vocab_size": 101, "tiny_attention_width": 64}
+    if system == "smlp_deterministic":
+        changes["num_feature_experts"] = 2  # which two tensor parallel ranks can share
+    if system == "transformer":
+        changes |= {**DENSE, "tie_word_embeddings": False}
+    exported = save_exported(make_model(system, **changes), tmp_path / "hf")
+    tensor_parallel = {**dict.fromkeys(convert.LAYOUT, 1), "tensor_model_parallel_size": 2}
+    said = run(from_hf, exported, tmp_path / "a", divisible_by=64, layout=tensor_parallel)
+    assert "forward check" in said[0]
+    wide = TorchDistCheckpoint(tmp_path / "a")
+    assert wide.flags["padded_vocab_size"] == 128
+    for name, tensor in weights(wide).items():
+        if tensor.shape[0] == 128:  # what is new repeats the first row of padding
+            assert torch.equal(tensor[112:], tensor[101:102].expand_as(tensor[112:])), name
+    run(convert.torch_dist_to_torch_dist, tmp_path / "a", tmp_path / "b", divisible_by=1)
+    assert TorchDistCheckpoint(tmp_path / "b").flags["padded_vocab_size"] == 101
+    run(convert.torch_dist_to_hf, tmp_path / "b", tmp_path / "c", divisible_by=16)
+    before, after = (
+        {name: tensor[:101] if len(tensor) == 112 else tensor for name, tensor in whole.items()}
+        for whole in map(folder_weights, (exported, tmp_path / "c"))
+    )
+    assert_same(before, after)
+
+
+def test_a_run_goes_on_with_its_optimizer(tmp_path: Path) -> None:
+    """Moments have the same rows, and the padding that training has made unlikely is repeated."""
+    words = f"{TRAINED} --make-vocab-size-divisible-by 8 --lr-decay-style constant"
+    with pretrained(f"{words} --save {tmp_path / 'run'} --save-interval 2 --lr 1e-1"):
+        old = [r["loss"] for r in records(tmp_path / "run") if "loss" in r]
+    run(
+        convert.torch_dist_to_torch_dist,
+        tmp_path / "run",
+        tmp_path / "wide",
+        iteration=2,
+        divisible_by=64,
+    )
+    checkpoint = TorchDistCheckpoint(tmp_path / "wide")
+    for kind in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."):
+        assert checkpoint.all_specs[kind + EMBEDDING].shape[0] == 128
+    words = words.replace("divisible-by 8", "divisible-by 64")
+    with pretrained(f"{words} --load {tmp_path / 'wide'} --log-dir {tmp_path / 'log'} --lr 1e-1"):
+        new = [r["loss"] for r in records(tmp_path / "log") if "loss" in r]
+    # 24 more rows take part in the softmax, with the small share that one of them has.
+    assert len(new) == 2
+    assert new == pytest.approx(old[2:], rel=0.05)
+
+
+def test_a_layout_that_needs_it_says_so(tmp_path: Path) -> None:
+    with one_process():
+        model = make_model("gmlp", **DENSE, tiny_attention_width=64)
+        exported = save_exported(model, tmp_path / "hf")
+        layout = {**dict.fromkeys(convert.LAYOUT, 1), "tensor_model_parallel_size": 2}
+        with pytest.raises(UsageError, match=r"vocabulary 101.*--make-vocab-size-divisible-by"):
+            run(from_hf, exported, tmp_path / "run", layout=layout)
