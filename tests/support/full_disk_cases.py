@@ -1,0 +1,140 @@
+"""What is done on a file system of its own, by tests/support/small_disk.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import pretrain
+from support.conversions import from_gpt2, from_hf, run
+from support.small_disk import fill
+
+from megatron_smlp.checkpoints.integrity import verify
+from megatron_smlp.checkpoints.structure import iteration_folder, iterations, tracked_iteration
+from megatron_smlp.conversion import convert
+from megatron_smlp.errors import SaveError, UsageError, readable_errors
+from megatron_smlp.training.metrics_file import MetricsFile
+from megatron_smlp.training.transcript import Transcript
+
+CONVERSIONS: dict[str, Any] = {
+    "hf": from_hf,
+    "gpt2": from_gpt2,
+    "to hf": convert.torch_dist_to_hf,
+    "torch_dist": convert.torch_dist_to_torch_dist,
+}
+ROOM = 40  # kilobytes that are left: half a checkpoint
+
+
+def run_with_one_checkpoint(disk: Path, finished: str) -> Path:
+    run = disk / "run"
+    shutil.copytree(iteration_folder(finished, 2), iteration_folder(run, 2))
+    fill(disk, leave=ROOM)
+    return run
+
+
+def assert_intact(run: Path) -> None:
+    assert iterations(run) == [2]
+    assert verify(iteration_folder(run, 2)) == []
+    assert tracked_iteration(run) in (None, 2)
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+
+
+def stop(disk: str, how: str, finished: str) -> None:
+    """The logs are on another disk."""
+    run = run_with_one_checkpoint(Path(disk), finished)
+    with contextlib.suppress(SaveError):
+        try:
+            pretrain(f"--save {run} --log-dir {disk}.log {how}")
+        except SaveError as error:
+            print(f"error: {error}")
+            raise
+        raise AssertionError("it ended well")
+    assert_intact(run)
+
+
+def go_on(disk: str, how: str, finished: str) -> None:
+    """With some room, and with none, where the logs are lost too."""
+    run = run_with_one_checkpoint(Path(disk), finished)
+    words = f"--save {run} --on-save-failure continue {how}"
+    pretrain(f"{words} --log-dir {disk}.log")
+    assert_intact(run)
+    print("no room at all", flush=True)
+    fill(run.parent, leave=0)
+    pretrain(words)
+    assert_intact(run)
+
+
+def write_metrics(disk: str) -> None:
+    """Records before, while and after there is no room."""
+    metrics = MetricsFile(disk)
+    metrics.write({"iteration": 1, "note": "x" * 3000})
+    ballast = fill(Path(disk), leave=0)
+    for iteration in (2, 3):
+        metrics.write({"iteration": iteration, "note": "x" * 3000})
+    ballast.unlink()
+    metrics.write({"iteration": 4})
+    lines = (Path(disk) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 4]
+
+
+def write_transcript(disk: str) -> None:
+    with Transcript() as transcript:
+        transcript.open(disk, rank=0)
+        print("early")
+        fill(Path(disk), leave=0)
+        for _ in range(5):
+            print("x" * 5000)
+
+
+def convert_without_room(disk: str, kind: str, source: str) -> None:
+    target = Path(disk) / "out"
+    with pytest.raises(UsageError, match="cannot be written: No space left on device"):
+        run(CONVERSIONS[kind], Path(source), target)
+    assert list(Path(disk).iterdir()) == []
+
+
+def stop_conversions(disk: str, kind: str, source: str) -> None:
+    """Ctrl-C, SIGTERM and SIGKILL at random moments: the output is whole or not there."""
+    target, draw = Path(disk) / "out", random.Random(kind)
+    run(CONVERSIONS[kind], Path(source), Path(disk) / "whole")
+    expected = contents(Path(disk) / "whole")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL) * 2:
+        process = os.fork()
+        if process == 0:
+            try:
+                with readable_errors("convert_checkpoint.py"):
+                    run(CONVERSIONS[kind], Path(source), target)
+                os._exit(0)
+            except SystemExit as end:
+                os._exit(int(end.code or 0))
+        while not list(target.parent.glob(".out.partial-*")) and not target.exists():
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.1))
+        os.kill(process, number)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        print(kind, number, code, target.exists())
+        assert code in (0, -9 if number == signal.SIGKILL else 130)
+        if number != signal.SIGKILL:
+            assert not list(target.parent.glob(".out.*"))
+            assert target.exists() == (code == 0)
+        if target.exists():
+            assert contents(target) == expected
+            shutil.rmtree(target)
+        for left in target.parent.glob(".out.*"):
+            shutil.rmtree(left)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

@@ -1,0 +1,112 @@
+"""Real file systems of a few kilobytes: what happens on one happens in a process of its own.
+
+    python tests/support/small_disk.py plan.json
+
+The plan is a list of cases: `work`, as module:function of this folder's neighbours, with its
+`arguments`, the `folder` over which the file system is mounted, its size in `kilobytes`, and
+`output`, a file. Each case is a fork of this process, which has imported everything and started
+nothing. It gets a mount namespace, so that nobody else sees the file system, and it is gone with
+the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1]
+MS_REC, MS_PRIVATE = 0x4000, 0x40000
+CANNOT_MOUNT = 77
+
+
+def run_case(work: str, arguments: list[Any], folder: str, kilobytes: int, output: str) -> int:
+    """The exit status of a process that does it: 0, 1 with a traceback, or CANNOT_MOUNT."""
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    code = 1
+    try:
+        log = os.open(output, os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = _mounted(Path(folder), kilobytes)
+        if code == 0:
+            module, _, function = work.partition(":")
+            getattr(importlib.import_module(module), function)(*arguments)
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _mounted(folder: Path, kilobytes: int) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _mount(folder, kilobytes)
+    except (AttributeError, OSError) as error:  # os.unshare is of Linux
+        print(error)
+        return CANNOT_MOUNT
+    return 0
+
+
+def _mount(folder: Path, kilobytes: int) -> None:
+    user, group = os.getuid(), os.getgid()
+    try:
+        os.unshare(os.CLONE_NEWNS)
+    except PermissionError:
+        os.unshare(os.CLONE_NEWNS | os.CLONE_NEWUSER)
+        Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1", encoding="utf-8")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1", encoding="utf-8")
+    _call_mount("none", "/", None, MS_REC | MS_PRIVATE, None)
+    _call_mount("small", str(folder), "tmpfs", 0, f"size={kilobytes}k")
+
+
+def _call_mount(
+    source: str, target: str, kind: str | None, flags: int, options: str | None
+) -> None:
+    words = [word.encode() if word is not None else None for word in (source, target, kind)]
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(*words, flags, options.encode() if options else None):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), target)
+
+
+def free_kilobytes(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize // 1024
+
+
+def fill(folder: Path, *, leave: int) -> Path:
+    """Take all room in the file system of `folder` but so many kilobytes; the file that has it."""
+    ballast = folder / "ballast"
+    with ballast.open("wb") as file:
+        file.write(bytes(1024) * (free_kilobytes(folder) - leave))
+    return ballast
+
+
+def run_all(plan: Path) -> None:
+    from megatron_smlp.platform.late_compile import late_compile
+
+    with late_compile():
+        import megatron.training  # noqa: F401
+
+        import megatron_smlp.conversion.convert
+        import megatron_smlp.platform.checkpointing
+        import megatron_smlp.training.reporting  # noqa: F401
+
+    cases = json.loads(plan.read_text(encoding="utf-8"))
+    print(json.dumps([run_case(**case) for case in cases]))
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+    run_all(Path(sys.argv[1]))

@@ -1,0 +1,102 @@
+"""A real file system without room: the run says so and lives on, or stops; nothing is lost."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import small_disk
+from support.conversions import save_exported
+from support.launches import run_command
+from support.smlp_systems import make_model
+from transformers import GPT2Config, GPT2LMHeadModel
+
+HOW = ["", "--async-save"]
+LOGS = ["write_metrics", "write_transcript"]
+
+
+Outputs = dict[tuple[str, str], tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def sources(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a conversion of each kind reads."""
+    folder = tmp_path_factory.mktemp("sources")
+    save_exported(make_model("gmlp", num_experts=None, moe_ffn_hidden_size=None), folder / "hf")
+    sizes = {"vocab_size": 400, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder / "gpt2")
+    run = str(finished_run)
+    return {"hf": f"{folder}/hf", "gpt2": f"{folder}/gpt2", "to hf": run, "torch_dist": run}
+
+
+@pytest.fixture(scope="module")
+def outputs(
+    finished_run: Path, sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Outputs:
+    """Exit status and output of every case, each on a disk of its own."""
+    cases = [(name, how, str(finished_run), 1024) for name in ("stop", "go_on") for how in HOW]
+    cases += [(name, "", None, 64) for name in LOGS]
+    cases += [("convert_without_room", *source, 64) for source in sources.items()]
+    cases += [("stop_conversions", *source, 8192) for source in sources.items()]
+    folder = tmp_path_factory.mktemp("full_disk")
+    plan: list[dict[str, Any]] = []
+    for number, (name, how, source, kilobytes) in enumerate(cases):
+        disk = str(folder / f"disk{number}")
+        arguments = [disk] if source is None else [disk, how, source]
+        plan.append({
+            "work": f"support.full_disk_cases:{name}",
+            "arguments": arguments,
+            "folder": disk,
+            "kilobytes": kilobytes,
+            "output": str(folder / f"output{number}"),
+        })  # fmt: skip
+    (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    done = run_command([sys.executable, small_disk.__file__, str(folder / "plan.json")])
+    codes = json.loads(done.stdout.splitlines()[-1])
+    if small_disk.CANNOT_MOUNT in codes:
+        pytest.skip("no file system can be mounted here: neither as root nor in a user namespace")
+    texts = [Path(case["output"]).read_text(encoding="utf-8") for case in plan]
+    return {case[:2]: (code, text) for case, code, text in zip(cases, codes, texts, strict=True)}
+
+
+def output(outputs: Outputs, name: str, how: str = "") -> str:
+    code, text = outputs[name, how]
+    assert code == 0, text
+    return text
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_run_stops(outputs: Any, how: str) -> None:
+    said = output(outputs, "stop", how)
+    [line] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "iteration 4 could not be saved to " in line
+    assert "No space left on device; the newest there is of iteration 2" in line
+    assert "--on-save-failure continue" in line
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_run_goes_on(outputs: Any, how: str) -> None:
+    """With its logs on the full disk too, which is said once a file."""
+    before, after = output(outputs, "go_on", how).split("no room at all")
+    for part in (before, after):
+        for iteration in (4, 6):
+            assert f"iteration {iteration} could not be saved" in part
+        assert "iteration 6/6" in part
+    assert "LOST" not in before
+    assert after.count("LOST") == 2
+    for name in ("metrics.jsonl", "megatron.log"):
+        assert f"{name} cannot be written (No space left on device): its lines are LOST" in after
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_a_log_loses_whole_lines_and_says_so_once(outputs: Any, name: str) -> None:
+    said = output(outputs, name)
+    assert said.count("LOST") == 1
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("kind", ["hf", "gpt2", "to hf", "torch_dist"])
+@pytest.mark.parametrize("case", ["convert_without_room", "stop_conversions"])
+def test_no_half_output_of_a_conversion(outputs: Any, case: str, kind: str) -> None:
+    output(outputs, case, kind)
