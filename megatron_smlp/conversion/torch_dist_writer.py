@@ -6,6 +6,7 @@ torch's own writer has the same file layout, but keeps every tensor until the la
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -53,11 +54,13 @@ class TorchDistWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            with contextlib.suppress(OSError):
+                self.file.close()
+            return
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        if error[0] is not None:
-            return
         with (self.folder / ".metadata").open("wb") as file:
             pickle.dump(self.metadata, file)
         save_config(CheckpointingConfig("torch_dist"), str(self.folder))
@@ -82,7 +85,12 @@ class TorchDistWriter:
     def _append(self, index: MetadataIndex, value: Any) -> None:
         offset = self.file.tell()
         if isinstance(value, Tensor):
-            torch.save(value, self.file)
+            try:
+                torch.save(value, self.file)
+            except RuntimeError as error:  # torch closes its archive over what went wrong before
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
         else:
             box = io.BytesIO()
             torch.save(value, box)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -44,6 +45,10 @@ class Transcript(contextlib.AbstractContextManager["Transcript"]):
     ) -> None:
         self.stack.close()
         self.flush()
+        if self.lost.is_said:  # what has no room is still in a buffer, and would fail once more
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.file.fileno())
+            os.close(nowhere)
 
     def open(self, folder: str | None, *, rank: int) -> None:
         """Go on in `folder`/megatron.log, megatron.rank3.log on rank 3; no folder keeps nothing."""

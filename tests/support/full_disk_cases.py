@@ -104,22 +104,16 @@ def convert_without_room(disk: str, kind: str, source: str) -> None:
 def stop_conversions(disk: str, kind: str, source: str) -> None:
     """Ctrl-C, SIGTERM and SIGKILL at random moments: the output is whole or not there."""
     target, draw = Path(disk) / "out", random.Random(kind)
-    run(CONVERSIONS[kind], Path(source), Path(disk) / "whole")
-    expected = contents(Path(disk) / "whole")
+    assert ended(start_converting(kind, source, target)) == 0
+    expected = contents(target)
+    shutil.rmtree(target)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL) * 2:
-        process = os.fork()
-        if process == 0:
-            try:
-                with readable_errors("convert_checkpoint.py"):
-                    run(CONVERSIONS[kind], Path(source), target)
-                os._exit(0)
-            except SystemExit as end:
-                os._exit(int(end.code or 0))
+        process = start_converting(kind, source, target)
         while not list(target.parent.glob(".out.partial-*")) and not target.exists():
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.1))
         os.kill(process, number)
-        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        code = ended(process)
         print(kind, number, code, target.exists())
         assert code in (0, -9 if number == signal.SIGKILL else 130)
         if number != signal.SIGKILL:
@@ -130,6 +124,25 @@ def stop_conversions(disk: str, kind: str, source: str) -> None:
             shutil.rmtree(target)
         for left in target.parent.glob(".out.*"):
             shutil.rmtree(left)
+
+
+def start_converting(kind: str, source: str, target: Path) -> int:
+    """In a process of its own, whose parent has never had process groups."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        with readable_errors("convert_checkpoint.py"):
+            run(CONVERSIONS[kind], Path(source), target)
+        os._exit(0)
+    except SystemExit as end:
+        os._exit(int(end.code or 0))
+    finally:
+        os._exit(1)
+
+
+def ended(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
