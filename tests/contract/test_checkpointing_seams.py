@@ -53,6 +53,13 @@ def test_signatures():
     assert fields[:3] == ("async_fn", "async_fn_args", "finalize_fns")
 
 
+def test_torchs_stream_has_the_name_by_which_its_last_words_are_known():
+    from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
+
+    source = inspect.getsource(_StorageWriterTransforms.transform_save_stream)
+    assert "class NoCloseWriter(" in source
+
+
 def test_where_the_functions_are_called():
     """By the name that is replaced, in the order that is relied on."""
     save = inspect.getsource(checkpointing.save_checkpoint)
