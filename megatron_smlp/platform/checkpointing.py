@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import io
 import sys
 import traceback
@@ -143,8 +142,7 @@ def _naming_the_file(write: Callable[..., Any]) -> Any:
         output = write(*args, **kwargs)
         is_last = kwargs["results_queue"] is None  # the others' errors go through a queue of theirs
         if is_last and isinstance(output[1], Exception):
-            traceback.clear_frames(output[1].__traceback__)
-            gc.collect()  # with torch's stream, while its last words are ignored
+            traceback.clear_frames(output[1].__traceback__)  # with torch's stream in them
             reason = getattr(output[1], "strerror", None) or output[1]
             raise RuntimeError(f"{Path(kwargs['write_bucket'][0]).name}: {reason}") from output[1]
         return output
