@@ -38,7 +38,7 @@ from megatron_smlp.estimation import resolve  # noqa: E402
 
 TOKENS = 4096
 """A step's."""
-WARM_UP = 2
+WARM_UP = 1
 VOCABULARY = 512
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
@@ -235,7 +235,7 @@ def growths(records: Sequence[Record], sweep: str, *, divisor: float) -> dict[st
     from megatron_smlp.plotting.scaling import Growth
 
     lines: dict[str, Any] = {}
-    for system in dict.fromkeys(r["case"].split(f" {sweep}=")[0] for r in records):
+    for system in SYSTEMS:
         own = [r for r in records if r["case"].startswith(f"{system} {sweep}=")]
         if own:
             lines[system] = Growth(

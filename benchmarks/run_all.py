@@ -31,6 +31,8 @@ BENCHMARKS = {
     "bench_scaling": "Growth with T, experts, layers and processes",
     "bench_startup": "Start-up",
 }
+DRAWS = ("bench_scaling",)
+"""Those that make figures, which the table shows."""
 PACKAGES = ("torch", "megatron-core", "transformers", "g-mlp-pytorch", "scipy")
 
 
@@ -56,13 +58,19 @@ def environment() -> dict[str, Any]:
     }
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Run one benchmark; its records, and the load of the machine before and after."""
+def measure(name: str, *, plots: Path) -> dict[str, Any]:
+    """Run one benchmark; its records, and the load of the machine before and after.
+
+    Args:
+        plots: the folder for its figures.
+    """
     variables = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.json"
         command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(path)]
+        if name in DRAWS:
+            command += ["--plots", str(plots)]
         start = time.monotonic()
         subprocess.run(command, check=True, env=variables)
         records = json.loads(path.read_text())
@@ -83,6 +91,7 @@ def as_markdown(about: dict[str, Any], results: dict[str, Any]) -> str:
     ]
     for name, result in results.items():
         lines += ["", f"## {BENCHMARKS[name]}", "", *_table(name, result)]
+        lines += [f"\n![{figure}]({figure})" for figure in result.get("figures", ())]
     return "\n".join(lines) + "\n"
 
 
@@ -108,10 +117,13 @@ def main() -> None:
         parser.error(
             f"no benchmark {', '.join(sorted(unknown))}: choose of {', '.join(BENCHMARKS)}"
         )
-    results = {name: measure(name) for name in arguments.names}
     about = environment()
     arguments.output.mkdir(parents=True, exist_ok=True)
     stem = arguments.output / about["hardware"]
+    results = {name: measure(name, plots=stem) for name in arguments.names}
+    for name in set(DRAWS) & set(results):
+        drawn = sorted(stem.glob("*.png"))
+        results[name]["figures"] = [str(path.relative_to(arguments.output)) for path in drawn]
     stem.with_suffix(".json").write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
     stem.with_suffix(".md").write_text(as_markdown(about, results))
     print(f"wrote {stem}.md and .json")

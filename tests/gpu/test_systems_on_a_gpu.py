@@ -78,12 +78,33 @@ def test_the_triangular_product_and_its_gradients(length: int, dtype: torch.dtyp
     from megatron_smlp.ops.causal_mix import causal_mix, causal_mix_reference
 
     weight = torch.randn(2, length, length, dtype=torch.float64) / length**0.5
+    _assert_like_the_cpu(causal_mix, causal_mix_reference, weight, dtype)
+
+
+@pytest.mark.parametrize("length", [63, 1000, 2047])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_toeplitz_product_and_its_gradients(length: int, dtype: torch.dtype):
+    from megatron_smlp.ops.toeplitz_mix import toeplitz_mix, toeplitz_mix_reference
+
+    weight = torch.randn(2, length, dtype=torch.float64) / length**0.5
+    _assert_like_the_cpu(toeplitz_mix, toeplitz_mix_reference, weight, dtype)
+
+
+def _assert_like_the_cpu(
+    product: Callable[[Tensor, Tensor], Tensor],
+    reference: Callable[[Tensor, Tensor], Tensor],
+    weight: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    length = weight.shape[1]
     values, gradient = (torch.randn(2, length, 48, dtype=torch.float64) for _ in range(2))
-    expected = _with_gradients(causal_mix_reference, weight, values, gradient)
+    expected = _with_gradients(reference, weight, values, gradient)
     on_gpu = (tensor.to("cuda", dtype) for tensor in (weight, values, gradient))
     rounding = 2e-2 if dtype == torch.bfloat16 else 2e-3  # TF32 is allowed to multiply
-    for ours, exact in zip(_with_gradients(causal_mix, *on_gpu), expected, strict=True):
-        torch.testing.assert_close(ours.double().cpu(), exact, rtol=rounding, atol=10 * rounding)
+    for ours, exact in zip(_with_gradients(product, *on_gpu), expected, strict=True):
+        # A sum of many terms rounds relative to the largest, not to itself.
+        scale = exact.abs().max().item()
+        torch.testing.assert_close(ours.double().cpu(), exact, rtol=rounding, atol=rounding * scale)
 
 
 def _with_gradients(
