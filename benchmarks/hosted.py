@@ -110,18 +110,15 @@ def _in_a_process(
     case: str, measure: Callable[[str, int], Record], arguments: argparse.Namespace
 ) -> Record:
     """Megatron keeps its state in modules, so that a process trains once."""
+    import torch
+
+    # A process that has asked for CUDA devices cannot be forked into one that uses them.
+    method = "spawn" if torch.cuda.is_available() else "fork"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
-
-        def child() -> None:
-            import torch
-
-            os.chdir(folder)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            torch.set_num_threads(arguments.threads)
-            path.write_text(json.dumps(measure(case, arguments.repeats)))
-
-        process = multiprocessing.get_context("fork").Process(target=child)
+        process = multiprocessing.get_context(method).Process(
+            target=_measure_into, args=(path, measure, case, arguments)
+        )
         process.start()
         process.join()
         if process.exitcode:
@@ -129,3 +126,17 @@ def _in_a_process(
         record: Record = json.loads(path.read_text())
     print(f"{record['case']}: ratio {record['ratio']:.2f}", file=sys.stderr, flush=True)
     return record
+
+
+def _measure_into(
+    path: Path,
+    measure: Callable[[str, int], Record],
+    case: str,
+    arguments: argparse.Namespace,
+) -> None:
+    import torch
+
+    os.chdir(path.parent)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    torch.set_num_threads(arguments.threads)
+    path.write_text(json.dumps(measure(case, arguments.repeats)))
