@@ -82,17 +82,23 @@ def peer_gpt2(length: int) -> Any:
 PEERS: dict[str, Callable[[int], Any]] = {"gmlp": peer_gmlp, "transformer": peer_gpt2}
 
 
-def measure(case: str, repeats: int) -> Record:
+def words(case: str) -> str:
+    """The command line of our side."""
     system, precision, length = case.split()
     tokens = int(length.removeprefix("T="))
     batch = TOKENS_PER_STEP // tokens
-    words = f"""
+    return f"""
         {FLAGS} {OURS[system]} --num-layers {LAYERS[system]} --seq-length {tokens}
         --micro-batch-size {batch} --global-batch-size {batch}
         {"--bf16" if precision == "bf16" else ""}
     """
+
+
+def measure(case: str, repeats: int) -> Record:
+    system, precision, length = case.split()
+    tokens = int(length.removeprefix("T="))
     ours, theirs = steps_in_turns(
-        words,
+        words(case),
         lambda _: peer_step(PEERS[system](tokens), length=tokens, precision=precision),
         repeats=repeats,
     )

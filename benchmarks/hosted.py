@@ -93,11 +93,11 @@ def run(
     chosen = [case for case in cases if (arguments.only or "") in case]
     if not chosen:
         parser.error(f"--only {arguments.only}: no case holds this; the cases are {list(cases)}")
-    _import_once()
+    import_once()
     report([_in_a_process(case, measure, arguments) for case in chosen], arguments.json)
 
 
-def _import_once() -> None:
+def import_once() -> None:
     """Megatron's imports take longer than the steps: the processes of the cases are forked."""
     from megatron_smlp.platform.late_compile import late_compile
 
