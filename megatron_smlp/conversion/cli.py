@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.platform.memory import give_large_blocks_back
+from megatron_smlp.platform.allocator import give_large_blocks_back
 from megatron_smlp.platform.quiet import silence_libraries
 
 DESCRIPTION = "Convert a checkpoint to another format or layout: one process, no GPU."
