@@ -24,6 +24,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_smlp.ops.blocks import (
+    accumulate,
+    as_under_autocast,
+    block_length,
+    gemm_ready,
+    multiply,
+    save_inputs,
+)
+
 
 class _Square(NamedTuple):
     """One product below the leaves: every row of it lies below every column."""
@@ -53,16 +62,6 @@ def _squares(length: int, leaf: int) -> tuple[_Square, ...]:
     return tuple(cut(0, length))
 
 
-def _leaf_size(values: Tensor) -> int:
-    """Rows below which cutting on costs more than the multiplications that it saves (measured).
-
-    It does not depend on T (see the module's last line). A GPU wants all of its multiprocessors
-    busy. On a CPU, 128 was the best of 32, 64, 128 and 256 in most shapes, and within 15 % of the
-    best in all of them, in fp32 and bf16.
-    """
-    return 128 if values.device.type == "cpu" else 256
-
-
 def _leaves(length: int, leaf: int) -> Iterator[tuple[int, slice]]:
     """Leaves that share one batched product: how many, and their rows. The last may be shorter."""
     whole = length - length % leaf
@@ -81,64 +80,53 @@ def _head_groups(values: Tensor) -> list[slice]:
 
 def _steps(values: Tensor) -> Iterator[tuple[slice, _Square]]:
     """Heads and square of every product below the leaves, in the order in which they are done."""
-    squares = _squares(values.shape[1], _leaf_size(values))
+    squares = _squares(values.shape[1], block_length(values))
     return ((heads, square) for heads in _head_groups(values) for square in squares)
 
 
-def _leaf_steps(values: Tensor) -> Iterator[tuple[int, int, slice]]:
-    """Head, number of leaves and their rows of every product on the diagonal."""
-    groups = list(_leaves(values.shape[1], _leaf_size(values)))
-    return ((head, *group) for head in range(values.shape[0]) for group in groups)
+def _leaf_steps(values: Tensor) -> Iterator[tuple[slice, int, slice]]:
+    """Heads, leaves of a head and their rows of every product on the diagonal.
+
+    All heads share a product where their leaves lie evenly in memory.
+    """
+    num_heads, length, _ = values.shape
+    groups = list(_leaves(length, block_length(values)))
+    if len(groups) == 1:
+        return iter([(slice(0, num_heads), *groups[0])])
+    return ((slice(head, head + 1), *group) for head in range(num_heads) for group in groups)
 
 
 def _diagonal(matrix: Tensor, count: int) -> Tensor:
-    """[count L, count L] -> its `count` blocks on the diagonal, [count, L, L], as a view."""
-    blocks = matrix.unflatten(0, (count, -1)).unflatten(2, (count, -1))
-    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    """[E, count L, count L] -> the blocks on the diagonal, [E, count, L, L], as a view."""
+    blocks = matrix.unflatten(1, (count, -1)).unflatten(3, (count, -1))
+    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
-def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """out = left @ right over the leading dimension, into a strided `out`."""
-    if out.device.type == "cpu":
-        # A batched product with a strided output would be copied around; a single one is not.
-        torch.mm(left[0], right[0], out=out[0])
-    else:
-        torch.bmm(left, right, out=out)
-
-
-def _accumulate(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """out += left @ right over the leading dimension, into a strided `out`."""
-    if out.device.type == "cpu":
-        out[0].addmm_(left[0], right[0])
-    else:
-        out.baddbmm_(left, right)
-
-
-def _gemm_ready(matrix: Tensor) -> Tensor:
-    """The tensor itself where BLAS can read its strides, else one copy instead of one per block."""
-    return matrix if 1 in matrix.stride()[-2:] else matrix.contiguous()
+def _cut(values: Tensor, count: int) -> Tensor:
+    """[E, count L, N] -> [E count, L, N]: a view of what `_leaf_steps` names in new memory."""
+    return values.unflatten(1, (count, -1)).flatten(0, 1)
 
 
 def _multiply_leaves(weight: Tensor, values: Tensor, *, out: Tensor, transposed: bool) -> None:
-    """Set all rows of `out` to the leaves' products, M v or M' v. One call for all of a head:
+    """Set all rows of `out` to the leaves' products, M v or M' v, in as few calls as possible:
     small products on several threads otherwise wait for one another after each."""
-    for head, count, rows in _leaf_steps(values):
-        matrix = _diagonal(weight[head, rows, rows], count).to(values.dtype).tril()
+    for heads, count, rows in _leaf_steps(values):
+        leaves = _diagonal(weight[heads, rows, rows], count).to(values.dtype).tril().flatten(0, 1)
         torch.bmm(
-            matrix.mT if transposed else matrix,
-            values[head, rows].unflatten(0, (count, -1)),
-            out=out[head, rows].unflatten(0, (count, -1)),
+            leaves.mT if transposed else leaves,
+            _cut(values[heads, rows], count),
+            out=_cut(out[heads, rows], count),
         )
 
 
 @torch.library.custom_op("megatron_smlp::causal_mix", mutates_args=())
 def _mix(weight: Tensor, values: Tensor) -> Tensor:
-    values = _gemm_ready(values)
+    values = gemm_ready(values)
     out = values.new_empty(values.shape)
     _multiply_leaves(weight, values, out=out, transposed=False)
     for heads, (rows, columns) in _steps(values):
         matrix = weight[heads, rows, columns].to(values.dtype)
-        _accumulate(matrix, values[heads, columns], out=out[heads, rows])
+        accumulate(matrix, values[heads, columns], out=out[heads, rows])
     return out
 
 
@@ -148,7 +136,7 @@ def _add_values_gradient(
     """Add one square's part of M' g to its columns."""
     rows, columns = square
     matrix = weight[heads, rows, columns].to(gradient.dtype)
-    _accumulate(matrix.mT, gradient[heads, rows], out=out[heads, columns])
+    accumulate(matrix.mT, gradient[heads, rows], out=out[heads, columns])
 
 
 def _set_weight_gradient(
@@ -156,21 +144,21 @@ def _set_weight_gradient(
 ) -> None:
     """Set one square of g v', and the zeros that mirror it."""
     rows, columns = square
-    _multiply(gradient[heads, rows], values[heads, columns].mT, out=out[heads, rows, columns])
+    multiply(gradient[heads, rows], values[heads, columns].mT, out=out[heads, rows, columns])
     out[heads, columns, rows].zero_()
 
 
 def _set_leaf_gradients(gradient: Tensor, values: Tensor, *, out: Tensor) -> None:
     """Set the blocks of tril(g v') on the diagonal."""
-    for head, count, rows in _leaf_steps(values):
-        leaves = gradient[head, rows].unflatten(0, (count, -1))
-        product = leaves @ values[head, rows].unflatten(0, (count, -1)).mT
-        _diagonal(out[head, rows, rows], count).copy_(product.tril_())
+    for heads, count, rows in _leaf_steps(values):
+        product = _cut(gradient[heads, rows], count) @ _cut(values[heads, rows], count).mT
+        target = _diagonal(out[heads, rows, rows], count)
+        target.copy_(product.tril_().unflatten(0, target.shape[:2]))
 
 
 @torch.library.custom_op("megatron_smlp::causal_mix_values_gradient", mutates_args=())
 def _values_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
-    gradient = _gemm_ready(gradient)
+    gradient = gemm_ready(gradient)
     out = gradient.new_empty(gradient.shape)
     _multiply_leaves(weight, gradient, out=out, transposed=True)
     for heads, square in _steps(gradient):
@@ -180,7 +168,7 @@ def _values_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
 
 @torch.library.custom_op("megatron_smlp::causal_mix_weight_gradient", mutates_args=())
 def _weight_gradient(gradient: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    gradient, values = _gemm_ready(gradient), _gemm_ready(values)
+    gradient, values = gemm_ready(gradient), gemm_ready(values)
     num_heads, length, _ = values.shape
     out = values.new_empty(num_heads, length, length)
     _set_leaf_gradients(gradient, values, out=out)
@@ -192,7 +180,7 @@ def _weight_gradient(gradient: Tensor, values: Tensor, dtype: torch.dtype) -> Te
 @torch.library.custom_op("megatron_smlp::causal_mix_gradients", mutates_args=())
 def _gradients(weight: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one pass: a block of the gradient is read for both while it is in the cache."""
-    gradient, values = _gemm_ready(gradient), _gemm_ready(values)
+    gradient, values = gemm_ready(gradient), gemm_ready(values)
     num_heads, length, _ = values.shape
     of_values = gradient.new_empty(gradient.shape)
     of_weight = values.new_empty(num_heads, length, length)
@@ -225,12 +213,6 @@ def _(weight: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]
     return weight.new_empty(weight.shape), gradient.new_empty(gradient.shape)
 
 
-def _save(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
-) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -244,7 +226,7 @@ def _backward(
     )
 
 
-_mix.register_autograd(_backward, setup_context=_save)
+_mix.register_autograd(_backward, setup_context=save_inputs)
 
 
 def _check_shapes(weight: Tensor, values: Tensor) -> None:
@@ -276,10 +258,7 @@ def causal_mix(weight: Tensor, values: Tensor) -> Tensor:
     Raises ValueError where the shapes do not fit.
     """
     _check_shapes(weight, values)
-    kind = values.device.type
-    if torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
-        values = values.to(torch.get_autocast_dtype(kind))
-    return _mix(weight, values)
+    return _mix(weight, as_under_autocast(values))
 
 
 def causal_mix_reference(weight: Tensor, values: Tensor) -> Tensor:

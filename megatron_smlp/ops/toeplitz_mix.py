@@ -23,6 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_smlp.ops.blocks import (
+    accumulate,
+    as_under_autocast,
+    block_length,
+    gemm_ready,
+    multiply,
+    save_inputs,
+)
+
 
 class _Step(NamedTuple):
     """One block of rows and what it reads: rows and columns of the whole, columns of the panel."""
@@ -34,11 +43,6 @@ class _Step(NamedTuple):
     @property
     def height(self) -> int:
         return int(self.rows.stop - self.rows.start)
-
-
-def _block_length(values: Tensor) -> int:
-    """L; measured as that of causal_mix. It does not depend on T."""
-    return 128 if values.device.type == "cpu" else 256
 
 
 def _span(num_weights: int, length: int, block: int) -> int:
@@ -82,68 +86,44 @@ def _sum_of_diagonals(panel: Tensor) -> Tensor:
     return rows.view(heads, block, width).sum(dim=1)
 
 
-def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """out = left @ right over the leading dimension, into a strided `out`."""
-    if out.device.type == "cpu":
-        # A batched product with a strided output would be copied around; a single one is not.
-        for head in range(len(out)):
-            torch.mm(left[head], right[head], out=out[head])
-    else:
-        torch.bmm(left, right, out=out)
-
-
-def _accumulate(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """out += left @ right over the leading dimension, into a strided `out`."""
-    if out.device.type == "cpu":
-        for head in range(len(out)):
-            out[head].addmm_(left[head], right[head])
-    else:
-        out.baddbmm_(left, right)
-
-
-def _gemm_ready(values: Tensor) -> Tensor:
-    """The tensor itself where BLAS can read its strides, else one copy instead of one per block."""
-    return values if 1 in values.stride()[-2:] else values.contiguous()
-
-
 @torch.library.custom_op("megatron_smlp::toeplitz_mix", mutates_args=())
 def _mix(weight: Tensor, values: Tensor) -> Tensor:
-    values = _gemm_ready(values)
-    length, block = values.shape[1], _block_length(values)
+    values = gemm_ready(values)
+    length, block = values.shape[1], block_length(values)
     span = _span(weight.shape[1], length, block)
     out = values.new_empty(values.shape)
     line = _padded(weight.to(values.dtype), span=span, block=block)
     panel = _panel(line.flip(1), span) if length else line
     for step in _looking_back(length, span=span, block=block):
         rows = panel[:, : step.height, step.panel]
-        _multiply(rows, values[:, step.columns], out=out[:, step.rows])
+        multiply(rows, values[:, step.columns], out=out[:, step.rows])
     return out
 
 
 @torch.library.custom_op("megatron_smlp::toeplitz_mix_values_gradient", mutates_args=())
 def _values_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
-    gradient = _gemm_ready(gradient)
-    length, block = gradient.shape[1], _block_length(gradient)
+    gradient = gemm_ready(gradient)
+    length, block = gradient.shape[1], block_length(gradient)
     span = _span(weight.shape[1], length, block)
     out = gradient.new_empty(gradient.shape)
     line = _padded(weight.to(gradient.dtype), span=span, block=block)
     panel = _panel(line, span) if length else line
     for step in _looking_ahead(length, span=span, block=block):
         rows = panel[:, : step.height, step.panel]
-        _multiply(rows, gradient[:, step.columns], out=out[:, step.rows])
+        multiply(rows, gradient[:, step.columns], out=out[:, step.rows])
     return out
 
 
 @torch.library.custom_op("megatron_smlp::toeplitz_mix_weight_gradient", mutates_args=())
 def _weight_gradient(weight: Tensor, gradient: Tensor, values: Tensor) -> Tensor:
-    gradient, values = _gemm_ready(gradient), _gemm_ready(values)
+    gradient, values = gemm_ready(gradient), gemm_ready(values)
     heads, length, _ = values.shape
-    block = _block_length(values)
+    block = block_length(values)
     span = _span(weight.shape[1], length, block)
     panel = values.new_zeros(heads, block, span)
     for step in _looking_back(length, span=span, block=block):
         rows = panel[:, : step.height, step.panel]
-        _accumulate(gradient[:, step.rows], values[:, step.columns].mT, out=rows)
+        accumulate(gradient[:, step.rows], values[:, step.columns].mT, out=rows)
     out = torch.zeros_like(weight)
     if length:
         exact = panel if panel.dtype == torch.float64 else panel.float()
@@ -168,12 +148,6 @@ def _(weight: Tensor, gradient: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(weight)
 
 
-def _save(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
-) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -185,7 +159,7 @@ def _backward(
     )
 
 
-_mix.register_autograd(_backward, setup_context=_save)
+_mix.register_autograd(_backward, setup_context=save_inputs)
 
 
 def _check_shapes(weight: Tensor, values: Tensor) -> None:
@@ -210,10 +184,7 @@ def toeplitz_mix(weight: Tensor, values: Tensor) -> Tensor:
     Raises ValueError where the shapes do not fit.
     """
     _check_shapes(weight, values)
-    kind = values.device.type
-    if torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
-        values = values.to(torch.get_autocast_dtype(kind))
-    return _mix(weight, values)
+    return _mix(weight, as_under_autocast(values))
 
 
 def toeplitz_mix_reference(weight: Tensor, values: Tensor) -> Tensor:
