@@ -9,7 +9,6 @@
 | FileSystemWriterAsync.write_preloaded_data | forgets the words of an error |
 | FileSystemWriterAsync.finish, serialization.save_config | fail on rank 0 while the others wait |
 | filesystem_async.get_write_results_queue | starts a process, which outlives a run that is killed |
-| sys.unraisablehook | torch's stream is flushed once more when it is let go, on a full disk too |
 | training.save_checkpoint, maybe_finalize_async_save | what fails in them may be survived |
 | training.setup_model_and_optimizer | to decide before what is to be loaded |
 """
@@ -19,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,7 +53,6 @@ def installed(saving: Saving, *, before_loading: Callable[[], None]) -> Iterator
         (filesystem_async, "get_write_results_queue", forked_saving.results_queue),
         (training, "save_checkpoint", lambda f: _surviving_start(f, saving)),
         (training, "maybe_finalize_async_save", lambda f: _surviving_end(f, saving)),
-        (sys, "unraisablehook", _ignoring_torchs_stream),
         (training, "setup_model_and_optimizer", lambda f: _after(before_loading, f)),
     ]
     originals = [(owner, name, vars(owner)[name]) for owner, name, _ in replacements]
@@ -142,7 +139,7 @@ def _naming_the_file(write: Callable[..., Any]) -> Any:
         output = write(*args, **kwargs)
         is_last = kwargs["results_queue"] is None  # the others' errors go through a queue of theirs
         if is_last and isinstance(output[1], Exception):
-            traceback.clear_frames(output[1].__traceback__)  # with torch's stream in them
+            _let_go_of_the_file(output[1])
             reason = getattr(output[1], "strerror", None) or output[1]
             raise RuntimeError(f"{Path(kwargs['write_bucket'][0]).name}: {reason}") from output[1]
         return output
@@ -150,13 +147,14 @@ def _naming_the_file(write: Callable[..., Any]) -> Any:
     return staticmethod(wrapped)
 
 
-def _ignoring_torchs_stream(report: Callable[[Any], None]) -> Callable[[Any], None]:
-    @functools.wraps(report)
-    def wrapped(event: Any) -> None:
-        if "NoCloseWriter" not in type(event.object).__qualname__:
-            report(event)
-
-    return wrapped
+def _let_go_of_the_file(error: BaseException | None) -> None:
+    """torch's stream flushes its closed file when it is let go, and Python would report that."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            stream = frame.f_locals.get("transform_to")
+            if stream is not None:
+                stream.raw = io.BytesIO()
+        error = error.__context__
 
 
 def _noting(write: Callable[..., None], saving: Saving) -> Callable[..., None]:

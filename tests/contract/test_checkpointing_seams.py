@@ -53,11 +53,12 @@ def test_signatures():
     assert fields[:3] == ("async_fn", "async_fn_args", "finalize_fns")
 
 
-def test_torchs_stream_has_the_name_by_which_its_last_words_are_known():
-    from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
+def test_torchs_stream_is_found_where_a_write_fails():
+    from torch.distributed.checkpoint import filesystem
 
-    source = inspect.getsource(_StorageWriterTransforms.transform_save_stream)
-    assert "class NoCloseWriter(" in source
+    assert "(transform_to, " in inspect.getsource(filesystem._write_item)
+    source = inspect.getsource(filesystem._StorageWriterTransforms.transform_save_stream)
+    assert "self.raw.flush()" in source
 
 
 def test_where_the_functions_are_called():
