@@ -8,9 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.structure import (
     MODEL,
     TRACKER,
+    is_ours,
     iteration_folder,
     iteration_of,
     tracked_folder,
@@ -32,10 +34,13 @@ class TorchDistCheckpoint(TorchDistReader):
 
     Raises:
         UsageError: there is no checkpoint in the folder, or not one of ours.
+        DamagedCheckpointError: a file beside the tensors is not what was written; a tensor is
+            compared with a checksum of its own when it is read.
     """
 
     def __init__(self, folder: str | Path, *, iteration: int | None = None) -> None:
         found = _find(Path(folder), iteration)
+        _check_small_files(found)
         self.flags = _read_flags(found)
         super().__init__(found)
         self.iteration = iteration_of(found) or 0
@@ -76,6 +81,18 @@ def _find(folder: Path, iteration: int | None) -> Path:
     if not newest.is_dir():
         raise UsageError(f"{newest} does not exist, but {TRACKER} names it.")
     return newest
+
+
+def _check_small_files(folder: Path) -> None:
+    if not is_ours(folder):
+        return
+    sums, problems = integrity.read_sums(folder)
+    small = {name: digest for name, digest in sums.items() if not name.endswith(".distcp")}
+    problems = problems or integrity.problems_in(folder, small)
+    if problems:
+        raise DamagedCheckpointError(
+            f"{folder} is damaged ({'; '.join(problems)}): restore it, or take another iteration."
+        )
 
 
 def _read_flags(folder: Path) -> dict[str, Any]:

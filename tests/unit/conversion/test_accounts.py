@@ -1,13 +1,14 @@
 """Every tensor is accounted for in both directions, and nothing half is ever written."""
 
 import json
+import random
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from support.conversions import folder_weights, from_hf, run, save_exported, weights
+from support.conversions import assert_same, folder_weights, from_hf, run, save_exported, weights
 from support.smlp_systems import make_model
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from megatron_smlp.conversion.safetensors_files import INDEX, SafetensorsFolder,
 from megatron_smlp.conversion.tensors import Spec
 from megatron_smlp.conversion.torch_dist import COMMON, TorchDistCheckpoint
 from megatron_smlp.conversion.torch_dist_writer import TorchDistWriter
-from megatron_smlp.errors import DamagedCheckpointError, UsageError
+from megatron_smlp.errors import DamagedCheckpointError, UsageError, UserError
 from megatron_smlp.platform.one_process import one_process
 
 NORM = "model.layers.1.mixer_norm.weight"
@@ -141,6 +142,39 @@ def test_safetensors_own_library_reads_what_is_written(tmp_path: Path) -> None:
     save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "model.safetensors")
     for name, tensor in folder_weights(tmp_path).items():
         assert torch.equal(tensor, tensors[name]), name
+
+
+@pytest.mark.usefixtures("one")
+def test_no_damaged_checkpoint_is_converted(exported: Path, tmp_path: Path) -> None:
+    """A byte is flipped somewhere: that is an error which names the file, or changes nothing."""
+    run(from_hf, exported, tmp_path / "run", checks=False)
+    run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "good", checks=False)
+    draw, found = random.Random(6), 0
+    files = sorted(path for path in (tmp_path / "run" / "release").iterdir())
+    for _ in range(60):
+        path = draw.choice(files)
+        before = path.read_bytes()
+        changed = bytearray(before)
+        changed[draw.randrange(len(changed))] ^= draw.randrange(1, 256)
+        path.write_bytes(bytes(changed))
+        message = what_goes_wrong(tmp_path / "run", tmp_path / "hf")
+        if message:
+            assert path.name in message
+            assert "\n" not in message
+            found += 1
+        else:
+            assert path.suffix == ".distcp"
+            assert_same(folder_weights(tmp_path / "good"), folder_weights(tmp_path / "hf"))
+        path.write_bytes(before)
+    assert found > 40
+
+
+def what_goes_wrong(load: Path, save: Path) -> str | None:
+    try:
+        run(convert.torch_dist_to_hf, load, save, checks=False, overwrite=True)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def test_a_wrong_conversion_is_noticed(
