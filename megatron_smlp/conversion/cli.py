@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.checkpoints.structure import TRACKER
+from megatron_smlp.conversion.output import check_target
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform.allocator import give_large_blocks_back
 from megatron_smlp.platform.quiet import silence_libraries
@@ -148,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--make-vocab-size-divisible-by {divisible_by}: give 1 (no padding) or more."
         )
     shard_limit = parse_size(options.max_shard_size)
+    _check_load(options.load, options.source)
+    check_target(options.save, overwrite=options.overwrite)
     # Imported late: torch and Megatron take seconds, and --help and wrong flags should not.
     silence_libraries()
     give_large_blocks_back()
@@ -171,6 +175,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         model=model,
     )
     getattr(convert, CONVERSIONS[pair])(chosen)
+
+
+def _check_load(load: Path, source: str) -> None:
+    """Raise UsageError where a folder is plainly not of the format that --from says."""
+    if not load.is_dir():
+        raise UsageError(f"--load {load} is no folder.")
+    is_run = (load / TRACKER).is_file() or (load / ".metadata").is_file()
+    is_huggingface = (load / "config.json").is_file()
+    if source == "torch_dist" and is_huggingface and not is_run:
+        raise UsageError(f"--load {load} is a folder of transformers: give --from hf.")
+    if source != "torch_dist" and is_run and not is_huggingface:
+        raise UsageError(f"--load {load} is a checkpoint of Megatron's: give --from torch_dist.")
 
 
 def parse_size(text: str) -> int:

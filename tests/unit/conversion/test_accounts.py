@@ -12,6 +12,7 @@ from support.conversions import assert_same, folder_weights, from_hf, run, save_
 from support.smlp_systems import make_model
 from torch import Tensor
 
+from megatron_smlp.checkpoints.structure import TRACKER
 from megatron_smlp.conversion import convert, forward_check
 from megatron_smlp.conversion.cli import main, parse_size
 from megatron_smlp.conversion.safetensors_files import INDEX, SafetensorsFolder, write_folder
@@ -227,13 +228,30 @@ def test_an_interrupted_conversion_leaves_nothing(
         ("--from torch --to hf", "invalid choice"),
         ("--to hf --tokeniser x", "unrecognized arguments: --tokeniser"),
         ("--to hf --max-shard-size big", "--max-shard-size big"),
-        ("--to hf", "nowhere holds no checkpoint"),
-        ("--from hf --to torch_dist", "nowhere/config.json is missing"),
+        ("--to hf", "--load nowhere is no folder"),
     ],
 )
 def test_wrong_flags_are_one_line(words: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         main(["--load", "nowhere", "--save", "there", *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("words", "holds", "message"),
+    [
+        ("--to hf", [], "holds no checkpoint"),
+        ("--to hf", ["config.json"], "is a folder of transformers: give --from hf"),
+        ("--from hf --to torch_dist", [], r"config\.json is missing"),
+        ("--from gpt2 --to torch_dist", [TRACKER], "of Megatron's: give --from torch_dist"),
+    ],
+)
+def test_a_folder_of_another_format(
+    tmp_path: Path, words: str, holds: list[str], message: str
+) -> None:
+    for name in holds:
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError, match=message):
+        main(["--load", str(tmp_path), "--save", str(tmp_path / "there"), *words.split()])
 
 
 def test_sizes() -> None:
