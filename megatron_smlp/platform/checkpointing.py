@@ -153,8 +153,15 @@ def _let_go_of_the_file(error: BaseException | None) -> None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             stream = frame.f_locals.get("transform_to")
             if stream is not None:
-                stream.raw = io.BytesIO()
+                stream.raw = _Nowhere()
         error = error.__context__
+
+
+class _Nowhere(io.RawIOBase):
+    """Takes what torch still wants to write when it lets go of its archive."""
+
+    def write(self, data: Any) -> int:
+        return len(data)
 
 
 def _noting(write: Callable[..., None], saving: Saving) -> Callable[..., None]:

@@ -115,10 +115,10 @@ def stop_conversions(disk: str, kind: str, source: str) -> None:
         os.kill(process, number)
         code = ended(process)
         print(kind, number, code, target.exists())
-        assert code in (0, -9 if number == signal.SIGKILL else 130)
-        if number != signal.SIGKILL:
+        assert code in (0, 130, -signal.SIGTERM, -signal.SIGKILL)
+        if code in (0, 130):
             assert not list(target.parent.glob(".out.*"))
-            assert target.exists() == (code == 0)
+        assert target.exists() or code  # or it came when all was done
         if target.exists():
             assert contents(target) == expected
             shutil.rmtree(target)
