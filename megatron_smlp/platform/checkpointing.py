@@ -148,12 +148,16 @@ def _naming_the_file(write: Callable[..., Any]) -> Any:
 
 
 def _let_go_of_the_file(error: BaseException | None) -> None:
-    """torch's stream flushes its closed file when it is let go, and Python would report that."""
+    """torch's stream flushes its closed file when it is let go, and Python would report that.
+
+    So it would where the buffer that was written is let go in the wrong order, in a circle.
+    """
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             stream = frame.f_locals.get("transform_to")
             if stream is not None:
                 stream.raw = _Nowhere()
+        traceback.clear_frames(error.__traceback__)
         error = error.__context__
 
 
