@@ -11,6 +11,10 @@ resume under another one stops there. On every device:
 * A distributed optimizer calls its fp32 weights `param`, the plain mixed precision one
   `fp32_param`; for an fp32 model only the first saves them, a second time. Here both say
   `fp32_param`, and weights that the model holds in fp32 already are not repeated.
+* A distributed optimizer gathers its buckets without the padding between them, and then looks for
+  each parameter where it lies with the padding: moments behind the first bucket are saved shifted.
+  A stage with a tied embedding has two buckets, and so has every overlap of communication. Here
+  they are looked for where they are.
 * What a plain optimizer saved does not name a format that a distributed optimizer could look for.
   Here it does.
 
@@ -41,11 +45,14 @@ LOCAL = "of_this_layout"
 
 
 def apply() -> None:
-    """Replace two methods of ChainedOptimizer and `load_content_metadata`, once per process."""
+    """Replace two methods of ChainedOptimizer and two more functions, once per process."""
     if hasattr(ChainedOptimizer.sharded_state_dict, "__wrapped__"):
         return
     ChainedOptimizer.sharded_state_dict = _giving(ChainedOptimizer.sharded_state_dict)
     ChainedOptimizer.load_state_dict = _taking(ChainedOptimizer.load_state_dict)
+    DistributedOptimizer.sharded_param_state_fully_reshardable = _looking_past_padding(
+        DistributedOptimizer.sharded_param_state_fully_reshardable
+    )
     dist_checkpointing.load_content_metadata = _naming_the_format(
         dist_checkpointing.load_content_metadata
     )
@@ -58,6 +65,37 @@ def _naming_the_format(load: Any) -> Any:
         return metadata if metadata is None else {FORMAT: ANY_LAYOUT, **metadata}
 
     return wrapped
+
+
+def _looking_past_padding(give: Any) -> Any:
+    @functools.wraps(give)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        for buffer in self.buffers:
+            buffer.param_index_map = places_without_padding(buffer)
+        try:
+            return give(self, *args, **kwargs)
+        finally:
+            for buffer, places in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = places
+
+    return wrapped
+
+
+def places_without_padding(buffer: Any) -> dict[torch.Tensor, tuple[int, int, int]]:
+    """Where each parameter is in the buckets of a buffer, one after the other without padding.
+
+    Returns:
+        parameter -> start, end, number of its bucket; as in the buffer's `param_index_map`.
+    """
+    padding, gathered = {}, 0
+    for bucket in buffer.buckets:
+        padding[bucket.bucket_id] = bucket.offset - gathered
+        gathered += bucket.numel_unpadded
+    return {
+        parameter: (start - padding[number], end - padding[number], number)
+        for parameter, (start, end, number) in buffer.param_index_map.items()
+    }
 
 
 def _giving(give: Any) -> Any:

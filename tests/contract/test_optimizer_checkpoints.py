@@ -17,7 +17,7 @@ from support.in_process import build_model
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import torch_adam
-from megatron_smlp.platform.layout_free_optimizer import ANY_LAYOUT, FORMAT
+from megatron_smlp.platform.layout_free_optimizer import ANY_LAYOUT, FORMAT, _parameters
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -28,14 +28,20 @@ MODEL = "--architecture smlp --num-dense-layers 2 --token-router base --num-expe
 def optimizer(parse: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """Builds Megatron's optimizer over a small model: (optimizer, the model's sharded tensors)."""
 
-    def build(*, distributed: bool, bf16: bool = False) -> tuple[ChainedOptimizer, Any]:
+    def build(
+        *, distributed: bool, bf16: bool = False, bucket_size: int | None = None
+    ) -> tuple[ChainedOptimizer, Any]:
         args = parse(f"{MODEL} {'--bf16' if bf16 else ''}")
         model = build_model(args)
         if bf16:
             model = model.bfloat16()
         wrapped = DistributedDataParallel(
             model.config,
-            DistributedDataParallelConfig(use_distributed_optimizer=distributed),
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=distributed,
+                overlap_grad_reduce=bucket_size is not None,
+                bucket_size=bucket_size,
+            ),
             model,
         )
         config = OptimizerConfig(
@@ -130,3 +136,21 @@ def test_signatures() -> None:
     assert dist_checkpointing.load_content_metadata(
         preloaded_state_dict={"content_metadata": {"singleton_local_shards": False}}
     ) == {FORMAT: ANY_LAYOUT, "singleton_local_shards": False}
+
+
+def test_a_parameter_is_looked_for_behind_padding_that_is_not_there(
+    optimizer: Callable[..., Any],
+) -> None:
+    """Megatron's own function gives some parameters the values of others."""
+    chained, model = optimizer(distributed=True, bucket_size=1000)
+    one = chained.chained_optimizers[0]
+    assert len(one.buffers[0].buckets) > 2
+    one._init_optimizer_states_with_dummy_values()
+    give = DistributedOptimizer.sharded_param_state_fully_reshardable
+    for function, is_right in ((give, True), (give.__wrapped__, False)):
+        states = function(one, model, metadata={})
+        right = [
+            torch.equal(states[number]["param"].data.flatten(), parameter.detach().flatten())
+            for number, parameter in enumerate(_parameters(one))
+        ]
+        assert all(right) is is_right

@@ -60,6 +60,7 @@ LAYOUTS = {
     "pp": (2, PP),
     "pp_distributed": (2, f"{PP} {DISTRIBUTED}"),
     "interleaved": (2, INTERLEAVED),
+    "interleaved_distributed": (2, f"{INTERLEAVED} {DISTRIBUTED}"),
     "dp": (2, ""),
     "dp_distributed": (2, DISTRIBUTED),
     "ep": (2, EP),
@@ -75,6 +76,8 @@ Case = tuple[str, str, str]
 SHORT: list[Case] = [
     ("transformer", "tp_distributed", "pp_distributed"),
     ("transformer", "pp_distributed", "interleaved"),
+    # A stage of one layer: its bucket has padding, and that of the tied embedding comes after it.
+    ("transformer", "interleaved_distributed", "pp"),
     ("transformer", "dp_distributed", "one"),
     ("transformer_bf16", "dp", "dp_distributed"),
     ("transformer_bf16", "dp_distributed", "dp"),
