@@ -88,7 +88,7 @@ class TorchDistWriter:
             try:
                 torch.save(value, self.file)
             except RuntimeError as error:  # torch closes its archive over what went wrong before
-                if isinstance(error.__context__, OSError):
+                if isinstance(error.__context__, OSError | KeyboardInterrupt):
                     raise error.__context__ from None
                 raise
         else:

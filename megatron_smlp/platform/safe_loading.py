@@ -168,7 +168,15 @@ def readable(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except UNREADABLE as error:
+        if _is_interruption(error):  # which closed the file under somebody's hands
+            raise KeyboardInterrupt from error
         raise _explained(path, error) from error
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _explained(path: Path, error: BaseException) -> UserError:
