@@ -32,6 +32,9 @@ MODELS = {
     f"{architecture}-{router}": f"{ARCHITECTURES[architecture]} {ROUTERS[router]}"
     for architecture in ARCHITECTURES
     for router in ROUTERS
+} | {
+    "gmlp-toeplitz": f"{ARCHITECTURES['gmlp_4_heads']} --toeplitz",
+    "smlp_partial-toeplitz": f"{ARCHITECTURES['smlp_partial']} --toeplitz",
 }
 ROUTED = {name for name, flags in MODELS.items() if EXPERTS in flags}
 

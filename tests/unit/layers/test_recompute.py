@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("megatron")
 ARCHITECTURES = {
     "transformer": "--architecture transformer --num-attention-heads 4",
     "gmlp": "--architecture gmlp --spatial-heads 4",
+    "toeplitz": "--architecture gmlp --spatial-heads 2 --toeplitz",
     "smlp": "--architecture smlp --num-dense-layers 2 --feature-router deterministic "
     "--num-feature-experts 4 --token-router switch --num-experts 2",
 }
