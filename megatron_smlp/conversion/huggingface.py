@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_smlp.conversion.names import HeadShape, to_huggingface, to_megatron
 from megatron_smlp.conversion.safetensors_files import write_folder
 from megatron_smlp.conversion.streamed_weights import weights_from
-from megatron_smlp.conversion.tensors import Recipe, Source, Spec
+from megatron_smlp.conversion.tensors import Recipe, Source, Spec, main_dtype
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf import configuration_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
@@ -212,12 +212,6 @@ def write(
     for file in CODE:
         shutil.copy(source / file, folder / file)
     write_folder(folder, specs, tensors, limit=shard_limit)
-
-
-def main_dtype(specs: Mapping[str, Spec]) -> torch.dtype:
-    """What most floating-point tensors are kept in."""
-    floats = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
-    return max(set(floats), key=floats.count)
 
 
 def _add_tokenizer(config: SMLPConfig, tokenizer: str, folder: Path) -> None:

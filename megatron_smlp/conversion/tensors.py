@@ -37,6 +37,12 @@ class Spec:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
+def main_dtype(specs: Mapping[str, Spec]) -> torch.dtype:
+    """What most floating-point tensors are kept in."""
+    floats = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
+    return max(set(floats), key=floats.count)
+
+
 class Source(Protocol):
     """Where tensors are read from, one at a time."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_eval import utils
@@ -11,8 +11,10 @@ from tqdm import tqdm
 
 from megatron_smlp.data.tokenizers import Tokenizer
 from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.generating import generate_until
 from megatron_smlp.evaluation.requests import Request, check_requests
 from megatron_smlp.evaluation.scoring import Row, Scorer
+from megatron_smlp.generation.language_model import LanguageModel
 
 
 class ScorerModel(TemplateLM):
@@ -20,12 +22,20 @@ class ScorerModel(TemplateLM):
 
     Args:
         speaks: whether this rank shows a progress bar.
+        generator: makes the model that generates, when a task asks for text; None: none can.
 
     Raises:
         UsageError: the tokenizer's ids stand for no text.
     """
 
-    def __init__(self, scorer: Scorer, tokenizer: Tokenizer, *, speaks: bool) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: Tokenizer,
+        *,
+        speaks: bool,
+        generator: Callable[[], LanguageModel] | None = None,
+    ) -> None:
         super().__init__()
         if tokenizer.identity is None:
             raise UsageError(
@@ -36,6 +46,7 @@ class ScorerModel(TemplateLM):
         self.encoder = tokenizer.build()
         self.end = tokenizer.eod
         self.speaks = speaks
+        self.generator = generator
 
     @property
     def eot_token_id(self) -> int:
@@ -98,7 +109,12 @@ class ScorerModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        raise UsageError(
-            "tasks that generate text need the exported model: convert it by "
-            "tools/convert_checkpoint.py --to hf, and give --hf DIR"
-        )
+        """One after the other; every rank makes all texts, which are the same everywhere."""
+        if self.generator is None:
+            raise UsageError(
+                "tasks that generate text are not scored during training: run "
+                "tools/evaluate.py --checkpoint DIR --tasks ... on a saved checkpoint"
+            )
+        lm = self.generator()
+        bar = tqdm(requests, disable=None if self.speaks else True)
+        return [generate_until(lm, *request.args) for request in bar]

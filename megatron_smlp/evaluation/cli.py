@@ -50,7 +50,12 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
 
     prefix = prefix_length(args, seq_length=args.seq_length)
     result = measure(
-        scorer, tokenizer, options.data_path, stride=options.stride, suffix_from=prefix
+        scorer,
+        tokenizer,
+        options.data_path,
+        stride=options.stride,
+        suffix_from=prefix,
+        split=options.split,
     )
     if args.rank != 0:
         return
@@ -68,9 +73,10 @@ def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -
     from megatron_smlp.evaluation.selection import require_harness, select_tasks, split_names
 
     require_harness()
-    from megatron_smlp.evaluation.harness import quiet, run_tasks
+    from megatron_smlp.evaluation.harness import run_tasks
+    from megatron_smlp.platform.quiet import quiet_libraries
 
-    with quiet():
+    with quiet_libraries():
         selection = select_tasks(
             split_names(options.tasks), data_dir=options.data_dir, prompt_style=options.prompt_style
         )
@@ -85,19 +91,29 @@ def _harness_model(options: argparse.Namespace, megatron_flags: Sequence[str]) -
         from megatron_smlp.evaluation.huggingface_model import ExportedModel
 
         return ExportedModel(
-            options.hf, batch_size=options.batch_size, device=options.device or default_device()
+            options.hf,
+            batch_size=options.batch_size,
+            device=options.device or default_device(),
+            dtype=options.dtype,
         )
     args, scorer, tokenizer = _scorer(options, megatron_flags)
     from megatron_smlp.evaluation.adapter import ScorerModel
 
-    return ScorerModel(scorer, tokenizer, speaks=args.rank == 0)
+    def generator() -> Any:
+        from megatron_smlp.generation.language_model import of_checkpoint
+
+        return of_checkpoint(
+            options.checkpoint, tokenizer, dtype=options.dtype, device=str(scorer.device)
+        )
+
+    return ScorerModel(scorer, tokenizer, speaks=args.rank == 0, generator=generator)
 
 
 def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple[Any, Any, Any]:
     """Arguments, scorer and tokenizer of --checkpoint, in the layout of the flags."""
     from megatron_smlp.evaluation.megatron_loading import load_model, sequence_length
 
-    args, stages, tokenizer = load_model(options.checkpoint, megatron_flags)
+    args, stages, tokenizer = load_model(options.checkpoint, megatron_flags, dtype=options.dtype)
     from megatron_smlp.evaluation.megatron_model import MegatronScorer
 
     longest = sequence_length(args, options.seq_length)
@@ -125,6 +141,7 @@ def _report(options: argparse.Namespace, results: Sequence[Any]) -> None:
         about = {
             "path": str(source),
             "kind": "hf" if options.hf else "checkpoint",
+            "dtype": options.dtype,
             "limit": options.limit,
             "prompt_style": options.prompt_style,
         }

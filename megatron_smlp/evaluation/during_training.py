@@ -21,9 +21,10 @@ from torch import nn
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.tokenizers import TokenizerSpec
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.recorded import bare
 from megatron_smlp.evaluation.results import TaskResult
 from megatron_smlp.evaluation.selection import require_harness, select_tasks, split_names
+from megatron_smlp.model_tokenizer import bare
+from megatron_smlp.platform.quiet import quiet_libraries
 from megatron_smlp.routers.statistics import RouterStatistics
 
 
@@ -37,12 +38,10 @@ class TaskEvaluation:
 
     def __init__(self, args: argparse.Namespace, statistics: RouterStatistics) -> None:
         require_harness()
-        from megatron_smlp.evaluation.harness import quiet
-
         self.args = args
         self.statistics = statistics
         names = split_names(args.eval_tasks, flag="--eval-tasks")
-        with quiet(), _own_random_numbers():
+        with quiet_libraries(), _own_random_numbers():
             self.selection = select_tasks(names, data_dir=args.eval_tasks_data_dir)
         try:
             self.tokenizer = bare(TokenizerSpec.from_arguments(args)).resolve()
@@ -65,7 +64,7 @@ class TaskEvaluation:
     def run(self) -> list[TaskResult]:
         """Score all tasks; the same results on every rank."""
         from megatron_smlp.evaluation.adapter import ScorerModel
-        from megatron_smlp.evaluation.harness import quiet, run_tasks
+        from megatron_smlp.evaluation.harness import run_tasks
         from megatron_smlp.evaluation.megatron_model import MegatronScorer
 
         args = self.args
@@ -73,7 +72,7 @@ class TaskEvaluation:
             self.model, longest=args.seq_length, batch_size=args.micro_batch_size
         )
         with (
-            quiet(),
+            quiet_libraries(),
             _own_random_numbers(),
             _whole_parameters(self.model, self.optimizer),
             _no_capacity(self.model),

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from megatron_smlp.evaluation.results import TaskResult, from_harness
@@ -37,25 +33,3 @@ def run_tasks(model: Any, selection: Selection, *, limit: int | None) -> list[Ta
         bootstrap_iters=1000,
     )
     return [] if results is None else from_harness(results)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the chatter of the libraries below; their errors still come out."""
-    import datasets
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    disable_progress_bar()
-    set_verbosity_error()
-    datasets.disable_progress_bars()
-    names = ("lm_eval", "datasets", "transformers", "accelerate")
-    before = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)

@@ -15,18 +15,23 @@ from megatron_smlp.evaluation.requests import Request, check_requests
 class ExportedModel(HFLM):
     """`--model hf` on a local folder.
 
+    Args:
+        dtype: to compute in; "auto": what the weights are stored in.
+
     Raises:
         UsageError: the folder is no model, has no tokenizer, or one of another vocabulary.
     """
 
-    def __init__(self, folder: str | Path, *, batch_size: int, device: str) -> None:
+    def __init__(
+        self, folder: str | Path, *, batch_size: int, device: str, dtype: str = "auto"
+    ) -> None:
         _check_folder(Path(folder))
         super().__init__(
             pretrained=str(folder),
             trust_remote_code=True,
             batch_size=batch_size,
             device=device,
-            dtype="auto",
+            dtype=dtype,
         )
         entries, rows = len(self.tokenizer), self.model.config.vocab_size
         if entries > rows:

@@ -7,14 +7,17 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from megatron_smlp.conversion.tensors import main_dtype
 from megatron_smlp.data.tokenizers import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.recorded import (
     open_checkpoint,
-    resolve_for,
     tokenizer_flags,
     tokenizer_record,
 )
+from megatron_smlp.model_tokenizer import resolve_for
 
 # What Megatron asks of a training, and what keeps it from looking for the rest of one.
 NO_TRAINING = """
@@ -24,12 +27,13 @@ NO_TRAINING = """
 
 
 def load_model(
-    checkpoint: str, flags: Sequence[str]
+    checkpoint: str, flags: Sequence[str], *, dtype: str = "auto"
 ) -> tuple[argparse.Namespace, list[Any], Tokenizer]:
     """Start Megatron and load the newest checkpoint of a folder. Collective.
 
     Args:
-        flags: Megatron's, from the command line: layout, precision, another tokenizer.
+        flags: Megatron's, from the command line: layout, another tokenizer.
+        dtype: to compute in; "auto": what the weights are stored in, as an exported model does.
 
     Returns:
         the arguments, this rank's model chunks, the tokenizer of the texts to score.
@@ -45,12 +49,15 @@ def load_model(
     cpu.apply()
     parser = build_parser()
     spec = _tokenizer_given(parser, flags) or tokenizer_record(saved)
-    tokenizer = resolve_for(spec, saved.flags, checkpoint)
+    tokenizer = resolve_for(
+        spec, source=f"--checkpoint {checkpoint}", entries=saved.flags["vocab_size"]
+    )
     args = parse_arguments(
         [
             *NO_TRAINING.split(),
             *model_words(parser, saved.flags),
             *tokenizer_flags(spec),
+            *_precision_flags(parser, flags, dtype, stored=main_dtype(saved.specs)),
             *flags,
             *("--load", str(checkpoint)),
         ]
@@ -91,6 +98,21 @@ def _tokenizer_given(parser: argparse.ArgumentParser, flags: Sequence[str]) -> T
     if given.tokenizer_type is None:
         return None
     return TokenizerSpec.from_arguments(given)
+
+
+def _precision_flags(
+    parser: argparse.ArgumentParser, flags: Sequence[str], dtype: str, *, stored: torch.dtype
+) -> list[str]:
+    """Megatron's flag for `dtype`, unless the command line has it already."""
+    given, _ = parser.parse_known_args(list(flags))
+    flag_of = {"bfloat16": "--bf16", "float16": "--fp16"}
+    typed = [flag for flag in flag_of.values() if getattr(given, flag.strip("-"))]
+    wanted = flag_of.get(str(stored).removeprefix("torch.") if dtype == "auto" else dtype)
+    if not typed:
+        return [wanted] if wanted else []
+    if dtype != "auto" and typed != [wanted]:
+        raise UsageError(f"{typed[0]} contradicts --dtype {dtype}: give one of them")
+    return []
 
 
 def _build_and_load(args: argparse.Namespace) -> list[Any]:

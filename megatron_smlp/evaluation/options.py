@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.generation.cli import check_model_arguments
 
 EPILOG = """\
 Other flags are Megatron's and go with --checkpoint: the layout to evaluate in, for example
---tensor-model-parallel-size 2 under torchrun, and --bf16."""
+--tensor-model-parallel-size 2 under torchrun."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     tasks.add_argument("--markdown", metavar="FILE", help="a report beside the paper's figures")
     text = parser.add_argument_group("perplexity")
     text.add_argument("--data-path", metavar="PREFIX", help="a .bin/.idx pair, read once, whole")
+    text.add_argument("--split", metavar="A,B,C", help="of a run: read only what it validates on")
     text.add_argument(
         "--stride", type=int, metavar="N", help="tokens between windows (default: no overlap)"
     )
@@ -50,6 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--toeplitz models)",
     )
     both.add_argument("--batch-size", type=int, default=8, metavar="B", help="(default 8)")
+    both.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="to compute in (default: what the weights are stored in)",
+    )  # fmt: skip
     both.add_argument("--device", help="of --hf (default: a GPU where there is one)")
     both.add_argument("--output", metavar="FILE", help="write the results as JSON")
     return parser
@@ -62,14 +68,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         UsageError: flags that do not go together.
     """
     options, rest = build_parser().parse_known_args(list(argv))
-    if bool(options.checkpoint) == bool(options.hf):
-        raise UsageError("give one model: --checkpoint DIR (of a run) or --hf DIR (exported)")
+    check_model_arguments(options)
     if bool(options.tasks) == bool(options.data_path):
         raise UsageError(
             "say what to measure: --tasks copa,piqa,... or --data-path PREFIX (perplexity)"
         )
     if options.hf and options.data_path:
         raise UsageError("--data-path goes with --checkpoint DIR, the run that --hf came from")
+    for flag in ("stride", "split"):
+        if options.tasks and getattr(options, flag) is not None:
+            raise UsageError(f"--{flag} {getattr(options, flag)} goes with --data-path PREFIX")
     if options.hf and rest:
         raise UsageError(f"{rest[0]} is not a flag of evaluate.py --hf; `--help` lists them")
     if options.hf and options.seq_length:

@@ -1,17 +1,20 @@
-"""Perplexity of a whole .bin/.idx pair: every token but the very first is predicted exactly once.
+"""Perplexity of a .bin/.idx pair, or of its validation part: every token but the very first is
+predicted exactly once.
 
     perplexity = exp(nll / tokens),   nll = - sum log p(token | up to T tokens before it)
 
 Windows of T tokens begin every `stride` tokens; each scores what no earlier one did, so with a
 stride under T every later token has at least T - stride tokens of context. Documents follow each
-other as in training. Per byte and per word the same nll is divided by those of the text.
+other as in training. Per byte and per word the same nll is divided by those of the text. The pair
+is read as it is needed: memory holds some windows, whatever its size.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,68 @@ from megatron_smlp.data.indexed import Index, open_index, strip_suffix
 from megatron_smlp.data.tokenizers import Tokenizer
 from megatron_smlp.data.verification import verify_for_training
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.scoring import Row, Scorer
+from megatron_smlp.evaluation.scoring import Row, RowScore, Scorer
+
+CHUNK = 256
+"""Windows that are scored in one call."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring sequences of a pair."""
+
+    index: Index
+    first: int
+    last: int
+
+    def tokens(self) -> Any:
+        """<dtype>[tokens], on disk until it is read."""
+        if self.first == self.last:
+            return self.index.tokens()[:0]
+        begin = int(self.index.pointers[self.first]) // self.index.dtype.itemsize
+        end = int(self.index.pointers[self.last - 1]) // self.index.dtype.itemsize
+        return self.index.tokens()[begin : end + int(self.index.lengths[self.last - 1])]
+
+    def documents(self) -> Iterator[list[int]]:
+        """The ids of each document, as far as it belongs to the part."""
+        for bounds in itertools.pairwise(self.index.documents.tolist()):
+            begin, end = (min(max(bound, self.first), self.last) for bound in bounds)
+            if begin < end:
+                yield Part(self.index, begin, end).tokens().tolist()
+
+
+def validation_part(index: Index, split: str | None) -> Part:
+    """What a run with that --split validates on; without one, everything.
+
+    Raises:
+        UsageError: Megatron cannot read it, or it leaves nothing.
+    """
+    if split is None:
+        return Part(index, 0, index.num_sequences)
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    wrong = UsageError(
+        f"--split {split}: give the run's shares of training, validation and test, "
+        "for example 969,30,1"
+    )
+    try:
+        with np.errstate(invalid="ignore"):
+            shares = parse_and_normalize_split(split)
+    except (AssertionError, ValueError) as error:
+        raise wrong from error
+    if any(map(math.isnan, shares)):  # they are all zero, or there is none
+        raise wrong
+    share = convert_split_vector_to_split_matrix(shares)[1]
+    first, last = (round(bound * index.num_sequences) for bound in share or (0, 0))
+    if first == last:
+        raise UsageError(
+            f"--split {split} leaves no document of {index.prefix} for validation: leave it out "
+            "to read the whole pair"
+        )
+    return Part(index, first, last)
 
 
 @dataclass(frozen=True)
@@ -31,28 +95,54 @@ class Window:
     first: int
 
 
-def windows(tokens: Sequence[int], *, longest: int, stride: int) -> list[Window]:
+def windows(tokens: Sequence[int], *, longest: int, stride: int) -> Iterator[Window]:
     """Cut a text of at least two tokens; see the top of the file."""
-    made, done = [], 0
+    done = 0
     for begin in range(0, len(tokens) - 1, stride):
         end = min(begin + longest, len(tokens) - 1)
         if end > done:
             row = Row(tuple(int(token) for token in tokens[begin : end + 1]), end - done)
-            made.append(Window(row, done - begin))
+            yield Window(row, done - begin)
         done = end
         if end == len(tokens) - 1:
             break
-    return made
+
+
+@dataclass
+class Sum:
+    """Of -log p, over tokens."""
+
+    tokens: int = 0
+    parts: list[float] = field(default_factory=list)
+
+    def add(self, logprobs: Sequence[float]) -> None:
+        self.tokens += len(logprobs)
+        self.parts.append(-math.fsum(logprobs))
+
+    @property
+    def nll(self) -> float:
+        return math.fsum(self.parts)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll / self.tokens)
 
 
 def measure(
-    scorer: Scorer, tokenizer: Tokenizer, prefix: str, *, stride: int | None, suffix_from: int
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    prefix: str,
+    *,
+    stride: int | None,
+    suffix_from: int,
+    split: str | None = None,
 ) -> dict[str, Any]:
     """Score a pair. Collective.
 
     Args:
         stride: tokens between the beginnings of windows; None: T, no overlap.
         suffix_from: P of partial prediction, to report the positions behind it too; 0: do not.
+        split: the --split of a run, to read only what it validates on.
 
     Raises:
         UsageError: no such pair, one of another vocabulary, or too little text.
@@ -63,44 +153,48 @@ def measure(
             f"--stride {stride} is over the model's {scorer.longest} tokens: the tokens between "
             "windows would be left out; give at most that"
         )
+    part = _open(prefix, tokenizer, split)
+    tokens = part.tokens()
+    if len(tokens) < 2:
+        raise UsageError(f"--data-path {prefix} has {len(tokens)} tokens: there is none to predict")
+    whole, behind = Sum(), Sum()
+    for window, score in _scored(scorer, windows(tokens, longest=scorer.longest, stride=stride)):
+        whole.add(score.logprobs)
+        if suffix_from:
+            behind.add(score.logprobs[max(0, suffix_from - window.first) :])
+    result: dict[str, Any] = {"tokens": whole.tokens, "nll": whole.nll, "stride": stride}
+    result["perplexity"] = whole.perplexity
+    result |= _of_text(part, tokenizer, whole.nll)
+    if behind.tokens:
+        result["suffix_tokens"] = behind.tokens
+        result["suffix_perplexity"] = behind.perplexity
+    return result
+
+
+def _open(prefix: str, tokenizer: Tokenizer, split: str | None) -> Part:
     prefix = strip_suffix(prefix)
     try:
         verify_for_training(prefix, tokenizer.identity, vocab_size=tokenizer.vocab_size)
         index = open_index(prefix)
     except (ValueError, OSError) as error:
         raise UsageError(f"--data-path {prefix}: {' '.join(str(error).split())}") from error
-    documents = [index.document(number) for number in range(index.num_documents)]
-    tokens = np.concatenate(documents) if documents else np.empty(0, dtype=index.dtype)
-    if len(tokens) < 2:
-        raise UsageError(f"--data-path {prefix} has {len(tokens)} tokens: there is none to predict")
-    cut = windows(tokens.tolist(), longest=scorer.longest, stride=stride)
-    scores = scorer.score([window.row for window in cut])
-    nll = -math.fsum(value for score in scores for value in score.logprobs)
-    result: dict[str, Any] = {"tokens": len(tokens) - 1, "nll": nll, "stride": stride}
-    result["perplexity"] = math.exp(nll / result["tokens"])
-    result |= _of_text(index, tokenizer, nll)
-    if suffix_from:
-        behind = [
-            value
-            for window, score in zip(cut, scores, strict=True)
-            for place, value in enumerate(score.logprobs, start=window.first)
-            if place >= suffix_from
-        ]
-        if behind:
-            result["suffix_tokens"] = len(behind)
-            result["suffix_perplexity"] = math.exp(-math.fsum(behind) / len(behind))
-    return result
+    return validation_part(index, split)
 
 
-def _of_text(index: Index, tokenizer: Tokenizer, nll: float) -> dict[str, Any]:
+def _scored(scorer: Scorer, cut: Iterator[Window]) -> Iterator[tuple[Window, RowScore]]:
+    for some in itertools.batched(cut, CHUNK):
+        yield from zip(some, scorer.score([window.row for window in some]), strict=True)
+
+
+def _of_text(part: Part, tokenizer: Tokenizer, nll: float) -> dict[str, Any]:
     """Per byte and per word of the predicted text; nothing where ids stand for no text."""
     if tokenizer.identity is None:
         return {}
     encoder = tokenizer.build()
     num_bytes = num_words = 0
-    for number in range(index.num_documents):
-        ids = index.document(number).tolist()[1 if number == 0 else 0 :]  # the first is not scored
-        text = encoder.decode([token for token in ids if token != tokenizer.eod])
+    for number, ids in enumerate(part.documents()):
+        predicted = ids[1:] if number == 0 else ids
+        text = encoder.decode([token for token in predicted if token != tokenizer.eod])
         num_bytes += len(text.encode())
         num_words += len(text.split())
     if not num_words:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
-from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.tokenizers import Tokenizer, TokenizerSpec
+from megatron_smlp.data.tokenizers import TokenizerSpec
 from megatron_smlp.errors import UsageError
 
 TAKE_A_SIZE = ("NullTokenizer", "ByteLevelTokenizer", "TikTokenizer")
@@ -38,32 +36,6 @@ def tokenizer_record(checkpoint: TorchDistCheckpoint) -> TokenizerSpec:
             "and its other flags"
         )
     return TokenizerSpec.from_arguments(checkpoint.args)
-
-
-def resolve_for(spec: TokenizerSpec, flags: dict[str, Any], checkpoint: str | Path) -> Tokenizer:
-    """Read a tokenizer's files, and check that the model was trained with as many entries.
-
-    Raises:
-        UsageError: the files are missing, or hold another vocabulary.
-    """
-    try:
-        tokenizer = bare(spec).resolve()
-    except DataError as error:
-        raise UsageError(
-            f"{error}. That is the tokenizer of --checkpoint {checkpoint}; where it has moved, "
-            "give --tokenizer-type and --tokenizer-model (or its other flags)"
-        ) from error
-    if tokenizer.vocab_size != flags["vocab_size"]:
-        raise UsageError(
-            f"the tokenizer has {tokenizer.vocab_size} entries and --checkpoint {checkpoint} was "
-            f"trained with {flags['vocab_size']}: give the tokenizer of that run"
-        )
-    return tokenizer
-
-
-def bare(spec: TokenizerSpec) -> TokenizerSpec:
-    """Options are scored as they are, without the tokens that a tokenizer puts around a text."""
-    return dataclasses.replace(spec, tokenizer_hf_no_include_special_tokens=True)
 
 
 def tokenizer_flags(spec: TokenizerSpec) -> list[str]:

@@ -100,17 +100,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from megatron_smlp.generation.completion import Sampling
     from megatron_smlp.generation.language_model import load
+    from megatron_smlp.platform.quiet import quiet_libraries
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "num_beams", "num_samples")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
-    lm = load(options)
-    torch.manual_seed(options.seed)
-    if options.prompts_file:
-        _run_file(lm, prompts, sampling, batch_size=options.batch_size)
-    elif options.prompt is not None:
-        _run_one(lm, options.prompt, sampling, where="--prompt")
-    else:
-        _converse(lm, sampling)
+    with quiet_libraries():
+        lm = load(options)
+        torch.manual_seed(options.seed)
+        if options.prompts_file:
+            _run_file(lm, prompts, sampling, batch_size=options.batch_size)
+        elif options.prompt is not None:
+            _run_one(lm, options.prompt, sampling, where="--prompt")
+        else:
+            _converse(lm, sampling)
 
 
 def _check(options: argparse.Namespace) -> None:

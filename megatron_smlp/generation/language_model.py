@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.tokenizers import Encoder, TokenizerSpec
+from megatron_smlp.data.tokenizers import Encoder, Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
+from megatron_smlp.model_tokenizer import resolve_for
 
 if TYPE_CHECKING:
     import torch
@@ -63,19 +62,29 @@ def load(options: argparse.Namespace) -> LanguageModel:
     Raises:
         UsageError: a folder that is neither, or a tokenizer that is missing or not the model's.
     """
-    _silence_transformers()
     model, spec, source = _exported(options) if options.hf else _trained(options)
-    tokenizer = _resolve(_asked_for(options, spec, source), source)
     config = model.config
-    entries = getattr(config, "unpadded_vocab_size", None) or config.vocab_size
-    if tokenizer.vocab_size > entries:
-        raise UsageError(
-            f"{source} was trained with {entries} vocabulary entries and the tokenizer has "
-            f"{tokenizer.vocab_size}: they do not belong together"
-        )
+    unpadded = getattr(config, "unpadded_vocab_size", None)
+    tokenizer = resolve_for(
+        _asked_for(options, spec, source),
+        source=source,
+        entries=unpadded or config.vocab_size,
+        may_be_smaller=True,
+    )
     folder = Path(options.hf or options.checkpoint)
     name = options.model_name if getattr(options, "model_name", None) else folder.resolve().name
-    return LanguageModel(_placed(model, options), tokenizer.build(), tokenizer.eod, name)
+    model = _placed(model, device=options.device, dtype=options.dtype)
+    return LanguageModel(model, tokenizer.build(), tokenizer.eod, name)
+
+
+def of_checkpoint(
+    checkpoint: str, tokenizer: Tokenizer, *, dtype: str = "auto", device: str | None = None
+) -> LanguageModel:
+    """The newest checkpoint of a run, with a tokenizer that is known to be its own."""
+    from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
+
+    model = _placed(model_of(TorchDistCheckpoint(checkpoint)), device=device, dtype=dtype)
+    return LanguageModel(model, tokenizer.build(), tokenizer.eod, Path(checkpoint).resolve().name)
 
 
 def _trained(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, str]:
@@ -93,7 +102,7 @@ def model_of(checkpoint: Any) -> Any:
     checkpoint: a `TorchDistCheckpoint`.
     """
     from megatron_smlp.conversion import huggingface
-    from megatron_smlp.conversion.tensors import Converted, tensors_of
+    from megatron_smlp.conversion.tensors import Converted, main_dtype, tensors_of
 
     config = huggingface.config_of(checkpoint.flags)
     model = huggingface.build(config)
@@ -104,7 +113,7 @@ def model_of(checkpoint: Any) -> Any:
     model.load_state_dict(dict(tensors_of(converted)), assign=True, strict=False)
     model.tie_weights()
     model.generation_config = huggingface.generation_config(config)
-    return model.to(huggingface.main_dtype(converted.specs)).eval()
+    return model.to(main_dtype(converted.specs)).eval()
 
 
 def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, str]:
@@ -145,28 +154,17 @@ def _asked_for(
     return spec
 
 
-def _resolve(spec: TokenizerSpec, source: str) -> Any:
-    # A prompt goes on: no token that closes a text may follow it.
-    bare = dataclasses.replace(spec, tokenizer_hf_no_include_special_tokens=True)
-    try:
-        return bare.resolve()
-    except DataError as error:
-        raise UsageError(
-            f"{error}; where the tokenizer of {source} has moved, give --tokenizer-model"
-        ) from error
-
-
-def _placed(model: Any, options: argparse.Namespace) -> Any:
+def _placed(model: Any, *, device: str | None, dtype: str) -> Any:
     import torch
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
             f"--device {device} cannot be used: {str(error).splitlines()[0]}"
         ) from error
-    return model if options.dtype == "auto" else model.to(_dtype(options.dtype))
+    return model if dtype == "auto" else model.to(_dtype(dtype))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -174,15 +172,3 @@ def _dtype(name: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _silence_transformers() -> None:
-    import logging
-    import warnings
-
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    disable_progress_bar()
-    set_verbosity_error()
-    warnings.simplefilter("ignore")  # what is missing on a machine without CUDA is no news
-    logging.getLogger("megatron").setLevel(logging.ERROR)

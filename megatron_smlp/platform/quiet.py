@@ -1,13 +1,44 @@
-"""Tools say what they have to say; what libraries say while they are imported is not that."""
+"""Libraries that talk too much for a tool whose output is read."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import warnings
+from collections.abc import Iterator
+
+LIBRARIES = (
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "lm_eval",
+    "megatron",
+    "torch.utils.cpp_extension",
+    "transformers",
+)
 
 
 def silence_libraries() -> None:
     """What they say of a machine without CUDA, Apex or Transformer Engine is no news here."""
     warnings.simplefilter("ignore")
-    for name in ("torch.utils.cpp_extension", "megatron"):
+    for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """The same for a while, without their progress bars."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    before = {name: logging.getLogger(name).level for name in LIBRARIES}
+    try:
+        with warnings.catch_warnings():
+            silence_libraries()
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

@@ -6,9 +6,13 @@ import argparse
 import contextlib
 import socket
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.generation.cli import Parser, add_model_arguments, check_model_arguments
+
+if TYPE_CHECKING:
+    from megatron_smlp.generation.language_model import LanguageModel
 
 SHUTDOWN_SECONDS = 3
 """How long requests may go on after Ctrl-C."""
@@ -45,16 +49,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError(f"--{name} {getattr(options, flag)}: give 1 or more")
     try:
         import fastapi  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError(
             f"serve.py needs the package {error.name!r}: pip install 'megatron-smlp[serve]'"
         ) from error
     listening = _listen(options.host, options.port)
     from megatron_smlp.generation.language_model import load
+    from megatron_smlp.platform.quiet import quiet_libraries
+
+    with quiet_libraries():
+        _serve(load(options), options, listening)
+
+
+def _serve(lm: LanguageModel, options: argparse.Namespace, listening: socket.socket) -> None:
+    import uvicorn
+
     from megatron_smlp.serving.app import build_app
 
-    lm = load(options)
     app = build_app(lm, max_body_bytes=options.max_body_bytes, max_waiting=options.max_waiting)
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS, lifespan="on"

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_helpers import EXAMPLES, SYSTEMS, TEXT, Run
-
-from megatron_smlp.conversion.convert import Options, torch_dist_to_hf
+from evaluation_helpers import EXAMPLES, SYSTEMS, TEXT, Run, trained
 
 
 @pytest.fixture(scope="package")
@@ -53,19 +51,7 @@ def run(
     request: pytest.FixtureRequest, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Run:
     """A run of a few steps in this process."""
-    from support.in_process import pretrained
-
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    words = (
-        f"{SYSTEMS[request.param]} --tokenizer-type HuggingFaceTokenizer "
-        f"--tokenizer-model {tokenizer} --save {folder / 'run'} --lr 3e-2 --init-method-std 0.2 "
-        "--train-iters 3 --eval-iters 0"
-    )
-    with pretrained(words):
-        pass
-    paths = {"load": folder / "run", "save": folder / "hf"}
-    torch_dist_to_hf(Options(**paths, tokenizer=str(tokenizer), checks=False))
-    return Run(checkpoint=folder / "run", exported=folder / "hf")
+    return trained(SYSTEMS[request.param], tokenizer, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="package")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
+from support.in_process import pretrained
+
+from megatron_smlp.conversion.convert import Options, torch_dist_to_hf
 
 TEXT = "the model mixes every token with what came before it and nothing that comes after, twice"
 LENGTH = 24
@@ -36,16 +41,49 @@ class Run:
     exported: Path
 
 
+def trained(flags: str, tokenizer: Path, folder: Path) -> Run:
+    """A run of a few steps in this process, and its export."""
+    words = (
+        f"{flags} --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer} "
+        f"--save {folder / 'run'} --lr 3e-2 --init-method-std 0.2 --train-iters 3 --eval-iters 0"
+    )
+    with pretrained(words):
+        pass
+    paths = {"load": folder / "run", "save": folder / "hf"}
+    torch_dist_to_hf(Options(**paths, tokenizer=str(tokenizer), checks=False))
+    return Run(checkpoint=folder / "run", exported=folder / "hf")
+
+
 @contextlib.contextmanager
-def loaded(checkpoint: Path, *flags: str) -> Iterator[tuple[Any, list[Any], Any]]:
+def loaded(
+    checkpoint: Path, *flags: str, dtype: str = "auto"
+) -> Iterator[tuple[Any, list[Any], Any]]:
     """What `load_model` returns; Megatron forgets it afterwards."""
     from support.runs import forget_run
 
     from megatron_smlp.evaluation.megatron_loading import load_model
 
     try:
-        yield load_model(str(checkpoint), flags)
+        yield load_model(str(checkpoint), flags, dtype=dtype)
     finally:
         forget_run()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def instances(pairs: list[Any], kind: str = "loglikelihood") -> list[Instance]:
+    return [
+        Instance(request_type=kind, doc={}, arguments=pair, idx=number)
+        for number, pair in enumerate(pairs)
+    ]
+
+
+def scoring_cases() -> list[tuple[str, str]]:
+    """Contexts from none to over T, options of one token and more, the same context twice."""
+    draw = random.Random(3)
+    words = TEXT.split()
+    pairs = [("", " the model"), ("the model", " mixes"), ("the model", " nothing"), ("a ", "b")]
+    for length in (1, 2, 5, 8, 30, 60):
+        context = " ".join(draw.choices(words, k=length))
+        pairs += [(context, " " + " ".join(draw.choices(words, k=k))) for k in (1, 3)]
+    return pairs

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from evaluation_helpers import EXAMPLES, SYSTEMS, loaded
 from support.checkpoints import checkpoint_tensors
-from support.in_process import pretrained
-from support.launches import records
+from support.in_process import MINIMAL, pretrained
+from support.launches import launch, records
 
 from megatron_smlp.errors import UsageError
 
@@ -56,14 +56,38 @@ def test_the_training_does_not_notice(
     _check_tensorboard(tmp_path / "scored" / "events", scored)
 
 
+def test_two_processes_score_what_one_does(tasks: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """In both layouts the training does not notice, and the scores are the checkpoint's."""
+    base = f"{MINIMAL} --micro-batch-size 1 --train-iters 3"
+    scores = f"--eval-tasks copa,piqa --eval-tasks-interval 2 --eval-tasks-data-dir {tasks}"
+    layouts = {
+        "tp2": "--tensor-model-parallel-size 2",
+        "dp2": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    }
+    runs = {}
+    for name, flags in layouts.items():
+        for kind, more in {"plain": "", "scored": scores}.items():
+            words = training("partial", tokenizer, tmp_path / f"{kind}-{name}-run")
+            runs[f"{kind}-{name}"] = f"{base} {words} {flags} {more}"
+    launch(runs, processes=2, folder=tmp_path)
+    for name in layouts:
+        lines = records(tmp_path / f"scored-{name}")
+        scored = [line for line in lines if "tasks" in line]
+        others = [without_time(line) for line in lines if "tasks" not in line]
+        assert others == [without_time(line) for line in records(tmp_path / f"plain-{name}")]
+        assert [line["iteration"] for line in scored] == [2, 3]
+        assert scored[-1]["tasks"] == _afterwards(tmp_path / f"scored-{name}-run", tasks)
+
+
 def _afterwards(checkpoint: Path, tasks: Path) -> dict[str, Any]:
     from megatron_smlp.evaluation.adapter import ScorerModel
-    from megatron_smlp.evaluation.harness import quiet, run_tasks
+    from megatron_smlp.evaluation.harness import run_tasks
     from megatron_smlp.evaluation.megatron_model import MegatronScorer
     from megatron_smlp.evaluation.results import as_record
     from megatron_smlp.evaluation.selection import select_tasks
+    from megatron_smlp.platform.quiet import quiet_libraries
 
-    with quiet(), loaded(checkpoint) as (args, stages, tokenizer):
+    with quiet_libraries(), loaded(checkpoint) as (args, stages, tokenizer):
         scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=2)
         selection = select_tasks(["copa", "piqa"], data_dir=str(tasks))
         model = ScorerModel(scorer, tokenizer, speaks=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from evaluation_helpers import LENGTH, TEXT, Run, loaded
 from transformers import AutoModelForCausalLM
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation import perplexity
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.perplexity import measure, windows
 
@@ -18,7 +20,7 @@ from megatron_smlp.evaluation.perplexity import measure, windows
 @pytest.mark.parametrize("count", [2, 5, 8, 9, 10, 31])
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_every_token_but_the_first_is_predicted_once(count: int, stride: int) -> None:
-    cut = windows(range(count), longest=8, stride=stride)
+    cut = list(windows(range(count), longest=8, stride=stride))
     predicted = [token for window in cut for token in window.row.tokens[-window.row.scored :]]
     assert predicted == list(range(1, count))
     for window in cut:
@@ -26,12 +28,18 @@ def test_every_token_but_the_first_is_predicted_once(count: int, stride: int) ->
         assert window.row.tokens[window.first + 1] == window.row.tokens[-window.row.scored]
 
 
-def test_perplexity_is_that_of_the_exported_model(run: Run, data: Path) -> None:
+def test_perplexity_is_that_of_the_exported_model(
+    run: Run, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron_smlp.data.indexed import open_index
 
+    monkeypatch.setattr(perplexity, "CHUNK", 2)  # the text has more windows
     with loaded(run.checkpoint) as (args, stages, tokenizer):
         scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=8)
         result = measure(scorer, tokenizer, str(data), stride=None, suffix_from=4)
+        validation = measure(
+            scorer, tokenizer, str(data), stride=None, suffix_from=0, split="1,1,1"
+        )
         strided = measure(scorer, tokenizer, str(data), stride=5, suffix_from=0)
         with pytest.raises(UsageError, match="--stride 99 is over the model's 24 tokens"):
             measure(scorer, tokenizer, str(data), stride=99, suffix_from=0)
@@ -51,6 +59,41 @@ def test_perplexity_is_that_of_the_exported_model(run: Run, data: Path) -> None:
     assert result["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     expected = math.exp(sum(behind) / len(behind))
     assert result["suffix_perplexity"] == pytest.approx(expected, rel=1e-5)
+    encoder = tokenizer.build()
+    first = encoder.decode([int(tokens[0])])
     texts = [f"{TEXT} {number}" for number in range(3)]
-    assert result["words"] == pytest.approx(sum(len(text.split()) for text in texts), abs=1)
-    assert result["byte_perplexity"] < result["perplexity"]
+    texts[0] = texts[0].removeprefix(first)  # nothing predicts the very first token
+    num_bytes, num_words = sum(map(len, texts)), sum(len(text.split()) for text in texts)
+    assert (result["bytes"], result["words"]) == (num_bytes, num_words)
+    assert result["byte_perplexity"] == pytest.approx(math.exp(sum(losses) / num_bytes), rel=1e-5)
+    assert result["word_perplexity"] == pytest.approx(math.exp(sum(losses) / num_words), rel=1e-5)
+    middle = open_index(str(data)).document(1).astype("int64")
+    assert validation["tokens"] == len(middle) - 1
+    expected = _loss(model, torch.from_numpy(middle))
+    assert validation["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def _loss(model: Any, tokens: torch.Tensor) -> float:
+    """The mean over a text, in windows of LENGTH."""
+    losses = []
+    for begin in range(0, len(tokens) - 1, LENGTH):
+        part = tokens[None, begin : begin + LENGTH + 1]
+        with torch.no_grad():
+            logits = model(part[:, :-1]).logits[0]
+        losses += torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="none").tolist()
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ("100,0,0", "--split 100,0,0 leaves no document"),
+        ("x", "--split x: give the run's shares"),
+        ("0,0,0", "--split 0,0,0: give the run's shares"),
+    ],
+)
+def test_wrong_splits_are_refused(data: Path, split: str, said: str) -> None:
+    from megatron_smlp.data.indexed import open_index
+
+    with pytest.raises(UsageError, match=said):
+        perplexity.validation_part(open_index(str(data)), split)

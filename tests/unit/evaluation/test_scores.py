@@ -9,17 +9,38 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_helpers import LENGTH, TEXT, Run, loaded
-from lm_eval.api.instance import Instance
+from evaluation_helpers import (
+    LENGTH,
+    SIZES,
+    TEXT,
+    Run,
+    instances,
+    loaded,
+    scoring_cases,
+    trained,
+)
 from lm_eval.models.huggingface import HFLM
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.adapter import ScorerModel
+from megatron_smlp.evaluation.harness import run_tasks
 from megatron_smlp.evaluation.huggingface_model import ExportedModel
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.scoring import Row
+from megatron_smlp.evaluation.selection import select_tasks
+from megatron_smlp.generation.language_model import of_checkpoint
+from megatron_smlp.platform.quiet import quiet_libraries
 
 SMALL = 1e-4
+SMLP = "--architecture smlp --num-dense-layers 1 --num-experts 4"
+OTHERS = (
+    "--architecture transformer --num-attention-heads 4",
+    "--architecture transformer --num-attention-heads 4 --num-experts 4 --token-router switch",
+    "--architecture gmlp --spatial-heads 2 --num-experts 4 --token-router hash",
+    "--architecture amlp --tiny-attention-width 8",
+    f"{SMLP} --feature-router deterministic --num-feature-experts 2 --token-router base",
+)
+"""Beside those of the fixture `run`."""
 
 
 @pytest.fixture(scope="module")
@@ -38,27 +59,9 @@ def stock(run: Run) -> HFLM:
     return HFLM(pretrained=str(run.exported), trust_remote_code=True, batch_size=4, device="cpu")
 
 
-def instances(pairs: list[tuple[str, str]], kind: str = "loglikelihood") -> list[Instance]:
-    return [
-        Instance(request_type=kind, doc={}, arguments=pair, idx=number)
-        for number, pair in enumerate(pairs)
-    ]
-
-
-def cases() -> list[tuple[str, str]]:
-    """Contexts from none to over T, options of one token and more, the same context twice."""
-    draw = random.Random(3)
-    words = TEXT.split()
-    pairs = [("", " the model"), ("the model", " mixes"), ("the model", " nothing"), ("a ", "b")]
-    for length in (1, 2, 5, 8, 30, 60):
-        context = " ".join(draw.choices(words, k=length))
-        pairs += [(context, " " + " ".join(draw.choices(words, k=k))) for k in (1, 3)]
-    return pairs
-
-
 def test_scores_are_those_of_the_exported_model(ours: ScorerModel, stock: HFLM) -> None:
     """Within 1e-4 of stock lm-eval; a context that is too long is cut from the left by both."""
-    pairs = cases()
+    pairs = scoring_cases()
     assert max(len(ours.tok_encode(context)) for context, _ in pairs) > 2 * LENGTH
     mine = ours.loglikelihood(instances(pairs))
     theirs = stock.loglikelihood(instances(pairs))
@@ -66,6 +69,45 @@ def test_scores_are_those_of_the_exported_model(ours: ScorerModel, stock: HFLM) 
         assert score == pytest.approx(expected, abs=SMALL), pair
         assert is_greedy == greedy, pair
     assert len({round(score, 3) for score, _ in mine}) > 10
+
+
+@pytest.mark.parametrize("flags", OTHERS)
+def test_every_other_system_scores_as_its_export(
+    flags: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    run = trained(f"{SIZES} {flags}", tokenizer, tmp_path)
+    pairs = scoring_cases()
+    with loaded(run.checkpoint) as (args, stages, its_tokenizer):
+        scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=8)
+        mine = ScorerModel(scorer, its_tokenizer, speaks=False).loglikelihood(instances(pairs))
+    stock = HFLM(pretrained=str(run.exported), trust_remote_code=True, device="cpu")
+    for (score, _), (expected, _) in zip(mine, stock.loglikelihood(instances(pairs)), strict=True):
+        assert score == pytest.approx(expected, abs=SMALL)
+
+
+REAL = Path(__file__).parents[4] / "shared" / "data" / "tasks"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real task files are not here")
+def test_real_files_are_scored_as_by_the_exported_model(tokenizer: Path, tmp_path: Path) -> None:
+    """The first examples of each task, through the whole harness, by both models."""
+    flags = f"{OTHERS[-1]} --seq-length 1024 --max-position-embeddings 1024 --num-layers 2"
+    run = trained(flags, tokenizer, tmp_path)
+    names = ["copa", "piqa", "winogrande", "hellaswag", "record"]
+    with quiet_libraries():
+        stock = HFLM(pretrained=str(run.exported), trust_remote_code=True, device="cpu")
+        with loaded(run.checkpoint) as (args, stages, its_tokenizer):
+            scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=8)
+            ours = ScorerModel(scorer, its_tokenizer, speaks=False)
+            mine, theirs = (
+                run_tasks(model, select_tasks(names, data_dir=str(REAL)), limit=2)
+                for model in (ours, stock)
+            )
+    assert [result.task for result in mine] == names
+    for ours_of, theirs_of in zip(mine, theirs, strict=True):
+        assert ours_of.as_json() == theirs_of.as_json()
+        for left, right in zip(ours_of.samples, theirs_of.samples, strict=True):
+            assert left["loglikelihoods"] == pytest.approx(right["loglikelihoods"], abs=SMALL)
 
 
 def test_texts_are_scored_as_by_the_exported_model(ours: ScorerModel, stock: HFLM) -> None:
@@ -88,6 +130,29 @@ def test_what_the_model_would_say_is_greedy(ours: ScorerModel, run: Run) -> None
     scores = ours.scorer.score([Row(tuple(tokens), 3), Row(tuple(other), 3)])
     assert all(scores[0].greedy)
     assert scores[1].greedy == (True, True, False)
+
+
+def test_texts_are_generated_as_by_the_exported_model(
+    scorer: tuple[MegatronScorer, Any], run: Run, stock: HFLM
+) -> None:
+    """Greedy text up to a stop text, from contexts of no tokens to more than T."""
+    ours = ScorerModel(
+        *scorer, speaks=False, generator=lambda: of_checkpoint(str(run.checkpoint), scorer[1])
+    )
+    free = (TEXT, {"until": [], "max_gen_toks": 9})
+    [said] = stock.generate_until(instances([free], "generate_until"))
+    stop = said[3:5]
+    pairs = [
+        (context, {"until": until, "max_gen_toks": 9, "do_sample": False})
+        for context in (TEXT, f"{TEXT} {TEXT}", "a")
+        for until in ([], [stop], ["absent"])
+    ]
+    mine = ours.generate_until(instances(pairs, "generate_until"))
+    assert mine == stock.generate_until(instances(pairs, "generate_until"))
+    assert mine[0] == said
+    assert stop not in mine[1]
+    with pytest.raises(UsageError, match=f"256 new tokens .* end at {LENGTH}"):
+        ours.generate_until(instances([("a", {})], "generate_until"))
 
 
 def rows() -> list[Row]:

@@ -135,6 +135,17 @@ def test_unknown_task_is_named_with_the_nearest(folder: Path, names: str, said: 
         select_tasks(split_names(names), data_dir=str(folder))
 
 
+def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --data-dir the harness asks the hub."""
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError) as caught:
+        select_tasks(["copa"], data_dir=None)
+    assert "--tasks copa: their data cannot be had from the hub" in str(caught.value)
+    assert "give --data-dir with local files" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_file_says_which_and_from_where(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has no copa\*\.jsonl .*superglue/data/v2/COPA\.zip"):
         select_tasks(["copa"], data_dir=str(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -42,9 +43,9 @@ def lm(folder: Path) -> LanguageModel:
     return load(build_parser().parse_args(["--hf", str(folder)]))
 
 
-@pytest.fixture(scope="module")
-def url(lm: LanguageModel) -> Iterator[str]:
-    app = build_app(lm, max_body_bytes=20_000, max_waiting=200)
+@contextlib.contextmanager
+def running(app: Any) -> Iterator[str]:
+    """The address of a server of the application, in a thread."""
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -56,6 +57,12 @@ def url(lm: LanguageModel) -> Iterator[str]:
         server.should_exit = True
         thread.join(timeout=20)
         assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def url(lm: LanguageModel) -> Iterator[str]:
+    with running(build_app(lm, max_body_bytes=20_000, max_waiting=200)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +243,35 @@ def test_more_than_may_wait_are_turned_away(lm: LanguageModel) -> None:
         answer = client.post("/v1/completions", json={"prompt": "a"})
         assert answer.status_code == 429
         assert "waiting already" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_goes_away_frees_its_place(lm: LanguageModel, streams: bool) -> None:
+    """Of one place: it is taken, then free, long before the answers would have been ready."""
+    num_answers, num_tokens, calls = 100, LONGEST - 1, 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    asked = {"prompt": ["a"] * num_answers, "max_tokens": num_tokens, "stream": streams}
+    short = {"prompt": "a", "max_tokens": 1, "temperature": 0}
+    hook = lm.model.register_forward_pre_hook(count)
+    with running(build_app(lm, max_body_bytes=20_000, max_waiting=1)) as address:
+        where = f"{address}/completions"
+        with (
+            contextlib.suppress(httpx.ReadTimeout),
+            httpx.stream("POST", where, json=asked, timeout=0.3) as answer,
+        ):
+            lines = answer.iter_lines()
+            next(lines)
+            assert httpx.post(where, json=short).status_code == 429
+        deadline = time.monotonic() + 20
+        while httpx.post(where, json=short).status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    hook.remove()
+    assert 0 < calls < num_answers * num_tokens / 2
 
 
 @pytest.mark.parametrize(

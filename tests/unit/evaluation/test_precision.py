@@ -1,0 +1,49 @@
+"""What a model computes in: a bf16 run, its adapter, and its export under stock lm-eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_helpers import SYSTEMS, Run, instances, loaded, scoring_cases, trained
+from lm_eval.models.huggingface import HFLM
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.adapter import ScorerModel
+from megatron_smlp.evaluation.megatron_model import MegatronScorer
+
+TOLERANCE = {"auto": 0.05, "float32": 1e-4}
+"""Of a log-likelihood per token: in bf16 stock lm-eval rounds each of them to 8 bits."""
+
+
+@pytest.fixture(scope="module")
+def half(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder: Path = tmp_path_factory.mktemp("bf16")
+    return trained(f"{SYSTEMS['partial']} --bf16", tokenizer, folder)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_bf16_run_is_scored_in_one_precision_by_both(half: Run, dtype: str) -> None:
+    """Without a word in bf16, as stock lm-eval without one; asked for float32, within 1e-4."""
+    pairs = scoring_cases()
+    with loaded(half.checkpoint, dtype=dtype) as (args, stages, tokenizer):
+        wanted = torch.bfloat16 if dtype == "auto" else torch.float32
+        assert {parameter.dtype for parameter in stages[0].parameters()} == {wanted}
+        scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=8)
+        ours = ScorerModel(scorer, tokenizer, speaks=False)
+        mine = ours.loglikelihood(instances(pairs))
+        lengths = [len(ours.tok_encode(option)) for _, option in pairs]
+    asked = {} if dtype == "auto" else {"dtype": dtype}
+    stock = HFLM(pretrained=str(half.exported), trust_remote_code=True, device="cpu", **asked)
+    theirs = stock.loglikelihood(instances(pairs))
+    for (score, _), (expected, _), count in zip(mine, theirs, lengths, strict=True):
+        assert score == pytest.approx(expected, abs=count * TOLERANCE[dtype])
+
+
+def test_flags_that_contradict_are_refused(half: Run) -> None:
+    with (
+        pytest.raises(UsageError, match="--bf16 contradicts --dtype float32"),
+        loaded(half.checkpoint, "--bf16", dtype="float32"),
+    ):
+        pass
