@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.generation.cli import check_model_arguments
+from megatron_smlp.generation.cli import Parser, check_model_arguments
 
 EPILOG = """\
 Other flags are Megatron's and go with --checkpoint: the layout to evaluate in, for example
@@ -15,7 +15,7 @@ Other flags are Megatron's and go with --checkpoint: the layout to evaluate in, 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="evaluate.py",
         description="Zero-shot tasks, or perplexity, of a checkpoint or an exported model.",
         epilog=EPILOG,

@@ -1054,7 +1054,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
 
         Returns:
             loss (with labels; in training with the routers' losses), aux_loss (the routers' losses,
-            training only), logits <float>[B, T, V], cache, hidden_states.
+            training only), logits <fp32>[B, T, V], cache, hidden_states.
 
         Raises:
             ValueError: a sequence longer than T (without toeplitz), a cache of another kind, no
@@ -1065,6 +1065,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, rows])
+        # As Megatron's: what is made of them, log-probabilities at first, must not round to 8 bits.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         aux_loss = outputs.aux_loss
         loss = None
         if labels is not None:

@@ -14,7 +14,7 @@ from megatron_smlp.evaluation.adapter import ScorerModel
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 
 TOLERANCE = {"auto": 0.05, "float32": 1e-4}
-"""Of a log-likelihood per token: in bf16 stock lm-eval rounds each of them to 8 bits."""
+"""Of a log-likelihood per token: in bf16 every sum rounds to 8 bits."""
 
 
 @pytest.fixture(scope="module")

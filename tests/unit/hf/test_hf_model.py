@@ -152,8 +152,8 @@ def test_bfloat16_runs_and_stays_close():
         ids = make_ids(2, 20)
         exact = model(ids).logits
         rounded = model.bfloat16()(ids).logits
-        assert rounded.dtype == torch.bfloat16
-        assert (rounded.float() - exact).abs().max() < 0.05
+        assert rounded.dtype == torch.float32  # for what is made of them
+        assert (rounded - exact).abs().max() < 0.05
 
 
 def test_tuples_hidden_states_and_logits_to_keep():
