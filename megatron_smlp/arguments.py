@@ -26,6 +26,7 @@ from megatron_smlp.platform import (
     gradient_scale,
     layout_free_optimizer,
     safe_loading,
+    tensorboard,
     torch_adam,
 )
 from megatron_smlp.routers.flags import settle_feature_router, settle_token_router
@@ -439,6 +440,7 @@ def _validate(args: argparse.Namespace) -> None:
         validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
         forked_saving.after_validation(args)
         set_global_variables(args)
+        tensorboard.tolerate_losses(args.tensorboard_dir)
     except (AssertionError, ValueError, RuntimeError, FileNotFoundError, OSError) as error:
         raise UsageError(f"Megatron refuses these arguments: {_reason(error)}") from error
 

@@ -424,3 +424,11 @@ class TestTrainingLoop:
             "seq_length", "mtp_on_this_rank", "pipeline_model_parallel_size",
             "is_pipeline_first_stage", "is_pipeline_last_stage",
         }  # fmt: skip
+
+
+def test_where_megatron_holds_the_tensorboard_writer(monkeypatch: pytest.MonkeyPatch):
+    from megatron.training import global_vars
+
+    writer = SimpleNamespace()
+    monkeypatch.setattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER", writer)
+    assert global_vars.get_tensorboard_writer() is writer

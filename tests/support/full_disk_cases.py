@@ -74,6 +74,12 @@ def go_on(disk: str, how: str, finished: str) -> None:
     assert_intact(run)
 
 
+def train_with_tensorboard(disk: str) -> None:
+    fill(Path(disk), leave=4)
+    words = f"--tensorboard-dir {disk}/tensorboard --tensorboard-log-interval 1 --train-iters 80"
+    pretrain(f"{words} --log-dir {disk}.log")
+
+
 def write_metrics(disk: str) -> None:
     """Records before, while and after there is no room."""
     metrics = MetricsFile(disk)

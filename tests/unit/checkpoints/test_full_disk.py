@@ -13,7 +13,7 @@ from support.smlp_systems import make_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 HOW = ["", "--async-save"]
-LOGS = ["write_metrics", "write_transcript"]
+LOGS = ["write_metrics", "write_transcript", "train_with_tensorboard"]
 
 
 Outputs = dict[tuple[str, str], tuple[int, str]]

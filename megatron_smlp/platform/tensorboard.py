@@ -1,0 +1,44 @@
+"""A TensorBoard folder without room costs the run its curves, and not its life.
+
+TensorBoard's writer raises what went wrong in its thread at whoever logs next, which is Megatron's
+loop. `megatron.training.global_vars` holds the writer; what it holds afterwards is the same one
+with its errors told once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.training.lost_lines import LostLines
+
+
+class TolerantWriter:
+    """Another writer, whose methods raise no OSError."""
+
+    def __init__(self, writer: Any, folder: str) -> None:
+        self.writer = writer
+        self.lost = LostLines(Path(folder))
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.writer, name)
+        return self._tolerant(value) if callable(value) else value
+
+    def _tolerant(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self.lost.tolerated():
+                return method(*args, **kwargs)
+
+        return wrapped
+
+
+def tolerate_losses(folder: str | None) -> None:
+    """Replace the writer that Megatron has opened for this folder, if it has one."""
+    from megatron.training import global_vars
+
+    writer = global_vars.get_tensorboard_writer()
+    if writer is not None and folder and not isinstance(writer, TolerantWriter):
+        global_vars._GLOBAL_TENSORBOARD_WRITER = TolerantWriter(writer, folder)
