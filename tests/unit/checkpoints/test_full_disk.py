@@ -13,7 +13,7 @@ from support.smlp_systems import make_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 HOW = ["", "--async-save"]
-LOGS = ["write_metrics", "write_transcript", "train_with_tensorboard"]
+LOGS = ["write_metrics", "write_transcript"]
 
 
 Outputs = dict[tuple[str, str], tuple[int, str]]
@@ -36,7 +36,7 @@ def outputs(
 ) -> Outputs:
     """Exit status and output of every case, each on a disk of its own."""
     cases = [(name, how, str(finished_run), 1024) for name in ("stop", "go_on") for how in HOW]
-    cases += [(name, "", None, 64) for name in LOGS]
+    cases += [(name, "", None, 64) for name in (*LOGS, "train_with_tensorboard")]
     cases += [("convert_without_room", *source, 64) for source in sources.items()]
     cases += [("stop_conversions", *source, 8192) for source in sources.items()]
     folder = tmp_path_factory.mktemp("full_disk")
@@ -94,6 +94,14 @@ def test_the_run_goes_on(outputs: Any, how: str) -> None:
 def test_a_log_loses_whole_lines_and_says_so_once(outputs: Any, name: str) -> None:
     said = output(outputs, name)
     assert said.count("LOST") == 1
+
+
+def test_a_run_outlives_its_tensorboard_folder(outputs: Any) -> None:
+    """What the thread of TensorBoard prints when it ends is its own."""
+    code, text = outputs["train_with_tensorboard", ""]
+    assert code == 0, text
+    assert text.count("LOST") == 1
+    assert "iteration 80/80" in text
 
 
 @pytest.mark.parametrize("kind", ["hf", "gpt2", "to hf", "torch_dist"])
