@@ -10,6 +10,8 @@ import bench_gpu
 import bench_scaling
 import pytest
 import torch
+from support.in_process import MINIMAL
+from support.runs import forget_run
 
 from megatron_smlp.accounting import ModelShape, model_cost
 
@@ -39,6 +41,17 @@ def test_the_gpus_record() -> None:
     record = bench_gpu.as_record("gmlp", lines, peak=400.0)
     assert record["case"].startswith("gmlp: 2,000 tokens/s, 200.0 of 400.0 TFLOP/s")
     assert (record["ours_ms"], record["peer_ms"], record["ratio"]) == (500.0, 250.0, 0.5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_figures_of_the_cpu_platform_are_refused() -> None:
+    """Trains for real, as on a GPU."""
+    try:
+        with pytest.raises(SystemExit, match="the CPU platform was applied"):
+            bench_gpu.train(f"{MINIMAL} --architecture gmlp --log-interval 1")
+    finally:
+        forget_run()
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
