@@ -91,7 +91,7 @@ REAL = Path(__file__).parents[4] / "shared" / "data" / "tasks"
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real task files are not here")
 def test_real_files_are_scored_as_by_the_exported_model(tokenizer: Path, tmp_path: Path) -> None:
     """The first examples of each task, through the whole harness, by both models."""
-    flags = f"{OTHERS[-1]} --seq-length 1024 --max-position-embeddings 1024 --num-layers 2"
+    flags = f"{OTHERS[-1]} --seq-length 256 --max-position-embeddings 256"
     run = trained(flags, tokenizer, tmp_path)
     names = ["copa", "piqa", "winogrande", "hellaswag", "record"]
     with quiet_libraries():
