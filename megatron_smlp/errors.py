@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -82,3 +84,29 @@ def readable_errors(program: str) -> Iterator[None]:
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
         _end_workers()
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+class _FileError(UserError):
+    """A file of the user's; any rank may be the only one that sees it."""
+
+    every_rank = False
+
+
+def run_tool(main: Callable[[], int | None]) -> NoReturn:
+    """Run a tool's `main` and exit with what it returns; None is 0.
+
+    Errors of the user's, files that cannot be read or written, and Ctrl-C end it as
+    `readable_errors` says. A broken pipe (`tool | head`) is no error.
+    """
+    with readable_errors(Path(sys.argv[0]).name):
+        try:
+            code = main()
+        except BrokenPipeError:
+            # The interpreter flushes stdout once more at exit, which would raise again.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+            code = 0
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise _FileError(f"{error.filename}: {error.strerror}") from None
+    sys.exit(code or 0)

@@ -11,8 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_smlp.conversion.cli import main
-from megatron_smlp.errors import readable_errors
+from megatron_smlp.errors import run_tool
 
 if __name__ == "__main__":
-    with readable_errors("convert_checkpoint.py"):
-        main()
+    run_tool(main)

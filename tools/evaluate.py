@@ -13,9 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_smlp.errors import readable_errors
+from megatron_smlp.errors import run_tool
 from megatron_smlp.evaluation.cli import main
 
 if __name__ == "__main__":
-    with readable_errors("evaluate.py"):
-        main(sys.argv[1:])
+    run_tool(lambda: main(sys.argv[1:]))

@@ -11,9 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_smlp.errors import readable_errors
+from megatron_smlp.errors import run_tool
 from megatron_smlp.generation.cli import main
 
 if __name__ == "__main__":
-    with readable_errors("generate.py"):
-        main()
+    run_tool(main)

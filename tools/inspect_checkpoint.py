@@ -12,8 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_smlp.checkpoints.inspect_cli import main
-from megatron_smlp.errors import readable_errors
+from megatron_smlp.errors import run_tool
 
 if __name__ == "__main__":
-    with readable_errors("inspect_checkpoint.py"):
-        sys.exit(main())
+    run_tool(main)

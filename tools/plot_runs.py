@@ -10,10 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_smlp.data.errors import run_tool
-from megatron_smlp.errors import readable_errors
+from megatron_smlp.errors import run_tool
 from megatron_smlp.plotting.cli import main
 
 if __name__ == "__main__":
-    with readable_errors("plot_runs.py"):
-        run_tool(main)
+    run_tool(main)

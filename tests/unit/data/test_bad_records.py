@@ -227,7 +227,8 @@ def test_the_command_line_says_one_line_and_exits_1(tmp_path: Path) -> None:
     done = _tool("--input", source, "--output-prefix", tmp_path / "data", *BYTE_FLAGS)
     assert done.returncode == 1
     assert done.stderr.strip() == (
-        f"error: {source}:2: blank line [blank_line]; nothing was written (--on-error skip goes on)"
+        f"preprocess_data.py: error: {source}:2: blank line [blank_line]; nothing was written "
+        "(--on-error skip goes on)"
     )
 
 
@@ -262,7 +263,7 @@ def test_a_killed_worker_ends_the_run(run: Run, tmp_path: Path, corpus: Path) ->
     program = f"""
 import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}]
-from megatron_smlp.data.errors import run_tool
+from megatron_smlp.errors import run_tool
 from megatron_smlp.data.preprocess_cli import main
 from megatron_smlp.data.tokenizers_other import ByteLevel
 

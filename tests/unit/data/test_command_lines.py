@@ -16,7 +16,6 @@ import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, write_jsonl
 
 from megatron_smlp.data import (
-    errors,
     inspect_cli,
     merge_cli,
     preprocess_cli,
@@ -24,6 +23,7 @@ from megatron_smlp.data import (
 )
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.preprocessing import Summary
+from megatron_smlp.errors import run_tool
 
 TOOLS = (
     "preprocess_data",
@@ -181,7 +181,9 @@ class TestTrainingATokenizer:
         assert (tmp_path / "t" / "tokenizer.json").exists()
 
 
-def test_run_tool(capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_tool(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tools/some.py"])
+
     def fails(error: BaseException) -> Callable[[], None]:
         def main() -> None:
             raise error
@@ -190,17 +192,17 @@ def test_run_tool(capsys: pytest.CaptureFixture[str]) -> None:
 
     missing = FileNotFoundError(2, "No such file or directory", "x.bin")
     cases: list[tuple[BaseException, int, str]] = [
-        (DataError("a\nb"), 1, "error: a b\n"),
-        (missing, 1, "error: x.bin: No such file or directory\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (DataError("a\nb"), 1, "some.py: error: a b\n"),
+        (missing, 1, "some.py: error: x.bin: No such file or directory\n"),
+        (KeyboardInterrupt(), 130, "some.py: interrupted\n"),
     ]
     for error, code, message in cases:
         with pytest.raises(SystemExit) as end:
-            errors.run_tool(fails(error))
+            run_tool(fails(error))
         assert end.value.code == code
         assert capsys.readouterr().err == message
     stdout = sys.stdout
     with pytest.raises(SystemExit) as end:
-        errors.run_tool(fails(BrokenPipeError()))
+        run_tool(fails(BrokenPipeError()))
     sys.stdout = stdout
     assert end.value.code == 0
