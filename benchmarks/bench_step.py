@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hosted import run, steps_in_turns
-from timing import Record
+from timing import Record, paired
 
 TOKENS_PER_STEP = 2048
 VOCABULARY, WIDTH = 4096, 384
@@ -102,7 +102,7 @@ def measure(case: str, repeats: int) -> Record:
         lambda _: peer_step(PEERS[system](tokens), length=tokens, precision=precision),
         repeats=repeats,
     )
-    return Record(case=case, ours_ms=ours, peer_ms=theirs, ratio=theirs / ours)
+    return paired(case, ours, theirs)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Callable
 
 from hosted import ROOT, run, steps_in_turns
-from timing import Record
+from timing import Record, paired
 
 SYSTEMS = (
     "smlp_deterministic",
@@ -64,8 +64,8 @@ def measure(case: str, repeats: int) -> Record:
         return yardstick()
 
     ours, gemms = steps_in_turns(words, peer, repeats=repeats)
-    ideal = gemms * flops[0] / (CALLS * 2 * WIDTH**3)
-    return Record(case=case, ours_ms=ours, peer_ms=ideal, ratio=ideal / ours)
+    share = flops[0] / (CALLS * 2 * WIDTH**3)
+    return paired(case, ours, [share * milliseconds for milliseconds in gemms])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -43,13 +42,13 @@ class _TakingTurns:
 
 def steps_in_turns(
     words: str, make_peer: Callable[[argparse.Namespace], Callable[[], object]], *, repeats: int
-) -> tuple[float, float]:
+) -> tuple[list[float], list[float]]:
     """Train by `pretrain_smlp.py WORDS` in this process, once per process.
 
     Everything that `megatron.training` does for a step is in our time.
 
     Returns:
-        median milliseconds of our step and of the peer's call, after a few that are not counted.
+        milliseconds of our steps and of the peer's calls, after a few that are not counted.
     """
     from megatron_smlp.training.transcript import Transcript
 
@@ -66,8 +65,9 @@ def steps_in_turns(
             return turns[0]
 
         train(args, observe=observe)
-    sides = (turns[0].ours, turns[0].theirs)
-    ours, theirs = (1e3 * statistics.median(times[WARM_UP:]) for times in sides)
+    ours, theirs = (
+        [1e3 * seconds for seconds in times[WARM_UP:]] for times in (turns[0].ours, turns[0].theirs)
+    )
     return ours, theirs
 
 

@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from timing import quartiles
+
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = {
     "bench_causal_mix": "The triangular product against masked dense ones",
@@ -99,12 +101,13 @@ def _table(name: str, result: dict[str, Any]) -> Iterator[str]:
     load = " to ".join(map(str, result["load_average"]))
     yield f"`benchmarks/{name}.py`, {result['seconds']} s, load average {load}."
     yield ""
-    yield "| case | ours, ms | peer, ms | ratio |"
-    yield "|---|---:|---:|---:|"
+    yield "| case | ours, ms | peer, ms | ratio | quartiles of the ratio |"
+    yield "|---|---:|---:|---:|---:|"
     for record in result["records"]:
         unit = f" {record['unit']}" if "unit" in record else ""
         ours, peer = (f"{record[side]:.2f}{unit}" for side in ("ours_ms", "peer_ms"))
-        yield f"| {record['case']} | {ours} | {peer} | {record['ratio']:.2f} |"
+        ratio = f"{record['ratio']:.2f} | {quartiles(record)}"
+        yield f"| {record['case']} | {ours} | {peer} | {ratio} |"
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -15,6 +15,8 @@ class Record(TypedDict):
     ours_ms: float
     peer_ms: float
     ratio: float
+    spread: NotRequired[tuple[float, float]]
+    """Quartiles of the ratios of single pairs of calls."""
     unit: NotRequired[str]
     """Of the two figures, where it is not milliseconds."""
 
@@ -36,16 +38,31 @@ def compare(
     for function in (ours, peer, ours, peer):
         function()
     pairs = [(_milliseconds(ours), _milliseconds(peer)) for _ in range(repeats)]
-    ours_ms, peer_ms = (statistics.median(times) for times in zip(*pairs, strict=True))
-    return Record(case=case, ours_ms=ours_ms, peer_ms=peer_ms, ratio=peer_ms / ours_ms)
+    return paired(case, *zip(*pairs, strict=True))
+
+
+def paired(case: str, ours: Sequence[float], peer: Sequence[float]) -> Record:
+    """The record of milliseconds that were measured in turns, two of each side or more."""
+    ours_ms, peer_ms = statistics.median(ours), statistics.median(peer)
+    ratios = [theirs / own for own, theirs in zip(ours, peer, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Record(
+        case=case, ours_ms=ours_ms, peer_ms=peer_ms, ratio=peer_ms / ours_ms, spread=(low, high)
+    )
+
+
+def quartiles(record: Record) -> str:
+    """The spread as text; empty where a case was measured once."""
+    return " to ".join(f"{ratio:.2f}" for ratio in record.get("spread", ()))
 
 
 def report(records: list[Record], path: Path | None) -> None:
     """Print the records as a table, and write them as JSON where a path is given."""
     width = max(len(record["case"]) for record in records)
-    print(f"{'case':{width}}  {'ours ms':>9}  {'peer ms':>9}  {'ratio':>6}")
+    print(f"{'case':{width}}  {'ours ms':>9}  {'peer ms':>9}  {'ratio':>6}  quartiles")
     for record in records:
         figures = f"{record['ours_ms']:9.2f}  {record['peer_ms']:9.2f}  {record['ratio']:6.2f}"
-        print(f"{record['case']:{width}}  {figures}  {record.get('unit', '')}".rstrip())
+        extra = f"{quartiles(record)}  {record.get('unit', '')}"
+        print(f"{record['case']:{width}}  {figures}  {extra}".rstrip())
     if path is not None:
         path.write_text(json.dumps(records, indent=2) + "\n")
