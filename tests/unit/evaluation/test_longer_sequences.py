@@ -86,6 +86,6 @@ def test_lengths_that_a_model_refuses(
         sequence_length(_model(**changes), wanted)
 
 
-def test_an_exported_folder_takes_no_length() -> None:
+def test_an_exported_folder_takes_no_length(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--seq-length goes with --checkpoint"):
-        parse(["--hf", "x", "--tasks", "copa", "--seq-length", "9"])
+        parse(["--hf", str(tmp_path), "--tasks", "copa", "--seq-length", "9"])
