@@ -59,7 +59,7 @@ def run_command(command: Sequence[str], **variables: str) -> subprocess.Complete
         check=False,
     )
     assert done.returncode == 0, (
-        f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-20000:]}"
     )
     return done
 
