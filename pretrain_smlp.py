@@ -61,7 +61,7 @@ def train(
     from torch.distributed import HashStore
 
     from megatron_smlp.model import model_config
-    from megatron_smlp.platform import allocator, checkpointing, hooks
+    from megatron_smlp.platform import allocator, checkpointing, cpu, hooks
     from megatron_smlp.training.data import DatasetProvider, check_data
     from megatron_smlp.training.loading import choose_checkpoint
     from megatron_smlp.training.reporting import Reporter
@@ -69,7 +69,8 @@ def train(
     from megatron_smlp.training.signals import keyboard_like_sigterm
     from megatron_smlp.training.step import ForwardStep
 
-    allocator.keep_freed_memory()
+    if cpu.needed():
+        allocator.keep_freed_memory()
     check_data(args)
     step = ForwardStep()
     tasks = None

@@ -86,18 +86,23 @@ def _sum_of_diagonals(panel: Tensor) -> Tensor:
     return rows.view(heads, block, width).sum(dim=1)
 
 
+def _multiply_blocks(line: Tensor, values: Tensor, steps: Iterator[_Step], *, span: int) -> Tensor:
+    """Every block of rows as one product of the panel that `line` makes, in new memory."""
+    out = values.new_empty(values.shape)
+    panel = _panel(line, span) if values.shape[1] else line
+    for step in steps:
+        rows = panel[:, : step.height, step.panel]
+        multiply(rows, values[:, step.columns], out=out[:, step.rows])
+    return out
+
+
 @torch.library.custom_op("megatron_smlp::toeplitz_mix", mutates_args=())
 def _mix(weight: Tensor, values: Tensor) -> Tensor:
     values = gemm_ready(values)
     length, block = values.shape[1], block_length(values)
     span = _span(weight.shape[1], length, block)
-    out = values.new_empty(values.shape)
-    line = _padded(weight.to(values.dtype), span=span, block=block)
-    panel = _panel(line.flip(1), span) if length else line
-    for step in _looking_back(length, span=span, block=block):
-        rows = panel[:, : step.height, step.panel]
-        multiply(rows, values[:, step.columns], out=out[:, step.rows])
-    return out
+    line = _padded(weight.to(values.dtype), span=span, block=block).flip(1)
+    return _multiply_blocks(line, values, _looking_back(length, span=span, block=block), span=span)
 
 
 @torch.library.custom_op("megatron_smlp::toeplitz_mix_values_gradient", mutates_args=())
@@ -105,13 +110,9 @@ def _values_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
     gradient = gemm_ready(gradient)
     length, block = gradient.shape[1], block_length(gradient)
     span = _span(weight.shape[1], length, block)
-    out = gradient.new_empty(gradient.shape)
     line = _padded(weight.to(gradient.dtype), span=span, block=block)
-    panel = _panel(line, span) if length else line
-    for step in _looking_ahead(length, span=span, block=block):
-        rows = panel[:, : step.height, step.panel]
-        multiply(rows, gradient[:, step.columns], out=out[:, step.rows])
-    return out
+    steps = _looking_ahead(length, span=span, block=block)
+    return _multiply_blocks(line, gradient, steps, span=span)
 
 
 @torch.library.custom_op("megatron_smlp::toeplitz_mix_weight_gradient", mutates_args=())
