@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 
@@ -54,6 +56,40 @@ class UnsafeCheckpointError(CheckpointError):
     """A checkpoint would run code while it is loaded."""
 
 
+_interrupted = threading.Event()
+
+
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """A signal handler: Python's own for SIGINT, which notes for `is_interruption` that it ran."""
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def is_interruption(error: BaseException | None) -> bool:
+    """Whether an error only follows from an interruption.
+
+    Native code that is interrupted in a call back to Python (torch, at work on its archives) may
+    let the interruption go and complain of what it left behind, such as a closed file.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None or _interrupted.is_set()
+
+
+@contextlib.contextmanager
+def _noting_interruptions() -> Iterator[None]:
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _interrupted.clear()
+
+
 def is_first_rank() -> bool:
     """Whether this process may speak for all, before there is a process group too."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -73,7 +109,13 @@ def readable_errors(program: str) -> Iterator[None]:
     So it is with Ctrl-C where nothing else is made of it; the code is the one shells expect.
     """
     try:
-        yield
+        with _noting_interruptions():
+            try:
+                yield
+            except Exception as error:
+                if is_interruption(error):
+                    raise KeyboardInterrupt from error
+                raise
     except UserError as error:
         if not error.every_rank or is_first_rank():
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)

@@ -12,10 +12,9 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megatron_smlp.durable import sync_folder
-from megatron_smlp.errors import UsageError
+from megatron_smlp.errors import UsageError, interrupt
 
 
 @contextlib.contextmanager
@@ -71,9 +70,6 @@ def _replace(partial: Path, target: Path) -> None:
 @contextlib.contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
     """SIGTERM leaves nothing half either."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

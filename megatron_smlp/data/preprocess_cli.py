@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_smlp.data.tokenizers import add_tokenizer_arguments
+from megatron_smlp.errors import interrupt
 
 if TYPE_CHECKING:
     from megatron_smlp.data.preprocessing import Summary
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     args = build_parser().parse_args(argv)
     # A scheduler's SIGTERM ends the run as Ctrl-C does: workers stop, finished shards stay.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, interrupt)
     from megatron_smlp.data.preprocessing import preprocess, settings_from_arguments
     from megatron_smlp.data.progress import ProgressReport
     from megatron_smlp.data.sources import comparable_size

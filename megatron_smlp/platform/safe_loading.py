@@ -32,7 +32,12 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan
 
-from megatron_smlp.errors import DamagedCheckpointError, UnsafeCheckpointError, UserError
+from megatron_smlp.errors import (
+    DamagedCheckpointError,
+    UnsafeCheckpointError,
+    UserError,
+    is_interruption,
+)
 
 DATA = "torch.distributed.checkpoint.metadata"
 PLANS = "torch.distributed.checkpoint.planner"
@@ -168,15 +173,9 @@ def readable(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except UNREADABLE as error:
-        if _is_interruption(error):  # which closed the file under somebody's hands
+        if is_interruption(error):
             raise KeyboardInterrupt from error
         raise _explained(path, error) from error
-
-
-def _is_interruption(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None
 
 
 def _explained(path: Path, error: BaseException) -> UserError:

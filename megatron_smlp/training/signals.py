@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from megatron_smlp.errors import interrupt
+
 MESSAGE = b"interrupted: finishing this step, then saving; interrupt again to stop at once\n"
 
 
@@ -27,7 +29,7 @@ def keyboard_like_sigterm(*, speaks: bool) -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
 
     def first(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupt)
         if speaks:
             os.write(2, MESSAGE)  # print() may be what was interrupted, and cannot be re-entered
         graceful(signum, frame)

@@ -77,7 +77,8 @@ def test_it_needs_torch_and_transformers_alone(exported: dict[str, Path], tmp_pa
     for name, folder in exported.items():
         there = torch.load(tmp_path / f"{name}.pt")
         here = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-        assert torch.equal(there["logits"], here(tokens).logits), name
+        # Not bit by bit: products are cut by the number of threads and by where a file is mapped.
+        torch.testing.assert_close(there["logits"], here(tokens).logits, rtol=0, atol=1e-5)
         text = here.generate(tokens[:1, :5], max_new_tokens=6, do_sample=False)
         assert torch.equal(there["text"], text), name
         assert text.shape == (1, 11)

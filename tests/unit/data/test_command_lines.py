@@ -23,7 +23,7 @@ from megatron_smlp.data import (
 )
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.preprocessing import Summary
-from megatron_smlp.errors import run_tool
+from megatron_smlp.errors import is_interruption, run_tool
 
 TOOLS = (
     "preprocess_data",
@@ -206,3 +206,23 @@ def test_run_tool(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
         run_tool(fails(BrokenPipeError()))
     sys.stdout = stdout
     assert end.value.code == 0
+
+
+@pytest.mark.parametrize("error", [ValueError("read of closed file"), DataError("damaged")])
+def test_an_error_that_follows_from_ctrl_c(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Native code let the interruption go, and then complained of what it had closed."""
+    monkeypatch.setattr(sys, "argv", ["tools/some.py"])
+
+    def main() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_tool(main)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "some.py: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not is_interruption(error)

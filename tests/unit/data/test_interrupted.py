@@ -168,7 +168,7 @@ def test_kill_9_at_random_moments(run: Run, tmp_path: Path, source: Path) -> Non
     source.write_bytes((source.read_bytes() + b"\n") * 15)
     program = tmp_path / "dies.py"
     program.write_text(f"""
-import os, signal, sys, threading
+import os, signal, sys, threading, time
 sys.path[:0] = [{str(ROOT)!r}]
 from megatron_smlp.data import preprocessing, sources
 from megatron_smlp.errors import run_tool
@@ -181,7 +181,9 @@ def read_and_die(*args, **kwargs):
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
     timer.daemon = True
     timer.start()
-    return sources.read_chunks(*args, **kwargs)
+    for chunk in sources.read_chunks(*args, **kwargs):
+        time.sleep(0.01)  # so that no machine is through before its time is up
+        yield chunk
 
 preprocessing.read_chunks = read_and_die
 if __name__ == "__main__":
