@@ -54,7 +54,7 @@ def _gated(hidden: Tensor, weight: Tensor, bias: Tensor, norm: torch.nn.LayerNor
     gate = F.layer_norm(gate, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     # [T, B, h, f] -> [h, T, B f]: the batch becomes more columns; with one head, nothing moves.
     columns = gate.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).reshape(heads, length, -1)
-    mixed = causal_mix(weight, columns) + bias[:, :, None]
+    mixed = causal_mix(weight, columns).add_(bias[:, :, None])
     mixed = mixed.unflatten(-1, (batch, -1)).permute(1, 2, 0, 3).flatten(2)
     return mixed * passed
 

@@ -114,7 +114,7 @@ class SpatialProjection(nn.Module):
         # [T', B, h', f] -> [h', T', B f]: one GEMM a head over all samples.
         columns = values.view(tokens, batch, heads, -1).permute(2, 0, 1, 3).flatten(2)
         mixed = self.mix(self.first(weight, tokens), columns)
-        mixed = mixed + bias[:, :tokens, None]
+        mixed.add_(bias[:, :tokens, None])  # in new memory that nothing else reads
         return mixed.view(heads, tokens, batch, -1).permute(1, 2, 0, 3).reshape(values.shape)
 
     def first(self, weight: Tensor, tokens: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -16,21 +18,27 @@ def block_length(values: Tensor) -> int:
     return 128 if values.device.type == "cpu" else 256
 
 
+def by_head(*stacks: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """What one call may work on of stacks with a leading dimension of heads: all heads on a GPU.
+
+    On a CPU, whose cache holds the blocks of one head, each head's matrices in turn; a batched
+    product with a strided output would be copied around there, too.
+    """
+    if stacks[0].device.type != "cpu":
+        return [stacks]
+    return zip(*(stack.unbind() for stack in stacks), strict=True)
+
+
 def multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """out = left @ right over the leading dimension, into a strided `out`."""
-    if out.device.type == "cpu":
-        # A batched product with a strided output would be copied around; a single one is not.
-        for head in range(len(out)):
-            torch.mm(left[head], right[head], out=out[head])
-    else:
-        torch.bmm(left, right, out=out)
+    """out = left @ right, of matrices or of stacks of them, into a strided `out`."""
+    product = torch.mm if out.dim() == 2 else torch.bmm
+    product(left, right, out=out)
 
 
 def accumulate(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """out += left @ right over the leading dimension, into a strided `out`."""
-    if out.device.type == "cpu":
-        for head in range(len(out)):
-            out[head].addmm_(left[head], right[head])
+    """out += left @ right, of matrices or of stacks of them, into a strided `out`."""
+    if out.dim() == 2:
+        out.addmm_(left, right)
     else:
         out.baddbmm_(left, right)
 

@@ -27,6 +27,7 @@ from megatron_smlp.ops.blocks import (
     accumulate,
     as_under_autocast,
     block_length,
+    by_head,
     gemm_ready,
     multiply,
     save_inputs,
@@ -90,9 +91,11 @@ def _multiply_blocks(line: Tensor, values: Tensor, steps: Iterator[_Step], *, sp
     """Every block of rows as one product of the panel that `line` makes, in new memory."""
     out = values.new_empty(values.shape)
     panel = _panel(line, span) if values.shape[1] else line
-    for step in steps:
-        rows = panel[:, : step.height, step.panel]
-        multiply(rows, values[:, step.columns], out=out[:, step.rows])
+    blocks = list(steps)
+    for matrix, read, written in by_head(panel, values, out):
+        for step in blocks:
+            rows = matrix[..., : step.height, step.panel]
+            multiply(rows, read[..., step.columns, :], out=written[..., step.rows, :])
     return out
 
 
@@ -122,9 +125,11 @@ def _weight_gradient(weight: Tensor, gradient: Tensor, values: Tensor) -> Tensor
     block = block_length(values)
     span = _span(weight.shape[1], length, block)
     panel = values.new_zeros(heads, block, span)
-    for step in _looking_back(length, span=span, block=block):
-        rows = panel[:, : step.height, step.panel]
-        accumulate(gradient[:, step.rows], values[:, step.columns].mT, out=rows)
+    blocks = list(_looking_back(length, span=span, block=block))
+    for left, right, written in by_head(gradient, values, panel):
+        for step in blocks:
+            rows = written[..., : step.height, step.panel]
+            accumulate(left[..., step.rows, :], right[..., step.columns, :].mT, out=rows)
     out = torch.zeros_like(weight)
     if length:
         exact = panel if panel.dtype == torch.float64 else panel.float()
