@@ -22,6 +22,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import (
     cpu,
+    cross_entropy,
     forked_saving,
     gradient_scale,
     layout_free_optimizer,
@@ -57,6 +58,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     cpu.apply()
     torch_adam.apply()
     gradient_scale.apply()
+    cross_entropy.apply()
     safe_loading.apply()
     layout_free_optimizer.apply()
     parser = build_parser()
