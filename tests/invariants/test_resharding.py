@@ -18,6 +18,9 @@ from megatron_smlp.conversion import convert
 
 SAVED, LAST = 2, 5
 TOLERANCE = 1e-4  # relative
+# The layouts sum the gradient norm in different orders: 1e-7 of it, by which gradients are clipped,
+# and from the second step on, bf16 weights are rounded otherwise here and there.
+ROUNDED_TOLERANCE = 1e-3
 
 MODEL = f"""
     --mock-data --tokenizer-type NullTokenizer --vocab-size 300
@@ -147,9 +150,11 @@ class Runs:
         old = steps(self.folder / system / source)[SAVED:]
         new = steps(self.folder / system / source / target)
         assert len(old) == len(new) == LAST - SAVED
-        for here, there in zip(old, new, strict=True):
+        for step, (here, there) in enumerate(zip(old, new, strict=True)):
+            rounded = "bf16" in system and step > 0
+            tolerance = ROUNDED_TOLERANCE if rounded else TOLERANCE
             assert there.loss == pytest.approx(here.loss, rel=TOLERANCE)
-            assert there.grad_norm == pytest.approx(here.grad_norm, rel=TOLERANCE)
+            assert there.grad_norm == pytest.approx(here.grad_norm, rel=tolerance)
 
 
 @pytest.fixture(scope="module")
