@@ -27,7 +27,7 @@ from torch.nn import functional
 
 # Chosen on random, clustered and low-rank scores; see benchmarks/bench_assignment.py.
 _NUM_LEVELS = 12
-_NUM_NEWTON_STEPS = 4
+_NUM_NEWTON_STEPS = 2
 _TEMPERATURE_FACTOR = 2.2
 _MAX_STEP = 2.0  # of a price in one Newton step, in temperatures
 _DAMPING = 1e-2  # of the Hessian, in tokens per expert
@@ -135,18 +135,18 @@ def _newton_step(
     # Without this, products of two tiny preferences are denormal, which makes a GEMM crawl.
     preferences = functional.threshold(preferences, _SMALLEST_PREFERENCE, 0.0)
     load = preferences.sum(dim=0) * weight
-    hessian = load.diag() - (preferences.T @ preferences) * weight
+    hessian = (preferences.T @ preferences) * -weight
+    diagonal = load + _DAMPING * total / num_experts
     share, remainder = divmod(total, num_experts)
     excess = load + settled_load - share
     if remainder:
         empty = torch.sigmoid(-prices / temperature)
         excess = excess + empty - 1
-        hessian = hessian + (empty * (1 - empty)).diag()
+        diagonal = diagonal + empty * (1 - empty)
     else:
         # Equal shifts of all prices change nothing; this makes the system regular along them.
-        hessian = hessian + total / num_experts**2
-    damping = _DAMPING * total / num_experts
-    hessian = hessian + damping * torch.eye(num_experts, device=gains.device)
+        hessian += total / num_experts**2
+    hessian.diagonal().add_(diagonal)
     return torch.linalg.solve(hessian, excess)
 
 
