@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.training.lost_lines import LostLines
+from megatron_smlp.lost_lines import LostLines
 
 
 class TolerantWriter:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from megatron_smlp.training.lost_lines import LostLines
+from megatron_smlp.lost_lines import LostLines
 
 
 class Transcript(contextlib.AbstractContextManager["Transcript"]):
