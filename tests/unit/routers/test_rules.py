@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("megatron")
 def metrics() -> Iterator[None]:
     """An empty tracker, and the scale of a loss that counts once."""
     destroy_moe_metrics_tracker()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     yield
     destroy_moe_metrics_tracker()
 

@@ -28,7 +28,7 @@ GATE_OF_SIX = (0.7 + 0.9 + 0.6 + 0.8 + 0.8 + 0.6) / 6
 def tracker() -> Iterator[None]:
     """Megatron's own, empty; and the scale of a loss that counts once."""
     destroy_moe_metrics_tracker()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     yield
     destroy_moe_metrics_tracker()
 

@@ -54,7 +54,7 @@ ROUTERS = {
 
 @pytest.fixture(autouse=True)
 def metrics() -> Iterator[None]:
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     yield
     destroy_moe_metrics_tracker()
 
