@@ -167,12 +167,11 @@ class Runs:
         return folder
 
     def check(self, system: str, source: str, target: str) -> None:
-        old = steps(self.folder / system / source)[SAVED:]
-        new = steps(self.folder / system / source / target)
+        saved = self.folder / system / source
+        continued = saved / target
+        old, new = steps(saved)[SAVED:], steps(continued)
         assert len(old) == len(new) == LAST - SAVED
-        changed = changed_shares(
-            self.folder / system / source, self.folder / system / source / target
-        )
+        changed = changed_shares(saved, continued)
         for step, (here, there) in enumerate(zip(old, new, strict=True)):
             assert changed[step] <= (CHANGED_SHARE if step > 0 else 0.0)
             rounded = step > 0 and ("bf16" in system or any(changed[: step + 1]))
