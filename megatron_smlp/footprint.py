@@ -257,11 +257,11 @@ def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerS
     if slots.channel == "mlp":
         channel = 2 * hidden + (3 if shape.gated_mlp else 2) * ffn / tp
     elif slots.channel == "token_moe":
-        # The dispatched token; the expert's hidden layer before and after the GELU, and weighted,
+        # The dispatched token; the expert's hidden layer before and after the GELU; and its output,
         # unless the weight is fixed. GShard's second expert is counted as if it always served.
-        num_hidden = 2 if shape.token_router == "hash" else 3
-        expert = num_hidden * shape.moe_ffn_hidden_size / layout.expert_tensor
-        channel = 2 * hidden + shape.moe_router_topk * (shape.hidden_size + expert)
+        num_kept = 1 if shape.token_router == "hash" else 2
+        expert = num_kept * shape.hidden_size + 2 * shape.moe_ffn_hidden_size / layout.expert_tensor
+        channel = 2 * hidden + shape.moe_router_topk * expert
     return 2 * hidden + mixer + channel
 
 

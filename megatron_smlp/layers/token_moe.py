@@ -5,6 +5,8 @@
 The router decides e and w_e and plugs into MoELayer's router slot; dispatch, expert parallelism and
 the experts themselves are Megatron's. Experts and routers have no bias, as in the equations: w_e
 would scale an expert's bias too.
+
+Letters: n tokens that reached the experts of this rank, D hidden, Z moe_ffn_hidden_size.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ import copy
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_smlp.routers.base import BaseRouter
 from megatron_smlp.routers.gshard import GShardRouter
@@ -65,7 +70,35 @@ def _may_drop(config: TransformerConfig) -> bool:
     return limited or getattr(config, "token_router", "none") == "gshard"
 
 
+class Experts(SequentialMLP):
+    """Megatron's experts one after another, with w_e on their outputs, all at once.
+
+    Megatron multiplies each expert's hidden layer by w_e, in fp32. Without a bias that is the same,
+    for Z / D times the elements, and it keeps both, before and after, for the backward.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, tokens_per_expert: Tensor, weights: Tensor
+    ) -> tuple[Tensor, None]:
+        """hidden_states: <float>[n, D], sorted by expert; tokens_per_expert: <int>[experts of this
+        rank], sum n; weights: <fp32>[n], w_e.
+
+        Returns:
+            w_e f_e(h): <float>[n, D] (a part of the sum, where experts are tensor parallel); and
+            None in place of a bias.
+        """
+        groups = hidden_states.split(tokens_per_expert.tolist())
+        outputs = [
+            expert(group)[0] for expert, group in zip(self.local_experts, groups, strict=True)
+        ]
+        output = torch.cat(outputs)
+        return (output * weights.unsqueeze(-1)).to(output.dtype), None
+
+
 def _experts(builder: Any, num_local_experts: int, config: TransformerConfig, **kwargs: Any) -> Any:
+    # FP8 pads each expert's tokens, weights and all, which is Megatron's own affair.
+    if builder.func is SequentialMLP and not (config.fp8 or config.fp4):
+        builder = partial(Experts, **builder.keywords)
     return builder(num_local_experts, _without_bias(config), **kwargs)
 
 

@@ -1,17 +1,19 @@
 """Token MoE in the channel slot: Megatron's MoELayer, experts without a bias, any router."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.models.backends import get_backend
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from support.in_process import layer_config
 from torch.nn import functional
 
 from megatron_smlp.architectures import SlottedLayer
-from megatron_smlp.layers.token_moe import token_moe_builder
+from megatron_smlp.layers.token_moe import Experts, token_moe_builder
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -62,6 +64,48 @@ def test_router_plugs_in_and_experts_are_the_equation(expert: int):
     )
     assert bias is None
     torch.testing.assert_close(output, expected)
+
+
+def gradients_of(
+    experts: SequentialMLP,
+    forward: Callable[..., tuple[torch.Tensor, None]],
+    *,
+    hidden: torch.Tensor,
+    counts: list[int],
+    weights: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Output and gradients of tokens, weights and all experts, the idle ones' too."""
+    inputs = [hidden, weights, *experts.parameters()]
+    output, bias = forward(experts, hidden, torch.tensor(counts), weights)
+    assert bias is None
+    direction = torch.linspace(-1, 1, output.numel()).view_as(output).to(output.dtype)
+    return [output, *torch.autograd.grad(output, inputs, direction)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "close"),
+    [(torch.float32, {}), (torch.bfloat16, {"rtol": 2e-2, "atol": 2e-2})],
+    ids=["fp32", "bf16"],
+)
+@pytest.mark.parametrize("counts", [[4, 0, 7, 2], [0, 0, 0, 5], [0, 0, 0, 0]], ids=str)
+def test_weighting_outputs_is_weighting_hidden_layers(
+    dtype: torch.dtype, close: dict[str, float], counts: list[int]
+):
+    """Ours against Megatron's own forward, of the same experts."""
+    config = moe_config(params_dtype=dtype)
+    backend = get_backend(config.transformer_impl)
+    build = token_moe_builder(config, backend, router=TopKRouter)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    experts = build(config=config, pg_collection=groups).experts
+    assert type(experts) is Experts
+    hidden = torch.randn(sum(counts), config.hidden_size, dtype=dtype, requires_grad=True)
+    weights = torch.rand(sum(counts), requires_grad=True)
+    given = {"hidden": hidden, "counts": counts, "weights": weights}
+    ours = gradients_of(experts, Experts.forward, **given)
+    megatrons = gradients_of(experts, SequentialMLP.forward, **given)
+    assert ours[0].dtype == dtype
+    for mine, theirs in zip(ours, megatrons, strict=True):
+        torch.testing.assert_close(mine, theirs, **close)
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "smlp"])
