@@ -91,7 +91,8 @@ class PartialFeatureMoE(SpatialGating):
         mixed = self._prefix_rows(chunks[: self.prefix_length], weight, bias)
         if tokens > self.prefix_length:
             # Averaged after its LayerNorm, a chunk would have the same mean for every input.
-            choice = self.router(u2.unflatten(-1, (self.local_heads, -1)).float().mean(dim=-1))
+            means = u2.unflatten(-1, (self.local_heads, -1)).mean(dim=-1, dtype=torch.float32)
+            choice = self.router(means)
             mixed = torch.cat([mixed, self._routed_rows(chunks, weight, bias, choice)])
         return mixed.flatten(2)
 
@@ -114,8 +115,9 @@ class PartialFeatureMoE(SpatialGating):
         The R pairs of sample and chunk are sorted by expert, so that each expert is one product.
         """
         experts, order = choice.experts.flatten().sort(stable=True)
+        place = order.argsort()
         counts = experts.bincount(minlength=self.num_experts).tolist()
-        pairs = chunks.flatten(1, 2).index_select(1, order)  # [T, R, f]
+        pairs = _Permuted.apply(chunks.flatten(1, 2), order, place)  # [T, R, f]
         first = self.prefix_length
         scale = choice.scale.flatten()[order].to(pairs.dtype)
         rows = len(chunks) - first
@@ -123,7 +125,23 @@ class PartialFeatureMoE(SpatialGating):
         mixed = _mix_groups(pairs, counts, mix) * scale[:, None]
         # The last biases: a Toeplitz matrix has one for all rows.
         mixed = mixed + bias[:, -rows:][experts].T[..., None]
-        return mixed.index_select(1, order.argsort()).view(len(mixed), *chunks.shape[1:])
+        permuted: Tensor = _Permuted.apply(mixed, place, order)
+        return permuted.view(len(mixed), *chunks.shape[1:])
+
+
+class _Permuted(torch.autograd.Function):
+    """y[:, i] = x[:, order[i]] for a permutation, whose gradient is moved back, not added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        """x: [T, R, ...]; order: <int64>[R], a permutation, and its inverse."""
+        ctx.save_for_backward(inverse)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradients[0].index_select(1, inverse), None, None
 
 
 def _mix_groups(pairs: Tensor, counts: list[int], mix: Callable[..., Tensor]) -> Tensor:
