@@ -1,18 +1,13 @@
 """Token routers on examples small enough to compute by hand: choices, weights, drops, losses."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import checkpoint
-from megatron.core.transformer.moe.moe_logging import (
-    destroy_moe_metrics_tracker,
-    get_moe_metrics_tracker,
-)
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from support.in_process import layer_config
 from support.routers import COEFFICIENT, SIX, make_router, probable
 from torch import Tensor, nn
@@ -22,15 +17,6 @@ from megatron_smlp.routers.hash import give_token_ids, random_table
 from megatron_smlp.routers.switch import balance_loss
 
 pytestmark = pytest.mark.usefixtures("megatron")
-
-
-@pytest.fixture(autouse=True)
-def metrics() -> Iterator[None]:
-    """An empty tracker, and the scale of a loss that counts once."""
-    destroy_moe_metrics_tracker()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
-    yield
-    destroy_moe_metrics_tracker()
 
 
 def experts_of(routing_map: Tensor) -> list[list[int]]:

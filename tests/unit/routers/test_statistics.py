@@ -1,15 +1,12 @@
 """What is counted of the routers, on examples small enough to count by hand."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import checkpoint
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from support.in_process import layer_config
 from support.routers import SIX, make_router, probable
 from torch import nn
@@ -22,15 +19,6 @@ pytestmark = pytest.mark.usefixtures("megatron")
 LOSS_OF_SIX = 2 * (4 / 6 * 0.6 + 2 / 6 * 0.4)
 """E sum f P with f = (4/6, 2/6) and P = (3.6/6, 2.4/6)."""
 GATE_OF_SIX = (0.7 + 0.9 + 0.6 + 0.8 + 0.8 + 0.6) / 6
-
-
-@pytest.fixture(autouse=True)
-def tracker() -> Iterator[None]:
-    """Megatron's own, empty; and the scale of a loss that counts once."""
-    destroy_moe_metrics_tracker()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
-    yield
-    destroy_moe_metrics_tracker()
 
 
 def counted(router: nn.Module) -> RouterStatistics:

@@ -4,13 +4,11 @@ In evaluation, and in training with capacity limits: losses, drops and the numbe
 are the same too. Only BASE's assignment is put into the reference, which has a simpler one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from support.in_process import build_model
 from torch import Tensor
 from torch.nn import functional
@@ -50,13 +48,6 @@ ROUTERS = {
     "base": "--token-router base",
     "hash": "--token-router hash --hash-seed 5",
 }
-
-
-@pytest.fixture(autouse=True)
-def metrics() -> Iterator[None]:
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
-    yield
-    destroy_moe_metrics_tracker()
 
 
 def by_global_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
