@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from typing import Any, get_args
 
 from megatron_smlp.errors import UsageError
@@ -23,9 +24,22 @@ OF_MEGATRONS_ROUTER = (
     "moe_router_force_load_balancing",
     "moe_router_force_biased",
     "moe_router_fusion",
+    "moe_router_bias_update_rate",
+    "moe_router_quantile_balancing_ema",
+    "moe_router_padding_for_fp8",
+    "moe_router_padding_for_quantization",
+    "moe_enable_routing_replay",
     "moe_input_jitter_eps",
     "moe_expert_capacity_factor",
+    "moe_pad_expert_input_to_capacity",
 )
+# Megatron would build other experts with these, or put them to another use.
+OTHER_EXPERTS = {
+    "moe_apply_probs_on_input": "the weight of an expert scales its output",
+    "moe_latent_size": "experts read and write the hidden size",
+    "moe_shared_expert_intermediate_size": "there are no shared experts",
+    "moe_use_upcycling": "tools/convert_checkpoint.py --upcycle makes a dense model sparse",
+}
 
 
 def settle_token_router(args: argparse.Namespace) -> None:
@@ -122,6 +136,21 @@ def _refuse_megatrons(args: argparse.Namespace) -> None:
                 f"{args.token_router}: leave it out. Capacities are {_flag(CAPACITIES[0])} and "
                 f"{_flag(CAPACITIES[1])}."
             )
+    for name, here in OTHER_EXPERTS.items():
+        if name in args.explicit_flags:
+            raise UsageError(
+                f"{_flag(name)} is not available with --token-router {args.token_router}: {here}. "
+                "Leave it out."
+            )
+    if "moe_router_dtype" in args.explicit_flags and args.moe_router_dtype != "fp32":
+        raise UsageError(
+            f"--moe-router-dtype {args.moe_router_dtype}: routers compute in fp32 here. Give fp32, "
+            "or leave it out."
+        )
+    if args.moe_permute_fusion and find_spec("transformer_engine") is None:
+        raise UsageError(
+            "--moe-permute-fusion is Transformer Engine's, which is not installed: leave it out."
+        )
     topk = EXPERTS_PER_TOKEN[args.token_router]
     if "moe_router_topk" in args.explicit_flags and args.moe_router_topk != topk:
         raise UsageError(

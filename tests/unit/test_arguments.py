@@ -193,6 +193,17 @@ class TestRefusals:
              r"--moe-router-topk 2 contradicts --token-router switch, with which a token visits 1"),
             ("--token-router switch --num-experts 4 --moe-expert-capacity-factor 1",
              r"--moe-expert-capacity-factor is for Megatron's top-k router.* leave it out"),
+            ("--token-router hash --num-experts 4 --moe-enable-routing-replay",
+             r"--moe-enable-routing-replay is for Megatron's top-k router.* leave it out"),
+            ("--token-router switch --num-experts 4 --moe-apply-probs-on-input",
+             r"--moe-apply-probs-on-input .* scales its output. Leave it out"),
+            ("--token-router switch --num-experts 4 --moe-latent-size 16",
+             "--moe-latent-size is not available with --token-router switch: .* Leave it out"),
+            ("--token-router base --num-experts 4 --moe-shared-expert-intermediate-size 16",
+             "--moe-shared-expert-intermediate-size is not available .*: there are no shared"),
+            ("--token-router base --num-experts 4 --moe-use-upcycling", "--upcycle"),
+            ("--token-router base --num-experts 4 --moe-router-dtype fp64",
+             "--moe-router-dtype fp64: .* Give fp32, or leave it out"),
         ],
     )  # fmt: skip
     def test_token_routers(self, parse: Parse, words: str, message: str):
