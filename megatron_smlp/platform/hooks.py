@@ -5,8 +5,8 @@ the original with its own arguments. tests/contract holds their signatures.
 
 | function in megatron.training.training | why |
 |---|---|
-| setup_model_and_optimizer | to hold back the update where the loss is not finite; to fuse Adam |
-| training_log | the only place that sees loss, gradient norm and learning rate of a step |
+| setup_model_and_optimizer | to hold back an update after a bad loss, see its rate, and fuse Adam |
+| training_log | the only place that sees loss and gradient norm of a step |
 | evaluate, evaluate_and_print_results | validation numbers, and the time that they take |
 | save_checkpoint_and_time | the time that saving holds the training up |
 """
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training import training
 
 from megatron_smlp.platform import torch_adam
@@ -55,10 +56,10 @@ class Observer(Protocol):
 @contextlib.contextmanager
 def installed(observer: Observer) -> Iterator[None]:
     """Wrap the functions above for the time of one `pretrain`, and put the originals back."""
-    validation = _Validation(observer)
+    validation, updates = _Validation(observer), _Updates(observer)
     wrappers: dict[str, Callable[[Any], Any]] = {
-        "setup_model_and_optimizer": lambda f: _with_guarded_update(f, observer),
-        "training_log": lambda f: _with_step(f, observer),
+        "setup_model_and_optimizer": updates.around_setup,
+        "training_log": updates.around_log,
         "evaluate": validation.around_evaluate,
         "evaluate_and_print_results": validation.around_printing,
         "save_checkpoint_and_time": lambda f: _with_saving(f, observer),
@@ -73,65 +74,76 @@ def installed(observer: Observer) -> Iterator[None]:
             setattr(training, name, original)
 
 
-def _with_guarded_update(setup: Callable[..., Any], observer: Observer) -> Callable[..., Any]:
-    @functools.wraps(setup)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        model, optimizer, scheduler = setup(*args, **kwargs)
-        observer.built(model, optimizer)
-        if optimizer is not None:
-            torch_adam.fuse_steps(optimizer)
-            optimizer.step = _guarded(optimizer.step, observer)
-        return model, optimizer, scheduler
+class _Updates:
+    """Guards the optimizer's updates, and ties each to the learning rate that it was made with.
 
-    return wrapped
+    By the time that Megatron logs a step its schedule has moved on to the rate of the next one.
+    """
 
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self.learning_rate: float | None = None
 
-def _guarded(step: Callable[[], Any], observer: Observer) -> Callable[[], Any]:
-    @functools.wraps(step)
-    def wrapped() -> Any:
-        # Not successful, no gradient norm, no zeros counted: Megatron then counts a skipped step
-        # and leaves the learning rate schedule where it is.
-        return step() if observer.may_update() else (False, None, None)
+    def around_setup(self, setup: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(setup)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            model, optimizer, scheduler = setup(*args, **kwargs)
+            self.observer.built(model, optimizer)
+            if optimizer is not None:
+                torch_adam.fuse_steps(optimizer)
+                optimizer.step = self._guarded(optimizer)
+            return model, optimizer, scheduler
 
-    return wrapped
+        return wrapped
 
+    def _guarded(self, optimizer: Any) -> Callable[[], Any]:
+        step = optimizer.step
 
-def _with_step(training_log: Callable[..., Any], observer: Observer) -> Callable[..., Any]:
-    @functools.wraps(training_log)
-    def wrapped(
-        loss_dict: dict[str, torch.Tensor],
-        total_loss_dict: dict[str, Any],
-        learning_rate: float | None,
-        iteration: int,
-        loss_scale: float,
-        report_memory_flag: bool,
-        skipped_iter: int,
-        grad_norm: float | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        observer.stepped(
-            loss_dict,
-            iteration=iteration,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            skipped=bool(skipped_iter),
-            loss_scale=loss_scale,
-        )
-        return training_log(
-            loss_dict,
-            total_loss_dict,
-            learning_rate,
-            iteration,
-            loss_scale,
-            report_memory_flag,
-            skipped_iter,
-            grad_norm,
-            *args,
-            **kwargs,
-        )
+        @functools.wraps(step)
+        def wrapped() -> Any:
+            self.learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
+            # Not successful, no gradient norm, no zeros counted: Megatron then counts a skipped
+            # step and leaves the learning rate schedule where it is.
+            return step() if self.observer.may_update() else (False, None, None)
 
-    return wrapped
+        return wrapped
+
+    def around_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(training_log)
+        def wrapped(
+            loss_dict: dict[str, torch.Tensor],
+            total_loss_dict: dict[str, Any],
+            learning_rate: float | None,
+            iteration: int,
+            loss_scale: float,
+            report_memory_flag: bool,
+            skipped_iter: int,
+            grad_norm: float | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            self.observer.stepped(
+                loss_dict,
+                iteration=iteration,
+                learning_rate=self.learning_rate,
+                grad_norm=grad_norm,
+                skipped=bool(skipped_iter),
+                loss_scale=loss_scale,
+            )
+            return training_log(
+                loss_dict,
+                total_loss_dict,
+                learning_rate,
+                iteration,
+                loss_scale,
+                report_memory_flag,
+                skipped_iter,
+                grad_norm,
+                *args,
+                **kwargs,
+            )
+
+        return wrapped
 
 
 class _Validation:

@@ -13,7 +13,9 @@ from typing import Any
 
 from megatron_smlp.checkpoints.structure import (
     MODEL,
+    is_checkpoint_folder,
     iteration_folder,
+    iteration_of,
     latest_iteration,
     release_folder,
 )
@@ -111,11 +113,47 @@ def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> di
 
 
 def settle_load(args: argparse.Namespace) -> None:
-    """A run that is started again with the same --save goes on from what it saved there."""
-    if args.load is not None or not args.save or args.no_resume:
-        return
-    if latest_iteration(args.save) is not None or release_folder(args.save):
-        args.load = args.save
+    """What is loaded: what --load says, or what an earlier start left in the --save folder.
+
+    A --load that holds no checkpoint is a mistake: Megatron would start from scratch. Where it is
+    the --save folder too, as launchers give it, this is the first start.
+
+    Raises:
+        UsageError: there is nothing to load where something is asked for.
+    """
+    if args.load is None:
+        if args.save and not args.no_resume and _holds_checkpoint(args.save):
+            args.load = args.save
+    elif not _holds_checkpoint(args.load) and not args.pretrained_checkpoint:
+        if not (args.save and Path(args.load).resolve() == Path(args.save).resolve()):
+            raise UsageError(_nothing_in(Path(args.load)))
+        args.load = None
+    if args.ckpt_step and not args.load and not args.pretrained_checkpoint:
+        where = f"{args.save} holds no checkpoint" if args.save else "there is no --load"
+        raise UsageError(
+            f"--ckpt-step {args.ckpt_step} asks for a checkpoint, and {where}: give --load with "
+            "the --save folder of the run, or leave --ckpt-step out."
+        )
+
+
+def _holds_checkpoint(run: str) -> bool:
+    return latest_iteration(run) is not None or release_folder(run) is not None
+
+
+def _nothing_in(load: Path) -> str:
+    """Why --load is refused, and what to give in its place."""
+    if is_checkpoint_folder(load):
+        iteration = iteration_of(load)
+        which = "" if iteration is None else f" --ckpt-step {iteration}"
+        return (
+            f"--load {load} is one checkpoint, and not the folder of a run: give --load "
+            f"{load.parent}{which}."
+        )
+    there = "holds no checkpoint" if load.is_dir() else "is no folder"
+    return (
+        f"--load {load} {there}: give the --save folder of a run, or leave --load out to start "
+        "from scratch."
+    )
 
 
 def check_against_checkpoint(args: argparse.Namespace) -> None:

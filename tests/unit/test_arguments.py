@@ -325,6 +325,29 @@ class TestRefusals:
         words = f"{TRANSFORMER} --save {tmp_path} --save-interval 5 --no-resume"
         assert parse(words).load is None
 
+    def test_a_load_without_a_checkpoint_is_no_start_from_scratch(self, parse: Parse, tmp_path):
+        """Megatron would train from random weights after a slip of the keyboard."""
+        checkpoint(parse(GMLP), tmp_path)
+        none = tmp_path / "none"
+        refusal(parse, f"{GMLP} --load {none}", rf"--load {none} is no folder: give the --save")
+        none.mkdir()
+        refusal(parse, f"{GMLP} --load {none} --save {tmp_path}", "none holds no checkpoint: give")
+        one = iteration_folder(tmp_path, 3)
+        message = rf"--load {one} is one checkpoint.*give --load {tmp_path} --ckpt-step 3\."
+        refusal(parse, f"{GMLP} --load {one}", message)
+
+    def test_launchers_give_one_folder_to_load_and_to_save(self, parse: Parse, tmp_path: Path):
+        assert parse(f"{GMLP} --load {tmp_path}/run --save {tmp_path}/run").load is None
+        (tmp_path / "run").mkdir()
+        checkpoint(parse(GMLP), tmp_path / "run")
+        words = f"{GMLP} --load {tmp_path}/run --save {tmp_path}/run/"
+        assert parse(words).load == f"{tmp_path}/run"
+
+    def test_an_iteration_of_nothing(self, parse: Parse, tmp_path: Path):
+        message = "--ckpt-step 5 asks for a checkpoint, and there is no --load"
+        refusal(parse, f"{GMLP} --ckpt-step 5", message)
+        refusal(parse, f"{GMLP} --ckpt-step 5 --save {tmp_path}", f"{tmp_path} holds no checkpoint")
+
 
 def checkpoint(args: Any, folder: Path) -> None:
     """What a save leaves for the check: the tracker file and the flags of the model."""

@@ -42,6 +42,11 @@ class TestMetrics:
             assert not step["skipped"]
         assert steps[-1]["eta_seconds"] == 0
 
+    def test_each_step_has_the_learning_rate_that_it_was_made_with(self, logged):
+        """Linear from --lr 1e-3 to --min-lr 1e-4 in four steps, of which the first is full."""
+        rates = [record["learning_rate"] for record in logged if "loss" in record]
+        assert rates == pytest.approx([1e-3, 7.75e-4, 5.5e-4, 3.25e-4])
+
     def test_the_first_loss_is_that_of_a_uniform_guess(self, logged: list[dict[str, Any]]):
         assert logged[0]["loss"] == pytest.approx(math.log(100), rel=0.02)
 
