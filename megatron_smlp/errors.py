@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
@@ -134,6 +135,10 @@ class _FileError(UserError):
     every_rank = False
 
 
+# What a disk says without a file's name, and no fault of the program.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool's `main` and exit with what it returns; None is 0.
 
@@ -148,7 +153,8 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
             code = 0
         except OSError as error:
-            if error.filename is None:
+            if error.filename is None and error.errno not in _OF_THE_DISK:
                 raise
-            raise _FileError(f"{error.filename}: {error.strerror}") from None
+            name = "" if error.filename is None else f"{error.filename}: "
+            raise _FileError(f"{name}{error.strerror}") from None
     sys.exit(code or 0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.checkpoints.structure import TRACKER
+from megatron_smlp.command_line import Parser
 from megatron_smlp.conversion.output import check_target
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform.allocator import give_large_blocks_back
@@ -41,13 +42,8 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UsageError(f"{message}. `--help` lists every flag.")
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="convert_checkpoint.py",
         description=DESCRIPTION,
         allow_abbrev=False,

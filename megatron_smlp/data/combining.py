@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.indexed import Index, bin_path, idx_path, open_index, strip_suffix
-from megatron_smlp.data.manifest import Manifest, check_manifest_path, find_manifest, fingerprint_of
+from megatron_smlp.data.manifest import (
+    Manifest,
+    TokenizerRecord,
+    check_manifest_path,
+    check_output_prefix,
+    find_manifest,
+    fingerprint_of,
+)
 from megatron_smlp.data.pair_writer import PairWriter, publish
 
 COPY_DOCUMENTS = 1 << 16
@@ -107,10 +114,19 @@ def _check_tokenizers(
                 return False
             raise DataError(
                 f"{index.prefix!r} and {first[0]!r} were not written with the same tokenizer "
-                f"settings ({manifest.tokenizer} against {first[1].tokenizer}); preprocess one of "
-                f"them again, or pass --allow-tokenizer-mismatch if the ids mean the same"
+                f"settings ({_differences(manifest.tokenizer, first[1].tokenizer)}); preprocess "
+                f"one of them again, or pass --allow-tokenizer-mismatch if the ids mean the same"
             )
     return True
+
+
+def _differences(ours: TokenizerRecord, theirs: TokenizerRecord) -> str:
+    other = asdict(theirs)
+    return ", ".join(
+        f"{name} {value} against {other[name]}"
+        for name, value in asdict(ours).items()
+        if value != other[name]
+    )
 
 
 def _common_dtype(indices: list[Index]) -> np.dtype[Any]:
@@ -135,6 +151,7 @@ def scratch_folder(output_prefix: str) -> Iterator[Path]:
     Raises:
         DataError: the manifest would replace a file that is none.
     """
+    check_output_prefix(output_prefix)
     check_manifest_path(Path(output_prefix + ".json"))
     folder = Path(output_prefix + ".partial")
     shutil.rmtree(folder, ignore_errors=True)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smlp.data.tokenizers import Encoder
+from megatron_smlp.errors import is_interruption
 
 # Contractions, numbers, code, scripts, combining marks, emoji, controls, special tokens, white
 # space at every place, long runs: what tokenizers differ in.
@@ -91,6 +92,8 @@ def gigatoken_in_place_of(
         return "pip install gigatoken is faster"
     # A tokenizer that gigatoken does not know raises errors of many kinds from Rust.
     except Exception as error:
+        if is_interruption(error):  # Which it lets go where it imports what it needs itself.
+            raise KeyboardInterrupt from error
         return f"gigatoken does not support it: {error}"
     return fast if agrees else "gigatoken gives other ids for this tokenizer"
 

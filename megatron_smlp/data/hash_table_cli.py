@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_smlp.command_line import Parser
 from megatron_smlp.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Count the tokens of a corpus and spread the ids over experts so that each "
         "gets the same number of tokens, for --token-router hash.",
         allow_abbrev=False,
@@ -44,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise DataError(f"--num-experts {args.num_experts}: give a positive number")
     # Not before --help.
     from megatron_smlp.data.blending import parse_blend
-    from megatron_smlp.data.manifest import write_atomically
     from megatron_smlp.data.token_counts import token_counts, vocabulary_of
+    from megatron_smlp.durable import write_durably
     from megatron_smlp.routers.hash_table import balanced_table, table_as_json
 
     blend = parse_blend(args.data_path, source="--data-path")
     counts = token_counts(blend, vocab_size=args.vocab_size or vocabulary_of(blend))
     table = balanced_table(counts, num_experts=args.num_experts)
-    write_atomically(Path(args.output), table_as_json(table, num_experts=args.num_experts))
+    write_durably(Path(args.output), table_as_json(table, num_experts=args.num_experts))
     print(f"{args.output}: {len(table):,} ids over {args.num_experts} experts")
     print(_balance(counts, table, args.num_experts))
 

@@ -78,15 +78,35 @@ class Index:
         return np.memmap(path, dtype=self.dtype, mode="r")
 
     def sequence(self, number: int) -> NDArray[Any]:
-        """<dtype>[length] of sequence `number`."""
+        """<dtype>[length] of sequence `number`.
+
+        Raises:
+            DataError: the index is damaged there.
+        """
+        tokens = self.tokens()
         start = int(self.pointers[number]) // self.dtype.itemsize
-        return self.tokens()[start : start + int(self.lengths[number])]
+        end = start + int(self.lengths[number])
+        if not 0 <= start <= end <= len(tokens):
+            raise self._damage(f"sequence {number} is tokens {start} to {end} of {len(tokens)}")
+        return tokens[start:end]
 
     def document(self, number: int) -> NDArray[Any]:
-        """<dtype>[tokens] of document `number`."""
+        """<dtype>[tokens] of document `number`.
+
+        Raises:
+            DataError: the index is damaged there.
+        """
         first, last = map(int, self.documents[number : number + 2])
+        if not 0 <= first <= last <= self.num_sequences:
+            raise self._damage(
+                f"document {number} is sequences {first} to {last} of {self.num_sequences}"
+            )
         parts = [self.sequence(sequence) for sequence in range(first, last)]
         return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
+
+    def _damage(self, what: str) -> DataError:
+        path = idx_path(self.prefix)
+        return DataError(f"{path} is damaged: {what}; write it again")
 
 
 def bin_path(prefix: str) -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_smlp.command_line import Parser
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.tokenizers import TokenizerSpec, add_tokenizer_arguments
 
@@ -13,9 +14,7 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Look into, check and cut .bin/.idx pairs.", allow_abbrev=False
-    )
+    parser = Parser(description="Look into, check and cut .bin/.idx pairs.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_command(commands, "show", "header, counts, origin")
     check = _add_command(commands, "validate", "check every byte; exit 0 or 1")
@@ -29,14 +28,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str
+    commands: "argparse._SubParsersAction[Parser]", name: str, summary: str
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     command.add_argument("prefix", metavar="PREFIX", help="path of the pair without .bin/.idx")
     return command
 
 
-def _add_split(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_split(commands: "argparse._SubParsersAction[Parser]") -> None:
     split = _add_command(commands, "split", "cut into train, valid and test between documents")
     split.add_argument("--output-prefix", metavar="PREFIX", help="default: the pair's own prefix")
     split.add_argument(
@@ -53,7 +52,7 @@ def _add_split(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
 
 
-def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_sample(commands: "argparse._SubParsersAction[Parser]") -> None:
     sample = _add_command(commands, "sample", "documents as text (with tokenizer flags) or ids")
     sample.add_argument("--documents", nargs="+", type=int, metavar="N", help="from 0")
     sample.add_argument("--count", type=int, default=3, help="of random documents (default 3)")
@@ -165,8 +164,11 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _stats(args: argparse.Namespace) -> int:
     from megatron_smlp.data.statistics import histogram_lines, length_statistics, save_histogram
+    from megatron_smlp.data.validation import require_sound_index
 
-    statistics = length_statistics(_open(args))
+    index = _open(args)
+    require_sound_index(index)
+    statistics = length_statistics(index)
     print(
         f"{statistics.num_documents:,} documents, {statistics.num_tokens:,} tokens, "
         f"{statistics.mean:,.1f} a document, {statistics.num_empty:,} empty"

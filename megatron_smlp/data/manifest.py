@@ -6,12 +6,12 @@ duration, so that a resumed run writes the same bytes as an uninterrupted one.
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_smlp.data.errors import DataError
+from megatron_smlp.durable import write_durably
 
 FORMAT = "megatron_smlp.dataset"
 VERSION = 1
@@ -62,7 +62,7 @@ class Manifest:
     def write(self, path: Path) -> None:
         """Write to `path` at once: a reader sees the old file or the whole new one."""
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_atomically(path, json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+        write_durably(path, json.dumps(body, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -105,6 +105,19 @@ def find_manifest(prefix: str) -> tuple[Path, Manifest] | None:
     return None
 
 
+def check_output_prefix(prefix: str) -> None:
+    """Refuse a prefix without a name of its own, whose files would be hidden and nameless.
+
+    Raises:
+        DataError: it is empty or ends with the name of a folder.
+    """
+    if not prefix or prefix.endswith(("/", "/.", "/..")) or prefix in (".", ".."):
+        raise DataError(
+            f"--output-prefix {prefix!r} is no start of files' names: add one to the folder, as "
+            f"{prefix.rstrip('/') or '.'}/NAME"
+        )
+
+
 def check_manifest_path(path: Path) -> None:
     """Refuse to write a manifest over a file that is none: `books.json` may be the corpus itself.
 
@@ -140,13 +153,3 @@ def fingerprint_of(*paths: Path) -> str:
             stream.seek(max(0, size - FINGERPRINT_BYTES))
             digest.update(stream.read(FINGERPRINT_BYTES))
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` under another name, flush it to the disk, and rename it to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)

@@ -3,13 +3,12 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_smlp.command_line import Parser
 from megatron_smlp.data.errors import DataError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Concatenate .bin/.idx pairs into one.", allow_abbrev=False
-    )
+    parser = Parser(description="Concatenate .bin/.idx pairs into one.", allow_abbrev=False)
     parser.add_argument(
         "--input",
         nargs="+",
@@ -33,15 +32,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.multimodal:
         raise DataError("--multimodal: only text datasets are supported here")
     from megatron_smlp.data.combining import find_pairs, merge
-    from megatron_smlp.data.indexed import open_index
+    from megatron_smlp.data.indexed import open_index, strip_suffix
     from megatron_smlp.data.manifest import find_manifest
 
-    prefixes = find_pairs(args.input, output_prefix=args.output_prefix)
-    merge(prefixes, output_prefix=args.output_prefix, allow_mismatch=args.allow_tokenizer_mismatch)
-    index = open_index(args.output_prefix)
+    output = strip_suffix(args.output_prefix)
+    prefixes = find_pairs(args.input, output_prefix=output)
+    merge(prefixes, output_prefix=output, allow_mismatch=args.allow_tokenizer_mismatch)
+    index = open_index(output)
     print(
-        f"{args.output_prefix}: {len(prefixes)} pairs, {index.num_documents:,} documents, "
+        f"{output}: {len(prefixes)} pairs, {index.num_documents:,} documents, "
         f"{index.num_tokens:,} tokens, {index.dtype}"
     )
-    if find_manifest(args.output_prefix) is None:
+    if find_manifest(output) is None:
         print("no manifest was written: not every input has one with the same tokenizer")

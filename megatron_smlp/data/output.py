@@ -5,6 +5,7 @@ into the input, and how long each file was then. What lies beyond the journal af
 off by a resumed run.
 """
 
+import contextlib
 import fcntl
 import json
 import shutil
@@ -16,10 +17,16 @@ import numpy as np
 
 from megatron_smlp.data.encoding import EncodedChunk
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.manifest import Manifest, PairRecord, check_manifest_path, write_atomically
+from megatron_smlp.data.manifest import (
+    Manifest,
+    PairRecord,
+    check_manifest_path,
+    check_output_prefix,
+)
 from megatron_smlp.data.pair_writer import PairWriter, append_to, flush_to_disk, place, publish
 from megatron_smlp.data.records import Rejection
 from megatron_smlp.data.sources import Position
+from megatron_smlp.durable import naming_errors, write_durably
 
 
 @dataclass
@@ -73,6 +80,7 @@ class PartialOutput:
         self.journal = Journal(settings="")
 
     def __enter__(self) -> "PartialOutput":
+        check_output_prefix(self.prefix)
         check_manifest_path(Path(self.prefix + ".json"))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = (self.folder / "lock").open("wb")
@@ -90,7 +98,8 @@ class PartialOutput:
         for writer in self.writers:
             writer.close()
         if self.writers:
-            self.rejected.close()
+            with contextlib.suppress(OSError):  # As for the writers: its error is known.
+                self.rejected.close()
         self.lock.close()
         if error[0] is not None and not (self.folder / "journal.json").is_file():
             shutil.rmtree(self.folder, ignore_errors=True)  # Nothing to go on from.
@@ -131,8 +140,9 @@ class PartialOutput:
         """Append the documents and the rejections of one chunk."""
         for writer, part in zip(self.writers, encoded.keys, strict=True):
             writer.write(part.ids, lengths=part.lengths, sequences=part.sequences)
-        for rejection in encoded.rejections:
-            self._write_rejection(rejection)
+        with naming_errors(self.folder / "rejected.jsonl"):
+            for rejection in encoded.rejections:
+                self._write_rejection(rejection)
         counts = self.journal.counts
         counts.documents += encoded.num_documents
         counts.empty += encoded.num_empty
@@ -149,9 +159,10 @@ class PartialOutput:
         journal = self.journal
         journal.pair_sizes = [writer.commit() for writer in self.writers]
         journal.max_ids = [writer.max_id for writer in self.writers]
-        journal.rejected_size = flush_to_disk(self.rejected)
+        with naming_errors(self.folder / "rejected.jsonl"):
+            journal.rejected_size = flush_to_disk(self.rejected)
         journal.position = position
-        write_atomically(self.folder / "journal.json", json.dumps(asdict(journal)))
+        write_durably(self.folder / "journal.json", json.dumps(asdict(journal)))
 
     def _pair_prefixes(self) -> list[str]:
         return [f"{self.prefix}_{key}_{self.level}" for key in self.keys]

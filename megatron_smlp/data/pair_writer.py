@@ -8,6 +8,7 @@
 Memory does not grow with the data, and a crash loses at most what came after the last `commit`.
 """
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.indexed import bin_path, idx_path, in_parts, write_index
 from megatron_smlp.data.manifest import Manifest, PairRecord, fingerprint_of, sha256_of
+from megatron_smlp.durable import naming_errors
 
 STREAMS = ("bin", "lengths", "sequences")
 INT32_MAX = np.iinfo(np.int32).max
@@ -86,21 +88,25 @@ class PairWriter:
         """
         if len(lengths) and lengths.max() > INT32_MAX:
             raise DataError(f"a sequence of {lengths.max()} tokens; the limit is {INT32_MAX}")
-        for part in in_parts(ids):
-            raw = part.astype(self.dtype).tobytes()
-            self.digest.update(raw)
-            self.files["bin"].write(raw)
-            self.max_id = max(self.max_id, int(part.max()))
-        self.files["lengths"].write(lengths.astype("<i4").tobytes())
-        self.files["sequences"].write(sequences.astype("<i4").tobytes())
+        with naming_errors(self.path("bin")):
+            for part in in_parts(ids):
+                raw = part.astype(self.dtype).tobytes()
+                self.digest.update(raw)
+                self.files["bin"].write(raw)
+                self.max_id = max(self.max_id, int(part.max()))
+            self.files["lengths"].write(lengths.astype("<i4").tobytes())
+            self.files["sequences"].write(sequences.astype("<i4").tobytes())
 
     def commit(self) -> dict[str, int]:
         """Bring everything to the disk; bytes of each stream."""
-        return {name: flush_to_disk(stream) for name, stream in self.files.items()}
+        with naming_errors(self.path("bin")):
+            return {name: flush_to_disk(stream) for name, stream in self.files.items()}
 
     def close(self) -> None:
+        """What counts is committed; where it could not be, its error is known."""
         for stream in self.files.values():
-            stream.close()
+            with contextlib.suppress(OSError):
+                stream.close()
 
     def finish(self, *, key: str, level: str) -> PairRecord:
         """Close the files and write the index; the pair's record for the manifest."""
@@ -108,7 +114,8 @@ class PairWriter:
         self.close()
         lengths, sequences = _read_flat(self.path("lengths")), _read_flat(self.path("sequences"))
         data, index = self.path("bin"), self.path("idx")
-        write_index(index, dtype=self.dtype, lengths=lengths, sequences_per_document=sequences)
+        with naming_errors(index):
+            write_index(index, dtype=self.dtype, lengths=lengths, sequences_per_document=sequences)
         return PairRecord(
             key=key,
             level=level,
@@ -143,8 +150,12 @@ def place(source: Path, target: Path) -> None:
         temporary.hardlink_to(source)
     except OSError:
         source.replace(target)
-    else:
+        return
+    try:
         temporary.replace(target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def publish(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_smlp.command_line import Parser
 from megatron_smlp.data.tokenizers import add_tokenizer_arguments
 from megatron_smlp.errors import interrupt
 
@@ -40,9 +41,7 @@ IGNORED_FLAGS |= dict.fromkeys(
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags; Megatron's keep their names and meaning."""
-    parser = argparse.ArgumentParser(
-        description="Turn text into Megatron's .bin/.idx pairs.", allow_abbrev=False
-    )
+    parser = Parser(description="Turn text into Megatron's .bin/.idx pairs.", allow_abbrev=False)
     group = parser.add_argument_group("input")
     group.add_argument(
         "--input",

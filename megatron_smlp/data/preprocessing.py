@@ -115,6 +115,12 @@ def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
         )
     if len(set(settings.keys)) != len(settings.keys):
         raise DataError(f"--json-keys {' '.join(settings.keys)}: a key is named twice")
+    for key in settings.keys:
+        if "/" in key:
+            raise DataError(
+                f"--json-keys {key}: a key is part of its files' names, which cannot hold '/'; "
+                f"rename it in the input"
+            )
     if settings.sentences:
         check_sentence_data(settings.sentences)
 

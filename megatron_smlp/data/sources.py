@@ -61,12 +61,14 @@ class Chunk:
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
     """Files named by paths, globs and folders (searched recursively), sorted within each.
 
+    `-` is the standard input.
+
     Raises:
         DataError: a pattern names nothing, or a folder holds no known format.
     """
     found: list[Path] = []
     for pattern in patterns:
-        path = Path(pattern)
+        path = Path("/dev/stdin" if pattern == "-" else pattern)
         if path.is_dir():
             found += _files_in(path)
         elif path.exists():

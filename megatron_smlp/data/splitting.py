@@ -13,6 +13,7 @@ from megatron_smlp.data.indexed import Index, open_index
 from megatron_smlp.data.manifest import check_manifest_path, find_manifest
 from megatron_smlp.data.pair_writer import PairWriter, publish
 from megatron_smlp.data.statistics import document_lengths
+from megatron_smlp.data.validation import require_sound_index
 
 NAMES = ("train", "valid", "test")
 
@@ -32,6 +33,7 @@ def split(
         DataError: bad weights, a damaged pair, or too few documents.
     """
     index = open_index(prefix)
+    require_sound_index(index)
     shares = _shares(weights)
     part_of = _assign(index, shares, by=by, seed=seed)
     counts = np.bincount(part_of, minlength=len(NAMES))

@@ -1,5 +1,6 @@
 """Document lengths of a pair: quantiles, a histogram for the terminal and as PNG."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from megatron_smlp.data.errors import require_package
 from megatron_smlp.data.indexed import Index
+from megatron_smlp.durable import write_durably
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BAR_WIDTH = 40
@@ -85,4 +87,6 @@ def save_histogram(statistics: LengthStatistics, path: Path, *, title: str) -> N
     axes.bar(labels, statistics.counts)
     axes.set(title=title, xlabel="tokens a document (from)", ylabel="documents")
     axes.tick_params("x", rotation=45)
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    write_durably(path, image.getvalue())

@@ -50,11 +50,11 @@ def token_counts(blend: Blend, *, vocab_size: int) -> NDArray[np.int64]:
 def _counts(prefix: str, vocab_size: int) -> NDArray[np.int64]:
     counts = np.zeros(vocab_size, dtype=np.int64)
     for part in in_parts(open_index(prefix).tokens()):
-        found = np.bincount(part, minlength=vocab_size)
-        if len(found) > vocab_size:
+        outside = part[(part < 0) | (part >= vocab_size)]
+        if len(outside):
             raise DataError(
-                f"{prefix} holds the id {len(found) - 1}, outside a vocabulary of {vocab_size:,} "
+                f"{prefix} holds the id {outside[0]}, outside a vocabulary of {vocab_size:,} "
                 "ids: give the tokenizer's --vocab-size"
             )
-        counts += found
+        counts += np.bincount(part, minlength=vocab_size)
     return counts

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_smlp.command_line import Parser
 from megatron_smlp.data.errors import DataError
+from megatron_smlp.durable import write_durably
 
 if TYPE_CHECKING:
     import tokenizers
@@ -17,7 +19,7 @@ PIECE_CHARACTERS = 1 << 16
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train a byte-level BPE tokenizer (GPT-2's kind) on text.", allow_abbrev=False
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH")
@@ -136,7 +138,7 @@ def _cut(text: str) -> Iterator[str]:
 def _write_folder(tokenizer: "tokenizers.Tokenizer", folder: Path) -> None:
     """The files that `transformers.AutoTokenizer.from_pretrained` reads offline."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_durably(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": EOD,
@@ -148,4 +150,4 @@ def _write_folder(tokenizer: "tokenizers.Tokenizer", folder: Path) -> None:
         "model_max_length": int(1e30),
     }
     text = json.dumps(config, indent=2) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    write_durably(folder / "tokenizer_config.json", text)

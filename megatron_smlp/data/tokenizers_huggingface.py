@@ -216,9 +216,10 @@ def _ask_transformers(spec: TokenizerSpec) -> tuple[str, int | None]:
     )
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given"
+        place = "" if Path(str(name)).exists() else "there is no such folder here, and "
         raise DataError(
-            f"--tokenizer-model {name}: transformers cannot load it ({reason}); give a folder with "
-            f"tokenizer.json and tokenizer_config.json"
+            f"--tokenizer-model {name}: {place}transformers cannot load it ({reason}); give a "
+            f"folder with tokenizer.json and tokenizer_config.json"
         )
     answer = json.loads(done.stdout)
     return answer["json"], answer["eod"]

@@ -69,6 +69,15 @@ def check_index(index: Index) -> Iterator[Finding]:
     yield _finding("document starts", lambda: check_documents(index))
 
 
+def require_sound_index(index: Index) -> None:
+    """Raise `DataError` at the first rule that `.idx` breaks."""
+    for finding in check_index(index):
+        if finding.problem:
+            raise DataError(
+                f"{idx_path(index.prefix)} is damaged: {finding.problem}; write it again"
+            )
+
+
 def check_lengths(index: Index) -> None:
     """Raise `DataError` at the first negative length."""
     for at, part in _numbered(index.lengths):

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import UsageError
-from megatron_smlp.generation.cli import Parser, check_model_arguments
+from megatron_smlp.generation.cli import check_model_arguments
 
 EPILOG = """\
 Other flags are Megatron's and go with --checkpoint: the layout to evaluate in, for example

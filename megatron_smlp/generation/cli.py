@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,13 +21,6 @@ EPILOG = """\
 Without --prompt and --prompts-file, prompts are read from the terminal, a line each; Ctrl-D ends.
 A model has as many positions as --seq-length of its run: at the last one, generation stops with a
 message on stderr."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong flags end like every other error of the tools: in one line."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UsageError(f"{message}. `--help` lists every flag.")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,9 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import UsageError
-from megatron_smlp.generation.cli import Parser, add_model_arguments, check_model_arguments
+from megatron_smlp.generation.cli import add_model_arguments, check_model_arguments
 
 if TYPE_CHECKING:
     from megatron_smlp.generation.language_model import LanguageModel

@@ -4,18 +4,22 @@ import argparse
 import contextlib
 import json
 import os
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import BYTE_FLAGS, PYTHON, ROOT, write_jsonl
+from data_helpers import BYTE_FLAGS, PYTHON, ROOT, assert_same_pair, write_jsonl
 
 from megatron_smlp.data import (
+    hash_table_cli,
     inspect_cli,
     merge_cli,
     preprocess_cli,
@@ -72,7 +76,7 @@ assert not {{"torch", "megatron", "transformers"}} & set(sys.modules)
 def test_a_wrong_flag_exits_2(tool: str) -> None:
     done = _run(tool, "--no-such-flag")
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    assert re.fullmatch(rf"{tool}\.py: error: .* `--help` lists every flag\.\n", done.stderr)
 
 
 def test_flags_of_megatron_are_accepted_with_a_note(
@@ -120,6 +124,73 @@ def test_sigterm_ends_the_run_and_its_workers(corpus: Path, tmp_path: Path) -> N
     assert process.returncode == 130
     assert message.strip() == "interrupted: nothing was written"
     assert not list(tmp_path.glob("data*"))
+
+
+@contextlib.contextmanager
+def _small_files(limit: int) -> Iterator[None]:
+    """The system refuses what grows beyond `limit` bytes, as a full disk does: without a name."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_room_is_one_line_that_names_the_file(
+    corpus: Path, tmp_path: Path, run: Callable[..., Summary], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(corpus, tmp_path / "data", *BYTE_FLAGS)
+    data, full = tmp_path / "data_text_document", tmp_path / "full"
+    kept = {path.name for path in tmp_path.iterdir()} | {"full"}
+    tools: list[tuple[Any, list[object]]] = [
+        (preprocess_cli, ["--input", corpus, "--output-prefix", full / "x", *BYTE_FLAGS]),
+        (merge_cli, ["--input", data, data, "--output-prefix", full / "x"]),
+        (inspect_cli, ["split", data, "--output-prefix", full / "x", "--weights", 1, 1, 1]),
+        (inspect_cli, ["stats", data, "--png", full / "x"]),
+        (tokenizer_training, ["--input", corpus, "--vocab-size", 300, "--output", full / "x"]),
+        (hash_table_cli, ["--data-path", data, "--num-experts", 2, "--output", full / "x"]),
+    ]
+    for tool, flags in tools:
+        shutil.rmtree(full, ignore_errors=True)
+        full.mkdir()
+        with _small_files(500), pytest.raises(SystemExit) as end:
+            run_tool(lambda tool=tool, flags=flags: tool.main([str(flag) for flag in flags]))
+        assert end.value.code == 1
+        said = capsys.readouterr().err
+        assert re.fullmatch(rf"\S+: error: {full}/\S+: File too large\n", said), (tool, said)
+        assert [path for path in full.rglob("*") if path.is_file()] == [], tool
+        assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "folder/", "folder/."])
+def test_a_prefix_without_a_name(
+    corpus: Path, prefix: str, monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"--output-prefix .* as .*/NAME"):
+        preprocess_cli.main(["--input", str(corpus), "--output-prefix", prefix, *BYTE_FLAGS])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_that_is_no_part_of_a_name(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ["a"], key="a/b")
+    flags = ["--input", source, "--output-prefix", tmp_path / "x", "--json-keys", "a/b"]
+    with pytest.raises(DataError, match=r"--json-keys a/b: .* cannot hold '/'"):
+        preprocess_cli.main([*map(str, flags), *BYTE_FLAGS])
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_standard_input(corpus: Path, tmp_path: Path, run: Callable[..., Summary]) -> None:
+    run(corpus, tmp_path / "file", *BYTE_FLAGS)
+    command = [PYTHON, str(ROOT / "tools/preprocess_data.py"), "--input", "-", *BYTE_FLAGS]
+    with corpus.open("rb") as stream:
+        writer = subprocess.Popen(["cat"], stdin=stream, stdout=subprocess.PIPE)
+        subprocess.run(
+            [*command, "--output-prefix", str(tmp_path / "pipe")], stdin=writer.stdout, check=True
+        )
+    assert writer.wait() == 0
+    assert_same_pair(tmp_path / "pipe_text_document", tmp_path / "file_text_document")
 
 
 def test_an_old_dataset_is_replaced_as_a_whole(

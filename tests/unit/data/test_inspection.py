@@ -123,6 +123,27 @@ def test_fuzzed_pairs_give_an_error_or_the_right_tokens(
                 assert "\n" not in problem
 
 
+@pytest.mark.parametrize(
+    ("offset", "number", "what"),
+    [
+        (34 + 4 * 60 + 8 * 5, -8, "sequence 5"),
+        (34 + 12 * 60 + 8 * 5, 10**9, r"document [56] (is|starts at) sequence"),
+    ],
+)
+def test_a_damaged_index_is_neither_shown_nor_cut(
+    prefix: str, tmp_path: Path, offset: int, number: int, what: str
+) -> None:
+    """Of 60 sequences and documents: the start of one in `.bin`, or in the list of sequences."""
+    with Path(prefix + ".idx").open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(number.to_bytes(8, "little", signed=True))
+    before = sorted(tmp_path.iterdir())
+    for command in (["stats"], ["split"], ["sample", "--documents", "5"]):
+        with pytest.raises(DataError, match=rf"\.idx is damaged: {what}"):
+            inspect_cli.main([command[0], prefix, *command[1:]])
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def _sequences(index: bytes) -> bytes:
     """Lengths and pointers of an `.idx` of 60 sequences."""
     return index[34 : 34 + 12 * 60]

@@ -1,7 +1,9 @@
 """Every tokenizer type gives Megatron's ids, its end of document, its size, and one identity."""
 
 import base64
+import contextlib
 import json
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.gigatoken_encoder import GigatokenEncoder
+from megatron_smlp.data.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
 from megatron_smlp.data.tokenizers import Encoder, Tokenizer, TokenizerSpec, UnencodableTextError
 from megatron_smlp.data.tokenizers_huggingface import (
     HuggingFaceEncoder,
     HuggingFaceTokenizer,
 )
+from megatron_smlp.errors import readable_errors
 
 DOCUMENTS = make_documents(120, seed=9)
 Flags = list[object]
@@ -231,6 +234,22 @@ def test_the_fast_path_of_sentencepiece(tmp_path: Path) -> None:
     assert rows(*encoder.encode_batch(texts)) == rows(*fast.encode_batch(texts))  # type: ignore[attr-defined]
     slow = resolve([*flags, tmp_path / "unigram.model"]).build()
     assert slow.description.startswith("sentencepiece (gigatoken does not support it")
+
+
+def test_an_interruption_that_gigatoken_lets_go_ends_the_run(hf_flags: Flags) -> None:
+    """Its native code takes what ends an import of its own for a package that is not there."""
+    pytest.importorskip("gigatoken")
+
+    class Interrupted:
+        def encode_batch(self, texts: object, parallel: bool) -> list[int]:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            return []
+
+    slow = resolve(hf_flags).build()
+    with pytest.raises(SystemExit) as end, readable_errors("tool"):
+        gigatoken_in_place_of(slow, lambda module: Interrupted())
+    assert end.value.code == 130
 
 
 def test_without_gigatoken_the_slow_one_is_taken(
