@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from megatron_smlp.config_file import read_yaml
 from megatron_smlp.continuing import with_checkpoint_flags
 from megatron_smlp.errors import UsageError
-from megatron_smlp.options import ModelOptions, RunOptions
+from megatron_smlp.options import ModelOptions, RunOptions, flag_of
 from megatron_smlp.platform import (
     cpu,
     cross_entropy,
@@ -31,6 +31,12 @@ from megatron_smlp.platform import (
     torch_adam,
 )
 from megatron_smlp.routers.flags import settle_feature_router, settle_token_router
+from megatron_smlp.run_checks import (
+    check_layout,
+    check_names,
+    check_ranges,
+    check_schedule,
+)
 from megatron_smlp.training.checkpoints import check_against_checkpoint, settle_load
 from megatron_smlp.training.tokenizer_folder import local_gpt2_files
 from megatron_smlp.training.vocabulary import keep_padding
@@ -40,6 +46,9 @@ OF_ONE_ARCHITECTURE = {
     "feature_router": "smlp",
     "num_feature_experts": "smlp",
     "num_feature_chunks": "smlp",
+    "prefix_fraction": "smlp",
+    "partial_loss": "smlp",
+    "feature_aux_loss_coeff": "smlp",
     "tiny_attention_width": "amlp",
 }
 
@@ -67,9 +76,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = _parse_like_megatron(argv)
     args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
     args.command_line = argv
+    check_ranges(args)
     _settle_defaults(args)
     check_model(args)
     check_schedule(args)
+    check_layout(args)
+    check_names(args)
     with local_gpt2_files(args):
         _validate(args)
     _check_hash_table(args)
@@ -232,8 +244,6 @@ def _settle_defaults(args: argparse.Namespace) -> None:
     # Ours does the same in lockstep over the ranks, and can skip the step: --nonfinite-loss.
     args.check_for_nan_in_loss_and_grad = False
     args.exit_signal_handler = True
-    if args.save and not args.save_interval:
-        args.save_interval = args.train_iters  # once, at the end; Megatron insists on a number
     args.log_dir = args.log_dir or args.save
     _settle_saving(args)
     if not args.use_checkpoint_opt_param_scheduler:
@@ -257,7 +267,7 @@ def _settle_saving(args: argparse.Namespace) -> None:
     if args.async_save:
         forked_saving.settle(args, has_nvrx=_has("nvidia_resiliency_ext"))
     for name in ("keep_last", "keep_every"):
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        value, flag = getattr(args, name), flag_of(name)
         if value is not None and value < 1:
             raise UsageError(f"{flag} {value}: give 1 or more, or leave it out to keep all.")
     if args.keep_every and not args.keep_last:
@@ -268,7 +278,7 @@ def _settle_saving(args: argparse.Namespace) -> None:
 
 def _check_eval_tasks(args: argparse.Namespace) -> None:
     for name in ("eval_tasks_interval", "eval_tasks_limit", "eval_tasks_data_dir"):
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        value, flag = getattr(args, name), flag_of(name)
         if value is None:
             continue
         if not args.eval_tasks:
@@ -292,8 +302,9 @@ def check_model(args: argparse.Namespace) -> None:
     for name in ("num_layers", "hidden_size", "seq_length", "micro_batch_size"):
         value = getattr(args, name)
         if value is None or value < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {value}: give a positive number (or a --config that has it).")
+            raise UsageError(
+                f"{flag_of(name)} {value}: give a positive number (or a --config that has it)."
+            )
     if args.tiny_attention_width < 1:
         raise UsageError(
             f"--tiny-attention-width {args.tiny_attention_width}: give a positive number of "
@@ -320,10 +331,9 @@ def _refuse_foreign(args: argparse.Namespace) -> None:
     for name, owner in OF_ONE_ARCHITECTURE.items():
         value = getattr(args, name)
         if value != getattr(defaults, name) and args.architecture != owner:
-            flag = "--" + name.replace("_", "-")
             raise UsageError(
-                f"{flag} {value} is for --architecture {owner}, not {args.architecture}: leave it "
-                "out."
+                f"{flag_of(name)} {value} is for --architecture {owner}, not {args.architecture}: "
+                "leave it out."
             )
 
 
@@ -393,40 +403,13 @@ def _check_experts(args: argparse.Namespace) -> None:
             f"--num-experts {experts} is not a multiple of --expert-model-parallel-size {ep}: "
             "choose a multiple."
         )
-
-
-def check_schedule(args: argparse.Namespace) -> None:
-    """Steps, warm-up and evaluation that fit together.
-
-    Raises:
-        UsageError: see the messages.
-    """
-    if not args.train_iters and not args.train_samples:
-        raise UsageError("--train-iters is missing: give it (or --train-samples).")
-    steps = args.lr_decay_iters or args.train_iters
-    if args.train_iters and args.lr_warmup_iters >= steps:
+    freq, layers = args.moe_layer_freq, args.num_layers
+    is_number = isinstance(freq, int)
+    if freq < 1 if is_number else len(freq) != layers or not set(freq) <= {0, 1}:
         raise UsageError(
-            f"--lr-warmup-iters {args.lr_warmup_iters} must be under --lr-decay-iters or "
-            f"--train-iters {steps}. Lower it, or use --lr-warmup-fraction."
+            f"--moe-layer-freq {freq}: give a number of 1 or more, or a list with 0 or 1 for each "
+            f"of the --num-layers {layers} layers, as [0,1]*{layers // 2 or 1}."
         )
-    if args.lr is None:
-        raise UsageError("--lr is missing: give the peak learning rate, for example --lr 1e-3.")
-    if (args.min_lr or 0.0) > args.lr:
-        raise UsageError(
-            f"--min-lr {args.min_lr} is over --lr {args.lr}: the learning rate decays from the "
-            "second to the first. Lower --min-lr."
-        )
-    if args.full_validation and not args.multiple_validation_sets:
-        raise UsageError(
-            "--full-validation stops Megatron 0.19 unless --multiple-validation-sets is given too: "
-            "give both, or --eval-iters with the number of batches."
-        )
-    if args.eval_iters and not args.eval_interval:
-        if "eval_iters" in args.explicit_flags:
-            raise UsageError("--eval-iters without --eval-interval: give both, or --eval-iters 0.")
-        args.eval_iters = 0  # Megatron's default without an interval to use it at
-    if not args.eval_iters:
-        args.eval_interval = args.eval_interval or args.train_iters  # Megatron divides by it
 
 
 def _validate(args: argparse.Namespace) -> None:

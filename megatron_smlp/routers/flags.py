@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any, get_args
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.options import EXPERTS_PER_TOKEN, TokenRouterName, prefix_length
+from megatron_smlp.options import EXPERTS_PER_TOKEN, TokenRouterName, flag_of, prefix_length
 
 ALLOWED = ", ".join(name for name in get_args(TokenRouterName) if name != "none")
 WITH_CAPACITY = ("switch", "gshard")  # and with a balance loss
@@ -83,7 +83,7 @@ def settle_feature_router(args: argparse.Namespace) -> None:
         for name in OF_PARTIAL:
             if name in args.explicit_flags:
                 raise UsageError(
-                    f"{_flag(name)} is for --feature-router partial, not {args.feature_router}: "
+                    f"{flag_of(name)} is for --feature-router partial, not {args.feature_router}: "
                     "leave it out."
                 )
         if chunks not in (None, experts):
@@ -132,15 +132,15 @@ def _refuse_megatrons(args: argparse.Namespace) -> None:
     for name in OF_MEGATRONS_ROUTER:
         if name in args.explicit_flags:
             raise UsageError(
-                f"{_flag(name)} is for Megatron's top-k router, not for --token-router "
-                f"{args.token_router}: leave it out. Capacities are {_flag(CAPACITIES[0])} and "
-                f"{_flag(CAPACITIES[1])}."
+                f"{flag_of(name)} is for Megatron's top-k router, not for --token-router "
+                f"{args.token_router}: leave it out. Capacities are {flag_of(CAPACITIES[0])} and "
+                f"{flag_of(CAPACITIES[1])}."
             )
     for name, here in OTHER_EXPERTS.items():
         if name in args.explicit_flags:
             raise UsageError(
-                f"{_flag(name)} is not available with --token-router {args.token_router}: {here}. "
-                "Leave it out."
+                f"{flag_of(name)} is not available with --token-router {args.token_router}: "
+                f"{here}. Leave it out."
             )
     if "moe_router_dtype" in args.explicit_flags and args.moe_router_dtype != "fp32":
         raise UsageError(
@@ -166,12 +166,12 @@ def _check_capacity(args: argparse.Namespace) -> None:
             continue
         if args.token_router not in WITH_CAPACITY:
             raise UsageError(
-                f"{_flag(name)} is for --token-router {' or '.join(WITH_CAPACITY)}, not "
+                f"{flag_of(name)} is for --token-router {' or '.join(WITH_CAPACITY)}, not "
                 f"{args.token_router}, which drops nothing: leave it out."
             )
         if not factor > 0:
             raise UsageError(
-                f"{_flag(name)} {factor:g} must be over 0: 1 is an even share for each expert. "
+                f"{flag_of(name)} {factor:g} must be over 0: 1 is an even share for each expert. "
                 "Leave it out to drop nothing."
             )
 
@@ -188,7 +188,3 @@ def _aux_loss_coeff(args: argparse.Namespace) -> float:
             f"balance loss of --token-router {args.token_router}."
         )
     return float(values[0])
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -95,10 +95,15 @@ def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:
         f"({needed:.4f} needed, without what lies above the diagonal)"
     )
     yield f"layout      {layout(args)}; {dtype}"
-    yield (
-        f"steps       {args.train_iters} x {args.global_batch_size} samples of {args.seq_length} "
-        f"tokens, micro-batch {args.micro_batch_size}"
-    )
+    yield f"steps       {_steps(args)} tokens, micro-batch {args.micro_batch_size}"
+
+
+def _steps(args: argparse.Namespace) -> str:
+    if args.train_iters:
+        return f"{args.train_iters} x {args.global_batch_size} samples of {args.seq_length}"
+    rises = "up to " if args.rampup_batch_size else ""
+    batches = f"in batches of {rises}{args.global_batch_size}"
+    return f"{args.train_samples:,} samples {batches}, each of {args.seq_length}"
 
 
 def layout(args: argparse.Namespace) -> str:

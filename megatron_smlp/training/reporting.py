@@ -93,8 +93,16 @@ class Reporter:
         last = self.metrics.drop_after(iteration) if self.metrics else {}
         if iteration:
             self.say(f"resumed from iteration {iteration} of {self.args.load}")
+            self._say_if_complete(iteration)
         self.clock.restart()
         self.wall.restart(before=last.get("wall_seconds", 0.0))
+
+    def _say_if_complete(self, iteration: int) -> None:
+        wanted, done = self.args.train_samples, self.args.consumed_train_samples
+        if wanted and done >= wanted:
+            self.say(f"nothing is left to train: --train-samples {wanted} are read")
+        elif self.args.train_iters and iteration >= self.args.train_iters:
+            self.say(f"nothing is left to train: --train-iters {self.args.train_iters} is reached")
 
     def may_update(self) -> bool:
         """All ranks agree whether this step's losses were finite.

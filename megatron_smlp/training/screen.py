@@ -53,7 +53,9 @@ class Screen:
     def advance(self, iteration: int, *, note: str) -> None:
         """Move the bar, where there is one."""
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=iteration, note=note)
+            # With --train-samples Megatron only now knows how many iterations that makes.
+            total = self.args.train_iters
+            self.bar.update(self.task, completed=iteration, total=total, note=note)
 
     def say(self, text: str) -> None:
         """One line."""

@@ -1,0 +1,117 @@
+"""Runs that cannot start: one line with flag, value, what is allowed, what to do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support.in_process import MINIMAL
+
+from megatron_smlp.errors import UsageError
+
+Parse = Callable[..., Any]
+
+GMLP = "--architecture gmlp"
+SWITCH = f"{GMLP} --token-router switch --num-experts 2"
+BY_SAMPLES = MINIMAL.replace("--train-iters 4", "--train-samples 10")
+
+
+def refused(parse: Parse, words: str, message: str, *, base: str = MINIMAL) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        parse(words, base=base)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--train-iters -3", r"--train-iters -3: give 1 or more"),
+        ("--global-batch-size 0", r"--global-batch-size 0: give 1 or more"),
+        ("--lr=-1e-3", r"--lr -0\.001: give 0 or more"),
+        ("--lr nan", r"--lr nan: give 0 or more"),
+        ("--min-lr -1", r"--min-lr -1\.0: give 0 or more"),
+        ("--weight-decay -1", r"--weight-decay -1\.0: give 0 or more"),
+        ("--lr-decay-iters 0", r"--lr-decay-iters 0: give 1 or more"),
+        ("--log-interval 0", r"--log-interval 0: give 1 or more"),
+        ("--eval-iters -1", r"--eval-iters -1: give 0 or more"),
+        ("--eval-interval -5", r"--eval-interval -5: give 0 or more"),
+        ("--exit-interval -1", r"--exit-interval -1: give 0 or more"),
+        ("--num-workers -1", r"--num-workers -1: give 0 or more"),
+        ("--seed 0", r"--seed 0: give 1 or more"),
+        ("--tensor-model-parallel-size 0", r"--tensor-model-parallel-size 0: give 1 or more"),
+        ("--lr-warmup-fraction 1", r"--lr-warmup-fraction 1\.0: give 0 or more, and less than 1"),
+        ("--hidden-dropout 2", r"--hidden-dropout 2\.0: give 0 or more, and less than 1"),
+        ("--peak-tflops -3", r"--peak-tflops -3\.0: give a positive number, or leave it out"),
+        ("--split a,b,c", r"--split a,b,c: give the shares .*95,5,0"),
+        ("--split 110,-10,0", r"--split 110,-10,0: give the shares"),
+        ("--split 0,100,0", r"--split 0,100,0 leaves nothing to train on"),
+        ("--split 0,0,0", r"--split 0,0,0 leaves nothing to train on"),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_run_can_use(parse: Parse, words: str, message: str):
+    refused(parse, f"{GMLP} {words}", message)
+
+
+@pytest.mark.parametrize("freq", ["0", "-1", "[0,1]", "[0,1,2,1]"])
+def test_moe_layers(parse: Parse, freq: str):
+    message = r"--moe-layer-freq .*: give a number .* a list with 0 or 1 .*--num-layers 4 layers"
+    refused(parse, f"{SWITCH} --moe-layer-freq {freq}", message)
+
+
+@pytest.mark.parametrize(
+    ("words", "base", "message"),
+    [
+        ("--train-samples 10", MINIMAL, r"--train-iters 4 and --train-samples 10 both say"),
+        ("--lr-warmup-samples 20", BY_SAMPLES,
+         r"--lr-warmup-samples 20 must be under .*--train-samples 10"),
+        ("--lr-decay-style WSD", MINIMAL, r"WSD without --lr-wsd-decay-iters: say how long"),
+        ("--lr-decay-style WSD", BY_SAMPLES, r"WSD without --lr-wsd-decay-samples: say how long"),
+    ],
+)  # fmt: skip
+def test_the_length_of_a_run(parse: Parse, words: str, base: str, message: str):
+    refused(parse, f"{GMLP} {words}", message, base=base)
+
+
+def test_a_run_by_samples_saves_and_evaluates_at_its_end(parse: Parse, tmp_path):
+    """Megatron wants intervals in iterations, which such a run does not know yet."""
+    args = parse(f"{GMLP} --save {tmp_path} --eval-iters 0", base=BY_SAMPLES)
+    assert args.save_interval >= 5
+    assert args.eval_interval >= 5
+
+
+@pytest.mark.parametrize(
+    ("processes", "words", "message"),
+    [
+        (1, f"{GMLP} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+         r"--tensor-model-parallel-size 2 x --pipeline-model-parallel-size 2 needs a multiple of 4 "
+         r"processes, and this run has 1: start so many by torchrun"),
+        (1, f"{SWITCH} --expert-model-parallel-size 2",
+         r"--expert-model-parallel-size 2 needs a multiple of 2 processes, and this run has 1"),
+        (2, f"{GMLP} --global-batch-size 6",
+         r"--global-batch-size 6 is no multiple of 4, which is --micro-batch-size 2 on 2 data"),
+    ],
+)  # fmt: skip
+def test_processes(parse: Parse, monkeypatch, processes: int, words: str, message: str):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    refused(parse, words, message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", r"--tokenizer-type is missing: give it as --tokenizer-type HuggingFaceTokenizer"),
+        ("--tokenizer-type NullTokenizer", r"NullTokenizer without --vocab-size: give the number"),
+    ],
+)
+def test_tokenizers(parse: Parse, words: str, message: str):
+    base = MINIMAL.replace("--tokenizer-type NullTokenizer --vocab-size 100", "")
+    refused(parse, f"{GMLP} {words}", message, base=base)
+
+
+def test_weights_and_biases_need_a_name_and_a_folder(parse: Parse):
+    words = f"{GMLP} --wandb-project p --wandb-exp-name e"
+    refused(parse, words, r"--wandb-project p needs --wandb-exp-name, and --save or --wandb-save")
+
+
+@pytest.mark.parametrize("flag", ["--prefix-fraction 0.5", "--partial-loss all"])
+def test_flags_of_partial_prediction_need_an_smlp(parse: Parse, flag: str):
+    refused(parse, f"{GMLP} {flag}", rf"{flag} is for --architecture smlp, not gmlp: leave it out")
