@@ -7,6 +7,7 @@ builds the parser from them.
 
 import dataclasses
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 Mixer = Literal["attention", "spatial_gating", "gating_and_attention", "feature_moe"]
@@ -155,13 +156,15 @@ class LayerSlots:
 
 
 def prefix_length(options: Any, *, seq_length: int) -> int:
-    """P, the tokens from which partial prediction routes; 0 without it.
+    """P = floor(fraction x T), the tokens from which partial prediction routes; 0 without it.
+
+    The fraction is the decimal number that was written: in binary, 0.29 of 100 would be 28.
 
     Args:
         options: ModelOptions, or a namespace with its names.
     """
     is_partial = options.feature_router == "partial"
-    return int(options.prefix_fraction * seq_length) if is_partial else 0
+    return int(Fraction(str(options.prefix_fraction)) * seq_length) if is_partial else 0
 
 
 def is_moe_layer(index: int, moe_layer_freq: int | list[int]) -> bool:

@@ -4,6 +4,7 @@ Names are Megatron's where Megatron has the word. `num_hidden_layers` and `seq_l
 as other names of `num_layers` and `max_position_embeddings`.
 """
 
+from fractions import Fraction
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -127,8 +128,8 @@ class SMLPConfig(PreTrainedConfig):
 
     @property
     def prefix_length(self) -> int:
-        """P, the tokens that partial prediction routes from."""
-        return int(self.prefix_fraction * self.max_position_embeddings)
+        """P, the tokens that partial prediction routes from; 0.29 of 100 are 29, not 28."""
+        return int(Fraction(str(self.prefix_fraction)) * self.max_position_embeddings)
 
     @property
     def num_chunks(self) -> int:

@@ -222,6 +222,10 @@ class SMLPLinear(nn.Linear):
         return linear(hidden, self.weight, self.bias)
 
 
+class SMLPOutputLinear(SMLPLinear):
+    """What leads back to the residual, which starts smaller; see `_init_weights`."""
+
+
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear. One row on a CPU is multiplied as two equal ones, of which one is kept.
 
@@ -248,10 +252,18 @@ class SMLPAttention(nn.Module):
     Args:
         width: of all heads together.
         out_features: what the output projection maps to.
+        output: the kind of that projection.
     """
 
     def __init__(
-        self, config: SMLPConfig, cache_index: int, *, num_heads: int, width: int, out_features: int
+        self,
+        config: SMLPConfig,
+        cache_index: int,
+        *,
+        num_heads: int,
+        width: int,
+        out_features: int,
+        output: type[SMLPLinear],
     ) -> None:
         super().__init__()
         bias = config.add_bias_linear
@@ -260,7 +272,7 @@ class SMLPAttention(nn.Module):
         self.q_proj = SMLPLinear(config.hidden_size, width, bias=bias)
         self.k_proj = SMLPLinear(config.hidden_size, width, bias=bias)
         self.v_proj = SMLPLinear(config.hidden_size, width, bias=bias)
-        self.out_proj = SMLPLinear(width, out_features, bias=bias)
+        self.out_proj = output(width, out_features, bias=bias)
 
     def forward(
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
@@ -396,7 +408,7 @@ class SMLPSpatialGating(nn.Module):
         self.gate_norm = nn.LayerNorm(width, eps=self.eps)
         projection = SMLPToeplitzProjection if config.toeplitz else SMLPSpatialProjection
         self.spatial = projection(num_experts, config.max_position_embeddings)
-        self.down_proj = SMLPLinear(width, config.hidden_size, bias=bias)
+        self.down_proj = SMLPOutputLinear(width, config.hidden_size, bias=bias)
         self.tiny_attention: SMLPAttention | None = None
         if has_attention:
             self.tiny_attention = SMLPAttention(
@@ -405,6 +417,7 @@ class SMLPSpatialGating(nn.Module):
                 num_heads=1,
                 width=config.tiny_attention_width,
                 out_features=width,
+                output=SMLPLinear,
             )
 
     def forward(
@@ -556,7 +569,7 @@ class SMLPFeedForward(nn.Module):
         bias = config.add_bias_linear
         self.activation = ACT2FN[config.hidden_act]
         self.up_proj = SMLPLinear(config.hidden_size, config.ffn_hidden_size, bias=bias)
-        self.down_proj = SMLPLinear(config.ffn_hidden_size, config.hidden_size, bias=bias)
+        self.down_proj = SMLPOutputLinear(config.ffn_hidden_size, config.hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
@@ -811,6 +824,7 @@ def _build_mixer(config: SMLPConfig, index: int) -> nn.Module:
             num_heads=config.num_attention_heads,
             width=config.hidden_size,
             out_features=config.hidden_size,
+            output=SMLPOutputLinear,
         )
     if config.is_sparse_layer(index) and config.feature_router == "partial":
         return SMLPPartialPrediction(config, index)
@@ -876,7 +890,10 @@ class SMLPPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights; what leads back to the residual is smaller by sqrt(2 layers)."""
+        """Normal weights; what leads back to the residual is smaller by sqrt(2 layers).
+
+        transformers calls it for modules that have parameters of their own, and for no others.
+        """
         super()._init_weights(module)
         std = self.config.initializer_range
         output_std = std / math.sqrt(2 * self.config.num_layers)
@@ -884,6 +901,8 @@ class SMLPPreTrainedModel(PreTrainedModel):
             bound = 1e-3 / module.weight.shape[-1]
             init.uniform_(module.weight, -bound, bound)
             init.ones_(module.bias)
+        elif isinstance(module, SMLPOutputLinear):
+            init.normal_(module.weight, std=output_std)
         elif isinstance(module, SMLPExperts):
             init.normal_(module.up_proj, std=std)
             init.normal_(module.down_proj, std=output_std)
@@ -894,12 +913,8 @@ class SMLPPreTrainedModel(PreTrainedModel):
             init.orthogonal_(module.weight, gain=0.1)
         elif isinstance(module, SMLPHashRouter):
             init.copy_(module.table, module.random_table())
-        if isinstance(module, SMLPPartialPrediction):
+        elif isinstance(module, SMLPPartialPrediction):
             init.normal_(module.prefix_router, std=std)
-        for name in ("down_proj", "out_proj"):
-            projection = getattr(module, name, None)
-            if isinstance(projection, nn.Linear):
-                init.normal_(projection.weight, std=output_std)
 
 
 class SMLPModel(SMLPPreTrainedModel):

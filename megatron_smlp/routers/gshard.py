@@ -8,7 +8,8 @@
 A weight is not raised where the other expert drops the token. A later token's first choice takes a
 slot before an earlier one's second choice, under either drop policy. W is initialised as the other
 weights are. Letters as in switch.py; the source groups tokens by device, here the group is a
-micro-batch.
+micro-batch. The draw reads g2 as it is, which the source divides by g1 + g2 before
+(docs/decisions/0010).
 """
 
 from __future__ import annotations

@@ -3,10 +3,12 @@
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support.in_process import build_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -161,6 +163,28 @@ def test_causal_products_count_the_triangle_once():
     linear = 2 * 5 * (4 * 12 + 6 * 4 + 4 * 10)
     assert cost.flops == linear + 2 * 15 * 6
     assert cost.square_flops == linear + 2 * 25 * 6
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--architecture transformer --num-attention-heads 4 --group-query-attention "
+        "--num-query-groups 2 --untie-embeddings-and-output-weights --normalization RMSNorm",
+        "--architecture transformer --num-attention-heads 4 --swiglu --disable-bias-linear "
+        "--num-experts 4 --token-router gshard --moe-layer-freq 2 --moe-ffn-hidden-size 24",
+        "--architecture transformer --num-attention-heads 4 --kv-channels 12 "
+        "--num-experts 4 --token-router hash",
+        "--architecture gmlp --spatial-heads 2 --normalization RMSNorm",
+        "--architecture amlp --tiny-attention-width 12 --toeplitz --disable-bias-linear",
+        "--architecture smlp --num-dense-layers 1 --feature-router partial --prefix-fraction 0.3 "
+        "--num-feature-experts 4 --num-feature-chunks 8 --num-experts 4 --token-router switch",
+    ],
+)
+@pytest.mark.usefixtures("megatron")
+def test_parameters_are_those_of_megatrons_model(flags: str, parse: Callable[..., Any]):
+    args = parse(flags)
+    built = sum(parameter.numel() for parameter in build_model(args).parameters())
+    assert model_cost(ModelShape.from_args(args)).parameters == built
 
 
 def test_importing_needs_neither_torch_nor_megatron():

@@ -15,6 +15,7 @@ from megatron_smlp.options import (
     is_moe_layer,
     layer_slots,
     model_option_names,
+    prefix_length,
 )
 
 ATTENTION, GATING, FEATURE = "attention", "spatial_gating", "feature_moe"
@@ -127,3 +128,15 @@ def test_help_of_the_real_command_imports_nothing_heavy():
 
 def test_model_option_names_are_the_fields():
     assert set(model_option_names()) == set(vars(ModelOptions()))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "length", "prefix"),
+    [(0.2, 1024, 204), (0.2, 1000, 200), (0.29, 100, 29), (0.57, 200, 114), (1e-3, 2000, 2)],
+)
+def test_the_prefix_is_the_floor_of_the_written_fraction(fraction: float, length: int, prefix: int):
+    """In binary, 0.29 x 100 is less than 29."""
+    options = ModelOptions(feature_router="partial", prefix_fraction=fraction)
+    assert prefix_length(options, seq_length=length) == prefix
+    options.feature_router = "deterministic"
+    assert prefix_length(options, seq_length=length) == 0

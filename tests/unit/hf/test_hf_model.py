@@ -209,6 +209,12 @@ def test_other_names_of_sizes():
     assert (config.num_layers, config.max_position_embeddings) == (5, 77)
 
 
+def test_the_prefix_is_the_floor_of_the_written_fraction():
+    """In binary, 0.29 x 100 is less than 29."""
+    config = make_config("smlp_partial", prefix_fraction=0.29, max_position_embeddings=100)
+    assert config.prefix_length == 29
+
+
 def test_the_model_needs_no_megatron():
     """It is exported with the weights, so it must run where only torch and transformers are."""
     code = (

@@ -23,6 +23,32 @@ def experts_of(routing_map: Tensor) -> list[list[int]]:
     return [row.nonzero()[:, 0].tolist() for row in routing_map]
 
 
+class TestScores:
+    """What the rules with scores share."""
+
+    @pytest.mark.parametrize("name", ["switch", "gshard", "base"])
+    def test_gradient_of_the_z_loss_reaches_the_router(self, name: str):
+        """Nothing but the attached loss: the gradient of c mean (log sum_e exp score_e)^2."""
+        router = make_router(name, num_experts=4, moe_z_loss_coeff=0.3, moe_aux_loss_coeff=0.0)
+        tokens = torch.randn(5, 3, 4)
+        probs, _ = router(tokens)
+        (probs * 0).sum().backward()
+        weight = torch.eye(4, requires_grad=True)
+        scores = tokens.flatten(0, 1) @ weight.T
+        (0.3 * scores.logsumexp(dim=-1).square().mean()).backward()
+        torch.testing.assert_close(router.weight.grad, weight.grad)
+        assert weight.grad.abs().max() > 0.01
+
+    def test_scores_are_fp32_whatever_the_models_precision(self):
+        router = make_router("switch", num_experts=64, params_dtype=torch.bfloat16)
+        router.weight.data.normal_()
+        hidden = torch.randn(7, 2, 64, dtype=torch.bfloat16)
+        scores = router.gating(hidden)
+        assert (router.weight.dtype, scores.dtype) == (torch.bfloat16, torch.float32)
+        exact = hidden.double() @ router.weight.double().T
+        torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 class TestSwitch:
     def test_choices_and_weights(self):
         probs, routing_map = make_router("switch", num_experts=2)(probable(SIX))
@@ -85,12 +111,13 @@ class TestSwitch:
         ).train(training)
         assert router(probable(SIX))[1].sum() == num_kept
 
-    def test_starts_ten_times_smaller(self):
+    @pytest.mark.parametrize(("name", "scale"), [("switch", 0.1), ("gshard", 1.0)])
+    def test_starts_ten_times_smaller_than_gshard(self, name: str, scale: float):
         config = layer_config(hidden_size=256, num_moe_experts=64, add_bias_linear=False)
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        weight = ROUTERS["switch"](config=config, pg_collection=groups).weight
+        weight = ROUTERS[name](config=config, pg_collection=groups).weight
         assert weight.shape == (64, 256)
-        assert weight.std().item() == pytest.approx(0.1 * config.init_method_std, rel=0.05)
+        assert weight.std().item() == pytest.approx(scale * config.init_method_std, rel=0.05)
 
 
 class TestGShard:
@@ -110,6 +137,13 @@ class TestGShard:
         assert routing_map[:, 0].all()
         used = routing_map[:, 1].float().mean().item()
         assert used == pytest.approx(2 * second, abs=4 * math.sqrt(0.25 / count))
+
+    @pytest.mark.parametrize(
+        ("factor", "num_tokens", "slots"), [(0.5, 5, 2), (1.0, 7, 6), (1.1, 6, 5), (0.1, 3, 1)]
+    )
+    def test_slots(self, factor: float, num_tokens: int, slots: int):
+        """ceil(2 c ceil(N / 3)): an uneven share is rounded up before it is multiplied."""
+        assert make_router("gshard", num_experts=3).capacity(factor, num_tokens) == slots
 
     def test_loss_counts_first_choices_only(self):
         router = make_router("gshard", num_experts=2)

@@ -87,6 +87,11 @@ def reference_of(model: Any, args: Any) -> SMLPForCausalLM:
     return reference
 
 
+STARTS = {
+    **{rule: f"{LAYERS['transformer']} {ROUTERS[rule]}" for rule in ("switch", "gshard", "hash")},
+    **{mixer: f"{MIXERS[mixer]} --token-router base" for mixer in MIXERS},
+    "toeplitz": f"{MIXERS['gmlp']} --toeplitz --token-router base",
+}
 CASES = [(layers, router) for layers in LAYERS for router in ROUTERS]
 CASES += [(mixer, router) for mixer in MIXERS for router in ("none", "base")]
 
@@ -141,3 +146,24 @@ def test_losses_and_gradients_in_training(twins: tuple[Any, SMLPForCausalLM, Any
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def spread_and_mean(values: Tensor) -> tuple[float, float]:
+    return values.std(unbiased=False).item(), values.mean().item()
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_both_start_alike(case: str, parse: Callable[..., Any]):
+    """Every kind of parameter is drawn with the same spread, around the same mean."""
+    sizes = "--hidden-size 64 --ffn-hidden-size 128 --seq-length 48 --num-experts 4"
+    args = parse(f"{STARTS[case]} {sizes}")
+    model = build_model(args)
+    ours = in_reference_names(dict(model.named_parameters()), args)
+    theirs = dict(SMLPForCausalLM(config_of(model_flags(args))).named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        spread, mean = spread_and_mean(theirs[name])
+        assert spread_and_mean(tensor) == (
+            pytest.approx(spread, rel=0.35),
+            pytest.approx(mean, abs=0.5 * spread + 1e-6),
+        ), name

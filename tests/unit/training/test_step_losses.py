@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from support.in_process import layer_config
+from torch import Tensor, nn
 
-from megatron_smlp.training.step import SUFFIX_LOSS, ForwardStep
+from megatron_smlp.training.step import SUFFIX_LOSS, ForwardStep, scale_balance_losses
 
 PARTIAL = """
     --architecture smlp --num-dense-layers 2 --feature-router partial --num-feature-experts 4
@@ -74,3 +76,26 @@ def test_a_loss_that_is_not_finite_is_remembered_until_asked(parse: Callable[...
     step._loss(mask, losses * float("inf"))
     assert step.take_nonfinite()
     assert not step.take_nonfinite()
+
+
+@pytest.mark.parametrize(
+    ("per_token", "grad_scale", "expected"),
+    [(False, None, 1 / 3), (True, None, 1.0), (False, 8.0, 8 / 3), (True, 8.0, 8.0)],
+)
+def test_balance_losses_weigh_as_the_main_loss(
+    parse: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    per_token: bool,
+    grad_scale: float | None,
+    expected: float,
+):
+    """Once for all three micro-batches, or for each of them where tokens are counted."""
+    parse(f"{PARTIAL} --global-batch-size 6 --micro-batch-size 2")
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
+    scale = None if grad_scale is None else lambda loss: loss * grad_scale
+    model = nn.Module()
+    model.config = layer_config(calculate_per_token_loss=per_token, grad_scale_func=scale)
+    scale_balance_losses(model)
+    share = torch.ones(1, requires_grad=True)
+    MoEAuxLossAutoScaler.apply(torch.ones(1, requires_grad=True), share).sum().backward()
+    torch.testing.assert_close(share.grad, torch.tensor([expected]))
