@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from megatron_smlp.config_file import read_yaml
 from megatron_smlp.continuing import with_checkpoint_flags
 from megatron_smlp.errors import UsageError
+from megatron_smlp.foreign_flags import refuse_foreign
 from megatron_smlp.options import ModelOptions, RunOptions, flag_of
 from megatron_smlp.platform import (
     cpu,
@@ -40,17 +41,6 @@ from megatron_smlp.run_checks import (
 from megatron_smlp.training.checkpoints import check_against_checkpoint, settle_load
 from megatron_smlp.training.tokenizer_folder import local_gpt2_files
 from megatron_smlp.training.vocabulary import keep_padding
-
-OF_ONE_ARCHITECTURE = {
-    "num_dense_layers": "smlp",
-    "feature_router": "smlp",
-    "num_feature_experts": "smlp",
-    "num_feature_chunks": "smlp",
-    "prefix_fraction": "smlp",
-    "partial_loss": "smlp",
-    "feature_aux_loss_coeff": "smlp",
-    "tiny_attention_width": "amlp",
-}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -228,6 +218,7 @@ def _settle_defaults(args: argparse.Namespace) -> None:
         args.gradient_accumulation_fusion &= _has("fused_weight_gradient_mlp_cuda")
         args.no_persist_layer_norm = args.no_persist_layer_norm or not _has("apex")
         args.masked_softmax_fusion = False
+        args.apply_rope_fusion &= _has("transformer_engine")
     if "position_embedding_type" not in given and args.architecture != "transformer":
         args.position_embedding_type = "none"  # rows of the spatial matrix are positions
     if "max_position_embeddings" not in given:
@@ -321,20 +312,8 @@ def check_model(args: argparse.Namespace) -> None:
         _check_spatial(args)
     if args.architecture == "smlp":
         _check_sparse(args)
-    _refuse_foreign(args)
+    refuse_foreign(args)
     _check_experts(args)
-
-
-def _refuse_foreign(args: argparse.Namespace) -> None:
-    """Flags that the architecture does not read, each with the one that does."""
-    defaults = ModelOptions()
-    for name, owner in OF_ONE_ARCHITECTURE.items():
-        value = getattr(args, name)
-        if value != getattr(defaults, name) and args.architecture != owner:
-            raise UsageError(
-                f"{flag_of(name)} {value} is for --architecture {owner}, not {args.architecture}: "
-                "leave it out."
-            )
 
 
 def _check_attention(args: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
 from typing import Any, get_args
 
 from megatron_smlp.errors import UsageError
@@ -146,10 +145,6 @@ def _refuse_megatrons(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--moe-router-dtype {args.moe_router_dtype}: routers compute in fp32 here. Give fp32, "
             "or leave it out."
-        )
-    if args.moe_permute_fusion and find_spec("transformer_engine") is None:
-        raise UsageError(
-            "--moe-permute-fusion is Transformer Engine's, which is not installed: leave it out."
         )
     topk = EXPERTS_PER_TOKEN[args.token_router]
     if "moe_router_topk" in args.explicit_flags and args.moe_router_topk != topk:

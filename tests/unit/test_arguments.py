@@ -362,7 +362,8 @@ class TestSettled:
         """Rows of the spatial matrix are positions; attention needs an embedding of them."""
         assert parse(GMLP).position_embedding_type == "none"
         assert parse(TRANSFORMER).position_embedding_type == "learned_absolute"
-        assert parse(f"{GMLP} --position-embedding-type rope").position_embedding_type == "rope"
+        given = "learned_absolute"
+        assert parse(f"{GMLP} --position-embedding-type {given}").position_embedding_type == given
         assert parse(TRANSFORMER).max_position_embeddings == 16
 
     @pytest.mark.parametrize(

@@ -1,0 +1,122 @@
+"""Flags that would change nothing here: each is refused, with what to do instead.
+
+Megatron's parser has the flags of all its models and of all its layers. A layer here comes from
+--architecture, so that a flag of another layer would be accepted and do nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.options import ModelOptions, flag_of
+
+OF_ONE_ARCHITECTURE = {
+    "num_dense_layers": "smlp",
+    "feature_router": "smlp",
+    "num_feature_experts": "smlp",
+    "num_feature_chunks": "smlp",
+    "prefix_fraction": "smlp",
+    "partial_loss": "smlp",
+    "feature_aux_loss_coeff": "smlp",
+    "tiny_attention_width": "amlp",
+}
+OF_OTHER_LAYERS = (
+    "multi_latent_attention",
+    "experimental_attention_variant",
+    "linear_attention_freq",
+    "mtp_num_layers",
+    "heterogeneous_layers_config_path",
+    "heterogeneous_layers_config_encoded_json",
+    "hybrid_layer_pattern",
+    "hybrid_override_pattern",
+    "is_hybrid_model",
+)
+OF_ATTENTION = (
+    "group_query_attention",
+    "num_query_groups",
+    "kv_channels",
+    "add_qkv_bias",
+    "attention_output_gate",
+    "qk_layernorm",
+    "qk_l2_norm",
+    "qk_clip",
+    "softmax_type",
+    "window_size",
+    "apply_query_key_layer_scaling",
+    "use_rotary_position_embeddings",
+)
+POSITIONS_WITHOUT_ATTENTION = ("none", "learned_absolute")
+OF_TRANSFORMER_ENGINE = (
+    "layernorm_zero_centered_gamma",
+    "qk_layernorm",
+    "softmax_type",
+    "window_size",
+    "fused_residual_rmsnorm",
+    "moe_permute_fusion",
+    "fp8",
+    "fp4",
+)
+FLAGS = {
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "fp8": "--fp8-format",
+    "fp4": "--fp4-format",
+}
+"""Where a flag is not spelt as what it sets."""
+
+
+def refuse_foreign(args: argparse.Namespace) -> None:
+    """Check what the user gave, on the command line or in a YAML file.
+
+    Raises:
+        UsageError: with the flag, whose it is, and what to do.
+    """
+    _refuse_ours(args)
+    for name in _given(args, OF_OTHER_LAYERS):
+        raise UsageError(
+            f"{_flag(name)} builds layers of other models than --architecture {args.architecture}: "
+            "leave it out."
+        )
+    if args.architecture != "transformer":
+        _refuse_attentions(args)
+    if args.transformer_impl == "local":
+        for name in _given(args, OF_TRANSFORMER_ENGINE):
+            raise UsageError(
+                f"{_flag(name)} needs Transformer Engine, which is not in use "
+                "(--transformer-impl local): leave it out."
+            )
+
+
+def _refuse_ours(args: argparse.Namespace) -> None:
+    defaults = ModelOptions()
+    for name, owner in OF_ONE_ARCHITECTURE.items():
+        value = getattr(args, name)
+        if value != getattr(defaults, name) and args.architecture != owner:
+            raise UsageError(
+                f"{_flag(name)} {value} is for --architecture {owner}, not {args.architecture}: "
+                "leave it out."
+            )
+
+
+def _refuse_attentions(args: argparse.Namespace) -> None:
+    for name in _given(args, OF_ATTENTION):
+        raise UsageError(
+            f"{_flag(name)} is for the attention of --architecture transformer, not for "
+            f"{args.architecture}: leave it out."
+        )
+    if args.position_embedding_type not in POSITIONS_WITHOUT_ATTENTION:
+        raise UsageError(
+            f"--position-embedding-type {args.position_embedding_type} acts on queries and keys, "
+            f"and --architecture {args.architecture} has a position of its own for each row of its "
+            f"spatial matrix: give {' or '.join(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
+        )
+
+
+def _given(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
+    """Of these, what was asked for; a default that is spelt out asks for nothing."""
+    off = (None, False, "vanilla")
+    return [name for name in names if args.explicit_flags.get(name) not in off]
+
+
+def _flag(name: str) -> str:
+    return FLAGS.get(name) or flag_of(name)
