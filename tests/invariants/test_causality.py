@@ -76,9 +76,12 @@ def assert_unchanged(name: str, after: Tensor, before: Tensor) -> None:
         assert torch.equal(after, before)
 
 
-@pytest.mark.parametrize("position", [0, 1, 7, 14, 15])
+@pytest.mark.parametrize("position", [0, 1, 2, 3, 7, 14, 15])
 def test_a_token_changes_nothing_before_it(model: tuple[str, Any], position: int):
-    """One token of one sequence changes, and every token of the other sequences."""
+    """One token of one sequence changes, and every token of the other sequences.
+
+    Position 3 is the first behind the prefix of partial prediction.
+    """
     name, network = model
     vocabulary = network.vocab_size
     before = torch.randint(vocabulary, (BATCH, LENGTH))

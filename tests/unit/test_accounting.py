@@ -13,9 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_smlp.accounting import (
+    Cost,
     ModelShape,
     forward_tflops_per_1024_tokens,
     model_cost,
+    prefix_router_cost,
     training_flops_per_token,
 )
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
@@ -163,6 +165,14 @@ def test_causal_products_count_the_triangle_once():
     linear = 2 * 5 * (4 * 12 + 6 * 4 + 4 * 10)
     assert cost.flops == linear + 2 * 15 * 6
     assert cost.square_flops == linear + 2 * 25 * 6
+
+
+def test_the_prefix_router_reads_each_prefix_position_of_each_chunk_once():
+    """W_r <float>[P, E], a product of P terms for each of C chunks and E experts."""
+    shape = ModelShape.from_args(_namespace(_config("smlp_partial")))
+    prefix, experts, chunks = 25, 4, 8
+    expected = Cost(*[prefix * experts] * 2, *[2 * prefix * experts * chunks] * 2)
+    assert prefix_router_cost(shape, experts) == expected
 
 
 @pytest.mark.parametrize(
