@@ -98,7 +98,7 @@ def train(
 
 
 if __name__ == "__main__":
-    from megatron_smlp.errors import readable_errors
+    from megatron_smlp.errors import readable_errors, undisturbed_exit
 
-    with readable_errors("pretrain_smlp.py"):
+    with undisturbed_exit(), readable_errors("pretrain_smlp.py"):
         main(sys.argv[1:])

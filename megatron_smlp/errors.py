@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import multiprocessing
 import os
@@ -122,11 +123,36 @@ def readable_errors(program: str) -> Iterator[None]:
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         _end_workers()
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if is_first_rank():
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
         _end_workers()
+        _never_collect(error)
         raise SystemExit(128 + signal.SIGINT) from None
+    except Exception:
+        _end_workers()
+        raise
+
+
+def _never_collect(error: BaseException) -> None:
+    """Keep what an interruption left half done, which its frames hold, until the process is gone.
+
+    A writer of torch's whose file is closed before its time complains when it is collected at the
+    end, in the middle of an exit function, and may abort the process.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
+
+
+@contextlib.contextmanager
+def undisturbed_exit() -> Iterator[None]:
+    """For a program's outermost block: from its end on, Ctrl-C has nothing left to stop.
+
+    Exit functions take a second, and one that is interrupted prints a traceback.
+    """
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _FileError(UserError):

@@ -27,8 +27,11 @@ def keyboard_like_sigterm(*, speaks: bool) -> Iterator[None]:
     """
     graceful: Any = signal.getsignal(signal.SIGTERM)
     before = signal.getsignal(signal.SIGINT)
+    process = os.getpid()
 
     def first(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:
+            return  # a data loader's worker, which reads on until it is ended
         signal.signal(signal.SIGINT, interrupt)
         if speaks:
             os.write(2, MESSAGE)  # print() may be what was interrupted, and cannot be re-entered

@@ -1,0 +1,102 @@
+"""How a program ends: whatever happens, at once, and without a traceback where the user asked."""
+
+import subprocess
+import sys
+
+from support.launches import REPOSITORY, clean_environment
+
+# Ends as torch's writers do: an object, held by a frame of the interruption, that complains late.
+INTERRUPTED = """
+import os
+from megatron_smlp.errors import readable_errors, undisturbed_exit
+
+class HalfDone:
+    def __del__(self):
+        os.write(2, b"write to closed file")
+
+def save():
+    writer = HalfDone()
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        kept = error
+        raise
+
+with undisturbed_exit(), readable_errors("program"):
+    save()
+"""
+LATE = """
+import atexit, os, signal, time
+from megatron_smlp.errors import readable_errors, undisturbed_exit
+
+@atexit.register
+def tidy():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+
+with undisturbed_exit(), readable_errors("program"):
+    pass
+"""
+# A worker of the data loader ignores SIGTERM, and multiprocessing waits for it at the end.
+BROKEN = """
+import multiprocessing, signal, time
+from megatron_smlp.errors import readable_errors, undisturbed_exit
+
+def work():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+
+with undisturbed_exit(), readable_errors("program"):
+    context = multiprocessing.get_context("fork")
+    context.Process(target=work, daemon=True).start()
+    time.sleep(0.3)
+    raise RuntimeError("the connection to another rank is closed")
+"""
+INHERITED = """
+import os, signal, time
+from megatron_smlp.training.signals import keyboard_like_sigterm
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+with keyboard_like_sigterm(speaks=True):
+    worker = os.fork()
+    if worker == 0:
+        time.sleep(0.5)
+        os._exit(0)
+    time.sleep(0.2)
+    os.kill(worker, signal.SIGINT)
+    os.kill(worker, signal.SIGINT)
+    assert os.waitpid(worker, 0)[1] == 0
+"""
+
+
+def ran(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env={**clean_environment(), "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def test_what_an_interruption_leaves_half_done_stays_silent():
+    done = ran(INTERRUPTED)
+    assert (done.returncode, done.stderr) == (130, "program: interrupted\n")
+
+
+def test_an_interruption_after_the_end_is_none():
+    done = ran(LATE)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_unexpected_error_does_not_wait_for_workers():
+    done = ran(BROKEN)
+    assert done.returncode == 1
+    assert "RuntimeError: the connection to another rank is closed" in done.stderr
+
+
+def test_workers_leave_the_keyboard_to_their_run():
+    done = ran(INHERITED)
+    assert (done.returncode, done.stderr) == (0, "")
