@@ -18,7 +18,7 @@ from megatron_smlp.conversion.tensors import Recipe, Source, Spec, main_dtype
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf import configuration_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
-from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
+from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPModel
 
 # Flags of a Megatron checkpoint that the configuration calls by the same name.
 SAME_NAME = (
@@ -201,6 +201,7 @@ def write(
     config.architectures = [SMLPForCausalLM.__name__]
     config.auto_map = {
         "AutoConfig": f"configuration_smlp.{SMLPConfig.__name__}",
+        "AutoModel": f"modeling_smlp.{SMLPModel.__name__}",
         "AutoModelForCausalLM": f"modeling_smlp.{SMLPForCausalLM.__name__}",
     }
     config.dtype = main_dtype(specs)
@@ -218,12 +219,17 @@ def _add_tokenizer(config: SMLPConfig, tokenizer: str, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        # Code of the folder would be the model's, as beside an exported one: it is not asked for.
+        loaded = AutoTokenizer.from_pretrained(
+            tokenizer, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
             f"--tokenizer-model {tokenizer} is no folder of a Hugging Face tokenizer ({reason})."
         ) from error
+    for name in ("local_files_only", "is_local"):  # which are of this call, and would be saved
+        loaded.init_kwargs.pop(name, None)
     loaded.model_max_length = config.max_position_embeddings
     loaded.save_pretrained(folder)
     config.eos_token_id = loaded.eos_token_id

@@ -1,5 +1,6 @@
 """torch_dist <-> Hugging Face: the same logits, the same bits, for every system."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import pytest
 import torch
 from support.conversions import assert_same, folder_weights, from_hf, run, save_exported, weights
 from support.in_process import pretrained
+from support.language_models import save_tokenizer
 from support.launches import records
-from support.smlp_systems import SYSTEMS, make_model
+from support.smlp_systems import SYSTEMS, make_ids, make_model
+from transformers import AutoModel, AutoModelForCausalLM
 
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.inspection import checkpoint_of
@@ -94,6 +97,35 @@ def test_what_came_back_trains_on(trained: Path, tmp_path: Path) -> None:
             losses.append([r["loss"] for r in records(log) if "loss" in r])
     assert len(losses[1]) == 2
     assert losses[0] == losses[1]
+
+
+def test_an_exported_folder_is_a_tokenizers_folder_too(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code beside it is the model's: nobody is asked whether it may run."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "n")
+    save_tokenizer(tmp_path / "tokenizer")
+    for tokenizer, folder in (("tokenizer", "hf"), ("hf", "again")):
+        changes = {"tokenizer": str(tmp_path / tokenizer), "checks": False}
+        run(convert.torch_dist_to_hf, trained, tmp_path / folder, **changes)
+    assert asked == []
+    first, second = (
+        json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
+        for folder in ("hf", "again")
+    )
+    assert first == second
+    assert not {"local_files_only", "is_local"} & first.keys()
+
+
+@torch.no_grad()
+def test_the_states_of_an_exported_folder(trained: Path, tmp_path: Path) -> None:
+    run(convert.torch_dist_to_hf, trained, tmp_path / "hf", checks=False)
+    ids = make_ids(2, 16) % 100
+    load = {"pretrained_model_name_or_path": tmp_path / "hf", "trust_remote_code": True}
+    states = AutoModel.from_pretrained(**load)(ids).last_hidden_state
+    whole = AutoModelForCausalLM.from_pretrained(**load)(ids, output_hidden_states=True)
+    torch.testing.assert_close(states, whole.hidden_states[-1])
 
 
 @pytest.mark.usefixtures("one")
