@@ -34,7 +34,9 @@ def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
     """
     found: list[str] = []
     for name in inputs:
-        found += _pairs_in(Path(name)) if Path(name).is_dir() else [strip_suffix(name)]
+        # Training keeps its cache in a folder of the pair's own name.
+        is_folder = Path(name).is_dir() and not idx_path(name).is_file()
+        found += _pairs_in(Path(name)) if is_folder else [strip_suffix(name)]
     if Path(output_prefix).resolve() in {Path(prefix).resolve() for prefix in found}:
         raise DataError(f"--output-prefix {output_prefix} is one of the inputs; give another name")
     return found

@@ -146,6 +146,10 @@ def _sample(args: argparse.Namespace) -> int:
     import random
 
     index = _open(args)
+    for flag in ("count", "max_tokens"):
+        if getattr(args, flag) < 1:
+            name = flag.replace("_", "-")
+            raise DataError(f"--{name} {getattr(args, flag)}: 1 or more is expected")
     encoder = TokenizerSpec.from_arguments(args).resolve().build() if args.tokenizer_type else None
     count = min(args.count, index.num_documents)
     chosen = args.documents

@@ -1,5 +1,6 @@
 """One pair into train, valid and test, cut between documents."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,8 @@ def split(
 
 
 def _shares(weights: Sequence[float]) -> list[float]:
-    if not 1 <= len(weights) <= len(NAMES) or min(weights) < 0 or sum(weights) <= 0:
+    is_sound = all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
+    if not 1 <= len(weights) <= len(NAMES) or not is_sound:
         raise DataError(
             f"--weights {' '.join(map(str, weights))}: one to three numbers of 0 or more are "
             f"expected, for {', '.join(NAMES)}, and one of them above 0"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool; `run_tool` shows the errors."""
     args = build_parser().parse_args(argv)
+    if not 1 <= args.max_bytes < math.inf:
+        raise DataError(f"--max-bytes {args.max_bytes:g}: 1 or more is expected, as 1e9")
     train_tokenizer(
         args.input,
         output=args.output,

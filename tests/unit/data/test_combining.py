@@ -75,6 +75,11 @@ def test_what_cannot_be_merged(pairs: list[str], tmp_path: Path) -> None:
         find_pairs([str(tmp_path)], output_prefix="x")
 
 
+def test_a_pair_beside_the_cache_of_its_training(pairs: list[str], tmp_path: Path) -> None:
+    Path(pairs[0], "cache").mkdir(parents=True)
+    assert find_pairs(pairs, output_prefix=str(tmp_path / "out")) == pairs
+
+
 def test_a_damaged_pair_is_not_merged(pairs: list[str], tmp_path: Path) -> None:
     data = bytearray(Path(pairs[1] + ".bin").read_bytes())
     data[5] ^= 1

@@ -173,6 +173,26 @@ def test_a_prefix_without_a_name(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_that_mean_nothing(
+    corpus: Path, tmp_path: Path, run: Callable[..., Summary]
+) -> None:
+    run(corpus, tmp_path / "data", *BYTE_FLAGS)
+    data = str(tmp_path / "data_text_document")
+    train = ["--input", str(corpus), "--vocab-size", "300", "--output", str(tmp_path / "t")]
+    tools: list[tuple[Any, list[str], str]] = [
+        (inspect_cli, ["sample", data, "--count", "-1"], "--count -1: 1 or more"),
+        (inspect_cli, ["sample", data, "--max-tokens", "0"], "--max-tokens 0: 1 or more"),
+        (inspect_cli, ["split", data, "--weights", "nan", "1"], "--weights nan 1.0: one to three"),
+        (tokenizer_training, [*train, "--max-bytes", "nan"], "--max-bytes nan: 1 or more"),
+        (tokenizer_training, [*train, "--max-bytes", "0"], "--max-bytes 0: 1 or more"),
+    ]
+    before = sorted(tmp_path.iterdir())
+    for tool, flags, message in tools:
+        with pytest.raises(DataError, match=message):
+            tool.main(flags)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_key_that_is_no_part_of_a_name(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", ["a"], key="a/b")
     flags = ["--input", source, "--output-prefix", tmp_path / "x", "--json-keys", "a/b"]
