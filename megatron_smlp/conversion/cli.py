@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_smlp.checkpoints.structure import TRACKER
 from megatron_smlp.command_line import Parser
-from megatron_smlp.conversion.output import check_target
+from megatron_smlp.conversion.output import check_apart, check_target
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform.allocator import give_large_blocks_back
 from megatron_smlp.platform.quiet import silence_libraries
@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     shard_limit = parse_size(options.max_shard_size)
     _check_load(options.load, options.source)
+    check_apart(options.save, options.load)
     check_target(options.save, overwrite=options.overwrite)
     # Imported late: torch and Megatron take seconds, and --help and wrong flags should not.
     silence_libraries()

@@ -50,6 +50,14 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         )
 
 
+def check_apart(target: Path, source: Path) -> None:
+    """Raise UsageError where writing `target` would delete what is read."""
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UsageError(
+            f"--save {target} holds --load {source}, which would be deleted: give another folder."
+        )
+
+
 def flush_folder(folder: Path) -> None:
     """Bring every file and folder below `folder`, and itself, to the disk."""
     for path in [*folder.rglob("*"), folder]:

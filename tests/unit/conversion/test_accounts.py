@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -189,6 +190,19 @@ def test_a_wrong_conversion_is_noticed(
     with pytest.raises(forward_check.ForwardCheckError, match="nothing was written"):
         run(from_hf, exported, tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("save", [".", "..", "../other/.."])
+def test_what_is_read_is_not_replaced(exported: Path, tmp_path: Path, save: str) -> None:
+    load = tmp_path / "run" / "hf"
+    shutil.copytree(exported, load)
+    (tmp_path / "run" / "other").mkdir()
+    flags = ["--from", "hf", "--to", "torch_dist", "--overwrite", "--no-check"]
+    with pytest.raises(UsageError, match=r"--save \S+ holds --load \S+, which would be deleted"):
+        main(["--load", str(load), "--save", str(load / save), *flags])
+    assert sorted(path.name for path in load.iterdir()) == sorted(
+        path.name for path in exported.iterdir()
+    )
 
 
 def test_a_folder_is_replaced_only_on_demand(exported: Path, tmp_path: Path) -> None:
