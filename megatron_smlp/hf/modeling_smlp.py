@@ -1098,14 +1098,17 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         return output if return_dict is not False else output.to_tuple()
 
     def _targets(self, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Partial prediction trains on targets behind the prefix only, unless told otherwise."""
+        """Partial prediction trains its routed rows only, t >= P, unless told otherwise.
+
+        Label t is predicted by row t - 1: the first that counts is label P + 1.
+        """
         config = self.config
         is_partial = config.feature_router == "partial" and config.partial_loss == "suffix"
         if not (self.training and is_partial):
             return labels
         mask = torch.ones_like(labels) if attention_mask is None else attention_mask
         positions = mask.long().cumsum(dim=1) - 1
-        return labels.masked_fill(positions < config.prefix_length, -100)
+        return labels.masked_fill(positions <= config.prefix_length, -100)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -119,9 +119,9 @@ def test_loss_is_the_shifted_cross_entropy_and_training_adds_the_routers():
     torch.testing.assert_close(trained.loss, entropy + trained.aux_loss)
 
 
-@pytest.mark.parametrize(("partial_loss", "first"), [("suffix", 8), ("all", 1)])
+@pytest.mark.parametrize(("partial_loss", "first"), [("suffix", 9), ("all", 1)])
 def test_partial_prediction_trains_on_targets_behind_the_prefix(partial_loss: str, first: int):
-    """P = 8: the first target that counts is token 8, predicted at position 7."""
+    """P = 8: the first target that counts is token 9, predicted at position 8."""
     model = make_model("smlp_partial", partial_loss=partial_loss).train()
     ids = make_ids(2, 20)
     output = model(ids, labels=ids)

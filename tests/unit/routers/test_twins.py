@@ -18,6 +18,7 @@ from megatron_smlp.conversion.names import HeadShape, to_huggingface
 from megatron_smlp.hf.modeling_smlp import SMLPBaseRouter, SMLPForCausalLM
 from megatron_smlp.ops.balanced_assignment import balanced_assignment
 from megatron_smlp.training.checkpoints import model_flags
+from megatron_smlp.training.step import ForwardStep
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -146,6 +147,20 @@ def test_losses_and_gradients_in_training(twins: tuple[Any, SMLPForCausalLM, Any
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_both_train_on_the_same_targets(parse: Callable[..., Any]):
+    """Partial prediction's suffix: the step's mask, and the one inside the reference."""
+    args = parse(MIXERS["partial"])
+    model = build_model(args).train()
+    reference = reference_of(model, args).train()
+    tokens, positions = batch(args.padded_vocab_size)
+    losses = model(tokens, positions, None, labels=tokens.roll(-1, dims=1))
+    mask = torch.ones_like(losses)
+    mask[:, -1] = 0  # no token follows
+    total, count, _ = ForwardStep()._loss(mask, losses)
+    outputs = reference(tokens, labels=tokens)
+    torch.testing.assert_close(total / count, outputs.loss - outputs.aux_loss, rtol=0, atol=1e-5)
 
 
 def spread_and_mean(values: Tensor) -> tuple[float, float]:
