@@ -153,7 +153,12 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
 def _config_path(argv: Sequence[str]) -> Path | None:
     paths = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
     paths += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
-    return Path(paths[-1]) if paths else None
+    if len(paths) > 1:
+        raise UsageError(
+            f"--config {' and --config '.join(sorted(paths))}: give one; a line `include: FILE` in "
+            "it takes the keys of another."
+        )
+    return Path(paths[0]) if paths else None
 
 
 def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

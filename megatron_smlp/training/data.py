@@ -78,6 +78,11 @@ class DatasetProvider:
             )
         except DataError as error:
             raise UsageError(str(error)) from error
+        # Megatron refuses to read from a dataset without samples, as --eval-iters 0 makes them.
+        datasets = [
+            None if wanted == 0 else dataset
+            for wanted, dataset in zip(num_samples, datasets, strict=True)
+        ]
         self._say_uses(datasets, args)
         return datasets
 

@@ -17,7 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from megatron_smlp.errors import UsageError
 from megatron_smlp.lost_lines import LostLines
+
+
+class FolderError(UsageError):
+    """A folder that a run writes to; any rank may be the only one that sees it."""
+
+    every_rank = False
 
 
 class Transcript(contextlib.AbstractContextManager["Transcript"]):
@@ -51,15 +58,25 @@ class Transcript(contextlib.AbstractContextManager["Transcript"]):
             os.close(nowhere)
 
     def open(self, folder: str | None, *, rank: int) -> None:
-        """Go on in `folder`/megatron.log, megatron.rank3.log on rank 3; no folder keeps nothing."""
+        """Go on in `folder`/megatron.log, megatron.rank3.log on rank 3; no folder keeps nothing.
+
+        Raises:
+            FolderError: the folder cannot be made or written to.
+        """
         if folder is None:
             self.file = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115
             return
         path = Path(folder) / ("megatron.log" if rank == 0 else f"megatron.rank{rank}.log")
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.lost = LostLines(path)
         earlier = self.file.getvalue() if isinstance(self.file, io.StringIO) else ""
-        self.file = path.open("a", encoding="utf-8", buffering=1)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise FolderError(
+                f"--log-dir {folder} (left out: --save) cannot be written to: {error.strerror}: "
+                "give another folder."
+            ) from error
         self.write(earlier)
 
     def write(self, text: str) -> int:

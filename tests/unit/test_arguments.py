@@ -114,6 +114,11 @@ class TestConfigFile:
         if not message.startswith(("argument", "--arch")):
             assert str(path) in error
 
+    def test_two_files_are_not_one(self, parse: Parse, yaml):
+        path = yaml("seed: 7")
+        message = "--config .* and --config .*: give one; a line `include: FILE`"
+        refusal(parse, f"--config {path} --config={path} {GMLP}", message)
+
     def test_a_missing_file_is_named(self, parse: Parse, tmp_path: Path):
         refusal(parse, f"--config {tmp_path}/none.yaml", r"--config .*/none\.yaml: no such file")
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.reporting import perplexity
 from megatron_smlp.training.speed import duration
-from megatron_smlp.training.transcript import Transcript
+from megatron_smlp.training.transcript import FolderError, Transcript
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,11 @@ class TestTranscript:
             transcript.open(str(tmp_path), rank=3)
             print("from three")
         assert (tmp_path / "megatron.rank3.log").read_text() == "from three\n"
+
+    def test_a_folder_that_cannot_be_made_is_named(self, tmp_path: Path):
+        (tmp_path / "file").touch()
+        with Transcript() as transcript, pytest.raises(FolderError, match=r"--log-dir .*/file"):
+            transcript.open(str(tmp_path / "file"), rank=0)
 
     def test_afterwards_everything_is_as_before(self, tmp_path: Path):
         before = (sys.stdout, warnings.showwarning)
