@@ -77,6 +77,10 @@ def refuse_foreign(args: argparse.Namespace) -> None:
             f"{_flag(name)} builds layers of other models than --architecture {args.architecture}: "
             "leave it out."
         )
+    for name in _given(args, ("use_mup",)):
+        raise UsageError(
+            f"{_flag(name)} has no rule for spatial matrices, experts and routers: leave it out."
+        )
     if args.architecture != "transformer":
         _refuse_attentions(args)
     if args.transformer_impl == "local":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.transformer.spec_utils import import_module
 from megatron.training import get_tokenizer
 from megatron.training.argument_utils import gpt_config_from_args
@@ -28,6 +29,10 @@ def activation(flags: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
     """
     if flags["swiglu"]:
         return functional.silu
+    if flags["squared_relu"]:
+        return squared_relu
+    if flags["quick_geglu"]:
+        return quick_gelu
     return tanh_gelu if flags["openai_gelu"] else functional.gelu
 
 

@@ -19,6 +19,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.hf import configuration_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPModel
+from megatron_smlp.training.checkpoints import OTHER_FUNCTIONS
 
 # Flags of a Megatron checkpoint that the configuration calls by the same name.
 SAME_NAME = (
@@ -55,7 +56,12 @@ OTHER_NAME = {
     "layernorm_epsilon": "layer_norm_epsilon",
 }
 # What the model does not have, with the only value that can be exported.
-UNSUPPORTED = {"swiglu": False, "group_query_attention": False, "normalization": "LayerNorm"}
+UNSUPPORTED = {
+    **{name: only for name, only in OTHER_FUNCTIONS.items() if name != "openai_gelu"},
+    "swiglu": False,
+    "group_query_attention": False,
+    "normalization": "LayerNorm",
+}
 CODE = ("configuration_smlp.py", "modeling_smlp.py")
 
 
@@ -65,7 +71,9 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     Raises:
         UsageError: a flag that the Hugging Face model has no equal for.
     """
-    for name, only in UNSUPPORTED.items():
+    positions = "learned_absolute" if flags["architecture"] == "transformer" else "none"
+    only_ones = {**UNSUPPORTED, "position_embedding_type": positions}
+    for name, only in only_ones.items():
         if flags[name] != only:
             raise UsageError(
                 f"--{name.replace('_', '-')} {flags[name]} has no equal in the Hugging Face "
@@ -91,6 +99,7 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
     is_attention = config.architecture == "transformer"
     has_experts = config.token_router != "none"
     return {
+        **OTHER_FUNCTIONS,
         **{name: getattr(config, name) for name in SAME_NAME},
         **{ours: getattr(config, theirs) for ours, theirs in OTHER_NAME.items()},
         "vocab_size": config.unpadded_vocab_size or config.vocab_size,

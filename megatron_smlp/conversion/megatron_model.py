@@ -69,7 +69,7 @@ def build(flags: Mapping[str, Any]) -> Any:
     config = SMLPTransformerConfig(
         **values,
         num_moe_experts=flags["num_experts"],
-        gated_linear_unit=flags["swiglu"],
+        gated_linear_unit=flags["swiglu"] or flags["quick_geglu"],
         activation_func=activation(flags),
         spatial_length=flags["seq_length"],
         hash_vocab_size=flags["padded_vocab_size"],
@@ -82,6 +82,11 @@ def build(flags: Mapping[str, Any]) -> Any:
             max_sequence_length=flags["max_position_embeddings"],
             share_embeddings_and_output_weights=not flags["untie_embeddings_and_output_weights"],
             position_embedding_type=flags["position_embedding_type"],
+            rotary_percent=flags["rotary_percent"],
+            rotary_base=flags["rotary_base"],
+            rope_scaling=flags["use_rope_scaling"],
+            rope_scaling_factor=flags["rope_scaling_factor"],
+            seq_len_interpolation_factor=flags["rotary_seq_len_interpolation_factor"],
         ).eval()
     give_token_ids(model)
     return model

@@ -24,7 +24,22 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.options import model_option_names
 
 # Flags of Megatron's that shape the parameters; ours come from ModelOptions.
+# Megatron's flags that make another function of the same weights, and their defaults.
+OTHER_FUNCTIONS: dict[str, Any] = {
+    "openai_gelu": False,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "use_rope_scaling": False,
+    "rope_scaling_factor": 8.0,
+}
 MEGATRON_MODEL_FLAGS = (
+    *OTHER_FUNCTIONS,
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -45,7 +60,6 @@ MEGATRON_MODEL_FLAGS = (
     "layernorm_epsilon",
     "add_bias_linear",
     "swiglu",
-    "openai_gelu",
     "untie_embeddings_and_output_weights",
     "padded_vocab_size",
 )
@@ -63,7 +77,7 @@ MAY_CHANGE = (
 )
 
 # What checkpoints that are older than a flag do not say.
-OLDER_THAN: dict[str, Any] = {"openai_gelu": False, "toeplitz": False}
+OLDER_THAN: dict[str, Any] = {**OTHER_FUNCTIONS, "toeplitz": False}
 
 # Padding of the vocabulary grows with the tensor parallel size; Megatron loads across it.
 LAYOUT_DEPENDENT = ("padded_vocab_size",)

@@ -1,0 +1,73 @@
+"""The same weights under another activation or other positions are another model."""
+
+from pathlib import Path
+
+import pytest
+from support.conversions import run
+from support.in_process import pretrained
+from torch.nn import functional
+
+from megatron_smlp.conversion import convert
+from megatron_smlp.conversion.huggingface import config_of, flags_of
+from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
+from megatron_smlp.errors import UsageError
+from megatron_smlp.hf.configuration_smlp import SMLPConfig
+from megatron_smlp.model import activation
+
+ROTARY = (
+    "--architecture transformer --num-attention-heads 4 --position-embedding-type rope "
+    "--rotary-percent 0.5 --train-iters 2"
+)
+
+
+@pytest.fixture(scope="module")
+def rotary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("rotary")
+    with pretrained(f"{ROTARY} --save {folder}"):
+        return folder
+
+
+def test_a_checkpoint_says_which_positions_it_has(rotary: Path) -> None:
+    assert TorchDistCheckpoint(rotary).flags["rotary_percent"] == 0.5
+
+
+def test_it_goes_on_with_the_same_ones_only(rotary: Path) -> None:
+    words = ROTARY.replace("--rotary-percent 0.5 --train-iters 2", "--train-iters 4")
+    contradiction = r"--rotary-percent 1\.0 contradicts the checkpoint .* made with 0\.5"
+    with (
+        pytest.raises(UsageError, match=contradiction),
+        pretrained(f"{words} --save {rotary}"),
+    ):
+        pass
+    with pretrained(f"{words} --rotary-percent 0.5 --save {rotary}"):
+        pass
+
+
+def test_it_is_not_exported_as_something_else(rotary: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--rotary-percent 0\.5 has no equal"):
+        run(convert.torch_dist_to_hf, rotary, tmp_path / "hf", checks=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("squared_relu", True),
+        ("quick_geglu", True),
+        ("activation_func_clamp_value", 7.0),
+        ("position_embedding_type", "rope"),
+        ("position_embedding_type", "none"),
+    ],
+)
+def test_what_the_exported_model_does_not_have(name: str, value: object) -> None:
+    flags = flags_of(SMLPConfig(architecture="transformer", num_attention_heads=4))
+    assert config_of(flags)
+    with pytest.raises(UsageError, match="has no equal in the Hugging Face model"):
+        config_of({**flags, name: value})
+
+
+def test_activations_by_their_flags() -> None:
+    flags = flags_of(SMLPConfig())
+    assert activation(flags) is functional.gelu
+    assert activation({**flags, "squared_relu": True}).__name__ == "squared_relu"
+    assert activation({**flags, "quick_geglu": True}).__name__ == "quick_gelu"
