@@ -67,14 +67,14 @@ def check_loss(before: Tensor, after: Tensor, tokens: Tensor, *, why_not: str | 
     """
     old, new = loss(before, tokens), loss(after, tokens)
     words = f"forward check: loss {new:.6f}, of the dense model {old:.6f}: "
+    if why_not is not None and math.isfinite(new):
+        return f"{words}{abs(new - old):.1e} apart, since {why_not}"
     if abs(new - old) <= LOSS_LIMIT:
         return f"{words}{abs(new - old):.1e} apart"
-    if why_not is None or not math.isfinite(new):
-        raise ForwardCheckError(
-            f"{words}{abs(new - old):.1e} is over {LOSS_LIMIT:g}: nothing was written. Please "
-            "report it; --no-check writes the folder all the same."
-        )
-    return f"{words}{abs(new - old):.1e} apart, since {why_not}"
+    raise ForwardCheckError(
+        f"{words}{abs(new - old):.1e} is over {LOSS_LIMIT:g}: nothing was written. Please "
+        "report it; --no-check writes the folder all the same."
+    )
 
 
 def loss(logits: Tensor, tokens: Tensor) -> float:
