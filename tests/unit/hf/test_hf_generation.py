@@ -79,7 +79,9 @@ def test_a_batch_generates_what_each_prompt_generates_alone(system: str, side: s
     options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
     together = model.generate(prompts, attention_mask=mask, **options)
     for row, length in enumerate(LENGTHS):
-        alone = model.generate(ids[row : row + 1, :length], **options)
+        prompt = ids[row : row + 1, :length]
+        # Without a mask transformers takes a token that equals `pad_token_id` for padding.
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
         assert torch.equal(together[row, -9:], alone[0, -9:])
 
 
