@@ -83,8 +83,8 @@ def refuse_foreign(args: argparse.Namespace) -> None:
         )
     if args.architecture != "transformer":
         _refuse_attentions(args)
-    if args.transformer_impl == "local":
-        for name in _given(args, OF_TRANSFORMER_ENGINE):
+    for name in _given(args, OF_TRANSFORMER_ENGINE):
+        if args.transformer_impl == "local":
             raise UsageError(
                 f"{_flag(name)} needs Transformer Engine, which is not in use "
                 "(--transformer-impl local): leave it out."
