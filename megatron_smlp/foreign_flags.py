@@ -35,7 +35,6 @@ OF_OTHER_LAYERS = (
 OF_ATTENTION = (
     "group_query_attention",
     "num_query_groups",
-    "kv_channels",
     "add_qkv_bias",
     "attention_output_gate",
     "qk_layernorm",
