@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.config_file import read_yaml
 from megatron_smlp.continuing import with_checkpoint_flags
 from megatron_smlp.errors import UsageError
 from megatron_smlp.foreign_flags import refuse_foreign
-from megatron_smlp.options import ModelOptions, RunOptions, flag_of
+from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import (
     cpu,
     cross_entropy,
@@ -166,7 +167,7 @@ def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def _action_of(parser: argparse.ArgumentParser, key: str, path: Path) -> argparse.Action:
-    action = _options(parser).get("--" + key.replace("_", "-"))
+    action = _options(parser).get(flag_of(key))
     if action is None:
         raise UsageError(f"--config {path}: unknown key '{key}'. {nearest(parser, key)}")
     return action
@@ -182,7 +183,7 @@ def nearest(parser: argparse.ArgumentParser, name: str) -> str:
 
 
 def _as_flags(action: argparse.Action, key: str, value: Any, path: Path) -> list[str]:
-    flag = "--" + key.replace("_", "-")
+    flag = flag_of(key)
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise UsageError(f"--config {path}: '{key}' is a switch: true or false, not {value!r}.")

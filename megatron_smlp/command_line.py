@@ -1,8 +1,13 @@
-"""The parser of every tool's flags."""
+"""Flags: how they are spelt, and the parser of every tool's."""
 
 import argparse
 
 from megatron_smlp.errors import UsageError
+
+
+def flag_of(name: str) -> str:
+    """`--num-layers` of `num_layers`."""
+    return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):

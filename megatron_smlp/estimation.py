@@ -16,6 +16,7 @@ from megatron_smlp.accounting import (
     forward_tflops_per_1024_tokens,
     model_cost,
 )
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.config_file import read_yaml, spelling
 from megatron_smlp.footprint import ParallelLayout, footprint
 
@@ -167,8 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="YAML file of flags")
     parser.add_argument("--json", action="store_true", help="print JSON")
     for name in _ON_COMMAND_LINE:
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=int, help="instead of the file's value")
+        parser.add_argument(flag_of(name), type=int, help="instead of the file's value")
     options = parser.parse_args(argv)
     try:
         values = {spelling(key): value for key, value in read_yaml(options.config).items()}

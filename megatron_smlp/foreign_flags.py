@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.options import ModelOptions, flag_of
+from megatron_smlp.options import ModelOptions
 
 OF_ONE_ARCHITECTURE = {
     "num_dense_layers": "smlp",

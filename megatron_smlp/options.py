@@ -216,8 +216,3 @@ def layer_slots(
 
 def model_option_names() -> list[str]:
     return [field.name for field in dataclasses.fields(ModelOptions)]
-
-
-def flag_of(name: str) -> str:
-    """`--num-layers` of `num_layers`."""
-    return "--" + name.replace("_", "-")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.options import flag_of
 
 LEAST = {
     "train_iters": 1,

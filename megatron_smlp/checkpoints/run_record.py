@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.structure import RUN
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.durable import write_durably
 
 LAYOUT = (
@@ -113,6 +114,6 @@ def changes(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
     for name in ["world_size", *sorted(names)]:
         now = plain(getattr(args, name, None))
         if name in before and before[name] != now:
-            title = "ranks" if name == "world_size" else "--" + name.replace("_", "-")
+            title = "ranks" if name == "world_size" else flag_of(name)
             found.append(f"{title} {before[name]} -> {now}")
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.checkpoints.structure import TRACKER
-from megatron_smlp.command_line import Parser
+from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.conversion.output import check_apart, check_target
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform.allocator import give_large_blocks_back
@@ -123,7 +123,7 @@ def _sparse_flags(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in SPARSE}
     given = {name: value for name, value in given.items() if value is not None}
     if given and not options.upcycle:
-        flag = "--" + next(iter(given)).replace("_", "-")
+        flag = flag_of(next(iter(given)))
         raise UsageError(f"{flag} says what --upcycle makes: give that too, or leave it out.")
     return given
 

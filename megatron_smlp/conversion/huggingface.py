@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.conversion.names import HeadShape, to_huggingface, to_megatron
 from megatron_smlp.conversion.safetensors_files import write_folder
 from megatron_smlp.conversion.streamed_weights import weights_from
@@ -76,7 +77,7 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     for name, only in only_ones.items():
         if flags[name] != only:
             raise UsageError(
-                f"--{name.replace('_', '-')} {flags[name]} has no equal in the Hugging Face "
+                f"{flag_of(name)} {flags[name]} has no equal in the Hugging Face "
                 f"model; it can be exported with {only} only."
             )
     if flags["seq_length"] != flags["max_position_embeddings"]:

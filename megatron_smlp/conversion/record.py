@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_smlp.command_line import flag_of
+
 
 def converted_record(
     before: Mapping[str, Any] | None,
@@ -30,7 +32,7 @@ def converted_record(
     if is_new_model or not words:
         words += model_words(build_parser(), flags)
     for name, size in layout.items():
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         if size > 1 or any(word.split("=")[0] == flag for word in words):
             words += [flag, str(size)]
     changes = {**layout, "padded_vocab_size": flags["padded_vocab_size"]}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.indexed import idx_path
 
@@ -73,19 +74,15 @@ def blends_from_arguments(args: argparse.Namespace) -> Blends:
         return Blends(per_split=_read_per_split(args.per_split_data_args_path))
     if given:
         lists = [getattr(args, name, None) for name in SPLIT_FLAGS]
-        return Blends(per_split=_three_blends(lists, [_flag(name) for name in SPLIT_FLAGS]))
+        return Blends(per_split=_three_blends(lists, [flag_of(name) for name in SPLIT_FLAGS]))
     return Blends()
 
 
 def _check_exclusive(given: list[str]) -> None:
     separate = [name for name in given if name not in SPLIT_FLAGS]
     if len(separate) > 1 or (separate and len(given) > 1):
-        flags = " and ".join(_flag(name) for name in given)
+        flags = " and ".join(flag_of(name) for name in given)
         raise DataError(f"{flags} exclude one another; give one of them")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _read(path: str, flag: str) -> str:

@@ -87,7 +87,7 @@ class Index:
         start = int(self.pointers[number]) // self.dtype.itemsize
         end = start + int(self.lengths[number])
         if not 0 <= start <= end <= len(tokens):
-            raise self._damage(f"sequence {number} is tokens {start} to {end} of {len(tokens)}")
+            raise self.damage(f"sequence {number} is tokens {start} to {end} of {len(tokens)}")
         return tokens[start:end]
 
     def document(self, number: int) -> NDArray[Any]:
@@ -98,13 +98,14 @@ class Index:
         """
         first, last = map(int, self.documents[number : number + 2])
         if not 0 <= first <= last <= self.num_sequences:
-            raise self._damage(
+            raise self.damage(
                 f"document {number} is sequences {first} to {last} of {self.num_sequences}"
             )
         parts = [self.sequence(sequence) for sequence in range(first, last)]
         return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
 
-    def _damage(self, what: str) -> DataError:
+    def damage(self, what: str) -> DataError:
+        """The error that says what is wrong with `.idx`."""
         path = idx_path(self.prefix)
         return DataError(f"{path} is damaged: {what}; write it again")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_smlp.command_line import Parser
+from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.tokenizers import TokenizerSpec, add_tokenizer_arguments
 
@@ -146,10 +146,9 @@ def _sample(args: argparse.Namespace) -> int:
     import random
 
     index = _open(args)
-    for flag in ("count", "max_tokens"):
-        if getattr(args, flag) < 1:
-            name = flag.replace("_", "-")
-            raise DataError(f"--{name} {getattr(args, flag)}: 1 or more is expected")
+    for name in ("count", "max_tokens"):
+        if getattr(args, name) < 1:
+            raise DataError(f"{flag_of(name)} {getattr(args, name)}: 1 or more is expected")
     encoder = TokenizerSpec.from_arguments(args).resolve().build() if args.tokenizer_type else None
     count = min(args.count, index.num_documents)
     chosen = args.documents

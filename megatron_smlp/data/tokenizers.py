@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.errors import DataError
 
 if TYPE_CHECKING:  # numpy would triple the time of `--help`
@@ -125,7 +126,7 @@ class TokenizerSpec:
         Raises:
             DataError: the flag was not given, or names no file.
         """
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         value = getattr(self, name)
         if value is None:
             raise DataError(f"--tokenizer-type {self.tokenizer_type} needs {flag} FILE")

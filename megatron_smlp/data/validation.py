@@ -73,9 +73,7 @@ def require_sound_index(index: Index) -> None:
     """Raise `DataError` at the first rule that `.idx` breaks."""
     for finding in check_index(index):
         if finding.problem:
-            raise DataError(
-                f"{idx_path(index.prefix)} is damaged: {finding.problem}; write it again"
-            )
+            raise index.damage(finding.problem)
 
 
 def check_lengths(index: Index) -> None:

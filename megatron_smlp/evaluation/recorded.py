@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.data.tokenizers import TokenizerSpec
 from megatron_smlp.errors import UsageError
@@ -48,5 +49,5 @@ def tokenizer_flags(spec: TokenizerSpec) -> list[str]:
         if field.name == "vocab_size" and spec.tokenizer_type not in TAKE_A_SIZE:
             continue
         values = [] if value is True else value if isinstance(value, tuple) else [value]
-        words += ["--" + field.name.replace("_", "-"), *map(str, values)]
+        words += [flag_of(field.name), *map(str, values)]
     return words

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from megatron_smlp.command_line import flag_of
+
 CPU = torch.device("cpu")
 
 # Flag values that a CPU needs, as argparse destinations. The fusions are CUDA extensions; weights
@@ -78,9 +80,8 @@ def set_flags(args: argparse.Namespace) -> list[str]:
         return []
     for flag in ("fp16", "use_megatron_fsdp", "use_torch_fsdp2", "tp_comm_overlap", "fp8"):
         if getattr(args, flag, None):
-            name = "--" + flag.replace("_", "-")
             raise ValueError(
-                f"{name} needs a CUDA device and none was found. Leave it out"
+                f"{flag_of(flag)} needs a CUDA device and none was found. Leave it out"
                 + (", or use --bf16." if flag in ("fp16", "fp8") else ".")
             )
     changed = [

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any, get_args
 
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.options import EXPERTS_PER_TOKEN, TokenRouterName, flag_of, prefix_length
+from megatron_smlp.options import EXPERTS_PER_TOKEN, TokenRouterName, prefix_length
 
 ALLOWED = ", ".join(name for name in get_args(TokenRouterName) if name != "none")
 WITH_CAPACITY = ("switch", "gshard")  # and with a balance loss

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_smlp.command_line import Parser
+from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.generation.cli import add_model_arguments, check_model_arguments
 
@@ -44,10 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     check_model_arguments(options)
-    for flag in ("max_body_bytes", "max_waiting"):
-        if getattr(options, flag) < 1:
-            name = flag.replace("_", "-")
-            raise UsageError(f"--{name} {getattr(options, flag)}: give 1 or more")
+    for name in ("max_body_bytes", "max_waiting"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"{flag_of(name)} {getattr(options, name)}: give 1 or more")
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401

@@ -19,11 +19,11 @@ from megatron_smlp.checkpoints.structure import (
     latest_iteration,
     release_folder,
 )
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import model_option_names
 
-# Flags of Megatron's that shape the parameters; ours come from ModelOptions.
 # Megatron's flags that make another function of the same weights, and their defaults.
 OTHER_FUNCTIONS: dict[str, Any] = {
     "openai_gelu": False,
@@ -38,6 +38,7 @@ OTHER_FUNCTIONS: dict[str, Any] = {
     "use_rope_scaling": False,
     "rope_scaling_factor": 8.0,
 }
+# These, and those that shape the parameters; our own flags come from ModelOptions.
 MEGATRON_MODEL_FLAGS = (
     *OTHER_FUNCTIONS,
     "num_layers",
@@ -181,7 +182,7 @@ def check_against_checkpoint(args: argparse.Namespace) -> None:
     for name, there in (saved or {}).items():
         here = wanted.get(name, there)
         if here != there and name not in (*LAYOUT_DEPENDENT, *MAY_CHANGE):
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             raise UsageError(
                 f"{flag} {here} contradicts the checkpoint {args.load}, which was made with "
                 f"{there}: give {flag} {there}, or another --load."
