@@ -23,6 +23,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.foreign_flags import refuse_foreign
 from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import (
+    compiled_helpers,
     cpu,
     cross_entropy,
     forked_saving,
@@ -56,6 +57,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     # Megatron insists on it for tensor parallelism, and CUDA reads it when it starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.apply()
+    compiled_helpers.apply()
     torch_adam.apply()
     gradient_scale.apply()
     cross_entropy.apply()

@@ -81,7 +81,9 @@ class Reporter:
     def _farewell(self) -> str:
         where = f"saved to {self.args.save}" if self.last_saved else "nothing was saved"
         again = "; the same command goes on from there" if self.last_saved else ""
-        return f"stopped at iteration {self.args.curr_iteration + 1}: {where}{again}"
+        done = getattr(self.args, "curr_iteration", None)  # none before the first step begins
+        when = "before the first iteration" if done is None else f"at iteration {done + 1}"
+        return f"stopped {when}: {where}{again}"
 
     # Observer
 

@@ -5,18 +5,26 @@ torchrun takes some ten seconds to start, so the tests put many runs into one la
     python -m torch.distributed.run --nproc-per-node 2 tests/support/runs.py runs.json
 
 `runs.json` is a list of command lines for pretrain_smlp.py, with one more flag: ALWAYS_SECOND.
+With CUDA_STAND_IN=1 in the environment they train on the CPU that stands in for a CUDA device;
+with GATHER_PROBE=1 every parameter must have been gathered where it is read.
 """
 
 import contextlib
 import gc
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from pretrain_smlp import main
+if os.environ.get("CUDA_STAND_IN"):
+    from support import cuda_stand_in
+
+    cuda_stand_in.install()
+
+from pretrain_smlp import main  # noqa: E402
 
 ALWAYS_SECOND = "--gshard-always-uses-the-second-expert"
 
@@ -48,6 +56,10 @@ def forget_run() -> None:
 
 
 def run_all(path: str) -> None:
+    if os.environ.get("GATHER_PROBE"):
+        from support import gather_probe
+
+        gather_probe.install()
     for argv in json.loads(Path(path).read_text(encoding="utf-8")):
         with contextlib.suppress(SystemExit):  # --exit-interval and signals end by exiting
             main(without_draws(argv))

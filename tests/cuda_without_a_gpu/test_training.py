@@ -1,0 +1,130 @@
+"""Every system trains, saves and resumes on the way that a CUDA device takes, as it does on a CPU.
+
+The CPU stands in for the device (support/cuda_stand_in.py): the real `megatron.training` loop, MoE
+dispatch, backward pass, optimizer and checkpoints, and nothing of the CPU platform. Each run starts
+from a checkpoint that a CPU saved, saves its own after two steps and goes on from that.
+"""
+
+from pathlib import Path
+
+import pytest
+from support.launches import Step, launch, steps
+
+MODEL = """
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --num-layers 4 --hidden-size 64
+    --ffn-hidden-size 256 --seq-length 64 --attention-dropout 0 --hidden-dropout 0
+    --micro-batch-size 2 --global-batch-size 8 --num-workers 0 --lr 1e-3 --lr-decay-style constant
+    --log-interval 1 --eval-iters 1 --eval-interval 1000
+"""
+EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
+ATTENTION = "--architecture transformer --num-attention-heads 4"
+SMLP = "--architecture smlp --num-dense-layers 2 --num-feature-experts 4"
+SYSTEMS = {
+    "transformer": ATTENTION,
+    "gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-train-capacity-factor 1.25 "
+    "--gshard-always-uses-the-second-expert",
+    "switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-train-capacity-factor 1.25 "
+    "--moe-token-drop-policy probs",
+    "base": f"{ATTENTION} --token-router base {EXPERTS}",
+    "hash": f"{ATTENTION} --token-router hash {EXPERTS}",
+    "gmlp": "--architecture gmlp --spatial-heads 2",
+    "gmlp_toeplitz": "--architecture gmlp --toeplitz",
+    "amlp": "--architecture amlp --tiny-attention-width 16",
+    "smlp_deterministic": f"{SMLP} --feature-router deterministic --token-router base {EXPERTS}",
+    "smlp_partial": f"{SMLP} --feature-router partial --token-router base {EXPERTS}",
+}
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+# fp16 needs a CUDA device: it starts from the checkpoint of bf16, and is held against its steps.
+VARIANTS = {
+    "fp32": "",
+    "bf16": f"--bf16 {RECOMPUTE}",
+    "fp16": f"--fp16 --initial-loss-scale 4096 {DISTRIBUTED} --recompute-granularity selective",
+}
+REFERENCES = {"fp32": "fp32", "bf16": "bf16", "fp16": "bf16"}
+TOLERANCES = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-3}  # relative, of loss and gradient norm
+TP = "--tensor-model-parallel-size 2 --sequence-parallel"
+PP = "--pipeline-model-parallel-size 2"
+LAYOUTS = {
+    "tp2": ("gmlp", TP),
+    "tp2_partial": ("smlp_partial", TP),
+    "tp2_switch": ("switch", TP),
+    "pp2_hash": ("hash", f"{PP} {RECOMPUTE}"),
+    "pp2_interleaved": ("amlp", f"{PP} --num-layers-per-virtual-pipeline-stage 1"),
+    "ep2": ("smlp_deterministic", "--expert-model-parallel-size 2"),
+    "dp2": ("smlp_partial", DISTRIBUTED),
+}
+SAVED, RESUMED, END = 2, 4, 6
+
+
+def _until(iteration: int, flags: str) -> str:
+    return f"{MODEL} {flags} --train-iters {iteration}"
+
+
+@pytest.fixture(scope="module")
+def cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of each system a checkpoint, and the steps after it, on the CPU platform."""
+    folder: Path = tmp_path_factory.mktemp("cpu")
+    runs = {}
+    for precision in ("fp32", "bf16"):
+        for system, flags in SYSTEMS.items():
+            seed, variant = folder / f"{system}_{precision}", VARIANTS[precision]
+            runs[f"seed_{seed.name}"] = _until(SAVED, f"{flags} {variant} --save {seed}")
+            runs[f"steps_{seed.name}"] = _until(END, f"{flags} {variant} --load {seed}")
+    launch(runs, processes=1, folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def device(cpu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same steps with the CPU standing in for a CUDA device, resumed in the middle."""
+    folder: Path = tmp_path_factory.mktemp("device")
+    runs = {}
+    for variant, words in VARIANTS.items():
+        for system, flags in SYSTEMS.items():
+            name = f"{system}_{variant}"
+            seed = cpu / f"{system}_{REFERENCES[variant]}"
+            _add_resumed(runs, name, f"{flags} {words}", seed, folder)
+    launch(runs, processes=1, folder=folder, CUDA_STAND_IN="1", CUDA_VISIBLE_DEVICES="")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_devices(cpu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("two")
+    runs: dict[str, str] = {}
+    for name, (system, layout) in LAYOUTS.items():
+        _add_resumed(runs, name, f"{SYSTEMS[system]} {layout}", cpu / f"{system}_fp32", folder)
+    launch(runs, processes=2, folder=folder, CUDA_STAND_IN="1", CUDA_VISIBLE_DEVICES="")
+    return folder
+
+
+def _add_resumed(runs: dict[str, str], name: str, flags: str, seed: Path, folder: Path) -> None:
+    own = folder / f"checkpoint_{name}"
+    runs[f"first_{name}"] = _until(RESUMED, f"{flags} --load {seed} --save {own}")
+    runs[f"second_{name}"] = _until(END, f"{flags} --load {own}")
+
+
+def _resumed(folder: Path, name: str) -> list[Step]:
+    return steps(folder / f"first_{name}") + steps(folder / f"second_{name}")
+
+
+def _assert_alike(ours: list[Step], expected: list[Step], tolerance: float) -> None:
+    assert len(ours) == len(expected) == END - SAVED
+    for one, other in zip(ours, expected, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=tolerance)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=tolerance)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_it_trains_and_resumes_as_on_a_cpu(system: str, variant: str, cpu: Path, device: Path):
+    reference = REFERENCES[variant]
+    ours = _resumed(device, f"{system}_{variant}")
+    _assert_alike(ours, steps(cpu / f"steps_{system}_{reference}"), TOLERANCES[variant])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_train_and_resume_as_one_process(layout: str, cpu: Path, two_devices: Path):
+    system, _ = LAYOUTS[layout]
+    _assert_alike(_resumed(two_devices, layout), steps(cpu / f"steps_{system}_fp32"), 1e-4)
