@@ -110,7 +110,7 @@ class SpatialProjection(nn.Module):
         return self.weight, self.bias
 
     def mixed(self, values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """values: <float>[T', B, F'] -> M v + b: <float>[T', B, F'], T' <= T; row t reads rows <= t.
+        """values: <float>[T', B, F'] -> M v + b: the same, T' <= T; row t reads rows <= t.
 
         weight: [h', T, T] and bias: [h', T] are this module's own, or stand for them in autograd.
 

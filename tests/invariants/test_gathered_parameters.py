@@ -18,7 +18,7 @@ MODEL = """
 """
 EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
 ATTENTION = "--architecture transformer --num-attention-heads 4"
-SMLP = f"--architecture smlp --num-dense-layers 2 --num-feature-experts 4 --token-router base {EXPERTS}"
+SMLP = f"--architecture smlp --num-dense-layers 2 --num-feature-experts 4 {EXPERTS}"
 SYSTEMS = {
     "transformer": ATTENTION,
     "gshard": f"{ATTENTION} --token-router gshard {EXPERTS}",
@@ -27,9 +27,9 @@ SYSTEMS = {
     "gmlp": "--architecture gmlp --spatial-heads 2",
     "gmlp_toeplitz": "--architecture gmlp --toeplitz --recompute-granularity selective",
     "amlp": "--architecture amlp --tiny-attention-width 16",
-    "smlp_deterministic": f"{SMLP} --feature-router deterministic",
-    "smlp_partial": f"{SMLP} --feature-router partial",
-    "smlp_partial_toeplitz": f"{SMLP} --feature-router partial --toeplitz",
+    "smlp_deterministic": f"{SMLP} --token-router base --feature-router deterministic",
+    "smlp_partial": f"{SMLP} --token-router base --feature-router partial",
+    "smlp_partial_toeplitz": f"{SMLP} --token-router base --feature-router partial --toeplitz",
 }
 INTERLEAVED = """
     --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --align-param-gather
