@@ -2,8 +2,8 @@
 
 NVIDIA supports no CPU path, but nothing in the training loop needs a GPU beyond the names that it
 calls. This module replaces those names, each with its reason, and nothing else in the project does.
-`apply()` changes nothing where CUDA is available, unless it is told to, for a conversion, which runs
-on the CPU everywhere. `torch.cuda.is_available` itself is never faked, because torch.compile and
+`apply()` changes nothing where CUDA is available, unless it is told to: a conversion runs on the
+CPU everywhere. `torch.cuda.is_available` itself is never faked, because torch.compile and
 Megatron's own fallbacks ask it and must get the true answer.
 """
 
