@@ -50,6 +50,22 @@ check_common() {
   command -v "$PYTHON" > /dev/null || fail "PYTHON=$PYTHON: no such program. Run \`make env\` first"
 }
 
+# needs_one_connection TRAINING_FLAG...: whether CUDA is to have one queue, so that communication
+# starts in the order in which it is asked for. Megatron insists on it for tensor or context
+# parallelism before Blackwell (compute capability 10), and refuses it with FSDP. Parallel sizes in
+# a file that CONFIG includes are not seen here: the training then sets it when it starts.
+needs_one_connection() {
+  local words major=0
+  words="$(printf '%s ' "$@" | cat - "$CONFIG" | tr _ -)"
+  if command -v nvidia-smi > /dev/null; then
+    major="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null || true)"
+    major="${major%%.*}"
+  fi
+  ((${major:-0} < 10)) &&
+    grep -Eq '(tensor-model|context)-parallel-size[ =:]+([2-9]|[1-9][0-9])' <<< "$words" &&
+    ! grep -Eq 'use-(megatron-fsdp|torch-fsdp2)' <<< "$words"
+}
+
 # launch TORCHRUN_FLAG... -- TRAINING_FLAG...
 launch() {
   local torchrun=()
@@ -58,6 +74,9 @@ launch() {
     shift
   done
   shift
+  if [[ -z "${CUDA_DEVICE_MAX_CONNECTIONS:-}" ]] && needs_one_connection "$@"; then
+    export CUDA_DEVICE_MAX_CONNECTIONS=1
+  fi
   exec "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC_PER_NODE" "${torchrun[@]}" \
     "$REPOSITORY/pretrain_smlp.py" --config "$CONFIG" "$@"
 }

@@ -6,6 +6,7 @@
 #   CONFIG           YAML file with the sizes of the model and of the run; flags win over it
 #   NPROC_PER_NODE   processes (default: the number of GPUs, or 1 without any)
 #   PYTHON           interpreter (default: the project's .venv, else python3)
+#   CUDA_DEVICE_MAX_CONNECTIONS   set to 1 where tensor or context parallelism needs it
 #
 # For example, two processes on a laptop, each with half of the model:
 #

@@ -12,6 +12,7 @@
 #   RUN_ID           name of the run, the same on all machines (default: smlp)
 #   NPROC_PER_NODE   processes on this machine (default: the number of GPUs, or 1 without any)
 #   PYTHON           interpreter (default: the project's .venv, else python3)
+#   CUDA_DEVICE_MAX_CONNECTIONS   set to 1 where tensor or context parallelism needs it
 #
 # Data, --save and the configuration must be readable under the same paths on every machine.
 

@@ -39,7 +39,9 @@ MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 RUN_ID="smlp-$SLURM_JOB_ID"
 export CONFIG NNODES MASTER_ADDR MASTER_PORT RUN_ID NPROC_PER_NODE PYTHON
 
+# From Slurm 22.05 on srun does not take the job's CPUs over by itself: a task would have one core.
+cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-}}"
 # One task a node; each learns its number only there.
 # shellcheck disable=SC2016
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 \
+srun --ntasks-per-node=1 --kill-on-bad-exit=1 ${cpus:+--cpus-per-task="$cpus"} \
   bash -c 'NODE_RANK="$SLURM_NODEID" exec "$0" "$@"' "$examples/several_nodes.sh" "$@"

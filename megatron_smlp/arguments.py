@@ -221,9 +221,10 @@ def _settle_defaults(args: argparse.Namespace) -> None:
     given = args.explicit_flags
     if "transformer_impl" not in given and not _has("transformer_engine"):
         args.transformer_impl = "local"
+    # Apex's extension; without it Megatron's output layer stops, whatever the layers are made of.
+    args.gradient_accumulation_fusion &= _has("fused_weight_gradient_mlp_cuda")
     if args.transformer_impl == "local":
         # These need Apex or Transformer Engine, which the local implementation does without.
-        args.gradient_accumulation_fusion &= _has("fused_weight_gradient_mlp_cuda")
         args.no_persist_layer_norm = args.no_persist_layer_norm or not _has("apex")
         args.masked_softmax_fusion = False
         args.apply_rope_fusion &= _has("transformer_engine")

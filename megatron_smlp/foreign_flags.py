@@ -81,6 +81,11 @@ def refuse_foreign(args: argparse.Namespace) -> None:
         raise UsageError(
             f"{_flag(name)} has no rule for spatial matrices, experts and routers: leave it out."
         )
+    for name in _given(args, ("use_te_activation_func",)):
+        raise UsageError(
+            f"{_flag(name)} puts the tanh approximation of GELU into the experts, where every "
+            "other layer has the exact one: leave it out."
+        )
     if args.architecture != "transformer":
         _refuse_attentions(args)
     for name in _given(args, OF_TRANSFORMER_ENGINE):

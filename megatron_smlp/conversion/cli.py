@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported late: torch and Megatron take seconds, and --help and wrong flags should not.
     silence_libraries()
     give_large_blocks_back()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it is on the CPU: torch need not start a GPU
     from megatron_smlp.conversion import convert
 
     chosen = convert.Options(

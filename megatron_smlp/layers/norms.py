@@ -19,6 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_smlp.platform import cpu
+
 try:
     from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM as HAVE_APEX
     from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
@@ -47,12 +49,15 @@ class TorchNorm:
 
 
 def norm_builder(config: TransformerConfig) -> Any:
-    """The norm class of a slot: Transformer Engine's, else Apex's for LayerNorm, else torch's."""
+    """The norm class of a slot: Transformer Engine's, else Apex's for LayerNorm, else torch's.
+
+    Apex's is a CUDA kernel, which may be installed where tensors are on the CPU.
+    """
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
-    if HAVE_APEX and config.normalization == "LayerNorm":
+    if HAVE_APEX and config.normalization == "LayerNorm" and not cpu.active():
         return FusedLayerNorm
     return TorchNorm
 

@@ -206,6 +206,9 @@ class SpatialGating(MegatronModule):
             bias=config.add_bias_linear,
             skip_bias_add=False,
             is_expert=False,
+            # Transformer Engine's overlap of communication knows four layers by name, each with a
+            # buffer for [T, B, D]: U gathers its input, V scatters its output, as an MLP's do.
+            tp_comm_buffer_name="fc1",
             tp_group=self.tp_group,
             stride=2,  # [u1 | u2]: each half is sharded by itself
         )
@@ -227,6 +230,7 @@ class SpatialGating(MegatronModule):
             input_is_parallel=True,
             skip_bias_add=True,
             is_expert=False,
+            tp_comm_buffer_name="fc2",
             tp_group=self.tp_group,
         )
         self.tiny_attention = (

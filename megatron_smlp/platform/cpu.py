@@ -2,8 +2,9 @@
 
 NVIDIA supports no CPU path, but nothing in the training loop needs a GPU beyond the names that it
 calls. This module replaces those names, each with its reason, and nothing else in the project does.
-`apply()` changes nothing where CUDA is available; `torch.cuda.is_available` itself is never faked,
-because torch.compile and Megatron's own fallbacks ask it and must get the true answer.
+`apply()` changes nothing where CUDA is available, unless it is told to: a conversion runs on the
+CPU everywhere. `torch.cuda.is_available` itself is never faked, because torch.compile and
+Megatron's own fallbacks ask it and must get the true answer.
 """
 
 from __future__ import annotations
@@ -57,9 +58,18 @@ def needed() -> bool:
     return not torch.cuda.is_available()
 
 
-def apply() -> None:
-    """Replace every name below, once per process. No effect where CUDA is available."""
-    if not needed() or getattr(torch.cuda, "_smlp_cpu_platform", False):
+def active() -> bool:
+    """Whether the names below are replaced: every tensor of this process is on the CPU."""
+    return getattr(torch.cuda, "_smlp_cpu_platform", False)
+
+
+def apply(*, everywhere: bool = False) -> None:
+    """Replace every name below, once per process.
+
+    Args:
+        everywhere: also where CUDA is available, which is left alone otherwise.
+    """
+    if active() or not (everywhere or needed()):
         return
     torch.cuda._smlp_cpu_platform = True
     _replace_device_functions()

@@ -12,11 +12,15 @@ from megatron_smlp.platform import cpu
 
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
-    """gloo over a store in memory; groups that are there already are used as they are."""
+    """gloo over a store in memory; groups that are there already are used as they are.
+
+    All of it is on the CPU, in a process that has CUDA too: a model here is built without memory
+    and computes with weights as they are read from the disk.
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    cpu.apply()
+    cpu.apply(everywhere=True)
     if torch.distributed.is_initialized():
         yield
         return

@@ -87,6 +87,7 @@ def test_two_nodes_train_as_one(one_node: list[Step], tmp_path: Path):
 
 # Starts the tasks of all "nodes" on this machine, as `srun --ntasks-per-node=1` does on theirs.
 FAKE_SRUN = """#!/usr/bin/env bash
+echo "srun $*"
 while [[ "$1" == --* ]]; do shift; done
 tasks=()
 for ((node = 0; node < SLURM_NNODES; node++)); do
@@ -110,7 +111,7 @@ def test_slurm_starts_the_same_training(one_node: list[Step], tmp_path: Path):
     spooled = tmp_path / "slurm_script"
     spooled.write_text((EXAMPLES / "slurm.sh").read_text())
     words = ["bash", str(spooled), *command("slurm.sh", tmp_path / "log")[1:]]
-    run_command(
+    done = run_command(
         words,
         PATH=f"{tools}:{os.environ['PATH']}",
         CONFIG=CONFIG,
@@ -118,10 +119,54 @@ def test_slurm_starts_the_same_training(one_node: list[Step], tmp_path: Path):
         MASTER_PORT=str(free_port()),
         SLURM_JOB_ID="4711",
         SLURM_NNODES="2",
+        SLURM_CPUS_ON_NODE="7",
         SLURM_JOB_NODELIST="node[1-2]",
         SLURM_SUBMIT_DIR=str(REPOSITORY),
     )
     assert steps(tmp_path / "log") == one_node
+    # Slurm 22.05 to 23.02 would otherwise bind all processes of a node to one core.
+    assert "--cpus-per-task=7 bash" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability", "given", "expected"),
+    [
+        ("--tensor-model-parallel-size 2", "9.0", "", "1"),
+        ("--tensor-model-parallel-size=16", "", "", "1"),
+        ("--context-parallel-size 2", "9.0", "", "1"),
+        ("--tensor-model-parallel-size 2", "10.0", "", ""),
+        ("--tensor-model-parallel-size 1", "9.0", "", ""),
+        ("--tensor-model-parallel-size 2", "9.0", "32", "32"),
+        ("--tensor-model-parallel-size 2 --use-megatron-fsdp", "9.0", "", ""),
+        ("in the configuration", "9.0", "", "1"),
+        ("", "9.0", "", ""),
+    ],
+)
+def test_one_connection_where_megatron_needs_it(
+    tmp_path: Path, flags: str, capability: str, given: str, expected: str
+):
+    """A stand-in for Python prints what it is started with, one for nvidia-smi what GPU it is."""
+    config = tmp_path / "config.yaml"
+    if flags == "in the configuration":
+        config.write_text("seq-length: 32\ntensor_model_parallel_size: 4\n")
+        flags = ""
+    else:
+        config.write_text("seq-length: 32\n")
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\necho "connections=$CUDA_DEVICE_MAX_CONNECTIONS."\n')
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/usr/bin/env bash\necho '{capability}'\n")
+    for tool in (python, smi):
+        tool.chmod(0o755)
+    done = run_command(
+        [str(EXAMPLES / "one_node.sh"), *flags.split()],
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        CONFIG=str(config),
+        PYTHON=str(python),
+        NPROC_PER_NODE="2",
+        CUDA_DEVICE_MAX_CONNECTIONS=given,
+    )
+    assert f"connections={expected}." in done.stdout
 
 
 def refused(launcher: str, *flags: str, **variables: str) -> str:

@@ -37,6 +37,7 @@ def parse() -> Iterator[Parse]:
             "--architecture gmlp --position-embedding-type rope",
             "--position-embedding-type rope acts on .* give none or learned_absolute, or leave",
         ),
+        ("--architecture gmlp --use-te-activation-func", "--use-te-activation-func puts the tanh"),
     ],
 )
 def test_other_layers_flags(parse: Parse, words: str, message: str):

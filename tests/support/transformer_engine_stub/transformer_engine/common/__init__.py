@@ -1,0 +1,5 @@
+"""Of transformer_engine.common: the recipes."""
+
+from . import recipe
+
+__all__ = ["recipe"]

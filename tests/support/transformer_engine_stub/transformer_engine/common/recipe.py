@@ -1,0 +1,40 @@
+"""FP8 recipes. Transformer Engine's are pydantic dataclasses, which ignore names that they lack."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+
+class Format(Enum):
+    """Of the numbers in FP8 products."""
+
+    E4M3 = "e4m3"
+    HYBRID = "hybrid"
+
+
+class Recipe:
+    """What is asked of the scaling, kept under its names."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+
+class DelayedScaling(Recipe):
+    """Scales from the history of maxima."""
+
+
+class Float8CurrentScaling(Recipe):
+    """Scales from the tensor itself."""
+
+
+class Float8BlockScaling(Recipe):
+    """Scales of blocks."""
+
+
+class MXFP8BlockScaling(Recipe):
+    """Scales of blocks of 32."""
+
+
+class NVFP4BlockScaling(Recipe):
+    """Scales of blocks of FP4."""
