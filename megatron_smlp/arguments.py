@@ -69,6 +69,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = _parse_like_megatron(argv)
     args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
     args.command_line = argv
+    args.data_contents = {}  # by prefix; training/data.py looks
     check_ranges(args)
     _settle_defaults(args)
     check_model(args)

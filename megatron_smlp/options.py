@@ -128,6 +128,9 @@ class RunOptions:
     allow_tokenizer_mismatch: bool = False
     """Train on data whose manifest names another vocabulary than this run's tokenizer has."""
 
+    allow_data_mismatch: bool = False
+    """Go on from a checkpoint on other data than it was trained on, under the same name."""
+
     eval_tasks: str | None = None
     """Zero-shot tasks to score during training, as copa,piqa: accuracies go to metrics.jsonl and
     TensorBoard. Needs the extra [eval]; docs/evaluation.md."""

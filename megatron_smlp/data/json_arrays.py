@@ -1,6 +1,7 @@
 """A `.json` file that holds one array of objects, as chunks of one object a line."""
 
 import codecs
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,7 @@ def _elements(path: Path) -> Iterator[bytes]:
     while True:
         text, at = _skip_space(blocks, text, at)
         if text[at] == "]":
+            _check_end(blocks, text[at + 1 :])
             return
         if not first:
             if text[at] != ",":
@@ -87,6 +89,16 @@ def _skip_space(blocks: Iterator[str], text: str, at: int) -> tuple[str, int]:
         if at < len(text):
             return text, at
         text, at = _more(blocks), 0
+
+
+def _check_end(blocks: Iterator[str], text: str) -> None:
+    """Raise `DamagedInputError` where something follows the array."""
+    for block in itertools.chain([text], blocks):
+        rest = block.strip(SPACE)
+        if rest:
+            raise DamagedInputError(
+                f"{rest[:20]!r} follows the array: a file holds one array, or an object a line"
+            )
 
 
 def _element_end(decoder: json.JSONDecoder, blocks: Iterator[str], text: str) -> tuple[str, int]:

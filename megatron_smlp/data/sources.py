@@ -217,6 +217,18 @@ def describe_inputs(files: Sequence[Path]) -> list[dict[str, Any]]:
     ]
 
 
+def stamps_of(files: Sequence[Path]) -> list[tuple[int, int] | None]:
+    """Size and time of the last change of each file; None for what is no file, or is gone."""
+    return [_stamp(path) for path in files]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    if not path.is_file():
+        return None
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
 def comparable_size(patterns: Sequence[str]) -> int | None:
     """Bytes of text in the input, where that is known beforehand: plain text files only."""
     files = find_inputs(patterns)

@@ -4,9 +4,11 @@ Names are Megatron's where Megatron has the word. `num_hidden_layers` and `seq_l
 as other names of `num_layers` and `max_position_embeddings`.
 """
 
+import math
 from fractions import Fraction
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 _ALLOWED = {
@@ -29,7 +31,18 @@ _POSITIVE = (
     "tiny_attention_width",
 )
 
+# The largest value that each may have; the smallest is 0.
+_LARGEST = {
+    "feature_aux_loss_coeff": math.inf,
+    "moe_aux_loss_coeff": math.inf,
+    "hidden_dropout": 1,
+    "attention_dropout": 1,
+    "layer_norm_epsilon": 1,
+    "initializer_range": math.inf,
+}
 
+
+@strict
 class SMLPConfig(PreTrainedConfig):
     """What the model is; every size in elements.
 
@@ -65,6 +78,7 @@ class SMLPConfig(PreTrainedConfig):
         hidden_act: gelu (exact) or gelu_new (tanh approximation).
 
     Raises:
+        StrictDataclassError: a value of another type than its field's.
         ValueError: a value that is not possible, with what is allowed.
     """
 
@@ -90,24 +104,24 @@ class SMLPConfig(PreTrainedConfig):
     toeplitz: bool = False
     num_feature_experts: int = 1
     num_feature_chunks: int | None = None
-    prefix_fraction: float = 0.2
+    prefix_fraction: float | int = 0.2
     partial_loss: str = "suffix"
-    feature_aux_loss_coeff: float = 0.01
+    feature_aux_loss_coeff: float | int = 0.01
     num_experts: int | None = None
     moe_ffn_hidden_size: int | None = None
     moe_layer_freq: int | list[int] = 1
-    moe_train_capacity_factor: float | None = 1.25
-    moe_eval_capacity_factor: float | None = None
+    moe_train_capacity_factor: float | int | None = 1.25
+    moe_eval_capacity_factor: float | int | None = None
     moe_drop_policy: str = "position"
-    moe_aux_loss_coeff: float = 0.01
+    moe_aux_loss_coeff: float | int = 0.01
     hash_seed: int = 0
     tiny_attention_width: int = 64
     add_bias_linear: bool = True
     hidden_act: str = "gelu"
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    layer_norm_epsilon: float | int = 1e-5
+    initializer_range: float | int = 0.02
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -164,6 +178,10 @@ class SMLPConfig(PreTrainedConfig):
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
+            if not 0 <= value <= largest or math.isinf(value):
+                raise ValueError(f"{name}={value}: must be finite, and lie between 0 and {largest}")
 
     def _check_widths(self) -> None:
         if self.architecture == "transformer":

@@ -14,15 +14,17 @@ from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_smlp.data.blending import blends_from_arguments
+from megatron_smlp.data.content import content_of
 from megatron_smlp.data.datasets import build_datasets, dataset_uses, use_lines
 from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.indexed import strip_suffix
 from megatron_smlp.data.tokenizers import identity_from_arguments
 from megatron_smlp.data.verification import verify_for_training
 from megatron_smlp.errors import UsageError
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Look at every dataset before anything is built.
+    """Look at every dataset before anything is built, and keep what is in each: checkpoints say it.
 
     Raises:
         UsageError: no data, missing or damaged files, or data of another vocabulary.
@@ -39,6 +41,7 @@ def check_data(args: argparse.Namespace) -> None:
         identity = None if args.allow_tokenizer_mismatch else identity_from_arguments(args)
         for prefix in prefixes:
             verify_for_training(prefix, identity, vocab_size=get_tokenizer().vocab_size)
+            args.data_contents[prefix] = content_of(strip_suffix(prefix))
     except (ValueError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
 

@@ -169,6 +169,8 @@ def test_output_in_the_folder_of_the_corpus_is_no_input(run: Run, tmp_path: Path
         ('[{"text": "a"}, {"text": }]', ["a"], "bad JSON in the array"),
         ('[{"text": "a"}, ', ["a"], "not closed"),
         ("[", [], "not closed"),
+        ('[{"text": "a"}]\n{"text": "b"}\n', ["a"], """'{"text": "b"}' follows the array"""),
+        ('[{"text": "a"}]' + " " * 3_000_000 + '[{"text": "b"}]', ["a"], "follows the array"),
     ],
 )
 def test_a_damaged_array(run: Run, tmp_path: Path, body: str, texts: list[str], why: str) -> None:
