@@ -72,6 +72,21 @@ class ModelOptions:
     moe_eval_capacity_factor: float | None = None
     """switch, gshard: the same in evaluation, where it often is larger or left out."""
 
+    base_routing_input: Literal["residual", "norm"] = "residual"
+    """base: what tokens are scored and weighted by. residual: the residual stream as it is, as in
+    BASE's source; norm: its LayerNorm, which the experts read either way. A checkpoint keeps its
+    own, and one that is older than this flag has norm."""
+
+    base_prices: Literal["mean", "none"] = "mean"
+    """base: mean: keep, with the model, the running mean of the prices of the experts that balance
+    the micro-batches of the training, for --base-eval prices. A checkpoint keeps its own choice,
+    and one that is older than this flag has none."""
+
+    base_eval: Literal["greedy", "prices"] = "greedy"
+    """base: the expert of a token in evaluation. greedy: that of its highest score, as in BASE's
+    source; prices: that of its highest score minus the expert's mean price, which evens the load
+    (not in the paper)."""
+
     hash_seed: int = 0
     """hash: seed of the random table of token ids with which a new model starts."""
 

@@ -42,6 +42,9 @@ SAME_NAME = (
     "token_router",
     "moe_train_capacity_factor",
     "moe_aux_loss_coeff",
+    "base_routing_input",
+    "base_prices",
+    "base_eval",
     "hash_seed",
     "num_experts",
     "moe_ffn_hidden_size",
@@ -135,7 +138,8 @@ def read_config(folder: Path) -> SMLPConfig:
             f"read is {SMLPConfig.model_type!r}, which this tool writes, and 'gpt2'."
         )
     try:
-        return SMLPConfig(**{name: v for name, v in values.items() if name != "model_type"})
+        config: SMLPConfig = SMLPConfig.from_dict(values)
+        return config
     except ValueError as error:
         raise UsageError(f"{folder}/config.json: {error}") from error
 

@@ -19,7 +19,7 @@ from megatron_smlp.checkpoints.structure import (
 )
 from megatron_smlp.conversion.torch_dist_reader import TorchDistReader
 from megatron_smlp.errors import DamagedCheckpointError, UsageError
-from megatron_smlp.training.checkpoints import OLDER_THAN
+from megatron_smlp.training.checkpoints import with_older_flags
 
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state", "common_state")
 COMMON = "common_state/shard_0_1"
@@ -105,4 +105,4 @@ def _read_flags(folder: Path) -> dict[str, Any]:
         flags: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedCheckpointError(f"{path} is not JSON ({error}).") from error
-    return {**OLDER_THAN, **flags}
+    return with_older_flags(flags)

@@ -20,6 +20,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_token
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.evaluation.results import as_record, task_words
+from megatron_smlp.routers.base import update_prices
 from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.router_report import (
@@ -87,6 +88,7 @@ class Reporter:
 
     def built(self, model: list[Any], optimizer: Any) -> None:
         iteration = self.args.iteration
+        self.model = model
         self.statistics.attach(model)
         if self.tasks:
             self.tasks.built(model, optimizer)
@@ -139,6 +141,7 @@ class Reporter:
         skipped: bool,
         loss_scale: float,
     ) -> None:
+        update_prices(self.model, skipped=skipped)
         self.clock.step()
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             self._log_step(

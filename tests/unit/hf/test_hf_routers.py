@@ -143,7 +143,7 @@ def test_base_gradient_reaches_the_centroids_only_through_the_sigmoid():
     hidden = torch.randn(1, 9, 32)
     layout, _ = make_model("base").model._layout(hidden, None, None, None)
     gradient = torch.randn(1, 9, 32)
-    moe(hidden, layout)[0].backward(gradient)
+    moe(hidden, layout, hidden)[0].backward(gradient)
     centroids = moe.router.weight
     experts = moe.router(hidden[0], None, limited=True).experts[:, 0]
     expected = torch.zeros_like(centroids)
@@ -193,7 +193,7 @@ def test_token_moe_equals_a_loop_over_tokens(system: str):
     )
     hidden, ids = torch.randn(2, 7, 32), make_ids(2, 7)
     layout, _ = model.model._layout(hidden, ids, None, None)
-    output, _ = moe(hidden, layout)
+    output, _ = moe(hidden, layout, hidden)
     for b in range(2):
         for t in range(7):
             routing = moe.router(hidden[b, t][None], ids[b, t][None], limited=False)
@@ -211,7 +211,7 @@ def test_padding_is_neither_routed_nor_counted():
     hidden = torch.randn(2, 6, 32)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
     layout, _ = model._layout(hidden, None, mask, None)
-    output, loss = moe(hidden, layout)
+    output, loss = moe(hidden, layout, hidden)
     real = torch.cat([hidden[0], hidden[1, :2]])
     torch.testing.assert_close(loss, moe.router(real, None, limited=True).loss)
     assert (output[1, 2:] == 0).all()
