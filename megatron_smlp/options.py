@@ -87,6 +87,11 @@ class ModelOptions:
     source; prices: that of its highest score minus the expert's mean price, which evens the load
     (not in the paper)."""
 
+    gshard_second_expert: Literal["paper", "all", "raw"] = "paper"
+    """gshard: which second experts training uses. paper: with probability 2 g2 / (g1 + g2), at
+    most 1, as in GShard's algorithm 1; all: always, as in fairseq's recipes; raw: 2 g2. A
+    checkpoint keeps its own, and one that is older than this flag has raw."""
+
     hash_seed: int = 0
     """hash: seed of the random table of token ids with which a new model starts."""
 

@@ -45,6 +45,7 @@ SAME_NAME = (
     "base_routing_input",
     "base_prices",
     "base_eval",
+    "gshard_second_expert",
     "hash_seed",
     "num_experts",
     "moe_ffn_hidden_size",

@@ -18,6 +18,7 @@ _ALLOWED = {
     "base_routing_input": ("residual", "norm"),
     "base_prices": ("mean", "none"),
     "base_eval": ("greedy", "prices"),
+    "gshard_second_expert": ("paper", "all", "raw"),
     "partial_loss": ("suffix", "all"),
 }
 _POSITIVE = (
@@ -68,6 +69,9 @@ class SMLPConfig(PreTrainedConfig):
             or not (none, as a config.json that is older than this).
         base_eval: base: in evaluation a token goes to the expert of its highest score (greedy), or
             of its highest score minus the expert's price (prices).
+        gshard_second_expert: gshard: in training the second expert is used with probability
+            2 g2 / (g1 + g2) (paper), always (all), or with 2 g2 (raw, as a config.json that is
+            older than this).
         hash_seed: seed of the random hash table with which a new model starts.
         tiny_attention_width: width of amlp's attention head.
         add_bias_linear: whether projections (not experts, not routers) have a bias.
@@ -112,6 +116,7 @@ class SMLPConfig(PreTrainedConfig):
     base_routing_input: str = "residual"
     base_prices: str = "mean"
     base_eval: str = "greedy"
+    gshard_second_expert: str = "paper"
     hash_seed: int = 0
     tiny_attention_width: int = 64
     add_bias_linear: bool = True
@@ -136,7 +141,11 @@ class SMLPConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Also a config.json that is older than some of its entries."""
-        older = {"base_routing_input": "norm", "base_prices": "none"}
+        older = {
+            "base_routing_input": "norm",
+            "base_prices": "none",
+            "gshard_second_expert": "raw",
+        }
         return super().from_dict({**older, **config_dict}, **kwargs)
 
     @property

@@ -716,17 +716,24 @@ class SMLPSwitchRouter(nn.Module):
 class SMLPGShardRouter(SMLPSwitchRouter):
     """p = softmax(h W); two experts with weights g1/(g1+g2), g2/(g1+g2).
 
-    In training the second is used with probability min(1, 2 g2), in evaluation always. Capacity
-    2 c ceil(N / E). The loss is Switch's, over first choices.
+    In training the second is used with probability min(1, 2 g2 / (g1+g2)), in evaluation always;
+    gshard_second_expert has other rules. `draw` (<fp32>[n] -> <fp32>[n] in [0, 1)) may be replaced.
+    Capacity 2 c ceil(N / E). The loss is Switch's, over first choices.
     """
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__(config)
+        self.second_expert = config.gshard_second_expert
+        self.draw: Any = torch.rand_like
 
     def _choose(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         gates, experts = probabilities.topk(2, dim=-1)
         weights = gates / gates.sum(dim=-1, keepdim=True)
-        if self.training:
-            used = torch.rand_like(gates[:, 1]) < 2 * gates[:, 1]
-            second = torch.where(used, experts[:, 1], -1)
-            experts = torch.stack([experts[:, 0], second], dim=1)
+        if self.training and self.second_expert != "all":
+            second = (weights if self.second_expert == "paper" else gates)[:, 1]
+            used = self.draw(second) < 2 * second
+            sent = torch.where(used, experts[:, 1], -1)
+            experts = torch.stack([experts[:, 0], sent], dim=1)
         return weights, experts
 
     def _capacity(self, factor: float, num_tokens: int) -> int:
@@ -926,8 +933,7 @@ class SMLPPreTrainedModel(PreTrainedModel):
             init.normal_(module.up_proj, std=std)
             init.normal_(module.down_proj, std=output_std)
         elif isinstance(module, SMLPSwitchRouter):
-            is_switch = not isinstance(module, SMLPGShardRouter)
-            init.normal_(module.weight, std=std / 10 if is_switch else std)
+            init.normal_(module.weight, std=std)
         elif isinstance(module, SMLPBaseRouter):
             init.orthogonal_(module.weight, gain=0.1)
             if self.config.base_prices == "mean":

@@ -43,7 +43,10 @@ OTHER_EXPERTS = {
 
 
 # Flags of one rule.
-OF_RULE = {"base": ("base_routing_input", "base_prices", "base_eval")}
+OF_RULE = {
+    "base": ("base_routing_input", "base_prices", "base_eval"),
+    "gshard": ("gshard_second_expert",),
+}
 
 
 def settle_token_router(args: argparse.Namespace) -> None:

@@ -69,6 +69,7 @@ MEGATRON_MODEL_FLAGS = (
 # Recorded for whoever exports the model, but free to change from run to run.
 MAY_CHANGE = (
     "base_eval",
+    "gshard_second_expert",
     "partial_loss",
     "feature_aux_loss_coeff",
     "hash_seed",
@@ -84,6 +85,7 @@ OLDER_THAN: dict[str, Any] = {**OTHER_FUNCTIONS, "toeplitz": False}
 # The same of a rule of the token router; flags of other rules have their defaults.
 OLDER_ROUTERS: dict[str, dict[str, Any]] = {
     "base": {"base_routing_input": "norm", "base_prices": "none"},
+    "gshard": {"gshard_second_expert": "raw"},
 }
 
 # Padding of the vocabulary grows with the tensor parallel size; Megatron loads across it.

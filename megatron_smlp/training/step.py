@@ -29,6 +29,8 @@ from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from megatron_smlp.options import prefix_length
+from megatron_smlp.routers.draws import sample_keys
+from megatron_smlp.routers.gshard import give_samples
 from megatron_smlp.routers.statistics import RouterStatistics
 from megatron_smlp.training.data import may_be_padded, needs_batch, needs_every_batch
 
@@ -49,6 +51,7 @@ class ForwardStep:
         self.statistics = RouterStatistics()
         self.nonfinite = False
         self.data_seconds = 0.0
+        self.place = _PlaceInRun()
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: Any
@@ -62,9 +65,12 @@ class ForwardStep:
         args, timers = get_args(), get_timers()
         timers("batch-generator", log_level=2).start()
         start = time.perf_counter()
-        batch = next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-        if torch.is_grad_enabled():  # validation does not count
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = next_batch(data_iterator, vp_stage)
+        if torch.is_grad_enabled():  # validation does not count, and draws nothing
             self.data_seconds += time.perf_counter() - start
+            if args.token_router == "gshard":
+                give_samples(model, self._keys(self.place.first_sample(args, vp_stage)))
         timers("batch-generator").stop()
         self.statistics.begin(real_tokens(batch["loss_mask"]) if may_be_padded(args) else None)
         if args.feature_router == "partial":
@@ -90,6 +96,12 @@ class ForwardStep:
         self.nonfinite |= not bool(torch.isfinite(loss.detach()))
         return loss, num_tokens, {"lm loss": _report(loss, num_tokens)}
 
+    @staticmethod
+    def _keys(first: int) -> Tensor:
+        args, device = get_args(), torch.device(torch.cuda.current_device())
+        count = args.micro_batch_size
+        return sample_keys(seed=args.seed, first=first, count=count, device=device)
+
     def take_nonfinite(self) -> bool:
         """Whether a loss was not finite since the last call."""
         nonfinite, self.nonfinite = self.nonfinite, False
@@ -99,6 +111,24 @@ class ForwardStep:
         """Wall time spent on batches of training steps since the last call, on this rank."""
         seconds, self.data_seconds = self.data_seconds, 0.0
         return seconds
+
+
+class _PlaceInRun:
+    """Which samples of the run the micro-batch under way has, counted as its sampler counts."""
+
+    def __init__(self) -> None:
+        self._started: dict[int | None, tuple[int, int]] = {}
+        """Of each stage on this rank: samples before the step, and its micro-batches so far."""
+
+    def first_sample(self, args: Any, vp_stage: int | None) -> int:
+        """The number of the first one; to be called once in each forward pass of a stage."""
+        before: int = args.consumed_train_samples
+        step, number = self._started.get(vp_stage, (before, 0))
+        number = number if step == before else 0
+        self._started[vp_stage] = (before, number + 1)
+        number %= get_num_microbatches()  # where Megatron runs a step again
+        ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+        return before + (number * ranks + rank) * int(args.micro_batch_size)
 
 
 def real_tokens(loss_mask: Tensor | None) -> Tensor | None:

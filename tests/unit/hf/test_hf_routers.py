@@ -93,13 +93,18 @@ def test_gshard_weights_and_choices_in_evaluation():
     assert routing.loss is None
 
 
-def test_gshard_uses_the_second_expert_with_probability_two_g2():
-    router = _gshard(moe_train_capacity_factor=None)
+@pytest.mark.parametrize("rule", ["paper", "all", "raw"])
+def test_how_often_gshard_uses_the_second_expert(rule: str):
+    router = _gshard(moe_train_capacity_factor=None, gshard_second_expert=rule)
     for second in (0.05, 0.2, 0.45):
         tokens = _probable([[0.9 - second, second, 0.1]] if second > 0.1 else [[0.94, 0.05, 0.01]])
         routing = router(tokens.expand(20_000, -1), None, limited=True)
         used = (routing.experts[:, 1] >= 0).float().mean().item()
-        assert abs(used - min(1.0, 2 * second)) < 5 * math.sqrt(0.25 / 20_000)
+        gates = tokens[0].softmax(-1)
+        raw = 2 * gates[1].item()
+        paper = raw / (gates[0] + gates[1]).item()
+        expected = min(1.0, {"paper": paper, "all": 1.0, "raw": raw}[rule])
+        assert abs(used - expected) < 5 * math.sqrt(0.25 / 20_000)
         assert (routing.experts[:, 0] == 0).all()
 
 

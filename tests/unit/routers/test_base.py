@@ -1,20 +1,18 @@
 """BASE: what it reads, the prices that it keeps, and evaluation by them."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.tensor_parallel.random import checkpoint
-from support.in_process import build_model, layer_config
+from support.in_process import layer_config
 from support.routers import make_router
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_smlp.architectures import SlottedLayer
 from megatron_smlp.ops.balanced_assignment import balanced_assignment, priced_assignment
-from megatron_smlp.routers.base import BaseRouter, update_prices
+from megatron_smlp.routers.base import update_prices
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -146,11 +144,3 @@ class TestPrices:
         router(torch.randn(3, 1, 3))
         assert "prices" not in dict(router.named_buffers())
         update_prices([router], skipped=False)
-
-
-def test_initial_scores_are_orthogonal(parse: Callable[..., Any], tmp_path: Path):
-    model = build_model(parse("--architecture gmlp --token-router base --num-experts 4"))
-    weights = [m.weight for m in model.modules() if isinstance(m, BaseRouter)]
-    assert len(weights) == 4
-    for weight in weights:
-        torch.testing.assert_close(weight @ weight.T, 0.01 * torch.eye(4), rtol=0, atol=1e-6)
