@@ -161,6 +161,11 @@ class RunOptions:
     eval_tasks_limit: int | None = None
     """With --eval-tasks: only the first so many examples of each task."""
 
+    suffix_from: int | None = None
+    """Report loss and perplexity of the targets that this position and later ones predict, beside
+    those of all, in training and validation: what partial prediction is trained on, for any system
+    (default: its prefix, else nothing), in tokens."""
+
     peak_tflops: float | None = None
     """Dense peak of one device for the MFU figure, in TFLOP/s (default: known GPUs, else n/a)."""
 

@@ -3,8 +3,8 @@
     loss = sum over tokens of mask * -log p(label) / number of tokens        of one micro-batch
 
 Megatron averages over micro-batches, or, with --calculate-per-token-loss, over all their tokens.
-Partial prediction (arXiv 2203.06850, section 3) trains on the positions t >= P only; validation
-reports the loss of all positions, and that of these beside it.
+Partial prediction (arXiv 2203.06850, section 3) trains on the positions t >= P only. With
+--suffix-from P the loss of these is reported beside the whole, whatever the system is.
 
 Letters: B micro-batch, T sequence length, P prefix length.
 """
@@ -35,6 +35,8 @@ from megatron_smlp.routers.statistics import RouterStatistics
 from megatron_smlp.training.data import may_be_padded, needs_batch, needs_every_batch
 
 SUFFIX_LOSS = "suffix loss"
+WHOLE_LOSS = "whole loss"
+"""Of all targets, where "lm loss", which is trained on, is not."""
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask")
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -83,18 +85,18 @@ class ForwardStep:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """token_losses, loss_mask: <float>[B, T] -> summed loss, number of tokens, report."""
         args = get_args()
-        suffix_mask = loss_mask.clone()
-        suffix_mask[:, : prefix_length(args, seq_length=args.seq_length)] = 0
-        if not token_losses.requires_grad:
-            loss, num_tokens = _masked_sum(token_losses, loss_mask)
-            reports = {"lm loss": _report(loss, num_tokens)}
-            if args.feature_router == "partial":
-                reports[SUFFIX_LOSS] = _report(*_masked_sum(token_losses, suffix_mask))
-            return loss, num_tokens, reports
-        mask = loss_mask if args.partial_loss == "all" else suffix_mask
-        loss, num_tokens = _masked_sum(token_losses, mask)
-        self.nonfinite |= not bool(torch.isfinite(loss.detach()))
-        return loss, num_tokens, {"lm loss": _report(loss, num_tokens)}
+        prefix = prefix_length(args, seq_length=args.seq_length)
+        trains = token_losses.requires_grad
+        start = prefix if trains and args.partial_loss == "suffix" else 0
+        loss, num_tokens = _masked_sum(token_losses, loss_mask, start=start)
+        self.nonfinite |= trains and not bool(torch.isfinite(loss.detach()))
+        reports = {"lm loss": _report(loss, num_tokens)}
+        if suffix_from := args.suffix_from or prefix:
+            suffix = _masked_sum(token_losses, loss_mask, start=suffix_from)
+            reports[SUFFIX_LOSS] = _report(*suffix)
+        if start:
+            reports[WHOLE_LOSS] = _report(*_masked_sum(token_losses, loss_mask))
+        return loss, num_tokens, reports
 
     @staticmethod
     def _keys(first: int) -> Tensor:
@@ -139,9 +141,10 @@ def real_tokens(loss_mask: Tensor | None) -> Tensor | None:
     return None if loss_mask is None else loss_mask.flip(1).cumsum(1).flip(1) > 0
 
 
-def _masked_sum(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """<float>[B, T] -> the sum in fp32, and the number of tokens in it."""
-    return torch.sum(losses.float() * mask), mask.sum().int()
+def _masked_sum(losses: Tensor, mask: Tensor, *, start: int = 0) -> tuple[Tensor, Tensor]:
+    """<float>[B, T] -> the sum in fp32 from position `start` on, and the number of tokens in it."""
+    kept = mask[:, start:]
+    return torch.sum(losses[:, start:].float() * kept), kept.sum().int()
 
 
 def _report(loss: Tensor, num_tokens: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class TestGShard:
         assert load.aux_loss == pytest.approx(LOSS_OF_SIX), "over first choices only"
 
     def test_a_second_choice_that_is_not_used_is_not_counted(self, monkeypatch):
-        """Draws of 0.5: asked where 2 g2 / (g1 + g2) > 0.5 (here g1 + g2 = 1), by tokens 0, 2, 5."""
+        """Draws of 0.5: asked where 2 g2 / (g1 + g2) > 0.5 (here g1 + g2 = 1): tokens 0, 2, 5."""
         router = make_router("gshard", num_experts=2, moe_train_capacity_factor=0.5)
         monkeypatch.setattr(router, "draw", lambda count, device: torch.full((count,), 0.5))
         statistics = counted(router)
