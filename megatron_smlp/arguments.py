@@ -33,14 +33,18 @@ from megatron_smlp.platform import (
     tensorboard,
     torch_adam,
 )
-from megatron_smlp.routers.flags import settle_feature_router, settle_token_router
+from megatron_smlp.routers.flags import (
+    check_prices,
+    settle_feature_router,
+    settle_token_router,
+)
 from megatron_smlp.run_checks import (
     check_layout,
     check_names,
     check_ranges,
     check_schedule,
 )
-from megatron_smlp.training.checkpoints import check_against_checkpoint, settle_load
+from megatron_smlp.training.checkpoints import check_against_checkpoint, keep_router, settle_load
 from megatron_smlp.training.tokenizer_folder import local_gpt2_files
 from megatron_smlp.training.vocabulary import keep_padding
 
@@ -253,6 +257,8 @@ def _settle_defaults(args: argparse.Namespace) -> None:
     _check_eval_tasks(args)
     settle_load(args)
     keep_padding(args)
+    keep_router(args)
+    check_prices(args)
     try:
         args.platform_changes = cpu.set_flags(args)
     except ValueError as error:

@@ -72,6 +72,26 @@ class ModelOptions:
     moe_eval_capacity_factor: float | None = None
     """switch, gshard: the same in evaluation, where it often is larger or left out."""
 
+    base_routing_input: Literal["residual", "norm"] = "residual"
+    """base: what tokens are scored and weighted by. residual: the residual stream as it is, as in
+    BASE's source; norm: its LayerNorm, which the experts read either way. A checkpoint keeps its
+    own, and one that is older than this flag has norm."""
+
+    base_prices: Literal["mean", "none"] = "mean"
+    """base: mean: keep, with the model, the running mean of the prices of the experts that balance
+    the micro-batches of the training, for --base-eval prices. A checkpoint keeps its own choice,
+    and one that is older than this flag has none."""
+
+    base_eval: Literal["greedy", "prices"] = "greedy"
+    """base: the expert of a token in evaluation. greedy: that of its highest score, as in BASE's
+    source; prices: that of its highest score minus the expert's mean price, which evens the load
+    (not in the paper)."""
+
+    gshard_second_expert: Literal["paper", "all", "raw"] = "paper"
+    """gshard: which second experts training uses. paper: with probability 2 g2 / (g1 + g2), at
+    most 1, as in GShard's algorithm 1; all: always, as in fairseq's recipes; raw: 2 g2. A
+    checkpoint keeps its own, and one that is older than this flag has raw."""
+
     hash_seed: int = 0
     """hash: seed of the random table of token ids with which a new model starts."""
 
@@ -143,6 +163,11 @@ class RunOptions:
 
     eval_tasks_limit: int | None = None
     """With --eval-tasks: only the first so many examples of each task."""
+
+    suffix_from: int | None = None
+    """Report loss and perplexity of the targets that this position and later ones predict, beside
+    those of all, in training and validation: what partial prediction is trained on, for any system
+    (default: its prefix, else nothing), in tokens."""
 
     peak_tflops: float | None = None
     """Dense peak of one device for the MFU figure, in TFLOP/s (default: known GPUs, else n/a)."""

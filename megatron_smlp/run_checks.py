@@ -86,6 +86,11 @@ def check_schedule(args: argparse.Namespace) -> None:
         UsageError: see the messages.
     """
     _check_length(args)
+    if args.suffix_from is not None and not 0 < args.suffix_from < args.seq_length:
+        raise UsageError(
+            f"--suffix-from {args.suffix_from}: give a position over 0 and under --seq-length "
+            f"{args.seq_length}, or leave it out."
+        )
     if args.lr is None:
         raise UsageError("--lr is missing: give the peak learning rate, for example --lr 1e-3.")
     if (args.min_lr or 0.0) > args.lr:

@@ -48,6 +48,10 @@ SAME_NAME = (
     "token_router",
     "moe_train_capacity_factor",
     "moe_aux_loss_coeff",
+    "base_routing_input",
+    "base_prices",
+    "base_eval",
+    "gshard_second_expert",
     "hash_seed",
     "num_experts",
     "moe_ffn_hidden_size",
@@ -155,7 +159,8 @@ def read_config(folder: Path) -> SMLPConfig:
             f"read is {MODEL_TYPE!r}, which this tool writes, and 'gpt2'."
         )
     try:
-        return SMLPConfig(**{name: v for name, v in values.items() if name != "model_type"})
+        config: SMLPConfig = SMLPConfig.from_dict(values)
+        return config
     except IMPOSSIBLE as error:
         raise UsageError(f"{folder}/config.json: {' '.join(str(error).split())[:300]}") from error
 

@@ -20,7 +20,7 @@ from megatron_smlp.checkpoints.structure import (
 from megatron_smlp.conversion.tensors import check_scale
 from megatron_smlp.conversion.torch_dist_reader import TorchDistReader
 from megatron_smlp.errors import DamagedCheckpointError, UsageError
-from megatron_smlp.training.checkpoints import OLDER_THAN
+from megatron_smlp.training.checkpoints import with_older_flags
 
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state", "common_state")
 COMMON = "common_state/shard_0_1"
@@ -109,4 +109,4 @@ def _read_flags(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{path} is not JSON ({error}).") from error
     if not isinstance(flags, dict):
         raise DamagedCheckpointError(f"{path} holds no JSON object.")
-    return {**OLDER_THAN, **flags}
+    return with_older_flags(flags)

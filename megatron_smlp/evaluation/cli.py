@@ -54,7 +54,7 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
         tokenizer,
         options.data_path,
         stride=options.stride,
-        suffix_from=prefix,
+        suffix_from=options.suffix_from or prefix,
         split=options.split,
     )
     if args.rank != 0:

@@ -17,6 +17,10 @@ _ALLOWED = {
     "feature_router": ("none", "deterministic", "partial"),
     "hidden_act": ("gelu", "gelu_new"),
     "moe_drop_policy": ("position", "probs"),
+    "base_routing_input": ("residual", "norm"),
+    "base_prices": ("mean", "none"),
+    "base_eval": ("greedy", "prices"),
+    "gshard_second_expert": ("paper", "all", "raw"),
     "partial_loss": ("suffix", "all"),
 }
 _POSITIVE = (
@@ -72,6 +76,15 @@ class SMLPConfig(PreTrainedConfig):
         moe_drop_policy: who loses a slot of a full expert: later positions, or smaller router
             probabilities.
         moe_aux_loss_coeff: weight of the balance loss of switch and gshard.
+        base_routing_input: base: whether the residual stream or its norm is scored and weighted by;
+            a config.json that is older than this has the norm.
+        base_prices: base: whether the model holds the experts' mean prices of its training (mean)
+            or not (none, as a config.json that is older than this).
+        base_eval: base: in evaluation a token goes to the expert of its highest score (greedy), or
+            of its highest score minus the expert's price (prices).
+        gshard_second_expert: gshard: in training the second expert is used with probability
+            2 g2 / (g1 + g2) (paper), always (all), or with 2 g2 (raw, as a config.json that is
+            older than this).
         hash_seed: seed of the random hash table with which a new model starts.
         tiny_attention_width: width of amlp's attention head.
         add_bias_linear: whether projections (not experts, not routers) have a bias.
@@ -114,6 +127,10 @@ class SMLPConfig(PreTrainedConfig):
     moe_eval_capacity_factor: float | int | None = None
     moe_drop_policy: str = "position"
     moe_aux_loss_coeff: float | int = 0.01
+    base_routing_input: str = "residual"
+    base_prices: str = "mean"
+    base_eval: str = "greedy"
+    gshard_second_expert: str = "paper"
     hash_seed: int = 0
     tiny_attention_width: int = 64
     add_bias_linear: bool = True
@@ -134,6 +151,16 @@ class SMLPConfig(PreTrainedConfig):
         self._check_widths()
         self._check_experts()
         self._check_features()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Also a config.json that is older than some of its entries."""
+        older = {
+            "base_routing_input": "norm",
+            "base_prices": "none",
+            "gshard_second_expert": "raw",
+        }
+        return super().from_dict({**older, **config_dict}, **kwargs)
 
     @property
     def gate_width(self) -> int:
@@ -213,6 +240,8 @@ class SMLPConfig(PreTrainedConfig):
                 f"num_experts={self.num_experts}: token_router={self.token_router} needs "
                 f"{fewest} or more"
             )
+        if self.base_eval == "prices" and self.base_prices == "none":
+            raise ValueError("base_eval=prices: the model has no prices (base_prices=none)")
         for name in ("moe_train_capacity_factor", "moe_eval_capacity_factor"):
             factor = getattr(self, name)
             if factor is not None and factor <= 0:

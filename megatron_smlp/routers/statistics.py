@@ -104,6 +104,14 @@ class RouterCounter:
             row[place] += values.get(name, 0.0)
 
 
+def repeats_a_pass() -> bool:
+    """Whether the forward pass under way was made before, and only recomputes activations.
+
+    Not to be asked under no_grad, which the first one is known by.
+    """
+    return bool(is_checkpointing() and torch.is_grad_enabled())
+
+
 class CountedRouter:
     """Mixin of a router that can be counted; it is not until `RouterStatistics.attach`."""
 
@@ -116,8 +124,7 @@ class CountedRouter:
     @property
     def counts(self) -> bool:
         """Whether this forward pass is to be counted."""
-        repeats = is_checkpointing() and torch.is_grad_enabled()
-        return self.counter is not None and not repeats
+        return self.counter is not None and not repeats_a_pass()
 
     @property
     def has_z_loss(self) -> bool:

@@ -5,6 +5,9 @@ slice of its tokens (sequence parallelism), so the scores are gathered over the 
 makes the same choices for all N tokens, and keeps the rows of its own n. Rows are in the order of
 positions, then of samples.
 
+All rules start alike: W is drawn from a normal distribution with --init-method-std, as all weights
+are, unless the source has another rule for it and none for the others, which is BASE's case.
+
 Letters: N tokens of the group, n tokens of this rank, E experts, k choices of a token, D hidden,
 T sequence length, B micro-batch.
 """
@@ -19,7 +22,7 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_smlp.routers.statistics import CountedRouter
+from megatron_smlp.routers.statistics import CountedRouter, repeats_a_pass
 
 
 class Choices(NamedTuple):
@@ -40,6 +43,8 @@ class TokenRouter(CountedRouter, TopKRouter):
     """
 
     router_kind = "token"
+    repeats = False
+    """Whether the pass under way was made before, and only recomputes activations."""
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route the tokens of this rank, padding too: it is only kept out of the statistics.
@@ -51,6 +56,7 @@ class TokenRouter(CountedRouter, TopKRouter):
         Returns:
             weights <fp32>[n, E], zero where a token does not go, and where it goes <bool>[n, E].
         """
+        self.repeats = repeats_a_pass()
         scores = self.apply_z_loss(self.gating(input).flatten(0, 1))
         of_group = self.of_group(scores.detach())
         with torch.no_grad():

@@ -17,10 +17,12 @@ import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
-from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_token
+from megatron_smlp.accounting import ModelShape
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.evaluation.results import as_record, task_words
+from megatron_smlp.routers.base import update_prices
 from megatron_smlp.routers.collapse import CollapseWatch
+from megatron_smlp.training.compute import Compute
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.router_report import (
     Loads,
@@ -56,8 +58,7 @@ class Reporter:
         self.tasks = tasks
         self.statistics = step.statistics
         self.collapse = CollapseWatch(fixed=("token",) if args.token_router == "hash" else ())
-        shape = ModelShape.from_args(args)
-        self.flops_per_token = training_flops_per_token(model_cost(shape), shape)
+        self.compute = Compute(ModelShape.from_args(args))
         self.first_rank = args.rank == 0
         self.screen = Screen(args)
         self.say = self.screen.say
@@ -89,10 +90,12 @@ class Reporter:
 
     def built(self, model: list[Any], optimizer: Any) -> None:
         iteration = self.args.iteration
+        self.model = model
         self.statistics.attach(model)
         if self.tasks:
             self.tasks.built(model, optimizer)
         last = self.metrics.drop_after(iteration) if self.metrics else {}
+        self.compute.resume(last, tokens=self._tokens())
         if iteration:
             self.say(f"resumed from iteration {iteration} of {self.args.load}")
             self._say_if_complete(iteration)
@@ -141,6 +144,7 @@ class Reporter:
         skipped: bool,
         loss_scale: float,
     ) -> None:
+        update_prices(self.model, skipped=skipped)
         self.clock.step()
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             self._log_step(
@@ -161,15 +165,16 @@ class Reporter:
         loads = self._routers(iteration)
         if not self.first_rank:
             return
+        flops_per_token = self.compute.add(loads, tokens=self._tokens())
         loss = numbers.pop("lm loss")
         record = {
             "iteration": iteration,
             "loss": loss,
             "perplexity": perplexity(loss),
+            **{name.replace(" ", "_"): value for name, value in numbers.items()},
             **of_step,
             **self._progress(),
-            **numbers,
-            **self._speed(iteration),
+            **self._speed(iteration, flops_per_token),
             **_unless_empty("routers", loads),
         }
         assert self.metrics is not None
@@ -209,22 +214,25 @@ class Reporter:
             self.say(line)
         return loads
 
+    def _tokens(self) -> int:
+        """Of training, since the run began."""
+        tokens: int = self.args.consumed_train_samples * self.args.seq_length
+        return tokens
+
     def _progress(self) -> dict[str, float]:
         """How far the run is, in all that a curve may be drawn against."""
-        samples = self.args.consumed_train_samples
-        tokens = samples * self.args.seq_length
         return {
-            "consumed_samples": samples,
-            "consumed_tokens": tokens,
-            "consumed_flops": tokens * self.flops_per_token,
+            "consumed_samples": self.args.consumed_train_samples,
+            "consumed_tokens": self._tokens(),
+            **self.compute.spent(self._tokens()),
             "wall_seconds": self.wall.seconds(),
         }
 
-    def _speed(self, iteration: int) -> dict[str, float | None]:
+    def _speed(self, iteration: int, flops_per_token: float) -> dict[str, float | None]:
         steps = max(1, self.clock.steps)
         seconds = self.clock.take_seconds_per_step()
         tokens = get_current_global_batch_size() * self.args.seq_length / seconds
-        tflops = tokens * self.flops_per_token / 1e12 / self.args.world_size
+        tflops = tokens * flops_per_token / 1e12 / self.args.world_size
         return {
             "seconds_per_iteration": seconds,
             "tokens_per_second": tokens,

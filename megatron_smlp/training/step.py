@@ -3,8 +3,8 @@
     loss = sum over tokens of mask * -log p(label) / number of tokens        of one micro-batch
 
 Megatron averages over micro-batches, or, with --calculate-per-token-loss, over all their tokens.
-Partial prediction (arXiv 2203.06850, section 3) trains on the positions t >= P only; validation
-reports the loss of all positions, and that of these beside it.
+Partial prediction (arXiv 2203.06850, section 3) trains on the positions t >= P only. With
+--suffix-from P the loss of these is reported beside the whole, whatever the system is.
 
 Letters: B micro-batch, T sequence length, P prefix length.
 """
@@ -29,10 +29,14 @@ from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from megatron_smlp.options import prefix_length
+from megatron_smlp.routers.draws import sample_keys
+from megatron_smlp.routers.gshard import give_samples
 from megatron_smlp.routers.statistics import RouterStatistics
 from megatron_smlp.training.data import may_be_padded, needs_batch, needs_every_batch
 
 SUFFIX_LOSS = "suffix loss"
+WHOLE_LOSS = "whole loss"
+"""Of all targets, where "lm loss", which is trained on, is not."""
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask")
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -49,6 +53,7 @@ class ForwardStep:
         self.statistics = RouterStatistics()
         self.nonfinite = False
         self.data_seconds = 0.0
+        self.place = _PlaceInRun()
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: Any
@@ -62,9 +67,12 @@ class ForwardStep:
         args, timers = get_args(), get_timers()
         timers("batch-generator", log_level=2).start()
         start = time.perf_counter()
-        batch = next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-        if torch.is_grad_enabled():  # validation does not count
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = next_batch(data_iterator, vp_stage)
+        if torch.is_grad_enabled():  # validation does not count, and draws nothing
             self.data_seconds += time.perf_counter() - start
+            if args.token_router == "gshard":
+                give_samples(model, self._keys(self.place.first_sample(args, vp_stage)))
         timers("batch-generator").stop()
         self.statistics.begin(real_tokens(batch["loss_mask"]) if may_be_padded(args) else None)
         if args.feature_router == "partial":
@@ -77,18 +85,24 @@ class ForwardStep:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """token_losses, loss_mask: <float>[B, T] -> summed loss, number of tokens, report."""
         args = get_args()
-        suffix_mask = loss_mask.clone()
-        suffix_mask[:, : prefix_length(args, seq_length=args.seq_length)] = 0
-        if not token_losses.requires_grad:
-            loss, num_tokens = _masked_sum(token_losses, loss_mask)
-            reports = {"lm loss": _report(loss, num_tokens)}
-            if args.feature_router == "partial":
-                reports[SUFFIX_LOSS] = _report(*_masked_sum(token_losses, suffix_mask))
-            return loss, num_tokens, reports
-        mask = loss_mask if args.partial_loss == "all" else suffix_mask
-        loss, num_tokens = _masked_sum(token_losses, mask)
-        self.nonfinite |= not bool(torch.isfinite(loss.detach()))
-        return loss, num_tokens, {"lm loss": _report(loss, num_tokens)}
+        prefix = prefix_length(args, seq_length=args.seq_length)
+        trains = token_losses.requires_grad
+        start = prefix if trains and args.partial_loss == "suffix" else 0
+        loss, num_tokens = _masked_sum(token_losses, loss_mask, start=start)
+        self.nonfinite |= trains and not bool(torch.isfinite(loss.detach()))
+        reports = {"lm loss": _report(loss, num_tokens)}
+        if suffix_from := args.suffix_from or prefix:
+            suffix = _masked_sum(token_losses, loss_mask, start=suffix_from)
+            reports[SUFFIX_LOSS] = _report(*suffix)
+        if start:
+            reports[WHOLE_LOSS] = _report(*_masked_sum(token_losses, loss_mask))
+        return loss, num_tokens, reports
+
+    @staticmethod
+    def _keys(first: int) -> Tensor:
+        args, device = get_args(), torch.device(torch.cuda.current_device())
+        count = args.micro_batch_size
+        return sample_keys(seed=args.seed, first=first, count=count, device=device)
 
     def take_nonfinite(self) -> bool:
         """Whether a loss was not finite since the last call."""
@@ -101,6 +115,24 @@ class ForwardStep:
         return seconds
 
 
+class _PlaceInRun:
+    """Which samples of the run the micro-batch under way has, counted as its sampler counts."""
+
+    def __init__(self) -> None:
+        self._started: dict[int | None, tuple[int, int]] = {}
+        """Of each stage on this rank: samples before the step, and its micro-batches so far."""
+
+    def first_sample(self, args: Any, vp_stage: int | None) -> int:
+        """The number of the first one; to be called once in each forward pass of a stage."""
+        before: int = args.consumed_train_samples
+        step, number = self._started.get(vp_stage, (before, 0))
+        number = number if step == before else 0
+        self._started[vp_stage] = (before, number + 1)
+        number %= get_num_microbatches()  # where Megatron runs a step again
+        ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+        return before + (number * ranks + rank) * int(args.micro_batch_size)
+
+
 def real_tokens(loss_mask: Tensor | None) -> Tensor | None:
     """<float>[B, T] -> <bool>[B, T], False from where no later target of the sample counts.
 
@@ -109,9 +141,10 @@ def real_tokens(loss_mask: Tensor | None) -> Tensor | None:
     return None if loss_mask is None else loss_mask.flip(1).cumsum(1).flip(1) > 0
 
 
-def _masked_sum(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """<float>[B, T] -> the sum in fp32, and the number of tokens in it."""
-    return torch.sum(losses.float() * mask), mask.sum().int()
+def _masked_sum(losses: Tensor, mask: Tensor, *, start: int = 0) -> tuple[Tensor, Tensor]:
+    """<float>[B, T] -> the sum in fp32 from position `start` on, and the number of tokens in it."""
+    kept = mask[:, start:]
+    return torch.sum(losses[:, start:].float() * kept), kept.sum().int()
 
 
 def _report(loss: Tensor, num_tokens: Tensor) -> Tensor:

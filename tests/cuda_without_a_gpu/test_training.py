@@ -21,8 +21,7 @@ ATTENTION = "--architecture transformer --num-attention-heads 4"
 SMLP = "--architecture smlp --num-dense-layers 2 --num-feature-experts 4"
 SYSTEMS = {
     "transformer": ATTENTION,
-    "gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-train-capacity-factor 1.25 "
-    "--gshard-always-uses-the-second-expert",
+    "gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-train-capacity-factor 1.25",
     "switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-train-capacity-factor 1.25 "
     "--moe-token-drop-policy probs",
     "base": f"{ATTENTION} --token-router base {EXPERTS}",

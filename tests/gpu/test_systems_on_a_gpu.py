@@ -34,7 +34,7 @@ ATTENTION = "--architecture transformer --num-attention-heads 4"
 SMLP = f"--architecture smlp --num-dense-layers 2 --num-feature-experts 4 {EXPERTS}"
 SYSTEMS = {
     "transformer": ATTENTION,
-    "gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --gshard-always-uses-the-second-expert",
+    "gshard": f"{ATTENTION} --token-router gshard {EXPERTS}",
     "switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-train-capacity-factor 1.25",
     "base": f"{ATTENTION} --token-router base {EXPERTS}",
     "hash": f"{ATTENTION} --token-router hash {EXPERTS}",

@@ -39,12 +39,12 @@ ARCHITECTURES = {
     "transformer_switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-layer-freq 2",
     "transformer_hash": f"{ATTENTION} --token-router hash {EXPERTS}",
     "transformer_gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-layer-freq 2 "
-    "--moe-train-capacity-factor 1 --moe-token-drop-policy position "
-    "--gshard-always-uses-the-second-expert",
+    "--moe-train-capacity-factor 1 --moe-token-drop-policy position",
     "gmlp_1_head": "--architecture gmlp --spatial-heads 1",
     "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
     "amlp": "--architecture amlp --spatial-heads 2 --tiny-attention-width 16",
-    "smlp": f"{SMLP} --feature-router deterministic --token-router base {EXPERTS}",
+    "smlp": f"{SMLP} --feature-router deterministic --token-router base {EXPERTS} "
+    "--base-eval prices",
     "smlp_partial": f"{SMLP} --feature-router partial --token-router base {EXPERTS}",
     "feature_moe_partial": f"{SMLP} --feature-router partial",
     "feature_moe_toeplitz": f"{SMLP} --feature-router partial --toeplitz",
@@ -83,7 +83,9 @@ PADDED = "--make-vocab-size-divisible-by 384 --save-interval 100 --save"
 
 # Where an architecture shares all but one part with others, the layouts that this part could break.
 FEWER = {
-    "transformer_gshard": ("tp2_sp", "ep2", "dp2", "recompute_full"),
+    "transformer_gshard": (
+        *("tp2_sp", "ep2", "dp2", "pp2_interleaved", "pp2_recompute", "recompute_full", "tp2_pp2"),
+    ),
     "smlp_partial": ("tp2_sp", "pp2", "ep2", "dp2", "tp2_pp2"),
     "feature_moe_toeplitz": ("tp2_sp", "pp2", "dp2_distributed_optimizer"),
     "feature_moe_partial": (
@@ -239,12 +241,20 @@ def test_a_recomputed_pass_is_counted_once(one: Runs, architecture: str, layout:
 
 @pytest.mark.parametrize("architecture", filter(_has_routers, ARCHITECTURES))
 def test_every_router_counts_every_choice(one: Runs, architecture: str):
-    """8 samples of 32 tokens a step; GShard's two choices of each; 4 chunks of each sample."""
+    """8 samples of 32 tokens a step; 4 chunks of each sample. GShard asks for some of the second
+    experts in training, and for all of them in evaluation."""
     counted = one.routers(architecture, "plain")
-    each = {"token": 8 * 32 * (2 if "gshard" in architecture else 1), "feature": 8 * 4}
+    each = {"token": 8 * 32, "feature": 8 * 4}
+    if "gshard" in architecture:
+        in_training = {r["choices"] for r in counted[: -2 * len({r["layer"] for r in counted})]}
+        assert all(8 * 32 < choices < 2 * 8 * 32 for choices in in_training)
+        assert len(in_training) > 1
+        counted = [r for r in counted if r["choices"] not in in_training]
+        each["token"] *= 2
     assert {(r["kind"], r["choices"]) for r in counted} == {
         (kind, each[kind]) for kind in {r["kind"] for r in counted}
     }
+    counted = one.routers(architecture, "plain")
     layers = {(r["layer"], r["kind"]) for r in counted}
     assert len(counted) == len(layers) * (NUM_STEPS + 2)
 

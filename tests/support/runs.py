@@ -4,7 +4,7 @@ torchrun takes some ten seconds to start, so the tests put many runs into one la
 
     python -m torch.distributed.run --nproc-per-node 2 tests/support/runs.py runs.json
 
-`runs.json` is a list of command lines for pretrain_smlp.py, with one more flag: ALWAYS_SECOND.
+`runs.json` is a list of command lines for pretrain_smlp.py.
 With CUDA_STAND_IN=1 in the environment they train on the CPU that stands in for a CUDA device;
 with GATHER_PROBE=1 every parameter must have been gathered where it is read.
 """
@@ -25,19 +25,6 @@ if os.environ.get("CUDA_STAND_IN"):
     cuda_stand_in.install()
 
 from pretrain_smlp import main  # noqa: E402
-
-ALWAYS_SECOND = "--gshard-always-uses-the-second-expert"
-
-
-def without_draws(argv: list[str]) -> list[str]:
-    """GShard's random numbers depend on the layout, as dropout does; what remains must not."""
-    import torch
-
-    from megatron_smlp.routers.gshard import GShardRouter
-
-    is_fixed = ALWAYS_SECOND in argv
-    GShardRouter.draw = lambda _, gates: (torch.zeros_like if is_fixed else torch.rand_like)(gates)
-    return [word for word in argv if word != ALWAYS_SECOND]
 
 
 def forget_run() -> None:
@@ -62,7 +49,7 @@ def run_all(path: str) -> None:
         gather_probe.install()
     for argv in json.loads(Path(path).read_text(encoding="utf-8")):
         with contextlib.suppress(SystemExit):  # --exit-interval and signals end by exiting
-            main(without_draws(argv))
+            main(argv)
         forget_run()
 
 
