@@ -78,6 +78,9 @@ class SMLPTransformerConfig(TransformerConfig, ModelOptions):
     tokenizer_vocab_size: int | None = None
     """HASH: the vocabulary without padding, entries of a --hash-table."""
 
+    balanced_experts: Tensor | None = None
+    """HASH: <int64>[tokenizer_vocab_size], the table of --hash-table balanced."""
+
     hetereogenous_dist_checkpoint: bool = True
     """Checkpoints name each layer by its number, since layers of one model differ."""
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.config_file import read_yaml
 from megatron_smlp.continuing import with_checkpoint_flags
+from megatron_smlp.data.blending import blends_from_arguments
 from megatron_smlp.errors import UsageError
 from megatron_smlp.foreign_flags import refuse_foreign
 from megatron_smlp.options import ModelOptions, RunOptions
@@ -435,8 +436,12 @@ def _check_hash_table(args: argparse.Namespace) -> None:
         )
     from megatron.training import get_tokenizer
 
-    from megatron_smlp.routers.hash_table import read_table
+    from megatron_smlp.routers.hash_table import BALANCED, read_table
 
+    if args.hash_table == BALANCED:
+        if args.load or not blends_from_arguments(args).prefixes:
+            args.hash_table = None  # the checkpoint has one; or there is nothing to count
+        return
     size = get_tokenizer().vocab_size
     try:
         read_table(args.hash_table, num_experts=args.num_experts, vocab_size=size)

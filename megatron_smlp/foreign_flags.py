@@ -33,6 +33,7 @@ OF_OTHER_LAYERS = (
     "hybrid_override_pattern",
     "is_hybrid_model",
 )
+OF_DOCUMENTS = ("reset_attention_mask", "reset_position_ids")
 OF_ATTENTION = (
     "group_query_attention",
     "num_query_groups",
@@ -76,6 +77,12 @@ def refuse_foreign(args: argparse.Namespace) -> None:
         raise UsageError(
             f"{_flag(name)} builds layers of other models than --architecture {args.architecture}: "
             "leave it out."
+        )
+    for name in _given(args, OF_DOCUMENTS):
+        raise UsageError(
+            f"{_flag(name)}: samples are read whole, as every system here is trained and compared: "
+            "a spatial matrix has one row for each position of the sample, wherever its documents "
+            "begin (docs/data.md). Leave it out."
         )
     for name in _given(args, ("use_mup",)):
         raise UsageError(

@@ -96,8 +96,9 @@ class ModelOptions:
     """hash: seed of the random table of token ids with which a new model starts."""
 
     hash_table: str | None = None
-    """hash: file that tools/build_hash_table.py made from the counts of a corpus, with which a new
-    model starts instead. A checkpoint's own table wins over both."""
+    """hash: with which table a new model starts instead: balanced, by the counts of the run's own
+    training data, or a file that tools/build_hash_table.py made from those of a corpus. A
+    checkpoint's own table wins over both."""
 
     @property
     def num_chunks(self) -> int:

@@ -33,6 +33,7 @@ from megatron.core import mpu
 from torch import Tensor, nn
 
 from megatron_smlp.ops.balanced_assignment import priced_assignment
+from megatron_smlp.routers.handed import repeats_a_pass
 from megatron_smlp.routers.token_router import Choices, TokenRouter
 
 INIT_GAIN = 0.1
@@ -79,7 +80,7 @@ class BaseRouter(TokenRouter):
 
     def _collect(self, prices: Tensor) -> None:
         """Add a micro-batch to the step's; prices: <fp32>[E], the same on all TP ranks."""
-        if self.keeps_prices and not self.repeats:
+        if self.keeps_prices and not repeats_a_pass():
             self.of_step = self.of_step.to(prices.device)
             self.of_step[:-1] += prices
             self.of_step[-1] += 1

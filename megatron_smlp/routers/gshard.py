@@ -35,6 +35,12 @@ class GShardRouter(SwitchRouter):
         self.second_expert = getattr(config, "gshard_second_expert", "paper")
         self.samples = Handed()
         """<int64>[B], keys of the samples of the micro-batch; none: rows are of one sample."""
+        self.keys: Tensor | None = None
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See TokenRouter.forward."""
+        self.keys = self.samples.take()
+        return super().forward(input, padding_mask)
 
     def choose(self, scores: Tensor) -> Choices:
         """Both choices of each token."""
@@ -49,7 +55,7 @@ class GShardRouter(SwitchRouter):
 
     def draw(self, count: int, device: torch.device) -> Tensor:
         """<fp32>[N] in [0, 1), N = count, for the rows of the group."""
-        keys = self.samples.take(repeats=self.repeats)
+        keys = self.keys
         if keys is None:
             keys = torch.zeros(1, dtype=torch.int64, device=device)
         assert self.layer_number is not None
@@ -69,4 +75,4 @@ def give_samples(model: nn.Module, keys: Tensor) -> None:
     """Before a micro-batch: tell this model, or stage, whose it is; keys: draws.sample_keys."""
     for module in model.modules():
         if isinstance(module, GShardRouter):
-            module.samples.now = keys
+            module.samples.hand(keys)

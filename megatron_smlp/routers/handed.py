@@ -8,22 +8,38 @@ from __future__ import annotations
 
 from collections import deque
 
-from megatron.core.tensor_parallel.random import is_checkpointing
+import torch
 from torch import Tensor
+
+
+def repeats_a_pass() -> bool:
+    """Whether the forward pass under way was made before, and only recomputes activations.
+
+    It then runs inside of a backward pass, whoever recomputes: Megatron's own checkpoint function
+    has a flag for it, but with FP8 Megatron takes Transformer Engine's, which does not set it.
+    """
+    return torch._C._current_graph_task_id() != -1
 
 
 class Handed:
     """A tensor of the micro-batch whose pass it is."""
 
     def __init__(self) -> None:
-        self.now: Tensor | None = None
-        """Of the forward pass under way; None: nothing was handed."""
+        self._now: Tensor | None = None
+        self._trains = False
         self._to_recompute: deque[Tensor | None] = deque()
 
-    def take(self, *, repeats: bool) -> Tensor | None:
-        """Return it, once in every pass; `repeats`: statistics.repeats_a_pass() in this one."""
-        if repeats:
+    def hand(self, value: Tensor | None) -> None:
+        """Before a forward pass; None: there is nothing."""
+        self._now, self._trains = value, torch.is_grad_enabled()
+
+    def take(self) -> Tensor | None:
+        """Return what was handed for this pass, once in every pass.
+
+        A pass that will be repeated is known by having no gradients in a call that has them.
+        """
+        if repeats_a_pass() and self._to_recompute:
             return self._to_recompute.popleft()
-        if is_checkpointing():
-            self._to_recompute.append(self.now)
-        return self.now
+        if self._trains and not torch.is_grad_enabled():
+            self._to_recompute.append(self._now)
+        return self._now

@@ -2,9 +2,9 @@
 
     e = table[id]        y = f_e(h)        no parameters, no loss, nothing dropped
 
-table <int64>[V], V the padded vocabulary, the same in every layer: random by --hash-seed, or read
-from --hash-table (routers/hash_table.py). It is a buffer, saved with the model, so a checkpoint's
-table wins over both.
+table <int64>[V], V the padded vocabulary, the same in every layer: random by --hash-seed, or
+balanced by the counts of the training data or of another corpus (--hash-table;
+routers/hash_table.py). It is a buffer, saved with the model, so a checkpoint's table wins over all.
 
 The ids are those of the model's input, on every pipeline stage: `give_token_ids` hands them over
 whenever the model is called, and a recomputed layer finds those of its own forward pass again.
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_smlp.routers.handed import Handed
-from megatron_smlp.routers.hash_table import random_table, read_table
-from megatron_smlp.routers.statistics import repeats_a_pass
+from megatron_smlp.routers.hash_table import BALANCED, random_table, read_table
 from megatron_smlp.routers.token_router import Choices, TokenRouter, as_megatron
 
 
@@ -28,12 +27,14 @@ def _first_table(config: Any) -> Tensor:
     table = random_table(
         num_experts=config.num_moe_experts, vocab_size=config.hash_vocab_size, seed=config.hash_seed
     )
-    if config.hash_table is not None:
+    experts = config.balanced_experts
+    if config.hash_table not in (None, BALANCED):
         experts = read_table(
             config.hash_table,
             num_experts=config.num_moe_experts,
             vocab_size=config.tokenizer_vocab_size,
         )
+    if experts is not None:
         table[: len(experts)] = experts
     return table
 
@@ -54,7 +55,7 @@ class HashRouter(TokenRouter):
         Raises:
             ValueError: the model was called without token ids.
         """
-        ids = self.token_ids.take(repeats=repeats_a_pass())
+        ids = self.token_ids.take()
         if ids is None:
             raise ValueError("--token-router hash routes by token ids: call the model with them")
         wanted = self.table[ids.T.flatten()][:, None]
@@ -86,7 +87,7 @@ def give_token_ids(model: nn.Module) -> None:
 
     def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for router in routers:
-            router.token_ids.now = args[0] if args else kwargs["input_ids"]
+            router.token_ids.hand(args[0] if args else kwargs["input_ids"])
 
     if routers:
         model.register_forward_pre_hook(give, with_kwargs=True)

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from megatron.core.tensor_parallel.random import is_checkpointing
 from torch import Tensor, nn
+
+from megatron_smlp.routers.handed import repeats_a_pass
 
 RouterKind = Literal["token", "feature"]
 FIELDS = ("kept", "gate", "gates", "aux_loss", "z_loss", "groups")
@@ -102,14 +103,6 @@ class RouterCounter:
         row[: self.num_experts].index_add_(0, experts, asked.to(row.dtype))
         for place, name in enumerate(FIELDS, start=self.num_experts):
             row[place] += values.get(name, 0.0)
-
-
-def repeats_a_pass() -> bool:
-    """Whether the forward pass under way was made before, and only recomputes activations.
-
-    Not to be asked under no_grad, which the first one is known by.
-    """
-    return bool(is_checkpointing() and torch.is_grad_enabled())
 
 
 class CountedRouter:

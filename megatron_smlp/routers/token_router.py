@@ -22,7 +22,7 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_smlp.routers.statistics import CountedRouter, repeats_a_pass
+from megatron_smlp.routers.statistics import CountedRouter
 
 
 class Choices(NamedTuple):
@@ -43,8 +43,6 @@ class TokenRouter(CountedRouter, TopKRouter):
     """
 
     router_kind = "token"
-    repeats = False
-    """Whether the pass under way was made before, and only recomputes activations."""
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route the tokens of this rank, padding too: it is only kept out of the statistics.
@@ -56,7 +54,6 @@ class TokenRouter(CountedRouter, TopKRouter):
         Returns:
             weights <fp32>[n, E], zero where a token does not go, and where it goes <bool>[n, E].
         """
-        self.repeats = repeats_a_pass()
         scores = self.apply_z_loss(self.gating(input).flatten(0, 1))
         of_group = self.of_group(scores.detach())
         with torch.no_grad():

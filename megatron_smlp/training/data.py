@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.utils import Split
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import is_first_or_last_pipeline_stage
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_smlp.data.blending import blends_from_arguments
@@ -20,9 +22,12 @@ from megatron_smlp.data.content import content_of
 from megatron_smlp.data.datasets import build_datasets, dataset_uses, use_lines
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.indexed import strip_suffix
+from megatron_smlp.data.token_counts import token_counts
 from megatron_smlp.data.tokenizers import identity_from_arguments
 from megatron_smlp.data.verification import verify_for_training
 from megatron_smlp.errors import UsageError
+from megatron_smlp.routers.hash_table import balanced_table
+from megatron_smlp.training.exchange import from_first_rank
 
 EVALUATION_SEED = 1234
 """Of the order in which validation and test samples are drawn, so that runs of other seeds and
@@ -149,6 +154,25 @@ class AgainAndAgain(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index % self.once]
+
+
+def experts_of_training_data(args: argparse.Namespace) -> Tensor:
+    """The table of --hash-table balanced: rank 0 counts what the run trains on. Collective.
+
+    With --split the validation's documents are counted too.
+
+    Returns:
+        <int64>[ids of the tokenizer].
+    """
+    table = None
+    if args.rank == 0:
+        blends = blends_from_arguments(args)
+        blend = blends.whole or (blends.per_split or (None,))[0]
+        assert blend is not None
+        counts = token_counts(blend, vocab_size=get_tokenizer().vocab_size)
+        table = torch.from_numpy(balanced_table(counts, num_experts=args.num_experts))
+    experts: Tensor = from_first_rank(table)
+    return experts
 
 
 def may_be_padded(args: argparse.Namespace) -> bool:

@@ -63,9 +63,13 @@ def layer_table(args: argparse.Namespace, shape: ModelShape) -> Table:
 
 def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
     """Both slots in words."""
+    router = args.token_router
+    if router == "hash":
+        router += f", {'random' if args.hash_table is None else 'balanced'} table"
+        router = "hash, the checkpoint's table" if args.load else router
     channels = {
         "mlp": f"MLP, width {args.ffn_hidden_size}",
-        "token_moe": f"token MoE ({args.token_router}), experts: {args.num_experts}",
+        "token_moe": f"token MoE ({router}), experts: {args.num_experts}",
         "none": "-",
     }
     mixer = MIXERS[slots.mixer].format(

@@ -10,7 +10,12 @@ from support.in_process import MINIMAL, forget_arguments, pretrained
 
 from megatron_smlp.arguments import build_parser, parse_arguments
 from megatron_smlp.errors import UsageError
-from megatron_smlp.foreign_flags import OF_ATTENTION, OF_OTHER_LAYERS, OF_TRANSFORMER_ENGINE
+from megatron_smlp.foreign_flags import (
+    OF_ATTENTION,
+    OF_DOCUMENTS,
+    OF_OTHER_LAYERS,
+    OF_TRANSFORMER_ENGINE,
+)
 
 TRANSFORMER = "--architecture transformer --num-attention-heads 4"
 type Parse = Callable[[str], Any]
@@ -33,6 +38,8 @@ def parse() -> Iterator[Parse]:
         ("--architecture gmlp --qk-layernorm", "--qk-layernorm is for the attention of "),
         ("--architecture amlp --group-query-attention --num-query-groups 2", "not for amlp"),
         ("--architecture smlp --window-size 4,0", "--window-size is for the attention of "),
+        ("--architecture gmlp --reset-attention-mask", "--reset-attention-mask: samples are read "),
+        (f"{TRANSFORMER} --reset-position-ids", "--reset-position-ids: samples are read whole"),
         (
             "--architecture gmlp --position-embedding-type rope",
             "--position-embedding-type rope acts on .* give none or learned_absolute, or leave",
@@ -57,7 +64,8 @@ def test_transformer_engines_flags(parse: Parse, flag: str):
 
 def test_every_name_is_one_of_megatrons_flags():
     destinations = {action.dest for action in build_parser()._actions}
-    assert {*OF_OTHER_LAYERS, *OF_ATTENTION, *OF_TRANSFORMER_ENGINE} <= destinations
+    ours = {*OF_OTHER_LAYERS, *OF_ATTENTION, *OF_DOCUMENTS, *OF_TRANSFORMER_ENGINE}
+    assert ours <= destinations
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ class TestHash:
 
         outputs = []
         for ids in (torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]])):
-            router.token_ids.now = ids
+            router.token_ids.hand(ids)
             outputs.append(checkpoint(noted, False, torch.randn(3, 1, 4, requires_grad=True)))
         for output in outputs:
             output.sum().backward()
