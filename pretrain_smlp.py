@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> None:
     from megatron_smlp.help import print_help, wants_help
+    from megatron_smlp.platform import choice
 
     if wants_help(argv):
         print_help()
         return
+    choice.choose(argv)
     # Imports stay inside: the checkpoint's helper process, being spawned, imports this file again.
     from megatron_smlp.training.transcript import Transcript
 

@@ -24,6 +24,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.foreign_flags import refuse_foreign
 from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import (
+    choice,
     compiled_helpers,
     cpu,
     cross_entropy,
@@ -59,8 +60,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UsageError: with the flag, its value, what is allowed, and what to do.
     """
-    # Megatron insists on it for tensor parallelism, and CUDA reads it when it starts.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.apply()
     compiled_helpers.apply()
     torch_adam.apply()
@@ -74,6 +73,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = _parse_like_megatron(argv)
     args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
     args.command_line = argv
+    _limit_cuda_connections(args)
     args.data_contents = {}  # by prefix; training/data.py looks
     check_ranges(args)
     _settle_defaults(args)
@@ -86,6 +86,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     _check_hash_table(args)
     check_against_checkpoint(args)
     return args
+
+
+def _limit_cuda_connections(args: argparse.Namespace) -> None:
+    """Megatron insists on one connection under tensor and context parallelism, FSDP refuses it.
+
+    CUDA reads it when it starts, which importing Megatron may do: the launchers export it.
+    """
+    parallel = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
+    sharded = args.use_torch_fsdp2 or args.use_megatron_fsdp
+    if parallel and not sharded:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -261,6 +272,7 @@ def _settle_defaults(args: argparse.Namespace) -> None:
     keep_router(args)
     check_prices(args)
     try:
+        choice.check(args.platform)
         args.platform_changes = cpu.set_flags(args)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -273,7 +285,7 @@ def _settle_saving(args: argparse.Namespace) -> None:
         args.keep_every = args.keep_every or args.save_retain_interval
         args.save_retain_interval = None
     if args.async_save:
-        forked_saving.settle(args, has_nvrx=_has("nvidia_resiliency_ext"))
+        forked_saving.settle(args)
     for name in ("keep_last", "keep_every"):
         value, flag = getattr(args, name), flag_of(name)
         if value is not None and value < 1:

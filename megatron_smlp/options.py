@@ -116,6 +116,10 @@ class RunOptions:
     dry_run: bool = False
     """Print the resolved configuration, the layer table, parameters and FLOPs, then exit."""
 
+    platform: Literal["auto", "cpu"] = "auto"
+    """auto: CUDA devices where torch finds them, else the CPU, unless the machine has an NVIDIA
+    device that torch cannot use. cpu: the CPU in any case (on the command line, not in a file)."""
+
     no_resume: bool = False
     """Start from scratch although the --save folder holds a checkpoint. By default --load is the
     --save folder where it holds one, so that the same command goes on after an interruption."""

@@ -89,7 +89,8 @@ class SpatialProjection(nn.Module):
 
     @torch.no_grad()
     def _draw(self, first_head: int, total_heads: int) -> None:
-        bound = 1e-3 / self.length
+        # Under fp16's smallest normal number there are but a few numbers to draw.
+        bound = max(1e-3 / self.length, torch.finfo(self.weight.dtype).tiny)
         for head in range(total_heads):
             # On the CPU's generator, one head at a time: never all heads' matrices in memory.
             matrix = torch.empty(self.weight.shape[1:]).uniform_(-bound, bound)

@@ -409,6 +409,15 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
+def _one_hot(func: Any, tensor: torch.Tensor, num_classes: int = -1) -> Any:
+    """On a CPU it looks for the largest value even where the number of classes is given."""
+    if num_classes == -1 or not _is_cuda(None, tensor):
+        return func(tensor, num_classes)
+    with _within(CUDA):
+        hot = torch.zeros((*tensor.shape, num_classes), dtype=torch.int64)
+        return hot.scatter_(-1, tensor[..., None], 1)
+
+
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.Tensor.device.__get__: _device,
     torch.Tensor.is_cuda.__get__: _is_cuda,
@@ -421,6 +430,7 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.Tensor.numpy: _numpy,
     torch.Tensor.__array__: _numpy,
     torch.Tensor.tolist: _tolist,
+    torch.nn.functional.one_hot: _one_hot,
     torch.Tensor.pin_memory: _itself,
 }
 
@@ -441,7 +451,10 @@ class Stream:
 
     def __exit__(self, *_: Any) -> None: ...
 
-    wait_stream = wait_event = synchronize = _nothing
+    wait_stream = wait_event = _nothing
+
+    def synchronize(self) -> None:
+        _synchronised("stream")
 
     def is_capturing(self) -> bool:
         return False
@@ -458,7 +471,10 @@ class Stream:
 class Event:
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    record = wait = synchronize = _nothing
+    record = wait = _nothing
+
+    def synchronize(self) -> None:
+        _synchronised("event")
 
     def elapsed_time(self, end: Any) -> float:
         return 0.0
@@ -508,8 +524,9 @@ def _answer_for_the_device() -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, _constant(answer))
-    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+    for name in ("set_device", "empty_cache", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, _nothing)
+    torch.cuda.synchronize = lambda *_: _synchronised("device")
     for name in ("set_stream", "set_sync_debug_mode", "_lazy_init", "init"):
         setattr(torch.cuda, name, _nothing)
     torch.cuda.Stream, torch.cuda.Event = Stream, Event  # type: ignore[misc,assignment]
