@@ -12,6 +12,7 @@ import gc
 import json
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -47,9 +48,19 @@ def forget_run() -> None:
     gc.collect()
 
 
+@contextlib.contextmanager
+def ending_well() -> Iterator[None]:
+    """--exit-interval and signals end a run by exiting, with 0; so does an error, with its code."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
 def run_all(path: str) -> None:
     for argv in json.loads(Path(path).read_text(encoding="utf-8")):
-        with contextlib.suppress(SystemExit):  # --exit-interval and signals end by exiting
+        with ending_well():
             main(without_draws(argv))
         forget_run()
 
