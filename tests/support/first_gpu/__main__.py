@@ -1,6 +1,6 @@
 """`make first-gpu`: every case in a process of its own, and a report to read and to send.
 
-    PYTHONPATH=tests:. python -m support.first_gpu [--device cpu] [--only NAME] [--output FOLDER]
+    PYTHONPATH=tests:. python -m support.first_gpu [--device cpu] [--only A,B] [--output FOLDER]
 
 A case that raises, crashes or hangs fails, and the others go on. Exit code: 1 where one failed.
 """
@@ -26,14 +26,15 @@ OUTPUT = REPOSITORY / "runs" / "first-gpu"
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="first-gpu", description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--only", help="cases whose name holds this, and what they need")
+    parser.add_argument("--only", metavar="A,B", help="cases that hold A or B, and what they need")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="(default runs/first-gpu)")
     return parser.parse_args(argv)
 
 
 def chosen(only: str | None) -> list[str]:
     """Names in their order, with the cases whose files they read."""
-    names = {name for name in CASES if (only or "") in name}
+    parts = (only or "").split(",")
+    names = {name for name in CASES if any(part in name for part in parts)}
     wanted: set[str] = {"environment"}
     while names:
         wanted |= names

@@ -18,6 +18,8 @@ from support.first_gpu.notes import Notes, Place, Verdict
 from support.launches import REPOSITORY
 
 LAST_LINES = 5
+ON_CPU = 5
+"""Times the limit of a case: a CPU in the place of a GPU is slower, and shared by many."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,13 @@ def _in_a_process(case: Case, place: Place) -> Notes:
     written = place.folder / f"{case.name}.json"
     process = context.Process(target=_work, args=(case.name, place, written))
     process.start()
-    process.join(case.limit)
+    limit = case.limit * (ON_CPU if place.on_cpu else 1)
+    process.join(limit)
     if process.is_alive():
         with contextlib.suppress(ProcessLookupError):  # it may end at this moment
             os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
-        return Notes([("failed", f"no end after {case.limit} seconds, then ended")])
+        return Notes([("failed", f"no end after {limit} seconds, then ended")])
     if not written.is_file():
         words = f"its process ended with exit code {process.exitcode}: {_last_lines(case, place)}"
         return Notes([("failed", words)])
