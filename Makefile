@@ -1,4 +1,4 @@
-# make env | quickstart | test | test-slow | test-gpu | lint | bench | bench-gpu | lock | clean
+# make env | quickstart | test | test-slow | first-gpu | test-gpu | lint | bench | bench-gpu | lock | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv || echo .cache/uv/bin/uv)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help env lock quickstart test test-slow test-gpu lint format bench bench-gpu clean
+.PHONY: help env lock quickstart test test-slow first-gpu test-gpu lint format bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,7 +50,10 @@ test: lint ## lint and the whole suite
 test-slow: env ## what takes minutes
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: env ## on a machine with a CUDA device: all systems against the CPU
+first-gpu: env ## on a machine with a CUDA device: try everything, and write a report of it
+	PYTHONPATH=tests:. $(BIN)/python -m support.first_gpu $(FIRST_GPU)
+
+test-gpu: env ## the cases of first-gpu as tests
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
 bench: env ## every benchmark, into benchmarks/results/

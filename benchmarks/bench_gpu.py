@@ -25,10 +25,7 @@ from hosted import ROOT, run
 from timing import Record
 
 EXPERTS = {"gshard": 16, "switch": 8, "base": 8, "hash": 8}
-SYSTEMS = (
-    *("smlp_deterministic", "smlp_partial", "switch", "gshard", "base", "hash"),
-    *("gmlp", "amlp", "transformer"),
-)
+SYSTEMS = tuple(sorted(path.stem for path in (ROOT / "configs/paper/regular").glob("*.yaml")))
 BATCH = 32
 WARM_UP, LOGGED = 10, 5  # steps before anything counts, and steps a logged line
 FLAGS = f"""

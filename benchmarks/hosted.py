@@ -80,6 +80,8 @@ def run(
 ) -> None:
     """The command line of a benchmark: every case in a process of its own.
 
+    One that fails does not end the others; the benchmark ends with its name then.
+
     Args:
         measure: case, steps -> its record; called in that process.
         repeats: steps per case and side, where the user names no other number.
@@ -94,7 +96,13 @@ def run(
     if not chosen:
         parser.error(f"--only {arguments.only}: no case holds this; the cases are {list(cases)}")
     import_once()
-    report([_in_a_process(case, measure, arguments) for case in chosen], arguments.json)
+    ended = {case: _in_a_process(case, measure, arguments) for case in chosen}
+    records = [record for record in ended.values() if not isinstance(record, int)]
+    if records:
+        report(records, arguments.json)
+    failed = [f"{case} ({code})" for case, code in ended.items() if isinstance(code, int)]
+    if failed:
+        raise SystemExit(f"failed, with exit codes: {', '.join(failed)}")
 
 
 def import_once() -> None:
@@ -108,8 +116,12 @@ def import_once() -> None:
 
 def _in_a_process(
     case: str, measure: Callable[[str, int], Record], arguments: argparse.Namespace
-) -> Record:
-    """Megatron keeps its state in modules, so that a process trains once."""
+) -> Record | int:
+    """Megatron keeps its state in modules, so that a process trains once.
+
+    Returns:
+        the record, or the exit code of a process that failed.
+    """
     import torch
 
     # A process that has asked for CUDA devices cannot be forked into one that uses them.
@@ -122,7 +134,8 @@ def _in_a_process(
         process.start()
         process.join()
         if process.exitcode:
-            raise SystemExit(f"{case}: ended with exit code {process.exitcode}")
+            print(f"{case}: ended with exit code {process.exitcode}", file=sys.stderr, flush=True)
+            return process.exitcode
         record: Record = json.loads(path.read_text())
     print(f"{record['case']}: ratio {record['ratio']:.2f}", file=sys.stderr, flush=True)
     return record

@@ -44,7 +44,7 @@ UNDER_ONE = ("lr_warmup_fraction", "hidden_dropout", "attention_dropout")
 
 
 def check_ranges(args: argparse.Namespace) -> None:
-    """Numbers that no run can use.
+    """Numbers that no run can use, and a loss that only one precision has.
 
     Raises:
         UsageError: with flag, value and range.
@@ -60,6 +60,12 @@ def check_ranges(args: argparse.Namespace) -> None:
     if args.peak_tflops is not None and not args.peak_tflops > 0:
         raise UsageError(
             f"--peak-tflops {args.peak_tflops}: give a positive number, or leave it out."
+        )
+    if args.cross_entropy_loss_fusion and not args.bf16:
+        raise UsageError(
+            "--cross-entropy-loss-fusion without --bf16: Megatron rounds its gradient to bf16 "
+            "whatever the precision is. Give --bf16, or --no-cross-entropy-loss-fusion where a "
+            "--config has it."
         )
     _check_split(args)
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from support.selection import looks_at_gpus
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """The suite holds the CPU platform; only `-m gpu` looks at a GPU that may be there."""
-    if "gpu" not in config.option.markexpr:
+    if not looks_at_gpus(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

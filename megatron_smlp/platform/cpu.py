@@ -34,6 +34,7 @@ FLAGS: dict[str, Any] = {
     "bias_gelu_fusion": False,
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
+    "cross_entropy_loss_fusion": False,  # platform/cross_entropy.py has fewer passes
     "no_persist_layer_norm": True,
     "create_attention_mask_in_dataloader": False,
 }

@@ -8,10 +8,12 @@ from typing import Any
 
 import bench_gpu
 import bench_scaling
+import hosted
 import pytest
 import torch
 from support.in_process import MINIMAL
 from support.runs import forget_run
+from timing import Record
 
 from megatron_smlp.accounting import ModelShape, model_cost
 
@@ -52,6 +54,23 @@ def test_figures_of_the_cpu_platform_are_refused() -> None:
     finally:
         forget_run()
         torch.distributed.destroy_process_group()
+
+
+def measured(case: str, repeats: int) -> Record:
+    if case == "bad":
+        raise SystemExit(3)
+    return Record(case=case, ours_ms=1.0, peer_ms=2.0, ratio=2.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_failing_case_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "records.json"
+    monkeypatch.setattr(sys, "argv", ["bench", "--json", str(path)])
+    with pytest.raises(SystemExit, match=r"failed, with exit codes: bad \(3\)"):
+        hosted.run("A benchmark.", ("bad", "good"), measured)
+    assert '"good"' in path.read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

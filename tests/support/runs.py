@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
@@ -42,13 +43,23 @@ def forget_run() -> None:
     gc.collect()
 
 
+@contextlib.contextmanager
+def ending_well() -> Iterator[None]:
+    """--exit-interval and signals end a run by exiting, with 0; so does an error, with its code."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
 def run_all(path: str) -> None:
     if os.environ.get("GATHER_PROBE"):
         from support import gather_probe
 
         gather_probe.install()
     for argv in json.loads(Path(path).read_text(encoding="utf-8")):
-        with contextlib.suppress(SystemExit):  # --exit-interval and signals end by exiting
+        with ending_well():
             main(argv)
         forget_run()
 

@@ -101,6 +101,29 @@ def test_dry_run_of_the_real_command():
     assert "token MoE (base), experts: 32" in done.stdout
 
 
+@pytest.mark.parametrize("folder", ["paper/regular", "paper/large"])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_gpu_holds_it_and_recomputes_only_what_it_must(folder: str, system: str):
+    """Of 80 GB, in the layout that the file names; a tenth is left for temporary tensors."""
+    values = {spelling(key): value for key, value in read_yaml(config(folder, system)).items()}
+    values["vocab_size"] = VOCABULARY[folder]
+    if folder == "paper/large":
+        has_experts = system in TOKEN_MOES or system.startswith("smlp")
+        values |= LAYOUT | {"world_size": RANKS, "expert_tensor_parallel_size": 1}
+        values["expert_model_parallel_size"] = 8 if has_experts else 1
+    assert estimate(values)["per_gpu"]["memory_bytes"] < 0.9 * 80 * 2**30
+    assert "recompute_granularity" not in values
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("folder", ["paper/regular", "paper/large"])
+def test_the_papers_files_ask_for_what_a_gpu_overlaps_and_fuses(folder: str, system: str):
+    values = {spelling(key): value for key, value in read_yaml(config(folder, system)).items()}
+    overlaps = ("overlap_grad_reduce", "overlap_param_gather", "use_distributed_optimizer")
+    for name in (*overlaps, "bf16", "cross_entropy_loss_fusion"):
+        assert values[name] is True, name
+
+
 LAYOUT = {
     "tensor_model_parallel_size": 4,
     "pipeline_model_parallel_size": 4,

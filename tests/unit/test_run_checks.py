@@ -45,6 +45,7 @@ def refused(parse: Parse, words: str, message: str, *, base: str = MINIMAL) -> N
         ("--split 110,-10,0", r"--split 110,-10,0: give the shares"),
         ("--split 0,100,0", r"--split 0,100,0 leaves nothing to train on"),
         ("--split 0,0,0", r"--split 0,0,0 leaves nothing to train on"),
+        ("--cross-entropy-loss-fusion", r"--cross-entropy-loss-fusion without --bf16: "),
     ],
 )  # fmt: skip
 def test_numbers_that_no_run_can_use(parse: Parse, words: str, message: str):

@@ -1,0 +1,73 @@
+"""The report of the cases, as Markdown for a person and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+
+from support.first_gpu.notes import Place
+from support.first_gpu.running import Result, log_of
+
+MARKS = {"passed": "", "failed": "**failed:** ", "not run": "not run: "}
+SEND = """\
+## What to send to the maintainers
+
+This file and `report.json` beside it, with the logs of the cases that failed{logs}. They hold
+versions, names of devices and paths of this machine, and nothing of your data."""
+
+
+class Report:
+    """Results by name, in order; written after each, so that an ended run leaves one too."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.results: dict[str, Result] = {}
+
+    def add(self, result: Result) -> None:
+        self.results[result.name] = result
+
+    @property
+    def failed(self) -> list[str]:
+        return [name for name, result in self.results.items() if result.verdict == "failed"]
+
+    def write(self) -> None:
+        """report.md and report.json."""
+        (self.place.folder / "report.md").write_text(self.markdown() + "\n", encoding="utf-8")
+        values = {
+            "device": self.place.device,
+            "cases": {
+                name: {"verdict": result.verdict, "seconds": result.seconds} | asdict(result.notes)
+                for name, result in self.results.items()
+            },
+        }
+        (self.place.folder / "report.json").write_text(json.dumps(values, indent=1) + "\n")
+
+    def markdown(self) -> str:
+        counts = Counter(result.verdict for result in self.results.values())
+        seconds = sum(result.seconds for result in self.results.values())
+        words = ", ".join(f"{counts[verdict]} {verdict}" for verdict in MARKS)
+        parts = [f"# First run on {self._machine()}", f"{words}, in {seconds:.0f} seconds."]
+        parts += [self._environment(), self._table(), *map(_details, self.results.values())]
+        return "\n\n".join([*parts, self._what_to_send()])
+
+    def _machine(self) -> str:
+        return "the CPU in place of a GPU" if self.place.on_cpu else "a GPU"
+
+    def _environment(self) -> str:
+        environment = self.results.get("environment")
+        data = environment.notes.data if environment else {}
+        return "\n".join(f"* {name}: {value}" for name, value in data.items())
+
+    def _table(self) -> str:
+        rows = [f"| {r.name} | {r.verdict} | {r.seconds:.0f} |" for r in self.results.values()]
+        return "\n".join(["| case | | seconds |", "|---|---|---:|", *rows])
+
+    def _what_to_send(self) -> str:
+        logs = [f"`{log_of(name, self.place).name}`" for name in self.failed]
+        return SEND.format(logs=f": {', '.join(logs)}" if logs else " (none did)")
+
+
+def _details(result: Result) -> str:
+    lines = [f"* {MARKS[verdict]}{text}" for verdict, text in result.notes.lines]
+    return "\n".join([f"## {result.name}", "", *lines])

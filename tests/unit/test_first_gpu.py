@@ -1,0 +1,211 @@
+"""`make first-gpu` with the CPU in place of a GPU: its cases run, and none ends the others."""
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.first_gpu import running
+from support.first_gpu.__main__ import chosen
+from support.first_gpu.cases import CASES, Case
+from support.first_gpu.model_cases import estimated_memory, trains
+from support.first_gpu.notes import Notes, Place
+from support.first_gpu.report import Report
+from support.first_gpu.running import run_case
+from support.first_gpu.training import NUM_STEPS, train, words
+from support.launches import REPOSITORY, TIME_LIMIT, Step, clean_environment
+from support.systems import SYSTEMS
+
+FOR_CUDA = {"environment", "cpu_losses", "fp16", "transformer_engine"}
+"""Cases that have no meaning on a CPU."""
+
+
+def command(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "support.first_gpu", *flags],
+        cwd=REPOSITORY,
+        env=clean_environment(PYTHONPATH="tests:."),
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+        check=False,
+    )
+
+
+# Started one after the other: no single wait is long, on a machine that others use too.
+GROUPS = (
+    "train_",
+    "environment,cpu_losses,operators,recompute,dropout,async_save,fp16,transformer_engine",
+    "text,evaluate,generate,convert,exported,serve",
+    "one_process,tp2,pp2,ep2,dp2",
+)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """name of a case -> the JSON report of its group, and the printed one."""
+    folder: Path = tmp_path_factory.mktemp("first_gpu")
+
+    @functools.cache
+    def run(group: str) -> dict[str, Any]:
+        output = folder / str(GROUPS.index(group))
+        done = command("--device", "cpu", "--only", group, "--output", str(output))
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+        assert done.stdout == (output / "report.md").read_text()
+        return json.loads((output / "report.json").read_text()) | {"printed": done.stdout}
+
+    return lambda name: run(next(group for group in GROUPS if _is_of(name, group)))
+
+
+def _is_of(name: str, group: str) -> bool:
+    return any(part in name for part in group.split(","))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_runs(reports: Callable[[str], dict[str, Any]], name: str):
+    report = reports(name)
+    case = report["cases"][name]
+    assert case["verdict"] == ("not run" if name in FOR_CUDA else "passed"), case["lines"]
+    for verdict, text in case["lines"]:
+        assert verdict != "not run" or ": " in text, "no reason"
+    assert f"## {name}\n" in report["printed"]
+
+
+def test_the_report_says_what_to_send_and_with_which_versions(
+    reports: Callable[[str], dict[str, Any]],
+):
+    printed = reports("fp16")["printed"]
+    assert f"* torch: {torch.__version__.split('+')[0]}" in printed
+    assert "## What to send to the maintainers" in printed
+    assert "the CPU in place of a GPU" in printed
+    assert f"4 passed, 0 failed, {len(FOR_CUDA)} not run" in printed
+
+
+def test_every_system_and_layout_is_a_case():
+    assert {f"train_{system}" for system in SYSTEMS} < set(CASES)
+    assert {"tp2", "pp2", "ep2", "dp2"} < set(CASES)
+    assert chosen("serve") == ["environment", "text", "convert", "serve"]
+    assert chosen("gmlp,tp2") == ["environment", "train_gmlp", "one_process", "tp2"]
+    assert chosen(None) == list(CASES)
+
+
+def raising(place: Place, notes: Notes) -> None:
+    notes.passed("before that")
+    raise ValueError("over several\nlines")
+
+
+def refusing(place: Place, notes: Notes) -> None:
+    raise SystemExit("refused")
+
+
+def crashing(place: Place, notes: Notes) -> None:
+    print("the last words", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hanging(place: Place, notes: Notes) -> None:
+    time.sleep(600)
+
+
+def working(place: Place, notes: Notes) -> None:
+    notes.passed("it works")
+
+
+BAD = {
+    "raising": ("ValueError: over several lines", 60),
+    "refusing": ("SystemExit: refused", 60),
+    "crashing": (r"exit code -9: .*the last words", 60),
+    "hanging": ("no end after 5 seconds", 1),
+}
+
+
+@pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch) -> dict[str, Case]:
+    """These in the place of the real ones, in the processes that are forked too."""
+    own = {name: Case(name, globals()[name], limit=limit) for name, (_, limit) in BAD.items()}
+    own["working"] = Case("working", working)
+    own["waiting"] = Case("waiting", working, needs=("raising",))
+    monkeypatch.setattr(running, "CASES", own)
+    return own
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_bad_case_fails_and_the_others_go_on(cases: dict[str, Case], tmp_path: Path):
+    report = Report(Place("cpu", tmp_path))
+    for case in cases.values():
+        report.add(run_case(case, report.place, report.results))
+    verdicts = {name: result.verdict for name, result in report.results.items()}
+    assert verdicts == dict.fromkeys(BAD, "failed") | {"working": "passed", "waiting": "not run"}
+    for name, (message, _) in BAD.items():
+        text = report.results[name].notes.lines[-1][1]
+        assert re.search(message, text), text
+    assert report.failed == list(BAD)
+    text = report.markdown()
+    assert "1 passed, 4 failed, 1 not run" in text
+    assert "`raising.log`, `refusing.log`, `crashing.log`, `hanging.log`" in text
+    assert "* not run: waiting: case raising did not pass" in text
+
+
+def test_without_a_gpu_it_says_so_in_a_line():
+    done = command()
+    assert done.returncode == 2
+    assert done.stderr.startswith("first-gpu: error: --device cuda: torch finds no CUDA device")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_a_case_measures_on_cuda_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The CPU in CUDA's place, with a switch that warns where torch's lets what follows warn."""
+    modes = []
+
+    def set_mode(mode: str) -> None:
+        modes.append(mode)
+        if mode == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode, raising=False)
+    place, notes = Place("cuda", tmp_path), Notes()
+    try:
+        train(words(place, "gmlp"), tmp_path / "cpu" / "gmlp")
+        trains(place, notes, system="gmlp")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert notes.verdict == "passed", notes.lines
+    said = [text for _, text in notes.lines]
+    assert "against the CPU: bitwise" in said
+    assert any(text.startswith("peak memory 0 MiB, estimated ") for text in said)
+    assert modes == ["default", "warn"] * (NUM_STEPS - 1) + ["default"]
+    [(line, count)] = notes.data["synchronisations"].items()
+    assert line.startswith("training.py:")
+    assert count == NUM_STEPS - 1
+    assert any(text.startswith("host synchronisations: 1.0 a step: training.py") for text in said)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_estimate_takes_every_cases_flags(tmp_path: Path, system: str):
+    assert estimated_memory(words(Place("cuda", tmp_path), system)) > 2**20
+
+
+def test_steps_are_compared():
+    steps = [Step(2.0, 1.0), Step(1.0, 0.5)]
+    for ours, is_good in (
+        (steps, True),
+        ([Step(2.0, 1.0), Step(1.01, 0.5)], True),
+        ([Step(2.0, 1.0), Step(1.05, 0.5)], False),
+        ([Step(2.0, 1.0), Step(1.0, 0.6)], False),
+        ([Step(2.0, 1.0), Step(float("nan"), 0.5)], False),
+        (steps[:1], False),
+        ([], False),
+    ):
+        notes = Notes()
+        notes.same_steps("these", ours, steps, tolerance=0.02)
+        assert notes.verdict == ("passed" if is_good else "failed"), ours
