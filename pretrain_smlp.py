@@ -81,13 +81,15 @@ def train(
 
         tasks = TaskEvaluation(args, step.statistics)
     reporter = Reporter(args, step=step, tasks=tasks)
+    saving = Saving(args, reporter)
     speaks = args.rank == 0
     with (
         keyboard_like_sigterm(speaks=speaks),
         hooks.installed(observe(reporter)),
         checkpointing.installed(
-            Saving(args, reporter), before_loading=lambda: choose_checkpoint(args, reporter.say)
+            saving, before_loading=lambda: choose_checkpoint(args, reporter.say)
         ),
+        saving.session(),
         reporter.session(),
     ):
         pretrain(
