@@ -162,6 +162,10 @@ class RunOptions:
     eval_tasks_limit: int | None = None
     """With --eval-tasks: only the first so many examples of each task."""
 
+    base_eval_both: bool = False
+    """base: validate and test a second time, the other way of --base-eval, and report those losses
+    and loads beside the others."""
+
     suffix_from: int | None = None
     """Report loss and perplexity of the targets that this position and later ones predict, beside
     those of all, in training and validation: what partial prediction is trained on, for any system

@@ -58,3 +58,26 @@ def test_other_seeds_train_on_others_and_validate_on_the_same(
     one, other = samples(1), samples(2)
     assert one[0] != other[0]
     assert one[1:] == other[1:]
+
+
+@pytest.mark.parametrize("first", ["greedy", "prices"])
+def test_base_is_evaluated_both_ways_on_the_same_samples(tmp_path: Path, first: str):
+    """Validation and test; the second pass is what a run of the other --base-eval reports."""
+    other = {"greedy": "prices", "prices": "greedy"}[first]
+    words = (
+        "--architecture gmlp --token-router base --num-experts 4 --lr 1e-2 --train-iters 4 "
+        "--eval-interval 2 --eval-iters 2"
+    )
+    for name, flags in (("both", f"{first} --base-eval-both"), ("one", other)):
+        with pretrained(f"{words} --log-dir {tmp_path / name} --base-eval {flags}"):
+            pass
+    both, one = (records(tmp_path / name) for name in ("both", "one"))
+    assert len(both) == len(one)
+    for title in ("validation", "test"):
+        pairs = [pair for pair in zip(both, one, strict=True) if f"{title}_loss" in pair[0]]
+        assert pairs
+        for left, right in pairs:
+            assert left[f"{title}_{other}_loss"] == right[f"{title}_loss"]
+            assert left[f"{title}_{other}_routers"] == right[f"{title}_routers"]
+            assert left[f"{title}_routers"] != right[f"{title}_routers"]
+            assert left[f"{title}_loss"] != right[f"{title}_loss"]
