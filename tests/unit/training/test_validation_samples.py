@@ -10,6 +10,7 @@ from support.in_process import MINIMAL, pretrained
 from support.launches import records
 
 from megatron_smlp.data.indexed import bin_path, idx_path, write_index
+from megatron_smlp.platform.one_process import one_process
 from megatron_smlp.training.data import DatasetProvider
 
 RUN = "--architecture gmlp --lr 0 --eval-interval 2 --eval-iters 2 --log-interval 1"
@@ -34,7 +35,6 @@ def test_validations_of_one_run_and_of_its_continuation(tmp_path: Path, order: s
     assert every == pytest.approx([first[0]] * 5, rel=1e-6)
 
 
-@pytest.mark.usefixtures("megatron")
 def test_other_seeds_train_on_others_and_validate_on_the_same(
     parse: Callable[..., Any], tmp_path: Path
 ):
@@ -55,7 +55,8 @@ def test_other_seeds_train_on_others_and_validate_on_the_same(
         datasets = DatasetProvider(lambda line: None)([24, 12, 4])
         return [[part[i]["tokens"].tolist() for i in range(4)] for part in datasets]
 
-    one, other = samples(1), samples(2)
+    with one_process():
+        one, other = samples(1), samples(2)
     assert one[0] != other[0]
     assert one[1:] == other[1:]
 
