@@ -169,10 +169,15 @@ class RunOptions:
     eval_tasks_limit: int | None = None
     """With --eval-tasks: only the first so many examples of each task."""
 
-    suffix_from: int | None = None
+    base_eval_both: bool = False
+    """base: validate and test a second time, the other way of --base-eval, and report those losses
+    and loads beside the others."""
+
+    suffix_from: float | None = None
     """Report loss and perplexity of the targets that this position and later ones predict, beside
-    those of all, in training and validation: what partial prediction is trained on, for any system
-    (default: its prefix, else nothing), in tokens."""
+    those of all, in training and validation: what partial prediction is trained on, for any system.
+    A number under 1 is a fraction of --seq-length (default: partial prediction's prefix, else
+    nothing)."""
 
     peak_tflops: float | None = None
     """Dense peak of one device for the MFU figure, in TFLOP/s (default: known GPUs, else n/a)."""
@@ -198,6 +203,28 @@ def prefix_length(options: Any, *, seq_length: int) -> int:
     """
     is_partial = options.feature_router == "partial"
     return int(Fraction(str(options.prefix_fraction)) * seq_length) if is_partial else 0
+
+
+def suffix_start(options: Any, *, seq_length: int) -> int:
+    """P of --suffix-from, or partial prediction's; 0 where no suffix is reported.
+
+    Args:
+        options: a namespace with the names of ModelOptions and RunOptions.
+
+    Raises:
+        ValueError: it is no position of a sample that has something on both sides.
+    """
+    given = options.suffix_from
+    if given is None:
+        return prefix_length(options, seq_length=seq_length)
+    inside = 0 < given < seq_length
+    position = Fraction(str(given)) * (seq_length if given < 1 else 1) if inside else Fraction(0)
+    if position < 1 or (given >= 1 and position.denominator != 1):
+        raise ValueError(
+            f"--suffix-from {given:g}: give a whole position over 0 and under --seq-length "
+            f"{seq_length}, or a fraction of it that is one, as 0.2; or leave it out."
+        )
+    return int(position)
 
 
 def is_moe_layer(index: int, moe_layer_freq: int | list[int]) -> bool:

@@ -11,6 +11,7 @@ import math
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
+from megatron_smlp.options import suffix_start
 
 LEAST = {
     "train_iters": 1,
@@ -92,11 +93,10 @@ def check_schedule(args: argparse.Namespace) -> None:
         UsageError: see the messages.
     """
     _check_length(args)
-    if args.suffix_from is not None and not 0 < args.suffix_from < args.seq_length:
-        raise UsageError(
-            f"--suffix-from {args.suffix_from}: give a position over 0 and under --seq-length "
-            f"{args.seq_length}, or leave it out."
-        )
+    try:
+        suffix_start(args, seq_length=args.seq_length)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if args.lr is None:
         raise UsageError("--lr is missing: give the peak learning rate, for example --lr 1e-3.")
     if (args.min_lr or 0.0) > args.lr:

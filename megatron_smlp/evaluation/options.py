@@ -46,10 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text.add_argument(
         "--suffix-from",
-        type=int,
+        type=float,
         metavar="P",
-        help="report what position P of a window and later ones predict too (default: the prefix "
-        "of partial prediction, else nothing)",
+        help="report what position P of a window, or a fraction of T, and later ones predict too "
+        "(default: the prefix of partial prediction, else nothing)",
     )
     both = parser.add_argument_group("both")
     both.add_argument(
@@ -92,7 +92,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UsageError(f"{rest[0]} is not a flag of evaluate.py --hf; `--help` lists them")
     if options.hf and options.seq_length:
         raise UsageError("--seq-length goes with --checkpoint DIR, the run that --hf came from")
-    for flag in ("limit", "batch_size", "stride", "seq_length", "suffix_from"):
+    for flag in ("limit", "batch_size", "stride", "seq_length"):
         value = getattr(options, flag)
         if value is not None and value < 1:
             raise UsageError(f"{flag_of(flag)} {value}: give 1 or more")

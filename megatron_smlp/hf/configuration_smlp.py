@@ -23,6 +23,11 @@ _ALLOWED = {
     "gshard_second_expert": ("paper", "all", "raw"),
     "partial_loss": ("suffix", "all"),
 }
+# What a config.json that is older than an entry means, by its token_router.
+_OLDER = {
+    "base": {"base_routing_input": "norm", "base_prices": "none"},
+    "gshard": {"gshard_second_expert": "raw"},
+}
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -155,11 +160,7 @@ class SMLPConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Also a config.json that is older than some of its entries."""
-        older = {
-            "base_routing_input": "norm",
-            "base_prices": "none",
-            "gshard_second_expert": "raw",
-        }
+        older = _OLDER.get(config_dict.get("token_router", "none"), {})
         return super().from_dict({**older, **config_dict}, **kwargs)
 
     @property

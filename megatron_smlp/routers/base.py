@@ -25,7 +25,8 @@ spatial gating, and is initialised and activated as all other experts are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -94,6 +95,24 @@ class BaseRouter(TokenRouter):
         return module
 
 
+def _routers(models: Iterable[nn.Module]) -> list[BaseRouter]:
+    modules = (module for model in models for module in model.modules())
+    return [module for module in modules if isinstance(module, BaseRouter)]
+
+
+@contextlib.contextmanager
+def other_evaluation(models: Iterable[nn.Module]) -> Iterator[None]:
+    """By prices in place of greedily, or the other way round, for the time of a `with`."""
+    routers = _routers(models)
+    for router in routers:
+        router.by_price = not router.by_price
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.by_price = not router.by_price
+
+
 def update_prices(models: Iterable[nn.Module], *, skipped: bool) -> None:
     """After a step: one update of every BASE router's prices. Collective over data parallel ranks.
 
@@ -102,12 +121,7 @@ def update_prices(models: Iterable[nn.Module], *, skipped: bool) -> None:
     Args:
         skipped: the step had no update of the weights, and has none of the prices.
     """
-    routers = [
-        module
-        for model in models
-        for module in model.modules()
-        if isinstance(module, BaseRouter) and module.keeps_prices
-    ]
+    routers = [router for router in _routers(models) if router.keeps_prices]
     if not routers:
         return
     sums = torch.stack([router.of_step for router in routers])

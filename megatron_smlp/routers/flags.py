@@ -44,7 +44,7 @@ OTHER_EXPERTS = {
 
 # Flags of one rule.
 OF_RULE = {
-    "base": ("base_routing_input", "base_prices", "base_eval"),
+    "base": ("base_routing_input", "base_prices", "base_eval", "base_eval_both"),
     "gshard": ("gshard_second_expert",),
 }
 
@@ -83,11 +83,15 @@ def check_prices(args: argparse.Namespace) -> None:
     Raises:
         UsageError: see the message.
     """
-    if args.base_eval == "prices" and args.base_prices == "none":
-        raise UsageError(
-            "--base-eval prices needs the prices of a training with --base-prices mean, and this "
-            "model has none: give --base-eval greedy."
-        )
+    for flag, remedy, by_prices in (
+        ("--base-eval prices", "give --base-eval greedy", args.base_eval == "prices"),
+        ("--base-eval-both", "leave it out", args.base_eval_both),
+    ):
+        if by_prices and args.base_prices == "none":
+            raise UsageError(
+                f"{flag} needs the prices of a training with --base-prices mean, and this model "
+                f"has none: {remedy}."
+            )
 
 
 OF_PARTIAL = ("prefix_fraction", "partial_loss", "feature_aux_loss_coeff")

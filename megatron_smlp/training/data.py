@@ -91,9 +91,12 @@ class DatasetProvider:
         ]
         if not args.mock_data:
             self._say_uses(datasets, args)
-        if datasets[1] is not None and not args.full_validation:
-            length = once if args.dataloader_type == "cyclic" else valid
-            datasets[1] = AgainAndAgain(datasets[1], once=once, length=length)
+        for place, length in ((1, valid), (2, test)):
+            if datasets[place] is not None and not args.full_validation:
+                length = once if args.dataloader_type == "cyclic" else length
+                datasets[place] = AgainAndAgain(
+                    datasets[place], once=once, length=length * (1 + args.base_eval_both)
+                )
         return datasets
 
     def _say_uses(self, datasets: list[Any], args: argparse.Namespace) -> None:
@@ -135,16 +138,16 @@ def _build(
 
 
 class AgainAndAgain(Dataset[Any]):
-    """The first samples of a dataset, over and over: every validation of a run reads the same.
+    """The first samples of a dataset, over and over: every evaluation of a run reads the same.
 
     Megatron goes on in its validation data from one validation to the next.
 
     Args:
-        once: samples of one validation.
+        once: samples of one evaluation.
         length: samples of all that there are in the run.
     """
 
-    split = Split.valid
+    split = Split.valid  # which Megatron reads for the size of a batch
 
     def __init__(self, dataset: Dataset[Any], *, once: int, length: int) -> None:
         self.dataset, self.once, self.length = dataset, once, length

@@ -20,7 +20,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron_smlp.accounting import ModelShape
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.evaluation.results import as_record, task_words
-from megatron_smlp.routers.base import update_prices
+from megatron_smlp.routers.base import other_evaluation, update_prices
 from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.training.compute import Compute
 from megatron_smlp.training.metrics_file import MetricsFile
@@ -33,7 +33,7 @@ from megatron_smlp.training.router_report import (
 )
 from megatron_smlp.training.screen import Screen
 from megatron_smlp.training.speed import StepClock, WallClock, device_peak_tflops, duration
-from megatron_smlp.training.step import SUFFIX_LOSS, ForwardStep
+from megatron_smlp.training.step import ForwardStep
 
 if TYPE_CHECKING:
     from megatron_smlp.evaluation.during_training import TaskEvaluation
@@ -67,6 +67,8 @@ class Reporter:
         self.clock = StepClock()
         self.wall = WallClock()
         self.last_saved: int | None = None
+        self.evaluated: dict[str, Loads] = {}
+        """What the routers did in each pass of the last evaluation."""
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -162,7 +164,8 @@ class Reporter:
         self, losses: dict[str, torch.Tensor], *, iteration: int, **of_step: float | None
     ) -> None:
         numbers = _to_first_rank(losses)
-        loads = self._routers(iteration)
+        loads = self.statistics.take(training=True)
+        self._tell_loads(loads, iteration=iteration)
         if not self.first_rank:
             return
         flops_per_token = self.compute.add(loads, tokens=self._tokens())
@@ -203,16 +206,14 @@ class Reporter:
         words = [f"iteration {iteration} tasks", *task_words(results), f"{seconds:.1f} s"]
         self.say(" | ".join(words))
 
-    def _routers(self, iteration: int, *, title: str = "") -> Loads:
-        """What the routers did since the last line; also said where one collapses. Collective.
+    def _tell_loads(self, loads: Loads, *, iteration: int, title: str = "") -> None:
+        """To TensorBoard, and a warning where a router collapses.
 
         title: of an evaluation; empty in training.
         """
-        loads = self.statistics.take(training=not title)
         write_scalars(loads, iteration=iteration, title=title)
         for line in self.collapse.warnings(loads, iteration=iteration, title=title):
             self.say(line)
-        return loads
 
     def _tokens(self) -> int:
         """Of training, since the run began."""
@@ -259,33 +260,32 @@ class Reporter:
         ]
         return " | ".join(words + (["skipped"] if record["skipped"] else []))
 
+    def ways_to_evaluate(self) -> Iterator[tuple[str, contextlib.AbstractContextManager[None]]]:
+        """As --base-eval says, and with --base-eval-both the other way too. Collective."""
+        yield "", contextlib.nullcontext()
+        self.evaluated = {"": self.statistics.take(training=False)}
+        if self.args.base_eval_both:
+            other = "greedy" if self.args.base_eval == "prices" else "prices"
+            yield f"{other} ", other_evaluation(self.model)
+            self.evaluated[f" {other}"] = self.statistics.take(training=False)
+
     def validated(
         self, losses: dict[str, torch.Tensor], *, iteration: int, title: str, seconds: float
     ) -> None:
         self.clock.exclude(seconds)
         numbers = _to_first_rank(losses)
-        loads = self._routers(iteration, title=title)
+        for way, loads in self.evaluated.items():
+            self._tell_loads(loads, iteration=iteration, title=f"{title}{way}")
         if not self.first_rank:
             return
-        of_losses = _loss_fields(title, numbers)
+        record = {"iteration": iteration, **_loss_fields(title, numbers), **self._progress()}
+        record["seconds"] = seconds
+        for way, loads in self.evaluated.items():
+            record |= _unless_empty(f"{title}{way} routers".replace(" ", "_"), loads)
         assert self.metrics is not None
-        self.metrics.write(
-            {
-                "iteration": iteration,
-                **of_losses,
-                **self._progress(),
-                "seconds": seconds,
-                **_unless_empty(f"{title}_routers", loads),
-            }
-        )
-        words = [
-            f"iteration {iteration} {title}",
-            f"loss {of_losses[f'{title}_loss']:.4f}",
-            f"ppl {of_losses[f'{title}_perplexity']:.2f}",
-        ]
-        if SUFFIX_LOSS in numbers:
-            words.append(f"suffix ppl {of_losses[f'{title}_suffix_perplexity']:.2f}")
-        self.say(" | ".join([*words, *router_words(loads), f"{seconds:.1f} s"]))
+        self.metrics.write(record)
+        for way, loads in self.evaluated.items():
+            self.say(_evaluation_line(record, f"{title}{way}", loads))
 
     def held_up(self, *, seconds: float) -> None:
         self.clock.exclude(seconds)
@@ -298,15 +298,28 @@ class Reporter:
         self.say(f"iteration {iteration} saved to {self.args.save} | {seconds:.1f} s")
 
 
+def _evaluation_line(record: dict[str, Any], title: str, loads: Loads) -> str:
+    name = title.replace(" ", "_")
+    words = [
+        f"iteration {record['iteration']} {title}",
+        f"loss {record[f'{name}_loss']:.4f}",
+        f"ppl {record[f'{name}_perplexity']:.2f}",
+    ]
+    if f"{name}_suffix_perplexity" in record:
+        words.append(f"suffix ppl {record[f'{name}_suffix_perplexity']:.2f}")
+    return " | ".join([*words, *router_words(loads), f"{record['seconds']:.1f} s"])
+
+
 def _unless_empty(name: str, loads: Loads) -> dict[str, Any]:
     return {name: router_records(loads)} if loads else {}
 
 
 def _loss_fields(title: str, losses: dict[str, float]) -> dict[str, float]:
-    """`lm loss` -> validation_loss, `suffix loss` -> validation_suffix_loss; with perplexities."""
+    """`lm loss` -> validation_loss, `prices suffix loss` -> validation_prices_suffix_loss; with
+    perplexities."""
     fields: dict[str, float] = {}
     for name, loss in losses.items():
-        stem = "_".join([title, *name.removesuffix("loss").removeprefix("lm ").split()])
+        stem = "_".join([title, *(word for word in name.split() if word not in ("lm", "loss"))])
         fields |= {f"{stem}_loss": loss, f"{stem}_perplexity": perplexity(loss)}
     return fields
 

@@ -28,7 +28,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
-from megatron_smlp.options import prefix_length
+from megatron_smlp.options import prefix_length, suffix_start
 from megatron_smlp.routers.draws import sample_keys
 from megatron_smlp.routers.gshard import give_samples
 from megatron_smlp.routers.statistics import RouterStatistics
@@ -91,7 +91,7 @@ class ForwardStep:
         loss, num_tokens = _masked_sum(token_losses, loss_mask, start=start)
         self.nonfinite |= trains and not bool(torch.isfinite(loss.detach()))
         reports = {"lm loss": _report(loss, num_tokens)}
-        if suffix_from := args.suffix_from or prefix:
+        if suffix_from := suffix_start(args, seq_length=args.seq_length):
             suffix = _masked_sum(token_losses, loss_mask, start=suffix_from)
             reports[SUFFIX_LOSS] = _report(*suffix)
         if start:

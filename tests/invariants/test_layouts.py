@@ -64,6 +64,7 @@ TWO_PROCESSES = {
     "dp2_distributed_optimizer": "--use-distributed-optimizer",
     "ep2": "--expert-model-parallel-size 2",
 }
+PRICED = ("tp2_sp", "pp2", "dp2", "ep2")
 FOUR_PROCESSES = {"tp2_pp2": f"{TP} {PP}"}
 RECOMPUTE = {
     "recompute_full": "--recompute-granularity full --recompute-method uniform "
@@ -125,6 +126,16 @@ class Runs:
         how = f"--train-iters {NUM_STEPS} --finetune --no-load-optim --no-load-rng"
         return f"{MODEL} {ARCHITECTURES[architecture]} {where} {how} {layout}"
 
+    def priced(self, layout: str, flags: str) -> dict[str, str]:
+        """The same for BASE experts, whose last checkpoint is kept."""
+        where = f"--save {self.folder}/saved/{layout} --no-save-optim --save-interval 100"
+        return {f"priced/{layout}": f"{self.resumed('smlp', flags)} {where}"}
+
+    def prices(self, layout: str) -> dict[str, torch.Tensor]:
+        """The buffers of a `priced` run."""
+        tensors = checkpoint_tensors(self.folder / "saved" / layout, NUM_STEPS)
+        return {name: value for name, value in tensors.items() if name.endswith("router.prices")}
+
     def all_of(self, layouts: Mapping[str, str]) -> dict[str, str]:
         return {f"{a}/{layout}": self.resumed(a, layouts[layout]) for a, layout in _cases(layouts)}
 
@@ -152,13 +163,15 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     }
     bare = {"bare/spec": f"{MODEL} {BARE_SPEC}"}
     padded = {"padded/hash": runs.resumed("transformer_hash", f"{PADDED} {runs.folder}/padded/run")}
-    launch(seeds | plain | fresh | bare | padded, processes=1, folder=runs.folder)
+    priced = runs.priced("plain", "")
+    launch(seeds | plain | fresh | bare | padded | priced, processes=1, folder=runs.folder)
     return runs
 
 
 @pytest.fixture(scope="module")
 def two(one: Runs) -> Runs:
-    launch(one.all_of(TWO_PROCESSES), processes=2, folder=one.folder)
+    priced = {k: v for name in PRICED for k, v in one.priced(name, TWO_PROCESSES[name]).items()}
+    launch(one.all_of(TWO_PROCESSES) | priced, processes=2, folder=one.folder)
     return one
 
 
@@ -237,6 +250,18 @@ def test_four_processes_count_as_one(four: Runs, architecture: str, layout: str)
 @pytest.mark.parametrize(("architecture", "layout"), _router_cases(RECOMPUTE))
 def test_a_recomputed_pass_is_counted_once(one: Runs, architecture: str, layout: str):
     _assert_same_routers(one.routers(architecture, layout), one.routers(architecture, "plain"))
+
+
+@pytest.mark.parametrize("layout", PRICED)
+def test_base_experts_have_the_same_prices(two: Runs, layout: str):
+    """The running mean over the micro-batches of all data parallel ranks."""
+    ours, plain = two.prices(layout), two.prices("plain")
+    assert ours.keys() == plain.keys()
+    assert len(plain) == 2
+    for name, prices in plain.items():
+        scale = prices.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(ours[name], prices, rtol=0, atol=5e-3 * scale, msg=name)
 
 
 @pytest.mark.parametrize("architecture", filter(_has_routers, ARCHITECTURES))

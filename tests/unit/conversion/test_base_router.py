@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import read_config
 from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
+from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 
 TRAINED = (
@@ -64,7 +65,9 @@ def test_an_older_folder_reads_the_norm_and_has_no_prices(tmp_path: Path):
         del values[name]
     (folder / "config.json").write_text(json.dumps(values))
     assert read_config(folder).base_routing_input == "norm"
-    assert read_config(folder).gshard_second_expert == "raw"
+    for router, second in (("gshard", "raw"), ("switch", "paper")):
+        config = SMLPConfig.from_dict(values | {"token_router": router})
+        assert (config.gshard_second_expert, config.base_routing_input) == (second, "residual")
     ids = make_ids(2, 9)
     again = SMLPForCausalLM.from_pretrained(folder).eval()
     torch.testing.assert_close(again(ids).logits, model(ids).logits)

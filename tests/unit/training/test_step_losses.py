@@ -74,27 +74,29 @@ def test_validation_reports_the_whole_and_the_suffix(parse: Callable[..., Any], 
     torch.testing.assert_close(loss_of(reports[SUFFIX_LOSS]), mean(losses, mask, start=PREFIX))
 
 
+@pytest.mark.parametrize("position", ["7", "0.45"])
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize(
     "flags", ["--architecture gmlp", "--architecture transformer --num-attention-heads 4"]
 )
 def test_every_system_reports_a_suffix_where_asked(
-    parse: Callable[..., Any], flags: str, trains: bool
+    parse: Callable[..., Any], flags: str, trains: bool, position: str
 ):
+    """0.45 of 16 tokens are 7."""
     losses, mask = losses_and_mask()
     given = losses if trains else losses.detach()
     parse(flags)
     assert set(ForwardStep()._loss(mask, given)[2]) == {"lm loss"}
-    parse(f"{flags} --suffix-from 7")
+    parse(f"{flags} --suffix-from {position}")
     reports = ForwardStep()._loss(mask, given)[2]
     assert set(reports) == {"lm loss", SUFFIX_LOSS}
     torch.testing.assert_close(loss_of(reports["lm loss"]), mean(losses, mask, start=0))
     torch.testing.assert_close(loss_of(reports[SUFFIX_LOSS]), mean(losses, mask, start=7))
 
 
-@pytest.mark.parametrize("position", [0, -1, TOKENS])
-def test_a_suffix_that_is_none_is_refused(parse: Callable[..., Any], position: int):
-    with pytest.raises(UsageError, match=f"--suffix-from {position}: give a position over 0"):
+@pytest.mark.parametrize("position", ["0", "-1", TOKENS, "2.5", "0.05", "nan"])
+def test_a_suffix_that_is_none_is_refused(parse: Callable[..., Any], position: str):
+    with pytest.raises(UsageError, match=f"--suffix-from {position}: give a whole position over"):
         parse(f"--architecture gmlp --suffix-from={position}")
 
 
