@@ -55,13 +55,21 @@ def model_config(args: argparse.Namespace) -> Any:
     config = transformer_config(args)
     model = gpt_config_from_args(args, config=config)
     model.transformer_layer_spec = import_module(args.spec) if args.spec else _layers
-    model.pre_wrap_hooks.append(_with_token_ids)
+    model.pre_wrap_hooks += [_with_token_ids, _on_device]
     return model
 
 
 def _with_token_ids(stages: list[Any]) -> list[Any]:
     for stage in stages:
         give_token_ids(stage)
+    return stages
+
+
+def _on_device(stages: list[Any]) -> list[Any]:
+    """Megatron leaves a model whose weights are drawn on the CPU there, on a GPU too."""
+    for stage in stages:
+        if stage.config.use_cpu_initialization:
+            stage.cuda()
     return stages
 
 

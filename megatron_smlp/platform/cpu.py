@@ -88,11 +88,6 @@ def set_flags(args: argparse.Namespace) -> list[str]:
         ValueError: a flag asks for what only a GPU has.
     """
     if not needed():
-        if args.use_cpu_initialization:
-            raise ValueError(
-                "--use-cpu-initialization leaves the model on the CPU, and a CUDA device is in "
-                "use: leave it out. For one start in all layouts, load one checkpoint (--load)."
-            )
         return []
     for flag in ("fp16", "use_megatron_fsdp", "use_torch_fsdp2", "tp_comm_overlap", "fp8"):
         if getattr(args, flag, None):

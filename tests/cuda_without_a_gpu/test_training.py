@@ -89,6 +89,8 @@ def device(cpu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for system, flags in SYSTEMS.items():
             seed = cpu / f"{system}--bf16"
             _add_resumed(runs, f"{system}_{variant}", f"{flags} {words}", seed, folder)
+    drawn = f"{SYSTEMS['smlp_partial']} --bf16 --use-cpu-initialization"
+    runs["drawn_on_the_cpu"] = _until(SAVED, drawn)
     launch(runs, processes=1, folder=folder, **STAND_IN)
     return folder
 
@@ -125,6 +127,14 @@ def _assert_alike(ours: list[Step], expected: list[Step], tolerance: float) -> N
 def test_it_trains_and_resumes_as_on_a_cpu(system: str, variant: str, cpu: Path, device: Path):
     ours = _resumed(device, f"{system}_{variant}")
     _assert_alike(ours, steps(cpu / f"steps_{system}--bf16"), ROUNDED)
+
+
+def test_weights_drawn_on_the_cpu_are_a_cpus(cpu: Path, device: Path):
+    (ours,), (expected,) = (
+        steps(device / "drawn_on_the_cpu"),
+        steps(cpu / "seed_smlp_partial--bf16"),
+    )
+    assert ours.loss == pytest.approx(expected.loss, rel=ROUNDED)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -121,18 +121,9 @@ class TestFlags:
 
     def test_where_cuda_is_available_flags_stay(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        given = {"fp16": True, "distributed_backend": "nccl", "use_cpu_initialization": False}
-        args = Namespace(**given)
+        args = Namespace(fp16=True, distributed_backend="nccl")
         assert cpu.set_flags(args) == []
-        assert vars(args) == given
-
-    def test_a_model_that_stays_on_the_cpu_is_refused_beside_cuda(
-        self, monkeypatch: pytest.MonkeyPatch
-    ):
-        """Megatron 0.19 moves a model to the device only without this flag."""
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        with pytest.raises(ValueError, match="--use-cpu-initialization leaves the model on"):
-            cpu.set_flags(Namespace(use_cpu_initialization=True))
+        assert vars(args) == {"fp16": True, "distributed_backend": "nccl"}
 
 
 def test_importing_the_package_replaces_nothing():
