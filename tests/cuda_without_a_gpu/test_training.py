@@ -52,8 +52,9 @@ LAYOUTS = {
     "dp2": ("smlp_partial", DISTRIBUTED),
 }
 SAVED, RESUMED, END = 1, 3, 4
-# Relative. bf16 and fp16 round in other places; two processes add in another order.
-ROUNDED, EXACT = 3e-3, 1e-4
+# Relative, of loss and gradient norm. Two processes add in another order; bf16 and fp16 round in
+# other places, so that a token between two experts may change its own.
+EXACT, ROUNDED = (1e-4, 1e-4), (5e-4, 1e-2)
 STAND_IN = {"CUDA_STAND_IN": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 # Three launches of some twenty short runs each, before the first test.
@@ -115,11 +116,11 @@ def _resumed(folder: Path, name: str) -> list[Step]:
     return steps(folder / f"first_{name}") + steps(folder / f"second_{name}")
 
 
-def _assert_alike(ours: list[Step], expected: list[Step], tolerance: float) -> None:
+def _assert_alike(ours: list[Step], expected: list[Step], tolerances: tuple[float, float]) -> None:
     assert len(ours) == len(expected) == END - SAVED
     for one, other in zip(ours, expected, strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=tolerance)
-        assert one.grad_norm == pytest.approx(other.grad_norm, rel=tolerance)
+        assert one.loss == pytest.approx(other.loss, rel=tolerances[0])
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=tolerances[1])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -134,7 +135,7 @@ def test_weights_drawn_on_the_cpu_are_a_cpus(cpu: Path, device: Path):
         steps(device / "drawn_on_the_cpu"),
         steps(cpu / "seed_smlp_partial--bf16"),
     )
-    assert ours.loss == pytest.approx(expected.loss, rel=ROUNDED)
+    assert ours.loss == pytest.approx(expected.loss, rel=ROUNDED[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

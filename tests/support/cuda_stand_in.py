@@ -599,7 +599,42 @@ def _answer_for_the_groups() -> None:
     def object_device(group: Any = None) -> str:
         return "cuda" if get_backend(group) == "nccl" else "cpu"
 
+    _take_unlike_parts()
     for module in (dist, dist.distributed_c10d):
         module.init_process_group, module.new_group = init_process_group, new_group
         module.barrier, module.get_backend = plain_barrier, get_backend
     dist.distributed_c10d._get_object_coll_device = object_device
+
+
+def _take_unlike_parts() -> None:
+    """NCCL gathers and scatters tensors of unlike sizes, which gloo refuses."""
+    gather, scatter = dist.all_gather, dist.reduce_scatter
+
+    @functools.wraps(gather)
+    def all_gather(parts: Any, own: Any, group: Any = None, async_op: bool = False) -> Any:
+        if len({part.shape for part in parts}) == 1:
+            return gather(parts, own, group, async_op)
+        for rank, part in enumerate(parts):
+            if rank == dist.get_rank(group):
+                part.copy_(own)
+            dist.broadcast(part, group=group, group_src=rank)
+        return None
+
+    @functools.wraps(scatter)
+    def reduce_scatter(
+        own: Any,
+        parts: Any,
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if len({part.shape for part in parts}) == 1:
+            return scatter(own, parts, op, group, async_op)
+        for rank, part in enumerate(parts):
+            total = part.clone()
+            dist.reduce(total, op=op, group=group, group_dst=rank)
+            if rank == dist.get_rank(group):
+                own.copy_(total)
+        return None
+
+    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
