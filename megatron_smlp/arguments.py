@@ -21,6 +21,7 @@ from megatron_smlp.config_file import read_yaml
 from megatron_smlp.continuing import with_checkpoint_flags
 from megatron_smlp.data.blending import blends_from_arguments
 from megatron_smlp.errors import UsageError
+from megatron_smlp.exclusive_flags import PER_SPLIT, replaced_by
 from megatron_smlp.foreign_flags import refuse_foreign
 from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import (
@@ -150,7 +151,8 @@ def _parse_like_megatron(argv: Sequence[str]) -> argparse.Namespace:
 def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
     """Put the flags of `--config FILE.yaml` before those of the command line.
 
-    A boolean key of the file is switched off by `--no-KEY` on the command line.
+    A key of the file is left out where `--no-KEY` is on the command line, and where a flag is that
+    stands in for it; of the file's own keys, paths for each split stand in for `split`.
 
     Raises:
         UsageError: the file is missing or is not a mapping, or a key is unknown.
@@ -160,13 +162,16 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
         return list(argv)
     rest = list(argv)
     flags: list[str] = []
-    for key, value in read_yaml(path).items():
-        action = _action_of(parser, key, path)
+    keys = {key: (_action_of(parser, key, path), v) for key, v in read_yaml(path).items()}
+    replaced = replaced_by(given_flags(parser, argv))
+    if PER_SPLIT & {action.dest for action, _ in keys.values()}:
+        replaced.add("split")
+    for key, (action, value) in keys.items():
         negation = f"--no-{key.replace('_', '-')}"
-        if action.nargs == 0 and negation in rest and negation not in _options(parser):
+        if negation in rest and negation not in _options(parser):
             rest.remove(negation)
-            continue
-        flags += _as_flags(action, key, value, path)
+        elif action.dest not in replaced:
+            flags += _as_flags(action, key, value, path)
     return flags + rest
 
 

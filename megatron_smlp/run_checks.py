@@ -132,6 +132,13 @@ def _check_length(args: argparse.Namespace) -> None:
             f"--train-iters {args.train_iters} and --train-samples {args.train_samples} both say "
             "how long the run is: give one of them."
         )
+    other = "samples" if args.train_iters else "iters"
+    for name in ("lr_decay", "lr_warmup"):
+        if value := getattr(args, f"{name}_{other}"):
+            raise UsageError(
+                f"{flag_of(name)}-{other} {value} beside --train-{unit} {length}: they count "
+                f"different things. Give {flag_of(name)}-{unit} in its place."
+            )
     decay = getattr(args, f"lr_decay_{unit}")
     warmup = getattr(args, f"lr_warmup_{unit}")
     if warmup >= (decay or length):

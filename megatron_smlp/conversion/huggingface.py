@@ -294,6 +294,8 @@ def _add_tokenizer(config: SMLPConfig, tokenizer: str, folder: Path) -> None:
         ) from error
     for name in ("local_files_only", "is_local"):  # which are of this call, and would be saved
         loaded.init_kwargs.pop(name, None)
+    if loaded.pad_token is None:
+        loaded.pad_token = loaded.eos_token  # as the model's configuration says
     loaded.model_max_length = config.max_position_embeddings
     loaded.save_pretrained(folder)
     config.eos_token_id = loaded.eos_token_id

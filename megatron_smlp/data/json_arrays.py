@@ -106,7 +106,7 @@ def _element_end(decoder: json.JSONDecoder, blocks: Iterator[str], text: str) ->
     while True:
         try:
             _, end = decoder.raw_decode(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except json.JSONDecodeError as error:
             grown = [text]
             try:
                 while sum(map(len, grown)) < 2 * len(text) + 1:
@@ -115,6 +115,9 @@ def _element_end(decoder: json.JSONDecoder, blocks: Iterator[str], text: str) ->
                 if len(grown) == 1:
                     raise DamagedInputError(f"bad JSON in the array: {error}") from None
             text = "".join(grown)
+        # A number of more digits than Python converts, or nesting deeper than it follows.
+        except (ValueError, RecursionError) as error:
+            raise DamagedInputError(f"bad JSON in the array: {error}") from None
         else:
             return text, end
 

@@ -21,6 +21,7 @@ from megatron_smlp.data.sources import (
     describe_inputs,
     find_inputs,
     read_chunks,
+    shown,
     stamps_of,
 )
 from megatron_smlp.data.tokenizers import Tokenizer, TokenizerSpec
@@ -109,7 +110,7 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
             seconds=time.monotonic() - began,
             text_bytes=partial.journal.counts.text_bytes - bytes_before,
             encoder=workers.description,
-            changed=tuple(str(path) for path, before, after in pairs if before != after),
+            changed=tuple(shown(path) for path, before, after in pairs if before != after),
         )
 
 
