@@ -118,15 +118,15 @@ class Reporter:
             NonFiniteLossError: on every rank, where --nonfinite-loss is stop.
         """
         rank = torch.distributed.get_rank()
-        bad = torch.tensor(
-            [rank + 1 if self.step.take_nonfinite() else 0], device=torch.cuda.current_device()
-        )
+        bad = torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device())
+        nonfinite = self.step.take_nonfinite()
+        if nonfinite is not None:
+            bad += (rank + 1) * nonfinite
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-        if not bad.item():
+        found = int(bad)
+        if not found:
             return True
-        message = (
-            f"non-finite loss on rank {bad.item() - 1} at iteration {self.args.curr_iteration + 1}"
-        )
+        message = f"non-finite loss on rank {found - 1} at iteration {self.args.curr_iteration + 1}"
         if self.args.nonfinite_loss == "stop":
             raise NonFiniteLossError(
                 f"{message}: stopped before the update (--nonfinite-loss stop). Lower --lr or "

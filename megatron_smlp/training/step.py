@@ -51,7 +51,7 @@ class ForwardStep:
 
     def __init__(self) -> None:
         self.statistics = RouterStatistics()
-        self.nonfinite = False
+        self.nonfinite: Tensor | None = None
         self.data_seconds = 0.0
         self.place = _PlaceInRun()
 
@@ -89,7 +89,8 @@ class ForwardStep:
         trains = token_losses.requires_grad
         start = prefix if trains and args.partial_loss == "suffix" else 0
         loss, num_tokens = _masked_sum(token_losses, loss_mask, start=start)
-        self.nonfinite |= trains and not bool(torch.isfinite(loss.detach()))
+        if trains:
+            self._look_at(loss.detach())
         reports = {"lm loss": _report(loss, num_tokens)}
         if suffix_from := suffix_start(args, seq_length=args.seq_length):
             suffix = _masked_sum(token_losses, loss_mask, start=suffix_from)
@@ -104,9 +105,14 @@ class ForwardStep:
         count = args.micro_batch_size
         return sample_keys(seed=args.seed, first=first, count=count, device=device)
 
-    def take_nonfinite(self) -> bool:
-        """Whether a loss was not finite since the last call."""
-        nonfinite, self.nonfinite = self.nonfinite, False
+    def _look_at(self, loss: Tensor) -> None:
+        # On the device: the host would wait for it at each micro-batch.
+        bad = ~torch.isfinite(loss)
+        self.nonfinite = bad if self.nonfinite is None else self.nonfinite | bad
+
+    def take_nonfinite(self) -> Tensor | None:
+        """<bool>[], whether a loss was not finite since the last call; None: there was none."""
+        nonfinite, self.nonfinite = self.nonfinite, None
         return nonfinite
 
     def take_data_seconds(self) -> float:

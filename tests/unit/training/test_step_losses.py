@@ -106,6 +106,8 @@ def test_a_loss_that_is_not_finite_is_remembered_until_asked(parse: Callable[...
     losses, mask = losses_and_mask()
     step._loss(mask, losses * float("inf"))
     assert step.take_nonfinite()
+    assert step.take_nonfinite() is None
+    step._loss(mask, losses)
     assert not step.take_nonfinite()
 
 
