@@ -49,6 +49,19 @@ def test_layers_without_routing_never_wait(system: str, measured: dict[str, Any]
         assert layer["synchronisations"] == 0
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_all_that_a_run_holds_is_on_the_device(
+    system: str, measured: dict[str, Any], written: dict[str, Any]
+):
+    """bf16 weights; fp32 gradients, weights of the optimizer, moments and step counts."""
+    held = measured[system]["tensors"]
+    assert held == written[system]["tensors"]
+    assert set(held["parameters"]) == {"cuda torch.bfloat16"}
+    for kind in ("gradients", "weights of the optimizer", "moments and steps"):
+        assert set(held[kind]) == {"cuda torch.float32"}
+    assert all(place.startswith("cuda ") for kind in held.values() for place in kind)
+
+
 def test_it_counts(measured: dict[str, Any]):
     """A budget of zeros would be kept by anything."""
     for record in measured.values():

@@ -42,6 +42,7 @@ def measure(system: str, flags: str) -> Record:
 
     layers: dict[str, Record] = {}
     step: Record = {}
+    tensors: Record = {}
     train_step, forward = training.train_step, SlottedLayer.forward
     iteration = 0
 
@@ -54,6 +55,7 @@ def measure(system: str, flags: str) -> Record:
         with watch() as tally:
             answer = train_step(*args, **kwargs)
         step.update(_record(tally))
+        tensors.update(_tensors(*args[2:4]))
         return answer
 
     @functools.wraps(forward)
@@ -72,7 +74,26 @@ def measure(system: str, flags: str) -> Record:
     finally:
         training.train_step, SlottedLayer.forward = train_step, forward
         forget_run()
-    return {"step": step, "layers": layers}
+    return {"step": step, "layers": layers, "tensors": tensors}
+
+
+def _tensors(models: list[Any], optimizer: Any) -> Record:
+    """Of what a run holds: how many tensors there are of each device and dtype."""
+    inner = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
+    states = [state for one in inner for state in one.state.values()]
+    held = {
+        "parameters": [p for model in models for p in model.parameters()],
+        "gradients": [p.main_grad for model in models for p in model.parameters()],
+        "buffers": [b for model in models for b in model.buffers()],
+        "weights of the optimizer": [
+            p for one in inner for group in one.param_groups for p in group["params"]
+        ],
+        "moments and steps": [value for state in states for value in state.values()],
+    }
+    return {
+        kind: dict(sorted(collections.Counter(f"{t.device.type} {t.dtype}" for t in own).items()))
+        for kind, own in held.items()
+    }
 
 
 def _record(tally: Any) -> Record:
