@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn import functional
 
 # Chosen on random, clustered and low-rank scores; see benchmarks/bench_assignment.py.
-_NUM_LEVELS = 12
-_NUM_NEWTON_STEPS = 2
-_TEMPERATURE_FACTOR = 2.2
-_MAX_STEP = 2.0  # of a price in one Newton step, in temperatures
+NUM_LEVELS = 12
+NUM_NEWTON_STEPS = 2
+TEMPERATURE_FACTOR = 2.2
+MAX_STEP = 2.0  # of a price in one Newton step, in temperatures
 _DAMPING = 1e-2  # of the Hessian, in tokens per expert
 # Above this temperature prices are rough, and some tokens can stand for all.
 _SAMPLING_TEMPERATURE = 0.2
@@ -37,7 +37,9 @@ _SAMPLED_TOKENS_PER_EXPERT = 32
 # A token whose first choice leads by so many temperatures is settled: it drops out of the sums.
 _SETTLED_LEAD = 16.0
 _SMALLEST_PREFERENCE = 1e-9
-_NUM_POLISHING_ROUNDS = 8
+NUM_POLISHING_ROUNDS = 8
+# Of an exchange; above float32 rounding of the sum, so that the loop cannot go in circles.
+SMALLEST_GAIN = 1e-5
 
 
 def balanced_assignment(scores: Tensor) -> Tensor:
@@ -58,14 +60,18 @@ def priced_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
     scores: as there.
     Returns the experts <int64>[N] and prices <fp32>[E] in the unit of the scores, of mean 0: the
     argmax of s[i, :] - p is nearly as even.
-    Raises ValueError as there.
+    Raises ValueError as there, on a CPU; a GPU is not waited for (device_assignment.py).
     """
+    if scores.device.type == "cuda":
+        from megatron_smlp.ops.device_assignment import device_assignment
+
+        return device_assignment(scores)
     _check(scores)
     if scores.shape[0] == 0:
         nobody = torch.empty(0, dtype=torch.int64, device=scores.device)
         return nobody, scores.new_zeros(scores.shape[1], dtype=torch.float32)
     with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
-        gains, unit = _normalise(scores.detach())
+        gains, unit = normalise(scores.detach())
         prices, temperature = _balancing_prices(gains)
         experts = _polish(gains, _round(gains, prices, temperature))
         return experts, ((prices - prices.mean()) * unit).float()
@@ -85,7 +91,7 @@ def _check(scores: Tensor) -> None:
         )
 
 
-def _normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
+def normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
     """The same problem in float32 with a spread of 1, and what 1 is in the unit of the scores.
 
     A constant added to a token's row changes no assignment, so rows are shifted to a maximum of 0.
@@ -106,13 +112,13 @@ def _balancing_prices(gains: Tensor) -> tuple[Tensor, float]:
     stride = max(1, num_tokens // (_SAMPLED_TOKENS_PER_EXPERT * num_experts))
     prices, temperature = gains.mean(dim=0), 1.0
     settled_load = torch.zeros_like(prices)
-    for level in range(_NUM_LEVELS):
-        temperature = _TEMPERATURE_FACTOR**-level
+    for level in range(NUM_LEVELS):
+        temperature = TEMPERATURE_FACTOR**-level
         sampling = temperature > _SAMPLING_TEMPERATURE and stride > 1
         sample = gains[::stride] if sampling else gains
         weight = num_tokens / sample.shape[0] if sampling else 1.0
-        for _ in range(_NUM_NEWTON_STEPS):
-            step = _newton_step(
+        for _ in range(NUM_NEWTON_STEPS):
+            step = newton_step(
                 sample,
                 prices,
                 settled_load,
@@ -120,16 +126,16 @@ def _balancing_prices(gains: Tensor) -> tuple[Tensor, float]:
                 weight=weight,
                 total=num_tokens,
             )
-            prices = prices + temperature * step.clamp(-_MAX_STEP, _MAX_STEP)
+            prices = prices + temperature * step.clamp(-MAX_STEP, MAX_STEP)
         if not sampling:
-            choice, lead = _first_choice(gains - prices)
+            choice, lead = first_choice(gains - prices)
             settled = lead > _SETTLED_LEAD * temperature
             settled_load += choice[settled].bincount(minlength=num_experts)
             gains = gains[~settled]
     return prices, temperature
 
 
-def _newton_step(
+def newton_step(
     gains: Tensor,
     prices: Tensor,
     settled_load: Tensor,
@@ -160,17 +166,18 @@ def _newton_step(
         # Equal shifts of all prices change nothing; this makes the system regular along them.
         hessian += total / num_experts**2
     hessian.diagonal().add_(diagonal)
-    return torch.linalg.solve(hessian, excess)
+    # Without a check, for which the host would wait: the damping makes it regular.
+    return torch.linalg.solve_ex(hessian, excess)[0]
 
 
-def _first_choice(wishes: Tensor) -> tuple[Tensor, Tensor]:
+def first_choice(wishes: Tensor) -> tuple[Tensor, Tensor]:
     """wishes: <float>[n, E]. Returns the best expert <int64>[n] and its lead <float>[n]."""
     best, choice = wishes.max(dim=1)
     second = wishes.scatter(1, choice[:, None], -torch.inf).amax(dim=1)
     return choice, best - second
 
 
-def _tie_breaker(num_tokens: int, num_experts: int, device: torch.device) -> Tensor:
+def tie_breaker(num_tokens: int, num_experts: int, device: torch.device) -> Tensor:
     """<float>[N, E] in [0, 1): spread evenly over the experts of each token and over the tokens."""
     golden, plastic = 0.6180339887, 0.7548776662
     tokens = torch.arange(num_tokens, dtype=torch.float64, device=device) * golden
@@ -178,16 +185,22 @@ def _tie_breaker(num_tokens: int, num_experts: int, device: torch.device) -> Ten
     return (tokens.frac().float()[:, None] + experts.frac().float()).frac()
 
 
+def slots(prices: Tensor, num_tokens: int) -> Tensor:
+    """<int64>[E], of each expert; those with the highest prices have the larger share."""
+    share, remainder = divmod(num_tokens, len(prices))
+    room = torch.full((len(prices),), share, device=prices.device)
+    room[prices.argsort(descending=True, stable=True)[:remainder]] += 1
+    return room
+
+
 def _round(gains: Tensor, prices: Tensor, temperature: float) -> Tensor:
     """Turn preferences at these prices into a balanced assignment <int64>[N]."""
     num_tokens, num_experts = gains.shape
-    share, remainder = divmod(num_tokens, num_experts)
-    room = torch.full((num_experts,), share, device=gains.device)
-    room[prices.argsort(descending=True, stable=True)[:remainder]] += 1
+    room = slots(prices, num_tokens)
     # Identical tokens would all apply to the same expert. At prices that balance them they are
     # indifferent to within the temperature, so this much spreads them and costs nothing.
     wishes = gains - prices
-    wishes += temperature * _tie_breaker(num_tokens, num_experts, gains.device)
+    wishes += temperature * tie_breaker(num_tokens, num_experts, gains.device)
     experts = torch.empty(num_tokens, dtype=torch.int64, device=gains.device)
     waiting = torch.arange(num_tokens, device=gains.device)
     while waiting.numel():
@@ -204,7 +217,7 @@ def _apply_once(wishes: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
     wishes: <float>[n, E]; room: <int64>[E], free slots.
     Returns the expert applied to <int64>[n] and whether it accepted <bool>[n].
     """
-    choice, lead = _first_choice(wishes.masked_fill(room == 0, -torch.inf))
+    choice, lead = first_choice(wishes.masked_fill(room == 0, -torch.inf))
     # Sorting by lead and then, stably, by expert puts each expert's applicants best first.
     order = lead.argsort(descending=True, stable=True)
     order = order[choice[order].argsort(stable=True)]
@@ -218,13 +231,13 @@ def _apply_once(wishes: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
 
 def _polish(gains: Tensor, experts: Tensor) -> Tensor:
     """Exchange tokens between disjoint pairs of experts while that raises the sum."""
-    for _ in range(_NUM_POLISHING_ROUNDS):
+    for _ in range(NUM_POLISHING_ROUNDS):
         change = gains - gains.gather(1, experts[:, None])
         left, right, moves_back = _profitable_pairs(change, experts)
         if left.numel() == 0:
             break
-        leaving = _best_mover(change, experts, left, right)
-        returning = _best_mover(change, experts, right[moves_back], left[moves_back])
+        leaving = best_mover(change, experts, left, right)
+        returning = best_mover(change, experts, right[moves_back], left[moves_back])
         experts = experts.clone()
         experts[leaving] = right
         experts[returning] = left[moves_back]
@@ -238,16 +251,12 @@ def _profitable_pairs(change: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, 
     Returns left <int64>[P] and right <int64>[P], a token moves from left to right, and <bool>[P],
     whether one moves back: not where the right expert has a slot fewer, which then moves instead.
     """
-    num_tokens, num_experts = change.shape
-    move = torch.full((num_experts, num_experts), -torch.inf, device=change.device)
-    move = move.scatter_reduce(0, experts[:, None].expand_as(change), change, "amax")
-    smaller = experts.bincount(minlength=num_experts) * num_experts < num_tokens
-    give_slot = torch.where(smaller[:, None] & ~smaller, 0.0, -torch.inf)
+    num_experts = change.shape[1]
+    move, give_slot = moves(change, experts)
     best_move = torch.maximum(move, give_slot)
     gain, partner = (best_move + best_move.T).fill_diagonal_(-torch.inf).max(dim=1)
     own = torch.arange(num_experts, device=change.device)
-    # The threshold is above float32 rounding of the sum, so that the loop cannot go in circles.
-    mutual = (partner[partner] == own) & (own < partner) & (gain > 1e-5)
+    mutual = (partner[partner] == own) & (own < partner) & (gain > SMALLEST_GAIN)
     left, right = own[mutual], partner[mutual]
     # Where it is the left expert that is one smaller, look at the pair from the other side.
     swapped = give_slot[left, right] > move[left, right]
@@ -255,7 +264,18 @@ def _profitable_pairs(change: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, 
     return left, right, move[right, left] >= give_slot[right, left]
 
 
-def _best_mover(change: Tensor, experts: Tensor, source: Tensor, target: Tensor) -> Tensor:
+def moves(change: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """<float>[E, E] twice: the most that a token gains by a move from one expert to another, and 0
+    where the one can give a slot that it has left instead; -inf where neither is possible."""
+    num_tokens, num_experts = change.shape
+    move = torch.full((num_experts, num_experts), -torch.inf, device=change.device)
+    move = move.scatter_reduce(0, experts[:, None].expand_as(change), change, "amax")
+    counts = functional.one_hot(experts, num_experts).sum(dim=0)
+    smaller = counts * num_experts < num_tokens
+    return move, torch.where(smaller[:, None] & ~smaller, 0.0, -torch.inf)
+
+
+def best_mover(change: Tensor, experts: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """<int64>[P]: the token of each source expert that gains most by going to its target."""
     candidates = change.T[target]
     return candidates.masked_fill(experts != source[:, None], -torch.inf).argmax(dim=1)

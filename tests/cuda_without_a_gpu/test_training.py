@@ -51,6 +51,7 @@ LAYOUTS = {
     "ep2": ("smlp_deterministic", "--expert-model-parallel-size 2"),
     "dp2": ("smlp_partial", DISTRIBUTED),
 }
+IN_LAYOUTS = sorted({system for system, _ in LAYOUTS.values()})
 SAVED, RESUMED, END = 1, 3, 4
 # Relative, of loss and gradient norm. Two processes add in another order; bf16 and fp16 round in
 # other places, so that a token between two experts may change its own.
@@ -71,8 +72,7 @@ def cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of each system a checkpoint, and the steps after it, on the CPU platform."""
     folder: Path = tmp_path_factory.mktemp("cpu")
     runs = {}
-    in_layouts = {system for system, _ in LAYOUTS.values()}
-    for precision, systems in {"--bf16": SYSTEMS.keys(), "": in_layouts}.items():
+    for precision, systems in {"--bf16": SYSTEMS, "": IN_LAYOUTS}.items():
         for system in systems:
             flags, seed = f"{SYSTEMS[system]} {precision}", folder / f"{system}{precision}"
             runs[f"seed_{seed.name}"] = _until(SAVED, f"{flags} --save {seed}")
@@ -90,6 +90,8 @@ def device(cpu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for system, flags in SYSTEMS.items():
             seed = cpu / f"{system}--bf16"
             _add_resumed(runs, f"{system}_{variant}", f"{flags} {words}", seed, folder)
+    for system in IN_LAYOUTS:
+        _add_resumed(runs, f"{system}_fp32", SYSTEMS[system], cpu / system, folder)
     drawn = f"{SYSTEMS['smlp_partial']} --bf16 --use-cpu-initialization"
     runs["drawn_on_the_cpu"] = _until(SAVED, drawn)
     launch(runs, processes=1, folder=folder, **STAND_IN)
@@ -139,6 +141,13 @@ def test_weights_drawn_on_the_cpu_are_a_cpus(cpu: Path, device: Path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_train_and_resume_as_one_process(layout: str, cpu: Path, two_devices: Path):
+def test_layouts_train_and_resume_as_one_process(layout: str, device: Path, two_devices: Path):
     system, _ = LAYOUTS[layout]
-    _assert_alike(_resumed(two_devices, layout), steps(cpu / f"steps_{system}"), EXACT)
+    _assert_alike(_resumed(two_devices, layout), _resumed(device, f"{system}_fp32"), EXACT)
+
+
+@pytest.mark.parametrize("system", IN_LAYOUTS)
+def test_fp32_is_as_on_a_cpu(system: str, cpu: Path, device: Path):
+    """BASE's assignment is another one there, though as good: device_assignment.py."""
+    tolerances = ROUNDED if "base" in SYSTEMS[system] else EXACT
+    _assert_alike(_resumed(device, f"{system}_fp32"), steps(cpu / f"steps_{system}"), tolerances)

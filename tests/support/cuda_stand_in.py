@@ -107,6 +107,7 @@ _residents = _Residents()
 _tallies: list[Tally] = []
 _asked: list[torch.device] = []  # the device that the call under way names
 _surroundings: list[torch.device] = []  # of what a call makes inside, in C++, from sizes alone
+_generator = torch.Generator()
 _nccl: set[str] = set()  # names of groups
 
 
@@ -231,12 +232,14 @@ class _Operators(TorchDispatchMode):
             _check_collective(name, args, inputs)
             return func(*args, **kwargs)
         device = _common_device(name, inputs)
-        known = {tensor.untyped_storage()._cdata for tensor in inputs}
-        outputs = func(*args, **kwargs)
         if _asked:
             device = _asked[-1]
         elif not inputs:
             device = _surroundings_of_a_size()
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        draws = device.type == "cuda" and torch.Tag.nondeterministic_seeded in func.tags
+        with _drawing_on_the_device() if draws else contextlib.nullcontext():
+            outputs = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(outputs) if _has_storage(leaf)]
         for tensor in made:
             if tensor.untyped_storage()._cdata not in known:
@@ -244,6 +247,18 @@ class _Operators(TorchDispatchMode):
         if _tallies and device.type == "cuda":
             _count(func, name, args, inputs, made)
         return outputs
+
+
+@contextlib.contextmanager
+def _drawing_on_the_device() -> Iterator[None]:
+    """What draws here draws from the device's generator, which the CPU's knows nothing of."""
+    cpus = torch.default_generator.get_state()
+    torch.default_generator.set_state(_generator.get_state())
+    try:
+        yield
+    finally:
+        _generator.set_state(torch.default_generator.get_state())
+        torch.default_generator.set_state(cpus)
 
 
 def _surroundings_of_a_size() -> torch.device:
@@ -493,7 +508,7 @@ def _no_context(*_: Any, **__: Any) -> Iterator[None]:
 
 
 def _answer_for_the_device() -> None:
-    stream, generator = Stream(), torch.default_generator
+    stream = Stream()
     hopper = SimpleNamespace(
         name="NVIDIA H100 80GB HBM3",
         major=9,
@@ -537,11 +552,11 @@ def _answer_for_the_device() -> None:
         setattr(torch.cuda.nvtx, name, _nothing)
     torch.cuda.nvtx.range = _no_context
     torch.Tensor.record_stream = _nothing  # type: ignore[method-assign]
-    torch.cuda.default_generators = (generator,)
+    torch.cuda.default_generators = (_generator,)
     for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = lambda device="cuda": generator.get_state()
-        module.set_rng_state = lambda state, device="cuda": generator.set_state(state)
-        module.manual_seed = module.manual_seed_all = generator.manual_seed
+        module.get_rng_state = lambda device="cuda": _generator.get_state()
+        module.set_rng_state = lambda state, device="cuda": _generator.set_state(state)
+        module.manual_seed = module.manual_seed_all = _generator.manual_seed
     for dtype, name in TYPES.items():
         setattr(torch.cuda, f"{name}Tensor", _TensorType(f"{name}Tensor", (), {"dtype": dtype}))
 

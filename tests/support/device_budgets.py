@@ -84,7 +84,7 @@ def _tensors(models: list[Any], optimizer: Any) -> Record:
     held = {
         "parameters": [p for model in models for p in model.parameters()],
         "gradients": [p.main_grad for model in models for p in model.parameters()],
-        "buffers": [b for model in models for b in model.buffers()],
+        "buffers": [b for model in models for b in model.module.buffers()],
         "weights of the optimizer": [
             p for one in inner for group in one.param_groups for p in group["params"]
         ],

@@ -1,5 +1,7 @@
 """Balance for every input; the summed score against scipy's exact optimum."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from megatron_smlp.ops.balanced_assignment import balanced_assignment
+from megatron_smlp.ops.device_assignment import device_assignment
+
+Solver = Callable[[Tensor], Tensor]
+SOLVERS = {"balanced": balanced_assignment, "device": lambda scores: device_assignment(scores)[0]}
+both = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
 
 
 def _assert_balanced(experts: Tensor, num_tokens: int, num_experts: int) -> None:
@@ -65,6 +72,7 @@ def _tiny_differences(num_tokens: int, num_experts: int) -> Tensor:
     return 1.0 + 1e-12 * torch.randn(num_tokens, num_experts, dtype=torch.float64)
 
 
+@both
 @pytest.mark.parametrize(
     "make", [_random, _clustered, _low_rank, _one_favourite, _tiny_differences]
 )
@@ -72,19 +80,20 @@ def _tiny_differences(num_tokens: int, num_experts: int) -> Tensor:
     ("num_tokens", "num_experts"),
     [(1024, 16), (1024, 64), (1000, 7), (600, 4), (128, 128), (513, 128), (65, 64), (10, 64)],
 )
-def test_reaches_nearly_the_optimum(make, num_tokens: int, num_experts: int):
+def test_reaches_nearly_the_optimum(solve: Solver, make, num_tokens: int, num_experts: int):
     """As a share of the way from a random balanced assignment to the optimum.
 
     The plain ratio says little where the optimum is near zero or negative.
     """
     torch.manual_seed(num_tokens + num_experts)
     scores = make(num_tokens, num_experts)
-    experts = balanced_assignment(scores)
+    experts = solve(scores)
     _assert_balanced(experts, num_tokens, num_experts)
     optimum, chance = _optimum(scores), scores.double().mean(dim=1).sum().item()
     assert (_total(scores, experts) - chance) / (optimum - chance) >= 0.995
 
 
+@both
 @settings(max_examples=150, deadline=None)
 @given(
     hnp.arrays(
@@ -96,10 +105,11 @@ def test_reaches_nearly_the_optimum(make, num_tokens: int, num_experts: int):
         ),
     )
 )
-def test_is_balanced_for_every_finite_input(values: np.ndarray):
-    _assert_balanced(balanced_assignment(torch.from_numpy(values)), *values.shape)
+def test_is_balanced_for_every_finite_input(solve: Solver, values: np.ndarray):
+    _assert_balanced(solve(torch.from_numpy(values)), *values.shape)
 
 
+@both
 @settings(max_examples=60, deadline=None)
 @given(
     hnp.arrays(
@@ -108,12 +118,13 @@ def test_is_balanced_for_every_finite_input(values: np.ndarray):
         elements=st.integers(-5, 5).map(float),
     )
 )
-def test_is_close_to_the_optimum_on_tied_integer_scores(values: np.ndarray):
+def test_is_close_to_the_optimum_on_tied_integer_scores(solve: Solver, values: np.ndarray):
     """Small integers tie all the time; one unit in 24 tokens is what rounding may cost."""
     scores = torch.from_numpy(values)
-    assert _total(scores, balanced_assignment(scores)) >= _optimum(scores) - 1.0
+    assert _total(scores, solve(scores)) >= _optimum(scores) - 1.0
 
 
+@both
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(2048, 64), (1001, 64), (33, 64), (7, 1)])
 @pytest.mark.parametrize(
     "make",
@@ -130,53 +141,60 @@ def test_is_close_to_the_optimum_on_tied_integer_scores(values: np.ndarray):
     ],
     ids=["zero", "same row", "same column", "3 rows", "1e30", "-1e38", "denormal", "1e307", "wild"],
 )
-def test_ties_and_extreme_scores_stay_balanced(make, num_tokens: int, num_experts: int):
+def test_ties_and_extreme_scores_stay_balanced(
+    solve: Solver, make, num_tokens: int, num_experts: int
+):
     torch.manual_seed(3)
     scores = make(num_tokens, num_experts)
-    _assert_balanced(balanced_assignment(scores), num_tokens, num_experts)
+    _assert_balanced(solve(scores), num_tokens, num_experts)
 
 
-def test_one_huge_score_does_not_hide_the_others_from_their_optimum():
+@both
+def test_one_huge_score_does_not_hide_the_others_from_their_optimum(solve: Solver):
     torch.manual_seed(0)
     scores = torch.randn(512, 8)
     scores[7, 3] = 1e4
-    experts = balanced_assignment(scores)
+    experts = solve(scores)
     assert experts[7] == 3
     _assert_balanced(experts, 512, 8)
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_every_floating_type(dtype: torch.dtype):
+def test_every_floating_type(solve: Solver, dtype: torch.dtype):
     torch.manual_seed(0)
     scores = torch.randn(300, 8).to(dtype)
-    experts = balanced_assignment(scores)
+    experts = solve(scores)
     _assert_balanced(experts, 300, 8)
     assert _total(scores, experts) >= 0.995 * _optimum(scores)
 
 
-def test_same_scores_give_the_same_assignment_whatever_the_random_state():
+@both
+def test_same_scores_give_the_same_assignment_whatever_the_random_state(solve: Solver):
     torch.manual_seed(0)
     scores = torch.randn(777, 16)
-    first = balanced_assignment(scores)
+    first = solve(scores)
     torch.manual_seed(1)
-    assert torch.equal(balanced_assignment(scores.clone()), first)
+    assert torch.equal(solve(scores.clone()), first)
 
 
-def test_any_strides_and_no_change_of_the_input():
+@both
+def test_any_strides_and_no_change_of_the_input(solve: Solver):
     torch.manual_seed(0)
     scores = torch.randn(16, 200)
     before = scores.clone()
-    assert torch.equal(balanced_assignment(scores.T), balanced_assignment(scores.T.contiguous()))
+    assert torch.equal(solve(scores.T), solve(scores.T.contiguous()))
     assert torch.equal(scores, before)
 
 
-def test_needs_no_gradient_and_works_under_autocast():
+@both
+def test_needs_no_gradient_and_works_under_autocast(solve: Solver):
     torch.manual_seed(0)
     scores = torch.randn(128, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        experts = balanced_assignment(scores.clone().requires_grad_())
+        experts = solve(scores.clone().requires_grad_())
     assert not experts.requires_grad
-    assert torch.equal(experts, balanced_assignment(scores))
+    assert torch.equal(experts, solve(scores))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
