@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> None:
     from megatron_smlp.help import print_help, wants_help
+    from megatron_smlp.platform import choice
 
     if wants_help(argv):
         print_help()
         return
+    choice.choose(argv)
     # Imports stay inside: the checkpoint's helper process, being spawned, imports this file again.
     from megatron_smlp.training.transcript import Transcript
 
@@ -79,13 +81,15 @@ def train(
 
         tasks = TaskEvaluation(args, step.statistics)
     reporter = Reporter(args, step=step, tasks=tasks)
+    saving = Saving(args, reporter)
     speaks = args.rank == 0
     with (
         keyboard_like_sigterm(speaks=speaks),
         hooks.installed(observe(reporter)),
         checkpointing.installed(
-            Saving(args, reporter), before_loading=lambda: choose_checkpoint(args, reporter.say)
+            saving, before_loading=lambda: choose_checkpoint(args, reporter.say)
         ),
+        saving.session(),
         reporter.session(),
     ):
         pretrain(

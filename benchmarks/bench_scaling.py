@@ -133,7 +133,7 @@ class Point:
 
     def flops_per_token(self) -> float:
         shape = ModelShape.from_args(resolve(self.values))
-        return training_flops_per_token(model_cost(shape), shape)
+        return training_flops_per_token(model_cost(shape), shape)[1]
 
     def flags(self, *, steps: int) -> str:
         words = [

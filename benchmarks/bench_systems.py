@@ -51,7 +51,7 @@ def flops_per_step(args: argparse.Namespace) -> float:
     from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_token
 
     shape = ModelShape.from_args(args)
-    per_token = training_flops_per_token(model_cost(shape), shape)
+    _, per_token = training_flops_per_token(model_cost(shape), shape)
     return per_token * float(args.global_batch_size * args.seq_length)
 
 

@@ -35,11 +35,13 @@ class Cost:
 
     parameters: int
     active_parameters: int
-    """Parameters that one token's forward pass uses."""
+    """Parameters that one token's forward pass uses, with the zeros of spatial matrices."""
     flops: int
     """Forward FLOPs of one sequence, only the needed ones."""
     square_flops: int
     """The same with full squares instead of triangles: the paper's convention."""
+    zero_parameters: int = 0
+    """Those above the diagonals of spatial matrices, which stay zero and are never read."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -47,6 +49,7 @@ class Cost:
             self.active_parameters + other.active_parameters,
             self.flops + other.flops,
             self.square_flops + other.square_flops,
+            self.zero_parameters + other.zero_parameters,
         )
 
 
@@ -171,9 +174,24 @@ def forward_tflops_per_1024_tokens(cost: Cost, shape: ModelShape) -> tuple[float
     return cost.square_flops * scale, cost.flops * scale
 
 
-def training_flops_per_token(cost: Cost, shape: ModelShape) -> float:
-    """Needed FLOPs of forward and backward for one token."""
-    return 3 * cost.flops / shape.seq_length
+def training_flops_per_token(cost: Cost, shape: ModelShape) -> tuple[float, float]:
+    """(paper convention, needed only) of forward and backward for one token.
+
+    A token visits as many experts as its rule may send it to: what training drops, or GShard does
+    not draw, is of `choice_flops` less.
+    """
+    return 3 * cost.square_flops / shape.seq_length, 3 * cost.flops / shape.seq_length
+
+
+def choice_flops(shape: ModelShape) -> int:
+    """Forward FLOPs of one token in one of its experts."""
+    return 2 * _expert_parameters(shape)
+
+
+def choices_per_token(shape: ModelShape) -> int:
+    """Experts that a token may be sent to, over all layers."""
+    layers = sum(slots.channel == "token_moe" for slots in shape.slots)
+    return layers * shape.moe_router_topk
 
 
 def embedding_cost(shape: ModelShape) -> Cost:
@@ -202,16 +220,19 @@ def attention_cost(shape: ModelShape) -> Cost:
 
 def gating_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     """Spatial gating: U, the heads' norm, M and b, V. FLOPs do not depend on the heads, nor on
-    whether M is Toeplitz: it is multiplied by blocks (ops/toeplitz_mix.py)."""
+    whether M is Toeplitz: it is multiplied by blocks (ops/toeplitz_mix.py). Partial prediction's
+    first P rows are a product of their own, P x P, with all of its triangle."""
     gate_width = shape.ffn_hidden_size // 2
     up = _linear(shape, shape.hidden_size, shape.ffn_hidden_size)
     down = _linear(shape, gate_width, shape.hidden_size)
     spatial = slots.heads * shape.matrix_parameters + 2 * gate_width
-    cost = up + down + _causal(shape, gate_width, spatial)
+    cost = up + down + _causal(shape, gate_width, spatial) + _zeros(shape, slots.heads)
     if slots.mixer == "gating_and_attention":
         cost += tiny_attention_cost(shape)
     if shape.prefix_length and slots.mixer == "feature_moe":
         cost += prefix_router_cost(shape, slots.heads)
+        unread = shape.prefix_length * (shape.seq_length - shape.prefix_length)
+        cost += Cost(0, 0, 0, -2 * unread * gate_width)
     return cost
 
 
@@ -238,13 +259,23 @@ def mlp_cost(shape: ModelShape) -> Cost:
 
 def token_moe_cost(shape: ModelShape) -> Cost:
     """Router and experts (without bias); a token visits k of E experts, nothing is dropped."""
-    widths = 3 if shape.gated_mlp else 2
-    expert = widths * shape.hidden_size * shape.moe_ffn_hidden_size
+    expert = _expert_parameters(shape)
     router = 0 if shape.token_router == "hash" else shape.hidden_size * shape.num_experts
     active = shape.moe_router_topk * expert + router
     flops = 2 * shape.seq_length * active
     norm = _norm(shape)
     return Cost(shape.num_experts * expert + router + norm, active + norm, flops, flops)
+
+
+def _expert_parameters(shape: ModelShape) -> int:
+    widths = 3 if shape.gated_mlp else 2
+    return widths * shape.hidden_size * shape.moe_ffn_hidden_size
+
+
+def _zeros(shape: ModelShape, matrices: int) -> Cost:
+    """Of so many spatial matrices."""
+    above = 0 if shape.toeplitz else shape.square - shape.triangle
+    return Cost(0, 0, 0, 0, matrices * above)
 
 
 def _norm(shape: ModelShape) -> int:

@@ -42,6 +42,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 from megatron.core.utils import get_pg_rank
+from torch import Tensor
 
 from megatron_smlp.layers.attention import SDPACoreAttention
 from megatron_smlp.layers.feature_moe import DeterministicFeatureMoE, PartialFeatureMoE
@@ -53,7 +54,7 @@ from megatron_smlp.layers.spatial_gating import (
 )
 from megatron_smlp.layers.tiny_attention import TinyAttention
 from megatron_smlp.layers.toeplitz import ToeplitzProjection
-from megatron_smlp.layers.token_moe import token_moe_builder
+from megatron_smlp.layers.token_moe import ResidualRoutedMoELayer, token_moe_builder
 from megatron_smlp.options import (
     LayerSlots,
     ModelOptions,
@@ -76,6 +77,9 @@ class SMLPTransformerConfig(TransformerConfig, ModelOptions):
 
     tokenizer_vocab_size: int | None = None
     """HASH: the vocabulary without padding, entries of a --hash-table."""
+
+    balanced_experts: Tensor | None = None
+    """HASH: <int64>[tokenizer_vocab_size], the table of --hash-table balanced."""
 
     hetereogenous_dist_checkpoint: bool = True
     """Checkpoints name each layer by its number, since layers of one model differ."""
@@ -116,6 +120,16 @@ class SlottedLayer(TransformerLayer):
             vp_stage=vp_stage,
             **kwargs,
         )
+        if isinstance(self.mlp, ResidualRoutedMoELayer):
+            self.mlp.norm = self.pre_mlp_layernorm.__call__
+            self.recompute_pre_mlp_layernorm = False  # its output is not kept in this layer
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Tensor:
+        """Megatron's norm in front of the `mlp` slot; BASE's layer is given x, and normalises."""
+        if isinstance(self.mlp, ResidualRoutedMoELayer):
+            return hidden_states
+        normed: Tensor = super()._forward_pre_mlp_layernorm(hidden_states)
+        return normed
 
 
 def slots_of(config: TransformerConfig, *, architecture: str | None = None) -> list[LayerSlots]:

@@ -19,10 +19,14 @@ from typing import Any, NoReturn
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.config_file import read_yaml
 from megatron_smlp.continuing import with_checkpoint_flags
+from megatron_smlp.data.blending import blends_from_arguments
 from megatron_smlp.errors import UsageError
+from megatron_smlp.exclusive_flags import PER_SPLIT, replaced_by
 from megatron_smlp.foreign_flags import refuse_foreign
 from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import (
+    choice,
+    compiled_helpers,
     cpu,
     cross_entropy,
     forked_saving,
@@ -32,14 +36,18 @@ from megatron_smlp.platform import (
     tensorboard,
     torch_adam,
 )
-from megatron_smlp.routers.flags import settle_feature_router, settle_token_router
+from megatron_smlp.routers.flags import (
+    check_prices,
+    settle_feature_router,
+    settle_token_router,
+)
 from megatron_smlp.run_checks import (
     check_layout,
     check_names,
     check_ranges,
     check_schedule,
 )
-from megatron_smlp.training.checkpoints import check_against_checkpoint, settle_load
+from megatron_smlp.training.checkpoints import check_against_checkpoint, keep_router, settle_load
 from megatron_smlp.training.tokenizer_folder import local_gpt2_files
 from megatron_smlp.training.vocabulary import keep_padding
 
@@ -53,9 +61,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UsageError: with the flag, its value, what is allowed, and what to do.
     """
-    # Megatron insists on it for tensor parallelism, and CUDA reads it when it starts.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.apply()
+    compiled_helpers.apply()
     torch_adam.apply()
     gradient_scale.apply()
     cross_entropy.apply()
@@ -67,6 +74,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = _parse_like_megatron(argv)
     args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
     args.command_line = argv
+    _limit_cuda_connections(args)
+    args.data_contents = {}  # by prefix; training/data.py looks
     check_ranges(args)
     _settle_defaults(args)
     check_model(args)
@@ -78,6 +87,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     _check_hash_table(args)
     check_against_checkpoint(args)
     return args
+
+
+def _limit_cuda_connections(args: argparse.Namespace) -> None:
+    """Megatron insists on one connection under tensor and context parallelism, FSDP refuses it.
+
+    CUDA reads it when it starts, which importing Megatron may do: the launchers export it.
+    """
+    parallel = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
+    sharded = args.use_torch_fsdp2 or args.use_megatron_fsdp
+    if parallel and not sharded:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,7 +151,8 @@ def _parse_like_megatron(argv: Sequence[str]) -> argparse.Namespace:
 def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
     """Put the flags of `--config FILE.yaml` before those of the command line.
 
-    A boolean key of the file is switched off by `--no-KEY` on the command line.
+    A key of the file is left out where `--no-KEY` is on the command line, and where a flag is that
+    stands in for it; of the file's own keys, paths for each split stand in for `split`.
 
     Raises:
         UsageError: the file is missing or is not a mapping, or a key is unknown.
@@ -141,13 +162,16 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
         return list(argv)
     rest = list(argv)
     flags: list[str] = []
-    for key, value in read_yaml(path).items():
-        action = _action_of(parser, key, path)
+    keys = {key: (_action_of(parser, key, path), v) for key, v in read_yaml(path).items()}
+    replaced = replaced_by(given_flags(parser, argv))
+    if PER_SPLIT & {action.dest for action, _ in keys.values()}:
+        replaced.add("split")
+    for key, (action, value) in keys.items():
         negation = f"--no-{key.replace('_', '-')}"
-        if action.nargs == 0 and negation in rest and negation not in _options(parser):
+        if negation in rest and negation not in _options(parser):
             rest.remove(negation)
-            continue
-        flags += _as_flags(action, key, value, path)
+        elif action.dest not in replaced:
+            flags += _as_flags(action, key, value, path)
     return flags + rest
 
 
@@ -250,7 +274,10 @@ def _settle_defaults(args: argparse.Namespace) -> None:
     _check_eval_tasks(args)
     settle_load(args)
     keep_padding(args)
+    keep_router(args)
+    check_prices(args)
     try:
+        choice.check(args.platform)
         args.platform_changes = cpu.set_flags(args)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -263,7 +290,7 @@ def _settle_saving(args: argparse.Namespace) -> None:
         args.keep_every = args.keep_every or args.save_retain_interval
         args.save_retain_interval = None
     if args.async_save:
-        forked_saving.settle(args, has_nvrx=_has("nvidia_resiliency_ext"))
+        forked_saving.settle(args)
     for name in ("keep_last", "keep_every"):
         value, flag = getattr(args, name), flag_of(name)
         if value is not None and value < 1:
@@ -426,8 +453,12 @@ def _check_hash_table(args: argparse.Namespace) -> None:
         )
     from megatron.training import get_tokenizer
 
-    from megatron_smlp.routers.hash_table import read_table
+    from megatron_smlp.routers.hash_table import BALANCED, read_table
 
+    if args.hash_table == BALANCED:
+        if args.load or not blends_from_arguments(args).prefixes:
+            args.hash_table = None  # the checkpoint has one; or there is nothing to count
+        return
     size = get_tokenizer().vocab_size
     try:
         read_table(args.hash_table, num_experts=args.num_experts, vocab_size=size)

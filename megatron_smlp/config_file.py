@@ -1,7 +1,7 @@
 """YAML files of flags: `--config FILE.yaml`. No torch, no Megatron.
 
-A flat mapping, hyphens or underscores. `include: FILE` takes the keys of another file, named from
-the folder of this one; the keys of this one win.
+A flat mapping, hyphens or underscores, of numbers, texts and lists of them. `include: FILE` takes
+the keys of another file, named from the folder of this one; the keys of this one win.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import yaml
 from megatron_smlp.errors import UsageError
 
 INCLUDE = "include"
+MOST_INCLUDES = 20
+MOST_BYTES = 1 << 20
+SCALARS = (str, int, float, bool, type(None))
 
 
 def read_yaml(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -24,12 +27,14 @@ def read_yaml(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]
     """
     if path.resolve() in including:
         raise UsageError(f"--config {path} includes itself: remove its `include:` line.")
+    if len(including) > MOST_INCLUDES:
+        raise UsageError(f"--config {including[0]} includes more than {MOST_INCLUDES} files deep.")
     keys = _mapping(path)
     name = keys.pop(INCLUDE, None)
     if name is None:
         return keys
     if not isinstance(name, str):
-        raise UsageError(f"--config {path}: 'include' names one file, not {name!r}.")
+        raise UsageError(f"--config {path}: 'include' names one file.")
     included = read_yaml(path.parent / name, including=(*including, path.resolve()))
     own = {spelling(key) for key in keys}
     return {key: value for key, value in included.items() if spelling(key) not in own} | keys
@@ -40,14 +45,51 @@ def spelling(key: str) -> str:
     return key.replace("-", "_")
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe, and no key twice: the second would win in silence. Merges may grow for ever."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = spelling(str(key.value))
+            if name in seen or key.tag == "tag:yaml.org,2002:merge":
+                what = "is there twice" if name in seen else "merges: give the keys themselves"
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{name!r:.60} {what}", problem_mark=key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep=deep)
+
+
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(_text_of(path), _Loader)
     except FileNotFoundError as error:
         raise UsageError(f"--config {path}: no such file; configs/ holds ready ones.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UsageError(f"--config {path} cannot be read as YAML: {reason}") from error
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} must hold `flag: value` lines at its top level.")
+    for key, value in content.items():
+        if not all(isinstance(item, SCALARS) for item in _items(value)):
+            raise UsageError(
+                f"--config {path}: '{str(key)[:60]}' is no number, text, switch or list of them; "
+                "put a date between quotes."
+            )
     return {str(key): value for key, value in content.items()}
+
+
+def _text_of(path: Path) -> str:
+    """A device has no end, and a pipe may have no writer."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES} bytes")
+    return content.decode("utf-8")
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

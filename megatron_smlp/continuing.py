@@ -14,16 +14,9 @@ from typing import Any
 from megatron_smlp.checkpoints.run_record import OF_ONE_START, read_run_record
 from megatron_smlp.checkpoints.structure import iteration_folder, loading_order, release_folder
 from megatron_smlp.errors import UsageError
+from megatron_smlp.exclusive_flags import replaced_by
 
 FLAG = "--use-checkpoint-args"
-
-# Flags of which one is given in place of another.
-INSTEAD = (
-    {"train_iters", "train_samples"},
-    {"lr_decay_iters", "lr_decay_samples"},
-    {"lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples"},
-    {"data_path", "data_args_path", "mock_data"},
-)
 
 
 def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
@@ -44,8 +37,7 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     words = _recorded_words(load, known.ckpt_step)
     options = parser._option_string_actions
     given = {action.dest for action, _ in _groups(options, own) if action}
-    replaced = OF_ONE_START | given
-    replaced |= {name for group in INSTEAD if given & group for name in group}
+    replaced = OF_ONE_START | given | replaced_by(given)
     kept: list[str] = []
     for action, group in _groups(options, words):
         negation = group[0].split("=")[0].replace("--", "--no-", 1)

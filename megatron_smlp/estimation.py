@@ -79,7 +79,9 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
     """values: flags by name, with underscores; others than sizes and layouts are ignored.
 
     Returns:
-        total_parameters, active_parameters, forward_tflops_per_1024_tokens (full squares, the
+        total_parameters, active_parameters (per token), zero_parameters (those of both that lie
+        above the diagonals of spatial matrices), experts_per_token (that a rule may send it to;
+        training may send it to fewer), forward_tflops_per_1024_tokens (full squares, the
         paper's convention), forward_needed_tflops_per_1024_tokens (causal products as triangles),
         per_gpu (bytes; see footprint.Footprint).
 
@@ -94,6 +96,8 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "total_parameters": cost.parameters,
         "active_parameters": cost.active_parameters,
+        "zero_parameters": cost.zero_parameters,
+        "experts_per_token": shape.moe_router_topk if shape.num_experts else 0,
         "forward_tflops_per_1024_tokens": paper,
         "forward_needed_tflops_per_1024_tokens": needed,
         "per_gpu": asdict(per_gpu)
@@ -145,6 +149,8 @@ def _table(result: dict[str, Any]) -> str:
     lines = [
         f"total parameters            {result['total_parameters']:>16,}",
         f"active parameters           {result['active_parameters']:>16,}",
+        f"  zeros above diagonals     {result['zero_parameters']:>16,}",
+        f"experts of a token, at most {result['experts_per_token']:>16,}",
         "forward TFLOPs per 1024 tokens",
         f"  full squares (paper)      {result['forward_tflops_per_1024_tokens']:>16.4f}",
         f"  needed (triangles)        {result['forward_needed_tflops_per_1024_tokens']:>16.4f}",

@@ -11,6 +11,7 @@ import argparse
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import ModelOptions
+from megatron_smlp.platform import cpu
 
 OF_ONE_ARCHITECTURE = {
     "num_dense_layers": "smlp",
@@ -33,6 +34,7 @@ OF_OTHER_LAYERS = (
     "hybrid_override_pattern",
     "is_hybrid_model",
 )
+OF_DOCUMENTS = ("reset_attention_mask", "reset_position_ids")
 OF_ATTENTION = (
     "group_query_attention",
     "num_query_groups",
@@ -54,9 +56,11 @@ OF_TRANSFORMER_ENGINE = (
     "window_size",
     "fused_residual_rmsnorm",
     "moe_permute_fusion",
+    "moe_grouped_gemm",
     "fp8",
     "fp4",
 )
+GRAPHS = ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
 FLAGS = {
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     "fp8": "--fp8-format",
@@ -77,6 +81,12 @@ def refuse_foreign(args: argparse.Namespace) -> None:
             f"{_flag(name)} builds layers of other models than --architecture {args.architecture}: "
             "leave it out."
         )
+    for name in _given(args, OF_DOCUMENTS):
+        raise UsageError(
+            f"{_flag(name)}: samples are read whole, as every system here is trained and compared: "
+            "a spatial matrix has one row for each position of the sample, wherever its documents "
+            "begin (docs/data.md). Leave it out."
+        )
     for name in _given(args, ("use_mup",)):
         raise UsageError(
             f"{_flag(name)} has no rule for spatial matrices, experts and routers: leave it out."
@@ -88,12 +98,38 @@ def refuse_foreign(args: argparse.Namespace) -> None:
         )
     if args.architecture != "transformer":
         _refuse_attentions(args)
+    _refuse_cuda_graphs(args)
     for name in _given(args, OF_TRANSFORMER_ENGINE):
         if args.transformer_impl == "local":
             raise UsageError(
                 f"{_flag(name)} needs Transformer Engine, which is not in use "
                 "(--transformer-impl local): leave it out."
             )
+
+
+def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
+    """A graph holds nothing that the host waits for.
+
+    A whole iteration reads each loss there (--nonfinite-loss); token experts read how many tokens
+    they get, partial prediction how many chunks.
+    """
+    given = [name for name in GRAPHS if getattr(args, name) not in (None, False, "none")]
+    if not given:
+        return
+    value = args.cuda_graph_impl if given[0] == "cuda_graph_impl" else ""
+    flag = f"{_flag(given[0])} {value}".rstrip()
+    if cpu.needed():
+        raise UsageError(f"{flag} needs a CUDA device and none was found: leave it out.")
+    if args.num_experts or args.feature_router == "partial":
+        raise UsageError(
+            f"{flag} cannot capture layers that route: the host reads how many tokens or chunks "
+            "each expert gets. Leave it out."
+        )
+    if args.cuda_graph_impl == "full_iteration":
+        raise UsageError(
+            f"{flag}: the host reads every step's losses (--nonfinite-loss), which a graph cannot "
+            "hold. Give --cuda-graph-impl local, or leave it out."
+        )
 
 
 def _refuse_ours(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.transformer.spec_utils import import_module
-from megatron.training import get_tokenizer
+from megatron.training import get_args, get_tokenizer
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch.nn import functional
 
 from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
 from megatron_smlp.routers.hash import give_token_ids
+from megatron_smlp.routers.hash_table import BALANCED
+from megatron_smlp.training.data import experts_of_training_data
 
 tanh_gelu = partial(functional.gelu, approximate="tanh")
 """GPT-2's GELU, transformers' `gelu_new`."""
@@ -53,7 +55,7 @@ def model_config(args: argparse.Namespace) -> Any:
     config = transformer_config(args)
     model = gpt_config_from_args(args, config=config)
     model.transformer_layer_spec = import_module(args.spec) if args.spec else _layers
-    model.pre_wrap_hooks.append(_with_token_ids)
+    model.pre_wrap_hooks += [_with_token_ids, _on_device]
     return model
 
 
@@ -63,5 +65,17 @@ def _with_token_ids(stages: list[Any]) -> list[Any]:
     return stages
 
 
+def _on_device(stages: list[Any]) -> list[Any]:
+    """Megatron leaves a model whose weights are drawn on the CPU there, on a GPU too."""
+    for stage in stages:
+        if stage.config.use_cpu_initialization:
+            stage.cuda()
+    return stages
+
+
 def _layers(model: Any, vp_stage: int | None = None) -> Any:
-    return block_spec(model.transformer, vp_stage=vp_stage)
+    """The first thing of a model that is built on every rank, and collective there."""
+    config = model.transformer
+    if config.hash_table == BALANCED and config.balanced_experts is None:
+        config.balanced_experts = experts_of_training_data(get_args())
+    return block_spec(config, vp_stage=vp_stage)

@@ -72,12 +72,33 @@ class ModelOptions:
     moe_eval_capacity_factor: float | None = None
     """switch, gshard: the same in evaluation, where it often is larger or left out."""
 
+    base_routing_input: Literal["residual", "norm"] = "residual"
+    """base: what tokens are scored and weighted by. residual: the residual stream as it is, as in
+    BASE's source; norm: its LayerNorm, which the experts read either way. A checkpoint keeps its
+    own, and one that is older than this flag has norm."""
+
+    base_prices: Literal["mean", "none"] = "mean"
+    """base: mean: keep, with the model, the running mean of the prices of the experts that balance
+    the micro-batches of the training, for --base-eval prices. A checkpoint keeps its own choice,
+    and one that is older than this flag has none."""
+
+    base_eval: Literal["greedy", "prices"] = "greedy"
+    """base: the expert of a token in evaluation. greedy: that of its highest score, as in BASE's
+    source; prices: that of its highest score minus the expert's mean price, which evens the load
+    (not in the paper)."""
+
+    gshard_second_expert: Literal["paper", "all", "raw"] = "paper"
+    """gshard: which second experts training uses. paper: with probability 2 g2 / (g1 + g2), at
+    most 1, as in GShard's algorithm 1; all: always, as in fairseq's recipes; raw: 2 g2. A
+    checkpoint keeps its own, and one that is older than this flag has raw."""
+
     hash_seed: int = 0
     """hash: seed of the random table of token ids with which a new model starts."""
 
     hash_table: str | None = None
-    """hash: file that tools/build_hash_table.py made from the counts of a corpus, with which a new
-    model starts instead. A checkpoint's own table wins over both."""
+    """hash: with which table a new model starts instead: balanced, by the counts of the run's own
+    training data, or a file that tools/build_hash_table.py made from those of a corpus. A
+    checkpoint's own table wins over both."""
 
     @property
     def num_chunks(self) -> int:
@@ -94,6 +115,10 @@ class RunOptions:
 
     dry_run: bool = False
     """Print the resolved configuration, the layer table, parameters and FLOPs, then exit."""
+
+    platform: Literal["auto", "cpu"] = "auto"
+    """auto: CUDA devices where torch finds them, else the CPU, unless the machine has an NVIDIA
+    device that torch cannot use. cpu: the CPU in any case (on the command line, not in a file)."""
 
     no_resume: bool = False
     """Start from scratch although the --save folder holds a checkpoint. By default --load is the
@@ -128,6 +153,9 @@ class RunOptions:
     allow_tokenizer_mismatch: bool = False
     """Train on data whose manifest names another vocabulary than this run's tokenizer has."""
 
+    allow_data_mismatch: bool = False
+    """Go on from a checkpoint on other data than it was trained on, under the same name."""
+
     eval_tasks: str | None = None
     """Zero-shot tasks to score during training, as copa,piqa: accuracies go to metrics.jsonl and
     TensorBoard. Needs the extra [eval]; docs/evaluation.md."""
@@ -140,6 +168,16 @@ class RunOptions:
 
     eval_tasks_limit: int | None = None
     """With --eval-tasks: only the first so many examples of each task."""
+
+    base_eval_both: bool = False
+    """base: validate and test a second time, the other way of --base-eval, and report those losses
+    and loads beside the others."""
+
+    suffix_from: float | None = None
+    """Report loss and perplexity of the targets that this position and later ones predict, beside
+    those of all, in training and validation: what partial prediction is trained on, for any system.
+    A number under 1 is a fraction of --seq-length (default: partial prediction's prefix, else
+    nothing)."""
 
     peak_tflops: float | None = None
     """Dense peak of one device for the MFU figure, in TFLOP/s (default: known GPUs, else n/a)."""
@@ -165,6 +203,28 @@ def prefix_length(options: Any, *, seq_length: int) -> int:
     """
     is_partial = options.feature_router == "partial"
     return int(Fraction(str(options.prefix_fraction)) * seq_length) if is_partial else 0
+
+
+def suffix_start(options: Any, *, seq_length: int) -> int:
+    """P of --suffix-from, or partial prediction's; 0 where no suffix is reported.
+
+    Args:
+        options: a namespace with the names of ModelOptions and RunOptions.
+
+    Raises:
+        ValueError: it is no position of a sample that has something on both sides.
+    """
+    given = options.suffix_from
+    if given is None:
+        return prefix_length(options, seq_length=seq_length)
+    inside = 0 < given < seq_length
+    position = Fraction(str(given)) * (seq_length if given < 1 else 1) if inside else Fraction(0)
+    if position < 1 or (given >= 1 and position.denominator != 1):
+        raise ValueError(
+            f"--suffix-from {given:g}: give a whole position over 0 and under --seq-length "
+            f"{seq_length}, or a fraction of it that is one, as 0.2; or leave it out."
+        )
+    return int(position)
 
 
 def is_moe_layer(index: int, moe_layer_freq: int | list[int]) -> bool:

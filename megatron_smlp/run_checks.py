@@ -11,6 +11,7 @@ import math
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
+from megatron_smlp.options import suffix_start
 
 LEAST = {
     "train_iters": 1,
@@ -92,6 +93,10 @@ def check_schedule(args: argparse.Namespace) -> None:
         UsageError: see the messages.
     """
     _check_length(args)
+    try:
+        suffix_start(args, seq_length=args.seq_length)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if args.lr is None:
         raise UsageError("--lr is missing: give the peak learning rate, for example --lr 1e-3.")
     if (args.min_lr or 0.0) > args.lr:
@@ -127,6 +132,13 @@ def _check_length(args: argparse.Namespace) -> None:
             f"--train-iters {args.train_iters} and --train-samples {args.train_samples} both say "
             "how long the run is: give one of them."
         )
+    other = "samples" if args.train_iters else "iters"
+    for name in ("lr_decay", "lr_warmup"):
+        if value := getattr(args, f"{name}_{other}"):
+            raise UsageError(
+                f"{flag_of(name)}-{other} {value} beside --train-{unit} {length}: they count "
+                f"different things. Give {flag_of(name)}-{unit} in its place."
+            )
     decay = getattr(args, f"lr_decay_{unit}")
     warmup = getattr(args, f"lr_warmup_{unit}")
     if warmup >= (decay or length):

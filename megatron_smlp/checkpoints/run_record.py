@@ -7,6 +7,7 @@
 | given | which flags these were |
 | flags | the value of every flag, as Megatron and the machine settled it |
 | layout | over how many ranks the model was spread, and how |
+| data | what was in each dataset, by its prefix: `data/content.py` |
 | tokenizer | flags that name it, its size, and the SHA-256 of its vocabulary |
 """
 
@@ -53,6 +54,7 @@ def run_record(args: argparse.Namespace, *, iteration: int | None) -> dict[str, 
         "command_line": args.command_line,
         "given": sorted(args.explicit_flags),
         "layout": {name: getattr(args, name) for name in LAYOUT},
+        "data": args.data_contents,
         "tokenizer": {name: getattr(args, name) for name in TOKENIZER}
         | {"identity": _tokenizer_identity(args)},
         "flags": {name: plain(value) for name, value in sorted(vars(args).items())},
@@ -101,6 +103,13 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record
+
+
+def other_data(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Prefixes of the datasets that hold something else than when the checkpoint was saved."""
+    before = record.get("data", {})
+    now = args.data_contents
+    return [prefix for prefix, content in now.items() if before.get(prefix, content) != content]
 
 
 def changes(record: dict[str, Any], args: argparse.Namespace) -> list[str]:

@@ -19,7 +19,15 @@ from megatron_smlp.conversion.padding import Repadded, padded_size
 from megatron_smlp.conversion.progress import Progress
 from megatron_smlp.conversion.record import converted_record
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
-from megatron_smlp.conversion.tensors import Converted, Recipe, Source, Spec, same, tensors_of
+from megatron_smlp.conversion.tensors import (
+    Converted,
+    Recipe,
+    Source,
+    Spec,
+    check_scale,
+    same,
+    tensors_of,
+)
 from megatron_smlp.conversion.tokenizer import tokenizer_folder
 from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion.torch_dist_writer import write_weights
@@ -177,10 +185,11 @@ def _of_exported(options: Options) -> Weights:
     config = huggingface.read_config(options.load)
     files = SafetensorsFolder(options.load)
     source, flags = _padded(options, files, files.specs, huggingface.flags_of(config))
+    model = huggingface.build(config)
     expected = megatron_model.expected_shapes(megatron_model.build(flags))
     plan = huggingface.import_plan(expected, flags)
     converted = Converted(plan, source, expected, where=str(options.load))
-    logits = partial(huggingface.logits, huggingface.build(config), files)
+    logits = partial(huggingface.logits, model, files)
     return Weights(converted, flags, str(options.load), logits)
 
 
@@ -204,6 +213,7 @@ def _padded(
     default: int | None = None,
 ) -> tuple[Repadded, dict[str, Any]]:
     """A source with the padding that its vocabulary is to have, and the flags that say it."""
+    check_scale(specs, flags, where=str(options.load))
     divisible_by = options.divisible_by or default
     rows = flags["padded_vocab_size"]
     if divisible_by is not None:

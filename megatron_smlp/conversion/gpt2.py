@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_smlp.conversion.huggingface import IMPOSSIBLE
 from megatron_smlp.conversion.names import HeadShape, join_qkv
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.conversion.streamed_weights import weights_from
@@ -64,7 +65,6 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
     Raises:
         UsageError: another model, or one that computes what ours cannot.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import GPT2Config
 
     if values.get("model_type") != MODEL_TYPE:
@@ -74,7 +74,7 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
         )
     try:
         theirs = GPT2Config(**{name: v for name, v in values.items() if name != "model_type"})
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except IMPOSSIBLE as error:
         raise UsageError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
     for name, only in UNSUPPORTED.items():
         if getattr(theirs, name) != only:
@@ -101,8 +101,8 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
             hidden_act=ACTIVATIONS[theirs.activation_function],
             tie_word_embeddings=theirs.tie_word_embeddings,
         )
-    except ValueError as error:
-        raise UsageError(f"{folder}/config.json: {error}") from error
+    except IMPOSSIBLE as error:
+        raise UsageError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
 
 
 class GPT2Folder:

@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.conversion.names import HeadShape, to_huggingface, to_megatron
-from megatron_smlp.conversion.safetensors_files import write_folder
+from megatron_smlp.conversion.safetensors_files import (
+    INDEX,
+    SINGLE,
+    SafetensorsFolder,
+    write_folder,
+)
 from megatron_smlp.conversion.streamed_weights import weights_from
-from megatron_smlp.conversion.tensors import Recipe, Source, Spec, main_dtype
+from megatron_smlp.conversion.tensors import Recipe, Source, Spec, check_scale, main_dtype
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf import configuration_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
@@ -42,6 +48,10 @@ SAME_NAME = (
     "token_router",
     "moe_train_capacity_factor",
     "moe_aux_loss_coeff",
+    "base_routing_input",
+    "base_prices",
+    "base_eval",
+    "gshard_second_expert",
     "hash_seed",
     "num_experts",
     "moe_ffn_hidden_size",
@@ -63,6 +73,17 @@ UNSUPPORTED = {
     "group_query_attention": False,
     "normalization": "LayerNorm",
 }
+# What transformers answers to a value that is of no use to it.
+IMPOSSIBLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+)
+MODEL_TYPE = SMLPConfig.model_type
+LAYERS = ("num_layers", "num_hidden_layers", "n_layer")
 CODE = ("configuration_smlp.py", "modeling_smlp.py")
 
 
@@ -86,13 +107,16 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
             f"{flags['seq_length']} are one number in the Hugging Face model: a checkpoint can be "
             "exported where they are equal."
         )
-    return SMLPConfig(
-        **{name: flags[name] for name in SAME_NAME},
-        **{theirs: flags[ours] for ours, theirs in OTHER_NAME.items()},
-        moe_eval_capacity_factor=None,  # a score must not depend on what else is in its batch
-        hidden_act="gelu_new" if flags["openai_gelu"] else "gelu",
-        tie_word_embeddings=not flags["untie_embeddings_and_output_weights"],
-    )
+    try:
+        return SMLPConfig(
+            **{name: flags[name] for name in SAME_NAME},
+            **{theirs: flags[ours] for ours, theirs in OTHER_NAME.items()},
+            moe_eval_capacity_factor=None,  # a score must not depend on what else is in its batch
+            hidden_act="gelu_new" if flags["openai_gelu"] else "gelu",
+            tie_word_embeddings=not flags["untie_embeddings_and_output_weights"],
+        )
+    except IMPOSSIBLE as error:
+        raise UsageError(f"the model's flags: {' '.join(str(error).split())[:300]}") from error
 
 
 def flags_of(config: SMLPConfig) -> dict[str, Any]:
@@ -129,15 +153,16 @@ def read_config(folder: Path) -> SMLPConfig:
         UsageError: it holds another model, or a value that is not possible.
     """
     values = read_config_json(folder)
-    if values.get("model_type") != SMLPConfig.model_type:
+    if values["model_type"] != MODEL_TYPE:
         raise UsageError(
-            f"{folder}/config.json is of a model of type {values.get('model_type')!r}; what can be "
-            f"read is {SMLPConfig.model_type!r}, which this tool writes, and 'gpt2'."
+            f"{folder}/config.json is of a model of type {values['model_type']!r}; what can be "
+            f"read is {MODEL_TYPE!r}, which this tool writes, and 'gpt2'."
         )
     try:
-        return SMLPConfig(**{name: v for name, v in values.items() if name != "model_type"})
-    except ValueError as error:
-        raise UsageError(f"{folder}/config.json: {error}") from error
+        config: SMLPConfig = SMLPConfig.from_dict(values)
+        return config
+    except IMPOSSIBLE as error:
+        raise UsageError(f"{folder}/config.json: {' '.join(str(error).split())[:300]}") from error
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -151,17 +176,46 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"{path} is missing: give the folder of a Hugging Face model.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({error}).") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds no JSON object.")
+    if not isinstance(values.get("model_type"), str):
+        raise UsageError(f"{path} does not say the model's type: model_type is no text.")
     return values
 
 
+def check_folder(folder: Path) -> bool:
+    """Look at a folder before transformers loads it; whether the model in it is ours.
+
+    Raises:
+        UsageError: the configuration is damaged, or of a model that the weights are plainly not of.
+        DamagedCheckpointError: a file of the weights is not what it says.
+    """
+    values = read_config_json(folder)
+    if any((folder / name).is_file() for name in (INDEX, SINGLE)):
+        specs = SafetensorsFolder(folder).specs
+        experts = values.get("num_experts") if values["model_type"] == MODEL_TYPE else None
+        for name in LAYERS:
+            sizes = {"num_layers": values.get(name, 0), "num_experts": experts}
+            check_scale(specs, sizes, where=str(folder))
+    if values["model_type"] == MODEL_TYPE:
+        build(read_config(folder))
+        return True
+    return False
+
+
 def build(config: SMLPConfig) -> SMLPForCausalLM:
-    """The model in evaluation mode, its parameters on the meta device."""
-    with torch.device("meta"):
-        return SMLPForCausalLM(config).eval()
+    """The model in evaluation mode, its parameters on the meta device.
+
+    Raises:
+        UsageError: its sizes are beyond what a tensor can have.
+    """
+    try:
+        with torch.device("meta"):
+            return SMLPForCausalLM(config).eval()
+    except (RuntimeError, *IMPOSSIBLE) as error:
+        raise UsageError(f"no such model can be built: {' '.join(str(error).split())}") from error
 
 
 def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -240,6 +294,8 @@ def _add_tokenizer(config: SMLPConfig, tokenizer: str, folder: Path) -> None:
         ) from error
     for name in ("local_files_only", "is_local"):  # which are of this call, and would be saved
         loaded.init_kwargs.pop(name, None)
+    if loaded.pad_token is None:
+        loaded.pad_token = loaded.eos_token  # as the model's configuration says
     loaded.model_max_length = config.max_position_embeddings
     loaded.save_pretrained(folder)
     config.eos_token_id = loaded.eos_token_id

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_smlp.conversion.streamed_weights import weights_from
 from megatron_smlp.conversion.tensors import Source
+from megatron_smlp.errors import UsageError
 
 # As pretrain_smlp.py sets it on a machine without Apex and Transformer Engine, in fp32.
 ON_CPU: dict[str, Any] = {
@@ -57,7 +58,17 @@ def build(flags: Mapping[str, Any]) -> Any:
 
     Args:
         flags: the contents of a checkpoint's model.json.
+
+    Raises:
+        UsageError: its sizes are beyond what a tensor can have.
     """
+    try:
+        return _build(flags)
+    except (RuntimeError, OverflowError) as error:
+        raise UsageError(f"no such model can be built: {str(error).splitlines()[0]}") from error
+
+
+def _build(flags: Mapping[str, Any]) -> Any:
     from megatron.core.models.gpt import GPTModel
 
     from megatron_smlp.architectures import SMLPTransformerConfig, block_spec

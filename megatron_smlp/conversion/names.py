@@ -51,6 +51,7 @@ IN_LAYER = {
     "mlp.linear_fc2.weight": "channel.down_proj.weight",
     "mlp.linear_fc2.bias": "channel.down_proj.bias",
     "mlp.router.weight": "channel.router.weight",
+    "mlp.router.prices": "channel.router.prices",
     "mlp.router.table": "channel.router.table",
     "mlp.experts.experts.linear_fc1.weight": "channel.experts.up_proj",
     "mlp.experts.experts.linear_fc2.weight": "channel.experts.down_proj",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -121,6 +121,22 @@ def account(
                 f"is {list(expected[target])}."
             )
     return specs
+
+
+def check_scale(specs: Mapping[str, Spec], flags: Mapping[str, Any], *, where: str) -> None:
+    """Refuse sizes that the tensors plainly do not have: a model of them would take hours to build.
+
+    Raises:
+        UsageError: there is not a tensor for each layer, or not a row for each expert.
+    """
+    num_layers, num_experts = flags.get("num_layers"), flags.get("num_experts")
+    if not isinstance(num_layers, int) or num_layers > len(specs):
+        raise UsageError(
+            f"{where} holds {len(specs)} tensors, which is no model of {num_layers} layers."
+        )
+    most = max((spec.shape[0] for spec in specs.values() if spec.shape), default=0)
+    if not isinstance(num_experts, int | None) or (num_experts or 0) > most:
+        raise UsageError(f"{where} holds no tensor with rows for {num_experts} experts.")
 
 
 def _outcome(target: str, recipe: Recipe, source: Mapping[str, Spec], where: str) -> Spec:

@@ -17,9 +17,10 @@ from megatron_smlp.checkpoints.structure import (
     iteration_of,
     tracked_folder,
 )
+from megatron_smlp.conversion.tensors import check_scale
 from megatron_smlp.conversion.torch_dist_reader import TorchDistReader
 from megatron_smlp.errors import DamagedCheckpointError, UsageError
-from megatron_smlp.training.checkpoints import OLDER_THAN
+from megatron_smlp.training.checkpoints import with_older_flags
 
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state", "common_state")
 COMMON = "common_state/shard_0_1"
@@ -47,6 +48,7 @@ class TorchDistCheckpoint(TorchDistReader):
         self.specs = {
             name: spec for name, spec in self.all_specs.items() if not name.startswith(NOT_WEIGHTS)
         }
+        check_scale(self.specs, self.flags, where=str(found))
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -103,6 +105,8 @@ def _read_flags(folder: Path) -> dict[str, Any]:
         )
     try:
         flags: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} is not JSON ({error}).") from error
-    return {**OLDER_THAN, **flags}
+    if not isinstance(flags, dict):
+        raise DamagedCheckpointError(f"{path} holds no JSON object.")
+    return with_older_flags(flags)

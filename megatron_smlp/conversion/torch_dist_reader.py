@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_smlp.checkpoints.pieces import check_piece
 from megatron_smlp.conversion.safetensors_files import BLOCK, bytes_of
 from megatron_smlp.conversion.tensors import Spec
 from megatron_smlp.errors import DamagedCheckpointError
@@ -53,7 +54,7 @@ class TorchDistReader:
         """One tensor, or one row of it, whatever the pieces in which ranks wrote it.
 
         Raises:
-            DamagedCheckpointError: a piece is missing or cannot be read.
+            DamagedCheckpointError: a piece cannot be read.
         """
         entry = self.entries[name]
         if row is None:
@@ -70,10 +71,9 @@ class TorchDistReader:
         Each piece goes from the disk to its place, so that memory holds the tensor and no more.
 
         Raises:
-            DamagedCheckpointError: a piece is missing or cannot be read.
+            DamagedCheckpointError: a piece cannot be read.
         """
         target = target if target.dim() else target[None]
-        covered = 0
         for chunk in self.entries[name].chunks:
             offsets, sizes = chunk.offsets or (0,), chunk.sizes or (1,)
             first = max(offsets[0], start)
@@ -85,25 +85,13 @@ class TorchDistReader:
             part = target[(slice(first - start, last - start), *rest)]
             skip = (first - offsets[0]) * math.prod(sizes[1:]) * target.itemsize
             self._read_piece(part, name, chunk, skip=skip)
-            covered += part.numel()
-        if covered != target.numel():
-            raise DamagedCheckpointError(f"{self.folder} lacks pieces of {name}.")
 
     def _read_piece(
         self, target: Tensor, name: str, chunk: ChunkStorageMetadata, *, skip: int
     ) -> None:
-        index = MetadataIndex(name, chunk.offsets)
-        if index not in self.storage:
-            raise DamagedCheckpointError(f"{self.folder} does not say where {name} is.")
-        path, part = self._open(self.storage[index])
+        path, part = self._open(self.storage[MetadataIndex(name, chunk.offsets)])
         with safe_loading.readable(path), part:
-            written = torch.load(part, map_location="meta", weights_only=True)
-            if written.shape != chunk.sizes or written.dtype != target.dtype:
-                raise DamagedCheckpointError(
-                    f"{self.folder} holds a piece of {name} that is {list(written.shape)} of "
-                    f"{written.dtype}, not {list(chunk.sizes)} of {target.dtype}: the files are "
-                    "damaged."
-                )
+            written = check_piece(part, (tuple(chunk.sizes), target.dtype), name)
             if not written.is_contiguous() or written.storage_offset():
                 raise DamagedCheckpointError(f"{path} holds {name} otherwise than row by row.")
             part.seek(0)

@@ -38,8 +38,9 @@ from megatron_smlp.routers.hash_table import random_table
 SCALE: dict[str, Callable[[int], float]] = {"switch": float, "base": lambda experts: 2.0}
 EXTRA_WIDTH = 8
 """Hidden units more than the dense FFN, of which one carries its bias."""
-ROUTER_SCORE = 1e-4
-"""Standard deviation of a router's scores for features of variance 1."""
+ROUTER_SCORE = {"norm": 1e-4, "residual": 1e-6}
+"""Standard deviation of a router's scores for features of variance 1, by what it reads; those of
+a residual stream are larger."""
 STD = 0.02
 SEED = 20220314
 
@@ -152,8 +153,11 @@ def _recipe(
     like = {"shape": shape, "dtype": dtype}
     if kind == "mlp.router.table":
         return Recipe((), partial(_table, target))
+    if kind == "mlp.router.prices":
+        return Recipe((), partial(torch.zeros, shape))
     if kind == "mlp.router.weight":
-        return Recipe((), partial(_router, **like, seed=seed))
+        read = target["base_routing_input"] if target["token_router"] == "base" else "norm"
+        return Recipe((), partial(_router, **like, score=ROUTER_SCORE[read], seed=seed))
     if kind == "self_attention.router.weight" and name not in source:
         return Recipe((), partial(_prefix_router, **like, seed=seed))
     if kind.startswith("mlp.experts."):
@@ -206,14 +210,14 @@ def _normal(shape: tuple[int, ...], dtype: torch.dtype, *, std: float, seed: int
     return values
 
 
-def _router(*, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+def _router(*, shape: tuple[int, ...], dtype: torch.dtype, score: float, seed: int) -> Tensor:
     """Rows that sum to zero: what all tokens have in common favours no expert."""
-    weight = _normal(shape, torch.float32, std=ROUTER_SCORE / math.sqrt(shape[1]), seed=seed)
+    weight = _normal(shape, torch.float32, std=score / math.sqrt(shape[1]), seed=seed)
     return (weight - weight.mean(dim=1, keepdim=True)).to(dtype)
 
 
 def _prefix_router(*, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    return _normal(shape, dtype, std=ROUTER_SCORE / math.sqrt(shape[0]), seed=seed)
+    return _normal(shape, dtype, std=ROUTER_SCORE["norm"] / math.sqrt(shape[0]), seed=seed)
 
 
 def _table(flags: Mapping[str, Any]) -> Tensor:

@@ -3,6 +3,8 @@
 The one module of `data` that imports Megatron: training calls it, the tools do not.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_smlp.data.blending import SPLITS, Blends
+from megatron_smlp.data.content import Watch
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.index_cache import exclusive_caches
 from megatron_smlp.data.indexed import open_index
@@ -32,6 +35,37 @@ class DatasetUse:
     """Tokens that the split has of this dataset: one epoch."""
     epochs: float
     """Samples drawn over samples in an epoch."""
+
+
+class WatchedGPTDataset(GPTDataset):
+    """Megatron's dataset, with the content of the pair in the names of its caches.
+
+    Megatron names them by the path alone, so that a dataset that grew would be read through the
+    index of the old one. And every sample is read from the bytes that the run began with.
+    """
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        """Sample `idx`.
+
+        Raises:
+            ChangedDataError: the pair is not what it was when the run began.
+        """
+        self.watch.look()
+        sample: dict[str, Any] = super().__getitem__(idx)
+        return sample
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
+        """Megatron's, after what it names the caches by has been completed."""
+        self.watch = Watch(self.dataset.path_prefix)
+        self.unique_identifiers["content"] = self.watch.content
+        self.unique_description = json.dumps(
+            self.unique_identifiers, indent=4, default=lambda part: part.unique_identifiers
+        )
+        self.unique_description_hash = hashlib.md5(
+            self.unique_description.encode(), usedforsecurity=False
+        ).hexdigest()
+        indices: tuple[Any, Any, Any] = super()._build_document_sample_shuffle_indices()
+        return indices
 
 
 def build_datasets(
@@ -54,7 +88,9 @@ def build_datasets(
             datasets that do not suffice.
     """
     _check_splits(blends, config)
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), is_built_on_rank, config)
+    builder = BlendedMegatronDatasetBuilder(
+        WatchedGPTDataset, list(num_samples), is_built_on_rank, config
+    )
     caches = exclusive_caches(blends.prefixes, path_to_cache=config.path_to_cache)
     with caches if rank == 0 else nullcontext():
         datasets: list[Any] = builder.build()

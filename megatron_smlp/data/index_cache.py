@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_smlp.data.errors import DataError
 
-CLASS_FOLDER = "GPTDataset_indices"
+CLASS_FOLDER = "WatchedGPTDataset_indices"
 LOCK_NAME = ".building.lock"
 
 

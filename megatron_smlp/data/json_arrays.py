@@ -1,6 +1,7 @@
 """A `.json` file that holds one array of objects, as chunks of one object a line."""
 
 import codecs
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,7 @@ def _elements(path: Path) -> Iterator[bytes]:
     while True:
         text, at = _skip_space(blocks, text, at)
         if text[at] == "]":
+            _check_end(blocks, text[at + 1 :])
             return
         if not first:
             if text[at] != ",":
@@ -89,12 +91,22 @@ def _skip_space(blocks: Iterator[str], text: str, at: int) -> tuple[str, int]:
         text, at = _more(blocks), 0
 
 
+def _check_end(blocks: Iterator[str], text: str) -> None:
+    """Raise `DamagedInputError` where something follows the array."""
+    for block in itertools.chain([text], blocks):
+        rest = block.strip(SPACE)
+        if rest:
+            raise DamagedInputError(
+                f"{rest[:20]!r} follows the array: a file holds one array, or an object a line"
+            )
+
+
 def _element_end(decoder: json.JSONDecoder, blocks: Iterator[str], text: str) -> tuple[str, int]:
     """(text, end of the element that it starts with); while that is cut off, read on."""
     while True:
         try:
             _, end = decoder.raw_decode(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except json.JSONDecodeError as error:
             grown = [text]
             try:
                 while sum(map(len, grown)) < 2 * len(text) + 1:
@@ -103,6 +115,9 @@ def _element_end(decoder: json.JSONDecoder, blocks: Iterator[str], text: str) ->
                 if len(grown) == 1:
                     raise DamagedInputError(f"bad JSON in the array: {error}") from None
             text = "".join(grown)
+        # A number of more digits than Python converts, or nesting deeper than it follows.
+        except (ValueError, RecursionError) as error:
+            raise DamagedInputError(f"bad JSON in the array: {error}") from None
         else:
             return text, end
 

@@ -109,13 +109,17 @@ def check_output_prefix(prefix: str) -> None:
     """Refuse a prefix without a name of its own, whose files would be hidden and nameless.
 
     Raises:
-        DataError: it is empty or ends with the name of a folder.
+        DataError: it is empty, ends with the name of a folder, or is no text.
     """
     if not prefix or prefix.endswith(("/", "/.", "/..")) or prefix in (".", ".."):
         raise DataError(
             f"--output-prefix {prefix!r} is no start of files' names: add one to the folder, as "
             f"{prefix.rstrip('/') or '.'}/NAME"
         )
+    try:
+        prefix.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"--output-prefix {prefix!r} is no UTF-8 text: give another one") from None
 
 
 def check_manifest_path(path: Path) -> None:

@@ -59,6 +59,8 @@ class Journal:
     rejected_size: int = 0
     """Bytes of the list of rejected records."""
     counts: Counts = field(default_factory=Counts)
+    text_bytes: dict[str, int] = field(default_factory=dict)
+    """Uncompressed bytes read of each input, by its number."""
 
     @classmethod
     def read(cls, path: Path) -> "Journal":

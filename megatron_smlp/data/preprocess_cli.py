@@ -128,6 +128,8 @@ def _print_summary(summary: "Summary", total_seconds: float) -> None:
         rate = f"{summary.text_bytes / 1e6 / max(summary.seconds, 1e-9):.1f} MB/s"
         start_up = f"start-up {total_seconds - summary.seconds:.1f} s"
         print(f"{summary.prefix}: {made} from {read} by {summary.encoder}, {rate}, {start_up}")
+    for path in summary.changed:
+        print(f"WARNING: {path} was changed while it was read: the manifest says how much was read")
     if counts.empty:
         print(f"skipped {counts.empty:,} empty documents")
     if counts.rejected:

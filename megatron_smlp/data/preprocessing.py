@@ -16,7 +16,14 @@ from megatron_smlp.data.manifest import Manifest, TokenizerRecord, read_manifest
 from megatron_smlp.data.output import Counts, PartialOutput
 from megatron_smlp.data.records import Rejection
 from megatron_smlp.data.sentences import SentenceSettings, check_sentence_data
-from megatron_smlp.data.sources import Position, describe_inputs, find_inputs, read_chunks
+from megatron_smlp.data.sources import (
+    Position,
+    describe_inputs,
+    find_inputs,
+    read_chunks,
+    shown,
+    stamps_of,
+)
 from megatron_smlp.data.tokenizers import Tokenizer, TokenizerSpec
 from megatron_smlp.data.workers import InlineWorker, WorkerPool, start_workers
 
@@ -57,6 +64,8 @@ class Summary:
     encoder: str
     """What made the ids: the library, and why a slower one was taken."""
     already_complete: bool = False
+    changed: tuple[str, ...] = ()
+    """Inputs that somebody wrote to while they were read."""
 
 
 OnProgress = Callable[[Counts], None]
@@ -75,7 +84,8 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
     files = find_inputs(settings.inputs)
     tokenizer = settings.tokenizer.resolve()
     _check(settings, tokenizer)
-    digest = _digest(settings, tokenizer, files)
+    stamps = stamps_of(files)
+    digest = _digest(settings, tokenizer, files, stamps)
     if settings.resume and (done := _complete_already(settings, digest)):
         return done
     partial = PartialOutput(
@@ -86,18 +96,21 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
     )
     encoding = EncodingSettings(tokenizer, settings.keys, settings.append_eod, settings.sentences)
     with partial:
+        sources = describe_inputs(files)
         start = partial.start(digest, resume=settings.resume)
         bytes_before = partial.journal.counts.text_bytes
         with start_workers(encoding, num_workers=settings.workers) as workers:
             began = time.monotonic()
             _encode(workers, start, settings, files, partial, on_progress or _ignore)
-        _publish(settings, tokenizer, files, digest, partial)
+        _publish(settings, tokenizer, sources, digest, partial)
+        pairs = zip(files, stamps, stamps_of(files), strict=True)
         return Summary(
             settings.output_prefix,
             partial.journal.counts,
             seconds=time.monotonic() - began,
             text_bytes=partial.journal.counts.text_bytes - bytes_before,
             encoder=workers.description,
+            changed=tuple(shown(path) for path, before, after in pairs if before != after),
         )
 
 
@@ -125,10 +138,15 @@ def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
         check_sentence_data(settings.sentences)
 
 
-def _digest(settings: PreprocessSettings, tokenizer: Tokenizer, files: list[Path]) -> str:
+def _digest(
+    settings: PreprocessSettings,
+    tokenizer: Tokenizer,
+    files: list[Path],
+    stamps: list[tuple[int, int] | None],
+) -> str:
     """Digest of what decides the bytes of the output; the number of workers does not."""
     stable = replace(settings, workers=1, resume=False, shard_bytes=0, output_prefix="")
-    inputs = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    inputs = [(str(path), *(stamp or ())) for path, stamp in zip(files, stamps, strict=True)]
     what = [asdict(stable), tokenizer.identity, tokenizer.vocab_size, tokenizer.eod, inputs]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
@@ -162,6 +180,10 @@ def _encode(
         partial.write(encoded)
         position = chunk.end
         counts.text_bytes += chunk.num_bytes
+        if chunk.damage is None:
+            read = partial.journal.text_bytes
+            number = str(chunk.end.file)
+            read[number] = read.get(number, 0) + chunk.num_bytes
         on_progress(counts)
         due = counts.text_bytes - committed_bytes >= settings.shard_bytes
         if due or time.monotonic() - committed_at >= SHARD_SECONDS:
@@ -183,15 +205,17 @@ def _stop_at_rejection(
 def _publish(
     settings: PreprocessSettings,
     tokenizer: Tokenizer,
-    files: list[Path],
+    sources: list[dict[str, Any]],
     digest: str,
     partial: PartialOutput,
 ) -> None:
     counts = partial.journal.counts
+    for number, source in enumerate(sources):
+        source["text_bytes"] = partial.journal.text_bytes.get(str(number), 0)
     if counts.documents == 0:
         partial.discard()
         raise DataError(
-            f"no document with text in {len(files)} input file(s): {counts.empty} empty, "
+            f"no document with text in {len(sources)} input file(s): {counts.empty} empty, "
             f"{counts.num_rejected} rejected {counts.rejected or ''}; nothing was written"
         )
     manifest = Manifest(
@@ -203,7 +227,7 @@ def _publish(
             append_eod=settings.append_eod,
         ),
         pairs=partial.finish(),
-        sources=describe_inputs(files),
+        sources=sources,
         counts={**asdict(counts), "settings": digest},
     )
     partial.publish(manifest)

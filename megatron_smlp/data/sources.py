@@ -6,6 +6,7 @@ compressed with gzip, zstd, bzip2 or xz.
 """
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,9 +213,26 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
 def describe_inputs(files: Sequence[Path]) -> list[dict[str, Any]]:
     """Name, size in bytes and compression of each file, for the manifest."""
     return [
-        {"file": str(path), "bytes": path.stat().st_size, "compression": compression_of(path)}
+        {"file": shown(path), "bytes": path.stat().st_size, "compression": compression_of(path)}
         for path in files
     ]
+
+
+def shown(path: Path) -> str:
+    """Its name as text, where a byte of it is no character too."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+
+
+def stamps_of(files: Sequence[Path]) -> list[tuple[int, int] | None]:
+    """Size and time of the last change of each file; None for what is no file, or is gone."""
+    return [_stamp(path) for path in files]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    if not path.is_file():
+        return None
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def comparable_size(patterns: Sequence[str]) -> int | None:

@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+from megatron_smlp.data.content import WHOLE_BYTES
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.indexed import Index, bin_path, idx_path, open_index, strip_suffix
-from megatron_smlp.data.manifest import Manifest, PairRecord, find_manifest, fingerprint_of
-from megatron_smlp.data.validation import check_checksums, check_ids, check_index
-
-QUICK_BYTES = 256 << 20
-"""Files up to this size are checked over all of their bytes, which takes less than a second."""
+from megatron_smlp.data.manifest import (
+    Manifest,
+    PairRecord,
+    find_manifest,
+    fingerprint_of,
+    sha256_of,
+)
+from megatron_smlp.data.validation import check_ids, check_index
 
 
 def verify_for_training(
@@ -20,9 +24,9 @@ def verify_for_training(
 ) -> None:
     """Refuse a dataset that training would misread.
 
-    Reads the header and the ends of the index, the sizes, and the manifest where there is one
-    (data from other tools has none, which is no error). Files of up to 256 MiB are checked whole,
-    larger ones by the manifest's fingerprint of their first and last MiB.
+    Reads all of the index, and the manifest where there is one (data from other tools has none,
+    which is no error). A `.bin` of up to 256 MiB is checked whole, a larger one by the manifest's
+    fingerprint of its first and last MiB.
 
     Args:
         prefix: path of the pair without `.bin`/`.idx`.
@@ -38,8 +42,7 @@ def verify_for_training(
     index = open_index(strip_suffix(prefix))
     if index.num_sequences == 0:
         raise DataError(f"the dataset {prefix!r} holds no tokens; preprocess a corpus with text")
-    if idx_path(index.prefix).stat().st_size <= QUICK_BYTES:
-        _check_whole_index(index)
+    _check_whole_index(index)
     found = find_manifest(index.prefix)
     if found is not None:
         path, manifest = found
@@ -64,23 +67,20 @@ def _check_unchanged(index: Index, manifest: Manifest, manifest_path: Path) -> N
             f"{idx_path(index.prefix)} says {index.dtype} ids, but its manifest {manifest_path} "
             f"says {pair.dtype}: the index was damaged or replaced; preprocess again"
         )
-    if not _same_bytes(index, manifest, pair):
+    if not _same_bytes(index, pair):
         raise DataError(
             f"the dataset {index.prefix!r} is not what its manifest {manifest_path} describes: a "
             f"file was damaged or swapped; see tools/inspect_dataset.py validate"
         )
 
 
-def _same_bytes(index: Index, manifest: Manifest, pair: PairRecord) -> bool:
+def _same_bytes(index: Index, pair: PairRecord) -> bool:
     if fingerprint_of(bin_path(index.prefix), idx_path(index.prefix)) != pair.fingerprint:
         return False
-    if bin_path(index.prefix).stat().st_size > QUICK_BYTES:
-        return True
-    try:
-        check_checksums(index, manifest)
-    except DataError:
+    if sha256_of(idx_path(index.prefix)) != pair.idx_sha256:
         return False
-    return True
+    is_long = bin_path(index.prefix).stat().st_size > WHOLE_BYTES
+    return is_long or sha256_of(bin_path(index.prefix)) == pair.bin_sha256
 
 
 def _check_tokenizer(
@@ -100,7 +100,7 @@ def _check_tokenizer(
 def _check_vocabulary(index: Index, manifest: Manifest | None, vocab_size: int) -> None:
     """By the largest id that the manifest knows, else by the ids of a small dataset."""
     if manifest is None:
-        if bin_path(index.prefix).stat().st_size <= QUICK_BYTES:
+        if bin_path(index.prefix).stat().st_size <= WHOLE_BYTES:
             _check_small(index, vocab_size)
         return
     max_id = manifest.pairs[Path(index.prefix).name].max_id

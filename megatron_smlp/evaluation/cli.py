@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.options import parse
 
 
@@ -45,16 +46,20 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
     """Print the perplexity of a dataset, a number a line."""
     args, scorer, tokenizer = _scorer(options, megatron_flags)
     from megatron_smlp.evaluation.perplexity import measure
-    from megatron_smlp.options import prefix_length
+    from megatron_smlp.options import suffix_start
     from megatron_smlp.training.transcript import terminal
 
-    prefix = prefix_length(args, seq_length=args.seq_length)
+    args.suffix_from = options.suffix_from
+    try:
+        suffix_from = suffix_start(args, seq_length=args.seq_length)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     result = measure(
         scorer,
         tokenizer,
         options.data_path,
         stride=options.stride,
-        suffix_from=prefix,
+        suffix_from=suffix_from,
         split=options.split,
     )
     if args.rank != 0:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
+from megatron_smlp.conversion.huggingface import check_folder
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.requests import Request, check_requests
 
@@ -60,6 +61,7 @@ def _check_folder(folder: Path) -> None:
             f"--hf {folder} has no config.json: give a folder that "
             "tools/convert_checkpoint.py wrote"
         )
+    check_folder(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UsageError(
             f"--hf {folder} has no tokenizer: convert with --tokenizer-model, or copy the "

@@ -43,9 +43,10 @@ def load_model(
     """
     saved = open_checkpoint(checkpoint)
     from megatron_smlp.arguments import build_parser, parse_arguments
-    from megatron_smlp.platform import cpu
+    from megatron_smlp.platform import choice, cpu
     from megatron_smlp.training.model_words import model_words
 
+    choice.check()
     cpu.apply()
     parser = build_parser()
     spec = _tokenizer_given(parser, flags) or tokenizer_record(saved)

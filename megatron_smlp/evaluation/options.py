@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_smlp.command_line import Parser
+from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.generation.cli import check_model_arguments
 
@@ -44,6 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--stride", type=int, metavar="N", help="tokens between windows (default: no overlap)"
     )
+    text.add_argument(
+        "--suffix-from",
+        type=float,
+        metavar="P",
+        help="report what position P of a window, or a fraction of T, and later ones predict too "
+        "(default: the prefix of partial prediction, else nothing)",
+    )
     both = parser.add_argument_group("both")
     both.add_argument(
         "--seq-length",
@@ -76,9 +83,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         )
     if options.hf and options.data_path:
         raise UsageError("--data-path goes with --checkpoint DIR, the run that --hf came from")
-    for flag in ("stride", "split"):
+    for flag in ("stride", "split", "suffix_from"):
         if options.tasks and getattr(options, flag) is not None:
-            raise UsageError(f"--{flag} {getattr(options, flag)} goes with --data-path PREFIX")
+            raise UsageError(
+                f"{flag_of(flag)} {getattr(options, flag)} goes with --data-path PREFIX"
+            )
     if options.hf and rest:
         raise UsageError(f"{rest[0]} is not a flag of evaluate.py --hf; `--help` lists them")
     if options.hf and options.seq_length:
@@ -86,7 +95,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for flag in ("limit", "batch_size", "stride", "seq_length"):
         value = getattr(options, flag)
         if value is not None and value < 1:
-            raise UsageError(f"--{flag.replace('_', '-')} {value}: give 1 or more")
+            raise UsageError(f"{flag_of(flag)} {value}: give 1 or more")
     _check_outputs(options)
     return options, rest
 

@@ -141,12 +141,17 @@ def measure(
 
     Args:
         stride: tokens between the beginnings of windows; None: T, no overlap.
-        suffix_from: P of partial prediction, to report the positions behind it too; 0: do not.
+        suffix_from: P, to report what positions from there on predict too; 0: do not.
         split: the --split of a run, to read only what it validates on.
 
     Raises:
         UsageError: no such pair, one of another vocabulary, or too little text.
     """
+    if suffix_from >= scorer.longest:
+        raise UsageError(
+            f"--suffix-from {suffix_from} leaves nothing of windows of {scorer.longest} tokens: "
+            "give less than that"
+        )
     stride = stride or scorer.longest
     if stride > scorer.longest:
         raise UsageError(
@@ -166,6 +171,7 @@ def measure(
     result["perplexity"] = whole.perplexity
     result |= _of_text(part, tokenizer, whole.nll)
     if behind.tokens:
+        result["suffix_from"] = suffix_from
         result["suffix_tokens"] = behind.tokens
         result["suffix_perplexity"] = behind.perplexity
     return result

@@ -119,17 +119,17 @@ def model_of(checkpoint: Any) -> Any:
 def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, str]:
     from transformers import AutoModelForCausalLM
 
-    from megatron_smlp.conversion.huggingface import read_config_json
-    from megatron_smlp.hf.configuration_smlp import SMLPConfig
+    from megatron_smlp.conversion.huggingface import IMPOSSIBLE, check_folder
     from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 
     folder = Path(options.hf)
-    is_ours = read_config_json(folder).get("model_type") == SMLPConfig.model_type
     # Our own class: no code that lies in the folder is run.
-    kind = SMLPForCausalLM if is_ours else AutoModelForCausalLM
+    kind = SMLPForCausalLM if check_folder(folder) else AutoModelForCausalLM
     try:
-        model = kind.from_pretrained(folder, dtype="auto", local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        model = kind.from_pretrained(
+            folder, dtype="auto", local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, RuntimeError, *IMPOSSIBLE) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"--hf {folder} cannot be loaded: {reason}") from error
     spec = None

@@ -4,9 +4,11 @@ Names are Megatron's where Megatron has the word. `num_hidden_layers` and `seq_l
 as other names of `num_layers` and `max_position_embeddings`.
 """
 
+import math
 from fractions import Fraction
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 _ALLOWED = {
@@ -15,7 +17,16 @@ _ALLOWED = {
     "feature_router": ("none", "deterministic", "partial"),
     "hidden_act": ("gelu", "gelu_new"),
     "moe_drop_policy": ("position", "probs"),
+    "base_routing_input": ("residual", "norm"),
+    "base_prices": ("mean", "none"),
+    "base_eval": ("greedy", "prices"),
+    "gshard_second_expert": ("paper", "all", "raw"),
     "partial_loss": ("suffix", "all"),
+}
+# What a config.json that is older than an entry means, by its token_router.
+_OLDER = {
+    "base": {"base_routing_input": "norm", "base_prices": "none"},
+    "gshard": {"gshard_second_expert": "raw"},
 }
 _POSITIVE = (
     "vocab_size",
@@ -29,7 +40,18 @@ _POSITIVE = (
     "tiny_attention_width",
 )
 
+# The largest value that each may have; the smallest is 0.
+_LARGEST = {
+    "feature_aux_loss_coeff": math.inf,
+    "moe_aux_loss_coeff": math.inf,
+    "hidden_dropout": 1,
+    "attention_dropout": 1,
+    "layer_norm_epsilon": 1,
+    "initializer_range": math.inf,
+}
 
+
+@strict
 class SMLPConfig(PreTrainedConfig):
     """What the model is; every size in elements.
 
@@ -59,12 +81,22 @@ class SMLPConfig(PreTrainedConfig):
         moe_drop_policy: who loses a slot of a full expert: later positions, or smaller router
             probabilities.
         moe_aux_loss_coeff: weight of the balance loss of switch and gshard.
+        base_routing_input: base: whether the residual stream or its norm is scored and weighted by;
+            a config.json that is older than this has the norm.
+        base_prices: base: whether the model holds the experts' mean prices of its training (mean)
+            or not (none, as a config.json that is older than this).
+        base_eval: base: in evaluation a token goes to the expert of its highest score (greedy), or
+            of its highest score minus the expert's price (prices).
+        gshard_second_expert: gshard: in training the second expert is used with probability
+            2 g2 / (g1 + g2) (paper), always (all), or with 2 g2 (raw, as a config.json that is
+            older than this).
         hash_seed: seed of the random hash table with which a new model starts.
         tiny_attention_width: width of amlp's attention head.
         add_bias_linear: whether projections (not experts, not routers) have a bias.
         hidden_act: gelu (exact) or gelu_new (tanh approximation).
 
     Raises:
+        StrictDataclassError: a value of another type than its field's.
         ValueError: a value that is not possible, with what is allowed.
     """
 
@@ -90,24 +122,28 @@ class SMLPConfig(PreTrainedConfig):
     toeplitz: bool = False
     num_feature_experts: int = 1
     num_feature_chunks: int | None = None
-    prefix_fraction: float = 0.2
+    prefix_fraction: float | int = 0.2
     partial_loss: str = "suffix"
-    feature_aux_loss_coeff: float = 0.01
+    feature_aux_loss_coeff: float | int = 0.01
     num_experts: int | None = None
     moe_ffn_hidden_size: int | None = None
     moe_layer_freq: int | list[int] = 1
-    moe_train_capacity_factor: float | None = 1.25
-    moe_eval_capacity_factor: float | None = None
+    moe_train_capacity_factor: float | int | None = 1.25
+    moe_eval_capacity_factor: float | int | None = None
     moe_drop_policy: str = "position"
-    moe_aux_loss_coeff: float = 0.01
+    moe_aux_loss_coeff: float | int = 0.01
+    base_routing_input: str = "residual"
+    base_prices: str = "mean"
+    base_eval: str = "greedy"
+    gshard_second_expert: str = "paper"
     hash_seed: int = 0
     tiny_attention_width: int = 64
     add_bias_linear: bool = True
     hidden_act: str = "gelu"
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    layer_norm_epsilon: float | int = 1e-5
+    initializer_range: float | int = 0.02
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -120,6 +156,12 @@ class SMLPConfig(PreTrainedConfig):
         self._check_widths()
         self._check_experts()
         self._check_features()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Also a config.json that is older than some of its entries."""
+        older = _OLDER.get(config_dict.get("token_router", "none"), {})
+        return super().from_dict({**older, **config_dict}, **kwargs)
 
     @property
     def gate_width(self) -> int:
@@ -164,6 +206,10 @@ class SMLPConfig(PreTrainedConfig):
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
+            if not 0 <= value <= largest or math.isinf(value):
+                raise ValueError(f"{name}={value}: must be finite, and lie between 0 and {largest}")
 
     def _check_widths(self) -> None:
         if self.architecture == "transformer":
@@ -195,6 +241,8 @@ class SMLPConfig(PreTrainedConfig):
                 f"num_experts={self.num_experts}: token_router={self.token_router} needs "
                 f"{fewest} or more"
             )
+        if self.base_eval == "prices" and self.base_prices == "none":
+            raise ValueError("base_eval=prices: the model has no prices (base_prices=none)")
         for name in ("moe_train_capacity_factor", "moe_eval_capacity_factor"):
             factor = getattr(self, name)
             if factor is not None and factor <= 0:

@@ -29,6 +29,7 @@ weight is [out, in] in both:
     channel_norm                             pre_mlp_layernorm
     channel.up_proj, channel.down_proj       mlp.linear_fc1, mlp.linear_fc2
     channel.router.weight                    mlp.router.weight
+    channel.router.prices                    mlp.router.prices
     channel.experts.{up,down}_proj[e]        mlp.experts.local_experts.<e>.linear_fc{1,2}.weight
 
 and `model.embed_tokens` is `embedding.word_embeddings`, `model.embed_positions`
@@ -571,7 +572,9 @@ class SMLPFeedForward(nn.Module):
         self.up_proj = SMLPLinear(config.hidden_size, config.ffn_hidden_size, bias=bias)
         self.down_proj = SMLPOutputLinear(config.ffn_hidden_size, config.hidden_size, bias=bias)
 
-    def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden: Tensor, layout: Layout, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
         return self.down_proj(self.activation(self.up_proj(hidden))), None
 
@@ -614,17 +617,24 @@ class SMLPTokenMoE(nn.Module):
         super().__init__()
         self.experts = SMLPExperts(config)
         self.router: Any = _ROUTERS[config.token_router](config)
+        is_base = config.token_router == "base"
+        self.routes_on_residual = is_base and config.base_routing_input == "residual"
 
-    def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        """hidden: <float>[B, T, D] -> <float>[B, T, D], and the router's loss if it has one."""
+    def forward(
+        self, hidden: Tensor, layout: Layout, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden, residual (of which it is the norm): <float>[B, T, D] -> <float>[B, T, D], and the
+        router's loss if it has one."""
+        seen = residual if self.routes_on_residual else hidden
         if hidden.shape[:2].numel() == 1 and layout.valid is None:
-            return self._one_token(hidden, layout)
+            return self._one_token(hidden, layout, seen)
         tokens = hidden.transpose(0, 1).flatten(0, 1)
+        seen = seen.transpose(0, 1).flatten(0, 1)
         real = torch.arange(tokens.shape[0], device=tokens.device)
         if layout.valid is not None:
             real = real[layout.valid.T.flatten()]
         ids = None if layout.input_ids is None else layout.input_ids.T.flatten()[real]
-        routing = self.router(tokens[real], ids, limited=not layout.cached)
+        routing = self.router(seen[real], ids, limited=not layout.cached)
         output = torch.zeros_like(tokens)
         for expert in routing.experts.unique().tolist():  # a generation step leaves most idle
             if expert < 0:
@@ -635,11 +645,13 @@ class SMLPTokenMoE(nn.Module):
             output.index_add_(0, real[rows], weighted)
         return output.unflatten(0, (hidden.shape[1], -1)).transpose(0, 1), routing.loss
 
-    def _one_token(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    def _one_token(
+        self, hidden: Tensor, layout: Layout, seen: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """The same for <float>[1, 1, D], as generation has it, without sorting and scattering."""
         token = hidden[0]
         ids = None if layout.input_ids is None else layout.input_ids[0]
-        routing = self.router(token, ids, limited=not layout.cached)
+        routing = self.router(seen[0], ids, limited=not layout.cached)
         weights = routing.weights.to(token.dtype)[0]
         chosen = [
             self.experts(token, expert) * weights[place]
@@ -704,17 +716,24 @@ class SMLPSwitchRouter(nn.Module):
 class SMLPGShardRouter(SMLPSwitchRouter):
     """p = softmax(h W); two experts with weights g1/(g1+g2), g2/(g1+g2).
 
-    In training the second is used with probability min(1, 2 g2), in evaluation always. Capacity
-    2 c ceil(N / E). The loss is Switch's, over first choices.
+    In training the second is used with probability min(1, 2 g2 / (g1+g2)), in evaluation always;
+    gshard_second_expert has other rules. `draw` (<fp32>[n] -> <fp32>[n] in [0, 1)) may be replaced.
+    Capacity 2 c ceil(N / E). The loss is Switch's, over first choices.
     """
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__(config)
+        self.second_expert = config.gshard_second_expert
+        self.draw: Any = torch.rand_like
 
     def _choose(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         gates, experts = probabilities.topk(2, dim=-1)
         weights = gates / gates.sum(dim=-1, keepdim=True)
-        if self.training:
-            used = torch.rand_like(gates[:, 1]) < 2 * gates[:, 1]
-            second = torch.where(used, experts[:, 1], -1)
-            experts = torch.stack([experts[:, 0], second], dim=1)
+        if self.training and self.second_expert != "all":
+            second = (weights if self.second_expert == "paper" else gates)[:, 1]
+            used = self.draw(second) < 2 * second
+            sent = torch.where(used, experts[:, 1], -1)
+            experts = torch.stack([experts[:, 0], sent], dim=1)
         return weights, experts
 
     def _capacity(self, factor: float, num_tokens: int) -> int:
@@ -722,10 +741,12 @@ class SMLPGShardRouter(SMLPSwitchRouter):
 
 
 class SMLPBaseRouter(nn.Module):
-    """One expert with weight sigmoid(h . w_e): the gradient reaches w_e only through the sigmoid.
+    """One expert with weight sigmoid(x . w_e): the gradient reaches w_e only through the sigmoid.
+    x is the residual, with base_routing_input=norm its norm.
 
     In training every expert gets floor or ceil of n/E tokens, by `assign`; in evaluation the expert
-    is argmax h . w_e. `assign` (<float>[n, E] -> <int64>[n]) is simple and balanced but only nearly
+    is argmax x . w_e, or with base_eval=prices argmax x . w_e - p_e, p the mean prices of the
+    training. `assign` (<float>[n, E] -> <int64>[n]) is simple and balanced but only nearly
     optimal; any solver of the linear assignment problem may be put in its place.
     """
 
@@ -733,14 +754,22 @@ class SMLPBaseRouter(nn.Module):
         super().__init__()
         self.num_experts = config.num_experts or 1
         self.assign = balanced_greedy
+        self.by_price = config.base_eval == "prices"
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        if config.base_prices == "mean":
+            self.register_buffer("prices", torch.empty(self.num_experts))
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """See SMLPSwitchRouter.forward."""
         scores = F.linear(tokens.float(), self.weight.float())
-        choose = self.assign if self.training else _first_choice
-        experts = choose(scores.detach())[:, None]
+        experts = self._choose(scores.detach())[:, None]
         return Routing(experts, scores.gather(1, experts).sigmoid())
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """<fp32>[n, E] -> <int64>[n]."""
+        if self.training:
+            return self.assign(scores)
+        return (scores - self.prices if self.by_price else scores).argmax(dim=-1)
 
 
 class SMLPHashRouter(nn.Module):
@@ -782,10 +811,6 @@ def _balance(probabilities: Tensor, chosen: Tensor) -> Tensor:
     num_experts = probabilities.shape[1]
     share = chosen.bincount(minlength=num_experts).to(probabilities.dtype) / len(chosen)
     return num_experts * (share * probabilities.mean(dim=0)).sum()
-
-
-def _first_choice(scores: Tensor) -> Tensor:
-    return scores.argmax(dim=-1)
 
 
 def balanced_greedy(scores: Tensor) -> Tensor:
@@ -859,7 +884,7 @@ class SMLPLayer(GradientCheckpointingLayer):
         hidden = hidden + F.dropout(mixed, self.dropout, self.training)
         if self.channel is None:
             return hidden, loss
-        mixed, channel_loss = self.channel(self.channel_norm(hidden), layout)
+        mixed, channel_loss = self.channel(self.channel_norm(hidden), layout, hidden)
         hidden = hidden + F.dropout(mixed, self.dropout, self.training)
         return hidden, _add(loss, channel_loss)
 
@@ -887,6 +912,7 @@ class SMLPPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SMLPLayer"]  # noqa: RUF012 - transformers reads it as a class attribute
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = {"prices"}  # noqa: RUF012 - as above
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -907,10 +933,11 @@ class SMLPPreTrainedModel(PreTrainedModel):
             init.normal_(module.up_proj, std=std)
             init.normal_(module.down_proj, std=output_std)
         elif isinstance(module, SMLPSwitchRouter):
-            is_switch = not isinstance(module, SMLPGShardRouter)
-            init.normal_(module.weight, std=std / 10 if is_switch else std)
+            init.normal_(module.weight, std=std)
         elif isinstance(module, SMLPBaseRouter):
             init.orthogonal_(module.weight, gain=0.1)
+            if self.config.base_prices == "mean":
+                init.zeros_(module.prices)
         elif isinstance(module, SMLPHashRouter):
             init.copy_(module.table, module.random_table())
         elif isinstance(module, SMLPPartialPrediction):

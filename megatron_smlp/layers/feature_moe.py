@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialProjection
 from megatron_smlp.routers.prefix import Choice, PrefixRouter
@@ -116,7 +117,7 @@ class PartialFeatureMoE(SpatialGating):
         """
         experts, order = choice.experts.flatten().sort(stable=True)
         place = order.argsort()
-        counts = experts.bincount(minlength=self.num_experts).tolist()
+        counts = functional.one_hot(experts, self.num_experts).sum(dim=0).tolist()
         pairs = _Permuted.apply(chunks.flatten(1, 2), order, place)  # [T, R, f]
         first = self.prefix_length
         scale = choice.scale.flatten()[order].to(pairs.dtype)

@@ -89,7 +89,8 @@ class SpatialProjection(nn.Module):
 
     @torch.no_grad()
     def _draw(self, first_head: int, total_heads: int) -> None:
-        bound = 1e-3 / self.length
+        # Under fp16's smallest normal number there are but a few numbers to draw.
+        bound = max(1e-3 / self.length, torch.finfo(self.weight.dtype).tiny)
         for head in range(total_heads):
             # On the CPU's generator, one head at a time: never all heads' matrices in memory.
             matrix = torch.empty(self.weight.shape[1:]).uniform_(-bound, bound)
@@ -100,8 +101,17 @@ class SpatialProjection(nn.Module):
         """Zeros where one head's M is never read."""
         return matrix.tril_()
 
-    def forward(self, values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """values: <float>[T', B, F'] -> <float>[T', B, F'], T' <= T; row t reads rows <= t.
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """M and b: [h', T, T] and [h', T].
+
+        Ask for them by calling the module, as all of its users do: with --overlap-param-gather the
+        parameters are still on their way from other ranks until Megatron's hook before the call
+        has waited for them.
+        """
+        return self.weight, self.bias
+
+    def mixed(self, values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """values: <float>[T', B, F'] -> M v + b: the same, T' <= T; row t reads rows <= t.
 
         weight: [h', T, T] and bias: [h', T] are this module's own, or stand for them in autograd.
 
@@ -295,12 +305,11 @@ class SpatialGating(MegatronModule):
 
     def mix(self, u2: Tensor) -> Tensor:
         """u2 -> g: <float>[T', B, F']."""
-        gates: Tensor = self.spatial(self.norm(u2), *self.spatial_parameters())
-        return gates
+        return self.spatial.mixed(self.norm(u2), *self.spatial_parameters())
 
     def spatial_parameters(self) -> tuple[Tensor, Tensor]:
         """M and b, as autograd is to see them."""
-        weight, bias = self.spatial.weight, self.spatial.bias
+        weight, bias = self.spatial()
         if self.shares_spatial:
             # Each rank mixes its own features with the same M, b: dM, db are sums over the ranks.
             weight = tensor_parallel.copy_to_tensor_model_parallel_region(weight, self.tp_group)

@@ -2,7 +2,8 @@
 
     y = sum over the chosen experts e of  w_e * f_e(h),     f_e(h) = GELU(h A_e) B_e,   h = LN(x)
 
-The router decides e and w_e and plugs into MoELayer's router slot; dispatch, expert parallelism and
+The router decides e and w_e, from h as in the sources of Switch and GShard, or from x as in that of
+BASE (routers/base.py). It plugs into MoELayer's router slot; dispatch, expert parallelism and
 the experts themselves are Megatron's. Experts and routers have no bias, as in the equations: w_e
 would scale an expert's bias too.
 
@@ -12,6 +13,7 @@ Letters: n tokens that reached the experts of this rank, D hidden, Z moe_ffn_hid
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -60,7 +62,32 @@ def _layer(submodules: MoESubmodules, *, config: TransformerConfig, **kwargs: An
         # k times. Only its top-k router would drop by it.
         config = copy.copy(config)
         config.moe_expert_capacity_factor = float(config.num_moe_experts)
-    return MoELayer(config, submodules=submodules, **kwargs)
+    layer = ResidualRoutedMoELayer if _routes_on_residual(config) else MoELayer
+    return layer(config, submodules=submodules, **kwargs)
+
+
+def _routes_on_residual(config: TransformerConfig) -> bool:
+    """Whether the router reads x, and not h."""
+    is_base = getattr(config, "token_router", "none") == "base"
+    return is_base and getattr(config, "base_routing_input", "residual") == "residual"
+
+
+class ResidualRoutedMoELayer(MoELayer):
+    """The layer is called with x. Its router reads that; its experts read h, as ever.
+
+    The norm stays where it is in all layers, and in their checkpoints: SlottedLayer lends it.
+    """
+
+    norm: Callable[[Tensor], Tensor]
+
+    def preprocess(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hand h to the dispatcher, after the routing; hidden_states: <float>[T or T / TP, B, D]"""
+        answer: tuple[Tensor, Tensor] = super().preprocess(
+            self.norm(hidden_states), probs, routing_map
+        )
+        return answer
 
 
 def _may_drop(config: TransformerConfig) -> bool:

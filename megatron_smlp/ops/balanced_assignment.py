@@ -49,14 +49,26 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     depends on the scores only, not on any random state.
     Raises ValueError where the scores are not a matrix of finite floating numbers with E >= 1.
     """
+    return priced_assignment(scores)[0]
+
+
+def priced_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """`balanced_assignment`, and the prices that it was rounded from.
+
+    scores: as there.
+    Returns the experts <int64>[N] and prices <fp32>[E] in the unit of the scores, of mean 0: the
+    argmax of s[i, :] - p is nearly as even.
+    Raises ValueError as there.
+    """
     _check(scores)
     if scores.shape[0] == 0:
-        return torch.empty(0, dtype=torch.int64, device=scores.device)
+        nobody = torch.empty(0, dtype=torch.int64, device=scores.device)
+        return nobody, scores.new_zeros(scores.shape[1], dtype=torch.float32)
     with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
-        gains = _normalise(scores.detach())
+        gains, unit = _normalise(scores.detach())
         prices, temperature = _balancing_prices(gains)
-        experts = _round(gains, prices, temperature)
-        return _polish(gains, experts)
+        experts = _polish(gains, _round(gains, prices, temperature))
+        return experts, ((prices - prices.mean()) * unit).float()
 
 
 def _check(scores: Tensor) -> None:
@@ -73,8 +85,8 @@ def _check(scores: Tensor) -> None:
         )
 
 
-def _normalise(scores: Tensor) -> Tensor:
-    """The same problem in float32 with a spread of 1.
+def _normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The same problem in float32 with a spread of 1, and what 1 is in the unit of the scores.
 
     A constant added to a token's row changes no assignment, so rows are shifted to a maximum of 0.
     float64, and dividing before subtracting, keep scores such as 1e308 and 1e-320 in range.
@@ -84,7 +96,8 @@ def _normalise(scores: Tensor) -> Tensor:
     scaled = scaled / torch.where(largest > 0, largest, 1.0)
     scaled = scaled - scaled.amax(dim=1, keepdim=True)
     spread = (scaled - scaled.mean(dim=1, keepdim=True)).square().mean().sqrt()
-    return (scaled / torch.where(spread > 0, spread, 1.0)).float()
+    spread = torch.where(spread > 0, spread, 1.0)
+    return (scaled / spread).float(), spread * largest
 
 
 def _balancing_prices(gains: Tensor) -> tuple[Tensor, float]:

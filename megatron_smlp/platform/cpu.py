@@ -240,7 +240,6 @@ def _replace_tensor_types() -> None:
 
 def _replace_in_megatron() -> None:
     """The few places in Megatron that check for CUDA or assume it."""
-    from megatron.core.datasets import utils as dataset_utils
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -250,8 +249,6 @@ def _replace_in_megatron() -> None:
     training.initialize_megatron = functools.partial(
         initialize.initialize_megatron, allow_no_cuda=True
     )
-    # The wheel carries the compiled index builder but no Makefile to compile it with.
-    dataset_utils.compile_helpers = _constant(None)
     # The warm-up compiles fused CUDA kernels.
     training.set_jit_fusion_options = _constant(None)
     # Without CUDA this call is queued until CUDA starts, which is never: the random states of the

@@ -4,7 +4,9 @@ Megatron hands the tensors to a worker process that lives on. On a CPU that shar
 the weights: the worker would write what the next steps make of them. A forked process sees the
 moment of the fork, without a copy of what does not change.
 
-Where there is a GPU the worker stays, with what Megatron asks for to have one.
+Where there is a GPU the worker stays. Megatron prefers the writer of nvidia-resiliency-ext where
+that is installed, which our own steps around a save (checksums, one rename at the end) do not
+reach: the writer is Megatron's own everywhere.
 """
 
 from __future__ import annotations
@@ -17,14 +19,23 @@ import tempfile
 from collections.abc import Callable
 from typing import IO, Any
 
+from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import cpu
 
 
-def settle(args: argparse.Namespace, *, has_nvrx: bool) -> None:
-    """The flags without which Megatron switches --async-save off, before it validates them."""
+def settle(args: argparse.Namespace) -> None:
+    """The flags without which Megatron switches --async-save off, before it validates them.
+
+    Raises:
+        UsageError: --async-strategy nvrx.
+    """
+    if args.explicit_flags.get("async_strategy") == "nvrx":
+        raise UsageError(
+            "--async-strategy nvrx writes checkpoints without the checksums, and without the one "
+            "rename by which a whole checkpoint is known: leave it out, or give mcore."
+        )
     args.use_persistent_ckpt_worker = True
-    if cpu.needed() or not has_nvrx:
-        args.async_strategy = "mcore"
+    args.async_strategy = "mcore"
 
 
 def after_validation(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +45,10 @@ class Observer(Protocol):
         skipped: bool,
         loss_scale: float,
     ) -> None: ...
+
+    def ways_to_evaluate(self) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+        """For each pass over the samples: what its losses' names begin with, and what is around
+        it. Of the first one nothing."""
 
     def validated(
         self, losses: dict[str, torch.Tensor], *, iteration: int, title: str, seconds: float
@@ -182,14 +187,19 @@ class _Validation:
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
-            losses, collected, out_of_time = function(*args, **kwargs)
-            if not out_of_time:
-                self.observer.validated(
-                    losses,
-                    iteration=self.iteration,
-                    title=self.title,
-                    seconds=time.perf_counter() - start,
-                )
+            losses: dict[str, torch.Tensor] = {}
+            for name, way in self.observer.ways_to_evaluate():
+                with way:
+                    found, collected, out_of_time = function(*args, **kwargs)
+                if out_of_time:
+                    return found, collected, out_of_time
+                losses |= {f"{name}{key}": value for key, value in found.items()}
+            self.observer.validated(
+                losses,
+                iteration=self.iteration,
+                title=self.title,
+                seconds=time.perf_counter() - start,
+            )
             return losses, collected, out_of_time
 
         return wrapped

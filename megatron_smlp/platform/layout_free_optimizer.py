@@ -15,6 +15,8 @@ resume under another one stops there. On every device:
   each parameter where it lies with the padding: moments behind the first bucket are saved shifted.
   A stage with a tied embedding has two buckets, and so has every overlap of communication. Here
   they are looked for where they are.
+* A plain optimizer has no moments before its first update, which fp16 puts off until its loss scale
+  fits, and leaves them out; a resume asks for them. Here they are saved as the zeros that they are.
 * What a plain optimizer saved does not name a format that a distributed optimizer could look for.
   Here it does.
 
@@ -37,6 +39,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.platform import torch_adam
 
 FORMAT = "distrib_optim_sharding_type"
 ANY_LAYOUT = "fully_reshardable"
@@ -104,6 +107,8 @@ def _giving(give: Any) -> Any:
         if (kwargs.get("metadata") or {}).get(FORMAT, ANY_LAYOUT) != ANY_LAYOUT:
             _check_distributed(self, kwargs["metadata"][FORMAT])
             return give(self, model, is_loading, **kwargs)
+        if not is_loading:
+            _allocate_moments(self)
         state = give(self, model, is_loading, **kwargs)
         for optimizer, part in _parts(self, state):
             if isinstance(optimizer, DistributedOptimizer) and part["param_state"] is not None:
@@ -112,6 +117,17 @@ def _giving(give: Any) -> Any:
         return common | {LOCAL: _kept_local(state)}
 
     return sharded_state_dict
+
+
+def _allocate_moments(optimizer: Any) -> None:
+    """Where a plain optimizer has made no update yet; a distributed one allocates by itself."""
+    for one in optimizer.chained_optimizers:
+        if isinstance(one, DistributedOptimizer) or one.optimizer.state:
+            continue
+        if isinstance(one.optimizer, torch.optim.Adam):
+            torch_adam.allocate(one.optimizer)
+        elif one.init_state_fn is not None:
+            one.init_state_fn(one.optimizer, one.config)
 
 
 def _taking(take: Any) -> Any:

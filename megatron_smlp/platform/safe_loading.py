@@ -7,7 +7,7 @@ loaded. torch and Megatron read them without restraint, so the four functions be
 |---|---|---|
 | FileSystemReader.read_metadata | `.metadata` | the classes of ALLOWED, all of them plain data |
 | DefaultLoadPlanner.load_bytes | objects in `*.distcp` | what torch's `weights_only` allows |
-| FileSystemReader.read_data | tensors in `*.distcp`, already so | errors that name the file |
+| FileSystemReader.read_data | tensors in `*.distcp`, already so | pieces as the index says |
 | load_common of Megatron | `common.pt` of older versions | what `weights_only` allows |
 
 What is refused, and what cannot be read, is one line for the user: UnsafeCheckpointError and
@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import pickle
 import re
 import zipfile
@@ -30,8 +29,9 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
+from megatron_smlp.checkpoints.pieces import check_metadata, check_piece
 from megatron_smlp.errors import (
     DamagedCheckpointError,
     UnsafeCheckpointError,
@@ -59,12 +59,14 @@ ALLOWED = {
 UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
+    AssertionError,  # torch's check of a piece's size
     AttributeError,
     EOFError,
     ImportError,
     IndexError,
     KeyError,
     OSError,
+    RecursionError,
     RuntimeError,  # torch's zip reader
     TypeError,
     ValueError,
@@ -117,14 +119,11 @@ def load_metadata(file: IO[bytes]) -> Metadata:
     """The index of a distributed checkpoint, from its `.metadata`.
 
     Raises:
-        pickle.UnpicklingError: it asks for a class that is not allowed, or names a file elsewhere.
+        pickle.UnpicklingError: it asks for a class that is not allowed, names a file elsewhere, or
+            describes tensors that its pieces do not make.
     """
-    metadata = MetadataUnpickler(file).load()
-    if not isinstance(metadata, Metadata):
-        raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
-    for entry in (metadata.storage_data or {}).values():
-        if os.sep in entry.relative_path or entry.relative_path in ("", ".", ".."):
-            raise pickle.UnpicklingError(f"it names {entry.relative_path}, in another folder")
+    metadata: Metadata = MetadataUnpickler(file).load()
+    check_metadata(metadata)
     return metadata
 
 
@@ -136,10 +135,19 @@ def _file_by_file(read: Any) -> Any:
             files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in files.items():
             with readable(Path(self.path) / name):
+                _check_pieces(self, name, items)
                 read(self, dataclasses.replace(plan, items=items), planner)
         return read(self, dataclasses.replace(plan, items=[]), planner)
 
     return read_data
+
+
+def _check_pieces(self: Any, name: str, items: list[ReadItem]) -> None:
+    with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as file:
+        for item in items:
+            place = self.storage_data[item.storage_index]
+            if place.piece is not None:
+                check_piece(self._slice_file(file, place), place.piece, item.storage_index.fqn)
 
 
 def _load_bytes(self: Any, read_item: Any, value: IO[bytes]) -> None:

@@ -56,8 +56,8 @@ def apply() -> None:
             take(self, loaded)
         if isinstance(self.optimizer, torch.optim.Adam):
             step = float(loaded["optimizer"]["param_groups"][0]["step"])
-            for state in self.optimizer.state.values():
-                state["step"] = torch.tensor(step)
+            for parameter, state in self.optimizer.state.items():
+                state["step"] = torch.tensor(step, device=parameter.device)
 
     @functools.wraps(put)
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
@@ -76,9 +76,14 @@ def fuse_steps(optimizer: Any) -> None:
 
 
 def _choose_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    # At each step: loading a checkpoint brings back the flags of the run that saved it.
+    # At each step: loading a checkpoint brings back the flags of the run that saved it, and leaves
+    # the step counts on the CPU, where CUDA's fused kernel does not read them.
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = True, False
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if state and state["step"].device != parameter.device:
+                state["step"] = state["step"].to(parameter.device)
 
 
 def _of_nothing(optimizer: Any) -> dict[str, Any]:
@@ -99,7 +104,7 @@ def allocate(optimizer: torch.optim.Adam) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
-                "step": torch.tensor(0.0, dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

@@ -33,9 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--against",
         nargs="+",
-        choices=["steps", "tokens", "flops", "time"],
-        default=["steps", "tokens", "flops", "time"],
-        help="what the loss is drawn against, a panel each (default: all four)",
+        choices=["steps", "tokens", "flops", "square-flops", "time"],
+        help="what the loss is drawn against, a panel each (default: all that every run has)",
     )
     parser.add_argument(
         "--smooth",
@@ -75,20 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def figures(
-    runs: Sequence[Run], *, against: Sequence[str], window: int
+    runs: Sequence[Run], *, against: Sequence[str] | None, window: int
 ) -> Iterator[tuple[str, Figure]]:
     """Name and figure of all that there is to draw."""
     from megatron_smlp.plotting.figures import load_figure, loss_figure, router_figure
-    from megatron_smlp.plotting.series import AXES
+    from megatron_smlp.plotting.series import has_suffix
 
-    for name in against:
-        field = AXES[name].field
-        for run in runs:
-            if not any(field in record for record in run.training):
-                raise UsageError(
-                    f"{run.label}: no line has {field!r}: leave {name} out of --against."
-                )
-    yield "loss", loss_figure(runs, axes=against, window=window)
+    axes = _axes(runs, against)
+    yield "loss", loss_figure(runs, axes=axes, window=window)
+    if any(has_suffix(run) for run in runs):
+        yield "loss-suffix", loss_figure(runs, axes=axes, window=window, suffix=True)
     curves = router_figure(runs)
     if curves is not None:
         yield "routers", curves
@@ -97,6 +92,23 @@ def figures(
             load = load_figure(run, evaluation=evaluation)
             if load is not None:
                 yield f"load-{_file_name(run.label)}{'-validation' * evaluation}", load
+
+
+def _axes(runs: Sequence[Run], against: Sequence[str] | None) -> list[str]:
+    """Those that were asked for, or all that every run has."""
+    from megatron_smlp.plotting.series import AXES
+
+    lacking = {
+        name: [run for run in runs if not any(axis.field in record for record in run.training)]
+        for name, axis in AXES.items()
+    }
+    for name in against or ():
+        if lacking[name]:
+            raise UsageError(
+                f"{lacking[name][0].label}: no line has {AXES[name].field!r}: leave {name} out of "
+                "--against."
+            )
+    return list(against or [name for name, runs_without in lacking.items() if not runs_without])
 
 
 def _file_name(label: str) -> str:

@@ -27,6 +27,7 @@ from megatron_smlp.plotting.series import (
     RouterHistory,
     common_unit,
     curve,
+    part_of,
     router_histories,
     smoothed,
 )
@@ -42,10 +43,14 @@ EXTREME = 4.0  # times an even share, where the colours of a heat map end
 DPI = 150
 
 
-def loss_figure(runs: Sequence[Run], *, axes: Sequence[str], window: int) -> Figure:
+def loss_figure(
+    runs: Sequence[Run], *, axes: Sequence[str], window: int, suffix: bool = False
+) -> Figure:
     """Loss of training (lines) and validation (dots) against each of `axes`, names of AXES.
 
-    window: logged lines that a training curve averages over.
+    Args:
+        window: logged lines that a training curve averages over.
+        suffix: the loss of the targets behind a prefix, of the runs that have it; else of all.
     """
     columns = min(2, len(axes))
     rows = -(-len(axes) // columns)
@@ -54,20 +59,24 @@ def loss_figure(runs: Sequence[Run], *, axes: Sequence[str], window: int) -> Fig
     for panel in panels.flat[len(axes) :]:
         panel.remove()
     for name, panel in zip(axes, panels.flat, strict=False):
-        _draw_losses(panel, runs, axis=AXES[name], window=window)
+        _draw_losses(panel, runs, axis=AXES[name], window=window, suffix=suffix)
     for panel in panels[:, 0]:
-        panel.set_ylabel("loss (nats per token)")
+        panel.set_ylabel(f"loss{' behind the prefix' if suffix else ''} (nats per token)")
     _legend(figure, runs)
     return figure
 
 
-def _draw_losses(panel: Axes, runs: Sequence[Run], *, axis: Axis, window: int) -> None:
+def _draw_losses(
+    panel: Axes, runs: Sequence[Run], *, axis: Axis, window: int, suffix: bool
+) -> None:
     unit, unit_name = common_unit(runs, axis)
     for run, look in zip(runs, looks(), strict=False):
-        raw = curve(run.training, axis=axis, unit=unit, field="loss")
-        line = smoothed(raw, window=window)
-        panel.plot(line.x, line.y, linewidth=1.4, **look)
-        dots = curve(run.validation, axis=axis, unit=unit, field="validation_loss")
+        part = part_of(run, suffix=suffix)
+        if part.training is not None:
+            raw = curve(run.training, axis=axis, unit=unit, field=part.training)
+            line = smoothed(raw, window=window)
+            panel.plot(line.x, line.y, linewidth=1.4, **look)
+        dots = curve(run.validation, axis=axis, unit=unit, field=part.validation)
         panel.plot(dots.x, dots.y, "o", color=look["color"], markersize=4, markeredgecolor="white")
     panel.set_xlabel(axis.label.format(unit_name))
     panel.set_yscale("log")

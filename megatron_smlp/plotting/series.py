@@ -33,6 +33,7 @@ class Axis:
         return fitting[-1] if fitting else self.units[0]
 
 
+FLOPS = ((1e9, "G"), (1e12, "T"), (1e15, "P"), (1e18, "E"), (1e21, "Z"))
 AXES = {
     "steps": Axis("iteration", "training steps"),
     "tokens": Axis(
@@ -40,10 +41,9 @@ AXES = {
         "training tokens{}",
         ((1.0, ""), (1e3, " (thousands)"), (1e6, " (millions)"), (1e9, " (billions)")),
     ),
-    "flops": Axis(
-        "consumed_flops",
-        "training compute ({}FLOPs)",
-        ((1e9, "G"), (1e12, "T"), (1e15, "P"), (1e18, "E"), (1e21, "Z")),
+    "flops": Axis("consumed_flops", "training compute, needed ({}FLOPs)", FLOPS),
+    "square-flops": Axis(
+        "consumed_square_flops", "training compute, full squares ({}FLOPs)", FLOPS
     ),
     "time": Axis(
         "wall_seconds",
@@ -51,6 +51,37 @@ AXES = {
         ((1.0, "seconds"), (60.0, "minutes"), (3600.0, "hours"), (86400.0, "days")),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Part:
+    """Targets that losses are over: those of all positions, or those behind a prefix."""
+
+    training: str | None
+    """Field of the lines of training; None: the run does not say."""
+    validation: str
+
+
+def part_of(run: Run, *, suffix: bool) -> Part:
+    """Where a run has the losses of all targets, or of the suffix.
+
+    The `loss` of a step is of what is trained on, the suffix with partial prediction, whose lines
+    then have a `whole_loss` (older ones have none, and no `suffix_loss` either).
+    """
+    has = {name for record in run.training for name in record}
+    is_older = "suffix_loss" not in has and any(
+        "validation_suffix_loss" in record for record in run.validation
+    )
+    if suffix:
+        return Part("loss" if is_older else "suffix_loss", "validation_suffix_loss")
+    whole = "whole_loss" if "whole_loss" in has else "loss"
+    return Part(None if is_older else whole, "validation_loss")
+
+
+def has_suffix(run: Run) -> bool:
+    """Whether there is a loss of the suffix to draw."""
+    part = part_of(run, suffix=True)
+    return any(part.training in record for record in run.training)
 
 
 def common_unit(runs: Sequence[Run], axis: Axis) -> tuple[float, str]:

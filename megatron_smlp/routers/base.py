@@ -1,28 +1,60 @@
 """BASE: in training every expert gets as many tokens (Lewis et al. 2021, arXiv 2103.16716).
 
-    s = h . w_e                    e(i) maximises sum_i s[i, e(i)], each expert floor or ceil of N/E
-    y = sigmoid(h . w_e) f_e(h)    in evaluation e(i) = argmax s[i, :], nothing balanced or dropped
+    s = x . w_e                     e(i) maximises sum_i s[i, e(i)], each expert floor or ceil N/E
+    y = sigmoid(x . w_e) f_e(LN x)  in evaluation e(i) = argmax s[i, :], nothing balanced or dropped
 
-w_e <float>[E, D], orthogonal with gain 0.1. The choice has no gradient: w_e learns through the
-sigmoid only. No loss is added. Since the assignment looks across the micro-batch, in training a
-token's expert depends on other tokens, later ones included; in evaluation it does not.
-Unlike the source, E is free of the number of processes, tokens are not shuffled between ranks (the
-group is a micro-batch), and the assignment is ops/balanced_assignment.py, which always ends.
+x <float>[D] is the residual stream, which is not normalised; --base-routing-input norm scores and
+weighs by LN(x) instead. w_e <float>[E, D], orthogonal with gain 0.1. The choice has no gradient:
+w_e learns through the sigmoid only. No loss is added. Since the assignment looks across the
+micro-batch, in training a token's expert depends on other tokens, later ones included; in
+evaluation it does not.
+
+Prices (not in the paper): the assignment has a price p_e for each expert, so that
+argmax s[i, :] - p is nearly balanced. Their running mean over the training, one update a step,
+is a buffer of the model; with --base-eval prices evaluation takes that argmax. It is causal, and
+independent of what else is in the batch.
+
+    p <- 0.95 p + 0.05 mean over the step's micro-batches of p     (the first step's own at first)
+
+Unlike the source (fairseq's `modules/base_layer.py`), E is free of the number of processes, tokens
+are not shuffled between ranks (the group is a micro-batch), and the assignment is
+ops/balanced_assignment.py, which always ends. The source's expert is a layer of its own beside all
+FFNs, with ReLU, and its second matrix starts at zero; here it takes the place of an FFN, or follows
+spatial gating, and is initialised and activated as all other experts are.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
 import torch
+from megatron.core import mpu
 from torch import Tensor, nn
 
-from megatron_smlp.ops.balanced_assignment import balanced_assignment
+from megatron_smlp.ops.balanced_assignment import priced_assignment
+from megatron_smlp.routers.handed import repeats_a_pass
 from megatron_smlp.routers.token_router import Choices, TokenRouter
 
 INIT_GAIN = 0.1
+PRICE_MEMORY = 0.95
 
 
 class BaseRouter(TokenRouter):
     """See the top of the file."""
+
+    prices: Tensor
+    """<fp32>[E], where they are kept."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.keeps_prices = getattr(config, "base_prices", "mean") == "mean"
+        self.by_price = getattr(config, "base_eval", "greedy") == "prices"
+        if self.keeps_prices:
+            self.register_buffer("prices", torch.zeros(self.num_experts, device=self.weight.device))
+            # Row by row the sum of the prices of this step's micro-batches; last, their number.
+            self.of_step = torch.zeros(self.num_experts + 1, dtype=torch.float64)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -34,7 +66,10 @@ class BaseRouter(TokenRouter):
         """One expert of each token; every choice is kept."""
         if self.training:
             # A step whose scores are not finite is found, and ended, by its loss.
-            wanted = balanced_assignment(scores.nan_to_num())
+            wanted, prices = priced_assignment(scores.nan_to_num())
+            self._collect(prices)
+        elif self.by_price:
+            wanted = (scores - self.prices).argmax(dim=-1)
         else:
             wanted = scores.argmax(dim=-1)
         every = torch.ones_like(wanted[:, None], dtype=torch.bool)
@@ -43,3 +78,58 @@ class BaseRouter(TokenRouter):
     def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
         """sigmoid of the chosen expert's score."""
         return scores.gather(1, wanted).sigmoid()
+
+    def _collect(self, prices: Tensor) -> None:
+        """Add a micro-batch to the step's; prices: <fp32>[E], the same on all TP ranks."""
+        if self.keeps_prices and not repeats_a_pass():
+            self.of_step = self.of_step.to(prices.device)
+            self.of_step[:-1] += prices
+            self.of_step[-1] += 1
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Keep the prices in fp32 where Megatron casts a model, buffers and all, to bf16."""
+        kept = self._buffers.get("prices")
+        module = super()._apply(fn, recurse)
+        if kept is not None:
+            self.prices = kept.to(self.prices.device)
+        return module
+
+
+def _routers(models: Iterable[nn.Module]) -> list[BaseRouter]:
+    modules = (module for model in models for module in model.modules())
+    return [module for module in modules if isinstance(module, BaseRouter)]
+
+
+@contextlib.contextmanager
+def other_evaluation(models: Iterable[nn.Module]) -> Iterator[None]:
+    """By prices in place of greedily, or the other way round, for the time of a `with`."""
+    routers = _routers(models)
+    for router in routers:
+        router.by_price = not router.by_price
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.by_price = not router.by_price
+
+
+def update_prices(models: Iterable[nn.Module], *, skipped: bool) -> None:
+    """After a step: one update of every BASE router's prices. Collective over data parallel ranks.
+
+    The routers of an expert parallel group are copies of each other, and belong to that group.
+
+    Args:
+        skipped: the step had no update of the weights, and has none of the prices.
+    """
+    routers = [router for router in _routers(models) if router.keeps_prices]
+    if not routers:
+        return
+    sums = torch.stack([router.of_step for router in routers])
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(sums, group=group)
+    for router, row in zip(routers, sums, strict=True):
+        router.of_step.zero_()
+        if not skipped:
+            mean = (row[:-1] / row[-1]).float()
+            has_started = router.prices.any()
+            router.prices.lerp_(mean, torch.where(has_started, 1 - PRICE_MEMORY, 1.0))

@@ -42,6 +42,13 @@ OTHER_EXPERTS = {
 }
 
 
+# Flags of one rule.
+OF_RULE = {
+    "base": ("base_routing_input", "base_prices", "base_eval", "base_eval_both"),
+    "gshard": ("gshard_second_expert",),
+}
+
+
 def settle_token_router(args: argparse.Namespace) -> None:
     """Check the router's flags, and set those of Megatron's that follow from the rule.
 
@@ -49,6 +56,7 @@ def settle_token_router(args: argparse.Namespace) -> None:
         UsageError: with flag, value, what is allowed, and what to do.
     """
     _check_presence(args)
+    _check_rule(args)
     if args.token_router == "none":
         return
     _refuse_megatrons(args)
@@ -67,6 +75,23 @@ def settle_token_router(args: argparse.Namespace) -> None:
         args.moe_token_drop_policy = (
             "position"  # by probability, later tokens push out earlier ones
         )
+
+
+def check_prices(args: argparse.Namespace) -> None:
+    """Refuse an evaluation by prices that the model does not have.
+
+    Raises:
+        UsageError: see the message.
+    """
+    for flag, remedy, by_prices in (
+        ("--base-eval prices", "give --base-eval greedy", args.base_eval == "prices"),
+        ("--base-eval-both", "leave it out", args.base_eval_both),
+    ):
+        if by_prices and args.base_prices == "none":
+            raise UsageError(
+                f"{flag} needs the prices of a training with --base-prices mean, and this model "
+                f"has none: {remedy}."
+            )
 
 
 OF_PARTIAL = ("prefix_fraction", "partial_loss", "feature_aux_loss_coeff")
@@ -126,6 +151,16 @@ def _check_presence(args: argparse.Namespace) -> None:
             f"--num-experts {experts} is too few for --token-router {router}: give {fewest} or "
             "more."
         )
+
+
+def _check_rule(args: argparse.Namespace) -> None:
+    for rule, names in OF_RULE.items():
+        for name in names:
+            if name in args.explicit_flags and args.token_router != rule:
+                raise UsageError(
+                    f"{flag_of(name)} is for --token-router {rule}, not {args.token_router}: "
+                    "leave it out."
+                )
 
 
 def _refuse_megatrons(args: argparse.Namespace) -> None:

@@ -2,9 +2,9 @@
 
     e = table[id]        y = f_e(h)        no parameters, no loss, nothing dropped
 
-table <int64>[V], V the padded vocabulary, the same in every layer: random by --hash-seed, or read
-from --hash-table (routers/hash_table.py). It is a buffer, saved with the model, so a checkpoint's
-table wins over both.
+table <int64>[V], V the padded vocabulary, the same in every layer: random by --hash-seed, or
+balanced by the counts of the training data or of another corpus (--hash-table;
+routers/hash_table.py). It is a buffer, saved with the model, so a checkpoint's table wins over all.
 
 The ids are those of the model's input, on every pipeline stage: `give_token_ids` hands them over
 whenever the model is called, and a recomputed layer finds those of its own forward pass again.
@@ -12,14 +12,13 @@ whenever the model is called, and a recomputed layer finds those of its own forw
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.random import is_checkpointing
 from torch import Tensor, nn
 
-from megatron_smlp.routers.hash_table import random_table, read_table
+from megatron_smlp.routers.handed import Handed
+from megatron_smlp.routers.hash_table import BALANCED, random_table, read_table
 from megatron_smlp.routers.token_router import Choices, TokenRouter, as_megatron
 
 
@@ -28,12 +27,14 @@ def _first_table(config: Any) -> Tensor:
     table = random_table(
         num_experts=config.num_moe_experts, vocab_size=config.hash_vocab_size, seed=config.hash_seed
     )
-    if config.hash_table is not None:
+    experts = config.balanced_experts
+    if config.hash_table not in (None, BALANCED):
         experts = read_table(
             config.hash_table,
             num_experts=config.num_moe_experts,
             vocab_size=config.tokenizer_vocab_size,
         )
+    if experts is not None:
         table[: len(experts)] = experts
     return table
 
@@ -45,8 +46,8 @@ class HashRouter(TokenRouter):
         super().__init__(config, *args, **kwargs)
         self.weight = None  # Megatron's base class makes one
         self.register_buffer("table", _first_table(config))
-        self.token_ids: Tensor | None = None
-        self._to_recompute: deque[Tensor] = deque()
+        self.token_ids = Handed()
+        """<int64>[B, T] of the micro-batch."""
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See TokenRouter.forward.
@@ -54,7 +55,10 @@ class HashRouter(TokenRouter):
         Raises:
             ValueError: the model was called without token ids.
         """
-        wanted = self.table[self._ids().T.flatten()][:, None]
+        ids = self.token_ids.take()
+        if ids is None:
+            raise ValueError("--token-router hash routes by token ids: call the model with them")
+        wanted = self.table[ids.T.flatten()][:, None]
         every = torch.ones_like(wanted, dtype=torch.bool)
         self.count(Choices(wanted, every, every), every.float(), padding_mask)
         rows = self.own_rows(input.shape[0] * input.shape[1])
@@ -76,20 +80,6 @@ class HashRouter(TokenRouter):
             entry.allow_shape_mismatch = True
         return state
 
-    def _ids(self) -> Tensor:
-        """<int64>[B, T] of the micro-batch whose forward pass this is, or repeats.
-
-        A pipeline stage has several micro-batches under way, and their backward passes come in the
-        order of their forward passes.
-        """
-        if is_checkpointing() and torch.is_grad_enabled():
-            return self._to_recompute.popleft()
-        if self.token_ids is None:
-            raise ValueError("--token-router hash routes by token ids: call the model with them")
-        if is_checkpointing():
-            self._to_recompute.append(self.token_ids)
-        return self.token_ids
-
 
 def give_token_ids(model: nn.Module) -> None:
     """Let every HASH router of this model, or pipeline stage, know the input of each call."""
@@ -97,7 +87,7 @@ def give_token_ids(model: nn.Module) -> None:
 
     def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for router in routers:
-            router.token_ids = args[0] if args else kwargs["input_ids"]
+            router.token_ids.hand(args[0] if args else kwargs["input_ids"])
 
     if routers:
         model.register_forward_pre_hook(give, with_kwargs=True)

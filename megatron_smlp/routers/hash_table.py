@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 FORMAT = "megatron_smlp.hash_table"
+BALANCED = "balanced"
+"""In place of a file: by the counts of what the run trains on."""
 
 
 def random_table(*, num_experts: int, vocab_size: int, seed: int) -> Tensor:

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from megatron.core.tensor_parallel.random import is_checkpointing
 from torch import Tensor, nn
+
+from megatron_smlp.routers.handed import repeats_a_pass
 
 RouterKind = Literal["token", "feature"]
 FIELDS = ("kept", "gate", "gates", "aux_loss", "z_loss", "groups")
@@ -116,8 +117,7 @@ class CountedRouter:
     @property
     def counts(self) -> bool:
         """Whether this forward pass is to be counted."""
-        repeats = is_checkpointing() and torch.is_grad_enabled()
-        return self.counter is not None and not repeats
+        return self.counter is not None and not repeats_a_pass()
 
     @property
     def has_z_loss(self) -> bool:

@@ -5,9 +5,10 @@
     loss      a E sum_e f_e P_e,   f_e share of the N tokens whose argmax is e, before any drop,
                                    P_e mean of p_e over them; 1 where uniform
 
-h <float>[n, D] tokens after the norm; W <float>[D, E], kept as [E, D], without bias, drawn ten
-times smaller than the other weights (their section 2.4). c: --moe-train-capacity-factor in
-training, else --moe-eval-capacity-factor; a: --moe-aux-loss-coeff. Unlike the source, no jitter.
+h <float>[n, D] tokens after the norm; W <float>[D, E], kept as [E, D], without bias, drawn as the
+other weights are (token_router.py). c: --moe-train-capacity-factor in training, else
+--moe-eval-capacity-factor; a: --moe-aux-loss-coeff. Unlike the source, no jitter; and its smaller
+start (section 2.4: the variance of all weights, not of W alone, times 0.1) is --init-method-std.
 """
 
 from __future__ import annotations
@@ -20,17 +21,11 @@ from torch import Tensor
 from megatron_smlp.routers.capacity import within_capacity
 from megatron_smlp.routers.token_router import Choices, TokenRouter
 
-INIT_SCALE = 0.1
-
 
 class SwitchRouter(TokenRouter):
     """See the top of the file; GShard differs in the choice and in the number of slots."""
 
     has_aux_loss = True
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self.weight.data.mul_(INIT_SCALE)
 
     def choose(self, scores: Tensor) -> Choices:
         """One choice of each token."""

@@ -5,6 +5,9 @@ slice of its tokens (sequence parallelism), so the scores are gathered over the 
 makes the same choices for all N tokens, and keeps the rows of its own n. Rows are in the order of
 positions, then of samples.
 
+All rules start alike: W is drawn from a normal distribution with --init-method-std, as all weights
+are, unless the source has another rule for it and none for the others, which is BASE's case.
+
 Letters: N tokens of the group, n tokens of this rank, E experts, k choices of a token, D hidden,
 T sequence length, B micro-batch.
 """

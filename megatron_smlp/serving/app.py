@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 
 from megatron_smlp.generation.language_model import LanguageModel
 from megatron_smlp.serving import engine
+from megatron_smlp.serving.admission import Admission
 from megatron_smlp.serving.answers import Answer, choice, logprobs_of
 from megatron_smlp.serving.requests import CompletionRequest, RequestError, parse
 
@@ -81,6 +82,8 @@ class Work:
             max_tokens=asked.max_tokens,
             temperature=asked.temperature,
             top_p=asked.top_p,
+            top_k=asked.top_k,
+            repetition_penalty=asked.repetition_penalty,
             seed=asked.seed,
             logprobs=asked.logprobs,
             on_token=on_token,
@@ -109,8 +112,11 @@ class Work:
 class Service:
     """One model, one thread, and a limit on how many requests may wait for it."""
 
-    def __init__(self, lm: LanguageModel, *, max_body_bytes: int, max_waiting: int) -> None:
+    def __init__(
+        self, lm: LanguageModel, *, max_body_bytes: int, max_waiting: int, admission: Admission
+    ) -> None:
         self.lm, self.max_body_bytes, self.max_waiting = lm, max_body_bytes, max_waiting
+        self.admission = admission
         self.created = int(time.time())
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.works: set[Work] = set()
@@ -120,7 +126,8 @@ class Service:
             work.cancelled.set()
         self.thread.shutdown(wait=True, cancel_futures=True)
 
-    def models(self) -> dict[str, Any]:
+    def models(self, request: Request) -> dict[str, Any]:
+        self.admission.check(request.headers, has_body=False)
         model = {"id": self.lm.name, "object": "model", "created": self.created}
         return {"object": "list", "data": [{**model, "owned_by": "megatron_smlp"}]}
 
@@ -136,6 +143,7 @@ class Service:
         return bytes(read)
 
     async def complete(self, request: Request) -> Response:
+        self.admission.check(request.headers, has_body=True)
         body = await self.body(request)
         if len(self.works) >= self.max_waiting:
             raise RequestError(
@@ -199,9 +207,17 @@ def _failure() -> dict[str, Any]:
     return {"error": error}
 
 
-def build_app(lm: LanguageModel, *, max_body_bytes: int, max_waiting: int) -> FastAPI:
+def build_app(
+    lm: LanguageModel,
+    *,
+    max_body_bytes: int,
+    max_waiting: int,
+    admission: Admission = Admission(),  # noqa: B008 - frozen
+) -> FastAPI:
     """The application for an ASGI server."""
-    service = Service(lm, max_body_bytes=max_body_bytes, max_waiting=max_waiting)
+    service = Service(
+        lm, max_body_bytes=max_body_bytes, max_waiting=max_waiting, admission=admission
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -210,14 +226,14 @@ def build_app(lm: LanguageModel, *, max_body_bytes: int, max_waiting: int) -> Fa
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 
-    async def models() -> JSONResponse:
-        return JSONResponse(service.models())
+    async def models(request: Request) -> JSONResponse:
+        return JSONResponse(service.models(request))
 
     async def completions(request: Request) -> Response:
         try:
             return await service.complete(request)
-        except RequestError as error:
-            return JSONResponse(error.body(), status_code=error.status)
+        except RequestError:
+            raise
         except Exception:
             logger.exception("a request failed")
             return JSONResponse(_failure(), status_code=500)
@@ -229,4 +245,7 @@ def build_app(lm: LanguageModel, *, max_body_bytes: int, max_waiting: int) -> Fa
     app.add_api_route("/v1/models", models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/completions", completions, methods=["POST"], response_model=None)
     app.add_exception_handler(HTTPException, refused)
+    app.add_exception_handler(
+        RequestError, lambda _, error: JSONResponse(error.body(), status_code=error.status)
+    )
     return app

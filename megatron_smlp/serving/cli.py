@@ -37,6 +37,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-waiting", type=int, default=256, metavar="N",
         help="requests at a time; more are refused with 429 (default 256)",
     )  # fmt: skip
+    server.add_argument(
+        "--allowed-hosts", nargs="+", default=[], metavar="NAME",
+        help="names by which clients may call this machine, beside its own, localhost and numeric "
+        "addresses; *: any",
+    )  # fmt: skip
+    server.add_argument(
+        "--api-key", metavar="KEY", help="clients must send it (default: whoever comes may ask)"
+    )
     add_model_arguments(parser)
     return parser
 
@@ -65,11 +73,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _serve(lm: LanguageModel, options: argparse.Namespace, listening: socket.socket) -> None:
     import uvicorn
 
+    from megatron_smlp.serving.admission import Admission
     from megatron_smlp.serving.app import build_app
+    from megatron_smlp.serving.protocol import TimedProtocol
 
-    app = build_app(lm, max_body_bytes=options.max_body_bytes, max_waiting=options.max_waiting)
+    app = build_app(
+        lm,
+        max_body_bytes=options.max_body_bytes,
+        max_waiting=options.max_waiting,
+        admission=Admission.of([options.host, *options.allowed_hosts], options.api_key),
+    )
     config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS, lifespan="on"
+        app,
+        http=TimedProtocol,
+        log_level="warning",
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        lifespan="on",
     )
     host, port = listening.getsockname()[:2]
     print(f"serving {lm.name!r} at http://{host}:{port}/v1 (Ctrl-C ends)", flush=True)

@@ -11,9 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
-from transformers.generation import StoppingCriteriaList, SuppressTokensLogitsProcessor
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
 
 from megatron_smlp.generation.language_model import LanguageModel
+
+COLDEST = 1e-30
+"""Logits over less than this overflow; so close to 0 the likeliest token is drawn anyway."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,9 @@ class Job:
     max_tokens: int
     temperature: float
     top_p: float
+    top_k: int = 0
+    """Draw from so many of the likeliest; 0: from all."""
+    repetition_penalty: float = 1.0
     seed: int | None
     logprobs: int | None
     """How many of the likeliest ids to tell; None: no log-probabilities at all."""
@@ -58,6 +68,10 @@ def _tokens(ids: Sequence[int], logprobs: Tensor, count: int) -> list[Token]:
     chosen = logprobs.gather(1, torch.tensor(ids, device=logprobs.device)[:, None])[:, 0].tolist()
     tops = _tops(logprobs, count)
     return [Token(*values) for values in zip(ids, chosen, tops, strict=True)]
+
+
+class _Repetition(RepetitionPenaltyLogitsProcessor):
+    """As `_NoPadding`."""
 
 
 class _NoPadding(SuppressTokensLogitsProcessor):
@@ -103,10 +117,13 @@ def answer(lm: LanguageModel, job: Job) -> None:
     processors: list[Any] = [watcher]
     if lm.padding_ids:
         processors.append(_NoPadding(lm.padding_ids, device=lm.model.device))
+    if job.repetition_penalty != 1:
+        processors.append(_Repetition(job.repetition_penalty))
     ids = torch.tensor([job.prompt] * job.n, device=lm.model.device)
     how: dict[str, Any] = {"do_sample": False}
-    if job.temperature > 0:
-        how = {"do_sample": True, "temperature": job.temperature, "top_p": job.top_p, "top_k": 0}
+    if job.temperature >= COLDEST:
+        how = {"do_sample": True, "temperature": job.temperature, "top_p": job.top_p}
+        how["top_k"] = job.top_k
     lm.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -20,6 +20,11 @@ UNSUPPORTED = {
     "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0),
 }
+# Two of these are in vLLM's server and not in OpenAI's; one says who asks, and changes nothing.
+KNOWN = frozenset({
+    "model", "prompt", "n", "best_of", "max_tokens", "temperature", "top_p", "top_k",
+    "repetition_penalty", "seed", "logprobs", "echo", "stream", "stop", "user",
+})  # fmt: skip
 
 
 class RequestError(Exception):
@@ -32,8 +37,15 @@ class RequestError(Exception):
     def body(self) -> dict[str, Any]:
         """As OpenAI words it."""
         kind = "invalid_request_error"
-        error = {"message": str(self), "type": kind, "param": self.name, "code": None}
+        error = {"message": _text(str(self)), "type": kind, "param": None, "code": None}
+        if self.name is not None:
+            error["param"] = _text(self.name)
         return {"error": error}
+
+
+def _text(quoted: str) -> str:
+    """What is quoted of a request may hold half of a surrogate pair, which cannot be sent."""
+    return quoted.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +55,9 @@ class CompletionRequest:
     n: int
     temperature: float
     top_p: float
+    top_k: int
+    """0: all."""
+    repetition_penalty: float
     seed: int | None
     logprobs: int | None
     echo: bool
@@ -63,9 +78,9 @@ def parse(body: bytes, lm: LanguageModel) -> CompletionRequest:
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object")
     _check_model(values, lm)
-    for name, nothing in UNSUPPORTED.items():
-        if values.get(name) not in nothing:
-            raise RequestError(f"{name} is not supported by this server", name=name)
+    for name in values:
+        if name not in KNOWN and values[name] not in UNSUPPORTED.get(name, (None,)):
+            raise RequestError(f"{name:.40} is not supported by this server", name=name[:40])
     n = _integer(values, "n", 1, low=1, high=MOST_ANSWERS)
     if values.get("best_of") not in (None, n):
         raise RequestError("best_of is not supported by this server", name="best_of")
@@ -81,6 +96,8 @@ def parse(body: bytes, lm: LanguageModel) -> CompletionRequest:
         n=n,
         temperature=_number(values, "temperature", 1.0, low=0.0, high=2.0),
         top_p=_top_p(values),
+        top_k=max(0, _integer(values, "top_k", 0, low=-1)),
+        repetition_penalty=_number(values, "repetition_penalty", 1.0, low=0.01, high=100.0),
         seed=None if values.get("seed") is None else _integer(values, "seed", 0),
         logprobs=None
         if logprobs is None or logprobs is False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from megatron_smlp.checkpoints.structure import (
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
-from megatron_smlp.options import model_option_names
+from megatron_smlp.options import ModelOptions, model_option_names
 
 # Megatron's flags that make another function of the same weights, and their defaults.
 OTHER_FUNCTIONS: dict[str, Any] = {
@@ -67,6 +68,8 @@ MEGATRON_MODEL_FLAGS = (
 
 # Recorded for whoever exports the model, but free to change from run to run.
 MAY_CHANGE = (
+    "base_eval",
+    "gshard_second_expert",
     "partial_loss",
     "feature_aux_loss_coeff",
     "hash_seed",
@@ -79,6 +82,11 @@ MAY_CHANGE = (
 
 # What checkpoints that are older than a flag do not say.
 OLDER_THAN: dict[str, Any] = {**OTHER_FUNCTIONS, "toeplitz": False}
+# The same of a rule of the token router; flags of other rules have their defaults.
+OLDER_ROUTERS: dict[str, dict[str, Any]] = {
+    "base": {"base_routing_input": "norm", "base_prices": "none"},
+    "gshard": {"gshard_second_expert": "raw"},
+}
 
 # Padding of the vocabulary grows with the tensor parallel size; Megatron loads across it.
 LAYOUT_DEPENDENT = ("padded_vocab_size",)
@@ -124,7 +132,25 @@ def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> di
         flags: dict[str, Any] = json.loads(text)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return None
-    return {**OLDER_THAN, **flags} if isinstance(flags, dict) else None
+    return with_older_flags(flags) if isinstance(flags, dict) else None
+
+
+def with_older_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What was recorded, and what a checkpoint that does not record a flag has of it."""
+    of_rule = OLDER_ROUTERS.get(flags.get("token_router", "none"), {})
+    of_others = {name: getattr(ModelOptions, name) for name in model_option_names()}
+    return {**of_others, **OLDER_THAN, **of_rule, **flags}
+
+
+def keep_router(args: argparse.Namespace) -> None:
+    """Route as the checkpoint to be loaded does, wherever the command line does not say how."""
+    recorded = (read_model_flags(args.load, args.ckpt_step) if args.load else None) or {}
+    args.kept_flags = []
+    for name in OLDER_ROUTERS.get(args.token_router, {}):
+        there = recorded.get(name, getattr(args, name))
+        if name not in args.explicit_flags and there != getattr(args, name):
+            setattr(args, name, there)
+            args.kept_flags.append(f"{flag_of(name)} {there}")
 
 
 def settle_load(args: argparse.Namespace) -> None:

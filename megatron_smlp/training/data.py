@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.utils import Split
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import is_first_or_last_pipeline_stage
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from megatron_smlp.data.blending import blends_from_arguments
+from megatron_smlp.data.content import content_of
 from megatron_smlp.data.datasets import build_datasets, dataset_uses, use_lines
 from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.indexed import strip_suffix
+from megatron_smlp.data.token_counts import token_counts
 from megatron_smlp.data.tokenizers import identity_from_arguments
 from megatron_smlp.data.verification import verify_for_training
 from megatron_smlp.errors import UsageError
+from megatron_smlp.routers.hash_table import balanced_table
+from megatron_smlp.training.exchange import from_first_rank
+
+EVALUATION_SEED = 1234
+"""Of the order in which validation and test samples are drawn, so that runs of other seeds and
+systems are compared on the same ones."""
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Look at every dataset before anything is built.
+    """Look at every dataset before anything is built, and keep what is in each: checkpoints say it.
 
     Raises:
         UsageError: no data, missing or damaged files, or data of another vocabulary.
@@ -39,6 +52,7 @@ def check_data(args: argparse.Namespace) -> None:
         identity = None if args.allow_tokenizer_mismatch else identity_from_arguments(args)
         for prefix in prefixes:
             verify_for_training(prefix, identity, vocab_size=get_tokenizer().vocab_size)
+            args.data_contents[prefix] = content_of(strip_suffix(prefix))
     except (ValueError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
 
@@ -64,26 +78,25 @@ class DatasetProvider:
         """
         args = get_args()
         on_rank = partial(_reads_data, args, vp_stage)
-        if args.mock_data:
-            return BlendedMegatronDatasetBuilder(
-                MockGPTDataset, num_samples, on_rank, dataset_config(args)
-            ).build()
-        try:
-            datasets = build_datasets(
-                num_samples,
-                blends=blends_from_arguments(args),
-                config=dataset_config(args),
-                is_built_on_rank=on_rank,
-                rank=args.rank,
-            )
-        except DataError as error:
-            raise UsageError(str(error)) from error
+        train, valid, test = num_samples
+        once = valid if args.full_validation else test  # Megatron wants as many for the test split
+        datasets = [
+            *_build([train, 0, 0], args, on_rank, splits=(0,), seed=args.seed)[:1],
+            *_build([0, once, test], args, on_rank, splits=(1, 2), seed=EVALUATION_SEED)[1:],
+        ]
         # Megatron refuses to read from a dataset without samples, as --eval-iters 0 makes them.
         datasets = [
             None if wanted == 0 else dataset
             for wanted, dataset in zip(num_samples, datasets, strict=True)
         ]
-        self._say_uses(datasets, args)
+        if not args.mock_data:
+            self._say_uses(datasets, args)
+        for place, length in ((1, valid), (2, test)):
+            if datasets[place] is not None and not args.full_validation:
+                length = once if args.dataloader_type == "cyclic" else length
+                datasets[place] = AgainAndAgain(
+                    datasets[place], once=once, length=length * (1 + args.base_eval_both)
+                )
         return datasets
 
     def _say_uses(self, datasets: list[Any], args: argparse.Namespace) -> None:
@@ -91,6 +104,78 @@ class DatasetProvider:
             for line in use_lines(dataset_uses(datasets, sequence_length=args.seq_length)):
                 self.say(line)
         self.said = True
+
+
+def _build(
+    num_samples: list[int],
+    args: argparse.Namespace,
+    on_rank: Callable[[], bool],
+    *,
+    splits: Sequence[int],
+    seed: int,
+) -> list[Any]:
+    """Only these of train (0), validation (1) and test (2); None in the places of the others."""
+    config = dataset_config(args)
+    config.random_seed = seed
+    for name in ("split_matrix", "blend_per_split"):
+        if (of_all := getattr(config, name)) is not None:
+            kept = [part if split in splits else None for split, part in enumerate(of_all)]
+            setattr(config, name, kept)
+    if args.mock_data:
+        builder = BlendedMegatronDatasetBuilder(MockGPTDataset, num_samples, on_rank, config)
+        mocked: list[Any] = builder.build()
+        return mocked
+    try:
+        return build_datasets(
+            num_samples,
+            blends=blends_from_arguments(args),
+            config=config,
+            is_built_on_rank=on_rank,
+            rank=args.rank,
+        )
+    except DataError as error:
+        raise UsageError(str(error)) from error
+
+
+class AgainAndAgain(Dataset[Any]):
+    """The first samples of a dataset, over and over: every evaluation of a run reads the same.
+
+    Megatron goes on in its validation data from one validation to the next.
+
+    Args:
+        once: samples of one evaluation.
+        length: samples of all that there are in the run.
+    """
+
+    split = Split.valid  # which Megatron reads for the size of a batch
+
+    def __init__(self, dataset: Dataset[Any], *, once: int, length: int) -> None:
+        self.dataset, self.once, self.length = dataset, once, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index % self.once]
+
+
+def experts_of_training_data(args: argparse.Namespace) -> Tensor:
+    """The table of --hash-table balanced: rank 0 counts what the run trains on. Collective.
+
+    With --split the validation's documents are counted too.
+
+    Returns:
+        <int64>[ids of the tokenizer].
+    """
+    table = None
+    if args.rank == 0:
+        blends = blends_from_arguments(args)
+        blend = blends.whole or (blends.per_split or (None,))[0]
+        assert blend is not None
+        counts = token_counts(blend, vocab_size=get_tokenizer().vocab_size)
+        table = torch.from_numpy(balanced_table(counts, num_experts=args.num_experts))
+    experts: Tensor = from_first_rank(table)
+    return experts
 
 
 def may_be_padded(args: argparse.Namespace) -> bool:

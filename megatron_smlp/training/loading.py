@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_smlp.checkpoints import integrity
-from megatron_smlp.checkpoints.run_record import changes, read_run_record
+from megatron_smlp.checkpoints.run_record import changes, other_data, read_run_record
 from megatron_smlp.checkpoints.structure import (
     TRACKER,
     is_ours,
@@ -24,7 +24,7 @@ from megatron_smlp.checkpoints.structure import (
     tracked_iteration,
 )
 from megatron_smlp.durable import write_durably
-from megatron_smlp.errors import NoGoodCheckpointError
+from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 from megatron_smlp.training.checkpoints import check_against_checkpoint
 from megatron_smlp.training.exchange import from_first_rank, gathered
 
@@ -38,7 +38,8 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
 
     Raises:
         NoGoodCheckpointError: there are some, and none may be loaded.
-        UsageError: the one to be loaded holds another model than the flags say.
+        UsageError: the one to be loaded holds another model than the flags say, or was trained on
+            other data.
     """
     if args.ckpt_format != "torch_dist" or args.auto_detect_ckpt_format:
         return
@@ -50,6 +51,8 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
         return
     chosen = _first_good(args, order, say)
     _tell_changes(args, chosen, say)
+    if not args.finetune:
+        _check_data(args, chosen, say)
     if chosen == args.ckpt_step:
         return
     args.ckpt_step = chosen
@@ -104,6 +107,21 @@ def _tell_changes(args: argparse.Namespace, iteration: int, say: Say) -> None:
     record = read_run_record(iteration_folder(args.load, iteration)) if args.rank == 0 else None
     if record and (found := changes(record, args)):
         say(f"changed since iteration {iteration}: {', '.join(found)}")
+
+
+def _check_data(args: argparse.Namespace, iteration: int, say: Say) -> None:
+    """Say where a dataset holds something else than it did; go on only if that is allowed."""
+    record = read_run_record(iteration_folder(args.load, iteration)) if args.rank == 0 else None
+    found = from_first_rank(other_data(record, args) if record else [])
+    if not found:
+        return
+    what = f"{', '.join(found)} holds other data than at iteration {iteration} of {args.load}"
+    if not args.allow_data_mismatch:
+        raise UsageError(
+            f"{what}: put the dataset back, or go on with the one that is there by "
+            "--allow-data-mismatch (its samples are then counted on from the old one's)."
+        )
+    say(f"WARNING: {what} (--allow-data-mismatch)")
 
 
 def _refusal(args: argparse.Namespace, refused: list[str]) -> str:

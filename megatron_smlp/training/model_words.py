@@ -8,13 +8,15 @@ from typing import Any
 
 from megatron_smlp.training.checkpoints import LAYOUT_DEPENDENT, MAY_CHANGE
 
+# May change, but is no matter of training alone.
+OF_EVALUATION = ("base_eval",)
 # They follow from other flags, or from the tokenizer.
 DERIVED = ("moe_router_topk", "vocab_size", "max_position_embeddings")
 
 
 def model_words(parser: argparse.ArgumentParser, flags: Mapping[str, Any]) -> list[str]:
     """The flags that make the model, without what only training reads."""
-    skipped = {*LAYOUT_DEPENDENT, *MAY_CHANGE, *DERIVED}
+    skipped = {*LAYOUT_DEPENDENT, *MAY_CHANGE, *DERIVED} - {*OF_EVALUATION}
     words: list[str] = []
     for name, value in flags.items():
         if name not in skipped and value is not None:

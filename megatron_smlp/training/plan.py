@@ -46,25 +46,30 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def layer_table(args: argparse.Namespace, shape: ModelShape) -> Table:
-    """One row a layer: mixer slot, channel slot, parameters, forward GFLOPs a sequence."""
+    """One row a layer: mixer slot, channel slot, parameters, forward GFLOPs a sequence, in full
+    squares and without what lies above the diagonals."""
     table = Table(title="Layers", title_justify="left", box=None, pad_edge=False)
     for name in ("layer", "token mixer", "channel mixer"):
         table.add_column(name, no_wrap=True)
-    for name in ("parameters", "GFLOPs/sequence"):
+    for name in ("parameters", "GFLOPs/sequence", "needed"):
         table.add_column(name, justify="right")
     for number, slots in enumerate(shape.slots, start=1):
         cost = layer_cost(shape, slots)
         mixer, channel = describe(args, slots)
-        gflops = f"{cost.square_flops / 1e9:.2f}"
-        table.add_row(str(number), mixer, channel, f"{cost.parameters:,}", gflops)
+        gflops = (f"{flops / 1e9:.2f}" for flops in (cost.square_flops, cost.flops))
+        table.add_row(str(number), mixer, channel, f"{cost.parameters:,}", *gflops)
     return table
 
 
 def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
     """Both slots in words."""
+    router = args.token_router
+    if router == "hash":
+        router += f", {'random' if args.hash_table is None else 'balanced'} table"
+        router = "hash, the checkpoint's table" if args.load else router
     channels = {
         "mlp": f"MLP, width {args.ffn_hidden_size}",
-        "token_moe": f"token MoE ({args.token_router}), experts: {args.num_experts}",
+        "token_moe": f"token MoE ({router}), experts: {args.num_experts}",
         "none": "-",
     }
     mixer = MIXERS[slots.mixer].format(
@@ -86,9 +91,11 @@ def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:
     )
     dtype = next((name for name in PRECISIONS if getattr(args, name)), "fp32")
     yield f"model       {args.architecture}: {layers}"
+    zeros = f" ({cost.zero_parameters:,} zeros above diagonals)" if cost.zero_parameters else ""
     yield (
-        f"size        {cost.parameters:,} parameters, {cost.active_parameters:,} active per token; "
-        f"hidden {args.hidden_size}, T {args.seq_length}, vocabulary {args.padded_vocab_size:,}"
+        f"size        {cost.parameters:,} parameters, {cost.active_parameters:,} active per token"
+        f"{zeros}; hidden {args.hidden_size}, T {args.seq_length}, "
+        f"vocabulary {args.padded_vocab_size:,}"
     )
     yield (
         f"cost        {paper:.4f} TFLOPs forward per 1024 tokens "

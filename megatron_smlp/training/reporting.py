@@ -17,10 +17,12 @@ import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
-from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_token
+from megatron_smlp.accounting import ModelShape
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.evaluation.results import as_record, task_words
+from megatron_smlp.routers.base import other_evaluation, update_prices
 from megatron_smlp.routers.collapse import CollapseWatch
+from megatron_smlp.training.compute import Compute
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.router_report import (
     Loads,
@@ -31,7 +33,7 @@ from megatron_smlp.training.router_report import (
 )
 from megatron_smlp.training.screen import Screen
 from megatron_smlp.training.speed import StepClock, WallClock, device_peak_tflops, duration
-from megatron_smlp.training.step import SUFFIX_LOSS, ForwardStep
+from megatron_smlp.training.step import ForwardStep
 
 if TYPE_CHECKING:
     from megatron_smlp.evaluation.during_training import TaskEvaluation
@@ -56,8 +58,7 @@ class Reporter:
         self.tasks = tasks
         self.statistics = step.statistics
         self.collapse = CollapseWatch(fixed=("token",) if args.token_router == "hash" else ())
-        shape = ModelShape.from_args(args)
-        self.flops_per_token = training_flops_per_token(model_cost(shape), shape)
+        self.compute = Compute(ModelShape.from_args(args))
         self.first_rank = args.rank == 0
         self.screen = Screen(args)
         self.say = self.screen.say
@@ -66,6 +67,8 @@ class Reporter:
         self.clock = StepClock()
         self.wall = WallClock()
         self.last_saved: int | None = None
+        self.evaluated: dict[str, Loads] = {}
+        """What the routers did in each pass of the last evaluation."""
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -81,16 +84,20 @@ class Reporter:
     def _farewell(self) -> str:
         where = f"saved to {self.args.save}" if self.last_saved else "nothing was saved"
         again = "; the same command goes on from there" if self.last_saved else ""
-        return f"stopped at iteration {self.args.curr_iteration + 1}: {where}{again}"
+        done = getattr(self.args, "curr_iteration", None)  # none before the first step begins
+        when = "before the first iteration" if done is None else f"at iteration {done + 1}"
+        return f"stopped {when}: {where}{again}"
 
     # Observer
 
     def built(self, model: list[Any], optimizer: Any) -> None:
         iteration = self.args.iteration
+        self.model = model
         self.statistics.attach(model)
         if self.tasks:
             self.tasks.built(model, optimizer)
         last = self.metrics.drop_after(iteration) if self.metrics else {}
+        self.compute.resume(last, tokens=self._tokens())
         if iteration:
             self.say(f"resumed from iteration {iteration} of {self.args.load}")
             self._say_if_complete(iteration)
@@ -111,15 +118,15 @@ class Reporter:
             NonFiniteLossError: on every rank, where --nonfinite-loss is stop.
         """
         rank = torch.distributed.get_rank()
-        bad = torch.tensor(
-            [rank + 1 if self.step.take_nonfinite() else 0], device=torch.cuda.current_device()
-        )
+        bad = torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device())
+        nonfinite = self.step.take_nonfinite()
+        if nonfinite is not None:
+            bad += (rank + 1) * nonfinite
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-        if not bad.item():
+        found = int(bad)
+        if not found:
             return True
-        message = (
-            f"non-finite loss on rank {bad.item() - 1} at iteration {self.args.curr_iteration + 1}"
-        )
+        message = f"non-finite loss on rank {found - 1} at iteration {self.args.curr_iteration + 1}"
         if self.args.nonfinite_loss == "stop":
             raise NonFiniteLossError(
                 f"{message}: stopped before the update (--nonfinite-loss stop). Lower --lr or "
@@ -139,6 +146,7 @@ class Reporter:
         skipped: bool,
         loss_scale: float,
     ) -> None:
+        update_prices(self.model, skipped=skipped)
         self.clock.step()
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             self._log_step(
@@ -156,18 +164,20 @@ class Reporter:
         self, losses: dict[str, torch.Tensor], *, iteration: int, **of_step: float | None
     ) -> None:
         numbers = _to_first_rank(losses)
-        loads = self._routers(iteration)
+        loads = self.statistics.take(training=True)
+        self._tell_loads(loads, iteration=iteration)
         if not self.first_rank:
             return
+        flops_per_token = self.compute.add(loads, tokens=self._tokens())
         loss = numbers.pop("lm loss")
         record = {
             "iteration": iteration,
             "loss": loss,
             "perplexity": perplexity(loss),
+            **{name.replace(" ", "_"): value for name, value in numbers.items()},
             **of_step,
             **self._progress(),
-            **numbers,
-            **self._speed(iteration),
+            **self._speed(iteration, flops_per_token),
             **_unless_empty("routers", loads),
         }
         assert self.metrics is not None
@@ -196,33 +206,34 @@ class Reporter:
         words = [f"iteration {iteration} tasks", *task_words(results), f"{seconds:.1f} s"]
         self.say(" | ".join(words))
 
-    def _routers(self, iteration: int, *, title: str = "") -> Loads:
-        """What the routers did since the last line; also said where one collapses. Collective.
+    def _tell_loads(self, loads: Loads, *, iteration: int, title: str = "") -> None:
+        """To TensorBoard, and a warning where a router collapses.
 
         title: of an evaluation; empty in training.
         """
-        loads = self.statistics.take(training=not title)
         write_scalars(loads, iteration=iteration, title=title)
         for line in self.collapse.warnings(loads, iteration=iteration, title=title):
             self.say(line)
-        return loads
+
+    def _tokens(self) -> int:
+        """Of training, since the run began."""
+        tokens: int = self.args.consumed_train_samples * self.args.seq_length
+        return tokens
 
     def _progress(self) -> dict[str, float]:
         """How far the run is, in all that a curve may be drawn against."""
-        samples = self.args.consumed_train_samples
-        tokens = samples * self.args.seq_length
         return {
-            "consumed_samples": samples,
-            "consumed_tokens": tokens,
-            "consumed_flops": tokens * self.flops_per_token,
+            "consumed_samples": self.args.consumed_train_samples,
+            "consumed_tokens": self._tokens(),
+            **self.compute.spent(self._tokens()),
             "wall_seconds": self.wall.seconds(),
         }
 
-    def _speed(self, iteration: int) -> dict[str, float | None]:
+    def _speed(self, iteration: int, flops_per_token: float) -> dict[str, float | None]:
         steps = max(1, self.clock.steps)
         seconds = self.clock.take_seconds_per_step()
         tokens = get_current_global_batch_size() * self.args.seq_length / seconds
-        tflops = tokens * self.flops_per_token / 1e12 / self.args.world_size
+        tflops = tokens * flops_per_token / 1e12 / self.args.world_size
         return {
             "seconds_per_iteration": seconds,
             "tokens_per_second": tokens,
@@ -249,33 +260,32 @@ class Reporter:
         ]
         return " | ".join(words + (["skipped"] if record["skipped"] else []))
 
+    def ways_to_evaluate(self) -> Iterator[tuple[str, contextlib.AbstractContextManager[None]]]:
+        """As --base-eval says, and with --base-eval-both the other way too. Collective."""
+        yield "", contextlib.nullcontext()
+        self.evaluated = {"": self.statistics.take(training=False)}
+        if self.args.base_eval_both:
+            other = "greedy" if self.args.base_eval == "prices" else "prices"
+            yield f"{other} ", other_evaluation(self.model)
+            self.evaluated[f" {other}"] = self.statistics.take(training=False)
+
     def validated(
         self, losses: dict[str, torch.Tensor], *, iteration: int, title: str, seconds: float
     ) -> None:
         self.clock.exclude(seconds)
         numbers = _to_first_rank(losses)
-        loads = self._routers(iteration, title=title)
+        for way, loads in self.evaluated.items():
+            self._tell_loads(loads, iteration=iteration, title=f"{title}{way}")
         if not self.first_rank:
             return
-        of_losses = _loss_fields(title, numbers)
+        record = {"iteration": iteration, **_loss_fields(title, numbers), **self._progress()}
+        record["seconds"] = seconds
+        for way, loads in self.evaluated.items():
+            record |= _unless_empty(f"{title}{way} routers".replace(" ", "_"), loads)
         assert self.metrics is not None
-        self.metrics.write(
-            {
-                "iteration": iteration,
-                **of_losses,
-                **self._progress(),
-                "seconds": seconds,
-                **_unless_empty(f"{title}_routers", loads),
-            }
-        )
-        words = [
-            f"iteration {iteration} {title}",
-            f"loss {of_losses[f'{title}_loss']:.4f}",
-            f"ppl {of_losses[f'{title}_perplexity']:.2f}",
-        ]
-        if SUFFIX_LOSS in numbers:
-            words.append(f"suffix ppl {of_losses[f'{title}_suffix_perplexity']:.2f}")
-        self.say(" | ".join([*words, *router_words(loads), f"{seconds:.1f} s"]))
+        self.metrics.write(record)
+        for way, loads in self.evaluated.items():
+            self.say(_evaluation_line(record, f"{title}{way}", loads))
 
     def held_up(self, *, seconds: float) -> None:
         self.clock.exclude(seconds)
@@ -288,15 +298,28 @@ class Reporter:
         self.say(f"iteration {iteration} saved to {self.args.save} | {seconds:.1f} s")
 
 
+def _evaluation_line(record: dict[str, Any], title: str, loads: Loads) -> str:
+    name = title.replace(" ", "_")
+    words = [
+        f"iteration {record['iteration']} {title}",
+        f"loss {record[f'{name}_loss']:.4f}",
+        f"ppl {record[f'{name}_perplexity']:.2f}",
+    ]
+    if f"{name}_suffix_perplexity" in record:
+        words.append(f"suffix ppl {record[f'{name}_suffix_perplexity']:.2f}")
+    return " | ".join([*words, *router_words(loads), f"{record['seconds']:.1f} s"])
+
+
 def _unless_empty(name: str, loads: Loads) -> dict[str, Any]:
     return {name: router_records(loads)} if loads else {}
 
 
 def _loss_fields(title: str, losses: dict[str, float]) -> dict[str, float]:
-    """`lm loss` -> validation_loss, `suffix loss` -> validation_suffix_loss; with perplexities."""
+    """`lm loss` -> validation_loss, `prices suffix loss` -> validation_prices_suffix_loss; with
+    perplexities."""
     fields: dict[str, float] = {}
     for name, loss in losses.items():
-        stem = "_".join([title, *name.removesuffix("loss").removeprefix("lm ").split()])
+        stem = "_".join([title, *(word for word in name.split() if word not in ("lm", "loss"))])
         fields |= {f"{stem}_loss": loss, f"{stem}_perplexity": perplexity(loss)}
     return fields
 

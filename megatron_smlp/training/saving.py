@@ -19,7 +19,7 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ from megatron_smlp.checkpoints.structure import (
     replace_folder,
 )
 from megatron_smlp.durable import write_durably
-from megatron_smlp.errors import SaveError
+from megatron_smlp.errors import SaveError, UsageError
 from megatron_smlp.training.checkpoints import write_model_flags
 from megatron_smlp.training.exchange import from_first_rank, gathered
 
@@ -65,6 +65,43 @@ class Saving:
         self.args = args
         self.listener = listener
         self.open: deque[Save] = deque()
+        self.lost = 0
+        """The latest iteration that could not be saved; 0 where a later one was."""
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """The time of a run. The folder is made now, and is not made again where it vanishes: an
+        unmounted disk's would be another one.
+
+        Raises:
+            UsageError: it cannot be made.
+            SaveError: at the end, where the last checkpoint was lost.
+        """
+        self._make_folder()
+        try:
+            yield
+        except SystemExit as end:  # as by a signal, or --exit-interval
+            if not end.code:
+                self._refuse_loss()
+            raise
+        self._refuse_loss()
+
+    def _make_folder(self) -> None:
+        if self.args.save and self._is_first_rank():
+            try:
+                Path(self.args.save).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"--save {self.args.save} cannot be made: {error.strerror}. Give a folder that "
+                    "can be written to."
+                ) from error
+
+    def _refuse_loss(self) -> None:
+        if self.lost:
+            raise SaveError(
+                f"the last checkpoint, of iteration {self.lost}, could not be saved to "
+                f"{self.args.save}: {left_in(Path(self.args.save))}."
+            )
 
     def start(self, final: Path) -> Path:
         """Make the folder that is to be filled. Collective.
@@ -75,7 +112,7 @@ class Saving:
         partial, problem = partial_folder(final), None
         if self._is_first_rank():
             try:
-                partial.mkdir(parents=True)
+                partial.mkdir()
             except OSError as error:
                 problem = f"{partial.parent}: {error.strerror}"
         partial, problem = from_first_rank((partial, problem))
@@ -98,7 +135,10 @@ class Saving:
         self._agree(self._publish(save) if self._is_first_rank() else [])
         self.open.popleft()
         seconds = time.perf_counter() - save.began
-        self.listener.saved(iteration=iteration_of(save.final) or 0, seconds=seconds)
+        iteration = iteration_of(save.final) or 0
+        if iteration >= self.lost:
+            self.lost = 0
+        self.listener.saved(iteration=iteration, seconds=seconds)
 
     def _publish(self, save: Save) -> list[str]:
         try:
@@ -129,18 +169,19 @@ class Saving:
         """
         self.open.remove(save)
         self._remove(save)
-        left = latest_iteration(save.final.parent)
-        rest = f"the newest there is of iteration {left}" if left is not None else "none is there"
+        iteration = iteration_of(save.final) or 0
+        # One that was started earlier may end later, in the background.
+        self.lost = max(self.lost, iteration)
         message = (
-            f"iteration {iteration_of(save.final)} could not be saved to {save.final.parent}: "
-            f"{reason_of(error)}; {rest}"
+            f"iteration {iteration} could not be saved to {save.final.parent}: {reason_of(error)}; "
+            f"{left_in(save.final.parent)}"
         )
         if self.args.on_save_failure == "stop":
             for later in self.open:  # still in the background, which ends with the run
                 self._remove(later)
             raise SaveError(
-                f"{message}. Make room there and start the same command again, or let a run go on "
-                "without by --on-save-failure continue."
+                f"{message}. Make room there, or put it back, and start the same command again, or "
+                "let a run go on without by --on-save-failure continue."
             ) from error
         self.listener.say(f"{message}. The run goes on (--on-save-failure continue)")
 
@@ -172,6 +213,11 @@ def write_and_add_share(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     write(*args, **kwargs)
     add_share(partial, rank)
+
+
+def left_in(run: Path) -> str:
+    left = latest_iteration(run)
+    return f"the newest there is of iteration {left}" if left is not None else "none is there"
 
 
 def words_of(error: OSError) -> str:

@@ -72,6 +72,8 @@ class Screen:
             self.say("platform    CPU: GPU-only defaults are off (docs/architecture.md)")
         self.say(f"data        {'mock' if args.mock_data else ' '.join(data_words(args))}")
         self.say(f"start       {'from ' + args.load if args.load else 'from scratch'}")
+        if args.kept_flags:
+            self.say(f"            with {', '.join(args.kept_flags)}, as that model has it")
         if args.log_dir:
             self.say(f"logs        {args.log_dir}: metrics.jsonl, megatron.log")
         else:

@@ -3,8 +3,8 @@
     loss = sum over tokens of mask * -log p(label) / number of tokens        of one micro-batch
 
 Megatron averages over micro-batches, or, with --calculate-per-token-loss, over all their tokens.
-Partial prediction (arXiv 2203.06850, section 3) trains on the positions t >= P only; validation
-reports the loss of all positions, and that of these beside it.
+Partial prediction (arXiv 2203.06850, section 3) trains on the positions t >= P only. With
+--suffix-from P the loss of these is reported beside the whole, whatever the system is.
 
 Letters: B micro-batch, T sequence length, P prefix length.
 """
@@ -28,11 +28,15 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
-from megatron_smlp.options import prefix_length
+from megatron_smlp.options import prefix_length, suffix_start
+from megatron_smlp.routers.draws import sample_keys
+from megatron_smlp.routers.gshard import give_samples
 from megatron_smlp.routers.statistics import RouterStatistics
 from megatron_smlp.training.data import may_be_padded, needs_batch, needs_every_batch
 
 SUFFIX_LOSS = "suffix loss"
+WHOLE_LOSS = "whole loss"
+"""Of all targets, where "lm loss", which is trained on, is not."""
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask")
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -47,8 +51,9 @@ class ForwardStep:
 
     def __init__(self) -> None:
         self.statistics = RouterStatistics()
-        self.nonfinite = False
+        self.nonfinite: Tensor | None = None
         self.data_seconds = 0.0
+        self.place = _PlaceInRun()
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: Any
@@ -62,9 +67,12 @@ class ForwardStep:
         args, timers = get_args(), get_timers()
         timers("batch-generator", log_level=2).start()
         start = time.perf_counter()
-        batch = next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-        if torch.is_grad_enabled():  # validation does not count
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = next_batch(data_iterator, vp_stage)
+        if torch.is_grad_enabled():  # validation does not count, and draws nothing
             self.data_seconds += time.perf_counter() - start
+            if args.token_router == "gshard":
+                give_samples(model, self._keys(self.place.first_sample(args, vp_stage)))
         timers("batch-generator").stop()
         self.statistics.begin(real_tokens(batch["loss_mask"]) if may_be_padded(args) else None)
         if args.feature_router == "partial":
@@ -77,28 +85,58 @@ class ForwardStep:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """token_losses, loss_mask: <float>[B, T] -> summed loss, number of tokens, report."""
         args = get_args()
-        suffix_mask = loss_mask.clone()
-        suffix_mask[:, : prefix_length(args, seq_length=args.seq_length)] = 0
-        if not token_losses.requires_grad:
-            loss, num_tokens = _masked_sum(token_losses, loss_mask)
-            reports = {"lm loss": _report(loss, num_tokens)}
-            if args.feature_router == "partial":
-                reports[SUFFIX_LOSS] = _report(*_masked_sum(token_losses, suffix_mask))
-            return loss, num_tokens, reports
-        mask = loss_mask if args.partial_loss == "all" else suffix_mask
-        loss, num_tokens = _masked_sum(token_losses, mask)
-        self.nonfinite |= not bool(torch.isfinite(loss.detach()))
-        return loss, num_tokens, {"lm loss": _report(loss, num_tokens)}
+        prefix = prefix_length(args, seq_length=args.seq_length)
+        trains = token_losses.requires_grad
+        start = prefix if trains and args.partial_loss == "suffix" else 0
+        loss, num_tokens = _masked_sum(token_losses, loss_mask, start=start)
+        if trains:
+            self._look_at(loss.detach())
+        reports = {"lm loss": _report(loss, num_tokens)}
+        if suffix_from := suffix_start(args, seq_length=args.seq_length):
+            suffix = _masked_sum(token_losses, loss_mask, start=suffix_from)
+            reports[SUFFIX_LOSS] = _report(*suffix)
+        if start:
+            reports[WHOLE_LOSS] = _report(*_masked_sum(token_losses, loss_mask))
+        return loss, num_tokens, reports
 
-    def take_nonfinite(self) -> bool:
-        """Whether a loss was not finite since the last call."""
-        nonfinite, self.nonfinite = self.nonfinite, False
+    @staticmethod
+    def _keys(first: int) -> Tensor:
+        args, device = get_args(), torch.device(torch.cuda.current_device())
+        count = args.micro_batch_size
+        return sample_keys(seed=args.seed, first=first, count=count, device=device)
+
+    def _look_at(self, loss: Tensor) -> None:
+        # On the device: the host would wait for it at each micro-batch.
+        bad = ~torch.isfinite(loss)
+        self.nonfinite = bad if self.nonfinite is None else self.nonfinite | bad
+
+    def take_nonfinite(self) -> Tensor | None:
+        """<bool>[], whether a loss was not finite since the last call; None: there was none."""
+        nonfinite, self.nonfinite = self.nonfinite, None
         return nonfinite
 
     def take_data_seconds(self) -> float:
         """Wall time spent on batches of training steps since the last call, on this rank."""
         seconds, self.data_seconds = self.data_seconds, 0.0
         return seconds
+
+
+class _PlaceInRun:
+    """Which samples of the run the micro-batch under way has, counted as its sampler counts."""
+
+    def __init__(self) -> None:
+        self._started: dict[int | None, tuple[int, int]] = {}
+        """Of each stage on this rank: samples before the step, and its micro-batches so far."""
+
+    def first_sample(self, args: Any, vp_stage: int | None) -> int:
+        """The number of the first one; to be called once in each forward pass of a stage."""
+        before: int = args.consumed_train_samples
+        step, number = self._started.get(vp_stage, (before, 0))
+        number = number if step == before else 0
+        self._started[vp_stage] = (before, number + 1)
+        number %= get_num_microbatches()  # where Megatron runs a step again
+        ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+        return before + (number * ranks + rank) * int(args.micro_batch_size)
 
 
 def real_tokens(loss_mask: Tensor | None) -> Tensor | None:
@@ -109,9 +147,10 @@ def real_tokens(loss_mask: Tensor | None) -> Tensor | None:
     return None if loss_mask is None else loss_mask.flip(1).cumsum(1).flip(1) > 0
 
 
-def _masked_sum(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """<float>[B, T] -> the sum in fp32, and the number of tokens in it."""
-    return torch.sum(losses.float() * mask), mask.sum().int()
+def _masked_sum(losses: Tensor, mask: Tensor, *, start: int = 0) -> tuple[Tensor, Tensor]:
+    """<float>[B, T] -> the sum in fp32 from position `start` on, and the number of tokens in it."""
+    kept = mask[:, start:]
+    return torch.sum(losses[:, start:].float() * kept), kept.sum().int()
 
 
 def _report(loss: Tensor, num_tokens: Tensor) -> Tensor:

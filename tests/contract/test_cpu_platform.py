@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.cpu_replacements import MEGATRONS, TORCHS
 from support.launches import REPOSITORY, clean_environment
 
 from megatron_smlp.platform import cpu
@@ -23,6 +24,7 @@ from megatron_smlp.platform import cpu
 NAMES = ["torch", "torch.cuda", "torch.cuda.random", "torch.cuda.nvtx",
          "megatron.training.training", "megatron.training.initialize",
          "megatron.core.datasets.utils", "megatron.core.tensor_parallel.mappings",
+         "megatron.core.tensor_parallel.random",
          "megatron.core.transformer.moe.moe_utils",
          "megatron.core.transformer.moe.token_dispatcher"]
 PLACES = {name: importlib.import_module(name) for name in NAMES}
@@ -79,28 +81,7 @@ def test_whatever_is_replaced_was_there(probe: dict):
 
 def test_what_is_replaced(probe: dict):
     """The whole list: another name here is another decision, to be made with a reason in cpu.py."""
-    cuda = """Event Stream current_device current_stream default_generators default_stream
-        device_count empty_cache get_device_capability get_device_name get_device_properties
-        get_rng_state is_current_stream_capturing manual_seed manual_seed_all
-        max_memory_allocated max_memory_reserved memory_allocated memory_reserved memory_stats
-        reset_peak_memory_stats set_device set_rng_state set_stream stream synchronize"""
-    expected = {f"torch.cuda.{name}" for name in cuda.split()}
-    expected |= {f"torch.cuda.nvtx.{name}" for name in ("mark", "range", "range_pop", "range_push")}
-    random = ("get_rng_state", "manual_seed", "manual_seed_all", "set_rng_state")
-    expected |= {f"torch.cuda.random.{name}" for name in random}
-    expected |= {f"torch.{name}" for name in cpu.FACTORIES}
-    tensor = "cuda new_empty new_full new_ones new_tensor new_zeros to type"
-    expected |= {f"torch.Tensor.{name}" for name in tensor.split()}
-    expected |= {f"torch.nn.Module.{name}" for name in ("cuda", "to")}
-    megatron = """training.training.initialize_megatron training.training.set_jit_fusion_options
-        training.training.build_train_valid_test_data_iterators
-        core.datasets.utils.compile_helpers
-        core.tensor_parallel.mappings._gather_along_first_dim
-        core.tensor_parallel.mappings._reduce_scatter_along_first_dim
-        core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu
-        core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu"""
-    expected |= {f"megatron.{name}" for name in megatron.split()}
-    assert set(probe["without"]["replaced"]) == expected
+    assert set(probe["without"]["replaced"]) == TORCHS | MEGATRONS
 
 
 def test_applying_twice_is_applying_once(probe: dict):

@@ -43,3 +43,14 @@ def test_it_takes_the_steps_of_the_plain_one(kind: type[torch.optim.Adam], chain
     assert fast.param_groups[0]["fused"]
     for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_step_counts_are_where_their_parameters_are() -> None:
+    """A checkpoint leaves them on the CPU, where CUDA's fused kernel refuses to read them."""
+    parameter = torch.nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-2)
+    torch_adam.allocate(optimizer)
+    assert optimizer.state[parameter]["step"].device.type == "meta"
+    optimizer.state[parameter]["step"] = torch.tensor(4.0)
+    torch_adam._choose_fused(optimizer)
+    assert optimizer.state[parameter]["step"].device.type == "meta"

@@ -36,6 +36,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_layer import (
     BaseTransformerLayer,
+    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
@@ -43,12 +44,14 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
+from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from support.in_process import layer_config
 
 from megatron_smlp import architectures
 from megatron_smlp.architectures import SlottedLayer, SMLPTransformerConfig
 from megatron_smlp.layers.norms import TorchNorm
 from megatron_smlp.layers.spatial_gating import SpatialGating
+from megatron_smlp.layers.token_moe import token_moe_builder
 from megatron_smlp.model import model_config, transformer_config
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -160,6 +163,25 @@ class TestLayerSlots:
         assert names(get_num_layers_to_build)[:2] == ["config", "vp_stage"]
 
 
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 3), (2, 3)])
+def test_which_samples_a_micro_batch_has(rank: int, ranks: int):
+    """GShard's draws and the validations count on the order of Megatron's sampler."""
+    sampler = MegatronPretrainingSampler(
+        total_samples=40,
+        consumed_samples=12,
+        micro_batch_size=2,
+        data_parallel_rank=rank,
+        data_parallel_size=ranks,
+    )
+    for number, batch in enumerate(sampler):
+        first = 12 + (number * ranks + rank) * 2
+        assert batch == [first, first + 1]
+
+
+def groups() -> ProcessGroupCollection:
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
 class TestTokenMoE:
     def test_how_the_layer_builds_router_and_experts(self):
         class Router(Noted):
@@ -175,6 +197,38 @@ class TestTokenMoE:
         assert Experts.built.pop(0) == 2, "the number of experts on this rank comes first"
         assert Experts.built.pop(1) is config, "then the config, both without a name"
         assert set(Experts.built) == {"pg_collection", "name"}
+
+    def test_the_layer_routes_what_it_is_given_and_dispatches_what_preprocess_returns(self):
+        """BASE's layer is given the residual, and normalises it between the two."""
+        order: list[tuple[str, tuple[int, ...]]] = []
+
+        class Layer(MoELayer):
+            def route(self, hidden: torch.Tensor, padding_mask: Any = None) -> Any:
+                order.append(("route", tuple(hidden.shape)))
+                return super().route(hidden, padding_mask)
+
+            def preprocess(self, hidden: torch.Tensor, probs: Any, routing_map: Any) -> Any:
+                order.append(("preprocess", tuple(hidden.shape)))
+                return super().preprocess(torch.zeros_like(hidden), probs, routing_map)
+
+        config = layer_config(
+            num_moe_experts=2,
+            moe_router_topk=1,
+            moe_router_pre_softmax=True,
+            moe_token_dispatcher_type="alltoall",
+            add_bias_linear=False,
+        )
+        build = token_moe_builder(config, get_backend(config.transformer_impl))
+        submodules = build(config=config, pg_collection=groups()).submodules
+        hidden = torch.randn(3, 2, config.hidden_size)
+        output, _ = Layer(config, submodules)(hidden)
+        assert order == [("route", (3, 2, 24)), ("preprocess", (3, 2, 24))]
+        assert not output.any(), "experts without a bias see the zeros"
+
+    def test_what_a_layer_calls_in_front_of_its_channel_slot(self):
+        assert names(TransformerLayer._forward_pre_mlp_layernorm) == ["self", "hidden_states"]
+        layer = SlottedLayer(layer_config())
+        assert layer.recompute_pre_mlp_layernorm is False
 
     def test_what_our_routers_use_of_megatrons(self):
         assert names(TopKRouter.forward) == ["self", "input", "padding_mask"]

@@ -39,12 +39,12 @@ ARCHITECTURES = {
     "transformer_switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-layer-freq 2",
     "transformer_hash": f"{ATTENTION} --token-router hash {EXPERTS}",
     "transformer_gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-layer-freq 2 "
-    "--moe-train-capacity-factor 1 --moe-token-drop-policy position "
-    "--gshard-always-uses-the-second-expert",
+    "--moe-train-capacity-factor 1 --moe-token-drop-policy position",
     "gmlp_1_head": "--architecture gmlp --spatial-heads 1",
     "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
     "amlp": "--architecture amlp --spatial-heads 2 --tiny-attention-width 16",
-    "smlp": f"{SMLP} --feature-router deterministic --token-router base {EXPERTS}",
+    "smlp": f"{SMLP} --feature-router deterministic --token-router base {EXPERTS} "
+    "--base-eval prices",
     "smlp_partial": f"{SMLP} --feature-router partial --token-router base {EXPERTS}",
     "feature_moe_partial": f"{SMLP} --feature-router partial",
     "feature_moe_toeplitz": f"{SMLP} --feature-router partial --toeplitz",
@@ -64,6 +64,7 @@ TWO_PROCESSES = {
     "dp2_distributed_optimizer": "--use-distributed-optimizer",
     "ep2": "--expert-model-parallel-size 2",
 }
+PRICED = ("tp2_sp", "pp2", "dp2", "ep2")
 FOUR_PROCESSES = {"tp2_pp2": f"{TP} {PP}"}
 RECOMPUTE = {
     "recompute_full": "--recompute-granularity full --recompute-method uniform "
@@ -83,7 +84,9 @@ PADDED = "--make-vocab-size-divisible-by 384 --save-interval 100 --save"
 
 # Where an architecture shares all but one part with others, the layouts that this part could break.
 FEWER = {
-    "transformer_gshard": ("tp2_sp", "ep2", "dp2", "recompute_full"),
+    "transformer_gshard": (
+        *("tp2_sp", "ep2", "dp2", "pp2_interleaved", "pp2_recompute", "recompute_full", "tp2_pp2"),
+    ),
     "smlp_partial": ("tp2_sp", "pp2", "ep2", "dp2", "tp2_pp2"),
     "feature_moe_toeplitz": ("tp2_sp", "pp2", "dp2_distributed_optimizer"),
     "feature_moe_partial": (
@@ -123,6 +126,16 @@ class Runs:
         how = f"--train-iters {NUM_STEPS} --finetune --no-load-optim --no-load-rng"
         return f"{MODEL} {ARCHITECTURES[architecture]} {where} {how} {layout}"
 
+    def priced(self, layout: str, flags: str) -> dict[str, str]:
+        """The same for BASE experts, whose last checkpoint is kept."""
+        where = f"--save {self.folder}/saved/{layout} --no-save-optim --save-interval 100"
+        return {f"priced/{layout}": f"{self.resumed('smlp', flags)} {where}"}
+
+    def prices(self, layout: str) -> dict[str, torch.Tensor]:
+        """The buffers of a `priced` run."""
+        tensors = checkpoint_tensors(self.folder / "saved" / layout, NUM_STEPS)
+        return {name: value for name, value in tensors.items() if name.endswith("router.prices")}
+
     def all_of(self, layouts: Mapping[str, str]) -> dict[str, str]:
         return {f"{a}/{layout}": self.resumed(a, layouts[layout]) for a, layout in _cases(layouts)}
 
@@ -150,13 +163,15 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     }
     bare = {"bare/spec": f"{MODEL} {BARE_SPEC}"}
     padded = {"padded/hash": runs.resumed("transformer_hash", f"{PADDED} {runs.folder}/padded/run")}
-    launch(seeds | plain | fresh | bare | padded, processes=1, folder=runs.folder)
+    priced = runs.priced("plain", "")
+    launch(seeds | plain | fresh | bare | padded | priced, processes=1, folder=runs.folder)
     return runs
 
 
 @pytest.fixture(scope="module")
 def two(one: Runs) -> Runs:
-    launch(one.all_of(TWO_PROCESSES), processes=2, folder=one.folder)
+    priced = {k: v for name in PRICED for k, v in one.priced(name, TWO_PROCESSES[name]).items()}
+    launch(one.all_of(TWO_PROCESSES) | priced, processes=2, folder=one.folder)
     return one
 
 
@@ -237,14 +252,34 @@ def test_a_recomputed_pass_is_counted_once(one: Runs, architecture: str, layout:
     _assert_same_routers(one.routers(architecture, layout), one.routers(architecture, "plain"))
 
 
+@pytest.mark.parametrize("layout", PRICED)
+def test_base_experts_have_the_same_prices(two: Runs, layout: str):
+    """The running mean over the micro-batches of all data parallel ranks."""
+    ours, plain = two.prices(layout), two.prices("plain")
+    assert ours.keys() == plain.keys()
+    assert len(plain) == 2
+    for name, prices in plain.items():
+        scale = prices.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(ours[name], prices, rtol=0, atol=5e-3 * scale, msg=name)
+
+
 @pytest.mark.parametrize("architecture", filter(_has_routers, ARCHITECTURES))
 def test_every_router_counts_every_choice(one: Runs, architecture: str):
-    """8 samples of 32 tokens a step; GShard's two choices of each; 4 chunks of each sample."""
+    """8 samples of 32 tokens a step; 4 chunks of each sample. GShard asks for some of the second
+    experts in training, and for all of them in evaluation."""
     counted = one.routers(architecture, "plain")
-    each = {"token": 8 * 32 * (2 if "gshard" in architecture else 1), "feature": 8 * 4}
+    each = {"token": 8 * 32, "feature": 8 * 4}
+    if "gshard" in architecture:
+        in_training = {r["choices"] for r in counted[: -2 * len({r["layer"] for r in counted})]}
+        assert all(8 * 32 < choices < 2 * 8 * 32 for choices in in_training)
+        assert len(in_training) > 1
+        counted = [r for r in counted if r["choices"] not in in_training]
+        each["token"] *= 2
     assert {(r["kind"], r["choices"]) for r in counted} == {
         (kind, each[kind]) for kind in {r["kind"] for r in counted}
     }
+    counted = one.routers(architecture, "plain")
     layers = {(r["layer"], r["kind"]) for r in counted}
     assert len(counted) == len(layers) * (NUM_STEPS + 2)
 

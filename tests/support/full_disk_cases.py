@@ -66,11 +66,13 @@ def go_on(disk: str, how: str, finished: str) -> None:
     """With some room, and with none, where the logs are lost too."""
     run = run_with_one_checkpoint(Path(disk), finished)
     words = f"--save {run} --on-save-failure continue {how}"
-    pretrain(f"{words} --log-dir {disk}.log")
+    with pytest.raises(SaveError, match="the last checkpoint, of iteration 6"):
+        pretrain(f"{words} --log-dir {disk}.log")
     assert_intact(run)
     print("no room at all", flush=True)
     fill(run.parent, leave=0)
-    pretrain(words)
+    with pytest.raises(SaveError, match="the last checkpoint, of iteration 6"):
+        pretrain(words)
     assert_intact(run)
 
 

@@ -39,5 +39,5 @@ def build_layer(*, batch: int, length: int, **config: Any) -> nn.Module:
     layer = SlottedLayer(layer_config(spatial_length=length, **config))
     for module in layer.modules():
         if isinstance(module, HashRouter):
-            module.token_ids = torch.randint(40, (batch, length))
+            module.token_ids.hand(torch.randint(40, (batch, length)))
     return layer

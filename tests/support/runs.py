@@ -4,33 +4,28 @@ torchrun takes some ten seconds to start, so the tests put many runs into one la
 
     python -m torch.distributed.run --nproc-per-node 2 tests/support/runs.py runs.json
 
-`runs.json` is a list of command lines for pretrain_smlp.py, with one more flag: ALWAYS_SECOND.
+`runs.json` is a list of command lines for pretrain_smlp.py.
+With CUDA_STAND_IN=1 in the environment they train on the CPU that stands in for a CUDA device;
+with GATHER_PROBE=1 every parameter must have been gathered where it is read.
 """
 
 import contextlib
 import gc
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from pretrain_smlp import main
+if os.environ.get("CUDA_STAND_IN"):
+    from support import cuda_stand_in
 
-ALWAYS_SECOND = "--gshard-always-uses-the-second-expert"
+    cuda_stand_in.install()
 
-
-def without_draws(argv: list[str]) -> list[str]:
-    """GShard's random numbers depend on the layout, as dropout does; what remains must not."""
-    import torch
-
-    from megatron_smlp.routers.gshard import GShardRouter
-
-    is_fixed = ALWAYS_SECOND in argv
-    GShardRouter.draw = lambda _, gates: (torch.zeros_like if is_fixed else torch.rand_like)(gates)
-    return [word for word in argv if word != ALWAYS_SECOND]
+from pretrain_smlp import main  # noqa: E402
 
 
 def forget_run() -> None:
@@ -59,9 +54,13 @@ def ending_well() -> Iterator[None]:
 
 
 def run_all(path: str) -> None:
+    if os.environ.get("GATHER_PROBE"):
+        from support import gather_probe
+
+        gather_probe.install()
     for argv in json.loads(Path(path).read_text(encoding="utf-8")):
         with ending_well():
-            main(without_draws(argv))
+            main(argv)
         forget_run()
 
 

@@ -1,5 +1,6 @@
 """Command line and YAML -> checked arguments; and one readable line for what is wrong."""
 
+import json
 import re
 import subprocess
 import sys
@@ -77,6 +78,44 @@ class TestConfigFile:
         path = yaml("untie_embeddings_and_output_weights: true\n")
         args = parse(f"--config {path} {GMLP} --no-untie-embeddings-and-output-weights")
         assert not args.untie_embeddings_and_output_weights
+
+    def test_any_key_of_the_file_is_left_out_by_its_no(self, parse: Parse, yaml):
+        path = yaml("seed: 7\nlr_warmup_fraction: 0.5\nfeature-aux-loss-coeff: 0.3\n")
+        words = "--no-seed --no-lr-warmup-fraction --no-feature-aux-loss-coeff"
+        args = parse(f"--config {path} {GMLP} {words}")
+        assert (args.seed, args.lr_warmup_fraction) == (1234, None)
+        assert args.feature_aux_loss_coeff == 0.01
+        refusal(parse, f"--config {path} {GMLP} --no-lr-decay-style", "--no-lr-decay-style is not")
+
+    def test_a_flag_stands_in_for_keys_of_the_file(self, parse: Parse, yaml):
+        path = yaml("split: 9,1,0\ntrain_iters: 8\nlr_warmup_fraction: 0.5\nmock_data: true\n")
+        base = MINIMAL.replace("--mock-data", "").replace("--train-iters 4", "")
+        words = f"--config {path} {GMLP}"
+        data = "--train-data-path a --valid-data-path b"
+        args = parse(f"{words} {data}", base=base)
+        assert (args.split, args.mock_data) == (None, False)
+        assert (args.train_data_path, args.valid_data_path) == (["a"], ["b"])
+        assert parse(f"{words} --data-path a", base=base).split == "9,1,0"
+        args = parse(f"{words} --train-samples 16 --lr-warmup-samples 2", base=base)
+        assert (args.train_samples, args.lr_warmup_samples) == (16, 2)
+        assert args.lr_warmup_fraction is None
+        path = yaml(
+            "split: 9,1,0\ntrain-data-path: [a]\nvalid-data-path: [b]\nrecompute_method: block"
+        )
+        path.write_text(
+            path.read_text() + "\nrecompute_granularity: full\nrecompute_num_layers: 1\n"
+        )
+        args = parse(f"--config {path} {GMLP} --train-iters 4", base=base)
+        assert (args.split, args.recompute_method) == (None, "block")
+        args = parse(f"--config {path} {GMLP} --train-iters 4 --recompute-activations", base=base)
+        assert (args.recompute_granularity, args.recompute_method) == ("selective", None)
+
+    def test_a_warm_up_in_the_other_unit_is_named(self, parse: Parse, yaml):
+        path = yaml("lr_warmup_iters: 2\n")
+        base = MINIMAL.replace("--train-iters 4", "--train-samples 16")
+        message = "--lr-warmup-iters 2 beside --train-samples 16: .*--lr-warmup-samples"
+        with pytest.raises(UsageError, match=message):
+            parse(f"--config {path} {GMLP}", base=base)
 
     def test_our_own_switches_have_both_forms(self, parse: Parse, yaml):
         path = yaml("allow-tokenizer-mismatch: true\n")
@@ -358,6 +397,40 @@ def checkpoint(args: Any, folder: Path) -> None:
     iteration_folder(folder, 3).mkdir()
     write_model_flags(args, iteration_folder(folder, 3))
     (folder / TRACKER).write_text("3")
+
+
+class TestRouterOfACheckpoint:
+    """What BASE reads, and whether there are prices, is the model's: no flag need repeat it."""
+
+    WORDS = f"{GMLP} --token-router base --num-experts 2"
+
+    def test_an_older_checkpoint_routes_by_the_norm(self, parse: Parse, tmp_path: Path):
+        checkpoint(parse(self.WORDS), tmp_path)
+        record = iteration_folder(tmp_path, 3) / "model.json"
+        flags = json.loads(record.read_text())
+        assert (flags.pop("base_routing_input"), flags.pop("base_prices")) == ("residual", "mean")
+        record.write_text(json.dumps(flags))
+        args = parse(f"{self.WORDS} --load {tmp_path}")
+        assert (args.base_routing_input, args.base_prices) == ("norm", "none")
+        assert args.kept_flags == ["--base-routing-input norm", "--base-prices none"]
+        refusal(
+            parse,
+            f"{self.WORDS} --load {tmp_path} --base-routing-input residual",
+            "--base-routing-input residual contradicts the checkpoint",
+        )
+        refusal(parse, f"{self.WORDS} --load {tmp_path} --base-eval prices", "this model has none")
+
+    def test_a_recorded_choice_is_kept_and_evaluation_is_free(self, parse: Parse, tmp_path: Path):
+        checkpoint(parse(f"{self.WORDS} --base-routing-input norm"), tmp_path)
+        args = parse(f"{self.WORDS} --load {tmp_path} --base-eval prices")
+        assert (args.base_routing_input, args.base_eval) == ("norm", "prices")
+        assert args.kept_flags == ["--base-routing-input norm"]
+
+    def test_other_routers_have_none_of_it(self, parse: Parse, tmp_path: Path):
+        words = f"{GMLP} --token-router hash --num-experts 2"
+        refusal(parse, f"{words} --base-eval prices", "is for --token-router base, not hash")
+        checkpoint(parse(words), tmp_path)
+        assert parse(f"{words} --load {tmp_path}").kept_flags == []
 
 
 class TestSettled:

@@ -78,7 +78,7 @@ def test_dry_run(parse: Callable[..., Any], folder: str, system: str):
     words = f"--config {config(folder, system)} {DATA} {VOCABULARY[folder]}"
     args = parse(words, base="")
     text = io.StringIO()
-    print_dry_run(args, Console(file=text, width=200))
+    print_dry_run(args, Console(file=text, width=5000))
     rows = [line.split() for line in text.getvalue().splitlines()]
     numbers = [row[0] for row in rows if row and row[0].isdigit()]
     assert numbers == [str(index + 1) for index in range(args.num_layers)]

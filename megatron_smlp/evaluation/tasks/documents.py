@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.tasks import fields
+from megatron_smlp.evaluation.tasks.fields import Check
 
 Document = dict[str, Any]
 
@@ -25,48 +27,60 @@ class Source:
 
     patterns: tuple[str, ...]
     origin: str
-    columns: tuple[str, ...]
-    """Names that every document must have."""
+    columns: dict[str, Check]
+    """Names that every document must have, and what they may hold."""
+
+
+def _any(value: Any) -> None:
+    """HellaSwag's label depends on its endings."""
 
 
 FILES = {
     "copa": Source(
         ("copa*.jsonl", "COPA/val.jsonl"),
         "COPA/val.jsonl of https://dl.fbaipublicfiles.com/glue/superglue/data/v2/COPA.zip",
-        ("premise", "choice1", "choice2", "question", "label"),
+        {
+            **dict.fromkeys(("premise", "choice1", "choice2"), fields.text),
+            "question": fields.one_of("cause", "effect"),
+            "label": fields.one_of(0, 1),
+        },
     ),
     "piqa": Source(
         ("piqa*.jsonl",),
         "valid.jsonl and valid-labels.lst of https://yonatanbisk.com/piqa/data/, joined: each line "
         "with its label",
-        ("goal", "sol1", "sol2", "label"),
+        {**dict.fromkeys(("goal", "sol1", "sol2"), fields.text), "label": fields.one_of(0, 1)},
     ),
     "storycloze": Source(
         ("storycloze*.csv", "cloze_test*.csv"),
         "the CSV of the Story Cloze Test, on request from "
         "https://cs.rochester.edu/nlp/rocstories/ (it is licensed and cannot be shipped)",
-        (
-            *(f"InputSentence{number}" for number in range(1, 5)),
-            "RandomFifthSentenceQuiz1",
-            "RandomFifthSentenceQuiz2",
-            "AnswerRightEnding",
-        ),
+        {
+            **{f"InputSentence{number}": fields.text for number in range(1, 5)},
+            "RandomFifthSentenceQuiz1": fields.text,
+            "RandomFifthSentenceQuiz2": fields.text,
+            "AnswerRightEnding": fields.one_of(1, 2),
+        },
     ),
     "winogrande": Source(
         ("winogrande*.jsonl", "dev.jsonl"),
         "dev.jsonl of https://storage.googleapis.com/ai2-mosaic/public/winogrande/"
         "winogrande_1.1.zip",
-        ("sentence", "option1", "option2", "answer"),
+        {
+            "sentence": fields.blank,
+            **dict.fromkeys(("option1", "option2"), fields.text),
+            "answer": fields.one_of(1, 2),
+        },
     ),
     "hellaswag": Source(
         ("hellaswag*.jsonl",),
         "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
-        ("activity_label", "endings", "label"),
+        {"activity_label": fields.text, "endings": fields.options, "label": _any},
     ),
     "record": Source(
         ("record*.jsonl", "ReCoRD/val.jsonl"),
         "ReCoRD/val.jsonl of https://dl.fbaipublicfiles.com/glue/superglue/data/v2/ReCoRD.zip",
-        ("passage", "qas"),
+        {"passage": fields.passage, "qas": fields.queries},
     ),
 }
 
@@ -95,42 +109,71 @@ def read_documents(task: str, data_dir: str | Path) -> list[Document]:
     """Every document of a task's file, JSON lines or CSV, with the names it must have.
 
     Raises:
-        UsageError: a line is no JSON object, or lacks a name; with file and line.
+        UsageError: a line is no JSON object, lacks a name, or holds what is not allowed there; with
+            file, line and name.
     """
     path = find_file(task, data_dir)
     reader = _rows_of_csv if path.suffix == ".csv" else _rows_of_json
     rows = []
-    for line, row in reader(path):
-        for name in FILES[task].columns:
-            if name not in row:
-                raise UsageError(
-                    f"{path}:{line} has no {name!r}, which task {task} reads; its data is "
-                    f"{FILES[task].origin}"
-                )
-        rows.append(row)
+    try:
+        for line, row in reader(path):
+            columns = FILES[task].columns
+            if task == "hellaswag":
+                columns = columns | _hellaswag_columns(row)
+            _check_row(row, columns, task=task, where=f"{path}:{line}")
+            rows.append(row)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no UTF-8 text: {error.reason}") from error
     if not rows:
         raise UsageError(f"{path} is empty: task {task} has nothing to evaluate")
     return rows
 
 
+def _hellaswag_columns(row: Document) -> dict[str, Check]:
+    """The context in one part or in two, and the number of one of the endings."""
+    parts = {"ctx_a": fields.maybe_empty, "ctx_b": fields.maybe_empty}
+    count = len(row["endings"]) if isinstance(row.get("endings"), list) else 0
+    return {
+        **(parts if "ctx_a" in row else {"ctx": fields.text}),
+        "label": fields.one_of(*range(count)),
+    }
+
+
+def _check_row(row: Document, columns: dict[str, Check], *, task: str, where: str) -> None:
+    for name, check in columns.items():
+        if row.get(name) is None:
+            raise UsageError(
+                f"{where} has no {name!r}, which task {task} reads; its data is "
+                f"{FILES[task].origin}"
+            )
+        expected = check(row[name])
+        if expected:
+            raise UsageError(f"{where}: {name!r} is {row[name]!r:.60}; expected is {expected}")
+
+
 def _rows_of_json(path: Path) -> Iterator[tuple[int, Document]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{path}:{number} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"{path}:{number} is no JSON object")
-        yield number, row
+    """Lines end in a line feed: other characters that end lines are data within a string."""
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"{path}:{number} is no JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise UsageError(f"{path}:{number} is no JSON object")
+            yield number, row
 
 
 def _rows_of_csv(path: Path) -> Iterator[tuple[int, Document]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            yield reader.line_num, row
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise UsageError(f"{path}:{reader.line_num + 1} is no CSV: {error}") from error
 
 
 def _dataset(
@@ -142,9 +185,14 @@ def _dataset(
     return {"validation": Dataset.from_list(rows)}
 
 
-def _kept(task: str) -> Callable[[Document], list[Document]]:
-    """The names that the prompts read, and nothing else."""
-    return lambda row: [{name: row[name] for name in FILES[task].columns}]
+def _kept(task: str, **types: type) -> Callable[[Document], list[Document]]:
+    """The names that the prompts read, some of them of the type that the harness reads."""
+
+    def convert(row: Document) -> list[Document]:
+        kept = {name: row[name] for name in FILES[task].columns}
+        return [kept | {name: kind(kept[name]) for name, kind in types.items()}]
+
+    return convert
 
 
 def copa(data_dir: str | None = None, **metadata: Any) -> dict[str, Any]:
@@ -153,7 +201,7 @@ def copa(data_dir: str | None = None, **metadata: Any) -> dict[str, Any]:
         from datasets import load_dataset
 
         return {"validation": load_dataset("aps/super_glue", "copa", split="validation")}
-    return _dataset("copa", data_dir, _kept("copa"))
+    return _dataset("copa", data_dir, _kept("copa", label=int))
 
 
 def copa_question(doc: Document) -> str:
@@ -166,11 +214,11 @@ def copa_question(doc: Document) -> str:
 
 
 def piqa(data_dir: str, **metadata: Any) -> dict[str, Any]:
-    return _dataset("piqa", data_dir, _kept("piqa"))
+    return _dataset("piqa", data_dir, _kept("piqa", label=int))
 
 
 def winogrande(data_dir: str, **metadata: Any) -> dict[str, Any]:
-    return _dataset("winogrande", data_dir, _kept("winogrande"))
+    return _dataset("winogrande", data_dir, _kept("winogrande", answer=str))
 
 
 def storycloze(data_dir: str, **metadata: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from support.first_gpu.training import (
     words,
 )
 from support.launches import steps
-from support.runs import ALWAYS_SECOND
 from support.systems import SYSTEMS
 
 ROUNDING = 0.02
@@ -101,7 +100,7 @@ def estimated_memory(flags: str) -> int:
     from megatron_smlp.footprint import ParallelLayout, footprint
 
     try:
-        args = parse_arguments([word for word in flags.split() if word != ALWAYS_SECOND])
+        args = parse_arguments(flags.split())
         return footprint(ModelShape.from_args(args), ParallelLayout.from_args(args)).memory_bytes
     finally:
         forget_arguments()

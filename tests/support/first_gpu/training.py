@@ -14,7 +14,7 @@ from typing import Any
 
 from support.first_gpu.notes import Notes, Place
 from support.launches import Step, steps
-from support.runs import ALWAYS_SECOND, ending_well, forget_run, without_draws
+from support.runs import ending_well, forget_run
 from support.systems import MODEL, SYSTEMS
 
 NUM_STEPS = 4
@@ -27,9 +27,8 @@ type Observe = Callable[[Any], Any]
 
 def words(place: Place, system: str, *, precision: str = "--bf16") -> str:
     """Flags of a system's run; weights are drawn on the CPU, as on every device."""
-    draws = ALWAYS_SECOND if system == "gshard" else ""
     run = f"--train-iters {NUM_STEPS} --use-cpu-initialization --distributed-timeout-minutes 2"
-    return f"{MODEL} {SYSTEMS[system]} {draws} {place.size} {precision} {run}"
+    return f"{MODEL} {SYSTEMS[system]} {place.size} {precision} {run}"
 
 
 def train(flags: str, folder: Path, *, observe: Observe = lambda own: own) -> list[Step]:
@@ -38,7 +37,7 @@ def train(flags: str, folder: Path, *, observe: Observe = lambda own: own) -> li
     from megatron_smlp.training.transcript import Transcript
     from pretrain_smlp import train as pretrain
 
-    argv = without_draws([*flags.split(), "--log-dir", str(folder)])
+    argv = [*flags.split(), "--log-dir", str(folder)]
     try:
         with ending_well(), Transcript() as transcript:
             args = parse_arguments(argv)

@@ -1,5 +1,6 @@
 """A checkpoint that would run code when it is loaded is refused, wherever the code hides."""
 
+import io
 import pickle
 import shutil
 import warnings
@@ -128,6 +129,21 @@ def test_damage_names_the_file(name: str, damage: Callable[[Path], None], checkp
         load(checkpoint)
     assert f"{checkpoint / name} cannot be read" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [torch.arange(7.0), torch.arange(6.0).double(), [1.0]])
+def test_a_piece_that_is_not_what_the_index_says(checkpoint: Path, wrong: object):
+    """torch would read a part of it, or convert it."""
+    metadata = FileSystemReader(str(checkpoint)).read_metadata()
+    place = next(p for i, p in metadata.storage_data.items() if i.fqn == "weight")
+    path = checkpoint / place.relative_path
+    box = io.BytesIO()
+    torch.save(wrong, box)
+    place.offset, place.length = path.stat().st_size, len(box.getvalue())
+    path.write_bytes(path.read_bytes() + box.getvalue())
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(DamagedCheckpointError, match="a piece of weight is"):
+        load(checkpoint)
 
 
 def test_a_checkpoint_may_be_moved(checkpoint: Path, tmp_path: Path):

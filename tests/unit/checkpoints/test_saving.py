@@ -1,8 +1,10 @@
 """Saves in the background, saves that fail, and what is kept of many."""
 
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.checkpoints import assert_ends_like, pretrain
@@ -10,6 +12,7 @@ from support.checkpoints import assert_ends_like, pretrain
 from megatron_smlp.checkpoints.integrity import verify
 from megatron_smlp.checkpoints.structure import iteration_folder, iterations, tracked_iteration
 from megatron_smlp.errors import SaveError, UsageError
+from megatron_smlp.training.reporting import Reporter
 
 
 @pytest.fixture
@@ -69,9 +72,10 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path: Path, how: str):
 def test_a_run_may_go_on_without(
     run: Path, how: str, full_disk: None, capfd: pytest.CaptureFixture[str]
 ):
-    """What was saved before stays as it is."""
+    """What was saved before stays as it is; the end tells that the last one is missing."""
     log = run.parent / "log"
-    pretrain(f"--save {run} --log-dir {log} --ckpt-step 2 --on-save-failure continue {how}")
+    with pytest.raises(SaveError, match=r"the last checkpoint, of iteration 6, could not be saved"):
+        pretrain(f"--save {run} --log-dir {log} --ckpt-step 2 --on-save-failure continue {how}")
     output = capfd.readouterr().out
     assert "iteration 4 could not be saved" in output
     assert "iteration 6 could not be saved" in output
@@ -79,6 +83,36 @@ def test_a_run_may_go_on_without(
     assert [verify(iteration_folder(run, n)) for n in (2, 4, 6)] == [[], [], []]
     assert tracked_iteration(run) == 6
     assert not hidden(run)
+
+
+@pytest.mark.parametrize("how", ["", "--async-save"])
+@pytest.mark.parametrize("words", ["", "--exit-interval 5"])
+def test_a_folder_that_vanishes_is_not_made_again(
+    tmp_path: Path,
+    how: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    """As of a disk that is gone: the first save that finds none says so, and the exit code too."""
+    run = tmp_path / "run"
+    stepped = Reporter.stepped
+
+    def vanish(self: Reporter, *args: Any, iteration: int, **kwargs: Any) -> None:
+        stepped(self, *args, iteration=iteration, **kwargs)
+        if iteration == 3:
+            shutil.rmtree(run)
+
+    monkeypatch.setattr(Reporter, "stepped", vanish)
+    flags = f"--save {run} --log-dir {tmp_path / 'log'} {how} {words}"
+    last = 5 if words else 6
+    with pytest.raises(SaveError, match=rf"the last checkpoint, of iteration {last}, could not"):
+        pretrain(f"{flags} --on-save-failure continue")
+    assert not run.exists()
+    assert f"iteration 4 could not be saved to {run}: {run}: No such" in capfd.readouterr().out
+    if not how:
+        with pytest.raises(SaveError, match=r"iteration 4 could not be saved to .*: No such file"):
+            pretrain(flags)
 
 
 def test_old_checkpoints_go_when_the_new_one_is_there(tmp_path: Path):

@@ -119,12 +119,30 @@ def test_a_cut_file_is_named(exported: Path, tmp_path: Path, length: int) -> Non
         SafetensorsFolder(tmp_path)
 
 
-def test_a_lying_header_is_refused(tmp_path: Path) -> None:
-    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}).encode()
-    content = struct.pack("<Q", len(header)) + header + bytes(8)
+GOOD = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+LIES = {
+    "shape": ('{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}', 8, "cannot be read"),
+    "negative": (GOOD.replace("[0, 8]", "[-8, 0]").join(['{"a": ', "}"]), 8, "integer `-8`"),
+    "overlap": (f'{{"a": {GOOD}, "b": {GOOD}}}', 8, "invalid offset"),
+    "gap": (GOOD.replace("[0, 8]", "[4, 12]").join(['{"a": ', "}"]), 12, "invalid offset"),
+    "rest": (f'{{"a": {GOOD}}}', 9, "not fully covered"),
+    "twice": (f'{{"a": {GOOD}, "a": {GOOD}}}', 8, "a second time"),
+    "deep": ("[" * 100_000, 8, "invalid JSON"),
+    "list": ('{"a": [1]}', 8, "invalid JSON"),
+    "null": ('{"a": null}', 8, "invalid JSON"),
+    "type": (f'{{"a": {GOOD}}}'.replace("F32", "U32"), 8, "of type U32"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lying_header_is_refused(tmp_path: Path, lie: str) -> None:
+    text, size, words = LIES[lie]
+    content = struct.pack("<Q", len(text)) + text.encode() + bytes(size)
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(DamagedCheckpointError, match="take 16"):
+    with pytest.raises(UserError, match=words) as error:
         SafetensorsFolder(tmp_path)
+    assert "\n" not in str(error.value)
+    assert "model.safetensors" in str(error.value)
 
 
 def test_safetensors_own_library_reads_what_is_written(tmp_path: Path) -> None:

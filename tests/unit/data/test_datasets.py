@@ -1,6 +1,8 @@
 """Building Megatron's datasets: weights kept, uses counted, caches safe."""
 
 import multiprocessing
+import os
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_smlp.data.blending import Blends, parse_blend
+from megatron_smlp.data.content import ChangedDataError
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.index_cache import exclusive_caches, remove_unfinished
 from megatron_smlp.data.preprocessing import Summary
@@ -142,6 +145,61 @@ def test_caches_cut_short_by_a_crash_are_built_again(prefixes: list[str], tmp_pa
         path.write_bytes(body[: (0, 20, len(body) - 1)[number % 3]])
     assert _all_samples(words, cache) == expected
     assert remove_unfinished(cache) == []
+
+
+def test_a_dataset_that_grew_is_read_through_an_index_of_its_own(
+    run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    """As many samples are wanted of it as before."""
+    source = tmp_path / "corpus.jsonl"
+    prefix = str(tmp_path / "data_text_document")
+    samples = []
+    for cache, count in (("cache", 141), ("cache", 284), ("fresh", 284)):
+        run(write_jsonl(source, make_documents(count)), tmp_path / "data", *BYTE_FLAGS)
+        samples.append(_all_samples([prefix], tmp_path / cache))
+    before, after, fresh = samples
+    assert after == fresh != before
+
+
+def _truncate(prefix: str) -> None:
+    os.truncate(prefix + ".bin", 1000)
+
+
+def _blank(prefix: str) -> None:
+    with Path(prefix + ".bin").open("r+b") as stream:
+        stream.write(bytes(Path(prefix + ".bin").stat().st_size))
+
+
+def _remove(prefix: str) -> None:
+    Path(prefix + ".idx").unlink()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [(_truncate, "hold something else"), (_blank, "hold something else"), (_remove, "No such")],
+)
+def test_a_pair_that_changes_while_it_is_read(
+    prefixes: list[str], tmp_path: Path, damage: Callable[[str], None], what: str, workers: int
+) -> None:
+    """One line, also out of a worker of the data loader; without it SIGBUS, or zeros."""
+    from torch.utils.data import DataLoader
+
+    prefix = prefixes[0]
+    train = _build([prefix], [400, 5, 5], tmp_path / "cache")[0]
+    batches = iter(DataLoader(train, num_workers=workers, prefetch_factor=1 if workers else None))
+    next(batches)
+    for suffix in (".bin", ".idx"):  # a copy of the same bytes is no change
+        shutil.copyfile(prefix + suffix, tmp_path / "copy")
+        (tmp_path / "copy").rename(prefix + suffix)
+    next(batches)
+    damage(prefix)
+    with pytest.raises(ChangedDataError) as error:
+        list(batches)
+    text = str(error.value)
+    assert text.startswith(f"the dataset {prefix!r} was changed while this run reads it")
+    assert what in text
+    assert "Traceback" not in text
 
 
 def _build_in_a_process(words: list[str], cache: Path, results: Any) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_helpers import BYTE_FLAGS, PYTHON, ROOT, make_documents, write_jsonl
+from data_helpers import BYTE_FLAGS, PYTHON, ROOT, make_documents, parse, write_jsonl
 
-from megatron_smlp.data import output, pair_writer, preprocessing
+from megatron_smlp.data import output, pair_writer, preprocess_cli, preprocessing
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.output import PartialOutput
 from megatron_smlp.data.preprocessing import Summary
@@ -55,6 +55,30 @@ def _kill_after(monkeypatch: pytest.MonkeyPatch, method: str, calls: int) -> Non
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(PartialOutput, method, counted)
+
+
+def test_an_input_that_grows_is_recorded_as_it_was_read(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody goes on writing to the second file after it was read to its end."""
+    flags = ["--input", source, source, "--output-prefix", tmp_path / "data", *FLAGS]
+    settings = preprocessing.settings_from_arguments(parse(*flags))
+    size = source.stat().st_size
+
+    def grow(counts: output.Counts) -> None:
+        if counts.text_bytes == 2 * size and source.stat().st_size == size:
+            with source.open("a") as stream:
+                stream.write('\n{"text": "more"}')
+
+    summary = preprocessing.preprocess(settings, on_progress=grow)
+    assert summary.changed == (str(source), str(source))
+    sources = json.loads((tmp_path / "data.json").read_text())["sources"]
+    assert [(entry["bytes"], entry["text_bytes"]) for entry in sources] == [(size, size)] * 2
+    preprocess_cli._print_summary(summary, 1.0)
+    assert f"WARNING: {source} was changed while it was read" in capsys.readouterr().out
+    again = preprocessing.preprocess(settings)
+    assert again.changed == ()
+    assert again.counts.documents == summary.counts.documents + 2
 
 
 @pytest.mark.parametrize("method", ["write", "commit", "finish", "publish"])

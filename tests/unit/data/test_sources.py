@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,10 @@ def test_output_in_the_folder_of_the_corpus_is_no_input(run: Run, tmp_path: Path
         ('[{"text": "a"}, {"text": }]', ["a"], "bad JSON in the array"),
         ('[{"text": "a"}, ', ["a"], "not closed"),
         ("[", [], "not closed"),
+        ('[{"text": "a"}, {"n": ' + "9" * 5000 + '}, {"text": "b"}]', ["a"], "digits"),
+        ('[{"text": "a"}, ' + "[" * 100_000, ["a"], "bad JSON in the array"),
+        ('[{"text": "a"}]\n{"text": "b"}\n', ["a"], """'{"text": "b"}' follows the array"""),
+        ('[{"text": "a"}]' + " " * 3_000_000 + '[{"text": "b"}]', ["a"], "follows the array"),
     ],
 )
 def test_a_damaged_array(run: Run, tmp_path: Path, body: str, texts: list[str], why: str) -> None:
@@ -180,6 +185,36 @@ def test_a_damaged_array(run: Run, tmp_path: Path, body: str, texts: list[str], 
     assert isinstance(records[-1], Rejection)
     assert records[-1].line == len(texts) + 1
     assert why in records[-1].detail
+
+
+def test_a_name_that_is_no_text(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    path.write_text('{"text": "a"}\n')
+    run(path, tmp_path / "data", *BYTE_FLAGS)
+    [source] = json.loads((tmp_path / "data.json").read_text())["sources"]
+    assert source["file"].endswith("caf\\xe9.jsonl")
+    with pytest.raises(DataError, match=r"--output-prefix .* is no UTF-8 text"):
+        run(path, tmp_path / os.fsdecode(b"\xe9"), *BYTE_FLAGS)
+
+
+def test_a_pipe_without_a_writer_says_what_it_waits_for(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    said = []
+
+    def write_once_it_is_said() -> None:
+        while not said:
+            said.extend(capsys.readouterr().err.splitlines())
+            time.sleep(0.01)
+        path.write_text('{"text": "a"}\n')
+
+    writer = threading.Thread(target=write_once_it_is_said)
+    writer.start()
+    assert run(path, tmp_path / "data", *BYTE_FLAGS).counts.documents == 1
+    writer.join()
+    assert said == [f"{path} is a pipe: waiting for who writes to it"]
 
 
 def test_an_empty_array(run: Run, tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_helpers import BYTE_FLAGS
 
 from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.indexed import idx_path, open_index, write_index
 from megatron_smlp.data.manifest import read_manifest
 from megatron_smlp.data.preprocessing import Summary
+from megatron_smlp.data.validation import validate
 from megatron_smlp.data.verification import verify_for_training
 
 
@@ -83,6 +86,26 @@ def test_a_truncated_file(prefix: str, suffix: str, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DataError, match=r"truncated|damaged|describes"):
         verify_for_training(prefix)
+
+
+def test_a_moved_boundary_in_a_large_dataset_is_seen(
+    run: Callable[..., Summary], tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lengths and pointers that agree, far from the ends that the quick fingerprint reads."""
+    monkeypatch.setattr("megatron_smlp.data.verification.WHOLE_BYTES", 1000)
+    monkeypatch.setattr("megatron_smlp.data.manifest.FINGERPRINT_BYTES", 64)
+    run(corpus, tmp_path / "large", *BYTE_FLAGS)
+    prefix = str(tmp_path / "large_text_document")
+    index = open_index(prefix)
+    lengths = index.lengths.copy()
+    lengths[[150, 151]] += [1, -1]
+    sequences = np.diff(index.documents).astype(np.int32)
+    write_index(
+        idx_path(prefix), dtype=index.dtype, lengths=lengths, sequences_per_document=sequences
+    )
+    with pytest.raises(DataError, match="is not what its manifest"):
+        verify_for_training(prefix)
+    assert any("SHA-256" in str(finding.problem) for finding in validate(prefix))
 
 
 def test_swapped_files_are_seen(prefix: str, tmp_path: Path) -> None:

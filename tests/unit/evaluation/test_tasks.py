@@ -168,6 +168,110 @@ def test_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, said: 
         select_tasks(["copa"], data_dir=str(tmp_path))
 
 
+STORY_HEAD = STORY.splitlines()[0] + "\n"
+WRONG: dict[str, list[tuple[str, Any]]] = {
+    "copa": [
+        ("label", "one"),
+        ("label", 2),
+        ("label", -1),
+        ("label", True),
+        ("label", 1.0),
+        ("label", None),
+        ("question", "why"),
+        ("choice1", ""),
+        ("choice2", ["a"]),
+        ("premise", "half \ud800 a pair"),
+    ],
+    "piqa": [("label", "x"), ("label", 3), ("sol1", " "), ("goal", 7)],
+    "winogrande": [
+        ("answer", ""),
+        ("answer", "3"),
+        ("answer", 0),
+        ("sentence", "no blank"),
+        ("option2", None),
+    ],
+    "hellaswag": [
+        ("label", 2),
+        ("label", "first"),
+        ("label", ""),
+        ("endings", []),
+        ("endings", ["a", ""]),
+        ("endings", "text"),
+        ("ctx", None),
+        ("activity_label", {}),
+    ],
+    "record": [
+        ("passage", "text"),
+        ("passage", {"text": "Ada", "entities": []}),
+        ("passage", {"text": "Ada", "entities": [{"start": 0, "end": 3}]}),
+        ("passage", {"text": "Ada", "entities": [{"start": "0", "end": 1}]}),
+        ("passage", {"text": "Ada", "entities": [[0, 1]]}),
+        ("qas", []),
+        ("qas", [{"query": "@placeholder", "answers": []}]),
+        ("qas", [{"query": "nobody", "answers": [{"text": "Ada"}]}]),
+        ("qas", [{"query": "@placeholder", "answers": [{}]}]),
+        ("qas", [None]),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "value"),
+    [(task, name, value) for task, wrong in WRONG.items() for name, value in wrong],
+)
+def test_a_value_that_is_not_allowed_is_named(
+    tmp_path: Path, task: str, name: str, value: Any
+) -> None:
+    """In the second line; the first is good."""
+    good = ROWS[f"{task}.jsonl"]
+    lines = [json.dumps(good), json.dumps(good | {name: value})]
+    (tmp_path / f"{task}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UsageError) as error:
+        select_tasks([task], data_dir=str(tmp_path))
+    assert str(error.value).startswith(f"{tmp_path / task}.jsonl:2")
+    assert f"'{name}'" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("story", "said"),
+    [
+        ("x,Ann ran.,She fell.,It hurt.,She cried.,She laughed.,Mum came.,3\n", ":2: 'AnswerRig"),
+        ("x,Ann ran.,She fell.,It hurt.,She cried.,She laughed.,Mum came.,\n", ":2: 'AnswerRig"),
+        ("x,Ann ran.,She fell.,It hurt.\n", ":2 has no 'InputSentence4'"),
+        ('x,"Ann ran.,She fell.,It hurt.\n', ":2 is no CSV: unexpected end of data"),
+        ("x,,She fell.,It hurt.,She cried.,She laughed.,Mum came.,1\n", ":2: 'InputSentence1'"),
+    ],
+)
+def test_a_story_that_is_cut_or_has_no_such_ending(tmp_path: Path, story: str, said: str) -> None:
+    (tmp_path / "storycloze.csv").write_text(STORY_HEAD + story, encoding="utf-8")
+    with pytest.raises(UsageError) as error:
+        select_tasks(["storycloze"], data_dir=str(tmp_path))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b'{"premise": ' + b"[" * 100_000])
+def test_bytes_that_are_no_json(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "copa.jsonl").write_bytes(content)
+    with pytest.raises(UsageError, match=r"copa\.jsonl(:1)? is no (UTF-8|JSON)"):
+        select_tasks(["copa"], data_dir=str(tmp_path))
+
+
+def test_numbers_as_text_and_ends_of_lines_within_a_string(tmp_path: Path) -> None:
+    """And a byte order mark. Two characters at which Python ends lines are no ends of JSON's."""
+    copa = {**ROWS["copa.jsonl"], "premise": "A\u2028man\u0085ran.", "label": "1"}
+    text = "\ufeff" + json.dumps(copa, ensure_ascii=False) + "\r\n"
+    (tmp_path / "copa.jsonl").write_text(text, encoding="utf-8", newline="")
+    wino = {**ROWS["winogrande.jsonl"], "answer": 1}
+    (tmp_path / "winogrande.jsonl").write_text(json.dumps(wino), encoding="utf-8")
+    selection = select_tasks(["copa", "winogrande"], data_dir=str(tmp_path))
+    made = requests(selection)
+    assert made["copa"][0][0][0] == "A\u2028man\u0085ran because"
+    copa_task, wino_task = selection.tasks
+    assert [doc["label"] for doc in copa_task.validation_docs()] == [1]
+    assert [doc["answer"] for doc in wino_task.validation_docs()] == ["1"]
+
+
 def test_two_files_for_one_task_are_refused(tmp_path: Path) -> None:
     for name in ("copa_a.jsonl", "copa_b.jsonl"):
         (tmp_path / name).write_text(json.dumps(ROWS["copa.jsonl"]), encoding="utf-8")

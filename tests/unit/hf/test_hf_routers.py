@@ -93,13 +93,18 @@ def test_gshard_weights_and_choices_in_evaluation():
     assert routing.loss is None
 
 
-def test_gshard_uses_the_second_expert_with_probability_two_g2():
-    router = _gshard(moe_train_capacity_factor=None)
+@pytest.mark.parametrize("rule", ["paper", "all", "raw"])
+def test_how_often_gshard_uses_the_second_expert(rule: str):
+    router = _gshard(moe_train_capacity_factor=None, gshard_second_expert=rule)
     for second in (0.05, 0.2, 0.45):
         tokens = _probable([[0.9 - second, second, 0.1]] if second > 0.1 else [[0.94, 0.05, 0.01]])
         routing = router(tokens.expand(20_000, -1), None, limited=True)
         used = (routing.experts[:, 1] >= 0).float().mean().item()
-        assert abs(used - min(1.0, 2 * second)) < 5 * math.sqrt(0.25 / 20_000)
+        gates = tokens[0].softmax(-1)
+        raw = 2 * gates[1].item()
+        paper = raw / (gates[0] + gates[1]).item()
+        expected = min(1.0, {"paper": paper, "all": 1.0, "raw": raw}[rule])
+        assert abs(used - expected) < 5 * math.sqrt(0.25 / 20_000)
         assert (routing.experts[:, 0] == 0).all()
 
 
@@ -143,7 +148,7 @@ def test_base_gradient_reaches_the_centroids_only_through_the_sigmoid():
     hidden = torch.randn(1, 9, 32)
     layout, _ = make_model("base").model._layout(hidden, None, None, None)
     gradient = torch.randn(1, 9, 32)
-    moe(hidden, layout)[0].backward(gradient)
+    moe(hidden, layout, hidden)[0].backward(gradient)
     centroids = moe.router.weight
     experts = moe.router(hidden[0], None, limited=True).experts[:, 0]
     expected = torch.zeros_like(centroids)
@@ -193,7 +198,7 @@ def test_token_moe_equals_a_loop_over_tokens(system: str):
     )
     hidden, ids = torch.randn(2, 7, 32), make_ids(2, 7)
     layout, _ = model.model._layout(hidden, ids, None, None)
-    output, _ = moe(hidden, layout)
+    output, _ = moe(hidden, layout, hidden)
     for b in range(2):
         for t in range(7):
             routing = moe.router(hidden[b, t][None], ids[b, t][None], limited=False)
@@ -211,7 +216,7 @@ def test_padding_is_neither_routed_nor_counted():
     hidden = torch.randn(2, 6, 32)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
     layout, _ = model._layout(hidden, None, mask, None)
-    output, loss = moe(hidden, layout)
+    output, loss = moe(hidden, layout, hidden)
     real = torch.cat([hidden[0], hidden[1, :2]])
     torch.testing.assert_close(loss, moe.router(real, None, limited=True).loss)
     assert (output[1, 2:] == 0).all()

@@ -16,9 +16,11 @@ ARCHITECTURES = {
     "toeplitz": "--architecture gmlp --spatial-heads 2 --toeplitz",
     "smlp": "--architecture smlp --num-dense-layers 2 --feature-router deterministic "
     "--num-feature-experts 4 --token-router switch --num-experts 2",
+    "base": "--architecture gmlp --token-router base --num-experts 2",
 }
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective"
+EXPERTS = f"{SELECTIVE} --recompute-modules core_attn moe"
 CORES = ("core_attention", "spatial")  # what `core_attn` recomputes: the T x T part of a mixer
 
 
@@ -43,7 +45,11 @@ def _gradients(args: Any) -> tuple[dict[str, torch.Tensor], int]:
     return {name: p.grad for name, p in model.named_parameters()}, calls
 
 
-@pytest.mark.parametrize("recompute", [FULL, SELECTIVE], ids=["full", "selective"])
+@pytest.mark.parametrize(
+    "recompute",
+    [FULL, SELECTIVE, EXPERTS],
+    ids=["full", "selective", "selective_experts"],
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_same_gradients(parse: Callable[..., Any], architecture: str, recompute: str):
     plain, calls = _gradients(parse(ARCHITECTURES[architecture]))

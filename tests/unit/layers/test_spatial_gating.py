@@ -173,6 +173,13 @@ def test_initial_values(heads: int):
         assert not torch.equal(spatial.weight[0], spatial.weight[1])
 
 
+def test_initial_values_in_fp16_are_many():
+    """1e-3 / 1024 is under fp16's normal numbers: there would be some thirty values to draw."""
+    weight = SpatialProjection(1, length=1024, dtype=torch.float16).weight.detach()
+    assert weight.abs().max() <= torch.finfo(torch.float16).tiny
+    assert len(weight.unique()) > 1000
+
+
 def test_initial_values_do_not_depend_on_the_tensor_parallel_size():
     """Each rank draws all heads and keeps its own, so two halves are the whole."""
 

@@ -19,6 +19,7 @@ from megatron_smlp.plotting.series import (
     Curve,
     common_unit,
     curve,
+    part_of,
     router_histories,
     smoothed,
 )
@@ -33,6 +34,7 @@ def progress(iteration: int) -> dict[str, float]:
     return {
         "consumed_tokens": 2000 * iteration,
         "consumed_flops": 3e12 * iteration,
+        "consumed_square_flops": 4e12 * iteration,
         "wall_seconds": 60.0 * iteration,
     }
 
@@ -167,3 +169,45 @@ class TestCommandLine:
         assert done.returncode == 2
         assert done.stderr.startswith("plot_runs.py: error: ")
         assert len(done.stderr.splitlines()) == 1
+
+
+class TestParts:
+    """A loss over all targets and one over a suffix never share an axis."""
+
+    def drawn(self, runs: list[Run], *, suffix: bool) -> list[tuple[list[float], list[float]]]:
+        """Of each run the y of its line and of its dots, where they are drawn."""
+        panel = loss_figure(runs, axes=["steps"], window=1, suffix=suffix).axes[0]
+        curves = [list(map(float, line.get_ydata())) for line in panel.lines]
+        return [tuple(curves[2 * i : 2 * i + 2]) for i in range(len(runs))]
+
+    def test_each_figure_has_one_kind(self, tmp_path: Path):
+        partial = [
+            step(1, 4.0, suffix_loss=4.0, whole_loss=5.0),
+            validation(1, 5.5) | {"validation_suffix_loss": 4.5},
+        ]
+        dense = [
+            step(1, 3.0, suffix_loss=2.9),
+            validation(1, 3.5) | {"validation_suffix_loss": 3.4},
+        ]
+        runs = [
+            read_run(write(tmp_path / name, *lines), label=name)
+            for name, lines in (("partial", partial), ("dense", dense))
+        ]
+        assert self.drawn(runs, suffix=False) == [([5.0], [5.5]), ([3.0], [3.5])]
+        assert self.drawn(runs, suffix=True) == [([4.0], [4.5]), ([2.9], [3.4])]
+
+    def test_older_lines_of_partial_prediction_are_of_the_suffix(self, tmp_path: Path):
+        older = [step(1, 4.0), validation(1, 5.5) | {"validation_suffix_loss": 4.5}]
+        run = read_run(write(tmp_path / "run", *older), label="run")
+        whole, suffix = part_of(run, suffix=False), part_of(run, suffix=True)
+        assert (whole.training, whole.validation) == (None, "validation_loss")
+        assert (suffix.training, suffix.validation) == ("loss", "validation_suffix_loss")
+
+    def test_the_suffix_has_a_file_of_its_own(self, tmp_path: Path):
+        for name, more in (("plain", {}), ("suffix", {"suffix_loss": 2.0})):
+            write(tmp_path / name, step(1, 3.0, **progress(1), **more))
+            main([str(tmp_path / name), "--output", str(tmp_path / f"{name}-plots")])
+        names = [
+            sorted(f.name for f in (tmp_path / f"{n}-plots").iterdir()) for n in ("plain", "suffix")
+        ]
+        assert names == [["loss.png"], ["loss-suffix.png", "loss.png"]]

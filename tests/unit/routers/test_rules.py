@@ -13,6 +13,8 @@ from support.routers import COEFFICIENT, SIX, make_router, probable
 from torch import Tensor, nn
 
 from megatron_smlp.layers.token_moe import ROUTERS
+from megatron_smlp.routers.draws import sample_keys
+from megatron_smlp.routers.gshard import give_samples
 from megatron_smlp.routers.hash import give_token_ids, random_table
 from megatron_smlp.routers.switch import balance_loss
 
@@ -111,13 +113,13 @@ class TestSwitch:
         ).train(training)
         assert router(probable(SIX))[1].sum() == num_kept
 
-    @pytest.mark.parametrize(("name", "scale"), [("switch", 0.1), ("gshard", 1.0)])
-    def test_starts_ten_times_smaller_than_gshard(self, name: str, scale: float):
+    @pytest.mark.parametrize("name", ["switch", "gshard"])
+    def test_starts_as_all_weights_do(self, name: str):
         config = layer_config(hidden_size=256, num_moe_experts=64, add_bias_linear=False)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         weight = ROUTERS[name](config=config, pg_collection=groups).weight
         assert weight.shape == (64, 256)
-        assert weight.std().item() == pytest.approx(scale * config.init_method_std, rel=0.05)
+        assert weight.std().item() == pytest.approx(config.init_method_std, rel=0.05)
 
 
 class TestGShard:
@@ -129,14 +131,40 @@ class TestGShard:
         torch.testing.assert_close(probs, torch.tensor(expected))
 
     @pytest.mark.parametrize("second", [0.05, 0.2, 0.45])
-    def test_second_expert_is_used_with_probability_two_g2(self, second: float):
-        router, count = make_router("gshard", num_experts=3), 20_000
-        third = min(0.1, second / 2)
+    @pytest.mark.parametrize("rule", ["paper", "all", "raw"])
+    def test_how_often_the_second_expert_is_used(self, rule: str, second: float):
+        """paper: 2 g2 / (g1 + g2), at most 1; raw: 2 g2."""
+        router = make_router("gshard", num_experts=3, gshard_second_expert=rule)
+        count, third = 20_000, min(0.1, second / 2)
         row = [1 - second - third, second, third]
-        _, routing_map = router(probable([row]).expand(count, 1, 3))
+        probs, routing_map = router(probable([row]).expand(count, 1, 3))
         assert routing_map[:, 0].all()
         used = routing_map[:, 1].float().mean().item()
-        assert used == pytest.approx(2 * second, abs=4 * math.sqrt(0.25 / count))
+        expected = {"paper": min(1, 2 * second / (1 - third)), "all": 1, "raw": 2 * second}[rule]
+        assert used == pytest.approx(expected, abs=4 * math.sqrt(0.25 / count))
+        torch.testing.assert_close(probs[:, 0], torch.full((count,), row[0] / (row[0] + second)))
+
+    def test_a_draw_belongs_to_a_token_of_a_layer(self):
+        """Other layers draw others; a repeated pass draws the same, also out of order."""
+        router, even = make_router("gshard", num_experts=2), torch.full((40, 2, 2), 0.0)
+        even[..., 1] = -2.0  # g2 / (g1 + g2) = 0.12
+        seen: list[list[list[int]]] = []
+
+        def noted(hidden: Tensor) -> Tensor:
+            probs, routing_map = router(hidden)
+            seen.append(experts_of(routing_map))
+            return hidden * probs.sum(1).view(40, 2, 1)
+
+        outputs = []
+        for first in (0, 2):
+            give_samples(router, sample_keys(seed=1, first=first, count=2, device=even.device))
+            outputs.append(checkpoint(noted, False, even.clone().requires_grad_()))
+        for output in outputs:
+            output.sum().backward()
+        assert seen[:2] == seen[2:]
+        assert seen[0] != seen[1]
+        router.set_layer_number(2)
+        assert experts_of(router(even)[1]) != seen[1]
 
     @pytest.mark.parametrize(
         ("factor", "num_tokens", "slots"), [(0.5, 5, 2), (1.0, 7, 6), (1.1, 6, 5), (0.1, 3, 1)]
@@ -259,7 +287,7 @@ class TestHash:
 
         outputs = []
         for ids in (torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]])):
-            router.token_ids = ids
+            router.token_ids.hand(ids)
             outputs.append(checkpoint(noted, False, torch.randn(3, 1, 4, requires_grad=True)))
         for output in outputs:
             output.sum().backward()

@@ -107,9 +107,9 @@ class TestGShard:
         assert load.aux_loss == pytest.approx(LOSS_OF_SIX), "over first choices only"
 
     def test_a_second_choice_that_is_not_used_is_not_counted(self, monkeypatch):
-        """Draws of 0.5: the second expert is asked where 2 g2 > 0.5, by tokens 0, 2 and 5."""
+        """Draws of 0.5: asked where 2 g2 / (g1 + g2) > 0.5 (here g1 + g2 = 1): tokens 0, 2, 5."""
         router = make_router("gshard", num_experts=2, moe_train_capacity_factor=0.5)
-        monkeypatch.setattr(router, "draw", lambda gates: torch.full_like(gates, 0.5))
+        monkeypatch.setattr(router, "draw", lambda count, device: torch.full((count,), 0.5))
         statistics = counted(router)
         router(probable(SIX))
         load = load_of(statistics, training=True)
@@ -142,7 +142,7 @@ class TestBaseAndHash:
         router = make_router("hash", num_experts=4)
         statistics = counted(router)
         router.table.copy_(torch.arange(40) % 4)
-        router.token_ids = torch.tensor([[0, 1, 2, 3], [4, 8, 12, 5]])
+        router.token_ids.hand(torch.tensor([[0, 1, 2, 3], [4, 8, 12, 5]]))
         router(torch.randn(4, 2, 4))
         load = load_of(statistics, training=True)
         assert load.load_share == pytest.approx((4 / 8, 2 / 8, 1 / 8, 1 / 8))
@@ -242,7 +242,7 @@ class TestPadding:
         router = make_router("hash", num_experts=2)
         statistics = counted(router)
         router.table.copy_(torch.arange(40) % 2)
-        router.token_ids = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+        router.token_ids.hand(torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]))
         statistics.begin(REAL)
         router(torch.randn(4, 2, 2))
         assert load_of(statistics, training=True).load_share == pytest.approx((1 / 6, 5 / 6))

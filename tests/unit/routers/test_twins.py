@@ -1,10 +1,11 @@
 """The same weights give the same logits and gradients in megatron_smlp/hf/, the plain reference.
 
-In evaluation, and in training with capacity limits: losses, drops and the numbers that GShard draws
-are the same too. Only BASE's assignment is put into the reference, which has a simpler one.
+In evaluation, and in training with capacity limits: losses and drops are the same too. BASE's
+assignment and GShard's draws are put into the reference, which has simpler ones.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from torch.nn import functional
 
 from megatron_smlp.conversion.huggingface import config_of
 from megatron_smlp.conversion.names import HeadShape, to_huggingface
-from megatron_smlp.hf.modeling_smlp import SMLPBaseRouter, SMLPForCausalLM
+from megatron_smlp.hf.modeling_smlp import SMLPBaseRouter, SMLPForCausalLM, SMLPGShardRouter
 from megatron_smlp.ops.balanced_assignment import balanced_assignment
+from megatron_smlp.routers.draws import uniform
 from megatron_smlp.training.checkpoints import model_flags
 from megatron_smlp.training.step import ForwardStep
 
@@ -45,8 +47,11 @@ ROUTERS = {
     "switch_limited": f"--token-router switch {CAPACITY} --moe-token-drop-policy position",
     "switch_limited_by_probability": f"--token-router switch {CAPACITY}",
     "gshard": "--token-router gshard",
+    "gshard_all": "--token-router gshard --gshard-second-expert all",
+    "gshard_raw": "--token-router gshard --gshard-second-expert raw",
     "gshard_limited": f"--token-router gshard {CAPACITY}",
     "base": "--token-router base",
+    "base_on_the_norm": "--token-router base --base-routing-input norm --base-prices none",
     "hash": "--token-router hash --hash-seed 5",
 }
 
@@ -82,10 +87,18 @@ def reference_of(model: Any, args: Any) -> SMLPForCausalLM:
     loaded = reference.load_state_dict(weights, strict=False)
     assert not loaded.unexpected_keys
     assert loaded.missing_keys in ([], ["lm_head.weight"]), "tied to the embedding"
-    for module in reference.modules():
-        if isinstance(module, SMLPBaseRouter):
-            module.assign = balanced_assignment
+    for number, layer in enumerate(reference.model.layers, start=1):
+        router = getattr(layer.channel, "router", None)
+        if isinstance(router, SMLPBaseRouter):
+            router.assign = balanced_assignment
+        if isinstance(router, SMLPGShardRouter):
+            router.draw = partial(drawn, number)
     return reference
+
+
+def drawn(layer: int, gates: Tensor) -> Tensor:
+    """What a model draws that was told of no samples."""
+    return uniform(torch.zeros(1, dtype=torch.int64), layer=layer, positions=len(gates))
 
 
 STARTS = {
@@ -133,10 +146,8 @@ def test_losses_and_gradients_in_training(twins: tuple[Any, SMLPForCausalLM, Any
     model, reference, args = twins
     tokens, positions = batch(args.padded_vocab_size)
     labels = tokens.roll(-1, dims=1)
-    torch.manual_seed(11)
     loss = model.train()(tokens, positions, None, labels=labels).mean()
     loss.backward()
-    torch.manual_seed(11)
     outputs = reference.train()(tokens)
     expected = functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)

@@ -27,7 +27,9 @@ from megatron_smlp.errors import UserError
 from megatron_smlp.generation.cli import build_parser
 from megatron_smlp.generation.language_model import LanguageModel, load
 from megatron_smlp.serving import cli
+from megatron_smlp.serving.admission import Admission
 from megatron_smlp.serving.app import build_app
+from megatron_smlp.serving.protocol import TimedProtocol
 
 ROOT = Path(__file__).parents[3]
 
@@ -44,9 +46,9 @@ def lm(folder: Path) -> LanguageModel:
 
 
 @contextlib.contextmanager
-def running(app: Any) -> Iterator[str]:
+def running(app: Any, http: type = TimedProtocol) -> Iterator[str]:
     """The address of a server of the application, in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="warning", lifespan="on"))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -169,6 +171,7 @@ def test_fifty_clients_each_get_their_own_answer(url: str, lm: LanguageModel) ->
         assert answers[number] == lm.decode(new), prompt
 
 
+JSON = {"Content-Type": "application/json"}
 BAD: list[tuple[bytes | dict[str, Any], int, str]] = [
     (b"{", 400, "the body is not JSON"),
     (b"\xff", 400, "the body is not JSON"),
@@ -191,6 +194,14 @@ BAD: list[tuple[bytes | dict[str, Any], int, str]] = [
     ({"prompt": "a", "stop": [1]}, 400, "stop must be a text"),
     ({"prompt": "a", "echo": "yes"}, 400, "echo must be true or false"),
     ({"prompt": "a", "suffix": "b"}, 400, "suffix is not supported"),
+    ({"prompt": "a", "presence_penalty": 0.5}, 400, "presence_penalty is not supported"),
+    ({"prompt": "a", "min_p": 0.1}, 400, "min_p is not supported"),
+    ({"prompt": "a", "top_k": 1.5}, 400, "top_k must be an integer"),
+    ({"prompt": "a", "repetition_penalty": 0}, 400, "repetition_penalty must be a number"),
+    ({"prompt": "a", "temperature": "\ud800"}, 400, "temperature must be a number"),
+    ({"prompt": "a", "n": "\ud800"}, 400, "n must be an integer"),
+    ({"prompt": "a", "model": "\ud800"}, 404, "does not exist"),
+    ({"prompt": "a", "\ud800": 1}, 400, "is not supported"),
 ]
 
 
@@ -199,9 +210,123 @@ def test_bad_requests_get_json(
     url: str, body: bytes | dict[str, Any], status: int, message: str
 ) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    answer = httpx.post(f"{url}/completions", content=content)
+    answer = httpx.post(f"{url}/completions", content=content, headers=JSON)
     assert answer.status_code == status
     assert message in answer.json()["error"]["message"]
+
+
+FOREIGN: list[tuple[dict[str, str], int]] = [
+    ({"Content-Type": "text/plain"}, 415),
+    ({"Content-Type": ""}, 415),
+    ({**JSON, "Host": "evil.example"}, 403),
+    ({**JSON, "Host": "evil.example:8000"}, 403),
+    ({**JSON, "Host": "127.0.0.1.evil.example"}, 403),
+    ({**JSON, "Host": "[::1"}, 403),
+    ({**JSON, "Origin": "http://evil.example"}, 403),
+    ({**JSON, "Origin": "http://203.0.113.1"}, 403),
+    ({**JSON, "Origin": "null"}, 403),
+    ({**JSON, "Host": "localhost:8000", "Origin": "http://localhost:3000"}, 200),
+    ({**JSON, "Host": "[::1]:8000"}, 200),
+    ({"Content-Type": "application/json; charset=utf-8"}, 200),
+]
+
+
+@pytest.mark.parametrize(("headers", "status"), FOREIGN)
+def test_what_a_web_page_could_send_is_refused(
+    url: str, headers: dict[str, str], status: int
+) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+    answer = httpx.post(f"{url}/completions", content=body, headers=headers)
+    assert answer.status_code == status
+    assert (status == 200) == ("choices" in answer.json())
+    assert "access-control-allow-origin" not in answer.headers
+    if status == 403:
+        assert httpx.get(f"{url}/models", headers=headers).status_code == 403
+
+
+def test_a_key_and_more_names(lm: LanguageModel) -> None:
+    from fastapi.testclient import TestClient
+
+    admission = Admission.of(["model.example"], "secret")
+    app = build_app(lm, max_body_bytes=1000, max_waiting=1, admission=admission)
+    with TestClient(app, base_url="http://Model.example") as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \u00e9"}):
+            raw = {name: value.encode() for name, value in headers.items()}
+            assert client.get("/v1/models", headers=raw).status_code == 401
+        good = {"Authorization": "Bearer secret"}
+        assert client.get("/v1/models", headers=good).status_code == 200
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401
+    options = cli.build_parser().parse_args(["--hf", "x", "--allowed-hosts", "a", "*"])
+    assert options.api_key is None
+    Admission.of(options.allowed_hosts, None).check({"host": "any.example"}, has_body=False)
+
+
+def test_the_coldest_temperatures_and_one_choice_are_greedy(
+    client: openai.OpenAI, lm: LanguageModel
+) -> None:
+    expected = lm.decode([token for token in greedy(lm, "abc", 6) if token != lm.end])
+    asked: dict[str, Any] = {"model": "hf", "prompt": "abc", "max_tokens": 6}
+    for temperature in (1e-39, 1e-300, 1e-29):
+        [choice] = client.completions.create(**asked, temperature=temperature).choices
+        assert choice.text == expected
+    extra = {"top_k": 1}
+    [choice] = client.completions.create(**asked, temperature=2, extra_body=extra).choices
+    assert choice.text == expected
+
+
+def test_a_repetition_penalty_is_transformers_own(client: openai.OpenAI, lm: LanguageModel) -> None:
+    """And leaves the log-probabilities as they are without it."""
+    ids = torch.tensor([lm.encode("abab")])
+    new = lm.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        do_sample=False,
+        repetition_penalty=3.0,
+        eos_token_id=lm.end,
+        pad_token_id=lm.end,
+    )[0, ids.shape[1] :].tolist()
+    [choice] = client.completions.create(
+        model="hf", prompt="abab", max_tokens=8, temperature=0, logprobs=0,
+        extra_body={"repetition_penalty": 3.0},
+    ).choices  # fmt: skip
+    assert new != greedy(lm, "abab", 8)
+    assert choice.text == lm.decode([token for token in new if token != lm.end])
+    expected = logprobs_of(lm, [*ids[0].tolist(), *new])[ids.shape[1] - 1 : -1]
+    rows = expected[range(len(new)), new].tolist()
+    assert choice.logprobs.token_logprobs == pytest.approx(rows, abs=1e-4)
+
+
+def _drip(client: socket.socket, content: bytes) -> None:
+    for byte in content:
+        client.sendall(bytes([byte]))
+        time.sleep(0.05)
+
+
+def test_connections_that_send_nothing_are_dropped(lm: LanguageModel) -> None:
+    """Silent ones, and such as send a byte now and then; others are served after them."""
+
+    class Hasty(TimedProtocol):
+        seconds = 0.5
+
+    app = build_app(lm, max_body_bytes=1000, max_waiting=10)
+    with running(app, http=Hasty) as address, contextlib.ExitStack() as stack:
+        place = httpx.URL(address)
+        clients = [
+            stack.enter_context(socket.create_connection((place.host, place.port)))
+            for _ in range(20)
+        ]
+        for number, client in enumerate(clients):
+            client.sendall([b"", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"][number % 2])
+        ended = time.monotonic() + 20
+        for client in clients:
+            client.settimeout(max(0.1, ended - time.monotonic()))
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(100) == b""
+        slow = stack.enter_context(socket.create_connection((place.host, place.port)))
+        with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
+            _drip(slow, b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1" * 10)
+        assert httpx.get(f"{address}/models").status_code == 200
 
 
 def test_other_paths_get_json_and_the_server_lives(url: str) -> None:
@@ -239,7 +364,8 @@ def test_lm_eval_scores_as_the_model_does(url: str, lm: LanguageModel, folder: P
 def test_more_than_may_wait_are_turned_away(lm: LanguageModel) -> None:
     from fastapi.testclient import TestClient
 
-    with TestClient(build_app(lm, max_body_bytes=1000, max_waiting=0)) as client:
+    app = build_app(lm, max_body_bytes=1000, max_waiting=0)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
         answer = client.post("/v1/completions", json={"prompt": "a"})
         assert answer.status_code == 429
         assert "waiting already" in answer.json()["error"]["message"]

@@ -9,7 +9,13 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from support.in_process import layer_config
 from torch import Tensor, nn
 
-from megatron_smlp.training.step import SUFFIX_LOSS, ForwardStep, scale_balance_losses
+from megatron_smlp.errors import UsageError
+from megatron_smlp.training.step import (
+    SUFFIX_LOSS,
+    WHOLE_LOSS,
+    ForwardStep,
+    scale_balance_losses,
+)
 
 PARTIAL = """
     --architecture smlp --num-dense-layers 2 --feature-router partial --num-feature-experts 4
@@ -46,7 +52,12 @@ def test_training_counts_the_targets_that_are_predicted(
     total, count, reports = ForwardStep()._loss(mask, losses)
     torch.testing.assert_close(total / count, mean(losses, mask, start=start))
     torch.testing.assert_close(loss_of(reports["lm loss"]), mean(losses, mask, start=start))
-    assert SUFFIX_LOSS not in reports
+    # What is trained on and what is compared are told apart, whichever of them is the loss.
+    parts = {"lm loss": start} | ({SUFFIX_LOSS: PREFIX} if "partial" in flags else {})
+    parts |= {WHOLE_LOSS: 0} if start else {}
+    assert {name: loss_of(report).item() for name, report in reports.items()} == {
+        name: pytest.approx(mean(losses, mask, start=first).item()) for name, first in parts.items()
+    }
     total.backward()
     assert losses.grad is not None
     assert torch.equal(losses.grad[:, :start], torch.zeros(2, start))
@@ -63,10 +74,30 @@ def test_validation_reports_the_whole_and_the_suffix(parse: Callable[..., Any], 
     torch.testing.assert_close(loss_of(reports[SUFFIX_LOSS]), mean(losses, mask, start=PREFIX))
 
 
-def test_other_systems_report_no_suffix(parse: Callable[..., Any]):
-    parse("--architecture gmlp")
+@pytest.mark.parametrize("position", ["7", "0.45"])
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize(
+    "flags", ["--architecture gmlp", "--architecture transformer --num-attention-heads 4"]
+)
+def test_every_system_reports_a_suffix_where_asked(
+    parse: Callable[..., Any], flags: str, trains: bool, position: str
+):
+    """0.45 of 16 tokens are 7."""
     losses, mask = losses_and_mask()
-    assert set(ForwardStep()._loss(mask, losses.detach())[2]) == {"lm loss"}
+    given = losses if trains else losses.detach()
+    parse(flags)
+    assert set(ForwardStep()._loss(mask, given)[2]) == {"lm loss"}
+    parse(f"{flags} --suffix-from {position}")
+    reports = ForwardStep()._loss(mask, given)[2]
+    assert set(reports) == {"lm loss", SUFFIX_LOSS}
+    torch.testing.assert_close(loss_of(reports["lm loss"]), mean(losses, mask, start=0))
+    torch.testing.assert_close(loss_of(reports[SUFFIX_LOSS]), mean(losses, mask, start=7))
+
+
+@pytest.mark.parametrize("position", ["0", "-1", TOKENS, "2.5", "0.05", "nan"])
+def test_a_suffix_that_is_none_is_refused(parse: Callable[..., Any], position: str):
+    with pytest.raises(UsageError, match=f"--suffix-from {position}: give a whole position over"):
+        parse(f"--architecture gmlp --suffix-from={position}")
 
 
 def test_a_loss_that_is_not_finite_is_remembered_until_asked(parse: Callable[..., Any]):
@@ -75,6 +106,8 @@ def test_a_loss_that_is_not_finite_is_remembered_until_asked(parse: Callable[...
     losses, mask = losses_and_mask()
     step._loss(mask, losses * float("inf"))
     assert step.take_nonfinite()
+    assert step.take_nonfinite() is None
+    step._loss(mask, losses)
     assert not step.take_nonfinite()
 
 

@@ -1,0 +1,70 @@
+"""Which device a process computes on: CUDA where torch finds it, the CPU else or by choice.
+
+Without a GPU that works, everything here runs on the CPU platform (platform/cpu.py). That is for
+machines that have none: a job whose driver is too old for torch's CUDA build would otherwise train
+on the CPU, over gloo, and look healthy. This module imports torch only where it is asked: the
+choice must be made before anything starts CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_smlp.errors import UsageError
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+DRIVER = Path("/proc/driver/nvidia/gpus")
+
+
+def choose(argv: Sequence[str]) -> None:
+    """Hide the GPUs from this process where the command line says --platform cpu."""
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    if any(pair == ("--platform", "cpu") or pair[0] == "--platform=cpu" for pair in pairs):
+        os.environ[VISIBLE] = ""
+
+
+def check(platform: str = "auto") -> None:
+    """Refuse a CPU that nobody chose, on a machine with an NVIDIA device.
+
+    Args:
+        platform: --platform; a file's `platform: cpu` comes too late to hide a GPU that works.
+
+    Raises:
+        UsageError: with torch's reason and the remedy.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        if platform == "cpu":
+            raise UsageError(
+                "--platform cpu from a --config is read after CUDA was found: give it on the "
+                f"command line, or set {VISIBLE} to nothing."
+            )
+        return
+    hidden = os.environ.get(VISIBLE) in ("", "-1")
+    if platform == "cpu" or hidden or not has_nvidia_device():
+        return
+    raise UsageError(
+        f"this machine has an NVIDIA device, and torch {torch.__version__} cannot use it: "
+        f"{_reason()} Install a driver for CUDA {torch.version.cuda}, or a torch for the driver "
+        "(docs/gpus.md). To compute on the CPU on purpose: --platform cpu, or "
+        f"{VISIBLE} set to nothing."
+    )
+
+
+def has_nvidia_device() -> bool:
+    """Whether the kernel's driver knows a GPU, whatever torch makes of it."""
+    return DRIVER.is_dir() and any(DRIVER.iterdir())
+
+
+def _reason() -> str:
+    """torch's own words, one sentence."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split()).split(". ")[0].rstrip(".") + "."
+    return "it finds no device."

@@ -1,0 +1,70 @@
+"""No system asks more of a CUDA device than is written down: operators, waits of the host, bytes.
+
+benchmarks/results/device_budget.json is made by tests/support/device_budgets.py. A smaller number
+is written down by running that again; a larger one needs a reason.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.launches import REPOSITORY, run_command
+from support.systems import SYSTEMS
+
+WRITTEN = REPOSITORY / "benchmarks" / "results" / "device_budget.json"
+COUNTED = ("operators", "synchronisations", "megabytes")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output: Path = tmp_path_factory.mktemp("budget") / "budget.json"
+    script = REPOSITORY / "tests" / "support" / "device_budgets.py"
+    run_command([sys.executable, str(script), str(output)], CUDA_VISIBLE_DEVICES="")
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def written() -> dict[str, Any]:
+    return json.loads(WRITTEN.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_step_and_each_kind_of_layer(
+    system: str, measured: dict[str, Any], written: dict[str, Any]
+):
+    ours, allowed = measured[system], written[system]
+    assert set(ours["layers"]) == set(allowed["layers"])
+    parts = {"step": (ours["step"], allowed["step"])}
+    parts |= {name: (ours["layers"][name], allowed["layers"][name]) for name in ours["layers"]}
+    for name, (one, other) in parts.items():
+        for count in COUNTED:
+            assert one[count] <= other[count], f"{system}, {name}: {count}"
+
+
+@pytest.mark.parametrize("system", ["transformer", "gmlp", "amlp"])
+def test_layers_without_routing_never_wait(system: str, measured: dict[str, Any]):
+    for layer in measured[system]["layers"].values():
+        assert layer["synchronisations"] == 0
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_all_that_a_run_holds_is_on_the_device(
+    system: str, measured: dict[str, Any], written: dict[str, Any]
+):
+    """bf16 weights; fp32 gradients, weights of the optimizer, moments and step counts."""
+    held = measured[system]["tensors"]
+    assert held == written[system]["tensors"]
+    assert set(held["parameters"]) == {"cuda torch.bfloat16"}
+    for kind in ("gradients", "weights of the optimizer", "moments and steps"):
+        assert set(held[kind]) == {"cuda torch.float32"}
+    assert all(place.startswith("cuda ") for kind in held.values() for place in kind)
+
+
+def test_it_counts(measured: dict[str, Any]):
+    """A budget of zeros would be kept by anything."""
+    for record in measured.values():
+        assert record["step"]["operators"] > 100
+        assert record["step"]["synchronisations"] > 0
+        assert record["step"]["megabytes"] > 10

@@ -1,0 +1,144 @@
+"""Every system trains, saves and resumes on the way that a CUDA device takes, as it does on a CPU.
+
+The CPU stands in for the device (support/cuda_stand_in.py): the real `megatron.training` loop, MoE
+dispatch, backward pass, optimizer and checkpoints, and nothing of the CPU platform. Each run starts
+from a checkpoint that a CPU saved, saves its own after two steps, and goes on from that.
+"""
+
+from pathlib import Path
+
+import pytest
+from support.launches import Step, launch, steps
+
+MODEL = """
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --num-layers 4 --hidden-size 64
+    --ffn-hidden-size 256 --seq-length 64 --attention-dropout 0 --hidden-dropout 0
+    --micro-batch-size 2 --global-batch-size 8 --num-workers 0 --lr 1e-3 --lr-decay-style constant
+    --log-interval 1
+"""
+SILENT, EVALUATES = "--eval-iters 0", "--eval-iters 1 --eval-interval 1000"
+EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
+ATTENTION = "--architecture transformer --num-attention-heads 4"
+SMLP = "--architecture smlp --num-dense-layers 2 --num-feature-experts 4"
+SYSTEMS = {
+    "transformer": ATTENTION,
+    "gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-train-capacity-factor 1.25",
+    "switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-train-capacity-factor 1.25 "
+    "--moe-token-drop-policy probs",
+    "base": f"{ATTENTION} --token-router base {EXPERTS}",
+    "hash": f"{ATTENTION} --token-router hash {EXPERTS}",
+    "gmlp": "--architecture gmlp --spatial-heads 2",
+    "gmlp_toeplitz": "--architecture gmlp --toeplitz",
+    "amlp": "--architecture amlp --tiny-attention-width 16",
+    "smlp_deterministic": f"{SMLP} --feature-router deterministic --token-router base {EXPERTS}",
+    "smlp_partial": f"{SMLP} --feature-router partial --token-router base {EXPERTS}",
+}
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+# fp16 needs a CUDA device: it is held against the CPU's bf16, whose checkpoint it starts from.
+VARIANTS = {
+    "bf16": f"--bf16 {RECOMPUTE}",
+    "fp16": f"--fp16 --initial-loss-scale 4096 {DISTRIBUTED} --recompute-granularity selective",
+}
+TP = "--tensor-model-parallel-size 2 --sequence-parallel"
+PP = "--pipeline-model-parallel-size 2"
+LAYOUTS = {
+    "tp2": ("gmlp", TP),
+    "tp2_partial": ("smlp_partial", TP),
+    "tp2_gshard": ("gshard", TP),
+    "pp2_hash": ("hash", f"{PP} {RECOMPUTE}"),
+    "pp2_interleaved": ("amlp", f"{PP} --num-layers-per-virtual-pipeline-stage 1"),
+    "ep2": ("smlp_deterministic", "--expert-model-parallel-size 2"),
+    "dp2": ("smlp_partial", DISTRIBUTED),
+}
+SAVED, RESUMED, END = 1, 3, 4
+# Relative, of loss and gradient norm. Two processes add in another order; bf16 and fp16 round in
+# other places, so that a token between two experts may change its own.
+EXACT, ROUNDED = (1e-4, 1e-4), (5e-4, 1e-2)
+STAND_IN = {"CUDA_STAND_IN": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+# Three launches of some twenty short runs each, before the first test.
+pytestmark = pytest.mark.timeout(1800)
+
+
+def _until(iteration: int, flags: str) -> str:
+    evaluation = "" if EVALUATES in flags else SILENT
+    return f"{MODEL} {flags} {evaluation} --train-iters {iteration}"
+
+
+@pytest.fixture(scope="module")
+def cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of each system a checkpoint, and the steps after it, on the CPU platform."""
+    folder: Path = tmp_path_factory.mktemp("cpu")
+    runs = {}
+    in_layouts = {system for system, _ in LAYOUTS.values()}
+    for precision, systems in {"--bf16": SYSTEMS.keys(), "": in_layouts}.items():
+        for system in systems:
+            flags, seed = f"{SYSTEMS[system]} {precision}", folder / f"{system}{precision}"
+            runs[f"seed_{seed.name}"] = _until(SAVED, f"{flags} --save {seed}")
+            runs[f"steps_{seed.name}"] = _until(END, f"{flags} --load {seed}")
+    launch(runs, processes=1, folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def device(cpu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same steps with the CPU standing in for a CUDA device, resumed in the middle."""
+    folder: Path = tmp_path_factory.mktemp("device")
+    runs: dict[str, str] = {}
+    for variant, words in VARIANTS.items():
+        for system, flags in SYSTEMS.items():
+            seed = cpu / f"{system}--bf16"
+            _add_resumed(runs, f"{system}_{variant}", f"{flags} {words}", seed, folder)
+    drawn = f"{SYSTEMS['smlp_partial']} --bf16 --use-cpu-initialization"
+    runs["drawn_on_the_cpu"] = _until(SAVED, drawn)
+    launch(runs, processes=1, folder=folder, **STAND_IN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_devices(cpu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("two")
+    runs: dict[str, str] = {}
+    for name, (system, layout) in LAYOUTS.items():
+        _add_resumed(runs, name, f"{SYSTEMS[system]} {layout}", cpu / system, folder)
+    launch(runs, processes=2, folder=folder, **STAND_IN)
+    return folder
+
+
+def _add_resumed(runs: dict[str, str], name: str, flags: str, seed: Path, folder: Path) -> None:
+    own = folder / f"checkpoint_{name}"
+    runs[f"first_{name}"] = _until(RESUMED, f"{flags} --load {seed} --save {own}")
+    runs[f"second_{name}"] = _until(END, f"{flags} --load {own} {EVALUATES}")
+
+
+def _resumed(folder: Path, name: str) -> list[Step]:
+    return steps(folder / f"first_{name}") + steps(folder / f"second_{name}")
+
+
+def _assert_alike(ours: list[Step], expected: list[Step], tolerances: tuple[float, float]) -> None:
+    assert len(ours) == len(expected) == END - SAVED
+    for one, other in zip(ours, expected, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=tolerances[0])
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=tolerances[1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_it_trains_and_resumes_as_on_a_cpu(system: str, variant: str, cpu: Path, device: Path):
+    ours = _resumed(device, f"{system}_{variant}")
+    _assert_alike(ours, steps(cpu / f"steps_{system}--bf16"), ROUNDED)
+
+
+def test_weights_drawn_on_the_cpu_are_a_cpus(cpu: Path, device: Path):
+    (ours,), (expected,) = (
+        steps(device / "drawn_on_the_cpu"),
+        steps(cpu / "seed_smlp_partial--bf16"),
+    )
+    assert ours.loss == pytest.approx(expected.loss, rel=ROUNDED[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_train_and_resume_as_one_process(layout: str, cpu: Path, two_devices: Path):
+    system, _ = LAYOUTS[layout]
+    _assert_alike(_resumed(two_devices, layout), steps(cpu / f"steps_{system}"), EXACT)

@@ -1,0 +1,59 @@
+"""No system reads a parameter before its gather was waited for (--overlap-param-gather).
+
+Buckets are small, so that every few parameters are gathered by themselves: one that happens to
+share the bucket of a module that was called would be found gathered by luck.
+"""
+
+from pathlib import Path
+
+import pytest
+from support.launches import launch, records
+
+MODEL = """
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --num-layers 4 --hidden-size 32
+    --ffn-hidden-size 128 --seq-length 32 --attention-dropout 0 --hidden-dropout 0
+    --micro-batch-size 1 --global-batch-size 4 --num-workers 0 --lr 1e-3 --log-interval 1
+    --eval-iters 1 --eval-interval 2 --train-iters 4 --ddp-bucket-size 2000
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+"""
+EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
+ATTENTION = "--architecture transformer --num-attention-heads 4"
+SMLP = f"--architecture smlp --num-dense-layers 2 --num-feature-experts 4 {EXPERTS}"
+SYSTEMS = {
+    "transformer": ATTENTION,
+    "gshard": f"{ATTENTION} --token-router gshard {EXPERTS}",
+    "switch": f"{ATTENTION} --token-router switch {EXPERTS}",
+    "hash": f"{ATTENTION} --token-router hash {EXPERTS}",
+    "gmlp": "--architecture gmlp --spatial-heads 2",
+    "gmlp_toeplitz": "--architecture gmlp --toeplitz --recompute-granularity selective",
+    "amlp": "--architecture amlp --tiny-attention-width 16",
+    "smlp_deterministic": f"{SMLP} --token-router base --feature-router deterministic",
+    "smlp_partial": f"{SMLP} --token-router base --feature-router partial",
+    "smlp_partial_toeplitz": f"{SMLP} --token-router base --feature-router partial --toeplitz",
+}
+INTERLEAVED = """
+    --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --align-param-gather
+"""
+
+
+def test_two_data_parallel_ranks(tmp_path: Path):
+    launch(
+        {name: f"{MODEL} {flags}" for name, flags in SYSTEMS.items()},
+        processes=2,
+        folder=tmp_path,
+        GATHER_PROBE="1",
+    )
+    for name in SYSTEMS:
+        assert [r["iteration"] for r in records(tmp_path / name) if "loss" in r] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_interleaved_pipelines(tmp_path: Path):
+    runs = {
+        f"{name}_{way}": f"{MODEL} {flags} {INTERLEAVED.replace('--align-param-gather', aligned)}"
+        for name, flags in SYSTEMS.items()
+        for way, aligned in (("aligned", "--align-param-gather"), ("each", ""))
+    }
+    launch(runs, processes=4, folder=tmp_path, GATHER_PROBE="1")
+    for name in runs:
+        assert [r["iteration"] for r in records(tmp_path / name) if "loss" in r] == [1, 2, 3, 4]

@@ -1,0 +1,122 @@
+"""Counts what a training step of each system asks of a CUDA device, on the CPU that stands in.
+
+    python tests/support/device_budgets.py benchmarks/results/device_budget.json
+
+Of one step of one micro-batch (T = 512: the triangular products use their blocks): operators that
+launch kernels, times that the host waits for the device, bytes that the operators read and write.
+A step, its optimizer included, and the forward pass of each kind of layer. It is made of counts
+alone, so it is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+MODEL = """
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --num-layers 4 --hidden-size 64
+    --ffn-hidden-size 256 --seq-length 512 --attention-dropout 0 --hidden-dropout 0 --bf16
+    --micro-batch-size 2 --global-batch-size 2 --num-workers 0 --lr 1e-3 --log-interval 100
+    --eval-iters 0 --train-iters 4 --no-resume
+"""
+MEASURED = 3  # the step: later than all that happens once
+
+Record = dict[str, Any]
+
+
+def measure(system: str, flags: str) -> Record:
+    """Train a few steps of one system and return what the measured one did."""
+    from megatron.training import training
+    from support.cuda_stand_in import watch
+    from support.runs import forget_run
+
+    from megatron_smlp.architectures import SlottedLayer
+    from pretrain_smlp import main
+
+    layers: dict[str, Record] = {}
+    step: Record = {}
+    tensors: Record = {}
+    train_step, forward = training.train_step, SlottedLayer.forward
+    iteration = 0
+
+    @functools.wraps(train_step)
+    def measured_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal iteration
+        iteration += 1
+        if iteration != MEASURED:
+            return train_step(*args, **kwargs)
+        with watch() as tally:
+            answer = train_step(*args, **kwargs)
+        step.update(_record(tally))
+        tensors.update(_tensors(*args[2:4]))
+        return answer
+
+    @functools.wraps(forward)
+    def measured_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if iteration != MEASURED:
+            return forward(self, *args, **kwargs)
+        with watch() as tally:
+            answer = forward(self, *args, **kwargs)
+        layers[f"{type(self.self_attention).__name__} + {type(self.mlp).__name__}"] = _record(tally)
+        return answer
+
+    training.train_step, SlottedLayer.forward = measured_step, measured_layer
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            main([*MODEL.split(), *flags.split(), "--log-dir", folder])
+    finally:
+        training.train_step, SlottedLayer.forward = train_step, forward
+        forget_run()
+    return {"step": step, "layers": layers, "tensors": tensors}
+
+
+def _tensors(models: list[Any], optimizer: Any) -> Record:
+    """Of what a run holds: how many tensors there are of each device and dtype."""
+    inner = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
+    states = [state for one in inner for state in one.state.values()]
+    held = {
+        "parameters": [p for model in models for p in model.parameters()],
+        "gradients": [p.main_grad for model in models for p in model.parameters()],
+        "buffers": [b for model in models for b in model.buffers()],
+        "weights of the optimizer": [
+            p for one in inner for group in one.param_groups for p in group["params"]
+        ],
+        "moments and steps": [value for state in states for value in state.values()],
+    }
+    return {
+        kind: dict(sorted(collections.Counter(f"{t.device.type} {t.dtype}" for t in own).items()))
+        for kind, own in held.items()
+    }
+
+
+def _record(tally: Any) -> Record:
+    places: collections.Counter[str] = collections.Counter()
+    for site, count in tally.synchronisations.items():
+        places[site.rpartition(":")[0]] += count  # of a file: lines move
+    return {
+        "operators": sum(tally.operators.values()),
+        "synchronisations": sum(tally.synchronisations.values()),
+        "megabytes": round(tally.bytes / 1e6, 1),
+        "where the host waits": dict(sorted(places.items())),
+    }
+
+
+def budgets(systems: dict[str, str]) -> dict[str, Record]:
+    return {system: measure(system, flags) for system, flags in systems.items()}
+
+
+if __name__ == "__main__":
+    from support.cuda_stand_in import install
+
+    install()
+    from support.systems import SYSTEMS
+
+    text = json.dumps(budgets(SYSTEMS), indent=1)
+    Path(sys.argv[1]).write_text(f"{text}\n", encoding="utf-8")

@@ -1,0 +1,81 @@
+"""A run that goes on, and data that is not what it was: another dataset under the old name."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.checkpoints import RUN, carry_on
+from support.in_process import MINIMAL
+from support.launches import REPOSITORY, clean_environment
+
+from megatron_smlp.checkpoints.run_record import read_run_record
+from megatron_smlp.checkpoints.structure import iteration_folder, iterations
+from megatron_smlp.data import preprocess_cli
+from megatron_smlp.data.content import content_of
+from megatron_smlp.errors import UsageError
+
+TOKENIZER = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
+
+
+def _write(prefix: Path, seed: int) -> str:
+    """A dataset of 40 documents of 30 ids, always of the same size; its prefix."""
+    rng = random.Random(seed)
+    source = prefix.with_suffix(".jsonl")
+    with source.open("w", encoding="utf-8") as stream:
+        for _ in range(40):
+            ids = " ".join(str(rng.randrange(100)) for _ in range(30))
+            stream.write(json.dumps({"text": ids}) + "\n")
+    flags = ["--input", str(source), "--output-prefix", str(prefix), *TOKENIZER]
+    assert preprocess_cli.main(flags) == 0
+    return f"{prefix}_text_document"
+
+
+def _words(prefix: str, run: Path) -> str:
+    base = " ".join(MINIMAL.split()).replace("--mock-data", f"--data-path {prefix}")
+    return f"{base} {RUN} --split 900,100,0 --save {run}"
+
+
+def test_a_resume_on_other_data_wants_a_flag(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prefix, run = _write(tmp_path / "data", seed=1), tmp_path / "run"
+    words = _words(prefix, run)
+    carry_on(f"{words} --exit-interval 2")
+    record = read_run_record(iteration_folder(run, 2)) or {}
+    assert record["data"] == {prefix: content_of(prefix)}
+    _write(tmp_path / "data", seed=2)
+    with pytest.raises(UsageError, match=rf"{prefix} holds other data than at iteration 2 of"):
+        carry_on(words)
+    carry_on(f"{words} --allow-data-mismatch --exit-interval 4")
+    assert "WARNING: " + prefix + " holds other data than at iteration 2" in capfd.readouterr().out
+    carry_on(words)
+    assert "holds other data" not in capfd.readouterr().out
+    assert iterations(run) == [2, 4, 6]
+    _write(tmp_path / "data", seed=3)
+    carry_on(f"{_words(prefix, tmp_path / 'tuned')} --load {run} --finetune --train-iters 2")
+    assert iterations(tmp_path / "tuned") == [2]
+
+
+def test_a_dataset_cut_short_under_a_run_ends_it_in_one_line(tmp_path: Path) -> None:
+    prefix = _write(tmp_path / "data", seed=1)
+    words = f"{_words(prefix, tmp_path / 'run')} --train-iters 100000 --num-workers 1"
+    process = subprocess.Popen(
+        [sys.executable, "pretrain_smlp.py", *words.split()],
+        cwd=REPOSITORY,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for line in process.stdout:
+        if line.startswith("iteration 5/"):
+            os.truncate(f"{prefix}.bin", 1000)
+    (message,) = process.stderr.read().splitlines()
+    assert process.wait(timeout=60) == 1
+    assert f"error: the dataset {prefix!r} was changed while this run reads it" in message

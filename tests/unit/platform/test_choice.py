@@ -1,0 +1,68 @@
+"""A CPU is where a run computes if there is no GPU, or if someone chose it; never by accident."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.platform import choice
+
+
+@pytest.fixture
+def nvidia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The kernel's driver knows a GPU, and torch finds none."""
+    (tmp_path / "0000:01:00.0").mkdir()
+    monkeypatch.setattr(choice, "DRIVER", tmp_path)
+    monkeypatch.delenv(choice.VISIBLE, raising=False)
+    return tmp_path
+
+
+def test_a_driver_that_torch_cannot_use_is_an_error(nvidia: Path):
+    with pytest.raises(UsageError, match=r"has an NVIDIA device.*cannot use it: .*--platform cpu"):
+        choice.check()
+
+
+def test_a_whole_command_line_meets_it(nvidia: Path, parse: Callable[..., Any]):
+    with pytest.raises(UsageError, match="has an NVIDIA device"):
+        parse("--architecture gmlp")
+    assert parse("--architecture gmlp --platform cpu").platform == "cpu"
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_hidden_gpus_are_a_choice(nvidia: Path, hidden: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(choice.VISIBLE, hidden)
+    choice.check()
+
+
+def test_without_a_device_there_is_nothing_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(choice.VISIBLE, raising=False)
+    for folder in (tmp_path, tmp_path / "missing"):
+        monkeypatch.setattr(choice, "DRIVER", folder)
+        choice.check()
+
+
+def test_a_file_chooses_too_late(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    choice.check()
+    with pytest.raises(UsageError, match="give it on the command line"):
+        choice.check("cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "hides"),
+    [
+        ("--platform cpu", True),
+        ("--lr 1 --platform=cpu --bf16", True),
+        ("--platform auto", False),
+        ("--lr 1 --platform", False),
+        ("--log-dir cpu", False),
+    ],
+)
+def test_the_command_line_hides_the_gpus(words: str, hides: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(choice.VISIBLE, "0,1")
+    choice.choose(words.split())
+    assert os.environ[choice.VISIBLE] == ("" if hides else "0,1")

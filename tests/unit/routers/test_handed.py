@@ -1,0 +1,79 @@
+"""What a model's call hands its routers reaches each pass, and each pass that repeats one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_smlp.routers.handed import Handed, repeats_a_pass
+
+
+class Recomputed(torch.autograd.Function):
+    """A checkpoint function that tells nobody, as Transformer Engine's does under FP8."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.run(x)
+        torch.autograd.backward(output, gradients)
+        return None, x.grad
+
+
+class Layer:
+    """Multiplies by what it is handed, and notes what it saw."""
+
+    def __init__(self) -> None:
+        self.handed, self.seen = Handed(), []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        value = self.handed.take()
+        self.seen.append((value.item(), repeats_a_pass()))
+        return x * value
+
+
+def test_a_recomputed_pass_finds_its_own_micro_batch():
+    """Two micro-batches are under way, as on a pipeline stage; backward in order of forward."""
+    layer, x = Layer(), torch.ones(1, requires_grad=True)
+    outputs = []
+    for value in (2.0, 3.0):
+        layer.handed.hand(torch.tensor(value))
+        outputs.append(Recomputed.apply(layer, x))
+    gradients = [torch.autograd.grad(output, x)[0].item() for output in outputs]
+    assert gradients == [2.0, 3.0]
+    assert layer.seen == [(2.0, False), (3.0, False), (2.0, True), (3.0, True)]
+
+
+def test_evaluation_leaves_nothing_behind():
+    layer, x = Layer(), torch.ones(1, requires_grad=True)
+    with torch.no_grad():
+        layer.handed.hand(torch.tensor(9.0))
+        layer(x)
+    layer.handed.hand(torch.tensor(2.0))
+    (gradient,) = torch.autograd.grad(Recomputed.apply(layer, x), x)
+    assert gradient.item() == 2.0
+
+
+def test_counters_count_a_recomputed_pass_once():
+    from megatron_smlp.routers.statistics import CountedRouter, RouterCounter
+
+    class Router(CountedRouter):
+        def __call__(self, x: Tensor) -> Tensor:
+            if self.counts:
+                one = torch.tensor([0])
+                self.counter.add(training=True, experts=one, asked=torch.ones(1) == 1, gates=1)
+            return x * 2
+
+    router = Router()
+    router.counter = RouterCounter(2, torch.device("cpu"))
+    x = torch.ones(1, requires_grad=True)
+    Recomputed.apply(router, x).sum().backward()
+    assert router.counter.sums[1, 0] == pytest.approx(1)
