@@ -48,7 +48,8 @@ def import_once() -> None:
 
 def run_case(case: Case, place: Place, before: Mapping[str, Result]) -> Result:
     """Run it where what it needs is there; whatever happens to its process, there is a result."""
-    missing = [name for name in case.needs if before[name].verdict != "passed"]
+    passed = {name for name, result in before.items() if result.verdict == "passed"}
+    missing = [name for name in case.needs if name not in passed]
     if missing:
         notes = Notes([("not run", f"{case.name}: case {missing[0]} did not pass")])
         return Result(case.name, notes, 0.0)
@@ -64,14 +65,20 @@ def _in_a_process(case: Case, place: Place) -> Notes:
     # A process that has asked for CUDA devices cannot be forked into one that uses them.
     context = multiprocessing.get_context("fork" if place.on_cpu else "spawn")
     written = place.folder / f"{case.name}.json"
+    log_of(case.name, place).touch()
     process = context.Process(target=_work, args=(case.name, place, written))
     process.start()
     limit = case.limit * (ON_CPU if place.on_cpu else 1)
-    process.join(limit)
-    if process.is_alive():
-        with contextlib.suppress(ProcessLookupError):  # it may end at this moment
-            os.killpg(process.pid or 0, signal.SIGKILL)
-        process.join()
+    is_late = False
+    try:
+        process.join(limit)
+        is_late = process.is_alive()
+    finally:  # Ctrl-C reaches this process alone
+        if process.is_alive():
+            with contextlib.suppress(ProcessLookupError):  # it may end at this moment
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.join()
+    if is_late:
         return Notes([("failed", f"no end after {limit} seconds, then ended")])
     if not written.is_file():
         words = f"its process ended with exit code {process.exitcode}: {_last_lines(case, place)}"
