@@ -750,6 +750,8 @@ class SMLPBaseRouter(nn.Module):
     optimal; any solver of the linear assignment problem may be put in its place.
     """
 
+    prices: Tensor
+
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__()
         self.num_experts = config.num_experts or 1
@@ -764,6 +766,14 @@ class SMLPBaseRouter(nn.Module):
         scores = F.linear(tokens.float(), self.weight.float())
         experts = self._choose(scores.detach())[:, None]
         return Routing(experts, scores.gather(1, experts).sigmoid())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SMLPBaseRouter":
+        """The prices stay fp32 where a model is cast, as scores are, on whatever device."""
+        kept = self._buffers.get("prices")
+        super()._apply(fn, recurse)
+        if kept is not None:
+            self.prices = self.prices.float() if kept.is_meta else kept.to(self.prices.device)
+        return self
 
     def _choose(self, scores: Tensor) -> Tensor:
         """<fp32>[n, E] -> <int64>[n]."""

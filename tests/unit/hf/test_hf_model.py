@@ -90,7 +90,7 @@ def test_initial_values():
     layer = model.model.layers[-1]
     assert abs(layer.mixer.up_proj.weight.std().item() - 0.02) < 0.002
     assert abs(layer.mixer.down_proj.weight.std().item() - 0.02 / 4) < 0.001
-    assert abs(layer.channel.router.weight.std().item() - 0.002) < 0.0005
+    assert abs(layer.channel.router.weight.std().item() - 0.02) < 0.003
     base = SMLPForCausalLM(make_config("base")).model.layers[0].channel.router.weight
     torch.testing.assert_close(base @ base.T, 0.01 * torch.eye(4), rtol=0, atol=1e-6)
 
