@@ -21,6 +21,7 @@ from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.evaluation.results import as_record, task_words
 from megatron_smlp.routers.collapse import CollapseWatch
+from megatron_smlp.training.exchange import from_first_rank
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.router_report import (
     Loads,
@@ -66,6 +67,8 @@ class Reporter:
         self.clock = StepClock()
         self.wall = WallClock()
         self.last_saved: int | None = None
+        self.is_complete = False
+        """Whether the run was at its end when it started."""
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -75,7 +78,8 @@ class Reporter:
             try:
                 yield
             except SystemExit:  # how Megatron's loop ends on a signal or an exit flag
-                self.say(self._farewell())
+                if not self.is_complete:
+                    self.say(self._farewell())
                 raise
 
     def _farewell(self) -> str:
@@ -93,16 +97,32 @@ class Reporter:
         last = self.metrics.drop_after(iteration) if self.metrics else {}
         if iteration:
             self.say(f"resumed from iteration {iteration} of {self.args.load}")
-            self._say_if_complete(iteration)
+            self._end_if_complete(iteration)
         self.clock.restart()
         self.wall.restart(before=last.get("wall_seconds", 0.0))
 
-    def _say_if_complete(self, iteration: int) -> None:
+    def _end_if_complete(self, iteration: int) -> None:
+        """End a run that was at its end before, which Megatron would validate on other samples.
+
+        Raises:
+            SystemExit: with 0, on every rank.
+        """
         wanted, done = self.args.train_samples, self.args.consumed_train_samples
         if wanted and done >= wanted:
-            self.say(f"nothing is left to train: --train-samples {wanted} are read")
+            what = f"--train-samples {wanted} are read"
         elif self.args.train_iters and iteration >= self.args.train_iters:
-            self.say(f"nothing is left to train: --train-iters {self.args.train_iters} is reached")
+            what = f"--train-iters {self.args.train_iters} is reached"
+        else:
+            return
+        self.say(f"nothing is left to train: {what}")
+        if from_first_rank(self._is_validated(iteration)) and not self.args.skip_train:
+            self.is_complete = True
+            raise SystemExit(0)
+
+    def _is_validated(self, iteration: int) -> bool:
+        if not self.metrics or not self.args.eval_iters:
+            return bool(self.metrics)
+        return self.metrics.holds("validation_loss", iteration=iteration)
 
     def may_update(self) -> bool:
         """All ranks agree whether this step's losses were finite.
