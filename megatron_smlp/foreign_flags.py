@@ -32,7 +32,31 @@ OF_OTHER_LAYERS = (
     "hybrid_layer_pattern",
     "hybrid_override_pattern",
     "is_hybrid_model",
+    "spec",
 )
+OTHER_PROGRAMS = ("rl", "biencoder", "vision", "Logits Distillation", "inference", "sft")
+"""Groups of flags in Megatron's help that pretraining does not read."""
+READ_HERE = frozenset({"cuda_graph_scope", "cuda_graph_modules"})
+"""Of these groups, what pretraining reads."""
+READ_NOWHERE = {
+    "rampup_batch_size": "give --step-batch-size-schedule",
+    "check_for_spiky_loss": "--nonfinite-loss looks at every loss",
+    "use_flash_attn": "give --attention-backend",
+    "per_dataset_sequences_path": "an index is opened in no time",
+    "dataloader_fast_cache_load": "every cache is looked at before it is used",
+    "dataloader_defer_npy_index_mmap": "every cache is looked at before it is used",
+    "object_storage_cache_path": "data is read from files",
+    "allow_ambiguous_pad_tokens": "leave it out",
+    "fim_data": "leave it out",
+    "mask_prob": "leave it out",
+    "short_seq_prob": "leave it out",
+    "vocab_extra_ids": "leave it out",
+    "onnx_safe": "leave it out",
+    "test_mode": "leave it out",
+    "apply_residual_connection_post_layernorm": "leave it out",
+}
+"""Flags of Megatron's parser that neither Megatron's loop nor this repository reads, and what to do
+instead."""
 OF_ATTENTION = (
     "group_query_attention",
     "num_query_groups",
@@ -54,6 +78,7 @@ OF_TRANSFORMER_ENGINE = (
     "window_size",
     "fused_residual_rmsnorm",
     "moe_permute_fusion",
+    "moe_grouped_gemm",
     "fp8",
     "fp4",
 )
@@ -72,6 +97,8 @@ def refuse_foreign(args: argparse.Namespace) -> None:
         UsageError: with the flag, whose it is, and what to do.
     """
     _refuse_ours(args)
+    for name in _given(args, tuple(READ_NOWHERE)):
+        raise UsageError(f"{_flag(name)} is not read by this program: {READ_NOWHERE[name]}.")
     for name in _given(args, OF_OTHER_LAYERS):
         raise UsageError(
             f"{_flag(name)} builds layers of other models than --architecture {args.architecture}: "
@@ -88,6 +115,21 @@ def refuse_foreign(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"{_flag(name)} needs Transformer Engine, which is not in use "
                 "(--transformer-impl local): leave it out."
+            )
+
+
+def refuse_other_programs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check that no flag is of reinforcement learning, retrieval, vision or inference servers.
+
+    Raises:
+        UsageError: with the flag.
+    """
+    for group in parser._action_groups:
+        names = [action.dest for action in group._group_actions if action.dest not in READ_HERE]
+        for name in _given(args, tuple(names)) if group.title in OTHER_PROGRAMS else ():
+            raise UsageError(
+                f"{_flag(name)} is for another program of Megatron's ({group.title}), and changes "
+                "nothing here: leave it out."
             )
 
 
