@@ -20,6 +20,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_token
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.evaluation.results import as_record, task_words
+from megatron_smlp.platform import tensorboard
 from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.training.exchange import from_first_rank
 from megatron_smlp.training.metrics_file import MetricsFile
@@ -98,6 +99,7 @@ class Reporter:
         if iteration:
             self.say(f"resumed from iteration {iteration} of {self.args.load}")
             self._end_if_complete(iteration)
+            tensorboard.forget_after(iteration)
         self.clock.restart()
         self.wall.restart(before=last.get("wall_seconds", 0.0))
 
@@ -177,6 +179,8 @@ class Reporter:
     ) -> None:
         numbers = _to_first_rank(losses)
         loads = self._routers(iteration)
+        progress, speed = self._progress(), self._speed(iteration)
+        to_writers(_for_writers(progress | speed), iteration=iteration)
         if not self.first_rank:
             return
         loss = numbers.pop("lm loss")
@@ -185,9 +189,9 @@ class Reporter:
             "loss": loss,
             "perplexity": perplexity(loss),
             **of_step,
-            **self._progress(),
+            **progress,
             **numbers,
-            **self._speed(iteration),
+            **speed,
             **_unless_empty("routers", loads),
         }
         assert self.metrics is not None
@@ -306,6 +310,12 @@ class Reporter:
         """A checkpoint is there, whole."""
         self.last_saved = iteration
         self.say(f"iteration {iteration} saved to {self.args.save} | {seconds:.1f} s")
+
+
+def _for_writers(numbers: dict[str, Any]) -> dict[str, float]:
+    """What Megatron's own curves lack."""
+    names = ("tokens_per_second", "tflops_per_device", "mfu", "consumed_tokens")
+    return {f"run/{name}": numbers[name] for name in names if numbers[name] is not None}
 
 
 def _unless_empty(name: str, loads: Loads) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`--use-checkpoint-args`: a checkpoint's flags, what may differ from them and what may not."""
 
 import json
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +11,7 @@ from support import checkpoints
 from support.checkpoints import assert_ends_like, carry_on, flip_a_bit, pretrain
 from support.in_process import pretrained
 from support.launches import REPOSITORY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.structure import RUN, iteration_folder, iterations
@@ -76,6 +78,18 @@ def test_a_finished_run_leaves_everything_as_it_is(run: Path, capfd: Capture):
     (run / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
     pretrain(f"--save {run}")  # killed before it had validated
     assert "validation_loss" in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+
+
+def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path):
+    """Killed after step 5, and on from the checkpoint of step 4."""
+    run, events = tmp_path / "run", tmp_path / "events"
+    words = f"--save {run} --tensorboard-dir {events} --tensorboard-log-interval 1"
+    pretrain(f"{words} --exit-interval 4")
+    pretrain(f"{words} --exit-interval 5")
+    shutil.rmtree(iteration_folder(run, 5))
+    pretrain(words)
+    scalars = EventAccumulator(str(events)).Reload().Scalars("run/consumed_tokens")
+    assert [(event.step, event.value) for event in scalars] == [(n, 32 * n) for n in range(1, 7)]
 
 
 def test_a_checkpoint_says_what_made_it(run: Path, capfd: Capture):
