@@ -22,7 +22,7 @@ from megatron_smlp.continuing import with_checkpoint_flags
 from megatron_smlp.data.blending import blends_from_arguments
 from megatron_smlp.errors import UsageError
 from megatron_smlp.exclusive_flags import PER_SPLIT, replaced_by
-from megatron_smlp.foreign_flags import refuse_foreign
+from megatron_smlp.foreign_flags import refuse_foreign, refuse_other_programs
 from megatron_smlp.options import ModelOptions, RunOptions
 from megatron_smlp.platform import (
     choice,
@@ -43,6 +43,7 @@ from megatron_smlp.routers.flags import (
 )
 from megatron_smlp.run_checks import (
     check_layout,
+    check_machine,
     check_names,
     check_ranges,
     check_schedule,
@@ -76,12 +77,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.command_line = argv
     _limit_cuda_connections(args)
     args.data_contents = {}  # by prefix; training/data.py looks
+    refuse_other_programs(parser, args)
     check_ranges(args)
     _settle_defaults(args)
     check_model(args)
     check_schedule(args)
     check_layout(args)
     check_names(args)
+    check_machine(args, is_cpu=cpu.needed())
     with local_gpt2_files(args):
         _validate(args)
     _check_hash_table(args)
@@ -222,7 +225,11 @@ def _as_flags(action: argparse.Action, key: str, value: Any, path: Path) -> list
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    _, unknown = parser.parse_known_args(list(argv))
+    known, unknown = parser.parse_known_args(list(argv))
+    if known.yaml_cfg:
+        raise UsageError(
+            f"--yaml-cfg {known.yaml_cfg} is Megatron's file of another form: give --config."
+        )
     for word in unknown:
         if word.startswith("-"):
             flag = word.split("=")[0]

@@ -7,10 +7,11 @@ Megatron's parser has the flags of all its models and of all its layers. A layer
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.options import ModelOptions
+from megatron_smlp.options import ArchitectureName, ModelOptions
 from megatron_smlp.platform import cpu
 
 OF_ONE_ARCHITECTURE = {
@@ -34,7 +35,31 @@ OF_OTHER_LAYERS = (
     "hybrid_override_pattern",
     "is_hybrid_model",
 )
+SPECS = [["megatron_smlp.architectures", name] for name in get_args(ArchitectureName)]
 OF_DOCUMENTS = ("reset_attention_mask", "reset_position_ids")
+OTHER_PROGRAMS = ("rl", "biencoder", "vision", "Logits Distillation", "inference", "sft")
+"""Groups of flags in Megatron's help that pretraining does not read."""
+READ_HERE = frozenset({"cuda_graph_scope", "cuda_graph_modules"})
+"""Of these groups, what pretraining reads."""
+READ_NOWHERE = {
+    "rampup_batch_size": "give --step-batch-size-schedule",
+    "check_for_spiky_loss": "--nonfinite-loss looks at every loss",
+    "use_flash_attn": "give --attention-backend",
+    "per_dataset_sequences_path": "an index is opened in no time",
+    "dataloader_fast_cache_load": "every cache is looked at before it is used",
+    "dataloader_defer_npy_index_mmap": "every cache is looked at before it is used",
+    "object_storage_cache_path": "data is read from files",
+    "allow_ambiguous_pad_tokens": "leave it out",
+    "fim_data": "leave it out",
+    "mask_prob": "leave it out",
+    "short_seq_prob": "leave it out",
+    "vocab_extra_ids": "leave it out",
+    "onnx_safe": "leave it out",
+    "test_mode": "leave it out",
+    "apply_residual_connection_post_layernorm": "leave it out",
+}
+"""Flags of Megatron's parser that neither Megatron's loop nor this repository reads, and what to do
+instead."""
 OF_ATTENTION = (
     "group_query_attention",
     "num_query_groups",
@@ -76,10 +101,18 @@ def refuse_foreign(args: argparse.Namespace) -> None:
         UsageError: with the flag, whose it is, and what to do.
     """
     _refuse_ours(args)
+    for name in _given(args, tuple(READ_NOWHERE)):
+        raise UsageError(f"{_flag(name)} is not read by this program: {READ_NOWHERE[name]}.")
     for name in _given(args, OF_OTHER_LAYERS):
         raise UsageError(
             f"{_flag(name)} builds layers of other models than --architecture {args.architecture}: "
             "leave it out."
+        )
+    if args.spec and args.spec not in SPECS:
+        raise UsageError(
+            f"--spec {' '.join(args.spec)} builds layers that are not described here (parameters, "
+            f"FLOPs, export): give {SPECS[0][0]} with {', '.join(name for _, name in SPECS)}, or "
+            "--architecture."
         )
     for name in _given(args, OF_DOCUMENTS):
         raise UsageError(
@@ -130,6 +163,21 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
             f"{flag}: the host reads every step's losses (--nonfinite-loss), which a graph cannot "
             "hold. Give --cuda-graph-impl local, or leave it out."
         )
+
+
+def refuse_other_programs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check that no flag is of reinforcement learning, retrieval, vision or inference servers.
+
+    Raises:
+        UsageError: with the flag.
+    """
+    for group in parser._action_groups:
+        names = [action.dest for action in group._group_actions if action.dest not in READ_HERE]
+        for name in _given(args, tuple(names)) if group.title in OTHER_PROGRAMS else ():
+            raise UsageError(
+                f"{_flag(name)} is for another program of Megatron's ({group.title}), and changes "
+                "nothing here: leave it out."
+            )
 
 
 def _refuse_ours(args: argparse.Namespace) -> None:

@@ -8,8 +8,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import netrc
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from megatron_smlp.command_line import flag_of
+from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import suffix_start
 
@@ -181,7 +188,7 @@ def check_layout(args: argparse.Namespace) -> None:
     data_parallel = args.world_size // (tp * pp * cp)
     step = args.micro_batch_size * data_parallel
     batch = args.global_batch_size
-    if batch is not None and batch % step and not args.rampup_batch_size:
+    if batch is not None and batch % step:
         raise UsageError(
             f"--global-batch-size {batch} is no multiple of {step}, which is --micro-batch-size "
             f"{args.micro_batch_size} on {data_parallel} data parallel "
@@ -217,8 +224,81 @@ def check_names(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--tokenizer-type {args.tokenizer_type} without --vocab-size: give the number of ids."
         )
-    if args.wandb_project and not (args.wandb_exp_name and (args.save or args.wandb_save_dir)):
+    if args.tokenizer_type == "GPT2BPETokenizer" and not (args.vocab_file and args.merge_file):
         raise UsageError(
-            f"--wandb-project {args.wandb_project} needs --wandb-exp-name, and --save or "
-            "--wandb-save-dir for its files: give them."
+            "--tokenizer-type GPT2BPETokenizer without --vocab-file and --merge-file: give both, "
+            "GPT-2's vocab.json and merges.txt."
+        )
+    sized = ("Null", "ByteLevel", "TikTok")
+    if "vocab_size" in args.explicit_flags and not any(k in args.tokenizer_type for k in sized):
+        raise UsageError(
+            f"--vocab-size {args.vocab_size} beside --tokenizer-type {args.tokenizer_type} changes "
+            "nothing, since the tokenizer says its size: leave it out."
+        )
+    _check_tokenizer_path(args.tokenizer_model)
+    data = [name for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS) if getattr(args, name)]
+    if args.mock_data and data:
+        raise UsageError(
+            f"--mock-data beside {flag_of(data[0])}: the data would not be read. Give one of them."
+        )
+    if args.wandb_project:
+        _check_wandb(args)
+
+
+def _check_tokenizer_path(model: str | None) -> None:
+    """A name that cannot be the hub's would be asked for there, again and again for minutes."""
+    if model is None or Path(model).exists():
+        return
+    parts = Path(model).parts
+    in_a_folder = len(parts) == 2 and Path(parts[0]).is_dir()
+    if in_a_folder or len(parts) > 2 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise UsageError(
+            f"--tokenizer-model {model}: there is no such file or folder, and the Hugging Face hub "
+            "has no such names. Give the tokenizer's folder, or NAME or OWNER/NAME of the hub."
+        )
+
+
+def _check_wandb(args: argparse.Namespace) -> None:
+    project = f"--wandb-project {args.wandb_project}"
+    if not (args.wandb_exp_name and (args.save or args.wandb_save_dir)):
+        raise UsageError(
+            f"{project} needs --wandb-exp-name, and --save or --wandb-save-dir for its files: give "
+            "them."
+        )
+    if find_spec("wandb") is None:
+        raise UsageError(f"{project} needs the Python package 'wandb': pip install wandb.")
+    is_offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+    if not (is_offline or os.environ.get("WANDB_API_KEY") or _has_wandb_login()):
+        raise UsageError(
+            f"{project} without a login: run `wandb login`, set WANDB_API_KEY, or keep the files "
+            "here by WANDB_MODE=offline."
+        )
+
+
+def _has_wandb_login() -> bool:
+    try:
+        hosts = netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return urlsplit(host).hostname in hosts
+
+
+def check_machine(args: argparse.Namespace, *, is_cpu: bool) -> None:
+    """What the machine and its packages have to have for these flags.
+
+    Raises:
+        UsageError: see the messages.
+    """
+    if is_cpu and args.profile and not args.use_pytorch_profiler:
+        raise UsageError(
+            "--profile marks a run for NVIDIA's profiler, and there is no GPU: give "
+            "--use-pytorch-profiler too, or leave it out."
+        )
+    if is_cpu and args.cuda_graph_impl != "none":
+        raise UsageError(f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU: leave it out.")
+    if "muon" in str(args.optimizer) and find_spec("emerging_optimizers") is None:
+        raise UsageError(
+            f"--optimizer {args.optimizer} needs the Python package 'emerging_optimizers': install "
+            "it, or give --optimizer adam."
         )

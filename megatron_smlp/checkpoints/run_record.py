@@ -8,6 +8,7 @@
 | flags | the value of every flag, as Megatron and the machine settled it |
 | layout | over how many ranks the model was spread, and how |
 | data | what was in each dataset, by its prefix: `data/content.py` |
+| software | commit of this repository, versions of Python and of packages |
 | tokenizer | flags that name it, its size, and the SHA-256 of its vocabulary |
 """
 
@@ -22,6 +23,7 @@ from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.structure import RUN
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.durable import write_durably
+from megatron_smlp.provenance import software
 
 LAYOUT = (
     "world_size",
@@ -55,6 +57,7 @@ def run_record(args: argparse.Namespace, *, iteration: int | None) -> dict[str, 
         "given": sorted(args.explicit_flags),
         "layout": {name: getattr(args, name) for name in LAYOUT},
         "data": args.data_contents,
+        "software": software(),
         "tokenizer": {name: getattr(args, name) for name in TOKENIZER}
         | {"identity": _tokenizer_identity(args)},
         "flags": {name: plain(value) for name, value in sorted(vars(args).items())},

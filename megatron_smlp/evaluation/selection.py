@@ -111,9 +111,7 @@ def require_harness() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise UsageError(
-            "--tasks needs lm-evaluation-harness: pip install 'megatron-smlp[eval]'"
-        ) from error
+        raise UsageError("--tasks needs lm-evaluation-harness: pip install '.[eval]'") from error
 
 
 def _first_line(error: Exception) -> str:

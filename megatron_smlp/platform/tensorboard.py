@@ -35,6 +35,20 @@ class TolerantWriter:
         return wrapped
 
 
+def forget_after(iteration: int) -> None:
+    """Tell TensorBoard that the run goes on from there: it drops what it read of later steps."""
+    from megatron.training import global_vars
+
+    writer = global_vars.get_tensorboard_writer()
+    if writer is None:
+        return
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    start = SessionLog(status=SessionLog.START)
+    # What torch's writer does with a `purge_step`, which Megatron cannot know when it makes it.
+    writer.file_writer.add_event(Event(step=iteration + 1, session_log=start))
+
+
 def tolerate_losses(folder: str | None) -> None:
     """Replace the writer that Megatron has opened for this folder, if it has one."""
     from megatron.training import global_vars

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     if find_spec("matplotlib") is None:
-        raise UsageError("plots need matplotlib: pip install 'megatron-smlp[plots]'")
+        raise UsageError("plots need matplotlib: pip install '.[plots]'")
     if args.smooth < 1:
         raise UsageError(f"--smooth {args.smooth}: 1 or more logged lines are expected.")
     from megatron_smlp.plotting.records import read_runs

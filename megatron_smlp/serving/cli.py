@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"serve.py needs the package {error.name!r}: pip install 'megatron-smlp[serve]'"
+            f"serve.py needs the package {error.name!r}: pip install '.[serve]'"
         ) from error
     listening = _listen(options.host, options.port)
     from megatron_smlp.generation.language_model import load

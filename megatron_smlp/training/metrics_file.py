@@ -30,12 +30,21 @@ class MetricsFile:
         """
         if self.path is None or not self.path.exists():
             return {}
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _iteration_of(line) <= iteration]
-        with self.lost.tolerated():
-            write_durably(self.path, "".join(f"{line}\n" for line in kept))
+        before = self.path.read_text(encoding="utf-8")
+        kept = [line for line in before.splitlines() if _iteration_of(line) <= iteration]
+        after = "".join(f"{line}\n" for line in kept)
+        if after != before:
+            with self.lost.tolerated():
+                write_durably(self.path, after)
         last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         return last
+
+    def holds(self, name: str, *, iteration: int) -> bool:
+        """Whether a record of this iteration has this value."""
+        if self.path is None or not self.path.exists():
+            return False
+        records = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        return any(record["iteration"] == iteration and name in record for record in records)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record, whole or not at all; on a full disk it is lost, and the run lives on."""

@@ -46,18 +46,22 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def layer_table(args: argparse.Namespace, shape: ModelShape) -> Table:
-    """One row a layer: mixer slot, channel slot, parameters, forward GFLOPs a sequence, in full
-    squares and without what lies above the diagonals."""
+    """One row for equal layers after one another: both slots, then of each of them parameters and
+    forward GFLOPs a sequence, in full squares and without what lies above the diagonals. Words are broken where it is narrow, numbers never.
+    """
     table = Table(title="Layers", title_justify="left", box=None, pad_edge=False)
-    for name in ("layer", "token mixer", "channel mixer"):
-        table.add_column(name, no_wrap=True)
-    for name in ("parameters", "GFLOPs/sequence", "needed"):
-        table.add_column(name, justify="right")
-    for number, slots in enumerate(shape.slots, start=1):
+    table.add_column("layer", no_wrap=True)
+    for name in ("token mixer", "channel mixer"):
+        table.add_column(name, overflow="fold")
+    for name in ("parameters", "GFLOPs", "needed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    last = 0
+    for slots, same in itertools.groupby(shape.slots):
+        first, last = last + 1, last + len(list(same))
         cost = layer_cost(shape, slots)
-        mixer, channel = describe(args, slots)
         gflops = (f"{flops / 1e9:.2f}" for flops in (cost.square_flops, cost.flops))
-        table.add_row(str(number), mixer, channel, f"{cost.parameters:,}", *gflops)
+        rows = str(first) if first == last else f"{first}-{last}"
+        table.add_row(rows, *describe(args, slots), f"{cost.parameters:,}", *gflops)
     return table
 
 
@@ -106,10 +110,14 @@ def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:
 
 
 def _steps(args: argparse.Namespace) -> str:
+    if args.step_batch_size_schedule:
+        length = f"{args.train_iters or args.train_samples:,}"
+        unit = "" if args.train_iters else " samples"
+        batches = f"in batches by --step-batch-size-schedule '{args.step_batch_size_schedule}'"
+        return f"{length}{unit} {batches}, samples of {args.seq_length}"
     if args.train_iters:
         return f"{args.train_iters} x {args.global_batch_size} samples of {args.seq_length}"
-    rises = "up to " if args.rampup_batch_size else ""
-    batches = f"in batches of {rises}{args.global_batch_size}"
+    batches = f"in batches of {args.global_batch_size}"
     return f"{args.train_samples:,} samples {batches}, each of {args.seq_length}"
 
 

@@ -20,9 +20,11 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron_smlp.accounting import ModelShape
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.evaluation.results import as_record, task_words
+from megatron_smlp.platform import tensorboard
 from megatron_smlp.routers.base import other_evaluation, update_prices
 from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.training.compute import Compute
+from megatron_smlp.training.exchange import from_first_rank
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.router_report import (
     Loads,
@@ -69,6 +71,8 @@ class Reporter:
         self.last_saved: int | None = None
         self.evaluated: dict[str, Loads] = {}
         """What the routers did in each pass of the last evaluation."""
+        self.is_complete = False
+        """Whether the run was at its end when it started."""
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -78,7 +82,8 @@ class Reporter:
             try:
                 yield
             except SystemExit:  # how Megatron's loop ends on a signal or an exit flag
-                self.say(self._farewell())
+                if not self.is_complete:
+                    self.say(self._farewell())
                 raise
 
     def _farewell(self) -> str:
@@ -100,16 +105,33 @@ class Reporter:
         self.compute.resume(last, tokens=self._tokens())
         if iteration:
             self.say(f"resumed from iteration {iteration} of {self.args.load}")
-            self._say_if_complete(iteration)
+            self._end_if_complete(iteration)
+            tensorboard.forget_after(iteration)
         self.clock.restart()
         self.wall.restart(before=last.get("wall_seconds", 0.0))
 
-    def _say_if_complete(self, iteration: int) -> None:
+    def _end_if_complete(self, iteration: int) -> None:
+        """End a run that was at its end before, which Megatron would validate on other samples.
+
+        Raises:
+            SystemExit: with 0, on every rank.
+        """
         wanted, done = self.args.train_samples, self.args.consumed_train_samples
         if wanted and done >= wanted:
-            self.say(f"nothing is left to train: --train-samples {wanted} are read")
+            what = f"--train-samples {wanted} are read"
         elif self.args.train_iters and iteration >= self.args.train_iters:
-            self.say(f"nothing is left to train: --train-iters {self.args.train_iters} is reached")
+            what = f"--train-iters {self.args.train_iters} is reached"
+        else:
+            return
+        self.say(f"nothing is left to train: {what}")
+        if from_first_rank(self._is_validated(iteration)) and not self.args.skip_train:
+            self.is_complete = True
+            raise SystemExit(0)
+
+    def _is_validated(self, iteration: int) -> bool:
+        if not self.metrics or not self.args.eval_iters:
+            return bool(self.metrics)
+        return self.metrics.holds("validation_loss", iteration=iteration)
 
     def may_update(self) -> bool:
         """All ranks agree whether this step's losses were finite.
@@ -166,9 +188,11 @@ class Reporter:
         numbers = _to_first_rank(losses)
         loads = self.statistics.take(training=True)
         self._tell_loads(loads, iteration=iteration)
+        flops_per_token = self.compute.add(loads, tokens=self._tokens())
+        progress, speed = self._progress(), self._speed(iteration, flops_per_token)
+        to_writers(_for_writers(progress | speed), iteration=iteration)
         if not self.first_rank:
             return
-        flops_per_token = self.compute.add(loads, tokens=self._tokens())
         loss = numbers.pop("lm loss")
         record = {
             "iteration": iteration,
@@ -176,8 +200,8 @@ class Reporter:
             "perplexity": perplexity(loss),
             **{name.replace(" ", "_"): value for name, value in numbers.items()},
             **of_step,
-            **self._progress(),
-            **self._speed(iteration, flops_per_token),
+            **progress,
+            **speed,
             **_unless_empty("routers", loads),
         }
         assert self.metrics is not None
@@ -308,6 +332,12 @@ def _evaluation_line(record: dict[str, Any], title: str, loads: Loads) -> str:
     if f"{name}_suffix_perplexity" in record:
         words.append(f"suffix ppl {record[f'{name}_suffix_perplexity']:.2f}")
     return " | ".join([*words, *router_words(loads), f"{record['seconds']:.1f} s"])
+
+
+def _for_writers(numbers: dict[str, Any]) -> dict[str, float]:
+    """What Megatron's own curves lack."""
+    names = ("tokens_per_second", "tflops_per_device", "mfu", "consumed_tokens")
+    return {f"run/{name}": numbers[name] for name in names if numbers[name] is not None}
 
 
 def _unless_empty(name: str, loads: Loads) -> dict[str, Any]:

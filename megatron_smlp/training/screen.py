@@ -9,12 +9,12 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 
-from megatron.core import __version__ as megatron_version
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from megatron_smlp import __version__
 from megatron_smlp.accounting import ModelShape
+from megatron_smlp.provenance import software, version_of
 from megatron_smlp.training.plan import summary
 from megatron_smlp.training.transcript import terminal
 
@@ -65,7 +65,9 @@ class Screen:
     def introduce(self) -> None:
         """What is going to run, on what data, from where, and where its logs are."""
         args = self.args
-        self.say(f"megatron_smlp {__version__} on Megatron-Core {megatron_version}")
+        commit = software()["commit"]
+        ours = f"{__version__} ({commit})" if commit else __version__
+        self.say(f"megatron_smlp {ours} on Megatron-Core {version_of('megatron-core')}")
         for line in summary(args, ModelShape.from_args(args)):
             self.say(line)
         if args.platform_changes:

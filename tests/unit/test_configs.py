@@ -1,6 +1,7 @@
 """Every file of configs/: its budget, its dry run, and the large ones' shards on 128 ranks."""
 
 import io
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from rich.console import Console
 from support.in_process import build_model
 from support.launches import REPOSITORY, clean_environment
 
-from megatron_smlp.accounting import ModelShape
+from megatron_smlp.accounting import ModelShape, layer_cost
 from megatron_smlp.config_file import read_yaml, spelling
 from megatron_smlp.errors import UsageError
 from megatron_smlp.estimation import estimate
@@ -74,14 +75,26 @@ def test_the_large_moes_have_the_papers_sizes():
 
 @pytest.mark.parametrize(("folder", "system"), CONFIGS)
 def test_dry_run(parse: Callable[..., Any], folder: str, system: str):
-    """Through all checks, ours and Megatron's; the layer table has a row for every layer."""
+    """Through all checks, ours and Megatron's; the layer table has a row for equal layers, and its
+    numbers are whole at 80 columns and in a log."""
     words = f"--config {config(folder, system)} {DATA} {VOCABULARY[folder]}"
     args = parse(words, base="")
     text = io.StringIO()
-    print_dry_run(args, Console(file=text, width=5000))
-    rows = [line.split() for line in text.getvalue().splitlines()]
-    numbers = [row[0] for row in rows if row and row[0].isdigit()]
-    assert numbers == [str(index + 1) for index in range(args.num_layers)]
+    print_dry_run(args, Console(file=text, width=80, soft_wrap=True))
+    rows = [line.split() for line in text.getvalue().splitlines() if line[:1].isdigit()]
+    shape = ModelShape.from_args(args)
+    ends = [[int(number) for number in row[0].split("-")] for row in rows]
+    assert [n for row in ends for n in range(row[0], row[-1] + 1)] == [
+        index + 1 for index in range(args.num_layers)
+    ]
+    assert len(rows) == len(list(itertools.groupby(shape.slots)))
+    for row, (first, *_) in zip(rows, ends, strict=True):
+        cost = layer_cost(shape, shape.slots[first - 1])
+        assert row[-3:] == [
+            f"{cost.parameters:,}",
+            f"{cost.square_flops / 1e9:.2f}",
+            f"{cost.flops / 1e9:.2f}",
+        ]
     total = estimated(folder, system)["total_parameters"]
     assert f"{total:,} parameters" in text.getvalue()
 

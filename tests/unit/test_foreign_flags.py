@@ -3,11 +3,14 @@
 import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.in_process import MINIMAL, forget_arguments, pretrained
+from support.launches import REPOSITORY
 
+from megatron_smlp.accounting import ModelShape
 from megatron_smlp.arguments import build_parser, parse_arguments
 from megatron_smlp.errors import UsageError
 from megatron_smlp.foreign_flags import (
@@ -15,8 +18,11 @@ from megatron_smlp.foreign_flags import (
     OF_DOCUMENTS,
     OF_OTHER_LAYERS,
     OF_TRANSFORMER_ENGINE,
+    OTHER_PROGRAMS,
+    READ_NOWHERE,
 )
 from megatron_smlp.platform import cpu
+from megatron_smlp.training.plan import summary
 
 TRANSFORMER = "--architecture transformer --num-attention-heads 4"
 type Parse = Callable[[str], Any]
@@ -53,6 +59,44 @@ def test_other_layers_flags(parse: Parse, words: str, message: str):
         parse(words)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rampup-batch-size 2 2 8", "not read by this program: give --step-batch-size-schedule"),
+        ("--per-dataset-sequences-path x", "--per-dataset-sequences-path is not read"),
+        ("--dataloader-fast-cache-load", "--dataloader-fast-cache-load is not read"),
+        ("--use-flash-attn", "give --attention-backend"),
+        ("--yaml-cfg x.yaml", "give --config"),
+        ("--check-for-spiky-loss", "--nonfinite-loss looks at every loss"),
+        ("--spec megatron.core foo", "--spec builds layers of other models"),
+        ("--grpo-iterations 3", r"for another program of Megatron's \(rl\)"),
+        ("--num-classes 7", r"for another program of Megatron's \(vision\)"),
+        ("--ict-head-size 7", r"for another program of Megatron's \(biencoder\)"),
+        ("--inference-max-requests 7", r"for another program of Megatron's \(inference\)"),
+        ("--sft", r"for another program of Megatron's \(sft\)"),
+        ("--moe-grouped-gemm", "--moe-grouped-gemm needs Transformer Engine"),
+        ("--data-path x", "--mock-data beside --data-path"),
+        ("--valid-data-path x", "--mock-data beside --valid-data-path"),
+        ("--tokenizer-type HuggingFaceTokenizer", "--vocab-size 100 beside --tokenizer-type Hugg"),
+        ("--tokenizer-type GPT2BPETokenizer", "without --vocab-file and --merge-file"),
+        ("--tokenizer-model /none", "--tokenizer-model /none: there is no such file or folder"),
+        ("--tokenizer-model tests/none", "there is no such file or folder"),
+        ("--tokenizer-model a/b/c", "there is no such file or folder"),
+        ("--profile", "--profile marks a run for NVIDIA's profiler, and there is no GPU"),
+        ("--cuda-graph-impl local", "--cuda-graph-impl local needs a GPU"),
+        ("--optimizer muon", "needs the Python package 'emerging_optimizers'"),
+        ("--wandb-project p --wandb-exp-name n --save x", "wandb"),
+    ],
+)
+def test_flags_of_nothing_here(parse: Parse, words: str, message: str, monkeypatch):
+    """One line, where a run would have ignored it or ended in a traceback."""
+    monkeypatch.setenv("NETRC", "/none")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(UsageError, match=message):
+        parse(f"--architecture gmlp {words}")
+
+
 @pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="it is installed")
 @pytest.mark.parametrize(
     "flag",
@@ -68,8 +112,32 @@ def test_transformer_engines_flags(parse: Parse, flag: str):
 
 def test_every_name_is_one_of_megatrons_flags():
     destinations = {action.dest for action in build_parser()._actions}
-    ours = {*OF_OTHER_LAYERS, *OF_ATTENTION, *OF_DOCUMENTS, *OF_TRANSFORMER_ENGINE}
-    assert ours <= destinations
+    assert {*OF_OTHER_LAYERS, *OF_ATTENTION, *OF_DOCUMENTS} <= destinations
+    assert {*OF_TRANSFORMER_ENGINE, *READ_NOWHERE} <= destinations
+    assert {*OTHER_PROGRAMS} <= {group.title for group in build_parser()._action_groups}
+
+
+def test_what_is_said_to_be_read_nowhere_is_not_read():
+    """Neither as an attribute of arguments or configurations in Megatron's training, nor here."""
+    import megatron.training
+
+    folders = [Path(megatron.training.__path__[0]), REPOSITORY / "megatron_smlp"]
+    elsewhere = {"argument_utils.py", "arguments.py", "yaml_arguments.py", "foreign_flags.py"}
+    text = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in folders
+        for path in folder.rglob("*.py")
+        if path.name not in elsewhere and "config" not in path.parts
+    )
+    assert [name for name in READ_NOWHERE if re.search(rf"args\.{name}\b", text)] == []
+
+
+def test_batches_by_a_schedule_are_shown_as_such():
+    words = MINIMAL.replace("--global-batch-size 2", "--step-batch-size-schedule 0:2")
+    args = parse_arguments([*words.split(), "--architecture", "gmlp"])
+    lines = list(summary(args, ModelShape.from_args(args)))
+    forget_arguments()
+    assert "steps       4 in batches by --step-batch-size-schedule '0:2', samples of" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +146,7 @@ def test_every_name_is_one_of_megatrons_flags():
         f"{TRANSFORMER} --softmax-type vanilla",
         f"{TRANSFORMER} --group-query-attention --num-query-groups 2",
         "--architecture gmlp --position-embedding-type learned_absolute",
+        "--architecture gmlp --profile --use-pytorch-profiler",
     ],
 )
 def test_what_works_is_allowed(parse: Parse, words: str):

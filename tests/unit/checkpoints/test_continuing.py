@@ -1,10 +1,17 @@
 """`--use-checkpoint-args`: a checkpoint's flags, what may differ from them and what may not."""
 
 import json
+import shutil
+import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from support import checkpoints
 from support.checkpoints import assert_ends_like, carry_on, flip_a_bit, pretrain
+from support.in_process import pretrained
+from support.launches import REPOSITORY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.structure import RUN, iteration_folder, iterations
@@ -56,6 +63,49 @@ def test_learning_rate_and_batch_may_change_and_are_told(run: Path, capfd: Captu
     lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     rates = {line["iteration"]: line["learning_rate"] for line in lines if "learning_rate" in line}
     assert rates[8] < rates[3] <= 5e-4 < rates[2]
+
+
+def test_a_finished_run_leaves_everything_as_it_is(run: Path, capfd: Capture):
+    """Megatron would validate once more, on the samples that come next."""
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    del before[run / "megatron.log"]
+    with pytest.raises(SystemExit) as end, pretrained(f"{checkpoints.RUN} --save {run}"):
+        pass
+    assert end.value.code == 0
+    assert "nothing is left to train: --train-iters 6 is reached" in capfd.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    pretrain(f"--save {run}")  # killed before it had validated
+    assert "validation_loss" in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+
+
+def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path):
+    """Killed after step 5, and on from the checkpoint of step 4."""
+    run, events = tmp_path / "run", tmp_path / "events"
+    words = f"--save {run} --tensorboard-dir {events} --tensorboard-log-interval 1"
+    pretrain(f"{words} --exit-interval 4")
+    pretrain(f"{words} --exit-interval 5")
+    shutil.rmtree(iteration_folder(run, 5))
+    pretrain(words)
+    scalars = EventAccumulator(str(events)).Reload().Scalars("run/consumed_tokens")
+    assert [(event.step, event.value) for event in scalars] == [(n, 32 * n) for n in range(1, 7)]
+
+
+def test_a_checkpoint_says_what_made_it(run: Path, capfd: Capture):
+    record = read_run_record(iteration_folder(run, 6)) or {}
+    packages = record["software"]["packages"]
+    assert packages["torch"] == metadata.version("torch")
+    assert packages["megatron-core"] == metadata.version("megatron-core")
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    commit = record["software"]["commit"]
+    assert commit is None if not head else commit.removesuffix("-dirty") == head[:12]
+    carry_on(f"--load {run} --ckpt-step 4 --use-checkpoint-args --exit-interval 5")
+    first = next(line for line in capfd.readouterr().out.splitlines() if "megatron_smlp" in line)
+    assert first.endswith(f"on Megatron-Core {metadata.version('megatron-core')}")
+    assert commit is None or f"({head[:12]}" in first
 
 
 def test_the_model_may_not_change(run: Path):

@@ -118,6 +118,18 @@ class TestRun:
         assert lines[0]["consumed_tokens"] == 2 * 2 * 16
         assert lines[2]["consumed_flops"] == pytest.approx(2 * lines[0]["consumed_flops"])
 
+    def test_tensorboard_has_speed_and_progress(self, folder: Path):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder / "events")).Reload()
+        lines = [line for line in records(folder) if "loss" in line]
+        for name in ("tokens_per_second", "consumed_tokens"):
+            found = [(event.step, event.value) for event in events.Scalars(f"run/{name}")]
+            assert found == [
+                (line["iteration"], pytest.approx(line[name], rel=1e-5)) for line in lines
+            ]
+        assert "run/mfu" not in events.Tags()["scalars"], "the peak of a CPU is not known"
+
     def test_tensorboard_has_every_number(self, folder: Path):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,0 +1,52 @@
+"""What made a run: the commit of this repository, where it is one, and the versions of packages."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("megatron-core", "torch", "numpy", "transformers", "tokenizers", "safetensors")
+
+
+@cache
+def software() -> dict[str, Any]:
+    """`commit` (None for an installed package), `python` and `packages` with their versions."""
+    return {"commit": _commit(), "python": platform.python_version(), "packages": _versions()}
+
+
+def version_of(package: str) -> str | None:
+    """As its installation says; some packages ask git, in whichever folder a run starts."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> dict[str, str | None]:
+    return {name: version_of(name) for name in ("megatron-smlp", *PACKAGES)}
+
+
+def _commit() -> str | None:
+    """Twelve digits, and `-dirty` where files differ from it."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    words = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,78 @@
+"""Commands in README.md and docs/: their files are there, their flags as they are typed."""
+
+import importlib
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.launches import REPOSITORY
+
+from megatron_smlp.arguments import build_parser
+from megatron_smlp.evaluation import options
+
+PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
+BLOCK = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SHELL = re.compile(r"\$\w+")
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command that runs a file of ours; a shell's variables become names."""
+    found = []
+    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        lines = re.sub(r"\\\n", " ", block).splitlines()
+        for line in lines:
+            if re.search(r"(tools/\w+|pretrain_smlp)\.py ", line):
+                text = line.replace("$P", ".venv/bin/python")
+                found.append(shlex.split(SHELL.sub("name", text), comments=True))
+    return found
+
+
+CASES = [
+    pytest.param(words, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, words in enumerate(commands(page))
+]
+
+
+@pytest.mark.parametrize("words", CASES)
+def test_a_command_is_as_printed(words: list[str]) -> None:
+    """It names the environment's Python, a tool of ours, and flags that this tool takes."""
+    at = next(
+        i for i, word in enumerate(words) if re.search(r"(tools/\w+|pretrain_smlp)\.py", word)
+    )
+    assert words[0] in (".venv/bin/python", ".venv/bin/torchrun")
+    assert (REPOSITORY / words[at]).is_file()
+    rest = [word for word in words[at + 1 :] if word != "..."]
+    if words[at] in ("pretrain_smlp.py", "tools/evaluate.py"):
+        if words[at] != "pretrain_smlp.py":
+            _, rest = options.build_parser().parse_known_args(rest)  # and Megatron's
+        known = build_parser()._option_string_actions
+        assert {word for word in rest if word.startswith("--")} <= set(known)
+    else:
+        _parser_of(REPOSITORY / words[at]).parse_args(rest)
+
+
+def _parser_of(tool: Path) -> Any:
+    module = re.search(r"^from (megatron_smlp\.\S+) import main", tool.read_text(), re.MULTILINE)
+    assert module is not None
+    return importlib.import_module(module[1]).build_parser()
+
+
+def test_there_are_commands_and_every_tool_can_be_run() -> None:
+    assert len(CASES) > 25
+    for tool in (REPOSITORY / "tools").glob("*.py"):
+        assert os.access(tool, os.X_OK), tool
+        assert tool.read_text(encoding="utf-8").startswith("#!/usr/bin/env python3\n")
+
+
+def test_extras_are_installed_from_here() -> None:
+    """The package is on no index."""
+    setup = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
+    for page in PAGES:
+        for extra in re.findall(r"pip install '(\S+?)'", page.read_text(encoding="utf-8")):
+            name = re.fullmatch(r"\.\[(\w+)\]", extra)
+            assert name is not None, (page, extra)
+            assert f'"{name[1]}": [' in setup
