@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 Mixer = Literal["attention", "spatial_gating", "gating_and_attention", "feature_moe"]
 Channel = Literal["mlp", "token_moe", "none"]
+ArchitectureName = Literal["transformer", "gmlp", "amlp", "smlp"]
 TokenRouterName = Literal["none", "switch", "gshard", "base", "hash"]
 EXPERTS_PER_TOKEN = {"switch": 1, "gshard": 2, "base": 1, "hash": 1}
 
@@ -20,7 +21,7 @@ EXPERTS_PER_TOKEN = {"switch": 1, "gshard": 2, "base": 1, "hash": 1}
 class ModelOptions:
     """What the model is, beyond Megatron's own flags."""
 
-    architecture: Literal["transformer", "gmlp", "amlp", "smlp"] = "transformer"
+    architecture: ArchitectureName = "transformer"
     """Which pair of mixers each layer gets; megatron_smlp/architectures.py is the table."""
 
     spatial_heads: int = 1

@@ -47,7 +47,9 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def layer_table(args: argparse.Namespace, shape: ModelShape) -> Table:
     """One row for equal layers after one another: both slots, then of each of them parameters and
-    forward GFLOPs a sequence, in full squares and without what lies above the diagonals. Words are broken where it is narrow, numbers never.
+    forward GFLOPs a sequence, in full squares and without what lies above the diagonals.
+
+    Words are broken where it is narrow, numbers never.
     """
     table = Table(title="Layers", title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)

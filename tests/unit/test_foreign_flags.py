@@ -68,7 +68,10 @@ def test_other_layers_flags(parse: Parse, words: str, message: str):
         ("--use-flash-attn", "give --attention-backend"),
         ("--yaml-cfg x.yaml", "give --config"),
         ("--check-for-spiky-loss", "--nonfinite-loss looks at every loss"),
-        ("--spec megatron.core foo", "--spec builds layers of other models"),
+        (
+            "--spec megatron.core foo",
+            "--spec megatron.core foo builds layers that are not described",
+        ),
         ("--grpo-iterations 3", r"for another program of Megatron's \(rl\)"),
         ("--num-classes 7", r"for another program of Megatron's \(vision\)"),
         ("--ict-head-size 7", r"for another program of Megatron's \(biencoder\)"),
