@@ -295,8 +295,6 @@ def check_machine(args: argparse.Namespace, *, is_cpu: bool) -> None:
             "--profile marks a run for NVIDIA's profiler, and there is no GPU: give "
             "--use-pytorch-profiler too, or leave it out."
         )
-    if is_cpu and args.cuda_graph_impl != "none":
-        raise UsageError(f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU: leave it out.")
     if "muon" in str(args.optimizer) and find_spec("emerging_optimizers") is None:
         raise UsageError(
             f"--optimizer {args.optimizer} needs the Python package 'emerging_optimizers': install "

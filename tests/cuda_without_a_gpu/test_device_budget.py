@@ -50,6 +50,18 @@ def test_layers_without_routing_never_wait(system: str, measured: dict[str, Any]
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
+def test_a_token_moe_waits_for_its_split_sizes_alone(system: str, measured: dict[str, Any]):
+    """Partial prediction also waits for the sizes of its groups of chunks."""
+    waits = 0
+    for name, layer in measured[system]["layers"].items():
+        allowed = ("MoELayer" in name) + ("PartialFeatureMoE" in name)
+        assert layer["synchronisations"] <= allowed, name
+        waits = max(waits, allowed)
+    # The step's own: Megatron's gradient norm, its agreements between ranks, and our look at the loss.
+    assert measured[system]["step"]["synchronisations"] <= 4 * waits + 6
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_all_that_a_run_holds_is_on_the_device(
     system: str, measured: dict[str, Any], written: dict[str, Any]
 ):
