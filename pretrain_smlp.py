@@ -25,6 +25,11 @@ def main(argv: list[str]) -> None:
     if wants_help(argv):
         print_help()
         return
+    if argv == ["--version"]:
+        from megatron_smlp.command_line import VERSION
+
+        print(VERSION)
+        return
     choice.choose(argv)
     # Imports stay inside: the checkpoint's helper process, being spawned, imports this file again.
     from megatron_smlp.training.transcript import Transcript

@@ -33,12 +33,12 @@ fi
 
 step "2/6 tokenizer: byte-level BPE with $vocabulary entries"
 "$python" tools/train_tokenizer.py --input "$corpus" --vocab-size $vocabulary \
-  --output "$run/tokenizer"
+  --output "$run/tokenizer" --overwrite
 
 step "3/6 dataset"
 tokenizer=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$run/tokenizer")
 "$python" tools/preprocess_data.py --input "$corpus" --output-prefix "$run/corpus" \
-  "${tokenizer[@]}" --append-eod --workers 2
+  "${tokenizer[@]}" --append-eod --workers 2 --overwrite
 
 train() {
   "$python" -m torch.distributed.run --standalone --nproc-per-node $processes pretrain_smlp.py \

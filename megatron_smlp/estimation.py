@@ -16,7 +16,7 @@ from megatron_smlp.accounting import (
     forward_tflops_per_1024_tokens,
     model_cost,
 )
-from megatron_smlp.command_line import flag_of
+from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.config_file import read_yaml, spelling
 from megatron_smlp.footprint import ParallelLayout, footprint
 
@@ -167,7 +167,7 @@ def _table(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 where the configuration is refused."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="estimate.py",
         description="Parameters, FLOPs, memory and communication of a configuration.",
     )

@@ -13,7 +13,7 @@ from megatron_smlp.data.tokenizers import add_tokenizer_arguments
 from megatron_smlp.errors import interrupt
 
 if TYPE_CHECKING:
-    from megatron_smlp.data.preprocessing import Summary
+    from megatron_smlp.data.preprocessing import PreprocessSettings, Summary
 
 # Flags of Megatron's tool, now or once, that have no work to do here.
 IGNORED_FLAGS = {
@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--append-eod", action="store_true", help="end each document with the end-of-document id"
     )
+    group.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
     group.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
     group.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that encode (default 1)"
@@ -106,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_smlp.data.sources import comparable_size
 
     settings = settings_from_arguments(args)
+    if not (args.overwrite or args.resume):
+        _check_absent(settings)
     try:
         with ProgressReport(comparable_size(settings.inputs)) as report:
             summary = preprocess(settings, on_progress=report.update)
@@ -116,6 +119,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     _print_summary(summary, time.monotonic() - began)
     return 0
+
+
+def _check_absent(settings: "PreprocessSettings") -> None:
+    from megatron_smlp.data.errors import DataError
+    from megatron_smlp.data.indexed import bin_path, idx_path
+
+    level = "sentence" if settings.sentences else "document"
+    for key in settings.keys:
+        prefix = f"{settings.output_prefix}_{key}_{level}"
+        if any(path(prefix).exists() for path in (bin_path, idx_path)):
+            raise DataError(
+                f"--output-prefix {settings.output_prefix}: {prefix}.bin is there already; give "
+                "--overwrite to replace it, or another prefix"
+            )
 
 
 def _print_summary(summary: "Summary", total_seconds: float) -> None:

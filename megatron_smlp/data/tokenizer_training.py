@@ -30,6 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument(
+        "--overwrite", action="store_true", help="replace a tokenizer that is there"
+    )
+    parser.add_argument(
         "--max-bytes",
         type=float,
         default=1e9,
@@ -45,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if not 1 <= args.max_bytes < math.inf:
         raise DataError(f"--max-bytes {args.max_bytes:g}: 1 or more is expected, as 1e9")
+    if (Path(args.output) / "tokenizer.json").exists() and not args.overwrite:
+        raise DataError(
+            f"--output {args.output} holds a tokenizer already; give --overwrite to replace it, or "
+            "another folder"
+        )
     train_tokenizer(
         args.input,
         output=args.output,

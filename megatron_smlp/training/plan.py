@@ -107,8 +107,23 @@ def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:
         f"cost        {paper:.4f} TFLOPs forward per 1024 tokens "
         f"({needed:.4f} needed, without what lies above the diagonal)"
     )
+    if note := _what_is_missing(args, shape):
+        yield f"note        {note}"
     yield f"layout      {layout(args)}; {dtype}"
     yield f"steps       {_steps(args)} tokens, micro-batch {args.micro_batch_size}"
+
+
+def _what_is_missing(args: argparse.Namespace, shape: ModelShape) -> str | None:
+    """Where an sMLP is less than its name says."""
+    if args.architecture != "smlp":
+        return None
+    has_features = any(slots.mixer == "feature_moe" for slots in shape.slots)
+    has_tokens = any(slots.channel == "token_moe" for slots in shape.slots)
+    if not (has_features or has_tokens):
+        return "no layer has experts: this model is that of --architecture gmlp"
+    if not has_features:
+        return "no spatial experts (--feature-router none): this is a gmlp with token experts"
+    return None if has_tokens else "no token experts (--token-router none): spatial ones alone"
 
 
 def _steps(args: argparse.Namespace) -> str:

@@ -57,7 +57,7 @@ def test_a_token_moe_waits_for_its_split_sizes_alone(system: str, measured: dict
         allowed = ("MoELayer" in name) + ("PartialFeatureMoE" in name)
         assert layer["synchronisations"] <= allowed, name
         waits = max(waits, allowed)
-    # The step's own: Megatron's gradient norm, its agreements between ranks, and our look at the loss.
+    # The step's own: Megatron's gradient norm, agreements between ranks, our look at the loss.
     assert measured[system]["step"]["synchronisations"] <= 4 * waits + 6
 
 

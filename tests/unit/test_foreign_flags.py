@@ -134,6 +134,33 @@ def test_what_is_said_to_be_read_nowhere_is_not_read():
     assert [name for name in READ_NOWHERE if re.search(rf"args\.{name}\b", text)] == []
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("smlp", "note        no layer has experts: this model is that of --architecture gmlp"),
+        (
+            "smlp --token-router base --num-experts 4",
+            "note        no spatial experts (--feature-router none): this is a gmlp with token exp",
+        ),
+        (
+            "smlp --feature-router deterministic --num-feature-experts 4",
+            "note        no token experts (--token-router none): spatial ones alone",
+        ),
+        (
+            "smlp --feature-router deterministic --num-feature-experts 4 --token-router base "
+            "--num-experts 4",
+            "",
+        ),
+        ("gmlp", ""),
+    ],
+)
+def test_an_smlp_that_is_less_is_said(parse: Parse, words: str, said: str):
+    args = parse(f"--architecture {words}")
+    notes = [line for line in summary(args, ModelShape.from_args(args)) if line[:4] == "note"]
+    assert len(notes) == bool(said)
+    assert "".join(notes).startswith(said)
+
+
 def test_batches_by_a_schedule_are_shown_as_such():
     words = MINIMAL.replace("--global-batch-size 2", "--step-batch-size-schedule 0:2")
     args = parse_arguments([*words.split(), "--architecture", "gmlp"])

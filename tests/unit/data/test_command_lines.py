@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, assert_same_pair, write_jsonl
 
+from megatron_smlp import __version__
 from megatron_smlp.data import (
     hash_table_cli,
     inspect_cli,
@@ -122,7 +124,10 @@ def test_sigterm_ends_the_run_and_its_workers(corpus: Path, tmp_path: Path) -> N
         process.send_signal(signal.SIGTERM)
         _, message = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert message.strip() == "interrupted: nothing was written"
+    assert message.splitlines() == [
+        f"{pipe} is a pipe: waiting for who writes to it",
+        "interrupted: nothing was written",
+    ]
     assert not list(tmp_path.glob("data*"))
 
 
@@ -317,3 +322,35 @@ def test_an_error_that_follows_from_ctrl_c(
     assert capsys.readouterr().err == "some.py: interrupted\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not is_interruption(error)
+
+
+def test_what_is_there_is_replaced_on_demand_only(corpus: Path, tmp_path: Path) -> None:
+    words = ["--input", str(corpus), "--output-prefix", str(tmp_path / "data"), *BYTE_FLAGS]
+    assert preprocess_cli.main(words) == 0
+    before = (tmp_path / "data_text_document.bin").stat().st_mtime_ns
+    with pytest.raises(DataError, match=r"data_text_document\.bin is there already; .*--overwrite"):
+        preprocess_cli.main(words)
+    assert preprocess_cli.main([*words, "--resume"]) == 0
+    assert (tmp_path / "data_text_document.bin").stat().st_mtime_ns == before
+    assert preprocess_cli.main([*words, "--overwrite"]) == 0
+    assert (tmp_path / "data_text_document.bin").stat().st_mtime_ns > before
+    words = ["--input", str(corpus), "--output", str(tmp_path / "bpe"), "--vocab-size", "300"]
+    tokenizer_training.main(words)
+    with pytest.raises(DataError, match=r"bpe holds a tokenizer already; give --overwrite"):
+        tokenizer_training.main(words)
+    tokenizer_training.main([*words, "--overwrite"])
+
+
+@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))
+def test_every_tool_tells_its_version_and_its_defaults(
+    tool: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag, said in (("--version", f"megatron_smlp {__version__}\n"), ("--help", "usage: ")):
+        monkeypatch.setattr(sys, "argv", [f"{tool}.py", flag])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+        assert not end.value.code
+        shown = capsys.readouterr().out
+        assert shown.startswith(said)
+        if tool == "preprocess_data" and flag == "--help":
+            assert re.search(r"language of --split-sentences\s+\(default:\s+english\)", shown)
