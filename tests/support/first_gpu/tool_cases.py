@@ -96,7 +96,8 @@ def serve(place: Place, notes: Notes) -> None:
 
     model = ["--hf", str(place.folder / "text" / "hf"), *_device(place)]
     lm = load(build_parser().parse_args(model))
-    with TestClient(build_app(lm, max_body_bytes=10_000, max_waiting=4)) as client:
+    app = build_app(lm, max_body_bytes=10_000, max_waiting=4)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
         body = {"model": lm.name, "prompt": "The model", "max_tokens": 8, "temperature": 0}
         answer = client.post("/v1/completions", json=body)
     notes.check(answer.status_code == 200, f"a completion answered with {answer.status_code}")
