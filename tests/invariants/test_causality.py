@@ -33,6 +33,7 @@ MODELS = {
     for architecture in ARCHITECTURES
     for router in ROUTERS
 } | {
+    "gmlp-base_by_prices": f"{ARCHITECTURES['gmlp']} {ROUTERS['base']} --base-eval prices",
     "gmlp-toeplitz": f"{ARCHITECTURES['gmlp_4_heads']} --toeplitz",
     "smlp_partial-toeplitz": f"{ARCHITECTURES['smlp_partial']} --toeplitz",
 }
@@ -53,6 +54,9 @@ def model(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
         for parameter in model.parameters():
             # The initial spatial matrices are so small that a leak could vanish in the rounding.
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("router.prices"):
+                buffer.normal_()
     yield request.param, model
     forget_arguments()
 
