@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_smlp.absolute_paths import with_absolute_paths
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.config_file import read_yaml
 from megatron_smlp.continuing import with_checkpoint_flags
@@ -71,6 +72,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     layout_free_optimizer.apply()
     parser = build_parser()
     argv = with_checkpoint_flags(parser, expand_config(parser, argv))
+    argv = with_absolute_paths(_options(parser), argv)
     _refuse_unknown(parser, argv)
     args = _parse_like_megatron(argv)
     args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}

@@ -41,7 +41,7 @@ def megatron() -> Iterator[None]:
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """`parse("--flag value ...")` -> checked arguments; Megatron's global copy goes afterwards."""
-    from support.in_process import MINIMAL, forget_arguments
+    from support.in_process import MINIMAL, base_for, forget_arguments
 
     from megatron_smlp.arguments import parse_arguments
 
@@ -49,7 +49,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
     def parse_words(words: str, *, base: str = MINIMAL) -> Any:
         forget_arguments()
-        return parse_arguments([*base.split(), *words.split()])
+        return parse_arguments([*base_for(words, base).split(), *words.split()])
 
     yield parse_words
     forget_arguments()

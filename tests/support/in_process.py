@@ -20,6 +20,11 @@ MINIMAL = """
 """
 
 
+def base_for(words: str, base: str = MINIMAL) -> str:
+    """Without the size of MINIMAL's tokenizer, where these flags name another one."""
+    return base.replace("--vocab-size 100", "") if "--tokenizer-type" in words else base
+
+
 def forget_arguments() -> None:
     """Drop the namespace, tokenizer and counters that Megatron keeps after parsing."""
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
@@ -37,7 +42,7 @@ def pretrained(words: str, *, base: str = MINIMAL) -> Iterator[None]:
     from pretrain_smlp import main
 
     try:
-        main([*base.split(), *words.split()])
+        main([*base_for(words, base).split(), *words.split()])
         yield
     finally:
         forget_run()

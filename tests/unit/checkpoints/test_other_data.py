@@ -12,6 +12,8 @@ from support.checkpoints import RUN, carry_on
 from support.in_process import MINIMAL
 from support.launches import REPOSITORY, clean_environment
 
+from megatron_smlp.absolute_paths import with_absolute_paths
+from megatron_smlp.arguments import build_parser
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.structure import iteration_folder, iterations
 from megatron_smlp.data import preprocess_cli
@@ -29,7 +31,7 @@ def _write(prefix: Path, seed: int) -> str:
         for _ in range(40):
             ids = " ".join(str(rng.randrange(100)) for _ in range(30))
             stream.write(json.dumps({"text": ids}) + "\n")
-    flags = ["--input", str(source), "--output-prefix", str(prefix), *TOKENIZER]
+    flags = ["--input", str(source), "--output-prefix", str(prefix), *TOKENIZER, "--overwrite"]
     assert preprocess_cli.main(flags) == 0
     return f"{prefix}_text_document"
 
@@ -58,6 +60,39 @@ def test_a_resume_on_other_data_wants_a_flag(
     _write(tmp_path / "data", seed=3)
     carry_on(f"{_words(prefix, tmp_path / 'tuned')} --load {run} --finetune --train-iters 2")
     assert iterations(tmp_path / "tuned") == [2]
+
+
+def test_files_named_relatively_are_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What a checkpoint records of them: the data, and a tokenizer's folder."""
+    prefix = _write(tmp_path / "data", seed=1)
+    (tmp_path / "tokenizer").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = _words(Path(prefix).name, tmp_path / "run")
+    carry_on(f"{words} --tokenizer-model tokenizer --exit-interval 2")
+    record = read_run_record(iteration_folder(tmp_path / "run", 2)) or {}
+    assert record["flags"]["data_path"] == [prefix]
+    assert record["tokenizer"]["tokenizer_model"] == str(tmp_path / "tokenizer")
+    monkeypatch.chdir("/")
+    carry_on(f"--load {tmp_path / 'run'} --use-checkpoint-args")
+    assert "changed since" not in capfd.readouterr().out
+    assert iterations(tmp_path / "run") == [2, 4, 6]
+
+
+def test_what_is_not_there_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path / "data", seed=1)
+    (tmp_path / "vocab.json").touch()
+    monkeypatch.chdir(tmp_path)
+    options = build_parser()._option_string_actions
+    words = "--seed 1 --vocab-file=vocab.json --tokenizer-model gpt2 --data-path 0.5 a 0.5 {}"
+    found = with_absolute_paths(options, words.format("data_text_document").split())
+    assert (
+        found
+        == words.replace("vocab.json", str(tmp_path / "vocab.json"))
+        .format(tmp_path / "data_text_document")
+        .split()
+    )
 
 
 def test_a_dataset_cut_short_under_a_run_ends_it_in_one_line(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from evaluation_helpers import EXAMPLES, SYSTEMS, loaded
 from support.checkpoints import checkpoint_tensors
-from support.in_process import MINIMAL, pretrained
+from support.in_process import base_for, pretrained
 from support.launches import launch, records
 
 from megatron_smlp.errors import UsageError
@@ -58,7 +58,7 @@ def test_the_training_does_not_notice(
 
 def test_two_processes_score_what_one_does(tasks: Path, tokenizer: Path, tmp_path: Path) -> None:
     """In both layouts the training does not notice, and the scores are the checkpoint's."""
-    base = f"{MINIMAL} --micro-batch-size 1 --train-iters 3"
+    base = f"{base_for('--tokenizer-type')} --micro-batch-size 1 --train-iters 3"
     scores = f"--eval-tasks copa,piqa --eval-tasks-interval 2 --eval-tasks-data-dir {tasks}"
     layouts = {
         "tp2": "--tensor-model-parallel-size 2",
