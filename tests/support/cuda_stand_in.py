@@ -381,6 +381,9 @@ def _moved(
     func: Any, tensor: torch.Tensor, target: torch.device | None, *args: Any, **kwargs: Any
 ) -> Any:
     here = _device(None, tensor)
+    names = ("dtype", "non_blocking", "copy") if args and args[0] is None else ()
+    kwargs |= dict(zip(names[1:], args[1:], strict=False))
+    args = () if names else args
     if target is None or target.type == here.type:
         return func(tensor, *args, **kwargs) if args or kwargs else tensor
     if here.type == "cuda" and not kwargs.get("non_blocking"):
