@@ -73,7 +73,7 @@ def train(
     from megatron_smlp.training.loading import choose_checkpoint
     from megatron_smlp.training.reporting import Reporter
     from megatron_smlp.training.saving import Saving
-    from megatron_smlp.training.signals import keyboard_like_sigterm
+    from megatron_smlp.training.signals import graceful_signals
     from megatron_smlp.training.step import ForwardStep
 
     if cpu.needed():
@@ -89,7 +89,7 @@ def train(
     saving = Saving(args, reporter)
     speaks = args.rank == 0
     with (
-        keyboard_like_sigterm(speaks=speaks),
+        graceful_signals(speaks=speaks),
         hooks.installed(observe(reporter)),
         checkpointing.installed(
             saving, before_loading=lambda: choose_checkpoint(args, reporter.say)

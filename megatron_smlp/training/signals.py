@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT end a run well: finish the step, save, exit 0. A second SIGINT is abrupt.
+"""Signals end a run well: finish the step, save, exit 0. A second SIGINT is abrupt.
 
-Megatron's `--exit-signal-handler` does this for one signal, in lockstep over all ranks; here the
-keyboard's signal takes the same way.
+Megatron's `--exit-signal-handler` does this for one signal, SIGTERM, in lockstep over all ranks;
+here the keyboard's takes the same way, that of a terminal that closes, and Slurm's warning.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ from typing import Any
 
 from megatron_smlp.errors import interrupt
 
-MESSAGE = b"interrupted: finishing this step, then saving; interrupt again to stop at once\n"
+END = "finishing this step, then saving"
+MESSAGE = f"interrupted: {END}; interrupt again to stop at once\n".encode()
+
+
+WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
+"""A terminal that closes, and what `sbatch --signal=USR1@600` sends before a job's time is over."""
 
 
 @contextlib.contextmanager
-def keyboard_like_sigterm(*, speaks: bool) -> Iterator[None]:
-    """For the time of a run, hand SIGINT to the handler that Megatron installed for SIGTERM.
+def graceful_signals(*, speaks: bool) -> Iterator[None]:
+    """For the time of a run, hand other signals to the handler that Megatron has for SIGTERM.
 
     Args:
         speaks: whether this process tells the user what happens next.
     """
     graceful: Any = signal.getsignal(signal.SIGTERM)
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *WARNINGS)}
     process = os.getpid()
 
     def first(signum: int, frame: FrameType | None) -> None:
@@ -37,9 +42,20 @@ def keyboard_like_sigterm(*, speaks: bool) -> Iterator[None]:
             os.write(2, MESSAGE)  # print() may be what was interrupted, and cannot be re-entered
         graceful(signum, frame)
 
+    def warned(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:
+            return
+        if speaks:
+            os.write(2, f"{signal.Signals(signum).name}: {END}\n".encode())
+        graceful(signum, frame)
+
     if callable(graceful):
         signal.signal(signal.SIGINT, first)
+        for number in WARNINGS:
+            if before[number] == signal.SIG_DFL:  # under nohup, SIGHUP is ignored: so it stays
+                signal.signal(number, warned)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -100,10 +100,10 @@ def test_training_on_text_learns_and_reports(corpus: Path, tmp_path: Path) -> No
 
 
 def test_interrupted_run_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Path) -> None:
-    """SIGTERM and SIGINT: exit 0, a checkpoint of the step that was reached, then onwards."""
+    """Each of these signals: exit 0, a checkpoint of the step that was reached, then onwards."""
     words = f"{flags(corpus)} --train-iters 100000 --eval-interval 100000 --save {tmp_path}"
     reached = 0
-    for sent in (signal.SIGTERM, signal.SIGINT):
+    for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         process = subprocess.Popen(
             command(words),
             cwd=REPOSITORY,

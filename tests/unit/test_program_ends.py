@@ -54,18 +54,31 @@ with undisturbed_exit(), readable_errors("program"):
 """
 INHERITED = """
 import os, signal, time
-from megatron_smlp.training.signals import keyboard_like_sigterm
+from megatron_smlp.training.signals import graceful_signals
 
 signal.signal(signal.SIGTERM, lambda *_: None)
-with keyboard_like_sigterm(speaks=True):
+with graceful_signals(speaks=True):
     worker = os.fork()
     if worker == 0:
         time.sleep(0.5)
         os._exit(0)
     time.sleep(0.2)
-    os.kill(worker, signal.SIGINT)
-    os.kill(worker, signal.SIGINT)
+    for sent in (signal.SIGINT, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(worker, sent)
     assert os.waitpid(worker, 0)[1] == 0
+"""
+UNDER_NOHUP = """
+import os, signal
+from megatron_smlp.training.signals import graceful_signals
+
+ended = []
+signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with graceful_signals(speaks=True):
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not ended
+    os.kill(os.getpid(), signal.SIGUSR1)
+assert ended == [True]
 """
 
 
@@ -100,3 +113,8 @@ def test_an_unexpected_error_does_not_wait_for_workers():
 def test_workers_leave_the_keyboard_to_their_run():
     done = ran(INHERITED)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    done = ran(UNDER_NOHUP)
+    assert (done.returncode, done.stderr) == (0, "SIGUSR1: finishing this step, then saving\n")
