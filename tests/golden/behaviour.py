@@ -1,0 +1,108 @@
+"""What the program makes of its command lines, as plain text that can be compared.
+
+    PYTHONPATH=tests:. python tests/golden/behaviour.py
+
+writes namespaces.json and dry_runs.txt beside this file. They hold the behaviour of today: a change
+that means to change nothing leaves them as they are, and one that does shows here what it changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from support.in_process import forget_arguments
+
+HERE = Path(__file__).parent
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMESPACES, DRY_RUNS = HERE / "namespaces.json", HERE / "dry_runs.txt"
+DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 4096"
+# Processes, and flags on top of a file's.
+COMBINATIONS = {
+    "two tensor parallel ranks": (2, "--tensor-model-parallel-size 2 --save runs/golden"),
+    "saving in the background": (1, "--async-save --save runs/golden --keep-last 2"),
+    "bf16, recomputed, distributed optimizer": (
+        2,
+        "--bf16 --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1 --use-distributed-optimizer --nonfinite-loss skip",
+    ),
+}
+# Ours alone, or of this machine and checkout.
+LEFT_OUT = {"command_line", "explicit_flags", "kept_flags", "data_contents", "platform_changes"}
+LEFT_OUT |= {"config"}
+
+
+def configs(folder: str = "") -> Iterator[Path]:
+    """The files of one system each."""
+    found = sorted((CONFIGS / folder).rglob("*.yaml"))
+    return (path for path in found if path.parent.name != "base")
+
+
+def parsed(path: Path, flags: str, *, processes: int) -> argparse.Namespace:
+    """The resolved arguments of rank 0."""
+    from megatron_smlp.arguments import parse_arguments
+
+    os.environ |= {"WORLD_SIZE": str(processes), "RANK": "0", "LOCAL_RANK": "0"}
+    os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    forget_arguments()
+    try:
+        return parse_arguments(["--config", str(path), *DATA.split(), *flags.split()])
+    finally:
+        forget_arguments()
+
+
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that a namespace says, as JSON has it."""
+    return {
+        name: value if isinstance(value, int | float | str | list | type(None)) else str(value)
+        for name, value in sorted(vars(args).items())
+        if name not in LEFT_OUT
+    }
+
+
+def beyond(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """What differs; a name that is gone says so."""
+    gone = {name: "(gone)" for name in known if name not in values}
+    return gone | {n: v for n, v in values.items() if n not in known or known[n] != v}
+
+
+def namespaces() -> dict[str, dict[str, Any]]:
+    """Of each file what differs from the defaults; of each combination, from its file's."""
+    from megatron_smlp.arguments import build_parser
+
+    defaults = plain(build_parser().parse_args([]))
+    found = {}
+    for path in configs():
+        name = str(path.relative_to(CONFIGS))
+        own = plain(parsed(path, "", processes=1))
+        found[name] = beyond(own, defaults)
+        if name.startswith("cpu/"):
+            for title, (processes, flags) in COMBINATIONS.items():
+                values = plain(parsed(path, flags, processes=processes))
+                found[f"{name}: {title}"] = beyond(values, own)
+    return json.loads(json.dumps(found))
+
+
+def dry_runs() -> str:
+    """What --dry-run prints of each file, but for what depends on the machine."""
+    from megatron_smlp.training.plan import print_dry_run
+
+    text = io.StringIO()
+    for path in configs():
+        text.write(f"== {path.relative_to(CONFIGS)}\n")
+        console = Console(file=text, width=100, highlight=False, soft_wrap=True)
+        print_dry_run(parsed(path, "", processes=1), console)
+    return text.getvalue().replace(str(CONFIGS.parent), "...")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(CONFIGS.parent))
+    NAMESPACES.write_text(json.dumps(namespaces(), indent=1, sort_keys=True) + "\n")
+    DRY_RUNS.write_text(dry_runs())

@@ -1,0 +1,278 @@
+"""Configuration of the sparse all-MLP language models and their baselines, for transformers.
+
+Names are Megatron's where Megatron has the word. `num_hidden_layers` and `seq_length` are accepted
+as other names of `num_layers` and `max_position_embeddings`.
+"""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+_ALLOWED = {
+    "architecture": ("transformer", "gmlp", "amlp", "smlp"),
+    "token_router": ("none", "switch", "gshard", "base", "hash"),
+    "feature_router": ("none", "deterministic", "partial"),
+    "hidden_act": ("gelu", "gelu_new"),
+    "moe_drop_policy": ("position", "probs"),
+    "base_routing_input": ("residual", "norm"),
+    "base_prices": ("mean", "none"),
+    "base_eval": ("greedy", "prices"),
+    "gshard_second_expert": ("paper", "all", "raw"),
+    "partial_loss": ("suffix", "all"),
+}
+# What a config.json that is older than an entry means, by its token_router.
+_OLDER = {
+    "base": {"base_routing_input": "norm", "base_prices": "none"},
+    "gshard": {"gshard_second_expert": "raw"},
+}
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "spatial_heads",
+    "num_feature_experts",
+    "tiny_attention_width",
+)
+
+# The largest value that each may have; the smallest is 0.
+_LARGEST = {
+    "feature_aux_loss_coeff": math.inf,
+    "moe_aux_loss_coeff": math.inf,
+    "hidden_dropout": 1,
+    "attention_dropout": 1,
+    "layer_norm_epsilon": 1,
+    "initializer_range": math.inf,
+}
+
+
+@strict
+class SMLPConfig(PreTrainedConfig):
+    """What the model is; every size in elements.
+
+    Args:
+        architecture: transformer, gmlp, amlp (gmlp and one small attention head) or smlp.
+        token_router: how tokens choose FFN experts: none, switch, gshard, base or hash.
+        feature_router: smlp only: how chunks of features choose spatial experts.
+        ffn_hidden_size: Z; the FFN's width, or twice the gate width F of a spatial gating block.
+        num_layers, num_dense_layers: smlp: the first `num_dense_layers` are dense (N1), the others
+            sparse (N2).
+        max_position_embeddings: T, tokens: the size of every spatial matrix and the longest input.
+        spatial_heads: heads of a dense spatial gating block.
+        toeplitz: whether spatial matrices hold one weight per distance, M[t, s] = m[t - s], and one
+            bias; an input may then be longer than T, and every token sees the last T.
+        num_feature_experts: spatial experts of a sparse block.
+        num_feature_chunks: chunks of its features; default: one per expert.
+        prefix_fraction: partial prediction routes from the first floor(prefix_fraction * T) tokens.
+        partial_loss: partial prediction trains on targets behind that prefix (suffix), or on all.
+        feature_aux_loss_coeff: weight of the balance loss over spatial experts.
+        unpadded_vocab_size: ids of the tokenizer; rows from there on are padding.
+        num_experts, moe_ffn_hidden_size: FFN experts of a token MoE and their width (default:
+            ffn_hidden_size); experts have no bias.
+        moe_layer_freq: every n-th layer from the first has a token MoE, or one 0/1 per layer
+            (transformer, gmlp, amlp; in smlp every sparse layer has one).
+        moe_train_capacity_factor, moe_eval_capacity_factor: switch and gshard: slots of an expert,
+            as a multiple of an even share; None drops nothing.
+        moe_drop_policy: who loses a slot of a full expert: later positions, or smaller router
+            probabilities.
+        moe_aux_loss_coeff: weight of the balance loss of switch and gshard.
+        base_routing_input: base: whether the residual stream or its norm is scored and weighted by;
+            a config.json that is older than this has the norm.
+        base_prices: base: whether the model holds the experts' mean prices of its training (mean)
+            or not (none, as a config.json that is older than this).
+        base_eval: base: in evaluation a token goes to the expert of its highest score (greedy), or
+            of its highest score minus the expert's price (prices).
+        gshard_second_expert: gshard: in training the second expert is used with probability
+            2 g2 / (g1 + g2) (paper), always (all), or with 2 g2 (raw, as a config.json that is
+            older than this).
+        hash_seed: seed of the random hash table with which a new model starts.
+        tiny_attention_width: width of amlp's attention head.
+        add_bias_linear: whether projections (not experts, not routers) have a bias.
+        hidden_act: gelu (exact) or gelu_new (tanh approximation).
+
+    Raises:
+        StrictDataclassError: a value of another type than its field's.
+        ValueError: a value that is not possible, with what is allowed.
+    """
+
+    model_type = "smlp"
+    keys_to_ignore_at_inference = ("cache",)
+    attribute_map = {  # noqa: RUF012 - transformers reads it as a plain class attribute
+        "num_hidden_layers": "num_layers",
+        "seq_length": "max_position_embeddings",
+    }
+
+    architecture: str = "smlp"
+    token_router: str = "none"
+    feature_router: str = "none"
+    vocab_size: int = 50304
+    unpadded_vocab_size: int | None = None
+    hidden_size: int = 768
+    ffn_hidden_size: int = 3072
+    num_layers: int = 12
+    num_dense_layers: int = 0
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 1024
+    spatial_heads: int = 1
+    toeplitz: bool = False
+    num_feature_experts: int = 1
+    num_feature_chunks: int | None = None
+    prefix_fraction: float | int = 0.2
+    partial_loss: str = "suffix"
+    feature_aux_loss_coeff: float | int = 0.01
+    num_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_layer_freq: int | list[int] = 1
+    moe_train_capacity_factor: float | int | None = 1.25
+    moe_eval_capacity_factor: float | int | None = None
+    moe_drop_policy: str = "position"
+    moe_aux_loss_coeff: float | int = 0.01
+    base_routing_input: str = "residual"
+    base_prices: str = "mean"
+    base_eval: str = "greedy"
+    gshard_second_expert: str = "paper"
+    hash_seed: int = 0
+    tiny_attention_width: int = 64
+    add_bias_linear: bool = True
+    hidden_act: str = "gelu"
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    layer_norm_epsilon: float | int = 1e-5
+    initializer_range: float | int = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self._check_choices()
+        self._check_widths()
+        self._check_experts()
+        self._check_features()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Also a config.json that is older than some of its entries."""
+        older = _OLDER.get(config_dict.get("token_router", "none"), {})
+        return super().from_dict({**older, **config_dict}, **kwargs)
+
+    @property
+    def gate_width(self) -> int:
+        """F, the width of each half of a spatial gating block."""
+        return self.ffn_hidden_size // 2
+
+    @property
+    def prefix_length(self) -> int:
+        """P, the tokens that partial prediction routes from; 0.29 of 100 are 29, not 28."""
+        return int(Fraction(str(self.prefix_fraction)) * self.max_position_embeddings)
+
+    @property
+    def num_chunks(self) -> int:
+        """C, the chunks of features of a sparse block."""
+        return self.num_feature_chunks or self.num_feature_experts
+
+    @property
+    def expert_width(self) -> int:
+        """X, the width of one FFN expert."""
+        return self.moe_ffn_hidden_size or self.ffn_hidden_size
+
+    def is_sparse_layer(self, index: int) -> bool:
+        """Whether layer `index` belongs to the N2 sparse ones of smlp."""
+        return self.architecture == "smlp" and index >= self.num_dense_layers
+
+    def has_token_moe(self, index: int) -> bool:
+        """Whether the channel slot of layer `index` is a token MoE."""
+        if self.token_router == "none":
+            return False
+        if self.architecture == "smlp":
+            return self.is_sparse_layer(index)
+        if isinstance(self.moe_layer_freq, int):
+            return index % self.moe_layer_freq == 0
+        return bool(self.moe_layer_freq[index])
+
+    def _check_choices(self) -> None:
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}"
+                )
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
+            if not 0 <= value <= largest or math.isinf(value):
+                raise ValueError(f"{name}={value}: must be finite, and lie between 0 and {largest}")
+
+    def _check_widths(self) -> None:
+        if self.architecture == "transformer":
+            if self.toeplitz:
+                raise ValueError(
+                    "toeplitz=True is for the spatial matrices of architecture=gmlp, amlp and "
+                    "smlp; a transformer has none"
+                )
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"num_attention_heads={self.num_attention_heads} must divide "
+                    f"hidden_size={self.hidden_size}"
+                )
+            return
+        heads = {"spatial_heads": self.spatial_heads, "num_feature_chunks": self.num_chunks}
+        for name, count in heads.items():
+            if self.ffn_hidden_size % (2 * count):
+                raise ValueError(
+                    f"{name}={count} must divide the gate width, ffn_hidden_size / 2 = "
+                    f"{self.ffn_hidden_size / 2:g}"
+                )
+
+    def _check_experts(self) -> None:
+        if self.token_router == "none":
+            return
+        fewest = 2 if self.token_router == "gshard" else 1
+        if self.num_experts is None or self.num_experts < fewest:
+            raise ValueError(
+                f"num_experts={self.num_experts}: token_router={self.token_router} needs "
+                f"{fewest} or more"
+            )
+        if self.base_eval == "prices" and self.base_prices == "none":
+            raise ValueError("base_eval=prices: the model has no prices (base_prices=none)")
+        for name in ("moe_train_capacity_factor", "moe_eval_capacity_factor"):
+            factor = getattr(self, name)
+            if factor is not None and factor <= 0:
+                raise ValueError(f"{name}={factor}: must be over 0, or None to drop nothing")
+
+    def _check_features(self) -> None:
+        if self.architecture != "smlp":
+            if self.feature_router != "none" or self.num_dense_layers:
+                raise ValueError(
+                    f"feature_router={self.feature_router} and num_dense_layers="
+                    f"{self.num_dense_layers} are for architecture=smlp, not {self.architecture}"
+                )
+            return
+        if not 0 <= self.num_dense_layers <= self.num_layers:
+            raise ValueError(
+                f"num_dense_layers={self.num_dense_layers}: must lie between 0 and "
+                f"num_layers={self.num_layers}"
+            )
+        if self.feature_router == "deterministic" and self.num_chunks != self.num_feature_experts:
+            raise ValueError(
+                f"num_feature_chunks={self.num_chunks}: deterministic routing gives chunk i to "
+                f"expert i, so it must equal num_feature_experts={self.num_feature_experts}"
+            )
+        if self.feature_router == "partial" and not (
+            0 < self.prefix_fraction < 1 and self.prefix_length
+        ):
+            raise ValueError(
+                f"prefix_fraction={self.prefix_fraction}: must lie between 0 and 1 and leave at "
+                f"least one of max_position_embeddings={self.max_position_embeddings} tokens"
+            )
+
+
+__all__ = ["SMLPConfig"]

@@ -1,0 +1,1177 @@
+"""Sparse all-MLP language models and their baselines, for transformers: one self-contained file.
+
+Every layer has two slots, each with a norm before it and a residual around it,
+
+    x = x + mixer(LN(x))         attention | spatial gating | feature MoE
+    x = x + channel(LN(x))       FFN | token MoE | nothing (then without its norm)
+
+    architecture   mixer                                      channel
+    transformer    attention                                  FFN; token MoE every moe_layer_freq-th
+    gmlp, amlp     spatial gating (amlp: + tiny attention)    nothing; token MoE likewise
+    smlp           spatial gating, then feature MoE           nothing, then token MoE
+
+Sources: gMLP (arXiv 2105.08050), sparse all-MLP (2203.06850), Switch (2101.03961), GShard
+(2006.16668), BASE (2103.16716), hash layers (2106.04426). It is written from the equations, for
+reading: the triangle is masked and multiplied densely, experts are a loop.
+
+Positions are absolute and start at 0. Inside, every batch is padded on the right; tokens that come
+padded on the left, as transformers' `generate` wants them, are moved there and back.
+
+Names here, under `model.layers.<i>.`, and in the Megatron model, under `decoder.layers.<i>.`; a
+weight is [out, in] in both:
+
+    mixer_norm                               input_layernorm
+    mixer.{q,k,v}_proj                       self_attention.linear_qkv: per head its rows of q, k, v
+    mixer.out_proj                           self_attention.linear_proj
+    mixer.up_proj, mixer.down_proj           self_attention.linear_fc1, .linear_fc2
+    mixer.gate_norm                          self_attention.norm
+    mixer.spatial.weight, .bias              self_attention.spatial.weight, .bias
+    channel_norm                             pre_mlp_layernorm
+    channel.up_proj, channel.down_proj       mlp.linear_fc1, mlp.linear_fc2
+    channel.router.weight                    mlp.router.weight
+    channel.router.prices                    mlp.router.prices
+    channel.experts.{up,down}_proj[e]        mlp.experts.local_experts.<e>.linear_fc{1,2}.weight
+
+and `model.embed_tokens` is `embedding.word_embeddings`, `model.embed_positions`
+`embedding.position_embeddings`, `model.final_norm` `decoder.final_layernorm`. Without a twin in
+Megatron's own layers: `mixer.tiny_attention.{q,k,v,out}_proj`, `mixer.prefix_router` <float>[P, E],
+`channel.router.table` <int64>[V].
+
+Letters: B batch, T tokens of this call, L tokens so far (with the cache), D hidden, V vocabulary,
+F gate width, h heads, f = F/h, C chunks, E experts, X expert width, P prefix length, N = B T.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput, MoeCausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_smlp import SMLPConfig
+
+logger = logging.get_logger(__name__)
+
+
+# ------------------------------------------------------------------------------------------------
+# Where each token of a call stands, and what is kept between calls
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of one call stand; everything is padded on the right."""
+
+    positions: Tensor
+    """<int64>[B, T], absolute."""
+    start: int | None
+    """The position of the first token where all samples share it, else None."""
+    valid: Tensor | None
+    """<bool>[B, T], false on padding; None: no padding."""
+    input_ids: Tensor | None
+    """<int64>[B, T]; HASH routes by them."""
+    end: int
+    """L, one more than the last position."""
+    cached: bool
+    """Whether a cache is being filled; then capacity limits drop nothing."""
+
+    @property
+    def is_one_step(self) -> bool:
+        """One token each, at the same position: it sees all there is, so nothing needs a mask."""
+        return self.start is not None and self.end - self.start == 1
+
+
+@dataclass(frozen=True)
+class Move:
+    """How the columns of a padded batch move to the left, in front of the padding, and back."""
+
+    order: Tensor
+    """<int64>[B, T]: which column comes to each place."""
+    back: Tensor
+    """<int64>[B, T]: at which place each column's state is. Padding gets the state of the last
+    token before it, so that the last column predicts the next token, whatever the side."""
+
+    @classmethod
+    def to_the_right(cls, mask: Tensor) -> "Move":
+        """mask: <bool>[B, T], true on tokens; they keep their order, the padding goes right."""
+        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+        return cls(order, (mask.cumsum(dim=1) - 1).clamp(min=0))
+
+
+class SMLPCacheLayer(DynamicLayer):
+    """States of one mixer by absolute position, in a buffer that doubles when it is full, up to T.
+
+    Attention keeps keys and values, spatial gating its normalised gate inputs as `keys`. Partial
+    prediction also keeps its routing scores <float>[B, C, E], a sum over the prefix so far.
+    """
+
+    is_croppable = False  # the routing scores cannot forget a token
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.longest, self.length = longest, 0
+        self.scores: Tensor | None = None
+
+    def write(self, keys: Tensor, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """keys, values: <float>[B, h, T, width] -> those of positions < L, [B, h, L, width]."""
+        self.length = max(self.length, layout.end)
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = (self._empty(x, self.length) for x in (keys, values))
+        elif self.length > self.keys.shape[2]:
+            self.keys, self.values = (self._grown(x) for x in (self.keys, self.values))
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            if layout.start is not None:
+                buffer[:, :, layout.start : layout.end] = new
+            else:
+                index = layout.positions[:, None, :, None].expand_as(new)
+                buffer.scatter_(2, index, new)
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    @staticmethod
+    def _empty(like: Tensor, length: int) -> Tensor:
+        # Zeros: positions of a shorter sample that were never written must not turn into NaN.
+        return like.new_zeros(*like.shape[:2], length, like.shape[3])
+
+    def _grown(self, buffer: Tensor) -> Tensor:
+        grown = self._empty(buffer, max(self.length, min(self.longest, 2 * buffer.shape[2])))
+        grown[:, :, : buffer.shape[2]] = buffer
+        return grown
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def reset(self) -> None:
+        super().reset()
+        self.length, self.scores = 0, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.scores is not None:
+            self.scores = self.scores[indices]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.scores is not None:
+            self.scores = self.scores.repeat_interleave(repeats, dim=0)
+
+
+class SMLPCache(Cache):
+    """The states of all mixers (two per layer in amlp), and how many tokens each sample has."""
+
+    def __init__(self, config: SMLPConfig) -> None:
+        per_layer = 2 if config.architecture == "amlp" else 1
+        longest, num_mixers = config.max_position_embeddings, per_layer * config.num_layers
+        super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_mixers)])
+        self.num_columns = 0
+        self.lengths: Tensor | None = None
+        """<int64>[B], tokens of each sample; None: `num_columns` each."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of `input_ids` seen so far, padding included: what `generate` counts in."""
+        return self.num_columns
+
+    def advance(self, num_columns: int, lengths: Tensor | None) -> None:
+        self.num_columns += num_columns
+        self.lengths = lengths
+
+    def reset(self) -> None:
+        super().reset()
+        self.num_columns, self.lengths = 0, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.lengths is not None:
+            self.lengths = self.lengths[beam_idx]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.lengths is not None:
+            self.lengths = self.lengths[indices]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.lengths is not None:
+            self.lengths = self.lengths.repeat_interleave(repeats, dim=0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Projections
+# ------------------------------------------------------------------------------------------------
+
+SHORT_ROW = 1024
+"""Matrices with rows up to so many numbers gain by `linear`'s way with one row."""
+
+
+class SMLPLinear(nn.Linear):
+    """nn.Linear, faster at a generation step on a CPU; see `linear`."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: <float>[..., in] -> <float>[..., out]."""
+        return linear(hidden, self.weight, self.bias)
+
+
+class SMLPOutputLinear(SMLPLinear):
+    """What leads back to the residual, which starts smaller; see `_init_weights`."""
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear. One row on a CPU is multiplied as two equal ones, of which one is kept.
+
+    The time is that of reading the weight, and BLAS's product with a single vector reads it in one
+    thread and slowly where rows are short; its product of matrices does neither (MKL on an AMD
+    EPYC, in = 512: 1.8 times as fast with one thread, 3.3 times with two).
+    """
+    is_step = hidden.numel() == weight.shape[1] <= SHORT_ROW
+    if not (is_step and hidden.device.type == "cpu" and hidden.dtype == torch.float32):
+        return F.linear(hidden, weight, bias)
+    product = torch.mm(weight, hidden.reshape(1, -1).repeat(2, 1).T)[:, 0]
+    product = product if bias is None else product + bias
+    return product.view(*hidden.shape[:-1], -1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Mixers: tokens see earlier tokens
+# ------------------------------------------------------------------------------------------------
+
+
+class SMLPAttention(nn.Module):
+    """Causal self-attention: softmax(q k' / sqrt(d) + mask) v, over heads of width d = width / h.
+
+    Args:
+        width: of all heads together.
+        out_features: what the output projection maps to.
+        output: the kind of that projection.
+    """
+
+    def __init__(
+        self,
+        config: SMLPConfig,
+        cache_index: int,
+        *,
+        num_heads: int,
+        width: int,
+        out_features: int,
+        output: type[SMLPLinear],
+    ) -> None:
+        super().__init__()
+        bias = config.add_bias_linear
+        self.num_heads, self.cache_index = num_heads, cache_index
+        self.dropout = config.attention_dropout
+        self.q_proj = SMLPLinear(config.hidden_size, width, bias=bias)
+        self.k_proj = SMLPLinear(config.hidden_size, width, bias=bias)
+        self.v_proj = SMLPLinear(config.hidden_size, width, bias=bias)
+        self.out_proj = output(width, out_features, bias=bias)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: <float>[B, T, D] -> <float>[B, T, out_features], and no loss."""
+        queries, keys, values = (
+            projection(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if cache is not None:
+            keys, values = cache.layers[self.cache_index].write(keys, values, layout)
+        is_causal = layout.start == 0
+        needs_no_mask = is_causal or layout.is_one_step
+        mixed = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=None if needs_no_mask else _visible(layout, keys.shape[2])[:, None],
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+        )
+        return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
+
+
+def _visible(layout: Layout, length: int) -> Tensor:
+    """<bool>[B, T, L]: position s is visible from position t if s <= t."""
+    columns = torch.arange(length, device=layout.positions.device)
+    return columns <= layout.positions[:, :, None]
+
+
+class SMLPSpatialProjection(nn.Module):
+    """Matrices M <float>[E, T, T] and biases b <float>[E, T] of all heads or experts of a layer.
+
+    g[t] = sum over s <= t of M[t, s] v[s] + b[t]
+    """
+
+    def __init__(self, num_experts: int, length: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, length, length))
+        self.bias = nn.Parameter(torch.empty(num_experts, length))
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """Rows of all M for the positions from `start` on, <float>[E, end - start, end]."""
+        rows = self.weight[:, start:end, :end]
+        return rows if end - start == 1 else rows.tril(start)
+
+    def biases(self, start: int, end: int) -> Tensor:
+        """<float>[E, end - start]; [E, 1] where all are the same."""
+        return self.bias[:, start:end]
+
+    def rows_at(self, experts: Tensor, positions: Tensor, length: int) -> Tensor:
+        """One row for each expert and position, <float>[..., length], not masked yet."""
+        return self.weight[experts, positions, :length]
+
+    def biases_at(self, experts: Tensor, positions: Tensor) -> Tensor:
+        return self.bias[experts, positions]
+
+    def forward(self, values: Tensor, layout: Layout) -> Tensor:
+        """Chunk i through expert i.
+
+        values: <float>[B, E, L, f], all positions so far. Returns <float>[B, E, T, f].
+        """
+        start, end = layout.start, layout.end
+        if start is None:
+            experts = torch.arange(values.shape[1], device=values.device)
+            return self.routed(values, experts[None, :, None], layout, None)
+        # One new token costs one row; rows from 0 on cost the triangle.
+        return self.rows(start, end) @ values + self.biases(start, end)[..., None]
+
+    def routed(
+        self, values: Tensor, experts: Tensor, layout: Layout, factor: Tensor | None
+    ) -> Tensor:
+        """Any expert for each sample, chunk and row: for the few rows of a generation step.
+
+        values: <float>[B, C, L, f]; experts: <int64>, broadcastable to [B, C, T]; factor: what the
+        products are multiplied by, but not the bias, likewise <float>.
+        Returns <float>[B, C, T, f].
+        """
+        positions, length = layout.positions[:, None], values.shape[2]
+        rows = self.rows_at(experts, positions, length)
+        if not layout.is_one_step:
+            rows = rows.masked_fill(~_visible(layout, length)[:, None], 0.0)
+        if factor is not None:
+            rows = rows * factor[..., None]
+        return rows @ values + self.biases_at(experts, positions)[..., None]
+
+
+class SMLPToeplitzProjection(SMLPSpatialProjection):
+    """One weight per distance <float>[E, T] and one bias <float>[E, 1], for inputs of any length.
+
+    g[t] = sum over k < T of m[k] v[t - k] + b
+    """
+
+    def __init__(self, num_experts: int, length: int) -> None:
+        super().__init__(num_experts, 1)
+        self.weight = nn.Parameter(torch.empty(num_experts, length))
+
+    def rows(self, start: int, end: int) -> Tensor:
+        positions = torch.arange(start, end, device=self.weight.device)
+        experts = torch.arange(len(self.weight), device=self.weight.device)
+        return self.rows_at(experts[:, None], positions[None], end)
+
+    def biases(self, start: int, end: int) -> Tensor:
+        return self.bias
+
+    def rows_at(self, experts: Tensor, positions: Tensor, length: int) -> Tensor:
+        distance = positions[..., None] - torch.arange(length, device=positions.device)
+        longest = self.weight.shape[1]
+        rows = self.weight[experts[..., None], distance.clamp(0, longest - 1)]
+        return rows.masked_fill((distance < 0) | (distance >= longest), 0.0)
+
+    def biases_at(self, experts: Tensor, positions: Tensor) -> Tensor:
+        return self.bias[experts, 0]
+
+
+class SMLPSpatialGating(nn.Module):
+    """Causal spatial gating, also the feature MoE with deterministic routing (one head per expert).
+
+        u = GELU(x U) = [u1 | u2],    g = M_k LN_k(u2_k) + b_k  per head k,    y = (u1 * g) V
+
+    amlp adds a small attention head over x to g.
+    """
+
+    def __init__(self, config: SMLPConfig, layer_index: int, *, num_heads: int, num_experts: int):
+        super().__init__()
+        bias, width = config.add_bias_linear, config.gate_width
+        has_attention = config.architecture == "amlp"
+        self.num_heads = num_heads
+        self.cache_index = layer_index * (2 if has_attention else 1)
+        self.eps = config.layer_norm_epsilon
+        self.activation = ACT2FN[config.hidden_act]
+        self.up_proj = SMLPLinear(config.hidden_size, 2 * width, bias=bias)
+        self.gate_norm = nn.LayerNorm(width, eps=self.eps)
+        projection = SMLPToeplitzProjection if config.toeplitz else SMLPSpatialProjection
+        self.spatial = projection(num_experts, config.max_position_embeddings)
+        self.down_proj = SMLPOutputLinear(width, config.hidden_size, bias=bias)
+        self.tiny_attention: SMLPAttention | None = None
+        if has_attention:
+            self.tiny_attention = SMLPAttention(
+                config,
+                self.cache_index + 1,
+                num_heads=1,
+                width=config.tiny_attention_width,
+                out_features=width,
+                output=SMLPLinear,
+            )
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: <float>[B, T, D] -> <float>[B, T, D], and the router's loss if it has one."""
+        passed, gate = self.activation(self.up_proj(hidden)).chunk(2, dim=-1)
+        chunks = self._split(self._normalise(gate))
+        gates, loss = self._mix(chunks, gate, layout, cache)
+        gates = gates.transpose(1, 2).flatten(2)
+        if self.tiny_attention is not None:
+            gates = gates + self.tiny_attention(hidden, layout, cache)[0]
+        return self.down_proj(passed * gates), loss
+
+    def _split(self, features: Tensor) -> Tensor:
+        """<float>[B, T, F] -> <float>[B, h, T, f]."""
+        return features.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _normalise(self, gate: Tensor) -> Tensor:
+        """LayerNorm over each head's own features; weight and bias are [F]."""
+        heads = gate.unflatten(-1, (self.num_heads, -1))
+        normed = F.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(-2)
+        return normed * self.gate_norm.weight + self.gate_norm.bias
+
+    def _remember(self, chunks: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
+        """<float>[B, h, T, f] -> the gate inputs of all positions so far, [B, h, L, f]."""
+        if cache is None:
+            return chunks
+        return cache.layers[self.cache_index].write(chunks, chunks[..., :0], layout)[0]
+
+    def _mix(
+        self, chunks: Tensor, gate: Tensor, layout: Layout, cache: SMLPCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.spatial(self._remember(chunks, layout, cache), layout), None
+
+
+class SMLPPartialPrediction(SMLPSpatialGating):
+    """Feature MoE routed from the first P tokens: chunk i of a sample goes to expert e(i).
+
+        a_i = sum over t < P of  W_r[t] * (mean of chunk i of u2[t]),    p_i = softmax(a_i)
+        e(i) = argmax p_i,    s_i = E p_i[e(i)]                           (1 where p is uniform)
+        row t >= P:  g_i = s_i M_e(i) LN(u2_i) + b_e(i)
+        row t <  P:  the same with e(i) = i mod E and s_i = 1, since these rows must not see all P
+
+    The mean is over u2 before its LayerNorm: the mean of a chunk that has been normalised by itself
+    is the same for every input, and would route nothing. A sample shorter than P never routes.
+    Balance loss over the (sample, chunk) choices: E sum_e f_e P_e, as Switch's.
+    """
+
+    def __init__(self, config: SMLPConfig, layer_index: int) -> None:
+        super().__init__(
+            config,
+            layer_index,
+            num_heads=config.num_chunks,
+            num_experts=config.num_feature_experts,
+        )
+        self.num_experts = config.num_feature_experts
+        self.loss_coeff = config.feature_aux_loss_coeff
+        self.prefix_router = nn.Parameter(torch.empty(config.prefix_length, self.num_experts))
+
+    def _mix(
+        self, chunks: Tensor, gate: Tensor, layout: Layout, cache: SMLPCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        probabilities = self._scores(gate, layout, cache).softmax(dim=-1)
+        largest, chosen = probabilities.max(dim=-1)
+        scale = (largest * self.num_experts).to(chunks.dtype)
+        values = self._remember(chunks, layout, cache)
+        mixed = (
+            self._mix_from_zero(values, chosen, scale, layout)
+            if layout.start == 0
+            else self._mix_step(values, chosen, scale, layout)
+        )
+        return mixed, self._balance_loss(probabilities, chosen, layout)
+
+    def _scores(self, gate: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
+        """gate: <float>[B, T, F]. Returns a: <fp32>[B, C, E], over the prefix tokens so far."""
+        prefix = self.prefix_router.shape[0]
+        before = None if cache is None else cache.layers[self.cache_index].scores
+        if before is not None and layout.start is not None and layout.start >= prefix:
+            return before
+        means = self._split(gate).float().mean(dim=-1)
+        counts = layout.positions < prefix
+        if layout.valid is not None:
+            counts = counts & layout.valid
+        weights = self.prefix_router.float()[layout.positions.clamp(max=prefix - 1)]
+        scores = torch.einsum("bct,bte->bce", means, weights * counts[..., None])
+        if cache is not None:
+            scores = scores if before is None else before + scores
+            cache.layers[self.cache_index].scores = scores
+        return scores
+
+    def _default_experts(self, device: torch.device) -> Tensor:
+        return torch.arange(self.num_heads, device=device) % self.num_experts
+
+    def _mix_from_zero(
+        self, values: Tensor, chosen: Tensor, scale: Tensor, layout: Layout
+    ) -> Tensor:
+        """Whole sequences: every chunk through the experts of its two parts.
+
+        values: <float>[B, C, T, f]; chosen: <int64>[B, C]; scale: <float>[B, C].
+        """
+        default = self._default_experts(values.device)
+        prefix, end = min(self.prefix_router.shape[0], layout.end), layout.end
+        weight = self.spatial.rows(0, end)
+        head = weight[default, :prefix, :prefix] @ values[:, :, :prefix]
+        head = head + self.spatial.biases(0, prefix)[default, :, None]
+        tail = values.new_empty(*values.shape[:2], end - prefix, values.shape[3])
+        for expert in range(self.num_experts):
+            own = chosen == expert
+            rows = weight[expert, prefix:] @ values[own] * scale[own][:, None, None]
+            tail[own] = rows + self.spatial.biases(prefix, end)[expert, :, None]
+        return torch.cat([head, tail], dim=2)
+
+    def _mix_step(self, values: Tensor, chosen: Tensor, scale: Tensor, layout: Layout) -> Tensor:
+        """A few new rows: same arguments, values [B, C, L, f]. Returns [B, C, T, f]."""
+        prefix = self.prefix_router.shape[0]
+        experts, factor = chosen[..., None], scale[..., None]
+        if layout.start is None or layout.start < prefix:
+            routed = (layout.positions >= prefix)[:, None]
+            default = self._default_experts(values.device)
+            experts = torch.where(routed, experts, default[:, None])
+            factor = torch.where(routed, factor, torch.ones_like(factor))
+        return self.spatial.routed(values, experts, layout, factor)
+
+    def _balance_loss(self, probabilities: Tensor, chosen: Tensor, layout: Layout) -> Tensor | None:
+        if not self.training:
+            return None
+        # Only samples that have tokens behind the prefix made a choice that counts.
+        routed = layout.positions >= self.prefix_router.shape[0]
+        if layout.valid is not None:
+            routed = routed & layout.valid
+        routed = routed.any(dim=1)
+        probabilities, chosen = probabilities[routed].flatten(0, 1), chosen[routed].flatten()
+        if chosen.numel() == 0:
+            return None
+        return self.loss_coeff * _balance(probabilities, chosen)
+
+
+# ------------------------------------------------------------------------------------------------
+# Channel mixers: each token by itself
+# ------------------------------------------------------------------------------------------------
+
+
+class SMLPFeedForward(nn.Module):
+    """f(h) = GELU(h A) B."""
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__()
+        bias = config.add_bias_linear
+        self.activation = ACT2FN[config.hidden_act]
+        self.up_proj = SMLPLinear(config.hidden_size, config.ffn_hidden_size, bias=bias)
+        self.down_proj = SMLPOutputLinear(config.ffn_hidden_size, config.hidden_size, bias=bias)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
+        return self.down_proj(self.activation(self.up_proj(hidden))), None
+
+
+class SMLPExperts(nn.Module):
+    """f_e(h) = GELU(h A_e) B_e, without biases: the router's weight would scale them too."""
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__()
+        self.activation = ACT2FN[config.hidden_act]
+        shape = (config.num_experts, config.expert_width, config.hidden_size)
+        self.up_proj = nn.Parameter(torch.empty(shape))
+        self.down_proj = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
+
+    def forward(self, tokens: Tensor, expert: int) -> Tensor:
+        """tokens: <float>[n, D] -> <float>[n, D]."""
+        return linear(self.activation(linear(tokens, self.up_proj[expert])), self.down_proj[expert])
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The k choices of each of n tokens; choice 0 is the first."""
+
+    experts: Tensor
+    """<int64>[n, k]; -1: no expert, the token passes by the residual."""
+    weights: Tensor
+    """<float>[n, k]."""
+    loss: Tensor | None = None
+    """The balance loss, with its coefficient; training only."""
+
+
+class SMLPTokenMoE(nn.Module):
+    """y = sum over the chosen experts of  w_e f_e(h).
+
+    Tokens are routed in the order of their positions, then of their samples: the order in which a
+    capacity limit with drop policy `position` fills the slots. Padding is never routed or counted.
+    """
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__()
+        self.experts = SMLPExperts(config)
+        self.router: Any = _ROUTERS[config.token_router](config)
+        is_base = config.token_router == "base"
+        self.routes_on_residual = is_base and config.base_routing_input == "residual"
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden, residual (of which it is the norm): <float>[B, T, D] -> <float>[B, T, D], and the
+        router's loss if it has one."""
+        seen = residual if self.routes_on_residual else hidden
+        if hidden.shape[:2].numel() == 1 and layout.valid is None:
+            return self._one_token(hidden, layout, seen)
+        tokens = hidden.transpose(0, 1).flatten(0, 1)
+        seen = seen.transpose(0, 1).flatten(0, 1)
+        real = torch.arange(tokens.shape[0], device=tokens.device)
+        if layout.valid is not None:
+            real = real[layout.valid.T.flatten()]
+        ids = None if layout.input_ids is None else layout.input_ids.T.flatten()[real]
+        routing = self.router(seen[real], ids, limited=not layout.cached)
+        output = torch.zeros_like(tokens)
+        for expert in routing.experts.unique().tolist():  # a generation step leaves most idle
+            if expert < 0:
+                continue
+            rows, choice = (routing.experts == expert).nonzero(as_tuple=True)
+            weighted = self.experts(tokens[real[rows]], expert)
+            weighted = weighted * routing.weights[rows, choice, None].to(weighted.dtype)
+            output.index_add_(0, real[rows], weighted)
+        return output.unflatten(0, (hidden.shape[1], -1)).transpose(0, 1), routing.loss
+
+    def _one_token(
+        self, hidden: Tensor, layout: Layout, seen: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same for <float>[1, 1, D], as generation has it, without sorting and scattering."""
+        token = hidden[0]
+        ids = None if layout.input_ids is None else layout.input_ids[0]
+        routing = self.router(seen[0], ids, limited=not layout.cached)
+        weights = routing.weights.to(token.dtype)[0]
+        chosen = [
+            self.experts(token, expert) * weights[place]
+            for place, expert in enumerate(routing.experts[0].tolist())
+            if expert >= 0
+        ]
+        output = torch.stack(chosen).sum(dim=0) if chosen else torch.zeros_like(token)
+        return output[None], routing.loss
+
+
+class SMLPSwitchRouter(nn.Module):
+    """p = softmax(h W); one expert, argmax p, with weight p_max.
+
+    Capacity ceil(c N / E). Loss a E sum_e f_e P_e: f_e the share of tokens that want e, before any
+    is dropped, P_e the mean of p_e.
+    """
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts or 1
+        self.loss_coeff = config.moe_aux_loss_coeff
+        self.train_capacity = config.moe_train_capacity_factor
+        self.eval_capacity = config.moe_eval_capacity_factor
+        self.drops_by_probability = config.moe_drop_policy == "probs"
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+
+    def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
+        """tokens: <float>[n, D]; ids: <int64>[n]; limited: whether capacity may drop tokens."""
+        probabilities = F.linear(tokens.float(), self.weight.float()).softmax(dim=-1)
+        loss = None
+        if self.training and len(tokens):
+            loss = self.loss_coeff * _balance(probabilities, probabilities.argmax(dim=-1))
+        weights, experts = self._choose(probabilities)
+        factor = self.train_capacity if self.training else self.eval_capacity
+        if limited and factor is not None:
+            experts = self._drop(experts, probabilities, self._capacity(factor, len(tokens)))
+        return Routing(experts, weights, loss)
+
+    def _choose(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """<fp32>[n, E] -> weights <fp32>[n, k], experts <int64>[n, k]."""
+        return probabilities.max(dim=-1, keepdim=True)
+
+    def _capacity(self, factor: float, num_tokens: int) -> int:
+        return math.ceil(factor * num_tokens / self.num_experts)
+
+    def _drop(self, experts: Tensor, probabilities: Tensor, capacity: int) -> Tensor:
+        """Replace choices over the capacity by -1; first choices come before second ones."""
+        choices = experts.T.flatten()
+        order = torch.arange(len(choices), device=choices.device)
+        if self.drops_by_probability:
+            wanted = probabilities.gather(1, experts.clamp(min=0)).T
+            order = wanted.argsort(dim=1, descending=True, stable=True)
+            order = order + len(experts) * torch.arange(len(order), device=order.device)[:, None]
+            order = order.flatten()
+        queue = F.one_hot(choices[order] + 1, self.num_experts + 1).cumsum(dim=0)
+        place = queue.gather(1, choices[order][:, None] + 1)[:, 0]
+        kept = torch.empty_like(choices, dtype=torch.bool)
+        kept[order] = place <= capacity
+        return torch.where(kept, choices, -1).unflatten(0, (experts.shape[1], -1)).T
+
+
+class SMLPGShardRouter(SMLPSwitchRouter):
+    """p = softmax(h W); two experts with weights g1/(g1+g2), g2/(g1+g2).
+
+    In training the second is used with probability min(1, 2 g2 / (g1+g2)), in evaluation always;
+    gshard_second_expert has other rules. `draw` (<fp32>[n] -> <fp32>[n] in [0, 1)) may be replaced.
+    Capacity 2 c ceil(N / E). The loss is Switch's, over first choices.
+    """
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__(config)
+        self.second_expert = config.gshard_second_expert
+        self.draw: Any = torch.rand_like
+
+    def _choose(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        gates, experts = probabilities.topk(2, dim=-1)
+        weights = gates / gates.sum(dim=-1, keepdim=True)
+        if self.training and self.second_expert != "all":
+            second = (weights if self.second_expert == "paper" else gates)[:, 1]
+            used = self.draw(second) < 2 * second
+            sent = torch.where(used, experts[:, 1], -1)
+            experts = torch.stack([experts[:, 0], sent], dim=1)
+        return weights, experts
+
+    def _capacity(self, factor: float, num_tokens: int) -> int:
+        return math.ceil(2 * factor * math.ceil(num_tokens / self.num_experts))
+
+
+class SMLPBaseRouter(nn.Module):
+    """One expert with weight sigmoid(x . w_e): the gradient reaches w_e only through the sigmoid.
+    x is the residual, with base_routing_input=norm its norm.
+
+    In training every expert gets floor or ceil of n/E tokens, by `assign`; in evaluation the expert
+    is argmax x . w_e, or with base_eval=prices argmax x . w_e - p_e, p the mean prices of the
+    training. `assign` (<float>[n, E] -> <int64>[n]) is simple and balanced but only nearly
+    optimal; any solver of the linear assignment problem may be put in its place.
+    """
+
+    prices: Tensor
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts or 1
+        self.assign = balanced_greedy
+        self.by_price = config.base_eval == "prices"
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        if config.base_prices == "mean":
+            self.register_buffer("prices", torch.empty(self.num_experts))
+
+    def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
+        """See SMLPSwitchRouter.forward."""
+        scores = F.linear(tokens.float(), self.weight.float())
+        experts = self._choose(scores.detach())[:, None]
+        return Routing(experts, scores.gather(1, experts).sigmoid())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SMLPBaseRouter":
+        """The prices stay fp32 where a model is cast, as scores are, on whatever device."""
+        kept = self._buffers.get("prices")
+        super()._apply(fn, recurse)
+        if kept is not None:
+            self.prices = self.prices.float() if kept.is_meta else kept.to(self.prices.device)
+        return self
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """<fp32>[n, E] -> <int64>[n]."""
+        if self.training:
+            return self.assign(scores)
+        return (scores - self.prices if self.by_price else scores).argmax(dim=-1)
+
+
+class SMLPHashRouter(nn.Module):
+    """One expert with weight 1: table[token id]. No parameters, no loss."""
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts or 1
+        self.seed = config.hash_seed
+        self.register_buffer("table", torch.empty(config.vocab_size, dtype=torch.int64))
+
+    def random_table(self) -> Tensor:
+        """<int64>[V], the same in every layer and on every machine."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(self.num_experts, self.table.shape, generator=generator)
+
+    def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
+        """See SMLPSwitchRouter.forward.
+
+        Raises:
+            ValueError: the model was given embeddings instead of token ids.
+        """
+        if ids is None:
+            raise ValueError("token_router=hash routes by token ids: give input_ids")
+        experts = self.table[ids][:, None]
+        return Routing(experts, tokens.new_ones(experts.shape))
+
+
+_ROUTERS: dict[str, type[nn.Module]] = {
+    "switch": SMLPSwitchRouter,
+    "gshard": SMLPGShardRouter,
+    "base": SMLPBaseRouter,
+    "hash": SMLPHashRouter,
+}
+
+
+def _balance(probabilities: Tensor, chosen: Tensor) -> Tensor:
+    """E sum_e f_e P_e, 1 where uniform. probabilities: <fp32>[n, E]; chosen: <int64>[n]."""
+    num_experts = probabilities.shape[1]
+    share = chosen.bincount(minlength=num_experts).to(probabilities.dtype) / len(chosen)
+    return num_experts * (share * probabilities.mean(dim=0)).sum()
+
+
+def balanced_greedy(scores: Tensor) -> Tensor:
+    """Every token applies to its best expert with room, which takes those that lead by most.
+
+    scores: <fp32>[n, E]. Returns <int64>[n]: each expert floor or ceil of n/E times. It ends, since
+    whoever is turned away met an expert that is full from then on.
+    """
+    num_tokens, num_experts = scores.shape
+    share, remainder = divmod(num_tokens, num_experts)
+    room = torch.full((num_experts,), share, device=scores.device)
+    room[scores.mean(dim=0).argsort(descending=True, stable=True)[:remainder]] += 1
+    experts = torch.full((num_tokens,), -1, device=scores.device)
+    while (waiting := (experts < 0).nonzero()[:, 0]).numel():
+        open_scores = scores[waiting].masked_fill(room == 0, -torch.inf)
+        best = open_scores.topk(min(2, num_experts), dim=1)
+        order = (best.values[:, 0] - best.values[:, -1]).argsort(descending=True, stable=True)
+        choice = best.indices[order, 0]
+        place = F.one_hot(choice, num_experts).cumsum(dim=0).gather(1, choice[:, None])[:, 0]
+        taken = place <= room[choice]
+        experts[waiting[order[taken]]] = choice[taken]
+        room = room - choice[taken].bincount(minlength=num_experts)
+    return experts
+
+
+# ------------------------------------------------------------------------------------------------
+# The model
+# ------------------------------------------------------------------------------------------------
+
+
+def _build_mixer(config: SMLPConfig, index: int) -> nn.Module:
+    if config.architecture == "transformer":
+        return SMLPAttention(
+            config,
+            index,
+            num_heads=config.num_attention_heads,
+            width=config.hidden_size,
+            out_features=config.hidden_size,
+            output=SMLPOutputLinear,
+        )
+    if config.is_sparse_layer(index) and config.feature_router == "partial":
+        return SMLPPartialPrediction(config, index)
+    is_routed = config.is_sparse_layer(index) and config.feature_router == "deterministic"
+    heads = config.num_feature_experts if is_routed else config.spatial_heads
+    return SMLPSpatialGating(config, index, num_heads=heads, num_experts=heads)
+
+
+def _build_channel(config: SMLPConfig, index: int) -> nn.Module | None:
+    if config.has_token_moe(index):
+        return SMLPTokenMoE(config)
+    return SMLPFeedForward(config) if config.architecture == "transformer" else None
+
+
+class SMLPLayer(GradientCheckpointingLayer):
+    """Norm, mixer, residual; norm, channel mixer, residual."""
+
+    def __init__(self, config: SMLPConfig, index: int) -> None:
+        super().__init__()
+        self.dropout = config.hidden_dropout
+        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer = _build_mixer(config, index)
+        self.channel = _build_channel(config, index)
+        if self.channel is not None:
+            self.channel_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, cache: SMLPCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: <float>[B, T, D] -> <float>[B, T, D], and the sum of the routers' losses."""
+        mixed, loss = self.mixer(self.mixer_norm(hidden), layout, cache)
+        hidden = hidden + F.dropout(mixed, self.dropout, self.training)
+        if self.channel is None:
+            return hidden, loss
+        mixed, channel_loss = self.channel(self.channel_norm(hidden), layout, hidden)
+        hidden = hidden + F.dropout(mixed, self.dropout, self.training)
+        return hidden, _add(loss, channel_loss)
+
+
+def _add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right
+
+
+@dataclass
+class SMLPModelOutput(ModelOutput):
+    """States after the final norm, the routers' summed losses, the cache, each layer's states."""
+
+    last_hidden_state: Tensor | None = None
+    aux_loss: Tensor | None = None
+    cache: SMLPCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class SMLPPreTrainedModel(PreTrainedModel):
+    config: SMLPConfig
+    config_class = SMLPConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SMLPLayer"]  # noqa: RUF012 - transformers reads it as a class attribute
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = {"prices"}  # noqa: RUF012 - as above
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights; what leads back to the residual is smaller by sqrt(2 layers).
+
+        transformers calls it for modules that have parameters of their own, and for no others.
+        """
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        output_std = std / math.sqrt(2 * self.config.num_layers)
+        if isinstance(module, SMLPSpatialProjection):
+            bound = 1e-3 / module.weight.shape[-1]
+            init.uniform_(module.weight, -bound, bound)
+            init.ones_(module.bias)
+        elif isinstance(module, SMLPOutputLinear):
+            init.normal_(module.weight, std=output_std)
+        elif isinstance(module, SMLPExperts):
+            init.normal_(module.up_proj, std=std)
+            init.normal_(module.down_proj, std=output_std)
+        elif isinstance(module, SMLPSwitchRouter):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, SMLPBaseRouter):
+            init.orthogonal_(module.weight, gain=0.1)
+            if self.config.base_prices == "mean":
+                init.zeros_(module.prices)
+        elif isinstance(module, SMLPHashRouter):
+            init.copy_(module.table, module.random_table())
+        elif isinstance(module, SMLPPartialPrediction):
+            init.normal_(module.prefix_router, std=std)
+
+
+class SMLPModel(SMLPPreTrainedModel):
+    """Embeddings, layers and final norm."""
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.architecture == "transformer":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(SMLPLayer(config, i) for i in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: SMLPCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **unused: Any,
+    ) -> SMLPModelOutput:
+        """See SMLPForCausalLM.forward."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = self._cache(cache, use_cache)
+        layout, move = self._layout(hidden, input_ids, attention_mask, cache)
+        if move is not None:
+            hidden = hidden.take_along_dim(move.order[..., None], dim=1)
+        if self.config.architecture == "transformer":
+            hidden = hidden + self.embed_positions(layout.positions)
+        hidden = F.dropout(hidden, self.config.hidden_dropout, self.training)
+        states, loss = [hidden], None
+        for layer in self.layers:
+            hidden, layer_loss = layer(hidden, layout, cache=cache)
+            states.append(hidden)
+            loss = _add(loss, layer_loss)
+        states[-1] = self.final_norm(hidden)
+        if move is not None:
+            states = [state.take_along_dim(move.back[..., None], dim=1) for state in states]
+        return SMLPModelOutput(
+            last_hidden_state=states[-1],
+            aux_loss=loss,
+            cache=cache,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+    def _cache(self, cache: SMLPCache | None, use_cache: bool | None) -> SMLPCache | None:
+        # Recomputing a layer would write its states twice.
+        recomputes = self.gradient_checkpointing and self.training
+        if recomputes or not (use_cache or (use_cache is None and cache is not None)):
+            return None
+        if cache is None:
+            return SMLPCache(self.config)
+        if not isinstance(cache, SMLPCache):
+            raise ValueError(
+                f"cache is a {type(cache).__name__}, but spatial gating keeps gate inputs by "
+                "absolute position: give an SMLPCache(config), or none"
+            )
+        return cache
+
+    def _layout(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: SMLPCache | None,
+    ) -> tuple[Layout, "Move | None"]:
+        """Where the tokens of this call stand, and how they get to right padding and back.
+
+        hidden: <float>[B, T, D]; attention_mask: [B, T of all calls], 0 on padding.
+        """
+        batch, num_columns = hidden.shape[:2]
+        columns = torch.arange(num_columns, device=hidden.device)
+        first = 0 if cache is None else cache.num_columns
+        lengths = None if cache is None else cache.lengths
+        mask = None if attention_mask is None else attention_mask[:, -num_columns:].bool()
+        if mask is not None and bool(mask.all()):
+            mask = None
+        move = None if mask is None else Move.to_the_right(mask)
+        if move is not None and input_ids is not None:
+            input_ids = input_ids.gather(1, move.order)
+        counts = columns.new_tensor([num_columns]) if mask is None else mask.sum(dim=1)
+        is_uniform = lengths is None and (mask is None or first == 0)
+        before = columns.new_full((batch,), first) if lengths is None else lengths
+        end = num_columns + (first if lengths is None else int(lengths.max()))
+        self._check_length(end)
+        if cache is not None:
+            is_ragged = lengths is not None or mask is not None
+            cache.advance(num_columns, before + counts if is_ragged else None)
+        return Layout(
+            positions=before[:, None] + columns,
+            start=first if is_uniform else None,
+            valid=None if mask is None else columns < counts[:, None],
+            input_ids=input_ids,
+            end=end,
+            cached=cache is not None,
+        ), move
+
+    def _check_length(self, length: int) -> None:
+        longest = self.config.max_position_embeddings
+        if length > longest and not self.config.toeplitz:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than max_position_embeddings={longest}: "
+                f"the model has no weights for positions from {longest} on; cut it from the left"
+            )
+
+
+class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
+    """The language model: logits are states times the token embedding."""
+
+    _tied_weights_keys = {  # noqa: RUF012 - transformers reads it as a class attribute
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__(config)
+        self.model = SMLPModel(config)
+        self.lm_head = SMLPLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: SMLPCache | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
+        """One forward pass over a batch, or over its new tokens where a cache is given.
+
+        Args:
+            input_ids: <int64>[B, T].
+            attention_mask: <int64 or bool>[B, tokens so far], 0 on padding, which may be on either
+                side. Positions count real tokens only.
+            inputs_embeds: <float>[B, T, D] instead of input_ids.
+            cache: what an earlier call returned.
+            use_cache: whether to fill a cache; default: where one is given. `generate` follows
+                config.use_cache. Capacity limits drop nothing while one is filled, since a token
+                by itself would not be dropped either.
+            labels: <int64>[B, T], shifted inside; -100 counts for nothing.
+            logits_to_keep: compute the logits of the last so many positions only (0: all).
+
+        Returns:
+            loss (with labels; in training with the routers' losses), aux_loss (the routers' losses,
+            training only), logits <fp32>[B, T, V], cache, hidden_states.
+
+        Raises:
+            ValueError: a sequence longer than T (without toeplitz), a cache of another kind, no
+                token ids for HASH.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states
+        )
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, rows])
+        # As Megatron's: what is made of them, log-probabilities at first, must not round to 8 bits.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        aux_loss = outputs.aux_loss
+        loss = None
+        if labels is not None:
+            targets = self._targets(labels, attention_mask)
+            loss = self.loss_function(logits, targets, vocab_size=self.config.vocab_size, **kwargs)
+            loss = loss if aux_loss is None else loss + aux_loss
+        output = MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _targets(self, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Partial prediction trains its routed rows only, t >= P, unless told otherwise.
+
+        Label t is predicted by row t - 1: the first that counts is label P + 1.
+        """
+        config = self.config
+        is_partial = config.feature_router == "partial" and config.partial_loss == "suffix"
+        if not (self.training and is_partial):
+            return labels
+        mask = torch.ones_like(labels) if attention_mask is None else attention_mask
+        positions = mask.long().cumsum(dim=1) - 1
+        return labels.masked_fill(positions <= config.prefix_length, -100)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Called by `generate`: our own kind of cache, whatever it would choose."""
+        if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
+            model_kwargs["cache"] = SMLPCache(self.config)
+
+    def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> Any:
+        """Called by `generate`: end at position T, and say so, instead of failing there."""
+        generation_config = super()._prepare_generated_length(generation_config, **kwargs)
+        if self.config.toeplitz:
+            return generation_config
+        longest, prompt = self.config.max_position_embeddings, kwargs["input_ids_length"]
+        if prompt >= longest:
+            raise ValueError(
+                f"a prompt of {prompt} tokens leaves no position to generate at: the model ends at "
+                f"max_position_embeddings={longest}; cut the prompt from the left"
+            )
+        if generation_config.max_length > longest:
+            logger.warning(
+                f"generation stops at position {longest} (max_position_embeddings) instead of "
+                f"{generation_config.max_length}: the model has no weights for later positions"
+            )
+            generation_config.max_length = longest
+        return generation_config
+
+
+__all__ = ["SMLPCache", "SMLPConfig", "SMLPForCausalLM", "SMLPModel", "SMLPPreTrainedModel"]
