@@ -108,9 +108,10 @@ def refuse_foreign(args: argparse.Namespace) -> None:
             f"{_flag(name)} builds layers of other models than --architecture {args.architecture}: "
             "leave it out."
         )
-    if args.spec and args.spec not in SPECS:
+    spec = args.explicit_flags.get("spec")
+    if spec and spec not in SPECS:
         raise UsageError(
-            f"--spec {' '.join(args.spec)} builds layers that are not described here (parameters, "
+            f"--spec {' '.join(spec)} builds layers that are not described here (parameters, "
             f"FLOPs, export): give {SPECS[0][0]} with {', '.join(name for _, name in SPECS)}, or "
             "--architecture."
         )
@@ -146,11 +147,11 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
     A whole iteration reads each loss there (--nonfinite-loss); token experts read how many tokens
     they get, partial prediction how many chunks.
     """
-    given = [name for name in GRAPHS if getattr(args, name) not in (None, False, "none")]
+    given = {name: args.explicit_flags[name] for name in _given(args, GRAPHS)}
     if not given:
         return
-    value = args.cuda_graph_impl if given[0] == "cuda_graph_impl" else ""
-    flag = f"{_flag(given[0])} {value}".rstrip()
+    name, value = next(iter(given.items()))
+    flag = _flag(name) if value is True else f"{_flag(name)} {value}"
     if cpu.needed():
         raise UsageError(f"{flag} needs a CUDA device and none was found: leave it out.")
     if args.num_experts or args.feature_router == "partial":
@@ -158,7 +159,7 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
             f"{flag} cannot capture layers that route: the host reads how many tokens or chunks "
             "each expert gets. Leave it out."
         )
-    if args.cuda_graph_impl == "full_iteration":
+    if value == "full_iteration":
         raise UsageError(
             f"{flag}: the host reads every step's losses (--nonfinite-loss), which a graph cannot "
             "hold. Give --cuda-graph-impl local, or leave it out."
@@ -207,7 +208,7 @@ def _refuse_attentions(args: argparse.Namespace) -> None:
 
 def _given(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
     """Of these, what was asked for; a default that is spelt out asks for nothing."""
-    off = (None, False, "vanilla")
+    off = (None, False, "vanilla", "none")
     return [name for name in names if args.explicit_flags.get(name) not in off]
 
 
