@@ -40,8 +40,7 @@ SMLP = f"""
 SYSTEMS = {
     "transformer": ATTENTION,
     "transformer_bf16": f"{ATTENTION} --bf16",
-    "gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-layer-freq 2 "
-    "--gshard-always-uses-the-second-expert",
+    "gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-layer-freq 2",
     "switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-layer-freq 2",
     "base": f"{ATTENTION} --token-router base {EXPERTS} --moe-layer-freq 2",
     "hash": f"{ATTENTION} --token-router hash {EXPERTS} --moe-layer-freq 2",
