@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.launches import Step, launch, steps
+from support.systems import SYSTEMS as FLAGS
 
 MODEL = """
     --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --num-layers 4 --hidden-size 64
@@ -17,21 +18,12 @@ MODEL = """
     --log-interval 1
 """
 SILENT, EVALUATES = "--eval-iters 0", "--eval-iters 1 --eval-interval 1000"
-EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
-ATTENTION = "--architecture transformer --num-attention-heads 4"
-SMLP = "--architecture smlp --num-dense-layers 2 --num-feature-experts 4"
 SYSTEMS = {
-    "transformer": ATTENTION,
-    "gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-train-capacity-factor 1.25",
-    "switch": f"{ATTENTION} --token-router switch {EXPERTS} --moe-train-capacity-factor 1.25 "
-    "--moe-token-drop-policy probs",
-    "base": f"{ATTENTION} --token-router base {EXPERTS}",
-    "hash": f"{ATTENTION} --token-router hash {EXPERTS}",
+    **FLAGS,
+    "gshard": f"{FLAGS['gshard']} --moe-train-capacity-factor 1.25",
+    "switch": f"{FLAGS['switch']} --moe-token-drop-policy probs",
     "gmlp": "--architecture gmlp --spatial-heads 2",
     "gmlp_toeplitz": "--architecture gmlp --toeplitz",
-    "amlp": "--architecture amlp --tiny-attention-width 16",
-    "smlp_deterministic": f"{SMLP} --feature-router deterministic --token-router base {EXPERTS}",
-    "smlp_partial": f"{SMLP} --feature-router partial --token-router base {EXPERTS}",
 }
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"

@@ -63,6 +63,8 @@ def write(folder: Path) -> None:
     losses = train(f"--train-iters {END} --load {run}", data=data, log=folder / "later")
     convert(run, folder / "hf", "hf")
     (folder / "losses.json").write_text(json.dumps(losses[-(END - SAVED) :]) + "\n")
+    for code in (folder / "hf").glob("*.py"):
+        code.unlink()  # a copy of megatron_smlp/hf
     for unneeded in (log, folder / "later", data):  # data: the folder of Megatron's index cache
         shutil.rmtree(unneeded)
 

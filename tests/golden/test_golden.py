@@ -6,13 +6,11 @@ what is read of written_by_*/ is a user's checkpoint or dataset that can no long
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support.launches import REPOSITORY, clean_environment
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -91,23 +89,3 @@ def _assert_same(ours: dict, expected: dict) -> None:
     assert ours.keys() == expected.keys()
     for name, tensor in ours.items():
         assert tensor.equal(expected[name]), name
-
-
-@versions
-def test_an_exported_folder_answers_by_its_own_code(written: Path):
-    code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "print(tuple(model(torch.arange(12)[None]).logits.shape))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, written / "hf"],
-        cwd=REPOSITORY,
-        env=clean_environment(HF_HUB_OFFLINE="1"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().startswith("(1, 12, ")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.launches import launch, records
+from support.systems import SYSTEMS as FLAGS
 
 MODEL = """
     --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --num-layers 4 --hidden-size 32
@@ -16,20 +17,10 @@ MODEL = """
     --eval-iters 1 --eval-interval 2 --train-iters 4 --ddp-bucket-size 2000
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 """
-EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
-ATTENTION = "--architecture transformer --num-attention-heads 4"
-SMLP = f"--architecture smlp --num-dense-layers 2 --num-feature-experts 4 {EXPERTS}"
 SYSTEMS = {
-    "transformer": ATTENTION,
-    "gshard": f"{ATTENTION} --token-router gshard {EXPERTS}",
-    "switch": f"{ATTENTION} --token-router switch {EXPERTS}",
-    "hash": f"{ATTENTION} --token-router hash {EXPERTS}",
-    "gmlp": "--architecture gmlp --spatial-heads 2",
+    **FLAGS,
     "gmlp_toeplitz": "--architecture gmlp --toeplitz --recompute-granularity selective",
-    "amlp": "--architecture amlp --tiny-attention-width 16",
-    "smlp_deterministic": f"{SMLP} --token-router base --feature-router deterministic",
-    "smlp_partial": f"{SMLP} --token-router base --feature-router partial",
-    "smlp_partial_toeplitz": f"{SMLP} --token-router base --feature-router partial --toeplitz",
+    "smlp_partial_toeplitz": f"{FLAGS['smlp_partial']} --toeplitz",
 }
 INTERLEAVED = """
     --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --align-param-gather
