@@ -299,7 +299,7 @@ def _add_tokenizer(config: SMLPConfig, tokenizer: str, folder: Path) -> None:
     loaded.model_max_length = config.max_position_embeddings
     loaded.save_pretrained(folder)
     config.eos_token_id = loaded.eos_token_id
-    config.pad_token_id = loaded.eos_token_id
+    config.pad_token_id = loaded.pad_token_id
 
 
 def generation_config(config: SMLPConfig) -> Any:
