@@ -284,6 +284,10 @@ def _has_wandb_login() -> bool:
     return urlsplit(host).hostname in hosts
 
 
+OF_TRANSFORMER_ENGINE = frozenset({"layernorm", "moe_act", "mla_up_proj"})
+"""What `--recompute-modules` frees and recomputes in the backward pass by it."""
+
+
 def check_machine(args: argparse.Namespace, *, is_cpu: bool) -> None:
     """What the machine and its packages have to have for these flags.
 
@@ -294,6 +298,13 @@ def check_machine(args: argparse.Namespace, *, is_cpu: bool) -> None:
         raise UsageError(
             "--profile marks a run for NVIDIA's profiler, and there is no GPU: give "
             "--use-pytorch-profiler too, or leave it out."
+        )
+    needing = OF_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ())
+    if needing and find_spec("transformer_engine") is None:
+        raise UsageError(
+            f"--recompute-modules {' '.join(sorted(needing))}: Megatron recomputes this by "
+            "Transformer Engine, which is not installed. Give core_attn, mlp or moe, or leave it "
+            "out."
         )
     if "muon" in str(args.optimizer) and find_spec("emerging_optimizers") is None:
         raise UsageError(

@@ -87,6 +87,10 @@ def test_other_layers_flags(parse: Parse, words: str, message: str):
         ("--tokenizer-model a/b/c", "there is no such file or folder"),
         ("--profile", "--profile marks a run for NVIDIA's profiler, and there is no GPU"),
         ("--optimizer muon", "needs the Python package 'emerging_optimizers'"),
+        (
+            "--recompute-granularity selective --recompute-modules core_attn layernorm",
+            "--recompute-modules layernorm: Megatron recomputes this by Transformer Engine",
+        ),
         ("--wandb-project p --wandb-exp-name n --save x", "wandb"),
     ],
 )
