@@ -22,9 +22,8 @@ SYSTEMS = {
     "gmlp_toeplitz": "--architecture gmlp --toeplitz --recompute-granularity selective",
     "smlp_partial_toeplitz": f"{FLAGS['smlp_partial']} --toeplitz",
 }
-INTERLEAVED = """
-    --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --align-param-gather
-"""
+INTERLEAVED = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+WAYS = {"aligned": "", "each": "--no-align-param-gather"}
 
 
 def test_two_data_parallel_ranks(tmp_path: Path):
@@ -39,11 +38,12 @@ def test_two_data_parallel_ranks(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_interleaved_pipelines(tmp_path: Path):
     runs = {
-        f"{name}_{way}": f"{MODEL} {flags} {INTERLEAVED.replace('--align-param-gather', aligned)}"
+        f"{name}_{way}": f"{MODEL} {flags} {INTERLEAVED} {aligned}"
         for name, flags in SYSTEMS.items()
-        for way, aligned in (("aligned", "--align-param-gather"), ("each", ""))
+        for way, aligned in WAYS.items()
     }
     launch(runs, processes=4, folder=tmp_path, GATHER_PROBE="1")
     for name in runs:
