@@ -6,33 +6,25 @@ functions in the other places.
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.cpu_replacements import MEGATRONS
-from support.launches import REPOSITORY, clean_environment
+from support.launches import REPOSITORY, run_command
 
 BY_PARTS = {name for name in MEGATRONS if name.endswith("_along_first_dim")}
 
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    environment = clean_environment(
-        CUDA_VISIBLE_DEVICES="", PYTHONPATH=f"{REPOSITORY / 'tests'}:{REPOSITORY}"
+    script = Path(__file__).with_name("minus_one.py")
+    done = run_command(
+        [sys.executable, str(script), str(tmp_path_factory.mktemp("run"))],
+        CUDA_VISIBLE_DEVICES="",
+        PYTHONPATH=f"{REPOSITORY / 'tests'}:{REPOSITORY}",
     )
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("minus_one.py"), tmp_path_factory.mktemp("run")],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 

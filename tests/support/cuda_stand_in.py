@@ -156,21 +156,13 @@ def _synchronised(what: str) -> None:
 
 
 @contextlib.contextmanager
-def _asking(device: torch.device) -> Iterator[None]:
-    _asked.append(device)
+def _during(stack: list[torch.device], device: torch.device) -> Iterator[None]:
+    """Let `_asked` or `_surroundings` end with this device for the time of a call."""
+    stack.append(device)
     try:
         yield
     finally:
-        _asked.pop()
-
-
-@contextlib.contextmanager
-def _within(device: torch.device) -> Iterator[None]:
-    _surroundings.append(device)
-    try:
-        yield
-    finally:
-        _surroundings.pop()
+        stack.pop()
 
 
 def _named(device: Any) -> torch.device | None:
@@ -195,7 +187,7 @@ class _Names(TorchFunctionMode):
             return special(func, *args, **kwargs)
         if kwargs.get("device") is not None:
             return _made_on(_named(kwargs["device"]), func, args, kwargs)
-        with _within(CUDA if _any_on_device(args) else CPU):
+        with _during(_surroundings, CUDA if _any_on_device(args) else CPU):
             return func(*args, **kwargs)
 
 
@@ -206,7 +198,7 @@ def _made_on(device: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     kwargs = {**kwargs, "device": CPU}
     if kwargs.get("pin_memory"):
         kwargs["pin_memory"] = False
-    with _asking(device):
+    with _during(_asked, device):
         answer = func(*args, **kwargs)
         if isinstance(answer, torch.Tensor):  # torch.tensor([...]) makes it in C++
             _residents.place(answer, device)
@@ -392,7 +384,7 @@ def _moved(
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs, "copy": True}
     if kwargs.get("dtype") is None:
         kwargs["dtype"] = tensor.dtype
-    with _asking(target):
+    with _during(_asked, target):
         return torch.Tensor.to(tensor, **kwargs)
 
 
@@ -431,7 +423,7 @@ def _one_hot(func: Any, tensor: torch.Tensor, num_classes: int = -1) -> Any:
     """On a CPU it looks for the largest value even where the number of classes is given."""
     if num_classes == -1 or not _is_cuda(None, tensor):
         return func(tensor, num_classes)
-    with _within(CUDA):
+    with _during(_surroundings, CUDA):
         hot = torch.zeros((*tensor.shape, num_classes), dtype=torch.int64)
         return hot.scatter_(-1, tensor[..., None], 1)
 

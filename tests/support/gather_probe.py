@@ -66,6 +66,12 @@ def _numbered(buffer: Any) -> list[tuple[int, tuple[int, int, int]]]:
     return list(enumerate(buffer.param_index_map.values()))
 
 
+def assert_that_it_looked() -> None:
+    """After a run: a probe that saw no parameter would find none that is read too early."""
+    assert reads, "no parameter was read while gathers were under way"
+    reads.clear()
+
+
 def install() -> None:
     """Look at every forward pass of a model that Megatron's data parallel class wraps."""
     from megatron.core.distributed import DistributedDataParallel

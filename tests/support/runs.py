@@ -54,13 +54,16 @@ def ending_well() -> Iterator[None]:
 
 
 def run_all(path: str) -> None:
-    if os.environ.get("GATHER_PROBE"):
+    probes = bool(os.environ.get("GATHER_PROBE"))
+    if probes:
         from support import gather_probe
 
         gather_probe.install()
     for argv in json.loads(Path(path).read_text(encoding="utf-8")):
         with ending_well():
             main(argv)
+        if probes:
+            gather_probe.assert_that_it_looked()
         forget_run()
 
 
