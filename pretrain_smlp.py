@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 pretrain_smlp.py --config ... --tensor-model-parallel-size 2 ...
 
 All Megatron flags keep their meaning; `--help` lists ours at the end. Read on in
-megatron_smlp/arguments.py (flags), architectures.py (what the model is), training/ (the step).
+megatron_smlp/flags/parse.py (flags), architectures.py (what the model is), training/ (the step).
 """
 
 import argparse
@@ -14,12 +14,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_smlp.platform.hooks import Observer
+    from megatron_smlp.megatron_patches.training_loop import Observer
     from megatron_smlp.training.reporting import Reporter
 
 
 def main(argv: list[str]) -> None:
-    from megatron_smlp.help import print_help, wants_help
+    from megatron_smlp.flags.help import print_help, wants_help
     from megatron_smlp.platform import choice
 
     if wants_help(argv):
@@ -32,13 +32,13 @@ def main(argv: list[str]) -> None:
         return
     choice.choose(argv)
     # Imports stay inside: the checkpoint's helper process, being spawned, imports this file again.
-    from megatron_smlp.training.transcript import Transcript
+    from megatron_smlp.training.captured_output import Transcript
 
     with Transcript() as transcript:
-        from megatron_smlp.platform.late_compile import late_compile
+        from megatron_smlp.megatron_patches.late_compile import late_compile
 
         with late_compile():
-            from megatron_smlp.arguments import parse_arguments
+            from megatron_smlp.flags.parse import parse_arguments
 
         args = parse_arguments(argv)
         if args.dry_run:
@@ -51,8 +51,8 @@ def main(argv: list[str]) -> None:
 def dry_run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from megatron_smlp.training.plan import print_dry_run
-    from megatron_smlp.training.transcript import terminal
+    from megatron_smlp.training.captured_output import terminal
+    from megatron_smlp.training.start_screen import print_dry_run
 
     if args.rank == 0:
         print_dry_run(args, Console(file=terminal(), highlight=False, soft_wrap=True))
@@ -67,12 +67,13 @@ def train(
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from torch.distributed import HashStore
 
+    from megatron_smlp.checkpoints.loading import choose_checkpoint
+    from megatron_smlp.checkpoints.saving import Saving
+    from megatron_smlp.megatron_patches import checkpointing, training_loop
     from megatron_smlp.model import model_config
-    from megatron_smlp.platform import allocator, checkpointing, cpu, hooks
+    from megatron_smlp.platform import allocator, cpu
     from megatron_smlp.training.data import DatasetProvider, check_data
-    from megatron_smlp.training.loading import choose_checkpoint
     from megatron_smlp.training.reporting import Reporter
-    from megatron_smlp.training.saving import Saving
     from megatron_smlp.training.signals import graceful_signals
     from megatron_smlp.training.step import ForwardStep
 
@@ -90,7 +91,7 @@ def train(
     speaks = args.rank == 0
     with (
         graceful_signals(speaks=speaks),
-        hooks.installed(observe(reporter)),
+        training_loop.installed(observe(reporter)),
         checkpointing.installed(
             saving, before_loading=lambda: choose_checkpoint(args, reporter.say)
         ),

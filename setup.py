@@ -47,7 +47,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12,<3.14",
     packages=find_packages(include=["megatron_smlp", "megatron_smlp.*"]),
-    package_data={"megatron_smlp": ["py.typed", "help.txt", "evaluation/tasks/*.yaml"]},
+    package_data={"megatron_smlp": ["py.typed", "flags/help.txt", "evaluation/tasks/*.yaml"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
 )

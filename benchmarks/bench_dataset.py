@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_smlp.data.blending import Blends, parse_blend  # noqa: E402
-from megatron_smlp.data.pair_writer import PairWriter, publish  # noqa: E402
+from megatron_smlp.data.pairs.writer import PairWriter, publish  # noqa: E402
 
 REQUIRED_SAMPLES_PER_SECOND = 1000.0
 DOCUMENTS = 20_000

@@ -29,12 +29,12 @@ from timing import Record, report
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from megatron_smlp.accounting import (  # noqa: E402
+from megatron_smlp.accounting.costs import (  # noqa: E402
     ModelShape,
     model_cost,
     training_flops_per_token,
 )
-from megatron_smlp.estimation import resolve  # noqa: E402
+from megatron_smlp.accounting.estimate import resolve  # noqa: E402
 
 TOKENS = 4096
 """A step's."""
@@ -196,7 +196,7 @@ def memory_records() -> Iterator[Record]:
     import torch
     from support.kept_activations import build_layer, kept_bytes
 
-    from megatron_smlp.footprint import ParallelLayout, activation_elements
+    from megatron_smlp.accounting.footprint import ParallelLayout, activation_elements
     from megatron_smlp.platform.one_process import one_process
 
     with one_process():

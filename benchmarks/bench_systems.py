@@ -48,7 +48,7 @@ def yardstick() -> Callable[[], None]:
 
 
 def flops_per_step(args: argparse.Namespace) -> float:
-    from megatron_smlp.accounting import ModelShape, model_cost, training_flops_per_token
+    from megatron_smlp.accounting.costs import ModelShape, model_cost, training_flops_per_token
 
     shape = ModelShape.from_args(args)
     _, per_token = training_flops_per_token(model_cost(shape), shape)

@@ -50,12 +50,12 @@ def steps_in_turns(
     Returns:
         milliseconds of our steps and of the peer's calls, after a few that are not counted.
     """
-    from megatron_smlp.training.transcript import Transcript
+    from megatron_smlp.training.captured_output import Transcript
 
     sys.path.insert(0, str(ROOT))  # pretrain_smlp.py is no part of the package
     turns: list[_TakingTurns] = []
     with Transcript():
-        from megatron_smlp.arguments import parse_arguments
+        from megatron_smlp.flags.parse import parse_arguments
         from pretrain_smlp import train
 
         args = parse_arguments([*words.split(), "--train-iters", str(WARM_UP + repeats)])
@@ -107,10 +107,10 @@ def run(
 
 def import_once() -> None:
     """Megatron's imports take longer than the steps: the processes of the cases are forked."""
-    from megatron_smlp.platform.late_compile import late_compile
+    from megatron_smlp.megatron_patches.late_compile import late_compile
 
     with late_compile():
-        import megatron_smlp.arguments
+        import megatron_smlp.flags.parse
         import megatron_smlp.model  # noqa: F401
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_smlp.data.indexed import open_index
+from megatron_smlp.data.pairs.indexed import open_index
 
 
 def main() -> int:

@@ -43,7 +43,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """`parse("--flag value ...")` -> checked arguments; Megatron's global copy goes afterwards."""
     from support.in_process import MINIMAL, base_for, forget_arguments
 
-    from megatron_smlp.arguments import parse_arguments
+    from megatron_smlp.flags.parse import parse_arguments
 
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 

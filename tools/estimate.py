@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_smlp.accounting.estimate import main
 from megatron_smlp.errors import run_tool
-from megatron_smlp.estimation import main
 
 if __name__ == "__main__":
     run_tool(main)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_smlp.data.merge_cli import main
+from megatron_smlp.data.pairs.merge_cli import main
 from megatron_smlp.errors import run_tool
 
 if __name__ == "__main__":

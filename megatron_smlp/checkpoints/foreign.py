@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_smlp.errors import UserError
-from megatron_smlp.platform.safe_loading import load_metadata, readable
+from megatron_smlp.megatron_patches.safe_loading import load_metadata, readable
 
 
 def structural_problems(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.command_line import Parser
-from megatron_smlp.platform.quiet import silence_libraries
+from megatron_smlp.library_logging import silence_libraries
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,8 +62,8 @@ def _diff(first: Path, second: Path) -> tuple[dict[str, Any], int]:
 
 
 def _verify(folder: Path) -> tuple[dict[str, Any], int]:
+    from megatron_smlp.checkpoints.folders import is_ours
     from megatron_smlp.checkpoints.integrity import verify
-    from megatron_smlp.checkpoints.structure import is_ours
 
     problems = verify(folder)
     answer = {"checkpoint": str(folder), "has_checksums": is_ours(folder), "problems": problems}

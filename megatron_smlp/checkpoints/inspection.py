@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_smlp.checkpoints.run_record import read_run_record
-from megatron_smlp.checkpoints.structure import (
+from megatron_smlp.checkpoints.folders import (
     MODEL,
     is_checkpoint_folder,
     iteration_of,
     tracked_folder,
 )
-from megatron_smlp.conversion.torch_dist_reader import TorchDistReader
+from megatron_smlp.checkpoints.reader import TorchDistReader
+from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.errors import UsageError
 
 

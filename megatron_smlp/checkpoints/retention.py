@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_smlp.checkpoints.structure import iteration_folder, iterations, looks_whole
+from megatron_smlp.checkpoints.folders import iteration_folder, iterations, looks_whole
 from megatron_smlp.durable import remove_folder
 
 

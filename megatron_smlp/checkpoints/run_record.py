@@ -7,7 +7,7 @@
 | given | which flags these were |
 | flags | the value of every flag, as Megatron and the machine settled it |
 | layout | over how many ranks the model was spread, and how |
-| data | what was in each dataset, by its prefix: `data/content.py` |
+| data | what was in each dataset, by its prefix: `data/pairs/content.py` |
 | software | commit of this repository, versions of Python and of packages |
 | tokenizer | flags that name it, its size, and the SHA-256 of its vocabulary |
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.checkpoints import integrity
-from megatron_smlp.checkpoints.structure import RUN
+from megatron_smlp.checkpoints.folders import RUN
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.durable import write_durably
 from megatron_smlp.provenance import software
@@ -66,7 +66,7 @@ def run_record(args: argparse.Namespace, *, iteration: int | None) -> dict[str, 
 
 def _tokenizer_identity(args: argparse.Namespace) -> str | None:
     from megatron_smlp.data.errors import DataError
-    from megatron_smlp.data.tokenizers import identity_from_arguments
+    from megatron_smlp.data.tokenizers.spec import identity_from_arguments
 
     try:
         return identity_from_arguments(args)

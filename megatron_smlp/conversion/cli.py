@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.checkpoints.structure import TRACKER
+from megatron_smlp.checkpoints.folders import TRACKER
 from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.conversion.output import check_apart, check_target
 from megatron_smlp.errors import UsageError
+from megatron_smlp.library_logging import silence_libraries
 from megatron_smlp.platform.allocator import give_large_blocks_back
-from megatron_smlp.platform.quiet import silence_libraries
 
 DESCRIPTION = "Convert a checkpoint to another format or layout: one process, no GPU."
 CONVERSIONS = {

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_smlp.checkpoints.run_record import read_run_record
+from megatron_smlp.checkpoints.writer import write_weights
 from megatron_smlp.conversion import gpt2, huggingface, megatron_model, resharding, upcycling
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
 from megatron_smlp.conversion.output import whole_folder
@@ -28,9 +29,8 @@ from megatron_smlp.conversion.tensors import (
     same,
     tensors_of,
 )
-from megatron_smlp.conversion.tokenizer import tokenizer_folder
 from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
-from megatron_smlp.conversion.torch_dist_writer import write_weights
+from megatron_smlp.data.tokenizers.of_export import tokenizer_folder
 from megatron_smlp.platform.one_process import one_process
 
 Say = Callable[[str], None]

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
+from megatron_smlp.checkpoints.model_record import OTHER_FUNCTIONS
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.conversion.names import HeadShape, to_huggingface, to_megatron
 from megatron_smlp.conversion.safetensors_files import (
@@ -26,7 +27,6 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.hf import configuration_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPModel
-from megatron_smlp.training.checkpoints import OTHER_FUNCTIONS
 
 # Flags of a Megatron checkpoint that the configuration calls by the same name.
 SAME_NAME = (

@@ -24,8 +24,8 @@ def converted_record(
         layout: parallel sizes that are meant; given later, they win over those of the run.
         is_new_model: whether the model is another than that of the run.
     """
-    from megatron_smlp.arguments import build_parser
-    from megatron_smlp.training.model_words import model_words
+    from megatron_smlp.flags.from_model_record import model_words
+    from megatron_smlp.flags.parse import build_parser
 
     before = before or {}
     words = [str(word) for word in before.get("command_line", [])]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.checkpoints import integrity
-from megatron_smlp.checkpoints.structure import (
+from megatron_smlp.checkpoints.folders import (
     MODEL,
     TRACKER,
     is_ours,
@@ -17,10 +17,10 @@ from megatron_smlp.checkpoints.structure import (
     iteration_of,
     tracked_folder,
 )
+from megatron_smlp.checkpoints.model_record import with_older_flags
+from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.conversion.tensors import check_scale
-from megatron_smlp.conversion.torch_dist_reader import TorchDistReader
 from megatron_smlp.errors import DamagedCheckpointError, UsageError
-from megatron_smlp.training.checkpoints import with_older_flags
 
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state", "common_state")
 COMMON = "common_state/shard_0_1"

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.indexed import idx_path
+from megatron_smlp.data.pairs.indexed import idx_path
 
 SPLITS = ("train", "valid", "test")
 SPLIT_FLAGS = ("train_data_path", "valid_data_path", "test_data_path")

@@ -9,7 +9,7 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
-from megatron_smlp.data.tokenizers import Tokenizer
+from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.generating import generate_until
 from megatron_smlp.evaluation.requests import Request, check_requests

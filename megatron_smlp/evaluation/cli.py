@@ -16,7 +16,7 @@ from megatron_smlp.evaluation.options import parse
 
 def main(argv: Sequence[str]) -> None:
     options, megatron_flags = parse(argv)
-    from megatron_smlp.training.transcript import Transcript
+    from megatron_smlp.training.captured_output import Transcript
 
     with (
         Transcript() as transcript
@@ -47,7 +47,7 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
     args, scorer, tokenizer = _scorer(options, megatron_flags)
     from megatron_smlp.evaluation.perplexity import measure
     from megatron_smlp.options import suffix_start
-    from megatron_smlp.training.transcript import terminal
+    from megatron_smlp.training.captured_output import terminal
 
     args.suffix_from = options.suffix_from
     try:
@@ -79,7 +79,7 @@ def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -
 
     require_harness()
     from megatron_smlp.evaluation.harness import run_tasks
-    from megatron_smlp.platform.quiet import quiet_libraries
+    from megatron_smlp.library_logging import quiet_libraries
 
     with quiet_libraries():
         selection = select_tasks(
@@ -137,7 +137,7 @@ def _report(options: argparse.Namespace, results: Sequence[Any]) -> None:
 
     from megatron_smlp.evaluation.reports import as_markdown, print_table, write_json
     from megatron_smlp.evaluation.results import write_samples
-    from megatron_smlp.training.transcript import terminal
+    from megatron_smlp.training.captured_output import terminal
 
     source = options.hf or options.checkpoint
     console = Console(file=terminal(), highlight=False, soft_wrap=True)

@@ -19,12 +19,12 @@ from megatron.training.global_vars import get_args
 from torch import nn
 
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.tokenizers import TokenizerSpec
+from megatron_smlp.data.tokenizers.of_model import bare
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.results import TaskResult
 from megatron_smlp.evaluation.selection import require_harness, select_tasks, split_names
-from megatron_smlp.model_tokenizer import bare
-from megatron_smlp.platform.quiet import quiet_libraries
+from megatron_smlp.library_logging import quiet_libraries
 from megatron_smlp.routers.statistics import RouterStatistics
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from megatron_smlp.conversion.tensors import main_dtype
-from megatron_smlp.data.tokenizers import Tokenizer, TokenizerSpec
+from megatron_smlp.data.tokenizers.of_model import resolve_for
+from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.recorded import (
     open_checkpoint,
     tokenizer_flags,
     tokenizer_record,
 )
-from megatron_smlp.model_tokenizer import resolve_for
 
 # What Megatron asks of a training, and what keeps it from looking for the rest of one.
 NO_TRAINING = """
@@ -42,9 +42,9 @@ def load_model(
         UsageError: no checkpoint, flags that contradict it, another vocabulary.
     """
     saved = open_checkpoint(checkpoint)
-    from megatron_smlp.arguments import build_parser, parse_arguments
+    from megatron_smlp.flags.from_model_record import model_words
+    from megatron_smlp.flags.parse import build_parser, parse_arguments
     from megatron_smlp.platform import choice, cpu
-    from megatron_smlp.training.model_words import model_words
 
     choice.check()
     cpu.apply()

@@ -28,8 +28,8 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from megatron_smlp.collectives import gathered
 from megatron_smlp.evaluation.scoring import Progress, Row, RowScore
-from megatron_smlp.training.exchange import gathered
 
 Scored = list[tuple[list[float], list[bool]]]
 

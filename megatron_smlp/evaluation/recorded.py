@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
-from megatron_smlp.data.tokenizers import TokenizerSpec
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.errors import UsageError
 
 TAKE_A_SIZE = ("NullTokenizer", "ByteLevelTokenizer", "TikTokenizer")

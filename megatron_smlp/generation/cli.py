@@ -25,7 +25,7 @@ message on stderr."""
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, with which tokenizer, and where it runs."""
-    from megatron_smlp.data.tokenizers import add_tokenizer_arguments
+    from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments
 
     model = parser.add_argument_group("model (one of the first two)")
     model.add_argument("--checkpoint", metavar="DIR", help="the --save folder of a run")
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from megatron_smlp.generation.completion import Sampling
     from megatron_smlp.generation.language_model import load
-    from megatron_smlp.platform.quiet import quiet_libraries
+    from megatron_smlp.library_logging import quiet_libraries
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "num_beams", "num_samples")
     sampling = Sampling(**{name: getattr(options, name) for name in names})

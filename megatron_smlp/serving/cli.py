@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ) from error
     listening = _listen(options.host, options.port)
     from megatron_smlp.generation.language_model import load
-    from megatron_smlp.platform.quiet import quiet_libraries
+    from megatron_smlp.library_logging import quiet_libraries
 
     with quiet_libraries():
         _serve(load(options), options, listening)

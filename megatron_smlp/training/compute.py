@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_smlp.accounting import (
+from megatron_smlp.accounting.costs import (
     ModelShape,
     choice_flops,
     choices_per_token,
@@ -21,7 +21,7 @@ from megatron_smlp.routers.statistics import RouterKey, RouterLoad
 
 
 class Compute:
-    """See the top of the file. Both conventions of accounting.py: `square` and needed FLOPs."""
+    """See the top of the file; `square` and needed FLOPs as in accounting/costs.py."""
 
     def __init__(self, shape: ModelShape) -> None:
         self.square, self.needed = training_flops_per_token(model_cost(shape), shape)

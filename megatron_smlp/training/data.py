@@ -17,17 +17,17 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_smlp.collectives import from_first_rank
 from megatron_smlp.data.blending import blends_from_arguments
-from megatron_smlp.data.content import content_of
 from megatron_smlp.data.datasets import build_datasets, dataset_uses, use_lines
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.indexed import strip_suffix
+from megatron_smlp.data.pairs.content import content_of
+from megatron_smlp.data.pairs.indexed import strip_suffix
+from megatron_smlp.data.pairs.verification import verify_for_training
 from megatron_smlp.data.token_counts import token_counts
-from megatron_smlp.data.tokenizers import identity_from_arguments
-from megatron_smlp.data.verification import verify_for_training
+from megatron_smlp.data.tokenizers.spec import identity_from_arguments
 from megatron_smlp.errors import UsageError
 from megatron_smlp.routers.hash_table import balanced_table
-from megatron_smlp.training.exchange import from_first_rank
 
 EVALUATION_SEED = 1234
 """Of the order in which validation and test samples are drawn, so that runs of other seeds and

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.durable import write_durably
-from megatron_smlp.lost_lines import LostLines
+from megatron_smlp.unwritable_log import LostLines
 
 
 class MetricsFile:

@@ -1,7 +1,7 @@
 """What a run reports: a line a log interval on the screen, and the same numbers in metrics.jsonl.
 
 Rank 0 reports; under pipeline parallelism the loss lives on the last stage and is sent to it. The
-terminal is training/screen.py, what the routers did is put into words by router_report.py.
+terminal is training/console.py, what the routers did is put into words by router_report.py.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
-from megatron_smlp.accounting import ModelShape
+from megatron_smlp.accounting.costs import ModelShape
+from megatron_smlp.collectives import from_first_rank
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.evaluation.results import as_record, task_words
-from megatron_smlp.platform import tensorboard
+from megatron_smlp.megatron_patches import tensorboard
 from megatron_smlp.routers.base import other_evaluation, update_prices
 from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.training.compute import Compute
-from megatron_smlp.training.exchange import from_first_rank
+from megatron_smlp.training.console import Screen
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.router_report import (
     Loads,
@@ -33,7 +34,6 @@ from megatron_smlp.training.router_report import (
     to_writers,
     write_scalars,
 )
-from megatron_smlp.training.screen import Screen
 from megatron_smlp.training.speed import StepClock, WallClock, device_peak_tflops, duration
 from megatron_smlp.training.step import ForwardStep
 
@@ -44,7 +44,7 @@ PERPLEXITY_LIMIT = 700.0  # exp() of a loss above this overflows
 
 
 class Reporter:
-    """Prints and records the run; the `Observer` that platform/hooks.py calls.
+    """Prints and records the run; the `Observer` that megatron_patches/training_loop.py calls.
 
     Args:
         step: knows whether a loss of the step was not finite, how long it waited for data, and what
@@ -314,7 +314,7 @@ class Reporter:
     def held_up(self, *, seconds: float) -> None:
         self.clock.exclude(seconds)
 
-    # Listener of training/saving.py
+    # Listener of checkpoints/saving.py
 
     def saved(self, *, iteration: int, seconds: float) -> None:
         """A checkpoint is there, whole."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_smlp.training.checkpoints import read_model_flags
+from megatron_smlp.checkpoints.model_record import read_model_flags
 
 
 def keep_padding(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from support.in_process import MINIMAL
 from support.runs import forget_run
 from timing import Record
 
-from megatron_smlp.accounting import ModelShape, model_cost
+from megatron_smlp.accounting.costs import ModelShape, model_cost
 
 ROOT = Path(__file__).parents[2]
 BYTES_PER_PARAMETER = 18  # bf16 weights, fp32 gradients, master copy and two moments

@@ -1,4 +1,4 @@
-"""What platform/checkpointing.py replaces in Megatron still has the shape that it relies on."""
+"""What megatron_patches/checkpointing.py replaces in Megatron still has the shape it relies on."""
 
 import inspect
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import checkpointing, training
 
-from megatron_smlp.checkpoints.structure import TRACKER
-from megatron_smlp.platform.checkpointing import installed
+from megatron_smlp.checkpoints.folders import TRACKER
+from megatron_smlp.megatron_patches.checkpointing import installed
 
 OWNERS = (dist_checkpointing, checkpointing, serialization, filesystem_async, training)
 

@@ -3,7 +3,7 @@
 import pytest
 from megatron.core.datasets import utils
 
-from megatron_smlp.platform import compiled_helpers
+from megatron_smlp.megatron_patches import compiled_helpers
 
 
 @pytest.fixture

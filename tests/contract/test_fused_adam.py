@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_smlp.platform import torch_adam
+from megatron_smlp.megatron_patches import torch_adam
 
 
 def _model() -> torch.nn.Module:

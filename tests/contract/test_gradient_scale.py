@@ -5,7 +5,8 @@ import torch
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.utils import local_multi_tensor_scale
 
-from megatron_smlp.platform import cpu, gradient_scale
+from megatron_smlp.megatron_patches import gradient_scale
+from megatron_smlp.platform import cpu
 
 NO_OP = torch.zeros(1, dtype=torch.int)
 

@@ -430,10 +430,10 @@ class TestTrainingLoop:
     def test_hooks_wrap_exactly_those_and_put_them_back(self):
         from megatron.training import training
 
-        from megatron_smlp.platform import hooks
+        from megatron_smlp.megatron_patches import training_loop
 
         before = dict(vars(training))
-        with hooks.installed(SimpleNamespace()):
+        with training_loop.installed(SimpleNamespace()):
             changed = {name for name, value in vars(training).items() if before[name] is not value}
         assert changed == {
             "setup_model_and_optimizer", "training_log", "evaluate", "evaluate_and_print_results",

@@ -16,8 +16,8 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from support.in_process import build_model
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.platform import torch_adam
-from megatron_smlp.platform.layout_free_optimizer import ANY_LAYOUT, FORMAT, _parameters
+from megatron_smlp.megatron_patches import torch_adam
+from megatron_smlp.megatron_patches.optimizer_state import ANY_LAYOUT, FORMAT, _parameters
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -10,8 +10,8 @@ from support.checkpoints import RUN, assert_ends_like
 from support.in_process import MINIMAL
 from support.launches import REPOSITORY, run_command
 
+from megatron_smlp.checkpoints.folders import iteration_folder, iterations
 from megatron_smlp.checkpoints.integrity import verify
-from megatron_smlp.checkpoints.structure import iteration_folder, iterations
 
 STEPS = 20
 WORDS = f"{' '.join(MINIMAL.split())} {RUN} --train-iters {STEPS} --keep-last 2 --keep-every 10"

@@ -185,8 +185,8 @@ def test_flag_against_the_checkpoint_is_refused(
     corpus: Path, parse: Callable[..., Any], tmp_path: Path, changed: str, named: str
 ) -> None:
     """By the model.json of the checkpoint, before anything is built."""
-    from megatron_smlp.checkpoints.structure import iteration_folder
-    from megatron_smlp.training.checkpoints import write_model_flags
+    from megatron_smlp.checkpoints.folders import iteration_folder
+    from megatron_smlp.checkpoints.model_record import write_model_flags
 
     words = f"{flags(corpus)} --train-iters 2 --save {tmp_path}"
     args = parse(words, base="")

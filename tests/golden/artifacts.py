@@ -32,7 +32,7 @@ SAVED, END = 3, 5
 
 def preprocess(folder: Path) -> Path:
     """The dataset's prefix."""
-    from megatron_smlp.data.preprocess_cli import main
+    from megatron_smlp.data.prepare.preprocess_cli import main
 
     lines = [json.dumps(record) + "\n" for record in TEXT]
     (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -47,7 +47,7 @@ def configs(folder: str = "") -> Iterator[Path]:
 
 def parsed(path: Path, flags: str, *, processes: int) -> argparse.Namespace:
     """The resolved arguments of rank 0."""
-    from megatron_smlp.arguments import parse_arguments
+    from megatron_smlp.flags.parse import parse_arguments
 
     os.environ |= {"WORLD_SIZE": str(processes), "RANK": "0", "LOCAL_RANK": "0"}
     os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
@@ -75,7 +75,7 @@ def beyond(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
 
 def namespaces() -> dict[str, dict[str, Any]]:
     """Of each file what differs from the defaults; of each combination, from its file's."""
-    from megatron_smlp.arguments import build_parser
+    from megatron_smlp.flags.parse import build_parser
 
     defaults = plain(build_parser().parse_args([]))
     found = {}
@@ -92,7 +92,7 @@ def namespaces() -> dict[str, dict[str, Any]]:
 
 def dry_runs() -> str:
     """What --dry-run prints of each file, but for what depends on the machine."""
-    from megatron_smlp.training.plan import print_dry_run
+    from megatron_smlp.training.start_screen import print_dry_run
 
     text = io.StringIO()
     for path in configs():

@@ -45,7 +45,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
     """(name, GPTModel in evaluation mode) with weights far from the initial ones."""
     from support.in_process import MINIMAL, forget_arguments
 
-    from megatron_smlp.arguments import parse_arguments
+    from megatron_smlp.flags.parse import parse_arguments
 
     args = parse_arguments(f"{MINIMAL} {MODELS[request.param]} --seq-length {LENGTH}".split())
     torch.manual_seed(3)

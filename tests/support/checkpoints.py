@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_smlp.checkpoints.folders import iteration_folder, tracked_iteration
 from megatron_smlp.checkpoints.integrity import verify
-from megatron_smlp.checkpoints.structure import iteration_folder, tracked_iteration
 
 # Six steps, saved every two; MINIMAL of support/in_process.py goes before.
 RUN = (

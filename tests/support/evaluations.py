@@ -17,7 +17,7 @@ def evaluate_all(command_lines: list[list[str]]) -> None:
 
     from megatron_smlp.evaluation.cli import evaluate
     from megatron_smlp.evaluation.options import parse
-    from megatron_smlp.training.transcript import Transcript
+    from megatron_smlp.training.captured_output import Transcript
 
     for argv in command_lines:
         with Transcript() as transcript:

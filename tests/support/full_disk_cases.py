@@ -17,14 +17,14 @@ from support.checkpoints import pretrain
 from support.conversions import assert_same, folder_weights, from_gpt2, from_hf, run
 from support.small_disk import fill
 
+from megatron_smlp.checkpoints.folders import iteration_folder, iterations, tracked_iteration
 from megatron_smlp.checkpoints.inspection import checkpoint_of
 from megatron_smlp.checkpoints.integrity import verify
-from megatron_smlp.checkpoints.structure import iteration_folder, iterations, tracked_iteration
+from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.conversion import convert
-from megatron_smlp.conversion.torch_dist_reader import TorchDistReader
 from megatron_smlp.errors import SaveError, UsageError, readable_errors
+from megatron_smlp.training.captured_output import Transcript
 from megatron_smlp.training.metrics_file import MetricsFile
-from megatron_smlp.training.transcript import Transcript
 
 CONVERSIONS: dict[str, Any] = {
     "hf": from_hf,

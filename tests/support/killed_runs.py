@@ -26,14 +26,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megatron_smlp.platform.late_compile import late_compile
+from megatron_smlp.megatron_patches.late_compile import late_compile
 
 with late_compile():
     import megatron.training  # noqa: F401
 
-    import megatron_smlp.arguments
+    import megatron_smlp.flags.parse
+    import megatron_smlp.megatron_patches.checkpointing
     import megatron_smlp.model
-    import megatron_smlp.platform.checkpointing
     import megatron_smlp.training.reporting  # noqa: F401
 
 from megatron_smlp.errors import readable_errors

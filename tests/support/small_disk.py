@@ -94,13 +94,13 @@ def fill(folder: Path, *, leave: int) -> Path:
 
 
 def run_all(plan: Path) -> None:
-    from megatron_smlp.platform.late_compile import late_compile
+    from megatron_smlp.megatron_patches.late_compile import late_compile
 
     with late_compile():
         import megatron.training  # noqa: F401
 
         import megatron_smlp.conversion.convert
-        import megatron_smlp.platform.checkpointing
+        import megatron_smlp.megatron_patches.checkpointing
         import megatron_smlp.training.reporting  # noqa: F401
 
     cases = json.loads(plan.read_text(encoding="utf-8"))

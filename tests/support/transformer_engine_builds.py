@@ -38,7 +38,7 @@ def build(flags: list[str]) -> dict[str, Any]:
     from megatron.training.initialize import _initialize_tp_communicators
     from support.in_process import build_model
 
-    from megatron_smlp.arguments import parse_arguments
+    from megatron_smlp.flags.parse import parse_arguments
 
     args = parse_arguments(flags)
     parallel_state.initialize_model_parallel(

@@ -12,7 +12,7 @@ from support.in_process import build_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_smlp.accounting import (
+from megatron_smlp.accounting.costs import (
     Cost,
     ModelShape,
     forward_tflops_per_1024_tokens,
@@ -212,7 +212,7 @@ def test_parameters_are_those_of_megatrons_model(flags: str, parse: Callable[...
 
 def test_importing_needs_neither_torch_nor_megatron():
     code = (
-        "import sys; import megatron_smlp.accounting, megatron_smlp.footprint; "
+        "import sys; import megatron_smlp.accounting.costs, megatron_smlp.accounting.footprint; "
         "sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

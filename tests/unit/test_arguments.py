@@ -13,11 +13,11 @@ import pytest
 from support.in_process import MINIMAL
 from support.launches import REPOSITORY, clean_environment
 
-from megatron_smlp.checkpoints.structure import TRACKER, iteration_folder
+from megatron_smlp.checkpoints.folders import TRACKER, iteration_folder
+from megatron_smlp.checkpoints.model_record import write_model_flags
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import cpu
 from megatron_smlp.routers.hash_table import balanced_table, table_as_json
-from megatron_smlp.training.checkpoints import write_model_flags
 
 Parse = Callable[..., Any]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smlp.config_file import MOST_BYTES, read_yaml
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.config_file import MOST_BYTES, read_yaml
 
 
 def laughs(line: str) -> str:

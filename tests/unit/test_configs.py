@@ -14,12 +14,12 @@ from rich.console import Console
 from support.in_process import build_model
 from support.launches import REPOSITORY, clean_environment
 
-from megatron_smlp.accounting import ModelShape, layer_cost
-from megatron_smlp.config_file import read_yaml, spelling
+from megatron_smlp.accounting.costs import ModelShape, layer_cost
+from megatron_smlp.accounting.estimate import estimate
+from megatron_smlp.accounting.footprint import ParallelLayout, stage_parameters
 from megatron_smlp.errors import UsageError
-from megatron_smlp.estimation import estimate
-from megatron_smlp.footprint import ParallelLayout, stage_parameters
-from megatron_smlp.training.plan import print_dry_run
+from megatron_smlp.flags.config_file import read_yaml, spelling
+from megatron_smlp.training.start_screen import print_dry_run
 
 SYSTEMS = (
     "transformer",

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from support.launches import REPOSITORY
 
-from megatron_smlp.arguments import build_parser
 from megatron_smlp.evaluation import options
+from megatron_smlp.flags.parse import build_parser
 
 PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from support.kept_activations import build_layer, kept_bytes
 
-from megatron_smlp.accounting import ModelShape, model_cost
-from megatron_smlp.estimation import estimate, main, resolve
-from megatron_smlp.footprint import (
+from megatron_smlp.accounting.costs import ModelShape, model_cost
+from megatron_smlp.accounting.estimate import estimate, main, resolve
+from megatron_smlp.accounting.footprint import (
     ParallelLayout,
     activation_elements,
     footprint,

@@ -91,7 +91,7 @@ def test_placement_is_megatrons(freq: int | list[int], expected: list[int] | Non
 @pytest.mark.parametrize("options", [ModelOptions, RunOptions])
 def test_every_field_says_what_it_is(options: type):
     """The text under a field is its help on the command line and its row in docs/flags.md."""
-    from megatron_smlp.arguments import build_parser
+    from megatron_smlp.flags.parse import build_parser
 
     helps = {action.dest: action.help for action in build_parser()._actions}
     for field in dataclasses.fields(options):
@@ -104,10 +104,10 @@ def flags_of(text: str) -> set[str]:
 
 def test_the_help_files_are_those_of_the_parser():
     """They are read instead of the parser, which takes seconds to build."""
-    from megatron_smlp import help
-    from megatron_smlp.arguments import build_parser
+    from megatron_smlp.flags import help
+    from megatron_smlp.flags.parse import build_parser
 
-    remedy = "run `python -m megatron_smlp.help`"
+    remedy = "run `python -m megatron_smlp.flags.help`"
     written = help.HELP_FILE.read_text(encoding="utf-8")
     # Python versions break the lines differently.
     assert flags_of(written) == flags_of(help.help_text(build_parser())), remedy

@@ -95,9 +95,9 @@ def estimated_memory(flags: str) -> int:
     """Bytes, by tools/estimate.py's arithmetic for the same flags on one GPU."""
     from support.in_process import forget_arguments
 
-    from megatron_smlp.accounting import ModelShape
-    from megatron_smlp.arguments import parse_arguments
-    from megatron_smlp.footprint import ParallelLayout, footprint
+    from megatron_smlp.accounting.costs import ModelShape
+    from megatron_smlp.accounting.footprint import ParallelLayout, footprint
+    from megatron_smlp.flags.parse import parse_arguments
 
     try:
         args = parse_arguments(flags.split())

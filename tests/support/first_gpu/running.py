@@ -38,11 +38,11 @@ class Result:
 def import_once() -> None:
     """Megatron's imports take longer than a case: on a CPU, processes are forked behind them."""
     sys.path.insert(0, str(REPOSITORY))  # pretrain_smlp.py is no part of the package
-    from megatron_smlp.platform.late_compile import late_compile
-    from megatron_smlp.platform.quiet import quiet_libraries
+    from megatron_smlp.library_logging import quiet_libraries
+    from megatron_smlp.megatron_patches.late_compile import late_compile
 
     with quiet_libraries(), late_compile():
-        import megatron_smlp.arguments
+        import megatron_smlp.flags.parse
         import megatron_smlp.model  # noqa: F401
 
 

@@ -18,7 +18,7 @@ def text(place: Place, notes: Notes) -> None:
     """Prose into a dataset, and a model trained on it, which the tools below take."""
     from support.language_models import save_tokenizer
 
-    from megatron_smlp.data.preprocess_cli import main as preprocess
+    from megatron_smlp.data.prepare.preprocess_cli import main as preprocess
 
     folder = place.folder / "text"
     save_tokenizer(folder / "tokenizer")

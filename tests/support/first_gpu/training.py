@@ -33,8 +33,8 @@ def words(place: Place, system: str, *, precision: str = "--bf16") -> str:
 
 def train(flags: str, folder: Path, *, observe: Observe = lambda own: own) -> list[Step]:
     """What pretrain_smlp.py does with these flags, in this process; the steps that it logged."""
-    from megatron_smlp.arguments import parse_arguments
-    from megatron_smlp.training.transcript import Transcript
+    from megatron_smlp.flags.parse import parse_arguments
+    from megatron_smlp.training.captured_output import Transcript
     from pretrain_smlp import train as pretrain
 
     argv = [*flags.split(), "--log-dir", str(folder)]

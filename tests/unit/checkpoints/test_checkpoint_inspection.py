@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.checkpoints import checkpoint_tensors, flip_a_bit
 
+from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.checkpoints.inspect_cli import main
-from megatron_smlp.checkpoints.structure import iteration_folder
 from megatron_smlp.errors import UsageError
 
 

@@ -13,8 +13,8 @@ from support.in_process import pretrained
 from support.launches import REPOSITORY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_smlp.checkpoints.folders import RUN, iteration_folder, iterations
 from megatron_smlp.checkpoints.run_record import read_run_record
-from megatron_smlp.checkpoints.structure import RUN, iteration_folder, iterations
 from megatron_smlp.errors import UsageError
 
 Capture = pytest.CaptureFixture[str]

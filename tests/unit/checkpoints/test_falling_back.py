@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.checkpoints import assert_ends_like, flip_a_bit, pretrain
 
-from megatron_smlp.checkpoints.structure import (
+from megatron_smlp.checkpoints.folders import (
     MARKER,
     RUN,
     SUMS,

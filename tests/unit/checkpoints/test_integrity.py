@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_smlp.checkpoints.folders import MARKER, MODEL, RUN, SUMS, iteration_folder
 from megatron_smlp.checkpoints.integrity import verify
-from megatron_smlp.checkpoints.structure import MARKER, MODEL, RUN, SUMS, iteration_folder
 
 DRAW = random.Random(5)
 

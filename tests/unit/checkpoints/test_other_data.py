@@ -12,13 +12,13 @@ from support.checkpoints import RUN, carry_on
 from support.in_process import MINIMAL
 from support.launches import REPOSITORY, clean_environment
 
-from megatron_smlp.absolute_paths import with_absolute_paths
-from megatron_smlp.arguments import build_parser
+from megatron_smlp.checkpoints.folders import iteration_folder, iterations
 from megatron_smlp.checkpoints.run_record import read_run_record
-from megatron_smlp.checkpoints.structure import iteration_folder, iterations
-from megatron_smlp.data import preprocess_cli
-from megatron_smlp.data.content import content_of
+from megatron_smlp.data.pairs.content import content_of
+from megatron_smlp.data.prepare import preprocess_cli
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.absolute_paths import with_absolute_paths
+from megatron_smlp.flags.parse import build_parser
 
 TOKENIZER = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
 

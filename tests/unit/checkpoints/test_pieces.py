@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata
 
-from megatron_smlp.checkpoints.pieces import tile
-from megatron_smlp.checkpoints.structure import iteration_folder
-from megatron_smlp.conversion.torch_dist_reader import TorchDistReader
+from megatron_smlp.checkpoints.folders import iteration_folder
+from megatron_smlp.checkpoints.index import tile
+from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.errors import DamagedCheckpointError
-from megatron_smlp.platform.safe_loading import load_metadata
+from megatron_smlp.megatron_patches.safe_loading import load_metadata
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 

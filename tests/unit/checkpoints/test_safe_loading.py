@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_smlp.errors import DamagedCheckpointError, UnsafeCheckpointError
-from megatron_smlp.platform import safe_loading
+from megatron_smlp.megatron_patches import safe_loading
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from support.checkpoints import assert_ends_like, pretrain
 
+from megatron_smlp.checkpoints.folders import iteration_folder, iterations, tracked_iteration
 from megatron_smlp.checkpoints.integrity import verify
-from megatron_smlp.checkpoints.structure import iteration_folder, iterations, tracked_iteration
 from megatron_smlp.errors import SaveError, UsageError
 from megatron_smlp.training.reporting import Reporter
 

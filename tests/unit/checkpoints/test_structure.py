@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smlp.checkpoints import retention, structure
-from megatron_smlp.checkpoints.structure import MARKER, RUN, TRACKER, iteration_folder
+from megatron_smlp.checkpoints import folders, retention
+from megatron_smlp.checkpoints.folders import MARKER, RUN, TRACKER, iteration_folder
 
 
 def checkpoint(run: Path, iteration: int, *, whole: bool = True) -> Path:
@@ -42,20 +42,20 @@ def test_order_of_loading(tmp_path: Path, tracker: str | None, order: list[int])
     (tmp_path / ".iter_0000005.partial-00").mkdir()
     if tracker is not None:
         (tmp_path / TRACKER).write_text(tracker)
-    assert structure.loading_order(tmp_path) == order
+    assert folders.loading_order(tmp_path) == order
 
 
 def test_the_latest_is_the_first_that_looks_whole(tmp_path: Path):
-    assert structure.latest_iteration(tmp_path / "absent") is None
-    assert structure.latest_iteration(tmp_path) is None
+    assert folders.latest_iteration(tmp_path / "absent") is None
+    assert folders.latest_iteration(tmp_path) is None
     checkpoint(tmp_path, 2, whole=False)
-    assert structure.latest_iteration(tmp_path) == 2, "what is there is not passed over in silence"
+    assert folders.latest_iteration(tmp_path) == 2, "what is there is not passed over in silence"
     checkpoint(tmp_path, 0)
     checkpoint(tmp_path, 10_000_000)
     checkpoint(tmp_path, 10_000_002, whole=False)
-    assert structure.latest_iteration(tmp_path) == 10_000_000
+    assert folders.latest_iteration(tmp_path) == 10_000_000
     (tmp_path / TRACKER).write_text("5")
-    assert structure.latest_iteration(tmp_path) == 0
+    assert folders.latest_iteration(tmp_path) == 0
 
 
 def test_tidying_finishes_what_was_interrupted(tmp_path: Path):
@@ -66,31 +66,31 @@ def test_tidying_finishes_what_was_interrupted(tmp_path: Path):
     (tmp_path / ".iter_0000006.partial-0a1b").mkdir()
     (tmp_path / ".iter_0000001.deleted").mkdir()
     (tmp_path / ".of_the_user").mkdir()
-    gone = structure.tidy(tmp_path)
+    gone = folders.tidy(tmp_path)
     assert gone == [
         ".iter_0000001.deleted", ".iter_0000004.replaced", ".iter_0000006.partial-0a1b"
     ]  # fmt: skip
     assert names(tmp_path) == {"iter_0000002", "iter_0000004", ".of_the_user"}
-    assert structure.tidy(tmp_path / "absent") == []
+    assert folders.tidy(tmp_path / "absent") == []
 
 
 def test_a_replacement_leaves_one_of_both(tmp_path: Path):
     final = checkpoint(tmp_path, 2)
     (final / "old").touch()
-    partial = structure.partial_folder(final)
+    partial = folders.partial_folder(final)
     with pytest.raises(OSError):  # there is nothing to put in its place
-        structure.replace_folder(partial, final)
+        folders.replace_folder(partial, final)
     assert (final / "old").exists()
     partial.mkdir()
     (partial / "new").touch()
-    structure.replace_folder(partial, final)
+    folders.replace_folder(partial, final)
     assert names(tmp_path) == {"iter_0000002"}
     assert names(final) == {"new"}
 
 
 def test_two_saves_of_one_iteration_have_their_own_folders(tmp_path: Path):
     final = iteration_folder(tmp_path, 2)
-    assert structure.partial_folder(final) != structure.partial_folder(final)
+    assert folders.partial_folder(final) != folders.partial_folder(final)
 
 
 class TestRetention:

@@ -13,13 +13,13 @@ from support.conversions import assert_same, folder_weights, from_hf, run, save_
 from support.smlp_systems import make_model
 from torch import Tensor
 
-from megatron_smlp.checkpoints.structure import TRACKER
+from megatron_smlp.checkpoints.folders import TRACKER
+from megatron_smlp.checkpoints.writer import TorchDistWriter
 from megatron_smlp.conversion import convert, forward_check
 from megatron_smlp.conversion.cli import main, parse_size
 from megatron_smlp.conversion.safetensors_files import INDEX, SafetensorsFolder, write_folder
 from megatron_smlp.conversion.tensors import Spec
 from megatron_smlp.conversion.torch_dist import COMMON, TorchDistCheckpoint
-from megatron_smlp.conversion.torch_dist_writer import TorchDistWriter
 from megatron_smlp.errors import DamagedCheckpointError, UsageError, UserError
 from megatron_smlp.platform.one_process import one_process
 

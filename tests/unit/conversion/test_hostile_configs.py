@@ -11,8 +11,8 @@ import pytest
 from support.conversions import from_hf, run, save_exported
 from support.smlp_systems import make_model
 
+from megatron_smlp.checkpoints.folders import MARKER, SUMS
 from megatron_smlp.checkpoints.integrity import seal
-from megatron_smlp.checkpoints.structure import MARKER, SUMS
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import check_folder
 from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.data.preprocess_cli import build_parser
+from megatron_smlp.data.prepare.preprocess_cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = sys.executable

@@ -15,8 +15,8 @@ import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT
 
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.indexed import open_index
-from megatron_smlp.data.preprocessing import Summary
+from megatron_smlp.data.pairs.indexed import open_index
+from megatron_smlp.data.prepare.preprocessing import Summary
 
 Run = Callable[..., Summary]
 GOOD = b'{"text": "good"}'
@@ -264,8 +264,8 @@ def test_a_killed_worker_ends_the_run(run: Run, tmp_path: Path, corpus: Path) ->
 import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}]
 from megatron_smlp.errors import run_tool
-from megatron_smlp.data.preprocess_cli import main
-from megatron_smlp.data.tokenizers_other import ByteLevel
+from megatron_smlp.data.prepare.preprocess_cli import main
+from megatron_smlp.data.tokenizers.other import ByteLevel
 
 def die(self, texts):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -20,15 +20,12 @@ import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, assert_same_pair, write_jsonl
 
 from megatron_smlp import __version__
-from megatron_smlp.data import (
-    hash_table_cli,
-    inspect_cli,
-    merge_cli,
-    preprocess_cli,
-    tokenizer_training,
-)
+from megatron_smlp.data import hash_table_cli
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.preprocessing import Summary
+from megatron_smlp.data.pairs import inspect_cli, merge_cli
+from megatron_smlp.data.prepare import preprocess_cli
+from megatron_smlp.data.prepare.preprocessing import Summary
+from megatron_smlp.data.tokenizers import training as tokenizer_training
 from megatron_smlp.errors import is_interruption, run_tool
 
 TOOLS = (
@@ -67,7 +64,7 @@ def test_preprocessing_imports_neither_torch_nor_megatron(corpus: Path, tmp_path
     program = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}]
-from megatron_smlp.data.preprocess_cli import main
+from megatron_smlp.data.prepare.preprocess_cli import main
 main({flags!r})
 assert not {{"torch", "megatron", "transformers"}} & set(sys.modules)
 """

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smlp.data import content
-from megatron_smlp.data.content import content_of
+from megatron_smlp.data.pairs import content
+from megatron_smlp.data.pairs.content import content_of
 
 
 def _pair(folder: Path, data: bytes) -> str:

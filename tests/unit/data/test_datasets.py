@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_smlp.data.blending import Blends, parse_blend
-from megatron_smlp.data.content import ChangedDataError
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.index_cache import exclusive_caches, remove_unfinished
-from megatron_smlp.data.preprocessing import Summary
+from megatron_smlp.data.pairs.content import ChangedDataError
+from megatron_smlp.data.prepare.preprocessing import Summary
 
 LENGTH = 32
 
@@ -85,7 +85,7 @@ def test_weights_are_honoured_within_one_sample_in_a_thousand(
 
 def test_uses_of_one_dataset_and_of_a_blend(prefixes: list[str], tmp_path: Path) -> None:
     from megatron_smlp.data.datasets import dataset_uses, use_lines
-    from megatron_smlp.data.indexed import open_index
+    from megatron_smlp.data.pairs.indexed import open_index
 
     whole = open_index(prefixes[1]).num_tokens
     datasets = _build([prefixes[1]], [2 * whole // LENGTH, 5, 5], tmp_path / "cache")

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, make_documents, parse, write_jsonl
 
-from megatron_smlp.data import output, pair_writer, preprocess_cli, preprocessing
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.output import PartialOutput
-from megatron_smlp.data.preprocessing import Summary
+from megatron_smlp.data.pairs import writer as pair_writer
+from megatron_smlp.data.prepare import output, preprocess_cli, preprocessing
+from megatron_smlp.data.prepare.output import PartialOutput
+from megatron_smlp.data.prepare.preprocessing import Summary
 
 Run = Callable[..., Summary]
 SUFFIXES = ("_text_document.bin", "_text_document.idx", ".rejected.jsonl", ".json")
@@ -23,8 +24,8 @@ SUFFIXES = ("_text_document.bin", "_text_document.idx", ".rejected.jsonl", ".jso
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Small chunks and a commit after every few of them; one bad line in ten."""
-    monkeypatch.setattr("megatron_smlp.data.sources.CHUNK_BYTES", 2000)
-    monkeypatch.setattr("megatron_smlp.data.compression.BLOCK_BYTES", 500)
+    monkeypatch.setattr("megatron_smlp.data.prepare.sources.CHUNK_BYTES", 2000)
+    monkeypatch.setattr("megatron_smlp.data.prepare.compression.BLOCK_BYTES", 500)
     monkeypatch.setattr(preprocessing, "SHARD_SECONDS", 0.0)
     path = write_jsonl(tmp_path / "source.jsonl", make_documents(400, seed=5))
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -194,9 +195,9 @@ def test_kill_9_at_random_moments(run: Run, tmp_path: Path, source: Path) -> Non
     program.write_text(f"""
 import os, signal, sys, threading, time
 sys.path[:0] = [{str(ROOT)!r}]
-from megatron_smlp.data import preprocessing, sources
+from megatron_smlp.data.prepare import preprocessing, sources
 from megatron_smlp.errors import run_tool
-from megatron_smlp.data.preprocess_cli import main
+from megatron_smlp.data.prepare.preprocess_cli import main
 preprocessing.SHARD_SECONDS = 0.0
 sources.CHUNK_BYTES = 20_000
 

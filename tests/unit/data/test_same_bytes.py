@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from data_helpers import assert_same_pair, megatron_tokenizer, parse, write_with_megatron
 
-from megatron_smlp.data.preprocessing import Summary
-from megatron_smlp.data.tokenizers import identity_from_arguments
+from megatron_smlp.data.prepare.preprocessing import Summary
+from megatron_smlp.data.tokenizers.spec import identity_from_arguments
 
 Run = Callable[..., Summary]
 
@@ -63,7 +63,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     corpus: Path,
 ) -> None:
-    monkeypatch.setattr("megatron_smlp.data.sources.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("megatron_smlp.data.prepare.sources.CHUNK_BYTES", 1000)
     run(corpus, tmp_path / "one", *hf_flags, "--append-eod")
     run(corpus, tmp_path / "many", *hf_flags, "--append-eod", "--workers", workers)
     assert_same_pair(tmp_path / "one_text_document", tmp_path / "many_text_document")

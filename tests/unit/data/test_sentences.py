@@ -9,8 +9,8 @@ import pytest
 from data_helpers import assert_same_pair, megatron_tokenizer, write_with_megatron
 
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.preprocessing import Summary
-from megatron_smlp.data.sentences import SentenceSettings, Splitter, import_nltk
+from megatron_smlp.data.prepare.preprocessing import Summary
+from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter, import_nltk
 
 Run = Callable[..., Summary]
 TEXTS = [
@@ -80,7 +80,7 @@ def test_sentence_pairs_are_those_of_megatron(
     keep_newlines: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("megatron_smlp.data.sentences.PIECE_CHARACTERS", 50)
+    monkeypatch.setattr("megatron_smlp.data.prepare.sentences.PIECE_CHARACTERS", 50)
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     flags = ["--split-sentences", "--append-eod", *(["--keep-newlines"] if keep_newlines else [])]

@@ -15,10 +15,10 @@ import pytest
 from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
 
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.indexed import open_index
-from megatron_smlp.data.preprocessing import Summary
-from megatron_smlp.data.records import Rejection, parse_chunk
-from megatron_smlp.data.sources import Position, find_inputs, read_chunks
+from megatron_smlp.data.pairs.indexed import open_index
+from megatron_smlp.data.prepare.preprocessing import Summary
+from megatron_smlp.data.prepare.records import Rejection, parse_chunk
+from megatron_smlp.data.prepare.sources import Position, find_inputs, read_chunks
 
 Run = Callable[..., Summary]
 DOCUMENTS = make_documents(400, seed=3)
@@ -91,20 +91,20 @@ def _texts(files: list[Path], start: Position = Position()) -> list[str]:  # noq
 def test_every_format_gives_the_same_documents(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_smlp.data.sources.CHUNK_BYTES", 5000)
-    monkeypatch.setattr("megatron_smlp.data.compression.BLOCK_BYTES", 777)
-    monkeypatch.setattr("megatron_smlp.data.compression.COMPRESSED_BLOCK_BYTES", 333)
+    monkeypatch.setattr("megatron_smlp.data.prepare.sources.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("megatron_smlp.data.prepare.compression.BLOCK_BYTES", 777)
+    monkeypatch.setattr("megatron_smlp.data.prepare.compression.COMPRESSED_BLOCK_BYTES", 333)
     assert _texts([source]) == DOCUMENTS
 
 
 def test_reading_goes_on_from_the_end_of_every_chunk(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_smlp.data.sources.CHUNK_BYTES", 20_000)
-    monkeypatch.setattr("megatron_smlp.data.sources.PARQUET_ROWS", 64)
-    monkeypatch.setattr("megatron_smlp.data.json_arrays.CHUNK_BYTES", 20_000)
-    monkeypatch.setattr("megatron_smlp.data.compression.BLOCK_BYTES", 4096)
-    monkeypatch.setattr("megatron_smlp.data.compression.COMPRESSED_BLOCK_BYTES", 1024)
+    monkeypatch.setattr("megatron_smlp.data.prepare.sources.CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("megatron_smlp.data.prepare.sources.PARQUET_ROWS", 64)
+    monkeypatch.setattr("megatron_smlp.data.prepare.json_arrays.CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("megatron_smlp.data.prepare.compression.BLOCK_BYTES", 4096)
+    monkeypatch.setattr("megatron_smlp.data.prepare.compression.COMPRESSED_BLOCK_BYTES", 1024)
     other = write_jsonl(tmp_path / "other.jsonl", ["one more"])
     files = [other, source, other]
     everything = ["one more", *DOCUMENTS, "one more"]
@@ -119,8 +119,8 @@ def test_reading_goes_on_from_the_end_of_every_chunk(
 def test_line_numbers_are_those_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_smlp.data.sources.CHUNK_BYTES", 1000)
-    monkeypatch.setattr("megatron_smlp.data.compression.BLOCK_BYTES", 256)
+    monkeypatch.setattr("megatron_smlp.data.prepare.sources.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("megatron_smlp.data.prepare.compression.BLOCK_BYTES", 256)
     path = _jsonl(tmp_path / "a.jsonl")
     lines = [
         record[0]

@@ -15,11 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
-from megatron_smlp.data.tokenizers import Encoder, Tokenizer, TokenizerSpec, UnencodableTextError
-from megatron_smlp.data.tokenizers_huggingface import (
+from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
+from megatron_smlp.data.tokenizers.huggingface import (
     HuggingFaceEncoder,
     HuggingFaceTokenizer,
+)
+from megatron_smlp.data.tokenizers.spec import (
+    Encoder,
+    Tokenizer,
+    TokenizerSpec,
+    UnencodableTextError,
 )
 from megatron_smlp.errors import readable_errors
 

@@ -14,7 +14,7 @@ from evaluation_helpers import EXAMPLES, SYSTEMS, TEXT, Run, trained
 @pytest.fixture(scope="package")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 300 entries."""
-    from megatron_smlp.data.tokenizer_training import main
+    from megatron_smlp.data.tokenizers.training import main
 
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     draw = random.Random(0)
@@ -57,7 +57,7 @@ def run(
 @pytest.fixture(scope="package")
 def data(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of three short documents."""
-    from megatron_smlp.data.preprocess_cli import main
+    from megatron_smlp.data.prepare.preprocess_cli import main
 
     folder: Path = tmp_path_factory.mktemp("data")
     lines = [json.dumps({"text": f"{TEXT} {number}"}) + "\n" for number in range(3)]

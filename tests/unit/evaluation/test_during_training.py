@@ -85,7 +85,7 @@ def _afterwards(checkpoint: Path, tasks: Path) -> dict[str, Any]:
     from megatron_smlp.evaluation.megatron_model import MegatronScorer
     from megatron_smlp.evaluation.results import as_record
     from megatron_smlp.evaluation.selection import select_tasks
-    from megatron_smlp.platform.quiet import quiet_libraries
+    from megatron_smlp.library_logging import quiet_libraries
 
     with quiet_libraries(), loaded(checkpoint) as (args, stages, tokenizer):
         scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=2)

@@ -28,7 +28,7 @@ WORDS = f"""
 
 
 def test_perplexity_over_longer_windows(tokenizer: Path, data: Path, tmp_path: Path) -> None:
-    from megatron_smlp.data.indexed import open_index
+    from megatron_smlp.data.pairs.indexed import open_index
 
     run, exported = tmp_path / "run", tmp_path / "hf"
     with pretrained(f"{WORDS} --tokenizer-model {tokenizer} --save {run}"):

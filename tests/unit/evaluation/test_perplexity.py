@@ -31,7 +31,7 @@ def test_every_token_but_the_first_is_predicted_once(count: int, stride: int) ->
 def test_perplexity_is_that_of_the_exported_model(
     run: Run, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_smlp.data.indexed import open_index
+    from megatron_smlp.data.pairs.indexed import open_index
 
     monkeypatch.setattr(perplexity, "CHUNK", 2)  # the text has more windows
     with loaded(run.checkpoint) as (args, stages, tokenizer):
@@ -93,7 +93,7 @@ def _loss(model: Any, tokens: torch.Tensor) -> float:
     ],
 )
 def test_wrong_splits_are_refused(data: Path, split: str, said: str) -> None:
-    from megatron_smlp.data.indexed import open_index
+    from megatron_smlp.data.pairs.indexed import open_index
 
     with pytest.raises(UsageError, match=said):
         perplexity.validation_part(open_index(str(data)), split)

@@ -29,7 +29,7 @@ from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.scoring import Row
 from megatron_smlp.evaluation.selection import select_tasks
 from megatron_smlp.generation.language_model import of_checkpoint
-from megatron_smlp.platform.quiet import quiet_libraries
+from megatron_smlp.library_logging import quiet_libraries
 
 SMALL = 1e-4
 SMLP = "--architecture smlp --num-dense-layers 1 --num-experts 4"

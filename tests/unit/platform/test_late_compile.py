@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_smlp.platform.late_compile import late_compile
+from megatron_smlp.megatron_patches.late_compile import late_compile
 
 
 def test_the_first_call_compiles_once():
@@ -56,9 +56,9 @@ def test_modules_are_compiled_as_ever_and_torch_is_put_back():
 def test_megatron_is_imported_without_the_compiler():
     code = """
 import sys
-from megatron_smlp.platform.late_compile import late_compile
+from megatron_smlp.megatron_patches.late_compile import late_compile
 with late_compile():
-    import megatron_smlp.arguments, megatron.training.arguments
+    import megatron_smlp.flags.parse, megatron.training.arguments
 assert "megatron.core.fusions.fused_bias_geglu" in sys.modules
 print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules])
 """

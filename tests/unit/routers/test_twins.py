@@ -14,12 +14,12 @@ from support.in_process import build_model
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_smlp.checkpoints.model_record import model_flags
 from megatron_smlp.conversion.huggingface import config_of
 from megatron_smlp.conversion.names import HeadShape, to_huggingface
 from megatron_smlp.hf.modeling_smlp import SMLPBaseRouter, SMLPForCausalLM, SMLPGShardRouter
 from megatron_smlp.ops.balanced_assignment import balanced_assignment
 from megatron_smlp.routers.draws import uniform
-from megatron_smlp.training.checkpoints import model_flags
 from megatron_smlp.training.step import ForwardStep
 
 pytestmark = pytest.mark.usefixtures("megatron")

@@ -9,7 +9,7 @@ import pytest
 from support.checkpoints import checkpoint_tensors
 from support.in_process import MINIMAL, pretrained
 
-from megatron_smlp.data.indexed import bin_path, idx_path, write_index
+from megatron_smlp.data.pairs.indexed import bin_path, idx_path, write_index
 from megatron_smlp.routers.hash_table import balanced_table
 
 

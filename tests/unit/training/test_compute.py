@@ -6,7 +6,7 @@ import pytest
 from support.in_process import pretrained
 from support.launches import records
 
-from megatron_smlp.accounting import ModelShape, choice_flops, choices_per_token, model_cost
+from megatron_smlp.accounting.costs import ModelShape, choice_flops, choices_per_token, model_cost
 from megatron_smlp.options import LayerSlots
 from megatron_smlp.routers.statistics import RouterKey, RouterLoad
 from megatron_smlp.training.compute import Compute

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_smlp.training.captured_output import FolderError, Transcript
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.reporting import perplexity
 from megatron_smlp.training.speed import duration
-from megatron_smlp.training.transcript import FolderError, Transcript
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
-from megatron_smlp.data.tokenizers import TokenizerSpec, identity_from_arguments
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec, identity_from_arguments
 from megatron_smlp.errors import UsageError
 
 

@@ -9,7 +9,7 @@ import pytest
 from support.in_process import MINIMAL, pretrained
 from support.launches import records
 
-from megatron_smlp.data.indexed import bin_path, idx_path, write_index
+from megatron_smlp.data.pairs.indexed import bin_path, idx_path, write_index
 from megatron_smlp.platform.one_process import one_process
 from megatron_smlp.training.data import DatasetProvider
 

@@ -1,0 +1,343 @@
+"""What one GPU holds and sends in a parallel layout: plain arithmetic, no torch, no GPU.
+
+Memory: weights, gradients and optimizer state are exact; activations are the tensors that autograd
+keeps with Megatron's local layers (no fused kernels), an estimate.
+Communication: the bytes that one GPU sends in one optimizer step, with ring algorithms.
+
+Letters as in accounting/costs.py, and: tp, pp, ep, dp tensor, pipeline, expert and data parallel
+size, etp tensor parallel size within an expert.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from megatron_smlp.accounting.costs import ModelShape
+from megatron_smlp.options import LayerSlots
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_GRADIENT_BYTES = 4
+"""Megatron accumulates gradients in fp32."""
+_ADAM_BYTES = 8
+_MASTER_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelLayout:
+    """How a run is spread; names and defaults as Megatron's flags."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    data: int = 1
+    micro_batch_size: int = 1
+    num_micro_batches: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    precision: str = "fp32"
+    recompute: bool = False
+    """Whether whole layers are recomputed, so that only their inputs are kept."""
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> ParallelLayout:
+        """From Megatron's names.
+
+        Raises:
+            ValueError: sizes that do not fit together, with the flag and what would fit.
+        """
+        tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+        data = _quotient("--world-size", args.world_size, tensor * pipeline, "TP * PP")
+        expert_tensor = args.expert_tensor_parallel_size or tensor
+        per_expert = args.expert_model_parallel_size * expert_tensor * pipeline
+        _quotient("--world-size", args.world_size, per_expert, "EP * expert TP * PP")
+        samples = args.micro_batch_size * data
+        batch = args.global_batch_size or samples
+        return cls(
+            tensor=tensor,
+            pipeline=pipeline,
+            expert=args.expert_model_parallel_size,
+            expert_tensor=expert_tensor,
+            data=data,
+            micro_batch_size=args.micro_batch_size,
+            num_micro_batches=_quotient("--global-batch-size", batch, samples, "micro-batch * DP"),
+            sequence_parallel=args.sequence_parallel,
+            distributed_optimizer=args.use_distributed_optimizer,
+            precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+            recompute=args.recompute_granularity == "full",
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def expert_data(self) -> int:
+        """Replicas of one expert."""
+        return self.world_size // (self.pipeline * self.expert * self.expert_tensor)
+
+    @property
+    def value_bytes(self) -> int:
+        return _BYTES[self.precision]
+
+
+def _quotient(flag: str, value: int, divisor: int, meaning: str) -> int:
+    if value < 1 or value % divisor:
+        raise ValueError(f"{flag} {value} is not a multiple of {meaning} = {divisor}: choose one")
+    return value // divisor
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters by how they are spread."""
+
+    sharded: int = 0
+    """Split over the tensor parallel group."""
+    replicated: int = 0
+    """The same on every rank of it."""
+    experts: int = 0
+    """Split over the expert parallel group, and within an expert over etp."""
+
+    def __add__(self, other: Parameters) -> Parameters:
+        return Parameters(
+            self.sharded + other.sharded,
+            self.replicated + other.replicated,
+            self.experts + other.experts,
+        )
+
+    def dense_on_rank(self, layout: ParallelLayout) -> int:
+        return self.sharded // layout.tensor + self.replicated
+
+    def experts_on_rank(self, layout: ParallelLayout) -> int:
+        return self.experts // (layout.expert * layout.expert_tensor)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One GPU of the fullest pipeline stage; bytes."""
+
+    parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    tensor_parallel_bytes: int
+    """Sent in a step, as are the next three."""
+    pipeline_parallel_bytes: int
+    expert_parallel_bytes: int
+    data_parallel_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        state = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+        return state + self.activation_bytes
+
+    @property
+    def communication_bytes(self) -> int:
+        return (
+            self.tensor_parallel_bytes
+            + self.pipeline_parallel_bytes
+            + self.expert_parallel_bytes
+            + self.data_parallel_bytes
+        )
+
+
+def footprint(shape: ModelShape, layout: ParallelLayout) -> Footprint:
+    """The GPU that holds most.
+
+    Raises:
+        ValueError: the layers do not divide over the stages, or the experts over the ranks.
+    """
+    _quotient("--num-layers", len(shape.slots), layout.pipeline, "PP")
+    if shape.num_experts:
+        _quotient("--num-experts", shape.num_experts, layout.expert, "EP")
+    stages = [_stage(shape, layout, stage) for stage in range(layout.pipeline)]
+    return max(stages, key=lambda stage: stage.memory_bytes)
+
+
+def stage_slots(shape: ModelShape, layout: ParallelLayout, stage: int) -> tuple[LayerSlots, ...]:
+    """The layers of one pipeline stage."""
+    per_stage = len(shape.slots) // layout.pipeline
+    return shape.slots[stage * per_stage : (stage + 1) * per_stage]
+
+
+def stage_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> Parameters:
+    """The parameters of one pipeline stage; a tied output embedding is a copy on the last."""
+    total = Parameters()
+    for slots in stage_slots(shape, layout, stage):
+        total += layer_parameters(shape, slots)
+    table = Parameters(sharded=shape.padded_vocab_size * shape.hidden_size)
+    is_first, is_last = stage == 0, stage == layout.pipeline - 1
+    if is_first:
+        positions = shape.seq_length * shape.hidden_size if shape.learned_positions else 0
+        total += table + Parameters(replicated=positions)
+    if is_last:
+        total += Parameters(replicated=shape.norm_parameters * shape.hidden_size)
+        if not (shape.tied_embeddings and is_first):
+            total += table
+    return total
+
+
+def layer_parameters(shape: ModelShape, slots: LayerSlots) -> Parameters:
+    """Both slots of one layer, each with its norm."""
+    mixer = _attention(shape) if slots.mixer == "attention" else _gating(shape, slots)
+    channels = {"mlp": _mlp, "token_moe": _token_moe, "none": lambda _: Parameters()}
+    return mixer + channels[slots.channel](shape)
+
+
+def _attention(shape: ModelShape) -> Parameters:
+    width = shape.attention_width
+    return _column_row(shape, width + 2 * shape.key_value_width, width) + _norm(shape)
+
+
+def _gating(shape: ModelShape, slots: LayerSlots) -> Parameters:
+    gate_width = shape.ffn_hidden_size // 2
+    matrices = slots.heads * shape.matrix_parameters
+    # A single head is split over the whole group, and a routed chunk may choose any expert: every
+    # rank then holds all matrices.
+    is_partial = shape.prefix_length > 0 and slots.mixer == "feature_moe"
+    everywhere = slots.heads == 1 or is_partial
+    spatial = Parameters(replicated=matrices) if everywhere else Parameters(sharded=matrices)
+    total = _column_row(shape, shape.ffn_hidden_size, gate_width) + _norm(shape) + spatial
+    total += Parameters(sharded=2 * gate_width)
+    if slots.mixer == "gating_and_attention":
+        width, bias = shape.tiny_attention_width, int(shape.linear_bias)
+        qkv = 3 * width * (shape.hidden_size + bias)
+        total += Parameters(sharded=gate_width * (width + bias), replicated=qkv)
+    if is_partial:
+        total += Parameters(replicated=shape.prefix_length * slots.heads)
+    return total
+
+
+def _mlp(shape: ModelShape) -> Parameters:
+    hidden = shape.ffn_hidden_size
+    return _column_row(shape, (2 if shape.gated_mlp else 1) * hidden, hidden) + _norm(shape)
+
+
+def _token_moe(shape: ModelShape) -> Parameters:
+    widths = 3 if shape.gated_mlp else 2
+    experts = shape.num_experts * widths * shape.hidden_size * shape.moe_ffn_hidden_size
+    router = 0 if shape.token_router == "hash" else shape.num_experts * shape.hidden_size
+    return Parameters(replicated=router, experts=experts) + _norm(shape)
+
+
+def _column_row(shape: ModelShape, outputs: int, inputs: int) -> Parameters:
+    """A projection from D whose outputs are split, and one back to D whose inputs are split."""
+    bias = int(shape.linear_bias)
+    return Parameters(
+        sharded=outputs * (shape.hidden_size + bias) + inputs * shape.hidden_size,
+        replicated=bias * shape.hidden_size,
+    )
+
+
+def _norm(shape: ModelShape) -> Parameters:
+    return Parameters(replicated=shape.norm_parameters * shape.hidden_size)
+
+
+def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerSlots) -> float:
+    """Numbers kept for one token's backward pass through one layer, on one rank."""
+    hidden = shape.hidden_size / (layout.tensor if layout.sequence_parallel else 1)
+    if layout.recompute:
+        return hidden
+    tp, ffn, gate_width = layout.tensor, shape.ffn_hidden_size, shape.ffn_hidden_size // 2
+    if slots.mixer == "attention":
+        # q, k, v and the mixed values.
+        mixer = (2 * shape.attention_width + 2 * shape.key_value_width) / tp
+    else:
+        # u before and after the GELU; the normed gate, the mixed one, and the product.
+        mixer = (2 * ffn + 3 * gate_width) / tp
+        # The norm of several heads keeps its result before the weight as well.
+        mixer += gate_width / tp if slots.heads > 1 else 0
+    if slots.mixer == "gating_and_attention":
+        mixer += 4 * shape.tiny_attention_width
+    if slots.mixer == "feature_moe" and shape.prefix_length:
+        mixer += gate_width / tp  # the mixed values before they are scaled
+    channel = 0.0
+    if slots.channel == "mlp":
+        channel = 2 * hidden + (3 if shape.gated_mlp else 2) * ffn / tp
+    elif slots.channel == "token_moe":
+        # The dispatched token; the expert's hidden layer before and after the GELU; and its output,
+        # unless the weight is fixed. GShard's second expert is counted as if it always served.
+        num_kept = 1 if shape.token_router == "hash" else 2
+        expert = num_kept * shape.hidden_size + 2 * shape.moe_ffn_hidden_size / layout.expert_tensor
+        channel = 2 * hidden + shape.moe_router_topk * expert
+    return 2 * hidden + mixer + channel
+
+
+def _activation_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
+    tokens = layout.micro_batch_size * shape.seq_length
+    layers = stage_slots(shape, layout, stage)
+    kept = sum(activation_elements(shape, layout, slots) for slots in layers)
+    # One forward, one backward at a time: earlier stages are ahead by the stages behind them.
+    in_flight = min(layout.num_micro_batches, layout.pipeline - stage)
+    total = in_flight * kept * tokens * layout.value_bytes
+    if stage == layout.pipeline - 1:
+        # The logits, and their exponentials in fp32 for the loss.
+        total += tokens * shape.padded_vocab_size / layout.tensor * (layout.value_bytes + 4)
+    return round(total)
+
+
+def _stage(shape: ModelShape, layout: ParallelLayout, stage: int) -> Footprint:
+    parameters = stage_parameters(shape, layout, stage)
+    dense, experts = parameters.dense_on_rank(layout), parameters.experts_on_rank(layout)
+    per_parameter = _ADAM_BYTES + (_MASTER_BYTES if layout.value_bytes < 4 else 0)
+    spread = layout.distributed_optimizer
+    dense_share = dense // (layout.data if spread else 1)
+    expert_share = experts // (layout.expert_data if spread else 1)
+    return Footprint(
+        parameters=dense + experts,
+        weight_bytes=(dense + experts) * layout.value_bytes,
+        gradient_bytes=(dense + experts) * _GRADIENT_BYTES,
+        optimizer_bytes=(dense_share + expert_share) * per_parameter,
+        activation_bytes=_activation_bytes(shape, layout, stage),
+        tensor_parallel_bytes=_tensor_traffic(shape, layout, stage),
+        pipeline_parallel_bytes=_pipeline_traffic(shape, layout, stage),
+        expert_parallel_bytes=_expert_traffic(shape, layout, stage),
+        data_parallel_bytes=_data_traffic(layout, dense, experts),
+    )
+
+
+def _ring(size: int, ranks: int) -> float:
+    """What a rank sends in an all-reduce, or in a reduce-scatter and an all-gather, of `size`."""
+    return 2 * (ranks - 1) / ranks * size
+
+
+def _hidden_bytes(shape: ModelShape, layout: ParallelLayout) -> int:
+    tokens = layout.micro_batch_size * shape.seq_length
+    return tokens * shape.hidden_size * layout.value_bytes
+
+
+def _tensor_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
+    """Each pair of projections reduces its output forward, its input's gradient backward."""
+    layers = stage_slots(shape, layout, stage)
+    num_pairs = len(layers) + sum(slots.channel == "mlp" for slots in layers)
+    per_pair = 2 * _ring(_hidden_bytes(shape, layout), layout.tensor)
+    return round(num_pairs * per_pair * layout.num_micro_batches)
+
+
+def _pipeline_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
+    """Activations to the next stage, gradients to the one before."""
+    neighbours = (stage > 0) + (stage < layout.pipeline - 1)
+    size = _hidden_bytes(shape, layout)
+    if layout.sequence_parallel:
+        size //= layout.tensor
+    return neighbours * size * layout.num_micro_batches
+
+
+def _expert_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
+    """Tokens to their experts and back, forward and backward; 1/ep of them are there already."""
+    num_moe = sum(slots.channel == "token_moe" for slots in stage_slots(shape, layout, stage))
+    size = _hidden_bytes(shape, layout) * shape.moe_router_topk
+    if layout.sequence_parallel:
+        size //= layout.tensor
+    away = (layout.expert - 1) / layout.expert
+    return round(4 * num_moe * size * away * layout.num_micro_batches)
+
+
+def _data_traffic(layout: ParallelLayout, dense: int, experts: int) -> int:
+    """Gradients in fp32; the distributed optimizer sends weights back in their own precision."""
+    back = layout.value_bytes if layout.distributed_optimizer else _GRADIENT_BYTES
+    per_parameter = (_GRADIENT_BYTES + back) / 2
+    traffic = _ring(dense, layout.data) + _ring(experts, layout.expert_data)
+    return round(traffic * per_parameter)

@@ -1,0 +1,153 @@
+"""Which checkpoint a run starts from: the newest whole one, and the same on all ranks.
+
+Rank 0 decides in which order they are tried; the checksums of one are spread over the ranks. The
+answer goes to Megatron as --ckpt-step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_smlp.checkpoints import integrity
+from megatron_smlp.checkpoints.folders import (
+    TRACKER,
+    is_ours,
+    iteration_folder,
+    loading_order,
+    tidy,
+    tracked_iteration,
+)
+from megatron_smlp.checkpoints.model_record import check_against_checkpoint
+from megatron_smlp.checkpoints.run_record import changes, other_data, read_run_record
+from megatron_smlp.collectives import from_first_rank, gathered
+from megatron_smlp.durable import write_durably
+from megatron_smlp.errors import NoGoodCheckpointError, UsageError
+
+Say = Callable[[str], None]
+
+
+def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
+    """Set --ckpt-step to the checkpoint that is to be loaded, and say what was passed over.
+
+    Collective. Does nothing where there is none, and for formats that are not saved with checksums.
+
+    Raises:
+        NoGoodCheckpointError: there are some, and none may be loaded.
+        UsageError: the one to be loaded holds another model than the flags say, or was trained on
+            other data.
+    """
+    if args.ckpt_format != "torch_dist" or args.auto_detect_ckpt_format:
+        return
+    if args.rank == 0 and args.save:
+        for name in tidy(args.save):
+            say(f"removed {name}, which an interrupted save left in {args.save}")
+    args.load, order = from_first_rank((args.load, _order(args)))
+    if not order:
+        return
+    chosen = _first_good(args, order, say)
+    _tell_changes(args, chosen, say)
+    if not args.finetune:
+        _check_data(args, chosen, say)
+    if chosen == args.ckpt_step:
+        return
+    args.ckpt_step = chosen
+    check_against_checkpoint(args)
+    if args.rank == 0 and _is_same(args.load, args.save) and tracked_iteration(args.load) != chosen:
+        _set_tracker(Path(args.load) / TRACKER, chosen, say)
+
+
+def _set_tracker(tracker: Path, iteration: int, say: Say) -> None:
+    """Megatron is told the iteration by a flag; the file is for who comes next."""
+    try:
+        write_durably(tracker, str(iteration))
+    except OSError as error:
+        say(f"WARNING: {tracker} cannot be set to {iteration}: {error.strerror}")
+
+
+def _order(args: argparse.Namespace) -> list[int]:
+    if not args.load:
+        return []
+    return [args.ckpt_step] if args.ckpt_step else loading_order(args.load)
+
+
+def _is_same(one: str | None, other: str | None) -> bool:
+    return bool(one and other) and Path(str(one)).resolve() == Path(str(other)).resolve()
+
+
+def _first_good(args: argparse.Namespace, order: list[int], say: Say) -> int:
+    """Iteration of the first one without a problem."""
+    refused: list[str] = []
+    for iteration in order:
+        folder = iteration_folder(args.load, iteration)
+        found = problems(folder)
+        if not found:
+            _tell(refused, folder, say)
+            return iteration
+        refused.append(f"{folder} is damaged ({'; '.join(found)})")
+        if args.strict_load or args.ckpt_step:
+            break
+    raise NoGoodCheckpointError(_refusal(args, refused))
+
+
+def _tell(refused: list[str], folder: Path, say: Say) -> None:
+    for text in refused:
+        say(f"WARNING: {text}: it is not loaded")
+    if refused:
+        say(f"WARNING: going on from {folder} instead, the newest that is whole")
+    if not is_ours(folder):
+        say(f"{folder} has no checksums: it was checked for missing and short files only")
+
+
+def _tell_changes(args: argparse.Namespace, iteration: int, say: Say) -> None:
+    record = read_run_record(iteration_folder(args.load, iteration)) if args.rank == 0 else None
+    if record and (found := changes(record, args)):
+        say(f"changed since iteration {iteration}: {', '.join(found)}")
+
+
+def _check_data(args: argparse.Namespace, iteration: int, say: Say) -> None:
+    """Say where a dataset holds something else than it did; go on only if that is allowed."""
+    record = read_run_record(iteration_folder(args.load, iteration)) if args.rank == 0 else None
+    found = from_first_rank(other_data(record, args) if record else [])
+    if not found:
+        return
+    what = f"{', '.join(found)} holds other data than at iteration {iteration} of {args.load}"
+    if not args.allow_data_mismatch:
+        raise UsageError(
+            f"{what}: put the dataset back, or go on with the one that is there by "
+            "--allow-data-mismatch (its samples are then counted on from the old one's)."
+        )
+    say(f"WARNING: {what} (--allow-data-mismatch)")
+
+
+def _refusal(args: argparse.Namespace, refused: list[str]) -> str:
+    if args.ckpt_step:
+        remedy = f"--ckpt-step {args.ckpt_step} asks for it: leave that out, or choose another one"
+    elif args.strict_load:
+        remedy = "without --strict-load an older one is loaded instead"
+    elif _is_same(args.load, args.save):
+        remedy = "restore one of them, or start from scratch with --no-resume"
+    else:
+        remedy = "restore one of them, or give another --load"
+    return f"{'; '.join(refused)}. Nothing was loaded: {remedy}."
+
+
+def problems(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, a sentence each, on every rank the same. Collective."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    sums, found = from_first_rank(_plan(folder) if rank == 0 else None)
+    if not found:
+        share: dict[str, Any] = dict(sorted(sums.items())[rank::size])
+        found = [text for part in gathered(integrity.problems_in(folder, share)) for text in part]
+    return sorted(found)
+
+
+def _plan(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The checksums to compare, or what is known to be wrong already."""
+    if folder.is_dir() and is_ours(folder):
+        return integrity.read_sums(folder)
+    return {}, integrity.verify(folder)

@@ -1,0 +1,232 @@
+"""A checkpoint exists only when it is whole: the steps around Megatron's own writing.
+
+1. `start`: a new hidden folder, which Megatron's writers fill.
+2. `add_share`: each rank leaves the checksums of its own shards in it, with --async-save in the
+   process that wrote them.
+3. `commit`: rank 0 adds the flags, seals the folder with checksums and marker, renames it, moves
+   the tracker, and deletes what retention leaves over.
+
+All ranks take each step together and agree on how it ended, so that a failure on one of them is a
+failure on all, and nobody waits for one that is gone. The folder is shared between nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import shutil
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_smlp.checkpoints import integrity, retention
+from megatron_smlp.checkpoints.folders import (
+    TRACKER,
+    iteration_of,
+    latest_iteration,
+    partial_folder,
+    replace_folder,
+)
+from megatron_smlp.checkpoints.model_record import write_model_flags
+from megatron_smlp.checkpoints.run_record import write_run_record
+from megatron_smlp.collectives import from_first_rank, gathered
+from megatron_smlp.durable import write_durably
+from megatron_smlp.errors import SaveError, UsageError
+
+
+class Listener(Protocol):
+    """Who wants to know how a save ended. Called on every rank."""
+
+    def say(self, text: str) -> None: ...
+
+    def saved(self, *, iteration: int, seconds: float) -> None: ...
+
+
+@dataclass
+class Save:
+    """One that was started and has not ended."""
+
+    partial: Path
+    final: Path
+    began: float
+    trouble: list[str]
+    """What went wrong on this rank where Megatron would leave the others waiting."""
+
+
+class Saving:
+    """The steps for the checkpoints of one run; megatron_patches/checkpointing.py calls them."""
+
+    def __init__(self, args: argparse.Namespace, listener: Listener) -> None:
+        self.args = args
+        self.listener = listener
+        self.open: deque[Save] = deque()
+        self.lost = 0
+        """The latest iteration that could not be saved; 0 where a later one was."""
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """The time of a run. The folder is made now, and is not made again where it vanishes: an
+        unmounted disk's would be another one.
+
+        Raises:
+            UsageError: it cannot be made.
+            SaveError: at the end, where the last checkpoint was lost.
+        """
+        self._make_folder()
+        try:
+            yield
+        except SystemExit as end:  # as by a signal, or --exit-interval
+            if not end.code:
+                self._refuse_loss()
+            raise
+        self._refuse_loss()
+
+    def _make_folder(self) -> None:
+        if self.args.save and self._is_first_rank():
+            try:
+                Path(self.args.save).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"--save {self.args.save} cannot be made: {error.strerror}. Give a folder that "
+                    "can be written to."
+                ) from error
+
+    def _refuse_loss(self) -> None:
+        if self.lost:
+            raise SaveError(
+                f"the last checkpoint, of iteration {self.lost}, could not be saved to "
+                f"{self.args.save}: {left_in(Path(self.args.save))}."
+            )
+
+    def start(self, final: Path) -> Path:
+        """Make the folder that is to be filled. Collective.
+
+        Raises:
+            SaveError: on every rank.
+        """
+        partial, problem = partial_folder(final), None
+        if self._is_first_rank():
+            try:
+                partial.mkdir()
+            except OSError as error:
+                problem = f"{partial.parent}: {error.strerror}"
+        partial, problem = from_first_rank((partial, problem))
+        self.open.append(Save(partial, final, time.perf_counter(), trouble=[]))
+        self._agree([problem] if problem else [])
+        return partial
+
+    def note(self, error: OSError) -> None:
+        """Remember what went wrong on this rank alone, for `commit` to tell the others."""
+        self.open[0].trouble.append(words_of(error))
+
+    def commit(self) -> None:
+        """Seal the oldest save and give it its name. Collective, when all shards are written.
+
+        Raises:
+            SaveError: on every rank; what had the name before is still there.
+        """
+        save = self.open[0]
+        self._agree(save.trouble)
+        self._agree(self._publish(save) if self._is_first_rank() else [])
+        self.open.popleft()
+        seconds = time.perf_counter() - save.began
+        iteration = iteration_of(save.final) or 0
+        if iteration >= self.lost:
+            self.lost = 0
+        self.listener.saved(iteration=iteration, seconds=seconds)
+
+    def _publish(self, save: Save) -> list[str]:
+        try:
+            write_model_flags(self.args, save.partial)
+            write_run_record(self.args, save.partial, iteration=iteration_of(save.final))
+            integrity.seal(save.partial)
+            replace_folder(save.partial, save.final)
+            iteration = iteration_of(save.final)
+            word = save.final.name if iteration is None else str(iteration)
+            write_durably(save.final.parent / TRACKER, word)
+        except OSError as error:
+            return [words_of(error)]
+        if iteration is not None and save.final.parent == Path(self.args.save):
+            self._retain(iteration)
+        return []
+
+    def _retain(self, newest: int) -> None:
+        run, last, every = self.args.save, self.args.keep_last, self.args.keep_every
+        doomed = retention.superfluous(run, newest=newest, last=last, every=every)
+        for problem in retention.delete(run, doomed):
+            self.listener.say(problem)
+
+    def failed(self, save: Save, error: BaseException) -> None:
+        """Clean up after a save; say so, or end the run. Called on every rank.
+
+        Raises:
+            SaveError: where --on-save-failure is stop.
+        """
+        self.open.remove(save)
+        self._remove(save)
+        iteration = iteration_of(save.final) or 0
+        # One that was started earlier may end later, in the background.
+        self.lost = max(self.lost, iteration)
+        message = (
+            f"iteration {iteration} could not be saved to {save.final.parent}: {reason_of(error)}; "
+            f"{left_in(save.final.parent)}"
+        )
+        if self.args.on_save_failure == "stop":
+            for later in self.open:  # still in the background, which ends with the run
+                self._remove(later)
+            raise SaveError(
+                f"{message}. Make room there, or put it back, and start the same command again, or "
+                "let a run go on without by --on-save-failure continue."
+            ) from error
+        self.listener.say(f"{message}. The run goes on (--on-save-failure continue)")
+
+    def _remove(self, save: Save) -> None:
+        if self._is_first_rank():
+            shutil.rmtree(save.partial, ignore_errors=True)
+
+    def _agree(self, problems: list[str]) -> None:
+        """Raise SaveError on every rank where one has a problem. Collective."""
+        found = [problem for rank in gathered(problems) for problem in rank]
+        if found:
+            raise SaveError(found[0])
+
+    def _is_first_rank(self) -> bool:
+        return bool(self.args.rank == 0)
+
+
+def add_share(partial: Path, rank: int) -> None:
+    """Leave the checksums of this rank's shards; where that fails, `commit` computes them."""
+    with contextlib.suppress(OSError):
+        integrity.write_share(partial, rank=rank)
+
+
+def write_and_add_share(
+    write: Callable[..., Any], partial: Path, rank: int, *args: Any, **kwargs: Any
+) -> None:
+    """What a process that writes shards is given to do."""
+    # Ctrl-C reaches every process at the terminal; what to make of it is the training's to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    write(*args, **kwargs)
+    add_share(partial, rank)
+
+
+def left_in(run: Path) -> str:
+    left = latest_iteration(run)
+    return f"the newest there is of iteration {left}" if left is not None else "none is there"
+
+
+def words_of(error: OSError) -> str:
+    """`/run/.iter_0000010.partial-4f1c/__0_0.distcp: No space left on device`"""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+
+
+def reason_of(error: BaseException) -> str:
+    """The innermost words of what torch and Megatron wrap several times."""
+    failures = getattr(error, "failures", None) or {}
+    inner = next((str(failure[0]) for failure in failures.values()), str(error))
+    return re.split(r"error: ", " ".join(inner.split()))[-1][:300]

@@ -1,0 +1,158 @@
+"""Write a checkpoint in Megatron's distributed format, one tensor in memory at a time.
+
+torch's own writer has the same file layout, but keeps every tensor until the last is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_smlp.checkpoints import integrity
+from megatron_smlp.checkpoints.folders import MODEL, RELEASE, RUN, TRACKER, iteration_folder
+from megatron_smlp.conversion.torch_dist import COMMON
+
+SHARD = "__0_0.distcp"
+
+
+class TorchDistWriter:
+    """Appends tensors and objects to one file, and says in `.metadata` where they are.
+
+    Use as a context manager; leaving it without an error completes the checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self.metadata = Metadata(state_dict_metadata={}, storage_data={})
+        self.metadata.storage_meta = StorageMeta(checkpoint_id=str(folder))
+        self.metadata.version = CURRENT_DCP_VERSION
+
+    def __enter__(self) -> TorchDistWriter:
+        self.file: BinaryIO = (self.folder / SHARD).open("wb")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            with contextlib.suppress(OSError):
+                self.file.close()
+            return
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        with (self.folder / ".metadata").open("wb") as file:
+            pickle.dump(self.metadata, file)
+        save_config(CheckpointingConfig("torch_dist"), str(self.folder))
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """A whole tensor; any layout finds its slices in it."""
+        tensor = tensor.contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # torch.save writes the whole storage of a view
+        offsets = torch.Size([0] * tensor.dim())
+        chunk = ChunkStorageMetadata(offsets=offsets, sizes=tensor.shape)
+        self.metadata.state_dict_metadata[name] = TensorStorageMetadata(
+            TensorProperties.create_from_tensor(tensor), tensor.shape, [chunk]
+        )
+        self._append(MetadataIndex(name, offsets), tensor)
+
+    def add_object(self, name: str, value: Any) -> None:
+        """Plain data; Megatron wraps what it saves in lists."""
+        self.metadata.state_dict_metadata[name] = BytesStorageMetadata()
+        self._append(MetadataIndex(name), value)
+
+    def _append(self, index: MetadataIndex, value: Any) -> None:
+        offset = self.file.tell()
+        if isinstance(value, Tensor):
+            try:
+                torch.save(value, self.file)
+            except RuntimeError as error:  # torch closes its archive over what went wrong before
+                if isinstance(error.__context__, OSError | KeyboardInterrupt):
+                    raise error.__context__ from None
+                raise
+        else:
+            box = io.BytesIO()
+            torch.save(value, box)
+            self.file.write(box.getbuffer())
+        length = self.file.tell() - offset
+        self.metadata.storage_data[index] = _StorageInfo(SHARD, offset, length)
+
+
+def write_weights(
+    run: Path,
+    flags: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    objects: Iterable[str],
+    layout: Mapping[str, int],
+    record: Mapping[str, Any],
+) -> None:
+    """A run's folder with one release: weights at iteration 0, without optimizer state.
+
+    Args:
+        flags: for model.json, and for Megatron's own record of arguments.
+        objects: names beside the tensors that the model looks for when it is loaded.
+        layout: parallel sizes, by Megatron's argument names.
+        record: for run.json.
+    """
+    common = {
+        "args": argparse.Namespace(
+            **flags,
+            **layout,
+            add_position_embedding=True,  # Megatron compares its default with that of the run
+            no_save_optim=True,
+            no_save_rng=True,
+            consumed_train_samples=0,
+            consumed_valid_samples=0,
+            skipped_train_samples=0,
+        ),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    }
+    with TorchDistWriter(run / RELEASE) as writer:
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+            del tensor  # before the next one is read
+        for name in objects:
+            writer.add_object(name, [None])
+        writer.add_object(COMMON, [common])
+    finish(run, flags, record, iteration=None)
+
+
+def finish(
+    run: Path, flags: Mapping[str, Any], record: Mapping[str, Any], *, iteration: int | None
+) -> None:
+    """model.json, run.json, checksums and tracker of a run's folder with one checkpoint.
+
+    Args:
+        iteration: None: a release.
+    """
+    folder = run / RELEASE if iteration is None else iteration_folder(run, iteration)
+    for name, content in ((MODEL, flags), (RUN, record)):
+        (folder / name).write_text(json.dumps(dict(content), indent=1) + "\n", encoding="utf-8")
+    integrity.seal(folder)
+    tracked = RELEASE if iteration is None else str(iteration)
+    (run / TRACKER).write_text(tracked, encoding="utf-8")

@@ -1,0 +1,193 @@
+"""Pairs from pairs: merge several into one, split one by documents. Ids are copied in parts."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index, strip_suffix
+from megatron_smlp.data.pairs.manifest import (
+    Manifest,
+    TokenizerRecord,
+    check_manifest_path,
+    check_output_prefix,
+    find_manifest,
+    fingerprint_of,
+)
+from megatron_smlp.data.pairs.writer import PairWriter, publish
+
+COPY_DOCUMENTS = 1 << 16
+WIDER = {np.dtype("uint16"), np.dtype("int32")}
+
+
+def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
+    """Prefixes from folders (every pair in them, sorted) and from prefixes, in this order.
+
+    Raises:
+        DataError: a folder without a pair, a lone `.bin` or `.idx`, or the output as its own input.
+    """
+    found: list[str] = []
+    for name in inputs:
+        # Training keeps its cache in a folder of the pair's own name.
+        is_folder = Path(name).is_dir() and not idx_path(name).is_file()
+        found += _pairs_in(Path(name)) if is_folder else [strip_suffix(name)]
+    if Path(output_prefix).resolve() in {Path(prefix).resolve() for prefix in found}:
+        raise DataError(f"--output-prefix {output_prefix} is one of the inputs; give another name")
+    return found
+
+
+def _pairs_in(folder: Path) -> list[str]:
+    stems = sorted({path.with_suffix("") for path in folder.iterdir() if _is_half(path)})
+    if not stems:
+        raise DataError(f"--input {folder}: the folder holds no .bin/.idx pair")
+    for stem in stems:
+        for path in (bin_path(str(stem)), idx_path(str(stem))):
+            if not path.is_file():
+                raise DataError(f"--input {folder}: {path.name} is missing beside its other half")
+    return [str(stem) for stem in stems]
+
+
+def _is_half(path: Path) -> bool:
+    return path.suffix in (".bin", ".idx") and path.is_file()
+
+
+def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool = False) -> None:
+    """Concatenate pairs, in order, into `output_prefix.bin/.idx`, and their manifests.
+
+    uint16 and int32 pairs merge into int32. Without a manifest for every input, or with tokenizers
+    that differ and are allowed to, the result has no manifest.
+
+    Raises:
+        DataError: a damaged pair, types that do not merge, or tokenizers that differ.
+    """
+    indices = [open_index(prefix) for prefix in prefixes]
+    manifests = [_manifest_of(index) for index in indices]
+    tokenizer_agrees = _check_tokenizers(indices, manifests, allow_mismatch)
+    dtype = _common_dtype(indices)
+    with scratch_folder(output_prefix) as folder:
+        writer = PairWriter(folder / "merged", dtype=dtype)
+        for index in indices:
+            for part in document_parts(index, 0, index.num_documents):
+                copy_documents(index, writer, part)
+        known = [manifest for manifest in manifests if manifest is not None]
+        record = writer.finish(key=_joined(known, "key"), level=_joined(known, "level"))
+        manifest = None
+        if tokenizer_agrees and len(known) == len(indices):
+            manifest = Manifest(
+                tokenizer=known[0].tokenizer,
+                pairs={Path(output_prefix).name: record},
+                sources=[{"pair": index.prefix} for index in indices],
+                counts={"documents": record.documents, "tokens": record.tokens},
+            )
+        publish(
+            {output_prefix: writer}, manifest=manifest, manifest_path=Path(output_prefix + ".json")
+        )
+
+
+def _manifest_of(index: Index) -> Manifest | None:
+    """The manifest, narrowed to this pair, once its fingerprint agrees."""
+    found = find_manifest(index.prefix)
+    if found is None:
+        return None
+    path, manifest = found
+    pair = manifest.pairs[Path(index.prefix).name]
+    if fingerprint_of(bin_path(index.prefix), idx_path(index.prefix)) != pair.fingerprint:
+        raise DataError(f"{index.prefix!r} is not what its manifest {path} describes; validate it")
+    return replace(manifest, pairs={Path(index.prefix).name: pair})
+
+
+def _check_tokenizers(
+    indices: list[Index], manifests: list[Manifest | None], allow_mismatch: bool
+) -> bool:
+    first: tuple[str, Manifest] | None = None
+    for index, manifest in zip(indices, manifests, strict=True):
+        if manifest is None:
+            continue
+        if first is None:
+            first = index.prefix, manifest
+        elif manifest.tokenizer != first[1].tokenizer:
+            if allow_mismatch:
+                return False
+            raise DataError(
+                f"{index.prefix!r} and {first[0]!r} were not written with the same tokenizer "
+                f"settings ({_differences(manifest.tokenizer, first[1].tokenizer)}); preprocess "
+                f"one of them again, or pass --allow-tokenizer-mismatch if the ids mean the same"
+            )
+    return True
+
+
+def _differences(ours: TokenizerRecord, theirs: TokenizerRecord) -> str:
+    other = asdict(theirs)
+    return ", ".join(
+        f"{name} {value} against {other[name]}"
+        for name, value in asdict(ours).items()
+        if value != other[name]
+    )
+
+
+def _common_dtype(indices: list[Index]) -> np.dtype[Any]:
+    kinds = {index.dtype for index in indices}
+    if len(kinds) == 1:
+        return kinds.pop()
+    if kinds <= WIDER:
+        return np.dtype("int32")
+    names = ", ".join(sorted(f"{index.prefix!r}: {index.dtype}" for index in indices))
+    raise DataError(f"only uint16 and int32 pairs merge with one another, not {names}")
+
+
+def _joined(manifests: list[Manifest], name: str) -> str:
+    values = {getattr(pair, name) for manifest in manifests for pair in manifest.pairs.values()}
+    return "+".join(sorted(values)) or "document"
+
+
+@contextmanager
+def scratch_folder(output_prefix: str) -> Iterator[Path]:
+    """An empty folder beside the output, gone afterwards.
+
+    Raises:
+        DataError: the manifest would replace a file that is none.
+    """
+    check_output_prefix(output_prefix)
+    check_manifest_path(Path(output_prefix + ".json"))
+    folder = Path(output_prefix + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def document_parts(index: Index, first: int, last: int) -> Iterator[range]:
+    """Cut documents `first` to `last` (without it) into ranges of a bounded number."""
+    for start in range(first, last, COPY_DOCUMENTS):
+        yield range(start, min(start + COPY_DOCUMENTS, last))
+
+
+def copy_documents(index: Index, writer: PairWriter, documents: range) -> None:
+    """Append a range of consecutive documents of `index`."""
+    starts = index.documents[documents.start : documents.stop + 1]
+    lengths = index.lengths[starts[0] : starts[-1]]
+    begin = _first_token(index, int(starts[0]))
+    ends = begin + np.cumsum(lengths, dtype=np.int64)
+    pointers = index.pointers[starts[0] : starts[-1]]
+    if (np.diff(starts) < 0).any() or not np.array_equal(
+        pointers[1:], ends[:-1] * index.dtype.itemsize
+    ):
+        raise DataError(
+            f"{idx_path(index.prefix)} is damaged; see tools/inspect_dataset.py validate"
+        )
+    ids: NDArray[Any] = index.tokens()[begin : begin + int(lengths.sum(dtype=np.int64))]
+    writer.write(ids, lengths=lengths, sequences=np.diff(starts))
+
+
+def _first_token(index: Index, sequence: int) -> int:
+    if sequence == index.num_sequences:
+        return index.expected_bin_bytes // index.dtype.itemsize
+    return int(index.pointers[sequence]) // index.dtype.itemsize

@@ -1,0 +1,195 @@
+"""The command line of `tools/inspect_dataset.py`: show, validate, split, sample, stats."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_smlp.command_line import Parser, flag_of
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec, add_tokenizer_arguments
+
+if TYPE_CHECKING:
+    from megatron_smlp.data.pairs.indexed import Index
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(description="Look into, check and cut .bin/.idx pairs.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_command(commands, "show", "header, counts, origin")
+    check = _add_command(commands, "validate", "check every byte; exit 0 or 1")
+    check.add_argument("--vocab-size", type=int, metavar="ENTRIES", help="ids must be below it")
+    _add_split(commands)
+    _add_sample(commands)
+    stats = _add_command(commands, "stats", "document lengths")
+    stats.add_argument("--png", metavar="FILE", help="draw the histogram")
+    stats.add_argument("--seq-length", type=int, metavar="TOKENS", help="count samples of it")
+    return parser
+
+
+def _add_command(
+    commands: "argparse._SubParsersAction[Parser]", name: str, summary: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    command.add_argument("prefix", metavar="PREFIX", help="path of the pair without .bin/.idx")
+    return command
+
+
+def _add_split(commands: "argparse._SubParsersAction[Parser]") -> None:
+    split = _add_command(commands, "split", "cut into train, valid and test between documents")
+    split.add_argument("--output-prefix", metavar="PREFIX", help="default: the pair's own prefix")
+    split.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        default=[0.969, 0.03, 0.001],
+        metavar="SHARE",
+        help="shares of train, valid, test (default 0.969 0.03 0.001)",
+    )
+    split.add_argument("--by", choices=["documents", "tokens"], default="tokens")
+    split.add_argument(
+        "--seed", type=int, help="pick documents at random (default: cut them in their order)"
+    )
+
+
+def _add_sample(commands: "argparse._SubParsersAction[Parser]") -> None:
+    sample = _add_command(commands, "sample", "documents as text (with tokenizer flags) or ids")
+    sample.add_argument("--documents", nargs="+", type=int, metavar="N", help="from 0")
+    sample.add_argument("--count", type=int, default=3, help="of random documents (default 3)")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--max-tokens", type=int, default=100, help="of each (default 100)")
+    add_tokenizer_arguments(sample, required=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; `run_tool` shows the errors."""
+    args = build_parser().parse_args(argv)
+    commands = {
+        "show": _show,
+        "validate": _validate,
+        "split": _split,
+        "sample": _sample,
+        "stats": _stats,
+    }
+    return commands[args.command](args)
+
+
+def _open(args: argparse.Namespace) -> "Index":
+    from megatron_smlp.data.pairs.indexed import open_index, strip_suffix
+
+    return open_index(strip_suffix(args.prefix))
+
+
+def _show(args: argparse.Namespace) -> int:
+    from megatron_smlp.data.pairs.indexed import bin_path, idx_path
+
+    index = _open(args)
+    sizes = [path(index.prefix).stat().st_size for path in (bin_path, idx_path)]
+    rows = {
+        "token ids": f"{index.num_tokens:,} of {index.dtype}",
+        "documents": f"{index.num_documents:,}",
+        "sequences": f"{index.num_sequences:,}",
+        "bytes": f"{sizes[0]:,} (.bin), {sizes[1]:,} (.idx)",
+    }
+    rows |= _origin(index.prefix)
+    for name, value in rows.items():
+        print(f"{name:<16} {value}")
+    return 0
+
+
+def _origin(prefix: str) -> dict[str, str]:
+    """What the manifest knows, as rows to show."""
+    from megatron_smlp.data.pairs.manifest import find_manifest
+
+    found = find_manifest(prefix)
+    if found is None:
+        return {"manifest": "none"}
+    path, manifest = found
+    written, pair = manifest.tokenizer, manifest.pairs[Path(prefix).name]
+    return {
+        "manifest": str(path),
+        "tokenizer": f"{written.type}, {written.vocab_size:,} entries, eod {written.eod}",
+        "vocabulary": str(written.identity),
+        "end of document": "appended" if written.append_eod else "not appended",
+        "key, level": f"{pair.key}, {pair.level}",
+        "sources": ", ".join(str(next(iter(row.values()))) for row in manifest.sources),
+    }
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from megatron_smlp.data.pairs.validation import validate
+
+    failed = 0
+    for finding in validate(args.prefix, vocab_size=args.vocab_size):
+        print(f"{'FAILED' if finding.problem else 'ok':<7} {finding.rule}", flush=True)
+        if finding.problem:
+            print(f"        {finding.problem}")
+            failed += 1
+    return 1 if failed else 0
+
+
+def _split(args: argparse.Namespace) -> int:
+    from megatron_smlp.data.pairs.indexed import open_index, strip_suffix
+    from megatron_smlp.data.pairs.splitting import split
+
+    prefix = strip_suffix(args.prefix)
+    output = args.output_prefix or prefix
+    parts = split(prefix, output_prefix=output, weights=args.weights, by=args.by, seed=args.seed)
+    for name, documents in parts.items():
+        if documents:
+            tokens = open_index(f"{output}_{name}").num_tokens
+            print(f"{output}_{name}: {documents:,} documents, {tokens:,} tokens")
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    import random
+
+    index = _open(args)
+    for name in ("count", "max_tokens"):
+        if getattr(args, name) < 1:
+            raise DataError(f"{flag_of(name)} {getattr(args, name)}: 1 or more is expected")
+    encoder = TokenizerSpec.from_arguments(args).resolve().build() if args.tokenizer_type else None
+    count = min(args.count, index.num_documents)
+    chosen = args.documents
+    if chosen is None:
+        chosen = sorted(random.Random(args.seed).sample(range(index.num_documents), count))
+    for number in chosen:
+        if not 0 <= number < index.num_documents:
+            raise DataError(f"--documents {number}: there are 0 to {index.num_documents - 1}")
+        ids = index.document(number)
+        shown = ids[: args.max_tokens].tolist()
+        body = encoder.decode(shown) if encoder else " ".join(map(str, shown))
+        more = f" (first {len(shown):,})" if len(shown) < len(ids) else ""
+        print(f"--- document {number:,}: {len(ids):,} tokens{more}\n{body}")
+    return 0
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from megatron_smlp.data.pairs.statistics import (
+        histogram_lines,
+        length_statistics,
+        save_histogram,
+    )
+    from megatron_smlp.data.pairs.validation import require_sound_index
+
+    index = _open(args)
+    require_sound_index(index)
+    statistics = length_statistics(index)
+    print(
+        f"{statistics.num_documents:,} documents, {statistics.num_tokens:,} tokens, "
+        f"{statistics.mean:,.1f} a document, {statistics.num_empty:,} empty"
+    )
+    quantiles = [f"{share:.0%} {value:,}" for share, value in statistics.quantiles.items()]
+    print(f"quantiles of tokens a document: {', '.join(quantiles)}")
+    print("\n".join(histogram_lines(statistics)))
+    if args.seq_length is not None:
+        if args.seq_length < 1:
+            raise DataError(f"--seq-length {args.seq_length}: 1 or more is expected")
+        # Megatron's samples are T + 1 tokens that overlap by one.
+        samples = max(statistics.num_tokens - 1, 0) // args.seq_length
+        print(f"{samples:,} samples of {args.seq_length:,} tokens an epoch")
+    if args.png:
+        save_histogram(statistics, Path(args.png), title=Path(args.prefix).name)
+        print(f"histogram: {args.png}")
+    return 0

@@ -1,0 +1,103 @@
+"""One pair into train, valid and test, cut between documents."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.pairs.combining import copy_documents, document_parts, scratch_folder
+from megatron_smlp.data.pairs.indexed import Index, open_index
+from megatron_smlp.data.pairs.manifest import check_manifest_path, find_manifest
+from megatron_smlp.data.pairs.statistics import document_lengths
+from megatron_smlp.data.pairs.validation import require_sound_index
+from megatron_smlp.data.pairs.writer import PairWriter, publish
+
+NAMES = ("train", "valid", "test")
+
+
+def split(
+    prefix: str, *, output_prefix: str, weights: Sequence[float], by: str, seed: int | None = None
+) -> dict[str, int]:
+    """Write `OUTPUT_train`, `OUTPUT_valid` and `OUTPUT_test`; documents in each.
+
+    Args:
+        weights: shares of the three, of any sum; 0 leaves one out.
+        by: what the shares count, "documents" or "tokens".
+        seed: None cuts the documents in their order; a number picks them at random, and keeps
+            their order within each part.
+
+    Raises:
+        DataError: bad weights, a damaged pair, or too few documents.
+    """
+    index = open_index(prefix)
+    require_sound_index(index)
+    shares = _shares(weights)
+    part_of = _assign(index, shares, by=by, seed=seed)
+    counts = np.bincount(part_of, minlength=len(NAMES))
+    for name, share, count in zip(NAMES, shares, counts, strict=True):
+        if share > 0 and count == 0:
+            raise DataError(
+                f"--weights: {name} would get no document of {index.num_documents}; give it more"
+            )
+    _write_parts(index, part_of, output_prefix)
+    return dict(zip(NAMES, counts.tolist(), strict=True))
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    is_sound = all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
+    if not 1 <= len(weights) <= len(NAMES) or not is_sound:
+        raise DataError(
+            f"--weights {' '.join(map(str, weights))}: one to three numbers of 0 or more are "
+            f"expected, for {', '.join(NAMES)}, and one of them above 0"
+        )
+    padded = [*weights, 0.0, 0.0][: len(NAMES)]
+    return [weight / sum(padded) for weight in padded]
+
+
+def _assign(index: Index, shares: list[float], *, by: str, seed: int | None) -> NDArray[np.int8]:
+    """<int8>[documents], the part of each."""
+    count = index.num_documents
+    order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
+    sizes = np.ones(count, dtype=np.int64) if by == "documents" else document_lengths(index)
+    # A document belongs to the part in which its middle lies.
+    middles = np.cumsum(sizes[order]) - sizes[order] / 2
+    borders = np.cumsum(shares)[:-1] * sizes.sum()
+    part_of = np.empty(count, dtype=np.int8)
+    part_of[order] = np.searchsorted(borders, middles, side="right")
+    return part_of
+
+
+def _write_parts(index: Index, part_of: NDArray[np.int8], output_prefix: str) -> None:
+    found = find_manifest(index.prefix)
+    with scratch_folder(output_prefix) as folder:
+        for number in np.unique(part_of).tolist():
+            name = NAMES[number]
+            writer = PairWriter(folder / name, dtype=index.dtype)
+            for run in _runs(part_of == number):
+                for documents in document_parts(index, run.start, run.stop):
+                    copy_documents(index, writer, documents)
+            target = f"{output_prefix}_{name}"
+            check_manifest_path(Path(target + ".json"))
+            old = found[1].pairs[Path(index.prefix).name] if found else None
+            record = writer.finish(
+                key=old.key if old else "text", level=old.level if old else "document"
+            )
+            manifest = found and replace(
+                found[1],
+                pairs={Path(target).name: record},
+                sources=[{"pair": index.prefix}],
+                counts={"documents": record.documents, "tokens": record.tokens},
+            )
+            publish(
+                {target: writer}, manifest=manifest or None, manifest_path=Path(target + ".json")
+            )
+
+
+def _runs(chosen: NDArray[np.bool_]) -> list[range]:
+    """Ranges of consecutive chosen documents."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], chosen.astype(np.int8), [0]))))
+    return [range(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]

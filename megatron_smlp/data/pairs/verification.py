@@ -1,0 +1,122 @@
+"""What training checks before it starts: quick at any size, one readable line on failure."""
+
+from pathlib import Path
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.pairs.content import WHOLE_BYTES
+from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index, strip_suffix
+from megatron_smlp.data.pairs.manifest import (
+    Manifest,
+    PairRecord,
+    find_manifest,
+    fingerprint_of,
+    sha256_of,
+)
+from megatron_smlp.data.pairs.validation import check_ids, check_index
+
+
+def verify_for_training(
+    prefix: str,
+    tokenizer_identity: str | None = None,
+    *,
+    vocab_size: int | None = None,
+    override_flag: str = "--allow-tokenizer-mismatch",
+) -> None:
+    """Refuse a dataset that training would misread.
+
+    Reads all of the index, and the manifest where there is one (data from other tools has none,
+    which is no error). A `.bin` of up to 256 MiB is checked whole, a larger one by the manifest's
+    fingerprint of its first and last MiB.
+
+    Args:
+        prefix: path of the pair without `.bin`/`.idx`.
+        tokenizer_identity: `tokenizers.identity_from_arguments(args)` of the training run; None
+            skips the comparison of vocabularies.
+        vocab_size: entries of the training vocabulary, before padding; None skips the check.
+        override_flag: the training flag that the message names as the way around a mismatch.
+
+    Raises:
+        DataError: (a ValueError) missing or damaged files, changed since they were written,
+            another tokenizer, or ids outside of the vocabulary.
+    """
+    index = open_index(strip_suffix(prefix))
+    if index.num_sequences == 0:
+        raise DataError(f"the dataset {prefix!r} holds no tokens; preprocess a corpus with text")
+    _check_whole_index(index)
+    found = find_manifest(index.prefix)
+    if found is not None:
+        path, manifest = found
+        _check_unchanged(index, manifest, path)
+        _check_tokenizer(index, manifest, path, tokenizer_identity, override_flag)
+    if vocab_size is not None:
+        _check_vocabulary(index, found[1] if found else None, vocab_size)
+
+
+def _check_whole_index(index: Index) -> None:
+    for finding in check_index(index):
+        if finding.problem:
+            raise DataError(
+                f"{idx_path(index.prefix)} is damaged: {finding.problem}; preprocess again"
+            )
+
+
+def _check_unchanged(index: Index, manifest: Manifest, manifest_path: Path) -> None:
+    pair = manifest.pairs[Path(index.prefix).name]
+    if index.dtype.name != pair.dtype:
+        raise DataError(
+            f"{idx_path(index.prefix)} says {index.dtype} ids, but its manifest {manifest_path} "
+            f"says {pair.dtype}: the index was damaged or replaced; preprocess again"
+        )
+    if not _same_bytes(index, pair):
+        raise DataError(
+            f"the dataset {index.prefix!r} is not what its manifest {manifest_path} describes: a "
+            f"file was damaged or swapped; see tools/inspect_dataset.py validate"
+        )
+
+
+def _same_bytes(index: Index, pair: PairRecord) -> bool:
+    if fingerprint_of(bin_path(index.prefix), idx_path(index.prefix)) != pair.fingerprint:
+        return False
+    if sha256_of(idx_path(index.prefix)) != pair.idx_sha256:
+        return False
+    is_long = bin_path(index.prefix).stat().st_size > WHOLE_BYTES
+    return is_long or sha256_of(bin_path(index.prefix)) == pair.bin_sha256
+
+
+def _check_tokenizer(
+    index: Index, manifest: Manifest, path: Path, identity: str | None, override_flag: str
+) -> None:
+    written = manifest.tokenizer
+    if identity is None or written.identity is None or identity == written.identity:
+        return
+    raise DataError(
+        f"the dataset {index.prefix!r} was written with another tokenizer ({written.type}, "
+        f"{written.vocab_size} entries, vocabulary {written.identity[:12]}) than this run has "
+        f"(vocabulary {identity[:12]}), see {path}; give the same tokenizer, preprocess again, "
+        f"or pass {override_flag} if the ids mean the same"
+    )
+
+
+def _check_vocabulary(index: Index, manifest: Manifest | None, vocab_size: int) -> None:
+    """By the largest id that the manifest knows, else by the ids of a small dataset."""
+    if manifest is None:
+        if bin_path(index.prefix).stat().st_size <= WHOLE_BYTES:
+            _check_small(index, vocab_size)
+        return
+    max_id = manifest.pairs[Path(index.prefix).name].max_id
+    if max_id >= vocab_size:
+        raise DataError(
+            f"the dataset {index.prefix!r} holds token id {max_id}, but this run's vocabulary has "
+            f"only the ids 0 to {vocab_size - 1}; train with the tokenizer that wrote the data "
+            f"({manifest.tokenizer.type}, {manifest.tokenizer.vocab_size} entries)"
+        )
+
+
+def _check_small(index: Index, vocab_size: int) -> None:
+    try:
+        check_ids(index, vocab_size)
+    except DataError as error:
+        raise DataError(
+            f"the dataset {index.prefix!r} is not for this run's vocabulary of {vocab_size} "
+            f"entries, or damaged: {error}"
+        ) from None

@@ -1,0 +1,179 @@
+"""Writing one `.bin`/`.idx` pair through flat files that only grow, and giving pairs their names.
+
+    STEM.bin        token ids
+    STEM.lengths    int32, tokens of each sequence
+    STEM.sequences  int32, sequences of each document
+    STEM.idx        made from the two above at the end
+
+Memory does not grow with the data, and a crash loses at most what came after the last `commit`.
+"""
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.pairs.indexed import bin_path, idx_path, in_parts, write_index
+from megatron_smlp.data.pairs.manifest import Manifest, PairRecord, fingerprint_of, sha256_of
+from megatron_smlp.durable import naming_errors
+
+STREAMS = ("bin", "lengths", "sequences")
+INT32_MAX = np.iinfo(np.int32).max
+
+
+def append_to(path: Path, *, committed: int) -> BinaryIO:
+    """Open `path` at `committed` bytes, without what a crash left behind them.
+
+    Raises:
+        DataError: the file is shorter than that.
+    """
+    stream = path.open("ab")
+    if stream.tell() < committed:
+        raise DataError(f"{path} is shorter than its journal says; start again without --resume")
+    stream.truncate(committed)
+    return stream
+
+
+def flush_to_disk(stream: BinaryIO) -> int:
+    """Flush, and the size of the file in bytes."""
+    stream.flush()
+    os.fsync(stream.fileno())
+    return stream.tell()
+
+
+class PairWriter:
+    """Appends documents to the files of one pair."""
+
+    def __init__(
+        self,
+        stem: Path,
+        *,
+        dtype: np.dtype[Any],
+        committed: dict[str, int] | None = None,
+        max_id: int = -1,
+    ) -> None:
+        """Args:
+        committed: bytes of each stream at the last commit; None starts from nothing.
+        """
+        sizes = committed or dict.fromkeys(STREAMS, 0)
+        self.stem, self.dtype, self.max_id = stem, dtype, max_id
+        self.files = {name: append_to(self.path(name), committed=sizes[name]) for name in STREAMS}
+        with self.path("bin").open("rb") as stream:
+            self.digest = hashlib.file_digest(stream, "sha256")
+
+    def path(self, stream: str) -> Path:
+        return self.stem.with_name(f"{self.stem.name}.{stream}")
+
+    def write(
+        self,
+        ids: NDArray[Any],
+        *,
+        lengths: NDArray[np.integer[Any]],
+        sequences: NDArray[np.integer[Any]],
+    ) -> None:
+        """Append documents.
+
+        Args:
+            ids: <int>[tokens], within the range of the pair's dtype.
+            lengths: <int>[sequences], tokens of each.
+            sequences: <int>[documents], sequences of each.
+
+        Raises:
+            DataError: one sequence has more tokens than the format can count.
+        """
+        if len(lengths) and lengths.max() > INT32_MAX:
+            raise DataError(f"a sequence of {lengths.max()} tokens; the limit is {INT32_MAX}")
+        with naming_errors(self.path("bin")):
+            for part in in_parts(ids):
+                raw = part.astype(self.dtype).tobytes()
+                self.digest.update(raw)
+                self.files["bin"].write(raw)
+                self.max_id = max(self.max_id, int(part.max()))
+            self.files["lengths"].write(lengths.astype("<i4").tobytes())
+            self.files["sequences"].write(sequences.astype("<i4").tobytes())
+
+    def commit(self) -> dict[str, int]:
+        """Bring everything to the disk; bytes of each stream."""
+        with naming_errors(self.path("bin")):
+            return {name: flush_to_disk(stream) for name, stream in self.files.items()}
+
+    def close(self) -> None:
+        """What counts is committed; where it could not be, its error is known."""
+        for stream in self.files.values():
+            with contextlib.suppress(OSError):
+                stream.close()
+
+    def finish(self, *, key: str, level: str) -> PairRecord:
+        """Close the files and write the index; the pair's record for the manifest."""
+        self.commit()
+        self.close()
+        lengths, sequences = _read_flat(self.path("lengths")), _read_flat(self.path("sequences"))
+        data, index = self.path("bin"), self.path("idx")
+        with naming_errors(index):
+            write_index(index, dtype=self.dtype, lengths=lengths, sequences_per_document=sequences)
+        return PairRecord(
+            key=key,
+            level=level,
+            dtype=self.dtype.name,
+            documents=len(sequences),
+            sequences=len(lengths),
+            tokens=data.stat().st_size // self.dtype.itemsize,
+            max_id=self.max_id,
+            bin_bytes=data.stat().st_size,
+            idx_bytes=index.stat().st_size,
+            bin_sha256=self.digest.hexdigest(),
+            idx_sha256=sha256_of(index),
+            fingerprint=fingerprint_of(data, index),
+        )
+
+
+def _read_flat(path: Path) -> NDArray[np.int32]:
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype="<i4")
+    return np.memmap(path, dtype="<i4", mode="r")
+
+
+def place(source: Path, target: Path) -> None:
+    """Give a finished file its name, at once.
+
+    The file stays under its first name too, so that publishing can be repeated after a crash in
+    the middle; where the file system knows no links it is moved.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(source)
+    except OSError:
+        source.replace(target)
+        return
+    try:
+        temporary.replace(target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def publish(
+    writers: dict[str, PairWriter], *, manifest: Manifest | None, manifest_path: Path
+) -> None:
+    """Give finished pairs their names: `.idx` last of a pair, the manifest last of all.
+
+    Files of an older run go first: a crash in between must not leave a mixed pair.
+
+    Args:
+        writers: by the final prefix of the pair.
+        manifest: None where the origin of the ids is not known.
+    """
+    manifest_path.unlink(missing_ok=True)
+    for prefix in writers:
+        idx_path(prefix).unlink(missing_ok=True)
+    for prefix, writer in writers.items():
+        place(writer.path("bin"), bin_path(prefix))
+        place(writer.path("idx"), idx_path(prefix))
+    if manifest is not None:
+        manifest.write(manifest_path)

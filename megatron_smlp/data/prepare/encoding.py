@@ -1,0 +1,157 @@
+"""From a chunk of records to flat arrays of ids: the work of one worker process.
+
+Megatron's rules: a sequence without ids is dropped, and the end-of-document id is added to the
+last sequence of a document that has ids. A document without ids in every key is counted and left
+out; with several keys, an empty one keeps an empty document so that the pairs stay aligned.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.pairs.indexed import optimal_dtype
+from megatron_smlp.data.prepare.records import Rejection, parse_chunk
+from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter
+from megatron_smlp.data.prepare.sources import Chunk
+from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, UnencodableTextError
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """What decides the ids, beside the text; picklable, so that workers get it."""
+
+    tokenizer: Tokenizer
+    keys: tuple[str, ...]
+    append_eod: bool
+    sentences: SentenceSettings | None
+    """None: a document is one sequence."""
+
+
+@dataclass(frozen=True)
+class EncodedKey:
+    """Ids of one key of a chunk."""
+
+    ids: NDArray[Any]
+    """<uint16 or int32>[tokens]."""
+    lengths: NDArray[np.int32]
+    """<int32>[sequences], tokens."""
+    sequences: NDArray[np.int32]
+    """<int32>[documents], sequences of each."""
+
+
+@dataclass
+class EncodedChunk:
+    """What a worker sends back."""
+
+    keys: list[EncodedKey] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+    num_documents: int = 0
+    num_empty: int = 0
+
+
+class ChunkEncoder:
+    """Encodes chunks with a tokenizer built for this process."""
+
+    def __init__(self, settings: EncodingSettings) -> None:
+        self.settings = settings
+        self.encoder: Encoder = settings.tokenizer.build()
+        self.splitter = Splitter(settings.sentences) if settings.sentences else None
+        self.dtype = optimal_dtype(settings.tokenizer.vocab_size)
+
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        result = EncodedChunk()
+        documents: list[tuple[int, tuple[str, ...]]] = []
+        for record in parse_chunk(chunk, self.settings.keys):
+            if isinstance(record, Rejection):
+                result.rejections.append(record)
+            elif any(record[1]):
+                documents.append(record)
+            else:
+                result.num_empty += 1
+        chunk.release()
+        self._encode_documents(chunk, documents, result)
+        return result
+
+    def _encode_documents(
+        self, chunk: Chunk, documents: list[tuple[int, tuple[str, ...]]], result: EncodedChunk
+    ) -> None:
+        try:
+            columns = [self._encode_texts(texts) for texts in _columns(documents, self.settings)]
+        except UnencodableTextError:
+            documents = self._without_unencodable(chunk, documents, result)
+            columns = [self._encode_texts(texts) for texts in _columns(documents, self.settings)]
+        used = np.logical_or.reduce([counts > 0 for _, _, counts in columns])
+        result.num_empty += int(len(documents) - used.sum())
+        result.num_documents = int(used.sum())
+        # Empty documents hold no ids and no sequences: only their counts are taken out.
+        result.keys = [self._finish(ids, lengths, counts[used]) for ids, lengths, counts in columns]
+
+    def _encode_texts(
+        self, texts: Sequence[str]
+    ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+        """Ids, length of each sequence that has ids, and number of those in each document."""
+        parts = [self._sequences(text) for text in texts]
+        sizes = np.fromiter((len(row) for row in parts), dtype=np.int64, count=len(parts))
+        if not sizes.any():
+            return np.empty(0, np.int64), np.empty(0, np.int64), np.zeros(len(parts), np.int64)
+        ids, lengths = self.encoder.encode_batch([part for row in parts for part in row])
+        rows = np.repeat(np.arange(len(parts)), sizes)
+        counts = np.bincount(rows[lengths > 0], minlength=len(parts))
+        return ids, lengths[lengths > 0], counts
+
+    def _sequences(self, text: str) -> list[str]:
+        if not text:
+            return []
+        return self.splitter.split(text) if self.splitter else [text]
+
+    def _finish(
+        self, ids: NDArray[Any], lengths: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> EncodedKey:
+        max_id = int(ids.max()) if len(ids) else -1
+        if max_id > np.iinfo(self.dtype).max:
+            size = self.settings.tokenizer.vocab_size
+            raise DataError(
+                f"the tokenizer gave id {max_id}, but says that it has {size} entries, whose ids "
+                f"are stored as {self.dtype}; give its true --vocab-size"
+            )
+        ids = ids.astype(self.dtype)
+        if self.settings.append_eod:
+            ids, lengths = self._append_eod(ids, lengths, counts)
+        return EncodedKey(ids, lengths.astype(np.int32), counts.astype(np.int32))
+
+    def _append_eod(
+        self, ids: NDArray[Any], lengths: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        last = np.cumsum(counts)[counts > 0] - 1
+        ends = np.cumsum(lengths)[last]
+        longer = lengths.copy()
+        longer[last] += 1
+        return np.insert(ids, ends, self.dtype.type(self.settings.tokenizer.eod)), longer
+
+    def _without_unencodable(
+        self, chunk: Chunk, documents: list[tuple[int, tuple[str, ...]]], result: EncodedChunk
+    ) -> list[tuple[int, tuple[str, ...]]]:
+        kept = []
+        for line, texts in documents:
+            try:
+                self._encode_texts(texts)
+            except UnencodableTextError as error:
+                excerpt = texts[0][:200]
+                result.rejections.append(
+                    Rejection(chunk.file, line, "not_encodable", str(error), excerpt)
+                )
+            else:
+                kept.append((line, texts))
+        result.rejections.sort(key=lambda rejection: rejection.line)
+        return kept
+
+
+def _columns(
+    documents: list[tuple[int, tuple[str, ...]]], settings: EncodingSettings
+) -> list[list[str]]:
+    """The texts of each key."""
+    return [[texts[number] for _, texts in documents] for number in range(len(settings.keys))]

@@ -1,0 +1,194 @@
+"""A dataset under construction: `PREFIX.partial/`, committed shard by shard, published at the end.
+
+The folder holds the growing files of each key's pair, the rejected records, and a journal: how far
+into the input, and how long each file was then. What lies beyond the journal after a crash is cut
+off by a resumed run.
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.pairs.manifest import (
+    Manifest,
+    PairRecord,
+    check_manifest_path,
+    check_output_prefix,
+)
+from megatron_smlp.data.pairs.writer import PairWriter, append_to, flush_to_disk, place, publish
+from megatron_smlp.data.prepare.encoding import EncodedChunk
+from megatron_smlp.data.prepare.records import Rejection
+from megatron_smlp.data.prepare.sources import Position
+from megatron_smlp.durable import naming_errors, write_durably
+
+
+@dataclass
+class Counts:
+    """What has been written so far."""
+
+    documents: int = 0
+    tokens: int = 0
+    empty: int = 0
+    text_bytes: int = 0
+    """Uncompressed input, bytes."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """By reason."""
+
+    @property
+    def num_rejected(self) -> int:
+        return sum(self.rejected.values())
+
+
+@dataclass
+class Journal:
+    """The last commit."""
+
+    settings: str
+    """Digest of everything that decides the bytes; a resumed run must have the same."""
+    position: Position = field(default_factory=Position)
+    pair_sizes: list[dict[str, int] | None] = field(default_factory=list)
+    """Bytes of each stream of each key's pair."""
+    max_ids: list[int] = field(default_factory=list)
+    rejected_size: int = 0
+    """Bytes of the list of rejected records."""
+    counts: Counts = field(default_factory=Counts)
+    text_bytes: dict[str, int] = field(default_factory=dict)
+    """Uncompressed bytes read of each input, by its number."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Journal":
+        body = json.loads(path.read_text(encoding="utf-8"))
+        body["position"] = Position(**body["position"])
+        body["counts"] = Counts(**body["counts"])
+        return cls(**body)
+
+
+class PartialOutput:
+    """Use as a context manager; it holds the folder's lock and its open files."""
+
+    def __init__(
+        self, prefix: str, *, keys: tuple[str, ...], level: str, dtype: np.dtype[Any]
+    ) -> None:
+        self.prefix, self.keys, self.level, self.dtype = prefix, keys, level, dtype
+        self.folder = Path(prefix + ".partial")
+        self.writers: list[PairWriter] = []
+        self.journal = Journal(settings="")
+
+    def __enter__(self) -> "PartialOutput":
+        check_output_prefix(self.prefix)
+        check_manifest_path(Path(self.prefix + ".json"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.folder / "lock").open("wb")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.close()
+            raise DataError(
+                f"another process is writing {self.prefix!r} (it holds {self.folder}/lock); wait "
+                f"for it, or give another --output-prefix"
+            ) from None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for writer in self.writers:
+            writer.close()
+        if self.writers:
+            with contextlib.suppress(OSError):  # As for the writers: its error is known.
+                self.rejected.close()
+        self.lock.close()
+        if error[0] is not None and not (self.folder / "journal.json").is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)  # Nothing to go on from.
+
+    def start(self, settings: str, *, resume: bool) -> Position:
+        """Open the files, at the last commit if `resume`; the place in the input to go on from.
+
+        Raises:
+            DataError: the folder was left by a run with other settings or inputs.
+        """
+        journal_path = self.folder / "journal.json"
+        num_keys = len(self.keys)
+        self.journal = Journal(settings, pair_sizes=[None] * num_keys, max_ids=[-1] * num_keys)
+        if resume and journal_path.is_file():
+            self.journal = Journal.read(journal_path)
+            if self.journal.settings != settings:
+                raise DataError(
+                    f"--resume: {self.folder} was left by a run with other flags or other input "
+                    f"files; give the same ones, or leave out --resume to start again"
+                )
+        elif journal_path.is_file():
+            journal_path.unlink()
+        self._open_files()
+        return self.journal.position
+
+    def _open_files(self) -> None:
+        journal = self.journal
+        self.writers = [
+            PairWriter(self.folder / str(number), dtype=self.dtype, committed=sizes, max_id=max_id)
+            for number, (sizes, max_id) in enumerate(
+                zip(journal.pair_sizes, journal.max_ids, strict=True)
+            )
+        ]
+        rejected = self.folder / "rejected.jsonl"
+        self.rejected: BinaryIO = append_to(rejected, committed=journal.rejected_size)
+
+    def write(self, encoded: EncodedChunk) -> None:
+        """Append the documents and the rejections of one chunk."""
+        for writer, part in zip(self.writers, encoded.keys, strict=True):
+            writer.write(part.ids, lengths=part.lengths, sequences=part.sequences)
+        with naming_errors(self.folder / "rejected.jsonl"):
+            for rejection in encoded.rejections:
+                self._write_rejection(rejection)
+        counts = self.journal.counts
+        counts.documents += encoded.num_documents
+        counts.empty += encoded.num_empty
+        counts.tokens += sum(len(part.ids) for part in encoded.keys)
+
+    def _write_rejection(self, rejection: Rejection) -> None:
+        line = json.dumps(asdict(rejection), ensure_ascii=True) + "\n"
+        self.rejected.write(line.encode())
+        rejected = self.journal.counts.rejected
+        rejected[rejection.reason] = rejected.get(rejection.reason, 0) + 1
+
+    def commit(self, position: Position) -> None:
+        """Make what is written so far survive a crash, as everything before `position`."""
+        journal = self.journal
+        journal.pair_sizes = [writer.commit() for writer in self.writers]
+        journal.max_ids = [writer.max_id for writer in self.writers]
+        with naming_errors(self.folder / "rejected.jsonl"):
+            journal.rejected_size = flush_to_disk(self.rejected)
+        journal.position = position
+        write_durably(self.folder / "journal.json", json.dumps(asdict(journal)))
+
+    def _pair_prefixes(self) -> list[str]:
+        return [f"{self.prefix}_{key}_{self.level}" for key in self.keys]
+
+    def finish(self) -> dict[str, PairRecord]:
+        """Write the indices; the records of the pairs for the manifest, by name."""
+        return {
+            Path(prefix).name: writer.finish(key=key, level=self.level)
+            for prefix, writer, key in zip(
+                self._pair_prefixes(), self.writers, self.keys, strict=True
+            )
+        }
+
+    def publish(self, manifest: Manifest) -> None:
+        """Give everything its final name; only then is it there at all. May be repeated."""
+        rejected_path = Path(self.prefix + ".rejected.jsonl")
+        rejected_path.unlink(missing_ok=True)
+        if self.journal.counts.rejected:
+            place(self.folder / "rejected.jsonl", rejected_path)
+        writers = dict(zip(self._pair_prefixes(), self.writers, strict=True))
+        publish(writers, manifest=manifest, manifest_path=Path(self.prefix + ".json"))
+        self.discard()
+
+    def discard(self) -> None:
+        """Leave nothing behind, nor, after a crash in here, a journal of files that are gone."""
+        (self.folder / "journal.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder)

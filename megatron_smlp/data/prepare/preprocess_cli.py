@@ -1,0 +1,155 @@
+"""The command line of `tools/preprocess_data.py`. Imports nothing heavy before `--help`."""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_smlp.command_line import Parser
+from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments
+from megatron_smlp.errors import interrupt
+
+if TYPE_CHECKING:
+    from megatron_smlp.data.prepare.preprocessing import PreprocessSettings, Summary
+
+# Flags of Megatron's tool, now or once, that have no work to do here.
+IGNORED_FLAGS = {
+    "--partitions": "one run reads all files in parallel and keeps their order",
+    "--log-interval": "progress is shown by time",
+    "--keep-sequential-samples": "order is always kept",
+    "--find-optimal-num-workers": "all of the input is processed with --workers",
+    "--workers-to-check": "all of the input is processed with --workers",
+    "--max-documents": "all of the input is processed",
+    "--dataset-impl": "mmap is the only format",
+    "--chunk-size": "chunks are sized in bytes",
+}
+IGNORED_FLAGS |= dict.fromkeys(
+    (
+        "--vocab-extra-ids",
+        "--make-vocab-size-divisible-by",
+        "--padded-vocab-size",
+        "--tokenizer-metadata",
+        "--chat-template",
+        "--null-tokenizer-pad-id",
+    ),
+    "it has no part in the ids that are written",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags; Megatron's keep their names and meaning."""
+    parser = Parser(description="Turn text into Megatron's .bin/.idx pairs.", allow_abbrev=False)
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders or globs: .jsonl .json (.gz .zst .bz2 .xz), .parquet",
+    )
+    group.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY")
+    group.add_argument(
+        "--on-error",
+        choices=["raise", "skip"],
+        default="raise",
+        help="stop at the first bad record with file:line (default), or list and count them",
+    )
+    group.add_argument("--split-sentences", action="store_true", help="a sequence a sentence")
+    group.add_argument("--lang", default="english", help="language of --split-sentences")
+    group.add_argument("--keep-newlines", action="store_true", help="with --split-sentences")
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="writes PREFIX_KEY_document.bin/.idx and PREFIX.json",
+    )
+    group.add_argument(
+        "--append-eod", action="store_true", help="end each document with the end-of-document id"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
+    group.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
+    group.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that encode (default 1)"
+    )
+    add_tokenizer_arguments(parser)
+    _add_ignored_flags(parser)
+    return parser
+
+
+def _add_ignored_flags(parser: argparse.ArgumentParser) -> None:
+    for flag, why in IGNORED_FLAGS.items():
+        parser.add_argument(flag, nargs="*", action=_Ignored, why=why, help=argparse.SUPPRESS)
+
+
+class _Ignored(argparse.Action):
+    """Accept a flag of Megatron's tool, and say why it does nothing."""
+
+    def __init__(self, *args: Any, why: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.why = why
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        print(f"note: {option} is accepted and ignored: {self.why}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; `run_tool` shows the errors."""
+    began = time.monotonic()
+    args = build_parser().parse_args(argv)
+    # A scheduler's SIGTERM ends the run as Ctrl-C does: workers stop, finished shards stay.
+    signal.signal(signal.SIGTERM, interrupt)
+    from megatron_smlp.data.prepare.preprocessing import preprocess, settings_from_arguments
+    from megatron_smlp.data.prepare.progress import ProgressReport
+    from megatron_smlp.data.prepare.sources import comparable_size
+
+    settings = settings_from_arguments(args)
+    if not (args.overwrite or args.resume):
+        _check_absent(settings)
+    try:
+        with ProgressReport(comparable_size(settings.inputs)) as report:
+            summary = preprocess(settings, on_progress=report.update)
+    except KeyboardInterrupt:
+        kept = Path(settings.output_prefix + ".partial").exists()
+        rest = "finished shards are kept, go on with --resume" if kept else "nothing was written"
+        print(f"interrupted: {rest}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    _print_summary(summary, time.monotonic() - began)
+    return 0
+
+
+def _check_absent(settings: "PreprocessSettings") -> None:
+    from megatron_smlp.data.errors import DataError
+    from megatron_smlp.data.pairs.indexed import bin_path, idx_path
+
+    level = "sentence" if settings.sentences else "document"
+    for key in settings.keys:
+        prefix = f"{settings.output_prefix}_{key}_{level}"
+        if any(path(prefix).exists() for path in (bin_path, idx_path)):
+            raise DataError(
+                f"--output-prefix {settings.output_prefix}: {prefix}.bin is there already; give "
+                "--overwrite to replace it, or another prefix"
+            )
+
+
+def _print_summary(summary: "Summary", total_seconds: float) -> None:
+    counts = summary.counts
+    made = f"{counts.documents:,} documents, {counts.tokens:,} tokens"
+    read = f"{counts.text_bytes / 1e6:,.1f} MB of text"
+    if summary.already_complete:
+        print(f"{summary.prefix}: already complete ({made} from {read})")
+    else:
+        rate = f"{summary.text_bytes / 1e6 / max(summary.seconds, 1e-9):.1f} MB/s"
+        start_up = f"start-up {total_seconds - summary.seconds:.1f} s"
+        print(f"{summary.prefix}: {made} from {read} by {summary.encoder}, {rate}, {start_up}")
+    for path in summary.changed:
+        print(f"WARNING: {path} was changed while it was read: the manifest says how much was read")
+    if counts.empty:
+        print(f"skipped {counts.empty:,} empty documents")
+    if counts.rejected:
+        reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.rejected.items()))
+        listed = f"{summary.prefix}.rejected.jsonl"
+        print(f"rejected {counts.num_rejected:,} records ({reasons}), listed in {listed}")

@@ -1,0 +1,249 @@
+"""Text to `.bin`/`.idx`: the run behind `tools/preprocess_data.py`, read from top to bottom."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.pairs.indexed import optimal_dtype
+from megatron_smlp.data.pairs.manifest import Manifest, TokenizerRecord, read_manifest
+from megatron_smlp.data.prepare.encoding import EncodedChunk, EncodingSettings
+from megatron_smlp.data.prepare.output import Counts, PartialOutput
+from megatron_smlp.data.prepare.records import Rejection
+from megatron_smlp.data.prepare.sentences import SentenceSettings, check_sentence_data
+from megatron_smlp.data.prepare.sources import (
+    Position,
+    describe_inputs,
+    find_inputs,
+    read_chunks,
+    shown,
+    stamps_of,
+)
+from megatron_smlp.data.prepare.workers import InlineWorker, WorkerPool, start_workers
+from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
+
+SHARD_BYTES = 64 << 20
+SHARD_SECONDS = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessSettings:
+    """Everything that `tools/preprocess_data.py` was told."""
+
+    inputs: tuple[str, ...]
+    """Files, folders and globs, in the order of the output."""
+    output_prefix: str
+    tokenizer: TokenizerSpec
+    keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    sentences: SentenceSettings | None = None
+    """None: a document is one sequence."""
+    workers: int = 1
+    """Processes that encode; 1 encodes in the calling process."""
+    skip_errors: bool = False
+    resume: bool = False
+    shard_bytes: int = SHARD_BYTES
+    """Uncompressed input between two commits, bytes."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did."""
+
+    prefix: str
+    counts: Counts
+    seconds: float
+    """From the first chunk to the published files; start-up is not in it."""
+    text_bytes: int
+    """Uncompressed input that this run read: less than `counts` say after a resume."""
+    encoder: str
+    """What made the ids: the library, and why a slower one was taken."""
+    already_complete: bool = False
+    changed: tuple[str, ...] = ()
+    """Inputs that somebody wrote to while they were read."""
+
+
+OnProgress = Callable[[Counts], None]
+
+
+def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None = None) -> Summary:
+    """Write the dataset that `settings` describe.
+
+    Args:
+        on_progress: called after each chunk with the counts so far.
+
+    Raises:
+        DataError: a user's error, a refused record unless `skip_errors`, or a worker that died.
+            After a refused record nothing is left; otherwise finished shards stay for `resume`.
+    """
+    files = find_inputs(settings.inputs)
+    tokenizer = settings.tokenizer.resolve()
+    _check(settings, tokenizer)
+    stamps = stamps_of(files)
+    digest = _digest(settings, tokenizer, files, stamps)
+    if settings.resume and (done := _complete_already(settings, digest)):
+        return done
+    partial = PartialOutput(
+        settings.output_prefix,
+        keys=settings.keys,
+        level="sentence" if settings.sentences else "document",
+        dtype=optimal_dtype(tokenizer.vocab_size),
+    )
+    encoding = EncodingSettings(tokenizer, settings.keys, settings.append_eod, settings.sentences)
+    with partial:
+        sources = describe_inputs(files)
+        start = partial.start(digest, resume=settings.resume)
+        bytes_before = partial.journal.counts.text_bytes
+        with start_workers(encoding, num_workers=settings.workers) as workers:
+            began = time.monotonic()
+            _encode(workers, start, settings, files, partial, on_progress or _ignore)
+        _publish(settings, tokenizer, sources, digest, partial)
+        pairs = zip(files, stamps, stamps_of(files), strict=True)
+        return Summary(
+            settings.output_prefix,
+            partial.journal.counts,
+            seconds=time.monotonic() - began,
+            text_bytes=partial.journal.counts.text_bytes - bytes_before,
+            encoder=workers.description,
+            changed=tuple(shown(path) for path, before, after in pairs if before != after),
+        )
+
+
+def _ignore(counts: Counts) -> None:
+    """No progress wanted."""
+
+
+def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
+    if settings.workers < 1:
+        raise DataError(f"--workers {settings.workers}: at least 1 is needed")
+    if settings.append_eod and tokenizer.eod is None:
+        raise DataError(
+            f"--append-eod: this {settings.tokenizer.tokenizer_type} has no end-of-document token; "
+            f"set eos_token in its tokenizer_config.json, or leave out --append-eod"
+        )
+    if len(set(settings.keys)) != len(settings.keys):
+        raise DataError(f"--json-keys {' '.join(settings.keys)}: a key is named twice")
+    for key in settings.keys:
+        if "/" in key:
+            raise DataError(
+                f"--json-keys {key}: a key is part of its files' names, which cannot hold '/'; "
+                f"rename it in the input"
+            )
+    if settings.sentences:
+        check_sentence_data(settings.sentences)
+
+
+def _digest(
+    settings: PreprocessSettings,
+    tokenizer: Tokenizer,
+    files: list[Path],
+    stamps: list[tuple[int, int] | None],
+) -> str:
+    """Digest of what decides the bytes of the output; the number of workers does not."""
+    stable = replace(settings, workers=1, resume=False, shard_bytes=0, output_prefix="")
+    inputs = [(str(path), *(stamp or ())) for path, stamp in zip(files, stamps, strict=True)]
+    what = [asdict(stable), tokenizer.identity, tokenizer.vocab_size, tokenizer.eod, inputs]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _complete_already(settings: PreprocessSettings, digest: str) -> Summary | None:
+    path = Path(settings.output_prefix + ".json")
+    unfinished = Path(settings.output_prefix + ".partial") / "journal.json"
+    if unfinished.exists() or not path.is_file():
+        return None
+    counts = dict(read_manifest(path).counts)
+    if counts.pop("settings", None) != digest:
+        return None
+    return Summary(settings.output_prefix, Counts(**counts), 0.0, 0, "", already_complete=True)
+
+
+def _encode(
+    workers: WorkerPool | InlineWorker,
+    start: Position,
+    settings: PreprocessSettings,
+    files: list[Path],
+    partial: PartialOutput,
+    on_progress: OnProgress,
+) -> None:
+    """Encode the input from `start` on into `partial`, with a commit every now and then."""
+    counts = partial.journal.counts
+    committed_bytes, committed_at = counts.text_bytes, time.monotonic()
+    position = start
+    chunks = read_chunks(files, keys=settings.keys, start=start)
+    for chunk, encoded in workers.encode(chunks):
+        _stop_at_rejection(settings, encoded, partial)
+        partial.write(encoded)
+        position = chunk.end
+        counts.text_bytes += chunk.num_bytes
+        if chunk.damage is None:
+            read = partial.journal.text_bytes
+            number = str(chunk.end.file)
+            read[number] = read.get(number, 0) + chunk.num_bytes
+        on_progress(counts)
+        due = counts.text_bytes - committed_bytes >= settings.shard_bytes
+        if due or time.monotonic() - committed_at >= SHARD_SECONDS:
+            partial.commit(position)
+            committed_bytes, committed_at = counts.text_bytes, time.monotonic()
+    partial.commit(position)
+
+
+def _stop_at_rejection(
+    settings: PreprocessSettings, encoded: EncodedChunk, partial: PartialOutput
+) -> None:
+    if settings.skip_errors or not encoded.rejections:
+        return
+    first: Rejection = encoded.rejections[0]
+    partial.discard()
+    raise DataError(f"{first} [{first.reason}]; nothing was written (--on-error skip goes on)")
+
+
+def _publish(
+    settings: PreprocessSettings,
+    tokenizer: Tokenizer,
+    sources: list[dict[str, Any]],
+    digest: str,
+    partial: PartialOutput,
+) -> None:
+    counts = partial.journal.counts
+    for number, source in enumerate(sources):
+        source["text_bytes"] = partial.journal.text_bytes.get(str(number), 0)
+    if counts.documents == 0:
+        partial.discard()
+        raise DataError(
+            f"no document with text in {len(sources)} input file(s): {counts.empty} empty, "
+            f"{counts.num_rejected} rejected {counts.rejected or ''}; nothing was written"
+        )
+    manifest = Manifest(
+        tokenizer=TokenizerRecord(
+            type=settings.tokenizer.tokenizer_type,
+            identity=tokenizer.identity,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+            append_eod=settings.append_eod,
+        ),
+        pairs=partial.finish(),
+        sources=sources,
+        counts={**asdict(counts), "settings": digest},
+    )
+    partial.publish(manifest)
+
+
+def settings_from_arguments(args: Any) -> PreprocessSettings:
+    """Settings from the parsed flags of `tools/preprocess_data.py`."""
+    sentences = SentenceSettings(args.lang, args.keep_newlines) if args.split_sentences else None
+    return PreprocessSettings(
+        inputs=tuple(args.input),
+        output_prefix=os.fspath(args.output_prefix),
+        tokenizer=TokenizerSpec.from_arguments(args),
+        keys=tuple(args.json_keys),
+        append_eod=args.append_eod,
+        sentences=sentences,
+        workers=args.workers,
+        skip_errors=args.on_error == "skip",
+        resume=args.resume,
+    )

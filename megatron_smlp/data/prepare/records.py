@@ -1,0 +1,133 @@
+"""One raw record to the texts of its keys, or to the reason why it is refused."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_smlp.data.prepare.sources import UTF8_BOM, Chunk
+
+EXCERPT_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A record that gives no document. `reason` is a short name to count by."""
+
+    file: str
+    line: int
+    reason: str
+    detail: str
+    excerpt: str = ""
+    """The start of the raw record."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.detail}"
+
+
+class _RefusedError(Exception):
+    """A record that cannot be used."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+def parse_chunk(
+    chunk: Chunk, keys: Sequence[str]
+) -> Iterator[tuple[int, tuple[str, ...]] | Rejection]:
+    """(line, text of each key) or a rejection, for every record of the chunk in order."""
+    if chunk.damage is not None:
+        yield Rejection(chunk.file, chunk.first_line, "damaged_file", chunk.damage)
+    elif isinstance(chunk.payload, list):
+        yield from _parse_rows(chunk, chunk.payload, keys)
+    else:
+        yield from _parse_lines(chunk, chunk.payload, keys)
+
+
+def _parse_rows(
+    chunk: Chunk, rows: list[tuple[Any, ...]], keys: Sequence[str]
+) -> Iterator[tuple[int, tuple[str, ...]] | Rejection]:
+    for line, values in enumerate(rows, start=chunk.first_line):
+        try:
+            yield line, _texts(dict(zip(keys, values, strict=True)), keys)
+        except _RefusedError as refused:
+            excerpt = repr(values)[:EXCERPT_CHARACTERS]
+            yield Rejection(chunk.file, line, refused.reason, refused.detail, excerpt)
+
+
+def _parse_lines(
+    chunk: Chunk, payload: bytearray, keys: Sequence[str]
+) -> Iterator[tuple[int, tuple[str, ...]] | Rejection]:
+    view = memoryview(payload)  # Slices of it are no copies.
+    start, line = 0, chunk.first_line
+    if line == 1 and payload.startswith(UTF8_BOM):
+        start = len(UTF8_BOM)
+    while start < len(payload):
+        end = payload.find(b"\n", start)
+        end = len(payload) if end < 0 else end
+        try:
+            yield line, _texts(_parse_json(view[start:end]), keys)
+        except _RefusedError as refused:
+            excerpt = bytes(view[start : min(end, start + EXCERPT_CHARACTERS)])
+            text = excerpt.decode("utf-8", errors="backslashreplace")
+            yield Rejection(chunk.file, line, refused.reason, refused.detail, text)
+        start, line = end + 1, line + 1
+
+
+def _parse_json(raw: memoryview) -> Any:
+    try:
+        # `str` decodes a memoryview without copying it first.
+        text = str(raw, "utf-8")
+    except UnicodeDecodeError as error:
+        raise _RefusedError(
+            "invalid_utf8", f"invalid UTF-8 at byte {error.start}: {error.reason}"
+        ) from None
+    if not text.strip():
+        raise _RefusedError("blank_line", "blank line")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        detail = f"bad JSON: {error.msg} at column {error.pos + 1}"
+        raise _RefusedError("bad_json", detail) from None
+    # A number of more digits than Python converts, or nesting deeper than it follows.
+    except (ValueError, RecursionError) as error:
+        raise _RefusedError("bad_json", f"bad JSON: {error}") from None
+
+
+def _texts(record: Any, keys: Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(record, dict):
+        raise _RefusedError("not_an_object", f"a JSON object is expected, not {_kind(record)}")
+    return tuple(_text(record, key) for key in keys)
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    if key not in record:
+        present = ", ".join(list(record)[:8]) or "none"
+        raise _RefusedError("missing_key", f"key {key!r} is missing (keys: {present})")
+    text = record[key]
+    if text is None:
+        raise _RefusedError("null_text", f"key {key!r} is null")
+    if not isinstance(text, str):
+        raise _RefusedError("not_a_string", f"key {key!r} holds {_kind(text)}, not a string")
+    if not text.isascii():
+        _check_unicode(text, key)
+    return text
+
+
+def _check_unicode(text: str, key: str) -> None:
+    """JSON escapes can spell half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(text[error.start]):04x}"
+        raise _RefusedError(
+            "lone_surrogate", f"key {key!r} holds {code}, half of a surrogate pair"
+        ) from None
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
+    if value is None:
+        return "null"
+    return names.get(type(value), "a number" if isinstance(value, int | float) else "bytes")

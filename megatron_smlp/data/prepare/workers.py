@@ -1,0 +1,213 @@
+"""Worker processes that encode chunks; results come back in the order of the chunks.
+
+One thread of the parent speaks with each worker over a pipe of its own, strictly in turns. So a
+worker that dies is seen at once (its pipe closes), and workers end when the parent dies.
+"""
+
+import multiprocessing
+import os
+import queue
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.prepare.encoding import ChunkEncoder, EncodedChunk, EncodingSettings
+from megatron_smlp.data.prepare.sources import Chunk
+
+IN_FLIGHT_BYTES = 64 << 20
+"""Bound on the raw text between reading and writing; one larger record passes alone."""
+PIECE_BYTES = 1 << 20
+JOIN_SECONDS = 5.0
+
+
+def start_workers(settings: EncodingSettings, *, num_workers: int) -> "WorkerPool | InlineWorker":
+    """Processes ready to encode; one worker is this process. Use as a context manager.
+
+    Raises:
+        DataError: a worker could not start.
+    """
+    if num_workers == 1:
+        return InlineWorker(settings)
+    return WorkerPool(settings, num_workers=num_workers)
+
+
+class InlineWorker:
+    """The calling process, with the interface of `WorkerPool`."""
+
+    def __init__(self, settings: EncodingSettings) -> None:
+        self.encoder = ChunkEncoder(settings)
+        self.description = self.encoder.encoder.description
+
+    def __enter__(self) -> "InlineWorker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing to end."""
+
+    def encode(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, EncodedChunk]]:
+        for chunk in chunks:
+            yield chunk, self.encoder.encode(chunk)
+
+
+class WorkerPool:
+    """`num_workers` processes; use as a context manager, so that none outlives the work."""
+
+    def __init__(self, settings: EncodingSettings, *, num_workers: int) -> None:
+        # "spawn": a forked copy of a process with threads (progress bar, tokenizer) may lock up.
+        context = multiprocessing.get_context("spawn")
+        self.threads = ThreadPoolExecutor(num_workers, thread_name_prefix="worker")
+        self.workers = [_Worker(context, settings) for _ in range(num_workers)]
+        self.idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        try:
+            for worker in self.workers:
+                self.description = worker.wait_until_ready()
+                self.idle.put(worker)
+        except BaseException:
+            self._end(at_once=True)
+            raise
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end(at_once=error[0] is not None)
+
+    def _end(self, *, at_once: bool) -> None:
+        if at_once:
+            for worker in self.workers:
+                worker.process.kill()
+        # A thread that waits for a killed worker sees its pipe end; then nobody uses the pipes.
+        self.threads.shutdown(cancel_futures=True)
+        for worker in self.workers:
+            worker.close()
+
+    def encode(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, EncodedChunk]]:
+        """Encode every chunk and give it back in order, without its text.
+
+        Raises:
+            DataError: the encoding failed, or a worker died.
+        """
+        pending: deque[tuple[Chunk, Future[EncodedChunk]]] = deque()
+        in_flight = 0
+        for chunk in chunks:
+            while pending and self._is_full(len(pending), in_flight + chunk.num_bytes):
+                done, future = pending.popleft()
+                in_flight -= done.num_bytes
+                yield done, future.result()
+            in_flight += chunk.num_bytes
+            pending.append((chunk, self.threads.submit(self._call, chunk)))
+        while pending:
+            done, future = pending.popleft()
+            yield done, future.result()
+
+    def _is_full(self, num_pending: int, num_bytes: int) -> bool:
+        return num_pending >= 3 * len(self.workers) or num_bytes > IN_FLIGHT_BYTES
+
+    def _call(self, chunk: Chunk) -> EncodedChunk:
+        worker = self.idle.get()
+        try:
+            return worker.encode(chunk)
+        finally:
+            self.idle.put(worker)
+
+
+class _Worker:
+    """A process and the parent's end of its pipe."""
+
+    def __init__(self, context: Any, settings: EncodingSettings) -> None:
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
+        self.process.start()
+        theirs.close()  # Else the pipe would stay open when the worker dies.
+
+    def wait_until_ready(self) -> str:
+        """The description of the worker's encoder."""
+        encoder = self._receive("at its start")
+        return str(encoder)
+
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        place = f"near {chunk.file}:{chunk.first_line}"
+        try:
+            send_chunk(self.connection, chunk)
+        except OSError:
+            raise self._death(place) from None
+        encoded: EncodedChunk = self._receive(place)
+        return encoded
+
+    def _receive(self, place: str) -> Any:
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            raise self._death(place) from None
+        if isinstance(answer, _Failure):
+            raise DataError(f"a worker process failed {place}: {answer.message}")
+        return answer
+
+    def _death(self, place: str) -> DataError:
+        self.process.join(JOIN_SECONDS)
+        code = self.process.exitcode
+        cause = f"exit code {code}"
+        if code is not None and code < 0:
+            cause = f"signal {signal.Signals(-code).name}"
+        hint = ", most likely for lack of memory" if code == -signal.SIGKILL else ""
+        return DataError(
+            f"a worker process died {place} ({cause}{hint}); finished shards are kept: go on with "
+            f"--resume, perhaps with fewer --workers"
+        )
+
+    def close(self) -> None:
+        """Let the process end: its loop stops where the pipe is closed."""
+        self.connection.close()
+        self.process.join(JOIN_SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
+
+
+def send_chunk(connection: Connection, chunk: Chunk) -> None:
+    """Send a chunk and free its text. Raw lines go in pieces: a pickle would copy them whole."""
+    if isinstance(chunk.payload, bytearray):
+        connection.send(replace(chunk, payload=bytearray()))
+        with memoryview(chunk.payload) as view:
+            for at in range(0, len(view), PIECE_BYTES):
+                connection.send_bytes(view[at : at + PIECE_BYTES])
+    else:
+        connection.send(chunk)
+    chunk.release()
+
+
+def receive_chunk(connection: Connection) -> Chunk:
+    """The other end of `send_chunk`."""
+    chunk: Chunk = connection.recv()
+    if isinstance(chunk.payload, bytearray):
+        while len(chunk.payload) < chunk.num_bytes:
+            chunk.payload.extend(connection.recv_bytes())
+    return chunk
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Sent instead of an answer."""
+
+    message: str
+
+
+def _serve(connection: Connection, settings: EncodingSettings) -> None:
+    """The worker's loop: until the parent closes the pipe or dies."""
+    # Ctrl-C reaches the whole group; the parent decides. And one process here is one core.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        encoder = ChunkEncoder(settings)
+        connection.send(encoder.encoder.description)
+        while True:
+            connection.send(encoder.encode(receive_chunk(connection)))
+    except (EOFError, BrokenPipeError):
+        return  # The parent closed the pipe, or died.
+    # Whatever it is, panics from Rust (which are no `Exception`) included: the parent reports it.
+    except BaseException as error:
+        connection.send(_Failure(f"{type(error).__name__}: {error}"))

@@ -1,0 +1,104 @@
+"""`gigatoken` in the place of a slower library, where it gives the same ids."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_smlp.data.tokenizers.spec import Encoder
+from megatron_smlp.errors import is_interruption
+
+# Contractions, numbers, code, scripts, combining marks, emoji, controls, special tokens, white
+# space at every place, long runs: what tokenizers differ in.
+PROBE = (
+    "The quick brown fox isn't 12,345.67 km from here;  it's\tI'LL we\u2019ll.\r\n\n   def f(x):",
+    "caf\u00e9 cafe\u0301 Stra\u00dfe \u65e5\u672c\u8a9e\u306e\u6587 \u0420\u0443\u0441\u0441",
+    "\u0627\u0644\u0639 \u0e44\u0e17\u0e22 \uff11\uff12\u0663 \U0001f642\u200d\U0001f9d1\U0001f3fd",
+    "\u00a0\u2003x\u0000\u0007\ufeff\U0010ffff",
+    "<|endoftext|>a <|endoftext|> b</s><s> [CLS]<unk><pad>",
+    "",
+    " ",
+    "   leading",
+    "trailing \n ",
+    "a" * 300 + " " * 70 + "\n" * 9,
+)
+
+
+class GigatokenEncoder:
+    """Encodes by gigatoken, and decodes by the library that it stands for."""
+
+    description = "gigatoken"
+
+    def __init__(
+        self,
+        fast: Any,
+        *,
+        slow: Encoder,
+        prefix: Sequence[int] = (),
+        suffix: Sequence[int] = (),
+        slow_strings: Sequence[str] = (),
+    ) -> None:
+        """Args:
+        fast: a `gigatoken.Tokenizer`.
+        prefix, suffix: ids that the slow encoder puts around each text.
+        slow_strings: a text that holds one of these is left to the slow encoder.
+        """
+        self.fast, self.slow, self.slow_strings = fast, slow, tuple(slow_strings)
+        self.prefix = np.asarray(prefix, dtype=np.uint32)
+        self.suffix = np.asarray(suffix, dtype=np.uint32)
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        is_slow = [any(string in text for string in self.slow_strings) for text in texts]
+        if not any(is_slow):
+            return self._encode_fast(texts)
+        one_by_one = (
+            self.slow.encode_batch([text]) if slow else self._encode_fast([text])
+            for text, slow in zip(texts, is_slow, strict=True)
+        )
+        return join_ids([ids for ids, _ in one_by_one])
+
+    def _encode_fast(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        rows = self.fast.encode_batch(list(texts), parallel=False).layout
+        ids = np.asarray(rows.content.data)
+        lengths = np.diff(np.asarray(rows.offsets.data))
+        if not len(self.prefix) and not len(self.suffix):
+            return ids, lengths
+        parts = np.split(ids, np.cumsum(lengths)[:-1])
+        return join_ids([np.concatenate((self.prefix, part, self.suffix)) for part in parts])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.slow.decode(ids)
+
+
+def gigatoken_in_place_of(
+    slow: Encoder,
+    load: Callable[[Any], Any],
+    **around: Sequence[Any],
+) -> GigatokenEncoder | str:
+    """The fast encoder where it agrees with `slow` on the probe; else why it is not taken.
+
+    Args:
+        load: makes the `gigatoken.Tokenizer`, given the module.
+        around: `prefix`, `suffix` and `slow_strings` of `GigatokenEncoder`.
+    """
+    try:
+        import gigatoken
+
+        fast = GigatokenEncoder(load(gigatoken), slow=slow, **around)
+        pairs = zip(fast.encode_batch(PROBE), slow.encode_batch(PROBE), strict=True)
+        agrees = all(np.array_equal(one, other) for one, other in pairs)
+    except ImportError:
+        return "pip install gigatoken is faster"
+    # A tokenizer that gigatoken does not know raises errors of many kinds from Rust.
+    except Exception as error:
+        if is_interruption(error):  # Which it lets go where it imports what it needs itself.
+            raise KeyboardInterrupt from error
+        return f"gigatoken does not support it: {error}"
+    return fast if agrees else "gigatoken gives other ids for this tokenizer"
+
+
+def join_ids(rows: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Rows of ids as one flat array and the length of each."""
+    lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
+    return (np.concatenate(rows) if rows else np.empty(0, np.uint32)), lengths

@@ -1,0 +1,225 @@
+"""Byte-pair tokenizers of the Hugging Face kind: folders, and GPT-2's `vocab.json`/`merges.txt`.
+
+Both become one `tokenizer.json` text. `gigatoken` encodes it where it supports the tokenizer and
+agrees with `tokenizers` on a probe; otherwise `tokenizers` does.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_smlp.data.errors import DataError, require_package
+from megatron_smlp.data.tokenizers.gigatoken_encoder import (
+    GigatokenEncoder,
+    gigatoken_in_place_of,
+    join_ids,
+)
+from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, vocabulary_identity
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# Classes that `transformers` loads from tokenizer.json as it is; every other class may rebuild the
+# pipeline in its own Python code, which only `transformers` itself can tell.
+GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# Settings by which `transformers` changes what tokenizer.json says.
+PIPELINE_KEYS = ("add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens")
+GPT2_EOD = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class HuggingFaceTokenizer:
+    """A tokenizer as the text of its `tokenizer.json`."""
+
+    tokenizer_json: str
+    eod: int | None
+    add_special_tokens: bool
+
+    @cached_property
+    def backend(self) -> "tokenizers.Tokenizer":
+        return _load(self.tokenizer_json)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def identity(self) -> str:
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        return vocabulary_identity((number, token.encode()) for token, number in vocabulary.items())
+
+    def build(self) -> Encoder:
+        slow = HuggingFaceEncoder(self.tokenizer_json, self.add_special_tokens)
+        prefix, suffix = _surrounding_ids(slow)
+        fast = gigatoken_in_place_of(
+            slow,
+            lambda gigatoken: gigatoken.Tokenizer.from_json(self.tokenizer_json),
+            prefix=prefix,
+            suffix=suffix,
+        )
+        if isinstance(fast, GigatokenEncoder):
+            return fast
+        slow.description = f"tokenizers ({fast})"
+        return slow
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The cached backend is made again where it is needed: its pickle is slower to load.
+        return type(self), (self.tokenizer_json, self.eod, self.add_special_tokens)
+
+
+class HuggingFaceEncoder:
+    """The reference: the `tokenizers` library."""
+
+    def __init__(self, tokenizer_json: str, add_special_tokens: bool) -> None:
+        self.add_special_tokens = add_special_tokens
+        self.backend = _load(tokenizer_json)
+        self.description = "tokenizers"
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        encodings = self.backend.encode_batch_fast(
+            list(texts), add_special_tokens=self.add_special_tokens
+        )
+        return join_ids([np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.backend.decode(list(ids), skip_special_tokens=False))
+
+
+def _surrounding_ids(slow: HuggingFaceEncoder) -> tuple[list[int], list[int]]:
+    """Special ids that the tokenizer puts before and after each text."""
+    if not slow.add_special_tokens:
+        return [], []
+    bare = slow.backend.encode("a", add_special_tokens=False).ids
+    whole = slow.backend.encode("a", add_special_tokens=True).ids
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    raise DataError("the tokenizer's template rewrites the text itself")
+
+
+def _load(tokenizer_json: str) -> "tokenizers.Tokenizer":
+    require_package("tokenizers", purpose="this tokenizer", extra="tokenizers")
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+    # The library raises plain `Exception` for every fault.
+    except Exception as error:
+        raise DataError(f"the tokenizer.json is not readable: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def from_gpt2_files(spec: TokenizerSpec) -> HuggingFaceTokenizer:
+    """GPT-2's byte-level BPE, as Megatron's `GPT2BPETokenizer` builds it."""
+    import tokenizers
+
+    vocab, merges = spec.existing_file("vocab_file"), spec.existing_file("merge_file")
+    try:
+        model = tokenizers.models.BPE.from_file(str(vocab), str(merges))
+    except Exception as error:
+        raise DataError(f"--vocab-file {vocab} and --merge-file {merges}: {error}") from None
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([GPT2_EOD, *spec.tokenizer_special_tokens])
+    return HuggingFaceTokenizer(backend.to_str(), backend.token_to_id(GPT2_EOD), False)
+
+
+def from_hub_or_folder(spec: TokenizerSpec) -> HuggingFaceTokenizer:
+    """`--tokenizer-model`: a folder, or a name that `transformers` finds in its cache or hub."""
+    name = spec.tokenizer_model
+    if name is None:
+        raise DataError("--tokenizer-type HuggingFaceTokenizer needs --tokenizer-model FOLDER")
+    folder = Path(name)
+    include = not spec.tokenizer_hf_no_include_special_tokens
+    if folder.is_dir() and not spec.tokenizer_special_tokens:
+        direct = _read_generic_folder(folder)
+        if direct is not None:
+            return HuggingFaceTokenizer(*direct, include)
+    return HuggingFaceTokenizer(*_ask_transformers(spec), include)
+
+
+def _read_generic_folder(folder: Path) -> tuple[str, int | None] | None:
+    """(tokenizer.json, eod) where both files say everything; None: only `transformers` knows."""
+    try:
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DataError(f"--tokenizer-model {folder}: tokenizer_config.json: {error}") from None
+    changes_pipeline = any(config.get(name) for name in PIPELINE_KEYS)
+    if config.get("tokenizer_class") not in GENERIC_CLASSES or changes_pipeline:
+        return None
+    backend = _load(text)
+    if any(backend.token_to_id(token) is None for token in _named_tokens(config)):
+        return None  # They would be added behind the vocabulary.
+    # Megatron takes sep_token where eos_token is missing.
+    eos = config.get("eos_token") or config.get("sep_token")
+    return text, backend.token_to_id(_content(eos)) if eos else None
+
+
+def _named_tokens(config: dict[str, Any]) -> list[str]:
+    """Every token that the configuration names."""
+    named = [value for name, value in config.items() if name.endswith("_token") and value]
+    listed = [*config.get("additional_special_tokens", []), *config.get("extra_special_tokens", [])]
+    return [_content(token) for token in (*named, *listed, *_added(config))]
+
+
+def _added(config: dict[str, Any]) -> list[Any]:
+    return list(config.get("added_tokens_decoder", {}).values())
+
+
+def _content(token: Any) -> str:
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+# In a process of its own, with torch hidden: importing torch takes longer than the tokenizer, and
+# `transformers` would go on believing that there is none.
+_TRANSFORMERS_PROGRAM = """
+import json, sys
+sys.modules["torch"] = None
+from transformers import AutoTokenizer
+name, trust, special = json.load(sys.stdin)
+tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=trust)
+if special:
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+eos = tokenizer.eos_token or tokenizer.sep_token
+answer = {
+    "json": tokenizer.backend_tokenizer.to_str(),
+    "eod": None if eos is None else tokenizer.convert_tokens_to_ids(eos),
+}
+json.dump(answer, sys.stdout)
+"""
+
+
+def _ask_transformers(spec: TokenizerSpec) -> tuple[str, int | None]:
+    name = spec.tokenizer_model
+    require_package("transformers", purpose=f"--tokenizer-model {name}", extra="transformers")
+    request = json.dumps([name, spec.trust_remote_code, list(spec.tokenizer_special_tokens)])
+    done = subprocess.run(
+        [sys.executable, "-c", _TRANSFORMERS_PROGRAM],
+        input=request,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given"
+        place = "" if Path(str(name)).exists() else "there is no such folder here, and "
+        raise DataError(
+            f"--tokenizer-model {name}: {place}transformers cannot load it ({reason}); give a "
+            f"folder with tokenizer.json and tokenizer_config.json"
+        )
+    answer = json.loads(done.stdout)
+    return answer["json"], answer["eod"]

@@ -1,0 +1,43 @@
+"""The tokenizer of a trained model: its files are read, and held against the model's vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
+from megatron_smlp.errors import UsageError
+
+
+def bare(spec: TokenizerSpec) -> TokenizerSpec:
+    """Texts go on, and options are scored as they are: nothing is put around them."""
+    return dataclasses.replace(spec, tokenizer_hf_no_include_special_tokens=True)
+
+
+def resolve_for(
+    spec: TokenizerSpec, *, source: str, entries: int, may_be_smaller: bool = False
+) -> Tokenizer:
+    """Read a tokenizer's files, without the tokens that it puts around a text.
+
+    Args:
+        source: the model as the command line names it, for messages.
+        entries: of the vocabulary that the model was trained with.
+        may_be_smaller: whether `entries` may count padding.
+
+    Raises:
+        UsageError: the files are missing, or hold another vocabulary.
+    """
+    try:
+        tokenizer = bare(spec).resolve()
+    except DataError as error:
+        raise UsageError(
+            f"{error}. That is the tokenizer of {source}; where it has moved, give "
+            "--tokenizer-type and --tokenizer-model (or its other flags)"
+        ) from error
+    has = tokenizer.vocab_size
+    if has > entries or (has < entries and not may_be_smaller):
+        raise UsageError(
+            f"the tokenizer has {has} entries and {source} was trained with {entries}: they do not "
+            "belong together; give the tokenizer of that run"
+        )
+    return tokenizer

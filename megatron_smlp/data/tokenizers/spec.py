@@ -1,0 +1,190 @@
+"""From Megatron's tokenizer flags to a tokenizer, without importing torch or Megatron.
+
+    TokenizerSpec (flags)  --resolve-->  Tokenizer (files read, picklable)  --build-->  Encoder
+
+The ids equal those of Megatron's `build_tokenizer` with the same flags. A `Tokenizer` travels to
+the worker processes, where `build` makes the encoder; training only needs its identity.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.data.errors import DataError
+
+if TYPE_CHECKING:  # numpy would triple the time of `--help`
+    import numpy as np
+    from numpy.typing import NDArray
+
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+TOKENIZER_TYPES = (
+    "HuggingFaceTokenizer",
+    "GPT2BPETokenizer",
+    *SENTENCEPIECE_TYPES,
+    "TikTokenizer",
+    "ByteLevelTokenizer",
+    "NullTokenizer",
+)
+
+
+class UnencodableTextError(ValueError):
+    """A tokenizer cannot turn this text into ids; the message says why."""
+
+
+class Encoder(Protocol):
+    """A tokenizer at work inside one process."""
+
+    @property
+    def description(self) -> str:
+        """For the log: the library, and why a slower one was taken."""
+
+    def encode_batch(self, texts: Sequence[str]) -> "tuple[NDArray[Any], NDArray[np.int64]]":
+        """<int>[tokens of all texts], <int64>[texts] tokens of each; text is valid Unicode.
+
+        Raises:
+            UnencodableTextError: one of the texts has no ids.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; ids that are no text are shown in a readable form."""
+
+
+class Tokenizer(Protocol):
+    """A tokenizer whose files have been read: picklable, not yet ready to encode."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries, special tokens included, before padding."""
+
+    @property
+    def eod(self) -> int | None:
+        """Id of the end-of-document token."""
+
+    @property
+    def identity(self) -> str | None:
+        """`vocabulary_identity`, or None where ids stand for no text."""
+
+    def build(self) -> Encoder:
+        """Make the encoder for this process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSpec:
+    """Megatron's tokenizer flags, under Megatron's names."""
+
+    tokenizer_type: str
+    tokenizer_model: str | None = None
+    vocab_file: str | None = None
+    merge_file: str | None = None
+    vocab_size: int | None = None
+    tokenizer_special_tokens: tuple[str, ...] = ()
+    tokenizer_hf_no_include_special_tokens: bool = False
+    trust_remote_code: bool = False
+    tokenizer_sentencepiece_legacy: bool = False
+    tiktoken_pattern: str | None = None
+    tiktoken_num_special_tokens: int = 1000
+    null_tokenizer_eod_id: int | None = None
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> "TokenizerSpec":
+        """Take the tokenizer flags out of parsed arguments, ours or Megatron's."""
+        values = {name: getattr(args, name) for name in _field_names(cls) if hasattr(args, name)}
+        # Megatron stores --tokenizer-special-tokens as `special_tokens`.
+        special = values.get("tokenizer_special_tokens") or getattr(args, "special_tokens", None)
+        return cls(**{**values, "tokenizer_special_tokens": tuple(special or ())})
+
+    def resolve(self) -> Tokenizer:
+        """Read the files that the flags name.
+
+        Raises:
+            DataError: an unknown type, a missing flag or file, or a damaged file.
+        """
+        from megatron_smlp.data.tokenizers import huggingface, other
+
+        if self.tokenizer_type == "HuggingFaceTokenizer":
+            return huggingface.from_hub_or_folder(self)
+        if self.tokenizer_type == "GPT2BPETokenizer":
+            return huggingface.from_gpt2_files(self)
+        if self.tokenizer_type in SENTENCEPIECE_TYPES:
+            return other.SentencePiece.from_spec(self)
+        if self.tokenizer_type == "TikTokenizer":
+            return other.TikToken.from_spec(self)
+        if self.tokenizer_type == "ByteLevelTokenizer":
+            return other.ByteLevel.from_spec(self)
+        if self.tokenizer_type == "NullTokenizer":
+            return other.Null.from_spec(self)
+        allowed = ", ".join(TOKENIZER_TYPES)
+        raise DataError(f"--tokenizer-type {self.tokenizer_type} is not one of {allowed}")
+
+    def existing_file(self, name: str) -> Path:
+        """The path in field `name`.
+
+        Raises:
+            DataError: the flag was not given, or names no file.
+        """
+        flag = flag_of(name)
+        value = getattr(self, name)
+        if value is None:
+            raise DataError(f"--tokenizer-type {self.tokenizer_type} needs {flag} FILE")
+        if not Path(value).is_file():
+            raise DataError(f"{flag} {value}: no such file")
+        return Path(value)
+
+
+def _field_names(cls: type[TokenizerSpec]) -> list[str]:
+    return [field.name for field in fields(cls)]
+
+
+def vocabulary_identity(entries: Iterable[tuple[int, bytes]]) -> str:
+    """SHA-256 over (id, token) in the order of the ids: equal for equal meaning of every id.
+
+    The same vocabulary gives the same identity whatever files it is stored in, so data written
+    from `vocab.json` and `merges.txt` trains with a Hugging Face folder of the same tokenizer.
+    """
+    digest = hashlib.sha256()
+    for number, token in sorted(entries):
+        digest.update(number.to_bytes(8, "little") + len(token).to_bytes(8, "little") + token)
+    return digest.hexdigest()
+
+
+def identity_from_arguments(args: argparse.Namespace) -> str | None:
+    """Identity of the tokenizer that Megatron's flags in `args` name; None for no vocabulary.
+
+    Raises:
+        DataError: the flags or the files are wrong.
+    """
+    return TokenizerSpec.from_arguments(args).resolve().identity
+
+
+def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add Megatron's tokenizer flags to `parser`."""
+    group = parser.add_argument_group("tokenizer (Megatron's flags)")
+    group.add_argument("--tokenizer-type", required=required, choices=TOKENIZER_TYPES)
+    group.add_argument(
+        "--tokenizer-model",
+        metavar="PATH",
+        help="Hugging Face folder, SentencePiece .model, or tiktoken ranks",
+    )
+    group.add_argument("--vocab-file", metavar="FILE", help="vocab.json of GPT2BPETokenizer")
+    group.add_argument("--merge-file", metavar="FILE", help="merges.txt of GPT2BPETokenizer")
+    group.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="ENTRIES",
+        help="size of the vocabulary: NullTokenizer, ByteLevelTokenizer (512), TikTokenizer",
+    )
+    group.add_argument("--tokenizer-special-tokens", nargs="+", metavar="TOKEN")
+    group.add_argument(
+        "--tokenizer-hf-no-include-special-tokens",
+        action="store_true",
+        help="leave out the tokens that a Hugging Face tokenizer puts around each text",
+    )
+    group.add_argument("--trust-remote-code", action="store_true")
+    group.add_argument("--tokenizer-sentencepiece-legacy", action="store_true")
+    group.add_argument("--tiktoken-pattern", choices=["v1", "v2"])
+    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000, metavar="N")
+    group.add_argument("--null-tokenizer-eod-id", type=int, metavar="ID")

@@ -1,0 +1,164 @@
+"""Training a byte-level BPE tokenizer: the work of `tools/train_tokenizer.py`."""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_smlp.command_line import Parser
+from megatron_smlp.data.errors import DataError
+from megatron_smlp.durable import write_durably
+
+if TYPE_CHECKING:
+    import tokenizers
+
+EOD = "<|endoftext|>"
+NUM_BYTES = 256
+PIECE_CHARACTERS = 1 << 16
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        description="Train a byte-level BPE tokenizer (GPT-2's kind) on text.", allow_abbrev=False
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY")
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, metavar="ENTRIES", help=f"with {EOD}; 257 or more"
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a tokenizer that is there"
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=float,
+        default=1e9,
+        metavar="BYTES",
+        help="text to learn from; more changes little and takes memory (default 1e9)",
+    )
+    parser.add_argument("--on-error", choices=["raise", "skip"], default="raise")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the tool; `run_tool` shows the errors."""
+    args = build_parser().parse_args(argv)
+    if not 1 <= args.max_bytes < math.inf:
+        raise DataError(f"--max-bytes {args.max_bytes:g}: 1 or more is expected, as 1e9")
+    if (Path(args.output) / "tokenizer.json").exists() and not args.overwrite:
+        raise DataError(
+            f"--output {args.output} holds a tokenizer already; give --overwrite to replace it, or "
+            "another folder"
+        )
+    train_tokenizer(
+        args.input,
+        output=args.output,
+        vocab_size=args.vocab_size,
+        keys=tuple(args.json_keys),
+        max_bytes=int(args.max_bytes),
+        skip_errors=args.on_error == "skip",
+    )
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    *,
+    output: str,
+    vocab_size: int,
+    keys: tuple[str, ...] = ("text",),
+    max_bytes: int = 10**9,
+    skip_errors: bool = False,
+) -> None:
+    """Train on the texts of `inputs` and write the folder `output`.
+
+    Args:
+        vocab_size: entries, of which 256 are the bytes and one is the end of a document.
+        max_bytes: characters of text to learn from, taken from the start of the input.
+
+    Raises:
+        DataError: a vocabulary that is too small, bad input, or too little text.
+    """
+    if vocab_size <= NUM_BYTES:
+        raise DataError(f"--vocab-size {vocab_size}: at least {NUM_BYTES + 1} (bytes and {EOD})")
+    tokenizer = _untrained()
+    _train(tokenizer, _pieces(inputs, keys, max_bytes, skip_errors), vocab_size)
+    learned = tokenizer.get_vocab_size()
+    if learned < vocab_size:
+        raise DataError(
+            f"--vocab-size {vocab_size}: the input has pairs for {learned} entries only; give more "
+            f"text or --vocab-size {learned}"
+        )
+    _write_folder(tokenizer, Path(output))
+    print(f"{output}: {learned:,} entries, end of document {EOD!r} = {tokenizer.token_to_id(EOD)}")
+
+
+def _untrained() -> "tokenizers.Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _train(tokenizer: "tokenizers.Tokenizer", texts: Iterator[str], vocab_size: int) -> None:
+    from tokenizers import pre_tokenizers, trainers
+
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=True,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+
+
+def _pieces(
+    inputs: Sequence[str], keys: tuple[str, ...], max_bytes: int, skip_errors: bool
+) -> Iterator[str]:
+    """Texts, cut at lines: the trainer works in parallel over many small pieces, not one book."""
+    from megatron_smlp.data.prepare.records import Rejection, parse_chunk
+    from megatron_smlp.data.prepare.sources import find_inputs, read_chunks
+
+    size = 0
+    for chunk in read_chunks(find_inputs(inputs), keys=keys):
+        for record in parse_chunk(chunk, keys):
+            if isinstance(record, Rejection):
+                if not skip_errors:
+                    raise DataError(f"{record} [{record.reason}] (--on-error skip goes on)")
+                continue
+            for text in record[1]:
+                yield from _cut(text)
+                size += len(text)
+        if size >= max_bytes:
+            return
+
+
+def _cut(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE_CHARACTERS)
+        end = len(text) if end < 0 else end
+        yield text[start:end]
+        start = end
+
+
+def _write_folder(tokenizer: "tokenizers.Tokenizer", folder: Path) -> None:
+    """The files that `transformers.AutoTokenizer.from_pretrained` reads offline."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_durably(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": EOD,
+        "eos_token": EOD,
+        "unk_token": EOD,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        # Documents are cut by the training data, not by the tokenizer.
+        "model_max_length": int(1e30),
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    write_durably(folder / "tokenizer_config.json", text)

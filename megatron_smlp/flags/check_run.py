@@ -1,0 +1,313 @@
+"""Is this a run that can start? Ranges, schedule, batch, processes; no torch, no Megatron.
+
+Megatron stops at most of these with an assertion that names no flag, some of them after minutes,
+and takes others in silence. What the model may look like is checked in flags/parse.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import netrc
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
+from megatron_smlp.errors import UsageError
+from megatron_smlp.options import suffix_start
+
+LEAST = {
+    "train_iters": 1,
+    "train_samples": 1,
+    "global_batch_size": 1,
+    "lr": 0,
+    "min_lr": 0,
+    "weight_decay": 0,
+    "clip_grad": 0,
+    "lr_warmup_iters": 0,
+    "lr_warmup_samples": 0,
+    "lr_decay_iters": 1,
+    "lr_decay_samples": 1,
+    "log_interval": 1,
+    "eval_iters": 0,
+    "eval_interval": 0,
+    "save_interval": 0,
+    "exit_interval": 0,
+    "exit_duration_in_mins": 0,
+    "num_workers": 0,
+    "seed": 1,
+    "num_feature_chunks": 1,
+    "ckpt_step": 0,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "context_parallel_size": 1,
+}
+UNDER_ONE = ("lr_warmup_fraction", "hidden_dropout", "attention_dropout")
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Numbers that no run can use, and a loss that only one precision has.
+
+    Raises:
+        UsageError: with flag, value and range.
+    """
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:  # NaN is refused too
+            raise UsageError(f"{flag_of(name)} {value}: give {least} or more.")
+    for name in UNDER_ONE:
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < 1:
+            raise UsageError(f"{flag_of(name)} {value}: give 0 or more, and less than 1.")
+    if args.peak_tflops is not None and not args.peak_tflops > 0:
+        raise UsageError(
+            f"--peak-tflops {args.peak_tflops}: give a positive number, or leave it out."
+        )
+    if args.cross_entropy_loss_fusion and not args.bf16:
+        raise UsageError(
+            "--cross-entropy-loss-fusion without --bf16: Megatron rounds its gradient to bf16 "
+            "whatever the precision is. Give --bf16, or --no-cross-entropy-loss-fusion where a "
+            "--config has it."
+        )
+    _check_split(args)
+
+
+def _check_split(args: argparse.Namespace) -> None:
+    try:
+        shares = [float(word) for word in (args.split or "1").split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or not all(0 <= share < math.inf for share in shares):
+        raise UsageError(
+            f"--split {args.split}: give the shares of training, validation and test, as 95,5,0."
+        )
+    if not shares[0] and not args.skip_train:
+        raise UsageError(
+            f"--split {args.split} leaves nothing to train on: its first share must be over 0."
+        )
+
+
+def check_schedule(args: argparse.Namespace) -> None:
+    """Steps, warm-up and evaluation that fit together; fills in intervals that are left out.
+
+    Raises:
+        UsageError: see the messages.
+    """
+    _check_length(args)
+    try:
+        suffix_start(args, seq_length=args.seq_length)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if args.lr is None:
+        raise UsageError("--lr is missing: give the peak learning rate, for example --lr 1e-3.")
+    if (args.min_lr or 0.0) > args.lr:
+        raise UsageError(
+            f"--min-lr {args.min_lr} is over --lr {args.lr}: the learning rate decays from the "
+            "second to the first. Lower --min-lr."
+        )
+    if args.full_validation and not args.multiple_validation_sets:
+        raise UsageError(
+            "--full-validation stops Megatron 0.19 unless --multiple-validation-sets is given too: "
+            "give both, or --eval-iters with the number of batches."
+        )
+    if args.eval_iters and not args.eval_interval:
+        if "eval_iters" in args.explicit_flags:
+            raise UsageError("--eval-iters without --eval-interval: give both, or --eval-iters 0.")
+        args.eval_iters = 0  # Megatron's default without an interval to use it at
+    # A step reads one sample or more, so that the run's end comes before this interval's.
+    never = args.train_iters or args.train_samples
+    if not args.eval_iters:
+        args.eval_interval = args.eval_interval or never  # Megatron divides by it
+    if args.save and not args.save_interval:
+        args.save_interval = never  # once, at the end; Megatron insists on a number
+
+
+def _check_length(args: argparse.Namespace) -> None:
+    """How long the run is, and the phases of the learning rate within that."""
+    unit = "iters" if args.train_iters else "samples"
+    length = args.train_iters or args.train_samples
+    if not length:
+        raise UsageError("--train-iters is missing: give it (or --train-samples).")
+    if args.train_iters and args.train_samples:
+        raise UsageError(
+            f"--train-iters {args.train_iters} and --train-samples {args.train_samples} both say "
+            "how long the run is: give one of them."
+        )
+    other = "samples" if args.train_iters else "iters"
+    for name in ("lr_decay", "lr_warmup"):
+        if value := getattr(args, f"{name}_{other}"):
+            raise UsageError(
+                f"{flag_of(name)}-{other} {value} beside --train-{unit} {length}: they count "
+                f"different things. Give {flag_of(name)}-{unit} in its place."
+            )
+    decay = getattr(args, f"lr_decay_{unit}")
+    warmup = getattr(args, f"lr_warmup_{unit}")
+    if warmup >= (decay or length):
+        raise UsageError(
+            f"--lr-warmup-{unit} {warmup} must be under --lr-decay-{unit} or --train-{unit} "
+            f"{decay or length}. Lower it, or use --lr-warmup-fraction."
+        )
+    if args.lr_decay_style == "WSD" and not getattr(args, f"lr_wsd_decay_{unit}"):
+        raise UsageError(
+            f"--lr-decay-style WSD without --lr-wsd-decay-{unit}: say how long its last phase is."
+        )
+
+
+def check_layout(args: argparse.Namespace) -> None:
+    """Processes and batch, divided by the parallel sizes.
+
+    Raises:
+        UsageError: see the messages.
+    """
+    tp, pp, cp, ep = (
+        getattr(args, f"{name}_parallel_size")
+        for name in ("tensor_model", "pipeline_model", "context", "expert_model")
+    )
+    _check_processes(
+        args,
+        {
+            "--tensor-model-parallel-size": tp,
+            "--pipeline-model-parallel-size": pp,
+            "--context-parallel-size": cp,
+        },
+    )
+    _check_processes(
+        args,
+        {
+            "--expert-tensor-parallel-size": args.expert_tensor_parallel_size or tp,
+            "--pipeline-model-parallel-size": pp,
+            "--expert-model-parallel-size": ep,
+        },
+    )
+    data_parallel = args.world_size // (tp * pp * cp)
+    step = args.micro_batch_size * data_parallel
+    batch = args.global_batch_size
+    if batch is not None and batch % step:
+        raise UsageError(
+            f"--global-batch-size {batch} is no multiple of {step}, which is --micro-batch-size "
+            f"{args.micro_batch_size} on {data_parallel} data parallel "
+            f"{'process' if data_parallel == 1 else 'processes'}: give a multiple."
+        )
+
+
+def _check_processes(args: argparse.Namespace, sizes: dict[str, int]) -> None:
+    needed = math.prod(sizes.values())
+    if args.world_size % needed:
+        words = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1)
+        raise UsageError(
+            f"{words} needs a multiple of {needed} processes, and this run has {args.world_size}: "
+            "start so many by torchrun --nproc-per-node, or lower the sizes."
+        )
+
+
+def check_names(args: argparse.Namespace) -> None:
+    """Flags without which others mean nothing.
+
+    Raises:
+        UsageError: see the messages.
+    """
+    if args.tokenizer_type is None:
+        if not (args.vocab_file and args.merge_file):
+            raise UsageError(
+                "--tokenizer-type is missing: give it as --tokenizer-type HuggingFaceTokenizer "
+                "--tokenizer-model FOLDER, as when the data was made; NullTokenizer with "
+                "--vocab-size does for --mock-data and --dry-run."
+            )
+        args.tokenizer_type = "GPT2BPETokenizer"  # Megatron's default
+    if "Null" in args.tokenizer_type and not args.vocab_size:
+        raise UsageError(
+            f"--tokenizer-type {args.tokenizer_type} without --vocab-size: give the number of ids."
+        )
+    if args.tokenizer_type == "GPT2BPETokenizer" and not (args.vocab_file and args.merge_file):
+        raise UsageError(
+            "--tokenizer-type GPT2BPETokenizer without --vocab-file and --merge-file: give both, "
+            "GPT-2's vocab.json and merges.txt."
+        )
+    sized = ("Null", "ByteLevel", "TikTok")
+    if "vocab_size" in args.explicit_flags and not any(k in args.tokenizer_type for k in sized):
+        raise UsageError(
+            f"--vocab-size {args.vocab_size} beside --tokenizer-type {args.tokenizer_type} changes "
+            "nothing, since the tokenizer says its size: leave it out."
+        )
+    _check_tokenizer_path(args.tokenizer_model)
+    data = [name for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS) if getattr(args, name)]
+    if args.mock_data and data:
+        raise UsageError(
+            f"--mock-data beside {flag_of(data[0])}: the data would not be read. Give one of them."
+        )
+    if args.wandb_project:
+        _check_wandb(args)
+
+
+def _check_tokenizer_path(model: str | None) -> None:
+    """A name that cannot be the hub's would be asked for there, again and again for minutes."""
+    if model is None or Path(model).exists():
+        return
+    parts = Path(model).parts
+    in_a_folder = len(parts) == 2 and Path(parts[0]).is_dir()
+    if in_a_folder or len(parts) > 2 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise UsageError(
+            f"--tokenizer-model {model}: there is no such file or folder, and the Hugging Face hub "
+            "has no such names. Give the tokenizer's folder, or NAME or OWNER/NAME of the hub."
+        )
+
+
+def _check_wandb(args: argparse.Namespace) -> None:
+    project = f"--wandb-project {args.wandb_project}"
+    if not (args.wandb_exp_name and (args.save or args.wandb_save_dir)):
+        raise UsageError(
+            f"{project} needs --wandb-exp-name, and --save or --wandb-save-dir for its files: give "
+            "them."
+        )
+    if find_spec("wandb") is None:
+        raise UsageError(f"{project} needs the Python package 'wandb': pip install wandb.")
+    is_offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+    if not (is_offline or os.environ.get("WANDB_API_KEY") or _has_wandb_login()):
+        raise UsageError(
+            f"{project} without a login: run `wandb login`, set WANDB_API_KEY, or keep the files "
+            "here by WANDB_MODE=offline."
+        )
+
+
+def _has_wandb_login() -> bool:
+    try:
+        hosts = netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return urlsplit(host).hostname in hosts
+
+
+OF_TRANSFORMER_ENGINE = frozenset({"layernorm", "moe_act", "mla_up_proj"})
+"""What `--recompute-modules` frees and recomputes in the backward pass by it."""
+
+
+def check_machine(args: argparse.Namespace, *, is_cpu: bool) -> None:
+    """What the machine and its packages have to have for these flags.
+
+    Raises:
+        UsageError: see the messages.
+    """
+    if is_cpu and args.profile and not args.use_pytorch_profiler:
+        raise UsageError(
+            "--profile marks a run for NVIDIA's profiler, and there is no GPU: give "
+            "--use-pytorch-profiler too, or leave it out."
+        )
+    needing = OF_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ())
+    if needing and find_spec("transformer_engine") is None:
+        raise UsageError(
+            f"--recompute-modules {' '.join(sorted(needing))}: Megatron recomputes this by "
+            "Transformer Engine, which is not installed. Give core_attn, mlp or moe, or leave it "
+            "out."
+        )
+    if "muon" in str(args.optimizer) and find_spec("emerging_optimizers") is None:
+        raise UsageError(
+            f"--optimizer {args.optimizer} needs the Python package 'emerging_optimizers': install "
+            "it, or give --optimizer adam."
+        )

@@ -1,0 +1,92 @@
+"""`--use-checkpoint-args`: a run goes on with the flags that its checkpoint carries.
+
+They come before those of the command line, which win. Megatron has a flag of this name, which takes
+some shapes of the model from a pickle; here everything comes from `run.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.checkpoints.folders import iteration_folder, loading_order, release_folder
+from megatron_smlp.checkpoints.run_record import OF_ONE_START, read_run_record
+from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.exclusive import replaced_by
+
+FLAG = "--use-checkpoint-args"
+
+
+def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Put the flags of the checkpoint before the given ones, where FLAG is among these.
+
+    The run saves where the checkpoint is, unless --save or --finetune is given.
+
+    Raises:
+        UsageError: there is no checkpoint, or none that says its flags.
+    """
+    if FLAG not in argv:
+        return list(argv)
+    own = [word for word in argv if word != FLAG]
+    known, _ = parser.parse_known_args(own)
+    load = known.load or known.save
+    if load is None:
+        raise UsageError(f"{FLAG} takes the flags of a checkpoint: say which one by --load.")
+    words = _recorded_words(load, known.ckpt_step)
+    options = parser._option_string_actions
+    given = {action.dest for action, _ in _groups(options, own) if action}
+    replaced = OF_ONE_START | given | replaced_by(given)
+    kept: list[str] = []
+    for action, group in _groups(options, words):
+        negation = group[0].split("=")[0].replace("--", "--no-", 1)
+        if negation in own and negation not in options:
+            own.remove(negation)
+        elif action and action.dest not in replaced:
+            kept += group
+    where = [] if {"save", "finetune"} & given else ["--save", load]
+    where += [] if "load" in given else ["--load", load]
+    if where and (log_dir := _value(options, words, "log_dir")) and "log_dir" not in given:
+        where += ["--log-dir", log_dir]
+    return [*kept, *where, *own]
+
+
+def _recorded_words(load: str, step: int | None) -> list[str]:
+    order = [step] if step else loading_order(load)
+    folders = [iteration_folder(load, iteration) for iteration in order]
+    release = release_folder(load)
+    if not folders and release:
+        folders = [Path(release)]
+    if not folders:
+        raise UsageError(f"{FLAG}: {load} holds no checkpoint. Give the --save folder of a run.")
+    for folder in folders:
+        record: dict[str, Any] | None = read_run_record(folder)
+        if record is not None:
+            return [str(word) for word in record["command_line"]]
+    raise UsageError(
+        f"{FLAG}: {folders[0]} has no run.json that is whole, so that its flags are not known: "
+        f"leave {FLAG} out and give them."
+    )
+
+
+def _groups(
+    options: dict[str, argparse.Action], words: Sequence[str]
+) -> Iterator[tuple[argparse.Action | None, list[str]]]:
+    """Each flag with the words that belong to it."""
+    group: list[str] = []
+    for word in words:
+        if word.split("=")[0] in options and group:
+            yield options.get(group[0].split("=")[0]), group
+            group = []
+        group.append(word)
+    if group:
+        yield options.get(group[0].split("=")[0]), group
+
+
+def _value(options: dict[str, argparse.Action], words: Sequence[str], name: str) -> str | None:
+    found = None
+    for action, group in _groups(options, words):
+        if action and action.dest == name:
+            found = group[1] if len(group) > 1 else group[0].partition("=")[2]
+    return found

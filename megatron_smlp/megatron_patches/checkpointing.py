@@ -1,0 +1,212 @@
+"""Where the steps around saving and loading hang into Megatron, on every device.
+
+| function | why |
+|---|---|
+| dist_checkpointing.save | writes into a hidden folder, which becomes the checkpoint when whole |
+| checkpointing.ensure_directory_exists | would make the checkpoint's folder before that |
+| checkpointing.maybe_msc.open | writes the tracker in place: empty on a full disk |
+| checkpointing.read_metadata | ends the process at a tracker that is no number |
+| FileSystemWriterAsync.write_preloaded_data | forgets the words of an error |
+| FileSystemWriterAsync.finish, serialization.save_config | fail on rank 0 while the others wait |
+| filesystem_async.get_write_results_queue | starts a process, which outlives a run that is killed |
+| training.save_checkpoint, maybe_finalize_async_save | what fails in them may be survived |
+| training.setup_model_and_optimizer | to decide before what is to be loaded |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.training import checkpointing, training
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_smlp.checkpoints.folders import TRACKER, tracked_iteration
+from megatron_smlp.checkpoints.saving import Saving, add_share, write_and_add_share
+from megatron_smlp.durable import write_durably
+from megatron_smlp.errors import SaveError
+from megatron_smlp.megatron_patches import async_saving
+
+FAILURES = (CheckpointException, SaveError)
+
+
+@contextlib.contextmanager
+def installed(saving: Saving, *, before_loading: Callable[[], None]) -> Iterator[None]:
+    """Replace the functions above for the time of one `pretrain`, and put the originals back."""
+    replacements: list[tuple[Any, str, Callable[[Any], Any]]] = [
+        (dist_checkpointing, "save", lambda f: _saving_whole(f, saving)),
+        (checkpointing, "ensure_directory_exists", _leaving_checkpoints_out),
+        (checkpointing, "maybe_msc", _WritingAtomically),
+        (checkpointing, "read_metadata", _tolerating_garbage),
+        (FileSystemWriterAsync, "write_preloaded_data", _naming_the_file),
+        (FileSystemWriterAsync, "finish", lambda f: _noting(f, saving)),
+        (serialization, "save_config", lambda f: _noting(f, saving)),
+        (filesystem_async, "get_write_results_queue", async_saving.results_queue),
+        (training, "save_checkpoint", lambda f: _surviving_start(f, saving)),
+        (training, "maybe_finalize_async_save", lambda f: _surviving_end(f, saving)),
+        (training, "setup_model_and_optimizer", lambda f: _after(before_loading, f)),
+    ]
+    originals = [(owner, name, vars(owner)[name]) for owner, name, _ in replacements]
+    for owner, name, wrap in replacements:
+        setattr(owner, name, wrap(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def _saving_whole(save: Callable[..., Any], saving: Saving) -> Callable[..., Any]:
+    @functools.wraps(save)
+    def wrapped(
+        state: Any, checkpoint_dir: str, *args: Any, async_sharded_save: bool = False, **kwargs: Any
+    ) -> Any:
+        folder, rank = saving.start(Path(checkpoint_dir)), saving.args.rank
+        request = save(state, str(folder), *args, async_sharded_save=async_sharded_save, **kwargs)
+        if not async_sharded_save:
+            add_share(folder, rank)
+            saving.commit()
+            return None
+        request.finalize_fns.append(saving.commit)
+        if request.async_fn is None:  # nothing to write on this rank
+            return request
+        write = functools.partial(write_and_add_share, request.async_fn, folder, rank)
+        return request._replace(async_fn=write)
+
+    return wrapped
+
+
+def _leaving_checkpoints_out(ensure: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(ensure)
+    def wrapped(filename: str, check_parent: bool = True) -> None:
+        if check_parent:
+            ensure(filename)
+
+    return wrapped
+
+
+class _WritingAtomically:
+    """Megatron's storage client, of which one method is another."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+    def open(self, path: str, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        is_tracker = Path(path).name == TRACKER and mode == "w"
+        return _Tracker(Path(path)) if is_tracker else self.client.open(path, mode, *args, **kwargs)
+
+
+class _Tracker(io.StringIO):
+    """Becomes the tracker when it is closed, unless a commit has written the same before."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def close(self) -> None:
+        text = "" if self.closed else self.getvalue()
+        super().close()
+        if text and not (self.path.exists() and self.path.read_text(encoding="utf-8") == text):
+            write_durably(self.path, text)
+
+
+def _tolerating_garbage(read: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(read)
+    def wrapped(tracker_filename: str) -> tuple[int, bool]:
+        path = Path(tracker_filename)
+        text = path.read_bytes().strip()
+        is_readable = text == b"release" or tracked_iteration(path.parent) is not None
+        return read(tracker_filename) if is_readable else (-1, False)
+
+    return wrapped
+
+
+def _naming_the_file(write: Callable[..., Any]) -> Any:
+    @functools.wraps(write)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        output = write(*args, **kwargs)
+        is_last = kwargs["results_queue"] is None  # the others' errors go through a queue of theirs
+        if is_last and isinstance(output[1], Exception):
+            _let_go_of_the_file(output[1])
+            reason = getattr(output[1], "strerror", None) or output[1]
+            raise RuntimeError(f"{Path(kwargs['write_bucket'][0]).name}: {reason}") from output[1]
+        return output
+
+    return staticmethod(wrapped)
+
+
+def _let_go_of_the_file(error: BaseException | None) -> None:
+    """torch's stream flushes its closed file when it is let go, and Python would report that.
+
+    So it would where the buffer that was written is let go in the wrong order, in a circle.
+    """
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            stream = frame.f_locals.get("transform_to")
+            if stream is not None:
+                stream.raw = _Nowhere()
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+class _Nowhere(io.RawIOBase):
+    """Takes what torch still wants to write when it lets go of its archive."""
+
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def _noting(write: Callable[..., None], saving: Saving) -> Callable[..., None]:
+    @functools.wraps(write)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            write(*args, **kwargs)
+        except OSError as error:
+            saving.note(error)
+
+    return wrapped
+
+
+def _surviving_start(save: Callable[..., None], saving: Saving) -> Callable[..., None]:
+    @functools.wraps(save)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            save(*args, **kwargs)
+        except FAILURES as error:
+            saving.failed(saving.open[-1], error)
+
+    return wrapped
+
+
+def _surviving_end(finalize: Callable[..., None], saving: Saving) -> Callable[..., None]:
+    @functools.wraps(finalize)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        while True:
+            try:
+                finalize(*args, **kwargs)
+                return
+            except FAILURES as error:
+                saving.failed(saving.open[0], error)  # and on with the next in the queue
+
+    return wrapped
+
+
+def _after(first: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return function(*args, **kwargs)
+
+    return wrapped

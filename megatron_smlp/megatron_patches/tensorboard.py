@@ -1,0 +1,58 @@
+"""A TensorBoard folder without room costs the run its curves, and not its life.
+
+TensorBoard's writer raises what went wrong in its thread at whoever logs next, which is Megatron's
+loop. `megatron.training.global_vars` holds the writer; what it holds afterwards is the same one
+with its errors told once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.unwritable_log import LostLines
+
+
+class TolerantWriter:
+    """Another writer, whose methods raise no OSError."""
+
+    def __init__(self, writer: Any, folder: str) -> None:
+        self.writer = writer
+        self.lost = LostLines(Path(folder))
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.writer, name)
+        return self._tolerant(value) if callable(value) else value
+
+    def _tolerant(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self.lost.tolerated():
+                return method(*args, **kwargs)
+
+        return wrapped
+
+
+def forget_after(iteration: int) -> None:
+    """Tell TensorBoard that the run goes on from there: it drops what it read of later steps."""
+    from megatron.training import global_vars
+
+    writer = global_vars.get_tensorboard_writer()
+    if writer is None:
+        return
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    start = SessionLog(status=SessionLog.START)
+    # What torch's writer does with a `purge_step`, which Megatron cannot know when it makes it.
+    writer.file_writer.add_event(Event(step=iteration + 1, session_log=start))
+
+
+def tolerate_losses(folder: str | None) -> None:
+    """Replace the writer that Megatron has opened for this folder, if it has one."""
+    from megatron.training import global_vars
+
+    writer = global_vars.get_tensorboard_writer()
+    if writer is not None and folder and not isinstance(writer, TolerantWriter):
+        global_vars._GLOBAL_TENSORBOARD_WRITER = TolerantWriter(writer, folder)

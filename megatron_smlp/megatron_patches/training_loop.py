@@ -1,0 +1,216 @@
+"""Where our code hangs into `megatron.training`'s loop, on every device.
+
+The loop offers no callbacks, so five of its module-level functions are wrapped; each wrapper calls
+the original with its own arguments. tests/contract holds their signatures.
+
+| function in megatron.training.training | why |
+|---|---|
+| setup_model_and_optimizer | to hold back an update after a bad loss, see its rate, and fuse Adam |
+| training_log | the only place that sees loss and gradient norm of a step |
+| evaluate, evaluate_and_print_results | validation numbers, and the time that they take |
+| save_checkpoint_and_time | the time that saving holds the training up |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.training import training
+
+from megatron_smlp.megatron_patches import torch_adam
+
+
+class Observer(Protocol):
+    """What wants to know of the loop. Every method is called on every rank, in lockstep."""
+
+    def built(self, model: list[Any], optimizer: Any) -> None: ...
+
+    def may_update(self) -> bool:
+        """False holds this step's optimizer update back."""
+
+    def stepped(
+        self,
+        losses: dict[str, torch.Tensor],
+        *,
+        iteration: int,
+        learning_rate: float | None,
+        grad_norm: float | None,
+        skipped: bool,
+        loss_scale: float,
+    ) -> None: ...
+
+    def ways_to_evaluate(self) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+        """For each pass over the samples: what its losses' names begin with, and what is around
+        it. Of the first one nothing."""
+
+    def validated(
+        self, losses: dict[str, torch.Tensor], *, iteration: int, title: str, seconds: float
+    ) -> None: ...
+
+    def held_up(self, *, seconds: float) -> None:
+        """The loop saved a checkpoint, or started to."""
+
+
+@contextlib.contextmanager
+def installed(observer: Observer) -> Iterator[None]:
+    """Wrap the functions above for the time of one `pretrain`, and put the originals back."""
+    validation, updates = _Validation(observer), _Updates(observer)
+    wrappers: dict[str, Callable[[Any], Any]] = {
+        "setup_model_and_optimizer": updates.around_setup,
+        "training_log": updates.around_log,
+        "evaluate": validation.around_evaluate,
+        "evaluate_and_print_results": validation.around_printing,
+        "save_checkpoint_and_time": lambda f: _with_saving(f, observer),
+    }
+    originals = {name: getattr(training, name) for name in wrappers}
+    for name, wrap in wrappers.items():
+        setattr(training, name, wrap(originals[name]))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(training, name, original)
+
+
+class _Updates:
+    """Guards the optimizer's updates, and ties each to the learning rate that it was made with.
+
+    By the time that Megatron logs a step its schedule has moved on to the rate of the next one.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self.learning_rate: float | None = None
+
+    def around_setup(self, setup: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(setup)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            model, optimizer, scheduler = setup(*args, **kwargs)
+            self.observer.built(model, optimizer)
+            if optimizer is not None:
+                torch_adam.fuse_steps(optimizer)
+                optimizer.step = self._guarded(optimizer)
+            return model, optimizer, scheduler
+
+        return wrapped
+
+    def _guarded(self, optimizer: Any) -> Callable[[], Any]:
+        step = optimizer.step
+
+        @functools.wraps(step)
+        def wrapped() -> Any:
+            self.learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
+            # Not successful, no gradient norm, no zeros counted: Megatron then counts a skipped
+            # step and leaves the learning rate schedule where it is.
+            return step() if self.observer.may_update() else (False, None, None)
+
+        return wrapped
+
+    def around_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(training_log)
+        def wrapped(
+            loss_dict: dict[str, torch.Tensor],
+            total_loss_dict: dict[str, Any],
+            learning_rate: float | None,
+            iteration: int,
+            loss_scale: float,
+            report_memory_flag: bool,
+            skipped_iter: int,
+            grad_norm: float | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            self.observer.stepped(
+                loss_dict,
+                iteration=iteration,
+                learning_rate=self.learning_rate,
+                grad_norm=grad_norm,
+                skipped=bool(skipped_iter),
+                loss_scale=loss_scale,
+            )
+            return training_log(
+                loss_dict,
+                total_loss_dict,
+                learning_rate,
+                iteration,
+                loss_scale,
+                report_memory_flag,
+                skipped_iter,
+                grad_norm,
+                *args,
+                **kwargs,
+            )
+
+        return wrapped
+
+
+class _Validation:
+    """Ties the numbers that `evaluate` returns to the iteration that only its caller knows.
+
+    Megatron validates once more after the training, on other samples, also where it has just done
+    so by its interval; then the second time is left out.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self.iteration, self.title = -1, ""
+
+    def around_printing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(
+            prefix: str,
+            forward_step_func: Any,
+            data_iterator: Any,
+            model: Any,
+            iteration: int,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            title = "test" if prefix.endswith("test set") else "validation"
+            if (iteration, title) == (self.iteration, self.title):
+                return None
+            self.iteration, self.title = iteration, title
+            return function(
+                prefix, forward_step_func, data_iterator, model, iteration, *args, **kwargs
+            )
+
+        return wrapped
+
+    def around_evaluate(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            losses: dict[str, torch.Tensor] = {}
+            for name, way in self.observer.ways_to_evaluate():
+                with way:
+                    found, collected, out_of_time = function(*args, **kwargs)
+                if out_of_time:
+                    return found, collected, out_of_time
+                losses |= {f"{name}{key}": value for key, value in found.items()}
+            self.observer.validated(
+                losses,
+                iteration=self.iteration,
+                title=self.title,
+                seconds=time.perf_counter() - start,
+            )
+            return losses, collected, out_of_time
+
+        return wrapped
+
+
+def _with_saving(save: Callable[..., Any], observer: Observer) -> Callable[..., Any]:
+    @functools.wraps(save)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        answer = save(*args, **kwargs)
+        observer.held_up(seconds=time.perf_counter() - start)
+        return answer
+
+    return wrapped

@@ -1,0 +1,109 @@
+"""Keeps what Megatron and torch print out of the user's sight, but not out of reach.
+
+From the first import on, standard output, warnings and library logging go into memory, and then, as
+soon as the log folder is known, into `megatron.log` there. What is for the user is written to the
+terminal by training/reporting.py; errors go to standard error as always.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.unwritable_log import LostLines
+
+
+class FolderError(UsageError):
+    """A folder that a run writes to; any rank may be the only one that sees it."""
+
+    every_rank = False
+
+
+class Transcript(contextlib.AbstractContextManager["Transcript"]):
+    """`with Transcript() as transcript: ...; transcript.open(folder, rank=0)`."""
+
+    def __init__(self) -> None:
+        self.file: TextIO = io.StringIO()
+        self.lost = LostLines(Path("megatron.log"))
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Transcript:
+        self.stack.enter_context(contextlib.redirect_stdout(self))
+        self.stack.enter_context(warnings.catch_warnings())
+        warnings.showwarning = self._show_warning
+        logging.basicConfig(stream=self, level=logging.INFO)
+        # It has a handler of its own, and says on every machine without CUDA that there is none.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stack.close()
+        self.flush()
+        if self.lost.is_said:  # what has no room is still in a buffer, and would fail once more
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.file.fileno())
+            os.close(nowhere)
+
+    def open(self, folder: str | None, *, rank: int) -> None:
+        """Go on in `folder`/megatron.log, megatron.rank3.log on rank 3; no folder keeps nothing.
+
+        Raises:
+            FolderError: the folder cannot be made or written to.
+        """
+        if folder is None:
+            self.file = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115
+            return
+        path = Path(folder) / ("megatron.log" if rank == 0 else f"megatron.rank{rank}.log")
+        self.lost = LostLines(path)
+        earlier = self.file.getvalue() if isinstance(self.file, io.StringIO) else ""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise FolderError(
+                f"--log-dir {folder} (left out: --save) cannot be written to: {error.strerror}: "
+                "give another folder."
+            ) from error
+        self.write(earlier)
+
+    def write(self, text: str) -> int:
+        """A full disk costs the log its lines, and not the run its life."""
+        with self.lost.tolerated():
+            self.file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.lost.tolerated():
+            self.file.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+    def _show_warning(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: Any = None,
+        line: str | None = None,
+    ) -> None:
+        self.write(f"{filename}:{lineno}: {category.__name__}: {message}\n")
+
+
+def terminal() -> TextIO:
+    """The real standard output, whatever is redirected."""
+    return sys.__stdout__ or sys.stderr

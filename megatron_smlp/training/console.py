@@ -1,0 +1,89 @@
+"""The terminal of a run: a start that fits a screen, then lines, above a progress bar if it is one.
+
+Rank 0 alone has one. What Megatron itself prints is kept by training/captured_output.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from megatron_smlp import __version__
+from megatron_smlp.accounting.costs import ModelShape
+from megatron_smlp.provenance import software, version_of
+from megatron_smlp.training.captured_output import terminal
+from megatron_smlp.training.start_screen import summary
+
+
+class Screen:
+    """Silent on all ranks but the first."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.first_rank = args.rank == 0
+        self.console = Console(file=terminal(), highlight=False, soft_wrap=True)
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[None]:
+        """With a progress bar, where this is a terminal."""
+        with contextlib.ExitStack() as stack:
+            if self.first_rank and self.console.is_terminal:
+                self.bar = stack.enter_context(self._bar())
+                total = self.args.train_iters or 1
+                self.task = self.bar.add_task("train", total=total, note="starting")
+            yield
+
+    def _bar(self) -> Progress:
+        return Progress(
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            redirect_stdout=False,  # what Megatron prints is kept in its log, not shown here
+            redirect_stderr=False,
+        )
+
+    def advance(self, iteration: int, *, note: str) -> None:
+        """Move the bar, where there is one."""
+        if self.bar is not None and self.task is not None:
+            # With --train-samples Megatron only now knows how many iterations that makes.
+            total = self.args.train_iters
+            self.bar.update(self.task, completed=iteration, total=total, note=note)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if self.first_rank:
+            self.console.print(text, markup=False)
+
+    def introduce(self) -> None:
+        """What is going to run, on what data, from where, and where its logs are."""
+        args = self.args
+        commit = software()["commit"]
+        ours = f"{__version__} ({commit})" if commit else __version__
+        self.say(f"megatron_smlp {ours} on Megatron-Core {version_of('megatron-core')}")
+        for line in summary(args, ModelShape.from_args(args)):
+            self.say(line)
+        if args.platform_changes:
+            self.say("platform    CPU: GPU-only defaults are off (docs/architecture.md)")
+        self.say(f"data        {'mock' if args.mock_data else ' '.join(data_words(args))}")
+        self.say(f"start       {'from ' + args.load if args.load else 'from scratch'}")
+        if args.kept_flags:
+            self.say(f"            with {', '.join(args.kept_flags)}, as that model has it")
+        if args.log_dir:
+            self.say(f"logs        {args.log_dir}: metrics.jsonl, megatron.log")
+        else:
+            self.say("logs        none are kept: give --log-dir or --save")
+
+
+def data_words(args: argparse.Namespace) -> list[str]:
+    """The data flags that were given, as they were given."""
+    names = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+    given = [getattr(args, name) for name in names if getattr(args, name)]
+    return [str(word) for words in given for word in words] or [str(args.data_args_path)]

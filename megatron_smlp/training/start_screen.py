@@ -1,0 +1,154 @@
+"""What a run is going to do, in words: the start screen and `--dry-run`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from megatron_smlp.accounting.costs import (
+    ModelShape,
+    forward_tflops_per_1024_tokens,
+    layer_cost,
+    model_cost,
+)
+from megatron_smlp.options import LayerSlots
+
+MIXERS = {
+    "attention": "self-attention, heads: {heads}",
+    "spatial_gating": "spatial gating, heads: {heads}",
+    "gating_and_attention": "spatial gating, heads: {heads}, and attention of width {width}",
+    "feature_moe": "feature MoE ({router}), experts: {heads}",
+}
+PRECISIONS = ("bf16", "fp16")
+
+
+def print_dry_run(args: argparse.Namespace, console: Console) -> None:
+    """The resolved configuration, the layers with both slots, parameters and FLOPs."""
+    shape = ModelShape.from_args(args)
+    resolved = {name: getattr(args, name) for name in sorted(args.explicit_flags)}
+    console.print("Configuration (flags and --config; everything else is Megatron's default)")
+    console.print(yaml.safe_dump(_plain(resolved), sort_keys=True).rstrip(), markup=False)
+    console.print()
+    console.print(layer_table(args, shape))
+    for line in summary(args, shape):
+        console.print(line, markup=False)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    simple = (str, int, float, bool, list, type(None))
+    return {key: v if isinstance(v, simple) else str(v) for key, v in values.items()}
+
+
+def layer_table(args: argparse.Namespace, shape: ModelShape) -> Table:
+    """One row for equal layers after one another: both slots, then of each of them parameters and
+    forward GFLOPs a sequence, in full squares and without what lies above the diagonals.
+
+    Words are broken where it is narrow, numbers never.
+    """
+    table = Table(title="Layers", title_justify="left", box=None, pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    for name in ("token mixer", "channel mixer"):
+        table.add_column(name, overflow="fold")
+    for name in ("parameters", "GFLOPs", "needed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    last = 0
+    for slots, same in itertools.groupby(shape.slots):
+        first, last = last + 1, last + len(list(same))
+        cost = layer_cost(shape, slots)
+        gflops = (f"{flops / 1e9:.2f}" for flops in (cost.square_flops, cost.flops))
+        rows = str(first) if first == last else f"{first}-{last}"
+        table.add_row(rows, *describe(args, slots), f"{cost.parameters:,}", *gflops)
+    return table
+
+
+def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
+    """Both slots in words."""
+    router = args.token_router
+    if router == "hash":
+        router += f", {'random' if args.hash_table is None else 'balanced'} table"
+        router = "hash, the checkpoint's table" if args.load else router
+    channels = {
+        "mlp": f"MLP, width {args.ffn_hidden_size}",
+        "token_moe": f"token MoE ({router}), experts: {args.num_experts}",
+        "none": "-",
+    }
+    mixer = MIXERS[slots.mixer].format(
+        heads=slots.heads, width=args.tiny_attention_width, router=args.feature_router
+    )
+    if args.toeplitz:
+        mixer += ", Toeplitz"
+    return mixer, channels[slots.channel]
+
+
+def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:
+    """The start screen: model, size, layout, batch, precision."""
+    cost = model_cost(shape)
+    paper, needed = forward_tflops_per_1024_tokens(cost, shape)
+    groups = itertools.groupby(describe(args, slots) for slots in shape.slots)
+    layers = "; ".join(
+        f"{len(list(same))} x {mixer}" + ("" if channel == "-" else f" + {channel}")
+        for (mixer, channel), same in groups
+    )
+    dtype = next((name for name in PRECISIONS if getattr(args, name)), "fp32")
+    yield f"model       {args.architecture}: {layers}"
+    zeros = f" ({cost.zero_parameters:,} zeros above diagonals)" if cost.zero_parameters else ""
+    yield (
+        f"size        {cost.parameters:,} parameters, {cost.active_parameters:,} active per token"
+        f"{zeros}; hidden {args.hidden_size}, T {args.seq_length}, "
+        f"vocabulary {args.padded_vocab_size:,}"
+    )
+    yield (
+        f"cost        {paper:.4f} TFLOPs forward per 1024 tokens "
+        f"({needed:.4f} needed, without what lies above the diagonal)"
+    )
+    if note := _what_is_missing(args, shape):
+        yield f"note        {note}"
+    yield f"layout      {layout(args)}; {dtype}"
+    yield f"steps       {_steps(args)} tokens, micro-batch {args.micro_batch_size}"
+
+
+def _what_is_missing(args: argparse.Namespace, shape: ModelShape) -> str | None:
+    """Where an sMLP is less than its name says."""
+    if args.architecture != "smlp":
+        return None
+    has_features = any(slots.mixer == "feature_moe" for slots in shape.slots)
+    has_tokens = any(slots.channel == "token_moe" for slots in shape.slots)
+    if not (has_features or has_tokens):
+        return "no layer has experts: this model is that of --architecture gmlp"
+    if not has_features:
+        return "no spatial experts (--feature-router none): this is a gmlp with token experts"
+    return None if has_tokens else "no token experts (--token-router none): spatial ones alone"
+
+
+def _steps(args: argparse.Namespace) -> str:
+    if args.step_batch_size_schedule:
+        length = f"{args.train_iters or args.train_samples:,}"
+        unit = "" if args.train_iters else " samples"
+        batches = f"in batches by --step-batch-size-schedule '{args.step_batch_size_schedule}'"
+        return f"{length}{unit} {batches}, samples of {args.seq_length}"
+    if args.train_iters:
+        return f"{args.train_iters} x {args.global_batch_size} samples of {args.seq_length}"
+    batches = f"in batches of {args.global_batch_size}"
+    return f"{args.train_samples:,} samples {batches}, each of {args.seq_length}"
+
+
+def layout(args: argparse.Namespace) -> str:
+    """`4 processes: TP 2, PP 2, EP 1, DP 1`."""
+    words = [
+        f"TP {args.tensor_model_parallel_size}" + (" + SP" if args.sequence_parallel else ""),
+        f"PP {args.pipeline_model_parallel_size}",
+        f"EP {args.expert_model_parallel_size}",
+        f"DP {args.data_parallel_size}",
+    ]
+    if args.virtual_pipeline_model_parallel_size:
+        words[1] += f" x {args.virtual_pipeline_model_parallel_size} interleaved"
+    if args.use_distributed_optimizer:
+        words.append("distributed optimizer")
+    processes = f"{args.world_size} process" + ("es" if args.world_size > 1 else "")
+    return f"{processes}: {', '.join(words)}"
