@@ -14,7 +14,7 @@ import argparse
 from dataclasses import dataclass
 
 from megatron_smlp.accounting.costs import ModelShape
-from megatron_smlp.options import LayerSlots
+from megatron_smlp.systems import LayerSlots
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _GRADIENT_BYTES = 4
@@ -218,7 +218,7 @@ def _mlp(shape: ModelShape) -> Parameters:
 def _token_moe(shape: ModelShape) -> Parameters:
     widths = 3 if shape.gated_mlp else 2
     experts = shape.num_experts * widths * shape.hidden_size * shape.moe_ffn_hidden_size
-    router = 0 if shape.token_router == "hash" else shape.num_experts * shape.hidden_size
+    router = shape.num_experts * shape.hidden_size if shape.router_has_weights else 0
     return Parameters(replicated=router, experts=experts) + _norm(shape)
 
 
@@ -259,7 +259,7 @@ def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerS
     elif slots.channel == "token_moe":
         # The dispatched token; the expert's hidden layer before and after the GELU; and its output,
         # unless the weight is fixed. GShard's second expert is counted as if it always served.
-        num_kept = 1 if shape.token_router == "hash" else 2
+        num_kept = 2 if shape.router_has_weights else 1
         expert = num_kept * shape.hidden_size + 2 * shape.moe_ffn_hidden_size / layout.expert_tensor
         channel = 2 * hidden + shape.moe_router_topk * expert
     return 2 * hidden + mixer + channel

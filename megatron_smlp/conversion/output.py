@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_smlp.durable import sync_folder
-from megatron_smlp.errors import UsageError, interrupt
+from megatron_smlp.errors import UsageError
+from megatron_smlp.interrupts import interrupt
 
 
 @contextlib.contextmanager

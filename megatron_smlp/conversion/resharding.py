@@ -27,7 +27,7 @@ ANY_LAYOUT = "optimizer.state."
 
 def check_layout(flags: Mapping[str, Any], layout: Mapping[str, int]) -> None:
     """Raise UsageError where the model cannot be spread that way, as pretrain_smlp.py would."""
-    from megatron_smlp.flags.parse import check_model
+    from megatron_smlp.flags.check_model import check_model
 
     for name, size in layout.items():
         if size < 1:

@@ -128,7 +128,7 @@ class SMLPConfig(PreTrainedConfig):
     num_experts: int | None = None
     moe_ffn_hidden_size: int | None = None
     moe_layer_freq: int | list[int] = 1
-    moe_train_capacity_factor: float | int | None = 1.25
+    moe_train_capacity_factor: float | int | None = None
     moe_eval_capacity_factor: float | int | None = None
     moe_drop_policy: str = "position"
     moe_aux_loss_coeff: float | int = 0.01

@@ -25,30 +25,16 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_smlp.routers.base import BaseRouter
-from megatron_smlp.routers.gshard import GShardRouter
-from megatron_smlp.routers.hash import HashRouter
-from megatron_smlp.routers.switch import SwitchRouter
-
-ROUTERS: dict[str, Any] = {
-    "none": TopKRouter,  # only under a bare `--spec` in Megatron-LM's own script, with its flags
-    "switch": SwitchRouter,
-    "gshard": GShardRouter,
-    "base": BaseRouter,
-    "hash": HashRouter,
-}
-
 
 def token_moe_builder(
-    config: TransformerConfig, backend: BackendSpecProvider, *, router: Any = None
+    config: TransformerConfig, backend: BackendSpecProvider, *, router: Any = TopKRouter
 ) -> Any:
     """A builder for the `mlp` slot.
 
     Args:
         router: what fills MoELayer's router slot, called with config, pg_collection, is_mtp_layer;
-            default: the rule that the config names.
+            default: Megatron's, as under a bare `--spec` in its own script.
     """
-    router = router or ROUTERS[getattr(config, "token_router", "none")]
     submodules = MoESubmodules(
         experts=partial(_experts, backend.grouped_mlp_modules(config.moe_grouped_gemm)),
         router=partial(_router, router),

@@ -32,12 +32,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from megatron_smlp.checkpoints.index import check_metadata, check_piece
-from megatron_smlp.errors import (
-    DamagedCheckpointError,
-    UnsafeCheckpointError,
-    UserError,
-    is_interruption,
-)
+from megatron_smlp.errors import DamagedCheckpointError, UnsafeCheckpointError, UserError
+from megatron_smlp.interrupts import is_interruption
 
 DATA = "torch.distributed.checkpoint.metadata"
 PLANS = "torch.distributed.checkpoint.planner"

@@ -17,14 +17,8 @@ from megatron_smlp.accounting.costs import (
     layer_cost,
     model_cost,
 )
-from megatron_smlp.options import LayerSlots
+from megatron_smlp.systems import MIXERS, LayerSlots
 
-MIXERS = {
-    "attention": "self-attention, heads: {heads}",
-    "spatial_gating": "spatial gating, heads: {heads}",
-    "gating_and_attention": "spatial gating, heads: {heads}, and attention of width {width}",
-    "feature_moe": "feature MoE ({router}), experts: {heads}",
-}
 PRECISIONS = ("bf16", "fp16")
 
 
@@ -78,7 +72,7 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
         "token_moe": f"token MoE ({router}), experts: {args.num_experts}",
         "none": "-",
     }
-    mixer = MIXERS[slots.mixer].format(
+    mixer = MIXERS[slots.mixer].title.format(
         heads=slots.heads, width=args.tiny_attention_width, router=args.feature_router
     )
     if args.toeplitz:
