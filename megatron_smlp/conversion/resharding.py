@@ -15,11 +15,11 @@ from typing import Any
 from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.writer import TorchDistWriter, finish
-from megatron_smlp.conversion.progress import Progress
 from megatron_smlp.conversion.record import converted_record
 from megatron_smlp.conversion.tensors import Source, tensors_of
 from megatron_smlp.conversion.torch_dist import COMMON, NOT_WEIGHTS, TorchDistCheckpoint
 from megatron_smlp.errors import UsageError
+from megatron_smlp.progress import written_tensors
 
 ANY_LAYOUT = "optimizer.state."
 """How names of optimizer state begin that no layout is part of."""
@@ -83,7 +83,7 @@ def copy(
         **{**vars(checkpoint.args), **flags, **layout, "no_save_rng": True}
     )
     with TorchDistWriter(iteration_folder(run, checkpoint.iteration)) as writer:
-        for name, tensor in Progress(source.specs).over(tensors_of(source)):
+        for name, tensor in written_tensors(tensors_of(source), source.specs.values()):
             writer.add(name, tensor)
             del tensor  # before the next one is read
         for name in checkpoint.objects:
