@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
-from megatron_smlp.conversion.tensors import Spec
+from megatron_smlp.checkpoints.tensors import Spec
 
 LINE_SECONDS = 10.0
 GIGABYTE = 1e9

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_smlp.conversion.tensors import Spec
+from megatron_smlp.checkpoints.tensors import Spec
 from megatron_smlp.errors import DamagedCheckpointError, UsageError
 
 INDEX = "model.safetensors.index.json"
