@@ -79,14 +79,25 @@ def check_against_checkpoint(args: argparse.Namespace) -> None:
     Raises:
         UsageError: with the flag and both values.
     """
-    saved = read_model_flags(args.load, args.ckpt_step) if args.load else None
-    wanted = model_flags(args)
-    for name, there in (saved or {}).items():
+    if args.load:
+        check_same_model(model_flags(args), args.load, args.ckpt_step)
+
+
+def check_same_model(wanted: Mapping[str, Any], load: str, iteration: int | None) -> None:
+    """Compare a model's flags with those of a checkpoint in a run's folder.
+
+    Args:
+        iteration: the checkpoint's; None: the newest.
+
+    Raises:
+        UsageError: with the flag and both values.
+    """
+    for name, there in (read_model_flags(load, iteration) or {}).items():
         here = wanted.get(name, there)
         may_change = name in MODEL_FLAGS and MODEL_FLAGS[name].may_change
         if here != there and not may_change:
             flag = flag_of(name)
             raise UsageError(
-                f"{flag} {here} contradicts the checkpoint {args.load}, which was made with "
-                f"{there}: give {flag} {there}, or another --load."
+                f"{flag} {here} contradicts the checkpoint {load}, which was made with {there}: "
+                f"give {flag} {there}, or another --load."
             )

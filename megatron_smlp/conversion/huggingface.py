@@ -12,8 +12,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
+from megatron_smlp.checkpoints.tensors import Source, Spec, check_scale, main_dtype
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.conversion.names import HeadShape, to_huggingface, to_megatron
+from megatron_smlp.conversion.recipes import Recipe
 from megatron_smlp.conversion.safetensors_files import (
     INDEX,
     SINGLE,
@@ -21,7 +23,6 @@ from megatron_smlp.conversion.safetensors_files import (
     write_folder,
 )
 from megatron_smlp.conversion.streamed_weights import weights_from
-from megatron_smlp.conversion.tensors import Recipe, Source, Spec, check_scale, main_dtype
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf import configuration_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig

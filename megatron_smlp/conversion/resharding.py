@@ -14,10 +14,10 @@ from typing import Any
 
 from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
+from megatron_smlp.checkpoints.tensors import Source, tensors_of
+from megatron_smlp.checkpoints.torch_dist import COMMON, NOT_WEIGHTS, TorchDistCheckpoint
 from megatron_smlp.checkpoints.writer import TorchDistWriter, finish
 from megatron_smlp.conversion.record import converted_record
-from megatron_smlp.conversion.tensors import Source, tensors_of
-from megatron_smlp.conversion.torch_dist import COMMON, NOT_WEIGHTS, TorchDistCheckpoint
 from megatron_smlp.errors import UsageError
 from megatron_smlp.progress import written_tensors
 

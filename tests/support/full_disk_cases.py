@@ -17,8 +17,12 @@ from support.checkpoints import pretrain
 from support.conversions import assert_same, folder_weights, from_gpt2, from_hf, run
 from support.small_disk import fill
 
-from megatron_smlp.checkpoints.folders import iteration_folder, iterations, tracked_iteration
-from megatron_smlp.checkpoints.inspection import checkpoint_of
+from megatron_smlp.checkpoints.folders import (
+    checkpoint_of,
+    iteration_folder,
+    iterations,
+    tracked_iteration,
+)
 from megatron_smlp.checkpoints.integrity import verify
 from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.conversion import convert
