@@ -19,7 +19,7 @@ def interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def is_interruption(error: BaseException | None) -> bool:
-    """Whether an error only follows from an interruption.
+    """Return whether an error only follows from an interruption.
 
     Native code that is interrupted in a call back to Python (torch, at work on its archives) may
     let the interruption go and complain of what it left behind, such as a closed file.

@@ -20,7 +20,7 @@ NEVER_OLDER = object()
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the program derives its lists from, of a flag that is not at its default everywhere."""
+    """Facts of a flag that the rest of the program derives its lists from."""
 
     architectures: tuple[str, ...] = ()
     """Architectures it is for, empty: all. With another one a value is refused."""
@@ -62,12 +62,12 @@ def option(default: Any, *, choices: tuple[str, ...] | None = None, **facts: Any
 
 @dataclass
 class ModelOptions:
-    """What the model is, beyond Megatron's own flags."""
+    """Flags of the model, beyond Megatron's own."""
 
     architecture: str = option(
         "transformer", choices=tuple(ARCHITECTURES), hf="architecture", upcycling=True
     )
-    """Which pair of mixers each layer gets; megatron_smlp/systems.py is the table."""
+    """The pair of mixers of each layer; megatron_smlp/systems.py is the table."""
 
     spatial_heads: int = option(1, architectures=SPATIAL, hf="spatial_heads")
     """Spatial gating: number of heads in a dense layer; each has its own T x T matrix, bias and
@@ -138,7 +138,7 @@ class ModelOptions:
     token_router: str = option(
         "none", choices=("none", *TOKEN_ROUTERS), hf="token_router", upcycling=True
     )
-    """How tokens choose among the --num-experts FFN experts of a token MoE; one file a rule in
+    """The rule by which tokens choose among the --num-experts FFN experts; one file a rule in
     megatron_smlp/routers/. none: there are no token experts."""
 
     moe_train_capacity_factor: float | None = option(
@@ -199,7 +199,7 @@ class ModelOptions:
 
 @dataclass
 class RunOptions:
-    """What our command line adds around Megatron's training loop."""
+    """Flags of the run, around Megatron's training loop."""
 
     config: str | None = option(None, of_one_start=True)
     """YAML file of flags, with hyphens or underscores; flags on the command line win over it."""
@@ -227,17 +227,17 @@ class RunOptions:
     """With --keep-last: keep also what was saved at a multiple of this many iterations."""
 
     on_save_failure: Literal["stop", "continue"] = "stop"
-    """What a checkpoint that cannot be saved does, as on a full disk: end the run, or let it go on
+    """Where a checkpoint cannot be saved, as on a full disk: end the run, or let it go on
     to the next one. What was saved before stays intact."""
 
     log_dir: str | None = option(None, of_one_start=True)
     """Folder of metrics.jsonl and of the start-up record (default: the --save folder)."""
 
     nonfinite_loss: Literal["stop", "skip"] = "stop"
-    """What a loss that is NaN or infinite does: stop the run, or skip that step's update."""
+    """At a loss that is NaN or infinite: stop the run, or skip that step's update."""
 
     optimizer_checkpoint: Literal["any_layout", "data_parallel"] = "any_layout"
-    """How a distributed optimizer saves its state. any_layout: whole tensors, gathered over the
+    """The format of a distributed optimizer's state. any_layout: whole tensors, gathered over the
     data parallel ranks, for a resume under any layout. data_parallel: Megatron's own default,
     written without communication, for a resume with another data parallel size only."""
 

@@ -1,4 +1,4 @@
-"""How a program ends: its errors as one line, its exit code, its workers."""
+"""End a program well: errors as one line, exit codes, no worker left behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_smlp.interrupts import is_interruption, noting_interruptions
 
 
 def is_first_rank() -> bool:
-    """Whether this process may speak for all, before there is a process group too."""
+    """Return whether this process may speak for all, before there is a process group too."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

@@ -19,7 +19,7 @@ def load(reference: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRouterRule:
-    """How tokens choose among FFN experts."""
+    """A rule by which tokens choose among FFN experts."""
 
     module: str
     """Its class, as `module:name`; megatron_smlp/routers/ has one file a rule."""
@@ -55,14 +55,14 @@ def token_router_class(name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixer:
-    """What fills the token mixer's slot of a layer."""
+    """A filling of the token mixer's slot of a layer."""
 
     spec: str
     """The function that makes Megatron's spec of it, as `module:name`."""
     cost: str
     """The function that counts its parameters and FLOPs, as `module:name`."""
     title: str
-    """What the layer table says; {heads}, {width} and {router} stand for numbers and names."""
+    """Its name in the layer table; {heads}, {width} and {router} stand for numbers and names."""
 
 
 COSTS = "megatron_smlp.accounting.costs"
@@ -92,7 +92,7 @@ MIXERS: dict[str, Mixer] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Which mixers the layers of a model have."""
+    """The mixers of a model's layers."""
 
     mixer: str
     channel: Literal["mlp", "none"] = "none"
@@ -112,7 +112,7 @@ SPATIAL = tuple(name for name, one in ARCHITECTURES.items() if one.mixer != "att
 
 @dataclass(frozen=True)
 class LayerSlots:
-    """What fills the two slots of one layer."""
+    """The fillings of the two slots of one layer."""
 
     mixer: str
     """One of MIXERS."""

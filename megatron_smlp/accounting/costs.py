@@ -32,7 +32,7 @@ TOKENS_PER_REPORT = 1024
 
 @dataclass(frozen=True)
 class Cost:
-    """What one part of the model costs."""
+    """Parameters and FLOPs of one part of the model."""
 
     parameters: int
     active_parameters: int
@@ -69,7 +69,7 @@ class ModelShape:
     """Width of the keys, and of the values: query groups * kv_channels."""
     num_experts: int = 0
     token_router: str = ModelOptions.token_router
-    """Which rule routes tokens; none: Megatron's own, under a bare `--spec`."""
+    """The rule that routes tokens; none: Megatron's own, under a bare `--spec`."""
     moe_ffn_hidden_size: int = 0
     moe_router_topk: int = 1
     tiny_attention_width: int = 0
@@ -135,7 +135,7 @@ class ModelShape:
 
     @property
     def router_has_weights(self) -> bool:
-        """Whether the token router scores tokens by a matrix."""
+        """Return whether the token router scores tokens by a matrix."""
         rule = TOKEN_ROUTERS.get(self.token_router)
         return rule is None or rule.has_weights
 

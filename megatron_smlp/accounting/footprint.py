@@ -1,4 +1,4 @@
-"""What one GPU holds and sends in a parallel layout: plain arithmetic, no torch, no GPU.
+"""Memory and traffic of one GPU in a parallel layout: plain arithmetic, no torch, no GPU.
 
 Memory: weights, gradients and optimizer state are exact; activations are the tensors that autograd
 keeps with Megatron's local layers (no fused kernels), an estimate.
@@ -25,7 +25,7 @@ _MASTER_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """How a run is spread; names and defaults as Megatron's flags."""
+    """The parallel sizes of a run; names and defaults as Megatron's flags."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -299,7 +299,7 @@ def _stage(shape: ModelShape, layout: ParallelLayout, stage: int) -> Footprint:
 
 
 def _ring(size: int, ranks: int) -> float:
-    """What a rank sends in an all-reduce, or in a reduce-scatter and an all-gather, of `size`."""
+    """Return what a rank sends in an all-reduce, or a reduce-scatter and an all-gather."""
     return 2 * (ranks - 1) / ranks * size
 
 

@@ -118,7 +118,7 @@ def check_schedule(args: argparse.Namespace) -> None:
 
 
 def _check_length(args: argparse.Namespace) -> None:
-    """How long the run is, and the phases of the learning rate within that."""
+    """Check the length of the run, and the phases of the learning rate within it."""
     unit = "iters" if args.train_iters else "samples"
     length = args.train_iters or args.train_samples
     if not length:
@@ -272,11 +272,11 @@ def _has_wandb_login() -> bool:
 
 
 RECOMPUTED_BY_TRANSFORMER_ENGINE = frozenset({"layernorm", "moe_act", "mla_up_proj"})
-"""What `--recompute-modules` frees and recomputes in the backward pass by it."""
+"""Modules that `--recompute-modules` recomputes by Transformer Engine."""
 
 
 def check_machine(args: argparse.Namespace) -> None:
-    """What the machine and its packages have to have for these flags.
+    """Check that the machine has the devices and packages that these flags need.
 
     Raises:
         UsageError: see the messages.

@@ -119,7 +119,7 @@ def _fill_in_saving(args: argparse.Namespace) -> None:
 
 
 def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
-    """What is loaded, and what that has of flags which the command line does not say."""
+    """Choose what is loaded, and keep what that has of flags which the command line leaves out."""
     is_save_folder = _is_same(args.load, args.save)
     if args.load is None and args.save and not args.no_resume and holds_checkpoint(args.save):
         args.load = args.save  # what an earlier start left
@@ -159,7 +159,7 @@ def _keep_padding(args: argparse.Namespace, padded: int | None) -> None:
 
 
 def holds_checkpoint(run: str) -> bool:
-    """Whether the folder of a run has a checkpoint to load."""
+    """Return whether the folder of a run has a checkpoint to load."""
     return latest_iteration(run) is not None or release_folder(run) is not None
 
 

@@ -81,7 +81,7 @@ SPELLINGS = {
     "fp8": "--fp8-format",
     "fp4": "--fp4-format",
 }
-"""Where a flag is not spelt as what it sets."""
+"""Spellings of flags that set something of another name."""
 
 
 def refuse_unused(args: argparse.Namespace) -> None:

@@ -53,7 +53,7 @@ _LARGEST = {
 
 @strict
 class SMLPConfig(PreTrainedConfig):
-    """What the model is; every size in elements.
+    """Configuration of a model; every size in elements.
 
     Args:
         architecture: transformer, gmlp, amlp (gmlp and one small attention head) or smlp.
@@ -184,11 +184,11 @@ class SMLPConfig(PreTrainedConfig):
         return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
     def is_sparse_layer(self, index: int) -> bool:
-        """Whether layer `index` belongs to the N2 sparse ones of smlp."""
+        """Return whether layer `index` belongs to the N2 sparse ones of smlp."""
         return self.architecture == "smlp" and index >= self.num_dense_layers
 
     def has_token_moe(self, index: int) -> bool:
-        """Whether the channel slot of layer `index` is a token MoE."""
+        """Return whether the channel slot of layer `index` is a token MoE."""
         if self.token_router == "none":
             return False
         if self.architecture == "smlp":

@@ -61,7 +61,7 @@ def norm_builder(config: TransformerConfig) -> Any:
 
 
 def _is_on_cuda() -> bool:
-    """Whether this process computes on a CUDA device: platform/cpu.py answers with the CPU."""
+    """Return whether this process computes on a CUDA device; platform/cpu.py names the CPU."""
     available = torch.cuda.is_available()
     return available and torch.device(torch.cuda.current_device()).type == "cuda"
 

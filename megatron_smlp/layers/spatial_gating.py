@@ -165,7 +165,7 @@ class SpatialProjection(nn.Module):
         return mixed.view(heads, tokens, batch, -1).permute(1, 2, 0, 3).reshape(values.shape)
 
     def first(self, weight: Tensor, tokens: int) -> Tensor:
-        """What a sequence of `tokens` needs of the weights."""
+        """Return the part of the weights that a sequence of `tokens` needs."""
         return weight[:, :tokens, :tokens]
 
     def mix(self, weight: Tensor, columns: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ class SpatialGating(MegatronModule):
 
     @property
     def shares_spatial(self) -> bool:
-        """Whether every rank of the TP group holds all M and b."""
+        """Return whether every rank of the TP group holds all M and b."""
         return self.head_is_split
 
     def _spatial(self, num_matrices: int, length: int) -> SpatialProjection:

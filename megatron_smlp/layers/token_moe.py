@@ -53,7 +53,7 @@ def _layer(submodules: MoESubmodules, *, config: TransformerConfig, **kwargs: An
 
 
 def _routes_on_residual(config: TransformerConfig) -> bool:
-    """Whether the router reads x, and not h."""
+    """Return whether the router reads x, and not h."""
     is_base = getattr(config, "token_router", "none") == "base"
     return is_base and getattr(config, "base_routing_input", "residual") == "residual"
 
@@ -77,7 +77,7 @@ class ResidualRoutedMoELayer(MoELayer):
 
 
 def _may_drop(config: TransformerConfig) -> bool:
-    """Whether the router leaves out choices: over the capacity, or GShard's second expert."""
+    """Return whether the router drops choices: over the capacity, or GShard's second expert."""
     factors = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
     limited = any(getattr(config, name, None) is not None for name in factors)
     return limited or getattr(config, "token_router", "none") == "gshard"

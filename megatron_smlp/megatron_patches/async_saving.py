@@ -1,4 +1,4 @@
-"""How `--async-save` runs: on a CPU in a process that is forked for one save.
+"""`--async-save` on a CPU: a process is forked for one save.
 
 Megatron hands the tensors to a worker process that lives on. On a CPU that shares the memory of
 the weights: the worker would write what the next steps make of them. A forked process sees the
@@ -52,7 +52,7 @@ class ForkedQueue:
         self.file.flush()
 
     def get_nowait(self) -> Any:
-        """What was put.
+        """Return what was put.
 
         Raises:
             queue.Empty: nothing was.

@@ -21,9 +21,9 @@ class Patch:
     """One function or method that is replaced."""
 
     target: str
-    """Where Megatron or torch looks it up."""
+    """The name under which Megatron or torch looks it up."""
     why: str
-    """What the original does that must not be."""
+    """The fault of the original."""
     module: str
     """The module of this folder that replaces it."""
     contract: str

@@ -1,4 +1,4 @@
-"""Where our code hangs into `megatron.training`'s loop, on every device.
+"""Calls of an observer, and of the guard of updates, from `megatron.training`'s loop.
 
 The loop offers no callbacks, so five of its module-level functions are wrapped; each wrapper calls
 the original with its own arguments. tests/contract holds their signatures.
@@ -28,7 +28,7 @@ from megatron_smlp.megatron_patches import torch_adam
 
 
 class Observer(Protocol):
-    """What wants to know of the loop. Every method is called on every rank, in lockstep."""
+    """Is told of the loop's events. Every method is called on every rank, in lockstep."""
 
     def built(self, model: list[Any], optimizer: Any) -> None: ...
 

@@ -61,7 +61,7 @@ def needed() -> bool:
 
 
 def active() -> bool:
-    """Whether the names below are replaced: every tensor of this process is on the CPU."""
+    """Return whether the names below are replaced: every tensor of this process is on the CPU."""
     return getattr(torch.cuda, "_smlp_cpu_platform", False)
 
 

@@ -63,7 +63,7 @@ class RunConsole:
             self.console.print(text, markup=False)
 
     def introduce(self) -> None:
-        """What is going to run, on what data, from where, and where its logs are."""
+        """Print the start screen: the model, its data, the checkpoint, where the logs are."""
         args = self.args
         commit = software()["commit"]
         ours = f"{__version__} ({commit})" if commit else __version__

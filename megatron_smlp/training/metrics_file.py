@@ -40,7 +40,7 @@ class MetricsFile:
         return last
 
     def holds(self, name: str, *, iteration: int) -> bool:
-        """Whether a record of this iteration has this value."""
+        """Return whether a record of this iteration has this value."""
         if self.path is None or not self.path.exists():
             return False
         records = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())

@@ -1,4 +1,4 @@
-"""What a run reports: a line a log interval on the screen, and the same numbers in metrics.jsonl.
+"""The reports of a run: a line a log interval on the console, the same numbers in metrics.jsonl.
 
 Rank 0 reports; under pipeline parallelism the loss lives on the last stage and is sent to it. The
 terminal is training/console.py, what the routers did is put into words by router_report.py.
@@ -80,7 +80,7 @@ class Reporter:
         self.wall = WallClock()
         self.last_saved: int | None = None
         self.evaluated: dict[str, Loads] = {}
-        """What the routers did in each pass of the last evaluation."""
+        """Loads of the routers in each pass of the last evaluation."""
         self.is_complete = False
         """Whether the run was at its end when it started."""
 
@@ -228,7 +228,7 @@ class Reporter:
         return tokens
 
     def _progress(self) -> dict[str, float]:
-        """How far the run is, in all that a curve may be drawn against."""
+        """Return the progress of the run, in all that a curve may be drawn against."""
         return {
             "consumed_samples": self.args.consumed_train_samples,
             "consumed_tokens": self._tokens(),
@@ -318,7 +318,7 @@ def _evaluation_line(record: dict[str, Any], title: str, loads: Loads) -> str:
 
 
 def _for_writers(numbers: dict[str, Any]) -> dict[str, float]:
-    """What Megatron's own curves lack."""
+    """Return what Megatron's own curves lack."""
     names = ("tokens_per_second", "tflops_per_device", "mfu", "consumed_tokens")
     return {f"run/{name}": numbers[name] for name in names if numbers[name] is not None}
 

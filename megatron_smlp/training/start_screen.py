@@ -1,4 +1,4 @@
-"""What a run is going to do, in words: the start screen and `--dry-run`."""
+"""The start screen and `--dry-run`: the model, its size and cost, the layout, the steps."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:
 
 
 def _what_is_missing(args: argparse.Namespace, shape: ModelShape) -> str | None:
-    """Where an sMLP is less than its name says."""
+    """Return a note where an sMLP is less than its name says."""
     if args.architecture != "smlp":
         return None
     has_features = any(slots.mixer == "feature_moe" for slots in shape.slots)
