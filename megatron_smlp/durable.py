@@ -1,4 +1,4 @@
-"""Writes that survive a crash: on the disk before they have their name, and never half."""
+"""Replacing a file or a folder so that a crash never leaves half of one under its name."""
 
 from __future__ import annotations
 
@@ -27,6 +27,55 @@ def write_durably(path: Path, content: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
     sync_folder(path.parent)
+
+
+def link_durably(source: Path, target: Path) -> None:
+    """Give a finished file a second name, at once, in place of an older file of that name.
+
+    It keeps its first name, so that this can be repeated after a crash in the middle of several;
+    where the file system knows no links it is moved.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(source)
+    except OSError:
+        source.replace(target)
+        return
+    try:
+        temporary.replace(target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Give a finished folder its name, in place of an older folder of that name.
+
+    At every moment one of both is there, whole. What a crash interrupts leaves the older one as
+    `.NAME.replaced`.
+
+    Raises:
+        OSError: the older one is still there.
+    """
+    aside = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+    try:
+        new.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    sync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring every file and folder below `folder`, and itself, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_folder(path)  # which does the same for a file
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from megatron_smlp.checkpoints.folders import TRACKER
 from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.library_logging import silence_libraries
+from megatron_smlp.options import MODEL_FLAGS, argument_of
 from megatron_smlp.platform.allocator import give_large_blocks_back
 
 DESCRIPTION = "Convert a checkpoint to another format or layout: one process, no GPU."
@@ -26,18 +27,6 @@ CONVERSIONS = {
     "upcycled gpt2 to torch_dist": "upcycle",
 }
 LAYOUT = ("tensor-model", "pipeline-model", "expert-model")
-SPARSE = (
-    "architecture",
-    "token_router",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_layer_freq",
-    "feature_router",
-    "num_feature_experts",
-    "num_feature_chunks",
-    "num_dense_layers",
-    "prefix_fraction",
-)
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -102,16 +91,9 @@ def _add_upcycling(parser: argparse.ArgumentParser) -> None:
         "--upcycle", action="store_true",
         help="copy the dense FFNs and spatial matrices into experts, with new routers",
     )  # fmt: skip
-    group.add_argument("--architecture", choices=["transformer", "gmlp", "amlp", "smlp"])
-    group.add_argument("--token-router", choices=["switch", "gshard", "base", "hash"])
-    group.add_argument("--num-experts", type=int, metavar="E")
-    group.add_argument("--moe-ffn-hidden-size", type=int, metavar="X")
-    group.add_argument("--moe-layer-freq", type=int, metavar="N")
-    group.add_argument("--feature-router", choices=["deterministic", "partial"])
-    group.add_argument("--num-feature-experts", type=int, metavar="E")
-    group.add_argument("--num-feature-chunks", type=int, metavar="C")
-    group.add_argument("--num-dense-layers", type=int, metavar="N")
-    group.add_argument("--prefix-fraction", type=float, metavar="P")
+    for name, facts in MODEL_FLAGS.items():
+        if facts.upcycling:
+            group.add_argument(flag_of(name), **argument_of(name))
 
 
 def _sparse_flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -120,7 +102,7 @@ def _sparse_flags(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UsageError: some without --upcycle.
     """
-    given = {name: getattr(options, name) for name in SPARSE}
+    given = {name: getattr(options, name) for name, facts in MODEL_FLAGS.items() if facts.upcycling}
     given = {name: value for name, value in given.items() if value is not None}
     if given and not options.upcycle:
         flag = flag_of(next(iter(given)))

@@ -21,14 +21,15 @@ from megatron_smlp.checkpoints.writer import write_weights
 from megatron_smlp.conversion import gpt2, huggingface, megatron_model, resharding, upcycling
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
 from megatron_smlp.conversion.padding import Repadded, padded_size
-from megatron_smlp.conversion.progress import Progress
 from megatron_smlp.conversion.recipes import Converted, Recipe, same
 from megatron_smlp.conversion.record import converted_record
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.data.tokenizers.of_export import tokenizer_folder
 from megatron_smlp.durable import sync_folder
-from megatron_smlp.errors import UsageError, interrupt
+from megatron_smlp.errors import UsageError
+from megatron_smlp.interrupts import interrupt
 from megatron_smlp.platform.one_process import one_process
+from megatron_smlp.progress import written_tensors
 
 Say = Callable[[str], None]
 GPT2_DIVISIBLE_BY = 128
@@ -94,7 +95,7 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
                 folder,
                 config,
                 converted.specs,
-                Progress(converted.specs).over(tensors_of(converted)),
+                written_tensors(tensors_of(converted), converted.specs.values()),
                 shard_limit=options.shard_limit,
                 tokenizer=tokenizer,
             )
@@ -245,7 +246,7 @@ def _release(
     )
     objects = megatron_model.object_names(megatron_model.build(flags))
     with _whole(options.save) as folder:
-        tensors = Progress(source.specs).over(tensors_of(source))
+        tensors = written_tensors(tensors_of(source), source.specs.values())
         write_weights(folder, flags, tensors, objects=objects, layout=options.layout, record=record)
         yield folder
 

@@ -17,9 +17,9 @@ from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.tensors import Source, tensors_of
 from megatron_smlp.checkpoints.torch_dist import COMMON, NOT_WEIGHTS, TorchDistCheckpoint
 from megatron_smlp.checkpoints.writer import TorchDistWriter, finish
-from megatron_smlp.conversion.progress import Progress
 from megatron_smlp.conversion.record import converted_record
 from megatron_smlp.errors import UsageError
+from megatron_smlp.progress import written_tensors
 
 ANY_LAYOUT = "optimizer.state."
 """How names of optimizer state begin that no layout is part of."""
@@ -27,7 +27,7 @@ ANY_LAYOUT = "optimizer.state."
 
 def check_layout(flags: Mapping[str, Any], layout: Mapping[str, int]) -> None:
     """Raise UsageError where the model cannot be spread that way, as pretrain_smlp.py would."""
-    from megatron_smlp.flags.parse import check_model
+    from megatron_smlp.flags.check_model import check_model
 
     for name, size in layout.items():
         if size < 1:
@@ -83,7 +83,7 @@ def copy(
         **{**vars(checkpoint.args), **flags, **layout, "no_save_rng": True}
     )
     with TorchDistWriter(iteration_folder(run, checkpoint.iteration)) as writer:
-        for name, tensor in Progress(source.specs).over(tensors_of(source)):
+        for name, tensor in written_tensors(tensors_of(source), source.specs.values()):
             writer.add(name, tensor)
             del tensor  # before the next one is read
         for name in checkpoint.objects:

@@ -1,4 +1,4 @@
-"""Where the steps around saving and loading hang into Megatron, on every device.
+"""Calls of our steps around saving and loading, from Megatron's functions, on every device.
 
 | function | why |
 |---|---|

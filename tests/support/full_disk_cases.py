@@ -26,8 +26,9 @@ from megatron_smlp.checkpoints.folders import (
 from megatron_smlp.checkpoints.integrity import verify
 from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.conversion import convert
-from megatron_smlp.errors import SaveError, UsageError, readable_errors
-from megatron_smlp.training.captured_output import Transcript
+from megatron_smlp.errors import SaveError, UsageError
+from megatron_smlp.program import readable_errors
+from megatron_smlp.training.captured_output import CapturedOutput
 from megatron_smlp.training.metrics_file import MetricsFile
 
 CONVERSIONS: dict[str, Any] = {
@@ -100,8 +101,8 @@ def write_metrics(disk: str) -> None:
 
 
 def write_transcript(disk: str) -> None:
-    with Transcript() as transcript:
-        transcript.open(disk, rank=0)
+    with CapturedOutput() as output:
+        output.open(disk, rank=0)
         print("early")
         fill(Path(disk), leave=0)
         for _ in range(5):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import bin_path, idx_path, in_parts, write_index
 from megatron_smlp.data.pairs.manifest import Manifest, PairRecord, fingerprint_of, sha256_of
-from megatron_smlp.durable import naming_errors
+from megatron_smlp.durable import link_durably, naming_errors
 
 STREAMS = ("bin", "lengths", "sequences")
 INT32_MAX = np.iinfo(np.int32).max
@@ -138,26 +138,6 @@ def _read_flat(path: Path) -> NDArray[np.int32]:
     return np.memmap(path, dtype="<i4", mode="r")
 
 
-def place(source: Path, target: Path) -> None:
-    """Give a finished file its name, at once.
-
-    The file stays under its first name too, so that publishing can be repeated after a crash in
-    the middle; where the file system knows no links it is moved.
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.hardlink_to(source)
-    except OSError:
-        source.replace(target)
-        return
-    try:
-        temporary.replace(target)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def publish(
     writers: dict[str, PairWriter], *, manifest: Manifest | None, manifest_path: Path
 ) -> None:
@@ -173,7 +153,7 @@ def publish(
     for prefix in writers:
         idx_path(prefix).unlink(missing_ok=True)
     for prefix, writer in writers.items():
-        place(writer.path("bin"), bin_path(prefix))
-        place(writer.path("idx"), idx_path(prefix))
+        link_durably(writer.path("bin"), bin_path(prefix))
+        link_durably(writer.path("idx"), idx_path(prefix))
     if manifest is not None:
         manifest.write(manifest_path)

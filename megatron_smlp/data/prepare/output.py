@@ -22,11 +22,11 @@ from megatron_smlp.data.pairs.manifest import (
     check_manifest_path,
     check_output_prefix,
 )
-from megatron_smlp.data.pairs.writer import PairWriter, append_to, flush_to_disk, place, publish
+from megatron_smlp.data.pairs.writer import PairWriter, append_to, flush_to_disk, publish
 from megatron_smlp.data.prepare.encoding import EncodedChunk
 from megatron_smlp.data.prepare.records import Rejection
 from megatron_smlp.data.prepare.sources import Position
-from megatron_smlp.durable import naming_errors, write_durably
+from megatron_smlp.durable import link_durably, naming_errors, write_durably
 
 
 @dataclass
@@ -183,7 +183,7 @@ class PartialOutput:
         rejected_path = Path(self.prefix + ".rejected.jsonl")
         rejected_path.unlink(missing_ok=True)
         if self.journal.counts.rejected:
-            place(self.folder / "rejected.jsonl", rejected_path)
+            link_durably(self.folder / "rejected.jsonl", rejected_path)
         writers = dict(zip(self._pair_prefixes(), self.writers, strict=True))
         publish(writers, manifest=manifest, manifest_path=Path(self.prefix + ".json"))
         self.discard()

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_smlp.command_line import Parser
 from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments
-from megatron_smlp.errors import interrupt
+from megatron_smlp.interrupts import interrupt
+from megatron_smlp.progress import Progress
 
 if TYPE_CHECKING:
+    from megatron_smlp.data.prepare.output import Counts
     from megatron_smlp.data.prepare.preprocessing import PreprocessSettings, Summary
 
 # Flags of Megatron's tool, now or once, that have no work to do here.
@@ -103,14 +105,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A scheduler's SIGTERM ends the run as Ctrl-C does: workers stop, finished shards stay.
     signal.signal(signal.SIGTERM, interrupt)
     from megatron_smlp.data.prepare.preprocessing import preprocess, settings_from_arguments
-    from megatron_smlp.data.prepare.progress import ProgressReport
     from megatron_smlp.data.prepare.sources import comparable_size
 
     settings = settings_from_arguments(args)
     if not (args.overwrite or args.resume):
         _check_absent(settings)
     try:
-        with ProgressReport(comparable_size(settings.inputs)) as report:
+        with _Report(comparable_size(settings.inputs)) as report:
             summary = preprocess(settings, on_progress=report.update)
     except KeyboardInterrupt:
         kept = Path(settings.output_prefix + ".partial").exists()
@@ -119,6 +120,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     _print_summary(summary, time.monotonic() - began)
     return 0
+
+
+class _Report(Progress):
+    """MB/s of input text, documents, tokens and time left.
+
+    The total is the size of the input on disk; for compressed input it is not comparable with the
+    text read (pass None).
+    """
+
+    start: tuple[float, int, int] | None = None
+    """Time, bytes and documents at the first report: what an earlier run did, and the start-up, say
+    nothing about the speed of this one."""
+
+    def update(self, counts: "Counts") -> None:
+        """Show the counts after another chunk."""
+        now = time.monotonic()
+        self.start = self.start or (now, counts.text_bytes, counts.documents)
+        began, bytes_before, documents_before = self.start
+        seconds = max(now - began, 1e-9)
+        text_rate = (counts.text_bytes - bytes_before) / 1e6 / seconds
+        document_rate = (counts.documents - documents_before) / seconds
+        rejected = f", {counts.num_rejected:,} rejected" if counts.num_rejected else ""
+        self.show(
+            counts.text_bytes,
+            f"{counts.text_bytes / 1e6:,.0f} MB, {text_rate:.1f} MB/s, "
+            f"{counts.documents:,} documents ({document_rate:,.0f}/s), "
+            f"{counts.tokens:,} tokens{rejected}",
+        )
 
 
 def _check_absent(settings: "PreprocessSettings") -> None:

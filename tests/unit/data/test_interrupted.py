@@ -109,16 +109,16 @@ def test_a_run_stopped_between_two_names(
     run(source, whole, *FLAGS)
     with pytest.MonkeyPatch.context() as patch:
         names = [0]
-        original = pair_writer.place
+        original = pair_writer.link_durably
 
-        def place(first: Path, target: Path) -> None:
+        def link_durably(first: Path, target: Path) -> None:
             if names[0] == calls:
                 raise _KilledError
             names[0] += 1
             original(first, target)
 
         for module in (pair_writer, output):
-            patch.setattr(module, "place", place)
+            patch.setattr(module, "link_durably", link_durably)
         patch.setattr(output.shutil, "rmtree", _die)
         with pytest.raises(_KilledError):
             run(source, prefix, *FLAGS)
@@ -196,7 +196,7 @@ def test_kill_9_at_random_moments(run: Run, tmp_path: Path, source: Path) -> Non
 import os, signal, sys, threading, time
 sys.path[:0] = [{str(ROOT)!r}]
 from megatron_smlp.data.prepare import preprocessing, sources
-from megatron_smlp.errors import run_tool
+from megatron_smlp.program import run_tool
 from megatron_smlp.data.prepare.preprocess_cli import main
 preprocessing.SHARD_SECONDS = 0.0
 sources.CHUNK_BYTES = 20_000

@@ -1,0 +1,73 @@
+"""Progress of a command on stderr: a bar on a terminal, otherwise a line every ten seconds."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    import rich.progress
+
+LINE_SECONDS = 10.0
+GIGABYTE = 1e9
+
+
+class Progress:
+    """Use as a context manager. Without a total, no share and no time left are shown."""
+
+    def __init__(self, total: int | None) -> None:
+        self.total = total
+        self.bar: rich.progress.Progress | None = None
+        self.shown_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            self.bar = _new_bar(self.total)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def show(self, done: int, text: str) -> None:
+        """Show that `done` of the total is done; `text` says it in words."""
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=done, description=text)
+        elif time.monotonic() - self.shown_at >= LINE_SECONDS:
+            self.shown_at = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+
+def _new_bar(total: int | None) -> "rich.progress.Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    share = [TextColumn("{task.percentage:3.0f}%")] if total else []
+    text = TextColumn("{task.description}", markup=False)
+    bar = Progress(BarColumn(), *share, text, TimeRemainingColumn(), console=Console(stderr=True))
+    bar.add_task("starting", total=total)
+    return bar
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+def written_tensors[T: _Sized](
+    tensors: Iterable[tuple[str, T]], specs: Iterable[_Sized]
+) -> Iterator[tuple[str, T]]:
+    """Yield the tensors, and count the bytes of each as written when the next one is asked for.
+
+    Args:
+        specs: of all tensors, for the total.
+    """
+    total, done = sum(spec.nbytes for spec in specs), 0
+    with Progress(total) as progress:
+        for name, tensor in tensors:
+            size = tensor.nbytes
+            yield name, tensor
+            del tensor  # before the next one is made
+            done += size
+            progress.show(done, f"{done / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB written")

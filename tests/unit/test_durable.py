@@ -1,0 +1,45 @@
+"""Files and folders are replaced whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_smlp.durable import link_durably, replace_folder
+
+
+def _folder(path: Path, file: str) -> Path:
+    path.mkdir()
+    (path / file).touch()
+    return path
+
+
+def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    target = _folder(tmp_path / "target", "old")
+    replace_folder(_folder(tmp_path / "new", "new"), target)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_an_older_folder_stays_where_there_is_no_new_one(tmp_path: Path) -> None:
+    target = _folder(tmp_path / "target", "old")
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "new", target)
+    assert [path.name for path in target.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_takes_the_place_of_an_older_one(
+    tmp_path: Path, has_links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, target: Path) -> None:
+        raise PermissionError
+
+    if not has_links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("new")
+    target.write_text("old")
+    link_durably(source, target)
+    assert target.read_text() == "new"
+    expected = {"source", "target"} if has_links else {"target"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
