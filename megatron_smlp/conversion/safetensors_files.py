@@ -177,8 +177,11 @@ def write_folder(
 def _write_file(path: Path, specs: dict[str, Spec], stream: Iterator[tuple[str, Tensor]]) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in islice(stream, len(specs))}
     assert {name: Spec.of(tensor) for name, tensor in tensors.items()} == specs, path
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)  # the library's files are for their owner alone
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

@@ -157,6 +157,9 @@ def test_safetensors_own_library_reads_what_is_written(tmp_path: Path) -> None:
     }
     specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
     write_folder(tmp_path, specs, tensors.items(), limit=10**9)
+    (tmp_path / "other").touch()
+    mode = (tmp_path / "other").stat().st_mode
+    assert (tmp_path / "model.safetensors").stat().st_mode == mode, "others may read it too"
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         assert torch.equal(tensor, tensors[name]), name
     save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "model.safetensors")
