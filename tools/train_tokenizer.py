@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_smlp.data.tokenizers.training import main
+from megatron_smlp.data.prepare.train_tokenizer_cli import main
 from megatron_smlp.errors import run_tool
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from megatron_smlp.conversion.tensors import (
     tensors_of,
 )
 from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
-from megatron_smlp.data.tokenizers.of_export import tokenizer_folder
+from megatron_smlp.data.tokenizers.folder import tokenizer_folder
 from megatron_smlp.platform.one_process import one_process
 from megatron_smlp.progress import written_tensors
 

@@ -23,7 +23,7 @@ from megatron_smlp.checkpoints.model_record import (
 )
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.blending import blends_from_arguments
-from megatron_smlp.data.tokenizers.gpt2_folder import local_gpt2_files
+from megatron_smlp.data.tokenizers.folder import local_gpt2_files
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.absolute_paths import with_absolute_paths
 from megatron_smlp.flags.check_routers import (
