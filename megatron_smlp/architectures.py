@@ -46,7 +46,7 @@ from megatron_smlp.layers.spatial_gating import (
 from megatron_smlp.layers.toeplitz import ToeplitzProjection
 from megatron_smlp.layers.token_moe import ResidualRoutedMoELayer, token_moe_builder
 from megatron_smlp.options import ModelOptions, options_of
-from megatron_smlp.systems import MIXERS, LayerSlots, layer_slots, load, token_router_class
+from megatron_smlp.systems import LayerSlots, layer_slots, load, mixer_of, token_router_class
 
 
 @dataclass
@@ -150,7 +150,7 @@ def _mixer(
     config: TransformerConfig, slots: LayerSlots, backend: BackendSpecProvider
 ) -> ModuleSpec:
     options = options_of(config)
-    spec: ModuleSpec = load(MIXERS[slots.mixer].spec)(
+    spec: ModuleSpec = load(mixer_of(slots).spec)(
         config,
         backend,
         heads=slots.heads,

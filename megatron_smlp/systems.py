@@ -121,6 +121,20 @@ class LayerSlots:
     """Attention heads, spatial heads or spatial experts, whichever the mixer has."""
 
 
+def mixer_of(slots: LayerSlots) -> Mixer:
+    """Look a layer's token mixer up.
+
+    Raises:
+        ValueError: nothing describes it.
+    """
+    if slots.mixer not in MIXERS:
+        raise ValueError(
+            f"the token mixer {slots.mixer!r} is not described: give it an entry in MIXERS of "
+            f"megatron_smlp/systems.py, beside {', '.join(MIXERS)}."
+        )
+    return MIXERS[slots.mixer]
+
+
 def is_moe_layer(index: int, moe_layer_freq: int | list[int]) -> bool:
     """Megatron's rule: every freq-th layer from the first, or a pattern of zeros and ones."""
     if isinstance(moe_layer_freq, list):

@@ -32,10 +32,13 @@ def megatron() -> Iterator[None]:
 
     A module's, not the session's: what the next file sets up of Megatron's globals is its own.
     """
+    from support.in_process import forget_router_losses
+
     from megatron_smlp.platform.one_process import one_process
 
     with one_process():
         yield
+    forget_router_losses()
 
 
 @pytest.fixture

@@ -14,44 +14,61 @@ prediction, C chunks of features.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_smlp.options import ModelOptions, options_of
 from megatron_smlp.systems import (
     ARCHITECTURES,
-    MIXERS,
     TOKEN_ROUTERS,
     LayerSlots,
     layer_slots,
     load,
+    mixer_of,
 )
 
 TOKENS_PER_REPORT = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Parameters and FLOPs of one part of the model."""
+    """Parameters and FLOPs of one part of the model, and what of it lies where."""
 
-    parameters: int
-    active_parameters: int
-    """Parameters that one token's forward pass uses, with the zeros of spatial matrices."""
-    flops: int
-    """Forward FLOPs of one sequence, only the needed ones."""
-    square_flops: int
-    """The same with full squares instead of triangles: the paper's convention."""
+    sharded: int = 0
+    """Parameters that are split over the tensor parallel group."""
+    replicated: int = 0
+    """Parameters that every rank of it holds."""
+    experts: int = 0
+    """Parameters of token experts: split over the expert parallel group, and within an expert."""
+    idle: int = 0
+    """Parameters of the experts that one token does not visit."""
     zero_parameters: int = 0
     """Those above the diagonals of spatial matrices, which stay zero and are never read."""
+    flops: int = 0
+    """Forward FLOPs of one sequence, only the needed ones."""
+    square_flops: int = 0
+    """The same with full squares instead of triangles: the paper's convention."""
+    kept: int = 0
+    """Numbers of a token, beside the slot's input and its norm, that the backward pass needs, split
+    over the tensor parallel group."""
+    kept_everywhere: int = 0
+    """The same of numbers that every rank of it keeps."""
+    kept_in_experts: int = 0
+    """The same of numbers that are split within an expert."""
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.parameters + other.parameters,
-            self.active_parameters + other.active_parameters,
-            self.flops + other.flops,
-            self.square_flops + other.square_flops,
-            self.zero_parameters + other.zero_parameters,
-        )
+        names = (field.name for field in dataclasses.fields(self))
+        return Cost(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    @property
+    def parameters(self) -> int:
+        return self.sharded + self.replicated + self.experts
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token's forward pass uses, with the zeros of spatial matrices."""
+        return self.parameters - self.idle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +172,7 @@ def model_cost(shape: ModelShape) -> Cost:
 
 
 def total(costs: Iterable[Cost]) -> Cost:
-    return sum(costs, start=Cost(0, 0, 0, 0))
+    return sum(costs, start=Cost())
 
 
 def forward_tflops_per_1024_tokens(cost: Cost, shape: ModelShape) -> tuple[float, float]:
@@ -188,73 +205,118 @@ def embedding_cost(shape: ModelShape) -> Cost:
     """Token and position embeddings, the final norm, and the logits."""
     table = shape.padded_vocab_size * shape.hidden_size
     positions = shape.seq_length * shape.hidden_size if shape.learned_positions else 0
-    untied = 0 if shape.tied_embeddings else table
-    parameters = table + untied + positions + _norm(shape)
     flops = 2 * shape.seq_length * table
-    return Cost(parameters, parameters, flops, flops)
+    tables = Cost(sharded=table * (1 if shape.tied_embeddings else 2), replicated=positions)
+    return tables + norm_cost(shape) + Cost(flops=flops, square_flops=flops)
+
+
+def norm_cost(shape: ModelShape) -> Cost:
+    """A norm over the hidden dimension."""
+    return Cost(replicated=shape.norm_parameters * shape.hidden_size)
 
 
 def layer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """Both slots of one layer, each with its norm."""
-    mixer: Cost = load(MIXERS[slots.mixer].cost)(shape, slots)
-    channels = {"mlp": mlp_cost, "token_moe": token_moe_cost, "none": lambda _: total([])}
+    """Both slots of one layer, each with its norm.
+
+    Raises:
+        ValueError: a mixer that systems.py does not describe.
+    """
+    mixer: Cost = load(mixer_of(slots).cost)(shape, slots)
+    channels = {"mlp": mlp_cost, "token_moe": token_moe_cost, "none": lambda _: Cost()}
     return mixer + channels[slots.channel](shape)
 
 
 def attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     """q, k, v and output projections; scores and their product with v are causal."""
-    width = shape.attention_width
-    qkv = _linear(shape, shape.hidden_size, width + 2 * shape.key_value_width)
-    return qkv + _linear(shape, width, shape.hidden_size) + _causal(shape, 2 * width, 0)
+    width, qkv = shape.attention_width, shape.attention_width + 2 * shape.key_value_width
+    kept = Cost(kept=qkv + width)  # q, k, v and the mixed values
+    pairs = _pairs(shape, 2 * width)
+    return norm_cost(shape) + _column(shape, qkv) + pairs + _row(shape, width) + kept
 
 
-def gating_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = False) -> Cost:
     """Spatial gating: U, the heads' norm, M and b, V. FLOPs do not depend on the heads, nor on
-    whether M is Toeplitz: it is multiplied by blocks (ops/toeplitz_mix.py)."""
-    gate_width = shape.ffn_hidden_size // 2
-    up = _linear(shape, shape.hidden_size, shape.ffn_hidden_size)
-    down = _linear(shape, gate_width, shape.hidden_size)
-    spatial = slots.heads * shape.matrix_parameters + 2 * gate_width
-    return up + down + _causal(shape, gate_width, spatial) + _zeros(shape, slots.heads)
+    whether M is Toeplitz: it is multiplied by blocks (ops/toeplitz_mix.py).
+
+    Args:
+        everywhere: whether every rank holds all matrices. It also does of a single head, which is
+            split over the whole group.
+    """
+    gate_width, heads = shape.ffn_hidden_size // 2, slots.heads
+    matrices = heads * shape.matrix_parameters
+    spatial = Cost(replicated=matrices) if everywhere or heads == 1 else Cost(sharded=matrices)
+    above = 0 if shape.toeplitz else shape.square - shape.triangle
+    return (
+        norm_cost(shape)
+        + _column(shape, shape.ffn_hidden_size)
+        + Cost(sharded=2 * gate_width)
+        + spatial
+        + _pairs(shape, gate_width)
+        + _row(shape, gate_width)
+        # u before and after the GELU; the normed gate, the mixed one, and the product. The norm of
+        # several heads keeps its result before the weight as well.
+        + Cost(kept=2 * shape.ffn_hidden_size + (4 if heads > 1 else 3) * gate_width)
+        + Cost(zero_parameters=heads * above)
+    )
 
 
 def gating_and_attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     """amlp: the attention head beside the gate reads the same norm, so it has none of its own."""
-    width = shape.tiny_attention_width
-    qkv = _linear(shape, shape.hidden_size, 3 * width)
-    out = _linear(shape, width, shape.ffn_hidden_size // 2)
-    return gating_cost(shape, slots) + qkv + out + _pairs(shape, 2 * width)
+    width, gate_width = shape.tiny_attention_width, shape.ffn_hidden_size // 2
+    bias = int(shape.linear_bias)
+    flops = 2 * shape.seq_length * width * (3 * shape.hidden_size + gate_width)
+    head = Cost(
+        replicated=3 * width * (shape.hidden_size + bias),
+        sharded=gate_width * (width + bias),
+        flops=flops,
+        square_flops=flops,
+        kept_everywhere=4 * width,
+    )
+    return gating_cost(shape, slots) + head + _pairs(shape, 2 * width)
 
 
 def feature_moe_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """Spatial gating; with partial prediction also its router, and the first P rows are a product
-    of their own, P x P, with its triangle."""
-    unread = shape.prefix_length * (shape.seq_length - shape.prefix_length)
-    rows = Cost(0, 0, 0, -2 * unread * (shape.ffn_hidden_size // 2))
-    return gating_cost(shape, slots) + prefix_router_cost(shape, slots.heads) + rows
+    """Spatial gating; with partial prediction also its router, any chunk may choose any expert, and
+    the first P rows are a product of their own, P x P, with its triangle."""
+    prefix, gate_width = shape.prefix_length, shape.ffn_hidden_size // 2
+    if not prefix:
+        return gating_cost(shape, slots)
+    unread = Cost(square_flops=-2 * prefix * (shape.seq_length - prefix) * gate_width)
+    kept = Cost(kept=gate_width)  # the mixed values before they are scaled
+    router = prefix_router_cost(shape, slots.heads)
+    return gating_cost(shape, slots, everywhere=True) + router + unread + kept
 
 
 def prefix_router_cost(shape: ModelShape, num_experts: int) -> Cost:
     """Partial prediction: one weight for each prefix position and expert."""
     parameters = shape.prefix_length * num_experts
     flops = 2 * shape.num_feature_chunks * parameters
-    return Cost(parameters, parameters, flops, flops)
+    return Cost(replicated=parameters, flops=flops, square_flops=flops)
 
 
 def mlp_cost(shape: ModelShape) -> Cost:
-    hidden = shape.ffn_hidden_size
-    up = _linear(shape, shape.hidden_size, 2 * hidden if shape.gated_mlp else hidden)
-    return up + _linear(shape, hidden, shape.hidden_size) + _parameters(_norm(shape))
+    """The FFN; a gated one has two projections to the hidden layer, and their product."""
+    hidden, gated = shape.ffn_hidden_size, int(shape.gated_mlp)
+    up = _column(shape, (1 + gated) * hidden)
+    return norm_cost(shape) + up + _row(shape, hidden) + Cost(kept=(2 + gated) * hidden)
 
 
 def token_moe_cost(shape: ModelShape) -> Cost:
     """Router and experts (without bias); a token visits k of E experts, nothing is dropped."""
-    expert = _expert_parameters(shape)
+    k, expert = shape.moe_router_topk, _expert_parameters(shape)
     router = shape.hidden_size * shape.num_experts if shape.router_has_weights else 0
-    active = shape.moe_router_topk * expert + router
-    flops = 2 * shape.seq_length * active
-    norm = _norm(shape)
-    return Cost(shape.num_experts * expert + router + norm, active + norm, flops, flops)
+    flops = 2 * shape.seq_length * (k * expert + router)
+    return norm_cost(shape) + Cost(
+        replicated=router,
+        experts=shape.num_experts * expert,
+        idle=(shape.num_experts - k) * expert,
+        flops=flops,
+        square_flops=flops,
+        # The dispatched token, and its output unless the weight is fixed; the hidden layer before
+        # and after the GELU. GShard's second expert is counted as if it always served.
+        kept_everywhere=k * shape.hidden_size * (2 if shape.router_has_weights else 1),
+        kept_in_experts=k * 2 * shape.moe_ffn_hidden_size,
+    )
 
 
 def _expert_parameters(shape: ModelShape) -> int:
@@ -262,31 +324,21 @@ def _expert_parameters(shape: ModelShape) -> int:
     return widths * shape.hidden_size * shape.moe_ffn_hidden_size
 
 
-def _zeros(shape: ModelShape, matrices: int) -> Cost:
-    """Of so many spatial matrices."""
-    above = 0 if shape.toeplitz else shape.square - shape.triangle
-    return Cost(0, 0, 0, 0, matrices * above)
+def _column(shape: ModelShape, outputs: int) -> Cost:
+    """A projection from D, whose outputs are split."""
+    flops = 2 * shape.seq_length * shape.hidden_size * outputs
+    parameters = outputs * (shape.hidden_size + shape.linear_bias)
+    return Cost(sharded=parameters, flops=flops, square_flops=flops)
 
 
-def _norm(shape: ModelShape) -> int:
-    return shape.norm_parameters * shape.hidden_size
-
-
-def _parameters(count: int) -> Cost:
-    return Cost(count, count, 0, 0)
-
-
-def _linear(shape: ModelShape, inputs: int, outputs: int) -> Cost:
-    parameters = inputs * outputs + (outputs if shape.linear_bias else 0)
-    flops = 2 * shape.seq_length * inputs * outputs
-    return Cost(parameters, parameters, flops, flops)
-
-
-def _causal(shape: ModelShape, columns: int, parameters: int) -> Cost:
-    """A causal product of T x T with `columns` columns, and the norm in front of the mixer."""
-    return _parameters(parameters + _norm(shape)) + _pairs(shape, columns)
+def _row(shape: ModelShape, inputs: int) -> Cost:
+    """A projection to D, whose inputs are split."""
+    flops = 2 * shape.seq_length * inputs * shape.hidden_size
+    bias = shape.hidden_size if shape.linear_bias else 0
+    parameters = inputs * shape.hidden_size
+    return Cost(sharded=parameters, replicated=bias, flops=flops, square_flops=flops)
 
 
 def _pairs(shape: ModelShape, columns: int) -> Cost:
-    """The FLOPs of a causal product of T x T with `columns` columns."""
-    return Cost(0, 0, 2 * shape.triangle * columns, 2 * shape.square * columns)
+    """A causal product of T x T with `columns` columns."""
+    return Cost(flops=2 * shape.triangle * columns, square_flops=2 * shape.square * columns)

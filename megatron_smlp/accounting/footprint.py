@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from megatron_smlp.accounting.costs import ModelShape
+from megatron_smlp.accounting.costs import Cost, ModelShape, layer_cost, norm_cost, total
 from megatron_smlp.systems import LayerSlots
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -89,31 +89,6 @@ def _quotient(flag: str, value: int, divisor: int, meaning: str) -> int:
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """Parameters by how they are spread."""
-
-    sharded: int = 0
-    """Split over the tensor parallel group."""
-    replicated: int = 0
-    """The same on every rank of it."""
-    experts: int = 0
-    """Split over the expert parallel group, and within an expert over etp."""
-
-    def __add__(self, other: Parameters) -> Parameters:
-        return Parameters(
-            self.sharded + other.sharded,
-            self.replicated + other.replicated,
-            self.experts + other.experts,
-        )
-
-    def dense_on_rank(self, layout: ParallelLayout) -> int:
-        return self.sharded // layout.tensor + self.replicated
-
-    def experts_on_rank(self, layout: ParallelLayout) -> int:
-        return self.experts // (layout.expert * layout.expert_tensor)
-
-
-@dataclass(frozen=True)
 class Footprint:
     """One GPU of the fullest pipeline stage; bytes."""
 
@@ -162,77 +137,26 @@ def stage_slots(shape: ModelShape, layout: ParallelLayout, stage: int) -> tuple[
     return shape.slots[stage * per_stage : (stage + 1) * per_stage]
 
 
-def stage_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> Parameters:
-    """The parameters of one pipeline stage; a tied output embedding is a copy on the last."""
-    total = Parameters()
-    for slots in stage_slots(shape, layout, stage):
-        total += layer_parameters(shape, slots)
-    table = Parameters(sharded=shape.padded_vocab_size * shape.hidden_size)
+def stage_cost(shape: ModelShape, layout: ParallelLayout, stage: int) -> Cost:
+    """The layers of one pipeline stage, with the first one's embeddings and the last one's norm; a
+    tied output embedding is a copy on the last."""
+    cost = total(layer_cost(shape, slots) for slots in stage_slots(shape, layout, stage))
+    table = Cost(sharded=shape.padded_vocab_size * shape.hidden_size)
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     if is_first:
         positions = shape.seq_length * shape.hidden_size if shape.learned_positions else 0
-        total += table + Parameters(replicated=positions)
+        cost += table + Cost(replicated=positions)
     if is_last:
-        total += Parameters(replicated=shape.norm_parameters * shape.hidden_size)
+        cost += norm_cost(shape)
         if not (shape.tied_embeddings and is_first):
-            total += table
-    return total
+            cost += table
+    return cost
 
 
-def layer_parameters(shape: ModelShape, slots: LayerSlots) -> Parameters:
-    """Both slots of one layer, each with its norm."""
-    mixer = _attention(shape) if slots.mixer == "attention" else _gating(shape, slots)
-    channels = {"mlp": _mlp, "token_moe": _token_moe, "none": lambda _: Parameters()}
-    return mixer + channels[slots.channel](shape)
-
-
-def _attention(shape: ModelShape) -> Parameters:
-    width = shape.attention_width
-    return _column_row(shape, width + 2 * shape.key_value_width, width) + _norm(shape)
-
-
-def _gating(shape: ModelShape, slots: LayerSlots) -> Parameters:
-    gate_width = shape.ffn_hidden_size // 2
-    matrices = slots.heads * shape.matrix_parameters
-    # A single head is split over the whole group, and a routed chunk may choose any expert: every
-    # rank then holds all matrices.
-    is_partial = shape.prefix_length > 0 and slots.mixer == "feature_moe"
-    everywhere = slots.heads == 1 or is_partial
-    spatial = Parameters(replicated=matrices) if everywhere else Parameters(sharded=matrices)
-    total = _column_row(shape, shape.ffn_hidden_size, gate_width) + _norm(shape) + spatial
-    total += Parameters(sharded=2 * gate_width)
-    if slots.mixer == "gating_and_attention":
-        width, bias = shape.tiny_attention_width, int(shape.linear_bias)
-        qkv = 3 * width * (shape.hidden_size + bias)
-        total += Parameters(sharded=gate_width * (width + bias), replicated=qkv)
-    if is_partial:
-        total += Parameters(replicated=shape.prefix_length * slots.heads)
-    return total
-
-
-def _mlp(shape: ModelShape) -> Parameters:
-    hidden = shape.ffn_hidden_size
-    return _column_row(shape, (2 if shape.gated_mlp else 1) * hidden, hidden) + _norm(shape)
-
-
-def _token_moe(shape: ModelShape) -> Parameters:
-    widths = 3 if shape.gated_mlp else 2
-    experts = shape.num_experts * widths * shape.hidden_size * shape.moe_ffn_hidden_size
-    router = shape.num_experts * shape.hidden_size if shape.router_has_weights else 0
-    return Parameters(replicated=router, experts=experts) + _norm(shape)
-
-
-def _column_row(shape: ModelShape, outputs: int, inputs: int) -> Parameters:
-    """A projection from D whose outputs are split, and one back to D whose inputs are split."""
-    bias = int(shape.linear_bias)
-    return Parameters(
-        sharded=outputs * (shape.hidden_size + bias) + inputs * shape.hidden_size,
-        replicated=bias * shape.hidden_size,
-    )
-
-
-def _norm(shape: ModelShape) -> Parameters:
-    return Parameters(replicated=shape.norm_parameters * shape.hidden_size)
+def parameters_on_rank(cost: Cost, layout: ParallelLayout) -> tuple[int, int]:
+    """Return how many parameters of a stage one rank holds: outside of experts, and in them."""
+    experts = cost.experts // (layout.expert * layout.expert_tensor)
+    return cost.sharded // layout.tensor + cost.replicated, experts
 
 
 def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerSlots) -> float:
@@ -240,29 +164,10 @@ def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerS
     hidden = shape.hidden_size / (layout.tensor if layout.sequence_parallel else 1)
     if layout.recompute:
         return hidden
-    tp, ffn, gate_width = layout.tensor, shape.ffn_hidden_size, shape.ffn_hidden_size // 2
-    if slots.mixer == "attention":
-        # q, k, v and the mixed values.
-        mixer = (2 * shape.attention_width + 2 * shape.key_value_width) / tp
-    else:
-        # u before and after the GELU; the normed gate, the mixed one, and the product.
-        mixer = (2 * ffn + 3 * gate_width) / tp
-        # The norm of several heads keeps its result before the weight as well.
-        mixer += gate_width / tp if slots.heads > 1 else 0
-    if slots.mixer == "gating_and_attention":
-        mixer += 4 * shape.tiny_attention_width
-    if slots.mixer == "feature_moe" and shape.prefix_length:
-        mixer += gate_width / tp  # the mixed values before they are scaled
-    channel = 0.0
-    if slots.channel == "mlp":
-        channel = 2 * hidden + (3 if shape.gated_mlp else 2) * ffn / tp
-    elif slots.channel == "token_moe":
-        # The dispatched token; the expert's hidden layer before and after the GELU; and its output,
-        # unless the weight is fixed. GShard's second expert is counted as if it always served.
-        num_kept = 2 if shape.router_has_weights else 1
-        expert = num_kept * shape.hidden_size + 2 * shape.moe_ffn_hidden_size / layout.expert_tensor
-        channel = 2 * hidden + shape.moe_router_topk * expert
-    return 2 * hidden + mixer + channel
+    cost = layer_cost(shape, slots)
+    inside = cost.kept / layout.tensor + cost.kept_everywhere
+    inside += cost.kept_in_experts / layout.expert_tensor
+    return (2 if slots.channel == "none" else 4) * hidden + inside
 
 
 def _activation_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
@@ -279,8 +184,7 @@ def _activation_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> 
 
 
 def _stage(shape: ModelShape, layout: ParallelLayout, stage: int) -> Footprint:
-    parameters = stage_parameters(shape, layout, stage)
-    dense, experts = parameters.dense_on_rank(layout), parameters.experts_on_rank(layout)
+    dense, experts = parameters_on_rank(stage_cost(shape, layout, stage), layout)
     per_parameter = _ADAM_BYTES + (_MASTER_BYTES if layout.value_bytes < 4 else 0)
     spread = layout.distributed_optimizer
     dense_share = dense // (layout.data if spread else 1)

@@ -17,7 +17,7 @@ from megatron_smlp.accounting.costs import (
     layer_cost,
     model_cost,
 )
-from megatron_smlp.systems import MIXERS, LayerSlots
+from megatron_smlp.systems import LayerSlots, mixer_of
 
 PRECISIONS = ("bf16", "fp16")
 
@@ -72,7 +72,7 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
         "token_moe": f"token MoE ({router}), experts: {args.num_experts}",
         "none": "-",
     }
-    mixer = MIXERS[slots.mixer].title.format(
+    mixer = mixer_of(slots).title.format(
         heads=slots.heads, width=args.tiny_attention_width, router=args.feature_router
     )
     if args.toeplitz:

@@ -34,11 +34,19 @@ def prepare_megatron() -> None:
     table.apply()
 
 
+def forget_router_losses() -> None:
+    """Drop the losses that Megatron keeps by layer, for a model of fewer layers than the next."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    get_moe_metrics_tracker()._metrics.clear()
+
+
 def forget_arguments() -> None:
     """Drop the namespace, tokenizer and counters that Megatron keeps after parsing."""
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.training.global_vars import destroy_global_vars
 
+    forget_router_losses()
     destroy_global_vars()
     destroy_num_microbatches_calculator()
 

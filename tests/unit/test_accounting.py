@@ -184,7 +184,8 @@ def test_the_prefix_router_reads_each_prefix_position_of_each_chunk_once():
     """W_r <float>[P, E], a product of P terms for each of C chunks and E experts."""
     shape = ModelShape.from_args(_namespace(_config("smlp_partial")))
     prefix, experts, chunks = 25, 4, 8
-    expected = Cost(*[prefix * experts] * 2, *[2 * prefix * experts * chunks] * 2)
+    flops = 2 * prefix * experts * chunks
+    expected = Cost(replicated=prefix * experts, flops=flops, square_flops=flops)
     assert prefix_router_cost(shape, experts) == expected
 
 

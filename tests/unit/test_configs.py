@@ -16,7 +16,7 @@ from support.launches import REPOSITORY, clean_environment
 
 from megatron_smlp.accounting.costs import ModelShape, layer_cost
 from megatron_smlp.accounting.estimate import estimate
-from megatron_smlp.accounting.footprint import ParallelLayout, stage_parameters
+from megatron_smlp.accounting.footprint import ParallelLayout, parameters_on_rank, stage_cost
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.config_file import read_yaml, spelling
 from megatron_smlp.training.start_screen import print_dry_run
@@ -168,8 +168,7 @@ def test_shards_of_the_large_models(
 
 def expected_parameters(args: Any, *, stage: int) -> int:
     shape, layout = ModelShape.from_args(args), ParallelLayout.from_args(args)
-    part = stage_parameters(shape, layout, stage)
-    return part.dense_on_rank(layout) + part.experts_on_rank(layout)
+    return sum(parameters_on_rank(stage_cost(shape, layout, stage), layout))
 
 
 def built_parameters(args: Any, monkeypatch: pytest.MonkeyPatch) -> int:

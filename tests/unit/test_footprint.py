@@ -17,7 +17,8 @@ from megatron_smlp.accounting.footprint import (
     ParallelLayout,
     activation_elements,
     footprint,
-    stage_parameters,
+    parameters_on_rank,
+    stage_cost,
 )
 from megatron_smlp.systems import TOKEN_ROUTERS, LayerSlots
 
@@ -67,9 +68,9 @@ def test_the_shards_of_all_ranks_are_the_model(system: str, layout: tuple[int, .
     shape, parallel = ModelShape.from_args(args), ParallelLayout.from_args(args)
     total = 0
     for stage in range(parallel.pipeline):
-        part = stage_parameters(shape, parallel, stage)
+        part = stage_cost(shape, parallel, stage)
         assert part.sharded % parallel.tensor == 0
-        total += part.sharded + part.replicated + part.experts
+        total += part.parameters
     copies = shape.padded_vocab_size * shape.hidden_size if parallel.pipeline > 1 else 0
     assert total - copies == model_cost(shape).parameters
 
@@ -78,10 +79,10 @@ def test_one_rank_of_a_layout_by_hand():
     """gMLP, 4 heads, TP 2, PP 2: the first stage, with bias."""
     args = _resolved("gmlp_heads", 2, 2, 1, 4)
     shape, parallel = ModelShape.from_args(args), ParallelLayout.from_args(args)
-    part = stage_parameters(shape, parallel, 0).dense_on_rank(parallel)
+    part, in_experts = parameters_on_rank(stage_cost(shape, parallel, 0), parallel)
     up, down = 128 * 64 + 128, 64 * 64 + 64
     layer = 2 * 64 + up + 2 * 64 + 2 * (32 * 32 + 32) + down
-    assert part == 512 * 64 + 2 * layer
+    assert (part, in_experts) == (512 * 64 + 2 * layer, 0)
 
 
 def test_memory_by_hand():
