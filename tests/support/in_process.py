@@ -36,9 +36,9 @@ def prepare_megatron() -> None:
 
 def forget_router_losses() -> None:
     """Drop the losses that Megatron keeps by layer, for a model of fewer layers than the next."""
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
-    get_moe_metrics_tracker()._metrics.clear()
+    destroy_moe_metrics_tracker()
 
 
 def forget_arguments() -> None:
