@@ -26,6 +26,10 @@ class NonFiniteLossError(UserError):
     exit_code = 3
 
 
+class AccountingError(UserError):
+    """The accounting counts another model than the one that was built."""
+
+
 class CheckpointError(UserError):
     """A checkpoint cannot be loaded or saved. Any rank may be the only one that sees it."""
 

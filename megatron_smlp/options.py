@@ -270,6 +270,10 @@ class RunOptions:
     A number under 1 is a fraction of --seq-length (default: partial prediction's prefix, else
     nothing)."""
 
+    strict_accounting: bool = False
+    """Stop where the model that is built has another number of parameters than its description
+    (accounting/costs.py) counts. By default the run warns, and goes on."""
+
     peak_tflops: float | None = None
     """Dense peak of one device for the MFU figure, in TFLOP/s (default: known GPUs, else n/a)."""
 

@@ -25,6 +25,7 @@ from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.training.compute import Compute
 from megatron_smlp.training.console import RunConsole
 from megatron_smlp.training.metrics_file import MetricsFile
+from megatron_smlp.training.parameter_count import check_parameters
 from megatron_smlp.training.router_report import (
     Loads,
     router_records,
@@ -108,6 +109,7 @@ class Reporter:
     def built(self, model: list[Any], optimizer: Any) -> None:
         iteration = self.args.iteration
         self.model = model
+        check_parameters(self.args, model, self.say)
         self.statistics.attach(model)
         if self.tasks:
             self.tasks.built(model, optimizer)

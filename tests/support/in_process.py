@@ -16,7 +16,7 @@ MINIMAL = """
     --mock-data --tokenizer-type NullTokenizer --vocab-size 100 --make-vocab-size-divisible-by 4
     --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --seq-length 16 --micro-batch-size 2
     --global-batch-size 2 --train-iters 4 --lr 1e-3 --attention-dropout 0 --hidden-dropout 0
-    --eval-iters 1 --eval-interval 100 --num-workers 0
+    --eval-iters 1 --eval-interval 100 --num-workers 0 --strict-accounting
 """
 
 

@@ -1,0 +1,68 @@
+"""Is the model that was built the one that the accounting counts? Asked at every start.
+
+Sizes, FLOPs and MFU are arithmetic (accounting/costs.py): a mixer whose cost is wrong there would
+make all of them wrong in silence.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_smlp.accounting.costs import ModelShape, model_cost
+from megatron_smlp.errors import AccountingError
+
+
+def check_parameters(
+    args: argparse.Namespace, model: Sequence[Any], say: Callable[[str], None]
+) -> None:
+    """Compare the parameters that were built with those that were counted. Collective.
+
+    Args:
+        model: this rank's chunks.
+        say: prints a line for the user on rank 0.
+
+    Raises:
+        AccountingError: they differ, on every rank, with --strict-accounting.
+    """
+    if args.use_megatron_fsdp or args.use_torch_fsdp2 or args.spec:
+        return  # ranks hold parts of parameters; or layers of another table
+    built, counted = built_parameters(model), model_cost(ModelShape.from_args(args)).parameters
+    if built == counted:
+        return
+    message = (
+        f"the model has {built:,} parameters, and accounting/costs.py counts {counted:,}: sizes, "
+        "FLOPs and MFU of this run are wrong. Correct the cost that systems.py names for its mixer"
+    )
+    if args.strict_accounting:
+        raise AccountingError(f"{message}, or leave --strict-accounting out.")
+    say(f"WARNING: {message}.")
+
+
+def built_parameters(model: Sequence[Any]) -> int:
+    """Return the parameters of the whole model, each of them once. Collective.
+
+    model: this rank's chunks.
+    """
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    expert_tensor = parallel_state.get_expert_tensor_parallel_world_size()
+    replicas = torch.distributed.get_world_size() // (
+        tensor * parallel_state.get_pipeline_model_parallel_world_size()
+    )
+    expert_replicas = parallel_state.get_expert_data_parallel_world_size()
+    first_stage = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    for parameter in (p for chunk in model for p in chunk.parameters()):
+        if getattr(parameter, "shared_embedding", False) and not first_stage:
+            continue  # the copy of a tied embedding
+        is_expert = not getattr(parameter, "allreduce", True)
+        copies = expert_replicas if is_expert else replicas
+        if not getattr(parameter, "tensor_model_parallel", False):
+            copies *= expert_tensor if is_expert else tensor
+        total += parameter.numel() / copies
+    torch.distributed.all_reduce(total)
+    return round(float(total))
