@@ -28,7 +28,7 @@ Sums = Mapping[str, str]
 
 
 def file_sum(path: Path, *, sync: bool = False) -> str:
-    """The checksum of one file, in hexadecimal; with `sync` it is on the disk afterwards.
+    """Return the checksum of one file, in hexadecimal; with `sync` it is on the disk afterwards.
 
     Raises:
         OSError: it cannot be read.
@@ -43,7 +43,7 @@ def file_sum(path: Path, *, sync: bool = False) -> str:
 
 
 def sums_of(paths: Iterable[Path]) -> dict[str, str]:
-    """Checksums by name, several files at a time, each brought to the disk."""
+    """Return checksums by name; several files at a time are read, and each brought to the disk."""
     paths = list(paths)
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(
@@ -60,7 +60,7 @@ def format_sums(sums: Sums) -> str:
 
 
 def parse_sums(text: str) -> dict[str, str] | None:
-    """None where a line is not what `format_sums` writes."""
+    """Return checksums by name; None if a line is not what `format_sums` writes."""
     matches = [LINE.fullmatch(line) for line in text.removesuffix("\n").split("\n")]
     sums = {match[2]: match[1] for match in matches if match}
     return sums if len(sums) == len(matches) and format_sums(sums) == text else None
@@ -96,7 +96,7 @@ def seal(folder: Path) -> None:
 
 
 def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The checksums of a checkpoint of ours, and what is wrong with the two files themselves."""
+    """Return the checksums of a checkpoint of ours, and the problems of their own two files."""
     sums, problem = _read(folder / SUMS)
     marker, marker_problem = _read(folder / MARKER)
     problems = [text for text in (problem, marker_problem) if text]
@@ -120,13 +120,13 @@ def _read(path: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _which_of_both(folder: Path, sums: Sums) -> str:
-    """They do not agree: where the checksums are true and name every file, it is the marker."""
+    """Name the one that is wrong: the marker, if the checksums are true and name every file."""
     unnamed = {path.name for path in folder.iterdir()} - {SUMS, MARKER, *sums}
     return f"{SUMS if unnamed or problems_in(folder, sums) else MARKER} is damaged"
 
 
 def problems_in(folder: Path, sums: Sums) -> list[str]:
-    """What is wrong with these files, a sentence each."""
+    """Return the problems of these files, a sentence each."""
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda item: _problem(folder / item[0], item[1]), sums.items())
         return [text for text in found if text]
@@ -145,7 +145,7 @@ def _problem(path: Path, expected: str) -> str | None:
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, a sentence each; nothing for a good one.
+    """Return the problems of a checkpoint, a sentence each; none for a good one.
 
     One without checksums, of Megatron's or an older version, is checked for shards that are
     missing or too short.

@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from: the newest whole one, and the same on all ranks.
+"""Choose the checkpoint that a run starts from: the newest whole one, the same on all ranks.
 
 Rank 0 decides in which order they are tried; the checksums of one are spread over the ranks. The
 answer goes to Megatron as --ckpt-step.
@@ -62,7 +62,7 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
 
 
 def _set_tracker(tracker: Path, iteration: int, say: Say) -> None:
-    """Megatron is told the iteration by a flag; the file is for who comes next."""
+    """Correct the file for later runs; Megatron is told the iteration by a flag."""
     try:
         write_durably(tracker, str(iteration))
     except OSError as error:
@@ -80,7 +80,7 @@ def _is_same(one: str | None, other: str | None) -> bool:
 
 
 def _first_good(args: argparse.Namespace, order: list[int], say: Say) -> int:
-    """Iteration of the first one without a problem."""
+    """Return the iteration of the first one without a problem."""
     refused: list[str] = []
     for iteration in order:
         folder = iteration_folder(args.load, iteration)
@@ -110,7 +110,7 @@ def _tell_changes(args: argparse.Namespace, iteration: int, say: Say) -> None:
 
 
 def _check_data(args: argparse.Namespace, iteration: int, say: Say) -> None:
-    """Say where a dataset holds something else than it did; go on only if that is allowed."""
+    """Name datasets that hold something else than they did; go on only if that is allowed."""
     record = read_run_record(iteration_folder(args.load, iteration)) if args.rank == 0 else None
     found = from_first_rank(other_data(record, args) if record else [])
     if not found:
@@ -137,7 +137,7 @@ def _refusal(args: argparse.Namespace, refused: list[str]) -> str:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, a sentence each, on every rank the same. Collective."""
+    """Return the problems of a checkpoint, a sentence each, the same on every rank. Collective."""
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     sums, found = from_first_rank(_plan(folder) if rank == 0 else None)
     if not found:
@@ -147,7 +147,7 @@ def problems(folder: Path) -> list[str]:
 
 
 def _plan(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The checksums to compare, or what is known to be wrong already."""
+    """Return the checksums to compare, or the problems that are known already."""
     if folder.is_dir() and is_ours(folder):
         return integrity.read_sums(folder)
     return {}, integrity.verify(folder)

@@ -1,7 +1,7 @@
-"""What a checkpoint says of the model in it, and whether a run may go on from it.
+"""`model.json` in a checkpoint: the flags that make the model in it.
 
-`model.json` lies in each `iter_*` folder, beside Megatron's own files: the flags that make the
-model, as plain JSON, so that they can be read without torch and without unpickling anything.
+It lies in each `iter_*` folder, beside Megatron's own files, as plain JSON, so that the flags can
+be read without torch and without unpickling anything.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_smlp.options import DEFAULTS, MODEL_FLAGS, older_flags
 
 
 def model_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that make the model what it is, by argparse destination."""
+    """Return the flags that make the model what it is, by argparse destination."""
     from megatron.training import get_tokenizer
 
     flags = {name: getattr(args, name) for name in MODEL_FLAGS}
@@ -36,7 +36,7 @@ def model_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_model_flags(args: argparse.Namespace, folder: Path) -> None:
-    """Put model.json into the folder of a checkpoint.
+    """Write model.json into the folder of a checkpoint.
 
     Raises:
         OSError: it cannot be written.
@@ -45,7 +45,7 @@ def write_model_flags(args: argparse.Namespace, folder: Path) -> None:
 
 
 def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> dict[str, Any] | None:
-    """The flags of a checkpoint in a run's folder; None where it was not written by us.
+    """Return the flags of a checkpoint in a run's folder; None if it was not written by us.
 
     A damaged file is no error here: whoever loads the checkpoint compares its checksums before.
 
@@ -67,7 +67,7 @@ def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> di
 
 
 def with_older_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """What was recorded, and what a checkpoint that does not record a flag has of it."""
+    """Return what was recorded, with the values of flags that are newer than the checkpoint."""
     older = dict(older_flags(flags.get("token_router", "none")))
     defaults = {name: DEFAULTS[name] for name in MODEL_FLAGS if name in DEFAULTS}
     return {**defaults, **older, **flags}

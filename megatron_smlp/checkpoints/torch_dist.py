@@ -99,5 +99,5 @@ def _read_flags(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} is not JSON ({error}).") from error
     if not isinstance(flags, dict):
-        raise DamagedCheckpointError(f"{path} holds no JSON object.")
+        raise DamagedCheckpointError(f"{path} does not hold a JSON object.")
     return with_older_flags(flags)

@@ -1,6 +1,6 @@
 """Write a checkpoint in Megatron's distributed format, one tensor in memory at a time.
 
-torch's own writer has the same file layout, but keeps every tensor until the last is written.
+torch's own writer keeps every tensor until the last is written: docs/decisions/0036.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class TorchDistWriter:
         save_config(CheckpointingConfig("torch_dist"), str(self.folder))
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """A whole tensor; any layout finds its slices in it."""
+        """Append a whole tensor; any layout finds its slices in it."""
         tensor = tensor.contiguous()
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save writes the whole storage of a view
@@ -78,7 +78,7 @@ class TorchDistWriter:
         self._append(MetadataIndex(name, offsets), tensor)
 
     def add_object(self, name: str, value: Any) -> None:
-        """Plain data; Megatron wraps what it saves in lists."""
+        """Append plain data; Megatron wraps what it saves in lists."""
         self.metadata.state_dict_metadata[name] = BytesStorageMetadata()
         self._append(MetadataIndex(name), value)
 
@@ -108,7 +108,7 @@ def write_weights(
     layout: Mapping[str, int],
     record: Mapping[str, Any],
 ) -> None:
-    """A run's folder with one release: weights at iteration 0, without optimizer state.
+    """Write a run's folder with one release: weights at iteration 0, without optimizer state.
 
     Args:
         flags: for model.json, and for Megatron's own record of arguments.
@@ -145,7 +145,7 @@ def write_weights(
 def finish(
     run: Path, flags: Mapping[str, Any], record: Mapping[str, Any], *, iteration: int | None
 ) -> None:
-    """model.json, run.json, checksums and tracker of a run's folder with one checkpoint.
+    """Write model.json, run.json, checksums and tracker of a run's folder with one checkpoint.
 
     Args:
         iteration: None: a release.

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_smlp.checkpoints.folders import partial_folder, replace_folder
+from megatron_smlp.checkpoints.folders import partial_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.tensors import Source, Spec, check_scale, tensors_of
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
@@ -25,7 +25,7 @@ from megatron_smlp.conversion.recipes import Converted, Recipe, same
 from megatron_smlp.conversion.record import converted_record
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.data.tokenizers.of_export import tokenizer_folder
-from megatron_smlp.durable import sync_folder
+from megatron_smlp.durable import flush_folder, replace_folder
 from megatron_smlp.errors import UsageError
 from megatron_smlp.interrupts import interrupt
 from megatron_smlp.platform.one_process import one_process
@@ -42,7 +42,7 @@ LAYOUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line says, beside the two formats."""
+    """A conversion's options, beside the two formats."""
 
     load: Path
     save: Path
@@ -80,7 +80,7 @@ class Weights:
 
 
 def torch_dist_to_hf(options: Options, say: Say = print) -> None:
-    """A Megatron checkpoint -> a folder for transformers."""
+    """Convert a Megatron checkpoint to a folder for transformers."""
     with one_process():
         checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
         source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags)
@@ -107,7 +107,7 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
 
 
 def to_torch_dist(options: Options, say: Say = print) -> None:
-    """Weights in any format -> a Megatron checkpoint of them."""
+    """Convert weights in any format to a Megatron checkpoint of them."""
     with one_process():
         weights = _weights(options)
         resharding.check_layout(weights.flags, options.layout)
@@ -121,7 +121,7 @@ def to_torch_dist(options: Options, say: Say = print) -> None:
 
 
 def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
-    """A Megatron checkpoint -> the same for another layout, or without optimizer state."""
+    """Rewrite a Megatron checkpoint for another layout, or without optimizer state."""
     checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
     if options.drops_optimizer or not checkpoint.iteration:
         to_torch_dist(options, say)
@@ -141,7 +141,7 @@ def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
 
 
 def upcycle(options: Options, say: Say = print) -> None:
-    """A dense model in any format -> a sparse one for Megatron; `options.model` says which."""
+    """Make a sparse model for Megatron of a dense one in any format; `options.model` says which."""
     with one_process():
         dense = _weights(options)
         flags = upcycling.target_flags(dense.flags, options.model)
@@ -161,7 +161,7 @@ def upcycle(options: Options, say: Say = print) -> None:
 
 
 def _weights(options: Options) -> Weights:
-    """What is in the folder, every tensor accounted for."""
+    """Open the folder that is converted, with every tensor in it accounted for."""
     if options.source == "torch_dist":
         return _of_checkpoint(options)
     values = huggingface.read_config_json(options.load)
@@ -210,7 +210,7 @@ def _padded(
     *,
     default: int | None = None,
 ) -> tuple[Repadded, dict[str, Any]]:
-    """A source with the padding that its vocabulary is to have, and the flags that say it."""
+    """Return a source with the padding that its vocabulary is to have, and the flags for it."""
     check_scale(specs, flags, where=str(options.load))
     divisible_by = options.divisible_by or default
     rows = flags["padded_vocab_size"]
@@ -223,7 +223,7 @@ def _padded(
 def _account(
     source: Source, specs: Mapping[str, Spec], flags: Mapping[str, Any], where: str
 ) -> Converted:
-    """A source that has Megatron's names already."""
+    """Account for a source that has Megatron's names already."""
     expected = megatron_model.expected_shapes(megatron_model.build(flags))
     return Converted({name: Recipe((name,), same) for name in specs}, source, expected, where=where)
 
@@ -232,7 +232,7 @@ def _account(
 def _release(
     options: Options, before: Weights, flags: Mapping[str, Any], source: Source
 ) -> Iterator[Path]:
-    """Write weights for Megatron, and publish them where nothing goes wrong after that.
+    """Write weights for Megatron, and publish them if nothing goes wrong after that.
 
     Args:
         flags: of the model that `source` holds, which is made of `before`.
@@ -266,8 +266,7 @@ def _whole(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
-        for path in [*partial.rglob("*"), partial]:
-            sync_folder(path)  # which does the same for a file
+        flush_folder(partial)
         replace_folder(partial, target)
     except OSError as error:
         name = error.filename or target

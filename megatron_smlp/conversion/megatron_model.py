@@ -54,7 +54,7 @@ class _OnMeta(TorchFunctionMode):
 
 
 def build(flags: Mapping[str, Any]) -> Any:
-    """Megatron's GPTModel in evaluation mode, its parameters on the meta device.
+    """Build Megatron's GPTModel in evaluation mode, its parameters on the meta device.
 
     Args:
         flags: the contents of a checkpoint's model.json.
@@ -105,7 +105,7 @@ def _build(flags: Mapping[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _quiet_deprecation() -> Iterator[None]:
-    """Megatron says that its GPTModel, which it trains, is deprecated."""
+    """Silence Megatron's warning that its GPTModel, which it trains, is deprecated."""
     import logging
 
     logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
@@ -118,18 +118,16 @@ def _quiet_deprecation() -> Iterator[None]:
 
 
 def _state(model: Any) -> dict[str, Tensor]:
-    """Parameters and buffers that are saved, by this process's names."""
+    """Return parameters and buffers that are saved, by this process's names."""
     return {
-        name: value for name, value in model.state_dict(keep_vars=True).items() if _is_tensor(value)
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor)
     }
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
 def expected_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model's checkpoints, by its global name; experts are stacked there."""
+    """Return every tensor of the model's checkpoints by its global name; experts are stacked."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in _state(model).items():
         if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
@@ -144,7 +142,7 @@ def expected_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def object_names(model: Any) -> list[str]:
-    """What a checkpoint of it holds beside tensors: a place for Transformer Engine's state."""
+    """Return the names of a checkpoint's other objects: places for Transformer Engine's state."""
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -161,7 +159,7 @@ class _LocalNames:
         self.source = source
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """An expert's weight is a row of the stack, of which no model here takes a row again."""
+        """Return a tensor; an expert's is a row of a stack, of which no model takes a row again."""
         match = EXPERT.search(name)
         if match is None:
             return self.source.read(name, row)
@@ -170,7 +168,7 @@ class _LocalNames:
 
 @torch.no_grad()
 def logits(model: Any, source: Source, tokens: Tensor) -> Tensor:
-    """Logits of `tokens` with the weights of a checkpoint, in fp32.
+    """Compute logits of `tokens` with the weights of a checkpoint, in fp32.
 
     tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
     """

@@ -1,4 +1,4 @@
-"""torch_dist -> torch_dist: every tensor copied, the parallel layout that is meant recorded.
+"""Copy every tensor of a checkpoint, and record the parallel layout that it is meant for.
 
 A distributed checkpoint holds whole tensors under global names, so a run may load it in any layout
 anyway. What a rewrite adds: ranks' pieces become whole tensors in one file, the layout is checked
@@ -22,7 +22,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.progress import written_tensors
 
 ANY_LAYOUT = "optimizer.state."
-"""How names of optimizer state begin that no layout is part of."""
+"""Start of the names of optimizer state that no layout is part of."""
 
 
 def check_layout(flags: Mapping[str, Any], layout: Mapping[str, int]) -> None:

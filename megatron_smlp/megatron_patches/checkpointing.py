@@ -5,12 +5,12 @@
 | dist_checkpointing.save | writes into a hidden folder, which becomes the checkpoint when whole |
 | checkpointing.ensure_directory_exists | would make the checkpoint's folder before that |
 | checkpointing.maybe_msc.open | writes the tracker in place: empty on a full disk |
-| checkpointing.read_metadata | ends the process at a tracker that is no number |
-| FileSystemWriterAsync.write_preloaded_data | forgets the words of an error |
+| checkpointing.read_metadata | ends the process at a tracker that is not a number |
+| FileSystemWriterAsync.write_preloaded_data | forgets the text of an error |
 | FileSystemWriterAsync.finish, serialization.save_config | fail on rank 0 while the others wait |
 | filesystem_async.get_write_results_queue | starts a process, which outlives a run that is killed |
 | training.save_checkpoint, maybe_finalize_async_save | what fails in them may be survived |
-| training.setup_model_and_optimizer | to decide before what is to be loaded |
+| training.setup_model_and_optimizer | loads, and the checkpoint is chosen just before |
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class _Transforms(_StorageWriterTransforms):
 
 
 class _Stream(io.RawIOBase):
-    """What torch writes one tensor to; it does so once more when it lets go of a broken archive."""
+    """A file for one item; torch writes to it once more when it lets go of a broken archive."""
 
     def __init__(self, file: Any) -> None:
         self.file = file

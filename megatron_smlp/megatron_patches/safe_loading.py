@@ -1,4 +1,4 @@
-"""Reads checkpoints without running what is in them, on every device.
+"""Read checkpoints without running what is in them, on every device.
 
 torch and Megatron unpickle without restraint, so the four functions below are replaced:
 
@@ -38,7 +38,7 @@ def apply() -> None:
 
 
 def _read_metadata(self: Any, *args: Any, **kwargs: Any) -> Metadata:
-    """torch's own, but for the unpickler."""
+    """Do as torch's own, but for the unpickler."""
     path = Path(self._get_metadata_path(kwargs.get("rank")))
     with readable(path), self.fs.create_stream(path, "rb") as file:
         metadata = load_metadata(file)
@@ -72,7 +72,7 @@ def _check_pieces(self: Any, name: str, items: list[ReadItem]) -> None:
 
 
 def _load_bytes(self: Any, read_item: Any, value: IO[bytes]) -> None:
-    """torch's own, but for `weights_only`."""
+    """Do as torch's own, but for `weights_only`."""
     from torch.distributed.checkpoint._nested_dict import set_element
 
     name = read_item.dest_index.fqn
