@@ -12,13 +12,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import MARKER, SUMS, is_ours
 from megatron_smlp.durable import write_durably
 
 DIGEST_BYTES = 32
-BLOCK_BYTES = 4 << 20
 THREADS = 4  # of each process; hashlib leaves the lock of the interpreter while it computes
 LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
 OWN_FILES = re.compile(r"__(\d+)_\d+\.distcp")
@@ -33,10 +33,8 @@ def file_sum(path: Path, *, sync: bool = False) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     with path.open("rb", buffering=0) as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
+        digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=DIGEST_BYTES))
         if sync:
             os.fsync(file.fileno())
     return digest.hexdigest()
@@ -46,13 +44,8 @@ def sums_of(paths: Iterable[Path]) -> dict[str, str]:
     """Return checksums by name; several files at a time are read, and each brought to the disk."""
     paths = list(paths)
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(
-            zip(
-                (path.name for path in paths),
-                pool.map(lambda path: file_sum(path, sync=True), paths),
-                strict=True,
-            )
-        )
+        sums = pool.map(partial(file_sum, sync=True), paths)
+        return {path.name: digest for path, digest in zip(paths, sums, strict=True)}
 
 
 def format_sums(sums: Sums) -> str:

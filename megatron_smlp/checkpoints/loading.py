@@ -50,23 +50,17 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
     if not order:
         return
     chosen = _first_good(args, order, say)
-    _tell_changes(args, chosen, say)
-    if not args.finetune:
-        _check_data(args, chosen, say)
+    _compare_run(args, chosen, say)
     if chosen == args.ckpt_step:
         return
     args.ckpt_step = chosen
     check_same_model(model_flags(args), args.load, chosen)
     if args.rank == 0 and _is_same(args.load, args.save) and tracked_iteration(args.load) != chosen:
-        _set_tracker(Path(args.load) / TRACKER, chosen, say)
-
-
-def _set_tracker(tracker: Path, iteration: int, say: Say) -> None:
-    """Correct the file for later runs; Megatron is told the iteration by a flag."""
-    try:
-        write_durably(tracker, str(iteration))
-    except OSError as error:
-        say(f"WARNING: {tracker} cannot be set to {iteration}: {error.strerror}")
+        tracker = Path(args.load) / TRACKER
+        try:
+            write_durably(tracker, str(chosen))
+        except OSError as error:  # later runs read it; Megatron is told the iteration by the flag
+            say(f"WARNING: {tracker} cannot be set to {chosen}: {error.strerror}")
 
 
 def _order(args: argparse.Namespace) -> list[int]:
@@ -103,17 +97,13 @@ def _tell(refused: list[str], folder: Path, say: Say) -> None:
         say(f"{folder} has no checksums: it was checked for missing and short files only")
 
 
-def _tell_changes(args: argparse.Namespace, iteration: int, say: Say) -> None:
+def _compare_run(args: argparse.Namespace, iteration: int, say: Say) -> None:
+    """Name flags that changed, and datasets that hold something else, if that is allowed."""
     record = read_run_record(iteration_folder(args.load, iteration)) if args.rank == 0 else None
-    if record and (found := changes(record, args)):
-        say(f"changed since iteration {iteration}: {', '.join(found)}")
-
-
-def _check_data(args: argparse.Namespace, iteration: int, say: Say) -> None:
-    """Name datasets that hold something else than they did; go on only if that is allowed."""
-    record = read_run_record(iteration_folder(args.load, iteration)) if args.rank == 0 else None
+    if record and (changed := changes(record, args)):
+        say(f"changed since iteration {iteration}: {', '.join(changed)}")
     found = from_first_rank(other_data(record, args) if record else [])
-    if not found:
+    if not found or args.finetune:
         return
     what = f"{', '.join(found)} holds other data than at iteration {iteration} of {args.load}"
     if not args.allow_data_mismatch:

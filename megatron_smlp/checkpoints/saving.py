@@ -151,14 +151,11 @@ class Saving:
         except OSError as error:
             return [text_of(error)]
         if iteration is not None and save.final.parent == Path(self.args.save):
-            self._retain(iteration)
+            run, last, every = self.args.save, self.args.keep_last, self.args.keep_every
+            doomed = retention.superfluous(run, newest=iteration, last=last, every=every)
+            for problem in retention.delete(run, doomed):
+                self.listener.say(problem)
         return []
-
-    def _retain(self, newest: int) -> None:
-        run, last, every = self.args.save, self.args.keep_last, self.args.keep_every
-        doomed = retention.superfluous(run, newest=newest, last=last, every=every)
-        for problem in retention.delete(run, doomed):
-            self.listener.say(problem)
 
     def failed(self, save: Save, error: BaseException) -> None:
         """Clean up after a save; say so, or end the run. Called on every rank.

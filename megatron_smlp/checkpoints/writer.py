@@ -31,7 +31,6 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import MODEL, RELEASE, RUN, TRACKER, iteration_folder
-from megatron_smlp.checkpoints.torch_dist import COMMON
 
 SHARD = "__0_0.distcp"
 
@@ -99,24 +98,14 @@ class TorchDistWriter:
         self.metadata.storage_data[index] = _StorageInfo(SHARD, offset, length)
 
 
-def write_weights(
-    run: Path,
-    flags: Mapping[str, Any],
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    objects: Iterable[str],
-    layout: Mapping[str, int],
-    record: Mapping[str, Any],
-) -> None:
-    """Write a run's folder with one release: weights at iteration 0, without optimizer state.
+def weights_state(flags: Mapping[str, Any], layout: Mapping[str, int]) -> dict[str, Any]:
+    """Return Megatron's own state for weights at iteration 0, without optimizer state.
 
     Args:
-        flags: for model.json, and for Megatron's own record of arguments.
-        objects: names beside the tensors that the model looks for when it is loaded.
+        flags: of the model, for Megatron's record of arguments.
         layout: parallel sizes, by Megatron's argument names.
-        record: for run.json.
     """
-    common = {
+    return {
         "args": argparse.Namespace(
             **flags,
             **layout,
@@ -132,25 +121,32 @@ def write_weights(
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    with TorchDistWriter(run / RELEASE) as writer:
+
+
+def write_checkpoint(
+    run: Path,
+    iteration: int | None,
+    tensors: Iterable[tuple[str, Tensor]],
+    objects: Mapping[str, Any],
+    *,
+    flags: Mapping[str, Any],
+    record: Mapping[str, Any],
+) -> None:
+    """Write a run's folder with one checkpoint, its checksums and the tracker.
+
+    Args:
+        iteration: None: a release, which is weights alone.
+        objects: what is saved beside the tensors, Megatron's own state under COMMON.
+        flags: for model.json.
+        record: for run.json.
+    """
+    folder = run / RELEASE if iteration is None else iteration_folder(run, iteration)
+    with TorchDistWriter(folder) as writer:
         for name, tensor in tensors:
             writer.add(name, tensor)
             del tensor  # before the next one is read
-        for name in objects:
-            writer.add_object(name, [None])
-        writer.add_object(COMMON, [common])
-    finish(run, flags, record, iteration=None)
-
-
-def finish(
-    run: Path, flags: Mapping[str, Any], record: Mapping[str, Any], *, iteration: int | None
-) -> None:
-    """Write model.json, run.json, checksums and tracker of a run's folder with one checkpoint.
-
-    Args:
-        iteration: None: a release.
-    """
-    folder = run / RELEASE if iteration is None else iteration_folder(run, iteration)
+        for name, value in objects.items():
+            writer.add_object(name, value)
     for name, content in ((MODEL, flags), (RUN, record)):
         (folder / name).write_text(json.dumps(dict(content), indent=1) + "\n", encoding="utf-8")
     integrity.seal(folder)

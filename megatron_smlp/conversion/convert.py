@@ -16,8 +16,8 @@ from torch import Tensor
 from megatron_smlp.checkpoints.folders import partial_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.tensors import Source, Spec, check_scale, tensors_of
-from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
-from megatron_smlp.checkpoints.writer import write_weights
+from megatron_smlp.checkpoints.torch_dist import COMMON, TorchDistCheckpoint
+from megatron_smlp.checkpoints.writer import weights_state, write_checkpoint
 from megatron_smlp.conversion import gpt2, huggingface, megatron_model, resharding, upcycling
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
 from megatron_smlp.conversion.padding import Repadded, padded_size
@@ -244,10 +244,12 @@ def _release(
         iteration=None,
         is_new_model=source is not before.source,
     )
-    objects = megatron_model.object_names(megatron_model.build(flags))
+    names = megatron_model.object_names(megatron_model.build(flags))
+    objects: dict[str, Any] = {name: [None] for name in names}
+    objects[COMMON] = [weights_state(flags, options.layout)]
     with _whole(options.save) as folder:
         tensors = written_tensors(tensors_of(source), source.specs.values())
-        write_weights(folder, flags, tensors, objects=objects, layout=options.layout, record=record)
+        write_checkpoint(folder, None, tensors, objects, flags=flags, record=record)
         yield folder
 
 

@@ -7,10 +7,9 @@ layers by the same table. Needs `platform.one_process` around it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -85,7 +84,7 @@ def _build(flags: Mapping[str, Any]) -> Any:
         spatial_length=flags["seq_length"],
         hash_vocab_size=flags["padded_vocab_size"],
     )
-    with _OnMeta(), _quiet_deprecation():
+    with _OnMeta():
         model = GPTModel(
             config,
             block_spec(config),
@@ -101,20 +100,6 @@ def _build(flags: Mapping[str, Any]) -> Any:
         ).eval()
     give_token_ids(model)
     return model
-
-
-@contextlib.contextmanager
-def _quiet_deprecation() -> Iterator[None]:
-    """Silence Megatron's warning that its GPTModel, which it trains, is deprecated."""
-    import logging
-
-    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _state(model: Any) -> dict[str, Tensor]:

@@ -1,13 +1,8 @@
 """Read checkpoints without running what is in them, on every device.
 
-torch and Megatron unpickle without restraint, so the four functions below are replaced:
-
-| function | what it reads | what is allowed now |
-|---|---|---|
-| FileSystemReader.read_metadata | `.metadata` | plain data: checkpoints/safe_unpickling.py |
-| DefaultLoadPlanner.load_bytes | objects in `*.distcp` | what torch's `weights_only` allows |
-| FileSystemReader.read_data | tensors in `*.distcp`, already so | pieces as the index says |
-| load_common of Megatron | `common.pt` of older versions | what `weights_only` allows |
+torch and Megatron unpickle anything: the functions that do are replaced (table.py). `.metadata`
+may hold plain data (checkpoints/safe_unpickling.py), objects what torch's `weights_only` allows,
+and tensors are pieces as the index says.
 """
 
 from __future__ import annotations
