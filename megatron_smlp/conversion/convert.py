@@ -24,7 +24,7 @@ from megatron_smlp.conversion.padding import Repadded, padded_size
 from megatron_smlp.conversion.recipes import Converted, Recipe, same
 from megatron_smlp.conversion.record import converted_record
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
-from megatron_smlp.data.tokenizers.of_export import tokenizer_folder
+from megatron_smlp.data.tokenizers.folder import tokenizer_folder
 from megatron_smlp.durable import flush_folder, replace_folder
 from megatron_smlp.errors import UsageError
 from megatron_smlp.interrupts import interrupt

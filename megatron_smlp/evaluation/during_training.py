@@ -19,7 +19,8 @@ from megatron.training.global_vars import get_args
 from torch import nn
 
 from megatron_smlp.data.errors import DataError
-from megatron_smlp.data.tokenizers.of_model import bare
+from megatron_smlp.data.tokenizers.factory import read_tokenizer
+from megatron_smlp.data.tokenizers.model_tokenizer import bare
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.results import TaskResult, as_record, task_texts
@@ -44,7 +45,7 @@ class TaskEvaluation:
         with quiet_libraries(), _own_random_numbers():
             self.selection = select_tasks(names, data_dir=args.eval_tasks_data_dir)
         try:
-            self.tokenizer = bare(TokenizerSpec.from_arguments(args)).resolve()
+            self.tokenizer = read_tokenizer(bare(TokenizerSpec.from_arguments(args)))
         except DataError as error:
             raise UsageError(f"--eval-tasks: {error}") from error
         if self.tokenizer.identity is None:

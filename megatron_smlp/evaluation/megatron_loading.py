@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_smlp.checkpoints.tensors import main_dtype
-from megatron_smlp.data.tokenizers.of_model import resolve_for
+from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.recorded import (

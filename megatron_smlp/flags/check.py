@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import is_checkpoint_folder, iteration_of
 from megatron_smlp.command_line import flag_of
-from megatron_smlp.data.tokenizers.gpt2_folder import local_gpt2_files
+from megatron_smlp.data.tokenizers.folder import local_gpt2_files
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check_model import check_model
 from megatron_smlp.flags.check_routers import check_feature_router, check_token_router

@@ -149,7 +149,11 @@ def _sample(args: argparse.Namespace) -> int:
     for name in ("count", "max_tokens"):
         if getattr(args, name) < 1:
             raise DataError(f"{flag_of(name)} {getattr(args, name)}: 1 or more is expected")
-    encoder = TokenizerSpec.from_arguments(args).resolve().build() if args.tokenizer_type else None
+    encoder = None
+    if args.tokenizer_type:
+        from megatron_smlp.data.tokenizers.factory import read_tokenizer
+
+        encoder = read_tokenizer(TokenizerSpec.from_arguments(args)).build()
     count = min(args.count, index.num_documents)
     chosen = args.documents
     if chosen is None:

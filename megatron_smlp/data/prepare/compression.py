@@ -1,7 +1,7 @@
 """Compressed text as a stream of blocks that says where it breaks off.
 
-The standard library's file objects drop what they had decompressed when a truncated file ends;
-here every readable byte comes out first, and then `DamagedInputError`.
+The file objects of the libraries end in silence where a file is truncated (zstandard) or a later
+one of its members is damaged (bz2, lzma): docs/decisions/0061-libraries-of-the-data-tools.md.
 """
 
 import bz2
@@ -28,7 +28,7 @@ class DamagedInputError(ValueError):
 
 
 def compression_of(path: Path) -> str | None:
-    """By the suffix, or by the first bytes of a file whose suffix does not say."""
+    """Return the compression by the suffix, or by the first bytes where that does not say."""
     if path.suffix in SUFFIXES:
         return SUFFIXES[path.suffix]
     if not path.is_file():
@@ -39,7 +39,7 @@ def compression_of(path: Path) -> str | None:
 
 
 def text_blocks(path: Path, *, skip: int = 0) -> Iterator[bytes]:
-    """Blocks of uncompressed bytes, without the first `skip`.
+    """Yield blocks of uncompressed bytes, without the first `skip`.
 
     Raises:
         DamagedInputError: after the last readable block.
@@ -49,21 +49,16 @@ def text_blocks(path: Path, *, skip: int = 0) -> Iterator[bytes]:
         print(f"{path} is a pipe: waiting for who writes to it", file=sys.stderr, flush=True)
     with path.open("rb") as stream:
         if kind is None:
-            _skip_to(stream, path, skip)
+            if skip and not stream.seekable():
+                raise DataError(f"{path} is a pipe, which --resume cannot read again; give a file")
+            if skip:
+                stream.seek(skip)
             yield from iter(lambda: stream.read(BLOCK_BYTES), b"")
             return
         for block in _decompressed(stream, kind):
             if skip < len(block):
                 yield block[skip:]
             skip = max(0, skip - len(block))
-
-
-def _skip_to(stream: BinaryIO, path: Path, offset: int) -> None:
-    if offset == 0:
-        return
-    if not stream.seekable():
-        raise DataError(f"{path} is a pipe, which --resume cannot read again; give a file")
-    stream.seek(offset)
 
 
 def _decompressed(stream: BinaryIO, kind: str) -> Iterator[bytes]:
@@ -75,7 +70,11 @@ def _decompressed(stream: BinaryIO, kind: str) -> Iterator[bytes]:
         while data:
             if not started and not data.strip(b"\0"):
                 break  # Padding after the last member, as tape and block devices leave it.
-            block = _decompress(member, data, kind)
+            try:
+                block = bytes(member.decompress(data))
+            # zstandard's class is only known where that package is, and derives from Exception.
+            except Exception as error:
+                raise DamagedInputError(f"the {kind} data is damaged: {error}") from None
             started = True
             yield from (block[at : at + BLOCK_BYTES] for at in range(0, len(block), BLOCK_BYTES))
             data = b""
@@ -83,14 +82,6 @@ def _decompressed(stream: BinaryIO, kind: str) -> Iterator[bytes]:
                 data, member, started = member.unused_data, new(), False
     if started or stream.tell() == 0:
         raise DamagedInputError(f"the {kind} data is truncated")
-
-
-def _decompress(member: Any, data: bytes, kind: str) -> bytes:
-    # zstandard's error class is only known where that package is there, and derives from Exception.
-    try:
-        return bytes(member.decompress(data))
-    except Exception as error:
-        raise DamagedInputError(f"the {kind} data is damaged: {error}") from None
 
 
 def _decompressor(kind: str) -> Callable[[], Any]:

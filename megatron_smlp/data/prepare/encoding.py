@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import optimal_dtype
+from megatron_smlp.data.prepare.chunks import Chunk
 from megatron_smlp.data.prepare.records import Rejection, parse_chunk
 from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter
-from megatron_smlp.data.prepare.sources import Chunk
 from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, UnencodableTextError
 
 

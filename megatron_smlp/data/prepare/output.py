@@ -23,9 +23,9 @@ from megatron_smlp.data.pairs.manifest import (
     check_output_prefix,
 )
 from megatron_smlp.data.pairs.writer import PairWriter, append_to, flush_to_disk, publish
+from megatron_smlp.data.prepare.chunks import Position
 from megatron_smlp.data.prepare.encoding import EncodedChunk
 from megatron_smlp.data.prepare.records import Rejection
-from megatron_smlp.data.prepare.sources import Position
 from megatron_smlp.durable import link_durably, naming_errors, write_durably
 
 

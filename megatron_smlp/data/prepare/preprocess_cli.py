@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     # A scheduler's SIGTERM ends the run as Ctrl-C does: workers stop, finished shards stay.
     signal.signal(signal.SIGTERM, interrupt)
+    from megatron_smlp.data.prepare.inputs import comparable_size
     from megatron_smlp.data.prepare.preprocessing import preprocess, settings_from_arguments
-    from megatron_smlp.data.prepare.sources import comparable_size
 
     settings = settings_from_arguments(args)
     if not (args.overwrite or args.resume):

@@ -12,19 +12,15 @@ from typing import Any
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import optimal_dtype
 from megatron_smlp.data.pairs.manifest import Manifest, TokenizerRecord, read_manifest
+from megatron_smlp.data.prepare.chunks import Position
 from megatron_smlp.data.prepare.encoding import EncodedChunk, EncodingSettings
+from megatron_smlp.data.prepare.inputs import describe_inputs, find_inputs, shown, stamps_of
 from megatron_smlp.data.prepare.output import Counts, PartialOutput
 from megatron_smlp.data.prepare.records import Rejection
 from megatron_smlp.data.prepare.sentences import SentenceSettings, check_sentence_data
-from megatron_smlp.data.prepare.sources import (
-    Position,
-    describe_inputs,
-    find_inputs,
-    read_chunks,
-    shown,
-    stamps_of,
-)
+from megatron_smlp.data.prepare.sources import read_chunks
 from megatron_smlp.data.prepare.workers import InlineWorker, WorkerPool, start_workers
+from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 
 SHARD_BYTES = 64 << 20
@@ -82,7 +78,7 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
             After a refused record nothing is left; otherwise finished shards stay for `resume`.
     """
     files = find_inputs(settings.inputs)
-    tokenizer = settings.tokenizer.resolve()
+    tokenizer = read_tokenizer(settings.tokenizer)
     _check(settings, tokenizer)
     stamps = stamps_of(files)
     digest = _digest(settings, tokenizer, files, stamps)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_smlp.data.prepare.sources import UTF8_BOM, Chunk
+from megatron_smlp.data.prepare.chunks import UTF8_BOM, Chunk
 
 EXCERPT_CHARACTERS = 200
 

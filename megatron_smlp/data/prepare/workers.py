@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.prepare.chunks import Chunk
 from megatron_smlp.data.prepare.encoding import ChunkEncoder, EncodedChunk, EncodingSettings
-from megatron_smlp.data.prepare.sources import Chunk
 
 IN_FLIGHT_BYTES = 64 << 20
 """Bound on the raw text between reading and writing; one larger record passes alone."""

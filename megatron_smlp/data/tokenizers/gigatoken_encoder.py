@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_smlp.data.tokenizers.ids import join_ids
 from megatron_smlp.data.tokenizers.spec import Encoder
 from megatron_smlp.interrupts import is_interruption
 
@@ -96,9 +97,3 @@ def gigatoken_in_place_of(
             raise KeyboardInterrupt from error
         return f"gigatoken does not support it: {error}"
     return fast if agrees else "gigatoken gives other ids for this tokenizer"
-
-
-def join_ids(rows: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Rows of ids as one flat array and the length of each."""
-    lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
-    return (np.concatenate(rows) if rows else np.empty(0, np.uint32)), lengths

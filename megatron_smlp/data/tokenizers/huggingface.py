@@ -17,11 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smlp.data.errors import DataError, require_package
-from megatron_smlp.data.tokenizers.gigatoken_encoder import (
-    GigatokenEncoder,
-    gigatoken_in_place_of,
-    join_ids,
-)
+from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
+from megatron_smlp.data.tokenizers.ids import join_ids
 from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, vocabulary_identity
 
 if TYPE_CHECKING:
@@ -87,7 +84,7 @@ class HuggingFaceEncoder:
         encodings = self.backend.encode_batch_fast(
             list(texts), add_special_tokens=self.add_special_tokens
         )
-        return join_ids([np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings])
+        return join_ids([encoding.ids for encoding in encodings])
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.backend.decode(list(ids), skip_special_tokens=False))

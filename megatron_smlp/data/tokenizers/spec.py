@@ -1,6 +1,6 @@
-"""From Megatron's tokenizer flags to a tokenizer, without importing torch or Megatron.
+"""Megatron's tokenizer flags, and what becomes of them, without importing torch or Megatron.
 
-    TokenizerSpec (flags)  --resolve-->  Tokenizer (files read, picklable)  --build-->  Encoder
+    TokenizerSpec (flags)  --read_tokenizer-->  Tokenizer (picklable)  --build-->  Encoder
 
 The ids equal those of Megatron's `build_tokenizer` with the same flags. A `Tokenizer` travels to
 the worker processes, where `build` makes the encoder; training only needs its identity.
@@ -97,29 +97,6 @@ class TokenizerSpec:
         special = values.get("tokenizer_special_tokens") or getattr(args, "special_tokens", None)
         return cls(**{**values, "tokenizer_special_tokens": tuple(special or ())})
 
-    def resolve(self) -> Tokenizer:
-        """Read the files that the flags name.
-
-        Raises:
-            DataError: an unknown type, a missing flag or file, or a damaged file.
-        """
-        from megatron_smlp.data.tokenizers import huggingface, other
-
-        if self.tokenizer_type == "HuggingFaceTokenizer":
-            return huggingface.from_hub_or_folder(self)
-        if self.tokenizer_type == "GPT2BPETokenizer":
-            return huggingface.from_gpt2_files(self)
-        if self.tokenizer_type in SENTENCEPIECE_TYPES:
-            return other.SentencePiece.from_spec(self)
-        if self.tokenizer_type == "TikTokenizer":
-            return other.TikToken.from_spec(self)
-        if self.tokenizer_type == "ByteLevelTokenizer":
-            return other.ByteLevel.from_spec(self)
-        if self.tokenizer_type == "NullTokenizer":
-            return other.Null.from_spec(self)
-        allowed = ", ".join(TOKENIZER_TYPES)
-        raise DataError(f"--tokenizer-type {self.tokenizer_type} is not one of {allowed}")
-
     def existing_file(self, name: str) -> Path:
         """The path in field `name`.
 
@@ -149,15 +126,6 @@ def vocabulary_identity(entries: Iterable[tuple[int, bytes]]) -> str:
     for number, token in sorted(entries):
         digest.update(number.to_bytes(8, "little") + len(token).to_bytes(8, "little") + token)
     return digest.hexdigest()
-
-
-def identity_from_arguments(args: argparse.Namespace) -> str | None:
-    """Identity of the tokenizer that Megatron's flags in `args` name; None for no vocabulary.
-
-    Raises:
-        DataError: the flags or the files are wrong.
-    """
-    return TokenizerSpec.from_arguments(args).resolve().identity
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

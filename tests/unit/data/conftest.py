@@ -8,7 +8,7 @@ import pytest
 from data_helpers import make_documents, parse, write_jsonl
 
 from megatron_smlp.data.prepare.preprocessing import Summary, preprocess, settings_from_arguments
-from megatron_smlp.data.tokenizers.training import train_tokenizer
+from megatron_smlp.data.prepare.train_tokenizer_cli import train_tokenizer
 
 
 @pytest.fixture(scope="session")

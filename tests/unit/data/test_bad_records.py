@@ -265,7 +265,7 @@ import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}]
 from megatron_smlp.program import run_tool
 from megatron_smlp.data.prepare.preprocess_cli import main
-from megatron_smlp.data.tokenizers.other import ByteLevel
+from megatron_smlp.data.tokenizers.bytes_and_numbers import ByteLevel
 
 def die(self, texts):
     os.kill(os.getpid(), signal.SIGKILL)

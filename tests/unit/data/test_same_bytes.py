@@ -9,7 +9,7 @@ import pytest
 from data_helpers import assert_same_pair, megatron_tokenizer, parse, write_with_megatron
 
 from megatron_smlp.data.prepare.preprocessing import Summary
-from megatron_smlp.data.tokenizers.spec import identity_from_arguments
+from megatron_smlp.data.tokenizers.factory import identity_from_arguments
 
 Run = Callable[..., Summary]
 

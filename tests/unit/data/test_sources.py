@@ -16,9 +16,11 @@ from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
 
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import open_index
+from megatron_smlp.data.prepare.chunks import START, Position
+from megatron_smlp.data.prepare.inputs import find_inputs
 from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.data.prepare.records import Rejection, parse_chunk
-from megatron_smlp.data.prepare.sources import Position, find_inputs, read_chunks
+from megatron_smlp.data.prepare.sources import read_chunks
 
 Run = Callable[..., Summary]
 DOCUMENTS = make_documents(400, seed=3)
@@ -79,7 +81,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return FORMATS[request.param](tmp_path / request.param)
 
 
-def _texts(files: list[Path], start: Position = Position()) -> list[str]:  # noqa: B008
+def _texts(files: list[Path], start: Position = START) -> list[str]:
     texts = []
     for chunk in read_chunks(files, keys=("text",), start=start):
         for record in parse_chunk(chunk, ("text",)):

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
 from megatron_smlp.data.tokenizers.huggingface import (
     HuggingFaceEncoder,
@@ -34,7 +35,7 @@ Flags = list[object]
 
 def resolve(flags: Sequence[object]) -> Tokenizer:
     args = parse("--input", "x", "--output-prefix", "y", *flags)
-    return TokenizerSpec.from_arguments(args).resolve()
+    return read_tokenizer(TokenizerSpec.from_arguments(args))
 
 
 def rows(ids: np.ndarray, lengths: np.ndarray) -> list[list[int]]:  # type: ignore[type-arg]

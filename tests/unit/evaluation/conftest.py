@@ -14,7 +14,7 @@ from evaluation_helpers import EXAMPLES, SYSTEMS, TEXT, Run, trained
 @pytest.fixture(scope="package")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 300 entries."""
-    from megatron_smlp.data.tokenizers.training import main
+    from megatron_smlp.data.prepare.train_tokenizer_cli import main
 
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     draw = random.Random(0)

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
-from megatron_smlp.data.tokenizers.spec import TokenizerSpec, identity_from_arguments
+from megatron_smlp.data.tokenizers.factory import identity_from_arguments, read_tokenizer
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.errors import UsageError
 
 
@@ -45,7 +46,7 @@ def test_training_has_the_tokenizer_of_the_data(files: str, parse: Callable[...,
         vocab_file=flags["--vocab-file"],
         merge_file=flags["--merge-file"],
     )
-    written = spec.resolve()
+    written = read_tokenizer(spec)
     assert identity_from_arguments(args) == written.identity
     text = "every token, mixes with  what came"
     assert get_tokenizer().tokenize(text) == written.build().encode_batch([text])[0].tolist()
@@ -66,7 +67,9 @@ def test_checkpoints_name_the_files_of_the_user(files: str, tmp_path: Path) -> N
     run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf")
     exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = "every token, mixes with  what came"
-    assert exported.encode(text) == recorded.resolve().build().encode_batch([text])[0].tolist()
+    assert (
+        exported.encode(text) == read_tokenizer(recorded).build().encode_batch([text])[0].tolist()
+    )
 
 
 def test_missing_file_is_one_line(parse: Callable[..., Any], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_smlp.data.errors import DataError
+from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
 
@@ -28,7 +29,7 @@ def resolve_for(
         UsageError: the files are missing, or hold another vocabulary.
     """
     try:
-        tokenizer = bare(spec).resolve()
+        tokenizer = read_tokenizer(bare(spec))
     except DataError as error:
         raise UsageError(
             f"{error}. That is the tokenizer of {source}; where it has moved, give "

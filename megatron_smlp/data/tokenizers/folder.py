@@ -1,7 +1,8 @@
-"""GPT-2's two vocabulary files as a tokenizer folder, so that Megatron needs no network for them.
+"""A tokenizer as a folder that Hugging Face reads.
 
 Megatron looks `GPT2BPETokenizer` up by the name "gpt2" on the Hugging Face hub, even where
-`--vocab-file` and `--merge-file` are given. In a folder the same files are a tokenizer of its kind.
+`--vocab-file` and `--merge-file` are given. In a folder the same files are a
+tokenizer of its kind, and no network is needed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_smlp.errors import UsageError
@@ -22,7 +23,7 @@ CONFIG = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | dict.
 )
 
 
-def has_gpt2_files(args: argparse.Namespace) -> bool:
+def _has_gpt2_files(args: argparse.Namespace) -> bool:
     """Whether the flags name a tokenizer by GPT-2's two files."""
     kind = getattr(args, "tokenizer_type", None)
     return bool(kind == "GPT2BPETokenizer" and args.vocab_file and args.merge_file)
@@ -38,12 +39,12 @@ def local_gpt2_files(args: argparse.Namespace) -> Iterator[None]:
     Raises:
         UsageError: one of the two files is missing.
     """
-    if not has_gpt2_files(args):
+    if not _has_gpt2_files(args):
         yield
         return
     names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
     before = {name: getattr(args, name) for name in names}
-    args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(gpt2_folder(args))
+    args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(_gpt2_folder(args))
     args.vocab_file = args.merge_file = None
     try:
         yield
@@ -51,7 +52,7 @@ def local_gpt2_files(args: argparse.Namespace) -> Iterator[None]:
         vars(args).update(before)
 
 
-def gpt2_folder(args: argparse.Namespace) -> Path:
+def _gpt2_folder(args: argparse.Namespace) -> Path:
     """A tokenizer folder, for this process's life, made of the files that the flags name.
 
     Raises:
@@ -67,3 +68,23 @@ def gpt2_folder(args: argparse.Namespace) -> Path:
             raise UsageError(f"--{flag}-file {source} cannot be read: {error.strerror}.") from error
     (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     return folder
+
+
+def tokenizer_folder(args: argparse.Namespace, say: Callable[[str], None]) -> str | None:
+    """The run's tokenizer as a folder, if Hugging Face reads it and its files are still there.
+
+    Args:
+        args: the flags that the checkpoint recorded.
+    """
+    recorded = getattr(args, "tokenizer_model", None)
+    is_huggingface = getattr(args, "tokenizer_type", None) == "HuggingFaceTokenizer"
+    if recorded and is_huggingface and (Path(recorded) / "tokenizer_config.json").is_file():
+        return str(recorded)
+    reason = ""
+    if _has_gpt2_files(args):
+        try:
+            return str(_gpt2_folder(args))
+        except UsageError as error:
+            reason = f" ({error})"
+    say(f"no tokenizer is written{reason}: --tokenizer-model FOLDER adds one")
+    return None

@@ -120,8 +120,9 @@ def _pieces(
     inputs: Sequence[str], keys: tuple[str, ...], max_bytes: int, skip_errors: bool
 ) -> Iterator[str]:
     """Texts, cut at lines: the trainer works in parallel over many small pieces, not one book."""
+    from megatron_smlp.data.prepare.inputs import find_inputs
     from megatron_smlp.data.prepare.records import Rejection, parse_chunk
-    from megatron_smlp.data.prepare.sources import find_inputs, read_chunks
+    from megatron_smlp.data.prepare.sources import read_chunks
 
     size = 0
     for chunk in read_chunks(find_inputs(inputs), keys=keys):

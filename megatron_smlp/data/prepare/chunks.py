@@ -1,0 +1,42 @@
+"""Whole records of one input file, and the place after them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+CHUNK_BYTES = 2 << 20
+UTF8_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place between two records of the input."""
+
+    file: int = 0
+    """Number of the file in the list of inputs."""
+    offset: int = 0
+    """Bytes of uncompressed text for lines, records for arrays and parquet."""
+    line: int = 0
+    """Lines (or records) before this place."""
+
+
+START = Position()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Whole records, in the order of the input."""
+
+    file: str
+    first_line: int
+    """Number of the first record in its file, from 1."""
+    payload: bytearray | list[tuple[Any, ...]]
+    """Raw lines, or for parquet one tuple of values a record, in the order of the keys."""
+    end: Position
+    num_bytes: int
+    """Uncompressed size, for bounds and progress."""
+    damage: str | None = None
+    """Why the file cannot be read beyond this chunk (which then has no records)."""
+
+    def release(self) -> None:
+        """Free the records once they are parsed or sent: one alone may fill a gigabyte."""
+        self.payload.clear()

@@ -1,0 +1,16 @@
+"""Rows of token ids as flat arrays."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def join_ids(
+    rows: Sequence[Sequence[int] | NDArray[Any]],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the ids of all rows, <int64>[tokens], and the length of each, <int64>[rows]."""
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    arrays = [np.asarray(row, dtype=np.int64) for row in rows]
+    return np.concatenate(arrays) if arrays else np.empty(0, np.int64), lengths

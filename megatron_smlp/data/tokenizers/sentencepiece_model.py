@@ -1,0 +1,86 @@
+"""SentencePiece models."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_smlp.data.errors import DataError, require_package
+from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
+from megatron_smlp.data.tokenizers.ids import join_ids
+from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, vocabulary_identity
+
+
+@dataclass(frozen=True)
+class SentencePiece:
+    """A SentencePiece `.model`; neither BOS nor EOS is put around a text, as in Megatron."""
+
+    model: bytes
+    description: str = "sentencepiece"
+
+    @classmethod
+    def from_spec(cls, spec: TokenizerSpec) -> "SentencePiece":
+        require_package("sentencepiece", purpose=spec.tokenizer_type, extra="sentencepiece")
+        path = spec.existing_file("tokenizer_model")
+        if spec.tokenizer_sentencepiece_legacy or spec.tokenizer_special_tokens:
+            raise DataError(
+                "--tokenizer-sentencepiece-legacy and --tokenizer-special-tokens are not supported "
+                "for SentencePiece; train the model with its special tokens in it"
+            )
+        try:
+            tokenizer = cls(path.read_bytes())
+            tokenizer.processor.get_piece_size()
+        except RuntimeError:
+            raise DataError(f"--tokenizer-model {path} is no SentencePiece model") from None
+        return tokenizer
+
+    @cached_property
+    def processor(self) -> Any:
+        import sentencepiece
+
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(self.model)
+        return processor
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.processor.get_piece_size())
+
+    @property
+    def eod(self) -> int | None:
+        eos = self.processor.eos_id()
+        return eos if eos >= 0 else None
+
+    @property
+    def identity(self) -> str:
+        piece = self.processor.id_to_piece
+        return vocabulary_identity((i, piece(i).encode()) for i in range(self.vocab_size))
+
+    def build(self) -> Encoder:
+        # gigatoken reads the names of control pieces, which SentencePiece takes for plain text.
+        fast = gigatoken_in_place_of(
+            self,
+            lambda gigatoken: gigatoken.Tokenizer.from_sentencepiece(self.model),
+            slow_strings=self._names_of_control_pieces(),
+        )
+        if isinstance(fast, GigatokenEncoder):
+            return fast
+        return replace(self, description=f"sentencepiece ({fast})")
+
+    def _names_of_control_pieces(self) -> list[str]:
+        processor = self.processor
+        numbers = range(self.vocab_size)
+        special = (i for i in numbers if processor.is_control(i) or processor.is_unknown(i))
+        return [processor.id_to_piece(i) for i in special]
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        return join_ids([self.processor.encode_as_ids(text) for text in texts])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.processor.decode_ids([int(number) for number in ids]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model,)

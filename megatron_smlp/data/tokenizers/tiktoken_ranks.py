@@ -1,0 +1,113 @@
+"""tiktoken's ranks, numbered as Megatron does."""
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_smlp.data.errors import DataError, require_package
+from megatron_smlp.data.tokenizers.ids import join_ids
+from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, vocabulary_identity
+
+# Split patterns of Megatron's TikTokenizer, `--tiktoken-pattern`; public in its source, and part
+# of the meaning of the ids.
+TIKTOKEN_PATTERNS = {
+    "v1": r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "v2": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+TIKTOKEN_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
+TIKTOKEN_DEFAULT_VOCABULARY = 2**17
+
+
+@dataclass(frozen=True)
+class TikToken:
+    """tiktoken ranks numbered behind the special tokens, as Megatron's TikTokenizer does."""
+
+    ranks: tuple[bytes, ...]
+    """Token bytes by rank."""
+    special: tuple[str, ...]
+    pattern: str
+    description: str = "tiktoken"
+
+    @classmethod
+    def from_spec(cls, spec: TokenizerSpec) -> "TikToken":
+        require_package("tiktoken", purpose="TikTokenizer", extra="tiktoken")
+        path = spec.existing_file("tokenizer_model")
+        named = spec.tokenizer_special_tokens or TIKTOKEN_SPECIAL_TOKENS
+        count = spec.tiktoken_num_special_tokens
+        if not set(TIKTOKEN_SPECIAL_TOKENS) <= set(named) or len(named) > count:
+            raise DataError(
+                f"--tokenizer-special-tokens must hold {' '.join(TIKTOKEN_SPECIAL_TOKENS)}, and at "
+                f"most --tiktoken-num-special-tokens {count} tokens; it has {len(named)}"
+            )
+        filler = (f"<SPECIAL_{number}>" for number in range(len(named), count))
+        ranks = _read_ranks(path)
+        wanted = (spec.vocab_size or TIKTOKEN_DEFAULT_VOCABULARY) - count
+        if not 0 < wanted <= len(ranks):
+            raise DataError(
+                f"--vocab-size {wanted + count} needs {wanted} ranks and {count} special tokens, "
+                f"but {path} has {len(ranks)}; give --vocab-size {len(ranks) + count} or less"
+            )
+        pattern = TIKTOKEN_PATTERNS[spec.tiktoken_pattern or "v2"]
+        return cls(tuple(ranks[:wanted]), (*named, *filler), pattern)
+
+    @cached_property
+    def encoding(self) -> Any:
+        import tiktoken
+
+        shift = len(self.special)
+        return tiktoken.Encoding(
+            name="megatron",
+            pat_str=self.pattern,
+            mergeable_ranks={token: rank + shift for rank, token in enumerate(self.ranks)},
+            special_tokens={token: number for number, token in enumerate(self.special)},
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.special) + len(self.ranks)
+
+    @property
+    def eod(self) -> int | None:
+        return self.special.index("</s>")
+
+    @property
+    def identity(self) -> str:
+        tokens = [*(token.encode() for token in self.special), *self.ranks]
+        return vocabulary_identity(enumerate(tokens))
+
+    def build(self) -> Encoder:
+        return self
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        return join_ids([self.encoding.encode(text, allowed_special="all") for text in texts])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.encoding.decode([int(number) for number in ids]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.ranks, self.special, self.pattern)
+
+
+def _read_ranks(path: Path) -> list[bytes]:
+    """Token bytes by rank: Megatron's JSON list, or OpenAI's `.tiktoken` lines."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            rows: list[Any] = [(row["token_bytes"], row["rank"]) for row in json.loads(text)]
+        else:
+            rows = [line.split() for line in text.splitlines() if line]
+        pairs = sorted((int(rank), base64.b64decode(token)) for token, rank in rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"--tokenizer-model {path} holds no tiktoken ranks: {error}") from None
+    if [rank for rank, _ in pairs] != list(range(len(pairs))):
+        raise DataError(f"--tokenizer-model {path}: the ranks must run from 0 without a gap")
+    return [token for _, token in pairs]
