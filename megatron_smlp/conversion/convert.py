@@ -147,7 +147,7 @@ def upcycle(options: Options, say: Say = print) -> None:
         flags = upcycling.target_flags(dense.flags, options.model)
         huggingface.config_of(flags)  # which knows what sizes fit
         resharding.check_layout(flags, options.layout)
-        expected = megatron_model.expected_shapes(megatron_model.build(flags))
+        expected = megatron_model.expected_shapes(flags)
         plan = upcycling.plan(dense.source.specs, expected, flags)
         sparse = Converted(plan, dense.source, expected, where=dense.where)
         with _release(options, dense, flags, sparse) as folder:
@@ -165,8 +165,21 @@ def _weights(options: Options) -> Weights:
     if options.source == "torch_dist":
         return _of_checkpoint(options)
     values = huggingface.read_config_json(options.load)
-    is_gpt2 = options.source == "gpt2" or values.get("model_type") == gpt2.MODEL_TYPE
-    return _of_gpt2(options, values) if is_gpt2 else _of_exported(options)
+    if options.source == "gpt2" or values["model_type"] == gpt2.MODEL_TYPE:
+        config, default = gpt2.config_of(values, options.load), GPT2_DIVISIBLE_BY
+        files: Any = gpt2.GPT2Folder(options.load, config)
+        import_plan, logits = gpt2.import_plan, partial(gpt2.logits, values, files)
+    else:
+        config, default = huggingface.read_config(options.load), None
+        files = SafetensorsFolder(options.load)
+        model = huggingface.build(config)
+        import_plan, logits = huggingface.import_plan, partial(huggingface.logits, model, files)
+    flags = huggingface.flags_of(config)
+    source, flags = _padded(options, files, files.specs, flags, default=default)
+    expected = megatron_model.expected_shapes(flags)
+    plan = import_plan(expected, flags)
+    converted = Converted(plan, source, expected, where=str(options.load))
+    return Weights(converted, flags, str(options.load), logits)
 
 
 def _of_checkpoint(options: Options) -> Weights:
@@ -177,29 +190,6 @@ def _of_checkpoint(options: Options) -> Weights:
     logits = partial(_megatron_logits, checkpoint, checkpoint.flags)
     record = read_run_record(checkpoint.folder)
     return Weights(converted, flags, where, logits, record)
-
-
-def _of_exported(options: Options) -> Weights:
-    config = huggingface.read_config(options.load)
-    files = SafetensorsFolder(options.load)
-    source, flags = _padded(options, files, files.specs, huggingface.flags_of(config))
-    model = huggingface.build(config)
-    expected = megatron_model.expected_shapes(megatron_model.build(flags))
-    plan = huggingface.import_plan(expected, flags)
-    converted = Converted(plan, source, expected, where=str(options.load))
-    logits = partial(huggingface.logits, model, files)
-    return Weights(converted, flags, str(options.load), logits)
-
-
-def _of_gpt2(options: Options, values: Mapping[str, Any]) -> Weights:
-    config = gpt2.config_of(values, options.load)
-    files = gpt2.GPT2Folder(options.load, config)
-    flags = huggingface.flags_of(config)
-    source, flags = _padded(options, files, files.specs, flags, default=GPT2_DIVISIBLE_BY)
-    expected = megatron_model.expected_shapes(megatron_model.build(flags))
-    plan = gpt2.import_plan(expected, flags)
-    converted = Converted(plan, source, expected, where=str(options.load))
-    return Weights(converted, flags, str(options.load), partial(gpt2.logits, values, files))
 
 
 def _padded(
@@ -224,7 +214,7 @@ def _account(
     source: Source, specs: Mapping[str, Spec], flags: Mapping[str, Any], where: str
 ) -> Converted:
     """Account for a source that has Megatron's names already."""
-    expected = megatron_model.expected_shapes(megatron_model.build(flags))
+    expected = megatron_model.expected_shapes(flags)
     return Converted({name: Recipe((name,), same) for name in specs}, source, expected, where=where)
 
 
@@ -244,7 +234,7 @@ def _release(
         iteration=None,
         is_new_model=source is not before.source,
     )
-    names = megatron_model.object_names(megatron_model.build(flags))
+    names = megatron_model.object_names(flags)
     objects: dict[str, Any] = {name: [None] for name in names}
     objects[COMMON] = [weights_state(flags, options.layout)]
     with _whole(options.save) as folder:

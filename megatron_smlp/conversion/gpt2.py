@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.checkpoints.tensors import Spec
-from megatron_smlp.conversion.huggingface import IMPOSSIBLE
+from megatron_smlp.conversion.huggingface import impossible
 from megatron_smlp.conversion.names import HeadShape, join_qkv
 from megatron_smlp.conversion.recipes import Recipe, same
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
@@ -73,10 +73,8 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
             f"{folder}/config.json is of a model of type {values.get('model_type')!r}, not "
             f"{MODEL_TYPE!r}."
         )
-    try:
+    with impossible(f"{folder}/config.json"):
         theirs = GPT2Config(**{name: v for name, v in values.items() if name != "model_type"})
-    except IMPOSSIBLE as error:
-        raise UsageError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
     for name, only in UNSUPPORTED.items():
         if getattr(theirs, name) != only:
             raise UsageError(
@@ -88,7 +86,7 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
             f"{folder}/config.json: activation_function={theirs.activation_function!r} cannot be "
             f"imported; what can are {', '.join(ACTIVATIONS)}."
         )
-    try:
+    with impossible(f"{folder}/config.json"):
         return SMLPConfig(
             architecture="transformer",
             vocab_size=theirs.vocab_size,
@@ -102,8 +100,6 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
             hidden_act=ACTIVATIONS[theirs.activation_function],
             tie_word_embeddings=theirs.tie_word_embeddings,
         )
-    except IMPOSSIBLE as error:
-        raise UsageError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
 
 
 class GPT2Folder:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,13 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
             f"{flags['seq_length']} are one number in the Hugging Face model: a checkpoint can be "
             "exported where they are equal."
         )
-    try:
+    with impossible("the model's flags"):
         return SMLPConfig(
             **{theirs: flags[ours] for ours, theirs in NAMES.items()},
             moe_eval_capacity_factor=None,  # a score must not depend on what else is in its batch
             hidden_act="gelu_new" if flags["openai_gelu"] else "gelu",
             tie_word_embeddings=not flags["untie_embeddings_and_output_weights"],
         )
-    except IMPOSSIBLE as error:
-        raise UsageError(f"the model's flags: {' '.join(str(error).split())[:300]}") from error
 
 
 def flags_of(config: SMLPConfig) -> dict[str, Any]:
@@ -118,11 +117,18 @@ def read_config(folder: Path) -> SMLPConfig:
             f"{folder}/config.json is of a model of type {values['model_type']!r}; what can be "
             f"read is {MODEL_TYPE!r}, which this tool writes, and 'gpt2'."
         )
-    try:
+    with impossible(f"{folder}/config.json"):
         config: SMLPConfig = SMLPConfig.from_dict(values)
         return config
-    except IMPOSSIBLE as error:
-        raise UsageError(f"{folder}/config.json: {' '.join(str(error).split())[:300]}") from error
+
+
+@contextlib.contextmanager
+def impossible(what: str) -> Iterator[None]:
+    """Raise UsageError, with `what` in front, for what transformers raises for a value."""
+    try:
+        yield
+    except (RuntimeError, *IMPOSSIBLE) as error:
+        raise UsageError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -171,11 +177,8 @@ def build(config: SMLPConfig) -> SMLPForCausalLM:
     Raises:
         UsageError: its sizes are beyond what a tensor can have.
     """
-    try:
-        with torch.device("meta"):
-            return SMLPForCausalLM(config).eval()
-    except (RuntimeError, *IMPOSSIBLE) as error:
-        raise UsageError(f"no such model can be built: {' '.join(str(error).split())}") from error
+    with impossible("no such model can be built"), torch.device("meta"):
+        return SMLPForCausalLM(config).eval()
 
 
 def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -102,19 +102,13 @@ def _build(flags: Mapping[str, Any]) -> Any:
     return model
 
 
-def _state(model: Any) -> dict[str, Tensor]:
-    """Return parameters and buffers that are saved, by this process's names."""
-    return {
-        name: value
-        for name, value in model.state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor)
-    }
-
-
-def expected_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+def expected_shapes(flags: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return every tensor of the model's checkpoints by its global name; experts are stacked."""
+    model = build(flags)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, value in _state(model).items():
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            continue
         if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
             continue
         match = EXPERT.search(name)
@@ -126,14 +120,14 @@ def expected_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def object_names(model: Any) -> list[str]:
+def object_names(flags: Mapping[str, Any]) -> list[str]:
     """Return the names of a checkpoint's other objects: places for Transformer Engine's state."""
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {"dp_cp_group": group, "singleton_local_shards": False}
-    state = model.sharded_state_dict(metadata=metadata)
+    state = build(flags).sharded_state_dict(metadata=metadata)
     return [value.unique_key for value in state.values() if isinstance(value, ShardedObject)]
 
 
