@@ -21,12 +21,13 @@ from megatron_smlp.checkpoints.writer import weights_state, write_checkpoint
 from megatron_smlp.conversion import gpt2, huggingface, megatron_model, resharding, upcycling
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
 from megatron_smlp.conversion.padding import Repadded, padded_size
-from megatron_smlp.conversion.recipes import Converted, Recipe, same
+from megatron_smlp.conversion.recipes import Converted, Plan, Recipe, same
 from megatron_smlp.conversion.record import converted_record
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.data.tokenizers.folder import tokenizer_folder
 from megatron_smlp.durable import flush_folder, replace_folder
 from megatron_smlp.errors import UsageError
+from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.interrupts import interrupt
 from megatron_smlp.platform.one_process import one_process
 from megatron_smlp.progress import written_tensors
@@ -85,9 +86,8 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
         checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
         source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags)
         config = huggingface.config_of(flags)
-        model = huggingface.build(config)
         plan = huggingface.export_plan(source.specs, flags)
-        expected = huggingface.expected_shapes(model)
+        expected = huggingface.expected_shapes(huggingface.build(config))
         converted = Converted(plan, source, expected, where=str(checkpoint.folder))
         tokenizer = options.tokenizer or tokenizer_folder(checkpoint.args, say)
         with _whole(options.save) as folder:
@@ -102,7 +102,7 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
             if options.checks:
                 tokens = _tokens(flags)
                 before = _megatron_logits(checkpoint, checkpoint.flags, tokens)
-                say(check(before, huggingface.logits(model, SafetensorsFolder(folder), tokens)))
+                say(check(before, huggingface.logits(config, SafetensorsFolder(folder), tokens)))
     say(f"{options.save}: {len(converted.specs)} tensors written for transformers")
 
 
@@ -166,16 +166,27 @@ def _weights(options: Options) -> Weights:
         return _of_checkpoint(options)
     values = huggingface.read_config_json(options.load)
     if options.source == "gpt2" or values["model_type"] == gpt2.MODEL_TYPE:
-        config, default = gpt2.config_of(values, options.load), GPT2_DIVISIBLE_BY
-        files: Any = gpt2.GPT2Folder(options.load, config)
-        import_plan, logits = gpt2.import_plan, partial(gpt2.logits, values, files)
-    else:
-        config, default = huggingface.read_config(options.load), None
-        files = SafetensorsFolder(options.load)
-        model = huggingface.build(config)
-        import_plan, logits = huggingface.import_plan, partial(huggingface.logits, model, files)
+        config = gpt2.config_of(values, options.load)
+        gpt2_files = gpt2.GPT2Folder(options.load, config)
+        logits = partial(gpt2.logits, values, gpt2_files)
+        return _of_files(options, config, gpt2_files, gpt2.import_plan, logits, GPT2_DIVISIBLE_BY)
+    config = huggingface.read_config(options.load)
+    files = SafetensorsFolder(options.load)
+    logits = partial(huggingface.logits, config, files)
+    return _of_files(options, config, files, huggingface.import_plan, logits)
+
+
+def _of_files(
+    options: Options,
+    config: SMLPConfig,
+    files: Source,
+    import_plan: Callable[..., Plan],
+    logits: Callable[[Tensor], Tensor],
+    divisible_by: int | None = None,
+) -> Weights:
     flags = huggingface.flags_of(config)
-    source, flags = _padded(options, files, files.specs, flags, default=default)
+    source, flags = _padded(options, files, files.specs, flags, default=divisible_by)
+    huggingface.build(config)  # which knows what sizes fit
     expected = megatron_model.expected_shapes(flags)
     plan = import_plan(expected, flags)
     converted = Converted(plan, source, expected, where=str(options.load))
@@ -252,20 +263,20 @@ def _whole(target: Path) -> Iterator[Path]:
     Raises:
         UsageError: it cannot be written.
     """
-    partial = partial_folder(target)
+    hidden = partial_folder(target)
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        flush_folder(partial)
-        replace_folder(partial, target)
+        hidden.mkdir()
+        yield hidden
+        flush_folder(hidden)
+        replace_folder(hidden, target)
     except OSError as error:
         name = error.filename or target
         raise UsageError(f"{name} cannot be written: {error.strerror or error}.") from error
     finally:
         signal.signal(signal.SIGTERM, before)
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _tokens(flags: Mapping[str, Any]) -> Tensor:

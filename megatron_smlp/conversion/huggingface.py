@@ -279,8 +279,9 @@ def generation_config(config: SMLPConfig) -> Any:
 
 
 @torch.no_grad()
-def logits(model: SMLPForCausalLM, source: Source, tokens: Tensor) -> Tensor:
+def logits(config: SMLPConfig, source: Source, tokens: Tensor) -> Tensor:
     """Compute logits with the weights of a folder: tokens <int64>[B, T] -> <fp32>[B, T, V]."""
+    model = build(config)
     with weights_from(source, model):
         output: Tensor = model(tokens).logits
     return output
