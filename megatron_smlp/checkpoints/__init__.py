@@ -1,1 +1,1 @@
-"""Checkpoints on disk: names, completeness, checksums, retention, inspection."""
+"""The whole life of a checkpoint: its folder, checksums, records, saving, loading, inspection."""

@@ -1,4 +1,4 @@
-"""Which folders of a run are checkpoints, which are whole, and in which order they are tried.
+"""The folders of a run: their names, which of them are whole checkpoints, and their order.
 
 | in the --save folder | what it is |
 |---|---|
@@ -16,7 +16,6 @@ import secrets
 import shutil
 from pathlib import Path
 
-from megatron_smlp.durable import sync_folder
 from megatron_smlp.errors import UsageError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -35,39 +34,39 @@ def iteration_folder(run: str | Path, iteration: int) -> Path:
 
 
 def iteration_of(folder: Path) -> int | None:
-    """10 for `iter_0000010`; None for another name."""
+    """Return 10 for `iter_0000010`, and None for another name."""
     match = NAME.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
 def is_checkpoint_folder(folder: Path) -> bool:
-    """Whether this is one checkpoint, and not the folder of a run."""
-    return iteration_of(folder) is not None or folder.name == "release"
+    """Return true for one checkpoint, and false for the folder of a run."""
+    return iteration_of(folder) is not None or folder.name == RELEASE
 
 
 def tracked_iteration(run: str | Path) -> int | None:
-    """The iteration that the tracker names; None where it is missing or does not say one."""
-    try:
-        text = (Path(run) / TRACKER).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
+    """Return the iteration that the tracker names; None if it is missing or names none."""
+    text = _tracker(run)
     return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
 
 
+def _tracker(run: str | Path) -> str:
+    try:
+        return (Path(run) / TRACKER).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
 def release_folder(run: str | Path) -> Path | None:
-    """The folder of weights without the state of a run, where the tracker names that.
+    """Return the folder of weights without the state of a run, if the tracker names that.
 
     `release`, for tracker and folder, is Megatron's word; it starts with them at iteration 0.
     """
-    try:
-        text = (Path(run) / TRACKER).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return Path(run) / RELEASE if text == RELEASE else None
+    return Path(run) / RELEASE if _tracker(run) == RELEASE else None
 
 
 def tracked_folder(run: str | Path) -> Path | None:
-    """The checkpoint folder that the tracker names, which may be gone; None where it names none."""
+    """Return the newest checkpoint of a run, or its release, which may be gone; None for none."""
     latest = latest_iteration(run)
     return release_folder(run) if latest is None else iteration_folder(run, latest)
 
@@ -90,7 +89,7 @@ def checkpoint_of(path: str | Path) -> Path:
 
 
 def iterations(run: str | Path) -> list[int]:
-    """Iterations of all checkpoint folders of a run, whole or not, in ascending order."""
+    """Return the iterations of all checkpoints of a run, whole or not, in ascending order."""
     try:
         folders = [path for path in Path(run).iterdir() if path.is_dir()]
     except OSError:
@@ -99,9 +98,9 @@ def iterations(run: str | Path) -> list[int]:
 
 
 def loading_order(run: str | Path) -> list[int]:
-    """Which checkpoint to try first, which next.
+    """Return the iterations of a run's checkpoints in the order in which to try them.
 
-    What the tracker names, then older ones, newest first; then those that are later than the
+    First what the tracker names, then older ones, newest first; then those that are later than the
     tracker says, which belong to another run, or to one whose tracker was set back by hand.
     """
     found = iterations(run)[::-1]
@@ -113,60 +112,38 @@ def loading_order(run: str | Path) -> list[int]:
 
 
 def latest_iteration(run: str | Path) -> int | None:
-    """The first in loading order that looks whole; the first of all where none does."""
+    """Return the first in loading order that looks whole; the first of all if none does."""
     order = loading_order(run)
     whole = (n for n in order if looks_whole(iteration_folder(run, n)))
     return next(whole, order[0] if order else None)
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether it was saved with checksums; Megatron's own and older ones were not."""
+    """Return true if it was saved with checksums; Megatron's own and older ones were not."""
     return any((folder / name).exists() for name in (SUMS, MARKER, RUN))
 
 
 def looks_whole(folder: Path) -> bool:
-    """By the files that are there; `integrity.py` reads what is in them."""
+    """Judge by the files that are there; `integrity.py` reads what is in them."""
     if is_ours(folder):
         return (folder / MARKER).exists()
     return (folder / "metadata.json").exists() and (folder / ".metadata").exists()
 
 
 def partial_folder(final: Path) -> Path:
-    """A new name for each save: what an interrupted one still writes must not get in."""
+    """Return a new name for each save: what an interrupted one still writes must not get in."""
     return final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
-
-
-def replace_folder(partial: Path, final: Path) -> None:
-    """Give a whole checkpoint its name, in place of an older one of that name.
-
-    At every moment one of both is there, whole; `tidy` finishes what a crash interrupts.
-
-    Raises:
-        OSError: the older one is still there.
-    """
-    aside = final.with_name(f".{final.name}.replaced")
-    if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
-    try:
-        partial.rename(final)
-    except OSError:
-        if aside.exists():
-            aside.rename(final)
-        raise
-    sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def tidy(run: str | Path) -> list[str]:
     """Undo or finish what interrupted saves and deletions left in a run's folder.
 
     Returns:
-        the names of what is gone.
+        the names of what was removed.
     """
     if not Path(run).is_dir():
         return []
-    gone = []
+    removed = []
     for path in sorted(Path(run).iterdir()):
         match = LEFTOVER.fullmatch(path.name)
         if match is None:
@@ -176,5 +153,5 @@ def tidy(run: str | Path) -> list[str]:
             path.rename(final)
         else:
             shutil.rmtree(path, ignore_errors=True)
-            gone.append(path.name)
-    return gone
+            removed.append(path.name)
+    return removed

@@ -1,4 +1,4 @@
-"""What the index of a distributed checkpoint must say: the pieces of every tensor are the tensor.
+"""Check the index of a distributed checkpoint: the pieces of every tensor make up the tensor.
 
 Ranks write pieces, and `.metadata` says where each belongs and lies. Torch reads a tensor of which
 a part is missing as whatever the memory held before, and one with overlapping pieces in any order.
@@ -119,14 +119,14 @@ def _check_tensor(name: str, entry: TensorStorageMetadata) -> None:
 
 
 def are_sizes(values: Any) -> bool:
-    """Whether this is a tuple of integers of 0 or more."""
+    """Return true for a tuple of integers of 0 or more."""
     return isinstance(values, tuple) and all(
         isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values
     )
 
 
 def tile(pieces: Sequence[Box], size: Sequence[int]) -> bool:
-    """Whether boxes cover a box from the origin of this size, each place of it once.
+    """Return true if boxes cover a box from the origin of this size, each place of it once.
 
     By their volumes, and by their corners: those that an odd number of boxes has are the corners of
     what an odd number of boxes covers. Where that is the whole, every place is covered at least

@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns its exit code.
+    """Run the tool, and return its exit code.
 
     Raises:
         UserError: there is no checkpoint, or one cannot be read.
@@ -70,7 +70,7 @@ def _verify(folder: Path) -> tuple[dict[str, Any], int]:
 
 
 def _lines(answer: dict[str, Any]) -> list[str]:
-    """Rows of a table are a line each; what is empty says so."""
+    """Return a line for each row of a table; what is empty says so."""
     lines = []
     for key, value in answer.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and how two differ: a tensor at a time, without Megatron's groups."""
+"""Describe a checkpoint, and compare two: a tensor at a time, without Megatron's groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_smlp.checkpoints.run_record import read_run_record
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Iteration, layout, tokenizer, the flags that were given, and those of the model."""
+    """Return iteration, layout, tokenizer, the flags that were given, and those of the model."""
     model = folder / MODEL
     flags = json.loads(model.read_text(encoding="utf-8")) if model.exists() else None
     record = read_run_record(folder) or {}
@@ -31,7 +31,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def tensor_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Name, shape, type and norms of each tensor."""
+    """Yield name, shape, type and norms of each tensor."""
     tensors = TorchDistReader(folder)
     for name in tensors.all_specs:
         tensor = tensors.read(name)
@@ -46,7 +46,7 @@ def tensor_rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def differences(first: Path, second: Path) -> Iterator[dict[str, Any]]:
-    """A row for each tensor that is not the same in both.
+    """Yield a row for each tensor that is not the same in both.
 
     `max_abs` is the largest difference of two elements, `relative` the norm of the difference over
     that of the first tensor (or of the second, where the first is zero).

@@ -12,13 +12,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import MARKER, SUMS, is_ours
 from megatron_smlp.durable import write_durably
 
 DIGEST_BYTES = 32
-BLOCK_BYTES = 4 << 20
 THREADS = 4  # of each process; hashlib leaves the lock of the interpreter while it computes
 LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
 OWN_FILES = re.compile(r"__(\d+)_\d+\.distcp")
@@ -28,31 +28,24 @@ Sums = Mapping[str, str]
 
 
 def file_sum(path: Path, *, sync: bool = False) -> str:
-    """The checksum of one file, in hexadecimal; with `sync` it is on the disk afterwards.
+    """Return the checksum of one file, in hexadecimal; with `sync` it is on the disk afterwards.
 
     Raises:
         OSError: it cannot be read.
     """
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     with path.open("rb", buffering=0) as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
+        digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=DIGEST_BYTES))
         if sync:
             os.fsync(file.fileno())
     return digest.hexdigest()
 
 
 def sums_of(paths: Iterable[Path]) -> dict[str, str]:
-    """Checksums by name, several files at a time, each brought to the disk."""
+    """Return checksums by name; several files at a time are read, and each brought to the disk."""
     paths = list(paths)
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(
-            zip(
-                (path.name for path in paths),
-                pool.map(lambda path: file_sum(path, sync=True), paths),
-                strict=True,
-            )
-        )
+        sums = pool.map(partial(file_sum, sync=True), paths)
+        return {path.name: digest for path, digest in zip(paths, sums, strict=True)}
 
 
 def format_sums(sums: Sums) -> str:
@@ -60,7 +53,7 @@ def format_sums(sums: Sums) -> str:
 
 
 def parse_sums(text: str) -> dict[str, str] | None:
-    """None where a line is not what `format_sums` writes."""
+    """Return checksums by name; None if a line is not what `format_sums` writes."""
     matches = [LINE.fullmatch(line) for line in text.removesuffix("\n").split("\n")]
     sums = {match[2]: match[1] for match in matches if match}
     return sums if len(sums) == len(matches) and format_sums(sums) == text else None
@@ -96,7 +89,7 @@ def seal(folder: Path) -> None:
 
 
 def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The checksums of a checkpoint of ours, and what is wrong with the two files themselves."""
+    """Return the checksums of a checkpoint of ours, and the problems of their own two files."""
     sums, problem = _read(folder / SUMS)
     marker, marker_problem = _read(folder / MARKER)
     problems = [text for text in (problem, marker_problem) if text]
@@ -120,13 +113,13 @@ def _read(path: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _which_of_both(folder: Path, sums: Sums) -> str:
-    """They do not agree: where the checksums are true and name every file, it is the marker."""
+    """Name the one that is wrong: the marker, if the checksums are true and name every file."""
     unnamed = {path.name for path in folder.iterdir()} - {SUMS, MARKER, *sums}
     return f"{SUMS if unnamed or problems_in(folder, sums) else MARKER} is damaged"
 
 
 def problems_in(folder: Path, sums: Sums) -> list[str]:
-    """What is wrong with these files, a sentence each."""
+    """Return the problems of these files, a sentence each."""
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda item: _problem(folder / item[0], item[1]), sums.items())
         return [text for text in found if text]
@@ -145,7 +138,7 @@ def _problem(path: Path, expected: str) -> str | None:
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, a sentence each; nothing for a good one.
+    """Return the problems of a checkpoint, a sentence each; none for a good one.
 
     One without checksums, of Megatron's or an older version, is checked for shards that are
     missing or too short.

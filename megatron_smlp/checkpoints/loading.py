@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from: the newest whole one, and the same on all ranks.
+"""Choose the checkpoint that a run starts from: the newest whole one, the same on all ranks.
 
 Rank 0 decides in which order they are tried; the checksums of one are spread over the ranks. The
 answer goes to Megatron as --ckpt-step.
@@ -50,23 +50,17 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
     if not order:
         return
     chosen = _first_good(args, order, say)
-    _tell_changes(args, chosen, say)
-    if not args.finetune:
-        _check_data(args, chosen, say)
+    _compare_run(args, chosen, say)
     if chosen == args.ckpt_step:
         return
     args.ckpt_step = chosen
     check_same_model(model_flags(args), args.load, chosen)
     if args.rank == 0 and _is_same(args.load, args.save) and tracked_iteration(args.load) != chosen:
-        _set_tracker(Path(args.load) / TRACKER, chosen, say)
-
-
-def _set_tracker(tracker: Path, iteration: int, say: Say) -> None:
-    """Megatron is told the iteration by a flag; the file is for who comes next."""
-    try:
-        write_durably(tracker, str(iteration))
-    except OSError as error:
-        say(f"WARNING: {tracker} cannot be set to {iteration}: {error.strerror}")
+        tracker = Path(args.load) / TRACKER
+        try:
+            write_durably(tracker, str(chosen))
+        except OSError as error:  # later runs read it; Megatron is told the iteration by the flag
+            say(f"WARNING: {tracker} cannot be set to {chosen}: {error.strerror}")
 
 
 def _order(args: argparse.Namespace) -> list[int]:
@@ -80,7 +74,7 @@ def _is_same(one: str | None, other: str | None) -> bool:
 
 
 def _first_good(args: argparse.Namespace, order: list[int], say: Say) -> int:
-    """Iteration of the first one without a problem."""
+    """Return the iteration of the first one without a problem."""
     refused: list[str] = []
     for iteration in order:
         folder = iteration_folder(args.load, iteration)
@@ -103,17 +97,13 @@ def _tell(refused: list[str], folder: Path, say: Say) -> None:
         say(f"{folder} has no checksums: it was checked for missing and short files only")
 
 
-def _tell_changes(args: argparse.Namespace, iteration: int, say: Say) -> None:
+def _compare_run(args: argparse.Namespace, iteration: int, say: Say) -> None:
+    """Name flags that changed, and datasets that hold something else, if that is allowed."""
     record = read_run_record(iteration_folder(args.load, iteration)) if args.rank == 0 else None
-    if record and (found := changes(record, args)):
-        say(f"changed since iteration {iteration}: {', '.join(found)}")
-
-
-def _check_data(args: argparse.Namespace, iteration: int, say: Say) -> None:
-    """Say where a dataset holds something else than it did; go on only if that is allowed."""
-    record = read_run_record(iteration_folder(args.load, iteration)) if args.rank == 0 else None
+    if record and (changed := changes(record, args)):
+        say(f"changed since iteration {iteration}: {', '.join(changed)}")
     found = from_first_rank(other_data(record, args) if record else [])
-    if not found:
+    if not found or args.finetune:
         return
     what = f"{', '.join(found)} holds other data than at iteration {iteration} of {args.load}"
     if not args.allow_data_mismatch:
@@ -137,7 +127,7 @@ def _refusal(args: argparse.Namespace, refused: list[str]) -> str:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, a sentence each, on every rank the same. Collective."""
+    """Return the problems of a checkpoint, a sentence each, the same on every rank. Collective."""
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     sums, found = from_first_rank(_plan(folder) if rank == 0 else None)
     if not found:
@@ -147,7 +137,7 @@ def problems(folder: Path) -> list[str]:
 
 
 def _plan(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The checksums to compare, or what is known to be wrong already."""
+    """Return the checksums to compare, or the problems that are known already."""
     if folder.is_dir() and is_ours(folder):
         return integrity.read_sums(folder)
     return {}, integrity.verify(folder)

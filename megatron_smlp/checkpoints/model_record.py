@@ -1,7 +1,7 @@
-"""What a checkpoint says of the model in it, and whether a run may go on from it.
+"""`model.json` in a checkpoint: the flags that make the model in it.
 
-`model.json` lies in each `iter_*` folder, beside Megatron's own files: the flags that make the
-model, as plain JSON, so that they can be read without torch and without unpickling anything.
+It lies in each `iter_*` folder, beside Megatron's own files, as plain JSON, so that the flags can
+be read without torch and without unpickling anything.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from typing import Any
 from megatron_smlp.checkpoints.folders import (
     MODEL,
     iteration_folder,
-    latest_iteration,
-    release_folder,
+    tracked_folder,
 )
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.durable import write_durably
-from megatron_smlp.errors import UsageError
+from megatron_smlp.errors import DamagedCheckpointError, UsageError, UserError
 from megatron_smlp.options import DEFAULTS, MODEL_FLAGS, older_flags
 
 
 def model_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that make the model what it is, by argparse destination."""
+    """Return the flags that make the model what it is, by argparse destination."""
     from megatron.training import get_tokenizer
 
     flags = {name: getattr(args, name) for name in MODEL_FLAGS}
@@ -36,7 +35,7 @@ def model_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_model_flags(args: argparse.Namespace, folder: Path) -> None:
-    """Put model.json into the folder of a checkpoint.
+    """Write model.json into the folder of a checkpoint.
 
     Raises:
         OSError: it cannot be written.
@@ -45,29 +44,41 @@ def write_model_flags(args: argparse.Namespace, folder: Path) -> None:
 
 
 def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> dict[str, Any] | None:
-    """The flags of a checkpoint in a run's folder; None where it was not written by us.
+    """Return the flags of a checkpoint in a run's folder; None if it was not written by us.
 
     A damaged file is no error here: whoever loads the checkpoint compares its checksums before.
 
     Args:
         iteration: the one to read; left out: the newest.
     """
-    iteration = latest_iteration(checkpoint) if iteration is None else iteration
-    folder = release_folder(checkpoint)
-    if iteration is not None:
+    if iteration is None:
+        folder = tracked_folder(checkpoint)
+    else:
         folder = iteration_folder(checkpoint, iteration)
-    if folder is None:
-        return None
     try:
-        text = (folder / MODEL).read_text(encoding="utf-8")
-        flags: dict[str, Any] = json.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return flags_in(folder) if folder else None
+    except UserError:
         return None
-    return with_older_flags(flags) if isinstance(flags, dict) else None
 
 
-def with_older_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """What was recorded, and what a checkpoint that does not record a flag has of it."""
+def flags_in(folder: Path) -> dict[str, Any]:
+    """Return the flags in the folder of one checkpoint, with those that are newer than it.
+
+    Raises:
+        UsageError: it was not written by us.
+        DamagedCheckpointError: model.json is not what was written.
+    """
+    path = folder / MODEL
+    try:
+        flags: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{folder} has no {MODEL}, which pretrain_smlp.py writes beside each checkpoint."
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(flags, dict):
+        raise DamagedCheckpointError(f"{path} does not hold a JSON object.")
     older = dict(older_flags(flags.get("token_router", "none")))
     defaults = {name: DEFAULTS[name] for name in MODEL_FLAGS if name in DEFAULTS}
     return {**defaults, **older, **flags}

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run go when a new one is there."""
+"""Choose and delete the checkpoints of a run that a new one makes superfluous."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_smlp.durable import remove_folder
 
 
 def superfluous(run: str | Path, *, newest: int, last: int | None, every: int | None) -> list[int]:
-    """Iterations to delete: not among the last few, and no multiple to keep.
+    """Return the iterations to delete: not among the last few, and no multiple to keep.
 
     What is later than the newest belongs to another run, or is about to be replaced: it stays. So
     do links, and what is not whole: it does not count, and somebody may want to look at it.
@@ -27,7 +27,7 @@ def superfluous(run: str | Path, *, newest: int, last: int | None, every: int | 
 
 
 def delete(run: str | Path, doomed: list[int]) -> list[str]:
-    """Delete checkpoints; what could not be is said, a sentence each."""
+    """Delete checkpoints, and return a sentence for each that could not be."""
     problems = []
     for iteration in doomed:
         folder = iteration_folder(run, iteration)

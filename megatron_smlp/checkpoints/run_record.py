@@ -3,9 +3,9 @@
 | key | what it is |
 |---|---|
 | iteration, consumed_train_samples | how far the run was |
-| command_line | its flags as words, those of its YAML file among them |
+| command_line | its arguments, those of its YAML file among them |
 | given | which flags these were |
-| flags | the value of every flag, as Megatron and the machine settled it |
+| flags | the value of every flag, after all defaults of Megatron and the machine |
 | layout | over how many ranks the model was spread, and how |
 | data | what was in each dataset, by its prefix: `data/pairs/content.py` |
 | software | commit of this repository, versions of Python and of packages |
@@ -50,7 +50,7 @@ START_FLAGS = frozenset({
 
 
 def run_record(args: argparse.Namespace, *, iteration: int | None) -> dict[str, Any]:
-    """What `run.json` says, of a namespace that `parse_arguments` returned."""
+    """Return the contents of `run.json`, for a namespace that `parse_arguments` returned."""
     return {
         "iteration": iteration,
         "consumed_train_samples": args.consumed_train_samples,
@@ -76,7 +76,7 @@ def _tokenizer_identity(args: argparse.Namespace) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """The same for JSON; what JSON does not have becomes its text."""
+    """Return the same for JSON; what JSON does not have becomes its text."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -87,7 +87,7 @@ def plain(value: Any) -> Any:
 
 
 def write_run_record(args: argparse.Namespace, folder: Path, *, iteration: int | None) -> None:
-    """Put run.json into the folder of a checkpoint.
+    """Write run.json into the folder of a checkpoint.
 
     Raises:
         OSError: it cannot be written.
@@ -97,7 +97,7 @@ def write_run_record(args: argparse.Namespace, folder: Path, *, iteration: int |
 
 
 def read_run_record(folder: Path) -> dict[str, Any] | None:
-    """What is in run.json; None where it is missing or is not what was written."""
+    """Return the contents of run.json; None if it is missing or is not what was written."""
     try:
         text = (folder / RUN).read_text(encoding="utf-8")
         sums, problems = integrity.read_sums(folder)
@@ -110,14 +110,14 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
 
 
 def other_data(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """Prefixes of the datasets that hold something else than when the checkpoint was saved."""
+    """Return the prefixes of datasets that hold something else than at the time of the save."""
     before = record.get("data", {})
     now = args.data_contents
     return [prefix for prefix, content in now.items() if before.get(prefix, content) != content]
 
 
 def changes(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """What this run's flags say otherwise than the checkpoint's: `--lr 0.001 -> 0.0005`.
+    """Return the differences of this run's flags from the checkpoint's: `--lr 0.001 -> 0.0005`.
 
     Flags that were given then or are given now, and the number of ranks.
     """

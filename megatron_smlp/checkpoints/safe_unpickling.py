@@ -124,12 +124,12 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def _explained(path: Path, error: BaseException) -> UserError:
-    words = " ".join(str(error).split())
-    unsafe = re.search(r"GLOBAL ([\w.]+)", words)
+    text = " ".join(str(error).split())
+    unsafe = re.search(r"GLOBAL ([\w.]+)", text)
     if unsafe and isinstance(error, pickle.UnpicklingError):
         return UnsafeCheckpointError(
             f"{path} asks to run {unsafe[1]} while it is loaded, which a checkpoint has no need "
             "of: refused, and nothing was run. Get the checkpoint from who made it, or delete it."
         )
-    reason = words.split(". ")[0][:200] or type(error).__name__
+    reason = text.split(". ")[0][:200] or type(error).__name__
     return DamagedCheckpointError(f"{path} cannot be read ({reason}): the file is damaged.")

@@ -1,4 +1,4 @@
-"""A checkpoint exists only when it is whole: the steps around Megatron's own writing.
+"""Save checkpoints that exist only when they are whole: the steps around Megatron's writing.
 
 1. `start`: a new hidden folder, which Megatron's writers fill.
 2. `add_share`: each rank leaves the checksums of its own shards in it, with --async-save in the
@@ -30,17 +30,16 @@ from megatron_smlp.checkpoints.folders import (
     iteration_of,
     latest_iteration,
     partial_folder,
-    replace_folder,
 )
 from megatron_smlp.checkpoints.model_record import write_model_flags
 from megatron_smlp.checkpoints.run_record import write_run_record
 from megatron_smlp.collectives import from_first_rank, gathered
-from megatron_smlp.durable import write_durably
+from megatron_smlp.durable import replace_folder, write_durably
 from megatron_smlp.errors import SaveError, UsageError
 
 
 class Listener(Protocol):
-    """Who wants to know how a save ended. Called on every rank."""
+    """Is told how a save ended, on every rank."""
 
     def say(self, text: str) -> None: ...
 
@@ -55,7 +54,7 @@ class Save:
     final: Path
     began: float
     trouble: list[str]
-    """What went wrong on this rank where Megatron would leave the others waiting."""
+    """Problems of this rank at which Megatron would leave the others waiting."""
 
 
 class Saving:
@@ -65,8 +64,8 @@ class Saving:
         self.args = args
         self.listener = listener
         self.open: deque[Save] = deque()
-        self.lost = 0
-        """The latest iteration that could not be saved; 0 where a later one was."""
+        self.unsaved = 0
+        """The latest iteration that could not be saved; 0 if a later one was."""
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -75,16 +74,16 @@ class Saving:
 
         Raises:
             UsageError: it cannot be made.
-            SaveError: at the end, where the last checkpoint was lost.
+            SaveError: at the end, if the last checkpoint could not be saved.
         """
         self._make_folder()
         try:
             yield
         except SystemExit as end:  # as by a signal, or --exit-interval
             if not end.code:
-                self._refuse_loss()
+                self._raise_if_unsaved()
             raise
-        self._refuse_loss()
+        self._raise_if_unsaved()
 
     def _make_folder(self) -> None:
         if self.args.save and self._is_first_rank():
@@ -96,10 +95,10 @@ class Saving:
                     "can be written to."
                 ) from error
 
-    def _refuse_loss(self) -> None:
-        if self.lost:
+    def _raise_if_unsaved(self) -> None:
+        if self.unsaved:
             raise SaveError(
-                f"the last checkpoint, of iteration {self.lost}, could not be saved to "
+                f"the last checkpoint, of iteration {self.unsaved}, could not be saved to "
                 f"{self.args.save}: {left_in(Path(self.args.save))}."
             )
 
@@ -121,8 +120,8 @@ class Saving:
         return partial
 
     def note(self, error: OSError) -> None:
-        """Remember what went wrong on this rank alone, for `commit` to tell the others."""
-        self.open[0].trouble.append(words_of(error))
+        """Remember a problem of this rank alone, for `commit` to tell the others."""
+        self.open[0].trouble.append(text_of(error))
 
     def commit(self) -> None:
         """Seal the oldest save and give it its name. Collective, when all shards are written.
@@ -136,8 +135,8 @@ class Saving:
         self.open.popleft()
         seconds = time.perf_counter() - save.began
         iteration = iteration_of(save.final) or 0
-        if iteration >= self.lost:
-            self.lost = 0
+        if iteration >= self.unsaved:
+            self.unsaved = 0
         self.listener.saved(iteration=iteration, seconds=seconds)
 
     def _publish(self, save: Save) -> list[str]:
@@ -147,19 +146,16 @@ class Saving:
             integrity.seal(save.partial)
             replace_folder(save.partial, save.final)
             iteration = iteration_of(save.final)
-            word = save.final.name if iteration is None else str(iteration)
-            write_durably(save.final.parent / TRACKER, word)
+            tracked = save.final.name if iteration is None else str(iteration)
+            write_durably(save.final.parent / TRACKER, tracked)
         except OSError as error:
-            return [words_of(error)]
+            return [text_of(error)]
         if iteration is not None and save.final.parent == Path(self.args.save):
-            self._retain(iteration)
+            run, last, every = self.args.save, self.args.keep_last, self.args.keep_every
+            doomed = retention.superfluous(run, newest=iteration, last=last, every=every)
+            for problem in retention.delete(run, doomed):
+                self.listener.say(problem)
         return []
-
-    def _retain(self, newest: int) -> None:
-        run, last, every = self.args.save, self.args.keep_last, self.args.keep_every
-        doomed = retention.superfluous(run, newest=newest, last=last, every=every)
-        for problem in retention.delete(run, doomed):
-            self.listener.say(problem)
 
     def failed(self, save: Save, error: BaseException) -> None:
         """Clean up after a save; say so, or end the run. Called on every rank.
@@ -171,7 +167,7 @@ class Saving:
         self._remove(save)
         iteration = iteration_of(save.final) or 0
         # One that was started earlier may end later, in the background.
-        self.lost = max(self.lost, iteration)
+        self.unsaved = max(self.unsaved, iteration)
         message = (
             f"iteration {iteration} could not be saved to {save.final.parent}: {reason_of(error)}; "
             f"{left_in(save.final.parent)}"
@@ -208,8 +204,8 @@ def add_share(partial: Path, rank: int) -> None:
 def write_and_add_share(
     write: Callable[..., Any], partial: Path, rank: int, *args: Any, **kwargs: Any
 ) -> None:
-    """What a process that writes shards is given to do."""
-    # Ctrl-C reaches every process at the terminal; what to make of it is the training's to say.
+    """Write shards, then leave their checksums: the work of a process that writes."""
+    # Ctrl-C reaches every process at the terminal; the training process answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     write(*args, **kwargs)
     add_share(partial, rank)
@@ -220,13 +216,13 @@ def left_in(run: Path) -> str:
     return f"the newest there is of iteration {left}" if left is not None else "none is there"
 
 
-def words_of(error: OSError) -> str:
+def text_of(error: OSError) -> str:
     """`/run/.iter_0000010.partial-4f1c/__0_0.distcp: No space left on device`"""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
 def reason_of(error: BaseException) -> str:
-    """The innermost words of what torch and Megatron wrap several times."""
+    """Return the innermost message of an error that torch and Megatron wrap several times."""
     failures = getattr(error, "failures", None) or {}
     inner = next((str(failure[0]) for failure in failures.values()), str(error))
     return re.split(r"error: ", " ".join(inner.split()))[-1][:300]

@@ -32,19 +32,19 @@ class Spec:
 
 
 def main_dtype(specs: Mapping[str, Spec]) -> torch.dtype:
-    """What most floating-point tensors are kept in."""
+    """Return the type of most floating-point tensors."""
     floats = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
     return max(set(floats), key=floats.count)
 
 
 class Source(Protocol):
-    """Where tensors are read from, one at a time."""
+    """Reads tensors, one at a time."""
 
     @property
     def specs(self) -> Mapping[str, Spec]: ...
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """A tensor in memory of its own, or one of its rows: `[E, X, D]` -> `[X, D]`."""
+        """Return a tensor that may be changed, or one of its rows: `[E, X, D]` -> `[X, D]`."""
         ...
 
     def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
@@ -61,7 +61,7 @@ def check_scale(specs: Mapping[str, Spec], flags: Mapping[str, Any], *, where: s
     num_layers, num_experts = flags.get("num_layers"), flags.get("num_experts")
     if not isinstance(num_layers, int) or num_layers > len(specs):
         raise UsageError(
-            f"{where} holds {len(specs)} tensors, which is no model of {num_layers} layers."
+            f"{where} holds {len(specs)} tensors, too few for a model of {num_layers} layers."
         )
     most = max((spec.shape[0] for spec in specs.values() if spec.shape), default=0)
     if not isinstance(num_experts, int | None) or (num_experts or 0) > most:
@@ -69,6 +69,6 @@ def check_scale(specs: Mapping[str, Spec], flags: Mapping[str, Any], *, where: s
 
 
 def tensors_of(source: Source) -> Iterator[tuple[str, Tensor]]:
-    """One at a time, in the order of their names in the source."""
+    """Yield tensors one at a time, in the order of their names in the source."""
     for name in source.specs:
         yield name, source.read(name)

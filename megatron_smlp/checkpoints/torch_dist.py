@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import (
-    MODEL,
     TRACKER,
     checkpoint_of,
     is_ours,
     iteration_folder,
     iteration_of,
 )
-from megatron_smlp.checkpoints.model_record import with_older_flags
+from megatron_smlp.checkpoints.model_record import flags_in
 from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.checkpoints.tensors import check_scale
 from megatron_smlp.errors import DamagedCheckpointError, UsageError
@@ -42,7 +40,7 @@ class TorchDistCheckpoint(TorchDistReader):
     def __init__(self, folder: str | Path, *, iteration: int | None = None) -> None:
         found = _find(Path(folder), iteration)
         _check_small_files(found)
-        self.flags = _read_flags(found)
+        self.flags = flags_in(found)
         super().__init__(found)
         self.iteration = iteration_of(found) or 0
         self.specs = {
@@ -56,8 +54,7 @@ class TorchDistCheckpoint(TorchDistReader):
         if COMMON not in self.objects:
             return {}
         saved = self.read_object(COMMON)
-        state: dict[str, Any] = saved[0] if isinstance(saved, list) else saved
-        return state
+        return saved[0] if isinstance(saved, list) else saved
 
     @property
     def args(self) -> argparse.Namespace:
@@ -86,18 +83,3 @@ def _check_small_files(folder: Path) -> None:
         raise DamagedCheckpointError(
             f"{folder} is damaged ({'; '.join(problems)}): restore it, or take another iteration."
         )
-
-
-def _read_flags(folder: Path) -> dict[str, Any]:
-    path = folder / MODEL
-    if not path.exists():
-        raise UsageError(
-            f"{folder} has no {MODEL}, which pretrain_smlp.py writes beside each checkpoint."
-        )
-    try:
-        flags: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DamagedCheckpointError(f"{path} is not JSON ({error}).") from error
-    if not isinstance(flags, dict):
-        raise DamagedCheckpointError(f"{path} holds no JSON object.")
-    return with_older_flags(flags)

@@ -1,6 +1,6 @@
 """Write a checkpoint in Megatron's distributed format, one tensor in memory at a time.
 
-torch's own writer has the same file layout, but keeps every tensor until the last is written.
+torch's own writer keeps every tensor until the last is written: docs/decisions/0036.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import MODEL, RELEASE, RUN, TRACKER, iteration_folder
-from megatron_smlp.checkpoints.torch_dist import COMMON
 
 SHARD = "__0_0.distcp"
 
@@ -66,7 +65,7 @@ class TorchDistWriter:
         save_config(CheckpointingConfig("torch_dist"), str(self.folder))
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """A whole tensor; any layout finds its slices in it."""
+        """Append a whole tensor; any layout finds its slices in it."""
         tensor = tensor.contiguous()
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save writes the whole storage of a view
@@ -78,7 +77,7 @@ class TorchDistWriter:
         self._append(MetadataIndex(name, offsets), tensor)
 
     def add_object(self, name: str, value: Any) -> None:
-        """Plain data; Megatron wraps what it saves in lists."""
+        """Append plain data; Megatron wraps what it saves in lists."""
         self.metadata.state_dict_metadata[name] = BytesStorageMetadata()
         self._append(MetadataIndex(name), value)
 
@@ -99,24 +98,14 @@ class TorchDistWriter:
         self.metadata.storage_data[index] = _StorageInfo(SHARD, offset, length)
 
 
-def write_weights(
-    run: Path,
-    flags: Mapping[str, Any],
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    objects: Iterable[str],
-    layout: Mapping[str, int],
-    record: Mapping[str, Any],
-) -> None:
-    """A run's folder with one release: weights at iteration 0, without optimizer state.
+def weights_state(flags: Mapping[str, Any], layout: Mapping[str, int]) -> dict[str, Any]:
+    """Return Megatron's own state for weights at iteration 0, without optimizer state.
 
     Args:
-        flags: for model.json, and for Megatron's own record of arguments.
-        objects: names beside the tensors that the model looks for when it is loaded.
+        flags: of the model, for Megatron's record of arguments.
         layout: parallel sizes, by Megatron's argument names.
-        record: for run.json.
     """
-    common = {
+    return {
         "args": argparse.Namespace(
             **flags,
             **layout,
@@ -132,25 +121,32 @@ def write_weights(
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    with TorchDistWriter(run / RELEASE) as writer:
+
+
+def write_checkpoint(
+    run: Path,
+    iteration: int | None,
+    tensors: Iterable[tuple[str, Tensor]],
+    objects: Mapping[str, Any],
+    *,
+    flags: Mapping[str, Any],
+    record: Mapping[str, Any],
+) -> None:
+    """Write a run's folder with one checkpoint, its checksums and the tracker.
+
+    Args:
+        iteration: None: a release, which is weights alone.
+        objects: what is saved beside the tensors, Megatron's own state under COMMON.
+        flags: for model.json.
+        record: for run.json.
+    """
+    folder = run / RELEASE if iteration is None else iteration_folder(run, iteration)
+    with TorchDistWriter(folder) as writer:
         for name, tensor in tensors:
             writer.add(name, tensor)
             del tensor  # before the next one is read
-        for name in objects:
-            writer.add_object(name, [None])
-        writer.add_object(COMMON, [common])
-    finish(run, flags, record, iteration=None)
-
-
-def finish(
-    run: Path, flags: Mapping[str, Any], record: Mapping[str, Any], *, iteration: int | None
-) -> None:
-    """model.json, run.json, checksums and tracker of a run's folder with one checkpoint.
-
-    Args:
-        iteration: None: a release.
-    """
-    folder = run / RELEASE if iteration is None else iteration_folder(run, iteration)
+        for name, value in objects.items():
+            writer.add_object(name, value)
     for name, content in ((MODEL, flags), (RUN, record)):
         (folder / name).write_text(json.dumps(dict(content), indent=1) + "\n", encoding="utf-8")
     integrity.seal(folder)

@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_upcycling(parser: argparse.ArgumentParser) -> None:
-    """Flags of the sparse model, spelled as pretrain_smlp.py spells them."""
+    """Add the flags of the sparse model, spelled as pretrain_smlp.py spells them."""
     group = parser.add_argument_group(
         "upcycling", "to torch_dist: make a sparse model of a dense one"
     )
@@ -97,7 +97,7 @@ def _add_upcycling(parser: argparse.ArgumentParser) -> None:
 
 
 def _sparse_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """Those of the upcycling flags that were given.
+    """Return those of the upcycling flags that were given.
 
     Raises:
         UsageError: some without --upcycle.
@@ -118,9 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         pair = f"upcycled {pair}"
     if pair not in CONVERSIONS:
         raise UsageError(
-            f"{'--upcycle ' * options.upcycle}--from {options.source} --to {options.target} is no "
-            f"conversion. Those that are: "
-            f"{', '.join(CONVERSIONS)}."
+            f"{'--upcycle ' * options.upcycle}--from {options.source} --to {options.target} is not "
+            f"a conversion; possible are: {', '.join(CONVERSIONS)}."
         )
     divisible_by = options.make_vocab_size_divisible_by
     if divisible_by is not None and divisible_by < 1:
@@ -158,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _check_load(load: Path, source: str) -> None:
     """Raise UsageError where a folder is plainly not of the format that --from says."""
     if not load.is_dir():
-        raise UsageError(f"--load {load} is no folder.")
+        raise UsageError(f"--load {load} is not a folder.")
     is_run = (load / TRACKER).is_file() or (load / ".metadata").is_file()
     is_huggingface = (load / "config.json").is_file()
     if source == "torch_dist" and is_huggingface and not is_run:
@@ -182,10 +181,10 @@ def _check_save(target: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def parse_size(text: str) -> int:
-    """`5GB` -> 5 * 10**9.
+    """Return the bytes of a size: `5GB` -> 5 * 10**9.
 
     Raises:
-        UsageError: no number of bytes over 0.
+        UsageError: it is not a number of bytes above 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0

@@ -13,20 +13,21 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_smlp.checkpoints.folders import partial_folder, replace_folder
+from megatron_smlp.checkpoints.folders import partial_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.tensors import Source, Spec, check_scale, tensors_of
-from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
-from megatron_smlp.checkpoints.writer import write_weights
+from megatron_smlp.checkpoints.torch_dist import COMMON, TorchDistCheckpoint
+from megatron_smlp.checkpoints.writer import weights_state, write_checkpoint
 from megatron_smlp.conversion import gpt2, huggingface, megatron_model, resharding, upcycling
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
 from megatron_smlp.conversion.padding import Repadded, padded_size
-from megatron_smlp.conversion.recipes import Converted, Recipe, same
+from megatron_smlp.conversion.recipes import Converted, Plan, Recipe, same
 from megatron_smlp.conversion.record import converted_record
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.data.tokenizers.folder import tokenizer_folder
-from megatron_smlp.durable import sync_folder
+from megatron_smlp.durable import flush_folder, replace_folder
 from megatron_smlp.errors import UsageError
+from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.interrupts import interrupt
 from megatron_smlp.platform.one_process import one_process
 from megatron_smlp.progress import written_tensors
@@ -42,7 +43,7 @@ LAYOUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line says, beside the two formats."""
+    """A conversion's options, beside the two formats."""
 
     load: Path
     save: Path
@@ -80,14 +81,13 @@ class Weights:
 
 
 def torch_dist_to_hf(options: Options, say: Say = print) -> None:
-    """A Megatron checkpoint -> a folder for transformers."""
+    """Convert a Megatron checkpoint to a folder for transformers."""
     with one_process():
         checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
         source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags)
         config = huggingface.config_of(flags)
-        model = huggingface.build(config)
         plan = huggingface.export_plan(source.specs, flags)
-        expected = huggingface.expected_shapes(model)
+        expected = huggingface.expected_shapes(huggingface.build(config))
         converted = Converted(plan, source, expected, where=str(checkpoint.folder))
         tokenizer = options.tokenizer or tokenizer_folder(checkpoint.args, say)
         with _whole(options.save) as folder:
@@ -102,12 +102,12 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
             if options.checks:
                 tokens = _tokens(flags)
                 before = _megatron_logits(checkpoint, checkpoint.flags, tokens)
-                say(check(before, huggingface.logits(model, SafetensorsFolder(folder), tokens)))
+                say(check(before, huggingface.logits(config, SafetensorsFolder(folder), tokens)))
     say(f"{options.save}: {len(converted.specs)} tensors written for transformers")
 
 
 def to_torch_dist(options: Options, say: Say = print) -> None:
-    """Weights in any format -> a Megatron checkpoint of them."""
+    """Convert weights in any format to a Megatron checkpoint of them."""
     with one_process():
         weights = _weights(options)
         resharding.check_layout(weights.flags, options.layout)
@@ -121,7 +121,7 @@ def to_torch_dist(options: Options, say: Say = print) -> None:
 
 
 def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
-    """A Megatron checkpoint -> the same for another layout, or without optimizer state."""
+    """Rewrite a Megatron checkpoint for another layout, or without optimizer state."""
     checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
     if options.drops_optimizer or not checkpoint.iteration:
         to_torch_dist(options, say)
@@ -141,13 +141,13 @@ def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
 
 
 def upcycle(options: Options, say: Say = print) -> None:
-    """A dense model in any format -> a sparse one for Megatron; `options.model` says which."""
+    """Make a sparse model for Megatron of a dense one in any format; `options.model` says which."""
     with one_process():
         dense = _weights(options)
         flags = upcycling.target_flags(dense.flags, options.model)
         huggingface.config_of(flags)  # which knows what sizes fit
         resharding.check_layout(flags, options.layout)
-        expected = megatron_model.expected_shapes(megatron_model.build(flags))
+        expected = megatron_model.expected_shapes(flags)
         plan = upcycling.plan(dense.source.specs, expected, flags)
         sparse = Converted(plan, dense.source, expected, where=dense.where)
         with _release(options, dense, flags, sparse) as folder:
@@ -161,12 +161,36 @@ def upcycle(options: Options, say: Say = print) -> None:
 
 
 def _weights(options: Options) -> Weights:
-    """What is in the folder, every tensor accounted for."""
+    """Open the folder that is converted, with every tensor in it accounted for."""
     if options.source == "torch_dist":
         return _of_checkpoint(options)
     values = huggingface.read_config_json(options.load)
-    is_gpt2 = options.source == "gpt2" or values.get("model_type") == gpt2.MODEL_TYPE
-    return _of_gpt2(options, values) if is_gpt2 else _of_exported(options)
+    if options.source == "gpt2" or values["model_type"] == gpt2.MODEL_TYPE:
+        config = gpt2.config_of(values, options.load)
+        gpt2_files = gpt2.GPT2Folder(options.load, config)
+        logits = partial(gpt2.logits, values, gpt2_files)
+        return _of_files(options, config, gpt2_files, gpt2.import_plan, logits, GPT2_DIVISIBLE_BY)
+    config = huggingface.read_config(options.load)
+    files = SafetensorsFolder(options.load)
+    logits = partial(huggingface.logits, config, files)
+    return _of_files(options, config, files, huggingface.import_plan, logits)
+
+
+def _of_files(
+    options: Options,
+    config: SMLPConfig,
+    files: Source,
+    import_plan: Callable[..., Plan],
+    logits: Callable[[Tensor], Tensor],
+    divisible_by: int | None = None,
+) -> Weights:
+    flags = huggingface.flags_of(config)
+    source, flags = _padded(options, files, files.specs, flags, default=divisible_by)
+    huggingface.build(config)  # which knows what sizes fit
+    expected = megatron_model.expected_shapes(flags)
+    plan = import_plan(expected, flags)
+    converted = Converted(plan, source, expected, where=str(options.load))
+    return Weights(converted, flags, str(options.load), logits)
 
 
 def _of_checkpoint(options: Options) -> Weights:
@@ -179,29 +203,6 @@ def _of_checkpoint(options: Options) -> Weights:
     return Weights(converted, flags, where, logits, record)
 
 
-def _of_exported(options: Options) -> Weights:
-    config = huggingface.read_config(options.load)
-    files = SafetensorsFolder(options.load)
-    source, flags = _padded(options, files, files.specs, huggingface.flags_of(config))
-    model = huggingface.build(config)
-    expected = megatron_model.expected_shapes(megatron_model.build(flags))
-    plan = huggingface.import_plan(expected, flags)
-    converted = Converted(plan, source, expected, where=str(options.load))
-    logits = partial(huggingface.logits, model, files)
-    return Weights(converted, flags, str(options.load), logits)
-
-
-def _of_gpt2(options: Options, values: Mapping[str, Any]) -> Weights:
-    config = gpt2.config_of(values, options.load)
-    files = gpt2.GPT2Folder(options.load, config)
-    flags = huggingface.flags_of(config)
-    source, flags = _padded(options, files, files.specs, flags, default=GPT2_DIVISIBLE_BY)
-    expected = megatron_model.expected_shapes(megatron_model.build(flags))
-    plan = gpt2.import_plan(expected, flags)
-    converted = Converted(plan, source, expected, where=str(options.load))
-    return Weights(converted, flags, str(options.load), partial(gpt2.logits, values, files))
-
-
 def _padded(
     options: Options,
     source: Source,
@@ -210,7 +211,7 @@ def _padded(
     *,
     default: int | None = None,
 ) -> tuple[Repadded, dict[str, Any]]:
-    """A source with the padding that its vocabulary is to have, and the flags that say it."""
+    """Return a source with the padding that its vocabulary is to have, and the flags for it."""
     check_scale(specs, flags, where=str(options.load))
     divisible_by = options.divisible_by or default
     rows = flags["padded_vocab_size"]
@@ -223,8 +224,8 @@ def _padded(
 def _account(
     source: Source, specs: Mapping[str, Spec], flags: Mapping[str, Any], where: str
 ) -> Converted:
-    """A source that has Megatron's names already."""
-    expected = megatron_model.expected_shapes(megatron_model.build(flags))
+    """Account for a source that has Megatron's names already."""
+    expected = megatron_model.expected_shapes(flags)
     return Converted({name: Recipe((name,), same) for name in specs}, source, expected, where=where)
 
 
@@ -232,7 +233,7 @@ def _account(
 def _release(
     options: Options, before: Weights, flags: Mapping[str, Any], source: Source
 ) -> Iterator[Path]:
-    """Write weights for Megatron, and publish them where nothing goes wrong after that.
+    """Write weights for Megatron, and publish them if nothing goes wrong after that.
 
     Args:
         flags: of the model that `source` holds, which is made of `before`.
@@ -244,10 +245,12 @@ def _release(
         iteration=None,
         is_new_model=source is not before.source,
     )
-    objects = megatron_model.object_names(megatron_model.build(flags))
+    names = megatron_model.object_names(flags)
+    objects: dict[str, Any] = {name: [None] for name in names}
+    objects[COMMON] = [weights_state(flags, options.layout)]
     with _whole(options.save) as folder:
         tensors = written_tensors(tensors_of(source), source.specs.values())
-        write_weights(folder, flags, tensors, objects=objects, layout=options.layout, record=record)
+        write_checkpoint(folder, None, tensors, objects, flags=flags, record=record)
         yield folder
 
 
@@ -260,21 +263,20 @@ def _whole(target: Path) -> Iterator[Path]:
     Raises:
         UsageError: it cannot be written.
     """
-    partial = partial_folder(target)
+    hidden = partial_folder(target)
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            sync_folder(path)  # which does the same for a file
-        replace_folder(partial, target)
+        hidden.mkdir()
+        yield hidden
+        flush_folder(hidden)
+        replace_folder(hidden, target)
     except OSError as error:
         name = error.filename or target
         raise UsageError(f"{name} cannot be written: {error.strerror or error}.") from error
     finally:
         signal.signal(signal.SIGTERM, before)
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _tokens(flags: Mapping[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The last step of a conversion: both models compute the same logits for the same tokens.
+"""The last step of a conversion: compare the logits of both models for the same tokens.
 
 The tokens are fixed, so that two conversions can be compared; weights are read back from what was
 written, in fp32, one at a time.
@@ -25,19 +25,19 @@ class ForwardCheckError(CheckpointError):
 
 
 def fixed_tokens(*, vocab_size: int, length: int) -> Tensor:
-    """<int64>[SAMPLES, T], the same on every machine; T is `length`, or MOST_TOKENS."""
+    """Return <int64>[SAMPLES, T], the same on every machine; T is `length`, or MOST_TOKENS."""
     generator = torch.Generator().manual_seed(20220314)
     return torch.randint(vocab_size, (SAMPLES, min(length, MOST_TOKENS)), generator=generator)
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
-    """Over the logits that both have: padding of the vocabulary may differ."""
+    """Compare the logits that both have: padding of the vocabulary may differ."""
     common = min(one.shape[-1], other.shape[-1])
     return float((one[..., :common] - other[..., :common]).abs().max())
 
 
 def check(before: Tensor, after: Tensor) -> str:
-    """A line that says how far the logits are apart.
+    """Return a line that says how far the logits are apart.
 
     before, after: <fp32>[B, T, V].
 
@@ -45,17 +45,17 @@ def check(before: Tensor, after: Tensor) -> str:
         ForwardCheckError: over LIMIT, or not a number.
     """
     difference = largest_difference(before, after)
-    words = f"forward check: logits of {before.shape[0]} x {before.shape[1]} tokens differ by "
+    text = f"forward check: logits of {before.shape[0]} x {before.shape[1]} tokens differ by "
     if not difference <= LIMIT:
         raise ForwardCheckError(
-            f"{words}{difference:.2e}, which is over {LIMIT:g}: nothing was written. Please report "
+            f"{text}{difference:.2e}, which is over {LIMIT:g}: nothing was written. Please report "
             "it; --no-check writes the folder all the same."
         )
-    return f"{words}at most {difference:.2e}"
+    return f"{text}at most {difference:.2e}"
 
 
 def check_loss(before: Tensor, after: Tensor, tokens: Tensor, *, why_not: str | None) -> str:
-    """A line that says how far the losses of a dense and its sparse model are apart.
+    """Return a line that says how far the losses of a dense and its sparse model are apart.
 
     before, after: <fp32>[B, T, V]; tokens: <int64>[B, T].
 
@@ -66,19 +66,19 @@ def check_loss(before: Tensor, after: Tensor, tokens: Tensor, *, why_not: str | 
         ForwardCheckError: over LOSS_LIMIT without a reason, or not a number.
     """
     old, new = loss(before, tokens), loss(after, tokens)
-    words = f"forward check: loss {new:.6f}, of the dense model {old:.6f}: "
+    text = f"forward check: loss {new:.6f}, of the dense model {old:.6f}: "
     if why_not is not None and math.isfinite(new):
-        return f"{words}{abs(new - old):.1e} apart, since {why_not}"
+        return f"{text}{abs(new - old):.1e} apart, since {why_not}"
     if abs(new - old) <= LOSS_LIMIT:
-        return f"{words}{abs(new - old):.1e} apart"
+        return f"{text}{abs(new - old):.1e} apart"
     raise ForwardCheckError(
-        f"{words}{abs(new - old):.1e} is over {LOSS_LIMIT:g}: nothing was written. Please "
+        f"{text}{abs(new - old):.1e} is over {LOSS_LIMIT:g}: nothing was written. Please "
         "report it; --no-check writes the folder all the same."
     )
 
 
 def loss(logits: Tensor, tokens: Tensor) -> float:
-    """Mean cross entropy of predicting each token from those before it, in nats.
+    """Return the mean cross entropy of predicting each token from those before it, in nats.
 
     logits: <fp32>[B, T, V]; tokens: <int64>[B, T].
     """

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.checkpoints.tensors import Spec
-from megatron_smlp.conversion.huggingface import IMPOSSIBLE
+from megatron_smlp.conversion.huggingface import impossible
 from megatron_smlp.conversion.names import HeadShape, join_qkv
 from megatron_smlp.conversion.recipes import Recipe, same
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
@@ -61,7 +61,7 @@ UNSUPPORTED = {
 
 
 def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
-    """The contents of GPT-2's `config.json`, in the words of our model.
+    """Return our configuration of the model that GPT-2's `config.json` describes.
 
     Raises:
         UsageError: another model, or one that computes what ours cannot.
@@ -73,10 +73,8 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
             f"{folder}/config.json is of a model of type {values.get('model_type')!r}, not "
             f"{MODEL_TYPE!r}."
         )
-    try:
+    with impossible(f"{folder}/config.json"):
         theirs = GPT2Config(**{name: v for name, v in values.items() if name != "model_type"})
-    except IMPOSSIBLE as error:
-        raise UsageError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
     for name, only in UNSUPPORTED.items():
         if getattr(theirs, name) != only:
             raise UsageError(
@@ -88,7 +86,7 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
             f"{folder}/config.json: activation_function={theirs.activation_function!r} cannot be "
             f"imported; what can are {', '.join(ACTIVATIONS)}."
         )
-    try:
+    with impossible(f"{folder}/config.json"):
         return SMLPConfig(
             architecture="transformer",
             vocab_size=theirs.vocab_size,
@@ -102,8 +100,6 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
             hidden_act=ACTIVATIONS[theirs.activation_function],
             tie_word_embeddings=theirs.tie_word_embeddings,
         )
-    except IMPOSSIBLE as error:
-        raise UsageError(f"{folder}/config.json: {' '.join(str(error).split())}") from error
 
 
 class GPT2Folder:
@@ -122,10 +118,8 @@ class GPT2Folder:
                 raise UsageError(f"{folder} holds both {name} and {self.names[whole]}.")
             if not MASK.fullmatch(whole):
                 self.names[whole] = name
-        if config.tie_word_embeddings and HEAD in self.names:
-            self._leave_out_tied()
-
-    def _leave_out_tied(self) -> None:
+        if not (config.tie_word_embeddings and HEAD in self.names):
+            return
         embedding = self.names.get(EMBEDDING)
         if embedding is not None and not self.files.are_same(embedding, HEAD):
             raise UsageError(
@@ -146,7 +140,7 @@ class GPT2Folder:
 
 
 def import_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
-    """How a Megatron checkpoint's `names` are made of GPT-2's tensors."""
+    """Return recipes for a Megatron checkpoint's `names` from GPT-2's tensors."""
     heads = HeadShape.of(flags)
     return {name: _recipe(name, heads) for name in names}
 
@@ -168,14 +162,14 @@ def _transposed(weight: Tensor) -> Tensor:
 
 
 def _head_by_head(fused: Tensor, *, heads: HeadShape) -> Tensor:
-    """[D, 3 D] or [3 D], queries, keys, values -> [3 D, D] or [3 D] in Megatron's order."""
+    """Reorder queries, keys, values: [D, 3 D] or [3 D] -> [3 D, D] or [3 D], head by head."""
     queries, keys, values = (fused.T if fused.dim() == 2 else fused).chunk(3)
     return join_qkv(queries, keys, values, heads)
 
 
 @torch.no_grad()
 def logits(values: Mapping[str, Any], source: GPT2Folder, tokens: Tensor) -> Tensor:
-    """What transformers' own GPT-2 computes of a folder's weights, one in memory at a time.
+    """Compute logits by transformers' own GPT-2, with one weight in memory at a time.
 
     values: of `config.json`; tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
     """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ NAMES = {name: facts.hf for name, facts in MODEL_FLAGS.items() if facts.hf}
 UNSUPPORTED = {
     name: default for name, default in model_defaults().items() if MODEL_FLAGS[name].hf_default_only
 }
-# What transformers answers to a value that is of no use to it.
+# What transformers raises for an impossible value.
 IMPOSSIBLE = (
     ArithmeticError,
     AttributeError,
@@ -51,7 +52,7 @@ CODE = ("configuration_smlp.py", "modeling_smlp.py")
 
 
 def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
-    """The model flags of a checkpoint, in Hugging Face's words.
+    """Return the Hugging Face configuration for the model flags of a checkpoint.
 
     Raises:
         UsageError: a flag that the Hugging Face model has no equal for.
@@ -70,19 +71,17 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
             f"{flags['seq_length']} are one number in the Hugging Face model: a checkpoint can be "
             "exported where they are equal."
         )
-    try:
+    with impossible("the model's flags"):
         return SMLPConfig(
             **{theirs: flags[ours] for ours, theirs in NAMES.items()},
             moe_eval_capacity_factor=None,  # a score must not depend on what else is in its batch
             hidden_act="gelu_new" if flags["openai_gelu"] else "gelu",
             tie_word_embeddings=not flags["untie_embeddings_and_output_weights"],
         )
-    except IMPOSSIBLE as error:
-        raise UsageError(f"the model's flags: {' '.join(str(error).split())[:300]}") from error
 
 
 def flags_of(config: SMLPConfig) -> dict[str, Any]:
-    """The model flags of a Megatron checkpoint, from the configuration of an exported folder."""
+    """Return a Megatron checkpoint's model flags for the configuration of an exported folder."""
     is_attention = config.architecture == "transformer"
     has_experts = config.token_router != "none"
     return {
@@ -107,7 +106,7 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> SMLPConfig:
-    """The configuration of an exported folder; no code of the folder is run.
+    """Read the configuration of an exported folder; no code of the folder is run.
 
     Raises:
         UsageError: it holds another model, or a value that is not possible.
@@ -118,18 +117,25 @@ def read_config(folder: Path) -> SMLPConfig:
             f"{folder}/config.json is of a model of type {values['model_type']!r}; what can be "
             f"read is {MODEL_TYPE!r}, which this tool writes, and 'gpt2'."
         )
-    try:
+    with impossible(f"{folder}/config.json"):
         config: SMLPConfig = SMLPConfig.from_dict(values)
         return config
-    except IMPOSSIBLE as error:
-        raise UsageError(f"{folder}/config.json: {' '.join(str(error).split())[:300]}") from error
+
+
+@contextlib.contextmanager
+def impossible(what: str) -> Iterator[None]:
+    """Raise UsageError, with `what` in front, for what transformers raises for a value."""
+    try:
+        yield
+    except (RuntimeError, *IMPOSSIBLE) as error:
+        raise UsageError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """`config.json` as it is.
+    """Read `config.json` as it is.
 
     Raises:
-        UsageError: it is missing or no JSON object.
+        UsageError: it is missing or not a JSON object.
     """
     path = folder / "config.json"
     try:
@@ -139,14 +145,14 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({error}).") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path} holds no JSON object.")
+        raise UsageError(f"{path} does not hold a JSON object.")
     if not isinstance(values.get("model_type"), str):
-        raise UsageError(f"{path} does not say the model's type: model_type is no text.")
+        raise UsageError(f"{path} does not say the model's type: model_type is not a string.")
     return values
 
 
 def check_folder(folder: Path) -> bool:
-    """Look at a folder before transformers loads it; whether the model in it is ours.
+    """Check a folder before transformers loads it, and return whether the model in it is ours.
 
     Raises:
         UsageError: the configuration is damaged, or of a model that the weights are plainly not of.
@@ -166,26 +172,23 @@ def check_folder(folder: Path) -> bool:
 
 
 def build(config: SMLPConfig) -> SMLPForCausalLM:
-    """The model in evaluation mode, its parameters on the meta device.
+    """Build the model in evaluation mode, its parameters on the meta device.
 
     Raises:
         UsageError: its sizes are beyond what a tensor can have.
     """
-    try:
-        with torch.device("meta"):
-            return SMLPForCausalLM(config).eval()
-    except (RuntimeError, *IMPOSSIBLE) as error:
-        raise UsageError(f"no such model can be built: {' '.join(str(error).split())}") from error
+    with impossible("no such model can be built"), torch.device("meta"):
+        return SMLPForCausalLM(config).eval()
 
 
 def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an exported folder; a tied output layer is not saved a second time."""
+    """Return every tensor of an exported folder; a tied output layer is not saved a second time."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def export_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
-    """How the Hugging Face tensors are made of a Megatron checkpoint's `names`.
+    """Return recipes for the Hugging Face tensors from a Megatron checkpoint's `names`.
 
     Raises:
         UsageError: a name that no model of ours has.
@@ -201,7 +204,7 @@ def export_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Rec
 
 
 def import_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
-    """How a Megatron checkpoint's `names` are made of Hugging Face tensors."""
+    """Return recipes for a Megatron checkpoint's `names` from Hugging Face tensors."""
     heads = HeadShape.of(flags)
     return {name: to_megatron(name, heads) for name in names}
 
@@ -250,7 +253,7 @@ def _add_tokenizer(config: SMLPConfig, tokenizer: str, folder: Path) -> None:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"--tokenizer-model {tokenizer} is no folder of a Hugging Face tokenizer ({reason})."
+            f"--tokenizer-model {tokenizer} is not a folder of a Hugging Face tokenizer ({reason})."
         ) from error
     for name in ("local_files_only", "is_local"):  # which are of this call, and would be saved
         loaded.init_kwargs.pop(name, None)
@@ -263,7 +266,7 @@ def _add_tokenizer(config: SMLPConfig, tokenizer: str, folder: Path) -> None:
 
 
 def generation_config(config: SMLPConfig) -> Any:
-    """With it `generate` never draws an id of the vocabulary's padding, which no text has."""
+    """Return a configuration by which `generate` never draws padding of the vocabulary."""
     from transformers import GenerationConfig
 
     padding = list(range(config.unpadded_vocab_size or config.vocab_size, config.vocab_size))
@@ -276,8 +279,9 @@ def generation_config(config: SMLPConfig) -> Any:
 
 
 @torch.no_grad()
-def logits(model: SMLPForCausalLM, source: Source, tokens: Tensor) -> Tensor:
-    """tokens: <int64>[B, T] -> <fp32>[B, T, V], with the weights of a folder."""
+def logits(config: SMLPConfig, source: Source, tokens: Tensor) -> Tensor:
+    """Compute logits with the weights of a folder: tokens <int64>[B, T] -> <fp32>[B, T, V]."""
+    model = build(config)
     with weights_from(source, model):
         output: Tensor = model(tokens).logits
     return output

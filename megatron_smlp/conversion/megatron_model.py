@@ -7,10 +7,9 @@ layers by the same table. Needs `platform.one_process` around it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ class _OnMeta(TorchFunctionMode):
 
 
 def build(flags: Mapping[str, Any]) -> Any:
-    """Megatron's GPTModel in evaluation mode, its parameters on the meta device.
+    """Build Megatron's GPTModel in evaluation mode, its parameters on the meta device.
 
     Args:
         flags: the contents of a checkpoint's model.json.
@@ -85,7 +84,7 @@ def _build(flags: Mapping[str, Any]) -> Any:
         spatial_length=flags["seq_length"],
         hash_vocab_size=flags["padded_vocab_size"],
     )
-    with _OnMeta(), _quiet_deprecation():
+    with _OnMeta():
         model = GPTModel(
             config,
             block_spec(config),
@@ -103,35 +102,13 @@ def _build(flags: Mapping[str, Any]) -> Any:
     return model
 
 
-@contextlib.contextmanager
-def _quiet_deprecation() -> Iterator[None]:
-    """Megatron says that its GPTModel, which it trains, is deprecated."""
-    import logging
-
-    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _state(model: Any) -> dict[str, Tensor]:
-    """Parameters and buffers that are saved, by this process's names."""
-    return {
-        name: value for name, value in model.state_dict(keep_vars=True).items() if _is_tensor(value)
-    }
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
-def expected_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model's checkpoints, by its global name; experts are stacked there."""
+def expected_shapes(flags: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return every tensor of the model's checkpoints by its global name; experts are stacked."""
+    model = build(flags)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, value in _state(model).items():
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            continue
         if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
             continue
         match = EXPERT.search(name)
@@ -143,14 +120,14 @@ def expected_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def object_names(model: Any) -> list[str]:
-    """What a checkpoint of it holds beside tensors: a place for Transformer Engine's state."""
+def object_names(flags: Mapping[str, Any]) -> list[str]:
+    """Return the names of a checkpoint's other objects: places for Transformer Engine's state."""
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {"dp_cp_group": group, "singleton_local_shards": False}
-    state = model.sharded_state_dict(metadata=metadata)
+    state = build(flags).sharded_state_dict(metadata=metadata)
     return [value.unique_key for value in state.values() if isinstance(value, ShardedObject)]
 
 
@@ -161,7 +138,7 @@ class _LocalNames:
         self.source = source
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """An expert's weight is a row of the stack, of which no model here takes a row again."""
+        """Return a tensor; an expert's is a row of a stack, of which no model takes a row again."""
         match = EXPERT.search(name)
         if match is None:
             return self.source.read(name, row)
@@ -170,7 +147,7 @@ class _LocalNames:
 
 @torch.no_grad()
 def logits(model: Any, source: Source, tokens: Tensor) -> Tensor:
-    """Logits of `tokens` with the weights of a checkpoint, in fp32.
+    """Compute logits of `tokens` with the weights of a checkpoint, in fp32.
 
     tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
     """

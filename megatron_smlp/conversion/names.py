@@ -1,4 +1,4 @@
-"""How the tensors of a Megatron checkpoint and of our Hugging Face model are called.
+"""The names of tensors in a Megatron checkpoint and in our Hugging Face model.
 
 One table, read in both directions. A Megatron checkpoint holds whole tensors under global names,
 whatever layout saved them, so there is one row a kind of tensor and nothing about ranks. Only the
@@ -64,7 +64,7 @@ TINY_QKV_PARTS = tuple(f"mixer.tiny_attention.{part}_proj." for part in "qkv")
 
 @dataclass(frozen=True)
 class HeadShape:
-    """How Megatron's fused tensor is laid out: g groups of n / g queries, one key, one value."""
+    """Layout of Megatron's fused tensor: g groups of n / g queries, one key, one value."""
 
     groups: int
     queries: int
@@ -74,14 +74,14 @@ class HeadShape:
 
     @classmethod
     def of(cls, flags: Mapping[str, Any]) -> HeadShape:
-        """From the model flags of a checkpoint."""
+        """Return the layout that the model flags of a checkpoint make."""
         heads = flags["num_attention_heads"]
         groups = flags["num_query_groups"] if flags["group_query_attention"] else heads
         return cls(groups, heads // groups, flags["kv_channels"])
 
 
 def huggingface_names(name: str) -> tuple[str, ...]:
-    """What one Megatron tensor is called there: one name, or three for queries, keys, values.
+    """Return the Hugging Face name of a Megatron tensor, or three for queries, keys, values.
 
     Raises:
         KeyError: no row of the table has this name.
@@ -97,7 +97,7 @@ def huggingface_names(name: str) -> tuple[str, ...]:
 
 
 def to_huggingface(name: str, heads: HeadShape) -> dict[str, Recipe]:
-    """The Hugging Face tensors that one Megatron tensor becomes.
+    """Return recipes for the Hugging Face tensors that one Megatron tensor becomes.
 
     Raises:
         KeyError: no row of the table has this name.
@@ -112,7 +112,7 @@ def to_huggingface(name: str, heads: HeadShape) -> dict[str, Recipe]:
 
 
 def to_megatron(name: str, heads: HeadShape) -> Recipe:
-    """The Megatron tensor of this name, made of Hugging Face tensors.
+    """Return the recipe for the Megatron tensor of this name.
 
     Raises:
         KeyError: no row of the table has this name.
@@ -146,7 +146,7 @@ def _split_layer(name: str) -> tuple[int, str]:
 
 
 def split_qkv(fused: Tensor, heads: HeadShape) -> tuple[Tensor, Tensor, Tensor]:
-    """[g (n/g + 2) d, ...] -> queries [n d, ...], keys [g d, ...], values [g d, ...]."""
+    """Split [g (n/g + 2) d, ...] into queries [n d, ...], keys [g d, ...], values [g d, ...]."""
     grouped = fused.unflatten(0, (heads.groups, heads.queries + 2, heads.width))
     parts = grouped.split([heads.queries, 1, 1], dim=1)
     queries, keys, values = (part.flatten(0, 2) for part in parts)

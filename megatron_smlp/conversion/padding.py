@@ -24,7 +24,7 @@ BLOCK_ROWS = 4096
 
 
 def padded_size(tokens: int, *, divisible_by: int, tensor_parallel: int) -> int:
-    """Rows of a vocabulary with its padding, as Megatron counts them."""
+    """Return the rows of a vocabulary with its padding, as Megatron counts them."""
     multiple = divisible_by * tensor_parallel
     return -(-tokens // multiple) * multiple
 
@@ -54,7 +54,7 @@ class Repadded:
         return Spec((spec.shape[0] + self.more, *spec.shape[1:]), spec.dtype)
 
     def _repeated(self, rows: int) -> int:
-        """Which row the new ones repeat: one of padding, or of the token that is least likely."""
+        """Return the row that new ones repeat: one of padding, or of the least likely token."""
         if rows > self.tokens:
             return self.tokens
         names = [name for name in self.before if not name.startswith("optimizer.")]
@@ -83,7 +83,7 @@ class Repadded:
 
 
 def least_likely(output: Tensor, bias: Tensor) -> int:
-    """The row whose logit is lowest in the mean.
+    """Return the row whose logit is lowest in the mean.
 
     output: <float>[V, D] of the output layer; bias: <float>[D] of the final norm.
     """

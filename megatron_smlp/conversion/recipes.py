@@ -32,7 +32,7 @@ Plan = Mapping[str, Recipe]
 
 
 def same(tensor: Tensor) -> Tensor:
-    """The recipe of a tensor that only gets another name."""
+    """Return the same: the recipe of a tensor that only gets another name."""
     return tensor
 
 

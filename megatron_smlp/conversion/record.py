@@ -16,7 +16,7 @@ def converted_record(
     iteration: int | None,
     is_new_model: bool,
 ) -> dict[str, Any]:
-    """What is known of the run: its own record, if there is one, or the model's flags alone.
+    """Return what is known of the run: its own record, or the model's flags alone.
 
     Args:
         before: the record of the checkpoint that was converted.
@@ -28,18 +28,18 @@ def converted_record(
     from megatron_smlp.flags.parse import build_parser
 
     before = before or {}
-    words = [str(word) for word in before.get("command_line", [])]
-    if is_new_model or not words:
-        words += model_words(build_parser(), flags)
+    arguments = [str(argument) for argument in before.get("command_line", [])]
+    if is_new_model or not arguments:
+        arguments += model_words(build_parser(), flags)
     for name, size in layout.items():
         flag = flag_of(name)
-        if size > 1 or any(word.split("=")[0] == flag for word in words):
-            words += [flag, str(size)]
+        if size > 1 or any(text.split("=")[0] == flag for text in arguments):
+            arguments += [flag, str(size)]
     changes = {**layout, "padded_vocab_size": flags["padded_vocab_size"]}
     return {
         "iteration": iteration,
         "consumed_train_samples": before.get("consumed_train_samples", 0) if iteration else 0,
-        "command_line": words,
+        "command_line": arguments,
         "given": list(before.get("given", [])),
         "layout": dict(layout),
         "tokenizer": before.get("tokenizer"),

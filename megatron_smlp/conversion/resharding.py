@@ -1,4 +1,4 @@
-"""torch_dist -> torch_dist: every tensor copied, the parallel layout that is meant recorded.
+"""Copy every tensor of a checkpoint, and record the parallel layout that it is meant for.
 
 A distributed checkpoint holds whole tensors under global names, so a run may load it in any layout
 anyway. What a rewrite adds: ranks' pieces become whole tensors in one file, the layout is checked
@@ -12,17 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.tensors import Source, tensors_of
 from megatron_smlp.checkpoints.torch_dist import COMMON, NOT_WEIGHTS, TorchDistCheckpoint
-from megatron_smlp.checkpoints.writer import TorchDistWriter, finish
+from megatron_smlp.checkpoints.writer import write_checkpoint
 from megatron_smlp.conversion.record import converted_record
 from megatron_smlp.errors import UsageError
 from megatron_smlp.progress import written_tensors
 
 ANY_LAYOUT = "optimizer.state."
-"""How names of optimizer state begin that no layout is part of."""
+"""Start of the names of optimizer state that no layout is part of."""
 
 
 def check_layout(flags: Mapping[str, Any], layout: Mapping[str, int]) -> None:
@@ -82,14 +81,8 @@ def copy(
     common["args"] = argparse.Namespace(
         **{**vars(checkpoint.args), **flags, **layout, "no_save_rng": True}
     )
-    with TorchDistWriter(iteration_folder(run, checkpoint.iteration)) as writer:
-        for name, tensor in written_tensors(tensors_of(source), source.specs.values()):
-            writer.add(name, tensor)
-            del tensor  # before the next one is read
-        for name in checkpoint.objects:
-            if not name.startswith(NOT_WEIGHTS):
-                writer.add_object(name, checkpoint.read_object(name))
-        writer.add_object(COMMON, [common])
+    names = [name for name in checkpoint.objects if not name.startswith(NOT_WEIGHTS)]
+    objects = {name: checkpoint.read_object(name) for name in names} | {COMMON: [common]}
     record = converted_record(
         read_run_record(checkpoint.folder),
         flags,
@@ -97,4 +90,5 @@ def copy(
         iteration=checkpoint.iteration,
         is_new_model=False,
     )
-    finish(run, flags, record, iteration=checkpoint.iteration)
+    tensors = written_tensors(tensors_of(source), source.specs.values())
+    write_checkpoint(run, checkpoint.iteration, tensors, objects, flags=flags, record=record)

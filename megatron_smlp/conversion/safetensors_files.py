@@ -115,7 +115,7 @@ def _read_index(path: Path) -> dict[str, str] | None:
         weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in weights.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpointError(f"{path} is no index of safetensors files.") from error
+        raise DamagedCheckpointError(f"{path} is not an index of safetensors files.") from error
     for file in files.values():
         if Path(file).name != file:
             raise UsageError(f"{path} names {file}, in another folder: refused.")

@@ -1,4 +1,4 @@
-"""Runs a model whose weights are on the disk: each is read when it is computed with, and let go."""
+"""Run a model whose weights are on the disk: each is read when it is used, and let go."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ WITHOUT_VALUES = {
     Tensor.dim,
     Tensor.numel,
 }
-"""What need not be read; whatever else is asked of a weight, its device too, its values answer."""
+"""What needs no values; everything else, a weight's device too, reads them."""
 
 
 def _values(value: Any) -> Any:

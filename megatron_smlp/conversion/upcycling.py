@@ -47,7 +47,7 @@ SEED = 20220314
 
 
 def target_flags(flags: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The sparse model's flags.
+    """Return the sparse model's flags.
 
     Args:
         flags: the dense model's.
@@ -111,7 +111,7 @@ def _check_spatial(flags: Mapping[str, Any], target: Mapping[str, Any]) -> None:
 
 
 def why_not_exact(flags: Mapping[str, Any], target: Mapping[str, Any]) -> str | None:
-    """Why the sparse model's loss is another one at the start; None where it is the same."""
+    """Return why the sparse model's loss is another at the start; None if it is the same."""
     if target["feature_router"] == "none":
         return None
     chunks = target["num_feature_chunks"] or target["num_feature_experts"]
@@ -128,7 +128,7 @@ def plan(
     expected: Mapping[str, tuple[int, ...]],
     target: Mapping[str, Any],
 ) -> Plan:
-    """How the sparse model's tensors are made of the dense model's.
+    """Return recipes for the sparse model's tensors from the dense model's.
 
     Args:
         source: the dense checkpoint's tensors.
@@ -185,7 +185,7 @@ def _recipe(
 
 
 def _stays_dense(layer: str, target: Mapping[str, Any]) -> bool:
-    """Whether a Transformer's layer keeps its FFN."""
+    """Return true if a Transformer's layer keeps its FFN."""
     number, frequency = int(layer.split(".")[2]), target["moe_layer_freq"]
     if isinstance(frequency, int):
         return number % frequency != 0
@@ -193,14 +193,14 @@ def _stays_dense(layer: str, target: Mapping[str, Any]) -> bool:
 
 
 def _unit(flags: Mapping[str, Any]) -> float:
-    """The activation of 1."""
+    """Return the activation of 1."""
     from megatron_smlp.model import activation
 
     return float(activation(flags)(torch.ones((), device="cpu", dtype=torch.float64)))
 
 
 def _copied(heads: Tensor, *, experts: int) -> Tensor:
-    """[h, ...] -> [E, ...]: E / h neighbours are copies of one head."""
+    """Copy heads, [h, ...] -> [E, ...]: E / h neighbours are copies of one."""
     return heads.repeat_interleave(experts // len(heads), dim=0)
 
 
@@ -212,7 +212,7 @@ def _normal(shape: tuple[int, ...], dtype: torch.dtype, *, std: float, seed: int
 
 
 def _router(*, shape: tuple[int, ...], dtype: torch.dtype, score: float, seed: int) -> Tensor:
-    """Rows that sum to zero: what all tokens have in common favours no expert."""
+    """Draw rows that sum to zero: what all tokens have in common favours no expert."""
     weight = _normal(shape, torch.float32, std=score / math.sqrt(shape[1]), seed=seed)
     return (weight - weight.mean(dim=1, keepdim=True)).to(dtype)
 

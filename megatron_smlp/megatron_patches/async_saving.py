@@ -20,7 +20,7 @@ from typing import IO, Any
 
 
 def results_queue(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For `get_write_results_queue`: how a writer tells what it wrote where.
+    """Replace `get_write_results_queue`, by which a writer reports the places of what it wrote.
 
     Megatron starts a process for it, which outlives a run that is killed. A persistent worker does
     need that one; a writer in this process, or in a fork of it, does not.

@@ -1,16 +1,6 @@
 """Calls of our steps around saving and loading, from Megatron's functions, on every device.
 
-| function | why |
-|---|---|
-| dist_checkpointing.save | writes into a hidden folder, which becomes the checkpoint when whole |
-| checkpointing.ensure_directory_exists | would make the checkpoint's folder before that |
-| checkpointing.maybe_msc.open | writes the tracker in place: empty on a full disk |
-| checkpointing.read_metadata | ends the process at a tracker that is no number |
-| FileSystemWriterAsync.write_preloaded_data | forgets the words of an error |
-| FileSystemWriterAsync.finish, serialization.save_config | fail on rank 0 while the others wait |
-| filesystem_async.get_write_results_queue | starts a process, which outlives a run that is killed |
-| training.save_checkpoint, maybe_finalize_async_save | what fails in them may be survived |
-| training.setup_model_and_optimizer | to decide before what is to be loaded |
+The functions, and why each is replaced: table.py.
 """
 
 from __future__ import annotations
@@ -42,7 +32,7 @@ FAILURES = (CheckpointException, SaveError)
 
 @contextlib.contextmanager
 def installed(saving: Saving, *, before_loading: Callable[[], None]) -> Iterator[None]:
-    """Replace the functions above for the time of one `pretrain`, and put the originals back."""
+    """Replace the functions for the time of one `pretrain`, and put the originals back."""
     replacements: list[tuple[Any, str, Callable[[Any], Any]]] = [
         (dist_checkpointing, "save", lambda f: _saving_whole(f, saving)),
         (checkpointing, "ensure_directory_exists", _leaving_checkpoints_out),
@@ -161,7 +151,7 @@ class _Transforms(_StorageWriterTransforms):
 
 
 class _Stream(io.RawIOBase):
-    """What torch writes one tensor to; it does so once more when it lets go of a broken archive."""
+    """A file for one item; torch writes to it once more when it lets go of a broken archive."""
 
     def __init__(self, file: Any) -> None:
         self.file = file

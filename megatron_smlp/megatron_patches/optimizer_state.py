@@ -1,4 +1,4 @@
-"""Makes the saved optimizer state independent of the layout: TP, PP, EP, DP, distributed or not.
+"""Make the saved optimizer state independent of the layout: TP, PP, EP, DP, distributed or not.
 
 Megatron writes Adam's moments as whole tensors under the names of their parameters, if it is told
 to (`--dist-ckpt-optim-fully-reshardable`). Around them it keeps what belongs to one layout, and a
@@ -51,8 +51,8 @@ def apply() -> None:
     """Replace two methods of ChainedOptimizer and two more functions, once per process."""
     if hasattr(ChainedOptimizer.sharded_state_dict, "__wrapped__"):
         return
-    ChainedOptimizer.sharded_state_dict = _giving(ChainedOptimizer.sharded_state_dict)
-    ChainedOptimizer.load_state_dict = _taking(ChainedOptimizer.load_state_dict)
+    ChainedOptimizer.sharded_state_dict = _without_layout(ChainedOptimizer.sharded_state_dict)
+    ChainedOptimizer.load_state_dict = _into_layout(ChainedOptimizer.load_state_dict)
     DistributedOptimizer.sharded_param_state_fully_reshardable = _looking_past_padding(
         DistributedOptimizer.sharded_param_state_fully_reshardable
     )
@@ -70,14 +70,14 @@ def _naming_the_format(load: Any) -> Any:
     return wrapped
 
 
-def _looking_past_padding(give: Any) -> Any:
-    @functools.wraps(give)
+def _looking_past_padding(original: Any) -> Any:
+    @functools.wraps(original)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         padded = [buffer.param_index_map for buffer in self.buffers]
         for buffer in self.buffers:
             buffer.param_index_map = places_without_padding(buffer)
         try:
-            return give(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         finally:
             for buffer, places in zip(self.buffers, padded, strict=True):
                 buffer.param_index_map = places
@@ -101,15 +101,15 @@ def places_without_padding(buffer: Any) -> dict[torch.Tensor, tuple[int, int, in
     }
 
 
-def _giving(give: Any) -> Any:
-    @functools.wraps(give)
+def _without_layout(original: Any) -> Any:
+    @functools.wraps(original)
     def sharded_state_dict(self: Any, model: Any, is_loading: bool = False, **kwargs: Any) -> Any:
         if (kwargs.get("metadata") or {}).get(FORMAT, ANY_LAYOUT) != ANY_LAYOUT:
             _check_distributed(self, kwargs["metadata"][FORMAT])
-            return give(self, model, is_loading, **kwargs)
+            return original(self, model, is_loading, **kwargs)
         if not is_loading:
             _allocate_moments(self)
-        state = give(self, model, is_loading, **kwargs)
+        state = original(self, model, is_loading, **kwargs)
         for optimizer, part in _parts(self, state):
             if isinstance(optimizer, DistributedOptimizer) and part["param_state"] is not None:
                 _name_weights(part["param_state"], _parameters(optimizer))
@@ -130,11 +130,11 @@ def _allocate_moments(optimizer: Any) -> None:
             one.init_state_fn(one.optimizer, one.config)
 
 
-def _taking(take: Any) -> Any:
-    @functools.wraps(take)
+def _into_layout(original: Any) -> Any:
+    @functools.wraps(original)
     def load_state_dict(self: Any, state: Any) -> None:
         if LOCAL not in state:
-            take(self, state)
+            original(self, state)
             return
         local = state[LOCAL]
         for optimizer, part in _parts(self, local):
@@ -143,7 +143,7 @@ def _taking(take: Any) -> Any:
                 part["grad_scaler"] = state["grad_scaler"]
             if isinstance(optimizer, DistributedOptimizer):
                 _restore_weights(part["param_state"], _parameters(optimizer))
-        take(self, local)
+        original(self, local)
 
     return load_state_dict
 
@@ -160,7 +160,7 @@ def _check_distributed(optimizer: Any, name: str) -> None:
 
 
 def _parts(optimizer: Any, state: Any) -> Iterator[tuple[Any, Any]]:
-    """Each chained optimizer with its part; a single one has no number in front."""
+    """Yield each chained optimizer with its part; a single one has no number in front."""
     chained = optimizer.chained_optimizers
     if len(chained) == 1:
         yield chained[0], state
@@ -169,7 +169,7 @@ def _parts(optimizer: Any, state: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _parameters(optimizer: DistributedOptimizer) -> list[torch.Tensor]:
-    """The model's parameters in the order in which Megatron numbers their states."""
+    """Return the model's parameters in the order in which Megatron numbers their states."""
     return [parameter for buffer in optimizer.buffers for parameter in buffer.param_index_map]
 
 
@@ -182,13 +182,13 @@ def _name_weights(states: dict[int, Any], parameters: list[torch.Tensor]) -> Non
 
 
 def _restore_weights(states: dict[int, Any], parameters: list[torch.Tensor]) -> None:
-    """An fp32 model's weights are loaded before its optimizer; Megatron copies them once more."""
+    """Fill in an fp32 model's weights, loaded before its optimizer; Megatron copies them again."""
     for number, parameter in enumerate(parameters):
         states[number].setdefault("fp32_param", parameter.detach())
 
 
 def _kept_local(state: Any) -> Any:
-    """The same tree with everything but sharded tensors marked as not to be saved."""
+    """Return the same tree with everything but sharded tensors marked as not to be saved."""
     if isinstance(state, ShardedBase | LocalNonpersistentObject):
         return state
     if isinstance(state, dict | list) and _has_sharded(state):
@@ -203,7 +203,7 @@ def _has_sharded(state: Any) -> bool:
 
 
 def _unwrapped(state: Any) -> Any:
-    """Without the marks that Megatron itself set inside."""
+    """Return the same tree without the marks that Megatron itself set inside."""
     if isinstance(state, LocalNonpersistentObject):
         return state.unwrap()
     if isinstance(state, dict):
@@ -212,7 +212,7 @@ def _unwrapped(state: Any) -> Any:
 
 
 def _step(optimizer: Any) -> int:
-    """Steps taken. A rank without parameters of its own, or a group without any, does not know."""
+    """Return the steps taken, which a rank or group without parameters of its own does not know."""
     steps = [0]
     for one in optimizer.chained_optimizers:
         inner = one.optimizer
@@ -233,6 +233,6 @@ def _set_step(optimizer: Any, part: dict[str, Any], step: int) -> None:
 
 
 def _grad_scaler(optimizer: Any, state: Any) -> dict[str, Any]:
-    """fp16: the loss scale and its counters, which all chained optimizers share."""
+    """Return fp16's loss scale and its counters, which all chained optimizers share."""
     found = [part["grad_scaler"] for _, part in _parts(optimizer, state) if "grad_scaler" in part]
     return {"grad_scaler": found[0]} if found else {}

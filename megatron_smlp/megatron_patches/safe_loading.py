@@ -1,13 +1,8 @@
-"""Reads checkpoints without running what is in them, on every device.
+"""Read checkpoints without running what is in them, on every device.
 
-torch and Megatron unpickle without restraint, so the four functions below are replaced:
-
-| function | what it reads | what is allowed now |
-|---|---|---|
-| FileSystemReader.read_metadata | `.metadata` | plain data: checkpoints/safe_unpickling.py |
-| DefaultLoadPlanner.load_bytes | objects in `*.distcp` | what torch's `weights_only` allows |
-| FileSystemReader.read_data | tensors in `*.distcp`, already so | pieces as the index says |
-| load_common of Megatron | `common.pt` of older versions | what `weights_only` allows |
+torch and Megatron unpickle anything: the functions that do are replaced (table.py). `.metadata`
+may hold plain data (checkpoints/safe_unpickling.py), objects what torch's `weights_only` allows,
+and tensors are pieces as the index says.
 """
 
 from __future__ import annotations
@@ -38,7 +33,7 @@ def apply() -> None:
 
 
 def _read_metadata(self: Any, *args: Any, **kwargs: Any) -> Metadata:
-    """torch's own, but for the unpickler."""
+    """Do as torch's own, but for the unpickler."""
     path = Path(self._get_metadata_path(kwargs.get("rank")))
     with readable(path), self.fs.create_stream(path, "rb") as file:
         metadata = load_metadata(file)
@@ -72,7 +67,7 @@ def _check_pieces(self: Any, name: str, items: list[ReadItem]) -> None:
 
 
 def _load_bytes(self: Any, read_item: Any, value: IO[bytes]) -> None:
-    """torch's own, but for `weights_only`."""
+    """Do as torch's own, but for `weights_only`."""
     from torch.distributed.checkpoint._nested_dict import set_element
 
     name = read_item.dest_index.fqn

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_smlp.checkpoints import folders, retention
 from megatron_smlp.checkpoints.folders import MARKER, RUN, TRACKER, iteration_folder
+from megatron_smlp.durable import replace_folder
 
 
 def checkpoint(run: Path, iteration: int, *, whole: bool = True) -> Path:
@@ -79,11 +80,11 @@ def test_a_replacement_leaves_one_of_both(tmp_path: Path):
     (final / "old").touch()
     partial = folders.partial_folder(final)
     with pytest.raises(OSError):  # there is nothing to put in its place
-        folders.replace_folder(partial, final)
+        replace_folder(partial, final)
     assert (final / "old").exists()
     partial.mkdir()
     (partial / "new").touch()
-    folders.replace_folder(partial, final)
+    replace_folder(partial, final)
     assert names(tmp_path) == {"iter_0000002"}
     assert names(final) == {"new"}
 

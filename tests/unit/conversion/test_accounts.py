@@ -260,11 +260,11 @@ def test_an_interrupted_conversion_leaves_nothing(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--from hf --to hf", "no conversion"),
+        ("--from hf --to hf", "is not a conversion"),
         ("--from torch --to hf", "invalid choice"),
         ("--to hf --tokeniser x", "unrecognized arguments: --tokeniser"),
         ("--to hf --max-shard-size big", "--max-shard-size big"),
-        ("--to hf", "--load nowhere is no folder"),
+        ("--to hf", "--load nowhere is not a folder"),
     ],
 )
 def test_wrong_flags_are_one_line(words: str, message: str) -> None:

@@ -91,8 +91,8 @@ def test_no_object(folder: Path, tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_layers": 10**9}, "no model of 1000000000 layers"),
-        ({"num_hidden_layers": 10**9}, "no model of 1000000000 layers"),
+        ({"num_layers": 10**9}, "too few for a model of 1000000000 layers"),
+        ({"num_hidden_layers": 10**9}, "too few for a model of 1000000000 layers"),
         ({"num_experts": 10**6}, "rows for 1000000 experts"),
     ],
 )
@@ -112,5 +112,5 @@ def test_flags_of_a_checkpoint(exported: Path, tmp_path: Path, changes: Any) -> 
     for name in (SUMS, MARKER):
         (path.parent / name).unlink()
     seal(path.parent)  # checksums are no protection from intent
-    with pytest.raises(UserError, match=r"layers|experts|no JSON object"):
+    with pytest.raises(UserError, match=r"layers|experts|not hold a JSON object"):
         run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)
