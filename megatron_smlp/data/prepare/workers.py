@@ -62,7 +62,7 @@ class WorkerPool:
             initargs=(settings,),
         )
         try:
-            ready = [self.executor.submit(_describe) for _ in range(num_workers)]
+            ready = [self.executor.submit(_work, None) for _ in range(num_workers)]
             self.description = [self._result(future, "at its start") for future in ready][-1]
         except BaseException:
             self._kill()
@@ -91,16 +91,15 @@ class WorkerPool:
         pending: deque[tuple[Chunk, Future[EncodedChunk]]] = deque()
         in_flight = 0
         for chunk in chunks:
-            while pending and self._is_full(len(pending), in_flight + chunk.num_bytes):
+            while len(pending) >= 3 * self.num_workers or (
+                pending and in_flight + chunk.num_bytes > IN_FLIGHT_BYTES
+            ):
                 in_flight -= pending[0][0].num_bytes
                 yield self._encoded(*pending.popleft())
             in_flight += chunk.num_bytes
-            pending.append((chunk, self.executor.submit(_encode, chunk)))
+            pending.append((chunk, self.executor.submit(_work, chunk)))
         while pending:
             yield self._encoded(*pending.popleft())
-
-    def _is_full(self, num_pending: int, num_bytes: int) -> bool:
-        return num_pending >= 3 * self.num_workers or num_bytes > IN_FLIGHT_BYTES
 
     def _encoded(self, chunk: Chunk, future: Future[EncodedChunk]) -> tuple[Chunk, EncodedChunk]:
         encoded = self._result(future, f"near {chunk.file}:{chunk.first_line}")
@@ -154,20 +153,10 @@ def _encoder() -> ChunkEncoder:
     return ChunkEncoder(_process.settings)
 
 
-def _describe() -> str:
+def _work(chunk: Chunk | None) -> Any:
+    """Encode a chunk; describe the encoder where there is none."""
     try:
-        return _encoder().encoder.description
+        return _encoder().encoder.description if chunk is None else _encoder().encode(chunk)
+    # Whatever it is, panics from Rust (which are no `Exception`) included: the parent reports it.
     except BaseException as error:
-        raise _failure(error) from None
-
-
-def _encode(chunk: Chunk) -> EncodedChunk:
-    try:
-        return _encoder().encode(chunk)
-    except BaseException as error:
-        raise _failure(error) from None
-
-
-def _failure(error: BaseException) -> DataError:
-    """The error to show for any, panics from Rust (which are no `Exception`) included."""
-    return DataError(f"{type(error).__name__}: {error}")
+        raise DataError(f"{type(error).__name__}: {error}") from None

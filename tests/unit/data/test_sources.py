@@ -195,7 +195,7 @@ def test_a_name_that_is_no_text(run: Run, tmp_path: Path) -> None:
     run(path, tmp_path / "data", *BYTE_FLAGS)
     [source] = json.loads((tmp_path / "data.json").read_text())["sources"]
     assert source["file"].endswith("caf\\xe9.jsonl")
-    with pytest.raises(DataError, match=r"--output-prefix .* is no UTF-8 text"):
+    with pytest.raises(DataError, match=r"--output-prefix .* is not UTF-8 text"):
         run(path, tmp_path / os.fsdecode(b"\xe9"), *BYTE_FLAGS)
 
 
@@ -239,7 +239,7 @@ def test_a_null_in_a_parquet_file_is_refused(run: Run, tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_parquet(run: Run, tmp_path: Path) -> None:
     path = _jsonl(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet:1: no readable parquet file"):
+    with pytest.raises(DataError, match=r"a\.parquet:1: not a readable parquet file"):
         run(path, tmp_path / "data", *BYTE_FLAGS)
 
 

@@ -112,7 +112,7 @@ def test_swapped_files_are_seen(prefix: str, tmp_path: Path) -> None:
     Path(prefix + ".bin").rename(tmp_path / "x")
     Path(prefix + ".idx").rename(prefix + ".bin")
     (tmp_path / "x").rename(prefix + ".idx")
-    with pytest.raises(DataError, match="is no Megatron index"):
+    with pytest.raises(DataError, match="is not a Megatron index"):
         verify_for_training(prefix)
 
 
@@ -121,5 +121,5 @@ def test_a_damaged_manifest_is_said(prefix: str, tmp_path: Path) -> None:
     body = json.loads(path.read_text())
     del body["pairs"]["data_text_document"]["tokens"]
     path.write_text(json.dumps(body))
-    with pytest.raises(DataError, match="no readable dataset manifest"):
+    with pytest.raises(DataError, match="not a readable dataset manifest"):
         verify_for_training(prefix)
