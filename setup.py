@@ -40,14 +40,25 @@ EXTRAS = {
     ],
 }
 
+# `smlp-preprocess` is tools/preprocess_data.py, and so on.
+COMMANDS = ["smlp-pretrain = pretrain_smlp:run"] + [
+    f"smlp-{name.replace('_', '-')} = megatron_smlp.commands:{name}"
+    for name in (
+        *("preprocess", "inspect_dataset", "merge_datasets", "train_tokenizer", "build_hash_table"),
+        *("convert", "inspect_checkpoint", "estimate", "evaluate", "generate", "serve", "plot"),
+    )
+]
+
 setup(
     name="megatron-smlp",
     version="0.1.0",
     description="Sparse all-MLP language models (arXiv 2203.06850) at Megatron scale",
     license="Apache-2.0",
     python_requires=">=3.12,<3.14",
+    py_modules=["pretrain_smlp"],
     packages=find_packages(include=["megatron_smlp", "megatron_smlp.*"]),
-    package_data={"megatron_smlp": ["py.typed", "flags/help.txt", "evaluation/tasks/*.yaml"]},
+    package_data={"megatron_smlp": ["py.typed", "evaluation/tasks/*.yaml"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": COMMANDS},
 )

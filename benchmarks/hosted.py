@@ -50,15 +50,14 @@ def steps_in_turns(
     Returns:
         milliseconds of our steps and of the peer's calls, after a few that are not counted.
     """
-    from megatron_smlp.training.captured_output import Transcript
+    from megatron_smlp.training.captured_output import CapturedOutput
 
     sys.path.insert(0, str(ROOT))  # pretrain_smlp.py is no part of the package
     turns: list[_TakingTurns] = []
-    with Transcript():
-        from megatron_smlp.flags.parse import parse_arguments
-        from pretrain_smlp import train
+    with CapturedOutput():
+        from pretrain_smlp import patched_arguments, train
 
-        args = parse_arguments([*words.split(), "--train-iters", str(WARM_UP + repeats)])
+        args = patched_arguments([*words.split(), "--train-iters", str(WARM_UP + repeats)])
 
         def observe(reporter: Any) -> _TakingTurns:
             turns.append(_TakingTurns(reporter, make_peer(args)))

@@ -1,15 +1,12 @@
 """Every architecture as a list of (token mixer, channel mixer) pairs in Megatron's two layer slots.
 
-`megatron_smlp.options.layer_slots` is the table: it says, by name, what fills each slot of each
-layer. Here the names become Megatron specs:
+`megatron_smlp.systems` holds the tables: `layer_slots` says, by name, what fills each slot of each
+layer. Here the names become Megatron specs. A token mixer's is made by the function that its entry
+names, in layers/; the channel mixers are
 
-    mixer    attention        Megatron's SelfAttention
-             spatial_gating   layers/spatial_gating.py
-             gating_and_attention   the same with layers/tiny_attention.py beside the gate
-             feature_moe      layers/feature_moe.py, deterministic or partial prediction
-    channel  mlp              Megatron's MLP
-             token_moe        layers/token_moe.py (Megatron's MoELayer)
-             none             nothing: the slot is the identity
+    mlp          Megatron's MLP
+    token_moe    layers/token_moe.py (Megatron's MoELayer)
+    none         nothing: the slot is the identity
 
 A Megatron-LM user takes the layers alone, without our training script:
 
@@ -26,8 +23,6 @@ from typing import Any
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, get_backend
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -44,24 +39,14 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
-from megatron_smlp.layers.attention import SDPACoreAttention
-from megatron_smlp.layers.feature_moe import DeterministicFeatureMoE, PartialFeatureMoE
 from megatron_smlp.layers.norms import norm_builder
 from megatron_smlp.layers.spatial_gating import (
-    SpatialGating,
-    SpatialGatingSubmodules,
     SpatialProjection,
 )
-from megatron_smlp.layers.tiny_attention import TinyAttention
 from megatron_smlp.layers.toeplitz import ToeplitzProjection
 from megatron_smlp.layers.token_moe import ResidualRoutedMoELayer, token_moe_builder
-from megatron_smlp.options import (
-    LayerSlots,
-    ModelOptions,
-    layer_slots,
-    model_option_names,
-    prefix_length,
-)
+from megatron_smlp.options import ModelOptions, options_of
+from megatron_smlp.systems import MIXERS, LayerSlots, layer_slots, load, token_router_class
 
 
 @dataclass
@@ -134,9 +119,9 @@ class SlottedLayer(TransformerLayer):
 
 def slots_of(config: TransformerConfig, *, architecture: str | None = None) -> list[LayerSlots]:
     """The table's row for this config."""
-    options = _options_of(config)
+    options = options_of(config)
     if architecture is not None:
-        options = dataclasses.replace(options, architecture=architecture)  # type: ignore[arg-type]
+        options = dataclasses.replace(options, architecture=architecture)
     return layer_slots(
         options,
         num_layers=config.num_layers,
@@ -144,13 +129,6 @@ def slots_of(config: TransformerConfig, *, architecture: str | None = None) -> l
         moe_layer_freq=config.moe_layer_freq,
         num_attention_heads=config.num_attention_heads,
     )
-
-
-def _options_of(config: TransformerConfig) -> ModelOptions:
-    """Our part of the config; a plain TransformerConfig gets our flags' defaults."""
-    defaults = ModelOptions()
-    values = {name: getattr(config, name, getattr(defaults, name)) for name in model_option_names()}
-    return dataclasses.replace(defaults, **values)
 
 
 def layer_submodules(config: TransformerConfig, slots: LayerSlots) -> TransformerLayerSubmodules:
@@ -171,58 +149,24 @@ def layer_submodules(config: TransformerConfig, slots: LayerSlots) -> Transforme
 def _mixer(
     config: TransformerConfig, slots: LayerSlots, backend: BackendSpecProvider
 ) -> ModuleSpec:
-    if slots.mixer == "attention":
-        local = config.transformer_impl == "local"
-        return ModuleSpec(
-            module=SelfAttention,
-            params={"attn_mask_type": AttnMaskType.causal},
-            submodules=SelfAttentionSubmodules(
-                linear_qkv=backend.column_parallel_linear(),
-                core_attention=SDPACoreAttention if local else backend.core_attention(),
-                linear_proj=backend.row_parallel_linear(),
-            ),
-        )
-    attends = slots.mixer == "gating_and_attention"
-    return ModuleSpec(
-        **_gating(config, slots),
-        submodules=SpatialGatingSubmodules(
-            linear_fc1=backend.column_parallel_linear(),
-            linear_fc2=backend.row_parallel_linear(),
-            tiny_attention=_tiny_attention(config) if attends else None,
-        ),
+    options = options_of(config)
+    spec: ModuleSpec = load(MIXERS[slots.mixer].spec)(
+        config,
+        backend,
+        heads=slots.heads,
+        sequence_length=_sequence_length(config),
+        projection=ToeplitzProjection if options.toeplitz else SpatialProjection,
+        options=options,
     )
-
-
-def _gating(config: TransformerConfig, slots: LayerSlots) -> dict[str, Any]:
-    """Which kind of spatial gating, and its own arguments."""
-    length, options = _sequence_length(config), _options_of(config)
-    params = {
-        "num_heads": slots.heads,
-        "sequence_length": length,
-        "projection": ToeplitzProjection if options.toeplitz else SpatialProjection,
-    }
-    if slots.mixer != "feature_moe":
-        return {"module": SpatialGating, "params": params}
-    if options.feature_router == "deterministic":
-        return {"module": DeterministicFeatureMoE, "params": params}
-    routing = {
-        "num_heads": options.num_chunks,
-        "num_experts": options.num_feature_experts,
-        "prefix_length": prefix_length(options, seq_length=length),
-        "loss_coeff": options.feature_aux_loss_coeff,
-    }
-    return {"module": PartialFeatureMoE, "params": params | routing}
-
-
-def _tiny_attention(config: TransformerConfig) -> partial[TinyAttention]:
-    assert config.ffn_hidden_size is not None
-    width, gate_width = _options_of(config).tiny_attention_width, config.ffn_hidden_size // 2
-    return partial(TinyAttention, width=width, out_features=gate_width)
+    return spec
 
 
 def _channel(config: TransformerConfig, slots: LayerSlots, backend: BackendSpecProvider) -> Any:
     if slots.channel == "token_moe":
-        return token_moe_builder(config, backend)
+        name = options_of(config).token_router
+        if name == "none":
+            return token_moe_builder(config, backend)
+        return token_moe_builder(config, backend, router=token_router_class(name))
     return partial(
         MLP.as_mlp_submodule,
         submodules=MLPSubmodules(

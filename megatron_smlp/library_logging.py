@@ -1,4 +1,4 @@
-"""Libraries that talk too much for a tool whose output is read."""
+"""Silence libraries that log too much for a tool whose output is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIBRARIES = (
 
 
 def silence_libraries() -> None:
-    """What they say of a machine without CUDA, Apex or Transformer Engine is no news here."""
+    """Silence them: that there is no CUDA, Apex or Transformer Engine is no news here."""
     warnings.simplefilter("ignore")
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -25,7 +25,7 @@ tanh_gelu = partial(functional.gelu, approximate="tanh")
 
 
 def activation(flags: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
-    """What Megatron's flags name: SiLU inside --swiglu, the tanh of --openai-gelu, exact GELU.
+    """Return the activation that Megatron's flags name; the default is exact GELU.
 
     Megatron 0.19 parses --openai-gelu and does not read it.
     """

@@ -1,102 +1,188 @@
-"""Our flags, as two frozen-by-use dataclasses: one field, one docstring, one unit.
+"""Our flags, one field a record: type, default, docstring with its unit, and in its metadata what
+the rest of the program has to know of it. Every list of flags elsewhere is derived from here.
 
-Nothing heavy is imported here: the accounting and the tools read these without torch or Megatron.
-Annotations stay real types (no `from __future__ import annotations`): Megatron's argument factory
-builds the parser from them.
+`Facts` names what a record says. Nothing heavy is imported: the accounting and the tools read these
+without torch or Megatron. Annotations stay real types (no `from __future__ import annotations`):
+Megatron's argument factory builds the parser from them.
 """
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
-Mixer = Literal["attention", "spatial_gating", "gating_and_attention", "feature_moe"]
-Channel = Literal["mlp", "token_moe", "none"]
-ArchitectureName = Literal["transformer", "gmlp", "amlp", "smlp"]
-TokenRouterName = Literal["none", "switch", "gshard", "base", "hash"]
-EXPERTS_PER_TOKEN = {"switch": 1, "gshard": 2, "base": 1, "hash": 1}
+from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS
+
+NEVER_OLDER = object()
+"""No checkpoint is older than the flag."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Facts of a flag that the rest of the program derives its lists from."""
+
+    architectures: tuple[str, ...] = ()
+    """Architectures it is for, empty: all. With another one a value is refused."""
+    token_routers: tuple[str, ...] = ()
+    """Rules of the token router that it is for, empty: all."""
+    feature_routers: tuple[str, ...] = ()
+    """Rules of the feature router that it is for, empty: all."""
+    least: float | None = None
+    """The smallest value that is allowed."""
+    may_change: bool = False
+    """Whether a run that goes on from a checkpoint may have another value than that."""
+    older: Any = NEVER_OLDER
+    """Its value in checkpoints that are older than the flag, and so do not record it."""
+    derived: bool = False
+    """Whether it follows from other flags or from the tokenizer."""
+    of_one_start: bool = False
+    """Whether it is about one start of a run, so that --use-checkpoint-args leaves it out."""
+    evaluates: bool = False
+    """Whether an evaluation reads it, although it may change."""
+    hf: str | None = None
+    """Its name in the Hugging Face configuration; None: not there."""
+    hf_default_only: bool = False
+    """Whether a model can be exported only where the flag has its default."""
+    upcycling: bool = False
+    """Whether tools/convert_checkpoint.py --upcycle takes it for the sparse model."""
+
+
+def option(default: Any, *, choices: tuple[str, ...] | None = None, **facts: Any) -> Any:
+    """A dataclass field with its facts.
+
+    Args:
+        choices: allowed values, where the type does not say them.
+    """
+    metadata: dict[str, Any] = {"facts": Facts(**facts)}
+    if choices:
+        metadata["argparse_meta"] = {"choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
 class ModelOptions:
-    """What the model is, beyond Megatron's own flags."""
+    """Flags of the model, beyond Megatron's own."""
 
-    architecture: ArchitectureName = "transformer"
-    """Which pair of mixers each layer gets; megatron_smlp/architectures.py is the table."""
+    architecture: str = option(
+        "transformer", choices=tuple(ARCHITECTURES), hf="architecture", upcycling=True
+    )
+    """The pair of mixers of each layer; megatron_smlp/systems.py is the table."""
 
-    spatial_heads: int = 1
+    spatial_heads: int = option(1, architectures=SPATIAL, hf="spatial_heads")
     """Spatial gating: number of heads in a dense layer; each has its own T x T matrix, bias and
     LayerNorm over gate_width / heads features. Must divide ffn_hidden_size / 2."""
 
-    toeplitz: bool = False
+    toeplitz: bool = option(False, architectures=SPATIAL, older=False, hf="toeplitz")
     """Spatial gating: one weight per distance, M[t, s] = m[t - s], and one bias, for each head or
     spatial expert, in place of a T x T matrix and T biases. Such a model can be evaluated on
     sequences longer than --seq-length, of which each token reads the last T. Not in the paper."""
 
-    tiny_attention_width: int = 64
+    tiny_attention_width: int = option(
+        64, architectures=("amlp",), least=1, hf="tiny_attention_width"
+    )
     """amlp: width of the one attention head beside the gate, in features."""
 
-    feature_router: Literal["none", "deterministic", "partial"] = "none"
+    feature_router: Literal["none", "deterministic", "partial"] = option(
+        "none", architectures=("smlp",), hf="feature_router", upcycling=True
+    )
     """smlp: how chunks of the hidden dimension choose their spatial expert in a sparse layer.
     deterministic: chunk i goes to expert i. partial: a sample's prefix decides (see
     --prefix-fraction)."""
 
-    num_feature_experts: int = 1
+    num_feature_experts: int = option(
+        1, architectures=("smlp",), hf="num_feature_experts", upcycling=True
+    )
     """smlp: number of spatial experts in a sparse layer. Must divide ffn_hidden_size / 2."""
 
-    num_feature_chunks: int | None = None
+    num_feature_chunks: int | None = option(
+        None, architectures=("smlp",), least=1, hf="num_feature_chunks", upcycling=True
+    )
     """smlp: number of chunks that a sparse layer cuts its gate features into; must divide
     ffn_hidden_size / 2. Left out: one per spatial expert, as deterministic routing needs it."""
 
-    prefix_fraction: float = 0.2
+    prefix_fraction: float = option(
+        0.2,
+        architectures=("smlp",),
+        feature_routers=("partial",),
+        hf="prefix_fraction",
+        upcycling=True,
+    )
     """partial: fraction of --seq-length, the tokens from which a sample's chunks are routed."""
 
-    partial_loss: Literal["suffix", "all"] = "suffix"
+    partial_loss: Literal["suffix", "all"] = option(
+        "suffix",
+        architectures=("smlp",),
+        feature_routers=("partial",),
+        may_change=True,
+        hf="partial_loss",
+    )
     """partial: train on targets behind the prefix only, as the paper does, or on all of them."""
 
-    feature_aux_loss_coeff: float = 0.01
+    feature_aux_loss_coeff: float = option(
+        0.01,
+        architectures=("smlp",),
+        feature_routers=("partial",),
+        least=0,
+        may_change=True,
+        hf="feature_aux_loss_coeff",
+    )
     """partial: weight of the balance loss over the spatial experts."""
 
-    num_dense_layers: int = 0
+    num_dense_layers: int = option(
+        0, architectures=("smlp",), hf="num_dense_layers", upcycling=True
+    )
     """smlp: how many dense spatial gating layers come before the sparse ones (N1 of the paper);
     the other --num-layers minus this many are sparse (N2)."""
 
-    token_router: TokenRouterName = "none"
-    """How tokens choose among the --num-experts FFN experts of a token MoE; one file a rule in
+    token_router: str = option(
+        "none", choices=("none", *TOKEN_ROUTERS), hf="token_router", upcycling=True
+    )
+    """The rule by which tokens choose among the --num-experts FFN experts; one file a rule in
     megatron_smlp/routers/. none: there are no token experts."""
 
-    moe_train_capacity_factor: float | None = None
+    moe_train_capacity_factor: float | None = option(
+        None, token_routers=LIMITED, may_change=True, hf="moe_train_capacity_factor"
+    )
     """switch, gshard: choices that an expert serves in training, as a multiple of an even share of
     the micro-batch; the others pass by the residual (see --moe-token-drop-policy). Left out:
     nothing is dropped."""
 
-    moe_eval_capacity_factor: float | None = None
+    moe_eval_capacity_factor: float | None = option(None, token_routers=LIMITED, may_change=True)
     """switch, gshard: the same in evaluation, where it often is larger or left out."""
 
-    base_routing_input: Literal["residual", "norm"] = "residual"
+    base_routing_input: Literal["residual", "norm"] = option(
+        "residual", token_routers=("base",), older="norm", hf="base_routing_input"
+    )
     """base: what tokens are scored and weighted by. residual: the residual stream as it is, as in
     BASE's source; norm: its LayerNorm, which the experts read either way. A checkpoint keeps its
     own, and one that is older than this flag has norm."""
 
-    base_prices: Literal["mean", "none"] = "mean"
+    base_prices: Literal["mean", "none"] = option(
+        "mean", token_routers=("base",), older="none", hf="base_prices"
+    )
     """base: mean: keep, with the model, the running mean of the prices of the experts that balance
     the micro-batches of the training, for --base-eval prices. A checkpoint keeps its own choice,
     and one that is older than this flag has none."""
 
-    base_eval: Literal["greedy", "prices"] = "greedy"
+    base_eval: Literal["greedy", "prices"] = option(
+        "greedy", token_routers=("base",), may_change=True, evaluates=True, hf="base_eval"
+    )
     """base: the expert of a token in evaluation. greedy: that of its highest score, as in BASE's
     source; prices: that of its highest score minus the expert's mean price, which evens the load
     (not in the paper)."""
 
-    gshard_second_expert: Literal["paper", "all", "raw"] = "paper"
+    gshard_second_expert: Literal["paper", "all", "raw"] = option(
+        "paper", token_routers=("gshard",), may_change=True, older="raw", hf="gshard_second_expert"
+    )
     """gshard: which second experts training uses. paper: with probability 2 g2 / (g1 + g2), at
     most 1, as in GShard's algorithm 1; all: always, as in fairseq's recipes; raw: 2 g2. A
     checkpoint keeps its own, and one that is older than this flag has raw."""
 
-    hash_seed: int = 0
+    hash_seed: int = option(0, token_routers=("hash",), may_change=True, hf="hash_seed")
     """hash: seed of the random table of token ids with which a new model starts."""
 
-    hash_table: str | None = None
+    hash_table: str | None = option(None, token_routers=("hash",), may_change=True)
     """hash: with which table a new model starts instead: balanced, by the counts of the run's own
     training data, or a file that tools/build_hash_table.py made from those of a corpus. A
     checkpoint's own table wins over both."""
@@ -106,48 +192,52 @@ class ModelOptions:
         """C, chunks of features in a sparse layer."""
         return self.num_feature_chunks or self.num_feature_experts
 
+    def prefix_length(self, seq_length: int) -> int:
+        """P, tokens, of a model of this sequence length; 0 without partial prediction."""
+        return prefix_length(self, seq_length=seq_length)
+
 
 @dataclass
 class RunOptions:
-    """What our command line adds around Megatron's training loop."""
+    """Flags of the run, around Megatron's training loop."""
 
-    config: str | None = None
+    config: str | None = option(None, of_one_start=True)
     """YAML file of flags, with hyphens or underscores; flags on the command line win over it."""
 
-    dry_run: bool = False
+    dry_run: bool = option(False, of_one_start=True)
     """Print the resolved configuration, the layer table, parameters and FLOPs, then exit."""
 
     platform: Literal["auto", "cpu"] = "auto"
     """auto: CUDA devices where torch finds them, else the CPU, unless the machine has an NVIDIA
     device that torch cannot use. cpu: the CPU in any case (on the command line, not in a file)."""
 
-    no_resume: bool = False
+    no_resume: bool = option(False, of_one_start=True)
     """Start from scratch although the --save folder holds a checkpoint. By default --load is the
     --save folder where it holds one, so that the same command goes on after an interruption."""
 
-    strict_load: bool = False
+    strict_load: bool = option(False, of_one_start=True)
     """Stop where the checkpoint to be loaded is damaged. By default the newest good one in the
     folder is loaded instead, and the run says so."""
 
-    keep_last: int | None = None
+    keep_last: int | None = option(None, least=1)
     """Keep this many of the last checkpoints in --save and delete older ones, each time that a new
     one is there (default: keep all)."""
 
-    keep_every: int | None = None
+    keep_every: int | None = option(None, least=1)
     """With --keep-last: keep also what was saved at a multiple of this many iterations."""
 
     on_save_failure: Literal["stop", "continue"] = "stop"
-    """What a checkpoint that cannot be saved does, as on a full disk: end the run, or let it go on
+    """Where a checkpoint cannot be saved, as on a full disk: end the run, or let it go on
     to the next one. What was saved before stays intact."""
 
-    log_dir: str | None = None
+    log_dir: str | None = option(None, of_one_start=True)
     """Folder of metrics.jsonl and of the start-up record (default: the --save folder)."""
 
     nonfinite_loss: Literal["stop", "skip"] = "stop"
-    """What a loss that is NaN or infinite does: stop the run, or skip that step's update."""
+    """At a loss that is NaN or infinite: stop the run, or skip that step's update."""
 
     optimizer_checkpoint: Literal["any_layout", "data_parallel"] = "any_layout"
-    """How a distributed optimizer saves its state. any_layout: whole tensors, gathered over the
+    """The format of a distributed optimizer's state. any_layout: whole tensors, gathered over the
     data parallel ranks, for a resume under any layout. data_parallel: Megatron's own default,
     written without communication, for a resume with another data parallel size only."""
 
@@ -161,16 +251,16 @@ class RunOptions:
     """Zero-shot tasks to score during training, as copa,piqa: accuracies go to metrics.jsonl and
     TensorBoard. Needs the extra [eval]; docs/evaluation.md."""
 
-    eval_tasks_interval: int | None = None
+    eval_tasks_interval: int | None = option(None, least=1)
     """With --eval-tasks: iterations between evaluations (default: after the last one only)."""
 
     eval_tasks_data_dir: str | None = None
     """With --eval-tasks: folder of the tasks' local files; left out, the hub is asked."""
 
-    eval_tasks_limit: int | None = None
+    eval_tasks_limit: int | None = option(None, least=1)
     """With --eval-tasks: only the first so many examples of each task."""
 
-    base_eval_both: bool = False
+    base_eval_both: bool = option(False, token_routers=("base",))
     """base: validate and test a second time, the other way of --base-eval, and report those losses
     and loads beside the others."""
 
@@ -184,14 +274,103 @@ class RunOptions:
     """Dense peak of one device for the MFU figure, in TFLOP/s (default: known GPUs, else n/a)."""
 
 
-@dataclass(frozen=True)
-class LayerSlots:
-    """What fills the two slots of one layer."""
+@dataclass(frozen=True, kw_only=True)
+class MegatronFlag(Facts):
+    """A flag of Megatron's that says what the model is, and so is in model.json."""
 
-    mixer: Mixer
-    channel: Channel
-    heads: int
-    """Attention heads, spatial heads or spatial experts, whichever the mixer has."""
+    default: Any = None
+    """Megatron's own; tests/contract compares."""
+
+
+# Other functions of the same weights, which checkpoints that are older than the record do not name.
+_FUNCTIONS = {
+    "openai_gelu": False,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "use_rope_scaling": False,
+    "rope_scaling_factor": 8.0,
+}
+MEGATRON_FLAGS: dict[str, MegatronFlag] = {
+    **{
+        name: MegatronFlag(default=default, older=default, hf_default_only=name != "openai_gelu")
+        for name, default in _FUNCTIONS.items()
+    },
+    "num_layers": MegatronFlag(hf="num_layers"),
+    "hidden_size": MegatronFlag(hf="hidden_size"),
+    "ffn_hidden_size": MegatronFlag(hf="ffn_hidden_size"),
+    "num_attention_heads": MegatronFlag(hf="num_attention_heads"),
+    "kv_channels": MegatronFlag(),
+    "group_query_attention": MegatronFlag(default=False, hf_default_only=True),
+    "num_query_groups": MegatronFlag(default=1),
+    "seq_length": MegatronFlag(hf="max_position_embeddings"),
+    "max_position_embeddings": MegatronFlag(derived=True),
+    "position_embedding_type": MegatronFlag(default="learned_absolute"),
+    "num_experts": MegatronFlag(hf="num_experts", upcycling=True),
+    "moe_ffn_hidden_size": MegatronFlag(hf="moe_ffn_hidden_size", upcycling=True),
+    "moe_layer_freq": MegatronFlag(default=1, hf="moe_layer_freq", upcycling=True),
+    "moe_router_topk": MegatronFlag(default=2, derived=True),
+    "moe_aux_loss_coeff": MegatronFlag(default=0.0, may_change=True, hf="moe_aux_loss_coeff"),
+    "moe_token_drop_policy": MegatronFlag(default="probs", may_change=True, hf="moe_drop_policy"),
+    "normalization": MegatronFlag(default="LayerNorm", hf_default_only=True),
+    "layernorm_epsilon": MegatronFlag(default=1e-5, hf="layer_norm_epsilon"),
+    "add_bias_linear": MegatronFlag(default=True, hf="add_bias_linear"),
+    "swiglu": MegatronFlag(default=False, hf_default_only=True),
+    "untie_embeddings_and_output_weights": MegatronFlag(default=False),
+    # The padding grows with the tensor parallel size; Megatron loads across it.
+    "padded_vocab_size": MegatronFlag(may_change=True, derived=True, hf="vocab_size"),
+    "vocab_size": MegatronFlag(derived=True, hf="unpadded_vocab_size"),
+}
+
+
+def facts_of(options: type) -> dict[str, Facts]:
+    """The facts of each field of ModelOptions or RunOptions, by its name."""
+    return {
+        field.name: field.metadata.get("facts", Facts()) for field in dataclasses.fields(options)
+    }
+
+
+OUR_FLAGS: dict[str, Facts] = {**facts_of(ModelOptions), **facts_of(RunOptions)}
+DEFAULTS: dict[str, Any] = {
+    field.name: field.default
+    for kind in (ModelOptions, RunOptions)
+    for field in dataclasses.fields(kind)
+}
+MODEL_FLAGS: Mapping[str, Facts] = {**facts_of(ModelOptions), **MEGATRON_FLAGS}
+"""Everything that makes the model what it is, in the order of model.json."""
+
+
+def model_defaults() -> dict[str, Any]:
+    """The default of each of MODEL_FLAGS."""
+    megatrons = {name: flag.default for name, flag in MEGATRON_FLAGS.items()}
+    return {name: megatrons.get(name, DEFAULTS.get(name)) for name in MODEL_FLAGS}
+
+
+def argument_of(name: str) -> dict[str, Any]:
+    """Return argparse's keywords for a flag of the model, for a tool that may be given it."""
+    fields = {field.name: field for field in dataclasses.fields(ModelOptions)}
+    if name not in fields:
+        return {"type": int, "metavar": "N"}
+    kind = fields[name].type
+    choices = fields[name].metadata.get("argparse_meta", {}).get("choices")
+    if choices is None and get_origin(kind) is Literal:
+        choices = get_args(kind)
+    if choices:
+        return {"choices": [choice for choice in choices if choice != "none"]}
+    return {"type": float if kind is float else int, "metavar": "N"}
+
+
+def older_flags(token_router: str) -> Iterator[tuple[str, Any]]:
+    """Yield flags that a checkpoint may be too old to record, as far as its router reads them."""
+    for name, facts in MODEL_FLAGS.items():
+        reads = not facts.token_routers or token_router in facts.token_routers
+        if facts.older is not NEVER_OLDER and reads:
+            yield name, facts.older
 
 
 def prefix_length(options: Any, *, seq_length: int) -> int:
@@ -228,52 +407,7 @@ def suffix_start(options: Any, *, seq_length: int) -> int:
     return int(position)
 
 
-def is_moe_layer(index: int, moe_layer_freq: int | list[int]) -> bool:
-    """Megatron's rule: every freq-th layer from the first, or a pattern of zeros and ones."""
-    if isinstance(moe_layer_freq, list):
-        return bool(moe_layer_freq[index])
-    return index % moe_layer_freq == 0
-
-
-def layer_slots(
-    options: ModelOptions,
-    *,
-    num_layers: int,
-    num_experts: int | None,
-    moe_layer_freq: int | list[int],
-    num_attention_heads: int,
-) -> list[LayerSlots]:
-    """The table of architectures: the slots of every layer, first to last.
-
-    | architecture | mixer | channel |
-    |---|---|---|
-    | transformer | attention | mlp; token MoE in MoE layers |
-    | gmlp | spatial gating | none (it is inside the block); token MoE in MoE layers |
-    | amlp | spatial gating and a small attention head | the same |
-    | smlp, first N1 | spatial gating | none |
-    | smlp, then N2 | feature MoE | token MoE if --num-experts is given |
-    """
-    slots = []
-    for index in range(num_layers):
-        routed = num_experts is not None and is_moe_layer(index, moe_layer_freq)
-        if options.architecture == "transformer":
-            channel: Channel = "token_moe" if routed else "mlp"
-            slots.append(LayerSlots("attention", channel, num_attention_heads))
-        elif options.architecture in ("gmlp", "amlp"):
-            is_amlp = options.architecture == "amlp"
-            mixer: Mixer = "gating_and_attention" if is_amlp else "spatial_gating"
-            channel = "token_moe" if routed else "none"
-            slots.append(LayerSlots(mixer, channel, options.spatial_heads))
-        elif index < options.num_dense_layers:
-            slots.append(LayerSlots("spatial_gating", "none", options.spatial_heads))
-        else:
-            channel = "none" if num_experts is None else "token_moe"
-            if options.feature_router == "none":
-                slots.append(LayerSlots("spatial_gating", channel, options.spatial_heads))
-            else:
-                slots.append(LayerSlots("feature_moe", channel, options.num_feature_experts))
-    return slots
-
-
-def model_option_names() -> list[str]:
-    return [field.name for field in dataclasses.fields(ModelOptions)]
+def options_of(values: Any) -> ModelOptions:
+    """Our part of a namespace or of a model's config; what it lacks keeps its default."""
+    names = (field.name for field in dataclasses.fields(ModelOptions))
+    return ModelOptions(**{name: getattr(values, name) for name in names if hasattr(values, name)})

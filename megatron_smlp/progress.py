@@ -1,4 +1,4 @@
-"""How far a command is, on stderr: a bar on a terminal, otherwise a line every ten seconds."""
+"""Progress of a command on stderr: a bar on a terminal, otherwise a line every ten seconds."""
 
 import sys
 import time

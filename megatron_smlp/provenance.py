@@ -1,4 +1,4 @@
-"""What made a run: the commit of this repository, where it is one, and the versions of packages."""
+"""The software of a run: the commit of this repository, where it is one, and package versions."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-class LostLines:
+class UnwritableLog:
     """Says once, on standard error, that lines of `path` are lost."""
 
     def __init__(self, path: Path) -> None:

@@ -41,11 +41,12 @@ def megatron() -> Iterator[None]:
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """`parse("--flag value ...")` -> checked arguments; Megatron's global copy goes afterwards."""
-    from support.in_process import MINIMAL, base_for, forget_arguments
+    from support.in_process import MINIMAL, base_for, forget_arguments, prepare_megatron
 
     from megatron_smlp.flags.parse import parse_arguments
 
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    prepare_megatron()
 
     def parse_words(words: str, *, base: str = MINIMAL) -> Any:
         forget_arguments()

@@ -13,8 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_smlp.errors import run_tool
-from megatron_smlp.evaluation.cli import main
+from megatron_smlp.commands import evaluate
 
 if __name__ == "__main__":
-    run_tool(lambda: main(sys.argv[1:]))
+    evaluate()

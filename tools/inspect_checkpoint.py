@@ -11,8 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_smlp.checkpoints.inspect_cli import main
-from megatron_smlp.errors import run_tool
+from megatron_smlp.commands import inspect_checkpoint
 
 if __name__ == "__main__":
-    run_tool(main)
+    inspect_checkpoint()

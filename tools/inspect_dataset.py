@@ -14,8 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_smlp.data.pairs.inspect_cli import main
-from megatron_smlp.errors import run_tool
+from megatron_smlp.commands import inspect_dataset
 
 if __name__ == "__main__":
-    run_tool(main)
+    inspect_dataset()

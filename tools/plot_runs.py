@@ -10,8 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_smlp.errors import run_tool
-from megatron_smlp.plotting.cli import main
+from megatron_smlp.commands import plot
 
 if __name__ == "__main__":
-    run_tool(main)
+    plot()

@@ -11,8 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_smlp.data.prepare.train_tokenizer_cli import main
-from megatron_smlp.errors import run_tool
+from megatron_smlp.commands import train_tokenizer
 
 if __name__ == "__main__":
-    run_tool(main)
+    train_tokenizer()

@@ -17,13 +17,14 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_smlp.options import (
-    EXPERTS_PER_TOKEN,
+from megatron_smlp.options import ModelOptions, options_of
+from megatron_smlp.systems import (
+    ARCHITECTURES,
+    MIXERS,
+    TOKEN_ROUTERS,
     LayerSlots,
-    ModelOptions,
     layer_slots,
-    model_option_names,
-    prefix_length,
+    load,
 )
 
 TOKENS_PER_REPORT = 1024
@@ -31,7 +32,7 @@ TOKENS_PER_REPORT = 1024
 
 @dataclass(frozen=True)
 class Cost:
-    """What one part of the model costs."""
+    """Parameters and FLOPs of one part of the model."""
 
     parameters: int
     active_parameters: int
@@ -67,8 +68,8 @@ class ModelShape:
     key_value_width: int
     """Width of the keys, and of the values: query groups * kv_channels."""
     num_experts: int = 0
-    token_router: str = "switch"
-    """Which rule routes tokens: base and hash have no softmax, hash has no parameters."""
+    token_router: str = ModelOptions.token_router
+    """The rule that routes tokens; none: Megatron's own, under a bare `--spec`."""
     moe_ffn_hidden_size: int = 0
     moe_router_topk: int = 1
     tiny_attention_width: int = 0
@@ -91,12 +92,21 @@ class ModelShape:
         """From Megatron's namespace, after validation, or any other with its names."""
         width = args.kv_channels * args.num_attention_heads
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-        token_router = getattr(args, "token_router", "switch")
-        num_experts = None if token_router == "none" else args.num_experts
-        is_partial = getattr(args, "feature_router", "none") == "partial"
-        is_amlp = args.architecture == "amlp"
+        options = options_of(args)
+        rule = TOKEN_ROUTERS.get(options.token_router)
+        # A namespace of Megatron's own script has experts and no rule of ours.
+        num_experts = None if getattr(args, "token_router", "") == "none" else args.num_experts
+        is_partial = options.feature_router == "partial"
+        has_head = ARCHITECTURES[options.architecture].mixer == "gating_and_attention"
+        slots = layer_slots(
+            options,
+            num_layers=args.num_layers,
+            num_experts=num_experts,
+            moe_layer_freq=args.moe_layer_freq,
+            num_attention_heads=args.num_attention_heads,
+        )
         return cls(
-            slots=tuple(_slots(args, num_experts)),
+            slots=tuple(slots),
             hidden_size=args.hidden_size,
             ffn_hidden_size=args.ffn_hidden_size,
             seq_length=args.seq_length,
@@ -104,13 +114,13 @@ class ModelShape:
             attention_width=width,
             key_value_width=groups * args.kv_channels,
             num_experts=num_experts or 0,
-            token_router=token_router,
+            token_router=options.token_router,
             moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
-            moe_router_topk=_experts_per_token(args),
-            tiny_attention_width=getattr(args, "tiny_attention_width", 64) if is_amlp else 0,
-            prefix_length=prefix_length(args, seq_length=args.seq_length) if is_partial else 0,
-            num_feature_chunks=_num_chunks(args) if is_partial else 0,
-            toeplitz=getattr(args, "toeplitz", False),
+            moe_router_topk=rule.experts_per_token if rule else args.moe_router_topk,
+            tiny_attention_width=options.tiny_attention_width if has_head else 0,
+            prefix_length=options.prefix_length(args.seq_length),
+            num_feature_chunks=options.num_chunks if is_partial else 0,
+            toeplitz=options.toeplitz,
             learned_positions=args.position_embedding_type == "learned_absolute",
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             linear_bias=args.add_bias_linear,
@@ -124,6 +134,12 @@ class ModelShape:
         return self.seq_length * (self.seq_length + 1) // 2
 
     @property
+    def router_has_weights(self) -> bool:
+        """Return whether the token router scores tokens by a matrix."""
+        rule = TOKEN_ROUTERS.get(self.token_router)
+        return rule is None or rule.has_weights
+
+    @property
     def square(self) -> int:
         return self.seq_length**2
 
@@ -131,32 +147,6 @@ class ModelShape:
     def matrix_parameters(self) -> int:
         """M and b of one spatial head or expert."""
         return self.seq_length + (1 if self.toeplitz else self.square)
-
-
-def _slots(args: argparse.Namespace, num_experts: int | None) -> Iterable[LayerSlots]:
-    # A namespace from elsewhere, the estimate tool's, may lack flags that keep their defaults.
-    defaults = ModelOptions()
-    names = model_option_names()
-    options = ModelOptions(**{n: getattr(args, n, getattr(defaults, n)) for n in names})
-    return layer_slots(
-        options,
-        num_layers=args.num_layers,
-        num_experts=num_experts,
-        moe_layer_freq=args.moe_layer_freq,
-        num_attention_heads=args.num_attention_heads,
-    )
-
-
-def _experts_per_token(args: argparse.Namespace) -> int:
-    """Megatron's --moe-router-topk, where the rule of the router leaves it open."""
-    name = getattr(args, "token_router", "none")
-    count: int = EXPERTS_PER_TOKEN.get(name, args.moe_router_topk)
-    return count
-
-
-def _num_chunks(args: argparse.Namespace) -> int:
-    chunks: int = getattr(args, "num_feature_chunks", None) or args.num_feature_experts
-    return chunks
 
 
 def model_cost(shape: ModelShape) -> Cost:
@@ -206,12 +196,12 @@ def embedding_cost(shape: ModelShape) -> Cost:
 
 def layer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     """Both slots of one layer, each with its norm."""
-    mixer = attention_cost(shape) if slots.mixer == "attention" else gating_cost(shape, slots)
+    mixer: Cost = load(MIXERS[slots.mixer].cost)(shape, slots)
     channels = {"mlp": mlp_cost, "token_moe": token_moe_cost, "none": lambda _: total([])}
     return mixer + channels[slots.channel](shape)
 
 
-def attention_cost(shape: ModelShape) -> Cost:
+def attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     """q, k, v and output projections; scores and their product with v are causal."""
     width = shape.attention_width
     qkv = _linear(shape, shape.hidden_size, width + 2 * shape.key_value_width)
@@ -220,28 +210,28 @@ def attention_cost(shape: ModelShape) -> Cost:
 
 def gating_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     """Spatial gating: U, the heads' norm, M and b, V. FLOPs do not depend on the heads, nor on
-    whether M is Toeplitz: it is multiplied by blocks (ops/toeplitz_mix.py). Partial prediction's
-    first P rows are a product of their own, P x P, with all of its triangle."""
+    whether M is Toeplitz: it is multiplied by blocks (ops/toeplitz_mix.py)."""
     gate_width = shape.ffn_hidden_size // 2
     up = _linear(shape, shape.hidden_size, shape.ffn_hidden_size)
     down = _linear(shape, gate_width, shape.hidden_size)
     spatial = slots.heads * shape.matrix_parameters + 2 * gate_width
-    cost = up + down + _causal(shape, gate_width, spatial) + _zeros(shape, slots.heads)
-    if slots.mixer == "gating_and_attention":
-        cost += tiny_attention_cost(shape)
-    if shape.prefix_length and slots.mixer == "feature_moe":
-        cost += prefix_router_cost(shape, slots.heads)
-        unread = shape.prefix_length * (shape.seq_length - shape.prefix_length)
-        cost += Cost(0, 0, 0, -2 * unread * gate_width)
-    return cost
+    return up + down + _causal(shape, gate_width, spatial) + _zeros(shape, slots.heads)
 
 
-def tiny_attention_cost(shape: ModelShape) -> Cost:
-    """amlp's attention head beside the gate; it reads the same norm, so it has none of its own."""
+def gating_and_attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """amlp: the attention head beside the gate reads the same norm, so it has none of its own."""
     width = shape.tiny_attention_width
     qkv = _linear(shape, shape.hidden_size, 3 * width)
     out = _linear(shape, width, shape.ffn_hidden_size // 2)
-    return qkv + out + _pairs(shape, 2 * width)
+    return gating_cost(shape, slots) + qkv + out + _pairs(shape, 2 * width)
+
+
+def feature_moe_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """Spatial gating; with partial prediction also its router, and the first P rows are a product
+    of their own, P x P, with its triangle."""
+    unread = shape.prefix_length * (shape.seq_length - shape.prefix_length)
+    rows = Cost(0, 0, 0, -2 * unread * (shape.ffn_hidden_size // 2))
+    return gating_cost(shape, slots) + prefix_router_cost(shape, slots.heads) + rows
 
 
 def prefix_router_cost(shape: ModelShape, num_experts: int) -> Cost:
@@ -260,7 +250,7 @@ def mlp_cost(shape: ModelShape) -> Cost:
 def token_moe_cost(shape: ModelShape) -> Cost:
     """Router and experts (without bias); a token visits k of E experts, nothing is dropped."""
     expert = _expert_parameters(shape)
-    router = 0 if shape.token_router == "hash" else shape.hidden_size * shape.num_experts
+    router = shape.hidden_size * shape.num_experts if shape.router_has_weights else 0
     active = shape.moe_router_topk * expert + router
     flops = 2 * shape.seq_length * active
     norm = _norm(shape)

@@ -19,37 +19,12 @@ from megatron_smlp.accounting.costs import (
 from megatron_smlp.accounting.footprint import ParallelLayout, footprint
 from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.flags.config_file import read_yaml, spelling
+from megatron_smlp.options import model_defaults
 
 _REQUIRED = ("num_layers", "hidden_size", "seq_length")
-_DEFAULTS: dict[str, Any] = {
-    # Ours.
-    "architecture": "transformer",
-    "token_router": None,
-    "feature_router": "none",
-    "num_dense_layers": 0,
-    "spatial_heads": 1,
-    "toeplitz": False,
-    "num_feature_experts": 1,
-    "num_feature_chunks": None,
-    "prefix_fraction": 0.2,
-    "tiny_attention_width": 64,
-    # Megatron's.
-    "ffn_hidden_size": None,
-    "num_attention_heads": None,
-    "kv_channels": None,
-    "group_query_attention": False,
-    "num_query_groups": 1,
-    "num_experts": None,
-    "moe_ffn_hidden_size": None,
-    "moe_layer_freq": 1,
-    "moe_router_topk": 2,
-    "position_embedding_type": None,
-    "untie_embeddings_and_output_weights": False,
-    "disable_bias_linear": False,
-    "normalization": "LayerNorm",
-    "swiglu": False,
+_LAYOUT: dict[str, Any] = {
     "vocab_size": 50257,
-    "padded_vocab_size": None,
+    "disable_bias_linear": False,
     "make_vocab_size_divisible_by": 128,
     "micro_batch_size": 1,
     "global_batch_size": None,
@@ -64,6 +39,7 @@ _DEFAULTS: dict[str, Any] = {
     "fp16": False,
     "recompute_granularity": None,
 }
+_DEFAULTS = {**model_defaults(), "token_router": None, "position_embedding_type": None} | _LAYOUT
 _ON_COMMAND_LINE = (
     "vocab_size",
     "world_size",
@@ -120,6 +96,7 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     args.num_attention_heads = args.num_attention_heads or 1
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
+    # Experts of nobody's rule are counted as those of the simplest one.
     args.token_router = args.token_router or ("switch" if args.num_experts else "none")
     args.add_bias_linear = not args.disable_bias_linear
     if args.position_embedding_type is None:

@@ -1,4 +1,4 @@
-"""What one GPU holds and sends in a parallel layout: plain arithmetic, no torch, no GPU.
+"""Memory and traffic of one GPU in a parallel layout: plain arithmetic, no torch, no GPU.
 
 Memory: weights, gradients and optimizer state are exact; activations are the tensors that autograd
 keeps with Megatron's local layers (no fused kernels), an estimate.
@@ -14,7 +14,7 @@ import argparse
 from dataclasses import dataclass
 
 from megatron_smlp.accounting.costs import ModelShape
-from megatron_smlp.options import LayerSlots
+from megatron_smlp.systems import LayerSlots
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _GRADIENT_BYTES = 4
@@ -25,7 +25,7 @@ _MASTER_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """How a run is spread; names and defaults as Megatron's flags."""
+    """The parallel sizes of a run; names and defaults as Megatron's flags."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -218,7 +218,7 @@ def _mlp(shape: ModelShape) -> Parameters:
 def _token_moe(shape: ModelShape) -> Parameters:
     widths = 3 if shape.gated_mlp else 2
     experts = shape.num_experts * widths * shape.hidden_size * shape.moe_ffn_hidden_size
-    router = 0 if shape.token_router == "hash" else shape.num_experts * shape.hidden_size
+    router = shape.num_experts * shape.hidden_size if shape.router_has_weights else 0
     return Parameters(replicated=router, experts=experts) + _norm(shape)
 
 
@@ -259,7 +259,7 @@ def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerS
     elif slots.channel == "token_moe":
         # The dispatched token; the expert's hidden layer before and after the GELU; and its output,
         # unless the weight is fixed. GShard's second expert is counted as if it always served.
-        num_kept = 1 if shape.token_router == "hash" else 2
+        num_kept = 2 if shape.router_has_weights else 1
         expert = num_kept * shape.hidden_size + 2 * shape.moe_ffn_hidden_size / layout.expert_tensor
         channel = 2 * hidden + shape.moe_router_topk * expert
     return 2 * hidden + mixer + channel
@@ -299,7 +299,7 @@ def _stage(shape: ModelShape, layout: ParallelLayout, stage: int) -> Footprint:
 
 
 def _ring(size: int, ranks: int) -> float:
-    """What a rank sends in an all-reduce, or in a reduce-scatter and an all-gather, of `size`."""
+    """Return what a rank sends in an all-reduce, or a reduce-scatter and an all-gather."""
     return 2 * (ranks - 1) / ranks * size
 
 

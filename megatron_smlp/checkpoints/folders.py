@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 from megatron_smlp.durable import sync_folder
+from megatron_smlp.errors import UsageError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -69,6 +70,23 @@ def tracked_folder(run: str | Path) -> Path | None:
     """The checkpoint folder that the tracker names, which may be gone; None where it names none."""
     latest = latest_iteration(run)
     return release_folder(run) if latest is None else iteration_folder(run, latest)
+
+
+def checkpoint_of(path: str | Path) -> Path:
+    """Return the folder of one checkpoint: `path` itself, or the newest of the run in `path`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = Path(path)
+    if path.is_dir() and (is_checkpoint_folder(path) or (path / ".metadata").is_file()):
+        return path
+    folder = tracked_folder(path)
+    if folder is None:
+        raise UsageError(
+            f"{path} holds no checkpoint: give the --save folder of a run, or an iter_ folder."
+        )
+    return folder
 
 
 def iterations(run: str | Path) -> list[int]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.checkpoints.folders import checkpoint_of
 from megatron_smlp.command_line import Parser
 from megatron_smlp.library_logging import silence_libraries
 
@@ -38,8 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     silence_libraries()
-    from megatron_smlp.checkpoints.inspection import checkpoint_of
-
     folders = [checkpoint_of(path) for path in args.folders]
     commands: dict[str, Callable[..., tuple[dict[str, Any], int]]]
     commands = {"show": _show, "diff": _diff, "verify": _verify}

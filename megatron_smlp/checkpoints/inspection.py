@@ -10,32 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_smlp.checkpoints.folders import (
-    MODEL,
-    is_checkpoint_folder,
-    iteration_of,
-    tracked_folder,
-)
+from megatron_smlp.checkpoints.folders import MODEL, iteration_of
 from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.checkpoints.run_record import read_run_record
-from megatron_smlp.errors import UsageError
-
-
-def checkpoint_of(path: str | Path) -> Path:
-    """The folder of one checkpoint: `path` itself, or the one that the tracker of a run names.
-
-    Raises:
-        UsageError: there is none.
-    """
-    path = Path(path)
-    if path.is_dir() and is_checkpoint_folder(path):
-        return path
-    folder = tracked_folder(path)
-    if folder is None:
-        raise UsageError(
-            f"{path} holds no checkpoint: give the --save folder of a run, or an iter_ folder."
-        )
-    return folder
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def verify(folder: Path) -> list[str]:
     if not folder.is_dir():
         return ["the folder is missing"]
     if not is_ours(folder):
-        from megatron_smlp.checkpoints.foreign import structural_problems
+        from megatron_smlp.checkpoints.structure import structural_problems
 
         return structural_problems(folder)
     sums, problems = read_sums(folder)

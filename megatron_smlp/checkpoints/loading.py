@@ -22,7 +22,7 @@ from megatron_smlp.checkpoints.folders import (
     tidy,
     tracked_iteration,
 )
-from megatron_smlp.checkpoints.model_record import check_against_checkpoint
+from megatron_smlp.checkpoints.model_record import check_same_model, model_flags
 from megatron_smlp.checkpoints.run_record import changes, other_data, read_run_record
 from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.durable import write_durably
@@ -56,7 +56,7 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
     if chosen == args.ckpt_step:
         return
     args.ckpt_step = chosen
-    check_against_checkpoint(args)
+    check_same_model(model_flags(args), args.load, chosen)
     if args.rank == 0 and _is_same(args.load, args.save) and tracked_iteration(args.load) != chosen:
         _set_tracker(Path(args.load) / TRACKER, chosen, say)
 

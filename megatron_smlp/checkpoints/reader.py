@@ -1,69 +1,70 @@
-"""Read the tensors of Megatron's distributed checkpoints: one process, no process groups."""
+"""Read the tensors of Megatron's distributed checkpoints: one process, no process groups.
+
+torch's own reader takes a whole piece into memory beside the tensor, also for one row of it, and
+does not compare its checksum: docs/decisions/0036.
+"""
 
 from __future__ import annotations
 
-import io
+import contextlib
 import math
+import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.utils import _ReaderView
 
 from megatron_smlp.checkpoints.index import check_piece
-from megatron_smlp.conversion.safetensors_files import BLOCK, bytes_of
-from megatron_smlp.conversion.tensors import Spec
+from megatron_smlp.checkpoints.safe_unpickling import load_object, read_index, readable
+from megatron_smlp.checkpoints.tensors import Spec
 from megatron_smlp.errors import DamagedCheckpointError
-from megatron_smlp.megatron_patches import safe_loading
+
+BLOCK_BYTES = 2**20
 
 
 class TorchDistReader:
-    """What one checkpoint folder holds: whole tensors under global names, and objects.
+    """The contents of one checkpoint folder: whole tensors under global names, and objects.
 
     Raises:
         UserError: the index is missing or damaged, or would run code.
     """
 
     def __init__(self, folder: Path) -> None:
-        safe_loading.apply()
         self.folder = folder
-        metadata = FileSystemReader(str(folder)).read_metadata()
-        self.storage = metadata.storage_data
+        index = read_index(folder)
+        self.storage = index.storage_data
         self.entries: dict[str, TensorStorageMetadata] = {}
         self.objects: list[str] = []
-        for name, entry in metadata.state_dict_metadata.items():
+        for name, entry in sorted(index.state_dict_metadata.items()):
             if isinstance(entry, TensorStorageMetadata):
                 self.entries[name] = entry
-            elif isinstance(entry, BytesStorageMetadata):
+            else:
                 self.objects.append(name)
         self.all_specs = {
             name: Spec(tuple(entry.size), entry.properties.dtype)
-            for name, entry in sorted(self.entries.items())
+            for name, entry in self.entries.items()
         }
         """Of weights and optimizer state."""
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """One tensor, or one row of it, whatever the pieces in which ranks wrote it.
+        """Return one tensor, or one row of it, whatever the pieces in which ranks wrote it.
 
         Raises:
             DamagedCheckpointError: a piece cannot be read.
         """
-        entry = self.entries[name]
-        if row is None:
-            whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-            self.read_into(whole, name)
-            return whole
-        one = torch.empty(entry.size[1:], dtype=entry.properties.dtype)
-        self.read_into(one[None], name, start=row)
-        return one
+        spec = self.all_specs[name]
+        tensor = torch.empty(spec.shape if row is None else spec.shape[1:], dtype=spec.dtype)
+        self.read_into(tensor if row is None else tensor[None], name, start=row or 0)
+        return tensor
 
     def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
         """Fill a tensor with rows of the one of this name, from `start` on.
@@ -89,11 +90,11 @@ class TorchDistReader:
     def _read_piece(
         self, target: Tensor, name: str, chunk: ChunkStorageMetadata, *, skip: int
     ) -> None:
-        path, part = self._open(self.storage[MetadataIndex(name, chunk.offsets)])
-        with safe_loading.readable(path), part:
+        with self._open(MetadataIndex(name, chunk.offsets)) as part:
             written = check_piece(part, (tuple(chunk.sizes), target.dtype), name)
             if not written.is_contiguous() or written.storage_offset():
-                raise DamagedCheckpointError(f"{path} holds {name} otherwise than row by row.")
+                file = part.base_stream.name
+                raise DamagedCheckpointError(f"{file} holds {name} otherwise than row by row.")
             part.seek(0)
             with zipfile.ZipFile(part) as archive:
                 [values] = [n for n in archive.namelist() if n.endswith("/data/0")]
@@ -103,50 +104,26 @@ class TorchDistReader:
                     _fill(target, stream)
 
     def read_object(self, name: str) -> Any:
-        """What is saved under a name that is no tensor's, of types that `weights_only` allows."""
-        return self._load(self.storage[MetadataIndex(name)])
+        """Return what is saved under a name that is no tensor's, if `weights_only` allows it."""
+        with self._open(MetadataIndex(name)) as part:
+            return load_object(part)
 
-    def _load(self, place: Any) -> Any:
-        path, part = self._open(place)
-        with safe_loading.readable(path), part:
-            return torch.load(part, map_location="cpu", weights_only=True)
-
-    def _open(self, place: Any) -> tuple[Path, io.BufferedReader]:
-        path: Path = self.folder / place.relative_path
-        with safe_loading.readable(path):
-            return path, io.BufferedReader(_Part(path.open("rb"), place.offset, place.length))
+    @contextlib.contextmanager
+    def _open(self, index: MetadataIndex) -> Iterator[_Part]:
+        place = self.storage[index]
+        path = self.folder / place.relative_path
+        with readable(path), path.open("rb") as file:
+            yield _Part(file, place.offset, place.length)
 
 
-class _Part(io.RawIOBase):
-    """Some bytes of a file as a file of their own."""
+class _Part(_ReaderView):
+    """Some bytes of a file as a file of their own; torch's counts backwards from the end."""
 
-    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
-        self.file, self.offset, self.length, self.position = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
-        self.position = base + offset
-        return self.position
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
-    def readinto(self, buffer: Any) -> int:
-        self.file.seek(self.offset + self.position)
-        left = max(0, self.length - self.position)
-        count: int = self.file.readinto(memoryview(buffer)[:left])  # type: ignore[attr-defined]
-        self.position += count
-        return count
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        if whence == os.SEEK_END:
+            offset, whence = self.len + offset, os.SEEK_SET
+        super().seek(offset, whence)
+        return self.tell()
 
 
 def _fill(target: Tensor, stream: IO[bytes]) -> None:
@@ -155,7 +132,7 @@ def _fill(target: Tensor, stream: IO[bytes]) -> None:
         for row in target:
             _fill(row, stream)
     elif target.numel():
-        values = bytes_of(target)
-        for start in range(0, target.nbytes, BLOCK):
-            length = min(BLOCK, target.nbytes - start)
+        values = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+        for start in range(0, target.nbytes, BLOCK_BYTES):
+            length = min(BLOCK_BYTES, target.nbytes - start)
             values[start : start + length] = stream.read(length)  # ValueError where it is shorter

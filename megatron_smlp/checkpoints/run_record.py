@@ -23,6 +23,7 @@ from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import RUN
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.durable import write_durably
+from megatron_smlp.options import OUR_FLAGS
 from megatron_smlp.provenance import software
 
 LAYOUT = (
@@ -39,12 +40,12 @@ LAYOUT = (
 )
 TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
 
-# What one start of a run says about itself; the next one does not take it over.
-OF_ONE_START = frozenset({
-    "config", "use_checkpoint_args", "load", "save", "log_dir", "ckpt_step", "finetune",
-    "no_load_optim", "no_load_rng", "pretrained_checkpoint", "dry_run", "no_resume", "strict_load",
-    "exit_interval", "exit_duration_in_mins", "override_opt_param_scheduler",
-    "use_checkpoint_opt_param_scheduler",
+# What one start of a run says about itself, and the next one does not take over.
+START_FLAGS = frozenset({
+    *(name for name, facts in OUR_FLAGS.items() if facts.of_one_start),
+    "use_checkpoint_args", "load", "save", "ckpt_step", "finetune", "no_load_optim", "no_load_rng",
+    "pretrained_checkpoint", "exit_interval", "exit_duration_in_mins",
+    "override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler",
 })  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def changes(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
 
     Flags that were given then or are given now, and the number of ranks.
     """
-    names = {*record["given"], *args.explicit_flags} - OF_ONE_START
+    names = {*record["given"], *args.explicit_flags} - START_FLAGS
     before = record["flags"]
     found = []
     for name in ["world_size", *sorted(names)]:

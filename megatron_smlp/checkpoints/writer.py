@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import MODEL, RELEASE, RUN, TRACKER, iteration_folder
-from megatron_smlp.conversion.torch_dist import COMMON
+from megatron_smlp.checkpoints.torch_dist import COMMON
 
 SHARD = "__0_0.distcp"
 

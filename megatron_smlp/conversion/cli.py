@@ -11,9 +11,9 @@ from typing import Any
 
 from megatron_smlp.checkpoints.folders import TRACKER
 from megatron_smlp.command_line import Parser, flag_of
-from megatron_smlp.conversion.output import check_apart, check_target
 from megatron_smlp.errors import UsageError
 from megatron_smlp.library_logging import silence_libraries
+from megatron_smlp.options import MODEL_FLAGS, argument_of
 from megatron_smlp.platform.allocator import give_large_blocks_back
 
 DESCRIPTION = "Convert a checkpoint to another format or layout: one process, no GPU."
@@ -27,18 +27,6 @@ CONVERSIONS = {
     "upcycled gpt2 to torch_dist": "upcycle",
 }
 LAYOUT = ("tensor-model", "pipeline-model", "expert-model")
-SPARSE = (
-    "architecture",
-    "token_router",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_layer_freq",
-    "feature_router",
-    "num_feature_experts",
-    "num_feature_chunks",
-    "num_dense_layers",
-    "prefix_fraction",
-)
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -103,16 +91,9 @@ def _add_upcycling(parser: argparse.ArgumentParser) -> None:
         "--upcycle", action="store_true",
         help="copy the dense FFNs and spatial matrices into experts, with new routers",
     )  # fmt: skip
-    group.add_argument("--architecture", choices=["transformer", "gmlp", "amlp", "smlp"])
-    group.add_argument("--token-router", choices=["switch", "gshard", "base", "hash"])
-    group.add_argument("--num-experts", type=int, metavar="E")
-    group.add_argument("--moe-ffn-hidden-size", type=int, metavar="X")
-    group.add_argument("--moe-layer-freq", type=int, metavar="N")
-    group.add_argument("--feature-router", choices=["deterministic", "partial"])
-    group.add_argument("--num-feature-experts", type=int, metavar="E")
-    group.add_argument("--num-feature-chunks", type=int, metavar="C")
-    group.add_argument("--num-dense-layers", type=int, metavar="N")
-    group.add_argument("--prefix-fraction", type=float, metavar="P")
+    for name, facts in MODEL_FLAGS.items():
+        if facts.upcycling:
+            group.add_argument(flag_of(name), **argument_of(name))
 
 
 def _sparse_flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -121,7 +102,7 @@ def _sparse_flags(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UsageError: some without --upcycle.
     """
-    given = {name: getattr(options, name) for name in SPARSE}
+    given = {name: getattr(options, name) for name, facts in MODEL_FLAGS.items() if facts.upcycling}
     given = {name: value for name, value in given.items() if value is not None}
     if given and not options.upcycle:
         flag = flag_of(next(iter(given)))
@@ -148,8 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     shard_limit = parse_size(options.max_shard_size)
     _check_load(options.load, options.source)
-    check_apart(options.save, options.load)
-    check_target(options.save, overwrite=options.overwrite)
+    _check_save(options.save, options.load, overwrite=options.overwrite)
     # Imported late: torch and Megatron take seconds, and --help and wrong flags should not.
     silence_libraries()
     give_large_blocks_back()
@@ -161,7 +141,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         save=options.save,
         source=options.source,
         iteration=options.ckpt_step,
-        overwrite=options.overwrite,
         checks=options.checks,
         shard_limit=shard_limit,
         tokenizer=options.tokenizer_model,
@@ -186,6 +165,20 @@ def _check_load(load: Path, source: str) -> None:
         raise UsageError(f"--load {load} is a folder of transformers: give --from hf.")
     if source != "torch_dist" and is_run and not is_huggingface:
         raise UsageError(f"--load {load} is a checkpoint of Megatron's: give --from torch_dist.")
+
+
+def _check_save(target: Path, source: Path, *, overwrite: bool) -> None:
+    """Raise UsageError where writing `target` would lose something."""
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UsageError(
+            f"--save {target} holds --load {source}, which would be deleted: give another folder."
+        )
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"--save {target} is a file: give a folder.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UsageError(
+            f"--save {target} is not empty: give another folder, or --overwrite to replace it."
+        )
 
 
 def parse_size(text: str) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,25 +13,21 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_smlp.checkpoints.folders import partial_folder, replace_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
+from megatron_smlp.checkpoints.tensors import Source, Spec, check_scale, tensors_of
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.checkpoints.writer import write_weights
 from megatron_smlp.conversion import gpt2, huggingface, megatron_model, resharding, upcycling
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
-from megatron_smlp.conversion.output import whole_folder
 from megatron_smlp.conversion.padding import Repadded, padded_size
+from megatron_smlp.conversion.recipes import Converted, Recipe, same
 from megatron_smlp.conversion.record import converted_record
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
-from megatron_smlp.conversion.tensors import (
-    Converted,
-    Recipe,
-    Source,
-    Spec,
-    check_scale,
-    same,
-    tensors_of,
-)
-from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.data.tokenizers.folder import tokenizer_folder
+from megatron_smlp.durable import sync_folder
+from megatron_smlp.errors import UsageError
+from megatron_smlp.interrupts import interrupt
 from megatron_smlp.platform.one_process import one_process
 from megatron_smlp.progress import written_tensors
 
@@ -48,10 +46,10 @@ class Options:
 
     load: Path
     save: Path
+    """A folder that is there is replaced when all is written: the command line asks first."""
     source: str = "torch_dist"
     """Format of `load`: torch_dist, hf or gpt2."""
     iteration: int | None = None
-    overwrite: bool = False
     checks: bool = True
     shard_limit: int = 5 * 10**9
     """Bytes of one weights file of a Hugging Face folder."""
@@ -92,7 +90,7 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
         expected = huggingface.expected_shapes(model)
         converted = Converted(plan, source, expected, where=str(checkpoint.folder))
         tokenizer = options.tokenizer or tokenizer_folder(checkpoint.args, say)
-        with whole_folder(options.save, overwrite=options.overwrite) as folder:
+        with _whole(options.save) as folder:
             huggingface.write(
                 folder,
                 config,
@@ -132,7 +130,7 @@ def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
         _account(checkpoint, checkpoint.specs, checkpoint.flags, str(checkpoint.folder))
         source, flags = _padded(options, checkpoint, checkpoint.all_specs, checkpoint.flags)
         resharding.check_layout(flags, options.layout)
-        with whole_folder(options.save, overwrite=options.overwrite) as folder:
+        with _whole(options.save) as folder:
             resharding.copy(checkpoint, source, folder, flags, options.layout)
             if options.checks:
                 tokens = _tokens(flags)
@@ -247,10 +245,36 @@ def _release(
         is_new_model=source is not before.source,
     )
     objects = megatron_model.object_names(megatron_model.build(flags))
-    with whole_folder(options.save, overwrite=options.overwrite) as folder:
+    with _whole(options.save) as folder:
         tensors = written_tensors(tensors_of(source), source.specs.values())
         write_weights(folder, flags, tensors, objects=objects, layout=options.layout, record=record)
         yield folder
+
+
+@contextlib.contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """Make a hidden folder to write into; at the end it takes the place of `target`.
+
+    Ctrl-C, SIGTERM, a full disk and any other error remove what was written.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    partial = partial_folder(target)
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            sync_folder(path)  # which does the same for a file
+        replace_folder(partial, target)
+    except OSError as error:
+        name = error.filename or target
+        raise UsageError(f"{name} cannot be written: {error.strerror or error}.") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _tokens(flags: Mapping[str, Any]) -> Tensor:

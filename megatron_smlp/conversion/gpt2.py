@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_smlp.checkpoints.tensors import Spec
 from megatron_smlp.conversion.huggingface import IMPOSSIBLE
 from megatron_smlp.conversion.names import HeadShape, join_qkv
+from megatron_smlp.conversion.recipes import Recipe, same
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.conversion.streamed_weights import weights_from
-from megatron_smlp.conversion.tensors import Recipe, Spec, same
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 

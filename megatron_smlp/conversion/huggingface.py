@@ -12,9 +12,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from megatron_smlp.checkpoints.model_record import OTHER_FUNCTIONS
+from megatron_smlp.checkpoints.tensors import Source, Spec, check_scale, main_dtype
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.conversion.names import HeadShape, to_huggingface, to_megatron
+from megatron_smlp.conversion.recipes import Recipe
 from megatron_smlp.conversion.safetensors_files import (
     INDEX,
     SINGLE,
@@ -22,56 +23,18 @@ from megatron_smlp.conversion.safetensors_files import (
     write_folder,
 )
 from megatron_smlp.conversion.streamed_weights import weights_from
-from megatron_smlp.conversion.tensors import Recipe, Source, Spec, check_scale, main_dtype
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf import configuration_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPModel
+from megatron_smlp.options import MEGATRON_FLAGS, MODEL_FLAGS, model_defaults
+from megatron_smlp.systems import TOKEN_ROUTERS
 
-# Flags of a Megatron checkpoint that the configuration calls by the same name.
-SAME_NAME = (
-    "architecture",
-    "spatial_heads",
-    "toeplitz",
-    "feature_router",
-    "num_feature_experts",
-    "num_feature_chunks",
-    "prefix_fraction",
-    "partial_loss",
-    "feature_aux_loss_coeff",
-    "tiny_attention_width",
-    "num_dense_layers",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "token_router",
-    "moe_train_capacity_factor",
-    "moe_aux_loss_coeff",
-    "base_routing_input",
-    "base_prices",
-    "base_eval",
-    "gshard_second_expert",
-    "hash_seed",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_layer_freq",
-    "add_bias_linear",
-)
 # Megatron's flag -> the configuration's name.
-OTHER_NAME = {
-    "moe_token_drop_policy": "moe_drop_policy",
-    "padded_vocab_size": "vocab_size",
-    "vocab_size": "unpadded_vocab_size",
-    "seq_length": "max_position_embeddings",
-    "layernorm_epsilon": "layer_norm_epsilon",
-}
+NAMES = {name: facts.hf for name, facts in MODEL_FLAGS.items() if facts.hf}
 # What the model does not have, with the only value that can be exported.
 UNSUPPORTED = {
-    **{name: only for name, only in OTHER_FUNCTIONS.items() if name != "openai_gelu"},
-    "swiglu": False,
-    "group_query_attention": False,
-    "normalization": "LayerNorm",
+    name: default for name, default in model_defaults().items() if MODEL_FLAGS[name].hf_default_only
 }
 # What transformers answers to a value that is of no use to it.
 IMPOSSIBLE = (
@@ -109,8 +72,7 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
         )
     try:
         return SMLPConfig(
-            **{name: flags[name] for name in SAME_NAME},
-            **{theirs: flags[ours] for ours, theirs in OTHER_NAME.items()},
+            **{theirs: flags[ours] for ours, theirs in NAMES.items()},
             moe_eval_capacity_factor=None,  # a score must not depend on what else is in its batch
             hidden_act="gelu_new" if flags["openai_gelu"] else "gelu",
             tie_word_embeddings=not flags["untie_embeddings_and_output_weights"],
@@ -124,23 +86,21 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
     is_attention = config.architecture == "transformer"
     has_experts = config.token_router != "none"
     return {
-        **OTHER_FUNCTIONS,
-        **{name: getattr(config, name) for name in SAME_NAME},
-        **{ours: getattr(config, theirs) for ours, theirs in OTHER_NAME.items()},
+        **UNSUPPORTED,
+        **{ours: getattr(config, theirs) for ours, theirs in NAMES.items()},
         "vocab_size": config.unpadded_vocab_size or config.vocab_size,
         "hash_table": None,
         "moe_eval_capacity_factor": config.moe_eval_capacity_factor,
         "kv_channels": config.hidden_size // config.num_attention_heads,
-        "group_query_attention": False,
         "num_query_groups": None,
         "max_position_embeddings": config.max_position_embeddings,
         "position_embedding_type": "learned_absolute" if is_attention else "none",
         "num_experts": config.num_experts if has_experts else None,
         "moe_ffn_hidden_size": config.expert_width if has_experts else None,
         # Without experts it counts for nothing and is Megatron's default.
-        "moe_router_topk": 2 if config.token_router in ("none", "gshard") else 1,
-        "normalization": "LayerNorm",
-        "swiglu": False,
+        "moe_router_topk": TOKEN_ROUTERS[config.token_router].experts_per_token
+        if has_experts
+        else MEGATRON_FLAGS["moe_router_topk"].default,
         "openai_gelu": config.hidden_act == "gelu_new",
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
     }

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megatron_smlp.checkpoints.tensors import Source
 from megatron_smlp.conversion.streamed_weights import weights_from
-from megatron_smlp.conversion.tensors import Source
 from megatron_smlp.errors import UsageError
 
 # As pretrain_smlp.py sets it on a machine without Apex and Transformer Engine, in fp32.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_smlp.conversion.tensors import Recipe, same
+from megatron_smlp.conversion.recipes import Recipe, same
 
 OUTSIDE = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_smlp.conversion.tensors import Source, Spec
+from megatron_smlp.checkpoints.tensors import Source, Spec
 
 # Tensors with a row a token, of a Megatron checkpoint and its optimizer state, of our Hugging Face
 # folders, of GPT-2's; the output layer comes after the embedding it may be tied to.

@@ -14,10 +14,10 @@ from typing import Any
 
 from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
+from megatron_smlp.checkpoints.tensors import Source, tensors_of
+from megatron_smlp.checkpoints.torch_dist import COMMON, NOT_WEIGHTS, TorchDistCheckpoint
 from megatron_smlp.checkpoints.writer import TorchDistWriter, finish
 from megatron_smlp.conversion.record import converted_record
-from megatron_smlp.conversion.tensors import Source, tensors_of
-from megatron_smlp.conversion.torch_dist import COMMON, NOT_WEIGHTS, TorchDistCheckpoint
 from megatron_smlp.errors import UsageError
 from megatron_smlp.progress import written_tensors
 
@@ -27,7 +27,7 @@ ANY_LAYOUT = "optimizer.state."
 
 def check_layout(flags: Mapping[str, Any], layout: Mapping[str, int]) -> None:
     """Raise UsageError where the model cannot be spread that way, as pretrain_smlp.py would."""
-    from megatron_smlp.flags.parse import check_model
+    from megatron_smlp.flags.check_model import check_model
 
     for name, size in layout.items():
         if size < 1:

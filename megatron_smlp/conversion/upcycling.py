@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_smlp.conversion.tensors import Plan, Recipe, Spec, same
+from megatron_smlp.checkpoints.tensors import Spec
+from megatron_smlp.conversion.recipes import Plan, Recipe, same
 from megatron_smlp.errors import UsageError
 from megatron_smlp.routers.hash_table import random_table
 

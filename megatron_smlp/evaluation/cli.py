@@ -14,14 +14,14 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.options import parse
 
 
-def main(argv: Sequence[str]) -> None:
-    options, megatron_flags = parse(argv)
-    from megatron_smlp.training.captured_output import Transcript
+def main(argv: Sequence[str] | None = None) -> None:
+    options, megatron_flags = parse(sys.argv[1:] if argv is None else argv)
+    from megatron_smlp.training.captured_output import CapturedOutput
 
     with (
-        Transcript() as transcript
+        CapturedOutput() as output
     ):  # Megatron and torch print much; the results go to the terminal
-        transcript.open(None, rank=0)
+        output.open(None, rank=0)
         evaluate(options, megatron_flags)
         _end_together()
 
@@ -49,9 +49,9 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
     from megatron_smlp.options import suffix_start
     from megatron_smlp.training.captured_output import terminal
 
-    args.suffix_from = options.suffix_from
+    flags = argparse.Namespace(**{**vars(args), "suffix_from": options.suffix_from})
     try:
-        suffix_from = suffix_start(args, seq_length=args.seq_length)
+        suffix_from = suffix_start(flags, seq_length=args.seq_length)
     except ValueError as error:
         raise UsageError(str(error)) from error
     result = measure(

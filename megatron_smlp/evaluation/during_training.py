@@ -23,7 +23,7 @@ from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.model_tokenizer import bare
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.results import TaskResult
+from megatron_smlp.evaluation.results import TaskResult, as_record, task_texts
 from megatron_smlp.evaluation.selection import require_harness, select_tasks, split_names
 from megatron_smlp.library_logging import quiet_libraries
 from megatron_smlp.routers.statistics import RouterStatistics
@@ -61,6 +61,11 @@ class TaskEvaluation:
         """At every multiple of the interval, and after the last step."""
         interval = self.args.eval_tasks_interval
         return bool(iteration == self.args.train_iters or (interval and iteration % interval == 0))
+
+    def scores(self) -> tuple[dict[str, dict[str, float | None]], list[str]]:
+        """See the protocol in training/reporting.py."""
+        results = self.run()
+        return as_record(results), task_texts(results)
 
     def run(self) -> list[TaskResult]:
         """Score all tasks; the same results on every rank."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_smlp.conversion.tensors import main_dtype
+from megatron_smlp.checkpoints.tensors import main_dtype
 from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
@@ -44,10 +44,12 @@ def load_model(
     saved = open_checkpoint(checkpoint)
     from megatron_smlp.flags.from_model_record import model_words
     from megatron_smlp.flags.parse import build_parser, parse_arguments
+    from megatron_smlp.megatron_patches import table
     from megatron_smlp.platform import choice, cpu
 
     choice.check()
     cpu.apply()
+    table.apply()
     parser = build_parser()
     spec = _tokenizer_given(parser, flags) or tokenizer_record(saved)
     tokenizer = resolve_for(
@@ -63,7 +65,8 @@ def load_model(
             *("--load", str(checkpoint)),
         ]
     )
-    return args, _build_and_load(args), tokenizer
+    with args.thawed():
+        return args, _build_and_load(args), tokenizer
 
 
 def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.command_line import flag_of
-from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.errors import UsageError
 

@@ -88,7 +88,7 @@ def as_record(results: Iterable[TaskResult]) -> dict[str, dict[str, float | None
     }
 
 
-def task_words(results: Iterable[TaskResult]) -> list[str]:
+def task_texts(results: Iterable[TaskResult]) -> list[str]:
     """For a console line: `copa acc 0.550`."""
     return [
         " ".join([result.task, *(f"{name} {score.value:.3f}" for name, score in pairs)])

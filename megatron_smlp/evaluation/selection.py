@@ -74,7 +74,7 @@ def select_tasks(
 def _offline(names: Sequence[str], data_dir: str, prompt_style: PromptStyle) -> Selection:
     if not Path(data_dir).is_dir():
         raise UsageError(
-            f"--data-dir {data_dir} is no folder; docs/evaluation.md says what is in it"
+            f"--data-dir {data_dir} is not a folder; docs/evaluation.md says what is in it"
         )
     for name in names:
         _check_known(name, PAPER_TASKS, where="--data-dir serves")

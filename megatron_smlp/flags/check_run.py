@@ -1,8 +1,4 @@
-"""Is this a run that can start? Ranges, schedule, batch, processes; no torch, no Megatron.
-
-Megatron stops at most of these with an assertion that names no flag, some of them after minutes,
-and takes others in silence. What the model may look like is checked in flags/parse.py.
-"""
+"""Is this a run that can start? Ranges, schedule, batch, processes."""
 
 from __future__ import annotations
 
@@ -18,7 +14,8 @@ from urllib.parse import urlsplit
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
 from megatron_smlp.errors import UsageError
-from megatron_smlp.options import suffix_start
+from megatron_smlp.options import OUR_FLAGS, suffix_start
+from megatron_smlp.platform import cpu
 
 LEAST = {
     "train_iters": 1,
@@ -40,7 +37,6 @@ LEAST = {
     "exit_duration_in_mins": 0,
     "num_workers": 0,
     "seed": 1,
-    "num_feature_chunks": 1,
     "ckpt_step": 0,
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
@@ -57,7 +53,8 @@ def check_ranges(args: argparse.Namespace) -> None:
     Raises:
         UsageError: with flag, value and range.
     """
-    for name, least in LEAST.items():
+    ours = {name: facts.least for name, facts in OUR_FLAGS.items() if facts.least is not None}
+    for name, least in {**LEAST, **ours}.items():
         value = getattr(args, name)
         if value is not None and not value >= least:  # NaN is refused too
             raise UsageError(f"{flag_of(name)} {value}: give {least} or more.")
@@ -69,7 +66,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--peak-tflops {args.peak_tflops}: give a positive number, or leave it out."
         )
-    if args.cross_entropy_loss_fusion and not args.bf16:
+    if args.explicit_flags.get("cross_entropy_loss_fusion") and not args.bf16:
         raise UsageError(
             "--cross-entropy-loss-fusion without --bf16: Megatron rounds its gradient to bf16 "
             "whatever the precision is. Give --bf16, or --no-cross-entropy-loss-fusion where a "
@@ -94,7 +91,7 @@ def _check_split(args: argparse.Namespace) -> None:
 
 
 def check_schedule(args: argparse.Namespace) -> None:
-    """Steps, warm-up and evaluation that fit together; fills in intervals that are left out.
+    """Check that steps, warm-up and evaluation fit together.
 
     Raises:
         UsageError: see the messages.
@@ -117,19 +114,11 @@ def check_schedule(args: argparse.Namespace) -> None:
             "give both, or --eval-iters with the number of batches."
         )
     if args.eval_iters and not args.eval_interval:
-        if "eval_iters" in args.explicit_flags:
-            raise UsageError("--eval-iters without --eval-interval: give both, or --eval-iters 0.")
-        args.eval_iters = 0  # Megatron's default without an interval to use it at
-    # A step reads one sample or more, so that the run's end comes before this interval's.
-    never = args.train_iters or args.train_samples
-    if not args.eval_iters:
-        args.eval_interval = args.eval_interval or never  # Megatron divides by it
-    if args.save and not args.save_interval:
-        args.save_interval = never  # once, at the end; Megatron insists on a number
+        raise UsageError("--eval-iters without --eval-interval: give both, or --eval-iters 0.")
 
 
 def _check_length(args: argparse.Namespace) -> None:
-    """How long the run is, and the phases of the learning rate within that."""
+    """Check the length of the run, and the phases of the learning rate within it."""
     unit = "iters" if args.train_iters else "samples"
     length = args.train_iters or args.train_samples
     if not length:
@@ -190,7 +179,7 @@ def check_layout(args: argparse.Namespace) -> None:
     batch = args.global_batch_size
     if batch is not None and batch % step:
         raise UsageError(
-            f"--global-batch-size {batch} is no multiple of {step}, which is --micro-batch-size "
+            f"--global-batch-size {batch} is not a multiple of {step}, which is --micro-batch-size "
             f"{args.micro_batch_size} on {data_parallel} data parallel "
             f"{'process' if data_parallel == 1 else 'processes'}: give a multiple."
         )
@@ -213,13 +202,11 @@ def check_names(args: argparse.Namespace) -> None:
         UsageError: see the messages.
     """
     if args.tokenizer_type is None:
-        if not (args.vocab_file and args.merge_file):
-            raise UsageError(
-                "--tokenizer-type is missing: give it as --tokenizer-type HuggingFaceTokenizer "
-                "--tokenizer-model FOLDER, as when the data was made; NullTokenizer with "
-                "--vocab-size does for --mock-data and --dry-run."
-            )
-        args.tokenizer_type = "GPT2BPETokenizer"  # Megatron's default
+        raise UsageError(
+            "--tokenizer-type is missing: give it as --tokenizer-type HuggingFaceTokenizer "
+            "--tokenizer-model FOLDER, as when the data was made; NullTokenizer with --vocab-size "
+            "does for --mock-data and --dry-run."
+        )
     if "Null" in args.tokenizer_type and not args.vocab_size:
         raise UsageError(
             f"--tokenizer-type {args.tokenizer_type} without --vocab-size: give the number of ids."
@@ -284,22 +271,22 @@ def _has_wandb_login() -> bool:
     return urlsplit(host).hostname in hosts
 
 
-OF_TRANSFORMER_ENGINE = frozenset({"layernorm", "moe_act", "mla_up_proj"})
-"""What `--recompute-modules` frees and recomputes in the backward pass by it."""
+RECOMPUTED_BY_TRANSFORMER_ENGINE = frozenset({"layernorm", "moe_act", "mla_up_proj"})
+"""Modules that `--recompute-modules` recomputes by Transformer Engine."""
 
 
-def check_machine(args: argparse.Namespace, *, is_cpu: bool) -> None:
-    """What the machine and its packages have to have for these flags.
+def check_machine(args: argparse.Namespace) -> None:
+    """Check that the machine has the devices and packages that these flags need.
 
     Raises:
         UsageError: see the messages.
     """
-    if is_cpu and args.profile and not args.use_pytorch_profiler:
+    if cpu.needed() and args.profile and not args.use_pytorch_profiler:
         raise UsageError(
             "--profile marks a run for NVIDIA's profiler, and there is no GPU: give "
             "--use-pytorch-profiler too, or leave it out."
         )
-    needing = OF_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ())
+    needing = RECOMPUTED_BY_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ())
     if needing and find_spec("transformer_engine") is None:
         raise UsageError(
             f"--recompute-modules {' '.join(sorted(needing))}: Megatron recomputes this by "

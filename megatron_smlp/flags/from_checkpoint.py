@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.checkpoints.folders import iteration_folder, loading_order, release_folder
-from megatron_smlp.checkpoints.run_record import OF_ONE_START, read_run_record
+from megatron_smlp.checkpoints.run_record import START_FLAGS, read_run_record
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.exclusive import replaced_by
 
@@ -37,7 +37,7 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     words = _recorded_words(load, known.ckpt_step)
     options = parser._option_string_actions
     given = {action.dest for action, _ in _groups(options, own) if action}
-    replaced = OF_ONE_START | given | replaced_by(given)
+    replaced = START_FLAGS | given | replaced_by(given)
     kept: list[str] = []
     for action, group in _groups(options, words):
         negation = group[0].split("=")[0].replace("--", "--no-", 1)

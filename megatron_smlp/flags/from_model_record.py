@@ -6,20 +6,16 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_smlp.checkpoints.model_record import LAYOUT_DEPENDENT, MAY_CHANGE
-
-# May change, but is no matter of training alone.
-OF_EVALUATION = ("base_eval",)
-# They follow from other flags, or from the tokenizer.
-DERIVED = ("moe_router_topk", "vocab_size", "max_position_embeddings")
+from megatron_smlp.options import MODEL_FLAGS, Facts
 
 
 def model_words(parser: argparse.ArgumentParser, flags: Mapping[str, Any]) -> list[str]:
     """The flags that make the model, without what only training reads."""
-    skipped = {*LAYOUT_DEPENDENT, *MAY_CHANGE, *DERIVED} - {*OF_EVALUATION}
     words: list[str] = []
     for name, value in flags.items():
-        if name not in skipped and value is not None:
+        facts = MODEL_FLAGS.get(name, Facts())
+        is_model = not facts.derived and (facts.evaluates or not facts.may_change)
+        if is_model and value is not None:
             actions = [action for action in parser._actions if action.dest == name]
             words += _words(actions, value)
     return words

@@ -1,74 +1,133 @@
-"""`--help` from files, because building the parser takes seconds: it imports Megatron and torch.
+"""`--help`: our flags, from the records in options.py, without importing Megatron and torch.
 
-python -m megatron_smlp.flags.help      writes help.txt and docs/flags.md anew, after a flag changed
+`--help-all` builds the parser, which takes seconds, and lists Megatron's flags too.
+
+    python -m megatron_smlp.flags.help      writes docs/flags.md anew, after a flag changed
 """
 
 from __future__ import annotations
 
-import argparse
+import ast
 import dataclasses
+import inspect
+import itertools
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
-PACKAGE = Path(__file__).parent
-HELP_FILE = PACKAGE / "help.txt"
-FLAGS_PAGE = PACKAGE.parents[1] / "docs" / "flags.md"
+from megatron_smlp.command_line import VERSION, flag_of
+from megatron_smlp.options import OUR_FLAGS, ModelOptions, RunOptions
+
+FLAGS_PAGE = Path(__file__).parents[2] / "docs" / "flags.md"
 WIDTH = 100
+GROUPS = {"Model": ModelOptions, "Run": RunOptions}
+HEAD = """usage: pretrain_smlp.py --config FILE.yaml [--flag value ...]
 
+Pretrain sparse all-MLP language models and their baselines. These flags come on top of Megatron's,
+which keep their names and meaning; --help-all lists those too.
+"""
 PAGE = """# Flags
 
-Megatron's flags keep their names and meaning; `pretrain_smlp.py --help` lists them all. Ours come
+Megatron's flags keep their names and meaning; `pretrain_smlp.py --help-all` lists them. Ours come
 on top. A YAML file (`--config`) holds the same names, and flags win over it. This page is generated
-by `python -m megatron_smlp.flags.help`.
+by `python -m megatron_smlp.flags.help` from the records in `megatron_smlp/options.py`.
 """
 
 
-def wants_help(argv: Sequence[str]) -> bool:
-    return "--help" in argv or "-h" in argv
+def answered(argv: Sequence[str]) -> bool:
+    """Print what --help, --help-all or --version asks for, where one of them is there."""
+    if "--help-all" in argv:
+        print(full_help(), end="")
+    elif "--help" in argv or "-h" in argv:
+        print(short_help())
+    elif list(argv) == ["--version"]:
+        print(VERSION)
+    else:
+        return False
+    return True
 
 
-def print_help() -> None:
-    print(HELP_FILE.read_text(encoding="utf-8"), end="")
+def short_help() -> str:
+    """Return our flags as argparse would print them."""
+    lines = [HEAD]
+    for title, options in GROUPS.items():
+        lines.append(f"{title.lower()}:")
+        for name, allowed, default, meaning in rows(options):
+            lines.append(f"  {flag_of(name)}{f' {allowed}' if allowed else ''}")
+            text = meaning + (f" (default: {default})" if default else "")
+            lines += textwrap.wrap(
+                text, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8,
+                break_on_hyphens=False,
+            )  # fmt: skip
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
-def help_text(parser: argparse.ArgumentParser) -> str:
-    """Every flag, as argparse words it at a fixed width; ours are at the end."""
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=WIDTH)
-    return parser.format_help()
+def full_help() -> str:
+    """Return every flag, Megatron's among them, as argparse prints it."""
+    import argparse
 
-
-def flags_page(parser: argparse.ArgumentParser) -> str:
-    """Our flags as a page of documentation: name, allowed values, default, meaning."""
-    from megatron_smlp.options import ModelOptions, RunOptions
-
-    lines = [PAGE]
-    for title, options in (("Model", ModelOptions), ("Run", RunOptions)):
-        lines += [f"\n## {title}\n", "| flag | default | meaning |", "|---|---|---|"]
-        names = [field.name for field in dataclasses.fields(options)]
-        lines += _rows(parser, names)
-    return "\n".join(lines) + "\n"
-
-
-def _rows(parser: argparse.ArgumentParser, names: Sequence[str]) -> Iterator[str]:
-    actions = {action.dest: action for action in parser._actions}
-    for name in names:
-        action = actions[name]
-        allowed = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
-        default = "" if action.default is None else f"`{action.default}`"
-        meaning = " ".join((action.help or "").replace("%%", "%").split()).replace("|", "\\|")
-        yield f"| `{action.option_strings[0]}{allowed}` | {default} | {meaning} |"
-
-
-def main() -> None:
-    """Write both files."""
     from megatron_smlp.flags.parse import build_parser
     from megatron_smlp.platform import cpu
 
     cpu.apply()
-    HELP_FILE.write_text(help_text(build_parser()), encoding="utf-8")
-    FLAGS_PAGE.write_text(flags_page(build_parser()), encoding="utf-8")
-    print(f"wrote {HELP_FILE} and {FLAGS_PAGE}", file=sys.stderr)
+    parser = build_parser()
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=WIDTH)
+    return parser.format_help()
+
+
+def rows(options: type) -> Iterator[tuple[str, str, str, str]]:
+    """Yield each flag of a dataclass: name, allowed values, default, meaning."""
+    meanings = docstrings(options)
+    for field in dataclasses.fields(options):
+        default = "" if field.default is None or field.default is False else str(field.default)
+        yield field.name, _allowed(field), default, meanings[field.name]
+
+
+def _allowed(field: dataclasses.Field[Any]) -> str:
+    kind = field.type
+    choices = field.metadata.get("argparse_meta", {}).get("choices")
+    if choices is None and get_origin(kind) is Literal:
+        choices = get_args(kind)
+    if choices:
+        return "{" + ",".join(map(str, choices)) + "}"
+    return "" if kind is bool else field.name.upper()
+
+
+def docstrings(options: type) -> dict[str, str]:
+    """Read the text under each field of a dataclass, one line of it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(options))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in itertools.pairwise(body.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+def flags_page() -> str:
+    """Return our flags as a page of documentation."""
+    lines = [PAGE]
+    for title, options in GROUPS.items():
+        lines += [f"\n## {title}\n", "| flag | for | default | meaning |", "|---|---|---|---|"]
+        for name, allowed, default, meaning in rows(options):
+            shown = f" {allowed}" if allowed.startswith("{") else ""
+            facts = OUR_FLAGS[name]
+            owners = [*facts.architectures, *facts.token_routers, *facts.feature_routers]
+            lines.append(
+                f"| `{flag_of(name)}{shown}` | {', '.join(owners)} | "
+                f"{f'`{default}`' if default else ''} | {meaning.replace('|', chr(92) + '|')} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write docs/flags.md."""
+    FLAGS_PAGE.write_text(flags_page(), encoding="utf-8")
+    print(f"wrote {FLAGS_PAGE}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,24 +7,14 @@ Megatron's parser has the flags of all its models and of all its layers. A layer
 from __future__ import annotations
 
 import argparse
-from typing import get_args
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.options import ArchitectureName, ModelOptions
+from megatron_smlp.options import DEFAULTS, OUR_FLAGS
 from megatron_smlp.platform import cpu
+from megatron_smlp.systems import ARCHITECTURES
 
-OF_ONE_ARCHITECTURE = {
-    "num_dense_layers": "smlp",
-    "feature_router": "smlp",
-    "num_feature_experts": "smlp",
-    "num_feature_chunks": "smlp",
-    "prefix_fraction": "smlp",
-    "partial_loss": "smlp",
-    "feature_aux_loss_coeff": "smlp",
-    "tiny_attention_width": "amlp",
-}
-OF_OTHER_LAYERS = (
+OTHER_LAYER_FLAGS = (
     "multi_latent_attention",
     "experimental_attention_variant",
     "linear_attention_freq",
@@ -35,8 +25,8 @@ OF_OTHER_LAYERS = (
     "hybrid_override_pattern",
     "is_hybrid_model",
 )
-SPECS = [["megatron_smlp.architectures", name] for name in get_args(ArchitectureName)]
-OF_DOCUMENTS = ("reset_attention_mask", "reset_position_ids")
+SPECS = [["megatron_smlp.architectures", name] for name in ARCHITECTURES]
+DOCUMENT_FLAGS = ("reset_attention_mask", "reset_position_ids")
 OTHER_PROGRAMS = ("rl", "biencoder", "vision", "Logits Distillation", "inference", "sft")
 """Groups of flags in Megatron's help that pretraining does not read."""
 READ_HERE = frozenset({"cuda_graph_scope", "cuda_graph_modules"})
@@ -60,7 +50,7 @@ READ_NOWHERE = {
 }
 """Flags of Megatron's parser that neither Megatron's loop nor this repository reads, and what to do
 instead."""
-OF_ATTENTION = (
+ATTENTION_FLAGS = (
     "group_query_attention",
     "num_query_groups",
     "add_qkv_bias",
@@ -74,7 +64,7 @@ OF_ATTENTION = (
     "use_rotary_position_embeddings",
 )
 POSITIONS_WITHOUT_ATTENTION = ("none", "learned_absolute")
-OF_TRANSFORMER_ENGINE = (
+TRANSFORMER_ENGINE_FLAGS = (
     "layernorm_zero_centered_gamma",
     "qk_layernorm",
     "softmax_type",
@@ -85,25 +75,24 @@ OF_TRANSFORMER_ENGINE = (
     "fp8",
     "fp4",
 )
-GRAPHS = ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
-FLAGS = {
+CUDA_GRAPH_FLAGS = ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
+SPELLINGS = {
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     "fp8": "--fp8-format",
     "fp4": "--fp4-format",
 }
-"""Where a flag is not spelt as what it sets."""
+"""Spellings of flags that set something of another name."""
 
 
-def refuse_foreign(args: argparse.Namespace) -> None:
+def refuse_unused(args: argparse.Namespace) -> None:
     """Check what the user gave, on the command line or in a YAML file.
 
     Raises:
         UsageError: with the flag, whose it is, and what to do.
     """
-    _refuse_ours(args)
     for name in _given(args, tuple(READ_NOWHERE)):
         raise UsageError(f"{_flag(name)} is not read by this program: {READ_NOWHERE[name]}.")
-    for name in _given(args, OF_OTHER_LAYERS):
+    for name in _given(args, OTHER_LAYER_FLAGS):
         raise UsageError(
             f"{_flag(name)} builds layers of other models than --architecture {args.architecture}: "
             "leave it out."
@@ -115,7 +104,7 @@ def refuse_foreign(args: argparse.Namespace) -> None:
             f"FLOPs, export): give {SPECS[0][0]} with {', '.join(name for _, name in SPECS)}, or "
             "--architecture."
         )
-    for name in _given(args, OF_DOCUMENTS):
+    for name in _given(args, DOCUMENT_FLAGS):
         raise UsageError(
             f"{_flag(name)}: samples are read whole, as every system here is trained and compared: "
             "a spatial matrix has one row for each position of the sample, wherever its documents "
@@ -133,7 +122,7 @@ def refuse_foreign(args: argparse.Namespace) -> None:
     if args.architecture != "transformer":
         _refuse_attentions(args)
     _refuse_cuda_graphs(args)
-    for name in _given(args, OF_TRANSFORMER_ENGINE):
+    for name in _given(args, TRANSFORMER_ENGINE_FLAGS):
         if args.transformer_impl == "local":
             raise UsageError(
                 f"{_flag(name)} needs Transformer Engine, which is not in use "
@@ -147,7 +136,7 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
     A whole iteration reads each loss there (--nonfinite-loss); token experts read how many tokens
     they get, partial prediction how many chunks.
     """
-    given = {name: args.explicit_flags[name] for name in _given(args, GRAPHS)}
+    given = {name: args.explicit_flags[name] for name in _given(args, CUDA_GRAPH_FLAGS)}
     if not given:
         return
     name, value = next(iter(given.items()))
@@ -181,19 +170,33 @@ def refuse_other_programs(parser: argparse.ArgumentParser, args: argparse.Namesp
             )
 
 
-def _refuse_ours(args: argparse.Namespace) -> None:
-    defaults = ModelOptions()
-    for name, owner in OF_ONE_ARCHITECTURE.items():
-        value = getattr(args, name)
-        if value != getattr(defaults, name) and args.architecture != owner:
-            raise UsageError(
-                f"{_flag(name)} {value} is for --architecture {owner}, not {args.architecture}: "
-                "leave it out."
-            )
+def refuse_unless(args: argparse.Namespace, fact: str, *, chosen: str, by: str) -> None:
+    """Refuse our flags that are for other choices than the one that was made.
+
+    A default that is spelt out asks for nothing.
+
+    Args:
+        fact: of options.Facts: which choices a flag is for.
+        by: the flag that makes the choice.
+
+    Raises:
+        UsageError: with the flag, and what it is for.
+    """
+    for name, facts in OUR_FLAGS.items():
+        allowed, default = getattr(facts, fact), DEFAULTS[name]
+        value = args.explicit_flags.get(name, default)
+        if value == default or not allowed or chosen in allowed:
+            continue
+        said = flag_of(name) if value is True else f"{flag_of(name)} {value}"
+        raise UsageError(f"{said} is for {by} {_one_of(allowed)}, not {chosen}: leave it out.")
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _refuse_attentions(args: argparse.Namespace) -> None:
-    for name in _given(args, OF_ATTENTION):
+    for name in _given(args, ATTENTION_FLAGS):
         raise UsageError(
             f"{_flag(name)} is for the attention of --architecture transformer, not for "
             f"{args.architecture}: leave it out."
@@ -213,4 +216,4 @@ def _given(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
 
 
 def _flag(name: str) -> str:
-    return FLAGS.get(name) or flag_of(name)
+    return SPELLINGS.get(name) or flag_of(name)

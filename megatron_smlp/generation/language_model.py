@@ -81,14 +81,14 @@ def of_checkpoint(
     checkpoint: str, tokenizer: Tokenizer, *, dtype: str = "auto", device: str | None = None
 ) -> LanguageModel:
     """The newest checkpoint of a run, with a tokenizer that is known to be its own."""
-    from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
+    from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 
     model = _placed(model_of(TorchDistCheckpoint(checkpoint)), device=device, dtype=dtype)
     return LanguageModel(model, tokenizer.build(), tokenizer.eod, Path(checkpoint).resolve().name)
 
 
 def _trained(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, str]:
-    from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
+    from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 
     checkpoint = TorchDistCheckpoint(options.checkpoint, iteration=options.ckpt_step)
     recorded = getattr(checkpoint.args, "tokenizer_type", None)
@@ -101,8 +101,9 @@ def model_of(checkpoint: Any) -> Any:
 
     checkpoint: a `TorchDistCheckpoint`.
     """
+    from megatron_smlp.checkpoints.tensors import main_dtype, tensors_of
     from megatron_smlp.conversion import huggingface
-    from megatron_smlp.conversion.tensors import Converted, main_dtype, tensors_of
+    from megatron_smlp.conversion.recipes import Converted
 
     config = huggingface.config_of(checkpoint.flags)
     model = huggingface.build(config)

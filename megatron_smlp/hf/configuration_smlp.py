@@ -53,7 +53,7 @@ _LARGEST = {
 
 @strict
 class SMLPConfig(PreTrainedConfig):
-    """What the model is; every size in elements.
+    """Configuration of a model; every size in elements.
 
     Args:
         architecture: transformer, gmlp, amlp (gmlp and one small attention head) or smlp.
@@ -128,7 +128,7 @@ class SMLPConfig(PreTrainedConfig):
     num_experts: int | None = None
     moe_ffn_hidden_size: int | None = None
     moe_layer_freq: int | list[int] = 1
-    moe_train_capacity_factor: float | int | None = 1.25
+    moe_train_capacity_factor: float | int | None = None
     moe_eval_capacity_factor: float | int | None = None
     moe_drop_policy: str = "position"
     moe_aux_loss_coeff: float | int = 0.01
@@ -184,11 +184,11 @@ class SMLPConfig(PreTrainedConfig):
         return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
     def is_sparse_layer(self, index: int) -> bool:
-        """Whether layer `index` belongs to the N2 sparse ones of smlp."""
+        """Return whether layer `index` belongs to the N2 sparse ones of smlp."""
         return self.architecture == "smlp" and index >= self.num_dense_layers
 
     def has_token_moe(self, index: int) -> bool:
-        """Whether the channel slot of layer `index` is a token MoE."""
+        """Return whether the channel slot of layer `index` is a token MoE."""
         if self.token_router == "none":
             return False
         if self.architecture == "smlp":

@@ -69,7 +69,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of one call stand; everything is padded on the right."""
+    """Positions of the tokens of one call; everything is padded on the right."""
 
     positions: Tensor
     """<int64>[B, T], absolute."""
@@ -92,7 +92,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Move:
-    """How the columns of a padded batch move to the left, in front of the padding, and back."""
+    """Moves the columns of a padded batch to the left, in front of the padding, and back."""
 
     order: Tensor
     """<int64>[B, T]: which column comes to each place."""
@@ -224,7 +224,7 @@ class SMLPLinear(nn.Linear):
 
 
 class SMLPOutputLinear(SMLPLinear):
-    """What leads back to the residual, which starts smaller; see `_init_weights`."""
+    """A projection back to the residual, which starts smaller; see `_init_weights`."""
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -1024,7 +1024,7 @@ class SMLPModel(SMLPPreTrainedModel):
         attention_mask: Tensor | None,
         cache: SMLPCache | None,
     ) -> tuple[Layout, "Move | None"]:
-        """Where the tokens of this call stand, and how they get to right padding and back.
+        """Return the positions of this call's tokens, and their way to right padding and back.
 
         hidden: <float>[B, T, D]; attention_mask: [B, T of all calls], 0 on padding.
         """

@@ -11,11 +11,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
+
+
+def attention_spec(config: TransformerConfig, backend: BackendSpecProvider, **_: Any) -> ModuleSpec:
+    """Return the spec of Megatron's SelfAttention; without Transformer Engine with torch's SDPA."""
+    local = config.transformer_impl == "local"
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=SDPACoreAttention if local else backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+        ),
+    )
 
 
 class SDPACoreAttention(DotProductAttention):

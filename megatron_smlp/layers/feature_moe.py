@@ -23,12 +23,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialProjection
+from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialProjection, gating_spec
 from megatron_smlp.routers.prefix import Choice, PrefixRouter
+
+
+def feature_moe_spec(*args: Any, options: Any, heads: int, **kwargs: Any) -> ModuleSpec:
+    """Return the spec of a layer of `heads` spatial experts, by the rule of --feature-router."""
+    if options.feature_router == "deterministic":
+        return gating_spec(*args, module=DeterministicFeatureMoE, heads=heads, **kwargs)
+    return gating_spec(
+        *args,
+        module=PartialFeatureMoE,
+        heads=options.num_chunks,
+        num_experts=heads,
+        prefix_length=options.prefix_length(kwargs["sequence_length"]),
+        loss_coeff=options.feature_aux_loss_coeff,
+        **kwargs,
+    )
 
 
 class DeterministicFeatureMoE(SpatialGating):

@@ -19,8 +19,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_smlp.platform import cpu
-
 try:
     from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM as HAVE_APEX
     from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
@@ -57,9 +55,15 @@ def norm_builder(config: TransformerConfig) -> Any:
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
-    if HAVE_APEX and config.normalization == "LayerNorm" and not cpu.active():
+    if HAVE_APEX and config.normalization == "LayerNorm" and _is_on_cuda():
         return FusedLayerNorm
     return TorchNorm
+
+
+def _is_on_cuda() -> bool:
+    """Return whether this process computes on a CUDA device; platform/cpu.py names the CPU."""
+    available = torch.cuda.is_available()
+    return available and torch.device(torch.cuda.current_device()).type == "cuda"
 
 
 class HeadLayerNorm(nn.Module):

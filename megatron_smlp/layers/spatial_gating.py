@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
@@ -52,6 +53,42 @@ class SpatialGatingSubmodules:
     linear_fc2: ModuleSpec | type
     tiny_attention: Callable[..., nn.Module] | None = None
     """aMLP: builds what is added to g from x; called with config and tp_group."""
+
+
+def gating_spec(
+    config: TransformerConfig,
+    backend: BackendSpecProvider,
+    *,
+    module: type | None = None,
+    tiny_attention: Callable[..., nn.Module] | None = None,
+    heads: int,
+    sequence_length: int,
+    projection: type,
+    options: Any = None,
+    **params: Any,
+) -> ModuleSpec:
+    """Return the spec of a layer's spatial gating.
+
+    Args:
+        module: SpatialGating or a kind of it.
+        tiny_attention: aMLP's, see SpatialGatingSubmodules.
+        projection: what M and b are: SpatialProjection or a kind of it.
+        params: the module's own arguments.
+    """
+    return ModuleSpec(
+        module=module or SpatialGating,
+        params={
+            "num_heads": heads,
+            "sequence_length": sequence_length,
+            "projection": projection,
+            **params,
+        },
+        submodules=SpatialGatingSubmodules(
+            linear_fc1=backend.column_parallel_linear(),
+            linear_fc2=backend.row_parallel_linear(),
+            tiny_attention=tiny_attention,
+        ),
+    )
 
 
 class SpatialProjection(nn.Module):
@@ -128,7 +165,7 @@ class SpatialProjection(nn.Module):
         return mixed.view(heads, tokens, batch, -1).permute(1, 2, 0, 3).reshape(values.shape)
 
     def first(self, weight: Tensor, tokens: int) -> Tensor:
-        """What a sequence of `tokens` needs of the weights."""
+        """Return the part of the weights that a sequence of `tokens` needs."""
         return weight[:, :tokens, :tokens]
 
     def mix(self, weight: Tensor, columns: Tensor) -> Tensor:
@@ -246,7 +283,7 @@ class SpatialGating(MegatronModule):
 
     @property
     def shares_spatial(self) -> bool:
-        """Whether every rank of the TP group holds all M and b."""
+        """Return whether every rank of the TP group holds all M and b."""
         return self.head_is_split
 
     def _spatial(self, num_matrices: int, length: int) -> SpatialProjection:

@@ -11,11 +11,13 @@ Letters: T sequence, B batch, D hidden, w tiny_attention_width, F gate width; F'
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -23,6 +25,19 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 from torch.nn import functional
+
+from megatron_smlp.layers.spatial_gating import gating_spec
+
+
+def gating_and_attention_spec(
+    config: TransformerConfig, *args: Any, options: Any, **kwargs: Any
+) -> ModuleSpec:
+    """Return the spec of spatial gating with this head beside the gate."""
+    assert config.ffn_hidden_size is not None
+    head = partial(
+        TinyAttention, width=options.tiny_attention_width, out_features=config.ffn_hidden_size // 2
+    )
+    return gating_spec(config, *args, tiny_attention=head, **kwargs)
 
 
 class TinyAttention(nn.Module):

@@ -25,30 +25,16 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_smlp.routers.base import BaseRouter
-from megatron_smlp.routers.gshard import GShardRouter
-from megatron_smlp.routers.hash import HashRouter
-from megatron_smlp.routers.switch import SwitchRouter
-
-ROUTERS: dict[str, Any] = {
-    "none": TopKRouter,  # only under a bare `--spec` in Megatron-LM's own script, with its flags
-    "switch": SwitchRouter,
-    "gshard": GShardRouter,
-    "base": BaseRouter,
-    "hash": HashRouter,
-}
-
 
 def token_moe_builder(
-    config: TransformerConfig, backend: BackendSpecProvider, *, router: Any = None
+    config: TransformerConfig, backend: BackendSpecProvider, *, router: Any = TopKRouter
 ) -> Any:
     """A builder for the `mlp` slot.
 
     Args:
         router: what fills MoELayer's router slot, called with config, pg_collection, is_mtp_layer;
-            default: the rule that the config names.
+            default: Megatron's, as under a bare `--spec` in its own script.
     """
-    router = router or ROUTERS[getattr(config, "token_router", "none")]
     submodules = MoESubmodules(
         experts=partial(_experts, backend.grouped_mlp_modules(config.moe_grouped_gemm)),
         router=partial(_router, router),
@@ -67,7 +53,7 @@ def _layer(submodules: MoESubmodules, *, config: TransformerConfig, **kwargs: An
 
 
 def _routes_on_residual(config: TransformerConfig) -> bool:
-    """Whether the router reads x, and not h."""
+    """Return whether the router reads x, and not h."""
     is_base = getattr(config, "token_router", "none") == "base"
     return is_base and getattr(config, "base_routing_input", "residual") == "residual"
 
@@ -91,7 +77,7 @@ class ResidualRoutedMoELayer(MoELayer):
 
 
 def _may_drop(config: TransformerConfig) -> bool:
-    """Whether the router leaves out choices: over the capacity, or GShard's second expert."""
+    """Return whether the router drops choices: over the capacity, or GShard's second expert."""
     factors = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
     limited = any(getattr(config, name, None) is not None for name in factors)
     return limited or getattr(config, "token_router", "none") == "gshard"

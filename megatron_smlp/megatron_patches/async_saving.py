@@ -1,4 +1,4 @@
-"""How `--async-save` runs: on a CPU in a process that is forked for one save.
+"""`--async-save` on a CPU: a process is forked for one save.
 
 Megatron hands the tensors to a worker process that lives on. On a CPU that shares the memory of
 the weights: the worker would write what the next steps make of them. A forked process sees the
@@ -11,37 +11,12 @@ reach: the writer is Megatron's own everywhere.
 
 from __future__ import annotations
 
-import argparse
 import os
 import pickle
 import queue
 import tempfile
 from collections.abc import Callable
 from typing import IO, Any
-
-from megatron_smlp.errors import UsageError
-from megatron_smlp.platform import cpu
-
-
-def settle(args: argparse.Namespace) -> None:
-    """The flags without which Megatron switches --async-save off, before it validates them.
-
-    Raises:
-        UsageError: --async-strategy nvrx.
-    """
-    if args.explicit_flags.get("async_strategy") == "nvrx":
-        raise UsageError(
-            "--async-strategy nvrx writes checkpoints without the checksums, and without the one "
-            "rename by which a whole checkpoint is known: leave it out, or give mcore."
-        )
-    args.use_persistent_ckpt_worker = True
-    args.async_strategy = "mcore"
-
-
-def after_validation(args: argparse.Namespace) -> None:
-    """Without a persistent worker Megatron forks a process for each save."""
-    if cpu.needed():
-        args.use_persistent_ckpt_worker = False
 
 
 def results_queue(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +52,7 @@ class ForkedQueue:
         self.file.flush()
 
     def get_nowait(self) -> Any:
-        """What was put.
+        """Return what was put.
 
         Raises:
             queue.Empty: nothing was.

@@ -1,4 +1,4 @@
-"""Where the steps around saving and loading hang into Megatron, on every device.
+"""Calls of our steps around saving and loading, from Megatron's functions, on every device.
 
 | function | why |
 |---|---|
@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import checkpointing, training
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
 from megatron_smlp.checkpoints.folders import TRACKER, tracked_iteration
 from megatron_smlp.checkpoints.saving import Saving, add_share, write_and_add_share
@@ -135,37 +136,42 @@ def _tolerating_garbage(read: Callable[..., Any]) -> Callable[..., Any]:
 
 def _naming_the_file(write: Callable[..., Any]) -> Any:
     @functools.wraps(write)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        output = write(*args, **kwargs)
+    def wrapped(transforms: Any, **kwargs: Any) -> Any:
+        output = write([_Transforms()], **kwargs)
         is_last = kwargs["results_queue"] is None  # the others' errors go through a queue of theirs
         if is_last and isinstance(output[1], Exception):
-            _let_go_of_the_file(output[1])
             reason = getattr(output[1], "strerror", None) or output[1]
+            _let_go(output[1])
             raise RuntimeError(f"{Path(kwargs['write_bucket'][0]).name}: {reason}") from output[1]
         return output
 
     return staticmethod(wrapped)
 
 
-def _let_go_of_the_file(error: BaseException | None) -> None:
-    """torch's stream flushes its closed file when it is let go, and Python would report that.
-
-    So it would where the buffer that was written is let go in the wrong order, in a circle.
-    """
+def _let_go(error: BaseException | None) -> None:
+    """Free what was being written now: in a circle the order is wrong, which Python reports."""
     while error is not None:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            stream = frame.f_locals.get("transform_to")
-            if stream is not None:
-                stream.raw = _Nowhere()
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 
 
-class _Nowhere(io.RawIOBase):
-    """Takes what torch still wants to write when it lets go of its archive."""
+class _Transforms(_StorageWriterTransforms):
+    def transform_save_stream(self, write_item: Any, raw_stream: Any) -> tuple[Any, list[str]]:
+        return _Stream(raw_stream), []
+
+
+class _Stream(io.RawIOBase):
+    """What torch writes one tensor to; it does so once more when it lets go of a broken archive."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
 
     def write(self, data: Any) -> int:
-        return len(data)
+        return len(data) if self.file.closed else self.file.write(data)
+
+    def flush(self) -> None:
+        if not self.file.closed:
+            self.file.flush()
 
 
 def _noting(write: Callable[..., None], saving: Saving) -> Callable[..., None]:

@@ -86,7 +86,7 @@ def _looking_past_padding(give: Any) -> Any:
 
 
 def places_without_padding(buffer: Any) -> dict[torch.Tensor, tuple[int, int, int]]:
-    """Where each parameter is in the buckets of a buffer, one after the other without padding.
+    """Return the place of each parameter in a buffer's buckets, put together without padding.
 
     Returns:
         parameter -> start, end, number of its bucket; as in the buffer's `param_index_map`.
@@ -120,7 +120,7 @@ def _giving(give: Any) -> Any:
 
 
 def _allocate_moments(optimizer: Any) -> None:
-    """Where a plain optimizer has made no update yet; a distributed one allocates by itself."""
+    """Allocate moments where a plain optimizer has made no update yet."""
     for one in optimizer.chained_optimizers:
         if isinstance(one, DistributedOptimizer) or one.optimizer.state:
             continue

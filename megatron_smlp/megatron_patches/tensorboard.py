@@ -7,12 +7,13 @@ with its errors told once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.unwritable_log import LostLines
+from megatron_smlp.unwritable_log import UnwritableLog
 
 
 class TolerantWriter:
@@ -20,7 +21,7 @@ class TolerantWriter:
 
     def __init__(self, writer: Any, folder: str) -> None:
         self.writer = writer
-        self.lost = LostLines(Path(folder))
+        self.lost = UnwritableLog(Path(folder))
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.writer, name)
@@ -49,10 +50,15 @@ def forget_after(iteration: int) -> None:
     writer.file_writer.add_event(Event(step=iteration + 1, session_log=start))
 
 
-def tolerate_losses(folder: str | None) -> None:
-    """Replace the writer that Megatron has opened for this folder, if it has one."""
+@contextlib.contextmanager
+def installed(folder: str | None) -> Iterator[None]:
+    """Put a tolerant writer in the place of the one that Megatron has opened for this folder."""
     from megatron.training import global_vars
 
     writer = global_vars.get_tensorboard_writer()
-    if writer is not None and folder and not isinstance(writer, TolerantWriter):
+    if writer is not None and folder:
         global_vars._GLOBAL_TENSORBOARD_WRITER = TolerantWriter(writer, folder)
+    try:
+        yield
+    finally:
+        global_vars._GLOBAL_TENSORBOARD_WRITER = writer

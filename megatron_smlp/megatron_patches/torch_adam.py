@@ -87,7 +87,7 @@ def _choose_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _of_nothing(optimizer: Any) -> dict[str, Any]:
-    """What Megatron's own `state_dict` gives, for groups that are all empty."""
+    """Return what Megatron's own `state_dict` would, for groups that are all empty."""
     inner = optimizer.optimizer.state_dict()
     groups = [
         {name: value for name, value in group.items() if name != "params"} | {"step": 0}

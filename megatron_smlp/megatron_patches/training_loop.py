@@ -1,4 +1,4 @@
-"""Where our code hangs into `megatron.training`'s loop, on every device.
+"""Calls of an observer, and of the guard of updates, from `megatron.training`'s loop.
 
 The loop offers no callbacks, so five of its module-level functions are wrapped; each wrapper calls
 the original with its own arguments. tests/contract holds their signatures.
@@ -28,12 +28,9 @@ from megatron_smlp.megatron_patches import torch_adam
 
 
 class Observer(Protocol):
-    """What wants to know of the loop. Every method is called on every rank, in lockstep."""
+    """Is told of the loop's events. Every method is called on every rank, in lockstep."""
 
     def built(self, model: list[Any], optimizer: Any) -> None: ...
-
-    def may_update(self) -> bool:
-        """False holds this step's optimizer update back."""
 
     def stepped(
         self,
@@ -59,9 +56,13 @@ class Observer(Protocol):
 
 
 @contextlib.contextmanager
-def installed(observer: Observer) -> Iterator[None]:
-    """Wrap the functions above for the time of one `pretrain`, and put the originals back."""
-    validation, updates = _Validation(observer), _Updates(observer)
+def installed(observer: Observer, *, may_update: Callable[[], bool]) -> Iterator[None]:
+    """Wrap the functions above for the time of one `pretrain`, and put the originals back.
+
+    Args:
+        may_update: False holds a step's optimizer update back.
+    """
+    validation, updates = _Validation(observer), _Updates(observer, may_update)
     wrappers: dict[str, Callable[[Any], Any]] = {
         "setup_model_and_optimizer": updates.around_setup,
         "training_log": updates.around_log,
@@ -85,8 +86,9 @@ class _Updates:
     By the time that Megatron logs a step its schedule has moved on to the rate of the next one.
     """
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, may_update: Callable[[], bool]) -> None:
         self.observer = observer
+        self.may_update = may_update
         self.learning_rate: float | None = None
 
     def around_setup(self, setup: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +111,7 @@ class _Updates:
             self.learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
             # Not successful, no gradient norm, no zeros counted: Megatron then counts a skipped
             # step and leaves the learning rate schedule where it is.
-            return step() if self.observer.may_update() else (False, None, None)
+            return step() if self.may_update() else (False, None, None)
 
         return wrapped
 

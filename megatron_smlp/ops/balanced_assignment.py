@@ -1,45 +1,18 @@
 """Balanced assignment: every token gets one expert, every expert floor or ceil of N/E tokens.
 
-    maximise  sum over i of s[i, a(i)]    subject to    floor(N/E) <= |{i: a(i) = e}| <= ceil(N/E)
-
-This is the routing of BASE layers (Lewis et al. 2021, arXiv 2103.16716, equation 3), which solve it
-with an auction. An auction needs N to be a multiple of E and may not end on tied scores; here three
-steps follow each other, each of bounded length:
-
-1. Prices. The dual has one price an expert: token i prefers the expert with the largest
-   s[i, e] - p[e]. Smoothed by a temperature tau, preferences are q = softmax((s - p) / tau), and
-   the prices that balance them follow from Newton's method with the E x E Hessian
-   (diag(n) - q'q) / tau, n = sum_i q_i. tau falls, level by level, from the spread of the scores.
-2. Rounding. Tokens apply to their preferred expert among those with room; each expert takes those
-   that would lose most elsewhere. Whoever is turned away met a full expert, so at most E rounds.
-3. Polishing. Pairs of experts exchange the two tokens that gain most by it, never losing any.
-
-Where N is not a multiple of E, one slot of each expert is optional. It stays empty with probability
-v = sigmoid(-p / tau), and n + v = ceil(N/E) is solved instead, so the prices also find the experts
-that deserve the larger share.
+On a CPU by host_assignment.py, where the problem and its three steps are; on a GPU by
+device_assignment.py, which never waits for the host.
 
 Letters: N tokens, E experts.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-# Chosen on random, clustered and low-rank scores; see benchmarks/bench_assignment.py.
-NUM_LEVELS = 12
-NUM_NEWTON_STEPS = 2
-TEMPERATURE_FACTOR = 2.2
-MAX_STEP = 2.0  # of a price in one Newton step, in temperatures
-_DAMPING = 1e-2  # of the Hessian, in tokens per expert
-# Above this temperature prices are rough, and some tokens can stand for all.
-_SAMPLING_TEMPERATURE = 0.2
-_SAMPLED_TOKENS_PER_EXPERT = 32
-# A token whose first choice leads by so many temperatures is settled: it drops out of the sums.
-_SETTLED_LEAD = 16.0
-_SMALLEST_PREFERENCE = 1e-9
-NUM_POLISHING_ROUNDS = 8
-# Of an exchange; above float32 rounding of the sum, so that the loop cannot go in circles.
-SMALLEST_GAIN = 1e-5
+from megatron_smlp.ops.device_assignment import device_assignment
+from megatron_smlp.ops.host_assignment import host_assignment
 
 
 def balanced_assignment(scores: Tensor) -> Tensor:
@@ -63,18 +36,9 @@ def priced_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
     Raises ValueError as there, on a CPU; a GPU is not waited for (device_assignment.py).
     """
     if scores.device.type == "cuda":
-        from megatron_smlp.ops.device_assignment import device_assignment
-
         return device_assignment(scores)
     _check(scores)
-    if scores.shape[0] == 0:
-        nobody = torch.empty(0, dtype=torch.int64, device=scores.device)
-        return nobody, scores.new_zeros(scores.shape[1], dtype=torch.float32)
-    with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
-        gains, unit = normalise(scores.detach())
-        prices, temperature = _balancing_prices(gains)
-        experts = _polish(gains, _round(gains, prices, temperature))
-        return experts, ((prices - prices.mean()) * unit).float()
+    return host_assignment(scores)
 
 
 def _check(scores: Tensor) -> None:
@@ -89,193 +53,3 @@ def _check(scores: Tensor) -> None:
             f"balanced_assignment: {num_bad} of {scores.numel()} scores are NaN or infinite; look "
             "for a diverged router or an overflow in reduced precision before this call"
         )
-
-
-def normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The same problem in float32 with a spread of 1, and what 1 is in the unit of the scores.
-
-    A constant added to a token's row changes no assignment, so rows are shifted to a maximum of 0.
-    float64, and dividing before subtracting, keep scores such as 1e308 and 1e-320 in range.
-    """
-    scaled = scores.double()
-    largest = scaled.abs().amax()
-    scaled = scaled / torch.where(largest > 0, largest, 1.0)
-    scaled = scaled - scaled.amax(dim=1, keepdim=True)
-    spread = (scaled - scaled.mean(dim=1, keepdim=True)).square().mean().sqrt()
-    spread = torch.where(spread > 0, spread, 1.0)
-    return (scaled / spread).float(), spread * largest
-
-
-def _balancing_prices(gains: Tensor) -> tuple[Tensor, float]:
-    """gains: <float>[N, E]. Returns prices <float>[E] and the last temperature."""
-    num_tokens, num_experts = gains.shape
-    stride = max(1, num_tokens // (_SAMPLED_TOKENS_PER_EXPERT * num_experts))
-    prices, temperature = gains.mean(dim=0), 1.0
-    settled_load = torch.zeros_like(prices)
-    for level in range(NUM_LEVELS):
-        temperature = TEMPERATURE_FACTOR**-level
-        sampling = temperature > _SAMPLING_TEMPERATURE and stride > 1
-        sample = gains[::stride] if sampling else gains
-        weight = num_tokens / sample.shape[0] if sampling else 1.0
-        for _ in range(NUM_NEWTON_STEPS):
-            step = newton_step(
-                sample,
-                prices,
-                settled_load,
-                temperature=temperature,
-                weight=weight,
-                total=num_tokens,
-            )
-            prices = prices + temperature * step.clamp(-MAX_STEP, MAX_STEP)
-        if not sampling:
-            choice, lead = first_choice(gains - prices)
-            settled = lead > _SETTLED_LEAD * temperature
-            settled_load += choice[settled].bincount(minlength=num_experts)
-            gains = gains[~settled]
-    return prices, temperature
-
-
-def newton_step(
-    gains: Tensor,
-    prices: Tensor,
-    settled_load: Tensor,
-    *,
-    temperature: float,
-    weight: float,
-    total: int,
-) -> Tensor:
-    """The change of the prices <float>[E], in units of the temperature.
-
-    gains: <float>[n, E], the tokens that are not settled, each of which stands for `weight`.
-    settled_load: <float>[E], the settled tokens of each expert. total: N.
-    """
-    num_experts = gains.shape[1]
-    preferences = ((gains - prices) / temperature).softmax(dim=1)
-    # Without this, products of two tiny preferences are denormal, which makes a GEMM crawl.
-    preferences = functional.threshold(preferences, _SMALLEST_PREFERENCE, 0.0)
-    load = preferences.sum(dim=0) * weight
-    hessian = (preferences.T @ preferences) * -weight
-    diagonal = load + _DAMPING * total / num_experts
-    share, remainder = divmod(total, num_experts)
-    excess = load + settled_load - share
-    if remainder:
-        empty = torch.sigmoid(-prices / temperature)
-        excess = excess + empty - 1
-        diagonal = diagonal + empty * (1 - empty)
-    else:
-        # Equal shifts of all prices change nothing; this makes the system regular along them.
-        hessian += total / num_experts**2
-    hessian.diagonal().add_(diagonal)
-    # Without a check, for which the host would wait: the damping makes it regular.
-    return torch.linalg.solve_ex(hessian, excess)[0]
-
-
-def first_choice(wishes: Tensor) -> tuple[Tensor, Tensor]:
-    """wishes: <float>[n, E]. Returns the best expert <int64>[n] and its lead <float>[n]."""
-    best, choice = wishes.max(dim=1)
-    second = wishes.scatter(1, choice[:, None], -torch.inf).amax(dim=1)
-    return choice, best - second
-
-
-def tie_breaker(num_tokens: int, num_experts: int, device: torch.device) -> Tensor:
-    """<float>[N, E] in [0, 1): spread evenly over the experts of each token and over the tokens."""
-    golden, plastic = 0.6180339887, 0.7548776662
-    tokens = torch.arange(num_tokens, dtype=torch.float64, device=device) * golden
-    experts = torch.arange(num_experts, dtype=torch.float64, device=device) * plastic
-    return (tokens.frac().float()[:, None] + experts.frac().float()).frac()
-
-
-def slots(prices: Tensor, num_tokens: int) -> Tensor:
-    """<int64>[E], of each expert; those with the highest prices have the larger share."""
-    share, remainder = divmod(num_tokens, len(prices))
-    room = torch.full((len(prices),), share, device=prices.device)
-    room[prices.argsort(descending=True, stable=True)[:remainder]] += 1
-    return room
-
-
-def _round(gains: Tensor, prices: Tensor, temperature: float) -> Tensor:
-    """Turn preferences at these prices into a balanced assignment <int64>[N]."""
-    num_tokens, num_experts = gains.shape
-    room = slots(prices, num_tokens)
-    # Identical tokens would all apply to the same expert. At prices that balance them they are
-    # indifferent to within the temperature, so this much spreads them and costs nothing.
-    wishes = gains - prices
-    wishes += temperature * tie_breaker(num_tokens, num_experts, gains.device)
-    experts = torch.empty(num_tokens, dtype=torch.int64, device=gains.device)
-    waiting = torch.arange(num_tokens, device=gains.device)
-    while waiting.numel():
-        choice, accepted = _apply_once(wishes[waiting], room)
-        experts[waiting[accepted]] = choice[accepted]
-        room = room - choice[accepted].bincount(minlength=num_experts)
-        waiting = waiting[~accepted]
-    return experts
-
-
-def _apply_once(wishes: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """One round of applications.
-
-    wishes: <float>[n, E]; room: <int64>[E], free slots.
-    Returns the expert applied to <int64>[n] and whether it accepted <bool>[n].
-    """
-    choice, lead = first_choice(wishes.masked_fill(room == 0, -torch.inf))
-    # Sorting by lead and then, stably, by expert puts each expert's applicants best first.
-    order = lead.argsort(descending=True, stable=True)
-    order = order[choice[order].argsort(stable=True)]
-    applicants = choice.bincount(minlength=room.numel())
-    first = applicants.cumsum(0) - applicants
-    position = torch.arange(order.numel(), device=order.device) - first[choice[order]]
-    accepted = torch.empty_like(choice, dtype=torch.bool)
-    accepted[order] = position < room[choice[order]]
-    return choice, accepted
-
-
-def _polish(gains: Tensor, experts: Tensor) -> Tensor:
-    """Exchange tokens between disjoint pairs of experts while that raises the sum."""
-    for _ in range(NUM_POLISHING_ROUNDS):
-        change = gains - gains.gather(1, experts[:, None])
-        left, right, moves_back = _profitable_pairs(change, experts)
-        if left.numel() == 0:
-            break
-        leaving = best_mover(change, experts, left, right)
-        returning = best_mover(change, experts, right[moves_back], left[moves_back])
-        experts = experts.clone()
-        experts[leaving] = right
-        experts[returning] = left[moves_back]
-    return experts
-
-
-def _profitable_pairs(change: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Disjoint pairs that gain by exchanging their best movers.
-
-    change: <float>[N, E], what each token would gain in each expert; experts: <int64>[N].
-    Returns left <int64>[P] and right <int64>[P], a token moves from left to right, and <bool>[P],
-    whether one moves back: not where the right expert has a slot fewer, which then moves instead.
-    """
-    num_experts = change.shape[1]
-    move, give_slot = moves(change, experts)
-    best_move = torch.maximum(move, give_slot)
-    gain, partner = (best_move + best_move.T).fill_diagonal_(-torch.inf).max(dim=1)
-    own = torch.arange(num_experts, device=change.device)
-    mutual = (partner[partner] == own) & (own < partner) & (gain > SMALLEST_GAIN)
-    left, right = own[mutual], partner[mutual]
-    # Where it is the left expert that is one smaller, look at the pair from the other side.
-    swapped = give_slot[left, right] > move[left, right]
-    left, right = torch.where(swapped, right, left), torch.where(swapped, left, right)
-    return left, right, move[right, left] >= give_slot[right, left]
-
-
-def moves(change: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """<float>[E, E] twice: the most that a token gains by a move from one expert to another, and 0
-    where the one can give a slot that it has left instead; -inf where neither is possible."""
-    num_tokens, num_experts = change.shape
-    move = torch.full((num_experts, num_experts), -torch.inf, device=change.device)
-    move = move.scatter_reduce(0, experts[:, None].expand_as(change), change, "amax")
-    counts = functional.one_hot(experts, num_experts).sum(dim=0)
-    smaller = counts * num_experts < num_tokens
-    return move, torch.where(smaller[:, None] & ~smaller, 0.0, -torch.inf)
-
-
-def best_mover(change: Tensor, experts: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """<int64>[P]: the token of each source expert that gains most by going to its target."""
-    candidates = change.T[target]
-    return candidates.masked_fill(experts != source[:, None], -torch.inf).argmax(dim=1)

@@ -1,4 +1,4 @@
-"""What the blocked products of token mixing share: GEMMs on slices, and how autograd sees them."""
+"""Shared by the blocked products of token mixing: GEMMs on slices, and their place in autograd."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def block_length(values: Tensor) -> int:
 
 
 def by_head(*stacks: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """What one call may work on of stacks with a leading dimension of heads: all heads on a GPU.
+    """Cut stacks of heads into what one call may work on: all heads on a GPU.
 
     On a CPU, whose cache holds the blocks of one head, each head's matrices in turn; a batched
     product with a strided output would be copied around there, too.

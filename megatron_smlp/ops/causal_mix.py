@@ -44,7 +44,7 @@ class _Square(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _squares(length: int, leaf: int) -> tuple[_Square, ...]:
-    """What the leaves on the diagonal leave of a triangle.
+    """Return what the leaves on the diagonal leave of a triangle.
 
     Depth first: a square finds its operands still in the cache.
     """

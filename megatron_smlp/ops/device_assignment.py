@@ -1,6 +1,6 @@
 """Balanced assignment without a word from the host, for devices that run ahead of it.
 
-The problem, its three steps and what they share are in balanced_assignment.py, which is the slow
+The problem, its three steps and what they share are in host_assignment.py, which is the slow
 twin: there a step takes as many rounds as its tokens need, which the host must ask the device for.
 Here every size and every number of rounds is fixed, so that nothing is asked:
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_smlp.ops import balanced_assignment as twin
+from megatron_smlp.ops import host_assignment as twin
 
 _NUM_ROUNDS = 4
 

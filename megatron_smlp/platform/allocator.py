@@ -1,4 +1,4 @@
-"""How the C library keeps memory that is freed, on a CPU.
+"""Tell the C library what to do with memory that is freed, on a CPU.
 
 Training keeps it. glibc gives large blocks back to the kernel when they are freed, and fetches them
 again, page by page and filled with zeros, at the next step. A training step frees and allocates the

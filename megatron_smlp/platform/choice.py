@@ -1,4 +1,4 @@
-"""Which device a process computes on: CUDA where torch finds it, the CPU else or by choice.
+"""The device that a process computes on: CUDA where torch finds it, else or by choice the CPU.
 
 Without a GPU that works, everything here runs on the CPU platform (platform/cpu.py). That is for
 machines that have none: a job whose driver is too old for torch's CUDA build would otherwise train
@@ -55,7 +55,7 @@ def check(platform: str = "auto") -> None:
 
 
 def has_nvidia_device() -> bool:
-    """Whether the kernel's driver knows a GPU, whatever torch makes of it."""
+    """Return whether the kernel's driver knows a GPU, whatever torch makes of it."""
     return DRIVER.is_dir() and any(DRIVER.iterdir())
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from megatron_smlp.command_line import flag_of
+from megatron_smlp.errors import UsageError
 
 CPU = torch.device("cpu")
 
@@ -34,7 +35,7 @@ FLAGS: dict[str, Any] = {
     "bias_gelu_fusion": False,
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
-    "cross_entropy_loss_fusion": False,  # platform/cross_entropy.py has fewer passes
+    "cross_entropy_loss_fusion": False,  # megatron_patches/cross_entropy.py has fewer passes
     "no_persist_layer_norm": True,
     "create_attention_mask_in_dataloader": False,
 }
@@ -60,7 +61,7 @@ def needed() -> bool:
 
 
 def active() -> bool:
-    """Whether the names below are replaced: every tensor of this process is on the CPU."""
+    """Return whether the names below are replaced: every tensor of this process is on the CPU."""
     return getattr(torch.cuda, "_smlp_cpu_platform", False)
 
 
@@ -82,19 +83,9 @@ def apply(*, everywhere: bool = False) -> None:
 
 
 def set_flags(args: argparse.Namespace) -> list[str]:
-    """Set the flags that a CPU needs; returns a description of each one that changed.
-
-    Raises:
-        ValueError: a flag asks for what only a GPU has.
-    """
+    """Set the flags that a CPU needs, and return a description of each one that changed."""
     if not needed():
         return []
-    for flag in ("fp16", "use_megatron_fsdp", "use_torch_fsdp2", "tp_comm_overlap", "fp8"):
-        if getattr(args, flag, None):
-            raise ValueError(
-                f"{flag_of(flag)} needs a CUDA device and none was found. Leave it out"
-                + (", or use --bf16." if flag in ("fp16", "fp8") else ".")
-            )
     changed = [
         f"{name}={value}"
         for name, value in FLAGS.items()
@@ -103,6 +94,20 @@ def set_flags(args: argparse.Namespace) -> list[str]:
     for name, value in FLAGS.items():
         setattr(args, name, value)
     return changed
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Check that no flag asks for what only a GPU has.
+
+    Raises:
+        UsageError: with the flag.
+    """
+    for flag in ("fp16", "use_megatron_fsdp", "use_torch_fsdp2", "tp_comm_overlap", "fp8"):
+        if needed() and getattr(args, flag, None):
+            raise UsageError(
+                f"{flag_of(flag)} needs a CUDA device and none was found. Leave it out"
+                + (", or use --bf16." if flag in ("fp16", "fp8") else ".")
+            )
 
 
 def _replace_device_functions() -> None:

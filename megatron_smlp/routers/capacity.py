@@ -13,7 +13,7 @@ from torch.nn import functional
 def within_capacity(
     wanted: Tensor, asking: Tensor, priority: Tensor, *, capacity: int, num_experts: int
 ) -> Tensor:
-    """Which choices get a slot of their expert. First choices come before second ones.
+    """Choose which choices get a slot of their expert. First choices come before second ones.
 
     wanted: <int64>[N, k]; asking: <bool>[N, k], which of them take part; priority: <float>[N, k],
     the largest comes first and ties go by position: constant for drop policy `position`, the

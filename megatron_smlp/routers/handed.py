@@ -1,4 +1,4 @@
-"""What the call of a model hands its routers, which Megatron's layers do not pass on.
+"""Values that a model's call hands its routers, which Megatron's layers do not pass on.
 
 A pipeline stage has several micro-batches under way, and their backward passes come in the order of
 their forward passes: a layer that is recomputed finds what its own forward pass had.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def repeats_a_pass() -> bool:
-    """Whether the forward pass under way was made before, and only recomputes activations.
+    """Return whether the forward pass under way was made before, and only recomputes activations.
 
     It then runs inside of a backward pass, whoever recomputes: Megatron's own checkpoint function
     has a flag for it, but with FP8 Megatron takes Transformer Engine's, which does not set it.

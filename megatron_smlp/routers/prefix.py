@@ -26,7 +26,7 @@ from megatron_smlp.routers.switch import balance_loss
 
 
 class Choice(NamedTuple):
-    """Where each chunk of each sample goes."""
+    """The expert of each chunk of each sample, and its weight."""
 
     experts: Tensor
     """<int64>[B, C']."""
@@ -90,7 +90,7 @@ class PrefixRouter(CountedRouter, nn.Module):
         return Choice(experts, scale)
 
     def _real_samples(self) -> Tensor | slice:
-        """Which samples are more than padding behind the prefix, <bool>[B]; or all of them."""
+        """Return which samples have tokens behind the prefix, <bool>[B]; or all of them."""
         if self.counter is None or self.counter.real is None:
             return slice(None)
         return self.counter.real[:, len(self.weight) :].any(dim=1)

@@ -1,4 +1,4 @@
-"""What routers do, counted on their device and read once in a while.
+"""Statistics of the routers, counted on their device and read once in a while.
 
     f_e        share of the choices that ask for expert e, before any is dropped
     entropy    - sum_e f_e log f_e / log E         1 where even, 0 where one expert gets everything
@@ -31,7 +31,7 @@ FIELDS = ("kept", "gate", "gates", "aux_loss", "z_loss", "groups")
 
 
 class RouterKey(NamedTuple):
-    """Which router: a layer may have one of each kind."""
+    """Names a router: a layer may have one of each kind."""
 
     layer: int
     """From 1, in the whole model."""
@@ -39,7 +39,7 @@ class RouterKey(NamedTuple):
 
 
 class RouterSpec(NamedTuple):
-    """What every rank must know of a router, wherever it lives."""
+    """Facts of a router that every rank must know, wherever it lives."""
 
     key: RouterKey
     num_experts: int
@@ -49,7 +49,7 @@ class RouterSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class RouterLoad:
-    """What one router did since it was last asked. The formulas are at the top of the file."""
+    """Work of one router since it was last asked. The formulas are at the top of the file."""
 
     load_share: tuple[float, ...]
     """f_e of each expert; their sum is 1."""
@@ -116,7 +116,7 @@ class CountedRouter:
 
     @property
     def counts(self) -> bool:
-        """Whether this forward pass is to be counted."""
+        """Return whether this forward pass is to be counted."""
         return self.counter is not None and not repeats_a_pass()
 
     @property
@@ -153,7 +153,7 @@ class RouterStatistics:
             counter.real = real
 
     def take(self, *, training: bool) -> dict[RouterKey, RouterLoad]:
-        """What was counted since the last call, by layer; empty where nothing was. Collective."""
+        """Return what was counted since the last call, by layer. Collective."""
         if not self.specs:
             return {}
         row = int(training)

@@ -39,7 +39,7 @@ class SwitchRouter(TokenRouter):
         return scores.softmax(dim=-1).gather(1, wanted)
 
     def kept(self, wanted: Tensor, asked: Tensor, probabilities: Tensor) -> Tensor:
-        """Which of the asked choices <bool>[N, k] fit; probabilities: <fp32>[N, E]."""
+        """Return which of the asked choices <bool>[N, k] fit; probabilities: <fp32>[N, E]."""
         config = self.config
         factor = (
             config.moe_train_capacity_factor if self.training else config.moe_eval_capacity_factor

@@ -1,4 +1,4 @@
-"""What all token routers share: scores in fp32, one routing group, Megatron's answer.
+"""The base of all token routers: scores in fp32, one routing group, Megatron's answer.
 
 A routing group is a micro-batch, whatever the layout: under tensor parallelism each rank holds a
 slice of its tokens (sequence parallelism), so the scores are gathered over the TP group, every rank
@@ -136,7 +136,7 @@ class TokenRouter(CountedRouter, TopKRouter):
         return gather_from_sequence_parallel_region(rows, group=self.tp_group)
 
     def own_rows(self, count: int) -> slice:
-        """Where the `count` rows of this rank lie within the group."""
+        """Return the place of this rank's `count` rows within the group."""
         rank = self.tp_group.rank() if self.config.sequence_parallel else 0
         return slice(rank * count, (rank + 1) * count)
 

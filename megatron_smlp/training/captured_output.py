@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.unwritable_log import LostLines
+from megatron_smlp.unwritable_log import UnwritableLog
 
 
 class FolderError(UsageError):
@@ -27,15 +27,15 @@ class FolderError(UsageError):
     every_rank = False
 
 
-class Transcript(contextlib.AbstractContextManager["Transcript"]):
-    """`with Transcript() as transcript: ...; transcript.open(folder, rank=0)`."""
+class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
+    """`with CapturedOutput() as output: ...; output.open(folder, rank=0)`."""
 
     def __init__(self) -> None:
         self.file: TextIO = io.StringIO()
-        self.lost = LostLines(Path("megatron.log"))
+        self.lost = UnwritableLog(Path("megatron.log"))
         self.stack = contextlib.ExitStack()
 
-    def __enter__(self) -> Transcript:
+    def __enter__(self) -> CapturedOutput:
         self.stack.enter_context(contextlib.redirect_stdout(self))
         self.stack.enter_context(warnings.catch_warnings())
         warnings.showwarning = self._show_warning
@@ -67,7 +67,7 @@ class Transcript(contextlib.AbstractContextManager["Transcript"]):
             self.file = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115
             return
         path = Path(folder) / ("megatron.log" if rank == 0 else f"megatron.rank{rank}.log")
-        self.lost = LostLines(path)
+        self.lost = UnwritableLog(path)
         earlier = self.file.getvalue() if isinstance(self.file, io.StringIO) else ""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,10 @@ from megatron_smlp import __version__
 from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.provenance import software, version_of
 from megatron_smlp.training.captured_output import terminal
-from megatron_smlp.training.start_screen import summary
+from megatron_smlp.training.start_screen import print_dry_run, summary
 
 
-class Screen:
+class RunConsole:
     """Silent on all ranks but the first."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -63,7 +63,7 @@ class Screen:
             self.console.print(text, markup=False)
 
     def introduce(self) -> None:
-        """What is going to run, on what data, from where, and where its logs are."""
+        """Print the start screen: the model, its data, the checkpoint, where the logs are."""
         args = self.args
         commit = software()["commit"]
         ours = f"{__version__} ({commit})" if commit else __version__
@@ -80,6 +80,12 @@ class Screen:
             self.say(f"logs        {args.log_dir}: metrics.jsonl, megatron.log")
         else:
             self.say("logs        none are kept: give --log-dir or --save")
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Print what the run would be, on rank 0 alone."""
+    if args.rank == 0:
+        print_dry_run(args, Console(file=terminal(), highlight=False, soft_wrap=True))
 
 
 def data_words(args: argparse.Namespace) -> list[str]:

@@ -58,7 +58,7 @@ def check_data(args: argparse.Namespace) -> None:
 
 
 class DatasetProvider:
-    """What `megatron.training.pretrain` calls for its datasets, on every rank.
+    """Builds the datasets; `megatron.training.pretrain` calls it on every rank.
 
     Args:
         say: prints a line for the user on rank 0: what the run will read of each dataset.
@@ -179,27 +179,27 @@ def experts_of_training_data(args: argparse.Namespace) -> Tensor:
 
 
 def may_be_padded(args: argparse.Namespace) -> bool:
-    """Whether samples may end in padding. Megatron leaves an incomplete last sample out of all
-    other batches: theirs are full.
+    """Return whether samples may end in padding: all other batches are full, as Megatron leaves an
+    incomplete last sample out of them.
     """
     return bool(args.full_validation)
 
 
 def needs_every_batch(args: argparse.Namespace) -> bool:
-    """Whether every pipeline stage looks at the batches: HASH routes by the token ids, and what is
-    padding must not be counted by the routers of any stage.
+    """Return whether every pipeline stage reads the batches: HASH routes by token ids, and no
+    router may count padding.
     """
     has_routers = args.token_router != "none" or args.feature_router == "partial"
     return bool(args.token_router == "hash" or (has_routers and may_be_padded(args)))
 
 
 def needs_batch(args: argparse.Namespace, vp_stage: int | None) -> bool:
-    """Whether this pipeline stage gets batches: the ends of the pipeline, or all of it."""
+    """Return whether this pipeline stage gets batches: the ends of the pipeline, or all of it."""
     return needs_every_batch(args) or bool(is_first_or_last_pipeline_stage(vp_stage))
 
 
 def _reads_data(args: argparse.Namespace, vp_stage: int | None) -> bool:
-    """Whether this rank reads samples: one of each TP group."""
+    """Return whether this rank reads samples: one of each TP group."""
     return mpu.get_tensor_model_parallel_rank() == 0 and needs_batch(args, vp_stage)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.durable import write_durably
-from megatron_smlp.unwritable_log import LostLines
+from megatron_smlp.unwritable_log import UnwritableLog
 
 
 class MetricsFile:
@@ -20,7 +20,7 @@ class MetricsFile:
         self.path = Path(folder) / "metrics.jsonl" if folder else None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lost = LostLines(self.path)
+            self.lost = UnwritableLog(self.path)
 
     def drop_after(self, iteration: int) -> dict[str, Any]:
         """Forget what a run wrote after the checkpoint that this run goes on from.
@@ -40,7 +40,7 @@ class MetricsFile:
         return last
 
     def holds(self, name: str, *, iteration: int) -> bool:
-        """Whether a record of this iteration has this value."""
+        """Return whether a record of this iteration has this value."""
         if self.path is None or not self.path.exists():
             return False
         records = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())

@@ -1,4 +1,4 @@
-"""What a run reports: a line a log interval on the screen, and the same numbers in metrics.jsonl.
+"""The reports of a run: a line a log interval on the console, the same numbers in metrics.jsonl.
 
 Rank 0 reports; under pipeline parallelism the loss lives on the last stage and is sent to it. The
 terminal is training/console.py, what the routers did is put into words by router_report.py.
@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import mpu
@@ -19,13 +19,11 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 
 from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.collectives import from_first_rank
-from megatron_smlp.errors import NonFiniteLossError
-from megatron_smlp.evaluation.results import as_record, task_words
 from megatron_smlp.megatron_patches import tensorboard
 from megatron_smlp.routers.base import other_evaluation, update_prices
 from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.training.compute import Compute
-from megatron_smlp.training.console import Screen
+from megatron_smlp.training.console import RunConsole
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.router_report import (
     Loads,
@@ -37,10 +35,22 @@ from megatron_smlp.training.router_report import (
 from megatron_smlp.training.speed import StepClock, WallClock, device_peak_tflops, duration
 from megatron_smlp.training.step import ForwardStep
 
-if TYPE_CHECKING:
-    from megatron_smlp.evaluation.during_training import TaskEvaluation
-
 PERPLEXITY_LIMIT = 700.0  # exp() of a loss above this overflows
+
+
+class Tasks(Protocol):
+    """Zero-shot tasks that are scored during training. Every method is collective."""
+
+    def built(self, model: list[Any], optimizer: Any) -> None: ...
+
+    def is_due(self, iteration: int) -> bool: ...
+
+    def scores(self) -> tuple[dict[str, dict[str, float | None]], list[str]]:
+        """Score them all.
+
+        Returns:
+            numbers by task for metrics.jsonl, and a text for each task.
+        """
 
 
 class Reporter:
@@ -53,7 +63,7 @@ class Reporter:
     """
 
     def __init__(
-        self, args: argparse.Namespace, *, step: ForwardStep, tasks: TaskEvaluation | None = None
+        self, args: argparse.Namespace, *, step: ForwardStep, tasks: Tasks | None = None
     ) -> None:
         self.args = args
         self.step = step
@@ -62,7 +72,7 @@ class Reporter:
         self.collapse = CollapseWatch(fixed=("token",) if args.token_router == "hash" else ())
         self.compute = Compute(ModelShape.from_args(args))
         self.first_rank = args.rank == 0
-        self.screen = Screen(args)
+        self.screen = RunConsole(args)
         self.say = self.screen.say
         self.metrics = MetricsFile(args.log_dir) if self.first_rank else None
         self.peak_tflops = args.peak_tflops or device_peak_tflops()
@@ -70,7 +80,7 @@ class Reporter:
         self.wall = WallClock()
         self.last_saved: int | None = None
         self.evaluated: dict[str, Loads] = {}
-        """What the routers did in each pass of the last evaluation."""
+        """Loads of the routers in each pass of the last evaluation."""
         self.is_complete = False
         """Whether the run was at its end when it started."""
 
@@ -133,31 +143,6 @@ class Reporter:
             return bool(self.metrics)
         return self.metrics.holds("validation_loss", iteration=iteration)
 
-    def may_update(self) -> bool:
-        """All ranks agree whether this step's losses were finite.
-
-        Raises:
-            NonFiniteLossError: on every rank, where --nonfinite-loss is stop.
-        """
-        rank = torch.distributed.get_rank()
-        bad = torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device())
-        nonfinite = self.step.take_nonfinite()
-        if nonfinite is not None:
-            bad += (rank + 1) * nonfinite
-        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-        found = int(bad)
-        if not found:
-            return True
-        message = f"non-finite loss on rank {found - 1} at iteration {self.args.curr_iteration + 1}"
-        if self.args.nonfinite_loss == "stop":
-            raise NonFiniteLossError(
-                f"{message}: stopped before the update (--nonfinite-loss stop). Lower --lr or "
-                "--clip-grad, check the data there, or go on without such steps by "
-                "--nonfinite-loss skip."
-            )
-        self.say(f"{message}: this step's update is skipped")
-        return False
-
     def stepped(
         self,
         losses: dict[str, torch.Tensor],
@@ -209,12 +194,11 @@ class Reporter:
         self.say(self._line(record, loads))
         self.screen.advance(iteration, note=f"loss {loss:.4f}")
 
-    def _evaluate(self, tasks: TaskEvaluation, iteration: int) -> None:
+    def _evaluate(self, tasks: Tasks, iteration: int) -> None:
         start = time.perf_counter()
-        results = tasks.run()
+        scores, texts = tasks.scores()
         seconds = time.perf_counter() - start
         self.clock.exclude(seconds)
-        scores = as_record(results)
         values = {
             f"tasks/{task}/{name}": value
             for task, numbers in scores.items()
@@ -227,8 +211,7 @@ class Reporter:
         self.metrics.write(
             {"iteration": iteration, "tasks": scores, **self._progress(), "seconds": seconds}
         )
-        words = [f"iteration {iteration} tasks", *task_words(results), f"{seconds:.1f} s"]
-        self.say(" | ".join(words))
+        self.say(" | ".join([f"iteration {iteration} tasks", *texts, f"{seconds:.1f} s"]))
 
     def _tell_loads(self, loads: Loads, *, iteration: int, title: str = "") -> None:
         """To TensorBoard, and a warning where a router collapses.
@@ -245,7 +228,7 @@ class Reporter:
         return tokens
 
     def _progress(self) -> dict[str, float]:
-        """How far the run is, in all that a curve may be drawn against."""
+        """Return the progress of the run, in all that a curve may be drawn against."""
         return {
             "consumed_samples": self.args.consumed_train_samples,
             "consumed_tokens": self._tokens(),
@@ -335,7 +318,7 @@ def _evaluation_line(record: dict[str, Any], title: str, loads: Loads) -> str:
 
 
 def _for_writers(numbers: dict[str, Any]) -> dict[str, float]:
-    """What Megatron's own curves lack."""
+    """Return what Megatron's own curves lack."""
     names = ("tokens_per_second", "tflops_per_device", "mfu", "consumed_tokens")
     return {f"run/{name}": numbers[name] for name in names if numbers[name] is not None}
 

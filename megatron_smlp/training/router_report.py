@@ -1,4 +1,4 @@
-"""What the routers did, for a reader: words on the console, metrics.jsonl, TensorBoard, W&B.
+"""The routers' numbers for a reader: on the console, in metrics.jsonl, TensorBoard and W&B.
 
 Megatron opens the writers of TensorBoard and W&B on the last rank; every rank knows the numbers.
 """

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from megatron_smlp.errors import interrupt
+from megatron_smlp.interrupts import interrupt
 
 END = "finishing this step, then saving"
 MESSAGE = f"interrupted: {END}; interrupt again to stop at once\n".encode()

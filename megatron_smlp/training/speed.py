@@ -1,4 +1,4 @@
-"""How fast a run is: wall time of its steps, and the peak of the device that they run on."""
+"""The speed of a run: wall time of its steps, and the peak of the device that they run on."""
 
 from __future__ import annotations
 

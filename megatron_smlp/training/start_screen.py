@@ -1,4 +1,4 @@
-"""What a run is going to do, in words: the start screen and `--dry-run`."""
+"""The start screen and `--dry-run`: the model, its size and cost, the layout, the steps."""
 
 from __future__ import annotations
 
@@ -17,14 +17,8 @@ from megatron_smlp.accounting.costs import (
     layer_cost,
     model_cost,
 )
-from megatron_smlp.options import LayerSlots
+from megatron_smlp.systems import MIXERS, LayerSlots
 
-MIXERS = {
-    "attention": "self-attention, heads: {heads}",
-    "spatial_gating": "spatial gating, heads: {heads}",
-    "gating_and_attention": "spatial gating, heads: {heads}, and attention of width {width}",
-    "feature_moe": "feature MoE ({router}), experts: {heads}",
-}
 PRECISIONS = ("bf16", "fp16")
 
 
@@ -78,7 +72,7 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
         "token_moe": f"token MoE ({router}), experts: {args.num_experts}",
         "none": "-",
     }
-    mixer = MIXERS[slots.mixer].format(
+    mixer = MIXERS[slots.mixer].title.format(
         heads=slots.heads, width=args.tiny_attention_width, router=args.feature_router
     )
     if args.toeplitz:
@@ -114,7 +108,7 @@ def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:
 
 
 def _what_is_missing(args: argparse.Namespace, shape: ModelShape) -> str | None:
-    """Where an sMLP is less than its name says."""
+    """Return a note where an sMLP is less than its name says."""
     if args.architecture != "smlp":
         return None
     has_features = any(slots.mixer == "feature_moe" for slots in shape.slots)

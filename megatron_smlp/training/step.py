@@ -122,7 +122,7 @@ class ForwardStep:
 
 
 class _PlaceInRun:
-    """Which samples of the run the micro-batch under way has, counted as its sampler counts."""
+    """Counts, as the sampler does, the samples that the micro-batch under way has of the run."""
 
     def __init__(self) -> None:
         self._started: dict[int | None, tuple[int, int]] = {}
@@ -154,7 +154,7 @@ def _masked_sum(losses: Tensor, mask: Tensor, *, start: int = 0) -> tuple[Tensor
 
 
 def _report(loss: Tensor, num_tokens: Tensor) -> Tensor:
-    """What Megatron averages over micro-batches and ranks: <fp32>[2]."""
+    """Return sum and count, <fp32>[2], which Megatron averages over micro-batches and ranks."""
     return torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
 
 

@@ -53,12 +53,17 @@ def test_signatures():
     assert fields[:3] == ("async_fn", "async_fn_args", "finalize_fns")
 
 
-def test_torchs_stream_is_found_where_a_write_fails():
+def test_torch_writes_to_the_stream_of_the_transforms_and_leaves_the_file_open():
     from torch.distributed.checkpoint import filesystem
 
-    assert "(transform_to, " in inspect.getsource(filesystem._write_item)
-    source = inspect.getsource(filesystem._StorageWriterTransforms.transform_save_stream)
-    assert "self.raw.flush()" in source
+    stream = "transforms.transform_save_stream(\n        write_item, stream\n    )"
+    assert f"(transform_to, transform_descriptors) = {stream}" in inspect.getsource(
+        filesystem._write_item
+    )
+    assert "*transform_list, stream, " in inspect.getsource(
+        FileSystemWriterAsync.write_preloaded_data
+    )
+    assert not filesystem._StorageWriterTransforms().extensions, "which ours would leave out"
 
 
 def test_where_the_functions_are_called():

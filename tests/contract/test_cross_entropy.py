@@ -11,7 +11,7 @@ from megatron.core.models.common.language_module import language_module
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from torch.nn import functional
 
-from megatron_smlp.platform import cross_entropy
+from megatron_smlp.megatron_patches import cross_entropy
 from megatron_smlp.platform.one_process import one_process
 
 

@@ -433,7 +433,7 @@ class TestTrainingLoop:
         from megatron_smlp.megatron_patches import training_loop
 
         before = dict(vars(training))
-        with training_loop.installed(SimpleNamespace()):
+        with training_loop.installed(SimpleNamespace(), may_update=lambda: True):
             changed = {name for name, value in vars(training).items() if before[name] is not value}
         assert changed == {
             "setup_model_and_optimizer", "training_log", "evaluate", "evaluate_and_print_results",

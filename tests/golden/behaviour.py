@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from support.in_process import forget_arguments
+from support.in_process import forget_arguments, prepare_megatron
 
 HERE = Path(__file__).parent
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -52,6 +52,7 @@ def parsed(path: Path, flags: str, *, processes: int) -> argparse.Namespace:
     os.environ |= {"WORLD_SIZE": str(processes), "RANK": "0", "LOCAL_RANK": "0"}
     os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     forget_arguments()
+    prepare_megatron()
     try:
         return parse_arguments(["--config", str(path), *DATA.split(), *flags.split()])
     finally:

@@ -43,10 +43,11 @@ ROUTED = {name for name, flags in MODELS.items() if EXPERTS in flags}
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
     """(name, GPTModel in evaluation mode) with weights far from the initial ones."""
-    from support.in_process import MINIMAL, forget_arguments
+    from support.in_process import MINIMAL, forget_arguments, prepare_megatron
 
     from megatron_smlp.flags.parse import parse_arguments
 
+    prepare_megatron()
     args = parse_arguments(f"{MINIMAL} {MODELS[request.param]} --seq-length {LENGTH}".split())
     torch.manual_seed(3)
     model = build_model(args)

@@ -20,9 +20,9 @@ import torch
 from support.conversions import from_gpt2, from_hf, run
 from torch import Tensor
 
+from megatron_smlp.checkpoints.tensors import Spec
 from megatron_smlp.conversion import convert, huggingface
 from megatron_smlp.conversion.safetensors_files import write_folder
-from megatron_smlp.conversion.tensors import Spec
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.platform.allocator import give_large_blocks_back
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_smlp.checkpoints.tensors import Source, Spec
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import expected_shapes, write
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
-from megatron_smlp.conversion.tensors import Source, Spec
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 
 

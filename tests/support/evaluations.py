@@ -17,11 +17,11 @@ def evaluate_all(command_lines: list[list[str]]) -> None:
 
     from megatron_smlp.evaluation.cli import evaluate
     from megatron_smlp.evaluation.options import parse
-    from megatron_smlp.training.captured_output import Transcript
+    from megatron_smlp.training.captured_output import CapturedOutput
 
     for argv in command_lines:
-        with Transcript() as transcript:
-            transcript.open(None, rank=0)
+        with CapturedOutput() as output:
+            output.open(None, rank=0)
             evaluate(*parse(argv))
         forget_run()
 

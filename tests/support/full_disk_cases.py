@@ -17,13 +17,18 @@ from support.checkpoints import pretrain
 from support.conversions import assert_same, folder_weights, from_gpt2, from_hf, run
 from support.small_disk import fill
 
-from megatron_smlp.checkpoints.folders import iteration_folder, iterations, tracked_iteration
-from megatron_smlp.checkpoints.inspection import checkpoint_of
+from megatron_smlp.checkpoints.folders import (
+    checkpoint_of,
+    iteration_folder,
+    iterations,
+    tracked_iteration,
+)
 from megatron_smlp.checkpoints.integrity import verify
 from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.conversion import convert
-from megatron_smlp.errors import SaveError, UsageError, readable_errors
-from megatron_smlp.training.captured_output import Transcript
+from megatron_smlp.errors import SaveError, UsageError
+from megatron_smlp.program import readable_errors
+from megatron_smlp.training.captured_output import CapturedOutput
 from megatron_smlp.training.metrics_file import MetricsFile
 
 CONVERSIONS: dict[str, Any] = {
@@ -96,8 +101,8 @@ def write_metrics(disk: str) -> None:
 
 
 def write_transcript(disk: str) -> None:
-    with Transcript() as transcript:
-        transcript.open(disk, rank=0)
+    with CapturedOutput() as output:
+        output.open(disk, rank=0)
         print("early")
         fill(Path(disk), leave=0)
         for _ in range(5):

@@ -25,6 +25,15 @@ def base_for(words: str, base: str = MINIMAL) -> str:
     return base.replace("--vocab-size 100", "") if "--tokenizer-type" in words else base
 
 
+def prepare_megatron() -> None:
+    """Replace in Megatron and torch what pretrain_smlp.py replaces, once per process."""
+    from megatron_smlp.megatron_patches import table
+    from megatron_smlp.platform import cpu
+
+    cpu.apply()
+    table.apply()
+
+
 def forget_arguments() -> None:
     """Drop the namespace, tokenizer and counters that Megatron keeps after parsing."""
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator

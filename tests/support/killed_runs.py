@@ -36,7 +36,7 @@ with late_compile():
     import megatron_smlp.model
     import megatron_smlp.training.reporting  # noqa: F401
 
-from megatron_smlp.errors import readable_errors
+from megatron_smlp.program import readable_errors
 from pretrain_smlp import main
 
 SHARE = 0.5  # of the time from an undisturbed run's first save to its end: the latest kill

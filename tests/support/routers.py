@@ -7,7 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from support.in_process import layer_config
 from torch import Tensor
 
-from megatron_smlp.layers.token_moe import ROUTERS
+from megatron_smlp.systems import token_router_class
 
 SIX = [[0.7, 0.3], [0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.8, 0.2], [0.4, 0.6]]
 """Four tokens want expert 0 (0, 1, 2, 4), two want expert 1."""
@@ -34,7 +34,7 @@ def make_router(name: str, *, num_experts: int, **changes: Any) -> Any:
         "hash_vocab_size": 40,
     }
     config = layer_config(**(values | changes))
-    router = ROUTERS[name](
+    router = token_router_class(name)(
         config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
     )
     router.set_layer_number(1)

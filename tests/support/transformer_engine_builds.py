@@ -36,10 +36,11 @@ def build(flags: list[str]) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.training.initialize import _initialize_tp_communicators
-    from support.in_process import build_model
+    from support.in_process import build_model, prepare_megatron
 
     from megatron_smlp.flags.parse import parse_arguments
 
+    prepare_megatron()
     args = parse_arguments(flags)
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size, create_gloo_process_groups=False

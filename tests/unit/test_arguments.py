@@ -204,7 +204,8 @@ class TestRefusals:
             (f"{SMLP} --num-dense-layers -1", r"--num-dense-layers -1 must lie between 0 and"),
             (f"{GMLP} --num-dense-layers 2", r"--num-dense-layers 2 is for --architecture smlp, "
              r"not gmlp: leave it out"),
-            (f"{TRANSFORMER} --toeplitz", r"--toeplitz is for .* gmlp, amlp and smlp, and"),
+            (f"{TRANSFORMER} --toeplitz", r"--toeplitz is for --architecture gmlp, amlp or "
+             r"smlp, not transformer"),
             (f"{TRANSFORMER} --feature-router deterministic", r"--feature-router deterministic "
              r"is for --architecture smlp, not transformer: leave it out"),
             ("--num-attention-heads 5", r"--num-attention-heads 5 does not divide --hidden-size "
@@ -228,7 +229,7 @@ class TestRefusals:
             ("--token-router gshard --num-experts 4 --moe-eval-capacity-factor -1.5",
              r"--moe-eval-capacity-factor -1\.5 must be over 0"),
             ("--token-router base --num-experts 4 --moe-train-capacity-factor 1",
-             r"--moe-train-capacity-factor is for --token-router switch or gshard, not base"),
+             r"--moe-train-capacity-factor 1.0 is for --token-router switch or gshard, not base"),
             ("--token-router hash --num-experts 4 --moe-aux-loss-coeff 0.1",
              r"--moe-aux-loss-coeff is for --token-router switch or gshard, not hash"),
             ("--token-router switch --num-experts 4 --moe-aux-loss-coeff 0.1 0.2",
@@ -261,18 +262,18 @@ class TestRefusals:
             (f"{PARTIAL} --prefix-fraction 1", r"--prefix-fraction 1 .*between 0 and 1"),
             (f"{PARTIAL} --prefix-fraction -0.2", r"--prefix-fraction -0\.2 .*between 0 and 1"),
             (f"{PARTIAL} --prefix-fraction 0.01", r"--prefix-fraction 0\.01 .* at least one token"),
-            (f"{PARTIAL} --feature-aux-loss-coeff -1", r"--feature-aux-loss-coeff -1 must be 0 or"),
+            (f"{PARTIAL} --feature-aux-loss-coeff -1", r"--feature-aux-loss-coeff -1.0: give 0 or"),
             (f"{PARTIAL} --num-feature-chunks 3", r"--num-feature-chunks 3 does not divide"),
             (f"{PARTIAL} --partial-loss some", r"--partial-loss: invalid choice: 'some'"),
-            (f"{SMLP} --prefix-fraction 0.5", r"--prefix-fraction is for --feature-router partial, "
-             r"not deterministic: leave it out"),
+            (f"{SMLP} --prefix-fraction 0.5", r"--prefix-fraction 0.5 is for --feature-router "
+             r"partial, not deterministic: leave it out"),
             (f"{SMLP} --num-feature-chunks 8", r"--num-feature-chunks 8 with --feature-router "
              r"deterministic must be --num-feature-experts 4"),
             (f"{GMLP} --feature-router partial", r"--feature-router partial is for --architecture "
              r"smlp, not gmlp"),
             (f"{GMLP} --tiny-attention-width 32", r"--tiny-attention-width 32 is for "
              r"--architecture amlp, not gmlp"),
-            ("--architecture amlp --tiny-attention-width 0", r"--tiny-attention-width 0: give a"),
+            ("--architecture amlp --tiny-attention-width 0", r"--tiny-attention-width 0: give 1"),
         ],
     )  # fmt: skip
     def test_feature_routers_and_tiny_attention(self, parse: Parse, words: str, message: str):
@@ -372,7 +373,7 @@ class TestRefusals:
         """Megatron would train from random weights after a slip of the keyboard."""
         checkpoint(parse(GMLP), tmp_path)
         none = tmp_path / "none"
-        refusal(parse, f"{GMLP} --load {none}", rf"--load {none} is no folder: give the --save")
+        refusal(parse, f"{GMLP} --load {none}", rf"--load {none} is not a folder: give the --save")
         none.mkdir()
         refusal(parse, f"{GMLP} --load {none} --save {tmp_path}", "none holds no checkpoint: give")
         one = iteration_folder(tmp_path, 3)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support.launches import REPOSITORY
 
+from megatron_smlp import commands as commands_of_the_wheel
 from megatron_smlp.evaluation import options
 from megatron_smlp.flags.parse import build_parser
 
@@ -56,9 +57,10 @@ def test_a_command_is_as_printed(words: list[str]) -> None:
 
 
 def _parser_of(tool: Path) -> Any:
-    module = re.search(r"^from (megatron_smlp\.\S+) import main", tool.read_text(), re.MULTILINE)
-    assert module is not None
-    return importlib.import_module(module[1]).build_parser()
+    name = re.search(r"^from megatron_smlp.commands import (\w+)$", tool.read_text(), re.MULTILINE)
+    assert name is not None
+    (module,) = getattr(commands_of_the_wheel, name[1]).args
+    return importlib.import_module(f"megatron_smlp.{module}").build_parser()
 
 
 def test_there_are_commands_and_every_tool_can_be_run() -> None:

@@ -19,7 +19,7 @@ from megatron_smlp.accounting.footprint import (
     footprint,
     stage_parameters,
 )
-from megatron_smlp.options import EXPERTS_PER_TOKEN, LayerSlots
+from megatron_smlp.systems import TOKEN_ROUTERS, LayerSlots
 
 SIZES: dict[str, Any] = {
     "num_layers": 4,
@@ -143,7 +143,7 @@ def _moe(router: str) -> dict[str, Any]:
         "token_router": router,
         "num_moe_experts": 4,
         "moe_ffn_hidden_size": 256,
-        "moe_router_topk": EXPERTS_PER_TOKEN[router],
+        "moe_router_topk": TOKEN_ROUTERS[router].experts_per_token,
         "moe_router_pre_softmax": True,
         "moe_aux_loss_coeff": 0.01 if router in ("switch", "gshard") else 0.0,
         "moe_token_dispatcher_type": "alltoall",
@@ -179,7 +179,7 @@ KEPT: dict[str, tuple[dict[str, Any], LayerSlots]] = {
         {"architecture": "transformer"} | _moe(router),
         LayerSlots("attention", "token_moe", 4),
     )
-    for router in EXPERTS_PER_TOKEN
+    for router in TOKEN_ROUTERS
 }
 
 

@@ -1,22 +1,15 @@
 """The table of architectures, by name: what fills the two slots of each layer."""
 
 import dataclasses
-import re
 import subprocess
 import sys
 
 import pytest
 from support.launches import REPOSITORY
 
-from megatron_smlp.options import (
-    LayerSlots,
-    ModelOptions,
-    RunOptions,
-    is_moe_layer,
-    layer_slots,
-    model_option_names,
-    prefix_length,
-)
+from megatron_smlp.flags import help
+from megatron_smlp.options import MODEL_FLAGS, OUR_FLAGS, ModelOptions, RunOptions, prefix_length
+from megatron_smlp.systems import MIXERS, TOKEN_ROUTERS, LayerSlots, is_moe_layer, layer_slots, load
 
 ATTENTION, GATING, FEATURE = "attention", "spatial_gating", "feature_moe"
 
@@ -98,20 +91,28 @@ def test_every_field_says_what_it_is(options: type):
         assert len(helps[field.name] or "") > 30, field.name
 
 
-def flags_of(text: str) -> set[str]:
-    return set(re.findall(r"--[a-z0-9-]+", text))
+def test_the_page_of_flags_is_that_of_the_records():
+    written = help.FLAGS_PAGE.read_text(encoding="utf-8")
+    assert written == help.flags_page(), "run `python -m megatron_smlp.flags.help`"
 
 
-def test_the_help_files_are_those_of_the_parser():
-    """They are read instead of the parser, which takes seconds to build."""
-    from megatron_smlp.flags import help
+def test_help_says_what_the_parser_takes():
+    """It is read from the records, because building the parser takes seconds."""
     from megatron_smlp.flags.parse import build_parser
 
-    remedy = "run `python -m megatron_smlp.flags.help`"
-    written = help.HELP_FILE.read_text(encoding="utf-8")
-    # Python versions break the lines differently.
-    assert flags_of(written) == flags_of(help.help_text(build_parser())), remedy
-    assert help.FLAGS_PAGE.read_text(encoding="utf-8") == help.flags_page(build_parser()), remedy
+    actions = {action.dest: action for action in build_parser()._actions}
+    for options in (ModelOptions, RunOptions):
+        for name, allowed, default, meaning in help.rows(options):
+            action = actions[name]
+            assert meaning == " ".join(action.help.split())
+            assert default == (
+                ""
+                if (action.default in (None, False) and action.default != 0)
+                or action.default is False
+                else str(action.default)
+            )
+            assert allowed.startswith("{") == bool(action.choices)
+            assert bool(allowed) == (action.nargs != 0)
 
 
 def test_help_of_the_real_command_imports_nothing_heavy():
@@ -122,12 +123,62 @@ def test_help_of_the_real_command_imports_nothing_heavy():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    for flag in ("--feature-router", "--dry-run"):
+        assert f"  {flag}" in done.stdout
+    assert "--help-all" in done.stdout
+
+
+def test_full_help_lists_megatrons_flags_too(capsys: pytest.CaptureFixture[str]):
+    assert help.answered(["--help-all"])
+    shown = capsys.readouterr().out
     for flag in ("--num-layers", "--feature-router", "--dry-run"):
-        assert f"  {flag} " in done.stdout
+        assert f"  {flag} " in shown
 
 
-def test_model_option_names_are_the_fields():
-    assert set(model_option_names()) == set(vars(ModelOptions()))
+def test_every_flag_has_a_record():
+    fields = [*dataclasses.fields(ModelOptions), *dataclasses.fields(RunOptions)]
+    assert list(OUR_FLAGS) == [field.name for field in fields]
+
+
+def test_megatrons_defaults_are_those_of_its_parser():
+    """Records of Megatron's flags give the accounting and old checkpoints what they leave out."""
+    from megatron_smlp.flags.parse import build_parser
+    from megatron_smlp.options import MEGATRON_FLAGS
+
+    parsed = build_parser().parse_args([])
+    defaults = {name: flag.default for name, flag in MEGATRON_FLAGS.items()}
+    assert {name: getattr(parsed, name) for name in defaults} == defaults
+
+
+def test_records_of_the_hugging_face_configuration_are_those_of_its_file():
+    """configuration_smlp.py stands alone, so it repeats names, defaults and choices."""
+    from megatron_smlp.hf import configuration_smlp as hf
+
+    theirs = {field.name: field.default for field in dataclasses.fields(hf.SMLPConfig)}
+    assert {facts.hf for facts in MODEL_FLAGS.values() if facts.hf} <= set(theirs)
+    for field in dataclasses.fields(ModelOptions):
+        name = OUR_FLAGS[field.name].hf
+        # The class for sMLP makes one where nothing else is said.
+        if name and name != "architecture":
+            assert theirs[name] == field.default, name
+        choices = {row[0]: row[1] for row in help.rows(ModelOptions)}[field.name]
+        if name and choices.startswith("{"):
+            assert choices == "{" + ",".join(hf._ALLOWED[name]) + "}"
+    for router in ("none", *TOKEN_ROUTERS):
+        older = {
+            name: facts.older
+            for name, facts in OUR_FLAGS.items()
+            if facts.token_routers and router in facts.token_routers and facts.older is not hf
+        }
+        recorded = {n: v for n, v in older.items() if isinstance(v, str)}
+        assert hf._OLDER.get(router, {}) == recorded
+
+
+@pytest.mark.parametrize("entry", [*MIXERS.values(), *TOKEN_ROUTERS.values()])
+def test_what_the_tables_name_is_there(entry: object):
+    for reference in vars(entry).values():
+        if isinstance(reference, str) and ":" in reference and reference.startswith("megatron_"):
+            assert callable(load(reference))
 
 
 @pytest.mark.parametrize(

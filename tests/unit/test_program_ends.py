@@ -8,7 +8,7 @@ from support.launches import REPOSITORY, clean_environment
 # Ends as torch's writers do: an object, held by a frame of the interruption, that complains late.
 INTERRUPTED = """
 import os
-from megatron_smlp.errors import readable_errors, undisturbed_exit
+from megatron_smlp.program import readable_errors, undisturbed_exit
 
 class HalfDone:
     def __del__(self):
@@ -27,7 +27,7 @@ with undisturbed_exit(), readable_errors("program"):
 """
 LATE = """
 import atexit, os, signal, time
-from megatron_smlp.errors import readable_errors, undisturbed_exit
+from megatron_smlp.program import readable_errors, undisturbed_exit
 
 @atexit.register
 def tidy():
@@ -40,7 +40,7 @@ with undisturbed_exit(), readable_errors("program"):
 # A worker of the data loader ignores SIGTERM, and multiprocessing waits for it at the end.
 BROKEN = """
 import multiprocessing, signal, time
-from megatron_smlp.errors import readable_errors, undisturbed_exit
+from megatron_smlp.program import readable_errors, undisturbed_exit
 
 def work():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -88,7 +88,7 @@ def test_a_run_by_samples_saves_and_evaluates_at_its_end(parse: Parse, tmp_path)
         (1, f"{SWITCH} --expert-model-parallel-size 2",
          r"--expert-model-parallel-size 2 needs a multiple of 2 processes, and this run has 1"),
         (2, f"{GMLP} --global-batch-size 6",
-         r"--global-batch-size 6 is no multiple of 4, which is --micro-batch-size 2 on 2 data"),
+         r"--global-batch-size 6 is not a multiple of 4, which is --micro-batch-size 2 on 2 data"),
     ],
 )  # fmt: skip
 def test_processes(parse: Parse, monkeypatch, processes: int, words: str, message: str):

@@ -97,10 +97,10 @@ def estimated_memory(flags: str) -> int:
 
     from megatron_smlp.accounting.costs import ModelShape
     from megatron_smlp.accounting.footprint import ParallelLayout, footprint
-    from megatron_smlp.flags.parse import parse_arguments
+    from pretrain_smlp import patched_arguments
 
     try:
-        args = parse_arguments(flags.split())
+        args = patched_arguments(flags.split())
         return footprint(ModelShape.from_args(args), ParallelLayout.from_args(args)).memory_bytes
     finally:
         forget_arguments()

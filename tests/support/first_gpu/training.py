@@ -33,15 +33,15 @@ def words(place: Place, system: str, *, precision: str = "--bf16") -> str:
 
 def train(flags: str, folder: Path, *, observe: Observe = lambda own: own) -> list[Step]:
     """What pretrain_smlp.py does with these flags, in this process; the steps that it logged."""
-    from megatron_smlp.flags.parse import parse_arguments
-    from megatron_smlp.training.captured_output import Transcript
+    from megatron_smlp.training.captured_output import CapturedOutput
+    from pretrain_smlp import patched_arguments
     from pretrain_smlp import train as pretrain
 
     argv = [*flags.split(), "--log-dir", str(folder)]
     try:
-        with ending_well(), Transcript() as transcript:
-            args = parse_arguments(argv)
-            transcript.open(args.log_dir, rank=args.rank)
+        with ending_well(), CapturedOutput() as output:
+            args = patched_arguments(argv)
+            output.open(args.log_dir, rank=args.rank)
             pretrain(args, observe=observe)
     finally:
         forget_run()

@@ -17,8 +17,7 @@ from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.data.pairs.content import content_of
 from megatron_smlp.data.prepare import preprocess_cli
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.absolute_paths import with_absolute_paths
-from megatron_smlp.flags.parse import build_parser
+from megatron_smlp.flags.parse import build_parser, with_absolute_paths
 
 TOKENIZER = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
 

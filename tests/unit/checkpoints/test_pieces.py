@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.checkpoints.index import tile
 from megatron_smlp.checkpoints.reader import TorchDistReader
+from megatron_smlp.checkpoints.safe_unpickling import load_metadata
 from megatron_smlp.errors import DamagedCheckpointError
-from megatron_smlp.megatron_patches.safe_loading import load_metadata
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 

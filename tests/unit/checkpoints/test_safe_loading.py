@@ -14,6 +14,7 @@ from support import exploits
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_smlp.checkpoints.safe_unpickling import load_metadata
 from megatron_smlp.errors import DamagedCheckpointError, UnsafeCheckpointError
 from megatron_smlp.megatron_patches import safe_loading
 
@@ -96,7 +97,7 @@ def test_no_other_name_gets_through(names: tuple[str, str], tmp_path: Path):
         b"\x80\x04" + b"".join(pickle_text(word) for word in (module, name)) + b"\x93."
     )
     with pytest.raises(pickle.UnpicklingError), path.open("rb") as file:
-        safe_loading.load_metadata(file)
+        load_metadata(file)
 
 
 def pickle_text(word: str) -> bytes:

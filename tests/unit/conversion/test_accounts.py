@@ -14,12 +14,12 @@ from support.smlp_systems import make_model
 from torch import Tensor
 
 from megatron_smlp.checkpoints.folders import TRACKER
+from megatron_smlp.checkpoints.tensors import Spec
+from megatron_smlp.checkpoints.torch_dist import COMMON, TorchDistCheckpoint
 from megatron_smlp.checkpoints.writer import TorchDistWriter
 from megatron_smlp.conversion import convert, forward_check
 from megatron_smlp.conversion.cli import main, parse_size
 from megatron_smlp.conversion.safetensors_files import INDEX, SafetensorsFolder, write_folder
-from megatron_smlp.conversion.tensors import Spec
-from megatron_smlp.conversion.torch_dist import COMMON, TorchDistCheckpoint
 from megatron_smlp.errors import DamagedCheckpointError, UsageError, UserError
 from megatron_smlp.platform.one_process import one_process
 
@@ -157,6 +157,9 @@ def test_safetensors_own_library_reads_what_is_written(tmp_path: Path) -> None:
     }
     specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
     write_folder(tmp_path, specs, tensors.items(), limit=10**9)
+    (tmp_path / "other").touch()
+    mode = (tmp_path / "other").stat().st_mode
+    assert (tmp_path / "model.safetensors").stat().st_mode == mode, "others may read it too"
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         assert torch.equal(tensor, tensors[name]), name
     save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "model.safetensors")
@@ -191,7 +194,7 @@ def test_no_damaged_checkpoint_is_converted(exported: Path, tmp_path: Path) -> N
 
 def what_goes_wrong(load: Path, save: Path) -> str | None:
     try:
-        run(convert.torch_dist_to_hf, load, save, checks=False, overwrite=True)
+        run(convert.torch_dist_to_hf, load, save, checks=False)
     except UserError as error:
         return str(error)
     return None
@@ -226,10 +229,11 @@ def test_what_is_read_is_not_replaced(exported: Path, tmp_path: Path, save: str)
 def test_a_folder_is_replaced_only_on_demand(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").touch()
+    words = f"--from hf --to torch_dist --no-check --load {exported} --save {tmp_path}/run".split()
     with pytest.raises(UsageError, match="--overwrite"):
-        run(from_hf, exported, tmp_path / "run", checks=False)
+        main(words)
     assert (tmp_path / "run" / "precious").exists()
-    run(from_hf, exported, tmp_path / "run", checks=False, overwrite=True)
+    main([*words, "--overwrite"])
     assert sorted(p.name for p in tmp_path.rglob("*") if p.parent == tmp_path) == ["run"]
     assert not (tmp_path / "run" / "precious").exists()
 

@@ -10,9 +10,9 @@ from support.in_process import pretrained
 from support.smlp_systems import make_ids, make_model
 from transformers import AutoModelForCausalLM
 
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import read_config
-from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 

@@ -7,9 +7,9 @@ from support.conversions import run
 from support.in_process import pretrained
 from torch.nn import functional
 
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import config_of, flags_of
-from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.model import activation

@@ -11,9 +11,9 @@ from support.in_process import pretrained
 from support.launches import records
 from support.smlp_systems import make_model
 
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.padding import padded_size
-from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform.one_process import one_process
 

@@ -10,13 +10,12 @@ from support.launches import records
 from support.smlp_systems import make_config
 
 from megatron_smlp.checkpoints import integrity
-from megatron_smlp.checkpoints.folders import iteration_folder
-from megatron_smlp.checkpoints.inspection import checkpoint_of
+from megatron_smlp.checkpoints.folders import checkpoint_of, iteration_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import flags_of
 from megatron_smlp.conversion.resharding import check_layout
-from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.errors import UsageError
 
 MODEL = "--architecture transformer --num-attention-heads 4 --log-interval 1"

@@ -15,11 +15,11 @@ from support.smlp_systems import SYSTEMS, make_ids, make_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 from megatron_smlp.checkpoints import integrity
-from megatron_smlp.checkpoints.inspection import checkpoint_of
+from megatron_smlp.checkpoints.folders import checkpoint_of
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import config_of
 from megatron_smlp.conversion.names import HeadShape, join_qkv, split_qkv
-from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.platform.one_process import one_process
 
 TRAINED = (

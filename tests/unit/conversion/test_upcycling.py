@@ -13,9 +13,9 @@ from support.smlp_systems import make_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert, megatron_model
 from megatron_smlp.conversion.cli import main
-from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform.one_process import one_process
 

@@ -263,7 +263,7 @@ def test_a_killed_worker_ends_the_run(run: Run, tmp_path: Path, corpus: Path) ->
     program = f"""
 import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}]
-from megatron_smlp.errors import run_tool
+from megatron_smlp.program import run_tool
 from megatron_smlp.data.prepare.preprocess_cli import main
 from megatron_smlp.data.tokenizers.bytes_and_numbers import ByteLevel
 

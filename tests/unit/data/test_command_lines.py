@@ -26,7 +26,8 @@ from megatron_smlp.data.pairs import inspect_cli, merge_cli
 from megatron_smlp.data.prepare import preprocess_cli
 from megatron_smlp.data.prepare import train_tokenizer_cli as tokenizer_training
 from megatron_smlp.data.prepare.preprocessing import Summary
-from megatron_smlp.errors import is_interruption, run_tool
+from megatron_smlp.interrupts import is_interruption
+from megatron_smlp.program import run_tool
 
 TOOLS = (
     "preprocess_data",

@@ -196,7 +196,7 @@ def test_kill_9_at_random_moments(run: Run, tmp_path: Path, source: Path) -> Non
 import os, signal, sys, threading, time
 sys.path[:0] = [{str(ROOT)!r}]
 from megatron_smlp.data.prepare import preprocessing, sources
-from megatron_smlp.errors import run_tool
+from megatron_smlp.program import run_tool
 from megatron_smlp.data.prepare.preprocess_cli import main
 preprocessing.SHARD_SECONDS = 0.0
 sources.CHUNK_BYTES = 20_000

@@ -27,7 +27,7 @@ from megatron_smlp.data.tokenizers.spec import (
     TokenizerSpec,
     UnencodableTextError,
 )
-from megatron_smlp.errors import readable_errors
+from megatron_smlp.program import readable_errors
 
 DOCUMENTS = make_documents(120, seed=9)
 Flags = list[object]

@@ -149,7 +149,7 @@ def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_file_says_which_and_from_where(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has no copa\*\.jsonl .*superglue/data/v2/COPA\.zip"):
         select_tasks(["copa"], data_dir=str(tmp_path))
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         select_tasks(["copa"], data_dir=str(tmp_path / "absent"))
 
 

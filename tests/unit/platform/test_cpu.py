@@ -117,7 +117,7 @@ class TestFlags:
     def test_what_needs_a_gpu_is_refused(self, name: str):
         flag = "--" + name.replace("_", "-")
         with pytest.raises(ValueError, match=f"{flag} needs a CUDA device and none was found"):
-            cpu.set_flags(Namespace(**{name: True}))
+            cpu.check_flags(Namespace(**{name: True}))
 
     def test_where_cuda_is_available_flags_stay(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

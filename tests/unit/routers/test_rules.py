@@ -12,11 +12,11 @@ from support.in_process import layer_config
 from support.routers import COEFFICIENT, SIX, make_router, probable
 from torch import Tensor, nn
 
-from megatron_smlp.layers.token_moe import ROUTERS
 from megatron_smlp.routers.draws import sample_keys
 from megatron_smlp.routers.gshard import give_samples
 from megatron_smlp.routers.hash import give_token_ids, random_table
 from megatron_smlp.routers.switch import balance_loss
+from megatron_smlp.systems import token_router_class
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -117,7 +117,7 @@ class TestSwitch:
     def test_starts_as_all_weights_do(self, name: str):
         config = layer_config(hidden_size=256, num_moe_experts=64, add_bias_linear=False)
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        weight = ROUTERS[name](config=config, pg_collection=groups).weight
+        weight = token_router_class(name)(config=config, pg_collection=groups).weight
         assert weight.shape == (64, 256)
         assert weight.std().item() == pytest.approx(config.init_method_std, rel=0.05)
 
@@ -229,7 +229,7 @@ class TestBase:
             hidden_size=32, num_moe_experts=8, add_bias_linear=False, params_dtype=precision
         )
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        weight = ROUTERS["base"](config=config, pg_collection=groups).weight
+        weight = token_router_class("base")(config=config, pg_collection=groups).weight
         assert weight.dtype == precision
         gram = weight.float() @ weight.float().T
         torch.testing.assert_close(gram, 0.01 * torch.eye(8), rtol=0, atol=2e-4)

@@ -7,8 +7,8 @@ from support.in_process import pretrained
 from support.launches import records
 
 from megatron_smlp.accounting.costs import ModelShape, choice_flops, choices_per_token, model_cost
-from megatron_smlp.options import LayerSlots
 from megatron_smlp.routers.statistics import RouterKey, RouterLoad
+from megatron_smlp.systems import LayerSlots
 from megatron_smlp.training.compute import Compute
 
 TOKENS = 64  # of a step: 4 samples of 16

@@ -1,4 +1,4 @@
-"""The small parts of reporting: units, files that a crash cut off, the start-up transcript."""
+"""The small parts of reporting: units, files that a crash cut off, the start-up output."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smlp.training.captured_output import FolderError, Transcript
+from megatron_smlp.training.captured_output import CapturedOutput, FolderError
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.reporting import perplexity
 from megatron_smlp.training.speed import duration
@@ -57,35 +57,35 @@ class TestMetricsFile:
         assert list(tmp_path.iterdir()) == []
 
 
-class TestTranscript:
+class TestCapturedOutput:
     def test_it_keeps_what_was_said_before_and_after_the_folder_is_known(self, tmp_path: Path):
-        with Transcript() as transcript:
+        with CapturedOutput() as output:
             print("early")
             warnings.simplefilter("always")
             warnings.warn("a warning", stacklevel=1)
-            transcript.open(str(tmp_path), rank=0)
+            output.open(str(tmp_path), rank=0)
             print("late")
         text = (tmp_path / "megatron.log").read_text()
         assert text.index("early") < text.index("UserWarning: a warning") < text.index("late")
 
     def test_ranks_have_files_of_their_own(self, tmp_path: Path):
-        with Transcript() as transcript:
-            transcript.open(str(tmp_path), rank=3)
+        with CapturedOutput() as output:
+            output.open(str(tmp_path), rank=3)
             print("from three")
         assert (tmp_path / "megatron.rank3.log").read_text() == "from three\n"
 
     def test_a_folder_that_cannot_be_made_is_named(self, tmp_path: Path):
         (tmp_path / "file").touch()
-        with Transcript() as transcript, pytest.raises(FolderError, match=r"--log-dir .*/file"):
-            transcript.open(str(tmp_path / "file"), rank=0)
+        with CapturedOutput() as output, pytest.raises(FolderError, match=r"--log-dir .*/file"):
+            output.open(str(tmp_path / "file"), rank=0)
 
     def test_afterwards_everything_is_as_before(self, tmp_path: Path):
         before = (sys.stdout, warnings.showwarning)
-        transcript = Transcript()
-        with contextlib.suppress(KeyError), transcript:
-            transcript.open(str(tmp_path), rank=0)
+        output = CapturedOutput()
+        with contextlib.suppress(KeyError), output:
+            output.open(str(tmp_path), rank=0)
             raise KeyError
         assert (sys.stdout, warnings.showwarning) == before
-        # Library logging still goes to the transcript: it must find the file open.
-        transcript.write("after the end\n")
+        # Library logging still goes to the output: it must find the file open.
+        output.write("after the end\n")
         assert (tmp_path / "megatron.log").read_text().endswith("after the end\n")

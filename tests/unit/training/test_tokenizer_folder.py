@@ -13,8 +13,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer
 
 from megatron_smlp.checkpoints.run_record import read_run_record
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
-from megatron_smlp.conversion.torch_dist import TorchDistCheckpoint
 from megatron_smlp.data.tokenizers.factory import identity_from_arguments, read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.errors import UsageError

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.in_process import MINIMAL, forget_arguments, pretrained
+from support.in_process import MINIMAL, forget_arguments, prepare_megatron, pretrained
 from support.launches import REPOSITORY
 
 from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.parse import build_parser, parse_arguments
 from megatron_smlp.flags.unused_flags import (
-    OF_ATTENTION,
-    OF_DOCUMENTS,
-    OF_OTHER_LAYERS,
-    OF_TRANSFORMER_ENGINE,
+    ATTENTION_FLAGS,
+    DOCUMENT_FLAGS,
+    OTHER_LAYER_FLAGS,
     OTHER_PROGRAMS,
     READ_NOWHERE,
+    TRANSFORMER_ENGINE_FLAGS,
 )
 from megatron_smlp.platform import cpu
 from megatron_smlp.training.start_screen import summary
@@ -30,6 +30,8 @@ type Parse = Callable[[str], Any]
 
 @pytest.fixture
 def parse() -> Iterator[Parse]:
+    prepare_megatron()
+
     def parsed(words: str) -> Any:
         return parse_arguments([*MINIMAL.split(), *words.split()])
 
@@ -118,8 +120,8 @@ def test_transformer_engines_flags(parse: Parse, flag: str):
 
 def test_every_name_is_one_of_megatrons_flags():
     destinations = {action.dest for action in build_parser()._actions}
-    assert {*OF_OTHER_LAYERS, *OF_ATTENTION, *OF_DOCUMENTS} <= destinations
-    assert {*OF_TRANSFORMER_ENGINE, *READ_NOWHERE} <= destinations
+    assert {*OTHER_LAYER_FLAGS, *ATTENTION_FLAGS, *DOCUMENT_FLAGS} <= destinations
+    assert {*TRANSFORMER_ENGINE_FLAGS, *READ_NOWHERE} <= destinations
     assert {*OTHER_PROGRAMS} <= {group.title for group in build_parser()._action_groups}
 
 

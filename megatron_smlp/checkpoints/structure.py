@@ -1,22 +1,20 @@
-"""What can be said of a checkpoint without checksums: whether its index and shards fit together."""
+"""Check a checkpoint that has no checksums: do its index and its shards fit together?"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_smlp.checkpoints.safe_unpickling import read_index
 from megatron_smlp.errors import UserError
-from megatron_smlp.megatron_patches.safe_loading import load_metadata, readable
 
 
 def structural_problems(folder: Path) -> list[str]:
-    """Files that are missing, shards that are shorter than the index says, a damaged index."""
-    index = folder / ".metadata"
+    """Name missing files, shards that are shorter than the index says, a damaged index."""
     missing = [name for name in ("metadata.json", ".metadata") if not (folder / name).exists()]
     if missing:
         return [f"{name} is missing" for name in missing]
     try:
-        with readable(index), index.open("rb") as file:
-            entries = (load_metadata(file).storage_data or {}).values()
+        entries = (read_index(folder).storage_data or {}).values()
     except UserError as error:
         return [str(error)]
     ends: dict[str, int] = {}

@@ -12,14 +12,14 @@ from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import (
     MODEL,
     TRACKER,
+    checkpoint_of,
     is_ours,
     iteration_folder,
     iteration_of,
-    tracked_folder,
 )
 from megatron_smlp.checkpoints.model_record import with_older_flags
 from megatron_smlp.checkpoints.reader import TorchDistReader
-from megatron_smlp.conversion.tensors import check_scale
+from megatron_smlp.checkpoints.tensors import check_scale
 from megatron_smlp.errors import DamagedCheckpointError, UsageError
 
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state", "common_state")
@@ -67,22 +67,13 @@ class TorchDistCheckpoint(TorchDistReader):
 
 
 def _find(folder: Path, iteration: int | None) -> Path:
-    if (folder / ".metadata").is_file():
-        return folder
-    if iteration is not None:
-        found = iteration_folder(folder, iteration)
-        if not found.is_dir():
-            raise UsageError(f"--ckpt-step {iteration}: {found} does not exist.")
-        return found
-    newest = tracked_folder(folder)
-    if newest is None:
-        raise UsageError(
-            f"{folder} holds no checkpoint: latest_checkpointed_iteration.txt is missing. Give "
-            "the --save folder of a run."
-        )
-    if not newest.is_dir():
-        raise UsageError(f"{newest} does not exist, but {TRACKER} names it.")
-    return newest
+    if iteration is None or (folder / ".metadata").is_file():
+        found, why = checkpoint_of(folder), f"{TRACKER} names it"
+    else:
+        found, why = iteration_folder(folder, iteration), f"--ckpt-step {iteration} asks for it"
+    if not found.is_dir():
+        raise UsageError(f"{found} does not exist, but {why}.")
+    return found
 
 
 def _check_small_files(folder: Path) -> None:

@@ -1,0 +1,74 @@
+"""Tensors on the disk: what is known of them before they are read, and where they are read from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_smlp.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Spec:
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    def on_meta(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def main_dtype(specs: Mapping[str, Spec]) -> torch.dtype:
+    """What most floating-point tensors are kept in."""
+    floats = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
+    return max(set(floats), key=floats.count)
+
+
+class Source(Protocol):
+    """Where tensors are read from, one at a time."""
+
+    @property
+    def specs(self) -> Mapping[str, Spec]: ...
+
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """A tensor in memory of its own, or one of its rows: `[E, X, D]` -> `[X, D]`."""
+        ...
+
+    def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
+        """Fill a tensor with rows of the one of this name, from `start` on."""
+        ...
+
+
+def check_scale(specs: Mapping[str, Spec], flags: Mapping[str, Any], *, where: str) -> None:
+    """Refuse sizes that the tensors plainly do not have: a model of them would take hours to build.
+
+    Raises:
+        UsageError: there is not a tensor for each layer, or not a row for each expert.
+    """
+    num_layers, num_experts = flags.get("num_layers"), flags.get("num_experts")
+    if not isinstance(num_layers, int) or num_layers > len(specs):
+        raise UsageError(
+            f"{where} holds {len(specs)} tensors, which is no model of {num_layers} layers."
+        )
+    most = max((spec.shape[0] for spec in specs.values() if spec.shape), default=0)
+    if not isinstance(num_experts, int | None) or (num_experts or 0) > most:
+        raise UsageError(f"{where} holds no tensor with rows for {num_experts} experts.")
+
+
+def tensors_of(source: Source) -> Iterator[tuple[str, Tensor]]:
+    """One at a time, in the order of their names in the source."""
+    for name in source.specs:
+        yield name, source.read(name)

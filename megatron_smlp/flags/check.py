@@ -1,0 +1,146 @@
+"""The third phase: refusals. Nothing here assigns to the namespace.
+
+Each names the flag, its value, what is allowed and what to do. Megatron stops at most of these with
+an assertion that names no flag, some of them after minutes, and takes others in silence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import traceback
+from pathlib import Path
+
+from megatron_smlp.checkpoints.folders import is_checkpoint_folder, iteration_of
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.data.tokenizers.folder import local_gpt2_files
+from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.check_model import check_model
+from megatron_smlp.flags.check_routers import check_feature_router, check_token_router
+from megatron_smlp.flags.check_run import (
+    check_layout,
+    check_machine,
+    check_names,
+    check_ranges,
+    check_schedule,
+)
+from megatron_smlp.flags.defaults import BALANCED_TABLE, holds_checkpoint
+from megatron_smlp.flags.namespace import Arguments
+from megatron_smlp.flags.unused_flags import refuse_other_programs, refuse_unless, refuse_unused
+from megatron_smlp.platform import choice, cpu
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check everything that can be known before Megatron looks.
+
+    Raises:
+        UsageError: see the messages.
+    """
+    refuse_other_programs(parser, args)
+    check_ranges(args)
+    check_token_router(args)
+    _check_saving(args)
+    _check_eval_tasks(args)
+    _check_load(args)
+    choice.check(args.platform)
+    cpu.check_flags(args)
+    refuse_unless(args, "architectures", chosen=args.architecture, by="--architecture")
+    check_model(args)
+    check_feature_router(args)
+    refuse_unused(args)
+    check_schedule(args)
+    check_layout(args)
+    check_names(args)
+    check_machine(args)
+
+
+def _check_saving(args: argparse.Namespace) -> None:
+    if args.async_save and args.explicit_flags.get("async_strategy") == "nvrx":
+        raise UsageError(
+            "--async-strategy nvrx writes checkpoints without the checksums, and without the one "
+            "rename by which a whole checkpoint is known: leave it out, or give mcore."
+        )
+    if args.keep_every and not args.keep_last:
+        raise UsageError(
+            f"--keep-every {args.keep_every} without --keep-last deletes nothing: give both."
+        )
+
+
+def _check_eval_tasks(args: argparse.Namespace) -> None:
+    for name in ("eval_tasks_interval", "eval_tasks_limit", "eval_tasks_data_dir"):
+        value = getattr(args, name)
+        if value is not None and not args.eval_tasks:
+            raise UsageError(
+                f"{flag_of(name)} {value} without --eval-tasks evaluates nothing: give both."
+            )
+
+
+def _check_load(args: argparse.Namespace) -> None:
+    """A --load that holds no checkpoint is a mistake: Megatron would start from scratch."""
+    if args.load and not holds_checkpoint(args.load) and not args.pretrained_checkpoint:
+        raise UsageError(_nothing_in(Path(args.load)))
+    if args.ckpt_step and not args.load and not args.pretrained_checkpoint:
+        where = f"{args.save} holds no checkpoint" if args.save else "there is no --load"
+        raise UsageError(
+            f"--ckpt-step {args.ckpt_step} asks for a checkpoint, and {where}: give --load with "
+            "the --save folder of the run, or leave --ckpt-step out."
+        )
+
+
+def _nothing_in(load: Path) -> str:
+    """Why --load is refused, and what to give in its place."""
+    if is_checkpoint_folder(load):
+        iteration = iteration_of(load)
+        which = "" if iteration is None else f" --ckpt-step {iteration}"
+        return (
+            f"--load {load} is one checkpoint, and not the folder of a run: give --load "
+            f"{load.parent}{which}."
+        )
+    there = "holds no checkpoint" if load.is_dir() else "is not a folder"
+    return (
+        f"--load {load} {there}: give the --save folder of a run, or leave --load out to start "
+        "from scratch."
+    )
+
+
+def validate(args: Arguments) -> None:
+    """Run Megatron's own validation, which fills in more, and set its global state.
+
+    Raises:
+        UsageError: with Megatron's reason, or with the check that failed where it gives none.
+    """
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    try:
+        with args.thawed(), local_gpt2_files(args):
+            validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
+            if args.async_save and cpu.needed():
+                # Now Megatron forks a process for each save: megatron_patches/async_saving.py.
+                args.use_persistent_ckpt_worker = False
+            set_global_variables(args)
+    except (AssertionError, ValueError, RuntimeError, FileNotFoundError, OSError) as error:
+        raise UsageError(f"Megatron refuses these arguments: {_reason(error)}") from error
+    _check_hash_table(args)
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if text:
+        return text
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"`{frame.line}` ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+def _check_hash_table(args: argparse.Namespace) -> None:
+    """Read a given table once, so that one of another size or vocabulary is refused now."""
+    if args.hash_table in (None, BALANCED_TABLE):
+        return
+    from megatron.training import get_tokenizer
+
+    from megatron_smlp.routers.hash_table import read_table
+
+    size = get_tokenizer().vocab_size
+    try:
+        read_table(args.hash_table, num_experts=args.num_experts, vocab_size=size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,100 @@
+"""Is this a model that can be built? Shapes and layouts of the layers, before anything is."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.errors import UsageError
+from megatron_smlp.systems import ARCHITECTURES
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Check the sizes of the layers, and how they are cut over ranks.
+
+    Raises:
+        UsageError: see the messages.
+    """
+    for name in ("num_layers", "hidden_size", "seq_length", "micro_batch_size"):
+        value = getattr(args, name)
+        if value is None or value < 1:
+            raise UsageError(
+                f"{flag_of(name)} {value}: give a positive number (or a --config that has it)."
+            )
+    if ARCHITECTURES[args.architecture].mixer == "attention":
+        _check_attention(args)
+    else:
+        _check_spatial(args)
+    if ARCHITECTURES[args.architecture].sparse_mixer:
+        _check_sparse(args)
+    _check_experts(args)
+
+
+def _check_attention(args: argparse.Namespace) -> None:
+    heads, tp = args.num_attention_heads, args.tensor_model_parallel_size
+    if not heads or args.hidden_size % heads:
+        raise UsageError(
+            f"--num-attention-heads {heads} does not divide --hidden-size {args.hidden_size}: "
+            "choose a divisor."
+        )
+    if heads % tp:
+        raise UsageError(
+            f"--tensor-model-parallel-size {tp} does not divide --num-attention-heads {heads}: "
+            "choose a divisor."
+        )
+
+
+def _check_spatial(args: argparse.Namespace) -> None:
+    from megatron_smlp.layers.spatial_gating import check_gate
+
+    heads = {"--spatial-heads": args.spatial_heads}
+    if args.feature_router != "none":
+        flag = "--num-feature-chunks" if args.num_feature_chunks else "--num-feature-experts"
+        heads[flag] = args.num_feature_chunks or args.num_feature_experts
+    for flag, count in heads.items():
+        try:
+            check_gate(
+                flag,
+                num_heads=count,
+                ffn_hidden_size=args.ffn_hidden_size,
+                tensor_parallel=args.tensor_model_parallel_size,
+                context_parallel=args.context_parallel_size,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+
+def _check_sparse(args: argparse.Namespace) -> None:
+    if not 0 <= args.num_dense_layers <= args.num_layers:
+        raise UsageError(
+            f"--num-dense-layers {args.num_dense_layers} must lie between 0 and --num-layers "
+            f"{args.num_layers}: it says how many of them are dense."
+        )
+    if args.feature_router != "none" and args.num_feature_experts < 2:
+        raise UsageError(
+            f"--num-feature-experts {args.num_feature_experts} with --feature-router "
+            f"{args.feature_router} is no mixture: give 2 or more, or --feature-router none."
+        )
+
+
+def _check_experts(args: argparse.Namespace) -> None:
+    experts, ep = args.num_experts, args.expert_model_parallel_size
+    if experts is None:
+        if ep > 1:
+            raise UsageError(
+                f"--expert-model-parallel-size {ep} without --num-experts: there is nothing to "
+                "spread. Give --num-experts, or leave it out."
+            )
+        return
+    if experts < 1 or experts % ep:
+        raise UsageError(
+            f"--num-experts {experts} is not a multiple of --expert-model-parallel-size {ep}: "
+            "choose a multiple."
+        )
+    freq, layers = args.moe_layer_freq, args.num_layers
+    is_number = isinstance(freq, int)
+    if freq < 1 if is_number else len(freq) != layers or not set(freq) <= {0, 1}:
+        raise UsageError(
+            f"--moe-layer-freq {freq}: give a number of 1 or more, or a list with 0 or 1 for each "
+            f"of the --num-layers {layers} layers, as [0,1]*{layers // 2 or 1}."
+        )

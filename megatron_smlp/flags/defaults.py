@@ -1,0 +1,167 @@
+"""The second phase: defaults that depend on other flags, on the machine or on the checkpoint.
+
+A flag that was given is kept; what cannot be kept is refused by the third phase, and nothing is
+here. This is the only place that assigns to the namespace, but for Megatron's own validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+from megatron_smlp.checkpoints.folders import latest_iteration, release_folder
+from megatron_smlp.checkpoints.model_record import read_model_flags
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
+from megatron_smlp.options import NEVER_OLDER, OUR_FLAGS
+from megatron_smlp.platform import cpu
+from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS
+
+AUX_LOSS_COEFF = 0.01
+BALANCED_TABLE = "balanced"
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Set every default that is not a constant."""
+    _fill_in_layers(args)
+    _fill_in_token_router(args)
+    _fill_in_schedule(args)
+    _fill_in_saving(args)
+    _fill_in_from_checkpoint(args)
+    if args.tokenizer_type is None and args.vocab_file and args.merge_file:
+        args.tokenizer_type = "GPT2BPETokenizer"  # Megatron's default
+    args.platform_changes = cpu.set_flags(args)
+
+
+def _has(module: str) -> bool:
+    return find_spec(module) is not None
+
+
+def _fill_in_layers(args: argparse.Namespace) -> None:
+    given = args.explicit_flags
+    if "transformer_impl" not in given and not _has("transformer_engine"):
+        args.transformer_impl = "local"
+    # Apex's extension; without it Megatron's output layer stops, whatever the layers are made of.
+    args.gradient_accumulation_fusion &= _has("fused_weight_gradient_mlp_cuda")
+    if args.transformer_impl == "local":
+        # These need Apex or Transformer Engine, which the local implementation does without.
+        args.no_persist_layer_norm = args.no_persist_layer_norm or not _has("apex")
+        args.masked_softmax_fusion = False
+        args.apply_rope_fusion &= _has("transformer_engine")
+    if ARCHITECTURES[args.architecture].mixer != "attention":
+        if "position_embedding_type" not in given:
+            args.position_embedding_type = "none"  # rows of the spatial matrix are positions
+        if args.num_attention_heads is None:
+            # Megatron wants a number that every parallel size divides; nothing attends.
+            args.num_attention_heads = args.hidden_size
+        if args.hidden_size:
+            args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
+    if "max_position_embeddings" not in given:
+        args.max_position_embeddings = args.seq_length
+    if "bias_gelu_fusion" not in given:
+        # Megatron's fused GELU is the tanh approximation; here GELU is exact on every device.
+        args.bias_gelu_fusion = False
+
+
+def _fill_in_token_router(args: argparse.Namespace) -> None:
+    if args.num_experts and args.tensor_model_parallel_size > 1:
+        args.sequence_parallel = True  # Megatron's MoELayer dispatches slices of the tokens
+    rule = TOKEN_ROUTERS.get(args.token_router)
+    if rule is None:
+        return
+    args.moe_router_topk = rule.experts_per_token
+    args.moe_router_load_balancing_type = "aux_loss" if rule.has_balance_loss else "none"
+    if not rule.has_balance_loss:
+        args.moe_aux_loss_coeff = 0.0
+    elif "moe_aux_loss_coeff" not in args.explicit_flags:
+        args.moe_aux_loss_coeff = AUX_LOSS_COEFF
+    elif isinstance(args.moe_aux_loss_coeff, list) and len(args.moe_aux_loss_coeff) == 1:
+        # Megatron reads a list of numbers, for its several losses; here there is one.
+        args.moe_aux_loss_coeff = float(args.moe_aux_loss_coeff[0])
+    args.moe_router_pre_softmax = True  # Megatron insists on it where a token visits one expert
+    if "moe_token_drop_policy" not in args.explicit_flags:
+        # By probability, later tokens push out earlier ones.
+        args.moe_token_drop_policy = "position"
+
+
+def _fill_in_schedule(args: argparse.Namespace) -> None:
+    # A step reads one sample or more, so that the run's end comes before this interval's.
+    never = args.train_iters or args.train_samples
+    if args.eval_iters and not args.eval_interval and "eval_iters" not in args.explicit_flags:
+        args.eval_iters = 0  # Megatron's default without an interval to use it at
+    if not args.eval_iters:
+        args.eval_interval = args.eval_interval or never  # Megatron divides by it
+    if args.save and not args.save_interval:
+        args.save_interval = never  # once, at the end; Megatron insists on a number
+    if not args.use_checkpoint_opt_param_scheduler:
+        # Megatron would stop with a traceback where a checkpoint has another --lr or --train-iters.
+        args.override_opt_param_scheduler = True
+    # Ours does the same in lockstep over the ranks, and can skip the step: --nonfinite-loss.
+    args.check_for_nan_in_loss_and_grad = False
+    args.exit_signal_handler = True
+
+
+def _fill_in_saving(args: argparse.Namespace) -> None:
+    if "ckpt_format" not in args.explicit_flags:
+        args.ckpt_format = "torch_dist"
+    args.dist_ckpt_optim_fully_reshardable |= args.optimizer_checkpoint == "any_layout"
+    args.log_dir = args.log_dir or args.save
+    if args.save_retain_interval:
+        # Megatron's own way deletes before the new checkpoint is on the disk.
+        args.keep_last = args.keep_last or 1
+        args.keep_every = args.keep_every or args.save_retain_interval
+        args.save_retain_interval = None
+    if args.async_save:
+        # Without these Megatron switches --async-save off.
+        args.use_persistent_ckpt_worker = True
+        args.async_strategy = "mcore"
+
+
+def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
+    """Choose what is loaded, and keep what that has of flags which the command line leaves out."""
+    is_save_folder = _is_same(args.load, args.save)
+    if args.load is None and args.save and not args.no_resume and holds_checkpoint(args.save):
+        args.load = args.save  # what an earlier start left
+    elif is_save_folder and not holds_checkpoint(args.load) and not args.pretrained_checkpoint:
+        args.load = None  # as launchers give it; this is the first start
+    recorded = (read_model_flags(args.load, args.ckpt_step) if args.load else None) or {}
+    _keep_padding(args, recorded.get("padded_vocab_size"))
+    args.kept_flags = []
+    for name, facts in OUR_FLAGS.items():
+        # Checkpoints that are older than such a flag of their router mean something else by it.
+        is_old = facts.older is not NEVER_OLDER and args.token_router in facts.token_routers
+        there = recorded.get(name, getattr(args, name))
+        if is_old and name not in args.explicit_flags and there != getattr(args, name):
+            setattr(args, name, there)
+            args.kept_flags.append(f"{flag_of(name)} {there}")
+    has_data = any(getattr(args, name) for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS))
+    if args.hash_table == BALANCED_TABLE and (args.load or not has_data):
+        args.hash_table = None  # the checkpoint has one; or there is nothing to count
+
+
+def _keep_padding(args: argparse.Namespace, padded: int | None) -> None:
+    """Pad the vocabulary as the checkpoint does, wherever the tensor parallel size divides that.
+
+    Megatron pads to a multiple of --make-vocab-size-divisible-by times the tensor parallel size.
+    The padding takes part in the softmax, so a run that goes on with another number of padding
+    rows, which start at random, would see its loss jump. Where the size does not divide it, and
+    where a run that starts anew from another's weights (--finetune) says how it pads, Megatron
+    pads.
+    """
+    given = args.explicit_flags
+    if padded is None or "padded_vocab_size" in given:
+        return
+    if args.finetune and "make_vocab_size_divisible_by" in given:
+        return
+    if padded % args.tensor_model_parallel_size == 0:
+        args.padded_vocab_size = padded
+
+
+def holds_checkpoint(run: str) -> bool:
+    """Return whether the folder of a run has a checkpoint to load."""
+    return latest_iteration(run) is not None or release_folder(run) is not None
+
+
+def _is_same(one: str | None, other: str | None) -> bool:
+    return bool(one and other) and Path(str(one)).resolve() == Path(str(other)).resolve()

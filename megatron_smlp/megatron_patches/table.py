@@ -1,0 +1,162 @@
+"""THE table of what is replaced in Megatron and torch on every device, CUDA or not.
+
+What a machine without CUDA needs on top of it is platform/cpu.py; nothing else in the project
+replaces anything of theirs. `apply` is called once by whoever starts Megatron: the entry, and the
+evaluation. Rows that do not hold for the whole process are put in place, and taken back, by a
+context manager of their module.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Extent = Literal["process", "run", "import"]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One function or method that is replaced."""
+
+    target: str
+    """The name under which Megatron or torch looks it up."""
+    why: str
+    """The fault of the original."""
+    module: str
+    """The module of this folder that replaces it."""
+    contract: str
+    """The test that fails where the next Megatron no longer has what is replaced."""
+    extent: Extent
+    """For the whole process, during `megatron.training.pretrain`, or while Megatron is imported."""
+    since: str = "0.19.2"
+    """The oldest version of Megatron that it was written for."""
+
+
+def _rows(
+    module: str, contract: str, targets: Mapping[str, str], *, extent: Extent = "process"
+) -> Iterator[Patch]:
+    for target, why in targets.items():
+        yield Patch(target, why, module, contract, extent)
+
+
+_TRAINING = "megatron.training.training"
+_CHECKPOINTING = "megatron.training.checkpointing"
+_OPTIMIZER = "megatron.core.optimizer"
+_DISTRIBUTED = f"{_OPTIMIZER}.distrib_optimizer.DistributedOptimizer"
+_CHAINED = f"{_OPTIMIZER}.optimizer.ChainedOptimizer"
+_SAVING = "megatron.core.dist_checkpointing"
+_WRITER = f"{_SAVING}.strategies.filesystem_async"
+_TORCH = "torch.distributed.checkpoint"
+_NEEDS_APEX = "expects Adam's step count where Apex keeps it, and torch does not"
+_TIED = "ties the saved optimizer state to the layout that saved it"
+_ALONE = "fails on rank 0 while the others wait"
+
+PATCHES = (
+    *_rows(
+        "late_compile",
+        "unit/platform/test_late_compile.py",
+        {"torch.compile": "imports a compiler, for seconds, that most runs never call"},
+        extent="import",
+    ),
+    *_rows(
+        "compiled_helpers",
+        "contract/test_compiled_helpers.py",
+        {
+            "megatron.core.datasets.utils.compile_helpers": "runs make, though the wheel carries "
+            "the compiled module, and ends the first rank",
+        },
+    ),
+    *_rows(
+        "cross_entropy",
+        "contract/test_cross_entropy.py",
+        {
+            "megatron.core.tensor_parallel.vocab_parallel_cross_entropy": "reads and writes the "
+            "fp32 logits a dozen times where one CPU holds the whole vocabulary",
+        },
+    ),
+    *_rows(
+        "gradient_scale",
+        "contract/test_gradient_scale.py",
+        {
+            f"{_OPTIMIZER}.{module}.multi_tensor_scale_impl": "without Apex makes a temporary of "
+            "each gradient"
+            for module in ("clip_grads", "optimizer")
+        },
+    ),
+    *_rows(
+        "torch_adam",
+        "contract/test_fused_adam.py",
+        {
+            f"{_DISTRIBUTED}.state_dict": _NEEDS_APEX,
+            f"{_DISTRIBUTED}.load_state_dict": _NEEDS_APEX,
+            f"{_DISTRIBUTED}._set_main_param_and_optimizer_states": _NEEDS_APEX,
+        },
+    ),
+    *_rows(
+        "optimizer_state",
+        "contract/test_optimizer_checkpoints.py",
+        {
+            f"{_CHAINED}.sharded_state_dict": _TIED,
+            f"{_CHAINED}.load_state_dict": _TIED,
+            f"{_DISTRIBUTED}.sharded_param_state_fully_reshardable": _TIED,
+            f"{_SAVING}.load_content_metadata": _TIED,
+        },
+    ),
+    *_rows(
+        "safe_loading",
+        "unit/checkpoints/test_safe_loading.py",
+        {
+            f"{_TORCH}.FileSystemReader.read_metadata": "unpickles anything",
+            f"{_TORCH}.FileSystemReader.read_data": "reads what an index says, whatever it says",
+            f"{_TORCH}.DefaultLoadPlanner.load_bytes": "unpickles anything",
+            f"{_SAVING}.serialization.load_common": "unpickles anything",
+        },
+    ),
+    *_rows(
+        "training_loop",
+        "contract/test_megatron_seams.py",
+        {
+            f"{_TRAINING}.setup_model_and_optimizer": "has no place to guard updates from",
+            f"{_TRAINING}.training_log": "alone sees the loss and the gradient norm of a step",
+            f"{_TRAINING}.evaluate": "tells nobody its losses, and evaluates one way only",
+            f"{_TRAINING}.evaluate_and_print_results": "alone knows an evaluation's iteration",
+            f"{_TRAINING}.save_checkpoint_and_time": "tells nobody how long a save took",
+        },
+        extent="run",
+    ),
+    *_rows(
+        "checkpointing",
+        "contract/test_checkpointing_seams.py",
+        {
+            f"{_SAVING}.save": "writes under the final name from the first byte on",
+            f"{_SAVING}.serialization.save_config": _ALONE,
+            f"{_CHECKPOINTING}.ensure_directory_exists": "makes the folder before it is whole",
+            f"{_CHECKPOINTING}.maybe_msc": "writes the tracker in place: empty on a full disk",
+            f"{_CHECKPOINTING}.read_metadata": "ends the process at a tracker without a number",
+            f"{_WRITER}.FileSystemWriterAsync.write_preloaded_data": "forgets an error's text",
+            f"{_WRITER}.FileSystemWriterAsync.finish": _ALONE,
+            f"{_WRITER}.get_write_results_queue": "starts a process that outlives a killed run",
+            f"{_TRAINING}.save_checkpoint": "ends the run where a save fails",
+            f"{_TRAINING}.maybe_finalize_async_save": "ends the run where a save fails",
+            f"{_TRAINING}.setup_model_and_optimizer": "loads what the tracker names, whole or not",
+        },
+        extent="run",
+    ),
+    *_rows(
+        "tensorboard",
+        "unit/checkpoints/test_full_disk.py",
+        {
+            "megatron.training.global_vars._GLOBAL_TENSORBOARD_WRITER": "raises a full disk's "
+            "error at whoever logs next",
+        },
+        extent="run",
+    ),
+)
+
+
+def apply() -> None:
+    """Put the rows in place that hold for the whole process; a second call does nothing."""
+    for module in dict.fromkeys(patch.module for patch in PATCHES if patch.extent == "process"):
+        importlib.import_module(f"megatron_smlp.megatron_patches.{module}").apply()

@@ -1,0 +1,108 @@
+"""End a program well: errors as one line, exit codes, no worker left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_smlp.errors import FileError, UserError
+from megatron_smlp.interrupts import is_interruption, noting_interruptions
+
+
+def is_first_rank() -> bool:
+    """Return whether this process may speak for all, before there is a process group too."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _end_workers() -> None:
+    """Data loader workers ignore SIGTERM, and exiting would wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their deaths
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+@contextlib.contextmanager
+def readable_errors(program: str) -> Iterator[None]:
+    """Turn a UserError into one line on stderr, once for all ranks, and its exit code.
+
+    So it is with Ctrl-C where nothing else is made of it; the code is the one shells expect.
+    """
+    try:
+        with noting_interruptions():
+            try:
+                yield
+            except Exception as error:
+                if is_interruption(error):
+                    raise KeyboardInterrupt from error
+                raise
+    except UserError as error:
+        if not error.every_rank or is_first_rank():
+            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        _end_workers()
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt as error:
+        if is_first_rank():
+            print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        _end_workers()
+        _never_collect(error)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception:
+        _end_workers()
+        raise
+
+
+def _never_collect(error: BaseException) -> None:
+    """Keep what an interruption left half done, which its frames hold, until the process is gone.
+
+    A writer of torch's whose file is closed before its time complains when it is collected at the
+    end, in the middle of an exit function, and may abort the process. Its exception is put on a
+    circle of references, and no collection looks at what is frozen.
+    """
+    circle: list[object] = [error]
+    circle.append(circle)
+    gc.freeze()
+
+
+@contextlib.contextmanager
+def undisturbed_exit() -> Iterator[None]:
+    """For a program's outermost block: from its end on, Ctrl-C has nothing left to stop.
+
+    Exit functions take a second, and one that is interrupted prints a traceback.
+    """
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# What a disk says without a file's name, and no fault of the program.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def run_tool(main: Callable[[], int | None]) -> NoReturn:
+    """Run a tool's `main` and exit with what it returns; None is 0.
+
+    Errors of the user's, files that cannot be read or written, and Ctrl-C end it as
+    `readable_errors` says. A broken pipe (`tool | head`) is no error.
+    """
+    with readable_errors(Path(sys.argv[0]).name):
+        try:
+            code = main()
+        except BrokenPipeError:
+            # The interpreter flushes stdout once more at exit, which would raise again.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+            code = 0
+        except OSError as error:
+            if error.filename is None and error.errno not in DISK_ERRORS:
+                raise
+            name = "" if error.filename is None else f"{error.filename}: "
+            raise FileError(f"{name}{error.strerror}") from None
+    sys.exit(code or 0)

@@ -1,0 +1,169 @@
+"""The tables of what a model can be made of: token routers, token mixers, architectures.
+
+A router, mixer or architecture registers itself here, in one entry; flags, layers, accounting and
+messages look it up. No torch: what is heavy is named by `module:name` and imported when built.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+def load(reference: str) -> Any:
+    """Import what `module:name` names."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRouterRule:
+    """A rule by which tokens choose among FFN experts."""
+
+    module: str
+    """Its class, as `module:name`; megatron_smlp/routers/ has one file a rule."""
+    experts_per_token: int = 1
+    has_balance_loss: bool = False
+    has_capacity: bool = False
+    """Whether an expert may be full: --moe-train-capacity-factor."""
+    has_weights: bool = True
+    """Whether it scores tokens by a matrix of its own."""
+
+
+TOKEN_ROUTERS: dict[str, TokenRouterRule] = {
+    "switch": TokenRouterRule(
+        module="megatron_smlp.routers.switch:SwitchRouter", has_balance_loss=True, has_capacity=True
+    ),
+    "gshard": TokenRouterRule(
+        module="megatron_smlp.routers.gshard:GShardRouter",
+        experts_per_token=2,
+        has_balance_loss=True,
+        has_capacity=True,
+    ),
+    "base": TokenRouterRule(module="megatron_smlp.routers.base:BaseRouter"),
+    "hash": TokenRouterRule(module="megatron_smlp.routers.hash:HashRouter", has_weights=False),
+}
+LIMITED = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_capacity)
+BALANCED = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_balance_loss)
+
+
+def token_router_class(name: str) -> Any:
+    """Import the router of a rule."""
+    return load(TOKEN_ROUTERS[name].module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer:
+    """A filling of the token mixer's slot of a layer."""
+
+    spec: str
+    """The function that makes Megatron's spec of it, as `module:name`."""
+    cost: str
+    """The function that counts its parameters and FLOPs, as `module:name`."""
+    title: str
+    """Its name in the layer table; {heads}, {width} and {router} stand for numbers and names."""
+
+
+COSTS = "megatron_smlp.accounting.costs"
+MIXERS: dict[str, Mixer] = {
+    "attention": Mixer(
+        spec="megatron_smlp.layers.attention:attention_spec",
+        cost=f"{COSTS}:attention_cost",
+        title="self-attention, heads: {heads}",
+    ),
+    "spatial_gating": Mixer(
+        spec="megatron_smlp.layers.spatial_gating:gating_spec",
+        cost=f"{COSTS}:gating_cost",
+        title="spatial gating, heads: {heads}",
+    ),
+    "gating_and_attention": Mixer(
+        spec="megatron_smlp.layers.tiny_attention:gating_and_attention_spec",
+        cost=f"{COSTS}:gating_and_attention_cost",
+        title="spatial gating, heads: {heads}, and attention of width {width}",
+    ),
+    "feature_moe": Mixer(
+        spec="megatron_smlp.layers.feature_moe:feature_moe_spec",
+        cost=f"{COSTS}:feature_moe_cost",
+        title="feature MoE ({router}), experts: {heads}",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The mixers of a model's layers."""
+
+    mixer: str
+    channel: Literal["mlp", "none"] = "none"
+    """The channel mixer of layers without token experts."""
+    sparse_mixer: str | None = None
+    """smlp: the token mixer of the sparse layers, where --feature-router is given."""
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "transformer": Architecture(mixer="attention", channel="mlp"),
+    "gmlp": Architecture(mixer="spatial_gating"),
+    "amlp": Architecture(mixer="gating_and_attention"),
+    "smlp": Architecture(mixer="spatial_gating", sparse_mixer="feature_moe"),
+}
+SPATIAL = tuple(name for name, one in ARCHITECTURES.items() if one.mixer != "attention")
+
+
+@dataclass(frozen=True)
+class LayerSlots:
+    """The fillings of the two slots of one layer."""
+
+    mixer: str
+    """One of MIXERS."""
+    channel: Literal["mlp", "token_moe", "none"]
+    heads: int
+    """Attention heads, spatial heads or spatial experts, whichever the mixer has."""
+
+
+def is_moe_layer(index: int, moe_layer_freq: int | list[int]) -> bool:
+    """Megatron's rule: every freq-th layer from the first, or a pattern of zeros and ones."""
+    if isinstance(moe_layer_freq, list):
+        return bool(moe_layer_freq[index])
+    return index % moe_layer_freq == 0
+
+
+def layer_slots(
+    options: Any,
+    *,
+    num_layers: int,
+    num_experts: int | None,
+    moe_layer_freq: int | list[int],
+    num_attention_heads: int,
+) -> list[LayerSlots]:
+    """Return the slots of every layer, first to last.
+
+    | architecture | mixer | channel |
+    |---|---|---|
+    | transformer | attention | mlp; token MoE in MoE layers |
+    | gmlp | spatial gating | none (it is inside the block); token MoE in MoE layers |
+    | amlp | spatial gating and a small attention head | the same |
+    | smlp, first N1 | spatial gating | none |
+    | smlp, then N2 | feature MoE | token MoE if --num-experts is given |
+
+    Args:
+        options: ModelOptions, or anything with its names.
+    """
+    kind = ARCHITECTURES[options.architecture]
+    slots = []
+    for index in range(num_layers):
+        mixer, is_sparse = kind.mixer, index >= options.num_dense_layers
+        if kind.sparse_mixer and is_sparse and options.feature_router != "none":
+            mixer = kind.sparse_mixer
+        routes = num_experts is not None and (
+            is_sparse if kind.sparse_mixer else is_moe_layer(index, moe_layer_freq)
+        )
+        heads = {"attention": num_attention_heads, "feature_moe": options.num_feature_experts}
+        slots.append(
+            LayerSlots(
+                mixer=mixer,
+                channel="token_moe" if routes else kind.channel,
+                heads=heads.get(mixer, options.spatial_heads),
+            )
+        )
+    return slots

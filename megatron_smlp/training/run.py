@@ -1,0 +1,52 @@
+"""One run around Megatron's loop: its reports, saves and signals, and the guard of its updates."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from megatron_smlp.checkpoints.loading import choose_checkpoint
+from megatron_smlp.checkpoints.saving import Saving
+from megatron_smlp.megatron_patches import checkpointing, tensorboard, training_loop
+from megatron_smlp.platform import allocator, cpu
+from megatron_smlp.training.nonfinite_guard import NonFiniteGuard
+from megatron_smlp.training.reporting import Reporter, Tasks
+from megatron_smlp.training.signals import graceful_signals
+from megatron_smlp.training.step import ForwardStep
+
+type Observe = Callable[[training_loop.Observer], training_loop.Observer]
+
+
+class Run:
+    """One `megatron.training.pretrain`.
+
+    Args:
+        tasks: to score during training.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, *, step: ForwardStep, tasks: Tasks | None = None
+    ) -> None:
+        self.args = args
+        self.reporter = Reporter(args, step=step, tasks=tasks)
+        self.say = self.reporter.say
+        self.saving = Saving(args, self.reporter)
+        self.guard = NonFiniteGuard(args, step=step, say=self.say)
+
+    @contextlib.contextmanager
+    def observed(self, observe: Observe = lambda own: own) -> Iterator[None]:
+        """Put everything in its place around the loop; `observe` may wrap the reporter."""
+        if cpu.needed():
+            allocator.keep_freed_memory()
+        choose = partial(choose_checkpoint, self.args, self.say)
+        with (
+            tensorboard.installed(self.args.tensorboard_dir),
+            graceful_signals(speaks=self.args.rank == 0),
+            training_loop.installed(observe(self.reporter), may_update=self.guard.may_update),
+            checkpointing.installed(self.saving, before_loading=choose),
+            self.saving.session(),
+            self.reporter.session(),
+        ):
+            yield

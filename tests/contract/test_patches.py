@@ -1,0 +1,52 @@
+"""megatron_patches/table.py: every row is in force and has a test, and none is missing."""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from contract.test_cpu_platform import replacements
+from support.in_process import prepare_megatron
+from support.launches import REPOSITORY
+
+from megatron_smlp.megatron_patches.table import PATCHES, Patch
+
+PATCHES_FOLDER = REPOSITORY / "megatron_smlp" / "megatron_patches"
+
+
+def found(target: str) -> Any:
+    """What Megatron or torch finds under this name."""
+    names = target.split(".")
+    for count in range(len(names) - 1, 0, -1):
+        try:
+            value: Any = importlib.import_module(".".join(names[:count]))
+        except ModuleNotFoundError:
+            continue
+        for name in names[count:]:
+            value = getattr(value, name)
+        return value
+    raise AssertionError(f"{target} is nowhere")
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: f"{patch.module}: {patch.target}")
+def test_a_row(patch: Patch):
+    """What is replaced is there, and for the whole process it is ours."""
+    prepare_megatron()
+    value = found(patch.target)
+    if patch.extent == "process":
+        # functools.wraps gives a wrapper its original's module, but not its code.
+        assert "megatron_smlp" in value.__module__ + value.__code__.co_filename
+    contract = REPOSITORY / "tests" / patch.contract
+    assert contract.is_file()
+
+
+def attributes() -> Iterator[str]:
+    for path in PATCHES_FOLDER.glob("*.py"):
+        for target in replacements(Path(path).read_text(encoding="utf-8")):
+            yield target.rpartition(".")[2]
+
+
+def test_no_replacement_lacks_a_row():
+    named = {patch.target.rpartition(".")[2] for patch in PATCHES}
+    assert {name for name in attributes() if name != "?"} <= named

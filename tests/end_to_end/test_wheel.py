@@ -1,0 +1,91 @@
+"""The wheel, far from the checkout: its console scripts train, preprocess, convert and evaluate."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.launches import REPOSITORY, clean_environment
+
+pytestmark = pytest.mark.slow
+
+# What an installer's script does: look the entry point up, and call it.
+START = (
+    "import sys; from importlib.metadata import entry_points; sys.argv.pop(0); "
+    "sys.exit(entry_points(group='console_scripts')[sys.argv[0]].load()())"
+)
+BUILD = "from setuptools import build_meta; import sys; print(build_meta.build_wheel(sys.argv[1]))"
+MODEL = """
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 60 --make-vocab-size-divisible-by 4
+    --num-layers 2 --hidden-size 16 --ffn-hidden-size 32 --seq-length 16 --micro-batch-size 2
+    --global-batch-size 2 --train-iters 2 --lr 1e-3 --eval-iters 0 --num-workers 0
+    --architecture gmlp
+"""
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """`command("smlp-pretrain", flag, ...)` runs it in a folder of its own; its output."""
+    built, source, site = (tmp_path_factory.mktemp(name) for name in ("wheel", "source", "site"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "pretrain_smlp.py"):
+        shutil.copy(REPOSITORY / name, source)
+    shutil.copytree(REPOSITORY / "megatron_smlp", source / "megatron_smlp")
+    quiet = {"capture_output": True, "text": True, "check": True}
+    subprocess.run([sys.executable, "-c", BUILD, str(built)], cwd=source, **quiet)
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+    folder = tmp_path_factory.mktemp("elsewhere")
+
+    def run(*arguments: object) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", START, *map(str, arguments)],
+            cwd=folder,
+            env={**clean_environment(), "PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = "import megatron_smlp as m, pretrain_smlp as p; print(m.__file__, p.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", where],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        **quiet,
+    )
+    assert str(REPOSITORY) not in done.stdout
+    return run
+
+
+def test_every_job_runs_from_the_wheel(command: Callable[..., str], tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one two three"}\n' * 40, encoding="utf-8")
+    pair = tmp_path / "pair"
+    command(
+        *("smlp-preprocess", "--input", text, "--output-prefix", pair, "--append-eod"),
+        *("--tokenizer-type", "ByteLevelTokenizer", "--vocab-size", 256),
+    )
+    assert (tmp_path / "pair_text_document.bin").stat().st_size
+    run, exported = tmp_path / "run", tmp_path / "hf"
+    assert "iteration 2 saved" in command("smlp-pretrain", *MODEL.split(), "--save", run)
+    command("smlp-convert", "--load", run, "--save", exported, "--to", "hf")
+    assert (exported / "model.safetensors").is_file()
+    assert "iteration" in command("smlp-inspect-checkpoint", "show", run)
+    assert "usage: " in command("smlp-pretrain", "--help")
+    assert "documents" in command("smlp-inspect-dataset", "show", f"{pair}_text_document")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["merge-datasets", "train-tokenizer", "build-hash-table", "estimate", "evaluate", "generate",
+     "serve", "plot"],
+)  # fmt: skip
+def test_the_other_commands_say_how_they_are_used(command: Callable[..., str], name: str) -> None:
+    assert "usage: " in command(f"smlp-{name}", "--help")

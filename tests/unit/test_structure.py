@@ -1,0 +1,109 @@
+"""The shape of the house: which rooms import which, lazy imports counted. docs/architecture.md."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+from support.launches import REPOSITORY
+
+PACKAGE = REPOSITORY / "megatron_smlp"
+# From the ground up: a room imports rooms before it, and its own files.
+ORDER = (
+    *("errors", "interrupts", "program", "durable", "provenance", "library_logging"),
+    *("command_line", "unwritable_log", "collectives", "progress", "systems", "options"),
+    *("ops", "hf", "routers", "layers", "architectures"),
+    *("platform", "data", "checkpoints", "megatron_patches", "flags", "accounting"),
+    *("training", "model", "conversion", "generation", "serving", "evaluation", "plotting"),
+    "commands",
+)
+SELF_CONTAINED = ("ops", "hf", "routers", "layers")
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+@cache
+def imports() -> dict[str, frozenset[str]]:
+    """Module -> the package's modules that it imports, anywhere in its text.
+
+    What systems.py and commands.py name as `module:name` is imported by who reads the entry.
+    """
+    files = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+    return {name: frozenset(_imported(path, files) - {name}) for name, path in files.items()}
+
+
+def _imported(path: Path, files: dict[str, Path]) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        ours = (name.removeprefix("megatron_smlp.") for name in names if "megatron_smlp." in name)
+        found |= {name for name in ours if name in files and name}
+    return {name for name in found if files[name].name != "__init__.py"}
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def circles(graph: dict[str, frozenset[str]]) -> list[list[str]]:
+    """Ways from a node back to itself, one for each first way that is found."""
+    done: set[str] = set()
+    found: list[list[str]] = []
+
+    def visit(node: str, way: list[str]) -> None:
+        if node in way:
+            found.append([*way[way.index(node) :], node])
+            return
+        if node not in done:
+            for other in sorted(graph.get(node, frozenset())):
+                visit(other, [*way, node])
+            done.add(node)
+
+    for node in graph:
+        visit(node, [])
+    return found
+
+
+def test_every_room_has_its_place_in_the_order():
+    assert {room(name) for name in imports() if name} == set(ORDER)
+
+
+def test_no_room_imports_upward():
+    height = {name: index for index, name in enumerate(ORDER)}
+    upward = [
+        f"{name} -> {other}"
+        for name, others in imports().items()
+        for other in sorted(others)
+        if name and height[room(other)] > height[room(name)]
+    ]
+    assert upward == []
+
+
+def test_files_form_no_circle():
+    assert circles(imports()) == []
+
+
+@pytest.mark.parametrize("name", SELF_CONTAINED)
+def test_the_model_half_imports_nothing_of_the_rest(name: str):
+    others = {
+        room(o) for module, all_of in imports().items() if room(module) == name for o in all_of
+    }
+    assert others <= {*SELF_CONTAINED}
+    if name in ("hf", "ops"):
+        assert others <= {name}
+
+
+def test_a_circle_is_found():
+    graph = {"a": frozenset("b"), "b": frozenset("c"), "c": frozenset("b")}
+    assert circles(graph) == [["b", "c", "b"]]
