@@ -4,8 +4,8 @@
            lengths int32[S] | byte pointers int64[S] | document starts int64[D]
     .bin   the token ids, one after another
 
-S = sequences, D = documents + 1. All numbers are little-endian. `tests/unit/data/test_indexed.py`
-holds this file to `megatron.core.datasets.indexed_dataset`, byte for byte.
+S = sequences, D = documents + 1. All numbers are little-endian. The pairs are held to Megatron's
+`IndexedDatasetBuilder`, byte for byte, by tests/unit/data/prepare/test_same_bytes.py.
 """
 
 import struct
