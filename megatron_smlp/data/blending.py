@@ -31,19 +31,19 @@ class Blend:
     """Shares of the samples, of any sum; None: each dataset once, by its size."""
 
     def as_megatron(self) -> tuple[list[str], list[float] | None]:
-        """The form that `GPTDatasetConfig` takes."""
+        """Return the form that `GPTDatasetConfig` takes."""
         return list(self.prefixes), None if self.weights is None else list(self.weights)
 
 
 @dataclass(frozen=True)
 class Blends:
-    """What a run reads: one blend that `--split` cuts, or one for each split."""
+    """All that a run reads: one blend that `--split` cuts, or one for each split."""
 
     whole: Blend | None = None
     per_split: tuple[Blend | None, Blend | None, Blend | None] | None = None
 
     def as_megatron(self) -> dict[str, Any]:
-        """`blend` and `blend_per_split` of `GPTDatasetConfig`."""
+        """Return `blend` and `blend_per_split` of `GPTDatasetConfig`."""
         per_split = self.per_split and [blend and blend.as_megatron() for blend in self.per_split]
         return {
             "blend": self.whole and self.whole.as_megatron(),
@@ -58,31 +58,26 @@ class Blends:
 
 
 def blends_from_arguments(args: argparse.Namespace) -> Blends:
-    """The blends of `--data-path`, `--data-args-path`, `--train-data-path` and so on.
+    """Return the blends of `--data-path`, `--data-args-path`, `--train-data-path` and so on.
 
     Raises:
-        DataError: flags that exclude one another, an unreadable file, or a list that is no blend.
+        DataError: flags that exclude one another, an unreadable file, or no blend.
     """
     given = [name for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS) if getattr(args, name, None)]
-    _check_exclusive(given)
+    if len(given) > 1 and not set(given) <= set(SPLIT_FLAGS):
+        flags = " and ".join(flag_of(name) for name in given)
+        raise DataError(f"{flags} exclude one another; give one of them")
     if "data_path" in given:
         return Blends(parse_blend(args.data_path, source="--data-path"))
     if "data_args_path" in given:
-        words = _read(args.data_args_path, "--data-args-path").split()
-        return Blends(parse_blend(words, source=f"--data-args-path {args.data_args_path}"))
+        entries = _read(args.data_args_path, "--data-args-path").split()
+        return Blends(parse_blend(entries, source=f"--data-args-path {args.data_args_path}"))
     if "per_split_data_args_path" in given:
         return Blends(per_split=_read_per_split(args.per_split_data_args_path))
     if given:
         lists = [getattr(args, name, None) for name in SPLIT_FLAGS]
         return Blends(per_split=_three_blends(lists, [flag_of(name) for name in SPLIT_FLAGS]))
     return Blends()
-
-
-def _check_exclusive(given: list[str]) -> None:
-    separate = [name for name in given if name not in SPLIT_FLAGS]
-    if len(separate) > 1 or (separate and len(given) > 1):
-        flags = " and ".join(flag_of(name) for name in given)
-        raise DataError(f"{flags} exclude one another; give one of them")
 
 
 def _read(path: str, flag: str) -> str:
@@ -97,7 +92,7 @@ def _read_per_split(path: str) -> tuple[Blend | None, Blend | None, Blend | None
     try:
         body = json.loads(_read(path, flag))
     except json.JSONDecodeError as error:
-        raise DataError(f"{flag} {path} is no JSON: {error}") from None
+        raise DataError(f"{flag} {path} is not JSON: {error}") from None
     if not isinstance(body, dict) or set(body) != set(SPLITS):
         found = ", ".join(body) if isinstance(body, dict) else type(body).__name__
         raise DataError(f"{flag} {path} must hold the keys {', '.join(SPLITS)}; it has {found}")
@@ -110,14 +105,14 @@ def _three_blends(
     lists: Sequence[Sequence[str] | None], sources: Sequence[str]
 ) -> tuple[Blend | None, Blend | None, Blend | None]:
     train, valid, test = (
-        parse_blend(words, source=source) if words else None
-        for words, source in zip(lists, sources, strict=True)
+        parse_blend(entries, source=source) if entries else None
+        for entries, source in zip(lists, sources, strict=True)
     )
     return train, valid, test
 
 
-def parse_blend(words: Sequence[str], *, source: str) -> Blend:
-    """A list of prefixes, or of weight and prefix in turns.
+def parse_blend(entries: Sequence[str], *, source: str) -> Blend:
+    """Read a list of prefixes, or of weight and prefix in turns.
 
     Args:
         source: the flag or file, for the message.
@@ -125,46 +120,43 @@ def parse_blend(words: Sequence[str], *, source: str) -> Blend:
     Raises:
         DataError: neither of the two, or a weight that is not a positive number.
     """
-    words = [str(word).strip() for word in words]
-    if not words:
+    entries = [str(entry).strip() for entry in entries]
+    if not entries:
         raise DataError(f"{source} is empty: give a dataset prefix, or weights and prefixes")
-    numbers = [_is_weight(word) for word in words]
+    numbers = [_is_weight(entry) for entry in entries]
     if not any(numbers):
-        return Blend(tuple(words), None)
-    for position, (word, is_number) in enumerate(zip(words, numbers, strict=True)):
+        return Blend(tuple(entries), None)
+    for position, (entry, is_number) in enumerate(zip(entries, numbers, strict=True)):
         expected = "weight" if position % 2 == 0 else "prefix"
         if is_number != (expected == "weight"):
-            raise DataError(_wrong_turn(source, words, position, expected, word))
-    if len(words) % 2:
-        raise DataError(f"{source} ends with the weight {words[-1]}: a prefix is missing after it")
-    weights = tuple(
-        _weight(word, name, source) for word, name in zip(words[::2], words[1::2], strict=True)
-    )
-    return Blend(tuple(words[1::2]), weights)
+            raise DataError(
+                f"{source} mixes weights and prefixes: entry {position + 1} of {len(entries)}, "
+                f"{entry!r}, should be a {expected}; give a weight before every prefix (0.7 "
+                f"first_prefix 0.3 second_prefix), or none at all"
+            )
+    if len(entries) % 2:
+        raise DataError(
+            f"{source} ends with the weight {entries[-1]}: a prefix is missing after it"
+        )
+    prefixes = tuple(entries[1::2])
+    weights = (_weight(*pair, source) for pair in zip(entries[::2], prefixes, strict=True))
+    return Blend(prefixes, tuple(weights))
 
 
-def _is_weight(word: str) -> bool:
-    """A number, unless a dataset has that name."""
+def _is_weight(entry: str) -> bool:
+    """Return True for a number, unless a dataset has that name."""
     try:
-        float(word)
+        float(entry)
     except ValueError:
         return False
-    return not idx_path(word).is_file()
+    return not idx_path(entry).is_file()
 
 
-def _wrong_turn(source: str, words: list[str], position: int, expected: str, word: str) -> str:
-    example = "0.7 first_prefix 0.3 second_prefix"
-    return (
-        f"{source} mixes weights and prefixes: entry {position + 1} of {len(words)}, {word!r}, "
-        f"should be a {expected}; give a weight before every prefix ({example}), or none at all"
-    )
-
-
-def _weight(word: str, name: str, source: str) -> float:
-    weight = float(word)
+def _weight(entry: str, name: str, source: str) -> float:
+    weight = float(entry)
     if not math.isfinite(weight) or weight <= 0:
         raise DataError(
-            f"{source}: the weight {word} of {name!r} is not above 0; leave a dataset out that is "
+            f"{source}: the weight {entry} of {name!r} is not above 0; leave a dataset out that is "
             f"not to be read"
         )
     return weight

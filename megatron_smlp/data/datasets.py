@@ -1,4 +1,4 @@
-"""Megatron's GPT datasets, built under a cache lock, and what a run will read of each.
+"""Megatron's GPT datasets, built under a cache lock, and the part of each that a run will read.
 
 The one module of `data` that imports Megatron: training calls it, the tools do not.
 """
@@ -25,7 +25,7 @@ from megatron_smlp.data.pairs.indexed import open_index
 
 @dataclass(frozen=True)
 class DatasetUse:
-    """What a run reads of one dataset."""
+    """The part of one dataset that a run reads."""
 
     split: str
     prefix: str
@@ -76,7 +76,7 @@ def build_datasets(
     is_built_on_rank: Callable[[], bool],
     rank: int,
 ) -> list[Any]:
-    """Train, valid and test dataset (None where there is none); call on every rank.
+    """Build the train, valid and test dataset (None: not wanted); call on every rank.
 
     Args:
         num_samples: samples wanted of each split.
@@ -128,39 +128,32 @@ def _check_suffices(split: str, dataset: Any, wanted: int | None) -> None:
 
 
 def dataset_uses(datasets: Sequence[Any], *, sequence_length: int) -> list[DatasetUse]:
-    """What is read of every dataset, from the built datasets of a rank that has them."""
+    """Return what is read of every dataset, from the built datasets of a rank that has them."""
     uses = []
     for split, dataset in zip(SPLITS, datasets, strict=True):
         for member, samples in _members(dataset):
-            uses.append(_use(split, member, samples, sequence_length))
+            tokens = member._get_num_tokens_per_epoch()
+            epochs = samples * sequence_length / max(tokens, 1)
+            uses.append(DatasetUse(split, str(member.dataset_path), samples, tokens, epochs))
     return uses
 
 
 def _members(dataset: Any) -> list[tuple[Any, int]]:
-    """(dataset, samples drawn from it) of a blend, of a single dataset, or of none."""
+    """Return (dataset, samples drawn from it) of a blend, of a single dataset, or of none."""
     if dataset is None:
         return []
     if isinstance(dataset, list):  # --multiple-validation-sets
         return [member for each in dataset for member in _members(each)]
     if not isinstance(dataset, BlendedDataset):
-        return [(dataset, _wanted(dataset))]
+        # A run may read fewer samples than a single dataset holds.
+        wanted = dataset.num_samples
+        return [(dataset, len(dataset) if wanted is None else int(wanted))]
     drawn = np.bincount(dataset.dataset_index, minlength=len(dataset.datasets))
     return list(zip(dataset.datasets, drawn.tolist(), strict=True))
 
 
-def _wanted(dataset: Any) -> int:
-    """Samples that a run reads of a single dataset, which may hold more."""
-    return len(dataset) if dataset.num_samples is None else int(dataset.num_samples)
-
-
-def _use(split: str, dataset: Any, samples: int, sequence_length: int) -> DatasetUse:
-    tokens = dataset._get_num_tokens_per_epoch()
-    epochs = samples * sequence_length / max(tokens, 1)
-    return DatasetUse(split, str(dataset.dataset_path), samples, tokens, epochs)
-
-
 def use_lines(uses: Sequence[DatasetUse]) -> list[str]:
-    """A table for the log: split, share, samples, tokens, epochs, dataset."""
+    """Return a table for the log: split, share, samples, tokens, epochs, dataset."""
     totals = {split: sum(use.samples for use in uses if use.split == split) for split in SPLITS}
     lines = [f"{'split':<6}{'share':>8}{'samples':>14}{'tokens':>17}{'epochs':>9}  dataset"]
     for use in uses:

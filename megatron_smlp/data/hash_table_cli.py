@@ -54,18 +54,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = balanced_table(counts, num_experts=args.num_experts)
     write_durably(Path(args.output), table_as_json(table, num_experts=args.num_experts))
     print(f"{args.output}: {len(table):,} ids over {args.num_experts} experts")
-    print(_balance(counts, table, args.num_experts))
+    print(_balance_text(counts, table, args.num_experts))
 
 
-def _balance(counts: "NDArray[np.int64]", table: "NDArray[np.int64]", num_experts: int) -> str:
-    """How even the experts' loads are, in words; and why not, where one token is too frequent."""
+def _balance_text(counts: "NDArray[np.int64]", table: "NDArray[np.int64]", num_experts: int) -> str:
+    """Return how even the experts' loads are, and why not, where one token is too frequent."""
     import numpy as np
 
     if not counts.sum():
         return "the corpus holds no token: ids are spread by their number"
     loads = np.bincount(table, weights=counts, minlength=num_experts) / counts.sum() * num_experts
-    words = f"load of an expert: {loads.min():.4f} to {loads.max():.4f} of an even share"
+    text = f"load of an expert: {loads.min():.4f} to {loads.max():.4f} of an even share"
     if counts.max() * num_experts > 1.1 * counts.sum():
         share = counts.max() / counts.sum()
-        words += f"\none id is {share:.1%} of all tokens: no table spreads it over several experts"
-    return words
+        text += f"\none id is {share:.1%} of all tokens: no table spreads it over several experts"
+    return text

@@ -19,7 +19,7 @@ LOCK_NAME = ".building.lock"
 
 
 def cache_folders(prefixes: Sequence[str], *, path_to_cache: str | None) -> list[Path]:
-    """Where Megatron puts the caches of these datasets: `--data-cache-path`, or beside each."""
+    """Return where Megatron puts their caches: `--data-cache-path`, or beside each dataset."""
     if path_to_cache is not None:
         return [Path(path_to_cache)]
     return sorted({Path(prefix) / "cache" / CLASS_FOLDER for prefix in prefixes})
@@ -36,32 +36,22 @@ def exclusive_caches(prefixes: Sequence[str], *, path_to_cache: str | None) -> I
     """
     with ExitStack() as stack:
         for folder in cache_folders(prefixes, path_to_cache=path_to_cache):
-            _make(folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(
+                    f"the sample index cannot be cached in {folder} ({error.strerror}); give a "
+                    f"folder that can be written with --data-cache-path"
+                ) from None
             if os.access(folder, os.W_OK):
-                stack.enter_context(_locked(folder))
+                lock = stack.enter_context((folder / LOCK_NAME).open("wb"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 remove_unfinished(folder)
         yield
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"the sample index cannot be cached in {folder} ({error.strerror}); give a folder that "
-            f"can be written with --data-cache-path"
-        ) from None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / LOCK_NAME).open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def remove_unfinished(folder: Path) -> list[Path]:
-    """Remove `.npy` files that are shorter than their headers say; which ones.
+    """Remove `.npy` files that are shorter than their headers say, and return them.
 
     Megatron builds all files of a dataset again where one of them is missing.
     """

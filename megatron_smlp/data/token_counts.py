@@ -1,4 +1,4 @@
-"""How often each token id is in a corpus."""
+"""Counts of the token ids of a corpus."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from megatron_smlp.data.pairs.manifest import find_manifest
 
 
 def vocabulary_of(blend: Blend) -> int:
-    """Ids of the one tokenizer that made these datasets, as their manifests say.
+    """Return the ids of the one tokenizer that made these datasets, as their manifests say.
 
     Raises:
         DataError: a dataset has no manifest, or they are of several vocabularies.
@@ -24,13 +24,13 @@ def vocabulary_of(blend: Blend) -> int:
             )
         sizes[found[1].tokenizer.vocab_size] = prefix
     if len(sizes) > 1:
-        words = ", ".join(f"{prefix} has {size:,} ids" for size, prefix in sizes.items())
-        raise DataError(f"--data-path holds data of several vocabularies: {words}")
+        listed = ", ".join(f"{prefix} has {size:,} ids" for size, prefix in sizes.items())
+        raise DataError(f"--data-path holds data of several vocabularies: {listed}")
     return next(iter(sizes))
 
 
 def token_counts(blend: Blend, *, vocab_size: int) -> NDArray[np.int64]:
-    """How often each id is in the corpus; with weights, in as many tokens of that mixture.
+    """Count each id in the corpus; with weights, in as many tokens of that mixture.
 
     Returns:
         <int64>[V].

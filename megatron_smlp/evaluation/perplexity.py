@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_smlp.data.pairs.indexed import Index, open_index, strip_suffix
-from megatron_smlp.data.pairs.verification import verify_for_training
+from megatron_smlp.data.pairs.training_check import verify_for_training
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.scoring import Row, RowScore, Scorer

@@ -14,7 +14,6 @@ from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index, strip_suffix
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
-    TokenizerRecord,
     check_manifest_path,
     check_output_prefix,
     find_manifest,
@@ -27,7 +26,7 @@ WIDER = {np.dtype("uint16"), np.dtype("int32")}
 
 
 def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
-    """Prefixes from folders (every pair in them, sorted) and from prefixes, in this order.
+    """Return the prefixes of folders (every pair in them, sorted) and of prefixes, in this order.
 
     Raises:
         DataError: a folder without a pair, a lone `.bin` or `.idx`, or the output as its own input.
@@ -43,7 +42,8 @@ def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
 
 
 def _pairs_in(folder: Path) -> list[str]:
-    stems = sorted({path.with_suffix("") for path in folder.iterdir() if _is_half(path)})
+    halves = [path for path in folder.iterdir() if path.suffix in (".bin", ".idx")]
+    stems = sorted({path.with_suffix("") for path in halves if path.is_file()})
     if not stems:
         raise DataError(f"--input {folder}: the folder holds no .bin/.idx pair")
     for stem in stems:
@@ -51,10 +51,6 @@ def _pairs_in(folder: Path) -> list[str]:
             if not path.is_file():
                 raise DataError(f"--input {folder}: {path.name} is missing beside its other half")
     return [str(stem) for stem in stems]
-
-
-def _is_half(path: Path) -> bool:
-    return path.suffix in (".bin", ".idx") and path.is_file()
 
 
 def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool = False) -> None:
@@ -91,7 +87,7 @@ def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool =
 
 
 def _manifest_of(index: Index) -> Manifest | None:
-    """The manifest, narrowed to this pair, once its fingerprint agrees."""
+    """Return the manifest, narrowed to this pair, once its fingerprint agrees."""
     found = find_manifest(index.prefix)
     if found is None:
         return None
@@ -114,21 +110,18 @@ def _check_tokenizers(
         elif manifest.tokenizer != first[1].tokenizer:
             if allow_mismatch:
                 return False
+            ours, theirs = asdict(manifest.tokenizer), asdict(first[1].tokenizer)
+            differences = ", ".join(
+                f"{name} {value} against {theirs[name]}"
+                for name, value in ours.items()
+                if value != theirs[name]
+            )
             raise DataError(
                 f"{index.prefix!r} and {first[0]!r} were not written with the same tokenizer "
-                f"settings ({_differences(manifest.tokenizer, first[1].tokenizer)}); preprocess "
+                f"settings ({differences}); preprocess "
                 f"one of them again, or pass --allow-tokenizer-mismatch if the ids mean the same"
             )
     return True
-
-
-def _differences(ours: TokenizerRecord, theirs: TokenizerRecord) -> str:
-    other = asdict(theirs)
-    return ", ".join(
-        f"{name} {value} against {other[name]}"
-        for name, value in asdict(ours).items()
-        if value != other[name]
-    )
 
 
 def _common_dtype(indices: list[Index]) -> np.dtype[Any]:
@@ -148,10 +141,10 @@ def _joined(manifests: list[Manifest], name: str) -> str:
 
 @contextmanager
 def scratch_folder(output_prefix: str) -> Iterator[Path]:
-    """An empty folder beside the output, gone afterwards.
+    """Make an empty folder beside the output, which is gone afterwards.
 
     Raises:
-        DataError: the manifest would replace a file that is none.
+        DataError: the manifest would replace another file.
     """
     check_output_prefix(output_prefix)
     check_manifest_path(Path(output_prefix + ".json"))
@@ -174,9 +167,10 @@ def copy_documents(index: Index, writer: PairWriter, documents: range) -> None:
     """Append a range of consecutive documents of `index`."""
     starts = index.documents[documents.start : documents.stop + 1]
     lengths = index.lengths[starts[0] : starts[-1]]
-    begin = _first_token(index, int(starts[0]))
-    ends = begin + np.cumsum(lengths, dtype=np.int64)
     pointers = index.pointers[starts[0] : starts[-1]]
+    # Documents at the end of a pair may be empty.
+    begin = int(pointers[0]) // index.dtype.itemsize if len(pointers) else 0
+    ends = begin + np.cumsum(lengths, dtype=np.int64)
     if (np.diff(starts) < 0).any() or not np.array_equal(
         pointers[1:], ends[:-1] * index.dtype.itemsize
     ):
@@ -185,9 +179,3 @@ def copy_documents(index: Index, writer: PairWriter, documents: range) -> None:
         )
     ids: NDArray[Any] = index.tokens()[begin : begin + int(lengths.sum(dtype=np.int64))]
     writer.write(ids, lengths=lengths, sequences=np.diff(starts))
-
-
-def _first_token(index: Index, sequence: int) -> int:
-    if sequence == index.num_sequences:
-        return index.expected_bin_bytes // index.dtype.itemsize
-    return int(index.pointers[sequence]) // index.dtype.itemsize

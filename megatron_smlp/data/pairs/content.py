@@ -1,4 +1,4 @@
-"""What is in a pair, as one checksum: its name and its dates do not say it.
+"""The content of a pair as one checksum: its name and its dates do not tell it.
 
 Megatron's caches, the checkpoints and a running job know a dataset by it, so that another one under
 the same name is never read as the one that they were made for.
@@ -25,12 +25,12 @@ class ChangedDataError(DataError):
     every_rank = False
 
     def __init__(self, text: str) -> None:
-        # A data loader's worker hands over its traceback, the last line of which is the message.
+        # A data loader's worker passes its traceback on, the last line of which is the message.
         super().__init__(text.rpartition(f"{type(self).__name__}: ")[2])
 
 
 def content_of(prefix: str) -> str:
-    """SHA-256 over all of `.idx`, and over all of `.bin` or 64 MiB spread over a larger one.
+    """Return SHA-256 over all of `.idx`, and over all of `.bin` or 64 MiB spread over a larger one.
 
     Raises:
         OSError: a file is missing or unreadable.
@@ -39,7 +39,7 @@ def content_of(prefix: str) -> str:
 
 
 def state_of(prefix: str) -> State:
-    """Device, number, size and time of change of both files: equal while nobody writes to them.
+    """Return device, number, size and time of change of both files, equal until somebody writes.
 
     Raises:
         OSError: a file is missing.

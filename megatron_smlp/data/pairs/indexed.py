@@ -4,8 +4,8 @@
            lengths int32[S] | byte pointers int64[S] | document starts int64[D]
     .bin   the token ids, one after another
 
-S = sequences, D = documents + 1. All numbers are little-endian. `tests/unit/data/test_indexed.py`
-holds this file to `megatron.core.datasets.indexed_dataset`, byte for byte.
+S = sequences, D = documents + 1. All numbers are little-endian. The pairs are held to Megatron's
+`IndexedDatasetBuilder`, byte for byte, by tests/unit/data/prepare/test_same_bytes.py.
 """
 
 import struct
@@ -34,7 +34,7 @@ COPY_ITEMS = 1 << 20
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Megatron's choice of id type: uint16 under 65,500 entries, else int32."""
+    """Return Megatron's choice of id type: uint16 under 65,500 entries, else int32."""
     return np.dtype("uint16") if vocab_size < UINT16_VOCABULARY_LIMIT else np.dtype("int32")
 
 
@@ -71,14 +71,14 @@ class Index:
         return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
 
     def tokens(self) -> NDArray[Any]:
-        """<dtype>[tokens], a memory map of `.bin`."""
+        """Return <dtype>[tokens], a memory map of `.bin`."""
         path = bin_path(self.prefix)
         if path.stat().st_size == 0:
             return np.empty(0, dtype=self.dtype)
         return np.memmap(path, dtype=self.dtype, mode="r")
 
     def sequence(self, number: int) -> NDArray[Any]:
-        """<dtype>[length] of sequence `number`.
+        """Return <dtype>[length] of sequence `number`.
 
         Raises:
             DataError: the index is damaged there.
@@ -91,7 +91,7 @@ class Index:
         return tokens[start:end]
 
     def document(self, number: int) -> NDArray[Any]:
-        """<dtype>[tokens] of document `number`.
+        """Return <dtype>[tokens] of document `number`.
 
         Raises:
             DataError: the index is damaged there.
@@ -105,7 +105,7 @@ class Index:
         return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
 
     def damage(self, what: str) -> DataError:
-        """The error that says what is wrong with `.idx`."""
+        """Return the error that says what is wrong with `.idx`."""
         path = idx_path(self.prefix)
         return DataError(f"{path} is damaged: {what}; write it again")
 
@@ -119,7 +119,7 @@ def idx_path(prefix: str) -> Path:
 
 
 def strip_suffix(name: str) -> str:
-    """`PREFIX`, from `PREFIX`, `PREFIX.bin` or `PREFIX.idx`."""
+    """Return `PREFIX`, from `PREFIX`, `PREFIX.bin` or `PREFIX.idx`."""
     return name[:-4] if name.endswith((".bin", ".idx")) else name
 
 
@@ -174,7 +174,7 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
         raise DataError(f"{path} is truncated: {len(raw)} bytes, its header has {HEADER.size}")
     magic, version, code, sequences, starts = HEADER.unpack(raw)
     if magic != MAGIC:
-        raise DataError(f"{path} is no Megatron index: it starts with {magic!r}, not {MAGIC!r}")
+        raise DataError(f"{path} is not a Megatron index: it starts with {magic!r}, not {MAGIC!r}")
     if version != 1:
         raise DataError(f"{path} has index version {version}, but only version 1 is known")
     if code not in DTYPE_CODES:

@@ -98,7 +98,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _origin(prefix: str) -> dict[str, str]:
-    """What the manifest knows, as rows to show."""
+    """Return the contents of the manifest as rows to show."""
     from megatron_smlp.data.pairs.manifest import find_manifest
 
     found = find_manifest(prefix)

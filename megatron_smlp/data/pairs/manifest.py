@@ -85,11 +85,13 @@ def read_manifest(path: Path) -> Manifest:
             counts=body["counts"],
         )
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is no readable dataset manifest ({error!r}): delete it") from None
+        raise DataError(
+            f"{path} is not a readable dataset manifest ({error!r}): delete it"
+        ) from None
 
 
 def find_manifest(prefix: str) -> tuple[Path, Manifest] | None:
-    """The manifest that lists the pair at `prefix`, or None where there is none.
+    """Return the manifest that lists the pair at `prefix`, and its path; None: there is none.
 
     `P_text_document` is described by `P.json`; a key may hold underscores, so each cut is tried.
     """
@@ -109,34 +111,34 @@ def check_output_prefix(prefix: str) -> None:
     """Refuse a prefix without a name of its own, whose files would be hidden and nameless.
 
     Raises:
-        DataError: it is empty, ends with the name of a folder, or is no text.
+        DataError: it is empty, ends with the name of a folder, or is not text.
     """
     if not prefix or prefix.endswith(("/", "/.", "/..")) or prefix in (".", ".."):
         raise DataError(
-            f"--output-prefix {prefix!r} is no start of files' names: add one to the folder, as "
-            f"{prefix.rstrip('/') or '.'}/NAME"
+            f"--output-prefix {prefix!r} is not the start of a file name: add one to the folder, "
+            f"as {prefix.rstrip('/') or '.'}/NAME"
         )
     try:
         prefix.encode()
     except UnicodeEncodeError:
-        raise DataError(f"--output-prefix {prefix!r} is no UTF-8 text: give another one") from None
+        raise DataError(f"--output-prefix {prefix!r} is not UTF-8 text: give another one") from None
 
 
 def check_manifest_path(path: Path) -> None:
-    """Refuse to write a manifest over a file that is none: `books.json` may be the corpus itself.
+    """Refuse to write a manifest over another file: `books.json` may be the corpus itself.
 
     Raises:
         DataError: the file is there and is not ours.
     """
     if path.exists() and not (path.is_file() and is_manifest(path)):
         raise DataError(
-            f"{path} is there and is no dataset manifest, whose name it has; give another "
+            f"{path} is there and is not a dataset manifest, whose name it has; give another "
             f"--output-prefix, or move it away"
         )
 
 
 def is_manifest(path: Path) -> bool:
-    """Other JSON files may lie beside a dataset; only ours name the format first."""
+    """Return True for a manifest: of all JSON files, only it names the format first."""
     with path.open("rb") as stream:
         return FORMAT.encode() in stream.read(200)
 
@@ -147,7 +149,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fingerprint_of(*paths: Path) -> str:
-    """SHA-256 over size, first and last MiB of each file."""
+    """Return SHA-256 over size, first and last MiB of each file."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

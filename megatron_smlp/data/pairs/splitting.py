@@ -22,7 +22,7 @@ NAMES = ("train", "valid", "test")
 def split(
     prefix: str, *, output_prefix: str, weights: Sequence[float], by: str, seed: int | None = None
 ) -> dict[str, int]:
-    """Write `OUTPUT_train`, `OUTPUT_valid` and `OUTPUT_test`; documents in each.
+    """Write `OUTPUT_train`, `OUTPUT_valid` and `OUTPUT_test`; return the documents in each.
 
     Args:
         weights: shares of the three, of any sum; 0 leaves one out.
@@ -59,7 +59,7 @@ def _shares(weights: Sequence[float]) -> list[float]:
 
 
 def _assign(index: Index, shares: list[float], *, by: str, seed: int | None) -> NDArray[np.int8]:
-    """<int8>[documents], the part of each."""
+    """Return <int8>[documents], the part of each."""
     count = index.num_documents
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
     sizes = np.ones(count, dtype=np.int64) if by == "documents" else document_lengths(index)
@@ -77,8 +77,10 @@ def _write_parts(index: Index, part_of: NDArray[np.int8], output_prefix: str) ->
         for number in np.unique(part_of).tolist():
             name = NAMES[number]
             writer = PairWriter(folder / name, dtype=index.dtype)
-            for run in _runs(part_of == number):
-                for documents in document_parts(index, run.start, run.stop):
+            chosen = np.concatenate(([0], (part_of == number).astype(np.int8), [0]))
+            edges = np.flatnonzero(np.diff(chosen)).tolist()
+            for first, last in zip(edges[::2], edges[1::2], strict=True):
+                for documents in document_parts(index, first, last):
                     copy_documents(index, writer, documents)
             target = f"{output_prefix}_{name}"
             check_manifest_path(Path(target + ".json"))
@@ -95,9 +97,3 @@ def _write_parts(index: Index, part_of: NDArray[np.int8], output_prefix: str) ->
             publish(
                 {target: writer}, manifest=manifest or None, manifest_path=Path(target + ".json")
             )
-
-
-def _runs(chosen: NDArray[np.bool_]) -> list[range]:
-    """Ranges of consecutive chosen documents."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], chosen.astype(np.int8), [0]))))
-    return [range(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]

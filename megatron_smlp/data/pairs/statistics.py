@@ -36,13 +36,13 @@ class LengthStatistics:
 
 
 def document_lengths(index: Index) -> NDArray[np.int64]:
-    """<int64>[documents], tokens of each."""
+    """Return <int64>[documents], tokens of each."""
     sums = np.concatenate(([0], np.cumsum(index.lengths, dtype=np.int64)))
     return np.diff(sums[index.documents])
 
 
 def length_statistics(index: Index) -> LengthStatistics:
-    """Statistics over all documents of `index`."""
+    """Return statistics over all documents of `index`."""
     lengths = document_lengths(index)
     longest = int(lengths.max(initial=1))
     edges = np.concatenate(([0], 1 << np.arange(longest.bit_length() + 1, dtype=np.int64)))
@@ -61,7 +61,7 @@ def length_statistics(index: Index) -> LengthStatistics:
 
 
 def histogram_lines(statistics: LengthStatistics) -> list[str]:
-    """One line a bin that holds documents."""
+    """Return one line for each bin that holds documents."""
     most = max(int(statistics.counts.max(initial=0)), 1)
     lines = [f"{'tokens a document':>24}  {'documents':>12}  {'tokens':>15}"]
     for number in np.flatnonzero(statistics.counts):

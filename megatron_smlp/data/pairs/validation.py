@@ -63,7 +63,7 @@ def _finding(rule: str, check: Callable[[], None]) -> Finding:
 
 
 def check_index(index: Index) -> Iterator[Finding]:
-    """The rules of `.idx` alone, over all of its entries."""
+    """Check the rules of `.idx` alone, over all of its entries."""
     yield _finding("sequence lengths", lambda: check_lengths(index))
     yield _finding("byte pointers", lambda: check_pointers(index))
     yield _finding("document starts", lambda: check_documents(index))
@@ -144,7 +144,7 @@ def _check_counts(index: Index, manifest: Manifest) -> None:
 
 
 def _check_eod(index: Index, manifest: Manifest) -> None:
-    """Where the manifest says that documents end in EOD, they do."""
+    """Raise `DataError` where a document does not end in EOD, and the manifest says it does."""
     if not manifest.tokenizer.append_eod or index.num_sequences == 0:
         return
     tokens = index.tokens()
@@ -173,5 +173,5 @@ def check_checksums(index: Index, manifest: Manifest) -> None:
 
 
 def _numbered(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(position of the first entry, part) of each part."""
+    """Yield (position of the first entry, part) of each part."""
     yield from ((number * COPY_ITEMS, part) for number, part in enumerate(in_parts(array)))

@@ -40,7 +40,7 @@ def append_to(path: Path, *, committed: int) -> BinaryIO:
 
 
 def flush_to_disk(stream: BinaryIO) -> int:
-    """Flush, and the size of the file in bytes."""
+    """Flush, and return the size of the file in bytes."""
     stream.flush()
     os.fsync(stream.fileno())
     return stream.tell()
@@ -98,18 +98,18 @@ class PairWriter:
             self.files["sequences"].write(sequences.astype("<i4").tobytes())
 
     def commit(self) -> dict[str, int]:
-        """Bring everything to the disk; bytes of each stream."""
+        """Bring everything to the disk, and return the bytes of each stream."""
         with naming_errors(self.path("bin")):
             return {name: flush_to_disk(stream) for name, stream in self.files.items()}
 
     def close(self) -> None:
-        """What counts is committed; where it could not be, its error is known."""
+        """Close the files. All that counts is committed; where it was not, its error is known."""
         for stream in self.files.values():
             with contextlib.suppress(OSError):
                 stream.close()
 
     def finish(self, *, key: str, level: str) -> PairRecord:
-        """Close the files and write the index; the pair's record for the manifest."""
+        """Close the files and write the index; return the pair's record for the manifest."""
         self.commit()
         self.close()
         lengths, sequences = _read_flat(self.path("lengths")), _read_flat(self.path("sequences"))

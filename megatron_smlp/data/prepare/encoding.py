@@ -22,7 +22,7 @@ from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, UnencodableTe
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """What decides the ids, beside the text; picklable, so that workers get it."""
+    """Everything that decides the ids, beside the text; picklable, as workers get it."""
 
     tokenizer: Tokenizer
     keys: tuple[str, ...]
@@ -45,7 +45,7 @@ class EncodedKey:
 
 @dataclass
 class EncodedChunk:
-    """What a worker sends back."""
+    """The documents and rejections of a chunk, as a worker returns them."""
 
     keys: list[EncodedKey] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
@@ -93,8 +93,9 @@ class ChunkEncoder:
     def _encode_texts(
         self, texts: Sequence[str]
     ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-        """Ids, length of each sequence that has ids, and number of those in each document."""
-        parts = [self._sequences(text) for text in texts]
+        """Return ids, lengths of the sequences that have ids, and their number in each document."""
+        split = self.splitter.split if self.splitter else lambda text: [text]
+        parts = [split(text) if text else [] for text in texts]
         sizes = np.fromiter((len(row) for row in parts), dtype=np.int64, count=len(parts))
         if not sizes.any():
             return np.empty(0, np.int64), np.empty(0, np.int64), np.zeros(len(parts), np.int64)
@@ -102,11 +103,6 @@ class ChunkEncoder:
         rows = np.repeat(np.arange(len(parts)), sizes)
         counts = np.bincount(rows[lengths > 0], minlength=len(parts))
         return ids, lengths[lengths > 0], counts
-
-    def _sequences(self, text: str) -> list[str]:
-        if not text:
-            return []
-        return self.splitter.split(text) if self.splitter else [text]
 
     def _finish(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], counts: NDArray[np.int64]
@@ -120,17 +116,11 @@ class ChunkEncoder:
             )
         ids = ids.astype(self.dtype)
         if self.settings.append_eod:
-            ids, lengths = self._append_eod(ids, lengths, counts)
+            last = np.cumsum(counts)[counts > 0] - 1
+            ends = np.cumsum(lengths)[last]
+            ids = np.insert(ids, ends, self.dtype.type(self.settings.tokenizer.eod))
+            lengths[last] += 1
         return EncodedKey(ids, lengths.astype(np.int32), counts.astype(np.int32))
-
-    def _append_eod(
-        self, ids: NDArray[Any], lengths: NDArray[np.int64], counts: NDArray[np.int64]
-    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        last = np.cumsum(counts)[counts > 0] - 1
-        ends = np.cumsum(lengths)[last]
-        longer = lengths.copy()
-        longer[last] += 1
-        return np.insert(ids, ends, self.dtype.type(self.settings.tokenizer.eod)), longer
 
     def _without_unencodable(
         self, chunk: Chunk, documents: list[tuple[int, tuple[str, ...]]], result: EncodedChunk
@@ -153,5 +143,5 @@ class ChunkEncoder:
 def _columns(
     documents: list[tuple[int, tuple[str, ...]]], settings: EncodingSettings
 ) -> list[list[str]]:
-    """The texts of each key."""
+    """Return the texts of each key."""
     return [[texts[number] for _, texts in documents] for number in range(len(settings.keys))]

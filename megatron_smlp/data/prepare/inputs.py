@@ -19,7 +19,7 @@ KNOWN_SUFFIXES = tuple(
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Files named by paths, globs and folders (searched recursively), sorted within each.
+    """Return the files of paths, globs and folders (searched recursively), sorted within each.
 
     `-` is the standard input.
 
@@ -56,7 +56,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _is_output(path: Path) -> bool:
-    """Hidden files, and what these tools write: it may lie in the folder of the corpus."""
+    """Return True for hidden files and for what these tools write, perhaps beside the corpus."""
     if path.name.startswith(".") or path.name.endswith(".rejected.jsonl"):
         return True
     return path.parent.suffix == ".partial" or (path.suffix == ".json" and is_manifest(path))
@@ -70,7 +70,7 @@ def is_parquet(path: Path) -> bool:
 
 
 def describe_inputs(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Name, size in bytes and compression of each file, for the manifest."""
+    """Return name, size in bytes and compression of each file, for the manifest."""
     return [
         {"file": shown(path), "bytes": path.stat().st_size, "compression": compression_of(path)}
         for path in files
@@ -78,24 +78,18 @@ def describe_inputs(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def shown(path: Path) -> str:
-    """Its name as text, where a byte of it is no character too."""
+    """Return its name as text, even where a byte of it is not part of a character."""
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
 def stamps_of(files: Sequence[Path]) -> list[tuple[int, int] | None]:
-    """Size and time of the last change of each file; None for what is no file, or is gone."""
-    return [_stamp(path) for path in files]
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    if not path.is_file():
-        return None
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    """Return size and time of change of each file; None for what is not a file, or is gone."""
+    stats = [path.stat() if path.is_file() else None for path in files]
+    return [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def comparable_size(patterns: Sequence[str]) -> int | None:
-    """Bytes of text in the input, where that is known beforehand: plain text files only."""
+    """Return the bytes of text in the input where they are known: plain text files only."""
     files = find_inputs(patterns)
     if any(is_parquet(path) or compression_of(path) for path in files):
         return None

@@ -25,13 +25,12 @@ from megatron_smlp.data.pairs.manifest import (
 from megatron_smlp.data.pairs.writer import PairWriter, append_to, flush_to_disk, publish
 from megatron_smlp.data.prepare.chunks import Position
 from megatron_smlp.data.prepare.encoding import EncodedChunk
-from megatron_smlp.data.prepare.records import Rejection
 from megatron_smlp.durable import link_durably, naming_errors, write_durably
 
 
 @dataclass
 class Counts:
-    """What has been written so far."""
+    """The documents and records written so far."""
 
     documents: int = 0
     tokens: int = 0
@@ -107,7 +106,7 @@ class PartialOutput:
             shutil.rmtree(self.folder, ignore_errors=True)  # Nothing to go on from.
 
     def start(self, settings: str, *, resume: bool) -> Position:
-        """Open the files, at the last commit if `resume`; the place in the input to go on from.
+        """Open the files, at the last commit if `resume`; return the place to go on from.
 
         Raises:
             DataError: the folder was left by a run with other settings or inputs.
@@ -144,17 +143,14 @@ class PartialOutput:
             writer.write(part.ids, lengths=part.lengths, sequences=part.sequences)
         with naming_errors(self.folder / "rejected.jsonl"):
             for rejection in encoded.rejections:
-                self._write_rejection(rejection)
+                line = json.dumps(asdict(rejection), ensure_ascii=True) + "\n"
+                self.rejected.write(line.encode())
         counts = self.journal.counts
+        for rejection in encoded.rejections:
+            counts.rejected[rejection.reason] = counts.rejected.get(rejection.reason, 0) + 1
         counts.documents += encoded.num_documents
         counts.empty += encoded.num_empty
         counts.tokens += sum(len(part.ids) for part in encoded.keys)
-
-    def _write_rejection(self, rejection: Rejection) -> None:
-        line = json.dumps(asdict(rejection), ensure_ascii=True) + "\n"
-        self.rejected.write(line.encode())
-        rejected = self.journal.counts.rejected
-        rejected[rejection.reason] = rejected.get(rejection.reason, 0) + 1
 
     def commit(self, position: Position) -> None:
         """Make what is written so far survive a crash, as everything before `position`."""
@@ -170,7 +166,7 @@ class PartialOutput:
         return [f"{self.prefix}_{key}_{self.level}" for key in self.keys]
 
     def finish(self) -> dict[str, PairRecord]:
-        """Write the indices; the records of the pairs for the manifest, by name."""
+        """Write the indices; return the records of the pairs for the manifest, by name."""
         return {
             Path(prefix).name: writer.finish(key=key, level=self.level)
             for prefix, writer, key in zip(

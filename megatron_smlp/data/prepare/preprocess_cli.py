@@ -42,7 +42,7 @@ IGNORED_FLAGS |= dict.fromkeys(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags; Megatron's keep their names and meaning."""
+    """Return the parser of all flags; Megatron's keep their names and meaning."""
     parser = Parser(description="Turn text into Megatron's .bin/.idx pairs.", allow_abbrev=False)
     group = parser.add_argument_group("input")
     group.add_argument(
@@ -78,13 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=1, metavar="N", help="processes that encode (default 1)"
     )
     add_tokenizer_arguments(parser)
-    _add_ignored_flags(parser)
-    return parser
-
-
-def _add_ignored_flags(parser: argparse.ArgumentParser) -> None:
     for flag, why in IGNORED_FLAGS.items():
         parser.add_argument(flag, nargs="*", action=_Ignored, why=why, help=argparse.SUPPRESS)
+    return parser
 
 
 class _Ignored(argparse.Action):

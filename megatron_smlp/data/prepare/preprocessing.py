@@ -13,10 +13,9 @@ from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import optimal_dtype
 from megatron_smlp.data.pairs.manifest import Manifest, TokenizerRecord, read_manifest
 from megatron_smlp.data.prepare.chunks import Position
-from megatron_smlp.data.prepare.encoding import EncodedChunk, EncodingSettings
+from megatron_smlp.data.prepare.encoding import EncodingSettings
 from megatron_smlp.data.prepare.inputs import describe_inputs, find_inputs, shown, stamps_of
 from megatron_smlp.data.prepare.output import Counts, PartialOutput
-from megatron_smlp.data.prepare.records import Rejection
 from megatron_smlp.data.prepare.sentences import SentenceSettings, check_sentence_data
 from megatron_smlp.data.prepare.sources import read_chunks
 from megatron_smlp.data.prepare.workers import InlineWorker, WorkerPool, start_workers
@@ -49,7 +48,7 @@ class PreprocessSettings:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did."""
+    """The outcome of a run."""
 
     prefix: str
     counts: Counts
@@ -97,7 +96,7 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
         bytes_before = partial.journal.counts.text_bytes
         with start_workers(encoding, num_workers=settings.workers) as workers:
             began = time.monotonic()
-            _encode(workers, start, settings, files, partial, on_progress or _ignore)
+            _encode(workers, start, settings, files, partial, on_progress)
         _publish(settings, tokenizer, sources, digest, partial)
         pairs = zip(files, stamps, stamps_of(files), strict=True)
         return Summary(
@@ -108,10 +107,6 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
             encoder=workers.description,
             changed=tuple(shown(path) for path, before, after in pairs if before != after),
         )
-
-
-def _ignore(counts: Counts) -> None:
-    """No progress wanted."""
 
 
 def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
@@ -140,7 +135,7 @@ def _digest(
     files: list[Path],
     stamps: list[tuple[int, int] | None],
 ) -> str:
-    """Digest of what decides the bytes of the output; the number of workers does not."""
+    """Return a digest of what decides the bytes of the output; the number of workers does not."""
     stable = replace(settings, workers=1, resume=False, shard_bytes=0, output_prefix="")
     inputs = [(str(path), *(stamp or ())) for path, stamp in zip(files, stamps, strict=True)]
     what = [asdict(stable), tokenizer.identity, tokenizer.vocab_size, tokenizer.eod, inputs]
@@ -164,7 +159,7 @@ def _encode(
     settings: PreprocessSettings,
     files: list[Path],
     partial: PartialOutput,
-    on_progress: OnProgress,
+    on_progress: OnProgress | None,
 ) -> None:
     """Encode the input from `start` on into `partial`, with a commit every now and then."""
     counts = partial.journal.counts
@@ -172,7 +167,12 @@ def _encode(
     position = start
     chunks = read_chunks(files, keys=settings.keys, start=start)
     for chunk, encoded in workers.encode(chunks):
-        _stop_at_rejection(settings, encoded, partial)
+        if encoded.rejections and not settings.skip_errors:
+            partial.discard()
+            first = encoded.rejections[0]
+            raise DataError(
+                f"{first} [{first.reason}]; nothing was written (--on-error skip goes on)"
+            )
         partial.write(encoded)
         position = chunk.end
         counts.text_bytes += chunk.num_bytes
@@ -180,22 +180,13 @@ def _encode(
             read = partial.journal.text_bytes
             number = str(chunk.end.file)
             read[number] = read.get(number, 0) + chunk.num_bytes
-        on_progress(counts)
+        if on_progress is not None:
+            on_progress(counts)
         due = counts.text_bytes - committed_bytes >= settings.shard_bytes
         if due or time.monotonic() - committed_at >= SHARD_SECONDS:
             partial.commit(position)
             committed_bytes, committed_at = counts.text_bytes, time.monotonic()
     partial.commit(position)
-
-
-def _stop_at_rejection(
-    settings: PreprocessSettings, encoded: EncodedChunk, partial: PartialOutput
-) -> None:
-    if settings.skip_errors or not encoded.rejections:
-        return
-    first: Rejection = encoded.rejections[0]
-    partial.discard()
-    raise DataError(f"{first} [{first.reason}]; nothing was written (--on-error skip goes on)")
 
 
 def _publish(
@@ -230,7 +221,7 @@ def _publish(
 
 
 def settings_from_arguments(args: Any) -> PreprocessSettings:
-    """Settings from the parsed flags of `tools/preprocess_data.py`."""
+    """Return the settings of the parsed flags of `tools/preprocess_data.py`."""
     sentences = SentenceSettings(args.lang, args.keep_newlines) if args.split_sentences else None
     return PreprocessSettings(
         inputs=tuple(args.input),

@@ -36,7 +36,7 @@ class _RefusedError(Exception):
 def parse_chunk(
     chunk: Chunk, keys: Sequence[str]
 ) -> Iterator[tuple[int, tuple[str, ...]] | Rejection]:
-    """(line, text of each key) or a rejection, for every record of the chunk in order."""
+    """Yield (line, text of each key) or a rejection, for every record of the chunk in order."""
     if chunk.damage is not None:
         yield Rejection(chunk.file, chunk.first_line, "damaged_file", chunk.damage)
     elif isinstance(chunk.payload, list):
@@ -116,7 +116,7 @@ def _text(record: dict[str, Any], key: str) -> str:
 
 
 def _check_unicode(text: str, key: str) -> None:
-    """JSON escapes can spell half of a surrogate pair, which is no character."""
+    """Refuse half of a surrogate pair, which JSON escapes can spell: it is not a character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

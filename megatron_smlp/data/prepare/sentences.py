@@ -21,8 +21,8 @@ class SentenceSettings:
 
 
 def import_nltk() -> Any:
-    """NLTK without scipy and scikit-learn, which it imports where they are there: for parts of it
-    that are not used here, and for three seconds."""
+    """Import NLTK without scipy and scikit-learn, which take three seconds and are for parts of it
+    that are not used here."""
     require_package("nltk", purpose="--split-sentences", extra="nltk")
     hidden = [name for name in ("scipy", "sklearn") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
@@ -48,7 +48,9 @@ class Splitter:
         try:
             self.punkt: Any = nltk.tokenize.punkt.PunktTokenizer(settings.language)
         except (LookupError, OSError):
-            known = _languages([Path(folder) for folder in nltk.data.path])
+            folders = [Path(folder) for folder in nltk.data.path]
+            found = {path.name for each in folders for path in each.glob("tokenizers/punkt_tab/*/")}
+            known = ", ".join(sorted(found)) or "no language"
             raise DataError(
                 f"--split-sentences --lang {settings.language}: NLTK's punkt_tab data is not there "
                 f"(found: {known}); get it once with: {DOWNLOAD}, or set NLTK_DATA to a folder "
@@ -62,13 +64,8 @@ class Splitter:
         return [sentence for piece in pieces for sentence in self.punkt.tokenize(piece)]
 
 
-def _languages(folders: list[Path]) -> str:
-    found = {path.name for folder in folders for path in folder.glob("tokenizers/punkt_tab/*/")}
-    return ", ".join(sorted(found)) or "no language"
-
-
 def _keep_newlines(punkt: Any) -> Any:
-    """The same parameters, with the white space after a sentence kept as its end.
+    """Return the same parameters, with the white space after a sentence kept as its end.
 
     Punkt looks for the next token after white space; here the white space belongs to the match of
     the sentence's end instead, so that line ends are not eaten.

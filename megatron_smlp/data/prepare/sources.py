@@ -20,8 +20,10 @@ PARQUET_ROWS = 1024
 def read_chunks(
     files: Sequence[Path], *, keys: Sequence[str], start: Position = START
 ) -> Iterator[Chunk]:
-    """Chunks of all files from `start` on. A damaged file yields what is before the damage, then
-    one chunk that carries the reason."""
+    """Yield the chunks of all files from `start` on.
+
+    A damaged file yields what is before the damage, then one chunk that carries the reason.
+    """
     for number in range(start.file, len(files)):
         begin = start if number == start.file else Position(number)
         yield from _read_file(files[number], keys=keys, begin=begin)
@@ -97,7 +99,7 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
     try:
         table = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
-        raise DamagedInputError(f"no readable parquet file: {error}") from None
+        raise DamagedInputError(f"not a readable parquet file: {error}") from None
     missing = [key for key in keys if key not in table.schema_arrow.names]
     if missing:
         names = ", ".join(table.schema_arrow.names)

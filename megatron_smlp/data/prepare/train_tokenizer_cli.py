@@ -1,4 +1,4 @@
-"""Training a byte-level BPE tokenizer: the work of `tools/train_tokenizer.py`."""
+"""The command line of `tools/train_tokenizer.py`: a byte-level BPE tokenizer from text."""
 
 import argparse
 import json
@@ -83,8 +83,7 @@ def train_tokenizer(
     """
     if vocab_size <= NUM_BYTES:
         raise DataError(f"--vocab-size {vocab_size}: at least {NUM_BYTES + 1} (bytes and {EOD})")
-    tokenizer = _untrained()
-    _train(tokenizer, _pieces(inputs, keys, max_bytes, skip_errors), vocab_size)
+    tokenizer = _train(_pieces(inputs, keys, max_bytes, skip_errors), vocab_size)
     learned = tokenizer.get_vocab_size()
     if learned < vocab_size:
         raise DataError(
@@ -95,18 +94,12 @@ def train_tokenizer(
     print(f"{output}: {learned:,} entries, end of document {EOD!r} = {tokenizer.token_to_id(EOD)}")
 
 
-def _untrained() -> "tokenizers.Tokenizer":
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def _train(texts: Iterator[str], vocab_size: int) -> "tokenizers.Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _train(tokenizer: "tokenizers.Tokenizer", texts: Iterator[str], vocab_size: int) -> None:
-    from tokenizers import pre_tokenizers, trainers
-
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOD],
@@ -114,12 +107,13 @@ def _train(tokenizer: "tokenizers.Tokenizer", texts: Iterator[str], vocab_size: 
         show_progress=True,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
+    return tokenizer
 
 
 def _pieces(
     inputs: Sequence[str], keys: tuple[str, ...], max_bytes: int, skip_errors: bool
 ) -> Iterator[str]:
-    """Texts, cut at lines: the trainer works in parallel over many small pieces, not one book."""
+    """Yield texts, cut at lines: the trainer works in parallel over small pieces, not one book."""
     from megatron_smlp.data.prepare.inputs import find_inputs
     from megatron_smlp.data.prepare.records import Rejection, parse_chunk
     from megatron_smlp.data.prepare.sources import read_chunks
@@ -148,7 +142,7 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _write_folder(tokenizer: "tokenizers.Tokenizer", folder: Path) -> None:
-    """The files that `transformers.AutoTokenizer.from_pretrained` reads offline."""
+    """Write the files that `transformers.AutoTokenizer.from_pretrained` reads offline."""
     folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     config = {

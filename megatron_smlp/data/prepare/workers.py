@@ -1,15 +1,20 @@
-"""Worker processes that encode chunks; results come back in the order of the chunks."""
+"""Worker processes that encode chunks; results come back in the order of the chunks.
+
+One thread of the parent speaks with each worker over a pipe of its own, strictly in turns. So a
+worker that dies is seen at once (its pipe closes), and workers end when the parent dies. An
+executor of processes may wait for ever for the result of a killed worker:
+docs/decisions/0061-libraries-of-the-data-tools.md.
+"""
 
 import multiprocessing
 import os
+import queue
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import cache
-from types import SimpleNamespace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from typing import Any, Self
 
 from megatron_smlp.data.errors import DataError
@@ -18,6 +23,8 @@ from megatron_smlp.data.prepare.encoding import ChunkEncoder, EncodedChunk, Enco
 
 IN_FLIGHT_BYTES = 64 << 20
 """Bound on the raw text between reading and writing; one larger record passes alone."""
+PIECE_BYTES = 1 << 20
+JOIN_SECONDS = 5.0
 
 
 def start_workers(settings: EncodingSettings, *, num_workers: int) -> "WorkerPool | InlineWorker":
@@ -53,34 +60,39 @@ class WorkerPool:
     """`num_workers` processes; use as a context manager, so that none outlives the work."""
 
     def __init__(self, settings: EncodingSettings, *, num_workers: int) -> None:
-        self.num_workers = num_workers
-        self.executor = ProcessPoolExecutor(
-            num_workers,
-            # A forked copy of a process with threads (progress bar, tokenizer) may lock up.
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start,
-            initargs=(settings,),
-        )
+        # "spawn": a forked copy of a process with threads (progress bar, tokenizer) may lock up.
+        context = multiprocessing.get_context("spawn")
+        self.threads = ThreadPoolExecutor(num_workers, thread_name_prefix="worker")
+        self.workers: list[_Worker] = []
+        self.idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        # Ctrl-C reaches the whole group; the parent decides. Workers start with it blocked.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            ready = [self.executor.submit(_describe) for _ in range(num_workers)]
-            self.description = [self._result(future, "at its start") for future in ready][-1]
+            try:
+                self.workers += [_Worker(context, settings) for _ in range(num_workers)]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for worker in self.workers:
+                self.description = worker.wait_until_ready()
+                self.idle.put(worker)
         except BaseException:
-            self._kill()
+            self._end(at_once=True)
             raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self.executor.shutdown()
-        else:
-            self._kill()
+        self._end(at_once=error[0] is not None)
 
-    def _kill(self) -> None:
-        for process in (self.executor._processes or {}).values():
-            process.kill()
-        self.executor.shutdown(cancel_futures=True)
+    def _end(self, *, at_once: bool) -> None:
+        if at_once:
+            for worker in self.workers:
+                worker.process.kill()
+        # A thread that waits for a killed worker sees its pipe end; then nobody uses the pipes.
+        self.threads.shutdown(cancel_futures=True)
+        for worker in self.workers:
+            worker.close()
 
     def encode(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, EncodedChunk]]:
         """Encode every chunk; yield it, without its text, and its ids, in order.
@@ -91,83 +103,116 @@ class WorkerPool:
         pending: deque[tuple[Chunk, Future[EncodedChunk]]] = deque()
         in_flight = 0
         for chunk in chunks:
-            while pending and self._is_full(len(pending), in_flight + chunk.num_bytes):
-                in_flight -= pending[0][0].num_bytes
-                yield self._encoded(*pending.popleft())
+            while len(pending) >= 3 * len(self.workers) or (
+                pending and in_flight + chunk.num_bytes > IN_FLIGHT_BYTES
+            ):
+                done, future = pending.popleft()
+                in_flight -= done.num_bytes
+                yield done, future.result()
             in_flight += chunk.num_bytes
-            pending.append((chunk, self.executor.submit(_encode, chunk)))
+            pending.append((chunk, self.threads.submit(self._call, chunk)))
         while pending:
-            yield self._encoded(*pending.popleft())
+            done, future = pending.popleft()
+            yield done, future.result()
 
-    def _is_full(self, num_pending: int, num_bytes: int) -> bool:
-        return num_pending >= 3 * self.num_workers or num_bytes > IN_FLIGHT_BYTES
-
-    def _encoded(self, chunk: Chunk, future: Future[EncodedChunk]) -> tuple[Chunk, EncodedChunk]:
-        encoded = self._result(future, f"near {chunk.file}:{chunk.first_line}")
-        chunk.release()
-        return chunk, encoded
-
-    def _result(self, future: Future[Any], place: str) -> Any:
+    def _call(self, chunk: Chunk) -> EncodedChunk:
+        worker = self.idle.get()
         try:
-            return future.result()
-        except BrokenProcessPool:
+            return worker.encode(chunk)
+        finally:
+            self.idle.put(worker)
+
+
+class _Worker:
+    """A process and the parent's end of its pipe."""
+
+    def __init__(self, context: Any, settings: EncodingSettings) -> None:
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
+        self.process.start()
+        theirs.close()  # Else the pipe would stay open when the worker dies.
+
+    def wait_until_ready(self) -> str:
+        """Return the description of the worker's encoder."""
+        return str(self._receive("at its start"))
+
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        place = f"near {chunk.file}:{chunk.first_line}"
+        try:
+            _send_chunk(self.connection, chunk)
+        except OSError:
             raise self._death(place) from None
-        except DataError as error:
-            raise DataError(f"a worker process failed {place}: {error}") from None
+        encoded: EncodedChunk = self._receive(place)
+        return encoded
+
+    def _receive(self, place: str) -> Any:
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            raise self._death(place) from None
+        if isinstance(answer, _Failure):
+            raise DataError(f"a worker process failed {place}: {answer.message}")
+        return answer
 
     def _death(self, place: str) -> DataError:
-        processes = list((self.executor._processes or {}).values())
-        self.executor.shutdown()  # The executor has terminated the others, and waits for them.
-        codes = [process.exitcode for process in processes if process.exitcode]
-        code = next((code for code in codes if code != -signal.SIGTERM), -signal.SIGTERM)
-        cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self.process.join(JOIN_SECONDS)
+        code = self.process.exitcode
+        cause = f"exit code {code}"
+        if code is not None and code < 0:
+            cause = f"signal {signal.Signals(-code).name}"
         hint = ", most likely for lack of memory" if code == -signal.SIGKILL else ""
         return DataError(
             f"a worker process died {place} ({cause}{hint}); finished shards are kept: go on with "
             f"--resume, perhaps with fewer --workers"
         )
 
+    def close(self) -> None:
+        """Let the process end: its loop stops where the pipe is closed."""
+        self.connection.close()
+        self.process.join(JOIN_SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
 
-_process = SimpleNamespace()
-"""What a worker process knows: an executor's functions reach it in no other way."""
+
+def _send_chunk(connection: Connection, chunk: Chunk) -> None:
+    """Send a chunk and free its text. Raw lines go in pieces: a pickle would copy them whole."""
+    if isinstance(chunk.payload, bytearray):
+        connection.send(replace(chunk, payload=bytearray()))
+        with memoryview(chunk.payload) as view:
+            for at in range(0, len(view), PIECE_BYTES):
+                connection.send_bytes(view[at : at + PIECE_BYTES])
+    else:
+        connection.send(chunk)
+    chunk.release()
 
 
-def _start(settings: EncodingSettings) -> None:
-    """Prepare a worker process."""
-    # Ctrl-C reaches the whole group; the parent decides. And one process here is one core.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _receive_chunk(connection: Connection) -> Chunk:
+    """Receive what `_send_chunk` sends."""
+    chunk: Chunk = connection.recv()
+    if isinstance(chunk.payload, bytearray):
+        while len(chunk.payload) < chunk.num_bytes:
+            chunk.payload.extend(connection.recv_bytes())
+    return chunk
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Sent instead of an answer."""
+
+    message: str
+
+
+def _serve(connection: Connection, settings: EncodingSettings) -> None:
+    """Encode in a worker process, until the parent closes the pipe or dies."""
+    # One process here is one core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _process.settings = settings
-
-
-def _end_with_parent() -> None:
-    """End this process with its parent: a killed one tells its executor's workers nothing."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-@cache
-def _encoder() -> ChunkEncoder:
-    return ChunkEncoder(_process.settings)
-
-
-def _describe() -> str:
     try:
-        return _encoder().encoder.description
+        encoder = ChunkEncoder(settings)
+        connection.send(encoder.encoder.description)
+        while True:
+            connection.send(encoder.encode(_receive_chunk(connection)))
+    except (EOFError, BrokenPipeError):
+        return  # The parent closed the pipe, or died.
+    # Whatever it is, panics from Rust (which are no `Exception`) included: the parent reports it.
     except BaseException as error:
-        raise _failure(error) from None
-
-
-def _encode(chunk: Chunk) -> EncodedChunk:
-    try:
-        return _encoder().encode(chunk)
-    except BaseException as error:
-        raise _failure(error) from None
-
-
-def _failure(error: BaseException) -> DataError:
-    """The error to show for any, panics from Rust (which are no `Exception`) included."""
-    return DataError(f"{type(error).__name__}: {error}")
+        connection.send(_Failure(f"{type(error).__name__}: {error}"))

@@ -24,7 +24,7 @@ CONFIG = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | dict.
 
 
 def _has_gpt2_files(args: argparse.Namespace) -> bool:
-    """Whether the flags name a tokenizer by GPT-2's two files."""
+    """Return True where the flags name a tokenizer by GPT-2's two files."""
     kind = getattr(args, "tokenizer_type", None)
     return bool(kind == "GPT2BPETokenizer" and args.vocab_file and args.merge_file)
 
@@ -53,7 +53,7 @@ def local_gpt2_files(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _gpt2_folder(args: argparse.Namespace) -> Path:
-    """A tokenizer folder, for this process's life, made of the files that the flags name.
+    """Return a folder, for this process's life, made of the files that the flags name.
 
     Raises:
         UsageError: one of the two is missing.
@@ -71,7 +71,7 @@ def _gpt2_folder(args: argparse.Namespace) -> Path:
 
 
 def tokenizer_folder(args: argparse.Namespace, say: Callable[[str], None]) -> str | None:
-    """The run's tokenizer as a folder, if Hugging Face reads it and its files are still there.
+    """Return the run's tokenizer as a folder, if Hugging Face reads it and its files are there.
 
     Args:
         args: the flags that the checkpoint recorded.

@@ -91,7 +91,7 @@ class HuggingFaceEncoder:
 
 
 def _surrounding_ids(slow: HuggingFaceEncoder) -> tuple[list[int], list[int]]:
-    """Special ids that the tokenizer puts before and after each text."""
+    """Return the special ids that the tokenizer puts before and after each text."""
     if not slow.add_special_tokens:
         return [], []
     bare = slow.backend.encode("a", add_special_tokens=False).ids
@@ -117,7 +117,7 @@ def _load(tokenizer_json: str) -> "tokenizers.Tokenizer":
 
 
 def from_gpt2_files(spec: TokenizerSpec) -> HuggingFaceTokenizer:
-    """GPT-2's byte-level BPE, as Megatron's `GPT2BPETokenizer` builds it."""
+    """Return GPT-2's byte-level BPE, as Megatron's `GPT2BPETokenizer` builds it."""
     import tokenizers
 
     vocab, merges = spec.existing_file("vocab_file"), spec.existing_file("merge_file")
@@ -147,7 +147,7 @@ def from_hub_or_folder(spec: TokenizerSpec) -> HuggingFaceTokenizer:
 
 
 def _read_generic_folder(folder: Path) -> tuple[str, int | None] | None:
-    """(tokenizer.json, eod) where both files say everything; None: only `transformers` knows."""
+    """Return (tokenizer.json, eod), or None where only `transformers` knows them."""
     try:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -167,14 +167,11 @@ def _read_generic_folder(folder: Path) -> tuple[str, int | None] | None:
 
 
 def _named_tokens(config: dict[str, Any]) -> list[str]:
-    """Every token that the configuration names."""
+    """Return every token that the configuration names."""
     named = [value for name, value in config.items() if name.endswith("_token") and value]
     listed = [*config.get("additional_special_tokens", []), *config.get("extra_special_tokens", [])]
-    return [_content(token) for token in (*named, *listed, *_added(config))]
-
-
-def _added(config: dict[str, Any]) -> list[Any]:
-    return list(config.get("added_tokens_decoder", {}).values())
+    added = config.get("added_tokens_decoder", {}).values()
+    return [_content(token) for token in (*named, *listed, *added)]
 
 
 def _content(token: Any) -> str:

@@ -1,4 +1,4 @@
-"""The tokenizer of a trained model: its files are read, and held against the model's vocabulary."""
+"""The tokenizer of a trained model: its files are read, and its vocabulary compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_smlp.errors import UsageError
 
 
 def bare(spec: TokenizerSpec) -> TokenizerSpec:
-    """Texts go on, and options are scored as they are: nothing is put around them."""
+    """Return the same without special tokens around a text, which goes on or is scored as it is."""
     return dataclasses.replace(spec, tokenizer_hf_no_include_special_tokens=True)
 
 

@@ -34,7 +34,7 @@ class SentencePiece:
             tokenizer = cls(path.read_bytes())
             tokenizer.processor.get_piece_size()
         except RuntimeError:
-            raise DataError(f"--tokenizer-model {path} is no SentencePiece model") from None
+            raise DataError(f"--tokenizer-model {path} is not a SentencePiece model") from None
         return tokenizer
 
     @cached_property
@@ -60,21 +60,17 @@ class SentencePiece:
         return vocabulary_identity((i, piece(i).encode()) for i in range(self.vocab_size))
 
     def build(self) -> Encoder:
+        processor, numbers = self.processor, range(self.vocab_size)
+        special = (i for i in numbers if processor.is_control(i) or processor.is_unknown(i))
         # gigatoken reads the names of control pieces, which SentencePiece takes for plain text.
         fast = gigatoken_in_place_of(
             self,
             lambda gigatoken: gigatoken.Tokenizer.from_sentencepiece(self.model),
-            slow_strings=self._names_of_control_pieces(),
+            slow_strings=[processor.id_to_piece(i) for i in special],
         )
         if isinstance(fast, GigatokenEncoder):
             return fast
         return replace(self, description=f"sentencepiece ({fast})")
-
-    def _names_of_control_pieces(self) -> list[str]:
-        processor = self.processor
-        numbers = range(self.vocab_size)
-        special = (i for i in numbers if processor.is_control(i) or processor.is_unknown(i))
-        return [processor.id_to_piece(i) for i in special]
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         return join_ids([self.processor.encode_as_ids(text) for text in texts])

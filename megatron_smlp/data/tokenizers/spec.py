@@ -43,14 +43,14 @@ class Encoder(Protocol):
         """For the log: the library, and why a slower one was taken."""
 
     def encode_batch(self, texts: Sequence[str]) -> "tuple[NDArray[Any], NDArray[np.int64]]":
-        """<int>[tokens of all texts], <int64>[texts] tokens of each; text is valid Unicode.
+        """Return <int>[tokens of all texts], <int64>[texts] tokens of each; text is valid Unicode.
 
         Raises:
             UnencodableTextError: one of the texts has no ids.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; ids that are no text are shown in a readable form."""
+        """Return the text of `ids`; ids that are not text are shown in a readable form."""
 
 
 class Tokenizer(Protocol):
@@ -91,14 +91,18 @@ class TokenizerSpec:
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> "TokenizerSpec":
-        """Take the tokenizer flags out of parsed arguments, ours or Megatron's."""
-        values = {name: getattr(args, name) for name in _field_names(cls) if hasattr(args, name)}
+        """Return the tokenizer flags of parsed arguments, ours or Megatron's."""
+        values = {
+            field.name: getattr(args, field.name)
+            for field in fields(cls)
+            if hasattr(args, field.name)
+        }
         # Megatron stores --tokenizer-special-tokens as `special_tokens`.
         special = values.get("tokenizer_special_tokens") or getattr(args, "special_tokens", None)
         return cls(**{**values, "tokenizer_special_tokens": tuple(special or ())})
 
     def existing_file(self, name: str) -> Path:
-        """The path in field `name`.
+        """Return the path in field `name`.
 
         Raises:
             DataError: the flag was not given, or names no file.
@@ -112,12 +116,8 @@ class TokenizerSpec:
         return Path(value)
 
 
-def _field_names(cls: type[TokenizerSpec]) -> list[str]:
-    return [field.name for field in fields(cls)]
-
-
 def vocabulary_identity(entries: Iterable[tuple[int, bytes]]) -> str:
-    """SHA-256 over (id, token) in the order of the ids: equal for equal meaning of every id.
+    """Return SHA-256 over (id, token) in the order of the ids: equal for equal meaning of every id.
 
     The same vocabulary gives the same identity whatever files it is stored in, so data written
     from `vocab.json` and `merges.txt` trains with a Hugging Face folder of the same tokenizer.

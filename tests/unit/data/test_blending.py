@@ -106,7 +106,7 @@ def test_flags_that_exclude_one_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", "must hold the keys train, valid, test; it has list"),
         ('{"train": "a"}', "it has train"),
         ('{"train": "0.5 a b", "valid": "c", "test": null}', "entry 3 of 3"),

@@ -11,8 +11,8 @@ from data_helpers import BYTE_FLAGS
 from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import idx_path, open_index, write_index
 from megatron_smlp.data.pairs.manifest import read_manifest
+from megatron_smlp.data.pairs.training_check import verify_for_training
 from megatron_smlp.data.pairs.validation import validate
-from megatron_smlp.data.pairs.verification import verify_for_training
 from megatron_smlp.data.prepare.preprocessing import Summary
 
 
@@ -92,7 +92,7 @@ def test_a_moved_boundary_in_a_large_dataset_is_seen(
     run: Callable[..., Summary], tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lengths and pointers that agree, far from the ends that the quick fingerprint reads."""
-    monkeypatch.setattr("megatron_smlp.data.pairs.verification.WHOLE_BYTES", 1000)
+    monkeypatch.setattr("megatron_smlp.data.pairs.training_check.WHOLE_BYTES", 1000)
     monkeypatch.setattr("megatron_smlp.data.pairs.manifest.FINGERPRINT_BYTES", 64)
     run(corpus, tmp_path / "large", *BYTE_FLAGS)
     prefix = str(tmp_path / "large_text_document")
@@ -112,7 +112,7 @@ def test_swapped_files_are_seen(prefix: str, tmp_path: Path) -> None:
     Path(prefix + ".bin").rename(tmp_path / "x")
     Path(prefix + ".idx").rename(prefix + ".bin")
     (tmp_path / "x").rename(prefix + ".idx")
-    with pytest.raises(DataError, match="is no Megatron index"):
+    with pytest.raises(DataError, match="is not a Megatron index"):
         verify_for_training(prefix)
 
 
@@ -121,5 +121,5 @@ def test_a_damaged_manifest_is_said(prefix: str, tmp_path: Path) -> None:
     body = json.loads(path.read_text())
     del body["pairs"]["data_text_document"]["tokens"]
     path.write_text(json.dumps(body))
-    with pytest.raises(DataError, match="no readable dataset manifest"):
+    with pytest.raises(DataError, match="not a readable dataset manifest"):
         verify_for_training(prefix)

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -190,6 +191,16 @@ def test_a_truncated_archive_gives_all_it_has(run: Run, tmp_path: Path, suffix: 
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_a_damaged_later_member_of_an_archive(run: Run, tmp_path: Path, suffix: str) -> None:
+    """The file objects of bz2 and lzma take it for the end, in silence."""
+    source = tmp_path / f"two.jsonl{suffix}"
+    member = COMPRESSORS[suffix](GOOD + b"\n")
+    source.write_bytes(member + bytes([member[0] ^ 1]) + member[1:])
+    with pytest.raises(DataError, match=r":2: the \w+ data is damaged.*\[damaged_file\]"):
+        run(source, tmp_path / "data", *BYTE_FLAGS)
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
 def test_an_archive_that_is_none(run: Run, tmp_path: Path, suffix: str) -> None:
     source = tmp_path / f"plain.jsonl{suffix}"
     source.write_bytes(GOOD)
@@ -258,8 +269,18 @@ def test_an_input_that_is_not_there(run: Run, tmp_path: Path) -> None:
         run(tmp_path, tmp_path / "data", *BYTE_FLAGS)
 
 
-def test_a_killed_worker_ends_the_run(run: Run, tmp_path: Path, corpus: Path) -> None:
-    """The tokenizer kills its own process, as the out-of-memory killer would."""
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        # As the out-of-memory killer would.
+        ("os.kill(os.getpid(), signal.SIGKILL)", r"died near \S+:1 \(signal SIGKILL, most likely"),
+        ("os._exit(7)", r"died near \S+:1 \(exit code 7\)"),
+        ("raise BaseException('panic')", r"failed near \S+:1: BaseException: panic"),
+    ],
+)
+def test_a_worker_that_cannot_go_on_ends_the_run(
+    tmp_path: Path, corpus: Path, fault: str, message: str
+) -> None:
     program = f"""
 import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}]
@@ -267,21 +288,20 @@ from megatron_smlp.program import run_tool
 from megatron_smlp.data.prepare.preprocess_cli import main
 from megatron_smlp.data.tokenizers.bytes_and_numbers import ByteLevel
 
-def die(self, texts):
-    os.kill(os.getpid(), signal.SIGKILL)
+def fail(self, texts):
+    {fault}
 
-ByteLevel.encode_batch = die
+ByteLevel.encode_batch = fail
 if __name__ == "__main__":
     run_tool(main)
 """
-    script = tmp_path / "killer.py"
+    script = tmp_path / "fails.py"
     script.write_text(program)
     command = [PYTHON, str(script), "--input", str(corpus), "--output-prefix"]
     command += [str(tmp_path / "data"), *BYTE_FLAGS, "--workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert "a worker process died near" in done.stderr
-    assert "SIGKILL" in done.stderr
+    assert re.search(f"error: a worker process {message}", done.stderr)
     assert len(done.stderr.strip().splitlines()) == 1
 
 

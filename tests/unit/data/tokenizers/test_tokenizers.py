@@ -322,7 +322,7 @@ def _file(name: str, kind: str) -> Callable[[Path], Flags]:
     [
         (_write("{}"), "tokenizer.json is not readable"),
         (_write("nonsense"), "tokenizer.json is not readable"),
-        (_file("sp.model", "SentencePieceTokenizer"), "is no SentencePiece model"),
+        (_file("sp.model", "SentencePieceTokenizer"), "is not a SentencePiece model"),
         (_file("ranks.json", "TikTokenizer"), "holds no tiktoken ranks"),
         (_file("ranks.tiktoken", "TikTokenizer"), "holds no tiktoken ranks"),
     ],

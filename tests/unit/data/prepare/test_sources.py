@@ -189,13 +189,26 @@ def test_a_damaged_array(run: Run, tmp_path: Path, body: str, texts: list[str], 
     assert why in records[-1].detail
 
 
+def test_an_array_may_hold_what_python_reads(tmp_path: Path) -> None:
+    path = tmp_path / "array.json"
+    path.write_bytes(b'\xef\xbb\xbf[{"n": NaN, "text": "a"}, {"n": 1e400, "text": "b"}]')
+    assert _texts([path]) == ["a", "b"]
+
+
+def test_half_of_a_surrogate_pair_in_an_array_is_refused(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "array.json"
+    path.write_text('[{"text": "a"}, {"text": "\\ud800"}]')
+    with pytest.raises(DataError, match=r"array\.json:2: .*\[lone_surrogate\]"):
+        run(path, tmp_path / "data", *BYTE_FLAGS)
+
+
 def test_a_name_that_is_no_text(run: Run, tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
     path.write_text('{"text": "a"}\n')
     run(path, tmp_path / "data", *BYTE_FLAGS)
     [source] = json.loads((tmp_path / "data.json").read_text())["sources"]
     assert source["file"].endswith("caf\\xe9.jsonl")
-    with pytest.raises(DataError, match=r"--output-prefix .* is no UTF-8 text"):
+    with pytest.raises(DataError, match=r"--output-prefix .* is not UTF-8 text"):
         run(path, tmp_path / os.fsdecode(b"\xe9"), *BYTE_FLAGS)
 
 
@@ -239,7 +252,7 @@ def test_a_null_in_a_parquet_file_is_refused(run: Run, tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_parquet(run: Run, tmp_path: Path) -> None:
     path = _jsonl(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet:1: no readable parquet file"):
+    with pytest.raises(DataError, match=r"a\.parquet:1: not a readable parquet file"):
         run(path, tmp_path / "data", *BYTE_FLAGS)
 
 

@@ -175,7 +175,7 @@ def test_a_finished_run_is_not_done_again(run: Run, tmp_path: Path, source: Path
 def test_a_corpus_of_the_name_of_the_manifest_is_not_replaced(run: Run, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "books.json", ["a", "b"])
     before = source.read_bytes()
-    with pytest.raises(DataError, match=r"books\.json is there and is no dataset manifest"):
+    with pytest.raises(DataError, match=r"books\.json is there and is not a dataset manifest"):
         run(source, tmp_path / "books", *FLAGS)
     assert source.read_bytes() == before
 

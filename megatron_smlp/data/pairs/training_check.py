@@ -1,4 +1,4 @@
-"""What training checks before it starts: quick at any size, one readable line on failure."""
+"""The check of a dataset before training: quick at any size, one readable line on failure."""
 
 from pathlib import Path
 
@@ -42,7 +42,11 @@ def verify_for_training(
     index = open_index(strip_suffix(prefix))
     if index.num_sequences == 0:
         raise DataError(f"the dataset {prefix!r} holds no tokens; preprocess a corpus with text")
-    _check_whole_index(index)
+    for finding in check_index(index):
+        if finding.problem:
+            raise DataError(
+                f"{idx_path(index.prefix)} is damaged: {finding.problem}; preprocess again"
+            )
     found = find_manifest(index.prefix)
     if found is not None:
         path, manifest = found
@@ -50,14 +54,6 @@ def verify_for_training(
         _check_tokenizer(index, manifest, path, tokenizer_identity, override_flag)
     if vocab_size is not None:
         _check_vocabulary(index, found[1] if found else None, vocab_size)
-
-
-def _check_whole_index(index: Index) -> None:
-    for finding in check_index(index):
-        if finding.problem:
-            raise DataError(
-                f"{idx_path(index.prefix)} is damaged: {finding.problem}; preprocess again"
-            )
 
 
 def _check_unchanged(index: Index, manifest: Manifest, manifest_path: Path) -> None:
@@ -98,10 +94,16 @@ def _check_tokenizer(
 
 
 def _check_vocabulary(index: Index, manifest: Manifest | None, vocab_size: int) -> None:
-    """By the largest id that the manifest knows, else by the ids of a small dataset."""
+    """Check by the largest id that the manifest knows, else by the ids of a small dataset."""
     if manifest is None:
         if bin_path(index.prefix).stat().st_size <= WHOLE_BYTES:
-            _check_small(index, vocab_size)
+            try:
+                check_ids(index, vocab_size)
+            except DataError as error:
+                raise DataError(
+                    f"the dataset {index.prefix!r} is not for this run's vocabulary of "
+                    f"{vocab_size} entries, or damaged: {error}"
+                ) from None
         return
     max_id = manifest.pairs[Path(index.prefix).name].max_id
     if max_id >= vocab_size:
@@ -110,13 +112,3 @@ def _check_vocabulary(index: Index, manifest: Manifest | None, vocab_size: int) 
             f"only the ids 0 to {vocab_size - 1}; train with the tokenizer that wrote the data "
             f"({manifest.tokenizer.type}, {manifest.tokenizer.vocab_size} entries)"
         )
-
-
-def _check_small(index: Index, vocab_size: int) -> None:
-    try:
-        check_ids(index, vocab_size)
-    except DataError as error:
-        raise DataError(
-            f"the dataset {index.prefix!r} is not for this run's vocabulary of {vocab_size} "
-            f"entries, or damaged: {error}"
-        ) from None
