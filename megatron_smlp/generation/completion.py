@@ -1,4 +1,4 @@
-"""Prompts -> continuations, by transformers' own `generate`."""
+"""Continue prompts by transformers' own `generate`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_smlp.generation.language_model import LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen."""
+    """The settings by which tokens are chosen."""
 
     max_new_tokens: int = 64
     temperature: float = 0.8
@@ -28,34 +28,31 @@ class Sampling:
     """Continuations of each prompt."""
 
     def arguments(self) -> dict[str, Any]:
-        """In the words of `generate`."""
+        """Return the settings as arguments of `generate`."""
         common = {"num_beams": self.num_beams, "num_return_sequences": self.num_samples}
         if self.temperature == 0:
             return {"do_sample": False, **common}
-        return {
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            **common,
-        }
+        drawn = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
+        return {"do_sample": True, **drawn, **common}
 
 
 @dataclass(frozen=True)
 class Completion:
+    """A prompt and one continuation of it."""
+
     prompt: str
     text: str
-    """What follows the prompt, without the end-of-document token."""
+    """The continuation, without the end-of-document token."""
     num_tokens: int
     reached_the_end: bool
-    """Whether it stopped because the model has no further position."""
+    """True where it stopped because the model has no further position."""
 
 
 def encode_prompt(lm: LanguageModel, prompt: str, *, where: str) -> list[int]:
-    """The ids of a prompt that can be continued.
+    """Return the ids of a prompt that can be continued.
 
     Args:
-        where: what to call the prompt in a message.
+        where: the prompt's name in messages.
 
     Raises:
         UsageError: it is empty, or leaves no position to generate at.
