@@ -1,4 +1,4 @@
-"""The command line of tools/serve.py."""
+"""The command line of tools/serve.py: listen, load a model, and serve it over HTTP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron_smlp.generation.language_model import LanguageModel
 
 SHUTDOWN_SECONDS = 3
-"""How long requests may go on after Ctrl-C."""
+"""Time that requests may go on after Ctrl-C."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,7 +97,7 @@ def _serve(lm: LanguageModel, options: argparse.Namespace, listening: socket.soc
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Before the model is loaded: a port that is taken is found at once."""
+    """Listen before the model is loaded: a port that is taken is found at once."""
     try:
         family = socket.getaddrinfo(host, None)[0][0]
         listening = socket.socket(family, socket.SOCK_STREAM)
