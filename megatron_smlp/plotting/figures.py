@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import (
     FixedLocator,
     FuncFormatter,
@@ -61,16 +62,8 @@ def loss_figure(
         _draw_losses(panel, runs, axis=AXES[name], window=window, suffix=suffix)
     for panel in panels[:, 0]:
         panel.set_ylabel(f"loss{' behind the prefix' if suffix else ''} (nats per token)")
-    labels = [run.label for run in runs]
-    first = panels[0, 0]
-    lines = [
-        first.plot([], [], linewidth=1.8, **look)[0]
-        for look in itertools.islice(looks(), len(runs))
-    ]
-    if any(run.validation for run in runs):
-        lines.append(first.plot([], [], "o", color="0.4", markeredgecolor="white")[0])
-        labels.append("validation")
-    _legend(figure, lines, labels)
+    pairs = list(zip(runs, looks(), strict=False))
+    _legend(figure, pairs, has_dots=any(run.validation for run in runs))
     return figure
 
 
@@ -96,18 +89,27 @@ def _draw_losses(
     tidy(panel)
 
 
-def _legend(figure: Figure, lines: Sequence[Any], labels: Sequence[str]) -> None:
-    """Draw a legend below the panels, so that it never lies on a curve."""
-    ncols = min(5, len(labels))
-    figure.legend(lines, labels, loc="outside lower center", ncols=ncols, frameon=False)
+def _legend(
+    figure: Figure, pairs: Sequence[tuple[Run, dict[str, Any]]], *, has_dots: bool = False
+) -> None:
+    """Draw a legend of runs and their looks below the panels, where it never lies on a curve."""
+    handles = [Line2D([], [], linewidth=1.8, label=run.label, **look) for run, look in pairs]
+    if has_dots:
+        dots: dict[str, Any] = {
+            "linestyle": "",
+            "marker": "o",
+            "color": "0.4",
+            "markeredgecolor": "white",
+        }
+        handles.append(Line2D([], [], label="validation", **dots))
+    ncols = min(5, len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
 
 
 def looks() -> Iterator[dict[str, Any]]:
     """Yield the color and the line style of each run."""
-    return (
-        {"color": COLORS[index % len(COLORS)], "linestyle": STYLES[index % len(STYLES)]}
-        for index in itertools.count()
-    )
+    pairs = zip(COLORS, itertools.cycle(STYLES), strict=False)
+    return itertools.cycle({"color": color, "linestyle": style} for color, style in pairs)
 
 
 def load_figure(run: Run, *, evaluation: bool = False) -> Figure | None:
@@ -180,8 +182,7 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
     for panel in (entropy, dropped):
         tidy(panel)
     figure.suptitle("lines: the worst router of a run; bands: all of its routers", fontsize=10)
-    lines = [entropy.plot([], [], linewidth=1.8, **look)[0] for _, look, _ in routed]
-    _legend(figure, lines, [run.label for run, _, _ in routed])
+    _legend(figure, [(run, look) for run, look, _ in routed])
     return figure
 
 

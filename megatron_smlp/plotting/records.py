@@ -62,7 +62,7 @@ def read_run(path: Path, *, label: str) -> Run:
     """Read one run.
 
     Raises:
-        UsageError: no such file, a line that is no record, or no step in it.
+        UsageError: no such file, a line that is not a record, or no step in it.
     """
     file = path / FILE_NAME if path.is_dir() else path
     try:
