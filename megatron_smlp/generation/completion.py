@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.generation.language_model import LanguageModel
@@ -81,14 +83,11 @@ def complete(
     Args:
         prompts: token ids, at least one each, fewer than T.
     """
-    width = max(map(len, prompts))
-    room = lm.longest - width
     padding = lm.end or 0
-    ids = torch.full((len(prompts), width), padding, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids, mask = pad(rows, padding_value=padding), pad([torch.ones_like(row) for row in rows])
+    room = lm.longest - ids.shape[1]
     device = lm.model.device
     with torch.inference_mode():
         output = lm.model.generate(
@@ -99,7 +98,7 @@ def complete(
             pad_token_id=padding,
             **sampling.arguments(),
         )
-    for row, new in enumerate(output[:, width:].tolist()):
+    for row, new in enumerate(output[:, ids.shape[1] :].tolist()):
         prompt = prompts[row // sampling.num_samples]
         kept = new[: new.index(lm.end)] if lm.end in new else new
         yield Completion(

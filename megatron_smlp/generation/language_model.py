@@ -40,8 +40,7 @@ class LanguageModel:
         return list(self.model.generation_config.suppress_tokens or [])
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode_batch([text])[0].tolist()
-        return ids
+        return self.tokenizer.encode_batch([text])[0].tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)

@@ -127,7 +127,7 @@ class Service:
             work.cancelled.set()
         self.thread.shutdown(wait=True, cancel_futures=True)
 
-    def models(self, request: Request) -> dict[str, Any]:
+    async def models(self, request: Request) -> dict[str, Any]:
         """Answer /v1/models."""
         self.admission.check(request.headers, has_body=False)
         model = {"id": self.lm.name, "object": "model", "created": self.created}
@@ -221,9 +221,6 @@ def build_app(
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 
-    async def models(request: Request) -> JSONResponse:
-        return JSONResponse(service.models(request))
-
     async def completions(request: Request) -> Response:
         try:
             return await service.complete(request)
@@ -237,7 +234,7 @@ def build_app(
         wrong = RequestError(f"{error.detail}: this server has /v1/completions and /v1/models")
         return JSONResponse(wrong.body(), status_code=error.status_code)
 
-    app.add_api_route("/v1/models", models, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/models", service.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/completions", completions, methods=["POST"], response_model=None)
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         "addresses; *: any",
     )  # fmt: skip
     server.add_argument(
-        "--api-key", metavar="KEY", help="clients must send it (default: whoever comes may ask)"
+        "--api-key", metavar="KEY", help="clients must send it (default: everyone may ask)"
     )
     add_model_arguments(parser)
     return parser
@@ -100,10 +100,7 @@ def _listen(host: str, port: int) -> socket.socket:
     """Listen before the model is loaded: a port that is taken is found at once."""
     try:
         family = socket.getaddrinfo(host, None)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(2048)  # whoever comes before the model is loaded waits
+        # Clients that come before the model is loaded wait in the backlog.
+        return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise UsageError(f"--host {host} --port {port} cannot be used: {error}") from error
-    return listening

@@ -69,7 +69,7 @@ class CompletionRequest(BaseModel):
     stream: Literal[True, False] = Field(False, description="true or false")
     stop: str | list[str] = Field([], description="a text or a list of texts")
     user: Any = None
-    """Names who asks, and changes nothing."""
+    """The name of the client; it changes nothing."""
 
 
 KNOWN = set(CompletionRequest.model_fields) - {"prompts"}
