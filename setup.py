@@ -24,7 +24,7 @@ EXTRAS = {
     "fast-tokenizer": ["gigatoken"],
     "plots": ["matplotlib>=3.9"],
     "eval": ["lm_eval>=0.4.9,<0.5"],
-    "serve": ["fastapi>=0.115", "uvicorn>=0.32"],
+    "serve": ["fastapi>=0.115", "pydantic>=2.9", "uvicorn>=0.32"],
     "dev": [
         "pytest>=8.3",
         "pytest-timeout>=2.3",

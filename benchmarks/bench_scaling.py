@@ -232,7 +232,7 @@ def _layer_flags(values: Values) -> dict[str, Any]:
 
 def growths(records: Sequence[Record], sweep: str, *, divisor: float) -> dict[str, Any]:
     """The lines of one panel, by system; costs divided by `divisor`."""
-    from megatron_smlp.plotting.scaling import Growth
+    from scaling_figure import Growth
 
     lines: dict[str, Any] = {}
     for system in SYSTEMS:
@@ -254,7 +254,7 @@ def exponents(lines: Mapping[str, Any], sweep: str) -> Iterator[str]:
 
 def summarise(records: Sequence[Record], sweeps: Sequence[str], plots: Path | None) -> None:
     """Print the exponents; draw, where a folder is given."""
-    from megatron_smlp.plotting.scaling import Sweep, scaling_figure
+    from scaling_figure import Sweep, scaling_figure
 
     panels: dict[str, list[Sweep]] = {"time": [], "memory": []}
     print(f"\n{'sweep':12}{'system':22}{'exponent':>10}{'expected':>10}")

@@ -1,4 +1,4 @@
-"""tools/evaluate.py: options -> a model -> tasks or perplexity -> console, JSON, markdown."""
+"""The command line of tools/evaluate.py: score tasks or a dataset, print and write the results."""
 
 from __future__ import annotations
 
@@ -10,40 +10,121 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.options import parse
+from megatron_smlp.generation.cli import check_model_arguments
+
+EPILOG = """\
+Other flags are Megatron's and go with --checkpoint: the layout to evaluate in, for example
+--tensor-model-parallel-size 2 under torchrun."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="evaluate.py",
+        description="Zero-shot tasks, or perplexity, of a checkpoint or an exported model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    model = parser.add_argument_group("model (one of them)")
+    model.add_argument("--checkpoint", metavar="DIR", help="the --save folder of a run")
+    model.add_argument("--hf", metavar="DIR", help="what tools/convert_checkpoint.py --to hf wrote")
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument("--tasks", metavar="A,B", help="copa,piqa,... or any of the harness")
+    tasks.add_argument("--data-dir", metavar="DIR", help="local files of the tasks; no network")
+    tasks.add_argument(
+        "--prompt-style", choices=["lm_eval", "paper"], default="lm_eval",
+        help="how COPA asks (default lm_eval)",
+    )  # fmt: skip
+    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each")
+    tasks.add_argument("--samples", metavar="FILE", help="JSON lines: each example's scores")
+    tasks.add_argument("--markdown", metavar="FILE", help="a report beside the paper's figures")
+    text = parser.add_argument_group("perplexity")
+    text.add_argument("--data-path", metavar="PREFIX", help="a .bin/.idx pair, read once, whole")
+    text.add_argument("--split", metavar="A,B,C", help="of a run: read only what it validates on")
+    text.add_argument(
+        "--stride", type=int, metavar="N", help="tokens between windows (default: no overlap)"
+    )
+    text.add_argument(
+        "--suffix-from", type=float, metavar="P",
+        help="report what position P of a window, or a fraction of T, and later ones predict too "
+        "(default: the prefix of partial prediction, else nothing)",
+    )  # fmt: skip
+    both = parser.add_argument_group("both")
+    both.add_argument(
+        "--seq-length", type=int, metavar="N",
+        help="tokens that --checkpoint gets at once (default: those of its training; more with "
+        "--toeplitz models)",
+    )  # fmt: skip
+    both.add_argument("--batch-size", type=int, default=8, metavar="B", help="(default 8)")
+    both.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="to compute in (default: what the weights are stored in)",
+    )  # fmt: skip
+    both.add_argument("--device", help="of --hf (default: a GPU where there is one)")
+    both.add_argument("--output", metavar="FILE", help="write the results as JSON")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return our options, and the flags that are left for Megatron.
+
+    Raises:
+        UsageError: flags that do not go together.
+    """
+    options, rest = build_parser().parse_known_args(list(argv))
+    check_model_arguments(options)
+    if bool(options.tasks) == bool(options.data_path):
+        raise UsageError(
+            "say what to measure: --tasks copa,piqa,... or --data-path PREFIX (perplexity)"
+        )
+    for flag in ("data_path", "seq_length"):
+        if options.hf and getattr(options, flag):
+            raise UsageError(
+                f"{flag_of(flag)} goes with --checkpoint DIR, the run that --hf came from"
+            )
+    for flag in ("stride", "split", "suffix_from"):
+        if options.tasks and (value := getattr(options, flag)) is not None:
+            raise UsageError(f"{flag_of(flag)} {value} goes with --data-path PREFIX")
+    if options.hf and rest:
+        raise UsageError(f"{rest[0]} is not a flag of evaluate.py --hf; `--help` lists them")
+    for flag in ("limit", "batch_size", "stride", "seq_length"):
+        if (value := getattr(options, flag)) is not None and value < 1:
+            raise UsageError(f"{flag_of(flag)} {value}: give 1 or more")
+    for flag in ("output", "samples", "markdown"):  # found before hours of work, not after them
+        path = getattr(options, flag)
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise UsageError(f"--{flag} {path}: the folder {Path(path).parent} does not exist")
+    return options, rest
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options, megatron_flags = parse(sys.argv[1:] if argv is None else argv)
     from megatron_smlp.training.captured_output import CapturedOutput
 
-    with (
-        CapturedOutput() as output
-    ):  # Megatron and torch print much; the results go to the terminal
+    # Megatron and torch print a lot; only the results go to the terminal.
+    with CapturedOutput() as output:
         output.open(None, rank=0)
         evaluate(options, megatron_flags)
-        _end_together()
+        import torch
+
+        # A rank that left early would tear down what the others still communicate through.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
 
 
 def evaluate(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
+    """Measure what `options` ask for, and report it on rank 0."""
     if options.data_path:
         evaluate_text(options, megatron_flags)
     else:
         evaluate_tasks(options, megatron_flags)
 
 
-def _end_together() -> None:
-    """A rank that left early would tear down what the others still talk through."""
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
 def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
-    """Print the perplexity of a dataset, a number a line."""
+    """Print the perplexity of a dataset, one number per line."""
     args, scorer, tokenizer = _scorer(options, megatron_flags)
     from megatron_smlp.evaluation.perplexity import measure
     from megatron_smlp.options import suffix_start
@@ -73,12 +154,12 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
 
 
 def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
+    """Score zero-shot tasks, print a table, and write the files that were asked for."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
     from megatron_smlp.evaluation.selection import require_harness, select_tasks, split_names
 
     require_harness()
-    from megatron_smlp.evaluation.harness import run_tasks
     from megatron_smlp.library_logging import quiet_libraries
 
     with quiet_libraries():
@@ -86,12 +167,16 @@ def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -
             split_names(options.tasks), data_dir=options.data_dir, prompt_style=options.prompt_style
         )
         model = _harness_model(options, megatron_flags)
+        from megatron_smlp.evaluation.harness import run_tasks
+
         results = run_tasks(model, selection, limit=options.limit)
     if int(os.environ.get("RANK", "0")) == 0:
         _report(options, results)
 
 
 def _harness_model(options: argparse.Namespace, megatron_flags: Sequence[str]) -> Any:
+    from megatron_smlp.generation.language_model import default_device, of_checkpoint
+
     if options.hf:
         from megatron_smlp.evaluation.huggingface_model import ExportedModel
 
@@ -102,20 +187,17 @@ def _harness_model(options: argparse.Namespace, megatron_flags: Sequence[str]) -
             dtype=options.dtype,
         )
     args, scorer, tokenizer = _scorer(options, megatron_flags)
-    from megatron_smlp.evaluation.adapter import ScorerModel
+    from megatron_smlp.evaluation.harness import ScorerModel
 
     def generator() -> Any:
-        from megatron_smlp.generation.language_model import of_checkpoint
+        device = str(scorer.device)
+        return of_checkpoint(options.checkpoint, tokenizer, dtype=options.dtype, device=device)
 
-        return of_checkpoint(
-            options.checkpoint, tokenizer, dtype=options.dtype, device=str(scorer.device)
-        )
-
-    return ScorerModel(scorer, tokenizer, speaks=args.rank == 0, generator=generator)
+    return ScorerModel(scorer, tokenizer, shows_progress=args.rank == 0, generator=generator)
 
 
 def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple[Any, Any, Any]:
-    """Arguments, scorer and tokenizer of --checkpoint, in the layout of the flags."""
+    """Return arguments, scorer and tokenizer of --checkpoint, in the layout of the flags."""
     from megatron_smlp.evaluation.megatron_loading import load_model, sequence_length
 
     args, stages, tokenizer = load_model(options.checkpoint, megatron_flags, dtype=options.dtype)
@@ -126,33 +208,18 @@ def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple
     return args, scorer, tokenizer
 
 
-def default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _report(options: argparse.Namespace, results: Sequence[Any]) -> None:
-    from rich.console import Console
-
-    from megatron_smlp.evaluation.reports import as_markdown, print_table, write_json
-    from megatron_smlp.evaluation.results import write_samples
+    from megatron_smlp.evaluation import reports
     from megatron_smlp.training.captured_output import terminal
 
-    source = options.hf or options.checkpoint
-    console = Console(file=terminal(), highlight=False, soft_wrap=True)
-    print_table(results, console, title=f"Zero-shot: {source}")
+    source = str(options.hf or options.checkpoint)
+    reports.print_table(results, terminal(), title=f"Zero-shot: {source}")
     if options.output:
-        about = {
-            "path": str(source),
-            "kind": "hf" if options.hf else "checkpoint",
-            "dtype": options.dtype,
-            "limit": options.limit,
-            "prompt_style": options.prompt_style,
-        }
-        write_json(Path(options.output), model=about, results=results)
+        kept = {name: getattr(options, name) for name in ("dtype", "limit", "prompt_style")}
+        about = {"path": source, "kind": "hf" if options.hf else "checkpoint", **kept}
+        reports.write_json(Path(options.output), model=about, results=results)
     if options.samples:
-        write_samples(list(results), Path(options.samples))
+        reports.write_samples(Path(options.samples), results)
     if options.markdown:
-        text = as_markdown(results, model=str(source))
+        text = reports.as_markdown(results, model=source)
         Path(options.markdown).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""--eval-tasks: zero-shot tasks by the model in training, in its own layout, between two steps.
+"""Score zero-shot tasks between two steps of a training (--eval-tasks), in the layout of the run.
 
 The training must not notice: its random numbers, its counts of what routers did, its capacity
 factor and the overlapped gathering of its parameters are afterwards what they were.
@@ -23,14 +23,14 @@ from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.model_tokenizer import bare
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.results import TaskResult, as_record, task_texts
+from megatron_smlp.evaluation.reports import as_record, task_texts
 from megatron_smlp.evaluation.selection import require_harness, select_tasks, split_names
 from megatron_smlp.library_logging import quiet_libraries
 from megatron_smlp.routers.statistics import RouterStatistics
 
 
 class TaskEvaluation:
-    """Tasks of a run; every method that works is collective.
+    """The tasks of a run; `scores` is collective.
 
     Raises:
         UsageError: lm-evaluation-harness, a task or its data is missing, or the tokenizer has no
@@ -55,22 +55,17 @@ class TaskEvaluation:
             )
 
     def built(self, model: Sequence[Any], optimizer: Any) -> None:
+        """Keep the model to score; see the protocol in training/reporting.py."""
         self.model, self.optimizer = list(model), optimizer
 
     def is_due(self, iteration: int) -> bool:
-        """At every multiple of the interval, and after the last step."""
+        """Return whether to score now: at multiples of the interval, and after the last step."""
         interval = self.args.eval_tasks_interval
         return bool(iteration == self.args.train_iters or (interval and iteration % interval == 0))
 
     def scores(self) -> tuple[dict[str, dict[str, float | None]], list[str]]:
-        """See the protocol in training/reporting.py."""
-        results = self.run()
-        return as_record(results), task_texts(results)
-
-    def run(self) -> list[TaskResult]:
-        """Score all tasks; the same results on every rank."""
-        from megatron_smlp.evaluation.adapter import ScorerModel
-        from megatron_smlp.evaluation.harness import run_tasks
+        """Score all tasks; return the same record and texts for the console on every rank."""
+        from megatron_smlp.evaluation.harness import ScorerModel, run_tasks
         from megatron_smlp.evaluation.megatron_model import MegatronScorer
 
         args = self.args
@@ -82,22 +77,17 @@ class TaskEvaluation:
             _own_random_numbers(),
             _whole_parameters(self.model, self.optimizer),
             _no_capacity(self.model),
-            self._uncounted(),
         ):
-            model = ScorerModel(scorer, self.tokenizer, speaks=False)
-            return run_tasks(model, self.selection, limit=args.eval_tasks_limit)
-
-    @contextlib.contextmanager
-    def _uncounted(self) -> Iterator[None]:
-        """What the routers do here is of no validation."""
-        self.statistics.begin(None)
-        yield
-        self.statistics.take(training=False)
+            self.statistics.begin(None)  # the choices of routers here are of no validation
+            model = ScorerModel(scorer, self.tokenizer)
+            results = run_tasks(model, self.selection, limit=args.eval_tasks_limit)
+            self.statistics.take(training=False)
+        return as_record(results), task_texts(results)
 
 
 @contextlib.contextmanager
 def _own_random_numbers() -> Iterator[None]:
-    """Libraries draw, and some seed; the training draws afterwards as if they had not."""
+    """Restore the random numbers afterwards: libraries draw, and some set a seed."""
     ours, numpys = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -109,7 +99,7 @@ def _own_random_numbers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _whole_parameters(model: list[Any], optimizer: Any) -> Iterator[None]:
-    """A distributed optimizer may gather them in the forward pass of training; here before it."""
+    """Gather the parameters now where the distributed optimizer does so in the forward pass."""
     overlaps = training.should_disable_forward_pre_hook(get_args()) and any(
         stage.remove_forward_pre_hook_handles for stage in model
     )
@@ -122,18 +112,17 @@ def _whole_parameters(model: list[Any], optimizer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_capacity(model: Sequence[nn.Module]) -> Iterator[None]:
-    """A score must not depend on what else is in its batch: nothing is dropped."""
-    configs = {
-        id(module.config): module.config
-        for m in model
-        for module in m.modules()
+    """Drop no token: a score must not depend on what else is in its batch."""
+    before = {
+        id(module.config): (module.config, module.config.moe_eval_capacity_factor)
+        for stage in model
+        for module in stage.modules()
         if hasattr(getattr(module, "config", None), "moe_eval_capacity_factor")
     }
-    before = {key: config.moe_eval_capacity_factor for key, config in configs.items()}
-    for config in configs.values():
+    for config, _ in before.values():
         config.moe_eval_capacity_factor = None
     try:
         yield
     finally:
-        for key, config in configs.items():
-            config.moe_eval_capacity_factor = before[key]
+        for config, factor in before.values():
+            config.moe_eval_capacity_factor = factor

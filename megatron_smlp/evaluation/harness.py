@@ -1,11 +1,28 @@
-"""One run of lm-evaluation-harness: a model, tasks, what came out."""
+"""Zero-shot tasks by lm-evaluation-harness, over a model of Megatron's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megatron_smlp.evaluation.results import TaskResult, from_harness
+import lm_eval
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from tqdm import tqdm
+
+from megatron_smlp.data.tokenizers.spec import Tokenizer
+from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.megatron_model import MegatronScorer, Row, RowScore
+from megatron_smlp.evaluation.reports import TaskResult, from_harness
 from megatron_smlp.evaluation.selection import Selection
+from megatron_smlp.generation.language_model import LanguageModel
+from megatron_smlp.serving.answers import Answer
+from megatron_smlp.serving.engine import Job, answer
+
+Request = tuple[tuple[str, str], list[int], list[int]]
+"""(context, continuation), and the token ids of both."""
+MAX_NEW_TOKENS = 256
+"""For a task that sets no max_gen_toks; the harness's `hf` model has the same default."""
 
 
 def run_tasks(model: Any, selection: Selection, *, limit: int | None) -> list[TaskResult]:
@@ -18,8 +35,6 @@ def run_tasks(model: Any, selection: Selection, *, limit: int | None) -> list[Ta
     Returns:
         a result per task; nothing on ranks that the harness gives none.
     """
-    import lm_eval
-
     results = lm_eval.simple_evaluate(
         model=model,
         tasks=selection.tasks,
@@ -33,3 +48,157 @@ def run_tasks(model: Any, selection: Selection, *, limit: int | None) -> list[Ta
         bootstrap_iters=1000,
     )
     return [] if results is None else from_harness(results)
+
+
+def check_requests(requests: Sequence[Request], *, longest: int) -> None:
+    """Check that every continuation fits into the model; contexts are cut to fit.
+
+    Raises:
+        UsageError: with the text, its tokens, and the model's length.
+    """
+    for (_, text), _, continuation in requests:
+        shown = text if len(text) <= 60 else f"{text[:60]}..."
+        if len(continuation) > longest:
+            raise UsageError(
+                f"the option {shown!r} has {len(continuation)} tokens and the model's sequences "
+                f"end at {longest}: leave the example out, or evaluate a model with a longer "
+                "--seq-length"
+            )
+        if not continuation:
+            raise UsageError(
+                f"the option {shown!r} has no tokens of its own: there is nothing to score"
+            )
+
+
+class ScorerModel(TemplateLM):
+    """A scorer and a tokenizer as a model of the harness.
+
+    Every rank runs the whole harness with the same requests; the scorer distributes them.
+
+    Args:
+        shows_progress: whether this rank shows a progress bar.
+        generator: makes the model that generates, when a task asks for text; None: none can.
+
+    Raises:
+        UsageError: the tokenizer's ids stand for no text.
+    """
+
+    def __init__(
+        self,
+        scorer: MegatronScorer,
+        tokenizer: Tokenizer,
+        *,
+        shows_progress: bool = False,
+        generator: Callable[[], LanguageModel] | None = None,
+    ) -> None:
+        super().__init__()
+        if tokenizer.identity is None:
+            raise UsageError(
+                "the tokenizer has numbers and no texts: tasks need a model that was trained with "
+                "a tokenizer of text"
+            )
+        self.scorer, self.encoder, self.end = scorer, tokenizer.build(), tokenizer.eod
+        self.bar_disabled = None if shows_progress else True  # None: shown on a terminal only
+        self.generator = generator
+
+    @property
+    def eot_token_id(self) -> int:
+        if self.end is None:
+            raise UsageError(
+                "the tokenizer has no end-of-document token, which stands before a text without "
+                "context: evaluate tasks whose examples have one, or another tokenizer"
+            )
+        return self.end
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Return the ids of a text as in the training data: nothing is put around it."""
+        return self.encoder.encode_batch([string])[0].tolist()
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Return log p of each continuation, and whether the model would generate it."""
+        return super().loglikelihood(requests, disable_tqdm=True)  # `_scores` shows its own bar
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        check_requests(requests, longest=self.scorer.longest)
+        rows = [self._row(context, option) for _, context, option in requests]
+        answers = [(sum(s.logprobs), all(s.greedy)) for s in self._scores(rows)]
+        for (key, _, _), pair in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", key, pair)
+        return answers
+
+    def _row(self, context: Sequence[int], option: Sequence[int]) -> Row:
+        """Return the row of a request; a context that is too long loses its beginning."""
+        tokens = (*context, *option)[-(self.scorer.longest + 1) :]
+        return Row(tokens, min(len(option), len(tokens) - 1))
+
+    def _scores(self, rows: Sequence[Row]) -> list[RowScore]:
+        with tqdm(total=len(rows), disable=self.bar_disabled) as bar:
+            return self.scorer.score(rows, progress=lambda done: bar.update(done - bar.n))
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return log p of whole texts, in windows that do not overlap; see `eot_token_id`."""
+        rows: list[Row] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            windows = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.eot_token_id,
+                max_seq_len=self.scorer.longest,
+                context_len=1,
+            )
+            for context, option in map(utils.make_disjoint_window, windows):
+                rows.append(self._row(context, option))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, score in zip(owners, self._scores(rows), strict=True):
+            totals[owner] += sum(score.logprobs)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Generate one text after the other; every rank makes all of them, and the same ones."""
+        if self.generator is None:
+            raise UsageError(
+                "tasks that generate text are not scored during training: run "
+                "tools/evaluate.py --checkpoint DIR --tasks ... on a saved checkpoint"
+            )
+        lm = self.generator()
+        bar = tqdm(requests, disable=self.bar_disabled)
+        return [generate_until(lm, *request.args) for request in bar]
+
+
+def generate_until(lm: LanguageModel, context: str, settings: Mapping[str, Any]) -> str:
+    """Return the continuation of a context, which loses its beginning where room is short.
+
+    Args:
+        settings: the task's `generation_kwargs`: until, max_gen_toks, do_sample, temperature,
+            top_p.
+
+    Raises:
+        UsageError: more new tokens than the model has positions.
+    """
+    count = int(settings.get("max_gen_toks", MAX_NEW_TOKENS))
+    if not 0 < count < lm.longest:
+        raise UsageError(
+            f"the task asks for {count} new tokens (max_gen_toks) and the model's sequences end at "
+            f"{lm.longest}: evaluate a model with a longer --seq-length"
+        )
+    prompt = (lm.encode(context) or [lm.end or 0])[-(lm.longest - count) :]
+    until = settings.get("until") or []
+    text = Answer(lm, prompt, [until] if isinstance(until, str) else list(until))
+    samples = bool(settings.get("do_sample", False))
+    job = Job(
+        prompt=prompt,
+        max_tokens=count,
+        temperature=float(settings.get("temperature", 1.0)) if samples else 0.0,
+        top_p=float(settings.get("top_p", 1.0)),
+        seed=0,
+        on_token=lambda _, token: text.push(token),
+    )
+    answer(lm, job)
+    return text.text

@@ -10,7 +10,8 @@ from lm_eval.models.huggingface import HFLM
 
 from megatron_smlp.conversion.huggingface import check_folder
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.requests import Request, check_requests
+from megatron_smlp.evaluation.harness import Request, check_requests
+from megatron_smlp.generation.language_model import has_tokenizer
 
 
 class ExportedModel(HFLM):
@@ -20,13 +21,24 @@ class ExportedModel(HFLM):
         dtype: to compute in; "auto": what the weights are stored in.
 
     Raises:
-        UsageError: the folder is no model, has no tokenizer, or one of another vocabulary.
+        UsageError: the folder is not a model, has no tokenizer, or one of another vocabulary.
     """
 
     def __init__(
         self, folder: str | Path, *, batch_size: int, device: str, dtype: str = "auto"
     ) -> None:
-        _check_folder(Path(folder))
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise UsageError(
+                f"--hf {folder} has no config.json: give a folder that "
+                "tools/convert_checkpoint.py wrote"
+            )
+        check_folder(folder)
+        if not has_tokenizer(folder):
+            raise UsageError(
+                f"--hf {folder} has no tokenizer: convert with --tokenizer-model, or copy the "
+                "tokenizer's files into it"
+            )
         super().__init__(
             pretrained=str(folder),
             trust_remote_code=True,
@@ -44,26 +56,11 @@ class ExportedModel(HFLM):
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """With progress bars on a terminal only."""
+        """Score as the base class does, with progress bars on a terminal only."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(
         self, requests: list[Request], *args: Any, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         check_requests(requests, longest=self.max_length)
-        answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
-        return answers
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"--hf {folder} has no config.json: give a folder that "
-            "tools/convert_checkpoint.py wrote"
-        )
-    check_folder(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise UsageError(
-            f"--hf {folder} has no tokenizer: convert with --tokenizer-model, or copy the "
-            "tokenizer's files into it"
-        )
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)

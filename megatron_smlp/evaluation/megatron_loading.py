@@ -1,8 +1,12 @@
-"""A checkpoint -> Megatron's model of it, in the layout that the command line asks for."""
+"""Load a checkpoint into Megatron's own model, in the layout that the command line asks for.
+
+The flags that build the model and its tokenizer come from the checkpoint's own records.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -10,20 +14,18 @@ from typing import Any
 import torch
 
 from megatron_smlp.checkpoints.tensors import main_dtype
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.recorded import (
-    open_checkpoint,
-    tokenizer_flags,
-    tokenizer_record,
-)
 
-# What Megatron asks of a training, and what keeps it from looking for the rest of one.
+# The flags that Megatron requires of a training, and those that stop it from loading one's state.
 NO_TRAINING = """
     --mock-data --micro-batch-size 1 --train-iters 1 --lr 0 --eval-iters 0 --no-load-optim
     --no-load-rng --no-resume --hidden-dropout 0 --attention-dropout 0
 """
+TAKE_A_SIZE = ("NullTokenizer", "ByteLevelTokenizer", "TikTokenizer")
 
 
 def load_model(
@@ -41,7 +43,10 @@ def load_model(
     Raises:
         UsageError: no checkpoint, flags that contradict it, another vocabulary.
     """
-    saved = open_checkpoint(checkpoint)
+    try:
+        saved = TorchDistCheckpoint(checkpoint)
+    except UsageError as error:
+        raise UsageError(f"--checkpoint {checkpoint}: {error}") from error
     from megatron_smlp.flags.from_model_record import model_words
     from megatron_smlp.flags.parse import build_parser, parse_arguments
     from megatron_smlp.megatron_patches import table
@@ -51,7 +56,8 @@ def load_model(
     cpu.apply()
     table.apply()
     parser = build_parser()
-    spec = _tokenizer_given(parser, flags) or tokenizer_record(saved)
+    given, _ = parser.parse_known_args(list(flags))
+    spec = TokenizerSpec.from_arguments(given if given.tokenizer_type else _recorded(saved))
     tokenizer = resolve_for(
         spec, source=f"--checkpoint {checkpoint}", entries=saved.flags["vocab_size"]
     )
@@ -60,7 +66,7 @@ def load_model(
             *NO_TRAINING.split(),
             *model_words(parser, saved.flags),
             *tokenizer_flags(spec),
-            *_precision_flags(parser, flags, dtype, stored=main_dtype(saved.specs)),
+            *_precision_flags(given, dtype, stored=main_dtype(saved.specs)),
             *flags,
             *("--load", str(checkpoint)),
         ]
@@ -70,11 +76,11 @@ def load_model(
 
 
 def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:
-    """Tokens that go into the model at once.
+    """Return the number of tokens that go into the model at once.
 
     Args:
         args: of the loaded model.
-        wanted: None takes the length of the training.
+        wanted: None for the length of the training.
 
     Raises:
         UsageError: the model has no weights for so many, or the layout cannot cut them evenly.
@@ -97,21 +103,35 @@ def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:
     return wanted
 
 
-def _tokenizer_given(parser: argparse.ArgumentParser, flags: Sequence[str]) -> TokenizerSpec | None:
-    given, _ = parser.parse_known_args(list(flags))
-    if given.tokenizer_type is None:
-        return None
-    return TokenizerSpec.from_arguments(given)
+def _recorded(checkpoint: TorchDistCheckpoint) -> Any:
+    """Return the arguments of the run, which name its tokenizer."""
+    if not getattr(checkpoint.args, "tokenizer_type", None):
+        raise UsageError(
+            f"--checkpoint {checkpoint.folder} does not record a tokenizer: give --tokenizer-type "
+            "and its other flags"
+        )
+    return checkpoint.args
 
 
-def _precision_flags(
-    parser: argparse.ArgumentParser, flags: Sequence[str], dtype: str, *, stored: torch.dtype
-) -> list[str]:
-    """Megatron's flag for `dtype`, unless the command line has it already."""
-    given, _ = parser.parse_known_args(list(flags))
-    flag_of = {"bfloat16": "--bf16", "float16": "--fp16"}
-    typed = [flag for flag in flag_of.values() if getattr(given, flag.strip("-"))]
-    wanted = flag_of.get(str(stored).removeprefix("torch.") if dtype == "auto" else dtype)
+def tokenizer_flags(spec: TokenizerSpec) -> list[str]:
+    """Return the command line of a tokenizer."""
+    flags: list[str] = []
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if not value or value == field.default:
+            continue
+        if field.name == "vocab_size" and spec.tokenizer_type not in TAKE_A_SIZE:
+            continue
+        values = [] if value is True else value if isinstance(value, tuple) else [value]
+        flags += [flag_of(field.name), *map(str, values)]
+    return flags
+
+
+def _precision_flags(given: argparse.Namespace, dtype: str, *, stored: torch.dtype) -> list[str]:
+    """Return Megatron's flag for `dtype`, unless the command line has it already."""
+    names = {"bfloat16": "--bf16", "float16": "--fp16"}
+    typed = [flag for flag in names.values() if getattr(given, flag.strip("-"))]
+    wanted = names.get(str(stored).removeprefix("torch.") if dtype == "auto" else dtype)
     if not typed:
         return [wanted] if wanted else []
     if dtype != "auto" and typed != [wanted]:

@@ -1,8 +1,10 @@
-"""Scores rows with Megatron's own model, in any layout of tensor, pipeline, expert and data
-parallelism.
+"""Score rows of tokens with Megatron's own model, in any layout of tensor, pipeline, expert and
+data parallelism.
 
-The rows are dealt out over the data parallel ranks, go through the stages by Megatron's schedule,
-and are scored on the last one where the logits are, still cut over the vocabulary:
+A score belongs to its row alone: it does not depend on the rows beside it, on their order, or on
+how many go through the model at once. The rows are distributed over the data parallel ranks, go
+through the stages by Megatron's schedule, and are scored on the last one where the logits are,
+still cut over the vocabulary:
 
     log p(y) = l_y - m - log sum_v exp(l_v - m),    m = max_v l_v        both sums over the TP group
 
@@ -17,7 +19,8 @@ Letters: B rows at once, T tokens, V vocabulary, n scored tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,13 +32,33 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from megatron_smlp.collectives import gathered
-from megatron_smlp.evaluation.scoring import Progress, Row, RowScore
 
-Scored = list[tuple[list[float], list[bool]]]
+Progress = Callable[[int], None]
+"""Called with the number of rows done so far."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence to score."""
+
+    tokens: tuple[int, ...]
+    """At most T + 1: the last one is only predicted."""
+    scored: int
+    """Number of last tokens that are scored; at least one token comes before them."""
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """Scores of a row's scored tokens, in their order."""
+
+    logprobs: tuple[float, ...]
+    """log p of each token, given all tokens before it; natural logarithms."""
+    greedy: tuple[bool, ...]
+    """True where a token was the likeliest one."""
 
 
 class MegatronScorer:
-    """See `scoring.Scorer`; every rank must call `score` with the same rows.
+    """A model of Megatron's that scores rows; collective: all ranks score the same rows.
 
     Args:
         stages: the model chunks of this rank, as Megatron's training has them.
@@ -51,7 +74,7 @@ class MegatronScorer:
         self.batch_size = 1 if self.device.type == "cpu" else batch_size
 
     def score(self, rows: Sequence[Row], *, progress: Progress | None = None) -> list[RowScore]:
-        """The score of each row, on every rank."""
+        """Return the score of each row, on every rank."""
         if not rows:
             return []
         # Neighbours of one length need little padding; the longest come first, where memory ends.
@@ -59,25 +82,31 @@ class MegatronScorer:
         size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
         # All data ranks make the same number of calls: their experts may live on each other.
         share = self.batch_size * -(-len(rows) // (size * self.batch_size))
-        dealt = [order[place % len(order)] for place in range(share * size)]
-        # Ranks that share experts gather each other's tokens, as many from each.
-        together = self.config.expert_model_parallel_size > 1
+        padded = [order[place % len(order)] for place in range(share * size)]
         scores: dict[int, RowScore] = {}
         with self._evaluating():
             for start in range(0, share, self.batch_size):
-                everyone = dealt[start * size : (start + self.batch_size) * size]
+                everyone = padded[start * size : (start + self.batch_size) * size]
                 batch = everyone[rank::size]
-                beside = everyone if together else batch
+                # Ranks that share experts gather each other's tokens, as many from each.
+                beside = everyone if self.config.expert_model_parallel_size > 1 else batch
                 length = self._length([rows[number] for number in beside])
                 answers = self._forward([rows[number] for number in batch], length)
-                scores |= zip(batch, answers, strict=True)
+                scores |= zip(batch, answers, strict=bool(answers))
                 if progress is not None:
                     progress(min(len(rows), (start + self.batch_size) * size))
-        return self._gathered(scores, len(rows))
+        # Of the ranks that hold one model, a single one sends its scores to everybody.
+        sends = mpu.is_pipeline_last_stage(ignore_virtual=True) and (
+            mpu.get_tensor_model_parallel_rank() == 0
+        )
+        everybodys: dict[int, RowScore] = {}
+        for part in gathered(scores if sends else {}):
+            everybodys |= part
+        return [everybodys[number] for number in range(len(rows))]
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Without gradients, dropout, and Megatron's timers; as it was, afterwards."""
+        """Turn gradients, dropout and Megatron's timers off, and leave everything as it was."""
         training = [stage.training for stage in self.stages]
         config = self.config
         timers, config.timers = config.timers, None
@@ -93,8 +122,10 @@ class MegatronScorer:
                 stage.train(mode)
 
     def _forward(self, rows: Sequence[Row], length: int) -> list[RowScore]:
-        """One batch, padded to `length`, through all stages; right on the last stage only."""
-        tokens = self._padded(rows, length)
+        """Run one batch, padded to `length`; return its scores on the last stage, else nothing."""
+        # The input of each row is all of its tokens but the last: <int64>[B, T].
+        inputs = [[*row.tokens[:-1], *[0] * (length + 1 - len(row.tokens))] for row in rows]
+        tokens = torch.tensor(inputs, device=self.device)
         # The interleaved schedule wants as many micro-batches as there are stages.
         interleaved = len(self.stages) > 1
         repeats = mpu.get_pipeline_model_parallel_world_size() if interleaved else 1
@@ -109,35 +140,28 @@ class MegatronScorer:
             forward_only=True,
             collect_non_loss_data=True,
         )
-        scored: Scored = outputs[0] if outputs else [([], [])] * len(rows)
-        return [RowScore(tuple(logprobs), tuple(greedy)) for logprobs, greedy in scored]
+        return outputs[0] if outputs else []
 
     def _length(self, rows: Sequence[Row]) -> int:
-        """That of the longest row's input; sequence parallelism cuts it evenly."""
+        """Return the length of the longest input; sequence parallelism cuts it evenly."""
         length = max(len(row.tokens) for row in rows) - 1
         if self.config.sequence_parallel:
             size = mpu.get_tensor_model_parallel_world_size()
             length = min(self.longest, -(-length // size) * size)
         return length
 
-    def _padded(self, rows: Sequence[Row], length: int) -> Tensor:
-        """The input of each row, all tokens but its last: <int64>[B, T]."""
-        tokens = torch.zeros(len(rows), length, dtype=torch.int64)
-        for place, row in enumerate(rows):
-            tokens[place, : len(row.tokens) - 1] = torch.tensor(row.tokens[:-1])
-        return tokens.to(self.device)
-
     def _step(self, tokens: Tensor, rows: Sequence[Row], _: Any, stage: Any) -> tuple[Any, Any]:
         """Megatron's `forward_step_func`."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return stage(tokens, positions, None), partial(self._scored, rows)
 
-    def _scored(self, rows: Sequence[Row], logits: Tensor, *, non_loss_data: bool) -> Scored:
-        """logits: <float>[B, T, V / TP] -> log p and greediness of each row's scored tokens."""
-        ends = [len(row.tokens) - 1 for row in rows]
+    def _scored(
+        self, rows: Sequence[Row], logits: Tensor, *, non_loss_data: bool
+    ) -> list[RowScore]:
+        """Score the last tokens of each row; logits: <float>[B, T, V / TP]."""
         parts = [
-            logits[place, end - row.scored : end]
-            for place, (row, end) in enumerate(zip(rows, ends, strict=True))
+            one[len(row.tokens) - 1 - row.scored : len(row.tokens) - 1]
+            for one, row in zip(logits, rows, strict=True)
         ]
         targets = [token for row in rows for token in row.tokens[-row.scored :]]
         logprobs, greedy = score_targets(
@@ -145,20 +169,11 @@ class MegatronScorer:
         )
         counts = [row.scored for row in rows]
         pairs = zip(logprobs.split(counts), greedy.split(counts), strict=True)
-        return [(values.tolist(), flags.tolist()) for values, flags in pairs]
-
-    def _gathered(self, mine: dict[int, RowScore], count: int) -> list[RowScore]:
-        """Everybody's scores on every rank; of a model's ranks one speaks for all."""
-        speaks = mpu.is_pipeline_last_stage(ignore_virtual=True) and (
-            mpu.get_tensor_model_parallel_rank() == 0
-        )
-        parts = gathered(mine if speaks else {})
-        together = {number: score for part in parts for number, score in part.items()}
-        return [together[number] for number in range(count)]
+        return [RowScore(tuple(values.tolist()), tuple(flags.tolist())) for values, flags in pairs]
 
 
 def score_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of the targets, and whether each is the likeliest token.
+    """Return log p of the targets, and whether each is the likeliest token.
 
     Args:
         logits: <float>[n, V / TP], this rank's part of the vocabulary.

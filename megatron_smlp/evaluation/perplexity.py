@@ -1,5 +1,5 @@
-"""Perplexity of a .bin/.idx pair, or of its validation part: every token but the very first is
-predicted exactly once.
+"""Measure the perplexity of a .bin/.idx pair, or of its validation part: every token but the very
+first is predicted exactly once.
 
     perplexity = exp(nll / tokens),   nll = - sum log p(token | up to T tokens before it)
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from megatron_smlp.data.pairs.indexed import Index, open_index, strip_suffix
 from megatron_smlp.data.pairs.training_check import verify_for_training
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.scoring import Row, RowScore, Scorer
+from megatron_smlp.evaluation.megatron_model import MegatronScorer, Row
 
 CHUNK = 256
 """Windows that are scored in one call."""
@@ -38,7 +38,7 @@ class Part:
     last: int
 
     def tokens(self) -> Any:
-        """<dtype>[tokens], on disk until it is read."""
+        """Return <dtype>[tokens], on disk until it is read."""
         if self.first == self.last:
             return self.index.tokens()[:0]
         begin = int(self.index.pointers[self.first]) // self.index.dtype.itemsize
@@ -46,7 +46,7 @@ class Part:
         return self.index.tokens()[begin : end + int(self.index.lengths[self.last - 1])]
 
     def documents(self) -> Iterator[list[int]]:
-        """The ids of each document, as far as it belongs to the part."""
+        """Yield the ids of each document, as far as it belongs to the part."""
         for bounds in itertools.pairwise(self.index.documents.tolist()):
             begin, end = (min(max(bound, self.first), self.last) for bound in bounds)
             if begin < end:
@@ -54,7 +54,7 @@ class Part:
 
 
 def validation_part(index: Index, split: str | None) -> Part:
-    """What a run with that --split validates on; without one, everything.
+    """Return the sequences that a run with that --split validates on; without one, all.
 
     Raises:
         UsageError: Megatron cannot read it, or it leaves nothing.
@@ -87,49 +87,19 @@ def validation_part(index: Index, split: str | None) -> Part:
     return Part(index, first, last)
 
 
-@dataclass(frozen=True)
-class Window:
-    """One row, and the position in it of the first token that is predicted anew."""
-
-    row: Row
-    first: int
-
-
-def windows(tokens: Sequence[int], *, longest: int, stride: int) -> Iterator[Window]:
-    """Cut a text of at least two tokens; see the top of the file."""
+def windows(tokens: Sequence[int], *, longest: int, stride: int) -> Iterator[Row]:
+    """Cut a text of at least two tokens into rows; see the top of the file."""
     done = 0
     for begin in range(0, len(tokens) - 1, stride):
         end = min(begin + longest, len(tokens) - 1)
-        if end > done:
-            row = Row(tuple(int(token) for token in tokens[begin : end + 1]), end - done)
-            yield Window(row, done - begin)
+        yield Row(tuple(int(token) for token in tokens[begin : end + 1]), end - done)
         done = end
         if end == len(tokens) - 1:
             break
 
 
-@dataclass
-class Sum:
-    """Of -log p, over tokens."""
-
-    tokens: int = 0
-    parts: list[float] = field(default_factory=list)
-
-    def add(self, logprobs: Sequence[float]) -> None:
-        self.tokens += len(logprobs)
-        self.parts.append(-math.fsum(logprobs))
-
-    @property
-    def nll(self) -> float:
-        return math.fsum(self.parts)
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.nll / self.tokens)
-
-
 def measure(
-    scorer: Scorer,
+    scorer: MegatronScorer,
     tokenizer: Tokenizer,
     prefix: str,
     *,
@@ -137,7 +107,7 @@ def measure(
     suffix_from: int,
     split: str | None = None,
 ) -> dict[str, Any]:
-    """Score a pair. Collective.
+    """Return the perplexity of a pair, and the numbers that it is made of. Collective.
 
     Args:
         stride: tokens between the beginnings of windows; None: T, no overlap.
@@ -158,42 +128,40 @@ def measure(
             f"--stride {stride} is over the model's {scorer.longest} tokens: the tokens between "
             "windows would be left out; give at most that"
         )
-    part = _open(prefix, tokenizer, split)
-    tokens = part.tokens()
-    if len(tokens) < 2:
-        raise UsageError(f"--data-path {prefix} has {len(tokens)} tokens: there is none to predict")
-    whole, behind = Sum(), Sum()
-    for window, score in _scored(scorer, windows(tokens, longest=scorer.longest, stride=stride)):
-        whole.add(score.logprobs)
-        if suffix_from:
-            behind.add(score.logprobs[max(0, suffix_from - window.first) :])
-    result: dict[str, Any] = {"tokens": whole.tokens, "nll": whole.nll, "stride": stride}
-    result["perplexity"] = whole.perplexity
-    result |= _of_text(part, tokenizer, whole.nll)
-    if behind.tokens:
-        result["suffix_from"] = suffix_from
-        result["suffix_tokens"] = behind.tokens
-        result["suffix_perplexity"] = behind.perplexity
-    return result
-
-
-def _open(prefix: str, tokenizer: Tokenizer, split: str | None) -> Part:
     prefix = strip_suffix(prefix)
     try:
         verify_for_training(prefix, tokenizer.identity, vocab_size=tokenizer.vocab_size)
         index = open_index(prefix)
     except (ValueError, OSError) as error:
         raise UsageError(f"--data-path {prefix}: {' '.join(str(error).split())}") from error
-    return validation_part(index, split)
-
-
-def _scored(scorer: Scorer, cut: Iterator[Window]) -> Iterator[tuple[Window, RowScore]]:
-    for some in itertools.batched(cut, CHUNK):
-        yield from zip(some, scorer.score([window.row for window in some]), strict=True)
+    part = validation_part(index, split)
+    tokens = part.tokens()
+    if len(tokens) < 2:
+        raise UsageError(f"--data-path {prefix} has {len(tokens)} tokens: there is none to predict")
+    whole: list[float] = []  # -log p, a sum per window
+    suffix: list[float] = []
+    num_suffix = 0
+    cut = windows(tokens, longest=scorer.longest, stride=stride)
+    for rows in itertools.batched(cut, CHUNK):
+        for row, score in zip(rows, scorer.score(rows), strict=True):
+            whole.append(-math.fsum(score.logprobs))
+            first = len(row.tokens) - 1 - row.scored  # the position of the first score
+            behind = score.logprobs[max(0, suffix_from - first) :] if suffix_from else ()
+            suffix.append(-math.fsum(behind))
+            num_suffix += len(behind)
+    nll, num_tokens = math.fsum(whole), len(tokens) - 1
+    result: dict[str, Any] = {"tokens": num_tokens, "nll": nll, "stride": stride}
+    result["perplexity"] = math.exp(nll / num_tokens)
+    result |= _of_text(part, tokenizer, nll)
+    if num_suffix:
+        result["suffix_from"] = suffix_from
+        result["suffix_tokens"] = num_suffix
+        result["suffix_perplexity"] = math.exp(math.fsum(suffix) / num_suffix)
+    return result
 
 
 def _of_text(part: Part, tokenizer: Tokenizer, nll: float) -> dict[str, Any]:
-    """Per byte and per word of the predicted text; nothing where ids stand for no text."""
+    """Return the perplexity per byte and per word; nothing where ids stand for no text."""
     if tokenizer.identity is None:
         return {}
     encoder = tokenizer.build()

@@ -1,21 +1,128 @@
-"""Results as a table on the console, as JSON, and as markdown beside the paper's figures."""
+"""The harness's results: as scores, on the console, and in JSON, markdown and metrics.jsonl.
+
+The markdown report puts the figures of the paper under the measured ones. They are from arXiv
+2203.06850 and its public leaderboards, and were never measured by this program.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_smlp.evaluation import paper
-from megatron_smlp.evaluation.results import Score, TaskResult
+PAPER_METRICS = {
+    "copa": "acc",
+    "piqa": "acc",
+    "storycloze": "acc",
+    "winogrande": "acc",
+    "hellaswag": "acc_norm",
+    "record": "em",
+}
+"""The harness's metric that stands beside each column of the paper."""
+PAPER_FIGURES = {
+    "BASE 10B": ("63.0", "63.8", "(61.4)", "51.0", "(30.2)", "60.7"),
+    "HASH 10B": ("64.0", "63.8", "(64.7)", "51.7", "33.0", "67.2"),
+    "GShard 9B": ("76.0", "68.1", "(67.9)", "51.1", "38.0", "72.4"),
+    "Switch 9B": ("75.0", "(73.0)", "(73.3)", "53.4", "52.5", "79.9"),
+    "sMLP-deterministic 9.4B": ("79.0", "73.0", "(74.7)", "54.3", "54.5", "73.4"),
+}
+"""Accuracy in %, of ReCoRD exact match; brackets: from secondary recollection."""
 
 
-def print_table(results: Sequence[TaskResult], console: Console, *, title: str) -> None:
-    """A row a metric: task, metric, value, standard error, examples."""
+@dataclass(frozen=True)
+class Score:
+    """A metric of a task."""
+
+    value: float
+    stderr: float | None
+    """Standard error of the mean; None where the harness has none."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task's metrics, over so many examples."""
+
+    task: str
+    examples: int
+    scores: dict[str, Score]
+    version: str
+    samples: list[dict[str, Any]] = field(repr=False, default_factory=list)
+    """Each example: document id, target, and the options' log-likelihoods."""
+
+    def as_json(self) -> dict[str, Any]:
+        scores = {name: asdict(score) for name, score in self.scores.items()}
+        return {"examples": self.examples, "version": self.version, "metrics": scores}
+
+
+def from_harness(results: Mapping[str, Any]) -> list[TaskResult]:
+    """Return a result per task of what `lm_eval.simple_evaluate` returned, in its order."""
+    return [
+        TaskResult(
+            task=name,
+            examples=int(results["n-samples"][name]["effective"]),
+            scores=_scores(values),
+            version=str(results["versions"].get(name)),
+            samples=[_sample(name, one) for one in results.get("samples", {}).get(name, [])],
+        )
+        for name, values in results["results"].items()
+        if name in results["n-samples"]
+    ]
+
+
+def _scores(values: Mapping[str, Any]) -> dict[str, Score]:
+    """Turn `{"acc,none": 0.5, "acc_stderr,none": 0.05}` into `{"acc": Score(0.5, 0.05)}`."""
+    scores = {}
+    for key, value in values.items():
+        metric, _, filter_name = key.partition(",")
+        if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = values.get(f"{metric}_stderr,{filter_name}")
+        stderr = float(error) if isinstance(error, int | float) else math.nan
+        name = metric if filter_name == "none" else f"{metric} ({filter_name})"
+        scores[name] = Score(float(value), stderr if math.isfinite(stderr) else None)
+    return scores
+
+
+def _sample(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one example; a generation has its text where others have log-likelihoods."""
+    answers = [answer[0] for answer in sample["resps"]]
+    record: dict[str, Any] = {"task": task, "doc_id": sample["doc_id"], "target": sample["target"]}
+    if answers and isinstance(answers[0], list | tuple):
+        record["loglikelihoods"] = [float(answer[0]) for answer in answers]
+        record["is_greedy"] = [bool(answer[1]) for answer in answers]
+    else:
+        record["answers"] = answers
+    return record | {name: sample[name] for name in sample["metrics"] if name in sample}
+
+
+def as_record(results: Iterable[TaskResult]) -> dict[str, dict[str, float | None]]:
+    """Return `{"copa": {"acc": 0.55, "acc_stderr": 0.05, "examples": 100}}` for metrics.jsonl."""
+    return {
+        result.task: {
+            **{name: score.value for name, score in result.scores.items()},
+            **{f"{name}_stderr": score.stderr for name, score in result.scores.items()},
+            "examples": result.examples,
+        }
+        for result in results
+    }
+
+
+def task_texts(results: Iterable[TaskResult]) -> list[str]:
+    """Return a text per task for the console: `copa acc 0.550`."""
+    return [
+        " ".join([result.task, *(f"{name} {s.value:.3f}" for name, s in result.scores.items())])
+        for result in results
+    ]
+
+
+def print_table(results: Sequence[TaskResult], file: TextIO, *, title: str) -> None:
+    """Print a row per metric: task, metric, value, standard error, examples."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("task", "metric"):
         table.add_column(name, no_wrap=True)
@@ -23,23 +130,27 @@ def print_table(results: Sequence[TaskResult], console: Console, *, title: str) 
         table.add_column(name, justify="right")
     for result in results:
         for metric, score in result.scores.items():
-            value, error = f"{score.value:.4f}", _error(score)
-            table.add_row(result.task, metric, value, error, f"{result.examples:,}")
-    console.print(table)
-
-
-def _error(score: Score) -> str:
-    return "n/a" if score.stderr is None else f"{score.stderr:.4f}"
+            error = "n/a" if score.stderr is None else f"{score.stderr:.4f}"
+            table.add_row(result.task, metric, f"{score.value:.4f}", error, f"{result.examples:,}")
+    Console(file=file, highlight=False, soft_wrap=True).print(table)
 
 
 def write_json(path: Path, *, model: dict[str, Any], results: Sequence[TaskResult]) -> None:
-    """`{"model": {...}, "results": {task: {"examples", "version", "metrics"}}}`."""
+    """Write `{"model": {...}, "results": {task: {"examples", "version", "metrics"}}}`."""
     record = {"model": model, "results": {result.task: result.as_json() for result in results}}
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def write_samples(path: Path, results: Sequence[TaskResult]) -> None:
+    """Write each example as one JSON object on a line of its own."""
+    with path.open("w", encoding="utf-8") as file:
+        for result in results:
+            for sample in result.samples:
+                file.write(json.dumps(sample, ensure_ascii=False, default=str) + "\n")
+
+
 def as_markdown(results: Sequence[TaskResult], *, model: str) -> str:
-    """What was measured; under it, apart and marked as such, what the paper reports."""
+    """Return a table of what was measured and, apart and marked as such, the paper's figures."""
     lines = [
         f"# Zero-shot evaluation of {model}",
         "",
@@ -53,12 +164,19 @@ def as_markdown(results: Sequence[TaskResult], *, model: str) -> str:
             error = "n/a" if score.stderr is None else f"{100 * score.stderr:.1f}"
             cells = (result.task, metric, f"{100 * score.value:.1f}", error, f"{result.examples}")
             lines.append(f"| {' | '.join(cells)} |")
-    tasks = list(dict.fromkeys(filter(None, (paper.task_of(r.task) for r in results))))
+    tasks = list(dict.fromkeys(filter(None, (_task_of_the_paper(r.task) for r in results))))
     return "\n".join([*lines, *(_paper_lines(tasks) if tasks else [])]) + "\n"
 
 
+def _task_of_the_paper(name: str) -> str | None:
+    """Return the paper's name of a task of the harness; None: the paper does not have it."""
+    base = "storycloze" if name.startswith("storycloze") else name.removesuffix("_paper")
+    return base if base in PAPER_METRICS else None
+
+
 def _paper_lines(tasks: Sequence[str]) -> list[str]:
-    names = [f"{task} ({paper.METRICS[task]})" for task in tasks]
+    names = [f"{task} ({PAPER_METRICS[task]})" for task in tasks]
+    columns = [list(PAPER_METRICS).index(task) for task in tasks]
     return [
         "",
         "## Reported by the paper, not measured here",
@@ -69,7 +187,7 @@ def _paper_lines(tasks: Sequence[str]) -> list[str]:
         f"| model | {' | '.join(names)} |",
         f"|---|{'---:|' * len(names)}",
         *(
-            f"| {model} | {' | '.join(paper.cell(model, task) for task in tasks)} |"
-            for model in paper.FIGURES
+            f"| {model} | {' | '.join(figures[column] for column in columns)} |"
+            for model, figures in PAPER_FIGURES.items()
         ),
     ]

@@ -1,4 +1,4 @@
-"""Task names -> tasks of lm-evaluation-harness: its own over the hub, or ours over local files."""
+"""Load lm-evaluation-harness's tasks by name: its own from the hub, or ours from local files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TASK_FOLDER = Path(__file__).parent / "tasks"
 PAPER_COPA = TASK_FOLDER / "copa_paper.yaml"
 PAPER_TASKS = tuple(FILES)
 HARNESS_NAMES = {"storycloze": "storycloze_2016"}
-"""What lm-evaluation-harness calls a task of the paper, where its name is another one."""
+"""Names of the paper's tasks in lm-evaluation-harness, where they differ."""
 
 PromptStyle = Literal["lm_eval", "paper"]
 
@@ -56,7 +56,9 @@ def select_tasks(
     """
     if data_dir is not None:
         return _offline(names, data_dir, prompt_style)
-    manager = _manager(None)
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
     wanted = [HARNESS_NAMES.get(name, name) for name in names]
     for name in wanted:
         _check_known(name, manager.all_tasks)
@@ -65,9 +67,10 @@ def select_tasks(
     try:
         return Selection(list(manager.load(wanted)["tasks"].values()), manager)
     except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"--tasks {','.join(wanted)}: their data cannot be had from the hub "
-            f"({_first_line(error)}); give --data-dir with local files (docs/evaluation.md)"
+            f"({reason}); give --data-dir with local files (docs/evaluation.md)"
         ) from error
 
 
@@ -79,24 +82,19 @@ def _offline(names: Sequence[str], data_dir: str, prompt_style: PromptStyle) -> 
     for name in names:
         _check_known(name, PAPER_TASKS, where="--data-dir serves")
         find_file(name, data_dir)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    manager = _manager(data_dir)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at the import of the harness
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(
+        include_path=TASK_FOLDER, include_defaults=False, metadata={"data_dir": str(data_dir)}
+    )
     is_paper = prompt_style == "paper"
     wanted = [PAPER_COPA.stem if is_paper and name == "copa" else name for name in names]
     return Selection(list(manager.load(wanted)["tasks"].values()), manager)
 
 
-def _manager(data_dir: str | None) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    if data_dir is None:
-        return TaskManager()
-    return TaskManager(
-        include_path=TASK_FOLDER, include_defaults=False, metadata={"data_dir": str(data_dir)}
-    )
-
-
 def _check_known(name: str, known: Sequence[str], *, where: str = "known are") -> None:
+    """Raise `UsageError` with the nearest names where a task is unknown."""
     if name in known:
         return
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -112,7 +110,3 @@ def require_harness() -> None:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise UsageError("--tasks needs lm-evaluation-harness: pip install '.[eval]'") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

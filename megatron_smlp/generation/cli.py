@@ -1,4 +1,4 @@
-"""The command line of tools/generate.py: one prompt, a file of them, or a conversation."""
+"""The command line of tools/generate.py: continue a prompt, a file of them, or a conversation."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_smlp.command_line import Parser
+from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ message on stderr."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, with which tokenizer, and where it runs."""
+    """Add the flags that name a model, its tokenizer, and the device that it runs on."""
     from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments
 
     model = parser.add_argument_group("model (one of the first two)")
@@ -42,7 +42,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model_arguments(options: argparse.Namespace) -> None:
-    """Before torch is imported.
+    """Check the flags of `add_model_arguments`, before torch is imported.
 
     Raises:
         UsageError: not exactly one model, or a folder that does not exist.
@@ -70,16 +70,18 @@ def build_parser() -> argparse.ArgumentParser:
         help='a prompt per line, or {"prompt": ...} per line of a .jsonl; prints JSON lines',
     )  # fmt: skip
     prompts.add_argument("--batch-size", type=int, default=8, metavar="B", help="(default 8)")
-    how = parser.add_argument_group("sampling")
-    how.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default 64)")
-    how.add_argument(
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="(default 64)"
+    )
+    sampling.add_argument(
         "--temperature", type=float, default=0.8, help="0: the likeliest token (default 0.8)"
     )
-    how.add_argument("--top-k", type=int, default=50, help="0: all tokens (default 50)")
-    how.add_argument("--top-p", type=float, default=1.0, help="(default 1: all tokens)")
-    how.add_argument("--num-beams", type=int, default=1, help="beam search (default 1: none)")
-    how.add_argument("--num-samples", type=int, default=1, help="of each prompt (default 1)")
-    how.add_argument("--seed", type=int, default=0, help="(default 0)")
+    sampling.add_argument("--top-k", type=int, default=50, help="0: all tokens (default 50)")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="(default 1: all tokens)")
+    sampling.add_argument("--num-beams", type=int, default=1, help="beam search (default 1: none)")
+    sampling.add_argument("--num-samples", type=int, default=1, help="of each prompt (default 1)")
+    sampling.add_argument("--seed", type=int, default=0, help="(default 0)")
     add_model_arguments(parser)
     return parser
 
@@ -114,15 +116,15 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("give --prompt or --prompts-file, not both")
     if options.prompt == "":
         raise UsageError("--prompt is empty: give some text to continue")
-    for flag in ("max_new_tokens", "num_beams", "num_samples", "batch_size"):
-        if getattr(options, flag) < 1:
-            raise _wrong(options, flag, "1 or more")
-    if not options.temperature >= 0:
-        raise _wrong(options, "temperature", "0 or more")
-    if options.top_k < 0:
-        raise _wrong(options, "top_k", "0 or more")
-    if not 0 < options.top_p <= 1:
-        raise _wrong(options, "top_p", "over 0 and at most 1")
+    at_least_one = ("max_new_tokens", "num_beams", "num_samples", "batch_size")
+    for flag, is_allowed, allowed in (
+        *((flag, getattr(options, flag) >= 1, "1 or more") for flag in at_least_one),
+        ("temperature", options.temperature >= 0, "0 or more"),
+        ("top_k", options.top_k >= 0, "0 or more"),
+        ("top_p", 0 < options.top_p <= 1, "over 0 and at most 1"),
+    ):
+        if not is_allowed:
+            raise UsageError(f"{flag_of(flag)} {getattr(options, flag)}: give {allowed}")
     if options.temperature == 0 and options.num_samples > options.num_beams:
         raise UsageError(
             f"--num-samples {options.num_samples} with --temperature 0 would be the same text "
@@ -130,12 +132,8 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def _wrong(options: argparse.Namespace, name: str, allowed: str) -> UsageError:
-    return UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: give {allowed}")
-
-
 def read_prompts(path: Path) -> list[tuple[str, str]]:
-    """(name for messages, prompt) of each line that is not blank.
+    """Return (name for messages, prompt) of each line that is not blank.
 
     Raises:
         UsageError: the file cannot be read, or a line of a .jsonl has no prompt.
@@ -173,29 +171,25 @@ def _run_file(
 
     # All of them first: a wrong line is found before hours of work, not after them.
     encoded = [encode_prompt(lm, prompt, where=where) for where, prompt in prompts]
-    for batch in _batches(encoded, batch_size, room=lm.longest - sampling.max_new_tokens):
-        for done in complete(lm, batch, sampling):
-            record = {"prompt": done.prompt, "text": done.text, "num_tokens": done.num_tokens}
-            print(json.dumps(record, ensure_ascii=False), flush=True)
-            _tell(lm, done)
-
-
-def _batches(prompts: list[list[int]], size: int, *, room: int) -> Iterator[tuple[list[int], ...]]:
-    """In order. A prompt that will reach position T goes alone, so that it stops no other."""
-    for ends_early, group in itertools.groupby(prompts, key=lambda ids: len(ids) > room):
-        yield from itertools.batched(group, 1 if ends_early else size)
+    room = lm.longest - sampling.max_new_tokens
+    # A prompt that will reach position T goes alone, so that it stops no other.
+    for ends_early, group in itertools.groupby(encoded, key=lambda ids: len(ids) > room):
+        for batch in itertools.batched(group, 1 if ends_early else batch_size):
+            for done in complete(lm, batch, sampling):
+                record = {"prompt": done.prompt, "text": done.text, "num_tokens": done.num_tokens}
+                print(json.dumps(record, ensure_ascii=False), flush=True)
+                _report_the_end(lm, done)
 
 
 def _run_one(lm: LanguageModel, prompt: str, sampling: Sampling, *, where: str) -> None:
     from megatron_smlp.generation.completion import complete, encode_prompt
 
-    ids = encode_prompt(lm, prompt, where=where)
-    for done in complete(lm, [ids], sampling):
+    for done in complete(lm, [encode_prompt(lm, prompt, where=where)], sampling):
         print(prompt + done.text, flush=True)
-        _tell(lm, done)
+        _report_the_end(lm, done)
 
 
-def _tell(lm: LanguageModel, done: Completion) -> None:
+def _report_the_end(lm: LanguageModel, done: Completion) -> None:
     if done.reached_the_end:
         print(
             f"generate.py: stopped at position {lm.longest}, where the model's sequences end, "
@@ -205,7 +199,7 @@ def _tell(lm: LanguageModel, done: Completion) -> None:
 
 
 def _converse(lm: LanguageModel, sampling: Sampling) -> None:
-    """Lines of the terminal or a pipe; what is wrong with one does not end it."""
+    """Continue lines of the terminal or a pipe; a wrong one does not end the conversation."""
     sign = "> " if sys.stdin.isatty() else ""
     while True:
         try:

@@ -1,12 +1,14 @@
-"""Prompts -> continuations, by transformers' own `generate`."""
+"""Continue prompts by transformers' own `generate`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.generation.language_model import LanguageModel
@@ -14,7 +16,7 @@ from megatron_smlp.generation.language_model import LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen."""
+    """The settings by which tokens are chosen."""
 
     max_new_tokens: int = 64
     temperature: float = 0.8
@@ -28,34 +30,31 @@ class Sampling:
     """Continuations of each prompt."""
 
     def arguments(self) -> dict[str, Any]:
-        """In the words of `generate`."""
+        """Return the settings as arguments of `generate`."""
         common = {"num_beams": self.num_beams, "num_return_sequences": self.num_samples}
         if self.temperature == 0:
             return {"do_sample": False, **common}
-        return {
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            **common,
-        }
+        drawn = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
+        return {"do_sample": True, **drawn, **common}
 
 
 @dataclass(frozen=True)
 class Completion:
+    """A prompt and one continuation of it."""
+
     prompt: str
     text: str
-    """What follows the prompt, without the end-of-document token."""
+    """The continuation, without the end-of-document token."""
     num_tokens: int
     reached_the_end: bool
-    """Whether it stopped because the model has no further position."""
+    """True where it stopped because the model has no further position."""
 
 
 def encode_prompt(lm: LanguageModel, prompt: str, *, where: str) -> list[int]:
-    """The ids of a prompt that can be continued.
+    """Return the ids of a prompt that can be continued.
 
     Args:
-        where: what to call the prompt in a message.
+        where: the prompt's name in messages.
 
     Raises:
         UsageError: it is empty, or leaves no position to generate at.
@@ -84,14 +83,11 @@ def complete(
     Args:
         prompts: token ids, at least one each, fewer than T.
     """
-    width = max(map(len, prompts))
-    room = lm.longest - width
     padding = lm.end or 0
-    ids = torch.full((len(prompts), width), padding, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids, mask = pad(rows, padding_value=padding), pad([torch.ones_like(row) for row in rows])
+    room = lm.longest - ids.shape[1]
     device = lm.model.device
     with torch.inference_mode():
         output = lm.model.generate(
@@ -102,7 +98,7 @@ def complete(
             pad_token_id=padding,
             **sampling.arguments(),
         )
-    for row, new in enumerate(output[:, width:].tolist()):
+    for row, new in enumerate(output[:, ids.shape[1] :].tolist()):
         prompt = prompts[row // sampling.num_samples]
         kept = new[: new.index(lm.end)] if lm.end in new else new
         yield Completion(

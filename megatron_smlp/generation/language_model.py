@@ -1,4 +1,4 @@
-"""A model with its tokenizer, ready to generate: from a run's checkpoint or an exported folder."""
+"""Load a model with its tokenizer, ready to generate: from a checkpoint or an exported folder."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
 from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -45,34 +40,34 @@ class LanguageModel:
         return list(self.model.generation_config.suppress_tokens or [])
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode_batch([text])[0].tolist()
-        return ids
+        return self.tokenizer.encode_batch([text])[0].tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
 
     def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
-        """The text of `new` where it follows `prompt`; some tokenizers write a blank between."""
+        """Return the text of `new` after `prompt`; some tokenizers write a blank between."""
         return self.decode([*prompt, *new])[len(self.decode(prompt)) :]
 
 
 def load(options: argparse.Namespace) -> LanguageModel:
-    """The model that --checkpoint or --hf names, on --device and in --dtype.
+    """Load the model that --checkpoint or --hf names, on --device and in --dtype.
 
     Raises:
         UsageError: a folder that is neither, or a tokenizer that is missing or not the model's.
     """
     model, spec, source = _exported(options) if options.hf else _trained(options)
-    config = model.config
-    unpadded = getattr(config, "unpadded_vocab_size", None)
-    tokenizer = resolve_for(
-        _asked_for(options, spec, source),
-        source=source,
-        entries=unpadded or config.vocab_size,
-        may_be_smaller=True,
-    )
+    if options.tokenizer_type:
+        spec = TokenizerSpec.from_arguments(options)
+    elif options.tokenizer_model:
+        kind = spec.tokenizer_type if spec else "HuggingFaceTokenizer"
+        spec = TokenizerSpec(tokenizer_type=kind, tokenizer_model=options.tokenizer_model)
+    if spec is None:
+        raise UsageError(f"{source} has no tokenizer: give --tokenizer-model FOLDER")
+    entries = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size
+    tokenizer = resolve_for(spec, source=source, entries=entries, may_be_smaller=True)
     folder = Path(options.hf or options.checkpoint)
-    name = options.model_name if getattr(options, "model_name", None) else folder.resolve().name
+    name = getattr(options, "model_name", None) or folder.resolve().name
     model = _placed(model, device=options.device, dtype=options.dtype)
     return LanguageModel(model, tokenizer.build(), tokenizer.eod, name)
 
@@ -80,7 +75,7 @@ def load(options: argparse.Namespace) -> LanguageModel:
 def of_checkpoint(
     checkpoint: str, tokenizer: Tokenizer, *, dtype: str = "auto", device: str | None = None
 ) -> LanguageModel:
-    """The newest checkpoint of a run, with a tokenizer that is known to be its own."""
+    """Load the newest checkpoint of a run, with a tokenizer that is known to be its own."""
     from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 
     model = _placed(model_of(TorchDistCheckpoint(checkpoint)), device=device, dtype=dtype)
@@ -97,10 +92,7 @@ def _trained(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, st
 
 
 def model_of(checkpoint: Any) -> Any:
-    """The Hugging Face model of a Megatron checkpoint, whatever its layout, in memory.
-
-    checkpoint: a `TorchDistCheckpoint`.
-    """
+    """Convert a `TorchDistCheckpoint` of any layout to a Hugging Face model, in memory."""
     from megatron_smlp.checkpoints.tensors import main_dtype, tensors_of
     from megatron_smlp.conversion import huggingface
     from megatron_smlp.conversion.recipes import Converted
@@ -110,7 +102,7 @@ def model_of(checkpoint: Any) -> Any:
     plan = huggingface.export_plan(checkpoint.specs, checkpoint.flags)
     expected = huggingface.expected_shapes(model)
     converted = Converted(plan, checkpoint, expected, where=str(checkpoint.folder))
-    # It has compared the names; a tied output layer alone is not among them.
+    # `Converted` has compared the names; only a tied output layer is not among them.
     model.load_state_dict(dict(tensors_of(converted)), assign=True, strict=False)
     model.tie_weights()
     model.generation_config = huggingface.generation_config(config)
@@ -134,42 +126,31 @@ def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, s
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"--hf {folder} cannot be loaded: {reason}") from error
     spec = None
-    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if has_tokenizer(folder):
         spec = TokenizerSpec(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
     return model.eval(), spec, f"--hf {folder}"
 
 
-def _asked_for(
-    options: argparse.Namespace, spec: TokenizerSpec | None, source: str
-) -> TokenizerSpec:
-    """The tokenizer of the command line, or else that of the model."""
-    if options.tokenizer_type:
-        return TokenizerSpec.from_arguments(options)
-    if options.tokenizer_model:
-        return TokenizerSpec(
-            tokenizer_type=spec.tokenizer_type if spec else "HuggingFaceTokenizer",
-            tokenizer_model=options.tokenizer_model,
-        )
-    if spec is None:
-        raise UsageError(f"{source} has no tokenizer: give --tokenizer-model FOLDER")
-    return spec
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether an exported folder has a tokenizer's files."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def default_device() -> str:
+    """Return "cuda" where there is a GPU, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _placed(model: Any, *, device: str | None, dtype: str) -> Any:
     import torch
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     try:
         model = model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
             f"--device {device} cannot be used: {str(error).splitlines()[0]}"
         ) from error
-    return model if dtype == "auto" else model.to(_dtype(dtype))
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    return model if dtype == "auto" else model.to(getattr(torch, dtype))

@@ -1,4 +1,4 @@
-"""The command line of `tools/plot_runs.py`."""
+"""The command line of tools/plot_runs.py: read runs, and write their figures as PNG files."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def figures(
     runs: Sequence[Run], *, against: Sequence[str] | None, window: int
 ) -> Iterator[tuple[str, Figure]]:
-    """Name and figure of all that there is to draw."""
+    """Yield name and figure of all that there is to draw."""
     from megatron_smlp.plotting.figures import load_figure, loss_figure, router_figure
     from megatron_smlp.plotting.series import has_suffix
 
@@ -92,11 +92,12 @@ def figures(
         for evaluation in (False, True):
             load = load_figure(run, evaluation=evaluation)
             if load is not None:
-                yield f"load-{_file_name(run.label)}{'-validation' * evaluation}", load
+                label = re.sub(r"[^\w.-]+", "_", run.label)
+                yield f"load-{label}{'-validation' * evaluation}", load
 
 
 def _axes(runs: Sequence[Run], against: Sequence[str] | None) -> list[str]:
-    """Those that were asked for, or all that every run has."""
+    """Return the axes that were asked for, or all that every run has."""
     from megatron_smlp.plotting.series import AXES
 
     lacking = {
@@ -110,8 +111,3 @@ def _axes(runs: Sequence[Run], against: Sequence[str] | None) -> list[str]:
                 "--against."
             )
     return list(against or [name for name, runs_without in lacking.items() if not runs_without])
-
-
-def _file_name(label: str) -> str:
-    """A label as a part of a file's name."""
-    return re.sub(r"[^\w.-]+", "_", label)

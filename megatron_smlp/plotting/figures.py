@@ -1,9 +1,9 @@
-"""The figures, by matplotlib, without a display: losses, load heat maps, router curves."""
+"""Draw losses, heat maps of expert load, and router curves, by matplotlib, without a display."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import (
     FixedLocator,
     FuncFormatter,
@@ -23,7 +24,6 @@ from megatron_smlp.plotting.records import Run
 from megatron_smlp.plotting.series import (
     AXES,
     Axis,
-    Curve,
     RouterHistory,
     common_unit,
     curve,
@@ -46,7 +46,7 @@ DPI = 150
 def loss_figure(
     runs: Sequence[Run], *, axes: Sequence[str], window: int, suffix: bool = False
 ) -> Figure:
-    """Loss of training (lines) and validation (dots) against each of `axes`, names of AXES.
+    """Draw the loss of training (lines) and validation (dots) against each of `axes`, of AXES.
 
     Args:
         window: logged lines that a training curve averages over.
@@ -62,7 +62,8 @@ def loss_figure(
         _draw_losses(panel, runs, axis=AXES[name], window=window, suffix=suffix)
     for panel in panels[:, 0]:
         panel.set_ylabel(f"loss{' behind the prefix' if suffix else ''} (nats per token)")
-    _legend(figure, runs)
+    pairs = list(zip(runs, looks(), strict=False))
+    _legend(figure, pairs, has_dots=any(run.validation for run in runs))
     return figure
 
 
@@ -80,44 +81,39 @@ def _draw_losses(
         panel.plot(dots.x, dots.y, "o", color=look["color"], markersize=4, markeredgecolor="white")
     panel.set_xlabel(axis.label.format(unit_name))
     panel.set_yscale("log")
-    panel.yaxis.set_major_locator(_ReadableLog())
+    # Round numbers: losses span less than a decade.
+    panel.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.yaxis.set_minor_locator(FixedLocator([]))
     tidy(panel)
 
 
-class _ReadableLog(MaxNLocator):
-    """Round numbers on a logarithmic axis that spans less than a decade."""
-
-    def __init__(self) -> None:
-        super().__init__(nbins=7, steps=[1, 2, 2.5, 5, 10])
-
-
-def _legend(figure: Figure, runs: Sequence[Run]) -> None:
-    """Below the panels, so that it never lies on a curve."""
-    panel = figure.axes[0]
-    lines = [
-        panel.plot([], [], linewidth=1.8, **look)[0] for _, look in zip(runs, looks(), strict=False)
-    ]
-    labels = [run.label for run in runs]
-    if any(run.validation for run in runs):
-        lines.append(panel.plot([], [], "o", color="0.4", markeredgecolor="white")[0])
-        labels.append("validation")
-    figure.legend(
-        lines, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False
-    )
+def _legend(
+    figure: Figure, pairs: Sequence[tuple[Run, dict[str, Any]]], *, has_dots: bool = False
+) -> None:
+    """Draw a legend of runs and their looks below the panels, where it never lies on a curve."""
+    handles = [Line2D([], [], linewidth=1.8, label=run.label, **look) for run, look in pairs]
+    if has_dots:
+        dots: dict[str, Any] = {
+            "linestyle": "",
+            "marker": "o",
+            "color": "0.4",
+            "markeredgecolor": "white",
+        }
+        handles.append(Line2D([], [], label="validation", **dots))
+    ncols = min(5, len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
 
 
-def looks() -> Any:
-    return (
-        {"color": COLORS[index % len(COLORS)], "linestyle": STYLES[index % len(STYLES)]}
-        for index in itertools.count()
-    )
+def looks() -> Iterator[dict[str, Any]]:
+    """Yield the color and the line style of each run."""
+    pairs = zip(COLORS, itertools.cycle(STYLES), strict=False)
+    return itertools.cycle({"color": color, "linestyle": style} for color, style in pairs)
 
 
 def load_figure(run: Run, *, evaluation: bool = False) -> Figure | None:
-    """Load of every expert over time, a panel a router; None where the run has no routers."""
+    """Draw the load of every expert over time, a panel a router; None: the run has no routers."""
     histories = router_histories(run, evaluation=evaluation)
     if not histories:
         return None
@@ -141,11 +137,14 @@ def load_figure(run: Run, *, evaluation: bool = False) -> Figure | None:
 
 
 def _draw_load(panel: Axes, history: RouterHistory) -> Any:
-    """Cells end halfway between two logged lines; an expert without load has the lowest colour."""
+    """Draw cells that end halfway between logged lines; no load has the lowest colour."""
     load = np.maximum(history.load.T, 1e-3)
     experts = np.arange(load.shape[0] + 1) - 0.5
     norm = LogNorm(1 / EXTREME, EXTREME)
-    edges = _edges(history.iterations)
+    steps = history.iterations
+    middle = (steps[1:] + steps[:-1]) / 2
+    first, last = (2 * steps[[0, -1]] - middle[[0, -1]]) if len(middle) else steps[0] + [-0.5, 0.5]
+    edges = np.array([first, *middle, last])
     mesh = panel.pcolormesh(edges, experts, load, norm=norm, cmap=colormaps["PuOr_r"])
     panel.set(title=history.title, xlabel="training steps", ylabel="expert")
     panel.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
@@ -153,28 +152,21 @@ def _draw_load(panel: Axes, history: RouterHistory) -> Any:
     return mesh
 
 
-def _edges(centers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """[S] -> [S + 1]."""
-    if len(centers) == 1:
-        return centers[0] + np.array([-0.5, 0.5])
-    middle = (centers[1:] + centers[:-1]) / 2
-    return np.concatenate(([2 * centers[0] - middle[0]], middle, [2 * centers[-1] - middle[-1]]))
-
-
 def router_figure(runs: Sequence[Run]) -> Figure | None:
-    """Entropy and drop rate over time: a line the worst of a run's layers, a band all of them.
+    """Draw entropy and drop rate over time: lines for the worst layer, bands for all layers.
 
     None where no run has routers.
     """
     routed = [
-        (run, look) for run, look in zip(runs, looks(), strict=False) if router_histories(run)
+        (run, look, histories)
+        for run, look in zip(runs, looks(), strict=False)
+        if (histories := router_histories(run))
     ]
     if not routed:
         return None
     figure = Figure(figsize=(10.4, 4.4), layout="constrained", dpi=DPI)
     entropy, dropped = figure.subplots(1, 2)
-    for run, look in routed:
-        histories = router_histories(run)
+    for _, look, histories in routed:
         _draw_band(entropy, histories, "entropy", worst=np.nanmin, look=look)
         _draw_band(dropped, histories, "drop_rate", worst=np.nanmax, look=look)
     entropy.axhline(COLLAPSED, color="0.35", linewidth=0.9, linestyle=":")
@@ -190,11 +182,7 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
     for panel in (entropy, dropped):
         tidy(panel)
     figure.suptitle("lines: the worst router of a run; bands: all of its routers", fontsize=10)
-    lines = [entropy.plot([], [], linewidth=1.8, **look)[0] for _, look in routed]
-    labels = [run.label for run, _ in routed]
-    figure.legend(
-        lines, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False
-    )
+    _legend(figure, [(run, look) for run, look, _ in routed])
     return figure
 
 
@@ -203,14 +191,13 @@ def _draw_band(
 ) -> None:
     values = np.stack([getattr(history, field) for history in histories])
     steps = histories[0].iterations
-    band = Curve(steps, worst(values, axis=0))
-    panel.fill_between(
-        steps, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.12, linewidth=0
-    )
-    panel.plot(band.x, band.y, linewidth=1.4, **look)
+    low, high = values.min(axis=0), values.max(axis=0)
+    panel.fill_between(steps, low, high, color=look["color"], alpha=0.12, linewidth=0)
+    panel.plot(steps, worst(values, axis=0), linewidth=1.4, **look)
 
 
 def tidy(panel: Axes) -> None:
+    """Draw a faint grid behind the curves, and no frame above and at the right."""
     panel.grid(color="0.9", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)

@@ -1,7 +1,7 @@
-"""metrics.jsonl of one or more runs -> records in the order of their iterations, without overlap.
+"""Read metrics.jsonl of one or more runs, in the order of their iterations, without overlap.
 
 A run that was stopped and went on, or was copied behind another part of it, has iterations twice:
-the later line holds what became of the model, and replaces the earlier ones from its iteration on.
+the later line is of the model that trained on, and replaces the earlier ones from its iteration on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What one run logged."""
+    """The records that one run logged."""
 
     label: str
     training: list[Record]
@@ -31,13 +31,13 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path], *, labels: Sequence[str] | None = None) -> list[Run]:
-    """The runs at these folders or files.
+    """Read the runs in these folders or files.
 
     Args:
-        labels: one a run; default: what tells their paths apart.
+        labels: one a run; default: the part in which their paths differ.
 
     Raises:
-        UsageError: another number of labels, one twice, or what `read_run` raises.
+        UsageError: another number of labels, one twice, or an error of `read_run`.
     """
     names = list(labels) if labels else default_labels(paths)
     if len(names) != len(paths):
@@ -49,7 +49,7 @@ def read_runs(paths: Sequence[Path], *, labels: Sequence[str] | None = None) -> 
 
 
 def default_labels(paths: Sequence[Path]) -> list[str]:
-    """The part of the paths in which they differ: `switch`, `base` of `switch/log base/log`."""
+    """Return the part in which paths differ: `switch`, `base` of `switch/log base/log`."""
     folders = [(path.parent if path.suffix == ".jsonl" else path).resolve() for path in paths]
     for part in range(1, max(len(folder.parts) for folder in folders)):
         names = [folder.parts[-part] if part < len(folder.parts) else "" for folder in folders]
@@ -59,10 +59,10 @@ def default_labels(paths: Sequence[Path]) -> list[str]:
 
 
 def read_run(path: Path, *, label: str) -> Run:
-    """One run.
+    """Read one run.
 
     Raises:
-        UsageError: no such file, a line that is no record, or no step in it.
+        UsageError: no such file, a line that is not a record, or no step in it.
     """
     file = path / FILE_NAME if path.is_dir() else path
     try:
@@ -84,7 +84,7 @@ def read_run(path: Path, *, label: str) -> Run:
 
 
 def _parse(line: str, *, where: str, is_last: bool) -> Record:
-    """A line's record; empty for a blank line, and for half a line at the end of a running run."""
+    """Return a line's record; empty if blank, or half a line at the end of a running run."""
     if not line.strip():
         return {}
     try:
@@ -99,7 +99,7 @@ def _parse(line: str, *, where: str, is_last: bool) -> Record:
 
 
 def _without_overlap(records: Sequence[Record]) -> list[Record]:
-    """Each record drops what was written before it of later iterations, a step also its own."""
+    """Let each record drop earlier ones of later iterations, and a step those of its own."""
     kept: list[Record] = []
     for record in records:
         reached = record["iteration"] - ("loss" in record)  # a validation follows the step
@@ -110,11 +110,11 @@ def _without_overlap(records: Sequence[Record]) -> list[Record]:
 
 
 def _by_iteration(records: Sequence[Record], name: str) -> list[Record]:
-    """Those that have this number, the last one of each iteration."""
+    """Return the records that have this number, the last one of each iteration."""
     return list({record["iteration"]: record for record in records if name in record}.values())
 
 
 def number(record: Record, name: str) -> float:
-    """A field as a number: NaN where it is not there, and from the text that stands for one."""
+    """Return a field as a number, also from a text such as "nan"; NaN where it is missing."""
     value = record.get(name)
     return math.nan if value is None else float(value)

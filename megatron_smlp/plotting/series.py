@@ -1,4 +1,4 @@
-"""The data behind the figures: what is drawn, without how.
+"""Compute the data behind the figures: curves of losses, and the histories of routers.
 
 Letters: S logged lines, L layers, E experts.
 """
@@ -18,19 +18,14 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Axis:
-    """What a loss is drawn against."""
+    """A quantity that a loss is drawn against."""
 
     field: str
-    """Of metrics.jsonl."""
+    """Its name in metrics.jsonl."""
     label: str
-    """Takes the name of the unit."""
+    """Its name under the axis, with a place for that of the unit."""
     units: tuple[tuple[float, str], ...] = ((1.0, ""),)
-    """How many of the field's make one of the unit, and its name; ascending."""
-
-    def unit(self, largest: float) -> tuple[float, str]:
-        """The largest unit of which the largest value has one or more."""
-        fitting = [unit for unit in self.units if largest >= unit[0]]
-        return fitting[-1] if fitting else self.units[0]
+    """Size, in the field's own unit, and name of each unit; ascending."""
 
 
 FLOPS = ((1e9, "G"), (1e12, "T"), (1e15, "P"), (1e18, "E"), (1e21, "Z"))
@@ -58,12 +53,12 @@ class Part:
     """Targets that losses are over: those of all positions, or those behind a prefix."""
 
     training: str | None
-    """Field of the lines of training; None: the run does not say."""
+    """Field of the lines of training; None: the run did not log it."""
     validation: str
 
 
 def part_of(run: Run, *, suffix: bool) -> Part:
-    """Where a run has the losses of all targets, or of the suffix.
+    """Return the fields that have the losses of all targets of a run, or of its suffix.
 
     The `loss` of a step is of what is trained on, the suffix with partial prediction, whose lines
     then have a `whole_loss` (older ones have none, and no `suffix_loss` either).
@@ -79,15 +74,17 @@ def part_of(run: Run, *, suffix: bool) -> Part:
 
 
 def has_suffix(run: Run) -> bool:
-    """Whether there is a loss of the suffix to draw."""
+    """Return whether there is a loss of the suffix to draw."""
     part = part_of(run, suffix=True)
     return any(part.training in record for record in run.training)
 
 
 def common_unit(runs: Sequence[Run], axis: Axis) -> tuple[float, str]:
-    """One unit for all of the runs."""
+    """Return the largest unit of which the largest value of the runs has one or more."""
     values = [number(record, axis.field) for run in runs for record in run.training]
-    return axis.unit(max((value for value in values if np.isfinite(value)), default=0.0))
+    largest = max((value for value in values if np.isfinite(value)), default=0.0)
+    fitting = [unit for unit in axis.units if largest >= unit[0]]
+    return fitting[-1] if fitting else axis.units[0]
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class Curve:
 
 
 def curve(records: Sequence[Record], *, axis: Axis, unit: float, field: str) -> Curve:
-    """One number of these records against the axis, of whose values `unit` make one."""
+    """Return a field of these records against the axis, whose values are divided by `unit`."""
     x = np.array([number(record, axis.field) for record in records]) / unit
     y = np.array([number(record, field) for record in records])
     finite = np.isfinite(x) & np.isfinite(y)
@@ -107,7 +104,7 @@ def curve(records: Sequence[Record], *, axis: Axis, unit: float, field: str) -> 
 
 
 def smoothed(line: Curve, *, window: int) -> Curve:
-    """Mean of the last `window` points, of fewer at the start."""
+    """Return the mean of the last `window` points, of fewer at the start."""
     if window < 2 or not len(line.y):
         return line
     sums = np.concatenate(([0.0], np.cumsum(line.y)))
@@ -137,7 +134,7 @@ class RouterHistory:
 
 
 def router_histories(run: Run, *, evaluation: bool = False) -> list[RouterHistory]:
-    """All routers of a run, in training or in its validations, first layer first."""
+    """Return all routers of a run, in training or in its validations, first layer first."""
     records = run.validation if evaluation else run.training
     field = "validation_routers" if evaluation else "routers"
     found: dict[tuple[int, str], list[tuple[int, Record]]] = {}
@@ -145,16 +142,17 @@ def router_histories(run: Run, *, evaluation: bool = False) -> list[RouterHistor
         for router in record.get(field, []):
             key = (router["layer"], router["kind"])
             found.setdefault(key, []).append((record["iteration"], router))
-    return [_history(*key, found[key]) for key in sorted(found)]
-
-
-def _history(layer: int, kind: str, lines: Sequence[tuple[int, Record]]) -> RouterHistory:
-    shares = np.array([router["load_share"] for _, router in lines])
-    return RouterHistory(
-        layer=layer,
-        kind=kind,
-        iterations=np.array([iteration for iteration, _ in lines], dtype=np.float64),
-        load=shares * shares.shape[1],
-        entropy=np.array([number(router, "entropy") for _, router in lines]),
-        drop_rate=np.array([number(router, "drop_rate") for _, router in lines]),
-    )
+    histories = []
+    for (layer, kind), lines in sorted(found.items()):
+        shares = np.array([router["load_share"] for _, router in lines])
+        histories.append(
+            RouterHistory(
+                layer=layer,
+                kind=kind,
+                iterations=np.array([iteration for iteration, _ in lines], dtype=np.float64),
+                load=shares * shares.shape[1],
+                entropy=np.array([number(router, "entropy") for _, router in lines]),
+                drop_rate=np.array([number(router, "drop_rate") for _, router in lines]),
+            )
+        )
+    return histories

@@ -1,4 +1,4 @@
-"""Who may ask: a JSON request, to a host that is this one, with the key if there is one.
+"""Admit requests: JSON, to a host that is this one, with the key if there is one.
 
 A web page can send requests to a server on the machine of whoever reads it. A browser sends a
 page's request of another type than JSON unasked, and one to a name that the page's owner points at
@@ -11,7 +11,7 @@ import ipaddress
 import secrets
 import socket
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from megatron_smlp.serving.requests import RequestError
@@ -19,30 +19,28 @@ from megatron_smlp.serving.requests import RequestError
 ANY = "*"
 
 
-def local_names() -> frozenset[str]:
-    return frozenset({"localhost", socket.gethostname().lower()})
-
-
 @dataclass(frozen=True, kw_only=True)
 class Admission:
-    """What a request's headers must say."""
+    """Requirements on a request's headers."""
 
-    hosts: frozenset[str] = field(default_factory=local_names)
-    """Names in `Host` and `Origin`; a `Host` may also be a number, which nobody points elsewhere,
-    and an `Origin` the same as it."""
+    hosts: frozenset[str] = frozenset()
+    """Names in `Host` and `Origin`, beside this machine's own. A `Host` may also be a number, which
+    nobody points elsewhere, and an `Origin` the same as it."""
     api_key: str | None = None
 
     @classmethod
     def of(cls, hosts: Iterable[str], api_key: str | None) -> Admission:
-        return cls(hosts=local_names() | {host.lower() for host in hosts}, api_key=api_key)
+        return cls(hosts=frozenset(host.lower() for host in hosts), api_key=api_key)
 
     def check(self, headers: Mapping[str, str], *, has_body: bool) -> None:
-        """Look at a request's headers, before its body is read.
+        """Check a request's headers, before its body is read.
 
         Raises:
-            RequestError: it may not ask.
+            RequestError: the request is refused.
         """
-        self._check_key(headers.get("authorization", ""))
+        given = headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if self.api_key is not None and not secrets.compare_digest(given, self.api_key.encode()):
+            raise RequestError("Authorization: Bearer KEY is missing or wrong", status=401)
         host = _name_in(f"//{headers.get('host', '')}")
         if not _is_numeric(host):
             self._check_name("Host", host)
@@ -54,15 +52,9 @@ class Admission:
                 f"the body's Content-Type is {kind!r:.60}: send application/json", status=415
             )
 
-    def _check_key(self, authorization: str) -> None:
-        if self.api_key is None:
-            return
-        given = authorization.removeprefix("Bearer ").encode()
-        if not secrets.compare_digest(given, self.api_key.encode()):
-            raise RequestError("Authorization: Bearer KEY is missing or wrong", status=401)
-
     def _check_name(self, header: str, name: str) -> None:
-        if ANY not in self.hosts and name not in self.hosts:
+        known = self.hosts | {"localhost", socket.gethostname().lower()}
+        if ANY not in known and name not in known:
             raise RequestError(
                 f"{header} {name!r:.80} is not known to this server: start it with --allowed-hosts",
                 status=403,

@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's /v1/completions and /v1/models over one model.
+"""Answer OpenAI's /v1/completions and /v1/models over HTTP, from one model.
 
 Requests wait in a queue for one thread, which runs them one at a time: what a client gets depends
 on its own request alone.
@@ -15,6 +15,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,25 +25,36 @@ from starlette.exceptions import HTTPException
 from megatron_smlp.generation.language_model import LanguageModel
 from megatron_smlp.serving import engine
 from megatron_smlp.serving.admission import Admission
-from megatron_smlp.serving.answers import Answer, choice, logprobs_of
+from megatron_smlp.serving.answers import Answer, logprobs_of
 from megatron_smlp.serving.requests import CompletionRequest, RequestError, parse
 
 logger = logging.getLogger(__name__)
-Tell = Callable[[dict[str, Any]], None]
-LOOK_AFTER_SECONDS = 0.2
-"""How often a waiting request looks whether its client is still there."""
+Send = Callable[[dict[str, Any]], object]
+POLL_SECONDS = 0.2
+"""Time between two looks of a waiting request at whether its client is still connected."""
+SAMPLING = {field.name for field in fields(engine.Job)}
+FAILURE = {
+    "message": "the server failed at this request; its log says why",
+    "type": "server_error",
+    "param": None,
+    "code": None,
+}
 
 
 class Work:
-    """A request on its way through the model's thread."""
+    """A request on its way through the model's thread.
 
-    def __init__(self, lm: LanguageModel, request: CompletionRequest, tell: Tell | None) -> None:
-        self.lm, self.request, self.tell = lm, request, tell
+    Args:
+        send: called with each piece of an answer as it comes; None: pieces are not wanted.
+    """
+
+    def __init__(self, lm: LanguageModel, request: CompletionRequest, send: Send | None) -> None:
+        self.lm, self.request, self.send = lm, request, send
         self.cancelled = threading.Event()
         self.num_new = 0
 
     def run(self) -> list[dict[str, Any]]:
-        """All choices; with `tell` given, also piece by piece as they come."""
+        """Return the answers to all prompts, `n` each."""
         choices: list[dict[str, Any]] = []
         for number, prompt in enumerate(self.request.prompts):
             choices += self._answers(prompt, first=number * self.request.n)
@@ -56,51 +68,39 @@ class Work:
         tokens = [list(echoed) for _ in answers]
         if asked.echo:
             for row in range(asked.n):
-                self._tell(first + row, echo, echoed, None)
+                self._send(first + row, echo, echoed, None)
 
         def on_token(row: int, token: engine.Token) -> bool:
             self.num_new += 1
             tokens[row].append(token)
             ended = answers[row].push(token)
-            self._tell(first + row, answers[row].news(ended=ended), [token], None)
+            self._send(first + row, answers[row].news(ended=ended), [token], None)
             return ended
 
-        engine.answer(lm, self._job(prompt, on_token))
-        choices = []
+        sampling = asked.model_dump(include=SAMPLING - {"prompt"})
+        job = engine.Job(prompt=prompt, on_token=on_token, cancelled=self.cancelled, **sampling)
+        engine.answer(lm, job)
         for row, answer in enumerate(answers):
-            self._tell(first + row, answer.news(ended=True), [], answer.finish_reason)
-            written = self._logprobs(tokens[row])
-            text = echo + answer.text
-            choices.append(choice(first + row, text, written, answer.finish_reason))
-        return choices
+            self._send(first + row, answer.news(ended=True), [], answer.finish_reason)
+        return [
+            self._choice(first + row, echo + answer.text, tokens[row], answer.finish_reason)
+            for row, answer in enumerate(answers)
+        ]
 
-    def _job(self, prompt: list[int], on_token: Callable[[int, engine.Token], bool]) -> engine.Job:
-        asked = self.request
-        return engine.Job(
-            prompt=prompt,
-            n=asked.n,
-            max_tokens=asked.max_tokens,
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            top_k=asked.top_k,
-            repetition_penalty=asked.repetition_penalty,
-            seed=asked.seed,
-            logprobs=asked.logprobs,
-            on_token=on_token,
-            cancelled=self.cancelled,
-        )
+    def _choice(
+        self, index: int, text: str, tokens: list[engine.Token], reason: str | None
+    ) -> dict[str, Any]:
+        """Return an answer, or a piece of one, as an entry of the API's `choices`."""
+        wanted = self.request.logprobs is not None
+        logprobs = logprobs_of(self.lm, tokens) if wanted else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, tokens: list[engine.Token]) -> dict[str, Any] | None:
-        if self.request.logprobs is None:
-            return None
-        return logprobs_of(self.lm, tokens, offset=0)
-
-    def _tell(self, index: int, text: str, tokens: list[engine.Token], reason: str | None) -> None:
-        if self.tell is None or not (text or reason or self.request.logprobs is not None):
-            return
-        self.tell(choice(index, text, self._logprobs(tokens), reason))
+    def _send(self, index: int, text: str, tokens: list[engine.Token], reason: str | None) -> None:
+        if self.send and (text or reason or self.request.logprobs is not None):
+            self.send(self._choice(index, text, tokens, reason))
 
     def usage(self) -> dict[str, int]:
+        """Return the numbers of tokens, as the API has them."""
         num_prompt = sum(map(len, self.request.prompts))
         return {
             "prompt_tokens": num_prompt,
@@ -122,17 +122,19 @@ class Service:
         self.works: set[Work] = set()
 
     def close(self) -> None:
+        """Cancel all requests, and wait for the model's thread."""
         for work in self.works:
             work.cancelled.set()
         self.thread.shutdown(wait=True, cancel_futures=True)
 
-    def models(self, request: Request) -> dict[str, Any]:
+    async def models(self, request: Request) -> dict[str, Any]:
+        """Answer /v1/models."""
         self.admission.check(request.headers, has_body=False)
         model = {"id": self.lm.name, "object": "model", "created": self.created}
         return {"object": "list", "data": [{**model, "owned_by": "megatron_smlp"}]}
 
     async def body(self, request: Request) -> bytes:
-        """A request's body, as far as it may go."""
+        """Read a request's body, unless it is too long."""
         read = bytearray()
         async for part in request.stream():
             read += part
@@ -143,6 +145,7 @@ class Service:
         return bytes(read)
 
     async def complete(self, request: Request) -> Response:
+        """Answer /v1/completions."""
         self.admission.check(request.headers, has_body=True)
         body = await self.body(request)
         if len(self.works) >= self.max_waiting:
@@ -163,7 +166,7 @@ class Service:
         work = Work(self.lm, asked, None)
         done = self._start(work)
         while not done.done():
-            await asyncio.wait({done}, timeout=LOOK_AFTER_SECONDS)
+            await asyncio.wait({done}, timeout=POLL_SECONDS)
             if await request.is_disconnected():
                 work.cancelled.set()
         return JSONResponse({**head, "choices": done.result(), "usage": work.usage()})
@@ -175,10 +178,12 @@ class Service:
         return done
 
     async def _pieces(self, asked: CompletionRequest, head: dict[str, Any]) -> AsyncIterator[str]:
-        """Server-sent events: a piece of an answer each, then [DONE]."""
+        """Yield server-sent events: a piece of an answer each, then [DONE]."""
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        work = Work(self.lm, asked, lambda piece: _on(loop, lambda: pieces.put_nowait(piece)))
+        work = Work(
+            self.lm, asked, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        )
         done = self._start(work)
         done.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
@@ -187,24 +192,14 @@ class Service:
             error = done.exception()
             if error is not None:
                 logger.error("a request failed", exc_info=error)
-                yield _event(_failure())
+                yield _event({"error": FAILURE})
             yield "data: [DONE]\n\n"
         finally:
             work.cancelled.set()  # the client may have gone
 
 
-def _on(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    loop.call_soon_threadsafe(call)
-
-
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
-
-
-def _failure() -> dict[str, Any]:
-    message = "the server failed at this request; its log says why"
-    error = {"message": message, "type": "server_error", "param": None, "code": None}
-    return {"error": error}
 
 
 def build_app(
@@ -214,7 +209,7 @@ def build_app(
     max_waiting: int,
     admission: Admission = Admission(),  # noqa: B008 - frozen
 ) -> FastAPI:
-    """The application for an ASGI server."""
+    """Return the application for an ASGI server."""
     service = Service(
         lm, max_body_bytes=max_body_bytes, max_waiting=max_waiting, admission=admission
     )
@@ -226,9 +221,6 @@ def build_app(
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 
-    async def models(request: Request) -> JSONResponse:
-        return JSONResponse(service.models(request))
-
     async def completions(request: Request) -> Response:
         try:
             return await service.complete(request)
@@ -236,13 +228,13 @@ def build_app(
             raise
         except Exception:
             logger.exception("a request failed")
-            return JSONResponse(_failure(), status_code=500)
+            return JSONResponse({"error": FAILURE}, status_code=500)
 
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
         wrong = RequestError(f"{error.detail}: this server has /v1/completions and /v1/models")
         return JSONResponse(wrong.body(), status_code=error.status_code)
 
-    app.add_api_route("/v1/models", models, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/models", service.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/completions", completions, methods=["POST"], response_model=None)
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(

@@ -1,4 +1,4 @@
-"""The command line of tools/serve.py."""
+"""The command line of tools/serve.py: listen, load a model, and serve it over HTTP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron_smlp.generation.language_model import LanguageModel
 
 SHUTDOWN_SECONDS = 3
-"""How long requests may go on after Ctrl-C."""
+"""Time that requests may go on after Ctrl-C."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         "addresses; *: any",
     )  # fmt: skip
     server.add_argument(
-        "--api-key", metavar="KEY", help="clients must send it (default: whoever comes may ask)"
+        "--api-key", metavar="KEY", help="clients must send it (default: everyone may ask)"
     )
     add_model_arguments(parser)
     return parser
@@ -97,13 +97,10 @@ def _serve(lm: LanguageModel, options: argparse.Namespace, listening: socket.soc
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Before the model is loaded: a port that is taken is found at once."""
+    """Listen before the model is loaded: a port that is taken is found at once."""
     try:
         family = socket.getaddrinfo(host, None)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(2048)  # whoever comes before the model is loaded waits
+        # Clients that come before the model is loaded wait in the backlog.
+        return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise UsageError(f"--host {host} --port {port} cannot be used: {error}") from error
-    return listening

@@ -1,4 +1,4 @@
-"""One request at a time through `generate`: tokens with their log-probabilities, as they come."""
+"""Run one request through `generate`, and report its tokens with log-probabilities as they come."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ COLDEST = 1e-30
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a prompt or an answer, and what the model thought of it."""
+    """A token of a prompt or an answer, and its log-probability under the model."""
 
     id: int
     logprob: float | None
     """None for the first token of a prompt, which nothing predicts."""
     top: dict[int, float] | None
-    """The likeliest ids in its place."""
+    """Log-probabilities of the likeliest ids in its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,47 +39,42 @@ class Job:
     """One prompt, `n` answers."""
 
     prompt: list[int]
-    n: int
     max_tokens: int
+    on_token: Callable[[int, Token], bool]
+    """Called with the answer's number; returns whether this answer ends with the token."""
+    n: int = 1
     temperature: float
     top_p: float
     top_k: int = 0
-    """Draw from so many of the likeliest; 0: from all."""
+    """Number of the likeliest tokens to draw from; 0: from all."""
     repetition_penalty: float = 1.0
     seed: int | None
-    logprobs: int | None
-    """How many of the likeliest ids to tell; None: no log-probabilities at all."""
-    on_token: Callable[[int, Token], bool]
-    """Called with the answer's number; whether this answer is to end here."""
+    logprobs: int | None = None
+    """Number of the likeliest ids to report; None: no log-probabilities at all."""
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-def _tops(logprobs: Tensor, count: int) -> list[dict[int, float]]:
-    """logprobs: <fp32>[n, V]."""
-    if count == 0:
-        return [{} for _ in range(len(logprobs))]
-    values, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    return [dict(zip(*pair, strict=True)) for pair in pairs]
-
-
 def _tokens(ids: Sequence[int], logprobs: Tensor, count: int) -> list[Token]:
-    """ids of n tokens; logprobs: <fp32>[n, V] of what could have stood in their places."""
+    """Return the tokens of n ids, each with `count` alternatives.
+
+    logprobs: <fp32>[n, V] of all that could have stood in their places.
+    """
     chosen = logprobs.gather(1, torch.tensor(ids, device=logprobs.device)[:, None])[:, 0].tolist()
-    tops = _tops(logprobs, count)
-    return [Token(*values) for values in zip(ids, chosen, tops, strict=True)]
+    values, tops = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
+    pairs = zip(tops.tolist(), values.tolist(), strict=True)
+    likeliest = [dict(zip(*pair, strict=True)) for pair in pairs]
+    return [Token(*fields) for fields in zip(ids, chosen, likeliest, strict=True)]
 
 
-class _Repetition(RepetitionPenaltyLogitsProcessor):
-    """As `_NoPadding`."""
+# Classes of our own: transformers would move its own ones in front of the watcher.
+class _Repetition(RepetitionPenaltyLogitsProcessor): ...
 
 
-class _NoPadding(SuppressTokensLogitsProcessor):
-    """A class of our own: transformers would move one of its own in front of the watcher."""
+class _NoPadding(SuppressTokensLogitsProcessor): ...
 
 
 class _Watcher(LogitsProcessor, StoppingCriteria):
-    """Stands in `generate` before the sampler, for the logits, and behind it, for the choice.
+    """A logits processor and a stopping criterion of `generate`: it sees logits and choices.
 
     Log-probabilities are the model's own: before the temperature, over the whole vocabulary.
     """
@@ -120,10 +115,10 @@ def answer(lm: LanguageModel, job: Job) -> None:
     if job.repetition_penalty != 1:
         processors.append(_Repetition(job.repetition_penalty))
     ids = torch.tensor([job.prompt] * job.n, device=lm.model.device)
-    how: dict[str, Any] = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if job.temperature >= COLDEST:
-        how = {"do_sample": True, "temperature": job.temperature, "top_p": job.top_p}
-        how["top_k"] = job.top_k
+        drawn = {name: getattr(job, name) for name in ("temperature", "top_p", "top_k")}
+        sampling = {"do_sample": True, **drawn}
     lm.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -133,13 +128,13 @@ def answer(lm: LanguageModel, job: Job) -> None:
         suppress_tokens=[],
         logits_processor=LogitsProcessorList(processors),
         stopping_criteria=StoppingCriteriaList([watcher]),
-        **how,
+        **sampling,
     )
 
 
 @torch.inference_mode()
 def score(lm: LanguageModel, prompt: list[int], logprobs: int | None) -> list[Token]:
-    """The prompt's own tokens, as `echo` gives them back."""
+    """Return the prompt's own tokens, as `echo` wants them."""
     if logprobs is None:
         return [Token(number, None, None) for number in prompt]
     ids = torch.tensor([prompt], device=lm.model.device)

@@ -1,4 +1,4 @@
-"""HTTP/1.1 by uvicorn, with a limit on the time in which a request must have come.
+"""Serve HTTP/1.1 by uvicorn, with a limit on the time in which a request must have arrived.
 
 Without one, clients that open connections and send nothing, or a byte now and then, take up all the
 files that a process may open, for as long as they like.
@@ -17,7 +17,10 @@ ARRIVING = (h11.IDLE, h11.SEND_BODY)
 
 
 class TimedProtocol(H11Protocol):
-    """Closes a connection whose next request is not whole in time; answers may take longer."""
+    """A protocol that closes a connection whose next request is not complete in time.
+
+    Answers may take longer.
+    """
 
     seconds = REQUEST_SECONDS
     deadline: asyncio.TimerHandle | None = None
@@ -38,8 +41,8 @@ class TimedProtocol(H11Protocol):
     def _restart(self) -> None:
         if self.deadline:
             self.deadline.cancel()
-        self.deadline = self.loop.call_later(self.seconds, self._give_up)
+        self.deadline = self.loop.call_later(self.seconds, self._close_if_waiting)
 
-    def _give_up(self) -> None:
+    def _close_if_waiting(self) -> None:
         if self.conn.their_state in ARRIVING:
             self.transport.abort()

@@ -1,10 +1,11 @@
-"""What a client may ask of /v1/completions, checked, and the errors it gets as JSON."""
+"""Check the bodies of /v1/completions, and word the errors that a client gets as JSON."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_smlp.generation.language_model import LanguageModel
 
@@ -13,18 +14,13 @@ MOST_ANSWERS = 128
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
 DEFAULT_MAX_TOKENS = 16
-# What the completions API has and this server does not, with the values that ask for nothing.
+# Fields of the completions API that this server lacks, with the values that ask for nothing.
 UNSUPPORTED = {
     "suffix": (None, ""),
     "logit_bias": (None, {}),
     "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0),
 }
-# Two of these are in vLLM's server and not in OpenAI's; one says who asks, and changes nothing.
-KNOWN = frozenset({
-    "model", "prompt", "n", "best_of", "max_tokens", "temperature", "top_p", "top_k",
-    "repetition_penalty", "seed", "logprobs", "echo", "stream", "stop", "user",
-})  # fmt: skip
 
 
 class RequestError(Exception):
@@ -35,41 +31,55 @@ class RequestError(Exception):
         self.status, self.name = status, name
 
     def body(self) -> dict[str, Any]:
-        """As OpenAI words it."""
+        """Return the error as OpenAI words it."""
+        # A quotation of the request may hold half of a surrogate pair, which cannot be sent.
+        message, name = (
+            text if text is None else text.encode(errors="backslashreplace").decode()
+            for text in (str(self), self.name)
+        )
         kind = "invalid_request_error"
-        error = {"message": _text(str(self)), "type": kind, "param": None, "code": None}
-        if self.name is not None:
-            error["param"] = _text(self.name)
-        return {"error": error}
+        return {"error": {"message": message, "type": kind, "param": name, "code": None}}
 
 
-def _text(quoted: str) -> str:
-    """What is quoted of a request may hold half of a surrogate pair, which cannot be sent."""
-    return quoted.encode(errors="backslashreplace").decode()
+def _limited(default: Any, low: float | None, high: float | None, description: str) -> Any:
+    return Field(default, ge=low, le=high, description=description)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompletionRequest:
-    prompts: list[list[int]]
-    max_tokens: int
-    n: int
-    temperature: float
-    top_p: float
-    top_k: int
-    """0: all."""
-    repetition_penalty: float
-    seed: int | None
-    logprobs: int | None
-    echo: bool
-    stream: bool
-    stop: list[str]
+class CompletionRequest(BaseModel):
+    """A request's fields; the description of each ends the message about a wrong value."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    model: Any = None
+    prompt: Any = None
+    prompts: list[list[int]] = []
+    """Token ids of `prompt`."""
+    n: int = _limited(1, 1, MOST_ANSWERS, f"an integer from 1 to {MOST_ANSWERS}")
+    best_of: Any = None
+    max_tokens: int = _limited(DEFAULT_MAX_TOKENS, 0, 2**63, "an integer from 0")
+    temperature: float = _limited(1.0, 0, 2, "a number from 0 to 2")
+    top_p: float = Field(1.0, gt=0, le=1, description="over 0 and at most 1")
+    top_k: int = _limited(0, -1, 2**63, "an integer from -1")
+    """Not in OpenAI's API, but in vLLM's; 0 and -1: all tokens."""
+    repetition_penalty: float = _limited(1.0, 0.01, 100, "a number from 0.01 to 100")
+    """Not in OpenAI's API, but in vLLM's."""
+    seed: int | None = _limited(None, None, 2**63, "an integer")
+    logprobs: int | None = _limited(None, 0, MOST_LOGPROBS, f"an integer from 0 to {MOST_LOGPROBS}")
+    echo: Literal[True, False] = Field(False, description="true or false")
+    stream: Literal[True, False] = Field(False, description="true or false")
+    stop: str | list[str] = Field([], description="a text or a list of texts")
+    user: Any = None
+    """The name of the client; it changes nothing."""
+
+
+KNOWN = set(CompletionRequest.model_fields) - {"prompts"}
 
 
 def parse(body: bytes, lm: LanguageModel) -> CompletionRequest:
     """Check a request's body.
 
     Raises:
-        RequestError: it is no JSON object, or a value in it is not possible.
+        RequestError: it is not a JSON object, or a value in it is not possible.
     """
     try:
         values = json.loads(body)
@@ -77,49 +87,49 @@ def parse(body: bytes, lm: LanguageModel) -> CompletionRequest:
         raise RequestError(f"the body is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object")
-    _check_model(values, lm)
-    for name in values:
-        if name not in KNOWN and values[name] not in UNSUPPORTED.get(name, (None,)):
-            raise RequestError(f"{name:.40} is not supported by this server", name=name[:40])
-    n = _integer(values, "n", 1, low=1, high=MOST_ANSWERS)
-    if values.get("best_of") not in (None, n):
-        raise RequestError("best_of is not supported by this server", name="best_of")
-    prompts = _prompts(values.get("prompt"), lm)
-    if len(prompts) * n > MOST_ANSWERS:
+    if values.get("model") not in (None, lm.name):
         raise RequestError(
-            f"{len(prompts)} prompts times n={n} are over {MOST_ANSWERS} answers", name="prompt"
-        )
-    logprobs = values.get("logprobs")
-    return CompletionRequest(
-        prompts=prompts,
-        max_tokens=_max_tokens(values, prompts, lm),
-        n=n,
-        temperature=_number(values, "temperature", 1.0, low=0.0, high=2.0),
-        top_p=_top_p(values),
-        top_k=max(0, _integer(values, "top_k", 0, low=-1)),
-        repetition_penalty=_number(values, "repetition_penalty", 1.0, low=0.01, high=100.0),
-        seed=None if values.get("seed") is None else _integer(values, "seed", 0),
-        logprobs=None
-        if logprobs is None or logprobs is False
-        else _integer(values, "logprobs", 0, low=0, high=MOST_LOGPROBS),
-        echo=_flag(values, "echo"),
-        stream=_flag(values, "stream"),
-        stop=_stops(values.get("stop")),
-    )
-
-
-def _check_model(values: dict[str, Any], lm: LanguageModel) -> None:
-    name = values.get("model")
-    if name is not None and name != lm.name:
-        raise RequestError(
-            f"the model {str(name)[:100]!r} does not exist; this server has {lm.name!r}",
+            f"the model {str(values['model'])[:100]!r} does not exist; this server has {lm.name!r}",
             status=404,
             name="model",
         )
+    for name in values:
+        if name not in KNOWN and values[name] not in UNSUPPORTED.get(name, (None,)):
+            raise RequestError(f"{name:.40} is not supported by this server", name=name[:40])
+    if values.get("logprobs") is False:
+        del values["logprobs"]
+    try:  # null is the default of every field
+        asked = CompletionRequest.model_validate(
+            {name: value for name, value in values.items() if value is not None and name in KNOWN}
+        )
+    except ValidationError as error:
+        wrong = error.errors()[0]["loc"][0]
+        allowed = CompletionRequest.model_fields[str(wrong)].description
+        raise RequestError(
+            f"{wrong} must be {allowed}, not {str(values[wrong])[:40]}", name=str(wrong)
+        ) from error
+    if asked.best_of not in (None, asked.n):
+        raise RequestError("best_of is not supported by this server", name="best_of")
+    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop
+    if len(stops) > MOST_STOPS:
+        raise RequestError(f"stop has {len(stops)} texts; at most {MOST_STOPS}", name="stop")
+    prompts = _prompts(asked.prompt, lm)
+    if len(prompts) * asked.n > MOST_ANSWERS:
+        raise RequestError(
+            f"{len(prompts)} prompts times n={asked.n} are over {MOST_ANSWERS} answers",
+            name="prompt",
+        )
+    checked = {"prompts": prompts, "max_tokens": _max_tokens(asked, prompts, lm)}
+    others = {"stop": [text for text in stops if text], "top_k": max(0, asked.top_k)}
+    return asked.model_copy(update={**checked, **others})
 
 
-def _max_tokens(values: dict[str, Any], prompts: list[list[int]], lm: LanguageModel) -> int:
-    """As many as asked for, or what fits; asking for more than fits is refused."""
+def _max_tokens(asked: CompletionRequest, prompts: list[list[int]], lm: LanguageModel) -> int:
+    """Return as many as were asked for, or the default as far as it fits.
+
+    Raises:
+        RequestError: more were asked for than fit.
+    """
     longest = max(map(len, prompts))
     room = lm.longest - longest
     if room < 0:
@@ -127,27 +137,26 @@ def _max_tokens(values: dict[str, Any], prompts: list[list[int]], lm: LanguageMo
             f"the prompt has {longest} tokens and the model's sequences end at {lm.longest}",
             name="prompt",
         )
-    if values.get("max_tokens") is None:
+    if "max_tokens" not in asked.model_fields_set:
         return min(DEFAULT_MAX_TOKENS, room)
-    asked = _integer(values, "max_tokens", 0, low=0)
-    if asked > room:
+    if asked.max_tokens > room:
         raise RequestError(
-            f"the prompt's {longest} tokens and max_tokens={asked} are more than the {lm.longest} "
-            f"positions of the model: ask for at most {room}",
+            f"the prompt's {longest} tokens and max_tokens={asked.max_tokens} are more than the "
+            f"{lm.longest} positions of the model: ask for at most {room}",
             name="max_tokens",
         )
-    return asked
+    return asked.max_tokens
 
 
 def _prompts(prompt: Any, lm: LanguageModel) -> list[list[int]]:
-    """A text, texts, token ids, or lists of them."""
+    """Return the ids of a text, of texts, of token ids, or of lists of them."""
     if isinstance(prompt, str):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise RequestError(
             "prompt must be a text, a list of texts, or token ids, and not empty", name="prompt"
         )
-    if all(_is_integer(number) for number in prompt):
+    if all(type(number) is int for number in prompt):
         prompt = [prompt]
     if len(prompt) > MOST_ANSWERS:
         raise RequestError(f"{len(prompt)} prompts are over {MOST_ANSWERS}", name="prompt")
@@ -160,7 +169,7 @@ def _ids(prompt: Any, lm: LanguageModel) -> list[int]:
             ids = lm.encode(prompt)
         except (ValueError, TypeError) as error:  # TypeError: half of a surrogate pair
             raise RequestError(f"prompt cannot be encoded: {error}", name="prompt") from error
-    elif isinstance(prompt, list) and all(_is_integer(number) for number in prompt):
+    elif isinstance(prompt, list) and all(type(number) is int for number in prompt):
         ids = prompt
         wrong = [number for number in ids if not 0 <= number < lm.vocab_size]
         if wrong:
@@ -173,55 +182,3 @@ def _ids(prompt: Any, lm: LanguageModel) -> list[int]:
     if not ids:
         raise RequestError("prompt is empty: give some text to continue", name="prompt")
     return ids
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _integer(
-    values: dict[str, Any], name: str, default: int, *, low: int | None = None, high: int = 2**63
-) -> int:
-    value = values.get(name)
-    if value is None:
-        return default
-    if not _is_integer(value) or value > high or (low is not None and value < low):
-        limits = "an integer" if low is None else f"an integer from {low}"
-        limits += f" to {high}" if high < 2**63 else ""
-        raise RequestError(f"{name} must be {limits}, not {str(value)[:40]}", name=name)
-    return int(value)
-
-
-def _number(values: dict[str, Any], name: str, default: float, *, low: float, high: float) -> float:
-    value = values.get(name)
-    if value is None:
-        return default
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        raise RequestError(
-            f"{name} must be a number from {low:g} to {high:g}, not {str(value)[:40]}", name=name
-        )
-    return float(value)
-
-
-def _top_p(values: dict[str, Any]) -> float:
-    top_p = _number(values, "top_p", 1.0, low=0.0, high=1.0)
-    if top_p == 0:
-        raise RequestError("top_p must be over 0", name="top_p")
-    return top_p
-
-
-def _flag(values: dict[str, Any], name: str) -> bool:
-    value = values.get(name)
-    if value not in (None, True, False):
-        raise RequestError(f"{name} must be true or false", name=name)
-    return bool(value)
-
-
-def _stops(stop: Any) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else stop or []
-    if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
-        raise RequestError("stop must be a text or a list of texts", name="stop")
-    if len(stops) > MOST_STOPS:
-        raise RequestError(f"stop has {len(stops)} texts; at most {MOST_STOPS}", name="stop")
-    return [text for text in stops if text]

@@ -15,8 +15,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 def evaluate_all(command_lines: list[list[str]]) -> None:
     from support.runs import forget_run
 
-    from megatron_smlp.evaluation.cli import evaluate
-    from megatron_smlp.evaluation.options import parse
+    from megatron_smlp.evaluation.cli import evaluate, parse
     from megatron_smlp.training.captured_output import CapturedOutput
 
     for argv in command_lines:

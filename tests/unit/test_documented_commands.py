@@ -11,7 +11,7 @@ import pytest
 from support.launches import REPOSITORY
 
 from megatron_smlp import commands as commands_of_the_wheel
-from megatron_smlp.evaluation import options
+from megatron_smlp.evaluation import cli as evaluation
 from megatron_smlp.flags.parse import build_parser
 
 PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
@@ -49,7 +49,7 @@ def test_a_command_is_as_printed(words: list[str]) -> None:
     rest = [word for word in words[at + 1 :] if word != "..."]
     if words[at] in ("pretrain_smlp.py", "tools/evaluate.py"):
         if words[at] != "pretrain_smlp.py":
-            _, rest = options.build_parser().parse_known_args(rest)  # and Megatron's
+            _, rest = evaluation.build_parser().parse_known_args(rest)  # and Megatron's
         known = build_parser()._option_string_actions
         assert {word for word in rest if word.startswith("--")} <= set(known)
     else:

@@ -1,7 +1,7 @@
-"""Local files of the six tasks -> documents as lm-evaluation-harness has them from the hub.
+"""Read local files of the six tasks into the documents that lm-evaluation-harness has from the hub.
 
 The YAML files beside this one name these functions as `custom_dataset`; the harness calls them with
-its metadata, of which `data_dir` is ours. FILES says what the files are called.
+its metadata, of which `data_dir` is ours. FILES has the names of the files.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,16 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """Where the data of a task lies in --data-dir, and where a user gets it."""
+    """The data of a task: its file in --data-dir, and the place where a user gets it."""
 
     patterns: tuple[str, ...]
     origin: str
     columns: dict[str, Check]
-    """Names that every document must have, and what they may hold."""
+    """Names that every document must have, and a check of each value."""
 
 
 def _any(value: Any) -> None:
-    """HellaSwag's label depends on its endings."""
+    """Accept every value: what HellaSwag's label may be depends on its endings."""
 
 
 FILES = {
@@ -86,7 +86,7 @@ FILES = {
 
 
 def find_file(task: str, data_dir: str | Path) -> Path:
-    """The one file of a task in a folder.
+    """Return the one file of a task in a folder.
 
     Raises:
         UsageError: there is none, or more than one.
@@ -106,53 +106,46 @@ def find_file(task: str, data_dir: str | Path) -> Path:
 
 
 def read_documents(task: str, data_dir: str | Path) -> list[Document]:
-    """Every document of a task's file, JSON lines or CSV, with the names it must have.
+    """Return every document of a task's file, JSON lines or CSV, checked.
 
     Raises:
-        UsageError: a line is no JSON object, lacks a name, or holds what is not allowed there; with
-            file, line and name.
+        UsageError: a line is not a JSON object, lacks a name, or holds a value that is not allowed
+            there; with file, line and name.
     """
     path = find_file(task, data_dir)
     reader = _rows_of_csv if path.suffix == ".csv" else _rows_of_json
     rows = []
     try:
         for line, row in reader(path):
-            columns = FILES[task].columns
-            if task == "hellaswag":
-                columns = columns | _hellaswag_columns(row)
-            _check_row(row, columns, task=task, where=f"{path}:{line}")
+            _check_row(row, task, where=f"{path}:{line}")
             rows.append(row)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no UTF-8 text: {error.reason}") from error
+        raise UsageError(f"{path} is not UTF-8 text: {error.reason}") from error
     if not rows:
         raise UsageError(f"{path} is empty: task {task} has nothing to evaluate")
     return rows
 
 
-def _hellaswag_columns(row: Document) -> dict[str, Check]:
-    """The context in one part or in two, and the number of one of the endings."""
-    parts = {"ctx_a": fields.maybe_empty, "ctx_b": fields.maybe_empty}
-    count = len(row["endings"]) if isinstance(row.get("endings"), list) else 0
-    return {
-        **(parts if "ctx_a" in row else {"ctx": fields.text}),
-        "label": fields.one_of(*range(count)),
-    }
-
-
-def _check_row(row: Document, columns: dict[str, Check], *, task: str, where: str) -> None:
+def _check_row(row: Document, task: str, *, where: str) -> None:
+    columns = FILES[task].columns
+    if task == "hellaswag":  # the context in one part or in two, and the number of an ending
+        parts = dict.fromkeys(("ctx_a", "ctx_b"), fields.maybe_empty)
+        count = len(row["endings"]) if isinstance(row.get("endings"), list) else 0
+        columns = columns | (parts if "ctx_a" in row else {"ctx": fields.text})
+        columns["label"] = fields.one_of(*range(count))
     for name, check in columns.items():
         if row.get(name) is None:
             raise UsageError(
                 f"{where} has no {name!r}, which task {task} reads; its data is "
                 f"{FILES[task].origin}"
             )
-        expected = check(row[name])
-        if expected:
+        if expected := check(row[name]):
             raise UsageError(f"{where}: {name!r} is {row[name]!r:.60}; expected is {expected}")
 
 
 def _rows_of_json(path: Path) -> Iterator[tuple[int, Document]]:
-    """Lines end in a line feed: other characters that end lines are data within a string."""
+    """Yield the number and the object of each line that is not blank."""
+    # Lines end in a line feed: other characters that end lines are data within a string.
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -160,87 +153,83 @@ def _rows_of_json(path: Path) -> Iterator[tuple[int, Document]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UsageError(f"{path}:{number} is no JSON: {error}") from error
+                raise UsageError(f"{path}:{number} is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise UsageError(f"{path}:{number} is no JSON object")
+                raise UsageError(f"{path}:{number} is not a JSON object")
             yield number, row
 
 
 def _rows_of_csv(path: Path) -> Iterator[tuple[int, Document]]:
+    """Yield the number of the last line and the columns of each row."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for row in reader:
                 yield reader.line_num, row
         except csv.Error as error:
-            raise UsageError(f"{path}:{reader.line_num + 1} is no CSV: {error}") from error
+            raise UsageError(f"{path}:{reader.line_num + 1} is not CSV: {error}") from error
 
 
-def _dataset(
-    task: str, data_dir: str | Path, convert: Callable[[Document], list[Document]]
-) -> dict[str, Any]:
+def _dataset(rows: Iterable[Document]) -> dict[str, Any]:
     from datasets import Dataset
 
-    rows = [out for row in read_documents(task, data_dir) for out in convert(row)]
-    return {"validation": Dataset.from_list(rows)}
+    return {"validation": Dataset.from_list(list(rows))}
 
 
-def _kept(task: str, **types: type) -> Callable[[Document], list[Document]]:
-    """The names that the prompts read, some of them of the type that the harness reads."""
-
-    def convert(row: Document) -> list[Document]:
-        kept = {name: row[name] for name in FILES[task].columns}
-        return [kept | {name: kind(kept[name]) for name, kind in types.items()}]
-
-    return convert
+def _kept(task: str, data_dir: str, **types: type) -> dict[str, Any]:
+    """Load the names that the prompts read, some converted to a type."""
+    columns = FILES[task].columns
+    return _dataset(
+        {name: types[name](row[name]) if name in types else row[name] for name in columns}
+        for row in read_documents(task, data_dir)
+    )
 
 
 def copa(data_dir: str | None = None, **metadata: Any) -> dict[str, Any]:
-    """COPA of a local file, or of the hub where there is no folder."""
+    """Load COPA from a local file, or from the hub where there is no folder."""
     if data_dir is None:
         from datasets import load_dataset
 
         return {"validation": load_dataset("aps/super_glue", "copa", split="validation")}
-    return _dataset("copa", data_dir, _kept("copa", label=int))
+    return _kept("copa", data_dir, label=int)
 
 
 def copa_question(doc: Document) -> str:
-    """`The man broke his toe. What was the CAUSE of this?`"""
-    question = {
-        "cause": "What was the CAUSE of this?",
-        "effect": "What happened as a RESULT?",
-    }[doc["question"]]
-    return f"{doc['premise'].strip()} {question}"
+    """Return `The man broke his toe. What was the CAUSE of this?`."""
+    questions = {"cause": "What was the CAUSE of this?", "effect": "What happened as a RESULT?"}
+    return f"{doc['premise'].strip()} {questions[doc['question']]}"
 
 
 def piqa(data_dir: str, **metadata: Any) -> dict[str, Any]:
-    return _dataset("piqa", data_dir, _kept("piqa", label=int))
+    return _kept("piqa", data_dir, label=int)
 
 
 def winogrande(data_dir: str, **metadata: Any) -> dict[str, Any]:
-    return _dataset("winogrande", data_dir, _kept("winogrande", answer=str))
+    return _kept("winogrande", data_dir, answer=str)
 
 
 def storycloze(data_dir: str, **metadata: Any) -> dict[str, Any]:
-    def convert(row: Document) -> list[Document]:
-        sentences = {f"input_sentence_{n}": row[f"InputSentence{n}"] for n in range(1, 5)}
-        endings = {f"sentence_quiz{n}": row[f"RandomFifthSentenceQuiz{n}"] for n in (1, 2)}
-        return [{**sentences, **endings, "answer_right_ending": int(row["AnswerRightEnding"])}]
-
-    return _dataset("storycloze", data_dir, convert)
+    return _dataset(
+        {
+            **{f"input_sentence_{n}": row[f"InputSentence{n}"] for n in range(1, 5)},
+            **{f"sentence_quiz{n}": row[f"RandomFifthSentenceQuiz{n}"] for n in (1, 2)},
+            "answer_right_ending": int(row["AnswerRightEnding"]),
+        }
+        for row in read_documents("storycloze", data_dir)
+    )
 
 
 def hellaswag(data_dir: str, **metadata: Any) -> dict[str, Any]:
-    def convert(row: Document) -> list[Document]:
+    def converted(row: Document) -> Document:
         start, rest = (row["ctx_a"], row["ctx_b"]) if "ctx_a" in row else split_context(row["ctx"])
         kept = {name: row[name] for name in ("activity_label", "endings")}
-        return [{**kept, "ctx_a": start, "ctx_b": rest, "label": str(row["label"])}]
+        return {**kept, "ctx_a": start, "ctx_b": rest, "label": str(row["label"])}
 
-    return _dataset("hellaswag", data_dir, convert)
+    return _dataset(map(converted, read_documents("hellaswag", data_dir)))
 
 
 def split_context(context: str) -> tuple[str, str]:
-    """ctx -> ctx_a, whole sentences, and ctx_b, the beginning of the sentence to be completed.
+    """Split ctx into ctx_a, whole sentences, and ctx_b, the beginning of the sentence to complete.
 
     For copies of the data without these two; the harness writes ctx_b with a capital letter.
     """
@@ -250,20 +239,14 @@ def split_context(context: str) -> tuple[str, str]:
 
 
 def record(data_dir: str, **metadata: Any) -> dict[str, Any]:
-    """A document per query: entities are spans of the passage, the end included."""
-
-    def convert(row: Document) -> list[Document]:
-        text = row["passage"]["text"]
-        spans = row["passage"]["entities"]
-        entities = [text[span["start"] : span["end"] + 1] for span in spans]
-        return [
-            {
-                "passage": text,
-                "query": query["query"],
-                "entities": entities,
-                "answers": [answer["text"] for answer in query["answers"]],
-            }
-            for query in row["qas"]
-        ]
-
-    return _dataset("record", data_dir, convert)
+    """Load a document per query: entities are spans of the passage, the end included."""
+    return _dataset(
+        {
+            "passage": (text := row["passage"]["text"]),
+            "query": query["query"],
+            "entities": [text[s["start"] : s["end"] + 1] for s in row["passage"]["entities"]],
+            "answers": [answer["text"] for answer in query["answers"]],
+        }
+        for row in read_documents("record", data_dir)
+        for query in row["qas"]
+    )

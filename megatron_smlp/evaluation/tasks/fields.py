@@ -1,19 +1,21 @@
-"""What the fields of the six tasks' files may hold; a score of anything else would mean nothing."""
+"""Check the fields of the six tasks' files: a score of other values would mean nothing."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 Check = Callable[[Any], str | None]
-"""Says what is expected, where a value is something else."""
+"""Returns a description of what is expected where a value is something else."""
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def text(value: Any) -> str | None:
-    """Not empty, and made of whole characters."""
+    """A text that is not empty, and made of whole characters."""
     if not isinstance(value, str) or not value.strip():
         return "text that is not empty"
-    return None if _is_unicode(value) else "text without half a surrogate pair"
+    return "text without half a surrogate pair" if SURROGATE.search(value) else None
 
 
 def maybe_empty(value: Any) -> str | None:
@@ -27,12 +29,12 @@ def blank(value: Any) -> str | None:
 
 
 def one_of(*allowed: int | str) -> Check:
-    """A number may be written as text."""
-    words = [str(choice) for choice in allowed]
+    """One of these values; a number may be written as text."""
+    texts = [str(choice) for choice in allowed]
 
     def check(value: Any) -> str | None:
         is_plain = isinstance(value, int | str) and not isinstance(value, bool)
-        return None if is_plain and str(value) in words else " or ".join(words)
+        return None if is_plain and str(value) in texts else " or ".join(texts)
 
     return check
 
@@ -46,48 +48,36 @@ def options(value: Any) -> str | None:
 
 def passage(value: Any) -> str | None:
     """ReCoRD's: a text, and the spans of its entities, their ends included."""
-    expected = (
+    match value:
+        case {"text": str(body), "entities": [_, *_] as spans} if not text(body):
+            if all(_is_span(span, len(body)) for span in spans):
+                return None
+    return (
         "an object with 'text', and 'entities' that each have 'start' and 'end' within it, one or "
         "more"
     )
-    if not isinstance(value, dict) or text(value.get("text")):
-        return expected
-    spans, length = value.get("entities"), len(value["text"])
-    if not isinstance(spans, list) or not spans:
-        return expected
-    return None if all(_is_span(span, length) for span in spans) else expected
 
 
 def _is_span(span: Any, length: int) -> bool:
-    if not isinstance(span, dict):
-        return False
-    ends = [end for end in (span.get("start"), span.get("end")) if type(end) is int]
-    return len(ends) == 2 and 0 <= ends[0] <= ends[1] < length
+    match span:
+        case {"start": start, "end": end} if type(start) is type(end) is int:
+            return bool(0 <= start <= end < length)
+    return False
 
 
 def queries(value: Any) -> str | None:
     """ReCoRD's: each with a place for an entity and its answers."""
-    expected = (
+    if isinstance(value, list) and value and all(map(_is_query, value)):
+        return None
+    return (
         "a list of objects with 'query', which has @placeholder, and 'answers' that each have "
         "'text', one or more"
     )
-    if not isinstance(value, list) or not value:
-        return expected
-    return None if all(map(_is_query, value)) else expected
 
 
 def _is_query(query: Any) -> bool:
-    if not isinstance(query, dict) or text(query.get("query")):
-        return False
-    answers = query.get("answers")
-    if "@placeholder" not in query["query"] or not isinstance(answers, list) or not answers:
-        return False
-    return all(isinstance(answer, dict) and not text(answer.get("text")) for answer in answers)
-
-
-def _is_unicode(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    match query:
+        case {"query": str(asked), "answers": [_, *_] as answers} if "@placeholder" in asked:
+            texts = [answer.get("text") if isinstance(answer, dict) else None for answer in answers]
+            return not any(map(text, [asked, *texts]))
+    return False

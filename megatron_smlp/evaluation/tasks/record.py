@@ -17,7 +17,7 @@ Document = dict[str, Any]
 
 
 def process_docs(dataset: Any) -> Any:
-    """Each entity and answer once, in order of the alphabet."""
+    """Keep each entity and answer once, in alphabetical order."""
 
     def process(doc: Document) -> Document:
         lists = {name: sorted(set(doc[name])) for name in ("entities", "answers")}
@@ -44,7 +44,7 @@ def options(doc: Document) -> list[str]:
 
 
 def process_results(doc: Document, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """The likeliest entity against the best of the answers."""
+    """Score the likeliest entity against the best of the answers."""
     scores = [loglikelihood for loglikelihood, _ in results]
     prediction = doc["entities"][scores.index(max(scores))]
     metrics: dict[str, Callable[[str, str], float]] = {"f1": token_f1, "em": exact_match}
@@ -55,7 +55,7 @@ def process_results(doc: Document, results: Sequence[tuple[float, bool]]) -> dic
 
 
 def normalised(text: str) -> str:
-    """SQuAD's: lower case, no punctuation, no articles, single spaces."""
+    """Normalise as SQuAD does: lower case, no punctuation, no articles, single spaces."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -65,7 +65,7 @@ def exact_match(prediction: str, answer: str) -> float:
 
 
 def token_f1(prediction: str, answer: str) -> float:
-    """Harmonic mean of the shares of common words; SQuAD's rule for texts without words."""
+    """Return the harmonic mean of the shares of common words, as SQuAD does."""
     ours, theirs = normalised(prediction).split(), normalised(answer).split()
     if not ours or not theirs:
         return float(ours == theirs)

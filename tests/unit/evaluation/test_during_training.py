@@ -80,17 +80,16 @@ def test_two_processes_score_what_one_does(tasks: Path, tokenizer: Path, tmp_pat
 
 
 def _afterwards(checkpoint: Path, tasks: Path) -> dict[str, Any]:
-    from megatron_smlp.evaluation.adapter import ScorerModel
-    from megatron_smlp.evaluation.harness import run_tasks
+    from megatron_smlp.evaluation.harness import ScorerModel, run_tasks
     from megatron_smlp.evaluation.megatron_model import MegatronScorer
-    from megatron_smlp.evaluation.results import as_record
+    from megatron_smlp.evaluation.reports import as_record
     from megatron_smlp.evaluation.selection import select_tasks
     from megatron_smlp.library_logging import quiet_libraries
 
     with quiet_libraries(), loaded(checkpoint) as (args, stages, tokenizer):
         scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=2)
         selection = select_tasks(["copa", "piqa"], data_dir=str(tasks))
-        model = ScorerModel(scorer, tokenizer, speaks=False)
+        model = ScorerModel(scorer, tokenizer)
         return as_record(run_tasks(model, selection, limit=None))
 
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_smlp.conversion.convert import Options, torch_dist_to_hf
 from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.cli import parse
 from megatron_smlp.evaluation.megatron_loading import sequence_length
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
-from megatron_smlp.evaluation.options import parse
 from megatron_smlp.evaluation.perplexity import measure
 
 TRAINED, LONGER = 8, 21

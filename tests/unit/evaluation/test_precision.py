@@ -10,7 +10,7 @@ from evaluation_helpers import SYSTEMS, Run, instances, loaded, scoring_cases, t
 from lm_eval.models.huggingface import HFLM
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.adapter import ScorerModel
+from megatron_smlp.evaluation.harness import ScorerModel
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 
 TOLERANCE = {"auto": 0.05, "float32": 1e-4}
@@ -34,7 +34,7 @@ def test_a_bf16_run_is_scored_in_one_precision_by_both(half: Run, dtype: str) ->
         wanted = torch.bfloat16 if dtype == "auto" else torch.float32
         assert {parameter.dtype for parameter in stages[0].parameters()} == {wanted}
         scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=8)
-        ours = ScorerModel(scorer, tokenizer, speaks=False)
+        ours = ScorerModel(scorer, tokenizer)
         mine = ours.loglikelihood(instances(pairs))
         lengths = [len(ours.tok_encode(option)) for _, option in pairs]
     asked = {} if dtype == "auto" else {"dtype": dtype}

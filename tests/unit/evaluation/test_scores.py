@@ -22,11 +22,9 @@ from evaluation_helpers import (
 from lm_eval.models.huggingface import HFLM
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.adapter import ScorerModel
-from megatron_smlp.evaluation.harness import run_tasks
+from megatron_smlp.evaluation.harness import ScorerModel, run_tasks
 from megatron_smlp.evaluation.huggingface_model import ExportedModel
-from megatron_smlp.evaluation.megatron_model import MegatronScorer
-from megatron_smlp.evaluation.scoring import Row
+from megatron_smlp.evaluation.megatron_model import MegatronScorer, Row
 from megatron_smlp.evaluation.selection import select_tasks
 from megatron_smlp.generation.language_model import of_checkpoint
 from megatron_smlp.library_logging import quiet_libraries
@@ -51,7 +49,7 @@ def scorer(run: Run) -> Iterator[tuple[MegatronScorer, Any]]:
 
 @pytest.fixture(scope="module")
 def ours(scorer: tuple[MegatronScorer, Any]) -> ScorerModel:
-    return ScorerModel(*scorer, speaks=False)
+    return ScorerModel(*scorer)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +77,7 @@ def test_every_other_system_scores_as_its_export(
     pairs = scoring_cases()
     with loaded(run.checkpoint) as (args, stages, its_tokenizer):
         scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=8)
-        mine = ScorerModel(scorer, its_tokenizer, speaks=False).loglikelihood(instances(pairs))
+        mine = ScorerModel(scorer, its_tokenizer).loglikelihood(instances(pairs))
     stock = HFLM(pretrained=str(run.exported), trust_remote_code=True, device="cpu")
     for (score, _), (expected, _) in zip(mine, stock.loglikelihood(instances(pairs)), strict=True):
         assert score == pytest.approx(expected, abs=SMALL)
@@ -98,7 +96,7 @@ def test_real_files_are_scored_as_by_the_exported_model(tokenizer: Path, tmp_pat
         stock = HFLM(pretrained=str(run.exported), trust_remote_code=True, device="cpu")
         with loaded(run.checkpoint) as (args, stages, its_tokenizer):
             scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=8)
-            ours = ScorerModel(scorer, its_tokenizer, speaks=False)
+            ours = ScorerModel(scorer, its_tokenizer)
             mine, theirs = (
                 run_tasks(model, select_tasks(names, data_dir=str(REAL)), limit=2)
                 for model in (ours, stock)
@@ -139,7 +137,9 @@ def test_texts_are_generated_as_by_the_exported_model(
 ) -> None:
     """Greedy text up to a stop text, from contexts of no tokens to more than T."""
     ours = ScorerModel(
-        *scorer, speaks=False, generator=lambda: of_checkpoint(str(run.checkpoint), scorer[1])
+        *scorer,
+        shows_progress=False,
+        generator=lambda: of_checkpoint(str(run.checkpoint), scorer[1]),
     )
     free = (TEXT, {"until": [], "max_gen_toks": 9})
     [said] = stock.generate_until(instances([free], "generate_until"))

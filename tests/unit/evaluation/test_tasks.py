@@ -157,8 +157,8 @@ def test_missing_file_says_which_and_from_where(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ('{"premise": "a"}\n', "copa.jsonl:1 has no 'choice1'"),
-        ('\n{"premise": \n', "copa.jsonl:2 is no JSON"),
-        ("[1]\n", "copa.jsonl:1 is no JSON object"),
+        ('\n{"premise": \n', "copa.jsonl:2 is not JSON"),
+        ("[1]\n", "copa.jsonl:1 is not a JSON object"),
         ("", "copa.jsonl is empty"),
     ],
 )
@@ -239,7 +239,7 @@ def test_a_value_that_is_not_allowed_is_named(
         ("x,Ann ran.,She fell.,It hurt.,She cried.,She laughed.,Mum came.,3\n", ":2: 'AnswerRig"),
         ("x,Ann ran.,She fell.,It hurt.,She cried.,She laughed.,Mum came.,\n", ":2: 'AnswerRig"),
         ("x,Ann ran.,She fell.,It hurt.\n", ":2 has no 'InputSentence4'"),
-        ('x,"Ann ran.,She fell.,It hurt.\n', ":2 is no CSV: unexpected end of data"),
+        ('x,"Ann ran.,She fell.,It hurt.\n', ":2 is not CSV: unexpected end of data"),
         ("x,,She fell.,It hurt.,She cried.,She laughed.,Mum came.,1\n", ":2: 'InputSentence1'"),
     ],
 )
@@ -253,7 +253,7 @@ def test_a_story_that_is_cut_or_has_no_such_ending(tmp_path: Path, story: str, s
 @pytest.mark.parametrize("content", [b"\xff\xfe{}", b'{"premise": ' + b"[" * 100_000])
 def test_bytes_that_are_no_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "copa.jsonl").write_bytes(content)
-    with pytest.raises(UsageError, match=r"copa\.jsonl(:1)? is no (UTF-8|JSON)"):
+    with pytest.raises(UsageError, match=r"copa\.jsonl(:1)? is not (UTF-8|JSON)"):
         select_tasks(["copa"], data_dir=str(tmp_path))
 
 

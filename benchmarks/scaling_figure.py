@@ -1,4 +1,4 @@
-"""What something costs against its size: measured points, and what was to be expected."""
+"""Draw costs against sizes: measured points, and the expected ones."""
 
 from __future__ import annotations
 
