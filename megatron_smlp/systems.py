@@ -63,6 +63,13 @@ class Mixer:
     """The function that counts its parameters and FLOPs, as `module:name`."""
     title: str
     """Its name in the layer table; {heads}, {width} and {router} stand for numbers and names."""
+    heads: str = "spatial_heads"
+    """The flag that says how many heads, or spatial experts, a layer has."""
+    attends: bool = False
+    """Whether it has queries and keys: --num-attention-heads, position embeddings. What does not
+    attend has positions of its own."""
+    spatial: bool = False
+    """Whether it has spatial matrices: --spatial-heads, --toeplitz."""
 
 
 COSTS = "megatron_smlp.accounting.costs"
@@ -71,21 +78,27 @@ MIXERS: dict[str, Mixer] = {
         spec="megatron_smlp.layers.attention:attention_spec",
         cost=f"{COSTS}:attention_cost",
         title="self-attention, heads: {heads}",
+        heads="num_attention_heads",
+        attends=True,
     ),
     "spatial_gating": Mixer(
         spec="megatron_smlp.layers.spatial_gating:gating_spec",
         cost=f"{COSTS}:gating_cost",
         title="spatial gating, heads: {heads}",
+        spatial=True,
     ),
     "gating_and_attention": Mixer(
         spec="megatron_smlp.layers.tiny_attention:gating_and_attention_spec",
         cost=f"{COSTS}:gating_and_attention_cost",
         title="spatial gating, heads: {heads}, and attention of width {width}",
+        spatial=True,
     ),
     "feature_moe": Mixer(
         spec="megatron_smlp.layers.feature_moe:feature_moe_spec",
         cost=f"{COSTS}:feature_moe_cost",
         title="feature MoE ({router}), experts: {heads}",
+        heads="num_feature_experts",
+        spatial=True,
     ),
 }
 
@@ -100,6 +113,10 @@ class Architecture:
     sparse_mixer: str | None = None
     """smlp: the token mixer of the sparse layers, where --feature-router is given."""
 
+    @property
+    def attends(self) -> bool:
+        return MIXERS[self.mixer].attends
+
 
 ARCHITECTURES: dict[str, Architecture] = {
     "transformer": Architecture(mixer="attention", channel="mlp"),
@@ -107,7 +124,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "amlp": Architecture(mixer="gating_and_attention"),
     "smlp": Architecture(mixer="spatial_gating", sparse_mixer="feature_moe"),
 }
-SPATIAL = tuple(name for name, one in ARCHITECTURES.items() if one.mixer != "attention")
+SPATIAL = tuple(name for name, one in ARCHITECTURES.items() if MIXERS[one.mixer].spatial)
 
 
 @dataclass(frozen=True)
@@ -164,6 +181,7 @@ def layer_slots(
         options: ModelOptions, or anything with its names.
     """
     kind = ARCHITECTURES[options.architecture]
+    counts = {"num_attention_heads": num_attention_heads}  # not one of our options
     slots = []
     for index in range(num_layers):
         mixer, is_sparse = kind.mixer, index >= options.num_dense_layers
@@ -172,12 +190,12 @@ def layer_slots(
         routes = num_experts is not None and (
             is_sparse if kind.sparse_mixer else is_moe_layer(index, moe_layer_freq)
         )
-        heads = {"attention": num_attention_heads, "feature_moe": options.num_feature_experts}
+        heads = MIXERS[mixer].heads
         slots.append(
             LayerSlots(
                 mixer=mixer,
                 channel="token_moe" if routes else kind.channel,
-                heads=heads.get(mixer, options.spatial_heads),
+                heads=counts[heads] if heads in counts else getattr(options, heads),
             )
         )
     return slots

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 from megatron_smlp.options import ModelOptions, options_of
 from megatron_smlp.systems import (
-    ARCHITECTURES,
     TOKEN_ROUTERS,
     LayerSlots,
     layer_slots,
@@ -90,7 +89,7 @@ class ModelShape:
     moe_ffn_hidden_size: int = 0
     moe_router_topk: int = 1
     tiny_attention_width: int = 0
-    """amlp: width of the attention head beside the gate; 0: none."""
+    """amlp: width of the attention head beside the gate."""
     prefix_length: int = 0
     """P, tokens from which partial prediction routes; 0: no such routing."""
     num_feature_chunks: int = 0
@@ -114,7 +113,6 @@ class ModelShape:
         # A namespace of Megatron's own script has experts and no rule of ours.
         num_experts = None if getattr(args, "token_router", "") == "none" else args.num_experts
         is_partial = options.feature_router == "partial"
-        has_head = ARCHITECTURES[options.architecture].mixer == "gating_and_attention"
         slots = layer_slots(
             options,
             num_layers=args.num_layers,
@@ -134,7 +132,7 @@ class ModelShape:
             token_router=options.token_router,
             moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
             moe_router_topk=rule.experts_per_token if rule else args.moe_router_topk,
-            tiny_attention_width=options.tiny_attention_width if has_head else 0,
+            tiny_attention_width=options.tiny_attention_width,
             prefix_length=options.prefix_length(args.seq_length),
             num_feature_chunks=options.num_chunks if is_partial else 0,
             toeplitz=options.toeplitz,

@@ -20,6 +20,7 @@ from megatron_smlp.accounting.footprint import ParallelLayout, footprint
 from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.flags.config_file import read_yaml, spelling
 from megatron_smlp.options import model_defaults
+from megatron_smlp.systems import ARCHITECTURES
 
 _REQUIRED = ("num_layers", "hidden_size", "seq_length")
 _LAYOUT: dict[str, Any] = {
@@ -100,8 +101,8 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     args.token_router = args.token_router or ("switch" if args.num_experts else "none")
     args.add_bias_linear = not args.disable_bias_linear
     if args.position_embedding_type is None:
-        is_transformer = args.architecture == "transformer"
-        args.position_embedding_type = "learned_absolute" if is_transformer else "none"
+        attends = ARCHITECTURES[args.architecture].attends
+        args.position_embedding_type = "learned_absolute" if attends else "none"
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     padded = -(-args.vocab_size // multiple) * multiple
     args.padded_vocab_size = args.padded_vocab_size or padded

@@ -6,7 +6,7 @@ import argparse
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.systems import ARCHITECTURES
+from megatron_smlp.systems import ARCHITECTURES, SPATIAL
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -21,9 +21,9 @@ def check_model(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"{flag_of(name)} {value}: give a positive number (or a --config that has it)."
             )
-    if ARCHITECTURES[args.architecture].mixer == "attention":
+    if ARCHITECTURES[args.architecture].attends:
         _check_attention(args)
-    else:
+    if args.architecture in SPATIAL:
         _check_spatial(args)
     if ARCHITECTURES[args.architecture].sparse_mixer:
         _check_sparse(args)

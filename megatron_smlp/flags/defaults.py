@@ -49,9 +49,9 @@ def _fill_in_layers(args: argparse.Namespace) -> None:
         args.no_persist_layer_norm = args.no_persist_layer_norm or not _has("apex")
         args.masked_softmax_fusion = False
         args.apply_rope_fusion &= _has("transformer_engine")
-    if ARCHITECTURES[args.architecture].mixer != "attention":
+    if not ARCHITECTURES[args.architecture].attends:
         if "position_embedding_type" not in given:
-            args.position_embedding_type = "none"  # rows of the spatial matrix are positions
+            args.position_embedding_type = "none"  # its rows are positions
         if args.num_attention_heads is None:
             # Megatron wants a number that every parallel size divides; nothing attends.
             args.num_attention_heads = args.hidden_size

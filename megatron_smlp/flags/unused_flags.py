@@ -119,7 +119,7 @@ def refuse_unused(args: argparse.Namespace) -> None:
             f"{_flag(name)} puts the tanh approximation of GELU into the experts, where every "
             "other layer has the exact one: leave it out."
         )
-    if args.architecture != "transformer":
+    if not ARCHITECTURES[args.architecture].attends:
         _refuse_attentions(args)
     _refuse_cuda_graphs(args)
     for name in _given(args, TRANSFORMER_ENGINE_FLAGS):

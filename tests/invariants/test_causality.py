@@ -9,33 +9,41 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.training import get_args
 from support.in_process import build_model
 from torch import Tensor
+
+from megatron_smlp.accounting.costs import ModelShape, model_cost
+from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
 BATCH, LENGTH = 4, 16
+FEATURE_RULES = ("deterministic", "partial")
 EXPERTS = "--num-experts 4"
-SMLP = "--architecture smlp --num-dense-layers 2 --spatial-heads 2 --num-feature-experts 4"
-ARCHITECTURES = {
-    "transformer": "--architecture transformer --num-attention-heads 4",
-    "gmlp": "--architecture gmlp",
-    "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
-    "amlp": "--architecture amlp --tiny-attention-width 8",
-    "smlp_deterministic": f"{SMLP} --feature-router deterministic",
-    "smlp_partial": f"{SMLP} --feature-router partial",
+SPARSE = "--num-dense-layers 2 --spatial-heads 2 --num-feature-experts 4"
+# Of an architecture of systems.py, what else its models are tried with; one that is not here is
+# tried as it is.
+VARIANTS = {
+    "transformer": {"": "--num-attention-heads 4"},
+    "gmlp": {"": "", "_4_heads": "--spatial-heads 4"},
+    "amlp": {"": "--tiny-attention-width 8"},
+    "smlp": {f"_{rule}": f"{SPARSE} --feature-router {rule}" for rule in FEATURE_RULES},
 }
-ROUTERS = {"none": ""} | {
-    name: f"--token-router {name} {EXPERTS}" for name in ("switch", "gshard", "base", "hash")
+LAYERS = {
+    f"{name}{variant}": f"--architecture {name} {flags}"
+    for name in ARCHITECTURES
+    for variant, flags in VARIANTS.get(name, {"": ""}).items()
 }
+ROUTERS = {"none": ""} | {name: f"--token-router {name} {EXPERTS}" for name in TOKEN_ROUTERS}
 MODELS = {
-    f"{architecture}-{router}": f"{ARCHITECTURES[architecture]} {ROUTERS[router]}"
-    for architecture in ARCHITECTURES
+    f"{layers}-{router}": f"{LAYERS[layers]} {ROUTERS[router]}"
+    for layers in LAYERS
     for router in ROUTERS
 } | {
-    "gmlp-base_by_prices": f"{ARCHITECTURES['gmlp']} {ROUTERS['base']} --base-eval prices",
-    "gmlp-toeplitz": f"{ARCHITECTURES['gmlp_4_heads']} --toeplitz",
-    "smlp_partial-toeplitz": f"{ARCHITECTURES['smlp_partial']} --toeplitz",
+    "gmlp-base_by_prices": f"{LAYERS['gmlp']} {ROUTERS['base']} --base-eval prices",
+    "gmlp-toeplitz": f"{LAYERS['gmlp_4_heads']} --toeplitz",
+    "smlp_partial-toeplitz": f"{LAYERS['smlp_partial']} --toeplitz",
 }
 ROUTED = {name for name, flags in MODELS.items() if EXPERTS in flags}
 
@@ -79,6 +87,12 @@ def assert_unchanged(name: str, after: Tensor, before: Tensor) -> None:
         torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
     else:
         assert torch.equal(after, before)
+
+
+def test_the_accounting_counts_what_is_built(model: tuple[str, Any]):
+    _, network = model
+    built = sum(parameter.numel() for parameter in network.parameters())
+    assert model_cost(ModelShape.from_args(get_args())).parameters == built
 
 
 @pytest.mark.parametrize("position", [0, 1, 2, 3, 7, 14, 15])
