@@ -5,6 +5,8 @@ program.py prints them. Which process speaks for all is said by `every_rank`.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 
 class UserError(ValueError):
     """Its text is shown as it is, without a traceback; the process ends with `exit_code`."""
@@ -56,3 +58,20 @@ class FileError(UserError):
     """A file of the user's; any rank may be the only one that sees it."""
 
     every_rank = False
+
+
+class DataError(UserError):
+    """Something about data or its tokenizer that the user can put right."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())  # a library's reason may have several lines
+
+
+def require_package(name: str, *, purpose: str, extra: str) -> None:
+    """Check that an optional package can be imported.
+
+    Raises:
+        DataError: with the way to install it.
+    """
+    if find_spec(name) is None:
+        raise DataError(f"{purpose} needs the Python package {name!r}: pip install {extra}")

@@ -66,8 +66,8 @@ def run_record(args: argparse.Namespace, *, iteration: int | None) -> dict[str, 
 
 
 def _tokenizer_identity(args: argparse.Namespace) -> str | None:
-    from megatron_smlp.data.errors import DataError
     from megatron_smlp.data.tokenizers.factory import identity_from_arguments
+    from megatron_smlp.errors import DataError
 
     try:
         return identity_from_arguments(args)

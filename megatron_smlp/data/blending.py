@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.command_line import flag_of
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import idx_path
+from megatron_smlp.errors import DataError
 
 SPLITS = ("train", "valid", "test")
 SPLIT_FLAGS = ("train_data_path", "valid_data_path", "test_data_path")

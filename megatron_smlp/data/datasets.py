@@ -17,10 +17,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_smlp.data.blending import SPLITS, Blends
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.index_cache import exclusive_caches
 from megatron_smlp.data.pairs.content import Watch
 from megatron_smlp.data.pairs.indexed import open_index
+from megatron_smlp.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_smlp.data.errors import DataError
+from megatron_smlp.errors import DataError
 
 CLASS_FOLDER = "WatchedGPTDataset_indices"
 LOCK_NAME = ".building.lock"

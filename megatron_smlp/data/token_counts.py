@@ -4,9 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smlp.data.blending import Blend
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import in_parts, open_index
 from megatron_smlp.data.pairs.manifest import find_manifest
+from megatron_smlp.errors import DataError
 
 
 def vocabulary_of(blend: Blend) -> int:

@@ -18,11 +18,10 @@ from megatron.training import training
 from megatron.training.global_vars import get_args
 from torch import nn
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.model_tokenizer import bare
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
-from megatron_smlp.errors import UsageError
+from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.evaluation.reports import as_record, task_texts
 from megatron_smlp.evaluation.selection import require_harness, select_tasks, split_names
 from megatron_smlp.library_logging import quiet_libraries

@@ -20,13 +20,12 @@ from torch.utils.data import Dataset
 from megatron_smlp.collectives import from_first_rank
 from megatron_smlp.data.blending import blends_from_arguments
 from megatron_smlp.data.datasets import build_datasets, dataset_uses, use_lines
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.content import content_of
 from megatron_smlp.data.pairs.indexed import strip_suffix
 from megatron_smlp.data.pairs.training_check import verify_for_training
 from megatron_smlp.data.token_counts import token_counts
 from megatron_smlp.data.tokenizers.factory import identity_from_arguments
-from megatron_smlp.errors import UsageError
+from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.routers.hash_table import balanced_table
 
 EVALUATION_SEED = 1234

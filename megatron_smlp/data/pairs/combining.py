@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index, strip_suffix
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
@@ -20,6 +19,7 @@ from megatron_smlp.data.pairs.manifest import (
     fingerprint_of,
 )
 from megatron_smlp.data.pairs.writer import PairWriter, publish
+from megatron_smlp.errors import DataError
 
 COPY_DOCUMENTS = 1 << 16
 WIDER = {np.dtype("uint16"), np.dtype("int32")}

@@ -7,9 +7,9 @@ the same name is never read as the one that they were made for.
 import hashlib
 from functools import cache
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import bin_path, idx_path
 from megatron_smlp.data.pairs.manifest import sha256_of
+from megatron_smlp.errors import DataError
 
 WHOLE_BYTES = 256 << 20
 """A `.bin` up to this size is read whole, which takes less than a second."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser, flag_of
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec, add_tokenizer_arguments
+from megatron_smlp.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_smlp.data.pairs.indexed import Index

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.durable import write_durably
+from megatron_smlp.errors import DataError
 
 FORMAT = "megatron_smlp.dataset"
 VERSION = 1

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_smlp.command_line import Parser
-from megatron_smlp.data.errors import DataError
+from megatron_smlp.errors import DataError
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.data.errors import require_package
 from megatron_smlp.data.pairs.indexed import Index
 from megatron_smlp.durable import write_durably
+from megatron_smlp.errors import require_package
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BAR_WIDTH = 40

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.content import WHOLE_BYTES
 from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index, strip_suffix
 from megatron_smlp.data.pairs.manifest import (
@@ -13,6 +12,7 @@ from megatron_smlp.data.pairs.manifest import (
     sha256_of,
 )
 from megatron_smlp.data.pairs.validation import check_ids, check_index
+from megatron_smlp.errors import DataError
 
 
 def verify_for_training(

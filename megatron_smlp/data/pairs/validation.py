@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import (
     COPY_ITEMS,
     Index,
@@ -17,6 +16,7 @@ from megatron_smlp.data.pairs.indexed import (
     strip_suffix,
 )
 from megatron_smlp.data.pairs.manifest import Manifest, find_manifest, sha256_of
+from megatron_smlp.errors import DataError
 
 
 @dataclass(frozen=True)

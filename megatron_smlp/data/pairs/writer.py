@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import bin_path, idx_path, in_parts, write_index
 from megatron_smlp.data.pairs.manifest import Manifest, PairRecord, fingerprint_of, sha256_of
 from megatron_smlp.durable import link_durably, naming_errors
+from megatron_smlp.errors import DataError
 
 STREAMS = ("bin", "lengths", "sequences")
 INT32_MAX = np.iinfo(np.int32).max

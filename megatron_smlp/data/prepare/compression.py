@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_smlp.data.errors import DataError, require_package
+from megatron_smlp.errors import DataError, require_package
 
 BLOCK_BYTES = 1 << 20
 # Small, because a compressed block may grow a thousandfold.

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import optimal_dtype
 from megatron_smlp.data.prepare.chunks import Chunk
 from megatron_smlp.data.prepare.records import Rejection, parse_chunk
 from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter
 from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, UnencodableTextError
+from megatron_smlp.errors import DataError
 
 
 @dataclass(frozen=True)

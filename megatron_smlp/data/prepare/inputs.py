@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.manifest import is_manifest
 from megatron_smlp.data.prepare.compression import compression_of
+from megatron_smlp.errors import DataError
 
 PARQUET_MAGIC = b"PAR1"
 KNOWN_SUFFIXES = tuple(

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
     PairRecord,
@@ -26,6 +25,7 @@ from megatron_smlp.data.pairs.writer import PairWriter, append_to, flush_to_disk
 from megatron_smlp.data.prepare.chunks import Position
 from megatron_smlp.data.prepare.encoding import EncodedChunk
 from megatron_smlp.durable import link_durably, naming_errors, write_durably
+from megatron_smlp.errors import DataError
 
 
 @dataclass

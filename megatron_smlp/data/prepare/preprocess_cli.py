@@ -147,8 +147,8 @@ class _Report(Progress):
 
 
 def _check_absent(settings: "PreprocessSettings") -> None:
-    from megatron_smlp.data.errors import DataError
     from megatron_smlp.data.pairs.indexed import bin_path, idx_path
+    from megatron_smlp.errors import DataError
 
     level = "sentence" if settings.sentences else "document"
     for key in settings.keys:

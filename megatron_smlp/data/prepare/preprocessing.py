@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import optimal_dtype
 from megatron_smlp.data.pairs.manifest import Manifest, TokenizerRecord, read_manifest
 from megatron_smlp.data.prepare.chunks import Position
@@ -21,6 +20,7 @@ from megatron_smlp.data.prepare.sources import read_chunks
 from megatron_smlp.data.prepare.workers import InlineWorker, WorkerPool, start_workers
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
+from megatron_smlp.errors import DataError
 
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 20.0

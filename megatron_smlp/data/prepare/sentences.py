@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.data.errors import DataError, require_package
+from megatron_smlp.errors import DataError, require_package
 
 # Megatron cuts a text before punkt sees it, which shows in the sentences at the cuts.
 PIECE_CHARACTERS = 1_000_000

@@ -8,11 +8,11 @@ compressed with gzip, zstd, bzip2 or xz.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_smlp.data.errors import DataError, require_package
 from megatron_smlp.data.prepare.chunks import CHUNK_BYTES, START, UTF8_BOM, Chunk, Position
 from megatron_smlp.data.prepare.compression import DamagedInputError, text_blocks
 from megatron_smlp.data.prepare.inputs import is_parquet
 from megatron_smlp.data.prepare.json_arrays import array_chunks
+from megatron_smlp.errors import DataError, require_package
 
 PARQUET_ROWS = 1024
 

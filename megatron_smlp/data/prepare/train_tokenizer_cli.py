@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.durable import write_durably
+from megatron_smlp.errors import DataError
 
 if TYPE_CHECKING:
     import tokenizers

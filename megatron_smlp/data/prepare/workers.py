@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.prepare.chunks import Chunk
 from megatron_smlp.data.prepare.encoding import ChunkEncoder, EncodedChunk, EncodingSettings
+from megatron_smlp.errors import DataError
 
 IN_FLIGHT_BYTES = 64 << 20
 """Bound on the raw text between reading and writing; one larger record passes alone."""

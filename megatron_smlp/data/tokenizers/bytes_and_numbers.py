@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.tokenizers.ids import join_ids
 from megatron_smlp.data.tokenizers.spec import (
     Encoder,
@@ -15,6 +14,7 @@ from megatron_smlp.data.tokenizers.spec import (
     UnencodableTextError,
     vocabulary_identity,
 )
+from megatron_smlp.errors import DataError
 
 BYTE_LEVEL_VOCABULARY = 512
 NUM_BYTES = 256

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.tokenizers.bytes_and_numbers import ByteLevel, Null
 from megatron_smlp.data.tokenizers.huggingface import from_gpt2_files, from_hub_or_folder
 from megatron_smlp.data.tokenizers.sentencepiece_model import SentencePiece
@@ -14,6 +13,7 @@ from megatron_smlp.data.tokenizers.spec import (
     TokenizerSpec,
 )
 from megatron_smlp.data.tokenizers.tiktoken_ranks import TikToken
+from megatron_smlp.errors import DataError
 
 READERS: dict[str, Callable[[TokenizerSpec], Tokenizer]] = {
     "HuggingFaceTokenizer": from_hub_or_folder,

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.data.errors import DataError, require_package
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
 from megatron_smlp.data.tokenizers.ids import join_ids
 from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, vocabulary_identity
+from megatron_smlp.errors import DataError, require_package
 
 if TYPE_CHECKING:
     import tokenizers

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
-from megatron_smlp.errors import UsageError
+from megatron_smlp.errors import DataError, UsageError
 
 
 def bare(spec: TokenizerSpec) -> TokenizerSpec:

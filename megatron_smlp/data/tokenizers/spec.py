@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_smlp.command_line import flag_of
-from megatron_smlp.data.errors import DataError
+from megatron_smlp.errors import DataError
 
 if TYPE_CHECKING:  # numpy would triple the time of `--help`
     import numpy as np

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.data.errors import DataError, require_package
 from megatron_smlp.data.tokenizers.ids import join_ids
 from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, vocabulary_identity
+from megatron_smlp.errors import DataError, require_package
 
 # Split patterns of Megatron's TikTokenizer, `--tiktoken-pattern`; public in its source, and part
 # of the meaning of the ids.

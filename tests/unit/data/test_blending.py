@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_smlp.data.blending import Blend, Blends, blends_from_arguments, parse_blend
-from megatron_smlp.data.errors import DataError
+from megatron_smlp.errors import DataError
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_smlp.data.blending import Blends, parse_blend
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.index_cache import exclusive_caches, remove_unfinished
 from megatron_smlp.data.pairs.content import ChangedDataError
 from megatron_smlp.data.prepare.preprocessing import Summary
+from megatron_smlp.errors import DataError
 
 LENGTH = 32
 

@@ -12,9 +12,9 @@ from data_helpers import BYTE_FLAGS, ROOT, write_jsonl
 
 from megatron_smlp.data import hash_table_cli
 from megatron_smlp.data.blending import parse_blend
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.data.token_counts import token_counts
+from megatron_smlp.errors import DataError
 from megatron_smlp.routers.hash_table import read_table
 
 Run = Callable[..., Summary]

@@ -9,13 +9,13 @@ from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.combining import find_pairs, merge
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.pairs.manifest import read_manifest
 from megatron_smlp.data.pairs.splitting import NAMES, split
 from megatron_smlp.data.pairs.validation import validate
 from megatron_smlp.data.prepare.preprocessing import Summary
+from megatron_smlp.errors import DataError
 
 Run = Callable[..., Summary]
 NUMBERS = ["--tokenizer-type", "NullTokenizer", "--vocab-size"]

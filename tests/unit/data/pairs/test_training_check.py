@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from data_helpers import BYTE_FLAGS
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import idx_path, open_index, write_index
 from megatron_smlp.data.pairs.manifest import read_manifest
 from megatron_smlp.data.pairs.training_check import verify_for_training
 from megatron_smlp.data.pairs.validation import validate
 from megatron_smlp.data.prepare.preprocessing import Summary
+from megatron_smlp.errors import DataError
 
 
 @pytest.fixture

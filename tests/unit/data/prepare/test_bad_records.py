@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.prepare.preprocessing import Summary
+from megatron_smlp.errors import DataError
 
 Run = Callable[..., Summary]
 GOOD = b'{"text": "good"}'

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, make_documents, parse, write_jsonl
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs import writer as pair_writer
 from megatron_smlp.data.prepare import output, preprocess_cli, preprocessing
 from megatron_smlp.data.prepare.output import PartialOutput
 from megatron_smlp.data.prepare.preprocessing import Summary
+from megatron_smlp.errors import DataError
 
 Run = Callable[..., Summary]
 SUFFIXES = ("_text_document.bin", "_text_document.idx", ".rejected.jsonl", ".json")

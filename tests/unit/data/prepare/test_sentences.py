@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from data_helpers import assert_same_pair, megatron_tokenizer, write_with_megatron
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter, import_nltk
+from megatron_smlp.errors import DataError
 
 Run = Callable[..., Summary]
 TEXTS = [

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.prepare.chunks import START, Position
 from megatron_smlp.data.prepare.inputs import find_inputs
 from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.data.prepare.records import Rejection, parse_chunk
 from megatron_smlp.data.prepare.sources import read_chunks
+from megatron_smlp.errors import DataError
 
 Run = Callable[..., Summary]
 DOCUMENTS = make_documents(400, seed=3)

@@ -14,7 +14,6 @@ from data_helpers import make_documents, megatron_tokenizer, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_smlp.data.errors import DataError
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
 from megatron_smlp.data.tokenizers.huggingface import (
@@ -27,6 +26,7 @@ from megatron_smlp.data.tokenizers.spec import (
     TokenizerSpec,
     UnencodableTextError,
 )
+from megatron_smlp.errors import DataError
 from megatron_smlp.program import readable_errors
 
 DOCUMENTS = make_documents(120, seed=9)
