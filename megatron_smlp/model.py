@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
-from megatron_smlp.routers.hash import give_token_ids
+from megatron_smlp.routers.hash import attach_token_ids
 from megatron_smlp.routers.hash_table import BALANCED
 from megatron_smlp.training.data import experts_of_training_data
 
@@ -61,7 +61,7 @@ def model_config(args: argparse.Namespace) -> Any:
 
 def _with_token_ids(stages: list[Any]) -> list[Any]:
     for stage in stages:
-        give_token_ids(stage)
+        attach_token_ids(stage)
     return stages
 
 

@@ -227,7 +227,7 @@ class RunOptions:
     """With --keep-last: keep also what was saved at a multiple of this many iterations."""
 
     on_save_failure: Literal["stop", "continue"] = "stop"
-    """Where a checkpoint cannot be saved, as on a full disk: end the run, or let it go on
+    """At a checkpoint that cannot be saved, as on a full disk: end the run, or let it go on
     to the next one. What was saved before stays intact."""
 
     log_dir: str | None = option(None, of_one_start=True)

@@ -35,7 +35,7 @@ def _commit() -> str | None:
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    words = [
+    command = [
         "git",
         "-C",
         str(root),
@@ -46,7 +46,7 @@ def _commit() -> str | None:
         "--exclude=*",
     ]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

@@ -14,7 +14,7 @@ from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.library_logging import silence_libraries
 from megatron_smlp.options import MODEL_FLAGS, argument_of
-from megatron_smlp.platform.allocator import give_large_blocks_back
+from megatron_smlp.platform.allocator import return_large_blocks
 
 DESCRIPTION = "Convert a checkpoint to another format or layout: one process, no GPU."
 CONVERSIONS = {
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check_save(options.save, options.load, overwrite=options.overwrite)
     # Imported late: torch and Megatron take seconds, and --help and wrong flags should not.
     silence_libraries()
-    give_large_blocks_back()
+    return_large_blocks()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it is on the CPU: torch need not start a GPU
     from megatron_smlp.conversion import convert
 

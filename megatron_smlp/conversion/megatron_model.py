@@ -72,7 +72,7 @@ def _build(flags: Mapping[str, Any]) -> Any:
 
     from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
     from megatron_smlp.model import activation
-    from megatron_smlp.routers.hash import give_token_ids
+    from megatron_smlp.routers.hash import attach_token_ids
 
     known = {field.name for field in dataclasses.fields(SMLPTransformerConfig)}
     values = {name: value for name, value in flags.items() if name in known} | ON_CPU
@@ -98,7 +98,7 @@ def _build(flags: Mapping[str, Any]) -> Any:
             rope_scaling_factor=flags["rope_scaling_factor"],
             seq_len_interpolation_factor=flags["rotary_seq_len_interpolation_factor"],
         ).eval()
-    give_token_ids(model)
+    attach_token_ids(model)
     return model
 
 

@@ -24,13 +24,13 @@ def converted_record(
         layout: parallel sizes that are meant; given later, they win over those of the run.
         is_new_model: whether the model is another than that of the run.
     """
-    from megatron_smlp.flags.from_model_record import model_words
+    from megatron_smlp.flags.from_model_record import model_arguments
     from megatron_smlp.flags.parse import build_parser
 
     before = before or {}
     arguments = [str(argument) for argument in before.get("command_line", [])]
     if is_new_model or not arguments:
-        arguments += model_words(build_parser(), flags)
+        arguments += model_arguments(build_parser(), flags)
     for name, size in layout.items():
         flag = flag_of(name)
         if size > 1 or any(text.split("=")[0] == flag for text in arguments):

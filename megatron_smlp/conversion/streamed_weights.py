@@ -59,7 +59,7 @@ WITHOUT_VALUES = {
     Tensor.dim,
     Tensor.numel,
 }
-"""What needs no values; everything else, a weight's device too, reads them."""
+"""Operations that need no values; everything else, a weight's device too, reads them."""
 
 
 def _values(value: Any) -> Any:

@@ -47,7 +47,7 @@ def load_model(
         saved = TorchDistCheckpoint(checkpoint)
     except UsageError as error:
         raise UsageError(f"--checkpoint {checkpoint}: {error}") from error
-    from megatron_smlp.flags.from_model_record import model_words
+    from megatron_smlp.flags.from_model_record import model_arguments
     from megatron_smlp.flags.parse import build_parser, parse_arguments
     from megatron_smlp.megatron_patches import table
     from megatron_smlp.platform import choice, cpu
@@ -64,7 +64,7 @@ def load_model(
     args = parse_arguments(
         [
             *NO_TRAINING.split(),
-            *model_words(parser, saved.flags),
+            *model_arguments(parser, saved.flags),
             *tokenizer_flags(spec),
             *_precision_flags(given, dtype, stored=main_dtype(saved.specs)),
             *flags,

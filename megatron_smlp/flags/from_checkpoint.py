@@ -29,17 +29,17 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     """
     if FLAG not in argv:
         return list(argv)
-    own = [word for word in argv if word != FLAG]
+    own = [argument for argument in argv if argument != FLAG]
     known, _ = parser.parse_known_args(own)
     load = known.load or known.save
     if load is None:
         raise UsageError(f"{FLAG} takes the flags of a checkpoint: say which one by --load.")
-    words = _recorded_words(load, known.ckpt_step)
+    arguments = _recorded_arguments(load, known.ckpt_step)
     options = parser._option_string_actions
     given = {action.dest for action, _ in _groups(options, own) if action}
     replaced = START_FLAGS | given | replaced_by(given)
     kept: list[str] = []
-    for action, group in _groups(options, words):
+    for action, group in _groups(options, arguments):
         negation = group[0].split("=")[0].replace("--", "--no-", 1)
         if negation in own and negation not in options:
             own.remove(negation)
@@ -47,12 +47,12 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
             kept += group
     where = [] if {"save", "finetune"} & given else ["--save", load]
     where += [] if "load" in given else ["--load", load]
-    if where and (log_dir := _value(options, words, "log_dir")) and "log_dir" not in given:
+    if where and (log_dir := _value(options, arguments, "log_dir")) and "log_dir" not in given:
         where += ["--log-dir", log_dir]
     return [*kept, *where, *own]
 
 
-def _recorded_words(load: str, step: int | None) -> list[str]:
+def _recorded_arguments(load: str, step: int | None) -> list[str]:
     order = [step] if step else loading_order(load)
     folders = [iteration_folder(load, iteration) for iteration in order]
     release = release_folder(load)
@@ -63,7 +63,7 @@ def _recorded_words(load: str, step: int | None) -> list[str]:
     for folder in folders:
         record: dict[str, Any] | None = read_run_record(folder)
         if record is not None:
-            return [str(word) for word in record["command_line"]]
+            return [str(argument) for argument in record["command_line"]]
     raise UsageError(
         f"{FLAG}: {folders[0]} has no run.json that is whole, so that its flags are not known: "
         f"leave {FLAG} out and give them."
@@ -71,22 +71,22 @@ def _recorded_words(load: str, step: int | None) -> list[str]:
 
 
 def _groups(
-    options: dict[str, argparse.Action], words: Sequence[str]
+    options: dict[str, argparse.Action], arguments: Sequence[str]
 ) -> Iterator[tuple[argparse.Action | None, list[str]]]:
-    """Each flag with the words that belong to it."""
+    """Each flag with the arguments that belong to it."""
     group: list[str] = []
-    for word in words:
-        if word.split("=")[0] in options and group:
+    for argument in arguments:
+        if argument.split("=")[0] in options and group:
             yield options.get(group[0].split("=")[0]), group
             group = []
-        group.append(word)
+        group.append(argument)
     if group:
         yield options.get(group[0].split("=")[0]), group
 
 
-def _value(options: dict[str, argparse.Action], words: Sequence[str], name: str) -> str | None:
+def _value(options: dict[str, argparse.Action], arguments: Sequence[str], name: str) -> str | None:
     found = None
-    for action, group in _groups(options, words):
+    for action, group in _groups(options, arguments):
         if action and action.dest == name:
             found = group[1] if len(group) > 1 else group[0].partition("=")[2]
     return found

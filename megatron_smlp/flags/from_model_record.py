@@ -1,4 +1,4 @@
-"""model.json as words of a command line, for who starts with a checkpoint's model."""
+"""model.json as arguments of a command line, for programs that start with its model."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from megatron_smlp.options import MODEL_FLAGS, Facts
 
 
-def model_words(parser: argparse.ArgumentParser, flags: Mapping[str, Any]) -> list[str]:
+def model_arguments(parser: argparse.ArgumentParser, flags: Mapping[str, Any]) -> list[str]:
     """The flags that make the model, without what only training reads."""
-    words: list[str] = []
+    arguments: list[str] = []
     for name, value in flags.items():
         facts = MODEL_FLAGS.get(name, Facts())
         is_model = not facts.derived and (facts.evaluates or not facts.may_change)
         if is_model and value is not None:
             actions = [action for action in parser._actions if action.dest == name]
-            words += _words(actions, value)
-    return words
+            arguments += _arguments_of(actions, value)
+    return arguments
 
 
-def _words(actions: Sequence[argparse.Action], value: Any) -> Iterator[str]:
+def _arguments_of(actions: Sequence[argparse.Action], value: Any) -> Iterator[str]:
     for action in actions:
         option = action.option_strings[0]
         if action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction):

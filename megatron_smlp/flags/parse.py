@@ -196,8 +196,8 @@ def _as_flags(action: argparse.Action, key: str, value: Any, path: Path) -> list
     if value is None:
         return []
     values = value if isinstance(value, list) and action.nargs else [value]
-    words = [str(item).replace(", ", ",") for item in values]  # [0,1]: Megatron takes no blanks
-    return [f"{flag}={words[0]}"] if len(words) == 1 else [flag, *words]
+    arguments = [str(item).replace(", ", ",") for item in values]  # [0,1]: Megatron takes no blanks
+    return [f"{flag}={arguments[0]}"] if len(arguments) == 1 else [flag, *arguments]
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -217,8 +217,8 @@ def _refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Non
 def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
     """Destinations of the flags that the command line or the YAML file names."""
     options = _options(parser)
-    words = (word.split("=")[0] for word in argv)
-    return frozenset(options[word].dest for word in words if word in options)
+    arguments = (word.split("=")[0] for word in argv)
+    return frozenset(options[word].dest for word in arguments if word in options)
 
 
 def with_absolute_paths(options: Mapping[str, argparse.Action], argv: Sequence[str]) -> list[str]:

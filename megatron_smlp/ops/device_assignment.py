@@ -100,13 +100,13 @@ def _exchange(gains: Tensor, experts: Tensor) -> Tensor:
     """
     num_tokens, num_experts = gains.shape
     change = gains - gains.gather(1, experts[:, None])
-    move, give_slot = twin.moves(change, experts)
-    best_move = torch.maximum(move, give_slot)
+    move, free_slot = twin.moves(change, experts)
+    best_move = torch.maximum(move, free_slot)
     gain, partner = (best_move + best_move.T).fill_diagonal_(-torch.inf).max(dim=1)
     own = torch.arange(num_experts, device=gains.device)
     mutual = (partner[partner] == own) & (gain > twin.SMALLEST_GAIN)
     # Of two, one may give an empty slot instead of a token.
-    leaves = mutual & (move[own, partner] >= give_slot[own, partner])
+    leaves = mutual & (move[own, partner] >= free_slot[own, partner])
     mover = twin.best_mover(change, experts, own, partner)
     places = torch.where(leaves, mover, num_tokens)  # N: a place that nobody has
     return functional.pad(experts, (0, 1)).scatter(0, places, partner)[:-1]

@@ -77,7 +77,7 @@ def _balancing_prices(gains: Tensor) -> tuple[Tensor, float]:
     num_tokens, num_experts = gains.shape
     stride = max(1, num_tokens // (_SAMPLED_TOKENS_PER_EXPERT * num_experts))
     prices, temperature = gains.mean(dim=0), 1.0
-    settled_load = torch.zeros_like(prices)
+    fixed_load = torch.zeros_like(prices)
     for level in range(NUM_LEVELS):
         temperature = TEMPERATURE_FACTOR**-level
         sampling = temperature > _SAMPLING_TEMPERATURE and stride > 1
@@ -87,7 +87,7 @@ def _balancing_prices(gains: Tensor) -> tuple[Tensor, float]:
             step = newton_step(
                 sample,
                 prices,
-                settled_load,
+                fixed_load,
                 temperature=temperature,
                 weight=weight,
                 total=num_tokens,
@@ -96,7 +96,7 @@ def _balancing_prices(gains: Tensor) -> tuple[Tensor, float]:
         if not sampling:
             choice, lead = first_choice(gains - prices)
             settled = lead > _SETTLED_LEAD * temperature
-            settled_load += choice[settled].bincount(minlength=num_experts)
+            fixed_load += choice[settled].bincount(minlength=num_experts)
             gains = gains[~settled]
     return prices, temperature
 
@@ -104,7 +104,7 @@ def _balancing_prices(gains: Tensor) -> tuple[Tensor, float]:
 def newton_step(
     gains: Tensor,
     prices: Tensor,
-    settled_load: Tensor,
+    fixed_load: Tensor,
     *,
     temperature: float,
     weight: float,
@@ -113,7 +113,7 @@ def newton_step(
     """The change of the prices <float>[E], in units of the temperature.
 
     gains: <float>[n, E], the tokens that are not settled, each of which stands for `weight`.
-    settled_load: <float>[E], the settled tokens of each expert. total: N.
+    fixed_load: <float>[E], the settled tokens of each expert. total: N.
     """
     num_experts = gains.shape[1]
     preferences = ((gains - prices) / temperature).softmax(dim=1)
@@ -123,7 +123,7 @@ def newton_step(
     hessian = (preferences.T @ preferences) * -weight
     diagonal = load + _DAMPING * total / num_experts
     share, remainder = divmod(total, num_experts)
-    excess = load + settled_load - share
+    excess = load + fixed_load - share
     if remainder:
         empty = torch.sigmoid(-prices / temperature)
         excess = excess + empty - 1
@@ -218,16 +218,16 @@ def _profitable_pairs(change: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, 
     whether one moves back: not where the right expert has a slot fewer, which then moves instead.
     """
     num_experts = change.shape[1]
-    move, give_slot = moves(change, experts)
-    best_move = torch.maximum(move, give_slot)
+    move, free_slot = moves(change, experts)
+    best_move = torch.maximum(move, free_slot)
     gain, partner = (best_move + best_move.T).fill_diagonal_(-torch.inf).max(dim=1)
     own = torch.arange(num_experts, device=change.device)
     mutual = (partner[partner] == own) & (own < partner) & (gain > SMALLEST_GAIN)
     left, right = own[mutual], partner[mutual]
     # Where it is the left expert that is one smaller, look at the pair from the other side.
-    swapped = give_slot[left, right] > move[left, right]
+    swapped = free_slot[left, right] > move[left, right]
     left, right = torch.where(swapped, right, left), torch.where(swapped, left, right)
-    return left, right, move[right, left] >= give_slot[right, left]
+    return left, right, move[right, left] >= free_slot[right, left]
 
 
 def moves(change: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:

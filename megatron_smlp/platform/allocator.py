@@ -27,7 +27,7 @@ def keep_freed_memory() -> bool:
     return _tell({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: NEVER, M_TOP_PAD: GROW_BY})
 
 
-def give_large_blocks_back() -> bool:
+def return_large_blocks() -> bool:
     """Return every block of a megabyte or more to the system when it is freed.
 
     Otherwise glibc raises that size to 32 MB by itself, and keeps some of what tensors took.

@@ -71,7 +71,7 @@ class GShardRouter(SwitchRouter):
         return math.ceil(2 * factor * math.ceil(num_tokens / self.num_experts))
 
 
-def give_samples(model: nn.Module, keys: Tensor) -> None:
+def attach_samples(model: nn.Module, keys: Tensor) -> None:
     """Before a micro-batch: tell this model, or stage, whose it is; keys: draws.sample_keys."""
     for module in model.modules():
         if isinstance(module, GShardRouter):

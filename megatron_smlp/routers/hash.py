@@ -6,7 +6,7 @@ table <int64>[V], V the padded vocabulary, the same in every layer: random by --
 balanced by the counts of the training data or of another corpus (--hash-table;
 routers/hash_table.py). It is a buffer, saved with the model, so a checkpoint's table wins over all.
 
-The ids are those of the model's input, on every pipeline stage: `give_token_ids` hands them over
+The ids are those of the model's input, on every pipeline stage: `attach_token_ids` hands them over
 whenever the model is called, and a recomputed layer finds those of its own forward pass again.
 """
 
@@ -81,7 +81,7 @@ class HashRouter(TokenRouter):
         return state
 
 
-def give_token_ids(model: nn.Module) -> None:
+def attach_token_ids(model: nn.Module) -> None:
     """Let every HASH router of this model, or pipeline stage, know the input of each call."""
     routers = [module for module in model.modules() if isinstance(module, HashRouter)]
 

@@ -32,7 +32,7 @@ class NonFiniteGuard:
         """
         rank = torch.distributed.get_rank()
         bad = torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device())
-        nonfinite = self.step.take_nonfinite()
+        nonfinite = self.step.pop_nonfinite()
         if nonfinite is not None:
             bad += (rank + 1) * nonfinite
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)

@@ -29,7 +29,7 @@ from megatron_smlp.training.parameter_count import check_parameters
 from megatron_smlp.training.router_report import (
     Loads,
     router_records,
-    router_words,
+    router_texts,
     to_writers,
     write_scalars,
 )
@@ -240,7 +240,7 @@ class Reporter:
 
     def _speed(self, iteration: int, flops_per_token: float) -> dict[str, float | None]:
         steps = max(1, self.clock.steps)
-        seconds = self.clock.take_seconds_per_step()
+        seconds = self.clock.pop_seconds_per_step()
         tokens = get_current_global_batch_size() * self.args.seq_length / seconds
         tflops = tokens * flops_per_token / 1e12 / self.args.world_size
         return {
@@ -248,26 +248,26 @@ class Reporter:
             "tokens_per_second": tokens,
             "tflops_per_device": tflops,
             "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
-            "data_wait_share": self.step.take_data_seconds() / steps / seconds,
+            "data_wait_share": self.step.pop_data_seconds() / steps / seconds,
             "eta_seconds": (self.args.train_iters - iteration) * seconds,
         }
 
     def _line(self, record: dict[str, Any], loads: Loads) -> str:
         norm = record["grad_norm"]
         mfu = record["mfu"]
-        words = [
+        texts = [
             f"iteration {record['iteration']}/{self.args.train_iters}",
             f"loss {record['loss']:.4f}",
             f"ppl {record['perplexity']:.2f}",
             f"lr {record['learning_rate']:.3g}",
             f"grad norm {norm:.3f}" if norm is not None else "grad norm n/a",
-            *router_words(loads),
+            *router_texts(loads),
             f"{record['tokens_per_second']:,.0f} tokens/s",
             f"{record['tflops_per_device']:.3f} TFLOP/s",
             f"MFU {mfu:.1%}" if mfu is not None else "MFU n/a",
             f"ETA {duration(record['eta_seconds'])}",
         ]
-        return " | ".join(words + (["skipped"] if record["skipped"] else []))
+        return " | ".join(texts + (["skipped"] if record["skipped"] else []))
 
     def ways_to_evaluate(self) -> Iterator[tuple[str, contextlib.AbstractContextManager[None]]]:
         """As --base-eval says, and with --base-eval-both the other way too. Collective."""
@@ -309,14 +309,14 @@ class Reporter:
 
 def _evaluation_line(record: dict[str, Any], title: str, loads: Loads) -> str:
     name = title.replace(" ", "_")
-    words = [
+    texts = [
         f"iteration {record['iteration']} {title}",
         f"loss {record[f'{name}_loss']:.4f}",
         f"ppl {record[f'{name}_perplexity']:.2f}",
     ]
     if f"{name}_suffix_perplexity" in record:
-        words.append(f"suffix ppl {record[f'{name}_suffix_perplexity']:.2f}")
-    return " | ".join([*words, *router_words(loads), f"{record['seconds']:.1f} s"])
+        texts.append(f"suffix ppl {record[f'{name}_suffix_perplexity']:.2f}")
+    return " | ".join([*texts, *router_texts(loads), f"{record['seconds']:.1f} s"])
 
 
 def _for_writers(numbers: dict[str, Any]) -> dict[str, float]:

@@ -43,12 +43,12 @@ def scalars(load: RouterLoad) -> Iterator[tuple[str, float]]:
             yield name, value
 
 
-def router_words(loads: Loads) -> list[str]:
-    """A few words for each kind of router: the extremes over its layers, and all that it dropped.
+def router_texts(loads: Loads) -> list[str]:
+    """Return a text for each kind of router: the extremes over its layers, and all that it dropped.
 
     `experts 0.8-1.3x, entropy 0.98, dropped 2.1%`: load as a multiple of an even share.
     """
-    words = []
+    texts = []
     for kind, noun in NOUNS.items():
         of_kind = [load for key, load in loads.items() if key.kind == kind]
         if not of_kind:
@@ -59,8 +59,8 @@ def router_words(loads: Loads) -> list[str]:
         choices = sum(load.choices for load in of_kind)
         dropped = sum(load.drop_rate * load.choices for load in of_kind) / choices
         text = f"{noun} {least:.1f}-{most:.1f}x, entropy {entropy:.2f}"
-        words.append(f"{text}, dropped {dropped:.1%}" if kind == "token" else text)
-    return words
+        texts.append(f"{text}, dropped {dropped:.1%}" if kind == "token" else text)
+    return texts
 
 
 def write_scalars(loads: Loads, *, iteration: int, title: str = "") -> None:

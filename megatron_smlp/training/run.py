@@ -43,7 +43,7 @@ class Run:
         choose = partial(choose_checkpoint, self.args, self.say)
         with (
             tensorboard.installed(self.args.tensorboard_dir),
-            graceful_signals(speaks=self.args.rank == 0),
+            graceful_signals(announces=self.args.rank == 0),
             training_loop.installed(observe(self.reporter), may_update=self.guard.may_update),
             checkpointing.installed(self.saving, before_loading=choose),
             self.saving.session(),

@@ -24,11 +24,11 @@ WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
-def graceful_signals(*, speaks: bool) -> Iterator[None]:
+def graceful_signals(*, announces: bool) -> Iterator[None]:
     """For the time of a run, hand other signals to the handler that Megatron has for SIGTERM.
 
     Args:
-        speaks: whether this process tells the user what happens next.
+        announces: whether this process tells the user what happens next.
     """
     graceful: Any = signal.getsignal(signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *WARNINGS)}
@@ -38,14 +38,14 @@ def graceful_signals(*, speaks: bool) -> Iterator[None]:
         if os.getpid() != process:
             return  # a data loader's worker, which reads on until it is ended
         signal.signal(signal.SIGINT, interrupt)
-        if speaks:
+        if announces:
             os.write(2, MESSAGE)  # print() may be what was interrupted, and cannot be re-entered
         graceful(signum, frame)
 
     def warned(signum: int, frame: FrameType | None) -> None:
         if os.getpid() != process:
             return
-        if speaks:
+        if announces:
             os.write(2, f"{signal.Signals(signum).name}: {END}\n".encode())
         graceful(signum, frame)
 

@@ -35,7 +35,7 @@ class StepClock:
     def exclude(self, seconds: float) -> None:
         self.excluded += seconds
 
-    def take_seconds_per_step(self) -> float:
+    def pop_seconds_per_step(self) -> float:
         """Seconds a step since the last call."""
         seconds = time.perf_counter() - self.start - self.excluded
         steps = max(1, self.steps)

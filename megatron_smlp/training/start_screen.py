@@ -62,7 +62,7 @@ def layer_table(args: argparse.Namespace, shape: ModelShape) -> Table:
 
 
 def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
-    """Both slots in words."""
+    """Return texts of both slots."""
     router = args.token_router
     if router == "hash":
         router += f", {'random' if args.hash_table is None else 'balanced'} table"
@@ -134,15 +134,15 @@ def _steps(args: argparse.Namespace) -> str:
 
 def layout(args: argparse.Namespace) -> str:
     """`4 processes: TP 2, PP 2, EP 1, DP 1`."""
-    words = [
+    texts = [
         f"TP {args.tensor_model_parallel_size}" + (" + SP" if args.sequence_parallel else ""),
         f"PP {args.pipeline_model_parallel_size}",
         f"EP {args.expert_model_parallel_size}",
         f"DP {args.data_parallel_size}",
     ]
     if args.virtual_pipeline_model_parallel_size:
-        words[1] += f" x {args.virtual_pipeline_model_parallel_size} interleaved"
+        texts[1] += f" x {args.virtual_pipeline_model_parallel_size} interleaved"
     if args.use_distributed_optimizer:
-        words.append("distributed optimizer")
+        texts.append("distributed optimizer")
     processes = f"{args.world_size} process" + ("es" if args.world_size > 1 else "")
-    return f"{processes}: {', '.join(words)}"
+    return f"{processes}: {', '.join(texts)}"

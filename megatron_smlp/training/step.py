@@ -30,7 +30,7 @@ from torch import Tensor
 
 from megatron_smlp.options import prefix_length, suffix_start
 from megatron_smlp.routers.draws import sample_keys
-from megatron_smlp.routers.gshard import give_samples
+from megatron_smlp.routers.gshard import attach_samples
 from megatron_smlp.routers.statistics import RouterStatistics
 from megatron_smlp.training.data import may_be_padded, needs_batch, needs_every_batch
 
@@ -72,7 +72,7 @@ class ForwardStep:
         if torch.is_grad_enabled():  # validation does not count, and draws nothing
             self.data_seconds += time.perf_counter() - start
             if args.token_router == "gshard":
-                give_samples(model, self._keys(self.place.first_sample(args, vp_stage)))
+                attach_samples(model, self._keys(self.place.first_sample(args, vp_stage)))
         timers("batch-generator").stop()
         self.statistics.begin(real_tokens(batch["loss_mask"]) if may_be_padded(args) else None)
         if args.feature_router == "partial":
@@ -110,12 +110,12 @@ class ForwardStep:
         bad = ~torch.isfinite(loss)
         self.nonfinite = bad if self.nonfinite is None else self.nonfinite | bad
 
-    def take_nonfinite(self) -> Tensor | None:
+    def pop_nonfinite(self) -> Tensor | None:
         """<bool>[], whether a loss was not finite since the last call; None: there was none."""
         nonfinite, self.nonfinite = self.nonfinite, None
         return nonfinite
 
-    def take_data_seconds(self) -> float:
+    def pop_data_seconds(self) -> float:
         """Wall time spent on batches of training steps since the last call, on this rank."""
         seconds, self.data_seconds = self.data_seconds, 0.0
         return seconds

@@ -24,7 +24,7 @@ from megatron_smlp.checkpoints.tensors import Spec
 from megatron_smlp.conversion import convert, huggingface
 from megatron_smlp.conversion.safetensors_files import write_folder
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
-from megatron_smlp.platform.allocator import give_large_blocks_back
+from megatron_smlp.platform.allocator import return_large_blocks
 
 SHARD = 20_000_000
 SMALL: dict[str, Any] = {"hidden_size": 64, "ffn_hidden_size": 256, "num_layers": 2}
@@ -139,7 +139,7 @@ def measure(folder: Path, kind: str, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    give_large_blocks_back()
+    return_large_blocks()
     found = {}
     for kind, (flags, large) in KINDS.items():
         measure(folder / f"small {kind}", kind, {**SMALL, **flags})

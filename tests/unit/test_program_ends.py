@@ -57,7 +57,7 @@ import os, signal, time
 from megatron_smlp.training.signals import graceful_signals
 
 signal.signal(signal.SIGTERM, lambda *_: None)
-with graceful_signals(speaks=True):
+with graceful_signals(announces=True):
     worker = os.fork()
     if worker == 0:
         time.sleep(0.5)
@@ -74,7 +74,7 @@ from megatron_smlp.training.signals import graceful_signals
 ended = []
 signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-with graceful_signals(speaks=True):
+with graceful_signals(announces=True):
     os.kill(os.getpid(), signal.SIGHUP)
     assert not ended
     os.kill(os.getpid(), signal.SIGUSR1)

@@ -18,7 +18,7 @@ BLOCK_BYTES = 1 << 20
 # Small, because a compressed block may grow a thousandfold.
 COMPRESSED_BLOCK_BYTES = 1 << 16
 STANDARD = (Path("/dev"), Path("/dev/fd"))
-"""Where the standard input and a shell's own pipes are, which have a writer."""
+"""Folders of the standard input and of a shell's own pipes, which have a writer."""
 MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh", "xz": b"\xfd7zXZ\x00"}
 SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 

@@ -57,7 +57,7 @@ class Summary:
     text_bytes: int
     """Uncompressed input that this run read: less than `counts` say after a resume."""
     encoder: str
-    """What made the ids: the library, and why a slower one was taken."""
+    """The library that made the ids, and why a slower one was taken."""
     already_complete: bool = False
     changed: tuple[str, ...] = ()
     """Inputs that somebody wrote to while they were read."""

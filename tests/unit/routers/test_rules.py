@@ -13,8 +13,8 @@ from support.routers import COEFFICIENT, SIX, make_router, probable
 from torch import Tensor, nn
 
 from megatron_smlp.routers.draws import sample_keys
-from megatron_smlp.routers.gshard import give_samples
-from megatron_smlp.routers.hash import give_token_ids, random_table
+from megatron_smlp.routers.gshard import attach_samples
+from megatron_smlp.routers.hash import attach_token_ids, random_table
 from megatron_smlp.routers.switch import balance_loss
 from megatron_smlp.systems import token_router_class
 
@@ -157,7 +157,7 @@ class TestGShard:
 
         outputs = []
         for first in (0, 2):
-            give_samples(router, sample_keys(seed=1, first=first, count=2, device=even.device))
+            attach_samples(router, sample_keys(seed=1, first=first, count=2, device=even.device))
             outputs.append(checkpoint(noted, False, even.clone().requires_grad_()))
         for output in outputs:
             output.sum().backward()
@@ -241,7 +241,7 @@ class Called(nn.Module):
     def __init__(self, router: nn.Module) -> None:
         super().__init__()
         self.router = router
-        give_token_ids(self)
+        attach_token_ids(self)
 
     def forward(self, input_ids: Tensor, hidden: Tensor) -> Any:
         return self.router(hidden)

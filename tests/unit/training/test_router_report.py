@@ -13,7 +13,7 @@ from support.launches import records
 from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.routers.statistics import RouterKey, RouterLoad
 from megatron_smlp.training.data import needs_every_batch
-from megatron_smlp.training.router_report import router_records, router_words
+from megatron_smlp.training.router_report import router_records, router_texts
 
 PARTIAL = """
     --architecture smlp --num-dense-layers 2 --num-feature-experts 4 --feature-router partial
@@ -35,15 +35,15 @@ class TestWords:
             FIRST: load(0.5, 0.25, 0.25, 0.0, drop_rate=0.1, choices=300),
             SECOND: load(0.25, 0.25, 0.25, 0.25, drop_rate=0.5, choices=100),
         }
-        assert router_words(loads) == ["experts 0.0-2.0x, entropy 0.75, dropped 20.0%"]
+        assert router_texts(loads) == ["experts 0.0-2.0x, entropy 0.75, dropped 20.0%"]
 
     def test_each_kind_has_its_own(self):
         loads = {FIRST: load(0.5, 0.5), CHUNKS: load(0.6, 0.4)}
         words = ["experts 1.0-1.0x, entropy 1.00, dropped 0.0%", "chunks 0.8-1.2x, entropy 0.97"]
-        assert router_words(loads) == words
+        assert router_texts(loads) == words
 
     def test_nothing_without_routers(self):
-        assert router_words({}) == router_records({}) == []
+        assert router_texts({}) == router_records({}) == []
 
 
 def test_records_have_the_numbers_that_the_router_has():

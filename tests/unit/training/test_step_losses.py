@@ -105,10 +105,10 @@ def test_a_loss_that_is_not_finite_is_remembered_until_asked(parse: Callable[...
     step = ForwardStep()
     losses, mask = losses_and_mask()
     step._loss(mask, losses * float("inf"))
-    assert step.take_nonfinite()
-    assert step.take_nonfinite() is None
+    assert step.pop_nonfinite()
+    assert step.pop_nonfinite() is None
     step._loss(mask, losses)
-    assert not step.take_nonfinite()
+    assert not step.pop_nonfinite()
 
 
 @pytest.mark.parametrize(
