@@ -155,7 +155,8 @@ class Reporter:
         skipped: bool,
         loss_scale: float,
     ) -> None:
-        update_prices(self.model, skipped=skipped)
+        if self.args.token_router == "base" and self.args.base_prices == "mean":
+            update_prices(self.model, skipped=skipped)
         self.clock.step()
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             self._log_step(
