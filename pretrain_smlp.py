@@ -4,13 +4,9 @@
     torchrun --nproc-per-node 8 pretrain_smlp.py --config ... --tensor-model-parallel-size 2 ...
 
 All Megatron flags keep their meaning; `--help` lists ours, `--help-all` every one. Read on in
-megatron_smlp: flags/parse.py, systems.py and architectures.py (what the model is),
-megatron_patches/table.py (what is replaced in Megatron), training/ (the step).
+megatron_smlp: flags/parse.py, systems.py, megatron_patches/table.py, training/run.py.
 """
 
-from __future__ import annotations
-
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,12 +16,11 @@ from megatron_smlp.platform import choice
 from megatron_smlp.program import readable_errors, undisturbed_exit
 from megatron_smlp.training.captured_output import CapturedOutput
 
-# torch and Megatron are imported inside: --help does without them, --platform cpu hides the GPUs
-# before, and processes that are spawned to write checkpoints import this file again.
+# What imports torch is imported inside: --help does without, --platform cpu hides the GPUs before.
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command line `argv`."""
+    """Run a command line: parse -> patch -> observe -> pretrain."""
     if answered(argv):  # --help, --version
         return
     choice.choose(argv)
@@ -35,9 +30,9 @@ def main(argv: Sequence[str]) -> None:
             from megatron_smlp.training.console import dry_run
 
             dry_run(args)
-            return
-        output.open(args.log_dir, rank=args.rank)
-        train(args)
+        else:
+            output.open(args.log_dir, rank=args.rank)
+            train(args)
 
 
 def patched_arguments(argv: Sequence[str]) -> Any:
@@ -49,8 +44,8 @@ def patched_arguments(argv: Sequence[str]) -> Any:
         from megatron_smlp.megatron_patches import table
         from megatron_smlp.platform import cpu
 
-        cpu.apply()
-        table.apply()
+    cpu.apply()
+    table.apply()
     return parse_arguments(argv)
 
 
@@ -59,29 +54,20 @@ def train(args: Any, *, observe: Callable[[Any], Any] = lambda own: own) -> None
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from torch.distributed import HashStore
 
+    from megatron_smlp.evaluation.during_training import tasks_of
     from megatron_smlp.model import model_config
     from megatron_smlp.training.data import DatasetProvider, check_data
-    from megatron_smlp.training.run import Run
+    from megatron_smlp.training.run import Run, store_of_one_process
     from megatron_smlp.training.step import ForwardStep
 
     check_data(args)
     step = ForwardStep()
-    tasks = None
-    if args.eval_tasks:
-        from megatron_smlp.evaluation.during_training import TaskEvaluation
-
-        tasks = TaskEvaluation(args, step.statistics)
-    run = Run(args, step=step, tasks=tasks)
+    run = Run(args, step=step, tasks=tasks_of(args, step.statistics))
     with args.thawed(), run.observed(observe):
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config(args)),
-            DatasetProvider(run.say),
-            ModelType.encoder_or_decoder,
-            step,
-            store=None if "MASTER_ADDR" in os.environ else HashStore(),  # one process, no torchrun
-        )
+        config = pretrain_cfg_container_from_args(args, model_config(args))
+        kind, store = ModelType.encoder_or_decoder, store_of_one_process()
+        pretrain(config, DatasetProvider(run.say), kind, step, store=store)
 
 
 def run() -> None:

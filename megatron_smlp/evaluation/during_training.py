@@ -28,6 +28,11 @@ from megatron_smlp.library_logging import quiet_libraries
 from megatron_smlp.routers.statistics import RouterStatistics
 
 
+def tasks_of(args: argparse.Namespace, statistics: RouterStatistics) -> TaskEvaluation | None:
+    """Return the tasks of --eval-tasks, where it is given."""
+    return TaskEvaluation(args, statistics) if args.eval_tasks else None
+
+
 class TaskEvaluation:
     """The tasks of a run; `scores` is collective.
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
+
+from torch.distributed import HashStore
 
 from megatron_smlp.checkpoints.loading import choose_checkpoint
 from megatron_smlp.checkpoints.saving import Saving
@@ -15,6 +19,12 @@ from megatron_smlp.training.nonfinite_guard import NonFiniteGuard
 from megatron_smlp.training.reporting import Reporter, Tasks
 from megatron_smlp.training.signals import graceful_signals
 from megatron_smlp.training.step import ForwardStep
+
+
+def store_of_one_process() -> Any:
+    """Return a store for a process that no launcher gave an address; None under torchrun."""
+    return None if "MASTER_ADDR" in os.environ else HashStore()
+
 
 type Observe = Callable[[training_loop.Observer], training_loop.Observer]
 
