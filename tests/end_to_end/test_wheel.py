@@ -1,5 +1,6 @@
 """The wheel, far from the checkout: its console scripts train, preprocess, convert and evaluate."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ START = (
 )
 BUILD = "from setuptools import build_meta; import sys; print(build_meta.build_wheel(sys.argv[1]))"
 MODEL = """
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 60 --make-vocab-size-divisible-by 4
+    --make-vocab-size-divisible-by 4 --split 80,20,0 --strict-accounting
     --num-layers 2 --hidden-size 16 --ffn-hidden-size 32 --seq-length 16 --micro-batch-size 2
     --global-batch-size 2 --train-iters 2 --lr 1e-3 --eval-iters 0 --num-workers 0
     --architecture gmlp
@@ -66,18 +67,24 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 def test_every_job_runs_from_the_wheel(command: Callable[..., str], tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
-    text.write_text('{"text": "one two three"}\n' * 40, encoding="utf-8")
-    pair = tmp_path / "pair"
-    command(
-        *("smlp-preprocess", "--input", text, "--output-prefix", pair, "--append-eod"),
-        *("--tokenizer-type", "ByteLevelTokenizer", "--vocab-size", 256),
-    )
+    words = [f"{a}{b}" for a in ("one", "seven", "thir") for b in ("ty", "teen", "th", "fold")]
+    documents = [" ".join(words[i:] + words[:i]) for i in range(len(words))] * 10
+    lines = (json.dumps({"text": document}) + "\n" for document in documents)
+    text.write_text("".join(lines), encoding="utf-8")
+    pair, tokenizer = tmp_path / "pair", tmp_path / "tokenizer"
+    command("smlp-train-tokenizer", "--input", text, "--vocab-size", 270, "--output", tokenizer)
+    kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer)
+    command("smlp-preprocess", "--input", text, "--output-prefix", pair, "--append-eod", *kind)
+    data = ("--data-path", f"{pair}_text_document")
     assert (tmp_path / "pair_text_document.bin").stat().st_size
     run, exported = tmp_path / "run", tmp_path / "hf"
-    assert "iteration 2 saved" in command("smlp-pretrain", *MODEL.split(), "--save", run)
+    assert "iteration 2 saved" in command(
+        "smlp-pretrain", *MODEL.split(), *kind, *data, "--save", run
+    )
     command("smlp-convert", "--load", run, "--save", exported, "--to", "hf")
     assert (exported / "model.safetensors").is_file()
     assert "iteration" in command("smlp-inspect-checkpoint", "show", run)
+    assert "perplexity" in command("smlp-evaluate", "--checkpoint", run, *data)
     assert "usage: " in command("smlp-pretrain", "--help")
     assert "documents" in command("smlp-inspect-dataset", "show", f"{pair}_text_document")
 
