@@ -74,7 +74,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     for key, value in content.items():
         if not all(isinstance(item, SCALARS) for item in _items(value)):
             raise UsageError(
-                f"--config {path}: '{str(key)[:60]}' is no number, text, switch or list of them; "
+                f"--config {path}: '{str(key)[:60]}' is not a number, text, switch or list of them; "
                 "put a date between quotes."
             )
     return {str(key): value for key, value in content.items()}
@@ -83,7 +83,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 def _text_of(path: Path) -> str:
     """A device has no end, and a pipe may have no writer."""
     if path.exists() and not path.is_file():
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:

@@ -25,11 +25,11 @@ def merges() -> str:
 
 
 BAD = {
-    "laughs": (laughs("[{}]"), "'a1' is no number"),
+    "laughs": (laughs("[{}]"), "'a1' is not a number"),
     "merges": (merges(), "merges: give the keys themselves"),
     "deep": ("a: " + "[" * 100_000, "cannot be read as YAML"),
-    "nested": ("lr: {a: 1}", "'lr' is no number"),
-    "nested list": ("lr: [1, [2]]", "'lr' is no number"),
+    "nested": ("lr: {a: 1}", "'lr' is not a number"),
+    "nested list": ("lr: [1, [2]]", "'lr' is not a number"),
     "twice": ("lr: 1\nseed: 2\nlr: 3\n", "'lr' is there twice.*line 3"),
     "twice spelt": ("num-layers: 1\nnum_layers: 3\n", "'num_layers' is there twice"),
     "date": ("lr: 2001-01-01", "put a date between quotes"),
@@ -61,10 +61,10 @@ def test_a_file_that_does_damage(tmp_path: Path, kind: str, included: bool) -> N
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path):
-        with pytest.raises(UsageError, match="it is no regular file"):
+        with pytest.raises(UsageError, match="it is not a regular file"):
             read_yaml(path)
         (tmp_path / "top.yaml").write_text(f"include: {path}\n", encoding="utf-8")
-        with pytest.raises(UsageError, match="it is no regular file"):
+        with pytest.raises(UsageError, match="it is not a regular file"):
             read_yaml(tmp_path / "top.yaml")
 
 

@@ -79,7 +79,7 @@ class _Text:
         """Return the element at the place, which is behind it afterwards.
 
         Raises:
-            DamagedInputError: it is no JSON, to the end of the file.
+            DamagedInputError: it is not JSON, to the end of the file.
         """
         while True:
             try:
