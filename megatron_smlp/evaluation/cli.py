@@ -28,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     model = parser.add_argument_group("model (one of them)")
-    model.add_argument("--checkpoint", metavar="DIR", help="the --save folder of a run")
+    model.add_argument(
+        "--checkpoint", metavar="DIR", help="the --save folder of a run, or an iter_ folder"
+    )
     model.add_argument("--hf", metavar="DIR", help="what tools/convert_checkpoint.py --to hf wrote")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--tasks", metavar="A,B", help="copa,piqa,... or any of the harness")

@@ -9,10 +9,12 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_smlp.checkpoints.folders import iteration_of
 from megatron_smlp.checkpoints.tensors import main_dtype
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.command_line import flag_of
@@ -68,11 +70,19 @@ def load_model(
             *tokenizer_flags(spec),
             *_precision_flags(given, dtype, stored=main_dtype(saved.specs)),
             *flags,
-            *("--load", str(checkpoint)),
+            *_load_flags(Path(checkpoint)),
         ]
     )
     with args.thawed():
         return args, _build_and_load(args), tokenizer
+
+
+def _load_flags(checkpoint: Path) -> list[str]:
+    """Megatron's flags for a run, or for one checkpoint of it."""
+    iteration = iteration_of(checkpoint)
+    if iteration is None:
+        return ["--load", str(checkpoint)]
+    return ["--load", str(checkpoint.absolute().parent), "--ckpt-step", str(iteration)]
 
 
 def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:

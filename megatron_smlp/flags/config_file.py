@@ -74,8 +74,8 @@ def _mapping(path: Path) -> dict[str, Any]:
     for key, value in content.items():
         if not all(isinstance(item, SCALARS) for item in _items(value)):
             raise UsageError(
-                f"--config {path}: '{str(key)[:60]}' is not a number, text, switch or list of them; "
-                "put a date between quotes."
+                f"--config {path}: '{str(key)[:60]}' is not a number, text, switch or list of "
+                "them; put a date between quotes."
             )
     return {str(key): value for key, value in content.items()}
 

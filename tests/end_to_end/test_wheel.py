@@ -84,7 +84,7 @@ def test_every_job_runs_from_the_wheel(command: Callable[..., str], tmp_path: Pa
     command("smlp-convert", "--load", run, "--save", exported, "--to", "hf")
     assert (exported / "model.safetensors").is_file()
     assert "iteration" in command("smlp-inspect-checkpoint", "show", run)
-    assert "perplexity" in command("smlp-evaluate", "--checkpoint", run, *data)
+    assert "perplexity" in command("smlp-evaluate", "--checkpoint", run / "iter_0000002", *data)
     assert "usage: " in command("smlp-pretrain", "--help")
     assert "documents" in command("smlp-inspect-dataset", "show", f"{pair}_text_document")
 
