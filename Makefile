@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 # A `uv` on the PATH is used as it is; otherwise pip brings one into .cache, beside the project and
 # outside every environment, so that a Python whose packages belong to the system stays untouched.
 UV := $(shell command -v uv || echo .cache/uv/bin/uv)
+# Each process would compile torch and Megatron anew, which takes longer than to import them.
+unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 .PHONY: help env lock quickstart test test-slow first-gpu test-gpu lint format bench bench-gpu clean

@@ -4,6 +4,8 @@ import os
 
 # Small sizes lose more to threads than they win; `make test` sets its own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compiling torch and Megatron anew is most of the start of each process that a test starts.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import sys
 from collections.abc import Callable, Iterator
