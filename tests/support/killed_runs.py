@@ -26,10 +26,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-import support.preloaded  # noqa: F401
+import support.preloaded  # noqa: E402, F401
 
-from megatron_smlp.program import readable_errors
-from pretrain_smlp import main
+from megatron_smlp.program import readable_errors  # noqa: E402
+from pretrain_smlp import main  # noqa: E402
 
 SHARE = 0.5  # of the time from an undisturbed run's first save to its end: the latest kill
 LONGEST = 120.0  # seconds after which a run hangs
