@@ -32,6 +32,8 @@ def launch(runs: Mapping[str, str], *, processes: int, folder: Path, **variables
         runs: name -> flags; the metrics of a run are kept in `folder`/name.
         variables: of the environment.
     """
+    if not runs:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     command_lines = [
         [*flags.split(), "--log-dir", str(folder / name), "--distributed-timeout-minutes", "2"]

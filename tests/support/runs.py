@@ -31,8 +31,7 @@ def forget_run() -> None:
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
     gc.collect()
-    if not gc.get_freeze_count():
-        gc.freeze()  # imports and no run: later collections need not look at a million objects
+    gc.freeze()  # what is left are imports: the next collection need not look at them again
 
 
 @contextlib.contextmanager
