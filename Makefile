@@ -1,4 +1,4 @@
-# make env | quickstart | test | test-slow | first-gpu | test-gpu | lint | bench | bench-gpu | lock | clean
+# make env | quickstart | check | test | test-slow | first-gpu | test-gpu | lint | bench | bench-gpu | lock | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -10,9 +10,11 @@ BIN := $(VENV)/bin
 # A `uv` on the PATH is used as it is; otherwise pip brings one into .cache, beside the project and
 # outside every environment, so that a Python whose packages belong to the system stays untouched.
 UV := $(shell command -v uv || echo .cache/uv/bin/uv)
+# Each process would compile torch and Megatron anew, which takes longer than to import them.
+unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help env lock quickstart test test-slow first-gpu test-gpu lint format bench bench-gpu clean
+.PHONY: help env lock quickstart test test-slow first-gpu test-gpu lint format check bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,11 +46,22 @@ format: env ## let ruff rewrite what it can
 quickstart: env ## corpus, tokenizer, dataset, pretraining on two processes, sample
 	CORPUS="$(CORPUS)" PYTHON_BIN=$(BIN)/python examples/quickstart.sh
 
-test: lint ## lint and the whole suite
-	$(BIN)/python -m pytest -m "not slow"
+# A file's tests stay in one worker, as they share launches; conftest.py puts the longest first.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+  --no-loadscope-reorder
 
-test-slow: env ## what takes minutes
-	$(BIN)/python -m pytest -m slow
+test: lint ## lint and every test that is not marked slow, in two workers
+	$(TEST) -m "not slow"
+
+QUICK := tests/golden $(addprefix tests/unit/,ops routers layers hf data plotting generation) \
+  $(addprefix tests/unit/test_,arguments.py config_file.py cover.py options.py structure.py \
+  the_suite.py)
+
+check: lint ## lint, and what is quick: the inner loop
+	$(TEST) -m "not slow" $(QUICK)
+
+test-slow: env ## the rest of the matrices, and what takes minutes
+	$(TEST) -m slow
 
 first-gpu: env ## on a machine with a CUDA device: try everything, and write a report of it
 	PYTHONPATH=tests:. $(BIN)/python -m support.first_gpu $(FIRST_GPU)

@@ -28,6 +28,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8.3",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.115",
         "scipy>=1.14",
         "g-mlp-pytorch>=0.1.5",

@@ -4,7 +4,10 @@ import os
 
 # Small sizes lose more to threads than they win; `make test` sets its own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compiling torch and Megatron anew is most of the start of each process that a test starts.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,11 +15,25 @@ from typing import Any
 import pytest
 from support.selection import looks_at_gpus
 
+LONGEST = ("/invariants/", "/cuda_without_a_gpu/", "/end_to_end/", "/evaluation/", "first_gpu")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """The suite holds the CPU platform; only `-m gpu` looks at a GPU that may be there."""
     if not looks_at_gpus(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first: two workers then end at the same time."""
+    items.sort(key=lambda item: not any(part in str(item.path) for part in LONGEST))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Let collections of garbage look at what tests make, not at what was imported for them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,11 @@ dispatch, backward pass, optimizer and checkpoints, and nothing of the CPU platf
 from a checkpoint that a CPU saved, saves its own after two steps, and goes on from that.
 """
 
+import itertools
 from pathlib import Path
 
 import pytest
+from support.cover import cover, selected, slow_unless_in
 from support.launches import Step, launch, steps
 from support.systems import SYSTEMS as FLAGS
 
@@ -32,6 +34,28 @@ VARIANTS = {
     "bf16": f"--bf16 {RECOMPUTE}",
     "fp16": f"--fp16 --initial-loss-scale 4096 {DISTRIBUTED} --recompute-granularity selective",
 }
+CASES = list(itertools.product(SYSTEMS, VARIANTS))
+
+
+def _facets(case: tuple[str, str]) -> dict[str, str]:
+    system, variant = case
+    flags = dict(itertools.pairwise(SYSTEMS[system].split()))
+    routers = ("--token-router", "--feature-router")
+    return {
+        "system": system,
+        "variant": variant,
+        "architecture": flags["--architecture"],
+        **{router: flags.get(router, "none") for router in routers},
+    }
+
+
+AXES = (
+    ("system",),
+    ("architecture", "variant"),
+    ("--token-router", "variant"),
+    ("--feature-router", "variant"),
+)
+FAST = cover(CASES, _facets, AXES)
 TP = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP = "--pipeline-model-parallel-size 2"
 LAYOUTS = {
@@ -74,14 +98,16 @@ def cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def device(cpu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def device(
+    cpu: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The same steps with the CPU standing in for a CUDA device, resumed in the middle."""
     folder: Path = tmp_path_factory.mktemp("device")
     runs: dict[str, str] = {}
-    for variant, words in VARIANTS.items():
-        for system, flags in SYSTEMS.items():
-            seed = cpu / f"{system}--bf16"
-            _add_resumed(runs, f"{system}_{variant}", f"{flags} {words}", seed, folder)
+    asked = selected(request, "system", "variant")
+    for system, variant in (case for case in CASES if case in asked):
+        flags, seed = f"{SYSTEMS[system]} {VARIANTS[variant]}", cpu / f"{system}--bf16"
+        _add_resumed(runs, f"{system}_{variant}", flags, seed, folder)
     for system in IN_LAYOUTS:
         _add_resumed(runs, f"{system}_fp32", SYSTEMS[system], cpu / system, folder)
     drawn = f"{SYSTEMS['smlp_partial']} --bf16 --use-cpu-initialization"
@@ -117,8 +143,7 @@ def _assert_alike(ours: list[Step], expected: list[Step], tolerances: tuple[floa
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=tolerances[1])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(("system", "variant"), slow_unless_in(FAST, CASES))
 def test_it_trains_and_resumes_as_on_a_cpu(system: str, variant: str, cpu: Path, device: Path):
     ours = _resumed(device, f"{system}_{variant}")
     _assert_alike(ours, steps(cpu / f"steps_{system}--bf16"), ROUNDED)

@@ -47,7 +47,7 @@ def check_stopped(
     return set(result["codes"])
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ["", pytest.param("--async-save", marks=pytest.mark.slow)])
 def test_a_few_kills(tmp_path: Path, how: str):
     check_stopped(tmp_path, how, stops=3, seed=11)
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import checkpoint_tensors
+from support.cover import cover, selected, slow_unless_in
 from support.launches import Step, launch, records, steps
 
 NUM_STEPS = 5
@@ -108,6 +109,30 @@ def _cases(layouts: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(a, layout) for a in ARCHITECTURES for layout in layouts if _applies(layout, a)]
 
 
+# All pairs of these that a case has are in the part of the matrix that is not slow.
+ROUTERS = (("token router", "option"), ("feature router", "option"))
+
+
+def _facets(case: tuple[str, str]) -> dict[str, str]:
+    """Where a layout splits the model and what else it does; where an architecture routes."""
+    architecture, layout = case
+    parallel, _, option = layout.partition("_")
+    flags = dict(itertools.pairwise(ARCHITECTURES[architecture].split()))
+    return {
+        "architecture": architecture,
+        "parallel": parallel,
+        "option": layout if parallel == "recompute" else option,
+        "token router": flags.get("--token-router", "none"),
+        "feature router": flags.get("--feature-router", "none"),
+    }
+
+
+def _marked(cases: list[tuple[str, str]]) -> list[Any]:
+    two = cover(_cases(TWO_PROCESSES), _facets, [("architecture", "parallel"), *ROUTERS])
+    rest = [cover(_cases(layouts), _facets, ROUTERS) for layouts in (RECOMPUTE, FOUR_PROCESSES)]
+    return slow_unless_in([*two, *itertools.chain(*rest)], cases)
+
+
 class Runs:
     """The runs of this file, by architecture and layout."""
 
@@ -136,8 +161,11 @@ class Runs:
         tensors = checkpoint_tensors(self.folder / "saved" / layout, NUM_STEPS)
         return {name: value for name, value in tensors.items() if name.endswith("router.prices")}
 
-    def all_of(self, layouts: Mapping[str, str]) -> dict[str, str]:
-        return {f"{a}/{layout}": self.resumed(a, layouts[layout]) for a, layout in _cases(layouts)}
+    def asked_for(self, request: Any, layouts: Mapping[str, str]) -> dict[str, str]:
+        """Those that the selected tests look at."""
+        asked = selected(request, "architecture", "layout")
+        cases = [case for case in _cases(layouts) if case in asked]
+        return {f"{a}/{layout}": self.resumed(a, layouts[layout]) for a, layout in cases}
 
     def steps(self, architecture: str, layout: str) -> list[Step]:
         return steps(self.folder / architecture / layout)
@@ -150,16 +178,19 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The seed checkpoints, and what one process makes of them."""
     runs = Runs(tmp_path_factory.mktemp("layouts"))
     seeds = {f"seeds/{name}": runs.seed(name) for name in ARCHITECTURES}
     plain = {f"{name}/plain": runs.resumed(name, "") for name in ARCHITECTURES}
-    plain |= runs.all_of(RECOMPUTE)
+    plain |= runs.asked_for(request, RECOMPUTE)
     fresh = {
         f"{name}/{precision}": f"{MODEL} {ARCHITECTURES[name]} --train-iters {LONG_RUN} {flags}"
         for name in ARCHITECTURES
         for precision, flags in PRECISIONS.items()
+        if precision == "bf16"
+        or name == "gmlp_1_head"
+        or (name, precision) in selected(request, "architecture", "precision")
     }
     bare = {"bare/spec": f"{MODEL} {BARE_SPEC}"}
     padded = {"padded/hash": runs.resumed("transformer_hash", f"{PADDED} {runs.folder}/padded/run")}
@@ -169,15 +200,15 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def two(one: Runs) -> Runs:
+def two(one: Runs, request: pytest.FixtureRequest) -> Runs:
     priced = {k: v for name in PRICED for k, v in one.priced(name, TWO_PROCESSES[name]).items()}
-    launch(one.all_of(TWO_PROCESSES) | priced, processes=2, folder=one.folder)
+    launch(one.asked_for(request, TWO_PROCESSES) | priced, processes=2, folder=one.folder)
     return one
 
 
 @pytest.fixture(scope="module")
-def four(one: Runs) -> Runs:
-    launch(one.all_of(FOUR_PROCESSES), processes=4, folder=one.folder)
+def four(one: Runs, request: pytest.FixtureRequest) -> Runs:
+    launch(one.asked_for(request, FOUR_PROCESSES), processes=4, folder=one.folder)
     return one
 
 
@@ -201,17 +232,17 @@ def test_the_steps_move_far_more_than_the_tolerance(one: Runs, architecture: str
     assert statistics.median(norms) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize(("architecture", "layout"), _cases(TWO_PROCESSES))
+@pytest.mark.parametrize(("architecture", "layout"), _marked(_cases(TWO_PROCESSES)))
 def test_two_processes_train_as_one(two: Runs, architecture: str, layout: str):
     _assert_same(two.steps(architecture, layout), two.steps(architecture, "plain"))
 
 
-@pytest.mark.parametrize(("architecture", "layout"), _cases(FOUR_PROCESSES))
+@pytest.mark.parametrize(("architecture", "layout"), _marked(_cases(FOUR_PROCESSES)))
 def test_four_processes_train_as_one(four: Runs, architecture: str, layout: str):
     _assert_same(four.steps(architecture, layout), four.steps(architecture, "plain"))
 
 
-@pytest.mark.parametrize(("architecture", "layout"), _cases(RECOMPUTE))
+@pytest.mark.parametrize(("architecture", "layout"), _marked(_cases(RECOMPUTE)))
 def test_recomputing_activations_changes_nothing(one: Runs, architecture: str, layout: str):
     _assert_same(one.steps(architecture, layout), one.steps(architecture, "plain"))
 
@@ -237,17 +268,17 @@ def _assert_same_routers(ours: list[dict[str, Any]], plain: list[dict[str, Any]]
             assert left[name] == pytest.approx(right[name], **allowed), name
 
 
-@pytest.mark.parametrize(("architecture", "layout"), _router_cases(TWO_PROCESSES))
+@pytest.mark.parametrize(("architecture", "layout"), _marked(_router_cases(TWO_PROCESSES)))
 def test_two_processes_count_as_one(two: Runs, architecture: str, layout: str):
     _assert_same_routers(two.routers(architecture, layout), two.routers(architecture, "plain"))
 
 
-@pytest.mark.parametrize(("architecture", "layout"), _router_cases(FOUR_PROCESSES))
+@pytest.mark.parametrize(("architecture", "layout"), _marked(_router_cases(FOUR_PROCESSES)))
 def test_four_processes_count_as_one(four: Runs, architecture: str, layout: str):
     _assert_same_routers(four.routers(architecture, layout), four.routers(architecture, "plain"))
 
 
-@pytest.mark.parametrize(("architecture", "layout"), _router_cases(RECOMPUTE))
+@pytest.mark.parametrize(("architecture", "layout"), _marked(_router_cases(RECOMPUTE)))
 def test_a_recomputed_pass_is_counted_once(one: Runs, architecture: str, layout: str):
     _assert_same_routers(one.routers(architecture, layout), one.routers(architecture, "plain"))
 
@@ -284,8 +315,16 @@ def test_every_router_counts_every_choice(one: Runs, architecture: str):
     assert len(counted) == len(layers) * (NUM_STEPS + 2)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+LEARNING = list(itertools.product(ARCHITECTURES, PRECISIONS))
+# fp32 is what all other runs of this file have; of it, a system of each kind.
+LEARNING_FAST = [
+    (name, precision)
+    for name, precision in LEARNING
+    if precision == "bf16" or name in ("gmlp_1_head", "transformer_gshard", "smlp", "amlp")
+]
+
+
+@pytest.mark.parametrize(("architecture", "precision"), slow_unless_in(LEARNING_FAST, LEARNING))
 def test_both_precisions_learn(one: Runs, architecture: str, precision: str):
     losses = [step.loss for step in one.steps(architecture, precision)]
     assert len(losses) == LONG_RUN
@@ -295,7 +334,8 @@ def test_both_precisions_learn(one: Runs, architecture: str, precision: str):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bf16_follows_fp32(one: Runs, architecture: str):
     """The same start, so the first loss differs by rounding, but does differ: it is bf16."""
-    half, single = (one.steps(architecture, name)[0].loss for name in ("bf16", "fp32"))
+    half = one.steps(architecture, "bf16")[0].loss
+    single = one.steps("seeds", architecture)[0].loss
     assert half != single
     assert half == pytest.approx(single, rel=2e-3)
 

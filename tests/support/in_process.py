@@ -27,11 +27,14 @@ def base_for(words: str, base: str = MINIMAL) -> str:
 
 def prepare_megatron() -> None:
     """Replace in Megatron and torch what pretrain_smlp.py replaces, once per process."""
+    from support.quick_megatron import quicken
+
     from megatron_smlp.megatron_patches import table
     from megatron_smlp.platform import cpu
 
     cpu.apply()
     table.apply()
+    quicken()
 
 
 def forget_router_losses() -> None:
@@ -58,6 +61,7 @@ def pretrained(words: str, *, base: str = MINIMAL) -> Iterator[None]:
 
     from pretrain_smlp import main
 
+    prepare_megatron()
     try:
         main([*base_for(words, base).split(), *words.split()])
         yield

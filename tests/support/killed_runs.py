@@ -24,20 +24,12 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from megatron_smlp.megatron_patches.late_compile import late_compile
+import support.preloaded  # noqa: E402, F401
 
-with late_compile():
-    import megatron.training  # noqa: F401
-
-    import megatron_smlp.flags.parse
-    import megatron_smlp.megatron_patches.checkpointing
-    import megatron_smlp.model
-    import megatron_smlp.training.reporting  # noqa: F401
-
-from megatron_smlp.program import readable_errors
-from pretrain_smlp import main
+from megatron_smlp.program import readable_errors  # noqa: E402
+from pretrain_smlp import main  # noqa: E402
 
 SHARE = 0.5  # of the time from an undisturbed run's first save to its end: the latest kill
 LONGEST = 120.0  # seconds after which a run hangs

@@ -6,14 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
+from support.ranks import REPOSITORY, TIME_LIMIT, forkserver, run_ranks
+from support.runs import run_all
+
 RUNS = REPOSITORY / "tests" / "support" / "runs.py"
-TIME_LIMIT = 600  # seconds; a launch that hangs must not hang the suite
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ def launch(runs: Mapping[str, str], *, processes: int, folder: Path, **variables
         runs: name -> flags; the metrics of a run are kept in `folder`/name.
         variables: of the environment.
     """
+    if not runs:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     command_lines = [
         [*flags.split(), "--log-dir", str(folder / name), "--distributed-timeout-minutes", "2"]
@@ -38,13 +41,18 @@ def launch(runs: Mapping[str, str], *, processes: int, folder: Path, **variables
     ]
     plan = folder / f"runs-{processes}.json"
     plan.write_text(json.dumps(command_lines), encoding="utf-8")
-    # One process needs no launcher, and saves its start.
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        if processes > 1
-        else []
-    )
-    run_command([sys.executable, *launcher, str(RUNS), str(plan)], **variables)
+    if "CUDA_STAND_IN" in variables:  # it is there before Megatron is imported
+        run_command([sys.executable, str(RUNS), str(plan), str(processes)], **variables)
+        return
+    launch_calls(run_all, str(plan), processes=processes, log=plan.with_suffix(".log"), **variables)
+
+
+def launch_calls(
+    work: Callable[..., None], *arguments: Any, processes: int, log: Path, **variables: str
+) -> None:
+    """Call a function of an importable module in `processes` ranks."""
+    environment = clean_environment(**variables)
+    run_ranks(forkserver(), processes, work, arguments, log=log, environment=environment)
 
 
 def run_command(command: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:

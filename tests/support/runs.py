@@ -1,12 +1,12 @@
 """Runs several pretrainings, one after the other, in one set of processes.
 
-torchrun takes some ten seconds to start, so the tests put many runs into one launch:
+launches.launch() calls `run_all` in forks of a process that has imported Megatron. Where the CPU
+stands in for a CUDA device, which it must before that import, this file is a program:
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/support/runs.py runs.json
+    CUDA_STAND_IN=1 python tests/support/runs.py runs.json PROCESSES
 
-`runs.json` is a list of command lines for pretrain_smlp.py.
-With CUDA_STAND_IN=1 in the environment they train on the CPU that stands in for a CUDA device;
-with GATHER_PROBE=1 every parameter must have been gathered where it is read.
+`runs.json` is a list of command lines for pretrain_smlp.py. With GATHER_PROBE=1 every parameter
+must have been gathered where it is read.
 """
 
 import contextlib
@@ -14,18 +14,8 @@ import gc
 import json
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-
-if os.environ.get("CUDA_STAND_IN"):
-    from support import cuda_stand_in
-
-    cuda_stand_in.install()
-
-from pretrain_smlp import main  # noqa: E402
 
 
 def forget_run() -> None:
@@ -41,6 +31,7 @@ def forget_run() -> None:
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
     gc.collect()
+    gc.freeze()  # what is left are imports: the next collection need not look at them again
 
 
 @contextlib.contextmanager
@@ -54,6 +45,8 @@ def ending_well() -> Iterator[None]:
 
 
 def run_all(path: str) -> None:
+    from pretrain_smlp import main
+
     probes = bool(os.environ.get("GATHER_PROBE"))
     if probes:
         from support import gather_probe
@@ -67,9 +60,20 @@ def run_all(path: str) -> None:
         forget_run()
 
 
+def _run_on_the_stand_in(path: str, processes: int) -> None:
+    from multiprocessing import get_context
+
+    from support import cuda_stand_in
+    from support.launches import clean_environment
+    from support.ranks import run_ranks
+
+    cuda_stand_in.install()
+    import support.preloaded  # noqa: F401
+
+    log, environment = Path(path).with_suffix(".log"), clean_environment()
+    run_ranks(get_context("fork"), processes, run_all, (path,), log=log, environment=environment)
+
+
 if __name__ == "__main__":
-    try:
-        run_all(sys.argv[1])
-    except BaseException:
-        traceback.print_exc()
-        raise
+    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+    _run_on_the_stand_in(sys.argv[1], int(sys.argv[2]))

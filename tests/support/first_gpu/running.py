@@ -37,13 +37,7 @@ class Result:
 
 def import_once() -> None:
     """Megatron's imports take longer than a case: on a CPU, processes are forked behind them."""
-    sys.path.insert(0, str(REPOSITORY))  # pretrain_smlp.py is no part of the package
-    from megatron_smlp.library_logging import quiet_libraries
-    from megatron_smlp.megatron_patches.late_compile import late_compile
-
-    with quiet_libraries(), late_compile():
-        import megatron_smlp.flags.parse
-        import megatron_smlp.model  # noqa: F401
+    import support.preloaded  # noqa: F401
 
 
 def run_case(case: Case, place: Place, before: Mapping[str, Result]) -> Result:

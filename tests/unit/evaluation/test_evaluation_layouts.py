@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from evaluation_helpers import EXAMPLES, LENGTH
 from support.evaluations import evaluate_all
 from support.in_process import pretrained
-from support.launches import run_command
+from support.launches import launch_calls
 
 SMALL = 1e-4
 SIZES = f"--seq-length {LENGTH} --num-layers 4 --lr 3e-2 --init-method-std 0.2 --train-iters 2"
@@ -59,11 +58,8 @@ def folder(tasks: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactor
             pass
         evaluate_all([command(system, "one", "")])
         torch.distributed.destroy_process_group()
-    plan = made / "plan.json"
     commands = [command(system, layout, LAYOUTS[system][layout]) for system, layout in CASES]
-    plan.write_text(json.dumps(commands), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run_command([sys.executable, *launcher, "tests/support/evaluations.py", str(plan)])
+    launch_calls(evaluate_all, commands, processes=2, log=made / "launch.log")
     return made
 
 

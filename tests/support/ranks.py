@@ -1,0 +1,121 @@
+"""Processes that train together, forked from one that has imported everything.
+
+torchrun imports torch, and each of its ranks Megatron, before the first step: ten seconds of a
+core for each rank. A rank here is told what torchrun tells it. The launchers' tests start the real
+torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+TIME_LIMIT = 600  # seconds; ranks that hang must not hang the suite
+
+
+def forkserver() -> BaseContext:
+    """Return the context whose processes are forks of one that has imported Megatron."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["support.preloaded"])
+    for folder in (REPOSITORY / "tests", REPOSITORY):  # pretrain_smlp.py is no part of the package
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    return context
+
+
+def run_ranks(
+    context: BaseContext,
+    count: int,
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+    *,
+    log: Path,
+    environment: Mapping[str, str],
+) -> None:
+    """Call `work(*arguments)` in `count` processes; where one fails, end all and raise their log.
+
+    Args:
+        log: what the ranks print.
+        environment: all of it but what torchrun sets.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        context.Process(  # type: ignore[attr-defined]
+            target=_rank,
+            args=(work, arguments, log, {**environment, **_place(rank, count, port)}),
+        )
+        for rank in range(count)
+    ]
+    log.unlink(missing_ok=True)
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + TIME_LIMIT
+    try:
+        running = list(ranks)
+        while running and not any(process.exitcode for process in ranks):
+            left = deadline - time.monotonic()
+            if not wait([process.sentinel for process in running], timeout=max(left, 0.0)):
+                raise AssertionError(f"no end after {TIME_LIMIT} seconds:\n{_tail(log)}")
+            running = [process for process in ranks if process.is_alive()]
+        for process in running:  # a neighbour failed: its message may come late, and is complete
+            process.join(5)
+    finally:
+        for process in ranks:
+            if process.is_alive():
+                _end(process.pid)
+            process.join()
+    codes = [process.exitcode for process in ranks]
+    assert codes == [0] * count, f"exit codes {codes} of {arguments}\n{_tail(log)}"
+
+
+def _place(rank: int, count: int, port: int) -> dict[str, str]:
+    if count == 1:
+        return {}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    return {name: str(value) for name, value in numbers.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _rank(
+    work: Callable[..., None], arguments: tuple[Any, ...], log: Path, environment: dict[str, str]
+) -> None:
+    os.setsid()  # a time limit ends the rank's own workers too
+    os.chdir(REPOSITORY)
+    os.environ.clear()
+    os.environ.update(environment)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.close(output)
+    try:
+        work(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # neighbours may wait for a collective: nothing here ends that well
+
+
+def _end(process: int) -> None:
+    try:
+        os.killpg(process, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group of its own yet, or has ended
+        os.kill(process, signal.SIGKILL)
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")[-20000:] if log.is_file() else ""
