@@ -33,6 +33,7 @@ from megatron_smlp.checkpoints.folders import (
 )
 from megatron_smlp.checkpoints.model_record import write_model_flags
 from megatron_smlp.checkpoints.run_record import write_run_record
+from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.durable import replace_folder, write_durably
 from megatron_smlp.errors import SaveError, UsageError
@@ -94,6 +95,10 @@ class Saving:
                     f"--save {self.args.save} cannot be made: {error.strerror}. Give a folder that "
                     "can be written to."
                 ) from error
+            try:
+                keep_tokenizer(self.args, Path(self.args.save))
+            except OSError as error:
+                self.listener.say(f"WARNING: the tokenizer is not copied: {text_of(error)}")
 
     def _raise_if_unsaved(self) -> None:
         if self.unsaved:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.checkpoints import integrity
+from megatron_smlp.checkpoints import integrity, tokenizer_copy
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
     checkpoint_of,
@@ -58,8 +58,14 @@ class TorchDistCheckpoint(TorchDistReader):
 
     @property
     def args(self) -> argparse.Namespace:
-        """All flags of the run that saved it, as far as it recorded them."""
+        """All flags of the run that saved it, as far as it recorded them.
+
+        They name the copy of the tokenizer if the original is not there.
+        """
         args: argparse.Namespace = self.common.get("args") or argparse.Namespace()
+        for name in tokenizer_copy.FLAGS:
+            if path := getattr(args, name, None):
+                setattr(args, name, tokenizer_copy.found_tokenizer(path, self.folder.parent))
         return args
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_smlp.checkpoints.folders import partial_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.tensors import Source, Spec, check_scale, tensors_of
+from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.checkpoints.torch_dist import COMMON, TorchDistCheckpoint
 from megatron_smlp.checkpoints.writer import weights_state, write_checkpoint
 from megatron_smlp.conversion import gpt2, huggingface, megatron_model, resharding, upcycling
@@ -132,6 +133,7 @@ def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
         resharding.check_layout(flags, options.layout)
         with _whole(options.save) as folder:
             resharding.copy(checkpoint, source, folder, flags, options.layout)
+            keep_tokenizer(checkpoint.args, folder)
             if options.checks:
                 tokens = _tokens(flags)
                 before = _megatron_logits(checkpoint, checkpoint.flags, tokens)

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_smlp.checkpoints.folders import iteration_folder, loading_order, release_folder
 from megatron_smlp.checkpoints.run_record import START_FLAGS, read_run_record
+from megatron_smlp.checkpoints.tokenizer_copy import FLAGS, found_tokenizer
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.exclusive import replaced_by
 
@@ -44,12 +45,19 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
         if negation in own and negation not in options:
             own.remove(negation)
         elif action and action.dest not in replaced:
-            kept += group
+            kept += _with_copy(group, Path(load)) if action.dest in FLAGS else group
     where = [] if {"save", "finetune"} & given else ["--save", load]
     where += [] if "load" in given else ["--load", load]
     if where and (log_dir := _value(options, arguments, "log_dir")) and "log_dir" not in given:
         where += ["--log-dir", log_dir]
     return [*kept, *where, *own]
+
+
+def _with_copy(group: list[str], run: Path) -> list[str]:
+    """Name the copy of a tokenizer's file if the original is not there."""
+    flag, equals, path = group[0].partition("=")
+    path = found_tokenizer(path if equals else group[1], run)
+    return [f"{flag}={path}"] if equals else [flag, path]
 
 
 def _recorded_arguments(load: str, step: int | None) -> list[str]:

@@ -1,0 +1,61 @@
+"""A run that was moved to another machine brings its tokenizer along."""
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron_smlp.checkpoints.tokenizer_copy import FOLDER, found_tokenizer, keep_tokenizer
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "merges.txt", "model.safetensors"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def kept(run: Path, **flags: str) -> list[str]:
+    run.mkdir(exist_ok=True)
+    keep_tokenizer(Namespace(**flags), run)
+    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
+
+
+def test_a_folder_is_copied_without_weights(tmp_path: Path, original: Path):
+    names = ("merges.txt", "tokenizer.json", "tokenizer_config.json")
+    assert kept(tmp_path / "run", tokenizer_model=str(original)) == [
+        f"{FOLDER}/books/{name}" for name in names
+    ]
+
+
+def test_two_files_are_copied(tmp_path: Path, original: Path):
+    files = {
+        "vocab_file": str(original / "tokenizer.json"),
+        "merge_file": str(original / "merges.txt"),
+    }
+    found = kept(tmp_path / "run", **files)
+    assert found == [f"{FOLDER}/merges.txt", f"{FOLDER}/tokenizer.json"]
+
+
+def test_a_name_of_the_hub_is_no_file(tmp_path: Path):
+    assert kept(tmp_path / "run", tokenizer_model="gpt2") == []
+
+
+def test_the_first_copy_stays(tmp_path: Path, original: Path):
+    run = tmp_path / "run"
+    kept(run, tokenizer_model=str(original))
+    (original / "tokenizer.json").write_text("another")
+    kept(run, tokenizer_model=str(original))
+    assert (run / FOLDER / "books" / "tokenizer.json").read_text() == "tokenizer.json"
+
+
+def test_the_copy_is_read_where_the_original_is_not(tmp_path: Path, original: Path):
+    run, recorded = tmp_path / "run", str(original)
+    kept(run, tokenizer_model=recorded)
+    assert found_tokenizer(recorded, run) == recorded
+    shutil.rmtree(original)
+    assert found_tokenizer(recorded, run) == str(run / FOLDER / "books")
+    assert found_tokenizer("gpt2", run) == "gpt2"
