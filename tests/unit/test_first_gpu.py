@@ -61,7 +61,7 @@ FAST = [
     name
     for name in CASES
     if name in ("train_gmlp", "train_smlp_deterministic", "one_process", "dp2")
-    or not _is_of(name, "train_,tp2,pp2,ep2,dp2")
+    or not _is_of(name, "train_,tp2,pp2,ep2,dp2,evaluate,generate,convert,exported,serve")
 ]
 
 
