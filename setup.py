@@ -23,6 +23,7 @@ EXTRAS = {
     "parquet": ["pyarrow>=18"],
     "fast-tokenizer": ["gigatoken"],
     "plots": ["matplotlib>=3.9"],
+    "study": ["matplotlib>=3.9", "pandas>=2.2", "scipy>=1.14"],
     "eval": ["lm_eval>=0.4.9,<0.5"],
     "serve": ["fastapi>=0.115", "pydantic>=2.9", "uvicorn>=0.32"],
     "dev": [
@@ -47,6 +48,7 @@ COMMANDS = ["smlp-pretrain = pretrain_smlp:run"] + [
     for name in (
         *("preprocess", "inspect_dataset", "merge_datasets", "train_tokenizer", "build_hash_table"),
         *("convert", "inspect_checkpoint", "estimate", "evaluate", "generate", "serve", "plot"),
+        "study",
     )
 ]
 

@@ -45,7 +45,7 @@ def spelling(key: str) -> str:
     return key.replace("-", "_")
 
 
-class _Loader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """Safe, and no key twice: the second would win in silence. Merges may grow for ever."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -63,7 +63,7 @@ class _Loader(yaml.SafeLoader):
 
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(_text_of(path), _Loader)
+        content = yaml.load(text_of(path), StrictLoader)
     except FileNotFoundError as error:
         raise UsageError(f"--config {path}: no such file; configs/ holds ready ones.") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -80,8 +80,8 @@ def _mapping(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _text_of(path: Path) -> str:
-    """A device has no end, and a pipe may have no writer."""
+def text_of(path: Path) -> str:
+    """Return a regular file's text: a device has no end, and a pipe may have no writer."""
     if path.exists() and not path.is_file():
         raise ValueError("it is not a regular file")
     with path.open("rb") as file:

@@ -17,6 +17,7 @@ ORDER = (
     *("ops", "hf", "routers", "layers", "architectures"),
     *("platform", "data", "checkpoints", "megatron_patches", "flags", "accounting"),
     *("training", "model", "conversion", "generation", "serving", "evaluation", "plotting"),
+    "study",
     "commands",
 )
 # Within data; the last ones are what training reads.

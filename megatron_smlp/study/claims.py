@@ -1,0 +1,109 @@
+"""Claims on runs, by which workers on one machine or on many share a study without a coordinator.
+
+A claim is a folder `claim-N` in the run's own, for `mkdir` succeeds for one process only, on shared
+file systems too. Its owner touches it as long as it lives. One that was not touched for `EXPIRY`
+seconds, or was given back, is succeeded by `claim-N+1`, and again one process only can make that;
+an owner that was merely asleep sees it there, and stops. Nothing is ever removed or renamed, so
+there is no moment between two steps that a second worker could fall into.
+
+Times are compared as the file system writes them, not by the clocks of the machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+EXPIRY = 120.0  # seconds
+BEATS = 6  # in that time
+RELEASED = "released"
+
+
+class Claim:
+    """A claim that this process holds; `lost` is set where another one has succeeded it."""
+
+    def __init__(self, path: Path, *, expiry: float) -> None:
+        self.path = path
+        self.lost = threading.Event()
+        self._ended = threading.Event()
+        self._interval = expiry / BEATS
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Claim:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            (self.path / RELEASED).touch()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._interval):
+            with contextlib.suppress(OSError):  # a file system may be away for a while
+                os.utime(self.path)
+            if _numbered(self.path.parent, _number(self.path) + 1).exists():
+                self.lost.set()
+
+
+def take(run: Path, *, expiry: float = EXPIRY) -> Claim | None:
+    """Claim the run in this folder; None: another worker has it."""
+    run.mkdir(parents=True, exist_ok=True)
+    last = _last(run)
+    if last is not None and _is_held(last, expiry=expiry):
+        return None
+    path = _numbered(run, 0 if last is None else _number(last) + 1)
+    try:
+        path.mkdir()
+    except FileExistsError:  # another worker was first
+        return None
+    owner = {"host": socket.gethostname(), "pid": os.getpid()}
+    (path / "owner.json").write_text(json.dumps(owner), encoding="utf-8")
+    return Claim(path, expiry=expiry)
+
+
+def is_held(run: Path, *, expiry: float = EXPIRY) -> bool:
+    """Return whether a living worker has claimed the run."""
+    last = _last(run)
+    return last is not None and _is_held(last, expiry=expiry)
+
+
+def _is_held(claim: Path, *, expiry: float) -> bool:
+    if (claim / RELEASED).exists():
+        return False
+    return _now(claim.parent) - claim.stat().st_mtime < expiry
+
+
+def _now(folder: Path) -> float:
+    """Return the file system's time, by touching a file of this process's own."""
+    with _probe(folder) as path:
+        path.touch()
+        return path.stat().st_mtime
+
+
+@contextlib.contextmanager
+def _probe(folder: Path) -> Iterator[Path]:
+    name = f".clock-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    path = folder / name
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _last(run: Path) -> Path | None:
+    return max(run.glob("claim-*"), key=_number, default=None)
+
+
+def _numbered(run: Path, number: int) -> Path:
+    return run / f"claim-{number}"
+
+
+def _number(claim: Path) -> int:
+    return int(claim.name.rpartition("-")[2])

@@ -1,0 +1,173 @@
+"""The command line of tools/study.py: plan, run, status and report a study."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_smlp.command_line import Parser
+from megatron_smlp.errors import UsageError, require_package
+from megatron_smlp.study import state
+from megatron_smlp.study.data import StudyData
+from megatron_smlp.study.plan import Calendar, PlannedRun, identity_of
+from megatron_smlp.study.running import Worker
+from megatron_smlp.study.state import State
+from megatron_smlp.study.study_file import read_study
+from megatron_smlp.study.systems import flops_table, read_systems
+
+RUNS = Path("runs/study")
+DATA = Path("runs/study-data")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="study.py", description="Compare systems: a study of studies/*.yaml.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in {
+        "plan": "check that the study is fair, and list its runs",
+        "run": "work on it: start as many workers, on as many machines, as you like",
+        "status": "what is done, running, failed",
+        "report": "write the tables, figures and verdicts, from the runs and the kept CSV files",
+    }.items():
+        command = commands.add_parser(name, help=text, description=f"{name}: {text}.")
+        _add_arguments(command)
+        if name == "run":
+            command.add_argument(
+                "--processes", type=int, default=1, metavar="N", help="of a run, by torchrun"
+            )
+            command.add_argument(
+                "--speed",
+                action="store_true",
+                help="only time the systems, in turns; nothing else should run on the machine",
+            )
+    return parser
+
+
+def _add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("study", type=Path, metavar="STUDY", help="file of studies/")
+    command.add_argument(
+        "--runs", type=Path, default=RUNS, metavar="FOLDER", help=f"of all runs ({RUNS})"
+    )
+    command.add_argument(
+        "--data", type=Path, default=DATA, metavar="FOLDER",
+        help=f"what examples/study_data.sh made (default: {DATA})",
+    )  # fmt: skip
+    command.add_argument(
+        "--results", type=Path, metavar="FOLDER",
+        help="CSV files and report (default: studies/results/NAME/HARDWARE)",
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; return its exit code: 1 where runs failed.
+
+    Raises:
+        UsageError: the study or its data are missing, wrong or not fair.
+    """
+    for package in ("pandas", "scipy", "matplotlib"):
+        require_package(package, purpose="a study", extra="'.[study]'")
+    args = build_parser().parse_args(argv)
+    return {"plan": _plan, "run": _run, "status": _status, "report": _report}[args.command](args)
+
+
+def read_state(args: argparse.Namespace) -> State:
+    """Read the study, what was kept of it, and with which data its runs were begun.
+
+    Raises:
+        UsageError: see `read_study` and `read_systems`; or the study changed.
+    """
+    from megatron_smlp.study.results import Results, default_folder
+
+    study = read_study(args.study)
+    systems = read_systems(study, folder=args.study.parent)
+    folder = args.runs / study.name
+    results = Results(args.results or default_folder(study.name))
+    begun = [
+        found
+        for place in (folder, results.folder)
+        if (found := state.read_json(place / state.BEGUN))
+    ]
+    if args.command == "run" or not begun:
+        is_needed = args.command == "run"
+        contents = StudyData(args.data).contents() if is_needed or args.data.exists() else {}
+        identity = identity_of(contents)
+    else:
+        identity = json.dumps(begun[0]["identity"], sort_keys=True)
+    now = state.description(study, systems, identity)
+    for before in begun:
+        state.check_unchanged(before, now, where=folder)
+    return State(
+        study=study, systems=systems, identity=identity, folder=folder, kept=results.endings()
+    )
+
+
+def _plan(args: argparse.Namespace) -> int:
+    known = read_state(args)
+    plan = known.plan()
+    calendar = Calendar.of(known.study, next(iter(known.systems.values())))
+    print(flops_table(known.systems))
+    print(f"\n{'runs of a system':32}{'runs':>8}{'iterations':>12}{'tokens':>14}{'to do':>8}")
+    to_do = {run.key for run in known.to_do(plan)}
+    runs = (*plan.runs, *plan.pending)
+    for name in known.systems:
+        own = [run for run in runs if run.system == name]
+        left = [run for run in own if run.key in to_do or run in plan.pending]
+        print(_counts(name, own, left, calendar))
+    left = [run for run in runs if run.key in to_do or run in plan.pending]
+    print(_counts("all", runs, left, calendar))
+    print("\nevaluation")
+    for name, system in known.systems.items():
+        print(f"  {name:30}{system.evaluation}")
+    return 0
+
+
+def _counts(
+    name: str, runs: Sequence[PlannedRun], left: Sequence[PlannedRun], calendar: Calendar
+) -> str:
+    iterations = sum(run.end - run.start for run in runs)
+    total = iterations * calendar.batch
+    return f"  {name:30}{len(runs):>8}{iterations:>12,}{total:>14,}{len(left):>8}"
+
+
+def _run(args: argparse.Namespace) -> int:
+    known = read_state(args)
+    state.begin(known.folder, state.description(known.study, known.systems, known.identity))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    worker = Worker(state=known, data=StudyData(args.data), processes=args.processes)
+    worker.work()
+    return 1 if worker.failures else 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    known = read_state(args)
+    plan = known.plan()
+    for run in plan.runs:
+        status = known.status(run)
+        print(f"{status:9} {run.title:60} {known.folder_of(run)}")
+        if status == state.FAILED:
+            ending = known.ending(run) or {}
+            print("\n".join(f"          {line}" for line in ending.get("last_lines", [])[-3:]))
+            print(f"          remove {known.folder_of(run) / state.ENDED} to try it again")
+    if plan.pending:
+        print(f"{len(plan.pending)} more runs are known when the learning rates are chosen")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from megatron_smlp.study.report import write_report
+    from megatron_smlp.study.results import Results, default_folder
+
+    known = read_state(args)
+    results = Results(args.results or default_folder(known.study.name))
+    results.collect(known)
+    if not len(results.runs):
+        raise UsageError(
+            f"{results.folder}: no run of study {known.study.name!r} is over: start "
+            f"`tools/study.py run {args.study}` first."
+        )
+    for path in write_report(known, results):
+        print(path)
+    return 0

@@ -1,0 +1,272 @@
+"""Which runs a study has: a plan is a function of the study, the data and the losses known so far.
+
+A seed of a system trains on one trunk at a constant learning rate. For every horizon a branch
+leaves it, in which the learning rate decays; the longest one's is the end of the trunk itself:
+
+    0 ---- trunk ----+---- trunk ----+---- trunk and decay to the longest horizon
+                     +- decay, h1    +- decay, h2
+
+Every piece is one command of pretrain_smlp.py, that goes on from the last checkpoint of its parent.
+All of them read the data in the order of the longest horizon's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_smlp import __version__
+from megatron_smlp.study.study_file import Study
+from megatron_smlp.study.systems import System
+
+NUMERICS = 1
+"""Raise it where the same flags train to other losses than before: older results do not count."""
+HASH_DIGITS = 12
+DIGITS = 3  # of a multiple of the learning rate that a trial at an edge gets
+
+Losses = Mapping[str, float]
+"""Final validation losses of finished runs, by their hash; infinite where a run diverged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One command of pretrain_smlp.py."""
+
+    system: str
+    phase: Literal["tuning", "main"]
+    factor: float
+    """The learning rate, as a multiple of that of the system's file."""
+    seed: int
+    horizon: int | None
+    """Tokens that it is a result for; None: a piece of the trunk."""
+    start: int
+    """Iterations that its parent has made."""
+    end: int
+    """Its last iteration."""
+    flags: Mapping[str, Any]
+    """All that is given to pretrain_smlp.py, without paths."""
+    parent: PlannedRun | None = None
+    identity: str = field(repr=False)
+    """Of the data and the version."""
+
+    @property
+    def key(self) -> str:
+        """The hash over flags, data, version and parent: two runs of one hash are the same."""
+        parent = self.parent.key if self.parent else None
+        content = json.dumps([dict(self.flags), self.identity, parent], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:HASH_DIGITS]
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies, below the study's folder."""
+        return Path(self.system) / f"lr{self.factor:g}" / f"{self.seed}-{self.key}"
+
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        what = "trunk" if self.horizon is None else f"{self.horizon / 1e6:g}M"
+        return f"{self.system}, lr x {self.factor:g}, seed {self.seed}, {what} ({self.phase})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The runs that are known so far."""
+
+    runs: tuple[PlannedRun, ...]
+    """Parents before children."""
+    factors: Mapping[str, float]
+    """The learning rate of each system whose tuning is done."""
+    pending: tuple[PlannedRun, ...]
+    """Stand-ins for the runs of systems whose tuning is not done: as many, and as long."""
+
+
+def identity_of(contents: Mapping[str, str]) -> str:
+    """Return what all runs of a study share beside their flags: data, versions.
+
+    Args:
+        contents: the checksum of each dataset and of the tokenizer.
+    """
+    versions = {"megatron-smlp": __version__, "megatron-core": metadata.version("megatron-core")}
+    return json.dumps([NUMERICS, versions, dict(contents)], sort_keys=True)
+
+
+def make_plan(
+    study: Study, systems: Mapping[str, System], *, identity: str, losses: Losses
+) -> Plan:
+    """Return the tuning's runs, and the others of systems whose learning rate is chosen."""
+    tuning, factors = _tuning(study, systems, identity=identity, losses=losses)
+    main = {
+        name: [
+            run
+            for seed in study.seeds_of(name)
+            for run in _pieces(
+                study, system, factor=factors.get(name, 1.0), seed=seed, identity=identity
+            )
+        ]
+        for name, system in systems.items()
+    }
+    known = [run for name in systems if name in factors for run in main[name]]
+    pending = tuple(run for name in systems if name not in factors for run in main[name])
+    return Plan(runs=(*tuning, *known), factors=factors, pending=pending)
+
+
+def _tuning(
+    study: Study, systems: Mapping[str, System], *, identity: str, losses: Losses
+) -> tuple[list[PlannedRun], dict[str, float]]:
+    """Return all trials that are known, and the chosen learning rates once they are done."""
+    tuning = study.tuning
+    if tuning is None:
+        return [], dict.fromkeys(systems, 1.0)
+    factors = {name: list(tuning.factors(name)) for name in systems}
+    for extension in range(tuning.extend_at_edge + 1):
+        runs = {
+            name: [_trial(study, systems[name], factor, identity) for factor in factors[name]]
+            for name in systems
+        }
+        known = {name: [losses.get(run.key) for run in runs[name]] for name in systems}
+        every = [run for trials in runs.values() for run in trials]
+        at_edge = [name for name in systems if _is_at_edge(factors[name], known[name])]
+        is_done = all(loss is not None for trials in known.values() for loss in trials)
+        if not is_done or not at_edge or extension == tuning.extend_at_edge:
+            break
+        for name in systems:
+            factors[name].append(next_factor(factors[name], _finite(known[name])))
+    best = {name: _best(factors[name], known[name]) for name in systems} if is_done else {}
+    return every, best
+
+
+def _finite(losses: Sequence[float | None]) -> list[float]:
+    return [math.inf if loss is None or math.isnan(loss) else loss for loss in losses]
+
+
+def _best(factors: Sequence[float], losses: Sequence[float | None]) -> float:
+    return min(zip(_finite(losses), factors, strict=True))[1]
+
+
+def _is_at_edge(factors: Sequence[float], losses: Sequence[float | None]) -> bool:
+    return _best(factors, losses) in (min(factors), max(factors))
+
+
+def next_factor(factors: Sequence[float], losses: Sequence[float]) -> float:
+    """Return where one more trial tells most: beyond the edge that is best, or beside the best.
+
+    Every system gets one where any system's best is at an edge, so that all have as many.
+    """
+    pairs = sorted(zip(factors, losses, strict=True))
+    place = min(range(len(pairs)), key=lambda index: pairs[index][1])
+    best = pairs[place][0]
+    if len(pairs) == 1:
+        return _rounded(best * math.sqrt(2))
+    if place == 0:
+        return _rounded(best * best / pairs[1][0])
+    if place == len(pairs) - 1:
+        return _rounded(best * best / pairs[-2][0])
+    near = min((pairs[place - 1], pairs[place + 1]), key=lambda pair: pair[1])[0]
+    return _rounded(math.sqrt(best * near))
+
+
+def _rounded(factor: float) -> float:
+    return float(f"{factor:.{DIGITS}g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calendar:
+    """Horizons in iterations, all of them multiples of the distance between evaluations."""
+
+    evaluation: int
+    batch: int
+    """Tokens of an iteration."""
+    decay: float
+
+    @classmethod
+    def of(cls, study: Study, system: System) -> Calendar:
+        batch = system.flags["global_batch_size"] * system.flags["seq_length"]
+        shortest = min((*study.horizons, study.tuning.horizon if study.tuning else study.longest))
+        evaluation = max(1, round(shortest / batch / study.evaluations))
+        return cls(evaluation=evaluation, batch=batch, decay=study.decay)
+
+    def end(self, horizon: int) -> int:
+        """Return the iteration at which the horizon is reached."""
+        return max(1, round(horizon / self.batch / self.evaluation)) * self.evaluation
+
+    def start(self, horizon: int) -> int:
+        """Return the iteration from which its learning rate decays."""
+        end = self.end(horizon)
+        return end - max(1, round(end * self.decay))
+
+
+def _trial(study: Study, system: System, factor: float, identity: str) -> PlannedRun:
+    assert study.tuning is not None
+    horizon = study.tuning.horizon
+    return _run(
+        study, system, factor=factor, seed=study.tuning.seed, phase="tuning",
+        identity=identity, horizon=horizon, decays_to=horizon,
+    )  # fmt: skip
+
+
+def _pieces(
+    study: Study, system: System, *, factor: float, seed: int, identity: str
+) -> Iterator[PlannedRun]:
+    """Yield the pieces of one trunk and its branches."""
+    common: dict[str, Any] = {
+        "factor": factor, "seed": seed, "phase": "main", "identity": identity,
+    }  # fmt: skip
+    trunk: PlannedRun | None = None
+    for horizon in sorted(study.horizons)[:-1]:
+        trunk = _run(study, system, **common, horizon=None, decays_to=horizon, parent=trunk)
+        yield trunk
+        yield _run(study, system, **common, horizon=horizon, decays_to=horizon, parent=trunk)
+    yield _run(
+        study, system, **common, horizon=study.longest, decays_to=study.longest, parent=trunk
+    )
+
+
+def _run(
+    study: Study,
+    system: System,
+    *,
+    factor: float,
+    seed: int,
+    phase: Literal["tuning", "main"],
+    identity: str,
+    horizon: int | None,
+    decays_to: int,
+    parent: PlannedRun | None = None,
+) -> PlannedRun:
+    """Make a run to `horizon`; None: the trunk, to where the decay to `decays_to` begins."""
+    calendar = Calendar.of(study, system)
+    last = calendar.end(study.longest)
+    end = calendar.start(decays_to) if horizon is None else calendar.end(horizon)
+    decay_end = last if horizon is None else end
+    flags = dict(system.flags) | {
+        "seed": seed,
+        # Megatron's order of the samples is that of a run of this length.
+        "train_iters": last,
+        "lr_decay_style": "WSD",
+        "lr_decay_iters": decay_end,
+        "lr_wsd_decay_iters": decay_end - calendar.start(horizon or study.longest),
+        "eval_interval": calendar.evaluation,
+        "save_interval": calendar.evaluation,
+    }
+    flags.setdefault("lr_wsd_decay_style", "minus_sqrt")
+    flags |= {name: flags[name] * factor for name in ("lr", "min_lr") if flags.get(name)}
+    flags |= _warmup(flags, shortest=calendar.end(min(study.horizons)))
+    flags.pop("lr_warmup_fraction", None)
+    if end < last:
+        flags["exit_interval"] = end
+    return PlannedRun(
+        system=system.name, phase=phase, factor=factor, seed=seed, horizon=horizon,
+        start=parent.end if parent else 0, end=end, flags=flags, parent=parent, identity=identity,
+    )  # fmt: skip
+
+
+def _warmup(flags: Mapping[str, Any], *, shortest: int) -> dict[str, int]:
+    """Return the warm-up in iterations: it is the same for every horizon."""
+    fraction = flags.get("lr_warmup_fraction")
+    return {} if fraction is None else {"lr_warmup_iters": round(fraction * shortest)}

@@ -1,0 +1,100 @@
+"""One command of pretrain_smlp.py: how it is spelt, started, watched and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_smlp.durable import write_durably
+from megatron_smlp.errors import UsageError
+
+OUTPUT = "output.log"
+FLAGS = "flags.yaml"
+POLL_SECONDS = 1.0
+PATIENCE = 60.0  # seconds, for a run that saves before it ends
+PR_SET_PDEATHSIG = 1
+
+
+def training_command(
+    folder: Path, flags: Mapping[str, Any], *, paths: Sequence[str], processes: int
+) -> list[str]:
+    """Write the flags of a run to its folder, and return the command that trains by them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    spelt = {name.replace("_", "-"): value for name, value in sorted(flags.items())}
+    write_durably(folder / FLAGS, yaml.safe_dump(spelt, sort_keys=False))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [
+        sys.executable,
+        *(torchrun if processes > 1 else []),
+        *(_script(), "--config", str(folder / FLAGS)),
+        *paths,
+    ]
+
+
+def _script() -> str:
+    spec = importlib.util.find_spec("pretrain_smlp")
+    if spec is None or spec.origin is None:
+        raise UsageError("pretrain_smlp.py is not there: run tools/study.py, or `make env` first.")
+    return spec.origin
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process where its worker is killed: two must not train one run."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def run_command(
+    command: Sequence[str], *, folder: Path, stop: threading.Event, watch: Callable[[], None]
+) -> int:
+    """Run a command, its output in the folder's log; return its exit code.
+
+    Args:
+        stop: ends the command when it is set.
+        watch: called about once a second.
+    """
+    with (folder / OUTPUT).open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            process_group=0,  # Ctrl-C is the worker's, which ends the run so that it saves
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+        with _ended_with_us(process):
+            while process.poll() is None and not stop.wait(POLL_SECONDS):
+                watch()
+        return process.returncode
+
+
+@contextlib.contextmanager
+def _ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+            process.kill()
+            process.wait()
+
+
+def last_lines(folder: Path, *, count: int = 12) -> list[str]:
+    """Return the end of what a run printed."""
+    try:
+        text = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    return text.splitlines()[-count:]

@@ -1,0 +1,282 @@
+"""Write report.md, report.json and the figures of a study from its CSV files alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_smlp.durable import write_durably
+from megatron_smlp.study.figures import Drawing, speedup
+from megatron_smlp.study.results import Results
+from megatron_smlp.study.state import State
+from megatron_smlp.study.statistics import crossings, interval
+from megatron_smlp.study.study_file import Study
+from megatron_smlp.study.systems import CONVENTIONS, System, flops_spread
+from megatron_smlp.study.tables import Tables
+from megatron_smlp.study.verdicts import (
+    SECONDS,
+    TOKENS,
+    Claim,
+    Comparison,
+    claims_of,
+    loss_field,
+    rivals,
+    time_ratio,
+)
+
+
+def write_report(known: State, results: Results) -> list[Path]:
+    """Write everything that a reader sees; return the files."""
+    study, systems = known.study, known.systems
+    tables = Tables(runs=results.runs, curves=results.curves, speed=results.speed)
+    claims = claims_of(study, systems, tables)
+    times = times_to_losses(study, systems, tables)
+    written = []
+    for name, figure in Drawing(study, systems, tables).figures(times):
+        written.append(results.folder / f"{name}.png")
+        figure.savefig(written[-1])
+    page = Page(study, systems, tables, claims, times, [path.name for path in written])
+    for file, text in (("report.md", page.text()), ("report.json", page.json())):
+        written.append(results.folder / file)
+        write_durably(written[-1], text)
+    return written
+
+
+def times_to_losses(
+    study: Study, systems: Mapping[str, System], tables: Tables
+) -> list[Comparison]:
+    """Return the subject's cost over each other system's, to the loss at which that one ends."""
+    unit = SECONDS if tables.has_speed(*systems) else TOKENS
+    return [
+        Comparison(
+            one=study.subject, other=name, what=unit, verdict="",
+            found=time_ratio(study, systems, tables, rival=name, unit=unit),
+        )
+        for name in rivals(study, systems)
+        if tables.losses(name, study.longest, "validation_loss")
+    ]  # fmt: skip
+
+
+class Page:
+    """report.md and report.json."""
+
+    def __init__(
+        self,
+        study: Study,
+        systems: Mapping[str, System],
+        tables: Tables,
+        claims: Sequence[Claim],
+        times: Sequence[Comparison],
+        figures: Sequence[str],
+    ) -> None:
+        self.study, self.systems, self.tables = study, systems, tables
+        self.claims, self.times, self.figures = claims, times, figures
+
+    def text(self) -> str:
+        """Return report.md."""
+        return "\n".join([
+            f"# Study `{self.study.name}`",
+            "",
+            f"Written by `tools/study.py report studies/{self.study.name}.yaml` from runs.csv and "
+            "curves.csv beside this file. Losses are in nats per token, of validation documents "
+            "that nobody trained on, the same tokens for every system and seed. ± is the 95 % "
+            "interval of the mean over seeds.",
+            *("", "## Claims", "", *self._claims()),
+            *("", "## Comparisons", "", *self._comparisons()),
+            *("", "## Systems", "", *self._systems()),
+            *("", "## Losses", "", *self._losses()),
+            *("", "## Time to the others' losses", "", *self._times()),
+            *("", "## Where curves cross", "", *self._crossings()),
+            *("", "## Figures", ""),
+            *(f"![{name}]({name})\n" for name in self.figures),
+            *("## What is not comparable with the paper", "", *NOT_COMPARABLE),
+            "",
+        ])  # fmt: skip
+
+    def json(self) -> str:
+        """Return report.json; numbers that JSON lacks are texts."""
+        content = {
+            "study": dataclasses.asdict(self.study),
+            "claims": [dataclasses.asdict(claim) for claim in self.claims],
+            "times": [dataclasses.asdict(each) for each in self.times],
+            "losses": {
+                name: {
+                    str(horizon): self.tables.losses(name, horizon, loss_field(system))
+                    for horizon in self.study.horizons
+                }
+                for name, system in self.systems.items()
+            },
+        }
+        return json.dumps(_finite(content), indent=1) + "\n"
+
+    def _claims(self) -> Iterator[str]:
+        yield from _table("claim", "says", "verdict", "because")
+        for claim in self.claims:
+            because = "; ".join([*_because(claim), *claim.notes])
+            yield _row(claim.name, claim.text, f"**{claim.verdict}**", because or "not planned")
+
+    def _comparisons(self) -> Iterator[str]:
+        yield from _table(
+            "claim", "of", "difference or ratio", "95 % interval", "p (Holm)", "seeds",
+            "sd", "n seeds can see", "verdict",
+        )  # fmt: skip
+        for claim in self.claims:
+            for each in claim.comparisons:
+                found = each.found
+                sign = "/" if each.is_ratio else "-"
+                yield _row(
+                    claim.name, f"{each.what}: {each.one} {sign} {each.other}",
+                    _number(found.mean), f"{_number(found.low)} to {_number(found.high)}",
+                    f"{found.p:.2g}", found.n, _number(found.sd),
+                    f"{'a factor of ' if each.is_ratio else ''}{_visible(each)}", each.verdict,
+                )  # fmt: skip
+
+    def _systems(self) -> Iterator[str]:
+        titles = [title for title, _ in CONVENTIONS.values()]
+        yield from _table(
+            "system", "parameters", "active", *(f"TFLOPs, {title}" for title in titles),
+            "lr", "tokens/s, quiet", "tokens/s, as trained", "evaluation",
+        )  # fmt: skip
+        for name, system in self.systems.items():
+            costs = system.costs
+            yield _row(
+                name, f"{costs['total_parameters']:,}", f"{costs['active_parameters']:,}",
+                *(f"{costs[key]:.5f}" for key in CONVENTIONS), self._rate(name),
+                _speed(1 / self.tables.seconds_per_token(name)), _speed(self._as_trained(name)),
+                system.evaluation,
+            )  # fmt: skip
+        spreads = [f"{flops_spread(self.systems, key):.1%}" for key in CONVENTIONS]
+        yield (
+            f"\nTFLOPs are forward, of 1024 tokens; the systems differ by {spreads[0]} and "
+            f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is no result."
+        )
+
+    def _rate(self, name: str) -> str:
+        own = self.tables.converged[self.tables.converged["system"] == name]["lr"]
+        return f"{own.iloc[0]:.2g}" if len(own) else "n/a"
+
+    def _as_trained(self, name: str) -> float:
+        runs = self.tables.converged
+        return float(runs[runs["system"] == name]["tokens_per_second"].astype(float).median())
+
+    def _losses(self) -> Iterator[str]:
+        horizons = sorted(self.study.horizons)
+        heads = [f"{horizon / 1e6:g}M tokens" for horizon in horizons]
+        yield from _table("system", *heads, "seeds", "sd of seeds", "sd of evaluations")
+        for name, system in self.systems.items():
+            field = loss_field(system)
+            cells = [self.tables.losses(name, horizon, field) for horizon in horizons]
+            last = [loss for loss in cells[-1].values() if math.isfinite(loss)]
+            spread = float(np.std(last, ddof=1)) if len(last) > 1 else math.nan
+            label = f"{name} (behind the prefix)" if system.predicts_suffix else name
+            yield _row(
+                label, *(_mean(list(cell.values())) for cell in cells), len(cells[-1]),
+                _number(spread), _number(self.tables.last_noise(name)),
+            )  # fmt: skip
+
+    def _times(self) -> Iterator[str]:
+        unit = self.times[0].what if self.times else TOKENS
+        what = "less time" if unit == SECONDS else "fewer tokens (no quiet timing yet)"
+        yield (
+            f"How many times {what} {self.study.subject} needs to the loss at which each other "
+            "system ends, seed by seed, by linear interpolation between converged points.\n"
+        )
+        yield from _table("to the loss of", "times less", "95 % interval", "seeds")
+        for each in self.times:
+            mean, low, high = speedup(each)
+            shown = "not reached" if mean == 0 else _number(mean)
+            yield _row(each.other, shown, f"{_number(low)} to {_number(high)}", each.found.n)
+
+    def _crossings(self) -> Iterator[str]:
+        yield "Crossings of the mean curves over the horizons; outside of them nothing is known.\n"
+        yield from _table("with", "at tokens")
+        for name in rivals(self.study, self.systems):
+            yield _row(name, self._crossing(name))
+
+    def _crossing(self, name: str) -> str:
+        field = loss_field(self.systems[name], self.systems[self.study.subject])
+        horizons = sorted(self.study.horizons)
+        means = [
+            [_plain_mean(self.tables.losses(each, horizon, field)) for horizon in horizons]
+            for each in (self.study.subject, name)
+        ]
+        found = crossings(means[0], means[1], horizons)
+        if found:
+            return ", ".join(f"{tokens / 1e6:.3g}M" for tokens in found)
+        below = means[0][-1] < means[1][-1]
+        is_known = all(math.isfinite(side[-1]) for side in means)
+        where = "below" if below else "above"
+        return f"none: {self.study.subject} is {where} at the end" if is_known else "unknown"
+
+
+NOT_COMPARABLE = (
+    "* The models, the data and the vocabulary are smaller by orders of magnitude, and so is the "
+    "length of the training.",
+    "* The learning rate is constant and then decays (WSD), so that every horizon is converged; "
+    "the paper's schedule is another.",
+    "* The learning rate of every system is tuned, with as many trials; nothing else is.",
+    "* Speed is of this machine; the paper's is of many GPUs with communication between them.",
+)
+
+
+def _because(claim: Claim) -> list[str]:
+    words = []
+    for verdict in ("confirmed", "refuted", "undecided"):
+        others = [each.other for each in claim.comparisons if each.verdict == verdict]
+        words += [f"{verdict} against {', '.join(others)}"] if others else []
+    return words
+
+
+def _visible(each: Comparison) -> str:
+    value = each.found.visible
+    return _number(math.exp(value) if each.is_ratio and math.isfinite(value) else value)
+
+
+def _mean(losses: Sequence[float]) -> str:
+    if not losses:
+        return "missing"
+    if not all(math.isfinite(loss) for loss in losses):
+        return f"diverged ({sum(not math.isfinite(loss) for loss in losses)} of {len(losses)})"
+    mean = float(np.mean(losses))
+    if len(losses) == 1:
+        return f"{mean:.3f}"
+    low, high = interval(losses)
+    return f"{mean:.3f} ± {(high - low) / 2:.3f}"
+
+
+def _plain_mean(losses: Mapping[int, float]) -> float:
+    return float(np.mean(list(losses.values()))) if losses else math.nan
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "n/a"
+    return f"{value:.3g}" if math.isfinite(value) else ("∞" if value > 0 else "-∞")
+
+
+def _speed(value: float) -> str:
+    return f"{value:,.0f}" if math.isfinite(value) else "n/a"
+
+
+def _table(*heads: str) -> Iterator[str]:
+    yield _row(*heads)
+    yield _row(*("---" for _ in heads))
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: a number that is not finite is written as text."""
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

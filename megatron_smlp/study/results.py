@@ -1,0 +1,176 @@
+"""The results of a study that are kept in git: CSV files, a line a run and a line a logged step."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas
+
+from megatron_smlp.durable import write_durably
+from megatron_smlp.errors import UsageError
+from megatron_smlp.study import state
+from megatron_smlp.study.metrics import read_records
+from megatron_smlp.study.plan import PlannedRun
+
+ROOT = Path("studies/results")
+RUN_COLUMNS = (
+    *("key", "parent", "system", "phase", "factor", "lr", "seed", "horizon", "start", "end"),
+    *("tokens", "status", "loss", "validation_loss", "validation_suffix_loss", "reason"),
+    *("attempts", "logged_seconds", "tokens_per_second", "flags"),
+)
+LOSSES = ("validation_loss", "validation_suffix_loss")
+CURVE_COLUMNS = (
+    *("key", "iteration", "tokens", "flops", "square_flops", "learning_rate", "loss"),
+    *(*LOSSES, "validation_prices_loss", "validation_greedy_loss"),
+    *("load_min", "load_max", "entropy", "drop_rate"),
+)
+SPEED_COLUMNS = ("system", "round", "seconds_per_iteration", "tokens_per_second", "tflops")
+RENAMED = {
+    "consumed_tokens": "tokens",
+    "consumed_flops": "flops",
+    "consumed_square_flops": "square_flops",
+}
+SIGNIFICANT = "%.7g"
+
+
+class Results:
+    """runs.csv, curves.csv and speed.csv of one folder, and study.json: what they are of."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def runs(self) -> pandas.DataFrame:
+        """A line a run that is over."""
+        return self._read("runs.csv", RUN_COLUMNS)
+
+    @cached_property
+    def curves(self) -> pandas.DataFrame:
+        """A line a logged step or evaluation of such a run."""
+        return self._read("curves.csv", CURVE_COLUMNS)
+
+    @cached_property
+    def speed(self) -> pandas.DataFrame:
+        """A line a system and round of the quiet timing."""
+        return self._read("speed.csv", SPEED_COLUMNS)
+
+    def _read(self, name: str, columns: tuple[str, ...]) -> pandas.DataFrame:
+        path = self.folder / name
+        if not path.exists():
+            return pandas.DataFrame(columns=list(columns))
+        try:
+            table = pandas.read_csv(path, dtype={"key": str, "parent": str})
+        except ValueError as error:
+            raise UsageError(f"{path} cannot be read: {error}: restore it from git.") from error
+        if lacking := sorted(set(columns) - set(table.columns)):
+            raise UsageError(f"{path} has no column {lacking[0]!r}: restore the file from git.")
+        return table
+
+    def endings(self) -> dict[str, dict[str, Any]]:
+        """Return how each run in runs.csv ended, by its hash; what failed may be tried again."""
+        lines = self.runs[self.runs["status"] != state.FAILED]
+        return {
+            line.key: {
+                "status": line.status,
+                "loss": None if pandas.isna(line.loss) else float(line.loss),
+            }
+            for line in lines.itertuples()
+        }
+
+    def collect(self, known: state.State) -> None:
+        """Add what the folders of the runs have and these files lack, and write them."""
+        kept = set(self.endings())
+        endings = {run.key: (run, known.ending(run)) for run in known.plan().runs}
+        new = {
+            key: (run, ending)
+            for key, (run, ending) in endings.items()
+            if ending is not None and key not in kept
+        }
+        if not new:
+            return
+        runs = [_run_line(known, run, ending) for run, ending in new.values()]
+        curves = [line for run, _ in new.values() for line in _curve_lines(known, run)]
+        self.runs = _joined(self.runs, runs, RUN_COLUMNS)
+        self.curves = _joined(self.curves, curves, CURVE_COLUMNS)
+        self.write(known)
+
+    def write(self, known: state.State) -> None:
+        """Write the files, in an order in which git shows what is new."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        runs = self.runs.sort_values(["phase", "system", "factor", "seed", "end", "key"])
+        curves = self.curves.sort_values(["key", "iteration"], kind="stable")
+        for name, table in (("runs.csv", runs), ("curves.csv", curves)):
+            text = table.to_csv(index=False, float_format=SIGNIFICANT)
+            write_durably(self.folder / name, text)
+        begun = state.description(known.study, known.systems, known.identity)
+        write_durably(self.folder / state.BEGUN, json.dumps(begun, indent=1) + "\n")
+
+
+def _joined(
+    table: pandas.DataFrame, lines: list[dict[str, Any]], columns: tuple[str, ...]
+) -> pandas.DataFrame:
+    """Put new lines behind those of other runs."""
+    new = pandas.DataFrame(lines, columns=list(columns))
+    others = table[~table["key"].isin(new["key"])]
+    return pandas.concat([others, new], ignore_index=True) if len(others) else new
+
+
+def _run_line(known: state.State, run: PlannedRun, ending: dict[str, Any]) -> dict[str, Any]:
+    records = read_records(known.folder_of(run))
+    steps = pandas.Series([r["tokens_per_second"] for r in records if "tokens_per_second" in r])
+    batch = run.flags["global_batch_size"] * run.flags["seq_length"]
+    final = [r for r in records if r["iteration"] == run.end and "validation_loss" in r]
+    return {
+        "key": run.key,
+        "parent": run.parent.key if run.parent else None,
+        **{name: getattr(run, name) for name in ("system", "phase", "factor", "seed")},
+        "lr": run.flags["lr"],
+        **{name: getattr(run, name) for name in ("horizon", "start", "end")},
+        "tokens": run.end * batch,
+        "status": ending["status"],
+        "loss": ending.get("loss"),
+        **({name: final[-1].get(name) for name in LOSSES} if final else {}),
+        "reason": ending.get("reason"),
+        "attempts": ending.get("attempts"),
+        "logged_seconds": max((float(r.get("wall_seconds", 0)) for r in records), default=None),
+        "tokens_per_second": steps.median() if len(steps) else None,
+        "flags": json.dumps(dict(run.flags), sort_keys=True),
+    }
+
+
+def _curve_lines(known: state.State, run: PlannedRun) -> Iterator[dict[str, Any]]:
+    for record in read_records(known.folder_of(run)):
+        if "loss" not in record and "validation_loss" not in record:
+            continue
+        line = {RENAMED.get(name, name): value for name, value in record.items()}
+        routers = record.get("validation_routers") or record.get("routers") or []
+        loads = [share * len(one["load_share"]) for one in routers for share in one["load_share"]]
+        line |= {"load_min": min(loads), "load_max": max(loads)} if loads else {}
+        for name, worst in (("entropy", min), ("drop_rate", max)):
+            values = [float(one[name]) for one in routers if one.get(name) is not None]
+            line |= {name: worst(values)} if values else {}
+        yield {"key": run.key, **{name: line.get(name) for name in CURVE_COLUMNS[1:]}}
+
+
+def default_folder(name: str) -> Path:
+    """Return studies/results/NAME/HARDWARE."""
+    return ROOT / name / hardware()
+
+
+def hardware() -> str:
+    """Return a name of this machine's processor for a folder."""
+    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    title = found[1] if found else platform.processor() or platform.machine()
+    words = re.sub(r"\(.*?\)|@.*|\b(cpu|processor)\b|\d+-core", " ", title.lower())
+    return "-".join(re.findall(r"[a-z0-9]+", words)) or "unknown"
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8") if path.exists() else ""

@@ -1,0 +1,164 @@
+"""A worker: takes one run after another until nothing of the study is left for it to do."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_smlp.checkpoints.folders import latest_iteration
+from megatron_smlp.errors import NonFiniteLossError
+from megatron_smlp.progress import Progress
+from megatron_smlp.study import claims
+from megatron_smlp.study.claims import Claim
+from megatron_smlp.study.data import StudyData
+from megatron_smlp.study.metrics import last_step, validation_at
+from megatron_smlp.study.plan import Plan, PlannedRun
+from megatron_smlp.study.process import last_lines, run_command, training_command
+from megatron_smlp.study.state import CHECKPOINTS, DIVERGED, DONE, FAILED, State
+
+ATTEMPTS = 2
+WAIT_SECONDS = 2.0
+
+
+@dataclass(kw_only=True)
+class Worker:
+    """One of any number of workers of a study, on any number of machines."""
+
+    state: State
+    data: StudyData
+    processes: int = 1
+    """Of one run, by torchrun."""
+    failures: list[PlannedRun] = field(default_factory=list)
+
+    def work(self) -> None:
+        """Work until every run is over, or waits for one that failed."""
+        first = self.state.plan()
+        total = _iterations((*first.runs, *first.pending))
+        with Progress(total) as progress:
+            while True:
+                plan = self.state.plan()
+                to_do = self.state.to_do(plan)
+                if not self._took_one(to_do, plan, progress):
+                    if not any(self.state.is_held(run) for run in to_do):
+                        return
+                    over, counts = self._counts(plan)
+                    progress.show(over, f"{counts}; waiting for the other workers")
+                    time.sleep(WAIT_SECONDS)
+
+    def _took_one(self, to_do: list[PlannedRun], plan: Plan, progress: Progress) -> bool:
+        """Make the first run that is free and whose parent is there; False: there is none."""
+        for run in to_do:
+            if run.parent is not None and self.state.is_lost(run.parent):
+                if self._follows(run, run.parent):
+                    return True
+            elif run.parent is None or self.state.has_checkpoint(run.parent):
+                claim = claims.take(self.state.folder_of(run), expiry=self.state.expiry)
+                if claim is not None:
+                    with claim:
+                        self._make(run, claim, plan, progress)
+                    return True
+        return False
+
+    def _follows(self, run: PlannedRun, parent: PlannedRun) -> bool:
+        """Let a run that would go on from one that diverged end as that; False: it failed."""
+        if self.state.status(parent) != DIVERGED:
+            return False
+        self.state.folder_of(run).mkdir(parents=True, exist_ok=True)
+        self.state.end(run, status=DIVERGED, loss="inf", reason=f"{parent.title} diverged")
+        return True
+
+    def _make(self, run: PlannedRun, claim: Claim, plan: Plan, progress: Progress) -> None:
+        if self.state.has_checkpoint(run):  # another worker was faster
+            return
+        folder = self.state.folder_of(run)
+        began = time.monotonic()
+        over, counts = self._counts(plan)
+
+        def watch() -> None:
+            done, where = _reached(run, folder)
+            progress.show(over + done, f"{counts}; {where}")
+
+        attempts = 0
+        while attempts < ATTEMPTS:
+            attempts += 1
+            command = training_command(
+                folder, run.flags, paths=self._paths(run), processes=self.processes
+            )
+            code = run_command(command, folder=folder, stop=claim.lost, watch=watch)
+            if claim.lost.is_set():
+                return
+            if code == 0 or code == NonFiniteLossError.exit_code:
+                break
+        self._end(run, code=code, attempts=attempts, worker_seconds=time.monotonic() - began)
+
+    def _paths(self, run: PlannedRun) -> list[str]:
+        folder = self.state.folder_of(run)
+        own = folder / CHECKPOINTS
+        words = [*self.data.flags, "--save", str(own), "--log-dir", str(folder), "--keep-last", "1"]
+        if run.parent is not None and latest_iteration(own) is None:
+            words += ["--load", str(self.state.folder_of(run.parent) / CHECKPOINTS)]
+        return words
+
+    def _end(self, run: PlannedRun, *, code: int, attempts: int, worker_seconds: float) -> None:
+        folder = self.state.folder_of(run)
+        facts = {"code": code, "attempts": attempts, "worker_seconds": round(worker_seconds, 1)}
+        final = validation_at(folder, run.end)
+        if code == NonFiniteLossError.exit_code:
+            self.state.end(
+                run, status=DIVERGED, loss="inf", reason="a loss was not finite", **facts
+            )
+        elif code or not self._is_whole(run):
+            self.failures.append(run)
+            lines = last_lines(folder)
+            self.state.end(run, status=FAILED, last_lines=lines, **facts)
+            report = "\n".join(f"  {line}" for line in lines)
+            print(f"failed ({code}): {run.title}, {folder}:\n{report}", file=sys.stderr, flush=True)
+        else:
+            suffix = self.state.systems[run.system].predicts_suffix
+            name = "validation_suffix_loss" if suffix else "validation_loss"
+            loss = final[name] if final and run.horizon else None
+            self.state.end(run, status=DONE, loss=loss, **facts)
+            self._remove_checkpoints(run)
+
+    def _is_whole(self, run: PlannedRun) -> bool:
+        """Return whether a run that ended well came to its end, and has what it was made for."""
+        folder = self.state.folder_of(run)
+        reached = latest_iteration(folder / CHECKPOINTS) or 0
+        is_evaluated = run.horizon is None or validation_at(folder, run.end) is not None
+        return reached >= run.end and is_evaluated
+
+    def _remove_checkpoints(self, run: PlannedRun) -> None:
+        """Keep those of the longest horizon, and of trunks that others have to go on from."""
+        if run.horizon and (run.phase == "tuning" or run.horizon < self.state.study.longest):
+            shutil.rmtree(self.state.folder_of(run) / CHECKPOINTS, ignore_errors=True)
+        if run.parent is None:
+            return
+        plan = self.state.plan()
+        children = [one for one in plan.runs if one.parent and one.parent.key == run.parent.key]
+        if all(self.state.ending(one) for one in children):
+            shutil.rmtree(self.state.folder_of(run.parent) / CHECKPOINTS, ignore_errors=True)
+
+    def _counts(self, plan: Plan) -> tuple[int, str]:
+        """Return iterations that are over, and the runs in each state, in words."""
+        statuses = [self.state.status(run) for run in plan.runs]
+        pairs = zip(plan.runs, statuses, strict=True)
+        over = _iterations(run for run, status in pairs if status in (DONE, DIVERGED, FAILED))
+        words = f"{statuses.count(DONE)} of {len(plan.runs) + len(plan.pending)} runs done"
+        for name in (DIVERGED, FAILED):
+            words += f", {statuses.count(name)} {name}" if statuses.count(name) else ""
+        return over, words
+
+
+def _iterations(runs: Iterable[PlannedRun]) -> int:
+    return sum(run.end - run.start for run in runs)
+
+
+def _reached(run: PlannedRun, folder: Path) -> tuple[int, str]:
+    """Return iterations that a run has made since its start, and where it is, in words."""
+    iteration, loss = last_step(folder)
+    where = f"iteration {iteration} of {run.end}, loss {loss:.3f}" if iteration else "starting"
+    return max(0, iteration - run.start), f"{run.title}: {where}"

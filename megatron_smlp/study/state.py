@@ -1,0 +1,171 @@
+"""What is known of a study: in the folders of its runs, and in the CSV files that are kept in git.
+
+runs/study/<name>/study.json says with which study file and data the runs were begun. A run's own
+folder has flags.yaml, metrics.jsonl, output.log, checkpoints/, and ended.json once it is over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.checkpoints.folders import latest_iteration
+from megatron_smlp.durable import write_durably
+from megatron_smlp.errors import UsageError
+from megatron_smlp.study import claims
+from megatron_smlp.study.plan import Plan, PlannedRun, make_plan
+from megatron_smlp.study.study_file import Study
+from megatron_smlp.study.systems import System
+
+CHECKPOINTS = "checkpoints"
+ENDED = "ended.json"
+BEGUN = "study.json"
+DONE, DIVERGED, FAILED = "done", "diverged", "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """A study, the folder of its runs, and the losses of runs that are only in the results."""
+
+    study: Study
+    systems: Mapping[str, System]
+    identity: str
+    folder: Path
+    kept: Mapping[str, dict[str, Any]]
+    """How each run in the results ended, by its hash."""
+    expiry: float = claims.EXPIRY
+
+    def plan(self) -> Plan:
+        """Return the runs that are known by now."""
+        endings = {**self.kept, **_endings(self.folder)}
+        losses = {
+            key: float(ending["loss"])
+            for key, ending in endings.items()
+            if ending["status"] in (DONE, DIVERGED) and ending.get("loss") is not None
+        }
+        return make_plan(self.study, self.systems, identity=self.identity, losses=losses)
+
+    def folder_of(self, run: PlannedRun) -> Path:
+        return self.folder / run.folder
+
+    def ending(self, run: PlannedRun) -> dict[str, Any] | None:
+        """Return how a run ended, here or in the results; None: it did not."""
+        return self._ending_here(run) or self.kept.get(run.key)
+
+    def _ending_here(self, run: PlannedRun) -> dict[str, Any] | None:
+        return read_json(self.folder_of(run) / ENDED)
+
+    def status(self, run: PlannedRun) -> str:
+        """Return done, diverged, failed, running, or waiting."""
+        ending = self.ending(run)
+        if ending is not None:
+            return str(ending["status"])
+        return "running" if self.is_held(run) else "waiting"
+
+    def is_held(self, run: PlannedRun) -> bool:
+        """Return whether a living worker has a run."""
+        folder = self.folder_of(run)
+        return folder.exists() and claims.is_held(folder, expiry=self.expiry)
+
+    def to_do(self, plan: Plan) -> list[PlannedRun]:
+        """Return what is not over, and parents whose checkpoint it needs and that lie elsewhere."""
+        needed: dict[str, PlannedRun] = {}
+        for run in plan.runs:
+            if self.ending(run) is None:
+                for one in reversed(self._lacking(run)):
+                    needed.setdefault(one.key, one)
+        return list(needed.values())
+
+    def _lacking(self, run: PlannedRun) -> list[PlannedRun]:
+        """Return a run and the parents that are to be made first, the nearest first."""
+        chain = [run]
+        parent = run.parent
+        while parent is not None and not self.has_checkpoint(parent) and not self.is_lost(parent):
+            chain.append(parent)
+            parent = parent.parent
+        return chain
+
+    def is_lost(self, run: PlannedRun) -> bool:
+        """Return whether a run ended so that no other can go on from it."""
+        ending = self.ending(run)
+        return ending is not None and ending["status"] != DONE
+
+    def has_checkpoint(self, run: PlannedRun) -> bool:
+        """Return whether a run is done, and what others go on from is there."""
+        is_done = (self._ending_here(run) or {}).get("status") == DONE
+        return is_done and latest_iteration(self.folder_of(run) / CHECKPOINTS) is not None
+
+    def end(self, run: PlannedRun, **ending: Any) -> None:
+        """Write how a run ended."""
+        content = {"key": run.key, "title": run.title, **ending}
+        write_durably(self.folder_of(run) / ENDED, json.dumps(content, indent=2) + "\n")
+
+
+def _endings(folder: Path) -> dict[str, dict[str, Any]]:
+    found = (read_json(path) for path in folder.glob(f"*/*/*/{ENDED}"))
+    return {ending["key"]: ending for ending in found if ending}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object; None: there is no such file."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return content
+
+
+def description(study: Study, systems: Mapping[str, System], identity: str) -> dict[str, Any]:
+    """Return all that a study is, as plain JSON."""
+    content = {
+        "study": dataclasses.asdict(study),
+        "flags": {name: dict(system.flags) for name, system in systems.items()},
+        "identity": json.loads(identity),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return plain
+
+
+def begin(folder: Path, now: dict[str, Any]) -> None:
+    """Write down what the study is, or check that it still is what it was begun as.
+
+    Raises:
+        UsageError: with the difference.
+    """
+    before = read_json(folder / BEGUN)
+    if before is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / BEGUN, json.dumps(now, indent=1) + "\n")
+        return
+    check_unchanged(before, now, where=folder)
+
+
+def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path) -> None:
+    """Check that a study is the one whose runs or results lie in a folder.
+
+    Raises:
+        UsageError: with the difference.
+    """
+    changes = differences(before, now)
+    if changes:
+        lines = "\n".join(f"  {change}" for change in changes)
+        raise UsageError(
+            f"the study changed since the runs in {where} were begun: change it back, or give the "
+            f"new one another `name`.\n{lines}"
+        )
+
+
+def differences(before: Any, now: Any, *, path: Sequence[str] = ()) -> list[str]:
+    """Return `where: before -> now` of everything in which two JSON values differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [*before, *(name for name in now if name not in before)]
+        return [
+            line
+            for name in names
+            for line in differences(before.get(name), now.get(name), path=(*path, name))
+        ]
+    return [] if before == now else [f"{'.'.join(path)}: {before} -> {now}"]

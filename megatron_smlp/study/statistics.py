@@ -1,0 +1,176 @@
+"""Statistics of a study: differences paired by seed, their intervals, and what n seeds can see.
+
+With d_s the difference of two systems at seed s, n seeds, m and sd their mean and deviation:
+
+    n < 5     interval m +- t(1 - alpha/2, n - 1) sd / sqrt(n), Student's
+    n >= 5    scipy's BCa bootstrap of m
+    p         Student's paired test, two-sided; Holm's steps over the comparisons of a claim
+    visible   (t(1 - alpha/2, n - 1) + t(power, n - 1)) sd / sqrt(n), the smallest true difference
+              that n seeds with this sd would find with this power
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+ALPHA = 0.05
+POWER = 0.8
+LEAST_FOR_BOOTSTRAP = 5
+RESAMPLES = 9999
+CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One system minus another, over the seeds that both have."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    """Of no difference; 1 where there are too few seeds."""
+    n: int
+    sd: float
+    visible: float
+    """The smallest difference that as many seeds can see; infinite for one seed."""
+
+
+def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
+    """Return `one` minus `other`, a value a seed; an infinite one leaves nothing to decide."""
+    seeds = sorted(set(one) & set(other))
+    values = np.array([one[seed] - other[seed] for seed in seeds], dtype=np.float64)
+    n = len(values)
+    if n == 0 or not np.isfinite(values).all():
+        mean = math.nan if n == 0 else float(np.mean(values))
+        return _unknown(mean, n)
+    mean = float(np.mean(values))
+    if n == 1:
+        return _unknown(mean, n)
+    sd = float(np.std(values, ddof=1))
+    low, high = interval(values)
+    return Difference(
+        mean=mean, low=low, high=high, p=_p(values, sd), n=n, sd=sd, visible=visible(sd, n)
+    )
+
+
+def _unknown(mean: float, n: int) -> Difference:
+    return Difference(
+        mean=mean, low=-math.inf, high=math.inf, p=1.0, n=n, sd=math.nan, visible=math.inf
+    )
+
+
+def _p(values: np.ndarray, sd: float) -> float:
+    if sd == 0:
+        return 0.0 if values[0] else 1.0
+    return float(stats.ttest_1samp(values, 0.0).pvalue)
+
+
+def interval(values: Sequence[float] | np.ndarray, *, alpha: float = ALPHA) -> tuple[float, float]:
+    """Return the interval of the mean of two or more values."""
+    array = np.asarray(values, dtype=np.float64)
+    if np.ptp(array) == 0:
+        return float(array[0]), float(array[0])
+    if len(array) < LEAST_FOR_BOOTSTRAP:
+        half = stats.t.ppf(1 - alpha / 2, len(array) - 1) * stats.sem(array)
+        return float(array.mean() - half), float(array.mean() + half)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a sample that the bootstrap finds degenerate
+        found = stats.bootstrap(
+            (array,), np.mean, confidence_level=1 - alpha, n_resamples=RESAMPLES,
+            method="BCa", rng=np.random.default_rng(0),
+        ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
+
+
+def visible(sd: float, n: int, *, alpha: float = ALPHA, power: float = POWER) -> float:
+    """Return the smallest difference that n seeds with this deviation find with this power."""
+    if n < 2:
+        return math.inf
+    quantiles = stats.t.ppf([1 - alpha / 2, power], n - 1)
+    return float(quantiles.sum() * sd / math.sqrt(n))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values that hold for all comparisons together, in the order of the given ones."""
+    order = np.argsort(p_values)
+    factors = len(p_values) - np.arange(len(p_values))
+    adjusted = np.maximum.accumulate(np.minimum(1.0, np.asarray(p_values)[order] * factors))
+    result = np.empty(len(p_values))
+    result[order] = adjusted
+    return [float(p) for p in result]
+
+
+def with_holm[K](differences: Mapping[K, Difference]) -> dict[K, Difference]:
+    """Return the comparisons of one claim with p-values that hold for all of them together."""
+    adjusted = holm([difference.p for difference in differences.values()])
+    pairs = zip(differences.items(), adjusted, strict=True)
+    return {name: replace(difference, p=p) for (name, difference), p in pairs}
+
+
+def verdict(difference: Difference, *, null: float = 0.0, alpha: float = ALPHA) -> str:
+    """Return what a claim of less than `null` ends as; the p-value is Holm's already."""
+    if difference.p >= alpha or difference.low <= null <= difference.high:
+        return UNDECIDED
+    return CONFIRMED if difference.high < null else REFUTED
+
+
+def verdict_of_all(verdicts: Sequence[str]) -> str:
+    """Return the verdict on a claim of several comparisons: each must hold, and one can refute."""
+    if REFUTED in verdicts:
+        return REFUTED
+    return CONFIRMED if verdicts and set(verdicts) == {CONFIRMED} else UNDECIDED
+
+
+def cost_to_reach(costs: Sequence[float], losses: Sequence[float], target: float) -> float:
+    """Return at which cost a curve first reaches the target, by linear interpolation.
+
+    Args:
+        costs: ascending; what a point cost, as tokens or seconds.
+        losses: of converged points, one a cost.
+
+    Returns:
+        the first cost where the first point is at the target already; infinite where none is.
+    """
+    for place, loss in enumerate(losses):
+        if loss <= target:
+            if place == 0 or loss == target:
+                return float(costs[place])
+            share = (losses[place - 1] - target) / (losses[place - 1] - loss)
+            return float(costs[place - 1] + share * (costs[place] - costs[place - 1]))
+    return math.inf
+
+
+def ratio(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
+    """Return the geometric mean of `one` / `other` by seed, with its interval.
+
+    `sd` and `visible` are of the logarithms. A seed that is infinite leaves the interval open.
+    """
+    logs = [{seed: _log(value) for seed, value in side.items()} for side in (one, other)]
+    found = paired(logs[0], logs[1])
+    mean, low, high = (_exp(value) for value in (found.mean, found.low, found.high))
+    return replace(found, mean=mean, low=low, high=high)
+
+
+def _log(value: float) -> float:
+    return math.log(value) if math.isfinite(value) else value
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if math.isfinite(value) else max(0.0, value)
+
+
+def crossings(one: Sequence[float], other: Sequence[float], costs: Sequence[float]) -> list[float]:
+    """Return the costs at which two curves over the same costs cross, by linear interpolation."""
+    gaps = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
+    found = []
+    for place in range(len(gaps) - 1):
+        if gaps[place] * gaps[place + 1] < 0:
+            share = gaps[place] / (gaps[place] - gaps[place + 1])
+            found.append(float(costs[place] + share * (costs[place + 1] - costs[place])))
+    return found

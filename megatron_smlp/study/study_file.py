@@ -1,0 +1,265 @@
+"""Read a study file, studies/*.yaml: what is compared, at which lengths, with which seeds."""
+
+# ruff: noqa: RUF009 (`key` makes a field, as dataclasses.field does)
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.config_file import StrictLoader, spelling, text_of
+
+OTHERS = "others"
+"""The key that stands for every system which a mapping does not name."""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+TARGETS = ("best-dense", "best-moe")
+
+
+def key(parse: Callable[[Any], Any], default: Any = dataclasses.MISSING) -> Any:
+    """Make a field that is read from a file; `parse` raises ValueError for what is not allowed."""
+    metadata = {"parse": parse}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{value!r}: give a whole number of 1 or more")
+    return value
+
+
+def _share(value: Any) -> float:
+    if not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"{value!r}: give a number between 0 and 1")
+    return float(value)
+
+
+def _positive(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{value!r}: give a number over 0")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+", value):
+        raise ValueError(f"{value!r}: give a name of letters, digits, '_', '-' and '.'")
+    return value
+
+
+def _flags(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r}: give `flag: value` lines")
+    return {spelling(str(name)): content for name, content in value.items()}
+
+
+def tokens(value: Any) -> int:
+    """Return a number of tokens: 500000, 0.5M and 500K are the same.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", str(value).strip())
+    if not match or not float(match[1]):
+        raise ValueError(f"{value!r}: give a number of tokens, as 500000, 500K or 1.2M")
+    return round(float(match[1]) * UNITS[match[2]])
+
+
+def _list(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    def read(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"{value!r}: give a list as [1, 2]")
+        items = tuple(parse(item) for item in value)
+        if len({str(item) for item in items}) < len(items):
+            raise ValueError(f"{value!r}: an item is there twice")
+        return items
+
+    return read
+
+
+def _by_system(parse: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    """Read one list for all systems, or a mapping of systems, and of `others`, to lists."""
+
+    def read(value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {OTHERS: parse(value)}
+        return {str(name): parse(items) for name, items in value.items()}
+
+    return read
+
+
+def _target(value: Any) -> str:
+    if value not in TARGETS:
+        raise ValueError(f"{value!r}: the targets are {', '.join(TARGETS)}")
+    return str(value)
+
+
+def _pair(value: Any) -> tuple[str, str]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"{value!r}: give a pair as [with it, without it]")
+    return (_text(value[0]), _text(value[1]))
+
+
+def _variants(value: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r}: give `name: {{from: system, flag: value}}` lines")
+    return {_text(name): _flags(content) for name, content in value.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Trials of the learning rate, before and apart from the runs that count."""
+
+    seed: int = key(_whole)
+    horizon: int = key(tokens)
+    """Tokens of a trial."""
+    lr: dict[str, tuple[float, ...]] = key(_by_system(_list(_positive)))
+    """Multiples of the --lr of a system's file."""
+    extend_at_edge: int = key(_whole, 0)
+    """How often every system gets one more trial where a best one lies at an edge."""
+
+    def factors(self, system: str) -> tuple[float, ...]:
+        return _of_system(self.lr, system)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Timing apart from the training, on a quiet machine."""
+
+    rounds: int = key(_whole, 5)
+    """How often all systems are timed in turns."""
+    steps: int = key(_whole, 40)
+    """Steps of a system in a round."""
+
+
+def _section(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        return _read(kind, value)
+
+    return read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study file."""
+
+    name: str = key(_text)
+    base: str = key(str)
+    """Folder of <system>.yaml, from the study file's own."""
+    systems: tuple[str, ...] = key(_list(_text))
+    variants: dict[str, dict[str, Any]] = key(_variants, {})
+    """Systems made of another one's file (`from`) and other flags."""
+    fixed: dict[str, Any] = key(_flags, {})
+    """Flags of every run, over those of the files."""
+    vocab_size: int = key(_whole)
+    horizons: tuple[int, ...] = key(_list(tokens))
+    """Tokens at which the systems are compared; each has its own decay of the learning rate."""
+    decay: float = key(_share, 0.2)
+    """Share of a horizon in which its learning rate decays."""
+    evaluations: int = key(_whole, 5)
+    """Evaluations in the shortest horizon; they keep this distance to the end."""
+    seeds: dict[str, tuple[int, ...]] = key(_by_system(_list(_whole)))
+    tuning: Tuning | None = key(_section(Tuning), None)
+    targets: tuple[str, ...] = key(_list(_target), TARGETS)
+    subject: str = key(_text)
+    """The system whose claims are tested."""
+    ablations: tuple[tuple[str, str], ...] = key(_list(_pair), ())
+    """Pairs of a system with and without something, for claim C5."""
+    speed: Speed = key(_section(Speed), Speed())
+    flops_tolerance: float = key(_share, 0.03)
+    """Largest difference of the systems' FLOPs per token in the paper's convention."""
+    needed_flops_tolerance: float = key(_share, 0.03)
+    """The same with causal products as triangles."""
+
+    def seeds_of(self, system: str) -> tuple[int, ...]:
+        return _of_system(self.seeds, system)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest horizon."""
+        return max(self.horizons)
+
+
+def _of_system(lists: dict[str, tuple[Any, ...]], system: str) -> tuple[Any, ...]:
+    return lists.get(system, lists.get(OTHERS, ()))
+
+
+def read_study(path: Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        UsageError: it cannot be read, a key is unknown or missing, or a value is not allowed.
+    """
+    try:
+        content = yaml.load(text_of(path), StrictLoader)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such file; studies/ holds ready ones.") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{path} cannot be read as YAML: {reason}") from error
+    try:
+        study: Study = _read(Study, content)
+        _check(study)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+    return study
+
+
+def _read(kind: type, content: Any) -> Any:
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(content)[:60]!r}: give `key: value` lines")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    values = {}
+    for name, value in content.items():
+        field = fields.get(spelling(str(name))) or _refuse(str(name), list(fields))
+        try:
+            values[field.name] = field.metadata["parse"](value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    lacking = [
+        name.replace("_", "-")
+        for name, field in fields.items()
+        if name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if lacking:
+        raise ValueError(f"{', '.join(lacking)} missing: give a value for each")
+    return kind(**values)
+
+
+def _refuse(name: str, known: list[str]) -> Any:
+    spelt = [one.replace("_", "-") for one in known]
+    near = difflib.get_close_matches(name.replace("_", "-"), spelt, n=1)
+    meant = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(spelt)}."
+    raise ValueError(f"unknown key {name!r}: {meant}")
+
+
+def _check(study: Study) -> None:
+    """Check what a single key cannot say."""
+    named = [study.subject, *(name for pair in study.ablations for name in pair)]
+    named += [name for name in study.seeds if name != OTHERS]
+    tuning = study.tuning
+    named += [name for name in tuning.lr if name != OTHERS] if tuning else []
+    named += list(study.variants)
+    for name in named:
+        if name not in study.systems:
+            raise ValueError(f"{name!r} is none of the systems: {', '.join(study.systems)}")
+    for system in study.systems:
+        seeds = study.seeds_of(system)
+        if not seeds:
+            raise ValueError(f"seeds: none for {system!r}: name it, or {OTHERS!r}")
+        if tuning and tuning.seed in seeds:
+            raise ValueError(
+                f"seeds: {tuning.seed} of {system!r} is also the tuning's: the learning rate "
+                "would be chosen on a run that counts. Take another one."
+            )
+        if tuning and not tuning.factors(system):
+            raise ValueError(f"tuning: lr: none for {system!r}: name it, or {OTHERS!r}")

@@ -1,0 +1,115 @@
+"""The numbers of a study, looked up in its CSV files: losses by seed, curves, step times."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas
+
+from megatron_smlp.study.state import DIVERGED, DONE
+from megatron_smlp.study.study_file import Study
+
+LAST_EVALUATIONS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """The tables of results.py, and what is asked of them."""
+
+    runs: pandas.DataFrame
+    curves: pandas.DataFrame
+    speed: pandas.DataFrame
+
+    @property
+    def converged(self) -> pandas.DataFrame:
+        """Runs whose learning rate has decayed: they are the points that are compared."""
+        runs = self.runs
+        return runs[(runs["phase"] == "main") & runs["horizon"].notna()]
+
+    def losses(self, system: str, horizon: int, field: str) -> dict[int, float]:
+        """Return the final loss of each seed; infinite where it diverged, none where it failed."""
+        runs = self.converged
+        lines = runs[(runs["system"] == system) & (runs["horizon"] == horizon)]
+        return {
+            int(line["seed"]): math.inf if line["status"] == DIVERGED else float(line[field])
+            for _, line in lines.iterrows()
+            if line["status"] in (DONE, DIVERGED)
+        }
+
+    def curve(self, system: str, seed: int, field: str) -> tuple[list[float], list[float]]:
+        """Return horizons in tokens and losses of one seed, ascending."""
+        runs = self.converged
+        lines = runs[(runs["system"] == system) & (runs["seed"] == seed)]
+        lines = lines[lines["status"].isin([DONE, DIVERGED])].sort_values("horizon")
+        losses = [float(loss) for loss in lines[field].fillna(math.inf)]
+        return [float(tokens) for tokens in lines["horizon"]], losses
+
+    def seeds(self, system: str) -> list[int]:
+        """Return the seeds of a system that have a converged run."""
+        runs = self.converged
+        return sorted({int(seed) for seed in runs[runs["system"] == system]["seed"]})
+
+    def gaps(self, study: Study) -> tuple[str, ...]:
+        """Return what was planned for the longest horizon and is missing or diverged, in words."""
+        return tuple(self._gaps(study))
+
+    def _gaps(self, study: Study) -> Iterator[str]:
+        for system in study.systems:
+            found = self.losses(system, study.longest, "validation_loss")
+            missing = [str(seed) for seed in study.seeds_of(system) if seed not in found]
+            if missing:
+                yield f"{system}: seed {', '.join(missing)} is missing"
+            diverged = [str(seed) for seed, loss in found.items() if math.isinf(loss)]
+            if diverged:
+                yield f"{system}: seed {', '.join(diverged)} diverged"
+
+    def step_seconds(self, system: str) -> dict[int, float]:
+        """Return seconds of a step in each round of the quiet timing."""
+        lines = self.speed[self.speed["system"] == system]
+        pairs = zip(lines["round"], lines["seconds_per_iteration"], strict=True)
+        return {int(number): float(seconds) for number, seconds in pairs}
+
+    def has_speed(self, *systems: str) -> bool:
+        """Return whether all of these were timed."""
+        return all(self.step_seconds(system) for system in systems)
+
+    def seconds_per_token(self, system: str) -> float:
+        """Return the median of the rounds; NaN where it was not timed."""
+        lines = self.speed[self.speed["system"] == system]
+        return float((1 / lines["tokens_per_second"]).median()) if len(lines) else math.nan
+
+    def evaluations(self, keys: list[str]) -> pandas.DataFrame:
+        """Return the evaluations of these runs, by their tokens."""
+        lines = self.curves[self.curves["key"].isin(keys)]
+        return lines[lines["validation_loss"].notna()].sort_values("tokens")
+
+    def last_noise(self, system: str) -> float:
+        """Return the deviation of the last evaluations of a trunk from a straight line."""
+        runs = self.runs[(self.runs["system"] == system) & (self.runs["phase"] == "main")]
+        found = []
+        for _, seed_runs in runs.groupby("seed"):
+            ends = seed_runs[
+                seed_runs["horizon"].isna() | (seed_runs["end"] == seed_runs["end"].max())
+            ]
+            lines = self.evaluations(list(ends["key"]))
+            decayed = (1 - _decay_share(ends)) * ends["end"].max()
+            lines = lines[lines["iteration"] <= decayed].tail(LAST_EVALUATIONS)
+            if len(lines) >= 4:
+                found.append(_residual(lines))
+        return float(np.mean(found)) if found else math.nan
+
+
+def _decay_share(runs: pandas.DataFrame) -> float:
+    last: Mapping[str, Any] = json.loads(runs.sort_values("end")["flags"].iloc[-1])
+    return float(last["lr_wsd_decay_iters"]) / float(last["lr_decay_iters"])
+
+
+def _residual(lines: pandas.DataFrame) -> float:
+    x, y = lines["tokens"].to_numpy(float), lines["validation_loss"].to_numpy(float)
+    rest = y - np.polyval(np.polyfit(x, y, 1), x)
+    return float(np.sqrt((rest**2).sum() / (len(x) - 2)))

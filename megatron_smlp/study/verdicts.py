@@ -1,0 +1,211 @@
+"""The claims that a study tests, each by comparisons paired by seed, and how each of them ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from megatron_smlp.study.statistics import (
+    UNDECIDED,
+    Difference,
+    cost_to_reach,
+    paired,
+    ratio,
+    verdict,
+    verdict_of_all,
+    with_holm,
+)
+from megatron_smlp.study.study_file import Study
+from megatron_smlp.study.systems import System
+from megatron_smlp.study.tables import Tables
+
+SECONDS, TOKENS = "seconds", "tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The study's subject, or a system with something, against another one."""
+
+    one: str
+    other: str
+    what: str
+    """loss, loss behind the prefix, seconds, tokens, step time."""
+    found: Difference
+    """Of losses in nats; of all else a ratio, of which 1 is no difference."""
+    verdict: str
+
+    @property
+    def is_ratio(self) -> bool:
+        return not self.what.startswith("loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim of the paper."""
+
+    name: str
+    text: str
+    comparisons: tuple[Comparison, ...]
+    verdict: str
+    notes: tuple[str, ...] = ()
+
+
+def claims_of(study: Study, systems: Mapping[str, System], tables: Tables) -> list[Claim]:
+    """Return every claim with its comparisons and its verdict."""
+    return [
+        _lower_loss(study, systems, tables),
+        _less_time(study, systems, tables),
+        _faster_steps(study, systems, tables),
+        Claim(
+            name="C4",
+            text="zero-shot on the six tasks above the sparse Transformers",
+            comparisons=(),
+            verdict=UNDECIDED,
+            notes=("the tasks are not part of this study",),
+        ),
+        _ablations(study, systems, tables),
+    ]
+
+
+def _lower_loss(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
+    pairs = [(study.subject, name) for name in rivals(study, systems)]
+    return _claim_of_losses(
+        study, systems, tables, pairs, name="C1",
+        text=f"{study.subject} has a lower loss than every other system at equal tokens and FLOPs",
+    )  # fmt: skip
+
+
+def _ablations(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
+    return _claim_of_losses(
+        study, systems, tables, study.ablations, name="C5",
+        text="each part helps: the first of each pair has a lower loss than the second",
+    )  # fmt: skip
+
+
+def rivals(study: Study, systems: Mapping[str, System]) -> list[str]:
+    """Return the systems of other people that the subject is compared with."""
+    ablated = {name for pair in study.ablations for name in pair if name in study.variants}
+    return [name for name, one in systems.items() if not one.is_smlp and name not in ablated]
+
+
+def _claim_of_losses(
+    study: Study,
+    systems: Mapping[str, System],
+    tables: Tables,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    name: str,
+    text: str,
+) -> Claim:
+    found: dict[tuple[str, str], tuple[str, Difference]] = {}
+    for one, other in pairs:
+        field = loss_field(systems[one], systems[other])
+        sides = [tables.losses(side, study.longest, field) for side in (one, other)]
+        found[one, other] = (field, paired(*sides))
+    names = {"validation_loss": "loss", "validation_suffix_loss": "loss behind the prefix"}
+    return _claim(
+        {pair: (names[field], difference) for pair, (field, difference) in found.items()},
+        null=0.0, name=name, text=text, notes=tables.gaps(study),
+    )  # fmt: skip
+
+
+def loss_field(*systems: System) -> str:
+    """Return the loss that these are compared by: of what all of them are trained to predict."""
+    behind = any(system.predicts_suffix for system in systems)
+    return "validation_suffix_loss" if behind else "validation_loss"
+
+
+def _claim(
+    found: Mapping[tuple[str, str], tuple[str, Difference]],
+    *,
+    null: float,
+    name: str,
+    text: str,
+    notes: tuple[str, ...] = (),
+) -> Claim:
+    """Make a claim of comparisons in which less is better."""
+    adjusted = with_holm({pair: each for pair, (_, each) in found.items()})
+    comparisons = tuple(
+        Comparison(
+            one=pair[0],
+            other=pair[1],
+            what=found[pair][0],
+            found=difference,
+            verdict=verdict(difference, null=null),
+        )
+        for pair, difference in adjusted.items()
+    )
+    whole = verdict_of_all([each.verdict for each in comparisons])
+    return Claim(name=name, text=text, comparisons=comparisons, verdict=whole, notes=notes)
+
+
+def best_of(kind: str, study: Study, systems: Mapping[str, System], tables: Tables) -> str | None:
+    """Return the system of a kind with the lowest mean loss at the longest horizon."""
+    means = {
+        name: sum(losses.values()) / len(losses)
+        for name, system in systems.items()
+        if system.kind == kind
+        and name in rivals(study, systems)
+        and (losses := tables.losses(name, study.longest, "validation_loss"))
+    }
+    return min(means, key=lambda name: means[name]) if means else None
+
+
+def _less_time(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
+    """C2: the time to the loss at which the best sparse Transformer ends; tokens for comparison."""
+    text = "less wall-clock to the loss at which the best sparse Transformer ends (paper: half)"
+    best = best_of("moe", study, systems, tables)
+    if best is None:
+        return Claim(
+            name="C2", text=text, comparisons=(), verdict=UNDECIDED,
+            notes=("no sparse Transformer has come to the longest horizon",),
+        )  # fmt: skip
+    notes = [f"the best sparse Transformer, by mean loss, is {best}"]
+    unit = SECONDS
+    if not tables.has_speed(study.subject, best):
+        unit = TOKENS
+        notes.append("no quiet timing: tools/study.py run --speed; tokens say nothing of time")
+    found = time_ratio(study, systems, tables, rival=best, unit=unit)
+    claim = _claim({(study.subject, best): (unit, found)}, null=1.0, name="C2", text=text)
+    whole = claim.verdict if unit == SECONDS else UNDECIDED
+    return Claim(
+        name="C2", text=text, comparisons=claim.comparisons, verdict=whole, notes=tuple(notes)
+    )
+
+
+def time_ratio(
+    study: Study, systems: Mapping[str, System], tables: Tables, *, rival: str, unit: str
+) -> Difference:
+    """Return the subject's cost over the rival's, to the loss at which the rival's seed ends.
+
+    A seed of the subject that never comes there costs an infinite amount.
+    """
+    field = loss_field(systems[study.subject], systems[rival])
+    targets = tables.losses(rival, study.longest, field)
+    scale = tables.seconds_per_token if unit == SECONDS else _one
+    ends = {seed: scale(rival) * study.longest for seed in targets}
+    reached = {
+        seed: scale(study.subject)
+        * cost_to_reach(*tables.curve(study.subject, seed, field), target)
+        for seed, target in targets.items()
+        if tables.curve(study.subject, seed, field)[0] and math.isfinite(target)
+    }
+    return ratio(reached, ends)
+
+
+def _one(system: str) -> float:
+    return 1.0
+
+
+def _faster_steps(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
+    text = "the most words a second of all sparse systems"
+    others = [name for name in rivals(study, systems) if systems[name].is_sparse]
+    step: Callable[[str], Mapping[int, float]] = tables.step_seconds
+    found = {
+        (study.subject, name): ("step time", ratio(step(study.subject), step(name)))
+        for name in others
+        if tables.has_speed(study.subject, name)
+    }
+    notes = () if found else ("no quiet timing: tools/study.py run --speed",)
+    return _claim(found, null=1.0, name="C3", text=text, notes=notes)

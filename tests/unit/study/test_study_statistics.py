@@ -1,0 +1,162 @@
+"""Statistics on curves with a known answer, and against scipy."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from megatron_smlp.study.statistics import (
+    CONFIRMED,
+    REFUTED,
+    UNDECIDED,
+    Difference,
+    cost_to_reach,
+    crossings,
+    holm,
+    interval,
+    paired,
+    ratio,
+    verdict,
+    verdict_of_all,
+    visible,
+    with_holm,
+)
+
+SEEDS = (11, 12, 13)
+
+
+def losses(
+    mean: float, *, sd: float, rng: np.random.Generator, seeds: tuple[int, ...] = SEEDS
+) -> dict[int, float]:
+    return {seed: mean + sd * rng.standard_normal() for seed in seeds}
+
+
+class TestPairedDifference:
+    def test_no_true_difference_is_undecided(self):
+        """As often as 1 - alpha says, over many studies."""
+        rng = np.random.default_rng(1)
+        found = [
+            verdict(paired(losses(4, sd=0.005, rng=rng), losses(4, sd=0.005, rng=rng)))
+            for _ in range(2000)
+        ]
+        assert 0.03 < 1 - found.count(UNDECIDED) / len(found) < 0.07
+
+    def test_a_true_difference_of_0_05_nats_is_confirmed(self):
+        rng = np.random.default_rng(2)
+        found = [
+            verdict(paired(losses(3.95, sd=0.005, rng=rng), losses(4, sd=0.005, rng=rng)))
+            for _ in range(500)
+        ]
+        assert found.count(CONFIRMED) / len(found) > 0.95
+        assert REFUTED not in found
+
+    def test_the_other_way_round_it_is_refuted(self):
+        worse = paired({1: 4.05, 2: 4.051, 3: 4.049}, {1: 4.0, 2: 4.0, 3: 4.0})
+        assert verdict(worse) == REFUTED
+
+    def test_what_the_seeds_share_does_not_count(self):
+        shared = {11: 0.0, 12: 1.0, 13: -1.0}
+        one = {seed: 3.95 + value + 0.001 * seed for seed, value in shared.items()}
+        other = {seed: 4.0 + value for seed, value in shared.items()}
+        assert verdict(paired(one, other)) == CONFIRMED
+
+    def test_against_scipy(self):
+        one, other = [3.9, 3.93, 3.96], [4.0, 4.01, 3.99]
+        found = paired(dict(zip(SEEDS, one, strict=True)), dict(zip(SEEDS, other, strict=True)))
+        test = stats.ttest_rel(one, other)
+        assert found.p == pytest.approx(test.pvalue)
+        assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
+
+    def test_five_seeds_are_bootstrapped(self):
+        values = np.array([-0.05, -0.06, -0.04, -0.045, -0.08])
+        found = stats.bootstrap((values,), np.mean, method="BCa", rng=np.random.default_rng(0))
+        assert interval(values) == pytest.approx(tuple(found.confidence_interval))
+
+    def test_only_common_seeds_count(self):
+        assert paired({1: 1.0, 2: 2.0, 3: 3.0}, {2: 1.0, 3: 1.0, 4: 9.0}).n == 2
+
+    @pytest.mark.parametrize("seeds", [(), (11,)])
+    def test_too_few_seeds_are_undecided(self, seeds: tuple[int, ...]):
+        found = paired(dict.fromkeys(seeds, 3.0), dict.fromkeys(seeds, 4.0))
+        assert verdict(found) == UNDECIDED
+        assert found.visible == math.inf
+
+    def test_a_diverged_run_is_undecided(self):
+        found = paired({1: math.inf, 2: 3.0, 3: 3.0}, {1: 4.0, 2: 4.0, 3: 4.0})
+        assert verdict(found) == UNDECIDED
+        assert found.mean == math.inf
+
+    def test_equal_curves_are_undecided(self):
+        assert verdict(paired({1: 4.0, 2: 3.0}, {1: 4.0, 2: 3.0})) == UNDECIDED
+
+    def test_the_visible_difference_is_found_with_its_power(self):
+        rng, n, sd = np.random.default_rng(3), 4, 0.01
+        gap = visible(sd, n)
+        found = [
+            verdict(paired(dict(enumerate(rng.normal(-gap, sd, n))), dict.fromkeys(range(n), 0.0)))
+            for _ in range(2000)
+        ]
+        assert found.count(CONFIRMED) / len(found) == pytest.approx(0.8, abs=0.06)
+
+
+class TestHolm:
+    def test_a_case_by_hand(self):
+        assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+    def test_it_never_exceeds_1(self):
+        assert holm([0.9, 0.6]) == [1.0, 1.0]
+
+    def test_one_p_value_stays(self):
+        assert holm([0.02]) == [0.02]
+
+    def test_a_claim_of_many_comparisons_needs_more(self):
+        one = Difference(mean=-1, low=-1.5, high=-0.5, p=0.03, n=3, sd=0.1, visible=0.2)
+        assert verdict(one) == CONFIRMED
+        both = with_holm({"a": one, "b": one})
+        assert [verdict(each) for each in both.values()] == [UNDECIDED] * 2
+
+
+class TestVerdictOfAClaim:
+    @pytest.mark.parametrize(
+        ("parts", "whole"),
+        [
+            ([CONFIRMED, CONFIRMED], CONFIRMED),
+            ([CONFIRMED, UNDECIDED], UNDECIDED),
+            ([CONFIRMED, REFUTED, UNDECIDED], REFUTED),
+            ([], UNDECIDED),
+        ],
+    )
+    def test_every_comparison_must_hold(self, parts: list[str], whole: str):
+        assert verdict_of_all(parts) == whole
+
+
+class TestCostToReach:
+    def test_between_two_points(self):
+        assert cost_to_reach([1, 2, 4], [6.0, 5.0, 4.0], 4.5) == 3.0
+        assert cost_to_reach([1, 2, 4], [6.0, 5.0, 4.0], 5.0) == 2.0
+
+    def test_a_missed_target_is_infinite(self):
+        assert cost_to_reach([1, 2], [6.0, 5.0], 4.9) == math.inf
+
+    def test_reached_at_once(self):
+        assert cost_to_reach([1, 2], [3.0, 2.0], 4.0) == 1
+
+    def test_the_first_time_counts(self):
+        assert cost_to_reach([1, 2, 3, 4], [6, 4, 6, 4], 5.0) == 1.5
+
+
+class TestRatio:
+    def test_twice_as_fast(self):
+        found = ratio({1: 200.0, 2: 220.0, 3: 180.0}, {1: 100.0, 2: 110.0, 3: 90.0})
+        assert (found.mean, found.low, found.high) == pytest.approx((2, 2, 2))
+
+    def test_a_missed_target_leaves_it_open(self):
+        found = ratio({1: 200.0, 2: 200.0}, {1: 100.0, 2: math.inf})
+        assert (found.mean, found.low, found.high) == (0.0, 0.0, math.inf)
+        assert verdict(found) == UNDECIDED
+
+
+def test_crossings():
+    assert crossings([5, 4, 3], [4, 3.5, 3.5], [1, 2, 4]) == [3.0]
+    assert crossings([5, 4], [4, 3], [1, 2]) == []
