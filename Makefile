@@ -1,4 +1,4 @@
-# make env | quickstart | test | test-slow | first-gpu | test-gpu | lint | bench | bench-gpu | lock | clean
+# make env | quickstart | study | test | test-slow | first-gpu | test-gpu | lint | bench | bench-gpu | lock | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv || echo .cache/uv/bin/uv)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help env lock quickstart test test-slow first-gpu test-gpu lint format bench bench-gpu clean
+.PHONY: help env lock quickstart study test test-slow first-gpu test-gpu lint format bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,13 @@ format: env ## let ruff rewrite what it can
 
 quickstart: env ## corpus, tokenizer, dataset, pretraining on two processes, sample
 	CORPUS="$(CORPUS)" PYTHON_BIN=$(BIN)/python examples/quickstart.sh
+
+study: env ## the smoke study: data, plan, two workers, report (CORPUS=... for your own text)
+	CORPUS="$(CORPUS)" PYTHON_BIN=$(BIN)/python examples/study_data.sh
+	$(BIN)/python tools/study.py plan studies/smoke.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py run studies/smoke.yaml & \
+	  OMP_NUM_THREADS=1 $(BIN)/python tools/study.py run studies/smoke.yaml; wait $$!
+	$(BIN)/python tools/study.py report studies/smoke.yaml --results runs/study/smoke/report
 
 test: lint ## lint and the whole suite
 	$(BIN)/python -m pytest -m "not slow"

@@ -58,7 +58,7 @@ def times_to_losses(
             one=study.subject, other=name, what=unit, verdict="",
             found=time_ratio(study, systems, tables, rival=name, unit=unit),
         )
-        for name in rivals(study, systems)
+        for name in rivals(systems)
         if tables.losses(name, study.longest, "validation_loss")
     ]  # fmt: skip
 
@@ -196,7 +196,7 @@ class Page:
     def _crossings(self) -> Iterator[str]:
         yield "Crossings of the mean curves over the horizons; outside of them nothing is known.\n"
         yield from _table("with", "at tokens")
-        for name in rivals(self.study, self.systems):
+        for name in rivals(self.systems):
             yield _row(name, self._crossing(name))
 
     def _crossing(self, name: str) -> str:

@@ -69,7 +69,7 @@ def claims_of(study: Study, systems: Mapping[str, System], tables: Tables) -> li
 
 
 def _lower_loss(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
-    pairs = [(study.subject, name) for name in rivals(study, systems)]
+    pairs = [(study.subject, name) for name in rivals(systems)]
     return _claim_of_losses(
         study, systems, tables, pairs, name="C1",
         text=f"{study.subject} has a lower loss than every other system at equal tokens and FLOPs",
@@ -83,10 +83,9 @@ def _ablations(study: Study, systems: Mapping[str, System], tables: Tables) -> C
     )  # fmt: skip
 
 
-def rivals(study: Study, systems: Mapping[str, System]) -> list[str]:
-    """Return the systems of other people that the subject is compared with."""
-    ablated = {name for pair in study.ablations for name in pair if name in study.variants}
-    return [name for name, one in systems.items() if not one.is_smlp and name not in ablated]
+def rivals(systems: Mapping[str, System]) -> list[str]:
+    """Return the systems that the subject is compared with: all that are no sMLP themselves."""
+    return [name for name, system in systems.items() if not system.is_smlp]
 
 
 def _claim_of_losses(
@@ -145,9 +144,7 @@ def best_of(kind: str, study: Study, systems: Mapping[str, System], tables: Tabl
     means = {
         name: sum(losses.values()) / len(losses)
         for name, system in systems.items()
-        if system.kind == kind
-        and name in rivals(study, systems)
-        and (losses := tables.losses(name, study.longest, "validation_loss"))
+        if system.kind == kind and (losses := tables.losses(name, study.longest, "validation_loss"))
     }
     return min(means, key=lambda name: means[name]) if means else None
 
@@ -200,7 +197,7 @@ def _one(system: str) -> float:
 
 def _faster_steps(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
     text = "the most words a second of all sparse systems"
-    others = [name for name in rivals(study, systems) if systems[name].is_sparse]
+    others = [name for name in rivals(systems) if systems[name].is_sparse]
     step: Callable[[str], Mapping[int, float]] = tables.step_seconds
     found = {
         (study.subject, name): ("step time", ratio(step(study.subject), step(name)))
