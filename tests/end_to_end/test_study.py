@@ -20,7 +20,7 @@ TOOL = [sys.executable, "tools/study.py"]
 SMALL_MODEL = {"hidden-size": 32, "ffn-hidden-size": 64, "seq-length": 64}
 TINY: dict[str, Any] = {
     "systems": ["transformer", "smlp_deterministic"],
-    "vocab-size": 300,
+    "vocab-size": 280,
     "fixed": {
         **SMALL_MODEL,
         "bf16": True,
@@ -29,6 +29,16 @@ TINY: dict[str, Any] = {
         "suffix-from": 0.5,
         "micro-batch-size": 4,
         "global-batch-size": 4,
+    },
+    "variants": {
+        "transformer": {"num-layers": 2},
+        "smlp_deterministic": {
+            "num-layers": 3,
+            "num-dense-layers": 2,
+            "moe-ffn-hidden-size": 64,
+            "num-experts": 2,
+            "num-feature-experts": 2,
+        },
     },
     "horizons": [2560, 5120],  # 10 and 20 steps
     "evaluations": 2,
@@ -47,7 +57,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps({"text": " ".join(draw.choices(words, k=200))}) for _ in range(100)]
     (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     run_command(
-        ["examples/study_data.sh"], CORPUS=str(folder / "corpus.jsonl"), VOCABULARY="300",
+        ["examples/study_data.sh"], CORPUS=str(folder / "corpus.jsonl"), VOCABULARY="280",
         OUTPUT=str(folder / "made"), PYTHON_BIN=sys.executable,
     )  # fmt: skip
     return folder / "made"
@@ -117,7 +127,10 @@ def check_that_pieces_are_one_run(folder: Path, runs: pandas.DataFrame, data: Pa
 
 @pytest.mark.slow
 def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, data: Path):
-    broken = {"smlp_deterministic": {"from": "smlp_deterministic", "no-such-flag": 1}}
+    broken = {
+        "smlp_deterministic": TINY["variants"]["smlp_deterministic"] | {"no-such-flag": 1},
+        "transformer": {"num-layers": 2},
+    }
     study = write_study(tmp_path, **TINY | {"variants": broken, "horizons": [2560]})
     done = subprocess.run(
         [*TOOL, "run", *words(study, data)], cwd=REPOSITORY, env=clean_environment(),
