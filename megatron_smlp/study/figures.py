@@ -55,17 +55,13 @@ class Drawing:
         for panel, (label, scale) in zip(panels, axes.items(), strict=True):
             for name in self.systems:
                 self._draw_seeds(panel, name, field, scale(name))
+                self._draw_band(panel, name, field, scale(name))
             panel.set_xlabel(label)
             _plain_log(panel)
             tidy(panel)
-        limits = panels[0].get_ylim()
-        for panel, scale in zip(panels, axes.values(), strict=True):
-            for name in self.systems:
-                self._draw_band(panel, name, field, scale(name))
-        if min(len(self.tables.seeds(name)) for name in self.systems) < ENOUGH_FOR_BANDS:
-            panels[0].set_ylim(limits)
         panels[0].set_ylabel(f"validation loss{what} (nats per token)")
-        self._legend(figure, "thin: each seed; thick: mean; band: 95 % interval of the mean")
+        band = f"band: 95 % interval of the mean, of {ENOUGH_FOR_BANDS} seeds or more"
+        self._legend(figure, f"thin: each seed; thick: mean; {band}")
         return figure
 
     def _axes(self) -> dict[str, Callable[[str], float]]:
@@ -112,7 +108,8 @@ class Drawing:
         for horizon in sorted(self.study.horizons):
             found = list(self.tables.losses(name, horizon, field).values())
             if found and np.isfinite(found).all():
-                low, high = interval(found) if len(found) > 1 else (math.nan, math.nan)
+                is_enough = len(found) >= ENOUGH_FOR_BANDS
+                low, high = interval(found) if is_enough else (math.nan, math.nan)
                 points.append((horizon, float(np.mean(found)), low, high))
         return np.array(points, dtype=np.float64).reshape(-1, 4)
 
@@ -124,10 +121,7 @@ class Drawing:
         runs = self.tables.runs[self.tables.runs["phase"] == "main"]
         for name, look in self.looks.items():
             own = runs[runs["system"] == name]
-            for _, seed_runs in own.groupby("seed"):
-                trunk = seed_runs[
-                    seed_runs["horizon"].isna() | (seed_runs["end"] == own["end"].max())
-                ]
+            for trunk in self.tables.trunks(name, self.study.longest):
                 lines = self.tables.evaluations(list(trunk["key"]))
                 panel.plot(lines["tokens"] / unit, lines["validation_loss"], linewidth=1, **look)
             ends = own[own["horizon"].notna()]
@@ -181,7 +175,7 @@ class Drawing:
             panel.barh(place, mean, height=0.55, color=color, alpha=0.75)
             if math.isfinite(high):
                 panel.plot([low, high], [place, place], color="0.15", linewidth=1.4)
-            text = f"{mean:.2f} x" if mean else "not reached"
+            text = f"{'at least ' * each.is_bound}{mean:.2f} x" if mean else "not reached"
             panel.annotate(
                 text, (mean, place), xytext=(6, 8), textcoords="offset points", fontsize=8,
             )  # fmt: skip
@@ -198,12 +192,10 @@ class Drawing:
         figure = Figure(figsize=(7.4, 4.6), layout="constrained", dpi=DPI)
         panel = figure.subplots()
         unit, unit_name = _unit(AXES["tokens"].units, self.study.longest)
-        runs = self.tables.runs[self.tables.runs["phase"] == "main"]
         drawn = []
         for name, look in self.looks.items():
-            own = runs[runs["system"] == name]
-            own = own[own["horizon"].isna() | (own["end"] == own["end"].max())]
-            lines = self.tables.evaluations(list(own["key"]))
+            trunks = self.tables.trunks(name, self.study.longest)
+            lines = self.tables.evaluations([key for trunk in trunks for key in trunk["key"]])
             lines = lines[lines["load_max"].notna()]
             if len(lines):
                 drawn.append(name)
@@ -249,8 +241,8 @@ def _inverse(value: float) -> float:
 
 
 def _unit(units: Sequence[tuple[float, str]], largest: float) -> tuple[float, str]:
-    """Return size and name of the largest unit of which there is one or more."""
-    return [unit for unit in units if largest >= unit[0]][-1]
+    """Return size and name of the largest unit of which there is one or more, else the smallest."""
+    return [units[0], *(unit for unit in units if largest >= unit[0])][-1]
 
 
 def _plain_log(panel: Axes) -> None:

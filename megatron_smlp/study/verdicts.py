@@ -34,6 +34,8 @@ class Comparison:
     found: Difference
     """Of losses in nats; of all else a ratio, of which 1 is no difference."""
     verdict: str
+    is_bound: bool = False
+    """Whether the subject's cost may be still less: a seed was there at its first horizon."""
 
     @property
     def is_ratio(self) -> bool:
@@ -105,7 +107,7 @@ def _claim_of_losses(
     names = {"validation_loss": "loss", "validation_suffix_loss": "loss behind the prefix"}
     return _claim(
         {pair: (names[field], difference) for pair, (field, difference) in found.items()},
-        null=0.0, name=name, text=text, notes=tables.gaps(study),
+        null=0.0, name=name, text=text, notes=tables.gaps(study) if found else (),
     )  # fmt: skip
 
 
@@ -182,13 +184,24 @@ def time_ratio(
     targets = tables.losses(rival, study.longest, field)
     scale = tables.seconds_per_token if unit == SECONDS else _one
     ends = {seed: scale(rival) * study.longest for seed in targets}
-    reached = {
-        seed: scale(study.subject)
-        * cost_to_reach(*tables.curve(study.subject, seed, field), target)
-        for seed, target in targets.items()
-        if tables.curve(study.subject, seed, field)[0] and math.isfinite(target)
-    }
+    reached = {}
+    for seed, target in targets.items():
+        tokens, losses = tables.curve(study.subject, seed, field)
+        cost = cost_to_reach(tokens, losses, target)
+        is_whole = study.longest in tokens  # else it may still come there
+        if math.isfinite(target) and (is_whole or math.isfinite(cost)):
+            reached[seed] = scale(study.subject) * cost
     return ratio(reached, ends)
+
+
+def is_there_at_first(
+    study: Study, systems: Mapping[str, System], tables: Tables, *, rival: str
+) -> bool:
+    """Return whether a seed of the subject has at its first horizon the loss the rival ends at."""
+    field = loss_field(systems[study.subject], systems[rival])
+    targets = tables.losses(rival, study.longest, field)
+    first = tables.losses(study.subject, min(study.horizons), field)
+    return any(first.get(seed, math.inf) <= target for seed, target in targets.items())
 
 
 def _one(system: str) -> float:

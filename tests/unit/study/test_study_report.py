@@ -126,3 +126,23 @@ def test_new_runs_join_those_that_are_kept(known: State, tmp_path: Path):
     report(known, tmp_path)
     again = pandas.read_csv(tmp_path / "results" / "runs.csv")
     assert list(again["key"]) == list(runs["key"])
+
+
+def test_a_curve_that_is_not_whole_is_not_called_a_miss(known: State, tmp_path: Path):
+    def loss(run: PlannedRun) -> float:
+        return loss_of(run) + (0.2 if run.system == "smlp_deterministic" else 0.0)
+
+    pretend(known, loss)
+    for run in known.plan().runs:
+        if run.system == "smlp_deterministic" and run.horizon == 400000 and run.seed == 12:
+            shutil.rmtree(known.folder_of(run))
+    found = report(known, tmp_path)["C2"]["comparisons"][0]["found"]
+    assert (found["n"], found["mean"]) == (2, "inf")
+
+
+def test_at_the_first_horizon_it_is_a_bound(known: State, tmp_path: Path):
+    ahead = {"smlp_deterministic": 2.0}
+    pretend(known, lambda run: loss_of(run) - ahead.get(run.system, 0.0))
+    report(known, tmp_path)
+    text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
+    assert "| switch | ≥ 4 |" in text
