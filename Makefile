@@ -1,4 +1,4 @@
-# make env | quickstart | check | test | test-slow | first-gpu | test-gpu | lint | bench | bench-gpu | lock | clean
+# make env | quickstart | study | check | test | test-slow | first-gpu | test-gpu | lint | bench | bench-gpu | lock | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -14,7 +14,7 @@ UV := $(shell command -v uv || echo .cache/uv/bin/uv)
 unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help env lock quickstart test test-slow first-gpu test-gpu lint format check bench bench-gpu clean
+.PHONY: help env lock quickstart study test test-slow first-gpu test-gpu lint format check bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,13 @@ format: env ## let ruff rewrite what it can
 
 quickstart: env ## corpus, tokenizer, dataset, pretraining on two processes, sample
 	CORPUS="$(CORPUS)" PYTHON_BIN=$(BIN)/python examples/quickstart.sh
+
+study: env ## the smoke study: data, plan, two workers, report (CORPUS=... for your own text)
+	CORPUS="$(CORPUS)" PYTHON_BIN=$(BIN)/python examples/study_data.sh
+	$(BIN)/python tools/study.py plan studies/smoke.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py run studies/smoke.yaml & \
+	  OMP_NUM_THREADS=1 $(BIN)/python tools/study.py run studies/smoke.yaml; wait $$!
+	$(BIN)/python tools/study.py report studies/smoke.yaml --results runs/study/smoke/report
 
 # A file's tests stay in one worker, as they share launches; conftest.py puts the longest first.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \

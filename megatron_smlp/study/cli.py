@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import UsageError, require_package
 from megatron_smlp.study import state
+from megatron_smlp.study.claims import EXPIRY
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import Calendar, PlannedRun, identity_of
 from megatron_smlp.study.running import Worker
@@ -38,6 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--processes", type=int, default=1, metavar="N", help="of a run, by torchrun"
             )
+            command.add_argument(
+                "--expiry", type=float, default=EXPIRY, metavar="SECONDS",
+                help="after which a worker that gives no sign counts as dead",
+            )  # fmt: skip
             command.add_argument(
                 "--speed",
                 action="store_true",
@@ -100,8 +105,9 @@ def read_state(args: argparse.Namespace) -> State:
     for before in begun:
         state.check_unchanged(before, now, where=folder)
     return State(
-        study=study, systems=systems, identity=identity, folder=folder, kept=results.endings()
-    )
+        study=study, systems=systems, identity=identity, folder=folder,
+        kept=results.endings(), expiry=getattr(args, "expiry", EXPIRY),
+    )  # fmt: skip
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -134,11 +140,24 @@ def _counts(
 
 def _run(args: argparse.Namespace) -> int:
     known = read_state(args)
+    if args.speed:
+        return _time(args, known)
     state.begin(known.folder, state.description(known.study, known.systems, known.identity))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     worker = Worker(state=known, data=StudyData(args.data), processes=args.processes)
     worker.work()
     return 1 if worker.failures else 0
+
+
+def _time(args: argparse.Namespace, known: State) -> int:
+    from megatron_smlp.study.results import Results, default_folder
+    from megatron_smlp.study.speed import time_systems
+
+    lines = time_systems(known, StudyData(args.data), processes=args.processes)
+    results = Results(args.results or default_folder(known.study.name))
+    results.add_speed(lines)
+    print(results.folder / "speed.csv")
+    return 0
 
 
 def _status(args: argparse.Namespace) -> int:

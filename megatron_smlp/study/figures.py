@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from megatron_smlp.plotting.figures import DPI, looks, tidy
+from megatron_smlp.plotting.series import AXES, Floats
 from megatron_smlp.study.state import DIVERGED
 from megatron_smlp.study.statistics import interval
 from megatron_smlp.study.study_file import Study
@@ -21,7 +21,7 @@ from megatron_smlp.study.tables import Tables
 from megatron_smlp.study.verdicts import SECONDS, Comparison
 
 FIELDS = {"validation_loss": "", "validation_suffix_loss": " behind the prefix"}
-Look = Mapping[str, Any]
+ENOUGH_FOR_BANDS = 3  # seeds: the interval of two is wider than any figure
 
 
 class Drawing:
@@ -49,70 +49,87 @@ class Drawing:
 
     def losses(self, field: str, what: str) -> Figure:
         """Draw the converged points against tokens, FLOPs and, where it was measured, time."""
-        axes: dict[str, Callable[[str], float]] = {
-            "training tokens (millions)": lambda _: 1e-6,
-            "training compute, full squares (PFLOPs)": self._petaflops_per_token,
-        }
-        if self.tables.has_speed(*self.systems):
-            axes["training time, quiet machine (minutes)"] = lambda name: (
-                self.tables.seconds_per_token(name) / 60
-            )
+        axes = self._axes()
         figure = Figure(figsize=(4.4 * len(axes), 4.4), layout="constrained", dpi=DPI)
         panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
         for panel, (label, scale) in zip(panels, axes.items(), strict=True):
             for name in self.systems:
                 self._draw_seeds(panel, name, field, scale(name))
+                self._draw_band(panel, name, field, scale(name))
             panel.set_xlabel(label)
             _plain_log(panel)
             tidy(panel)
         panels[0].set_ylabel(f"validation loss{what} (nats per token)")
-        self._legend(figure, "thin: each seed; thick: mean; band: 95 % interval of the mean")
+        band = f"band: 95 % interval of the mean, of {ENOUGH_FOR_BANDS} seeds or more"
+        self._legend(figure, f"thin: each seed; thick: mean; {band}")
         return figure
 
-    def _petaflops_per_token(self, name: str) -> float:
-        per_1024 = self.systems[name].costs["forward_tflops_per_1024_tokens"]
-        return float(3 * per_1024 / 1024 / 1e3)
+    def _axes(self) -> dict[str, Callable[[str], float]]:
+        """Return what losses are drawn against: a label, and the factor from tokens of a system."""
+        longest = self.study.longest
+        tokens, token_name = _unit(AXES["tokens"].units, longest)
+        flops = {
+            name: 3e12 / 1024 * one.costs["forward_tflops_per_1024_tokens"]
+            for name, one in self.systems.items()
+        }
+        size, prefix = _unit(AXES["flops"].units, longest * min(flops.values()))
+        axes: dict[str, Callable[[str], float]] = {
+            f"training tokens{token_name}": lambda _: 1 / tokens,
+            f"training compute, full squares ({prefix}FLOPs)": lambda name: flops[name] / size,
+        }
+        if self.tables.has_speed(*self.systems):
+            seconds = self.tables.seconds_per_token
+            least = longest * min(map(seconds, self.systems))
+            duration, word = _unit(AXES["time"].units, least)
+            axes[f"training time on a quiet machine ({word})"] = lambda name: (
+                seconds(name) / duration
+            )
+        return axes
 
     def _draw_seeds(self, panel: Axes, name: str, field: str, scale: float) -> None:
         look = self.looks[name]
         for seed in self.tables.seeds(name):
             tokens, losses = self.tables.curve(name, seed, field)
             panel.plot(np.array(tokens) * scale, losses, linewidth=0.6, alpha=0.6, **look)
+        points = self._means(name, field)
+        x, mean = points[:, 0] * scale, points[:, 1]
+        panel.plot(x, mean, linewidth=2, **look)
+        panel.plot(x, mean, "o", markersize=3.5, color=look["color"])
+
+    def _draw_band(self, panel: Axes, name: str, field: str, scale: float) -> None:
+        points = self._means(name, field)
+        color = self.looks[name]["color"]
+        x, low, high = points[:, 0] * scale, points[:, 2], points[:, 3]
+        panel.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+
+    def _means(self, name: str, field: str) -> Floats:
+        """Return <float64>[horizons, 4]: tokens, mean, ends of the interval; none that diverged."""
         points = []
         for horizon in sorted(self.study.horizons):
             found = list(self.tables.losses(name, horizon, field).values())
-            finite = [loss for loss in found if math.isfinite(loss)]
-            if finite and len(finite) == len(found):
-                low, high = interval(finite) if len(finite) > 1 else (math.nan, math.nan)
-                points.append((horizon * scale, float(np.mean(finite)), low, high))
-        if points:
-            x, mean, low, high = np.array(points).T
-            panel.plot(x, mean, "o", linewidth=2, markersize=3.5, color=look["color"])
-            panel.plot(x, mean, linewidth=2, **look)
-            limits = panel.get_ylim()
-            panel.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
-            if len(self.tables.seeds(name)) < 3:  # an interval of two seeds is wider than the plot
-                panel.set_ylim(limits)
+            if found and np.isfinite(found).all():
+                is_enough = len(found) >= ENOUGH_FOR_BANDS
+                low, high = interval(found) if is_enough else (math.nan, math.nan)
+                points.append((horizon, float(np.mean(found)), low, high))
+        return np.array(points, dtype=np.float64).reshape(-1, 4)
 
     def evaluations(self) -> Figure:
         """Draw every evaluation of the trunks, and of the decays that leave them."""
         figure = Figure(figsize=(7.4, 4.8), layout="constrained", dpi=DPI)
         panel = figure.subplots()
+        unit, unit_name = _unit(AXES["tokens"].units, self.study.longest)
         runs = self.tables.runs[self.tables.runs["phase"] == "main"]
         for name, look in self.looks.items():
             own = runs[runs["system"] == name]
-            for _, seed_runs in own.groupby("seed"):
-                trunk = seed_runs[
-                    seed_runs["horizon"].isna() | (seed_runs["end"] == own["end"].max())
-                ]
+            for trunk in self.tables.trunks(name, self.study.longest):
                 lines = self.tables.evaluations(list(trunk["key"]))
-                panel.plot(lines["tokens"] / 1e6, lines["validation_loss"], linewidth=1, **look)
+                panel.plot(lines["tokens"] / unit, lines["validation_loss"], linewidth=1, **look)
             ends = own[own["horizon"].notna()]
             panel.plot(
-                ends["tokens"] / 1e6, ends["validation_loss"], "o", markersize=4,
+                ends["tokens"] / unit, ends["validation_loss"], "o", markersize=4,
                 color=look["color"], markeredgecolor="white",
             )  # fmt: skip
-        panel.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
+        panel.set(xlabel=f"training tokens{unit_name}", ylabel="validation loss (nats per token)")
         _plain_log(panel)
         tidy(panel)
         self._legend(figure, "lines: constant learning rate, then the last decay; dots: decayed")
@@ -158,7 +175,7 @@ class Drawing:
             panel.barh(place, mean, height=0.55, color=color, alpha=0.75)
             if math.isfinite(high):
                 panel.plot([low, high], [place, place], color="0.15", linewidth=1.4)
-            text = f"{mean:.2f} x" if mean else "not reached"
+            text = f"{'at least ' * each.is_bound}{mean:.2f} x" if mean else "not reached"
             panel.annotate(
                 text, (mean, place), xytext=(6, 8), textcoords="offset points", fontsize=8,
             )  # fmt: skip
@@ -174,21 +191,20 @@ class Drawing:
         """Draw the greatest and the least load of any expert in the evaluations."""
         figure = Figure(figsize=(7.4, 4.6), layout="constrained", dpi=DPI)
         panel = figure.subplots()
-        runs = self.tables.runs[self.tables.runs["phase"] == "main"]
+        unit, unit_name = _unit(AXES["tokens"].units, self.study.longest)
         drawn = []
         for name, look in self.looks.items():
-            own = runs[runs["system"] == name]
-            own = own[own["horizon"].isna() | (own["end"] == own["end"].max())]
-            lines = self.tables.evaluations(list(own["key"]))
+            trunks = self.tables.trunks(name, self.study.longest)
+            lines = self.tables.evaluations([key for trunk in trunks for key in trunk["key"]])
             lines = lines[lines["load_max"].notna()]
             if len(lines):
                 drawn.append(name)
                 mean = lines.groupby("tokens")[["load_min", "load_max"]].mean()
-                panel.plot(mean.index / 1e6, mean["load_max"], linewidth=1.6, **look)
-                panel.plot(mean.index / 1e6, mean["load_min"], linewidth=0.8, **look)
+                panel.plot(mean.index / unit, mean["load_max"], linewidth=1.6, **look)
+                panel.plot(mean.index / unit, mean["load_min"], linewidth=0.8, **look)
         panel.axhline(1, color="0.35", linewidth=0.9, linestyle=":")
         panel.set(
-            xlabel="training tokens (millions)", ylabel="load in evaluations (1: an even share)"
+            xlabel=f"training tokens{unit_name}", ylabel="load in evaluations (1: an even share)"
         )
         panel.set_ylim(bottom=0)
         tidy(panel)
@@ -224,12 +240,19 @@ def _inverse(value: float) -> float:
     return 1 / value if value else math.inf
 
 
+def _unit(units: Sequence[tuple[float, str]], largest: float) -> tuple[float, str]:
+    """Return size and name of the largest unit of which there is one or more, else the smallest."""
+    return [units[0], *(unit for unit in units if largest >= unit[0])][-1]
+
+
 def _plain_log(panel: Axes) -> None:
-    """Make both axes logarithmic, with round numbers: losses span less than a decade."""
+    """Make both axes logarithmic, with round numbers where they span less than a decade."""
     panel.set_xscale("log")
     panel.set_yscale("log")
+    low, high = panel.get_xlim()
+    round_numbers = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10])
+    panel.xaxis.set_major_locator(LogLocator() if high > 20 * low else round_numbers)
     panel.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())

@@ -25,6 +25,7 @@ from megatron_smlp.study.verdicts import (
     Claim,
     Comparison,
     claims_of,
+    is_there_at_first,
     loss_field,
     rivals,
     time_ratio,
@@ -57,8 +58,9 @@ def times_to_losses(
         Comparison(
             one=study.subject, other=name, what=unit, verdict="",
             found=time_ratio(study, systems, tables, rival=name, unit=unit),
+            is_bound=is_there_at_first(study, systems, tables, rival=name),
         )
-        for name in rivals(study, systems)
+        for name in rivals(systems)
         if tables.losses(name, study.longest, "validation_loss")
     ]  # fmt: skip
 
@@ -177,7 +179,7 @@ class Page:
             label = f"{name} (behind the prefix)" if system.predicts_suffix else name
             yield _row(
                 label, *(_mean(list(cell.values())) for cell in cells), len(cells[-1]),
-                _number(spread), _number(self.tables.last_noise(name)),
+                _number(spread), _number(self.tables.last_noise(name, self.study.longest)),
             )  # fmt: skip
 
     def _times(self) -> Iterator[str]:
@@ -185,18 +187,20 @@ class Page:
         what = "less time" if unit == SECONDS else "fewer tokens (no quiet timing yet)"
         yield (
             f"How many times {what} {self.study.subject} needs to the loss at which each other "
-            "system ends, seed by seed, by linear interpolation between converged points.\n"
+            "system ends, seed by seed, by linear interpolation between converged points; at "
+            "least so many (≥) where a seed is there at its first horizon already.\n"
         )
         yield from _table("to the loss of", "times less", "95 % interval", "seeds")
         for each in self.times:
             mean, low, high = speedup(each)
-            shown = "not reached" if mean == 0 else _number(mean)
+            bound = "≥ " if each.is_bound else ""
+            shown = "not reached" if mean == 0 else f"{bound}{_number(mean)}"
             yield _row(each.other, shown, f"{_number(low)} to {_number(high)}", each.found.n)
 
     def _crossings(self) -> Iterator[str]:
         yield "Crossings of the mean curves over the horizons; outside of them nothing is known.\n"
         yield from _table("with", "at tokens")
-        for name in rivals(self.study, self.systems):
+        for name in rivals(self.systems):
             yield _row(name, self._crossing(name))
 
     def _crossing(self, name: str) -> str:

@@ -96,20 +96,25 @@ class Results:
             return
         runs = [_run_line(known, run, ending) for run, ending in new.values()]
         curves = [line for run, _ in new.values() for line in _curve_lines(known, run)]
-        self.runs = _joined(self.runs, runs, RUN_COLUMNS)
-        self.curves = _joined(self.curves, curves, CURVE_COLUMNS)
-        self.write(known)
-
-    def write(self, known: state.State) -> None:
-        """Write the files, in an order in which git shows what is new."""
+        all_runs = _joined(self.runs, runs, RUN_COLUMNS).astype({"horizon": "Int64"})
+        all_curves = _joined(self.curves, curves, CURVE_COLUMNS)
         self.folder.mkdir(parents=True, exist_ok=True)
-        runs = self.runs.sort_values(["phase", "system", "factor", "seed", "end", "key"])
-        curves = self.curves.sort_values(["key", "iteration"], kind="stable")
-        for name, table in (("runs.csv", runs), ("curves.csv", curves)):
-            text = table.to_csv(index=False, float_format=SIGNIFICANT)
-            write_durably(self.folder / name, text)
+        # In an order in which git shows what is new.
+        order = ["phase", "system", "factor", "seed", "end", "key"]
+        self._write("runs.csv", all_runs.sort_values(order))
+        self._write("curves.csv", all_curves.sort_values(["key", "iteration"], kind="stable"))
         begun = state.description(known.study, known.systems, known.identity)
         write_durably(self.folder / state.BEGUN, json.dumps(begun, indent=1) + "\n")
+        for table in ("runs", "curves"):
+            del self.__dict__[table]  # what is reported is what the files say, with their digits
+
+    def add_speed(self, lines: list[dict[str, Any]]) -> None:
+        """Replace the quiet timing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write("speed.csv", pandas.DataFrame(lines, columns=list(SPEED_COLUMNS)))
+
+    def _write(self, name: str, table: pandas.DataFrame) -> None:
+        write_durably(self.folder / name, table.to_csv(index=False, float_format=SIGNIFICANT))
 
 
 def _joined(

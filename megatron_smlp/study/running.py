@@ -91,7 +91,8 @@ class Worker:
             code = run_command(command, folder=folder, stop=claim.lost, watch=watch)
             if claim.lost.is_set():
                 return
-            if code == 0 or code == NonFiniteLossError.exit_code:
+            # One that was asked to stop ends well, before its end: it goes on.
+            if code == NonFiniteLossError.exit_code or (code == 0 and self._is_whole(run)):
                 break
         self._end(run, code=code, attempts=attempts, worker_seconds=time.monotonic() - began)
 

@@ -52,7 +52,7 @@ def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
     mean = float(np.mean(values))
     if n == 1:
         return _unknown(mean, n)
-    sd = float(np.std(values, ddof=1))
+    sd = 0.0 if _is_constant(values) else float(np.std(values, ddof=1))
     low, high = interval(values)
     return Difference(
         mean=mean, low=low, high=high, p=_p(values, sd), n=n, sd=sd, visible=visible(sd, n)
@@ -65,16 +65,21 @@ def _unknown(mean: float, n: int) -> Difference:
     )
 
 
+def _is_constant(values: np.ndarray) -> bool:
+    """Return whether values differ by rounding only."""
+    return bool(np.ptp(values) <= 1e-12 * max(1.0, np.abs(values).max()))
+
+
 def _p(values: np.ndarray, sd: float) -> float:
     if sd == 0:
-        return 0.0 if values[0] else 1.0
+        return 0.0 if abs(values[0]) > 1e-12 else 1.0
     return float(stats.ttest_1samp(values, 0.0).pvalue)
 
 
 def interval(values: Sequence[float] | np.ndarray, *, alpha: float = ALPHA) -> tuple[float, float]:
     """Return the interval of the mean of two or more values."""
     array = np.asarray(values, dtype=np.float64)
-    if np.ptp(array) == 0:
+    if _is_constant(array):
         return float(array[0]), float(array[0])
     if len(array) < LEAST_FOR_BOOTSTRAP:
         half = stats.t.ppf(1 - alpha / 2, len(array) - 1) * stats.sem(array)

@@ -114,6 +114,7 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
         )
     flags = {key: value for key, value in flags.items() if key not in OWN_FLAGS}
     flags |= dict(study.fixed) | own
+    flags = {key: value for key, value in flags.items() if value is not None}
     # The loss of a capacity system is that of its model, not of the tokens that found no slot.
     flags.pop("moe_eval_capacity_factor", None)
     try:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas
@@ -15,6 +14,7 @@ from megatron_smlp.study.state import DIVERGED, DONE
 from megatron_smlp.study.study_file import Study
 
 LAST_EVALUATIONS = 6
+LEAST_EVALUATIONS = 4  # a line through three says little of their noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,25 +88,23 @@ class Tables:
         lines = self.curves[self.curves["key"].isin(keys)]
         return lines[lines["validation_loss"].notna()].sort_values("tokens")
 
-    def last_noise(self, system: str) -> float:
-        """Return the deviation of the last evaluations of a trunk from a straight line."""
+    def trunks(self, system: str, longest: int) -> list[pandas.DataFrame]:
+        """Return, a seed, the runs that together train from the start to the longest horizon."""
         runs = self.runs[(self.runs["system"] == system) & (self.runs["phase"] == "main")]
+        pieces = runs[runs["horizon"].isna() | (runs["horizon"] == longest)]
+        return [own.sort_values("end") for _, own in pieces.groupby("seed")]
+
+    def last_noise(self, system: str, longest: int) -> float:
+        """Return the deviation of a trunk's last evaluations before its decay from a line."""
         found = []
-        for _, seed_runs in runs.groupby("seed"):
-            ends = seed_runs[
-                seed_runs["horizon"].isna() | (seed_runs["end"] == seed_runs["end"].max())
-            ]
-            lines = self.evaluations(list(ends["key"]))
-            decayed = (1 - _decay_share(ends)) * ends["end"].max()
-            lines = lines[lines["iteration"] <= decayed].tail(LAST_EVALUATIONS)
-            if len(lines) >= 4:
+        for trunk in self.trunks(system, longest):
+            flags = json.loads(trunk["flags"].iloc[-1])
+            lines = self.evaluations(list(trunk["key"]))
+            constant = flags["lr_decay_iters"] - flags["lr_wsd_decay_iters"]
+            lines = lines[lines["iteration"] <= constant].tail(LAST_EVALUATIONS)
+            if len(lines) >= LEAST_EVALUATIONS:
                 found.append(_residual(lines))
         return float(np.mean(found)) if found else math.nan
-
-
-def _decay_share(runs: pandas.DataFrame) -> float:
-    last: Mapping[str, Any] = json.loads(runs.sort_values("end")["flags"].iloc[-1])
-    return float(last["lr_wsd_decay_iters"]) / float(last["lr_decay_iters"])
 
 
 def _residual(lines: pandas.DataFrame) -> float:

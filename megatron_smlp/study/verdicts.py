@@ -34,6 +34,8 @@ class Comparison:
     found: Difference
     """Of losses in nats; of all else a ratio, of which 1 is no difference."""
     verdict: str
+    is_bound: bool = False
+    """Whether the subject's cost may be still less: a seed was there at its first horizon."""
 
     @property
     def is_ratio(self) -> bool:
@@ -69,7 +71,7 @@ def claims_of(study: Study, systems: Mapping[str, System], tables: Tables) -> li
 
 
 def _lower_loss(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
-    pairs = [(study.subject, name) for name in rivals(study, systems)]
+    pairs = [(study.subject, name) for name in rivals(systems)]
     return _claim_of_losses(
         study, systems, tables, pairs, name="C1",
         text=f"{study.subject} has a lower loss than every other system at equal tokens and FLOPs",
@@ -83,10 +85,9 @@ def _ablations(study: Study, systems: Mapping[str, System], tables: Tables) -> C
     )  # fmt: skip
 
 
-def rivals(study: Study, systems: Mapping[str, System]) -> list[str]:
-    """Return the systems of other people that the subject is compared with."""
-    ablated = {name for pair in study.ablations for name in pair if name in study.variants}
-    return [name for name, one in systems.items() if not one.is_smlp and name not in ablated]
+def rivals(systems: Mapping[str, System]) -> list[str]:
+    """Return the systems that the subject is compared with: all that are no sMLP themselves."""
+    return [name for name, system in systems.items() if not system.is_smlp]
 
 
 def _claim_of_losses(
@@ -106,7 +107,7 @@ def _claim_of_losses(
     names = {"validation_loss": "loss", "validation_suffix_loss": "loss behind the prefix"}
     return _claim(
         {pair: (names[field], difference) for pair, (field, difference) in found.items()},
-        null=0.0, name=name, text=text, notes=tables.gaps(study),
+        null=0.0, name=name, text=text, notes=tables.gaps(study) if found else (),
     )  # fmt: skip
 
 
@@ -145,9 +146,7 @@ def best_of(kind: str, study: Study, systems: Mapping[str, System], tables: Tabl
     means = {
         name: sum(losses.values()) / len(losses)
         for name, system in systems.items()
-        if system.kind == kind
-        and name in rivals(study, systems)
-        and (losses := tables.losses(name, study.longest, "validation_loss"))
+        if system.kind == kind and (losses := tables.losses(name, study.longest, "validation_loss"))
     }
     return min(means, key=lambda name: means[name]) if means else None
 
@@ -185,13 +184,24 @@ def time_ratio(
     targets = tables.losses(rival, study.longest, field)
     scale = tables.seconds_per_token if unit == SECONDS else _one
     ends = {seed: scale(rival) * study.longest for seed in targets}
-    reached = {
-        seed: scale(study.subject)
-        * cost_to_reach(*tables.curve(study.subject, seed, field), target)
-        for seed, target in targets.items()
-        if tables.curve(study.subject, seed, field)[0] and math.isfinite(target)
-    }
+    reached = {}
+    for seed, target in targets.items():
+        tokens, losses = tables.curve(study.subject, seed, field)
+        cost = cost_to_reach(tokens, losses, target)
+        is_whole = study.longest in tokens  # else it may still come there
+        if math.isfinite(target) and (is_whole or math.isfinite(cost)):
+            reached[seed] = scale(study.subject) * cost
     return ratio(reached, ends)
+
+
+def is_there_at_first(
+    study: Study, systems: Mapping[str, System], tables: Tables, *, rival: str
+) -> bool:
+    """Return whether a seed of the subject has at its first horizon the loss the rival ends at."""
+    field = loss_field(systems[study.subject], systems[rival])
+    targets = tables.losses(rival, study.longest, field)
+    first = tables.losses(study.subject, min(study.horizons), field)
+    return any(first.get(seed, math.inf) <= target for seed, target in targets.items())
 
 
 def _one(system: str) -> float:
@@ -200,7 +210,7 @@ def _one(system: str) -> float:
 
 def _faster_steps(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
     text = "the most words a second of all sparse systems"
-    others = [name for name in rivals(study, systems) if systems[name].is_sparse]
+    others = [name for name in rivals(systems) if systems[name].is_sparse]
     step: Callable[[str], Mapping[int, float]] = tables.step_seconds
     found = {
         (study.subject, name): ("step time", ratio(step(study.subject), step(name)))

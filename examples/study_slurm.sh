@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=smlp-study
+#SBATCH --ntasks=1
+#SBATCH --output=%x-%A-%a.log
+# Work on a study under Slurm: each task of a job array is a worker, as many as you like, added or
+# cancelled at any time. Submit it from the project's folder, which all nodes share:
+#
+#   STUDY=studies/paper.yaml sbatch --array 0-15 --gpus 8 --cpus-per-task 32 --time 24:00:00 \
+#     examples/study_slurm.sh [tools/study.py run flags, as --data FOLDER]
+#
+#   STUDY            the study file
+#   NPROC_PER_NODE   processes of one run (default: the GPUs that Slurm gave)
+#   PYTHON           interpreter (default: the project's .venv, else python3)
+#
+# A run whose worker is ended goes on from its last checkpoint in another one.
+
+set -euo pipefail
+examples="${SLURM_SUBMIT_DIR:-$PWD}/examples"
+if [[ ! -f "$examples/common.sh" ]]; then
+  echo "study_slurm.sh: error: no $examples/common.sh. Submit the job from the project's folder" >&2
+  exit 2
+fi
+source "$examples/common.sh"
+
+if [[ "${1:-}" == "--help" ]]; then
+  usage
+  exit 0
+fi
+require STUDY "the study file, for example STUDY=studies/cpu.yaml"
+[[ -f "$STUDY" ]] || fail "STUDY=$STUDY: no such file; ready ones lie in $REPOSITORY/studies"
+NPROC_PER_NODE="${NPROC_PER_NODE:-$(default_processes)}"
+require_number NPROC_PER_NODE "the number of processes of a run"
+PYTHON="${PYTHON:-$(default_python)}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$PYTHON" "$REPOSITORY/tools/study.py" run "$STUDY" --processes "$NPROC_PER_NODE" "$@"

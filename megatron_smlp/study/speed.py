@@ -1,0 +1,55 @@
+"""Time the steps of all systems in turns, on a machine where nothing else runs."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.progress import Progress
+from megatron_smlp.study.data import StudyData
+from megatron_smlp.study.metrics import FILE_NAME, read_records
+from megatron_smlp.study.process import last_lines, run_command, training_command
+from megatron_smlp.study.state import State
+from megatron_smlp.study.systems import System
+
+
+def time_systems(known: State, data: StudyData, *, processes: int) -> list[dict[str, Any]]:
+    """Return a line a system and round; each round begins with another system.
+
+    Raises:
+        UsageError: a run failed.
+    """
+    names, speed = list(known.systems), known.study.speed
+    lines: list[dict[str, Any]] = []
+    with Progress(speed.rounds * len(names)) as progress:
+        for number in range(1, speed.rounds + 1):
+            shift = number % len(names)
+            for name in names[shift:] + names[:shift]:
+                progress.show(len(lines), f"round {number} of {speed.rounds}: {name}")
+                system = known.systems[name]
+                timed = _time(known, system, data, processes=processes)
+                lines.append({"system": name, "round": number, **timed})
+    return lines
+
+
+def _time(known: State, system: System, data: StudyData, *, processes: int) -> dict[str, float]:
+    """Return the means over the second half of a short run's steps."""
+    folder = known.folder / "speed" / system.name
+    (folder / FILE_NAME).unlink(missing_ok=True)
+    steps = known.study.speed.steps
+    flags = {name: value for name, value in system.flags.items() if not name.startswith("lr_")}
+    flags |= {"seed": 1, "train_iters": steps, "eval_iters": 0, "log_interval": -(-steps // 2)}
+    paths = [*data.flags, "--log-dir", str(folder)]
+    command = training_command(folder, flags, paths=paths, processes=processes)
+    code = run_command(command, folder=folder, stop=threading.Event(), watch=lambda: None)
+    records = [record for record in read_records(folder) if "seconds_per_iteration" in record]
+    if code or not records:
+        text = "\n".join(f"  {line}" for line in last_lines(folder))
+        raise UsageError(f"timing {system.name} failed ({code}), {folder}:\n{text}")
+    last = records[-1]
+    return {
+        "seconds_per_iteration": last["seconds_per_iteration"],
+        "tokens_per_second": last["tokens_per_second"],
+        "tflops": last["tflops_per_device"],
+    }

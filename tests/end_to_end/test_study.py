@@ -1,0 +1,156 @@
+"""A study for real, in small: data, a worker that is killed, two that go on, the report."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+from support.launches import REPOSITORY, clean_environment, run_command
+from support.studies import write_study
+
+from megatron_smlp.study.process import training_command
+
+TOOL = [sys.executable, "tools/study.py"]
+SMALL_MODEL = {"hidden-size": 32, "ffn-hidden-size": 64, "seq-length": 64}
+TINY: dict[str, Any] = {
+    "systems": ["transformer", "smlp_deterministic"],
+    "vocab-size": 280,
+    "fixed": {
+        **SMALL_MODEL,
+        "bf16": True,
+        "eval-iters": 1,
+        "log-interval": 1,
+        "suffix-from": 0.5,
+        "micro-batch-size": 4,
+        "global-batch-size": 4,
+    },
+    "variants": {
+        "transformer": {"num-layers": 2},
+        "smlp_deterministic": {
+            "num-layers": 3,
+            "num-dense-layers": 2,
+            "moe-ffn-hidden-size": 64,
+            "num-experts": 2,
+            "num-feature-experts": 2,
+        },
+    },
+    "horizons": [2560, 5120],  # 10 and 20 steps
+    "evaluations": 2,
+    "seeds": [11],
+    "flops-tolerance": 0.9,
+    "needed-flops-tolerance": 0.9,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What examples/study_data.sh makes of a corpus of a hundred documents."""
+    folder = tmp_path_factory.mktemp("data")
+    words = ["sparse", "all", "experts", "tokens", "route", "to", "the", "gate", "of", "a", "layer"]
+    draw = random.Random(0)
+    lines = [json.dumps({"text": " ".join(draw.choices(words, k=200))}) for _ in range(100)]
+    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run_command(
+        ["examples/study_data.sh"], CORPUS=str(folder / "corpus.jsonl"), VOCABULARY="280",
+        OUTPUT=str(folder / "made"), PYTHON_BIN=sys.executable,
+    )  # fmt: skip
+    return folder / "made"
+
+
+def words(study: Path, data: Path) -> list[str]:
+    folder = study.parent
+    return [str(study), "--data", str(data), "--runs", str(folder / "runs"),
+            "--results", str(folder / "results")]  # fmt: skip
+
+
+def worker(study: Path, data: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*TOOL, "run", *words(study, data), "--expiry", "12"],
+        cwd=REPOSITORY,
+        env=clean_environment(),
+    )
+
+
+def logged(study: Path) -> int:
+    """Steps that all runs of a study have logged."""
+    files = (study.parent / "runs").glob("*/*/*/*/metrics.jsonl")
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_study_from_data_to_report(tmp_path: Path, data: Path):
+    study = write_study(tmp_path, **TINY)
+    first = worker(study, data)
+    end = time.monotonic() + 300
+    while logged(study) < 3:
+        assert time.monotonic() < end
+        assert first.poll() is None
+        time.sleep(0.1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    workers = [worker(study, data) for _ in range(2)]
+    assert [each.wait(1200) for each in workers] == [0, 0]
+    run_command([*TOOL, "report", *words(study, data)])
+    runs = pandas.read_csv(tmp_path / "results" / "runs.csv")
+    assert set(runs["status"]) == {"done"}
+    assert len(runs) == 6
+    assert runs[runs["horizon"].notna()]["validation_loss"].notna().all()
+
+    # In a second study folder the kept results are enough: nothing is left to do.
+    again = run_command([*TOOL, "plan", *words(study, data), "--runs", str(tmp_path / "other")])
+    assert again.stdout.split("\nevaluation")[0].split()[-1] == "0"
+    check_that_pieces_are_one_run(tmp_path, runs, data)
+
+
+def check_that_pieces_are_one_run(folder: Path, runs: pandas.DataFrame, data: Path) -> None:
+    """Train the longest horizon in one go, by its stored flags: the losses are equal."""
+    from megatron_smlp.study.data import StudyData
+
+    longest = runs[(runs["system"] == "smlp_deterministic") & (runs["end"] == 20)].iloc[0]
+    whole = folder / "whole"
+    paths = [*StudyData(data).flags, "--log-dir", str(whole)]
+    run_command(training_command(whole, json.loads(longest["flags"]), paths=paths, processes=1))
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["iteration"]: line["loss"] for line in lines if "loss" in line}
+    curves = pandas.read_csv(folder / "results" / "curves.csv")
+    pieces = curves[(curves["key"] == longest["key"]) & curves["loss"].notna()]
+    assert len(pieces) == 12
+    assert [losses[step] for step in pieces["iteration"]] == pytest.approx(list(pieces["loss"]))
+
+
+@pytest.mark.slow
+def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, data: Path):
+    broken = {
+        "smlp_deterministic": TINY["variants"]["smlp_deterministic"] | {"no-such-flag": 1},
+        "transformer": {"num-layers": 2},
+    }
+    study = write_study(tmp_path, **TINY | {"variants": broken, "horizons": [2560]})
+    done = subprocess.run(
+        [*TOOL, "run", *words(study, data)], cwd=REPOSITORY, env=clean_environment(),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "failed (2): smlp_deterministic" in done.stderr
+    assert "no-such-flag" in done.stderr
+    status = run_command([*TOOL, "status", *words(study, data)]).stdout
+    assert [line.split()[0] for line in status.splitlines() if "seed" in line] == ["done", "failed"]
+
+
+def test_a_slurm_task_is_a_worker(tmp_path: Path):
+    """The script hands on what it was given, with the program in place of Python."""
+    study = write_study(tmp_path)
+    echo = tmp_path / "python"
+    echo.write_text('#!/bin/sh\necho "$@"\n', encoding="utf-8")
+    echo.chmod(0o755)
+    done = run_command(
+        ["examples/study_slurm.sh", "--data", "DATA"], STUDY=str(study), PYTHON=str(echo),
+        SLURM_GPUS_ON_NODE="8", SLURM_ARRAY_TASK_ID="3",
+    )  # fmt: skip
+    assert done.stdout.split()[1:] == ["run", str(study), "--processes", "8", "--data", "DATA"]

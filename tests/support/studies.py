@@ -1,0 +1,84 @@
+"""Studies for the tests: a study file, and results that were never trained."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from support.launches import REPOSITORY
+
+from megatron_smlp.study.plan import PlannedRun, identity_of
+from megatron_smlp.study.state import DIVERGED, DONE, State
+from megatron_smlp.study.study_file import read_study
+from megatron_smlp.study.systems import read_systems
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "base": str(REPOSITORY / "configs" / "cpu"),
+    "systems": ["transformer", "switch", "smlp_deterministic"],
+    "subject": "smlp_deterministic",
+    "vocab-size": 4096,
+    "fixed": {"bf16": True, "eval-iters": 1, "global-batch-size": 8},
+    "horizons": ["100K", "200K", "400K"],
+    "seeds": [11, 12, 13],
+}
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    """Write SMALL with other keys; None leaves one out."""
+    content = {key: value for key, value in {**SMALL, **changes}.items() if value is not None}
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def state_of(path: Path, *, runs: Path, **more: Any) -> State:
+    """Read a study as tools/study.py does, on data that is not there."""
+    study = read_study(path)
+    systems = read_systems(study, folder=path.parent)
+    return State(
+        study=study,
+        systems=systems,
+        identity=identity_of({}),
+        folder=runs / study.name,
+        kept=more.pop("kept", {}),
+        **more,
+    )
+
+
+def pretend(known: State, loss_of: Callable[[PlannedRun], float]) -> None:
+    """End every run of a study with a loss, its curve logged, as if it had been trained."""
+    for _ in range(2):  # the learning rates are chosen in between
+        for run in known.plan().runs:
+            if known.ending(run) is None:
+                folder = known.folder_of(run)
+                folder.mkdir(parents=True, exist_ok=True)
+                lines = map(json.dumps, _records(run, loss_of(run)))
+                text = "".join(f"{line}\n" for line in lines)
+                (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+                loss = loss_of(run)
+                status = DONE if math.isfinite(loss) else DIVERGED
+                known.end(run, status=status, loss=str(loss) if run.horizon else None, attempts=1)
+
+
+def _records(run: PlannedRun, loss: float) -> list[dict[str, Any]]:
+    batch = run.flags["global_batch_size"] * run.flags["seq_length"]
+    distance = run.flags["eval_interval"]
+    records = []
+    for iteration in range(run.start + distance, run.end + 1, distance):
+        above = 0.1 * (run.end - iteration) / run.end
+        common = {"iteration": iteration, "consumed_tokens": iteration * batch}
+        step = {"loss": loss + above, "learning_rate": 1e-3, "tokens_per_second": 5000.0}
+        evaluation = {
+            "validation_loss": loss + above,
+            "validation_suffix_loss": loss + above - 0.1,
+            "validation_routers": [
+                {"layer": 2, "load_share": [0.4, 0.6], "entropy": 0.97, "drop_rate": 0.0}
+            ],
+        }
+        records += [common | step, common | evaluation]
+    return records if math.isfinite(loss) else records[:1]

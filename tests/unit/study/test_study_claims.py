@@ -1,0 +1,125 @@
+"""Claims, with workers that are killed as the system kills them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_smlp.study import claims
+
+EXPIRY = 3.0
+# Takes every run of a folder: holds its claim for a moment, then writes who made it.
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from megatron_smlp.study import claims
+folder, expiry, hold = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+while left := [run for run in sorted(folder.iterdir()) if not (run / "done").exists()]:
+    for run in left:
+        claim = claims.take(run, expiry=expiry)
+        if claim is None:
+            continue
+        with claim:
+            if not (run / "done").exists():
+                with (run / "log").open("a") as log:
+                    log.write(f"{os.getpid()}\\n")
+                time.sleep(hold)
+                (run / "done").write_text(str(os.getpid()))
+    time.sleep(0.05)
+"""
+
+
+def start(folder: Path, *, hold: float) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", WORKER, str(folder), str(EXPIRY), str(hold)])
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.02)
+
+
+def runs(folder: Path, count: int) -> list[Path]:
+    made = [folder / f"run-{number}" for number in range(count)]
+    for run in made:
+        run.mkdir(parents=True)
+    return made
+
+
+def test_two_workers_make_every_run_once(tmp_path: Path):
+    made = runs(tmp_path, 12)
+    workers = [start(tmp_path, hold=0.1) for _ in range(2)]
+    assert [worker.wait(60) for worker in workers] == [0, 0]
+    logs = [(run / "log").read_text().split() for run in made]
+    assert all(len(log) == 1 for log in logs)
+
+
+def test_runs_of_killed_workers_are_made_by_others(tmp_path: Path):
+    first, second = runs(tmp_path, 2)
+    workers = [start(tmp_path, hold=600) for _ in range(2)]
+    for run in (first, second):
+        wait_for(run / "log")
+    for worker in workers:
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+    assert claims.take(first, expiry=EXPIRY) is None, "not before the claim expires"
+    heirs = [start(tmp_path, hold=0.1) for _ in range(2)]
+    assert [heir.wait(60) for heir in heirs] == [0, 0]
+    for run in (first, second):
+        dead, heir = (run / "log").read_text().split()
+        assert (run / "done").read_text() == heir != dead
+
+
+def test_a_claim_that_is_given_back_is_free_at_once(tmp_path: Path):
+    with claims.take(tmp_path):
+        assert claims.take(tmp_path) is None
+        assert claims.is_held(tmp_path)
+    assert not claims.is_held(tmp_path)
+    assert claims.take(tmp_path) is not None
+
+
+def test_an_owner_that_lives_keeps_its_claim(tmp_path: Path):
+    with claims.take(tmp_path, expiry=0.6) as claim:
+        time.sleep(1.5)
+        assert claims.take(tmp_path, expiry=0.6) is None
+        assert not claim.lost.is_set()
+
+
+def test_an_owner_that_slept_notices_its_successor(tmp_path: Path):
+    with claims.take(tmp_path, expiry=0.6) as claim:
+        (tmp_path / "claim-1").mkdir()  # as a worker does that found it expired
+        assert claim.lost.wait(10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child")
+def test_a_training_ends_with_its_worker(tmp_path: Path):
+    code = (
+        "import sys, threading; from pathlib import Path;"
+        "from megatron_smlp.study.process import run_command;"
+        "run_command(['sh', '-c', 'echo $$ > pid; exec sleep 600'], folder=Path('.'),"
+        " stop=threading.Event(), watch=lambda: None)"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    wait_for(tmp_path / "pid")
+    time.sleep(0.2)
+    child = int((tmp_path / "pid").read_text())
+    worker.kill()
+    worker.wait()
+    end = time.monotonic() + 30
+    while _lives(child) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not _lives(child)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return state != "Z"

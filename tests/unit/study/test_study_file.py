@@ -1,0 +1,104 @@
+"""Study files: what is read, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.launches import REPOSITORY
+from support.studies import write_study
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.study.study_file import read_study, tokens
+from megatron_smlp.study.systems import read_systems
+
+FILES = sorted((REPOSITORY / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_study_of_the_project_is_fair(path: Path):
+    study = read_study(path)
+    assert study.name == path.stem
+    assert list(read_systems(study, folder=path.parent)) == list(study.systems)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [(500000, 500000), ("1.2M", 1200000), ("30K", 30000), ("2B", 2 * 10**9)]
+)
+def test_tokens(text: Any, number: int):
+    assert tokens(text) == number
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"horizon": [1]}, "unknown key 'horizon': did you mean 'horizons'"),
+        ({"seeds": None}, "seeds missing"),
+        ({"seeds": [11, 11]}, "an item is there twice"),
+        ({"horizons": ["12 miles"]}, "give a number of tokens"),
+        ({"subject": "gmlp"}, "'gmlp' is none of the systems"),
+        ({"seeds": {"transformer": [1]}}, "none for 'switch'"),
+        ({"tuning": {"seed": 11, "horizon": 1000, "lr": [1]}}, "also the tuning's"),
+        ({"tuning": {"seed": 1, "horizon": 1000, "lrs": [1]}}, "did you mean 'lr'"),
+        ({"decay": 1.5}, "between 0 and 1"),
+        ({"targets": ["best-smlp"]}, "the targets are"),
+    ],
+)
+def test_refused(tmp_path: Path, changes: dict[str, Any], message: str):
+    with pytest.raises(UsageError, match=message):
+        read_study(write_study(tmp_path, **changes))
+
+
+def test_a_missing_file(tmp_path: Path):
+    with pytest.raises(UsageError, match="no such file"):
+        read_study(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"variants": {"switch": {"from": "switch", "num-layers": 5}}},
+            "full squares .* differ by",
+        ),
+        (
+            {"variants": {"switch": {"from": "switch", "global-batch-size": 16}}},
+            "global-batch-size",
+        ),
+        ({"variants": {"switch": {"from": "switch", "micro-batch-size": 4}}}, "micro-batch-size"),
+        ({"variants": {"switch": {"from": "switch", "seq-length": 128}}}, "--seq-length differs"),
+        ({"fixed": {"seed": 3}}, "a study sets that itself"),
+        ({"fixed": {"data-path": "x"}}, "a study sets that itself"),
+        (
+            {
+                "tuning": {
+                    "seed": 1,
+                    "horizon": "50K",
+                    "lr": {"smlp_deterministic": [0.5, 1, 2], "others": [1]},
+                }
+            },
+            "different numbers of trials",
+        ),
+    ],
+)
+def test_what_is_not_fair_is_refused_with_a_table(
+    tmp_path: Path, changes: dict[str, Any], message: str
+):
+    path = write_study(tmp_path, **changes)
+    with pytest.raises(UsageError, match=message) as refusal:
+        read_systems(read_study(path), folder=tmp_path)
+    if "fixed" not in changes:
+        table = str(refusal.value).splitlines()[1:]
+        assert any(line.split()[0] == "smlp_deterministic" for line in table)
+
+
+def test_the_needed_convention_is_held_too(tmp_path: Path):
+    systems = ["transformer", "gmlp", "smlp_deterministic"]
+    study = read_study(write_study(tmp_path, systems=systems))
+    with pytest.raises(UsageError, match=r"needed \(triangles\), differ by 5"):
+        read_systems(study, folder=tmp_path)
+
+
+def test_evaluation_drops_nothing(tmp_path: Path):
+    systems = read_systems(read_study(write_study(tmp_path)), folder=tmp_path)
+    assert "moe_eval_capacity_factor" not in systems["switch"].flags
+    assert "nothing is dropped" in systems["switch"].evaluation

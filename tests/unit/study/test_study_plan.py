@@ -1,0 +1,141 @@
+"""Plans: pieces of trunks, hashes, the tuning, and what is left to do."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from support.studies import pretend, state_of, write_study
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.study.plan import PlannedRun, identity_of, next_factor
+from megatron_smlp.study.state import DIVERGED, DONE, FAILED, begin, description
+
+TUNING = {"seed": 1, "horizon": "50K", "lr": [0.5, 1, 2], "extend-at-edge": 1}
+
+
+def one_seed(tmp_path: Path) -> list[PlannedRun]:
+    plan = state_of(write_study(tmp_path), runs=tmp_path).plan()
+    return [run for run in plan.runs if run.system == "switch" and run.seed == 12]
+
+
+def test_one_trunk_and_a_branch_a_horizon(tmp_path: Path):
+    first, short, second, middle, longest = one_seed(tmp_path)
+    assert (first.parent, short.parent, second.parent) == (None, first, first)
+    assert (middle.parent, longest.parent) == (second, second)
+    assert [run.horizon for run in (first, short, middle, longest)] == [
+        None,
+        10**5,
+        2 * 10**5,
+        4 * 10**5,
+    ]
+    assert short.start == first.end == short.end - round(short.end * 0.2)
+    for run in (short, middle, longest):
+        assert run.end == pytest.approx(run.horizon / 2048, rel=0.03)
+
+
+def test_all_pieces_share_data_order_and_warmup(tmp_path: Path):
+    runs = one_seed(tmp_path)
+    for flag in ("train_iters", "seed", "lr_warmup_iters", "lr", "global_batch_size"):
+        assert len({run.flags[flag] for run in runs}) == 1, flag
+    for run in runs:
+        decay_begins = run.flags["lr_decay_iters"] - run.flags["lr_wsd_decay_iters"]
+        assert decay_begins >= run.end if run.horizon is None else decay_begins < run.end
+        assert run.flags.get("exit_interval", run.flags["train_iters"]) == run.end
+
+
+def test_the_hash_is_of_flags_data_and_parents(tmp_path: Path):
+    first, short, *_ = one_seed(tmp_path)
+    assert short.key == dataclasses.replace(short).key
+    assert short.key != dataclasses.replace(short, flags={**short.flags, "lr": 1.0}).key
+    assert short.key != dataclasses.replace(short, identity=identity_of({"train": "other"})).key
+    other = dataclasses.replace(first, flags={**first.flags, "seed": 9})
+    assert short.key != dataclasses.replace(short, parent=other).key
+
+
+def test_no_path_is_in_the_flags(tmp_path: Path):
+    for run in one_seed(tmp_path):
+        assert not any("/" in str(value) for value in run.flags.values())
+
+
+def tuned(tmp_path: Path, best: dict[str, float]):
+    """A study whose trials are over; the loss grows with the distance from the best factor."""
+    known = state_of(write_study(tmp_path, tuning=TUNING), runs=tmp_path)
+    pretend(known, lambda run: 5.0 + abs(run.factor - best[run.system]))
+    return known.plan()
+
+
+def test_runs_that_count_wait_for_the_tuning(tmp_path: Path):
+    plan = state_of(write_study(tmp_path, tuning=TUNING), runs=tmp_path).plan()
+    assert {run.phase for run in plan.runs} == {"tuning"}
+    assert len(plan.runs) == 9
+    assert len(plan.pending) == 3 * 3 * 5
+
+
+def test_the_best_trial_is_chosen(tmp_path: Path):
+    plan = tuned(tmp_path, {"transformer": 1, "switch": 1, "smlp_deterministic": 1})
+    assert plan.factors == dict.fromkeys(plan.factors, 1.0)
+    assert sum(run.phase == "tuning" for run in plan.runs) == 9
+
+
+def test_at_an_edge_every_system_gets_one_more_trial(tmp_path: Path):
+    plan = tuned(tmp_path, {"transformer": 1, "switch": 4, "smlp_deterministic": 1})
+    trials = [run for run in plan.runs if run.phase == "tuning"]
+    counts = {name: sum(run.system == name for run in trials) for name in plan.factors}
+    assert set(counts.values()) == {4}
+    assert plan.factors["switch"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("losses", "factor"), [([3, 4, 5], 0.5), ([5, 4, 3], 8.0), ([4, 3, 5], 1.41), ([5, 3, 4], 2.83)]
+)
+def test_where_one_more_trial_goes(losses: list[float], factor: float):
+    assert next_factor([1, 2, 4], losses) == factor
+
+
+class TestWhatIsLeft:
+    def test_a_run_that_is_in_the_results_is_done(self, tmp_path: Path):
+        known = state_of(write_study(tmp_path), runs=tmp_path)
+        kept = {run.key: {"status": DONE, "loss": 4.0} for run in known.plan().runs}
+        again = dataclasses.replace(known, kept=kept)
+        assert again.to_do(again.plan()) == []
+        assert len(known.to_do(known.plan())) == 45
+
+    def test_a_parent_is_made_again_where_its_checkpoint_is_not_here(self, tmp_path: Path):
+        known = state_of(write_study(tmp_path), runs=tmp_path)
+        runs = list(known.plan().runs)
+        kept = {run.key: {"status": DONE, "loss": 4.0} for run in runs[:-1]}
+        again = dataclasses.replace(known, kept=kept)
+        last = runs[-1]
+        assert again.to_do(again.plan()) == [last.parent.parent, last.parent, last]
+
+    def test_a_diverged_trial_is_never_chosen(self, tmp_path: Path):
+        known = state_of(
+            write_study(tmp_path, tuning=TUNING | {"extend-at-edge": 1}), runs=tmp_path
+        )
+        pretend(known, lambda run: float("inf") if run.factor >= 2 else 5 - run.factor)
+        assert set(known.plan().factors.values()) <= {1.0, 1.41}
+
+    def test_a_failed_trial_leaves_the_choice_open(self, tmp_path: Path):
+        known = state_of(write_study(tmp_path, tuning=TUNING), runs=tmp_path)
+        first = known.plan().runs[0]
+        known.folder_of(first).mkdir(parents=True)
+        known.end(first, status=FAILED, last_lines=["no memory"])
+        pretend(known, lambda run: 5.0)
+        assert known.plan().factors == {}
+        assert known.status(first) == FAILED
+
+
+def test_a_study_that_changed_is_refused_with_the_difference(tmp_path: Path):
+    known = state_of(write_study(tmp_path), runs=tmp_path)
+    begin(known.folder, description(known.study, known.systems, known.identity))
+    begin(known.folder, description(known.study, known.systems, known.identity))
+    other = state_of(write_study(tmp_path, seeds=[11, 12, 14]), runs=tmp_path)
+    with pytest.raises(UsageError, match=r"study\.seeds\.others: \[11, 12, 13\] -> \[11, 12, 14\]"):
+        begin(known.folder, description(other.study, other.systems, other.identity))
+
+
+def test_a_diverged_run_has_its_own_state(tmp_path: Path):
+    known = state_of(write_study(tmp_path), runs=tmp_path)
+    pretend(known, lambda run: float("inf") if run.system == "switch" else 4.0)
+    states = {known.status(run) for run in known.plan().runs if run.system == "switch"}
+    assert states == {DIVERGED}

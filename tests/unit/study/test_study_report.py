@@ -1,0 +1,148 @@
+"""Results and reports, on runs that were never trained."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pandas
+import pytest
+from support.studies import pretend, state_of, write_study
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.study.cli import main
+from megatron_smlp.study.plan import PlannedRun
+from megatron_smlp.study.state import State
+
+NOISE = {11: -0.002, 12: 0.003, 13: 0.0}
+
+
+def loss_of(run: PlannedRun) -> float:
+    """0.05 nats under the others for sMLP, with seeds that differ by less."""
+    ahead = 0.05 if run.system == "smlp_deterministic" else 0.0
+    wobble = NOISE.get(run.seed, 0.0) * {"switch": 1, "transformer": 0.5}.get(run.system, -1)
+    return 6.0 - 0.3 * math.log2((run.horizon or 10**5) / 10**5) - ahead + wobble
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> State:
+    tuning = {"seed": 1, "horizon": "50K", "lr": [0.5, 1, 2]}
+    return state_of(write_study(tmp_path, tuning=tuning), runs=tmp_path / "runs")
+
+
+def report(known: State, folder: Path) -> dict[str, dict]:
+    """Write the report by the command; return the claims."""
+    words = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
+    assert main(["report", str(folder / "study.yaml"), *words]) == 0
+    content = json.loads((folder / "results" / "report.json").read_text(encoding="utf-8"))
+    return {claim["name"]: claim for claim in content["claims"]}
+
+
+def test_a_true_difference_is_confirmed(known: State, tmp_path: Path):
+    pretend(known, loss_of)
+    claims = report(known, tmp_path)
+    assert claims["C1"]["verdict"] == "confirmed"
+    mean = claims["C1"]["comparisons"][0]["found"]["mean"]
+    assert mean == pytest.approx(-0.05, abs=0.005)
+
+
+def test_no_timing_leaves_time_undecided(known: State, tmp_path: Path):
+    pretend(known, loss_of)
+    claims = report(known, tmp_path)
+    assert (claims["C2"]["verdict"], claims["C3"]["verdict"]) == ("undecided", "undecided")
+    # 0.3 nats a doubling, 0.05 ahead: between 200K and 400K tokens, a sixth of them fewer.
+    found = claims["C2"]["comparisons"][0]["found"]["mean"]
+    assert found == pytest.approx(1 - 0.5 / 6, abs=0.01)
+
+
+def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
+    pretend(known, loss_of)
+    report(known, tmp_path)
+    seconds = {"transformer": 1.0, "switch": 1.0, "smlp_deterministic": 0.5}
+    lines = [
+        {"system": name, "round": number, "seconds_per_iteration": step * (1 + 0.01 * number),
+         "tokens_per_second": 2048 / step, "tflops": 0.1}
+        for name, step in seconds.items()
+        for number in (1, 2, 3)
+    ]  # fmt: skip
+    pandas.DataFrame(lines).to_csv(tmp_path / "results" / "speed.csv", index=False)
+    claims = report(known, tmp_path)
+    assert (claims["C2"]["verdict"], claims["C3"]["verdict"]) == ("confirmed", "confirmed")
+    assert claims["C2"]["comparisons"][0]["found"]["mean"] == pytest.approx(0.458, abs=0.01)
+
+
+def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):
+    pretend(known, loss_of)
+    report(known, tmp_path)
+    results = tmp_path / "results"
+    first = (results / "report.md").read_text(encoding="utf-8")
+    for path in results.iterdir():
+        if path.suffix not in (".csv",) and path.name != "study.json":
+            path.unlink()
+    shutil.rmtree(tmp_path / "runs")
+    report(known, tmp_path)
+    assert (results / "report.md").read_text(encoding="utf-8") == first
+    figures = {path.stem for path in results.glob("*.png")}
+    assert {"loss", "evaluations", "learning-rates", "expert-load", "speed-up"} <= figures
+
+
+def test_a_missing_and_a_diverged_run_are_said(known: State, tmp_path: Path):
+    def loss(run: PlannedRun) -> float:
+        bad = run.system == "switch" and run.seed == 12
+        return math.inf if bad and run.horizon == 400000 else loss_of(run)
+
+    pretend(known, loss)
+    gone = [r for r in known.plan().runs if r.system == "transformer" and r.horizon == 400000]
+    shutil.rmtree(known.folder_of(gone[-1]))
+    claims = report(known, tmp_path)
+    assert claims["C1"]["notes"] == [
+        "transformer: seed 13 is missing",
+        "switch: seed 12 diverged",
+    ]
+    assert claims["C1"]["verdict"] == "undecided"
+    text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
+    assert "diverged (1 of 3)" in text
+
+
+def test_one_seed_is_undecided(tmp_path: Path):
+    known = state_of(write_study(tmp_path, seeds=[11]), runs=tmp_path / "runs")
+    pretend(known, loss_of)
+    claims = report(known, tmp_path)
+    assert claims["C1"]["verdict"] == "undecided"
+    assert claims["C1"]["comparisons"][0]["found"]["visible"] == "inf"
+
+
+def test_nothing_to_report(known: State, tmp_path: Path):
+    with pytest.raises(UsageError, match="no run of study 'small' is over"):
+        report(known, tmp_path)
+
+
+def test_new_runs_join_those_that_are_kept(known: State, tmp_path: Path):
+    pretend(known, loss_of)
+    report(known, tmp_path)
+    runs = pandas.read_csv(tmp_path / "results" / "runs.csv")
+    half = runs[runs["phase"] == "tuning"]
+    half.to_csv(tmp_path / "results" / "runs.csv", index=False)
+    report(known, tmp_path)
+    again = pandas.read_csv(tmp_path / "results" / "runs.csv")
+    assert list(again["key"]) == list(runs["key"])
+
+
+def test_a_curve_that_is_not_whole_is_not_called_a_miss(known: State, tmp_path: Path):
+    def loss(run: PlannedRun) -> float:
+        return loss_of(run) + (0.2 if run.system == "smlp_deterministic" else 0.0)
+
+    pretend(known, loss)
+    for run in known.plan().runs:
+        if run.system == "smlp_deterministic" and run.horizon == 400000 and run.seed == 12:
+            shutil.rmtree(known.folder_of(run))
+    found = report(known, tmp_path)["C2"]["comparisons"][0]["found"]
+    assert (found["n"], found["mean"]) == (2, "inf")
+
+
+def test_at_the_first_horizon_it_is_a_bound(known: State, tmp_path: Path):
+    ahead = {"smlp_deterministic": 2.0}
+    pretend(known, lambda run: loss_of(run) - ahead.get(run.system, 0.0))
+    report(known, tmp_path)
+    text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
+    assert "| switch | ≥ 4 |" in text
