@@ -173,7 +173,7 @@ class Drawing:
             mean, low, high = speedup(each)
             color = self.looks[each.other]["color"]
             panel.barh(place, mean, height=0.55, color=color, alpha=0.75)
-            if math.isfinite(high):
+            if math.isfinite(high) and not each.is_bound:
                 panel.plot([low, high], [place, place], color="0.15", linewidth=1.4)
             text = f"{'at least ' * each.is_bound}{mean:.2f} x" if mean else "not reached"
             panel.annotate(

@@ -195,7 +195,8 @@ class Page:
             mean, low, high = speedup(each)
             bound = "≥ " if each.is_bound else ""
             shown = "not reached" if mean == 0 else f"{bound}{_number(mean)}"
-            yield _row(each.other, shown, f"{_number(low)} to {_number(high)}", each.found.n)
+            interval_of = "n/a" if each.is_bound else f"{_number(low)} to {_number(high)}"
+            yield _row(each.other, shown, interval_of, each.found.n)
 
     def _crossings(self) -> Iterator[str]:
         yield "Crossings of the mean curves over the horizons; outside of them nothing is known.\n"

@@ -22,6 +22,7 @@ from scipy import stats
 ALPHA = 0.05
 POWER = 0.8
 LEAST_FOR_BOOTSTRAP = 5
+LEAST_FOR_VERDICT = 3  # seeds: two that agree by chance would be called significant
 RESAMPLES = 9999
 CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
 
@@ -119,8 +120,12 @@ def with_holm[K](differences: Mapping[K, Difference]) -> dict[K, Difference]:
 
 
 def verdict(difference: Difference, *, null: float = 0.0, alpha: float = ALPHA) -> str:
-    """Return what a claim of less than `null` ends as; the p-value is Holm's already."""
-    if difference.p >= alpha or difference.low <= null <= difference.high:
+    """Return what a claim of less than `null` ends as; the p-value is Holm's already.
+
+    Fewer than three seeds leave it undecided, whatever they say.
+    """
+    is_unclear = difference.p >= alpha or difference.low <= null <= difference.high
+    if is_unclear or difference.n < LEAST_FOR_VERDICT:
         return UNDECIDED
     return CONFIRMED if difference.high < null else REFUTED
 

@@ -19,7 +19,6 @@ from megatron_smlp.flags.config_file import StrictLoader, spelling, text_of
 OTHERS = "others"
 """The key that stands for every system which a mapping does not name."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-TARGETS = ("best-dense", "best-moe")
 
 
 def key(parse: Callable[[Any], Any], default: Any = dataclasses.MISSING) -> Any:
@@ -95,12 +94,6 @@ def _by_system(parse: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
     return read
 
 
-def _target(value: Any) -> str:
-    if value not in TARGETS:
-        raise ValueError(f"{value!r}: the targets are {', '.join(TARGETS)}")
-    return str(value)
-
-
 def _pair(value: Any) -> tuple[str, str]:
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError(f"{value!r}: give a pair as [with it, without it]")
@@ -167,7 +160,6 @@ class Study:
     """Evaluations in the shortest horizon; they keep this distance to the end."""
     seeds: dict[str, tuple[int, ...]] = key(_by_system(_list(_whole)))
     tuning: Tuning | None = key(_section(Tuning), None)
-    targets: tuple[str, ...] = key(_list(_target), TARGETS)
     subject: str = key(_text)
     """The system whose claims are tested."""
     ablations: tuple[tuple[str, str], ...] = key(_list(_pair), ())

@@ -166,6 +166,8 @@ def _less_time(study: Study, systems: Mapping[str, System], tables: Tables) -> C
         unit = TOKENS
         notes.append("no quiet timing: tools/study.py run --speed; tokens say nothing of time")
     found = time_ratio(study, systems, tables, rival=best, unit=unit)
+    if is_there_at_first(study, systems, tables, rival=best):
+        notes.append("a seed is there at its first horizon, so the ratio is at most this")
     claim = _claim({(study.subject, best): (unit, found)}, null=1.0, name="C2", text=text)
     whole = claim.verdict if unit == SECONDS else UNDECIDED
     return Claim(

@@ -38,15 +38,15 @@ class TestPairedDifference:
         rng = np.random.default_rng(1)
         found = [
             verdict(paired(losses(4, sd=0.005, rng=rng), losses(4, sd=0.005, rng=rng)))
-            for _ in range(2000)
+            for _ in range(600)
         ]
-        assert 0.03 < 1 - found.count(UNDECIDED) / len(found) < 0.07
+        assert 0.02 < 1 - found.count(UNDECIDED) / len(found) < 0.08
 
     def test_a_true_difference_of_0_05_nats_is_confirmed(self):
         rng = np.random.default_rng(2)
         found = [
             verdict(paired(losses(3.95, sd=0.005, rng=rng), losses(4, sd=0.005, rng=rng)))
-            for _ in range(500)
+            for _ in range(300)
         ]
         assert found.count(CONFIRMED) / len(found) > 0.95
         assert REFUTED not in found
@@ -82,6 +82,9 @@ class TestPairedDifference:
         assert verdict(found) == UNDECIDED
         assert found.visible == math.inf
 
+    def test_two_seeds_are_undecided_however_clear(self):
+        assert verdict(paired({1: 3.0, 2: 3.0}, {1: 4.0, 2: 4.0})) == UNDECIDED
+
     def test_a_diverged_run_is_undecided(self):
         found = paired({1: math.inf, 2: 3.0, 3: 3.0}, {1: 4.0, 2: 4.0, 3: 4.0})
         assert verdict(found) == UNDECIDED
@@ -95,7 +98,7 @@ class TestPairedDifference:
         gap = visible(sd, n)
         found = [
             verdict(paired(dict(enumerate(rng.normal(-gap, sd, n))), dict.fromkeys(range(n), 0.0)))
-            for _ in range(2000)
+            for _ in range(600)
         ]
         assert found.count(CONFIRMED) / len(found) == pytest.approx(0.8, abs=0.06)
 
