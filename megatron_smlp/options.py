@@ -283,7 +283,7 @@ class MegatronFlag(Facts):
     """A flag of Megatron's that says what the model is, and so is in model.json."""
 
     default: Any = None
-    """Megatron's own; tests/contract compares."""
+    """Megatron's own; tests/unit/test_options.py compares."""
 
 
 # Other functions of the same weights, which checkpoints that are older than the record do not name.
@@ -355,18 +355,20 @@ def model_defaults() -> dict[str, Any]:
     return {name: megatrons.get(name, DEFAULTS.get(name)) for name in MODEL_FLAGS}
 
 
+def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
+    """Return the allowed values of a flag, which its type or its metadata says; None: any."""
+    choices: tuple[str, ...] | None = field.metadata.get("argparse_meta", {}).get("choices")
+    return get_args(field.type) if get_origin(field.type) is Literal else choices
+
+
 def argument_of(name: str) -> dict[str, Any]:
     """Return argparse's keywords for a flag of the model, for a tool that may be given it."""
     fields = {field.name: field for field in dataclasses.fields(ModelOptions)}
     if name not in fields:
         return {"type": int, "metavar": "N"}
-    kind = fields[name].type
-    choices = fields[name].metadata.get("argparse_meta", {}).get("choices")
-    if choices is None and get_origin(kind) is Literal:
-        choices = get_args(kind)
-    if choices:
+    if choices := choices_of(fields[name]):
         return {"choices": [choice for choice in choices if choice != "none"]}
-    return {"type": float if kind is float else int, "metavar": "N"}
+    return {"type": float if fields[name].type is float else int, "metavar": "N"}
 
 
 def older_flags(token_router: str) -> Iterator[tuple[str, Any]]:

@@ -201,11 +201,20 @@ def choices_per_token(shape: ModelShape) -> int:
 
 def embedding_cost(shape: ModelShape) -> Cost:
     """Token and position embeddings, the final norm, and the logits."""
-    table = shape.padded_vocab_size * shape.hidden_size
-    positions = shape.seq_length * shape.hidden_size if shape.learned_positions else 0
-    flops = 2 * shape.seq_length * table
-    tables = Cost(sharded=table * (1 if shape.tied_embeddings else 2), replicated=positions)
+    table = token_table(shape)
+    flops = 2 * shape.seq_length * table.parameters
+    tables = table + position_table(shape) + (Cost() if shape.tied_embeddings else table)
     return tables + norm_cost(shape) + Cost(flops=flops, square_flops=flops)
+
+
+def token_table(shape: ModelShape) -> Cost:
+    """The token embeddings, or an output layer that is not tied to them."""
+    return Cost(sharded=shape.padded_vocab_size * shape.hidden_size)
+
+
+def position_table(shape: ModelShape) -> Cost:
+    """The position embeddings, if they are learned."""
+    return Cost(replicated=shape.seq_length * shape.hidden_size * shape.learned_positions)
 
 
 def norm_cost(shape: ModelShape) -> Cost:

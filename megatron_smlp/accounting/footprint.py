@@ -13,7 +13,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from megatron_smlp.accounting.costs import Cost, ModelShape, layer_cost, norm_cost, total
+from megatron_smlp.accounting.costs import (
+    Cost,
+    ModelShape,
+    layer_cost,
+    norm_cost,
+    position_table,
+    token_table,
+    total,
+)
 from megatron_smlp.systems import LayerSlots
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -141,11 +149,10 @@ def stage_cost(shape: ModelShape, layout: ParallelLayout, stage: int) -> Cost:
     """The layers of one pipeline stage, with the first one's embeddings and the last one's norm; a
     tied output embedding is a copy on the last."""
     cost = total(layer_cost(shape, slots) for slots in stage_slots(shape, layout, stage))
-    table = Cost(sharded=shape.padded_vocab_size * shape.hidden_size)
+    table = token_table(shape)
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     if is_first:
-        positions = shape.seq_length * shape.hidden_size if shape.learned_positions else 0
-        cost += table + Cost(replicated=positions)
+        cost += table + position_table(shape)
     if is_last:
         cost += norm_cost(shape)
         if not (shape.tied_embeddings and is_first):

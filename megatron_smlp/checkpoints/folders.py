@@ -71,6 +71,11 @@ def tracked_folder(run: str | Path) -> Path | None:
     return release_folder(run) if latest is None else iteration_folder(run, latest)
 
 
+def is_same_folder(one: str | None, other: str | None) -> bool:
+    """Return whether both are given, and one folder."""
+    return bool(one and other) and Path(str(one)).resolve() == Path(str(other)).resolve()
+
+
 def checkpoint_of(path: str | Path) -> Path:
     """Return the folder of one checkpoint: `path` itself, or the newest of the run in `path`.
 

@@ -17,6 +17,7 @@ from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
     is_ours,
+    is_same_folder,
     iteration_folder,
     loading_order,
     tidy,
@@ -55,7 +56,11 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
         return
     args.ckpt_step = chosen
     check_same_model(model_flags(args), args.load, chosen)
-    if args.rank == 0 and _is_same(args.load, args.save) and tracked_iteration(args.load) != chosen:
+    if (
+        args.rank == 0
+        and is_same_folder(args.load, args.save)
+        and tracked_iteration(args.load) != chosen
+    ):
         tracker = Path(args.load) / TRACKER
         try:
             write_durably(tracker, str(chosen))
@@ -67,10 +72,6 @@ def _order(args: argparse.Namespace) -> list[int]:
     if not args.load:
         return []
     return [args.ckpt_step] if args.ckpt_step else loading_order(args.load)
-
-
-def _is_same(one: str | None, other: str | None) -> bool:
-    return bool(one and other) and Path(str(one)).resolve() == Path(str(other)).resolve()
 
 
 def _first_good(args: argparse.Namespace, order: list[int], say: Say) -> int:
@@ -119,7 +120,7 @@ def _refusal(args: argparse.Namespace, refused: list[str]) -> str:
         remedy = f"--ckpt-step {args.ckpt_step} asks for it: leave that out, or choose another one"
     elif args.strict_load:
         remedy = "without --strict-load an older one is loaded instead"
-    elif _is_same(args.load, args.save):
+    elif is_same_folder(args.load, args.save):
         remedy = "restore one of them, or start from scratch with --no-resume"
     else:
         remedy = "restore one of them, or give another --load"

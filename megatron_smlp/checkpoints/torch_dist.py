@@ -56,7 +56,7 @@ class TorchDistCheckpoint(TorchDistReader):
         saved = self.read_object(COMMON)
         return saved[0] if isinstance(saved, list) else saved
 
-    @property
+    @cached_property
     def args(self) -> argparse.Namespace:
         """All flags of the run that saved it, as far as it recorded them.
 

@@ -10,7 +10,7 @@ import argparse
 import traceback
 from pathlib import Path
 
-from megatron_smlp.checkpoints.folders import is_checkpoint_folder, iteration_of
+from megatron_smlp.checkpoints.folders import is_checkpoint_folder, iteration_of, tracked_folder
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.tokenizers.folder import local_gpt2_files
 from megatron_smlp.errors import UsageError
@@ -23,10 +23,10 @@ from megatron_smlp.flags.check_run import (
     check_ranges,
     check_schedule,
 )
-from megatron_smlp.flags.defaults import BALANCED_TABLE, holds_checkpoint
 from megatron_smlp.flags.namespace import Arguments
 from megatron_smlp.flags.unused_flags import refuse_other_programs, refuse_unless, refuse_unused
 from megatron_smlp.platform import choice, cpu
+from megatron_smlp.routers.hash_table import BALANCED, read_table
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -76,7 +76,7 @@ def _check_eval_tasks(args: argparse.Namespace) -> None:
 
 def _check_load(args: argparse.Namespace) -> None:
     """A --load that holds no checkpoint is a mistake: Megatron would start from scratch."""
-    if args.load and not holds_checkpoint(args.load) and not args.pretrained_checkpoint:
+    if args.load and tracked_folder(args.load) is None and not args.pretrained_checkpoint:
         raise UsageError(_nothing_in(Path(args.load)))
     if args.ckpt_step and not args.load and not args.pretrained_checkpoint:
         where = f"{args.save} holds no checkpoint" if args.save else "there is no --load"
@@ -133,11 +133,9 @@ def _reason(error: BaseException) -> str:
 
 def _check_hash_table(args: argparse.Namespace) -> None:
     """Read a given table once, so that one of another size or vocabulary is refused now."""
-    if args.hash_table in (None, BALANCED_TABLE):
+    if args.hash_table in (None, BALANCED):
         return
     from megatron.training import get_tokenizer
-
-    from megatron_smlp.routers.hash_table import read_table
 
     size = get_tokenizer().vocab_size
     try:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 from importlib.util import find_spec
-from pathlib import Path
 
-from megatron_smlp.checkpoints.folders import latest_iteration, release_folder
+from megatron_smlp.checkpoints.folders import is_same_folder, tracked_folder
 from megatron_smlp.checkpoints.model_record import read_model_flags
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
 from megatron_smlp.options import NEVER_OLDER, OUR_FLAGS
 from megatron_smlp.platform import cpu
+from megatron_smlp.routers.hash_table import BALANCED
 from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS
 
 AUX_LOSS_COEFF = 0.01
-BALANCED_TABLE = "balanced"
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -120,10 +119,10 @@ def _fill_in_saving(args: argparse.Namespace) -> None:
 
 def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
     """Choose what is loaded, and keep what that has of flags which the command line leaves out."""
-    is_save_folder = _is_same(args.load, args.save)
-    if args.load is None and args.save and not args.no_resume and holds_checkpoint(args.save):
+    is_save_folder = is_same_folder(args.load, args.save)
+    if args.load is None and args.save and not args.no_resume and tracked_folder(args.save):
         args.load = args.save  # what an earlier start left
-    elif is_save_folder and not holds_checkpoint(args.load) and not args.pretrained_checkpoint:
+    elif is_save_folder and tracked_folder(args.load) is None and not args.pretrained_checkpoint:
         args.load = None  # as launchers give it; this is the first start
     recorded = (read_model_flags(args.load, args.ckpt_step) if args.load else None) or {}
     _keep_padding(args, recorded.get("padded_vocab_size"))
@@ -136,7 +135,7 @@ def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
             setattr(args, name, there)
             args.kept_flags.append(f"{flag_of(name)} {there}")
     has_data = any(getattr(args, name) for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS))
-    if args.hash_table == BALANCED_TABLE and (args.load or not has_data):
+    if args.hash_table == BALANCED and (args.load or not has_data):
         args.hash_table = None  # the checkpoint has one; or there is nothing to count
 
 
@@ -156,12 +155,3 @@ def _keep_padding(args: argparse.Namespace, padded: int | None) -> None:
         return
     if padded % args.tensor_model_parallel_size == 0:
         args.padded_vocab_size = padded
-
-
-def holds_checkpoint(run: str) -> bool:
-    """Return whether the folder of a run has a checkpoint to load."""
-    return latest_iteration(run) is not None or release_folder(run) is not None
-
-
-def _is_same(one: str | None, other: str | None) -> bool:
-    return bool(one and other) and Path(str(one)).resolve() == Path(str(other)).resolve()

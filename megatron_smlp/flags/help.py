@@ -15,10 +15,10 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from megatron_smlp.command_line import VERSION, flag_of
-from megatron_smlp.options import OUR_FLAGS, ModelOptions, RunOptions
+from megatron_smlp.options import OUR_FLAGS, ModelOptions, RunOptions, choices_of
 
 FLAGS_PAGE = Path(__file__).parents[2] / "docs" / "flags.md"
 WIDTH = 100
@@ -87,13 +87,9 @@ def rows(options: type) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _allowed(field: dataclasses.Field[Any]) -> str:
-    kind = field.type
-    choices = field.metadata.get("argparse_meta", {}).get("choices")
-    if choices is None and get_origin(kind) is Literal:
-        choices = get_args(kind)
-    if choices:
-        return "{" + ",".join(map(str, choices)) + "}"
-    return "" if kind is bool else field.name.upper()
+    if choices := choices_of(field):
+        return "{" + ",".join(choices) + "}"
+    return "" if field.type is bool else field.name.upper()
 
 
 def docstrings(options: type) -> dict[str, str]:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_smlp.checkpoints import tokenizer_copy
 from megatron_smlp.checkpoints.model_record import check_against_checkpoint
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.blending import SPLIT_FLAGS
@@ -29,7 +30,7 @@ from megatron_smlp.flags.from_checkpoint import with_checkpoint_flags
 from megatron_smlp.flags.namespace import Arguments
 from megatron_smlp.options import ModelOptions, RunOptions
 
-FILES = ("tokenizer_model", "vocab_file", "merge_file", "hash_table", "data_args_path")
+FILES = (*tokenizer_copy.FLAGS, "hash_table", "data_args_path")
 PREFIXES = ("data_path", *SPLIT_FLAGS)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.training.metrics_file import FILE_NAME
 
-FILE_NAME = "metrics.jsonl"
 Record = dict[str, Any]
 
 

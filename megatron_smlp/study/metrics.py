@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FILE_NAME = "metrics.jsonl"
+from megatron_smlp.training.metrics_file import FILE_NAME
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +56,7 @@ class PlannedRun:
     identity: str = field(repr=False)
     """Of the data and the version."""
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The hash over flags, data, version and parent: two runs of one hash are the same."""
         parent = self.parent.key if self.parent else None

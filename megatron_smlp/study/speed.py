@@ -8,10 +8,11 @@ from typing import Any
 from megatron_smlp.errors import UsageError
 from megatron_smlp.progress import Progress
 from megatron_smlp.study.data import StudyData
-from megatron_smlp.study.metrics import FILE_NAME, read_records
+from megatron_smlp.study.metrics import read_records
 from megatron_smlp.study.process import last_lines, run_command, training_command
 from megatron_smlp.study.state import State
 from megatron_smlp.study.systems import System
+from megatron_smlp.training.metrics_file import FILE_NAME
 
 
 def time_systems(known: State, data: StudyData, *, processes: int) -> list[dict[str, Any]]:

@@ -12,12 +12,14 @@ from typing import Any
 from megatron_smlp.durable import write_durably
 from megatron_smlp.unwritable_log import UnwritableLog
 
+FILE_NAME = "metrics.jsonl"
+
 
 class MetricsFile:
     """Written by one rank; a missing folder means that nothing is kept."""
 
     def __init__(self, folder: str | None) -> None:
-        self.path = Path(folder) / "metrics.jsonl" if folder else None
+        self.path = Path(folder) / FILE_NAME if folder else None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lost = UnwritableLog(self.path)

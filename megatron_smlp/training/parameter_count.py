@@ -50,12 +50,10 @@ def built_parameters(model: Sequence[Any]) -> int:
     """
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     expert_tensor = parallel_state.get_expert_tensor_parallel_world_size()
-    replicas = torch.distributed.get_world_size() // (
-        tensor * parallel_state.get_pipeline_model_parallel_world_size()
-    )
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     expert_replicas = parallel_state.get_expert_data_parallel_world_size()
     first_stage = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-    total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    own = 0.0
     for parameter in (p for chunk in model for p in chunk.parameters()):
         if getattr(parameter, "shared_embedding", False) and not first_stage:
             continue  # the copy of a tied embedding
@@ -63,6 +61,7 @@ def built_parameters(model: Sequence[Any]) -> int:
         copies = expert_replicas if is_expert else replicas
         if not getattr(parameter, "tensor_model_parallel", False):
             copies *= expert_tensor if is_expert else tensor
-        total += parameter.numel() / copies
+        own += parameter.numel() / copies
+    total = torch.tensor(own, dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(total)
     return round(float(total))
