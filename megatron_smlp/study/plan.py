@@ -93,7 +93,10 @@ def identity_of(contents: Mapping[str, str]) -> str:
     Args:
         contents: the checksum of each dataset and of the tokenizer.
     """
-    versions = {"megatron-smlp": __version__, "megatron-core": metadata.version("megatron-core")}
+    packages = ("megatron-core", "torch")
+    versions = {"megatron-smlp": __version__} | {
+        name: metadata.version(name).partition("+")[0] for name in packages
+    }
     return json.dumps([NUMERICS, versions, dict(contents)], sort_keys=True)
 
 
@@ -102,18 +105,19 @@ def make_plan(
 ) -> Plan:
     """Return the tuning's runs, and the others of systems whose learning rate is chosen."""
     tuning, factors = _tuning(study, systems, identity=identity, losses=losses)
-    main = {
-        name: [
-            run
-            for seed in study.seeds_of(name)
-            for run in _pieces(
-                study, system, factor=factors.get(name, 1.0), seed=seed, identity=identity
-            )
-        ]
+    # The first seed of every system comes first: a study that is not whole compares them all.
+    rounds = max(len(study.seeds_of(name)) for name in systems)
+    main = [
+        run
+        for number in range(rounds)
         for name, system in systems.items()
-    }
-    known = [run for name in systems if name in factors for run in main[name]]
-    pending = tuple(run for name in systems if name not in factors for run in main[name])
+        for seed in study.seeds_of(name)[number : number + 1]
+        for run in _pieces(
+            study, system, factor=factors.get(name, 1.0), seed=seed, identity=identity
+        )
+    ]
+    known = [run for run in main if run.system in factors]
+    pending = tuple(run for run in main if run.system not in factors)
     return Plan(runs=(*tuning, *known), factors=factors, pending=pending)
 
 
