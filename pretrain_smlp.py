@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_smlp.flags.help import answered
+from megatron_smlp.launching.parent import end_with_agent
 from megatron_smlp.platform import choice
 from megatron_smlp.program import readable_errors, undisturbed_exit
 from megatron_smlp.training.captured_output import CapturedOutput
@@ -23,6 +24,7 @@ def main(argv: Sequence[str]) -> None:
     """Run a command line: parse -> patch -> observe -> pretrain."""
     if answered(argv):  # --help, --version
         return
+    end_with_agent()
     choice.choose(argv)
     with CapturedOutput() as output:
         args = patched_arguments(argv)
