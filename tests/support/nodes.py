@@ -158,9 +158,7 @@ class Job:
             words = [str(REPOSITORY / "examples" / "several_nodes.sh"), *self.flags.split()]
             given = {"MASTER_ADDR": self.net.address(0), "MASTER_PORT": "29500"}
             given |= {"NODE_RANK": str(node), "NPROC_PER_NODE": "1"} | self.variables | variables
-            self.launchers[node] = self.net.start(
-                node, [*words, "--save", str(self.save)], **given
-            )
+            self.launchers[node] = self.net.start(node, [*words, "--save", str(self.save)], **given)
 
     def records(self) -> list[dict[str, Any]]:
         """What has been logged; a line that is being written is left out."""
