@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 from torch.distributed import HashStore
@@ -40,9 +39,10 @@ class Run:
         self, args: argparse.Namespace, *, step: ForwardStep, tasks: Tasks | None = None
     ) -> None:
         self.args = args
-        self.reporter = Reporter(args, step=step, tasks=tasks)
+        self.reporter = Reporter(args, step=step, tasks=tasks, reached=self._reached)
         self.say = self.reporter.say
         self.saving = Saving(args, self.reporter)
+        self.own_part = step.own_part
         self.guard = NonFiniteGuard(args, step=step, say=self.say)
 
     @contextlib.contextmanager
@@ -50,13 +50,23 @@ class Run:
         """Put everything in its place around the loop; `observe` may wrap the reporter."""
         if cpu.needed():
             allocator.keep_freed_memory()
-        choose = partial(choose_checkpoint, self.args, self.say)
         with (
             tensorboard.installed(self.args.tensorboard_dir),
             graceful_signals(announces=self.args.rank == 0),
-            training_loop.installed(observe(self.reporter), may_update=self.guard.may_update),
-            checkpointing.installed(self.saving, before_loading=choose),
+            training_loop.installed(
+                observe(self.reporter),
+                may_update=self.guard.may_update,
+                computed=self.own_part.end,
+            ),
+            checkpointing.installed(self.saving, before_loading=self._before_loading),
             self.saving.session(),
             self.reporter.session(),
         ):
             yield
+
+    def _reached(self, iteration: int) -> None:
+        self.saving.reached(iteration)
+
+    def _before_loading(self) -> None:
+        self.saving.claim()
+        choose_checkpoint(self.args, self.say)
