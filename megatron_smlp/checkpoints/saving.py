@@ -100,8 +100,12 @@ class Saving:
                 outcome = DONE
             raise
         finally:
-            if self.claimed:
-                self.claimed.release(outcome)
+            self.release(outcome)
+
+    def release(self, outcome: str) -> None:
+        """Leave the folder to the next run: DONE or FAILED."""
+        if self.claimed:
+            self.claimed.release(outcome)
 
     def claim(self) -> None:
         """Make this run the only writer of --save. Collective.

@@ -66,6 +66,7 @@ class Reporter:
             the routers did.
         tasks: to score during training.
         reached: is called with the number of each step that is done.
+        begins: is called on every rank when all are ready for the first step.
     """
 
     def __init__(
@@ -75,9 +76,10 @@ class Reporter:
         step: ForwardStep,
         tasks: Tasks | None = None,
         reached: Callable[[int], None] = lambda iteration: None,
+        begins: Callable[[], None] = lambda: None,
     ) -> None:
         self.args = args
-        self.reached = reached
+        self.reached, self.begins = reached, begins
         self.before: Before | None = None
         self.restart: Restart | None = None
         self.slow_hosts: SlowHosts | None = None
@@ -139,6 +141,8 @@ class Reporter:
             tensorboard.forget_after(iteration)
         self.clock.restart()
         self.wall.restart(before=last.get("wall_seconds", 0.0))
+        from_first_rank(None)
+        self.begins()
 
     def _end_if_complete(self, iteration: int) -> None:
         """End a run that was at its end before, which Megatron would validate on other samples.

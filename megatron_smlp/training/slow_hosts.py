@@ -7,8 +7,8 @@ one that is. Compared are, in every log line:
                pass, before gradients are summed over the data parallel ranks
     way out    seconds that 64 KiB of one machine take to the next one
 
-A machine is named when one of them is over 1.5 times the median, by more than a tenth of a step,
-in three log lines in a row.
+A machine is named when one of them is over 1.5 times the median, by more than a tenth of a step and
+20 ms, in three log lines in a row.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from megatron_smlp.collectives import gathered
 RATIO = 1.5
 SHARE = 0.1
 """Of a step, that the excess must be over: less is noise, and no loss."""
+LEAST = 0.02
+"""Seconds that the excess must be over too: an operating system takes as much now and then."""
 LINES = 3
 PROBE_BYTES = 1 << 16
 
@@ -153,7 +155,8 @@ class _Streak:
             return None
         rank = max(seconds, key=lambda rank: seconds[rank])
         median = statistics.median_low(seconds.values())
-        is_slow = seconds[rank] > RATIO * median and seconds[rank] - median > SHARE * step
+        is_slow = seconds[rank] > RATIO * median
+        is_slow &= seconds[rank] - median > max(LEAST, SHARE * step)
         host = hosts[rank] if is_slow else ""
         self.lines = self.lines + 1 if host and host == self.host else int(is_slow)
         self.host = host
