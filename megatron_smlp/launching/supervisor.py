@@ -154,18 +154,23 @@ class Supervisor:
         self.environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         if meeting is None:
             address = settings.local_address or "127.0.0.1"
+            self._lead_out_of(address)
             flags += ["--standalone"]
         else:
             address = self._find(meeting)
             flags += _rendezvous(meeting, settings)
-        self.environment[network.GLOO] = network.interface_of(address, self.environment)
         flags += [f"--local-addr={address}"]
         return [*([CLOSING] if meeting and meeting.kind == HOST else []), *flags]
+
+    def _lead_out_of(self, address: str) -> None:
+        """gloo would take what the machine's name leads to, or wait for ever for a name."""
+        self.environment[network.GLOO] = network.interface_of(address, self.environment)
 
     def _find(self, meeting: Meeting) -> str:
         seconds = self.settings.start_timeout
         if meeting.kind == FILE:
             address = network.own_address(self.settings.local_address, towards=None)
+            self._lead_out_of(address)
             presence = Presence(Path(meeting.address), run=meeting.run, address=address)
             presence.keep()
             there = presence.seen(meeting.least, seconds=seconds)
@@ -178,6 +183,7 @@ class Supervisor:
             return address
         towards = (meeting.address, meeting.port)
         address = network.own_address(self.settings.local_address, towards=towards)
+        self._lead_out_of(address)
         if meeting.is_host:
             network.check_port(meeting.port)
         elif not network.answers(*towards, seconds=seconds):
