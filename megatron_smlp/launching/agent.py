@@ -170,11 +170,11 @@ class Agent(LocalElasticAgent):
             super()._exit_barrier()
 
     def ended_well(self) -> bool:
-        """Return whether no rank was running, or all of them ended with 0."""
+        """Return whether no rank was running, or all ended with 0, or knew no SIGTERM yet."""
         if self._pcontext is None or self._worker_group.state != WorkerState.HEALTHY:
             return True
         handlers = getattr(self._pcontext, "subprocess_handlers", {})
-        return all(handler.proc.poll() == 0 for handler in handlers.values())
+        return all(handler.proc.poll() in (0, -signal.SIGTERM) for handler in handlers.values())
 
     def kill_ranks(self) -> None:
         """At once."""
