@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in {
         "plan": "check that the study is fair, and list its runs",
         "run": "work on it: start as many workers, on as many machines, as you like",
+        "evaluate": "score final checkpoints: zero-shot tasks, and where in a text the loss lies",
         "status": "what is done, running, failed",
         "report": "write the tables, figures and verdicts, from the runs and the kept CSV files",
     }.items():
@@ -47,6 +48,17 @@ def build_parser() -> argparse.ArgumentParser:
                 "--speed",
                 action="store_true",
                 help="only time the systems, in turns; nothing else should run on the machine",
+            )
+        if name == "evaluate":
+            command.add_argument(
+                "--tasks", metavar="A,B",
+                help="of lm-evaluation-harness, as copa,piqa,winogrande,hellaswag,record",
+            )  # fmt: skip
+            command.add_argument(
+                "--data-dir", type=Path, metavar="DIR", help="local files of the tasks; no network"
+            )
+            command.add_argument(
+                "--limit", type=int, metavar="N", help="only the first N examples of each task"
             )
     return parser
 
@@ -75,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for package in ("pandas", "scipy", "matplotlib"):
         require_package(package, purpose="a study", extra="'.[study]'")
     args = build_parser().parse_args(argv)
-    return {"plan": _plan, "run": _run, "status": _status, "report": _report}[args.command](args)
+    work = {
+        "plan": _plan, "run": _run, "evaluate": _evaluate, "status": _status, "report": _report,
+    }  # fmt: skip
+    return work[args.command](args)
 
 
 def read_state(args: argparse.Namespace) -> State:
@@ -157,6 +172,22 @@ def _time(args: argparse.Namespace, known: State) -> int:
     results = Results(args.results or default_folder(known.study.name))
     results.add_speed(lines)
     print(results.folder / "speed.csv")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from megatron_smlp.study.final import evaluate_finals
+    from megatron_smlp.study.results import Results, default_folder
+
+    known = read_state(args)
+    results = Results(args.results or default_folder(known.study.name))
+    results.collect(known)
+    done = evaluate_finals(
+        known, StudyData(args.data), results,
+        tasks=args.tasks.split(",") if args.tasks else (),
+        data_dir=args.data_dir, limit=args.limit,
+    )  # fmt: skip
+    print(f"{len(done)} checkpoints: {results.folder / 'evaluations.csv'}")
     return 0
 
 

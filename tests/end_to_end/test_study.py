@@ -47,6 +47,14 @@ TINY: dict[str, Any] = {
     "needed-flops-tolerance": 0.9,
 }
 
+COPA = "".join(
+    json.dumps({
+        "premise": "the gate of a layer", "choice1": "to route", "choice2": "tokens",
+        "question": "effect", "label": number % 2,
+    }) + "\n"
+    for number in range(4)
+)  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -97,7 +105,16 @@ def test_a_study_from_data_to_report(tmp_path: Path, data: Path):
     first.wait()
     workers = [worker(study, data) for _ in range(2)]
     assert [each.wait(1200) for each in workers] == [0, 0]
+    evaluate = [*TOOL, "evaluate", *words(study, data), "--tasks", "copa"]
+    (tmp_path / "copa_val.jsonl").write_text(COPA, encoding="utf-8")
+    shown = run_command([*evaluate, "--data-dir", str(tmp_path)]).stdout
+    assert shown.startswith("2 checkpoints: ")
+    assert run_command([*evaluate, "--data-dir", str(tmp_path)]).stdout.startswith("0 checkpoints")
     run_command([*TOOL, "report", *words(study, data)])
+    found = pandas.read_csv(tmp_path / "results" / "evaluations.csv")
+    assert set(found["kind"]) == {"task", "routing", "position", "frequency", "repeat"}
+    routed = found[(found["system"] == "smlp_deterministic") & (found["kind"] == "routing")]
+    assert set(routed["label"]) == {"greedy", "prices"}
     runs = pandas.read_csv(tmp_path / "results" / "runs.csv")
     assert set(runs["status"]) == {"done"}
     assert len(runs) == 6
