@@ -1,4 +1,4 @@
-"""Where the loss lies: every token in one bin of each kind, by definitions that are slow and plain."""
+"""Where the loss lies: every token in one bin of each kind, by slow and plain definitions."""
 
 from __future__ import annotations
 
