@@ -126,11 +126,15 @@ def read_state(args: argparse.Namespace) -> State:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from megatron_smlp.study.prices import price_lines
+    from megatron_smlp.study.results import Results, default_folder
+    from megatron_smlp.study.tables import Tables
+
     known = read_state(args)
     plan = known.plan()
     calendar = Calendar.of(known.study, next(iter(known.systems.values())))
     print(flops_table(known.systems))
-    print(f"\n{'runs of a system':32}{'runs':>8}{'iterations':>12}{'tokens':>14}{'to do':>8}")
+    print(f"\n{'runs of a system':32}{'runs':>8}{'iterations':>12}{'tokens':>18}{'to do':>8}")
     to_do = {run.key for run in known.to_do(plan)}
     runs = (*plan.runs, *plan.pending)
     for name in known.systems:
@@ -139,6 +143,10 @@ def _plan(args: argparse.Namespace) -> int:
         print(_counts(name, own, left, calendar))
     left = [run for run in runs if run.key in to_do or run in plan.pending]
     print(_counts("all", runs, left, calendar))
+    print()
+    tables = Tables.of(Results(args.results or default_folder(known.study.name)))
+    for line in price_lines(known.study, known.systems, left, tables):
+        print(line)
     print("\nevaluation")
     for name, system in known.systems.items():
         print(f"  {name:30}{system.evaluation}")
@@ -150,7 +158,7 @@ def _counts(
 ) -> str:
     iterations = sum(run.end - run.start for run in runs)
     total = iterations * calendar.batch
-    return f"  {name:30}{len(runs):>8}{iterations:>12,}{total:>14,}{len(left):>8}"
+    return f"  {name:30}{len(runs):>8}{iterations:>12,}{total:>18,}{len(left):>8}"
 
 
 def _run(args: argparse.Namespace) -> int:

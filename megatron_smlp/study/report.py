@@ -36,9 +36,7 @@ from megatron_smlp.study.verdicts import (
 def write_report(known: State, results: Results) -> list[Path]:
     """Write everything that a reader sees; return the files."""
     study, systems = known.study, known.systems
-    tables = Tables(
-        runs=results.runs, curves=results.curves, speed=results.speed, found=results.evaluations
-    )
+    tables = Tables.of(results)
     claims = claims_of(study, systems, tables)
     times = times_to_losses(study, systems, tables)
     written = []

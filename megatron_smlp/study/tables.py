@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas
 
-from megatron_smlp.study.results import TASK
+from megatron_smlp.study.results import TASK, Results
 from megatron_smlp.study.state import DIVERGED, DONE
 from megatron_smlp.study.study_file import Study
 
@@ -27,6 +27,14 @@ class Tables:
     speed: pandas.DataFrame
     found: pandas.DataFrame
     """What evaluations of the final checkpoints found, see study/final.py."""
+
+    @classmethod
+    def of(cls, results: Results) -> Tables:
+        """Return those of a folder of results."""
+        return cls(
+            runs=results.runs, curves=results.curves, speed=results.speed,
+            found=results.evaluations,
+        )  # fmt: skip
 
     def labels(self, kind: str) -> list[str]:
         """Return what was looked at of a kind, in its order."""
@@ -114,6 +122,13 @@ class Tables:
         """Return the median of the rounds; NaN where it was not timed."""
         lines = self.speed[self.speed["system"] == system]
         return float((1 / lines["tokens_per_second"]).median()) if len(lines) else math.nan
+
+    def tokens_per_second(self, system: str) -> float:
+        """Return the quiet speed, or else the median of the trainings; NaN: nothing has run."""
+        if self.has_speed(system):
+            return 1 / self.seconds_per_token(system)
+        runs = self.runs
+        return float(runs[runs["system"] == system]["tokens_per_second"].astype(float).median())
 
     def evaluations(self, keys: list[str]) -> pandas.DataFrame:
         """Return the evaluations of these runs, by their tokens."""

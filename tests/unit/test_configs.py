@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
-from support.in_process import build_model
 from support.launches import REPOSITORY, clean_environment
+from support.meta_models import built_parameters, expected_parameters
 
 from megatron_smlp.accounting.costs import ModelShape, layer_cost
 from megatron_smlp.accounting.estimate import estimate
-from megatron_smlp.accounting.footprint import ParallelLayout, parameters_on_rank, stage_cost
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.config_file import read_yaml, spelling
 from megatron_smlp.training.start_screen import print_dry_run
@@ -170,39 +168,6 @@ def test_shards_of_the_large_models(
             for args.rank in ranks:
                 expected = expected_parameters(args, stage=args.rank // of_stage)
                 assert built_parameters(args, monkeypatch) == expected, (args.rank, more)
-
-
-def expected_parameters(args: Any, *, stage: int) -> int:
-    shape, layout = ModelShape.from_args(args), ParallelLayout.from_args(args)
-    return sum(parameters_on_rank(stage_cost(shape, layout, stage), layout))
-
-
-def built_parameters(args: Any, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The size of Megatron's model on `args.rank` of a process group that sends nothing."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    args.use_cpu_initialization, args.perform_initialization = False, False
-    store = FakeStore()
-    torch.distributed.init_process_group("fake", store=store, rank=args.rank, world_size=RANKS)
-    try:
-        parallel_state.initialize_model_parallel(
-            args.tensor_model_parallel_size,
-            args.pipeline_model_parallel_size,
-            expert_model_parallel_size=args.expert_model_parallel_size,
-            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-            create_gloo_process_groups=False,
-        )
-        model_parallel_cuda_manual_seed(1)
-        with monkeypatch.context() as patched, torch.device("meta"):
-            # Megatron allocates on the current device by name.
-            patched.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
-            model = build_model(args)
-        return sum(parameter.numel() for parameter in model.parameters())
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 class TestInclude:
