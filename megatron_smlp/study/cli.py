@@ -163,6 +163,7 @@ def _counts(
 
 def _run(args: argparse.Namespace) -> int:
     known = read_state(args)
+    StudyData(args.data).check_vocabulary(known.study.vocab_size)
     if args.speed:
         return _time(args, known)
     state.begin(known.folder, state.description(known.study, known.systems, known.identity))

@@ -146,20 +146,22 @@ class Page:
         titles = [title for title, _ in CONVENTIONS.values()]
         yield from _table(
             "system", "parameters", "active", *(f"TFLOPs, {title}" for title in titles),
-            "lr", "tokens/s, quiet", "tokens/s, as trained", "evaluation",
+            "lr", "tokens/s, quiet", "share of GEMM speed", "tokens/s, as trained", "evaluation",
         )  # fmt: skip
         for name, system in self.systems.items():
             costs = system.costs
             yield _row(
                 name, f"{costs['total_parameters']:,}", f"{costs['active_parameters']:,}",
                 *(f"{costs[key]:.5f}" for key in CONVENTIONS), self._rate(name),
-                _speed(1 / self.tables.seconds_per_token(name)), _speed(self._as_trained(name)),
+                _speed(1 / self.tables.seconds_per_token(name)),
+                _share(self.tables.share_of_gemm(name)), _speed(self._as_trained(name)),
                 system.evaluation,
             )  # fmt: skip
         spreads = [f"{flops_spread(self.systems, key):.1%}" for key in CONVENTIONS]
         yield (
             f"\nTFLOPs are forward, of 1024 tokens; the systems differ by {spreads[0]} and "
-            f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is no result."
+            f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is no result. "
+            "GEMM speed is that of a large square product in the same dtype, timed in turns."
         )
 
     def _rate(self, name: str) -> str:
@@ -310,6 +312,10 @@ def _mean(losses: Sequence[float]) -> str:
         return f"{mean:.3f}"
     low, high = interval(losses)
     return f"{mean:.3f} ± {(high - low) / 2:.3f}"
+
+
+def _share(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.0%}"
 
 
 def _percent(values: Mapping[int, float], error: float) -> str:

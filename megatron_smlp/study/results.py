@@ -30,7 +30,9 @@ CURVE_COLUMNS = (
     *(*LOSSES, "validation_prices_loss", "validation_greedy_loss"),
     *("load_min", "load_max", "entropy", "drop_rate"),
 )
-SPEED_COLUMNS = ("system", "round", "seconds_per_iteration", "tokens_per_second", "tflops")
+SPEED_COLUMNS = (
+    *("system", "round", "seconds_per_iteration", "tokens_per_second", "tflops", "gemm_tflops"),
+)
 EVALUATION_COLUMNS = ("key", "system", "seed", "kind", "label", "value", "stderr", "count")
 TASK, ROUTING = "task", "routing"
 """Kinds of numbers in evaluations.csv; the others are those of evaluation/breakdown.py."""

@@ -123,6 +123,11 @@ class Tables:
         lines = self.speed[self.speed["system"] == system]
         return float((1 / lines["tokens_per_second"]).median()) if len(lines) else math.nan
 
+    def share_of_gemm(self, system: str) -> float:
+        """Return its FLOP/s over those of a large matrix product; NaN where it was not timed."""
+        lines = self.speed[self.speed["system"] == system]
+        return float((lines["tflops"] / lines["gemm_tflops"]).median()) if len(lines) else math.nan
+
     def tokens_per_second(self, system: str) -> float:
         """Return the quiet speed, or else the median of the trainings; NaN: nothing has run."""
         if self.has_speed(system):

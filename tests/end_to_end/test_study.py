@@ -85,6 +85,23 @@ def worker(study: Path, data: Path) -> subprocess.Popen[bytes]:
     )
 
 
+def fake_sbatch(folder: Path) -> Path:
+    """A program that runs each task of a job array at once, as nodes of a cluster would."""
+    path = folder / "sbatch"
+    path.write_text(
+        """#!/usr/bin/env bash
+        array=${1#--array=}; shift
+        for task in $(seq "${array%-*}" "${array#*-}"); do
+            SLURM_ARRAY_TASK_ID=$task SLURM_JOB_ID=$((100 + task)) bash "$@" & pids+=($!)
+        done
+        for pid in "${pids[@]}"; do wait "$pid" || exit; done
+        """.replace("        ", "", 1),
+        encoding="utf-8",
+    )
+    path.chmod(0o755)
+    return path
+
+
 def logged(study: Path) -> int:
     """Steps that all runs of a study have logged."""
     files = (study.parent / "runs").glob("*/*/*/*/metrics.jsonl")
@@ -103,8 +120,11 @@ def test_a_study_from_data_to_report(tmp_path: Path, data: Path):
         time.sleep(0.1)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    workers = [worker(study, data) for _ in range(2)]
-    assert [each.wait(1200) for each in workers] == [0, 0]
+    run_command(
+        [str(fake_sbatch(tmp_path)), "--array=0-1", "examples/study_slurm.sh",
+         *words(study, data)[1:], "--expiry", "12"],
+        STUDY=str(study), PYTHON=sys.executable,
+    )  # fmt: skip
     evaluate = [*TOOL, "evaluate", *words(study, data), "--tasks", "copa"]
     (tmp_path / "copa_val.jsonl").write_text(COPA, encoding="utf-8")
     shown = run_command([*evaluate, "--data-dir", str(tmp_path)]).stdout
@@ -140,6 +160,18 @@ def check_that_pieces_are_one_run(folder: Path, runs: pandas.DataFrame, data: Pa
     pieces = curves[(curves["key"] == longest["key"]) & curves["loss"].notna()]
     assert len(pieces) == 12
     assert [losses[step] for step in pieces["iteration"]] == pytest.approx(list(pieces["loss"]))
+
+
+@pytest.mark.slow
+def test_data_of_another_vocabulary_are_refused(tmp_path: Path, data: Path):
+    study = write_study(tmp_path, **TINY | {"vocab-size": 281})
+    done = subprocess.run(
+        [*TOOL, "run", *words(study, data)], cwd=REPOSITORY, env=clean_environment(),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "vocab-size 281 of the study, and the tokenizer" in done.stderr
+    assert "VOCABULARY=281" in done.stderr
 
 
 @pytest.mark.slow

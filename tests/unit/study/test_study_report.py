@@ -62,13 +62,15 @@ def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
     seconds = {"transformer": 1.0, "switch": 1.0, "smlp_deterministic": 0.5}
     lines = [
         {"system": name, "round": number, "seconds_per_iteration": step * (1 + 0.01 * number),
-         "tokens_per_second": 2048 / step, "tflops": 0.1}
+         "tokens_per_second": 2048 / step, "tflops": 0.1,
+         "gemm_tflops": 0.4}
         for name, step in seconds.items()
         for number in (1, 2, 3)
     ]  # fmt: skip
     pandas.DataFrame(lines).to_csv(tmp_path / "results" / "speed.csv", index=False)
     claims = report(known, tmp_path)
     assert (claims["C2"]["verdict"], claims["C3"]["verdict"]) == ("confirmed", "confirmed")
+    assert "| 25% |" in (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
     assert claims["C2"]["comparisons"][0]["found"]["mean"] == pytest.approx(0.458, abs=0.01)
 
 
