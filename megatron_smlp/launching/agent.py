@@ -6,6 +6,7 @@
 | starts again after any failure | not where it would come again, nor without a newer checkpoint |
 | ends with 1 | ends with the code of the rank that failed |
 | waits for ever for a store behind a cut link | ends |
+| ends its ranks where the store is gone, however well they train | lets them go on |
 | closes the rendezvous when it fails, for all later starts too | leaves it open to them |
 """
 
@@ -166,8 +167,11 @@ class Agent(LocalElasticAgent):
             super()._shutdown(death_sig, timeout)
 
     def _exit_barrier(self) -> None:
-        with self.watch.patient(BARRIER):
-            super()._exit_barrier()
+        handler = self._worker_group.spec.rdzv_handler
+        handler.num_nodes_waiting()
+        if not handler.is_lost:  # the others may have been told to end, and wait for nobody
+            with self.watch.patient(BARRIER):
+                super()._exit_barrier()
 
     def ended_well(self) -> bool:
         """Return whether no rank was running, or all ended with 0, or knew no SIGTERM yet."""
@@ -184,7 +188,7 @@ class Agent(LocalElasticAgent):
 
 
 class _Lasting:
-    """A rendezvous that a later start may enter again.
+    """A rendezvous that a later start may enter again, and that ranks can do without.
 
     Torch closes it for good where an agent fails. It is closed only where this run is over, and the
     store is gone with it.
@@ -192,6 +196,19 @@ class _Lasting:
 
     def __init__(self, handler: Any, agent: Agent) -> None:
         self.handler, self.agent = handler, agent
+        self.is_lost = False
+
+    def num_nodes_waiting(self) -> int:
+        """See torch's RendezvousHandler; none where the store is gone."""
+        if self.is_lost:
+            self.agent.watch.touch()
+            return 0
+        try:
+            return int(self.handler.num_nodes_waiting())
+        except RendezvousError:
+            self.is_lost = True
+            say("the rendezvous is gone; the ranks go on without it until one of them ends.")
+            return 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.handler, name)

@@ -111,7 +111,7 @@ class Supervisor:
             say(f"{ended}; {self.progress}; starting again in {delay} s.")
             cause = f"the agent of {socket.gethostname()} {end_of(code)}"
             note_cause(cause, self.environment)
-            if self._sleep(delay):
+            if self._sleep(delay) or self._wait_for_store():
                 return 0
             delay = min(2 * delay, LAST_DELAY)
 
@@ -126,6 +126,18 @@ class Supervisor:
         deadline = time.monotonic() + seconds
         while not self.told_to_end and time.monotonic() < deadline:
             time.sleep(0.1)
+        return self.told_to_end
+
+    def _wait_for_store(self) -> bool:
+        """Return whether a signal came while the machine that keeps it was not there yet."""
+        meeting = self.settings.meeting
+        if meeting and meeting.kind != FILE and not meeting.is_host:
+            network.answers(
+                meeting.address,
+                meeting.port,
+                seconds=self.settings.rejoin_timeout,
+                gives_up=lambda: self.told_to_end,
+            )
         return self.told_to_end
 
     def _run_agent(self, torchrun: Sequence[str]) -> int:
