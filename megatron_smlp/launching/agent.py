@@ -32,6 +32,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 
 from megatron_smlp.launching.parent import end_with_parent
 from megatron_smlp.launching.restarts import (
+    AGAIN,
     AGENT,
     CLOSED,
     FOR_GOOD,
@@ -240,7 +241,8 @@ def main(words: Sequence[str]) -> int:
         try:
             run.run(run.parse_args(list(words)))
         except ChildFailedError:
-            return watch.agent.code if watch.agent else 1
+            code = watch.agent.code if watch.agent else 1
+            return code if code in FOR_GOOD else AGAIN + progress.failures
         except SignalException as end:
             is_well = watch.agent is None or watch.agent.ended_well()
             return 0 if is_well else 128 + end.sigval
@@ -249,5 +251,5 @@ def main(words: Sequence[str]) -> int:
             return CLOSED
         except (RendezvousError, torch.distributed.DistError, OSError, ValueError) as error:
             say(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            return 1
+            return AGAIN + progress.failures
     return 0
