@@ -203,9 +203,9 @@ def _refuse_attentions(args: argparse.Namespace) -> None:
         )
     if args.position_embedding_type not in POSITIONS_WITHOUT_ATTENTION:
         raise UsageError(
-            f"--position-embedding-type {args.position_embedding_type} acts on queries and keys, "
-            f"and --architecture {args.architecture} has a position of its own for each row of its "
-            f"spatial matrix: give {' or '.join(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
+            f"--position-embedding-type {args.position_embedding_type} acts on the queries and "
+            f"keys of attention, which --architecture {args.architecture} does not have: give "
+            f"{' or '.join(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
         )
 
 

@@ -23,6 +23,14 @@ _ALLOWED = {
     "gshard_second_expert": ("paper", "all", "raw"),
     "partial_loss": ("suffix", "all"),
 }
+_ATTENTION = ("transformer",)
+_GATING = ("gmlp", "amlp", "smlp")
+_TOEPLITZ = _GATING
+_FEED_FORWARD = ("transformer",)
+_POSITIONS = ("transformer",)
+"""Architectures by what they have: attention, spatial gating, matrices that may be Toeplitz, an FFN
+beside the mixer, learned positions at the input."""
+
 # What a config.json that is older than an entry means, by its token_router.
 _OLDER = {
     "base": {"base_routing_input": "norm", "base_prices": "none"},
@@ -183,6 +191,21 @@ class SMLPConfig(PreTrainedConfig):
         """X, the width of one FFN expert."""
         return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
+    @property
+    def has_feed_forward(self) -> bool:
+        """Return whether layers without token experts have an FFN."""
+        return self.architecture in _FEED_FORWARD
+
+    @property
+    def has_positions(self) -> bool:
+        """Return whether learned positions are added to the embeddings."""
+        return self.architecture in _POSITIONS
+
+    @property
+    def states_per_layer(self) -> int:
+        """How many states of its own kind the mixer of a layer keeps for generation."""
+        return 2 if self.architecture == "amlp" else 1
+
     def is_sparse_layer(self, index: int) -> bool:
         """Return whether layer `index` belongs to the N2 sparse ones of smlp."""
         return self.architecture == "smlp" and index >= self.num_dense_layers
@@ -212,25 +235,22 @@ class SMLPConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value}: must be finite, and lie between 0 and {largest}")
 
     def _check_widths(self) -> None:
-        if self.architecture == "transformer":
-            if self.toeplitz:
-                raise ValueError(
-                    "toeplitz=True is for the spatial matrices of architecture=gmlp, amlp and "
-                    "smlp; a transformer has none"
-                )
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"num_attention_heads={self.num_attention_heads} must divide "
-                    f"hidden_size={self.hidden_size}"
-                )
-            return
-        heads = {"spatial_heads": self.spatial_heads, "num_feature_chunks": self.num_chunks}
-        for name, count in heads.items():
-            if self.ffn_hidden_size % (2 * count):
-                raise ValueError(
-                    f"{name}={count} must divide the gate width, ffn_hidden_size / 2 = "
-                    f"{self.ffn_hidden_size / 2:g}"
-                )
+        if self.toeplitz and self.architecture not in _TOEPLITZ:
+            raise ValueError(
+                f"toeplitz=True is for the spatial matrices of architecture="
+                f"{', '.join(_TOEPLITZ)}; a {self.architecture} has none"
+            )
+        if self.architecture in _ATTENTION:
+            self._check_divides("hidden_size=", self.hidden_size, "num_attention_heads")
+        if self.architecture in _GATING:
+            gate_width = self.ffn_hidden_size / 2
+            for name in ("spatial_heads", "num_chunks"):
+                self._check_divides("the gate width, ffn_hidden_size / 2 = ", gate_width, name)
+
+    def _check_divides(self, what: str, width: float, name: str) -> None:
+        if width % getattr(self, name):
+            field = {"num_chunks": "num_feature_chunks"}.get(name, name)
+            raise ValueError(f"{field}={getattr(self, name)} must divide {what}{width:g}")
 
     def _check_experts(self) -> None:
         if self.token_router == "none":

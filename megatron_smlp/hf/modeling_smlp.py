@@ -169,11 +169,11 @@ class SMLPCacheLayer(DynamicLayer):
 
 
 class SMLPCache(Cache):
-    """The states of all mixers (two per layer in amlp), and how many tokens each sample has."""
+    """The states of all mixers (of some two a layer), and how many tokens each sample has."""
 
     def __init__(self, config: SMLPConfig) -> None:
-        per_layer = 2 if config.architecture == "amlp" else 1
-        longest, num_mixers = config.max_position_embeddings, per_layer * config.num_layers
+        longest = config.max_position_embeddings
+        num_mixers = config.states_per_layer * config.num_layers
         super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_mixers)])
         self.num_columns = 0
         self.lengths: Tensor | None = None
@@ -308,10 +308,17 @@ class SMLPSpatialProjection(nn.Module):
     """Matrices M <float>[E, T, T] and biases b <float>[E, T] of all heads or experts of a layer.
 
     g[t] = sum over s <= t of M[t, s] v[s] + b[t]
+
+    Args:
+        bound: the largest initial |M[t, s]|; default: 1e-3 / T.
+        start: the initial b.
     """
 
-    def __init__(self, num_experts: int, length: int) -> None:
+    def __init__(
+        self, num_experts: int, length: int, *, bound: float | None = None, start: float = 1.0
+    ) -> None:
         super().__init__()
+        self.bound, self.start = bound or 1e-3 / length, start
         self.weight = nn.Parameter(torch.empty(num_experts, length, length))
         self.bias = nn.Parameter(torch.empty(num_experts, length))
 
@@ -367,8 +374,10 @@ class SMLPToeplitzProjection(SMLPSpatialProjection):
     g[t] = sum over k < T of m[k] v[t - k] + b
     """
 
-    def __init__(self, num_experts: int, length: int) -> None:
-        super().__init__(num_experts, 1)
+    def __init__(
+        self, num_experts: int, length: int, *, bound: float | None = None, start: float = 1.0
+    ) -> None:
+        super().__init__(num_experts, 1, bound=bound or 1e-3 / length, start=start)
         self.weight = nn.Parameter(torch.empty(num_experts, length))
 
     def rows(self, start: int, end: int) -> Tensor:
@@ -402,7 +411,7 @@ class SMLPSpatialGating(nn.Module):
         bias, width = config.add_bias_linear, config.gate_width
         has_attention = config.architecture == "amlp"
         self.num_heads = num_heads
-        self.cache_index = layer_index * (2 if has_attention else 1)
+        self.cache_index = layer_index * config.states_per_layer
         self.eps = config.layer_norm_epsilon
         self.activation = ACT2FN[config.hidden_act]
         self.up_proj = SMLPLinear(config.hidden_size, 2 * width, bias=bias)
@@ -852,15 +861,21 @@ def balanced_greedy(scores: Tensor) -> Tensor:
 
 
 def _build_mixer(config: SMLPConfig, index: int) -> nn.Module:
-    if config.architecture == "transformer":
-        return SMLPAttention(
-            config,
-            index,
-            num_heads=config.num_attention_heads,
-            width=config.hidden_size,
-            out_features=config.hidden_size,
-            output=SMLPOutputLinear,
-        )
+    return _MIXERS[config.architecture](config, index)
+
+
+def _attention(config: SMLPConfig, index: int) -> nn.Module:
+    return SMLPAttention(
+        config,
+        index,
+        num_heads=config.num_attention_heads,
+        width=config.hidden_size,
+        out_features=config.hidden_size,
+        output=SMLPOutputLinear,
+    )
+
+
+def _spatial_gating(config: SMLPConfig, index: int) -> nn.Module:
     if config.is_sparse_layer(index) and config.feature_router == "partial":
         return SMLPPartialPrediction(config, index)
     is_routed = config.is_sparse_layer(index) and config.feature_router == "deterministic"
@@ -868,10 +883,19 @@ def _build_mixer(config: SMLPConfig, index: int) -> nn.Module:
     return SMLPSpatialGating(config, index, num_heads=heads, num_experts=heads)
 
 
+_MIXERS: dict[str, Any] = {
+    "transformer": _attention,
+    "gmlp": _spatial_gating,
+    "amlp": _spatial_gating,
+    "smlp": _spatial_gating,
+}
+"""What builds the mixer of a layer, from the configuration and the layer's number."""
+
+
 def _build_channel(config: SMLPConfig, index: int) -> nn.Module | None:
     if config.has_token_moe(index):
         return SMLPTokenMoE(config)
-    return SMLPFeedForward(config) if config.architecture == "transformer" else None
+    return SMLPFeedForward(config) if config.has_feed_forward else None
 
 
 class SMLPLayer(GradientCheckpointingLayer):
@@ -934,9 +958,8 @@ class SMLPPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         output_std = std / math.sqrt(2 * self.config.num_layers)
         if isinstance(module, SMLPSpatialProjection):
-            bound = 1e-3 / module.weight.shape[-1]
-            init.uniform_(module.weight, -bound, bound)
-            init.ones_(module.bias)
+            init.uniform_(module.weight, -module.bound, module.bound)
+            init.constant_(module.bias, module.start)
         elif isinstance(module, SMLPOutputLinear):
             init.normal_(module.weight, std=output_std)
         elif isinstance(module, SMLPExperts):
@@ -960,7 +983,7 @@ class SMLPModel(SMLPPreTrainedModel):
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.architecture == "transformer":
+        if config.has_positions:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(SMLPLayer(config, i) for i in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
@@ -985,7 +1008,7 @@ class SMLPModel(SMLPPreTrainedModel):
         layout, move = self._layout(hidden, input_ids, attention_mask, cache)
         if move is not None:
             hidden = hidden.take_along_dim(move.order[..., None], dim=1)
-        if self.config.architecture == "transformer":
+        if self.config.has_positions:
             hidden = hidden + self.embed_positions(layout.positions)
         hidden = F.dropout(hidden, self.config.hidden_dropout, self.training)
         states, loss = [hidden], None
