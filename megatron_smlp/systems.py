@@ -108,6 +108,13 @@ MIXERS: dict[str, Mixer] = {
         spatial=True,
         check=GATING_CHECK,
     ),
+    "masked_mixer": Mixer(
+        spec="megatron_smlp.layers.masked_mixer:masked_mixer_spec",
+        cost=f"{COSTS}:masked_mixer_cost",
+        title="masked mixer, heads: {heads}",
+        spatial=True,
+        check="megatron_smlp.layers.masked_mixer:check_flags",
+    ),
 }
 
 
@@ -136,6 +143,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gmlp": Architecture(mixer="spatial_gating"),
     "amlp": Architecture(mixer="gating_and_attention"),
     "smlp": Architecture(mixer="spatial_gating", sparse_mixer="feature_moe"),
+    "mixer": Architecture(mixer="masked_mixer", channel="mlp"),
 }
 SPATIAL = tuple(name for name, one in ARCHITECTURES.items() if MIXERS[one.mixer].spatial)
 
@@ -189,6 +197,7 @@ def layer_slots(
     | amlp | spatial gating and a small attention head | the same |
     | smlp, first N1 | spatial gating | none |
     | smlp, then N2 | feature MoE | token MoE if --num-experts is given |
+    | mixer | masked mixer | mlp; token MoE in MoE layers |
 
     Args:
         options: ModelOptions, or anything with its names.

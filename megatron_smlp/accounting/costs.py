@@ -298,6 +298,22 @@ def prefix_router_cost(shape: ModelShape, num_experts: int) -> Cost:
     return Cost(replicated=parameters, flops=flops, square_flops=flops)
 
 
+def masked_mixer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """One or two matrices a head over the hidden dimension; a single head's are on every rank."""
+    heads, layers = slots.heads, 1 + shape.options.mixer_expansion
+    matrices = layers * heads * shape.matrix_parameters
+    spatial = Cost(replicated=matrices) if heads == 1 else Cost(sharded=matrices)
+    above = 0 if shape.options.toeplitz else shape.square - shape.triangle
+    return (
+        norm_cost(shape)
+        + spatial
+        + _pairs(shape, layers * shape.hidden_size)
+        # The columns of several heads, and what the GELU reads and writes.
+        + Cost(kept=((heads > 1) + 2 * (layers - 1)) * shape.hidden_size)
+        + Cost(zero_parameters=layers * heads * above)
+    )
+
+
 def mlp_cost(shape: ModelShape) -> Cost:
     """The FFN; a gated one has two projections to the hidden layer, and their product."""
     hidden, gated = shape.ffn_hidden_size, int(shape.gated_mlp)

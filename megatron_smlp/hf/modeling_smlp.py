@@ -2,13 +2,14 @@
 
 Every layer has two slots, each with a norm before it and a residual around it,
 
-    x = x + mixer(LN(x))         attention | spatial gating | feature MoE
+    x = x + mixer(LN(x))         attention | spatial gating | feature MoE | masked mixer
     x = x + channel(LN(x))       FFN | token MoE | nothing (then without its norm)
 
     architecture   mixer                                      channel
     transformer    attention                                  FFN; token MoE every moe_layer_freq-th
     gmlp, amlp     spatial gating (amlp: + tiny attention)    nothing; token MoE likewise
     smlp           spatial gating, then feature MoE           nothing, then token MoE
+    mixer          masked mixer                               FFN; token MoE likewise
 
 Sources: gMLP (arXiv 2105.08050), sparse all-MLP (2203.06850), Switch (2101.03961), GShard
 (2006.16668), BASE (2103.16716), hash layers (2106.04426). It is written from the equations, for
@@ -26,6 +27,7 @@ weight is [out, in] in both:
     mixer.up_proj, mixer.down_proj           self_attention.linear_fc1, .linear_fc2
     mixer.gate_norm                          self_attention.norm
     mixer.spatial.weight, .bias              self_attention.spatial.weight, .bias
+    mixer.spatial_out.weight, .bias          self_attention.spatial_out.weight, .bias
     channel_norm                             pre_mlp_layernorm
     channel.up_proj, channel.down_proj       mlp.linear_fc1, mlp.linear_fc2
     channel.router.weight                    mlp.router.weight
@@ -566,6 +568,45 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         return self.loss_coeff * _balance(probabilities, chosen)
 
 
+class SMLPMaskedMixer(nn.Module):
+    """Each head's tokens by position: M_k x_k + c_k, k = 1..h, x_k its D/h features.
+
+    With mixer_expansion M2_k GELU(M_k x_k + c_k) + c2_k. Source: masked mixers (2409.01482).
+    """
+
+    def __init__(self, config: SMLPConfig, layer_index: int) -> None:
+        super().__init__()
+        self.num_heads = config.spatial_heads
+        self.cache_index = layer_index * config.states_per_layer
+        self.activation = ACT2FN[config.hidden_act]
+        projection = SMLPToeplitzProjection if config.toeplitz else SMLPSpatialProjection
+        length = config.max_position_embeddings
+        wide = math.sqrt(3 / length) if config.mixer_expansion else None
+        self.spatial = projection(self.num_heads, length, bound=wide, start=0.0)
+        self.spatial_out: SMLPSpatialProjection | None = None
+        if config.mixer_expansion:
+            self.spatial_out = projection(self.num_heads, length, start=0.0)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
+        chunks = hidden.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        mixed = self.spatial(self._remember(chunks, 0, layout, cache), layout)
+        if self.spatial_out is not None:
+            inner = self._remember(self.activation(mixed), 1, layout, cache)
+            mixed = self.spatial_out(inner, layout)
+        return mixed.transpose(1, 2).flatten(2), None
+
+    def _remember(
+        self, chunks: Tensor, number: int, layout: Layout, cache: SMLPCache | None
+    ) -> Tensor:
+        """<float>[B, h, T, f] -> those of all positions so far, [B, h, L, f]."""
+        if cache is None:
+            return chunks
+        return cache.layers[self.cache_index + number].write(chunks, chunks[..., :0], layout)[0]
+
+
 # ------------------------------------------------------------------------------------------------
 # Channel mixers: each token by itself
 # ------------------------------------------------------------------------------------------------
@@ -888,6 +929,7 @@ _MIXERS: dict[str, Any] = {
     "gmlp": _spatial_gating,
     "amlp": _spatial_gating,
     "smlp": _spatial_gating,
+    "mixer": SMLPMaskedMixer,
 }
 """What builds the mixer of a layer, from the configuration and the layer's number."""
 
