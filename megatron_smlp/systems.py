@@ -71,6 +71,8 @@ class Mixer:
     """Whether the input has learned positions by default; other mixers have rows by position."""
     spatial: bool = False
     """Whether it has spatial matrices: --spatial-heads, --toeplitz."""
+    host_reads: bool = False
+    """Whether the host reads a tensor of it in a step, so that no CUDA graph can hold it."""
     check: str | None = None
     """The function that raises ValueError for flags of which it cannot be built, `module:name`."""
 

@@ -12,7 +12,7 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import DEFAULTS, OUR_FLAGS
 from megatron_smlp.platform import cpu
-from megatron_smlp.systems import ARCHITECTURES
+from megatron_smlp.systems import ARCHITECTURES, MIXERS
 
 OTHER_LAYER_FLAGS = (
     "multi_latent_attention",
@@ -147,6 +147,11 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
         raise UsageError(
             f"{flag} cannot capture layers that route: the host reads how many tokens or chunks "
             "each expert gets. Leave it out."
+        )
+    if MIXERS[ARCHITECTURES[args.architecture].mixer].host_reads:
+        raise UsageError(
+            f"{flag} cannot capture the layers of --architecture {args.architecture}, of which the "
+            "host reads how large some numbers are. Leave it out."
         )
     if value == "full_iteration":
         raise UsageError(
