@@ -84,6 +84,12 @@ class ModelOptions:
     """mixer: two T x T matrices a head with a GELU between them, as MLP-Mixer's token MLP, instead
     of one."""
 
+    aft_kind: Literal["full", "simple"] = option(
+        "full", architectures=("aft",), older="full", hf="aft_kind"
+    )
+    """aft: full: a T x T matrix of weights is added to the keys, one for each pair of positions.
+    simple: there is none, so that tokens are averaged by their keys alone."""
+
     tiny_attention_width: int = option(
         64, architectures=("amlp",), least=1, hf="tiny_attention_width"
     )

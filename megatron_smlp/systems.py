@@ -117,6 +117,14 @@ MIXERS: dict[str, Mixer] = {
         spatial=True,
         check="megatron_smlp.layers.masked_mixer:check_flags",
     ),
+    "aft": Mixer(
+        spec="megatron_smlp.layers.aft:aft_spec",
+        cost=f"{COSTS}:aft_cost",
+        title="AFT-{aft_kind}",
+        learned_positions=True,
+        host_reads=True,
+        check="megatron_smlp.layers.aft:check_flags",
+    ),
 }
 
 
@@ -146,6 +154,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "amlp": Architecture(mixer="gating_and_attention"),
     "smlp": Architecture(mixer="spatial_gating", sparse_mixer="feature_moe"),
     "mixer": Architecture(mixer="masked_mixer", channel="mlp"),
+    "aft": Architecture(mixer="aft", channel="mlp"),
 }
 SPATIAL = tuple(name for name, one in ARCHITECTURES.items() if MIXERS[one.mixer].spatial)
 
@@ -199,7 +208,7 @@ def layer_slots(
     | amlp | spatial gating and a small attention head | the same |
     | smlp, first N1 | spatial gating | none |
     | smlp, then N2 | feature MoE | token MoE if --num-experts is given |
-    | mixer | masked mixer | mlp; token MoE in MoE layers |
+    | mixer, aft | masked mixer, AFT | mlp; token MoE in MoE layers |
 
     Args:
         options: ModelOptions, or anything with its names.

@@ -314,6 +314,19 @@ def masked_mixer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     )
 
 
+def aft_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """q, k, v and output projections; AFT-full's weights, the same on every rank, and the sums over
+    and under its fraction. Running averages are counted as nothing."""
+    width = shape.attention_width
+    projections = norm_cost(shape) + _column(shape, 3 * width) + _row(shape, width)
+    # The keys and values, sigmoid(q), the averages, and the product of the last two.
+    if shape.options.aft_kind == "simple":
+        return projections + Cost(kept=5 * width)
+    matrix = Cost(replicated=shape.square, zero_parameters=shape.square - shape.triangle)
+    # exp(k) instead of k; both sums and what is summed.
+    return projections + matrix + _pairs(shape, 2 * width) + Cost(kept=9 * width)
+
+
 def mlp_cost(shape: ModelShape) -> Cost:
     """The FFN; a gated one has two projections to the hidden layer, and their product."""
     hidden, gated = shape.ffn_hidden_size, int(shape.gated_mlp)

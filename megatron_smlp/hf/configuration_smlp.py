@@ -12,7 +12,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 _ALLOWED = {
-    "architecture": ("transformer", "gmlp", "amlp", "smlp", "mixer"),
+    "architecture": ("transformer", "gmlp", "amlp", "smlp", "mixer", "aft"),
+    "aft_kind": ("full", "simple"),
     "token_router": ("none", "switch", "gshard", "base", "hash"),
     "feature_router": ("none", "deterministic", "partial"),
     "hidden_act": ("gelu", "gelu_new"),
@@ -26,8 +27,8 @@ _ALLOWED = {
 _ATTENTION = ("transformer",)
 _GATING = ("gmlp", "amlp", "smlp")
 _TOEPLITZ = (*_GATING, "mixer")
-_FEED_FORWARD = ("transformer", "mixer")
-_POSITIONS = ("transformer",)
+_FEED_FORWARD = ("transformer", "mixer", "aft")
+_POSITIONS = ("transformer", "aft")
 """Architectures by what they have: attention, spatial gating, matrices that may be Toeplitz, an FFN
 beside the mixer, learned positions at the input."""
 
@@ -64,8 +65,8 @@ class SMLPConfig(PreTrainedConfig):
     """Configuration of a model; every size in elements.
 
     Args:
-        architecture: transformer, gmlp, amlp (gmlp and one small attention head), smlp or mixer
-            (masked mixer).
+        architecture: transformer, gmlp, amlp (gmlp and one small attention head), smlp, mixer
+            (masked mixer) or aft (attention-free).
         token_router: how tokens choose FFN experts: none, switch, gshard, base or hash.
         feature_router: smlp only: how chunks of features choose spatial experts.
         ffn_hidden_size: Z; the FFN's width, or twice the gate width F of a spatial gating block.
@@ -76,6 +77,7 @@ class SMLPConfig(PreTrainedConfig):
         toeplitz: whether spatial matrices hold one weight per distance, M[t, s] = m[t - s], and one
             bias; an input may then be longer than T, and every token sees the last T.
         mixer_expansion: mixer: whether there are two matrices with a GELU between them.
+        aft_kind: aft: with weights of position pairs (full) or without (simple).
         num_feature_experts: spatial experts of a sparse block.
         num_feature_chunks: chunks of its features; default: one per expert.
         prefix_fraction: partial prediction routes from the first floor(prefix_fraction * T) tokens.
@@ -131,6 +133,7 @@ class SMLPConfig(PreTrainedConfig):
     spatial_heads: int = 1
     toeplitz: bool = False
     mixer_expansion: bool = False
+    aft_kind: str = "full"
     num_feature_experts: int = 1
     num_feature_chunks: int | None = None
     prefix_fraction: float | int = 0.2
@@ -247,7 +250,7 @@ class SMLPConfig(PreTrainedConfig):
             raise ValueError(
                 f"mixer_expansion=True is for architecture=mixer, not {self.architecture}"
             )
-        if self.architecture in _ATTENTION:
+        if self.architecture in (*_ATTENTION, "aft"):
             self._check_divides("hidden_size=", self.hidden_size, "num_attention_heads")
         if self.architecture == "mixer":
             self._check_divides("hidden_size=", self.hidden_size, "spatial_heads")

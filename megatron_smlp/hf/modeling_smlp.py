@@ -2,14 +2,14 @@
 
 Every layer has two slots, each with a norm before it and a residual around it,
 
-    x = x + mixer(LN(x))         attention | spatial gating | feature MoE | masked mixer
+    x = x + mixer(LN(x))         attention | spatial gating | feature MoE | masked mixer | AFT
     x = x + channel(LN(x))       FFN | token MoE | nothing (then without its norm)
 
     architecture   mixer                                      channel
     transformer    attention                                  FFN; token MoE every moe_layer_freq-th
     gmlp, amlp     spatial gating (amlp: + tiny attention)    nothing; token MoE likewise
     smlp           spatial gating, then feature MoE           nothing, then token MoE
-    mixer          masked mixer                               FFN; token MoE likewise
+    mixer, aft     masked mixer, AFT                          FFN; token MoE likewise
 
 Sources: gMLP (arXiv 2105.08050), sparse all-MLP (2203.06850), Switch (2101.03961), GShard
 (2006.16668), BASE (2103.16716), hash layers (2106.04426). It is written from the equations, for
@@ -28,6 +28,7 @@ weight is [out, in] in both:
     mixer.gate_norm                          self_attention.norm
     mixer.spatial.weight, .bias              self_attention.spatial.weight, .bias
     mixer.spatial_out.weight, .bias          self_attention.spatial_out.weight, .bias
+    mixer.positions.weight                   self_attention.positions.weight
     channel_norm                             pre_mlp_layernorm
     channel.up_proj, channel.down_proj       mlp.linear_fc1, mlp.linear_fc2
     channel.router.weight                    mlp.router.weight
@@ -607,6 +608,78 @@ class SMLPMaskedMixer(nn.Module):
         return cache.layers[self.cache_index + number].write(chunks, chunks[..., :0], layout)[0]
 
 
+class SMLPPositionWeights(nn.Module):
+    """w <float>[T, T]: how much position t looks at position s <= t."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(length, length))
+
+    def grown(self, layout: Layout, length: int, dtype: torch.dtype) -> Tensor:
+        """exp(w) of this call's rows, 0 where s > t: <dtype>[T, L] or [B, T, L]."""
+        rows = self.weight[layout.start : layout.end] if layout.start is not None else None
+        rows = self.weight[layout.positions] if rows is None else rows
+        grown = rows[..., :length].to(dtype).exp()
+        if layout.start is not None:
+            return grown.tril(layout.start)
+        return grown.masked_fill(~_visible(layout, length), 0.0)
+
+
+class SMLPAttentionFree(nn.Module):
+    """AFT (2105.14103): averages of earlier values by exp(k_s + w_ts), gated by their queries.
+
+        y_t = sigmoid(q_t) sum over s <= t of exp(k_s + w_ts) v_s / sum of exp(k_s + w_ts)
+
+    aft_kind=simple has no w. Exponents over 20 are computed in double precision.
+    """
+
+    def __init__(self, config: SMLPConfig, layer_index: int) -> None:
+        super().__init__()
+        bias, width = config.add_bias_linear, config.hidden_size
+        self.cache_index = layer_index * config.states_per_layer
+        self.q_proj = SMLPLinear(width, width, bias=bias)
+        self.k_proj = SMLPLinear(width, width, bias=bias)
+        self.v_proj = SMLPLinear(width, width, bias=bias)
+        self.positions: SMLPPositionWeights | None = None
+        if config.aft_kind == "full":
+            self.positions = SMLPPositionWeights(config.max_position_embeddings)
+        self.out_proj = SMLPOutputLinear(width, width, bias=bias)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
+        keys, values = self.k_proj(hidden), self.v_proj(hidden)
+        if cache is not None:
+            states = cache.layers[self.cache_index]
+            keys, values = states.write(keys[:, None], values[:, None], layout)
+            keys, values = keys[:, 0], values[:, 0]
+        dtype = self._dtype(keys)
+        grown = keys.to(dtype).exp()
+        summed = torch.cat([grown * values.to(dtype), grown], dim=-1)
+        if self.positions is None:
+            sums = _rows_of_call(summed.cumsum(dim=1), layout)
+        else:
+            sums = self.positions.grown(layout, keys.shape[1], dtype) @ summed
+        above, below = sums.chunk(2, dim=-1)
+        mixed = torch.sigmoid(self.q_proj(hidden)) * (above / below).to(hidden.dtype)
+        return self.out_proj(mixed), None
+
+    def _dtype(self, keys: Tensor) -> torch.dtype:
+        if self.positions is None:
+            return torch.float64
+        largest = max(keys.abs().max().item(), self.positions.weight.tril().abs().max().item())
+        is_large = largest > 20
+        return torch.float64 if is_large else torch.promote_types(keys.dtype, torch.bfloat16)
+
+
+def _rows_of_call(sums: Tensor, layout: Layout) -> Tensor:
+    """sums: [B, L, N], of all positions so far -> those of this call's tokens, [B, T, N]."""
+    if layout.start is not None:
+        return sums[:, layout.start : layout.end]
+    return sums.take_along_dim(layout.positions[..., None], dim=1)
+
+
 # ------------------------------------------------------------------------------------------------
 # Channel mixers: each token by itself
 # ------------------------------------------------------------------------------------------------
@@ -930,6 +1003,7 @@ _MIXERS: dict[str, Any] = {
     "amlp": _spatial_gating,
     "smlp": _spatial_gating,
     "mixer": SMLPMaskedMixer,
+    "aft": SMLPAttentionFree,
 }
 """What builds the mixer of a layer, from the configuration and the layer's number."""
 
@@ -1002,6 +1076,9 @@ class SMLPPreTrainedModel(PreTrainedModel):
         if isinstance(module, SMLPSpatialProjection):
             init.uniform_(module.weight, -module.bound, module.bound)
             init.constant_(module.bias, module.start)
+        elif isinstance(module, SMLPPositionWeights):
+            bound = 1e-3 / len(module.weight)
+            init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, SMLPOutputLinear):
             init.normal_(module.weight, std=output_std)
         elif isinstance(module, SMLPExperts):

@@ -34,6 +34,7 @@ ARCHITECTURES = {
     ),
     "gmlp": "--architecture gmlp",
     "amlp": "--architecture amlp --tiny-attention-width 16",
+    "aft": "--architecture aft",
     "mixer": "--architecture mixer --spatial-heads 2 --mixer-expansion",
     "smlp": SMLP,
     "smlp_partial": SMLP.replace("deterministic", "partial"),
@@ -55,7 +56,7 @@ TWO_PROCESSES = {
         "--ckpt-fully-parallel-save"
     ),
 }
-NEIGHBOURS = ("mixer",)
+NEIGHBOURS = ("mixer", "aft")
 """Mixers whose runs are slow tests: what a resume restores is the same for all mixers."""
 # Dropout needs the random numbers of a run beside all that is exact: without it, a system a kind.
 FAST = [

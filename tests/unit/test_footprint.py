@@ -40,6 +40,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "gmlp_toeplitz": {"architecture": "gmlp", "spatial_heads": 4, "toeplitz": True},
     "amlp": {"architecture": "amlp"},
     "mixer": {"architecture": "mixer", "spatial_heads": 4, "num_experts": 8},
+    "aft": {"architecture": "aft"},
     "smlp": {**SPARSE, "feature_router": "deterministic", "token_router": "base"},
     "smlp_partial": {**SPARSE, "feature_router": "partial", "token_router": "base"},
 }
@@ -174,6 +175,8 @@ KEPT: dict[str, tuple[dict[str, Any], LayerSlots]] = {
         {"architecture": "mixer", "spatial_heads": 4, "mixer_expansion": True},
         LayerSlots("masked_mixer", "mlp", 4),
     ),
+    "aft": ({"architecture": "aft"}, LayerSlots("aft", "mlp", 1)),
+    "aft_simple": ({"architecture": "aft", "aft_kind": "simple"}, LayerSlots("aft", "mlp", 1)),
     "feature_moe": (FEATURES, LayerSlots("feature_moe", "none", 4)),
     "partial": (
         FEATURES | {"feature_router": "partial"},
@@ -199,6 +202,7 @@ def test_activations_are_what_autograd_keeps_within_ten_percent(case: str, dtype
     values |= {"num_experts": config.get("num_moe_experts"), "moe_ffn_hidden_size": 256}
     values |= {"feature_router": config.get("feature_router", "none")}
     values |= {"mixer_expansion": config.get("mixer_expansion", False)}
+    values |= {"aft_kind": config.get("aft_kind", "full")}
     args = resolve(
         SMALL
         | values
