@@ -70,13 +70,25 @@ class ModelOptions:
     """The pair of mixers of each layer; megatron_smlp/systems.py is the table."""
 
     spatial_heads: int = option(1, architectures=SPATIAL, hf="spatial_heads")
-    """Spatial gating: number of heads in a dense layer; each has its own T x T matrix, bias and
-    LayerNorm over gate_width / heads features. Must divide ffn_hidden_size / 2."""
+    """Number of heads in a dense layer; each has its own T x T matrix and bias. It must divide
+    ffn_hidden_size / 2, of which each head has a LayerNorm, or, of a mixer, hidden_size."""
 
     toeplitz: bool = option(False, architectures=SPATIAL, older=False, hf="toeplitz")
-    """Spatial gating: one weight per distance, M[t, s] = m[t - s], and one bias, for each head or
+    """One weight per distance, M[t, s] = m[t - s], and one bias, for each head or
     spatial expert, in place of a T x T matrix and T biases. Such a model can be evaluated on
     sequences longer than --seq-length, of which each token reads the last T. Not in the paper."""
+
+    mixer_expansion: bool = option(
+        False, architectures=("mixer",), older=False, hf="mixer_expansion"
+    )
+    """mixer: two T x T matrices a head with a GELU between them, as MLP-Mixer's token MLP, instead
+    of one."""
+
+    aft_kind: Literal["full", "simple"] = option(
+        "full", architectures=("aft",), older="full", hf="aft_kind"
+    )
+    """aft: full: a T x T matrix of weights is added to the keys, one for each pair of positions.
+    simple: there is none, so that tokens are averaged by their keys alone."""
 
     tiny_attention_width: int = option(
         64, architectures=("amlp",), least=1, hf="tiny_attention_width"

@@ -29,7 +29,7 @@ from megatron_smlp.hf import configuration_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPModel
 from megatron_smlp.options import MEGATRON_FLAGS, MODEL_FLAGS, model_defaults
-from megatron_smlp.systems import TOKEN_ROUTERS
+from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS
 
 # Megatron's flag -> the configuration's name.
 NAMES = {name: facts.hf for name, facts in MODEL_FLAGS.items() if facts.hf}
@@ -57,7 +57,7 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     Raises:
         UsageError: a flag that the Hugging Face model has no equal for.
     """
-    positions = "learned_absolute" if flags["architecture"] == "transformer" else "none"
+    positions = ARCHITECTURES[flags["architecture"]].positions
     only_ones = {**UNSUPPORTED, "position_embedding_type": positions}
     for name, only in only_ones.items():
         if flags[name] != only:
@@ -82,7 +82,6 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
 
 def flags_of(config: SMLPConfig) -> dict[str, Any]:
     """Return a Megatron checkpoint's model flags for the configuration of an exported folder."""
-    is_attention = config.architecture == "transformer"
     has_experts = config.token_router != "none"
     return {
         **UNSUPPORTED,
@@ -93,7 +92,7 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
         "kv_channels": config.hidden_size // config.num_attention_heads,
         "num_query_groups": None,
         "max_position_embeddings": config.max_position_embeddings,
-        "position_embedding_type": "learned_absolute" if is_attention else "none",
+        "position_embedding_type": ARCHITECTURES[config.architecture].positions,
         "num_experts": config.num_experts if has_experts else None,
         "moe_ffn_hidden_size": config.expert_width if has_experts else None,
         # Without experts it counts for nothing and is Megatron's default.

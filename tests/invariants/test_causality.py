@@ -28,6 +28,8 @@ VARIANTS = {
     "transformer": {"": "--num-attention-heads 4"},
     "gmlp": {"": "", "_4_heads": "--spatial-heads 4"},
     "amlp": {"": "--tiny-attention-width 8"},
+    "mixer": {"": "", "_expansion": "--spatial-heads 4 --mixer-expansion"},
+    "aft": {"": "", "_simple": "--aft-kind simple"},
     "smlp": {f"_{rule}": f"{SPARSE} --feature-router {rule}" for rule in FEATURE_RULES},
 }
 LAYERS = {
@@ -43,6 +45,7 @@ MODELS = {
 } | {
     "gmlp-base_by_prices": f"{LAYERS['gmlp']} {ROUTERS['base']} --base-eval prices",
     "gmlp-toeplitz": f"{LAYERS['gmlp_4_heads']} --toeplitz",
+    "mixer-toeplitz": f"{LAYERS['mixer_expansion']} --toeplitz",
     "smlp_partial-toeplitz": f"{LAYERS['smlp_partial']} --toeplitz",
 }
 ROUTED = {name for name, flags in MODELS.items() if EXPERTS in flags}
