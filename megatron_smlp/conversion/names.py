@@ -53,6 +53,9 @@ IN_LAYER = {
     "mlp.router.weight": "channel.router.weight",
     "mlp.router.prices": "channel.router.prices",
     "mlp.router.table": "channel.router.table",
+    "mlp.router.expert_bias": "channel.router.expert_bias",
+    "mlp.shared_experts.linear_fc1.weight": "channel.shared_experts.up_proj.weight",
+    "mlp.shared_experts.linear_fc2.weight": "channel.shared_experts.down_proj.weight",
     "mlp.experts.experts.linear_fc1.weight": "channel.experts.up_proj",
     "mlp.experts.experts.linear_fc2.weight": "channel.experts.down_proj",
 }

@@ -31,6 +31,8 @@ SYSTEMS = (
     "amlp",
     "smlp_deterministic",
     "smlp_partial",
+    "llama",
+    "llama_moe",
 )
 TOKEN_MOES = ("gshard", "switch", "base", "hash")
 FOLDERS = {"cpu": 0.0134, "paper/regular": 0.8, "paper/large": 2.0}
