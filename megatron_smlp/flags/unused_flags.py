@@ -204,10 +204,11 @@ def refuse_unless(args: argparse.Namespace, fact: str, *, chosen: str, by: str) 
         if value == default or not allowed or chosen in allowed:
             continue
         said = flag_of(name) if value is True else f"{flag_of(name)} {value}"
-        raise UsageError(f"{said} is for {by} {_one_of(allowed)}, not {chosen}: leave it out.")
+        raise UsageError(f"{said} is for {by} {one_of(allowed)}, not {chosen}: leave it out.")
 
 
-def _one_of(names: tuple[str, ...]) -> str:
+def one_of(names: tuple[str, ...]) -> str:
+    """Return `a`, `a or b`, `a, b or c`, for a message."""
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
@@ -221,7 +222,7 @@ def _refuse_attentions(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--position-embedding-type {args.position_embedding_type} acts on the queries and "
             f"keys of attention, which --architecture {args.architecture} does not have: give "
-            f"{' or '.join(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
+            f"{one_of(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
         )
 
 

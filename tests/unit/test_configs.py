@@ -29,6 +29,8 @@ SYSTEMS = (
     "amlp",
     "smlp_deterministic",
     "smlp_partial",
+    "llama",
+    "llama_moe",
 )
 # Beside the paper's, without a file for its large models.
 NEIGHBOURS = ("mixer", "aft")
