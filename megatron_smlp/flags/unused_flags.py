@@ -12,7 +12,7 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import DEFAULTS, OUR_FLAGS
 from megatron_smlp.platform import cpu
-from megatron_smlp.systems import ARCHITECTURES
+from megatron_smlp.systems import ARCHITECTURES, MIXERS
 
 OTHER_LAYER_FLAGS = (
     "multi_latent_attention",
@@ -159,6 +159,11 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
             f"{flag} cannot capture layers that route: the host reads how many tokens or chunks "
             "each expert gets. Leave it out."
         )
+    if MIXERS[ARCHITECTURES[args.architecture].mixer].host_reads:
+        raise UsageError(
+            f"{flag} cannot capture the layers of --architecture {args.architecture}, of which the "
+            "host reads how large some numbers are. Leave it out."
+        )
     if value == "full_iteration":
         raise UsageError(
             f"{flag}: the host reads every step's losses (--nonfinite-loss), which a graph cannot "
@@ -199,10 +204,11 @@ def refuse_unless(args: argparse.Namespace, fact: str, *, chosen: str, by: str) 
         if value == default or not allowed or chosen in allowed:
             continue
         said = flag_of(name) if value is True else f"{flag_of(name)} {value}"
-        raise UsageError(f"{said} is for {by} {_one_of(allowed)}, not {chosen}: leave it out.")
+        raise UsageError(f"{said} is for {by} {one_of(allowed)}, not {chosen}: leave it out.")
 
 
-def _one_of(names: tuple[str, ...]) -> str:
+def one_of(names: tuple[str, ...]) -> str:
+    """Return `a`, `a or b`, `a, b or c`, for a message."""
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
@@ -214,9 +220,9 @@ def _refuse_attentions(args: argparse.Namespace) -> None:
         )
     if args.position_embedding_type not in POSITIONS_WITHOUT_ATTENTION:
         raise UsageError(
-            f"--position-embedding-type {args.position_embedding_type} acts on queries and keys, "
-            f"and --architecture {args.architecture} has a position of its own for each row of its "
-            f"spatial matrix: give {' or '.join(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
+            f"--position-embedding-type {args.position_embedding_type} acts on the queries and "
+            f"keys of attention, which --architecture {args.architecture} does not have: give "
+            f"{one_of(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
         )
 
 
