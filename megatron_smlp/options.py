@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin
 
-from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS, TOP_K
+from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS
 
 NEVER_OLDER = object()
 """No checkpoint is older than the flag."""
@@ -70,13 +70,25 @@ class ModelOptions:
     """The pair of mixers of each layer; megatron_smlp/systems.py is the table."""
 
     spatial_heads: int = option(1, architectures=SPATIAL, hf="spatial_heads")
-    """Spatial gating: number of heads in a dense layer; each has its own T x T matrix, bias and
-    LayerNorm over gate_width / heads features. Must divide ffn_hidden_size / 2."""
+    """Number of heads in a dense layer; each has its own T x T matrix and bias. It must divide
+    ffn_hidden_size / 2, of which each head has a LayerNorm, or, of a mixer, hidden_size."""
 
     toeplitz: bool = option(False, architectures=SPATIAL, older=False, hf="toeplitz")
-    """Spatial gating: one weight per distance, M[t, s] = m[t - s], and one bias, for each head or
+    """One weight per distance, M[t, s] = m[t - s], and one bias, for each head or
     spatial expert, in place of a T x T matrix and T biases. Such a model can be evaluated on
     sequences longer than --seq-length, of which each token reads the last T. Not in the paper."""
+
+    mixer_expansion: bool = option(
+        False, architectures=("mixer",), older=False, hf="mixer_expansion"
+    )
+    """mixer: two T x T matrices a head with a GELU between them, as MLP-Mixer's token MLP, instead
+    of one."""
+
+    aft_kind: Literal["full", "simple"] = option(
+        "full", architectures=("aft",), older="full", hf="aft_kind"
+    )
+    """aft: full: a T x T matrix of weights is added to the keys, one for each pair of positions.
+    simple: there is none, so that tokens are averaged by their keys alone."""
 
     tiny_attention_width: int = option(
         64, architectures=("amlp",), least=1, hf="tiny_attention_width"
@@ -322,16 +334,14 @@ MEGATRON_FLAGS: dict[str, MegatronFlag] = {
     "moe_layer_freq": MegatronFlag(default=1, hf="moe_layer_freq", upcycling=True),
     "moe_router_topk": MegatronFlag(default=2, derived=True),
     "moe_router_score_function": MegatronFlag(
-        default="softmax", older="softmax", token_routers=TOP_K, hf="moe_router_score_function"
+        default="softmax", older="softmax", hf="moe_router_score_function"
     ),
     "moe_router_enable_expert_bias": MegatronFlag(
-        default=False, older=False, token_routers=TOP_K, hf="moe_router_enable_expert_bias"
+        default=False, older=False, hf="moe_router_enable_expert_bias"
     ),
-    "moe_router_topk_scaling_factor": MegatronFlag(
-        older=None, token_routers=TOP_K, hf="moe_router_topk_scaling_factor"
-    ),
+    "moe_router_topk_scaling_factor": MegatronFlag(older=None, hf="moe_router_topk_scaling_factor"),
     "moe_shared_expert_intermediate_size": MegatronFlag(
-        older=None, token_routers=TOP_K, hf="moe_shared_expert_intermediate_size"
+        older=None, hf="moe_shared_expert_intermediate_size"
     ),
     "moe_aux_loss_coeff": MegatronFlag(default=0.0, may_change=True, hf="moe_aux_loss_coeff"),
     "moe_token_drop_policy": MegatronFlag(default="probs", may_change=True, hf="moe_drop_policy"),

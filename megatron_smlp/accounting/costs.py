@@ -91,14 +91,12 @@ class ModelShape:
     moe_router_topk: int = 1
     shared_expert_size: int = 0
     """Width of the FFN that every token visits beside its experts; 0: there is none."""
-    tiny_attention_width: int = 0
-    """amlp: width of the attention head beside the gate."""
+    options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    """Our flags of the model, for what a mixer alone reads."""
     prefix_length: int = 0
     """P, tokens from which partial prediction routes; 0: no such routing."""
     num_feature_chunks: int = 0
     """C, chunks of features that partial prediction routes."""
-    toeplitz: bool = False
-    """Whether a spatial matrix is given by one number per distance, with one bias."""
     learned_positions: bool = False
     tied_embeddings: bool = True
     linear_bias: bool = True
@@ -135,10 +133,9 @@ class ModelShape:
             moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
             moe_router_topk=experts_of_a_token(options.token_router, args.moe_router_topk),
             shared_expert_size=args.moe_shared_expert_intermediate_size or 0 if num_experts else 0,
-            tiny_attention_width=options.tiny_attention_width,
+            options=options,
             prefix_length=options.prefix_length(args.seq_length),
             num_feature_chunks=options.num_chunks if is_partial else 0,
-            toeplitz=options.toeplitz,
             learned_positions=args.position_embedding_type == "learned_absolute",
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             linear_bias=args.add_bias_linear,
@@ -164,7 +161,7 @@ class ModelShape:
     @property
     def matrix_parameters(self) -> int:
         """M and b of one spatial head or expert."""
-        return self.seq_length + (1 if self.toeplitz else self.square)
+        return self.seq_length + (1 if self.options.toeplitz else self.square)
 
 
 def model_cost(shape: ModelShape) -> Cost:
@@ -255,7 +252,7 @@ def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = Fals
     gate_width, heads = shape.ffn_hidden_size // 2, slots.heads
     matrices = heads * shape.matrix_parameters
     spatial = Cost(replicated=matrices) if everywhere or heads == 1 else Cost(sharded=matrices)
-    above = 0 if shape.toeplitz else shape.square - shape.triangle
+    above = 0 if shape.options.toeplitz else shape.square - shape.triangle
     return (
         norm_cost(shape)
         + _column(shape, shape.ffn_hidden_size)
@@ -272,7 +269,7 @@ def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = Fals
 
 def gating_and_attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     """amlp: the attention head beside the gate reads the same norm, so it has none of its own."""
-    width, gate_width = shape.tiny_attention_width, shape.ffn_hidden_size // 2
+    width, gate_width = shape.options.tiny_attention_width, shape.ffn_hidden_size // 2
     bias = int(shape.linear_bias)
     flops = 2 * shape.seq_length * width * (3 * shape.hidden_size + gate_width)
     head = Cost(
@@ -302,6 +299,35 @@ def prefix_router_cost(shape: ModelShape, num_experts: int) -> Cost:
     parameters = shape.prefix_length * num_experts
     flops = 2 * shape.num_feature_chunks * parameters
     return Cost(replicated=parameters, flops=flops, square_flops=flops)
+
+
+def masked_mixer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """One or two matrices a head over the hidden dimension; a single head's are on every rank."""
+    heads, layers = slots.heads, 1 + shape.options.mixer_expansion
+    matrices = layers * heads * shape.matrix_parameters
+    spatial = Cost(replicated=matrices) if heads == 1 else Cost(sharded=matrices)
+    above = 0 if shape.options.toeplitz else shape.square - shape.triangle
+    return (
+        norm_cost(shape)
+        + spatial
+        + _pairs(shape, layers * shape.hidden_size)
+        # The columns of several heads, and what the GELU reads and writes.
+        + Cost(kept=((heads > 1) + 2 * (layers - 1)) * shape.hidden_size)
+        + Cost(zero_parameters=layers * heads * above)
+    )
+
+
+def aft_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """q, k, v and output projections; AFT-full's weights, the same on every rank, and the sums over
+    and under its fraction. Running averages are counted as nothing."""
+    width = shape.attention_width
+    projections = norm_cost(shape) + _column(shape, 3 * width) + _row(shape, width)
+    # The keys and values, sigmoid(q), the averages, and the product of the last two.
+    if shape.options.aft_kind == "simple":
+        return projections + Cost(kept=5 * width)
+    matrix = Cost(replicated=shape.square, zero_parameters=shape.square - shape.triangle)
+    # exp(k) instead of k; both sums and what is summed.
+    return projections + matrix + _pairs(shape, 2 * width) + Cost(kept=9 * width)
 
 
 def mlp_cost(shape: ModelShape) -> Cost:

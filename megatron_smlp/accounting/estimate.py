@@ -101,8 +101,7 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     args.token_router = args.token_router or ("switch" if args.num_experts else "none")
     args.add_bias_linear = not args.disable_bias_linear
     if args.position_embedding_type is None:
-        attends = ARCHITECTURES[args.architecture].attends
-        args.position_embedding_type = "learned_absolute" if attends else "none"
+        args.position_embedding_type = ARCHITECTURES[args.architecture].positions
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     padded = -(-args.vocab_size // multiple) * multiple
     args.padded_vocab_size = args.padded_vocab_size or padded

@@ -31,7 +31,7 @@ from megatron_smlp.hf import configuration_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPModel
 from megatron_smlp.options import MEGATRON_FLAGS, MODEL_FLAGS, model_defaults
-from megatron_smlp.systems import TOP_K, experts_of_a_token
+from megatron_smlp.systems import ARCHITECTURES, TOP_K, experts_of_a_token
 
 # Megatron's flag -> the configuration's name.
 NAMES = {name: facts.hf for name, facts in MODEL_FLAGS.items() if facts.hf}
@@ -62,7 +62,8 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     """
     only_ones = dict(UNSUPPORTED)
     if flags["architecture"] != "transformer":
-        only_ones |= {"position_embedding_type": "none", "swiglu": False}
+        positions = ARCHITECTURES[flags["architecture"]].positions
+        only_ones |= {"position_embedding_type": positions, "swiglu": False}
     elif flags["position_embedding_type"] not in POSITIONS:
         only_ones["position_embedding_type"] = " or ".join(POSITIONS)
     for name, only in only_ones.items():

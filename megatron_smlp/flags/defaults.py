@@ -50,7 +50,7 @@ def _fill_in_layers(args: argparse.Namespace) -> None:
         args.apply_rope_fusion &= _has("transformer_engine")
     if not ARCHITECTURES[args.architecture].attends:
         if "position_embedding_type" not in given:
-            args.position_embedding_type = "none"  # its rows are positions
+            args.position_embedding_type = ARCHITECTURES[args.architecture].positions
         if args.num_attention_heads is None:
             # Megatron wants a number that every parallel size divides; nothing attends.
             args.num_attention_heads = args.hidden_size

@@ -2,13 +2,14 @@
 
 Every layer has two slots, each with a norm before it and a residual around it,
 
-    x = x + mixer(LN(x))         attention | spatial gating | feature MoE
+    x = x + mixer(LN(x))         attention | spatial gating | feature MoE | masked mixer | AFT
     x = x + channel(LN(x))       FFN | token MoE | nothing (then without its norm)
 
     architecture   mixer                                      channel
     transformer    attention                                  FFN; token MoE every moe_layer_freq-th
     gmlp, amlp     spatial gating (amlp: + tiny attention)    nothing; token MoE likewise
     smlp           spatial gating, then feature MoE           nothing, then token MoE
+    mixer, aft     masked mixer, AFT                          FFN; token MoE likewise
 
 Sources: gMLP (arXiv 2105.08050), sparse all-MLP (2203.06850), Switch (2101.03961), GShard
 (2006.16668), BASE (2103.16716), hash layers (2106.04426); of modern Transformers: RoPE
@@ -28,6 +29,8 @@ weight is [out, in] in both:
     mixer.up_proj, mixer.down_proj           self_attention.linear_fc1, .linear_fc2
     mixer.gate_norm                          self_attention.norm
     mixer.spatial.weight, .bias              self_attention.spatial.weight, .bias
+    mixer.spatial_out.weight, .bias          self_attention.spatial_out.weight, .bias
+    mixer.positions.weight                   self_attention.positions.weight
     channel_norm                             pre_mlp_layernorm
     channel.up_proj, channel.down_proj       mlp.linear_fc1, mlp.linear_fc2
     channel.router.weight                    mlp.router.weight
@@ -173,11 +176,11 @@ class SMLPCacheLayer(DynamicLayer):
 
 
 class SMLPCache(Cache):
-    """The states of all mixers (two per layer in amlp), and how many tokens each sample has."""
+    """The states of all mixers (of some two a layer), and how many tokens each sample has."""
 
     def __init__(self, config: SMLPConfig) -> None:
-        per_layer = 2 if config.architecture == "amlp" else 1
-        longest, num_mixers = config.max_position_embeddings, per_layer * config.num_layers
+        longest = config.max_position_embeddings
+        num_mixers = config.states_per_layer * config.num_layers
         super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_mixers)])
         self.num_columns = 0
         self.lengths: Tensor | None = None
@@ -339,10 +342,17 @@ class SMLPSpatialProjection(nn.Module):
     """Matrices M <float>[E, T, T] and biases b <float>[E, T] of all heads or experts of a layer.
 
     g[t] = sum over s <= t of M[t, s] v[s] + b[t]
+
+    Args:
+        bound: the largest initial |M[t, s]|; default: 1e-3 / T.
+        start: the initial b.
     """
 
-    def __init__(self, num_experts: int, length: int) -> None:
+    def __init__(
+        self, num_experts: int, length: int, *, bound: float | None = None, start: float = 1.0
+    ) -> None:
         super().__init__()
+        self.bound, self.start = bound or 1e-3 / length, start
         self.weight = nn.Parameter(torch.empty(num_experts, length, length))
         self.bias = nn.Parameter(torch.empty(num_experts, length))
 
@@ -398,8 +408,10 @@ class SMLPToeplitzProjection(SMLPSpatialProjection):
     g[t] = sum over k < T of m[k] v[t - k] + b
     """
 
-    def __init__(self, num_experts: int, length: int) -> None:
-        super().__init__(num_experts, 1)
+    def __init__(
+        self, num_experts: int, length: int, *, bound: float | None = None, start: float = 1.0
+    ) -> None:
+        super().__init__(num_experts, 1, bound=bound or 1e-3 / length, start=start)
         self.weight = nn.Parameter(torch.empty(num_experts, length))
 
     def rows(self, start: int, end: int) -> Tensor:
@@ -433,7 +445,7 @@ class SMLPSpatialGating(nn.Module):
         bias, width = config.add_bias_linear, config.gate_width
         has_attention = config.architecture == "amlp"
         self.num_heads = num_heads
-        self.cache_index = layer_index * (2 if has_attention else 1)
+        self.cache_index = layer_index * config.states_per_layer
         self.eps = config.layer_norm_epsilon
         self.activation = ACT2FN[config.hidden_act]
         self.up_proj = SMLPLinear(config.hidden_size, 2 * width, bias=bias)
@@ -586,6 +598,117 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         if chosen.numel() == 0:
             return None
         return self.loss_coeff * _balance(probabilities, chosen)
+
+
+class SMLPMaskedMixer(nn.Module):
+    """Each head's tokens by position: M_k x_k + c_k, k = 1..h, x_k its D/h features.
+
+    With mixer_expansion M2_k GELU(M_k x_k + c_k) + c2_k. Source: masked mixers (2409.01482).
+    """
+
+    def __init__(self, config: SMLPConfig, layer_index: int) -> None:
+        super().__init__()
+        self.num_heads = config.spatial_heads
+        self.cache_index = layer_index * config.states_per_layer
+        self.activation = ACT2FN[config.hidden_act]
+        projection = SMLPToeplitzProjection if config.toeplitz else SMLPSpatialProjection
+        length = config.max_position_embeddings
+        wide = math.sqrt(3 / length) if config.mixer_expansion else None
+        self.spatial = projection(self.num_heads, length, bound=wide, start=0.0)
+        self.spatial_out: SMLPSpatialProjection | None = None
+        if config.mixer_expansion:
+            self.spatial_out = projection(self.num_heads, length, start=0.0)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
+        chunks = hidden.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        mixed = self.spatial(self._remember(chunks, 0, layout, cache), layout)
+        if self.spatial_out is not None:
+            inner = self._remember(self.activation(mixed), 1, layout, cache)
+            mixed = self.spatial_out(inner, layout)
+        return mixed.transpose(1, 2).flatten(2), None
+
+    def _remember(
+        self, chunks: Tensor, number: int, layout: Layout, cache: SMLPCache | None
+    ) -> Tensor:
+        """<float>[B, h, T, f] -> those of all positions so far, [B, h, L, f]."""
+        if cache is None:
+            return chunks
+        return cache.layers[self.cache_index + number].write(chunks, chunks[..., :0], layout)[0]
+
+
+class SMLPPositionWeights(nn.Module):
+    """w <float>[T, T]: how much position t looks at position s <= t."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(length, length))
+
+    def grown(self, layout: Layout, length: int, dtype: torch.dtype) -> Tensor:
+        """exp(w) of this call's rows, 0 where s > t: <dtype>[T, L] or [B, T, L]."""
+        rows = self.weight[layout.start : layout.end] if layout.start is not None else None
+        rows = self.weight[layout.positions] if rows is None else rows
+        grown = rows[..., :length].to(dtype).exp()
+        if layout.start is not None:
+            return grown.tril(layout.start)
+        return grown.masked_fill(~_visible(layout, length), 0.0)
+
+
+class SMLPAttentionFree(nn.Module):
+    """AFT (2105.14103): averages of earlier values by exp(k_s + w_ts), gated by their queries.
+
+        y_t = sigmoid(q_t) sum over s <= t of exp(k_s + w_ts) v_s / sum of exp(k_s + w_ts)
+
+    aft_kind=simple has no w. Exponents over 20 are computed in double precision.
+    """
+
+    def __init__(self, config: SMLPConfig, layer_index: int) -> None:
+        super().__init__()
+        bias, width = config.add_bias_linear, config.hidden_size
+        self.cache_index = layer_index * config.states_per_layer
+        self.q_proj = SMLPLinear(width, width, bias=bias)
+        self.k_proj = SMLPLinear(width, width, bias=bias)
+        self.v_proj = SMLPLinear(width, width, bias=bias)
+        self.positions: SMLPPositionWeights | None = None
+        if config.aft_kind == "full":
+            self.positions = SMLPPositionWeights(config.max_position_embeddings)
+        self.out_proj = SMLPOutputLinear(width, width, bias=bias)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
+        keys, values = self.k_proj(hidden), self.v_proj(hidden)
+        if cache is not None:
+            states = cache.layers[self.cache_index]
+            keys, values = states.write(keys[:, None], values[:, None], layout)
+            keys, values = keys[:, 0], values[:, 0]
+        dtype = self._dtype(keys)
+        grown = keys.to(dtype).exp()
+        summed = torch.cat([grown * values.to(dtype), grown], dim=-1)
+        if self.positions is None:
+            sums = _rows_of_call(summed.cumsum(dim=1), layout)
+        else:
+            sums = self.positions.grown(layout, keys.shape[1], dtype) @ summed
+        above, below = sums.chunk(2, dim=-1)
+        mixed = torch.sigmoid(self.q_proj(hidden)) * (above / below).to(hidden.dtype)
+        return self.out_proj(mixed), None
+
+    def _dtype(self, keys: Tensor) -> torch.dtype:
+        if self.positions is None:
+            return torch.float64
+        largest = max(keys.abs().max().item(), self.positions.weight.tril().abs().max().item())
+        is_large = largest > 20
+        return torch.float64 if is_large else torch.promote_types(keys.dtype, torch.bfloat16)
+
+
+def _rows_of_call(sums: Tensor, layout: Layout) -> Tensor:
+    """sums: [B, L, N], of all positions so far -> those of this call's tokens, [B, T, N]."""
+    if layout.start is not None:
+        return sums[:, layout.start : layout.end]
+    return sums.take_along_dim(layout.positions[..., None], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -957,17 +1080,23 @@ def balanced_greedy(scores: Tensor) -> Tensor:
 
 
 def _build_mixer(config: SMLPConfig, index: int) -> nn.Module:
-    if config.architecture == "transformer":
-        return SMLPAttention(
-            config,
-            index,
-            num_heads=config.num_attention_heads,
-            width=config.hidden_size,
-            out_features=config.hidden_size,
-            output=SMLPOutputLinear,
-            num_groups=config.num_query_groups,
-            rotary_base=config.rotary_base if config.position_embedding_type == "rope" else None,
-        )
+    return _MIXERS[config.architecture](config, index)
+
+
+def _attention(config: SMLPConfig, index: int) -> nn.Module:
+    return SMLPAttention(
+        config,
+        index,
+        num_heads=config.num_attention_heads,
+        width=config.hidden_size,
+        out_features=config.hidden_size,
+        output=SMLPOutputLinear,
+        num_groups=config.num_query_groups,
+        rotary_base=config.rotary_base if config.position_embedding_type == "rope" else None,
+    )
+
+
+def _spatial_gating(config: SMLPConfig, index: int) -> nn.Module:
     if config.is_sparse_layer(index) and config.feature_router == "partial":
         return SMLPPartialPrediction(config, index)
     is_routed = config.is_sparse_layer(index) and config.feature_router == "deterministic"
@@ -975,10 +1104,21 @@ def _build_mixer(config: SMLPConfig, index: int) -> nn.Module:
     return SMLPSpatialGating(config, index, num_heads=heads, num_experts=heads)
 
 
+_MIXERS: dict[str, Any] = {
+    "transformer": _attention,
+    "gmlp": _spatial_gating,
+    "amlp": _spatial_gating,
+    "smlp": _spatial_gating,
+    "mixer": SMLPMaskedMixer,
+    "aft": SMLPAttentionFree,
+}
+"""What builds the mixer of a layer, from the configuration and the layer's number."""
+
+
 def _build_channel(config: SMLPConfig, index: int) -> nn.Module | None:
     if config.has_token_moe(index):
         return SMLPTokenMoE(config)
-    if config.architecture != "transformer":
+    if not config.has_feed_forward:
         return None
     return SMLPFeedForward(config, width=config.ffn_hidden_size, bias=config.add_bias_linear)
 
@@ -1048,9 +1188,11 @@ class SMLPPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         output_std = std / math.sqrt(2 * self.config.num_layers)
         if isinstance(module, SMLPSpatialProjection):
-            bound = 1e-3 / module.weight.shape[-1]
+            init.uniform_(module.weight, -module.bound, module.bound)
+            init.constant_(module.bias, module.start)
+        elif isinstance(module, SMLPPositionWeights):
+            bound = 1e-3 / len(module.weight)
             init.uniform_(module.weight, -bound, bound)
-            init.ones_(module.bias)
         elif isinstance(module, SMLPOutputLinear):
             init.normal_(module.weight, std=output_std)
         elif isinstance(module, SMLPExperts):
@@ -1076,7 +1218,7 @@ class SMLPModel(SMLPPreTrainedModel):
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.position_embedding_type == "learned_absolute":
+        if config.has_positions:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(SMLPLayer(config, i) for i in range(config.num_layers))
         self.final_norm = _build_norm(config)
@@ -1101,7 +1243,7 @@ class SMLPModel(SMLPPreTrainedModel):
         layout, move = self._layout(hidden, input_ids, attention_mask, cache)
         if move is not None:
             hidden = hidden.take_along_dim(move.order[..., None], dim=1)
-        if self.config.position_embedding_type == "learned_absolute":
+        if self.config.has_positions:
             hidden = hidden + self.embed_positions(layout.positions)
         hidden = F.dropout(hidden, self.config.hidden_dropout, self.training)
         states, loss = [hidden], None

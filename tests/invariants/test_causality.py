@@ -32,6 +32,8 @@ VARIANTS = {
     },
     "gmlp": {"": "", "_4_heads": "--spatial-heads 4"},
     "amlp": {"": "--tiny-attention-width 8"},
+    "mixer": {"": "", "_expansion": "--spatial-heads 4 --mixer-expansion"},
+    "aft": {"": "", "_simple": "--aft-kind simple"},
     "smlp": {f"_{rule}": f"{SPARSE} --feature-router {rule}" for rule in FEATURE_RULES},
 }
 LAYERS = {
@@ -50,6 +52,7 @@ MODELS = {
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
     "--moe-shared-expert-intermediate-size 24",
     "gmlp-toeplitz": f"{LAYERS['gmlp_4_heads']} --toeplitz",
+    "mixer-toeplitz": f"{LAYERS['mixer_expansion']} --toeplitz",
     "smlp_partial-toeplitz": f"{LAYERS['smlp_partial']} --toeplitz",
 }
 ROUTED = {name for name, flags in MODELS.items() if EXPERTS in flags}

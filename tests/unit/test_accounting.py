@@ -45,6 +45,10 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "gmlp_toeplitz": {"architecture": "gmlp", "spatial_heads": 2, "toeplitz": True},
     "gmlp_moe": {"architecture": "gmlp", "token_router": "base", "moe_layer_freq": 2},
     "amlp": {"architecture": "amlp", "tiny_attention_width": 16},
+    "mixer": {"architecture": "mixer", "spatial_heads": 2, "mixer_expansion": True},
+    "mixer_moe": {"architecture": "mixer", "token_router": "hash", "moe_layer_freq": 2},
+    "aft": {"architecture": "aft", "token_router": "hash", "moe_layer_freq": 2},
+    "aft_simple": {"architecture": "aft", "aft_kind": "simple"},
     "smlp_deterministic": {**SPARSE, "feature_router": "deterministic", "token_router": "base"},
     "smlp_partial": {
         **SPARSE,
@@ -66,7 +70,7 @@ LENGTH = 128
 SAME_NAMES = (
     *("architecture", "token_router", "feature_router", "hidden_size", "ffn_hidden_size"),
     *("num_layers", "num_dense_layers", "num_attention_heads", "spatial_heads"),
-    *("toeplitz",),
+    *("toeplitz", "mixer_expansion", "aft_kind"),
     *("num_feature_experts", "num_feature_chunks", "prefix_fraction", "num_experts"),
     *("moe_ffn_hidden_size", "moe_layer_freq", "tiny_attention_width", "add_bias_linear"),
     *("position_embedding_type", "normalization", "swiglu", "num_query_groups"),
@@ -212,6 +216,8 @@ def test_the_prefix_router_reads_each_prefix_position_of_each_chunk_once():
         "--num-experts 4 --token-router hash",
         "--architecture gmlp --spatial-heads 2 --normalization RMSNorm",
         "--architecture amlp --tiny-attention-width 12 --toeplitz --disable-bias-linear",
+        "--architecture mixer --spatial-heads 2 --mixer-expansion --toeplitz",
+        "--architecture aft --disable-bias-linear --num-attention-heads 4",
         "--architecture smlp --num-dense-layers 1 --feature-router partial --prefix-fraction 0.3 "
         "--num-feature-experts 4 --num-feature-chunks 8 --num-experts 4 --token-router switch",
     ],
