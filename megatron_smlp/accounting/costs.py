@@ -89,10 +89,10 @@ class ModelShape:
     """The rule that routes tokens; none: Megatron's own, under a bare `--spec`."""
     moe_ffn_hidden_size: int = 0
     moe_router_topk: int = 1
-    shared_expert_size: int = 0
-    """Width of the FFN that every token visits beside its experts; 0: there is none."""
     options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     """Our flags of the model, for what a mixer alone reads."""
+    shared_expert_size: int = 0
+    """Width of the FFN that every token visits beside its experts; 0: there is none."""
     prefix_length: int = 0
     """P, tokens from which partial prediction routes; 0: no such routing."""
     num_feature_chunks: int = 0
@@ -132,8 +132,8 @@ class ModelShape:
             token_router=options.token_router,
             moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
             moe_router_topk=experts_of_a_token(options.token_router, args.moe_router_topk),
-            shared_expert_size=args.moe_shared_expert_intermediate_size or 0 if num_experts else 0,
             options=options,
+            shared_expert_size=args.moe_shared_expert_intermediate_size or 0 if num_experts else 0,
             prefix_length=options.prefix_length(args.seq_length),
             num_feature_chunks=options.num_chunks if is_partial else 0,
             learned_positions=args.position_embedding_type == "learned_absolute",

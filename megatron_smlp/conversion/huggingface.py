@@ -60,10 +60,10 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     Raises:
         UsageError: a flag that the Hugging Face model has no equal for.
     """
+    architecture = ARCHITECTURES[flags["architecture"]]
     only_ones = dict(UNSUPPORTED)
-    if flags["architecture"] != "transformer":
-        positions = ARCHITECTURES[flags["architecture"]].positions
-        only_ones |= {"position_embedding_type": positions, "swiglu": False}
+    if not architecture.attends:
+        only_ones |= {"position_embedding_type": architecture.positions, "swiglu": False}
     elif flags["position_embedding_type"] not in POSITIONS:
         only_ones["position_embedding_type"] = " or ".join(POSITIONS)
     for name, only in only_ones.items():

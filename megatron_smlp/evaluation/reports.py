@@ -181,7 +181,7 @@ def _paper_lines(tasks: Sequence[str]) -> list[str]:
         "",
         "## Reported by the paper, not measured here",
         "",
-        "arXiv 2203.06850, models of about 10B parameters, in %; n/a: no source at hand. The metric",
+        "arXiv 2203.06850, models of about 10B parameters, in %; n/a: no source known. The metric",
         "is the one above that we read the column as.",
         "",
         f"| model | {' | '.join(names)} |",

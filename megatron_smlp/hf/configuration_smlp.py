@@ -33,7 +33,7 @@ _TOEPLITZ = (*_GATING, "mixer")
 _FEED_FORWARD = ("transformer", "mixer", "aft")
 _POSITIONS = ("transformer", "aft")
 """Architectures by what they have: attention, spatial gating, matrices that may be Toeplitz, an FFN
-beside the mixer, learned positions at the input by default."""
+beside the mixer, learned positions at the input."""
 
 # What a config.json that is older than an entry means, by its token_router.
 _OLDER = {
@@ -112,8 +112,8 @@ class SMLPConfig(PreTrainedConfig):
         hidden_act: gelu (exact) or gelu_new (tanh approximation).
         swiglu: transformer only: FFNs and experts are SwiGLU instead: silu(a) b of two projections.
         normalization: LayerNorm or RMSNorm, of all norms but that of a gate, which is LayerNorm.
-        position_embedding_type: transformer: learned_absolute (the default), rope or none; aft has
-            learned ones, the others have none.
+        position_embedding_type: transformer: learned_absolute (the default), rope or none; aft:
+            learned_absolute; the others have none.
         rotary_base: rope: the wavelengths' base.
         num_query_groups: transformer: heads of keys and values, each for as many queries; default:
             one per head.
@@ -195,8 +195,7 @@ class SMLPConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.position_embedding_type is None:
-            has_some = self.architecture in _POSITIONS
-            self.position_embedding_type = "learned_absolute" if has_some else "none"
+            self.position_embedding_type = self._positions
         if self.token_router == "topk" and self.moe_router_topk is None:
             self.moe_router_topk = 2
         self._check_choices()
@@ -237,9 +236,9 @@ class SMLPConfig(PreTrainedConfig):
         return self.architecture in _FEED_FORWARD
 
     @property
-    def has_positions(self) -> bool:
-        """Return whether learned positions are added to the embeddings."""
-        return self.position_embedding_type == "learned_absolute"
+    def _positions(self) -> str:
+        """The position_embedding_type of the architecture, where none is given."""
+        return "learned_absolute" if self.architecture in _POSITIONS else "none"
 
     @property
     def states_per_layer(self) -> int:
@@ -284,9 +283,18 @@ class SMLPConfig(PreTrainedConfig):
             raise ValueError(
                 f"mixer_expansion=True is for architecture=mixer, not {self.architecture}"
             )
-        self._check_attention()
         if self.architecture in (*_ATTENTION, "aft"):
             self._check_divides("hidden_size=", self.hidden_size, "num_attention_heads")
+        if self.architecture in _ATTENTION:
+            self._check_heads()
+        elif (
+            self.swiglu or self.num_query_groups or self.position_embedding_type != self._positions
+        ):
+            raise ValueError(
+                f"swiglu={self.swiglu}, position_embedding_type={self.position_embedding_type!r} "
+                f"and num_query_groups={self.num_query_groups} are for architecture=transformer: "
+                "leave them out"
+            )
         if self.architecture == "mixer":
             self._check_divides("hidden_size=", self.hidden_size, "spatial_heads")
         if self.architecture in _GATING:
@@ -299,17 +307,8 @@ class SMLPConfig(PreTrainedConfig):
             field = {"num_chunks": "num_feature_chunks"}.get(name, name)
             raise ValueError(f"{field}={getattr(self, name)} must divide {what}{width:g}")
 
-    def _check_attention(self) -> None:
+    def _check_heads(self) -> None:
         groups = self.num_query_groups
-        if self.architecture not in _ATTENTION:
-            positions = "learned_absolute" if self.architecture in _POSITIONS else "none"
-            if self.swiglu or self.position_embedding_type != positions or groups:
-                raise ValueError(
-                    f"swiglu={self.swiglu}, position_embedding_type="
-                    f"{self.position_embedding_type!r} and num_query_groups={groups} are for "
-                    "architecture=transformer: leave them out"
-                )
-            return
         if groups is not None and (groups < 1 or self.num_attention_heads % groups):
             raise ValueError(
                 f"num_query_groups={groups} must divide "

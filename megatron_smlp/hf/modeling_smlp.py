@@ -1218,7 +1218,7 @@ class SMLPModel(SMLPPreTrainedModel):
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.has_positions:
+        if config.position_embedding_type == "learned_absolute":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(SMLPLayer(config, i) for i in range(config.num_layers))
         self.final_norm = _build_norm(config)
@@ -1243,7 +1243,7 @@ class SMLPModel(SMLPPreTrainedModel):
         layout, move = self._layout(hidden, input_ids, attention_mask, cache)
         if move is not None:
             hidden = hidden.take_along_dim(move.order[..., None], dim=1)
-        if self.config.has_positions:
+        if self.config.position_embedding_type == "learned_absolute":
             hidden = hidden + self.embed_positions(layout.positions)
         hidden = F.dropout(hidden, self.config.hidden_dropout, self.training)
         states, loss = [hidden], None

@@ -51,6 +51,10 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "num_feature_chunks": 6,
         "toeplitz": True,
     },
+    "mixer": {"architecture": "mixer", "spatial_heads": 2, "mixer_expansion": True},
+    "mixer_routed": {"architecture": "mixer", "toeplitz": True, "token_router": "switch"},
+    "aft": {"architecture": "aft", "token_router": "base", "moe_layer_freq": 2},
+    "aft_simple": {"architecture": "aft", "aft_kind": "simple"},
     "modern": {
         "architecture": "transformer",
         "position_embedding_type": "rope",
@@ -71,10 +75,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "moe_router_enable_expert_bias": True,
         "moe_shared_expert_intermediate_size": 12,
     },
-    "mixer": {"architecture": "mixer", "spatial_heads": 2, "mixer_expansion": True},
-    "mixer_routed": {"architecture": "mixer", "toeplitz": True, "token_router": "switch"},
-    "aft": {"architecture": "aft", "token_router": "base", "moe_layer_freq": 2},
-    "aft_simple": {"architecture": "aft", "aft_kind": "simple"},
     "smlp_unrouted": {**_SPARSE, "token_router": "hash", "hidden_act": "gelu_new"},
 }
 
