@@ -33,7 +33,7 @@ SYSTEMS = (
     "smlp_partial",
 )
 # Beside the paper's, without a file for its large models.
-NEIGHBOURS = ("mixer", "aft")
+NEIGHBOURS = ("mixer", "aft", "causal_rn")
 TOKEN_MOES = ("gshard", "switch", "base", "hash")
 FOLDERS = {"cpu": 0.0134, "paper/regular": 0.8, "paper/large": 2.0}
 VOCABULARY = {"cpu": 4096, "paper/regular": 50257, "paper/large": 50257}
