@@ -24,6 +24,9 @@ class TokenRouterRule:
     module: str
     """Its class, as `module:name`; megatron_smlp/routers/ has one file a rule."""
     experts_per_token: int = 1
+    takes_topk: bool = False
+    """Whether --moe-router-topk says how many experts a token visits; `experts_per_token` is what
+    is left out."""
     has_balance_loss: bool = False
     has_capacity: bool = False
     """Whether an expert may be full: --moe-train-capacity-factor."""
@@ -43,9 +46,30 @@ TOKEN_ROUTERS: dict[str, TokenRouterRule] = {
     ),
     "base": TokenRouterRule(module="megatron_smlp.routers.base:BaseRouter"),
     "hash": TokenRouterRule(module="megatron_smlp.routers.hash:HashRouter", has_weights=False),
+    "topk": TokenRouterRule(
+        module="megatron_smlp.routers.topk:TopKTokenRouter",
+        experts_per_token=2,
+        takes_topk=True,
+        has_balance_loss=True,
+    ),
 }
 LIMITED = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_capacity)
 BALANCED = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_balance_loss)
+TOP_K = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.takes_topk)
+
+
+def experts_of_a_token(name: str, topk: int) -> int:
+    """Return k of a rule; topk: --moe-router-topk, for a rule that takes it or without one."""
+    rule = TOKEN_ROUTERS.get(name)
+    return topk if rule is None or rule.takes_topk else rule.experts_per_token
+
+
+def weighs_all_experts(name: str, topk: int) -> bool:
+    """Return Megatron's --moe-router-pre-softmax: whether the softmax comes before the choice.
+
+    Megatron insists on it where a token visits one expert; our own rules do not read it.
+    """
+    return name not in TOP_K or topk == 1
 
 
 def token_router_class(name: str) -> Any:

@@ -7,8 +7,8 @@ only where a product is causal:
     paper    the full square: 24 layers of width 1024 at T = 1024, V = 50,257 are 0.827 TFLOPs
 
 Letters: T sequence length, D hidden, Z ffn_hidden_size, F = Z / 2 gate width, V padded vocabulary,
-E experts, X width of a token expert, h heads, k experts a token visits, P prefix length of partial
-prediction, C chunks of features.
+E experts, X width of a token expert, S width of a shared one, h heads, k experts a token visits,
+P prefix length of partial prediction, C chunks of features.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megatron_smlp.options import ModelOptions, options_of
 from megatron_smlp.systems import (
     TOKEN_ROUTERS,
     LayerSlots,
+    experts_of_a_token,
     layer_slots,
     load,
     mixer_of,
@@ -90,6 +91,8 @@ class ModelShape:
     moe_router_topk: int = 1
     options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     """Our flags of the model, for what a mixer alone reads."""
+    shared_expert_size: int = 0
+    """Width of the FFN that every token visits beside its experts; 0: there is none."""
     prefix_length: int = 0
     """P, tokens from which partial prediction routes; 0: no such routing."""
     num_feature_chunks: int = 0
@@ -107,7 +110,6 @@ class ModelShape:
         width = args.kv_channels * args.num_attention_heads
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         options = options_of(args)
-        rule = TOKEN_ROUTERS.get(options.token_router)
         # A namespace of Megatron's own script has experts and no rule of ours.
         num_experts = None if getattr(args, "token_router", "") == "none" else args.num_experts
         is_partial = options.feature_router == "partial"
@@ -129,8 +131,9 @@ class ModelShape:
             num_experts=num_experts or 0,
             token_router=options.token_router,
             moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
-            moe_router_topk=rule.experts_per_token if rule else args.moe_router_topk,
+            moe_router_topk=experts_of_a_token(options.token_router, args.moe_router_topk),
             options=options,
+            shared_expert_size=args.moe_shared_expert_intermediate_size or 0 if num_experts else 0,
             prefix_length=options.prefix_length(args.seq_length),
             num_feature_chunks=options.num_chunks if is_partial else 0,
             learned_positions=args.position_embedding_type == "learned_absolute",
@@ -347,11 +350,12 @@ def mlp_cost(shape: ModelShape) -> Cost:
 
 
 def token_moe_cost(shape: ModelShape) -> Cost:
-    """Router and experts (without bias); a token visits k of E experts, nothing is dropped."""
+    """Router and experts (without bias); a token visits k of E experts, nothing is dropped, and the
+    shared one."""
     k, expert = shape.moe_router_topk, _expert_parameters(shape)
     router = shape.hidden_size * shape.num_experts if shape.router_has_weights else 0
     flops = 2 * shape.seq_length * (k * expert + router)
-    return norm_cost(shape) + Cost(
+    routed = Cost(
         replicated=router,
         experts=shape.num_experts * expert,
         idle=(shape.num_experts - k) * expert,
@@ -362,6 +366,16 @@ def token_moe_cost(shape: ModelShape) -> Cost:
         kept_everywhere=k * shape.hidden_size * (2 if shape.router_has_weights else 1),
         kept_in_experts=k * 2 * shape.moe_ffn_hidden_size,
     )
+    return norm_cost(shape) + routed + shared_expert_cost(shape)
+
+
+def shared_expert_cost(shape: ModelShape) -> Cost:
+    """An FFN without bias that every token visits, if there is one."""
+    width, gated = shape.shared_expert_size, int(shape.gated_mlp)
+    parameters = (2 + gated) * shape.hidden_size * width
+    flops = 2 * shape.seq_length * parameters
+    kept = (2 + gated) * width  # the hidden layer before and after the activation
+    return Cost(sharded=parameters, flops=flops, square_flops=flops, kept=kept)
 
 
 def _expert_parameters(shape: ModelShape) -> int:

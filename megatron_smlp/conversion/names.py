@@ -50,6 +50,8 @@ IN_LAYER = {
     "mlp.linear_fc1.bias": "channel.up_proj.bias",
     "mlp.linear_fc2.weight": "channel.down_proj.weight",
     "mlp.linear_fc2.bias": "channel.down_proj.bias",
+    "mlp.shared_experts.linear_fc1.weight": "channel.shared_experts.up_proj.weight",
+    "mlp.shared_experts.linear_fc2.weight": "channel.shared_experts.down_proj.weight",
     "mlp.experts.experts.linear_fc1.weight": "channel.experts.up_proj",
     "mlp.experts.experts.linear_fc2.weight": "channel.experts.down_proj",
 }

@@ -15,7 +15,7 @@ _ALLOWED = {
     "architecture": ("transformer", "gmlp", "amlp", "smlp", "mixer", "aft", "causal_rn"),
     "causal_rn_kind": ("linear", "quadratic"),
     "aft_kind": ("full", "simple"),
-    "token_router": ("none", "switch", "gshard", "base", "hash"),
+    "token_router": ("none", "switch", "gshard", "base", "hash", "topk"),
     "feature_router": ("none", "deterministic", "partial"),
     "hidden_act": ("gelu", "gelu_new"),
     "moe_drop_policy": ("position", "probs"),
@@ -24,6 +24,9 @@ _ALLOWED = {
     "base_eval": ("greedy", "prices"),
     "gshard_second_expert": ("paper", "all", "raw"),
     "partial_loss": ("suffix", "all"),
+    "normalization": ("LayerNorm", "RMSNorm"),
+    "position_embedding_type": ("learned_absolute", "rope", "none"),
+    "moe_router_score_function": ("softmax", "sigmoid"),
 }
 _ATTENTION = ("transformer",)
 _GATING = ("gmlp", "amlp", "smlp")
@@ -48,6 +51,7 @@ _POSITIVE = (
     "spatial_heads",
     "num_feature_experts",
     "tiny_attention_width",
+    "rotary_base",
 )
 
 # The largest value that each may have; the smallest is 0.
@@ -68,7 +72,7 @@ class SMLPConfig(PreTrainedConfig):
     Args:
         architecture: transformer, gmlp, amlp (gmlp and one small attention head), smlp, mixer
             (masked mixer), aft (attention-free) or causal_rn.
-        token_router: how tokens choose FFN experts: none, switch, gshard, base or hash.
+        token_router: how tokens choose FFN experts: none, switch, gshard, base, hash or topk.
         feature_router: smlp only: how chunks of features choose spatial experts.
         ffn_hidden_size: Z; the FFN's width, or twice the gate width F of a spatial gating block.
         num_layers, num_dense_layers: smlp: the first `num_dense_layers` are dense (N1), the others
@@ -109,6 +113,20 @@ class SMLPConfig(PreTrainedConfig):
         tiny_attention_width: width of amlp's attention head.
         add_bias_linear: whether projections (not experts, not routers) have a bias.
         hidden_act: gelu (exact) or gelu_new (tanh approximation).
+        swiglu: transformer only: FFNs and experts are SwiGLU instead: silu(a) b of two projections.
+        normalization: LayerNorm or RMSNorm, of all norms but that of a gate, which is LayerNorm.
+        position_embedding_type: transformer: learned_absolute (the default), rope or none; aft:
+            learned_absolute; the others have none.
+        rotary_base: rope: the wavelengths' base.
+        num_query_groups: transformer: heads of keys and values, each for as many queries; default:
+            one per head.
+        moe_router_topk: topk: experts of a token.
+        moe_router_score_function: topk: softmax over the experts, or sigmoid of each.
+        moe_router_enable_expert_bias: topk: whether a bias per expert, moved by its load and not by
+            gradients, is added to the scores for the choice alone (sigmoid only).
+        moe_router_topk_scaling_factor: topk: what the weights, whose sum is 1, are multiplied by.
+        moe_shared_expert_intermediate_size: topk: width of an FFN beside the experts that every
+            token visits; None: there is none.
 
     Raises:
         StrictDataclassError: a value of another type than its field's.
@@ -159,6 +177,16 @@ class SMLPConfig(PreTrainedConfig):
     tiny_attention_width: int = 64
     add_bias_linear: bool = True
     hidden_act: str = "gelu"
+    swiglu: bool = False
+    normalization: str = "LayerNorm"
+    position_embedding_type: str | None = None
+    rotary_base: int = 10000
+    num_query_groups: int | None = None
+    moe_router_topk: int | None = None
+    moe_router_score_function: str = "softmax"
+    moe_router_enable_expert_bias: bool = False
+    moe_router_topk_scaling_factor: float | int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     layer_norm_epsilon: float | int = 1e-5
@@ -171,9 +199,14 @@ class SMLPConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.position_embedding_type is None:
+            self.position_embedding_type = self._positions
+        if self.token_router == "topk" and self.moe_router_topk is None:
+            self.moe_router_topk = 2
         self._check_choices()
         self._check_widths()
         self._check_experts()
+        self._check_top_k()
         self._check_features()
 
     @classmethod
@@ -208,9 +241,9 @@ class SMLPConfig(PreTrainedConfig):
         return self.architecture in _FEED_FORWARD
 
     @property
-    def has_positions(self) -> bool:
-        """Return whether learned positions are added to the embeddings."""
-        return self.architecture in _POSITIONS
+    def _positions(self) -> str:
+        """The position_embedding_type of the architecture, where none is given."""
+        return "learned_absolute" if self.architecture in _POSITIONS else "none"
 
     @property
     def states_per_layer(self) -> int:
@@ -259,6 +292,16 @@ class SMLPConfig(PreTrainedConfig):
             )
         if self.architecture in (*_ATTENTION, "aft"):
             self._check_divides("hidden_size=", self.hidden_size, "num_attention_heads")
+        if self.architecture in _ATTENTION:
+            self._check_heads()
+        elif (
+            self.swiglu or self.num_query_groups or self.position_embedding_type != self._positions
+        ):
+            raise ValueError(
+                f"swiglu={self.swiglu}, position_embedding_type={self.position_embedding_type!r} "
+                f"and num_query_groups={self.num_query_groups} are for architecture=transformer: "
+                "leave them out"
+            )
         if self.architecture == "mixer":
             self._check_divides("hidden_size=", self.hidden_size, "spatial_heads")
         if self.architecture in _GATING:
@@ -270,6 +313,20 @@ class SMLPConfig(PreTrainedConfig):
         if width % getattr(self, name):
             field = {"num_chunks": "num_feature_chunks"}.get(name, name)
             raise ValueError(f"{field}={getattr(self, name)} must divide {what}{width:g}")
+
+    def _check_heads(self) -> None:
+        groups = self.num_query_groups
+        if groups is not None and (groups < 1 or self.num_attention_heads % groups):
+            raise ValueError(
+                f"num_query_groups={groups} must divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        width = self.hidden_size // self.num_attention_heads
+        if self.position_embedding_type == "rope" and width % 2:
+            raise ValueError(
+                f"position_embedding_type='rope' turns pairs of features: a head's width, "
+                f"hidden_size / num_attention_heads = {width}, must be even"
+            )
 
     def _check_experts(self) -> None:
         if self.token_router == "none":
@@ -286,6 +343,36 @@ class SMLPConfig(PreTrainedConfig):
             factor = getattr(self, name)
             if factor is not None and factor <= 0:
                 raise ValueError(f"{name}={factor}: must be over 0, or None to drop nothing")
+
+    def _check_top_k(self) -> None:
+        names = (
+            "moe_router_topk",
+            "moe_router_enable_expert_bias",
+            "moe_router_topk_scaling_factor",
+            "moe_shared_expert_intermediate_size",
+        )
+        if self.token_router != "topk":
+            for name in names:
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} is for token_router=topk, not "
+                        f"{self.token_router}"
+                    )
+            return
+        if not 1 <= (self.moe_router_topk or 0) <= (self.num_experts or 0):
+            raise ValueError(
+                f"moe_router_topk={self.moe_router_topk}: must lie between 1 and "
+                f"num_experts={self.num_experts}"
+            )
+        if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
+            raise ValueError(
+                "moe_router_enable_expert_bias=True is for moe_router_score_function=sigmoid, not "
+                f"{self.moe_router_score_function}"
+            )
+        for name in names[2:]:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}: must be over 0 and finite, or None")
 
     def _check_features(self) -> None:
         if self.architecture != "smlp":

@@ -98,6 +98,10 @@ class PartialFeatureMoE(SpatialGating):
             initialize=self.config.perform_initialization,
         )
 
+    def gated(self, u1: Tensor, u2: Tensor, attended: Tensor | None) -> Tensor:
+        """See the base class; nothing is attended here."""
+        return u1 * self.mix(u2)
+
     def mix(self, u2: Tensor) -> Tensor:
         """u2: <float>[T, B, F'] -> g: <float>[T, B, F']."""
         tokens = len(u2)

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from megatron_smlp.layers.norms import HeadLayerNorm
 from megatron_smlp.ops.causal_mix import causal_mix
+from megatron_smlp.ops.gated_mix import gated_mix, gates_by_kernels
 
 
 @dataclass
@@ -102,6 +103,9 @@ class SpatialProjection(nn.Module):
         bound: the largest initial |M[t, s]|; default: 1e-3 / T.
         bias: the initial b.
     """
+
+    is_dense = True
+    """M has a weight of its own for each pair of tokens."""
 
     def __init__(
         self,
@@ -168,6 +172,22 @@ class SpatialProjection(nn.Module):
         mixed = self.mix(self.first(weight, tokens), columns)
         mixed.add_(bias[:, :tokens, None])  # in new memory that nothing else reads
         return mixed.view(heads, tokens, batch, -1).permute(1, 2, 0, 3).reshape(values.shape)
+
+    def gated(
+        self, u1: Tensor, values: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None
+    ) -> Tensor:
+        """u1 * (M v + b + added): one operator where kernels take it, else part by part.
+
+        u1, values, added: <float>[T', B, F']; weight and bias as for `mixed`. Returns the same.
+        """
+        tokens = len(values)
+        if self.is_dense and gates_by_kernels(u1, values):
+            self.check_length(tokens)
+            return gated_mix(u1, values, self.first(weight, tokens), bias[:, :tokens], added)
+        gates = self.mixed(values, weight, bias)
+        if added is not None:
+            gates = gates + added
+        return u1 * gates
 
     def first(self, weight: Tensor, tokens: int) -> Tensor:
         """Return the part of the weights that a sequence of `tokens` needs."""
@@ -340,14 +360,11 @@ class SpatialGating(MegatronModule):
             u1 * g: <float>[T', B, F'].
         """
         u1, u2 = self.config.activation_func(u).chunk(2, dim=-1)
-        gates = self.mix(u2)
-        if attended is not None:
-            gates = gates + attended
-        return u1 * gates
+        return self.gated(u1, u2, attended)
 
-    def mix(self, u2: Tensor) -> Tensor:
-        """u2 -> g: <float>[T', B, F']."""
-        return self.spatial.mixed(self.norm(u2), *self.spatial_parameters())
+    def gated(self, u1: Tensor, u2: Tensor, attended: Tensor | None) -> Tensor:
+        """u1, u2, attended: <float>[T', B, F'] -> u1 * g: the same."""
+        return self.spatial.gated(u1, self.norm(u2), *self.spatial_parameters(), attended)
 
     def spatial_parameters(self) -> tuple[Tensor, Tensor]:
         """M and b, as autograd is to see them."""

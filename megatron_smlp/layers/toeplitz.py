@@ -22,6 +22,8 @@ from megatron_smlp.ops.toeplitz_mix import toeplitz_mix
 class ToeplitzProjection(SpatialProjection):
     """g = M v + b with weight [h', T] and bias [h', 1]; any T'."""
 
+    is_dense = False
+
     def _shapes(self, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (length,), (1,)
 

@@ -1,7 +1,8 @@
 """Balanced assignment: every token gets one expert, every expert floor or ceil of N/E tokens.
 
-On a CPU by host_assignment.py, where the problem and its three steps are; on a GPU by
-device_assignment.py, which never waits for the host.
+On a CPU by host_assignment.py, where the problem and its three steps are; on a GPU, without ever
+waiting for the host, by the kernels of triton_assignment.py, or where they cannot run by
+device_assignment.py, in some hundred operators.
 
 Letters: N tokens, E experts.
 """
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from megatron_smlp.ops.device_assignment import device_assignment
 from megatron_smlp.ops.host_assignment import host_assignment
+from megatron_smlp.ops.triton_assignment import triton_assignment, unsupported
+from megatron_smlp.ops.triton_ready import use_kernels
 
 
 def balanced_assignment(scores: Tensor) -> Tensor:
@@ -33,9 +36,11 @@ def priced_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
     scores: as there.
     Returns the experts <int64>[N] and prices <fp32>[E] in the unit of the scores, of mean 0: the
     argmax of s[i, :] - p is nearly as even.
-    Raises ValueError as there, on a CPU; a GPU is not waited for (device_assignment.py).
+    Raises ValueError as there, on a CPU; a GPU is not waited for.
     """
     if scores.device.type == "cuda":
+        if use_kernels("balanced assignment", scores, unsupported=unsupported(scores)):
+            return triton_assignment(scores)
         return device_assignment(scores)
     _check(scores)
     return host_assignment(scores)

@@ -41,6 +41,10 @@ ARCHITECTURES = {
     "transformer_hash": f"{ATTENTION} --token-router hash {EXPERTS}",
     "transformer_gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-layer-freq 2 "
     "--moe-train-capacity-factor 1 --moe-token-drop-policy position",
+    "transformer_topk": f"{ATTENTION} --token-router topk {EXPERTS} --moe-layer-freq 2 "
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+    "--moe-shared-expert-intermediate-size 32 --group-query-attention --num-query-groups 2 "
+    "--position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear",
     "gmlp_1_head": "--architecture gmlp --spatial-heads 1",
     "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
     "amlp": "--architecture amlp --spatial-heads 2 --tiny-attention-width 16",
@@ -99,6 +103,7 @@ FEWER = {
     "transformer_gshard": (
         *("tp2_sp", "ep2", "dp2", "pp2_interleaved", "pp2_recompute", "recompute_full", "tp2_pp2"),
     ),
+    "transformer_topk": ("tp2_sp", "ep2", "dp2"),
     "smlp_partial": ("tp2_sp", "pp2", "ep2", "dp2", "tp2_pp2"),
     "feature_moe_toeplitz": ("tp2_sp", "pp2", "dp2_distributed_optimizer"),
     "causal_rn": ("tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2"),
@@ -334,6 +339,7 @@ def test_every_router_counts_every_choice(one: Runs, architecture: str):
         assert len(in_training) > 1
         counted = [r for r in counted if r["choices"] not in in_training]
         each["token"] *= 2
+    each["token"] *= 2 if "topk" in architecture else 1
     assert {(r["kind"], r["choices"]) for r in counted} == {
         (kind, each[kind]) for kind in {r["kind"] for r in counted}
     }

@@ -13,8 +13,9 @@ kept beside them, by storage. Two modes do that:
 
 `watch()` also tells the operators, the host synchronisations and the bytes of a stretch of code.
 
-Not shown by it: kernels (Triton, Apex, Transformer Engine), streams that run beside each other,
-the memory of a device, NCCL itself. torch.compile is switched off.
+Not shown by it: kernels (Apex, Transformer Engine), streams that run beside each other, the memory
+of a device, NCCL itself. torch.compile is switched off. Triton's kernels run where they are
+interpreted (support/interpreted.py, with `launched`), and are otherwise missing.
 
     PYTHONPATH=tests python -c "from support.cuda_stand_in import install; install(); ..."
 """
@@ -320,6 +321,24 @@ def _count(
     for tally in _tallies:
         tally.operators[name.removeprefix("aten::")] += 1
         tally.bytes += sum(moved.values())
+
+
+def launched(name: str, args: Any) -> None:
+    """A launch of a Triton kernel, which no mode sees: `quick_interpreter(launched)` counts it.
+
+    Raises:
+        RuntimeError: one of its tensors is on the CPU.
+    """
+    tensors = {id(arg): arg for arg in args if isinstance(arg, torch.Tensor)}.values()
+    with torch._C.DisableTorchFunction():
+        if not all(_residents.has(tensor) for tensor in tensors):
+            raise RuntimeError(
+                f"Pointer argument cannot be accessed from Triton (cpu tensor?) in {name}"
+            )
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    for tally in _tallies:
+        tally.operators[f"triton::{name}"] += 1
+        tally.bytes += size
 
 
 def _has_a_mask(args: Any) -> bool:

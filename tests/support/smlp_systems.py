@@ -61,6 +61,26 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "causal_rn_kind": "quadratic",
         "relation_width": 20,
     },
+    "modern": {
+        "architecture": "transformer",
+        "position_embedding_type": "rope",
+        "swiglu": True,
+        "num_query_groups": 2,
+        "add_bias_linear": False,
+    },
+    "modern_moe": {
+        "architecture": "transformer",
+        "position_embedding_type": "rope",
+        "rotary_base": 500,
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "token_router": "topk",
+        "moe_layer_freq": [0, 1, 1],
+        "moe_router_topk": 3,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": 12,
+    },
     "smlp_unrouted": {**_SPARSE, "token_router": "hash", "hidden_act": "gelu_new"},
 }
 

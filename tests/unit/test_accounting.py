@@ -25,6 +25,12 @@ from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 
 TRANSFORMER = {"architecture": "transformer"}
 SPARSE = {"architecture": "smlp", "num_dense_layers": 1, "num_feature_experts": 4}
+MODERN = {
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "transformer": {"architecture": "transformer"},
     "switch": {**TRANSFORMER, "token_router": "switch", "moe_layer_freq": 2},
@@ -51,6 +57,15 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "token_router": "base",
         "num_feature_chunks": 8,
     },
+    "modern": {**TRANSFORMER, **MODERN, "num_query_groups": 2, "tie_word_embeddings": False},
+    "topk": {
+        **TRANSFORMER,
+        **MODERN,
+        "token_router": "topk",
+        "moe_router_topk": 3,
+        "moe_layer_freq": [0, 1, 1],
+        "moe_shared_expert_intermediate_size": 96,
+    },
 }
 LENGTH = 128
 SAME_NAMES = (
@@ -60,6 +75,8 @@ SAME_NAMES = (
     *("causal_rn_kind", "relation_width"),
     *("num_feature_experts", "num_feature_chunks", "prefix_fraction", "num_experts"),
     *("moe_ffn_hidden_size", "moe_layer_freq", "tiny_attention_width", "add_bias_linear"),
+    *("position_embedding_type", "normalization", "swiglu", "num_query_groups"),
+    *("moe_shared_expert_intermediate_size",),
 )
 
 
@@ -87,13 +104,9 @@ def _namespace(config: SMLPConfig) -> argparse.Namespace:
         seq_length=config.max_position_embeddings,
         padded_vocab_size=config.vocab_size,
         kv_channels=config.hidden_size // config.num_attention_heads,
-        num_query_groups=None,
-        group_query_attention=False,
-        moe_router_topk=1,
-        position_embedding_type=("learned_absolute" if config.has_positions else "none"),
-        untie_embeddings_and_output_weights=False,
-        normalization="LayerNorm",
-        swiglu=False,
+        group_query_attention=config.num_query_groups is not None,
+        moe_router_topk=config.moe_router_topk,
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
     )
 
 
@@ -110,9 +123,10 @@ def test_parameters_are_those_of_the_built_model(system: str):
 def test_active_parameters_leave_out_the_experts_that_a_token_does_not_visit(system: str):
     config = _config(system)
     cost = model_cost(ModelShape.from_args(_namespace(config)))
-    expert = 2 * config.hidden_size * config.expert_width
+    expert = (2 + config.swiglu) * config.hidden_size * config.expert_width
     num_moe = sum(config.has_token_moe(index) for index in range(config.num_layers))
-    idle = config.num_experts - (2 if config.token_router == "gshard" else 1)
+    visited = {"gshard": 2, "topk": config.moe_router_topk}.get(config.token_router, 1)
+    idle = config.num_experts - visited
     assert cost.parameters - cost.active_parameters == num_moe * idle * expert
 
 

@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy.optimize import linear_sum_assignment
+from support.assignments import (
+    assert_balanced,
+    clustered,
+    low_rank,
+    one_favourite,
+    optimum,
+    random,
+    tiny_differences,
+    total,
+)
 from torch import Tensor
 
 from megatron_smlp.ops.balanced_assignment import balanced_assignment
@@ -19,63 +28,8 @@ SOLVERS = {"balanced": balanced_assignment, "device": lambda scores: device_assi
 both = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
 
 
-def _assert_balanced(experts: Tensor, num_tokens: int, num_experts: int) -> None:
-    assert experts.dtype == torch.int64
-    assert experts.shape == (num_tokens,)
-    counts = experts.bincount(minlength=num_experts)
-    assert counts.numel() == num_experts
-    assert counts.min() >= num_tokens // num_experts
-    assert counts.max() <= -(-num_tokens // num_experts)
-
-
-def _total(scores: Tensor, experts: Tensor) -> float:
-    return scores.double().gather(1, experts[:, None]).sum().item()
-
-
-def _optimum(scores: Tensor) -> float:
-    """The exact optimum: one column a slot; the optional slots are shared out by dummy tokens."""
-    values = scores.double().numpy()
-    num_tokens, num_experts = values.shape
-    share, remainder = divmod(num_tokens, num_experts)
-    if remainder == 0:
-        slots = np.repeat(values, share, axis=1)
-    else:
-        slots = np.repeat(values, share + 1, axis=1)
-        dummies = np.full((num_experts - remainder, slots.shape[1]), -1e6)
-        dummies[:, share :: share + 1] = 0.0
-        slots = np.concatenate([slots, dummies])
-    rows, columns = linear_sum_assignment(slots, maximize=True)
-    return float(slots[rows, columns][:num_tokens].sum())
-
-
-def _random(num_tokens: int, num_experts: int) -> Tensor:
-    return torch.randn(num_tokens, num_experts)
-
-
-def _clustered(num_tokens: int, num_experts: int) -> Tensor:
-    """Hidden states around 12 centres, scored against random centroids: most tokens compete."""
-    centres = 2.0 * torch.randn(12, 32)
-    hidden = centres[torch.randint(12, (num_tokens,))] + 0.3 * torch.randn(num_tokens, 32)
-    return hidden @ torch.randn(num_experts, 32).T / 6
-
-
-def _low_rank(num_tokens: int, num_experts: int) -> Tensor:
-    return torch.randn(num_tokens, 4) @ torch.randn(4, num_experts)
-
-
-def _one_favourite(num_tokens: int, num_experts: int) -> Tensor:
-    return torch.randn(num_tokens, num_experts) + 5.0 * torch.randn(num_experts)
-
-
-def _tiny_differences(num_tokens: int, num_experts: int) -> Tensor:
-    """float64 scores that differ in the twelfth digit only."""
-    return 1.0 + 1e-12 * torch.randn(num_tokens, num_experts, dtype=torch.float64)
-
-
 @both
-@pytest.mark.parametrize(
-    "make", [_random, _clustered, _low_rank, _one_favourite, _tiny_differences]
-)
+@pytest.mark.parametrize("make", [random, clustered, low_rank, one_favourite, tiny_differences])
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts"),
     [(1024, 16), (1024, 64), (1000, 7), (600, 4), (128, 128), (513, 128), (65, 64), (10, 64)],
@@ -88,9 +42,9 @@ def test_reaches_nearly_the_optimum(solve: Solver, make, num_tokens: int, num_ex
     torch.manual_seed(num_tokens + num_experts)
     scores = make(num_tokens, num_experts)
     experts = solve(scores)
-    _assert_balanced(experts, num_tokens, num_experts)
-    optimum, chance = _optimum(scores), scores.double().mean(dim=1).sum().item()
-    assert (_total(scores, experts) - chance) / (optimum - chance) >= 0.995
+    assert_balanced(experts, num_tokens, num_experts)
+    best, chance = optimum(scores), scores.double().mean(dim=1).sum().item()
+    assert (total(scores, experts) - chance) / (best - chance) >= 0.995
 
 
 @both
@@ -106,7 +60,7 @@ def test_reaches_nearly_the_optimum(solve: Solver, make, num_tokens: int, num_ex
     )
 )
 def test_is_balanced_for_every_finite_input(solve: Solver, values: np.ndarray):
-    _assert_balanced(solve(torch.from_numpy(values)), *values.shape)
+    assert_balanced(solve(torch.from_numpy(values)), *values.shape)
 
 
 @both
@@ -121,7 +75,7 @@ def test_is_balanced_for_every_finite_input(solve: Solver, values: np.ndarray):
 def test_is_close_to_the_optimum_on_tied_integer_scores(solve: Solver, values: np.ndarray):
     """Small integers tie all the time; one unit in 24 tokens is what rounding may cost."""
     scores = torch.from_numpy(values)
-    assert _total(scores, solve(scores)) >= _optimum(scores) - 1.0
+    assert total(scores, solve(scores)) >= optimum(scores) - 1.0
 
 
 @both
@@ -146,7 +100,7 @@ def test_ties_and_extreme_scores_stay_balanced(
 ):
     torch.manual_seed(3)
     scores = make(num_tokens, num_experts)
-    _assert_balanced(solve(scores), num_tokens, num_experts)
+    assert_balanced(solve(scores), num_tokens, num_experts)
 
 
 @both
@@ -156,7 +110,7 @@ def test_one_huge_score_does_not_hide_the_others_from_their_optimum(solve: Solve
     scores[7, 3] = 1e4
     experts = solve(scores)
     assert experts[7] == 3
-    _assert_balanced(experts, 512, 8)
+    assert_balanced(experts, 512, 8)
 
 
 @both
@@ -165,8 +119,8 @@ def test_every_floating_type(solve: Solver, dtype: torch.dtype):
     torch.manual_seed(0)
     scores = torch.randn(300, 8).to(dtype)
     experts = solve(scores)
-    _assert_balanced(experts, 300, 8)
-    assert _total(scores, experts) >= 0.995 * _optimum(scores)
+    assert_balanced(experts, 300, 8)
+    assert total(scores, experts) >= 0.995 * optimum(scores)
 
 
 @both

@@ -1,0 +1,48 @@
+"""Whether Triton's kernels can run on a tensor's device, and what to say where they cannot."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+from torch import Tensor
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@cache
+def _missing() -> str | None:
+    """What keeps Triton from running kernels here, or None; the same for the whole process."""
+    try:
+        import triton
+        from triton.runtime import driver
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if triton.knobs.runtime.interpret:
+        return None
+    try:
+        target = driver.active.get_current_target()
+    except Exception as error:  # an assertion, an OSError, a RuntimeError: each driver has its own
+        return f"Triton finds no driver of a GPU ({str(error).partition('\n')[0]})"
+    if target.backend != "cuda" or target.arch < 80:
+        return f"Triton's kernels need an NVIDIA GPU of capability 8.0 or more, not {target.arch}"
+    return None
+
+
+def use_kernels(operation: str, tensor: Tensor, *, unsupported: str = "") -> bool:
+    """Return whether `operation` runs as Triton kernels; says in the log, once, why not on a GPU.
+
+    tensor: one of the operands. On a CPU kernels never run: that is nothing to report.
+    unsupported: what the kernels cannot do about this call, or empty.
+    """
+    if tensor.device.type != "cuda":
+        return False
+    reason = unsupported or _missing()
+    if reason:
+        _say_once(operation, reason)
+    return not reason
+
+
+@cache
+def _say_once(operation: str, reason: str) -> None:
+    _LOGGER.warning("%s runs without Triton kernels, and slower: %s.", operation, reason)

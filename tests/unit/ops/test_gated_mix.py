@@ -1,0 +1,82 @@
+"""The causal gate's kernels, interpreted, against their slow twin: outputs and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.gating import Gate, exactly
+from support.interpreted import interpreted
+from torch import Tensor
+
+from megatron_smlp.ops.gated_mix import gated_mix, gates_by_kernels
+
+GATES = {
+    "one head": Gate(63, 2, 1, 24, torch.float32, garbage=True),
+    "heads, and something added": Gate(70, 3, 3, 20, torch.float32, has_added=True),
+    "bf16": Gate(63, 2, 2, 40, torch.bfloat16, torch.bfloat16, has_added=True),
+    "fp16, M in fp32": Gate(130, 1, 2, 16, torch.float16, garbage=True),
+    "one token": Gate(1, 2, 1, 16, torch.float32),
+    "no sample": Gate(5, 0, 1, 16, torch.float32),
+}
+SLOW_GATES = {
+    "1000 tokens": Gate(1000, 2, 2, 24, torch.bfloat16),
+    "2047 tokens": Gate(2047, 1, 1, 144, torch.float16, torch.bfloat16),
+    "many columns": Gate(256, 3, 1, 176, torch.float32, has_added=True),
+}
+# Of the largest value. A half rounds y, and dg and g, which the gradients are made of.
+ROUNDING = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+PARTS = ("y", "du1", "dv", "dM", "db", "da")
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, list[Tensor]]:
+    calls = [("support.gating:by_kernels", (gate,)) for gate in GATES.values()]
+    return dict(zip(GATES, interpreted(calls), strict=True))
+
+
+def _assert_close(gate: Gate, ours: list[Tensor]) -> None:
+    for part, one, exact in zip(PARTS, ours, exactly(gate), strict=False):
+        assert one.shape == exact.shape
+        if exact.numel():
+            error = (one.double() - exact).abs().max()
+            assert error <= ROUNDING[gate.dtype] * exact.abs().max(), part
+
+
+@pytest.mark.parametrize("case", GATES)
+def test_outputs_and_gradients_are_the_twins(case: str, answers: dict[str, list[Tensor]]):
+    gate, ours = GATES[case], answers[case]
+    assert len(ours) == len(gate.operands()) + 1
+    _assert_close(gate, ours)
+    for one, operand in zip(ours[1:], gate.operands(), strict=True):
+        assert one.dtype == operand.dtype
+    upper = torch.ones(gate.tokens, gate.tokens, dtype=torch.bool).triu(1)
+    assert not ours[3][:, upper].any()
+
+
+@pytest.mark.slow
+def test_longer_sequences():
+    answers = interpreted([("support.gating:by_kernels", (gate,)) for gate in SLOW_GATES.values()])
+    for gate, ours in zip(SLOW_GATES.values(), answers, strict=True):
+        _assert_close(gate, ours)
+
+
+def test_later_tokens_are_in_no_row(answers: dict[str, list[Tensor]]):
+    """Bit by bit, and past the end of a tile, which is 128 rows."""
+    gate = GATES["fp16, M in fp32"]
+    (changed,) = interpreted([("support.gating:with_other_tokens_from", (gate, 129))])
+    assert torch.equal(changed[:129], answers["fp16, M in fp32"][0][:129])
+    assert not torch.equal(changed[129:], answers["fp16, M in fp32"][0][129:])
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    u1 = torch.zeros(4, 2, 6)
+    with pytest.raises(ValueError, match=r"weight \(1, 5, 5\) and bias \(1, 4\) do not fit"):
+        gated_mix(u1, u1, torch.zeros(1, 5, 5), torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="H a divisor of K"):
+        gated_mix(u1, u1, torch.zeros(4, 4, 4), torch.zeros(4, 4))
+
+
+def test_a_cpu_has_no_kernels_and_nothing_to_report(caplog: pytest.LogCaptureFixture):
+    u1 = torch.zeros(4, 2, 6, dtype=torch.bfloat16)
+    assert not gates_by_kernels(u1, u1)
+    assert caplog.records == []
