@@ -15,6 +15,7 @@ from megatron_smlp.flags.help import answered
 from megatron_smlp.platform import choice
 from megatron_smlp.program import readable_errors, undisturbed_exit
 from megatron_smlp.training.captured_output import CapturedOutput
+from megatron_smlp.training.signals import StartUp
 
 # What imports torch is imported inside: --help does without, --platform cpu hides the GPUs before.
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     if answered(argv):  # --help, --version
         return
     choice.choose(argv)
-    with CapturedOutput() as output:
+    with StartUp() as start_up, CapturedOutput() as output:
         args = patched_arguments(argv)
         if args.dry_run:
             from megatron_smlp.training.console import dry_run
@@ -32,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
             dry_run(args)
         else:
             output.open(args.log_dir, rank=args.rank)
-            train(args)
+            train(args, start_up=start_up)
 
 
 def patched_arguments(argv: Sequence[str]) -> Any:
@@ -49,7 +50,9 @@ def patched_arguments(argv: Sequence[str]) -> Any:
     return parse_arguments(argv)
 
 
-def train(args: Any, *, observe: Callable[[Any], Any] = lambda own: own) -> None:
+def train(
+    args: Any, *, observe: Callable[[Any], Any] = lambda own: own, start_up: Any = None
+) -> None:
     """Run `megatron.training.pretrain`; `observe` may put another observer around the reporter."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -63,7 +66,8 @@ def train(args: Any, *, observe: Callable[[Any], Any] = lambda own: own) -> None
 
     check_data(args)
     step = ForwardStep()
-    run = Run(args, step=step, tasks=tasks_of(args, step.statistics))
+    tasks = tasks_of(args, step.statistics)
+    run = Run(args, step=step, tasks=tasks, start_up=start_up)
     with args.thawed(), run.observed(observe):
         config = pretrain_cfg_container_from_args(args, model_config(args))
         kind, store = ModelType.encoder_or_decoder, store_of_one_process()

@@ -14,6 +14,7 @@ REQUIREMENTS = [
     "tensorboard>=2.18",  # Megatron's --tensorboard-dir
     "nltk>=3.9",  # --split-sentences
     "regex>=2024.11",  # GPT-2's pre-tokenisation pattern
+    "psutil>=6.0",  # addresses of this machine, for the launchers
     "pyyaml>=6.0",
     "rich>=14.0",  # tables and progress bars
     "zstandard>=0.23",  # .zst corpora
@@ -48,7 +49,7 @@ COMMANDS = ["smlp-pretrain = pretrain_smlp:run"] + [
     for name in (
         *("preprocess", "inspect_dataset", "merge_datasets", "train_tokenizer", "build_hash_table"),
         *("convert", "inspect_checkpoint", "estimate", "evaluate", "generate", "serve", "plot"),
-        "study",
+        *("study", "launch"),
     )
 ]
 

@@ -66,17 +66,24 @@ needs_one_connection() {
     ! grep -Eq 'use-(megatron-fsdp|torch-fsdp2)' <<< "$words"
 }
 
-# launch TORCHRUN_FLAG... -- TRAINING_FLAG...
-launch() {
-  local torchrun=()
-  while [[ "$1" != "--" ]]; do
-    torchrun+=("$1")
-    shift
-  done
+# answer_help [--help]: print the usage, where it is asked for, and end.
+answer_help() {
+  if [[ "${1:-}" == "--help" ]]; then
+    usage
+    exit 0
+  fi
+}
+
+# start one-node|several-nodes [TRAINING_FLAG...]: megatron_smlp/launching/ reads the variables.
+start() {
+  local machines="$1"
   shift
+  answer_help "$@"
+  check_common
   if [[ -z "${CUDA_DEVICE_MAX_CONNECTIONS:-}" ]] && needs_one_connection "$@"; then
     export CUDA_DEVICE_MAX_CONNECTIONS=1
   fi
-  exec "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC_PER_NODE" "${torchrun[@]}" \
+  export NPROC_PER_NODE
+  exec "$PYTHON" "$REPOSITORY/tools/launch.py" "$machines" \
     "$REPOSITORY/pretrain_smlp.py" --config "$CONFIG" "$@"
 }

@@ -3,10 +3,15 @@
 #
 #   CONFIG=configs/cpu/smlp_deterministic.yaml examples/one_node.sh [pretrain_smlp.py flags]
 #
-#   CONFIG           YAML file with the sizes of the model and of the run; flags win over it
-#   NPROC_PER_NODE   processes (default: the number of GPUs, or 1 without any)
-#   PYTHON           interpreter (default: the project's .venv, else python3)
+#   CONFIG            YAML file with the sizes of the model and of the run; flags win over it
+#   NPROC_PER_NODE    processes (default: the number of GPUs, or 1 without any)
+#   PYTHON            interpreter (default: the project's .venv, else python3)
+#   MAX_RESTARTS      times that processes are started again by one agent (default: 3)
+#   SHUTDOWN_TIMEOUT  seconds to save in when the run is told to end (default: 600)
 #   CUDA_DEVICE_MAX_CONNECTIONS   set to 1 where tensor or context parallelism needs it
+#
+# With --save a run that fails goes on from its newest checkpoint; after three failures without a
+# newer one it ends with 93. SIGTERM, SIGUSR1 and Ctrl-C save, and end it with 0.
 #
 # For example, two processes on a laptop, each with half of the model:
 #
@@ -14,11 +19,7 @@
 #     --tensor-model-parallel-size 2 --data-path corpus_text_document --save runs/gmlp
 
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-if [[ "${1:-}" == "--help" ]]; then
-  usage
-  exit 0
-fi
-check_common
-launch --standalone -- "$@"
+start one-node "$@"

@@ -4,34 +4,32 @@
 #   CONFIG=... NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 \
 #     examples/several_nodes.sh [pretrain_smlp.py flags]
 #
-#   CONFIG           YAML file with the sizes of the model and of the run; flags win over it
-#   NNODES           number of machines
-#   NODE_RANK        number of this machine, from 0 to NNODES - 1
-#   MASTER_ADDR      name or address of machine 0, as the others see it
-#   MASTER_PORT      a free port on machine 0
-#   RUN_ID           name of the run, the same on all machines (default: smlp)
-#   NPROC_PER_NODE   processes on this machine (default: the number of GPUs, or 1 without any)
-#   PYTHON           interpreter (default: the project's .venv, else python3)
-#   CUDA_DEVICE_MAX_CONNECTIONS   set to 1 where tensor or context parallelism needs it
+#   CONFIG            YAML file with the sizes of the model and of the run; flags win over it
+#   NNODES            number of machines; MIN:MAX lets it vary, which changes rounding
+#   SPARES            machines on top of it that wait to take over (default: 0)
+#   NODE_RANK         number of this machine, from 0; needed by RENDEZVOUS=host alone
+#   RENDEZVOUS        how they meet, the same on all: host (default: machine 0 keeps the store),
+#                     server (MASTER_ADDR:MASTER_PORT does, `tools/launch.py serve PORT`: the others
+#                     then survive any of them) or file:FOLDER (one that all of them share)
+#   MASTER_ADDR       name or address of machine 0 or of the server, as the others see it
+#   MASTER_PORT       a free port there
+#   LOCAL_ADDR        address of this machine (default: that of the way to MASTER_ADDR)
+#   RUN_ID            name of the run, the same on all machines (default: smlp)
+#   MAX_RESTARTS      times that processes are started again by one agent (default: 3)
+#   SHUTDOWN_TIMEOUT  seconds to save in when the run is told to end (default: 600)
+#   START_TIMEOUT     seconds to reach the store or the folder in at first (default: 45)
+#   REJOIN_TIMEOUT    seconds for all machines to come together again (default: 600)
+#   NPROC_PER_NODE    processes on this machine (default: the number of GPUs, or 1 without any)
+#   PYTHON            interpreter (default: the project's .venv, else python3)
+#   GLOO_SOCKET_IFNAME, CUDA_DEVICE_MAX_CONNECTIONS   are set where they are not
 #
-# Data, --save and the configuration must be readable under the same paths on every machine.
+# Data, --save and the configuration must be readable under the same paths on every machine. With
+# --save a run that fails goes on from its newest checkpoint; it ends with 93 after three failures
+# without a newer one, with 2 where flags or variables are wrong, and with 0 when it is over or was
+# told to end (SIGTERM, SIGUSR1): see docs/resilience.md.
 
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-if [[ "${1:-}" == "--help" ]]; then
-  usage
-  exit 0
-fi
-check_common
-require_number NNODES "the number of machines"
-require_number NODE_RANK "the number of this machine, from 0"
-require MASTER_ADDR "the name or address of machine 0"
-require_number MASTER_PORT "a free port on machine 0"
-((NODE_RANK < NNODES)) || fail "NODE_RANK=$NODE_RANK must be below NNODES=$NNODES: count from 0"
-
-# Said outright, since a machine does not always know itself by the name that MASTER_ADDR has.
-if ((NODE_RANK == 0)); then is_host=true; else is_host=false; fi
-
-launch --nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" \
-  --rdzv-id "${RUN_ID:-smlp}" --rdzv-conf "is_host=$is_host" -- "$@"
+start several-nodes "$@"

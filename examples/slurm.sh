@@ -2,18 +2,28 @@
 #SBATCH --job-name=smlp
 #SBATCH --ntasks-per-node=1
 #SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=TERM@600
 # Pretrain under Slurm. Submit it from the project's folder, with the size of the job:
 #
 #   CONFIG=configs/... sbatch --nodes 4 --gpus-per-node 8 --cpus-per-task 32 --time 4:00:00 \
-#     examples/slurm.sh --save runs/smlp --exit-duration-in-mins 230 [pretrain_smlp.py flags]
+#     examples/slurm.sh --save runs/smlp [pretrain_smlp.py flags]
 #
 #   CONFIG           YAML file with the sizes of the model and of the run; flags win over it
+#   SPARES           how many of the nodes wait to take over (default: 0)
 #   MASTER_PORT      a free port on the first node (default: one made from the job's number)
 #   NPROC_PER_NODE   processes on a node (default: the GPUs that Slurm gave)
 #   PYTHON           interpreter (default: the project's .venv, else python3)
+#   RENDEZVOUS, MAX_RESTARTS, SHUTDOWN_TIMEOUT, REJOIN_TIMEOUT   as in several_nodes.sh
 #
-# --exit-duration-in-mins saves and ends before --time does; the same command then goes on from
-# there.
+# Ten minutes before --time is over the run saves and ends with 0; the same command then goes on
+# from there. A chain of jobs, each after the other, however it ended:
+#
+#   for i in 1 2 3; do CONFIG=... sbatch --dependency=singleton ... examples/slurm.sh ...; done
+#
+# A job that ends otherwise is queued again, but for wrong flags (2), a loss that is not finite (3)
+# and three failures without a newer checkpoint (93).
 
 set -euo pipefail
 # Slurm runs a copy of this file from elsewhere, so the launchers are found from where it was
@@ -23,25 +33,34 @@ if [[ ! -f "$examples/common.sh" ]]; then
   echo "slurm.sh: error: no $examples/common.sh. Submit the job from the project's folder" >&2
   exit 2
 fi
+# shellcheck source-path=SCRIPTDIR source=common.sh
 source "$examples/common.sh"
 
-if [[ "${1:-}" == "--help" ]]; then
-  usage
-  exit 0
-fi
+answer_help "$@"
 require SLURM_JOB_ID "it by starting this script with sbatch"
 check_common
 
-NNODES="$SLURM_NNODES"
+SPARES="${SPARES:-0}"
+require_number SPARES "the number of nodes that wait"
+NNODES=$((SLURM_NNODES - SPARES))
+((NNODES > 0)) || fail "SPARES=$SPARES leaves none of $SLURM_NNODES nodes to train: lower it"
 hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
-MASTER_ADDR="${hosts%%$'\n'*}"  # not through `head`: it may end before scontrol has written
+# Not through `head`: it may end before scontrol has written.
+MASTER_ADDR="${MASTER_ADDR:-${hosts%%$'\n'*}}"
 MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 RUN_ID="smlp-$SLURM_JOB_ID"
-export CONFIG NNODES MASTER_ADDR MASTER_PORT RUN_ID NPROC_PER_NODE PYTHON
+export CONFIG NNODES SPARES MASTER_ADDR MASTER_PORT RUN_ID NPROC_PER_NODE PYTHON
 
 # From Slurm 22.05 on srun does not take the job's CPUs over by itself: a task would have one core.
 cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-}}"
-# One task a node; each learns its number only there.
+# One task a node; each learns its number only there. A task or node that fails leaves the others,
+# which wait for it or go on with a spare. SIGTERM comes to srun's tasks from Slurm itself.
+code=0
 # shellcheck disable=SC2016
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 ${cpus:+--cpus-per-task="$cpus"} \
-  bash -c 'NODE_RANK="$SLURM_NODEID" exec "$0" "$@"' "$examples/several_nodes.sh" "$@"
+srun --ntasks-per-node=1 --kill-on-bad-exit=0 --no-kill ${cpus:+--cpus-per-task="$cpus"} \
+  bash -c 'NODE_RANK="$SLURM_NODEID" exec "$0" "$@"' "$examples/several_nodes.sh" "$@" || code=$?
+case "$code" in
+  0 | 2 | 3 | 93) ;;
+  *) scontrol requeue "$SLURM_JOB_ID" || true ;;
+esac
+exit "$code"

@@ -20,6 +20,7 @@ if [[ ! -f "$examples/common.sh" ]]; then
   echo "study_slurm.sh: error: no $examples/common.sh. Submit the job from the project's folder" >&2
   exit 2
 fi
+# shellcheck source-path=SCRIPTDIR source=common.sh
 source "$examples/common.sh"
 
 if [[ "${1:-}" == "--help" ]]; then

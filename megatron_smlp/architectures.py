@@ -40,13 +40,18 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from megatron_smlp.layers.norms import norm_builder
-from megatron_smlp.layers.spatial_gating import (
-    SpatialProjection,
-)
+from megatron_smlp.layers.spatial_gating import SpatialProjection
 from megatron_smlp.layers.toeplitz import ToeplitzProjection
 from megatron_smlp.layers.token_moe import ResidualRoutedMoELayer, token_moe_builder
 from megatron_smlp.options import ModelOptions, options_of
-from megatron_smlp.systems import LayerSlots, layer_slots, load, mixer_of, token_router_class
+from megatron_smlp.systems import (
+    ARCHITECTURES,
+    LayerSlots,
+    layer_slots,
+    load,
+    mixer_of,
+    token_router_class,
+)
 
 
 @dataclass
@@ -200,8 +205,8 @@ def block_spec(
     )
 
 
-# For Megatron-LM's `--spec megatron_smlp.architectures NAME`; our flags keep their defaults there.
-transformer = ModuleSpec(module=SlottedLayer, params={"architecture": "transformer"})
-gmlp = ModuleSpec(module=SlottedLayer, params={"architecture": "gmlp"})
-amlp = ModuleSpec(module=SlottedLayer, params={"architecture": "amlp"})
-smlp = ModuleSpec(module=SlottedLayer, params={"architecture": "smlp"})
+# For Megatron-LM's `--spec megatron_smlp.architectures NAME`, which looks the name up among this
+# module's; our flags keep their defaults there.
+globals().update(
+    {name: ModuleSpec(module=SlottedLayer, params={"architecture": name}) for name in ARCHITECTURES}
+)

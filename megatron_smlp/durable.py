@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
-def write_durably(path: Path, content: str | bytes) -> None:
+def write_durably(
+    path: Path, content: str | bytes, *, before_rename: Callable[[], None] = lambda: None
+) -> None:
     """Write a file that is whole or not there: under another name, to the disk, then renamed.
+
+    Args:
+        before_rename: may raise, which leaves nothing of it either.
 
     Raises:
         OSError: nothing of it is left, and what had the name before is untouched.
@@ -21,11 +26,13 @@ def write_durably(path: Path, content: str | bytes) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
+        before_rename()
         temporary.replace(path)
     except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
     sync_folder(path.parent)
 
 

@@ -46,6 +46,12 @@ class SaveError(UserError):
     """A checkpoint could not be saved; all ranks have agreed on that."""
 
 
+class TakenOverError(UserError):
+    """Another run writes into the folder of this one; any rank may be the only one that sees it."""
+
+    every_rank = False
+
+
 class NoGoodCheckpointError(UserError):
     """None of the checkpoints that may be loaded is whole; all ranks have agreed on that."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin
 
-from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS
+from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS, TOP_K
 
 NEVER_OLDER = object()
 """No checkpoint is older than the flag."""
@@ -70,13 +70,25 @@ class ModelOptions:
     """The pair of mixers of each layer; megatron_smlp/systems.py is the table."""
 
     spatial_heads: int = option(1, architectures=SPATIAL, hf="spatial_heads")
-    """Spatial gating: number of heads in a dense layer; each has its own T x T matrix, bias and
-    LayerNorm over gate_width / heads features. Must divide ffn_hidden_size / 2."""
+    """Number of heads in a dense layer; each has its own T x T matrix and bias. It must divide
+    ffn_hidden_size / 2, of which each head has a LayerNorm, or, of a mixer, hidden_size."""
 
     toeplitz: bool = option(False, architectures=SPATIAL, older=False, hf="toeplitz")
-    """Spatial gating: one weight per distance, M[t, s] = m[t - s], and one bias, for each head or
+    """One weight per distance, M[t, s] = m[t - s], and one bias, for each head or
     spatial expert, in place of a T x T matrix and T biases. Such a model can be evaluated on
     sequences longer than --seq-length, of which each token reads the last T. Not in the paper."""
+
+    mixer_expansion: bool = option(
+        False, architectures=("mixer",), older=False, hf="mixer_expansion"
+    )
+    """mixer: two T x T matrices a head with a GELU between them, as MLP-Mixer's token MLP, instead
+    of one."""
+
+    aft_kind: Literal["full", "simple"] = option(
+        "full", architectures=("aft",), older="full", hf="aft_kind"
+    )
+    """aft: full: a T x T matrix of weights is added to the keys, one for each pair of positions.
+    simple: there is none, so that tokens are averaged by their keys alone."""
 
     tiny_attention_width: int = option(
         64, architectures=("amlp",), least=1, hf="tiny_attention_width"
@@ -293,7 +305,6 @@ _FUNCTIONS = {
     "quick_geglu": False,
     "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None,
-    "rotary_base": 10000,
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None,
@@ -310,21 +321,36 @@ MEGATRON_FLAGS: dict[str, MegatronFlag] = {
     "ffn_hidden_size": MegatronFlag(hf="ffn_hidden_size"),
     "num_attention_heads": MegatronFlag(hf="num_attention_heads"),
     "kv_channels": MegatronFlag(),
-    "group_query_attention": MegatronFlag(default=False, hf_default_only=True),
+    "group_query_attention": MegatronFlag(default=False),
     "num_query_groups": MegatronFlag(default=1),
     "seq_length": MegatronFlag(hf="max_position_embeddings"),
     "max_position_embeddings": MegatronFlag(derived=True),
-    "position_embedding_type": MegatronFlag(default="learned_absolute"),
+    "position_embedding_type": MegatronFlag(
+        default="learned_absolute", hf="position_embedding_type"
+    ),
+    "rotary_base": MegatronFlag(default=10000, older=10000, hf="rotary_base"),
     "num_experts": MegatronFlag(hf="num_experts", upcycling=True),
     "moe_ffn_hidden_size": MegatronFlag(hf="moe_ffn_hidden_size", upcycling=True),
     "moe_layer_freq": MegatronFlag(default=1, hf="moe_layer_freq", upcycling=True),
     "moe_router_topk": MegatronFlag(default=2, derived=True),
+    "moe_router_score_function": MegatronFlag(
+        default="softmax", older="softmax", token_routers=TOP_K, hf="moe_router_score_function"
+    ),
+    "moe_router_enable_expert_bias": MegatronFlag(
+        default=False, older=False, token_routers=TOP_K, hf="moe_router_enable_expert_bias"
+    ),
+    "moe_router_topk_scaling_factor": MegatronFlag(
+        older=None, token_routers=TOP_K, hf="moe_router_topk_scaling_factor"
+    ),
+    "moe_shared_expert_intermediate_size": MegatronFlag(
+        older=None, token_routers=TOP_K, hf="moe_shared_expert_intermediate_size"
+    ),
     "moe_aux_loss_coeff": MegatronFlag(default=0.0, may_change=True, hf="moe_aux_loss_coeff"),
     "moe_token_drop_policy": MegatronFlag(default="probs", may_change=True, hf="moe_drop_policy"),
-    "normalization": MegatronFlag(default="LayerNorm", hf_default_only=True),
+    "normalization": MegatronFlag(default="LayerNorm", hf="normalization"),
     "layernorm_epsilon": MegatronFlag(default=1e-5, hf="layer_norm_epsilon"),
     "add_bias_linear": MegatronFlag(default=True, hf="add_bias_linear"),
-    "swiglu": MegatronFlag(default=False, hf_default_only=True),
+    "swiglu": MegatronFlag(default=False, hf="swiglu"),
     "untie_embeddings_and_output_weights": MegatronFlag(default=False),
     # The padding grows with the tensor parallel size; Megatron loads across it.
     "padded_vocab_size": MegatronFlag(may_change=True, derived=True, hf="vocab_size"),

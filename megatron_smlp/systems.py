@@ -24,6 +24,9 @@ class TokenRouterRule:
     module: str
     """Its class, as `module:name`; megatron_smlp/routers/ has one file a rule."""
     experts_per_token: int = 1
+    takes_topk: bool = False
+    """Whether --moe-router-topk says how many experts a token visits; `experts_per_token` is what
+    is left out."""
     has_balance_loss: bool = False
     has_capacity: bool = False
     """Whether an expert may be full: --moe-train-capacity-factor."""
@@ -43,9 +46,30 @@ TOKEN_ROUTERS: dict[str, TokenRouterRule] = {
     ),
     "base": TokenRouterRule(module="megatron_smlp.routers.base:BaseRouter"),
     "hash": TokenRouterRule(module="megatron_smlp.routers.hash:HashRouter", has_weights=False),
+    "topk": TokenRouterRule(
+        module="megatron_smlp.routers.topk:TopKTokenRouter",
+        experts_per_token=2,
+        takes_topk=True,
+        has_balance_loss=True,
+    ),
 }
 LIMITED = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_capacity)
 BALANCED = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_balance_loss)
+TOP_K = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.takes_topk)
+
+
+def experts_of_a_token(name: str, topk: int) -> int:
+    """Return k of a rule; topk: --moe-router-topk, for a rule that takes it or without one."""
+    rule = TOKEN_ROUTERS.get(name)
+    return topk if rule is None or rule.takes_topk else rule.experts_per_token
+
+
+def weighs_all_experts(name: str, topk: int) -> bool:
+    """Return Megatron's --moe-router-pre-softmax: whether the softmax comes before the choice.
+
+    Megatron insists on it where a token visits one expert; our own rules do not read it.
+    """
+    return name not in TOP_K or topk == 1
 
 
 def token_router_class(name: str) -> Any:
@@ -62,17 +86,23 @@ class Mixer:
     cost: str
     """The function that counts its parameters and FLOPs, as `module:name`."""
     title: str
-    """Its name in the layer table; {heads}, {width} and {router} stand for numbers and names."""
+    """Its name in the layer table; {heads} and the names of flags stand for their values."""
     heads: str = "spatial_heads"
     """The flag that says how many heads, or spatial experts, a layer has."""
     attends: bool = False
-    """Whether it has queries and keys: --num-attention-heads, position embeddings. What does not
-    attend has positions of its own."""
+    """Whether it has queries and keys of heads: --num-attention-heads, rotary embeddings."""
+    learned_positions: bool = False
+    """Whether the input has learned positions by default; other mixers have rows by position."""
     spatial: bool = False
     """Whether it has spatial matrices: --spatial-heads, --toeplitz."""
+    host_reads: bool = False
+    """Whether the host reads a tensor of it in a step, so that no CUDA graph can hold it."""
+    check: str | None = None
+    """The function that raises ValueError for flags of which it cannot be built, `module:name`."""
 
 
 COSTS = "megatron_smlp.accounting.costs"
+GATING_CHECK = "megatron_smlp.layers.spatial_gating:check_flags"
 MIXERS: dict[str, Mixer] = {
     "attention": Mixer(
         spec="megatron_smlp.layers.attention:attention_spec",
@@ -80,25 +110,44 @@ MIXERS: dict[str, Mixer] = {
         title="self-attention, heads: {heads}",
         heads="num_attention_heads",
         attends=True,
+        learned_positions=True,
     ),
     "spatial_gating": Mixer(
         spec="megatron_smlp.layers.spatial_gating:gating_spec",
         cost=f"{COSTS}:gating_cost",
         title="spatial gating, heads: {heads}",
         spatial=True,
+        check=GATING_CHECK,
     ),
     "gating_and_attention": Mixer(
         spec="megatron_smlp.layers.tiny_attention:gating_and_attention_spec",
         cost=f"{COSTS}:gating_and_attention_cost",
-        title="spatial gating, heads: {heads}, and attention of width {width}",
+        title="spatial gating, heads: {heads}, and attention of width {tiny_attention_width}",
         spatial=True,
+        check=GATING_CHECK,
     ),
     "feature_moe": Mixer(
         spec="megatron_smlp.layers.feature_moe:feature_moe_spec",
         cost=f"{COSTS}:feature_moe_cost",
-        title="feature MoE ({router}), experts: {heads}",
+        title="feature MoE ({feature_router}), experts: {heads}",
         heads="num_feature_experts",
         spatial=True,
+        check=GATING_CHECK,
+    ),
+    "masked_mixer": Mixer(
+        spec="megatron_smlp.layers.masked_mixer:masked_mixer_spec",
+        cost=f"{COSTS}:masked_mixer_cost",
+        title="masked mixer, heads: {heads}",
+        spatial=True,
+        check="megatron_smlp.layers.masked_mixer:check_flags",
+    ),
+    "aft": Mixer(
+        spec="megatron_smlp.layers.aft:aft_spec",
+        cost=f"{COSTS}:aft_cost",
+        title="AFT-{aft_kind}",
+        learned_positions=True,
+        host_reads=True,
+        check="megatron_smlp.layers.aft:check_flags",
     ),
 }
 
@@ -117,12 +166,19 @@ class Architecture:
     def attends(self) -> bool:
         return MIXERS[self.mixer].attends
 
+    @property
+    def positions(self) -> Literal["learned_absolute", "none"]:
+        """--position-embedding-type where it is not given, and what can be exported."""
+        return "learned_absolute" if MIXERS[self.mixer].learned_positions else "none"
+
 
 ARCHITECTURES: dict[str, Architecture] = {
     "transformer": Architecture(mixer="attention", channel="mlp"),
     "gmlp": Architecture(mixer="spatial_gating"),
     "amlp": Architecture(mixer="gating_and_attention"),
     "smlp": Architecture(mixer="spatial_gating", sparse_mixer="feature_moe"),
+    "mixer": Architecture(mixer="masked_mixer", channel="mlp"),
+    "aft": Architecture(mixer="aft", channel="mlp"),
 }
 SPATIAL = tuple(name for name, one in ARCHITECTURES.items() if MIXERS[one.mixer].spatial)
 
@@ -176,6 +232,7 @@ def layer_slots(
     | amlp | spatial gating and a small attention head | the same |
     | smlp, first N1 | spatial gating | none |
     | smlp, then N2 | feature MoE | token MoE if --num-experts is given |
+    | mixer, aft | masked mixer, AFT | mlp; token MoE in MoE layers |
 
     Args:
         options: ModelOptions, or anything with its names.

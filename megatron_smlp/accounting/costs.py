@@ -7,8 +7,8 @@ only where a product is causal:
     paper    the full square: 24 layers of width 1024 at T = 1024, V = 50,257 are 0.827 TFLOPs
 
 Letters: T sequence length, D hidden, Z ffn_hidden_size, F = Z / 2 gate width, V padded vocabulary,
-E experts, X width of a token expert, h heads, k experts a token visits, P prefix length of partial
-prediction, C chunks of features.
+E experts, X width of a token expert, S width of a shared one, h heads, k experts a token visits,
+P prefix length of partial prediction, C chunks of features.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megatron_smlp.options import ModelOptions, options_of
 from megatron_smlp.systems import (
     TOKEN_ROUTERS,
     LayerSlots,
+    experts_of_a_token,
     layer_slots,
     load,
     mixer_of,
@@ -88,14 +89,14 @@ class ModelShape:
     """The rule that routes tokens; none: Megatron's own, under a bare `--spec`."""
     moe_ffn_hidden_size: int = 0
     moe_router_topk: int = 1
-    tiny_attention_width: int = 0
-    """amlp: width of the attention head beside the gate."""
+    options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    """Our flags of the model, for what a mixer alone reads."""
+    shared_expert_size: int = 0
+    """Width of the FFN that every token visits beside its experts; 0: there is none."""
     prefix_length: int = 0
     """P, tokens from which partial prediction routes; 0: no such routing."""
     num_feature_chunks: int = 0
     """C, chunks of features that partial prediction routes."""
-    toeplitz: bool = False
-    """Whether a spatial matrix is given by one number per distance, with one bias."""
     learned_positions: bool = False
     tied_embeddings: bool = True
     linear_bias: bool = True
@@ -109,7 +110,6 @@ class ModelShape:
         width = args.kv_channels * args.num_attention_heads
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         options = options_of(args)
-        rule = TOKEN_ROUTERS.get(options.token_router)
         # A namespace of Megatron's own script has experts and no rule of ours.
         num_experts = None if getattr(args, "token_router", "") == "none" else args.num_experts
         is_partial = options.feature_router == "partial"
@@ -131,11 +131,11 @@ class ModelShape:
             num_experts=num_experts or 0,
             token_router=options.token_router,
             moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
-            moe_router_topk=rule.experts_per_token if rule else args.moe_router_topk,
-            tiny_attention_width=options.tiny_attention_width,
+            moe_router_topk=experts_of_a_token(options.token_router, args.moe_router_topk),
+            options=options,
+            shared_expert_size=args.moe_shared_expert_intermediate_size or 0 if num_experts else 0,
             prefix_length=options.prefix_length(args.seq_length),
             num_feature_chunks=options.num_chunks if is_partial else 0,
-            toeplitz=options.toeplitz,
             learned_positions=args.position_embedding_type == "learned_absolute",
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             linear_bias=args.add_bias_linear,
@@ -161,7 +161,7 @@ class ModelShape:
     @property
     def matrix_parameters(self) -> int:
         """M and b of one spatial head or expert."""
-        return self.seq_length + (1 if self.toeplitz else self.square)
+        return self.seq_length + (1 if self.options.toeplitz else self.square)
 
 
 def model_cost(shape: ModelShape) -> Cost:
@@ -252,7 +252,7 @@ def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = Fals
     gate_width, heads = shape.ffn_hidden_size // 2, slots.heads
     matrices = heads * shape.matrix_parameters
     spatial = Cost(replicated=matrices) if everywhere or heads == 1 else Cost(sharded=matrices)
-    above = 0 if shape.toeplitz else shape.square - shape.triangle
+    above = 0 if shape.options.toeplitz else shape.square - shape.triangle
     return (
         norm_cost(shape)
         + _column(shape, shape.ffn_hidden_size)
@@ -269,7 +269,7 @@ def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = Fals
 
 def gating_and_attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     """amlp: the attention head beside the gate reads the same norm, so it has none of its own."""
-    width, gate_width = shape.tiny_attention_width, shape.ffn_hidden_size // 2
+    width, gate_width = shape.options.tiny_attention_width, shape.ffn_hidden_size // 2
     bias = int(shape.linear_bias)
     flops = 2 * shape.seq_length * width * (3 * shape.hidden_size + gate_width)
     head = Cost(
@@ -301,6 +301,35 @@ def prefix_router_cost(shape: ModelShape, num_experts: int) -> Cost:
     return Cost(replicated=parameters, flops=flops, square_flops=flops)
 
 
+def masked_mixer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """One or two matrices a head over the hidden dimension; a single head's are on every rank."""
+    heads, layers = slots.heads, 1 + shape.options.mixer_expansion
+    matrices = layers * heads * shape.matrix_parameters
+    spatial = Cost(replicated=matrices) if heads == 1 else Cost(sharded=matrices)
+    above = 0 if shape.options.toeplitz else shape.square - shape.triangle
+    return (
+        norm_cost(shape)
+        + spatial
+        + _pairs(shape, layers * shape.hidden_size)
+        # The columns of several heads, and what the GELU reads and writes.
+        + Cost(kept=((heads > 1) + 2 * (layers - 1)) * shape.hidden_size)
+        + Cost(zero_parameters=layers * heads * above)
+    )
+
+
+def aft_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """q, k, v and output projections; AFT-full's weights, the same on every rank, and the sums over
+    and under its fraction. Running averages are counted as nothing."""
+    width = shape.attention_width
+    projections = norm_cost(shape) + _column(shape, 3 * width) + _row(shape, width)
+    # The keys and values, sigmoid(q), the averages, and the product of the last two.
+    if shape.options.aft_kind == "simple":
+        return projections + Cost(kept=5 * width)
+    matrix = Cost(replicated=shape.square, zero_parameters=shape.square - shape.triangle)
+    # exp(k) instead of k; both sums and what is summed.
+    return projections + matrix + _pairs(shape, 2 * width) + Cost(kept=9 * width)
+
+
 def mlp_cost(shape: ModelShape) -> Cost:
     """The FFN; a gated one has two projections to the hidden layer, and their product."""
     hidden, gated = shape.ffn_hidden_size, int(shape.gated_mlp)
@@ -309,11 +338,12 @@ def mlp_cost(shape: ModelShape) -> Cost:
 
 
 def token_moe_cost(shape: ModelShape) -> Cost:
-    """Router and experts (without bias); a token visits k of E experts, nothing is dropped."""
+    """Router and experts (without bias); a token visits k of E experts, nothing is dropped, and the
+    shared one."""
     k, expert = shape.moe_router_topk, _expert_parameters(shape)
     router = shape.hidden_size * shape.num_experts if shape.router_has_weights else 0
     flops = 2 * shape.seq_length * (k * expert + router)
-    return norm_cost(shape) + Cost(
+    routed = Cost(
         replicated=router,
         experts=shape.num_experts * expert,
         idle=(shape.num_experts - k) * expert,
@@ -324,6 +354,16 @@ def token_moe_cost(shape: ModelShape) -> Cost:
         kept_everywhere=k * shape.hidden_size * (2 if shape.router_has_weights else 1),
         kept_in_experts=k * 2 * shape.moe_ffn_hidden_size,
     )
+    return norm_cost(shape) + routed + shared_expert_cost(shape)
+
+
+def shared_expert_cost(shape: ModelShape) -> Cost:
+    """An FFN without bias that every token visits, if there is one."""
+    width, gated = shape.shared_expert_size, int(shape.gated_mlp)
+    parameters = (2 + gated) * shape.hidden_size * width
+    flops = 2 * shape.seq_length * parameters
+    kept = (2 + gated) * width  # the hidden layer before and after the activation
+    return Cost(sharded=parameters, flops=flops, square_flops=flops, kept=kept)
 
 
 def _expert_parameters(shape: ModelShape) -> int:

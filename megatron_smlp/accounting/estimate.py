@@ -96,13 +96,12 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
         raise ValueError(f"moe_layer_freq {args.moe_layer_freq}: give a number or a list as [0, 1]")
     args.num_attention_heads = args.num_attention_heads or 1
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
-    args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
+    args.ffn_hidden_size = args.ffn_hidden_size or _default_width(args)
     # Experts of nobody's rule are counted as those of the simplest one.
     args.token_router = args.token_router or ("switch" if args.num_experts else "none")
     args.add_bias_linear = not args.disable_bias_linear
     if args.position_embedding_type is None:
-        attends = ARCHITECTURES[args.architecture].attends
-        args.position_embedding_type = "learned_absolute" if attends else "none"
+        args.position_embedding_type = ARCHITECTURES[args.architecture].positions
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     padded = -(-args.vocab_size // multiple) * multiple
     args.padded_vocab_size = args.padded_vocab_size or padded
@@ -111,6 +110,11 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     if args.num_experts and args.tensor_model_parallel_size > 1:
         args.sequence_parallel = True  # as pretrain_smlp.py does
     return args
+
+
+def _default_width(args: argparse.Namespace) -> int:
+    """Return Megatron's --ffn-hidden-size: a gated FFN has 2 / 3 of the width, in steps of 64."""
+    return int((4 * args.hidden_size * 2 / 3) / 64) * 64 if args.swiglu else 4 * args.hidden_size
 
 
 def _refuse_misspelt(values: dict[str, Any]) -> None:

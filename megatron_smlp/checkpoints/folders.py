@@ -7,15 +7,18 @@
 | `.iter_0000010.partial-4f1c/` | a save in progress, or what an interrupted one left |
 | `.iter_0000010.replaced/` | the older one of this name, for the moment of its replacement |
 | `.iter_0000010.deleted/` | one that retention is deleting |
+| `.writer-000007` | the claim of the run that writes here (claim.py) |
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import shutil
 from pathlib import Path
 
+from megatron_smlp.durable import remove_folder
 from megatron_smlp.errors import UsageError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -26,7 +29,8 @@ MODEL = "model.json"
 RUN = "run.json"
 
 NAME = re.compile(r"iter_(\d{7,})")
-LEFTOVER = re.compile(r"\.(iter_\d{7,}|release)\.(partial-\w+|replaced|deleted)")
+LEFTOVER = re.compile(r"\.(iter_\d{7,}|release)\.(partial-\w+|replaced|deleted)(\.deleted)?")
+TRACKER_IN_PROGRESS = f".{TRACKER}.*.tmp"
 
 
 def iteration_folder(run: str | Path, iteration: int) -> Path:
@@ -143,20 +147,28 @@ def partial_folder(final: Path) -> Path:
 def tidy(run: str | Path) -> list[str]:
     """Undo or finish what interrupted saves and deletions left in a run's folder.
 
+    Each is renamed before it is deleted: a writer that was taken for dead, and comes back, does not
+    find half of one to give its final name to.
+
     Returns:
         the names of what was removed.
     """
     if not Path(run).is_dir():
         return []
+    for path in Path(run).glob(TRACKER_IN_PROGRESS):
+        path.unlink(missing_ok=True)
     removed = []
     for path in sorted(Path(run).iterdir()):
         match = LEFTOVER.fullmatch(path.name)
         if match is None:
             continue
         final = path.with_name(match[1])
-        if match[2] == "replaced" and not final.exists():
+        if match[3]:
+            shutil.rmtree(path, ignore_errors=True)
+        elif match[2] == "replaced" and not final.exists():
             path.rename(final)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_folder(path)
             removed.append(path.name)
     return removed

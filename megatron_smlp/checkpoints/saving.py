@@ -3,6 +3,7 @@
 1. `start`: a new hidden folder, which Megatron's writers fill.
 2. `add_share`: each rank leaves the checksums of its own shards in it, with --async-save in the
    process that wrote them.
+0. `claim`: rank 0 makes this run the folder's only writer (claim.py), before anything is read.
 3. `commit`: rank 0 adds the flags, seals the folder with checksums and marker, renames it, moves
    the tracker, and deletes what retention leaves over.
 
@@ -17,14 +18,16 @@ import contextlib
 import re
 import shutil
 import signal
+import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_smlp.checkpoints import integrity, retention
+from megatron_smlp.checkpoints.claim import DONE, FAILED, Before, Claim
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
     iteration_of,
@@ -36,7 +39,10 @@ from megatron_smlp.checkpoints.run_record import write_run_record
 from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.durable import replace_folder, write_durably
-from megatron_smlp.errors import SaveError, UsageError
+from megatron_smlp.errors import SaveError, TakenOverError, UsageError
+
+SHARING = 30.0
+"""Seconds in which a file of one machine is seen by the others that share its folder."""
 
 
 class Listener(Protocol):
@@ -45,6 +51,9 @@ class Listener(Protocol):
     def say(self, text: str) -> None: ...
 
     def saved(self, *, iteration: int, seconds: float) -> None: ...
+
+    def found(self, before: Before) -> None:
+        """The last run in this folder left this; on rank 0 alone."""
 
 
 @dataclass
@@ -65,6 +74,8 @@ class Saving:
         self.args = args
         self.listener = listener
         self.open: deque[Save] = deque()
+        self.claimed: Claim | None = None
+        """On rank 0."""
         self.unsaved = 0
         """The latest iteration that could not be saved; 0 if a later one was."""
 
@@ -78,13 +89,80 @@ class Saving:
             SaveError: at the end, if the last checkpoint could not be saved.
         """
         self._make_folder()
+        outcome = FAILED
         try:
             yield
+            self._raise_if_unsaved()
+            outcome = DONE
         except SystemExit as end:  # as by a signal, or --exit-interval
             if not end.code:
                 self._raise_if_unsaved()
+                outcome = DONE
             raise
-        self._raise_if_unsaved()
+        finally:
+            self.release(outcome)
+
+    def release(self, outcome: str) -> None:
+        """Leave the folder to the next run: DONE or FAILED."""
+        if self.claimed:
+            self.claimed.release(outcome)
+
+    def claim(self) -> None:
+        """Make this run the only writer of --save. Collective.
+
+        Raises:
+            UsageError: another run writes there, or the ranks' folders are not one.
+        """
+        if not self.args.save:
+            return
+        problem = self._take() if self._is_first_rank() else ""
+        name, problem = from_first_rank((self.claimed and self.claimed.path.name, problem))
+        if problem:
+            raise UsageError(problem)
+        if name:
+            self._check_shared(Path(self.args.save) / name)
+
+    def _take(self) -> str:
+        try:
+            self.claimed = Claim(Path(self.args.save), self.listener.say)
+        except UsageError as error:
+            return str(error)
+        except OSError as error:
+            self.listener.say(
+                f"WARNING: {self.args.save} cannot be claimed ({text_of(error)}): nothing keeps "
+                "another run from writing there."
+            )
+            return ""
+        if self.claimed.before:
+            self.listener.found(self.claimed.before)
+        return ""
+
+    def _check_shared(self, claim: Path) -> None:
+        deadline = time.monotonic() + SHARING
+        while not (is_there := claim.exists()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        hosts = gathered((socket.gethostname(), is_there))
+        if not all(found for _, found in hosts):
+            other = next(host for host, found in hosts if not found)
+            raise UsageError(
+                f"--save {self.args.save} on {other} is not the folder of that name on "
+                f"{hosts[0][0]}, where the first rank is: give one that all machines share."
+            )
+
+    def reached(self, iteration: int) -> None:
+        """Note how far the run is.
+
+        Raises:
+            TakenOverError: another run has taken the folder over in the meantime.
+        """
+        if self.claimed:
+            self.claimed.iteration = iteration
+            if self.claimed.is_lost:
+                self.claimed.check()
+
+    def _fence(self) -> None:
+        if self.claimed:
+            self.claimed.check()
 
     def _make_folder(self) -> None:
         if self.args.save and self._is_first_rank():
@@ -144,15 +222,18 @@ class Saving:
             self.unsaved = 0
         self.listener.saved(iteration=iteration, seconds=seconds)
 
-    def _publish(self, save: Save) -> list[str]:
+    def _publish(self, save: Save) -> Sequence[str | TakenOverError]:
         try:
             write_model_flags(self.args, save.partial)
             write_run_record(self.args, save.partial, iteration=iteration_of(save.final))
             integrity.seal(save.partial)
+            self._fence()
             replace_folder(save.partial, save.final)
             iteration = iteration_of(save.final)
             tracked = save.final.name if iteration is None else str(iteration)
-            write_durably(save.final.parent / TRACKER, tracked)
+            write_durably(save.final.parent / TRACKER, tracked, before_rename=self._fence)
+        except TakenOverError as error:
+            return [error]
         except OSError as error:
             return [text_of(error)]
         if iteration is not None and save.final.parent == Path(self.args.save):
@@ -190,11 +271,11 @@ class Saving:
         if self._is_first_rank():
             shutil.rmtree(save.partial, ignore_errors=True)
 
-    def _agree(self, problems: list[str]) -> None:
-        """Raise SaveError on every rank where one has a problem. Collective."""
-        found = [problem for rank in gathered(problems) for problem in rank]
+    def _agree(self, problems: Sequence[str | TakenOverError]) -> None:
+        """Raise on every rank where one has a problem. Collective."""
+        found = [problem for rank in gathered(list(problems)) for problem in rank]
         if found:
-            raise SaveError(found[0])
+            raise found[0] if isinstance(found[0], TakenOverError) else SaveError(found[0])
 
     def _is_first_rank(self) -> bool:
         return bool(self.args.rank == 0)

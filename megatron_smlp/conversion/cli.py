@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_smlp.checkpoints.folders import TRACKER
 from megatron_smlp.command_line import Parser, flag_of
+from megatron_smlp.conversion.target import check_target
 from megatron_smlp.errors import UsageError
 from megatron_smlp.library_logging import silence_libraries
 from megatron_smlp.options import MODEL_FLAGS, argument_of
@@ -42,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--from", dest="source", choices=["torch_dist", "hf", "gpt2"], default="torch_dist",
-        help="torch_dist: the --save folder of a run; hf: a folder that --to hf wrote, or a "
-        "GPT2LMHeadModel folder; gpt2: only the latter",
+        help="torch_dist: the --save folder of a run; hf: a folder that --to hf wrote, or "
+        "one of GPT2LMHeadModel or LlamaForCausalLM; gpt2: only a GPT-2",
     )  # fmt: skip
     parser.add_argument(
         "--to", dest="target", choices=["torch_dist", "hf"], required=True, help="what to write"
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     shard_limit = parse_size(options.max_shard_size)
     _check_load(options.load, options.source)
-    _check_save(options.save, options.load, overwrite=options.overwrite)
+    check_target(options.save, options.load, overwrite=options.overwrite)
     # Imported late: torch and Megatron take seconds, and --help and wrong flags should not.
     silence_libraries()
     return_large_blocks()
@@ -140,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save=options.save,
         source=options.source,
         iteration=options.ckpt_step,
+        overwrite=options.overwrite,
         checks=options.checks,
         shard_limit=shard_limit,
         tokenizer=options.tokenizer_model,
@@ -164,20 +166,6 @@ def _check_load(load: Path, source: str) -> None:
         raise UsageError(f"--load {load} is a folder of transformers: give --from hf.")
     if source != "torch_dist" and is_run and not is_huggingface:
         raise UsageError(f"--load {load} is a checkpoint of Megatron's: give --from torch_dist.")
-
-
-def _check_save(target: Path, source: Path, *, overwrite: bool) -> None:
-    """Raise UsageError where writing `target` would lose something."""
-    if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise UsageError(
-            f"--save {target} holds --load {source}, which would be deleted: give another folder."
-        )
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"--save {target} is a file: give a folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UsageError(
-            f"--save {target} is not empty: give another folder, or --overwrite to replace it."
-        )
 
 
 def parse_size(text: str) -> int:

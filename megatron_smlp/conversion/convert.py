@@ -19,12 +19,20 @@ from megatron_smlp.checkpoints.tensors import Source, Spec, check_scale, tensors
 from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.checkpoints.torch_dist import COMMON, TorchDistCheckpoint
 from megatron_smlp.checkpoints.writer import weights_state, write_checkpoint
-from megatron_smlp.conversion import gpt2, huggingface, megatron_model, resharding, upcycling
+from megatron_smlp.conversion import (
+    gpt2,
+    huggingface,
+    llama,
+    megatron_model,
+    resharding,
+    upcycling,
+)
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
 from megatron_smlp.conversion.padding import Repadded, padded_size
 from megatron_smlp.conversion.recipes import Converted, Plan, Recipe, same
 from megatron_smlp.conversion.record import converted_record
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
+from megatron_smlp.conversion.target import check_target
 from megatron_smlp.data.tokenizers.folder import tokenizer_folder
 from megatron_smlp.durable import flush_folder, replace_folder
 from megatron_smlp.errors import UsageError
@@ -48,7 +56,8 @@ class Options:
 
     load: Path
     save: Path
-    """A folder that is there is replaced when all is written: the command line asks first."""
+    overwrite: bool = False
+    """Whether a folder `save` that is not empty is replaced, when all is written."""
     source: str = "torch_dist"
     """Format of `load`: torch_dist, hf or gpt2."""
     iteration: int | None = None
@@ -82,16 +91,19 @@ class Weights:
 
 
 def torch_dist_to_hf(options: Options, say: Say = print) -> None:
-    """Convert a Megatron checkpoint to a folder for transformers."""
+    """Convert a Megatron checkpoint to a folder for transformers: a Llama, or our own model."""
     with one_process():
         checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
         source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags)
-        config = huggingface.config_of(flags)
-        plan = huggingface.export_plan(source.specs, flags)
-        expected = huggingface.expected_shapes(huggingface.build(config))
+        ours = huggingface.config_of(flags)
+        is_llama = llama.fits(ours)
+        form: Any = llama if is_llama else huggingface
+        config = llama.exported(ours) if is_llama else ours
+        plan = form.export_plan(source.specs, flags)
+        expected = huggingface.expected_shapes(form.build(config))
         converted = Converted(plan, source, expected, where=str(checkpoint.folder))
         tokenizer = options.tokenizer or tokenizer_folder(checkpoint.args, say)
-        with _whole(options.save) as folder:
+        with _whole(options) as folder:
             huggingface.write(
                 folder,
                 config,
@@ -103,8 +115,9 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
             if options.checks:
                 tokens = _tokens(flags)
                 before = _megatron_logits(checkpoint, checkpoint.flags, tokens)
-                say(check(before, huggingface.logits(config, SafetensorsFolder(folder), tokens)))
-    say(f"{options.save}: {len(converted.specs)} tensors written for transformers")
+                say(check(before, form.logits(config, SafetensorsFolder(folder), tokens)))
+    kind = ", as a Llama" if is_llama else ""
+    say(f"{options.save}: {len(converted.specs)} tensors written for transformers{kind}")
 
 
 def to_torch_dist(options: Options, say: Say = print) -> None:
@@ -131,7 +144,7 @@ def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
         _account(checkpoint, checkpoint.specs, checkpoint.flags, str(checkpoint.folder))
         source, flags = _padded(options, checkpoint, checkpoint.all_specs, checkpoint.flags)
         resharding.check_layout(flags, options.layout)
-        with _whole(options.save) as folder:
+        with _whole(options) as folder:
             resharding.copy(checkpoint, source, folder, flags, options.layout)
             keep_tokenizer(checkpoint.args, folder)
             if options.checks:
@@ -172,8 +185,12 @@ def _weights(options: Options) -> Weights:
         gpt2_files = gpt2.GPT2Folder(options.load, config)
         logits = partial(gpt2.logits, values, gpt2_files)
         return _of_files(options, config, gpt2_files, gpt2.import_plan, logits, GPT2_DIVISIBLE_BY)
-    config = huggingface.read_config(options.load)
     files = SafetensorsFolder(options.load)
+    if values["model_type"] == llama.MODEL_TYPE:
+        config = llama.config_of(values, options.load)
+        logits = partial(llama.logits_of_values, values, files)
+        return _of_files(options, config, files, llama.import_plan, logits)
+    config = huggingface.read_config(options.load)
     logits = partial(huggingface.logits, config, files)
     return _of_files(options, config, files, huggingface.import_plan, logits)
 
@@ -250,21 +267,23 @@ def _release(
     names = megatron_model.object_names(flags)
     objects: dict[str, Any] = {name: [None] for name in names}
     objects[COMMON] = [weights_state(flags, options.layout)]
-    with _whole(options.save) as folder:
+    with _whole(options) as folder:
         tensors = written_tensors(tensors_of(source), source.specs.values())
         write_checkpoint(folder, None, tensors, objects, flags=flags, record=record)
         yield folder
 
 
 @contextlib.contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """Make a hidden folder to write into; at the end it takes the place of `target`.
+def _whole(options: Options) -> Iterator[Path]:
+    """Make a hidden folder to write into; at the end it takes the place of `options.save`.
 
     Ctrl-C, SIGTERM, a full disk and any other error remove what was written.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: it cannot be written, or something would be lost.
     """
+    target = options.save
+    check_target(target, options.load, overwrite=options.overwrite)
     hidden = partial_folder(target)
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_smlp.checkpoints.tensors import Source, Spec, check_scale, main_dtype
 from megatron_smlp.command_line import flag_of
@@ -29,7 +31,7 @@ from megatron_smlp.hf import configuration_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPModel
 from megatron_smlp.options import MEGATRON_FLAGS, MODEL_FLAGS, model_defaults
-from megatron_smlp.systems import TOKEN_ROUTERS
+from megatron_smlp.systems import ARCHITECTURES, TOP_K, experts_of_a_token
 
 # Megatron's flag -> the configuration's name.
 NAMES = {name: facts.hf for name, facts in MODEL_FLAGS.items() if facts.hf}
@@ -47,6 +49,7 @@ IMPOSSIBLE = (
     StrictDataclassError,
 )
 MODEL_TYPE = SMLPConfig.model_type
+POSITIONS = ("learned_absolute", "rope", "none")
 LAYERS = ("num_layers", "num_hidden_layers", "n_layer")
 CODE = ("configuration_smlp.py", "modeling_smlp.py")
 
@@ -57,8 +60,12 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     Raises:
         UsageError: a flag that the Hugging Face model has no equal for.
     """
-    positions = "learned_absolute" if flags["architecture"] == "transformer" else "none"
-    only_ones = {**UNSUPPORTED, "position_embedding_type": positions}
+    architecture = ARCHITECTURES[flags["architecture"]]
+    only_ones = dict(UNSUPPORTED)
+    if not architecture.attends:
+        only_ones |= {"position_embedding_type": architecture.positions, "swiglu": False}
+    elif flags["position_embedding_type"] not in POSITIONS:
+        only_ones["position_embedding_type"] = " or ".join(POSITIONS)
     for name, only in only_ones.items():
         if flags[name] != only:
             raise UsageError(
@@ -74,6 +81,8 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     with impossible("the model's flags"):
         return SMLPConfig(
             **{theirs: flags[ours] for ours, theirs in NAMES.items()},
+            num_query_groups=flags["num_query_groups"] if flags["group_query_attention"] else None,
+            moe_router_topk=flags["moe_router_topk"] if flags["token_router"] in TOP_K else None,
             moe_eval_capacity_factor=None,  # a score must not depend on what else is in its batch
             hidden_act="gelu_new" if flags["openai_gelu"] else "gelu",
             tie_word_embeddings=not flags["untie_embeddings_and_output_weights"],
@@ -82,7 +91,6 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
 
 def flags_of(config: SMLPConfig) -> dict[str, Any]:
     """Return a Megatron checkpoint's model flags for the configuration of an exported folder."""
-    is_attention = config.architecture == "transformer"
     has_experts = config.token_router != "none"
     return {
         **UNSUPPORTED,
@@ -91,13 +99,13 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
         "hash_table": None,
         "moe_eval_capacity_factor": config.moe_eval_capacity_factor,
         "kv_channels": config.hidden_size // config.num_attention_heads,
-        "num_query_groups": None,
+        "group_query_attention": config.num_query_groups is not None,
+        "num_query_groups": config.num_query_groups,
         "max_position_embeddings": config.max_position_embeddings,
-        "position_embedding_type": "learned_absolute" if is_attention else "none",
         "num_experts": config.num_experts if has_experts else None,
         "moe_ffn_hidden_size": config.expert_width if has_experts else None,
         # Without experts it counts for nothing and is Megatron's default.
-        "moe_router_topk": TOKEN_ROUTERS[config.token_router].experts_per_token
+        "moe_router_topk": experts_of_a_token(config.token_router, config.moe_router_topk or 1)
         if has_experts
         else MEGATRON_FLAGS["moe_router_topk"].default,
         "openai_gelu": config.hidden_act == "gelu_new",
@@ -115,7 +123,7 @@ def read_config(folder: Path) -> SMLPConfig:
     if values["model_type"] != MODEL_TYPE:
         raise UsageError(
             f"{folder}/config.json is of a model of type {values['model_type']!r}; what can be "
-            f"read is {MODEL_TYPE!r}, which this tool writes, and 'gpt2'."
+            f"read is {MODEL_TYPE!r}, which this tool writes, 'llama' and 'gpt2'."
         )
     with impossible(f"{folder}/config.json"):
         config: SMLPConfig = SMLPConfig.from_dict(values)
@@ -184,7 +192,8 @@ def build(config: SMLPConfig) -> SMLPForCausalLM:
 def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Return every tensor of an exported folder; a tied output layer is not saved a second time."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    saved = model.state_dict().keys()  # without tables that are computed, as rotary ones
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if name in saved}
 
 
 def export_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
@@ -211,7 +220,7 @@ def import_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Rec
 
 def write(
     folder: Path,
-    config: SMLPConfig,
+    config: PreTrainedConfig,
     specs: Mapping[str, Spec],
     tensors: Iterable[tuple[str, Tensor]],
     *,
@@ -221,28 +230,36 @@ def write(
     """Write a folder that needs torch and transformers alone.
 
     Args:
+        config: ours, whose code goes along, or of a model that transformers has.
         specs: of `tensors`, in their order.
         shard_limit: bytes of one weights file.
         tokenizer: folder of a Hugging Face tokenizer to go with the model.
     """
+    if isinstance(config, SMLPConfig):
+        _add_code(config, folder)
+    else:
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = main_dtype(specs)
+    if tokenizer:
+        _add_tokenizer(config, tokenizer, folder)
+    config.save_pretrained(folder)
+    generation_config(config).save_pretrained(folder)
+    write_folder(folder, specs, tensors, limit=shard_limit)
+
+
+def _add_code(config: SMLPConfig, folder: Path) -> None:
     config.architectures = [SMLPForCausalLM.__name__]
     config.auto_map = {
         "AutoConfig": f"configuration_smlp.{SMLPConfig.__name__}",
         "AutoModel": f"modeling_smlp.{SMLPModel.__name__}",
         "AutoModelForCausalLM": f"modeling_smlp.{SMLPForCausalLM.__name__}",
     }
-    config.dtype = main_dtype(specs)
-    if tokenizer:
-        _add_tokenizer(config, tokenizer, folder)
-    config.save_pretrained(folder)
-    generation_config(config).save_pretrained(folder)
     source = Path(configuration_smlp.__file__).parent
     for file in CODE:
         shutil.copy(source / file, folder / file)
-    write_folder(folder, specs, tensors, limit=shard_limit)
 
 
-def _add_tokenizer(config: SMLPConfig, tokenizer: str, folder: Path) -> None:
+def _add_tokenizer(config: PreTrainedConfig, tokenizer: str, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
@@ -265,11 +282,12 @@ def _add_tokenizer(config: SMLPConfig, tokenizer: str, folder: Path) -> None:
     config.pad_token_id = loaded.pad_token_id
 
 
-def generation_config(config: SMLPConfig) -> Any:
+def generation_config(config: PreTrainedConfig) -> Any:
     """Return a configuration by which `generate` never draws padding of the vocabulary."""
     from transformers import GenerationConfig
 
-    padding = list(range(config.unpadded_vocab_size or config.vocab_size, config.vocab_size))
+    first = getattr(config, "unpadded_vocab_size", None) or config.vocab_size
+    padding = list(range(first, config.vocab_size))
     return GenerationConfig(
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,

@@ -32,7 +32,6 @@ ON_CPU: dict[str, Any] = {
     "masked_softmax_fusion": False,
     "bias_dropout_fusion": False,
     "persist_layer_norm": False,
-    "moe_router_pre_softmax": True,
     "hash_table": None,
     "moe_eval_capacity_factor": None,  # as in what is exported
 }
@@ -73,9 +72,13 @@ def _build(flags: Mapping[str, Any]) -> Any:
     from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
     from megatron_smlp.model import activation
     from megatron_smlp.routers.hash import attach_token_ids
+    from megatron_smlp.systems import weighs_all_experts
 
     known = {field.name for field in dataclasses.fields(SMLPTransformerConfig)}
     values = {name: value for name, value in flags.items() if name in known} | ON_CPU
+    values["moe_router_pre_softmax"] = weighs_all_experts(
+        flags["token_router"], flags["moe_router_topk"]
+    )
     config = SMLPTransformerConfig(
         **values,
         num_moe_experts=flags["num_experts"],

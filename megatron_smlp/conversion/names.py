@@ -27,7 +27,9 @@ OUTSIDE = {
     "output_layer.weight": "lm_head.weight",
 }
 
-# Within one layer: `decoder.layers.N.` and `model.layers.N.` are left out.
+# Within one layer: `decoder.layers.N.` and `model.layers.N.` are left out. What is not here keeps
+# its name within the slot: `self_attention.spatial.weight` is `mixer.spatial.weight`.
+SLOTS = {"self_attention.": "mixer.", "mlp.": "channel."}
 IN_LAYER = {
     "input_layernorm.weight": "mixer_norm.weight",
     "input_layernorm.bias": "mixer_norm.bias",
@@ -37,8 +39,6 @@ IN_LAYER = {
     "self_attention.linear_fc1.bias": "mixer.up_proj.bias",
     "self_attention.norm.weight": "mixer.gate_norm.weight",
     "self_attention.norm.bias": "mixer.gate_norm.bias",
-    "self_attention.spatial.weight": "mixer.spatial.weight",
-    "self_attention.spatial.bias": "mixer.spatial.bias",
     "self_attention.tiny_attention.linear_proj.weight": "mixer.tiny_attention.out_proj.weight",
     "self_attention.tiny_attention.linear_proj.bias": "mixer.tiny_attention.out_proj.bias",
     "self_attention.router.weight": "mixer.prefix_router",
@@ -50,9 +50,8 @@ IN_LAYER = {
     "mlp.linear_fc1.bias": "channel.up_proj.bias",
     "mlp.linear_fc2.weight": "channel.down_proj.weight",
     "mlp.linear_fc2.bias": "channel.down_proj.bias",
-    "mlp.router.weight": "channel.router.weight",
-    "mlp.router.prices": "channel.router.prices",
-    "mlp.router.table": "channel.router.table",
+    "mlp.shared_experts.linear_fc1.weight": "channel.shared_experts.up_proj.weight",
+    "mlp.shared_experts.linear_fc2.weight": "channel.shared_experts.down_proj.weight",
     "mlp.experts.experts.linear_fc1.weight": "channel.experts.up_proj",
     "mlp.experts.experts.linear_fc2.weight": "channel.experts.down_proj",
 }
@@ -93,7 +92,7 @@ def huggingface_names(name: str) -> tuple[str, ...]:
         if rest.startswith(fused):
             kind = rest.removeprefix(fused)
             return tuple(f"model.layers.{layer}.{part}{kind}" for part in parts)
-    return (f"model.layers.{layer}.{IN_LAYER[rest]}",)
+    return (f"model.layers.{layer}.{_within_layer(rest)}",)
 
 
 def to_huggingface(name: str, heads: HeadShape) -> dict[str, Recipe]:
@@ -121,6 +120,13 @@ def to_megatron(name: str, heads: HeadShape) -> Recipe:
     if len(sources) == 1:
         return Recipe(sources, same)
     return Recipe(sources, _stacked if _is_tiny(name) else partial(join_qkv, heads=heads))
+
+
+def _within_layer(name: str) -> str:
+    for slot, theirs in SLOTS.items():
+        if name not in IN_LAYER and name.startswith(slot):
+            return theirs + name.removeprefix(slot)
+    return IN_LAYER[name]
 
 
 def _is_tiny(name: str) -> bool:

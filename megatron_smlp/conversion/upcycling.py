@@ -35,6 +35,7 @@ from megatron_smlp.checkpoints.tensors import Spec
 from megatron_smlp.conversion.recipes import Plan, Recipe, same
 from megatron_smlp.errors import UsageError
 from megatron_smlp.routers.hash_table import random_table
+from megatron_smlp.systems import ARCHITECTURES
 
 SCALE: dict[str, Callable[[int], float]] = {"switch": float, "base": lambda experts: 2.0}
 EXTRA_WIDTH = 8
@@ -76,16 +77,17 @@ def target_flags(flags: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
 def _add_experts(target: dict[str, Any]) -> None:
     if not target["num_experts"]:
         raise UsageError(f"--token-router {target['token_router']}: give --num-experts too.")
-    has_bias = target["architecture"] == "transformer" and target["add_bias_linear"]
+    has_ffn = ARCHITECTURES[target["architecture"]].channel == "mlp"
+    has_bias = has_ffn and target["add_bias_linear"]
     if has_bias and target["normalization"] != "LayerNorm":
         raise UsageError(
             f"--normalization {target['normalization']} and biases: experts have no bias, and "
             "only LayerNorm's zero sum can carry one."
         )
-    if target["swiglu"] and target["architecture"] == "transformer":
+    if target["swiglu"] and has_ffn:
         raise UsageError("--swiglu: only GELU models can be upcycled.")
     dense = target["ffn_hidden_size"]
-    fewest = dense + has_bias if target["architecture"] == "transformer" else 1
+    fewest = dense + has_bias if has_ffn else 1
     default = dense + EXTRA_WIDTH * has_bias
     width = target["moe_ffn_hidden_size"] = target["moe_ffn_hidden_size"] or default
     if width < fewest:

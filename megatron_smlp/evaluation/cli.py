@@ -39,7 +39,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt-style", choices=["lm_eval", "paper"], default="lm_eval",
         help="how COPA asks (default lm_eval)",
     )  # fmt: skip
-    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each")
     tasks.add_argument("--samples", metavar="FILE", help="JSON lines: each example's scores")
     tasks.add_argument("--markdown", metavar="FILE", help="a report beside the paper's figures")
     text = parser.add_argument_group("perplexity")
@@ -53,7 +52,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="report what position P of a window, or a fraction of T, and later ones predict too "
         "(default: the prefix of partial prediction, else nothing)",
     )  # fmt: skip
+    text.add_argument(
+        "--breakdown", action="store_true",
+        help="also the loss by position, by the token's frequency, and by what it repeats",
+    )  # fmt: skip
     both = parser.add_argument_group("both")
+    both.add_argument(
+        "--limit", type=int, metavar="N",
+        help="only the first N examples of each task, or N windows spread over the dataset",
+    )  # fmt: skip
     both.add_argument(
         "--seq-length", type=int, metavar="N",
         help="tokens that --checkpoint gets at once (default: those of its training; more with "
@@ -86,9 +93,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             raise UsageError(
                 f"{flag_of(flag)} goes with --checkpoint DIR, the run that --hf came from"
             )
-    for flag in ("stride", "split", "suffix_from"):
-        if options.tasks and (value := getattr(options, flag)) is not None:
-            raise UsageError(f"{flag_of(flag)} {value} goes with --data-path PREFIX")
+    for flag in ("stride", "split", "suffix_from", "breakdown"):
+        if options.tasks and (value := getattr(options, flag)) not in (None, False):
+            given = flag_of(flag) if value is True else f"{flag_of(flag)} {value}"
+            raise UsageError(f"{given} goes with --data-path PREFIX")
     if options.hf and rest:
         raise UsageError(f"{rest[0]} is not a flag of evaluate.py --hf; `--help` lists them")
     for flag in ("limit", "batch_size", "stride", "seq_length"):
@@ -144,10 +152,19 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
         stride=options.stride,
         suffix_from=suffix_from,
         split=options.split,
+        limit=options.limit,
+        breaks_down=options.breakdown,
     )
     if args.rank != 0:
         return
+    for name, bins in result.get("breakdown", {}).items():
+        print(f"{name:12}{'tokens':>10}{'loss':>10}{'sd':>10}", file=terminal())
+        for each in bins:
+            numbers = f"{each['tokens']:>10,}{each['loss']:>10.4f}{each['sd']:>10.4f}"
+            print(f"  {each['label']:10}{numbers}", file=terminal())
     for name, value in result.items():
+        if name == "breakdown":
+            continue
         shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
         print(f"{name.replace('_', ' ')}: {shown}", file=terminal(), flush=True)
     if options.output:

@@ -101,7 +101,7 @@ def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:
     if wanted > args.seq_length and not any_length:
         raise UsageError(
             f"--seq-length {wanted} is over the {args.seq_length} tokens of the training: only "
-            "spatial gating with --toeplitz, and without learned positions, reads longer "
+            "a model with --toeplitz, and without learned positions, reads longer "
             f"sequences; give at most {args.seq_length}"
         )
     size = args.tensor_model_parallel_size

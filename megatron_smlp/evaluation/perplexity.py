@@ -23,6 +23,7 @@ from megatron_smlp.data.pairs.indexed import Index, open_index, strip_suffix
 from megatron_smlp.data.pairs.training_check import verify_for_training
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.breakdown import Breakdown, as_record
 from megatron_smlp.evaluation.megatron_model import MegatronScorer, Row
 
 CHUNK = 256
@@ -106,6 +107,8 @@ def measure(
     stride: int | None,
     suffix_from: int,
     split: str | None = None,
+    limit: int | None = None,
+    breaks_down: bool = False,
 ) -> dict[str, Any]:
     """Return the perplexity of a pair, and the numbers that it is made of. Collective.
 
@@ -113,6 +116,8 @@ def measure(
         stride: tokens between the beginnings of windows; None: T, no overlap.
         suffix_from: P, to report what positions from there on predict too; 0: do not.
         split: the --split of a run, to read only what it validates on.
+        limit: windows to score, spread evenly over the text; None: all.
+        breaks_down: also return `breakdown`, see evaluation/breakdown.py.
 
     Raises:
         UsageError: no such pair, one of another vocabulary, or too little text.
@@ -140,23 +145,34 @@ def measure(
         raise UsageError(f"--data-path {prefix} has {len(tokens)} tokens: there is none to predict")
     whole: list[float] = []  # -log p, a sum per window
     suffix: list[float] = []
-    num_suffix = 0
+    num_tokens = num_suffix = 0
     cut = windows(tokens, longest=scorer.longest, stride=stride)
+    if limit is not None:
+        count = -(-(len(tokens) - 1) // stride)
+        cut = itertools.islice(cut, 0, None, max(1, count // limit))
+        cut = itertools.islice(cut, limit)
+    breakdown = Breakdown(np.bincount(tokens, minlength=tokenizer.vocab_size))
     for rows in itertools.batched(cut, CHUNK):
         for row, score in zip(rows, scorer.score(rows), strict=True):
+            if breaks_down:
+                breakdown.add(row, score)
+            num_tokens += row.scored
             whole.append(-math.fsum(score.logprobs))
             first = len(row.tokens) - 1 - row.scored  # the position of the first score
             behind = score.logprobs[max(0, suffix_from - first) :] if suffix_from else ()
             suffix.append(-math.fsum(behind))
             num_suffix += len(behind)
-    nll, num_tokens = math.fsum(whole), len(tokens) - 1
+    nll = math.fsum(whole)
     result: dict[str, Any] = {"tokens": num_tokens, "nll": nll, "stride": stride}
     result["perplexity"] = math.exp(nll / num_tokens)
-    result |= _of_text(part, tokenizer, nll)
+    if num_tokens == len(tokens) - 1:
+        result |= _of_text(part, tokenizer, nll)
     if num_suffix:
         result["suffix_from"] = suffix_from
         result["suffix_tokens"] = num_suffix
         result["suffix_perplexity"] = math.exp(math.fsum(suffix) / num_suffix)
+    if breaks_down:
+        result["breakdown"] = as_record(breakdown.report())
     return result
 
 

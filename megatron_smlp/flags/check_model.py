@@ -6,7 +6,7 @@ import argparse
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.systems import ARCHITECTURES, SPATIAL
+from megatron_smlp.systems import ARCHITECTURES, MIXERS, load
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -21,11 +21,11 @@ def check_model(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"{flag_of(name)} {value}: give a positive number (or a --config that has it)."
             )
-    if ARCHITECTURES[args.architecture].attends:
+    kind = ARCHITECTURES[args.architecture]
+    if kind.attends:
         _check_attention(args)
-    if args.architecture in SPATIAL:
-        _check_spatial(args)
-    if ARCHITECTURES[args.architecture].sparse_mixer:
+    _check_mixer(args, MIXERS[kind.mixer].check)
+    if kind.sparse_mixer:
         _check_sparse(args)
     _check_experts(args)
 
@@ -44,24 +44,13 @@ def _check_attention(args: argparse.Namespace) -> None:
         )
 
 
-def _check_spatial(args: argparse.Namespace) -> None:
-    from megatron_smlp.layers.spatial_gating import check_gate
-
-    heads = {"--spatial-heads": args.spatial_heads}
-    if args.feature_router != "none":
-        flag = "--num-feature-chunks" if args.num_feature_chunks else "--num-feature-experts"
-        heads[flag] = args.num_feature_chunks or args.num_feature_experts
-    for flag, count in heads.items():
-        try:
-            check_gate(
-                flag,
-                num_heads=count,
-                ffn_hidden_size=args.ffn_hidden_size,
-                tensor_parallel=args.tensor_model_parallel_size,
-                context_parallel=args.context_parallel_size,
-            )
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+def _check_mixer(args: argparse.Namespace, check: str | None) -> None:
+    if check is None:
+        return
+    try:
+        load(check)(args)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _check_sparse(args: argparse.Namespace) -> None:

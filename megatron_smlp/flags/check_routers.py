@@ -7,12 +7,25 @@ from typing import Any
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.unused_flags import refuse_unless
+from megatron_smlp.flags.unused_flags import one_of, refuse_unless
 from megatron_smlp.options import prefix_length
-from megatron_smlp.systems import BALANCED, TOKEN_ROUTERS
+from megatron_smlp.systems import BALANCED, TOKEN_ROUTERS, TOP_K
 
 ALLOWED = ", ".join(TOKEN_ROUTERS)
 CAPACITIES = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
+# What --token-router topk passes on to Megatron's router.
+TOP_K_FLAGS = (
+    "moe_router_topk",
+    "moe_router_load_balancing_type",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+    "moe_router_bias_update_rate",
+    "moe_router_topk_scaling_factor",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_overlap",
+)
+BALANCING = ("aux_loss", "none")
+SCORES = ("softmax", "sigmoid")
 # Megatron's top-k router reads these, ours do not.
 MEGATRON_ROUTER_FLAGS = (
     "moe_router_load_balancing_type",
@@ -38,6 +51,8 @@ EXPERT_FLAGS = {
     "moe_apply_probs_on_input": "the weight of an expert scales its output",
     "moe_latent_size": "experts read and write the hidden size",
     "moe_shared_expert_intermediate_size": "there are no shared experts",
+    "moe_shared_expert_overlap": "there are no shared experts",
+    "moe_shared_expert_gate": "a shared expert has weight 1",
     "moe_use_upcycling": "tools/convert_checkpoint.py --upcycle makes a dense model sparse",
 }
 
@@ -53,6 +68,8 @@ def check_token_router(args: argparse.Namespace) -> None:
     if args.token_router == "none":
         return
     _refuse_megatrons(args)
+    if args.token_router in TOP_K:
+        _check_top_k(args)
     _check_capacity(args)
     _check_aux_loss_coeff(args)
     _check_prices(args)
@@ -64,8 +81,14 @@ def _check_aux_loss_coeff(args: argparse.Namespace) -> None:
         return
     if args.token_router not in BALANCED:
         raise UsageError(
-            f"--moe-aux-loss-coeff is for --token-router {' or '.join(BALANCED)}, not "
+            f"--moe-aux-loss-coeff is for --token-router {one_of(BALANCED)}, not "
             f"{args.token_router}, which has no balance loss: leave it out."
+        )
+    if args.moe_router_load_balancing_type == "none":
+        raise UsageError(
+            f"--moe-aux-loss-coeff {given} has no loss to weigh: --moe-router-enable-expert-bias "
+            "balances in its place. Give --moe-router-load-balancing-type aux_loss for both, or "
+            "leave it out."
         )
     if isinstance(given, list) and len(given) > 1:
         raise UsageError(
@@ -125,7 +148,7 @@ def _check_presence(args: argparse.Namespace) -> None:
             f"--token-router {router} without --num-experts: give the number of experts, or "
             "--token-router none."
         )
-    fewest = TOKEN_ROUTERS[router].experts_per_token
+    fewest = max(1, args.moe_router_topk)
     if experts < fewest:
         raise UsageError(
             f"--num-experts {experts} is too few for --token-router {router}: give {fewest} or "
@@ -133,16 +156,51 @@ def _check_presence(args: argparse.Namespace) -> None:
         )
 
 
-def _refuse_megatrons(args: argparse.Namespace) -> None:
-    for name in MEGATRON_ROUTER_FLAGS:
-        if name in args.explicit_flags:
+def _check_top_k(args: argparse.Namespace) -> None:
+    if args.moe_router_topk < 1:
+        raise UsageError(
+            f"--moe-router-topk {args.moe_router_topk}: give how many of the --num-experts "
+            f"{args.num_experts} a token visits, 1 or more."
+        )
+    for name, allowed in (
+        ("moe_router_load_balancing_type", BALANCING),
+        ("moe_router_score_function", SCORES),
+    ):
+        value = getattr(args, name)
+        values = value if isinstance(value, list) else [value]
+        if len(values) != 1 or values[0] not in allowed:
             raise UsageError(
-                f"{flag_of(name)} is for Megatron's top-k router, not for --token-router "
+                f"{flag_of(name)} {' '.join(map(str, values))} is not available with "
+                f"--token-router {args.token_router}: give {one_of(allowed)}."
+            )
+    if args.moe_router_enable_expert_bias and args.moe_router_score_function != "sigmoid":
+        raise UsageError(
+            "--moe-router-enable-expert-bias is for --moe-router-score-function sigmoid, not "
+            f"{args.moe_router_score_function}: give that, or leave it out."
+        )
+    rate = args.explicit_flags.get("moe_router_bias_update_rate")
+    if rate is not None and not args.moe_router_enable_expert_bias:
+        raise UsageError(
+            f"--moe-router-bias-update-rate {rate:g} is for --moe-router-enable-expert-bias: give "
+            "that too, or leave it out."
+        )
+    for name in ("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"{flag_of(name)} {value:g}: must be over 0, or left out.")
+
+
+def _refuse_megatrons(args: argparse.Namespace) -> None:
+    passed_on = TOP_K_FLAGS if args.token_router in TOP_K else ()
+    for name in MEGATRON_ROUTER_FLAGS:
+        if name in args.explicit_flags and name not in passed_on:
+            raise UsageError(
+                f"{flag_of(name)} is for Megatron's own routing, not for --token-router "
                 f"{args.token_router}: leave it out. Capacities are {flag_of(CAPACITIES[0])} and "
                 f"{flag_of(CAPACITIES[1])}."
             )
     for name, here in EXPERT_FLAGS.items():
-        if name in args.explicit_flags:
+        if name in args.explicit_flags and name not in passed_on:
             raise UsageError(
                 f"{flag_of(name)} is not available with --token-router {args.token_router}: "
                 f"{here}. Leave it out."
@@ -152,7 +210,7 @@ def _refuse_megatrons(args: argparse.Namespace) -> None:
             f"--moe-router-dtype {args.moe_router_dtype}: routers compute in fp32 here. Give fp32, "
             "or leave it out."
         )
-    topk = TOKEN_ROUTERS[args.token_router].experts_per_token
+    topk = args.moe_router_topk
     given = args.explicit_flags.get("moe_router_topk", topk)
     if given != topk:
         raise UsageError(

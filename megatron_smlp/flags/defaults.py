@@ -16,7 +16,7 @@ from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
 from megatron_smlp.options import NEVER_OLDER, OUR_FLAGS
 from megatron_smlp.platform import cpu
 from megatron_smlp.routers.hash_table import BALANCED
-from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS
+from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS, weighs_all_experts
 
 AUX_LOSS_COEFF = 0.01
 
@@ -50,7 +50,7 @@ def _fill_in_layers(args: argparse.Namespace) -> None:
         args.apply_rope_fusion &= _has("transformer_engine")
     if not ARCHITECTURES[args.architecture].attends:
         if "position_embedding_type" not in given:
-            args.position_embedding_type = "none"  # its rows are positions
+            args.position_embedding_type = ARCHITECTURES[args.architecture].positions
         if args.num_attention_heads is None:
             # Megatron wants a number that every parallel size divides; nothing attends.
             args.num_attention_heads = args.hidden_size
@@ -69,16 +69,22 @@ def _fill_in_token_router(args: argparse.Namespace) -> None:
     rule = TOKEN_ROUTERS.get(args.token_router)
     if rule is None:
         return
-    args.moe_router_topk = rule.experts_per_token
-    args.moe_router_load_balancing_type = "aux_loss" if rule.has_balance_loss else "none"
-    if not rule.has_balance_loss:
+    given = args.explicit_flags
+    if not (rule.takes_topk and "moe_router_topk" in given):
+        args.moe_router_topk = rule.experts_per_token
+    has_loss = rule.has_balance_loss and not args.moe_router_enable_expert_bias
+    if not (rule.takes_topk and "moe_router_load_balancing_type" in given):
+        args.moe_router_load_balancing_type = "aux_loss" if has_loss else "none"
+    if args.moe_router_load_balancing_type in (["aux_loss"], ["none"]):
+        args.moe_router_load_balancing_type = args.moe_router_load_balancing_type[0]
+    if args.moe_router_load_balancing_type == "none":
         args.moe_aux_loss_coeff = 0.0
     elif "moe_aux_loss_coeff" not in args.explicit_flags:
         args.moe_aux_loss_coeff = AUX_LOSS_COEFF
     elif isinstance(args.moe_aux_loss_coeff, list) and len(args.moe_aux_loss_coeff) == 1:
         # Megatron reads a list of numbers, for its several losses; here there is one.
         args.moe_aux_loss_coeff = float(args.moe_aux_loss_coeff[0])
-    args.moe_router_pre_softmax = True  # Megatron insists on it where a token visits one expert
+    args.moe_router_pre_softmax = weighs_all_experts(args.token_router, args.moe_router_topk)
     if "moe_token_drop_policy" not in args.explicit_flags:
         # By probability, later tokens push out earlier ones.
         args.moe_token_drop_policy = "position"

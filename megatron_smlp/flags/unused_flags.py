@@ -12,7 +12,7 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import DEFAULTS, OUR_FLAGS
 from megatron_smlp.platform import cpu
-from megatron_smlp.systems import ARCHITECTURES
+from megatron_smlp.systems import ARCHITECTURES, MIXERS
 
 OTHER_LAYER_FLAGS = (
     "multi_latent_attention",
@@ -50,6 +50,12 @@ READ_NOWHERE = {
 }
 """Flags of Megatron's parser that neither Megatron's loop nor this repository reads, and what to do
 instead."""
+OTHER_RECOVERY = {
+    "inprocess_restart": "wraps the entry of Megatron's own programs, and would do nothing here",
+    "enable_ft_package": "reads the command line once more by itself, without the keys of "
+    "--config, and its monitor is ft_launcher's",
+}
+"""Ways of Megatron's to survive a failure that do not work here, and why."""
 ATTENTION_FLAGS = (
     "group_query_attention",
     "num_query_groups",
@@ -92,6 +98,11 @@ def refuse_unused(args: argparse.Namespace) -> None:
     """
     for name in _given(args, tuple(READ_NOWHERE)):
         raise UsageError(f"{_flag(name)} is not read by this program: {READ_NOWHERE[name]}.")
+    for name in _given(args, tuple(OTHER_RECOVERY)):
+        raise UsageError(
+            f"{_flag(name)} {OTHER_RECOVERY[name]}: leave it out; examples/*.sh start a run that "
+            "failed from its newest checkpoint (docs/resilience.md)."
+        )
     for name in _given(args, OTHER_LAYER_FLAGS):
         raise UsageError(
             f"{_flag(name)} builds layers of other models than --architecture {args.architecture}: "
@@ -148,6 +159,11 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
             f"{flag} cannot capture layers that route: the host reads how many tokens or chunks "
             "each expert gets. Leave it out."
         )
+    if MIXERS[ARCHITECTURES[args.architecture].mixer].host_reads:
+        raise UsageError(
+            f"{flag} cannot capture the layers of --architecture {args.architecture}, of which the "
+            "host reads how large some numbers are. Leave it out."
+        )
     if value == "full_iteration":
         raise UsageError(
             f"{flag}: the host reads every step's losses (--nonfinite-loss), which a graph cannot "
@@ -188,10 +204,11 @@ def refuse_unless(args: argparse.Namespace, fact: str, *, chosen: str, by: str) 
         if value == default or not allowed or chosen in allowed:
             continue
         said = flag_of(name) if value is True else f"{flag_of(name)} {value}"
-        raise UsageError(f"{said} is for {by} {_one_of(allowed)}, not {chosen}: leave it out.")
+        raise UsageError(f"{said} is for {by} {one_of(allowed)}, not {chosen}: leave it out.")
 
 
-def _one_of(names: tuple[str, ...]) -> str:
+def one_of(names: tuple[str, ...]) -> str:
+    """Return `a`, `a or b`, `a, b or c`, for a message."""
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
@@ -203,9 +220,9 @@ def _refuse_attentions(args: argparse.Namespace) -> None:
         )
     if args.position_embedding_type not in POSITIONS_WITHOUT_ATTENTION:
         raise UsageError(
-            f"--position-embedding-type {args.position_embedding_type} acts on queries and keys, "
-            f"and --architecture {args.architecture} has a position of its own for each row of its "
-            f"spatial matrix: give {' or '.join(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
+            f"--position-embedding-type {args.position_embedding_type} acts on the queries and "
+            f"keys of attention, which --architecture {args.architecture} does not have: give "
+            f"{one_of(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
         )
 
 

@@ -12,8 +12,9 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 _ALLOWED = {
-    "architecture": ("transformer", "gmlp", "amlp", "smlp"),
-    "token_router": ("none", "switch", "gshard", "base", "hash"),
+    "architecture": ("transformer", "gmlp", "amlp", "smlp", "mixer", "aft"),
+    "aft_kind": ("full", "simple"),
+    "token_router": ("none", "switch", "gshard", "base", "hash", "topk"),
     "feature_router": ("none", "deterministic", "partial"),
     "hidden_act": ("gelu", "gelu_new"),
     "moe_drop_policy": ("position", "probs"),
@@ -22,7 +23,18 @@ _ALLOWED = {
     "base_eval": ("greedy", "prices"),
     "gshard_second_expert": ("paper", "all", "raw"),
     "partial_loss": ("suffix", "all"),
+    "normalization": ("LayerNorm", "RMSNorm"),
+    "position_embedding_type": ("learned_absolute", "rope", "none"),
+    "moe_router_score_function": ("softmax", "sigmoid"),
 }
+_ATTENTION = ("transformer",)
+_GATING = ("gmlp", "amlp", "smlp")
+_TOEPLITZ = (*_GATING, "mixer")
+_FEED_FORWARD = ("transformer", "mixer", "aft")
+_POSITIONS = ("transformer", "aft")
+"""Architectures by what they have: attention, spatial gating, matrices that may be Toeplitz, an FFN
+beside the mixer, learned positions at the input."""
+
 # What a config.json that is older than an entry means, by its token_router.
 _OLDER = {
     "base": {"base_routing_input": "norm", "base_prices": "none"},
@@ -38,6 +50,7 @@ _POSITIVE = (
     "spatial_heads",
     "num_feature_experts",
     "tiny_attention_width",
+    "rotary_base",
 )
 
 # The largest value that each may have; the smallest is 0.
@@ -56,16 +69,19 @@ class SMLPConfig(PreTrainedConfig):
     """Configuration of a model; every size in elements.
 
     Args:
-        architecture: transformer, gmlp, amlp (gmlp and one small attention head) or smlp.
-        token_router: how tokens choose FFN experts: none, switch, gshard, base or hash.
+        architecture: transformer, gmlp, amlp (gmlp and one small attention head), smlp, mixer
+            (masked mixer) or aft (attention-free).
+        token_router: how tokens choose FFN experts: none, switch, gshard, base, hash or topk.
         feature_router: smlp only: how chunks of features choose spatial experts.
         ffn_hidden_size: Z; the FFN's width, or twice the gate width F of a spatial gating block.
         num_layers, num_dense_layers: smlp: the first `num_dense_layers` are dense (N1), the others
             sparse (N2).
         max_position_embeddings: T, tokens: the size of every spatial matrix and the longest input.
-        spatial_heads: heads of a dense spatial gating block.
+        spatial_heads: heads of a dense spatial gating block, or of a masked mixer.
         toeplitz: whether spatial matrices hold one weight per distance, M[t, s] = m[t - s], and one
             bias; an input may then be longer than T, and every token sees the last T.
+        mixer_expansion: mixer: whether there are two matrices with a GELU between them.
+        aft_kind: aft: with weights of position pairs (full) or without (simple).
         num_feature_experts: spatial experts of a sparse block.
         num_feature_chunks: chunks of its features; default: one per expert.
         prefix_fraction: partial prediction routes from the first floor(prefix_fraction * T) tokens.
@@ -75,7 +91,7 @@ class SMLPConfig(PreTrainedConfig):
         num_experts, moe_ffn_hidden_size: FFN experts of a token MoE and their width (default:
             ffn_hidden_size); experts have no bias.
         moe_layer_freq: every n-th layer from the first has a token MoE, or one 0/1 per layer
-            (transformer, gmlp, amlp; in smlp every sparse layer has one).
+            (all but smlp, in which every sparse layer has one).
         moe_train_capacity_factor, moe_eval_capacity_factor: switch and gshard: slots of an expert,
             as a multiple of an even share; None drops nothing.
         moe_drop_policy: who loses a slot of a full expert: later positions, or smaller router
@@ -94,6 +110,20 @@ class SMLPConfig(PreTrainedConfig):
         tiny_attention_width: width of amlp's attention head.
         add_bias_linear: whether projections (not experts, not routers) have a bias.
         hidden_act: gelu (exact) or gelu_new (tanh approximation).
+        swiglu: transformer only: FFNs and experts are SwiGLU instead: silu(a) b of two projections.
+        normalization: LayerNorm or RMSNorm, of all norms but that of a gate, which is LayerNorm.
+        position_embedding_type: transformer: learned_absolute (the default), rope or none; aft:
+            learned_absolute; the others have none.
+        rotary_base: rope: the wavelengths' base.
+        num_query_groups: transformer: heads of keys and values, each for as many queries; default:
+            one per head.
+        moe_router_topk: topk: experts of a token.
+        moe_router_score_function: topk: softmax over the experts, or sigmoid of each.
+        moe_router_enable_expert_bias: topk: whether a bias per expert, moved by its load and not by
+            gradients, is added to the scores for the choice alone (sigmoid only).
+        moe_router_topk_scaling_factor: topk: what the weights, whose sum is 1, are multiplied by.
+        moe_shared_expert_intermediate_size: topk: width of an FFN beside the experts that every
+            token visits; None: there is none.
 
     Raises:
         StrictDataclassError: a value of another type than its field's.
@@ -120,6 +150,8 @@ class SMLPConfig(PreTrainedConfig):
     max_position_embeddings: int = 1024
     spatial_heads: int = 1
     toeplitz: bool = False
+    mixer_expansion: bool = False
+    aft_kind: str = "full"
     num_feature_experts: int = 1
     num_feature_chunks: int | None = None
     prefix_fraction: float | int = 0.2
@@ -140,6 +172,16 @@ class SMLPConfig(PreTrainedConfig):
     tiny_attention_width: int = 64
     add_bias_linear: bool = True
     hidden_act: str = "gelu"
+    swiglu: bool = False
+    normalization: str = "LayerNorm"
+    position_embedding_type: str | None = None
+    rotary_base: int = 10000
+    num_query_groups: int | None = None
+    moe_router_topk: int | None = None
+    moe_router_score_function: str = "softmax"
+    moe_router_enable_expert_bias: bool = False
+    moe_router_topk_scaling_factor: float | int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     layer_norm_epsilon: float | int = 1e-5
@@ -152,9 +194,14 @@ class SMLPConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.position_embedding_type is None:
+            self.position_embedding_type = self._positions
+        if self.token_router == "topk" and self.moe_router_topk is None:
+            self.moe_router_topk = 2
         self._check_choices()
         self._check_widths()
         self._check_experts()
+        self._check_top_k()
         self._check_features()
 
     @classmethod
@@ -182,6 +229,21 @@ class SMLPConfig(PreTrainedConfig):
     def expert_width(self) -> int:
         """X, the width of one FFN expert."""
         return self.moe_ffn_hidden_size or self.ffn_hidden_size
+
+    @property
+    def has_feed_forward(self) -> bool:
+        """Return whether layers without token experts have an FFN."""
+        return self.architecture in _FEED_FORWARD
+
+    @property
+    def _positions(self) -> str:
+        """The position_embedding_type of the architecture, where none is given."""
+        return "learned_absolute" if self.architecture in _POSITIONS else "none"
+
+    @property
+    def states_per_layer(self) -> int:
+        """How many states of its own kind the mixer of a layer keeps for generation."""
+        return 2 if self.architecture == "amlp" or self.mixer_expansion else 1
 
     def is_sparse_layer(self, index: int) -> bool:
         """Return whether layer `index` belongs to the N2 sparse ones of smlp."""
@@ -212,25 +274,52 @@ class SMLPConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value}: must be finite, and lie between 0 and {largest}")
 
     def _check_widths(self) -> None:
-        if self.architecture == "transformer":
-            if self.toeplitz:
-                raise ValueError(
-                    "toeplitz=True is for the spatial matrices of architecture=gmlp, amlp and "
-                    "smlp; a transformer has none"
-                )
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"num_attention_heads={self.num_attention_heads} must divide "
-                    f"hidden_size={self.hidden_size}"
-                )
-            return
-        heads = {"spatial_heads": self.spatial_heads, "num_feature_chunks": self.num_chunks}
-        for name, count in heads.items():
-            if self.ffn_hidden_size % (2 * count):
-                raise ValueError(
-                    f"{name}={count} must divide the gate width, ffn_hidden_size / 2 = "
-                    f"{self.ffn_hidden_size / 2:g}"
-                )
+        if self.toeplitz and self.architecture not in _TOEPLITZ:
+            raise ValueError(
+                f"toeplitz=True is for the spatial matrices of architecture="
+                f"{', '.join(_TOEPLITZ)}; a {self.architecture} has none"
+            )
+        if self.mixer_expansion and self.architecture != "mixer":
+            raise ValueError(
+                f"mixer_expansion=True is for architecture=mixer, not {self.architecture}"
+            )
+        if self.architecture in (*_ATTENTION, "aft"):
+            self._check_divides("hidden_size=", self.hidden_size, "num_attention_heads")
+        if self.architecture in _ATTENTION:
+            self._check_heads()
+        elif (
+            self.swiglu or self.num_query_groups or self.position_embedding_type != self._positions
+        ):
+            raise ValueError(
+                f"swiglu={self.swiglu}, position_embedding_type={self.position_embedding_type!r} "
+                f"and num_query_groups={self.num_query_groups} are for architecture=transformer: "
+                "leave them out"
+            )
+        if self.architecture == "mixer":
+            self._check_divides("hidden_size=", self.hidden_size, "spatial_heads")
+        if self.architecture in _GATING:
+            gate_width = self.ffn_hidden_size / 2
+            for name in ("spatial_heads", "num_chunks"):
+                self._check_divides("the gate width, ffn_hidden_size / 2 = ", gate_width, name)
+
+    def _check_divides(self, what: str, width: float, name: str) -> None:
+        if width % getattr(self, name):
+            field = {"num_chunks": "num_feature_chunks"}.get(name, name)
+            raise ValueError(f"{field}={getattr(self, name)} must divide {what}{width:g}")
+
+    def _check_heads(self) -> None:
+        groups = self.num_query_groups
+        if groups is not None and (groups < 1 or self.num_attention_heads % groups):
+            raise ValueError(
+                f"num_query_groups={groups} must divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        width = self.hidden_size // self.num_attention_heads
+        if self.position_embedding_type == "rope" and width % 2:
+            raise ValueError(
+                f"position_embedding_type='rope' turns pairs of features: a head's width, "
+                f"hidden_size / num_attention_heads = {width}, must be even"
+            )
 
     def _check_experts(self) -> None:
         if self.token_router == "none":
@@ -247,6 +336,36 @@ class SMLPConfig(PreTrainedConfig):
             factor = getattr(self, name)
             if factor is not None and factor <= 0:
                 raise ValueError(f"{name}={factor}: must be over 0, or None to drop nothing")
+
+    def _check_top_k(self) -> None:
+        names = (
+            "moe_router_topk",
+            "moe_router_enable_expert_bias",
+            "moe_router_topk_scaling_factor",
+            "moe_shared_expert_intermediate_size",
+        )
+        if self.token_router != "topk":
+            for name in names:
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} is for token_router=topk, not "
+                        f"{self.token_router}"
+                    )
+            return
+        if not 1 <= (self.moe_router_topk or 0) <= (self.num_experts or 0):
+            raise ValueError(
+                f"moe_router_topk={self.moe_router_topk}: must lie between 1 and "
+                f"num_experts={self.num_experts}"
+            )
+        if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
+            raise ValueError(
+                "moe_router_enable_expert_bias=True is for moe_router_score_function=sigmoid, not "
+                f"{self.moe_router_score_function}"
+            )
+        for name in names[2:]:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}: must be over 0 and finite, or None")
 
     def _check_features(self) -> None:
         if self.architecture != "smlp":

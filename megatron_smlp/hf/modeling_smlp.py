@@ -2,17 +2,20 @@
 
 Every layer has two slots, each with a norm before it and a residual around it,
 
-    x = x + mixer(LN(x))         attention | spatial gating | feature MoE
+    x = x + mixer(LN(x))         attention | spatial gating | feature MoE | masked mixer | AFT
     x = x + channel(LN(x))       FFN | token MoE | nothing (then without its norm)
 
     architecture   mixer                                      channel
     transformer    attention                                  FFN; token MoE every moe_layer_freq-th
     gmlp, amlp     spatial gating (amlp: + tiny attention)    nothing; token MoE likewise
     smlp           spatial gating, then feature MoE           nothing, then token MoE
+    mixer, aft     masked mixer, AFT                          FFN; token MoE likewise
 
 Sources: gMLP (arXiv 2105.08050), sparse all-MLP (2203.06850), Switch (2101.03961), GShard
-(2006.16668), BASE (2103.16716), hash layers (2106.04426). It is written from the equations, for
-reading: the triangle is masked and multiplied densely, experts are a loop.
+(2006.16668), BASE (2103.16716), hash layers (2106.04426); of modern Transformers: RoPE
+(2104.09864), RMSNorm (1910.07467), SwiGLU (2002.05202), grouped queries (2305.13245), shared
+experts (2401.06066), the bias that balances without a loss (2408.15664). It is written from the
+equations, for reading: the triangle is masked and multiplied densely, experts are a loop.
 
 Positions are absolute and start at 0. Inside, every batch is padded on the right; tokens that come
 padded on the left, as transformers' `generate` wants them, are moved there and back.
@@ -26,10 +29,14 @@ weight is [out, in] in both:
     mixer.up_proj, mixer.down_proj           self_attention.linear_fc1, .linear_fc2
     mixer.gate_norm                          self_attention.norm
     mixer.spatial.weight, .bias              self_attention.spatial.weight, .bias
+    mixer.spatial_out.weight, .bias          self_attention.spatial_out.weight, .bias
+    mixer.positions.weight                   self_attention.positions.weight
     channel_norm                             pre_mlp_layernorm
     channel.up_proj, channel.down_proj       mlp.linear_fc1, mlp.linear_fc2
     channel.router.weight                    mlp.router.weight
     channel.router.prices                    mlp.router.prices
+    channel.router.expert_bias               mlp.router.expert_bias
+    channel.shared_experts.{up,down}_proj    mlp.shared_experts.linear_fc{1,2}
     channel.experts.{up,down}_proj[e]        mlp.experts.local_experts.<e>.linear_fc{1,2}.weight
 
 and `model.embed_tokens` is `embedding.word_embeddings`, `model.embed_positions`
@@ -169,11 +176,11 @@ class SMLPCacheLayer(DynamicLayer):
 
 
 class SMLPCache(Cache):
-    """The states of all mixers (two per layer in amlp), and how many tokens each sample has."""
+    """The states of all mixers (of some two a layer), and how many tokens each sample has."""
 
     def __init__(self, config: SMLPConfig) -> None:
-        per_layer = 2 if config.architecture == "amlp" else 1
-        longest, num_mixers = config.max_position_embeddings, per_layer * config.num_layers
+        longest = config.max_position_embeddings
+        num_mixers = config.states_per_layer * config.num_layers
         super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_mixers)])
         self.num_columns = 0
         self.lengths: Tensor | None = None
@@ -251,6 +258,9 @@ class SMLPAttention(nn.Module):
     """Causal self-attention: softmax(q k' / sqrt(d) + mask) v, over heads of width d = width / h.
 
     Args:
+        num_groups: heads of keys and values, each for h / num_groups heads of queries in a row;
+            default: h.
+        rotary_base: of the positions that turn queries and keys; None: they are not turned.
         width: of all heads together.
         out_features: what the output projection maps to.
         output: the kind of that projection.
@@ -265,14 +275,18 @@ class SMLPAttention(nn.Module):
         width: int,
         out_features: int,
         output: type[SMLPLinear],
+        num_groups: int | None = None,
+        rotary_base: int | None = None,
     ) -> None:
         super().__init__()
         bias = config.add_bias_linear
         self.num_heads, self.cache_index = num_heads, cache_index
+        self.num_groups, self.rotary_base = num_groups or num_heads, rotary_base
+        key_width = width // num_heads * self.num_groups
         self.dropout = config.attention_dropout
         self.q_proj = SMLPLinear(config.hidden_size, width, bias=bias)
-        self.k_proj = SMLPLinear(config.hidden_size, width, bias=bias)
-        self.v_proj = SMLPLinear(config.hidden_size, width, bias=bias)
+        self.k_proj = SMLPLinear(config.hidden_size, key_width, bias=bias)
+        self.v_proj = SMLPLinear(config.hidden_size, key_width, bias=bias)
         self.out_proj = output(width, out_features, bias=bias)
 
     def forward(
@@ -280,9 +294,15 @@ class SMLPAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, out_features], and no loss."""
         queries, keys, values = (
-            projection(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for projection, heads in (
+                (self.q_proj, self.num_heads),
+                (self.k_proj, self.num_groups),
+                (self.v_proj, self.num_groups),
+            )
         )
+        if self.rotary_base is not None:
+            queries, keys = (rotated(x, layout, self.rotary_base) for x in (queries, keys))
         if cache is not None:
             keys, values = cache.layers[self.cache_index].write(keys, values, layout)
         is_causal = layout.start == 0
@@ -294,6 +314,7 @@ class SMLPAttention(nn.Module):
             attn_mask=None if needs_no_mask else _visible(layout, keys.shape[2])[:, None],
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
+            enable_gqa=self.num_groups != self.num_heads,
         )
         return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
 
@@ -304,14 +325,34 @@ def _visible(layout: Layout, length: int) -> Tensor:
     return columns <= layout.positions[:, :, None]
 
 
+def rotated(states: Tensor, layout: Layout, base: int) -> Tensor:
+    """RoPE: at position t, features i and i + d/2 of a head are turned by t base^(-2i/d).
+
+    states: <float>[B, h, T, d] -> the same shape and dtype.
+    """
+    half = states.shape[-1] // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=states.device) / half
+    angles = layout.positions[:, None, :, None] * base**-exponents
+    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
 class SMLPSpatialProjection(nn.Module):
     """Matrices M <float>[E, T, T] and biases b <float>[E, T] of all heads or experts of a layer.
 
     g[t] = sum over s <= t of M[t, s] v[s] + b[t]
+
+    Args:
+        bound: the largest initial |M[t, s]|; default: 1e-3 / T.
+        start: the initial b.
     """
 
-    def __init__(self, num_experts: int, length: int) -> None:
+    def __init__(
+        self, num_experts: int, length: int, *, bound: float | None = None, start: float = 1.0
+    ) -> None:
         super().__init__()
+        self.bound, self.start = bound or 1e-3 / length, start
         self.weight = nn.Parameter(torch.empty(num_experts, length, length))
         self.bias = nn.Parameter(torch.empty(num_experts, length))
 
@@ -367,8 +408,10 @@ class SMLPToeplitzProjection(SMLPSpatialProjection):
     g[t] = sum over k < T of m[k] v[t - k] + b
     """
 
-    def __init__(self, num_experts: int, length: int) -> None:
-        super().__init__(num_experts, 1)
+    def __init__(
+        self, num_experts: int, length: int, *, bound: float | None = None, start: float = 1.0
+    ) -> None:
+        super().__init__(num_experts, 1, bound=bound or 1e-3 / length, start=start)
         self.weight = nn.Parameter(torch.empty(num_experts, length))
 
     def rows(self, start: int, end: int) -> Tensor:
@@ -402,7 +445,7 @@ class SMLPSpatialGating(nn.Module):
         bias, width = config.add_bias_linear, config.gate_width
         has_attention = config.architecture == "amlp"
         self.num_heads = num_heads
-        self.cache_index = layer_index * (2 if has_attention else 1)
+        self.cache_index = layer_index * config.states_per_layer
         self.eps = config.layer_norm_epsilon
         self.activation = ACT2FN[config.hidden_act]
         self.up_proj = SMLPLinear(config.hidden_size, 2 * width, bias=bias)
@@ -557,20 +600,140 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         return self.loss_coeff * _balance(probabilities, chosen)
 
 
+class SMLPMaskedMixer(nn.Module):
+    """Each head's tokens by position: M_k x_k + c_k, k = 1..h, x_k its D/h features.
+
+    With mixer_expansion M2_k GELU(M_k x_k + c_k) + c2_k. Source: masked mixers (2409.01482).
+    """
+
+    def __init__(self, config: SMLPConfig, layer_index: int) -> None:
+        super().__init__()
+        self.num_heads = config.spatial_heads
+        self.cache_index = layer_index * config.states_per_layer
+        self.activation = ACT2FN[config.hidden_act]
+        projection = SMLPToeplitzProjection if config.toeplitz else SMLPSpatialProjection
+        length = config.max_position_embeddings
+        wide = math.sqrt(3 / length) if config.mixer_expansion else None
+        self.spatial = projection(self.num_heads, length, bound=wide, start=0.0)
+        self.spatial_out: SMLPSpatialProjection | None = None
+        if config.mixer_expansion:
+            self.spatial_out = projection(self.num_heads, length, start=0.0)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
+        chunks = hidden.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        mixed = self.spatial(self._remember(chunks, 0, layout, cache), layout)
+        if self.spatial_out is not None:
+            inner = self._remember(self.activation(mixed), 1, layout, cache)
+            mixed = self.spatial_out(inner, layout)
+        return mixed.transpose(1, 2).flatten(2), None
+
+    def _remember(
+        self, chunks: Tensor, number: int, layout: Layout, cache: SMLPCache | None
+    ) -> Tensor:
+        """<float>[B, h, T, f] -> those of all positions so far, [B, h, L, f]."""
+        if cache is None:
+            return chunks
+        return cache.layers[self.cache_index + number].write(chunks, chunks[..., :0], layout)[0]
+
+
+class SMLPPositionWeights(nn.Module):
+    """w <float>[T, T]: how much position t looks at position s <= t."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(length, length))
+
+    def grown(self, layout: Layout, length: int, dtype: torch.dtype) -> Tensor:
+        """exp(w) of this call's rows, 0 where s > t: <dtype>[T, L] or [B, T, L]."""
+        rows = self.weight[layout.start : layout.end] if layout.start is not None else None
+        rows = self.weight[layout.positions] if rows is None else rows
+        grown = rows[..., :length].to(dtype).exp()
+        if layout.start is not None:
+            return grown.tril(layout.start)
+        return grown.masked_fill(~_visible(layout, length), 0.0)
+
+
+class SMLPAttentionFree(nn.Module):
+    """AFT (2105.14103): averages of earlier values by exp(k_s + w_ts), gated by their queries.
+
+        y_t = sigmoid(q_t) sum over s <= t of exp(k_s + w_ts) v_s / sum of exp(k_s + w_ts)
+
+    aft_kind=simple has no w. Exponents over 20 are computed in double precision.
+    """
+
+    def __init__(self, config: SMLPConfig, layer_index: int) -> None:
+        super().__init__()
+        bias, width = config.add_bias_linear, config.hidden_size
+        self.cache_index = layer_index * config.states_per_layer
+        self.q_proj = SMLPLinear(width, width, bias=bias)
+        self.k_proj = SMLPLinear(width, width, bias=bias)
+        self.v_proj = SMLPLinear(width, width, bias=bias)
+        self.positions: SMLPPositionWeights | None = None
+        if config.aft_kind == "full":
+            self.positions = SMLPPositionWeights(config.max_position_embeddings)
+        self.out_proj = SMLPOutputLinear(width, width, bias=bias)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
+        keys, values = self.k_proj(hidden), self.v_proj(hidden)
+        if cache is not None:
+            states = cache.layers[self.cache_index]
+            keys, values = states.write(keys[:, None], values[:, None], layout)
+            keys, values = keys[:, 0], values[:, 0]
+        dtype = self._dtype(keys)
+        grown = keys.to(dtype).exp()
+        summed = torch.cat([grown * values.to(dtype), grown], dim=-1)
+        if self.positions is None:
+            sums = _rows_of_call(summed.cumsum(dim=1), layout)
+        else:
+            sums = self.positions.grown(layout, keys.shape[1], dtype) @ summed
+        above, below = sums.chunk(2, dim=-1)
+        mixed = torch.sigmoid(self.q_proj(hidden)) * (above / below).to(hidden.dtype)
+        return self.out_proj(mixed), None
+
+    def _dtype(self, keys: Tensor) -> torch.dtype:
+        if self.positions is None:
+            return torch.float64
+        largest = max(keys.abs().max().item(), self.positions.weight.tril().abs().max().item())
+        is_large = largest > 20
+        return torch.float64 if is_large else torch.promote_types(keys.dtype, torch.bfloat16)
+
+
+def _rows_of_call(sums: Tensor, layout: Layout) -> Tensor:
+    """sums: [B, L, N], of all positions so far -> those of this call's tokens, [B, T, N]."""
+    if layout.start is not None:
+        return sums[:, layout.start : layout.end]
+    return sums.take_along_dim(layout.positions[..., None], dim=1)
+
+
 # ------------------------------------------------------------------------------------------------
 # Channel mixers: each token by itself
 # ------------------------------------------------------------------------------------------------
 
 
-class SMLPFeedForward(nn.Module):
-    """f(h) = GELU(h A) B."""
+def swiglu(hidden: Tensor) -> Tensor:
+    """silu(a) b of the halves: <float>[..., 2 Z] -> <float>[..., Z]."""
+    first, second = hidden.chunk(2, dim=-1)
+    return F.silu(first) * second
 
-    def __init__(self, config: SMLPConfig) -> None:
+
+class SMLPFeedForward(nn.Module):
+    """f(h) = GELU(h A) B, or with swiglu (silu(h A) * h A') B, with A and A' side by side.
+
+    Args:
+        width: Z.
+    """
+
+    def __init__(self, config: SMLPConfig, *, width: int, bias: bool) -> None:
         super().__init__()
-        bias = config.add_bias_linear
-        self.activation = ACT2FN[config.hidden_act]
-        self.up_proj = SMLPLinear(config.hidden_size, config.ffn_hidden_size, bias=bias)
-        self.down_proj = SMLPOutputLinear(config.ffn_hidden_size, config.hidden_size, bias=bias)
+        self.activation = swiglu if config.swiglu else ACT2FN[config.hidden_act]
+        self.up_proj = SMLPLinear(config.hidden_size, (1 + config.swiglu) * width, bias=bias)
+        self.down_proj = SMLPOutputLinear(width, config.hidden_size, bias=bias)
 
     def forward(
         self, hidden: Tensor, layout: Layout, residual: Tensor
@@ -584,10 +747,10 @@ class SMLPExperts(nn.Module):
 
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__()
-        self.activation = ACT2FN[config.hidden_act]
-        shape = (config.num_experts, config.expert_width, config.hidden_size)
-        self.up_proj = nn.Parameter(torch.empty(shape))
-        self.down_proj = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
+        self.activation = swiglu if config.swiglu else ACT2FN[config.hidden_act]
+        num_experts, width, hidden = config.num_experts, config.expert_width, config.hidden_size
+        self.up_proj = nn.Parameter(torch.empty(num_experts, (1 + config.swiglu) * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
 
     def forward(self, tokens: Tensor, expert: int) -> Tensor:
         """tokens: <float>[n, D] -> <float>[n, D]."""
@@ -607,7 +770,7 @@ class Routing:
 
 
 class SMLPTokenMoE(nn.Module):
-    """y = sum over the chosen experts of  w_e f_e(h).
+    """y = sum over the chosen experts of  w_e f_e(h),  and f(h) of a shared expert if there is one.
 
     Tokens are routed in the order of their positions, then of their samples: the order in which a
     capacity limit with drop policy `position` fills the slots. Padding is never routed or counted.
@@ -619,12 +782,24 @@ class SMLPTokenMoE(nn.Module):
         self.router: Any = _ROUTERS[config.token_router](config)
         is_base = config.token_router == "base"
         self.routes_on_residual = is_base and config.base_routing_input == "residual"
+        self.shared_experts: SMLPFeedForward | None = None
+        if config.moe_shared_expert_intermediate_size:
+            width = config.moe_shared_expert_intermediate_size
+            self.shared_experts = SMLPFeedForward(config, width=width, bias=False)
 
     def forward(
         self, hidden: Tensor, layout: Layout, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """hidden, residual (of which it is the norm): <float>[B, T, D] -> <float>[B, T, D], and the
         router's loss if it has one."""
+        output, loss = self._routed(hidden, layout, residual)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden, layout, residual)[0]
+        return output, loss
+
+    def _routed(
+        self, hidden: Tensor, layout: Layout, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         seen = residual if self.routes_on_residual else hidden
         if hidden.shape[:2].numel() == 1 and layout.valid is None:
             return self._one_token(hidden, layout, seen)
@@ -808,11 +983,64 @@ class SMLPHashRouter(nn.Module):
         return Routing(experts, tokens.new_ones(experts.shape))
 
 
+class SMLPTopKRouter(nn.Module):
+    """The k experts of the largest scores, s = softmax(h W) or sigmoid(h W), with weights whose sum
+    is 1: w_e = s_e / sum over the chosen of s, times moe_router_topk_scaling_factor. A token with
+    one expert has w_e = s_e.
+
+    With moe_router_enable_expert_bias the k are those of the largest s + b; b is no part of w, and
+    training moves it by the experts' load (Megatron does; here it is kept as it is).
+    Loss a E sum_e f_e P_e: f_e the share of the choices by s alone, P_e the mean of s / sum_e s.
+    """
+
+    expert_bias: Tensor
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts or 1
+        self.num_choices = config.moe_router_topk or 1
+        self.loss_coeff = config.moe_aux_loss_coeff
+        self.is_sigmoid = config.moe_router_score_function == "sigmoid"
+        self.scale = config.moe_router_topk_scaling_factor or 1
+        self.has_bias = config.moe_router_enable_expert_bias
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        if self.has_bias:
+            self.register_buffer("expert_bias", torch.empty(self.num_experts))
+
+    def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
+        """See SMLPSwitchRouter.forward; nothing is ever dropped."""
+        logits = F.linear(tokens.float(), self.weight.float())
+        scores = logits.sigmoid() if self.is_sigmoid else logits.softmax(dim=-1)
+        preferred = scores + self.expert_bias if self.has_bias else scores
+        experts = preferred.topk(self.num_choices, dim=-1).indices
+        weights = scores.gather(1, experts)
+        if self.num_choices > 1:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return Routing(experts, weights * self.scale, self._loss(scores))
+
+    def _loss(self, scores: Tensor) -> Tensor | None:
+        if not (self.training and len(scores) and self.loss_coeff):
+            return None
+        choices = scores.topk(self.num_choices, dim=-1).indices
+        shares = scores / scores.sum(dim=-1, keepdim=True)
+        return self.loss_coeff * _balance(shares, choices.flatten())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SMLPTopKRouter":
+        """The bias stays fp32 where a model is cast, as scores are, on whatever device."""
+        kept = self._buffers.get("expert_bias")
+        super()._apply(fn, recurse)
+        if kept is not None:
+            moved = self.expert_bias
+            self.expert_bias = moved.float() if kept.is_meta else kept.to(moved.device)
+        return self
+
+
 _ROUTERS: dict[str, type[nn.Module]] = {
     "switch": SMLPSwitchRouter,
     "gshard": SMLPGShardRouter,
     "base": SMLPBaseRouter,
     "hash": SMLPHashRouter,
+    "topk": SMLPTopKRouter,
 }
 
 
@@ -852,15 +1080,23 @@ def balanced_greedy(scores: Tensor) -> Tensor:
 
 
 def _build_mixer(config: SMLPConfig, index: int) -> nn.Module:
-    if config.architecture == "transformer":
-        return SMLPAttention(
-            config,
-            index,
-            num_heads=config.num_attention_heads,
-            width=config.hidden_size,
-            out_features=config.hidden_size,
-            output=SMLPOutputLinear,
-        )
+    return _MIXERS[config.architecture](config, index)
+
+
+def _attention(config: SMLPConfig, index: int) -> nn.Module:
+    return SMLPAttention(
+        config,
+        index,
+        num_heads=config.num_attention_heads,
+        width=config.hidden_size,
+        out_features=config.hidden_size,
+        output=SMLPOutputLinear,
+        num_groups=config.num_query_groups,
+        rotary_base=config.rotary_base if config.position_embedding_type == "rope" else None,
+    )
+
+
+def _spatial_gating(config: SMLPConfig, index: int) -> nn.Module:
     if config.is_sparse_layer(index) and config.feature_router == "partial":
         return SMLPPartialPrediction(config, index)
     is_routed = config.is_sparse_layer(index) and config.feature_router == "deterministic"
@@ -868,10 +1104,28 @@ def _build_mixer(config: SMLPConfig, index: int) -> nn.Module:
     return SMLPSpatialGating(config, index, num_heads=heads, num_experts=heads)
 
 
+_MIXERS: dict[str, Any] = {
+    "transformer": _attention,
+    "gmlp": _spatial_gating,
+    "amlp": _spatial_gating,
+    "smlp": _spatial_gating,
+    "mixer": SMLPMaskedMixer,
+    "aft": SMLPAttentionFree,
+}
+"""What builds the mixer of a layer, from the configuration and the layer's number."""
+
+
 def _build_channel(config: SMLPConfig, index: int) -> nn.Module | None:
     if config.has_token_moe(index):
         return SMLPTokenMoE(config)
-    return SMLPFeedForward(config) if config.architecture == "transformer" else None
+    if not config.has_feed_forward:
+        return None
+    return SMLPFeedForward(config, width=config.ffn_hidden_size, bias=config.add_bias_linear)
+
+
+def _build_norm(config: SMLPConfig) -> nn.Module:
+    kind = nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.layer_norm_epsilon)
 
 
 class SMLPLayer(GradientCheckpointingLayer):
@@ -880,11 +1134,11 @@ class SMLPLayer(GradientCheckpointingLayer):
     def __init__(self, config: SMLPConfig, index: int) -> None:
         super().__init__()
         self.dropout = config.hidden_dropout
-        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer_norm = _build_norm(config)
         self.mixer = _build_mixer(config, index)
         self.channel = _build_channel(config, index)
         if self.channel is not None:
-            self.channel_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+            self.channel_norm = _build_norm(config)
 
     def forward(
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | None = None
@@ -922,7 +1176,7 @@ class SMLPPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SMLPLayer"]  # noqa: RUF012 - transformers reads it as a class attribute
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = {"prices"}  # noqa: RUF012 - as above
+    _keep_in_fp32_modules_strict = {"prices", "expert_bias"}  # noqa: RUF012 - as above
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -934,16 +1188,20 @@ class SMLPPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         output_std = std / math.sqrt(2 * self.config.num_layers)
         if isinstance(module, SMLPSpatialProjection):
-            bound = 1e-3 / module.weight.shape[-1]
+            init.uniform_(module.weight, -module.bound, module.bound)
+            init.constant_(module.bias, module.start)
+        elif isinstance(module, SMLPPositionWeights):
+            bound = 1e-3 / len(module.weight)
             init.uniform_(module.weight, -bound, bound)
-            init.ones_(module.bias)
         elif isinstance(module, SMLPOutputLinear):
             init.normal_(module.weight, std=output_std)
         elif isinstance(module, SMLPExperts):
             init.normal_(module.up_proj, std=std)
             init.normal_(module.down_proj, std=output_std)
-        elif isinstance(module, SMLPSwitchRouter):
+        elif isinstance(module, SMLPSwitchRouter | SMLPTopKRouter):
             init.normal_(module.weight, std=std)
+            if getattr(module, "has_bias", False):
+                init.zeros_(module.expert_bias)
         elif isinstance(module, SMLPBaseRouter):
             init.orthogonal_(module.weight, gain=0.1)
             if self.config.base_prices == "mean":
@@ -960,10 +1218,10 @@ class SMLPModel(SMLPPreTrainedModel):
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.architecture == "transformer":
+        if config.position_embedding_type == "learned_absolute":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(SMLPLayer(config, i) for i in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.final_norm = _build_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -985,7 +1243,7 @@ class SMLPModel(SMLPPreTrainedModel):
         layout, move = self._layout(hidden, input_ids, attention_mask, cache)
         if move is not None:
             hidden = hidden.take_along_dim(move.order[..., None], dim=1)
-        if self.config.architecture == "transformer":
+        if self.config.position_embedding_type == "learned_absolute":
             hidden = hidden + self.embed_positions(layout.positions)
         hidden = F.dropout(hidden, self.config.hidden_dropout, self.training)
         states, loss = [hidden], None

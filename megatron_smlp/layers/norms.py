@@ -103,15 +103,37 @@ class HeadLayerNorm(nn.Module):
         return torch.addcmul(self.bias, normed, self.weight)
 
     def _split(self, x: Tensor) -> Tensor:
-        """One head over the TP group: the sums behind mean and variance go over all its ranks."""
-        assert self.group is not None
-        features = x.shape[-1] * self.group.size()
-        wide = x.float()
-        mean = SumOverGroup.apply(wide.sum(-1, keepdim=True), self.group) / features
-        centred = wide - mean
-        var = SumOverGroup.apply(centred.square().sum(-1, keepdim=True), self.group) / features
-        normed = (centred * torch.rsqrt(var + self.eps)).to(x.dtype)
+        """One head over the TP group."""
+        normed = normalised(x, eps=self.eps, group=self.group).to(x.dtype)
         return torch.addcmul(self.bias, normed, self.weight)
+
+
+def normalised(
+    x: Tensor, *, eps: float, group: torch.distributed.ProcessGroup | None = None
+) -> Tensor:
+    """LN without weight and bias: <float>[..., F / tp] -> the same shape, in fp32 or wider.
+
+    Args:
+        group: over whose ranks the features are split: the sums behind mean and variance go over
+            all of them. None: they are whole.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if group is None:
+        return functional.layer_norm(wide, wide.shape[-1:], eps=eps)
+    centred_x = centred(wide, group)
+    features = x.shape[-1] * group.size()
+    var = SumOverGroup.apply(centred_x.square().sum(-1, keepdim=True), group) / features
+    split: Tensor = centred_x * torch.rsqrt(var + eps)
+    return split
+
+
+def centred(x: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """x without its mean over the features, which may be split over a group."""
+    if group is None:
+        return x - x.mean(-1, keepdim=True)
+    features = x.shape[-1] * group.size()
+    rest: Tensor = x - SumOverGroup.apply(x.sum(-1, keepdim=True), group) / features
+    return rest
 
 
 class SumOverGroup(torch.autograd.Function):

@@ -100,6 +100,8 @@ class SpatialProjection(nn.Module):
         length: T, the longest sequence.
         first_head, total_heads: which slice of all heads this rank draws, so that the initial
             values do not depend on the tensor parallel size.
+        bound: the largest initial |M[t, s]|; default: 1e-3 / T.
+        bias: the initial b.
     """
 
     is_dense = True
@@ -114,24 +116,27 @@ class SpatialProjection(nn.Module):
         first_head: int = 0,
         total_heads: int | None = None,
         initialize: bool = True,
+        bound: float | None = None,
+        bias: float = 1.0,
     ) -> None:
         super().__init__()
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.length = length
-        weight, bias = self._shapes(length)
-        self.weight = nn.Parameter(torch.empty(num_heads, *weight, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.ones(num_heads, *bias, dtype=dtype, device=device))
+        matrix, row = self._shapes(length)
+        kind = {"dtype": dtype, "device": device}
+        self.weight = nn.Parameter(torch.empty(num_heads, *matrix, **kind))
+        self.bias = nn.Parameter(torch.full((num_heads, *row), bias, **kind))
         if initialize:
-            self._draw(first_head, total_heads or num_heads)
+            self._draw(first_head, total_heads or num_heads, bound or 1e-3 / length)
 
     def _shapes(self, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of one head's M and b."""
         return (length, length), (length,)
 
     @torch.no_grad()
-    def _draw(self, first_head: int, total_heads: int) -> None:
+    def _draw(self, first_head: int, total_heads: int, bound: float) -> None:
         # Under fp16's smallest normal number there are but a few numbers to draw.
-        bound = max(1e-3 / self.length, torch.finfo(self.weight.dtype).tiny)
+        bound = max(bound, torch.finfo(self.weight.dtype).tiny)
         for head in range(total_heads):
             # On the CPU's generator, one head at a time: never all heads' matrices in memory.
             matrix = torch.empty(self.weight.shape[1:]).uniform_(-bound, bound)
@@ -209,7 +214,7 @@ class SpatialProjection(nn.Module):
         if tokens > self.length:
             raise ValueError(
                 f"A sequence of {tokens} tokens is longer than --seq-length {self.length}: spatial "
-                f"gating has no weights for positions from {self.length} on. Cut the sequence, or "
+                f"matrices have no rows for positions from {self.length} on. Cut the sequence, or "
                 "train with a longer --seq-length."
             )
 
@@ -419,6 +424,26 @@ class SpatialGating(MegatronModule):
         )
 
 
+def check_flags(args: Any) -> None:
+    """Check --spatial-heads, and the chunks of a feature router, of Megatron's namespace.
+
+    Raises:
+        ValueError: see `check_gate`.
+    """
+    heads = {"--spatial-heads": args.spatial_heads}
+    if args.feature_router != "none":
+        flag = "--num-feature-chunks" if args.num_feature_chunks else "--num-feature-experts"
+        heads[flag] = args.num_feature_chunks or args.num_feature_experts
+    for flag, count in heads.items():
+        check_gate(
+            flag,
+            num_heads=count,
+            ffn_hidden_size=args.ffn_hidden_size,
+            tensor_parallel=args.tensor_model_parallel_size,
+            context_parallel=args.context_parallel_size,
+        )
+
+
 def check_gate(
     flag: str,
     *,
@@ -432,12 +457,40 @@ def check_gate(
     Args:
         flag: the flag that gave `num_heads`, for the message.
     """
-    width, odd = divmod(ffn_hidden_size, 2)
-    if odd or num_heads < 1 or width % num_heads:
+    check_heads(
+        flag,
+        num_heads=num_heads,
+        width=ffn_hidden_size / 2,
+        width_name=(
+            f"the gate width {ffn_hidden_size / 2:g} (--ffn-hidden-size {ffn_hidden_size} / 2)"
+        ),
+        width_flag="--ffn-hidden-size",
+        mixer="spatial gating",
+        tensor_parallel=tensor_parallel,
+        context_parallel=context_parallel,
+    )
+
+
+def check_heads(
+    flag: str,
+    *,
+    num_heads: int,
+    width: float,
+    width_name: str,
+    width_flag: str,
+    mixer: str,
+    tensor_parallel: int,
+    context_parallel: int,
+) -> None:
+    """Raise ValueError where heads, their common width and the parallel layout do not fit.
+
+    Args:
+        flag: the flag that gave `num_heads`; the other names are for the messages too.
+    """
+    if num_heads < 1 or width % num_heads:
         raise ValueError(
-            f"{flag} {num_heads} does not divide the gate width {ffn_hidden_size / 2:g} "
-            f"(--ffn-hidden-size {ffn_hidden_size} / 2): choose a divisor, or another "
-            "--ffn-hidden-size."
+            f"{flag} {num_heads} does not divide {width_name}: choose a divisor, or another "
+            f"{width_flag}."
         )
     if num_heads % tensor_parallel and num_heads != 1:
         raise ValueError(
@@ -446,12 +499,12 @@ def check_gate(
         )
     if width % tensor_parallel:
         raise ValueError(
-            f"--tensor-model-parallel-size {tensor_parallel} does not divide the gate width "
-            f"{width} (--ffn-hidden-size / 2): choose a divisor."
+            f"--tensor-model-parallel-size {tensor_parallel} does not divide {width_name}: choose "
+            "a divisor."
         )
     if context_parallel > 1:
         raise ValueError(
-            f"--context-parallel-size {context_parallel} is not available with spatial gating: one "
-            "T x T matrix mixes all tokens of a sequence, so they must be on one rank. Leave it "
-            "out; --tensor-model-parallel-size shards the features instead."
+            f"--context-parallel-size {context_parallel} is not available with {mixer}, which "
+            "mixes all tokens of a sequence, so that they must be on one rank. Leave it out; "
+            "--tensor-model-parallel-size shards the features instead."
         )

@@ -1,6 +1,7 @@
 """Token MoE (tMoE): Megatron-Core's MoELayer with FFN experts, in the `mlp` slot.
 
-    y = sum over the chosen experts e of  w_e * f_e(h),     f_e(h) = GELU(h A_e) B_e,   h = LN(x)
+    y = sum over the chosen experts e of  w_e * f_e(h)  + f(h),     f_e(h) = GELU(h A_e) B_e,
+    h = LN(x),  f the shared expert (--moe-shared-expert-intermediate-size), if there is one
 
 The router decides e and w_e, from h as in the sources of Switch and GShard, or from x as in that of
 BASE (routers/base.py). It plugs into MoELayer's router slot; dispatch, expert parallelism and
@@ -20,9 +21,11 @@ from typing import Any
 
 import torch
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
@@ -44,6 +47,13 @@ def token_moe_builder(
     submodules = MoESubmodules(
         experts=partial(_experts, backend.grouped_mlp_modules(config.moe_grouped_gemm)),
         router=partial(_router, router),
+        shared_experts=partial(
+            _shared_experts,
+            MLPSubmodules(
+                linear_fc1=backend.column_parallel_linear(),
+                linear_fc2=backend.row_parallel_linear(),
+            ),
+        ),
     )
     return partial(_layer, submodules)
 
@@ -178,6 +188,12 @@ def _experts(builder: Any, num_local_experts: int, config: TransformerConfig, **
 
 def _router(builder: Any, *, config: TransformerConfig, **kwargs: Any) -> Any:
     return builder(config=_without_bias(config), **kwargs)
+
+
+def _shared_experts(
+    submodules: MLPSubmodules, *, config: TransformerConfig, **kwargs: Any
+) -> SharedExpertMLP:
+    return SharedExpertMLP(_without_bias(config), submodules=submodules, **kwargs)
 
 
 def _without_bias(config: TransformerConfig) -> TransformerConfig:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Extent = Literal["process", "run", "import"]
+Extent = Literal["process", "run", "import", "agent"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Patch:
     contract: str
     """The test that fails where the next Megatron no longer has what is replaced."""
     extent: Extent
-    """For the whole process, during `megatron.training.pretrain`, or while Megatron is imported."""
+    """For the whole process, during `megatron.training.pretrain`, while Megatron is imported, or in
+    a launcher's agent, which trains nothing."""
     since: str = "0.19.2"
     """The oldest version of Megatron that it was written for."""
 
@@ -123,6 +124,7 @@ PATCHES = (
             f"{_TRAINING}.evaluate": "tells nobody its losses, and evaluates one way only",
             f"{_TRAINING}.evaluate_and_print_results": "alone knows an evaluation's iteration",
             f"{_TRAINING}.save_checkpoint_and_time": "tells nobody how long a save took",
+            f"{_TRAINING}.finalize_model_grads": "alone is called where a rank's own part ends",
         },
         extent="run",
     ),
@@ -143,6 +145,17 @@ PATCHES = (
             f"{_TRAINING}.setup_model_and_optimizer": "loads what the tracker names, whole or not",
         },
         extent="run",
+    ),
+    *_rows(
+        "elastic_agent",
+        "contract/test_elastic_agent.py",
+        {
+            "torch.distributed.launcher.api.LocalElasticAgent": "starts again what fails, and "
+            "gives ranks 30 s to save",
+            "torch.distributed.elastic.rendezvous.dynamic_rendezvous."
+            "_BackendRendezvousStateHolder._sanitize": "takes a node for dead whose clock differs",
+        },
+        extent="agent",
     ),
     *_rows(
         "tensorboard",

@@ -1,6 +1,6 @@
 """Calls of an observer, and of the guard of updates, from `megatron.training`'s loop.
 
-The loop offers no callbacks, so five of its module-level functions are wrapped; each wrapper calls
+The loop offers no callbacks, so six of its module-level functions are wrapped; each wrapper calls
 the original with its own arguments. tests/contract holds their signatures.
 
 | function in megatron.training.training | why |
@@ -9,6 +9,7 @@ the original with its own arguments. tests/contract holds their signatures.
 | training_log | the only place that sees loss and gradient norm of a step |
 | evaluate, evaluate_and_print_results | validation numbers, and the time that they take |
 | save_checkpoint_and_time | the time that saving holds the training up |
+| finalize_model_grads | when this rank's own part of a step is done |
 """
 
 from __future__ import annotations
@@ -56,11 +57,18 @@ class Observer(Protocol):
 
 
 @contextlib.contextmanager
-def installed(observer: Observer, *, may_update: Callable[[], bool]) -> Iterator[None]:
+def installed(
+    observer: Observer,
+    *,
+    may_update: Callable[[], bool],
+    computed: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
     """Wrap the functions above for the time of one `pretrain`, and put the originals back.
 
     Args:
         may_update: False holds a step's optimizer update back.
+        computed: is called when the last backward pass of a step is done, and before its gradients
+            are summed over the ranks.
     """
     validation, updates = _Validation(observer), _Updates(observer, may_update)
     wrappers: dict[str, Callable[[Any], Any]] = {
@@ -69,6 +77,7 @@ def installed(observer: Observer, *, may_update: Callable[[], bool]) -> Iterator
         "evaluate": validation.around_evaluate,
         "evaluate_and_print_results": validation.around_printing,
         "save_checkpoint_and_time": lambda f: _with_saving(f, observer),
+        "finalize_model_grads": lambda f: _after(computed, f),
     }
     originals = {name: getattr(training, name) for name in wrappers}
     for name, wrap in wrappers.items():
@@ -205,6 +214,15 @@ class _Validation:
             return losses, collected, out_of_time
 
         return wrapped
+
+
+def _after(first: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return function(*args, **kwargs)
+
+    return wrapped
 
 
 def _with_saving(save: Callable[..., Any], observer: Observer) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
@@ -216,7 +217,12 @@ def _set_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = F
 
 
 def _replace_tensor_placement() -> None:
-    """`device="cuda"`, `.cuda()` and `.to("cuda")` mean the CPU."""
+    """`device="cuda"`, `.cuda()` and `.to("cuda")` mean the CPU.
+
+    `with torch.device(...)` acts on the factories that torch lists when it first needs the list:
+    it is made before they are replaced, or such a context would have no effect afterwards.
+    """
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in ("new_zeros", "new_empty", "new_ones", "new_tensor", "new_full"):

@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in {
         "plan": "check that the study is fair, and list its runs",
         "run": "work on it: start as many workers, on as many machines, as you like",
+        "evaluate": "score final checkpoints: zero-shot tasks, and where in a text the loss lies",
         "status": "what is done, running, failed",
         "report": "write the tables, figures and verdicts, from the runs and the kept CSV files",
     }.items():
@@ -47,6 +48,17 @@ def build_parser() -> argparse.ArgumentParser:
                 "--speed",
                 action="store_true",
                 help="only time the systems, in turns; nothing else should run on the machine",
+            )
+        if name == "evaluate":
+            command.add_argument(
+                "--tasks", metavar="A,B",
+                help="of lm-evaluation-harness, as copa,piqa,winogrande,hellaswag,record",
+            )  # fmt: skip
+            command.add_argument(
+                "--data-dir", type=Path, metavar="DIR", help="local files of the tasks; no network"
+            )
+            command.add_argument(
+                "--limit", type=int, metavar="N", help="only the first N examples of each task"
             )
     return parser
 
@@ -75,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for package in ("pandas", "scipy", "matplotlib"):
         require_package(package, purpose="a study", extra="'.[study]'")
     args = build_parser().parse_args(argv)
-    return {"plan": _plan, "run": _run, "status": _status, "report": _report}[args.command](args)
+    work = {
+        "plan": _plan, "run": _run, "evaluate": _evaluate, "status": _status, "report": _report,
+    }  # fmt: skip
+    return work[args.command](args)
 
 
 def read_state(args: argparse.Namespace) -> State:
@@ -111,11 +126,15 @@ def read_state(args: argparse.Namespace) -> State:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from megatron_smlp.study.prices import price_lines
+    from megatron_smlp.study.results import Results, default_folder
+    from megatron_smlp.study.tables import Tables
+
     known = read_state(args)
     plan = known.plan()
     calendar = Calendar.of(known.study, next(iter(known.systems.values())))
     print(flops_table(known.systems))
-    print(f"\n{'runs of a system':32}{'runs':>8}{'iterations':>12}{'tokens':>14}{'to do':>8}")
+    print(f"\n{'runs of a system':32}{'runs':>8}{'iterations':>12}{'tokens':>18}{'to do':>8}")
     to_do = {run.key for run in known.to_do(plan)}
     runs = (*plan.runs, *plan.pending)
     for name in known.systems:
@@ -124,6 +143,10 @@ def _plan(args: argparse.Namespace) -> int:
         print(_counts(name, own, left, calendar))
     left = [run for run in runs if run.key in to_do or run in plan.pending]
     print(_counts("all", runs, left, calendar))
+    print()
+    tables = Tables.of(Results(args.results or default_folder(known.study.name)))
+    for line in price_lines(known.study, known.systems, left, tables):
+        print(line)
     print("\nevaluation")
     for name, system in known.systems.items():
         print(f"  {name:30}{system.evaluation}")
@@ -135,11 +158,12 @@ def _counts(
 ) -> str:
     iterations = sum(run.end - run.start for run in runs)
     total = iterations * calendar.batch
-    return f"  {name:30}{len(runs):>8}{iterations:>12,}{total:>14,}{len(left):>8}"
+    return f"  {name:30}{len(runs):>8}{iterations:>12,}{total:>18,}{len(left):>8}"
 
 
 def _run(args: argparse.Namespace) -> int:
     known = read_state(args)
+    StudyData(args.data).check_vocabulary(known.study.vocab_size)
     if args.speed:
         return _time(args, known)
     state.begin(known.folder, state.description(known.study, known.systems, known.identity))
@@ -157,6 +181,22 @@ def _time(args: argparse.Namespace, known: State) -> int:
     results = Results(args.results or default_folder(known.study.name))
     results.add_speed(lines)
     print(results.folder / "speed.csv")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from megatron_smlp.study.final import evaluate_finals
+    from megatron_smlp.study.results import Results, default_folder
+
+    known = read_state(args)
+    results = Results(args.results or default_folder(known.study.name))
+    results.collect(known)
+    done = evaluate_finals(
+        known, StudyData(args.data), results,
+        tasks=args.tasks.split(",") if args.tasks else (),
+        data_dir=args.data_dir, limit=args.limit,
+    )  # fmt: skip
+    print(f"{len(done)} checkpoints: {results.folder / 'evaluations.csv'}")
     return 0
 
 

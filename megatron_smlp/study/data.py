@@ -35,6 +35,21 @@ class StudyData:
         kind = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
         return [*named, *kind]
 
+    def check_vocabulary(self, size: int) -> None:
+        """Check that the tokenizer has as many entries as the study counts FLOPs for.
+
+        Raises:
+            UsageError: with both numbers.
+        """
+        from tokenizers import Tokenizer
+
+        found = Tokenizer.from_file(str(self.folder / TOKENIZER / "tokenizer.json"))
+        if (own := found.get_vocab_size()) != size:
+            raise UsageError(
+                f"vocab-size {size:,} of the study, and the tokenizer of --data {self.folder} has "
+                f"{own:,} entries: make data with VOCABULARY={size} examples/study_data.sh."
+            )
+
     def contents(self) -> dict[str, str]:
         """Return the checksum of each dataset and of the tokenizer.
 

@@ -21,6 +21,11 @@ from megatron_smlp.study.tables import Tables
 from megatron_smlp.study.verdicts import SECONDS, Comparison
 
 FIELDS = {"validation_loss": "", "validation_suffix_loss": " behind the prefix"}
+PANELS = {
+    "position": "position in the window",
+    "frequency": "frequency of the token (1: the most frequent fifth)",
+    "repeat": "what the token repeats of its window",
+}
 ENOUGH_FOR_BANDS = 3  # seeds: the interval of two is wider than any figure
 
 
@@ -46,6 +51,8 @@ class Drawing:
             yield "speed-up", self.speedups(speedups)
         if self.tables.curves["load_max"].notna().any():
             yield "expert-load", self.load()
+        if kinds := [kind for kind in PANELS if self.tables.labels(kind)]:
+            yield "where-the-loss-lies", self.breakdown(kinds)
 
     def losses(self, field: str, what: str) -> Figure:
         """Draw the converged points against tokens, FLOPs and, where it was measured, time."""
@@ -214,6 +221,28 @@ class Drawing:
             drawn,
         )
         return figure
+
+    def breakdown(self, kinds: Sequence[str]) -> Figure:
+        """Draw the loss of each kind of token, less that of the first system."""
+        figure = Figure(figsize=(4.6 * len(kinds), 4.4), layout="constrained", dpi=DPI)
+        panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+        first = next(iter(self.systems))
+        for panel, kind in zip(panels, kinds, strict=True):
+            labels = self.tables.labels(kind)
+            for name, look in self.looks.items():
+                points = [self._against(first, name, kind, label) for label in labels]
+                panel.plot(range(len(labels)), points, marker="o", markersize=3.5, **look)
+            panel.set_xticks(range(len(labels)), labels=labels, fontsize=8)
+            panel.set_xlabel(PANELS[kind])
+            tidy(panel)
+        panels[0].set_ylabel(f"loss less that of {first} (nats per token)")
+        self._legend(figure, "final checkpoints, mean of seeds; below 0: a lower loss")
+        return figure
+
+    def _against(self, first: str, name: str, kind: str, label: str) -> float:
+        sides = [self.tables.values(kind, label, each) for each in (name, first)]
+        common = set(sides[0]) & set(sides[1])
+        return float(np.mean([sides[0][n] - sides[1][n] for n in common])) if common else math.nan
 
     def _legend(self, figure: Figure, note: str, names: Sequence[str] = ()) -> None:
         handles = [

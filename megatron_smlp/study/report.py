@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_smlp.durable import write_durably
+from megatron_smlp.evaluation.reports import PAPER_FIGURES, PAPER_METRICS
 from megatron_smlp.study.figures import Drawing, speedup
-from megatron_smlp.study.results import Results
+from megatron_smlp.study.results import ROUTING, TASK, Results
 from megatron_smlp.study.state import State
 from megatron_smlp.study.statistics import crossings, interval
 from megatron_smlp.study.study_file import Study
@@ -35,7 +36,7 @@ from megatron_smlp.study.verdicts import (
 def write_report(known: State, results: Results) -> list[Path]:
     """Write everything that a reader sees; return the files."""
     study, systems = known.study, known.systems
-    tables = Tables(runs=results.runs, curves=results.curves, speed=results.speed)
+    tables = Tables.of(results)
     claims = claims_of(study, systems, tables)
     times = times_to_losses(study, systems, tables)
     written = []
@@ -95,6 +96,8 @@ class Page:
             *("", "## Losses", "", *self._losses()),
             *("", "## Time to the others' losses", "", *self._times()),
             *("", "## Where curves cross", "", *self._crossings()),
+            *("", "## Zero-shot tasks", "", *self._tasks()),
+            *("", "## Where the loss lies", "", *self._breakdown()),
             *("", "## Figures", ""),
             *(f"![{name}]({name})\n" for name in self.figures),
             *("## What is not comparable with the paper", "", *NOT_COMPARABLE),
@@ -143,20 +146,22 @@ class Page:
         titles = [title for title, _ in CONVENTIONS.values()]
         yield from _table(
             "system", "parameters", "active", *(f"TFLOPs, {title}" for title in titles),
-            "lr", "tokens/s, quiet", "tokens/s, as trained", "evaluation",
+            "lr", "tokens/s, quiet", "share of GEMM speed", "tokens/s, as trained", "evaluation",
         )  # fmt: skip
         for name, system in self.systems.items():
             costs = system.costs
             yield _row(
                 name, f"{costs['total_parameters']:,}", f"{costs['active_parameters']:,}",
                 *(f"{costs[key]:.5f}" for key in CONVENTIONS), self._rate(name),
-                _speed(1 / self.tables.seconds_per_token(name)), _speed(self._as_trained(name)),
+                _speed(1 / self.tables.seconds_per_token(name)),
+                _share(self.tables.share_of_gemm(name)), _speed(self._as_trained(name)),
                 system.evaluation,
             )  # fmt: skip
         spreads = [f"{flops_spread(self.systems, key):.1%}" for key in CONVENTIONS]
         yield (
             f"\nTFLOPs are forward, of 1024 tokens; the systems differ by {spreads[0]} and "
-            f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is no result."
+            f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is no result. "
+            "GEMM speed is that of a large square product in the same dtype, timed in turns."
         )
 
     def _rate(self, name: str) -> str:
@@ -219,6 +224,60 @@ class Page:
         where = "below" if below else "above"
         return f"none: {self.study.subject} is {where} at the end" if is_known else "unknown"
 
+    def _tasks(self) -> Iterator[str]:
+        tasks = self.tables.labels(TASK)
+        if not tasks:
+            yield "None was scored: `tools/study.py evaluate --tasks ...`."
+            return
+        yield (
+            "Accuracy in %, mean over seeds, ± the standard error that the number of examples "
+            "leaves; all seeds see the same examples. The paper's figures are of models three "
+            "orders of magnitude larger; the two with brackets are from secondary recollection.\n"
+        )
+        heads = [f"{task} ({PAPER_METRICS.get(task, 'acc')})" for task in tasks]
+        yield from _table("system", *heads)
+        yield _row("chance", *(f"{CHANCE[task]:g}" if task in CHANCE else "n/a" for task in tasks))
+        for name in self.systems:
+            if cells := [self.tables.values(TASK, task, name) for task in tasks]:
+                errors = [self.tables.sampling_error(TASK, task, name) for task in tasks]
+                yield _row(name, *(map(_percent, cells, errors)))
+        columns = list(PAPER_METRICS)
+        for model, figures in PAPER_FIGURES.items():
+            known = dict(zip(columns, figures, strict=True))
+            yield _row(f"paper: {model}", *(known.get(task, "n/a") for task in tasks))
+
+    def _breakdown(self) -> Iterator[str]:
+        kinds = [kind for kind in BREAKDOWN if self.tables.labels(kind)]
+        if not kinds:
+            yield "Not looked at: `tools/study.py evaluate`."
+            return
+        yield (
+            "Nats per token of the final checkpoints on windows of the validation documents, mean "
+            "over seeds: by position in the window, by how frequent the token is (1: the most "
+            "frequent fifth of the text), and by what the token repeats (new: not in the window "
+            "before; seen: before, behind another token; after n: it and the n tokens before it "
+            "stood there together, so that it can be copied)."
+        )
+        for kind in kinds:
+            labels = self.tables.labels(kind)
+            yield ""
+            yield from _table(kind, *labels)
+            for name in self.systems:
+                cells = [_plain_mean(self.tables.values(kind, each, name)) for each in labels]
+                yield _row(name, *map(_number, cells))
+        rules = self.tables.labels(ROUTING)
+        routed = [name for name in self.systems if self.tables.values(ROUTING, "prices", name)]
+        if routed:
+            yield "\nBASE balances in training, and evaluates greedily or by the mean prices.\n"
+            rules = [rule for rule in rules if self.tables.values(ROUTING, rule, routed[0])]
+            yield from _table("loss with", *rules)
+            for name in routed:
+                cells = [_plain_mean(self.tables.values(ROUTING, rule, name)) for rule in rules]
+                yield _row(name, *map(_number, cells))
+
+
+BREAKDOWN = ("position", "frequency", "repeat")
+CHANCE = {"copa": 50, "piqa": 50, "storycloze": 50, "winogrande": 50, "hellaswag": 25}
 
 NOT_COMPARABLE = (
     "* The models, the data and the vocabulary are smaller by orders of magnitude, and so is the "
@@ -253,6 +312,14 @@ def _mean(losses: Sequence[float]) -> str:
         return f"{mean:.3f}"
     low, high = interval(losses)
     return f"{mean:.3f} ± {(high - low) / 2:.3f}"
+
+
+def _share(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.0%}"
+
+
+def _percent(values: Mapping[int, float], error: float) -> str:
+    return f"{100 * _plain_mean(values):.1f} ± {100 * error:.1f}" if values else "missing"
 
 
 def _plain_mean(losses: Mapping[int, float]) -> float:

@@ -30,7 +30,12 @@ CURVE_COLUMNS = (
     *(*LOSSES, "validation_prices_loss", "validation_greedy_loss"),
     *("load_min", "load_max", "entropy", "drop_rate"),
 )
-SPEED_COLUMNS = ("system", "round", "seconds_per_iteration", "tokens_per_second", "tflops")
+SPEED_COLUMNS = (
+    *("system", "round", "seconds_per_iteration", "tokens_per_second", "tflops", "gemm_tflops"),
+)
+EVALUATION_COLUMNS = ("key", "system", "seed", "kind", "label", "value", "stderr", "count")
+TASK, ROUTING = "task", "routing"
+"""Kinds of numbers in evaluations.csv; the others are those of evaluation/breakdown.py."""
 RENAMED = {
     "consumed_tokens": "tokens",
     "consumed_flops": "flops",
@@ -40,7 +45,7 @@ SIGNIFICANT = "%.7g"
 
 
 class Results:
-    """runs.csv, curves.csv and speed.csv of one folder, and study.json: what they are of."""
+    """runs.csv, curves.csv, speed.csv and evaluations.csv of one folder, and study.json."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,6 +64,11 @@ class Results:
     def speed(self) -> pandas.DataFrame:
         """A line a system and round of the quiet timing."""
         return self._read("speed.csv", SPEED_COLUMNS)
+
+    @cached_property
+    def evaluations(self) -> pandas.DataFrame:
+        """A line a number that was found of a final checkpoint, see study/final.py."""
+        return self._read("evaluations.csv", EVALUATION_COLUMNS)
 
     def _read(self, name: str, columns: tuple[str, ...]) -> pandas.DataFrame:
         path = self.folder / name
@@ -112,6 +122,14 @@ class Results:
         """Replace the quiet timing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write("speed.csv", pandas.DataFrame(lines, columns=list(SPEED_COLUMNS)))
+
+    def add_evaluations(self, lines: list[dict[str, Any]]) -> None:
+        """Add what was found of one checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        table = _joined(self.evaluations, lines, EVALUATION_COLUMNS)
+        order = ["kind", "system", "seed"]
+        self._write("evaluations.csv", table.sort_values(order, kind="stable"))
+        del self.__dict__["evaluations"]
 
     def _write(self, name: str, table: pandas.DataFrame) -> None:
         write_durably(self.folder / name, table.to_csv(index=False, float_format=SIGNIFICANT))

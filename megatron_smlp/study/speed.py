@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -14,9 +16,12 @@ from megatron_smlp.study.state import State
 from megatron_smlp.study.systems import System
 from megatron_smlp.training.metrics_file import FILE_NAME
 
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 
 def time_systems(known: State, data: StudyData, *, processes: int) -> list[dict[str, Any]]:
-    """Return a line a system and round; each round begins with another system.
+    """Return a line a system and round; each round begins with a matrix product, and then with
+    another system.
 
     Raises:
         UsageError: a run failed.
@@ -26,12 +31,20 @@ def time_systems(known: State, data: StudyData, *, processes: int) -> list[dict[
     with Progress(speed.rounds * len(names)) as progress:
         for number in range(1, speed.rounds + 1):
             shift = number % len(names)
+            gemm = _gemm_tflops(known.systems[names[0]])
             for name in names[shift:] + names[:shift]:
                 progress.show(len(lines), f"round {number} of {speed.rounds}: {name}")
                 system = known.systems[name]
                 timed = _time(known, system, data, processes=processes)
-                lines.append({"system": name, "round": number, **timed})
+                lines.append({"system": name, "round": number, **timed, "gemm_tflops": gemm})
     return lines
+
+
+def _gemm_tflops(system: System) -> float:
+    """Return the speed of a large product, in the dtype of the trainings."""
+    dtype = next((name for name in DTYPES if system.flags.get(name)), "fp32")
+    command = [sys.executable, "-m", "megatron_smlp.study.gemm", DTYPES[dtype]]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def _time(known: State, system: System, data: StudyData, *, processes: int) -> dict[str, float]:

@@ -140,6 +140,17 @@ def _section(kind: type) -> Callable[[Any], Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The machines that `plan` prices a study on; no run knows of them."""
+
+    gpus: int = key(_whole)
+    tflops: float = key(_positive)
+    """Peak of a GPU in the runs' dtype, TFLOP/s."""
+    utilization: float = key(_share)
+    """Share of the peak that a training is assumed to have."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """A study file."""
 
@@ -165,6 +176,7 @@ class Study:
     ablations: tuple[tuple[str, str], ...] = key(_list(_pair), ())
     """Pairs of a system with and without something, for claim C5."""
     speed: Speed = key(_section(Speed), Speed())
+    cluster: Cluster | None = key(_section(Cluster), None)
     flops_tolerance: float = key(_share, 0.03)
     """Largest difference of the systems' FLOPs per token in the paper's convention."""
     needed_flops_tolerance: float = key(_share, 0.03)

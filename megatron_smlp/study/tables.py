@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas
 
+from megatron_smlp.study.results import TASK, Results
 from megatron_smlp.study.state import DIVERGED, DONE
 from megatron_smlp.study.study_file import Study
 
@@ -24,6 +25,45 @@ class Tables:
     runs: pandas.DataFrame
     curves: pandas.DataFrame
     speed: pandas.DataFrame
+    found: pandas.DataFrame
+    """What evaluations of the final checkpoints found, see study/final.py."""
+
+    @classmethod
+    def of(cls, results: Results) -> Tables:
+        """Return those of a folder of results."""
+        return cls(
+            runs=results.runs, curves=results.curves, speed=results.speed,
+            found=results.evaluations,
+        )  # fmt: skip
+
+    def labels(self, kind: str) -> list[str]:
+        """Return what was looked at of a kind, in its order."""
+        return list(dict.fromkeys(self.found[self.found["kind"] == kind]["label"]))
+
+    def values(self, kind: str, label: str, system: str) -> dict[int, float]:
+        """Return a number of each seed's final checkpoint."""
+        lines = self._found(kind, label, system)
+        return {int(line.seed): float(line.value) for line in lines.itertuples()}
+
+    def sampling_error(self, kind: str, label: str, system: str) -> float:
+        """Return the standard error of a mean over seeds that the finite text or task gives it:
+        all seeds saw the same examples, so it is that of one.
+        """
+        return float(self._found(kind, label, system)["stderr"].astype(float).mean())
+
+    def task_errors(self, system: str) -> dict[int, float]:
+        """Return the share of wrong answers in percent of each seed, as a mean over the tasks."""
+        found = [self.values(TASK, task, system) for task in self.labels(TASK)]
+        seeds = set.intersection(*map(set, found)) if found else set()
+        return {
+            seed: 100 * (1 - float(np.mean([values[seed] for values in found])))
+            for seed in sorted(seeds)
+        }
+
+    def _found(self, kind: str, label: str, system: str) -> pandas.DataFrame:
+        lines = self.found
+        is_it = (lines["kind"] == kind) & (lines["label"] == label) & (lines["system"] == system)
+        return lines[is_it]
 
     @property
     def converged(self) -> pandas.DataFrame:
@@ -82,6 +122,18 @@ class Tables:
         """Return the median of the rounds; NaN where it was not timed."""
         lines = self.speed[self.speed["system"] == system]
         return float((1 / lines["tokens_per_second"]).median()) if len(lines) else math.nan
+
+    def share_of_gemm(self, system: str) -> float:
+        """Return its FLOP/s over those of a large matrix product; NaN where it was not timed."""
+        lines = self.speed[self.speed["system"] == system]
+        return float((lines["tflops"] / lines["gemm_tflops"]).median()) if len(lines) else math.nan
+
+    def tokens_per_second(self, system: str) -> float:
+        """Return the quiet speed, or else the median of the trainings; NaN: nothing has run."""
+        if self.has_speed(system):
+            return 1 / self.seconds_per_token(system)
+        runs = self.runs
+        return float(runs[runs["system"] == system]["tokens_per_second"].astype(float).median())
 
     def evaluations(self, keys: list[str]) -> pandas.DataFrame:
         """Return the evaluations of these runs, by their tokens."""

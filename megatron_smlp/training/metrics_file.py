@@ -41,6 +41,19 @@ class MetricsFile:
         last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         return last
 
+    def newest(self) -> tuple[int, float | None]:
+        """Return the last iteration that was logged, 0 for none, and the seconds since, by the
+        clock of the file system; None where there is no file."""
+        if self.path is None or not self.path.exists():
+            return 0, None
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        numbers = [n for n in map(_iteration_of, lines) if math.isfinite(n)]
+        written = self.path.stat().st_mtime
+        with self.lost.tolerated():
+            self.path.touch()  # a change of nothing, dated by the same clock
+            return int(max(numbers, default=0)), self.path.stat().st_mtime - written
+        return int(max(numbers, default=0)), None
+
     def holds(self, name: str, *, iteration: int) -> bool:
         """Return whether a record of this iteration has this value."""
         if self.path is None or not self.path.exists():

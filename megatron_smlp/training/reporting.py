@@ -10,7 +10,8 @@ import argparse
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
 from megatron_smlp.accounting.costs import ModelShape
+from megatron_smlp.checkpoints.claim import Before
 from megatron_smlp.collectives import from_first_rank
 from megatron_smlp.megatron_patches import tensorboard
 from megatron_smlp.routers.base import other_evaluation, update_prices
@@ -26,6 +28,7 @@ from megatron_smlp.training.compute import Compute
 from megatron_smlp.training.console import RunConsole
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.parameter_count import check_parameters
+from megatron_smlp.training.restarts import Restart, restart, restart_line
 from megatron_smlp.training.router_report import (
     Loads,
     router_records,
@@ -33,6 +36,7 @@ from megatron_smlp.training.router_report import (
     to_writers,
     write_scalars,
 )
+from megatron_smlp.training.slow_hosts import SlowHosts
 from megatron_smlp.training.speed import StepClock, WallClock, device_peak_tflops, duration
 from megatron_smlp.training.step import ForwardStep
 
@@ -61,12 +65,24 @@ class Reporter:
         step: knows whether a loss of the step was not finite, how long it waited for data, and what
             the routers did.
         tasks: to score during training.
+        reached: is called with the number of each step that is done.
+        begins: is called on every rank when all are ready for the first step.
     """
 
     def __init__(
-        self, args: argparse.Namespace, *, step: ForwardStep, tasks: Tasks | None = None
+        self,
+        args: argparse.Namespace,
+        *,
+        step: ForwardStep,
+        tasks: Tasks | None = None,
+        reached: Callable[[int], None] = lambda iteration: None,
+        begins: Callable[[], None] = lambda: None,
     ) -> None:
         self.args = args
+        self.reached, self.begins = reached, begins
+        self.before: Before | None = None
+        self.restart: Restart | None = None
+        self.slow_hosts: SlowHosts | None = None
         self.step = step
         self.tasks = tasks
         self.statistics = step.statistics
@@ -113,6 +129,10 @@ class Reporter:
         self.statistics.attach(model)
         if self.tasks:
             self.tasks.built(model, optimizer)
+        logged, silent = self.metrics.newest() if self.metrics else (0, None)
+        self.restart = restart(self.before, iteration=iteration, logged=logged, silent=silent)
+        if self.args.world_size > 1:
+            self.slow_hosts = SlowHosts()
         last = self.metrics.drop_after(iteration) if self.metrics else {}
         self.compute.resume(last, tokens=self._tokens())
         if iteration:
@@ -121,6 +141,8 @@ class Reporter:
             tensorboard.forget_after(iteration)
         self.clock.restart()
         self.wall.restart(before=last.get("wall_seconds", 0.0))
+        from_first_rank(None)
+        self.begins()
 
     def _end_if_complete(self, iteration: int) -> None:
         """End a run that was at its end before, which Megatron would validate on other samples.
@@ -158,6 +180,8 @@ class Reporter:
         if self.args.token_router == "base" and self.args.base_prices == "mean":
             update_prices(self.model, skipped=skipped)
         self.clock.step()
+        self.reached(iteration)
+        self._tell_restart()
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             self._log_step(
                 losses,
@@ -170,6 +194,21 @@ class Reporter:
         if self.tasks and self.tasks.is_due(iteration):
             self._evaluate(self.tasks, iteration)
 
+    def _tell_restart(self) -> None:
+        if self.restart and self.metrics:
+            record = self.restart.record()
+            self.metrics.write(record)
+            self.say(restart_line(record))
+        self.restart = None
+
+    def _tell_slow_hosts(self, *, step: float) -> dict[str, list[dict[str, Any]]]:
+        if self.slow_hosts is None:
+            return {}
+        found = self.slow_hosts.slow(self.step.own_part.pop_seconds(), step=step)
+        for slow in found:
+            self.say(str(slow))
+        return {"slow_hosts": [asdict(slow) for slow in found]} if found else {}
+
     def _log_step(
         self, losses: dict[str, torch.Tensor], *, iteration: int, **of_step: float | None
     ) -> None:
@@ -179,6 +218,7 @@ class Reporter:
         flops_per_token = self.compute.add(loads, tokens=self._tokens())
         progress, speed = self._progress(), self._speed(iteration, flops_per_token)
         to_writers(_for_writers(progress | speed), iteration=iteration)
+        slow = self._tell_slow_hosts(step=speed["seconds_per_iteration"] or 0.0)
         if not self.first_rank:
             return
         loss = numbers.pop("lm loss")
@@ -191,6 +231,7 @@ class Reporter:
             **progress,
             **speed,
             **_unless_empty("routers", loads),
+            **slow,
         }
         assert self.metrics is not None
         self.metrics.write(record)
@@ -301,6 +342,10 @@ class Reporter:
         self.clock.exclude(seconds)
 
     # Listener of checkpoints/saving.py
+
+    def found(self, before: Before) -> None:
+        """The last run in this folder left this."""
+        self.before = before
 
     def saved(self, *, iteration: int, seconds: float) -> None:
         """A checkpoint is there, whole."""

@@ -6,18 +6,18 @@ import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 from torch.distributed import HashStore
 
+from megatron_smlp.checkpoints.claim import DONE
 from megatron_smlp.checkpoints.loading import choose_checkpoint
 from megatron_smlp.checkpoints.saving import Saving
 from megatron_smlp.megatron_patches import checkpointing, tensorboard, training_loop
 from megatron_smlp.platform import allocator, cpu
 from megatron_smlp.training.nonfinite_guard import NonFiniteGuard
 from megatron_smlp.training.reporting import Reporter, Tasks
-from megatron_smlp.training.signals import graceful_signals
+from megatron_smlp.training.signals import StartUp, graceful_signals
 from megatron_smlp.training.step import ForwardStep
 
 
@@ -34,15 +34,26 @@ class Run:
 
     Args:
         tasks: to score during training.
+        start_up: is over when the model is built and loaded.
     """
 
     def __init__(
-        self, args: argparse.Namespace, *, step: ForwardStep, tasks: Tasks | None = None
+        self,
+        args: argparse.Namespace,
+        *,
+        step: ForwardStep,
+        tasks: Tasks | None = None,
+        start_up: StartUp | None = None,
     ) -> None:
         self.args = args
-        self.reporter = Reporter(args, step=step, tasks=tasks)
+        start_up = start_up or StartUp()
+        start_up.before_ending = self._stopped_at_start
+        self.reporter = Reporter(
+            args, step=step, tasks=tasks, reached=self._reached, begins=start_up.over
+        )
         self.say = self.reporter.say
         self.saving = Saving(args, self.reporter)
+        self.own_part = step.own_part
         self.guard = NonFiniteGuard(args, step=step, say=self.say)
 
     @contextlib.contextmanager
@@ -50,13 +61,26 @@ class Run:
         """Put everything in its place around the loop; `observe` may wrap the reporter."""
         if cpu.needed():
             allocator.keep_freed_memory()
-        choose = partial(choose_checkpoint, self.args, self.say)
         with (
             tensorboard.installed(self.args.tensorboard_dir),
             graceful_signals(announces=self.args.rank == 0),
-            training_loop.installed(observe(self.reporter), may_update=self.guard.may_update),
-            checkpointing.installed(self.saving, before_loading=choose),
+            training_loop.installed(
+                observe(self.reporter),
+                may_update=self.guard.may_update,
+                computed=self.own_part.end,
+            ),
+            checkpointing.installed(self.saving, before_loading=self._before_loading),
             self.saving.session(),
             self.reporter.session(),
         ):
             yield
+
+    def _reached(self, iteration: int) -> None:
+        self.saving.reached(iteration)
+
+    def _stopped_at_start(self) -> None:
+        self.saving.release(DONE)
+
+    def _before_loading(self) -> None:
+        self.saving.claim()
+        choose_checkpoint(self.args, self.say)

@@ -1,7 +1,8 @@
 """Signals end a run well: finish the step, save, exit 0. A second SIGINT is abrupt.
 
 Megatron's `--exit-signal-handler` does this for one signal, SIGTERM, in lockstep over all ranks;
-here the keyboard's takes the same way, that of a terminal that closes, and Slurm's warning.
+here the keyboard's takes the same way, that of a terminal that closes, and Slurm's warning. Before
+the first step there is nothing to save, and SIGTERM ends a run at once, with 0.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
-from types import FrameType
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
 from typing import Any
 
 from megatron_smlp.interrupts import interrupt
+from megatron_smlp.launching.parent import end_with_agent
 
 END = "finishing this step, then saving"
 MESSAGE = f"interrupted: {END}; interrupt again to stop at once\n".encode()
@@ -21,6 +24,63 @@ MESSAGE = f"interrupted: {END}; interrupt again to stop at once\n".encode()
 
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
 """A terminal that closes, and what `sbatch --signal=USR1@600` sends before a job's time is over."""
+
+
+class StartUp(contextlib.AbstractContextManager["StartUp"]):
+    """From a run's first moment to its first step: SIGTERM ends the process, with 0.
+
+    Until ranks train in lockstep they wait for each other in native code, for minutes where one is
+    gone, and no Python handler runs meanwhile. A thread is told of the signal by the interpreter's
+    own handler, through a pipe. A rank whose agent dies in whatever moment ends with it.
+    """
+
+    def __init__(self) -> None:
+        self.is_over = threading.Event()
+        self.before_ending: Callable[[], None] = lambda: None
+        """Is called first: others may want to know that this run has ended well."""
+        self.pipe: int | None = None
+
+    def __enter__(self) -> StartUp:
+        end_with_agent()
+        if threading.current_thread() is threading.main_thread():
+            read, self.pipe = os.pipe()
+            os.set_blocking(self.pipe, False)
+            signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
+            if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+                signal.signal(signal.SIGTERM, _left_to_the_thread)
+            threading.Thread(target=self._watch, args=(read,), daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.over()
+        if self.pipe is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self.pipe)
+            if signal.getsignal(signal.SIGTERM) == _left_to_the_thread:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def over(self) -> None:
+        """All ranks are ready: from now on a signal ends a run as it is said above."""
+        self.is_over.set()
+
+    def _watch(self, pipe: int) -> None:
+        # A forked worker writes into the same pipe, and is told when this process is.
+        while signals := os.read(pipe, 64):
+            if signal.SIGTERM in signals and not self.is_over.is_set():
+                self.before_ending()
+                if os.environ.get("RANK", "0") == "0":
+                    os.write(2, b"SIGTERM: stopped before the first step, nothing is lost\n")
+                os._exit(0)
+        os.close(pipe)
+
+
+def _left_to_the_thread(signum: int, frame: FrameType | None) -> None:
+    """A handler of Python's, without which no byte comes through the pipe."""
 
 
 @contextlib.contextmanager

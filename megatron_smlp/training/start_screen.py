@@ -72,9 +72,7 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
         "token_moe": f"token MoE ({router}), experts: {args.num_experts}",
         "none": "-",
     }
-    mixer = mixer_of(slots).title.format(
-        heads=slots.heads, width=args.tiny_attention_width, router=args.feature_router
-    )
+    mixer = mixer_of(slots).title.format_map({**vars(args), "heads": slots.heads})
     if args.toeplitz:
         mixer += ", Toeplitz"
     return mixer, channels[slots.channel]

@@ -33,6 +33,7 @@ from megatron_smlp.routers.draws import sample_keys
 from megatron_smlp.routers.gshard import attach_samples
 from megatron_smlp.routers.statistics import RouterStatistics
 from megatron_smlp.training.data import may_be_padded, needs_batch, needs_every_batch
+from megatron_smlp.training.slow_hosts import OwnPart
 
 SUFFIX_LOSS = "suffix loss"
 WHOLE_LOSS = "whole loss"
@@ -53,6 +54,7 @@ class ForwardStep:
         self.statistics = RouterStatistics()
         self.nonfinite: Tensor | None = None
         self.data_seconds = 0.0
+        self.own_part = OwnPart()
         self.place = _PlaceInRun()
 
     def __call__(
@@ -67,6 +69,8 @@ class ForwardStep:
         args, timers = get_args(), get_timers()
         timers("batch-generator", log_level=2).start()
         start = time.perf_counter()
+        if torch.is_grad_enabled():
+            self.own_part.begin()
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         batch = next_batch(data_iterator, vp_stage)
         if torch.is_grad_enabled():  # validation does not count, and draws nothing

@@ -46,10 +46,14 @@ def apply():
     cpu.apply()
     return difference(before, look())
 
+def devices():
+    with torch.device("meta"):
+        return [make(2).device.type for make in (torch.empty, torch.zeros, torch.arange)]
+
 with_cuda = apply()
 torch.cuda.is_available = cuda
 print(json.dumps({"with_cuda": with_cuda, "without": apply(), "again": apply(),
-                  "available": torch.cuda.is_available is cuda}))
+                  "available": torch.cuda.is_available is cuda, "meta": devices()}))
 """
 
 NOTHING = {"new": [], "replaced": []}
@@ -90,6 +94,11 @@ def test_applying_twice_is_applying_once(probe: dict):
 
 def test_whether_cuda_is_available_is_never_faked(probe: dict):
     assert probe["available"]
+
+
+def test_a_device_context_still_places_what_is_made_in_it(probe: dict):
+    """transformers builds a model on `meta` before it loads one."""
+    assert probe["meta"] == ["meta"] * 3
 
 
 def test_every_flag_that_the_platform_sets_is_one_of_megatrons():

@@ -47,6 +47,14 @@ TINY: dict[str, Any] = {
     "needed-flops-tolerance": 0.9,
 }
 
+COPA = "".join(
+    json.dumps({
+        "premise": "the gate of a layer", "choice1": "to route", "choice2": "tokens",
+        "question": "effect", "label": number % 2,
+    }) + "\n"
+    for number in range(4)
+)  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -77,6 +85,23 @@ def worker(study: Path, data: Path) -> subprocess.Popen[bytes]:
     )
 
 
+def fake_sbatch(folder: Path) -> Path:
+    """A program that runs each task of a job array at once, as nodes of a cluster would."""
+    path = folder / "sbatch"
+    path.write_text(
+        """#!/usr/bin/env bash
+        array=${1#--array=}; shift
+        for task in $(seq "${array%-*}" "${array#*-}"); do
+            SLURM_ARRAY_TASK_ID=$task SLURM_JOB_ID=$((100 + task)) bash "$@" & pids+=($!)
+        done
+        for pid in "${pids[@]}"; do wait "$pid" || exit; done
+        """.replace("        ", "", 1),
+        encoding="utf-8",
+    )
+    path.chmod(0o755)
+    return path
+
+
 def logged(study: Path) -> int:
     """Steps that all runs of a study have logged."""
     files = (study.parent / "runs").glob("*/*/*/*/metrics.jsonl")
@@ -95,9 +120,21 @@ def test_a_study_from_data_to_report(tmp_path: Path, data: Path):
         time.sleep(0.1)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    workers = [worker(study, data) for _ in range(2)]
-    assert [each.wait(1200) for each in workers] == [0, 0]
+    run_command(
+        [str(fake_sbatch(tmp_path)), "--array=0-1", "examples/study_slurm.sh",
+         *words(study, data)[1:], "--expiry", "12"],
+        STUDY=str(study), PYTHON=sys.executable,
+    )  # fmt: skip
+    evaluate = [*TOOL, "evaluate", *words(study, data), "--tasks", "copa"]
+    (tmp_path / "copa_val.jsonl").write_text(COPA, encoding="utf-8")
+    shown = run_command([*evaluate, "--data-dir", str(tmp_path)]).stdout
+    assert shown.startswith("2 checkpoints: ")
+    assert run_command([*evaluate, "--data-dir", str(tmp_path)]).stdout.startswith("0 checkpoints")
     run_command([*TOOL, "report", *words(study, data)])
+    found = pandas.read_csv(tmp_path / "results" / "evaluations.csv")
+    assert set(found["kind"]) == {"task", "routing", "position", "frequency", "repeat"}
+    routed = found[(found["system"] == "smlp_deterministic") & (found["kind"] == "routing")]
+    assert set(routed["label"]) == {"greedy", "prices"}
     runs = pandas.read_csv(tmp_path / "results" / "runs.csv")
     assert set(runs["status"]) == {"done"}
     assert len(runs) == 6
@@ -123,6 +160,18 @@ def check_that_pieces_are_one_run(folder: Path, runs: pandas.DataFrame, data: Pa
     pieces = curves[(curves["key"] == longest["key"]) & curves["loss"].notna()]
     assert len(pieces) == 12
     assert [losses[step] for step in pieces["iteration"]] == pytest.approx(list(pieces["loss"]))
+
+
+@pytest.mark.slow
+def test_data_of_another_vocabulary_are_refused(tmp_path: Path, data: Path):
+    study = write_study(tmp_path, **TINY | {"vocab-size": 281})
+    done = subprocess.run(
+        [*TOOL, "run", *words(study, data)], cwd=REPOSITORY, env=clean_environment(),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "vocab-size 281 of the study, and the tokenizer" in done.stderr
+    assert "VOCABULARY=281" in done.stderr
 
 
 @pytest.mark.slow

@@ -25,9 +25,15 @@ SPARSE = "--num-dense-layers 2 --spatial-heads 2 --num-feature-experts 4"
 # Of an architecture of systems.py, what else its models are tried with; one that is not here is
 # tried as it is.
 VARIANTS = {
-    "transformer": {"": "--num-attention-heads 4"},
+    "transformer": {
+        "": "--num-attention-heads 4",
+        "_modern": "--num-attention-heads 4 --group-query-attention --num-query-groups 2 "
+        "--position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear",
+    },
     "gmlp": {"": "", "_4_heads": "--spatial-heads 4"},
     "amlp": {"": "--tiny-attention-width 8"},
+    "mixer": {"": "", "_expansion": "--spatial-heads 4 --mixer-expansion"},
+    "aft": {"": "", "_simple": "--aft-kind simple"},
     "smlp": {f"_{rule}": f"{SPARSE} --feature-router {rule}" for rule in FEATURE_RULES},
 }
 LAYERS = {
@@ -42,7 +48,11 @@ MODELS = {
     for router in ROUTERS
 } | {
     "gmlp-base_by_prices": f"{LAYERS['gmlp']} {ROUTERS['base']} --base-eval prices",
+    "transformer_modern-topk_shared": f"{LAYERS['transformer_modern']} {ROUTERS['topk']} "
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+    "--moe-shared-expert-intermediate-size 24",
     "gmlp-toeplitz": f"{LAYERS['gmlp_4_heads']} --toeplitz",
+    "mixer-toeplitz": f"{LAYERS['mixer_expansion']} --toeplitz",
     "smlp_partial-toeplitz": f"{LAYERS['smlp_partial']} --toeplitz",
 }
 ROUTED = {name for name, flags in MODELS.items() if EXPERTS in flags}
@@ -64,7 +74,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
             # The initial spatial matrices are so small that a leak could vanish in the rounding.
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
         for name, buffer in model.named_buffers():
-            if name.endswith("router.prices"):
+            if name.endswith(("router.prices", "router.expert_bias")):
                 buffer.normal_()
     yield request.param, model
     forget_arguments()

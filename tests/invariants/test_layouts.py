@@ -41,15 +41,27 @@ ARCHITECTURES = {
     "transformer_hash": f"{ATTENTION} --token-router hash {EXPERTS}",
     "transformer_gshard": f"{ATTENTION} --token-router gshard {EXPERTS} --moe-layer-freq 2 "
     "--moe-train-capacity-factor 1 --moe-token-drop-policy position",
+    "transformer_topk": f"{ATTENTION} --token-router topk {EXPERTS} --moe-layer-freq 2 "
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+    "--moe-shared-expert-intermediate-size 32 --group-query-attention --num-query-groups 2 "
+    "--position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear",
     "gmlp_1_head": "--architecture gmlp --spatial-heads 1",
     "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
     "amlp": "--architecture amlp --spatial-heads 2 --tiny-attention-width 16",
     "smlp": f"{SMLP} --feature-router deterministic --token-router base {EXPERTS} "
     "--base-eval prices",
     "smlp_partial": f"{SMLP} --feature-router partial --token-router base {EXPERTS}",
+    "mixer": "--architecture mixer --mixer-expansion",
+    "mixer_switch": f"--architecture mixer --spatial-heads 4 --toeplitz --token-router switch "
+    f"{EXPERTS}",
+    "aft": "--architecture aft",
+    "aft_simple_base": f"--architecture aft --aft-kind simple --token-router base {EXPERTS}",
     "feature_moe_partial": f"{SMLP} --feature-router partial",
     "feature_moe_toeplitz": f"{SMLP} --feature-router partial --toeplitz",
 }
+# Architectures whose runs are slow tests, but for these in one layout each.
+SLOW = {"mixer_switch", "aft_simple_base"}
+IN_ONE_LAYOUT = {"mixer": "tp2", "aft": "tp2_sp"}
 ROUTED = {name for name, flags in ARCHITECTURES.items() if EXPERTS in flags}
 
 TP = "--tensor-model-parallel-size 2"
@@ -88,8 +100,13 @@ FEWER = {
     "transformer_gshard": (
         *("tp2_sp", "ep2", "dp2", "pp2_interleaved", "pp2_recompute", "recompute_full", "tp2_pp2"),
     ),
+    "transformer_topk": ("tp2_sp", "ep2", "dp2"),
     "smlp_partial": ("tp2_sp", "pp2", "ep2", "dp2", "tp2_pp2"),
     "feature_moe_toeplitz": ("tp2_sp", "pp2", "dp2_distributed_optimizer"),
+    "aft": ("tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2"),
+    "aft_simple_base": ("tp2_sp", "pp2_interleaved", "ep2", "recompute_full"),
+    "mixer": ("tp2", "tp2_sp", "pp2_interleaved", "dp2_distributed_optimizer", "tp2_pp2"),
+    "mixer_switch": ("tp2_sp", "pp2", "ep2", "dp2_distributed_optimizer", "recompute_full"),
     "feature_moe_partial": (
         *("tp2", "pp2_interleaved", "pp2_recompute", "dp2_distributed_optimizer"),
         *("recompute_full", "recompute_selective"),
@@ -130,7 +147,12 @@ def _facets(case: tuple[str, str]) -> dict[str, str]:
 def _marked(cases: list[tuple[str, str]]) -> list[Any]:
     two = cover(_cases(TWO_PROCESSES), _facets, [("architecture", "parallel"), *ROUTERS])
     rest = [cover(_cases(layouts), _facets, ROUTERS) for layouts in (RECOMPUTE, FOUR_PROCESSES)]
-    return slow_unless_in([*two, *itertools.chain(*rest)], cases)
+    neighbours = SLOW | IN_ONE_LAYOUT.keys()
+    chosen = [case for case in (*two, *itertools.chain(*rest)) if case[0] not in neighbours]
+    return slow_unless_in([*chosen, *IN_ONE_LAYOUT.items()], cases)
+
+
+EACH = slow_unless_in(ARCHITECTURES.keys() - SLOW, ARCHITECTURES)
 
 
 class Runs:
@@ -181,12 +203,17 @@ class Runs:
 def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The seed checkpoints, and what one process makes of them."""
     runs = Runs(tmp_path_factory.mktemp("layouts"))
-    seeds = {f"seeds/{name}": runs.seed(name) for name in ARCHITECTURES}
-    plain = {f"{name}/plain": runs.resumed(name, "") for name in ARCHITECTURES}
+    asked = {name for (name,) in selected(request, "architecture")}
+    # Those that tests without this parameter look at.
+    architectures = [
+        n for n in ARCHITECTURES if n in asked | {"smlp", "gmlp_1_head", "transformer_hash"}
+    ]
+    seeds = {f"seeds/{name}": runs.seed(name) for name in architectures}
+    plain = {f"{name}/plain": runs.resumed(name, "") for name in architectures}
     plain |= runs.asked_for(request, RECOMPUTE)
     fresh = {
         f"{name}/{precision}": f"{MODEL} {ARCHITECTURES[name]} --train-iters {LONG_RUN} {flags}"
-        for name in ARCHITECTURES
+        for name in architectures
         for precision, flags in PRECISIONS.items()
         if precision == "bf16"
         or name == "gmlp_1_head"
@@ -221,7 +248,7 @@ def _assert_same(ours: Sequence[Step], plain: Sequence[Step]) -> None:
         )
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EACH)
 def test_the_steps_move_far_more_than_the_tolerance(one: Runs, architecture: str):
     """Or all the comparisons below would hold for a model that does not train."""
     pairs = list(itertools.pairwise(one.steps(architecture, "plain")))
@@ -295,7 +322,7 @@ def test_base_experts_have_the_same_prices(two: Runs, layout: str):
         torch.testing.assert_close(ours[name], prices, rtol=0, atol=5e-3 * scale, msg=name)
 
 
-@pytest.mark.parametrize("architecture", filter(_has_routers, ARCHITECTURES))
+@pytest.mark.parametrize("architecture", [a for a in EACH if _has_routers(next(iter(a.values)))])
 def test_every_router_counts_every_choice(one: Runs, architecture: str):
     """8 samples of 32 tokens a step; 4 chunks of each sample. GShard asks for some of the second
     experts in training, and for all of them in evaluation."""
@@ -307,6 +334,7 @@ def test_every_router_counts_every_choice(one: Runs, architecture: str):
         assert len(in_training) > 1
         counted = [r for r in counted if r["choices"] not in in_training]
         each["token"] *= 2
+    each["token"] *= 2 if "topk" in architecture else 1
     assert {(r["kind"], r["choices"]) for r in counted} == {
         (kind, each[kind]) for kind in {r["kind"] for r in counted}
     }
@@ -320,7 +348,8 @@ LEARNING = list(itertools.product(ARCHITECTURES, PRECISIONS))
 LEARNING_FAST = [
     (name, precision)
     for name, precision in LEARNING
-    if precision == "bf16" or name in ("gmlp_1_head", "transformer_gshard", "smlp", "amlp")
+    if (precision == "bf16" and name not in SLOW)
+    or name in ("gmlp_1_head", "transformer_gshard", "smlp", "amlp")
 ]
 
 
@@ -331,7 +360,7 @@ def test_both_precisions_learn(one: Runs, architecture: str, precision: str):
     assert sum(losses[-3:]) / 3 < losses[0] - 0.3
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EACH)
 def test_bf16_follows_fp32(one: Runs, architecture: str):
     """The same start, so the first loss differs by rounding, but does differ: it is bf16."""
     half = one.steps(architecture, "bf16")[0].loss

@@ -34,6 +34,8 @@ ARCHITECTURES = {
     ),
     "gmlp": "--architecture gmlp",
     "amlp": "--architecture amlp --tiny-attention-width 16",
+    "aft": "--architecture aft",
+    "mixer": "--architecture mixer --spatial-heads 2 --mixer-expansion",
     "smlp": SMLP,
     "smlp_partial": SMLP.replace("deterministic", "partial"),
 }
@@ -54,11 +56,13 @@ TWO_PROCESSES = {
         "--ckpt-fully-parallel-save"
     ),
 }
+NEIGHBOURS = ("mixer", "aft")
+"""Mixers whose runs are slow tests: what a resume restores is the same for all mixers."""
 # Dropout needs the random numbers of a run beside all that is exact: without it, a system a kind.
 FAST = [
     case
     for case in ONE_PROCESS
-    if case.endswith("_dropout")
+    if (case.endswith("_dropout") and not case.startswith(NEIGHBOURS))
     or case in ("transformer_exact", "smlp_partial_exact", "gmlp_toeplitz_exact")
 ]
 CASES = slow_unless_in([*FAST, *TWO_PROCESSES], [*ONE_PROCESS, *TWO_PROCESSES])

@@ -51,7 +51,7 @@ def assert_intact(run: Path) -> None:
     assert iterations(run) == [2]
     assert verify(iteration_folder(run, 2)) == []
     assert tracked_iteration(run) in (None, 2)
-    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in run.glob(".*") if not path.name.startswith(".writer-")] == []
 
 
 def stop(disk: str, how: str, finished: str) -> None:

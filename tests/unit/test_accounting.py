@@ -25,6 +25,12 @@ from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 
 TRANSFORMER = {"architecture": "transformer"}
 SPARSE = {"architecture": "smlp", "num_dense_layers": 1, "num_feature_experts": 4}
+MODERN = {
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "transformer": {"architecture": "transformer"},
     "switch": {**TRANSFORMER, "token_router": "switch", "moe_layer_freq": 2},
@@ -39,6 +45,10 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "gmlp_toeplitz": {"architecture": "gmlp", "spatial_heads": 2, "toeplitz": True},
     "gmlp_moe": {"architecture": "gmlp", "token_router": "base", "moe_layer_freq": 2},
     "amlp": {"architecture": "amlp", "tiny_attention_width": 16},
+    "mixer": {"architecture": "mixer", "spatial_heads": 2, "mixer_expansion": True},
+    "mixer_moe": {"architecture": "mixer", "token_router": "hash", "moe_layer_freq": 2},
+    "aft": {"architecture": "aft", "token_router": "hash", "moe_layer_freq": 2},
+    "aft_simple": {"architecture": "aft", "aft_kind": "simple"},
     "smlp_deterministic": {**SPARSE, "feature_router": "deterministic", "token_router": "base"},
     "smlp_partial": {
         **SPARSE,
@@ -46,14 +56,25 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "token_router": "base",
         "num_feature_chunks": 8,
     },
+    "modern": {**TRANSFORMER, **MODERN, "num_query_groups": 2, "tie_word_embeddings": False},
+    "topk": {
+        **TRANSFORMER,
+        **MODERN,
+        "token_router": "topk",
+        "moe_router_topk": 3,
+        "moe_layer_freq": [0, 1, 1],
+        "moe_shared_expert_intermediate_size": 96,
+    },
 }
 LENGTH = 128
 SAME_NAMES = (
     *("architecture", "token_router", "feature_router", "hidden_size", "ffn_hidden_size"),
     *("num_layers", "num_dense_layers", "num_attention_heads", "spatial_heads"),
-    *("toeplitz",),
+    *("toeplitz", "mixer_expansion", "aft_kind"),
     *("num_feature_experts", "num_feature_chunks", "prefix_fraction", "num_experts"),
     *("moe_ffn_hidden_size", "moe_layer_freq", "tiny_attention_width", "add_bias_linear"),
+    *("position_embedding_type", "normalization", "swiglu", "num_query_groups"),
+    *("moe_shared_expert_intermediate_size",),
 )
 
 
@@ -81,15 +102,9 @@ def _namespace(config: SMLPConfig) -> argparse.Namespace:
         seq_length=config.max_position_embeddings,
         padded_vocab_size=config.vocab_size,
         kv_channels=config.hidden_size // config.num_attention_heads,
-        num_query_groups=None,
-        group_query_attention=False,
-        moe_router_topk=1,
-        position_embedding_type=(
-            "learned_absolute" if config.architecture == "transformer" else "none"
-        ),
-        untie_embeddings_and_output_weights=False,
-        normalization="LayerNorm",
-        swiglu=False,
+        group_query_attention=config.num_query_groups is not None,
+        moe_router_topk=config.moe_router_topk,
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
     )
 
 
@@ -106,9 +121,10 @@ def test_parameters_are_those_of_the_built_model(system: str):
 def test_active_parameters_leave_out_the_experts_that_a_token_does_not_visit(system: str):
     config = _config(system)
     cost = model_cost(ModelShape.from_args(_namespace(config)))
-    expert = 2 * config.hidden_size * config.expert_width
+    expert = (2 + config.swiglu) * config.hidden_size * config.expert_width
     num_moe = sum(config.has_token_moe(index) for index in range(config.num_layers))
-    idle = config.num_experts - (2 if config.token_router == "gshard" else 1)
+    visited = {"gshard": 2, "topk": config.moe_router_topk}.get(config.token_router, 1)
+    idle = config.num_experts - visited
     assert cost.parameters - cost.active_parameters == num_moe * idle * expert
 
 
@@ -200,6 +216,8 @@ def test_the_prefix_router_reads_each_prefix_position_of_each_chunk_once():
         "--num-experts 4 --token-router hash",
         "--architecture gmlp --spatial-heads 2 --normalization RMSNorm",
         "--architecture amlp --tiny-attention-width 12 --toeplitz --disable-bias-linear",
+        "--architecture mixer --spatial-heads 2 --mixer-expansion --toeplitz",
+        "--architecture aft --disable-bias-linear --num-attention-heads 4",
         "--architecture smlp --num-dense-layers 1 --feature-router partial --prefix-fraction 0.3 "
         "--num-feature-experts 4 --num-feature-chunks 8 --num-experts 4 --token-router switch",
     ],

@@ -39,6 +39,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "gmlp_heads": {"architecture": "gmlp", "spatial_heads": 4},
     "gmlp_toeplitz": {"architecture": "gmlp", "spatial_heads": 4, "toeplitz": True},
     "amlp": {"architecture": "amlp"},
+    "mixer": {"architecture": "mixer", "spatial_heads": 4, "num_experts": 8},
+    "aft": {"architecture": "aft"},
     "smlp": {**SPARSE, "feature_router": "deterministic", "token_router": "base"},
     "smlp_partial": {**SPARSE, "feature_router": "partial", "token_router": "base"},
 }
@@ -168,6 +170,13 @@ KEPT: dict[str, tuple[dict[str, Any], LayerSlots]] = {
         {"architecture": "amlp", "tiny_attention_width": 16},
         LayerSlots("gating_and_attention", "none", 1),
     ),
+    "mixer": ({"architecture": "mixer"}, LayerSlots("masked_mixer", "mlp", 1)),
+    "mixer_expansion": (
+        {"architecture": "mixer", "spatial_heads": 4, "mixer_expansion": True},
+        LayerSlots("masked_mixer", "mlp", 4),
+    ),
+    "aft": ({"architecture": "aft"}, LayerSlots("aft", "mlp", 1)),
+    "aft_simple": ({"architecture": "aft", "aft_kind": "simple"}, LayerSlots("aft", "mlp", 1)),
     "feature_moe": (FEATURES, LayerSlots("feature_moe", "none", 4)),
     "partial": (
         FEATURES | {"feature_router": "partial"},
@@ -192,6 +201,8 @@ def test_activations_are_what_autograd_keeps_within_ten_percent(case: str, dtype
     values = {name: config.get(name) for name in ("token_router", "tiny_attention_width")}
     values |= {"num_experts": config.get("num_moe_experts"), "moe_ffn_hidden_size": 256}
     values |= {"feature_router": config.get("feature_router", "none")}
+    values |= {"mixer_expansion": config.get("mixer_expansion", False)}
+    values |= {"aft_kind": config.get("aft_kind", "full")}
     args = resolve(
         SMALL
         | values

@@ -9,7 +9,15 @@ from support.launches import REPOSITORY
 
 from megatron_smlp.flags import help
 from megatron_smlp.options import MODEL_FLAGS, OUR_FLAGS, ModelOptions, RunOptions, prefix_length
-from megatron_smlp.systems import MIXERS, TOKEN_ROUTERS, LayerSlots, is_moe_layer, layer_slots, load
+from megatron_smlp.systems import (
+    ARCHITECTURES,
+    MIXERS,
+    TOKEN_ROUTERS,
+    LayerSlots,
+    is_moe_layer,
+    layer_slots,
+    load,
+)
 
 ATTENTION, GATING, FEATURE = "attention", "spatial_gating", "feature_moe"
 
@@ -164,6 +172,10 @@ def test_records_of_the_hugging_face_configuration_are_those_of_its_file():
         choices = {row[0]: row[1] for row in help.rows(ModelOptions)}[field.name]
         if name and choices.startswith("{"):
             assert choices == "{" + ",".join(hf._ALLOWED[name]) + "}"
+    with_ffn = {name for name, one in ARCHITECTURES.items() if one.channel == "mlp"}
+    learned = {n for n, one in ARCHITECTURES.items() if one.positions == "learned_absolute"}
+    assert (set(hf._FEED_FORWARD), set(hf._POSITIONS)) == (with_ffn, learned)
+    assert set(hf._TOEPLITZ) == set(OUR_FLAGS["toeplitz"].architectures)
     for router in ("none", *TOKEN_ROUTERS):
         older = {
             name: facts.older

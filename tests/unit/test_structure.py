@@ -15,10 +15,9 @@ ORDER = (
     *("errors", "interrupts", "program", "durable", "provenance", "library_logging"),
     *("command_line", "unwritable_log", "collectives", "progress", "systems", "options"),
     *("ops", "hf", "routers", "layers", "architectures"),
-    *("platform", "data", "checkpoints", "megatron_patches", "flags", "accounting"),
-    *("training", "model", "conversion", "generation", "serving", "evaluation", "plotting"),
-    "study",
-    "commands",
+    *("platform", "data", "checkpoints", "megatron_patches", "flags", "launching"),
+    *("accounting", "training", "model", "conversion", "generation", "serving", "evaluation"),
+    *("plotting", "study", "commands"),
 )
 # Within data; the last ones are what training reads.
 DATA_ORDER = (

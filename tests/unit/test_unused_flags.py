@@ -18,6 +18,7 @@ from megatron_smlp.flags.unused_flags import (
     DOCUMENT_FLAGS,
     OTHER_LAYER_FLAGS,
     OTHER_PROGRAMS,
+    OTHER_RECOVERY,
     READ_NOWHERE,
     TRANSFORMER_ENGINE_FLAGS,
 )
@@ -69,6 +70,8 @@ def test_other_layers_flags(parse: Parse, words: str, message: str):
         ("--dataloader-fast-cache-load", "--dataloader-fast-cache-load is not read"),
         ("--use-flash-attn", "give --attention-backend"),
         ("--yaml-cfg x.yaml", "give --config"),
+        ("--inprocess-restart", "--inprocess-restart wraps the entry .*: leave it out"),
+        ("--enable-ft-package", "--enable-ft-package reads the command line once more"),
         ("--check-for-spiky-loss", "--nonfinite-loss looks at every loss"),
         (
             "--spec megatron.core foo",
@@ -121,7 +124,7 @@ def test_transformer_engines_flags(parse: Parse, flag: str):
 def test_every_name_is_one_of_megatrons_flags():
     destinations = {action.dest for action in build_parser()._actions}
     assert {*OTHER_LAYER_FLAGS, *ATTENTION_FLAGS, *DOCUMENT_FLAGS} <= destinations
-    assert {*TRANSFORMER_ENGINE_FLAGS, *READ_NOWHERE} <= destinations
+    assert {*TRANSFORMER_ENGINE_FLAGS, *READ_NOWHERE, *OTHER_RECOVERY} <= destinations
     assert {*OTHER_PROGRAMS} <= {group.title for group in build_parser()._action_groups}
 
 

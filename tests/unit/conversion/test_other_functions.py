@@ -55,12 +55,19 @@ def test_it_is_not_exported_as_something_else(rotary: Path, tmp_path: Path) -> N
         ("squared_relu", True),
         ("quick_geglu", True),
         ("activation_func_clamp_value", 7.0),
-        ("position_embedding_type", "rope"),
-        ("position_embedding_type", "none"),
+        ("position_embedding_type", "yarn"),
     ],
 )
 def test_what_the_exported_model_does_not_have(name: str, value: object) -> None:
     flags = flags_of(SMLPConfig(architecture="transformer", num_attention_heads=4))
+    assert config_of(flags)
+    with pytest.raises(UsageError, match="has no equal in the Hugging Face model"):
+        config_of({**flags, name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("position_embedding_type", "rope"), ("swiglu", True)])
+def test_what_only_an_exported_transformer_has(name: str, value: object) -> None:
+    flags = flags_of(SMLPConfig(architecture="gmlp"))
     assert config_of(flags)
     with pytest.raises(UsageError, match="has no equal in the Hugging Face model"):
         config_of({**flags, name: value})

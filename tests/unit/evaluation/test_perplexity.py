@@ -41,6 +41,9 @@ def test_perplexity_is_that_of_the_exported_model(
             scorer, tokenizer, str(data), stride=None, suffix_from=0, split="1,1,1"
         )
         strided = measure(scorer, tokenizer, str(data), stride=5, suffix_from=0)
+        some = measure(
+            scorer, tokenizer, str(data), stride=None, suffix_from=0, limit=2, breaks_down=True
+        )
         with pytest.raises(UsageError, match="--stride 99 is over the model's 24 tokens"):
             measure(scorer, tokenizer, str(data), stride=99, suffix_from=0)
         with pytest.raises(UsageError, match="no dataset at"):
@@ -59,6 +62,13 @@ def test_perplexity_is_that_of_the_exported_model(
     assert result["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     expected = math.exp(sum(behind) / len(behind))
     assert result["suffix_perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert some["tokens"] == 2 * LENGTH
+    step = -(-(len(tokens) - 1) // LENGTH) // 2 * LENGTH  # the windows are spread over the text
+    chosen = losses[:LENGTH] + losses[step : step + LENGTH]
+    assert some["nll"] == pytest.approx(sum(chosen), rel=1e-5)
+    by_position = {each["label"]: each["loss"] for each in some["breakdown"]["position"]}
+    firsts = [chosen[0], chosen[LENGTH]]
+    assert by_position["0"] == pytest.approx(sum(firsts) / 2, rel=1e-5)
     encoder = tokenizer.build()
     first = encoder.decode([int(tokens[0])])
     texts = [f"{TEXT} {number}" for number in range(3)]

@@ -30,6 +30,11 @@ LAYERS = {
     "smlp": "--architecture smlp --num-dense-layers 2 --feature-router deterministic "
     "--num-feature-experts 4",
 }
+MODERN = (
+    "--architecture transformer --num-attention-heads 4 --group-query-attention "
+    "--num-query-groups 2 --position-embedding-type rope --rotary-base 500 --swiglu "
+    "--normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights"
+)
 # Mixers that only differ from these beside the token router are compared with one of them, or none.
 MIXERS = {
     "gmlp": "--architecture gmlp --spatial-heads 2",
@@ -40,6 +45,10 @@ MIXERS = {
     "--num-feature-chunks 8 --prefix-fraction 0.3",
     "partial_few_tokens": "--architecture smlp --feature-router partial --num-feature-experts 4 "
     "--prefix-fraction 0.85",
+    "modern": f"{MODERN} --moe-layer-freq 2",
+    "gmlp_rms_norm": "--architecture gmlp --spatial-heads 2 --normalization RMSNorm",
+    "no_positions": "--architecture transformer --num-attention-heads 4 "
+    "--position-embedding-type none --group-query-attention --num-query-groups 1",
 }
 CAPACITY = "--moe-train-capacity-factor 0.75 --moe-eval-capacity-factor 1"
 ROUTERS = {
@@ -53,6 +62,12 @@ ROUTERS = {
     "base": "--token-router base",
     "base_on_the_norm": "--token-router base --base-routing-input norm --base-prices none",
     "hash": "--token-router hash --hash-seed 5",
+    "topk": "--token-router topk",
+    "topk_of_one": "--token-router topk --moe-router-topk 1 --moe-router-topk-scaling-factor 2.5",
+    "topk_sigmoid_shared": "--token-router topk --moe-router-topk 3 "
+    "--moe-router-score-function sigmoid --moe-shared-expert-intermediate-size 24",
+    "topk_by_bias": "--token-router topk --moe-router-score-function sigmoid "
+    "--moe-router-enable-expert-bias --moe-router-topk-scaling-factor 1.5",
 }
 
 
@@ -82,7 +97,9 @@ def reference_of(model: Any, args: Any) -> SMLPForCausalLM:
     config = config_of(model_flags(args))
     config.moe_eval_capacity_factor = args.moe_eval_capacity_factor  # an export drops nothing
     reference = SMLPForCausalLM(config)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+    if not args.untie_embeddings_and_output_weights:
+        tensors.pop("output_layer.weight", None)
     weights = in_reference_names(tensors, args)
     loaded = reference.load_state_dict(weights, strict=False)
     assert not loaded.unexpected_keys
@@ -105,9 +122,11 @@ STARTS = {
     **{rule: f"{LAYERS['transformer']} {ROUTERS[rule]}" for rule in ("switch", "gshard", "hash")},
     **{mixer: f"{MIXERS[mixer]} --token-router base" for mixer in MIXERS},
     "toeplitz": f"{MIXERS['gmlp']} --toeplitz --token-router base",
+    "modern": f"{MIXERS['modern']} {ROUTERS['topk_sigmoid_shared']}",
 }
 CASES = [(layers, router) for layers in LAYERS for router in ROUTERS]
 CASES += [(mixer, router) for mixer in MIXERS for router in ("none", "base")]
+CASES += [("modern", router) for router in ROUTERS if router.startswith("topk")]
 
 
 @pytest.fixture(params=CASES, ids="-".join)
@@ -121,6 +140,9 @@ def twins(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("router.expert_bias"):
+                buffer.normal_(std=0.1)
     return model, reference_of(model, args), args
 
 

@@ -12,6 +12,7 @@ from support.studies import pretend, state_of, write_study
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study.cli import main
 from megatron_smlp.study.plan import PlannedRun
+from megatron_smlp.study.results import Results
 from megatron_smlp.study.state import State
 
 NOISE = {11: -0.002, 12: 0.003, 13: 0.0}
@@ -61,14 +62,47 @@ def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
     seconds = {"transformer": 1.0, "switch": 1.0, "smlp_deterministic": 0.5}
     lines = [
         {"system": name, "round": number, "seconds_per_iteration": step * (1 + 0.01 * number),
-         "tokens_per_second": 2048 / step, "tflops": 0.1}
+         "tokens_per_second": 2048 / step, "tflops": 0.1,
+         "gemm_tflops": 0.4}
         for name, step in seconds.items()
         for number in (1, 2, 3)
     ]  # fmt: skip
     pandas.DataFrame(lines).to_csv(tmp_path / "results" / "speed.csv", index=False)
     claims = report(known, tmp_path)
     assert (claims["C2"]["verdict"], claims["C3"]["verdict"]) == ("confirmed", "confirmed")
+    assert "| 25% |" in (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
     assert claims["C2"]["comparisons"][0]["found"]["mean"] == pytest.approx(0.458, abs=0.01)
+
+
+def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
+    """C4 by hand: two tasks, right answers 3 % more often, with seeds that differ by less."""
+    pretend(known, loss_of)
+    report(known, tmp_path)
+    results = Results(tmp_path / "results")
+    ahead = {"smlp_deterministic": 0.03}
+    for name in known.systems:
+        for seed, wobble in NOISE.items():
+            right = 0.5 + ahead.get(name, 0.0) + wobble
+            common = {"key": f"{name}{seed}", "system": name, "seed": seed, "stderr": 0.01}
+            numbers = [
+                ("task", "copa", right), ("task", "piqa", right + 0.1), ("repeat", "new", 6.0),
+                ("repeat", "after 3+", 2.0 - right), ("position", "0", 7.0),
+            ]  # fmt: skip
+            results.add_evaluations([
+                common | {"kind": kind, "label": label, "value": value, "count": 100}
+                for kind, label, value in numbers
+            ])  # fmt: skip
+    claims = report(known, tmp_path)
+    assert claims["C4"]["verdict"] == "confirmed"
+    [comparison] = claims["C4"]["comparisons"]
+    assert comparison["other"] == "switch"
+    assert comparison["found"]["mean"] == pytest.approx(-3.0)
+    text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
+    assert "| smlp_deterministic | 53.0 ± 1.0 | 63.0 ± 1.0 |" in text
+    assert "| chance | 50 | 50 |" in text
+    assert "| paper: Switch 9B | 75.0 | (73.0) |" in text
+    assert "| repeat | after 3+ | new |" in text or "| repeat | new | after 3+ |" in text
+    assert (tmp_path / "results" / "where-the-loss-lies.png").stat().st_size > 10_000
 
 
 def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):

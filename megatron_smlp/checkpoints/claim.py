@@ -1,0 +1,266 @@
+"""One writer in a folder of checkpoints: a claim with a number, a heartbeat, and a fence.
+
+A run's first rank holds `.writer-000007`, where 7 is its attempt: one more than that of the one
+before. The highest number owns the folder. A number is taken by linking a finished file to a name
+that must be free, which a file system does once, also a shared one.
+
+Whether another owner is alive is not judged by clocks, which differ between machines, but by its
+process, where that is on this machine, and else by watching its heartbeat for LIFETIME.
+
+An owner that was taken for dead and comes back is refused: `check` is called before each rename by
+which something gets its name, and what was to be renamed existed before. A new owner first takes
+its number and then removes what it finds of that kind (folders.tidy), so that a rename after its
+claim fails, and one before it is seen by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from megatron_smlp.durable import write_durably
+from megatron_smlp.errors import TakenOverError, UsageError
+
+NAME = re.compile(r"\.writer-(\d{6,})")
+DONE, FAILED = "done", "failed"
+INTERVAL = 5.0
+"""Seconds between heartbeats."""
+LIFETIME = 45.0
+"""Seconds without one after which an owner is taken for dead."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What is in a claim."""
+
+    token: str
+    host: str
+    process: int
+    kernel: str
+    """Of the machine's boot and the process' namespace: where it is the same, processes can be
+    looked for."""
+    started: str
+    """When the process was started, in the kernel's ticks: numbers of processes come again."""
+    beat: int = 0
+    iteration: int = 0
+    """The last one that was trained, as of this beat."""
+    outcome: str = ""
+    """How it ended, DONE or FAILED; empty while it has not."""
+
+    @classmethod
+    def here(cls) -> Owner:
+        """This process, with a token of its own."""
+        process = os.getpid()
+        return cls(
+            token=secrets.token_hex(8),
+            host=socket.gethostname(),
+            process=process,
+            kernel=_kernel(),
+            started=_started(process),
+        )
+
+    def is_gone(self) -> bool | None:
+        """Whether it has ended; None where that cannot be seen from here."""
+        if self.outcome:
+            return True
+        if self.kernel != _kernel() or not self.kernel:
+            return None
+        return _started(self.process) != self.started
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}"
+
+
+def _kernel() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _started(process: int) -> str:
+    """Empty where there is no such process, or it has ended and waits to be collected."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    fields = text.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the last owner left: material for the record of a restart."""
+
+    iteration: int
+    seconds: float
+    """Since it last wrote its claim, by the clock of the file system."""
+    failed: bool
+
+
+class Claim:
+    """The right to write into one folder, held by this process.
+
+    Args:
+        folder: exists.
+        say: is told of an owner that is being watched, once.
+
+    Raises:
+        UsageError: another process writes there.
+        OSError: the claim cannot be written.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.folder, self.say = folder, say
+        self.owner = Owner.here()
+        self.before: Before | None = None
+        self.iteration = 0
+        """The last one that was trained, for the heartbeat to tell."""
+        self.is_lost = False
+        """Whether the heartbeat has found another owner."""
+        self.number = self._take()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+        self.thread.start()
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        return _path(self.folder, self.number)
+
+    def _take(self) -> int:
+        has_said = False
+        while True:
+            number = max(_numbers(self.folder), default=0)
+            owner = _read(_path(self.folder, number))
+            if owner and not owner.is_gone():
+                if not has_said and owner.is_gone() is None:
+                    self.say(f"{self.folder} was last written by {owner}: is it still at work?")
+                    has_said = True
+                self._watch(number, owner)
+            if self._link(number + 1):
+                self.before = self._look_back(number, owner) if owner else None
+                for old in _numbers(self.folder):
+                    if old <= number:
+                        _path(self.folder, old).unlink(missing_ok=True)
+                return number + 1
+
+    def _watch(self, number: int, owner: Owner) -> None:
+        """Return when the owner has been silent for a lifetime, or is known to have ended.
+
+        Raises:
+            UsageError: it beats.
+        """
+        deadline = time.monotonic() + LIFETIME
+        while time.monotonic() < deadline:
+            time.sleep(min(0.2, LIFETIME / 10))
+            now = _read(_path(self.folder, number))
+            if now is None or now.is_gone():
+                return
+            if now.beat != owner.beat:
+                raise UsageError(
+                    f"--save {self.folder} is being written by {now}: end that run first, or give "
+                    "another --save."
+                )
+
+    def _link(self, number: int) -> bool:
+        mine = self.folder / f".writer.{self.owner.token}"
+        write_durably(mine, _text(self.owner))
+        try:
+            _path(self.folder, number).hardlink_to(mine)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            return self._create(number)
+        finally:
+            mine.unlink(missing_ok=True)
+        return True
+
+    def _create(self, number: int) -> bool:
+        try:
+            with _path(self.folder, number).open("x", encoding="utf-8") as file:
+                file.write(_text(self.owner))
+        except FileExistsError:
+            return False
+        return True
+
+    def _look_back(self, number: int, owner: Owner) -> Before:
+        """Compare two files' times, both of the file system's clock."""
+        try:
+            now = _path(self.folder, number + 1).stat().st_mtime
+            then = _path(self.folder, number).stat().st_mtime
+        except OSError:
+            now = then = 0.0
+        return Before(owner.iteration, max(0.0, now - then), owner.outcome != DONE)
+
+    def _beat(self) -> None:
+        while not self.done.wait(INTERVAL):
+            with contextlib.suppress(OSError):  # a full disk: the next one may get through
+                if not self._is_mine():
+                    self.is_lost = True
+                    return
+                self._write()
+
+    def _write(self, *, outcome: str = "") -> None:
+        beat, iteration = self.owner.beat + 1, self.iteration
+        self.owner = replace(self.owner, beat=beat, iteration=iteration, outcome=outcome)
+        write_durably(_path(self.folder, self.number), _text(self.owner))
+
+    def _is_mine(self) -> bool:
+        if max(_numbers(self.folder), default=0) != self.number:
+            return False
+        owner = _read(_path(self.folder, self.number))
+        return owner is None or owner.token == self.owner.token
+
+    def check(self) -> None:
+        """Make sure that this process may still write.
+
+        Raises:
+            TakenOverError: another one has taken the folder over.
+        """
+        self.is_lost = self.is_lost or not self._is_mine()
+        if self.is_lost:
+            number = max(_numbers(self.folder), default=0)
+            by = _read(_path(self.folder, number)) or "another process"
+            raise TakenOverError(
+                f"--save {self.folder} was taken over by attempt {number} ({by}) while this one, "
+                f"{self.number}, did not answer: nothing is saved by it any more. End this run."
+            )
+
+    def release(self, outcome: str) -> None:
+        """Let the next owner have the folder at once, and know how this one has ended."""
+        self.done.set()
+        self.thread.join()
+        with contextlib.suppress(OSError):
+            if not self.is_lost and self._is_mine():
+                self._write(outcome=outcome)
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(match[1]) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f".writer-{number:06d}"
+
+
+def _text(owner: Owner) -> str:
+    return json.dumps(asdict(owner)) + "\n"
+
+
+def _read(path: Path) -> Owner | None:
+    """None for one that is missing or that no process of this kind has written."""
+    try:
+        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -1,0 +1,127 @@
+"""Say where a loss lies: by position in the window, by the token's frequency, by what it repeats.
+
+    repeat(t) = max over s < t of the length of the common run that ends at s and at t
+
+0: token t is new in its window; 1: it was there behind another token; n + 1: the last n tokens and
+it were there together, so that a model which looks them up can copy it. Positions are binned by
+powers of two; frequencies so that each bin has about as many tokens, the most frequent first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_smlp.evaluation.megatron_model import Row, RowScore
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+LONGEST_REPEAT = 4
+FREQUENCY_BINS = 5
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Tokens of one kind."""
+
+    label: str
+    tokens: int
+    loss: float
+    """Their mean, in nats."""
+    sd: float
+    """Standard deviation over the tokens."""
+
+
+class Breakdown:
+    """Collects the scores of windows; `report` gives the mean loss of each kind of token.
+
+    Args:
+        counts: int64[V], how often each id occurs in the text that is scored.
+    """
+
+    def __init__(self, counts: Ints) -> None:
+        self._rank = frequency_bins(counts, FREQUENCY_BINS)
+        kinds: dict[str, Callable[[Ints, int], Ints]] = {
+            "position": lambda tokens, first: np.arange(first, len(tokens) - 1),
+            "frequency": lambda tokens, first: self._rank[tokens[first + 1 :]],
+            "repeat": lambda tokens, first: repeats(tokens)[first + 1 :],
+        }
+        self._kinds = kinds
+        self._losses: list[Floats] = []
+        self._values: dict[str, list[Ints]] = {name: [] for name in kinds}
+
+    def add(self, row: Row, score: RowScore) -> None:
+        """Take the scores of one window."""
+        tokens = np.asarray(row.tokens, dtype=np.int64)
+        first = len(tokens) - 1 - row.scored
+        self._losses.append(-np.asarray(score.logprobs))
+        for name, kind in self._kinds.items():
+            self._values[name].append(kind(tokens, first))
+
+    def report(self) -> dict[str, list[Bin]]:
+        """Return the bins of `position`, `frequency` and `repeat` that have tokens."""
+        losses = np.concatenate(self._losses)
+        values = {name: np.concatenate(found) for name, found in self._values.items()}
+        return {
+            "position": list(_bins(losses, values["position"], _powers(values["position"]))),
+            "frequency": list(
+                _bins(
+                    losses, values["frequency"], [(n, n, str(n + 1)) for n in range(FREQUENCY_BINS)]
+                )
+            ),
+            "repeat": list(_bins(losses, values["repeat"], REPEAT_BINS)),
+        }
+
+
+FIFTHS = [(number, number, str(number + 1)) for number in range(FREQUENCY_BINS)]
+REPEAT_BINS = [
+    (0, 0, "new"),
+    (1, 1, "seen"),
+    *((n, n, f"after {n - 1}") for n in range(2, LONGEST_REPEAT)),
+    (LONGEST_REPEAT, LONGEST_REPEAT, f"after {LONGEST_REPEAT - 1}+"),
+]
+
+
+def repeats(tokens: Ints) -> Ints:
+    """Return int64[len(tokens)]: the repeat that each token ends, at most LONGEST_REPEAT."""
+    length = len(tokens)
+    runs = np.zeros(length + 1, dtype=np.int64)  # runs[s + 1]: the common run that ends at s and t
+    found = np.zeros(length, dtype=np.int64)
+    for t in range(1, length):
+        runs[1:] = np.where(tokens == tokens[t], runs[:-1] + 1, 0)
+        found[t] = runs[1 : t + 1].max()
+    return np.minimum(found, LONGEST_REPEAT)
+
+
+def frequency_bins(counts: Ints, bins: int) -> Ints:
+    """Return int64[V], the bin of each id: of about as many occurrences, frequent ids first."""
+    order = np.argsort(-counts, kind="stable")
+    before = np.cumsum(counts[order]) - counts[order]
+    result = np.empty(len(counts), dtype=np.int64)
+    result[order] = np.minimum(before * bins // max(1, int(counts.sum())), bins - 1)
+    return result
+
+
+def _powers(positions: Ints) -> list[tuple[int, int, str]]:
+    last = int(positions.max())
+    powers = range(int(math.log2(last + 1)) + 1)
+    ends = [(2**power - 1, min(last, 2 ** (power + 1) - 2)) for power in powers]
+    return [(low, high, f"{low}-{high}" if high > low else str(low)) for low, high in ends]
+
+
+def _bins(losses: Floats, values: Ints, bounds: Sequence[tuple[int, int, str]]) -> Iterator[Bin]:
+    for low, high, label in bounds:
+        own = losses[(values >= low) & (values <= high)]
+        if len(own):
+            yield Bin(label, len(own), float(own.mean()), float(own.std()))
+
+
+def as_record(report: dict[str, list[Bin]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the report as plain JSON."""
+    return {name: [vars(each) for each in bins] for name, bins in report.items()}

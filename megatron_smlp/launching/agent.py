@@ -1,0 +1,236 @@
+"""torchrun, with an agent that ends every failure in a new start or in one line.
+
+| torchrun's own agent (torch 2.15) | this one |
+|---|---|
+| gives ranks 30 s to end before a restart | --shutdown-timeout, where they are well and save |
+| starts again after any failure | not where it would come again, nor without a newer checkpoint |
+| ends with 1 | ends with the code of the rank that failed |
+| waits for ever for a store behind a cut link | ends |
+| closes the rendezvous when it fails, for all later starts too | leaves it open to them |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.distributed import run
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+
+from megatron_smlp.launching.parent import end_with_parent
+from megatron_smlp.launching.restarts import (
+    AGENT,
+    CLOSED,
+    FOR_GOOD,
+    NO_PROGRESS,
+    end_of,
+    note_cause,
+    say,
+)
+from megatron_smlp.launching.training_words import Progress
+from megatron_smlp.megatron_patches import elastic_agent
+
+CLOSING = "--closing"
+SILENCE = 180.0
+"""Seconds without an answer of the store after which a link is taken for cut for good. Over the
+launchers' --distributed-timeout-minutes, so that what the ranks survive is survived."""
+PATIENCE = 30
+"""Seconds that ranks have to end whose neighbours are gone: they cannot save."""
+BARRIER = 330.0
+"""Seconds that torchrun waits for the other agents at the end, and some."""
+NOTICE = 45.0
+"""Seconds after which those who wait for other machines say so."""
+
+
+class Watch:
+    """Ends the process where its main thread gets no answer for too long."""
+
+    def __init__(self) -> None:
+        self.limit, self.touched = SILENCE, time.monotonic()
+        self.waiting_since: float | None = None
+        self.has_said = False
+        self.agent: Agent | None = None
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def touch(self) -> None:
+        """The store answers."""
+        self.touched = time.monotonic()
+
+    @contextlib.contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """For something that is known to take so long."""
+        before, self.limit = self.limit, max(self.limit, seconds)
+        try:
+            yield
+        finally:
+            self.touch()
+            self.limit = before
+
+    def synced(self, state: Any, settings: Any) -> None:
+        """See megatron_patches/elastic_agent.py."""
+        self.touch()
+        if state.complete:
+            self.waiting_since, self.has_said = None, False
+            return
+        self.waiting_since = self.waiting_since or time.monotonic()
+        if not self.has_said and time.monotonic() - self.waiting_since > NOTICE:
+            self.has_said = True
+            here = ", ".join(sorted(node.addr for node in state.participants)) or "none"
+            say(
+                f"waiting for {settings.min_nodes} machines, {len(state.participants)} are here "
+                f"({here}): start the others, with the same rendezvous and RUN_ID="
+                f"{settings.run_id}."
+            )
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(1.0)
+            silent = time.monotonic() - self.touched
+            if silent > self.limit:
+                say(f"the rendezvous has not answered for {silent:.0f} s: ending this agent.")
+                if self.agent:
+                    self.agent.kill_ranks()
+                os._exit(1)
+
+
+class Agent(LocalElasticAgent):
+    """As said above."""
+
+    _remaining_restarts: int
+
+    def __init__(
+        self, *, spec: Any, progress: Progress, watch: Watch, closes: bool, **options: Any
+    ) -> None:
+        self.progress, self.watch, self.closes = progress, watch, closes
+        self.code = 1
+        """What this process ends with where the ranks fail."""
+        watch.agent = self
+        lasting = _Lasting(spec.rdzv_handler, self)
+        super().__init__(spec=dataclasses.replace(spec, rdzv_handler=lasting), **options)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            self._note(result)
+        return result
+
+    def _note(self, result: RunResult) -> None:
+        causes = [
+            f"rank {rank} on {socket.gethostname()} {end_of(failure.exitcode)}"
+            for rank, failure in sorted(result.failures.items(), key=lambda it: it[1].timestamp)
+        ]
+        codes = [failure.exitcode for failure in result.failures.values()]
+        cause = causes[0] if causes else "the ranks hang in the kernel"
+        self.progress.failed()
+        self.code = next((code for code in codes if code in FOR_GOOD), 1)
+        if self.code == 1 and self.progress.failures >= Progress.LIMIT:
+            self.code = NO_PROGRESS
+            say(f"{cause}; {self.progress} after {self.progress.failures} failures: giving up.")
+        elif self.code == 1 and self.progress.folder and self._remaining_restarts:
+            say(f"{cause}; starting again: {self.progress}.")
+            note_cause(cause, os.environ)
+            return
+        else:
+            say(f"{cause}.")
+        self._remaining_restarts = 0
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if worker_group.state == WorkerState.HEALTHY:
+            note_cause(f"a machine came or went, seen by {socket.gethostname()}", os.environ)
+        super()._restart_workers(worker_group)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        """Ranks that are well can save, unless a machine of theirs is gone."""
+        handler = worker_group.spec.rdzv_handler
+        here = len(handler._state_holder.state.participants)
+        whole = here >= (worker_group.group_world_size or 0)
+        is_well = worker_group.state == WorkerState.HEALTHY and whole
+        self._shutdown(timeout=self._shutdown_timeout if is_well else PATIENCE)
+
+    def _shutdown(
+        self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = PATIENCE
+    ) -> None:
+        with self.watch.patient(2 * timeout + PATIENCE):  # torch waits once more after SIGKILL
+            super()._shutdown(death_sig, timeout)
+
+    def _exit_barrier(self) -> None:
+        with self.watch.patient(BARRIER):
+            super()._exit_barrier()
+
+    def ended_well(self) -> bool:
+        """Return whether no rank was running, or all ended with 0, or knew no SIGTERM yet."""
+        if self._pcontext is None or self._worker_group.state != WorkerState.HEALTHY:
+            return True
+        handlers = getattr(self._pcontext, "subprocess_handlers", {})
+        return all(handler.proc.poll() in (0, -signal.SIGTERM) for handler in handlers.values())
+
+    def kill_ranks(self) -> None:
+        """At once."""
+        for process in self._pcontext.pids().values() if self._pcontext else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
+
+
+class _Lasting:
+    """A rendezvous that a later start may enter again.
+
+    Torch closes it for good where an agent fails. It is closed only where this run is over, and the
+    store is gone with it.
+    """
+
+    def __init__(self, handler: Any, agent: Agent) -> None:
+        self.handler, self.agent = handler, agent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.handler, name)
+
+    def shutdown(self) -> bool:
+        """See torch's RendezvousHandler."""
+        if self.agent.closes and self.agent.code in FOR_GOOD:
+            return bool(self.handler.shutdown())
+        self.handler._stop_heartbeats()
+        return True
+
+
+def main(words: Sequence[str]) -> int:
+    """Run one agent with torchrun's command line, and return its exit code.
+
+    Args:
+        words: torchrun's, behind CLOSING where a run that is over for good closes its rendezvous.
+    """
+    closes = words[0] == CLOSING
+    words = words[1:] if closes else words
+    end_with_parent(signal.SIGTERM)
+    os.environ[AGENT] = str(os.getpid())
+    watch, progress = Watch(), Progress(words)
+
+    def make_agent(**options: Any) -> Agent:
+        return Agent(progress=progress, watch=watch, closes=closes, **options)
+
+    with elastic_agent.installed(make_agent, watch.synced):
+        try:
+            run.run(run.parse_args(list(words)))
+        except ChildFailedError:
+            return watch.agent.code if watch.agent else 1
+        except SignalException as end:
+            is_well = watch.agent is None or watch.agent.ended_well()
+            return 0 if is_well else 128 + end.sigval
+        except RendezvousClosedError:
+            say("another machine has ended the run for good: see its log.")
+            return CLOSED
+        except (RendezvousError, torch.distributed.DistError, OSError, ValueError) as error:
+            say(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            return 1
+    return 0

@@ -1,0 +1,152 @@
+"""This machine's addresses and interfaces, and whether another one answers. No torch.
+
+What is wrong here makes gloo and torch's store wait without a word, so that it is found out first.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping
+
+import psutil
+
+from megatron_smlp.errors import UsageError
+
+GLOO = "GLOO_SOCKET_IFNAME"
+LOOPBACK = ("127.", "::1")
+
+
+def addresses() -> dict[str, list[str]]:
+    """Interface -> its IP addresses, of those that have one."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    found = {
+        name: [entry.address.partition("%")[0] for entry in entries if entry.family in families]
+        for name, entries in psutil.net_if_addrs().items()
+    }
+    return {name: own for name, own in found.items() if own}
+
+
+def own_address(given: str | None, *, towards: tuple[str, int] | None) -> str:
+    """Return the address by which the others reach this machine: LOCAL_ADDR, or a guess.
+
+    Args:
+        towards: address and port that the others are reached by; the way there leads out of one
+            interface, whose address it is.
+
+    Raises:
+        UsageError: LOCAL_ADDR is another machine's, or there is nothing to guess it from.
+    """
+    if given:
+        return _checked(given)
+    if towards:
+        return _source_of_the_way_to(*towards)
+    outside = [ip for own in addresses().values() for ip in own if not _is_loopback(ip)]
+    outside = [ip for ip in outside if ":" not in ip] or outside
+    if len(outside) != 1:
+        raise UsageError(
+            f"LOCAL_ADDR is not set, and this machine has {_list_of_addresses()}: give the one by "
+            "which the other machines reach it."
+        )
+    return outside[0]
+
+
+def _checked(given: str) -> str:
+    ip = resolved(given, variable="LOCAL_ADDR")
+    if not any(ip in own for own in addresses().values()):
+        raise UsageError(
+            f"LOCAL_ADDR={given} is not an address of this machine, which has "
+            f"{_list_of_addresses()}: give one of these, or leave it out."
+        )
+    return ip
+
+
+def resolved(name: str, *, variable: str) -> str:
+    """Return the IP address of a name.
+
+    Raises:
+        UsageError: nobody knows the name.
+    """
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UsageError(
+            f"{variable}={name} is a name that this machine cannot resolve ({error.strerror}): "
+            "give an address such as 10.0.0.1, or put the name into /etc/hosts."
+        ) from error
+    return str(found[0][4][0])
+
+
+def _source_of_the_way_to(name: str, port: int) -> str:
+    ip = resolved(name, variable="MASTER_ADDR")
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as way:  # nothing is sent
+        try:
+            way.connect((ip, port))
+        except OSError as error:
+            raise UsageError(
+                f"MASTER_ADDR={name} cannot be reached from this machine, which has "
+                f"{_list_of_addresses()}: {error.strerror}. Check the address and the routes."
+            ) from error
+        return str(way.getsockname()[0])
+
+
+def _is_loopback(ip: str) -> bool:
+    return ip.startswith(LOOPBACK)
+
+
+def _list_of_addresses() -> str:
+    return ", ".join(f"{name} {' '.join(own)}" for name, own in sorted(addresses().items()))
+
+
+def interface_of(ip: str, environment: Mapping[str, str]) -> str:
+    """Return the interface that gloo is to use: GLOO_SOCKET_IFNAME, or that of the address.
+
+    Raises:
+        UsageError: the one that was given is not there, or leads nowhere.
+    """
+    given = environment.get(GLOO, "")
+    for name in filter(None, given.split(",")):
+        if name not in addresses():
+            raise UsageError(
+                f"{GLOO}={given}: {name} is not an interface with an address; this machine has "
+                f"{_list_of_addresses()}. Give one of these, or leave it out."
+            )
+        if all(map(_is_loopback, addresses()[name])) and not _is_loopback(ip):
+            raise UsageError(
+                f"{GLOO}={given} does not lead to other machines: give the interface of {ip}, or "
+                "leave it out."
+            )
+    return given or next((name for name, own in addresses().items() if ip in own), "")
+
+
+def check_port(port: int) -> None:
+    """Check that a server can be started at a port.
+
+    Raises:
+        UsageError: somebody else has it.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            probe.listen(1)  # two may bind with SO_REUSEADDR, but one listens
+        except OSError as error:
+            raise UsageError(
+                f"MASTER_PORT={port} cannot be used on this machine: {error.strerror}. Give "
+                "another one, the same on all machines."
+            ) from error
+
+
+def answers(name: str, port: int, *, seconds: float) -> bool:
+    """Return whether somebody listens there, or starts to within that time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            with socket.create_connection((name, port), timeout=max(0.1, min(5.0, left))):
+                return True
+        except OSError:
+            if time.monotonic() + 0.5 > deadline:
+                return False
+            time.sleep(0.5)

@@ -1,0 +1,38 @@
+"""End with the process that started this one, however that ends. Linux only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+from megatron_smlp.launching.restarts import AGENT
+
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(number: signal.Signals, *, parent: int | None = None) -> None:
+    """Have the kernel send this process a signal when its parent is gone.
+
+    Args:
+        parent: the process that is to be this one's parent; None: whoever is. Where it has died
+            already the signal comes at once.
+    """
+    if sys.platform != "linux":
+        return
+    expected = os.getppid() if parent is None else parent
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != expected:
+        os.kill(os.getpid(), number)
+
+
+def end_with_agent() -> None:
+    """For a rank of torchrun's: its port and its folder are free when the next one starts.
+
+    At once, and not by a SIGTERM: that would end the ranks of all machines well, and their agents
+    would take the run for finished.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        agent = os.environ.get(AGENT)
+        end_with_parent(signal.SIGKILL, parent=int(agent) if agent else None)

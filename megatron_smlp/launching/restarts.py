@@ -1,0 +1,48 @@
+"""What a launch's processes tell each other and the user of a failure. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import MutableMapping
+
+NO_PROGRESS = 93
+"""The exit code of a run that fails without a newer checkpoint: starting it again is of no use."""
+FOR_GOOD = (2, 3, NO_PROGRESS)
+"""Exit codes after which a run is not started again: of wrong flags and of a loss that is not
+finite too, since both would come again."""
+CLOSED = 76
+"""Of an agent: another machine has ended the run for good."""
+
+CAUSE = "SMLP_RESTART"
+"""The variable in which a rank finds why it was started again."""
+AGENT = "SMLP_AGENT"
+"""The variable in which a rank finds its agent's process number."""
+
+
+def note_cause(cause: str, environment: MutableMapping[str, str]) -> None:
+    """Leave the cause, and the time by this machine's clock, to the ranks that start next."""
+    environment[CAUSE] = json.dumps({"cause": cause, "noticed": time.monotonic()})
+
+
+def noted_cause() -> tuple[str, float] | None:
+    """Return why this rank was started again, and how many seconds ago that was noticed."""
+    text = os.environ.get(CAUSE)
+    if not text:
+        return None
+    noted = json.loads(text)
+    return str(noted["cause"]), time.monotonic() - float(noted["noticed"])
+
+
+def end_of(code: int) -> str:
+    """`was ended by SIGKILL`, of a process's exit code."""
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+
+
+def say(text: str) -> None:
+    """One line of this machine's, on stderr."""
+    print(f"launch: {socket.gethostname()}: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,156 @@
+"""What the launchers of examples/ read from the environment, checked. No torch.
+
+A message names the variable, since that is what the user has set.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_smlp.errors import UsageError
+
+HOST, SERVER, FILE = "host", "server", "file"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How the agents of several machines find each other."""
+
+    kind: str
+    """HOST: machine 0 keeps the store; SERVER: another process does; FILE: a shared folder."""
+    address: str
+    """Name or address of the store; the folder."""
+    port: int
+    is_host: bool
+    """Whether this machine keeps the store."""
+    least: int
+    """Machines without which nothing starts."""
+    most: int
+    """Machines beyond which the others are spares."""
+    run: str
+    """The run's name, the same on all of its machines."""
+
+    @property
+    def endpoint(self) -> str:
+        """What torchrun is told."""
+        if self.kind == FILE:
+            return str(Path(self.address) / f"{self.run}.store")
+        return f"{self.address}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One launch; times are in seconds."""
+
+    processes: int
+    """On this machine."""
+    meeting: Meeting | None
+    """None on a single machine."""
+    local_address: str | None
+    """By which the other machines reach this one; None: to be found out."""
+    max_restarts: int
+    """Times that an agent starts its ranks again."""
+    shutdown_timeout: int
+    """That ranks have to save in when they are told to end."""
+    start_timeout: int
+    """In which the store, or the other machines' folder, is reached at first."""
+    rejoin_timeout: int
+    """In which all machines come together again."""
+
+
+def read(environment: Mapping[str, str], *, several: bool) -> Settings:
+    """Read the variables that `--help` of a launcher lists.
+
+    Raises:
+        UsageError: one is missing, or has a value that it cannot have.
+    """
+    return Settings(
+        processes=_number(environment, "NPROC_PER_NODE", "1", what="the number of processes"),
+        meeting=_meeting(environment) if several else None,
+        local_address=environment.get("LOCAL_ADDR") or None,
+        max_restarts=_number(environment, "MAX_RESTARTS", "3", what="the number of restarts"),
+        shutdown_timeout=_number(environment, "SHUTDOWN_TIMEOUT", "600", what="the time to save"),
+        start_timeout=_number(environment, "START_TIMEOUT", "45", what="the time to meet in"),
+        rejoin_timeout=_number(environment, "REJOIN_TIMEOUT", "600", what="the time to meet again"),
+    )
+
+
+def _meeting(environment: Mapping[str, str]) -> Meeting:
+    least, most = _nodes(_given(environment, "NNODES", "the number of machines"))
+    kind, folder = _rendezvous(environment.get("RENDEZVOUS") or HOST)
+    rank = environment.get("NODE_RANK")
+    if kind == HOST:
+        _given(environment, "NODE_RANK", "the number of this machine, from 0")
+    if rank:
+        spares = _number(environment, "SPARES", "0", what="the number of extra machines")
+        _check_rank(_number(environment, "NODE_RANK", "", what="this machine's"), most, spares)
+    address, port = folder, 0
+    if kind != FILE:
+        keeper = "machine 0" if kind == HOST else "the machine with the server"
+        address = _given(environment, "MASTER_ADDR", f"the name or address of {keeper}")
+        _given(environment, "MASTER_PORT", f"a free port on {keeper}")
+        port = _number(environment, "MASTER_PORT", "", what="a port")
+        if not 0 < port < 1 << 16:
+            raise UsageError(f"MASTER_PORT={port}: give a port from 1 to 65535.")
+    return Meeting(
+        kind=kind,
+        address=address,
+        port=port,
+        is_host=kind == HOST and int(rank or 0) == 0,
+        least=least,
+        most=most,
+        run=environment.get("RUN_ID") or "smlp",
+    )
+
+
+def _nodes(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    if match is None:
+        raise UsageError(
+            f"NNODES is '{text}', but the number of machines is a whole number, or two as MIN:MAX."
+        )
+    least, most = int(match[1]), int(match[2] or match[1])
+    if not 1 <= least <= most:
+        raise UsageError(
+            f"NNODES={text}: MIN must be 1 or more and not over MAX, as in 2:4; one number means "
+            "that the run always has so many."
+        )
+    return least, most
+
+
+def _check_rank(rank: int, nodes: int, spares: int) -> None:
+    if rank >= nodes + spares:
+        extra = f" and SPARES={spares}" if spares else ""
+        raise UsageError(
+            f"NODE_RANK={rank} must be below NNODES={nodes}{extra}: count from 0. Machines over "
+            "NNODES wait as spares where SPARES says how many there are."
+        )
+
+
+def _rendezvous(text: str) -> tuple[str, str]:
+    kind, _, folder = text.partition(":")
+    if kind == FILE and folder:
+        return FILE, folder
+    if text in (HOST, SERVER):
+        return text, ""
+    raise UsageError(
+        f"RENDEZVOUS={text}: give host (machine 0 keeps the store), server (MASTER_ADDR does, "
+        "whatever happens to the machines that train) or file:FOLDER (a folder that they share)."
+    )
+
+
+def _given(environment: Mapping[str, str], name: str, what: str) -> str:
+    value = environment.get(name)
+    if not value:
+        raise UsageError(f"{name} is not set: give {what}. `--help` lists all variables.")
+    return value
+
+
+def _number(environment: Mapping[str, str], name: str, default: str, *, what: str) -> int:
+    text = environment.get(name) or default
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise UsageError(f"{name} is '{text}', but {what} is a whole number.")
+    return int(text)

@@ -1,0 +1,212 @@
+"""Start a training's agent on this machine, and start it again until the run is over.
+
+    tools/launch.py one-node pretrain_smlp.py --config ...
+    tools/launch.py several-nodes pretrain_smlp.py --config ...
+    tools/launch.py serve 29500        # the store of RENDEZVOUS=server
+
+The launchers in examples/ call it; their variables are read from the environment (settings.py).
+A rank that fails is started again by the agent (agent.py, torchrun's), an agent that fails by this
+program, which needs neither torch nor the network to live on.
+
+| exit code | |
+|---|---|
+| 0 | the run is over, or was told to end and has saved |
+| 2, 3 | wrong flags or variables; a loss that is not finite |
+| 93 | three failures without a newer checkpoint |
+| others | there was nothing to go on from, or another machine has ended the run |
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.launching import network
+from megatron_smlp.launching.presence import Presence
+from megatron_smlp.launching.restarts import (
+    CLOSED,
+    FOR_GOOD,
+    NO_PROGRESS,
+    end_of,
+    note_cause,
+    say,
+)
+from megatron_smlp.launching.settings import FILE, HOST, Meeting, Settings, read
+from megatron_smlp.launching.training_words import Progress, given
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+TIMEOUT = "--distributed-timeout-minutes"
+MINUTES = 2
+"""After which a rank gives up one that does not answer, where the user does not say."""
+FIRST_DELAY, LAST_DELAY = 5, 300
+"""Seconds before the agent is started again: doubled with each failure, up to the second."""
+AGENT, CLOSING = "agent", "--closing"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line that is described above.
+
+    Raises:
+        UsageError: a variable is wrong, or the other machines cannot be reached.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    what, rest = (words[0], words[1:]) if len(words) > 1 else ("", [])
+    if what == AGENT:
+        from megatron_smlp.launching import agent  # with torch, in a process of its own
+
+        return agent.main(rest)
+    if what == "serve":
+        from megatron_smlp.launching import server
+
+        return server.main(rest[0])
+    if what not in ("one-node", "several-nodes"):
+        raise UsageError("give one-node, several-nodes or serve, and what is to be started.")
+    return Supervisor(read(os.environ, several=what == "several-nodes"), rest).run()
+
+
+class Supervisor:
+    """One launch on this machine.
+
+    Args:
+        words: the training's script and flags.
+    """
+
+    def __init__(self, settings: Settings, words: Sequence[str]) -> None:
+        self.settings = settings
+        self.words = list(words)
+        if given(TIMEOUT, words) is None:
+            self.words += [TIMEOUT, str(MINUTES)]
+        self.progress = Progress(words)
+        self.environment = dict(os.environ)
+        self.child: subprocess.Popen[bytes] | None = None
+        self.told_to_end = False
+
+    def run(self) -> int:
+        """Start the agent until it ends for good, and return its exit code."""
+        torchrun = self._meet()
+        for number in SIGNALS:
+            signal.signal(number, self._hand_on)
+        delay = FIRST_DELAY
+        while True:
+            began = time.monotonic()
+            code = self._run_agent(torchrun)
+            if self.told_to_end:  # before its ranks run an agent knows no better than to die
+                return 0 if code == -signal.SIGTERM else _shells(code)
+            if code == 0 or code in FOR_GOOD or code == CLOSED or self.progress.folder is None:
+                return _shells(code)
+            delay = FIRST_DELAY if self.progress.latest() != self.progress.newest else delay
+            self.progress.failed()
+            ended = f"the agent {end_of(code)} after {time.monotonic() - began:.0f} s"
+            if self.progress.is_stuck():
+                say(f"{ended}; {self.progress} after {self.progress.failures} failures: giving up.")
+                return NO_PROGRESS
+            say(f"{ended}; {self.progress}; starting again in {delay} s.")
+            cause = f"the agent of {socket.gethostname()} {end_of(code)}"
+            note_cause(cause, self.environment)
+            if self._sleep(delay):
+                return 0
+            delay = min(2 * delay, LAST_DELAY)
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        """Tell the agent; a signal that finds none ends the wait for the next."""
+        self.told_to_end = True
+        if self.child is not None and self.child.poll() is None:
+            self.child.send_signal(number)
+
+    def _sleep(self, seconds: float) -> bool:
+        """Return whether a signal came in the meantime."""
+        deadline = time.monotonic() + seconds
+        while not self.told_to_end and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self.told_to_end
+
+    def _run_agent(self, torchrun: Sequence[str]) -> int:
+        # In a group of its own, so that Ctrl-C reaches it once, through this process.
+        command = [sys.executable, sys.argv[0], AGENT, *torchrun, *self.words]
+        self.child = subprocess.Popen(command, env=self.environment, process_group=0)
+        if self.told_to_end:
+            self.child.terminate()
+        return self.child.wait()
+
+    def _meet(self) -> list[str]:
+        """Make sure that the others can be reached, and return torchrun's flags.
+
+        Raises:
+            UsageError: they cannot.
+        """
+        settings, meeting = self.settings, self.settings.meeting
+        flags = [
+            f"--nproc-per-node={settings.processes}",
+            f"--max-restarts={settings.max_restarts}",
+            f"--shutdown-timeout={settings.shutdown_timeout}",
+        ]
+        flags += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+        # Where the ranks share the agents' store, those of one machine wait for ever after the
+        # other's have failed (measured with torch 2.15).
+        self.environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        if meeting is None:
+            address = settings.local_address or "127.0.0.1"
+            self._lead_out_of(address)
+            flags += ["--standalone"]
+        else:
+            address = self._find(meeting)
+            flags += _rendezvous(meeting, settings)
+        flags += [f"--local-addr={address}"]
+        return [*([CLOSING] if meeting and meeting.kind == HOST else []), *flags]
+
+    def _lead_out_of(self, address: str) -> None:
+        """gloo would take what the machine's name leads to, or wait for ever for a name."""
+        self.environment[network.GLOO] = network.interface_of(address, self.environment)
+
+    def _find(self, meeting: Meeting) -> str:
+        seconds = self.settings.start_timeout
+        if meeting.kind == FILE:
+            address = network.own_address(self.settings.local_address, towards=None)
+            self._lead_out_of(address)
+            presence = Presence(Path(meeting.address), run=meeting.run, address=address)
+            presence.keep()
+            there = presence.seen(meeting.least, seconds=seconds)
+            if len(there) < meeting.least:
+                raise UsageError(
+                    f"RENDEZVOUS=file:{meeting.address}: after {seconds} s {len(there)} of "
+                    f"{meeting.least} machines are in it ({', '.join(there)}). Start the others "
+                    f"with RUN_ID={meeting.run}, or give a folder that all machines share."
+                )
+            return address
+        towards = (meeting.address, meeting.port)
+        address = network.own_address(self.settings.local_address, towards=towards)
+        self._lead_out_of(address)
+        if meeting.is_host:
+            network.check_port(meeting.port)
+        elif not network.answers(*towards, seconds=seconds):
+            keeper = "machine 0" if meeting.kind == HOST else "its server (tools/launch.py serve)"
+            raise UsageError(
+                f"MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port} has not answered "
+                f"{address} for {seconds} s: start {keeper}, or check the address, the port and "
+                "the firewall."
+            )
+        return address
+
+
+def _rendezvous(meeting: Meeting, settings: Settings) -> list[str]:
+    where = "store_type=file" if meeting.kind == FILE else f"is_host={str(meeting.is_host).lower()}"
+    return [
+        f"--nnodes={meeting.least}:{meeting.most}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={meeting.endpoint}",
+        f"--rdzv-id={meeting.run}",
+        f"--rdzv-conf={where},join_timeout={settings.rejoin_timeout}",
+    ]
+
+
+def _shells(code: int) -> int:
+    """The exit code that a shell gives to a process that a signal has ended."""
+    return 128 - code if code < 0 else code

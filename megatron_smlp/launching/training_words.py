@@ -1,0 +1,71 @@
+"""What a launcher must know of the training's command line: where it saves. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.checkpoints.folders import latest_iteration
+from megatron_smlp.flags.config_file import read_yaml, spelling
+
+
+def value_of(flag: str, words: Sequence[str]) -> str | None:
+    """The value of `--flag VALUE` or `--flag=VALUE`, the last one; None where it is not given."""
+    value = None
+    for at, word in enumerate(words):
+        if word == flag and at + 1 < len(words):
+            value = words[at + 1]
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def given(flag: str, words: Sequence[str]) -> Any:
+    """The same, also from the file of --config.
+
+    Raises:
+        UsageError: that file cannot be read.
+    """
+    value = value_of(flag, words)
+    config = value_of("--config", words)
+    if value is None and config:
+        name = spelling(flag.removeprefix("--"))
+        keys = {spelling(key): entry for key, entry in read_yaml(Path(config)).items()}
+        return keys.get(name)
+    return value
+
+
+class Progress:
+    """Whether a run that fails again and again gets on: whether its newest checkpoint does."""
+
+    LIMIT = 3
+    """Failures in a row without a newer checkpoint."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        save = given("--save", words)
+        if save is None and "--use-checkpoint-args" in words:
+            save = given("--load", words)
+        self.folder = Path(str(save)) if save else None
+        self.failures = 0
+        self.newest = self.latest()
+
+    def latest(self) -> int | None:
+        """The iteration of the newest checkpoint."""
+        return latest_iteration(self.folder) if self.folder else None
+
+    def failed(self) -> None:
+        """Count one more failure."""
+        newest = self.latest()
+        self.failures = 0 if newest != self.newest else self.failures + 1
+        self.newest = newest
+
+    def is_stuck(self) -> bool:
+        """Whether starting again would only fail again: so often, or with nothing to go on from."""
+        return self.folder is None or self.failures >= self.LIMIT
+
+    def __str__(self) -> str:
+        if self.folder is None:
+            return "without --save there is nothing to go on from"
+        newest = "none" if self.newest is None else f"of iteration {self.newest}"
+        return f"the newest checkpoint in {self.folder} is {newest}"

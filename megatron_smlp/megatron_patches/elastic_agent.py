@@ -1,0 +1,62 @@
+"""torchrun's agent is another one, and judges by its own clock who is gone.
+
+In force in the process of an agent alone (launching/agent.py), never in a rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+from torch.distributed.launcher import api
+
+type Synced = Callable[[Any, Any], None]
+
+
+@contextlib.contextmanager
+def installed(make_agent: Callable[..., Any], synced: Synced) -> Iterator[None]:
+    """Replace both for the time of one launch, and put the originals back.
+
+    Args:
+        make_agent: is called as LocalElasticAgent is.
+        synced: is told the rendezvous' state and settings each time that they were read, by
+            whichever thread did.
+    """
+    holder = dynamic_rendezvous._BackendRendezvousStateHolder
+    original_agent, original_sanitize = api.LocalElasticAgent, holder._sanitize
+    api.LocalElasticAgent = make_agent
+    holder._sanitize = _by_own_clock(original_sanitize, synced)
+    try:
+        yield
+    finally:
+        api.LocalElasticAgent = original_agent
+        holder._sanitize = original_sanitize
+
+
+def _by_own_clock(sanitize: Callable[[Any], None], synced: Synced) -> Callable[[Any], None]:
+    """Date each node's heartbeat by when it was seen to change here.
+
+    torch compares what the other nodes' clocks said with this one's: a difference of 15 seconds is
+    enough to take every other node for dead.
+    """
+    seen: dict[Any, tuple[datetime, float]] = {}
+
+    def sanitized(self: Any) -> None:
+        state, now = self._state, time.monotonic()
+        beats = dict(state.last_heartbeats)
+        for node, beat in beats.items():
+            if node not in seen or seen[node][0] != beat:
+                seen[node] = (beat, now)
+        here = datetime.now(UTC)
+        state.last_heartbeats = {
+            node: here - timedelta(seconds=now - seen[node][1]) for node in beats
+        }
+        sanitize(self)
+        state.last_heartbeats = {node: beats[node] for node in state.last_heartbeats}
+        synced(state, self._settings)
+
+    return sanitized

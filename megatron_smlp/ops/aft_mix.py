@@ -1,0 +1,56 @@
+"""The weighted average of AFT-full (Zhai et al., arXiv 2105.14103), by two triangular products.
+
+    y[t, n] = sum over s <= t of exp(k[s, n] + w[t, s]) v[s, n]
+              / sum over s <= t of exp(k[s, n] + w[t, s])
+
+Letters: T tokens, B batch, F features.
+
+exp(k + w) = exp(k) exp(w): the sums are `causal_mix` of exp(w) with [exp(k) v | exp(k)]. No maximum
+is taken out, for a maximum of k over all tokens would let later ones reach earlier rows; and where
+k and w are large and of opposite signs, neither maximum is near that of their sums, so that nothing
+but zeros may be left. Exponents up to 20 fit into fp32 and bf16 with room for what the gradients
+divide by; larger ones, up to 300, are computed in double precision.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_smlp.ops.causal_mix import causal_mix
+
+LARGEST = 20.0
+"""|k| and |w| up to which the precision of the operands will do."""
+
+
+def sums_dtype(keys: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the precision that holds all exp(k + w). On a GPU the host waits for the answer."""
+    is_large = bool((keys.detach().abs().amax() > LARGEST) | (weight.abs().amax() > LARGEST))
+    if is_large:
+        return torch.float64
+    return torch.promote_types(keys.dtype, torch.bfloat16)  # fp16 ends at exp(11): then fp32
+
+
+def aft_mix(keys: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    """Average the values of earlier tokens.
+
+    keys, values: <float>[T, B, F]; weight: <float>[T, T], w, of which what lies above the diagonal
+        is not read: its gradient is zero.
+    Returns <float>[T, B, F] in the precision of the values.
+    """
+    weight = weight.tril()
+    dtype = sums_dtype(keys, weight)
+    grown = keys.to(dtype).exp()
+    columns = torch.cat([grown * values.to(dtype), grown], dim=-1)
+    factors = weight.to(torch.promote_types(dtype, weight.dtype)).exp()
+    sums = causal_mix(factors[None], columns.flatten(1)[None])
+    above, below = sums.view_as(columns).chunk(2, dim=-1)
+    return (above / below).to(values.dtype)
+
+
+def aft_mix_reference(keys: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    """The slow twin of `aft_mix`: a softmax over all earlier tokens, for each feature."""
+    exponents = weight[:, :, None, None] + keys  # [T, T, B, F]
+    later = torch.ones_like(weight, dtype=torch.bool).triu(1)
+    shares = exponents.masked_fill(later[:, :, None, None], -torch.inf).softmax(dim=1)
+    return (shares * values).sum(dim=1)

@@ -1,0 +1,81 @@
+"""Top-k routing with Megatron's own router, as modern mixtures have it.
+
+    s_e = softmax(h W)_e or sigmoid(h w_e)        the k experts of the largest s_e + b_e
+    w_e = c s_e / sum over the chosen of s        (k = 1: c s_e)
+    loss   a E sum_e f_e P_e,   f_e share of the k N choices by s alone, P_e mean of s_e / sum s
+    b_e    += u sign(mean load - load_e) after each step, of the global batch; without it b = 0
+
+h <float>[n, D] tokens after the norm; W <float>[D, E], kept as [E, D], without bias. k:
+--moe-router-topk; sigmoid: --moe-router-score-function; c: --moe-router-topk-scaling-factor; a:
+--moe-aux-loss-coeff; b: --moe-router-enable-expert-bias, u: --moe-router-bias-update-rate. Softmax
+over the chosen scores is Mixtral's (arXiv 2401.04088); sigmoid, b and shared experts are
+DeepSeek-V3's (2412.19437; b: 2408.15664; shared experts, layers/token_moe.py: 2401.06066). Unlike
+DeepSeek-V3, experts are not grouped by devices, and nothing else balances a model with b unless
+--moe-router-load-balancing-type aux_loss says so. Nothing is dropped.
+
+Choice, weights, loss and b are computed by megatron.core's TopKRouter, each rank for its own
+tokens; what is here counts them as those of our other rules, and keeps scores in fp32 as theirs.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.moe.moe_utils import (
+    compute_routing_scores_for_aux_loss,
+    topk_routing_with_score_function,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_smlp.routers.token_router import Choices, TokenRouter
+
+
+class TopKTokenRouter(TokenRouter):
+    """Megatron's router, counted; see the top of the file."""
+
+    has_aux_loss = True
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See TokenRouter.forward: here Megatron's own is the one that routes."""
+        answer: tuple[Tensor, Tensor] = TopKRouter.forward(self, input, padding_mask)
+        return answer
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Route, and count; logits: <fp32>[T or T / TP, B, E]."""
+        if self.counts:
+            with torch.no_grad():
+                of_group = self.of_group(logits.detach().flatten(0, 1))
+                self.count(self.choose(of_group), of_group, padding_mask)
+        answer: tuple[Tensor, Tensor] = TopKRouter.routing(self, logits, padding_mask)
+        return answer
+
+    def choose(self, scores: Tensor) -> Choices:
+        """The k experts of each token, that of the largest weight first."""
+        weights, experts = self._top(scores)
+        wanted = experts.gather(1, weights.argsort(dim=1, descending=True, stable=True))
+        everything = torch.ones_like(wanted, dtype=torch.bool)
+        return Choices(wanted, everything, everything)
+
+    def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
+        return self._top(scores, wanted)[0]
+
+    def aux_loss(self, scores: Tensor, first: Tensor) -> Tensor:
+        """Of all k choices, not of the first alone."""
+        chosen, shares = compute_routing_scores_for_aux_loss(scores, self.topk, self.score_function)
+        loads = chosen.float().sum(dim=0) / max(1, len(scores) * self.topk)
+        loss: Tensor = self.num_experts * (loads * shares.mean(dim=0)).sum()
+        return loss
+
+    def _top(self, scores: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights <fp32>[N, k] and experts <int64>[N, k]; `wanted`: of these instead."""
+        answer: tuple[Tensor, Tensor] = topk_routing_with_score_function(
+            scores,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=self.expert_bias,
+            dense_output=True,
+            precomputed_indices=wanted,
+        )
+        return answer

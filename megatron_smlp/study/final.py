@@ -1,0 +1,118 @@
+"""Evaluate the final checkpoints of a study: zero-shot tasks, and where in a text the loss lies.
+
+Every line of evaluations.csv is one number of one checkpoint: of a task, of a kind of token, or of
+another way to route tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.reports import PAPER_METRICS
+from megatron_smlp.progress import Progress
+from megatron_smlp.study.data import StudyData
+from megatron_smlp.study.plan import PlannedRun
+from megatron_smlp.study.process import last_lines, run_command
+from megatron_smlp.study.results import ROUTING, TASK, Results
+from megatron_smlp.study.state import CHECKPOINTS, State
+
+WINDOWS = 2000
+"""Windows of the validation documents that are scored for the breakdown."""
+
+Line = dict[str, Any]
+
+
+def evaluate_finals(
+    known: State,
+    data: StudyData,
+    results: Results,
+    *,
+    tasks: Sequence[str],
+    data_dir: Path | None,
+    limit: int | None,
+) -> list[Path]:
+    """Evaluate what has come to the longest horizon and is not in evaluations.csv; return it.
+
+    Args:
+        tasks: of lm-evaluation-harness; none: only the loss is looked at.
+        data_dir: local files of the tasks; None: from the hub.
+        limit: examples of each task; None: all.
+
+    Raises:
+        UsageError: an evaluation failed.
+    """
+    done = set(results.evaluations["key"])
+    finals = [run for run in known.plan().runs if _is_final(known, run) and run.key not in done]
+    with Progress(len(finals)) as progress:
+        for number, run in enumerate(finals):
+            progress.show(number, run.title)
+            lines = list(_of_text(known, run, data))
+            if tasks:
+                lines += _of_tasks(known, run, tasks=tasks, data_dir=data_dir, limit=limit)
+            about = {"key": run.key, "system": run.system, "seed": run.seed}
+            results.add_evaluations([about | line for line in lines])
+    return [known.folder_of(run) for run in finals]
+
+
+def _is_final(known: State, run: PlannedRun) -> bool:
+    is_last = run.phase == "main" and run.horizon == known.study.longest
+    return is_last and known.has_checkpoint(run)
+
+
+def _of_text(known: State, run: PlannedRun, data: StudyData) -> Iterator[Line]:
+    words = ["--data-path", data.prefix("valid"), "--limit", str(WINDOWS)]
+    found = _evaluated(known, run, [*words, "--breakdown"], name="text")
+    for kind, bins in found["breakdown"].items():
+        for each in bins:
+            error = each["sd"] / each["tokens"] ** 0.5
+            yield _line(kind, each["label"], each["loss"], stderr=error, count=each["tokens"])
+    rule = run.flags.get("base_eval", "greedy")
+    yield _line(ROUTING, rule, found["nll"] / found["tokens"], count=found["tokens"])
+    if run.flags.get("token_router") == "base":
+        other = "prices" if rule == "greedy" else "greedy"
+        found = _evaluated(known, run, [*words, "--base-eval", other], name="routing")
+        yield _line(ROUTING, other, found["nll"] / found["tokens"], count=found["tokens"])
+
+
+def _of_tasks(
+    known: State,
+    run: PlannedRun,
+    *,
+    tasks: Sequence[str],
+    data_dir: Path | None,
+    limit: int | None,
+) -> Iterator[Line]:
+    words = ["--tasks", ",".join(tasks)]
+    words += ["--data-dir", str(data_dir)] if data_dir else []
+    words += ["--limit", str(limit)] if limit else []
+    for task, found in _evaluated(known, run, words, name="tasks")["results"].items():
+        metric = PAPER_METRICS.get(task) or next(iter(found["metrics"]))
+        score = found["metrics"][metric]
+        yield _line(TASK, task, score["value"], stderr=score["stderr"], count=found["examples"])
+
+
+def _line(kind: str, label: str, value: float, *, count: int, stderr: float | None = None) -> Line:
+    return {"kind": kind, "label": label, "value": value, "stderr": stderr, "count": count}
+
+
+def _evaluated(known: State, run: PlannedRun, words: Sequence[str], *, name: str) -> Any:
+    """Return what tools/evaluate.py writes with these words."""
+    folder = known.folder_of(run) / f"evaluation-{name}"
+    folder.mkdir(exist_ok=True)
+    output = folder / "result.json"
+    command = [
+        *(sys.executable, "-c", "from megatron_smlp.commands import evaluate; evaluate()"),
+        *("--checkpoint", str(known.folder_of(run) / CHECKPOINTS)),
+        *(*words, "--output", str(output)),
+    ]
+    code = run_command(command, folder=folder, stop=threading.Event(), watch=lambda: None)
+    if code:
+        text = "\n".join(f"  {line}" for line in last_lines(folder))
+        raise UsageError(f"evaluating {run.title} failed ({code}), {folder}:\n{text}")
+    return json.loads(output.read_text(encoding="utf-8"))

@@ -1,0 +1,87 @@
+"""What a study will cost: hours at a speed that was measured here, or on GPUs of a stated one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_smlp.accounting.estimate import estimate
+from megatron_smlp.errors import UsageError
+from megatron_smlp.study.plan import PlannedRun
+from megatron_smlp.study.study_file import Cluster, Study
+from megatron_smlp.study.systems import System
+from megatron_smlp.study.tables import Tables
+
+GIB = 2**30
+BACKWARD = 3  # a training step costs as much as three forward passes
+SAVED_BYTES = {True: 14, False: 12}
+"""Of a parameter in a checkpoint, by --bf16: the weight, its fp32 copy, two moments."""
+
+
+def price_lines(
+    study: Study, systems: Mapping[str, System], runs: Sequence[PlannedRun], tables: Tables
+) -> Iterator[str]:
+    """Yield a table of what the runs of each system cost.
+
+    Args:
+        runs: those that are left to do.
+
+    Raises:
+        UsageError: a system cannot be laid out on so many GPUs.
+    """
+    cluster = study.cluster
+    if cluster is None:
+        yield f"{'hours of one worker':32}{'tokens/s':>12}{'left to do':>14}"
+        total = 0.0
+        for name, system in systems.items():
+            speed = tables.tokens_per_second(name)
+            hours = _tokens(system, runs) / speed / 3600
+            total += hours
+            yield f"  {name:30}{_number(speed, ',.0f'):>12}{_number(hours, ',.1f'):>14}"
+        yield f"  {'all':42}{_number(total, ',.1f'):>14}"
+        yield "  tokens/s: of the quiet timing, or else as trained; n/a: nothing has run yet"
+        return
+    share = f"{cluster.utilization:.0%} of {cluster.tflops:g} TFLOP/s, assumed"
+    yield f"{cluster.gpus} GPUs ({share})"
+    yield (f"  {'':24}{'GPU hours':>12}{'hours':>9}{'memory/GPU':>14}{'checkpoint':>14}  layout")
+    totals = [0.0, 0.0]
+    for name, system in systems.items():
+        tflops = BACKWARD * system.costs["forward_tflops_per_1024_tokens"] / 1024
+        hours = tflops * _tokens(system, runs) / (cluster.tflops * cluster.utilization) / 3600
+        totals = [totals[0] + hours, totals[1] + hours / cluster.gpus]
+        costs = _costs_on(cluster, study, system)
+        memory = costs["per_gpu"]["memory_bytes"] / GIB
+        saved = SAVED_BYTES[bool(system.flags.get("bf16"))] * costs["total_parameters"] / GIB
+        yield (
+            f"  {name:24}{hours:>12,.0f}{hours / cluster.gpus:>9,.1f}{memory:>10,.1f} GiB"
+            f"{saved:>10,.1f} GiB  {_layout(system.flags)}"
+        )
+    yield f"  {'all':24}{totals[0]:>12,.0f}{totals[1]:>9,.1f}"
+
+
+def _costs_on(cluster: Cluster, study: Study, system: System) -> dict[str, Any]:
+    flags = {**system.flags, "vocab_size": study.vocab_size, "world_size": cluster.gpus}
+    try:
+        return estimate(flags)
+    except ValueError as error:
+        raise UsageError(f"cluster: gpus: {cluster.gpus}, {system.name}: {error}") from error
+
+
+def _tokens(system: System, runs: Sequence[PlannedRun]) -> int:
+    batch = int(system.flags["global_batch_size"] * system.flags["seq_length"])
+    return batch * sum(run.end - run.start for run in runs if run.system == system.name)
+
+
+def _layout(flags: Mapping[str, Any]) -> str:
+    sizes = {
+        "TP": "tensor_model_parallel_size",
+        "PP": "pipeline_model_parallel_size",
+        "EP": "expert_model_parallel_size",
+    }
+    parts = [f"{short} {flags[name]}" for short, name in sizes.items() if flags.get(name, 1) > 1]
+    return ", ".join(parts) or "data parallel"
+
+
+def _number(value: float, form: str) -> str:
+    return "n/a" if math.isnan(value) else format(value, form)

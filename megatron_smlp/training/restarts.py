@@ -1,0 +1,72 @@
+"""What a failure has cost, once a run is under way again: cause, lost steps, seconds."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_smlp.checkpoints.claim import Before
+from megatron_smlp.collectives import gathered
+from megatron_smlp.launching.restarts import noted_cause
+from megatron_smlp.training.speed import duration
+
+BY_HAND = "ended without a word, and started again by hand"
+
+
+@dataclass(frozen=True)
+class Restart:
+    """On the first rank."""
+
+    cause: str
+    iteration: int
+    """Of the checkpoint that the run goes on from."""
+    lost: int
+    """Steps that had been trained beyond it."""
+    down: float
+    """Seconds without a run, up to `since`."""
+    since: float
+    """By the clock of time.monotonic."""
+
+    def record(self) -> dict[str, Any]:
+        """For metrics.jsonl, when the first step is done."""
+        seconds = self.down + time.monotonic() - self.since
+        what = {"cause": self.cause, "lost_steps": self.lost, "seconds_down": seconds}
+        return {"iteration": self.iteration, "restart": what}
+
+
+def restart_line(record: dict[str, Any]) -> str:
+    """The same, for the console."""
+    what = record["restart"]
+    lost = what["lost_steps"]
+    return (
+        f"restarted from iteration {record['iteration']}: {what['cause']} | "
+        f"{lost} {'step' if lost == 1 else 'steps'} lost | {duration(what['seconds_down'])} down"
+    )
+
+
+def restart(
+    before: Before | None, *, iteration: int, logged: int, silent: float | None
+) -> Restart | None:
+    """Find out what has happened; None where the last run ended well.
+
+    Collective.
+
+    Args:
+        before: what the last run left in its claim; on rank 0 alone.
+        iteration: at which this one begins.
+        logged: the last iteration in metrics.jsonl.
+        silent: seconds since metrics.jsonl was written; None without one.
+    """
+    noted = [found for found in gathered(noted_cause()) if found is not None]
+    if before is None or not (before.failed or noted):
+        return None
+    # By the age of what each machine has seen: their clocks may differ.
+    cause = max(noted, key=lambda found: found[1])[0] if noted else BY_HAND
+    return Restart(
+        cause=cause,
+        iteration=iteration,
+        lost=max(0, max(before.iteration, logged) - iteration),
+        down=min(before.seconds, before.seconds if silent is None else silent),
+        since=time.monotonic(),
+    )

@@ -1,0 +1,165 @@
+"""Name the machine that the others wait for.
+
+A step of all ranks takes as long as the slowest needs, so that its length says nothing about which
+one that is. Compared are, in every log line:
+
+    own part   seconds from the first forward pass of a step to the end of this rank's last backward
+               pass, before gradients are summed over the data parallel ranks
+    way out    seconds that 64 KiB of one machine take to the next one
+
+A machine is named when one of them is over 1.5 times the median, by more than a tenth of a step and
+20 ms, in three log lines in a row.
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.training.dist_signal_handler import all_gather_item
+
+from megatron_smlp.collectives import gathered
+
+RATIO = 1.5
+SHARE = 0.1
+"""Of a step, that the excess must be over: less is noise, and no loss."""
+LEAST = 0.02
+"""Seconds that the excess must be over too: an operating system takes as much now and then."""
+LINES = 3
+PROBE_BYTES = 1 << 16
+
+
+class OwnPart:
+    """Times this rank's own part of each step; on a GPU by its events, on a CPU by the clock."""
+
+    def __init__(self) -> None:
+        self.on_gpu = torch.cuda.is_available()
+        self.began: Any = None
+        self.parts: list[tuple[Any, Any]] = []
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def begin(self) -> None:
+        """A forward pass begins; the first of a step counts."""
+        if self.began is None:
+            self.began = self._now()
+
+    def end(self) -> None:
+        """The last backward pass of a step is done."""
+        if self.began is not None:
+            self.parts.append((self.began, self._now()))
+            self.began = None
+
+    def forget(self) -> None:
+        """What was begun was an evaluation."""
+        self.began = None
+
+    def pop_seconds(self) -> float:
+        """Mean seconds of a step since the last call. Waits for the GPU."""
+        parts, self.parts = self.parts, []
+        if self.on_gpu and parts:
+            parts[-1][1].synchronize()
+        seconds = [b.elapsed_time(e) / 1000 if self.on_gpu else e - b for b, e in parts]
+        return sum(seconds) / max(1, len(seconds))
+
+
+@dataclass(frozen=True)
+class Slow:
+    """One measure of one rank."""
+
+    what: str
+    rank: int
+    host: str
+    ratio: float
+
+    def __str__(self) -> str:
+        return (
+            f"WARNING: {self.host} (rank {self.rank}) {self.what}: {self.ratio:.1f} times the "
+            f"median, in the last {LINES} log lines"
+        )
+
+
+class SlowHosts:
+    """Compares all ranks. Every method is collective."""
+
+    def __init__(self) -> None:
+        self.hosts: list[str] = gathered(socket.gethostname())
+        leaders = sorted(
+            {host: rank for rank, host in reversed(list(enumerate(self.hosts)))}.values()
+        )
+        self.leaders = leaders
+        self.links = (
+            torch.distributed.new_group(leaders, backend="gloo") if len(leaders) > 1 else None
+        )
+        self.computing, self.sending = _Streak("computes slowly"), _Streak("sends slowly")
+
+    def slow(self, own_part: float, *, step: float) -> list[Slow]:
+        """Return whom the others wait for, the same on every rank.
+
+        Args:
+            own_part: seconds of this rank.
+            step: seconds of a step, on rank 0.
+        """
+        parts = all_gather_item(own_part, dtype=torch.float32)
+        ways = all_gather_item(self._way_in(), dtype=torch.float32)
+        step = all_gather_item(step, dtype=torch.float32)[0]
+        # A leader's way in is the way out of the one before it.
+        outs = {
+            leader: ways[self.leaders[(at + 1) % len(self.leaders)]]
+            for at, leader in enumerate(self.leaders)
+        }
+        found = (
+            self.computing.next(dict(enumerate(parts)), step=step, hosts=self.hosts),
+            self.sending.next(outs if self.links else {}, step=step, hosts=self.hosts),
+        )
+        return [slow for slow in found if slow]
+
+    def _way_in(self) -> float:
+        """Seconds from when all are ready to the arrival of the neighbour's message."""
+        rank = torch.distributed.get_rank()
+        if self.links is None or rank not in self.leaders:
+            return 0.0
+        at, size = self.leaders.index(rank), len(self.leaders)
+        box = torch.empty(PROBE_BYTES, dtype=torch.uint8, device="cpu")
+        torch.distributed.barrier(group=self.links)
+        began = time.perf_counter()
+        out = torch.distributed.isend(
+            torch.zeros_like(box), self.leaders[(at + 1) % size], group=self.links
+        )
+        torch.distributed.recv(box, self.leaders[at - 1], group=self.links)
+        seconds = time.perf_counter() - began
+        out.wait()
+        return seconds
+
+
+class _Streak:
+    """One measure over the log lines."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.host, self.lines = "", 0
+
+    def next(self, seconds: dict[int, float], *, step: float, hosts: Sequence[str]) -> Slow | None:
+        """Return the slowest when it has been the slowest for so many lines, once."""
+        if len(seconds) < 2:
+            return None
+        rank = max(seconds, key=lambda rank: seconds[rank])
+        median = statistics.median_low(seconds.values())
+        is_slow = seconds[rank] > RATIO * median
+        is_slow &= seconds[rank] - median > max(LEAST, SHARE * step)
+        host = hosts[rank] if is_slow else ""
+        self.lines = self.lines + 1 if host and host == self.host else int(is_slow)
+        self.host = host
+        if self.lines != LINES:
+            return None
+        return Slow(self.what, rank, host, seconds[rank] / max(median, 1e-9))

@@ -1,0 +1,171 @@
+"""A Transformer with RoPE, RMSNorm and SwiGLU is transformers' Llama, there and back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.conversions import (
+    assert_same,
+    folder_weights,
+    from_hf,
+    run,
+    save_exported,
+    weights,
+)
+from support.in_process import pretrained
+from support.launches import records
+from support.smlp_systems import make_ids, make_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
+from megatron_smlp.conversion import convert
+from megatron_smlp.errors import UsageError
+from megatron_smlp.generation.language_model import model_of
+from megatron_smlp.platform.one_process import one_process
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 104,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 40,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "tied, one group": {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    "biases, a key for each query": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    },
+}
+FLAGS = (
+    "--architecture transformer --num-attention-heads 4 --group-query-attention "
+    "--num-query-groups 2 --position-embedding-type rope --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --lr 1e-2 --log-interval 1"
+)
+
+
+def save_llama(folder: Path, **changes: Any) -> Path:
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def their_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert type(model) is LlamaForCausalLM
+        logits: torch.Tensor = model(tokens).logits
+    return logits
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_in_and_out_again(tmp_path: Path, variant: str) -> None:
+    """The same bits, and the logits of our own model's reading of the checkpoint."""
+    folder = save_llama(tmp_path / "llama", **VARIANTS[variant])
+    said = run(from_hf, folder, tmp_path / "run")
+    assert "forward check" in said[0]
+    said = run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "again")
+    assert any("forward check" in line for line in said)
+    assert said[-1].endswith("as a Llama")
+    assert_same(folder_weights(folder), folder_weights(tmp_path / "again"))
+    tokens = make_ids(2, 40)
+    expected = their_logits(folder, tokens)
+    torch.testing.assert_close(their_logits(tmp_path / "again", tokens), expected)
+    with one_process(), torch.no_grad():
+        ours = model_of(TorchDistCheckpoint(tmp_path / "run"))(tokens).logits
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("output", ["", "--untie-embeddings-and-output-weights"])
+def test_a_trained_one_generates_in_transformers_and_comes_back(
+    tmp_path: Path, output: str
+) -> None:
+    with pretrained(f"{FLAGS} {output} --save {tmp_path / 'run'}"):
+        pass
+    run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf")
+    checkpoint = TorchDistCheckpoint(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert type(model) is LlamaForCausalLM
+    assert {file.name for file in (tmp_path / "hf").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+    prompt = make_ids(2, 3) % 100
+    asked = {"max_new_tokens": 8, "do_sample": False}
+    with one_process():
+        ours = model_of(checkpoint).generate(prompt, **asked)
+    assert torch.equal(model.generate(prompt, **asked), ours)
+    run(from_hf, tmp_path / "hf", tmp_path / "again")
+    again = TorchDistCheckpoint(tmp_path / "again")
+    assert_same(weights(checkpoint), weights(again))
+    changed = {name for name, value in checkpoint.flags.items() if again.flags[name] != value}
+    assert changed <= {"moe_aux_loss_coeff", "moe_token_drop_policy"}  # there are no experts
+
+
+def test_what_came_back_trains_on(tmp_path: Path) -> None:
+    """By --load, with the loss of the run that it came from."""
+    with pretrained(f"{FLAGS} --save {tmp_path / 'run'}"):
+        pass
+    run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)
+    run(from_hf, tmp_path / "hf", tmp_path / "again", checks=False)
+    losses = []
+    for name, load in (("one", f"{tmp_path / 'run'} --finetune"), ("two", tmp_path / "again")):
+        log = tmp_path / name
+        with pretrained(f"{FLAGS} --load {load} --log-dir {log} --train-iters 2"):
+            losses.append([line["loss"] for line in records(log) if "loss" in line])
+    assert len(losses[1]) == 2
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({"head_dim": 16}, "head_dim=16"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "linear",
+                    "rope_theta": 10000.0,
+                    "factor": 2.0,
+                }
+            },
+            "rope_type=linear",
+        ),
+    ],
+)
+def test_what_cannot_be_imported(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    folder = save_llama(tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UsageError, match=f"{named} has no equal"):
+        run(from_hf, folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    exported = save_exported(make_model("modern", unpadded_vocab_size=101), tmp_path / "hf")
+    kept = tmp_path / "run" / "kept"
+    kept.parent.mkdir()
+    kept.touch()
+    with pytest.raises(UsageError, match=r"is not empty: .* --overwrite"):
+        run(from_hf, exported, tmp_path / "run", checks=False)
+    assert kept.exists()
+    run(from_hf, exported, tmp_path / "run", checks=False, overwrite=True)
+    assert not kept.exists()

@@ -1,0 +1,128 @@
+"""launching/settings.py and network.py: what a launcher is told, checked before it starts."""
+
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.launching import network
+from megatron_smlp.launching.presence import Presence
+from megatron_smlp.launching.settings import FILE, SERVER, read
+
+NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_the_defaults():
+    settings = read({}, several=False)
+    assert settings.meeting is None
+    assert (settings.max_restarts, settings.shutdown_timeout, settings.processes) == (3, 600, 1)
+
+
+def test_several_machines():
+    meeting = read(NODES, several=True).meeting
+    assert meeting is not None
+    assert (meeting.least, meeting.most, meeting.is_host) == (2, 2, False)
+    assert meeting.endpoint == "10.0.0.1:29500"
+    host = read(NODES | {"NODE_RANK": "0", "NNODES": "2:4"}, several=True).meeting
+    assert host is not None
+    assert (host.least, host.most, host.is_host) == (2, 4, True)
+
+
+def test_a_spare_has_a_rank_of_its_own():
+    assert read(NODES | {"NODE_RANK": "2", "SPARES": "1"}, several=True).meeting
+    with pytest.raises(UsageError, match="NODE_RANK=3 must be below NNODES=2 and SPARES=1"):
+        read(NODES | {"NODE_RANK": "3", "SPARES": "1"}, several=True)
+
+
+def test_a_file_and_a_server_need_no_rank():
+    shared = read({"NNODES": "2", "RENDEZVOUS": "file:/shared", "RUN_ID": "a"}, several=True)
+    assert shared.meeting is not None
+    assert (shared.meeting.kind, shared.meeting.endpoint) == (FILE, "/shared/a.store")
+    nodes = {name: value for name, value in NODES.items() if name != "NODE_RANK"}
+    served = read(nodes | {"RENDEZVOUS": "server"}, several=True)
+    assert served.meeting is not None
+    assert (served.meeting.kind, served.meeting.is_host) == (SERVER, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"NNODES": "4:2"}, "NNODES=4:2: MIN must be 1 or more and not over MAX"),
+        ({"NNODES": "0"}, "NNODES=0: MIN must be 1 or more"),
+        ({"NNODES": "1:2:3"}, "NNODES is '1:2:3', but the number of machines is"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000: give a port from 1 to 65535"),
+        ({"RENDEZVOUS": "etcd"}, "RENDEZVOUS=etcd: give host .*, server .* or file:FOLDER"),
+        ({"RENDEZVOUS": "file:"}, "RENDEZVOUS=file:: give host"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS is '-1', but the number of restarts is a whole"),
+        ({"SHUTDOWN_TIMEOUT": "10m"}, "SHUTDOWN_TIMEOUT is '10m', but the time to save is a whole"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set: give the name or address of machine 0"),
+    ],
+)
+def test_what_cannot_be_is_named(changes: dict[str, str], message: str):
+    with pytest.raises(UsageError, match=message):
+        read(NODES | changes, several=True)
+
+
+def test_the_address_is_that_of_the_way_out():
+    assert network.own_address(None, towards=("127.0.0.1", 1)) == "127.0.0.1"
+    assert network.own_address("localhost", towards=None) in ("127.0.0.1", "::1")
+    assert network.interface_of("127.0.0.1", {}) == "lo"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("192.0.2.7", "LOCAL_ADDR=192.0.2.7 is not an address of this machine, which has .*lo 127"),
+        ("no.such.name.invalid", "LOCAL_ADDR=no.such.name.invalid is a name that this machine can"),
+    ],
+)
+def test_an_address_of_another_machine(given: str, message: str):
+    with pytest.raises(UsageError, match=message):
+        network.own_address(given, towards=None)
+
+
+def test_an_interface_that_is_not_there():
+    with pytest.raises(UsageError, match="none7 is not an interface with an address; this machine"):
+        network.interface_of("127.0.0.1", {network.GLOO: "none7"})
+    assert network.interface_of("127.0.0.1", {network.GLOO: "lo"}) == "lo"
+
+
+@pytest.fixture
+def listening() -> Iterator[int]:
+    with closing(socket.create_server(("", 0))) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_port_that_somebody_has(listening: int):
+    with pytest.raises(UsageError, match=f"MASTER_PORT={listening} cannot be used on this machine"):
+        network.check_port(listening)
+    assert network.answers("127.0.0.1", listening, seconds=5)
+
+
+def test_a_port_that_is_free():
+    with closing(socket.create_server(("", 0))) as server:
+        port = server.getsockname()[1]
+    network.check_port(port)
+    assert not network.answers("127.0.0.1", port, seconds=0.1)
+
+
+def test_machines_see_each_other_in_a_folder_that_they_share(tmp_path: Path):
+    first = Presence(tmp_path, run="run", address="10.0.0.1")
+    left_by_one_that_is_gone = tmp_path / "run.node9-10.0.0.9.here"
+    left_by_one_that_is_gone.write_text("1 1 1", encoding="utf-8")
+    second = Presence(tmp_path, run="run", address="10.0.0.2")
+    second.keep()
+    Presence(tmp_path, run="another", address="10.0.0.3").keep()
+    seen = first.seen(2, seconds=30)
+    assert [re.sub(".*-", "", name) for name in seen] == ["10.0.0.1", "10.0.0.2"]
+
+
+def test_a_folder_of_its_own_is_not_shared(tmp_path: Path):
+    alone = Presence(tmp_path, run="run", address="10.0.0.1").seen(2, seconds=0.1)
+    assert [re.sub(".*-", "", name) for name in alone] == ["10.0.0.1"]
+    with pytest.raises(UsageError, match=r"there is no such folder\. Make it where all"):
+        Presence(tmp_path / "none", run="run", address="10.0.0.1")

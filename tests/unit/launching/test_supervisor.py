@@ -1,0 +1,188 @@
+"""launching/supervisor.py around agents that end as they are told to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.launches import REPOSITORY, clean_environment
+
+from megatron_smlp.launching import supervisor
+from megatron_smlp.launching.restarts import CAUSE, NO_PROGRESS
+from megatron_smlp.launching.settings import read
+from megatron_smlp.launching.supervisor import Supervisor
+from megatron_smlp.launching.training_words import Progress, given
+
+# Ends with the next code of a list, after it has made the checkpoint that goes with it.
+AGENT = """
+import json, os, signal, sys
+from pathlib import Path
+folder = Path(__file__).parent
+plan = json.loads((folder / "plan.json").read_text())
+number = len(list(folder.glob("start*")))
+start = {"words": sys.argv[1:], "cause": os.environ.get("SMLP_RESTART")}
+(folder / f"start{number}").write_text(json.dumps(start))
+code, iteration = plan[min(number, len(plan) - 1)]
+if iteration:
+    made = folder / "save" / f"iter_{iteration:07d}"
+    made.mkdir(parents=True, exist_ok=True)
+    for name in ("metadata.json", ".metadata"):
+        (made / name).write_text("{}")
+if code < 0:
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Supervise agents that end with these codes, and with these checkpoints there."""
+    monkeypatch.setattr(supervisor, "FIRST_DELAY", 0)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    agent = tmp_path / "agent.py"
+    agent.write_text(AGENT, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", [str(agent)])
+
+    def supervise(*plan: tuple[int, int], save: bool = True) -> int:
+        (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+        words = ["train.py", *(["--save", str(tmp_path / "save")] if save else [])]
+        return Supervisor(read({}, several=False), words).run()
+
+    return supervise
+
+
+def starts(folder: Path) -> list[dict[str, object]]:
+    paths = sorted(folder.glob("start*"), key=lambda path: int(path.name[5:]))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def test_a_run_that_is_over_is_over(run: Callable[..., int], tmp_path: Path):
+    assert run((0, 5)) == 0
+    (start,) = starts(tmp_path)
+    words = start["words"]
+    assert isinstance(words, list)
+    assert words[0] == "agent"
+    assert "--shutdown-timeout=600" in words
+    assert words[-2:] == ["--distributed-timeout-minutes", "2"]
+
+
+@pytest.mark.parametrize("code", [2, 3, NO_PROGRESS, 76])
+def test_what_would_come_again_is_not_started_again(run: Callable[..., int], code: int):
+    assert run((code, 5), (0, 0)) == code
+
+
+def test_a_failure_is_started_again_and_told_why(run: Callable[..., int], tmp_path: Path):
+    assert run((1, 5), (-signal.SIGKILL, 10), (0, 15)) == 0
+    causes = [start["cause"] for start in starts(tmp_path)]
+    assert causes[0] is None
+    assert "ended with 1" in json.loads(str(causes[1]))["cause"]
+    assert "was ended by SIGKILL" in json.loads(str(causes[2]))["cause"]
+
+
+def test_three_failures_without_a_checkpoint_are_enough(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run((1, 5), (1, 10), (1, 0)) == NO_PROGRESS
+    assert len(starts(tmp_path)) == 2 + Progress.LIMIT
+    assert "is of iteration 10 after 3 failures: giving up." in capsys.readouterr().err
+
+
+def test_without_a_folder_there_is_nothing_to_go_on_from(run: Callable[..., int], tmp_path: Path):
+    assert run((1, 0), (0, 0), save=False) == 1
+    assert len(starts(tmp_path)) == 1
+
+
+def test_where_a_run_saves(tmp_path: Path):
+    config = tmp_path / "a.yaml"
+    config.write_text("save: from/yaml\n", encoding="utf-8")
+    assert given("--save", ["--config", str(config)]) == "from/yaml"
+    assert given("--save", ["--config", str(config), "--save=x"]) == "x"
+    assert given("--save", ["--save", "a", "--save", "b"]) == "b"
+    assert Progress(["--load", "old", "--use-checkpoint-args"]).folder == Path("old")
+
+
+# With the real agent, torchrun's, around ranks that need no Megatron.
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+folder = Path(__file__).parent
+rank, start = os.environ["RANK"], len(list(folder.glob("rank0.*")))
+(folder / f"rank{rank}.{os.getpid()}").write_text(os.environ.get("SMLP_RESTART", ""))
+what = sys.argv[1]
+if what == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    print("waiting", flush=True)
+    time.sleep(300)
+if what == "once" and rank == "1" and not os.environ.get("SMLP_RESTART"):
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "wrong":
+    sys.exit(2)
+if what == "always":
+    sys.exit(1)
+"""
+
+
+def launched(folder: Path, what: str, **variables: str) -> subprocess.Popen[str]:
+    rank = folder / "rank.py"
+    rank.write_text(RANK, encoding="utf-8")
+    launch = [sys.executable, str(REPOSITORY / "tools" / "launch.py"), "one-node", str(rank), what]
+    return subprocess.Popen(
+        [*launch, "--save", str(folder / "save")],
+        env=clean_environment(NPROC_PER_NODE="2", **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_rank_that_is_killed_is_started_again(tmp_path: Path):
+    process = launched(tmp_path, "once")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "rank 1 on" in output
+    assert "was ended by SIGKILL; starting again: the newest checkpoint in" in output
+    texts = [path.read_text(encoding="utf-8") for path in tmp_path.glob("rank1.*")]
+    assert sorted("was ended by SIGKILL" in text for text in texts) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "times"),
+    [("wrong", 2, 1), pytest.param("always", NO_PROGRESS, 3, marks=pytest.mark.slow)],
+)
+def test_ranks_that_always_fail(tmp_path: Path, what: str, code: int, times: int):
+    process = launched(tmp_path, what)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == code, output
+    # What the ranks of one start are told; one may be ended before it can note it.
+    told = {path.read_text(encoding="utf-8") for path in tmp_path.glob("rank*.*[0-9]")}
+    assert len(told) == times
+
+
+def test_sigterm_lets_the_ranks_end_well(tmp_path: Path):
+    process = launched(tmp_path, "wait")
+    assert process.stdout is not None
+    while "waiting" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+
+
+def test_the_cause_is_dated_by_this_machines_clock(monkeypatch: pytest.MonkeyPatch):
+    from megatron_smlp.launching.restarts import note_cause, noted_cause
+
+    assert CAUSE not in os.environ
+    assert noted_cause() is None
+    environment: dict[str, str] = {}
+    note_cause("rank 3 on node1 ended with 1", environment)
+    monkeypatch.setenv(CAUSE, environment[CAUSE])
+    time.sleep(0.05)
+    found = noted_cause()
+    assert found is not None
+    assert found[0] == "rank 3 on node1 ended with 1"
+    assert 0.05 <= found[1] < 60

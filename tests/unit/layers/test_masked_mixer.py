@@ -1,0 +1,119 @@
+"""The masked mixer against a loop over heads and tokens: outputs and every gradient."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.in_process import layer_config
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_smlp.architectures import SlottedLayer
+from megatron_smlp.layers.masked_mixer import MaskedMixer, check_flags
+from megatron_smlp.layers.spatial_gating import SpatialProjection
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+BATCH, LENGTH = 3, 16
+
+
+def mixer(*, heads: int = 1, stir: bool = True, **options: Any) -> MaskedMixer:
+    config = layer_config(
+        architecture="mixer", spatial_heads=heads, spatial_length=LENGTH, **options
+    )
+    layer: MaskedMixer = SlottedLayer(config).self_attention
+    assert isinstance(layer, MaskedMixer)
+    with torch.no_grad():
+        for parameter in layer.parameters() if stir else ():
+            # What lies above the diagonal must not be read.
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return layer
+
+
+def entry(spatial: SpatialProjection, head: int, t: int, s: int) -> Tensor:
+    weight = spatial.weight[head]
+    return weight[t - s] if weight.dim() == 1 else weight[t, s]
+
+
+def loop(spatial: SpatialProjection, x: Tensor) -> Tensor:
+    """tril(M_k) x_k + c_k. x: <float>[T', B, D]."""
+    heads = len(spatial.weight)
+    rows = []
+    for t in range(len(x)):
+        chunks = []
+        for head, _ in enumerate(spatial.weight):
+            values = x.chunk(heads, dim=-1)[head]
+            mixed = sum(entry(spatial, head, t, s) * values[s] for s in range(t + 1))
+            chunks.append(mixed + spatial.bias[head, min(t, spatial.bias.shape[1] - 1)])
+        rows.append(torch.cat(chunks, dim=-1))
+    return torch.stack(rows)
+
+
+def naive(layer: MaskedMixer, x: Tensor) -> Tensor:
+    mixed = loop(layer.spatial, x)
+    if layer.spatial_out is None:
+        return mixed
+    return loop(layer.spatial_out, functional.gelu(mixed))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, LENGTH])
+@pytest.mark.parametrize("toeplitz", [False, True])
+@pytest.mark.parametrize("expansion", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_equals_the_naive_loop(heads: int, expansion: bool, toeplitz: bool, tokens: int):
+    layer = mixer(heads=heads, mixer_expansion=expansion, toeplitz=toeplitz).double()
+    names = dict(layer.named_parameters())
+    assert len(names) == (4 if expansion else 2)
+    values, upstream = torch.randn(2, tokens, BATCH, layer.config.hidden_size).double()
+    results = []
+    for function in (lambda x: layer(x)[0], lambda x: naive(layer, x)):
+        inputs = values.clone().requires_grad_()
+        output = function(inputs)
+        results.append([output, *torch.autograd.grad(output, [inputs, *names.values()], upstream)])
+    for name, left, right in zip(["output", "input", *names], *results, strict=True):
+        torch.testing.assert_close(
+            left, right, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_the_layer_adds_the_mixed_tokens_and_then_an_mlp():
+    config = layer_config(architecture="mixer", spatial_length=LENGTH)
+    layer = SlottedLayer(config).double()
+    x = torch.randn(LENGTH, BATCH, config.hidden_size).double()
+    mixed = x + naive(layer.self_attention, layer.input_layernorm(x))
+    output, bias = layer.mlp(layer.pre_mlp_layernorm(mixed))
+    torch.testing.assert_close(layer(x, attention_mask=None)[0], mixed + output + bias)
+
+
+@pytest.mark.parametrize("toeplitz", [False, True])
+def test_initial_values(toeplitz: bool):
+    """What writes to the residual starts near zero, what feeds a GELU keeps the variance."""
+    flat = mixer(stir=False, toeplitz=toeplitz)
+    assert 0 < flat.spatial.weight.abs().max() <= 1e-3 / LENGTH
+    assert not flat.spatial.bias.any()
+    wide = mixer(stir=False, toeplitz=toeplitz, mixer_expansion=True)
+    assert 1e-1 < wide.spatial.weight.abs().max() <= (3 / LENGTH) ** 0.5
+    assert 0 < wide.spatial_out.weight.abs().max() <= 1e-3 / LENGTH
+
+
+def test_a_longer_sequence_is_refused():
+    with pytest.raises(ValueError, match=r"17 tokens is longer than --seq-length 16"):
+        mixer()(torch.randn(LENGTH + 1, BATCH, 24))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spatial_heads": 5}, r"--spatial-heads 5 does not divide --hidden-size 24: choose"),
+        ({"spatial_heads": 3, "tensor_model_parallel_size": 2}, r"size 2 does not divide --spat"),
+        ({"tensor_model_parallel_size": 5}, r"size 5 does not divide --hidden-size 24: choose"),
+        ({"context_parallel_size": 2}, r"size 2 is not available with a masked mixer"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, int], message: str):
+    from argparse import Namespace
+
+    sizes = {"tensor_model_parallel_size": 1, "context_parallel_size": 1, "spatial_heads": 1}
+    check_flags(Namespace(hidden_size=24, **sizes))
+    with pytest.raises(ValueError, match=message):
+        check_flags(Namespace(hidden_size=24, **{**sizes, **changes}))

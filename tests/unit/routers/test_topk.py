@@ -1,0 +1,129 @@
+"""Megatron's own top-k router in the table: its choices by hand, its bias, its flags."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.in_process import pretrained
+from support.launches import records
+from support.routers import make_router, probable
+from torch import nn
+
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
+from megatron_smlp.errors import UsageError
+from megatron_smlp.routers.statistics import RouterStatistics
+
+THREE = [[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.25, 0.35, 0.4]]
+"""Probabilities of three tokens; their two best experts are 0 and 1, 1 and 2, 2 and 1."""
+TOP_2 = {"moe_router_topk": 2, "moe_router_pre_softmax": False}
+WORDS = "--architecture transformer --num-attention-heads 4 --token-router topk --num-experts 4"
+BIASED = f"{WORDS} --moe-router-score-function sigmoid --moe-router-enable-expert-bias"
+
+
+@pytest.mark.usefixtures("megatron")
+class TestByHand:
+    def test_choices_and_weights(self):
+        router = make_router(
+            "topk", num_experts=3, **TOP_2, moe_router_topk_scaling_factor=2.0
+        ).eval()
+        probs, routing_map = router(probable(THREE))
+        assert routing_map.int().tolist() == [[1, 1, 0], [0, 1, 1], [0, 1, 1]]
+        expected = [[10 / 8, 6 / 8, 0], [0, 12 / 9, 6 / 9], [0, 7 / 7.5, 8 / 7.5]]
+        torch.testing.assert_close(probs, torch.tensor(expected))
+
+    def test_a_bias_chooses_and_does_not_weigh(self):
+        router = make_router(
+            "topk",
+            num_experts=3,
+            moe_router_topk=1,
+            moe_router_score_function="sigmoid",
+            moe_router_enable_expert_bias=True,
+        ).eval()
+        router.expert_bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
+        tokens = torch.tensor([[[2.0, 0.0, -1.0]], [[9.0, 0.0, -9.0]]])
+        probs, routing_map = router(tokens)
+        assert routing_map.int().argmax(dim=1).tolist() == [2, 2]
+        torch.testing.assert_close(probs[:, 2], tokens[:, 0, 2].sigmoid())
+
+    def test_what_is_counted(self):
+        """All choices, and the balance loss over them: E sum_e f_e P_e."""
+        router = make_router("topk", num_experts=3, **TOP_2, moe_aux_loss_coeff=0.01)
+        statistics = RouterStatistics()
+        statistics.attach([nn.Sequential(router)])
+        router(probable(THREE))
+        (load,) = statistics.take(training=True).values()
+        assert load.choices == 6
+        assert load.load_share == pytest.approx((1 / 6, 3 / 6, 2 / 6))
+        assert load.mean_gate == pytest.approx((5 / 8 + 6 / 9 + 8 / 15) / 3)
+        means = torch.tensor(THREE).mean(dim=0)
+        expected = 3 * (torch.tensor([1 / 6, 3 / 6, 2 / 6]) * means).sum().item()
+        assert load.aux_loss == pytest.approx(expected)
+        assert load.drop_rate == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "refusal"),
+    [
+        ("--moe-router-topk 5", "--num-experts 4 is too few"),
+        ("--moe-router-topk 0", "--moe-router-topk 0: give how many"),
+        (
+            "--moe-router-load-balancing-type sinkhorn",
+            "sinkhorn is not available .*give aux_loss or",
+        ),
+        ("--moe-router-score-function sqrtsoftplus", "give softmax or sigmoid"),
+        ("--moe-router-enable-expert-bias", "is for --moe-router-score-function sigmoid"),
+        ("--moe-router-bias-update-rate 0.1", "is for --moe-router-enable-expert-bias"),
+        ("--moe-router-topk-scaling-factor 0", "scaling-factor 0: must be over 0"),
+        ("--moe-shared-expert-gate --moe-shared-expert-intermediate-size 8", "has weight 1"),
+        ("--moe-router-num-groups 2", "is for Megatron's own routing"),
+        ("--moe-train-capacity-factor 1", "is for --token-router switch or gshard, not topk"),
+    ],
+)
+@pytest.mark.usefixtures("megatron")
+def test_what_is_refused(parse: Callable[..., Any], flags: str, refusal: str):
+    with pytest.raises(UsageError, match=refusal):
+        parse(f"{WORDS} {flags}")
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_loss_beside_a_bias_is_asked_for(parse: Callable[..., Any]):
+    with pytest.raises(UsageError, match="has no loss to weigh"):
+        parse(f"{BIASED} --moe-aux-loss-coeff 0.1")
+    assert parse(BIASED).moe_aux_loss_coeff == 0
+    args = parse(f"{BIASED} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1")
+    assert (args.moe_router_load_balancing_type, args.moe_aux_loss_coeff) == ("aux_loss", 0.1)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_other_routers_have_no_shared_expert(parse: Callable[..., Any]):
+    words = WORDS.replace("topk", "switch")
+    with pytest.raises(UsageError, match="there are no shared experts"):
+        parse(f"{words} --moe-shared-expert-intermediate-size 8")
+
+
+def biases(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = TorchDistCheckpoint(folder)
+    names = [name for name in checkpoint.specs if name.endswith("router.expert_bias")]
+    return {name: checkpoint.read(name) for name in names}
+
+
+def test_training_moves_the_bias_against_the_load(tmp_path: Path):
+    """By its rate in each step, in fp32 in a model of bf16 too; and a resume goes on with it."""
+    words = f"{BIASED} --moe-router-bias-update-rate 0.01 --bf16 --log-interval 1"
+    with pretrained(f"{words} --save {tmp_path} --train-iters 1"):
+        pass
+    lines = [line["routers"] for line in records(tmp_path) if "routers" in line]
+    loads = [router["load_share"] for router in lines[0]]
+    moved = biases(tmp_path)
+    assert len(moved) == len(loads) == 4
+    for bias, load in zip(moved.values(), loads, strict=True):
+        expected = 0.01 * (0.25 - torch.tensor(load)).sign()
+        assert bias.dtype == torch.float32
+        torch.testing.assert_close(bias, expected)
+        assert bias.any()
+    with pretrained(f"{words} --save {tmp_path} --train-iters 2"):
+        pass
+    for name, bias in biases(tmp_path).items():
+        assert set((bias - moved[name]).mul(100).round().tolist()) <= {-1.0, 0.0, 1.0}

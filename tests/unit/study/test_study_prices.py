@@ -1,0 +1,101 @@
+"""What a plan says that a study costs, and that every command of the paper's studies can start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import yaml
+from support.launches import REPOSITORY
+from support.meta_models import built_parameters, expected_parameters
+from support.studies import pretend, state_of, write_study
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.study.cli import main
+
+PAPER = ("paper", "paper_large")
+
+
+def planned(path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> list[list[str]]:
+    """Return the words of each line of `plan`."""
+    assert main(["plan", str(path), *more]) == 0
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_gpu_hours_memory_and_storage(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    cluster = {"gpus": 2, "tflops": 100, "utilization": 0.5}
+    fixed = {"bf16": True, "eval-iters": 1, "micro-batch-size": 4, "global-batch-size": 8}
+    path = write_study(tmp_path, cluster=cluster, fixed=fixed)
+    lines = planned(path, capsys, "--runs", str(tmp_path / "runs"))
+    costs = state_of(path, runs=tmp_path / "runs").systems["transformer"].costs
+    row = next(words for words in lines if words[:1] == ["transformer"] and len(words) == 5)
+    tokens = int(row[3].replace(",", ""))
+    [priced] = [words for words in lines if words[:1] == ["transformer"] and "data" in words]
+    # 3 forward passes of this many tokens, at 50 TFLOP/s.
+    hours = 3 * costs["forward_tflops_per_1024_tokens"] * tokens / 1024 / 50 / 3600
+    assert float(priced[1]) == pytest.approx(hours, abs=0.5)
+    assert float(priced[2]) == pytest.approx(hours / 2, abs=0.05)
+    assert float(priced[5]) == pytest.approx(14 * costs["total_parameters"] / 2**30, abs=0.05)
+    assert priced[-2:] == ["data", "parallel"]
+    path = write_study(tmp_path, cluster=cluster | {"gpus": 3}, fixed=fixed)
+    with pytest.raises(UsageError, match="cluster: gpus: 3, transformer: --global-batch-size 8"):
+        main(["plan", str(path)])
+
+
+def test_hours_by_the_speed_that_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = write_study(tmp_path)
+    known = state_of(path, runs=tmp_path / "runs")
+    words = ["--runs", str(tmp_path / "other"), "--results", str(tmp_path / "results")]
+    lines = planned(path, capsys, *words)
+    assert ["transformer", "n/a", "n/a"] in lines
+    pretend(known, lambda run: 5.0)  # it logs 5,000 tokens/s
+    assert main(["report", str(path), "--runs", str(tmp_path / "runs"), *words[2:]]) == 0
+    runs = pandas.read_csv(tmp_path / "results" / "runs.csv")
+    runs[runs["system"] != "transformer"].to_csv(tmp_path / "results" / "runs.csv", index=False)
+    capsys.readouterr()
+    speed = pandas.DataFrame([
+        {"system": "transformer", "round": 1, "seconds_per_iteration": 1,
+         "tokens_per_second": 100.0, "tflops": 1.0, "gemm_tflops": 2.0}
+    ])  # fmt: skip
+    speed.to_csv(tmp_path / "results" / "speed.csv", index=False)
+    lines = planned(path, capsys, *words)
+    [left] = [words[3] for words in lines if words[:1] == ["transformer"] and len(words) == 5]
+    hours = int(left.replace(",", "")) / 100 / 3600
+    assert ["transformer", "100", f"{hours:.1f}"] in lines
+    assert ["switch", "5,000", "0.0"] in lines
+
+
+SYSTEMS = [
+    pytest.param(
+        study, system, marks=[] if system == "smlp_partial" else [pytest.mark.slow]
+    )
+    for study in PAPER
+    for system in yaml.safe_load((REPOSITORY / "studies" / f"{study}.yaml").read_text())["systems"]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("study", "system"), SYSTEMS)
+def test_the_papers_commands_can_start(
+    parse: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    study: str,
+    system: str,
+):
+    """Through all checks, ours and Megatron's, and built as one rank of the cluster would."""
+    known = state_of(REPOSITORY / "studies" / f"{study}.yaml", runs=tmp_path)
+    assert known.study.cluster is not None
+    monkeypatch.setenv("WORLD_SIZE", str(known.study.cluster.gpus))
+    plan = known.plan()
+    runs = [run for run in (*plan.runs, *plan.pending) if run.system == system]
+    for run in {run.end: run for run in runs}.values():
+        flags = tmp_path / "flags.yaml"
+        flags.write_text(yaml.safe_dump(dict(run.flags)), encoding="utf-8")
+        words = "--mock-data --tokenizer-type NullTokenizer --vocab-size 50257"
+        args = parse(f"--config {flags} {words}", base="")
+    with args.thawed():
+        args.rank = 0
+        assert built_parameters(args, monkeypatch) == expected_parameters(args, stage=0)

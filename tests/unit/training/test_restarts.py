@@ -1,0 +1,140 @@
+"""training/restarts.py and slow_hosts.py: what a failure cost, and whom the others wait for."""
+
+import time
+from pathlib import Path
+
+import pytest
+from support.checkpoints import RUN, assert_ends_like, pretrain
+from support.in_process import pretrained
+from support.launches import records
+
+from megatron_smlp.checkpoints.saving import Saving
+from megatron_smlp.launching.restarts import CAUSE, note_cause
+from megatron_smlp.training import slow_hosts
+from megatron_smlp.training.restarts import BY_HAND
+from megatron_smlp.training.slow_hosts import LINES, OwnPart, _Streak
+
+
+def fail_at(iteration: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of support/checkpoints.py that ends as a crash does."""
+
+    def reached(self: Saving, done: int) -> None:
+        if done == iteration:
+            raise RuntimeError("a device is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Saving, "reached", reached)
+        with pytest.raises(RuntimeError, match="a device is gone"), pretrained(f"{RUN} {words}"):
+            pass
+
+
+def test_a_failure_and_its_cost_are_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """Saved every two steps, lost after the fifth; the launcher has left the cause."""
+    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    pretrain(f"--save {undisturbed}")
+    fail_at(6, f"--save {run}", monkeypatch)
+    environment: dict[str, str] = {}
+    note_cause("rank 3 on node7 was ended by SIGKILL", environment)
+    monkeypatch.setenv(CAUSE, environment[CAUSE])
+    pretrain(f"--save {run}")
+    (record,) = [record for record in records(run) if "restart" in record]
+    assert record["iteration"] == 4
+    assert record["restart"]["cause"] == "rank 3 on node7 was ended by SIGKILL"
+    assert record["restart"]["lost_steps"] == 1
+    assert 0 < record["restart"]["seconds_down"] < 300
+    line = "restarted from iteration 4: rank 3 on node7 was ended by SIGKILL | 1 step lost | "
+    assert capfd.readouterr().out.count(line) == 1
+    assert_ends_like(run, undisturbed)
+
+
+def test_a_run_that_was_told_to_end_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = tmp_path / "run"
+    pretrain(f"--save {run} --exit-interval 4")
+    pretrain(f"--save {run}")
+    assert [record for record in records(run) if "restart" in record] == []
+
+
+def test_one_that_nobody_started_again_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = tmp_path / "run"
+    fail_at(3, f"--save {run}", monkeypatch)
+    pretrain(f"--save {run}")
+    (record,) = [record for record in records(run) if "restart" in record]
+    assert (record["iteration"], record["restart"]["cause"]) == (2, BY_HAND)
+
+
+HOSTS = ["node0", "node0", "node1", "node1"]
+
+
+def test_the_slowest_is_named_once_after_three_lines():
+    streak = _Streak("computes slowly")
+    seconds = {0: 1.0, 1: 1.0, 2: 1.6, 3: 1.0}
+    found = [streak.next(seconds, step=2.0, hosts=HOSTS) for _ in range(LINES + 2)]
+    assert [slow is not None for slow in found] == [False, False, True, False, False]
+    slow = found[LINES - 1]
+    assert str(slow).startswith("WARNING: node1 (rank 2) computes slowly: 1.6 times the median")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [{0: 1.0, 1: 1.4}] * 9,  # under 1.5 times
+        [{0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0}] * 5,  # never the same host three times
+        [{0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}, {0: 1.0, 1: 1.0}] * 3,
+        [{0: 1e-3, 1: 9e-3}] * 9,  # of a step of milliseconds: noise
+        [{0: 1e-2, 1: 9e-2, 2: 1e-2}] * 9,  # no tenth of a step: no loss
+        [{0: 5.0}] * 9,  # nobody to compare with
+    ],
+)
+def test_others_are_not(lines: list[dict[int, float]]):
+    streak = _Streak("computes slowly")
+    hosts = ["node0", "node1", "node2"]
+    assert [streak.next(seconds, step=1.0, hosts=hosts) for seconds in lines] == [None] * len(lines)
+
+
+def test_an_own_part_is_that_of_its_step_alone():
+    part = OwnPart()
+    part.begin()
+    time.sleep(0.02)
+    part.begin()  # of the next micro-batch
+    time.sleep(0.02)
+    part.end()
+    part.end()  # without a step
+    time.sleep(0.2)
+    assert 0.04 <= part.pop_seconds() < 0.2
+    assert part.pop_seconds() == 0
+
+
+def test_a_run_of_two_machines_names_the_slow_one(tmp_path: Path):
+    """Two ranks that take themselves for two machines; one sleeps in each step."""
+    from support.launches import launch_calls
+
+    launch_calls(_train_slowly, str(tmp_path), processes=2, log=tmp_path / "log")
+    named = [record["slow_hosts"] for record in records(tmp_path) if "slow_hosts" in record]
+    assert [found["host"] for found in named[0]] == ["node1"]
+    assert named[0][0]["what"] == "computes slowly"
+    assert named[0][0]["ratio"] > slow_hosts.RATIO
+
+
+def _train_slowly(folder: str) -> None:
+    import os
+    import socket
+
+    from support.in_process import MINIMAL
+
+    from megatron_smlp.training.step import ForwardStep
+    from pretrain_smlp import main
+
+    rank = int(os.environ["RANK"])
+    socket.gethostname = lambda: f"node{rank}"
+    forward = ForwardStep.__call__
+
+    def slow(self: ForwardStep, *args: object) -> object:
+        self.own_part.begin()
+        time.sleep(0.3 * rank)
+        return forward(self, *args)  # type: ignore[arg-type]
+
+    ForwardStep.__call__ = slow  # type: ignore[method-assign,assignment]
+    words = MINIMAL.replace("--micro-batch-size 2", "--micro-batch-size 1")
+    main([*words.split(), *["--architecture", "gmlp", "--log-interval", "1", "--log-dir"], folder])

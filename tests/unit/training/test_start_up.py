@@ -1,0 +1,93 @@
+"""training/signals.py before the first step: SIGTERM ends a run with 0, wherever it is."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from support.launches import REPOSITORY, clean_environment
+
+# A main thread that waits in native code, where no Python handler runs: the mutex of a condition.
+BLOCKED = """
+import ctypes, os, sys
+from megatron_smlp.training.signals import StartUp
+
+with StartUp() as start_up:
+    start_up.before_ending = lambda: os.write(1, b"released\\n")
+    {what}
+    print("ready", flush=True)
+    lock = ctypes.create_string_buffer(64)
+    libc = ctypes.CDLL(None)
+    libc.pthread_mutex_lock(lock)
+    libc.pthread_mutex_lock(lock)
+"""
+
+
+def signalled(what: str = "pass", **variables: str) -> subprocess.CompletedProcess[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED.format(what=what)],
+        cwd=REPOSITORY,
+        env=clean_environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        try:
+            output, errors = process.communicate(timeout=3 if what != "pass" else 60)
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess([], 1000, "", "")
+    finally:
+        process.kill()
+        process.wait()
+    return subprocess.CompletedProcess([], process.returncode, output, errors)
+
+
+def test_a_rank_that_waits_in_native_code_ends_at_once():
+    done = signalled()
+    assert done.returncode == 0
+    assert done.stdout == "released\n"
+    assert done.stderr == "SIGTERM: stopped before the first step, nothing is lost\n"
+
+
+def test_other_ranks_say_nothing():
+    done = signalled(RANK="1")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_from_the_first_step_on_it_is_the_loops():
+    """Which would finish its step; nothing ends the process before that."""
+    assert signalled("start_up.over()").returncode == 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal of a parent's death")
+def test_a_rank_ends_with_its_agent():
+    """Killed without a chance to end its ranks, as by the kernel when memory is short."""
+    rank = (
+        "import os, time\n"
+        "from megatron_smlp.training.signals import StartUp\n"
+        "with StartUp():\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    agent = (
+        "import os, subprocess, sys, time\n"
+        "os.environ |= {'SMLP_AGENT': str(os.getpid()), 'TORCHELASTIC_RUN_ID': 'x'}\n"
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1]])\n"
+        "time.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", agent, rank],
+        cwd=REPOSITORY,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.kill()
+    assert process.stdout.read() == ""  # which ends when the rank, who writes there too, has
+    process.wait()
