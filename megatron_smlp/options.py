@@ -90,6 +90,17 @@ class ModelOptions:
     """aft: full: a T x T matrix of weights is added to the keys, one for each pair of positions.
     simple: there is none, so that tokens are averaged by their keys alone."""
 
+    causal_rn_kind: Literal["linear", "quadratic"] = option(
+        "linear", architectures=("causal_rn",), older="linear", hf="causal_rn_kind"
+    )
+    """causal_rn: linear: a running sum over tokens. quadratic: a sum over pairs of tokens, each
+    normalised by itself, at a cost of T^2 exponentials a feature."""
+
+    relation_width: int | None = option(
+        None, architectures=("causal_rn",), least=1, older=None, hf="relation_width"
+    )
+    """causal_rn: features in which tokens are compared; left out: hidden_size."""
+
     tiny_attention_width: int = option(
         64, architectures=("amlp",), least=1, hf="tiny_attention_width"
     )
