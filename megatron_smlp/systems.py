@@ -149,6 +149,13 @@ MIXERS: dict[str, Mixer] = {
         host_reads=True,
         check="megatron_smlp.layers.aft:check_flags",
     ),
+    "causal_rn": Mixer(
+        spec="megatron_smlp.layers.causal_rn:causal_rn_spec",
+        cost=f"{COSTS}:causal_rn_cost",
+        title="CausalRN, {causal_rn_kind}",
+        learned_positions=True,
+        check="megatron_smlp.layers.causal_rn:check_flags",
+    ),
 }
 
 
@@ -179,6 +186,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smlp": Architecture(mixer="spatial_gating", sparse_mixer="feature_moe"),
     "mixer": Architecture(mixer="masked_mixer", channel="mlp"),
     "aft": Architecture(mixer="aft", channel="mlp"),
+    "causal_rn": Architecture(mixer="causal_rn", channel="mlp"),
 }
 SPATIAL = tuple(name for name, one in ARCHITECTURES.items() if MIXERS[one.mixer].spatial)
 
@@ -232,7 +240,7 @@ def layer_slots(
     | amlp | spatial gating and a small attention head | the same |
     | smlp, first N1 | spatial gating | none |
     | smlp, then N2 | feature MoE | token MoE if --num-experts is given |
-    | mixer, aft | masked mixer, AFT | mlp; token MoE in MoE layers |
+    | mixer, aft, causal_rn | masked mixer, AFT, CausalRN | mlp; token MoE in MoE layers |
 
     Args:
         options: ModelOptions, or anything with its names.

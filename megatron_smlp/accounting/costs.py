@@ -330,6 +330,18 @@ def aft_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     return projections + matrix + _pairs(shape, 2 * width) + Cost(kept=9 * width)
 
 
+def causal_rn_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """W1, W2 and W3; of the quadratic variant also two multiply-adds a pair and feature, one of the
+    product that normalises the pair and one of its scaled sum. Exponentials count as nothing."""
+    width = shape.options.relation_width or shape.hidden_size
+    projections = norm_cost(shape) + _column(shape, 2 * width) + _row(shape, width)
+    # x W1 and x W2; b, the exponentials and their norm. What is fp32 in bf16 runs counts once.
+    if shape.options.causal_rn_kind == "linear":
+        return projections + Cost(kept=5 * width)
+    pairs = _pairs(shape, 2 * width) + Cost(kept_everywhere=2 * shape.seq_length)
+    return projections + pairs + Cost(kept=6 * width)
+
+
 def mlp_cost(shape: ModelShape) -> Cost:
     """The FFN; a gated one has two projections to the hidden layer, and their product."""
     hidden, gated = shape.ffn_hidden_size, int(shape.gated_mlp)

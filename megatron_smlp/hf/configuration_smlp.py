@@ -12,7 +12,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 _ALLOWED = {
-    "architecture": ("transformer", "gmlp", "amlp", "smlp", "mixer", "aft"),
+    "architecture": ("transformer", "gmlp", "amlp", "smlp", "mixer", "aft", "causal_rn"),
+    "causal_rn_kind": ("linear", "quadratic"),
     "aft_kind": ("full", "simple"),
     "token_router": ("none", "switch", "gshard", "base", "hash", "topk"),
     "feature_router": ("none", "deterministic", "partial"),
@@ -30,8 +31,8 @@ _ALLOWED = {
 _ATTENTION = ("transformer",)
 _GATING = ("gmlp", "amlp", "smlp")
 _TOEPLITZ = (*_GATING, "mixer")
-_FEED_FORWARD = ("transformer", "mixer", "aft")
-_POSITIONS = ("transformer", "aft")
+_FEED_FORWARD = ("transformer", "mixer", "aft", "causal_rn")
+_POSITIONS = ("transformer", "aft", "causal_rn")
 """Architectures by what they have: attention, spatial gating, matrices that may be Toeplitz, an FFN
 beside the mixer, learned positions at the input."""
 
@@ -70,7 +71,7 @@ class SMLPConfig(PreTrainedConfig):
 
     Args:
         architecture: transformer, gmlp, amlp (gmlp and one small attention head), smlp, mixer
-            (masked mixer) or aft (attention-free).
+            (masked mixer), aft (attention-free) or causal_rn.
         token_router: how tokens choose FFN experts: none, switch, gshard, base, hash or topk.
         feature_router: smlp only: how chunks of features choose spatial experts.
         ffn_hidden_size: Z; the FFN's width, or twice the gate width F of a spatial gating block.
@@ -82,6 +83,8 @@ class SMLPConfig(PreTrainedConfig):
             bias; an input may then be longer than T, and every token sees the last T.
         mixer_expansion: mixer: whether there are two matrices with a GELU between them.
         aft_kind: aft: with weights of position pairs (full) or without (simple).
+        causal_rn_kind: causal_rn: a running sum (linear) or a sum over pairs (quadratic).
+        relation_width: causal_rn: features in which tokens are compared (default: hidden_size).
         num_feature_experts: spatial experts of a sparse block.
         num_feature_chunks: chunks of its features; default: one per expert.
         prefix_fraction: partial prediction routes from the first floor(prefix_fraction * T) tokens.
@@ -152,6 +155,8 @@ class SMLPConfig(PreTrainedConfig):
     toeplitz: bool = False
     mixer_expansion: bool = False
     aft_kind: str = "full"
+    causal_rn_kind: str = "linear"
+    relation_width: int | None = None
     num_feature_experts: int = 1
     num_feature_chunks: int | None = None
     prefix_fraction: float | int = 0.2
@@ -268,6 +273,8 @@ class SMLPConfig(PreTrainedConfig):
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+        if self.relation_width is not None and self.relation_width < 1:
+            raise ValueError(f"relation_width={self.relation_width}: must be 1 or more, or None")
         for name, largest in _LARGEST.items():
             value = getattr(self, name)
             if not 0 <= value <= largest or math.isinf(value):

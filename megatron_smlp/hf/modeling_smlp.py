@@ -2,14 +2,17 @@
 
 Every layer has two slots, each with a norm before it and a residual around it,
 
-    x = x + mixer(LN(x))         attention | spatial gating | feature MoE | masked mixer | AFT
+    x = x + mixer(LN(x))         attention | spatial gating | feature MoE | masked mixer | AFT |
+                                 CausalRN
     x = x + channel(LN(x))       FFN | token MoE | nothing (then without its norm)
 
     architecture   mixer                                      channel
     transformer    attention                                  FFN; token MoE every moe_layer_freq-th
     gmlp, amlp     spatial gating (amlp: + tiny attention)    nothing; token MoE likewise
     smlp           spatial gating, then feature MoE           nothing, then token MoE
-    mixer, aft     masked mixer, AFT                          FFN; token MoE likewise
+    mixer          masked mixer                               FFN; token MoE likewise
+    aft            AFT                                        the same
+    causal_rn      CausalRN                                   the same
 
 Sources: gMLP (arXiv 2105.08050), sparse all-MLP (2203.06850), Switch (2101.03961), GShard
 (2006.16668), BASE (2103.16716), hash layers (2106.04426); of modern Transformers: RoPE
@@ -711,6 +714,54 @@ def _rows_of_call(sums: Tensor, layout: Layout) -> Tensor:
     return sums.take_along_dim(layout.positions[..., None], dim=1)
 
 
+class SMLPCausalRN(nn.Module):
+    """CausalRN (2406.16168), with a = n(x W1), b = n(x W2), n LayerNorm without weights:
+
+        linear      y_t = n( exp(a_t) (1/t) sum over s <= t of exp(b_s) ) W3          t = 1, 2, ...
+        quadratic   y_t = n( (1/t) sum over s <= t of exp(n(a_t + b_s)) ) W3
+
+    The linear one is n(exp(z - max z)), z the logarithm: n takes a common factor out again.
+    """
+
+    def __init__(self, config: SMLPConfig, layer_index: int) -> None:
+        super().__init__()
+        bias, width = config.add_bias_linear, config.relation_width or config.hidden_size
+        self.cache_index = layer_index * config.states_per_layer
+        self.eps = config.layer_norm_epsilon
+        self.is_quadratic = config.causal_rn_kind == "quadratic"
+        self.up_proj = SMLPLinear(config.hidden_size, 2 * width, bias=bias)
+        self.down_proj = SMLPOutputLinear(width, config.hidden_size, bias=bias)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
+        a, b = (self._n(part) for part in self.up_proj(hidden).chunk(2, dim=-1))
+        if cache is not None:
+            states = b[:, None]
+            b = cache.layers[self.cache_index].write(states, states[..., :0], layout)[0][:, 0]
+        mixed = self._pairwise(a, b, layout) if self.is_quadratic else self._summed(a, b, layout)
+        return self.down_proj(self._n(mixed).to(hidden.dtype)), None
+
+    def _n(self, x: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
+
+    def _summed(self, a: Tensor, b: Tensor, layout: Layout) -> Tensor:
+        """a: <fp32>[B, T, F]; b: those of all positions so far, [B, L, F]. Returns [B, T, F]."""
+        sums = _rows_of_call(b.double().exp().cumsum(dim=1), layout)
+        exponents = a + (sums / (layout.positions[..., None] + 1)).log().to(a.dtype)
+        return (exponents - exponents.detach().amax(dim=-1, keepdim=True)).exp()
+
+    def _pairwise(self, a: Tensor, b: Tensor, layout: Layout) -> Tensor:
+        """As `_summed`, one row after the other: all pairs would be a tensor [B, T, L, F]."""
+        seen = _visible(layout, b.shape[1])[..., None]
+        rows = [
+            (self._n(a[:, t, None] + b).exp() * seen[:, t]).sum(dim=1) for t in range(a.shape[1])
+        ]
+        return torch.stack(rows, dim=1) / (layout.positions[..., None] + 1)
+
+
 # ------------------------------------------------------------------------------------------------
 # Channel mixers: each token by itself
 # ------------------------------------------------------------------------------------------------
@@ -1111,6 +1162,7 @@ _MIXERS: dict[str, Any] = {
     "smlp": _spatial_gating,
     "mixer": SMLPMaskedMixer,
     "aft": SMLPAttentionFree,
+    "causal_rn": SMLPCausalRN,
 }
 """What builds the mixer of a layer, from the configuration and the layer's number."""
 

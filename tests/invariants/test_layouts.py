@@ -55,13 +55,16 @@ ARCHITECTURES = {
     "mixer_switch": f"--architecture mixer --spatial-heads 4 --toeplitz --token-router switch "
     f"{EXPERTS}",
     "aft": "--architecture aft",
+    "causal_rn": "--architecture causal_rn --relation-width 128",
+    "causal_rn_gshard": "--architecture causal_rn --causal-rn-kind quadratic "
+    f"--token-router gshard {EXPERTS}",
     "aft_simple_base": f"--architecture aft --aft-kind simple --token-router base {EXPERTS}",
     "feature_moe_partial": f"{SMLP} --feature-router partial",
     "feature_moe_toeplitz": f"{SMLP} --feature-router partial --toeplitz",
 }
 # Architectures whose runs are slow tests, but for these in one layout each.
-SLOW = {"mixer_switch", "aft_simple_base"}
-IN_ONE_LAYOUT = {"mixer": "tp2", "aft": "tp2_sp"}
+SLOW = {"mixer_switch", "aft_simple_base", "causal_rn_gshard"}
+IN_ONE_LAYOUT = {"mixer": "tp2", "aft": "tp2_sp", "causal_rn": "tp2"}
 ROUTED = {name for name, flags in ARCHITECTURES.items() if EXPERTS in flags}
 
 TP = "--tensor-model-parallel-size 2"
@@ -103,6 +106,8 @@ FEWER = {
     "transformer_topk": ("tp2_sp", "ep2", "dp2"),
     "smlp_partial": ("tp2_sp", "pp2", "ep2", "dp2", "tp2_pp2"),
     "feature_moe_toeplitz": ("tp2_sp", "pp2", "dp2_distributed_optimizer"),
+    "causal_rn": ("tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2"),
+    "causal_rn_gshard": ("tp2_sp", "pp2_interleaved", "ep2", "recompute_full"),
     "aft": ("tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2"),
     "aft_simple_base": ("tp2_sp", "pp2_interleaved", "ep2", "recompute_full"),
     "mixer": ("tp2", "tp2_sp", "pp2_interleaved", "dp2_distributed_optimizer", "tp2_pp2"),

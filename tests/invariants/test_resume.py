@@ -34,6 +34,7 @@ ARCHITECTURES = {
     ),
     "gmlp": "--architecture gmlp",
     "amlp": "--architecture amlp --tiny-attention-width 16",
+    "causal_rn": "--architecture causal_rn",
     "aft": "--architecture aft",
     "mixer": "--architecture mixer --spatial-heads 2 --mixer-expansion",
     "smlp": SMLP,
@@ -56,7 +57,7 @@ TWO_PROCESSES = {
         "--ckpt-fully-parallel-save"
     ),
 }
-NEIGHBOURS = ("mixer", "aft")
+NEIGHBOURS = ("mixer", "aft", "causal_rn")
 """Mixers whose runs are slow tests: what a resume restores is the same for all mixers."""
 # Dropout needs the random numbers of a run beside all that is exact: without it, a system a kind.
 FAST = [

@@ -55,6 +55,12 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "mixer_routed": {"architecture": "mixer", "toeplitz": True, "token_router": "switch"},
     "aft": {"architecture": "aft", "token_router": "base", "moe_layer_freq": 2},
     "aft_simple": {"architecture": "aft", "aft_kind": "simple"},
+    "causal_rn": {"architecture": "causal_rn", "token_router": "switch", "moe_layer_freq": 2},
+    "causal_rn_quadratic": {
+        "architecture": "causal_rn",
+        "causal_rn_kind": "quadratic",
+        "relation_width": 20,
+    },
     "modern": {
         "architecture": "transformer",
         "position_embedding_type": "rope",

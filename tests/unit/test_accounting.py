@@ -49,6 +49,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "mixer_moe": {"architecture": "mixer", "token_router": "hash", "moe_layer_freq": 2},
     "aft": {"architecture": "aft", "token_router": "hash", "moe_layer_freq": 2},
     "aft_simple": {"architecture": "aft", "aft_kind": "simple"},
+    "causal_rn": {"architecture": "causal_rn", "relation_width": 96},
     "smlp_deterministic": {**SPARSE, "feature_router": "deterministic", "token_router": "base"},
     "smlp_partial": {
         **SPARSE,
@@ -71,6 +72,7 @@ SAME_NAMES = (
     *("architecture", "token_router", "feature_router", "hidden_size", "ffn_hidden_size"),
     *("num_layers", "num_dense_layers", "num_attention_heads", "spatial_heads"),
     *("toeplitz", "mixer_expansion", "aft_kind"),
+    *("causal_rn_kind", "relation_width"),
     *("num_feature_experts", "num_feature_chunks", "prefix_fraction", "num_experts"),
     *("moe_ffn_hidden_size", "moe_layer_freq", "tiny_attention_width", "add_bias_linear"),
     *("position_embedding_type", "normalization", "swiglu", "num_query_groups"),
@@ -196,6 +198,17 @@ def test_causal_products_count_the_triangle_once():
     assert cost.square_flops == linear + 2 * 25 * 6
 
 
+def test_the_quadratic_causal_rn_counts_the_pairs_of_its_triangle():
+    """T = 128, F = 128: two multiply-adds a pair and feature more than the linear one, a layer."""
+    config = _config("causal_rn")
+    config.relation_width = None
+    costs = []
+    for config.causal_rn_kind in ("linear", "quadratic"):
+        costs.append(model_cost(ModelShape.from_args(_namespace(config))))
+    assert costs[0].parameters == costs[1].parameters
+    assert costs[1].flops - costs[0].flops == 3 * 2 * 2 * 128 * (LENGTH * (LENGTH + 1) // 2)
+
+
 def test_the_prefix_router_reads_each_prefix_position_of_each_chunk_once():
     """W_r <float>[P, E], a product of P terms for each of C chunks and E experts."""
     shape = ModelShape.from_args(_namespace(_config("smlp_partial")))
@@ -218,6 +231,7 @@ def test_the_prefix_router_reads_each_prefix_position_of_each_chunk_once():
         "--architecture amlp --tiny-attention-width 12 --toeplitz --disable-bias-linear",
         "--architecture mixer --spatial-heads 2 --mixer-expansion --toeplitz",
         "--architecture aft --disable-bias-linear --num-attention-heads 4",
+        "--architecture causal_rn --causal-rn-kind quadratic --relation-width 24",
         "--architecture smlp --num-dense-layers 1 --feature-router partial --prefix-fraction 0.3 "
         "--num-feature-experts 4 --num-feature-chunks 8 --num-experts 4 --token-router switch",
     ],

@@ -1,0 +1,205 @@
+"""CausalRN, causal relation networks (Cui et al., arXiv 2406.16168), in Megatron's `self_attention`
+slot. The LN in front and the residual around it are the slot's.
+
+    a = n(x W1),  b = n(x W2)                                     x = LN(input);  W1, W2: D x F
+    linear      y_t = n( exp(a_t) * (1/t) sum over s <= t of exp(b_s) ) W3             W3: F x D
+    quadratic   y_t = n( (1/t) sum over s <= t of exp(n(a_t + b_s)) ) W3             t = 1, 2, ...
+
+n is LN without weights. The linear variant is the quadratic one without the inner n, whose sum then
+factorises: its cost grows with T, not with T^2.
+
+The linear one is computed as n(exp(z_t - max over features of z_t)), z_t = a_t + log of the mean:
+n takes a common factor out again, so that the maximum gets no gradient.
+
+Differences from the source (docs/decisions/0070): one head; the input's LN has weights. W3 starts
+smaller by sqrt(2 layers), as all projections to the residual here; input positions are learned.
+
+Tensor parallelism shards the F features; the sums behind n go over all ranks.
+
+Letters: T sequence, B batch, D hidden, F --relation-width, tp tensor parallel size; F' = F / tp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from torch import Tensor
+
+from megatron_smlp.layers.norms import SumOverGroup, centred, normalised
+from megatron_smlp.layers.spatial_gating import check_heads
+from megatron_smlp.ops.relation_mix import relation_mix
+from megatron_smlp.ops.running_sums import log_running_mean
+
+
+@dataclass
+class CausalRNSubmodules:
+    """The two projections, so that a Transformer Engine build can bring its own."""
+
+    linear_fc1: ModuleSpec | type
+    """[W1 | W2]"""
+    linear_fc2: ModuleSpec | type
+    """W3"""
+
+
+def causal_rn_spec(
+    config: TransformerConfig, backend: BackendSpecProvider, *, options: Any, **_: Any
+) -> ModuleSpec:
+    """Return the spec of a layer's CausalRN."""
+    return ModuleSpec(
+        module=CausalRN,
+        params={
+            "width": options.relation_width or config.hidden_size,
+            "quadratic": options.causal_rn_kind == "quadratic",
+        },
+        submodules=CausalRNSubmodules(
+            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+        ),
+    )
+
+
+def check_flags(args: Any) -> None:
+    """Check how the features are cut, of Megatron's namespace.
+
+    Raises:
+        ValueError: see `check_heads`.
+    """
+    flag = "--relation-width" if args.relation_width else "--hidden-size"
+    width = args.relation_width or args.hidden_size
+    check_heads(
+        "one head",
+        num_heads=1,
+        width=width,
+        width_name=f"{flag} {width}",
+        width_flag=flag,
+        mixer="CausalRN",
+        tensor_parallel=args.tensor_model_parallel_size,
+        context_parallel=args.context_parallel_size,
+    )
+
+
+class CausalRN(MegatronModule):
+    """See the top of the file.
+
+    Args:
+        width: F.
+        quadratic: whether the sum over pairs is normalised inside.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: CausalRNSubmodules,
+        layer_number: int = 1,
+        *,
+        width: int,
+        quadratic: bool,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused_attention_arguments: Any,
+    ) -> None:
+        super().__init__(config=config)
+        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.layer_number, self.tp_group = layer_number, pg_collection.tp
+        self.width, self.quadratic = width, quadratic
+        self.split_group = self.tp_group if self.tp_group.size() > 1 else None
+        self.linear_fc1 = build_module(
+            submodules.linear_fc1,
+            config.hidden_size,
+            2 * width,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=config.add_bias_linear,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc1",
+            tp_group=self.tp_group,
+            stride=2,  # [W1 | W2]: each half is sharded by itself
+        )
+        self.linear_fc2 = build_module(
+            submodules.linear_fc2,
+            width,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="fc2",
+            tp_group=self.tp_group,
+        )
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: <float>[T', B, D] (normed; [T'/tp, B, D] under sequence parallel).
+
+        Returns:
+            y without the bias of W3, the same shape and dtype; the bias: [D] or None.
+        """
+        both, _ = self.linear_fc1(hidden_states)
+        a, b = (self._normalised(part) for part in both.chunk(2, dim=-1))
+        mixed = self._pairwise(a, b) if self.quadratic else self._factorised(a, b)
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(
+            self._normalised(mixed).to(both.dtype)
+        )
+        return output
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return normalised(x, eps=self.config.layernorm_epsilon, group=self.split_group)
+
+    def _factorised(self, a: Tensor, b: Tensor) -> Tensor:
+        """a, b: <fp32>[T', B, F'] -> exp(a) times the mean of exp(b), up to a factor a token."""
+        exponents = a + log_running_mean(b)
+        largest = exponents.detach().amax(dim=-1, keepdim=True)
+        if self.split_group is not None:
+            torch.distributed.all_reduce(
+                largest, op=torch.distributed.ReduceOp.MAX, group=self.split_group
+            )
+        return (exponents - largest).exp()
+
+    def _pairwise(self, a: Tensor, b: Tensor) -> Tensor:
+        """a, b: <fp32>[T', B, F'] -> the mean of exp(n(a_t + b_s)), the same.
+
+        |a_t + b_s|^2 = |a_t|^2 + |b_s|^2 + 2 a_t b_s: the variance of a pair is a product.
+        """
+        a, b = (centred(part, self.split_group) for part in (a, b))
+        rows, columns = (part.square().sum(-1).T for part in (a, b))
+        products = torch.einsum("tbf,sbf->bts", a, b)
+        squares = rows[:, :, None] + columns[:, None] + 2 * products
+        if self.split_group is not None:
+            squares = SumOverGroup.apply(squares, self.split_group)
+        variance = (squares / self.width).clamp(min=0)
+        return relation_mix(a, b, torch.rsqrt(variance + self.config.layernorm_epsilon))
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Megatron's description of which slice of each global tensor this rank holds.
+
+        In the checkpoint [W1 | W2] is one tensor, W1's rows first, for any tensor parallel size.
+        """
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        sharded: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for key in (f"{prefix}linear_fc1.weight", f"{prefix}linear_fc1.bias"):
+            if key in sharded:
+                sharded[key] = apply_swiglu_sharded_factory(
+                    sharded[key],
+                    sharded_offsets,
+                    metadata.get("singleton_local_shards", False),
+                    tp_group=self.tp_group,
+                    dp_group=metadata["dp_cp_group"],
+                )
+        return sharded
