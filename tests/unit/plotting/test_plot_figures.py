@@ -13,8 +13,7 @@ from test_plot_records import step, validation, write
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.plotting.cli import main
-from megatron_smlp.plotting.figures import looks
-from megatron_smlp.plotting.figures import load_figure, loss_figure, router_figure
+from megatron_smlp.plotting.figures import load_figure, looks, loss_figure, router_figure
 from megatron_smlp.plotting.records import Run, read_run
 from megatron_smlp.plotting.series import (
     AXES,
