@@ -49,7 +49,7 @@ COMMANDS = ["smlp-pretrain = pretrain_smlp:run"] + [
     for name in (
         *("preprocess", "inspect_dataset", "merge_datasets", "train_tokenizer", "build_hash_table"),
         *("convert", "inspect_checkpoint", "estimate", "evaluate", "generate", "serve", "plot"),
-        *("study", "launch"),
+        *("study", "launch", "goodput"),
     )
 ]
 

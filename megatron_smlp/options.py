@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin
 
-from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS, TOP_K
+from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS
 
 NEVER_OLDER = object()
 """No checkpoint is older than the flag."""
@@ -345,16 +345,14 @@ MEGATRON_FLAGS: dict[str, MegatronFlag] = {
     "moe_layer_freq": MegatronFlag(default=1, hf="moe_layer_freq", upcycling=True),
     "moe_router_topk": MegatronFlag(default=2, derived=True),
     "moe_router_score_function": MegatronFlag(
-        default="softmax", older="softmax", token_routers=TOP_K, hf="moe_router_score_function"
+        default="softmax", older="softmax", hf="moe_router_score_function"
     ),
     "moe_router_enable_expert_bias": MegatronFlag(
-        default=False, older=False, token_routers=TOP_K, hf="moe_router_enable_expert_bias"
+        default=False, older=False, hf="moe_router_enable_expert_bias"
     ),
-    "moe_router_topk_scaling_factor": MegatronFlag(
-        older=None, token_routers=TOP_K, hf="moe_router_topk_scaling_factor"
-    ),
+    "moe_router_topk_scaling_factor": MegatronFlag(older=None, hf="moe_router_topk_scaling_factor"),
     "moe_shared_expert_intermediate_size": MegatronFlag(
-        older=None, token_routers=TOP_K, hf="moe_shared_expert_intermediate_size"
+        older=None, hf="moe_shared_expert_intermediate_size"
     ),
     "moe_aux_loss_coeff": MegatronFlag(default=0.0, may_change=True, hf="moe_aux_loss_coeff"),
     "moe_token_drop_policy": MegatronFlag(default="probs", may_change=True, hf="moe_drop_policy"),

@@ -36,6 +36,10 @@ def build_parser() -> argparse.ArgumentParser:
     tasks.add_argument("--tasks", metavar="A,B", help="copa,piqa,... or any of the harness")
     tasks.add_argument("--data-dir", metavar="DIR", help="local files of the tasks; no network")
     tasks.add_argument(
+        "--include-path", metavar="DIR",
+        help="the harness's YAML files of tasks of your own, which --tasks may name too",
+    )  # fmt: skip
+    tasks.add_argument(
         "--prompt-style", choices=["lm_eval", "paper"], default="lm_eval",
         help="how COPA asks (default lm_eval)",
     )  # fmt: skip
@@ -97,6 +101,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if options.tasks and (value := getattr(options, flag)) not in (None, False):
             given = flag_of(flag) if value is True else f"{flag_of(flag)} {value}"
             raise UsageError(f"{given} goes with --data-path PREFIX")
+    if options.include_path and options.data_path:
+        raise UsageError(f"--include-path {options.include_path} goes with --tasks A,B")
     if options.hf and rest:
         raise UsageError(f"{rest[0]} is not a flag of evaluate.py --hf; `--help` lists them")
     for flag in ("limit", "batch_size", "stride", "seq_length"):
@@ -183,7 +189,10 @@ def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -
 
     with quiet_libraries():
         selection = select_tasks(
-            split_names(options.tasks), data_dir=options.data_dir, prompt_style=options.prompt_style
+            split_names(options.tasks),
+            data_dir=options.data_dir,
+            prompt_style=options.prompt_style,
+            include_path=options.include_path,
         )
         model = _harness_model(options, megatron_flags)
         from megatron_smlp.evaluation.harness import run_tasks

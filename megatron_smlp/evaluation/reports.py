@@ -26,13 +26,13 @@ PAPER_METRICS = {
 }
 """The harness's metric that stands beside each column of the paper."""
 PAPER_FIGURES = {
-    "BASE 10B": ("63.0", "63.8", "(61.4)", "51.0", "(30.2)", "60.7"),
-    "HASH 10B": ("64.0", "63.8", "(64.7)", "51.7", "33.0", "67.2"),
-    "GShard 9B": ("76.0", "68.1", "(67.9)", "51.1", "38.0", "72.4"),
-    "Switch 9B": ("75.0", "(73.0)", "(73.3)", "53.4", "52.5", "79.9"),
-    "sMLP-deterministic 9.4B": ("79.0", "73.0", "(74.7)", "54.3", "54.5", "73.4"),
+    "BASE 10B": ("63.0", "63.8", "n/a", "51.0", "n/a", "60.7"),
+    "HASH 10B": ("64.0", "63.8", "n/a", "51.7", "33.0", "67.2"),
+    "GShard 9B": ("76.0", "68.1", "n/a", "51.1", "38.0", "72.4"),
+    "Switch 9B": ("75.0", "n/a", "n/a", "53.4", "52.5", "79.9"),
+    "sMLP-deterministic 9.4B": ("79.0", "73.0", "n/a", "54.3", "54.5", "73.4"),
 }
-"""Accuracy in %, of ReCoRD exact match; brackets: from secondary recollection."""
+"""Accuracy in %, of ReCoRD exact match; n/a: a figure that we have no source for."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,8 @@ def _paper_lines(tasks: Sequence[str]) -> list[str]:
         "",
         "## Reported by the paper, not measured here",
         "",
-        "arXiv 2203.06850, models of about 10B parameters, in %. Brackets: from secondary",
-        "recollection. The metric is the one above that we read the column as.",
+        "arXiv 2203.06850, models of about 10B parameters, in %; n/a: no source known. The metric",
+        "is the one above that we read the column as.",
         "",
         f"| model | {' | '.join(names)} |",
         f"|---|{'---:|' * len(names)}",

@@ -43,22 +43,29 @@ def split_names(text: str, *, flag: str = "--tasks") -> list[str]:
 
 
 def select_tasks(
-    names: Sequence[str], *, data_dir: str | None, prompt_style: PromptStyle = "lm_eval"
+    names: Sequence[str],
+    *,
+    data_dir: str | None,
+    prompt_style: PromptStyle = "lm_eval",
+    include_path: str | None = None,
 ) -> Selection:
     """Load tasks.
 
     Args:
         data_dir: folder with the tasks' files; no network is used then. None: the hub.
         prompt_style: how COPA asks; the other tasks have one style.
+        include_path: folder of a user's own task files, in the harness's format.
 
     Raises:
         UsageError: an unknown task, with the nearest name; missing or malformed files.
     """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UsageError(f"--include-path {include_path} is not a folder: give one of task files")
     if data_dir is not None:
-        return _offline(names, data_dir, prompt_style)
+        return _offline(names, data_dir, prompt_style, include_path)
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    manager = TaskManager(include_path=include_path)
     wanted = [HARNESS_NAMES.get(name, name) for name in names]
     for name in wanted:
         _check_known(name, manager.all_tasks)
@@ -74,20 +81,27 @@ def select_tasks(
         ) from error
 
 
-def _offline(names: Sequence[str], data_dir: str, prompt_style: PromptStyle) -> Selection:
+def _offline(
+    names: Sequence[str], data_dir: str, prompt_style: PromptStyle, include_path: str | None
+) -> Selection:
     if not Path(data_dir).is_dir():
         raise UsageError(
             f"--data-dir {data_dir} is not a folder; docs/evaluation.md says what is in it"
         )
     for name in names:
-        _check_known(name, PAPER_TASKS, where="--data-dir serves")
-        find_file(name, data_dir)
+        if name in PAPER_TASKS:
+            find_file(name, data_dir)
+        elif include_path is None:
+            _check_known(name, PAPER_TASKS, where="--data-dir serves")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at the import of the harness
     from lm_eval.tasks import TaskManager
 
+    folders: list[str | Path] = [TASK_FOLDER, *([include_path] if include_path else [])]
     manager = TaskManager(
-        include_path=TASK_FOLDER, include_defaults=False, metadata={"data_dir": str(data_dir)}
+        include_path=folders, include_defaults=False, metadata={"data_dir": str(data_dir)}
     )
+    for name in names:
+        _check_known(name, manager.all_tasks, where="--data-dir and --include-path serve")
     is_paper = prompt_style == "paper"
     wanted = [PAPER_COPA.stem if is_paper and name == "copa" else name for name in names]
     return Selection(list(manager.load(wanted)["tasks"].values()), manager)

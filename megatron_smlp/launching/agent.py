@@ -6,6 +6,7 @@
 | starts again after any failure | not where it would come again, nor without a newer checkpoint |
 | ends with 1 | ends with the code of the rank that failed |
 | waits for ever for a store behind a cut link | ends |
+| ends its ranks where the store is gone, however well they train | lets them go on |
 | closes the rendezvous when it fails, for all later starts too | leaves it open to them |
 """
 
@@ -31,6 +32,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 
 from megatron_smlp.launching.parent import end_with_parent
 from megatron_smlp.launching.restarts import (
+    AGAIN,
     AGENT,
     CLOSED,
     FOR_GOOD,
@@ -166,8 +168,11 @@ class Agent(LocalElasticAgent):
             super()._shutdown(death_sig, timeout)
 
     def _exit_barrier(self) -> None:
-        with self.watch.patient(BARRIER):
-            super()._exit_barrier()
+        handler = self._worker_group.spec.rdzv_handler
+        handler.num_nodes_waiting()
+        if not handler.is_lost:  # the others may have been told to end, and wait for nobody
+            with self.watch.patient(BARRIER):
+                super()._exit_barrier()
 
     def ended_well(self) -> bool:
         """Return whether no rank was running, or all ended with 0, or knew no SIGTERM yet."""
@@ -184,7 +189,7 @@ class Agent(LocalElasticAgent):
 
 
 class _Lasting:
-    """A rendezvous that a later start may enter again.
+    """A rendezvous that a later start may enter again, and that ranks can do without.
 
     Torch closes it for good where an agent fails. It is closed only where this run is over, and the
     store is gone with it.
@@ -192,6 +197,19 @@ class _Lasting:
 
     def __init__(self, handler: Any, agent: Agent) -> None:
         self.handler, self.agent = handler, agent
+        self.is_lost = False
+
+    def num_nodes_waiting(self) -> int:
+        """See torch's RendezvousHandler; none where the store is gone."""
+        if self.is_lost:
+            self.agent.watch.touch()
+            return 0
+        try:
+            return int(self.handler.num_nodes_waiting())
+        except RendezvousError:
+            self.is_lost = True
+            say("the rendezvous is gone; the ranks go on without it until one of them ends.")
+            return 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.handler, name)
@@ -223,7 +241,8 @@ def main(words: Sequence[str]) -> int:
         try:
             run.run(run.parse_args(list(words)))
         except ChildFailedError:
-            return watch.agent.code if watch.agent else 1
+            code = watch.agent.code if watch.agent else 1
+            return code if code in FOR_GOOD else AGAIN + progress.failures
         except SignalException as end:
             is_well = watch.agent is None or watch.agent.ended_well()
             return 0 if is_well else 128 + end.sigval
@@ -232,5 +251,5 @@ def main(words: Sequence[str]) -> int:
             return CLOSED
         except (RendezvousError, torch.distributed.DistError, OSError, ValueError) as error:
             say(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            return 1
+            return AGAIN + progress.failures
     return 0

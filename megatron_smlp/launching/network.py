@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import psutil
 
@@ -138,10 +138,16 @@ def check_port(port: int) -> None:
             ) from error
 
 
-def answers(name: str, port: int, *, seconds: float) -> bool:
-    """Return whether somebody listens there, or starts to within that time."""
+def answers(
+    name: str, port: int, *, seconds: float, gives_up: Callable[[], bool] = lambda: False
+) -> bool:
+    """Return whether somebody listens there, or starts to within that time.
+
+    Args:
+        gives_up: whether to wait no longer.
+    """
     deadline = time.monotonic() + seconds
-    while True:
+    while not gives_up():
         left = deadline - time.monotonic()
         try:
             with socket.create_connection((name, port), timeout=max(0.1, min(5.0, left))):
@@ -150,3 +156,4 @@ def answers(name: str, port: int, *, seconds: float) -> bool:
             if time.monotonic() + 0.5 > deadline:
                 return False
             time.sleep(0.5)
+    return False

@@ -18,6 +18,10 @@ finite too, since both would come again."""
 CLOSED = 76
 """Of an agent: another machine has ended the run for good."""
 
+AGAIN = 80
+"""Of an agent that may be started again: this, and its ranks' failures without a newer
+checkpoint."""
+
 CAUSE = "SMLP_RESTART"
 """The variable in which a rank finds why it was started again."""
 AGENT = "SMLP_AGENT"

@@ -32,6 +32,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.launching import network
 from megatron_smlp.launching.presence import Presence
 from megatron_smlp.launching.restarts import (
+    AGAIN,
     CLOSED,
     FOR_GOOD,
     NO_PROGRESS,
@@ -100,10 +101,14 @@ class Supervisor:
             code = self._run_agent(torchrun)
             if self.told_to_end:  # before its ranks run an agent knows no better than to die
                 return 0 if code == -signal.SIGTERM else _shells(code)
-            if code == 0 or code in FOR_GOOD or code == CLOSED or self.progress.folder is None:
-                return _shells(code)
+            if code == 0 or code in FOR_GOOD or code == CLOSED:
+                return code
+            if self.progress.folder is None:
+                return 1 if code >= AGAIN else _shells(code)
             delay = FIRST_DELAY if self.progress.latest() != self.progress.newest else delay
-            self.progress.failed()
+            counts = AGAIN <= code < AGAIN + Progress.LIMIT
+            self.progress.failed(within=code - AGAIN if counts else 0)
+            code = 1 if counts else code
             ended = f"the agent {end_of(code)} after {time.monotonic() - began:.0f} s"
             if self.progress.is_stuck():
                 say(f"{ended}; {self.progress} after {self.progress.failures} failures: giving up.")
@@ -111,7 +116,7 @@ class Supervisor:
             say(f"{ended}; {self.progress}; starting again in {delay} s.")
             cause = f"the agent of {socket.gethostname()} {end_of(code)}"
             note_cause(cause, self.environment)
-            if self._sleep(delay):
+            if self._sleep(delay) or self._wait_for_store():
                 return 0
             delay = min(2 * delay, LAST_DELAY)
 
@@ -126,6 +131,18 @@ class Supervisor:
         deadline = time.monotonic() + seconds
         while not self.told_to_end and time.monotonic() < deadline:
             time.sleep(0.1)
+        return self.told_to_end
+
+    def _wait_for_store(self) -> bool:
+        """Return whether a signal came while the machine that keeps it was not there yet."""
+        meeting = self.settings.meeting
+        if meeting and meeting.kind != FILE and not meeting.is_host:
+            network.answers(
+                meeting.address,
+                meeting.port,
+                seconds=self.settings.rejoin_timeout,
+                gives_up=lambda: self.told_to_end,
+            )
         return self.told_to_end
 
     def _run_agent(self, torchrun: Sequence[str]) -> int:

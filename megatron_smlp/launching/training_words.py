@@ -54,10 +54,14 @@ class Progress:
         """The iteration of the newest checkpoint."""
         return latest_iteration(self.folder) if self.folder else None
 
-    def failed(self) -> None:
-        """Count one more failure."""
+    def failed(self, *, within: int = 0) -> None:
+        """Count one more failure.
+
+        Args:
+            within: those that what failed has counted itself, since its newest checkpoint.
+        """
         newest = self.latest()
-        self.failures = 0 if newest != self.newest else self.failures + 1
+        self.failures = within if newest != self.newest else self.failures + max(1, within)
         self.newest = newest
 
     def is_stuck(self) -> bool:

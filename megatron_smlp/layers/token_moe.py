@@ -14,8 +14,9 @@ Letters: n tokens that reached the experts of this rank, D hidden, Z moe_ffn_hid
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import functional
+
+from megatron_smlp.layers.one_rank_dispatcher import dispatch_on_one_rank
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def token_moe_builder(
@@ -58,8 +64,11 @@ def _layer(submodules: MoESubmodules, *, config: TransformerConfig, **kwargs: An
         # k times. Only its top-k router would drop by it.
         config = copy.copy(config)
         config.moe_expert_capacity_factor = float(config.num_moe_experts)
-    layer = ResidualRoutedMoELayer if _routes_on_residual(config) else MoELayer
-    return layer(config, submodules=submodules, **kwargs)
+    kind = ResidualRoutedMoELayer if _routes_on_residual(config) else MoELayer
+    layer = kind(config, submodules=submodules, **kwargs)
+    if torch.cuda.is_available() and isinstance(layer.experts, Experts):
+        dispatch_on_one_rank(layer, layer.config, **kwargs)
+    return layer
 
 
 def _routes_on_residual(config: TransformerConfig) -> bool:
@@ -94,28 +103,80 @@ def _may_drop(config: TransformerConfig) -> bool:
 
 
 class Experts(SequentialMLP):
-    """Megatron's experts one after another, with w_e on their outputs, all at once.
+    """Megatron's experts with w_e on their outputs, all at once.
 
     Megatron multiplies each expert's hidden layer by w_e, in fp32. Without a bias that is the same,
     for Z / D times the elements, and it keeps both, before and after, for the backward.
+
+    On a GPU all experts are two grouped GEMMs, which read on the device where each group ends;
+    elsewhere, and where these cannot be used, they run one after another.
     """
 
     def forward(
         self, hidden_states: Tensor, tokens_per_expert: Tensor, weights: Tensor
     ) -> tuple[Tensor, None]:
         """hidden_states: <float>[n, D], sorted by expert; tokens_per_expert: <int>[experts of this
-        rank], sum n; weights: <fp32>[n], w_e.
+        rank], sum n, on either device; weights: <fp32>[n], w_e.
 
         Returns:
             w_e f_e(h): <float>[n, D] (a part of the sum, where experts are tensor parallel); and
             None in place of a bias.
         """
+        compute = self.grouped if self._can_group(hidden_states) else self.one_by_one
+        output = compute(hidden_states, tokens_per_expert)
+        return (output * weights.unsqueeze(-1)).to(output.dtype), None
+
+    def one_by_one(self, hidden_states: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """f_e(h): <float>[n, D]; the slow twin of `grouped`."""
         groups = hidden_states.split(tokens_per_expert.tolist())
         outputs = [
             expert(group)[0] for expert, group in zip(self.local_experts, groups, strict=True)
         ]
-        output = torch.cat(outputs)
-        return (output * weights.unsqueeze(-1)).to(output.dtype), None
+        return torch.cat(outputs)
+
+    def grouped(self, hidden_states: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """f_e(h): <float>[n, D], as two grouped GEMMs."""
+        counts = tokens_per_expert.to(hidden_states.device, non_blocking=True)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        into = self._stacked("linear_fc1")
+        hidden = functional.grouped_mm(hidden_states, into.mT, offs=ends)
+        hidden = self.config.activation_func(hidden)
+        return functional.grouped_mm(hidden, self._stacked("linear_fc2").mT, offs=ends)
+
+    def _stacked(self, name: str) -> Tensor:
+        """The weights of one linear layer of all experts: [experts, out, in]."""
+        layers = [getattr(expert, name) for expert in self.local_experts]
+        for layer in layers:
+            # With --overlap-param-gather a layer's weight is still on its way from other ranks
+            # until the hook before its call, which never comes here, has waited for it.
+            for hook in layer._forward_pre_hooks.values():
+                hook(layer, ())
+        return torch.stack([layer.weight for layer in layers])
+
+    def _can_group(self, hidden_states: Tensor) -> bool:
+        return hidden_states.is_cuda and not self.cannot_group(hidden_states.dtype)
+
+    def cannot_group(self, dtype: torch.dtype) -> str:
+        """Return why not, or an empty text; each reason is once in the log."""
+        weight = self.local_experts[0].linear_fc1.weight
+        reason = ""
+        if not hasattr(functional, "grouped_mm"):
+            reason = f"torch {torch.__version__} has no grouped_mm"
+        elif dtype != torch.bfloat16 or weight.dtype != dtype:
+            reason = f"grouped GEMMs are for bfloat16, not {dtype} with weights in {weight.dtype}"
+        elif weight.shape[0] % 8 or weight.shape[1] % 8:
+            sizes = f"{weight.shape[1]} and {weight.shape[0]}"
+            reason = f"grouped GEMMs need widths that 8 divides, not {sizes}"
+        elif self.config.gated_linear_unit or self.config.use_te_activation_func:
+            reason = "their activation is not one function of each element"
+        if reason:
+            _say_once(reason)
+        return reason
+
+
+@cache
+def _say_once(reason: str) -> None:
+    _LOGGER.warning("experts run one after another, and slower: %s.", reason)
 
 
 def _experts(builder: Any, num_local_experts: int, config: TransformerConfig, **kwargs: Any) -> Any:

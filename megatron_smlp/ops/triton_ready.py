@@ -9,6 +9,11 @@ from torch import Tensor
 
 _LOGGER = logging.getLogger(__name__)
 
+CAPABILITY = 80
+"""The least, times 10: Ampere's, the first with bf16 products and copies past the registers."""
+SHARED_MEMORY = 144 * 1024
+"""Bytes that the largest kernel may take of a multiprocessor; an A100 has 163 KiB, an H100 227."""
+
 
 @cache
 def _missing() -> str | None:
@@ -24,8 +29,12 @@ def _missing() -> str | None:
         target = driver.active.get_current_target()
     except Exception as error:  # an assertion, an OSError, a RuntimeError: each driver has its own
         return f"Triton finds no driver of a GPU ({str(error).partition('\n')[0]})"
-    if target.backend != "cuda" or target.arch < 80:
-        return f"Triton's kernels need an NVIDIA GPU of capability 8.0 or more, not {target.arch}"
+    if target.backend != "cuda" or target.arch < CAPABILITY:
+        return f"they need an NVIDIA GPU of capability 8.0 or more, not {target.arch}"
+    properties = driver.active.utils.get_device_properties(driver.active.get_current_device())
+    if properties["max_shared_mem"] < SHARED_MEMORY:
+        found = properties["max_shared_mem"]
+        return f"they need {SHARED_MEMORY} bytes of shared memory, and this GPU has {found}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The command line of tools/plot_runs.py: read runs, and write their figures as PNG files."""
+"""The command line of tools/plot_runs.py: read runs, and write their figures as files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from megatron_smlp.plotting.records import Run
 
 
+FORMATS = ("png", "pdf", "svg")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="plot_runs.py",
-        description="Draw losses and expert load of one or more runs as PNG files.",
+        description="Draw losses and expert load of one or more runs, as PNG, PDF and SVG files.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -38,11 +41,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="what the loss is drawn against, a panel each (default: all that every run has)",
     )
     parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=FORMATS,
+        default=list(FORMATS),
+        help=f"kinds of files, one of each a figure (default: {' '.join(FORMATS)})",
+    )
+    parser.add_argument(
         "--smooth",
         type=int,
-        default=1,
         metavar="LINES",
-        help="logged lines that a training curve averages over (default 1: none)",
+        help="logged lines that a training curve averages over, with the curve itself thin behind "
+        "it; 1: none (default: a fiftieth of each run's lines)",
     )
     return parser
 
@@ -56,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if find_spec("matplotlib") is None:
         raise UsageError("plots need matplotlib: pip install '.[plots]'")
-    if args.smooth < 1:
+    if args.smooth is not None and args.smooth < 1:
         raise UsageError(f"--smooth {args.smooth}: 1 or more logged lines are expected.")
     from megatron_smlp.plotting.records import read_runs
 
@@ -68,14 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--output {args.output}: {error.strerror}: give a folder that can be written to."
         ) from error
     for name, figure in figures(runs, against=args.against, window=args.smooth):
-        path = args.output / f"{name}.png"
-        figure.savefig(path)
-        print(path, flush=True)
+        for kind in args.formats:
+            path = args.output / f"{name}.{kind}"
+            figure.savefig(path)
+            print(path, flush=True)
     return 0
 
 
 def figures(
-    runs: Sequence[Run], *, against: Sequence[str] | None, window: int
+    runs: Sequence[Run], *, against: Sequence[str] | None, window: int | None
 ) -> Iterator[tuple[str, Figure]]:
     """Yield name and figure of all that there is to draw."""
     from megatron_smlp.plotting.figures import load_figure, loss_figure, router_figure

@@ -27,6 +27,7 @@ from megatron_smlp.plotting.series import (
     RouterHistory,
     common_unit,
     curve,
+    default_window,
     part_of,
     router_histories,
     smoothed,
@@ -44,12 +45,12 @@ DPI = 150
 
 
 def loss_figure(
-    runs: Sequence[Run], *, axes: Sequence[str], window: int, suffix: bool = False
+    runs: Sequence[Run], *, axes: Sequence[str], window: int | None, suffix: bool = False
 ) -> Figure:
     """Draw the loss of training (lines) and validation (dots) against each of `axes`, of AXES.
 
     Args:
-        window: logged lines that a training curve averages over.
+        window: logged lines that a training curve averages over; None: `default_window`.
         suffix: the loss of the targets behind a prefix, of the runs that have it; else of all.
     """
     columns = min(2, len(axes))
@@ -68,14 +69,16 @@ def loss_figure(
 
 
 def _draw_losses(
-    panel: Axes, runs: Sequence[Run], *, axis: Axis, window: int, suffix: bool
+    panel: Axes, runs: Sequence[Run], *, axis: Axis, window: int | None, suffix: bool
 ) -> None:
     unit, unit_name = common_unit(runs, axis)
     for run, look in zip(runs, looks(), strict=False):
         part = part_of(run, suffix=suffix)
         if part.training is not None:
             raw = curve(run.training, axis=axis, unit=unit, field=part.training)
-            line = smoothed(raw, window=window)
+            line = smoothed(raw, window=window or default_window(raw))
+            if line is not raw:
+                panel.plot(raw.x, raw.y, linewidth=0.4, alpha=0.35, color=look["color"])
             panel.plot(line.x, line.y, linewidth=1.4, **look)
         dots = curve(run.validation, axis=axis, unit=unit, field=part.validation)
         panel.plot(dots.x, dots.y, "o", color=look["color"], markersize=4, markeredgecolor="white")
@@ -153,7 +156,8 @@ def _draw_load(panel: Axes, history: RouterHistory) -> Any:
 
 
 def router_figure(runs: Sequence[Run]) -> Figure | None:
-    """Draw entropy and drop rate over time: lines for the worst layer, bands for all layers.
+    """Draw entropy and drop rate over time: lines for the worst layer, bands for all layers, dots
+    for the worst layer in each validation.
 
     None where no run has routers.
     """
@@ -166,9 +170,13 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
         return None
     figure = Figure(figsize=(10.4, 4.4), layout="constrained", dpi=DPI)
     entropy, dropped = figure.subplots(1, 2)
-    for _, look, histories in routed:
+    for run, look, histories in routed:
         _draw_band(entropy, histories, "entropy", worst=np.nanmin, look=look)
         _draw_band(dropped, histories, "drop_rate", worst=np.nanmax, look=look)
+        validated = router_histories(run, evaluation=True)
+        if validated:
+            _draw_dots(entropy, validated, "entropy", worst=np.nanmin, look=look)
+            _draw_dots(dropped, validated, "drop_rate", worst=np.nanmax, look=look)
     entropy.axhline(COLLAPSED, color="0.35", linewidth=0.9, linestyle=":")
     entropy.annotate(
         "collapse", (0.995, COLLAPSED), xycoords=("axes fraction", "data"), ha="right", va="top",
@@ -182,7 +190,8 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
     for panel in (entropy, dropped):
         tidy(panel)
     figure.suptitle("lines: the worst router of a run; bands: all of its routers", fontsize=10)
-    _legend(figure, [(run, look) for run, look, _ in routed])
+    has_dots = any(router_histories(run, evaluation=True) for run, _, _ in routed)
+    _legend(figure, [(run, look) for run, look, _ in routed], has_dots=has_dots)
     return figure
 
 
@@ -194,6 +203,15 @@ def _draw_band(
     low, high = values.min(axis=0), values.max(axis=0)
     panel.fill_between(steps, low, high, color=look["color"], alpha=0.12, linewidth=0)
     panel.plot(steps, worst(values, axis=0), linewidth=1.4, **look)
+
+
+def _draw_dots(
+    panel: Axes, histories: Sequence[RouterHistory], field: str, *, worst: Any, look: dict[str, Any]
+) -> None:
+    """Draw the validations, in which BASE routes greedily and is not balanced."""
+    values = worst(np.stack([getattr(history, field) for history in histories]), axis=0)
+    dot = {"color": look["color"], "markersize": 4, "markeredgecolor": "white"}
+    panel.plot(histories[0].iterations, values, "o", **dot)
 
 
 def tidy(panel: Axes) -> None:

@@ -103,6 +103,11 @@ def curve(records: Sequence[Record], *, axis: Axis, unit: float, field: str) -> 
     return Curve(x[finite], y[finite])
 
 
+def default_window(line: Curve) -> int:
+    """Return how many points a curve averages over where nobody says: a fiftieth of them."""
+    return max(1, len(line.y) // 50)
+
+
 def smoothed(line: Curve, *, window: int) -> Curve:
     """Return the mean of the last `window` points, of fewer at the start."""
     if window < 2 or not len(line.y):

@@ -232,7 +232,7 @@ class Page:
         yield (
             "Accuracy in %, mean over seeds, ± the standard error that the number of examples "
             "leaves; all seeds see the same examples. The paper's figures are of models three "
-            "orders of magnitude larger; the two with brackets are from secondary recollection.\n"
+            "orders of magnitude larger; n/a: we have no source for it.\n"
         )
         heads = [f"{task} ({PAPER_METRICS.get(task, 'acc')})" for task in tasks]
         yield from _table("system", *heads)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.launches import REPOSITORY, Step, launch, steps
+from support.launches import REPOSITORY, Step, run_command, steps
 from support.nodes import Job, Network, missing, network
 
 REASON = missing()
@@ -51,9 +51,11 @@ def three(tmp_path: Path) -> Iterator[Network]:
 
 
 def undisturbed(folder: Path, iterations: int) -> list[Step]:
-    flags = f"{FLAGS} --train-iters {iterations} --seed 1234"
-    launch({"undisturbed": flags}, processes=2, folder=folder / "alone")
-    return steps(folder / "alone" / "undisturbed")
+    """Of two processes on one machine."""
+    words = [str(REPOSITORY / "examples" / "one_node.sh"), *FLAGS.split()]
+    words += ["--train-iters", str(iterations), "--log-dir", str(folder / "alone")]
+    run_command(words, CONFIG=str(folder / "config.yaml"), NPROC_PER_NODE="2")
+    return steps(folder / "alone")
 
 
 class Failures:
@@ -266,13 +268,18 @@ def test_an_old_node_that_returns_is_refused_its_save(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_no_progress_three_times(two: Network, variables: dict[str, str], tmp_path: Path):
-    """A folder that cannot be saved to: each start trains, none gets further."""
+    """A disk without room for a checkpoint: each start trains, none gets further."""
     job = Job(two, f"{FLAGS} --train-iters 40", **variables)
     job.save.mkdir()
-    (job.save / "iter_0000005").write_text("in the way of the first checkpoint", encoding="utf-8")
-    began = time.monotonic()
-    job.start(0, 1)
-    codes = job.codes(0, 1, seconds=800)
+    small = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(job.save)]
+    subprocess.run(small, check=True)
+    try:
+        began = time.monotonic()
+        job.start(0, 1)
+        codes = job.codes(0, 1, seconds=800)
+    finally:
+        two.remove()
+        subprocess.run(["umount", "--lazy", str(job.save)], check=True)
     print(f"no progress: exit codes {codes} after {time.monotonic() - began:.0f} s")
     assert 93 in codes
     assert set(codes) <= {93, 76}

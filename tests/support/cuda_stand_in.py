@@ -39,7 +39,7 @@ import torch._dynamo  # it maps torch's functions when it is imported: before th
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -326,15 +326,17 @@ def _count(
 def launched(name: str, args: Any) -> None:
     """A launch of a Triton kernel, which no mode sees: `quick_interpreter(launched)` counts it.
 
+    Inside of an operator of our own, that operator was looked at and is counted, as all are.
+
     Raises:
         RuntimeError: one of its tensors is on the CPU.
     """
+    if not _get_current_dispatch_mode_stack():
+        return
     tensors = {id(arg): arg for arg in args if isinstance(arg, torch.Tensor)}.values()
     with torch._C.DisableTorchFunction():
         if not all(_residents.has(tensor) for tensor in tensors):
-            raise RuntimeError(
-                f"Pointer argument cannot be accessed from Triton (cpu tensor?) in {name}"
-            )
+            raise RuntimeError(f"Pointer argument cannot be accessed from Triton (cpu?) in {name}")
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     for tally in _tallies:
         tally.operators[f"triton::{name}"] += 1

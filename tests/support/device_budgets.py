@@ -1,11 +1,14 @@
 """Counts what a training step of each system asks of a CUDA device, on the CPU that stands in.
 
-    python tests/support/device_budgets.py benchmarks/results/device_budget.json
+    python tests/support/device_budgets.py benchmarks/results/device_budget.json [SYSTEM ...]
 
 Of one step of one micro-batch (T = 512: the triangular products use their blocks): operators that
 launch kernels, times that the host waits for the device, bytes that the operators read and write.
 A step, its optimizer included, and the forward pass of each kind of layer. It is made of counts
 alone, so it is the same on every machine.
+
+Triton's kernels are missing, unless TRITON_INTERPRET=1 lets them run on the CPU, which takes some
+minutes: device_budget_kernels.json is made so.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import collections
 import functools
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -113,10 +117,15 @@ def budgets(systems: dict[str, str]) -> dict[str, Record]:
 
 
 if __name__ == "__main__":
-    from support.cuda_stand_in import install
+    from support.cuda_stand_in import install, launched
 
     install()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from support.interpreted import quick_interpreter
+
+        quick_interpreter(launched)
     from support.systems import SYSTEMS
 
-    text = json.dumps(budgets(SYSTEMS), indent=1)
+    asked = sys.argv[2:] or SYSTEMS
+    text = json.dumps(budgets({system: SYSTEMS[system] for system in asked}), indent=1)
     Path(sys.argv[1]).write_text(f"{text}\n", encoding="utf-8")

@@ -194,7 +194,7 @@ def test_no_damaged_checkpoint_is_converted(exported: Path, tmp_path: Path) -> N
 
 def what_goes_wrong(load: Path, save: Path) -> str | None:
     try:
-        run(convert.torch_dist_to_hf, load, save, checks=False)
+        run(convert.torch_dist_to_hf, load, save, checks=False, overwrite=True)
     except UserError as error:
         return str(error)
     return None

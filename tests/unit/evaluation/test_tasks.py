@@ -135,6 +135,38 @@ def test_unknown_task_is_named_with_the_nearest(folder: Path, names: str, said: 
         select_tasks(split_names(names), data_dir=str(folder))
 
 
+OWN = """
+task: capitals
+dataset_path: json
+dataset_kwargs:
+  data_files: {}
+output_type: multiple_choice
+test_split: train
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+"""
+
+
+def test_a_task_of_ones_own(folder: Path, tmp_path: Path) -> None:
+    """A file of the harness's, by its name, alone or beside the paper's."""
+    data = tmp_path / "capitals.jsonl"
+    row = {"question": "The capital of France is", "options": ["Rome", "Paris"], "answer": 1}
+    data.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (tmp_path / "capitals.yaml").write_text(OWN.format(data), encoding="utf-8")
+    include = {"data_dir": str(folder), "include_path": str(tmp_path)}
+    made = requests(select_tasks(["capitals", "copa"], **include))
+    context = row["question"]
+    assert made["capitals"] == [[(context, " Rome"), (context, " Paris")]]
+    assert set(made) == {"capitals", "copa"}
+    with pytest.raises(UsageError, match="capital is not a task: did you mean capitals"):
+        select_tasks(["capital"], **include)
+    with pytest.raises(UsageError, match=r"--include-path .*absent is not a folder"):
+        select_tasks(["copa"], data_dir=None, include_path=str(tmp_path / "absent"))
+
+
 def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without --data-dir the harness asks the hub."""
     for module in ("huggingface_hub.constants", "datasets.config"):

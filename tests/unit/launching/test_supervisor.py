@@ -92,6 +92,16 @@ def test_three_failures_without_a_checkpoint_are_enough(
     assert "is of iteration 10 after 3 failures: giving up." in capsys.readouterr().err
 
 
+def test_what_an_agent_has_counted_counts(run: Callable[..., int], tmp_path: Path):
+    """Two failures of its ranks, then one of its own that it has not counted."""
+    assert run((82, 0), (1, 0), (0, 5)) == NO_PROGRESS
+    assert len(starts(tmp_path)) == 2
+
+
+def test_an_agent_that_got_on_counts_from_there(run: Callable[..., int], tmp_path: Path):
+    assert run((82, 5), (80, 10), (82, 15), (0, 15)) == 0
+
+
 def test_without_a_folder_there_is_nothing_to_go_on_from(run: Callable[..., int], tmp_path: Path):
     assert run((1, 0), (0, 0), save=False) == 1
     assert len(starts(tmp_path)) == 1
@@ -166,7 +176,9 @@ def test_ranks_that_always_fail(tmp_path: Path, what: str, code: int, times: int
 def test_sigterm_lets_the_ranks_end_well(tmp_path: Path):
     process = launched(tmp_path, "wait")
     assert process.stdout is not None
-    while "waiting" not in process.stdout.readline():
+    ready = 0
+    while ready < 2:
+        ready += "waiting" in process.stdout.readline()
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)

@@ -13,6 +13,7 @@ from support.in_process import layer_config
 from torch.nn import functional
 
 from megatron_smlp.architectures import SlottedLayer
+from megatron_smlp.layers.one_rank_dispatcher import OneRankDispatcher, dispatch_on_one_rank
 from megatron_smlp.layers.token_moe import Experts, token_moe_builder
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -106,6 +107,64 @@ def test_weighting_outputs_is_weighting_hidden_layers(
     assert ours[0].dtype == dtype
     for mine, theirs in zip(ours, megatrons, strict=True):
         torch.testing.assert_close(mine, theirs, **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("counts", [[4, 0, 7, 2], [0, 0, 0, 5], [0, 0, 0, 0]], ids=str)
+def test_grouped_gemms_are_the_loop(dtype: torch.dtype, counts: list[int]):
+    """Outputs and gradients, by grouped_mm on the CPU; and weights are waited for."""
+    config = moe_config(params_dtype=dtype)
+    build = token_moe_builder(config, get_backend(config.transformer_impl), router=TopKRouter)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    experts = build(config=config, pg_collection=groups).experts
+    called = []
+    for expert in experts.local_experts:
+        expert.linear_fc1.register_forward_pre_hook(lambda layer, _: called.append(layer))
+    hidden = torch.randn(sum(counts), config.hidden_size, dtype=dtype, requires_grad=True)
+    answers = []
+    for compute in (experts.grouped, experts.one_by_one):
+        output = compute(hidden, torch.tensor(counts))
+        direction = torch.linspace(-1, 1, output.numel()).view_as(output).to(dtype)
+        inputs = [hidden, *experts.parameters()]
+        answers.append([output, *torch.autograd.grad(output, inputs, direction)])
+        assert called == [expert.linear_fc1 for expert in experts.local_experts]
+        called.clear()
+    for mine, theirs in zip(*answers, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"params_dtype": torch.float32}, "for bfloat16, not torch.bfloat16 with weights in"),
+        ({"moe_ffn_hidden_size": 20}, "need widths that 8 divides, not 64 and 20"),
+    ],
+)
+def test_experts_that_cannot_be_grouped_say_why_once(
+    changes: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+):
+    config = moe_config(**({"params_dtype": torch.bfloat16, "hidden_size": 64} | changes))
+    build = token_moe_builder(config, get_backend(config.transformer_impl), router=TopKRouter)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    experts = build(config=config, pg_collection=groups).experts
+    assert reason in experts.cannot_group(torch.bfloat16)
+    assert bool(experts.cannot_group(torch.bfloat16)) == bool(reason)
+    assert len(caplog.records) == bool(reason)
+
+
+def test_one_rank_sends_the_same_tokens_without_waiting():
+    """OneRankDispatcher against Megatron's, of the same layer; counts stay a tensor."""
+    config = moe_config()
+    build = token_moe_builder(config, get_backend(config.transformer_impl), router=TopKRouter)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    moe = build(config=config, pg_collection=groups)
+    hidden = torch.randn(5, 3, config.hidden_size)
+    megatrons, _ = moe(hidden)
+    dispatch_on_one_rank(moe, moe.config, pg_collection=groups)
+    assert type(moe.token_dispatcher) is OneRankDispatcher
+    ours, _ = moe(hidden)
+    assert torch.equal(ours, megatrons)
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "smlp"])

@@ -107,6 +107,17 @@ class TestFigures:
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ["run", "validation"]
 
+    def test_a_long_curve_is_smoothed_with_the_raw_one_thin_behind_it(self, tmp_path: Path):
+        lines = [step(n, 2.0 + n % 2) for n in range(1, 101)]
+        run = read_run(write(tmp_path / "long", *lines), label="long")
+        raw, line = loss_figure([run], axes=["steps"], window=None).axes[0].get_lines()[:2]
+        assert raw.get_ydata().tolist()[:4] == [3, 2, 3, 2]
+        assert line.get_ydata().tolist()[:4] == [3, 2.5, 2.5, 2.5]
+        assert raw.get_linewidth() < line.get_linewidth() / 2
+        plain = loss_figure([run], axes=["steps"], window=1).axes[0].get_lines()
+        assert plain[0].get_ydata().tolist() == raw.get_ydata().tolist()
+        assert len(plain) == 2, "the curve, and no dots of a validation"
+
     def test_nine_runs_look_different(self, run: Run):
         runs = [Run(str(index), run.training, []) for index in range(9)]
         figure = loss_figure(runs, axes=["steps"], window=1)
@@ -129,6 +140,10 @@ class TestFigures:
         entropy, dropped = figure.axes
         assert entropy.get_lines()[0].get_ydata().tolist() == [0.7] * 3
         assert dropped.get_lines()[0].get_ydata().tolist() == [0.2] * 3
+        assert entropy.get_lines()[1].get_xydata().tolist() == [[2, 0.9]], "of the validation"
+        assert dropped.get_lines()[1].get_xydata().tolist() == [[2, 0.1]]
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["run", "validation"]
 
     def test_without_routers_there_is_only_the_loss(self, tmp_path: Path):
         plain = read_run(write(tmp_path / "plain", step(1), step(2)), label="plain")
@@ -143,9 +158,11 @@ class TestCommandLine:
         main([*map(str, paths), "--output", str(output), "--smooth", "2"])
         names = ["loss", "routers"]
         names += [f"load-{run}{end}" for run in ("one", "two_b_") for end in ("", "-validation")]
-        assert capsys.readouterr().out.splitlines() == [f"{output}/{name}.png" for name in names]
-        for name in names:
-            assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        starts = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
+        written = [f"{output}/{name}.{kind}" for name in names for kind in starts]
+        assert capsys.readouterr().out.splitlines() == written
+        for path in map(Path, written):
+            assert path.read_bytes().startswith(starts[path.suffix[1:]])
 
     def test_a_field_that_no_line_has(self, tmp_path: Path):
         path = write(tmp_path / "old", step(1), step(2))
@@ -206,7 +223,8 @@ class TestParts:
     def test_the_suffix_has_a_file_of_its_own(self, tmp_path: Path):
         for name, more in (("plain", {}), ("suffix", {"suffix_loss": 2.0})):
             write(tmp_path / name, step(1, 3.0, **progress(1), **more))
-            main([str(tmp_path / name), "--output", str(tmp_path / f"{name}-plots")])
+            words = ["--output", str(tmp_path / f"{name}-plots"), "--formats", "png"]
+            main([str(tmp_path / name), *words])
         names = [
             sorted(f.name for f in (tmp_path / f"{n}-plots").iterdir()) for n in ("plain", "suffix")
         ]

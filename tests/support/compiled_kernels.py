@@ -1,0 +1,133 @@
+"""Compiles Triton's kernels for GPUs that need not be there, and reads what they take.
+
+    python tests/support/compiled_kernels.py benchmarks/results/kernels.json
+
+Each kernel as the models' sizes ask for it: bf16 or fp32 operands whose addresses and strides 16
+divides. Registers of a thread, bytes of its stack (where registers are spilled to), shared memory
+of a program, and the instructions that multiply matrices: counts from the compiler, the same on
+every machine with the same Triton.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+CAPABILITIES = (80, 90, 100)
+INSTRUCTIONS = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
+ASSIGNMENT = {"W": 64, "BLOCK": 64, "P": 32, "DAMPING": 0.01, "MAX_STEP": 2.0, "SOLVER_STEPS": 16}
+ASSIGNMENT |= {"SMALLEST_GAIN": 1e-5}
+GATE = {"WIDTH": 128, "HAS_ADDED": False, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64}
+TYPES = {
+    "*fp64": ("maxima", "squares", "columns"),
+    "*i64": ("assigned",),
+    "*i32": (
+        *("choices", "leads", "rooms", "filled", "members", "has_empty", "has_empty_before"),
+        *("slots", "slots_before", "movers", "movers_before"),
+    ),
+    "i32": ("N", "E", "C", "T"),
+    "fp32": ("temperature", "temperature_before"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as it is launched."""
+
+    name: str
+    """`file:function` of megatron_smlp/ops/kernels."""
+    pointer: str
+    """What points to tensors of another kind than TYPES names."""
+    warps: int
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "assignment: extent": Case("assignment:extent", "*fp32", 8, ASSIGNMENT),
+    "assignment: spread": Case("assignment:spread", "*fp32", 8, ASSIGNMENT),
+    "assignment: first prices": Case(
+        "assignment:balance", "*fp32", 8, ASSIGNMENT | {"FIRST": True}
+    ),
+    "assignment: prices": Case("assignment:balance", "*fp32", 8, ASSIGNMENT | {"FIRST": False}),
+    "assignment: prices, 128 experts": Case(
+        "assignment:balance", "*fp32", 16, ASSIGNMENT | {"W": 128, "BLOCK": 32, "FIRST": False}
+    ),
+    "assignment: choose": Case("assignment:choose", "*fp32", 8, ASSIGNMENT | {"FIRST": False}),
+    "assignment: accept": Case("assignment:accept", "*fp32", 8, {"BLOCK": 8192}),
+    "assignment: fill": Case("assignment:fill", "*fp32", 4, {"W": 64, "BLOCK": 1024}),
+    "assignment: exchange": Case(
+        "assignment:exchange", "*fp32", 8, ASSIGNMENT | {"FIRST": False, "LAST": False}
+    ),
+    "gate: forward": Case("gating:gated_mix", "*bf16", 8, GATE),
+    "gate: dv, du1": Case("gating:gradients_of_operands", "*bf16", 8, GATE),
+    "gate: dM, db": Case("gating:gradients_of_weights", "*bf16", 4, GATE | {"ROWS": 64}),
+}
+
+
+def compiled(case: Case, capability: int) -> dict[str, Any]:
+    """Compile one kernel; what it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    file, _, function = case.name.partition(":")
+    module = __import__(f"megatron_smlp.ops.kernels.{file}", fromlist=[function])
+    kernel = getattr(module, function)
+    constants = {name: value for name, value in case.constants.items() if name in kernel.arg_names}
+    signature = {name: _type(name, case, constants) for name in kernel.arg_names}
+    divided = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if signature[name] not in ("constexpr", "fp32")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divided)
+    target = GPUTarget("cuda", capability, 32)
+    binary = triton.compile(source, target=target, options={"num_warps": case.warps})
+    used = _resources(binary.asm["cubin"])
+    text = binary.asm["ptx"]
+    counts = {name: text.count(word) for name, word in INSTRUCTIONS.items() if word in text}
+    return used | {"shared": binary.metadata.shared, "instructions": counts}
+
+
+def _type(name: str, case: Case, constants: dict[str, Any]) -> str:
+    if name in constants:
+        return "constexpr"
+    kind = next((kind for kind, names in TYPES.items() if name in names), None)
+    if kind is None and name.endswith(("_stride", "_token", "_sample")):
+        return "i32"
+    return kind or case.pointer
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread and bytes of its stack, as NVIDIA's cuobjdump reads them."""
+    from triton.backends import nvidia
+
+    tool = Path(next(iter(nvidia.__path__))) / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(re.findall(rf"{name}:(\d+)", said)[0]) for name in ("REG", "STACK")}
+    return {"registers": found["REG"], "stack": found["STACK"]}
+
+
+def table(cases: Iterator[tuple[str, int]]) -> dict[str, dict[str, Any]]:
+    answer: dict[str, dict[str, Any]] = {}
+    for name, capability in cases:
+        answer.setdefault(name, {})[str(capability)] = compiled(CASES[name], capability)
+    return answer
+
+
+if __name__ == "__main__":
+    everything = ((name, capability) for name in CASES for capability in CAPABILITIES)
+    Path(sys.argv[1]).write_text(f"{json.dumps(table(everything), indent=1)}\n", encoding="utf-8")

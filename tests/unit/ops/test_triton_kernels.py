@@ -1,0 +1,97 @@
+"""Triton kernels compile for GPUs that are not here and take what is written; who runs them.
+
+benchmarks/results/kernels.json is made by tests/support/compiled_kernels.py. A smaller number is
+written down by running that again; a larger one needs a reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.compiled_kernels import CAPABILITIES, CASES, compiled
+from support.cover import slow_unless_in
+from support.launches import REPOSITORY
+from torch._subclasses import FakeTensorMode
+
+from megatron_smlp.ops import triton_ready
+from megatron_smlp.ops.triton_ready import SHARED_MEMORY, use_kernels
+
+WRITTEN = REPOSITORY / "benchmarks" / "results" / "kernels.json"
+EVERY = list(itertools.product(CASES, CAPABILITIES))
+FAST = [(name, 90) for name in ("gate: forward", "gate: dM, db", "assignment: prices")]
+# What multiplies matrices on each: anything else would be several times as slow.
+MULTIPLIES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+
+
+@pytest.mark.parametrize(("name", "capability"), slow_unless_in(FAST, EVERY))
+def test_a_kernel_takes_no_more_than_is_written(name: str, capability: int):
+    ours = compiled(CASES[name], capability)
+    allowed = json.loads(WRITTEN.read_text(encoding="utf-8"))[name][str(capability)]
+    for kind in ("registers", "stack", "shared"):
+        assert ours[kind] <= allowed[kind], kind
+    assert set(ours["instructions"]) == set(allowed["instructions"])
+
+
+def test_what_is_written_of_all_kernels():
+    """Little is spilled, all fits where they run, and products are the tensor cores'."""
+    written = json.loads(WRITTEN.read_text(encoding="utf-8"))
+    assert set(written) == set(CASES)
+    for (name, capability), record in ((e, written[e[0]][str(e[1])]) for e in EVERY):
+        assert record["stack"] <= 32
+        assert record["shared"] <= SHARED_MEMORY
+        if name.startswith("gate"):
+            assert set(record["instructions"]) == {MULTIPLIES[capability]}
+
+
+@pytest.fixture
+def on_cuda() -> torch.Tensor:
+    """A tensor that says that it is on a GPU."""
+    with FakeTensorMode():
+        return torch.empty(2, 3, device="cuda")
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> Any:
+    triton_ready._missing.cache_clear()
+    triton_ready._say_once.cache_clear()
+    yield monkeypatch
+    triton_ready._missing.cache_clear()
+    triton_ready._say_once.cache_clear()
+
+
+def test_without_a_driver_it_is_said_once(
+    on_cuda: torch.Tensor, forgotten: Any, caplog: pytest.LogCaptureFixture
+):
+    """Triton looks for a driver on this machine, which has none."""
+    assert not any(use_kernels("mixing", on_cuda) for _ in range(3))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("mixing runs without Triton kernels, and slower: Triton finds no driver")
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("arch", "shared", "reason"),
+    [(90, 232448, ""), (75, 65536, "8.0 or more, not 75"), (89, 101376, "GPU has 101376")],
+)
+def test_which_gpus_run_them(
+    arch: int, shared: int, reason: str, on_cuda: torch.Tensor, forgotten: Any, caplog: Any
+):
+    """By what a driver says, in whose place a few numbers stand."""
+    from triton.runtime import driver
+
+    utilities = SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": shared})
+    active = SimpleNamespace(
+        get_current_target=lambda: SimpleNamespace(backend="cuda", arch=arch),
+        get_current_device=lambda: 0,
+        utils=utilities,
+    )
+    forgotten.setattr(driver, "_active", active)
+    assert use_kernels("mixing", on_cuda) == (not reason)
+    assert reason in caplog.text
+    assert use_kernels("mixing", on_cuda, unsupported="it is for other tensors") is False
+    assert "it is for other tensors" in caplog.text
