@@ -155,6 +155,8 @@ def logits(model: Any, source: Source, tokens: Tensor) -> Tensor:
     tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
     """
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    with weights_from(_LocalNames(source), model):
+    # What Megatron compiles would run once: compiling takes longer, and looks for a GPU.
+    eagerly = torch.compiler.set_stance("force_eager")
+    with eagerly, weights_from(_LocalNames(source), model):
         output: Tensor = model(tokens, positions, None)
     return output

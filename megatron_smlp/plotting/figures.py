@@ -111,8 +111,10 @@ def _legend(
 
 def looks() -> Iterator[dict[str, Any]]:
     """Yield the color and the line style of each run."""
-    pairs = zip(COLORS, itertools.cycle(STYLES), strict=False)
-    return itertools.cycle({"color": color, "linestyle": style} for color, style in pairs)
+    for number in itertools.count():
+        turn, place = divmod(number, len(COLORS))
+        style = STYLES[(place + turn) % len(STYLES)]  # a color comes back with another one
+        yield {"color": COLORS[place], "linestyle": style}
 
 
 def load_figure(run: Run, *, evaluation: bool = False) -> Figure | None:

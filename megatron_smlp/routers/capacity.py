@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 def within_capacity(
@@ -23,8 +22,10 @@ def within_capacity(
     order = priority.T.argsort(dim=1, descending=True, stable=True)
     rank_start = len(wanted) * torch.arange(wanted.shape[1], device=wanted.device)
     order = (order + rank_start[:, None]).flatten()
-    choices = functional.one_hot(wanted.T.flatten(), num_experts) * asking.T.flatten()[:, None]
-    place = choices[order].cumsum(dim=0).gather(1, wanted.T.flatten()[order, None])[:, 0]
+    asked = torch.where(asking, wanted, num_experts).T.flatten()[order]
+    # Sorted by expert, and within it by rank: N k numbers, where a table of all experts is E times.
+    experts, queue = asked.sort(stable=True)
+    place = torch.arange(len(queue), device=queue.device) - torch.searchsorted(experts, experts)
     kept = torch.empty_like(order, dtype=torch.bool)
-    kept[order] = place <= capacity
+    kept[order[queue]] = place < capacity
     return kept.unflatten(0, (wanted.shape[1], -1)).T & asking

@@ -250,9 +250,16 @@ class Drawing:
             for name in names or self.systems
         ]
         figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(5, len(handles)),
+            handles=handles, loc="outside lower center", ncols=_columns(figure, handles),
             frameon=False, fontsize=9, title=note, title_fontsize=8,
         )  # fmt: skip
+
+
+def _columns(figure: Figure, handles: Sequence[Line2D]) -> int:
+    """Return in how many columns the names fit below a figure."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    inches = 0.75 + 0.085 * longest
+    return max(1, min(len(handles), int(figure.get_size_inches()[0] / inches)))
 
 
 def speedup(comparison: Comparison) -> tuple[float, float, float]:
@@ -280,7 +287,8 @@ def _plain_log(panel: Axes) -> None:
     panel.set_yscale("log")
     low, high = panel.get_xlim()
     round_numbers = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10])
-    panel.xaxis.set_major_locator(LogLocator() if high > 20 * low else round_numbers)
+    decades = LogLocator(subs=(1.0,) if high > 1000 * low else (1.0, 2.0, 5.0))
+    panel.xaxis.set_major_locator(decades if high > 20 * low else round_numbers)
     panel.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -172,7 +172,9 @@ def _log(value: float) -> float:
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if math.isfinite(value) else max(0.0, value)
+    if math.isinf(value):
+        return max(0.0, value)
+    return math.exp(value)
 
 
 def crossings(one: Sequence[float], other: Sequence[float], costs: Sequence[float]) -> list[float]:

@@ -17,7 +17,7 @@ from megatron_smlp.accounting.costs import (
     layer_cost,
     model_cost,
 )
-from megatron_smlp.systems import LayerSlots, mixer_of
+from megatron_smlp.systems import TOP_K, LayerSlots, mixer_of
 
 PRECISIONS = ("bf16", "fp16")
 
@@ -67,9 +67,14 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
     if router == "hash":
         router += f", {'random' if args.hash_table is None else 'balanced'} table"
         router = "hash, the checkpoint's table" if args.load else router
+    shared = ""
+    if router in TOP_K:
+        router += f", {args.moe_router_topk} a token"
+        if args.moe_shared_expert_intermediate_size:
+            shared = f", a shared one of width {args.moe_shared_expert_intermediate_size}"
     channels = {
         "mlp": f"MLP, width {args.ffn_hidden_size}",
-        "token_moe": f"token MoE ({router}), experts: {args.num_experts}",
+        "token_moe": f"token MoE ({router}), experts: {args.num_experts}{shared}",
         "none": "-",
     }
     mixer = mixer_of(slots).title.format_map({**vars(args), "heads": slots.heads})

@@ -14,6 +14,7 @@ from support.launches import REPOSITORY, run_command
 from support.systems import SYSTEMS
 
 WRITTEN = REPOSITORY / "benchmarks" / "results" / "device_budget.json"
+KERNELS = WRITTEN.with_name("device_budget_kernels.json")
 COUNTED = ("operators", "synchronisations", "megabytes")
 
 
@@ -41,6 +42,31 @@ def test_a_step_and_each_kind_of_layer(
     for name, (one, other) in parts.items():
         for count in COUNTED:
             assert one[count] <= other[count], f"{system}, {name}: {count}"
+
+
+@pytest.mark.slow
+def test_a_step_by_kernels(tmp_path: Path):
+    """Triton's kernels, interpreted: minutes, for two systems that have all of them."""
+    systems = ("base", "smlp_deterministic")
+    script, output = (
+        REPOSITORY / "tests" / "support" / "device_budgets.py",
+        tmp_path / "kernels.json",
+    )
+    command = [sys.executable, "-W", "ignore", str(script), str(output), *systems]
+    run_command(command, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
+    ours = json.loads(output.read_text(encoding="utf-8"))
+    allowed = json.loads(KERNELS.read_text(encoding="utf-8"))
+    for system in systems:
+        for count in COUNTED:
+            assert ours[system]["step"][count] <= allowed[system]["step"][count]
+
+
+def test_kernels_are_a_fraction_of_the_operators(written: dict[str, Any]):
+    by_kernels = json.loads(KERNELS.read_text(encoding="utf-8"))
+    for system in ("base", "smlp_deterministic"):
+        ours, without = by_kernels[system]["step"], written[system]["step"]
+        assert ours["operators"] < without["operators"] / 3
+        assert ours["megabytes"] < without["megabytes"]
 
 
 @pytest.mark.parametrize("system", ["transformer", "gmlp", "amlp"])

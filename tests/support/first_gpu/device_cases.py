@@ -65,6 +65,8 @@ def operators(place: Place, notes: Notes) -> None:
                 worst = _rounding(place, product, reference, shape, dtype)
                 what = f"{product.__name__}, T = {length}, {str(dtype).removeprefix('torch.')}"
                 notes.check(worst <= rounding, f"{what}: {worst:.1e} of the largest value")
+    for length in lengths:
+        _check_gate(place, notes, length)
     _check_assignment(place, notes)
 
 
@@ -87,6 +89,60 @@ def _with_gradients(product: Any, weight: Any, values: Any, upstream: Any) -> tu
     weight, values = weight.requires_grad_(), values.requires_grad_()
     output = product(weight, values)
     return output.detach(), *torch.autograd.grad(output, (weight, values), upstream)
+
+
+def _check_gate(place: Place, notes: Notes, length: int) -> None:
+    """The gate and its gradients in bf16 against fp64, and its time beside its parts'."""
+    import torch
+
+    from megatron_smlp.ops.gated_mix import gated_mix, gated_mix_reference, gates_by_kernels
+
+    batch, width = (2, 48) if place.on_cpu else (8, 1024)
+    shape = (length, batch, width)
+    exact = [torch.randn(shape, dtype=torch.float64) for _ in range(2)]
+    exact += [torch.randn(1, length, length, dtype=torch.float64) / length**0.5]
+    exact += [torch.randn(1, length, dtype=torch.float64)]
+    ours = [tensor.to(place.device, torch.bfloat16) for tensor in exact]
+    by_kernels = gates_by_kernels(*ours[:2])
+    gate = gated_mix if by_kernels else gated_mix_reference
+    # The same rounded numbers on both sides: what differs is the arithmetic.
+    rounded = [tensor.double().cpu() for tensor in ours]
+    upstream = torch.randn(shape).to(torch.bfloat16)
+    pairs = zip(
+        _gate_with_gradients(gate, ours, upstream.to(place.device)),
+        _gate_with_gradients(gated_mix_reference, rounded, upstream.double()),
+        strict=True,
+    )
+    worst = max(float((one.double().cpu() - e).abs().max() / e.abs().max()) for one, e in pairs)
+    what = f"gate, T = {length}, bfloat16, {'kernels' if by_kernels else 'its parts'}"
+    notes.check(worst <= 2e-2, f"{what}: {worst:.1e} of the largest value")
+    for name, function in (("gate", gate), ("its parts", gated_mix_reference)):
+        seconds = _seconds(place, function, ours, upstream.to(place.device))
+        notes.data[f"{name}, T = {length}, forward and backward"] = f"{1e3 * seconds:.3f} ms"
+
+
+def _gate_with_gradients(function: Any, operands: Any, upstream: Any) -> list[Any]:
+    import torch
+
+    operands = [operand.detach().requires_grad_() for operand in operands]
+    output = function(*operands)
+    return [output.detach(), *torch.autograd.grad(output, operands, upstream)]
+
+
+def _seconds(place: Place, function: Any, operands: Any, upstream: Any) -> float:
+    """The best of a few calls; the first ones compile."""
+    import time
+
+    import torch
+
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        _gate_with_gradients(function, operands, upstream)
+        if not place.on_cpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return best
 
 
 def _check_assignment(place: Place, notes: Notes) -> None:

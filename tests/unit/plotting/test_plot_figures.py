@@ -1,5 +1,6 @@
 """The series behind the figures, that they are the ones that are drawn, and the command line."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from test_plot_records import step, validation, write
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.plotting.cli import main
-from megatron_smlp.plotting.figures import load_figure, loss_figure, router_figure
+from megatron_smlp.plotting.figures import load_figure, looks, loss_figure, router_figure
 from megatron_smlp.plotting.records import Run, read_run
 from megatron_smlp.plotting.series import (
     AXES,
@@ -229,3 +230,8 @@ class TestParts:
             sorted(f.name for f in (tmp_path / f"{n}-plots").iterdir()) for n in ("plain", "suffix")
         ]
         assert names == [["loss.png"], ["loss-suffix.png", "loss.png"]]
+
+
+def test_no_two_of_many_runs_look_alike():
+    first = [str(look) for look in itertools.islice(looks(), 27)]
+    assert len(set(first)) == 27

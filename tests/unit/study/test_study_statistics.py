@@ -163,3 +163,9 @@ class TestRatio:
 def test_crossings():
     assert crossings([5, 4, 3], [4, 3.5, 3.5], [1, 2, 4]) == [3.0]
     assert crossings([5, 4], [4, 3], [1, 2]) == []
+
+
+def test_a_ratio_without_a_common_seed_is_unknown():
+    found = ratio({}, {11: 2.0})
+    assert math.isnan(found.mean)
+    assert found.n == 0
