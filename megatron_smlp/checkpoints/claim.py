@@ -142,9 +142,10 @@ class Claim:
         has_said = False
         while True:
             number = max(_numbers(self.folder), default=0)
-            owner = _read(_path(self.folder, number))
-            if owner and not owner.is_gone():
-                if not has_said and owner.is_gone() is None:
+            path = _path(self.folder, number)
+            owner = _read(path)
+            if path.exists() and not (owner and owner.is_gone()):
+                if owner and not has_said and owner.is_gone() is None:
                     self.say(f"{self.folder} was last written by {owner}: is it still at work?")
                     has_said = True
                 self._watch(number, owner)
@@ -155,8 +156,11 @@ class Claim:
                         _path(self.folder, old).unlink(missing_ok=True)
                 return number + 1
 
-    def _watch(self, number: int, owner: Owner) -> None:
+    def _watch(self, number: int, owner: Owner | None) -> None:
         """Return when the owner has been silent for a lifetime, or is known to have ended.
+
+        A claim that cannot be read at the moment, as a file system between machines may have it, is
+        nobody's death.
 
         Raises:
             UsageError: it beats.
@@ -165,13 +169,14 @@ class Claim:
         while time.monotonic() < deadline:
             time.sleep(min(0.2, LIFETIME / 10))
             now = _read(_path(self.folder, number))
-            if now is None or now.is_gone():
+            if not _path(self.folder, number).exists() or (now and now.is_gone()):
                 return
-            if now.beat != owner.beat:
+            if now and owner and now.beat != owner.beat:
                 raise UsageError(
                     f"--save {self.folder} is being written by {now}: end that run first, or give "
                     "another --save."
                 )
+            owner = owner or now
 
     def _link(self, number: int) -> bool:
         mine = self.folder / f".writer.{self.owner.token}"

@@ -232,6 +232,7 @@ class Saving:
             iteration = iteration_of(save.final)
             tracked = save.final.name if iteration is None else str(iteration)
             write_durably(save.final.parent / TRACKER, tracked, before_rename=self._fence)
+            self._fence()  # what retention deletes is not ours to judge otherwise
         except TakenOverError as error:
             return [error]
         except OSError as error:

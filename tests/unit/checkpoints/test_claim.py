@@ -26,8 +26,14 @@ from megatron_smlp.errors import TakenOverError, UsageError
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heartbeats come often; a lifetime is what a busy machine may take for one."""
     monkeypatch.setattr(claims, "INTERVAL", 0.05)
-    monkeypatch.setattr(claims, "LIFETIME", 1.0)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For those that never beat."""
+    monkeypatch.setattr(claims, "LIFETIME", 0.5)
 
 
 def say(text: str) -> None:
@@ -88,7 +94,7 @@ def test_a_dead_process_of_this_machine_is_not_waited_for(tmp_path: Path):
     claim.release(DONE)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("short")
 def test_a_process_number_that_came_again_is_not_the_owner(tmp_path: Path):
     Claim(tmp_path, say).release(DONE)
     newest = max(tmp_path.glob(".writer-*"))
@@ -97,7 +103,7 @@ def test_a_process_number_that_came_again_is_not_the_owner(tmp_path: Path):
     assert Claim(tmp_path, say).number == 2
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("short")
 def test_a_silent_owner_elsewhere_expires(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     Claim(tmp_path, say).release(DONE)
     elsewhere(tmp_path)
@@ -125,7 +131,25 @@ def test_an_owner_elsewhere_that_beats_is_alive_whatever_its_clock_says(tmp_path
 
 
 @pytest.mark.usefixtures("quick")
-def test_of_many_that_wait_one_takes_over(tmp_path: Path):
+def test_a_claim_that_cannot_be_read_now_is_nobodys_death(tmp_path: Path):
+    Claim(tmp_path, say).release(DONE)
+    newest = elsewhere(tmp_path)
+    text = newest.read_text(encoding="utf-8")
+    newest.write_text("", encoding="utf-8")
+
+    def come_back() -> None:
+        for beat in (1, 2, 3):
+            time.sleep(0.5)
+            newest.write_text(text.replace('"beat": 0', f'"beat": {beat}'), encoding="utf-8")
+
+    threading.Thread(target=come_back).start()
+    with pytest.raises(UsageError, match="is being written by process 4711 on node7"):
+        Claim(tmp_path, say)
+
+
+@pytest.mark.usefixtures("quick")
+def test_of_many_that_wait_one_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(claims, "LIFETIME", 5.0)
     Claim(tmp_path, say).release(DONE)
     elsewhere(tmp_path)
     taken: list[Claim] = []
