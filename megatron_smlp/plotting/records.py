@@ -65,6 +65,19 @@ def read_run(path: Path, *, label: str) -> Run:
         UsageError: no such file, a line that is not a record, or no step in it.
     """
     file = path / FILE_NAME if path.is_dir() else path
+    present = read_records(file)
+    training, validation = (_by_iteration(present, name) for name in ("loss", "validation_loss"))
+    if not training:
+        raise UsageError(f"{file}: no training step is recorded in it: nothing can be drawn.")
+    return Run(label, training, validation)
+
+
+def read_records(file: Path) -> list[Record]:
+    """Read all records of a file, without those that a later line replaces.
+
+    Raises:
+        UsageError: no such file, or a line that is not a record.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -76,11 +89,7 @@ def read_run(path: Path, *, label: str) -> Run:
         _parse(line, where=f"{file}:{number}", is_last=number == len(lines))
         for number, line in enumerate(lines, start=1)
     ]
-    present = _without_overlap([record for record in records if record])
-    training, validation = (_by_iteration(present, name) for name in ("loss", "validation_loss"))
-    if not training:
-        raise UsageError(f"{file}: no training step is recorded in it: nothing can be drawn.")
-    return Run(label, training, validation)
+    return _without_overlap([record for record in records if record])
 
 
 def _parse(line: str, *, where: str, is_last: bool) -> Record:

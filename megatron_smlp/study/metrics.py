@@ -1,34 +1,25 @@
-"""Read what a run of a study logged: metrics.jsonl, as tables."""
+"""What a run of a study logged, see plotting/records.py."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from megatron_smlp.plotting import records
+from megatron_smlp.plotting.records import Record
 from megatron_smlp.training.metrics_file import FILE_NAME
 
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Return all whole lines; none where the run has not begun."""
-    try:
-        lines = (folder / FILE_NAME).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return list(_parsed(lines))
+TAIL_BYTES = 1 << 16
 
 
-def _parsed(lines: list[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:  # half a line, of a run that was killed
-            continue
+def read_records(folder: Path) -> list[Record]:
+    """Return all records; none where the run has not begun."""
+    file = folder / FILE_NAME
+    return records.read_records(file) if file.exists() else []
 
 
-def validation_at(folder: Path, iteration: int) -> dict[str, Any] | None:
+def validation_at(folder: Path, iteration: int) -> Record | None:
     """Return the evaluation at an iteration; None: the run did not come so far."""
     found = [
         record
@@ -39,6 +30,21 @@ def validation_at(folder: Path, iteration: int) -> dict[str, Any] | None:
 
 
 def last_step(folder: Path) -> tuple[int, float]:
-    """Return iteration and loss of the last step that was logged; 0 and NaN before the first."""
-    steps = [record for record in read_records(folder) if "loss" in record]
-    return (steps[-1]["iteration"], float(steps[-1]["loss"])) if steps else (0, math.nan)
+    """Return iteration and loss of the last step that was logged; 0 and NaN before the first.
+
+    It is asked for once a second: only the end of the file is read.
+    """
+    file = folder / FILE_NAME
+    if not file.exists():
+        return 0, math.nan
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - TAIL_BYTES))
+        lines = stream.read().splitlines()
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:  # half a line, at either end
+            continue
+        if "loss" in record:
+            return record["iteration"], float(record["loss"])
+    return 0, math.nan
