@@ -35,7 +35,7 @@ from megatron_smlp.checkpoints.tensors import Spec
 from megatron_smlp.conversion.recipes import Plan, Recipe, same
 from megatron_smlp.errors import UsageError
 from megatron_smlp.routers.hash_table import random_table
-from megatron_smlp.systems import ARCHITECTURES
+from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS, TOP_K
 
 SCALE: dict[str, Callable[[int], float]] = {"switch": float, "base": lambda experts: 2.0}
 EXTRA_WIDTH = 8
@@ -77,6 +77,12 @@ def target_flags(flags: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
 def _add_experts(target: dict[str, Any]) -> None:
     if not target["num_experts"]:
         raise UsageError(f"--token-router {target['token_router']}: give --num-experts too.")
+    if target["token_router"] in TOP_K:
+        known = ", ".join(name for name in TOKEN_ROUTERS if name not in TOP_K)
+        raise UsageError(
+            f"--token-router {target['token_router']}: a dense model cannot become one, since its "
+            f"weights depend on scores that start at random; give one of {known}."
+        )
     has_ffn = ARCHITECTURES[target["architecture"]].channel == "mlp"
     has_bias = has_ffn and target["add_bias_linear"]
     if has_bias and target["normalization"] != "LayerNorm":

@@ -156,6 +156,7 @@ def test_from_folders_of_transformers(tmp_path: Path) -> None:
     [
         ({}, "give --token-router"),
         ({"token_router": "hash"}, "give --num-experts"),
+        ({"token_router": "topk", "num_experts": 2}, "give one of switch, gshard, base, hash"),
         ({"architecture": "smlp", "token_router": "hash"}, "a transformer cannot become one"),
         (
             {"token_router": "hash", "num_experts": 2, "moe_ffn_hidden_size": 48},
