@@ -18,6 +18,7 @@ program, which needs neither torch nor the network to live on.
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching import network
 from megatron_smlp.launching.presence import Presence
@@ -50,6 +52,10 @@ MINUTES = 2
 FIRST_DELAY, LAST_DELAY = 5, 300
 """Seconds before the agent is started again: doubled with each failure, up to the second."""
 AGENT, CLOSING = "agent", "--closing"
+EXAMPLES = {"serve": "serve 29500"} | {
+    what: f"{what} pretrain_smlp.py --config configs/cpu/gmlp.yaml"
+    for what in ("one-node", "several-nodes", AGENT)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,19 +64,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UsageError: a variable is wrong, or the other machines cannot be reached.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
-    what, rest = (words[0], words[1:]) if len(words) > 1 else ("", [])
-    if what == AGENT:
+    options = build_parser().parse_args(argv)
+    if not options.words:
+        what = "the port of the store" if options.what == "serve" else "the script that trains"
+        raise UsageError(f"{options.what}: give {what}, for example {EXAMPLES[options.what]}.")
+    if options.what == AGENT:
         from megatron_smlp.launching import agent  # with torch, in a process of its own
 
-        return agent.main(rest)
-    if what == "serve":
+        return agent.main(options.words)
+    if options.what == "serve":
         from megatron_smlp.launching import server
 
-        return server.main(rest[0])
-    if what not in ("one-node", "several-nodes"):
-        raise UsageError("give one-node, several-nodes or serve, and what is to be started.")
-    return Supervisor(read(os.environ, several=what == "several-nodes"), rest).run()
+        return server.main(options.words[0])
+    several = options.what == "several-nodes"
+    return Supervisor(read(os.environ, several=several), options.words).run()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="launch.py",
+        description="Start a training on this machine, and again where it fails.",
+        epilog="examples/one_node.sh --help and examples/several_nodes.sh --help name the "
+        "variables that are read; docs/resilience.md says what is started again when.",
+    )
+    parser.add_argument("what", choices=list(EXAMPLES), metavar="one-node|several-nodes|serve")
+    parser.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="...",
+        help="the training's script and its flags; of serve: the port",
+    )  # fmt: skip
+    return parser
 
 
 class Supervisor:

@@ -64,7 +64,10 @@ def exchange_parts() -> dict[str, list[int]]:
 if __name__ == "__main__":
     calls = dict.fromkeys(sorted(MEGATRONS), 0)
     origins = {name: watched(calls, name) for name in calls}
-    words = f"{MODEL} {SYSTEMS['smlp_partial']} --seq-length 64 --global-batch-size 2 --bf16"
+    # Where choices may be dropped, the host reads how many are left with Megatron's own functions.
+    router = "--token-router switch --moe-train-capacity-factor 1.25"
+    model = SYSTEMS["smlp_partial"].replace("--token-router base", router)
+    words = f"{MODEL} {model} --seq-length 64 --global-batch-size 2 --bf16"
     main([*words.split(), "--train-iters", "1", "--log-dir", sys.argv[1]])
     found = {name: [origins[name], count] for name, count in calls.items()}
     print(json.dumps({"functions": found, "parts": exchange_parts()}))

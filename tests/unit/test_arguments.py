@@ -204,8 +204,8 @@ class TestRefusals:
             (f"{SMLP} --num-dense-layers -1", r"--num-dense-layers -1 must lie between 0 and"),
             (f"{GMLP} --num-dense-layers 2", r"--num-dense-layers 2 is for --architecture smlp, "
              r"not gmlp: leave it out"),
-            (f"{TRANSFORMER} --toeplitz", r"--toeplitz is for --architecture gmlp, amlp or "
-             r"smlp, not transformer"),
+            (f"{TRANSFORMER} --toeplitz", r"--toeplitz is for --architecture gmlp, amlp, "
+             r"smlp or mixer, not transformer"),
             (f"{TRANSFORMER} --feature-router deterministic", r"--feature-router deterministic "
              r"is for --architecture smlp, not transformer: leave it out"),
             ("--num-attention-heads 5", r"--num-attention-heads 5 does not divide --hidden-size "
@@ -219,7 +219,7 @@ class TestRefusals:
         ("words", "message"),
         [
             ("--num-experts 4", r"--num-experts 4 without --token-router: choose one of switch, "
-             r"gshard, base, hash, or leave"),
+             r"gshard, base, hash, topk, or leave"),
             ("--token-router base", r"--token-router base without --num-experts: give"),
             ("--token-router gshard --num-experts 1", r"--num-experts 1 is too few for "
              r"--token-router gshard: give 2"),
@@ -231,15 +231,15 @@ class TestRefusals:
             ("--token-router base --num-experts 4 --moe-train-capacity-factor 1",
              r"--moe-train-capacity-factor 1.0 is for --token-router switch or gshard, not base"),
             ("--token-router hash --num-experts 4 --moe-aux-loss-coeff 0.1",
-             r"--moe-aux-loss-coeff is for --token-router switch or gshard, not hash"),
+             r"--moe-aux-loss-coeff is for --token-router switch, gshard or topk, not hash"),
             ("--token-router switch --num-experts 4 --moe-aux-loss-coeff 0.1 0.2",
              r"--moe-aux-loss-coeff 0\.1 0\.2: give one number"),
             ("--token-router switch --num-experts 4 --moe-router-topk 2",
              r"--moe-router-topk 2 contradicts --token-router switch, with which a token visits 1"),
             ("--token-router switch --num-experts 4 --moe-expert-capacity-factor 1",
-             r"--moe-expert-capacity-factor is for Megatron's top-k router.* leave it out"),
+             r"--moe-expert-capacity-factor is for Megatron's own routing, .* leave it out"),
             ("--token-router hash --num-experts 4 --moe-enable-routing-replay",
-             r"--moe-enable-routing-replay is for Megatron's top-k router.* leave it out"),
+             r"--moe-enable-routing-replay is for Megatron's own routing, .* leave it out"),
             ("--token-router switch --num-experts 4 --moe-apply-probs-on-input",
              r"--moe-apply-probs-on-input .* scales its output. Leave it out"),
             ("--token-router switch --num-experts 4 --moe-latent-size 16",

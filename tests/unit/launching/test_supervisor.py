@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from support.launches import REPOSITORY, clean_environment
 
+from megatron_smlp.errors import UsageError
 from megatron_smlp.launching import supervisor
 from megatron_smlp.launching.restarts import CAUSE, NO_PROGRESS
 from megatron_smlp.launching.settings import read
-from megatron_smlp.launching.supervisor import Supervisor
+from megatron_smlp.launching.supervisor import Supervisor, main
 from megatron_smlp.launching.training_words import Progress, given
 
 # Ends with the next code of a list, after it has made the checkpoint that goes with it.
@@ -198,3 +199,9 @@ def test_the_cause_is_dated_by_this_machines_clock(monkeypatch: pytest.MonkeyPat
     assert found is not None
     assert found[0] == "rank 3 on node1 ended with 1"
     assert 0.05 <= found[1] < 60
+
+
+@pytest.mark.parametrize("what", ["one-node", "several-nodes", "serve"])
+def test_nothing_to_start_is_said_with_an_example(what: str):
+    with pytest.raises(UsageError, match=f"{what}: give the .*, for example {what} "):
+        main([what])
