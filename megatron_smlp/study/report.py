@@ -36,7 +36,7 @@ from megatron_smlp.study.verdicts import (
 def write_report(known: State, results: Results) -> list[Path]:
     """Write everything that a reader sees; return the files."""
     study, systems = known.study, known.systems
-    tables = Tables.of(results)
+    tables = Tables.of(results).of_runs({run.key for run in known.plan().runs})
     claims = claims_of(study, systems, tables)
     times = times_to_losses(study, systems, tables)
     written = []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas
@@ -35,6 +35,15 @@ class Tables:
             runs=results.runs, curves=results.curves, speed=results.speed,
             found=results.evaluations,
         )  # fmt: skip
+
+    def of_runs(self, keys: Collection[str]) -> Tables:
+        """Return these tables without other runs, as those of a rate that is no longer best."""
+        own = {
+            name: table[table["key"].isin(keys)]
+            for name in ("runs", "curves", "found")
+            for table in (getattr(self, name),)
+        }
+        return replace(self, **own)
 
     def labels(self, kind: str) -> list[str]:
         """Return what was looked at of a kind, in its order."""

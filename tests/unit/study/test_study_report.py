@@ -80,10 +80,12 @@ def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
     report(known, tmp_path)
     results = Results(tmp_path / "results")
     ahead = {"smlp_deterministic": 0.03}
+    finals = results.runs[results.runs["horizon"] == known.study.longest]
+    keys = {(run.system, run.seed): run.key for run in finals.itertuples()}
     for name in known.systems:
         for seed, wobble in NOISE.items():
             right = 0.5 + ahead.get(name, 0.0) + wobble
-            common = {"key": f"{name}{seed}", "system": name, "seed": seed, "stderr": 0.01}
+            common = {"key": keys[name, seed], "system": name, "seed": seed, "stderr": 0.01}
             numbers = [
                 ("task", "copa", right), ("task", "piqa", right + 0.1), ("repeat", "new", 6.0),
                 ("repeat", "after 3+", 2.0 - right), ("position", "0", 7.0),
@@ -103,6 +105,18 @@ def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
     assert "| paper: Switch 9B | 75.0 | n/a |" in text
     assert "| repeat | after 3+ | new |" in text or "| repeat | new | after 3+ |" in text
     assert (tmp_path / "results" / "where-the-loss-lies.png").stat().st_size > 10_000
+
+
+def test_runs_of_a_rate_that_is_no_longer_best_do_not_count(known: State, tmp_path: Path):
+    pretend(known, loss_of)
+    before = report(known, tmp_path)
+    path = tmp_path / "results" / "runs.csv"
+    runs = pandas.read_csv(path)
+    other = runs[(runs["phase"] == "main") & (runs["system"] == "switch")].copy()
+    other["key"] = "0" + other["key"].str[1:]
+    other["validation_loss"] = 1.0
+    pandas.concat([runs, other]).to_csv(path, index=False)
+    assert report(known, tmp_path) == before
 
 
 def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):
