@@ -144,7 +144,7 @@ class Drawing:
 
     def learning_rates(self) -> Figure:
         """Draw all trials of the learning rate; a ring is around the chosen one."""
-        figure = Figure(figsize=(6.4, 4.6), layout="constrained", dpi=DPI)
+        figure = Figure(figsize=(7.4, 5.2), layout="constrained", dpi=DPI)
         panel = figure.subplots()
         trials = self.tables.runs[self.tables.runs["phase"] == "tuning"]
         for name, look in self.looks.items():
@@ -163,8 +163,7 @@ class Drawing:
             xlabel="peak learning rate", ylabel="validation loss of the trial (nats per token)"
         )
         panel.set_xscale("log")
-        rates = sorted(set(trials["lr"]))
-        panel.xaxis.set_major_locator(FixedLocator(rates))
+        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         panel.xaxis.set_minor_locator(FixedLocator([]))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         tidy(panel)
@@ -258,7 +257,7 @@ class Drawing:
 def _columns(figure: Figure, handles: Sequence[Line2D]) -> int:
     """Return in how many columns the names fit below a figure."""
     longest = max(len(str(handle.get_label())) for handle in handles)
-    inches = 0.75 + 0.085 * longest
+    inches = 0.6 + 0.075 * longest
     return max(1, min(len(handles), int(figure.get_size_inches()[0] / inches)))
 
 
