@@ -1,5 +1,7 @@
 """Counts of the token ids of a corpus."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,8 +50,17 @@ def token_counts(blend: Blend, *, vocab_size: int) -> NDArray[np.int64]:
 
 
 def _counts(prefix: str, vocab_size: int) -> NDArray[np.int64]:
+    return counts_in(open_index(prefix).tokens(), vocab_size=vocab_size, prefix=prefix)
+
+
+def counts_in(tokens: Any, *, vocab_size: int, prefix: str) -> NDArray[np.int64]:
+    """Count each id in the tokens of a dataset, read part by part.
+
+    Raises:
+        DataError: one is outside the vocabulary.
+    """
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for part in in_parts(open_index(prefix).tokens()):
+    for part in in_parts(tokens):
         outside = part[(part < 0) | (part >= vocab_size)]
         if len(outside):
             raise DataError(

@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_smlp.data.pairs.indexed import Index, open_index, strip_suffix
 from megatron_smlp.data.pairs.training_check import verify_for_training
+from megatron_smlp.data.token_counts import counts_in
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.breakdown import Breakdown, as_record
@@ -88,15 +89,19 @@ def validation_part(index: Index, split: str | None) -> Part:
     return Part(index, first, last)
 
 
-def windows(tokens: Sequence[int], *, longest: int, stride: int) -> Iterator[Row]:
-    """Cut a text of at least two tokens into rows; see the top of the file."""
-    done = 0
-    for begin in range(0, len(tokens) - 1, stride):
-        end = min(begin + longest, len(tokens) - 1)
-        yield Row(tuple(int(token) for token in tokens[begin : end + 1]), end - done)
-        done = end
-        if end == len(tokens) - 1:
+def windows(tokens: Sequence[int], *, longest: int, stride: int, every: int = 1) -> Iterator[Row]:
+    """Cut a text of at least two tokens into rows; see the top of the file.
+
+    Args:
+        every: leave out all but every so many-th one, unread.
+    """
+    last = len(tokens) - 1
+    for begin in range(0, last, stride * every):
+        done = min(begin - stride + longest, last) if begin else 0  # by the window before
+        if done == last:
             break
+        end = min(begin + longest, last)
+        yield Row(tuple(int(token) for token in tokens[begin : end + 1]), end - done)
 
 
 def measure(
@@ -146,15 +151,18 @@ def measure(
     whole: list[float] = []  # -log p, a sum per window
     suffix: list[float] = []
     num_tokens = num_suffix = 0
-    cut = windows(tokens, longest=scorer.longest, stride=stride)
-    if limit is not None:
-        count = -(-(len(tokens) - 1) // stride)
-        cut = itertools.islice(cut, 0, None, max(1, count // limit))
-        cut = itertools.islice(cut, limit)
-    breakdown = Breakdown(np.bincount(tokens, minlength=tokenizer.vocab_size))
+    count = -(-(len(tokens) - 1) // stride)
+    every = max(1, count // limit) if limit else 1
+    cut = itertools.islice(
+        windows(tokens, longest=scorer.longest, stride=stride, every=every), limit
+    )
+    breakdown: Breakdown | None = None
+    if breaks_down:
+        counts = counts_in(tokens, vocab_size=tokenizer.vocab_size, prefix=prefix)
+        breakdown = Breakdown(counts)
     for rows in itertools.batched(cut, CHUNK):
         for row, score in zip(rows, scorer.score(rows), strict=True):
-            if breaks_down:
+            if breakdown is not None:
                 breakdown.add(row, score)
             num_tokens += row.scored
             whole.append(-math.fsum(score.logprobs))
@@ -171,7 +179,7 @@ def measure(
         result["suffix_from"] = suffix_from
         result["suffix_tokens"] = num_suffix
         result["suffix_perplexity"] = math.exp(math.fsum(suffix) / num_suffix)
-    if breaks_down:
+    if breakdown is not None:
         result["breakdown"] = as_record(breakdown.report())
     return result
 

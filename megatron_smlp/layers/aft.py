@@ -27,10 +27,11 @@ from megatron.core import tensor_parallel
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_smlp.layers.projections import column_projection, row_projection
 from megatron_smlp.layers.spatial_gating import check_heads
 from megatron_smlp.ops.aft_mix import aft_mix
 from megatron_smlp.ops.running_sums import running_average
@@ -122,18 +123,8 @@ class AttentionFree(MegatronModule):
         assert config.kv_channels is not None
         self.group_width = config.kv_channels
         width = config.kv_channels * config.num_attention_heads
-        self.linear_qkv = build_module(
-            submodules.linear_qkv,
-            config.hidden_size,
-            3 * width,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=config.add_bias_linear,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_comm_buffer_name="qkv",
-            tp_group=self.tp_group,
+        self.linear_qkv = column_projection(
+            submodules.linear_qkv, config, 3 * width, name="qkv", tp_group=self.tp_group
         )
         self.positions: PositionWeights | None = None
         if not simple:
@@ -142,18 +133,8 @@ class AttentionFree(MegatronModule):
                 dtype=config.params_dtype,
                 initialize=config.perform_initialization,
             )
-        self.linear_proj = build_module(
-            submodules.linear_proj,
-            width,
-            config.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=config.add_bias_linear,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="proj",
-            tp_group=self.tp_group,
+        self.linear_proj = row_projection(
+            submodules.linear_proj, config, width, name="proj", tp_group=self.tp_group
         )
 
     def forward(

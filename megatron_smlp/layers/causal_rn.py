@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
 from megatron_smlp.layers.norms import SumOverGroup, centred, normalised
+from megatron_smlp.layers.projections import column_projection, row_projection, shard_halves
 from megatron_smlp.layers.spatial_gating import check_heads
 from megatron_smlp.ops.relation_mix import relation_mix
 from megatron_smlp.ops.running_sums import log_running_mean
@@ -110,32 +110,16 @@ class CausalRN(MegatronModule):
         self.layer_number, self.tp_group = layer_number, pg_collection.tp
         self.width, self.quadratic = width, quadratic
         self.split_group = self.tp_group if self.tp_group.size() > 1 else None
-        self.linear_fc1 = build_module(
+        self.linear_fc1 = column_projection(
             submodules.linear_fc1,
-            config.hidden_size,
+            config,
             2 * width,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=config.add_bias_linear,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_comm_buffer_name="fc1",
+            name="fc1",
             tp_group=self.tp_group,
             stride=2,  # [W1 | W2]: each half is sharded by itself
         )
-        self.linear_fc2 = build_module(
-            submodules.linear_fc2,
-            width,
-            config.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=config.add_bias_linear,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="fc2",
-            tp_group=self.tp_group,
+        self.linear_fc2 = row_projection(
+            submodules.linear_fc2, config, width, name="fc2", tp_group=self.tp_group
         )
 
     def forward(
@@ -193,13 +177,8 @@ class CausalRN(MegatronModule):
         """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         sharded: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        for key in (f"{prefix}linear_fc1.weight", f"{prefix}linear_fc1.bias"):
-            if key in sharded:
-                sharded[key] = apply_swiglu_sharded_factory(
-                    sharded[key],
-                    sharded_offsets,
-                    metadata.get("singleton_local_shards", False),
-                    tp_group=self.tp_group,
-                    dp_group=metadata["dp_cp_group"],
-                )
+        keys = (f"{prefix}linear_fc1.weight", f"{prefix}linear_fc1.bias")
+        shard_halves(
+            sharded, keys, offsets=sharded_offsets, metadata=metadata, tp_group=self.tp_group
+        )
         return sharded

@@ -36,12 +36,9 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-)
 from torch import Tensor
 
+from megatron_smlp.layers.projections import own_sharded_state
 from megatron_smlp.layers.spatial_gating import SpatialProjection, check_heads
 
 
@@ -185,14 +182,12 @@ class MaskedMixer(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Megatron's description of which slice of each global tensor this rank holds."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        state = self.state_dict(keep_vars=True)
-        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            state,
-            prefix,
-            {} if self.head_is_split else dict.fromkeys(state, 0),
-            sharded_offsets,
+        axes = {} if self.head_is_split else dict.fromkeys(self.state_dict(), 0)
+        return own_sharded_state(
+            self,
+            axes,
+            prefix=prefix,
+            offsets=sharded_offsets,
+            metadata=metadata,
             tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
         )
-        return sharded

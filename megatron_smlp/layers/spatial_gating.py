@@ -30,9 +30,8 @@ from megatron.core import tensor_parallel
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -42,6 +41,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from megatron_smlp.layers.norms import HeadLayerNorm
+from megatron_smlp.layers.projections import column_projection, row_projection, shard_halves
 from megatron_smlp.ops.causal_mix import causal_mix
 from megatron_smlp.ops.gated_mix import gated_mix, gates_by_kernels
 
@@ -259,19 +259,11 @@ class SpatialGating(MegatronModule):
         self.head_is_split = num_heads == 1 and tp > 1
         self.local_heads = max(1, num_heads // tp)
 
-        self.linear_fc1 = build_module(
+        self.linear_fc1 = column_projection(
             submodules.linear_fc1,
-            config.hidden_size,
+            config,
             config.ffn_hidden_size,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=config.add_bias_linear,
-            skip_bias_add=False,
-            is_expert=False,
-            # Transformer Engine's overlap of communication knows four layers by name, each with a
-            # buffer for [T, B, D]: U gathers its input, V scatters its output, as an MLP's do.
-            tp_comm_buffer_name="fc1",
+            name="fc1",
             tp_group=self.tp_group,
             stride=2,  # [u1 | u2]: each half is sharded by itself
         )
@@ -283,18 +275,8 @@ class SpatialGating(MegatronModule):
             group=self.tp_group if self.head_is_split else None,
         )
         self.spatial = self._spatial(num_heads, sequence_length)
-        self.linear_fc2 = build_module(
-            submodules.linear_fc2,
-            gate_width,
-            config.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=config.add_bias_linear,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="fc2",
-            tp_group=self.tp_group,
+        self.linear_fc2 = row_projection(
+            submodules.linear_fc2, config, gate_width, name="fc2", tp_group=self.tp_group
         )
         self.tiny_attention = (
             submodules.tiny_attention(config=config, tp_group=self.tp_group)
@@ -391,15 +373,10 @@ class SpatialGating(MegatronModule):
             sharded |= sharded_state_dict_default(
                 getattr(self, name), f"{prefix}{name}.", sharded_offsets, metadata
             )
-        for key in (f"{prefix}linear_fc1.weight", f"{prefix}linear_fc1.bias"):
-            if key in sharded:
-                sharded[key] = apply_swiglu_sharded_factory(
-                    sharded[key],
-                    sharded_offsets,
-                    metadata.get("singleton_local_shards", False),
-                    tp_group=self.tp_group,
-                    dp_group=metadata["dp_cp_group"],
-                )
+        keys = (f"{prefix}linear_fc1.weight", f"{prefix}linear_fc1.bias")
+        shard_halves(
+            sharded, keys, offsets=sharded_offsets, metadata=metadata, tp_group=self.tp_group
+        )
         for name in ("tiny_attention", "router"):
             if getattr(self, name, None) is not None:
                 sharded |= sharded_state_dict_default(

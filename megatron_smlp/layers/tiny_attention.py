@@ -19,13 +19,10 @@ from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-)
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_smlp.layers.projections import own_sharded_state
 from megatron_smlp.layers.spatial_gating import gating_spec
 
 
@@ -121,14 +118,12 @@ class TinyAttention(nn.Module):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Megatron's description of which slice of each global tensor this rank holds."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        state = self.state_dict(keep_vars=True)
-        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            state,
-            prefix,
-            {name: 0 for name in state if name.startswith("linear_proj.")},
-            sharded_offsets,
+        axes = {name: 0 for name in self.state_dict() if name.startswith("linear_proj.")}
+        return own_sharded_state(
+            self,
+            axes,
+            prefix=prefix,
+            offsets=sharded_offsets,
+            metadata=metadata,
             tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
         )
-        return sharded

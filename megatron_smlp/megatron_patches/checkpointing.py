@@ -26,6 +26,7 @@ from megatron_smlp.checkpoints.saving import Saving, add_share, write_and_add_sh
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import SaveError
 from megatron_smlp.megatron_patches import async_saving
+from megatron_smlp.megatron_patches.wrapping import after
 
 FAILURES = (CheckpointException, SaveError)
 
@@ -44,7 +45,7 @@ def installed(saving: Saving, *, before_loading: Callable[[], None]) -> Iterator
         (filesystem_async, "get_write_results_queue", async_saving.results_queue),
         (training, "save_checkpoint", lambda f: _surviving_start(f, saving)),
         (training, "maybe_finalize_async_save", lambda f: _surviving_end(f, saving)),
-        (training, "setup_model_and_optimizer", lambda f: _after(before_loading, f)),
+        (training, "setup_model_and_optimizer", lambda f: after(before_loading, f)),
     ]
     originals = [(owner, name, vars(owner)[name]) for owner, name, _ in replacements]
     for owner, name, wrap in replacements:
@@ -195,14 +196,5 @@ def _surviving_end(finalize: Callable[..., None], saving: Saving) -> Callable[..
                 return
             except FAILURES as error:
                 saving.failed(saving.open[0], error)  # and on with the next in the queue
-
-    return wrapped
-
-
-def _after(first: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        first()
-        return function(*args, **kwargs)
 
     return wrapped

@@ -26,6 +26,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training import training
 
 from megatron_smlp.megatron_patches import torch_adam
+from megatron_smlp.megatron_patches.wrapping import after
 
 
 class Observer(Protocol):
@@ -77,7 +78,7 @@ def installed(
         "evaluate": validation.around_evaluate,
         "evaluate_and_print_results": validation.around_printing,
         "save_checkpoint_and_time": lambda f: _with_saving(f, observer),
-        "finalize_model_grads": lambda f: _after(computed, f),
+        "finalize_model_grads": lambda f: after(computed, f),
     }
     originals = {name: getattr(training, name) for name in wrappers}
     for name, wrap in wrappers.items():
@@ -214,15 +215,6 @@ class _Validation:
             return losses, collected, out_of_time
 
         return wrapped
-
-
-def _after(first: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        first()
-        return function(*args, **kwargs)
-
-    return wrapped
 
 
 def _with_saving(save: Callable[..., Any], observer: Observer) -> Callable[..., Any]:

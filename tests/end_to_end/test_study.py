@@ -85,6 +85,13 @@ def worker(study: Path, data: Path) -> subprocess.Popen[bytes]:
     )
 
 
+def ended_worker(study: Path, data: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*TOOL, "run", *words(study, data)], cwd=REPOSITORY, env=clean_environment(),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
 def fake_sbatch(folder: Path) -> Path:
     """A program that runs each task of a job array at once, as nodes of a cluster would."""
     path = folder / "sbatch"
@@ -166,10 +173,7 @@ def check_that_pieces_are_one_run(folder: Path, runs: pandas.DataFrame, data: Pa
 @pytest.mark.slow
 def test_data_of_another_vocabulary_are_refused(tmp_path: Path, data: Path):
     study = write_study(tmp_path, **TINY | {"vocab-size": 281})
-    done = subprocess.run(
-        [*TOOL, "run", *words(study, data)], cwd=REPOSITORY, env=clean_environment(),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = ended_worker(study, data)
     assert done.returncode == 2
     assert "vocab-size 281 of the study, and the tokenizer" in done.stderr
     assert "VOCABULARY=281" in done.stderr
@@ -182,10 +186,7 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, data: Path):
         "transformer": {"num-layers": 2},
     }
     study = write_study(tmp_path, **TINY | {"variants": broken, "horizons": [2560]})
-    done = subprocess.run(
-        [*TOOL, "run", *words(study, data)], cwd=REPOSITORY, env=clean_environment(),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = ended_worker(study, data)
     assert done.returncode == 1
     assert "failed (2): smlp_deterministic" in done.stderr
     assert "no-such-flag" in done.stderr

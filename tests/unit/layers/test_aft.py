@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.in_process import layer_config
+from support.naive_loops import assert_equals
 from torch import Tensor
 from torch.nn import functional
 
@@ -53,21 +54,13 @@ def test_equals_the_naive_loop(kind: str, heads: int, tokens: int):
     layer = mixer(aft_kind=kind, num_attention_heads=heads).double()
     names = dict(layer.named_parameters())
     assert ("positions.weight" in names) == (kind == "full")
-    values, upstream = torch.randn(2, tokens, BATCH, layer.config.hidden_size).double()
+    values = torch.randn(2, tokens, BATCH, layer.config.hidden_size).double()
 
     def ours(x: Tensor) -> Tensor:
         output, bias = layer(x)
         return output + bias
 
-    results = []
-    for function in (ours, lambda x: naive(layer, x)):
-        inputs = values.clone().requires_grad_()
-        output = function(inputs)
-        results.append([output, *torch.autograd.grad(output, [inputs, *names.values()], upstream)])
-    for name, left, right in zip(["output", "input", *names], *results, strict=True):
-        torch.testing.assert_close(
-            left, right, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    assert_equals(layer, ours, lambda x: naive(layer, x), values, rtol=1e-9, atol=1e-10)
 
 
 def test_initial_weights_of_positions():

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.in_process import layer_config
+from support.naive_loops import assert_equals
 from torch import Tensor
 from torch.nn import functional
 
@@ -51,23 +52,14 @@ def naive(layer: CausalRN, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("width", [None, 40])
 def test_equals_the_naive_loop(kind: str, width: int | None, tokens: int):
     layer = mixer(causal_rn_kind=kind, relation_width=width).double()
-    names = dict(layer.named_parameters())
     assert layer.linear_fc2.weight.shape == (24, width or 24)
-    values, upstream = torch.randn(2, tokens, BATCH, layer.config.hidden_size).double()
+    values = torch.randn(2, tokens, BATCH, layer.config.hidden_size).double()
 
     def ours(x: Tensor) -> Tensor:
         output, bias = layer(x)
         return output + bias
 
-    results = []
-    for function in (ours, lambda x: naive(layer, x)):
-        inputs = values.clone().requires_grad_()
-        output = function(inputs)
-        results.append([output, *torch.autograd.grad(output, [inputs, *names.values()], upstream)])
-    for name, left, right in zip(["output", "input", *names], *results, strict=True):
-        torch.testing.assert_close(
-            left, right, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    assert_equals(layer, ours, lambda x: naive(layer, x), values, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["linear", "quadratic"])

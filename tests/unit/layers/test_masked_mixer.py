@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from support.in_process import layer_config
+from support.naive_loops import assert_equals
 from torch import Tensor
 from torch.nn import functional
 
@@ -64,16 +65,10 @@ def test_equals_the_naive_loop(heads: int, expansion: bool, toeplitz: bool, toke
     layer = mixer(heads=heads, mixer_expansion=expansion, toeplitz=toeplitz).double()
     names = dict(layer.named_parameters())
     assert len(names) == (4 if expansion else 2)
-    values, upstream = torch.randn(2, tokens, BATCH, layer.config.hidden_size).double()
-    results = []
-    for function in (lambda x: layer(x)[0], lambda x: naive(layer, x)):
-        inputs = values.clone().requires_grad_()
-        output = function(inputs)
-        results.append([output, *torch.autograd.grad(output, [inputs, *names.values()], upstream)])
-    for name, left, right in zip(["output", "input", *names], *results, strict=True):
-        torch.testing.assert_close(
-            left, right, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    values = torch.randn(2, tokens, BATCH, layer.config.hidden_size).double()
+    assert_equals(
+        layer, lambda x: layer(x)[0], lambda x: naive(layer, x), values, rtol=1e-10, atol=1e-10
+    )
 
 
 def test_the_layer_adds_the_mixed_tokens_and_then_an_mlp():
