@@ -128,6 +128,9 @@ class Network:
                 while self.processes(node):
                     self.signal(node, signal.SIGKILL)
                     time.sleep(0.05)
+            # A namespace ends in its own time, and its end of a link with it: not to be waited for.
+            with contextlib.suppress(AssertionError):
+                ip("link", "del", f"{self.tag}v{node}")
             with contextlib.suppress(AssertionError):
                 ip("netns", "del", self.name(node))
         with contextlib.suppress(AssertionError):

@@ -72,10 +72,29 @@ def test_is_balanced_for_every_finite_input(solve: Solver, values: np.ndarray):
         elements=st.integers(-5, 5).map(float),
     )
 )
-def test_is_close_to_the_optimum_on_tied_integer_scores(solve: Solver, values: np.ndarray):
-    """Small integers tie all the time; one unit in 24 tokens is what rounding may cost."""
+def test_no_exchange_of_two_tokens_improves_tied_integer_scores(solve: Solver, values: np.ndarray):
+    """Small integers tie all the time: what polishing promises holds there, too."""
     scores = torch.from_numpy(values)
-    assert total(scores, solve(scores)) >= optimum(scores) - 1.0
+    experts = solve(scores)
+    own, counts = values[np.arange(len(values)), experts], np.bincount(experts, minlength=6)
+    for token, expert in enumerate(experts):
+        to_others = values[token] - own[token]
+        back = values[:, expert] - own
+        assert (to_others[experts] + back <= 0).all()
+        smaller = counts[: values.shape[1]] < counts[expert]
+        assert (to_others[smaller] <= 0).all()
+
+
+@both
+def test_is_nearly_always_the_optimum_on_tied_integer_scores(solve: Solver):
+    """Exchanges of three or more tokens are not looked for, and are rarely the only way."""
+    generator = np.random.default_rng(0)
+    missed = 0
+    for _ in range(200):
+        shape = generator.integers(1, 25), generator.integers(1, 7)
+        scores = torch.from_numpy(generator.integers(-5, 6, shape).astype(np.float64))
+        missed += total(scores, solve(scores)) < optimum(scores) - 0.5
+    assert missed <= 4
 
 
 @both
