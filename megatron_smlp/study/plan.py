@@ -105,15 +105,18 @@ def make_plan(
 ) -> Plan:
     """Return the tuning's runs, and the others of systems whose learning rate is chosen."""
     tuning, factors = _tuning(study, systems, identity=identity, losses=losses)
-    # The first seed of every system comes first: a study that is not whole compares them all.
+    # The subject and its rivals come before what only an ablation needs, and of these the first
+    # seed of every system: a study that is not whole can decide most claims, or compares them all.
+    needed = [name for name in systems if name == study.subject or not systems[name].is_smlp]
     rounds = max(len(study.seeds_of(name)) for name in systems)
     main = [
         run
+        for group in (needed, [name for name in systems if name not in needed])
         for number in range(rounds)
-        for name, system in systems.items()
+        for name in group
         for seed in study.seeds_of(name)[number : number + 1]
         for run in _pieces(
-            study, system, factor=factors.get(name, 1.0), seed=seed, identity=identity
+            study, systems[name], factor=factors.get(name, 1.0), seed=seed, identity=identity
         )
     ]
     known = [run for run in main if run.system in factors]
