@@ -1,22 +1,25 @@
 #!/usr/bin/env python3
 """What the ranks tell each other beside gradients, in bytes and packets a rank, for 2 to 16 ranks.
 
-    unshare --net .venv/bin/python benchmarks/control_path.py
+    .venv/bin/python benchmarks/control_path.py
 
-Counted on a loopback interface that nobody else uses (`unshare --net` gives one, as root), acks
-and headers included:
+The kernel counts for each rank what its TCP connections send and how many packets that are, acks
+included, headers not (`ss`, of iproute2):
 
+    start      the ranks connect: each finds the others' addresses in a store that rank 0 keeps
     step       Megatron's agreement on signals: 4 bytes of each rank, to all
     log line   own parts of a step and ways out of the machines, to all, and 64 KiB to a neighbour
                (training/slow_hosts.py); here each rank is a machine
     restart    causes and host names, to all
 
-gloo sends all of it around a ring, where no rank has more to do than another. What 1,024 ranks need
-is extrapolated by a line through the measured points, and not measured.
+gloo sends all of it around a ring, in which no rank has more to do than another; rank 0 is compared
+with the others. What 1,024 ranks need is extrapolated by a line through the measured points, and
+not measured.
 """
 
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -37,10 +40,15 @@ TIMES = 20
 
 
 def counters() -> tuple[int, int]:
-    """Bytes and packets that the loopback interface has sent."""
-    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if "lo:" in line)
-    numbers = line.partition(":")[2].split()
-    return int(numbers[8]), int(numbers[9])
+    """Bytes and packets that this process has sent by the connections that it has."""
+    words = ["ss", "--tcp", "--info", "--processes", "--numeric", "--oneline", "--no-header"]
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    mine = [line for line in lines if f"pid={os.getpid()}," in line]
+    sums = [
+        sum(int(match[1]) for line in mine if (match := re.search(rf"\b{name}:(\d+)", line)))
+        for name in ("bytes_sent", "segs_out")
+    ]
+    return sums[0], sums[1]
 
 
 def restart() -> None:
@@ -58,25 +66,27 @@ def work(rank: int, size: int, port: int, results: "multiprocessing.Queue[object
         "log line": lambda: hosts.slow(0.1, step=0.2),
         "restart": restart,
     }
+    sent = {"start": counters()}
     for name, part in parts.items():
         part()
         torch.distributed.barrier()
         before = counters()
-        torch.distributed.barrier()  # nobody begins before rank 0 has looked
+        torch.distributed.barrier()  # nobody begins before all have looked
         for _ in range(TIMES):
             part()
+        after = counters()
+        sent[name] = tuple((b - a) / TIMES for a, b in zip(before, after, strict=True))
         torch.distributed.barrier()
-        if rank == 0:
-            after = counters()
-            results.put(
-                (name, *((b - a) / TIMES / size for a, b in zip(before, after, strict=True)))
-            )
-        torch.distributed.barrier()
+    results.put((rank, sent))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def measured(size: int) -> dict[str, tuple[float, float]]:
-    """Of each part: bytes and packets a rank."""
+type Sent = tuple[float, float]  # bytes and packets
+
+
+def measured(size: int) -> list[dict[str, Sent]]:
+    """Of each rank, by its parts."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     ranks = [
@@ -85,10 +95,10 @@ def measured(size: int) -> dict[str, tuple[float, float]]:
     ]
     for process in ranks:
         process.start()
-    found = [results.get() for _ in range(3)]
+    found = dict(results.get() for _ in ranks)
     for process in ranks:
         process.join()
-    return {name: (sent, packets) for name, sent, packets in found}
+    return [found[rank] for rank in range(size)]
 
 
 def line_through(points: dict[int, float]) -> float:
@@ -101,15 +111,21 @@ def line_through(points: dict[int, float]) -> float:
 
 
 def main() -> None:
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     found = {size: measured(size) for size in SIZES}
     print(f"a rank sends, bytes (packets); {FAR} is extrapolated")
-    print("ranks     " + "".join(f"{size:>16}" for size in (*SIZES, FAR)))
-    for name in ("step", "log line", "restart"):
-        cells = [found[size][name] for size in SIZES]
-        far = tuple(line_through({size: found[size][name][at] for size in SIZES}) for at in (0, 1))
-        texts = [f"{sent:,.0f} ({packets:,.0f})" for sent, packets in (*cells, far)]
-        print(f"{name:<10}" + "".join(f"{text:>16}" for text in texts))
+    print(f"{'ranks':<30}" + "".join(f"{size:>18}" for size in (*SIZES, FAR)))
+    for name in found[SIZES[0]][0]:
+        for who, first, last in (("rank 0", 0, 1), ("the most of another", 1, None)):
+            cells = [
+                tuple(max(sent[name][at] for sent in found[size][first:last]) for at in (0, 1))
+                for size in SIZES
+            ]
+            far = tuple(
+                line_through({size: cell[at] for size, cell in zip(SIZES, cells, strict=True)})
+                for at in (0, 1)
+            )
+            texts = [f"{sent:,.0f} ({packets:,.0f})" for sent, packets in (*cells, far)]
+            print(f"{name + ', ' + who:<30}" + "".join(f"{text:>18}" for text in texts))
 
 
 if __name__ == "__main__":

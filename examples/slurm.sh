@@ -4,7 +4,7 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=TERM@600
+#SBATCH --signal=B:USR1@600
 # Pretrain under Slurm. Submit it from the project's folder, with the size of the job:
 #
 #   CONFIG=configs/... sbatch --nodes 4 --gpus-per-node 8 --cpus-per-task 32 --time 4:00:00 \
@@ -17,13 +17,13 @@
 #   PYTHON           interpreter (default: the project's .venv, else python3)
 #   RENDEZVOUS, MAX_RESTARTS, SHUTDOWN_TIMEOUT, REJOIN_TIMEOUT   as in several_nodes.sh
 #
-# Ten minutes before --time is over the run saves and ends with 0; the same command then goes on
-# from there. A chain of jobs, each after the other, however it ended:
+# Ten minutes before --time is over the run saves, and the job is queued again, under the same
+# number, until the run is over. So is a job that fails, also where a machine is gone for good (75),
+# but not for wrong flags (2), a loss that is not finite (3), or where no newer checkpoint came of
+# three starts or of the whole job (93). `scancel` ends it: it saves, and is not queued again.
+# Where --requeue is not allowed, a chain of jobs, each after the other, however it ended:
 #
 #   for i in 1 2 3; do CONFIG=... sbatch --dependency=singleton ... examples/slurm.sh ...; done
-#
-# A job that ends otherwise is queued again, but for wrong flags (2), a loss that is not finite (3)
-# and three failures without a newer checkpoint (93).
 
 set -euo pipefail
 # Slurm runs a copy of this file from elsewhere, so the launchers are found from where it was
@@ -54,13 +54,23 @@ export CONFIG NNODES SPARES MASTER_ADDR MASTER_PORT RUN_ID NPROC_PER_NODE PYTHON
 # From Slurm 22.05 on srun does not take the job's CPUs over by itself: a task would have one core.
 cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-}}"
 # One task a node; each learns its number only there. A task or node that fails leaves the others,
-# which wait for it or go on with a spare. SIGTERM comes to srun's tasks from Slurm itself.
-code=0
+# which wait for it or go on with a spare. SIGTERM comes to srun's tasks from Slurm itself, the
+# warning before the time is over (USR1) to this script alone, which hands it on.
 # shellcheck disable=SC2016
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 --no-kill ${cpus:+--cpus-per-task="$cpus"} \
-  bash -c 'NODE_RANK="$SLURM_NODEID" exec "$0" "$@"' "$examples/several_nodes.sh" "$@" || code=$?
+  bash -c 'NODE_RANK="$SLURM_NODEID" exec "$0" "$@"' "$examples/several_nodes.sh" "$@" &
+tasks=$!
+warned=false
+trap 'warned=true; kill -USR1 "$tasks" || true' USR1
+code=0
+wait "$tasks" || code=$?
+if $warned; then # which has ended that wait, not the tasks
+  code=0
+  wait "$tasks" || code=$?
+fi
 case "$code" in
-  0 | 2 | 3 | 93) ;;
+  0) ! $warned || scontrol requeue "$SLURM_JOB_ID" || true ;;
+  2 | 3 | 93) ;;
   *) scontrol requeue "$SLURM_JOB_ID" || true ;;
 esac
 exit "$code"

@@ -7,13 +7,12 @@
 | ends with 1 | ends with the code of the rank that failed |
 | waits for ever for a store behind a cut link | ends |
 | ends its ranks where the store is gone, however well they train | lets them go on |
-| closes the rendezvous when it fails, for all later starts too | leaves it open to them |
+| closes the rendezvous when it fails, for all later starts too | tells the others, leaves it open |
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import signal
 import socket
@@ -28,7 +27,12 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousGracefulExitError,
+    RendezvousTimeoutError,
+)
 
 from megatron_smlp.launching.parent import end_with_parent
 from megatron_smlp.launching.restarts import (
@@ -36,6 +40,7 @@ from megatron_smlp.launching.restarts import (
     AGENT,
     CLOSED,
     FOR_GOOD,
+    MISSING,
     NO_PROGRESS,
     end_of,
     note_cause,
@@ -63,6 +68,8 @@ class Watch:
         self.limit, self.touched = SILENCE, time.monotonic()
         self.waiting_since: float | None = None
         self.has_said = False
+        self.here = ""
+        """Those that are waiting, of the last look."""
         self.agent: Agent | None = None
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -83,16 +90,20 @@ class Watch:
     def synced(self, state: Any, settings: Any) -> None:
         """See megatron_patches/elastic_agent.py."""
         self.touch()
+        if self.agent and threading.current_thread() is threading.main_thread():
+            self.agent.rendezvous.look(state)
         if state.complete:
             self.waiting_since, self.has_said = None, False
             return
         self.waiting_since = self.waiting_since or time.monotonic()
+        here = ", ".join(sorted(node.addr for node in state.participants))
+        # An agent that gives up leaves first, and is to be named too.
+        self.here = here or self.here
         if not self.has_said and time.monotonic() - self.waiting_since > NOTICE:
             self.has_said = True
-            here = ", ".join(sorted(node.addr for node in state.participants)) or "none"
             say(
                 f"waiting for {settings.min_nodes} machines, {len(state.participants)} are here "
-                f"({here}): start the others, with the same rendezvous and RUN_ID="
+                f"({here or 'none'}): start the others, with the same rendezvous and RUN_ID="
                 f"{settings.run_id}."
             )
 
@@ -117,15 +128,22 @@ class Agent(LocalElasticAgent):
     ) -> None:
         self.progress, self.watch, self.closes = progress, watch, closes
         self.code = 1
-        """What this process ends with where the ranks fail."""
+        """What this process ends with, as far as that is up to the ranks."""
         watch.agent = self
-        lasting = _Lasting(spec.rdzv_handler, self)
-        super().__init__(spec=dataclasses.replace(spec, rdzv_handler=lasting), **options)
+        self.rendezvous = _Lasting(spec.rdzv_handler, self)
+        spec.rdzv_handler = self.rendezvous  # torch's launcher shuts that of its own spec down
+        super().__init__(spec=spec, **options)
+
+    def run(self, role: str = "default") -> RunResult:
+        """See torch's agent, which returns None for a spare that was not needed, and fails."""
+        return super().run(role) or RunResult(state=WorkerState.SUCCEEDED)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
             self._note(result)
+        elif result.state == WorkerState.SUCCEEDED:
+            self.code = 0
         return result
 
     def _note(self, result: RunResult) -> None:
@@ -150,7 +168,9 @@ class Agent(LocalElasticAgent):
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state == WorkerState.HEALTHY:
-            note_cause(f"a machine came or went, seen by {socket.gethostname()}", os.environ)
+            cause = f"a machine came or went, seen by {socket.gethostname()}"
+            say(f"{cause}; starting again: {self.progress}.")
+            note_cause(cause, os.environ)
         super()._restart_workers(worker_group)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
@@ -191,13 +211,48 @@ class Agent(LocalElasticAgent):
 class _Lasting:
     """A rendezvous that a later start may enter again, and that ranks can do without.
 
-    Torch closes it for good where an agent fails. It is closed only where this run is over, and the
-    store is gone with it.
+    Torch closes it for good where an agent ends. It is closed only where this run is over, and the
+    store is gone with it. In a store that lasts, an agent that ends for good tells those alone who
+    have trained with it, or wait as its spares: whoever starts later begins anew.
     """
+
+    ENDED = "ended for good"
+    LOOKS = 3.0
+    """Seconds in which each that waits has looked."""
 
     def __init__(self, handler: Any, agent: Agent) -> None:
         self.handler, self.agent = handler, agent
         self.is_lost = False
+        self.round: Any = None
+        """The store of those with whom this agent has trained last."""
+        self.over: dict[int, bool] = {}
+        """Of a round that others train in: whether that had ended when this one came as a spare."""
+
+    def next_rendezvous(self) -> Any:
+        """See torch's RendezvousHandler."""
+        info = self.handler.next_rendezvous()
+        self.round = info.store
+        return info
+
+    def look(self, state: Any) -> None:
+        """See whether there is still something to wait for, while waiting.
+
+        Raises:
+            RendezvousClosedError: one of those with whom this agent has trained will not come back.
+            RendezvousGracefulExitError: this is a spare, and the run is over.
+        """
+        if state.complete and self.handler._this_node in state.redundancy_list:
+            ended = self._has_ended(self.handler._get_store())
+            was_over = self.over.setdefault(state.round, ended)
+            if ended and not was_over:
+                raise RendezvousGracefulExitError("the run is over")
+        elif not state.complete and self.round is not None and self._has_ended(self.round):
+            raise RendezvousClosedError
+
+    def _has_ended(self, store: Any) -> bool:
+        with contextlib.suppress(RuntimeError):  # what a store that does not answer raises
+            return bool(store.check([self.ENDED]))
+        return False
 
     def num_nodes_waiting(self) -> int:
         """See torch's RendezvousHandler; none where the store is gone."""
@@ -216,8 +271,15 @@ class _Lasting:
 
     def shutdown(self) -> bool:
         """See torch's RendezvousHandler."""
-        if self.agent.closes and self.agent.code in FOR_GOOD:
-            return bool(self.handler.shutdown())
+        if self.agent.code in (0, *FOR_GOOD):
+            if self.agent.closes:
+                others_wait = self.handler._state_holder.state.redundancy_list or self.agent.code
+                is_closed = bool(self.handler.shutdown())
+                time.sleep(self.LOOKS if others_wait else 0)  # the store may end with this process
+                return is_closed
+            with contextlib.suppress(RuntimeError):
+                if self.round is not None:
+                    self.round.set(self.ENDED, "")
         self.handler._stop_heartbeats()
         return True
 
@@ -249,6 +311,12 @@ def main(words: Sequence[str]) -> int:
         except RendezvousClosedError:
             say("another machine has ended the run for good: see its log.")
             return CLOSED
+        except RendezvousTimeoutError:
+            say(
+                f"the other machines have not come within REJOIN_TIMEOUT, only {watch.here}: "
+                "giving up. Start all again, with others in place of those that are gone."
+            )
+            return MISSING
         except (RendezvousError, torch.distributed.DistError, OSError, ValueError) as error:
             say(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             return AGAIN + progress.failures

@@ -17,6 +17,9 @@ FOR_GOOD = (2, 3, NO_PROGRESS)
 finite too, since both would come again."""
 CLOSED = 76
 """Of an agent: another machine has ended the run for good."""
+MISSING = 75
+"""Others have not come back within REJOIN_TIMEOUT. sysexits.h calls it a temporary failure: with
+machines that are whole the same run goes on, so that a queue may start it again."""
 
 AGAIN = 80
 """Of an agent that may be started again: this, and its ranks' failures without a newer

@@ -12,7 +12,8 @@ program, which needs neither torch nor the network to live on.
 |---|---|
 | 0 | the run is over, or was told to end and has saved |
 | 2, 3 | wrong flags or variables; a loss that is not finite |
-| 93 | three failures without a newer checkpoint |
+| 75 | other machines have not come back within REJOIN_TIMEOUT |
+| 93 | no newer checkpoint after three failures, or when SIGUSR1 came |
 | others | there was nothing to go on from, or another machine has ended the run |
 """
 
@@ -37,6 +38,7 @@ from megatron_smlp.launching.restarts import (
     AGAIN,
     CLOSED,
     FOR_GOOD,
+    MISSING,
     NO_PROGRESS,
     end_of,
     note_cause,
@@ -51,6 +53,8 @@ MINUTES = 2
 """After which a rank gives up one that does not answer, where the user does not say."""
 FIRST_DELAY, LAST_DELAY = 5, 300
 """Seconds before the agent is started again: doubled with each failure, up to the second."""
+SHARING = 30
+"""Seconds in which another machine's checkpoint appears in a folder that all share."""
 AGENT, CLOSING = "agent", "--closing"
 EXAMPLES = {"serve": "serve 29500"} | {
     what: f"{what} pretrain_smlp.py --config configs/cpu/gmlp.yaml"
@@ -111,6 +115,10 @@ class Supervisor:
         self.environment = dict(os.environ)
         self.child: subprocess.Popen[bytes] | None = None
         self.told_to_end = False
+        self.warned = False
+        """Whether it was told so by SIGUSR1, after which a queue starts the same command again."""
+        self.first = self.progress.newest
+        """Iteration of the checkpoint that was there at the start."""
 
     def run(self) -> int:
         """Start the agent until it ends for good, and return its exit code."""
@@ -122,8 +130,8 @@ class Supervisor:
             began = time.monotonic()
             code = self._run_agent(torchrun)
             if self.told_to_end:  # before its ranks run an agent knows no better than to die
-                return 0 if code == -signal.SIGTERM else _shells(code)
-            if code == 0 or code in FOR_GOOD or code == CLOSED:
+                return self._end_as_told(0 if code == -signal.SIGTERM else _shells(code))
+            if code == 0 or code in (*FOR_GOOD, CLOSED, MISSING):
                 return code
             if self.progress.folder is None:
                 return 1 if code >= AGAIN else _shells(code)
@@ -138,13 +146,31 @@ class Supervisor:
             say(f"{ended}; {self.progress}; starting again in {delay} s.")
             cause = f"the agent of {socket.gethostname()} {end_of(code)}"
             note_cause(cause, self.environment)
-            if self._sleep(delay) or self._wait_for_store():
-                return 0
+            is_there = not self._sleep(delay) and self._wait_for_store()
+            if self.told_to_end:
+                return self._end_as_told(0)
+            if not is_there:
+                return MISSING
             delay = min(2 * delay, LAST_DELAY)
+
+    def _end_as_told(self, code: int) -> int:
+        """Return the exit code: a queue that has warned would start the same for ever, where every
+        start is too short for a checkpoint."""
+        deadline = time.monotonic() + SHARING
+        while self.warned and self.progress.latest() == self.first:
+            if time.monotonic() > deadline:
+                say(
+                    f"told to end by SIGUSR1; {self.progress}, as at the start: giving up. Give "
+                    "the job more time."
+                )
+                return NO_PROGRESS
+            time.sleep(0.2)
+        return code
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         """Tell the agent; a signal that finds none ends the wait for the next."""
         self.told_to_end = True
+        self.warned |= number == signal.SIGUSR1
         if self.child is not None and self.child.poll() is None:
             self.child.send_signal(number)
 
@@ -156,16 +182,19 @@ class Supervisor:
         return self.told_to_end
 
     def _wait_for_store(self) -> bool:
-        """Return whether a signal came while the machine that keeps it was not there yet."""
-        meeting = self.settings.meeting
-        if meeting and meeting.kind != FILE and not meeting.is_host:
-            network.answers(
-                meeting.address,
-                meeting.port,
-                seconds=self.settings.rejoin_timeout,
-                gives_up=lambda: self.told_to_end,
+        """Return whether the store can be reached: where another machine keeps it, it may die."""
+        meeting, seconds = self.settings.meeting, self.settings.rejoin_timeout
+        if meeting is None or meeting.kind == FILE or meeting.is_host:
+            return True
+        is_there = network.answers(
+            meeting.address, meeting.port, seconds=seconds, gives_up=lambda: self.told_to_end
+        )
+        if not is_there and not self.told_to_end:
+            say(
+                f"the store at {meeting.endpoint} has not answered within REJOIN_TIMEOUT, "
+                f"{seconds} s: giving up. Start all machines again."
             )
-        return self.told_to_end
+        return is_there
 
     def _run_agent(self, torchrun: Sequence[str]) -> int:
         # In a group of its own, so that Ctrl-C reaches it once, through this process.

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.training.dist_signal_handler import all_gather_item
+from megatron.training.dist_signal_handler import get_device
 
 from megatron_smlp.collectives import gathered
 
@@ -110,9 +110,8 @@ class SlowHosts:
             own_part: seconds of this rank.
             step: seconds of a step, on rank 0.
         """
-        parts = all_gather_item(own_part, dtype=torch.float32)
-        ways = all_gather_item(self._way_in(), dtype=torch.float32)
-        step = all_gather_item(step, dtype=torch.float32)[0]
+        parts, ways, steps = _gathered(own_part, self._way_in(), step)
+        step = steps[0]
         # A leader's way in is the way out of the one before it.
         outs = {
             leader: ways[self.leaders[(at + 1) % len(self.leaders)]]
@@ -140,6 +139,15 @@ class SlowHosts:
         seconds = time.perf_counter() - began
         out.wait()
         return seconds
+
+
+def _gathered(*numbers: float) -> list[list[float]]:
+    """Each of these of all ranks, as fp32: one message of all."""
+    mine = torch.tensor(numbers, dtype=torch.float32, device=get_device())
+    ranks = mine.new_empty(torch.distributed.get_world_size(), len(numbers))
+    torch.distributed.all_gather(list(ranks), mine)
+    found: list[list[float]] = ranks.T.tolist()
+    return found
 
 
 class _Streak:

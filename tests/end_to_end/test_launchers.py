@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -94,20 +96,66 @@ for ((node = 0; node < SLURM_NNODES; node++)); do
   SLURM_NODEID=$node "$@" &
   tasks+=($!)
 done
-for task in "${tasks[@]}"; do wait "$task"; done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+highest=0
+for task in "${tasks[@]}"; do
+  while true; do
+    wait "$task"
+    code=$?
+    kill -0 "$task" 2> /dev/null || break
+  done
+  ((code > highest)) && highest=$code
+done
+exit $highest
 """
 FAKE_SCONTROL = """#!/usr/bin/env bash
-[[ "$*" == "show hostnames node[1-2]" ]] && printf '127.0.0.1\\nnode2\\n'
+case "$*" in
+  "show hostnames node[1-2]") printf '127.0.0.1\\nnode2\\n' ;;
+  "requeue 4711") touch "$QUEUE/requeued" ;;
+  *) exit 1 ;;
+esac
 """
+# Runs a copy of the script, as the batch job that it would be, again for as long as it is queued
+# again, and sends the script alone what --signal=B:... says when a file asks for it.
+FAKE_SBATCH = """#!/usr/bin/env bash
+script="$1"
+shift
+signal="$(sed -n 's/^#SBATCH --signal=B:\\([A-Z0-9]*\\)@.*/\\1/p' "$script")"
+grep -q '^#SBATCH --requeue' "$script" || exit 1
+cp "$script" "$QUEUE/slurm_script"
+export SLURM_JOB_ID=4711 SLURM_NNODES=2 SLURM_JOB_NODELIST='node[1-2]' SLURM_SUBMIT_DIR="$PWD"
+export SLURM_RESTART_COUNT=0
+while true; do
+  rm -f "$QUEUE/requeued"
+  bash "$QUEUE/slurm_script" "$@" &
+  job=$!
+  while kill -0 "$job" 2> /dev/null; do
+    [[ ! -f "$QUEUE/time" ]] || { rm "$QUEUE/time" && kill -"$signal" "$job"; }
+    sleep 0.2
+  done
+  wait "$job"
+  code=$?
+  [[ -f "$QUEUE/requeued" ]] || exit $code
+  SLURM_RESTART_COUNT=$((SLURM_RESTART_COUNT + 1))
+  echo "requeued $SLURM_RESTART_COUNT after $code"
+done
+"""
+
+
+def slurm_tools(folder: Path) -> Path:
+    """Stand-ins for Slurm's programs; what they start is real."""
+    tools = folder / "bin"
+    tools.mkdir()
+    texts = {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "sbatch": FAKE_SBATCH}
+    for name, text in texts.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    return tools
 
 
 def test_slurm_starts_the_same_training(one_node: list[Step], tmp_path: Path):
     """slurm.sh with stand-ins for srun and scontrol, run from a copy as Slurm does."""
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name, text in {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL}.items():
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
+    tools = slurm_tools(tmp_path)
     spooled = tmp_path / "slurm_script"
     spooled.write_text((EXAMPLES / "slurm.sh").read_text())
     words = ["bash", str(spooled), *command("slurm.sh", tmp_path / "log")[1:]]
@@ -126,6 +174,63 @@ def test_slurm_starts_the_same_training(one_node: list[Step], tmp_path: Path):
     assert steps(tmp_path / "log") == one_node
     # Slurm 22.05 to 23.02 would otherwise bind all processes of a node to one core.
     assert "--cpus-per-task=7 bash" in done.stdout
+
+
+def many_steps(folder: Path, *flags: str) -> list[str]:
+    return [*command("slurm.sh", folder)[1:], "--train-iters", "200", *flags]
+
+
+def logged(folder: Path) -> int:
+    """Steps in a file that is being written."""
+    path = folder / "metrics.jsonl"
+    return path.read_text(encoding="utf-8").count('"loss"') if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_slurm_queues_a_job_again_whose_time_is_over(tmp_path: Path):
+    """Twice in one run: the losses are those of a run that had all the time."""
+    alone = [str(EXAMPLES / "one_node.sh"), *many_steps(tmp_path / "alone")]
+    run_command(alone, CONFIG=CONFIG, NPROC_PER_NODE="2")
+    log, queue = tmp_path / "log", tmp_path / "queue"
+    queue.mkdir()
+    words = ["sbatch", "examples/slurm.sh", *many_steps(log, "--save", str(tmp_path / "save"))]
+    output = queue / "output"
+    variables = {
+        "PATH": f"{slurm_tools(tmp_path)}:{os.environ['PATH']}",
+        "CONFIG": CONFIG,
+        "NPROC_PER_NODE": "1",
+        "MASTER_PORT": str(free_port()),
+        "QUEUE": str(queue),
+    }
+    with output.open("w") as file:
+        job = subprocess.Popen(
+            words,
+            cwd=REPOSITORY,
+            env=clean_environment(**variables),
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        for reached in (20, 60):
+            while logged(log) < reached:
+                assert job.poll() is None, output.read_text()[-6000:]
+                time.sleep(0.1)
+            (queue / "time").touch()
+            while (queue / "time").exists():
+                time.sleep(0.1)
+        code = job.wait(timeout=TIME_LIMIT)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    said = output.read_text()
+    assert code == 0, said[-6000:]
+    assert [line for line in said.splitlines() if line.startswith("requeued")] == [
+        "requeued 1 after 0",
+        "requeued 2 after 0",
+    ]
+    assert steps(log) == steps(tmp_path / "alone")
+    assert len(steps(log)) == 200
 
 
 @pytest.mark.parametrize(

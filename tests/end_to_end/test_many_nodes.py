@@ -1,20 +1,25 @@
 """Several machines, in network namespaces: every failure ends in a resumed run or in one line.
 
-Figures are printed (`-s` shows them): steps lost, seconds to the next step, exit codes. The losses
-of a run that was disturbed are, bit by bit, those of one that was not.
+Figures are printed (`-s` shows them): steps lost, seconds until a launcher says so and to the next
+step, exit codes. The losses of a run that was disturbed are, bit by bit, those of one that was not.
 """
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support.launches import REPOSITORY, Step, run_command, steps
-from support.nodes import Job, Network, missing, network
+from support.nodes import Job, Network, missing, network, wrong_clock
+
+from megatron_smlp.launching.agent import SILENCE
 
 REASON = missing()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
@@ -28,6 +33,8 @@ FLAGS = """
 """
 INTERVAL = 5
 BOUND = 60  # seconds of --distributed-timeout-minutes 1
+REJOIN = 60  # seconds of REJOIN_TIMEOUT, where it is to pass
+SLACK = 120  # seconds for ranks that are told to end, and an agent's start, on such a machine
 PATIENCE = 300.0  # seconds for what takes one start on a machine that does other things too
 
 
@@ -70,10 +77,16 @@ class Failures:
         """Disturb it some steps later; it must get on, from a checkpoint or without."""
         job = self.job
         job.wait_for_iteration(job.iteration() + INTERVAL + 2, seconds=PATIENCE)
-        began, at = time.monotonic(), job.iteration()
-        disturb()
+        began, at, said = time.monotonic(), job.iteration(), job.words_of_launchers()
+        with ThreadPoolExecutor(1) as hand:
+            disturbing = hand.submit(disturb)
+            noticed = ""
+            if restarts:
+                self.restarts += 1
+                job.wait_until(lambda: job.words_of_launchers() != said, seconds=PATIENCE)
+                noticed = f"{time.monotonic() - began:.0f} s to notice, "
+            disturbing.result()
         if restarts:
-            self.restarts += 1
             job.wait_until(lambda: len(self.told()) == self.restarts, seconds=PATIENCE)
             lost = self.told()[-1]["lost_steps"]
             assert lost <= INTERVAL
@@ -81,7 +94,7 @@ class Failures:
             job.wait_for_iteration(at + 1, seconds=PATIENCE)
             lost = 0
         seconds = time.monotonic() - began
-        self.figures[name] = f"{lost} steps lost, {seconds:.0f} s to the next step"
+        self.figures[name] = f"{lost} steps lost, {noticed}{seconds:.0f} s to the next step"
         print(f"{name}: {self.figures[name]}", flush=True)
 
     def told(self) -> list[dict[str, float]]:
@@ -160,6 +173,163 @@ def test_what_never_answers_again_ends_at_the_timeout(
     assert job.codes(0, spare) == [0, 0], job.ends_of_logs()
     done = len(steps(job.save))
     assert steps(job.save) == undisturbed(tmp_path, 300)[:done]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("kind", ["frozen", "cut off"])
+def test_a_machine_that_is_gone_for_ever_ends_a_job_without_a_spare(
+    kind: str, two: Network, variables: dict[str, str], tmp_path: Path
+):
+    """Both end with 75, within the bounds of docs/resilience.md, and leave nothing behind; the same
+    command goes on, once the machine is whole."""
+    variables |= {"REJOIN_TIMEOUT": str(REJOIN)}
+    job = Job(two, f"{FLAGS} --train-iters 300 --distributed-timeout-minutes 1", **variables)
+    job.start(0, 1)
+    job.wait_for_iteration(INTERVAL + 2, seconds=PATIENCE)
+    began = time.monotonic()
+    if kind == "frozen":
+        two.signal(1, signal.SIGSTOP)
+    else:
+        two.cut(1)
+    assert job.codes(0, seconds=BOUND + REJOIN + SLACK) == [75], job.ends_of_logs()
+    print(f"{kind} for ever: the other ends with 75 after {time.monotonic() - began:.0f} s")
+    assert not two.processes(0)
+    last = job.log(0).splitlines()[-1]
+    assert last.startswith("launch: node0: the other machines have not come within REJOIN_TIMEOUT")
+    assert two.address(0) in last
+    two.signal(1, signal.SIGCONT)
+    assert job.codes(1, seconds=BOUND + SILENCE + REJOIN + SLACK) == [75], job.ends_of_logs()
+    print(f"{kind} for ever: itself ends with 75 after {time.monotonic() - began:.0f} s")
+    assert not two.processes(1)
+    assert "has not answered within REJOIN_TIMEOUT" in job.log(1).splitlines()[-1]
+    two.mend(1)
+    job.start(0, 1)
+    assert job.codes(0, 1) == [0, 0], job.ends_of_logs()
+    assert steps(job.save) == undisturbed(tmp_path, 300)
+
+
+def killed_while_saving(job: Job, *nodes: int) -> None:
+    """All ranks there, in the middle of a checkpoint's writing, and start them again.
+
+    The machines are frozen first: what is unfinished then stays so.
+    """
+    partials = job.save / ".iter_*.partial-*"
+
+    def unfinished() -> list[Path]:
+        return list(partials.parent.glob(partials.name))
+
+    while not unfinished():
+        job.wait_until(lambda: bool(unfinished()), seconds=PATIENCE)
+        for node in nodes:
+            job.net.signal(node, signal.SIGSTOP)
+        time.sleep(0.5)  # for those that could finish it without them
+        if not unfinished():
+            for node in nodes:
+                job.net.signal(node, signal.SIGCONT)
+    rebooted(job, *nodes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_in_the_middle_of_an_async_save(
+    two: Network, variables: dict[str, str], tmp_path: Path
+):
+    job = Job(two, f"{FLAGS} --train-iters 200 --async-save", **variables)
+    job.start(0, 1)
+    run = Failures(job)
+    run.survives("both nodes killed in an async save", lambda: killed_while_saving(job, 0, 1))
+    run.survives("one node killed in an async save", lambda: killed_while_saving(job, 1))
+    assert job.codes(0, 1) == [0, 0], job.ends_of_logs()
+    assert not list(job.save.glob(".iter_*.partial-*"))
+    assert steps(job.save) == undisturbed(tmp_path, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_disk_that_is_full_on_one_machine(
+    two: Network, variables: dict[str, str], tmp_path: Path
+):
+    """What one of them writes into --save finds no room, while the other has enough; it is named,
+    and once there is room again the run goes on."""
+    job = Job(two, f"{FLAGS} --train-iters 200", **variables)
+    job.start(0, 1)
+    job.wait_for_iteration(INTERVAL + 2, seconds=PATIENCE)
+    full = tmp_path / "full"
+    full.mkdir()
+    two.mount(1, "mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(full))
+    layers = f"lowerdir={job.save},upperdir={full}/upper,workdir={full}/work"
+    two.mount(1, "mkdir", f"{full}/upper", f"{full}/work")
+    two.mount(1, "mount", "-t", "overlay", "-o", layers, "overlay", str(job.save))
+    job.wait_until(lambda: "No space left on device" in job.log(0), seconds=PATIENCE)
+    two.mount(1, "umount", "--lazy", str(job.save))
+    assert job.codes(0, 1) == [0, 0], job.ends_of_logs()
+    told = next(line for line in job.log(0).splitlines() if "No space left on device" in line)
+    print(f"a disk full on one machine: {told}")
+    assert "could not be saved to" in told
+    assert str(job.save) in told
+    assert "node1" in told
+    assert steps(job.save) == undisturbed(tmp_path, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(shutil.which("cc") is None, reason="a wrong clock needs a C compiler")
+def test_clocks_that_are_an_hour_apart(variables: dict[str, str], tmp_path: Path):
+    """Restarts, a second writer and the claim of a dead one: no clock is trusted. The machines see
+    their own processes alone, so that a claim's owner can only be watched."""
+    ahead = wrong_clock(3600, tmp_path)
+    now = [sys.executable, "-c", "import time; print(time.time())"]
+    shifted = subprocess.run(now, env=os.environ | ahead, capture_output=True, check=True).stdout
+    assert 3500 < float(shifted) - time.time() < 3700
+    with network(3, tmp_path, own_processes=True) as net:
+        job = Job(net, f"{FLAGS} --train-iters 300", **variables)
+        job.start(0)
+        job.start(1, **ahead)
+        run = Failures(job)
+        run.survives("clocks an hour apart: rank killed", lambda: kill_one(job.ranks(0)))
+        second = Job(net, FLAGS, **(variables | {"NNODES": "1", "MASTER_ADDR": net.address(2)}))
+        second.start(2, NODE_RANK="0", **wrong_clock(-3600, tmp_path))
+        assert second.codes(2, seconds=PATIENCE) == [2], second.ends_of_logs()
+        assert "is being written by process" in second.log(2)
+
+        def swapped() -> None:
+            net.crash(0)
+            net.crash(1)
+            net.mend(0)
+            net.mend(1)
+            job.start(0, **ahead)
+            job.start(1)
+
+        run.survives("clocks an hour apart: both nodes, whose clocks change places", swapped)
+        assert job.codes(0, 1) == [0, 0], job.ends_of_logs()
+        assert "is it still at work?" in job.log(0)
+        assert run.told()[-1]["seconds_down"] < PATIENCE
+    assert steps(job.save) == undisturbed(tmp_path, 300)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_number_of_machines_that_varies(two: Network, variables: dict[str, str], tmp_path: Path):
+    """One starts alone, takes a second one up when it comes, and goes on when it has gone."""
+    job = Job(two, f"{FLAGS} --train-iters 100000", **(variables | {"NNODES": "1:2"}))
+    job.start(0)
+    run = Failures(job)
+
+    def comes() -> None:
+        job.start(1)
+
+    run.survives("a second machine comes", comes)
+    assert job.ranks(1)
+    assert run.told()[-1]["lost_steps"] == 0
+    run.survives("the second machine goes", lambda: two.crash(1))
+    job.wait_for_iteration(job.iteration() + INTERVAL, seconds=PATIENCE)
+    job.launchers[0].send_signal(signal.SIGTERM)
+    assert job.codes(0) == [0], job.ends_of_logs()
+    found = [step.loss for step in steps(job.save)]
+    assert found == pytest.approx(
+        [step.loss for step in undisturbed(tmp_path, len(found))], rel=1e-3
+    )
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Machines for tests: network namespaces on a bridge, with addresses and host names of their own.
 
-Each has its own interface, so that a link can be cut, slowed down or taken away, and its own host
-name. They share the disk, as machines share a file system, the clock and the table of processes.
-Needs root and `ip`.
+Each has its own interface, so that a link can be cut, slowed down or taken away, its own host name
+and its own mounts. They share the disk, as machines share a file system, and, unless they are to
+have their own, the clock and the table of processes. Needs root and `ip`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,50 @@ from typing import Any
 from support.launches import REPOSITORY, clean_environment
 
 ENTER = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
+# Preloaded into every program of a machine whose clock is wrong. Whoever waits up to a time of day
+# computes it from that clock, and the kernel compares it with its own.
+CLOCK = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <stdlib.h>
+#include <sys/time.h>
+#include <time.h>
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+static long shift(void) {
+  const char *seconds = getenv("CLOCK_SHIFT");
+  return seconds ? atol(seconds) : 0;
+}
+int clock_gettime(clockid_t id, struct timespec *now) {
+  int failed = REAL(clock_gettime)(id, now);
+  if (!failed && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)) now->tv_sec += shift();
+  return failed;
+}
+int gettimeofday(struct timeval *now, void *zone) {
+  int failed = REAL(gettimeofday)(now, zone);
+  if (!failed) now->tv_sec += shift();
+  return failed;
+}
+time_t time(time_t *now) {
+  time_t seconds = REAL(time)(NULL) + shift();
+  if (now) *now = seconds;
+  return seconds;
+}
+static struct timespec kernels(const struct timespec *until) {
+  struct timespec moved = *until;
+  if (moved.tv_sec > 1000000000) moved.tv_sec -= shift(); /* less is a time since the start */
+  return moved;
+}
+int pthread_cond_timedwait(pthread_cond_t *c, pthread_mutex_t *m, const struct timespec *until) {
+  struct timespec moved = kernels(until);
+  return REAL(pthread_cond_timedwait)(c, m, &moved);
+}
+int sem_timedwait(sem_t *s, const struct timespec *until) {
+  struct timespec moved = kernels(until);
+  return REAL(sem_timedwait)(s, &moved);
+}
+"""
 
 
 def missing() -> str:
@@ -43,11 +87,25 @@ def ip(*words: str) -> str:
     return done.stdout
 
 
-class Network:
-    """A bridge and its machines, numbered from 0; use `network()`."""
+def wrong_clock(seconds: int, folder: Path) -> dict[str, str]:
+    """Variables for a machine whose clock is so far ahead. Needs a C compiler."""
+    library = folder / "clock.so"
+    if not library.exists():
+        cc = ["cc", "-shared", "-fPIC", "-O1", "-x", "c", "-", "-o", str(library), "-ldl"]
+        subprocess.run(cc, input=CLOCK, text=True, check=True)
+    return {"LD_PRELOAD": str(library), "CLOCK_SHIFT": str(seconds)}
 
-    def __init__(self, size: int, folder: Path) -> None:
-        self.size, self.folder = size, folder
+
+class Network:
+    """A bridge and its machines, numbered from 0; use `network()`.
+
+    Args:
+        own_processes: machines see their own processes alone, as real ones do. What is started can
+            then not be sent signals by its Popen, only by `signal`.
+    """
+
+    def __init__(self, size: int, folder: Path, *, own_processes: bool = False) -> None:
+        self.size, self.folder, self.own_processes = size, folder, own_processes
         self.tag = f"n{os.getpid() % 100000}"
         self.part = os.getpid() % 200 + 20
 
@@ -108,9 +166,27 @@ class Network:
             time.sleep(0.05)
         # What the kernel would still send for the dead goes nowhere.
 
+    def mount(self, node: int, *words: str) -> None:
+        """Run `mount`, or `umount` with its flags, as what was started there sees the disk."""
+        process = self.processes(node)[-1]
+        enter = ["nsenter", "--mount", f"--target={process}"]
+        subprocess.run([*enter, *words], check=True)
+
     def start(self, node: int, words: Sequence[str], **variables: str) -> subprocess.Popen[bytes]:
         """Run a command on a machine; its output is in `folder`/node0.log."""
-        enter = ["ip", "netns", "exec", self.name(node), "unshare", "--uts", "sh", "-c", ENTER]
+        own = ["--pid", "--fork", "--kill-child", "--mount-proc"] if self.own_processes else []
+        enter = [
+            "ip",
+            "netns",
+            "exec",
+            self.name(node),
+            "unshare",
+            "--uts",
+            *own,
+            "sh",
+            "-c",
+            ENTER,
+        ]
         with (self.folder / f"node{node}.log").open("ab") as log:
             return subprocess.Popen(
                 [*enter, f"node{node}", *words],
@@ -138,9 +214,9 @@ class Network:
 
 
 @contextlib.contextmanager
-def network(size: int, folder: Path) -> Iterator[Network]:
+def network(size: int, folder: Path, *, own_processes: bool = False) -> Iterator[Network]:
     """Machines for the time of a block; nothing of them is left."""
-    made = Network(size, folder)
+    made = Network(size, folder, own_processes=own_processes)
     try:
         made.make()
         yield made
@@ -178,6 +254,11 @@ class Job:
 
     def log(self, node: int) -> str:
         return (self.net.folder / f"node{node}.log").read_text(encoding="utf-8", errors="replace")
+
+    def words_of_launchers(self) -> list[str]:
+        """What agents and their launchers have said on all machines."""
+        lines = [line for node in self.launchers for line in self.log(node).splitlines()]
+        return [line for line in lines if line.startswith("launch: ")]
 
     def wait_for_iteration(self, iteration: int, *, seconds: float = 180.0) -> float:
         """Return how long it took."""

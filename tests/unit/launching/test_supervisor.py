@@ -3,10 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from support.launches import REPOSITORY, clean_environment
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching import supervisor
-from megatron_smlp.launching.restarts import CAUSE, NO_PROGRESS
+from megatron_smlp.launching.restarts import CAUSE, CLOSED, MISSING, NO_PROGRESS
 from megatron_smlp.launching.settings import read
 from megatron_smlp.launching.supervisor import Supervisor, main
 from megatron_smlp.launching.training_words import Progress, given
@@ -72,7 +73,7 @@ def test_a_run_that_is_over_is_over(run: Callable[..., int], tmp_path: Path):
     assert words[-2:] == ["--distributed-timeout-minutes", "2"]
 
 
-@pytest.mark.parametrize("code", [2, 3, NO_PROGRESS, 76])
+@pytest.mark.parametrize("code", [2, 3, NO_PROGRESS, MISSING, CLOSED])
 def test_what_would_come_again_is_not_started_again(run: Callable[..., int], code: int):
     assert run((code, 5), (0, 0)) == code
 
@@ -103,6 +104,31 @@ def test_an_agent_that_got_on_counts_from_there(run: Callable[..., int], tmp_pat
     assert run((82, 5), (80, 10), (82, 15), (0, 15)) == 0
 
 
+@pytest.mark.parametrize(("iteration", "expected"), [(5, NO_PROGRESS), (10, 0)])
+def test_a_warning_before_anything_new_is_saved_is_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int, expected: int
+):
+    """SIGUSR1, after which a queue starts the same again: for ever, where that is of no use."""
+    monkeypatch.setattr(supervisor, "SHARING", 0.1)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
+    def saved(iteration: int) -> None:
+        made = tmp_path / "save" / f"iter_{iteration:07d}"
+        made.mkdir(parents=True, exist_ok=True)
+        for name in ("metadata.json", ".metadata"):
+            (made / name).write_text("{}")
+
+    def warned(self: Supervisor, torchrun: Sequence[str]) -> int:
+        self._hand_on(signal.SIGUSR1, None)
+        saved(iteration)
+        return 0
+
+    saved(5)
+    monkeypatch.setattr(Supervisor, "_run_agent", warned)
+    words = ["train.py", "--save", str(tmp_path / "save")]
+    assert Supervisor(read({}, several=False), words).run() == expected
+
+
 def test_without_a_folder_there_is_nothing_to_go_on_from(run: Callable[..., int], tmp_path: Path):
     assert run((1, 0), (0, 0), save=False) == 1
     assert len(starts(tmp_path)) == 1
@@ -131,8 +157,12 @@ if what == "wait":
     time.sleep(300)
 if what == "once" and rank == "1" and not os.environ.get("SMLP_RESTART"):
     os.kill(os.getpid(), signal.SIGKILL)
-if what == "wrong":
+if what == "wrong" or (what == "wrong-there" and rank == "1"):
     sys.exit(2)
+if what == "awhile":
+    time.sleep(10)
+if what == "wrong-there":
+    sys.exit(1)
 if what == "always":
     sys.exit(1)
 """
@@ -172,6 +202,40 @@ def test_ranks_that_always_fail(tmp_path: Path, what: str, code: int, times: int
     # What the ranks of one start are told; one may be ended before it can note it.
     told = {path.read_text(encoding="utf-8") for path in tmp_path.glob("rank*.*[0-9]")}
     assert len(told) == times
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["server", "host"])
+def test_whoever_waits_is_told_that_a_run_is_over(tmp_path: Path, kind: str):
+    """Of three machines one is a spare. Nobody waits until REJOIN_TIMEOUT, and a later start finds
+    nothing in its way."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launch = [sys.executable, str(REPOSITORY / "tools" / "launch.py")]
+    variables = {"RENDEZVOUS": kind, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables |= {"NPROC_PER_NODE": "1", "NNODES": "2", "SPARES": "1", "REJOIN_TIMEOUT": "10000"}
+    rank = tmp_path / "rank.py"
+    rank.write_text(RANK, encoding="utf-8")
+
+    def codes(what: str, machines: int) -> list[int]:
+        words = [*launch, "several-nodes", str(rank), what, "--save", str(tmp_path / "save")]
+        nodes = [
+            subprocess.Popen(words, env=clean_environment(**variables, NODE_RANK=str(number)))
+            for number in range(machines)
+        ]
+        return sorted(node.wait(timeout=200) for node in nodes)
+
+    server = subprocess.Popen([*launch, "serve", port]) if kind == "server" else None
+    try:
+        if kind == "server":
+            assert codes("wrong-there", 2) == [2, CLOSED]
+        assert codes("awhile", 3) == [0, 0, 0]
+        assert codes("awhile", 2) == [0, 0]
+    finally:
+        if server:
+            server.terminate()
+            server.wait()
 
 
 def test_sigterm_lets_the_ranks_end_well(tmp_path: Path):
