@@ -12,9 +12,9 @@ included, headers not (`ss`, of iproute2):
                (training/slow_hosts.py); here each rank is a machine
     restart    causes and host names, to all
 
-gloo sends all of it around a ring, in which no rank has more to do than another; rank 0 is compared
-with the others. What 1,024 ranks need is extrapolated by a line through the measured points, and
-not measured.
+gloo sends all but the first around a ring, in which no rank has more to do than another; rank 0 is
+compared with the others. What 1,024 ranks need is extrapolated from the measured points, and not
+measured: by a line, and where all ask rank 0 for the addresses of all, by a parabola.
 """
 
 import multiprocessing
@@ -23,11 +23,12 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from megatron.training.dist_signal_handler import all_gather_item
 
@@ -101,13 +102,9 @@ def measured(size: int) -> list[dict[str, Sent]]:
     return [found[rank] for rank in range(size)]
 
 
-def line_through(points: dict[int, float]) -> float:
+def far(sizes: Sequence[int], values: Sequence[float], *, degree: int) -> float:
     """The value at FAR, of least squares."""
-    xs, ys = list(points), list(points.values())
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    slope = sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True))
-    slope /= sum((a - x) ** 2 for a in xs)
-    return y + slope * (FAR - x)
+    return float(np.polyval(np.polyfit(sizes, values, degree), FAR))
 
 
 def main() -> None:
@@ -120,11 +117,9 @@ def main() -> None:
                 tuple(max(sent[name][at] for sent in found[size][first:last]) for at in (0, 1))
                 for size in SIZES
             ]
-            far = tuple(
-                line_through({size: cell[at] for size, cell in zip(SIZES, cells, strict=True)})
-                for at in (0, 1)
-            )
-            texts = [f"{sent:,.0f} ({packets:,.0f})" for sent, packets in (*cells, far)]
+            degree = 2 if (name, first) == ("start", 0) else 1
+            there = tuple(far(SIZES, values, degree=degree) for values in zip(*cells, strict=True))
+            texts = [f"{sent:,.0f} ({packets:,.0f})" for sent, packets in (*cells, there)]
             print(f"{name + ', ' + who:<30}" + "".join(f"{text:>18}" for text in texts))
 
 

@@ -76,6 +76,8 @@ class Saving:
         self.open: deque[Save] = deque()
         self.claimed: Claim | None = None
         """On rank 0."""
+        self.hosts: list[str] = []
+        """Of each rank, where there is more than one."""
         self.unsaved = 0
         """The latest iteration that could not be saved; 0 if a later one was."""
 
@@ -142,6 +144,8 @@ class Saving:
         while not (is_there := claim.exists()) and time.monotonic() < deadline:
             time.sleep(0.2)
         hosts = gathered((socket.gethostname(), is_there))
+        names = [host for host, _ in hosts]
+        self.hosts = names if len(set(names)) > 1 else []
         if not all(found for _, found in hosts):
             other = next(host for host, found in hosts if not found)
             raise UsageError(
@@ -256,8 +260,8 @@ class Saving:
         # One that was started earlier may end later, in the background.
         self.unsaved = max(self.unsaved, iteration)
         message = (
-            f"iteration {iteration} could not be saved to {save.final.parent}: {reason_of(error)}; "
-            f"{left_in(save.final.parent)}"
+            f"iteration {iteration} could not be saved to {save.final.parent}: "
+            f"{reason_of(error, self.hosts)}; {left_in(save.final.parent)}"
         )
         if self.args.on_save_failure == "stop":
             for later in self.open:  # still in the background, which ends with the run
@@ -274,9 +278,11 @@ class Saving:
 
     def _agree(self, problems: Sequence[str | TakenOverError]) -> None:
         """Raise on every rank where one has a problem. Collective."""
-        found = [problem for rank in gathered(list(problems)) for problem in rank]
-        if found:
-            raise found[0] if isinstance(found[0], TakenOverError) else SaveError(found[0])
+        for rank, found in enumerate(gathered(list(problems))):
+            if found and isinstance(found[0], TakenOverError):
+                raise found[0]
+            if found:
+                raise SaveError(f"{found[0]}{_whose(rank, self.hosts)}")
 
     def _is_first_rank(self) -> bool:
         return bool(self.args.rank == 0)
@@ -308,8 +314,19 @@ def text_of(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
-def reason_of(error: BaseException) -> str:
-    """Return the innermost message of an error that torch and Megatron wrap several times."""
-    failures = getattr(error, "failures", None) or {}
-    inner = next((str(failure[0]) for failure in failures.values()), str(error))
-    return re.split(r"error: ", " ".join(inner.split()))[-1][:300]
+def reason_of(error: BaseException, hosts: Sequence[str] = ()) -> str:
+    """Return the innermost message of an error that torch and Megatron wrap several times.
+
+    Args:
+        hosts: of each rank, to name the one that failed.
+    """
+    failures: dict[int, Any] = getattr(error, "failures", None) or {}
+    rank, inner = next(
+        ((rank, str(failure[0])) for rank, failure in failures.items()), (None, str(error))
+    )
+    whose = "" if rank is None else _whose(rank, hosts)
+    return re.split(r"error: ", " ".join(inner.split()))[-1][:300] + whose
+
+
+def _whose(rank: int, hosts: Sequence[str]) -> str:
+    return f" (rank {rank} on {hosts[rank]})" if hosts else ""

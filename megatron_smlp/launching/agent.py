@@ -169,7 +169,7 @@ class Agent(LocalElasticAgent):
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state == WorkerState.HEALTHY:
             cause = f"a machine came or went, seen by {socket.gethostname()}"
-            say(f"{cause}; starting again: {self.progress}.")
+            say(f"{cause}; starting again.")
             note_cause(cause, os.environ)
         super()._restart_workers(worker_group)
 
