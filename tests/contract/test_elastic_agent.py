@@ -25,7 +25,7 @@ def test_a_restart_still_forgets_the_shutdown_timeout():
 
 @pytest.mark.parametrize(
     "name",
-    ["_monitor_workers", "_restart_workers", "_stop_workers", "_shutdown", "_exit_barrier"],
+    ["run", "_monitor_workers", "_restart_workers", "_stop_workers", "_shutdown", "_exit_barrier"],
 )
 def test_what_is_overridden_is_there(name: str):
     ours, theirs = (list(inspect.signature(getattr(c, name)).parameters) for c in AGENTS)
@@ -41,7 +41,9 @@ def test_the_agent_is_looked_up_where_it_is_replaced():
         assert api.LocalElasticAgent is Agent
         assert HOLDER._sanitize.__module__ == elastic_agent.__name__
     assert api.LocalElasticAgent is original
-    assert "LocalElasticAgent(" in inspect.getsource(api.launch_agent)
+    launching = inspect.getsource(api.launch_agent)
+    assert "LocalElasticAgent(" in launching
+    assert "spec.rdzv_handler.shutdown()" in launching  # of a spec whose handler is replaced
 
 
 def node(name: str) -> Any:

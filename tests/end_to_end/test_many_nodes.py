@@ -293,12 +293,15 @@ def test_clocks_that_are_an_hour_apart(variables: dict[str, str], tmp_path: Path
         job = Job(net, f"{FLAGS} --train-iters 300", **variables)
         job.start(0)
         job.start(1, **ahead)
-        run = Failures(job)
-        run.survives("clocks an hour apart: rank killed", lambda: kill_one(job.ranks(0)))
-        second = Job(net, FLAGS, **(variables | {"NNODES": "1", "MASTER_ADDR": net.address(2)}))
+        net.slow(1, "1mbit")  # half a second a step: it is not to be over before the second starts
+        job.wait_for_iteration(1, seconds=PATIENCE)
+        alone = variables | {"NNODES": "1", "MASTER_ADDR": net.address(2)}
+        second = Job(net, job.flags, **alone)
         second.start(2, NODE_RANK="0", **wrong_clock(-3600, tmp_path))
         assert second.codes(2, seconds=PATIENCE) == [2], second.ends_of_logs()
         assert "is being written by process" in second.log(2)
+        run = Failures(job)
+        run.survives("clocks an hour apart: rank killed", lambda: kill_one(job.ranks(0)))
 
         def swapped() -> None:
             net.crash(0)
