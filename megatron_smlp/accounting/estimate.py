@@ -237,8 +237,7 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 where the configuration is refused."""
+def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="estimate.py",
         description="Parameters, FLOPs, memory and communication of a configuration.",
@@ -248,7 +247,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", type=Path, help="YAML file of flags")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options, words = parser.parse_known_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 where the configuration is refused."""
+    options, words = build_parser().parse_known_args(argv)
     try:
         file = read_yaml(options.config) if options.config else {}
         values = merged({spelling(key): value for key, value in file.items()}, words)
