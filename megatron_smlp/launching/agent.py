@@ -32,6 +32,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousError,
     RendezvousGracefulExitError,
     RendezvousTimeoutError,
+    dynamic_rendezvous,
 )
 
 from megatron_smlp.launching.parent import end_with_parent
@@ -224,15 +225,34 @@ class _Lasting:
         self.handler, self.agent = handler, agent
         self.is_lost = False
         self.round: Any = None
-        """The store of those with whom this agent has trained last."""
-        self.over: dict[int, bool] = {}
-        """Of a round that others train in: whether that had ended when this one came as a spare."""
+        """The store of those with whom this agent has trained last, or whose spare it is."""
+        self.spare_of: int | None = None
+        """The number of that round, of a spare."""
+        self.is_new = True
 
     def next_rendezvous(self) -> Any:
         """See torch's RendezvousHandler."""
+        if self.is_new:
+            self._see_who_lives()
+            self.is_new = False
         info = self.handler.next_rendezvous()
-        self.round = info.store
+        self.round, self.spare_of = info.store, None
         return info
+
+    def _see_who_lives(self) -> None:
+        """Who has died while it waited is still there, and would be counted at once.
+
+        Those that live beat every five seconds; the others are taken out after fifteen.
+        """
+        holder = self.handler._state_holder
+        holder.sync()
+        first = dict(holder.state.last_heartbeats)
+        while not holder.state.complete and any(
+            node in first and holder.state.last_heartbeats.get(node) == first[node]
+            for node in holder.state.participants
+        ):
+            time.sleep(0.5)
+            holder.sync()
 
     def look(self, state: Any) -> None:
         """See whether there is still something to wait for, while waiting.
@@ -241,13 +261,16 @@ class _Lasting:
             RendezvousClosedError: one of those with whom this agent has trained will not come back.
             RendezvousGracefulExitError: this is a spare, and the run is over.
         """
-        if state.complete and self.handler._this_node in state.redundancy_list:
-            ended = self._has_ended(self.handler._get_store())
-            was_over = self.over.setdefault(state.round, ended)
-            if ended and not was_over:
-                raise RendezvousGracefulExitError("the run is over")
-        elif not state.complete and self.round is not None and self._has_ended(self.round):
-            raise RendezvousClosedError
+        is_spare = state.complete and self.handler._this_node in state.redundancy_list
+        if is_spare and state.round != self.spare_of:
+            store = self.handler._get_store()
+            self.round = None if self._has_ended(store) else store  # an older run is not its own
+            self.spare_of = state.round
+        waits = is_spare or not state.complete
+        if waits and self.round is not None and self._has_ended(self.round):
+            if self.spare_of is None:
+                raise RendezvousClosedError
+            raise RendezvousGracefulExitError("the run is over")
 
     def _has_ended(self, store: Any) -> bool:
         with contextlib.suppress(RuntimeError):  # what a store that does not answer raises
@@ -281,6 +304,11 @@ class _Lasting:
                 if self.round is not None:
                     self.round.set(self.ENDED, "")
         self.handler._stop_heartbeats()
+        self.round = None  # looks for nothing any more
+        with contextlib.suppress(RendezvousError):
+            if not self.is_lost:  # else those who meet next would count this one
+                leave = dynamic_rendezvous._RendezvousExitOp()
+                self.handler._op_executor.run(leave, time.monotonic() + self.LOOKS)
         return True
 
 
