@@ -265,6 +265,8 @@ class _Lasting:
         if is_spare and state.round != self.spare_of:
             store = self.handler._get_store()
             self.round = None if self._has_ended(store) else store  # an older run is not its own
+            if self.spare_of is None:
+                say("a spare: this machine waits until another one is gone.")
             self.spare_of = state.round
         waits = is_spare or not state.complete
         if waits and self.round is not None and self._has_ended(self.round):

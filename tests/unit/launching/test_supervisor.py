@@ -159,8 +159,8 @@ if what == "once" and rank == "1" and not os.environ.get("SMLP_RESTART"):
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "wrong" or (what == "wrong-there" and rank == "1"):
     sys.exit(2)
-if what == "awhile":
-    time.sleep(10)
+while what == "until-told" and not (folder / "over").exists():
+    time.sleep(0.1)
 if what == "wrong-there":
     sys.exit(1)
 if what == "always":
@@ -218,24 +218,37 @@ def test_whoever_waits_is_told_that_a_run_is_over(tmp_path: Path, kind: str):
     rank = tmp_path / "rank.py"
     rank.write_text(RANK, encoding="utf-8")
 
-    def codes(what: str, machines: int) -> list[int]:
+    def started(what: str, machines: int) -> list[subprocess.Popen[bytes]]:
         words = [*launch, "several-nodes", str(rank), what, "--save", str(tmp_path / "save")]
-        nodes = [
-            subprocess.Popen(words, env=clean_environment(**variables, NODE_RANK=str(number)))
-            for number in range(machines)
-        ]
+        with (tmp_path / "said").open("w", encoding="utf-8") as said:
+            return [
+                subprocess.Popen(
+                    words, env=clean_environment(**variables, NODE_RANK=str(number)), stderr=said
+                )
+                for number in range(machines)
+            ]
+
+    def codes(nodes: list[subprocess.Popen[bytes]]) -> list[int]:
         return sorted(node.wait(timeout=200) for node in nodes)
 
     server = subprocess.Popen([*launch, "serve", port]) if kind == "server" else None
+    nodes: list[subprocess.Popen[bytes]] = []
     try:
         if kind == "server":
-            assert codes("wrong-there", 2) == [2, CLOSED]
-        assert codes("awhile", 3) == [0, 0, 0]
-        assert codes("awhile", 2) == [0, 0]
+            nodes = started("wrong-there", 2)
+            assert codes(nodes) == [2, CLOSED]
+        nodes = started("until-told", 3)
+        while "a spare: this machine waits" not in (tmp_path / "said").read_text(encoding="utf-8"):
+            assert not any(node.poll() for node in nodes)
+            time.sleep(0.1)
+        (tmp_path / "over").touch()
+        assert codes(nodes) == [0, 0, 0]
+        nodes = started("until-told", 2)
+        assert codes(nodes) == [0, 0]
     finally:
-        if server:
-            server.terminate()
-            server.wait()
+        for process in (*nodes, *([server] if server else [])):
+            process.kill()  # agents end with their launchers, ranks with their agents
+            process.wait()
 
 
 def test_sigterm_lets_the_ranks_end_well(tmp_path: Path):
