@@ -75,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.what == AGENT:
         from megatron_smlp.launching import agent  # with torch, in a process of its own
 
-        return agent.main(options.words)
+        code = agent.main(options.words)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The rendezvous' thread may be inside the store: an interpreter that ends aborts on it.
+        os._exit(code)
     if options.what == "serve":
         from megatron_smlp.launching import server
 
