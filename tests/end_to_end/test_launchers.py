@@ -187,6 +187,7 @@ def logged(folder: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_slurm_queues_a_job_again_whose_time_is_over(tmp_path: Path):
     """Twice in one run: the losses are those of a run that had all the time."""
     alone = [str(EXAMPLES / "one_node.sh"), *many_steps(tmp_path / "alone")]

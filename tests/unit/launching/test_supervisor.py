@@ -205,6 +205,7 @@ def test_ranks_that_always_fail(tmp_path: Path, what: str, code: int, times: int
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["server", "host"])
 def test_whoever_waits_is_told_that_a_run_is_over(tmp_path: Path, kind: str):
     """Of three machines one is a spare. Nobody waits until REJOIN_TIMEOUT, and a later start finds
