@@ -165,9 +165,6 @@ def more_runs(folder: Path) -> None:
     shell("cp -r runs/first runs/b", folder)
     for name in ("a", "b"):
         shell(
-            f"for s in bin idx json; do cp data/text_text_document.$s data/{name}.$s; done", folder
-        )
-        shell(
             f"$P tools/preprocess_data.py --input text.jsonl --output-prefix data/{name} "
             f"--append-eod {TOKENIZER}",
             folder,
