@@ -115,9 +115,7 @@ class ModelOptions:
     pNLP-Mixer's projection of counted hashes of the token's characters, which needs the tokenizer's
     strings; the output layer is then a table of its own."""
 
-    hash_count: int = option(
-        64, input_projections=("minhash",), least=1, older=64, hf="hash_count"
-    )
+    hash_count: int = option(64, input_projections=("minhash",), least=1, older=64, hf="hash_count")
     """minhash: number of hash functions, values of a token's fingerprint."""
 
     filter_size: int = option(

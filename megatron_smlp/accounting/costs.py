@@ -203,7 +203,9 @@ def embedding_cost(shape: ModelShape) -> Cost:
     """The input and its positions, the final norm, and the logits."""
     table = token_table(shape)
     flops = 2 * shape.seq_length * table.parameters
-    tables = input_cost(shape) + position_table(shape) + (Cost() if shape.tied_embeddings else table)
+    tables = (
+        input_cost(shape) + position_table(shape) + (Cost() if shape.tied_embeddings else table)
+    )
     return tables + norm_cost(shape) + Cost(flops=flops, square_flops=flops)
 
 

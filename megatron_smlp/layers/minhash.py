@@ -1,7 +1,7 @@
 """pNLP-Mixer's projection: an input without an embedding table (Fusco et al., arXiv 2202.04350).
 
-    f_i(token) = min over x of h_i(x),  x a character trigram of the token or the whole    0 <= i < n
-    C[j]       = the number of i with f_i = j modulo m             a counting Bloom filter, 0 <= j < m
+    f_i(token) = min over x of h_i(x),  x a character trigram of the token, or the whole; 0 <= i < n
+    C[j]       = the number of i with f_i = j modulo m, a counting Bloom filter;          0 <= j < m
     e_t        = LN([C of token t-w | ... | C of token t]) W'
 
 h_i(x) is the i-th word of 32 bits, little endian, of SHAKE-128 of x in UTF-8: the same on every
@@ -55,11 +55,6 @@ def check_flags(args: Any) -> None:
         raise ValueError(
             f"--window {args.window} looks back over more than the --seq-length {args.seq_length} "
             "tokens of a sample: give a smaller one."
-        )
-    if not args.untie_embeddings_and_output_weights:
-        raise ValueError(
-            "--no-untie-embeddings-and-output-weights: --input-projection minhash has no embedding "
-            "that the output layer could share. Leave it out."
         )
 
 
@@ -136,7 +131,7 @@ class MinHashProjection(MegatronModule):
         return torch.cat([padded[:, i : i + length] for i in range(self.window + 1)], dim=2)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The table may be padded to another length by another layout: no id lies in the padding."""
+        """The table, which another layout may pad to another length: no id lies in the padding."""
         state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
         for name, entry in state.items():
             if name.endswith(".fingerprints"):
