@@ -181,22 +181,21 @@ class SMLPCacheLayer(DynamicLayer):
 
 
 class SMLPCache(Cache):
-    """The states of all mixers (of some two a layer), the tokens of an input that reads several,
+    """The states of all mixers (of some two a layer), the ids of tokens that minhash reads again,
     and how many tokens each sample has."""
 
     def __init__(self, config: SMLPConfig) -> None:
         longest = config.max_position_embeddings
-        num_mixers = config.states_per_layer * config.num_layers
-        has_window = config.input_projection == "minhash"
-        num_layers = num_mixers + has_window
-        super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_layers)])
+        num_states = config.states_per_layer * config.num_layers
+        num_states += config.input_projection == "minhash"
+        super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_states)])
         self.num_columns = 0
         self.lengths: Tensor | None = None
         """<int64>[B], tokens of each sample; None: `num_columns` each."""
 
     @property
     def input_layer(self) -> Any:
-        """Ids of tokens, which minhash reads again."""
+        """Ids of tokens, <int64>[B, 1, L, 1], which minhash reads again."""
         return self.layers[-1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -40,6 +40,7 @@ SMLP = f"""
     --architecture smlp --num-dense-layers 2 --spatial-heads 2 --num-feature-experts 4
     --token-router base {EXPERTS}
 """
+MINHASH = "--architecture mixer --input-projection minhash --filter-size 64 --window 2"
 SYSTEMS = {
     "transformer": ATTENTION,
     "transformer_bf16": f"{ATTENTION} --bf16",
@@ -52,7 +53,8 @@ SYSTEMS = {
     "mixer": "--architecture mixer --spatial-heads 2 --mixer-expansion",
     "aft": "--architecture aft",
     "causal_rn": "--architecture causal_rn",
-    "minhash": "--architecture mixer --input-projection minhash --filter-size 64 --window 2",
+    "minhash": MINHASH,
+    "minhash_base": f"{MINHASH} --token-router base {EXPERTS}",
     "smlp": f"{SMLP} --feature-router deterministic",
     "smlp_partial": f"{SMLP} --feature-router partial",
 }
@@ -97,6 +99,7 @@ SHORT: list[Case] = [
     ("causal_rn", "one", "tp"),
     ("minhash", "one", "tp"),
     ("minhash", "tp", "pp"),
+    ("minhash_base", "one", "tp"),  # whose embeddings are cut along the sequence
     ("smlp", "pp", "ep"),
     ("smlp", "ep_distributed", "tp"),
     ("smlp", "tp", "one_distributed"),
@@ -170,7 +173,7 @@ class Runs:
         return f"{MODEL} {self._tokenizer(system)} {SYSTEMS[system]} {where}"
 
     def _tokenizer(self, system: str) -> str:
-        if system != "minhash":
+        if not system.startswith("minhash"):
             return NUMBERS
         folder = self.folder / "tokenizer"
         return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"

@@ -11,12 +11,12 @@ from support.conversions import assert_same, folder_weights, from_hf, run, weigh
 from support.in_process import pretrained
 from support.language_models import save_tokenizer
 from support.launches import records
-from support.smlp_systems import make_ids
+from support.smlp_systems import make_config, make_ids
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
-from megatron_smlp.conversion import convert
+from megatron_smlp.conversion import convert, llama
 from megatron_smlp.errors import UsageError
 from megatron_smlp.generation import cli
 from megatron_smlp.layers.minhash import fingerprints
@@ -165,6 +165,12 @@ def test_upcycling_keeps_the_input_and_the_loss(trained: Path, tmp_path: Path) -
     inputs = [name for name in before if name.startswith("embedding.")]
     assert len(inputs) == 4
     assert all(torch.equal(before[name], after[name]) for name in inputs)
+
+
+def test_a_modern_transformer_behind_it_is_no_llama() -> None:
+    llama_like = {"normalization": "RMSNorm", "num_experts": None, "moe_ffn_hidden_size": None}
+    assert llama.fits(make_config("modern", **llama_like))
+    assert not llama.fits(make_config("modern", **llama_like, input_projection="minhash"))
 
 
 @pytest.mark.parametrize(
