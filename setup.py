@@ -36,6 +36,7 @@ EXTRAS = {
         "g-mlp-pytorch>=0.1.5",
         "lm_eval[api]>=0.4.9,<0.5",  # its local-completions, against tools/serve.py
         "openai>=1.50",
+        "peft>=0.17",  # docs/library.md fine-tunes with it
         "ruff>=0.14",
         "mypy>=1.18",
         "types-PyYAML",

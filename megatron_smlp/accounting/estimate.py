@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import itertools
 import json
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megatron_smlp.accounting.costs import (
     ModelShape,
@@ -18,8 +23,10 @@ from megatron_smlp.accounting.costs import (
 )
 from megatron_smlp.accounting.footprint import ParallelLayout, footprint
 from megatron_smlp.command_line import Parser, flag_of
-from megatron_smlp.flags.config_file import read_yaml, spelling
-from megatron_smlp.options import model_defaults
+from megatron_smlp.data.tokenizers.factory import read_tokenizer
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec
+from megatron_smlp.flags.config_file import StrictLoader, read_yaml, spelling
+from megatron_smlp.options import ModelOptions, choices_of, model_defaults
 from megatron_smlp.systems import ARCHITECTURES
 
 _REQUIRED = ("num_layers", "hidden_size", "seq_length")
@@ -40,16 +47,33 @@ _LAYOUT: dict[str, Any] = {
     "fp16": False,
     "recompute_granularity": None,
 }
+_RESOLVED = ("add_bias_linear", "padded_vocab_size")
 _DEFAULTS = {**model_defaults(), "token_router": None, "position_embedding_type": None} | _LAYOUT
-_ON_COMMAND_LINE = (
-    "vocab_size",
-    "world_size",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "micro_batch_size",
-    "global_batch_size",
-)
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "normalization": ("LayerNorm", "RMSNorm"),
+    "position_embedding_type": ("learned_absolute", "rope", "none"),
+    "recompute_granularity": ("full", "selective"),
+} | {
+    field.name: choices
+    for field in dataclasses.fields(ModelOptions)
+    if (choices := choices_of(field)) is not None
+}
+_TYPED = {name: value for name, value in _DEFAULTS.items() if name not in _RESOLVED}
+_TYPED |= {field.name: field.default for field in dataclasses.fields(TokenizerSpec)}
+"""What may be on the command line: flags with their defaults."""
+EPILOG = f"""
+Every flag of the model, of its layout and of the tokenizer is taken, as pretrain_smlp.py takes it,
+and wins over the file; --no-KEY leaves out a key of the file. The tokenizer says how many entries
+the vocabulary has. Flags of the model and the layout:
+
+{
+    textwrap.fill(
+        " ".join(map(flag_of, [*_REQUIRED, *sorted(set(_DEFAULTS) - {*_REQUIRED, *_RESOLVED})])),
+        100,
+        break_on_hyphens=False,
+    )
+}
+"""
 
 
 def estimate(values: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +115,7 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     missing = [name for name in _REQUIRED if not values.get(name)]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing: give a positive number for each")
+    _refuse_wrong(values)
     args = argparse.Namespace(**(_DEFAULTS | values))
     if not isinstance(args.moe_layer_freq, int | list):
         raise ValueError(f"moe_layer_freq {args.moe_layer_freq}: give a number or a list as [0, 1]")
@@ -126,6 +151,71 @@ def _refuse_misspelt(values: dict[str, Any]) -> None:
             raise ValueError(f"unknown key {name!r}: did you mean {close[0]!r}?")
 
 
+def _refuse_wrong(values: Mapping[str, Any]) -> None:
+    """Refuse what is not one of the choices, or no number where only a number can be."""
+    for name, value in values.items():
+        choices = _CHOICES.get(name)
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{flag_of(name)} {value}: give one of {', '.join(choices)}")
+        is_number = name in _REQUIRED or type(_DEFAULTS.get(name)) in (int, float)
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and name != "moe_layer_freq" and value is not None and not numeric:
+            raise ValueError(f"{flag_of(name)} {value}: give a number")
+
+
+def merged(file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Return the flags of a file, by name, with those of a command line in their place.
+
+    A value is read as in a file: 4, 1e-5, true, text, [0, 1].
+
+    Raises:
+        ValueError: a flag is neither of the model, its layout nor the tokenizer, or has no value
+            or a wrong one.
+    """
+    values, given = dict(file), dict[str, Any]()
+    for word, typed in _grouped(words):
+        name, (flag, _, value) = spelling(word.partition("=")[0][2:]), word.partition("=")
+        if name not in _TYPED and name.removeprefix("no_") in _TYPED and not typed and not value:
+            values.pop(name.removeprefix("no_"), None)
+            continue
+        if name not in _TYPED:
+            raise ValueError(
+                f"{flag} is not a flag of the model, its layout or the tokenizer{_near(flag)}"
+            )
+        is_switch = isinstance(_TYPED[name], bool)
+        given[name] = _value(flag, [value, *typed] if value else typed, is_switch=is_switch)
+    values |= given
+    if values.get("tokenizer_type"):
+        spec = TokenizerSpec.from_arguments(argparse.Namespace(**values))
+        values["vocab_size"] = read_tokenizer(spec).vocab_size
+    return values
+
+
+def _grouped(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each flag with the values that are typed behind it."""
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    if words and starts[:1] != [0]:
+        raise ValueError(f"{words[0]!r} is not a flag: --config names the file")
+    for start, end in itertools.pairwise([*starts, len(words)]):
+        yield words[start], list(words[start + 1 : end])
+
+
+def _value(flag: str, typed: Sequence[str], *, is_switch: bool) -> Any:
+    if is_switch == bool(typed):
+        takes = "is a switch and takes no value" if is_switch else "needs a value"
+        raise ValueError(f"{' '.join([flag, *typed])}: {flag} {takes}")
+    try:
+        values = [yaml.load(word, StrictLoader) for word in typed]
+    except yaml.YAMLError as error:
+        raise ValueError(f"{flag} {' '.join(typed)}: not a number, text or list") from error
+    return True if is_switch else values[0] if len(values) == 1 else values
+
+
+def _near(flag: str) -> str:
+    close = difflib.get_close_matches(flag, map(flag_of, _TYPED), n=1, cutoff=0.8)
+    return f": did you mean {close[0]}?" if close else "; `--help` lists them"
+
+
 def _table(result: dict[str, Any]) -> str:
     gpu = result["per_gpu"]
     giga = {name: f"{value / 2**30:12.3f} GiB" for name, value in gpu.items()}
@@ -148,21 +238,26 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 where the configuration is refused."""
+def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="estimate.py",
         description="Parameters, FLOPs, memory and communication of a configuration.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of flags")
+    parser.add_argument("--config", type=Path, help="YAML file of flags")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    for name in _ON_COMMAND_LINE:
-        parser.add_argument(flag_of(name), type=int, help="instead of the file's value")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 where the configuration is refused."""
+    options, words = build_parser().parse_known_args(argv)
     try:
-        values = {spelling(key): value for key, value in read_yaml(options.config).items()}
-        given = {name: getattr(options, name) for name in _ON_COMMAND_LINE}
-        result = estimate(values | {k: v for k, v in given.items() if v is not None})
+        file = read_yaml(options.config) if options.config else {}
+        values = merged({spelling(key): value for key, value in file.items()}, words)
+        result = estimate(values)
     except ValueError as error:
         print(f"estimate.py: error: {error}", file=sys.stderr)
         return 2

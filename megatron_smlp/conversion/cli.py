@@ -39,8 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--load", type=Path, required=True, help="folder to read")
-    parser.add_argument("--save", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--load", "--checkpoint", type=Path, required=True, metavar="DIR",
+        help="to read: the --save folder of a run, an iter_ folder, or an exported one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--save", "--output", type=Path, required=True, metavar="DIR", help="to write"
+    )
     parser.add_argument(
         "--from", dest="source", choices=["torch_dist", "hf", "gpt2"], default="torch_dist",
         help="torch_dist: the --save folder of a run; hf: a folder that --to hf wrote, or "

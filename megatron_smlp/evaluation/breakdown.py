@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_smlp.evaluation.megatron_model import Row, RowScore
+from megatron_smlp.evaluation.rows import Row, RowScore
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -29,7 +29,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model = parser.add_argument_group("model (one of them)")
     model.add_argument(
-        "--checkpoint", metavar="DIR", help="the --save folder of a run, or an iter_ folder"
+        "--checkpoint",
+        "--load",
+        metavar="DIR",
+        help="the --save folder of a run, or an iter_ folder",
     )
     model.add_argument("--hf", metavar="DIR", help="what tools/convert_checkpoint.py --to hf wrote")
     tasks = parser.add_argument_group("tasks")
@@ -92,11 +95,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UsageError(
             "say what to measure: --tasks copa,piqa,... or --data-path PREFIX (perplexity)"
         )
-    for flag in ("data_path", "seq_length"):
-        if options.hf and getattr(options, flag):
-            raise UsageError(
-                f"{flag_of(flag)} goes with --checkpoint DIR, the run that --hf came from"
-            )
+    if options.hf and options.tasks and options.seq_length:
+        raise UsageError(
+            "--seq-length goes with --checkpoint DIR, the run that --hf came from, or with "
+            "--data-path PREFIX"
+        )
     for flag in ("stride", "split", "suffix_from", "breakdown"):
         if options.tasks and (value := getattr(options, flag)) not in (None, False):
             given = flag_of(flag) if value is True else f"{flag_of(flag)} {value}"
@@ -141,14 +144,17 @@ def evaluate(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None
 
 def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
     """Print the perplexity of a dataset, one number per line."""
-    args, scorer, tokenizer = _scorer(options, megatron_flags)
+    if options.hf:
+        facts, scorer, tokenizer = _exported_scorer(options)
+    else:
+        facts, scorer, tokenizer = _scorer(options, megatron_flags)
     from megatron_smlp.evaluation.perplexity import measure
     from megatron_smlp.options import suffix_start
     from megatron_smlp.training.captured_output import terminal
 
-    flags = argparse.Namespace(**{**vars(args), "suffix_from": options.suffix_from})
+    flags = argparse.Namespace(**{**vars(facts), "suffix_from": options.suffix_from})
     try:
-        suffix_from = suffix_start(flags, seq_length=args.seq_length)
+        suffix_from = suffix_start(flags, seq_length=facts.seq_length)
     except ValueError as error:
         raise UsageError(str(error)) from error
     result = measure(
@@ -161,7 +167,7 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
         limit=options.limit,
         breaks_down=options.breakdown,
     )
-    if args.rank != 0:
+    if int(os.environ.get("RANK", "0")) != 0:
         return
     for name, bins in result.get("breakdown", {}).items():
         print(f"{name:12}{'tokens':>10}{'loss':>10}{'sd':>10}", file=terminal())
@@ -174,7 +180,8 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
         shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
         print(f"{name.replace('_', ' ')}: {shown}", file=terminal(), flush=True)
     if options.output:
-        about = {"checkpoint": options.checkpoint, "data_path": options.data_path, **result}
+        model = {"hf": options.hf} if options.hf else {"checkpoint": options.checkpoint}
+        about = {**model, "data_path": options.data_path, **result}
         Path(options.output).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
@@ -234,6 +241,31 @@ def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple
     longest = sequence_length(args, options.seq_length)
     scorer = MegatronScorer(stages, longest=longest, batch_size=options.batch_size)
     return args, scorer, tokenizer
+
+
+def _exported_scorer(options: argparse.Namespace) -> tuple[argparse.Namespace, Any, Any]:
+    """Return what --suffix-from follows from, scorer and tokenizer of --hf, in one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("--hf with --data-path runs in one process: leave out torchrun")
+    from megatron_smlp.evaluation.exported_scorer import ExportedScorer
+    from megatron_smlp.generation.language_model import model_and_tokenizer
+    from megatron_smlp.library_logging import quiet_libraries
+
+    with quiet_libraries():
+        model, tokenizer = model_and_tokenizer(
+            argparse.Namespace(**vars(options), tokenizer_type=None, tokenizer_model=None)
+        )
+    most = int(model.config.max_position_embeddings)
+    longest = options.seq_length or most
+    if longest > most:
+        raise UsageError(f"--seq-length {longest}: --hf {options.hf} has {most} positions")
+    facts = argparse.Namespace(
+        seq_length=most,
+        feature_router=getattr(model.config, "feature_router", None) or "none",
+        prefix_fraction=getattr(model.config, "prefix_fraction", None),
+    )
+    scorer = ExportedScorer(model, longest=longest, batch_size=options.batch_size)
+    return facts, scorer, tokenizer
 
 
 def _report(options: argparse.Namespace, results: Sequence[Any]) -> None:

@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.megatron_model import MegatronScorer, Row, RowScore
+from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.reports import TaskResult, from_harness
+from megatron_smlp.evaluation.rows import Row, RowScore
 from megatron_smlp.evaluation.selection import Selection
 from megatron_smlp.generation.language_model import LanguageModel
 from megatron_smlp.serving.answers import Answer

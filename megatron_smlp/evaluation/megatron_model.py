@@ -19,8 +19,7 @@ Letters: B rows at once, T tokens, V vocabulary, n scored tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,29 +31,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from megatron_smlp.collectives import gathered
-
-Progress = Callable[[int], None]
-"""Called with the number of rows done so far."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence to score."""
-
-    tokens: tuple[int, ...]
-    """At most T + 1: the last one is only predicted."""
-    scored: int
-    """Number of last tokens that are scored; at least one token comes before them."""
-
-
-@dataclass(frozen=True)
-class RowScore:
-    """Scores of a row's scored tokens, in their order."""
-
-    logprobs: tuple[float, ...]
-    """log p of each token, given all tokens before it; natural logarithms."""
-    greedy: tuple[bool, ...]
-    """True where a token was the likeliest one."""
+from megatron_smlp.evaluation.rows import Progress, Row, RowScore
 
 
 class MegatronScorer:

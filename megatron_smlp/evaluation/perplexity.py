@@ -25,7 +25,7 @@ from megatron_smlp.data.token_counts import counts_in
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.breakdown import Breakdown, as_record
-from megatron_smlp.evaluation.megatron_model import MegatronScorer, Row
+from megatron_smlp.evaluation.rows import Row, Scorer
 
 CHUNK = 256
 """Windows that are scored in one call."""
@@ -105,7 +105,7 @@ def windows(tokens: Sequence[int], *, longest: int, stride: int, every: int = 1)
 
 
 def measure(
-    scorer: MegatronScorer,
+    scorer: Scorer,
     tokenizer: Tokenizer,
     prefix: str,
     *,

@@ -28,7 +28,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments
 
     model = parser.add_argument_group("model (one of the first two)")
-    model.add_argument("--checkpoint", metavar="DIR", help="the --save folder of a run")
+    model.add_argument(
+        "--checkpoint",
+        "--load",
+        metavar="DIR",
+        help="the --save folder of a run, or an iter_ folder",
+    )
     model.add_argument("--hf", metavar="DIR", help="what tools/convert_checkpoint.py --to hf wrote")
     model.add_argument(
         "--ckpt-step", type=int, metavar="N", help="iteration of --checkpoint (default: the newest)"

@@ -56,6 +56,14 @@ def load(options: argparse.Namespace) -> LanguageModel:
     Raises:
         UsageError: a folder that is neither, or a tokenizer that is missing or not the model's.
     """
+    model, tokenizer = model_and_tokenizer(options)
+    folder = Path(options.hf or options.checkpoint)
+    name = getattr(options, "model_name", None) or folder.resolve().name
+    return LanguageModel(model, tokenizer.build(), tokenizer.eod, name)
+
+
+def model_and_tokenizer(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
+    """Load what `load` does, with a tokenizer that is not at work yet."""
     model, spec, source = _exported(options) if options.hf else _trained(options)
     if options.tokenizer_type:
         spec = TokenizerSpec.from_arguments(options)
@@ -66,10 +74,7 @@ def load(options: argparse.Namespace) -> LanguageModel:
         raise UsageError(f"{source} has no tokenizer: give --tokenizer-model FOLDER")
     entries = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size
     tokenizer = resolve_for(spec, source=source, entries=entries, may_be_smaller=True)
-    folder = Path(options.hf or options.checkpoint)
-    name = getattr(options, "model_name", None) or folder.resolve().name
-    model = _placed(model, device=options.device, dtype=options.dtype)
-    return LanguageModel(model, tokenizer.build(), tokenizer.eod, name)
+    return _placed(model, device=options.device, dtype=options.dtype), tokenizer
 
 
 def of_checkpoint(

@@ -24,6 +24,7 @@ from megatron_smlp.plotting.records import Run
 from megatron_smlp.plotting.series import (
     AXES,
     Axis,
+    Floats,
     RouterHistory,
     common_unit,
     curve,
@@ -31,6 +32,7 @@ from megatron_smlp.plotting.series import (
     part_of,
     router_histories,
     smoothed,
+    ticks_at,
 )
 from megatron_smlp.routers.collapse import COLLAPSED
 
@@ -72,6 +74,7 @@ def _draw_losses(
     panel: Axes, runs: Sequence[Run], *, axis: Axis, window: int | None, suffix: bool
 ) -> None:
     unit, unit_name = common_unit(runs, axis)
+    evaluated: list[Floats] = []
     for run, look in zip(runs, looks(), strict=False):
         part = part_of(run, suffix=suffix)
         if part.training is not None:
@@ -82,6 +85,9 @@ def _draw_losses(
             panel.plot(line.x, line.y, linewidth=1.4, **look)
         dots = curve(run.validation, axis=axis, unit=unit, field=part.validation)
         panel.plot(dots.x, dots.y, "o", color=look["color"], markersize=4, markeredgecolor="white")
+        evaluated.append(dots.x)
+    if len(ticks := ticks_at(evaluated)) > 1:
+        panel.xaxis.set_major_locator(FixedLocator(ticks.tolist()))
     panel.set_xlabel(axis.label.format(unit_name))
     panel.set_yscale("log")
     # Round numbers: losses span less than a decade.

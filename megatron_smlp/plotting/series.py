@@ -48,6 +48,30 @@ AXES = {
 }
 
 
+MOST_TICKS = 7
+
+
+def ticks_at(evaluated: Sequence[Floats]) -> Floats:
+    """Return where an axis has its ticks, so that they meet the evaluations: at 0, and at every
+    so many-th of those that all runs have there.
+
+    Args:
+        evaluated: <fp64>[evaluations] of each run, ascending; runs without any do not count.
+
+    Returns:
+        nothing where the runs have none in common, as along an axis of time.
+    """
+    counted = [values for values in evaluated if len(values)]
+    if not counted:
+        return np.empty(0)
+    shared = np.unique(counted[0])
+    for values in counted[1:]:
+        shared = np.intersect1d(shared, values)
+    stride = max(1, -(-len(shared) // (MOST_TICKS - 1)))
+    chosen = shared[stride - 1 :: stride]
+    return np.unique([0.0, *chosen]) if len(chosen) else chosen
+
+
 @dataclass(frozen=True)
 class Part:
     """Targets that losses are over: those of all positions, or those behind a prefix."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -103,12 +103,15 @@ class Tables:
         runs = self.converged
         return sorted({int(seed) for seed in runs[runs["system"] == system]["seed"]})
 
-    def gaps(self, study: Study) -> tuple[str, ...]:
-        """Return what was planned for the longest horizon and is missing or diverged, in words."""
-        return tuple(self._gaps(study))
+    def gaps(self, study: Study, systems: Iterable[str]) -> tuple[str, ...]:
+        """Return what was planned of these systems for the longest horizon and is missing or
+        diverged, in words."""
+        return tuple(self._gaps(study, set(systems)))
 
-    def _gaps(self, study: Study) -> Iterator[str]:
+    def _gaps(self, study: Study, systems: set[str]) -> Iterator[str]:
         for system in study.systems:
+            if system not in systems:
+                continue
             found = self.losses(system, study.longest, "validation_loss")
             missing = [str(seed) for seed in study.seeds_of(system) if seed not in found]
             if missing:

@@ -102,7 +102,8 @@ def _claim_of_losses(
     names = {"validation_loss": "loss", "validation_suffix_loss": "loss behind the prefix"}
     return _claim(
         {pair: (names[field], difference) for pair, (field, difference) in found.items()},
-        null=0.0, name=name, text=text, notes=tables.gaps(study) if found else (),
+        null=0.0, name=name, text=text,
+        notes=tables.gaps(study, [name for pair in found for name in pair]),
     )  # fmt: skip
 
 

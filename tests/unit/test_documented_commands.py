@@ -11,6 +11,7 @@ import pytest
 from support.launches import REPOSITORY
 
 from megatron_smlp import commands as commands_of_the_wheel
+from megatron_smlp import systems
 from megatron_smlp.evaluation import cli as evaluation
 from megatron_smlp.flags.parse import build_parser
 
@@ -78,3 +79,33 @@ def test_extras_are_installed_from_here() -> None:
             name = re.fullmatch(r"\.\[(\w+)\]", extra)
             assert name is not None, (page, extra)
             assert f'"{name[1]}": [' in setup
+
+
+def test_the_tools_have_one_vocabulary() -> None:
+    """Every row of docs/tools.md, in the parsers of the tools that it names."""
+    text = (REPOSITORY / "docs" / "tools.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    seen: dict[str, set[str]] = {}
+    for _, flags, aliases, tools in rows:
+        options = re.findall(r"`(--[\w-]+)`", flags + aliases)
+        for tool in re.findall(r"^\w+|(?<=, )\w+", tools.strip()):
+            known = _parser_of(REPOSITORY / "tools" / f"{tool}.py")._option_string_actions
+            assert set(options) <= set(known), (tool, options)
+            if aliases.strip():
+                assert len({id(known[option]) for option in options}) == 1, (tool, options)
+            seen.setdefault(tool, set()).update(options)
+    shared = {flag for flags in seen.values() for flag in flags}
+    for tool, flags in seen.items():  # a word of the table is missing for none that has it
+        known = set(_parser_of(REPOSITORY / "tools" / f"{tool}.py")._option_string_actions)
+        assert known & shared <= flags | {"--config"}, tool
+
+
+def test_the_entries_of_a_mixer_are_as_the_page_shows_them() -> None:
+    """docs/adding-a-mixer.md has an excerpt of systems.py and of what it uses."""
+    page = (REPOSITORY / "docs" / "adding-a-mixer.md").read_text(encoding="utf-8")
+    (excerpt,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    tables: dict[str, Any] = {**vars(systems), "MIXERS": {}, "ARCHITECTURES": {}}
+    exec(excerpt, tables)
+    assert tables["MIXERS"]["masked_mixer"] == systems.MIXERS["masked_mixer"]
+    assert tables["ARCHITECTURES"]["mixer"] == systems.ARCHITECTURES["mixer"]

@@ -284,6 +284,59 @@ def test_estimate_prints_json_and_a_table(tmp_path: Path, capsys: pytest.Capture
     assert "missing.yaml: no such file" in capsys.readouterr().err
 
 
+def printed(words: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main([*words.split(), "--json"]) == 0, capsys.readouterr().err
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_flags_of_the_model_stand_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """They win over the file's, --no-KEY leaves one of it out, and no file is needed."""
+    config = tmp_path / "model.yaml"
+    config.write_text("num-layers: 4\nhidden-size: 64\nseq-length: 128\nnum-experts: 8\nlr: 1\n")
+    file = f"--config {config}"
+    words = "--num-layers 4 --hidden-size=64 --seq-length 128"
+    assert printed(f"{file} --no-num-experts", capsys) == printed(words, capsys)
+    assert printed(f"{file} --moe-layer-freq [0,1,0,1] --swiglu", capsys) == printed(
+        f"{words} --num-experts 8 --moe-layer-freq 0 1 0 1 --swiglu", capsys
+    )
+    assert printed(f"{file} --bf16", capsys) != printed(file, capsys)
+
+
+def test_a_tokenizer_says_how_large_the_vocabulary_is(capsys: pytest.CaptureFixture[str]):
+    words = "--num-layers 4 --hidden-size 64 --seq-length 128"
+    null = "--tokenizer-type NullTokenizer --vocab-size 999"
+    assert printed(f"{words} {null}", capsys) == printed(f"{words} --vocab-size 1000", capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num-layer 4", "did you mean --num-layers?"),
+        ("--lr 1e-3", "--lr is not a flag of the model, its layout or the tokenizer"),
+        ("--swiglu 3", "--swiglu is a switch and takes no value"),
+        ("--hidden-size", "--hidden-size needs a value"),
+        ("--hidden-size wide", "--hidden-size wide: give a number"),
+        ("--architecture smpl", "--architecture smpl: give one of transformer, "),
+        ("--normalization BatchNorm", "give one of LayerNorm, RMSNorm"),
+        ("model.yaml", "'model.yaml' is not a flag: --config names the file"),
+        (
+            "--tokenizer-type HuggingFaceTokenizer --tokenizer-model nowhere/at/all",
+            "nowhere/at/all",
+        ),
+    ],
+)
+def test_a_wrong_flag_is_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]):
+    sizes = ["--num-layers", "4", "--hidden-size", "64", "--seq-length", "128"]
+    is_flag = words.startswith("--")
+    assert main([*sizes, *words.split()] if is_flag else [*words.split(), *sizes]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_the_tool_runs_without_torch():
     tool = Path(__file__).parents[2] / "tools" / "estimate.py"
     code = (

@@ -9,7 +9,7 @@ S = sequences, D = documents + 1. All numbers are little-endian. The pairs are h
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -121,6 +121,16 @@ def idx_path(prefix: str) -> Path:
 def strip_suffix(name: str) -> str:
     """Return `PREFIX`, from `PREFIX`, `PREFIX.bin` or `PREFIX.idx`."""
     return name[:-4] if name.endswith((".bin", ".idx")) else name
+
+
+def refuse_existing(prefixes: Iterable[str], *, output_prefix: str) -> None:
+    """Raise DataError where one of the pairs that a tool is to write is there already."""
+    for prefix in prefixes:
+        if bin_path(prefix).exists() or idx_path(prefix).exists():
+            raise DataError(
+                f"--output-prefix {output_prefix}: {prefix}.bin is there already; give --overwrite "
+                "to replace it, or another prefix"
+            )
 
 
 def in_parts(array: NDArray[Any], items: int = COPY_ITEMS) -> Iterator[NDArray[Any]]:

@@ -50,6 +50,7 @@ def _add_split(commands: "argparse._SubParsersAction[Parser]") -> None:
     split.add_argument(
         "--seed", type=int, help="pick documents at random (default: cut them in their order)"
     )
+    split.add_argument("--overwrite", action="store_true", help="replace pairs that are there")
 
 
 def _add_sample(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -129,11 +130,16 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _split(args: argparse.Namespace) -> int:
-    from megatron_smlp.data.pairs.indexed import open_index, strip_suffix
-    from megatron_smlp.data.pairs.splitting import split
+    from megatron_smlp.data.pairs.indexed import open_index, refuse_existing, strip_suffix
+    from megatron_smlp.data.pairs.splitting import NAMES, split
 
     prefix = strip_suffix(args.prefix)
     output = args.output_prefix or prefix
+    if not args.overwrite:
+        named = [
+            f"{output}_{name}" for name, share in zip(NAMES, args.weights, strict=False) if share
+        ]
+        refuse_existing(named, output_prefix=output)
     parts = split(prefix, output_prefix=output, weights=args.weights, by=args.by, seed=args.seed)
     for name, documents in parts.items():
         if documents:

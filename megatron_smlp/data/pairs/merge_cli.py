@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="merge pairs whose manifests name different tokenizers",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a pair that is there")
     parser.add_argument("--multimodal", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -32,10 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.multimodal:
         raise DataError("--multimodal: only text datasets are supported here")
     from megatron_smlp.data.pairs.combining import find_pairs, merge
-    from megatron_smlp.data.pairs.indexed import open_index, strip_suffix
+    from megatron_smlp.data.pairs.indexed import open_index, refuse_existing, strip_suffix
     from megatron_smlp.data.pairs.manifest import find_manifest
 
     output = strip_suffix(args.output_prefix)
+    if not args.overwrite:
+        refuse_existing([output], output_prefix=args.output_prefix)
     prefixes = find_pairs(args.input, output_prefix=output)
     merge(prefixes, output_prefix=output, allow_mismatch=args.allow_tokenizer_mismatch)
     index = open_index(output)

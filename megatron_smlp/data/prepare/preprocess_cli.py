@@ -15,7 +15,7 @@ from megatron_smlp.progress import Progress
 
 if TYPE_CHECKING:
     from megatron_smlp.data.prepare.output import Counts
-    from megatron_smlp.data.prepare.preprocessing import PreprocessSettings, Summary
+    from megatron_smlp.data.prepare.preprocessing import Summary
 
 # Flags of Megatron's tool, now or once, that have no work to do here.
 IGNORED_FLAGS = {
@@ -100,12 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     # A scheduler's SIGTERM ends the run as Ctrl-C does: workers stop, finished shards stay.
     signal.signal(signal.SIGTERM, interrupt)
+    from megatron_smlp.data.pairs.indexed import refuse_existing
     from megatron_smlp.data.prepare.inputs import comparable_size
     from megatron_smlp.data.prepare.preprocessing import preprocess, settings_from_arguments
 
     settings = settings_from_arguments(args)
     if not (args.overwrite or args.resume):
-        _check_absent(settings)
+        level = "sentence" if settings.sentences else "document"
+        pairs = [f"{settings.output_prefix}_{key}_{level}" for key in settings.keys]
+        refuse_existing(pairs, output_prefix=settings.output_prefix)
     try:
         with _Report(comparable_size(settings.inputs)) as report:
             summary = preprocess(settings, on_progress=report.update)
@@ -144,20 +147,6 @@ class _Report(Progress):
             f"{counts.documents:,} documents ({document_rate:,.0f}/s), "
             f"{counts.tokens:,} tokens{rejected}",
         )
-
-
-def _check_absent(settings: "PreprocessSettings") -> None:
-    from megatron_smlp.data.pairs.indexed import bin_path, idx_path
-    from megatron_smlp.errors import DataError
-
-    level = "sentence" if settings.sentences else "document"
-    for key in settings.keys:
-        prefix = f"{settings.output_prefix}_{key}_{level}"
-        if any(path(prefix).exists() for path in (bin_path, idx_path)):
-            raise DataError(
-                f"--output-prefix {settings.output_prefix}: {prefix}.bin is there already; give "
-                "--overwrite to replace it, or another prefix"
-            )
 
 
 def _print_summary(summary: "Summary", total_seconds: float) -> None:

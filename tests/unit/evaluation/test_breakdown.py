@@ -14,8 +14,8 @@ from megatron_smlp.evaluation.breakdown import (
     frequency_bins,
     repeats,
 )
-from megatron_smlp.evaluation.megatron_model import RowScore
 from megatron_smlp.evaluation.perplexity import windows
+from megatron_smlp.evaluation.rows import RowScore
 
 
 def slow_repeat(tokens: list[int], t: int) -> int:

@@ -129,3 +129,19 @@ def test_lm_eval_on_a_running_server(
     )
     finished(start(*lm_eval("local-completions", arguments, tasks, tmp_path)))
     check(tmp_path, ours)
+
+
+def test_the_perplexity_of_an_exported_folder_is_that_of_its_checkpoint(
+    one: Run, data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "perplexity.json"
+    found = []
+    for model in (("--hf", one.exported), ("--checkpoint", one.checkpoint)):
+        words = ("--data-path", data, "--stride", 16, "--output", output, *model)
+        assert "suffix perplexity: " in finished(start("tools/evaluate.py", *words))
+        found.append(json.loads(output.read_text(encoding="utf-8")))
+    assert found[0].pop("hf") == str(one.exported)
+    assert found[1].pop("checkpoint") == str(one.checkpoint)
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert value == found[1][name] or value == pytest.approx(found[1][name], rel=1e-5), name

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation import perplexity
+from megatron_smlp.evaluation.exported_scorer import ExportedScorer
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.perplexity import measure, windows
 
@@ -49,6 +50,10 @@ def test_perplexity_is_that_of_the_exported_model(
         with pytest.raises(UsageError, match="no dataset at"):
             measure(scorer, tokenizer, f"{data}-absent", stride=None, suffix_from=0)
     model = AutoModelForCausalLM.from_pretrained(run.exported, trust_remote_code=True).eval()
+    again = ExportedScorer(model, longest=LENGTH, batch_size=8)
+    again.batch_size = 3  # as on a GPU: the last window, which is shorter, goes by itself
+    twin = measure(again, tokenizer, str(data), stride=5, suffix_from=4)
+    assert twin["perplexity"] == pytest.approx(strided["perplexity"], rel=1e-5)
     tokens = torch.from_numpy(open_index(str(data)).tokens().astype("int64"))
     losses, behind = [], []
     for begin in range(0, len(tokens) - 1, LENGTH):

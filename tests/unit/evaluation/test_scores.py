@@ -24,7 +24,8 @@ from lm_eval.models.huggingface import HFLM
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.harness import ScorerModel, run_tasks
 from megatron_smlp.evaluation.huggingface_model import ExportedModel
-from megatron_smlp.evaluation.megatron_model import MegatronScorer, Row
+from megatron_smlp.evaluation.megatron_model import MegatronScorer
+from megatron_smlp.evaluation.rows import Row
 from megatron_smlp.evaluation.selection import select_tasks
 from megatron_smlp.generation.language_model import of_checkpoint
 from megatron_smlp.library_logging import quiet_libraries

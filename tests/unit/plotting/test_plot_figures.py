@@ -23,6 +23,7 @@ from megatron_smlp.plotting.series import (
     part_of,
     router_histories,
     smoothed,
+    ticks_at,
 )
 
 
@@ -235,3 +236,18 @@ class TestParts:
 def test_no_two_of_many_runs_look_alike():
     first = [str(look) for look in itertools.islice(looks(), 27)]
     assert len(set(first)) == 27
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "ticks"),
+    [
+        ([[10, 20, 30], [10, 20, 30]], [0, 10, 20, 30]),
+        ([[10, 20, 30, 40], [20, 40]], [0, 20, 40]),
+        ([list(range(5, 100, 5))], [0, 20, 40, 60, 80]),
+        ([[0, 50, 100], []], [0, 50, 100]),
+        ([[1.5, 3.1], [1.4, 3.3]], []),  # of an axis of time: nothing in common
+        ([[], []], []),
+    ],
+)
+def test_ticks_meet_the_evaluations(evaluated: list[list[float]], ticks: list[float]):
+    assert ticks_at([np.array(values, dtype=np.float64) for values in evaluated]).tolist() == ticks

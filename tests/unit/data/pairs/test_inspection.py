@@ -72,6 +72,13 @@ def test_split_and_merge_give_the_pair_back(prefix: str, tmp_path: Path) -> None
     parts = [str(tmp_path / f"part_{name}") for name in ("train", "valid", "test")]
     merge_cli.main(["--input", *parts, "--output-prefix", str(tmp_path / "again")])
     assert (tmp_path / "again.bin").read_bytes() == Path(prefix + ".bin").read_bytes()
+    with pytest.raises(DataError, match=r"part_train.bin is there already; give --overwrite"):
+        inspect_cli.main(["split", prefix, *flags])
+    merging = ["--input", *parts, "--output-prefix", str(tmp_path / "again")]
+    with pytest.raises(DataError, match=r"again.bin is there already; give --overwrite"):
+        merge_cli.main(merging)
+    assert inspect_cli.main(["split", prefix, *flags, "--overwrite"]) == 0
+    merge_cli.main([*merging, "--overwrite"])
     assert (tmp_path / "again.idx").read_bytes() == Path(prefix + ".idx").read_bytes()
 
 

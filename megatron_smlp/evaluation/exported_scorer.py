@@ -1,0 +1,57 @@
+"""Score rows of tokens with an exported model, or any other causal one of transformers.
+
+    log p(y) = log_softmax(l)_y,    l: the logits behind all tokens before y
+
+Only rows of one length share a batch, so nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_smlp.evaluation.rows import Progress, Row, RowScore
+
+
+class ExportedScorer:
+    """A transformers model that scores rows, in this process.
+
+    Args:
+        model: of `AutoModelForCausalLM`, in evaluation mode.
+        longest: T.
+        batch_size: rows at once; on a CPU it is one, as a matrix product there rounds by the
+            number of its rows.
+    """
+
+    def __init__(self, model: Any, *, longest: int, batch_size: int) -> None:
+        self.model = model
+        self.longest = longest
+        self.batch_size = 1 if model.device.type == "cpu" else batch_size
+
+    def score(self, rows: Sequence[Row], *, progress: Progress | None = None) -> list[RowScore]:
+        """Return the score of each row, in their order."""
+        scores: dict[int, RowScore] = {}
+        waiting = sorted(range(len(rows)), key=lambda number: len(rows[number].tokens))
+        while waiting:
+            length = len(rows[waiting[-1]].tokens)
+            batch = [n for n in waiting[-self.batch_size :] if len(rows[n].tokens) == length]
+            scores |= zip(batch, self._batch([rows[n] for n in batch]), strict=True)
+            del waiting[-len(batch) :]
+            if progress is not None:
+                progress(len(scores))
+        return [scores[number] for number in range(len(rows))]
+
+    @torch.inference_mode()
+    def _batch(self, rows: Sequence[Row]) -> list[RowScore]:
+        """Score rows of one length, whose input is all of their tokens but the last."""
+        tokens = torch.tensor([row.tokens for row in rows], device=self.model.device)
+        logits = self.model(tokens[:, :-1], use_cache=False).logits.float()
+        targets = tokens[:, 1:, None]
+        logprobs = logits.log_softmax(dim=-1).gather(2, targets)[..., 0]
+        greedy = logits.gather(2, targets)[..., 0] == logits.amax(dim=-1)
+        return [
+            RowScore(tuple(values[-row.scored :].tolist()), tuple(flags[-row.scored :].tolist()))
+            for row, values, flags in zip(rows, logprobs, greedy, strict=True)
+        ]

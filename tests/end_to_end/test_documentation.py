@@ -1,0 +1,214 @@
+"""Every block of commands in README.md and docs/ as it stands, in a copy of the checkout.
+
+A page's blocks run in their order, each by bash, and find what a reader would have: texts, a
+tokenizer, datasets, runs. `SHORTER` and `NAMED` are all that is changed: trainings take a few
+steps, and what a page leaves to the reader (`...`) is said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.launches import REPOSITORY, clean_environment
+
+pytestmark = pytest.mark.slow
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+NOT_HERE = {
+    "make quickstart": "test_the_suite and CI run it",
+    "make study": "tests/end_to_end/test_study.py",
+    "make first-gpu": "tests/unit/test_first_gpu.py",
+    "pip install": "the environment has the extras",
+    'MIXERS["masked_mixer"]': "an excerpt; tests/unit/test_documented_commands.py compares it",
+    "tools/study.py": "tests/end_to_end/test_study.py, with a study that ends in minutes",
+}
+STEPS = (
+    "--train-iters 2 --eval-iters 1 --eval-interval 2 --global-batch-size 4 --micro-batch-size 2"
+)
+SIZES = "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --seq-length 64"
+TOKENIZER = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer"
+DATA = f"--data-path data/text_text_document {TOKENIZER} --split 90,10,0"
+NAMED = {
+    "configs/paper/...": f"configs/cpu/gmlp.yaml {STEPS}",
+    "--data-path ... --lr 1e-4 ...": f"--data-path data/gpt2_text_document {STEPS} --split 90,10,0",
+    "--bf16 ...": f"--bf16 {DATA} {STEPS}",
+    "pretrain_smlp.py ... --eval-tasks": f"pretrain_smlp.py --config configs/cpu/gmlp.yaml {DATA} "
+    f"{STEPS} --save runs/tasks --eval-tasks",
+    "CONFIG=...": "CONFIG=configs/cpu/gmlp.yaml",
+    "--save runs/first ...": f"--save runs/launched {DATA} {STEPS}",
+    "...": "",
+}
+"""What a page leaves out."""
+SHORTER = {
+    "--nproc-per-node 8": "--nproc-per-node 2",
+    "--expert-model-parallel-size 2 ": "",  # eight processes on two cores take minutes
+    "--pipeline-model-parallel-size 2": "",
+    "NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1": "NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1",
+    "--vocab-size 32000": "--vocab-size 300",
+    "--workers 8": "--workers 2",
+    "--max-new-tokens 60": "--max-new-tokens 4",
+    "--train-iters 20000 --lr 5e-4": "--train-iters 4 --lr 5e-4",
+    "--eval-tasks-interval 1000": "--eval-tasks-interval 2",
+    "smlp_deterministic.yaml --data-path": f"smlp_deterministic.yaml {STEPS} --data-path",
+    "--tasks hellaswag": "--tasks copa --data-dir tasks",  # the others are downloaded
+    "--tasks piqa\n": "--tasks copa --include_path megatron_smlp/evaluation/tasks "
+    '--metadata \'{"data_dir": "tasks"}\'\n',
+    "--tasks piqa --model_args": "--tasks copa --include_path megatron_smlp/evaluation/tasks "
+    '--metadata \'{"data_dir": "tasks"}\' --model_args',
+    "--tasks copa\n": "--tasks copa --data-dir tasks\n",
+}
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Language and text of each block that is to run."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    found = BLOCK.findall(text)
+    return [(kind, body) for kind, body in found if not any(word in body for word in NOT_HERE)]
+
+
+def as_it_runs(body: str) -> str:
+    for given, taken in (*NAMED.items(), *SHORTER.items()):
+        body = body.replace(given, taken)
+    return body
+
+
+def shell(words: str, folder: Path, *, stdin: str = "") -> str:
+    """Run lines of bash; the first that fails ends the test."""
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", words],
+        cwd=folder,
+        env=variables(),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def variables() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**clean_environment(HF_HUB_OFFLINE="1"), "PATH": path, "P": ".venv/bin/python"}
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where somebody stands who has read README.md, with what the other pages start from."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("configs", "examples", "megatron_smlp", "tools", "pretrain_smlp.py"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    (folder / ".venv").symlink_to(Path(sys.executable).parents[1])
+    (folder / "my.yaml").write_text("include: configs/cpu/smlp_deterministic.yaml\n")
+    write_texts(folder)
+    for kind, body in blocks("README.md"):
+        assert kind == "bash"
+        shell(as_it_runs(body), folder)
+    more_runs(folder)
+    return folder
+
+
+def write_texts(folder: Path) -> None:
+    draw = random.Random(0)
+    words = [
+        f"{a}{b}" for a in ("one", "seven", "thir", "four") for b in ("ty", "teen", "th", "fold")
+    ]
+
+    def text(count: int) -> str:
+        return " ".join(draw.choices(words, k=count))
+
+    def jsonl(path: Path, rows: list[dict[str, object]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    jsonl(folder / "text.jsonl", [{"text": text(200)} for _ in range(200)])
+    for name in ("books", "web"):
+        jsonl(folder / "corpus" / name / "part.jsonl", [{"text": text(200)} for _ in range(100)])
+    (folder / "folder").mkdir()
+    (folder / "folder" / "a.txt").write_text(text(50), encoding="utf-8")
+    (folder / "prompts.txt").write_text("seventy\nfourth\n", encoding="utf-8")
+    sides = {"premise": text(3), "choice1": text(2), "choice2": text(2), "question": "cause"}
+    jsonl(folder / "tasks" / "copa.jsonl", [{**sides, "label": n % 2} for n in range(4)])
+    piqa = {"goal": text(3), "sol1": text(2), "sol2": text(2)}
+    jsonl(folder / "tasks" / "piqa.jsonl", [{**piqa, "label": n % 2} for n in range(4)])
+
+
+def more_runs(folder: Path) -> None:
+    """Small runs of the names that pages use, more pairs, a folder of pairs, a GPT-2."""
+    train = "$P pretrain_smlp.py --config configs/cpu/{}.yaml --save runs/{}"
+    train += f" {SIZES} {DATA} {STEPS}"
+    models = {
+        "dense": "transformer", "switch": "switch", "base": "base", "smlp": "smlp_deterministic",
+    }  # fmt: skip
+    few = "--num-layers 2 --moe-layer-freq [0,1]"
+    for name, config in models.items():
+        extra = {"switch": few, "base": few, "smlp": "--num-dense-layers 1"}.get(name, "")
+        shell(f"{train.format(config, name)} {extra}", folder)
+    shell(f"{train.format('gmlp', 'gmlp')} --num-layers 8 --ffn-hidden-size 64", folder)
+    shell("cp -r runs/first runs/b", folder)
+    for name in ("a", "b"):
+        shell(
+            f"for s in bin idx json; do cp data/text_text_document.$s data/{name}.$s; done", folder
+        )
+        shell(
+            f"$P tools/preprocess_data.py --input text.jsonl --output-prefix data/{name} "
+            f"--append-eod {TOKENIZER}",
+            folder,
+        )
+    shell("mkdir shards; cp data/a_text_document* data/a.json shards/", folder)
+    gpt2(folder)
+
+
+def gpt2(folder: Path) -> None:
+    """A small GPT-2 of transformers, with the tokenizer of the README."""
+    program = """
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+tokenizer = AutoTokenizer.from_pretrained("tokenizer")
+config = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=64, vocab_size=len(tokenizer))
+GPT2LMHeadModel(config).save_pretrained("gpt2")
+tokenizer.save_pretrained("gpt2")
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=folder, env=variables(), check=True)
+
+
+@pytest.mark.parametrize("page", PAGES[1:])
+def test_a_page_runs_as_it_is_printed(page: str, reader: Path) -> None:
+    for kind, body in blocks(page):
+        if kind == "python":
+            script = reader / "block.py"
+            script.write_text(body, encoding="utf-8")
+            shell("$P block.py", reader)
+        elif "tools/serve.py" in body:
+            with_a_server(as_it_runs(body), reader)
+        else:
+            shell(as_it_runs(body), reader, stdin="seventy\n")
+
+
+def with_a_server(body: str, folder: Path) -> None:
+    """The block's first command serves until it is ended; the others ask it."""
+    first, *rest = re.sub(r"\\\n", " ", body).splitlines()
+    server = subprocess.Popen(["bash", "-c", f"exec {first}"], cwd=folder, env=variables())
+    try:
+        waiting = "for i in $(seq 120); do curl -s 127.0.0.1:8000/v1/models && break; sleep 1; done"
+        shell("\n".join([waiting, *rest]), folder)
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def test_everything_that_is_changed_is_there() -> None:
+    text = "".join(body for page in PAGES for _, body in blocks(page))
+    for given in (*NAMED, *SHORTER):
+        assert given in text, given
+    for given in NOT_HERE:
+        pages = "".join((REPOSITORY / page).read_text(encoding="utf-8") for page in PAGES)
+        assert given in pages, given
