@@ -124,7 +124,9 @@ class MinHashProjection(MegatronModule):
     def features(self, ids: Tensor) -> Tensor:
         """ids: <int64>[B, T] -> <float>[B, T, (w+1) m], the counters of the window's tokens."""
         values = self.fingerprints[ids].long()
-        counters = self.norm.weight.new_zeros(*ids.shape, self.filter_size)
+        # Of no parameter: that would read one before --overlap-param-gather has brought it.
+        shape, dtype = (*ids.shape, self.filter_size), self.norm.weight.dtype
+        counters = torch.zeros(shape, dtype=dtype, device=ids.device)
         counters.scatter_add_(2, values, counters.new_ones(()).expand(values.shape))
         padded = functional.pad(counters, (0, 0, self.window, 0))
         length = ids.shape[1]
