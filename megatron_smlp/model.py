@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
+from megatron_smlp.data.tokenizers.factory import strings_of_tokens
+from megatron_smlp.layers.minhash import fingerprints, replace_embedding
 from megatron_smlp.routers.hash import attach_token_ids
 from megatron_smlp.routers.hash_table import BALANCED
 from megatron_smlp.training.data import experts_of_training_data
@@ -55,13 +57,28 @@ def model_config(args: argparse.Namespace) -> Any:
     config = transformer_config(args)
     model = gpt_config_from_args(args, config=config)
     model.transformer_layer_spec = import_module(args.spec) if args.spec else _layers
-    model.pre_wrap_hooks += [_with_token_ids, _on_device]
+    model.pre_wrap_hooks += [_with_token_ids, _with_input_projection, _on_device]
     return model
 
 
 def _with_token_ids(stages: list[Any]) -> list[Any]:
     for stage in stages:
         attach_token_ids(stage)
+    return stages
+
+
+def _with_input_projection(stages: list[Any]) -> list[Any]:
+    """Put --input-projection minhash, with its table, where the embedding was built."""
+    args = get_args()
+    for stage in stages:
+        if projection := replace_embedding(stage):
+            table = fingerprints(
+                strings_of_tokens(args),
+                num_ids=args.padded_vocab_size,
+                hash_count=args.hash_count,
+                filter_size=args.filter_size,
+            )
+            projection.fingerprints.copy_(table)
     return stages
 
 

@@ -28,6 +28,8 @@ class Facts:
     """Rules of the token router that it is for, empty: all."""
     feature_routers: tuple[str, ...] = ()
     """Rules of the feature router that it is for, empty: all."""
+    input_projections: tuple[str, ...] = ()
+    """Kinds of the input that it is for, empty: all."""
     least: float | None = None
     """The smallest value that is allowed."""
     may_change: bool = False
@@ -105,6 +107,24 @@ class ModelOptions:
         64, architectures=("amlp",), least=1, hf="tiny_attention_width"
     )
     """amlp: width of the one attention head beside the gate, in features."""
+
+    input_projection: Literal["embedding", "minhash"] = option(
+        "embedding", older="embedding", hf="input_projection"
+    )
+    """What makes vectors of the input's tokens. embedding: a table with a row a token. minhash:
+    pNLP-Mixer's projection of counted hashes of the token's characters, which needs the tokenizer's
+    strings; the output layer is then a table of its own."""
+
+    hash_count: int = option(64, input_projections=("minhash",), least=1, older=64, hf="hash_count")
+    """minhash: number of hash functions, values of a token's fingerprint."""
+
+    filter_size: int = option(
+        1024, input_projections=("minhash",), least=1, older=1024, hf="filter_size"
+    )
+    """minhash: number of counters into which a token's values fall."""
+
+    window: int = option(1, input_projections=("minhash",), least=0, older=1, hf="window")
+    """minhash: tokens before each one whose counters are read with its own."""
 
     feature_router: Literal["none", "deterministic", "partial"] = option(
         "none", architectures=("smlp",), hf="feature_router", upcycling=True

@@ -200,11 +200,35 @@ def choices_per_token(shape: ModelShape) -> int:
 
 
 def embedding_cost(shape: ModelShape) -> Cost:
-    """Token and position embeddings, the final norm, and the logits."""
+    """The input and its positions, the final norm, and the logits."""
     table = token_table(shape)
     flops = 2 * shape.seq_length * table.parameters
-    tables = table + position_table(shape) + (Cost() if shape.tied_embeddings else table)
+    tables = (
+        input_cost(shape) + position_table(shape) + (Cost() if shape.tied_embeddings else table)
+    )
     return tables + norm_cost(shape) + Cost(flops=flops, square_flops=flops)
+
+
+def input_cost(shape: ModelShape) -> Cost:
+    """What makes vectors of tokens: a table, or the projection of their hashes, with its norm."""
+    options = shape.options
+    if options.input_projection == "embedding":
+        return token_table(shape)
+    features = (options.window + 1) * options.filter_size
+    flops = 2 * shape.seq_length * features * shape.hidden_size
+    return Cost(
+        replicated=features * (shape.hidden_size + 2),
+        flops=flops,
+        square_flops=flops,
+        kept_everywhere=2 * features,  # the counters before and after the norm
+    )
+
+
+def fingerprint_bytes(shape: ModelShape) -> int:
+    """The table of --input-projection minhash, which is not trained: an int16 a value."""
+    options = shape.options
+    is_hashed = options.input_projection == "minhash"
+    return 2 * shape.padded_vocab_size * options.hash_count * is_hashed
 
 
 def token_table(shape: ModelShape) -> Cost:

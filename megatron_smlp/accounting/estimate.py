@@ -124,6 +124,7 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     args.ffn_hidden_size = args.ffn_hidden_size or _default_width(args)
     # Experts of nobody's rule are counted as those of the simplest one.
     args.token_router = args.token_router or ("switch" if args.num_experts else "none")
+    args.untie_embeddings_and_output_weights |= args.input_projection == "minhash"
     args.add_bias_linear = not args.disable_bias_linear
     if args.position_embedding_type is None:
         args.position_embedding_type = ARCHITECTURES[args.architecture].positions

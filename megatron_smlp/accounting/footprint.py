@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from megatron_smlp.accounting.costs import (
     Cost,
     ModelShape,
+    fingerprint_bytes,
+    input_cost,
     layer_cost,
     norm_cost,
     position_table,
@@ -146,13 +148,13 @@ def stage_slots(shape: ModelShape, layout: ParallelLayout, stage: int) -> tuple[
 
 
 def stage_cost(shape: ModelShape, layout: ParallelLayout, stage: int) -> Cost:
-    """The layers of one pipeline stage, with the first one's embeddings and the last one's norm; a
+    """The layers of one pipeline stage, with the first one's input and the last one's norm; a
     tied output embedding is a copy on the last."""
     cost = total(layer_cost(shape, slots) for slots in stage_slots(shape, layout, stage))
     table = token_table(shape)
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     if is_first:
-        cost += table + position_table(shape)
+        cost += input_cost(shape) + position_table(shape)
     if is_last:
         cost += norm_cost(shape)
         if not (shape.tied_embeddings and is_first):
@@ -181,6 +183,8 @@ def _activation_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> 
     tokens = layout.micro_batch_size * shape.seq_length
     layers = stage_slots(shape, layout, stage)
     kept = sum(activation_elements(shape, layout, slots) for slots in layers)
+    if stage == 0:
+        kept += input_cost(shape).kept_everywhere
     # One forward, one backward at a time: earlier stages are ahead by the stages behind them.
     in_flight = min(layout.num_micro_batches, layout.pipeline - stage)
     total = in_flight * kept * tokens * layout.value_bytes
@@ -196,9 +200,10 @@ def _stage(shape: ModelShape, layout: ParallelLayout, stage: int) -> Footprint:
     spread = layout.distributed_optimizer
     dense_share = dense // (layout.data if spread else 1)
     expert_share = experts // (layout.expert_data if spread else 1)
+    buffers = fingerprint_bytes(shape) if stage == 0 else 0
     return Footprint(
         parameters=dense + experts,
-        weight_bytes=(dense + experts) * layout.value_bytes,
+        weight_bytes=(dense + experts) * layout.value_bytes + buffers,
         gradient_bytes=(dense + experts) * _GRADIENT_BYTES,
         optimizer_bytes=(dense_share + expert_share) * per_parameter,
         activation_bytes=_activation_bytes(shape, layout, stage),

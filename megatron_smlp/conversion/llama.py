@@ -42,6 +42,7 @@ IN_LAYER = {
 }
 # What a Llama is, in the words of our configuration.
 IS_LLAMA = {
+    "input_projection": "embedding",
     "architecture": "transformer",
     "token_router": "none",
     "position_embedding_type": "rope",

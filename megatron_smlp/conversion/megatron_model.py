@@ -70,6 +70,7 @@ def _build(flags: Mapping[str, Any]) -> Any:
     from megatron.core.models.gpt import GPTModel
 
     from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
+    from megatron_smlp.layers.minhash import replace_embedding
     from megatron_smlp.model import activation
     from megatron_smlp.routers.hash import attach_token_ids
     from megatron_smlp.systems import weighs_all_experts
@@ -100,9 +101,10 @@ def _build(flags: Mapping[str, Any]) -> Any:
             rope_scaling=flags["use_rope_scaling"],
             rope_scaling_factor=flags["rope_scaling_factor"],
             seq_len_interpolation_factor=flags["rotary_seq_len_interpolation_factor"],
-        ).eval()
+        )
+        replace_embedding(model)
     attach_token_ids(model)
-    return model
+    return model.eval()
 
 
 def expected_shapes(flags: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

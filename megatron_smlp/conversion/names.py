@@ -21,6 +21,10 @@ from megatron_smlp.conversion.recipes import Recipe, same
 
 OUTSIDE = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "embedding.word_embeddings.fingerprints": "model.embed_tokens.fingerprints",
+    "embedding.word_embeddings.norm.weight": "model.embed_tokens.norm.weight",
+    "embedding.word_embeddings.norm.bias": "model.embed_tokens.norm.bias",
+    "embedding.word_embeddings.proj.weight": "model.embed_tokens.proj.weight",
     "embedding.position_embeddings.weight": "model.embed_positions.weight",
     "decoder.final_layernorm.weight": "model.final_norm.weight",
     "decoder.final_layernorm.bias": "model.final_norm.bias",

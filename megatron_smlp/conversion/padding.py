@@ -18,7 +18,7 @@ from megatron_smlp.checkpoints.tensors import Source, Spec
 # folders, of GPT-2's; the output layer comes after the embedding it may be tied to.
 EMBEDDINGS = ("embedding.word_embeddings.weight", "model.embed_tokens.weight", "wte.weight")
 OUTPUTS = ("output_layer.weight", "lm_head.weight")
-TABLES = (".router.table",)
+TABLES = (".router.table", ".fingerprints")
 FINAL_BIASES = ("decoder.final_layernorm.bias", "model.final_norm.bias", "transformer.ln_f.bias")
 BLOCK_ROWS = 4096
 

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_smlp.checkpoints.tensors import Spec
+from megatron_smlp.checkpoints.tensors import Spec, main_dtype
 from megatron_smlp.conversion.recipes import Plan, Recipe, same
 from megatron_smlp.errors import UsageError
 from megatron_smlp.routers.hash_table import random_table
@@ -142,7 +142,7 @@ def plan(
         source: the dense checkpoint's tensors.
         expected: the sparse model's tensors.
     """
-    dtype = source["embedding.word_embeddings.weight"].dtype
+    dtype = main_dtype(source)
     return {name: _recipe(name, shape, source, target, dtype) for name, shape in expected.items()}
 
 

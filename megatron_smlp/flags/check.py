@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import is_checkpoint_folder, iteration_of, tracked_folder
 from megatron_smlp.command_line import flag_of
+from megatron_smlp.data.tokenizers.factory import strings_of_tokens
 from megatron_smlp.data.tokenizers.folder import local_gpt2_files
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check_model import check_model
@@ -44,6 +45,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     choice.check(args.platform)
     cpu.check_flags(args)
     refuse_unless(args, "architectures", chosen=args.architecture, by="--architecture")
+    refuse_unless(args, "input_projections", chosen=args.input_projection, by="--input-projection")
     check_model(args)
     check_feature_router(args)
     refuse_unused(args)
@@ -121,6 +123,8 @@ def validate(args: Arguments) -> None:
     except (AssertionError, ValueError, RuntimeError, FileNotFoundError, OSError) as error:
         raise UsageError(f"Megatron refuses these arguments: {_reason(error)}") from error
     _check_hash_table(args)
+    if args.input_projection == "minhash":
+        strings_of_tokens(args)
 
 
 def _reason(error: BaseException) -> str:

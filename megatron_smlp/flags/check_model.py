@@ -24,7 +24,9 @@ def check_model(args: argparse.Namespace) -> None:
     kind = ARCHITECTURES[args.architecture]
     if kind.attends:
         _check_attention(args)
-    _check_mixer(args, MIXERS[kind.mixer].check)
+    _call(MIXERS[kind.mixer].check, args)
+    if args.input_projection == "minhash":
+        _call("megatron_smlp.layers.minhash:check_flags", args)
     if kind.sparse_mixer:
         _check_sparse(args)
     _check_experts(args)
@@ -44,7 +46,7 @@ def _check_attention(args: argparse.Namespace) -> None:
         )
 
 
-def _check_mixer(args: argparse.Namespace, check: str | None) -> None:
+def _call(check: str | None, args: argparse.Namespace) -> None:
     if check is None:
         return
     try:

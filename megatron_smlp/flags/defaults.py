@@ -56,6 +56,8 @@ def _fill_in_layers(args: argparse.Namespace) -> None:
             args.num_attention_heads = args.hidden_size
         if args.hidden_size:
             args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
+    # Without a table at the input there is nothing for the output layer to share.
+    args.untie_embeddings_and_output_weights |= args.input_projection == "minhash"
     if "max_position_embeddings" not in given:
         args.max_position_embeddings = args.seq_length
     if "bias_gelu_fusion" not in given:

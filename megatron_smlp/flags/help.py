@@ -112,7 +112,10 @@ def flags_page() -> str:
         for name, allowed, default, meaning in rows(options):
             shown = f" {allowed}" if allowed.startswith("{") else ""
             facts = OUR_FLAGS[name]
-            owners = [*facts.architectures, *facts.token_routers, *facts.feature_routers]
+            owners = [
+                *(*facts.architectures, *facts.token_routers),
+                *(*facts.feature_routers, *facts.input_projections),
+            ]
             lines.append(
                 f"| `{flag_of(name)}{shown}` | {', '.join(owners)} | "
                 f"{f'`{default}`' if default else ''} | {meaning.replace('|', chr(92) + '|')} |"

@@ -15,6 +15,7 @@ _ALLOWED = {
     "architecture": ("transformer", "gmlp", "amlp", "smlp", "mixer", "aft", "causal_rn"),
     "causal_rn_kind": ("linear", "quadratic"),
     "aft_kind": ("full", "simple"),
+    "input_projection": ("embedding", "minhash"),
     "token_router": ("none", "switch", "gshard", "base", "hash", "topk"),
     "feature_router": ("none", "deterministic", "partial"),
     "hidden_act": ("gelu", "gelu_new"),
@@ -52,6 +53,8 @@ _POSITIVE = (
     "num_feature_experts",
     "tiny_attention_width",
     "rotary_base",
+    "hash_count",
+    "filter_size",
 )
 
 # The largest value that each may have; the smallest is 0.
@@ -85,6 +88,11 @@ class SMLPConfig(PreTrainedConfig):
         aft_kind: aft: with weights of position pairs (full) or without (simple).
         causal_rn_kind: causal_rn: a running sum (linear) or a sum over pairs (quadratic).
         relation_width: causal_rn: features in which tokens are compared (default: hidden_size).
+        input_projection: what makes vectors of tokens: a table (embedding), or counted hashes of
+            their strings (minhash), with an output layer that is never tied.
+        hash_count, filter_size: minhash: values of a token's fingerprint, and the counters into
+            which they fall; at most 32,768.
+        window: minhash: tokens before each one that are counted with it.
         num_feature_experts: spatial experts of a sparse block.
         num_feature_chunks: chunks of its features; default: one per expert.
         prefix_fraction: partial prediction routes from the first floor(prefix_fraction * T) tokens.
@@ -157,6 +165,10 @@ class SMLPConfig(PreTrainedConfig):
     aft_kind: str = "full"
     causal_rn_kind: str = "linear"
     relation_width: int | None = None
+    input_projection: str = "embedding"
+    hash_count: int = 64
+    filter_size: int = 1024
+    window: int = 1
     num_feature_experts: int = 1
     num_feature_chunks: int | None = None
     prefix_fraction: float | int = 0.2
@@ -204,6 +216,7 @@ class SMLPConfig(PreTrainedConfig):
         if self.token_router == "topk" and self.moe_router_topk is None:
             self.moe_router_topk = 2
         self._check_choices()
+        self._check_input()
         self._check_widths()
         self._check_experts()
         self._check_top_k()
@@ -279,6 +292,18 @@ class SMLPConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not 0 <= value <= largest or math.isinf(value):
                 raise ValueError(f"{name}={value}: must be finite, and lie between 0 and {largest}")
+
+    def _check_input(self) -> None:
+        if self.input_projection != "minhash":
+            return
+        self.tie_word_embeddings = False  # there is no table that the output layer could share
+        if self.filter_size > 2**15:
+            raise ValueError(f"filter_size={self.filter_size}: must be 32768 or less")
+        if not 0 <= self.window < self.max_position_embeddings:
+            raise ValueError(
+                f"window={self.window}: must be 0 or more, and under max_position_embeddings="
+                f"{self.max_position_embeddings}"
+            )
 
     def _check_widths(self) -> None:
         if self.toeplitz and self.architecture not in _TOEPLITZ:

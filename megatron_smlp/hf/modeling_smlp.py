@@ -17,8 +17,9 @@ Every layer has two slots, each with a norm before it and a residual around it,
 Sources: gMLP (arXiv 2105.08050), sparse all-MLP (2203.06850), Switch (2101.03961), GShard
 (2006.16668), BASE (2103.16716), hash layers (2106.04426); of modern Transformers: RoPE
 (2104.09864), RMSNorm (1910.07467), SwiGLU (2002.05202), grouped queries (2305.13245), shared
-experts (2401.06066), the bias that balances without a loss (2408.15664). It is written from the
-equations, for reading: the triangle is masked and multiplied densely, experts are a loop.
+experts (2401.06066), the bias that balances without a loss (2408.15664); of an input without a
+table, pNLP-Mixer (2202.04350). It is written from the equations, for reading: the triangle is
+masked and multiplied densely, experts are a loop.
 
 Positions are absolute and start at 0. Inside, every batch is padded on the right; tokens that come
 padded on the left, as transformers' `generate` wants them, are moved there and back.
@@ -42,7 +43,8 @@ weight is [out, in] in both:
     channel.shared_experts.{up,down}_proj    mlp.shared_experts.linear_fc{1,2}
     channel.experts.{up,down}_proj[e]        mlp.experts.local_experts.<e>.linear_fc{1,2}.weight
 
-and `model.embed_tokens` is `embedding.word_embeddings`, `model.embed_positions`
+and `model.embed_tokens`, of which minhash has `.fingerprints`, `.norm` and `.proj`, is
+`embedding.word_embeddings`, `model.embed_positions`
 `embedding.position_embeddings`, `model.final_norm` `decoder.final_layernorm`. Without a twin in
 Megatron's own layers: `mixer.tiny_attention.{q,k,v,out}_proj`, `mixer.prefix_router` <float>[P, E],
 `channel.router.table` <int64>[V].
@@ -179,15 +181,22 @@ class SMLPCacheLayer(DynamicLayer):
 
 
 class SMLPCache(Cache):
-    """The states of all mixers (of some two a layer), and how many tokens each sample has."""
+    """The states of all mixers (of some two a layer), the ids of tokens that minhash reads again,
+    and how many tokens each sample has."""
 
     def __init__(self, config: SMLPConfig) -> None:
         longest = config.max_position_embeddings
-        num_mixers = config.states_per_layer * config.num_layers
-        super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_mixers)])
+        num_states = config.states_per_layer * config.num_layers
+        num_states += config.input_projection == "minhash"
+        super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_states)])
         self.num_columns = 0
         self.lengths: Tensor | None = None
         """<int64>[B], tokens of each sample; None: `num_columns` each."""
+
+    @property
+    def input_layer(self) -> Any:
+        """Ids of tokens, <int64>[B, 1, L, 1], which minhash reads again."""
+        return self.layers[-1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` seen so far, padding included: what `generate` counts in."""
@@ -250,6 +259,46 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     product = torch.mm(weight, hidden.reshape(1, -1).repeat(2, 1).T)[:, 0]
     product = product if bias is None else product + bias
     return product.view(*hidden.shape[:-1], -1)
+
+
+class SMLPInputLinear(SMLPLinear):
+    """A projection of normalised features to an input; see `_init_weights`."""
+
+
+# ------------------------------------------------------------------------------------------------
+# The input
+# ------------------------------------------------------------------------------------------------
+
+
+class SMLPMinHashInput(nn.Module):
+    """LN([C of token t-w | ... | C of token t]) W', in the place of an embedding.
+
+    C[j] is how many of a token's n values are j: `fingerprints` <int16>[V, n], n MinHash values of
+    the token's string modulo m, which training made of its tokenizer and a folder of weights has.
+    """
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__()
+        self.filter_size, self.window = config.filter_size, config.window
+        num_features = (config.window + 1) * config.filter_size
+        table = torch.zeros(config.vocab_size, config.hash_count, dtype=torch.int16)
+        self.register_buffer("fingerprints", table)
+        self.norm = nn.LayerNorm(num_features, eps=config.layer_norm_epsilon)
+        self.proj = SMLPInputLinear(num_features, config.hidden_size, bias=False)
+
+    def forward(self, ids: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
+        """ids: <int64>[B, T] of this call -> <float>[B, T, D]."""
+        if cache is not None:
+            column = ids[:, None, :, None]
+            ids = cache.input_layer.write(column, column, layout)[0][:, 0, :, 0]
+        offsets = torch.arange(-self.window, 1, device=ids.device)
+        places = layout.positions[:, :, None] + offsets
+        seen = ids.gather(1, places.clamp(min=0).flatten(1)).view_as(places)
+        values = self.fingerprints[seen].long()
+        dtype = self.proj.weight.dtype
+        ones = (places >= 0)[..., None].to(dtype).expand(values.shape)
+        counters = ones.new_zeros(*places.shape, self.filter_size).scatter_add(3, values, ones)
+        return self.proj(self.norm(counters.flatten(2)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1245,6 +1294,8 @@ class SMLPPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SMLPPositionWeights):
             bound = 1e-3 / len(module.weight)
             init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, SMLPInputLinear):
+            init.normal_(module.weight, std=std / math.sqrt(module.in_features))
         elif isinstance(module, SMLPOutputLinear):
             init.normal_(module.weight, std=output_std)
         elif isinstance(module, SMLPExperts):
@@ -1269,7 +1320,11 @@ class SMLPModel(SMLPPreTrainedModel):
 
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.reads_strings = config.input_projection == "minhash"
+        if self.reads_strings:
+            self.embed_tokens: nn.Module = SMLPMinHashInput(config)
+        else:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned_absolute":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(SMLPLayer(config, i) for i in range(config.num_layers))
@@ -1290,11 +1345,10 @@ class SMLPModel(SMLPPreTrainedModel):
         """See SMLPForCausalLM.forward."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(cache, use_cache)
-        layout, move = self._layout(hidden, input_ids, attention_mask, cache)
-        if move is not None:
-            hidden = hidden.take_along_dim(move.order[..., None], dim=1)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        layout, move = self._layout(given, input_ids, attention_mask, cache)
+        hidden = self._embedded(inputs_embeds, layout, move, cache)
         if self.config.position_embedding_type == "learned_absolute":
             hidden = hidden + self.embed_positions(layout.positions)
         hidden = F.dropout(hidden, self.config.hidden_dropout, self.training)
@@ -1313,6 +1367,27 @@ class SMLPModel(SMLPPreTrainedModel):
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 
+    def _embedded(
+        self,
+        inputs_embeds: Tensor | None,
+        layout: Layout,
+        move: "Move | None",
+        cache: SMLPCache | None,
+    ) -> Tensor:
+        """<float>[B, T, D] of this call's tokens, which are padded on the right by now."""
+        if inputs_embeds is None:
+            if self.reads_strings:
+                return self.embed_tokens(layout.input_ids, layout, cache)
+            return self.embed_tokens(layout.input_ids)
+        if self.reads_strings and cache is not None:
+            raise ValueError(
+                "inputs_embeds with a cache: input_projection=minhash reads the tokens before each "
+                "one again; give input_ids"
+            )
+        if move is None:
+            return inputs_embeds
+        return inputs_embeds.take_along_dim(move.order[..., None], dim=1)
+
     def _cache(self, cache: SMLPCache | None, use_cache: bool | None) -> SMLPCache | None:
         # Recomputing a layer would write its states twice.
         recomputes = self.gradient_checkpointing and self.training
@@ -1329,17 +1404,17 @@ class SMLPModel(SMLPPreTrainedModel):
 
     def _layout(
         self,
-        hidden: Tensor,
+        given: Tensor,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         cache: SMLPCache | None,
     ) -> tuple[Layout, "Move | None"]:
         """Return the positions of this call's tokens, and their way to right padding and back.
 
-        hidden: <float>[B, T, D]; attention_mask: [B, T of all calls], 0 on padding.
+        given: [B, T] or [B, T, D]; attention_mask: [B, T of all calls], 0 on padding.
         """
-        batch, num_columns = hidden.shape[:2]
-        columns = torch.arange(num_columns, device=hidden.device)
+        batch, num_columns = given.shape[:2]
+        columns = torch.arange(num_columns, device=given.device)
         first = 0 if cache is None else cache.num_columns
         lengths = None if cache is None else cache.lengths
         mask = None if attention_mask is None else attention_mask[:, -num_columns:].bool()

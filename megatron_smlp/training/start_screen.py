@@ -13,7 +13,9 @@ from rich.table import Table
 
 from megatron_smlp.accounting.costs import (
     ModelShape,
+    fingerprint_bytes,
     forward_tflops_per_1024_tokens,
+    input_cost,
     layer_cost,
     model_cost,
 )
@@ -104,10 +106,20 @@ def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:
         f"cost        {paper:.4f} TFLOPs forward per 1024 tokens "
         f"({needed:.4f} needed, without what lies above the diagonal)"
     )
+    if args.input_projection == "minhash":
+        yield f"input       {_hashes(args, shape)}"
     if note := _what_is_missing(args, shape):
         yield f"note        {note}"
     yield f"layout      {layout(args)}; {dtype}"
     yield f"steps       {_steps(args)} tokens, micro-batch {args.micro_batch_size}"
+
+
+def _hashes(args: argparse.Namespace, shape: ModelShape) -> str:
+    return (
+        f"minhash: {args.hash_count} values of a token in {args.filter_size} counters, of "
+        f"{args.window + 1} tokens; {input_cost(shape).parameters:,} parameters, and a table of "
+        f"{fingerprint_bytes(shape) / 2**20:.1f} MiB that is not trained"
+    )
 
 
 def _what_is_missing(args: argparse.Namespace, shape: ModelShape) -> str | None:

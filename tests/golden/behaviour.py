@@ -9,21 +9,27 @@ that means to change nothing leaves them as they are, and one that does shows he
 from __future__ import annotations
 
 import argparse
+import atexit
+import functools
 import io
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from support.in_process import forget_arguments, prepare_megatron
+from support.language_models import save_tokenizer
 
 HERE = Path(__file__).parent
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMESPACES, DRY_RUNS = HERE / "namespaces.json", HERE / "dry_runs.txt"
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 4096"
+STRINGS = "--mock-data --tokenizer-type HuggingFaceTokenizer --tokenizer-model"
 # Processes, and flags on top of a file's.
 COMBINATIONS = {
     "two tensor parallel ranks": (2, "--tensor-model-parallel-size 2 --save runs/golden"),
@@ -36,13 +42,22 @@ COMBINATIONS = {
 }
 # Ours alone, or of this machine and checkout.
 LEFT_OUT = {"command_line", "explicit_flags", "kept_flags", "data_contents", "platform_changes"}
-LEFT_OUT |= {"config"}
+LEFT_OUT |= {"config", "tokenizer_model"}
 
 
 def configs(folder: str = "") -> Iterator[Path]:
     """The files of one system each."""
     found = sorted((CONFIGS / folder).rglob("*.yaml"))
     return (path for path in found if path.parent.name != "base")
+
+
+@functools.cache
+def tokenizer() -> str:
+    """A folder with as many entries, for the input that hashes their strings."""
+    folder = tempfile.mkdtemp(prefix="golden-tokenizer-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    save_tokenizer(Path(folder), entries=4096)
+    return folder
 
 
 def parsed(path: Path, flags: str, *, processes: int) -> argparse.Namespace:
@@ -53,8 +68,9 @@ def parsed(path: Path, flags: str, *, processes: int) -> argparse.Namespace:
     os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     forget_arguments()
     prepare_megatron()
+    data = f"{STRINGS} {tokenizer()}" if path.stem == "minhash" else DATA
     try:
-        return parse_arguments(["--config", str(path), *DATA.split(), *flags.split()])
+        return parse_arguments(["--config", str(path), *data.split(), *flags.split()])
     finally:
         forget_arguments()
 
@@ -100,7 +116,8 @@ def dry_runs() -> str:
         text.write(f"== {path.relative_to(CONFIGS)}\n")
         console = Console(file=text, width=100, highlight=False, soft_wrap=True)
         print_dry_run(parsed(path, "", processes=1), console)
-    return text.getvalue().replace(str(CONFIGS.parent), "...")
+    plain_text = text.getvalue().replace(tokenizer(), "TOKENIZER")
+    return plain_text.replace(str(CONFIGS.parent), "...")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 import torch
 from megatron.training import get_args
 from support.in_process import build_model
+from support.language_models import save_tokenizer
 from torch import Tensor
 
 from megatron_smlp.accounting.costs import ModelShape, model_cost
@@ -42,6 +43,12 @@ LAYERS = {
     for name in ARCHITECTURES
     for variant, flags in VARIANTS.get(name, {"": ""}).items()
 }
+TOKENIZER = "TOKENIZER"
+"""Stands for a folder."""
+MINHASH = (
+    "--input-projection minhash --filter-size 64 --tokenizer-type HuggingFaceTokenizer "
+    f"--tokenizer-model {TOKENIZER}"
+)
 ROUTERS = {"none": ""} | {name: f"--token-router {name} {EXPERTS}" for name in TOKEN_ROUTERS}
 MODELS = {
     f"{layers}-{router}": f"{LAYERS[layers]} {ROUTERS[router]}"
@@ -54,20 +61,29 @@ MODELS = {
     "--moe-shared-expert-intermediate-size 24",
     "gmlp-toeplitz": f"{LAYERS['gmlp_4_heads']} --toeplitz",
     "mixer-toeplitz": f"{LAYERS['mixer_expansion']} --toeplitz",
+    "mixer-minhash": f"{LAYERS['mixer']} {MINHASH} --window 3",
+    "transformer-minhash": f"{LAYERS['transformer']} {ROUTERS['base']} {MINHASH} --window 0",
     "smlp_partial-toeplitz": f"{LAYERS['smlp_partial']} --toeplitz",
 }
 ROUTED = {name for name, flags in MODELS.items() if EXPERTS in flags}
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def model(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Any]]:
     """(name, GPTModel in evaluation mode) with weights far from the initial ones."""
-    from support.in_process import MINIMAL, forget_arguments, prepare_megatron
+    from support.in_process import base_for, forget_arguments, prepare_megatron
 
     from megatron_smlp.flags.parse import parse_arguments
 
     prepare_megatron()
-    args = parse_arguments(f"{MINIMAL} {MODELS[request.param]} --seq-length {LENGTH}".split())
+    words = MODELS[request.param]
+    if TOKENIZER in words:  # without padding: every id has a string of its own
+        folder = tmp_path_factory.mktemp("tokenizer")
+        save_tokenizer(folder, entries=260)
+        words = words.replace(TOKENIZER, str(folder))
+    args = parse_arguments(f"{base_for(words)} {words} --seq-length {LENGTH}".split())
     torch.manual_seed(3)
     model = build_model(args)
     with torch.no_grad():

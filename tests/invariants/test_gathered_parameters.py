@@ -7,18 +7,26 @@ share the bucket of a module that was called would be found gathered by luck.
 from pathlib import Path
 
 import pytest
+from support.language_models import save_tokenizer
 from support.launches import launch, records
 from support.systems import SYSTEMS as FLAGS
 
 MODEL = """
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --num-layers 4 --hidden-size 32
-    --ffn-hidden-size 128 --seq-length 32 --attention-dropout 0 --hidden-dropout 0
-    --micro-batch-size 1 --global-batch-size 4 --num-workers 0 --lr 1e-3 --log-interval 1
-    --eval-iters 1 --eval-interval 2 --train-iters 4 --ddp-bucket-size 2000
-    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --mock-data --num-layers 4 --hidden-size 32 --ffn-hidden-size 128 --seq-length 32
+    --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 1 --global-batch-size 4
+    --num-workers 0 --lr 1e-3 --log-interval 1 --eval-iters 1 --eval-interval 2 --train-iters 4
+    --ddp-bucket-size 2000 --use-distributed-optimizer --overlap-grad-reduce
+    --overlap-param-gather
 """
+NUMBERS = "--tokenizer-type NullTokenizer --vocab-size 500"
+MINHASH = "--architecture mixer --input-projection minhash --filter-size 64"
 SYSTEMS = {
     **FLAGS,
+    "mixer": "--architecture mixer --mixer-expansion",
+    "aft": "--architecture aft",
+    "causal_rn": "--architecture causal_rn",
+    "causal_rn_quadratic": "--architecture causal_rn --causal-rn-kind quadratic",
+    "minhash": MINHASH,
     "gmlp_toeplitz": "--architecture gmlp --toeplitz --recompute-granularity selective",
     "smlp_partial_toeplitz": f"{FLAGS['smlp_partial']} --toeplitz",
 }
@@ -26,9 +34,18 @@ INTERLEAVED = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipelin
 WAYS = {"aligned": "", "each": "--no-align-param-gather"}
 
 
+def with_tokenizer(flags: str, folder: Path) -> str:
+    """Numbers, but for the input that hashes the strings of tokens."""
+    if MINHASH not in flags:
+        return f"{MODEL} {NUMBERS} {flags}"
+    save_tokenizer(folder / "tokenizer")
+    tokenizer = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder / 'tokenizer'}"
+    return f"{MODEL} {tokenizer} {flags}"
+
+
 def test_two_data_parallel_ranks(tmp_path: Path):
     launch(
-        {name: f"{MODEL} {flags}" for name, flags in SYSTEMS.items()},
+        {name: with_tokenizer(flags, tmp_path) for name, flags in SYSTEMS.items()},
         processes=2,
         folder=tmp_path,
         GATHER_PROBE="1",
@@ -41,7 +58,7 @@ def test_two_data_parallel_ranks(tmp_path: Path):
 @pytest.mark.timeout(1800)
 def test_interleaved_pipelines(tmp_path: Path):
     runs = {
-        f"{name}_{way}": f"{MODEL} {flags} {INTERLEAVED} {aligned}"
+        f"{name}_{way}": with_tokenizer(f"{flags} {INTERLEAVED} {aligned}", tmp_path)
         for name, flags in SYSTEMS.items()
         for way, aligned in WAYS.items()
     }

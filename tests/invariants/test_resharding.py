@@ -4,7 +4,8 @@ One run of five steps saves after the second. Another layout loads that and make
 whose losses and gradient norms must be those of the first run. The gradient norm of the third step
 shows the weights, that of the fourth whether the update used the right moments and step count.
 
-The vocabulary of 300 is padded to 384 by one tensor parallel rank and to 512 by two.
+The vocabulary of 300, or of 257 where tokens need strings, is padded to 384 by one tensor parallel
+rank and to 512 by two.
 """
 
 import itertools
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.conversions import run
+from support.language_models import save_tokenizer
 from support.launches import launch, records, steps
 
 from megatron_smlp.conversion import convert
@@ -25,18 +27,20 @@ ROUNDED_TOLERANCE = 1e-3
 CHANGED_SHARE = 0.01  # of the choices of a router
 
 MODEL = f"""
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 300
+    --mock-data
     --num-layers 4 --hidden-size 64 --ffn-hidden-size 256 --seq-length 32
     --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2 --global-batch-size 8
     --num-workers 0 --lr 3e-3 --lr-decay-style constant --log-interval 1
     --eval-iters 0 --train-iters {LAST}
 """
+NUMBERS = "--tokenizer-type NullTokenizer --vocab-size 300"
 EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
 ATTENTION = "--architecture transformer --num-attention-heads 4"
 SMLP = f"""
     --architecture smlp --num-dense-layers 2 --spatial-heads 2 --num-feature-experts 4
     --token-router base {EXPERTS}
 """
+MINHASH = "--architecture mixer --input-projection minhash --filter-size 64 --window 2"
 SYSTEMS = {
     "transformer": ATTENTION,
     "transformer_bf16": f"{ATTENTION} --bf16",
@@ -46,6 +50,11 @@ SYSTEMS = {
     "hash": f"{ATTENTION} --token-router hash {EXPERTS} --moe-layer-freq 2",
     "gmlp": "--architecture gmlp",
     "amlp": "--architecture amlp --spatial-heads 2 --tiny-attention-width 16",
+    "mixer": "--architecture mixer --spatial-heads 2 --mixer-expansion",
+    "aft": "--architecture aft",
+    "causal_rn": "--architecture causal_rn",
+    "minhash": MINHASH,
+    "minhash_base": f"{MINHASH} --token-router base {EXPERTS}",
     "smlp": f"{SMLP} --feature-router deterministic",
     "smlp_partial": f"{SMLP} --feature-router partial",
 }
@@ -85,6 +94,12 @@ SHORT: list[Case] = [
     ("transformer", "dp_distributed", "one"),
     ("transformer_bf16", "dp", "dp_distributed"),
     ("transformer_bf16", "dp_distributed", "dp"),
+    ("mixer", "one", "tp"),
+    ("aft", "one", "tp"),
+    ("causal_rn", "one", "tp"),
+    ("minhash", "one", "tp"),
+    ("minhash", "tp", "pp"),
+    ("minhash_base", "one", "tp"),  # whose embeddings are cut along the sequence
     ("smlp", "pp", "ep"),
     ("smlp", "ep_distributed", "tp"),
     ("smlp", "tp", "one_distributed"),
@@ -127,6 +142,7 @@ class Runs:
 
     def __init__(self, folder: Path, cases: list[Case]) -> None:
         self.folder = folder
+        save_tokenizer(folder / "tokenizer")
         sources = dict.fromkeys(case[:2] for case in cases)
         waiting: list[tuple[str, ...]] = [*sources, *cases]
         done: set[tuple[str, ...]] = set()
@@ -154,7 +170,13 @@ class Runs:
         else:
             load = self._rewritten(saved, (system, source, target))
             where = f"--load {load} --ckpt-step {SAVED} {LAYOUTS[target][1]}"
-        return f"{MODEL} {SYSTEMS[system]} {where}"
+        return f"{MODEL} {self._tokenizer(system)} {SYSTEMS[system]} {where}"
+
+    def _tokenizer(self, system: str) -> str:
+        if not system.startswith("minhash"):
+            return NUMBERS
+        folder = self.folder / "tokenizer"
+        return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"
 
     def _rewritten(self, saved: Path, case: Case) -> Path:
         """The checkpoint that a case loads."""

@@ -13,9 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 END = "<|endoftext|>"
 
 
-def save_tokenizer(folder: Path) -> int:
-    """Bytes and an end-of-document token, as a Hugging Face tokenizer; its number of entries."""
+def save_tokenizer(folder: Path, *, entries: int = 257) -> int:
+    """Bytes and an end-of-document token, as a Hugging Face tokenizer; its number of entries.
+
+    Args:
+        entries: 257, or more: then the others are names that no text is cut into.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet += [f"<{number}>" for number in range(len(alphabet), entries - 1)]
     backend = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

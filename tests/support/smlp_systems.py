@@ -61,6 +61,21 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "causal_rn_kind": "quadratic",
         "relation_width": 20,
     },
+    "minhash": {
+        "architecture": "mixer",
+        "input_projection": "minhash",
+        "hash_count": 6,
+        "filter_size": 16,
+        "window": 2,
+    },
+    "minhash_routed": {
+        "architecture": "transformer",
+        "input_projection": "minhash",
+        "filter_size": 16,
+        "window": 0,
+        "token_router": "base",
+        "moe_layer_freq": 2,
+    },
     "modern": {
         "architecture": "transformer",
         "position_embedding_type": "rope",
@@ -95,6 +110,9 @@ def make_model(system: str, **changes: Any) -> SMLPForCausalLM:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith(".fingerprints"):  # as if every token had a string of its own
+                buffer.random_(model.config.filter_size)
     return model.eval()
 
 

@@ -57,6 +57,13 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "token_router": "base",
         "num_feature_chunks": 8,
     },
+    "minhash": {
+        "architecture": "mixer",
+        "input_projection": "minhash",
+        "filter_size": 64,
+        "window": 2,
+        "normalization": "RMSNorm",
+    },
     "modern": {**TRANSFORMER, **MODERN, "num_query_groups": 2, "tie_word_embeddings": False},
     "topk": {
         **TRANSFORMER,
@@ -73,6 +80,7 @@ SAME_NAMES = (
     *("num_layers", "num_dense_layers", "num_attention_heads", "spatial_heads"),
     *("toeplitz", "mixer_expansion", "aft_kind"),
     *("causal_rn_kind", "relation_width"),
+    *("input_projection", "hash_count", "filter_size", "window"),
     *("num_feature_experts", "num_feature_chunks", "prefix_fraction", "num_experts"),
     *("moe_ffn_hidden_size", "moe_layer_freq", "tiny_attention_width", "add_bias_linear"),
     *("position_embedding_type", "normalization", "swiglu", "num_query_groups"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from support.language_models import save_tokenizer
 from support.launches import REPOSITORY, clean_environment
 from support.meta_models import built_parameters, expected_parameters
 
@@ -33,7 +34,7 @@ SYSTEMS = (
     "llama_moe",
 )
 # Beside the paper's, without a file for its large models.
-NEIGHBOURS = ("mixer", "aft", "causal_rn")
+NEIGHBOURS = ("mixer", "aft", "causal_rn", "minhash")
 TOKEN_MOES = ("gshard", "switch", "base", "hash")
 # The regular Transformer, 24 layers of the width that is known, is 0.827: "about 0.8" in the paper.
 FOLDERS = {"cpu": 0.0134, "paper/regular": 0.827, "paper/large": 2.0}
@@ -44,6 +45,7 @@ CONFIGS = [
     for system in (*SYSTEMS, *(NEIGHBOURS if folder != "paper/large" else ()))
 ]
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size"
+STRINGS = "--mock-data --tokenizer-type HuggingFaceTokenizer --tokenizer-model"
 
 
 def config(folder: str, system: str) -> Path:
@@ -81,11 +83,14 @@ def test_the_large_moes_have_the_papers_sizes():
 
 
 @pytest.mark.parametrize(("folder", "system"), CONFIGS)
-def test_dry_run(parse: Callable[..., Any], folder: str, system: str):
+def test_dry_run(parse: Callable[..., Any], tmp_path: Path, folder: str, system: str):
     """Through all checks, ours and Megatron's; the layer table has a row for equal layers, and its
     numbers are whole at 80 columns and in a log."""
-    words = f"--config {config(folder, system)} {DATA} {VOCABULARY[folder]}"
-    args = parse(words, base="")
+    data = f"{DATA} {VOCABULARY[folder]}"
+    if system == "minhash":  # which hashes the strings of tokens
+        save_tokenizer(tmp_path, entries=VOCABULARY[folder])
+        data = f"{STRINGS} {tmp_path}"
+    args = parse(f"--config {config(folder, system)} {data}", base="")
     text = io.StringIO()
     print_dry_run(args, Console(file=text, width=80, soft_wrap=True))
     rows = [line.split() for line in text.getvalue().splitlines() if line[:1].isdigit()]

@@ -40,6 +40,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "gmlp_toeplitz": {"architecture": "gmlp", "spatial_heads": 4, "toeplitz": True},
     "amlp": {"architecture": "amlp"},
     "mixer": {"architecture": "mixer", "spatial_heads": 4, "num_experts": 8},
+    "minhash": {"architecture": "mixer", "input_projection": "minhash", "filter_size": 40},
     "aft": {"architecture": "aft"},
     "causal_rn": {"architecture": "causal_rn", "relation_width": 128},
     "smlp": {**SPARSE, "feature_router": "deterministic", "token_router": "base"},
@@ -74,7 +75,8 @@ def test_the_shards_of_all_ranks_are_the_model(system: str, layout: tuple[int, .
         part = stage_cost(shape, parallel, stage)
         assert part.sharded % parallel.tensor == 0
         total += part.parameters
-    copies = shape.padded_vocab_size * shape.hidden_size if parallel.pipeline > 1 else 0
+    is_copied = shape.tied_embeddings and parallel.pipeline > 1
+    copies = shape.padded_vocab_size * shape.hidden_size if is_copied else 0
     assert total - copies == model_cost(shape).parameters
 
 
@@ -103,6 +105,19 @@ def test_memory_by_hand():
     alone = dataclasses.replace(ParallelLayout.from_args(args), data=1, precision="fp32")
     assert footprint(shape, alone).optimizer_bytes == 8 * count
     assert result.memory_bytes == 6 * count + count // 2 * 12 + result.activation_bytes
+
+
+def test_the_projections_memory_is_on_the_first_stage():
+    """Norm and W on every rank of it, counters before and after the norm, two bytes a value."""
+    sizes = {"hash_count": 16, "filter_size": 400, "window": 2}
+    args = _resolved("minhash", 2, 2, 1, 4, **sizes)
+    shape, parallel = ModelShape.from_args(args), ParallelLayout.from_args(args)
+    first, last = (stage_cost(shape, parallel, stage) for stage in (0, 1))
+    assert first.parameters - last.parameters == 1200 * (64 + 2) - 1024 * 64 - 2 * 64
+    fullest = footprint(shape, parallel)
+    assert fullest.weight_bytes == 4 * parameters_on_rank(first, parallel)[0] + 2 * 1024 * 16
+    layers, counters = 2 * (4 * 64 + 2 * 256 // 2), 2 * 1200
+    assert fullest.activation_bytes == 4 * 32 * (layers + counters)
 
 
 def test_traffic_by_hand():

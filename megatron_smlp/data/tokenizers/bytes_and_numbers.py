@@ -36,8 +36,12 @@ class ByteLevel:
         return cls(size)
 
     @property
+    def entries(self) -> list[tuple[int, bytes]]:
+        return [(number, bytes([number])) for number in range(NUM_BYTES)]
+
+    @property
     def identity(self) -> str:
-        return vocabulary_identity((number, bytes([number])) for number in range(NUM_BYTES))
+        return vocabulary_identity(self.entries)
 
     def build(self) -> Encoder:
         return self
@@ -57,6 +61,7 @@ class Null:
 
     vocab_size: int
     eod: int | None
+    entries: None = None
     identity: None = None
     description: str = "numbers"
 

@@ -1,7 +1,7 @@
 """The tokenizer that Megatron's flags name, from its files."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from megatron_smlp.data.tokenizers.bytes_and_numbers import ByteLevel, Null
 from megatron_smlp.data.tokenizers.huggingface import from_gpt2_files, from_hub_or_folder
@@ -13,7 +13,7 @@ from megatron_smlp.data.tokenizers.spec import (
     TokenizerSpec,
 )
 from megatron_smlp.data.tokenizers.tiktoken_ranks import TikToken
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import DataError, UsageError
 
 READERS: dict[str, Callable[[TokenizerSpec], Tokenizer]] = {
     "HuggingFaceTokenizer": from_hub_or_folder,
@@ -44,3 +44,22 @@ def identity_from_arguments(args: argparse.Namespace) -> str | None:
         DataError: the flags or the files are wrong.
     """
     return read_tokenizer(TokenizerSpec.from_arguments(args)).identity
+
+
+def strings_of_tokens(args: argparse.Namespace) -> Iterable[tuple[int, bytes]]:
+    """Return the ids of the tokenizer that Megatron's flags name, each with its string.
+
+    Raises:
+        UsageError: the flags or the files are wrong, or its ids stand for no text.
+    """
+    try:
+        entries = read_tokenizer(TokenizerSpec.from_arguments(args)).entries
+    except DataError as error:
+        raise UsageError(f"--input-projection minhash reads the tokenizer: {error}.") from error
+    if entries is None:
+        raise UsageError(
+            f"--input-projection minhash hashes the strings of tokens, and --tokenizer-type "
+            f"{args.tokenizer_type} has none: give the tokenizer of a text, or leave "
+            "--input-projection out."
+        )
+    return entries

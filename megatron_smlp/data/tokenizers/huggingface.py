@@ -49,9 +49,13 @@ class HuggingFaceTokenizer:
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
     @property
-    def identity(self) -> str:
+    def entries(self) -> list[tuple[int, bytes]]:
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        return vocabulary_identity((number, token.encode()) for token, number in vocabulary.items())
+        return [(number, token.encode()) for token, number in vocabulary.items()]
+
+    @property
+    def identity(self) -> str:
+        return vocabulary_identity(self.entries)
 
     def build(self) -> Encoder:
         slow = HuggingFaceEncoder(self.tokenizer_json, self.add_special_tokens)

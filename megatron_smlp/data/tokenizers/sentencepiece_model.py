@@ -55,9 +55,13 @@ class SentencePiece:
         return eos if eos >= 0 else None
 
     @property
-    def identity(self) -> str:
+    def entries(self) -> list[tuple[int, bytes]]:
         piece = self.processor.id_to_piece
-        return vocabulary_identity((i, piece(i).encode()) for i in range(self.vocab_size))
+        return [(i, piece(i).encode()) for i in range(self.vocab_size)]
+
+    @property
+    def identity(self) -> str:
+        return vocabulary_identity(self.entries)
 
     def build(self) -> Encoder:
         processor, numbers = self.processor, range(self.vocab_size)

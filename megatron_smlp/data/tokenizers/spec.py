@@ -65,8 +65,12 @@ class Tokenizer(Protocol):
         """Id of the end-of-document token."""
 
     @property
+    def entries(self) -> Iterable[tuple[int, bytes]] | None:
+        """Ids with their strings, or None where ids stand for no text."""
+
+    @property
     def identity(self) -> str | None:
-        """`vocabulary_identity`, or None where ids stand for no text."""
+        """`vocabulary_identity` of the entries, or None where there are none."""
 
     def build(self) -> Encoder:
         """Make the encoder for this process."""

@@ -80,9 +80,12 @@ class TikToken:
         return self.special.index("</s>")
 
     @property
+    def entries(self) -> list[tuple[int, bytes]]:
+        return list(enumerate([*(token.encode() for token in self.special), *self.ranks]))
+
+    @property
     def identity(self) -> str:
-        tokens = [*(token.encode() for token in self.special), *self.ranks]
-        return vocabulary_identity(enumerate(tokens))
+        return vocabulary_identity(self.entries)
 
     def build(self) -> Encoder:
         return self

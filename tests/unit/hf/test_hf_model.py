@@ -42,7 +42,8 @@ def test_a_saved_model_is_the_same_model(system: str, tmp_path):
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
     for name in ("architecture", "token_router", "feature_router", "moe_layer_freq", "num_experts"):
         assert getattr(loaded.config, name) == getattr(model.config, name)
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    shared = getattr(loaded.model.embed_tokens, "weight", None)
+    assert (loaded.lm_head.weight is shared) == loaded.config.tie_word_embeddings
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "smlp"
 
 
@@ -178,6 +179,14 @@ def test_tuples_hidden_states_and_logits_to_keep():
         ({"feature_router": "partial"}, "are for architecture=smlp, not gmlp"),
         ({"architecture": "transformer", "toeplitz": True}, "a transformer has none"),
         ({"num_layers": 0}, "num_layers=0: must be 1 or more"),
+        (
+            {"input_projection": "minhash", "window": 40},
+            "window=40: must be 0 or more, and under max_position_embeddings=40",
+        ),
+        (
+            {"input_projection": "minhash", "filter_size": 40000},
+            "filter_size=40000: must be 32768 or less",
+        ),
         ({"spatial_heads": 5}, "spatial_heads=5 must divide the gate width"),
         ({"architecture": "transformer", "num_attention_heads": 5}, "must divide hidden_size=32"),
         ({"token_router": "switch", "num_experts": None}, "needs 1 or more"),
