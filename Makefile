@@ -55,7 +55,7 @@ study: env ## the smoke study: data, plan, two workers, report (CORPUS=... for y
 
 # A file's tests stay in one worker, as they share launches; conftest.py puts the longest first.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
-  --no-loadscope-reorder
+  --no-loadscope-reorder --durations 25 --durations-min 3
 
 test: lint ## lint and every test that is not marked slow, in two workers
 	$(TEST) -m "not slow"

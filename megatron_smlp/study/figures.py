@@ -68,7 +68,8 @@ class Drawing:
             tidy(panel)
         panels[0].set_ylabel(f"validation loss{what} (nats per token)")
         band = f"band: 95 % interval of the mean, of {ENOUGH_FOR_BANDS} seeds or more"
-        self._legend(figure, f"thin: each seed; thick: mean; {band}")
+        there = [name for name in self.systems if self.tables.seeds(name)]
+        self._legend(figure, f"thin: each seed; thick: mean; {band}", there)
         return figure
 
     def _axes(self) -> dict[str, Callable[[str], float]]:
