@@ -56,6 +56,7 @@ SHORTER = {
     "NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1": "NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1",
     "--vocab-size 32000": "--vocab-size 300",
     "--workers 8": "--workers 2",
+    "iter_0000100": "iter_0000002",
     "--max-new-tokens 60": "--max-new-tokens 4",
     "--train-iters 20000 --lr 5e-4": "--train-iters 4 --lr 5e-4",
     "--eval-tasks-interval 1000": "--eval-tasks-interval 2",
