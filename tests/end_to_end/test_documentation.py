@@ -40,7 +40,8 @@ TOKENIZER = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer"
 DATA = f"--data-path data/text_text_document {TOKENIZER} --split 90,10,0"
 NAMED = {
     "configs/paper/...": f"configs/cpu/gmlp.yaml {STEPS}",
-    "--data-path ... --lr 1e-4 ...": f"--data-path data/gpt2_text_document {STEPS} --split 90,10,0",
+    "--data-path ... --lr 1e-4 ...": f"--data-path data/text_text_document --lr 1e-4 {STEPS} "
+    "--split 90,10,0",
     "--bf16 ...": f"--bf16 {DATA} {STEPS}",
     "pretrain_smlp.py ... --eval-tasks": f"pretrain_smlp.py --config configs/cpu/gmlp.yaml {DATA} "
     f"{STEPS} --save runs/tasks --eval-tasks",
@@ -179,7 +180,11 @@ def gpt2(folder: Path) -> None:
     program = """
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 tokenizer = AutoTokenizer.from_pretrained("tokenizer")
-config = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=64, vocab_size=len(tokenizer))
+end = tokenizer.eos_token_id
+sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
+config = GPT2Config(
+    **sizes, vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end
+)
 GPT2LMHeadModel(config).save_pretrained("gpt2")
 tokenizer.save_pretrained("gpt2")
 """
