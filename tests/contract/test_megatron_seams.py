@@ -280,7 +280,7 @@ class TestTokenMoE:
 class TestModel:
     def test_hooks_see_the_model_before_it_is_wrapped(self, parse: Callable[..., Any]):
         """And every stage is called with the token ids first, wrapped or not."""
-        assert len(model_config(parse("--architecture gmlp")).pre_wrap_hooks) == 2
+        assert len(model_config(parse("--architecture gmlp")).pre_wrap_hooks) == 3
         assert names(GPTModel.forward)[1] == "input_ids"
 
     def test_the_layer_spec_may_be_a_function_of_the_stage(self, parse: Callable[..., Any]):

@@ -52,11 +52,12 @@ def test_a_few_kills(tmp_path: Path, how: str):
     check_stopped(tmp_path, how, stops=3, seed=11)
 
 
+@pytest.mark.slow
 def test_a_few_kills_of_ranks(tmp_path: Path):
     check_stopped(tmp_path, f"{TENSOR_PARALLEL} --async-save", stops=3, seed=3, ranks=2)
 
 
-@pytest.mark.parametrize("how", [pytest.param("", marks=pytest.mark.slow), "--async-save"])
+@pytest.mark.parametrize("how", ["", pytest.param("--async-save", marks=pytest.mark.slow)])
 def test_the_keyboard_stops_a_run_that_saves(tmp_path: Path, how: str):
     """Once, then twice, in some order: a whole checkpoint, or the one before, never a half one."""
     codes = check_stopped(tmp_path, how, stops=4, seed=5, by="keyboard")

@@ -141,7 +141,7 @@ def _facets(case: tuple[str, str]) -> dict[str, str]:
     parallel, _, option = layout.partition("_")
     flags = dict(itertools.pairwise(ARCHITECTURES[architecture].split()))
     return {
-        "architecture": architecture,
+        "mixers": flags["--architecture"],
         "parallel": parallel,
         "option": layout if parallel == "recompute" else option,
         "token router": flags.get("--token-router", "none"),
@@ -150,7 +150,8 @@ def _facets(case: tuple[str, str]) -> dict[str, str]:
 
 
 def _marked(cases: list[tuple[str, str]]) -> list[Any]:
-    two = cover(_cases(TWO_PROCESSES), _facets, [("architecture", "parallel"), *ROUTERS])
+    split = [(kind, "parallel") for kind in ("mixers", "token router", "feature router")]
+    two = cover(_cases(TWO_PROCESSES), _facets, [*split, *ROUTERS])
     rest = [cover(_cases(layouts), _facets, ROUTERS) for layouts in (RECOMPUTE, FOUR_PROCESSES)]
     neighbours = SLOW | IN_ONE_LAYOUT.keys()
     chosen = [case for case in (*two, *itertools.chain(*rest)) if case[0] not in neighbours]
