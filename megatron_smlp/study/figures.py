@@ -188,8 +188,8 @@ class Drawing:
             )  # fmt: skip
         panel.set_yticks(range(len(shown)), labels=[each.other for each in reversed(shown)])
         panel.axvline(1, color="0.35", linewidth=0.9, linestyle=":")
-        unit = "time" if comparisons[0].what == SECONDS else "tokens (not time)"
-        panel.set_xlabel(f"times less {unit} of {self.study.subject} to the loss of each; 1: equal")
+        less = "less time" if comparisons[0].what == SECONDS else "fewer tokens (not less time)"
+        panel.set_xlabel(f"{self.study.subject}, times {less} to the loss of each; 1: equal")
         panel.set_xlim(0, panel.get_xlim()[1] * 1.12)
         tidy(panel)
         return figure
@@ -227,16 +227,19 @@ class Drawing:
         figure = Figure(figsize=(4.6 * len(kinds), 4.4), layout="constrained", dpi=DPI)
         panels = figure.subplots(1, len(kinds), squeeze=False)[0]
         first = next(iter(self.systems))
+        label = self.tables.labels(kinds[0])[0]
+        there = [name for name in self.systems if self.tables.values(kinds[0], label, name)]
         for panel, kind in zip(panels, kinds, strict=True):
             labels = self.tables.labels(kind)
-            for name, look in self.looks.items():
+            for name in there:
                 points = [self._against(first, name, kind, label) for label in labels]
+                look = self.looks[name]
                 panel.plot(range(len(labels)), points, marker="o", markersize=3.5, **look)
             panel.set_xticks(range(len(labels)), labels=labels, fontsize=8)
             panel.set_xlabel(PANELS[kind])
             tidy(panel)
         panels[0].set_ylabel(f"loss less that of {first} (nats per token)")
-        self._legend(figure, "final checkpoints, mean of seeds; below 0: a lower loss")
+        self._legend(figure, "final checkpoints, mean of seeds; below 0: a lower loss", there)
         return figure
 
     def _against(self, first: str, name: str, kind: str, label: str) -> float:
