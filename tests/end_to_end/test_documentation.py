@@ -40,8 +40,7 @@ TOKENIZER = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer"
 DATA = f"--data-path data/text_text_document {TOKENIZER} --split 90,10,0"
 NAMED = {
     "configs/paper/...": f"configs/cpu/gmlp.yaml {STEPS}",
-    "--data-path ... --lr 1e-4 ...": f"--data-path data/text_text_document --lr 1e-4 {STEPS} "
-    "--split 90,10,0",
+    "--data-path ... --lr 1e-4 ...": f"{DATA} --lr 1e-4 {STEPS}",
     "--bf16 ...": f"--bf16 {DATA} {STEPS}",
     "pretrain_smlp.py ... --eval-tasks": f"pretrain_smlp.py --config configs/cpu/gmlp.yaml {DATA} "
     f"{STEPS} --save runs/tasks --eval-tasks",
