@@ -1,4 +1,4 @@
-"""Every parallel layout gives the same training: losses and gradient norms of five steps, and what
+"""Every parallel layout gives the same training: losses and gradient norms of three steps, and what
 the routers did in them.
 
 All layouts of an architecture start from one checkpoint, since pipeline stages and tensor parallel
@@ -8,7 +8,7 @@ sum over ranks, or a message that reaches the wrong stage, can leave the losses 
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,27 @@ import pytest
 import torch
 from support.checkpoints import checkpoint_tensors
 from support.cover import cover, selected, slow_unless_in
+from support.language_models import save_tokenizer
 from support.launches import Step, launch, records, steps
 
-NUM_STEPS = 5
+NUM_STEPS = 3  # the first from the checkpoint's weights, the others from the optimizer's updates
 LONG_RUN = 16  # steps in which a loss falls visibly
 TOLERANCE = 1e-4  # relative
 
 MODEL = """
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 500
-    --num-layers 4 --hidden-size 64 --ffn-hidden-size 256 --seq-length 32
+    --mock-data --num-layers 4 --hidden-size 64 --ffn-hidden-size 256 --seq-length 32
     --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2 --global-batch-size 8
     --num-workers 0 --lr 3e-3 --lr-decay-style constant --log-interval 1
     --eval-iters 1 --eval-interval 1000
 """
+NUMBERS = "--tokenizer-type NullTokenizer --vocab-size 500"
 EXPERTS = "--num-experts 4 --moe-token-dispatcher-type alltoall"
 ATTENTION = "--architecture transformer --num-attention-heads 4"
 SMLP = """
     --architecture smlp --num-dense-layers 2 --spatial-heads 2 --num-feature-experts 4
 """
+
+MINHASH = "--architecture mixer --input-projection minhash --filter-size 64 --window 2"
 
 ARCHITECTURES = {
     "transformer": ATTENTION,
@@ -54,6 +57,8 @@ ARCHITECTURES = {
     "mixer": "--architecture mixer --mixer-expansion",
     "mixer_switch": f"--architecture mixer --spatial-heads 4 --toeplitz --token-router switch "
     f"{EXPERTS}",
+    "minhash": MINHASH,
+    "minhash_base": f"{MINHASH} --token-router base {EXPERTS}",
     "aft": "--architecture aft",
     "causal_rn": "--architecture causal_rn --relation-width 128",
     "causal_rn_gshard": "--architecture causal_rn --causal-rn-kind quadratic "
@@ -63,7 +68,7 @@ ARCHITECTURES = {
     "feature_moe_toeplitz": f"{SMLP} --feature-router partial --toeplitz",
 }
 # Architectures whose runs are slow tests, but for these in one layout each.
-SLOW = {"mixer_switch", "aft_simple_base", "causal_rn_gshard"}
+SLOW = {"mixer_switch", "aft_simple_base", "causal_rn_gshard", "minhash", "minhash_base"}
 IN_ONE_LAYOUT = {"mixer": "tp2", "aft": "tp2_sp", "causal_rn": "tp2"}
 ROUTED = {name for name, flags in ARCHITECTURES.items() if EXPERTS in flags}
 
@@ -111,6 +116,8 @@ FEWER = {
     "aft": ("tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2"),
     "aft_simple_base": ("tp2_sp", "pp2_interleaved", "ep2", "recompute_full"),
     "mixer": ("tp2", "tp2_sp", "pp2_interleaved", "dp2_distributed_optimizer", "tp2_pp2"),
+    "minhash": ("tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2"),
+    "minhash_base": ("tp2_sp", "pp2_interleaved", "ep2", "recompute_full"),
     "mixer_switch": ("tp2_sp", "pp2", "ep2", "dp2_distributed_optimizer", "recompute_full"),
     "feature_moe_partial": (
         *("tp2", "pp2_interleaved", "pp2_recompute", "dp2_distributed_optimizer"),
@@ -132,11 +139,12 @@ def _cases(layouts: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 # All pairs of these that a case has are in the part of the matrix that is not slow.
-ROUTERS = (("token router", "option"), ("feature router", "option"))
+SPLIT = [(part, "parallel") for part in ("mixers", "token router", "feature router")]
+OPTIONS = ("routes", "option")
 
 
-def _facets(case: tuple[str, str]) -> dict[str, str]:
-    """Where a layout splits the model and what else it does; where an architecture routes."""
+def _facets(case: tuple[str, str]) -> dict[str, Hashable]:
+    """Return where a layout splits a model and what else it does; where an architecture routes."""
     architecture, layout = case
     parallel, _, option = layout.partition("_")
     flags = dict(itertools.pairwise(ARCHITECTURES[architecture].split()))
@@ -146,15 +154,20 @@ def _facets(case: tuple[str, str]) -> dict[str, str]:
         "option": layout if parallel == "recompute" else option,
         "token router": flags.get("--token-router", "none"),
         "feature router": flags.get("--feature-router", "none"),
+        "routes": ("--token-router" in flags, "--feature-router" in flags),
     }
 
 
+def _without_neighbours(layouts: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [case for case in _cases(layouts) if case[0] not in SLOW | IN_ONE_LAYOUT.keys()]
+
+
 def _marked(cases: list[tuple[str, str]]) -> list[Any]:
-    split = [(kind, "parallel") for kind in ("mixers", "token router", "feature router")]
-    two = cover(_cases(TWO_PROCESSES), _facets, [*split, *ROUTERS])
-    rest = [cover(_cases(layouts), _facets, ROUTERS) for layouts in (RECOMPUTE, FOUR_PROCESSES)]
-    neighbours = SLOW | IN_ONE_LAYOUT.keys()
-    chosen = [case for case in (*two, *itertools.chain(*rest)) if case[0] not in neighbours]
+    chosen = [
+        *cover(_without_neighbours(TWO_PROCESSES), _facets, [*SPLIT, OPTIONS]),
+        *cover(_without_neighbours(RECOMPUTE), _facets, [*SPLIT[1:], OPTIONS]),
+        *cover(_without_neighbours(FOUR_PROCESSES), _facets, [OPTIONS]),
+    ]
     return slow_unless_in([*chosen, *IN_ONE_LAYOUT.items()], cases)
 
 
@@ -167,17 +180,26 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def fresh(self, architecture: str) -> str:
+        """Flags of a model and its data; the input that hashes the strings of tokens needs some."""
+        tokenizer = NUMBERS
+        if MINHASH in ARCHITECTURES[architecture]:
+            save_tokenizer(self.folder / "tokenizer")
+            tokenizer = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model "
+            tokenizer += str(self.folder / "tokenizer")
+        return f"{MODEL} {tokenizer} {ARCHITECTURES[architecture]}"
+
     def seed(self, architecture: str) -> str:
         """Flags of the run that writes the checkpoint which all the others start from."""
         where = f"--save {self.folder}/seeds/{architecture} --save-interval 100"
-        how = "--train-iters 1 --lr-decay-iters 5 --no-save-optim --no-save-rng"
-        return f"{MODEL} {ARCHITECTURES[architecture]} {where} {how}"
+        how = f"--train-iters 1 --lr-decay-iters {NUM_STEPS} --no-save-optim --no-save-rng"
+        return f"{self.fresh(architecture)} {where} {how}"
 
     def resumed(self, architecture: str, layout: str) -> str:
         """Flags of a run of NUM_STEPS from that checkpoint."""
         where = f"--load {self.folder}/seeds/{architecture}"
         how = f"--train-iters {NUM_STEPS} --finetune --no-load-optim --no-load-rng"
-        return f"{MODEL} {ARCHITECTURES[architecture]} {where} {how} {layout}"
+        return f"{self.fresh(architecture)} {where} {how} {layout}"
 
     def priced(self, layout: str, flags: str) -> dict[str, str]:
         """The same for BASE experts, whose last checkpoint is kept."""
@@ -217,15 +239,20 @@ def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     seeds = {f"seeds/{name}": runs.seed(name) for name in architectures}
     plain = {f"{name}/plain": runs.resumed(name, "") for name in architectures}
     plain |= runs.asked_for(request, RECOMPUTE)
+    learning = selected(request, "architecture", "precision") | {("gmlp_1_head", "fp32")}
     fresh = {
-        f"{name}/{precision}": f"{MODEL} {ARCHITECTURES[name]} --train-iters {LONG_RUN} {flags}"
+        f"{name}/{precision}": f"{runs.fresh(name)} --train-iters {LONG_RUN} {flags}"
         for name in architectures
         for precision, flags in PRECISIONS.items()
-        if precision == "bf16"
-        or name == "gmlp_1_head"
-        or (name, precision) in selected(request, "architecture", "precision")
+        if (name, precision) in learning
     }
-    bare = {"bare/spec": f"{MODEL} {BARE_SPEC}"}
+    # Of the others the first step, whose loss is compared with fp32's.
+    fresh |= {
+        f"{name}/bf16": f"{runs.fresh(name)} --train-iters 1 --bf16"
+        for name in architectures
+        if (name, "bf16") not in learning
+    }
+    bare = {"bare/spec": f"{MODEL} {NUMBERS} {BARE_SPEC}"}
     padded = {"padded/hash": runs.resumed("transformer_hash", f"{PADDED} {runs.folder}/padded/run")}
     priced = runs.priced("plain", "")
     launch(seeds | plain | fresh | bare | padded | priced, processes=1, folder=runs.folder)
@@ -350,12 +377,11 @@ def test_every_router_counts_every_choice(one: Runs, architecture: str):
 
 
 LEARNING = list(itertools.product(ARCHITECTURES, PRECISIONS))
-# fp32 is what all other runs of this file have; of it, a system of each kind.
+# Every mixer learns in bf16, and every kind of router; fp32 is what all other runs here have.
 LEARNING_FAST = [
-    (name, precision)
-    for name, precision in LEARNING
-    if (precision == "bf16" and name not in SLOW)
-    or name in ("gmlp_1_head", "transformer_gshard", "smlp", "amlp")
+    *(("gmlp_1_head", "fp32"), ("smlp", "fp32")),
+    *(("transformer_gshard", "bf16"), ("gmlp_4_heads", "bf16"), ("amlp", "bf16")),
+    *(("smlp_partial", "bf16"), ("mixer", "bf16"), ("aft", "bf16"), ("causal_rn", "bf16")),
 ]
 
 

@@ -16,6 +16,11 @@ from megatron_smlp.library_logging import quiet_libraries
 from megatron_smlp.megatron_patches.late_compile import late_compile
 
 with quiet_libraries(), late_compile():
+    # What the first run of a process imports late: a second of each rank otherwise.
+    import megatron.core.tokenizers.text.libraries.huggingface_tokenizer  # noqa: F401
+    import torch._dynamo  # noqa: F401
+
+    import megatron_smlp.evaluation.during_training
     import megatron_smlp.flags.parse
     import megatron_smlp.megatron_patches.table
     import megatron_smlp.model
