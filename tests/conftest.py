@@ -1,4 +1,4 @@
-"""What all tests share: threads, seeds, and one process of Megatron without a launcher."""
+"""Fixtures that all tests share: threads, seeds, one process of Megatron without a launcher."""
 
 import os
 

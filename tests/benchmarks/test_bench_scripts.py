@@ -1,4 +1,4 @@
-"""What the benchmarks run is what a user could run; what they say of it follows from its log."""
+"""Benchmarks run what a user could run, and their figures follow from its log."""
 
 import subprocess
 import sys

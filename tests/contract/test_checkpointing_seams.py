@@ -1,4 +1,4 @@
-"""What megatron_patches/checkpointing.py replaces in Megatron still has the shape it relies on."""
+"""Megatron's functions that megatron_patches/checkpointing.py replaces still have their shape."""
 
 import inspect
 from collections.abc import Callable

@@ -8,7 +8,7 @@ from megatron_smlp.megatron_patches import compiled_helpers
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What Megatron's own function would have compiled."""
+    """Note the calls of Megatron's own compilation."""
     made: list[str] = []
     monkeypatch.setattr(utils, "compile_helpers", lambda: made.append("make"))
     compiled_helpers.apply()

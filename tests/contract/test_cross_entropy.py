@@ -51,7 +51,7 @@ def test_it_equals_megatrons(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 
 
 def test_megatrons_fused_one_is_the_same_in_bf16() -> None:
-    """What configs/paper ask for on a GPU, uncompiled; its gradient is bf16 whatever comes in."""
+    """configs/paper ask for it on a GPU; uncompiled here. Its gradient is bf16 whatever comes."""
     values = (5 * torch.randn(7, 3, 100)).bfloat16()
     target = torch.randint(100, (7, 3))
     results = []

@@ -1,4 +1,4 @@
-"""What megatron_patches/elastic_agent.py and launching/agent.py rely on in torchrun's agent."""
+"""torchrun's agent still is as megatron_patches/elastic_agent.py and launching/agent.py need it."""
 
 import inspect
 from datetime import UTC, datetime, timedelta

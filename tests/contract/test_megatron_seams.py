@@ -303,7 +303,7 @@ class TestModel:
         assert _get_block_submodules(config, block, None, 0) is block
 
     def test_a_layer_spec_is_repeated_for_every_layer(self):
-        """What `--spec megatron_smlp.architectures gmlp` relies on."""
+        """`--spec megatron_smlp.architectures gmlp` relies on this."""
         assert issubclass(SlottedLayer, BaseTransformerLayer)
         config = layer_config(num_layers=3)
         spec = import_module(["megatron_smlp.architectures", "gmlp"])

@@ -1,4 +1,4 @@
-"""What is replaced for resuming in another layout: Megatron's side, and that it needs replacing."""
+"""Resuming in another layout replaces parts of Megatron: they are there, and need replacing."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -53,7 +53,7 @@ def optimizer(parse: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
 
 
 def saved(optimizer: ChainedOptimizer, model: Any) -> dict[str, Any]:
-    """What goes into a checkpoint."""
+    """Return everything that goes into a checkpoint."""
     state = optimizer.sharded_state_dict(model, metadata={FORMAT: ANY_LAYOUT})
     tensors = {value.key for value in nested_values(state) if isinstance(value, ShardedBase)}
     rest = {

@@ -16,7 +16,7 @@ PATCHES_FOLDER = REPOSITORY / "megatron_smlp" / "megatron_patches"
 
 
 def found(target: str) -> Any:
-    """What Megatron or torch finds under this name."""
+    """Return the object that Megatron or torch finds under this name."""
     names = target.split(".")
     for count in range(len(names) - 1, 0, -1):
         try:
@@ -31,7 +31,7 @@ def found(target: str) -> Any:
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: f"{patch.module}: {patch.target}")
 def test_a_row(patch: Patch):
-    """What is replaced is there, and for the whole process it is ours."""
+    """Every replaced name exists, and is ours for the whole process."""
     prepare_megatron()
     value = found(patch.target)
     if patch.extent == "process":

@@ -1,4 +1,4 @@
-"""What kernels ask of a CUDA device that the CPU stands in for, as JSON; see test_kernel_counts.py.
+"""Print as JSON what kernels ask of a CUDA device that the CPU stands in for.
 
 Run in a process of its own: Triton interprets, and the device is there until its end.
 """

@@ -1,4 +1,4 @@
-"""What takes the place of many operators on a CUDA device: launches, waits and bytes, counted."""
+"""Kernels take the place of many operators on a CUDA device: launches and waits, counted."""
 
 from __future__ import annotations
 

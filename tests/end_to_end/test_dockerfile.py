@@ -41,7 +41,7 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
 
 @pytest.mark.slow
 def test_every_step_works(tmp_path: Path) -> None:
-    """What is installed is installed into the new environment alone, and starts from there."""
+    """Everything is installed into the new environment alone, and starts from there."""
     environment, root = tmp_path / "venv", tmp_path / "root"
     made = subprocess.run(
         [sys.executable, "-m", "venv", str(environment)], capture_output=True, check=False

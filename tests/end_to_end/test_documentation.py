@@ -48,7 +48,7 @@ NAMED = {
     "--save runs/first ...": f"--save runs/launched {DATA} {STEPS}",
     "...": "",
 }
-"""What a page leaves out."""
+"""The parts that a page leaves out."""
 SHORTER = {
     "--nproc-per-node 8": "--nproc-per-node 2",
     "--expert-model-parallel-size 2 ": "",  # eight processes on two cores take minutes
@@ -112,7 +112,7 @@ def variables() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where somebody stands who has read README.md, with what the other pages start from."""
+    """Make a folder as README.md leaves it, with the files that the other pages start from."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("configs", "examples", "megatron_smlp", "tools", "pretrain_smlp.py"):
         (folder / name).symlink_to(REPOSITORY / name)

@@ -58,7 +58,7 @@ COPA = "".join(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What examples/study_data.sh makes of a corpus of a hundred documents."""
+    """Run examples/study_data.sh on a corpus of a hundred documents."""
     folder = tmp_path_factory.mktemp("data")
     words = ["sparse", "all", "experts", "tokens", "route", "to", "the", "gate", "of", "a", "layer"]
     draw = random.Random(0)

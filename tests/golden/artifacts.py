@@ -1,4 +1,4 @@
-"""What this version wrote, for later ones to read: a dataset, a checkpoint, an exported model.
+"""Write a dataset, a checkpoint and an exported model, for later versions to read.
 
     PYTHONPATH=tests:. python tests/golden/artifacts.py
 

@@ -1,4 +1,4 @@
-"""What the program makes of its command lines, as plain text that can be compared.
+"""Resolve the command lines of every config, and write the result as text to compare.
 
     PYTHONPATH=tests:. python tests/golden/behaviour.py
 
@@ -85,7 +85,7 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def beyond(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """What differs; a name that is gone says so."""
+    """Return the values that differ; a name that is gone says so."""
     gone = {name: "(gone)" for name in known if name not in values}
     return gone | {n: v for n, v in values.items() if n not in known or known[n] != v}
 
@@ -108,7 +108,7 @@ def namespaces() -> dict[str, dict[str, Any]]:
 
 
 def dry_runs() -> str:
-    """What --dry-run prints of each file, but for what depends on the machine."""
+    """Return what --dry-run prints of each file, without what depends on the machine."""
     from megatron_smlp.training.start_screen import print_dry_run
 
     text = io.StringIO()

@@ -1,4 +1,4 @@
-"""What must stay as it is: resolved flags, dry runs, and what earlier versions wrote.
+"""Resolved flags, dry runs, and files of earlier versions stay as they are.
 
 A difference in namespaces.json or dry_runs.txt that is meant is written by behaviour.py; one in
 what is read of written_by_*/ is a user's checkpoint or dataset that can no longer be read.
@@ -25,7 +25,7 @@ versions = pytest.mark.parametrize("written", WRITTEN, ids=lambda folder: folder
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `behaviour` sets of the environment goes with the test."""
+    """Restore the environment that `behaviour` changes."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "CUDA_DEVICE_MAX_CONNECTIONS"):
         monkeypatch.setenv(name, "1" if name != "RANK" else "0")
         monkeypatch.delenv(name)

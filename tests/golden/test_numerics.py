@@ -1,4 +1,4 @@
-"""What the nine systems train to: results of a study count only while the same flags give these.
+"""The nine systems train to known losses: results of a study count only while they hold.
 
 Losses and gradient norms of a few steps in fp32 on one process; processors round differently, which
 is less than the tolerance, and a changed formula, draw, order of samples or default is more. Where

@@ -144,7 +144,7 @@ def test_a_token_changes_nothing_before_it(model: tuple[str, Any], position: int
 
 @pytest.mark.parametrize("length", [1, 5, 15])
 def test_a_prefix_has_the_logits_of_the_whole(model: tuple[str, Any], length: int):
-    """What is generated token by token sees the model that was trained on whole sequences."""
+    """Generation token by token sees the model that was trained on whole sequences."""
     _, network = model
     tokens = torch.randint(network.vocab_size, (BATCH, LENGTH))
     whole = logits(network, tokens)[:, :length]

@@ -46,7 +46,7 @@ class Case:
     name: str
     """`file:function` of megatron_smlp/ops/kernels."""
     pointer: str
-    """What points to tensors of another kind than TYPES names."""
+    """The type of pointers that TYPES does not name."""
     warps: int
     constants: dict[str, Any] = field(default_factory=dict)
 

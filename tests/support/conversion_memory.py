@@ -1,4 +1,4 @@
-"""How much memory conversions take: the peak of this process beyond what it had before each.
+"""Measure the memory of conversions: the peak of this process beyond what it had before each.
 
     python -m support.conversion_memory FOLDER
 

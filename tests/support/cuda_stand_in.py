@@ -93,7 +93,7 @@ class _Residents:
 
 @dataclass
 class Tally:
-    """What a stretch of code did on the device."""
+    """Counts of what a stretch of code did on the device."""
 
     operators: collections.Counter[str] = field(default_factory=collections.Counter)
     """Calls of operators that launch kernels, by name; views and collectives are not among them."""
@@ -244,7 +244,7 @@ class _Operators(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _drawing_on_the_device() -> Iterator[None]:
-    """What draws here draws from the device's generator, which the CPU's knows nothing of."""
+    """Draw from the device's generator, which the CPU's knows nothing of."""
     cpus = torch.default_generator.get_state()
     torch.default_generator.set_state(_generator.get_state())
     try:
@@ -266,7 +266,7 @@ def _has_storage(value: Any) -> bool:
 
 
 def _common_device(name: str, tensors: list[torch.Tensor]) -> torch.device:
-    """Where the operator runs.
+    """Return the device on which the operator runs.
 
     Raises:
         RuntimeError: its tensors are on two devices, which CUDA's operators refuse, too. A number

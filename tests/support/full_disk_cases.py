@@ -1,4 +1,4 @@
-"""What is done on a file system of its own, by tests/support/small_disk.py."""
+"""Cases on a file system of their own, run by tests/support/small_disk.py."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class _Probe(TorchDispatchMode):
 
 
 reads: dict[str, int] = {}
-"""How often each parameter was found gathered."""
+"""Number of times that each parameter was found gathered."""
 
 
 def _numbered(buffer: Any) -> list[tuple[int, tuple[int, int, int]]]:

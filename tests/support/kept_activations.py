@@ -1,4 +1,4 @@
-"""What autograd keeps of one layer's forward pass, exactly."""
+"""Count the bytes that autograd keeps of one layer's forward pass."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Run:
     codes: list[int] = field(default_factory=list)
 
     def collect(self) -> bool:
-        """Whether all have ended."""
+        """Return whether all have ended."""
         for process in list(self.waiting):
             done, status = os.waitpid(process, os.WNOHANG)
             if done:
@@ -54,7 +54,7 @@ class Run:
         return not self.waiting
 
     def wait(self, seconds: float) -> bool:
-        """Whether all have ended in that time."""
+        """Return whether all have ended in that time."""
         deadline = time.monotonic() + seconds
         while not self.collect():
             if time.monotonic() > deadline:

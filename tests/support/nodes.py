@@ -240,7 +240,7 @@ class Job:
             self.launchers[node] = self.net.start(node, [*words, "--save", str(self.save)], **given)
 
     def records(self) -> list[dict[str, Any]]:
-        """What has been logged; a line that is being written is left out."""
+        """Return what has been logged; a line that is being written is left out."""
         path = self.save / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         found = []
@@ -256,7 +256,7 @@ class Job:
         return (self.net.folder / f"node{node}.log").read_text(encoding="utf-8", errors="replace")
 
     def words_of_launchers(self) -> list[str]:
-        """What agents and their launchers have said on all machines."""
+        """Return the output of agents and their launchers on all machines."""
         lines = [line for node in self.launchers for line in self.log(node).splitlines()]
         return [line for line in lines if line.startswith("launch: ")]
 

@@ -1,4 +1,4 @@
-"""What Megatron does anew at every start, and a process of many short runs needs once."""
+"""Do once in a process of many short runs what Megatron does anew at every start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tests a mark expression of pytest's asks for."""
+"""Read from a mark expression of pytest's which tests it asks for."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from _pytest.mark.expression import Expression
 
 
 def looks_at_gpus(expression: str) -> bool:
-    """Whether `-m EXPRESSION` is about tests marked `gpu`, not about all but some others."""
+    """Return whether `-m EXPRESSION` asks for tests marked `gpu`, not for all but some others."""
     if not expression:
         return False
     compiled = Expression.compile(expression)

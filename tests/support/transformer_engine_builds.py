@@ -59,7 +59,7 @@ def build(flags: list[str]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """What JSON has no form for: a group by its size, all else by its name."""
+    """Return a form for JSON: of a group its size, of all else its name."""
     return value.size() if isinstance(value, torch.distributed.ProcessGroup) else str(value)
 
 
@@ -77,7 +77,7 @@ def forget() -> None:
 
 
 def record(case: dict[str, Any]) -> dict[str, Any]:
-    """What was built, or the line of the error."""
+    """Return what was built, or the line of the error."""
     try:
         start(case["world"])
         return build(case["flags"].split())

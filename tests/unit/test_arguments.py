@@ -394,14 +394,14 @@ class TestRefusals:
 
 
 def checkpoint(args: Any, folder: Path) -> None:
-    """What a save leaves for the check: the tracker file and the flags of the model."""
+    """Write what a save leaves for the check: the tracker file and the flags of the model."""
     iteration_folder(folder, 3).mkdir()
     write_model_flags(args, iteration_folder(folder, 3))
     (folder / TRACKER).write_text("3")
 
 
 class TestRouterOfACheckpoint:
-    """What BASE reads, and whether there are prices, is the model's: no flag need repeat it."""
+    """The checkpoint says what BASE reads and whether there are prices: no flag need repeat it."""
 
     WORDS = f"{GMLP} --token-router base --num-experts 2"
 

@@ -1,4 +1,4 @@
-"""How a program ends: whatever happens, at once, and without a traceback where the user asked."""
+"""A program ends at once, whatever happens, and without a traceback where the user asked for it."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""How far a command is, on a terminal and in a log file."""
+"""Progress of a command, on a terminal and in a log file."""
 
 import sys
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What the suite itself relies on: errors of runs come out, GPUs are seen where they are meant."""
+"""The suite's own parts: errors of runs come out, GPUs are seen where they are meant."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What `make first-gpu` tries on a machine's first day, each case in a process of its own.
+"""The cases of `make first-gpu`, a machine's first day; each runs in a process of its own.
 
 tests/gpu asserts the same cases. Torch is imported inside them: a conversion hides GPUs before.
 """

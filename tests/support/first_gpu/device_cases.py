@@ -1,4 +1,4 @@
-"""What is there, and the operators of megatron_smlp/ops on it."""
+"""Cases of the device: its environment, and the operators of megatron_smlp/ops on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.first_gpu.notes import Notes, Place
 
 
 def environment(place: Place, notes: Notes) -> None:
-    """What is installed, for the report."""
+    """Note what is installed."""
     import torch
 
     packages = ("torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "triton")

@@ -160,7 +160,7 @@ def transformer_engine(place: Place, notes: Notes) -> None:
 
 
 def one_process(place: Place, notes: Notes) -> None:
-    """Where the layouts start from, and what they have to give."""
+    """Train in one process: the layouts start from its checkpoint, and must give its losses."""
     folder, flags = place.folder / "layouts", words(place, SPARSE)
     short = f"--train-iters 1 --lr-decay-iters {NUM_STEPS} --no-save-optim --no-save-rng"
     seed = flags.replace(f"--train-iters {NUM_STEPS}", short)

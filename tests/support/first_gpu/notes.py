@@ -1,4 +1,4 @@
-"""What a case found out, line by line, and where it worked."""
+"""Results of a case, line by line, and the place where it ran."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def _in_a_process(case: Case, place: Place) -> Notes:
 
 
 def log_of(name: str, place: Place) -> Path:
-    """What the case and the libraries print."""
+    """Return the file for what the case and the libraries print."""
     return place.folder / f"{name}.log"
 
 

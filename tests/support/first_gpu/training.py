@@ -32,7 +32,7 @@ def words(place: Place, system: str, *, precision: str = "--bf16") -> str:
 
 
 def train(flags: str, folder: Path, *, observe: Observe = lambda own: own) -> list[Step]:
-    """What pretrain_smlp.py does with these flags, in this process; the steps that it logged."""
+    """Train in this process, as pretrain_smlp.py does with these flags; return the logged steps."""
     from megatron_smlp.training.captured_output import CapturedOutput
     from pretrain_smlp import patched_arguments
     from pretrain_smlp import train as pretrain

@@ -41,7 +41,7 @@ def say(text: str) -> None:
 
 
 def owner(folder: Path) -> dict[str, object]:
-    """What the claim with the highest number says."""
+    """Return the text of the claim with the highest number."""
     newest = max(folder.glob(".writer-*"))
     return dict(json.loads(newest.read_text(encoding="utf-8")))
 

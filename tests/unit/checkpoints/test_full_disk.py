@@ -21,7 +21,7 @@ Outputs = dict[tuple[str, str], tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def sources(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a conversion of each kind reads."""
+    """Make the input of a conversion of each kind."""
     folder = tmp_path_factory.mktemp("sources")
     save_exported(make_model("gmlp", num_experts=None, moe_ffn_hidden_size=None), folder / "hf")
     sizes = {"vocab_size": 400, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -97,7 +97,7 @@ def test_a_log_loses_whole_lines_and_says_so_once(outputs: Any, name: str) -> No
 
 
 def test_a_run_outlives_its_tensorboard_folder(outputs: Any) -> None:
-    """What the thread of TensorBoard prints when it ends is its own."""
+    """The thread of TensorBoard may print a traceback of its own when it ends."""
     code, text = outputs["train_with_tensorboard", ""]
     assert code == 0, text
     assert text.count("LOST") == 1

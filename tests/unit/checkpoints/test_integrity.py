@@ -35,7 +35,7 @@ def empty(path: Path) -> None:
 
 
 def zeroes(path: Path) -> None:
-    """What some file systems leave of a file after a power failure."""
+    """Damage a file as some file systems do in a power failure."""
     path.write_bytes(bytes(path.stat().st_size))
 
 

@@ -64,7 +64,7 @@ def test_a_resume_on_other_data_wants_a_flag(
 def test_files_named_relatively_are_found_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What a checkpoint records of them: the data, and a tokenizer's folder."""
+    """A checkpoint records them: the data, and a tokenizer's folder."""
     prefix = _write(tmp_path / "data", seed=1)
     (tmp_path / "tokenizer").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -74,7 +74,7 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path: Path, how: str):
 def test_a_run_may_go_on_without(
     run: Path, how: str, full_disk: None, capfd: pytest.CaptureFixture[str]
 ):
-    """What was saved before stays as it is; the end tells that the last one is missing."""
+    """Earlier checkpoints stay as they are; the end tells that the last one is missing."""
     log = run.parent / "log"
     with pytest.raises(SaveError, match=r"the last checkpoint, of iteration 6, could not be saved"):
         pretrain(f"--save {run} --log-dir {log} --ckpt-step 2 --on-save-failure continue {how}")

@@ -39,7 +39,7 @@ def _say(folder: Path, **changes: Any) -> None:
 
 
 def _refusals(folder: Path, tmp_path: Path) -> list[str]:
-    """What the converter, generation and the check before an evaluation say, each in a second."""
+    """The converter, generation and the check before an evaluation refuse it, each in a second."""
     refusals = []
     for read in (
         lambda: run(from_hf, folder, tmp_path / "run", checks=False),

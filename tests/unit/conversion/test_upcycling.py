@@ -46,7 +46,7 @@ def logits(folder: Path, tokens: Tensor) -> Tensor:
 
 
 def upcycled(source: Path, target: Path, **model: Any) -> tuple[list[str], float]:
-    """What was said, and the largest difference of logits, relative to the largest logit."""
+    """Return what was printed, and the largest difference of logits relative to the largest one."""
     said = run(convert.upcycle, source, target, model=model)
     tokens = torch.randint(101, (2, 30))
     before, after = logits(source, tokens), logits(target, tokens)

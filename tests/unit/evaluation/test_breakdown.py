@@ -1,4 +1,4 @@
-"""Where the loss lies: every token in one bin of each kind, by slow and plain definitions."""
+"""Loss by kind of token: every token is in one bin of each kind, by slow and plain definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model computes in: a bf16 run, its adapter, and its export under stock lm-eval."""
+"""Precision of scores: a bf16 run, its adapter, and its export under stock lm-eval."""
 
 from __future__ import annotations
 

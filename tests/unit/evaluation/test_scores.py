@@ -178,7 +178,7 @@ def test_a_score_does_not_depend_on_its_batch(scorer: tuple[MegatronScorer, Any]
 
 
 def test_padded_batches_score_nearly_the_same(scorer: tuple[MegatronScorer, Any]) -> None:
-    """What GPUs do: rows of many lengths side by side, padded on the right."""
+    """As on GPUs: rows of many lengths side by side, padded on the right."""
     alone, _ = scorer
     batched = MegatronScorer(alone.stages, longest=LENGTH, batch_size=1)
     batched.batch_size = 8

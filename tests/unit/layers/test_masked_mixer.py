@@ -82,7 +82,7 @@ def test_the_layer_adds_the_mixed_tokens_and_then_an_mlp():
 
 @pytest.mark.parametrize("toeplitz", [False, True])
 def test_initial_values(toeplitz: bool):
-    """What writes to the residual starts near zero, what feeds a GELU keeps the variance."""
+    """Weights that write to the residual start near zero, those before a GELU keep the variance."""
     flat = mixer(stir=False, toeplitz=toeplitz)
     assert 0 < flat.spatial.weight.abs().max() <= 1e-3 / LENGTH
     assert not flat.spatial.bias.any()

@@ -1,4 +1,4 @@
-"""What the replaced names of the CPU platform do."""
+"""The replaced names of the CPU platform do what CUDA's do."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What Megatron keeps of routers between tests."""
+"""Drop what Megatron keeps of routers between tests."""
 
 from collections.abc import Iterator
 

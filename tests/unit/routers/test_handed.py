@@ -1,4 +1,4 @@
-"""What a model's call hands its routers reaches each pass, and each pass that repeats one."""
+"""A model's call hands its routers values that reach each pass, and each pass that repeats one."""
 
 from typing import Any
 

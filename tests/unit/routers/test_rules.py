@@ -26,7 +26,7 @@ def experts_of(routing_map: Tensor) -> list[list[int]]:
 
 
 class TestScores:
-    """What the rules with scores share."""
+    """Properties that all rules with scores share."""
 
     @pytest.mark.parametrize("name", ["switch", "gshard", "base"])
     def test_gradient_of_the_z_loss_reaches_the_router(self, name: str):
@@ -84,7 +84,7 @@ class TestSwitch:
         assert balance_loss(even, torch.arange(8) % 4) == pytest.approx(1.0)
 
     def test_parts_of_the_loss_add_up(self):
-        """What two ranks of a TP group attach is together what one would."""
+        """The losses that two ranks of a TP group attach add up to what one would."""
         probabilities, first = torch.rand(8, 4).softmax(-1), torch.randint(4, (8,))
         parts = [balance_loss(half, first) for half in probabilities.chunk(2)]
         torch.testing.assert_close(sum(parts), balance_loss(probabilities, first))

@@ -1,4 +1,4 @@
-"""What is counted of the routers, on examples small enough to count by hand."""
+"""Statistics of the routers, on examples small enough to count by hand."""
 
 import math
 from typing import Any

@@ -114,7 +114,7 @@ def reference_of(model: Any, args: Any) -> SMLPForCausalLM:
 
 
 def drawn(layer: int, gates: Tensor) -> Tensor:
-    """What a model draws that was told of no samples."""
+    """Return the draws of a model that was told of no samples."""
     return uniform(torch.zeros(1, dtype=torch.int64), layer=layer, positions=len(gates))
 
 

@@ -1,4 +1,4 @@
-"""What a study reads of a run: the same records as the plots, and its last step at little cost."""
+"""A study reads the same records of a run as the plots, and its last step at little cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan says that a study costs, and that every command of the paper's studies can start."""
+"""A plan's estimate of a study's cost; every command of the paper's studies can start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said and written of the routers; whole runs of a model with both kinds of them."""
+"""Reports of the routers, printed and written, in whole runs of a model with both kinds."""
 
 import json
 import math

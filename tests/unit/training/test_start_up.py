@@ -59,7 +59,7 @@ def test_other_ranks_say_nothing():
 
 
 def test_from_the_first_step_on_it_is_the_loops():
-    """Which would finish its step; nothing ends the process before that."""
+    """The loop would finish its step; nothing ends the process before that."""
     assert signalled("start_up.over()").returncode == 1000
 
 

@@ -1,4 +1,4 @@
-"""What training is told about data that it must not read."""
+"""Training refuses data that it must not read, and says why."""
 
 import json
 from collections.abc import Callable

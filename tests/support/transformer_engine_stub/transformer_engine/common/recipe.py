@@ -14,7 +14,7 @@ class Format(Enum):
 
 
 class Recipe:
-    """What is asked of the scaling, kept under its names."""
+    """The arguments of the scaling, kept under their names."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings

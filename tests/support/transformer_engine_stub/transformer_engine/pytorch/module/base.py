@@ -29,7 +29,7 @@ def initialize_ub(shape: list[int], tp_size: int, **given: Any) -> None:
 
 
 def is_ub_initialized() -> bool:
-    """Whether there are buffers."""
+    """Return whether there are buffers."""
     return bool(_made)
 
 
