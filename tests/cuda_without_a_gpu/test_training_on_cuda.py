@@ -2,7 +2,7 @@
 
 The CPU stands in for the device (support/cuda_stand_in.py): the real `megatron.training` loop, MoE
 dispatch, backward pass, optimizer and checkpoints, and nothing of the CPU platform. Each run starts
-from a checkpoint that a CPU saved, saves its own after two steps, and goes on from that.
+from a checkpoint that a CPU saved, saves its own after a step, and goes on from that.
 """
 
 import itertools
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from support.cover import cover, selected, slow_unless_in
-from support.launches import Step, launch, steps
+from support.launches import Step, launch, launch_on_the_stand_in, steps
 from support.systems import SYSTEMS as FLAGS
 
 MODEL = """
     --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --num-layers 4 --hidden-size 64
     --ffn-hidden-size 256 --seq-length 64 --attention-dropout 0 --hidden-dropout 0
-    --micro-batch-size 2 --global-batch-size 8 --num-workers 0 --lr 1e-3 --lr-decay-style constant
+    --micro-batch-size 2 --global-batch-size 4 --num-workers 0 --lr 1e-3 --lr-decay-style constant
     --log-interval 1
 """
 SILENT, EVALUATES = "--eval-iters 0", "--eval-iters 1 --eval-interval 1000"
@@ -64,13 +64,12 @@ LAYOUTS = {
 LAYOUTS_FAST = ("tp2_partial", "pp2_hash", "pp2_interleaved", "ep2", "dp2")
 IN_LAYOUTS = sorted({system for system, _ in LAYOUTS.values()})
 IN_LAYOUTS_FAST = sorted({LAYOUTS[layout][0] for layout in LAYOUTS_FAST})
-SAVED, RESUMED, END = 1, 3, 4
+SAVED, RESUMED, END = 1, 2, 3
 # Relative, of loss and gradient norm. Two processes add in another order; bf16 and fp16 round in
 # other places, so that a token between two experts may change its own.
 EXACT, ROUNDED = (1e-4, 1e-4), (5e-4, 1e-2)
-STAND_IN = {"CUDA_STAND_IN": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-# Three launches of some twenty short runs each, before the first test.
+# All runs are made before the first test.
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -106,31 +105,20 @@ def device(
 ) -> Path:
     """The same steps with the CPU standing in for a CUDA device, resumed in the middle."""
     folder: Path = tmp_path_factory.mktemp("device")
-    runs: dict[str, str] = {}
+    one: dict[str, str] = {}
     asked = selected(request, "system", "variant")
     for system, variant in (case for case in CASES if case in asked):
         flags, seed = f"{SYSTEMS[system]} {VARIANTS[variant]}", cpu / f"{system}--bf16"
-        _add_resumed(runs, f"{system}_{variant}", flags, seed, folder)
+        _add_resumed(one, f"{system}_{variant}", flags, seed, folder)
     for system in sorted(_systems_in_layouts(request)):
-        _add_resumed(runs, f"{system}_fp32", SYSTEMS[system], cpu / system, folder)
+        _add_resumed(one, f"{system}_fp32", SYSTEMS[system], cpu / system, folder)
     drawn = f"{SYSTEMS['smlp_partial']} --bf16 --use-cpu-initialization"
-    runs["drawn_on_the_cpu"] = _until(SAVED, drawn)
-    launch(runs, processes=1, folder=folder, **STAND_IN)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def two_devices(
-    cpu: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder: Path = tmp_path_factory.mktemp("two")
-    runs: dict[str, str] = {}
-    asked = selected(request, "layout")
-    for name, (system, layout) in LAYOUTS.items():
-        if (name,) not in asked:
-            continue
-        _add_resumed(runs, name, f"{SYSTEMS[system]} {layout}", cpu / system, folder)
-    launch(runs, processes=2, folder=folder, **STAND_IN)
+    one["drawn_on_the_cpu"] = _until(SAVED, drawn)
+    two: dict[str, str] = {}
+    for (name,) in sorted(selected(request, "layout")):
+        system, layout = LAYOUTS[name]
+        _add_resumed(two, name, f"{SYSTEMS[system]} {layout}", cpu / system, folder)
+    launch_on_the_stand_in({1: one, 2: two}, folder=folder)
     return folder
 
 
@@ -166,9 +154,9 @@ def test_weights_drawn_on_the_cpu_are_a_cpus(cpu: Path, device: Path):
 
 
 @pytest.mark.parametrize("layout", slow_unless_in(LAYOUTS_FAST, LAYOUTS))
-def test_layouts_train_and_resume_as_one_process(layout: str, device: Path, two_devices: Path):
+def test_layouts_train_and_resume_as_one_process(layout: str, device: Path):
     system, _ = LAYOUTS[layout]
-    _assert_alike(_resumed(two_devices, layout), _resumed(device, f"{system}_fp32"), EXACT)
+    _assert_alike(_resumed(device, layout), _resumed(device, f"{system}_fp32"), EXACT)
 
 
 @pytest.mark.parametrize("fp32_system", slow_unless_in(IN_LAYOUTS_FAST, IN_LAYOUTS))

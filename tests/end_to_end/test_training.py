@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.launches import REPOSITORY, clean_environment, run_command
+from support.launches import (
+    REPOSITORY,
+    TIME_LIMIT,
+    clean_environment,
+    run_command,
+    start_program,
+)
 
+from megatron_smlp.data.prepare import preprocess_cli, train_tokenizer_cli
 from megatron_smlp.errors import UsageError
 
 SIZES = (
@@ -33,17 +42,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.jsonl").write_text(lines, encoding="utf-8")
     text = folder / "text.jsonl"
     for name, size in (("tokenizer", 300), ("other", 310)):
-        tool("train_tokenizer", f"--input {text} --vocab-size {size} --output {folder / name}")
-    tool(
-        "preprocess_data",
-        f"--input {text} --output-prefix {folder / 'text'} --append-eod --workers 1 "
-        + tokenizer_flags(folder / "tokenizer"),
-    )
+        words = f"--input {text} --vocab-size {size} --output {folder / name}"
+        train_tokenizer_cli.main(words.split())
+    words = f"--input {text} --output-prefix {folder / 'text'} --append-eod --workers 1"
+    preprocess_cli.main([*words.split(), *tokenizer_flags(folder / "tokenizer").split()])
     return folder
-
-
-def tool(name: str, words: str) -> None:
-    run_command([sys.executable, f"tools/{name}.py", *words.split()])
 
 
 def tokenizer_flags(folder: Path) -> str:
@@ -104,28 +107,31 @@ def test_interrupted_run_saves_and_the_same_command_goes_on(corpus: Path, tmp_pa
     words = f"{flags(corpus)} --train-iters 100000 --eval-interval 100000 --save {tmp_path}"
     reached = 0
     for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        process = subprocess.Popen(
-            command(words),
-            cwd=REPOSITORY,
-            env=clean_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert process.stdout is not None
-        output = []
-        for line in process.stdout:
-            output.append(line)
-            if line.startswith(f"iteration {reached + 5}/"):
-                process.send_signal(sent)
-        assert process.wait(timeout=60) == 0, "".join(output)
+        log = tmp_path / f"{sent.name}.log"
+        process = start_program(words.split(), log=log)
+        try:
+            wait_for(f"iteration {reached + 5}/", log, process)
+            os.kill(process.pid, sent)
+            process.join(60)
+        finally:
+            process.kill()
+        output = log.read_text(encoding="utf-8")
+        assert process.exitcode == 0, output
         if reached:
             assert f"resumed from iteration {reached} of {tmp_path}\n" in output
         tracker = tmp_path / "latest_checkpointed_iteration.txt"
         saved = int(tracker.read_text(encoding="utf-8"))
         assert saved >= reached + 5
-        assert output[-1].startswith(f"stopped at iteration {saved}: saved to {tmp_path}")
+        last = output.splitlines()[-1]
+        assert last.startswith(f"stopped at iteration {saved}: saved to {tmp_path}")
         reached = saved
+
+
+def wait_for(start: str, log: Path, process: Any) -> None:
+    """Until a line of the log begins so; an error where the process ends before."""
+    while not (log.exists() and f"\n{start}" in log.read_text(encoding="utf-8")):
+        assert process.is_alive(), log.read_text(encoding="utf-8")
+        time.sleep(0.05)
 
 
 def test_nonfinite_loss_stops_the_run_with_rank_and_step(corpus: Path, tmp_path: Path) -> None:
@@ -141,10 +147,12 @@ def test_nonfinite_loss_stops_the_run_with_rank_and_step(corpus: Path, tmp_path:
 
 def test_nonfinite_loss_can_be_skipped(corpus: Path, tmp_path: Path) -> None:
     words = f"{flags(corpus)} --train-iters 3 --lr 1e30 --clip-grad 0 --lr-warmup-fraction 0"
-    done = run_command(
-        command(f"{words} --eval-iters 0 --log-dir {tmp_path} --nonfinite-loss skip")
-    )
-    assert "non-finite loss on rank 0 at iteration 3: this step's update is skipped" in done.stdout
+    words = f"{words} --eval-iters 0 --log-dir {tmp_path} --nonfinite-loss skip"
+    process = start_program(words.split(), log=tmp_path / "output")
+    process.join(TIME_LIMIT)
+    said = (tmp_path / "output").read_text(encoding="utf-8")
+    assert process.exitcode == 0, said
+    assert "non-finite loss on rank 0 at iteration 3: this step's update is skipped" in said
     assert [record["skipped"] for record in records(tmp_path)] == [False, True, True]
 
 

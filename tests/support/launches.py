@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.ranks import REPOSITORY, TIME_LIMIT, forkserver, run_ranks
-from support.runs import run_all
+from support.ranks import REPOSITORY, TIME_LIMIT, forkserver, rank_process, run_ranks
+from support.runs import run_all, run_program
 
 RUNS = REPOSITORY / "tests" / "support" / "runs.py"
 
@@ -34,17 +35,31 @@ def launch(runs: Mapping[str, str], *, processes: int, folder: Path, **variables
     """
     if not runs:
         return
+    plan = _plan(runs, processes, folder)
+    launch_calls(run_all, str(plan), processes=processes, log=plan.with_suffix(".log"), **variables)
+
+
+def launch_on_the_stand_in(runs: Mapping[int, Mapping[str, str]], *, folder: Path) -> None:
+    """Do the same where the CPU stands in for a CUDA device, which it must before all imports.
+
+    Args:
+        runs: number of processes -> runs, in one start of Python: its ranks are forks.
+    """
+    plans = [[str(_plan(some, count, folder)), str(count)] for count, some in runs.items() if some]
+    if plans:
+        run_command([sys.executable, str(RUNS), *itertools.chain(*plans)], CUDA_VISIBLE_DEVICES="")
+
+
+def _plan(runs: Mapping[str, str], processes: int, folder: Path) -> Path:
+    """Write the command lines that `run_all` reads."""
     folder.mkdir(parents=True, exist_ok=True)
+    plan = folder / f"runs-{processes}.json"
     command_lines = [
         [*flags.split(), "--log-dir", str(folder / name), "--distributed-timeout-minutes", "2"]
         for name, flags in runs.items()
     ]
-    plan = folder / f"runs-{processes}.json"
     plan.write_text(json.dumps(command_lines), encoding="utf-8")
-    if "CUDA_STAND_IN" in variables:  # it is there before Megatron is imported
-        run_command([sys.executable, str(RUNS), str(plan), str(processes)], **variables)
-        return
-    launch_calls(run_all, str(plan), processes=processes, log=plan.with_suffix(".log"), **variables)
+    return plan
 
 
 def launch_calls(
@@ -53,6 +68,19 @@ def launch_calls(
     """Call a function of an importable module in `processes` ranks."""
     environment = clean_environment(**variables)
     run_ranks(forkserver(), processes, work, arguments, log=log, environment=environment)
+
+
+def start_program(words: Sequence[str], *, log: Path) -> Any:
+    """Start pretrain_smlp.py with these words and return its process; it ends with 0 or 1.
+
+    A fork of a process that has imported Megatron: it trains after a second, not after ten.
+    """
+    environment = clean_environment()
+    process = rank_process(
+        forkserver(), run_program, (list(words),), log=log, environment=environment
+    )
+    process.start()
+    return process
 
 
 def run_command(command: Sequence[str], **variables: str) -> subprocess.CompletedProcess[str]:
@@ -87,7 +115,7 @@ def clean_environment(**variables: str) -> dict[str, str]:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """What a run logged to `folder`/metrics.jsonl, in order."""
+    """Return the records that a run logged to `folder`/metrics.jsonl, in order."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 

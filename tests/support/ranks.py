@@ -52,12 +52,10 @@ def run_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    places = [_place(rank, count, port) for rank in range(count)]
     ranks = [
-        context.Process(  # type: ignore[attr-defined]
-            target=_rank,
-            args=(work, arguments, log, {**environment, **_place(rank, count, port)}),
-        )
-        for rank in range(count)
+        rank_process(context, work, arguments, log=log, environment={**environment, **place})
+        for place in places
     ]
     log.unlink(missing_ok=True)
     for process in ranks:
@@ -79,6 +77,20 @@ def run_ranks(
             process.join()
     codes = [process.exitcode for process in ranks]
     assert codes == [0] * count, f"exit codes {codes} of {arguments}\n{_tail(log)}"
+
+
+def rank_process(
+    context: BaseContext,
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+    *,
+    log: Path,
+    environment: Mapping[str, str],
+) -> Any:
+    """Return a process of the context, not yet started, that calls `work(*arguments)`."""
+    return context.Process(  # type: ignore[attr-defined]
+        target=_rank, args=(work, arguments, log, dict(environment))
+    )
 
 
 def _place(rank: int, count: int, port: int) -> dict[str, str]:

@@ -3,7 +3,7 @@
 launches.launch() calls `run_all` in forks of a process that has imported Megatron. Where the CPU
 stands in for a CUDA device, which it must before that import, this file is a program:
 
-    CUDA_STAND_IN=1 python tests/support/runs.py runs.json PROCESSES
+    python tests/support/runs.py runs.json PROCESSES [more-runs.json PROCESSES ...]
 
 `runs.json` is a list of command lines for pretrain_smlp.py. With GATHER_PROBE=1 every parameter
 must have been gathered where it is read.
@@ -14,7 +14,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -60,7 +60,16 @@ def run_all(path: str) -> None:
         forget_run()
 
 
-def _run_on_the_stand_in(path: str, processes: int) -> None:
+def run_program(words: Sequence[str]) -> None:
+    """Run pretrain_smlp.py as the program that it is, errors and signals included."""
+    import pretrain_smlp
+
+    sys.argv = ["pretrain_smlp.py", *words]
+    with ending_well():
+        pretrain_smlp.run()
+
+
+def _run_on_the_stand_in(plans: Sequence[tuple[str, str]]) -> None:
     from multiprocessing import get_context
 
     from support import cuda_stand_in
@@ -70,10 +79,12 @@ def _run_on_the_stand_in(path: str, processes: int) -> None:
     cuda_stand_in.install()
     import support.preloaded  # noqa: F401
 
-    log, environment = Path(path).with_suffix(".log"), clean_environment()
-    run_ranks(get_context("fork"), processes, run_all, (path,), log=log, environment=environment)
+    fork, environment = get_context("fork"), clean_environment()
+    for path, processes in plans:
+        log = Path(path).with_suffix(".log")
+        run_ranks(fork, int(processes), run_all, (path,), log=log, environment=environment)
 
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-    _run_on_the_stand_in(sys.argv[1], int(sys.argv[2]))
+    _run_on_the_stand_in(list(zip(sys.argv[1::2], sys.argv[2::2], strict=True)))
