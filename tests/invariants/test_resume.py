@@ -10,19 +10,22 @@ import pytest
 import torch
 from support.checkpoints import checkpoint_tensors
 from support.cover import selected, slow_unless_in
+from support.language_models import save_tokenizer
 from support.launches import launch, steps
 
 BASE = (
-    "--mock-data --tokenizer-type NullTokenizer --vocab-size 500 --num-layers 4 --hidden-size 64 "
-    "--ffn-hidden-size 256 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 "
-    "--global-batch-size 4 --train-iters 6 --lr 1e-2 --lr-warmup-fraction 0.2 --eval-iters 1 "
-    "--eval-interval 3 --log-interval 1 --num-workers 0 --seed 1 --save-interval 100"
+    "--mock-data --num-layers 4 --hidden-size 64 --ffn-hidden-size 256 --num-attention-heads 4 "
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 6 --lr 1e-2 "
+    "--lr-warmup-fraction 0.2 --eval-iters 1 --eval-interval 3 --log-interval 1 --num-workers 0 "
+    "--seed 1 --save-interval 100"
 )
 MOE = "--num-experts 4 --moe-token-dispatcher-type alltoall"
 SMLP = (
     f"--architecture smlp --num-dense-layers 2 --spatial-heads 2 --feature-router deterministic "
     f"--num-feature-experts 4 --token-router base {MOE}"
 )
+MINHASH = "--input-projection minhash --filter-size 64 --window 2"
+NUMBERS = "--tokenizer-type NullTokenizer --vocab-size 500"
 ARCHITECTURES = {
     "transformer": "--architecture transformer",
     "transformer_gshard": (
@@ -37,6 +40,7 @@ ARCHITECTURES = {
     "causal_rn": "--architecture causal_rn",
     "aft": "--architecture aft",
     "mixer": "--architecture mixer --spatial-heads 2 --mixer-expansion",
+    "minhash_base": f"--architecture mixer {MINHASH} --token-router base {MOE}",
     "smlp": SMLP,
     "smlp_partial": SMLP.replace("deterministic", "partial"),
 }
@@ -57,14 +61,11 @@ TWO_PROCESSES = {
         "--ckpt-fully-parallel-save"
     ),
 }
-NEIGHBOURS = ("mixer", "aft", "causal_rn")
-"""Mixers whose runs are slow tests: what a resume restores is the same for all mixers."""
-# Dropout needs the random numbers of a run beside all that is exact: without it, a system a kind.
+# Dropout needs the random numbers of a run beside all that is exact; what a resume restores is the
+# same for all mixers. Two processes have the deterministic router, with dropout, and plain gMLP.
 FAST = [
-    case
-    for case in ONE_PROCESS
-    if (case.endswith("_dropout") and not case.startswith(NEIGHBOURS))
-    or case in ("transformer_exact", "smlp_partial_exact", "gmlp_toeplitz_exact")
+    *("transformer_exact", "transformer_gshard_dropout", "transformer_hash_dropout"),
+    *("amlp_dropout", "smlp_partial_dropout", "gmlp_toeplitz_exact"),
 ]
 CASES = slow_unless_in([*FAST, *TWO_PROCESSES], [*ONE_PROCESS, *TWO_PROCESSES])
 
@@ -72,13 +73,20 @@ CASES = slow_unless_in([*FAST, *TWO_PROCESSES], [*ONE_PROCESS, *TWO_PROCESSES])
 def plan(cases: dict[str, str], folder: Path) -> dict[str, str]:
     """For each case one run of 6 steps, and three that stop after 2, 4 and 6."""
     runs: dict[str, str] = {}
-    for name, flags in cases.items():
+    for name, system in cases.items():
+        # The input that hashes the strings of tokens needs some.
+        flags = f"{system} {strings(folder) if MINHASH in system else NUMBERS}"
         runs[f"{name}/whole"] = f"{BASE} {flags} --save {folder / name / 'whole'}"
         for _ in range(3):
             # Three runs write to one metrics.jsonl: launch() names the folder after the key.
             part = f"{name}/parts" + "/." * sum(key.startswith(f"{name}/parts") for key in runs)
             runs[part] = f"{BASE} {flags} --exit-interval 2 --save {folder / name / 'parts'}"
     return runs
+
+
+def strings(folder: Path) -> str:
+    save_tokenizer(folder / "tokenizer")
+    return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder / 'tokenizer'}"
 
 
 @pytest.fixture(scope="module")
