@@ -69,6 +69,7 @@ def one_node(tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
     return found
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one(one_node: list[Step], tmp_path: Path):
     """Two torchrun agents of one process each, which find each other by their rendezvous."""
     common = {
@@ -154,7 +155,10 @@ def slurm_tools(folder: Path) -> Path:
 
 
 def test_slurm_starts_the_same_training(one_node: list[Step], tmp_path: Path):
-    """slurm.sh with stand-ins for srun and scontrol, run from a copy as Slurm does."""
+    """slurm.sh with stand-ins for srun and scontrol, run from a copy as Slurm does.
+
+    Two torchrun agents of one process each: a task is examples/several_nodes.sh.
+    """
     tools = slurm_tools(tmp_path)
     spooled = tmp_path / "slurm_script"
     spooled.write_text((EXAMPLES / "slurm.sh").read_text())
