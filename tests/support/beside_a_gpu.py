@@ -1,6 +1,6 @@
 """Conversions on a machine that has a GPU and Apex, as far as Python can tell.
 
-    PYTHONPATH=tests python tests/support/beside_a_gpu.py FOLDER CHECKPOINT
+    PYTHONPATH=tests python tests/support/beside_a_gpu.py FOLDER CHECKPOINT SYSTEM ...
 
 Here CUDA is there and does not start, and Apex's norm takes CUDA tensors alone: whoever uses either
 for a conversion stops with an error. Prints what the forward checks said.
@@ -8,6 +8,7 @@ for a conversion stops with an error. Prints what the forward checks said.
 
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,13 +35,13 @@ class FusedNorm:
         raise RuntimeError(f"expected a CUDA tensor, not one on {x.device}")
 
 
-def convert_all(folder: Path, checkpoint: Path) -> None:
-    """Every system both ways, and a Megatron checkpoint, which has rotary positions."""
+def convert_all(folder: Path, checkpoint: Path, systems: Sequence[str]) -> None:
+    """Convert systems both ways, and a Megatron checkpoint, which has rotary positions."""
     from support.conversions import convert, from_hf, run, save_exported
     from support.smlp_systems import SYSTEMS, make_model
 
-    for system, values in SYSTEMS.items():
-        dense = {} if "token_router" in values else {"num_experts": None}
+    for system in systems:
+        dense = {} if "token_router" in SYSTEMS[system] else {"num_experts": None}
         exported = save_exported(make_model(system, **dense), folder / system / "hf")
         print(system, *run(from_hf, exported, folder / system / "run"))
         print(
@@ -51,7 +52,7 @@ def convert_all(folder: Path, checkpoint: Path) -> None:
 
 if __name__ == "__main__":
     pretend()
-    convert_all(Path(sys.argv[1]), Path(sys.argv[2]))
+    convert_all(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
     from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM
 
     assert HAVE_FUSED_LAYER_NORM, "Megatron did not see Apex"
