@@ -17,7 +17,7 @@ from megatron_smlp.conversion.convert import Options, torch_dist_to_hf
 
 TEXT = "the model mixes every token with what came before it and nothing that comes after, twice"
 LENGTH = 24
-EXAMPLES = 24
+EXAMPLES = 12
 """Of each task in the fixture `tasks`."""
 
 SIZES = f"--seq-length {LENGTH} --max-position-embeddings {LENGTH} --num-layers 2"
@@ -58,7 +58,7 @@ def trained(flags: str, tokenizer: Path, folder: Path) -> Run:
 def loaded(
     checkpoint: Path, *flags: str, dtype: str = "auto"
 ) -> Iterator[tuple[Any, list[Any], Any]]:
-    """What `load_model` returns; Megatron forgets it afterwards."""
+    """Yield what `load_model` returns; Megatron forgets it afterwards."""
     from support.runs import forget_run
 
     from megatron_smlp.evaluation.megatron_loading import load_model

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from evaluation_helpers import EXAMPLES, SYSTEMS, Run, trained
-from support.launches import REPOSITORY, clean_environment
+from support.evaluations import evaluate_all
+from support.launches import REPOSITORY, clean_environment, launch_calls
 
 from megatron_smlp.evaluation.selection import TASK_FOLDER
 
@@ -73,7 +74,7 @@ def stock_accuracy(folder: Path) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def ours(one: Run, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What tools/evaluate.py says of the checkpoint."""
+    """Return scores and accuracies of the checkpoint by tools/evaluate.py."""
     folder: Path = tmp_path_factory.mktemp("ours")
     command = [
         *("tools/evaluate.py", "--checkpoint", one.checkpoint, "--tasks", ",".join(TASKS)),
@@ -120,6 +121,7 @@ def address(one: Run) -> Iterator[str]:
         server.communicate(timeout=60)
 
 
+@pytest.mark.slow
 def test_lm_eval_on_a_running_server(
     address: str, one: Run, tasks: Path, ours: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -134,14 +136,18 @@ def test_lm_eval_on_a_running_server(
 def test_the_perplexity_of_an_exported_folder_is_that_of_its_checkpoint(
     one: Run, data: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "perplexity.json"
-    found = []
-    for model in (("--hf", one.exported), ("--checkpoint", one.checkpoint)):
-        words = ("--data-path", data, "--stride", 16, "--output", output, *model)
-        assert "suffix perplexity: " in finished(start("tools/evaluate.py", *words))
-        found.append(json.loads(output.read_text(encoding="utf-8")))
-    assert found[0].pop("hf") == str(one.exported)
-    assert found[1].pop("checkpoint") == str(one.checkpoint)
-    assert found[0].keys() == found[1].keys()
-    for name, value in found[0].items():
-        assert value == found[1][name] or value == pytest.approx(found[1][name], rel=1e-5), name
+    models = {"--checkpoint": one.checkpoint, "--hf": one.exported}
+    outputs = [tmp_path / f"perplexity{flag}.json" for flag in models]
+    commands = [
+        [*f"--data-path {data} --stride 16 --output {output}".split(), flag, str(model)]
+        for output, (flag, model) in zip(outputs, models.items(), strict=True)
+    ]
+    log = tmp_path / "log"
+    launch_calls(evaluate_all, commands, processes=1, log=log)
+    assert log.read_text(encoding="utf-8").count("suffix perplexity: ") == 2
+    ours, theirs = (json.loads(output.read_text(encoding="utf-8")) for output in outputs)
+    assert ours.pop("checkpoint") == str(one.checkpoint)
+    assert theirs.pop("hf") == str(one.exported)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert value == ours[name] or value == pytest.approx(ours[name], rel=1e-5), name
