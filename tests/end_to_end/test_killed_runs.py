@@ -2,13 +2,13 @@
 
 import json
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 from support.checkpoints import RUN, assert_ends_like
 from support.in_process import MINIMAL
-from support.launches import REPOSITORY, run_command
+from support.killed_runs import run_all
+from support.launches import launch_calls
 
 from megatron_smlp.checkpoints.folders import iteration_folder, iterations
 from megatron_smlp.checkpoints.integrity import verify
@@ -27,9 +27,9 @@ def check_stopped(
     plan = {"words": f"{WORDS} {how}", "folder": str(folder), "stops": stops, "seed": seed}
     plan |= {"by": by, "ranks": ranks}
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-    script = REPOSITORY / "tests" / "support" / "killed_runs.py"
-    done = run_command([sys.executable, str(script), str(folder / "plan.json")])
-    result = json.loads(done.stdout.splitlines()[-1])
+    log = folder / "stops.log"
+    launch_calls(run_all, folder / "plan.json", processes=1, log=log)
+    result = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
     assert result["stops"] == stops
     logs = ""
     for chain in map(str, range(result["chains"])):

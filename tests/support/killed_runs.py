@@ -1,13 +1,11 @@
 """Runs that are stopped at random moments and started again, until they end by themselves.
 
-    python tests/support/killed_runs.py plan.json
-
-The plan has `words` (flags of pretrain_smlp.py without --save), `folder`, `stops`, `seed`, `ranks`
-and `by`: "kill" is SIGKILL for one rank or all, and what torchrun then does with the others;
-"keyboard" is Ctrl-C once or twice while a checkpoint is written. Into the folder come
-`undisturbed`, then `0`, `1`, ... until there were so many stops in all of them. Each run is a fork
-of this process, which has imported everything: that is ten times as fast. A rank is told what
-torchrun tells it.
+A test calls `run_all(plan.json)` in a fork of a process that has imported everything, which is ten
+times as fast as a start of Python; each run is a fork of that one. The plan has `words` (flags of
+pretrain_smlp.py without --save), `folder`, `stops`, `seed`, `ranks` and `by`: "kill" is SIGKILL for
+one rank or all, and what torchrun then does with the others; "keyboard" is Ctrl-C once or twice
+while a checkpoint is written. Into the folder come `undisturbed`, then `0`, `1`, ... until there
+were so many stops in all of them. A rank is told what torchrun tells it.
 """
 
 from __future__ import annotations
@@ -24,12 +22,7 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-
-import support.preloaded  # noqa: E402, F401
-
-from megatron_smlp.program import readable_errors  # noqa: E402
-from pretrain_smlp import main  # noqa: E402
+from megatron_smlp.program import readable_errors
 
 SHARE = 0.5  # of the time from an undisturbed run's first save to its end: the latest kill
 LONGEST = 120.0  # seconds after which a run hangs
@@ -81,6 +74,8 @@ def start(words: str, folder: Path, *, ranks: int) -> Run:
 
 
 def _start_rank(words: str, folder: Path, rank: int, ranks: int, port: int) -> int:
+    from pretrain_smlp import main
+
     process = os.fork()
     if process:
         return process
@@ -157,6 +152,7 @@ def interrupt(run: Run, draw: random.Random) -> None:
 
 
 def run_all(plan: Path) -> None:
+    """Do what the plan says, and print as JSON how many stops, chains and which exit codes."""
     what = json.loads(plan.read_text(encoding="utf-8"))
     folder, words, ranks = Path(what["folder"]), what["words"], what["ranks"]
     run = start_and_see_a_save(words, folder / "undisturbed", ranks=ranks)
@@ -188,7 +184,3 @@ def see_another_save(run: Run) -> None:
     """Wait until a checkpoint is being written, or the run has ended."""
     while not run.collect() and not list(run.folder.glob(".iter_*.partial-*/*")):
         time.sleep(0.0005)
-
-
-if __name__ == "__main__":
-    run_all(Path(sys.argv[1]))

@@ -71,7 +71,7 @@ def launch_calls(
 
 
 def start_program(words: Sequence[str], *, log: Path) -> Any:
-    """Start pretrain_smlp.py with these words and return its process; it ends with 0 or 1.
+    """Start pretrain_smlp.py with these words and return its process.
 
     A fork of a process that has imported Megatron: it trains after a second, not after ten.
     """

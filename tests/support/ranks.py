@@ -116,10 +116,13 @@ def _rank(
     os.close(output)
     try:
         work(*arguments)
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else None
+        if not (isinstance(code, int) and code):  # else the reason has been said
+            traceback.print_exc()
+            code = 1
         sys.stderr.flush()
-        os._exit(1)  # neighbours may wait for a collective: nothing here ends that well
+        os._exit(code)  # neighbours may wait for a collective: nothing here ends that well
 
 
 def _end(process: int) -> None:

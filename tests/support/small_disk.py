@@ -1,12 +1,10 @@
 """Real file systems of a few kilobytes: what happens on one happens in a process of its own.
 
-    python tests/support/small_disk.py plan.json
-
-The plan is a list of cases: `work`, as module:function of this folder's neighbours, with its
-`arguments`, the `folder` over which the file system is mounted, its size in `kilobytes`, and
-`output`, a file. Each case is a fork of this process, which has imported everything and started
-nothing. It gets a mount namespace, so that nobody else sees the file system, and it is gone with
-the process.
+A test calls `run_all(plan.json)` in a fork of a process that has imported everything and started
+nothing. The plan is a list of cases: `work`, as module:function of this folder's neighbours, with
+its `arguments`, the `folder` over which the file system is mounted, its size in `kilobytes`, and
+`output`, a file. Each case is a fork of that one. It gets a mount namespace, so that nobody else
+sees the file system, and it is gone with the process.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parents[1]
 MS_REC, MS_PRIVATE = 0x4000, 0x40000
 CANNOT_MOUNT = 77
 
@@ -94,19 +91,9 @@ def fill(folder: Path, *, leave: int) -> Path:
 
 
 def run_all(plan: Path) -> None:
-    from megatron_smlp.megatron_patches.late_compile import late_compile
-
-    with late_compile():
-        import megatron.training  # noqa: F401
-
-        import megatron_smlp.conversion.convert
-        import megatron_smlp.megatron_patches.checkpointing
-        import megatron_smlp.training.reporting  # noqa: F401
+    """Run the cases of a plan, and print their exit statuses as JSON."""
+    import megatron_smlp.conversion.convert
+    import megatron_smlp.training.reporting  # noqa: F401
 
     cases = json.loads(plan.read_text(encoding="utf-8"))
     print(json.dumps([run_case(**case) for case in cases]))
-
-
-if __name__ == "__main__":
-    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-    run_all(Path(sys.argv[1]))

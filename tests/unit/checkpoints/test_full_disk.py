@@ -1,14 +1,13 @@
 """A real file system without room: the run says so and lives on, or stops; nothing is lost."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import small_disk
 from support.conversions import save_exported
-from support.launches import run_command
+from support.launches import launch_calls
 from support.smlp_systems import make_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -52,8 +51,9 @@ def outputs(
             "output": str(folder / f"output{number}"),
         })  # fmt: skip
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-    done = run_command([sys.executable, small_disk.__file__, str(folder / "plan.json")])
-    codes = json.loads(done.stdout.splitlines()[-1])
+    log = folder / "log"
+    launch_calls(small_disk.run_all, folder / "plan.json", processes=1, log=log)
+    codes = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
     if small_disk.CANNOT_MOUNT in codes:
         pytest.skip("no file system can be mounted here: neither as root nor in a user namespace")
     texts = [Path(case["output"]).read_text(encoding="utf-8") for case in plan]
