@@ -51,6 +51,8 @@ _SAVING = "megatron.core.dist_checkpointing"
 _WRITER = f"{_SAVING}.strategies.filesystem_async"
 _TORCH = "torch.distributed.checkpoint"
 _NEEDS_APEX = "expects Adam's step count where Apex keeps it, and torch does not"
+_EACH_NORM = "without Apex has a GPU's host wait for the norm of each tensor"
+_EACH_TENSOR = "without Apex makes a temporary of each tensor"
 _TIED = "ties the saved optimizer state to the layout that saved it"
 _ALONE = "fails on rank 0 while the others wait"
 
@@ -78,12 +80,15 @@ PATCHES = (
         },
     ),
     *_rows(
-        "gradient_scale",
-        "contract/test_gradient_scale.py",
+        "tensor_lists",
+        "contract/test_tensor_lists.py",
         {
-            f"{_OPTIMIZER}.{module}.multi_tensor_scale_impl": "without Apex makes a temporary of "
-            "each gradient"
-            for module in ("clip_grads", "optimizer")
+            f"{_OPTIMIZER}.clip_grads.l2_norm_impl": _EACH_NORM,
+            "megatron.training.utils.common_utils.multi_tensor_l2norm": _EACH_NORM,
+            f"{_OPTIMIZER}.clip_grads.multi_tensor_scale_impl": _EACH_TENSOR,
+            f"{_OPTIMIZER}.optimizer.multi_tensor_scale_impl": _EACH_TENSOR,
+            f"{_OPTIMIZER}.optimizer._multi_tensor_copy_this_to_that": "copies each weight alone",
+            f"{_DISTRIBUTED}._copy_main_params_to_model_params": "copies each weight alone",
         },
     ),
     *_rows(

@@ -106,6 +106,7 @@ class Tally:
 
 _residents = _Residents()
 _tallies: list[Tally] = []
+_waits = 0  # of the host, so far: what was asked for before the last one is done
 _asked: list[torch.device] = []  # the device that the call under way names
 _surroundings: list[torch.device] = []  # of what a call makes inside, in C++, from sizes alone
 _generator = torch.Generator()
@@ -152,6 +153,8 @@ def _site() -> str:
 
 
 def _synchronised(what: str) -> None:
+    global _waits
+    _waits += 1
     for tally in _tallies:
         tally.synchronisations[f"{what} at {_site()}"] += 1
 
@@ -186,6 +189,8 @@ class _Names(TorchFunctionMode):
         special = _SPECIAL.get(func)
         if special is not None:
             return special(func, *args, **kwargs)
+        if func in _FROM_DATA:
+            _read_and_send(args[0], to=_named(kwargs.get("device")) or CPU)
         if kwargs.get("device") is not None:
             return _made_on(_named(kwargs["device"]), func, args, kwargs)
         with _during(_surroundings, CUDA if _any_on_device(args) else CPU):
@@ -204,6 +209,16 @@ def _made_on(device: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if isinstance(answer, torch.Tensor):  # torch.tensor([...]) makes it in C++
             _residents.place(answer, device)
         return answer
+
+
+def _read_and_send(data: Any, *, to: torch.device) -> None:
+    """`torch.tensor(data, device=to)` reads each tensor in a list, and waits until a copy is there."""
+    tensors = [leaf for leaf in tree_leaves(data) if _has_storage(leaf)]
+    for tensor in tensors if isinstance(data, list | tuple) else ():
+        if _residents.has(tensor):
+            _synchronised("a number in a list")
+    if to.type == "cuda" and not any(_residents.has(tensor) for tensor in tensors):
+        _synchronised("copy to the device")
 
 
 def _any_on_device(args: Any) -> bool:
@@ -229,6 +244,9 @@ class _Operators(TorchDispatchMode):
             device = _asked[-1]
         elif not inputs:
             device = _surroundings_of_a_size()
+        if name == "aten::copy_" and len({_residents.has(tensor) for tensor in inputs}) > 1:
+            if not (args[2:] or (kwargs.get("non_blocking"),))[0]:
+                _synchronised("copy between devices")
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
         draws = device.type == "cuda" and torch.Tag.nondeterministic_seeded in func.tags
         with _drawing_on_the_device() if draws else contextlib.nullcontext():
@@ -399,18 +417,20 @@ def _moved(
     args = () if names else args
     if target is None or target.type == here.type:
         return func(tensor, *args, **kwargs) if args or kwargs else tensor
-    if here.type == "cuda" and not kwargs.get("non_blocking"):
-        _synchronised("to cpu")
     names = ("dtype", "non_blocking", "copy")
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs, "copy": True}
+    if not kwargs.get("non_blocking"):
+        _synchronised("copy to the device" if target.type == "cuda" else "to cpu")
     if kwargs.get("dtype") is None:
         kwargs["dtype"] = tensor.dtype
     with _during(_asked, target):
         return torch.Tensor.to(tensor, **kwargs)
 
 
-def _cuda(_: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _moved(torch.Tensor.to, tensor, CUDA)
+def _cuda(
+    _: Any, tensor: torch.Tensor, device: Any = None, non_blocking: bool = False, **kwargs: Any
+) -> Any:
+    return _moved(torch.Tensor.to, tensor, CUDA, non_blocking=non_blocking)
 
 
 def _cpu(_: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -466,6 +486,10 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
 }
 
 
+# They make a tensor of what the host holds.
+_FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
+
+
 # The device, its streams and random state
 
 
@@ -500,12 +524,19 @@ class Stream:
 
 
 class Event:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    """The host waits for it, unless it has waited for something later already."""
 
-    record = wait = _nothing
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.recorded = -1
+
+    wait = _nothing
+
+    def record(self, *_: Any) -> None:
+        self.recorded = _waits
 
     def synchronize(self) -> None:
-        _synchronised("event")
+        if self.recorded == _waits:
+            _synchronised("event")
 
     def elapsed_time(self, end: Any) -> float:
         return 0.0

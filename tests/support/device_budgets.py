@@ -4,8 +4,9 @@
 
 Of one step of one micro-batch (T = 512: the triangular products use their blocks): operators that
 launch kernels, times that the host waits for the device, bytes that the operators read and write.
-A step, its optimizer included, and the forward pass of each kind of layer. It is made of counts
-alone, so it is the same on every machine.
+A step is all that the loop does from its beginning to that of the next one, which no log line, no
+validation and no checkpoint are part of; and there is the forward pass of each kind of layer. It is
+made of counts alone, so it is the same on every machine.
 
 Triton's kernels are missing, unless TRITON_INTERPRET=1 lets them run on the CPU, which takes some
 minutes: device_budget_kernels.json is made so.
@@ -14,6 +15,7 @@ minutes: device_budget_kernels.json is made so.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import os
@@ -48,19 +50,19 @@ def measure(system: str, flags: str) -> Record:
     step: Record = {}
     tensors: Record = {}
     train_step, forward = training.train_step, SlottedLayer.forward
-    iteration = 0
+    iteration, watching = 0, contextlib.ExitStack()
 
     @functools.wraps(train_step)
     def measured_step(*args: Any, **kwargs: Any) -> Any:
         nonlocal iteration
         iteration += 1
-        if iteration != MEASURED:
-            return train_step(*args, **kwargs)
-        with watch() as tally:
-            answer = train_step(*args, **kwargs)
-        step.update(_record(tally))
-        tensors.update(_tensors(*args[2:4]))
-        return answer
+        if iteration == MEASURED:
+            tally = watching.enter_context(watch())
+            watching.callback(lambda: step.update(_record(tally)))
+        elif iteration == MEASURED + 1:
+            watching.close()
+            tensors.update(_tensors(*args[2:4]))
+        return train_step(*args, **kwargs)
 
     @functools.wraps(forward)
     def measured_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
