@@ -1,6 +1,6 @@
 """Lists of tensors in one operator each, where Megatron loops over them.
 
-With Apex or Transformer Engine a gradient norm, a scaling and a copy are one kernel for all tensors.
+With Apex or Transformer Engine a norm, a scaling and a copy are one kernel for all tensors.
 Megatron's own replacements take each tensor by itself, and on a GPU wait for each norm. Here they
 are torch's `_foreach` operators, which on a CPU loop over the same kernels.
 

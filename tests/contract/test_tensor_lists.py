@@ -55,7 +55,9 @@ class TestNorm:
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) == ((1,), torch.float32)
         assert torch.equal(ours, theirs)
 
-    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)]
+    )
     def test_it_is_close_to_that_of_one_vector(self, dtype: torch.dtype, tolerance: float):
         """Megatron's sums the norms of bf16 tensors in bf16."""
         given = tensors(dtype)

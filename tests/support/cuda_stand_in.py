@@ -212,7 +212,7 @@ def _made_on(device: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _read_and_send(data: Any, *, to: torch.device) -> None:
-    """`torch.tensor(data, device=to)` reads each tensor in a list, and waits until a copy is there."""
+    """`torch.tensor(data, device=to)` reads each tensor of a list, and waits for its copy."""
     tensors = [leaf for leaf in tree_leaves(data) if _has_storage(leaf)]
     for tensor in tensors if isinstance(data, list | tuple) else ():
         if _residents.has(tensor):
@@ -244,9 +244,8 @@ class _Operators(TorchDispatchMode):
             device = _asked[-1]
         elif not inputs:
             device = _surroundings_of_a_size()
-        if name == "aten::copy_" and len({_residents.has(tensor) for tensor in inputs}) > 1:
-            if not (args[2:] or (kwargs.get("non_blocking"),))[0]:
-                _synchronised("copy between devices")
+        if name == "aten::copy_" and _is_across(inputs) and True not in args[2:]:
+            _synchronised("copy between devices")
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
         draws = device.type == "cuda" and torch.Tag.nondeterministic_seeded in func.tags
         with _drawing_on_the_device() if draws else contextlib.nullcontext():
@@ -277,6 +276,10 @@ def _surroundings_of_a_size() -> torch.device:
     if _surroundings:
         return _surroundings[-1]
     return CUDA if torch._C._current_graph_task_id() != -1 else CPU
+
+
+def _is_across(tensors: list[torch.Tensor]) -> bool:
+    return len({_residents.has(tensor) for tensor in tensors}) > 1
 
 
 def _has_storage(value: Any) -> bool:

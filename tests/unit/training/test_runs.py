@@ -91,6 +91,50 @@ def test_a_run_without_a_folder_says_that_nothing_is_kept(capfd: pytest.CaptureF
         assert "none are kept: give --log-dir or --save" in capfd.readouterr().out
 
 
+def test_ranks_are_told_once_a_step(monkeypatch: pytest.MonkeyPatch):
+    """Whatever else Megatron's loop would ask all of them, and wait for, it knows."""
+    from megatron.training import training
+    from megatron.training.dist_signal_handler import DistributedSignalHandler
+
+    from megatron_smlp.training.agreement import StepAgreement
+
+    def refuses(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("asked the ranks")
+
+    sent, send = [], StepAgreement.send
+    monkeypatch.setattr(StepAgreement, "send", lambda self: sent.append(send(self)))
+    for name in ("logical_and", "reduce_max_stat"):
+        monkeypatch.setattr(training, f"{name}_across_model_parallel_group", refuses)
+    monkeypatch.setattr(DistributedSignalHandler, "signals_received", refuses)
+    with pretrained(f"{GMLP} --exit-duration-in-mins 60"):
+        assert len(sent) == 4
+
+
+def test_a_run_ends_when_its_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """At the second step an hour has gone by; it is saved."""
+    from megatron.training import training
+
+    from megatron_smlp.training.agreement import StepAgreement
+
+    steps, send = [], StepAgreement.send
+
+    def sent(self: StepAgreement) -> None:
+        steps.append(self)
+        if len(steps) == 2:
+            monkeypatch.setattr(training, "_TRAIN_START_TIME", training.time.time() - 3601)
+        send(self)
+
+    monkeypatch.setattr(StepAgreement, "send", sent)
+    flags = f"{GMLP} --exit-duration-in-mins 60 --save {tmp_path}"
+    with pytest.raises(SystemExit) as end, pretrained(flags):
+        pass
+    assert not end.value.code
+    assert f"stopped at iteration 2: saved to {tmp_path}" in capfd.readouterr().out
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
 class TestNonFiniteLoss:
     def test_stop_names_rank_and_step_and_what_to_do(self, tmp_path: Path):
         message = (
