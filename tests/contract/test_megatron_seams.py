@@ -230,6 +230,28 @@ class TestTokenMoE:
         layer = SlottedLayer(layer_config())
         assert layer.recompute_pre_mlp_layernorm is False
 
+    def test_a_layer_says_whether_it_gets_a_cuda_graph(self, monkeypatch: pytest.MonkeyPatch):
+        """Asked while it is built, and only where graphs are Megatron's own."""
+        given = []
+        monkeypatch.setattr(
+            TransformerLayer, "create_mcore_cudagraph_manager", lambda self, _: given.append(self)
+        )
+        config = layer_config(
+            architecture="smlp",
+            num_layers=3,
+            num_dense_layers=2,
+            feature_router="deterministic",
+            num_feature_experts=2,
+            cuda_graph_impl="local",
+            cuda_graph_modules=[],
+        )
+        layers = [SlottedLayer(config, layer_number=number) for number in (1, 2, 3)]
+        assert given == layers[:2]
+        assert [layer.routes for layer in layers] == [False, False, True]
+        assert "cudagraph_manager" in inspect.getsource(TransformerLayer.__call__) + (
+            inspect.getsource(TransformerLayer._should_call_local_cudagraph)
+        )
+
     def test_what_our_routers_use_of_megatrons(self):
         assert names(TopKRouter.forward) == ["self", "input", "padding_mask"]
         assert names(TopKRouter.attach_and_log_load_balancing_loss)[:6] == [

@@ -106,6 +106,7 @@ class Tally:
 
 _residents = _Residents()
 _tallies: list[Tally] = []
+_captures = False
 _waits = 0  # of the host, so far: what was asked for before the last one is done
 _asked: list[torch.device] = []  # the device that the call under way names
 _surroundings: list[torch.device] = []  # of what a call makes inside, in C++, from sizes alone
@@ -127,6 +128,27 @@ def watch() -> Iterator[Tally]:
         yield tally
     finally:
         _tallies.remove(tally)
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """As under `torch.cuda.graph`: what a graph cannot hold raises, and numbers are real.
+
+    Raises:
+        RuntimeError: the host waits for the device, or a tensor of the CPU is read on it, which a
+            replay would not read again.
+    """
+    global _captures
+    _captures = True
+    try:
+        yield
+    finally:
+        _captures = False
+
+
+def _refuse_in_a_graph(what: str) -> None:
+    if _captures:
+        raise RuntimeError(f"operation not permitted when stream is capturing: {what} at {_site()}")
 
 
 @functools.cache
@@ -155,6 +177,7 @@ def _site() -> str:
 def _synchronised(what: str) -> None:
     global _waits
     _waits += 1
+    _refuse_in_a_graph(what)
     for tally in _tallies:
         tally.synchronisations[f"{what} at {_site()}"] += 1
 
@@ -298,6 +321,8 @@ def _common_device(name: str, tensors: list[torch.Tensor]) -> torch.device:
     if not on_device:
         return CPU
     strangers = [t for t in tensors if (strict or t.dim()) and not _residents.has(t)]
+    if strangers:
+        _refuse_in_a_graph(f"{name} of a tensor on the CPU")
     if strangers and name not in ACROSS:
         shapes = [tuple(tensor.shape) for tensor in strangers]
         raise RuntimeError(
@@ -420,6 +445,7 @@ def _moved(
     args = () if names else args
     if target is None or target.type == here.type:
         return func(tensor, *args, **kwargs) if args or kwargs else tensor
+    _refuse_in_a_graph(f"copy to {target}")
     names = ("dtype", "non_blocking", "copy")
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs, "copy": True}
     if not kwargs.get("non_blocking"):
@@ -576,7 +602,6 @@ def _answer_for_the_device() -> None:
         "get_device_properties": hopper,
         "get_device_capability": (9, 0),
         "is_bf16_supported": True,
-        "is_current_stream_capturing": False,
         "current_stream": stream,
         "default_stream": stream,
         "memory_allocated": 0,
@@ -591,6 +616,7 @@ def _answer_for_the_device() -> None:
         setattr(torch.cuda, name, _constant(answer))
     for name in ("set_device", "empty_cache", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, _nothing)
+    torch.cuda.is_current_stream_capturing = lambda: _captures
     torch.cuda.synchronize = lambda *_: _synchronised("device")
     for name in ("set_stream", "set_sync_debug_mode", "_lazy_init", "init"):
         setattr(torch.cuda, name, _nothing)

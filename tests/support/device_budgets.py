@@ -37,8 +37,12 @@ MEASURED = 3  # the step: later than all that happens once
 Record = dict[str, Any]
 
 
-def measure(system: str, flags: str) -> Record:
-    """Train a few steps of one system and return what the measured one did."""
+def measure(flags: str, *, model: str = MODEL) -> Record:
+    """Train a few steps of one system and return what the measured one did.
+
+    Args:
+        flags: of the system, after those of the model and the run.
+    """
     from megatron.training import training
     from support.cuda_stand_in import watch
     from support.runs import forget_run
@@ -76,7 +80,7 @@ def measure(system: str, flags: str) -> Record:
     training.train_step, SlottedLayer.forward = measured_step, measured_layer
     try:
         with tempfile.TemporaryDirectory() as folder:
-            main([*MODEL.split(), *flags.split(), "--log-dir", folder])
+            main([*model.split(), *flags.split(), "--log-dir", folder])
     finally:
         training.train_step, SlottedLayer.forward = train_step, forward
         forget_run()
@@ -115,7 +119,7 @@ def _record(tally: Any) -> Record:
 
 
 def budgets(systems: dict[str, str]) -> dict[str, Record]:
-    return {system: measure(system, flags) for system, flags in systems.items()}
+    return {system: measure(flags) for system, flags in systems.items()}
 
 
 if __name__ == "__main__":
