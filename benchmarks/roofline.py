@@ -154,6 +154,16 @@ def expected(system: str, **size: int) -> dict[str, Any]:
     return estimate(values | (changes(system, **size) if size else {}))
 
 
+def command_line(system: str, **size: int) -> str:
+    """Flags of pretrain_smlp.py for a small version."""
+    changed = changes(system, **size)
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
+    words.append(f"--vocab-size {changed['vocab_size'] - 1}")  # the tokenizer adds one
+    if system == "hash":
+        words.append("--hash-table random")  # a balanced one is made from a dataset
+    return f"--config {CONFIGS / system}.yaml {RUN} {' '.join(words)}"
+
+
 def count_step(system: str, **size: int) -> Count:
     """Train four steps on the stand-in, and count one, without what assigns tokens."""
     import torch
@@ -173,15 +183,9 @@ def count_step(system: str, **size: int) -> Count:
         calls.append(tally)
         return experts, prices
 
-    changed = changes(system, **size)
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
-    words.append(f"--vocab-size {changed['vocab_size'] - 1}")  # the tokenizer adds one
-    if system == "hash":
-        words.append("--hash-table random")  # a balanced one is made from a dataset
     base.priced_assignment = dealt
     try:
-        config = f"--config {CONFIGS / system}.yaml {RUN}"
-        step = device_budgets.measure(" ".join(words), model=config)["step"]
+        step = device_budgets.measure(command_line(system, **size), model="")["step"]
     finally:
         base.priced_assignment = assign
     return Count(

@@ -7,6 +7,7 @@ the host has launched the next step.
 | function in megatron.training.training | answered by |
 |---|---|
 | get_signal_handler | the step's own message (training/agreement.py) |
+| evaluate_and_print_results | nothing: behind an evaluation, ranks are asked once more |
 | checkpoint_and_decide_exit | the same, about --exit-duration-in-mins |
 | logical_and_across_model_parallel_group | what this rank knows, where all do the same updates |
 | reduce_max_stat_across_model_parallel_group | the same |
@@ -27,7 +28,7 @@ from megatron.core import mpu
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training import get_args, get_tensorboard_writer, training
 
-from megatron_smlp.megatron_patches.wrapping import wrapped_in
+from megatron_smlp.megatron_patches.wrapping import after, wrapped_in
 
 
 class Answer(Protocol):
@@ -52,6 +53,7 @@ def installed(take: Callable[[], Answer | None]) -> contextlib.AbstractContextMa
         {
             "setup_model_and_optimizer": loop.around_setup,
             "training_log": loop.around_log,
+            "evaluate_and_print_results": lambda f: after(loop.forget, f),
             "checkpoint_and_decide_exit": loop.around_exit,
             "get_signal_handler": loop.around_handler,
             "logical_and_across_model_parallel_group": loop.around_and,
@@ -77,6 +79,10 @@ class _Loop:
             return model, optimizer, scheduler
 
         return wrapped
+
+    def forget(self) -> None:
+        """An evaluation takes its time, in which a signal may come."""
+        self.take()
 
     def around_exit(self, decide: Callable[..., bool]) -> Callable[..., bool]:
         @functools.wraps(decide)

@@ -140,6 +140,7 @@ PATCHES = (
         {
             f"{_TRAINING}.setup_model_and_optimizer": "keeps a loss scale of 1 on the device",
             f"{_TRAINING}.training_log": "sends a zero to the device for each loss of each step",
+            f"{_TRAINING}.evaluate_and_print_results": "alone comes between a step and its end",
             f"{_TRAINING}.checkpoint_and_decide_exit": "asks all ranks whether the time is over",
             f"{_TRAINING}.get_signal_handler": "asks all ranks for signals, and waits, each step",
             f"{_TRAINING}.logical_and_across_model_parallel_group": _EACH_STEP,

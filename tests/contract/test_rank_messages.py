@@ -41,7 +41,7 @@ def test_it_wraps_exactly_its_rows_and_puts_them_back():
     assert changed == {
         "setup_model_and_optimizer", "training_log", "checkpoint_and_decide_exit",
         "get_signal_handler", "logical_and_across_model_parallel_group",
-        "reduce_max_stat_across_model_parallel_group",
+        "reduce_max_stat_across_model_parallel_group", "evaluate_and_print_results",
     }  # fmt: skip
     assert all(before[name] is value for name, value in vars(training).items())
 
@@ -81,6 +81,15 @@ class TestSignals:
         made, megatrons = loop(None), object()
         handler = made.around_handler(lambda: megatrons)
         assert made.around_exit(lambda: (handler(), args.exit_duration_in_mins))() == (megatrons, 3)
+
+    def test_after_an_evaluation_all_ranks_are_asked(self, monkeypatch: pytest.MonkeyPatch):
+        """A signal that comes in it ends the run behind it, and not a step later."""
+        args = SimpleNamespace(exit_duration_in_mins=None)
+        monkeypatch.setattr(rank_messages, "get_args", lambda: args)
+        answers, megatrons = [Agreed(None, False, False)], object()
+        made = _Loop(lambda: answers.pop() if answers else None)
+        made.forget()
+        assert made.around_exit(made.around_handler(lambda: megatrons))() is megatrons
 
     def test_where_megatron_keeps_them(self):
         with DistributedSignalHandler() as handler:
