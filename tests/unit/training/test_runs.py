@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,50 @@ def test_a_run_ends_when_its_time_is_over(
     assert not end.value.code
     assert f"stopped at iteration 2: saved to {tmp_path}" in capfd.readouterr().out
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+@pytest.mark.parametrize(
+    ("when", "last"),
+    [
+        ("before the message of step 2", 2),
+        ("behind the message of step 3", 4),
+        ("in the evaluation after step 2", 2),
+    ],
+)
+def test_a_signal_ends_a_run_when_its_step_is_done(
+    when: str,
+    last: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    from megatron.training import training
+
+    from megatron_smlp.training.agreement import StepAgreement
+
+    steps, send, evaluate = [], StepAgreement.send, training.evaluate
+
+    def sent(self: StepAgreement) -> None:
+        steps.append(self)
+        if when == f"before the message of step {len(steps)}":
+            signal.raise_signal(signal.SIGTERM)
+        send(self)
+        if when == f"behind the message of step {len(steps)}":
+            signal.raise_signal(signal.SIGTERM)
+
+    def evaluated(*args: Any, **kwargs: Any) -> Any:
+        if "evaluation" in when:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(StepAgreement, "send", sent)
+    monkeypatch.setattr(training, "evaluate", evaluated)
+    flags = f"{GMLP} --train-iters 9 --eval-interval 2 --save {tmp_path}"
+    with pytest.raises(SystemExit) as end, pretrained(flags):
+        pass
+    assert not end.value.code
+    assert f"stopped at iteration {last}: saved to {tmp_path}" in capfd.readouterr().out
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(last)
 
 
 class TestNonFiniteLoss:
