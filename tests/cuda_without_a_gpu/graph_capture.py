@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import tempfile
 from typing import Any
 
@@ -59,4 +60,5 @@ def captures(flags: str) -> dict[str, dict[str, Any]]:
 if __name__ == "__main__":
     from support.systems import SYSTEMS
 
-    print(json.dumps({system: captures(flags) for system, flags in SYSTEMS.items()}))
+    asked = sys.argv[1:] or SYSTEMS
+    print(json.dumps({system: captures(SYSTEMS[system]) for system in asked}))
