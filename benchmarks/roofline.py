@@ -158,9 +158,8 @@ def command_line(system: str, **size: int) -> str:
     """Flags of pretrain_smlp.py for a small version."""
     changed = changes(system, **size)
     words = [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
-    words.append(f"--vocab-size {changed['vocab_size'] - 1}")  # the tokenizer adds one
     if system == "hash":
-        words.append("--hash-table random")  # a balanced one is made from a dataset
+        words.append("--no-hash-table")  # which counts the tokens of a dataset
     return f"--config {CONFIGS / system}.yaml {RUN} {' '.join(words)}"
 
 
