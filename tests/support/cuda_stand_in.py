@@ -98,7 +98,8 @@ class Tally:
     operators: collections.Counter[str] = field(default_factory=collections.Counter)
     """Calls of operators that launch kernels, by name; views and collectives are not among them."""
     synchronisations: collections.Counter[str] = field(default_factory=collections.Counter)
-    """Times that the host waited for the device, by `what at file:line`."""
+    """Times that the host waited for the device, by `what at file:line`: for a number that it
+    reads, a copy that is not `non_blocking`, an event that is not behind such a wait."""
     collectives: collections.Counter[str] = field(default_factory=collections.Counter)
     bytes: int = 0
     """Read and written by the operators: the sizes of what goes in and comes out."""
@@ -277,7 +278,7 @@ class _Operators(TorchDispatchMode):
         for tensor in made:
             if tensor.untyped_storage()._cdata not in known:
                 _residents.place(tensor, device)
-        if _tallies and device.type == "cuda":
+        if (_tallies or _captures) and device.type == "cuda":
             _count(func, name, args, inputs, made)
         return outputs
 
