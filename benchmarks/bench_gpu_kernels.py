@@ -4,7 +4,7 @@
 
     assignment    8,192 tokens to 32 and to 128 experts by kernels, against its twin of operators
     experts       32 of them, 1,024 -> 4,096 -> 1,024, by grouped GEMMs, against one after another
-    gate          M v + b times u1, T = 1,024, by one kernel, against its parts, against the dense
+    gate          from u to y, T = 1,024, by kernels, against its parts, against the dense
                   product M v of cuBLAS alone, and against causal attention of the same width by
                   F.scaled_dot_product_attention
 
@@ -47,7 +47,7 @@ TINY = Sizes(tokens=24, samples=2, hidden=16, expert=32, num_experts=(3, 4), hea
 
 
 def pairs(sizes: Sizes, device: str) -> Iterator[tuple[str, Call, Call]]:
-    """Names of what is compared, ours, and the peer; neither waits for the device."""
+    """Names of what is compared, ours, and the peer, to be called before the next is asked for."""
     yield from _assignments(sizes, device)
     yield from _experts(sizes, device)
     yield from _gates(sizes, device)
@@ -68,35 +68,35 @@ def _assignments(sizes: Sizes, device: str) -> Iterator[tuple[str, Call, Call]]:
 
 def _experts(sizes: Sizes, device: str) -> Iterator[tuple[str, Call, Call]]:
     count = sizes.num_experts[0]
-    with _one_rank(device):
-        experts = _build_experts(sizes, count, device)
     n = sizes.tokens * sizes.samples
     hidden = torch.randn(n, sizes.hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
     counts = torch.tensor([n // count + (place < n % count) for place in range(count)])
     counts = counts.to(device)
-    inputs = [hidden, *experts.parameters()]
-    yield (
-        f"{count} experts, grouped, against one after another",
-        _with_gradients(lambda: experts.grouped(hidden, counts), inputs),
-        _with_gradients(lambda: experts.one_by_one(hidden, counts), inputs),
-    )
+    with _one_rank(device):
+        experts = _build_experts(sizes, count, device)
+        inputs = [hidden, *experts.parameters()]
+        yield (
+            f"{count} experts, grouped, against one after another",
+            _with_gradients(lambda: experts.grouped(hidden, counts), inputs),
+            _with_gradients(lambda: experts.one_by_one(hidden, counts), inputs),
+        )
 
 
 def _gates(sizes: Sizes, device: str) -> Iterator[tuple[str, Call, Call]]:
-    from megatron_smlp.ops.gated_mix import gated_mix, gated_mix_reference, gates_by_kernels
+    from megatron_smlp.ops.gated_mix import gates_by_kernels, gelu_gate, gelu_gate_reference
 
     def drawn(*shape: int) -> Tensor:
-        drawn = torch.randn(shape, device=device, dtype=torch.bfloat16) / sizes.tokens**0.5
-        return drawn.requires_grad_()
+        numbers = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        return numbers.requires_grad_()
 
-    width = sizes.expert // 2
-    u1, values = (drawn(sizes.tokens, sizes.samples, width) for _ in range(2))
+    u = drawn(sizes.tokens, sizes.samples, sizes.expert)
+    norm = [drawn(sizes.expert // 2) for _ in range(2)]
     weight, bias = drawn(1, sizes.tokens, sizes.tokens), drawn(1, sizes.tokens)
-    gate = gated_mix if gates_by_kernels(u1, values) else gated_mix_reference
-    inputs = [u1, values, weight, bias]
-    ours = _with_gradients(lambda: gate(u1, values, weight, bias), inputs)
-    parts = _with_gradients(lambda: gated_mix_reference(u1, values, weight, bias), inputs)
-    columns = values.detach().flatten(1).requires_grad_()
+    inputs = [u, *norm, weight, bias]
+    gate = gelu_gate if gates_by_kernels(u, 1, functional.gelu) else gelu_gate_reference
+    ours = _with_gradients(lambda: gate(u, (*norm, 1e-5), weight, bias), inputs)
+    parts = _with_gradients(lambda: gelu_gate_reference(u, (*norm, 1e-5), weight, bias), inputs)
+    columns = drawn(sizes.tokens, sizes.samples * sizes.expert // 2)
     dense = _with_gradients(lambda: weight[0] @ columns, [weight, columns])
     query, key, value = (
         drawn(sizes.samples, sizes.heads, sizes.tokens, sizes.hidden // sizes.heads)

@@ -51,7 +51,7 @@ SYSTEMS = {
 """Experts of a layer."""
 PEAK, BANDWIDTH = 989e12, 3.35e12  # of an H100 SXM: FLOP/s, dense, bf16; bytes/s
 LAUNCH = 5e-6  # seconds
-KERNELS = 30  # operators of a call of balanced assignment with kernels
+KERNELS = 27  # operators of a call of balanced assignment with kernels
 SAMPLES, TOKENS, WIDTH, VOCABULARY = 8, 1024, 1024, 50304
 SMALL_WIDTH, STEPS = 64, 4
 RUN = f"""

@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialProjection, gating_spec
+from megatron_smlp.ops.gated_mix import Routing, gated_mix
+from megatron_smlp.ops.gelu_norm import gelu_norm
 from megatron_smlp.routers.prefix import Choice, PrefixRouter
 
 
@@ -75,8 +77,7 @@ class PartialFeatureMoE(SpatialGating):
     ) -> None:
         self.num_experts, self.prefix_length = num_experts, prefix_length
         super().__init__(config, *args, **kwargs)
-        first = self.tp_group.rank() * self.local_heads
-        self.default_experts = [(first + i) % num_experts for i in range(self.local_heads)]
+        self.first_chunk = self.tp_group.rank() * self.local_heads
         self.router = PrefixRouter(
             config,
             layer_number=self.layer_number,
@@ -97,6 +98,35 @@ class PartialFeatureMoE(SpatialGating):
             dtype=self.config.params_dtype,
             initialize=self.config.perform_initialization,
         )
+
+    def gate(self, u: Tensor, attended: Tensor | None = None) -> Tensor:
+        """See the base class; nothing is attended here."""
+        if not self.gates_by_kernels(u):
+            return super().gate(u, attended)
+        u1, u2 = u.chunk(2, dim=-1)
+        values, means = gelu_norm(
+            u2, self.norm.weight, self.norm.bias, self.local_heads, self.norm.eps
+        )
+        weight, bias = self.first_parameters(len(u))
+        return gated_mix(u1, values, weight, bias, routing=self._routing(means))
+
+    def _routing(self, means: Tensor) -> Routing:
+        """means: <fp32>[T, B, C'] of the chunks."""
+        tokens, batch, _ = means.shape
+        experts = self._default_experts(means.device).expand(batch, -1)
+        choice = Choice(experts, torch.ones(experts.shape, device=means.device))
+        if tokens > self.prefix_length:
+            choice = self.router(means)
+        return Routing(
+            torch.stack([experts, choice.experts]).int(),
+            choice.scale,
+            min(self.prefix_length, tokens),
+        )
+
+    def _default_experts(self, device: torch.device) -> Tensor:
+        """Of this rank's chunks, for the rows of the prefix: <int64>[C']."""
+        chunks = torch.arange(self.local_heads, device=device)
+        return (self.first_chunk + chunks) % self.num_experts
 
     def gated(self, u1: Tensor, u2: Tensor, attended: Tensor | None) -> Tensor:
         """See the base class; nothing is attended here."""
@@ -124,8 +154,9 @@ class PartialFeatureMoE(SpatialGating):
             g of the rows t < P, <float>[p, B, C', f].
         """
         rows, batch = chunks.shape[:2]
-        weight = self.spatial.first(weight, rows)[self.default_experts]
-        bias = bias[:, :rows][self.default_experts]
+        experts = self._default_experts(weight.device)
+        weight = self.spatial.first(weight, rows)[experts]
+        bias = bias[:, :rows][experts]
         columns = chunks.permute(2, 0, 1, 3).flatten(2)  # [C', p, B f]: one GEMM a chunk
         mixed = self.spatial.mix(weight, columns) + bias[..., None]
         return mixed.unflatten(-1, (batch, -1)).permute(1, 2, 0, 3)

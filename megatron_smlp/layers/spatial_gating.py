@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from megatron_smlp.layers.norms import HeadLayerNorm
 from megatron_smlp.layers.projections import column_projection, row_projection, shard_halves
 from megatron_smlp.ops.causal_mix import causal_mix
-from megatron_smlp.ops.gated_mix import gated_mix, gates_by_kernels
+from megatron_smlp.ops.gated_mix import gated_mix, gates_by_kernels, gelu_gate
 
 
 @dataclass
@@ -172,22 +172,6 @@ class SpatialProjection(nn.Module):
         mixed = self.mix(self.first(weight, tokens), columns)
         mixed.add_(bias[:, :tokens, None])  # in new memory that nothing else reads
         return mixed.view(heads, tokens, batch, -1).permute(1, 2, 0, 3).reshape(values.shape)
-
-    def gated(
-        self, u1: Tensor, values: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None
-    ) -> Tensor:
-        """u1 * (M v + b + added): one operator where kernels take it, else part by part.
-
-        u1, values, added: <float>[T', B, F']; weight and bias as for `mixed`. Returns the same.
-        """
-        tokens = len(values)
-        if self.is_dense and gates_by_kernels(u1, values):
-            self.check_length(tokens)
-            return gated_mix(u1, values, self.first(weight, tokens), bias[:, :tokens], added)
-        gates = self.mixed(values, weight, bias)
-        if added is not None:
-            gates = gates + added
-        return u1 * gates
 
     def first(self, weight: Tensor, tokens: int) -> Tensor:
         """Return the part of the weights that a sequence of `tokens` needs."""
@@ -341,12 +325,37 @@ class SpatialGating(MegatronModule):
         Returns:
             u1 * g: <float>[T', B, F'].
         """
-        u1, u2 = self.config.activation_func(u).chunk(2, dim=-1)
-        return self.gated(u1, u2, attended)
+        if not self.gates_by_kernels(u):
+            u1, u2 = self.config.activation_func(u).chunk(2, dim=-1)
+            return self.gated(u1, u2, attended)
+        weight, bias = self.first_parameters(len(u))
+        if not self.head_is_split:
+            norm = (self.norm.weight, self.norm.bias, self.norm.eps)
+            return gelu_gate(u, norm, weight, bias, attended)
+        u1, u2 = u.chunk(2, dim=-1)  # the statistics of LN are sums over the ranks
+        values = self.norm(self.config.activation_func(u2))
+        return gated_mix(u1, values, weight, bias, attended)
+
+    def gates_by_kernels(self, u: Tensor) -> bool:
+        """Return whether the gate of u, <float>[T', B, 2 F'], is one operator."""
+        return self.spatial.is_dense and gates_by_kernels(
+            u, self.local_heads, self.config.activation_func
+        )
 
     def gated(self, u1: Tensor, u2: Tensor, attended: Tensor | None) -> Tensor:
-        """u1, u2, attended: <float>[T', B, F'] -> u1 * g: the same."""
-        return self.spatial.gated(u1, self.norm(u2), *self.spatial_parameters(), attended)
+        """u1, u2, attended: <float>[T', B, F'], behind the GELU -> u1 * g, part by part."""
+        gates = self.spatial.mixed(self.norm(u2), *self.spatial_parameters())
+        return u1 * (gates if attended is None else gates + attended)
+
+    def first_parameters(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """M and b of a sequence of `tokens`, as autograd is to see them.
+
+        Raises:
+            ValueError: it is too long.
+        """
+        self.spatial.check_length(tokens)
+        weight, bias = self.spatial_parameters()
+        return self.spatial.first(weight, tokens), bias[:, :tokens]
 
     def spatial_parameters(self) -> tuple[Tensor, Tensor]:
         """M and b, as autograd is to see them."""

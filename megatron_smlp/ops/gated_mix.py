@@ -1,79 +1,188 @@
-"""Causal gating as one operator: the triangular product, its bias and the gate.
+"""Causal gating as one operator: the triangular product, its bias, GELU and the gate.
 
     g[t, b, k] = sum over s <= t of  M[h(k), t, s] * v[s, b, k]  + b[h(k), t]  (+ a[t, b, k])
-    y = u1 * g
+    y = GELU(u1) * g
 
-    dg = dy * u1    du1 = dy * g    dv = tri(M)' dg    dM = tril(dg v')    db = sum of dg    da = dg
+    dg = dy * GELU(u1)    du1 = dy * g * GELU'(u1)    dv = tri(M)' dg    dM = tril(dg v')
+    db = sum of dg    da = dg
 
-Letters: T tokens, B samples, H heads, K = H f features, head h(k) = k // f; N = B f.
+`gelu_gate` also makes v, which is LN(GELU(u2)) by head (gelu_norm.py), of u = [u1 | u2].
 
-Triton kernels (kernels/gating.py), which read and write [T, B, K] where it lies. What the parts
-need one after another, copies by head among them, is in causal_mix.py and layers/spatial_gating.py:
-that is the slow twin, and what runs where the kernels cannot.
+Routed, a head of a sample has an expert e up to token P, and another from there on, with a scale c:
+
+    g[t, b, k] = c * sum over s <= t of  M[e, t, s] * v[s, b, k]  + b[e, t]      c = 1 where t < P
+
+Letters: T tokens, B samples, H heads, K = H f features, head h(k) = k // f; N = B f; E matrices.
+
+Triton kernels (kernels/gating.py, kernels/gelu_norm.py), which read and write [T, B, K] where it
+lies. What the parts need one after another, copies by head among them, is in causal_mix.py,
+layers/spatial_gating.py and layers/feature_moe.py: that is the slow twin, and what runs where the
+kernels cannot.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_smlp.ops.causal_mix import causal_mix
-from megatron_smlp.ops.triton_ready import use_kernels
+from megatron_smlp.ops.gelu_norm import (
+    WIDEST,
+    gelu_norm_reference,
+    gradients_of_gelu_norm,
+    normed_gelu,
+)
+from megatron_smlp.ops.triton_ready import rows_ready, strided, use_kernels
 
 _ROWS, _DEPTH, _COLUMNS = 128, 64, 128  # of a tile of g and dv
 _WEIGHT_ROWS = 64  # of a square tile of dM: enough of them for all multiprocessors
+_GATE_ROWS, _GATE_COLUMNS = 32, 128  # of a tile of dg and du1
 _NUM_WARPS = 8
 
 
-def gates_by_kernels(u1: Tensor, values: Tensor) -> bool:
-    """Return whether `gated_mix` can take these operands; says why not, once, on a GPU."""
-    return use_kernels("the causal gate", values, unsupported=_unsupported(u1, values))
+class Routing(NamedTuple):
+    """Which matrix and scale a head of a sample has."""
+
+    experts: Tensor
+    """<int32>[2, B, H], numbers of matrices: up to the prefix and behind it."""
+    scales: Tensor
+    """<fp32>[B, H], behind the prefix, with gradient."""
+    prefix: int
+    """P, tokens; at most T."""
 
 
-def _unsupported(u1: Tensor, values: Tensor) -> str:
-    if values.dtype not in (torch.bfloat16, torch.float16):
-        return f"it is for bfloat16 and float16, not {values.dtype}"
-    if u1.dtype != values.dtype:
-        return f"u1 has {u1.dtype} and v {values.dtype}"
-    if torch.is_autocast_enabled(values.device.type):
+def gates_by_kernels(u: Tensor, heads: int, activation: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether the kernels can take u = [u1 | u2]; says why not, once, on a GPU.
+
+    u: <float>[T, B, 2 K]; heads: H; activation: what stands for GELU.
+    """
+    return use_kernels("the causal gate", u, unsupported=_unsupported(u, heads, activation))
+
+
+def _unsupported(u: Tensor, heads: int, activation: Callable[[Tensor], Tensor]) -> str:
+    if activation is not functional.gelu:
+        return f"it is for GELU, not {getattr(activation, '__name__', activation)}"
+    if u.dtype not in (torch.bfloat16, torch.float16):
+        return f"it is for bfloat16 and float16, not {u.dtype}"
+    if u.shape[-1] > 2 * heads * WIDEST:
+        return f"it is for {WIDEST} features a head at most, not {u.shape[-1] // heads // 2}"
+    if torch.is_autocast_enabled(u.device.type):
         return "autocast is on"
     return ""
 
 
 def gated_mix(
-    u1: Tensor, values: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None = None
+    u1: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    added: Tensor | None = None,
+    routing: Routing | None = None,
 ) -> Tensor:
     """Return y of the formula at the top.
 
     u1, values, added: <float>[T, B, K], of one dtype, any strides; sums are in fp32.
     weight: <float>[H, T, T], what is above the diagonal is in no result and has a gradient of 0;
         bias: <float>[H, T]. Their dtypes are free; tiles of M are rounded to the dtype of v.
+    routing: then weight is <float>[E, T, T], bias <float>[E, T], and nothing is added.
     Returns <float>[T, B, K], contiguous. Row t is bitwise independent of finite values at later
     positions. Differentiable once.
     Raises ValueError where the shapes do not fit.
     """
-    _check_shapes(u1, values, weight, bias, added)
-    result: tuple[Tensor, Tensor] = _gated_mix(u1, values, weight, bias, added)
-    return result[0]
+    _check_shapes(u1, values, weight, bias, added, routing)
+    experts, scales, prefix = routing or (None, None, 0)
+    result: Tensor = _GatedMix.apply(u1, values, weight, bias, added, experts, scales, prefix)
+    return result
+
+
+def gelu_gate(
+    u: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    weight: Tensor,
+    bias: Tensor,
+    added: Tensor | None = None,
+) -> Tensor:
+    """Return y for u = [u1 | u2], v being LN(GELU(u2)) by head.
+
+    u: <float>[T, B, 2 K], any strides; norm: weight and bias of LN, <float>[K], and its eps; the
+    others as for `gated_mix`. Both halves of the gradient of u are written into one tensor.
+    """
+    u1, u2 = u.chunk(2, dim=-1)
+    _check_shapes(u1, u2, weight, bias, added)
+    result: Tensor = _GeluGate.apply(u, *norm, weight, bias, added)
+    return result
 
 
 def gated_mix_reference(
-    u1: Tensor, values: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None = None
+    u1: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    added: Tensor | None = None,
+    routing: Routing | None = None,
 ) -> Tensor:
     """The slow twin of `gated_mix`, one part after another. Same shapes and result."""
-    _check_shapes(u1, values, weight, bias, added)
+    _check_shapes(u1, values, weight, bias, added, routing)
+    if routing is None:
+        mixed = _mixed(values, weight, bias)
+    else:
+        parts = [_mixed_by_pair(values, weight, bias, routing, behind) for behind in (0, 1)]
+        mixed = torch.cat([parts[0][: routing.prefix], parts[1][routing.prefix :]])
+    return functional.gelu(u1) * (mixed if added is None else mixed + added)
+
+
+def gelu_gate_reference(
+    u: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    weight: Tensor,
+    bias: Tensor,
+    added: Tensor | None = None,
+) -> Tensor:
+    """The slow twin of `gelu_gate`."""
+    u1, u2 = u.chunk(2, dim=-1)
+    values, _ = gelu_norm_reference(u2, *norm[:2], len(weight), norm[2])
+    return gated_mix_reference(u1, values, weight, bias, added)
+
+
+def _mixed(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     tokens, batch, features = values.shape
     columns = values.unflatten(2, (len(weight), -1)).permute(2, 0, 1, 3).flatten(2)
     mixed = causal_mix(weight, columns) + bias[:, :, None]
     mixed = mixed.view(len(weight), tokens, batch, features // len(weight))
-    mixed = mixed.permute(1, 2, 0, 3).reshape(values.shape)
-    return u1 * (mixed if added is None else mixed + added)
+    return mixed.permute(1, 2, 0, 3).reshape(values.shape)
+
+
+def _mixed_by_pair(
+    values: Tensor, weight: Tensor, bias: Tensor, routing: Routing, behind: int
+) -> Tensor:
+    """g of all tokens as if the prefix never ended, or as if there was none."""
+    experts = routing.experts[behind].long()
+    scales = routing.scales if behind else torch.ones_like(routing.scales)
+    columns = values.unflatten(2, (experts.shape[1], -1))  # [T, B, H, f]
+    product = torch.einsum("bhts,sbhf->tbhf", weight.tril()[experts].to(values.dtype), columns)
+    shift = bias[experts].permute(2, 0, 1)[..., None]
+    return (product * scales[..., None] + shift).to(values.dtype).flatten(2)
 
 
 def _check_shapes(
-    u1: Tensor, values: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None
+    u1: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    added: Tensor | None,
+    routing: Routing | None = None,
 ) -> None:
-    heads, tokens = len(weight), len(values)
-    fits = values.dim() == 3 and u1.shape == values.shape and values.shape[2] % heads == 0
+    tokens, heads = len(values), len(weight)
+    fits = values.dim() == 3 and u1.shape == values.shape
     fits = fits and weight.shape == (heads, tokens, tokens) and bias.shape == (heads, tokens)
+    if routing is not None:
+        heads = routing.experts.shape[-1]
+        fits = fits and routing.experts.shape == (2, *routing.scales.shape)
+        fits = fits and routing.scales.shape == (values.shape[1], heads)
+        fits = fits and 0 <= routing.prefix <= tokens and added is None
+    fits = fits and values.shape[2] % heads == 0
     if not fits or (added is not None and added.shape != values.shape):
         raise ValueError(
             f"gated_mix: u1 {tuple(u1.shape)}, values {tuple(values.shape)}, weight "
@@ -82,143 +191,287 @@ def _check_shapes(
         )
 
 
-def _rows_ready(tensor: Tensor) -> Tensor:
-    """The tensor itself where features lie side by side, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+class _GatedMix(torch.autograd.Function):
+    """See `gated_mix`."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        u1: Tensor,
+        values: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        added: Tensor | None,
+        experts: Tensor | None,
+        scales: Tensor | None,
+        prefix: int,
+    ) -> Tensor:
+        output, kept = _gate(u1, values, weight, bias, added, experts, scales, prefix)
+        ctx.save_for_backward(u1, values, weight, bias, experts, scales, kept)
+        ctx.prefix = prefix
+        return output
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        u1, values, weight, bias, experts, scales, kept = ctx.saved_tensors
+        of_u1 = torch.empty(u1.shape, dtype=u1.dtype, device=u1.device)
+        routing = (experts, scales, ctx.prefix)
+        upstream, of_scales = _gradients_of_gate(gradients[0], u1, kept, bias, *routing, of_u1)
+        of_values = _gradients_of_values(upstream, weight, *routing)
+        of_weight = of_bias = None
+        if any(ctx.needs_input_grad[2:4]):
+            of_weight, of_bias = _gradients_of_weights(
+                upstream, values, bias, weight.dtype, *routing
+            )
+        answers = (of_u1, of_values, of_weight, of_bias, upstream, None, of_scales, None)
+        return tuple(
+            answer if needed else None
+            for answer, needed in zip(answers, ctx.needs_input_grad, strict=True)
+        )
 
 
-def _strided(tensor: Tensor) -> tuple[Tensor, int, int]:
-    """What a kernel is told of [T, B, K]."""
-    return tensor, tensor.stride(0), tensor.stride(1)
+class _GeluGate(torch.autograd.Function):
+    """See `gelu_gate`."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        u: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor,
+        added: Tensor | None,
+    ) -> Tensor:
+        u1, u2 = u.chunk(2, dim=-1)
+        values, means, scales = normed_gelu(u2, norm_weight, norm_bias, len(weight), eps)
+        output, mixed = _gate(u1, values, weight, bias, added, None, None, 0)
+        ctx.save_for_backward(u, norm_weight, means, scales, values, weight, bias, mixed)
+        return output
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        u, norm_weight, means, scales, values, weight, bias, mixed = ctx.saved_tensors
+        of_u = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+        (u1, u2), (of_u1, of_u2) = u.chunk(2, dim=-1), of_u.chunk(2, dim=-1)
+        plain = (None, None, 0)
+        upstream, _ = _gradients_of_gate(gradients[0], u1, mixed, bias, *plain, of_u1)
+        of_weight = of_bias = None
+        if any(ctx.needs_input_grad[4:6]):
+            of_weight, of_bias = _gradients_of_weights(upstream, values, bias, weight.dtype, *plain)
+        of_values = _gradients_of_values(upstream, weight, *plain)
+        of_norm = gradients_of_gelu_norm(of_values, None, u2, norm_weight, means, scales, of_u2)
+        answers = (of_u, *of_norm, None, of_weight, of_bias, upstream)
+        return tuple(
+            answer if needed else None
+            for answer, needed in zip(answers, ctx.needs_input_grad, strict=True)
+        )
 
 
-def _tiles(values: Tensor, heads: int) -> dict[str, int]:
-    """The part of a kernel's arguments that does not depend on what it computes."""
-    _, batch, features = values.shape
+def _tiles(
+    values: Tensor, matrices: int, experts: Tensor | None, prefix: int
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The grid of a product, and the part of its arguments that all products share."""
+    tokens, batch, features = values.shape
+    heads = matrices if experts is None else experts.shape[-1]
     width = features // heads
-    return {"T": len(values), "N": batch * width, "WIDTH": width, "num_warps": _NUM_WARPS}
+    columns = _COLUMNS
+    if experts is not None:  # blocks of columns lie in one sample
+        columns = min(columns, max(16, 1 << (width - 1).bit_length()))
+    sizes = {"T": tokens, "N": batch * width, "PREFIX": prefix, "WIDTH": width}
+    sizes |= {"ROUTED": experts is not None, "COLUMNS": columns, "DEPTH": _DEPTH}
+    blocks = -(-batch * width // columns) if experts is None else batch * -(-width // columns)
+    return (-(-tokens // _ROWS), blocks, heads), sizes | {"ROWS": _ROWS, "num_warps": _NUM_WARPS}
 
 
-def _grid(tile: dict[str, int], heads: int) -> tuple[int, int, int]:
-    return -(-tile["T"] // _ROWS), -(-tile["N"] // _COLUMNS), heads
+def _row_blocks(tokens: int, prefix: int, rows: int) -> int:
+    """Blocks of rows of which none lies on both sides of the prefix's end."""
+    return -(-prefix // rows) + -(-(tokens - prefix) // rows)
 
 
-@torch.library.custom_op("megatron_smlp::gated_mix", mutates_args=())
-def _gated_mix(
-    u1: Tensor, values: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None
+@torch.library.custom_op("megatron_smlp::causal_gate", mutates_args=())
+def _gate(
+    u1: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    added: Tensor | None,
+    experts: Tensor | None,
+    scales: Tensor | None,
+    prefix: int,
 ) -> tuple[Tensor, Tensor]:
-    """y, and g, which the backward needs."""
+    """y, and what the backward needs: g, or the product where it is routed."""
     from megatron_smlp.ops.kernels import gating as kernels
 
     out, mixed = values.new_empty(values.shape), values.new_empty(values.shape)
     if values.numel() == 0:
         return out, mixed
-    u1, values, weight = _rows_ready(u1), _rows_ready(values), _rows_ready(weight)
-    third = u1 if added is None else _rows_ready(added)
-    tile = _tiles(values, len(weight))
-    kernels.gated_mix[_grid(tile, len(weight))](
-        *(weight, *weight.stride()[:2], _rows_ready(bias), bias.stride(0)),
-        *(*_strided(values), *_strided(u1), *_strided(third), out, *_strided(mixed)),
-        **tile,
+    u1, values, weight = rows_ready(u1), rows_ready(values), rows_ready(weight)
+    third = u1 if added is None else rows_ready(added)
+    (_, *blocks), tiles = _tiles(values, len(weight), experts, prefix)
+    kernels.gated_mix[(_row_blocks(len(values), prefix, _ROWS), *blocks)](
+        *(weight, *weight.stride()[:2], rows_ready(bias), bias.stride(0)),
+        *(*strided(values), *strided(u1), *strided(third)),
+        *(weight if experts is None else experts, weight if scales is None else scales),
+        *(out, *strided(mixed)),
+        **tiles,
         HAS_ADDED=added is not None,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        DEPTH=_DEPTH,
     )
     return out, mixed
 
 
-@torch.library.custom_op("megatron_smlp::gated_mix_gradients_of_operands", mutates_args=())
-def _gradients_of_operands(
-    gradient: Tensor, u1: Tensor, weight: Tensor, mixed: Tensor, has_added: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """du1, dv, and da, which is empty where nothing was added."""
+@torch.library.custom_op("megatron_smlp::gradients_of_gate", mutates_args=("of_u1",))
+def _gradients_of_gate(
+    gradient: Tensor,
+    u1: Tensor,
+    mixed: Tensor,
+    bias: Tensor,
+    experts: Tensor | None,
+    scales: Tensor | None,
+    prefix: int,
+    of_u1: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """dg, and dc, which is empty where nothing is routed; du1 is written into of_u1."""
     from megatron_smlp.ops.kernels import gating as kernels
 
-    of_gate, of_values = mixed.new_empty(mixed.shape), mixed.new_empty(mixed.shape)
-    of_added = mixed.new_empty(mixed.shape if has_added else (0,))
-    if mixed.numel() == 0:
-        return of_gate, of_values, of_added
-    gradient, u1, weight = _rows_ready(gradient), _rows_ready(u1), _rows_ready(weight)
-    tile = _tiles(mixed, len(weight))
-    kernels.gradients_of_operands[_grid(tile, len(weight))](
-        *(weight, *weight.stride()[:2], *_strided(gradient), *_strided(u1)),
-        *(mixed, of_values, of_gate, of_added, *mixed.stride()[:2]),
-        **tile,
-        HAS_ADDED=has_added,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        DEPTH=_DEPTH,
+    tokens, batch, features = mixed.shape
+    heads = len(bias) if experts is None else experts.shape[-1]
+    of_mixed = mixed.new_empty(mixed.shape)
+    blocks = -(-features // heads // _GATE_COLUMNS)
+    shape = (0,) if scales is None else (tokens, batch, heads, blocks)
+    parts = mixed.new_empty(shape, dtype=torch.float32)
+    if mixed.numel():
+        gradient, u1 = rows_ready(gradient), rows_ready(u1)
+        kernels.gradients_of_gate[(-(-tokens * batch // _GATE_ROWS), blocks, heads)](
+            *(*strided(gradient), *strided(u1), mixed, rows_ready(bias), bias.stride(0)),
+            *(mixed if experts is None else experts, mixed if scales is None else scales),
+            *(of_mixed, *strided(of_u1), parts),
+            LINES=tokens * batch,
+            BATCH=batch,
+            PREFIX=prefix,
+            WIDTH=features // heads,
+            ROUTED=experts is not None,
+            ROWS=_GATE_ROWS,
+            COLUMNS=_GATE_COLUMNS,
+            num_warps=_NUM_WARPS // 2,
+        )
+    return of_mixed, parts if scales is None else parts[prefix:].sum(dim=(0, 3))
+
+
+@torch.library.custom_op("megatron_smlp::gradients_of_values", mutates_args=())
+def _gradients_of_values(
+    upstream: Tensor, weight: Tensor, experts: Tensor | None, scales: Tensor | None, prefix: int
+) -> Tensor:
+    """dv. upstream: dg, contiguous."""
+    from megatron_smlp.ops.kernels import gating as kernels
+
+    of_values = upstream.new_empty(upstream.shape)
+    if upstream.numel() == 0:
+        return of_values
+    weight = rows_ready(weight)
+    grid, tiles = _tiles(upstream, len(weight), experts, prefix)
+    kernels.gradients_of_values[grid](
+        *(weight, *weight.stride()[:2], *strided(upstream)),
+        *(weight if experts is None else experts, weight if scales is None else scales),
+        of_values,
+        **tiles,
     )
-    return of_gate, of_values, of_added
+    return of_values
 
 
-@torch.library.custom_op("megatron_smlp::gated_mix_gradients_of_weights", mutates_args=())
+@torch.library.custom_op("megatron_smlp::gradients_of_weights", mutates_args=())
 def _gradients_of_weights(
-    gradient: Tensor, u1: Tensor, values: Tensor, weight: Tensor, bias: Tensor
+    upstream: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    weight_dtype: torch.dtype,
+    experts: Tensor | None,
+    scales: Tensor | None,
+    prefix: int,
 ) -> tuple[Tensor, Tensor]:
     """dM and db."""
     from megatron_smlp.ops.kernels import gating as kernels
 
-    heads, tokens = bias.shape
-    of_weight = weight.new_empty(heads, tokens, tokens)
-    of_bias = bias.new_empty(heads, tokens)
+    matrices, tokens = bias.shape
+    of_weight = bias.new_empty((matrices, tokens, tokens), dtype=weight_dtype)
+    of_bias = bias.new_empty(matrices, tokens)
     if values.numel() == 0:
         return of_weight.zero_(), of_bias.zero_()
-    gradient, u1, values = _rows_ready(gradient), _rows_ready(u1), _rows_ready(values)
-    blocks = -(-tokens // _WEIGHT_ROWS)
-    kernels.gradients_of_weights[(blocks, blocks, heads)](
-        *(*_strided(gradient), *_strided(u1), *_strided(values), of_weight, of_bias),
-        **_tiles(values, heads) | {"num_warps": _NUM_WARPS // 2},
-        ROWS=_WEIGHT_ROWS,
-        DEPTH=_DEPTH,
+    values = rows_ready(values)
+    (*_, heads), tiles = _tiles(values, matrices, experts, prefix)
+    del tiles["COLUMNS"]
+    pairs, ends = (values, values) if experts is None else _pairs_of_each(experts, matrices)
+    blocks = _row_blocks(tokens, prefix, _WEIGHT_ROWS), -(-tokens // _WEIGHT_ROWS)
+    kernels.gradients_of_weights[(*blocks, matrices)](
+        *(*strided(upstream), *strided(values), pairs, ends),
+        *(values if scales is None else scales, of_weight, of_bias),
+        HEADS=heads,
+        **tiles | {"ROWS": _WEIGHT_ROWS, "num_warps": _NUM_WARPS // 2},
     )
     return of_weight, of_bias
 
 
-@_gated_mix.register_fake
+def _pairs_of_each(experts: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
+    """Pairs of sample and head in the order of their experts, and where each expert's end.
+
+    experts: <int32>[2, B, H]. Returns <int32>[2, B H] and <int32>[2, E]: nobody waits for sizes.
+    """
+    chosen, pairs = experts.flatten(1).sort(dim=1, stable=True)
+    numbers = torch.arange(matrices, dtype=chosen.dtype, device=chosen.device)
+    ends = torch.searchsorted(chosen, numbers.expand(2, -1).contiguous(), right=True)
+    return pairs.int(), ends.int()
+
+
+@_gate.register_fake
 def _(
-    u1: Tensor, values: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None
+    u1: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    added: Tensor | None,
+    experts: Tensor | None,
+    scales: Tensor | None,
+    prefix: int,
 ) -> tuple[Tensor, Tensor]:
     return values.new_empty(values.shape), values.new_empty(values.shape)
 
 
-@_gradients_of_operands.register_fake
+@_gradients_of_gate.register_fake
 def _(
-    gradient: Tensor, u1: Tensor, weight: Tensor, mixed: Tensor, has_added: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    added = mixed.new_empty(mixed.shape if has_added else (0,))
-    return mixed.new_empty(mixed.shape), mixed.new_empty(mixed.shape), added
+    gradient: Tensor,
+    u1: Tensor,
+    mixed: Tensor,
+    bias: Tensor,
+    experts: Tensor | None,
+    scales: Tensor | None,
+    prefix: int,
+    of_u1: Tensor,
+) -> tuple[Tensor, Tensor]:
+    shape = (0,) if scales is None else scales.shape
+    return mixed.new_empty(mixed.shape), mixed.new_empty(shape, dtype=torch.float32)
+
+
+@_gradients_of_values.register_fake
+def _(
+    upstream: Tensor, weight: Tensor, experts: Tensor | None, scales: Tensor | None, prefix: int
+) -> Tensor:
+    return upstream.new_empty(upstream.shape)
 
 
 @_gradients_of_weights.register_fake
 def _(
-    gradient: Tensor, u1: Tensor, values: Tensor, weight: Tensor, bias: Tensor
+    upstream: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    weight_dtype: torch.dtype,
+    experts: Tensor | None,
+    scales: Tensor | None,
+    prefix: int,
 ) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(*bias.shape, bias.shape[1]), bias.new_empty(bias.shape)
-
-
-def _save(
-    ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
-    output: tuple[Tensor, Tensor],
-) -> None:
-    u1, values, weight, bias, added = inputs
-    ctx.save_for_backward(u1, values, weight, bias, output[1])
-    ctx.has_added = added is not None
-
-
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, gradient: Tensor, of_mixed: Tensor
-) -> tuple[Tensor | None, ...]:
-    """of_mixed: zeros, since g is handed to nobody."""
-    u1, values, weight, bias, mixed = ctx.saved_tensors
-    has_added: bool = ctx.has_added
-    of_gate, of_values, of_added = _gradients_of_operands(gradient, u1, weight, mixed, has_added)
-    of_weight = of_bias = None
-    if any(ctx.needs_input_grad[2:4]):
-        of_weight, of_bias = _gradients_of_weights(gradient, u1, values, weight, bias)
-    return of_gate, of_values, of_weight, of_bias, of_added if has_added else None
-
-
-_gated_mix.register_autograd(_backward, setup_context=_save)
+    of_weight = bias.new_empty((*bias.shape, bias.shape[1]), dtype=weight_dtype)
+    return of_weight, bias.new_empty(bias.shape)

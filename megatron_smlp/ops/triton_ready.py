@@ -11,8 +11,8 @@ _LOGGER = logging.getLogger(__name__)
 
 CAPABILITY = 80
 """The least, times 10: Ampere's, the first with bf16 products and copies past the registers."""
-SHARED_MEMORY = 144 * 1024
-"""Bytes that the largest kernel may take of a multiprocessor; an A100 has 163 KiB, an H100 227."""
+SHARED_MEMORY = 97 * 1024
+"""Bytes that the largest kernel may take of a multiprocessor; GPUs of 8.6 and 8.9 have 99 KiB."""
 
 
 @cache
@@ -55,3 +55,13 @@ def use_kernels(operation: str, tensor: Tensor, *, unsupported: str = "") -> boo
 @cache
 def _say_once(operation: str, reason: str) -> None:
     _LOGGER.warning("%s runs without Triton kernels, and slower: %s.", operation, reason)
+
+
+def rows_ready(tensor: Tensor) -> Tensor:
+    """Return the tensor itself where its features lie side by side, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def strided(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """Return what a kernel is told of [T, B, K]: the tensor, strides of tokens and of samples."""
+    return tensor, tensor.stride(0), tensor.stride(1)

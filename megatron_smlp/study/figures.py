@@ -20,7 +20,8 @@ from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import Tables
 from megatron_smlp.study.verdicts import SECONDS, Comparison
 
-FIELDS = {"validation_loss": "", "validation_suffix_loss": " behind the prefix"}
+SUFFIX_LOSS = "validation_suffix_loss"
+FIELDS = {"validation_loss": "", SUFFIX_LOSS: " behind the prefix"}
 PANELS = {
     "position": "position in the window",
     "frequency": "frequency of the token (1: the most frequent fifth)",
@@ -59,18 +60,28 @@ class Drawing:
         axes = self._axes()
         figure = Figure(figsize=(4.4 * len(axes), 4.4), layout="constrained", dpi=DPI)
         panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
+        names = self._trained_on(field)
         for panel, (label, scale) in zip(panels, axes.items(), strict=True):
-            for name in self.systems:
+            for name in names:
                 self._draw_seeds(panel, name, field, scale(name))
                 self._draw_band(panel, name, field, scale(name))
             panel.set_xlabel(label)
             _plain_log(panel)
             tidy(panel)
-        panels[0].set_ylabel(f"validation loss{what} (nats per token)")
+        panels[0].set_ylabel(f"validation loss{what}\n(nats per token)")
         band = f"band: 95 % interval of the mean, of {ENOUGH_FOR_BANDS} seeds or more"
-        there = [name for name in self.systems if self.tables.seeds(name)]
+        there = [name for name in names if self.tables.seeds(name)]
         self._legend(figure, f"thin: each seed; thick: mean; {band}", there)
         return figure
+
+    def _trained_on(self, field: str) -> list[str]:
+        """Return the systems for which a loss is not of positions that they never trained on."""
+        everything = field != SUFFIX_LOSS
+        return [
+            name
+            for name, system in self.systems.items()
+            if not (everything and system.predicts_suffix)
+        ]
 
     def _axes(self) -> dict[str, Callable[[str], float]]:
         """Return what losses are drawn against: a label, and the factor from tokens of a system."""
@@ -127,8 +138,9 @@ class Drawing:
         panel = figure.subplots()
         unit, unit_name = _unit(AXES["tokens"].units, self.study.longest)
         runs = self.tables.runs[self.tables.runs["phase"] == "main"]
-        for name, look in self.looks.items():
-            own = runs[runs["system"] == name]
+        names = self._trained_on("validation_loss")
+        for name in names:
+            look, own = self.looks[name], runs[runs["system"] == name]
             for trunk in self.tables.trunks(name, self.study.longest):
                 lines = self.tables.evaluations(list(trunk["key"]))
                 panel.plot(lines["tokens"] / unit, lines["validation_loss"], linewidth=1, **look)
@@ -140,7 +152,8 @@ class Drawing:
         panel.set(xlabel=f"training tokens{unit_name}", ylabel="validation loss (nats per token)")
         _plain_log(panel)
         tidy(panel)
-        self._legend(figure, "lines: constant learning rate, then the last decay; dots: decayed")
+        note = "lines: constant learning rate, then the last decay; dots: decayed"
+        self._legend(figure, note, names)
         return figure
 
     def learning_rates(self) -> Figure:

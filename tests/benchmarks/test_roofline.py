@@ -45,9 +45,9 @@ def test_the_equations_are_solved(experts: int):
 def test_assignments_are_put_in_as_kernels():
     one, other = small(1, 2, assignments=3), small(2, 4, assignments=3)
     count = roofline.full(one, other, samples=8, experts=32, parameters=7000, scale=16.0)
-    assert count.operators == 1000 + 10 * 32 + 3 * 30
+    assert count.operators == 1000 + 10 * 32 + 3 * roofline.KERNELS
     scores = 8 * 1024 * 32 * 4
-    assert count.bytes == pytest.approx(16 * 8 * 6 + 3 * 7000 + 3 * 30 * scores)
+    assert count.bytes == pytest.approx(16 * 8 * 6 + 3 * 7000 + 3 * roofline.KERNELS * scores)
 
 
 def test_one_row_from_its_counts(counted: dict[str, Any]):

@@ -6,6 +6,8 @@ Run in a process of its own: Triton interprets, and the device is there until it
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from support.cuda_stand_in import install, launched, watch
@@ -15,6 +17,19 @@ install()
 quick_interpreter(launched)
 
 import torch  # noqa: E402 - behind the device
+
+RUN = """
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 100 --num-layers 1 --hidden-size 64
+    --ffn-hidden-size 1024 --seq-length 128 --attention-dropout 0 --hidden-dropout 0 --bf16
+    --micro-batch-size 2 --global-batch-size 2 --num-workers 0 --lr 1e-3 --log-interval 1
+    --lr-decay-style constant --eval-iters 0 --train-iters 2 --no-resume
+"""
+GATES = {
+    "one head": "--architecture amlp --tiny-attention-width 16",
+    "eight heads": "--architecture gmlp --spatial-heads 8",
+    "partial prediction": "--architecture smlp --feature-router partial --num-feature-chunks 8 "
+    "--num-feature-experts 4 --prefix-fraction 0.2 --num-dense-layers 0",
+}
 
 
 def assignment() -> dict[str, Any]:
@@ -27,6 +42,57 @@ def assignment() -> dict[str, Any]:
     return _record(tally) | {"counts": counts, "on": [str(experts.device), str(prices.device)]}
 
 
+def training(flags: str) -> dict[str, Any]:
+    """A few steps with the kernels, and with their twins: losses, and what one gate asks for."""
+    from megatron_smlp.ops import triton_ready
+
+    answers = {"kernels": _trained(flags)}
+    missing = triton_ready._missing
+    triton_ready._missing = lambda: "this run is without"
+    try:
+        return answers | {"parts": _trained(flags)}
+    finally:
+        triton_ready._missing = missing
+
+
+def _trained(flags: str) -> dict[str, Any]:
+    from support.runs import forget_run
+
+    from megatron_smlp.layers.spatial_gating import SpatialGating
+    from pretrain_smlp import main
+
+    counted: dict[str, Any] = {}
+    forward = SpatialGating.forward
+
+    def counting(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not counted:
+            counted.update(_gate(self, hidden_states))
+        return forward(self, hidden_states, *args, **kwargs)
+
+    SpatialGating.forward = counting
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            main([*RUN.split(), *flags.split(), "--log-dir", folder])
+            lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    finally:
+        SpatialGating.forward = forward
+        forget_run()
+    rows = [json.loads(line) for line in lines]
+    kept = [[row["loss"], row["grad_norm"]] for row in rows if "grad_norm" in row]
+    return {"gate": counted, "losses and norms": kept}
+
+
+def _gate(layer: Any, hidden_states: torch.Tensor) -> dict[str, Any]:
+    """Forward and backward of a gate alone."""
+    u, _ = layer.linear_fc1(hidden_states)
+    u = u.detach().requires_grad_()
+    parameters = [*layer.norm.parameters(), *layer.spatial.parameters()]
+    upstream = torch.ones_like(u.chunk(2, dim=-1)[0])
+    with watch() as tally:
+        torch.autograd.grad(layer.gate(u), [u, *parameters], upstream)
+    return _record(tally)
+
+
 def _record(tally: Any) -> dict[str, Any]:
     return {
         "operators": sum(tally.operators.values()),
@@ -37,4 +103,5 @@ def _record(tally: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"assignment": assignment()}))
+    gates = {name: training(flags) for name, flags in GATES.items()}
+    print(json.dumps({"assignment": assignment(), "gates": gates}))

@@ -29,3 +29,29 @@ def test_balanced_assignment_is_thirty_operators_and_no_wait(counted: dict[str, 
     assert record["launches"] > 20
     assert record["operators"] <= 30
     assert record["synchronisations"] == {}
+
+
+# Of the parts' bytes. With one head nothing is copied by head, and less can be saved; the rest is
+# v, g, dg and dv, which one kernel hands to the next.
+SHARES = {"one head": 0.56, "eight heads": 0.4, "partial prediction": 0.25}
+
+
+@pytest.mark.parametrize("case", SHARES)
+def test_a_gate_is_a_few_launches_and_a_fraction_of_the_bytes(case: str, counted: dict[str, Any]):
+    """Forward and backward, in a layer of a model that trains."""
+    ours, parts = (counted["gates"][case][way]["gate"] for way in ("kernels", "parts"))
+    assert ours["bytes"] <= SHARES[case] * parts["bytes"]
+    assert ours["synchronisations"] == {}
+    assert ours["operators"] <= parts["operators"] / 2
+    if case != "partial prediction":  # of which the router is the most
+        assert ours["operators"] <= 6
+
+
+@pytest.mark.parametrize("case", SHARES)
+def test_training_by_kernels_is_training_by_parts(case: str, counted: dict[str, Any]):
+    ours, parts = (counted["gates"][case][way]["losses and norms"] for way in ("kernels", "parts"))
+    assert len(ours) == len(parts) == 2
+    for one, other in zip(ours, parts, strict=True):
+        assert one[0] == pytest.approx(other[0], rel=2e-4)
+        assert one[1] == pytest.approx(other[1], rel=5e-3)  # bf16 rounds in other places
+    assert ours != parts, "the same bits: no kernel ran"

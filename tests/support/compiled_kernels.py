@@ -27,14 +27,17 @@ INSTRUCTIONS = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "
 ASSIGNMENT = {"W": 64, "BLOCK": 64, "P": 32, "DAMPING": 0.01, "MAX_STEP": 2.0, "SOLVER_STEPS": 16}
 ASSIGNMENT |= {"SMALLEST_GAIN": 1e-5}
 GATE = {"WIDTH": 128, "HAS_ADDED": False, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64}
+PLAIN, ROUTED = GATE | {"ROUTED": False}, GATE | {"ROUTED": True}
+NORM = {"WIDTH": 2048, "BLOCK": 2048, "ROWS": 2, "EPS": 1e-5, "HAS_MEANS": False}
 TYPES = {
     "*fp64": ("maxima", "squares", "columns"),
     "*i64": ("assigned",),
     "*i32": (
         *("choices", "leads", "rooms", "filled", "members", "has_empty", "has_empty_before"),
-        *("slots", "slots_before", "movers", "movers_before"),
+        *("slots", "slots_before", "movers", "movers_before", "experts", "pairs", "ends"),
     ),
-    "i32": ("N", "E", "C", "T"),
+    "*fp32": ("scales", "of_scales", "means", "of_means", "of_norm_weight", "of_norm_bias"),
+    "i32": ("N", "E", "C", "T", "PREFIX", "HEADS", "LINES", "BATCH"),
     "fp32": ("temperature", "temperature_before"),
 }
 
@@ -67,9 +70,16 @@ CASES = {
     "assignment: exchange": Case(
         "assignment:exchange", "*fp32", 8, ASSIGNMENT | {"FIRST": False, "LAST": False}
     ),
-    "gate: forward": Case("gating:gated_mix", "*bf16", 8, GATE),
-    "gate: dv, du1": Case("gating:gradients_of_operands", "*bf16", 8, GATE),
-    "gate: dM, db": Case("gating:gradients_of_weights", "*bf16", 4, GATE | {"ROWS": 64}),
+    "gate: forward": Case("gating:gated_mix", "*bf16", 8, PLAIN),
+    "gate: dg, du1": Case("gating:gradients_of_gate", "*bf16", 4, PLAIN | {"ROWS": 32}),
+    "gate: dv": Case("gating:gradients_of_values", "*bf16", 8, PLAIN),
+    "gate: dM, db": Case("gating:gradients_of_weights", "*bf16", 4, PLAIN | {"ROWS": 64}),
+    "gate: forward, routed": Case("gating:gated_mix", "*bf16", 8, ROUTED),
+    "gate: dg, du1, routed": Case("gating:gradients_of_gate", "*bf16", 4, ROUTED | {"ROWS": 32}),
+    "gate: dv, routed": Case("gating:gradients_of_values", "*bf16", 8, ROUTED),
+    "gate: dM, db, routed": Case("gating:gradients_of_weights", "*bf16", 4, ROUTED | {"ROWS": 64}),
+    "norm: forward": Case("gelu_norm:normed_gelu", "*bf16", 4, NORM),
+    "norm: backward": Case("gelu_norm:gradients", "*bf16", 4, NORM),
 }
 
 

@@ -66,6 +66,8 @@ SYNCHRONISE = {
 SYNCHRONISE |= {"aten::_linalg_check_errors", "aten::equal", "aten::_unique2", "aten::item"}
 VIEWS = {"aten::detach", "aten::alias", "aten::_reshape_alias", "aten::_unsafe_view"}
 VIEWS |= {"aten::lift_fresh"}
+# They take memory, and neither read nor write it.
+ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 
 
 class _Residents:
@@ -360,7 +362,7 @@ def _as_group(value: Any) -> Any:
 def _count(
     func: Any, name: str, args: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
 ) -> None:
-    if func.is_view or name in VIEWS:
+    if func.is_view or name in VIEWS | ALLOCATIONS:
         return
     if name in SYNCHRONISE or _has_a_mask(args):
         _synchronised(name.removeprefix("aten::"))

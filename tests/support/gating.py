@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -21,53 +24,104 @@ class Gate:
     has_added: bool = False
     garbage: bool = False
     """NaN above the diagonal of M."""
+    normed: bool = False
+    """`gelu_gate`, which makes v."""
+    experts: int = 0
+    """Matrices of a routed gate; 0: one a head."""
+    prefix: int = 0
 
     def operands(self) -> list[Tensor]:
-        """u1, v, M, b and what is added; u1 and v are halves of one tensor, as in a layer."""
+        """u1, v, M, b, and what is added or the scales; u1 and v are halves of one tensor, as in a
+        layer. Of `gelu_gate`: u, w, b of LN, M, b, and what is added."""
         torch.manual_seed(self.tokens)
-        features = self.heads * self.width
+        features, matrices = self.heads * self.width, self.experts or self.heads
         both = torch.randn(self.tokens, self.batch, 2 * features).to(self.dtype)
-        matrix = torch.randn(self.heads, self.tokens, self.tokens) / self.tokens**0.5
+        matrix = torch.randn(matrices, self.tokens, self.tokens) / self.tokens**0.5
         if self.garbage:
             upper = torch.ones(self.tokens, self.tokens, dtype=torch.bool).triu(1)
             matrix = matrix.masked_fill(upper, float("nan"))
-        bias = torch.randn(self.heads, self.tokens)
-        operands = [*both.chunk(2, dim=-1), matrix.to(self.weight_dtype), bias]
+        bias = torch.randn(matrices, self.tokens)
+        norm = [(torch.randn(features) + 1).to(self.dtype), torch.randn(features).to(self.dtype)]
+        operands = [both, *norm] if self.normed else list(both.chunk(2, dim=-1))
+        operands += [matrix.to(self.weight_dtype), bias]
         if self.has_added:
             operands.append(torch.randn(self.tokens, self.batch, features).to(self.dtype))
+        if self.experts:
+            operands.append(torch.rand(self.batch, self.heads) * 3)
         return [operand.detach().requires_grad_() for operand in operands]
+
+    @property
+    def matrix(self) -> int:
+        """Where M stands among the operands."""
+        return 3 if self.normed else 2
 
     def upstream(self) -> Tensor:
         torch.manual_seed(self.tokens + 1)
         shape = (self.tokens, self.batch, self.heads * self.width)
         return torch.randn(shape).to(self.dtype)
 
+    def call(self, operands: list[Tensor], *, twin: bool = False) -> Tensor:
+        """The gate, or its slow twin."""
+        from megatron_smlp.ops import gated_mix as ops
+
+        if self.normed:
+            inputs, weight, bias, *others = operands
+            gate = ops.gelu_gate_reference if twin else ops.gelu_gate
+            return gate(inputs, (weight, bias, EPS), *others)
+        mix: Any = ops.gated_mix_reference if twin else ops.gated_mix
+        if not self.experts:
+            return mix(*operands)
+        *others, scales = operands
+        return mix(*others, routing=ops.Routing(self.chosen(), scales, self.prefix))
+
+    def chosen(self) -> Tensor:
+        """The experts of the samples' heads; the last expert is nobody's."""
+        torch.manual_seed(self.tokens + 2)
+        return torch.randint(self.experts - 1, (2, self.batch, self.heads)).int()
+
 
 def by_kernels(gate: Gate) -> list[Tensor]:
-    """The output of `gated_mix` and its gradients."""
-    from megatron_smlp.ops.gated_mix import gated_mix
-
+    """The output of the operator and its gradients."""
     operands = gate.operands()
-    output = gated_mix(*operands)
+    output = gate.call(operands)
     return [output.detach(), *torch.autograd.grad(output, operands, gate.upstream())]
 
 
 def exactly(gate: Gate) -> list[Tensor]:
     """The same by the slow twin in fp64, of operands as they are rounded for the kernels."""
-    from megatron_smlp.ops.gated_mix import gated_mix_reference
-
     operands = gate.operands()
-    operands[2] = operands[2].to(gate.dtype)
+    operands[gate.matrix] = operands[gate.matrix].to(gate.dtype)
     operands = [operand.detach().double().requires_grad_() for operand in operands]
-    output = gated_mix_reference(*operands)
+    output = gate.call(operands, twin=True)
     return [output.detach(), *torch.autograd.grad(output, operands, gate.upstream().double())]
+
+
+def norm_by_kernels(gate: Gate) -> list[Tensor]:
+    """`gelu_norm` with gradients that come through both of its results."""
+    from megatron_smlp.ops.gelu_norm import gelu_norm
+
+    return _norm(gate.operands()[:3], gate, gelu_norm)
+
+
+def norm_exactly(gate: Gate) -> list[Tensor]:
+    from megatron_smlp.ops.gelu_norm import gelu_norm_reference
+
+    operands = [operand.detach().double().requires_grad_() for operand in gate.operands()[:3]]
+    return _norm(operands, gate, gelu_norm_reference)
+
+
+def _norm(operands: list[Tensor], gate: Gate, function: Any) -> list[Tensor]:
+    inputs, weight, bias = operands
+    _, half = inputs.chunk(2, dim=-1)
+    values, means = function(half, weight, bias, gate.heads, EPS)
+    # The first tokens alone: a router reads no more of the means.
+    asked = (values * gate.upstream()).sum() + (means[:2] ** 2).sum()
+    return [values.detach(), means.detach(), *torch.autograd.grad(asked, operands)]
 
 
 def with_other_tokens_from(gate: Gate, first: int) -> Tensor:
     """The output of `gated_mix` where v is another from a token on."""
-    from megatron_smlp.ops.gated_mix import gated_mix
-
     u1, values, *others = (operand.detach() for operand in gate.operands())
     values = values.clone()
     values[first:] += 1
-    return gated_mix(u1, values, *others)
+    return gate.call([u1, values, *others])

@@ -3,13 +3,18 @@
 Tiles of M above the diagonal are never read; the program with the longest row starts first. A sum
 has one order, so that a result has the same bits each time.
 
-Letters: T tokens, H heads, f = WIDTH features of a head, N = B f columns of a head. Token t, sample
-b and feature j of head h are at t * token_stride + b * sample_stride + h * f + j of each tensor.
+Letters: T tokens, B samples, H heads, f = WIDTH features of a head, N = B f columns of a head.
+Token t, sample b and feature j of head h are at t * token_stride + b * sample_stride + h * f + j of
+each tensor. ROUTED: a head of a sample mixes by the M of an expert, one up to token PREFIX and
+another from there on, with a scale of its own: experts is [2, B, H], scales [B, H]. A block of rows
+then lies on one side of PREFIX, and a block of columns in one sample.
 """
 
 # Parameters of kernels have no types but constexpr: Triton derives them from each call.
 import triton
 import triton.language as tl
+
+from megatron_smlp.ops.kernels.gelu import gelu, gelu_and_slope
 
 
 @triton.jit
@@ -17,6 +22,33 @@ def _places(tokens, columns, head, token_stride, sample_stride, WIDTH: tl.conste
     """Offsets [tokens, columns] of a head's columns."""
     at = (columns // WIDTH).to(tl.int64) * sample_stride + head * WIDTH + columns % WIDTH
     return tokens[:, None].to(tl.int64) * token_stride + at[None, :]
+
+
+@triton.jit
+def _row_block(block, T, PREFIX, ROUTED: tl.constexpr, ROWS: tl.constexpr):
+    """The first row of a block, the end of its rows, and whether it lies behind the prefix."""
+    if ROUTED:
+        before = tl.cdiv(PREFIX, ROWS)
+        behind = (block >= before).to(tl.int32)
+        first = block * ROWS + behind * (PREFIX - before * ROWS)
+        limit = PREFIX + behind * (T - PREFIX)
+    else:
+        behind, first, limit = 0, block * ROWS, T
+    return first, tl.minimum(first + ROWS, limit), behind
+
+
+@triton.jit
+def _column_block(block, N, WIDTH: tl.constexpr, ROUTED: tl.constexpr, COLUMNS: tl.constexpr):
+    """The columns of a block, which of them there are, and the first one's sample."""
+    if ROUTED:
+        of_sample: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+        features = block % of_sample * COLUMNS + tl.arange(0, COLUMNS)
+        sample, real = block // of_sample, features < WIDTH
+        columns = sample * WIDTH + features
+    else:
+        columns = block * COLUMNS + tl.arange(0, COLUMNS)
+        sample, real = 0, columns < N
+    return columns, real, sample
 
 
 @triton.jit
@@ -35,78 +67,71 @@ def gated_mix(
     added,
     added_token,
     added_sample,
+    experts,
+    scales,
     out,
     mixed,
     out_token,
     out_sample,
     T,
     N,
+    PREFIX,
     WIDTH: tl.constexpr,
     HAS_ADDED: tl.constexpr,
+    ROUTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Program (i, j, h): rows i and columns j of head h of g = tri(M) v + b + added and u1 * g."""
+    """Program (i, j, h): rows i and columns j of head h of y = GELU(u1) g and of what is kept.
+
+    g = tri(M) v + b + added is kept, or with ROUTED, where g = s tri(M) v + b, the product alone.
+    """
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    matrix = weight + head * head_stride + rows[:, None].to(tl.int64) * row_stride
+    first, end, behind = _row_block(block, T, PREFIX, ROUTED, ROWS)
+    columns, real, sample = _column_block(tl.program_id(1), N, WIDTH, ROUTED, COLUMNS)
+    matrix = head
+    if ROUTED:
+        pair = sample * tl.num_programs(2) + head
+        matrix = tl.load(experts + behind * (N // WIDTH) * tl.num_programs(2) + pair)
+    rows = first + tl.arange(0, ROWS)
+    line = weight + matrix.to(tl.int64) * head_stride + rows[:, None].to(tl.int64) * row_stride
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, block * ROWS, DEPTH):
+    below = first // DEPTH * DEPTH
+    for start in range(0, below, DEPTH):
         before = start + tl.arange(0, DEPTH)
-        part = tl.load(matrix + before[None, :], mask=rows[:, None] < T, other=0.0)
+        part = tl.load(line + before[None, :], mask=rows[:, None] < end, other=0.0)
         at = _places(before, columns, head, values_token, values_sample, WIDTH)
-        value = tl.load(values + at, mask=columns[None, :] < N, other=0.0)
+        value = tl.load(values + at, mask=real[None, :], other=0.0)
         total = tl.dot(part.to(value.dtype), value, total, input_precision="ieee")
-    for start in range(block * ROWS, tl.minimum(block * ROWS + ROWS, T), DEPTH):
+    for start in range(below, end, DEPTH):
         before = start + tl.arange(0, DEPTH)
-        inside = (rows[:, None] < T) & (before[None, :] < T)
-        part = tl.load(matrix + before[None, :], mask=inside, other=0.0)
+        inside = (rows[:, None] < end) & (before[None, :] < end)
+        part = tl.load(line + before[None, :], mask=inside, other=0.0)
         part = tl.where(before[None, :] <= rows[:, None], part, 0.0)
         at = _places(before, columns, head, values_token, values_sample, WIDTH)
-        inside = (before[:, None] < T) & (columns[None, :] < N)
-        value = tl.load(values + at, mask=inside, other=0.0)
+        value = tl.load(values + at, mask=(before[:, None] < end) & real[None, :], other=0.0)
         total = tl.dot(part.to(value.dtype), value, total, input_precision="ieee")
-    shift = tl.load(bias + head * bias_stride + rows, mask=rows < T, other=0.0)
+    here = (rows[:, None] < end) & real[None, :]
+    kept = mixed + _places(rows, columns, head, out_token, out_sample, WIDTH)
+    if ROUTED:
+        tl.store(kept, total.to(mixed.dtype.element_ty), mask=here)
+        total = total * tl.load(scales + pair, mask=behind > 0, other=1.0)
+    shift = tl.load(bias + matrix * bias_stride + rows, mask=rows < end, other=0.0)
     total += shift.to(tl.float32)[:, None]
-    here = (rows[:, None] < T) & (columns[None, :] < N)
     if HAS_ADDED:
         at = _places(rows, columns, head, added_token, added_sample, WIDTH)
         total += tl.load(added + at, mask=here, other=0.0).to(tl.float32)
+    if not ROUTED:
+        tl.store(kept, total.to(mixed.dtype.element_ty), mask=here)
     at = _places(rows, columns, head, gate_token, gate_sample, WIDTH)
-    factor = tl.load(gate + at, mask=here, other=0.0).to(tl.float32)
+    factor = gelu(tl.load(gate + at, mask=here, other=0.0).to(tl.float32))
     at = _places(rows, columns, head, out_token, out_sample, WIDTH)
-    tl.store(mixed + at, total.to(mixed.dtype.element_ty), mask=here)
     tl.store(out + at, (total * factor).to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def _gradient_of_mixed(
-    gradient,
-    gradient_token,
-    gradient_sample,
-    gate,
-    gate_token,
-    gate_sample,
-    tokens,
-    columns,
-    head,
-    inside,
-    WIDTH: tl.constexpr,
-):
-    """dg = dy * u1: <fp32>[tokens, columns]."""
-    at = _places(tokens, columns, head, gradient_token, gradient_sample, WIDTH)
-    upstream = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-    at = _places(tokens, columns, head, gate_token, gate_sample, WIDTH)
-    return upstream * tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def gradients_of_operands(
-    weight,
-    head_stride,
-    row_stride,
+def gradients_of_gate(
     gradient,
     gradient_token,
     gradient_sample,
@@ -114,113 +139,245 @@ def gradients_of_operands(
     gate_token,
     gate_sample,
     mixed,
-    of_values,
+    bias,
+    bias_stride,
+    experts,
+    scales,
+    of_mixed,
     of_gate,
-    of_added,
-    out_token,
-    out_sample,
+    outputs_token,
+    outputs_sample,
+    of_scales,
+    LINES,
+    BATCH,
+    PREFIX,
+    WIDTH: tl.constexpr,
+    ROUTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Program (i, j, h): dg = dy GELU(u1) and du1 = dy g GELU'(u1) of lines i and features j.
+
+    A line is a token of a sample. mixed, of_mixed: [T, B, H f], contiguous; of_gate: du1.
+    of_scales: <fp32>[T, B, H, j], with ROUTED: sums of dg times the product.
+    """
+    head, heads = tl.program_id(2), tl.num_programs(2)
+    lines = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    features = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    here = (lines[:, None] < LINES) & (features[None, :] < WIDTH)
+    tokens, samples = (lines // BATCH).to(tl.int64)[:, None], (lines % BATCH)[:, None]
+    at = head * WIDTH + features[None, :]
+    place = tokens * gradient_token + samples * gradient_sample + at
+    given = tl.load(gradient + place, mask=here, other=0.0).to(tl.float32)
+    place = tokens * gate_token + samples * gate_sample + at
+    value, slope = gelu_and_slope(tl.load(gate + place, mask=here, other=0.0).to(tl.float32))
+    place = lines[:, None].to(tl.int64) * (heads * WIDTH) + at
+    factor = tl.load(mixed + place, mask=here, other=0.0).to(tl.float32)
+    upstream = given * value
+    tl.store(of_mixed + place, upstream.to(of_mixed.dtype.element_ty), mask=here)
+    if ROUTED:
+        part = lines.to(tl.int64) * heads + head
+        at_part = of_scales + part * tl.num_programs(1) + tl.program_id(1)
+        tl.store(at_part, tl.sum(upstream * factor, axis=1), mask=lines < LINES)
+        behind = lines // BATCH >= PREFIX
+        pairs = lines % BATCH * heads + head
+        choice = behind.to(tl.int32) * BATCH * heads + pairs
+        matrix = tl.load(experts + choice, mask=lines < LINES, other=0)
+        scale = tl.load(scales + pairs, mask=behind, other=1.0)
+        shift = bias + matrix * bias_stride + lines // BATCH
+        shift = tl.load(shift, mask=lines < LINES, other=0.0).to(tl.float32)
+        factor = factor * scale[:, None] + shift[:, None]
+    place = tokens * outputs_token + samples * outputs_sample + at
+    of_product = given * factor * slope
+    tl.store(of_gate + place, of_product.to(of_gate.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _upper_product(
+    total,
+    column,
+    row_stride,
+    rows,
+    begin,
+    inner,
+    end,
+    T,
+    upstream,
+    columns,
+    real,
+    head,
+    token_stride,
+    sample_stride,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """total + sum of M[t, s] dg[t] over begin <= t < end, t >= s; from t = inner on, all s are."""
+    for start in range(begin, inner, DEPTH):
+        after = start + tl.arange(0, DEPTH)
+        inside = (after[:, None] < inner) & (rows[None, :] < T)
+        part = tl.load(column + after[:, None].to(tl.int64) * row_stride, mask=inside, other=0.0)
+        part = tl.where(rows[None, :] <= after[:, None], part, 0.0)
+        at = _places(after, columns, head, token_stride, sample_stride, WIDTH)
+        given = tl.load(upstream + at, mask=(after[:, None] < inner) & real[None, :], other=0.0)
+        total = tl.dot(tl.trans(part.to(given.dtype)), given, total, input_precision="ieee")
+    for start in range(inner, end, DEPTH):
+        after = start + tl.arange(0, DEPTH)
+        inside = (after[:, None] < end) & (rows[None, :] < T)
+        part = tl.load(column + after[:, None].to(tl.int64) * row_stride, mask=inside, other=0.0)
+        at = _places(after, columns, head, token_stride, sample_stride, WIDTH)
+        given = tl.load(upstream + at, mask=(after[:, None] < end) & real[None, :], other=0.0)
+        total = tl.dot(tl.trans(part.to(given.dtype)), given, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def gradients_of_values(
+    weight,
+    head_stride,
+    row_stride,
+    upstream,
+    upstream_token,
+    upstream_sample,
+    experts,
+    scales,
+    of_values,
     T,
     N,
+    PREFIX,
     WIDTH: tl.constexpr,
-    HAS_ADDED: tl.constexpr,
+    ROUTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Program (i, j, h): rows i and columns j of head h of dv = tri(M)' dg, du1 = dy * g and dg."""
-    block, head = tl.program_id(0), tl.program_id(2)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    matrix = weight + head * head_stride + rows[None, :]
+    """Program (i, j, h): rows i and columns j of head h of dv = tri(M)' dg.
+
+    upstream: dg, and of_values: dv, with the same strides.
+    """
+    head, first = tl.program_id(2), tl.program_id(0) * ROWS
+    columns, real, sample = _column_block(tl.program_id(1), N, WIDTH, ROUTED, COLUMNS)
+    rows = first + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    kind = of_values.dtype.element_ty
-    for start in range(block * ROWS, tl.minimum(block * ROWS + ROWS, T), DEPTH):
-        after = start + tl.arange(0, DEPTH)
-        inside = (after[:, None] < T) & (rows[None, :] < T)
-        part = tl.load(matrix + after[:, None].to(tl.int64) * row_stride, mask=inside, other=0.0)
-        part = tl.where(rows[None, :] <= after[:, None], part, 0.0)
-        inside = (after[:, None] < T) & (columns[None, :] < N)
-        upstream = _gradient_of_mixed(
-            *(gradient, gradient_token, gradient_sample, gate, gate_token, gate_sample),
-            *(after, columns, head, inside, WIDTH),
+    inner = tl.minimum(first + ROWS, T)
+    if ROUTED:
+        pair = sample * tl.num_programs(2) + head
+        if T > PREFIX:
+            expert = tl.load(experts + (N // WIDTH) * tl.num_programs(2) + pair)
+            matrix = weight + expert.to(tl.int64) * head_stride
+            begin = tl.maximum(first, PREFIX)
+            total = _upper_product(
+                *(total, matrix + rows[None, :], row_stride, rows),
+                *(begin, tl.maximum(begin, inner), T, T, upstream, columns, real, head),
+                *(upstream_token, upstream_sample, WIDTH, DEPTH),
+            )
+            total = total * tl.load(scales + pair)
+        matrix = weight + tl.load(experts + pair).to(tl.int64) * head_stride
+        total = _upper_product(
+            *(total, matrix + rows[None, :], row_stride, rows),
+            *(first, tl.minimum(inner, PREFIX), PREFIX, T, upstream, columns, real, head),
+            *(upstream_token, upstream_sample, WIDTH, DEPTH),
         )
-        total = tl.dot(tl.trans(part.to(kind)), upstream.to(kind), total, input_precision="ieee")
-    for start in range(block * ROWS + ROWS, T, DEPTH):
-        after = start + tl.arange(0, DEPTH)
-        inside = after[:, None] < T
-        part = tl.load(matrix + after[:, None].to(tl.int64) * row_stride, mask=inside, other=0.0)
-        inside = inside & (columns[None, :] < N)
-        upstream = _gradient_of_mixed(
-            *(gradient, gradient_token, gradient_sample, gate, gate_token, gate_sample),
-            *(after, columns, head, inside, WIDTH),
+    else:
+        matrix = weight + head.to(tl.int64) * head_stride
+        total = _upper_product(
+            *(total, matrix + rows[None, :], row_stride, rows, first, inner, T, T),
+            *(upstream, columns, real, head, upstream_token, upstream_sample, WIDTH, DEPTH),
         )
-        total = tl.dot(tl.trans(part.to(kind)), upstream.to(kind), total, input_precision="ieee")
-    here = (rows[:, None] < T) & (columns[None, :] < N)
-    at = _places(rows, columns, head, out_token, out_sample, WIDTH)
-    tl.store(of_values + at, total.to(kind), mask=here)
-    given = tl.load(
-        gradient + _places(rows, columns, head, gradient_token, gradient_sample, WIDTH),
-        mask=here,
-        other=0.0,
-    ).to(tl.float32)
-    of_product = given * tl.load(mixed + at, mask=here, other=0.0).to(tl.float32)
-    tl.store(of_gate + at, of_product.to(kind), mask=here)
-    if HAS_ADDED:
-        upstream = _gradient_of_mixed(
-            *(gradient, gradient_token, gradient_sample, gate, gate_token, gate_sample),
-            *(rows, columns, head, here, WIDTH),
-        )
-        tl.store(of_added + at, upstream.to(kind), mask=here)
+    here = (rows[:, None] < T) & real[None, :]
+    at = _places(rows, columns, head, upstream_token, upstream_sample, WIDTH)
+    tl.store(of_values + at, total.to(of_values.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _weights_part(
+    total,
+    shift,
+    rows,
+    end,
+    before,
+    columns,
+    real,
+    head,
+    T,
+    upstream,
+    upstream_token,
+    upstream_sample,
+    values,
+    values_token,
+    values_sample,
+    WIDTH: tl.constexpr,
+):
+    """total + dg v' and shift + the sums of dg's rows, over some columns."""
+    at = _places(rows, columns, head, upstream_token, upstream_sample, WIDTH)
+    given = tl.load(upstream + at, mask=(rows[:, None] < end) & real[None, :], other=0.0)
+    at = _places(before, columns, head, values_token, values_sample, WIDTH)
+    value = tl.load(values + at, mask=(before[:, None] < T) & real[None, :], other=0.0)
+    total = tl.dot(given, tl.trans(value), total, input_precision="ieee")
+    return total, shift + tl.sum(given.to(tl.float32), axis=1)
 
 
 @triton.jit
 def gradients_of_weights(
-    gradient,
-    gradient_token,
-    gradient_sample,
-    gate,
-    gate_token,
-    gate_sample,
+    upstream,
+    upstream_token,
+    upstream_sample,
     values,
     values_token,
     values_sample,
+    pairs,
+    ends,
+    scales,
     of_weight,
     of_bias,
     T,
     N,
+    PREFIX,
+    HEADS,
     WIDTH: tl.constexpr,
+    ROUTED: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Program (i, j, h): rows i, columns j of dM_h = tril(dg v'); db, sums of dg's rows, for j = 0.
+    """Program (i, j, e): rows i, columns j of dM_e = tril(dg v'); db, sums of dg's rows, for j = 0.
 
-    of_weight: [H, T, T], contiguous; of_bias: [H, T].
+    of_weight: [E, T, T], contiguous; of_bias: [E, T]. A matrix is a head's, or with ROUTED, that of
+    the pairs of sample and head that pairs, <int32>[2, B H], names up to ends, <int32>[2, E].
     """
-    block, other, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    before = other * ROWS + tl.arange(0, ROWS)
-    target = (
-        of_weight + head.to(tl.int64) * T * T + rows[:, None].to(tl.int64) * T + before[None, :]
-    )
-    here = (rows[:, None] < T) & (before[None, :] < T)
+    block, other, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, end, behind = _row_block(block, T, PREFIX, ROUTED, ROWS)
+    rows, before = first + tl.arange(0, ROWS), other * ROWS + tl.arange(0, ROWS)
+    target = of_weight + matrix.to(tl.int64) * T * T
+    target += rows[:, None].to(tl.int64) * T + before[None, :]
     total = tl.zeros([ROWS, ROWS], tl.float32)
-    if other <= block:
+    if other * ROWS < end:
         shift = tl.zeros([ROWS], tl.float32)
-        for start in range(0, N, DEPTH):
-            columns = start + tl.arange(0, DEPTH)
-            inside = (rows[:, None] < T) & (columns[None, :] < N)
-            upstream = _gradient_of_mixed(
-                *(gradient, gradient_token, gradient_sample, gate, gate_token, gate_sample),
-                *(rows, columns, head, inside, WIDTH),
-            )
-            at = _places(before, columns, head, values_token, values_sample, WIDTH)
-            inside = (before[:, None] < T) & (columns[None, :] < N)
-            value = tl.load(values + at, mask=inside, other=0.0)
-            left, right = upstream.to(value.dtype), tl.trans(value)
-            total = tl.dot(left, right, total, input_precision="ieee")
-            shift += tl.sum(upstream, axis=1)
+        if ROUTED:
+            place = behind * tl.num_programs(2) + matrix
+            begin = tl.load(ends + place - 1, mask=matrix > 0, other=0)
+            of_all = behind * (N // WIDTH) * HEADS
+            for number in range(begin, tl.load(ends + place)):
+                pair = tl.load(pairs + of_all + number)
+                part = tl.zeros([ROWS, ROWS], tl.float32)
+                for start in range(0, WIDTH, DEPTH):
+                    features = start + tl.arange(0, DEPTH)
+                    columns = pair // HEADS * WIDTH + features
+                    part, shift = _weights_part(
+                        *(part, shift, rows, end, before, columns, features < WIDTH),
+                        *(pair % HEADS, T, upstream, upstream_token, upstream_sample),
+                        *(values, values_token, values_sample, WIDTH),
+                    )
+                total += part * tl.load(scales + pair, mask=behind > 0, other=1.0)
+        else:
+            for start in range(0, N, DEPTH):
+                columns = start + tl.arange(0, DEPTH)
+                total, shift = _weights_part(
+                    *(total, shift, rows, end, before, columns, columns < N, matrix, T),
+                    *(upstream, upstream_token, upstream_sample),
+                    *(values, values_token, values_sample, WIDTH),
+                )
         total = tl.where(before[None, :] <= rows[:, None], total, 0.0)
         if other == 0:
             answer = shift.to(of_bias.dtype.element_ty)
-            tl.store(of_bias + head * T + rows, answer, mask=rows < T)
+            tl.store(of_bias + matrix * T + rows, answer, mask=rows < end)
+    here = (rows[:, None] < end) & (before[None, :] < T)
     tl.store(target, total.to(of_weight.dtype.element_ty), mask=here)

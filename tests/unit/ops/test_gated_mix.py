@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.gating import Gate, exactly
+from support.gating import Gate, exactly, norm_exactly
 from support.interpreted import interpreted
 from torch import Tensor
+from torch.nn import functional
 
-from megatron_smlp.ops.gated_mix import gated_mix, gates_by_kernels
+from megatron_smlp.ops.gated_mix import Routing, gated_mix, gates_by_kernels
 
 GATES = {
     "one head": Gate(63, 2, 1, 24, torch.float32, garbage=True),
@@ -17,15 +18,22 @@ GATES = {
     "fp16, M in fp32": Gate(130, 1, 2, 16, torch.float16, garbage=True),
     "one token": Gate(1, 2, 1, 16, torch.float32),
     "no sample": Gate(5, 0, 1, 16, torch.float32),
+    "GELU and LayerNorm": Gate(70, 2, 3, 20, torch.float32, has_added=True, normed=True),
+    "GELU and LayerNorm, bf16": Gate(63, 2, 1, 40, torch.bfloat16, torch.bfloat16, normed=True),
+    "routed": Gate(70, 3, 2, 20, torch.float32, experts=4, prefix=7, garbage=True),
+    "routed, bf16": Gate(140, 1, 3, 16, torch.bfloat16, torch.bfloat16, experts=3, prefix=131),
+    "routed, all prefix": Gate(9, 2, 2, 8, torch.float32, experts=3, prefix=9),
+    "routed, no prefix": Gate(9, 2, 2, 8, torch.float32, experts=3),
 }
 SLOW_GATES = {
     "1000 tokens": Gate(1000, 2, 2, 24, torch.bfloat16),
     "2047 tokens": Gate(2047, 1, 1, 144, torch.float16, torch.bfloat16),
     "many columns": Gate(256, 3, 1, 176, torch.float32, has_added=True),
+    "many columns, LayerNorm": Gate(256, 3, 2, 176, torch.float32, has_added=True, normed=True),
+    "1000 tokens, routed": Gate(1000, 2, 3, 150, torch.bfloat16, experts=4, prefix=100),
 }
 # Of the largest value. A half rounds y, and dg and g, which the gradients are made of.
 ROUNDING = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-PARTS = ("y", "du1", "dv", "dM", "db", "da")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,7 @@ def answers() -> dict[str, list[Tensor]]:
 
 def _assert_close(gate: Gate, ours: list[Tensor]) -> None:
     rounding = max(ROUNDING[gate.dtype], ROUNDING[gate.weight_dtype])  # dM has the dtype of M
-    for part, one, exact in zip(PARTS, ours, exactly(gate), strict=False):
+    for part, (one, exact) in enumerate(zip(ours, exactly(gate), strict=True)):
         assert one.shape == exact.shape
         if exact.numel():
             error = (one.double() - exact).abs().max()
@@ -51,7 +59,19 @@ def test_outputs_and_gradients_are_the_twins(case: str, answers: dict[str, list[
     for one, operand in zip(ours[1:], gate.operands(), strict=True):
         assert one.dtype == operand.dtype
     upper = torch.ones(gate.tokens, gate.tokens, dtype=torch.bool).triu(1)
-    assert not ours[3][:, upper].any()
+    assert not ours[gate.matrix + 1][:, upper].any()
+
+
+@pytest.mark.parametrize("gate", [GATES["GELU and LayerNorm"], GATES["GELU and LayerNorm, bf16"]])
+def test_the_means_have_gradients_too(gate: Gate):
+    """Partial prediction routes by them."""
+    (ours,) = interpreted([("support.gating:norm_by_kernels", (gate,))])
+    exact = norm_exactly(gate)
+    assert ours[1].dtype == torch.float32
+    assert len(ours) == len(exact)
+    for one, other in zip(ours, exact, strict=True):
+        error = (one.double() - other).abs().max()
+        assert error <= ROUNDING[gate.dtype] * other.abs().max()
 
 
 @pytest.mark.slow
@@ -77,7 +97,15 @@ def test_shapes_that_do_not_fit_are_refused():
         gated_mix(u1, u1, torch.zeros(4, 4, 4), torch.zeros(4, 4))
 
 
+def test_routing_that_does_not_fit_is_refused():
+    u1, experts = torch.zeros(4, 2, 6), torch.zeros(2, 2, 3, dtype=torch.int32)
+    for prefix, chosen in ((5, experts), (1, experts[:, :1])):
+        routing = Routing(chosen, torch.ones(2, 3), prefix)
+        with pytest.raises(ValueError, match="do not fit"):
+            gated_mix(u1, u1, torch.zeros(5, 4, 4), torch.zeros(5, 4), routing=routing)
+
+
 def test_a_cpu_has_no_kernels_and_nothing_to_report(caplog: pytest.LogCaptureFixture):
-    u1 = torch.zeros(4, 2, 6, dtype=torch.bfloat16)
-    assert not gates_by_kernels(u1, u1)
+    u = torch.zeros(4, 2, 6, dtype=torch.bfloat16)
+    assert not gates_by_kernels(u, 1, functional.gelu)
     assert caplog.records == []

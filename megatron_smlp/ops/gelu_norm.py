@@ -1,0 +1,160 @@
+"""GELU and LayerNorm by head in one pass over memory, and one back.
+
+    a = GELU(u2)    m = mean(a)    v = (a - m) / sqrt(var(a) + eps) * w + b      over a head's f
+                                                                                 features
+Triton kernels (kernels/gelu_norm.py) for what layers/spatial_gating.py does by torch's functions,
+which are the slow twin. Letters: T tokens, B samples, H heads, K = H f features.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_smlp.ops.triton_ready import rows_ready, strided
+
+WIDEST = 16384
+"""Features of a head that a program can hold."""
+_ELEMENTS = 4096  # of a program's block, where a head has fewer
+_PROGRAMS = 256  # that share the lines of a head in the backward: two for each multiprocessor
+
+
+def gelu_norm_reference(
+    inputs: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The slow twin: v, <float>[T, B, K], and m, <fp32 or wider>[T, B, H]. Shapes as below."""
+    wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    active = functional.gelu(wide).unflatten(-1, (heads, -1))
+    normed = functional.layer_norm(active, active.shape[-1:], eps=eps).flatten(-2)
+    return (normed * weight + bias).to(inputs.dtype), active.mean(-1)
+
+
+def gelu_norm(
+    inputs: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return v and m of the formula at the top.
+
+    inputs: u2, <float>[T, B, K], any strides; weight, bias: <float>[K]; heads: H, a divisor of K.
+    Returns <float>[T, B, K] of the inputs' dtype and <fp32>[T, B, H]. Statistics are in fp32.
+    Differentiable once.
+    """
+    answer: tuple[Tensor, Tensor] = _GeluNorm.apply(inputs, weight, bias, heads, eps)
+    return answer
+
+
+class _GeluNorm(torch.autograd.Function):
+    """See `gelu_norm`."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        heads: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        values, means, scales = normed_gelu(inputs, weight, bias, heads, eps)
+        ctx.save_for_backward(inputs, weight, means, scales)
+        ctx.set_materialize_grads(False)
+        return values, means
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        of_values, of_means = gradients
+        inputs, weight, means, scales = ctx.saved_tensors
+        if of_values is None:
+            of_values = torch.zeros_like(inputs)
+        of_inputs = torch.empty(inputs.shape, dtype=inputs.dtype, device=inputs.device)
+        of_weight, of_bias = gradients_of_gelu_norm(
+            of_values, of_means, inputs, weight, means, scales, of_inputs
+        )
+        return of_inputs, of_weight, of_bias, None, None
+
+
+def _block(width: int) -> dict[str, int]:
+    """How a program holds the features of a head."""
+    block = 1 << (width - 1).bit_length()
+    rows = max(1, _ELEMENTS // block)
+    warps = min(16, max(4, block // 1024))
+    return {"WIDTH": width, "BLOCK": block, "ROWS": rows, "num_warps": warps}
+
+
+@torch.library.custom_op("megatron_smlp::normed_gelu", mutates_args=())
+def normed_gelu(
+    inputs: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v, m, and 1 / sqrt(var(a) + eps): <fp32>[T, B, H]."""
+    from megatron_smlp.ops.kernels import gelu_norm as kernels
+
+    tokens, batch, features = inputs.shape
+    values = inputs.new_empty(inputs.shape)
+    means = inputs.new_empty((tokens, batch, heads), dtype=torch.float32)
+    scales = torch.empty_like(means)
+    if inputs.numel() == 0:
+        return values, means.zero_(), scales.zero_()
+    block = _block(features // heads)
+    kernels.normed_gelu[(-(-tokens * batch // block["ROWS"]), heads)](
+        *(*strided(rows_ready(inputs)), weight.contiguous(), bias.contiguous()),
+        *(values, means, scales),
+        LINES=tokens * batch,
+        BATCH=batch,
+        EPS=eps,
+        **block,
+    )
+    return values, means, scales
+
+
+@torch.library.custom_op("megatron_smlp::gradients_of_gelu_norm", mutates_args=("of_inputs",))
+def gradients_of_gelu_norm(
+    of_values: Tensor,
+    of_means: Tensor | None,
+    inputs: Tensor,
+    weight: Tensor,
+    means: Tensor,
+    scales: Tensor,
+    of_inputs: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """dw and db; du2 is written into of_inputs, whose features lie side by side."""
+    from megatron_smlp.ops.kernels import gelu_norm as kernels
+
+    (tokens, batch, features), heads = inputs.shape, means.shape[2]
+    if inputs.numel() == 0:
+        return torch.zeros_like(weight), torch.zeros_like(weight)
+    block = _block(features // heads)
+    programs = min(_PROGRAMS, -(-tokens * batch // block["ROWS"]))
+    parts = inputs.new_empty((2, programs, features), dtype=torch.float32)
+    kernels.gradients[(programs, heads)](
+        *(of_values.contiguous(), means if of_means is None else of_means.contiguous()),
+        *(*strided(rows_ready(inputs)), weight.contiguous(), means, scales),
+        *(*strided(of_inputs), *parts),
+        LINES=tokens * batch,
+        BATCH=batch,
+        HAS_MEANS=of_means is not None,
+        **block,
+    )
+    of_weight, of_bias = parts.sum(dim=1).to(weight.dtype)
+    # An operator's results have memory of their own.
+    return of_weight.clone(), of_bias.clone()
+
+
+@normed_gelu.register_fake
+def _(
+    inputs: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    means = inputs.new_empty((*inputs.shape[:2], heads), dtype=torch.float32)
+    return inputs.new_empty(inputs.shape), means, torch.empty_like(means)
+
+
+@gradients_of_gelu_norm.register_fake
+def _(
+    of_values: Tensor,
+    of_means: Tensor | None,
+    inputs: Tensor,
+    weight: Tensor,
+    means: Tensor,
+    scales: Tensor,
+    of_inputs: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), torch.empty_like(weight)
