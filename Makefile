@@ -80,8 +80,9 @@ bench: env ## every benchmark, into benchmarks/results/
 	env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/run_all.py
 	env -u OPENBLAS_CORETYPE $(BIN)/python -m pytest -m slow tests/benchmarks
 
-bench-gpu: env ## on a machine with a CUDA device: speed of all systems in bf16
+bench-gpu: env ## on a machine with a CUDA device: speed of all systems in bf16, and of kernels
 	$(BIN)/python benchmarks/bench_gpu.py
+	$(BIN)/python benchmarks/bench_gpu_kernels.py
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) .cache runs build *.egg-info

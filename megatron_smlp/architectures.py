@@ -102,6 +102,7 @@ class SlottedLayer(TransformerLayer):
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         offset = get_transformer_layer_offset(config, vp_stage, get_pg_rank(pg_collection.pp))
         slots = slots_of(config, architecture=architecture)[layer_number - 1 + offset]
+        self.routes = slots.routes
         super().__init__(
             config,
             layer_submodules(config, slots),
@@ -113,6 +114,15 @@ class SlottedLayer(TransformerLayer):
         if isinstance(self.mlp, ResidualRoutedMoELayer):
             self.mlp.norm = self.pre_mlp_layernorm.__call__
             self.recompute_pre_mlp_layernorm = False  # its output is not kept in this layer
+
+    def create_mcore_cudagraph_manager(self, config: TransformerConfig) -> None:
+        """--cuda-graph-impl local: layers that route run without a graph.
+
+        It would replay their kernels, and none of the Python that hands routers token ids, padding
+        and samples, and counts their loads.
+        """
+        if not self.routes:
+            super().create_mcore_cudagraph_manager(config)
 
     def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Tensor:
         """Megatron's norm in front of the `mlp` slot; BASE's layer is given x, and normalises."""

@@ -95,6 +95,8 @@ class Mixer:
     """Whether the input has learned positions by default; other mixers have rows by position."""
     spatial: bool = False
     """Whether it has spatial matrices: --spatial-heads, --toeplitz."""
+    routes: bool = False
+    """Whether a router sends its chunks to experts."""
     host_reads: bool = False
     """Whether the host reads a tensor of it in a step, so that no CUDA graph can hold it."""
     check: str | None = None
@@ -132,6 +134,7 @@ MIXERS: dict[str, Mixer] = {
         title="feature MoE ({feature_router}), experts: {heads}",
         heads="num_feature_experts",
         spatial=True,
+        routes=True,
         check=GATING_CHECK,
     ),
     "masked_mixer": Mixer(
@@ -200,6 +203,11 @@ class LayerSlots:
     channel: Literal["mlp", "token_moe", "none"]
     heads: int
     """Attention heads, spatial heads or spatial experts, whichever the mixer has."""
+
+    @property
+    def routes(self) -> bool:
+        """Whether one of the slots sends tokens or chunks to experts."""
+        return self.channel == "token_moe" or mixer_of(self).routes
 
 
 def mixer_of(slots: LayerSlots) -> Mixer:

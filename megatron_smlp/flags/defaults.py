@@ -106,6 +106,10 @@ def _fill_in_schedule(args: argparse.Namespace) -> None:
         args.override_opt_param_scheduler = True
     # Ours does the same in lockstep over the ranks, and can skip the step: --nonfinite-loss.
     args.check_for_nan_in_loss_and_grad = False
+    if "rerun_mode" not in args.explicit_flags and not args.check_for_large_grads:
+        # Nothing else here asks for a step to be run again. Megatron would keep the batches and
+        # random states of each step, and have all ranks agree that none is to be repeated.
+        args.rerun_mode = "disabled"
     args.exit_signal_handler = True
 
 

@@ -12,7 +12,7 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import DEFAULTS, OUR_FLAGS
 from megatron_smlp.platform import cpu
-from megatron_smlp.systems import ARCHITECTURES, MIXERS
+from megatron_smlp.systems import ARCHITECTURES, MIXERS, LayerSlots, layer_slots
 
 OTHER_LAYER_FLAGS = (
     "multi_latent_attention",
@@ -142,10 +142,10 @@ def refuse_unused(args: argparse.Namespace) -> None:
 
 
 def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
-    """A graph holds nothing that the host waits for.
+    """A graph replays kernels, and none of the Python beside them.
 
-    A whole iteration reads each loss there (--nonfinite-loss); token experts read how many tokens
-    they get, partial prediction how many chunks.
+    Layers that route are left out of it by Megatron's own implementation
+    (architectures.SlottedLayer), and not by Transformer Engine's.
     """
     given = {name: args.explicit_flags[name] for name in _given(args, CUDA_GRAPH_FLAGS)}
     if not given:
@@ -154,21 +154,40 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
     flag = _flag(name) if value is True else f"{_flag(name)} {value}"
     if cpu.needed():
         raise UsageError(f"{flag} needs a CUDA device and none was found: leave it out.")
-    if args.num_experts or args.feature_router == "partial":
+    if value == "full_iteration":
         raise UsageError(
-            f"{flag} cannot capture layers that route: the host reads how many tokens or chunks "
-            "each expert gets. Leave it out."
+            f"{flag}: a graph of whole steps runs none of the Python that counts samples, routers' "
+            "loads and losses that are not finite. Give --cuda-graph-impl local, or leave it out."
+        )
+    is_of_te = value == "transformer_engine" or name == "external_cuda_graph"
+    if is_of_te and args.transformer_impl == "local":
+        raise UsageError(
+            f"{flag} needs Transformer Engine, which is not in use (--transformer-impl local). "
+            "Give --cuda-graph-impl local, which does without, or leave it out."
+        )
+    routing = [slots.routes for slots in _slots(args)]
+    if all(routing) or (is_of_te and any(routing)):
+        those = "every layer" if all(routing) else f"{sum(routing)} of {len(routing)} layers"
+        raise UsageError(
+            f"{flag} cannot capture layers that route, and {those} of this model would be such: a "
+            "graph runs no Python, which hands routers their inputs in each step. Leave it out"
+            + (", or give --cuda-graph-impl local." if not all(routing) else ".")
         )
     if MIXERS[ARCHITECTURES[args.architecture].mixer].host_reads:
         raise UsageError(
             f"{flag} cannot capture the layers of --architecture {args.architecture}, of which the "
             "host reads how large some numbers are. Leave it out."
         )
-    if value == "full_iteration":
-        raise UsageError(
-            f"{flag}: the host reads every step's losses (--nonfinite-loss), which a graph cannot "
-            "hold. Give --cuda-graph-impl local, or leave it out."
-        )
+
+
+def _slots(args: argparse.Namespace) -> list[LayerSlots]:
+    return layer_slots(
+        args,
+        num_layers=args.num_layers,
+        num_experts=args.num_experts,
+        moe_layer_freq=args.moe_layer_freq,
+        num_attention_heads=args.num_attention_heads or 1,
+    )
 
 
 def refuse_other_programs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

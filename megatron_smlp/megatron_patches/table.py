@@ -51,6 +51,9 @@ _SAVING = "megatron.core.dist_checkpointing"
 _WRITER = f"{_SAVING}.strategies.filesystem_async"
 _TORCH = "torch.distributed.checkpoint"
 _NEEDS_APEX = "expects Adam's step count where Apex keeps it, and torch does not"
+_EACH_NORM = "without Apex has a GPU's host wait for the norm of each tensor"
+_EACH_TENSOR = "without Apex makes a temporary of each tensor"
+_EACH_STEP = "asks ranks, and waits for the update, for what each of them knows"
 _TIED = "ties the saved optimizer state to the layout that saved it"
 _ALONE = "fails on rank 0 while the others wait"
 
@@ -78,12 +81,15 @@ PATCHES = (
         },
     ),
     *_rows(
-        "gradient_scale",
-        "contract/test_gradient_scale.py",
+        "tensor_lists",
+        "contract/test_tensor_lists.py",
         {
-            f"{_OPTIMIZER}.{module}.multi_tensor_scale_impl": "without Apex makes a temporary of "
-            "each gradient"
-            for module in ("clip_grads", "optimizer")
+            f"{_OPTIMIZER}.clip_grads.l2_norm_impl": _EACH_NORM,
+            "megatron.training.utils.common_utils.multi_tensor_l2norm": _EACH_NORM,
+            f"{_OPTIMIZER}.clip_grads.multi_tensor_scale_impl": _EACH_TENSOR,
+            f"{_OPTIMIZER}.optimizer.multi_tensor_scale_impl": _EACH_TENSOR,
+            f"{_OPTIMIZER}.optimizer._multi_tensor_copy_this_to_that": "copies each weight alone",
+            f"{_DISTRIBUTED}._copy_main_params_to_model_params": "copies each weight alone",
         },
     ),
     *_rows(
@@ -125,6 +131,20 @@ PATCHES = (
             f"{_TRAINING}.evaluate_and_print_results": "alone knows an evaluation's iteration",
             f"{_TRAINING}.save_checkpoint_and_time": "tells nobody how long a save took",
             f"{_TRAINING}.finalize_model_grads": "alone is called where a rank's own part ends",
+        },
+        extent="run",
+    ),
+    *_rows(
+        "rank_messages",
+        "contract/test_rank_messages.py",
+        {
+            f"{_TRAINING}.setup_model_and_optimizer": "keeps a loss scale of 1 on the device",
+            f"{_TRAINING}.training_log": "sends a zero to the device for each loss of each step",
+            f"{_TRAINING}.evaluate_and_print_results": "alone comes between a step and its end",
+            f"{_TRAINING}.checkpoint_and_decide_exit": "asks all ranks whether the time is over",
+            f"{_TRAINING}.get_signal_handler": "asks all ranks for signals, and waits, each step",
+            f"{_TRAINING}.logical_and_across_model_parallel_group": _EACH_STEP,
+            f"{_TRAINING}.reduce_max_stat_across_model_parallel_group": _EACH_STEP,
         },
         extent="run",
     ),

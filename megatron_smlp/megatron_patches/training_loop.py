@@ -14,7 +14,6 @@ the original with its own arguments. tests/contract holds their signatures.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training import training
 
 from megatron_smlp.megatron_patches import torch_adam
-from megatron_smlp.megatron_patches.wrapping import after
+from megatron_smlp.megatron_patches.wrapping import after, wrapped_in
 
 
 class Observer(Protocol):
@@ -57,37 +56,35 @@ class Observer(Protocol):
         """The loop saved a checkpoint, or started to."""
 
 
-@contextlib.contextmanager
 def installed(
     observer: Observer,
     *,
     may_update: Callable[[], bool],
+    before_update: Callable[[], None] = lambda: None,
     computed: Callable[[], None] = lambda: None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Wrap the functions above for the time of one `pretrain`, and put the originals back.
 
     Args:
-        may_update: False holds a step's optimizer update back.
+        may_update: False holds a step's optimizer update back. Is asked once a step, when the
+            gradient norm is known.
+        before_update: is called when the gradients are there.
         computed: is called when the last backward pass of a step is done, and before its gradients
             are summed over the ranks.
     """
-    validation, updates = _Validation(observer), _Updates(observer, may_update)
-    wrappers: dict[str, Callable[[Any], Any]] = {
-        "setup_model_and_optimizer": updates.around_setup,
-        "training_log": updates.around_log,
-        "evaluate": validation.around_evaluate,
-        "evaluate_and_print_results": validation.around_printing,
-        "save_checkpoint_and_time": lambda f: _with_saving(f, observer),
-        "finalize_model_grads": lambda f: after(computed, f),
-    }
-    originals = {name: getattr(training, name) for name in wrappers}
-    for name, wrap in wrappers.items():
-        setattr(training, name, wrap(originals[name]))
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(training, name, original)
+    validation = _Validation(observer)
+    updates = _Updates(observer, may_update=may_update, before_update=before_update)
+    return wrapped_in(
+        training,
+        {
+            "setup_model_and_optimizer": updates.around_setup,
+            "training_log": updates.around_log,
+            "evaluate": validation.around_evaluate,
+            "evaluate_and_print_results": validation.around_printing,
+            "save_checkpoint_and_time": lambda f: _with_saving(f, observer),
+            "finalize_model_grads": lambda f: after(computed, f),
+        },
+    )
 
 
 class _Updates:
@@ -96,9 +93,15 @@ class _Updates:
     By the time that Megatron logs a step its schedule has moved on to the rate of the next one.
     """
 
-    def __init__(self, observer: Observer, may_update: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        observer: Observer,
+        *,
+        may_update: Callable[[], bool],
+        before_update: Callable[[], None],
+    ) -> None:
         self.observer = observer
-        self.may_update = may_update
+        self.may_update, self.before_update = may_update, before_update
         self.learning_rate: float | None = None
 
     def around_setup(self, setup: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,14 +117,19 @@ class _Updates:
         return wrapped
 
     def _guarded(self, optimizer: Any) -> Callable[[], Any]:
-        step = optimizer.step
+        step, update = optimizer.step, optimizer.step_with_ready_grads
 
         @functools.wraps(step)
         def wrapped() -> Any:
             self.learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
-            # Not successful, no gradient norm, no zeros counted: Megatron then counts a skipped
-            # step and leaves the learning rate schedule where it is.
-            return step() if self.may_update() else (False, None, None)
+            self.before_update()
+            may_update = functools.cache(self.may_update)
+            optimizer.step_with_ready_grads = lambda: may_update() and update()
+            done = step()
+            # Where fp16 overflowed, the update was left out before anybody asked. Not successful,
+            # no gradient norm, no zeros counted: Megatron then counts a skipped step and leaves
+            # the learning rate schedule where it is.
+            return done if may_update() else (False, None, None)
 
         return wrapped
 

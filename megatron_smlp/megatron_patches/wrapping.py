@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 
@@ -16,3 +17,16 @@ def after(first: Callable[[], None], function: Callable[..., Any]) -> Callable[.
         return function(*args, **kwargs)
 
     return wrapped
+
+
+@contextlib.contextmanager
+def wrapped_in(module: Any, wrappers: Mapping[str, Callable[[Any], Any]]) -> Iterator[None]:
+    """Wrap functions of a module by name, and put the originals back."""
+    originals = {name: getattr(module, name) for name in wrappers}
+    for name, wrap in wrappers.items():
+        setattr(module, name, wrap(originals[name]))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(module, name, original)

@@ -5,41 +5,33 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-import torch
-
 from megatron_smlp.errors import NonFiniteLossError
-from megatron_smlp.training.step import ForwardStep
+from megatron_smlp.training.agreement import StepAgreement
 
 
 class NonFiniteGuard:
-    """Asked before each update.
+    """Asked once before each update.
 
     Args:
-        step: remembers whether a loss of the step was not finite.
+        agreement: knows whether a loss of the step was not finite on some rank.
         say: prints a line for the user on rank 0.
     """
 
     def __init__(
-        self, args: argparse.Namespace, *, step: ForwardStep, say: Callable[[str], None]
+        self, args: argparse.Namespace, *, agreement: StepAgreement, say: Callable[[str], None]
     ) -> None:
-        self.args, self.step, self.say = args, step, say
+        self.args, self.agreement, self.say = args, agreement, say
 
     def may_update(self) -> bool:
-        """Return whether this step's losses were finite, the same on all ranks. Collective.
+        """Return whether this step's losses were finite, the same on all ranks.
 
         Raises:
             NonFiniteLossError: on every rank, where --nonfinite-loss is stop.
         """
-        rank = torch.distributed.get_rank()
-        bad = torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device())
-        nonfinite = self.step.pop_nonfinite()
-        if nonfinite is not None:
-            bad += (rank + 1) * nonfinite
-        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-        found = int(bad)
-        if not found:
+        rank = self.agreement.read().nonfinite_rank
+        if rank is None:
             return True
-        message = f"non-finite loss on rank {found - 1} at iteration {self.args.curr_iteration + 1}"
+        message = f"non-finite loss on rank {rank} at iteration {self.args.curr_iteration + 1}"
         if self.args.nonfinite_loss == "stop":
             raise NonFiniteLossError(
                 f"{message}: stopped before the update (--nonfinite-loss stop). Lower --lr or "

@@ -13,8 +13,9 @@ from torch.distributed import HashStore
 from megatron_smlp.checkpoints.claim import DONE
 from megatron_smlp.checkpoints.loading import choose_checkpoint
 from megatron_smlp.checkpoints.saving import Saving
-from megatron_smlp.megatron_patches import checkpointing, tensorboard, training_loop
+from megatron_smlp.megatron_patches import checkpointing, rank_messages, tensorboard, training_loop
 from megatron_smlp.platform import allocator, cpu
+from megatron_smlp.training.agreement import StepAgreement
 from megatron_smlp.training.nonfinite_guard import NonFiniteGuard
 from megatron_smlp.training.reporting import Reporter, Tasks
 from megatron_smlp.training.signals import StartUp, graceful_signals
@@ -54,7 +55,8 @@ class Run:
         self.say = self.reporter.say
         self.saving = Saving(args, self.reporter)
         self.own_part = step.own_part
-        self.guard = NonFiniteGuard(args, step=step, say=self.say)
+        self.agreement = StepAgreement(args, pop_nonfinite=step.pop_nonfinite)
+        self.guard = NonFiniteGuard(args, agreement=self.agreement, say=self.say)
 
     @contextlib.contextmanager
     def observed(self, observe: Observe = lambda own: own) -> Iterator[None]:
@@ -64,9 +66,11 @@ class Run:
         with (
             tensorboard.installed(self.args.tensorboard_dir),
             graceful_signals(announces=self.args.rank == 0),
+            rank_messages.installed(self.agreement.take),
             training_loop.installed(
                 observe(self.reporter),
                 may_update=self.guard.may_update,
+                before_update=self.agreement.send,
                 computed=self.own_part.end,
             ),
             checkpointing.installed(self.saving, before_loading=self._before_loading),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_gpu
+import bench_gpu_kernels
 import bench_scaling
 import causal_rn_growth
 import hosted
@@ -75,11 +76,26 @@ def test_a_failing_case_does_not_end_the_others(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_it_says_so_and_ends_well() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_gpu.py")]
+@pytest.mark.parametrize("script", ["bench_gpu", "bench_gpu_kernels"])
+def test_without_a_gpu_it_says_so_and_ends_well(script: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    assert done.stdout == "bench_gpu: skipped, there is no CUDA device\n"
+    assert done.stdout == f"{script}: skipped, there is no CUDA device\n"
+
+
+@pytest.mark.usefixtures("megatron")
+def test_each_kernel_has_a_peer() -> None:
+    """The functions that a GPU would time, on tensors of the CPU; twins give the same gradients."""
+    names = []
+    for name, ours, peer in bench_gpu_kernels.pairs(bench_gpu_kernels.TINY, "cpu"):
+        names.append(name)
+        own, other = ours(), peer()
+        if "against its parts" in name or "one after another" in name:
+            torch.testing.assert_close(own, other, rtol=2e-2, atol=2e-2)
+    assert len(set(names)) == len(names) == 6
+    records = list(bench_gpu_kernels.measured(bench_gpu_kernels.TINY, "cpu", repeats=2))
+    assert [record["case"] for record in records] == names
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from importlib.metadata import version
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -230,6 +230,28 @@ class TestTokenMoE:
         layer = SlottedLayer(layer_config())
         assert layer.recompute_pre_mlp_layernorm is False
 
+    def test_a_layer_says_whether_it_gets_a_cuda_graph(self, monkeypatch: pytest.MonkeyPatch):
+        """Asked while it is built, and only where graphs are Megatron's own."""
+        given = []
+        monkeypatch.setattr(
+            TransformerLayer, "create_mcore_cudagraph_manager", lambda self, _: given.append(self)
+        )
+        config = layer_config(
+            architecture="smlp",
+            num_layers=3,
+            num_dense_layers=2,
+            feature_router="deterministic",
+            num_feature_experts=2,
+            cuda_graph_impl="local",
+            cuda_graph_modules=[],
+        )
+        layers = [SlottedLayer(config, layer_number=number) for number in (1, 2, 3)]
+        assert given == layers[:2]
+        assert [layer.routes for layer in layers] == [False, False, True]
+        assert "cudagraph_manager" in inspect.getsource(TransformerLayer.__call__) + (
+            inspect.getsource(TransformerLayer._should_call_local_cudagraph)
+        )
+
     def test_what_our_routers_use_of_megatrons(self):
         assert names(TopKRouter.forward) == ["self", "input", "padding_mask"]
         assert names(TopKRouter.attach_and_log_load_balancing_loss)[:6] == [
@@ -440,6 +462,52 @@ class TestTrainingLoop:
             "save_checkpoint_and_time", "finalize_model_grads",
         }  # fmt: skip
         assert all(before[name] is value for name, value in vars(training).items())
+
+    @pytest.mark.parametrize("is_finite", [True, False])
+    def test_an_update_is_held_back_after_the_gradient_norm_is_known(self, is_finite: bool):
+        """Asked once, whether Megatron comes to the update or not."""
+        from megatron_smlp.megatron_patches.training_loop import _Updates
+
+        order: list[str] = []
+
+        class Optimizer:
+            param_groups: ClassVar[list[Any]] = []
+
+            def __init__(self, overflows: bool) -> None:
+                self.overflows = overflows
+
+            def step_with_ready_grads(self) -> bool:
+                order.append("update")
+                return True
+
+            def step(self) -> tuple[bool, float | None, None]:
+                order.append("norm")
+                if self.overflows:
+                    return False, None, None
+                return self.step_with_ready_grads(), 0.5, None
+
+        def may_update() -> bool:
+            order.append("asked")
+            return is_finite
+
+        updates = _Updates(
+            SimpleNamespace(),
+            may_update=may_update,
+            before_update=lambda: order.append("sent"),
+        )
+        for overflows in (False, True):
+            done = updates._guarded(Optimizer(overflows))()
+            updated = is_finite and not overflows
+            assert done == ((True, 0.5, None) if updated else (False, None, None))
+            assert order == ["sent", "norm", "asked", *(["update"] if updated else [])]
+            order.clear()
+
+    def test_an_optimizer_asks_itself_for_the_update(self):
+        """What is put in its place on the object is what `step` calls."""
+        from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+        source = inspect.getsource(ChainedOptimizer.step)
+        assert "self.step_with_ready_grads()" in source
 
     def test_gradients_are_summed_by_the_function_that_is_wrapped(self):
         """`train` looks it up when it begins, and calls it when the backward passes are done."""

@@ -100,7 +100,8 @@ class Tally:
     operators: collections.Counter[str] = field(default_factory=collections.Counter)
     """Calls of operators that launch kernels, by name; views and collectives are not among them."""
     synchronisations: collections.Counter[str] = field(default_factory=collections.Counter)
-    """Times that the host waited for the device, by `what at file:line`."""
+    """Times that the host waited for the device, by `what at file:line`: for a number that it
+    reads, a copy that is not `non_blocking`, an event that is not behind such a wait."""
     collectives: collections.Counter[str] = field(default_factory=collections.Counter)
     bytes: int = 0
     """Read and written by the operators: the sizes of what goes in and comes out."""
@@ -108,6 +109,8 @@ class Tally:
 
 _residents = _Residents()
 _tallies: list[Tally] = []
+_captures = False
+_waits = 0  # of the host, so far: what was asked for before the last one is done
 _asked: list[torch.device] = []  # the device that the call under way names
 _surroundings: list[torch.device] = []  # of what a call makes inside, in C++, from sizes alone
 _generator = torch.Generator()
@@ -128,6 +131,27 @@ def watch() -> Iterator[Tally]:
         yield tally
     finally:
         _tallies.remove(tally)
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """As under `torch.cuda.graph`: what a graph cannot hold raises, and numbers are real.
+
+    Raises:
+        RuntimeError: the host waits for the device, or a tensor of the CPU is read on it, which a
+            replay would not read again.
+    """
+    global _captures
+    _captures = True
+    try:
+        yield
+    finally:
+        _captures = False
+
+
+def _refuse_in_a_graph(what: str) -> None:
+    if _captures:
+        raise RuntimeError(f"operation not permitted when stream is capturing: {what} at {_site()}")
 
 
 @functools.cache
@@ -154,6 +178,9 @@ def _site() -> str:
 
 
 def _synchronised(what: str) -> None:
+    global _waits
+    _waits += 1
+    _refuse_in_a_graph(what)
     for tally in _tallies:
         tally.synchronisations[f"{what} at {_site()}"] += 1
 
@@ -188,6 +215,8 @@ class _Names(TorchFunctionMode):
         special = _SPECIAL.get(func)
         if special is not None:
             return special(func, *args, **kwargs)
+        if func in _FROM_DATA:
+            _read_and_send(args[0], to=_named(kwargs.get("device")) or CPU)
         if kwargs.get("device") is not None:
             return _made_on(_named(kwargs["device"]), func, args, kwargs)
         with _during(_surroundings, CUDA if _any_on_device(args) else CPU):
@@ -206,6 +235,16 @@ def _made_on(device: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if isinstance(answer, torch.Tensor):  # torch.tensor([...]) makes it in C++
             _residents.place(answer, device)
         return answer
+
+
+def _read_and_send(data: Any, *, to: torch.device) -> None:
+    """`torch.tensor(data, device=to)` reads each tensor of a list, and waits for its copy."""
+    tensors = [leaf for leaf in tree_leaves(data) if _has_storage(leaf)]
+    for tensor in tensors if isinstance(data, list | tuple) else ():
+        if _residents.has(tensor):
+            _synchronised("a number in a list")
+    if to.type == "cuda" and not any(_residents.has(tensor) for tensor in tensors):
+        _synchronised("copy to the device")
 
 
 def _any_on_device(args: Any) -> bool:
@@ -231,6 +270,8 @@ class _Operators(TorchDispatchMode):
             device = _asked[-1]
         elif not inputs:
             device = _surroundings_of_a_size()
+        if name == "aten::copy_" and _is_across(inputs) and True not in args[2:]:
+            _synchronised("copy between devices")
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
         draws = device.type == "cuda" and torch.Tag.nondeterministic_seeded in func.tags
         with _drawing_on_the_device() if draws else contextlib.nullcontext():
@@ -239,7 +280,7 @@ class _Operators(TorchDispatchMode):
         for tensor in made:
             if tensor.untyped_storage()._cdata not in known:
                 _residents.place(tensor, device)
-        if _tallies and device.type == "cuda":
+        if (_tallies or _captures) and device.type == "cuda":
             _count(func, name, args, inputs, made)
         return outputs
 
@@ -263,6 +304,10 @@ def _surroundings_of_a_size() -> torch.device:
     return CUDA if torch._C._current_graph_task_id() != -1 else CPU
 
 
+def _is_across(tensors: list[torch.Tensor]) -> bool:
+    return len({_residents.has(tensor) for tensor in tensors}) > 1
+
+
 def _has_storage(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided
 
@@ -279,6 +324,8 @@ def _common_device(name: str, tensors: list[torch.Tensor]) -> torch.device:
     if not on_device:
         return CPU
     strangers = [t for t in tensors if (strict or t.dim()) and not _residents.has(t)]
+    if strangers:
+        _refuse_in_a_graph(f"{name} of a tensor on the CPU")
     if strangers and name not in ACROSS:
         shapes = [tuple(tensor.shape) for tensor in strangers]
         raise RuntimeError(
@@ -401,18 +448,21 @@ def _moved(
     args = () if names else args
     if target is None or target.type == here.type:
         return func(tensor, *args, **kwargs) if args or kwargs else tensor
-    if here.type == "cuda" and not kwargs.get("non_blocking"):
-        _synchronised("to cpu")
+    _refuse_in_a_graph(f"copy to {target}")
     names = ("dtype", "non_blocking", "copy")
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs, "copy": True}
+    if not kwargs.get("non_blocking"):
+        _synchronised("copy to the device" if target.type == "cuda" else "to cpu")
     if kwargs.get("dtype") is None:
         kwargs["dtype"] = tensor.dtype
     with _during(_asked, target):
         return torch.Tensor.to(tensor, **kwargs)
 
 
-def _cuda(_: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _moved(torch.Tensor.to, tensor, CUDA)
+def _cuda(
+    _: Any, tensor: torch.Tensor, device: Any = None, non_blocking: bool = False, **kwargs: Any
+) -> Any:
+    return _moved(torch.Tensor.to, tensor, CUDA, non_blocking=non_blocking)
 
 
 def _cpu(_: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -468,6 +518,10 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
 }
 
 
+# They make a tensor of what the host holds.
+_FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
+
+
 # The device, its streams and random state
 
 
@@ -502,12 +556,19 @@ class Stream:
 
 
 class Event:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    """The host waits for it, unless it has waited for something later already."""
 
-    record = wait = _nothing
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.recorded = -1
+
+    wait = _nothing
+
+    def record(self, *_: Any) -> None:
+        self.recorded = _waits
 
     def synchronize(self) -> None:
-        _synchronised("event")
+        if self.recorded == _waits:
+            _synchronised("event")
 
     def elapsed_time(self, end: Any) -> float:
         return 0.0
@@ -544,7 +605,6 @@ def _answer_for_the_device() -> None:
         "get_device_properties": hopper,
         "get_device_capability": (9, 0),
         "is_bf16_supported": True,
-        "is_current_stream_capturing": False,
         "current_stream": stream,
         "default_stream": stream,
         "memory_allocated": 0,
@@ -559,6 +619,7 @@ def _answer_for_the_device() -> None:
         setattr(torch.cuda, name, _constant(answer))
     for name in ("set_device", "empty_cache", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, _nothing)
+    torch.cuda.is_current_stream_capturing = lambda: _captures
     torch.cuda.synchronize = lambda *_: _synchronised("device")
     for name in ("set_stream", "set_sync_debug_mode", "_lazy_init", "init"):
         setattr(torch.cuda, name, _nothing)

@@ -4,8 +4,9 @@
 
 Of one step of one micro-batch (T = 512: the triangular products use their blocks): operators that
 launch kernels, times that the host waits for the device, bytes that the operators read and write.
-A step, its optimizer included, and the forward pass of each kind of layer. It is made of counts
-alone, so it is the same on every machine.
+A step is all that the loop does from its beginning to that of the next one, which no log line, no
+validation and no checkpoint are part of; and there is the forward pass of each kind of layer. It is
+made of counts alone, so it is the same on every machine.
 
 Triton's kernels are missing, unless TRITON_INTERPRET=1 lets them run on the CPU, which takes some
 minutes: device_budget_kernels.json is made so.
@@ -14,6 +15,7 @@ minutes: device_budget_kernels.json is made so.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import os
@@ -35,8 +37,12 @@ MEASURED = 3  # the step: later than all that happens once
 Record = dict[str, Any]
 
 
-def measure(system: str, flags: str) -> Record:
-    """Train a few steps of one system and return what the measured one did."""
+def measure(flags: str, *, model: str = MODEL) -> Record:
+    """Train a few steps of one system and return what the measured one did.
+
+    Args:
+        flags: of the system, after those of the model and the run.
+    """
     from megatron.training import training
     from support.cuda_stand_in import watch
     from support.runs import forget_run
@@ -48,19 +54,19 @@ def measure(system: str, flags: str) -> Record:
     step: Record = {}
     tensors: Record = {}
     train_step, forward = training.train_step, SlottedLayer.forward
-    iteration = 0
+    iteration, watching = 0, contextlib.ExitStack()
 
     @functools.wraps(train_step)
     def measured_step(*args: Any, **kwargs: Any) -> Any:
         nonlocal iteration
         iteration += 1
-        if iteration != MEASURED:
-            return train_step(*args, **kwargs)
-        with watch() as tally:
-            answer = train_step(*args, **kwargs)
-        step.update(_record(tally))
-        tensors.update(_tensors(*args[2:4]))
-        return answer
+        if iteration == MEASURED:
+            tally = watching.enter_context(watch())
+            watching.callback(lambda: step.update(_record(tally)))
+        elif iteration == MEASURED + 1:
+            watching.close()
+            tensors.update(_tensors(*args[2:4]))
+        return train_step(*args, **kwargs)
 
     @functools.wraps(forward)
     def measured_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +80,7 @@ def measure(system: str, flags: str) -> Record:
     training.train_step, SlottedLayer.forward = measured_step, measured_layer
     try:
         with tempfile.TemporaryDirectory() as folder:
-            main([*MODEL.split(), *flags.split(), "--log-dir", folder])
+            main([*model.split(), *flags.split(), "--log-dir", folder])
     finally:
         training.train_step, SlottedLayer.forward = train_step, forward
         forget_run()
@@ -113,7 +119,7 @@ def _record(tally: Any) -> Record:
 
 
 def budgets(systems: dict[str, str]) -> dict[str, Record]:
-    return {system: measure(system, flags) for system, flags in systems.items()}
+    return {system: measure(flags) for system, flags in systems.items()}
 
 
 if __name__ == "__main__":

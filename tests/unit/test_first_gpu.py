@@ -46,7 +46,7 @@ def command(*flags: str) -> subprocess.CompletedProcess[str]:
 # Started one after the other: no single wait is long, on a machine that others use too.
 GROUPS = (
     "train_,text,one_process,tp2,pp2,ep2,dp2",
-    "environment,cpu_losses,operators,recompute,dropout,async_save,fp16,transformer_engine",
+    "environment,cpu_losses,operators,kernel_times,recompute,dropout,async_save,fp16,transformer_engine",
     "evaluate,generate,convert,exported,serve",
 )
 
@@ -102,6 +102,14 @@ def test_the_report_says_what_to_send_and_with_which_versions(
     assert "## What to send to the maintainers" in printed
     assert "the CPU in place of a GPU" in printed
     assert f"4 passed, 0 failed, {len(FOR_CUDA)} not run" in printed
+
+
+def test_kernels_are_timed_beside_what_they_replace(reports: Callable[[str], dict[str, Any]]):
+    times = reports("kernel_times")["cases"]["kernel_times"]["data"]
+    kinds = ("assignment", "experts, grouped", "its parts", "dense product", "attention")
+    for kind in kinds:
+        assert any(kind in name for name in times), kind
+    assert all(re.fullmatch(r"\d+\.\d{3} ms, the other \d+\.\d{3} ms", t) for t in times.values())
 
 
 def test_every_system_and_layout_is_a_case():

@@ -21,6 +21,7 @@ from megatron_smlp.flags.unused_flags import (
     OTHER_RECOVERY,
     READ_NOWHERE,
     TRANSFORMER_ENGINE_FLAGS,
+    refuse_unused,
 )
 from megatron_smlp.platform import cpu
 from megatron_smlp.training.start_screen import summary
@@ -213,14 +214,35 @@ def test_a_cpu_has_no_cuda_graphs(parse: Parse, flag: str):
 @pytest.mark.parametrize(
     ("system", "graph", "message"),
     [
-        ("gmlp --token-router hash --num-experts 2", "local", "cannot capture layers that route"),
-        ("smlp --feature-router partial --num-feature-experts 2", "local", "layers that route"),
-        ("gmlp", "full_iteration", "reads every step's losses.*--cuda-graph-impl local"),
+        ("gmlp --token-router hash --num-experts 2", "local", "layers that route, and every layer"),
+        ("gmlp", "full_iteration", "none of the Python.*--cuda-graph-impl local"),
+        ("gmlp", "transformer_engine --transformer-impl local", "needs Transformer Engine, which"),
+        ("aft", "local", "the host reads how large some numbers are"),
     ],
 )
 def test_graphs_that_the_host_would_have_to_enter(
     parse: Parse, system: str, graph: str, message: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(cpu, "needed", lambda: False)
-    with pytest.raises(UsageError, match=f"--cuda-graph-impl {graph}.*{message}"):
+    with pytest.raises(UsageError, match=f"--cuda-graph-impl {graph.split()[0]}.*{message}"):
         parse(f"--architecture {system} --cuda-graph-impl {graph}")
+
+
+PARTLY = (
+    "--architecture smlp --feature-router deterministic --num-feature-experts 2 "
+    "--num-dense-layers 3 --token-router base --num-experts 2"
+)
+
+
+def test_layers_that_do_not_route_may_be_captured(parse: Parse, monkeypatch: pytest.MonkeyPatch):
+    """By Megatron's implementation, which asks each layer; Transformer Engine's takes all."""
+    args = parse(PARTLY)
+    monkeypatch.setattr(cpu, "needed", lambda: False)
+    with args.thawed():
+        args.explicit_flags = {"cuda_graph_impl": "local"}
+        refuse_unused(args)
+        args.explicit_flags = {"cuda_graph_impl": "transformer_engine"}
+        args.transformer_impl = "transformer_engine"
+        message = "1 of 4 layers of this model.*or give --cuda-graph-impl local"
+        with pytest.raises(UsageError, match=message):
+            refuse_unused(args)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from support.first_gpu import tool_cases as tools
-from support.first_gpu.device_cases import environment, operators
+from support.first_gpu.device_cases import environment, kernel_times, operators
 from support.first_gpu.model_cases import (
     LAYOUTS,
     async_save,
@@ -41,7 +41,9 @@ class Case:
 def _all() -> dict[str, Case]:
     cases = [Case("environment", environment), Case("cpu_losses", cpu_losses, limit=240)]
     cases += [Case(f"train_{name}", partial(trains, system=name)) for name in SYSTEMS]
-    cases += [Case(f.__name__, f) for f in (operators, recompute, dropout, async_save, fp16)]
+    cases += [
+        Case(f.__name__, f) for f in (operators, kernel_times, recompute, dropout, async_save, fp16)
+    ]
     cases += [Case("transformer_engine", transformer_engine, limit=300), Case("text", tools.text)]
     on_checkpoint = (tools.evaluate, tools.generate, tools.convert)
     cases += [Case(f.__name__, f, needs=("text",)) for f in on_checkpoint]

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from support.first_gpu.notes import Notes, Place
+from support.launches import REPOSITORY
 
 
 def environment(place: Place, notes: Notes) -> None:
@@ -92,7 +93,7 @@ def _with_gradients(product: Any, weight: Any, values: Any, upstream: Any) -> tu
 
 
 def _check_gate(place: Place, notes: Notes, length: int) -> None:
-    """The gate and its gradients in bf16 against fp64, and its time beside its parts'."""
+    """The gate and its gradients in bf16 against fp64."""
     import torch
 
     from megatron_smlp.ops import gated_mix
@@ -124,9 +125,6 @@ def _check_gate(place: Place, notes: Notes, length: int) -> None:
     worst = max(float((one.double().cpu() - e).abs().max() / e.abs().max()) for one, e in pairs)
     what = f"gate, T = {length}, bfloat16, {'kernels' if by_kernels else 'its parts'}"
     notes.check(worst <= 2e-2, f"{what}: {worst:.1e} of the largest value")
-    for name, function in (("gate", gate), ("its parts", parts)):
-        seconds = _seconds(place, function, ours, upstream.to(place.device))
-        notes.data[f"{name}, T = {length}, forward and backward"] = f"{1e3 * seconds:.3f} ms"
 
 
 def _gate_with_gradients(function: Any, operands: Any, upstream: Any) -> list[Any]:
@@ -135,22 +133,6 @@ def _gate_with_gradients(function: Any, operands: Any, upstream: Any) -> list[An
     operands = [operand.detach().requires_grad_() for operand in operands]
     output = function(*operands)
     return [output.detach(), *torch.autograd.grad(output, operands, upstream)]
-
-
-def _seconds(place: Place, function: Any, operands: Any, upstream: Any) -> float:
-    """The best of a few calls; the first ones compile."""
-    import time
-
-    import torch
-
-    best = float("inf")
-    for _ in range(5):
-        begin = time.perf_counter()
-        _gate_with_gradients(function, operands, upstream)
-        if not place.on_cpu:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begin)
-    return best
 
 
 def _check_assignment(place: Place, notes: Notes) -> None:
@@ -166,3 +148,15 @@ def _check_assignment(place: Place, notes: Notes) -> None:
     best = scores.gather(1, balanced_assignment(scores)[:, None]).sum()
     share = float(scores.gather(1, chosen[:, None]).sum() / best)
     notes.check(share >= 0.995, f"its sum is {share:.4f} of the CPU's")
+
+
+def kernel_times(place: Place, notes: Notes) -> None:
+    """What replaces many operators beside what it replaces, as benchmarks/bench_gpu_kernels.py."""
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # scripts, not a package
+    from bench_gpu_kernels import TINY, Sizes, measured
+
+    sizes, repeats = (TINY, 2) if place.on_cpu else (Sizes(), 10)
+    for record in measured(sizes, place.device, repeats=repeats):
+        times = f"{record['ours_ms']:.3f} ms, the other {record['peer_ms']:.3f} ms"
+        notes.data[record["case"]] = times
+    notes.passed(f"{len(notes.data)} pairs timed")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,94 @@ def test_what_a_run_shows(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
 def test_a_run_without_a_folder_says_that_nothing_is_kept(capfd: pytest.CaptureFixture[str]):
     with pretrained(f"{GMLP} --train-iters 1"):
         assert "none are kept: give --log-dir or --save" in capfd.readouterr().out
+
+
+def test_ranks_are_told_once_a_step(monkeypatch: pytest.MonkeyPatch):
+    """Whatever else Megatron's loop would ask all of them, and wait for, it knows."""
+    from megatron.training import training
+    from megatron.training.dist_signal_handler import DistributedSignalHandler
+
+    from megatron_smlp.training.agreement import StepAgreement
+
+    def refuses(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("asked the ranks")
+
+    sent, send = [], StepAgreement.send
+    monkeypatch.setattr(StepAgreement, "send", lambda self: sent.append(send(self)))
+    for name in ("logical_and", "reduce_max_stat"):
+        monkeypatch.setattr(training, f"{name}_across_model_parallel_group", refuses)
+    monkeypatch.setattr(DistributedSignalHandler, "signals_received", refuses)
+    with pretrained(f"{GMLP} --exit-duration-in-mins 60"):
+        assert len(sent) == 4
+
+
+def test_a_run_ends_when_its_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """At the second step an hour has gone by; it is saved."""
+    from megatron.training import training
+
+    from megatron_smlp.training.agreement import StepAgreement
+
+    steps, send = [], StepAgreement.send
+
+    def sent(self: StepAgreement) -> None:
+        steps.append(self)
+        if len(steps) == 2:
+            monkeypatch.setattr(training, "_TRAIN_START_TIME", training.time.time() - 3601)
+        send(self)
+
+    monkeypatch.setattr(StepAgreement, "send", sent)
+    flags = f"{GMLP} --exit-duration-in-mins 60 --save {tmp_path}"
+    with pytest.raises(SystemExit) as end, pretrained(flags):
+        pass
+    assert not end.value.code
+    assert f"stopped at iteration 2: saved to {tmp_path}" in capfd.readouterr().out
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+@pytest.mark.parametrize(
+    ("when", "last"),
+    [
+        ("before the message of step 2", 2),
+        ("behind the message of step 3", 4),
+        ("in the evaluation after step 2", 2),
+    ],
+)
+def test_a_signal_ends_a_run_when_its_step_is_done(
+    when: str,
+    last: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    from megatron.training import training
+
+    from megatron_smlp.training.agreement import StepAgreement
+
+    steps, send, evaluate = [], StepAgreement.send, training.evaluate
+
+    def sent(self: StepAgreement) -> None:
+        steps.append(self)
+        if when == f"before the message of step {len(steps)}":
+            signal.raise_signal(signal.SIGTERM)
+        send(self)
+        if when == f"behind the message of step {len(steps)}":
+            signal.raise_signal(signal.SIGTERM)
+
+    def evaluated(*args: Any, **kwargs: Any) -> Any:
+        if "evaluation" in when:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(StepAgreement, "send", sent)
+    monkeypatch.setattr(training, "evaluate", evaluated)
+    flags = f"{GMLP} --train-iters 9 --eval-interval 2 --save {tmp_path}"
+    with pytest.raises(SystemExit) as end, pretrained(flags):
+        pass
+    assert not end.value.code
+    assert f"stopped at iteration {last}: saved to {tmp_path}" in capfd.readouterr().out
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(last)
 
 
 class TestNonFiniteLoss:

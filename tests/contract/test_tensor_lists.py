@@ -1,0 +1,178 @@
+"""Our operators on lists of tensors give Megatron's results, bit for bit, and are what it calls."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.optimizer import clip_grads, optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.utils import (
+    local_multi_tensor_applier,
+    local_multi_tensor_l2_norm,
+    local_multi_tensor_scale,
+)
+from megatron.training.utils import common_utils
+from support.in_process import pretrained
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_smlp.megatron_patches import tensor_lists
+from megatron_smlp.platform import cpu
+
+NO_OP = torch.zeros(1, dtype=torch.int)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators, as they would be launched on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not func.is_view:
+            self.calls[func._schema.name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    shapes = [(7, 5), (3,), (), (129, 65), (1,)]
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+class TestNorm:
+    def test_it_equals_megatrons(self):
+        cpu.apply()  # Megatron's copies its own to the device
+        given = tensors()
+        ours, _ = tensor_lists.norm(1, NO_OP, [given], False)
+        theirs, _ = local_multi_tensor_l2_norm(1, NO_OP, [given], False)
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) == ((1,), torch.float32)
+        assert torch.equal(ours, theirs)
+
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)]
+    )
+    def test_it_is_close_to_that_of_one_vector(self, dtype: torch.dtype, tolerance: float):
+        """Megatron's sums the norms of bf16 tensors in bf16."""
+        given = tensors(dtype)
+        ours, _ = tensor_lists.norm(1, NO_OP, [given], False)
+        whole = torch.cat([tensor.double().flatten() for tensor in given]).norm()
+        torch.testing.assert_close(ours, whole.float().view(1), rtol=tolerance, atol=0)
+
+    @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+    def test_what_is_not_finite_stays_so(self, bad: float):
+        given = tensors()
+        given[1][0] = bad
+        ours, _ = tensor_lists.norm(1, NO_OP, [given], False)
+        assert not ours.isfinite()
+
+    def test_three_operators_and_nothing_read(self):
+        given = tensors()
+        with Operators() as operators:
+            tensor_lists.norm(1, NO_OP, [given], False)
+        assert operators.calls == {"_foreach_norm": 1, "stack": 1, "linalg_vector_norm": 1}
+
+
+class TestScale:
+    @pytest.mark.parametrize("factor", [0.37, 1.0, torch.tensor(0.37)])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_it_equals_megatrons(self, factor: float | torch.Tensor, dtype: torch.dtype):
+        sources = tensors()
+        ours, theirs = ([torch.empty_like(s, dtype=dtype) for s in sources] for _ in range(2))
+        tensor_lists.scale(1, NO_OP, [sources, ours], factor)
+        local_multi_tensor_scale(1, NO_OP, [sources, theirs], factor)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+    def test_sources_may_be_the_targets(self):
+        ours = tensors()
+        expected = [tensor * 0.25 for tensor in ours]
+        pointers = [tensor.data_ptr() for tensor in ours]
+        with Operators() as operators:
+            tensor_lists.scale(1, NO_OP, [ours, ours], 0.25)
+        assert operators.calls == {"_foreach_mul_": 1}
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+        assert [tensor.data_ptr() for tensor in ours] == pointers
+
+
+class TestCopy:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_one_operator_rounds_as_copying_each(self, dtype: torch.dtype):
+        sources = tensors()
+        targets = [torch.empty_like(s, dtype=dtype) for s in sources]
+        with Operators() as operators:
+            tensor_lists.copy(sources, targets)
+        assert operators.calls == {"_foreach_copy_": 1}
+        assert all(torch.equal(t, s.to(dtype)) for s, t in zip(sources, targets, strict=True))
+
+    def test_of_no_tensors(self):
+        tensor_lists.copy([], [])
+
+
+def test_megatron_calls_them():
+    cpu.apply()
+    tensor_lists.apply()
+    if clip_grads.multi_tensor_applier is not local_multi_tensor_applier:
+        pytest.skip("Apex or Transformer Engine is installed, and used")
+    assert clip_grads.l2_norm_impl is common_utils.multi_tensor_l2norm is tensor_lists.norm
+    for module in (clip_grads, optimizer):
+        assert module.multi_tensor_scale_impl is tensor_lists.scale
+    assert optimizer._multi_tensor_copy_this_to_that is tensor_lists.copy
+    parameter = torch.nn.Parameter(torch.ones(8))
+    parameter.main_grad = parameter.grad = torch.full((8,), 3.0)
+    pointer = parameter.grad.data_ptr()
+    clip_grads.clip_grad_by_total_norm_fp32([parameter], max_norm=1.0, total_norm=2.0)
+    assert parameter.grad.data_ptr() == pointer
+    torch.testing.assert_close(parameter.grad, torch.full((8,), 1.5), rtol=1e-5, atol=0)
+
+
+def test_a_step_copies_weights_in_one_operator(monkeypatch: pytest.MonkeyPatch):
+    counted = []
+    kind = optimizer.Float16OptimizerWithFloat16Params
+    original = kind._copy_main_params_to_model_params
+
+    def watched(self: Any) -> None:
+        with Operators() as operators:
+            original(self)
+        counted.append(operators.calls)
+        for group, main_group in zip(
+            self.float16_groups, self.fp32_from_float16_groups, strict=True
+        ):
+            for parameter, main in zip(group, main_group, strict=True):
+                assert torch.equal(parameter, main.to(torch.bfloat16))
+
+    monkeypatch.setattr(kind, "_copy_main_params_to_model_params", watched)
+    with pretrained("--architecture gmlp --train-iters 2 --bf16"):
+        pass
+    assert counted == [{"_foreach_copy_": 1}] * 2
+
+
+def test_a_distributed_step_copies_what_megatron_does(monkeypatch: pytest.MonkeyPatch):
+    changed = []
+    tensor_lists.apply()
+    ours = DistributedOptimizer._copy_main_params_to_model_params
+    original = ours.__wrapped__
+
+    @functools.wraps(original)  # as ours is, which is not put in place twice
+    def compared(self: Any) -> None:
+        buffers = [bucket.param_data for buffer in self.buffers for bucket in buffer.buckets]
+        before = [buffer.clone() for buffer in buffers]
+        with Operators() as operators:
+            ours(self)
+        assert operators.calls == {"_foreach_copy_": 1}
+        found = [buffer.clone() for buffer in buffers]
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(old)
+        original(self)
+        assert all(torch.equal(a, b) for a, b in zip(found, buffers, strict=True))
+        changed.append(not all(torch.equal(a, b) for a, b in zip(before, found, strict=True)))
+
+    monkeypatch.setattr(DistributedOptimizer, "_copy_main_params_to_model_params", compared)
+    with pretrained("--architecture gmlp --train-iters 2 --bf16 --use-distributed-optimizer"):
+        pass
+    assert changed == [True, True]

@@ -1,0 +1,53 @@
+"""--cuda-graph-impl local: no layer that gets a graph does what a capture refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.launches import REPOSITORY, run_command
+from support.systems import SYSTEMS
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    done = run_command(
+        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("graph_capture.py"))],
+        CUDA_VISIBLE_DEVICES="",
+        PYTHONPATH=f"{REPOSITORY / 'tests'}:{REPOSITORY}",
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_layer_that_does_not_route_can_be_captured(system: str, found: dict[str, Any]):
+    """Forward and backward: the host waits for nothing, and nothing of the CPU is read."""
+    assert found[system]
+    for kind, layer in found[system].items():
+        assert layer["routes"] == ("MoE" in kind)
+        assert layer["routes"] or layer["refused"] is None, kind
+
+
+@pytest.mark.parametrize(
+    ("system", "reason"),
+    [
+        ("gshard", "copy to cpu at megatron/core/transformer/moe/"),
+        ("switch", "copy to cpu at megatron/core/transformer/moe/"),
+        ("base", "copy to cuda:0 at routers/base.py"),
+        ("smlp_deterministic", "copy to cuda:0 at routers/base.py"),
+        ("smlp_partial", "aten::index of a tensor on the CPU at layers/feature_moe.py"),
+    ],
+)
+def test_what_a_capture_refuses_is_found(system: str, reason: str, found: dict[str, Any]):
+    """Counts of dropped choices, sums of prices that begin on the CPU, indices of chunks."""
+    [refused] = [layer["refused"] for layer in found[system].values() if layer["refused"]]
+    assert f"not permitted when stream is capturing: {reason}" in refused
+
+
+def test_a_capture_alone_would_take_the_token_ids_of_its_step(found: dict[str, Any]):
+    """HASH: nothing is refused, and that it routes is what keeps it out of a graph."""
+    [layer] = found["hash"].values()
+    assert layer == {"routes": True, "refused": None}
