@@ -30,9 +30,9 @@ MODEL = """
     --mock-data --tokenizer-type NullTokenizer --vocab-size 500 --num-layers 4 --hidden-size 64
     --ffn-hidden-size 256 --seq-length 512 --attention-dropout 0 --hidden-dropout 0 --bf16
     --micro-batch-size 2 --global-batch-size 2 --num-workers 0 --lr 1e-3 --log-interval 100
-    --eval-iters 0 --train-iters 3 --no-resume
+    --eval-iters 0 --train-iters 4 --no-resume
 """
-MEASURED = 3  # the step: later than all that happens once
+MEASURED = 3  # the step, up to the next one: later than all that happens once
 
 Record = dict[str, Any]
 
