@@ -42,7 +42,7 @@ def test_a_layer_that_does_not_route_can_be_captured(system: str, found: dict[st
     ],
 )
 def test_what_a_capture_refuses_is_found(system: str, reason: str, found: dict[str, Any]):
-    """Counts of dropped choices, sums of prices that begin on the CPU, sizes of groups of chunks."""
+    """Counts of dropped choices, sums of prices that begin on the CPU, sizes of groups."""
     [refused] = [layer["refused"] for layer in found[system].values() if layer["refused"]]
     assert f"not permitted when stream is capturing: {reason}" in refused
 
