@@ -134,9 +134,8 @@ def gradients_of_gelu_norm(
         HAS_MEANS=of_means is not None,
         **block,
     )
-    of_weight, of_bias = parts.sum(dim=1).to(weight.dtype)
-    # An operator's results have memory of their own.
-    return of_weight.clone(), of_bias.clone()
+    of_weight, of_bias = (part.sum(dim=0).to(weight.dtype) for part in parts)
+    return of_weight, of_bias
 
 
 @normed_gelu.register_fake
