@@ -76,11 +76,10 @@ class Drawing:
 
     def _trained_on(self, field: str) -> list[str]:
         """Return the systems for which a loss is not of positions that they never trained on."""
-        everything = field != SUFFIX_LOSS
         return [
             name
             for name, system in self.systems.items()
-            if not (everything and system.predicts_suffix)
+            if field == SUFFIX_LOSS or not system.predicts_suffix
         ]
 
     def _axes(self) -> dict[str, Callable[[str], float]]:
