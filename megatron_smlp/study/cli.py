@@ -177,9 +177,10 @@ def _time(args: argparse.Namespace, known: State) -> int:
     from megatron_smlp.study.results import Results, default_folder
     from megatron_smlp.study.speed import time_systems
 
-    lines = time_systems(known, StudyData(args.data), processes=args.processes)
     results = Results(args.results or default_folder(known.study.name))
-    results.add_speed(lines)
+    # Round by round, as one of many systems takes minutes: what is stopped has those before it.
+    for lines in time_systems(known, StudyData(args.data), processes=args.processes):
+        results.add_speed(lines)
     print(results.folder / "speed.csv")
     return 0
 

@@ -35,15 +35,12 @@ from megatron_smlp.study.verdicts import (
 
 def write_report(known: State, results: Results) -> list[Path]:
     """Write everything that a reader sees; return the files."""
-    study, systems = known.study, known.systems
-    tables = Tables.of(results).of_runs({run.key for run in known.plan().runs})
-    claims = claims_of(study, systems, tables)
-    times = times_to_losses(study, systems, tables)
+    page = Page.of(known, results)
     written = []
-    for name, figure in Drawing(study, systems, tables).figures(times):
+    for name, figure in Drawing(page.study, page.systems, page.tables).figures(page.times):
         written.append(results.folder / f"{name}.png")
         figure.savefig(written[-1])
-    page = Page(study, systems, tables, claims, times, [path.name for path in written])
+    page.figures = [path.name for path in written]
     for file, text in (("report.md", page.text()), ("report.json", page.json())):
         written.append(results.folder / file)
         write_durably(written[-1], text)
@@ -76,10 +73,18 @@ class Page:
         tables: Tables,
         claims: Sequence[Claim],
         times: Sequence[Comparison],
-        figures: Sequence[str],
     ) -> None:
         self.study, self.systems, self.tables = study, systems, tables
-        self.claims, self.times, self.figures = claims, times, figures
+        self.claims, self.times = claims, times
+        self.figures: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, known: State, results: Results) -> Page:
+        """Judge the claims by the files of the results; figures are the caller's to draw."""
+        study, systems = known.study, known.systems
+        tables = Tables.of(results).of_runs({run.key for run in known.plan().runs})
+        claims = claims_of(study, systems, tables)
+        return cls(study, systems, tables, claims, times_to_losses(study, systems, tables))
 
     def text(self) -> str:
         """Return report.md."""

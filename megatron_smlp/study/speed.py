@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_smlp.errors import UsageError
@@ -19,9 +20,12 @@ from megatron_smlp.training.metrics_file import FILE_NAME
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def time_systems(known: State, data: StudyData, *, processes: int) -> list[dict[str, Any]]:
-    """Return a line a system and round; each round begins with a matrix product, and then with
-    another system.
+def time_systems(
+    known: State, data: StudyData, *, processes: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield after each round a line for each system and round so far.
+
+    Each round begins with a matrix product, and then with another system.
 
     Raises:
         UsageError: a run failed.
@@ -37,7 +41,7 @@ def time_systems(known: State, data: StudyData, *, processes: int) -> list[dict[
                 system = known.systems[name]
                 timed = _time(known, system, data, processes=processes)
                 lines.append({"system": name, "round": number, **timed, "gemm_tflops": gemm})
-    return lines
+            yield lines
 
 
 def _gemm_tflops(system: System) -> float:

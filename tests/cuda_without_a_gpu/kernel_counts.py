@@ -22,7 +22,7 @@ RUN = """
     --mock-data --tokenizer-type NullTokenizer --vocab-size 100 --num-layers 1 --hidden-size 64
     --ffn-hidden-size 1024 --seq-length 128 --attention-dropout 0 --hidden-dropout 0 --bf16
     --micro-batch-size 2 --global-batch-size 2 --num-workers 0 --lr 1e-3 --log-interval 1
-    --lr-decay-style constant --eval-iters 0 --train-iters 2 --no-resume
+    --lr-decay-style constant --eval-iters 0 --train-iters 1 --no-resume
 """
 GATES = {
     "one head": "--architecture amlp --tiny-attention-width 16",
@@ -43,7 +43,7 @@ def assignment() -> dict[str, Any]:
 
 
 def training(flags: str) -> dict[str, Any]:
-    """A few steps with the kernels, and with their twins: losses, and what one gate asks for."""
+    """A step with the kernels, and with their twins: loss and norm, and what one gate asks for."""
     from megatron_smlp.ops import triton_ready
 
     answers = {"kernels": _trained(flags)}
@@ -78,8 +78,8 @@ def _trained(flags: str) -> dict[str, Any]:
         SpatialGating.forward = forward
         forget_run()
     rows = [json.loads(line) for line in lines]
-    kept = [[row["loss"], row["grad_norm"]] for row in rows if "grad_norm" in row]
-    return {"gate": counted, "losses and norms": kept}
+    [step] = [[row["loss"], row["grad_norm"]] for row in rows if "grad_norm" in row]
+    return {"gate": counted, "loss and norm": step}
 
 
 def _gate(layer: Any, hidden_states: torch.Tensor) -> dict[str, Any]:

@@ -49,9 +49,7 @@ def test_a_gate_is_a_few_launches_and_a_fraction_of_the_bytes(case: str, counted
 
 @pytest.mark.parametrize("case", SHARES)
 def test_training_by_kernels_is_training_by_parts(case: str, counted: dict[str, Any]):
-    ours, parts = (counted["gates"][case][way]["losses and norms"] for way in ("kernels", "parts"))
-    assert len(ours) == len(parts) == 2
-    for one, other in zip(ours, parts, strict=True):
-        assert one[0] == pytest.approx(other[0], rel=2e-4)
-        assert one[1] == pytest.approx(other[1], rel=5e-3)  # bf16 rounds in other places
+    ours, parts = (counted["gates"][case][way]["loss and norm"] for way in ("kernels", "parts"))
+    assert ours[0] == pytest.approx(parts[0], rel=2e-4)
+    assert ours[1] == pytest.approx(parts[1], rel=5e-3)  # bf16 rounds in other places
     assert ours != parts, "the same bits: no kernel ran"

@@ -69,7 +69,15 @@ ARCHITECTURES = {
 }
 # Architectures whose runs are slow tests, but for these in one layout each.
 SLOW = {"mixer_switch", "aft_simple_base", "causal_rn_gshard", "minhash", "minhash_base"}
-IN_ONE_LAYOUT = {"mixer": "tp2", "aft": "tp2_sp", "causal_rn": "tp2"}
+IN_ONE_LAYOUT = {
+    "mixer": "tp2",
+    "aft": "tp2_sp",
+    "causal_rn": "tp2",
+    "transformer_hash": "pp2_recompute",
+    "transformer_gshard": "ep2",
+    "transformer_topk": "tp2_sp",
+    "feature_moe_toeplitz": "tp2_sp",
+}
 ROUTED = {name for name, flags in ARCHITECTURES.items() if EXPERTS in flags}
 
 TP = "--tensor-model-parallel-size 2"

@@ -95,11 +95,9 @@ SHORT: list[Case] = [
     ("transformer_bf16", "dp", "dp_distributed"),
     ("transformer_bf16", "dp_distributed", "dp"),
     ("minhash", "one", "tp"),
-    ("minhash", "tp", "pp"),
     ("minhash_base", "one", "tp"),  # whose embeddings are cut along the sequence
     ("smlp", "pp", "ep"),
     ("smlp", "ep_distributed", "tp"),
-    ("smlp", "tp", "one_distributed"),
     ("smlp_partial", "pp", "tp_distributed"),
 ]
 # Cases whose checkpoint tools/convert_checkpoint.py rewrites for the new layout before.

@@ -2,8 +2,6 @@
 
 import io
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from support.language_models import save_tokenizer
-from support.launches import REPOSITORY, clean_environment
+from support.launches import REPOSITORY, start_program
 from support.meta_models import built_parameters, expected_parameters
 
 from megatron_smlp.accounting.costs import ModelShape, layer_cost
@@ -111,19 +109,13 @@ def test_dry_run(parse: Callable[..., Any], tmp_path: Path, folder: str, system:
     assert f"{total:,} parameters" in text.getvalue()
 
 
-def test_dry_run_of_the_real_command():
-    command = [sys.executable, "pretrain_smlp.py", "--config", "configs/paper/large/base.yaml"]
-    done = subprocess.run(
-        [*command, *DATA.split(), "50257", "--dry-run"],
-        cwd=REPOSITORY,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "token MoE (base), experts: 32" in done.stdout
+def test_dry_run_of_the_real_command(tmp_path: Path):
+    words = ["--config", "configs/paper/large/base.yaml", *DATA.split(), "50257", "--dry-run"]
+    process = start_program(words, log=tmp_path / "log")
+    process.join(120)
+    said = (tmp_path / "log").read_text(encoding="utf-8")
+    assert process.exitcode == 0, said
+    assert "token MoE (base), experts: 32" in said
 
 
 @pytest.mark.parametrize(("folder", "system"), [case for case in CONFIGS if case[0] != "cpu"])

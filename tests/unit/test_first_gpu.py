@@ -45,8 +45,8 @@ def command(*flags: str) -> subprocess.CompletedProcess[str]:
 
 # Started one after the other: no single wait is long, on a machine that others use too.
 GROUPS = (
-    "train_,text,one_process,tp2,pp2,ep2,dp2",
-    "environment,cpu_losses,operators,kernel_times,recompute,dropout,async_save,fp16,transformer_engine",
+    "train_,text,one_process,tp2,pp2,ep2,dp2,environment,cpu_losses,operators,kernel_times,"
+    "recompute,dropout,async_save,fp16,transformer_engine",
     "evaluate,generate,convert,exported,serve",
 )
 

@@ -1,12 +1,9 @@
 """The replaced names of the CPU platform do what CUDA's do."""
 
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
 import torch
-from support.launches import REPOSITORY, clean_environment
 
 from megatron_smlp.platform import cpu
 
@@ -124,24 +121,3 @@ class TestFlags:
         args = Namespace(fp16=True, distributed_backend="nccl")
         assert cpu.set_flags(args) == []
         assert vars(args) == {"fp16": True, "distributed_backend": "nccl"}
-
-
-def test_importing_the_package_replaces_nothing():
-    """Only `apply` does: a library that imports our layers keeps its torch."""
-    code = (
-        "import torch; before = dict(vars(torch.cuda)); zeros = torch.zeros\n"
-        "import megatron_smlp.platform.cpu, megatron_smlp.options\n"
-        "import megatron_smlp.architectures, megatron_smlp.flags.parse\n"
-        "changed = [n for n, v in before.items() if vars(torch.cuda)[n] is not v]\n"
-        "assert not changed and torch.zeros is zeros, changed\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=REPOSITORY,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]

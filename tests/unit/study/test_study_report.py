@@ -1,5 +1,7 @@
 """Results and reports, on runs that were never trained."""
 
+import argparse
+import itertools
 import json
 import math
 import shutil
@@ -10,8 +12,9 @@ import pytest
 from support.studies import pretend, state_of, write_study
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study.cli import main
+from megatron_smlp.study import cli, speed
 from megatron_smlp.study.plan import PlannedRun
+from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results
 from megatron_smlp.study.state import State
 
@@ -31,17 +34,27 @@ def known(tmp_path: Path) -> State:
     return state_of(write_study(tmp_path, tuning=tuning), runs=tmp_path / "runs")
 
 
-def report(known: State, folder: Path) -> dict[str, dict]:
-    """Write the report by the command; return the claims."""
+def page(known: State, folder: Path) -> tuple[dict[str, dict], str]:
+    """The claims, and report.md but for the figures."""
+    results = Results(folder / "results")
+    results.collect(known)
+    made = Page.of(known, results)
+    return {claim["name"]: claim for claim in json.loads(made.json())["claims"]}, made.text()
+
+
+def claims_of(known: State, folder: Path) -> dict[str, dict]:
+    return page(known, folder)[0]
+
+
+def report(known: State, folder: Path) -> None:
+    """Write the report by the command."""
     words = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
-    assert main(["report", str(folder / "study.yaml"), *words]) == 0
-    content = json.loads((folder / "results" / "report.json").read_text(encoding="utf-8"))
-    return {claim["name"]: claim for claim in content["claims"]}
+    assert cli.main(["report", str(folder / "study.yaml"), *words]) == 0
 
 
 def test_a_true_difference_is_confirmed(known: State, tmp_path: Path):
     pretend(known, loss_of)
-    claims = report(known, tmp_path)
+    claims = claims_of(known, tmp_path)
     assert claims["C1"]["verdict"] == "confirmed"
     mean = claims["C1"]["comparisons"][0]["found"]["mean"]
     assert mean == pytest.approx(-0.05, abs=0.005)
@@ -49,7 +62,7 @@ def test_a_true_difference_is_confirmed(known: State, tmp_path: Path):
 
 def test_no_timing_leaves_time_undecided(known: State, tmp_path: Path):
     pretend(known, loss_of)
-    claims = report(known, tmp_path)
+    claims = claims_of(known, tmp_path)
     assert (claims["C2"]["verdict"], claims["C3"]["verdict"]) == ("undecided", "undecided")
     # 0.3 nats a doubling, 0.05 ahead: between 200K and 400K tokens, a sixth of them fewer.
     found = claims["C2"]["comparisons"][0]["found"]["mean"]
@@ -58,7 +71,6 @@ def test_no_timing_leaves_time_undecided(known: State, tmp_path: Path):
 
 def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
     pretend(known, loss_of)
-    report(known, tmp_path)
     seconds = {"transformer": 1.0, "switch": 1.0, "smlp_deterministic": 0.5}
     lines = [
         {"system": name, "round": number, "seconds_per_iteration": step * (1 + 0.01 * number),
@@ -67,18 +79,18 @@ def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
         for name, step in seconds.items()
         for number in (1, 2, 3)
     ]  # fmt: skip
-    pandas.DataFrame(lines).to_csv(tmp_path / "results" / "speed.csv", index=False)
-    claims = report(known, tmp_path)
+    Results(tmp_path / "results").add_speed(lines)
+    claims, text = page(known, tmp_path)
     assert (claims["C2"]["verdict"], claims["C3"]["verdict"]) == ("confirmed", "confirmed")
-    assert "| 25% |" in (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
+    assert "| 25% |" in text
     assert claims["C2"]["comparisons"][0]["found"]["mean"] == pytest.approx(0.458, abs=0.01)
 
 
 def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
     """C4 by hand: two tasks, right answers 3 % more often, with seeds that differ by less."""
     pretend(known, loss_of)
-    report(known, tmp_path)
     results = Results(tmp_path / "results")
+    results.collect(known)
     ahead = {"smlp_deterministic": 0.03}
     finals = results.runs[results.runs["horizon"] == known.study.longest]
     keys = {(run.system, run.seed): run.key for run in finals.itertuples()}
@@ -94,12 +106,12 @@ def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
                 common | {"kind": kind, "label": label, "value": value, "count": 100}
                 for kind, label, value in numbers
             ])  # fmt: skip
-    claims = report(known, tmp_path)
+    report(known, tmp_path)
+    claims, text = page(known, tmp_path)
     assert claims["C4"]["verdict"] == "confirmed"
     [comparison] = claims["C4"]["comparisons"]
     assert comparison["other"] == "switch"
     assert comparison["found"]["mean"] == pytest.approx(-3.0)
-    text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
     assert "| smlp_deterministic | 53.0 ± 1.0 | 63.0 ± 1.0 |" in text
     assert "| chance | 50 | 50 |" in text
     assert "| paper: Switch 9B | 75.0 | n/a |" in text
@@ -109,14 +121,14 @@ def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
 
 def test_runs_of_a_rate_that_is_no_longer_best_do_not_count(known: State, tmp_path: Path):
     pretend(known, loss_of)
-    before = report(known, tmp_path)
+    before = claims_of(known, tmp_path)
     path = tmp_path / "results" / "runs.csv"
     runs = pandas.read_csv(path)
     other = runs[(runs["phase"] == "main") & (runs["system"] == "switch")].copy()
     other["key"] = "0" + other["key"].str[1:]
     other["validation_loss"] = 1.0
     pandas.concat([runs, other]).to_csv(path, index=False)
-    assert report(known, tmp_path) == before
+    assert claims_of(known, tmp_path) == before
 
 
 def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):
@@ -142,20 +154,19 @@ def test_a_missing_and_a_diverged_run_are_said(known: State, tmp_path: Path):
     pretend(known, loss)
     gone = [r for r in known.plan().runs if r.system == "transformer" and r.horizon == 400000]
     shutil.rmtree(known.folder_of(gone[-1]))
-    claims = report(known, tmp_path)
+    claims, text = page(known, tmp_path)
     assert claims["C1"]["notes"] == [
         "transformer: seed 13 is missing",
         "switch: seed 12 diverged",
     ]
     assert claims["C1"]["verdict"] == "undecided"
-    text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
     assert "diverged (1 of 3)" in text
 
 
 def test_one_seed_is_undecided(tmp_path: Path):
     known = state_of(write_study(tmp_path, seeds=[11]), runs=tmp_path / "runs")
     pretend(known, loss_of)
-    claims = report(known, tmp_path)
+    claims = claims_of(known, tmp_path)
     assert claims["C1"]["verdict"] == "undecided"
     assert claims["C1"]["comparisons"][0]["found"]["visible"] == "inf"
 
@@ -167,11 +178,11 @@ def test_nothing_to_report(known: State, tmp_path: Path):
 
 def test_new_runs_join_those_that_are_kept(known: State, tmp_path: Path):
     pretend(known, loss_of)
-    report(known, tmp_path)
+    Results(tmp_path / "results").collect(known)
     runs = pandas.read_csv(tmp_path / "results" / "runs.csv")
     half = runs[runs["phase"] == "tuning"]
     half.to_csv(tmp_path / "results" / "runs.csv", index=False)
-    report(known, tmp_path)
+    Results(tmp_path / "results").collect(known)
     again = pandas.read_csv(tmp_path / "results" / "runs.csv")
     assert list(again["key"]) == list(runs["key"])
 
@@ -184,13 +195,32 @@ def test_a_curve_that_is_not_whole_is_not_called_a_miss(known: State, tmp_path: 
     for run in known.plan().runs:
         if run.system == "smlp_deterministic" and run.horizon == 400000 and run.seed == 12:
             shutil.rmtree(known.folder_of(run))
-    found = report(known, tmp_path)["C2"]["comparisons"][0]["found"]
+    found = claims_of(known, tmp_path)["C2"]["comparisons"][0]["found"]
     assert (found["n"], found["mean"]) == (2, "inf")
 
 
 def test_at_the_first_horizon_it_is_a_bound(known: State, tmp_path: Path):
     ahead = {"smlp_deterministic": 2.0}
     pretend(known, lambda run: loss_of(run) - ahead.get(run.system, 0.0))
-    report(known, tmp_path)
-    text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
+    _, text = page(known, tmp_path)
     assert "| switch | ≥ 4 |" in text
+
+
+def test_a_timing_that_is_stopped_keeps_its_rounds(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    timings = itertools.count(1)
+
+    def timed(*_: object, **__: object) -> dict[str, float]:
+        if next(timings) > 2 * len(known.systems) - 1:
+            raise KeyboardInterrupt
+        return {"seconds_per_iteration": 1.0, "tokens_per_second": 2048.0, "tflops": 0.1}
+
+    monkeypatch.setattr(speed, "_time", timed)
+    monkeypatch.setattr(speed, "_gemm_tflops", lambda _: 0.4)
+    args = argparse.Namespace(results=tmp_path / "results", data=tmp_path, processes=1)
+    with pytest.raises(KeyboardInterrupt):
+        cli._time(args, known)
+    kept = Results(args.results).speed
+    assert list(kept["round"]) == [1] * len(known.systems)
+    assert set(kept["system"]) == set(known.systems)
