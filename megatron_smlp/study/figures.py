@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from megatron_smlp.plotting.figures import DPI, looks, tidy
 from megatron_smlp.plotting.series import AXES, Floats
+from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
 from megatron_smlp.study.state import DIVERGED
 from megatron_smlp.study.statistics import interval
 from megatron_smlp.study.study_file import Study
@@ -20,8 +21,7 @@ from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import Tables
 from megatron_smlp.study.verdicts import SECONDS, Comparison
 
-SUFFIX_LOSS = "validation_suffix_loss"
-FIELDS = {"validation_loss": "", SUFFIX_LOSS: " behind the prefix"}
+FIELDS = {VALIDATION_LOSS: "", SUFFIX_LOSS: " behind the prefix"}
 PANELS = {
     "position": "position in the window",
     "frequency": "frequency of the token (1: the most frequent fifth)",
@@ -137,15 +137,15 @@ class Drawing:
         panel = figure.subplots()
         unit, unit_name = _unit(AXES["tokens"].units, self.study.longest)
         runs = self.tables.runs[self.tables.runs["phase"] == "main"]
-        names = self._trained_on("validation_loss")
+        names = self._trained_on(VALIDATION_LOSS)
         for name in names:
             look, own = self.looks[name], runs[runs["system"] == name]
             for trunk in self.tables.trunks(name, self.study.longest):
                 lines = self.tables.evaluations(list(trunk["key"]))
-                panel.plot(lines["tokens"] / unit, lines["validation_loss"], linewidth=1, **look)
+                panel.plot(lines["tokens"] / unit, lines[VALIDATION_LOSS], linewidth=1, **look)
             ends = own[own["horizon"].notna()]
             panel.plot(
-                ends["tokens"] / unit, ends["validation_loss"], "o", markersize=4,
+                ends["tokens"] / unit, ends[VALIDATION_LOSS], "o", markersize=4,
                 color=look["color"], markeredgecolor="white",
             )  # fmt: skip
         panel.set(xlabel=f"training tokens{unit_name}", ylabel="validation loss (nats per token)")

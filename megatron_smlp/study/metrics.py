@@ -10,6 +10,8 @@ from megatron_smlp.plotting import records
 from megatron_smlp.plotting.records import Record
 from megatron_smlp.training.metrics_file import FILE_NAME
 
+VALIDATION_LOSS, SUFFIX_LOSS = "validation_loss", "validation_suffix_loss"
+"""Of all tokens, and of those behind the prefix of partial prediction."""
 TAIL_BYTES = 1 << 16
 
 
@@ -24,7 +26,7 @@ def validation_at(folder: Path, iteration: int) -> Record | None:
     found = [
         record
         for record in read_records(folder)
-        if record["iteration"] == iteration and "validation_loss" in record
+        if record["iteration"] == iteration and VALIDATION_LOSS in record
     ]
     return found[-1] if found else None
 

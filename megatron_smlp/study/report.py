@@ -14,6 +14,7 @@ import numpy as np
 from megatron_smlp.durable import write_durably
 from megatron_smlp.evaluation.reports import PAPER_FIGURES, PAPER_METRICS
 from megatron_smlp.study.figures import Drawing, speedup
+from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.results import ROUTING, TASK, Results
 from megatron_smlp.study.state import State
 from megatron_smlp.study.statistics import crossings, interval
@@ -59,7 +60,7 @@ def times_to_losses(
             is_bound=is_there_at_first(study, systems, tables, rival=name),
         )
         for name in rivals(systems)
-        if tables.losses(name, study.longest, "validation_loss")
+        if tables.losses(name, study.longest, VALIDATION_LOSS)
     ]  # fmt: skip
 
 

@@ -15,16 +15,16 @@ import pandas
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study import state
-from megatron_smlp.study.metrics import read_records
+from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS, read_records
 from megatron_smlp.study.plan import PlannedRun
 
 ROOT = Path("studies/results")
+LOSSES = (VALIDATION_LOSS, SUFFIX_LOSS)
 RUN_COLUMNS = (
     *("key", "parent", "system", "phase", "factor", "lr", "seed", "horizon", "start", "end"),
-    *("tokens", "status", "loss", "validation_loss", "validation_suffix_loss", "reason"),
+    *("tokens", "status", "loss", *LOSSES, "reason"),
     *("attempts", "logged_seconds", "tokens_per_second", "flags"),
 )
-LOSSES = ("validation_loss", "validation_suffix_loss")
 CURVE_COLUMNS = (
     *("key", "iteration", "tokens", "flops", "square_flops", "learning_rate", "loss"),
     *(*LOSSES, "validation_prices_loss", "validation_greedy_loss"),
@@ -148,7 +148,7 @@ def _run_line(known: state.State, run: PlannedRun, ending: dict[str, Any]) -> di
     records = read_records(known.folder_of(run))
     steps = pandas.Series([r["tokens_per_second"] for r in records if "tokens_per_second" in r])
     batch = run.flags["global_batch_size"] * run.flags["seq_length"]
-    final = [r for r in records if r["iteration"] == run.end and "validation_loss" in r]
+    final = [r for r in records if r["iteration"] == run.end and VALIDATION_LOSS in r]
     return {
         "key": run.key,
         "parent": run.parent.key if run.parent else None,
@@ -169,7 +169,7 @@ def _run_line(known: state.State, run: PlannedRun, ending: dict[str, Any]) -> di
 
 def _curve_lines(known: state.State, run: PlannedRun) -> Iterator[dict[str, Any]]:
     for record in read_records(known.folder_of(run)):
-        if "loss" not in record and "validation_loss" not in record:
+        if "loss" not in record and VALIDATION_LOSS not in record:
             continue
         line = {RENAMED.get(name, name): value for name, value in record.items()}
         routers = record.get("validation_routers") or record.get("routers") or []

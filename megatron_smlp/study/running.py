@@ -15,7 +15,7 @@ from megatron_smlp.progress import Progress
 from megatron_smlp.study import claims
 from megatron_smlp.study.claims import Claim
 from megatron_smlp.study.data import StudyData
-from megatron_smlp.study.metrics import last_step, validation_at
+from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS, last_step, validation_at
 from megatron_smlp.study.plan import Plan, PlannedRun
 from megatron_smlp.study.process import last_lines, run_command, training_command
 from megatron_smlp.study.state import CHECKPOINTS, DIVERGED, DONE, FAILED, State
@@ -120,7 +120,7 @@ class Worker:
             print(f"failed ({code}): {run.title}, {folder}:\n{report}", file=sys.stderr, flush=True)
         else:
             suffix = self.state.systems[run.system].predicts_suffix
-            name = "validation_suffix_loss" if suffix else "validation_loss"
+            name = SUFFIX_LOSS if suffix else VALIDATION_LOSS
             loss = final[name] if final and run.horizon else None
             self.state.end(run, status=DONE, loss=loss, **facts)
             self._remove_checkpoints(run)

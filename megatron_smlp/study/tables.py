@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas
 
+from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.results import TASK, Results
 from megatron_smlp.study.state import DIVERGED, DONE
 from megatron_smlp.study.study_file import Study
@@ -112,7 +113,7 @@ class Tables:
         for system in study.systems:
             if system not in systems:
                 continue
-            found = self.losses(system, study.longest, "validation_loss")
+            found = self.losses(system, study.longest, VALIDATION_LOSS)
             missing = [str(seed) for seed in study.seeds_of(system) if seed not in found]
             if missing:
                 yield f"{system}: seed {', '.join(missing)} is missing"
@@ -150,7 +151,7 @@ class Tables:
     def evaluations(self, keys: list[str]) -> pandas.DataFrame:
         """Return the evaluations of these runs, by their tokens."""
         lines = self.curves[self.curves["key"].isin(keys)]
-        return lines[lines["validation_loss"].notna()].sort_values("tokens")
+        return lines[lines[VALIDATION_LOSS].notna()].sort_values("tokens")
 
     def trunks(self, system: str, longest: int) -> list[pandas.DataFrame]:
         """Return, a seed, the runs that together train from the start to the longest horizon."""
@@ -172,6 +173,6 @@ class Tables:
 
 
 def _residual(lines: pandas.DataFrame) -> float:
-    x, y = lines["tokens"].to_numpy(float), lines["validation_loss"].to_numpy(float)
+    x, y = lines["tokens"].to_numpy(float), lines[VALIDATION_LOSS].to_numpy(float)
     rest = y - np.polyval(np.polyfit(x, y, 1), x)
     return float(np.sqrt((rest**2).sum() / (len(x) - 2)))

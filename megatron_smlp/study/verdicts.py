@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
 from megatron_smlp.study.results import TASK
 from megatron_smlp.study.statistics import (
     UNDECIDED,
@@ -99,7 +100,7 @@ def _claim_of_losses(
         field = loss_field(systems[one], systems[other])
         sides = [tables.losses(side, study.longest, field) for side in (one, other)]
         found[one, other] = (field, paired(*sides))
-    names = {"validation_loss": "loss", "validation_suffix_loss": "loss behind the prefix"}
+    names = {VALIDATION_LOSS: "loss", SUFFIX_LOSS: "loss behind the prefix"}
     return _claim(
         {pair: (names[field], difference) for pair, (field, difference) in found.items()},
         null=0.0, name=name, text=text,
@@ -110,7 +111,7 @@ def _claim_of_losses(
 def loss_field(*systems: System) -> str:
     """Return the loss that these are compared by: of what all of them are trained to predict."""
     behind = any(system.predicts_suffix for system in systems)
-    return "validation_suffix_loss" if behind else "validation_loss"
+    return SUFFIX_LOSS if behind else VALIDATION_LOSS
 
 
 def _claim(
@@ -142,7 +143,7 @@ def best_of(kind: str, study: Study, systems: Mapping[str, System], tables: Tabl
     means = {
         name: sum(losses.values()) / len(losses)
         for name, system in systems.items()
-        if system.kind == kind and (losses := tables.losses(name, study.longest, "validation_loss"))
+        if system.kind == kind and (losses := tables.losses(name, study.longest, VALIDATION_LOSS))
     }
     return min(means, key=lambda name: means[name]) if means else None
 
