@@ -1,28 +1,39 @@
-"""An estimate of a step on one H100, from counts: of configs/paper/regular, 8 x 1,024 tokens.
+"""An estimate of a step on one of eight H100s, from counts: configs/paper/regular.
 
     python benchmarks/roofline.py measure benchmarks/results/roofline.json    (minutes, on a CPU)
     python benchmarks/roofline.py table benchmarks/results/roofline.json
 
-`measure` trains each system in two small versions, of its own layers and T = 1,024, on the CPU
-that stands in for a GPU (tests/support/cuda_stand_in.py), and counts a step's operators and bytes:
+Each GPU has SAMPLES x 1,024 tokens in each of the MICRO_BATCHES micro-batches of a step, and an
+eighth of the experts; the optimizer's state is spread over all.
 
-    one       1 sample,  2 experts, width 64
+`measure` trains each system in small versions, of its own layers and T = 1,024, on the CPU that
+stands in for a GPU (tests/support/cuda_stand_in.py), and counts a step's operators and bytes:
+
+    one       1 sample,  2 experts, width 64        each with one micro-batch, and with two
     other     2 samples, 4 experts, width 64
 
-    operators = n + m experts           solved for n and m
-    bytes     = a samples + p parameters    solved for a and p
+What the second micro-batch adds is a micro-batch; the rest of a step is the update. Of each
+
+    operators = n + m experts                       solved for n and m
+    bytes     = a samples + p parameters            solved for a and p; an update has no a
 
 An operator reads and writes numbers of tokens, in proportion to samples and width, or of
-parameters. So the step at full size has n + m E operators, and 8 a (1,024 / 64) + p P bytes.
+parameters. So at full size, with e experts and P parameters on a GPU, P' of them of its optimizer:
+
+    micro-batch    n + m e operators, and 8 a (1,024 / 64) + p P bytes
+    update         n' + m' e operators, and p' P' bytes
+
 Balanced assignment is taken out, and put in as the KERNELS operators that its kernels are, each
-over scores [N, E]. The gate is counted without its kernel.
+over scores [N, E]. Each gate, too, counted alone, forward and backward: its kernels are
+GATE_OPERATORS and move GATE_UNITS of one gate-wide tensor (counted by
+tests/cuda_without_a_gpu/kernel_counts.py).
 
     launches  operators x LAUNCH              the host, where nothing hides it
     memory    bytes / BANDWIDTH               as if no operator found anything in a cache
     compute   3 x forward FLOPs / PEAK        the needed ones, as accounting/costs.py counts them
-    step      the larger of launches and memory + compute
+    time      the larger of launches and memory + compute, of MICRO_BATCHES and an update
 
-No time in it was measured.
+Messages between GPUs are not in it. No time in it was measured.
 """
 
 from __future__ import annotations
@@ -30,8 +41,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +65,9 @@ PEAK, BANDWIDTH = 989e12, 3.35e12  # of an H100 SXM: FLOP/s, dense, bf16; bytes/
 LAUNCH = 5e-6  # seconds
 KERNELS = 27  # operators of a call of balanced assignment with kernels
 SAMPLES, TOKENS, WIDTH, VOCABULARY = 8, 1024, 1024, 50304
+GPUS, MICRO_BATCHES = 8, 8  # --global-batch-size 512
+GATE_UNITS = {"one head": 18.4, "heads": 21.2, "partial prediction": 23.8}
+GATE_OPERATORS = {"one head": 6, "heads": 6, "partial prediction": 59}
 SMALL_WIDTH, STEPS = 64, 4
 RUN = f"""
     --mock-data --tokenizer-type NullTokenizer --num-workers 0 --no-resume --eval-iters 0
@@ -62,75 +77,115 @@ RUN = f"""
 
 @dataclass(frozen=True)
 class Count:
-    """Of a step: of a small version, or of the full one."""
+    """Of a step of a small version: without balanced assignments and gates."""
 
     samples: int
     experts: int
     parameters: int
+    micro_batches: int
     operators: float
     bytes: float
     assignments: int
-    """Calls of balanced assignment, which are not among operators and bytes of a small version."""
+    """Calls of balanced assignment in a micro-batch."""
+    gates: Mapping[str, int]
+    """Number of them, by kind."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch, or an update: operators = n + m experts, bytes = a samples + p parameters."""
+
+    n: float
+    m: float
+    a: float
+    p: float
+
+    @classmethod
+    def through(cls, one: Count, other: Count) -> Part:
+        """Solve the equations; `one` and `other` are counts of this part alone."""
+        apart = other.experts - one.experts
+        m = (other.operators - one.operators) / apart if apart else 0.0
+        more = other.samples / one.samples
+        p = (other.bytes - more * one.bytes) / (other.parameters - more * one.parameters)
+        a = (one.bytes - p * one.parameters) / one.samples
+        return cls(n=one.operators - m * one.experts, m=m, a=a, p=p)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Of the table, in milliseconds."""
+    """Of the table: of a GPU."""
 
-    launches: float
+    operators: float
+    gigabytes: float
+    """Of a micro-batch, as the operators."""
+    teraflops: float
+    launches: float  # milliseconds, as all that follows
     memory: float
     compute: float
+    update: float
 
     @property
-    def step(self) -> float:
+    def micro_batch(self) -> float:
         return max(self.launches, self.memory + self.compute)
 
     @property
     def mfu(self) -> float:
-        return self.compute / self.step
+        return self.compute / (self.micro_batch + self.update / MICRO_BATCHES)
 
 
-def full(
-    one: Count, other: Count, *, samples: int, experts: int, parameters: int, scale: float
-) -> Count:
-    """Solve the two equations above, and put another size in.
+def parts(counts: Sequence[Count]) -> tuple[Part, Part]:
+    """Return a micro-batch and an update, from one, other, and both with two micro-batches."""
+    one, other, one_twice, other_twice = counts
+    micro_batches, updates = [], []
+    for once, twice in ((one, one_twice), (other, other_twice)):
+        operators, size = twice.operators - once.operators, twice.bytes - once.bytes
+        micro_batches.append(replace(once, operators=operators, bytes=size))
+        rest = replace(once, operators=once.operators - operators, bytes=once.bytes - size)
+        updates.append(rest)
+    update = Part.through(*updates)
+    first = updates[0]
+    return Part.through(*micro_batches), replace(update, a=0.0, p=first.bytes / first.parameters)
 
-    Args:
-        scale: its width over that of the two.
-    """
-    apart = other.experts - one.experts
-    each = (other.operators - one.operators) / apart if apart else 0.0
-    operators = one.operators + each * (experts - one.experts)
-    more = other.samples / one.samples
-    of_parameters = (other.bytes - more * one.bytes) / (other.parameters - more * one.parameters)
-    of_samples = (one.bytes - of_parameters * one.parameters) / one.samples
-    scores = 4 * samples * TOKENS * experts
-    return Count(
-        samples=samples,
-        experts=experts,
-        parameters=parameters,
-        operators=operators + KERNELS * one.assignments,
-        bytes=scale * samples * of_samples
-        + of_parameters * parameters
-        + scores * KERNELS * one.assignments,
-        assignments=one.assignments,
+
+def row_of(found: dict[str, Any]) -> Row:
+    """Of one system of what `measure` returns."""
+    counts = [Count(**values) for values in found["small"]]
+    one, experts = counts[0], found["experts"]
+    micro_batch, update = parts(counts)
+    here = experts / GPUS
+    scores = 4 * SAMPLES * TOKENS * experts
+    gate = 2 * SAMPLES * TOKENS * found["gate_width"]
+    operators = (
+        micro_batch.n + micro_batch.m * here + KERNELS * one.assignments
+        + sum(GATE_OPERATORS[kind] * number for kind, number in one.gates.items())
+    )  # fmt: skip
+    size = (
+        WIDTH / SMALL_WIDTH * SAMPLES * micro_batch.a + micro_batch.p * found["parameters_of_gpu"]
+        + scores * KERNELS * one.assignments
+        + sum(GATE_UNITS[kind] * gate * number for kind, number in one.gates.items())
+    )  # fmt: skip
+    of_update = max(
+        LAUNCH * (update.n + update.m * here),
+        update.p * found["parameters"] / GPUS / BANDWIDTH,
     )
-
-
-def row(count: Count, *, flops: float) -> Row:
-    """flops: forward and backward, of all samples."""
     return Row(
-        launches=1e3 * LAUNCH * count.operators,
-        memory=1e3 * count.bytes / BANDWIDTH,
-        compute=1e3 * flops / PEAK,
+        operators=operators,
+        gigabytes=size / 1e9,
+        teraflops=found["flops"] / 1e12,
+        launches=1e3 * LAUNCH * operators,
+        memory=1e3 * size / BANDWIDTH,
+        compute=1e3 * found["flops"] / PEAK,
+        update=1e3 * of_update,
     )
 
 
-def changes(system: str, *, samples: int, experts: int, width: int) -> dict[str, Any]:
+def changes(
+    system: str, *, samples: int, experts: int, width: int, micro_batches: int = 1
+) -> dict[str, Any]:
     """What a version of this width has in place of the file's; the rest follows from the width."""
     changed = {
         "micro_batch_size": samples,
-        "global_batch_size": samples,
+        "global_batch_size": samples * micro_batches,
         "vocab_size": VOCABULARY * width // WIDTH,
         "make_vocab_size_divisible_by": 1,
         "hidden_size": width,
@@ -145,13 +200,17 @@ def changes(system: str, *, samples: int, experts: int, width: int) -> dict[str,
 
 
 def expected(system: str, **size: int) -> dict[str, Any]:
-    """What tools/estimate.py says; without a size of the file itself."""
+    """What tools/estimate.py says; without a size of the file itself, on its GPUs."""
     from megatron_smlp.accounting.estimate import estimate
     from megatron_smlp.flags.config_file import read_yaml
 
     values = read_yaml(CONFIGS / f"{system}.yaml")
     values = {name.replace("-", "_"): value for name, value in values.items()}
-    return estimate(values | (changes(system, **size) if size else {}))
+    if size:
+        return estimate(values | changes(system, **size))
+    spread = GPUS if SYSTEMS[system] else 1
+    layout = {"world_size": GPUS, "expert_model_parallel_size": spread}
+    return estimate(values | layout | {"expert_tensor_parallel_size": 1})
 
 
 def command_line(system: str, **size: int) -> str:
@@ -164,15 +223,17 @@ def command_line(system: str, **size: int) -> str:
 
 
 def count_step(system: str, **size: int) -> Count:
-    """Train four steps on the stand-in, and count one, without what assigns tokens."""
+    """Train four steps on the stand-in, and count one, without assignments and gates."""
     import torch
     from support import device_budgets
     from support.cuda_stand_in import Tally, watch
 
+    from megatron_smlp.layers.spatial_gating import SpatialGating
     from megatron_smlp.routers import base
 
     calls: list[Tally] = []
-    assign = base.priced_assignment
+    gates: dict[int, tuple[str, Tally]] = {}
+    assign, forward = base.priced_assignment, SpatialGating.forward
 
     def dealt(scores: Any) -> Any:
         """Any balanced assignment makes the same layer."""
@@ -182,19 +243,49 @@ def count_step(system: str, **size: int) -> Count:
         calls.append(tally)
         return experts, prices
 
-    base.priced_assignment = dealt
+    def counting(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self) not in gates:  # in the first step, which is not the one that is counted
+            gates[id(self)] = (_kind(self), _gate(self, hidden_states))
+        return forward(self, hidden_states, *args, **kwargs)
+
+    base.priced_assignment, SpatialGating.forward = dealt, counting
     try:
         step = device_budgets.measure(command_line(system, **size), model="")["step"]
     finally:
-        base.priced_assignment = assign
+        base.priced_assignment, SpatialGating.forward = assign, forward
+    micro_batches = size.get("micro_batches", 1)
+    apart = [(tally, 1 / STEPS) for tally in calls]
+    apart += [(tally, micro_batches) for _, tally in gates.values()]
     return Count(
         samples=size["samples"],
         experts=size["experts"],
         parameters=expected(system, **size)["total_parameters"],
-        operators=step["operators"] - sum(sum(c.operators.values()) for c in calls) / STEPS,
-        bytes=1e6 * step["megabytes"] - sum(call.bytes for call in calls) / STEPS,
-        assignments=len(calls) // STEPS,
+        micro_batches=micro_batches,
+        operators=step["operators"] - sum(sum(t.operators.values()) * n for t, n in apart),
+        bytes=1e6 * step["megabytes"] - sum(tally.bytes * number for tally, number in apart),
+        assignments=len(calls) // STEPS // micro_batches,
+        gates=dict(Counter(kind for kind, _ in gates.values())),
     )
+
+
+def _kind(layer: Any) -> str:
+    """Return the key of a gate in GATE_UNITS."""
+    if getattr(layer, "router", None) is not None:
+        return "partial prediction"
+    return "one head" if layer.local_heads == 1 else "heads"
+
+
+def _gate(layer: Any, hidden_states: Any) -> Any:
+    """Forward and backward of a gate alone."""
+    import torch
+    from support.cuda_stand_in import watch
+
+    u, _ = layer.linear_fc1(hidden_states.detach())
+    u = u.detach().requires_grad_()
+    with watch() as tally:
+        y = layer.gate(u)
+        torch.autograd.grad(y, [u, *layer.norm.parameters(), *layer.spatial.parameters()], y)
+    return tally
 
 
 def measure(systems: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -207,10 +298,12 @@ def measure(systems: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         experts = SYSTEMS[system]
         small = [
             count_step(
-                system, samples=samples, experts=2 * samples if experts else 0, width=SMALL_WIDTH
+                system, samples=samples, experts=2 * samples if experts else 0,
+                width=SMALL_WIDTH, micro_batches=micro_batches,
             )
+            for micro_batches in (1, 2)
             for samples in (1, 2)
-        ]
+        ]  # fmt: skip
         known = expected(system)
         yield (
             system,
@@ -218,41 +311,29 @@ def measure(systems: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
                 "small": [asdict(count) for count in small],
                 "experts": experts,
                 "parameters": known["total_parameters"],
+                "parameters_of_gpu": known["per_gpu"]["parameters"],
+                "gate_width": 2 * WIDTH if any(count.gates for count in small) else 0,
                 "flops": 3e12 * SAMPLES * known["forward_needed_tflops_per_1024_tokens"],
             },
         )
 
 
-def row_of(found: dict[str, Any]) -> tuple[Count, Row]:
-    """Of one system of what `measure` returns."""
-    one, other = (Count(**values) for values in found["small"])
-    count = full(
-        one,
-        other,
-        samples=SAMPLES,
-        experts=found["experts"],
-        parameters=found["parameters"],
-        scale=WIDTH / SMALL_WIDTH,
-    )
-    return count, row(count, flops=found["flops"])
-
-
 def table(found: dict[str, Any]) -> str:
     """Markdown, one line a system."""
     lines = [
-        "| system | operators | GB | TFLOP | launches | memory | compute | step | MFU |",
+        "| system | operators | GB | TFLOP | launches | memory | compute | update | MFU |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for system, values in found.items():
-        count, times = row_of(values)
-        milliseconds = (times.launches, times.memory, times.compute, times.step)
+        row = row_of(values)
         cells = [
             system,
-            f"{count.operators:,.0f}",
-            f"{count.bytes / 1e9:.0f}",
-            f"{values['flops'] / 1e12:.1f}",
-            *(f"{time:.0f}" for time in milliseconds),
-            f"{times.mfu:.0%}".replace("%", " %"),
+            f"{row.operators:,.0f}",
+            f"{row.gigabytes:.0f}",
+            f"{row.teraflops:.1f}",
+            *(f"{time:.0f}" for time in (row.launches, row.memory, row.compute)),
+            f"{row.update:.1f}",
+            f"{row.mfu:.0%}".replace("%", " %"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

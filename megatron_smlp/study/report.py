@@ -59,7 +59,7 @@ def times_to_losses(
             found=time_ratio(study, systems, tables, rival=name, unit=unit),
             is_bound=is_there_at_first(study, systems, tables, rival=name),
         )
-        for name in rivals(systems)
+        for name in rivals(study, systems)
         if tables.losses(name, study.longest, VALIDATION_LOSS)
     ]  # fmt: skip
 
@@ -212,7 +212,7 @@ class Page:
     def _crossings(self) -> Iterator[str]:
         yield "Crossings of the mean curves over the horizons; outside of them nothing is known.\n"
         yield from _table("with", "at tokens")
-        for name in rivals(self.systems):
+        for name in rivals(self.study, self.systems):
             yield _row(name, self._crossing(name))
 
     def _crossing(self, name: str) -> str:
@@ -296,10 +296,15 @@ NOT_COMPARABLE = (
 
 
 def _because(claim: Claim) -> list[str]:
+    is_one_against_all = len({each.one for each in claim.comparisons}) == 1
     words = []
     for verdict in ("confirmed", "refuted", "undecided"):
-        others = [each.other for each in claim.comparisons if each.verdict == verdict]
-        words += [f"{verdict} against {', '.join(others)}"] if others else []
+        those = [each for each in claim.comparisons if each.verdict == verdict]
+        if those and is_one_against_all:
+            words.append(f"{verdict} against {', '.join(each.other for each in those)}")
+        elif those:
+            pairs = ", ".join(f"{each.one} against {each.other}" for each in those)
+            words.append(f"{verdict}: {pairs}")
     return words
 
 

@@ -56,18 +56,17 @@ class Claim:
 
 
 def claims_of(study: Study, systems: Mapping[str, System], tables: Tables) -> list[Claim]:
-    """Return every claim with its comparisons and its verdict."""
-    return [
-        _lower_loss(study, systems, tables),
-        _less_time(study, systems, tables),
-        _faster_steps(study, systems, tables),
-        _better_at_tasks(study, systems, tables),
-        _ablations(study, systems, tables),
-    ]
+    """Return every claim that the study's systems can decide, with comparisons and verdict."""
+    claims = [_lower_loss]
+    if any(system.kind == "moe" for system in systems.values()):
+        claims += [_less_time, _faster_steps, _better_at_tasks]
+    if study.ablations:
+        claims.append(_ablations)
+    return [claim(study, systems, tables) for claim in claims]
 
 
 def _lower_loss(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
-    pairs = [(study.subject, name) for name in rivals(systems)]
+    pairs = [(study.subject, name) for name in rivals(study, systems)]
     return _claim_of_losses(
         study, systems, tables, pairs, name="C1",
         text=f"{study.subject} has a lower loss than every other system at equal tokens and FLOPs",
@@ -81,9 +80,11 @@ def _ablations(study: Study, systems: Mapping[str, System], tables: Tables) -> C
     )  # fmt: skip
 
 
-def rivals(systems: Mapping[str, System]) -> list[str]:
-    """Return the systems that the subject is compared with: all that are no sMLP themselves."""
-    return [name for name, system in systems.items() if not system.is_smlp]
+def rivals(study: Study, systems: Mapping[str, System]) -> list[str]:
+    """Return the systems that the subject is compared with: all others that are no sMLP."""
+    return [
+        name for name, system in systems.items() if not system.is_smlp and name != study.subject
+    ]
 
 
 def _claim_of_losses(
@@ -205,7 +206,7 @@ def is_there_at_first(
 
 def _better_at_tasks(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
     """C4: the share of wrong answers, in percent, as a mean over the tasks that were scored."""
-    others = [name for name in rivals(systems) if systems[name].is_sparse]
+    others = [name for name in rivals(study, systems) if systems[name].is_sparse]
     mine = tables.task_errors(study.subject)
     found = {
         (study.subject, name): ("wrong answers in %", paired(mine, theirs))
@@ -226,7 +227,7 @@ def _one(system: str) -> float:
 
 def _faster_steps(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
     text = "the most words a second of all sparse systems"
-    others = [name for name in rivals(systems) if systems[name].is_sparse]
+    others = [name for name in rivals(study, systems) if systems[name].is_sparse]
     step: Callable[[str], Mapping[int, float]] = tables.step_seconds
     found = {
         (study.subject, name): ("step time", ratio(step(study.subject), step(name)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +22,56 @@ def counted() -> dict[str, Any]:
     return json.loads(COUNTS.read_text(encoding="utf-8"))
 
 
-def small(samples: int, experts: int, *, assignments: int = 0) -> Count:
-    """1000 operators and 10 an expert, 6 bytes a sample and 3 a parameter."""
+def small(samples: int, experts: int, micro_batches: int, *, assignments: int = 0) -> Count:
+    """A micro-batch: 1000 operators and 10 an expert, 6 bytes a sample and 3 a parameter; an
+    update: 50 operators and 2 an expert, 20 bytes a parameter.
+    """
     parameters = 100 * (1 + experts)
+    micro_batch = 6 * samples + 3 * parameters
     return Count(
         samples=samples,
         experts=experts,
         parameters=parameters,
-        operators=1000 + 10 * experts,
-        bytes=6 * samples + 3 * parameters,
+        micro_batches=micro_batches,
+        operators=micro_batches * (1000 + 10 * experts) + 50 + 2 * experts,
+        bytes=micro_batches * micro_batch + 20 * parameters,
         assignments=assignments,
+        gates={"one head": 2, "heads": 1},
     )
+
+
+def versions(experts: int, **more: int) -> list[Count]:
+    return [small(s, s * experts, m, **more) for m in (1, 2) for s in (1, 2)]
 
 
 @pytest.mark.parametrize("experts", [0, 2])
 def test_the_equations_are_solved(experts: int):
-    one, other = small(1, experts), small(2, 2 * experts)
-    count = roofline.full(one, other, samples=8, experts=32, parameters=7000, scale=16.0)
-    assert count.operators == (1000 + 10 * 32 if experts else 1000)
-    assert count.bytes == pytest.approx(16 * 8 * 6 + 3 * 7000)
+    micro_batch, update = roofline.parts(versions(experts))
+    assert (micro_batch.n, micro_batch.m) == (1000, 10 if experts else 0)
+    assert (update.n, update.m) == (50, 2 if experts else 0)
+    assert (micro_batch.a, micro_batch.p) == pytest.approx((6, 3))
+    assert (update.a, update.p) == pytest.approx((0, 20))
 
 
-def test_assignments_are_put_in_as_kernels():
-    one, other = small(1, 2, assignments=3), small(2, 4, assignments=3)
-    count = roofline.full(one, other, samples=8, experts=32, parameters=7000, scale=16.0)
-    assert count.operators == 1000 + 10 * 32 + 3 * roofline.KERNELS
-    scores = 8 * 1024 * 32 * 4
-    assert count.bytes == pytest.approx(16 * 8 * 6 + 3 * 7000 + 3 * roofline.KERNELS * scores)
-
-
-def test_one_row_from_its_counts(counted: dict[str, Any]):
-    """gMLP: no experts; by hand."""
-    found = counted["gmlp"]
-    one, other = found["small"]
-    # What two samples add to one is of samples; the rest is of parameters.
-    of_sample = other["bytes"] - one["bytes"]
-    of_parameters = one["bytes"] - of_sample
-    size = 8 * 16 * of_sample + of_parameters * found["parameters"] / one["parameters"]
-    compute = found["flops"] / 989e12
-    step = max(5e-6 * one["operators"], size / 3.35e12 + compute)
-    _, times = roofline.row_of(found)
-    assert times.step == pytest.approx(1e3 * step)
-    assert times.mfu == pytest.approx(compute / step)
+def test_a_row_by_hand():
+    """32 experts, of which a GPU has four; three assignments and three gates in a micro-batch."""
+    found = {
+        "small": [asdict(count) for count in versions(2, assignments=3)],
+        "experts": 32,
+        "parameters": 8e9,
+        "parameters_of_gpu": 1e9,
+        "gate_width": 2048,
+        "flops": 1e12,
+    }
+    row = roofline.row_of(found)
+    assert row.operators == 1000 + 10 * 4 + 3 * 27 + 3 * 6
+    scores, gate = 8 * 1024 * 32 * 4, 8 * 1024 * 2048 * 2
+    size = 16 * 8 * 6 + 3e9 + 3 * 27 * scores + (2 * 18.4 + 21.2) * gate
+    assert row.gigabytes == pytest.approx(size / 1e9)
+    assert row.update == pytest.approx(1e3 * 20 * 1e9 / 3.35e12)
+    compute = 1e12 / 989e12
+    micro_batch = max(5e-6 * row.operators, size / 3.35e12 + compute)
+    assert row.mfu == pytest.approx(compute / (micro_batch + 20e9 / 3.35e12 / 8))
 
 
 @pytest.mark.parametrize("system", json.loads(COUNTS.read_text(encoding="utf-8")))
@@ -71,8 +80,10 @@ def test_its_sizes_are_those_of_the_configuration(system: str, counted: dict[str
     found = counted[system]
     assert found["parameters"] == known["total_parameters"]
     assert found["flops"] == 24e12 * known["forward_needed_tflops_per_1024_tokens"]
-    sizes = [(count["samples"], count["experts"]) for count in found["small"]]
-    assert sizes == [(1, 2), (2, 4)] if found["experts"] else [(1, 0), (2, 0)]
+    assert found["parameters_of_gpu"] == known["per_gpu"]["parameters"]
+    sizes = [(c["samples"], c["experts"], c["micro_batches"]) for c in found["small"]]
+    experts = 2 if found["experts"] else 0
+    assert sizes == [(s, s * experts, m) for m in (1, 2) for s in (1, 2)]
 
 
 @pytest.mark.parametrize("system", roofline.SYSTEMS)

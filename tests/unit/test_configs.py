@@ -145,9 +145,15 @@ STAGES = {"gmlp": 2, "amlp": 1, "smlp_deterministic": 3, "smlp_partial": 3}
 RANKS = 96
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    ("system", "of"),
+    [
+        *((system, "the first and last of each stage") for system in SYSTEMS),
+        pytest.param("smlp_deterministic", "all", marks=pytest.mark.slow),
+    ],
+)
 def test_shards_of_the_large_models(
-    parse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, system: str
+    parse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, system: str, of: str
 ):
     """Built by Megatron as each rank would, without storage: every one has the expected size."""
     has_experts = system in TOKEN_MOES or system.startswith("smlp")
@@ -163,7 +169,7 @@ def test_shards_of_the_large_models(
     expert_tensor = ("", " --expert-tensor-parallel-size 1") if has_experts else ("",)
     of_stage = RANKS // stages
     ends = {rank for first in range(0, RANKS, of_stage) for rank in (first, first + of_stage - 1)}
-    ranks = range(RANKS) if system == "smlp_deterministic" else sorted(ends)
+    ranks = range(RANKS) if of == "all" else sorted(ends)
     monkeypatch.setenv("WORLD_SIZE", str(RANKS))
     for more in expert_tensor:
         args = parse(words + more, base="")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.gating import Gate, exactly, norm_exactly
@@ -36,10 +38,27 @@ SLOW_GATES = {
 ROUNDING = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
+NORMED = ("GELU and LayerNorm", "GELU and LayerNorm, bf16")
+LONGEST, LAST = "fp16, M in fp32", 129
+"""Over a tile, which is 128 rows."""
+
+
 @pytest.fixture(scope="module")
-def answers() -> dict[str, list[Tensor]]:
-    calls = [("support.gating:by_kernels", (gate,)) for gate in GATES.values()]
-    return dict(zip(GATES, interpreted(calls), strict=True))
+def interpretations() -> dict[str, list[Any]]:
+    """What each function makes of its gates: all in one process, as importing takes longest."""
+    calls: dict[str, list[tuple[Any, ...]]] = {
+        "by_kernels": [(gate,) for gate in GATES.values()],
+        "norm_by_kernels": [(GATES[name],) for name in NORMED],
+        "with_other_tokens_from": [(GATES[LONGEST], LAST)],
+    }
+    pairs = [(name, arguments) for name, several in calls.items() for arguments in several]
+    answers = iter(interpreted([(f"support.gating:{name}", rest) for name, rest in pairs]))
+    return {name: [next(answers) for _ in several] for name, several in calls.items()}
+
+
+@pytest.fixture(scope="module")
+def answers(interpretations: dict[str, list[Any]]) -> dict[str, list[Tensor]]:
+    return dict(zip(GATES, interpretations["by_kernels"], strict=True))
 
 
 def _assert_close(gate: Gate, ours: list[Tensor]) -> None:
@@ -62,10 +81,10 @@ def test_outputs_and_gradients_are_the_twins(case: str, answers: dict[str, list[
     assert not ours[gate.matrix + 1][:, upper].any()
 
 
-@pytest.mark.parametrize("gate", [GATES["GELU and LayerNorm"], GATES["GELU and LayerNorm, bf16"]])
-def test_the_means_have_gradients_too(gate: Gate):
+@pytest.mark.parametrize("name", NORMED)
+def test_the_means_have_gradients_too(name: str, interpretations: dict[str, list[Any]]):
     """Partial prediction routes by them."""
-    (ours,) = interpreted([("support.gating:norm_by_kernels", (gate,))])
+    gate, ours = GATES[name], interpretations["norm_by_kernels"][NORMED.index(name)]
     exact = norm_exactly(gate)
     assert ours[1].dtype == torch.float32
     assert len(ours) == len(exact)
@@ -81,12 +100,12 @@ def test_longer_sequences():
         _assert_close(gate, ours)
 
 
-def test_later_tokens_are_in_no_row(answers: dict[str, list[Tensor]]):
-    """Bit by bit, and past the end of a tile, which is 128 rows."""
-    gate = GATES["fp16, M in fp32"]
-    (changed,) = interpreted([("support.gating:with_other_tokens_from", (gate, 129))])
-    assert torch.equal(changed[:129], answers["fp16, M in fp32"][0][:129])
-    assert not torch.equal(changed[129:], answers["fp16, M in fp32"][0][129:])
+def test_later_tokens_are_in_no_row(interpretations: dict[str, list[Any]]):
+    """Bit by bit, and past the end of a tile."""
+    before = interpretations["by_kernels"][list(GATES).index(LONGEST)][0]
+    (changed,) = interpretations["with_other_tokens_from"]
+    assert torch.equal(changed[:LAST], before[:LAST])
+    assert not torch.equal(changed[LAST:], before[LAST:])
 
 
 def test_shapes_that_do_not_fit_are_refused():

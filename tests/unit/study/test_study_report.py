@@ -224,3 +224,17 @@ def test_a_timing_that_is_stopped_keeps_its_rounds(
     kept = Results(args.results).speed
     assert list(kept["round"]) == [1] * len(known.systems)
     assert set(kept["system"]) == set(known.systems)
+
+
+def test_claims_are_those_that_the_systems_can_decide(tmp_path: Path):
+    """Dense ones alone, and a subject that is no sMLP: it has no rival in itself."""
+    path = write_study(
+        tmp_path, systems=["transformer", "gmlp", "mixer"], subject="gmlp",
+        ablations=[["gmlp", "mixer"], ["transformer", "mixer"]], **{"needed-flops-tolerance": 0.1},
+    )  # fmt: skip
+    known = state_of(path, runs=tmp_path / "runs")
+    pretend(known, loss_of)
+    claims, text = page(known, tmp_path)
+    assert list(claims) == ["C1", "C5"]
+    assert [each["other"] for each in claims["C1"]["comparisons"]] == ["transformer", "mixer"]
+    assert "gmlp against mixer, transformer against mixer" in text
