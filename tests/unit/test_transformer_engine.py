@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.cover import selected, slow_unless_in
 from support.launches import REPOSITORY, run_command
 from support.systems import MODEL, SYSTEMS
 
@@ -33,6 +34,9 @@ CASES = [
     if system in SPARSE or "grouped" not in variant
     if layout == "tp2" or "fp8" not in variant
 ]
+# Of each kind of layer one; the others differ from these in their routers.
+FAST = ("transformer", "gshard", "amlp", "smlp_partial")
+MARKED = slow_unless_in([case for case in CASES if case[0] in FAST], CASES)
 NUM_EXPERTS = 4
 HIDDEN, FFN = 64, 256
 # The names of the buffers, the sizes of all ranks together, and whether there is a bias.
@@ -55,15 +59,18 @@ def expert_layers(system: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every case, built in one process that finds the stand-in."""
+def recorded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Every case that is asked for, built in one process that finds the stand-in."""
     folder: Path = tmp_path_factory.mktemp("transformer_engine")
     cases = {}
-    for system, layout, variant in CASES:
+    systems = {system for (system,) in selected(request, "system")}
+    for system, layout, variant in (case for case in CASES if case[0] in systems):
         world, parallel = LAYOUTS[layout]
         flags = f"{MODEL} {SIZES} {SYSTEMS[system]} {parallel} {VARIANTS[variant]}"
         cases[f"{system} {layout} {variant}"] = {"world": world, "flags": flags}
-    for system in SYSTEMS:
+    for system in systems:
         flags = f"{MODEL} {SIZES} {SYSTEMS[system]} --transformer-impl local"
         cases[f"{system} local"] = {"world": 1, "flags": flags}
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -78,7 +85,7 @@ def calls(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [given for called, given in record["calls"] if called == name]
 
 
-@pytest.mark.parametrize(("system", "layout", "variant"), CASES)
+@pytest.mark.parametrize(("system", "layout", "variant"), MARKED)
 def test_it_builds(recorded: dict[str, Any], system: str, layout: str, variant: str):
     record = recorded[f"{system} {layout} {variant}"]
     assert "error" not in record, record["error"]
@@ -91,7 +98,7 @@ def test_it_builds(recorded: dict[str, Any], system: str, layout: str, variant: 
     assert bool(calls(record, "fp8_model_init")) == ("fp8" in variant)
 
 
-@pytest.mark.parametrize(("system", "layout", "variant"), CASES)
+@pytest.mark.parametrize(("system", "layout", "variant"), MARKED)
 def test_projections(recorded: dict[str, Any], system: str, layout: str, variant: str):
     """Each has its place in the parallel group, and with overlap the name of its buffer."""
     world = LAYOUTS[layout][0]
@@ -116,7 +123,7 @@ def sizes_of(layers: list[tuple[str, int, int, bool]]) -> list[tuple[int, int, b
 
 
 @pytest.mark.parametrize(
-    ("system", "layout", "variant"), [case for case in CASES if case[0] in SPARSE]
+    ("system", "layout", "variant"), [case for case in MARKED if case.values[0] in SPARSE]
 )
 def test_experts(recorded: dict[str, Any], system: str, layout: str, variant: str):
     """No bias, no communication of their own, and their own random numbers."""
@@ -136,7 +143,7 @@ def test_experts(recorded: dict[str, Any], system: str, layout: str, variant: st
     assert all(given["num_gemms"] == NUM_EXPERTS for given in experts if grouped)
 
 
-@pytest.mark.parametrize(("system", "layout", "variant"), CASES)
+@pytest.mark.parametrize(("system", "layout", "variant"), MARKED)
 def test_norms(recorded: dict[str, Any], system: str, layout: str, variant: str):
     """Of the slots and the last one: their gradients are summed where tokens are sharded."""
     norms = calls(recorded[f"{system} {layout} {variant}"], "LayerNorm")
@@ -145,7 +152,7 @@ def test_norms(recorded: dict[str, Any], system: str, layout: str, variant: str)
     assert {given["sequence_parallel"] for given in norms} == {LAYOUTS[layout][0] > 1}
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", slow_unless_in(FAST, SYSTEMS))
 def test_a_checkpoint_is_the_local_ones(recorded: dict[str, Any], system: str):
     """Either implementation reads what the other one saved."""
     local = tensors(recorded[f"{system} local"])
