@@ -41,8 +41,10 @@ class Drawing:
 
     def figures(self, speedups: Sequence[Comparison]) -> Iterator[tuple[str, Figure]]:
         """Yield name and figure of all that there is to draw."""
+        suffix = any(system.predicts_suffix for system in self.systems.values())
         for field, what in FIELDS.items():
-            if self.tables.converged[field].notna().any():
+            is_asked = suffix or field != SUFFIX_LOSS
+            if is_asked and self.tables.converged[field].notna().any():
                 yield f"loss{what.replace(' ', '-')}", self.losses(field, what)
         if len(self.tables.evaluations(list(self.tables.runs["key"]))):
             yield "evaluations", self.evaluations()

@@ -10,15 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from support.launches import (
-    REPOSITORY,
-    TIME_LIMIT,
-    Step,
-    clean_environment,
-    launch,
-    run_command,
-    steps,
-)
+from support.launches import REPOSITORY, TIME_LIMIT, Step, clean_environment, run_command, steps
 
 EXAMPLES = REPOSITORY / "examples"
 LAUNCHERS = ("one_node.sh", "several_nodes.sh", "slurm.sh")
@@ -68,25 +60,17 @@ def started(
 
 
 @pytest.fixture(scope="module")
-def no_launcher(tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
-    """The steps of two processes that no launcher started."""
-    folder = tmp_path_factory.mktemp("no_launcher")
-    flags = f"--config {REPOSITORY / CONFIG} {FLAGS}"
-    launch({"run": flags}, processes=2, folder=folder)
-    found = steps(folder / "run")
+def one_node(tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
+    """The steps of one agent with two processes."""
+    folder = tmp_path_factory.mktemp("one_node")
+    run_command(command("one_node.sh", folder), CONFIG=CONFIG, NPROC_PER_NODE="2")
+    found = steps(folder)
     assert len(found) == NUM_STEPS
     return found
 
 
 @pytest.mark.slow
-def test_one_node_trains_the_same(no_launcher: list[Step], tmp_path: Path):
-    """One torchrun agent of two processes."""
-    run_command(command("one_node.sh", tmp_path), CONFIG=CONFIG, NPROC_PER_NODE="2")
-    assert steps(tmp_path) == no_launcher
-
-
-@pytest.mark.slow
-def test_two_nodes_train_as_one(no_launcher: list[Step], tmp_path: Path):
+def test_two_nodes_train_as_one(one_node: list[Step], tmp_path: Path):
     """Two torchrun agents of one process each, which find each other by their rendezvous."""
     common = {
         "CONFIG": CONFIG,
@@ -101,7 +85,7 @@ def test_two_nodes_train_as_one(no_launcher: list[Step], tmp_path: Path):
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)[-6000:]
     # One reports, and it is not a run of its own: each of two would have logged all steps.
     assert sorted("iteration 5/5" in output for output in outputs) == [False, True]
-    assert steps(tmp_path) == no_launcher
+    assert steps(tmp_path) == one_node
 
 
 # Starts the tasks of all "nodes" on this machine, as `srun --ntasks-per-node=1` does on theirs.
@@ -170,7 +154,7 @@ def slurm_tools(folder: Path) -> Path:
     return tools
 
 
-def test_slurm_starts_the_same_training(no_launcher: list[Step], tmp_path: Path):
+def test_slurm_starts_the_same_training(one_node: list[Step], tmp_path: Path):
     """slurm.sh with stand-ins for srun and scontrol, run from a copy as Slurm does.
 
     Two torchrun agents of one process each: a task is examples/several_nodes.sh.
@@ -191,7 +175,7 @@ def test_slurm_starts_the_same_training(no_launcher: list[Step], tmp_path: Path)
         SLURM_JOB_NODELIST="node[1-2]",
         SLURM_SUBMIT_DIR=str(REPOSITORY),
     )
-    assert steps(tmp_path / "log") == no_launcher
+    assert steps(tmp_path / "log") == one_node
     # Slurm 22.05 to 23.02 would otherwise bind all processes of a node to one core.
     assert "--cpus-per-task=7 bash" in done.stdout
 

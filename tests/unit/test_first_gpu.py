@@ -101,7 +101,7 @@ def test_the_report_says_what_to_send_and_with_which_versions(
     assert f"* torch: {torch.__version__.split('+')[0]}" in printed
     assert "## What to send to the maintainers" in printed
     assert "the CPU in place of a GPU" in printed
-    assert f"5 passed, 0 failed, {len(FOR_CUDA)} not run" in printed
+    assert re.search(rf"\b[1-9]\d* passed, 0 failed, {len(FOR_CUDA)} not run", printed)
 
 
 def test_kernels_are_timed_beside_what_they_replace(reports: Callable[[str], dict[str, Any]]):

@@ -23,7 +23,7 @@ def training(system: str, tokenizer: Path, folder: Path) -> str:
 
 
 def without_time(line: dict[str, Any]) -> dict[str, Any]:
-    times = ("second", "tflops", "share", "mfu")
+    times = ("second", "tflops", "share", "mfu", "slow_hosts")
     return {name: value for name, value in line.items() if not any(t in name for t in times)}
 
 
