@@ -154,7 +154,7 @@ def row_of(found: dict[str, Any]) -> Row:
     micro_batch, update = parts(counts)
     here = experts / GPUS
     scores = 4 * SAMPLES * TOKENS * experts
-    gate = 2 * SAMPLES * TOKENS * found["gate_width"]
+    gate = 2 * SAMPLES * TOKENS * 2 * WIDTH  # bytes of F = 2 D numbers a token
     operators = (
         micro_batch.n + micro_batch.m * here + KERNELS * one.assignments
         + sum(GATE_OPERATORS[kind] * number for kind, number in one.gates.items())
@@ -228,12 +228,10 @@ def count_step(system: str, **size: int) -> Count:
     from support import device_budgets
     from support.cuda_stand_in import Tally, watch
 
-    from megatron_smlp.layers.spatial_gating import SpatialGating
     from megatron_smlp.routers import base
 
     calls: list[Tally] = []
-    gates: dict[int, tuple[str, Tally]] = {}
-    assign, forward = base.priced_assignment, SpatialGating.forward
+    assign = base.priced_assignment
 
     def dealt(scores: Any) -> Any:
         """Any balanced assignment makes the same layer."""
@@ -243,16 +241,12 @@ def count_step(system: str, **size: int) -> Count:
         calls.append(tally)
         return experts, prices
 
-    def counting(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self) not in gates:  # in the first step, which is not the one that is counted
-            gates[id(self)] = (_kind(self), _gate(self, hidden_states))
-        return forward(self, hidden_states, *args, **kwargs)
-
-    base.priced_assignment, SpatialGating.forward = dealt, counting
+    base.priced_assignment = dealt
     try:
-        step = device_budgets.measure(command_line(system, **size), model="")["step"]
+        with device_budgets.gates_alone() as gates:  # in the first step, which is not counted
+            step = device_budgets.measure(command_line(system, **size), model="")["step"]
     finally:
-        base.priced_assignment, SpatialGating.forward = assign, forward
+        base.priced_assignment = assign
     micro_batches = size.get("micro_batches", 1)
     apart = [(tally, 1 / STEPS) for tally in calls]
     apart += [(tally, micro_batches) for _, tally in gates.values()]
@@ -264,7 +258,7 @@ def count_step(system: str, **size: int) -> Count:
         operators=step["operators"] - sum(sum(t.operators.values()) * n for t, n in apart),
         bytes=1e6 * step["megabytes"] - sum(tally.bytes * number for tally, number in apart),
         assignments=len(calls) // STEPS // micro_batches,
-        gates=dict(Counter(kind for kind, _ in gates.values())),
+        gates=dict(Counter(_kind(layer) for layer, _ in gates.values())),
     )
 
 
@@ -273,19 +267,6 @@ def _kind(layer: Any) -> str:
     if getattr(layer, "router", None) is not None:
         return "partial prediction"
     return "one head" if layer.local_heads == 1 else "heads"
-
-
-def _gate(layer: Any, hidden_states: Any) -> Any:
-    """Forward and backward of a gate alone."""
-    import torch
-    from support.cuda_stand_in import watch
-
-    u, _ = layer.linear_fc1(hidden_states.detach())
-    u = u.detach().requires_grad_()
-    with watch() as tally:
-        y = layer.gate(u)
-        torch.autograd.grad(y, [u, *layer.norm.parameters(), *layer.spatial.parameters()], y)
-    return tally
 
 
 def measure(systems: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -312,7 +293,6 @@ def measure(systems: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
                 "experts": experts,
                 "parameters": known["total_parameters"],
                 "parameters_of_gpu": known["per_gpu"]["parameters"],
-                "gate_width": 2 * WIDTH if any(count.gates for count in small) else 0,
                 "flops": 3e12 * SAMPLES * known["forward_needed_tflops_per_1024_tokens"],
             },
         )

@@ -60,7 +60,6 @@ def test_a_row_by_hand():
         "experts": 32,
         "parameters": 8e9,
         "parameters_of_gpu": 1e9,
-        "gate_width": 2048,
         "flops": 1e12,
     }
     row = roofline.row_of(found)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from support.cuda_stand_in import install, launched, watch
+from support.device_budgets import gates_alone
 from support.interpreted import quick_interpreter
 
 install()
@@ -58,39 +59,18 @@ def training(flags: str) -> dict[str, Any]:
 def _trained(flags: str) -> dict[str, Any]:
     from support.runs import forget_run
 
-    from megatron_smlp.layers.spatial_gating import SpatialGating
     from pretrain_smlp import main
 
-    counted: dict[str, Any] = {}
-    forward = SpatialGating.forward
-
-    def counting(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not counted:
-            counted.update(_gate(self, hidden_states))
-        return forward(self, hidden_states, *args, **kwargs)
-
-    SpatialGating.forward = counting
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with gates_alone() as gates, tempfile.TemporaryDirectory() as folder:
             main([*RUN.split(), *flags.split(), "--log-dir", folder])
             lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     finally:
-        SpatialGating.forward = forward
         forget_run()
+    [(_, tally)] = gates.values()
     rows = [json.loads(line) for line in lines]
     [step] = [[row["loss"], row["grad_norm"]] for row in rows if "grad_norm" in row]
-    return {"gate": counted, "loss and norm": step}
-
-
-def _gate(layer: Any, hidden_states: torch.Tensor) -> dict[str, Any]:
-    """Forward and backward of a gate alone."""
-    u, _ = layer.linear_fc1(hidden_states)
-    u = u.detach().requires_grad_()
-    parameters = [*layer.norm.parameters(), *layer.spatial.parameters()]
-    upstream = torch.ones_like(u.chunk(2, dim=-1)[0])
-    with watch() as tally:
-        torch.autograd.grad(layer.gate(u), [u, *parameters], upstream)
-    return _record(tally)
+    return {"gate": _record(tally), "loss and norm": step}
 
 
 def _record(tally: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,39 @@ def measure(flags: str, *, model: str = MODEL) -> Record:
         training.train_step, SlottedLayer.forward = train_step, forward
         forget_run()
     return {"step": step, "layers": layers, "tensors": tensors}
+
+
+@contextlib.contextmanager
+def gates_alone() -> Iterator[dict[int, tuple[Any, Any]]]:
+    """Count what each gate of a model asks for, forward and backward, when it is first called.
+
+    Yields:
+        id -> the layer and its tally, filled as the model runs.
+    """
+    import torch
+    from support.cuda_stand_in import watch
+
+    from megatron_smlp.layers.spatial_gating import SpatialGating
+
+    gates: dict[int, tuple[Any, Any]] = {}
+    forward = SpatialGating.forward
+
+    def counting(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self) not in gates:
+            u, _ = self.linear_fc1(hidden_states)
+            u = u.detach().requires_grad_()
+            parameters = [*self.norm.parameters(), *self.spatial.parameters()]
+            upstream = torch.ones_like(u.chunk(2, dim=-1)[0])
+            with watch() as tally:
+                torch.autograd.grad(self.gate(u), [u, *parameters], upstream)
+            gates[id(self)] = (self, tally)
+        return forward(self, hidden_states, *args, **kwargs)
+
+    SpatialGating.forward = counting
+    try:
+        yield gates
+    finally:
+        SpatialGating.forward = forward
 
 
 def _tensors(models: list[Any], optimizer: Any) -> Record:
