@@ -19,7 +19,7 @@ from megatron_smlp.study.statistics import interval
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import Tables
-from megatron_smlp.study.verdicts import SECONDS, Comparison
+from megatron_smlp.study.verdicts import SECONDS, Comparison, loss_field
 
 FIELDS = {VALIDATION_LOSS: "", SUFFIX_LOSS: " behind the prefix"}
 PANELS = {
@@ -41,10 +41,9 @@ class Drawing:
 
     def figures(self, speedups: Sequence[Comparison]) -> Iterator[tuple[str, Figure]]:
         """Yield name and figure of all that there is to draw."""
-        suffix = any(system.predicts_suffix for system in self.systems.values())
+        asked = (VALIDATION_LOSS, loss_field(*self.systems.values()))
         for field, what in FIELDS.items():
-            is_asked = suffix or field != SUFFIX_LOSS
-            if is_asked and self.tables.converged[field].notna().any():
+            if field in asked and self.tables.converged[field].notna().any():
                 yield f"loss{what.replace(' ', '-')}", self.losses(field, what)
         if len(self.tables.evaluations(list(self.tables.runs["key"]))):
             yield "evaluations", self.evaluations()

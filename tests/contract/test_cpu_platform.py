@@ -2,14 +2,13 @@
 
 import ast
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.cpu_replacements import MEGATRONS, TORCHS
-from support.launches import REPOSITORY, clean_environment
+from support.launches import REPOSITORY, run_command
 
 from megatron_smlp.platform import cpu
 
@@ -61,16 +60,7 @@ NOTHING = {"new": [], "replaced": []}
 
 @pytest.fixture(scope="module")
 def probe() -> dict:
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE],
-        cwd=REPOSITORY,
-        env=clean_environment(CUDA_VISIBLE_DEVICES=""),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_command([sys.executable, "-c", PROBE], CUDA_VISIBLE_DEVICES="")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -22,7 +22,8 @@ from support.launches import Step, launch, records, steps
 NUM_STEPS = 3  # the first from the checkpoint's weights, the others from the optimizer's updates
 LONG_RUN = 16  # steps in which a loss falls visibly
 TOLERANCE = 1e-4  # relative
-# In the third step a token between two experts changes its own: steps before agree within 1e-6.
+# Of the last gradient norm: a token between two experts changes its own in that step. The losses,
+# and both of the steps before, agree as everywhere.
 ON_THE_EDGE = {("minhash_base", "tp2_sp"): 5e-4}
 
 MODEL = """
@@ -286,7 +287,7 @@ def _assert_same(ours: Sequence[Step], plain: Sequence[Step], *, last: float = T
     assert len(ours) == len(plain) == NUM_STEPS
     for number, (left, right) in enumerate(zip(ours, plain, strict=True), start=1):
         rel = last if number == NUM_STEPS else TOLERANCE
-        assert left.loss == pytest.approx(right.loss, rel=rel), f"loss of step {number}"
+        assert left.loss == pytest.approx(right.loss, rel=TOLERANCE), f"loss of step {number}"
         assert left.grad_norm == pytest.approx(right.grad_norm, rel=rel), (
             f"gradient norm of step {number}"
         )

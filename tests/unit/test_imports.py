@@ -1,12 +1,11 @@
 """What imports bring along and what they leave alone, seen in a process of its own."""
 
 import json
-import subprocess
 import sys
 from typing import Any
 
 import pytest
-from support.launches import REPOSITORY, clean_environment
+from support.launches import run_command
 
 PROGRAM = """
 import json, sys
@@ -37,16 +36,7 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM],
-        cwd=REPOSITORY,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_command([sys.executable, "-W", "ignore", "-c", PROGRAM])
     return json.loads(done.stdout.splitlines()[-1])
 
 

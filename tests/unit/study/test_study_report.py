@@ -143,7 +143,8 @@ def test_the_csv_files_alone_give_the_same_report(known: State, tmp_path: Path):
     report(known, tmp_path)
     assert (results / "report.md").read_text(encoding="utf-8") == first
     figures = {path.stem for path in results.glob("*.png")}
-    assert {"loss", "evaluations", "learning-rates", "expert-load", "speed-up"} <= figures
+    # No system here is trained on what is behind a prefix alone, which has a figure of its own.
+    assert figures == {"loss", "evaluations", "learning-rates", "expert-load", "speed-up"}
 
 
 def test_a_missing_and_a_diverged_run_are_said(known: State, tmp_path: Path):
