@@ -1,6 +1,6 @@
-"""Where the time of a training step goes, by kind of operation, for the cases of bench_step.py.
+"""Where the time of a training step goes, by kind of operation.
 
-    python benchmarks/profile_step.py --only "gmlp bf16"
+    python benchmarks/profile_step.py --only "gmlp bf16"       of bench_step.py and bench_systems.py
 
 Operators' milliseconds are those of torch's profiler, their own time without what they call. `rest`
 lies between operators: Python, autograd, the data loader, and the profiler itself, with which a
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import bench_step
+import bench_systems
 from hosted import import_once, steps_in_turns
 
 WARM_UP, STEPS = 4, 5
@@ -31,6 +32,12 @@ KINDS = {
     "copies, casts": ("copy_", "cat", "fill_", "zero_"),
     "sums and products": ("mul", "add", "sub", "div", "sum", "linalg_vector_norm", "tril"),
 }
+
+
+WORDS = dict.fromkeys(bench_step.CASES, bench_step.words) | dict.fromkeys(
+    bench_systems.CASES, bench_systems.words
+)
+"""What gives the flags of each case."""
 
 
 def kind_of(operator: str) -> str | None:
@@ -85,7 +92,7 @@ def measure(case: str, threads: int) -> None:
     def peer(_: argparse.Namespace) -> Callable[[], None]:
         return profiling
 
-    steps_in_turns(bench_step.words(case), peer, repeats=WARM_UP + STEPS)
+    steps_in_turns(WORDS[case](case), peer, repeats=WARM_UP + STEPS)
     table = profiling.table()
     print(f"{case}\n" + "\n".join(_lines(table)), file=sys.stderr, flush=True)
 
@@ -101,7 +108,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     arguments = parser.parse_args()
     import_once()
-    for case in bench_step.CASES:
+    for case in WORDS:
         if arguments.only in case:
             process = multiprocessing.get_context("fork").Process(
                 target=measure, args=(case, arguments.threads)

@@ -26,7 +26,8 @@ parameters. So at full size, with e experts and P parameters on a GPU, P' of the
 Balanced assignment is taken out, and put in as the KERNELS operators that its kernels are, each
 over scores [N, E]. Each gate, too, counted alone, forward and backward: its kernels are
 GATE_OPERATORS and move GATE_UNITS of one gate-wide tensor (counted by
-tests/cuda_without_a_gpu/kernel_counts.py).
+tests/cuda_without_a_gpu/kernel_counts.py). A function of Megatron's that is compiled on a GPU
+(COMPILED) is one operator, which reads what goes in and writes what comes out.
 
     launches  operators x LAUNCH              the host, where nothing hides it
     memory    bytes / BANDWIDTH               as if no operator found anything in a cache
@@ -39,13 +40,17 @@ Messages between GPUs are not in it. No time in it was measured.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import importlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "paper" / "regular"
@@ -68,6 +73,16 @@ SAMPLES, TOKENS, WIDTH, VOCABULARY = 8, 1024, 1024, 50304
 GPUS, MICRO_BATCHES = 8, 8  # --global-batch-size 512
 GATE_UNITS = {"one head": 18.4, "heads": 21.2, "partial prediction": 23.8}
 GATE_OPERATORS = {"one head": 6, "heads": 6, "partial prediction": 59}
+COMPILED = {
+    "megatron.core.fusions.fused_cross_entropy": (
+        "calculate_logits_max",
+        "calculate_predicted_logits",
+        "calculate_cross_entropy_loss",
+        "calculate_gradients",
+    ),
+    "megatron.core.fusions.fused_bias_dropout": ("bias_dropout_add_fused_train",),
+}
+"""By `jit_fuser`. Autograd runs the backward of the last one, which is left as it is."""
 SMALL_WIDTH, STEPS = 64, 4
 RUN = f"""
     --mock-data --tokenizer-type NullTokenizer --num-workers 0 --no-resume --eval-iters 0
@@ -223,7 +238,10 @@ def command_line(system: str, **size: int) -> str:
 
 
 def count_step(system: str, **size: int) -> Count:
-    """Train four steps on the stand-in, and count one, without assignments and gates."""
+    """Train four steps on the stand-in, and count one, without assignments and gates.
+
+    What COMPILED names counts as compiled.
+    """
     import torch
     from support import device_budgets
     from support.cuda_stand_in import Tally, watch
@@ -243,13 +261,16 @@ def count_step(system: str, **size: int) -> Count:
 
     base.priced_assignment = dealt
     try:
-        with device_budgets.gates_alone() as gates:  # in the first step, which is not counted
+        # Gates are counted in the first step, which the count of a step does not see.
+        with device_budgets.gates_alone() as gates, compiled_functions() as compiled:
             step = device_budgets.measure(command_line(system, **size), model="")["step"]
     finally:
         base.priced_assignment = assign
     micro_batches = size.get("micro_batches", 1)
     apart = [(tally, 1 / STEPS) for tally in calls]
-    apart += [(tally, micro_batches) for _, tally in gates.values()]
+    for parts_of_it, whole in compiled:
+        apart += [(parts_of_it, 1 / STEPS), (whole, -1 / STEPS)]
+    apart += [(tally, micro_batches) for _, tally in gates]
     return Count(
         samples=size["samples"],
         experts=size["experts"],
@@ -258,15 +279,45 @@ def count_step(system: str, **size: int) -> Count:
         operators=step["operators"] - sum(sum(t.operators.values()) * n for t, n in apart),
         bytes=1e6 * step["megabytes"] - sum(tally.bytes * number for tally, number in apart),
         assignments=len(calls) // STEPS // micro_batches,
-        gates=dict(Counter(_kind(layer) for layer, _ in gates.values())),
+        gates=dict(Counter(kind for kind, _ in gates)),
     )
 
 
-def _kind(layer: Any) -> str:
-    """Return the key of a gate in GATE_UNITS."""
-    if getattr(layer, "router", None) is not None:
-        return "partial prediction"
-    return "one head" if layer.local_heads == 1 else "heads"
+@contextlib.contextmanager
+def compiled_functions() -> Iterator[list[tuple[Any, Any]]]:
+    """Count each call of what COMPILED names as it runs here, and as it is when it is compiled.
+
+    Yields:
+        Both tallies of each call, filled as the model runs.
+    """
+    importlib.import_module("megatron.training.initialize")  # which warms up the originals
+    from support.cuda_stand_in import Tally, watch
+    from torch.utils._pytree import tree_leaves
+
+    calls: list[tuple[Tally, Tally]] = []
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def counted(*args: Any) -> Any:
+            size = _bytes(tree_leaves(args))  # before a function that works in place
+            with watch() as tally:
+                answer = function(*args)
+            whole = Tally(Counter({function.__name__: 1}), bytes=size + _bytes(tree_leaves(answer)))
+            calls.append((tally, whole))
+            return answer
+
+        return counted
+
+    with contextlib.ExitStack() as stack:
+        for module, names in COMPILED.items():
+            for name in names:
+                function = getattr(importlib.import_module(module), name)
+                stack.enter_context(mock.patch(f"{module}.{name}", counting(function)))
+        yield calls
+
+
+def _bytes(leaves: Sequence[Any]) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if hasattr(leaf, "numel"))
 
 
 def measure(systems: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Progress of a command on stderr: a bar on a terminal, otherwise a line every ten seconds."""
+"""Progress of a command on stderr: a bar on a terminal, otherwise what is new every ten seconds."""
 
 import sys
 import time
@@ -19,6 +19,7 @@ class Progress:
         self.total = total
         self.bar: rich.progress.Progress | None = None
         self.shown_at = time.monotonic()
+        self.said = ""
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -36,7 +37,9 @@ class Progress:
             self.bar.update(self.bar.task_ids[0], completed=done, description=text)
         elif time.monotonic() - self.shown_at >= LINE_SECONDS:
             self.shown_at = time.monotonic()
-            print(text, file=sys.stderr, flush=True)
+            if text != self.said:
+                print(text, file=sys.stderr, flush=True)
+                self.said = text
 
 
 def _new_bar(total: int | None) -> "rich.progress.Progress":

@@ -57,7 +57,12 @@ class Drawing:
             yield "where-the-loss-lies", self.breakdown(kinds)
 
     def losses(self, field: str, what: str) -> Figure:
-        """Draw the converged points against tokens, FLOPs and, where it was measured, time."""
+        """Draw the converged points against tokens, FLOPs and, where it was measured, time.
+
+        A study of one horizon has no curves: its losses are drawn system by system.
+        """
+        if len(self.study.horizons) == 1:
+            return self._losses_at_the_end(field, what)
         axes = self._axes()
         figure = Figure(figsize=(4.4 * len(axes), 4.4), layout="constrained", dpi=DPI)
         panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
@@ -73,6 +78,27 @@ class Drawing:
         band = f"band: 95 % interval of the mean, of {ENOUGH_FOR_BANDS} seeds or more"
         there = [name for name in names if self.tables.seeds(name)]
         self._legend(figure, f"thin: each seed; thick: mean; {band}", there)
+        return figure
+
+    def _losses_at_the_end(self, field: str, what: str) -> Figure:
+        names = self._trained_on(field)
+        figure = Figure(figsize=(7.4, 1.2 + 0.4 * len(names)), layout="constrained", dpi=DPI)
+        panel = figure.subplots()
+        for line, name in enumerate(names):
+            color = self.looks[name]["color"]
+            losses = list(self.tables.losses(name, self.study.longest, field).values())
+            panel.plot(losses, [line] * len(losses), "o", markersize=3.5, alpha=0.6, color=color)
+            for _, mean, low, high in self._means(name, field):
+                panel.plot([mean], [line], "|", markersize=14, color=color)
+                panel.plot([low, high], [line, line], linewidth=2, color=color)
+        panel.set_yticks(range(len(names)), names)
+        panel.invert_yaxis()  # the first system on top
+        panel.set_xlabel(f"validation loss{what} (nats per token)")
+        panel.set_title(
+            f"dots: seeds; stroke: mean; line: 95 % interval of {ENOUGH_FOR_BANDS} seeds or more",
+            fontsize=9,
+        )
+        tidy(panel)
         return figure
 
     def _trained_on(self, field: str) -> list[str]:

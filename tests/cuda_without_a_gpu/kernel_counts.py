@@ -67,7 +67,7 @@ def _trained(flags: str) -> dict[str, Any]:
             lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     finally:
         forget_run()
-    [(_, tally)] = gates.values()
+    [(_, tally)] = gates
     rows = [json.loads(line) for line in lines]
     [step] = [[row["loss"], row["grad_norm"]] for row in rows if "grad_norm" in row]
     return {"gate": _record(tally), "loss and norm": step}

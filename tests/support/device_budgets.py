@@ -89,29 +89,32 @@ def measure(flags: str, *, model: str = MODEL) -> Record:
 
 
 @contextlib.contextmanager
-def gates_alone() -> Iterator[dict[int, tuple[Any, Any]]]:
+def gates_alone() -> Iterator[list[tuple[str, Any]]]:
     """Count what each gate of a model asks for, forward and backward, when it is first called.
 
     Yields:
-        id -> the layer and its tally, filled as the model runs.
+        Kind and tally of each, filled as the model runs, and no layers: what holds one when
+        `forget_run` freezes the garbage collector's lists keeps its model for ever.
     """
     import torch
     from support.cuda_stand_in import watch
 
     from megatron_smlp.layers.spatial_gating import SpatialGating
 
-    gates: dict[int, tuple[Any, Any]] = {}
+    gates: list[tuple[str, Any]] = []
+    counted: set[int] = set()
     forward = SpatialGating.forward
 
     def counting(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self) not in gates:
+        if id(self) not in counted:
+            counted.add(id(self))
             u, _ = self.linear_fc1(hidden_states)
             u = u.detach().requires_grad_()
             parameters = [*self.norm.parameters(), *self.spatial.parameters()]
             upstream = torch.ones_like(u.chunk(2, dim=-1)[0])
             with watch() as tally:
                 torch.autograd.grad(self.gate(u), [u, *parameters], upstream)
-            gates[id(self)] = (self, tally)
+            gates.append((_kind_of_gate(self), tally))
         return forward(self, hidden_states, *args, **kwargs)
 
     SpatialGating.forward = counting
@@ -119,6 +122,12 @@ def gates_alone() -> Iterator[dict[int, tuple[Any, Any]]]:
         yield gates
     finally:
         SpatialGating.forward = forward
+
+
+def _kind_of_gate(layer: Any) -> str:
+    if getattr(layer, "router", None) is not None:
+        return "partial prediction"
+    return "one head" if layer.local_heads == 1 else "heads"
 
 
 def _tensors(models: list[Any], optimizer: Any) -> Record:

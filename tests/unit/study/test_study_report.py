@@ -13,6 +13,8 @@ from support.studies import pretend, state_of, write_study
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli, speed
+from megatron_smlp.study.figures import Drawing
+from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results
@@ -34,11 +36,15 @@ def known(tmp_path: Path) -> State:
     return state_of(write_study(tmp_path, tuning=tuning), runs=tmp_path / "runs")
 
 
-def page(known: State, folder: Path) -> tuple[dict[str, dict], str]:
-    """The claims, and report.md but for the figures."""
+def made_of(known: State, folder: Path) -> Page:
     results = Results(folder / "results")
     results.collect(known)
-    made = Page.of(known, results)
+    return Page.of(known, results)
+
+
+def page(known: State, folder: Path) -> tuple[dict[str, dict], str]:
+    """The claims, and report.md but for the figures."""
+    made = made_of(known, folder)
     return {claim["name"]: claim for claim in json.loads(made.json())["claims"]}, made.text()
 
 
@@ -239,3 +245,18 @@ def test_claims_are_those_that_the_systems_can_decide(tmp_path: Path):
     assert list(claims) == ["C1", "C5"]
     assert [each["other"] for each in claims["C1"]["comparisons"]] == ["transformer", "mixer"]
     assert "gmlp against mixer, transformer against mixer" in text
+
+
+def test_one_horizon_is_drawn_system_by_system(tmp_path: Path):
+    """A curve of one point would show neither seeds nor intervals."""
+    path = write_study(tmp_path, horizons=["200K"], seeds=[11, 12, 13])
+    known = state_of(path, runs=tmp_path / "runs")
+    pretend(known, loss_of)
+    made = made_of(known, tmp_path)
+    [panel] = Drawing(made.study, made.systems, made.tables).losses(VALIDATION_LOSS, "").axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == list(known.systems)
+    dots, means, ends = panel.lines[:3]
+    seeds = list(made.tables.losses("transformer", 200_000, VALIDATION_LOSS).values())
+    assert list(dots.get_xdata()) == seeds
+    assert means.get_xdata()[0] == pytest.approx(sum(seeds) / 3)
+    assert ends.get_xdata()[0] < min(seeds) < max(seeds) < ends.get_xdata()[1]
