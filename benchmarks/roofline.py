@@ -47,7 +47,9 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -240,11 +242,14 @@ def command_line(system: str, **size: int) -> str:
 def count_step(system: str, **size: int) -> Count:
     """Train four steps on the stand-in, and count one, without assignments and gates.
 
-    What COMPILED names counts as compiled.
+    What COMPILED names counts as compiled. Once in a process, where Megatron is not imported yet.
     """
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    from support.cuda_stand_in import Tally, install, watch
+
+    install()
     import torch
     from support import device_budgets
-    from support.cuda_stand_in import Tally, watch
 
     from megatron_smlp.routers import base
 
@@ -321,32 +326,32 @@ def _bytes(leaves: Sequence[Any]) -> int:
 
 
 def measure(systems: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of each system, the counts of its small versions, and what its full size is known to have."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    from support.cuda_stand_in import install
+    """Of each system, the counts of its small versions, and what its full size is known to have.
 
-    install()
-    for system in systems:
-        experts = SYSTEMS[system]
-        small = [
-            count_step(
-                system, samples=samples, experts=2 * samples if experts else 0,
-                width=SMALL_WIDTH, micro_batches=micro_batches,
+    Each version has a process of its own, which takes what is left of its matrices with it.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        for system in systems:
+            experts = SYSTEMS[system]
+            counts = [
+                processes.submit(
+                    count_step, system, samples=samples, experts=2 * samples if experts else 0,
+                    width=SMALL_WIDTH, micro_batches=micro_batches,
+                )
+                for micro_batches in (1, 2)
+                for samples in (1, 2)
+            ]  # fmt: skip
+            known = expected(system)
+            yield (
+                system,
+                {
+                    "small": [asdict(count.result()) for count in counts],
+                    "experts": experts,
+                    "parameters": known["total_parameters"],
+                    "parameters_of_gpu": known["per_gpu"]["parameters"],
+                    "flops": 3e12 * SAMPLES * known["forward_needed_tflops_per_1024_tokens"],
+                },
             )
-            for micro_batches in (1, 2)
-            for samples in (1, 2)
-        ]  # fmt: skip
-        known = expected(system)
-        yield (
-            system,
-            {
-                "small": [asdict(count) for count in small],
-                "experts": experts,
-                "parameters": known["total_parameters"],
-                "parameters_of_gpu": known["per_gpu"]["parameters"],
-                "flops": 3e12 * SAMPLES * known["forward_needed_tflops_per_1024_tokens"],
-            },
-        )
 
 
 def table(found: dict[str, Any]) -> str:
