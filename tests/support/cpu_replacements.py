@@ -19,6 +19,7 @@ TORCHS = {
     *(f"torch.{name}" for name in FACTORIES),
     *(f"torch.Tensor.{name}" for name in _TENSOR.split()),
     *(f"torch.nn.Module.{name}" for name in ("cuda", "to")),
+    "torch.distributed.distributed_c10d._create_gloo_process_group",
 }
 """torch's own, which means the device there."""
 

@@ -1,6 +1,10 @@
 """The replaced names of the CPU platform do what CUDA's do."""
 
+import multiprocessing
+import os
 from argparse import Namespace
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +125,35 @@ class TestFlags:
         args = Namespace(fp16=True, distributed_backend="nccl")
         assert cpu.set_flags(args) == []
         assert vars(args) == {"fp16": True, "distributed_backend": "nccl"}
+
+
+def _gloo_threads() -> int:
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return names.count("gloo_tcp_loop\n")
+
+
+def _sums_in_groups(rank: int, folder: Path) -> None:
+    """Sum ranks in three groups of two processes, and write what that gave and took."""
+    timeout = timedelta(seconds=60)
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=timeout
+    )
+    groups = [torch.distributed.new_group([0, 1], timeout=timeout) for _ in range(3)]
+    sums = [torch.tensor(rank + 1) for _ in groups]
+    for total, group in zip(sums, groups, strict=True):
+        torch.distributed.all_reduce(total, group=group)
+    numbers = [*(int(total) for total in sums), _gloo_threads()]
+    (folder / f"{rank}").write_text(" ".join(map(str, numbers)))
+
+
+def test_groups_share_one_gloo_device_and_a_fork_has_its_own(tmp_path: Path):
+    cpu._gloo_device(os.getpid())
+    assert _gloo_threads() == 1
+    forks = multiprocessing.get_context("fork")
+    processes = [forks.Process(target=_sums_in_groups, args=(r, tmp_path)) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["3 3 3 1", "3 3 3 1"]
