@@ -126,7 +126,7 @@ def read_state(args: argparse.Namespace) -> State:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from megatron_smlp.study.prices import price_lines
+    from megatron_smlp.study.prices import evaluation_cost, price_lines
     from megatron_smlp.study.results import Results, default_folder
     from megatron_smlp.study.tables import Tables
 
@@ -147,7 +147,7 @@ def _plan(args: argparse.Namespace) -> int:
     tables = Tables.of(Results(args.results or default_folder(known.study.name)))
     for line in price_lines(known.study, known.systems, left, tables):
         print(line)
-    print("\nevaluation")
+    print(f"\nevaluation: {evaluation_cost(known.systems, calendar)}")
     for name, system in known.systems.items():
         print(f"  {name:30}{system.evaluation}")
     return 0

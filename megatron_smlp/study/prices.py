@@ -8,13 +8,14 @@ from typing import Any
 
 from megatron_smlp.accounting.estimate import estimate
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study.plan import PlannedRun
+from megatron_smlp.study.plan import Calendar, PlannedRun
 from megatron_smlp.study.study_file import Cluster, Study
 from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import Tables
 
 GIB = 2**30
 BACKWARD = 3  # a training step costs as much as three forward passes
+EVAL_ITERS = 100  # Megatron's default
 SAVED_BYTES = {True: 14, False: 12}
 """Of a parameter in a checkpoint, by --bf16: the weight, its fp32 copy, two moments."""
 
@@ -58,6 +59,17 @@ def price_lines(
             f"{saved:>10,.1f} GiB  {_layout(system.flags)}"
         )
     yield f"  {'all':24}{totals[0]:>12,.0f}{totals[1]:>9,.1f}"
+
+
+def evaluation_cost(systems: Mapping[str, System], calendar: Calendar) -> str:
+    """Return how often a run of any system is evaluated, and what that adds to its training."""
+    flags = next(iter(systems.values())).flags
+    batches = flags.get("eval_iters", EVAL_ITERS)
+    share = batches / BACKWARD / calendar.evaluation
+    return (
+        f"{batches} batches every {calendar.evaluation} iterations, {share:.0%} on top of the "
+        "training's FLOPs"
+    )
 
 
 def _costs_on(cluster: Cluster, study: Study, system: System) -> dict[str, Any]:

@@ -21,7 +21,8 @@ torch.cuda.is_available = lambda: True
 from megatron_smlp.platform import cpu
 
 NAMES = ["torch", "torch.cuda", "torch.cuda.random", "torch.cuda.nvtx",
-         "torch.distributed.distributed_c10d", "megatron.training.training", "megatron.training.initialize",
+         "torch.distributed.distributed_c10d",
+         "megatron.training.training", "megatron.training.initialize",
          "megatron.core.datasets.utils", "megatron.core.tensor_parallel.mappings",
          "megatron.core.tensor_parallel.random",
          "megatron.core.transformer.moe.moe_utils",

@@ -15,6 +15,7 @@ from support.studies import pretend, state_of, write_study
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study.cli import main
+from megatron_smlp.study.plan import Calendar
 
 PAPER = ("paper", "paper_large")
 
@@ -43,6 +44,17 @@ def test_gpu_hours_memory_and_storage(tmp_path: Path, capsys: pytest.CaptureFixt
     path = write_study(tmp_path, cluster=cluster | {"gpus": 3}, fixed=fixed)
     with pytest.raises(UsageError, match="cluster: gpus: 3, transformer: --global-batch-size 8"):
         main(["plan", str(path)])
+
+
+def test_what_evaluations_add(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A batch of an evaluation is a forward pass, a third of a training step."""
+    path = write_study(tmp_path, fixed={"eval-iters": 6}, evaluations=3)
+    lines = planned(path, capsys, "--runs", str(tmp_path / "runs"))
+    state = state_of(path, runs=tmp_path / "runs")
+    every = Calendar.of(state.study, state.systems["transformer"]).evaluation
+    share = round(100 * 6 / 3 / every)
+    [found] = [words for words in lines if words[:1] == ["evaluation:"]]
+    assert found[1:7] == ["6", "batches", "every", str(every), "iterations,", f"{share}%"]
 
 
 def test_hours_by_the_speed_that_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
