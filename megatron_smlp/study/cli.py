@@ -126,7 +126,7 @@ def read_state(args: argparse.Namespace) -> State:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from megatron_smlp.study.prices import evaluation_cost, price_lines
+    from megatron_smlp.study.prices import evaluation_cost, price_lines, warm_up_lines
     from megatron_smlp.study.results import Results, default_folder
     from megatron_smlp.study.tables import Tables
 
@@ -146,6 +146,8 @@ def _plan(args: argparse.Namespace) -> int:
     print()
     tables = Tables.of(Results(args.results or default_folder(known.study.name)))
     for line in price_lines(known.study, known.systems, left, tables):
+        print(line)
+    for line in warm_up_lines(plan):
         print(line)
     print(f"\nevaluation: {evaluation_cost(known.systems, calendar)}")
     for name, system in known.systems.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_smlp.accounting.estimate import estimate
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study.plan import Calendar, PlannedRun
+from megatron_smlp.study.plan import Calendar, Plan, PlannedRun
 from megatron_smlp.study.study_file import Cluster, Study
 from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import Tables
@@ -16,6 +16,7 @@ from megatron_smlp.study.tables import Tables
 GIB = 2**30
 BACKWARD = 3  # a training step costs as much as three forward passes
 EVAL_ITERS = 100  # Megatron's default
+LONG_WARM_UP = 0.2
 SAVED_BYTES = {True: 14, False: 12}
 """Of a parameter in a checkpoint, by --bf16: the weight, its fp32 copy, two moments."""
 
@@ -70,6 +71,22 @@ def evaluation_cost(systems: Mapping[str, System], calendar: Calendar) -> str:
         f"{batches} batches every {calendar.evaluation} iterations, {share:.0%} on top of the "
         "training's FLOPs"
     )
+
+
+def warm_up_lines(plan: Plan) -> Iterator[str]:
+    """Yield how much of a trial is warm-up, and a warning where that misleads the tuning."""
+    trial = next((run for run in plan.runs if run.phase == "tuning"), None)
+    warm_up = trial.flags.get("lr_warmup_iters") if trial else None
+    if trial is None or warm_up is None:
+        return
+    share = warm_up / trial.end
+    yield f"\nwarm-up: {warm_up} iterations, {share:.0%} of a trial"
+    if share > LONG_WARM_UP:
+        yield (
+            f"  WARNING: trials that warm up for over {LONG_WARM_UP:.0%} of their iterations choose "
+            "learning rates that are\n  too high for a whole training: lengthen `tuning: horizon`, "
+            "or shorten the first of `horizons`, which sets the warm-up."
+        )
 
 
 def _costs_on(cluster: Cluster, study: Study, system: System) -> dict[str, Any]:

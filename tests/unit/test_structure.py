@@ -1,4 +1,4 @@
-"""The shape of the house: which rooms import which, lazy imports counted. docs/architecture.md."""
+"""Which part of the package imports which, lazy imports included. See docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from support.launches import REPOSITORY
 
 PACKAGE = REPOSITORY / "megatron_smlp"
-# From the ground up: a room imports rooms before it, and its own files.
+# Bottom up: a part (a folder, or a file of the package itself) imports only what stands before it.
 ORDER = (
     *("errors", "interrupts", "program", "durable", "provenance", "library_logging"),
     *("command_line", "unwritable_log", "collectives", "progress", "systems", "options"),
@@ -57,7 +57,7 @@ def _imported(path: Path, files: dict[str, Path]) -> set[str]:
     return {name for name in found if files[name].name != "__init__.py"}
 
 
-def room(module: str) -> str:
+def part(module: str) -> str:
     return module.split(".")[0]
 
 
@@ -80,29 +80,29 @@ def circles(graph: dict[str, frozenset[str]]) -> list[list[str]]:
     return found
 
 
-def test_every_room_has_its_place_in_the_order():
-    assert {room(name) for name in imports() if name} == set(ORDER)
+def test_every_part_has_its_place_in_the_order():
+    assert {part(name) for name in imports() if name} == set(ORDER)
 
 
-def test_no_room_imports_upward():
+def test_no_part_imports_upward():
     height = {name: index for index, name in enumerate(ORDER)}
     upward = [
         f"{name} -> {other}"
         for name, others in imports().items()
         for other in sorted(others)
-        if name and height[room(other)] > height[room(name)]
+        if name and height[part(other)] > height[part(name)]
     ]
     assert upward == []
 
 
-def test_no_room_of_data_imports_upward():
+def test_no_part_of_data_imports_upward():
     height = {f"data.{name}": index for index, name in enumerate(DATA_ORDER)}
-    rooms = {name: ".".join(name.split(".")[:2]) for name in imports() if room(name) == "data"}
+    parts = {name: ".".join(name.split(".")[:2]) for name in imports() if part(name) == "data"}
     upward = [
         f"{name} -> {other}"
-        for name in rooms
+        for name in parts
         for other in sorted(imports()[name])
-        if other in rooms and name != "data" and height[rooms[other]] > height[rooms[name]]
+        if other in parts and name != "data" and height[parts[other]] > height[parts[name]]
     ]
     assert upward == []
 
@@ -114,7 +114,7 @@ def test_files_form_no_circle():
 @pytest.mark.parametrize("name", SELF_CONTAINED)
 def test_the_model_half_imports_nothing_of_the_rest(name: str):
     others = {
-        room(o) for module, all_of in imports().items() if room(module) == name for o in all_of
+        part(o) for module, all_of in imports().items() if part(module) == name for o in all_of
     }
     assert others <= {*SELF_CONTAINED}
     if name in ("hf", "ops"):
@@ -122,15 +122,15 @@ def test_the_model_half_imports_nothing_of_the_rest(name: str):
 
 
 def test_folders_form_no_circle():
-    """Of the folders that files lie in: a room's own files, and each of its folders."""
+    """Of the folders that files lie in: a part's own files, and each of its subfolders."""
     folders: dict[str, set[str]] = {}
     for name, others in imports().items():
         own = name.rpartition(".")[0]
         between = {other.rpartition(".")[0] for other in others} - {own}
         folders.setdefault(own, set()).update(between)
-    # The package's own files are the ground floor, and commands.py the roof of all.
-    rooms = {name: frozenset(others - {""}) for name, others in folders.items() if name}
-    assert circles(rooms) == []
+    # The package's own files are at the bottom, and commands.py at the top.
+    parts = {name: frozenset(others - {""}) for name, others in folders.items() if name}
+    assert circles(parts) == []
 
 
 def test_a_circle_is_found():

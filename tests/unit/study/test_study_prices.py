@@ -57,6 +57,19 @@ def test_what_evaluations_add(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert found[1:7] == ["6", "batches", "every", str(every), "iterations,", f"{share}%"]
 
 
+@pytest.mark.parametrize(("fraction", "warns"), [(0.1, False), (0.5, True)])
+def test_a_trial_that_is_mostly_warm_up_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fraction: float, warns: bool
+):
+    tuning = {"seed": 1, "horizon": "1M", "lr": [1]}
+    fixed = {"lr-warmup-fraction": fraction}
+    path = write_study(tmp_path, horizons=["1M"], evaluations=1, tuning=tuning, fixed=fixed)
+    assert main(["plan", str(path), "--runs", str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr().out
+    assert f"{fraction:.0%} of a trial" in shown
+    assert ("WARNING: trials that warm up for over 20%" in shown) is warns
+
+
 def test_hours_by_the_speed_that_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write_study(tmp_path)
     known = state_of(path, runs=tmp_path / "runs")
