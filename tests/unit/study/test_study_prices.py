@@ -67,7 +67,7 @@ def test_a_trial_that_is_mostly_warm_up_is_warned_of(
     assert main(["plan", str(path), "--runs", str(tmp_path / "runs")]) == 0
     shown = capsys.readouterr().out
     assert f"{fraction:.0%} of a trial" in shown
-    assert ("WARNING: trials that warm up for over 20%" in shown) is warns
+    assert ("WARNING: trials with over 20% of warm-up" in shown) is warns
 
 
 def test_hours_by_the_speed_that_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
