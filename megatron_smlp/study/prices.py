@@ -83,9 +83,9 @@ def warm_up_lines(plan: Plan) -> Iterator[str]:
     yield f"\nwarm-up: {warm_up} iterations, {share:.0%} of a trial"
     if share > LONG_WARM_UP:
         yield (
-            f"  WARNING: trials with over {LONG_WARM_UP:.0%} of warm-up choose learning rates that are\n"
-            "  too high for a whole training: lengthen `tuning: horizon`, or shorten the first of\n"
-            "  `horizons`, which sets the warm-up."
+            f"  WARNING: trials with over {LONG_WARM_UP:.0%} of warm-up choose learning rates\n"
+            "  that are too high for a whole training: lengthen `tuning: horizon`, or shorten\n"
+            "  the first of `horizons`, which sets the warm-up."
         )
 
 
