@@ -53,7 +53,7 @@ class TakenOverError(UserError):
 
 
 class NoGoodCheckpointError(UserError):
-    """None of the checkpoints that may be loaded is whole; all ranks have agreed on that."""
+    """No checkpoint that may be loaded is intact; all ranks have agreed on that."""
 
 
 class UnsafeCheckpointError(CheckpointError):

@@ -28,7 +28,7 @@ def silence_libraries() -> None:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """The same for a while, without their progress bars."""
+    """Silence the libraries for a while, progress bars included."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

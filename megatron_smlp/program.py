@@ -73,7 +73,7 @@ def _never_collect(error: BaseException) -> None:
 
 @contextlib.contextmanager
 def undisturbed_exit() -> Iterator[None]:
-    """For a program's outermost block: from its end on, Ctrl-C has nothing left to stop.
+    """Wrap a program's outermost block: after its end, Ctrl-C has nothing left to stop.
 
     Exit functions take a second, and one that is interrupted prints a traceback.
     """

@@ -19,7 +19,8 @@ def software() -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """As its installation says; some packages ask git, in whichever folder a run starts."""
+    """Return the version that the installation records; some packages would ask git in the current
+    folder."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -206,7 +206,7 @@ class LayerSlots:
 
     @property
     def routes(self) -> bool:
-        """Whether one of the slots sends tokens or chunks to experts."""
+        """Return whether one of the slots sends tokens or chunks to experts."""
         return self.channel == "token_moe" or mixer_of(self).routes
 
 

@@ -106,7 +106,7 @@ class ModelShape:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ModelShape:
-        """From Megatron's namespace, after validation, or any other with its names."""
+        """Read Megatron's namespace after validation, or any other object with the same names."""
         width = args.kv_channels * args.num_attention_heads
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         options = options_of(args)
@@ -210,7 +210,7 @@ def embedding_cost(shape: ModelShape) -> Cost:
 
 
 def input_cost(shape: ModelShape) -> Cost:
-    """What makes vectors of tokens: a table, or the projection of their hashes, with its norm."""
+    """Return the cost of the input: an embedding table, or the projection of hashes with its norm."""
     options = shape.options
     if options.input_projection == "embedding":
         return token_table(shape)

@@ -52,7 +52,7 @@ class ParallelLayout:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ParallelLayout:
-        """From Megatron's names.
+        """Read an object that has Megatron's names.
 
         Raises:
             ValueError: sizes that do not fit together, with the flag and what would fit.

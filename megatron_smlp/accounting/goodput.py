@@ -58,8 +58,8 @@ def measured_restart(run: Path) -> float:
 def rows(
     gpus: Sequence[int], *, save: float, restart: float, gpu_hours: float
 ) -> list[dict[str, float]]:
-    """For each number of GPUs: mtbf and the best interval in seconds, and the goodput at that, at a
-    third of it and at three times it."""
+    """Return, for each number of GPUs, the MTBF and the best interval in seconds, and the goodput
+    at that interval, at a third of it and at three times it."""
     found = []
     for number in gpus:
         mtbf = gpu_hours * 3600 / number

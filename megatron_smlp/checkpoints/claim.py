@@ -40,14 +40,14 @@ LIFETIME = 45.0
 
 @dataclass(frozen=True)
 class Owner:
-    """What is in a claim."""
+    """The contents of a claim."""
 
     token: str
     host: str
     process: int
     kernel: str
-    """Of the machine's boot and the process' namespace: where it is the same, processes can be
-    looked for."""
+    """Identifies the machine's boot and the process namespace; where it is the same, the owner's
+    process can be looked up."""
     started: str
     """When the process was started, in the kernel's ticks: numbers of processes come again."""
     beat: int = 0
@@ -69,7 +69,7 @@ class Owner:
         )
 
     def is_gone(self) -> bool | None:
-        """Whether it has ended; None where that cannot be seen from here."""
+        """Return whether the owner's process has ended; None if that cannot be seen from here."""
         if self.outcome:
             return True
         if self.kernel != _kernel() or not self.kernel:
@@ -100,7 +100,7 @@ def _started(process: int) -> str:
 
 @dataclass(frozen=True)
 class Before:
-    """What the last owner left: material for the record of a restart."""
+    """What the last owner left behind, for the record of a restart."""
 
     iteration: int
     seconds: float
@@ -264,7 +264,8 @@ def _text(owner: Owner) -> str:
 
 
 def _read(path: Path) -> Owner | None:
-    """None for one that is missing or that no process of this kind has written."""
+    """Return the owner in a claim; None if it is missing or was not written by a process of this
+    kind."""
     try:
         return Owner(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

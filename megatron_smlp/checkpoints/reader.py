@@ -53,7 +53,7 @@ class TorchDistReader:
             name: Spec(tuple(entry.size), entry.properties.dtype)
             for name, entry in self.entries.items()
         }
-        """Of weights and optimizer state."""
+        """Specifications of all tensors, optimizer state included."""
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """Return one tensor, or one row of it, whatever the pieces in which ranks wrote it.

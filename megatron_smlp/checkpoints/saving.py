@@ -77,7 +77,7 @@ class Saving:
         self.claimed: Claim | None = None
         """On rank 0."""
         self.hosts: list[str] = []
-        """Of each rank, where there is more than one."""
+        """Host names of all ranks, if there is more than one rank."""
         self.unsaved = 0
         """The latest iteration that could not be saved; 0 if a later one was."""
 

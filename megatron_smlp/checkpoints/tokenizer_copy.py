@@ -15,7 +15,7 @@ from megatron_smlp.durable import flush_folder, replace_folder
 FOLDER = "tokenizer"
 FLAGS = ("tokenizer_model", "vocab_file", "merge_file")
 SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
-"""Of the files in a tokenizer's folder, which may be a model's with weights."""
+"""Suffixes of the files that are copied: the folder may also hold a model's weights."""
 
 
 def keep_tokenizer(args: argparse.Namespace, run: Path) -> None:

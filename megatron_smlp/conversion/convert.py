@@ -85,7 +85,8 @@ class Weights:
     flags: Mapping[str, Any]
     where: str
     logits: Callable[[Tensor], Tensor]
-    """Of tokens, by the model of that format, as it was before its vocabulary was padded."""
+    """Maps tokens to logits of the model in that format, as it was before its vocabulary was
+    padded."""
     record: Mapping[str, Any] | None = None
     """run.json of the run that it comes from."""
 

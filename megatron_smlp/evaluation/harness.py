@@ -23,7 +23,7 @@ from megatron_smlp.serving.engine import Job, answer
 Request = tuple[tuple[str, str], list[int], list[int]]
 """(context, continuation), and the token ids of both."""
 MAX_NEW_TOKENS = 256
-"""For a task that sets no max_gen_toks; the harness's `hf` model has the same default."""
+"""Limit for tasks that set no max_gen_toks; the harness's `hf` model has the same default."""
 
 
 def run_tasks(model: Any, selection: Selection, *, limit: int | None) -> list[TaskResult]:

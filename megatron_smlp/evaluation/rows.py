@@ -1,4 +1,4 @@
-"""What is scored, its scores, and what can score it."""
+"""The rows to score, their scores, and the interface of a scorer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RowScore:
     logprobs: tuple[float, ...]
     """log p of each token, given all tokens before it; natural logarithms."""
     greedy: tuple[bool, ...]
-    """True where a token was the likeliest one."""
+    """For each token, whether it was the likeliest one."""
 
 
 class Scorer(Protocol):

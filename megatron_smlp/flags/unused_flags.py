@@ -30,7 +30,7 @@ DOCUMENT_FLAGS = ("reset_attention_mask", "reset_position_ids")
 OTHER_PROGRAMS = ("rl", "biencoder", "vision", "Logits Distillation", "inference", "sft")
 """Groups of flags in Megatron's help that pretraining does not read."""
 READ_HERE = frozenset({"cuda_graph_scope", "cuda_graph_modules"})
-"""Of these groups, what pretraining reads."""
+"""Flags of these groups that pretraining does read."""
 READ_NOWHERE = {
     "rampup_batch_size": "give --step-batch-size-schedule",
     "check_for_spiky_loss": "--nonfinite-loss looks at every loss",
@@ -246,7 +246,7 @@ def _refuse_attentions(args: argparse.Namespace) -> None:
 
 
 def _given(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
-    """Of these, what was asked for; a default that is spelt out asks for nothing."""
+    """Return those of the flags that were requested; spelling out a default requests nothing."""
     off = (None, False, "vanilla", "none")
     return [name for name in names if args.explicit_flags.get(name) not in off]
 

@@ -47,7 +47,7 @@ class Completion:
     """The continuation, without the end-of-document token."""
     num_tokens: int
     reached_the_end: bool
-    """True where it stopped because the model has no further position."""
+    """Whether it stopped because the model has no further positions."""
 
 
 def encode_prompt(lm: LanguageModel, prompt: str, *, where: str) -> list[int]:

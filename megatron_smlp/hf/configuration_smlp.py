@@ -260,7 +260,7 @@ class SMLPConfig(PreTrainedConfig):
 
     @property
     def states_per_layer(self) -> int:
-        """How many states of its own kind the mixer of a layer keeps for generation."""
+        """Return how many states the mixer of each layer keeps for generation."""
         return 2 if self.architecture == "amlp" or self.mixer_expansion else 1
 
     def is_sparse_layer(self, index: int) -> bool:

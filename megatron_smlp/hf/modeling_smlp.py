@@ -803,7 +803,8 @@ class SMLPCausalRN(nn.Module):
         return (exponents - exponents.detach().amax(dim=-1, keepdim=True)).exp()
 
     def _pairwise(self, a: Tensor, b: Tensor, layout: Layout) -> Tensor:
-        """As `_summed`, one row after the other: all pairs would be a tensor [B, T, L, F]."""
+        """Compute the same as `_summed`, row by row: all pairs at once would be a tensor [B, T, L,
+        F]."""
         seen = _visible(layout, b.shape[1])[..., None]
         rows = [
             (self._n(a[:, t, None] + b).exp() * seen[:, t]).sum(dim=1) for t in range(a.shape[1])
@@ -923,7 +924,8 @@ class SMLPTokenMoE(nn.Module):
     def _one_token(
         self, hidden: Tensor, layout: Layout, seen: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The same for <float>[1, 1, D], as generation has it, without sorting and scattering."""
+        """Do the same for a single token, <float>[1, 1, D], as in generation, without sorting and
+        scattering."""
         token = hidden[0]
         ids = None if layout.input_ids is None else layout.input_ids[0]
         routing = self.router(seen[0], ids, limited=not layout.cached)
@@ -1213,7 +1215,7 @@ _MIXERS: dict[str, Any] = {
     "aft": SMLPAttentionFree,
     "causal_rn": SMLPCausalRN,
 }
-"""What builds the mixer of a layer, from the configuration and the layer's number."""
+"""Functions that build the mixer of a layer from the configuration and the layer's number."""
 
 
 def _build_channel(config: SMLPConfig, index: int) -> nn.Module | None:

@@ -70,7 +70,7 @@ class Watch:
         self.waiting_since: float | None = None
         self.has_said = False
         self.here = ""
-        """Those that are waiting, of the last look."""
+        """The machines that were waiting when last looked at."""
         self.agent: Agent | None = None
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -80,7 +80,7 @@ class Watch:
 
     @contextlib.contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
-        """For something that is known to take so long."""
+        """Wait longer than usual, for something that is known to take that long."""
         before, self.limit = self.limit, max(self.limit, seconds)
         try:
             yield
@@ -120,7 +120,7 @@ class Watch:
 
 
 class Agent(LocalElasticAgent):
-    """As said above."""
+    """An agent that runs the ranks of one machine; see the top of this file."""
 
     _remaining_restarts: int
 
@@ -129,7 +129,7 @@ class Agent(LocalElasticAgent):
     ) -> None:
         self.progress, self.watch, self.closes = progress, watch, closes
         self.code = 1
-        """What this process ends with, as far as that is up to the ranks."""
+        """Exit code of this process, as far as it depends on the ranks."""
         watch.agent = self
         self.rendezvous = _Lasting(spec.rdzv_handler, self)
         spec.rdzv_handler = self.rendezvous  # torch's launcher shuts that of its own spec down

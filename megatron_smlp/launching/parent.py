@@ -28,7 +28,7 @@ def end_with_parent(number: signal.Signals, *, parent: int | None = None) -> Non
 
 
 def end_with_agent() -> None:
-    """For a rank of torchrun's: its port and its folder are free when the next one starts.
+    """End this rank when its agent ends, so that port and folder are free for the next one.
 
     At once, and not by a SIGTERM: that would end the ranks of all machines well, and their agents
     would take the run for finished.

@@ -1,4 +1,4 @@
-"""What a launch's processes tell each other and the user of a failure. No torch."""
+"""Messages about a failure, between the processes of a launch and to the user. No torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FOR_GOOD = (2, 3, NO_PROGRESS)
 """Exit codes after which a run is not started again: of wrong flags and of a loss that is not
 finite too, since both would come again."""
 CLOSED = 76
-"""Of an agent: another machine has ended the run for good."""
+"""Exit code of an agent: another machine has ended the run for good."""
 MISSING = 75
 """Others have not come back within REJOIN_TIMEOUT. sysexits.h calls it a temporary failure: with
 machines that are whole the same run goes on, so that a queue may start it again."""
 
 AGAIN = 80
-"""Of an agent that may be started again: this, and its ranks' failures without a newer
-checkpoint."""
+"""Base of an agent's exit code if it may be restarted: this plus the number of its ranks' failures
+without a newer checkpoint."""
 
 CAUSE = "SMLP_RESTART"
 """The variable in which a rank finds why it was started again."""

@@ -1,4 +1,4 @@
-"""What the launchers of examples/ read from the environment, checked. No torch.
+"""Read and check the environment variables of the launchers in examples/. No torch.
 
 A message names the variable, since that is what the user has set.
 """
@@ -17,7 +17,7 @@ HOST, SERVER, FILE = "host", "server", "file"
 
 @dataclass(frozen=True)
 class Meeting:
-    """How the agents of several machines find each other."""
+    """The way in which the agents of several machines find each other."""
 
     kind: str
     """HOST: machine 0 keeps the store; SERVER: another process does; FILE: a shared folder."""
@@ -35,7 +35,7 @@ class Meeting:
 
     @property
     def endpoint(self) -> str:
-        """What torchrun is told."""
+        """Return the endpoint in torchrun's form."""
         if self.kind == FILE:
             return str(Path(self.address) / f"{self.run}.store")
         return f"{self.address}:{self.port}"
@@ -48,17 +48,17 @@ class Settings:
     processes: int
     """On this machine."""
     meeting: Meeting | None
-    """None on a single machine."""
+    """How the machines meet; None on a single machine."""
     local_address: str | None
-    """By which the other machines reach this one; None: to be found out."""
+    """Address under which other machines reach this one; None if it has to be found out."""
     max_restarts: int
     """Times that an agent starts its ranks again."""
     shutdown_timeout: int
-    """That ranks have to save in when they are told to end."""
+    """Seconds in which ranks have to save when they are told to end."""
     start_timeout: int
-    """In which the store, or the other machines' folder, is reached at first."""
+    """Seconds in which the store, or the shared folder, must be reached at the start."""
     rejoin_timeout: int
-    """In which all machines come together again."""
+    """Seconds in which all machines must come together again."""
 
 
 def read(environment: Mapping[str, str], *, several: bool) -> Settings:

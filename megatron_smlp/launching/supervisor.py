@@ -120,7 +120,7 @@ class Supervisor:
         self.child: subprocess.Popen[bytes] | None = None
         self.told_to_end = False
         self.warned = False
-        """Whether it was told so by SIGUSR1, after which a queue starts the same command again."""
+        """Whether SIGUSR1 told it to end, after which a queue starts the same command again."""
         self.first = self.progress.newest
         """Iteration of the checkpoint that was there at the start."""
 

@@ -1,4 +1,4 @@
-"""What a launcher must know of the training's command line: where it saves. No torch."""
+"""Read what a launcher needs from the training's command line: where it saves. No torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def value_of(flag: str, words: Sequence[str]) -> str | None:
 
 
 def given(flag: str, words: Sequence[str]) -> Any:
-    """The same, also from the file of --config.
+    """Return a flag's value from the command line or from the file of --config.
 
     Raises:
         UsageError: that file cannot be read.
@@ -37,7 +37,7 @@ def given(flag: str, words: Sequence[str]) -> Any:
 
 
 class Progress:
-    """Whether a run that fails again and again gets on: whether its newest checkpoint does."""
+    """Tells whether a run that keeps failing makes progress: whether its newest checkpoint changes."""
 
     LIMIT = 3
     """Failures in a row without a newer checkpoint."""
@@ -65,7 +65,8 @@ class Progress:
         self.newest = newest
 
     def is_stuck(self) -> bool:
-        """Whether starting again would only fail again: so often, or with nothing to go on from."""
+        """Return whether another start would only fail again: too many failures, or nothing to
+        resume from."""
         return self.folder is None or self.failures >= self.LIMIT
 
     def __str__(self) -> str:

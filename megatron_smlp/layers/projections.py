@@ -1,4 +1,4 @@
-"""What the token mixers with projections share: how those are built, and lie in a checkpoint.
+"""Shared by the token mixers with projections: how they are built, and how checkpoints store them.
 
 A mixer reads D features of each token, works on a width of its own that tensor parallelism shards,
 and writes D features; the two linear layers are Megatron's, or Transformer Engine's.

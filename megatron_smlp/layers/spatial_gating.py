@@ -130,7 +130,7 @@ class SpatialProjection(nn.Module):
             self._draw(first_head, total_heads or num_heads, bound or 1e-3 / length)
 
     def _shapes(self, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of one head's M and b."""
+        """Return the shapes of one head's M and b."""
         return (length, length), (length,)
 
     @torch.no_grad()
@@ -182,7 +182,8 @@ class SpatialProjection(nn.Module):
         return causal_mix(weight, columns)
 
     def rows_from(self, weight: Tensor, first: int, tokens: int) -> Callable[..., Tensor]:
-        """For T' = tokens: (head, <float>[T', N]) -> the rows of M v from `first` on, [.., N]."""
+        """Return, for T' = tokens, a function (head, <float>[T', N]) -> rows of M v from `first`
+        on, [.., N]."""
         rows = weight[:, first:tokens]
         # One slice and one `unbind`: their gradients are one tensor of that size, not one a head.
         before, triangles = rows[:, :, :first].unbind(), rows[:, :, first:tokens].unbind()

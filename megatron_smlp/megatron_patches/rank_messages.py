@@ -1,4 +1,4 @@
-"""What Megatron's loop asks the ranks about every step, answered without asking.
+"""Answer what Megatron's loop asks the ranks about every step, without asking them.
 
 Each question of the original is a copy to the device that the host waits for, a collective, and a
 read that waits for all that the device has to do, the update included: the device then idles until
@@ -157,7 +157,7 @@ class _Loop:
 
 
 class _Signalled:
-    """As Megatron's DistributedSignalHandler answers: for each rank."""
+    """Answers as Megatron's DistributedSignalHandler does: for each rank."""
 
     def __init__(self, is_signalled: bool) -> None:
         self.is_signalled = is_signalled
@@ -201,5 +201,5 @@ def _keep_scale_on_host(optimizer: Any) -> None:
 
 
 def _writes(iteration: int) -> bool:
-    """Whether Megatron writes this step's losses to TensorBoard, and so reads them."""
+    """Return whether Megatron writes this step's losses to TensorBoard, and so reads them."""
     return bool(get_tensorboard_writer()) and iteration % get_args().tensorboard_log_interval == 0

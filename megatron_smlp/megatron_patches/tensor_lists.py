@@ -89,7 +89,7 @@ def _replace_copies_of_parts() -> None:
 
 
 def _is_plain(optimizer: Any) -> bool:
-    """False where weights are quantised, held elsewhere, or not at all on this rank."""
+    """Return False if weights are quantised, held elsewhere, or not on this rank at all."""
     return not (
         optimizer.is_stub_optimizer
         or optimizer.ddp_config.use_megatron_fsdp
@@ -100,7 +100,8 @@ def _is_plain(optimizer: Any) -> bool:
 
 
 def _parts(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each parameter, what this rank updates: fp32, and its place in the model's buffer."""
+    """Return, for each parameter, the fp32 part that this rank updates and its place in the model's
+    buffer."""
     mains, places = [], []
     for main_groups, model_groups in (
         (optimizer.shard_fp32_from_float16_groups, optimizer.model_float16_groups),

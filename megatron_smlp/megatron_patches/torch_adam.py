@@ -31,7 +31,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def needed() -> bool:
-    """True where Megatron falls back to torch's optimizers."""
+    """Return whether Megatron falls back to torch's optimizers."""
     return not distrib_optimizer.HAVE_APEX_OR_TE
 
 

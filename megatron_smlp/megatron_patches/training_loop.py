@@ -45,8 +45,8 @@ class Observer(Protocol):
     ) -> None: ...
 
     def ways_to_evaluate(self) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-        """For each pass over the samples: what its losses' names begin with, and what is around
-        it. Of the first one nothing."""
+        """Yield, for each pass over the samples, the prefix of its losses' names and the context to
+        run it in. The first pass has neither."""
 
     def validated(
         self, losses: dict[str, torch.Tensor], *, iteration: int, title: str, seconds: float

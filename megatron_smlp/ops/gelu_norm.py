@@ -74,7 +74,7 @@ class _GeluNorm(torch.autograd.Function):
 
 
 def _block(width: int) -> dict[str, int]:
-    """How a program holds the features of a head."""
+    """Return the block in which a program holds the features of a head."""
     block = 1 << (width - 1).bit_length()
     rows = max(1, _ELEMENTS // block)
     warps = min(16, max(4, block // 1024))

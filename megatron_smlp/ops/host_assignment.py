@@ -58,7 +58,8 @@ def host_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The same problem in float32 with a spread of 1, and what 1 is in the unit of the scores.
+    """Return the same problem in float32 with a spread of 1, and the scale that restores the
+    scores.
 
     A constant added to a token's row changes no assignment, so rows are shifted to a maximum of 0.
     float64, and dividing before subtracting, keep scores such as 1e308 and 1e-320 in range.

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can run on a tensor's device, and what to say where they cannot."""
+"""Decide whether Triton's kernels can run on a tensor's device, and say why they cannot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ SHARED_MEMORY = 97 * 1024
 
 @cache
 def _missing() -> str | None:
-    """What keeps Triton from running kernels here, or None; the same for the whole process."""
+    """Return what keeps Triton from running kernels here, or None; it is the same for the whole
+    process."""
     try:
         import triton
         from triton.runtime import driver

@@ -58,7 +58,7 @@ CPU_TYPES = {
 
 
 def needed() -> bool:
-    """True where there is no CUDA device, so that `apply` has work to do."""
+    """Return whether there is no CUDA device, so that `apply` has work to do."""
     return not torch.cuda.is_available()
 
 

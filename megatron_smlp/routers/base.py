@@ -102,7 +102,7 @@ def _routers(models: Iterable[nn.Module]) -> list[BaseRouter]:
 
 @contextlib.contextmanager
 def other_evaluation(models: Iterable[nn.Module]) -> Iterator[None]:
-    """By prices in place of greedily, or the other way round, for the time of a `with`."""
+    """Evaluate by prices instead of greedily, or the other way round, within a `with` block."""
     routers = _routers(models)
     for router in routers:
         router.by_price = not router.by_price

@@ -43,7 +43,7 @@ def _hashed(values: Tensor) -> Tensor:
 
 
 def _shifted(values: Tensor, places: int) -> Tensor:
-    """To the right, as if there were no sign."""
+    """Shift to the right, treating the number as unsigned."""
     return (values >> places) & ((1 << (64 - places)) - 1)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 FORMAT = "megatron_smlp.hash_table"
 BALANCED = "balanced"
-"""In place of a file: by the counts of what the run trains on."""
+"""Given instead of a file: balance by the token counts of the training data."""
 
 
 def random_table(*, num_experts: int, vocab_size: int, seed: int) -> Tensor:

@@ -34,7 +34,7 @@ class RouterKey(NamedTuple):
     """Names a router: a layer may have one of each kind."""
 
     layer: int
-    """From 1, in the whole model."""
+    """Layer number in the whole model, from 1."""
     kind: RouterKind
 
 

@@ -26,7 +26,7 @@ from megatron_smlp.routers.statistics import CountedRouter
 
 
 class Choices(NamedTuple):
-    """Of a routing group."""
+    """The choices of a routing group."""
 
     wanted: Tensor
     """<int64>[N, k], experts, distinct in a row."""

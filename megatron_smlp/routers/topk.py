@@ -60,7 +60,7 @@ class TopKTokenRouter(TokenRouter):
         return self._top(scores, wanted)[0]
 
     def aux_loss(self, scores: Tensor, first: Tensor) -> Tensor:
-        """Of all k choices, not of the first alone."""
+        """Return the balance loss over all k choices, not only the first."""
         chosen, shares = compute_routing_scores_for_aux_loss(scores, self.topk, self.score_function)
         loads = chosen.float().sum(dim=0) / max(1, len(scores) * self.topk)
         loss: Tensor = self.num_experts * (loads * shares.mean(dim=0)).sum()

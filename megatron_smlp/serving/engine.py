@@ -29,7 +29,7 @@ class Token:
 
     id: int
     logprob: float | None
-    """None for the first token of a prompt, which nothing predicts."""
+    """Log-probability; None for the first token of a prompt, which nothing predicts."""
     top: dict[int, float] | None
     """Log-probabilities of the likeliest ids in its place."""
 

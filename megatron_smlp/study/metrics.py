@@ -1,4 +1,4 @@
-"""What a run of a study logged, see plotting/records.py."""
+"""Read what a run of a study logged; see plotting/records.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_smlp.plotting.records import Record
 from megatron_smlp.training.metrics_file import FILE_NAME
 
 VALIDATION_LOSS, SUFFIX_LOSS = "validation_loss", "validation_suffix_loss"
-"""Of all tokens, and of those behind the prefix of partial prediction."""
+"""Names of the losses over all tokens, and over those behind the prefix of partial prediction."""
 TAIL_BYTES = 1 << 16
 
 

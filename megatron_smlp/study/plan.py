@@ -1,4 +1,4 @@
-"""Which runs a study has: a plan is a function of the study, the data and the losses known so far.
+"""Plan the runs of a study, as a function of the study, the data and the losses known so far.
 
 A seed of a system trains on one trunk at a constant learning rate. For every horizon a branch
 leaves it, in which the learning rate decays; the longest one's is the end of the trunk itself:
@@ -54,7 +54,7 @@ class PlannedRun:
     """All that is given to pretrain_smlp.py, without paths."""
     parent: PlannedRun | None = None
     identity: str = field(repr=False)
-    """Of the data and the version."""
+    """Identifies the data and the versions."""
 
     @cached_property
     def key(self) -> str:
@@ -65,7 +65,7 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
-        """Where it lies, below the study's folder."""
+        """Return the run's folder, relative to the study's."""
         return Path(self.system) / f"lr{self.factor:g}" / f"{self.seed}-{self.key}"
 
     @property

@@ -1,4 +1,4 @@
-"""What a study will cost: hours at a speed that was measured here, or on GPUs of a stated one."""
+"""Estimate what a study will cost: hours at a speed measured here, or at an assumed one on GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BACKWARD = 3  # a training step costs as much as three forward passes
 EVAL_ITERS = 100  # Megatron's default
 LONG_WARM_UP = 0.2
 SAVED_BYTES = {True: 14, False: 12}
-"""Of a parameter in a checkpoint, by --bf16: the weight, its fp32 copy, two moments."""
+"""Bytes per parameter in a checkpoint, by --bf16: the weight, its fp32 copy, two moments."""
 
 
 def price_lines(

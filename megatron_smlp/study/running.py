@@ -31,7 +31,7 @@ class Worker:
     state: State
     data: StudyData
     processes: int = 1
-    """Of one run, by torchrun."""
+    """Processes of one run, started by torchrun."""
     failures: list[PlannedRun] = field(default_factory=list)
 
     def work(self) -> None:

@@ -1,4 +1,4 @@
-"""What is known of a study: in the folders of its runs, and in the CSV files that are kept in git.
+"""The state of a study: the folders of its runs, and the CSV files that are kept in git.
 
 runs/study/<name>/study.json says with which study file and data the runs were begun. A run's own
 folder has flags.yaml, metrics.jsonl, output.log, checkpoints/, and ended.json once it is over.

@@ -35,7 +35,7 @@ class Difference:
     low: float
     high: float
     p: float
-    """Of no difference; 1 where there are too few seeds."""
+    """p-value of no difference; 1 if there are too few seeds."""
     n: int
     sd: float
     visible: float

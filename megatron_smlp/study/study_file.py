@@ -116,7 +116,7 @@ class Tuning:
     lr: dict[str, tuple[float, ...]] = key(_by_system(_list(_positive)))
     """Multiples of the --lr of a system's file."""
     extend_at_edge: int = key(_whole, 0)
-    """How often every system gets one more trial where a best one lies at an edge."""
+    """Further trials of every system, one at a time, while the best of any system is at an edge."""
 
     def factors(self, system: str) -> tuple[float, ...]:
         return _of_system(self.lr, system)

@@ -46,9 +46,9 @@ class System:
 
     name: str
     flags: Flags
-    """Of its file and of the study, without what the study sets for each run."""
+    """Flags from its file and from the study, without those that the study sets for each run."""
     costs: Mapping[str, Any]
-    """What accounting/estimate.py says."""
+    """Costs according to accounting/estimate.py."""
 
     @property
     def is_smlp(self) -> bool:
@@ -70,13 +70,13 @@ class System:
 
     @property
     def predicts_suffix(self) -> bool:
-        """Whether it is trained on what comes behind a prefix only."""
+        """Return whether it is trained only on what follows a prefix."""
         is_partial = self.flags.get("feature_router") == "partial"
         return is_partial and self.flags.get("partial_loss", "suffix") == "suffix"
 
     @property
     def evaluation(self) -> str:
-        """How an evaluation routes tokens."""
+        """Return in words how an evaluation routes tokens."""
         rule = self.flags.get("token_router")
         if rule == "base":
             return f"BASE: {self.flags.get('base_eval', 'greedy')}, nothing is dropped"

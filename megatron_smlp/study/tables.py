@@ -27,7 +27,7 @@ class Tables:
     curves: pandas.DataFrame
     speed: pandas.DataFrame
     found: pandas.DataFrame
-    """What evaluations of the final checkpoints found, see study/final.py."""
+    """Results of evaluating the final checkpoints; see study/final.py."""
 
     @classmethod
     def of(cls, results: Results) -> Tables:

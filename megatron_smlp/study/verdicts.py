@@ -34,10 +34,12 @@ class Comparison:
     what: str
     """loss, loss behind the prefix, wrong answers in %, seconds, tokens, step time."""
     found: Difference
-    """Of losses in nats, of answers in percent; of all else a ratio: 1 is no difference."""
+    """Losses differ in nats and answers in percent; everything else is a ratio, where 1 is no
+    difference."""
     verdict: str
     is_bound: bool = False
-    """Whether the subject's cost may be still less: a seed was there at its first horizon."""
+    """Whether the subject's cost may be even lower: a seed had reached the target at its first
+    horizon."""
 
     @property
     def is_ratio(self) -> bool:

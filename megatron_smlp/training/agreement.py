@@ -1,4 +1,4 @@
-"""What all ranks must know of a step, in one message that nobody waits for.
+"""Tell all ranks what they must know about a step, in one message that nobody waits for.
 
     rank of a loss that is not finite  -> the update is held back     (--nonfinite-loss)
     a signal has come to some rank     -> the step is finished, saved, and the run ends
@@ -24,7 +24,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Agreed:
-    """The same on all ranks."""
+    """What the ranks agreed on; it is the same on all of them."""
 
     nonfinite_rank: int | None
     """The last one with such a loss."""
@@ -71,7 +71,7 @@ class StepAgreement:
         return Agreed(rank - 1 if rank else None, bool(is_signalled), bool(is_over))
 
     def take(self) -> Agreed | None:
-        """The same once; None where no step was made since."""
+        """Return what was agreed, once; None if no step has been made since."""
         agreed = None if self._numbers is None else self.read()
         self._numbers = None
         return agreed

@@ -31,7 +31,7 @@ class RunConsole:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:
-        """With a progress bar, where this is a terminal."""
+        """Show a progress bar if this is a terminal."""
         with contextlib.ExitStack() as stack:
             if self.first_rank and self.console.is_terminal:
                 self.bar = stack.enter_context(self._bar())

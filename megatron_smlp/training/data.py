@@ -29,8 +29,8 @@ from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.routers.hash_table import balanced_table
 
 EVALUATION_SEED = 1234
-"""Of the order in which validation and test samples are drawn, so that runs of other seeds and
-systems are compared on the same ones."""
+"""Seed of the order of validation and test samples, so that runs with other seeds and systems are
+compared on the same ones."""
 
 
 def check_data(args: argparse.Namespace) -> None:

@@ -103,7 +103,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """From the start screen to the last word; on a terminal with a progress bar."""
+        """Report a run from the start screen to the last line; on a terminal with a progress bar."""
         self.screen.introduce()
         with self.screen.progress():
             try:
@@ -258,7 +258,7 @@ class Reporter:
         self.say(" | ".join([f"iteration {iteration} tasks", *texts, f"{seconds:.1f} s"]))
 
     def _tell_loads(self, loads: Loads, *, iteration: int, title: str = "") -> None:
-        """To TensorBoard, and a warning where a router collapses.
+        """Write the loads to TensorBoard, and warn if a router collapses.
 
         title: of an evaluation; empty in training.
         """
@@ -267,7 +267,7 @@ class Reporter:
             self.say(line)
 
     def _tokens(self) -> int:
-        """Of training, since the run began."""
+        """Return the tokens of training since the run began."""
         tokens: int = self.args.consumed_train_samples * self.args.seq_length
         return tokens
 
@@ -312,7 +312,8 @@ class Reporter:
         return " | ".join(texts + (["skipped"] if record["skipped"] else []))
 
     def ways_to_evaluate(self) -> Iterator[tuple[str, contextlib.AbstractContextManager[None]]]:
-        """As --base-eval says, and with --base-eval-both the other way too. Collective."""
+        """Yield the way of --base-eval, and with --base-eval-both the other one as well.
+        Collective."""
         yield "", contextlib.nullcontext()
         self.evaluated = {"": self.statistics.take(training=False)}
         if self.args.base_eval_both:

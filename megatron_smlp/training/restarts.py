@@ -1,4 +1,4 @@
-"""What a failure has cost, once a run is under way again: cause, lost steps, seconds."""
+"""Report what a failure cost once a run is under way again: cause, lost steps, seconds."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ class Restart:
 
     cause: str
     iteration: int
-    """Of the checkpoint that the run goes on from."""
+    """Iteration of the checkpoint that the run resumes from."""
     lost: int
     """Steps that had been trained beyond it."""
     down: float
     """Seconds without a run, up to `since`."""
     since: float
-    """By the clock of time.monotonic."""
+    """Time at which `down` was taken, on the clock of time.monotonic."""
 
     def record(self) -> dict[str, Any]:
-        """For metrics.jsonl, when the first step is done."""
+        """Return the record for metrics.jsonl, when the first step is done."""
         seconds = self.down + time.monotonic() - self.since
         what = {"cause": self.cause, "lost_steps": self.lost, "seconds_down": seconds}
         return {"iteration": self.iteration, "restart": what}
 
 
 def restart_line(record: dict[str, Any]) -> str:
-    """The same, for the console."""
+    """Return the restart's line for the console."""
     what = record["restart"]
     lost = what["lost_steps"]
     return (

@@ -64,7 +64,8 @@ def router_texts(loads: Loads) -> list[str]:
 
 
 def write_scalars(loads: Loads, *, iteration: int, title: str = "") -> None:
-    """To TensorBoard and W&B, on the rank that has them: `router/layer 2 token/entropy`.
+    """Write scalars to TensorBoard and W&B, on the rank that has them: `router/layer 2
+    token/entropy`.
 
     title: of an evaluation, which the names then begin with; empty in training.
     """

@@ -27,7 +27,7 @@ WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
 
 
 class StartUp(contextlib.AbstractContextManager["StartUp"]):
-    """From a run's first moment to its first step: SIGTERM ends the process, with 0.
+    """Before a run's first step, SIGTERM ends the process with 0.
 
     Until ranks train in lockstep they wait for each other in native code, for minutes where one is
     gone, and no Python handler runs meanwhile. A thread is told of the signal by the interpreter's
@@ -85,7 +85,7 @@ def _left_to_the_thread(signum: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def graceful_signals(*, announces: bool) -> Iterator[None]:
-    """For the time of a run, hand other signals to the handler that Megatron has for SIGTERM.
+    """During a run, pass other signals to the handler that Megatron has for SIGTERM.
 
     Args:
         announces: whether this process tells the user what happens next.

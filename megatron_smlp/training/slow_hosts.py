@@ -27,7 +27,7 @@ from megatron_smlp.collectives import gathered
 
 RATIO = 1.5
 SHARE = 0.1
-"""Of a step, that the excess must be over: less is noise, and no loss."""
+"""Share of a step that the excess must exceed: less is noise, and costs nothing."""
 LEAST = 0.02
 """Seconds that the excess must be over too: an operating system takes as much now and then."""
 LINES = 3
@@ -61,7 +61,7 @@ class OwnPart:
             self.began = None
 
     def forget(self) -> None:
-        """What was begun was an evaluation."""
+        """Discard what was begun: it was an evaluation."""
         self.began = None
 
     def pop_seconds(self) -> float:

@@ -37,7 +37,7 @@ from megatron_smlp.training.slow_hosts import OwnPart
 
 SUFFIX_LOSS = "suffix loss"
 WHOLE_LOSS = "whole loss"
-"""Of all targets, where "lm loss", which is trained on, is not."""
+"""Name of the loss over all targets, if "lm loss", which is trained on, is over some of them."""
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask")
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -130,7 +130,7 @@ class _PlaceInRun:
 
     def __init__(self) -> None:
         self._started: dict[int | None, tuple[int, int]] = {}
-        """Of each stage on this rank: samples before the step, and its micro-batches so far."""
+        """For each stage on this rank, the samples before the step and the micro-batches so far."""
 
     def first_sample(self, args: Any, vp_stage: int | None) -> int:
         """The number of the first one; to be called once in each forward pass of a stage."""

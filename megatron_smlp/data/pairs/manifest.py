@@ -55,7 +55,7 @@ class Manifest:
 
     tokenizer: TokenizerRecord
     pairs: dict[str, PairRecord]
-    """By the name of the pair, without folder and suffix."""
+    """The pairs by name, without folder and suffix."""
     sources: list[dict[str, Any]] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
 

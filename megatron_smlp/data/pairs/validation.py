@@ -25,7 +25,7 @@ class Finding:
 
     rule: str
     problem: str | None
-    """None: the rule holds."""
+    """What is wrong; None if the rule holds."""
 
 
 def validate(prefix: str, *, vocab_size: int | None = None) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""From a chunk of records to flat arrays of ids: the work of one worker process.
+"""Turn a chunk of records into flat arrays of ids: the work of one worker process.
 
 Megatron's rules: a sequence without ids is dropped, and the end-of-document id is added to the
 last sequence of a document that has ids. A document without ids in every key is counted and left
@@ -28,7 +28,7 @@ class EncodingSettings:
     keys: tuple[str, ...]
     append_eod: bool
     sentences: SentenceSettings | None
-    """None: a document is one sequence."""
+    """How documents are split into sentences; None if each document is one sequence."""
 
 
 @dataclass(frozen=True)

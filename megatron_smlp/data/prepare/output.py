@@ -38,7 +38,7 @@ class Counts:
     text_bytes: int = 0
     """Uncompressed input, bytes."""
     rejected: dict[str, int] = field(default_factory=dict)
-    """By reason."""
+    """Number of rejected records by reason."""
 
     @property
     def num_rejected(self) -> int:

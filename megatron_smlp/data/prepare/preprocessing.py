@@ -37,7 +37,7 @@ class PreprocessSettings:
     keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     sentences: SentenceSettings | None = None
-    """None: a document is one sequence."""
+    """How documents are split into sentences; None if each document is one sequence."""
     workers: int = 1
     """Processes that encode; 1 encodes in the calling process."""
     skip_errors: bool = False
@@ -53,7 +53,7 @@ class Summary:
     prefix: str
     counts: Counts
     seconds: float
-    """From the first chunk to the published files; start-up is not in it."""
+    """Time from the first chunk to the published files, without start-up."""
     text_bytes: int
     """Uncompressed input that this run read: less than `counts` say after a resume."""
     encoder: str

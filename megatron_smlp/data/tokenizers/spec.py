@@ -40,7 +40,7 @@ class Encoder(Protocol):
 
     @property
     def description(self) -> str:
-        """For the log: the library, and why a slower one was taken."""
+        """Return what the log says: the library, and why a slower one was chosen."""
 
     def encode_batch(self, texts: Sequence[str]) -> "tuple[NDArray[Any], NDArray[np.int64]]":
         """Return <int>[tokens of all texts], <int64>[texts] tokens of each; text is valid Unicode.

@@ -317,7 +317,7 @@ def _applicants(choices, leads, expert, start, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def _count(choices, leads, expert, least, N, BLOCK: tl.constexpr):
-    """How many of the expert's applicants have at least this lead."""
+    """Count the expert's applicants that have at least this lead."""
     found = tl.zeros([BLOCK], tl.int32)
     for start in range(0, N, BLOCK):
         _, applies, lead = _applicants(choices, leads, expert, start, N, BLOCK)
