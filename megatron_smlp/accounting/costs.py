@@ -210,7 +210,7 @@ def embedding_cost(shape: ModelShape) -> Cost:
 
 
 def input_cost(shape: ModelShape) -> Cost:
-    """Return the cost of the input: an embedding table, or the projection of hashes with its norm."""
+    """Return the cost of the input: an embedding, or the projection of hashes with its norm."""
     options = shape.options
     if options.input_projection == "embedding":
         return token_table(shape)

@@ -37,7 +37,7 @@ def given(flag: str, words: Sequence[str]) -> Any:
 
 
 class Progress:
-    """Tells whether a run that keeps failing makes progress: whether its newest checkpoint changes."""
+    """Tells whether a run that keeps failing makes progress, by its newest checkpoint."""
 
     LIMIT = 3
     """Failures in a row without a newer checkpoint."""

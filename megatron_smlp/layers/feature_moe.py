@@ -124,7 +124,7 @@ class PartialFeatureMoE(SpatialGating):
         )
 
     def _default_experts(self, device: torch.device) -> Tensor:
-        """Return the experts that this rank's chunks use for the rows of the prefix: <int64>[C']."""
+        """Return the experts of this rank's chunks for the rows of the prefix: <int64>[C']."""
         chunks = torch.arange(self.local_heads, device=device)
         return (self.first_chunk + chunks) % self.num_experts
 

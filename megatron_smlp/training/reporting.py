@@ -103,7 +103,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Report a run from the start screen to the last line; on a terminal with a progress bar."""
+        """Report a run, from its start screen to its last line; a terminal has a progress bar."""
         self.screen.introduce()
         with self.screen.progress():
             try:
