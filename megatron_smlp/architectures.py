@@ -133,7 +133,7 @@ class SlottedLayer(TransformerLayer):
 
 
 def slots_of(config: TransformerConfig, *, architecture: str | None = None) -> list[LayerSlots]:
-    """The table's row for this config."""
+    """Return the table's row for this config."""
     options = options_of(config)
     if architecture is not None:
         options = dataclasses.replace(options, architecture=architecture)
@@ -147,7 +147,7 @@ def slots_of(config: TransformerConfig, *, architecture: str | None = None) -> l
 
 
 def layer_submodules(config: TransformerConfig, slots: LayerSlots) -> TransformerLayerSubmodules:
-    """The specs of one layer: norm, mixer, residual, norm, channel mixer, residual."""
+    """Return the specs of one layer: norm, mixer, residual, norm, channel mixer, residual."""
     backend = get_backend(config.transformer_impl)
     norm = norm_builder(config)
     has_channel = slots.channel != "none"
@@ -191,7 +191,8 @@ def _channel(config: TransformerConfig, slots: LayerSlots, backend: BackendSpecP
 
 
 def _no_residual(training: bool, fused: bool) -> Any:
-    """The residual of an empty channel slot: the identity would otherwise be added to itself."""
+    """Return the residual of an empty channel slot: the identity would be added to itself
+    otherwise."""
     return lambda output, residual, dropout: residual
 
 
@@ -208,7 +209,7 @@ def _sequence_length(config: TransformerConfig) -> int:
 def block_spec(
     config: SMLPTransformerConfig, *, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm, for GPTModel."""
+    """Return the layers of this pipeline stage and the final norm, for GPTModel."""
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
         layer_specs=[ModuleSpec(module=SlottedLayer)] * count, layer_norm=norm_builder(config)

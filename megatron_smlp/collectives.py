@@ -15,7 +15,7 @@ def from_first_rank(value: Any) -> Any:
 
 
 def gathered(value: Any) -> list[Any]:
-    """The values of all ranks, on every rank."""
+    """Return the values of all ranks, on every rank."""
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values

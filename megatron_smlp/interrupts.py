@@ -13,7 +13,7 @@ _interrupted = threading.Event()
 
 
 def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """A signal handler: Python's own for SIGINT, which notes for `is_interruption` that it ran."""
+    """Handle SIGINT as Python does, and note for `is_interruption` that it came."""
     _interrupted.set()
     raise KeyboardInterrupt
 

@@ -53,7 +53,7 @@ def transformer_config(args: argparse.Namespace) -> SMLPTransformerConfig:
 
 
 def model_config(args: argparse.Namespace) -> Any:
-    """The GPTModelConfig that `megatron.training.pretrain` builds the model from."""
+    """Return the GPTModelConfig that `megatron.training.pretrain` builds the model from."""
     config = transformer_config(args)
     model = gpt_config_from_args(args, config=config)
     model.transformer_layer_spec = import_module(args.spec) if args.spec else _layers
@@ -91,7 +91,8 @@ def _on_device(stages: list[Any]) -> list[Any]:
 
 
 def _layers(model: Any, vp_stage: int | None = None) -> Any:
-    """The first thing of a model that is built on every rank, and collective there."""
+    """Build the layers, the first part of a model that every rank builds; a balanced table is
+    collective."""
     config = model.transformer
     if config.hash_table == BALANCED and config.balanced_experts is None:
         config.balanced_experts = experts_of_training_data(get_args())

@@ -51,7 +51,7 @@ class Facts:
 
 
 def option(default: Any, *, choices: tuple[str, ...] | None = None, **facts: Any) -> Any:
-    """A dataclass field with its facts.
+    """Make a dataclass field with its facts.
 
     Args:
         choices: allowed values, where the type does not say them.
@@ -388,7 +388,7 @@ MEGATRON_FLAGS: dict[str, MegatronFlag] = {
 
 
 def facts_of(options: type) -> dict[str, Facts]:
-    """The facts of each field of ModelOptions or RunOptions, by its name."""
+    """Return the facts of each field of ModelOptions or RunOptions, by its name."""
     return {
         field.name: field.metadata.get("facts", Facts()) for field in dataclasses.fields(options)
     }
@@ -405,7 +405,7 @@ MODEL_FLAGS: Mapping[str, Facts] = {**facts_of(ModelOptions), **MEGATRON_FLAGS}
 
 
 def model_defaults() -> dict[str, Any]:
-    """The default of each of MODEL_FLAGS."""
+    """Return the default of each of MODEL_FLAGS."""
     megatrons = {name: flag.default for name, flag in MEGATRON_FLAGS.items()}
     return {name: megatrons.get(name, DEFAULTS.get(name)) for name in MODEL_FLAGS}
 

@@ -23,7 +23,7 @@ def is_first_rank() -> bool:
 
 
 def _end_workers() -> None:
-    """Data loader workers ignore SIGTERM, and exiting would wait for them for ever."""
+    """End data loader workers: they ignore SIGTERM, and exiting would wait for them for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their deaths
     for child in multiprocessing.active_children():
         child.kill()

@@ -165,7 +165,7 @@ class ModelShape:
 
 
 def model_cost(shape: ModelShape) -> Cost:
-    """The whole model: embeddings, layers, final norm, logits."""
+    """Return the cost of the whole model: embeddings, layers, final norm, logits."""
     return total([embedding_cost(shape), *(layer_cost(shape, s) for s in shape.slots)])
 
 
@@ -200,7 +200,7 @@ def choices_per_token(shape: ModelShape) -> int:
 
 
 def embedding_cost(shape: ModelShape) -> Cost:
-    """The input and its positions, the final norm, and the logits."""
+    """Return the costs of the input and its positions, the final norm, and the logits."""
     table = token_table(shape)
     flops = 2 * shape.seq_length * table.parameters
     tables = (
@@ -225,24 +225,24 @@ def input_cost(shape: ModelShape) -> Cost:
 
 
 def fingerprint_bytes(shape: ModelShape) -> int:
-    """The table of --input-projection minhash, which is not trained: an int16 a value."""
+    """Return the bytes of the minhash table, which is not trained: int16 values."""
     options = shape.options
     is_hashed = options.input_projection == "minhash"
     return 2 * shape.padded_vocab_size * options.hash_count * is_hashed
 
 
 def token_table(shape: ModelShape) -> Cost:
-    """The token embeddings, or an output layer that is not tied to them."""
+    """Return the cost of the token embeddings, or of an output layer that is not tied to them."""
     return Cost(sharded=shape.padded_vocab_size * shape.hidden_size)
 
 
 def position_table(shape: ModelShape) -> Cost:
-    """The position embeddings, if they are learned."""
+    """Return the cost of the position embeddings, if they are learned."""
     return Cost(replicated=shape.seq_length * shape.hidden_size * shape.learned_positions)
 
 
 def norm_cost(shape: ModelShape) -> Cost:
-    """A norm over the hidden dimension."""
+    """Return the cost of a norm over the hidden dimension."""
     return Cost(replicated=shape.norm_parameters * shape.hidden_size)
 
 
@@ -367,7 +367,8 @@ def causal_rn_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
 
 
 def mlp_cost(shape: ModelShape) -> Cost:
-    """The FFN; a gated one has two projections to the hidden layer, and their product."""
+    """Return the cost of the FFN; a gated one has two projections to the hidden layer, and their
+    product."""
     hidden, gated = shape.ffn_hidden_size, int(shape.gated_mlp)
     up = _column(shape, (1 + gated) * hidden)
     return norm_cost(shape) + up + _row(shape, hidden) + Cost(kept=(2 + gated) * hidden)
@@ -394,7 +395,7 @@ def token_moe_cost(shape: ModelShape) -> Cost:
 
 
 def shared_expert_cost(shape: ModelShape) -> Cost:
-    """An FFN without bias that every token visits, if there is one."""
+    """Return the cost of an FFN without bias that every token visits, if there is one."""
     width, gated = shape.shared_expert_size, int(shape.gated_mlp)
     parameters = (2 + gated) * shape.hidden_size * width
     flops = 2 * shape.seq_length * parameters
@@ -408,14 +409,14 @@ def _expert_parameters(shape: ModelShape) -> int:
 
 
 def _column(shape: ModelShape, outputs: int) -> Cost:
-    """A projection from D, whose outputs are split."""
+    """Return the cost of a projection from D, whose outputs are split."""
     flops = 2 * shape.seq_length * shape.hidden_size * outputs
     parameters = outputs * (shape.hidden_size + shape.linear_bias)
     return Cost(sharded=parameters, flops=flops, square_flops=flops)
 
 
 def _row(shape: ModelShape, inputs: int) -> Cost:
-    """A projection to D, whose inputs are split."""
+    """Return the cost of a projection to D, whose inputs are split."""
     flops = 2 * shape.seq_length * inputs * shape.hidden_size
     bias = shape.hidden_size if shape.linear_bias else 0
     parameters = inputs * shape.hidden_size
@@ -423,5 +424,5 @@ def _row(shape: ModelShape, inputs: int) -> Cost:
 
 
 def _pairs(shape: ModelShape, columns: int) -> Cost:
-    """A causal product of T x T with `columns` columns."""
+    """Return the cost of a causal product of T x T with `columns` columns."""
     return Cost(flops=2 * shape.triangle * columns, square_flops=2 * shape.square * columns)

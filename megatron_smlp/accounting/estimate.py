@@ -252,7 +252,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 where the configuration is refused."""
+    """Return the exit code: 0, or 2 if the configuration is refused."""
     options, words = build_parser().parse_known_args(argv)
     try:
         file = read_yaml(options.config) if options.config else {}

@@ -129,7 +129,7 @@ class Footprint:
 
 
 def footprint(shape: ModelShape, layout: ParallelLayout) -> Footprint:
-    """The GPU that holds most.
+    """Return the footprint of the GPU that holds most.
 
     Raises:
         ValueError: the layers do not divide over the stages, or the experts over the ranks.
@@ -142,14 +142,14 @@ def footprint(shape: ModelShape, layout: ParallelLayout) -> Footprint:
 
 
 def stage_slots(shape: ModelShape, layout: ParallelLayout, stage: int) -> tuple[LayerSlots, ...]:
-    """The layers of one pipeline stage."""
+    """Return the layers of one pipeline stage."""
     per_stage = len(shape.slots) // layout.pipeline
     return shape.slots[stage * per_stage : (stage + 1) * per_stage]
 
 
 def stage_cost(shape: ModelShape, layout: ParallelLayout, stage: int) -> Cost:
-    """The layers of one pipeline stage, with the first one's input and the last one's norm; a
-    tied output embedding is a copy on the last."""
+    """Return the cost of one stage's layers, with the first one's input and the last one's norm;
+    a tied output embedding is a copy on the last."""
     cost = total(layer_cost(shape, slots) for slots in stage_slots(shape, layout, stage))
     table = token_table(shape)
     is_first, is_last = stage == 0, stage == layout.pipeline - 1

@@ -29,7 +29,7 @@ arXiv 2407.21783, table 5)."""
 
 
 def goodput(interval: float, *, save: float, restart: float, mtbf: float) -> float:
-    """The share of time that goes into steps that last; all times in seconds."""
+    """Return the share of time that goes into steps that are not lost; all times in seconds."""
     exponents = (restart / mtbf, (interval + save) / mtbf)
     if max(exponents) > 500:  # it never gets that far
         return 0.0
@@ -42,7 +42,7 @@ def best_interval(*, save: float, mtbf: float) -> float:
 
 
 def measured_restart(run: Path) -> float:
-    """The median of the seconds that a run was down, of its metrics.jsonl.
+    """Return the median of the seconds that a run was down, according to its metrics.jsonl.
 
     Raises:
         UsageError: it has no restarts.

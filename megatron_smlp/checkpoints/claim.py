@@ -58,7 +58,7 @@ class Owner:
 
     @classmethod
     def here(cls) -> Owner:
-        """This process, with a token of its own."""
+        """Return this process as an owner, with a token of its own."""
         process = os.getpid()
         return cls(
             token=secrets.token_hex(8),

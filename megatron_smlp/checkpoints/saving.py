@@ -53,7 +53,7 @@ class Listener(Protocol):
     def saved(self, *, iteration: int, seconds: float) -> None: ...
 
     def found(self, before: Before) -> None:
-        """The last run in this folder left this; on rank 0 alone."""
+        """Take note of what the last run in this folder left; on rank 0 only."""
 
 
 @dataclass
@@ -83,8 +83,8 @@ class Saving:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """The time of a run. The folder is made now, and is not made again where it vanishes: an
-        unmounted disk's would be another one.
+        """Hold the folder during a run. It is made now, and not again if it vanishes: an unmounted
+        disk's would be another one.
 
         Raises:
             UsageError: it cannot be made.

@@ -164,7 +164,7 @@ def split_qkv(fused: Tensor, heads: HeadShape) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def join_qkv(queries: Tensor, keys: Tensor, values: Tensor, heads: HeadShape) -> Tensor:
-    """The inverse of `split_qkv`."""
+    """Undo `split_qkv`."""
     counts = (heads.queries, 1, 1)
     grouped = [
         part.unflatten(0, (heads.groups, count, heads.width))

@@ -77,7 +77,7 @@ def _check_eval_tasks(args: argparse.Namespace) -> None:
 
 
 def _check_load(args: argparse.Namespace) -> None:
-    """A --load that holds no checkpoint is a mistake: Megatron would start from scratch."""
+    """Refuse a --load that holds no checkpoint: Megatron would start from scratch."""
     if args.load and tracked_folder(args.load) is None and not args.pretrained_checkpoint:
         raise UsageError(_nothing_in(Path(args.load)))
     if args.ckpt_step and not args.load and not args.pretrained_checkpoint:

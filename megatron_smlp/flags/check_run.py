@@ -149,7 +149,7 @@ def _check_length(args: argparse.Namespace) -> None:
 
 
 def check_layout(args: argparse.Namespace) -> None:
-    """Processes and batch, divided by the parallel sizes.
+    """Check that processes and batch can be divided by the parallel sizes.
 
     Raises:
         UsageError: see the messages.
@@ -196,7 +196,7 @@ def _check_processes(args: argparse.Namespace, sizes: dict[str, int]) -> None:
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """Flags without which others mean nothing.
+    """Refuse flags that mean nothing without others.
 
     Raises:
         UsageError: see the messages.
@@ -233,7 +233,7 @@ def check_names(args: argparse.Namespace) -> None:
 
 
 def _check_tokenizer_path(model: str | None) -> None:
-    """A name that cannot be the hub's would be asked for there, again and again for minutes."""
+    """Refuse a name that cannot be the hub's: it would be requested there for minutes."""
     if model is None or Path(model).exists():
         return
     parts = Path(model).parts

@@ -20,7 +20,7 @@ SCALARS = (str, int, float, bool, type(None))
 
 
 def read_yaml(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The keys as they are spelt, with those of included files first.
+    """Return the keys as they are spelt, with those of included files first.
 
     Raises:
         UsageError: a file is missing, is no flat mapping, or includes itself.
@@ -41,7 +41,7 @@ def read_yaml(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]
 
 
 def spelling(key: str) -> str:
-    """The name in Megatron's namespace."""
+    """Return the name in Megatron's namespace."""
     return key.replace("-", "_")
 
 

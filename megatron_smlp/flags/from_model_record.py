@@ -10,7 +10,7 @@ from megatron_smlp.options import MODEL_FLAGS, Facts
 
 
 def model_arguments(parser: argparse.ArgumentParser, flags: Mapping[str, Any]) -> list[str]:
-    """The flags that make the model, without what only training reads."""
+    """Return the flags that make the model, without what only training reads."""
     arguments: list[str] = []
     for name, value in flags.items():
         facts = MODEL_FLAGS.get(name, Facts())

@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
-    """The first phase: no flag that nobody knows, and what was given told from defaults.
+    """Parse, as the first phase: refuse unknown flags, and tell given values from defaults.
 
     Raises:
         UsageError: a flag or key is unknown, or a value is not of its type.

@@ -142,7 +142,7 @@ def refuse_unused(args: argparse.Namespace) -> None:
 
 
 def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
-    """A graph replays kernels, and none of the Python beside them.
+    """Refuse CUDA graphs of layers that route: a graph replays kernels, not the Python beside them.
 
     Layers that route are left out of it by Megatron's own implementation
     (architectures.SlottedLayer), and not by Transformer Engine's.

@@ -628,7 +628,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         return torch.cat([head, tail], dim=2)
 
     def _mix_step(self, values: Tensor, chosen: Tensor, scale: Tensor, layout: Layout) -> Tensor:
-        """A few new rows: same arguments, values [B, C, L, f]. Returns [B, C, T, f]."""
+        """Mix a few new rows: same arguments, values [B, C, L, f]; return [B, C, T, f]."""
         prefix = self.prefix_router.shape[0]
         experts, factor = chosen[..., None], scale[..., None]
         if layout.start is None or layout.start < prefix:
@@ -757,7 +757,7 @@ class SMLPAttentionFree(nn.Module):
 
 
 def _rows_of_call(sums: Tensor, layout: Layout) -> Tensor:
-    """sums: [B, L, N], of all positions so far -> those of this call's tokens, [B, T, N]."""
+    """Map sums [B, L, N] of all positions so far to those of this call's tokens, [B, T, N]."""
     if layout.start is not None:
         return sums[:, layout.start : layout.end]
     return sums.take_along_dim(layout.positions[..., None], dim=1)
@@ -797,7 +797,7 @@ class SMLPCausalRN(nn.Module):
         return F.layer_norm(x, x.shape[-1:], eps=self.eps)
 
     def _summed(self, a: Tensor, b: Tensor, layout: Layout) -> Tensor:
-        """a: <fp32>[B, T, F]; b: those of all positions so far, [B, L, F]. Returns [B, T, F]."""
+        """Map a: <fp32>[B, T, F], and b of all positions so far, [B, L, F], to [B, T, F]."""
         sums = _rows_of_call(b.double().exp().cumsum(dim=1), layout)
         exponents = a + (sums / (layout.positions[..., None] + 1)).log().to(a.dtype)
         return (exponents - exponents.detach().amax(dim=-1, keepdim=True)).exp()
@@ -1045,7 +1045,7 @@ class SMLPBaseRouter(nn.Module):
         return Routing(experts, scores.gather(1, experts).sigmoid())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SMLPBaseRouter":
-        """The prices stay fp32 where a model is cast, as scores are, on whatever device."""
+        """Keep the prices in fp32 when the model is cast, as scores are, on whatever device."""
         kept = self._buffers.get("prices")
         super()._apply(fn, recurse)
         if kept is not None:
@@ -1128,7 +1128,7 @@ class SMLPTopKRouter(nn.Module):
         return self.loss_coeff * _balance(shares, choices.flatten())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SMLPTopKRouter":
-        """The bias stays fp32 where a model is cast, as scores are, on whatever device."""
+        """Keep the bias in fp32 when the model is cast, as scores are, on whatever device."""
         kept = self._buffers.get("expert_bias")
         super()._apply(fn, recurse)
         if kept is not None:
@@ -1283,7 +1283,7 @@ class SMLPPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights; what leads back to the residual is smaller by sqrt(2 layers).
+        """Draw normal weights; what leads back to the residual is smaller by sqrt(2 layers).
 
         transformers calls it for modules that have parameters of their own, and for no others.
         """
@@ -1537,12 +1537,13 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Called by `generate`: our own kind of cache, whatever it would choose."""
+        """Give `generate`, which calls this, our own kind of cache, whatever it would choose."""
         if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
             model_kwargs["cache"] = SMLPCache(self.config)
 
     def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> Any:
-        """Called by `generate`: end at position T, and say so, instead of failing there."""
+        """Make `generate`, which calls this, end at position T and say so, instead of failing
+        there."""
         generation_config = super()._prepare_generated_length(generation_config, **kwargs)
         if self.config.toeplitz:
             return generation_config

@@ -75,7 +75,7 @@ class Watch:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def touch(self) -> None:
-        """The store answers."""
+        """Note that the store answers."""
         self.touched = time.monotonic()
 
     @contextlib.contextmanager

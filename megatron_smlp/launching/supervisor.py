@@ -280,5 +280,5 @@ def _rendezvous(meeting: Meeting, settings: Settings) -> list[str]:
 
 
 def _shells(code: int) -> int:
-    """The exit code that a shell gives to a process that a signal has ended."""
+    """Return the exit code that a shell gives to a process that a signal has ended."""
     return 128 - code if code < 0 else code

@@ -11,7 +11,7 @@ from megatron_smlp.flags.config_file import read_yaml, spelling
 
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
-    """The value of `--flag VALUE` or `--flag=VALUE`, the last one; None where it is not given."""
+    """Return the last value of `--flag VALUE` or `--flag=VALUE`; None if it is not given."""
     value = None
     for at, word in enumerate(words):
         if word == flag and at + 1 < len(words):
@@ -51,7 +51,7 @@ class Progress:
         self.newest = self.latest()
 
     def latest(self) -> int | None:
-        """The iteration of the newest checkpoint."""
+        """Return the iteration of the newest checkpoint."""
         return latest_iteration(self.folder) if self.folder else None
 
     def failed(self, *, within: int = 0) -> None:

@@ -142,7 +142,8 @@ class CausalRN(MegatronModule):
         return normalised(x, eps=self.config.layernorm_epsilon, group=self.split_group)
 
     def _factorised(self, a: Tensor, b: Tensor) -> Tensor:
-        """a, b: <fp32>[T', B, F'] -> exp(a) times the mean of exp(b), up to a factor a token."""
+        """Map a, b: <fp32>[T', B, F'] to exp(a) times the mean of exp(b), up to a token's
+        factor."""
         exponents = a + log_running_mean(b)
         largest = exponents.detach().amax(dim=-1, keepdim=True)
         if self.split_group is not None:
@@ -152,7 +153,7 @@ class CausalRN(MegatronModule):
         return (exponents - largest).exp()
 
     def _pairwise(self, a: Tensor, b: Tensor) -> Tensor:
-        """a, b: <fp32>[T', B, F'] -> the mean of exp(n(a_t + b_s)), the same.
+        """Map a, b: <fp32>[T', B, F'] to the mean of exp(n(a_t + b_s)), up to a factor per token.
 
         |a_t + b_s|^2 = |a_t|^2 + |b_s|^2 + 2 a_t b_s: the variance of a pair is a product.
         """

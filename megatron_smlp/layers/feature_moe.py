@@ -197,7 +197,7 @@ class _Permuted(torch.autograd.Function):
 
 
 def _mix_groups(pairs: Tensor, counts: list[int], mix: Callable[..., Tensor]) -> Tensor:
-    """Some rows of the mixed pairs, each group of neighbouring pairs by its own expert.
+    """Mix some rows of the pairs, each group of neighbouring pairs by its own expert.
 
     pairs: <float>[T, R, f]; counts: pairs of each expert; mix: see SpatialProjection.rows_from.
     Returns <float>[rows, R, f].

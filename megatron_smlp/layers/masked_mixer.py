@@ -153,7 +153,7 @@ class MaskedMixer(MegatronModule):
         return spatial.mixed(values, weight, bias)
 
     def _to_features(self, hidden_states: Tensor) -> Tensor:
-        """The slot's tensor -> all tokens of this rank's features, <float>[T', B, D']."""
+        """Exchange the slot's tensor for all tokens of this rank's features, <float>[T', B, D']."""
         if self.tp_group.size() == 1:
             return hidden_states
         if not self.config.sequence_parallel:
@@ -166,7 +166,7 @@ class MaskedMixer(MegatronModule):
         return exchanged.unflatten(0, (-1, batch)).contiguous()
 
     def _to_tokens(self, mixed: Tensor, like: Tensor) -> Tensor:
-        """The way back, to the shape of the slot's tensor."""
+        """Undo the exchange, back to the shape of the slot's tensor."""
         if self.tp_group.size() == 1:
             return mixed
         if self.config.sequence_parallel:

@@ -61,7 +61,7 @@ def check_flags(args: Any) -> None:
 def fingerprints(
     tokens: Iterable[tuple[int, bytes]], *, num_ids: int, hash_count: int, filter_size: int
 ) -> Tensor:
-    """The table of a tokenizer.
+    """Make the table of a tokenizer.
 
     Args:
         tokens: id and string of each token; bytes that are no UTF-8 are characters of their own.
@@ -133,7 +133,8 @@ class MinHashProjection(MegatronModule):
         return torch.cat([padded[:, i : i + length] for i in range(self.window + 1)], dim=2)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The table, which another layout may pad to another length: no id lies in the padding."""
+        """Save the table, which another layout may pad to another length: no id lies in the
+        padding."""
         state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
         for name, entry in state.items():
             if name.endswith(".fingerprints"):

@@ -47,7 +47,7 @@ class TorchNorm:
 
 
 def norm_builder(config: TransformerConfig) -> Any:
-    """The norm class of a slot: Transformer Engine's, else Apex's for LayerNorm, else torch's.
+    """Return a slot's norm class: Transformer Engine's, else Apex's for LayerNorm, else torch's.
 
     Apex's is a CUDA kernel, which may be installed where tensors are on the CPU.
     """

@@ -38,7 +38,7 @@ _LOGGER = logging.getLogger(__name__)
 def token_moe_builder(
     config: TransformerConfig, backend: BackendSpecProvider, *, router: Any = TopKRouter
 ) -> Any:
-    """A builder for the `mlp` slot.
+    """Return a builder for the `mlp` slot.
 
     Args:
         router: what fills MoELayer's router slot, called with config, pg_collection, is_mtp_layer;
@@ -144,7 +144,7 @@ class Experts(SequentialMLP):
         return functional.grouped_mm(hidden, self._stacked("linear_fc2").mT, offs=ends)
 
     def _stacked(self, name: str) -> Tensor:
-        """The weights of one linear layer of all experts: [experts, out, in]."""
+        """Return the weights of one linear layer of all experts: [experts, out, in]."""
         layers = [getattr(expert, name) for expert in self.local_experts]
         for layer in layers:
             # With --overlap-param-gather a layer's weight is still on its way from other ranks

@@ -81,7 +81,7 @@ class _Loop:
         return wrapped
 
     def forget(self) -> None:
-        """An evaluation takes its time, in which a signal may come."""
+        """Drop the last answer: a signal may come during an evaluation."""
         self.take()
 
     def around_exit(self, decide: Callable[..., bool]) -> Callable[..., bool]:
@@ -193,7 +193,7 @@ def _scales_losses(optimizer: Any) -> bool:
 
 
 def _keep_scale_on_host(optimizer: Any) -> None:
-    """The loop reads the scale in each step, also where it is always 1."""
+    """Keep the scale on the host: the loop reads it in each step, even if it is always 1."""
     of_device = optimizer.get_loss_scale
     on_host = of_device().cpu()
     optimizer.scale_loss = lambda loss: of_device() * loss

@@ -44,7 +44,7 @@ def apply() -> None:
 def norm(
     chunk_size: int, no_op: Tensor, lists: Sequence[Sequence[Tensor]], per_tensor: bool
 ) -> tuple[Tensor, None]:
-    """lists: [tensors] -> the norm of all their elements, <fp32>[1], on their device."""
+    """Return the norm of all elements of lists = [tensors], <fp32>[1], on their device."""
     (tensors,) = lists
     norms = torch.stack(torch._foreach_norm(tensors))
     return torch.linalg.vector_norm(norms, dtype=torch.float32).view(1), None
@@ -54,7 +54,7 @@ def norm(
 def scale(
     chunk_size: int, no_op: Tensor, lists: Sequence[Sequence[Tensor]], factor: float | Tensor
 ) -> None:
-    """lists: [sources, targets], which may be the same list; target = source * factor."""
+    """Set target = source * factor, for lists = [sources, targets], which may be the same list."""
     sources, targets = lists
     if sources is targets:
         torch._foreach_mul_(targets, factor)
@@ -68,7 +68,7 @@ def scale(
 def copy(
     this: Sequence[Tensor], that: Sequence[Tensor], overflow_buf: Tensor | None = None
 ) -> None:
-    """that = this, tensor by tensor; dtypes may differ."""
+    """Set that = this, tensor by tensor; dtypes may differ."""
     if this:
         torch._foreach_copy_(that, this)
 

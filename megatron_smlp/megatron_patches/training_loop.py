@@ -53,7 +53,7 @@ class Observer(Protocol):
     ) -> None: ...
 
     def held_up(self, *, seconds: float) -> None:
-        """The loop saved a checkpoint, or started to."""
+        """Take note that the loop saved a checkpoint, or started to."""
 
 
 def installed(

@@ -49,7 +49,7 @@ def aft_mix(keys: Tensor, values: Tensor, weight: Tensor) -> Tensor:
 
 
 def aft_mix_reference(keys: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """The slow twin of `aft_mix`: a softmax over all earlier tokens, for each feature."""
+    """Compute `aft_mix` slowly: a softmax over all earlier tokens, for each feature."""
     exponents = weight[:, :, None, None] + keys  # [T, T, B, F]
     later = torch.ones_like(weight, dtype=torch.bool).triu(1)
     shares = exponents.masked_fill(later[:, :, None, None], -torch.inf).softmax(dim=1)

@@ -44,7 +44,7 @@ def accumulate(left: Tensor, right: Tensor, *, out: Tensor) -> None:
 
 
 def gemm_ready(matrix: Tensor) -> Tensor:
-    """The tensor itself where BLAS can read its strides, else one copy instead of one per block."""
+    """Return the tensor if BLAS can read its strides, else one copy instead of one per block."""
     return matrix if 1 in matrix.stride()[-2:] else matrix.contiguous()
 
 
@@ -59,5 +59,5 @@ def as_under_autocast(values: Tensor) -> Tensor:
 def save_inputs(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
 ) -> None:
-    """The whole context of a product: the caller's own tensors, no copies."""
+    """Save the whole context of a product: the caller's own tensors, no copies."""
     ctx.save_for_backward(*inputs)

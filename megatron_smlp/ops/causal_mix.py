@@ -257,6 +257,6 @@ def causal_mix(weight: Tensor, values: Tensor) -> Tensor:
 
 
 def causal_mix_reference(weight: Tensor, values: Tensor) -> Tensor:
-    """The slow twin of `causal_mix`: mask, then multiply densely. Same shapes and result."""
+    """Compute `causal_mix` slowly: mask, then multiply densely. Same shapes and result."""
     _check_shapes(weight, values)
     return torch.matmul(weight.tril(), values)

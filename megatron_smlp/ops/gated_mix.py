@@ -123,7 +123,7 @@ def gated_mix_reference(
     added: Tensor | None = None,
     routing: Routing | None = None,
 ) -> Tensor:
-    """The slow twin of `gated_mix`, one part after another. Same shapes and result."""
+    """Compute `gated_mix` slowly, one part after another. Same shapes and result."""
     _check_shapes(u1, values, weight, bias, added, routing)
     if routing is None:
         mixed = _mixed(values, weight, bias)
@@ -140,7 +140,7 @@ def gelu_gate_reference(
     bias: Tensor,
     added: Tensor | None = None,
 ) -> Tensor:
-    """The slow twin of `gelu_gate`."""
+    """Compute `gelu_gate` slowly, in separate operators."""
     u1, u2 = u.chunk(2, dim=-1)
     values, _ = gelu_norm_reference(u2, *norm[:2], len(weight), norm[2])
     return gated_mix_reference(u1, values, weight, bias, added)
@@ -276,7 +276,7 @@ class _GeluGate(torch.autograd.Function):
 def _tiles(
     values: Tensor, matrices: int, experts: Tensor | None, prefix: int
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """The grid of a product, and the part of its arguments that all products share."""
+    """Return the grid of a product, and the part of its arguments that all products share."""
     tokens, batch, features = values.shape
     heads = matrices if experts is None else experts.shape[-1]
     width = features // heads

@@ -21,7 +21,7 @@ _PROGRAMS = 256  # that share the lines of a head in the backward: two for each 
 def gelu_norm_reference(
     inputs: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The slow twin: v, <float>[T, B, K], and m, <fp32 or wider>[T, B, H]. Shapes as below."""
+    """Compute slowly v, <float>[T, B, K], and m, <fp32 or wider>[T, B, H]. Shapes as below."""
     wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     active = functional.gelu(wide).unflatten(-1, (heads, -1))
     normed = functional.layer_norm(active, active.shape[-1:], eps=eps).flatten(-2)

@@ -111,7 +111,7 @@ def newton_step(
     weight: float,
     total: int,
 ) -> Tensor:
-    """The change of the prices <float>[E], in units of the temperature.
+    """Return the change of the prices <float>[E], in units of the temperature.
 
     gains: <float>[n, E], the tokens that are not settled, each of which stands for `weight`.
     fixed_load: <float>[E], the settled tokens of each expert. total: N.

@@ -76,7 +76,7 @@ def _counts(like: Tensor) -> Tensor:
 
 
 def relation_mix(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
-    """a, b: <fp32 or fp64>[T, B, F]; r: the same precision, [B, T, T] -> [T, B, F].
+    """Map a, b: <fp32 or fp64>[T, B, F], and r, [B, T, T] in the same precision, to [T, B, F].
 
     What lies above the diagonal of r is not read into a result; its gradient is zero.
     """
@@ -85,7 +85,7 @@ def relation_mix(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
 
 
 def relation_mix_reference(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
-    """The slow twin of `relation_mix`, with the tensor of all pairs."""
+    """Compute `relation_mix` slowly, with the tensor of all pairs."""
     sums = a[:, None] + b[None]  # [T, T, B, F]
     grown = (sums * r.movedim(0, -1)[..., None]).exp()
     seen = torch.ones_like(r[0]).tril()

@@ -79,7 +79,7 @@ def _panel(line: Tensor, span: int) -> Tensor:
 
 
 def _sum_of_diagonals(panel: Tensor) -> Tensor:
-    """The adjoint of `_panel`: [E, L, W] -> [E, W + L - 1]."""
+    """Apply the adjoint of `_panel`: [E, L, W] -> [E, W + L - 1]."""
     heads, block, span = panel.shape
     width = span + block - 1
     # Read with rows one shorter than they were written, each row moves one place to the right.
@@ -194,7 +194,7 @@ def toeplitz_mix(weight: Tensor, values: Tensor) -> Tensor:
 
 
 def toeplitz_mix_reference(weight: Tensor, values: Tensor) -> Tensor:
-    """The slow twin of `toeplitz_mix`: the definition, one distance after the other."""
+    """Compute `toeplitz_mix` slowly, by its definition, one distance after the other."""
     _check_shapes(weight, values)
     length = values.shape[1]
     out = torch.zeros_like(values)

@@ -200,7 +200,7 @@ def _replace_streams() -> None:
 
 
 def _replace_random_state() -> None:
-    """The "device" generator is torch's default generator, which dropout on the CPU draws from."""
+    """Make the "device" generator torch's default one, which dropout on the CPU draws from."""
     generator = torch.default_generator
 
     def get_rng_state(device: Any = None) -> torch.Tensor:
@@ -283,7 +283,7 @@ def _gloo_device(process: int) -> Any:
 
 
 def _replace_in_megatron() -> None:
-    """The few places in Megatron that check for CUDA or assume it."""
+    """Replace the few places in Megatron that check for CUDA or assume it."""
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher

@@ -26,7 +26,7 @@ class CollapseWatch:
     def warnings(
         self, loads: Mapping[RouterKey, RouterLoad], *, iteration: int, title: str = ""
     ) -> Iterator[str]:
-        """A line for each router that did so since it was last asked.
+        """Return a line for each router that collapsed since the last call.
 
         title: of an evaluation; empty in training.
         """

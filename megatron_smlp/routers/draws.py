@@ -48,5 +48,5 @@ def _shifted(values: Tensor, places: int) -> Tensor:
 
 
 def _signed(word: int) -> int:
-    """The int64 of the same 64 bits."""
+    """Return the int64 of the same 64 bits."""
     return word - (1 << 64)

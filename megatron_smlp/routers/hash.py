@@ -74,7 +74,8 @@ class HashRouter(TokenRouter):
         return False
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The table, which another layout may pad to another length: no id lies in the padding."""
+        """Save the table, which another layout may pad to another length: no id lies in the
+        padding."""
         state = super().sharded_state_dict(*args, **kwargs)
         for entry in state.values():
             entry.allow_shape_mismatch = True

@@ -30,7 +30,7 @@ def random_table(*, num_experts: int, vocab_size: int, seed: int) -> Tensor:
 
 
 def balanced_table(counts: NDArray[np.int64], *, num_experts: int) -> NDArray[np.int64]:
-    """counts: <int64>[V], how often the corpus holds each id -> <int64>[V] of experts."""
+    """Map counts: <int64>[V], how often the corpus holds each id, to experts: <int64>[V]."""
     table = np.empty(len(counts), dtype=np.int64)
     experts = [(0, 0, expert) for expert in range(num_experts)]
     for token in np.argsort(-counts, kind="stable").tolist():
@@ -41,13 +41,13 @@ def balanced_table(counts: NDArray[np.int64], *, num_experts: int) -> NDArray[np
 
 
 def table_as_json(table: NDArray[np.int64], *, num_experts: int) -> str:
-    """The file that `read_table` reads."""
+    """Write the file that `read_table` reads."""
     body = {"format": FORMAT, "num_experts": num_experts, "vocab_size": len(table)}
     return json.dumps(body | {"experts": table.tolist()}) + "\n"
 
 
 def read_table(path: str | Path, *, num_experts: int, vocab_size: int) -> Tensor:
-    """A table file.
+    """Read a table file.
 
     Returns:
         <int64>[V].

@@ -171,7 +171,7 @@ class RouterStatistics:
 
 
 def _load(spec: RouterSpec, sums: list[float]) -> RouterLoad:
-    """sums: of all ranks, E counts and then FIELDS."""
+    """Make a report from the sums of all ranks: E counts and then FIELDS."""
     asked, values = (
         sums[: spec.num_experts],
         dict(zip(FIELDS, sums[spec.num_experts :], strict=True)),

@@ -85,7 +85,7 @@ class TokenRouter(CountedRouter, TopKRouter):
         return probs
 
     def aux_loss(self, scores: Tensor, first: Tensor) -> Tensor | float:
-        """The balance loss of a whole group, without its coefficient, for the statistics.
+        """Return the balance loss of a whole group, without its coefficient, for the statistics.
 
         scores: <fp32>[N, E]; first: <int64>[N].
         """

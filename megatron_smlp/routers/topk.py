@@ -50,7 +50,7 @@ class TopKTokenRouter(TokenRouter):
         return answer
 
     def choose(self, scores: Tensor) -> Choices:
-        """The k experts of each token, that of the largest weight first."""
+        """Return the k experts of each token, that of the largest weight first."""
         weights, experts = self._top(scores)
         wanted = experts.gather(1, weights.argsort(dim=1, descending=True, stable=True))
         everything = torch.ones_like(wanted, dtype=torch.bool)

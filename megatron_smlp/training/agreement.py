@@ -63,7 +63,7 @@ class StepAgreement:
             self._copied.record()
 
     def read(self) -> Agreed:
-        """The answer to the last message. Waits where it is not there yet."""
+        """Return the answer to the last message, waiting for it if necessary."""
         assert self._numbers is not None, "nothing was sent"
         if self._copied is not None:
             self._copied.synchronize()

@@ -80,7 +80,7 @@ class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
         self.write(earlier)
 
     def write(self, text: str) -> int:
-        """A full disk costs the log its lines, and not the run its life."""
+        """Write to the log; on a full disk lines are lost, and the run goes on."""
         with self.lost.tolerated():
             self.file.write(text)
         return len(text)
@@ -105,5 +105,5 @@ class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
 
 
 def terminal() -> TextIO:
-    """The real standard output, whatever is redirected."""
+    """Return the real standard output, whatever is redirected."""
     return sys.__stdout__ or sys.stderr

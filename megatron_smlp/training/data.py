@@ -159,7 +159,7 @@ class AgainAndAgain(Dataset[Any]):
 
 
 def experts_of_training_data(args: argparse.Namespace) -> Tensor:
-    """The table of --hash-table balanced: rank 0 counts what the run trains on. Collective.
+    """Return --hash-table balanced's table: rank 0 counts what the run trains on. Collective.
 
     With --split the validation's documents are counted too.
 

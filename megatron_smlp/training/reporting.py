@@ -345,11 +345,11 @@ class Reporter:
     # Listener of checkpoints/saving.py
 
     def found(self, before: Before) -> None:
-        """The last run in this folder left this."""
+        """Take note of what the last run in this folder left."""
         self.before = before
 
     def saved(self, *, iteration: int, seconds: float) -> None:
-        """A checkpoint is there, whole."""
+        """Take note of a checkpoint that is complete."""
         self.last_saved = iteration
         self.say(f"iteration {iteration} saved to {self.args.save} | {seconds:.1f} s")
 
@@ -387,7 +387,7 @@ def _loss_fields(title: str, losses: dict[str, float]) -> dict[str, float]:
 
 
 def _to_first_rank(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The numbers of the last pipeline stage, on every rank; keys have one order everywhere."""
+    """Return the last pipeline stage's numbers, on every rank; keys have one order everywhere."""
     if mpu.get_pipeline_model_parallel_world_size() == 1:
         return {name: float(value) for name, value in losses.items()}
     last = torch.distributed.get_world_size() - 1

@@ -22,7 +22,7 @@ DIGITS = 6
 
 
 def router_records(loads: Loads) -> list[dict[str, Any]]:
-    """The `routers` of a line of metrics.jsonl: an object a router, first layer first."""
+    """Return `routers` of a line of metrics.jsonl: an object per router, first layer first."""
     return [
         {
             "layer": key.layer,
@@ -36,7 +36,7 @@ def router_records(loads: Loads) -> list[dict[str, Any]]:
 
 
 def scalars(load: RouterLoad) -> Iterator[tuple[str, float]]:
-    """The numbers of a router that it has."""
+    """Return those numbers that the router has."""
     for name in SCALARS:
         value = getattr(load, name)
         if value is not None:

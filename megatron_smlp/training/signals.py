@@ -80,7 +80,7 @@ class StartUp(contextlib.AbstractContextManager["StartUp"]):
 
 
 def _left_to_the_thread(signum: int, frame: FrameType | None) -> None:
-    """A handler of Python's, without which no byte comes through the pipe."""
+    """Do nothing: without a handler of Python's no byte comes through the pipe."""
 
 
 @contextlib.contextmanager

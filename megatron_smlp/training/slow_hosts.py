@@ -50,12 +50,12 @@ class OwnPart:
         return event
 
     def begin(self) -> None:
-        """A forward pass begins; the first of a step counts."""
+        """Note that a forward pass begins; the first one of a step counts."""
         if self.began is None:
             self.began = self._now()
 
     def end(self) -> None:
-        """The last backward pass of a step is done."""
+        """Note that the last backward pass of a step is done."""
         if self.began is not None:
             self.parts.append((self.began, self._now()))
             self.began = None

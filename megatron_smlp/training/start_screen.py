@@ -25,7 +25,7 @@ PRECISIONS = ("bf16", "fp16")
 
 
 def print_dry_run(args: argparse.Namespace, console: Console) -> None:
-    """The resolved configuration, the layers with both slots, parameters and FLOPs."""
+    """Return the resolved configuration, the layers with both slots, parameters and FLOPs."""
     shape = ModelShape.from_args(args)
     resolved = {name: getattr(args, name) for name in sorted(args.explicit_flags)}
     console.print("Configuration (flags and --config; everything else is Megatron's default)")
@@ -86,7 +86,7 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
 
 
 def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:
-    """The start screen: model, size, layout, batch, precision."""
+    """Return the start screen: model, size, layout, batch, precision."""
     cost = model_cost(shape)
     paper, needed = forward_tflops_per_1024_tokens(cost, shape)
     groups = itertools.groupby(describe(args, slots) for slots in shape.slots)

@@ -133,7 +133,7 @@ class _PlaceInRun:
         """For each stage on this rank, the samples before the step and the micro-batches so far."""
 
     def first_sample(self, args: Any, vp_stage: int | None) -> int:
-        """The number of the first one; to be called once in each forward pass of a stage."""
+        """Return the number of the first one; call it once in each forward pass of a stage."""
         before: int = args.consumed_train_samples
         step, number = self._started.get(vp_stage, (before, 0))
         number = number if step == before else 0
@@ -179,7 +179,8 @@ def scale_balance_losses(model: Any) -> None:
 def next_batch(
     data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None
 ) -> dict[str, Tensor | None]:
-    """The next micro-batch, broadcast over the TP group; None for what this stage does not need.
+    """Return the next micro-batch, broadcast over the TP group; None for what this stage does not
+    need.
 
     Returns:
         tokens, position_ids, labels: <int64>[B, T]; loss_mask: <float32>[B, T].

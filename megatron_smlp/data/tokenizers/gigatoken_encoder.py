@@ -77,7 +77,7 @@ def gigatoken_in_place_of(
     load: Callable[[Any], Any],
     **around: Sequence[Any],
 ) -> GigatokenEncoder | str:
-    """The fast encoder where it agrees with `slow` on the probe; else why it is not taken.
+    """Return the fast encoder if it agrees with `slow` on the probe, else why it is not used.
 
     Args:
         load: makes the `gigatoken.Tokenizer`, given the module.

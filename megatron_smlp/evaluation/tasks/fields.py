@@ -12,14 +12,14 @@ SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def text(value: Any) -> str | None:
-    """A text that is not empty, and made of whole characters."""
+    """Check a text: not empty, and made of whole characters. Return what is expected instead."""
     if not isinstance(value, str) or not value.strip():
         return "text that is not empty"
     return "text without half a surrogate pair" if SURROGATE.search(value) else None
 
 
 def maybe_empty(value: Any) -> str | None:
-    """A text, an empty one too."""
+    """Check a text, which may be empty."""
     return None if value == "" else text(value)
 
 
@@ -47,7 +47,7 @@ def options(value: Any) -> str | None:
 
 
 def passage(value: Any) -> str | None:
-    """ReCoRD's: a text, and the spans of its entities, their ends included."""
+    """Check ReCoRD's passage: a text, and the spans of its entities, ends included."""
     match value:
         case {"text": str(body), "entities": [_, *_] as spans} if not text(body):
             if all(_is_span(span, len(body)) for span in spans):
@@ -66,7 +66,7 @@ def _is_span(span: Any, length: int) -> bool:
 
 
 def queries(value: Any) -> str | None:
-    """ReCoRD's: each with a place for an entity and its answers."""
+    """Check ReCoRD's queries, each with a place for an entity and its answers."""
     if isinstance(value, list) and value and all(map(_is_query, value)):
         return None
     return (

@@ -74,7 +74,7 @@ def spread(
 
 @triton.jit
 def _unit(squares, N, E, P: tl.constexpr):
-    """The spread of the scores over the largest one: 1 in the unit of the gains."""
+    """Return the spread of the scores over the largest one: 1 in the unit of the gains."""
     total = tl.sum(tl.load(squares + tl.arange(0, P)), axis=0)
     spread = tl.sqrt(total / (N.to(tl.float64) * E))
     return tl.where(spread > 0, spread, 1.0)
@@ -139,7 +139,7 @@ def _newton_step(
 
 @triton.jit
 def _first_prices(squares, columns, N, E, W: tl.constexpr, P: tl.constexpr):
-    """The mean gain of each expert."""
+    """Return the mean gain of each expert."""
     column = tl.zeros([W], tl.float64)
     for p in range(P):
         column += tl.load(columns + p * W + tl.arange(0, W))

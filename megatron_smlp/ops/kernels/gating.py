@@ -26,7 +26,7 @@ def _places(tokens, columns, head, token_stride, sample_stride, WIDTH: tl.conste
 
 @triton.jit
 def _row_block(block, T, PREFIX, ROUTED: tl.constexpr, ROWS: tl.constexpr):
-    """The first row of a block, the end of its rows, and whether it lies behind the prefix."""
+    """Return a block's first row, the end of its rows, and whether it lies behind the prefix."""
     if ROUTED:
         before = tl.cdiv(PREFIX, ROWS)
         behind = (block >= before).to(tl.int32)
@@ -39,7 +39,7 @@ def _row_block(block, T, PREFIX, ROUTED: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _column_block(block, N, WIDTH: tl.constexpr, ROUTED: tl.constexpr, COLUMNS: tl.constexpr):
-    """The columns of a block, which of them there are, and the first one's sample."""
+    """Return the columns of a block, which of them there are, and the first one's sample."""
     if ROUTED:
         of_sample: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
         features = block % of_sample * COLUMNS + tl.arange(0, COLUMNS)
