@@ -453,7 +453,7 @@ def suffix_start(options: Any, *, seq_length: int) -> int:
         options: a namespace with the names of ModelOptions and RunOptions.
 
     Raises:
-        ValueError: it is no position of a sample that has something on both sides.
+        ValueError: it is not a position of a sample that has something on both sides.
     """
     given = options.suffix_from
     if given is None:

@@ -91,7 +91,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool's `main` and exit with what it returns; None is 0.
 
     Errors of the user's, files that cannot be read or written, and Ctrl-C end it as
-    `readable_errors` says. A broken pipe (`tool | head`) is no error.
+    `readable_errors` says. A broken pipe (`tool | head`) is not an error.
     """
     with readable_errors(Path(sys.argv[0]).name):
         try:

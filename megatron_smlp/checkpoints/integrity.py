@@ -2,7 +2,7 @@
 
 `checksums.b2` has a line for every file in coreutils' format, and `complete.b2`, the marker, has
 one for `checksums.b2`; so `b2sum -c complete.b2 checksums.b2` also tells. The marker is written
-last. BLAKE2b with 256 bits; the checksums find accidents, they are no protection from intent.
+last. BLAKE2b with 256 bits; the checksums find accidents, they do not protect from intent.
 """
 
 from __future__ import annotations

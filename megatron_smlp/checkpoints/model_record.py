@@ -46,7 +46,7 @@ def write_model_flags(args: argparse.Namespace, folder: Path) -> None:
 def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> dict[str, Any] | None:
     """Return the flags of a checkpoint in a run's folder; None if it was not written by us.
 
-    A damaged file is no error here: whoever loads the checkpoint compares its checksums before.
+    A damaged file is not an error here: whoever loads the checkpoint compares its checksums before.
 
     Args:
         iteration: the one to read; left out: the newest.

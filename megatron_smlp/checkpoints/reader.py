@@ -104,7 +104,7 @@ class TorchDistReader:
                     _fill(target, stream)
 
     def read_object(self, name: str) -> Any:
-        """Return what is saved under a name that is no tensor's, if `weights_only` allows it."""
+        """Return what is saved under a name that is not a tensor's, if `weights_only` allows it."""
         with self._open(MetadataIndex(name)) as part:
             return load_object(part)
 

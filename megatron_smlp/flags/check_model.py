@@ -64,7 +64,7 @@ def _check_sparse(args: argparse.Namespace) -> None:
     if args.feature_router != "none" and args.num_feature_experts < 2:
         raise UsageError(
             f"--num-feature-experts {args.num_feature_experts} with --feature-router "
-            f"{args.feature_router} is no mixture: give 2 or more, or --feature-router none."
+            f"{args.feature_router} is not a mixture: give 2 or more, or --feature-router none."
         )
 
 

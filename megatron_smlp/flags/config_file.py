@@ -23,7 +23,7 @@ def read_yaml(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]
     """Return the keys as they are spelt, with those of included files first.
 
     Raises:
-        UsageError: a file is missing, is no flat mapping, or includes itself.
+        UsageError: a file is missing, is not a flat mapping, or includes itself.
     """
     if path.resolve() in including:
         raise UsageError(f"--config {path} includes itself: remove its `include:` line.")

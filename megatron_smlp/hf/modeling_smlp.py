@@ -1090,7 +1090,7 @@ class SMLPTopKRouter(nn.Module):
     is 1: w_e = s_e / sum over the chosen of s, times moe_router_topk_scaling_factor. A token with
     one expert has w_e = s_e.
 
-    With moe_router_enable_expert_bias the k are those of the largest s + b; b is no part of w, and
+    With moe_router_enable_expert_bias the k are those of the largest s + b; b is not part of w, and
     training moves it by the experts' load (Megatron does; here it is kept as it is).
     Loss a E sum_e f_e P_e: f_e the share of the choices by s alone, P_e the mean of s / sum_e s.
     """

@@ -64,7 +64,7 @@ def fingerprints(
     """Make the table of a tokenizer.
 
     Args:
-        tokens: id and string of each token; bytes that are no UTF-8 are characters of their own.
+        tokens: id and string of each token; bytes that are not UTF-8 are characters of their own.
         num_ids: V; an id without a token, which no text has, gets the fingerprint of "".
 
     Returns:

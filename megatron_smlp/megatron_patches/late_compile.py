@@ -20,7 +20,7 @@ import torch
 def late_compile() -> Iterator[None]:
     """Functions decorated inside are compiled by their first call, by the real `torch.compile`.
 
-    What is no plain function (a module, a class), and calls inside an outer compiled region, go
+    What is not a plain function (a module, a class), and calls inside an outer compiled region, go
     the usual way.
     """
     compile_now: Callable[..., Any] = torch.compile

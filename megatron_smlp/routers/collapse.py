@@ -16,7 +16,7 @@ class CollapseWatch:
     """Says once of each router that it collapsed.
 
     Args:
-        fixed: kinds of routers whose load is no choice of theirs (HASH).
+        fixed: kinds of routers whose load they do not choose (HASH).
     """
 
     def __init__(self, *, fixed: Collection[str] = ()) -> None:

@@ -63,7 +63,7 @@ def read_table(path: str | Path, *, num_experts: int, vocab_size: int) -> Tensor
     except OSError as error:
         raise ValueError(f"{flag} cannot be read ({error.strerror}): {remedy}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{flag} is no hash table: {remedy}") from error
+        raise ValueError(f"{flag} is not a hash table: {remedy}") from error
     if not is_table or body["num_experts"] != num_experts:
         raise ValueError(
             f"{flag} is for {body['num_experts']} experts, not for --num-experts {num_experts}: "

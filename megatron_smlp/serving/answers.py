@@ -12,7 +12,7 @@ from megatron_smlp.serving.engine import Token
 CONTEXT = 16
 """Tokens of the prompt that are decoded with an answer, for blanks and split characters."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""Shown by tokenizers for bytes that are no whole character yet."""
+"""Shown by tokenizers for bytes that are not a whole character yet."""
 
 
 class Answer:

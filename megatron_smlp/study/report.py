@@ -166,7 +166,7 @@ class Page:
         spreads = [f"{flops_spread(self.systems, key):.1%}" for key in CONVENTIONS]
         yield (
             f"\nTFLOPs are forward, of 1024 tokens; the systems differ by {spreads[0]} and "
-            f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is no result. "
+            f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is not a result. "
             "GEMM speed is that of a large square product in the same dtype, timed in turns."
         )
 

@@ -83,7 +83,7 @@ def _ablations(study: Study, systems: Mapping[str, System], tables: Tables) -> C
 
 
 def rivals(study: Study, systems: Mapping[str, System]) -> list[str]:
-    """Return the systems that the subject is compared with: all others that are no sMLP."""
+    """Return the systems that the subject is compared with: all others that are not an sMLP."""
     return [
         name for name, system in systems.items() if not system.is_smlp and name != study.subject
     ]

@@ -10,7 +10,7 @@ from support.launches import REPOSITORY
 from support.quick_megatron import quicken
 
 if str(REPOSITORY) not in sys.path:
-    sys.path.insert(0, str(REPOSITORY))  # pretrain_smlp.py is no part of the package
+    sys.path.insert(0, str(REPOSITORY))  # pretrain_smlp.py is not part of the package
 
 from megatron_smlp.library_logging import quiet_libraries
 from megatron_smlp.megatron_patches.late_compile import late_compile

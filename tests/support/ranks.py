@@ -28,7 +28,7 @@ def forkserver() -> BaseContext:
     """Return the context whose processes are forks of one that has imported Megatron."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["support.preloaded"])
-    for folder in (REPOSITORY / "tests", REPOSITORY):  # pretrain_smlp.py is no part of the package
+    for folder in (REPOSITORY / "tests", REPOSITORY):  # pretrain_smlp.py is not part of the package
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
     return context

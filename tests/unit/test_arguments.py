@@ -198,7 +198,7 @@ class TestRefusals:
             (f"{GMLP} --spatial-heads 0", r"--spatial-heads 0 does not divide"),
             (f"{SMLP} --num-feature-experts 5", r"--num-feature-experts 5 does not divide the gate "
              r"width 32"),
-            (f"{SMLP} --num-feature-experts 1", r"--num-feature-experts 1 .*is no mixture: give 2"),
+            (f"{SMLP} --num-feature-experts 1", r"--num-feature-experts 1 .*not a mixture: give 2"),
             (f"{SMLP} --num-dense-layers 5", r"--num-dense-layers 5 must lie between 0 and "
              r"--num-layers 4"),
             (f"{SMLP} --num-dense-layers -1", r"--num-dense-layers -1 must lie between 0 and"),
@@ -306,7 +306,7 @@ class TestRefusals:
         refusal(parse, f"{router} {tmp_path}/none.json", r"none\.json cannot be read .*build_hash")
         path = tmp_path / "table.json"
         path.write_text("[1, 2]")
-        refusal(parse, f"{router} {path}", r"is no hash table: tools/build_hash_table\.py makes")
+        refusal(parse, f"{router} {path}", r"is not a hash table: tools/build_hash_table\.py makes")
         words = f"{TRANSFORMER} --token-router base --num-experts 4 --hash-table {path}"
         refusal(parse, words, r"--hash-table .* is for --token-router hash, not base: leave it out")
 

@@ -24,8 +24,8 @@ def verify_for_training(
 ) -> None:
     """Refuse a dataset that training would misread.
 
-    Reads all of the index, and the manifest where there is one (data from other tools has none,
-    which is no error). A `.bin` of up to 256 MiB is checked whole, a larger one by the manifest's
+    Reads all of the index, and the manifest if there is one (data from other tools has none, which
+    is not an error). A `.bin` of up to 256 MiB is checked whole, a larger one by the manifest's
     fingerprint of its first and last MiB.
 
     Args:

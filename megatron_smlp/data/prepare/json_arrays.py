@@ -53,7 +53,7 @@ class _Text:
         self.text, self.at = "", 0
 
     def character(self) -> str:
-        """Return the next character that is no white space; the place is before it afterwards.
+        """Return the next character that is not white space; the place is before it afterwards.
 
         Raises:
             DamagedInputError: there is none.

@@ -59,7 +59,7 @@ def _parse_rows(
 def _parse_lines(
     chunk: Chunk, payload: bytearray, keys: Sequence[str]
 ) -> Iterator[tuple[int, tuple[str, ...]] | Rejection]:
-    view = memoryview(payload)  # Slices of it are no copies.
+    view = memoryview(payload)  # Slices of it are not copies.
     start, line = 0, chunk.first_line
     if line == 1 and payload.startswith(UTF8_BOM):
         start = len(UTF8_BOM)

@@ -77,7 +77,7 @@ def _line_chunks(path: Path, *, begin: Position) -> Iterator[Chunk]:
                 buffer, cut = rest, 0
                 yield chunk
     except DamagedInputError:
-        del buffer[cut:]  # The line that the damage cuts in two is no record.
+        del buffer[cut:]  # The line that the damage cuts in two is not a record.
         if buffer:
             yield _line_chunk(path, buffer, begin.file, offset, line)
         raise

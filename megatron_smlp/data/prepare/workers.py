@@ -213,6 +213,6 @@ def _serve(connection: Connection, settings: EncodingSettings) -> None:
             connection.send(encoder.encode(_receive_chunk(connection)))
     except (EOFError, BrokenPipeError):
         return  # The parent closed the pipe, or died.
-    # Whatever it is, panics from Rust (which are no `Exception`) included: the parent reports it.
+    # The parent reports whatever it is, panics from Rust (which are not an `Exception`) included.
     except BaseException as error:
         connection.send(_Failure(f"{type(error).__name__}: {error}"))

@@ -84,7 +84,7 @@ class Notes:
 
 
 def largest_difference(ours: Sequence[float], expected: Sequence[float]) -> float:
-    """Relative; a value that is no number differs by infinity."""
+    """Relative; a value that is not a number differs by infinity."""
     pairs = zip(ours, expected, strict=True)
     differences = [abs(one - other) / max(abs(other), 1e-30) for one, other in pairs]
     return max((d if d == d else float("inf") for d in differences), default=0.0)

@@ -76,8 +76,8 @@ def test_the_file_is_read_back(tmp_path: Path):
         ({"experts": [0, 1, 2, 0]}, r"names experts outside 0\.\.1"),
         ({"experts": [0, -1, 1, 0]}, r"names experts outside 0\.\.1"),
         ({"num_experts": 3}, "is for 3 experts, not for --num-experts 2"),
-        ({"experts": "many"}, "is no hash table"),
-        ({"experts": None}, "is no hash table"),
+        ({"experts": "many"}, "is not a hash table"),
+        ({"experts": None}, "is not a hash table"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(tmp_path: Path, changes: dict, message: str):
