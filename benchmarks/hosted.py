@@ -52,7 +52,7 @@ def steps_in_turns(
     """
     from megatron_smlp.training.captured_output import CapturedOutput
 
-    sys.path.insert(0, str(ROOT))  # pretrain_smlp.py is no part of the package
+    sys.path.insert(0, str(ROOT))  # pretrain_smlp.py is not part of the package
     turns: list[_TakingTurns] = []
     with CapturedOutput():
         from pretrain_smlp import patched_arguments, train

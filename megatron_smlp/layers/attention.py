@@ -2,7 +2,7 @@
 
     y = softmax(q k^T / sqrt(d) + causal mask) v                (Vaswani et al., arXiv 1706.03762)
 
-Megatron's own local core builds the T x T scores; torch's SDPA picks a flash kernel on CPU and GPU.
+Megatron's own local core builds the T x T scores; ops/causal_attention.py has what is faster.
 Letters: T tokens, B batch, n heads on this rank, d head width, g key/value groups on this rank.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -19,28 +18,29 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn import functional
+
+from megatron_smlp.ops.causal_attention import attend
 
 
 def attention_spec(config: TransformerConfig, backend: BackendSpecProvider, **_: Any) -> ModuleSpec:
-    """Return the spec of Megatron's SelfAttention; without Transformer Engine with torch's SDPA."""
+    """Return the spec of Megatron's SelfAttention; without Transformer Engine with our core."""
     local = config.transformer_impl == "local"
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),
-            core_attention=SDPACoreAttention if local else backend.core_attention(),
+            core_attention=CausalCoreAttention if local else backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
         ),
     )
 
 
-class SDPACoreAttention(DotProductAttention):
-    """Megatron's DotProductAttention with torch's SDPA inside; same arguments.
+class CausalCoreAttention(DotProductAttention):
+    """Megatron's DotProductAttention with `attend` inside; same arguments.
 
     Raises:
-        ValueError: a setting that SDPA has no equal for (window, sink softmax, packed sequences).
+        ValueError: a setting that this cannot do (window, sink softmax, packed sequences).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -71,14 +71,12 @@ class SDPACoreAttention(DotProductAttention):
         if mask_type is not AttnMaskType.causal:
             raise ValueError(f"Only the causal mask is supported here, not {mask_type}.")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        with torch.autocast(q.device.type, enabled=False):
-            mixed = functional.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                dropout_p=self.attention_dropout.p if self.training else 0.0,
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=k.shape[1] != q.shape[1],
-            )
+        mixed = attend(
+            q,
+            k,
+            v,
+            scale=self.softmax_scale,
+            dropout=self.attention_dropout.p,
+            training=self.training,
+        )
         return mixed.permute(2, 0, 1, 3).flatten(2)

@@ -20,10 +20,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megatron_smlp.layers.projections import own_sharded_state
 from megatron_smlp.layers.spatial_gating import gating_spec
+from megatron_smlp.ops.causal_attention import attend
 
 
 def gating_and_attention_spec(
@@ -95,13 +95,7 @@ class TinyAttention(nn.Module):
                 hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
             )
         q, k, v = self.linear_qkv(hidden_states).transpose(0, 1).unsqueeze(1).chunk(3, dim=-1)
-        attended = functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            dropout_p=self.config.attention_dropout if self.training else 0.0,
-            is_causal=True,
-        )
+        attended = attend(q, k, v, dropout=self.config.attention_dropout, training=self.training)
         attended = attended.squeeze(1).transpose(0, 1)
         return self._project(attended)
 

@@ -1,4 +1,4 @@
-"""The SDPA attention core against Megatron's own, which builds the T x T scores."""
+"""Our attention core against Megatron's own, which builds the T x T scores."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from support.in_process import layer_config
 from torch import Tensor
 
-from megatron_smlp.layers.attention import SDPACoreAttention
+from megatron_smlp.layers.attention import CausalCoreAttention
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -37,7 +37,7 @@ def test_equals_megatrons_own_core(groups: int):
     key, value = torch.randn(2, TOKENS, BATCH, groups, WIDTH)
     upstream = torch.randn(TOKENS, BATCH, HEADS * WIDTH)
     ours = _gradients(
-        _core(SDPACoreAttention, num_query_groups=groups), [query, key, value], upstream
+        _core(CausalCoreAttention, num_query_groups=groups), [query, key, value], upstream
     )
     peers = _gradients(
         _core(DotProductAttention, num_query_groups=groups), [query, key, value], upstream
@@ -49,7 +49,7 @@ def test_equals_megatrons_own_core(groups: int):
 
 
 def test_dropout_is_for_training_only():
-    core = _core(SDPACoreAttention, attention_dropout=0.5)
+    core = _core(CausalCoreAttention, attention_dropout=0.5)
     q, k, v = torch.randn(3, TOKENS, BATCH, HEADS, WIDTH)
     assert not torch.equal(core(q, k, v, None), core(q, k, v, None))
     core.eval()
@@ -57,7 +57,7 @@ def test_dropout_is_for_training_only():
 
 
 def test_masks_other_than_causal_are_refused():
-    core = _core(SDPACoreAttention)
+    core = _core(CausalCoreAttention)
     q, k, v = torch.randn(3, TOKENS, BATCH, HEADS, WIDTH)
     with pytest.raises(ValueError, match="Only the causal mask is supported"):
         core(q, k, v, None, attn_mask_type=AttnMaskType.padding)
@@ -66,6 +66,6 @@ def test_masks_other_than_causal_are_refused():
 
 
 @pytest.mark.parametrize("changes", [{"window_size": (4, 0)}, {"softmax_type": "off-by-one"}])
-def test_what_sdpa_cannot_do_is_refused_when_the_layer_is_built(changes: dict[str, object]):
+def test_what_it_cannot_do_is_refused_when_the_layer_is_built(changes: dict[str, object]):
     with pytest.raises(ValueError, match=r"--window-size and --softmax-type .* Leave them out"):
-        _core(SDPACoreAttention, **changes)
+        _core(CausalCoreAttention, **changes)
