@@ -163,11 +163,13 @@ class Page:
                 _share(self.tables.share_of_gemm(name)), _speed(self._as_trained(name)),
                 system.evaluation,
             )  # fmt: skip
+        timed = " and ".join(sorted(set(self.tables.speed["hardware"])))
         spreads = [f"{flops_spread(self.systems, key):.1%}" for key in CONVENTIONS]
         yield (
             f"\nTFLOPs are forward, of 1024 tokens; the systems differ by {spreads[0]} and "
             f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is not a result. "
             "GEMM speed is that of a large square product in the same dtype, timed in turns."
+            + (f" Quiet timing, and all times from it, are of {timed}." if timed else "")
         )
 
     def _rate(self, name: str) -> str:

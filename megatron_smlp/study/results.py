@@ -32,6 +32,7 @@ CURVE_COLUMNS = (
 )
 SPEED_COLUMNS = (
     *("system", "round", "seconds_per_iteration", "tokens_per_second", "tflops", "gemm_tflops"),
+    "hardware",
 )
 EVALUATION_COLUMNS = ("key", "system", "seed", "kind", "label", "value", "stderr", "count")
 TASK, ROUTING = "task", "routing"
@@ -119,9 +120,10 @@ class Results:
             del self.__dict__[table]  # what is reported is what the files say, with their digits
 
     def add_speed(self, lines: list[dict[str, Any]]) -> None:
-        """Replace the quiet timing."""
+        """Replace the quiet timing, which may be of another machine than the runs are."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._write("speed.csv", pandas.DataFrame(lines, columns=list(SPEED_COLUMNS)))
+        table = pandas.DataFrame(lines).assign(hardware=hardware())
+        self._write("speed.csv", table[list(SPEED_COLUMNS)])
 
     def add_evaluations(self, lines: list[dict[str, Any]]) -> None:
         """Add what was found of one checkpoint."""

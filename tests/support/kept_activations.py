@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -11,8 +12,13 @@ from torch import nn
 def kept_bytes(layer: nn.Module, hidden: torch.Tensor) -> int:
     """Bytes of all storages that are saved for the backward pass, the layer's weights aside.
 
+    Counted as on a GPU, for which tools/estimate.py is: attention is SDPA there, and not in blocks,
+    which keep their weights.
+
     layer: a SlottedLayer, in training. hidden: <float>[T, B, D].
     """
+    from megatron_smlp.ops import causal_attention
+
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     kept: dict[int, int] = {}
     alive = []
@@ -24,7 +30,10 @@ def kept_bytes(layer: nn.Module, hidden: torch.Tensor) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        mock.patch.object(causal_attention, "LONGEST", 0),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         layer(hidden.requires_grad_(), attention_mask=None)
     return sum(kept.values())
 

@@ -83,7 +83,8 @@ def test_hours_by_the_speed_that_was_measured(tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     speed = pandas.DataFrame([
         {"system": "transformer", "round": 1, "seconds_per_iteration": 1,
-         "tokens_per_second": 100.0, "tflops": 1.0, "gemm_tflops": 2.0}
+         "tokens_per_second": 100.0, "tflops": 1.0, "gemm_tflops": 2.0,
+         "hardware": "another"}
     ])  # fmt: skip
     speed.to_csv(tmp_path / "results" / "speed.csv", index=False)
     lines = planned(path, capsys, *words)

@@ -17,7 +17,7 @@ from megatron_smlp.study.figures import Drawing
 from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.report import Page
-from megatron_smlp.study.results import Results
+from megatron_smlp.study.results import Results, hardware
 from megatron_smlp.study.state import State
 
 NOISE = {11: -0.002, 12: 0.003, 13: 0.0}
@@ -89,6 +89,7 @@ def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
     claims, text = page(known, tmp_path)
     assert (claims["C2"]["verdict"], claims["C3"]["verdict"]) == ("confirmed", "confirmed")
     assert "| 25% |" in text
+    assert f"Quiet timing, and all times from it, are of {hardware()}." in text
     assert claims["C2"]["comparisons"][0]["found"]["mean"] == pytest.approx(0.458, abs=0.01)
 
 
