@@ -27,7 +27,8 @@ from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 
 NUMERICS = 1
-"""Raise it where the same flags train to other losses than before: older results do not count."""
+"""Raise it where the same flags train to other losses than before, by more than rounding: older
+results then do not count."""
 HASH_DIGITS = 12
 DIGITS = 3  # of a multiple of the learning rate that a trial at an edge gets
 
