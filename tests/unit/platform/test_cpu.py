@@ -148,7 +148,7 @@ def _sums_in_groups(rank: int, folder: Path) -> None:
 
 
 def test_groups_share_one_gloo_device_and_a_fork_has_its_own(tmp_path: Path):
-    cpu._gloo_device(os.getpid())  # whose thread the forks do not have
+    cpu._gloo_devices(os.getpid())  # whose thread the forks do not have
     forks = multiprocessing.get_context("fork")
     processes = [forks.Process(target=_sums_in_groups, args=(r, tmp_path)) for r in (0, 1)]
     for process in processes:
@@ -156,3 +156,12 @@ def test_groups_share_one_gloo_device_and_a_fork_has_its_own(tmp_path: Path):
     for process in processes:
         process.join()
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["3 3 3 1", "3 3 3 1"]
+
+
+def test_gloo_uses_the_interfaces_that_are_named(monkeypatch: pytest.MonkeyPatch):
+    """The launchers name one: without it, machines would look for each other on their own loops."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,lo")
+    assert len(cpu._gloo_devices(-1)) == 2  # of a process that does not exist, so that none is kept
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none-such")
+    with pytest.raises(RuntimeError, match="none-such"):
+        cpu._gloo_devices(-2)
