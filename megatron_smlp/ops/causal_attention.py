@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_smlp.ops.blocks import block_length
+
 LONGEST = 512
 """Tokens up to which blocks are used: what they keep grows with T^2, what they gain does not."""
-_ROWS = 128
 
 
 def attend(
@@ -60,7 +61,7 @@ def attend(
 def attention_reference(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float = 0.0
 ) -> Tensor:
-    """Attend by torch's SDPA. Same shapes and result."""
+    """Attend by torch's SDPA: the twin of `attention_in_blocks`. Same shapes and result."""
     return functional.scaled_dot_product_attention(
         query,
         key,
@@ -113,8 +114,8 @@ class _Blocks(torch.autograd.Function):
 
 
 def _blocks(q: Tensor) -> list[slice]:
-    tokens = q.shape[1]
-    return [slice(row, min(tokens, row + _ROWS)) for row in range(0, tokens, _ROWS)]
+    tokens, rows = q.shape[1], block_length(q)
+    return [slice(row, min(tokens, row + rows)) for row in range(0, tokens, rows)]
 
 
 def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:

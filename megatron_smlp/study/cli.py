@@ -132,7 +132,8 @@ def _plan(args: argparse.Namespace) -> int:
 
     known = read_state(args)
     plan = known.plan()
-    calendar = Calendar.of(known.study, next(iter(known.systems.values())))
+    first = next(iter(known.systems.values()))
+    calendar = Calendar.of(known.study, first)
     print(flops_table(known.systems))
     print(f"\n{'runs of a system':32}{'runs':>8}{'iterations':>12}{'tokens':>18}{'to do':>8}")
     to_do = {run.key for run in known.to_do(plan)}
@@ -149,7 +150,7 @@ def _plan(args: argparse.Namespace) -> int:
         print(line)
     for line in warm_up_lines(plan):
         print(line)
-    print(f"\nevaluation: {evaluation_cost(known.systems, calendar)}")
+    print(f"\nevaluation: {evaluation_cost(first, calendar)}")
     for name, system in known.systems.items():
         print(f"  {name:30}{system.evaluation}")
     return 0

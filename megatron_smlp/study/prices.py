@@ -62,10 +62,9 @@ def price_lines(
     yield f"  {'all':24}{totals[0]:>12,.0f}{totals[1]:>9,.1f}"
 
 
-def evaluation_cost(systems: Mapping[str, System], calendar: Calendar) -> str:
-    """Return how often a run of any system is evaluated, and what that adds to its training."""
-    flags = next(iter(systems.values())).flags
-    batches = flags.get("eval_iters", EVAL_ITERS)
+def evaluation_cost(system: System, calendar: Calendar) -> str:
+    """Return how often a run is evaluated, alike in all systems, and what that adds to it."""
+    batches = system.flags.get("eval_iters", EVAL_ITERS)
     share = batches / BACKWARD / calendar.evaluation
     return (
         f"{batches} batches every {calendar.evaluation} iterations, {share:.0%} on top of the "

@@ -273,19 +273,11 @@ class Job:
         return time.monotonic() - began
 
     def codes(self, *nodes: int, seconds: float = 300.0) -> list[int]:
-        """The exit codes, when all have ended; what logs steps may take longer than `seconds`."""
+        """The exit codes, when all have ended."""
         launchers = [self.launchers[node] for node in nodes]
-        metrics = self.save / "metrics.jsonl"
-
-        def logged() -> int:
-            return metrics.stat().st_size if metrics.exists() else 0
-
-        while any(launcher.poll() is None for launcher in launchers):
-            before = logged()
-            self.wait_until(
-                lambda: logged() > before or all(one.poll() is not None for one in launchers),  # noqa: B023
-                seconds=seconds,
-            )
+        self.wait_until(
+            lambda: all(launcher.poll() is not None for launcher in launchers), seconds=seconds
+        )
         return [launcher.returncode for launcher in launchers]
 
     def ranks(self, node: int) -> list[int]:
