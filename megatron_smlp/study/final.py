@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas
+
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.reports import PAPER_METRICS
 from megatron_smlp.progress import Progress
@@ -37,7 +39,9 @@ def evaluate_finals(
     data_dir: Path | None,
     limit: int | None,
 ) -> list[Path]:
-    """Evaluate what has come to the longest horizon and is not in evaluations.csv; return it.
+    """Evaluate what has come to the longest horizon; return the folders of what was new.
+
+    What is in evaluations.csv is not done again: the text of a checkpoint, and each of its tasks.
 
     Args:
         tasks: of lm-evaluation-harness; none: only the loss is looked at.
@@ -47,17 +51,28 @@ def evaluate_finals(
     Raises:
         UsageError: an evaluation failed.
     """
-    done = set(results.evaluations["key"])
-    finals = [run for run in known.plan().runs if _is_final(known, run) and run.key not in done]
-    with Progress(len(finals)) as progress:
-        for number, run in enumerate(finals):
+    finals = [run for run in known.plan().runs if _is_final(known, run)]
+    missing = [(run, what_is_missing(results.evaluations, run.key, tasks)) for run in finals]
+    left = [(run, what) for run, what in missing if any(what)]
+    with Progress(len(left)) as progress:
+        for number, (run, (text, named)) in enumerate(left):
             progress.show(number, run.title)
-            lines = list(_of_text(known, run, data))
-            if tasks:
-                lines += _of_tasks(known, run, tasks=tasks, data_dir=data_dir, limit=limit)
+            lines = list(_of_text(known, run, data)) if text else []
+            if named:
+                lines += _of_tasks(known, run, tasks=named, data_dir=data_dir, limit=limit)
             about = {"key": run.key, "system": run.system, "seed": run.seed}
             results.add_evaluations([about | line for line in lines])
-    return [known.folder_of(run) for run in finals]
+    return [known.folder_of(run) for run, _ in left]
+
+
+def what_is_missing(
+    evaluations: pandas.DataFrame, key: str, tasks: Sequence[str]
+) -> tuple[bool, list[str]]:
+    """Return whether a checkpoint's text has to be looked at, and which of the tasks."""
+    known = evaluations[evaluations["key"] == key]
+    scored = set(known["label"][known["kind"] == TASK])
+    text = not (known["kind"] == ROUTING).any()
+    return text, [task for task in tasks if task not in scored]
 
 
 def _is_final(known: State, run: PlannedRun) -> bool:

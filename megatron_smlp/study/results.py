@@ -126,9 +126,11 @@ class Results:
         self._write("speed.csv", table[list(SPEED_COLUMNS)])
 
     def add_evaluations(self, lines: list[dict[str, Any]]) -> None:
-        """Add what was found of one checkpoint."""
+        """Add what was found of one checkpoint, behind what was found of it before."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        table = _joined(self.evaluations, lines, EVALUATION_COLUMNS)
+        new = pandas.DataFrame(lines, columns=list(EVALUATION_COLUMNS))
+        known = self.evaluations
+        table = pandas.concat([known, new], ignore_index=True) if len(known) else new
         order = ["kind", "system", "seed"]
         self._write("evaluations.csv", table.sort_values(order, kind="stable"))
         del self.__dict__["evaluations"]

@@ -132,11 +132,11 @@ def test_a_study_from_data_to_report(tmp_path: Path, data: Path):
          *words(study, data)[1:], "--expiry", "12"],
         STUDY=str(study), PYTHON=sys.executable,
     )  # fmt: skip
-    evaluate = [*TOOL, "evaluate", *words(study, data), "--tasks", "copa"]
+    evaluate = [*TOOL, "evaluate", *words(study, data)]
+    tasks = [*evaluate, "--tasks", "copa", "--data-dir", str(tmp_path)]
     (tmp_path / "copa_val.jsonl").write_text(COPA, encoding="utf-8")
-    shown = run_command([*evaluate, "--data-dir", str(tmp_path)]).stdout
-    assert shown.startswith("2 checkpoints: ")
-    assert run_command([*evaluate, "--data-dir", str(tmp_path)]).stdout.startswith("0 checkpoints")
+    for command, count in ((evaluate, 2), (tasks, 2), (tasks, 0), (evaluate, 0)):
+        assert run_command(command).stdout.startswith(f"{count} checkpoints: ")
     run_command([*TOOL, "report", *words(study, data)])
     found = pandas.read_csv(tmp_path / "results" / "evaluations.csv")
     assert set(found["kind"]) == {"task", "routing", "position", "frequency", "repeat"}

@@ -14,6 +14,7 @@ from support.studies import pretend, state_of, write_study
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli, speed
 from megatron_smlp.study.figures import Drawing
+from megatron_smlp.study.final import what_is_missing
 from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.report import Page
@@ -91,6 +92,20 @@ def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
     assert "| 25% |" in text
     assert f"Quiet timing, and all times from it, are of {hardware()}." in text
     assert claims["C2"]["comparisons"][0]["found"]["mean"] == pytest.approx(0.458, abs=0.01)
+
+
+def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path):
+    """Tasks may be added to checkpoints whose text is known, and the other way round."""
+    results = Results(tmp_path)
+    lines = [("text", "routing", "greedy"), ("text", "position", "0"), ("tasks", "task", "copa")]
+    for key, kind, label in lines:
+        one = {"key": key, "system": "gmlp", "seed": 1, "kind": kind, "label": label, "value": 1.0}
+        results.add_evaluations([one])
+    tasks = ["copa", "piqa"]
+    assert what_is_missing(results.evaluations, "text", ()) == (False, [])
+    assert what_is_missing(results.evaluations, "text", tasks) == (False, tasks)
+    assert what_is_missing(results.evaluations, "tasks", tasks) == (True, ["piqa"])
+    assert what_is_missing(results.evaluations, "neither", tasks) == (True, tasks)
 
 
 def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
