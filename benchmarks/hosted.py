@@ -106,8 +106,10 @@ def run(
 
 def import_once() -> None:
     """Megatron's imports take longer than the steps: the processes of the cases are forked."""
+    from megatron_smlp.library_logging import silence_libraries
     from megatron_smlp.megatron_patches.late_compile import late_compile
 
+    silence_libraries()
     with late_compile():
         import megatron_smlp.flags.parse
         import megatron_smlp.model  # noqa: F401

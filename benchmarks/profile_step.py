@@ -105,16 +105,16 @@ def _lines(table: dict[str, float]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="a case, or those whose names hold this")
     arguments = parser.parse_args()
     import_once()
-    for case in WORDS:
-        if arguments.only in case:
-            process = multiprocessing.get_context("fork").Process(
-                target=measure, args=(case, arguments.threads)
-            )
-            process.start()
-            process.join()
+    only = arguments.only
+    for case in [only] if only in WORDS else [name for name in WORDS if only in name]:
+        process = multiprocessing.get_context("fork").Process(
+            target=measure, args=(case, arguments.threads)
+        )
+        process.start()
+        process.join()
 
 
 if __name__ == "__main__":
