@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from timing import Record, report
+from timing import Record, add_only, report
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = f"""
@@ -59,17 +59,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--repeats", type=int, default=3, help="calls per case")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    add_only(parser, CASES)
     arguments = parser.parse_args()
     records = []
-    for case, (words, allowed) in CASES.items():
-        if arguments.only in case:
-            calls = [seconds(words, threads=arguments.threads) for _ in range(arguments.repeats)]
-            best = min(calls)
-            name = f"{case}, {allowed:g} s allowed"
-            records.append(
-                Record(case=name, ours_ms=best * 1e3, peer_ms=allowed * 1e3, ratio=allowed / best)
-            )
+    for case in arguments.cases:
+        words, allowed = CASES[case]
+        calls = [seconds(words, threads=arguments.threads) for _ in range(arguments.repeats)]
+        best = min(calls)
+        name = f"{case}, {allowed:g} s allowed"
+        records.append(
+            Record(case=name, ours_ms=best * 1e3, peer_ms=allowed * 1e3, ratio=allowed / best)
+        )
     report(records, arguments.json)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timing import Record, report
+from timing import Record, add_only, report
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3
@@ -89,13 +89,10 @@ def run(
     parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--repeats", type=int, default=repeats, help="steps per case and side")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--only", help="cases whose name holds this")
+    add_only(parser, cases)
     arguments = parser.parse_args()
-    chosen = [case for case in cases if (arguments.only or "") in case]
-    if not chosen:
-        parser.error(f"--only {arguments.only}: no case holds this; the cases are {list(cases)}")
     import_once()
-    ended = {case: _in_a_process(case, measure, arguments) for case in chosen}
+    ended = {case: _in_a_process(case, measure, arguments) for case in arguments.cases}
     records = [record for record in ended.values() if not isinstance(record, int)]
     if records:
         report(records, arguments.json)

@@ -20,6 +20,7 @@ from typing import Any
 import bench_step
 import bench_systems
 from hosted import import_once, steps_in_turns
+from timing import add_only
 
 WARM_UP, STEPS = 4, 5
 KINDS = {
@@ -105,11 +106,10 @@ def _lines(table: dict[str, float]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--only", default="", help="a case, or those whose names hold this")
+    add_only(parser, WORDS)
     arguments = parser.parse_args()
     import_once()
-    only = arguments.only
-    for case in [only] if only in WORDS else [name for name in WORDS if only in name]:
+    for case in arguments.cases:
         process = multiprocessing.get_context("fork").Process(
             target=measure, args=(case, arguments.threads)
         )

@@ -1,9 +1,10 @@
 """Fair timing of us against a peer: alternating calls, medians, one record a case."""
 
+import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -66,3 +67,19 @@ def report(records: list[Record], path: Path | None) -> None:
         print(f"{record['case']:{width}}  {figures}  {extra}".rstrip())
     if path is not None:
         path.write_text(json.dumps(records, indent=2) + "\n")
+
+
+def add_only(parser: argparse.ArgumentParser, cases: Iterable[str]) -> None:
+    """Add --only, which chooses of the cases: `arguments.cases` has their names, all by default."""
+    names = list(cases)
+
+    def chosen(only: str) -> list[str]:
+        found = [only] if only in names else [name for name in names if only in name]
+        if not found:
+            raise argparse.ArgumentTypeError(f"{only}: no case holds this; the cases are {names}")
+        return found
+
+    parser.add_argument(
+        "--only", dest="cases", type=chosen, default=names, metavar="NAME",
+        help="the case of this name, or else those whose names hold it",
+    )  # fmt: skip

@@ -126,11 +126,12 @@ class Results:
         self._write("speed.csv", table[list(SPEED_COLUMNS)])
 
     def add_evaluations(self, lines: list[dict[str, Any]]) -> None:
-        """Add what was found of one checkpoint, behind what was found of it before."""
+        """Add numbers of one checkpoint to those that it has; one found again is replaced."""
         self.folder.mkdir(parents=True, exist_ok=True)
         new = pandas.DataFrame(lines, columns=list(EVALUATION_COLUMNS))
         known = self.evaluations
         table = pandas.concat([known, new], ignore_index=True) if len(known) else new
+        table = table.drop_duplicates(["key", "kind", "label"], keep="last")
         order = ["kind", "system", "seed"]
         self._write("evaluations.csv", table.sort_values(order, kind="stable"))
         del self.__dict__["evaluations"]

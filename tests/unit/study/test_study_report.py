@@ -106,6 +106,8 @@ def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path):
     assert what_is_missing(results.evaluations, "text", tasks) == (False, tasks)
     assert what_is_missing(results.evaluations, "tasks", tasks) == (True, ["piqa"])
     assert what_is_missing(results.evaluations, "neither", tasks) == (True, tasks)
+    results.add_evaluations([one | {"value": 0.5}])  # as of a group of tasks that is asked again
+    assert list(results.evaluations["value"]) == [1.0, 1.0, 0.5]
 
 
 def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
