@@ -36,10 +36,11 @@ from megatron_smlp.plotting.series import (
 )
 from megatron_smlp.routers.collapse import COLLAPSED
 
-# Paul Tol's "muted", which colour-blind readers tell apart; line styles help where two are near.
+# Paul Tol's "muted", which colour-blind readers tell apart, and three more, so that each of a
+# study's twelve systems has its own; line styles help where two are near.
 COLORS = (
     "#332288", "#CC6677", "#117733", "#DDAA33", "#88CCEE", "#AA4499", "#882255", "#44AA99",
-    "#999933",
+    "#999933", "#EE7733", "#000000", "#999999",
 )  # fmt: skip
 STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
 EXTREME = 4.0  # times an even share, where the colours of a heat map end

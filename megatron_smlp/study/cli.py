@@ -12,8 +12,8 @@ from pathlib import Path
 from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import UsageError, require_package
 from megatron_smlp.study import state
-from megatron_smlp.study.claims import EXPIRY
 from megatron_smlp.study.data import StudyData
+from megatron_smlp.study.leases import EXPIRY
 from megatron_smlp.study.plan import Calendar, PlannedRun, identity_of
 from megatron_smlp.study.running import Worker
 from megatron_smlp.study.state import State

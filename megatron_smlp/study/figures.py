@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 
 from megatron_smlp.plotting.figures import DPI, looks, tidy
 from megatron_smlp.plotting.series import AXES, Floats
@@ -27,6 +27,7 @@ PANELS = {
     "frequency": "frequency of the token (1: the most frequent fifth)",
     "repeat": "what the token repeats of its window",
 }
+LEAST_LOAD = 0.01  # of an even share; the scale is logarithmic
 ENOUGH_FOR_BANDS = 3  # seeds: the interval of two is wider than any figure
 
 
@@ -70,7 +71,10 @@ class Drawing:
         for panel, (label, scale) in zip(panels, axes.items(), strict=True):
             for name in names:
                 self._draw_seeds(panel, name, field, scale(name))
+            limits = panel.get_ylim()  # A band may be much wider than the seeds are apart.
+            for name in names:
                 self._draw_band(panel, name, field, scale(name))
+            panel.set_ylim(limits)
             panel.set_xlabel(label)
             _plain_log(panel)
             tidy(panel)
@@ -159,26 +163,26 @@ class Drawing:
         return np.array(points, dtype=np.float64).reshape(-1, 4)
 
     def evaluations(self) -> Figure:
-        """Draw every evaluation of the trunks, and of the decays that leave them."""
+        """Draw the evaluations of the trunks, and the ends of the decays that leave them."""
         figure = Figure(figsize=(7.4, 4.8), layout="constrained", dpi=DPI)
         panel = figure.subplots()
         unit, unit_name = _unit(AXES["tokens"].units, self.study.longest)
-        runs = self.tables.runs[self.tables.runs["phase"] == "main"]
         names = self._trained_on(VALIDATION_LOSS)
         for name in names:
-            look, own = self.looks[name], runs[runs["system"] == name]
-            for trunk in self.tables.trunks(name, self.study.longest):
-                lines = self.tables.evaluations(list(trunk["key"]))
-                panel.plot(lines["tokens"] / unit, lines[VALIDATION_LOSS], linewidth=1, **look)
-            ends = own[own["horizon"].notna()]
+            look = self.looks[name]
+            trunks = self.tables.trunks(name, self.study.longest)
+            lines = self.tables.evaluations([key for trunk in trunks for key in trunk["key"]])
+            mean = lines.groupby("tokens")[VALIDATION_LOSS].mean()
+            panel.plot(mean.index / unit, mean, linewidth=1.2, **look)
+            ends = self._means(name, VALIDATION_LOSS)
             panel.plot(
-                ends["tokens"] / unit, ends[VALIDATION_LOSS], "o", markersize=4,
+                ends[:, 0] / unit, ends[:, 1], "o", markersize=4,
                 color=look["color"], markeredgecolor="white",
             )  # fmt: skip
         panel.set(xlabel=f"training tokens{unit_name}", ylabel="validation loss (nats per token)")
         _plain_log(panel)
         tidy(panel)
-        note = "lines: constant learning rate, then the last decay; dots: decayed"
+        note = "means of seeds; lines: constant learning rate, then the last decay; dots: decayed"
         self._legend(figure, note, names)
         return figure
 
@@ -218,18 +222,24 @@ class Drawing:
         for place, each in enumerate(reversed(shown)):
             mean, low, high = speedup(each)
             color = self.looks[each.other]["color"]
-            panel.barh(place, mean, height=0.55, color=color, alpha=0.75)
-            if math.isfinite(high) and not each.is_bound:
-                panel.plot([low, high], [place, place], color="0.15", linewidth=1.4)
-            text = f"{'at least ' * each.is_bound}{mean:.2f} x" if mean else "not reached"
+            text = f"{'at least ' * each.is_bound}{mean:.2f}" if mean else "not reached"
+            if mean:
+                panel.plot([mean], [place], "o", color=color)
+            if mean and math.isfinite(high) and low and not each.is_bound:
+                panel.plot([low, high], [place, place], color=color, linewidth=2)
             panel.annotate(
-                text, (mean, place), xytext=(6, 8), textcoords="offset points", fontsize=8,
+                text, (mean or 1, place), xytext=(0, 6), textcoords="offset points", fontsize=8,
+                ha="center",
             )  # fmt: skip
         panel.set_yticks(range(len(shown)), labels=[each.other for each in reversed(shown)])
+        panel.set_ylim(-0.6, len(shown) - 0.3)
         panel.axvline(1, color="0.35", linewidth=0.9, linestyle=":")
-        less = "less time" if comparisons[0].what == SECONDS else "fewer tokens (not less time)"
-        panel.set_xlabel(f"{self.study.subject}, times {less} to the loss of each; 1: equal")
-        panel.set_xlim(0, panel.get_xlim()[1] * 1.12)
+        unit = "time" if comparisons[0].what == SECONDS else "tokens (not of time)"
+        panel.set_xlabel(
+            f"speed-up of {self.study.subject} to each system's final loss, in {unit}\n"
+            "(1: equal; line: 95 % interval)"
+        )
+        _plain_log(panel, "x")
         tidy(panel)
         return figure
 
@@ -252,7 +262,8 @@ class Drawing:
         panel.set(
             xlabel=f"training tokens{unit_name}", ylabel="load in evaluations (1: an even share)"
         )
-        panel.set_ylim(bottom=0)
+        _plain_log(panel, "y")
+        panel.set_ylim(bottom=LEAST_LOAD)
         tidy(panel)
         self._legend(
             figure,
@@ -262,12 +273,17 @@ class Drawing:
         return figure
 
     def breakdown(self, kinds: Sequence[str]) -> Figure:
-        """Draw the loss of each kind of token, less that of the first system."""
+        """Draw the loss of each kind of token, less that of the subject, of systems of which all
+        seeds were looked at: those of fewer would differ by their seeds as well."""
         figure = Figure(figsize=(4.6 * len(kinds), 4.4), layout="constrained", dpi=DPI)
         panels = figure.subplots(1, len(kinds), squeeze=False)[0]
-        first = next(iter(self.systems))
-        label = self.tables.labels(kinds[0])[0]
-        there = [name for name in self.systems if self.tables.values(kinds[0], label, name)]
+        first = self.study.subject
+        seeds = self._looked_at(kinds[0], first)
+        there = [
+            name
+            for name in self._trained_on(VALIDATION_LOSS)
+            if self._looked_at(kinds[0], name) == seeds
+        ]
         for panel, kind in zip(panels, kinds, strict=True):
             labels = self.tables.labels(kind)
             for name in there:
@@ -277,14 +293,18 @@ class Drawing:
             panel.set_xticks(range(len(labels)), labels=labels, fontsize=8)
             panel.set_xlabel(PANELS[kind])
             tidy(panel)
-        panels[0].set_ylabel(f"loss less that of {first} (nats per token)")
-        self._legend(figure, "final checkpoints, mean of seeds; below 0: a lower loss", there)
+        panels[0].set_ylabel(f"loss less that of\n{first} (nats per token)")
+        note = f"final checkpoints, mean of {len(seeds)} seeds; above 0: a higher loss than {first}"
+        self._legend(figure, note, there)
         return figure
+
+    def _looked_at(self, kind: str, name: str) -> set[int]:
+        """Return the seeds of a system whose final checkpoints were looked at."""
+        return set(self.tables.values(kind, self.tables.labels(kind)[0], name))
 
     def _against(self, first: str, name: str, kind: str, label: str) -> float:
         sides = [self.tables.values(kind, label, each) for each in (name, first)]
-        common = set(sides[0]) & set(sides[1])
-        return float(np.mean([sides[0][n] - sides[1][n] for n in common])) if common else math.nan
+        return float(np.mean([sides[0][seed] - sides[1][seed] for seed in sides[1]]))
 
     def _legend(self, figure: Figure, note: str, names: Sequence[str] = ()) -> None:
         handles = [
@@ -311,10 +331,6 @@ def speedup(comparison: Comparison) -> tuple[float, float, float]:
 
 
 def _inverse(value: float) -> float:
-    if math.isnan(value):
-        return math.nan
-    if math.isinf(value):
-        return 0.0
     return 1 / value if value else math.inf
 
 
@@ -323,16 +339,14 @@ def _unit(units: Sequence[tuple[float, str]], largest: float) -> tuple[float, st
     return [units[0], *(unit for unit in units if largest >= unit[0])][-1]
 
 
-def _plain_log(panel: Axes) -> None:
-    """Make both axes logarithmic, with round numbers where they span less than a decade."""
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    low, high = panel.get_xlim()
-    round_numbers = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10])
-    decades = LogLocator(subs=(1.0,) if high > 1000 * low else (1.0, 2.0, 5.0))
-    panel.xaxis.set_major_locator(decades if high > 20 * low else round_numbers)
-    panel.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
-    for axis in (panel.xaxis, panel.yaxis):
+def _plain_log(panel: Axes, axes: str = "xy") -> None:
+    """Make axes logarithmic, with plain numbers, also where they span less than a decade."""
+    for name in axes:
+        panel.set(**{f"{name}scale": "log"})
+        axis = panel.xaxis if name == "x" else panel.yaxis
+        low, high = axis.get_view_interval()
+        round_numbers = MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10])
+        decades = LogLocator(subs=(1.0,) if high > 1000 * low else (1.0, 2.0, 5.0))
+        axis.set_major_locator(decades if high > 8 * low else round_numbers)
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
-    panel.yaxis.set_minor_locator(FixedLocator([]))
+        axis.set_minor_locator(FixedLocator([]))

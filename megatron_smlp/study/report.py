@@ -20,7 +20,7 @@ from megatron_smlp.study.state import State
 from megatron_smlp.study.statistics import crossings, interval
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import CONVENTIONS, System, flops_spread
-from megatron_smlp.study.tables import Tables
+from megatron_smlp.study.tables import QUIET, Tables
 from megatron_smlp.study.verdicts import (
     SECONDS,
     TOKENS,
@@ -170,6 +170,15 @@ class Page:
             f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is not a result. "
             "GEMM speed is that of a large square product in the same dtype, timed in turns."
             + (f" Quiet timing, and all times from it, are of {timed}." if timed else "")
+            + (f" {self._disturbed()}" if self.tables.disturbed else "")
+        )
+
+    def _disturbed(self) -> str:
+        count = self.tables.disturbed
+        rounds = "1 round is" if count == 1 else f"{count} rounds are"
+        return (
+            f"Of the timing, {rounds} left out, in which that product ran at less than "
+            f"{QUIET:.0%} of its median speed: something else ran as well."
         )
 
     def _rate(self, name: str) -> str:
@@ -200,8 +209,9 @@ class Page:
         what = "less time" if unit == SECONDS else "fewer tokens (no quiet timing yet)"
         yield (
             f"How many times {what} {self.study.subject} needs to the loss at which each other "
-            "system ends, seed by seed, by linear interpolation between converged points; at "
-            "least so many (≥) where a seed is there at its first horizon already.\n"
+            "system ends, by linear interpolation between converged points; at least so many (≥) "
+            "where a seed is there at its first horizon already. The interval is of the seeds' "
+            "tokens and, for time, of the rounds of the timing.\n"
         )
         yield from _table("to the loss of", "times less", "95 % interval", "seeds")
         for each in self.times:

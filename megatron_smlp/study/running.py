@@ -12,9 +12,9 @@ from pathlib import Path
 from megatron_smlp.checkpoints.folders import latest_iteration
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.progress import Progress
-from megatron_smlp.study import claims
-from megatron_smlp.study.claims import Claim
+from megatron_smlp.study import leases
 from megatron_smlp.study.data import StudyData
+from megatron_smlp.study.leases import Lease
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS, last_step, validation_at
 from megatron_smlp.study.plan import Plan, PlannedRun
 from megatron_smlp.study.process import last_lines, run_command, training_command
@@ -56,10 +56,10 @@ class Worker:
                 if self._follows(run, run.parent):
                     return True
             elif run.parent is None or self.state.has_checkpoint(run.parent):
-                claim = claims.take(self.state.folder_of(run), expiry=self.state.expiry)
-                if claim is not None:
-                    with claim:
-                        self._make(run, claim, plan, progress)
+                lease = leases.take(self.state.folder_of(run), expiry=self.state.expiry)
+                if lease is not None:
+                    with lease:
+                        self._make(run, lease, plan, progress)
                     return True
         return False
 
@@ -71,7 +71,7 @@ class Worker:
         self.state.end(run, status=DIVERGED, loss="inf", reason=f"{parent.title} diverged")
         return True
 
-    def _make(self, run: PlannedRun, claim: Claim, plan: Plan, progress: Progress) -> None:
+    def _make(self, run: PlannedRun, lease: Lease, plan: Plan, progress: Progress) -> None:
         if self.state.has_checkpoint(run):  # another worker was faster
             return
         folder = self.state.folder_of(run)
@@ -88,8 +88,8 @@ class Worker:
             command = training_command(
                 folder, run.flags, paths=self._paths(run), processes=self.processes
             )
-            code = run_command(command, folder=folder, stop=claim.lost, watch=watch)
-            if claim.lost.is_set():
+            code = run_command(command, folder=folder, stop=lease.lost, watch=watch)
+            if lease.lost.is_set():
                 return
             # One that was asked to stop ends well, before its end: it goes on.
             if code == NonFiniteLossError.exit_code or (code == 0 and self._is_whole(run)):

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_smlp.checkpoints.folders import latest_iteration
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study import claims
+from megatron_smlp.study import leases
 from megatron_smlp.study.plan import Plan, PlannedRun, make_plan
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
@@ -37,7 +37,7 @@ class State:
     folder: Path
     kept: Mapping[str, dict[str, Any]]
     """How each run in the results ended, by its hash."""
-    expiry: float = claims.EXPIRY
+    expiry: float = leases.EXPIRY
 
     def plan(self) -> Plan:
         """Return the runs that are known by now."""
@@ -69,7 +69,7 @@ class State:
     def is_held(self, run: PlannedRun) -> bool:
         """Return whether a living worker has a run."""
         folder = self.folder_of(run)
-        return folder.exists() and claims.is_held(folder, expiry=self.expiry)
+        return folder.exists() and leases.is_held(folder, expiry=self.expiry)
 
     def to_do(self, plan: Plan) -> list[PlannedRun]:
         """Return what is not over, and parents whose checkpoint it needs and that lie elsewhere."""
@@ -120,9 +120,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def description(study: Study, systems: Mapping[str, System], identity: str) -> dict[str, Any]:
-    """Return all that a study is, as plain JSON."""
+    """Return all that the runs of a study are decided by, as plain JSON."""
+    asked = dataclasses.asdict(study)
+    del asked["speed"]  # A timing is made anew as a whole, with more rounds if it has to be.
     content = {
-        "study": dataclasses.asdict(study),
+        "study": asked,
         "flags": {name: dict(system.flags) for name, system in systems.items()},
         "identity": json.loads(identity),
     }

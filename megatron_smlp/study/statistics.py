@@ -2,17 +2,22 @@
 
 With d_s the difference of two systems at seed s, n seeds, m and sd their mean and deviation:
 
-    n < 5     interval m +- t(1 - alpha/2, n - 1) sd / sqrt(n), Student's
-    n >= 5    scipy's BCa bootstrap of m
+    interval  m +- t(1 - alpha/2, n - 1) sd / sqrt(n), Student's
     p         Student's paired test, two-sided; Holm's steps over the comparisons of a claim
     visible   (t(1 - alpha/2, n - 1) + t(power, n - 1)) sd / sqrt(n), the smallest true difference
               that n seeds with this sd would find with this power
+
+A sum of two independent means, as a ratio of tokens by seeds times one of step times by rounds is
+of logarithms, has Welch's interval:
+
+    se^2 = se_1^2 + se_2^2,    df = se^4 / (se_1^4 / (n_1 - 1) + se_2^4 / (n_2 - 1))
+
+docs/decisions/0079-intervals-of-a-study.md says why there is no bootstrap.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,9 +26,7 @@ from scipy import stats
 
 ALPHA = 0.05
 POWER = 0.8
-LEAST_FOR_BOOTSTRAP = 5
 LEAST_FOR_VERDICT = 3  # seeds: two that agree by chance would be called significant
-RESAMPLES = 9999
 CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
 
 
@@ -78,28 +81,43 @@ def _p(values: np.ndarray, sd: float) -> float:
 
 
 def interval(values: Sequence[float] | np.ndarray, *, alpha: float = ALPHA) -> tuple[float, float]:
-    """Return the interval of the mean of two or more values."""
+    """Return Student's interval of the mean of two or more values."""
     array = np.asarray(values, dtype=np.float64)
-    if _is_constant(array):
-        return float(array[0]), float(array[0])
-    if len(array) < LEAST_FOR_BOOTSTRAP:
-        half = stats.t.ppf(1 - alpha / 2, len(array) - 1) * stats.sem(array)
-        return float(array.mean() - half), float(array.mean() + half)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a sample that the bootstrap finds degenerate
-        found = stats.bootstrap(
-            (array,), np.mean, confidence_level=1 - alpha, n_resamples=RESAMPLES,
-            method="BCa", rng=np.random.default_rng(0),
-        ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
+    half = stats.t.ppf(1 - alpha / 2, len(array) - 1) * stats.sem(array)
+    return float(array.mean() - half), float(array.mean() + half)
 
 
-def visible(sd: float, n: int, *, alpha: float = ALPHA, power: float = POWER) -> float:
-    """Return the smallest difference that n seeds with this deviation find with this power."""
+def visible(
+    sd: float, n: int, *, df: float | None = None, alpha: float = ALPHA, power: float = POWER
+) -> float:
+    """Return the smallest difference that n seeds with this deviation find with this power.
+
+    Args:
+        df: degrees of freedom; None: n - 1.
+    """
     if n < 2:
         return math.inf
-    quantiles = stats.t.ppf([1 - alpha / 2, power], n - 1)
+    quantiles = stats.t.ppf([1 - alpha / 2, power], n - 1 if df is None else df)
     return float(quantiles.sum() * sd / math.sqrt(n))
+
+
+def plus(one: Difference, other: Difference, *, alpha: float = ALPHA) -> Difference:
+    """Return the sum of two independent means; `n` is that of `one`, and `sd` as if of as many."""
+    mean = one.mean + other.mean
+    if not math.isfinite(one.high - one.low + other.high - other.low):
+        return _unknown(mean, one.n)
+    squares = [each.sd**2 / each.n for each in (one, other)]
+    error = math.sqrt(sum(squares))
+    if error == 0:
+        return replace(one, mean=mean, low=mean, high=mean, p=float(mean == 0))
+    parts = zip(squares, (one.n, other.n), strict=True)
+    df = error**4 / sum(square**2 / (n - 1) for square, n in parts)
+    half = float(stats.t.ppf(1 - alpha / 2, df)) * error
+    sd = error * math.sqrt(one.n)
+    return Difference(
+        mean=mean, low=mean - half, high=mean + half, n=one.n, sd=sd,
+        p=float(2 * stats.t.sf(abs(mean) / error, df)), visible=visible(sd, one.n, df=df),
+    )  # fmt: skip
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -156,25 +174,19 @@ def cost_to_reach(costs: Sequence[float], losses: Sequence[float], target: float
     return math.inf
 
 
-def ratio(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
-    """Return the geometric mean of `one` / `other` by seed, with its interval.
+def log_ratio(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
+    """Return the mean logarithm of `one` / `other` by seed; `exponential` makes a ratio of it.
 
-    `sd` and `visible` are of the logarithms. A seed that is infinite leaves the interval open.
+    A seed that is infinite leaves the interval open.
     """
-    logs = [{seed: _log(value) for seed, value in side.items()} for side in (one, other)]
-    found = paired(logs[0], logs[1])
-    mean, low, high = (_exp(value) for value in (found.mean, found.low, found.high))
-    return replace(found, mean=mean, low=low, high=high)
+    logs = [{seed: math.log(value) for seed, value in side.items()} for side in (one, other)]
+    return paired(logs[0], logs[1])
 
 
-def _log(value: float) -> float:
-    return math.log(value) if math.isfinite(value) else value
-
-
-def _exp(value: float) -> float:
-    if math.isinf(value):
-        return max(0.0, value)
-    return math.exp(value)
+def exponential(logarithms: Difference) -> Difference:
+    """Return a ratio, as a geometric mean; `sd` and `visible` stay those of the logarithms."""
+    mean, low, high = (math.exp(x) for x in (logarithms.mean, logarithms.low, logarithms.high))
+    return replace(logarithms, mean=mean, low=low, high=high)
 
 
 def crossings(one: Sequence[float], other: Sequence[float], costs: Sequence[float]) -> list[float]:

@@ -17,6 +17,8 @@ from megatron_smlp.study.study_file import Study
 
 LAST_EVALUATIONS = 6
 LEAST_EVALUATIONS = 4  # a line through three says little of their noise
+QUIET = 0.85
+"""A round of the timing whose matrix product ran at less of the median's speed does not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +28,21 @@ class Tables:
     runs: pandas.DataFrame
     curves: pandas.DataFrame
     speed: pandas.DataFrame
+    """The quiet rounds."""
+    disturbed: int
+    """Rounds of the timing that do not count."""
     found: pandas.DataFrame
     """Results of evaluating the final checkpoints; see study/final.py."""
 
     @classmethod
     def of(cls, results: Results) -> Tables:
         """Return those of a folder of results."""
+        gemm = results.speed.groupby("round")["gemm_tflops"].first()
+        quiet = gemm.index[gemm >= QUIET * gemm.median()]
         return cls(
-            runs=results.runs, curves=results.curves, speed=results.speed,
-            found=results.evaluations,
+            runs=results.runs, curves=results.curves, found=results.evaluations,
+            speed=results.speed[results.speed["round"].isin(quiet)],
+            disturbed=len(gemm) - len(quiet),
         )  # fmt: skip
 
     def of_runs(self, keys: Collection[str]) -> Tables:

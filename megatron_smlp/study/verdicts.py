@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
@@ -12,8 +12,10 @@ from megatron_smlp.study.statistics import (
     UNDECIDED,
     Difference,
     cost_to_reach,
+    exponential,
+    log_ratio,
     paired,
-    ratio,
+    plus,
     verdict,
     verdict_of_all,
     with_holm,
@@ -59,7 +61,12 @@ class Claim:
 
 def claims_of(study: Study, systems: Mapping[str, System], tables: Tables) -> list[Claim]:
     """Return every claim that the study's systems can decide, with comparisons and verdict."""
-    claims = [_lower_loss]
+    claims = []
+    # A study of ablations alone asks C5's question only.
+    if set(rivals(study, systems)) - {
+        other for one, other in study.ablations if one == study.subject
+    }:
+        claims.append(_lower_loss)
     if any(system.kind == "moe" for system in systems.values()):
         claims += [_less_time, _faster_steps, _better_at_tasks]
     if study.ablations:
@@ -68,10 +75,13 @@ def claims_of(study: Study, systems: Mapping[str, System], tables: Tables) -> li
 
 
 def _lower_loss(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
-    pairs = [(study.subject, name) for name in rivals(study, systems)]
+    others = rivals(study, systems)
+    rest = " that is not an sMLP" if len(others) < len(systems) - 1 else ""
+    pairs = [(study.subject, name) for name in others]
     return _claim_of_losses(
         study, systems, tables, pairs, name="C1",
-        text=f"{study.subject} has a lower loss than every other system at equal tokens and FLOPs",
+        text=f"{study.subject} has a lower loss than every other system{rest} at equal tokens and "
+        "FLOPs",
     )  # fmt: skip
 
 
@@ -180,20 +190,25 @@ def time_ratio(
 ) -> Difference:
     """Return the subject's cost over the rival's, to the loss at which the rival's seed ends.
 
-    A seed of the subject that never comes there costs an infinite amount.
+    Its logarithm is that of the tokens, over seeds, and for seconds that of the step times, over
+    rounds of the timing. A seed of the subject that never comes there costs an infinite amount.
     """
     field = loss_field(systems[study.subject], systems[rival])
-    targets = tables.losses(rival, study.longest, field)
-    scale = tables.seconds_per_token if unit == SECONDS else _one
-    ends = {seed: scale(rival) * study.longest for seed in targets}
     reached = {}
-    for seed, target in targets.items():
+    for seed, target in tables.losses(rival, study.longest, field).items():
         tokens, losses = tables.curve(study.subject, seed, field)
         cost = cost_to_reach(tokens, losses, target)
         is_whole = study.longest in tokens  # else it may still come there
         if math.isfinite(target) and (is_whole or math.isfinite(cost)):
-            reached[seed] = scale(study.subject) * cost
-    return ratio(reached, ends)
+            reached[seed] = cost
+    found = log_ratio(reached, dict.fromkeys(reached, study.longest))
+    if unit == SECONDS:
+        found = plus(found, _log_step_ratio(tables, study.subject, rival))
+    return exponential(found)
+
+
+def _log_step_ratio(tables: Tables, one: str, other: str) -> Difference:
+    return log_ratio(tables.step_seconds(one), tables.step_seconds(other))
 
 
 def is_there_at_first(
@@ -223,16 +238,14 @@ def _better_at_tasks(study: Study, systems: Mapping[str, System], tables: Tables
     )  # fmt: skip
 
 
-def _one(system: str) -> float:
-    return 1.0
-
-
 def _faster_steps(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
     text = "the most words a second of all sparse systems"
     others = [name for name in rivals(study, systems) if systems[name].is_sparse]
-    step: Callable[[str], Mapping[int, float]] = tables.step_seconds
     found = {
-        (study.subject, name): ("step time", ratio(step(study.subject), step(name)))
+        (study.subject, name): (
+            "step time",
+            exponential(_log_step_ratio(tables, study.subject, name)),
+        )
         for name in others
         if tables.has_speed(study.subject, name)
     }

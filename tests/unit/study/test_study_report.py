@@ -76,22 +76,50 @@ def test_no_timing_leaves_time_undecided(known: State, tmp_path: Path):
     assert found == pytest.approx(1 - 0.5 / 6, abs=0.01)
 
 
+def timing(steps: dict[str, list[float]], gemm: list[float]) -> list[dict[str, object]]:
+    """Lines of speed.csv, of each system's seconds a step by round."""
+    return [
+        {"system": name, "round": number, "seconds_per_iteration": step,
+         "tokens_per_second": 2048 / step, "tflops": 0.1, "gemm_tflops": gemm[number]}
+        for name, own in steps.items()
+        for number, step in enumerate(own)
+    ]  # fmt: skip
+
+
 def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
     pretend(known, loss_of)
-    seconds = {"transformer": 1.0, "switch": 1.0, "smlp_deterministic": 0.5}
-    lines = [
-        {"system": name, "round": number, "seconds_per_iteration": step * (1 + 0.01 * number),
-         "tokens_per_second": 2048 / step, "tflops": 0.1,
-         "gemm_tflops": 0.4}
-        for name, step in seconds.items()
-        for number in (1, 2, 3)
-    ]  # fmt: skip
-    Results(tmp_path / "results").add_speed(lines)
+    slow, fast = [1.01, 1.02, 1.03], [0.51, 0.5, 0.52]
+    steps = {"transformer": slow, "switch": slow, "smlp_deterministic": fast}
+    Results(tmp_path / "results").add_speed(timing(steps, [0.4] * 3))
     claims, text = page(known, tmp_path)
     assert (claims["C2"]["verdict"], claims["C3"]["verdict"]) == ("confirmed", "confirmed")
     assert "| 25% |" in text
     assert f"Quiet timing, and all times from it, are of {hardware()}." in text
     assert claims["C2"]["comparisons"][0]["found"]["mean"] == pytest.approx(0.458, abs=0.01)
+
+
+def test_a_time_is_as_uncertain_as_its_timing(known: State, tmp_path: Path):
+    """The seeds need a sixth fewer tokens, nearly alike; the rounds are far apart."""
+    pretend(known, loss_of)
+    others = [1.0] * 4
+    steps = {"transformer": others, "switch": others, "smlp_deterministic": [0.7, 1.1, 0.75, 1.2]}
+    Results(tmp_path / "results").add_speed(timing(steps, [0.4] * 4))
+    claims = claims_of(known, tmp_path)
+    found = claims["C2"]["comparisons"][0]["found"]
+    assert found["low"] < 0.75
+    assert found["high"] > 1
+    assert claims["C2"]["verdict"] == "undecided"
+
+
+def test_rounds_beside_other_work_do_not_count(known: State, tmp_path: Path):
+    pretend(known, loss_of)
+    others = [1.0, 9.0, 1.0, 1.0]
+    steps = {"transformer": others, "switch": others, "smlp_deterministic": [0.5] * 4}
+    Results(tmp_path / "results").add_speed(timing(steps, [0.4, 0.3, 0.4, 0.41]))
+    claims, text = page(known, tmp_path)
+    found = claims["C3"]["comparisons"][0]["found"]
+    assert (found["mean"], found["n"]) == (pytest.approx(0.5), 3)
+    assert "Of the timing, 1 round is left out" in text
 
 
 def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path):
@@ -263,6 +291,34 @@ def test_claims_are_those_that_the_systems_can_decide(tmp_path: Path):
     assert list(claims) == ["C1", "C5"]
     assert [each["other"] for each in claims["C1"]["comparisons"]] == ["transformer", "mixer"]
     assert "gmlp against mixer, transformer against mixer" in text
+
+
+def test_a_study_of_ablations_alone_claims_nothing_else(tmp_path: Path):
+    path = write_study(
+        tmp_path, systems=["gmlp", "mixer"], subject="gmlp", ablations=[["gmlp", "mixer"]],
+        **{"needed-flops-tolerance": 0.1},
+    )  # fmt: skip
+    known = state_of(path, runs=tmp_path / "runs")
+    pretend(known, loss_of)
+    assert list(claims_of(known, tmp_path)) == ["C5"]
+
+
+def test_only_whole_sets_of_seeds_are_drawn_against_one_another(known: State, tmp_path: Path):
+    """The Transformer's one seed that was looked at may be its best or its worst."""
+    pretend(known, loss_of)
+    seeds = {"smlp_deterministic": [11, 12], "switch": [11, 12], "transformer": [12]}
+    looked_at = [
+        {"key": run.key, "system": run.system, "seed": run.seed, "kind": "position",
+         "label": label, "value": 4.0 + 0.5 * (run.system == "switch") + 0.1 * run.seed}
+        for run in known.plan().runs
+        for label in ("0", "1-2")
+        if run.horizon == known.study.longest and run.seed in seeds[run.system]
+    ]  # fmt: skip
+    Results(tmp_path / "results").add_evaluations(looked_at)
+    made = made_of(known, tmp_path)
+    [panel] = Drawing(made.study, made.systems, made.tables).breakdown(["position"]).axes
+    drawn = [list(line.get_ydata()) for line in panel.lines]
+    assert drawn == [pytest.approx([0.5, 0.5]), [0.0, 0.0]]
 
 
 def test_one_horizon_is_drawn_system_by_system(tmp_path: Path):

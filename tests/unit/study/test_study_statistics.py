@@ -13,10 +13,12 @@ from megatron_smlp.study.statistics import (
     Difference,
     cost_to_reach,
     crossings,
+    exponential,
     holm,
     interval,
+    log_ratio,
     paired,
-    ratio,
+    plus,
     verdict,
     verdict_of_all,
     visible,
@@ -68,10 +70,17 @@ class TestPairedDifference:
         assert found.p == pytest.approx(test.pvalue)
         assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
 
-    def test_five_seeds_are_bootstrapped(self):
-        values = np.array([-0.05, -0.06, -0.04, -0.045, -0.08])
-        found = stats.bootstrap((values,), np.mean, method="BCa", rng=np.random.default_rng(0))
-        assert interval(values) == pytest.approx(tuple(found.confidence_interval))
+    @pytest.mark.parametrize("n", [2, 3, 5, 20])
+    def test_an_interval_agrees_with_its_p_value(self, n: int):
+        values = np.random.default_rng(n).normal(0.4, 0.5, size=n)
+        found = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+        assert interval(values) == pytest.approx(tuple(found))
+
+    def test_an_interval_covers_as_often_as_it_says(self):
+        """Of five values scipy's BCa bootstrap covers the mean some 83 times in 100 only."""
+        rng = np.random.default_rng(3)
+        samples = [interval(rng.normal(size=5)) for _ in range(1000)]
+        assert 0.93 < np.mean([low < 0 < high for low, high in samples]) < 0.97
 
     def test_only_common_seeds_count(self):
         assert paired({1: 1.0, 2: 2.0, 3: 3.0}, {2: 1.0, 3: 1.0, 4: 9.0}).n == 2
@@ -151,13 +160,49 @@ class TestCostToReach:
 
 class TestRatio:
     def test_twice_as_fast(self):
-        found = ratio({1: 200.0, 2: 220.0, 3: 180.0}, {1: 100.0, 2: 110.0, 3: 90.0})
+        one, other = {1: 200.0, 2: 220.0, 3: 180.0}, {1: 100.0, 2: 110.0, 3: 90.0}
+        found = exponential(log_ratio(one, other))
         assert (found.mean, found.low, found.high) == pytest.approx((2, 2, 2))
 
     def test_a_missed_target_leaves_it_open(self):
-        found = ratio({1: 200.0, 2: 200.0}, {1: 100.0, 2: math.inf})
+        found = exponential(log_ratio({1: 200.0, 2: 200.0}, {1: 100.0, 2: math.inf}))
         assert (found.mean, found.low, found.high) == (0.0, 0.0, math.inf)
         assert verdict(found) == UNDECIDED
+
+
+class TestSum:
+    def test_against_welchs_test(self):
+        rng = np.random.default_rng(5)
+        seeds, rounds = rng.normal(-0.2, 0.05, 3), rng.normal(0.1, 0.2, 8)
+        found = plus(_difference(seeds), _difference(rounds))
+        test = stats.ttest_ind(seeds, -rounds, equal_var=False)
+        assert (found.mean, found.p, found.n) == (
+            pytest.approx(seeds.mean() + rounds.mean()),
+            pytest.approx(test.pvalue),
+            3,
+        )
+        assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
+
+    def test_a_part_without_noise_only_shifts(self):
+        seeds = _difference(np.array([-0.2, -0.3, -0.25]))
+        found = plus(seeds, _difference(np.full(5, 0.1)))
+        assert (found.mean, found.low, found.high, found.sd, found.visible) == pytest.approx(
+            (seeds.mean + 0.1, seeds.low + 0.1, seeds.high + 0.1, seeds.sd, seeds.visible)
+        )
+
+    def test_parts_without_noise(self):
+        found = plus(_difference(np.full(3, -0.2)), _difference(np.full(3, 0.1)))
+        assert (found.mean, found.low, found.high) == pytest.approx((-0.1, -0.1, -0.1))
+        assert verdict(found) == CONFIRMED
+
+    @pytest.mark.parametrize("values", [np.array([0.1]), np.array([0.1, math.inf])])
+    def test_of_too_little_nothing_is_known(self, values: np.ndarray):
+        found = plus(_difference(np.array([-0.2, -0.3, -0.25])), _difference(values))
+        assert (found.low, found.high, found.p) == (-math.inf, math.inf, 1.0)
+
+
+def _difference(values: np.ndarray) -> Difference:
+    return paired(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0))
 
 
 def test_crossings():
@@ -166,6 +211,6 @@ def test_crossings():
 
 
 def test_a_ratio_without_a_common_seed_is_unknown():
-    found = ratio({}, {11: 2.0})
+    found = exponential(log_ratio({}, {11: 2.0}))
     assert math.isnan(found.mean)
     assert found.n == 0

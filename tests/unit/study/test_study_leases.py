@@ -1,4 +1,4 @@
-"""Claims, with workers that are killed as the system kills them."""
+"""Leases, with workers that are killed as the system kills them."""
 
 import os
 import signal
@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smlp.study import claims
+from megatron_smlp.study import leases
 
 EXPIRY = 3.0
-# Takes every run of a folder: holds its claim for a moment, then writes who made it.
+# Takes every run of a folder: holds its lease for a moment, then writes who made it.
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from megatron_smlp.study import claims
+from megatron_smlp.study import leases
 folder, expiry, hold = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
 while left := [run for run in sorted(folder.iterdir()) if not (run / "done").exists()]:
     for run in left:
-        claim = claims.take(run, expiry=expiry)
-        if claim is None:
+        lease = leases.take(run, expiry=expiry)
+        if lease is None:
             continue
-        with claim:
+        with lease:
             if not (run / "done").exists():
                 with (run / "log").open("a") as log:
                     log.write(f"{os.getpid()}\\n")
@@ -67,7 +67,7 @@ def test_runs_of_killed_workers_are_made_by_others(tmp_path: Path):
     for worker in workers:
         worker.send_signal(signal.SIGKILL)
         worker.wait()
-    assert claims.take(first, expiry=EXPIRY) is None, "not before the claim expires"
+    assert leases.take(first, expiry=EXPIRY) is None, "not before the lease expires"
     heirs = [start(tmp_path, hold=0.1) for _ in range(2)]
     assert [heir.wait(60) for heir in heirs] == [0, 0]
     for run in (first, second):
@@ -75,25 +75,25 @@ def test_runs_of_killed_workers_are_made_by_others(tmp_path: Path):
         assert (run / "done").read_text() == heir != dead
 
 
-def test_a_claim_that_is_given_back_is_free_at_once(tmp_path: Path):
-    with claims.take(tmp_path):
-        assert claims.take(tmp_path) is None
-        assert claims.is_held(tmp_path)
-    assert not claims.is_held(tmp_path)
-    assert claims.take(tmp_path) is not None
+def test_a_lease_that_is_given_back_is_free_at_once(tmp_path: Path):
+    with leases.take(tmp_path):
+        assert leases.take(tmp_path) is None
+        assert leases.is_held(tmp_path)
+    assert not leases.is_held(tmp_path)
+    assert leases.take(tmp_path) is not None
 
 
-def test_an_owner_that_lives_keeps_its_claim(tmp_path: Path):
-    with claims.take(tmp_path, expiry=0.6) as claim:
+def test_an_owner_that_lives_keeps_its_lease(tmp_path: Path):
+    with leases.take(tmp_path, expiry=0.6) as lease:
         time.sleep(1.5)
-        assert claims.take(tmp_path, expiry=0.6) is None
-        assert not claim.lost.is_set()
+        assert leases.take(tmp_path, expiry=0.6) is None
+        assert not lease.lost.is_set()
 
 
 def test_an_owner_that_slept_notices_its_successor(tmp_path: Path):
-    with claims.take(tmp_path, expiry=0.6) as claim:
-        (tmp_path / "claim-1").mkdir()  # as a worker does that found it expired
-        assert claim.lost.wait(10)
+    with leases.take(tmp_path, expiry=0.6) as lease:
+        (tmp_path / "lease-1").mkdir()  # as a worker does that found it expired
+        assert lease.lost.wait(10)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child")

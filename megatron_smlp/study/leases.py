@@ -1,8 +1,8 @@
-"""Claims on runs, by which workers on one machine or on many share a study without a coordinator.
+"""Leases on runs, by which workers on one machine or on many share a study without a coordinator.
 
-A claim is a folder `claim-N` in the run's own, for `mkdir` succeeds for one process only, on shared
+A lease is a folder `lease-N` in the run's own, for `mkdir` succeeds for one process only, on shared
 file systems too. Its owner touches it as long as it lives. One that was not touched for `EXPIRY`
-seconds, or was given back, is succeeded by `claim-N+1`, and again one process only can make that;
+seconds, or was given back, is succeeded by `lease-N+1`, and again one process only can make that;
 an owner that was merely asleep sees it there, and stops. Nothing is ever removed or renamed, so
 there is no moment between two steps that a second worker could fall into.
 
@@ -24,8 +24,8 @@ BEATS = 6  # in that time
 RELEASED = "released"
 
 
-class Claim:
-    """A claim that this process holds; `lost` is set where another one has succeeded it."""
+class Lease:
+    """A lease that this process holds; `lost` is set where another one has succeeded it."""
 
     def __init__(self, path: Path, *, expiry: float) -> None:
         self.path = path
@@ -34,7 +34,7 @@ class Claim:
         self._interval = expiry / BEATS
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
-    def __enter__(self) -> Claim:
+    def __enter__(self) -> Lease:
         self._thread.start()
         return self
 
@@ -52,8 +52,8 @@ class Claim:
                 self.lost.set()
 
 
-def take(run: Path, *, expiry: float = EXPIRY) -> Claim | None:
-    """Claim the run in this folder; None: another worker has it."""
+def take(run: Path, *, expiry: float = EXPIRY) -> Lease | None:
+    """Take the run in this folder; None: another worker has it."""
     run.mkdir(parents=True, exist_ok=True)
     last = _last(run)
     if last is not None and _is_held(last, expiry=expiry):
@@ -65,19 +65,19 @@ def take(run: Path, *, expiry: float = EXPIRY) -> Claim | None:
         return None
     owner = {"host": socket.gethostname(), "pid": os.getpid()}
     (path / "owner.json").write_text(json.dumps(owner), encoding="utf-8")
-    return Claim(path, expiry=expiry)
+    return Lease(path, expiry=expiry)
 
 
 def is_held(run: Path, *, expiry: float = EXPIRY) -> bool:
-    """Return whether a living worker has claimed the run."""
+    """Return whether a living worker holds the run."""
     last = _last(run)
     return last is not None and _is_held(last, expiry=expiry)
 
 
-def _is_held(claim: Path, *, expiry: float) -> bool:
-    if (claim / RELEASED).exists():
+def _is_held(lease: Path, *, expiry: float) -> bool:
+    if (lease / RELEASED).exists():
         return False
-    return _now(claim.parent) - claim.stat().st_mtime < expiry
+    return _now(lease.parent) - lease.stat().st_mtime < expiry
 
 
 def _now(folder: Path) -> float:
@@ -98,12 +98,12 @@ def _probe(folder: Path) -> Iterator[Path]:
 
 
 def _last(run: Path) -> Path | None:
-    return max(run.glob("claim-*"), key=_number, default=None)
+    return max(run.glob("lease-*"), key=_number, default=None)
 
 
 def _numbered(run: Path, number: int) -> Path:
-    return run / f"claim-{number}"
+    return run / f"lease-{number}"
 
 
-def _number(claim: Path) -> int:
-    return int(claim.name.rpartition("-")[2])
+def _number(lease: Path) -> int:
+    return int(lease.name.rpartition("-")[2])
