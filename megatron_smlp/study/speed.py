@@ -17,6 +17,7 @@ from megatron_smlp.study.state import State
 from megatron_smlp.study.systems import System
 from megatron_smlp.training.metrics_file import FILE_NAME
 
+PARTS = 10  # of a sample, each timed as a whole: a step may be shorter than what logging it takes
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -52,12 +53,18 @@ def _gemm_tflops(system: System) -> float:
 
 
 def _time(known: State, system: System, data: StudyData, *, processes: int) -> dict[str, float]:
-    """Return the means over the second half of a short run's steps."""
+    """Return the median part of the second half of a short run, which a moment's disturbance of
+    the machine leaves as it is."""
     folder = known.folder / "speed" / system.name
     (folder / FILE_NAME).unlink(missing_ok=True)
     steps = known.study.speed.steps
     flags = {name: value for name, value in system.flags.items() if not name.startswith("lr_")}
-    flags |= {"seed": 1, "train_iters": steps, "eval_iters": 0, "log_interval": -(-steps // 2)}
+    flags |= {
+        "seed": 1,
+        "train_iters": steps,
+        "eval_iters": 0,
+        "log_interval": max(1, steps // PARTS),
+    }
     paths = [*data.flags, "--log-dir", str(folder)]
     command = training_command(folder, flags, paths=paths, processes=processes)
     code = run_command(command, folder=folder, stop=threading.Event(), watch=lambda: None)
@@ -65,9 +72,10 @@ def _time(known: State, system: System, data: StudyData, *, processes: int) -> d
     if code or not records:
         text = "\n".join(f"  {line}" for line in last_lines(folder))
         raise UsageError(f"timing {system.name} failed ({code}), {folder}:\n{text}")
-    last = records[-1]
+    later = sorted(records[len(records) // 2 :], key=lambda record: record["seconds_per_iteration"])
+    median = later[len(later) // 2]
     return {
-        "seconds_per_iteration": last["seconds_per_iteration"],
-        "tokens_per_second": last["tokens_per_second"],
-        "tflops": last["tflops_per_device"],
+        "seconds_per_iteration": median["seconds_per_iteration"],
+        "tokens_per_second": median["tokens_per_second"],
+        "tflops": median["tflops_per_device"],
     }
