@@ -7,6 +7,7 @@ messages look it up. No torch: what is heavy is named by `module:name` and impor
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,21 +32,37 @@ class TokenRouterRule:
     has_capacity: bool = False
     """Whether an expert may be full: --moe-train-capacity-factor."""
     has_weights: bool = True
-    """Whether it scores tokens by a matrix of its own."""
+    """Whether it scores tokens by a matrix of its own; else no load means a collapse."""
+    reads_ids: bool = False
+    """Whether it needs the token ids, which every pipeline stage then reads."""
+    upcycling_scale: Callable[[int], float] | None = None
+    """One over the sum of a token's weights while all scores are equal, by the number of experts:
+    how much larger the copies of a dense FFN have to be. None: it cannot be upcycled to."""
 
 
 TOKEN_ROUTERS: dict[str, TokenRouterRule] = {
     "switch": TokenRouterRule(
-        module="megatron_smlp.routers.switch:SwitchRouter", has_balance_loss=True, has_capacity=True
+        module="megatron_smlp.routers.switch:SwitchRouter",
+        has_balance_loss=True,
+        has_capacity=True,
+        upcycling_scale=float,
     ),
     "gshard": TokenRouterRule(
         module="megatron_smlp.routers.gshard:GShardRouter",
         experts_per_token=2,
         has_balance_loss=True,
         has_capacity=True,
+        upcycling_scale=lambda _: 1.0,
     ),
-    "base": TokenRouterRule(module="megatron_smlp.routers.base:BaseRouter"),
-    "hash": TokenRouterRule(module="megatron_smlp.routers.hash:HashRouter", has_weights=False),
+    "base": TokenRouterRule(
+        module="megatron_smlp.routers.base:BaseRouter", upcycling_scale=lambda _: 2.0
+    ),
+    "hash": TokenRouterRule(
+        module="megatron_smlp.routers.hash:HashRouter",
+        has_weights=False,
+        reads_ids=True,
+        upcycling_scale=lambda _: 1.0,
+    ),
     "topk": TokenRouterRule(
         module="megatron_smlp.routers.topk:TopKTokenRouter",
         experts_per_token=2,
@@ -55,6 +72,8 @@ TOKEN_ROUTERS: dict[str, TokenRouterRule] = {
 }
 LIMITED = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_capacity)
 BALANCED = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_balance_loss)
+SCORING = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_weights)
+READING_IDS = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.reads_ids)
 TOP_K = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.takes_topk)
 
 
@@ -91,6 +110,8 @@ class Mixer:
     """The flag that says how many heads, or spatial experts, a layer has."""
     attends: bool = False
     """Whether it has queries and keys of heads: --num-attention-heads, rotary embeddings."""
+    attention_flags: tuple[str, ...] = ()
+    """Megatron's flags of attention that it reads although it has no such queries and keys."""
     learned_positions: bool = False
     """Whether the input has learned positions by default; other mixers have rows by position."""
     spatial: bool = False
@@ -125,6 +146,7 @@ MIXERS: dict[str, Mixer] = {
         spec="megatron_smlp.layers.tiny_attention:gating_and_attention_spec",
         cost=f"{COSTS}:gating_and_attention_cost",
         title="spatial gating, heads: {heads}, and attention of width {tiny_attention_width}",
+        attention_flags=("attention_dropout",),
         spatial=True,
         check=GATING_CHECK,
     ),
@@ -148,6 +170,7 @@ MIXERS: dict[str, Mixer] = {
         spec="megatron_smlp.layers.aft:aft_spec",
         cost=f"{COSTS}:aft_cost",
         title="AFT-{aft_kind}",
+        attention_flags=("kv_channels",),
         learned_positions=True,
         host_reads=True,
         check="megatron_smlp.layers.aft:check_flags",

@@ -110,5 +110,5 @@ def check_same_model(wanted: Mapping[str, Any], load: str, iteration: int | None
             flag = flag_of(name)
             raise UsageError(
                 f"{flag} {here} contradicts the checkpoint {load}, which was made with {there}: "
-                f"give {flag} {there}, or another --load."
+                f"give {flag} {there}, or another folder."
             )

@@ -304,9 +304,14 @@ def write_and_add_share(
     add_share(partial, rank)
 
 
+CUT_SHORT = "was written in part only, as on a full disk"
+
+
 def left_in(run: Path) -> str:
     left = latest_iteration(run)
-    return f"the newest there is of iteration {left}" if left is not None else "none is there"
+    if left is None:
+        return "no checkpoint is there yet"
+    return f"the newest there is of iteration {left}"
 
 
 def text_of(error: OSError) -> str:
@@ -325,7 +330,9 @@ def reason_of(error: BaseException, hosts: Sequence[str] = ()) -> str:
         ((rank, str(failure[0])) for rank, failure in failures.items()), (None, str(error))
     )
     whose = "" if rank is None else _whose(rank, hosts)
-    return re.split(r"error: ", " ".join(inner.split()))[-1][:300] + whose
+    text = re.split(r"error: ", " ".join(inner.split()))[-1][:300]
+    # Torch's archives compare positions instead of asking the system, as on a full disk.
+    return re.sub(r"\[enforce fail at inline_container.*", CUT_SHORT, text) + whose
 
 
 def _whose(rank: int, hosts: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from megatron_smlp.conversion.safetensors_files import (
     write_folder,
 )
 from megatron_smlp.conversion.streamed_weights import weights_from
+from megatron_smlp.durable import systems_errors
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf import configuration_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
@@ -277,7 +278,8 @@ def _add_tokenizer(config: PreTrainedConfig, tokenizer: str, folder: Path) -> No
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token  # as the model's configuration says
     loaded.model_max_length = config.max_position_embeddings
-    loaded.save_pretrained(folder)
+    with systems_errors(folder):
+        loaded.save_pretrained(folder)
     config.eos_token_id = loaded.eos_token_id
     config.pad_token_id = loaded.pad_token_id
 

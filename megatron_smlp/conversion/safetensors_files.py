@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_smlp.checkpoints.tensors import Spec
+from megatron_smlp.durable import systems_errors
 from megatron_smlp.errors import DamagedCheckpointError, UsageError
 
 INDEX = "model.safetensors.index.json"
@@ -179,11 +178,6 @@ def _write_file(path: Path, specs: dict[str, Spec], stream: Iterator[tuple[str, 
     assert {name: Spec.of(tensor) for name, tensor in tensors.items()} == specs, path
     path.touch()
     mode = path.stat().st_mode
-    try:
+    with systems_errors(path):
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(mode)  # the library's files are for their owner alone
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

@@ -24,7 +24,7 @@ Letters: D hidden, Z dense FFN width, X expert width, E experts, T tokens, h spa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -35,9 +35,8 @@ from megatron_smlp.checkpoints.tensors import Spec, main_dtype
 from megatron_smlp.conversion.recipes import Plan, Recipe, same
 from megatron_smlp.errors import UsageError
 from megatron_smlp.routers.hash_table import random_table
-from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS, TOP_K
+from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS, experts_of_a_token
 
-SCALE: dict[str, Callable[[int], float]] = {"switch": float, "base": lambda experts: 2.0}
 EXTRA_WIDTH = 8
 """Hidden units more than the dense FFN, of which one carries its bias."""
 ROUTER_SCORE = {"norm": 1e-4, "residual": 1e-6}
@@ -77,8 +76,8 @@ def target_flags(flags: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
 def _add_experts(target: dict[str, Any]) -> None:
     if not target["num_experts"]:
         raise UsageError(f"--token-router {target['token_router']}: give --num-experts too.")
-    if target["token_router"] in TOP_K:
-        known = ", ".join(name for name in TOKEN_ROUTERS if name not in TOP_K)
+    if TOKEN_ROUTERS[target["token_router"]].upcycling_scale is None:
+        known = ", ".join(name for name, rule in TOKEN_ROUTERS.items() if rule.upcycling_scale)
         raise UsageError(
             f"--token-router {target['token_router']}: a dense model cannot become one, since its "
             f"weights depend on scores that start at random; give one of {known}."
@@ -101,7 +100,7 @@ def _add_experts(target: dict[str, Any]) -> None:
             f"--moe-ffn-hidden-size {width}: the dense FFN has {dense} units"
             f"{' and a bias, which takes one more' if has_bias else ''}; give {fewest} or more."
         )
-    target["moe_router_topk"] = 2 if target["token_router"] == "gshard" else 1
+    target["moe_router_topk"] = experts_of_a_token(target["token_router"], topk=1)
 
 
 def _check_spatial(flags: Mapping[str, Any], target: Mapping[str, Any]) -> None:
@@ -177,7 +176,9 @@ def _recipe(
             names = (f"{fc1}weight", f"{fc1}bias", f"{norm}weight", f"{norm}bias")
             make = partial(_expert_fc1, shape=shape, seed=seed)
             return Recipe(names if folds else names[:1], make)
-        scale = SCALE.get(target["token_router"], lambda _: 1.0)(shape[0])
+        scale_of = TOKEN_ROUTERS[target["token_router"]].upcycling_scale
+        assert scale_of is not None, "refused before"
+        scale = scale_of(shape[0])
         outputs = (f"{fc2}weight", f"{fc2}bias")
         add_up = partial(_expert_fc2, shape=shape, scale=scale, unit=_unit(target))
         return Recipe(outputs if folds else outputs[:1], add_up)

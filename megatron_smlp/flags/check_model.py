@@ -6,7 +6,7 @@ import argparse
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.systems import ARCHITECTURES, MIXERS, load
+from megatron_smlp.systems import ARCHITECTURES, MIXERS, LayerSlots, layer_slots, load
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -30,6 +30,17 @@ def check_model(args: argparse.Namespace) -> None:
     if kind.sparse_mixer:
         _check_sparse(args)
     _check_experts(args)
+
+
+def slots_of(args: argparse.Namespace) -> list[LayerSlots]:
+    """Return the slots of the layers that these flags build."""
+    return layer_slots(
+        args,
+        num_layers=args.num_layers,
+        num_experts=args.num_experts,
+        moe_layer_freq=args.moe_layer_freq,
+        num_attention_heads=args.num_attention_heads or 1,
+    )
 
 
 def _check_attention(args: argparse.Namespace) -> None:
@@ -88,4 +99,11 @@ def _check_experts(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--moe-layer-freq {freq}: give a number of 1 or more, or a list with 0 or 1 for each "
             f"of the --num-layers {layers} layers, as [0,1]*{layers // 2 or 1}."
+        )
+    if not any(slots.channel == "token_moe" for slots in slots_of(args)):
+        by_number = ARCHITECTURES[args.architecture].sparse_mixer
+        where = f"--num-dense-layers {layers}" if by_number else f"--moe-layer-freq {freq}"
+        raise UsageError(
+            f"--num-experts {experts}, but {where} leaves no layer that has them: change that, or "
+            "leave out --num-experts and --token-router."
         )

@@ -66,6 +66,7 @@ def check_token_router(args: argparse.Namespace) -> None:
     _check_presence(args)
     refuse_unless(args, "token_routers", chosen=args.token_router, by="--token-router")
     if args.token_router == "none":
+        _refuse_experts(args)
         return
     _refuse_megatrons(args)
     if args.token_router in TOP_K:
@@ -154,6 +155,19 @@ def _check_presence(args: argparse.Namespace) -> None:
             f"--num-experts {experts} is too few for --token-router {router}: give {fewest} or "
             "more."
         )
+
+
+def _refuse_experts(args: argparse.Namespace) -> None:
+    """Refuse Megatron's flags of experts, with which a dense model would be trained in silence."""
+    for name, value in args.explicit_flags.items():
+        # None, False and "none" are what a configuration takes back what it includes by.
+        if name.startswith("moe_") and value not in (None, False, "none"):
+            said = flag_of(name) if value is True else f"{flag_of(name)} {value}"
+            raise UsageError(
+                f"{said} is for token experts, and there are none without --token-router: give "
+                f"--token-router ({one_of(tuple(TOKEN_ROUTERS))}) and --num-experts, or leave it "
+                "out."
+            )
 
 
 def _check_top_k(args: argparse.Namespace) -> None:

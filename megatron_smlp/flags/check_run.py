@@ -43,6 +43,8 @@ LEAST = {
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": 1,
     "context_parallel_size": 1,
+    "init_method_std": 0,
+    "embedding_init_method_std": 0,
 }
 UNDER_ONE = ("lr_warmup_fraction", "hidden_dropout", "attention_dropout")
 

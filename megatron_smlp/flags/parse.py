@@ -23,11 +23,13 @@ from megatron_smlp.data.blending import SPLIT_FLAGS
 from megatron_smlp.data.pairs.indexed import idx_path
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check import check, validate
+from megatron_smlp.flags.check_routers import MEGATRON_ROUTER_FLAGS, TOP_K_FLAGS
 from megatron_smlp.flags.config_file import read_yaml
 from megatron_smlp.flags.defaults import fill_in
 from megatron_smlp.flags.exclusive import PER_SPLIT, replaced_by
 from megatron_smlp.flags.from_checkpoint import with_checkpoint_flags
 from megatron_smlp.flags.namespace import Arguments
+from megatron_smlp.flags.unused_flags import OTHER_LAYER_FLAGS, READ_NOWHERE
 from megatron_smlp.options import ModelOptions, RunOptions
 
 FILES = (*tokenizer_copy.FLAGS, "hash_table", "data_args_path")
@@ -179,11 +181,16 @@ def _action_of(parser: argparse.ArgumentParser, key: str, path: Path) -> argpars
 
 def nearest(parser: argparse.ArgumentParser, name: str) -> str:
     """`Did you mean ...?` for a flag or key that does not exist."""
-    known = [option.removeprefix("--") for option in _options(parser)]
-    close = difflib.get_close_matches(name.lstrip("-").replace("_", "-"), known, n=3, cutoff=0.5)
+    refused = {*READ_NOWHERE, *OTHER_LAYER_FLAGS, *MEGATRON_ROUTER_FLAGS}.difference(TOP_K_FLAGS)
+    known = [
+        option.removeprefix("--")
+        for option, action in _options(parser).items()
+        if action.dest not in refused
+    ]
+    close = difflib.get_close_matches(name.lstrip("-").replace("_", "-"), known, n=3, cutoff=0.6)
     if not close:
-        return "`pretrain_smlp.py --help` lists every flag."
-    return f"Did you mean {' or '.join(repr(option) for option in close)}?"
+        return "`pretrain_smlp.py --help-all` lists every flag."
+    return f"Did you mean {' or '.join(f'--{option}' for option in close)}?"
 
 
 def _as_flags(action: argparse.Action, key: str, value: Any, path: Path) -> list[str]:

@@ -10,9 +10,10 @@ import argparse
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.check_model import slots_of
 from megatron_smlp.options import DEFAULTS, OUR_FLAGS
 from megatron_smlp.platform import cpu
-from megatron_smlp.systems import ARCHITECTURES, MIXERS, LayerSlots, layer_slots
+from megatron_smlp.systems import ARCHITECTURES, MIXERS
 
 OTHER_LAYER_FLAGS = (
     "multi_latent_attention",
@@ -68,6 +69,15 @@ ATTENTION_FLAGS = (
     "window_size",
     "apply_query_key_layer_scaling",
     "use_rotary_position_embeddings",
+    "kv_channels",
+    "attention_dropout",
+)
+FFN_FLAGS = (
+    "swiglu",
+    "quick_geglu",
+    "squared_relu",
+    "glu_linear_offset",
+    "activation_func_clamp_value",
 )
 POSITIONS_WITHOUT_ATTENTION = ("none", "learned_absolute")
 TRANSFORMER_ENGINE_FLAGS = (
@@ -132,6 +142,12 @@ def refuse_unused(args: argparse.Namespace) -> None:
         )
     if not ARCHITECTURES[args.architecture].attends:
         _refuse_attentions(args)
+    if all(slots.channel == "none" for slots in slots_of(args)):
+        for name in _given(args, FFN_FLAGS):
+            raise UsageError(
+                f"{_flag(name)} is for FFNs, and no layer of this --architecture "
+                f"{args.architecture} has one: leave it out."
+            )
     _refuse_cuda_graphs(args)
     for name in _given(args, TRANSFORMER_ENGINE_FLAGS):
         if args.transformer_impl == "local":
@@ -165,7 +181,7 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
             f"{flag} needs Transformer Engine, which is not in use (--transformer-impl local). "
             "Give --cuda-graph-impl local, which does without, or leave it out."
         )
-    routing = [slots.routes for slots in _slots(args)]
+    routing = [slots.routes for slots in slots_of(args)]
     if all(routing) or (is_of_te and any(routing)):
         those = "every layer" if all(routing) else f"{sum(routing)} of {len(routing)} layers"
         raise UsageError(
@@ -178,16 +194,6 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
             f"{flag} cannot capture the layers of --architecture {args.architecture}, of which the "
             "host reads how large some numbers are. Leave it out."
         )
-
-
-def _slots(args: argparse.Namespace) -> list[LayerSlots]:
-    return layer_slots(
-        args,
-        num_layers=args.num_layers,
-        num_experts=args.num_experts,
-        moe_layer_freq=args.moe_layer_freq,
-        num_attention_heads=args.num_attention_heads or 1,
-    )
 
 
 def refuse_other_programs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -232,7 +238,8 @@ def one_of(names: tuple[str, ...]) -> str:
 
 
 def _refuse_attentions(args: argparse.Namespace) -> None:
-    for name in _given(args, ATTENTION_FLAGS):
+    read = MIXERS[ARCHITECTURES[args.architecture].mixer].attention_flags
+    for name in _given(args, tuple(name for name in ATTENTION_FLAGS if name not in read)):
         raise UsageError(
             f"{_flag(name)} is for the attention of --architecture transformer, not for "
             f"{args.architecture}: leave it out."

@@ -55,11 +55,13 @@ def token_moe_builder(
             ),
         ),
     )
-    return partial(_layer, submodules)
+    return partial(_layer, submodules, getattr(router, "draws", False))
 
 
-def _layer(submodules: MoESubmodules, *, config: TransformerConfig, **kwargs: Any) -> MoELayer:
-    if _may_drop(config):
+def _layer(
+    submodules: MoESubmodules, draws: bool, *, config: TransformerConfig, **kwargs: Any
+) -> MoELayer:
+    if draws or _has_capacity(config):
         # A capacity of its own is how Megatron's dispatcher learns that not every token is sent
         # k times. Only its top-k router would drop by it.
         config = copy.copy(config)
@@ -95,11 +97,10 @@ class ResidualRoutedMoELayer(MoELayer):
         return answer
 
 
-def _may_drop(config: TransformerConfig) -> bool:
-    """Return whether the router drops choices: over the capacity, or GShard's second expert."""
+def _has_capacity(config: TransformerConfig) -> bool:
+    """Return whether the router drops what an expert has no slot for."""
     factors = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
-    limited = any(getattr(config, name, None) is not None for name in factors)
-    return limited or getattr(config, "token_router", "none") == "gshard"
+    return any(getattr(config, name, None) is not None for name in factors)
 
 
 class Experts(SequentialMLP):

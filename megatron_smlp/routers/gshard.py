@@ -30,6 +30,8 @@ from megatron_smlp.routers.token_router import Choices
 class GShardRouter(SwitchRouter):
     """See the top of the file."""
 
+    draws = True
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.second_expert = getattr(config, "gshard_second_expert", "paper")

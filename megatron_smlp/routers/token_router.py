@@ -43,6 +43,8 @@ class TokenRouter(CountedRouter, TopKRouter):
     """
 
     router_kind = "token"
+    draws = False
+    """Whether it draws, by `attach_samples`, which of the choices are sent."""
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route the tokens of this rank, padding too: it is only kept out of the statistics.

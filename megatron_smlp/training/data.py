@@ -27,6 +27,7 @@ from megatron_smlp.data.token_counts import token_counts
 from megatron_smlp.data.tokenizers.factory import identity_from_arguments
 from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.routers.hash_table import balanced_table
+from megatron_smlp.systems import READING_IDS
 
 EVALUATION_SEED = 1234
 """Seed of the order of validation and test samples, so that runs with other seeds and systems are
@@ -189,7 +190,7 @@ def needs_every_batch(args: argparse.Namespace) -> bool:
     router may count padding.
     """
     has_routers = args.token_router != "none" or args.feature_router == "partial"
-    return bool(args.token_router == "hash" or (has_routers and may_be_padded(args)))
+    return bool(args.token_router in READING_IDS or (has_routers and may_be_padded(args)))
 
 
 def needs_batch(args: argparse.Namespace, vp_stage: int | None) -> bool:

@@ -24,6 +24,7 @@ from megatron_smlp.collectives import from_first_rank
 from megatron_smlp.megatron_patches import tensorboard
 from megatron_smlp.routers.base import other_evaluation, update_prices
 from megatron_smlp.routers.collapse import CollapseWatch
+from megatron_smlp.systems import SCORING
 from megatron_smlp.training.compute import Compute
 from megatron_smlp.training.console import RunConsole
 from megatron_smlp.training.metrics_file import MetricsFile
@@ -86,7 +87,7 @@ class Reporter:
         self.step = step
         self.tasks = tasks
         self.statistics = step.statistics
-        self.collapse = CollapseWatch(fixed=("token",) if args.token_router == "hash" else ())
+        self.collapse = CollapseWatch(fixed=() if args.token_router in SCORING else ("token",))
         self.compute = Compute(ModelShape.from_args(args))
         self.first_rank = args.rank == 0
         self.screen = RunConsole(args)

@@ -32,6 +32,7 @@ from megatron_smlp.options import prefix_length, suffix_start
 from megatron_smlp.routers.draws import sample_keys
 from megatron_smlp.routers.gshard import attach_samples
 from megatron_smlp.routers.statistics import RouterStatistics
+from megatron_smlp.systems import token_router_class
 from megatron_smlp.training.data import may_be_padded, needs_batch, needs_every_batch
 from megatron_smlp.training.slow_hosts import OwnPart
 
@@ -75,7 +76,8 @@ class ForwardStep:
         batch = next_batch(data_iterator, vp_stage)
         if torch.is_grad_enabled():  # validation does not count, and draws nothing
             self.data_seconds += time.perf_counter() - start
-            if args.token_router == "gshard":
+            router = args.token_router
+            if router != "none" and token_router_class(router).draws:
                 attach_samples(model, self._keys(self.place.first_sample(args, vp_stage)))
         timers("batch-generator").stop()
         self.statistics.begin(real_tokens(batch["loss_mask"]) if may_be_padded(args) else None)

@@ -32,6 +32,7 @@ def refused(parse: Parse, words: str, message: str, *, base: str = MINIMAL) -> N
         ("--weight-decay -1", r"--weight-decay -1\.0: give 0 or more"),
         ("--lr-decay-iters 0", r"--lr-decay-iters 0: give 1 or more"),
         ("--log-interval 0", r"--log-interval 0: give 1 or more"),
+        ("--init-method-std -0.1", r"--init-method-std -0\.1: give 0 or more"),
         ("--eval-iters -1", r"--eval-iters -1: give 0 or more"),
         ("--eval-interval -5", r"--eval-interval -5: give 0 or more"),
         ("--exit-interval -1", r"--exit-interval -1: give 0 or more"),

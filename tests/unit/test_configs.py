@@ -57,7 +57,7 @@ def estimated(folder: str, system: str) -> dict[str, Any]:
 
 def test_every_system_is_there_and_nothing_else():
     found = {(str(p.parent.relative_to(REPOSITORY / "configs")), p.stem) for p in all_configs()}
-    assert found == set(CONFIGS)
+    assert found == set(CONFIGS), "SYSTEMS and NEIGHBOURS above say which files there are"
 
 
 def all_configs() -> Iterator[Path]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smlp.durable import link_durably, replace_folder
+from megatron_smlp.durable import link_durably, replace_folder, systems_errors
 
 
 def _folder(path: Path, file: str) -> Path:
@@ -43,3 +43,18 @@ def test_a_file_takes_the_place_of_an_older_one(
     assert target.read_text() == "new"
     expected = {"source", "target"} if has_links else {"target"}
     assert {path.name for path in tmp_path.iterdir()} == expected
+
+
+def test_a_library_in_rust_says_what_the_system_said(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    path = tmp_path / "none" / "tokenizer.json"
+    said = pytest.raises(FileNotFoundError, match="No such file or directory")
+    with said as caught, systems_errors(path):
+        Tokenizer(models.BPE()).save(str(path))
+    assert caught.value.filename == str(path)
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none of it"), systems_errors(tmp_path):
+        raise ValueError("none of it")

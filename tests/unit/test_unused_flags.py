@@ -23,6 +23,7 @@ from megatron_smlp.flags.unused_flags import (
     TRANSFORMER_ENGINE_FLAGS,
     refuse_unused,
 )
+from megatron_smlp.options import OUR_FLAGS
 from megatron_smlp.platform import cpu
 from megatron_smlp.training.start_screen import summary
 
@@ -83,7 +84,10 @@ def test_other_layers_flags(parse: Parse, words: str, message: str):
         ("--ict-head-size 7", r"for another program of Megatron's \(biencoder\)"),
         ("--inference-max-requests 7", r"for another program of Megatron's \(inference\)"),
         ("--sft", r"for another program of Megatron's \(sft\)"),
-        ("--moe-grouped-gemm", "--moe-grouped-gemm needs Transformer Engine"),
+        (
+            "--token-router switch --num-experts 2 --moe-grouped-gemm",
+            "--moe-grouped-gemm needs Transformer Engine",
+        ),
         ("--data-path x", "--mock-data beside --data-path"),
         ("--valid-data-path x", "--mock-data beside --valid-data-path"),
         ("--tokenizer-type HuggingFaceTokenizer", "--vocab-size 100 beside --tokenizer-type Hugg"),
@@ -114,12 +118,64 @@ def test_flags_of_nothing_here(parse: Parse, words: str, message: str, monkeypat
     "flag",
     [
         *("--apply-layernorm-1p", "--qk-layernorm", "--window-size 4,0"),
-        *("--fused-residual-rmsnorm", "--moe-grouped-gemm"),
+        *("--fused-residual-rmsnorm", "--moe-grouped-gemm --token-router base --num-experts 2"),
     ],
 )
 def test_transformer_engines_flags(parse: Parse, flag: str):
     with pytest.raises(UsageError, match=re.escape(flag.split()[0]) + " needs Transformer Engine"):
         parse(f"{TRANSFORMER} {flag}")
+
+
+EXPERT_FLAGS = [
+    action
+    for action in build_parser()._actions
+    if action.dest.startswith("moe_") and action.dest not in OUR_FLAGS
+]
+
+
+@pytest.mark.parametrize("architecture", [TRANSFORMER, "--architecture gmlp"])
+@pytest.mark.parametrize("action", EXPERT_FLAGS, ids=lambda action: action.dest)
+def test_flags_of_experts_that_are_not_there(parse: Parse, action: Any, architecture: str):
+    """They would train a dense model in silence."""
+    flag = action.option_strings[0]
+    value = "" if action.nargs == 0 else next(iter(action.choices or ["1"]))
+    with pytest.raises(UsageError, match=f"^{flag}.* is for token experts, and .* without --token"):
+        parse(f"{architecture} {flag} {value}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("gmlp --swiglu", "--swiglu is for FFNs, and no layer of this --architecture gmlp has one"),
+        ("aft --attention-dropout 0.1", "--attention-dropout is for the attention of"),
+        ("gmlp --kv-channels 8", "--kv-channels is for the attention of .*, not for gmlp"),
+        (
+            "transformer --num-attention-heads 4 --token-router base --num-experts 2 "
+            "--moe-layer-freq [0,0,0,0]",
+            r"--num-experts 2, but --moe-layer-freq \[0, 0, 0, 0\] leaves no layer",
+        ),
+        (
+            "smlp --num-dense-layers 4 --token-router base --num-experts 2",
+            "--num-experts 2, but --num-dense-layers 4 leaves no layer that has them",
+        ),
+    ],
+)
+def test_flags_of_what_no_layer_has(parse: Parse, words: str, message: str):
+    with pytest.raises(UsageError, match=message):
+        parse(f"--architecture {words}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "amlp --attention-dropout 0.1",
+        "aft --kv-channels 4 --num-attention-heads 2",
+        "gmlp --attention-dropout 0",
+        "gmlp --swiglu --token-router base --num-experts 2",
+    ],
+)
+def test_flags_of_what_a_layer_has(parse: Parse, words: str):
+    parse(f"--architecture {words}")
 
 
 def test_every_name_is_one_of_megatrons_flags():

@@ -44,6 +44,11 @@ class Counts:
     def num_rejected(self) -> int:
         return sum(self.rejected.values())
 
+    @property
+    def reasons(self) -> str:
+        """Return `bad_json 2, blank_line 1`."""
+        return ", ".join(f"{name} {count:,}" for name, count in sorted(self.rejected.items()))
+
 
 @dataclass
 class Journal:

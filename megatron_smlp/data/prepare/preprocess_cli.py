@@ -164,6 +164,5 @@ def _print_summary(summary: "Summary", total_seconds: float) -> None:
     if counts.empty:
         print(f"skipped {counts.empty:,} empty documents")
     if counts.rejected:
-        reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.rejected.items()))
         listed = f"{summary.prefix}.rejected.jsonl"
-        print(f"rejected {counts.num_rejected:,} records ({reasons}), listed in {listed}")
+        print(f"rejected {counts.num_rejected:,} records ({counts.reasons}), listed in {listed}")

@@ -15,6 +15,7 @@ from megatron_smlp.data.prepare.chunks import Position
 from megatron_smlp.data.prepare.encoding import EncodingSettings
 from megatron_smlp.data.prepare.inputs import describe_inputs, find_inputs, shown, stamps_of
 from megatron_smlp.data.prepare.output import Counts, PartialOutput
+from megatron_smlp.data.prepare.records import remedy
 from megatron_smlp.data.prepare.sentences import SentenceSettings, check_sentence_data
 from megatron_smlp.data.prepare.sources import read_chunks
 from megatron_smlp.data.prepare.workers import InlineWorker, WorkerPool, start_workers
@@ -170,9 +171,8 @@ def _encode(
         if encoded.rejections and not settings.skip_errors:
             partial.discard()
             first = encoded.rejections[0]
-            raise DataError(
-                f"{first} [{first.reason}]; nothing was written (--on-error skip goes on)"
-            )
+            advice = remedy(settings.keys, was_read=bool(counts.documents or encoded.num_documents))
+            raise DataError(f"{first} [{first.reason}]; nothing was written ({advice})")
         partial.write(encoded)
         position = chunk.end
         counts.text_bytes += chunk.num_bytes
@@ -201,9 +201,10 @@ def _publish(
         source["text_bytes"] = partial.journal.text_bytes.get(str(number), 0)
     if counts.documents == 0:
         partial.discard()
+        reasons = f" ({counts.reasons})" if counts.rejected else ""
         raise DataError(
             f"no document with text in {len(sources)} input file(s): {counts.empty} empty, "
-            f"{counts.num_rejected} rejected {counts.rejected or ''}; nothing was written"
+            f"{counts.num_rejected} rejected{reasons}; nothing was written"
         )
     manifest = Manifest(
         tokenizer=TokenizerRecord(

@@ -25,6 +25,21 @@ class Rejection:
         return f"{self.file}:{self.line}: {self.detail}"
 
 
+def remedy(keys: Sequence[str], *, was_read: bool) -> str:
+    """Return what to do about a refused record.
+
+    Args:
+        was_read: whether other records could be read; if not, the input may be something else.
+    """
+    if was_read:
+        return "--on-error skip goes on"
+    names = " and ".join(map(repr, keys))
+    return (
+        f"expected: parquet, or JSON with a text under {names} in each line or each object of an "
+        "array; --json-keys names other keys, --on-error skip leaves bad records out"
+    )
+
+
 class _RefusedError(Exception):
     """A record that cannot be used."""
 

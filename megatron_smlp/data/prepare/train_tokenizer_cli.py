@@ -115,7 +115,7 @@ def _pieces(
 ) -> Iterator[str]:
     """Yield texts, cut at lines: the trainer works in parallel over small pieces, not one book."""
     from megatron_smlp.data.prepare.inputs import find_inputs
-    from megatron_smlp.data.prepare.records import Rejection, parse_chunk
+    from megatron_smlp.data.prepare.records import Rejection, parse_chunk, remedy
     from megatron_smlp.data.prepare.sources import read_chunks
 
     size = 0
@@ -123,7 +123,8 @@ def _pieces(
         for record in parse_chunk(chunk, keys):
             if isinstance(record, Rejection):
                 if not skip_errors:
-                    raise DataError(f"{record} [{record.reason}] (--on-error skip goes on)")
+                    advice = remedy(keys, was_read=size > 0)
+                    raise DataError(f"{record} [{record.reason}] ({advice})")
                 continue
             for text in record[1]:
                 yield from _cut(text)

@@ -45,7 +45,7 @@ MIXERS = {
     "--num-feature-chunks 8 --prefix-fraction 0.3",
     "partial_few_tokens": "--architecture smlp --feature-router partial --num-feature-experts 4 "
     "--prefix-fraction 0.85",
-    "modern": f"{MODERN} --moe-layer-freq 2",
+    "modern": MODERN,
     "gmlp_rms_norm": "--architecture gmlp --spatial-heads 2 --normalization RMSNorm",
     "no_positions": "--architecture transformer --num-attention-heads 4 "
     "--position-embedding-type none --group-query-attention --num-query-groups 1",

@@ -244,6 +244,19 @@ def test_the_command_line_says_one_line_and_exits_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content", [b"A title\n\nSome prose.\n", b'{"txt": "a"}\n', b"\x00\xffMMIDIDX\n"]
+)
+def test_another_kind_of_file_is_told_what_is_expected(
+    run: Run, tmp_path: Path, content: bytes
+) -> None:
+    source = tmp_path / "text.jsonl"
+    source.write_bytes(content)
+    said = r":1: .*expected: .* a text under 'text' .*--json-keys names other keys"
+    with pytest.raises(DataError, match=said):
+        run(source, tmp_path / "data", *BYTE_FLAGS)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--tokenizer-type", "GPT2BPETokenizer"], "needs --vocab-file FILE"),
