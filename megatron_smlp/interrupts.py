@@ -1,4 +1,7 @@
-"""Ctrl-C: a handler that is remembered, and errors that only follow from it."""
+"""Ctrl-C in all programs: a handler that is remembered, and errors that only follow from it.
+
+A training ends by training/signals.py, which saves first.
+"""
 
 from __future__ import annotations
 

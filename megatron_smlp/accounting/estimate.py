@@ -80,7 +80,7 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
     """values: flags by name, with underscores; others than sizes and layouts are ignored.
 
     Returns:
-        total_parameters, active_parameters (per token), zero_parameters (those of both that lie
+        padded_vocab_size, total_parameters, active_parameters (per token), zero_parameters (those of both that lie
         above the diagonals of spatial matrices), experts_per_token (that a rule may send it to;
         training may send it to fewer), forward_tflops_per_1024_tokens (full squares, the
         paper's convention), forward_needed_tflops_per_1024_tokens (causal products as triangles),
@@ -95,6 +95,7 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
     paper, needed = forward_tflops_per_1024_tokens(cost, shape)
     per_gpu = footprint(shape, ParallelLayout.from_args(args))
     return {
+        "padded_vocab_size": shape.padded_vocab_size,
         "total_parameters": cost.parameters,
         "active_parameters": cost.active_parameters,
         "zero_parameters": cost.zero_parameters,
@@ -220,6 +221,7 @@ def _table(result: dict[str, Any]) -> str:
     gpu = result["per_gpu"]
     giga = {name: f"{value / 2**30:12.3f} GiB" for name, value in gpu.items()}
     lines = [
+        f"vocabulary, padded          {result['padded_vocab_size']:>16,}",
         f"total parameters            {result['total_parameters']:>16,}",
         f"active parameters           {result['active_parameters']:>16,}",
         f"  zeros above diagonals     {result['zero_parameters']:>16,}",

@@ -1,10 +1,10 @@
 """Save checkpoints that exist only when they are whole: the steps around Megatron's writing.
 
-1. `start`: a new hidden folder, which Megatron's writers fill.
-2. `add_share`: each rank leaves the checksums of its own shards in it, with --async-save in the
+1. `claim`: rank 0 makes this run the folder's only writer (claim.py), before anything is read.
+2. `start`: a new hidden folder, which Megatron's writers fill.
+3. `add_share`: each rank leaves the checksums of its own shards in it, with --async-save in the
    process that wrote them.
-0. `claim`: rank 0 makes this run the folder's only writer (claim.py), before anything is read.
-3. `commit`: rank 0 adds the flags, seals the folder with checksums and marker, renames it, moves
+4. `commit`: rank 0 adds the flags, seals the folder with checksums and marker, renames it, moves
    the tracker, and deletes what retention leaves over.
 
 All ranks take each step together and agree on how it ended, so that a failure on one of them is a

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,7 +105,7 @@ def _train(texts: Iterator[str], vocab_size: int) -> "tokenizers.Tokenizer":
         vocab_size=vocab_size,
         special_tokens=[EOD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=True,
+        show_progress=sys.stdout.isatty(),  # in a file its bars are blank lines
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
     return tokenizer
