@@ -80,8 +80,8 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
     """values: flags by name, with underscores; others than sizes and layouts are ignored.
 
     Returns:
-        padded_vocab_size, total_parameters, active_parameters (per token), zero_parameters (those of both that lie
-        above the diagonals of spatial matrices), experts_per_token (that a rule may send it to;
+        padded_vocab_size, total_parameters, active_parameters (per token), zero_parameters (those
+        of both that lie above the diagonals of spatial matrices), experts_per_token (that a rule may send it to;
         training may send it to fewer), forward_tflops_per_1024_tokens (full squares, the
         paper's convention), forward_needed_tflops_per_1024_tokens (causal products as triangles),
         per_gpu (bytes; see footprint.Footprint).
