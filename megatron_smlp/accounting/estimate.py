@@ -81,10 +81,10 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         padded_vocab_size, total_parameters, active_parameters (per token), zero_parameters (those
-        of both that lie above the diagonals of spatial matrices), experts_per_token (that a rule may send it to;
-        training may send it to fewer), forward_tflops_per_1024_tokens (full squares, the
-        paper's convention), forward_needed_tflops_per_1024_tokens (causal products as triangles),
-        per_gpu (bytes; see footprint.Footprint).
+        of both that lie above the diagonals of spatial matrices), experts_per_token (that a rule
+        may send it to; training may send it to fewer), forward_tflops_per_1024_tokens (full
+        squares, the paper's convention), forward_needed_tflops_per_1024_tokens (causal products as
+        triangles), per_gpu (bytes; see footprint.Footprint).
 
     Raises:
         ValueError: a size is missing, misspelt or does not fit the others.
