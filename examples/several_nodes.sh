@@ -17,7 +17,7 @@
 #   RUN_ID            name of the run, the same on all machines (default: smlp)
 #   MAX_RESTARTS      times that processes are started again by one agent (default: 3)
 #   SHUTDOWN_TIMEOUT  seconds to save in when the run is told to end (default: 600)
-#   START_TIMEOUT     seconds to reach the store or the folder in at first (default: 45)
+#   START_TIMEOUT     seconds to reach the store or the folder in at first (default: 180)
 #   REJOIN_TIMEOUT    seconds for all machines to come together again (default: 600)
 #   NPROC_PER_NODE    processes on this machine (default: the number of GPUs, or 1 without any)
 #   PYTHON            interpreter (default: the project's .venv, else python3)

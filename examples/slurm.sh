@@ -4,6 +4,7 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --signal=B:USR1@600
 # Pretrain under Slurm. Submit it from the project's folder, with the size of the job:
 #
@@ -20,7 +21,8 @@
 # Ten minutes before --time is over the run saves, and the job is queued again, under the same
 # number, until the run is over. So is a job that fails, also where a machine is gone for good (75),
 # but not for wrong flags (2), a loss that is not finite (3), or where no newer checkpoint came of
-# three starts or of the whole job (93). `scancel` ends it: it saves, and is not queued again.
+# three starts or of the whole job (93). `scancel` ends it, and it is not queued again; it saves if
+# the cluster's KillWait (30 s by default) is enough for a step and a save.
 # Where --requeue is not allowed, a chain of jobs, each after the other, however it ended:
 #
 #   for i in 1 2 3; do CONFIG=... sbatch --dependency=singleton ... examples/slurm.sh ...; done
@@ -70,7 +72,7 @@ if $warned; then # which has ended that wait, not the tasks
 fi
 case "$code" in
   0) ! $warned || scontrol requeue "$SLURM_JOB_ID" || true ;;
-  2 | 3 | 93) ;;
+  2 | 3 | 76 | 93) ;; # 76: another machine has ended with one of these
   *) scontrol requeue "$SLURM_JOB_ID" || true ;;
 esac
 exit "$code"

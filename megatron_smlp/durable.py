@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def write_durably(
@@ -110,6 +116,26 @@ def systems_errors(path: Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def lock_if_possible(file: IO[bytes], operation: int) -> None:
+    """Lock a file as `fcntl.flock` does; where a file system has no locks, as Lustre without
+    `-o flock`, nobody is kept out.
+
+    Raises:
+        BlockingIOError: another process holds it, and LOCK_NB is asked for.
+    """
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"WARNING: {file.name} cannot be locked ({error.strerror}): start one at a time",
+            file=sys.stderr,
+        )
 
 
 def sync_folder(folder: Path) -> None:

@@ -170,7 +170,6 @@ MIXERS: dict[str, Mixer] = {
         spec="megatron_smlp.layers.aft:aft_spec",
         cost=f"{COSTS}:aft_cost",
         title="AFT-{aft_kind}",
-        attention_flags=("kv_channels",),
         learned_positions=True,
         host_reads=True,
         check="megatron_smlp.layers.aft:check_flags",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_smlp.durable import lock_if_possible
 from megatron_smlp.errors import DataError
 
 CLASS_FOLDER = "WatchedGPTDataset_indices"
@@ -45,7 +46,7 @@ def exclusive_caches(prefixes: Sequence[str], *, path_to_cache: str | None) -> I
                 ) from None
             if os.access(folder, os.W_OK):
                 lock = stack.enter_context((folder / LOCK_NAME).open("wb"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                lock_if_possible(lock, fcntl.LOCK_EX)
                 remove_unfinished(folder)
         yield
 

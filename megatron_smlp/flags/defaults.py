@@ -129,10 +129,23 @@ def _fill_in_saving(args: argparse.Namespace) -> None:
         args.async_strategy = "mcore"
 
 
+FIRST_START = {
+    "finetune": False,
+    "no_load_optim": None,
+    "no_load_rng": None,
+    "load_main_params_from_ckpt": False,
+    "ckpt_step": None,
+}
+"""Flags that say what is taken of the checkpoint in --load, and their defaults: they are not of the
+one that the same command has left in --save, from which it goes on where it is started again."""
+
+
 def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
     """Choose what is loaded, and keep what that has of flags which the command line leaves out."""
     is_save_folder = is_same_folder(args.load, args.save)
-    if args.load is None and args.save and not args.no_resume and tracked_folder(args.save):
+    if args.save and not (is_save_folder or args.no_resume) and tracked_folder(args.save):
+        if args.load:
+            vars(args).update(FIRST_START)
         args.load = args.save  # what an earlier start left
     elif is_save_folder and tracked_folder(args.load) is None and not args.pretrained_checkpoint:
         args.load = None  # as launchers give it; this is the first start

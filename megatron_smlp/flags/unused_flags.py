@@ -69,7 +69,6 @@ ATTENTION_FLAGS = (
     "window_size",
     "apply_query_key_layer_scaling",
     "use_rotary_position_embeddings",
-    "kv_channels",
     "attention_dropout",
 )
 FFN_FLAGS = (

@@ -73,7 +73,7 @@ def read(environment: Mapping[str, str], *, several: bool) -> Settings:
         local_address=environment.get("LOCAL_ADDR") or None,
         max_restarts=_number(environment, "MAX_RESTARTS", "3", what="the number of restarts"),
         shutdown_timeout=_number(environment, "SHUTDOWN_TIMEOUT", "600", what="the time to save"),
-        start_timeout=_number(environment, "START_TIMEOUT", "45", what="the time to meet in"),
+        start_timeout=_number(environment, "START_TIMEOUT", "180", what="the time to meet in"),
         rejoin_timeout=_number(environment, "REJOIN_TIMEOUT", "600", what="the time to meet again"),
     )
 

@@ -53,6 +53,8 @@ MINUTES = 2
 """After which a rank gives up one that does not answer, where the user does not say."""
 FIRST_DELAY, LAST_DELAY = 5, 300
 """Seconds before the agent is started again: doubled with each failure, up to the second."""
+QUIET_WAIT = 10
+"""Seconds in which others may start without a word; they import torch first."""
 SHARING = 30
 """Seconds in which another machine's checkpoint appears in a folder that all share."""
 AGENT, CLOSING = "agent", "--closing"
@@ -133,8 +135,12 @@ class Supervisor:
         while True:
             began = time.monotonic()
             code = self._run_agent(torchrun)
-            if self.told_to_end:  # before its ranks run an agent knows no better than to die
-                return self._end_as_told(0 if code == -signal.SIGTERM else _shells(code))
+            if self.told_to_end:
+                # Before its ranks run, as on a spare, an agent knows no better than to die; then
+                # other machines save.
+                died = -code in SIGNALS
+                wait = self.settings.shutdown_timeout if died else SHARING
+                return self._end_as_told(0 if died else _shells(code), wait=wait)
             if code == 0 or code in (*FOR_GOOD, CLOSED, MISSING):
                 return code
             if self.progress.folder is None:
@@ -157,10 +163,14 @@ class Supervisor:
                 return MISSING
             delay = min(2 * delay, LAST_DELAY)
 
-    def _end_as_told(self, code: int) -> int:
+    def _end_as_told(self, code: int, *, wait: float = SHARING) -> int:
         """Return the exit code: a queue that has warned would start the same for ever, where every
-        start is too short for a checkpoint."""
-        deadline = time.monotonic() + SHARING
+        start is too short for a checkpoint.
+
+        Args:
+            wait: seconds in which one may appear.
+        """
+        deadline = time.monotonic() + wait
         while self.warned and self.progress.latest() == self.first:
             if time.monotonic() > deadline:
                 say(
@@ -258,8 +268,13 @@ class Supervisor:
         self._lead_out_of(address)
         if meeting.is_host:
             network.check_port(meeting.port)
-        elif not network.answers(*towards, seconds=seconds):
-            keeper = "machine 0" if meeting.kind == HOST else "its server (tools/launch.py serve)"
+            return address
+        keeper = "machine 0" if meeting.kind == HOST else "its server (tools/launch.py serve)"
+        is_there = network.answers(*towards, seconds=min(seconds, QUIET_WAIT))
+        if not is_there and seconds > QUIET_WAIT:
+            say(f"waiting for {keeper} at {meeting.endpoint}, up to START_TIMEOUT, {seconds} s.")
+            is_there = network.answers(*towards, seconds=seconds - QUIET_WAIT)
+        if not is_there:
             raise UsageError(
                 f"MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port} has not answered "
                 f"{address} for {seconds} s: start {keeper}, or check the address, the port and "

@@ -79,6 +79,10 @@ class DatasetProvider:
         args = get_args()
         on_rank = partial(_reads_data, args, vp_stage)
         train, valid, test = num_samples
+        if args.train_iters and not args.train_samples:
+            # Samples that were read in larger batches: without these it would run out of them.
+            rest = (args.train_iters - args.iteration) * args.global_batch_size
+            train = max(train, args.consumed_train_samples + rest)
         once = valid if args.full_validation else test  # Megatron wants as many for the test split
         datasets = [
             *_build([train, 0, 0], args, on_rank, splits=(0,), seed=args.seed)[:1],
@@ -93,10 +97,12 @@ class DatasetProvider:
             self._say_uses(datasets, args)
         for place, length in ((1, valid), (2, test)):
             if datasets[place] is not None and not args.full_validation:
+                length *= 1 + args.base_eval_both
+                # Megatron goes on behind what it has read, by the checkpoint, whatever the flags
+                # of validation were until then.
+                length += args.consumed_valid_samples if place == 1 else 0
                 length = once if args.dataloader_type == "cyclic" else length
-                datasets[place] = AgainAndAgain(
-                    datasets[place], once=once, length=length * (1 + args.base_eval_both)
-                )
+                datasets[place] = AgainAndAgain(datasets[place], once=once, length=length)
         return datasets
 
     def _say_uses(self, datasets: list[Any], args: argparse.Namespace) -> None:

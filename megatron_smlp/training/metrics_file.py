@@ -28,7 +28,7 @@ class MetricsFile:
         """Forget what a run wrote after the checkpoint that this run goes on from.
 
         Returns:
-            the last record that stays; empty where there is none.
+            the last record of a step that stays; empty where there is none.
         """
         if self.path is None or not self.path.exists():
             return {}
@@ -38,7 +38,8 @@ class MetricsFile:
         if after != before:
             with self.lost.tolerated():
                 write_durably(self.path, after)
-        last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        records = map(json.loads, reversed(kept))  # Those of restarts have no wall time.
+        last: dict[str, Any] = next((each for each in records if "wall_seconds" in each), {})
         return last
 
     def newest(self) -> tuple[int, float | None]:

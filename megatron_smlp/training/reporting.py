@@ -137,7 +137,9 @@ class Reporter:
         last = self.metrics.drop_after(iteration) if self.metrics else {}
         self.compute.resume(last, tokens=self._tokens())
         if iteration:
-            self.say(f"resumed from iteration {iteration} of {self.args.load}")
+            given, load = self.args.explicit_flags.get("load"), self.args.load
+            began = "" if given in (None, load) else f" (--load {given} was its start)"
+            self.say(f"resumed from iteration {iteration} of {load}{began}")
             self._end_if_complete(iteration)
             tensorboard.forget_after(iteration)
         self.clock.restart()

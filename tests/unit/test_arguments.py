@@ -375,7 +375,8 @@ class TestRefusals:
         none = tmp_path / "none"
         refusal(parse, f"{GMLP} --load {none}", rf"--load {none} is not a folder: give the --save")
         none.mkdir()
-        refusal(parse, f"{GMLP} --load {none} --save {tmp_path}", "none holds no checkpoint: give")
+        words = f"{GMLP} --load {none} --save {tmp_path}/new"
+        refusal(parse, words, "none holds no checkpoint: give")
         one = iteration_folder(tmp_path, 3)
         message = rf"--load {one} is one checkpoint.*give --load {tmp_path} --ckpt-step 3\."
         refusal(parse, f"{GMLP} --load {one}", message)
@@ -386,6 +387,21 @@ class TestRefusals:
         checkpoint(parse(GMLP), tmp_path / "run")
         words = f"{GMLP} --load {tmp_path}/run --save {tmp_path}/run/"
         assert parse(words).load == f"{tmp_path}/run"
+
+    def test_started_again_it_goes_on_from_its_own_checkpoint(self, parse: Parse, tmp_path: Path):
+        """A queue starts the same command again, which began with another run's weights."""
+        theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+        for folder in (theirs, ours):
+            folder.mkdir()
+        words = f"{GMLP} --load {theirs} --ckpt-step 3 --finetune --no-load-optim --save {ours}"
+        checkpoint(parse(GMLP), theirs)
+        first = parse(words)
+        assert (first.load, first.ckpt_step, first.finetune) == (str(theirs), 3, True)
+        checkpoint(parse(GMLP), ours)
+        again = parse(words)
+        assert (again.load, again.ckpt_step, again.finetune) == (str(ours), None, False)
+        assert not again.no_load_optim
+        assert parse(f"{words} --no-resume").load == str(theirs)
 
     def test_an_iteration_of_nothing(self, parse: Parse, tmp_path: Path):
         message = "--ckpt-step 5 asks for a checkpoint, and there is no --load"

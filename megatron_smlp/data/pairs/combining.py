@@ -148,7 +148,7 @@ def scratch_folder(output_prefix: str) -> Iterator[Path]:
     """
     check_output_prefix(output_prefix)
     check_manifest_path(Path(output_prefix + ".json"))
-    folder = Path(output_prefix + ".partial")
+    folder = Path(output_prefix + ".merging")  # `.partial` is a preprocessing's, to be resumed
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

@@ -8,6 +8,7 @@ S = sequences, D = documents + 1. All numbers are little-endian. The pairs are h
 `IndexedDatasetBuilder`, byte for byte, by tests/unit/data/prepare/test_same_bytes.py.
 """
 
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -255,6 +256,8 @@ def write_index(
         _write_running_sums(stream, lengths, scale=dtype.itemsize)
         stream.write(struct.pack("<q", 0))
         _write_running_sums(stream, sequences_per_document, inclusive=True)
+        stream.flush()
+        os.fsync(stream.fileno())  # What it is made of is deleted when it has its name.
 
 
 def _write_running_sums(

@@ -24,7 +24,7 @@ from megatron_smlp.data.pairs.manifest import (
 from megatron_smlp.data.pairs.writer import PairWriter, append_to, flush_to_disk, publish
 from megatron_smlp.data.prepare.chunks import Position
 from megatron_smlp.data.prepare.encoding import EncodedChunk
-from megatron_smlp.durable import link_durably, naming_errors, write_durably
+from megatron_smlp.durable import link_durably, lock_if_possible, naming_errors, write_durably
 from megatron_smlp.errors import DataError
 
 
@@ -91,8 +91,8 @@ class PartialOutput:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = (self.folder / "lock").open("wb")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock_if_possible(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             self.lock.close()
             raise DataError(
                 f"another process is writing {self.prefix!r} (it holds {self.folder}/lock); wait "

@@ -13,7 +13,12 @@ from support.in_process import pretrained
 from support.launches import REPOSITORY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_smlp.checkpoints.folders import RUN, iteration_folder, iterations
+from megatron_smlp.checkpoints.folders import (
+    RUN,
+    iteration_folder,
+    iterations,
+    tracked_iteration,
+)
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.errors import UsageError
 
@@ -63,6 +68,33 @@ def test_learning_rate_and_batch_may_change_and_are_told(run: Path, capfd: Captu
     lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     rates = {line["iteration"]: line["learning_rate"] for line in lines if "learning_rate" in line}
     assert rates[8] < rates[3] <= 5e-4 < rates[2]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("--eval-interval 1 --eval-iters 4", "--eval-interval 2 --eval-iters 1"),
+        ("--eval-interval 1 --eval-iters 2", "--eval-interval 6 --eval-iters 3"),
+        ("--global-batch-size 8", "--global-batch-size 2"),
+    ],
+)
+def test_less_may_be_read_from_a_checkpoint_on(tmp_path: Path, before: str, after: str):
+    """Megatron goes on behind the samples that were read until then, however few are left."""
+    run = tmp_path / "run"
+    pretrain(f"--save {run} --exit-interval 4 {before}")
+    pretrain(f"--save {run} {after}")
+    assert tracked_iteration(run) == 6
+
+
+def test_a_run_from_anothers_weights_goes_on(run: Path, tmp_path: Path, capfd: Capture):
+    tuned = tmp_path / "tuned"
+    words = f"--load {run} --finetune --save {tuned}"
+    pretrain(f"{words} --exit-interval 4")
+    capfd.readouterr()
+    pretrain(words)
+    said = f"resumed from iteration 4 of {tuned} (--load {run} was its start)"
+    assert said in " ".join(capfd.readouterr().out.split())
+    assert iterations(tuned) == [2, 4, 6]
 
 
 def test_a_finished_run_leaves_everything_as_it_is(run: Path, capfd: Capture):

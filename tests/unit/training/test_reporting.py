@@ -49,6 +49,15 @@ class TestMetricsFile:
         expected = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
         assert [(line["iteration"], line["loss"]) for line in lines] == expected
 
+    def test_a_second_restart_from_one_checkpoint_knows_the_time_too(self, tmp_path: Path):
+        """The first one's own record has none."""
+        metrics = MetricsFile(str(tmp_path))
+        metrics.write({"iteration": 3, "wall_seconds": 3600.0})
+        metrics.write({"iteration": 4, "wall_seconds": 4000.0})
+        assert metrics.drop_after(3)["wall_seconds"] == 3600.0
+        metrics.write({"iteration": 3, "restart": "a rank"})
+        assert metrics.drop_after(3)["wall_seconds"] == 3600.0
+
     def test_nothing_is_kept_without_a_folder(self, tmp_path: Path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         metrics = MetricsFile(None)
