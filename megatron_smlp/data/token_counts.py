@@ -31,7 +31,10 @@ def vocabulary_of(blend: Blend) -> int:
     return next(iter(sizes))
 
 
-def token_counts(blend: Blend, *, vocab_size: int) -> NDArray[np.int64]:
+Counts = NDArray[np.int64]
+
+
+def token_counts(blend: Blend, *, vocab_size: int) -> Counts:
     """Count each id in the corpus; with weights, in as many tokens of that mixture.
 
     Returns:
@@ -40,20 +43,38 @@ def token_counts(blend: Blend, *, vocab_size: int) -> NDArray[np.int64]:
     Raises:
         DataError: a dataset is missing or damaged, or holds an id outside the vocabulary.
     """
-    parts = [_counts(prefix, vocab_size) for prefix in blend.prefixes]
+    return mixture(blend, counts_of_datasets(blend, vocab_size=vocab_size))
+
+
+def counts_of_datasets(blend: Blend, *, vocab_size: int, part: int = 0, parts: int = 1) -> Counts:
+    """Count each id in one of as many equal parts of every dataset.
+
+    Returns:
+        <int64>[datasets, V].
+
+    Raises:
+        DataError: as `token_counts`.
+    """
+    return np.stack([_counts(prefix, vocab_size, part, parts) for prefix in blend.prefixes])
+
+
+def mixture(blend: Blend, parts: Counts) -> Counts:
+    """Weigh the counts of whole datasets: <int64>[datasets, V] -> <int64>[V]."""
     if blend.weights is None:
         return np.sum(parts, axis=0, dtype=np.int64)
-    total = sum(int(part.sum()) for part in parts)
+    total = int(parts.sum())
     weights = np.array(blend.weights) / sum(blend.weights)
     shares = [w * part / max(part.sum(), 1) for w, part in zip(weights, parts, strict=True)]
     return np.rint(total * np.sum(shares, axis=0)).astype(np.int64)
 
 
-def _counts(prefix: str, vocab_size: int) -> NDArray[np.int64]:
-    return counts_in(open_index(prefix).tokens(), vocab_size=vocab_size, prefix=prefix)
+def _counts(prefix: str, vocab_size: int, part: int, parts: int) -> Counts:
+    tokens = open_index(prefix).tokens()
+    first, last = (len(tokens) * place // parts for place in (part, part + 1))
+    return counts_in(tokens[first:last], vocab_size=vocab_size, prefix=prefix)
 
 
-def counts_in(tokens: Any, *, vocab_size: int, prefix: str) -> NDArray[np.int64]:
+def counts_in(tokens: Any, *, vocab_size: int, prefix: str) -> Counts:
     """Count each id in the tokens of a dataset, read part by part.
 
     Raises:

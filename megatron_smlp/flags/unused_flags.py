@@ -188,10 +188,28 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
             "graph runs no Python, which hands routers their inputs in each step. Leave it out"
             + (", or give --cuda-graph-impl local." if not all(routing) else ".")
         )
+    _refuse_evaluating_in_graphs(args, flag)
     if MIXERS[ARCHITECTURES[args.architecture].mixer].host_reads:
         raise UsageError(
             f"{flag} cannot capture the layers of --architecture {args.architecture}, of which the "
             "host reads how large some numbers are. Leave it out."
+        )
+
+
+def _refuse_evaluating_in_graphs(args: argparse.Namespace, flag: str) -> None:
+    """Refuse what would be replayed as it was captured, in training and in training's shapes."""
+    mixer = MIXERS[ARCHITECTURES[args.architecture].mixer]
+    attends = mixer.attends or "attention_dropout" in mixer.attention_flags
+    dropout = max(args.hidden_dropout, args.attention_dropout if attends else 0.0)
+    if dropout and args.eval_iters:
+        raise UsageError(
+            f"{flag} with dropout replays it in evaluations: give --hidden-dropout 0 and "
+            "--attention-dropout 0, or --eval-iters 0, or leave it out."
+        )
+    if args.eval_tasks:
+        raise UsageError(
+            f"{flag} captures sequences of one length, and --eval-tasks scores others: leave one "
+            "of them out; tools/evaluate.py scores checkpoints."
         )
 
 

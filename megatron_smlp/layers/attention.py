@@ -8,10 +8,12 @@ Letters: T tokens, B batch, n heads on this rank, d head width, g key/value grou
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -71,12 +73,12 @@ class CausalCoreAttention(DotProductAttention):
         if mask_type is not AttnMaskType.causal:
             raise ValueError(f"Only the causal mask is supported here, not {mask_type}.")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mixed = attend(
-            q,
-            k,
-            v,
-            scale=self.softmax_scale,
-            dropout=self.attention_dropout.p,
-            training=self.training,
-        )
+        dropout = self.attention_dropout.p if self.training else 0.0
+        # Each rank has other heads. Under sequence parallelism the whole layer draws so.
+        forks = dropout and self.config.tensor_model_parallel_size > 1
+        apart = forks and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if apart else contextlib.nullcontext():
+            mixed = attend(
+                q, k, v, scale=self.softmax_scale, dropout=dropout, training=self.training
+            )
         return mixed.permute(2, 0, 1, 3).flatten(2)

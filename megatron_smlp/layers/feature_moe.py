@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_smlp.layers.projections import await_parameters
 from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialProjection, gating_spec
 from megatron_smlp.ops.gated_mix import Routing, gated_mix
 from megatron_smlp.ops.gelu_norm import gelu_norm
@@ -104,6 +105,7 @@ class PartialFeatureMoE(SpatialGating):
         if not self.gates_by_kernels(u):
             return super().gate(u, attended)
         u1, u2 = u.chunk(2, dim=-1)
+        await_parameters(self.norm)
         values, means = gelu_norm(
             u2, self.norm.weight, self.norm.bias, self.local_heads, self.norm.eps
         )

@@ -146,12 +146,12 @@ class SumOverGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
         ctx.group = group
-        total = x.clone()
+        total = x.clone(memory_format=torch.contiguous_format)  # NCCL takes nothing else
         torch.distributed.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].contiguous().clone()
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=ctx.group)
         return total, None

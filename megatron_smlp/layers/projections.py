@@ -22,6 +22,16 @@ from torch import nn
 # [T, B, D]: "qkv" and "fc1" gather their input, "proj" and "fc2" scatter their output.
 
 
+def await_parameters(module: nn.Module) -> None:
+    """Wait for parameters that are read without a call of their module.
+
+    With --overlap-param-gather they are on their way from other ranks until the hook before that
+    call has waited for them.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
+
+
 def column_projection(
     layer: Any, config: TransformerConfig, width: int, *, name: str, tp_group: Any, **stride: int
 ) -> Any:

@@ -41,7 +41,12 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from megatron_smlp.layers.norms import HeadLayerNorm
-from megatron_smlp.layers.projections import column_projection, row_projection, shard_halves
+from megatron_smlp.layers.projections import (
+    await_parameters,
+    column_projection,
+    row_projection,
+    shard_halves,
+)
 from megatron_smlp.ops.causal_mix import causal_mix
 from megatron_smlp.ops.gated_mix import gated_mix, gates_by_kernels, gelu_gate
 
@@ -331,6 +336,7 @@ class SpatialGating(MegatronModule):
             return self.gated(u1, u2, attended)
         weight, bias = self.first_parameters(len(u))
         if not self.head_is_split:
+            await_parameters(self.norm)
             norm = (self.norm.weight, self.norm.bias, self.norm.eps)
             return gelu_gate(u, norm, weight, bias, attended)
         u1, u2 = u.chunk(2, dim=-1)  # the statistics of LN are sums over the ranks

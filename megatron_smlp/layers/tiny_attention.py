@@ -11,6 +11,7 @@ Letters: T sequence, B batch, D hidden, w tiny_attention_width, F gate width; F'
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -95,9 +96,22 @@ class TinyAttention(nn.Module):
                 hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
             )
         q, k, v = self.linear_qkv(hidden_states).transpose(0, 1).unsqueeze(1).chunk(3, dim=-1)
-        attended = attend(q, k, v, dropout=self.config.attention_dropout, training=self.training)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        with self._same_on_all_ranks() if dropout else contextlib.nullcontext():
+            attended = attend(q, k, v, dropout=dropout, training=self.training)
         attended = attended.squeeze(1).transpose(0, 1)
         return self._project(attended)
+
+    def _same_on_all_ranks(self) -> contextlib.AbstractContextManager[None]:
+        """Draw as the other ranks do, which hold the same head: under sequence parallelism Megatron
+        runs a layer on numbers of the rank's own."""
+        if not self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        tracker = tensor_parallel.get_cuda_rng_tracker()
+        same: contextlib.AbstractContextManager[None] = tracker.fork(
+            tensor_parallel.get_data_parallel_rng_tracker_name()
+        )
+        return same
 
     def _project(self, attended: Tensor) -> Tensor:
         # Each rank has other gate features: the gradient of the head is the sum over the ranks.

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_smlp.layers.one_rank_dispatcher import dispatch_on_one_rank
+from megatron_smlp.layers.projections import await_parameters
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -61,6 +62,10 @@ def token_moe_builder(
 def _layer(
     submodules: MoESubmodules, draws: bool, *, config: TransformerConfig, **kwargs: Any
 ) -> MoELayer:
+    if config.cuda_graph_impl != "none":
+        # Layers that route are in no graph, and the dispatcher is not to wait as if they were.
+        config = copy.copy(config)
+        config.cuda_graph_impl = "none"
     if draws or _has_capacity(config):
         # A capacity of its own is how Megatron's dispatcher learns that not every token is sent
         # k times. Only its top-k router would drop by it.
@@ -139,20 +144,40 @@ class Experts(SequentialMLP):
         """f_e(h): <float>[n, D], as two grouped GEMMs."""
         counts = tokens_per_expert.to(hidden_states.device, non_blocking=True)
         ends = counts.cumsum(0, dtype=torch.int32)
-        into = self._stacked("linear_fc1")
-        hidden = functional.grouped_mm(hidden_states, into.mT, offs=ends)
-        hidden = self.config.activation_func(hidden)
-        return functional.grouped_mm(hidden, self._stacked("linear_fc2").mT, offs=ends)
+        hidden = self._product(hidden_states, "linear_fc1", ends)
+        return self._product(self.config.activation_func(hidden), "linear_fc2", ends)
 
-    def _stacked(self, name: str) -> Tensor:
-        """Return the weights of one linear layer of all experts: [experts, out, in]."""
+    def _product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
+        """x: <float>[n, in]; ends: <int32>[experts] -> <float>[n, out].
+
+        The backward stacks the weights again: a kept copy would be as large as all experts of this
+        rank, for each micro-batch under way.
+        """
         layers = [getattr(expert, name) for expert in self.local_experts]
         for layer in layers:
-            # With --overlap-param-gather a layer's weight is still on its way from other ranks
-            # until the hook before its call, which never comes here, has waited for it.
-            for hook in layer._forward_pre_hooks.values():
-                hook(layer, ())
-        return torch.stack([layer.weight for layer in layers])
+            await_parameters(layer)
+        weights = [layer.weight for layer in layers]
+        stacked = torch.stack(weights)  # [experts, out, in]
+        if _leaves_empty_groups_undefined(x) and stacked.requires_grad:
+            has_tokens = ends.diff(prepend=ends.new_zeros(1)) > 0
+            stacked.register_hook(partial(torch.where, has_tokens[:, None, None], other=0.0))
+        # Not the tensor itself: the graph keeps both functions.
+        place, strides = stacked.untyped_storage().data_ptr(), stacked.stride()
+
+        def pack(kept: Tensor) -> Tensor | bool:
+            if kept.untyped_storage().data_ptr() != place:
+                return kept
+            return kept.stride() == strides
+
+        def unpack(kept: Tensor | bool) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            again = torch.stack([weight.detach() for weight in weights])
+            return again if kept else again.mT
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            product: Tensor = functional.grouped_mm(x, stacked.mT, offs=ends)
+        return product
 
     def _can_group(self, hidden_states: Tensor) -> bool:
         return hidden_states.is_cuda and not self.cannot_group(hidden_states.dtype)
@@ -170,9 +195,25 @@ class Experts(SequentialMLP):
             reason = f"grouped GEMMs need widths that 8 divides, not {sizes}"
         elif self.config.gated_linear_unit or self.config.use_te_activation_func:
             reason = "their activation is not one function of each element"
+        elif not _has_grouped_kernels():
+            reason = "torch has kernels for grouped GEMMs of compute capability 9 and 10 only"
         if reason:
             _say_once(reason)
         return reason
+
+
+def _has_grouped_kernels() -> bool:
+    """Return whether grouped GEMMs are kernels that read the ends of groups on the device.
+
+    Elsewhere torch runs a product a group, and waits for the ends six times a layer.
+    """
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+def _leaves_empty_groups_undefined(x: Tensor) -> bool:
+    """Return whether the gradient of an expert without tokens may be anything, as on Blackwell
+    (https://github.com/pytorch/pytorch/issues/172439)."""
+    return x.is_cuda and torch.cuda.get_device_capability()[0] == 10
 
 
 @cache

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**21
-"""Exponentials of one sample that exist at a time: 8 MiB."""
+BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
+"""Exponentials of one sample that exist at a time: 8 MiB, or 128 where blocks cost launches."""
 
 
-def _blocks(length: int, width: int) -> Iterator[tuple[slice, slice]]:
+def _blocks(length: int, width: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Rows of a block, and the columns that they see."""
-    rows = max(1, BLOCK_ELEMENTS // (length * width))
+    rows = max(1, BLOCK_ELEMENTS.get(device.type, 2**21) // (length * width))
     for start in range(0, length, rows):
         stop = min(start + rows, length)
         yield slice(start, stop), slice(0, stop)
@@ -49,7 +49,7 @@ class _RelationMix(torch.autograd.Function):
         out = torch.empty_like(a)
         for sample in range(a.shape[1]):
             parts = a[:, sample], b[:, sample], r[sample]
-            for rows, columns in _blocks(len(a), a.shape[-1]):
+            for rows, columns in _blocks(len(a), a.shape[-1], a.device):
                 out[rows, sample] = _pairs(*parts, rows, columns)[1].sum(dim=1)
         return out / _counts(out)
 
@@ -60,7 +60,7 @@ class _RelationMix(torch.autograd.Function):
         of_a, of_b, of_r = torch.empty_like(a), torch.zeros_like(b), torch.zeros_like(r)
         for sample in range(a.shape[1]):
             parts = a[:, sample], b[:, sample], r[sample]
-            for rows, columns in _blocks(len(a), a.shape[-1]):
+            for rows, columns in _blocks(len(a), a.shape[-1], a.device):
                 sums, pushed = _pairs(*parts, rows, columns)
                 pushed *= share[rows, sample, None]
                 of_r[sample, rows, columns] = (pushed * sums).sum(dim=-1)

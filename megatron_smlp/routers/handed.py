@@ -40,6 +40,8 @@ class Handed:
         """
         if repeats_a_pass() and self._to_recompute:
             return self._to_recompute.popleft()
-        if self._trains and not torch.is_grad_enabled():
+        # Evaluations, for which nothing may be handed, are no second pass of the last training's.
+        trains, self._trains = self._trains, False
+        if trains and not torch.is_grad_enabled():
             self._to_recompute.append(self._now)
         return self._now

@@ -17,13 +17,13 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_smlp.collectives import from_first_rank
+from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.data.blending import blends_from_arguments
 from megatron_smlp.data.datasets import build_datasets, dataset_uses, use_lines
 from megatron_smlp.data.pairs.content import content_of
 from megatron_smlp.data.pairs.indexed import strip_suffix
 from megatron_smlp.data.pairs.training_check import verify_for_training
-from megatron_smlp.data.token_counts import token_counts
+from megatron_smlp.data.token_counts import counts_of_datasets, mixture
 from megatron_smlp.data.tokenizers.factory import identity_from_arguments
 from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.routers.hash_table import balanced_table
@@ -166,20 +166,33 @@ class AgainAndAgain(Dataset[Any]):
 
 
 def experts_of_training_data(args: argparse.Namespace) -> Tensor:
-    """Return --hash-table balanced's table: rank 0 counts what the run trains on. Collective.
+    """Return --hash-table balanced's table, of what the run trains on: each rank counts a part of
+    it, or the others would wait for longer than a collective may last. Collective.
 
     With --split the validation's documents are counted too.
 
     Returns:
         <int64>[ids of the tokenizer].
     """
+    blends = blends_from_arguments(args)
+    blend = blends.whole or (blends.per_split or (None,))[0]
+    assert blend is not None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    counts, problem = torch.empty(0), ""
+    try:
+        own = counts_of_datasets(
+            blend, vocab_size=get_tokenizer().vocab_size, part=args.rank, parts=args.world_size
+        )
+        counts = torch.from_numpy(own).to(device)
+    except DataError as error:
+        problem = str(error)
+    if problem := next(filter(None, gathered(problem)), ""):
+        raise DataError(problem)
+    torch.distributed.all_reduce(counts)
     table = None
     if args.rank == 0:
-        blends = blends_from_arguments(args)
-        blend = blends.whole or (blends.per_split or (None,))[0]
-        assert blend is not None
-        counts = token_counts(blend, vocab_size=get_tokenizer().vocab_size)
-        table = torch.from_numpy(balanced_table(counts, num_experts=args.num_experts))
+        table = balanced_table(mixture(blend, counts.cpu().numpy()), num_experts=args.num_experts)
+        table = torch.from_numpy(table)
     experts: Tensor = from_first_rank(table)
     return experts
 

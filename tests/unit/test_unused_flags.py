@@ -283,6 +283,25 @@ def test_graphs_that_the_host_would_have_to_enter(
         parse(f"--architecture {system} --cuda-graph-impl {graph}")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("gmlp --hidden-dropout 0.1", "with dropout replays it in evaluations: give --hidden-dro"),
+        ("amlp --attention-dropout 0.1", "with dropout replays it in evaluations"),
+        ("gmlp --eval-tasks copa", "captures sequences of one length, and --eval-tasks scores"),
+    ],
+)
+def test_graphs_that_an_evaluation_would_replay(
+    parse: Parse, words: str, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    args = parse(f"--architecture {words} --eval-interval 2 --eval-iters 1")
+    monkeypatch.setattr(cpu, "needed", lambda: False)
+    with args.thawed():
+        args.explicit_flags = {"cuda_graph_impl": "local"}
+        with pytest.raises(UsageError, match=f"--cuda-graph-impl local.*{message}"):
+            refuse_unused(args)
+
+
 PARTLY = (
     "--architecture smlp --feature-router deterministic --num-feature-experts 2 "
     "--num-dense-layers 3 --token-router base --num-experts 2"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore, ProcessGroupGloo
 
 from megatron_smlp.architectures import SlottedLayer
-from megatron_smlp.layers.norms import HeadLayerNorm, TorchNorm
+from megatron_smlp.layers.norms import HeadLayerNorm, SumOverGroup, TorchNorm
 
 EPS = 1e-5
 
@@ -122,3 +122,12 @@ def test_every_norm_of_a_layer_is_marked_under_sequence_parallel():
     layer = SlottedLayer(config)
     for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
         assert all(p.sequence_parallel for p in norm.parameters())
+
+
+def test_what_is_summed_over_a_group_is_contiguous(monkeypatch: pytest.MonkeyPatch):
+    """NCCL takes nothing else, and gloo takes everything."""
+    summed = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group: summed.append(x))
+    x = torch.randn(3, 4).T.requires_grad_()
+    SumOverGroup.apply(x, None).T.sum().backward()
+    assert [each.is_contiguous() for each in summed] == [True, True]

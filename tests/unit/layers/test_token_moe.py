@@ -1,5 +1,6 @@
 """Token MoE in the channel slot: Megatron's MoELayer, experts without a bias, any router."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,26 @@ def test_grouped_gemms_are_the_loop(dtype: torch.dtype, counts: list[int]):
         called.clear()
     for mine, theirs in zip(*answers, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_grouped_gemms_keep_no_copy_of_the_weights(monkeypatch: pytest.MonkeyPatch):
+    """As large as all experts of a rank, it would be kept for each micro-batch under way."""
+    config = moe_config()
+    build = token_moe_builder(config, get_backend(config.transformer_impl), router=TopKRouter)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    experts = build(config=config, pg_collection=groups).experts
+    stack, stacked = torch.stack, []
+
+    def watched(tensors: list[torch.Tensor]) -> torch.Tensor:
+        made = stack(tensors)
+        stacked.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(torch, "stack", watched)
+    output = experts.grouped(torch.randn(7, config.hidden_size), torch.tensor([4, 0, 1, 2]))
+    assert [made() for made in stacked] == [None, None]
+    output.backward(torch.ones_like(output))
+    assert len(stacked) > 2
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,19 @@ def test_evaluation_leaves_nothing_behind():
     assert gradient.item() == 2.0
 
 
+def test_an_evaluation_for_which_nothing_is_handed_leaves_nothing_behind():
+    """GShard's keys are of training alone; the layer is called all the same."""
+    layer, x = Layer(), torch.ones(1, requires_grad=True)
+    gradients = []
+    for value in (2.0, 3.0, 4.0):
+        layer.handed.hand(torch.tensor(value))
+        gradients.append(torch.autograd.grad(Recomputed.apply(layer, x), x)[0].item())
+        with torch.no_grad():
+            layer(x)
+            layer(x)
+    assert gradients == [2.0, 3.0, 4.0]
+
+
 def test_counters_count_a_recomputed_pass_once():
     from megatron_smlp.routers.statistics import CountedRouter, RouterCounter
 
