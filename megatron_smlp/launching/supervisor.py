@@ -45,7 +45,7 @@ from megatron_smlp.launching.restarts import (
     say,
 )
 from megatron_smlp.launching.settings import FILE, HOST, Meeting, Settings, read
-from megatron_smlp.launching.training_words import Progress, given
+from megatron_smlp.launching.training_words import Progress, check_counts, given
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 TIMEOUT = "--distributed-timeout-minutes"
@@ -117,6 +117,9 @@ class Supervisor:
         self.words = list(words)
         if given(TIMEOUT, words) is None:
             self.words += [TIMEOUT, str(MINUTES)]
+        if settings.meeting:
+            machines = range(settings.meeting.least, settings.meeting.most + 1)
+            check_counts(words, machines=machines, processes=settings.processes)
         self.progress = Progress(words)
         self.environment = dict(os.environ)
         self.child: subprocess.Popen[bytes] | None = None

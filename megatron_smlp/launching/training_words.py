@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_smlp.checkpoints.folders import latest_iteration
+from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.config_file import read_yaml, spelling
+
+PARALLEL = (
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--context-parallel-size",
+)
 
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
@@ -34,6 +42,35 @@ def given(flag: str, words: Sequence[str]) -> Any:
         keys = {spelling(key): entry for key, entry in read_yaml(Path(config)).items()}
         return keys.get(name)
     return value
+
+
+def check_counts(words: Sequence[str], *, machines: range, processes: int) -> None:
+    """Check that a run can go on with each number of machines that NNODES=MIN:MAX lets it have.
+
+    Args:
+        processes: on a machine.
+
+    Raises:
+        UsageError: it cannot, or the batch would change with their number.
+    """
+    if len(machines) == 1:
+        return
+    nodes = f"NNODES={machines[0]}:{machines[-1]}"
+    batch = given("--global-batch-size", words)
+    if batch is None:
+        raise UsageError(f"{nodes} changes the batch with the machines: give --global-batch-size.")
+    sizes = [int(given(flag, words) or 1) for flag in PARALLEL]
+    model = math.prod(sizes)
+    step = int(given("--micro-batch-size", words) or 1)
+    for count in machines:
+        total = count * processes
+        if total % model or int(batch) % (step * (total // model)):
+            of_model = f", {model} a model" if model > 1 else ""
+            raise UsageError(
+                f"{nodes}: {count} machines have {total} processes{of_model}, among which "
+                f"--global-batch-size {batch} cannot be shared in micro-batches of {step}: give a "
+                "batch that suits every number of machines, or another NNODES."
+            )
 
 
 class Progress:

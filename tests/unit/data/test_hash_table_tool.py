@@ -13,7 +13,7 @@ from data_helpers import BYTE_FLAGS, ROOT, write_jsonl
 from megatron_smlp.data import hash_table_cli
 from megatron_smlp.data.blending import parse_blend
 from megatron_smlp.data.prepare.preprocessing import Summary
-from megatron_smlp.data.token_counts import token_counts
+from megatron_smlp.data.token_counts import counts_of_datasets, token_counts
 from megatron_smlp.errors import DataError
 from megatron_smlp.routers.hash_table import read_table
 
@@ -31,6 +31,16 @@ def test_counts_by_hand(run: Run, tmp_path: Path):
     prefix = dataset(run, tmp_path, ["1 2 2", "3 2 9"], *NUMBERS)
     counts = token_counts(parse_blend([prefix], source="x"), vocab_size=11)
     assert counts.tolist() == [0, 1, 3, 1, 0, 0, 0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("parts", [1, 3, 20])
+def test_ranks_count_parts_of_the_whole(run: Run, tmp_path: Path, parts: int):
+    prefix = dataset(run, tmp_path, ["1 2 2", "3 2 9"], *NUMBERS)
+    blend = parse_blend([prefix], source="x")
+    shares = [
+        counts_of_datasets(blend, vocab_size=11, part=part, parts=parts) for part in range(parts)
+    ]
+    assert sum(shares).tolist() == [token_counts(blend, vocab_size=11).tolist()]
 
 
 def test_weights_count_as_in_the_mixture(run: Run, tmp_path: Path):

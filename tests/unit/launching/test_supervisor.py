@@ -18,7 +18,7 @@ from megatron_smlp.launching import supervisor
 from megatron_smlp.launching.restarts import CAUSE, CLOSED, MISSING, NO_PROGRESS
 from megatron_smlp.launching.settings import read
 from megatron_smlp.launching.supervisor import Supervisor, main
-from megatron_smlp.launching.training_words import Progress, given
+from megatron_smlp.launching.training_words import Progress, check_counts, given
 
 # Ends with the next code of a list, after it has made the checkpoint that goes with it.
 AGENT = """
@@ -283,3 +283,25 @@ def test_the_cause_is_dated_by_this_machines_clock(monkeypatch: pytest.MonkeyPat
 def test_nothing_to_start_is_said_with_an_example(what: str):
     with pytest.raises(UsageError, match=f"{what}: give the .*, for example {what} "):
         main([what])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--micro-batch-size 2", "NNODES=2:4 changes the batch with the machines: give --global-b"),
+        ("--global-batch-size 256", "3 machines have 24 processes, among which --global-batch-siz"),
+        (
+            "--global-batch-size=192 --pipeline-model-parallel-size 3",
+            "2 machines have 16 processes, 3 a model, among which",
+        ),
+    ],
+)
+def test_a_number_of_machines_that_could_not_go_on(words: str, message: str):
+    """It would end the whole run in the middle, when a machine leaves."""
+    with pytest.raises(UsageError, match=message):
+        check_counts(words.split(), machines=range(2, 5), processes=8)
+
+
+def test_numbers_of_machines_that_can_go_on():
+    check_counts(["--global-batch-size", "192"], machines=range(2, 5), processes=8)
+    check_counts([], machines=range(2, 3), processes=8)
