@@ -1,13 +1,20 @@
 """Our attention core against Megatron's own, which builds the T x T scores."""
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from support.in_process import layer_config
 from torch import Tensor
 
+from megatron_smlp.layers import attention
 from megatron_smlp.layers.attention import CausalCoreAttention
+from megatron_smlp.layers.tiny_attention import TinyAttention
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -54,6 +61,55 @@ def test_dropout_is_for_training_only():
     assert not torch.equal(core(q, k, v, None), core(q, k, v, None))
     core.eval()
     assert torch.equal(core(q, k, v, None), core(q, k, v, None))
+
+
+class Tracker:
+    """Notes under which name random numbers are drawn."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    @contextlib.contextmanager
+    def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+        self.names.append(name)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("tp", "sequence_parallel", "drawn"),
+    [(1, False, []), (2, False, ["model-parallel-rng"]), (2, True, [])],
+)
+def test_heads_of_each_rank_draw_apart(
+    tp: int, sequence_parallel: bool, drawn: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Under sequence parallelism Megatron runs the whole layer on the rank's own numbers."""
+    tracker = Tracker()
+    monkeypatch.setattr(attention, "get_cuda_rng_tracker", lambda: tracker)
+    core = _core(CausalCoreAttention, attention_dropout=0.5)
+    core.config.tensor_model_parallel_size = tp
+    core.config.sequence_parallel = sequence_parallel
+    q, k, v = torch.randn(3, TOKENS, BATCH, HEADS, WIDTH)
+    core(q, k, v, None)
+    core.eval()(q, k, v, None)
+    assert tracker.names == drawn
+
+
+@pytest.mark.parametrize(
+    ("sequence_parallel", "drawn"), [(False, []), (True, ["data-parallel-rng"])]
+)
+def test_one_head_on_all_ranks_draws_alike(
+    sequence_parallel: bool, drawn: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    tracker = Tracker()
+    monkeypatch.setattr(tensor_parallel, "get_cuda_rng_tracker", lambda: tracker)
+    config = layer_config(attention_dropout=0.5)
+    config.sequence_parallel = sequence_parallel
+    group = ProcessGroupCollection.use_mpu_process_groups().tp
+    head = TinyAttention(config, width=8, out_features=48, tp_group=group)
+    x = torch.randn(TOKENS, BATCH, config.hidden_size)
+    head(x)
+    head.eval()(x)
+    assert tracker.names == drawn
 
 
 def test_masks_other_than_causal_are_refused():
