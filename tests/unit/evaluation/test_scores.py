@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -230,3 +231,12 @@ def test_a_folder_that_is_no_model_is_refused(
         (tmp_path / name).write_text('{"model_type": "gpt2"}', encoding="utf-8")
     with pytest.raises(UsageError, match=said):
         ExportedModel(tmp_path, batch_size=1, device="cpu")
+
+
+def test_no_code_of_the_folder_is_run(run: Any, tmp_path: Path):
+    folder, mark = tmp_path / "exported", tmp_path / "mark"
+    shutil.copytree(run.exported, folder)
+    with (folder / "modeling_smlp.py").open("a", encoding="utf-8") as file:
+        file.write(f"\nopen({str(mark)!r}, 'w').close()\n")
+    ExportedModel(folder, batch_size=1, device="cpu")
+    assert not mark.exists()
