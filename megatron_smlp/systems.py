@@ -110,8 +110,8 @@ class Mixer:
     """The flag that says how many heads, or spatial experts, a layer has."""
     attends: bool = False
     """Whether it has queries and keys of heads: --num-attention-heads, rotary embeddings."""
-    attention_flags: tuple[str, ...] = ()
-    """Megatron's flags of attention that it reads although it has no such queries and keys."""
+    drops_attention: bool = False
+    """Whether --attention-dropout drops something of it."""
     learned_positions: bool = False
     """Whether the input has learned positions by default; other mixers have rows by position."""
     spatial: bool = False
@@ -133,6 +133,7 @@ MIXERS: dict[str, Mixer] = {
         title="self-attention, heads: {heads}",
         heads="num_attention_heads",
         attends=True,
+        drops_attention=True,
         learned_positions=True,
     ),
     "spatial_gating": Mixer(
@@ -146,7 +147,7 @@ MIXERS: dict[str, Mixer] = {
         spec="megatron_smlp.layers.tiny_attention:gating_and_attention_spec",
         cost=f"{COSTS}:gating_and_attention_cost",
         title="spatial gating, heads: {heads}, and attention of width {tiny_attention_width}",
-        attention_flags=("attention_dropout",),
+        drops_attention=True,
         spatial=True,
         check=GATING_CHECK,
     ),

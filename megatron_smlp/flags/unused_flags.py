@@ -69,7 +69,6 @@ ATTENTION_FLAGS = (
     "window_size",
     "apply_query_key_layer_scaling",
     "use_rotary_position_embeddings",
-    "attention_dropout",
 )
 FFN_FLAGS = (
     "swiglu",
@@ -198,9 +197,8 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
 
 def _refuse_evaluating_in_graphs(args: argparse.Namespace, flag: str) -> None:
     """Refuse what would be replayed as it was captured, in training and in training's shapes."""
-    mixer = MIXERS[ARCHITECTURES[args.architecture].mixer]
-    attends = mixer.attends or "attention_dropout" in mixer.attention_flags
-    dropout = max(args.hidden_dropout, args.attention_dropout if attends else 0.0)
+    drops = MIXERS[ARCHITECTURES[args.architecture].mixer].drops_attention
+    dropout = max(args.hidden_dropout, args.attention_dropout if drops else 0.0)
     if dropout and args.eval_iters:
         raise UsageError(
             f"{flag} with dropout replays it in evaluations: give --hidden-dropout 0 and "
@@ -255,8 +253,7 @@ def one_of(names: tuple[str, ...]) -> str:
 
 
 def _refuse_attentions(args: argparse.Namespace) -> None:
-    read = MIXERS[ARCHITECTURES[args.architecture].mixer].attention_flags
-    for name in _given(args, tuple(name for name in ATTENTION_FLAGS if name not in read)):
+    for name in _given(args, ATTENTION_FLAGS):
         raise UsageError(
             f"{_flag(name)} is for the attention of --architecture transformer, not for "
             f"{args.architecture}: leave it out."

@@ -81,7 +81,8 @@ class DatasetProvider:
         train, valid, test = num_samples
         if args.train_iters and not args.train_samples:
             # Samples that were read in larger batches: without these it would run out of them.
-            rest = (args.train_iters - args.iteration) * args.global_batch_size
+            done = getattr(args, "iteration", 0)  # Megatron sets it when it loads
+            rest = (args.train_iters - done) * args.global_batch_size
             train = max(train, args.consumed_train_samples + rest)
         once = valid if args.full_validation else test  # Megatron wants as many for the test split
         datasets = [

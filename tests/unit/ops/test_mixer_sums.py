@@ -113,7 +113,7 @@ def test_large_exponents_of_running_sums(slope: int):
 @pytest.mark.parametrize("block", [1, 100, 2**21])
 @pytest.mark.parametrize("length", [1, 7, 33])
 def test_relation_mix_equals_its_twin(length: int, block: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(relations, "BLOCK_ELEMENTS", block)
+    monkeypatch.setitem(relations.BLOCK_ELEMENTS, "cpu", block)
     a, b, _ = operands(length)
     r = torch.rand(BATCH, length, length, dtype=torch.float64)
     assert_same(relation_mix, relation_mix_reference, a, b, r)
@@ -138,4 +138,4 @@ def test_relation_mix_never_has_all_pairs():
     r = torch.full((1, length, length), 0.1)
     with Largest() as seen:
         with_gradients(relation_mix, a, b, r)
-    assert seen.elements <= relations.BLOCK_ELEMENTS < length * length * width
+    assert seen.elements <= relations.BLOCK_ELEMENTS["cpu"] < length * length * width
