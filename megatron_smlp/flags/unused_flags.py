@@ -70,13 +70,7 @@ ATTENTION_FLAGS = (
     "apply_query_key_layer_scaling",
     "use_rotary_position_embeddings",
 )
-FFN_FLAGS = (
-    "swiglu",
-    "quick_geglu",
-    "squared_relu",
-    "glu_linear_offset",
-    "activation_func_clamp_value",
-)
+FFN_FLAGS = ("swiglu", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value")
 POSITIONS_WITHOUT_ATTENTION = ("none", "learned_absolute")
 TRANSFORMER_ENGINE_FLAGS = (
     "layernorm_zero_centered_gamma",

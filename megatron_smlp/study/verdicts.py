@@ -62,10 +62,8 @@ class Claim:
 def claims_of(study: Study, systems: Mapping[str, System], tables: Tables) -> list[Claim]:
     """Return every claim that the study's systems can decide, with comparisons and verdict."""
     claims = []
-    # A study of ablations alone asks C5's question only.
-    if set(rivals(study, systems)) - {
-        other for one, other in study.ablations if one == study.subject
-    }:
+    ablated = [other for one, other in study.ablations if one == study.subject]
+    if not set(rivals(study, systems)) <= set(ablated):  # else C5 asks the same
         claims.append(_lower_loss)
     if any(system.kind == "moe" for system in systems.values()):
         claims += [_less_time, _faster_steps, _better_at_tasks]

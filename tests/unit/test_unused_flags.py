@@ -168,6 +168,7 @@ def test_flags_of_what_no_layer_has(parse: Parse, words: str, message: str):
     [
         "amlp --attention-dropout 0.1",
         "gmlp --swiglu --token-router base --num-experts 2",
+        "gmlp --squared-relu",
     ],
 )
 def test_flags_of_what_a_layer_has(parse: Parse, words: str):
