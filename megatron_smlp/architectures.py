@@ -24,7 +24,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, get_backend
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -40,6 +40,7 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from megatron_smlp.layers.norms import norm_builder
+from megatron_smlp.layers.projections import two_projections
 from megatron_smlp.layers.spatial_gating import SpatialProjection
 from megatron_smlp.layers.toeplitz import ToeplitzProjection
 from megatron_smlp.layers.token_moe import ResidualRoutedMoELayer, token_moe_builder
@@ -182,12 +183,7 @@ def _channel(config: TransformerConfig, slots: LayerSlots, backend: BackendSpecP
         if name == "none":
             return token_moe_builder(config, backend)
         return token_moe_builder(config, backend, router=token_router_class(name))
-    return partial(
-        MLP.as_mlp_submodule,
-        submodules=MLPSubmodules(
-            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
-        ),
-    )
+    return partial(MLP.as_mlp_submodule, submodules=two_projections(backend))
 
 
 def _no_residual(training: bool, fused: bool) -> Any:

@@ -16,6 +16,7 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.pairs.indexed import idx_path
 from megatron_smlp.errors import DataError
 
+MEGATRONS_SPLIT = "969, 30, 1"
 SPLITS = ("train", "valid", "test")
 SPLIT_FLAGS = ("train_data_path", "valid_data_path", "test_data_path")
 WHOLE_FLAGS = ("data_path", "data_args_path")
@@ -80,6 +81,18 @@ def blends_from_arguments(args: argparse.Namespace) -> Blends:
     return Blends()
 
 
+def has_validation_data(args: argparse.Namespace) -> bool:
+    """Return whether the flags leave something to validate on.
+
+    Raises:
+        DataError: see `blends_from_arguments`.
+    """
+    if (per_split := blends_from_arguments(args).per_split) is not None:
+        return per_split[1] is not None
+    shares = (args.split or MEGATRONS_SPLIT).split(",")
+    return len(shares) > 1 and float(shares[1]) > 0
+
+
 def _read(path: str, flag: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -97,6 +110,12 @@ def _read_per_split(path: str) -> tuple[Blend | None, Blend | None, Blend | None
         found = ", ".join(body) if isinstance(body, dict) else type(body).__name__
         raise DataError(f"{flag} {path} must hold the keys {', '.join(SPLITS)}; it has {found}")
     values = [body[name] for name in SPLITS]
+    for name, value in zip(SPLITS, values, strict=True):
+        if not isinstance(value, str | list | None):
+            raise DataError(
+                f"{flag} {path}, {name}: {json.dumps(value)[:80]} is neither a list of weights and "
+                "prefixes, nor a text of them, nor null"
+            )
     lists = [value.split() if isinstance(value, str) else value for value in values]
     return _three_blends(lists, [f"{flag} {path}, {name}:" for name in SPLITS])
 

@@ -109,8 +109,8 @@ def _check_splits(blends: Blends, config: GPTDatasetConfig) -> None:
             if share is not None and round(share[0] * count) >= round(share[1] * count):
                 raise DataError(
                     f"--split {config.split} leaves no document for {name} in {prefix!r}, which "
-                    f"has {count}; set that share to 0, make it larger, or give --train-data-path "
-                    f"and --valid-data-path"
+                    f"has {count}; set that share to 0 (validation's with --eval-iters 0), make it "
+                    f"larger, or give --train-data-path and --valid-data-path"
                 )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from megatron_smlp.command_line import flag_of
-from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
+from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS, has_validation_data
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import OUR_FLAGS, suffix_start
 from megatron_smlp.platform import cpu
@@ -78,6 +78,12 @@ def check_ranges(args: argparse.Namespace) -> None:
 
 
 def _check_split(args: argparse.Namespace) -> None:
+    per_split = [name for name in PER_SPLIT_FLAGS if getattr(args, name)]
+    if args.split is not None and per_split:
+        raise UsageError(
+            f"--split {args.split} and {flag_of(per_split[0])} exclude one another: the data of "
+            "each split has flags of its own. Leave --split out."
+        )
     try:
         shares = [float(word) for word in (args.split or "1").split(",")]
     except ValueError:
@@ -114,6 +120,11 @@ def check_schedule(args: argparse.Namespace) -> None:
         raise UsageError(
             "--full-validation stops Megatron 0.19 unless --multiple-validation-sets is given too: "
             "give both, or --eval-iters with the number of batches."
+        )
+    if args.eval_iters and not has_validation_data(args):
+        raise UsageError(
+            f"--eval-iters {args.eval_iters} without data to validate on: give --eval-iters 0, or "
+            "--valid-data-path, or a second share of --split over 0."
         )
     if args.eval_iters and not args.eval_interval:
         raise UsageError("--eval-iters without --eval-interval: give both, or --eval-iters 0.")

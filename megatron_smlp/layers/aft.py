@@ -19,30 +19,26 @@ size; F' = F / tp.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_smlp.layers.projections import column_projection, row_projection
-from megatron_smlp.layers.spatial_gating import check_heads
+from megatron_smlp.layers.projections import (
+    TokenMixer,
+    check_heads,
+    column_projection,
+    row_projection,
+    two_projections,
+)
 from megatron_smlp.ops.aft_mix import aft_mix
 from megatron_smlp.ops.running_sums import running_average
-
-
-@dataclass
-class AFTSubmodules:
-    """The two projections, so that a Transformer Engine build can bring its own."""
-
-    linear_qkv: ModuleSpec | type
-    linear_proj: ModuleSpec | type
 
 
 def aft_spec(
@@ -57,9 +53,7 @@ def aft_spec(
     return ModuleSpec(
         module=AttentionFree,
         params={"sequence_length": sequence_length, "simple": options.aft_kind == "simple"},
-        submodules=AFTSubmodules(
-            linear_qkv=backend.column_parallel_linear(), linear_proj=backend.row_parallel_linear()
-        ),
+        submodules=two_projections(backend),
     )
 
 
@@ -70,14 +64,12 @@ def check_flags(args: Any) -> None:
         ValueError: see `check_heads`.
     """
     check_heads(
+        args,
         "--num-attention-heads",
-        num_heads=args.num_attention_heads,
+        args.num_attention_heads,
         width=args.hidden_size,
-        width_name=f"--hidden-size {args.hidden_size}",
         width_flag="--hidden-size",
         mixer="AFT",
-        tensor_parallel=args.tensor_model_parallel_size,
-        context_parallel=args.context_parallel_size,
     )
 
 
@@ -98,7 +90,7 @@ class PositionWeights(nn.Module):
         return self.weight
 
 
-class AttentionFree(MegatronModule):
+class AttentionFree(TokenMixer):
     """See the top of the file.
 
     Args:
@@ -108,7 +100,7 @@ class AttentionFree(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: AFTSubmodules,
+        submodules: MLPSubmodules,
         layer_number: int = 1,
         *,
         sequence_length: int,
@@ -116,15 +108,13 @@ class AttentionFree(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         **unused_attention_arguments: Any,
     ) -> None:
-        super().__init__(config=config)
-        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.layer_number, self.tp_group = layer_number, pg_collection.tp
+        super().__init__(config, layer_number, pg_collection)
         self.length = sequence_length
         assert config.kv_channels is not None
         self.group_width = config.kv_channels
         width = config.kv_channels * config.num_attention_heads
         self.linear_qkv = column_projection(
-            submodules.linear_qkv, config, 3 * width, name="qkv", tp_group=self.tp_group
+            submodules.linear_fc1, config, 3 * width, name="qkv", tp_group=self.tp_group
         )
         self.positions: PositionWeights | None = None
         if not simple:
@@ -134,7 +124,7 @@ class AttentionFree(MegatronModule):
                 initialize=config.perform_initialization,
             )
         self.linear_proj = row_projection(
-            submodules.linear_proj, config, width, name="proj", tp_group=self.tp_group
+            submodules.linear_fc2, config, width, name="proj", tp_group=self.tp_group
         )
 
     def forward(

@@ -21,33 +21,26 @@ Letters: T sequence, B batch, D hidden, F --relation-width, tp tensor parallel s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
 from megatron_smlp.layers.norms import SumOverGroup, centred, normalised
-from megatron_smlp.layers.projections import column_projection, row_projection, shard_halves
-from megatron_smlp.layers.spatial_gating import check_heads
+from megatron_smlp.layers.projections import (
+    TokenMixer,
+    check_heads,
+    column_projection,
+    row_projection,
+    two_projections,
+)
 from megatron_smlp.ops.relation_mix import relation_mix
 from megatron_smlp.ops.running_sums import log_running_mean
-
-
-@dataclass
-class CausalRNSubmodules:
-    """The two projections, so that a Transformer Engine build can bring its own."""
-
-    linear_fc1: ModuleSpec | type
-    """[W1 | W2]"""
-    linear_fc2: ModuleSpec | type
-    """W3"""
 
 
 def causal_rn_spec(
@@ -60,9 +53,7 @@ def causal_rn_spec(
             "width": options.relation_width or config.hidden_size,
             "quadratic": options.causal_rn_kind == "quadratic",
         },
-        submodules=CausalRNSubmodules(
-            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
-        ),
+        submodules=two_projections(backend),
     )
 
 
@@ -74,19 +65,10 @@ def check_flags(args: Any) -> None:
     """
     flag = "--relation-width" if args.relation_width else "--hidden-size"
     width = args.relation_width or args.hidden_size
-    check_heads(
-        "one head",
-        num_heads=1,
-        width=width,
-        width_name=f"{flag} {width}",
-        width_flag=flag,
-        mixer="CausalRN",
-        tensor_parallel=args.tensor_model_parallel_size,
-        context_parallel=args.context_parallel_size,
-    )
+    check_heads(args, "one head", 1, width=width, width_flag=flag, mixer="CausalRN")
 
 
-class CausalRN(MegatronModule):
+class CausalRN(TokenMixer):
     """See the top of the file.
 
     Args:
@@ -94,10 +76,12 @@ class CausalRN(MegatronModule):
         quadratic: whether the sum over pairs is normalised inside.
     """
 
+    has_halves = True
+
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: CausalRNSubmodules,
+        submodules: MLPSubmodules,
         layer_number: int = 1,
         *,
         width: int,
@@ -105,9 +89,7 @@ class CausalRN(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         **unused_attention_arguments: Any,
     ) -> None:
-        super().__init__(config=config)
-        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.layer_number, self.tp_group = layer_number, pg_collection.tp
+        super().__init__(config, layer_number, pg_collection)
         self.width, self.quadratic = width, quadratic
         self.split_group = self.tp_group if self.tp_group.size() > 1 else None
         self.linear_fc1 = column_projection(
@@ -165,21 +147,3 @@ class CausalRN(MegatronModule):
             squares = SumOverGroup.apply(squares, self.split_group)
         variance = (squares / self.width).clamp(min=0)
         return relation_mix(a, b, torch.rsqrt(variance + self.config.layernorm_epsilon))
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[Any, ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Megatron's description of which slice of each global tensor this rank holds.
-
-        In the checkpoint [W1 | W2] is one tensor, W1's rows first, for any tensor parallel size.
-        """
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        sharded: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        keys = (f"{prefix}linear_fc1.weight", f"{prefix}linear_fc1.bias")
-        shard_halves(
-            sharded, keys, offsets=sharded_offsets, metadata=metadata, tp_group=self.tp_group
-        )
-        return sharded

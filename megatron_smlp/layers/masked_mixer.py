@@ -33,13 +33,12 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     scatter_to_tensor_model_parallel_region,
 )
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_smlp.layers.projections import own_sharded_state
-from megatron_smlp.layers.spatial_gating import SpatialProjection, check_heads
+from megatron_smlp.layers.projections import TokenMixer, check_heads
+from megatron_smlp.layers.spatial_gating import SpatialProjection
 
 
 def masked_mixer_spec(
@@ -70,18 +69,16 @@ def check_flags(args: Any) -> None:
         ValueError: see `check_heads`.
     """
     check_heads(
+        args,
         "--spatial-heads",
-        num_heads=args.spatial_heads,
+        args.spatial_heads,
         width=args.hidden_size,
-        width_name=f"--hidden-size {args.hidden_size}",
         width_flag="--hidden-size",
         mixer="a masked mixer",
-        tensor_parallel=args.tensor_model_parallel_size,
-        context_parallel=args.context_parallel_size,
     )
 
 
-class MaskedMixer(MegatronModule):
+class MaskedMixer(TokenMixer):
     """See the top of the file.
 
     Args:
@@ -102,9 +99,7 @@ class MaskedMixer(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         **unused_attention_arguments: Any,
     ) -> None:
-        super().__init__(config=config)
-        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.layer_number, self.tp_group = layer_number, pg_collection.tp
+        super().__init__(config, layer_number, pg_collection)
         self.head_is_split = num_heads == 1 and self.tp_group.size() > 1
         wide = math.sqrt(3 / sequence_length) if expansion else None
         self.spatial = self._spatial(projection, num_heads, sequence_length, bound=wide)
@@ -174,20 +169,3 @@ class MaskedMixer(MegatronModule):
             return exchanged.view(like.shape)
         gathered: Tensor = gather_from_tensor_model_parallel_region(mixed, self.tp_group)
         return gathered
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[Any, ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Megatron's description of which slice of each global tensor this rank holds."""
-        axes = {} if self.head_is_split else dict.fromkeys(self.state_dict(), 0)
-        return own_sharded_state(
-            self,
-            axes,
-            prefix=prefix,
-            offsets=sharded_offsets,
-            metadata=metadata,
-            tp_group=self.tp_group,
-        )

@@ -1,15 +1,18 @@
-"""Shared by the token mixers with projections: how they are built, and how checkpoints store them.
+"""Shared by the token mixers: their projections, what checkpoints hold of them, what must fit.
 
-A mixer reads D features of each token, works on a width of its own that tensor parallelism shards,
-and writes D features; the two linear layers are Megatron's, or Transformer Engine's.
+A mixer with projections reads D features of each token, works on a width of its own that tensor
+parallelism shards, and writes D features; the two linear layers are Megatron's, or Transformer
+Engine's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLPSubmodules, apply_swiglu_sharded_factory
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -18,8 +21,56 @@ from megatron.core.transformer.utils import (
 )
 from torch import nn
 
-# Transformer Engine's overlap of communication knows four layers by name, each with a buffer for
-# [T, B, D]: "qkv" and "fc1" gather their input, "proj" and "fc2" scatter their output.
+
+class TokenMixer(MegatronModule):
+    """A module of Megatron's `self_attention` slot."""
+
+    has_halves = False
+    """Whether linear_fc1 is two projections side by side, [A | B], each sharded by itself."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection | None,
+    ) -> None:
+        super().__init__(config=config)
+        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.layer_number, self.tp_group = layer_number, pg_collection.tp
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Megatron's description of which slice of each global tensor this rank holds.
+
+        Of modules that are not Megatron's, a parameter is sharded along dimension 0 where it is
+        marked so, as it has to be for the gradient norm. In the checkpoint [A | B] is one tensor,
+        A's rows first, for any tensor parallel size.
+        """
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        sharded: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        own: dict[str, Any] = {}
+        for name, child in self.named_children():
+            if not hasattr(child, "sharded_state_dict"):
+                own |= child.state_dict(prefix=f"{name}.", keep_vars=True)
+        axes = {name: 0 for name, it in own.items() if getattr(it, "tensor_model_parallel", False)}
+        dp_cp_group = metadata["dp_cp_group"]
+        sharded |= make_sharded_tensors_for_checkpoint(
+            own, prefix, axes, sharded_offsets, tp_group=self.tp_group, dp_cp_group=dp_cp_group
+        )
+        keys = (f"{prefix}linear_fc1.{name}" for name in ("weight", "bias"))
+        for key in (key for key in keys if self.has_halves and key in sharded):
+            sharded[key] = apply_swiglu_sharded_factory(
+                sharded[key],
+                sharded_offsets,
+                metadata.get("singleton_local_shards", False),
+                tp_group=self.tp_group,
+                dp_group=dp_cp_group,
+            )
+        return sharded
 
 
 def await_parameters(module: nn.Module) -> None:
@@ -30,6 +81,17 @@ def await_parameters(module: nn.Module) -> None:
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
+
+
+# Transformer Engine's overlap of communication knows four layers by name, each with a buffer for
+# [T, B, D]: "qkv" and "fc1" gather their input, "proj" and "fc2" scatter their output.
+
+
+def two_projections(backend: BackendSpecProvider) -> MLPSubmodules:
+    """Return the kinds of the two linear layers: the input's and the output's."""
+    return MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+    )
 
 
 def column_projection(
@@ -77,46 +139,45 @@ def row_projection(
     )
 
 
-def shard_halves(
-    sharded: dict[str, Any],
-    keys: Iterable[str],
+def check_heads(
+    args: Any,
+    flag: str,
+    num_heads: int,
     *,
-    offsets: tuple[Any, ...],
-    metadata: Mapping[str, Any],
-    tp_group: Any,
+    width: float,
+    width_flag: str,
+    mixer: str,
+    width_name: str = "",
 ) -> None:
-    """Describe tensors that are two side by side, [A | B], as one with A's rows first.
+    """Check that heads, their common width and the parallel layout fit.
 
-    In the checkpoint each is that one tensor for any tensor parallel size. What is not in `sharded`
-    is left out.
+    Args:
+        args: Megatron's namespace or config.
+        flag: the flag that gave `num_heads`; the other names are for the messages too.
+        width_name: default: `width_flag` and the width.
+
+    Raises:
+        ValueError: they do not.
     """
-    for key in keys:
-        if key in sharded:
-            sharded[key] = apply_swiglu_sharded_factory(
-                sharded[key],
-                offsets,
-                metadata.get("singleton_local_shards", False),
-                tp_group=tp_group,
-                dp_group=metadata["dp_cp_group"],
-            )
-
-
-def own_sharded_state(
-    module: nn.Module,
-    axes: Mapping[str, int],
-    *,
-    prefix: str,
-    offsets: tuple[Any, ...],
-    metadata: dict[str, Any] | None,
-    tp_group: Any,
-) -> dict[str, Any]:
-    """Describe all of a module's state; `axes`: the dimension of each tensor that is sharded."""
-    sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-        module.state_dict(keep_vars=True),
-        prefix,
-        dict(axes),
-        offsets,
-        tp_group=tp_group,
-        dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-    )
-    return sharded
+    width_name = width_name or f"{width_flag} {width}"
+    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(
+            f"{flag} {num_heads} does not divide {width_name}: choose a divisor, or another "
+            f"{width_flag}."
+        )
+    if num_heads % tp and num_heads != 1:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide {flag} {num_heads}: choose a "
+            "divisor, or a single head, which is split over all ranks."
+        )
+    if width % tp:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide {width_name}: choose a divisor."
+        )
+    if cp > 1:
+        raise ValueError(
+            f"--context-parallel-size {cp} is not available with {mixer}, which mixes all tokens "
+            "of a sequence, so that they must be on one rank. Leave it out; "
+            "--tensor-model-parallel-size shards the features instead."
+        )

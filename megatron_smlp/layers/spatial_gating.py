@@ -22,7 +22,6 @@ tp tensor parallel size; h', F' are the share of a rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,35 +29,22 @@ from megatron.core import tensor_parallel
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
-)
 from torch import Tensor, nn
 
 from megatron_smlp.layers.norms import HeadLayerNorm
 from megatron_smlp.layers.projections import (
+    TokenMixer,
     await_parameters,
+    check_heads,
     column_projection,
     row_projection,
-    shard_halves,
+    two_projections,
 )
 from megatron_smlp.ops.causal_mix import causal_mix
 from megatron_smlp.ops.gated_mix import gated_mix, gates_by_kernels, gelu_gate
-
-
-@dataclass
-class SpatialGatingSubmodules:
-    """The two projections, so that a Transformer Engine build can bring its own."""
-
-    linear_fc1: ModuleSpec | type
-    linear_fc2: ModuleSpec | type
-    tiny_attention: Callable[..., nn.Module] | None = None
-    """aMLP: builds what is added to g from x; called with config and tp_group."""
 
 
 def gating_spec(
@@ -77,7 +63,7 @@ def gating_spec(
 
     Args:
         module: SpatialGating or a kind of it.
-        tiny_attention: aMLP's, see SpatialGatingSubmodules.
+        tiny_attention: aMLP's, see SpatialGating.
         projection: what M and b are: SpatialProjection or a kind of it.
         params: the module's own arguments.
     """
@@ -87,13 +73,10 @@ def gating_spec(
             "num_heads": heads,
             "sequence_length": sequence_length,
             "projection": projection,
+            "tiny_attention": tiny_attention,
             **params,
         },
-        submodules=SpatialGatingSubmodules(
-            linear_fc1=backend.column_parallel_linear(),
-            linear_fc2=backend.row_parallel_linear(),
-            tiny_attention=tiny_attention,
-        ),
+        submodules=two_projections(backend),
     )
 
 
@@ -209,42 +192,39 @@ class SpatialProjection(nn.Module):
             )
 
 
-class SpatialGating(MegatronModule):
+class SpatialGating(TokenMixer):
     """The gMLP block's inside, a drop-in for Megatron's SelfAttention.
 
     Args:
         num_heads: h. tp must divide it, or it must be 1.
         projection: the kind of M and b.
+        tiny_attention: aMLP: builds what is added to g from x; called with config and tp_group.
 
     Raises:
         ValueError: h does not divide F, tp does not fit h, or context parallelism is on.
     """
 
+    has_halves = True
+
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: SpatialGatingSubmodules,
+        submodules: MLPSubmodules,
         layer_number: int,
         *,
         num_heads: int,
         sequence_length: int,
         projection: type[SpatialProjection] = SpatialProjection,
+        tiny_attention: Callable[..., nn.Module] | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         name: str | None = None,
         **unused_attention_arguments: Any,
     ) -> None:
-        super().__init__(config=config)
-        self.layer_number, self.projection = layer_number, projection
-        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.tp_group = pg_collection.tp
+        super().__init__(config, layer_number, pg_collection)
+        self.projection = projection
         tp = self.tp_group.size()
-        check_gate(
-            "num_heads",
-            num_heads=num_heads,
-            ffn_hidden_size=config.ffn_hidden_size,
-            tensor_parallel=tp,
-            context_parallel=config.context_parallel_size,
-        )
+        check_gate(config, "num_heads", num_heads)
+        assert config.ffn_hidden_size is not None
         gate_width = config.ffn_hidden_size // 2
         self.head_is_split = num_heads == 1 and tp > 1
         self.local_heads = max(1, num_heads // tp)
@@ -269,11 +249,12 @@ class SpatialGating(MegatronModule):
             submodules.linear_fc2, config, gate_width, name="fc2", tp_group=self.tp_group
         )
         self.tiny_attention = (
-            submodules.tiny_attention(config=config, tp_group=self.tp_group)
-            if submodules.tiny_attention
-            else None
+            tiny_attention(config=config, tp_group=self.tp_group) if tiny_attention else None
         )
-        self._mark_sharded_parameters()
+        # Megatron's gradient norm counts an unmarked parameter once per TP group.
+        for module in (self.norm,) if self.shares_spatial else (self.norm, self.spatial):
+            for parameter in module.parameters():
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
         self.recompute_gate = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
@@ -294,19 +275,6 @@ class SpatialGating(MegatronModule):
             total_heads=num_matrices,
             initialize=self.config.perform_initialization,
         )
-
-    def _sharded_parameters(self) -> dict[str, nn.Parameter]:
-        """Our own parameters that TP shards, along dimension 0."""
-        sharded = {"norm.weight": self.norm.weight, "norm.bias": self.norm.bias}
-        if not self.shares_spatial:
-            sharded["spatial.weight"] = self.spatial.weight
-            sharded["spatial.bias"] = self.spatial.bias
-        return sharded
-
-    def _mark_sharded_parameters(self) -> None:
-        # Megatron's gradient norm counts an unmarked parameter once per TP group.
-        for parameter in self._sharded_parameters().values():
-            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any
@@ -373,131 +341,32 @@ class SpatialGating(MegatronModule):
             bias = tensor_parallel.copy_to_tensor_model_parallel_region(bias, self.tp_group)
         return weight, bias
 
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[Any, ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Megatron's description of which slice of each global tensor this rank holds.
-
-        In the checkpoint U is one [Z, D] tensor, u1's rows first, for any tensor parallel size.
-        """
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        sharded: dict[str, Any] = {}
-        for name in ("linear_fc1", "linear_fc2"):
-            sharded |= sharded_state_dict_default(
-                getattr(self, name), f"{prefix}{name}.", sharded_offsets, metadata
-            )
-        keys = (f"{prefix}linear_fc1.weight", f"{prefix}linear_fc1.bias")
-        shard_halves(
-            sharded, keys, offsets=sharded_offsets, metadata=metadata, tp_group=self.tp_group
-        )
-        for name in ("tiny_attention", "router"):
-            if getattr(self, name, None) is not None:
-                sharded |= sharded_state_dict_default(
-                    getattr(self, name),
-                    f"{prefix}{name}.",
-                    sharded_offsets,
-                    metadata,
-                    tp_group=self.tp_group,
-                )
-        own = {
-            f"{module}.{name}": value
-            for module in ("norm", "spatial")
-            for name, value in getattr(self, module).state_dict(keep_vars=True).items()
-        }
-        return sharded | make_sharded_tensors_for_checkpoint(
-            own,
-            prefix,
-            dict.fromkeys(self._sharded_parameters(), 0),
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-
 
 def check_flags(args: Any) -> None:
     """Check --spatial-heads, and the chunks of a feature router, of Megatron's namespace.
 
     Raises:
-        ValueError: see `check_gate`.
+        ValueError: see `check_heads`.
     """
-    heads = {"--spatial-heads": args.spatial_heads}
+    check_gate(args, "--spatial-heads", args.spatial_heads)
     if args.feature_router != "none":
         flag = "--num-feature-chunks" if args.num_feature_chunks else "--num-feature-experts"
-        heads[flag] = args.num_feature_chunks or args.num_feature_experts
-    for flag, count in heads.items():
-        check_gate(
-            flag,
-            num_heads=count,
-            ffn_hidden_size=args.ffn_hidden_size,
-            tensor_parallel=args.tensor_model_parallel_size,
-            context_parallel=args.context_parallel_size,
-        )
+        check_gate(args, flag, args.num_feature_chunks or args.num_feature_experts)
 
 
-def check_gate(
-    flag: str,
-    *,
-    num_heads: int,
-    ffn_hidden_size: int,
-    tensor_parallel: int,
-    context_parallel: int,
-) -> None:
-    """Raise ValueError where heads, gate width and parallel layout do not fit together.
+def check_gate(args: Any, flag: str, num_heads: int) -> None:
+    """Check that heads, gate width and parallel layout fit, of Megatron's namespace or config.
 
-    Args:
-        flag: the flag that gave `num_heads`, for the message.
+    Raises:
+        ValueError: see `check_heads`.
     """
+    width = args.ffn_hidden_size / 2
     check_heads(
+        args,
         flag,
-        num_heads=num_heads,
-        width=ffn_hidden_size / 2,
-        width_name=(
-            f"the gate width {ffn_hidden_size / 2:g} (--ffn-hidden-size {ffn_hidden_size} / 2)"
-        ),
+        num_heads,
+        width=width,
+        width_name=f"the gate width {width:g} (--ffn-hidden-size {args.ffn_hidden_size} / 2)",
         width_flag="--ffn-hidden-size",
         mixer="spatial gating",
-        tensor_parallel=tensor_parallel,
-        context_parallel=context_parallel,
     )
-
-
-def check_heads(
-    flag: str,
-    *,
-    num_heads: int,
-    width: float,
-    width_name: str,
-    width_flag: str,
-    mixer: str,
-    tensor_parallel: int,
-    context_parallel: int,
-) -> None:
-    """Raise ValueError where heads, their common width and the parallel layout do not fit.
-
-    Args:
-        flag: the flag that gave `num_heads`; the other names are for the messages too.
-    """
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(
-            f"{flag} {num_heads} does not divide {width_name}: choose a divisor, or another "
-            f"{width_flag}."
-        )
-    if num_heads % tensor_parallel and num_heads != 1:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tensor_parallel} does not divide {flag} {num_heads}: "
-            "choose a divisor, or a single head, which is split over all ranks."
-        )
-    if width % tensor_parallel:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tensor_parallel} does not divide {width_name}: choose "
-            "a divisor."
-        )
-    if context_parallel > 1:
-        raise ValueError(
-            f"--context-parallel-size {context_parallel} is not available with {mixer}, which "
-            "mixes all tokens of a sequence, so that they must be on one rank. Leave it out; "
-            "--tensor-model-parallel-size shards the features instead."
-        )

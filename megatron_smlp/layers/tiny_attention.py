@@ -22,7 +22,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_smlp.layers.projections import own_sharded_state
 from megatron_smlp.layers.spatial_gating import gating_spec
 from megatron_smlp.ops.causal_attention import attend
 
@@ -118,20 +117,3 @@ class TinyAttention(nn.Module):
         shared = tensor_parallel.copy_to_tensor_model_parallel_region(attended, self.tp_group)
         projected: Tensor = self.linear_proj(shared)
         return projected
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[Any, ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Megatron's description of which slice of each global tensor this rank holds."""
-        axes = {name: 0 for name in self.state_dict() if name.startswith("linear_proj.")}
-        return own_sharded_state(
-            self,
-            axes,
-            prefix=prefix,
-            offsets=sharded_offsets,
-            metadata=metadata,
-            tp_group=self.tp_group,
-        )

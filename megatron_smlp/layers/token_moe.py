@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_smlp.layers.one_rank_dispatcher import dispatch_on_one_rank
-from megatron_smlp.layers.projections import await_parameters
+from megatron_smlp.layers.projections import await_parameters, two_projections
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -48,13 +48,7 @@ def token_moe_builder(
     submodules = MoESubmodules(
         experts=partial(_experts, backend.grouped_mlp_modules(config.moe_grouped_gemm)),
         router=partial(_router, router),
-        shared_experts=partial(
-            _shared_experts,
-            MLPSubmodules(
-                linear_fc1=backend.column_parallel_linear(),
-                linear_fc2=backend.row_parallel_linear(),
-            ),
-        ),
+        shared_experts=partial(_shared_experts, two_projections(backend)),
     )
     return partial(_layer, submodules, getattr(router, "draws", False))
 

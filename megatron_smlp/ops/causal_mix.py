@@ -122,51 +122,12 @@ def _mix(weight: Tensor, values: Tensor) -> Tensor:
     return out
 
 
-def _add_values_gradient(square: _Square, weight: Tensor, gradient: Tensor, *, out: Tensor) -> None:
-    """Add one square's part of M' g to its columns."""
-    rows, columns = square
-    block = weight[..., rows, columns].to(gradient.dtype)
-    accumulate(block.mT, gradient[..., rows, :], out=out[..., columns, :])
-
-
-def _set_weight_gradient(square: _Square, gradient: Tensor, values: Tensor, *, out: Tensor) -> None:
-    """Set one square of g v', and the zeros that mirror it."""
-    rows, columns = square
-    multiply(gradient[..., rows, :], values[..., columns, :].mT, out=out[..., rows, columns])
-    out[..., columns, rows].zero_()
-
-
 def _set_leaf_gradients(gradient: Tensor, values: Tensor, *, out: Tensor) -> None:
     """Set the blocks of tril(g v') on the diagonal."""
     for heads, count, rows in _leaf_steps(values):
         product = _cut(gradient[heads, rows], count) @ _cut(values[heads, rows], count).mT
         target = _diagonal(out[heads, rows, rows], count)
         target.copy_(product.tril_().unflatten(0, target.shape[:2]))
-
-
-@torch.library.custom_op("megatron_smlp::causal_mix_values_gradient", mutates_args=())
-def _values_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
-    gradient = gemm_ready(gradient)
-    out = gradient.new_empty(gradient.shape)
-    _multiply_leaves(weight, gradient, out=out, transposed=True)
-    squares = _squares(gradient.shape[1], block_length(gradient))
-    for matrix, read, written in by_head(weight, gradient, out):
-        for square in squares:
-            _add_values_gradient(square, matrix, read, out=written)
-    return out
-
-
-@torch.library.custom_op("megatron_smlp::causal_mix_weight_gradient", mutates_args=())
-def _weight_gradient(gradient: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    gradient, values = gemm_ready(gradient), gemm_ready(values)
-    num_heads, length, _ = values.shape
-    out = values.new_empty(num_heads, length, length)
-    _set_leaf_gradients(gradient, values, out=out)
-    squares = _squares(length, block_length(values))
-    for left, right, written in by_head(gradient, values, out):
-        for square in squares:
-            _set_weight_gradient(square, left, right, out=written)
-    return out.to(dtype)
 
 
 @torch.library.custom_op("megatron_smlp::causal_mix_gradients", mutates_args=())
@@ -181,9 +142,11 @@ def _gradients(weight: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor
     squares = _squares(length, block_length(values))
     stacks = by_head(weight, gradient, values, of_weight, of_values)
     for matrix, given, read, for_matrix, for_values in stacks:
-        for square in squares:
-            _add_values_gradient(square, matrix, given, out=for_values)
-            _set_weight_gradient(square, given, read, out=for_matrix)
+        for rows, columns in squares:
+            block, lower = matrix[..., rows, columns].to(given.dtype), given[..., rows, :]
+            accumulate(block.mT, lower, out=for_values[..., columns, :])
+            multiply(lower, read[..., columns, :].mT, out=for_matrix[..., rows, columns])
+            for_matrix[..., columns, rows].zero_()
     return of_weight.to(weight.dtype), of_values
 
 
@@ -192,33 +155,14 @@ def _(weight: Tensor, values: Tensor) -> Tensor:
     return values.new_empty(values.shape)
 
 
-@_values_gradient.register_fake
-def _(weight: Tensor, gradient: Tensor) -> Tensor:
-    return gradient.new_empty(gradient.shape)
-
-
-@_weight_gradient.register_fake
-def _(gradient: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    heads, length, _ = values.shape
-    return values.new_empty((heads, length, length), dtype=dtype)
-
-
 @_gradients.register_fake
 def _(weight: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return weight.new_empty(weight.shape), gradient.new_empty(gradient.shape)
 
 
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
     weight, values = ctx.saved_tensors
-    needs_weight, needs_values = ctx.needs_input_grad
-    if needs_weight and needs_values:
-        return _gradients(weight, gradient, values)
-    return (
-        _weight_gradient(gradient, values, weight.dtype) if needs_weight else None,
-        _values_gradient(weight, gradient) if needs_values else None,
-    )
+    return _gradients(weight, gradient, values)
 
 
 _mix.register_autograd(_backward, setup_context=save_inputs)

@@ -7,7 +7,7 @@ Here every size and every number of rounds is fixed, so that nothing is asked:
 1. Prices: all tokens count at every temperature; none drops out where it is settled.
 2. Rounding: a few rounds of applications. Whoever still waits takes a slot that is left, by number;
    prices that balance leave next to nobody.
-3. Polishing: as there, for all experts at once; a pair without gain exchanges nothing.
+3. Polishing: as there, for a fixed number of rounds; a pair without gain exchanges nothing.
 
 Letters: N tokens, E experts.
 """
@@ -38,7 +38,7 @@ def device_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
         prices, temperature = _balancing_prices(gains)
         experts = _round(gains, prices, temperature)
         for _ in range(twin.NUM_POLISHING_ROUNDS):
-            experts = _exchange(gains, experts)
+            experts = twin.exchange(gains, experts)
         return experts, ((prices - prices.mean()) * unit).float()
 
 
@@ -91,22 +91,3 @@ def _apply_once(wishes: Tensor, experts: Tensor, room: Tensor) -> tuple[Tensor, 
     accepts = position < functional.pad(room, (0, 1))[asked]
     accepted = torch.empty_like(accepts).scatter_(0, order, accepts)
     return torch.where(accepted, choice, experts), room - applicants[:-1].minimum(room)
-
-
-def _exchange(gains: Tensor, experts: Tensor) -> Tensor:
-    """Let disjoint pairs of experts exchange their best movers, where the sum gains by it.
-
-    gains: <float>[N, E]; experts: <int64>[N]. Returns <int64>[N].
-    """
-    num_tokens, num_experts = gains.shape
-    change = gains - gains.gather(1, experts[:, None])
-    move, free_slot = twin.moves(change, experts)
-    best_move = torch.maximum(move, free_slot)
-    gain, partner = (best_move + best_move.T).fill_diagonal_(-torch.inf).max(dim=1)
-    own = torch.arange(num_experts, device=gains.device)
-    mutual = (partner[partner] == own) & (gain > twin.SMALLEST_GAIN)
-    # Of two, one may give an empty slot instead of a token.
-    leaves = mutual & (move[own, partner] >= free_slot[own, partner])
-    mover = twin.best_mover(change, experts, own, partner)
-    places = torch.where(leaves, mover, num_tokens)  # N: a place that nobody has
-    return functional.pad(experts, (0, 1)).scatter(0, places, partner)[:-1]

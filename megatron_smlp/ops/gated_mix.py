@@ -21,7 +21,7 @@ kernels cannot.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -428,50 +428,26 @@ def _pairs_of_each(experts: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
 
 
 @_gate.register_fake
-def _(
-    u1: Tensor,
-    values: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    added: Tensor | None,
-    experts: Tensor | None,
-    scales: Tensor | None,
-    prefix: int,
-) -> tuple[Tensor, Tensor]:
+def _(u1: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return values.new_empty(values.shape), values.new_empty(values.shape)
 
 
 @_gradients_of_gate.register_fake
 def _(
-    gradient: Tensor,
-    u1: Tensor,
-    mixed: Tensor,
-    bias: Tensor,
-    experts: Tensor | None,
-    scales: Tensor | None,
-    prefix: int,
-    of_u1: Tensor,
+    gradient: Tensor, u1: Tensor, mixed: Tensor, bias: Tensor, experts: Any, scales: Any, *_: Any
 ) -> tuple[Tensor, Tensor]:
     shape = (0,) if scales is None else scales.shape
     return mixed.new_empty(mixed.shape), mixed.new_empty(shape, dtype=torch.float32)
 
 
 @_gradients_of_values.register_fake
-def _(
-    upstream: Tensor, weight: Tensor, experts: Tensor | None, scales: Tensor | None, prefix: int
-) -> Tensor:
+def _(upstream: Tensor, *_: Any) -> Tensor:
     return upstream.new_empty(upstream.shape)
 
 
 @_gradients_of_weights.register_fake
 def _(
-    upstream: Tensor,
-    values: Tensor,
-    bias: Tensor,
-    weight_dtype: torch.dtype,
-    experts: Tensor | None,
-    scales: Tensor | None,
-    prefix: int,
+    upstream: Tensor, values: Tensor, bias: Tensor, weight_dtype: torch.dtype, *_: Any
 ) -> tuple[Tensor, Tensor]:
     of_weight = bias.new_empty((*bias.shape, bias.shape[1]), dtype=weight_dtype)
     return of_weight, bias.new_empty(bias.shape)

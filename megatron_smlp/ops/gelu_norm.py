@@ -6,6 +6,8 @@ Triton kernels (kernels/gelu_norm.py) for what layers/spatial_gating.py does by 
 which are the slow twin. Letters: T tokens, B samples, H heads, K = H f features.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -139,21 +141,11 @@ def gradients_of_gelu_norm(
 
 
 @normed_gelu.register_fake
-def _(
-    inputs: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(inputs: Tensor, weight: Tensor, bias: Tensor, heads: int, *_: Any) -> tuple[Tensor, ...]:
     means = inputs.new_empty((*inputs.shape[:2], heads), dtype=torch.float32)
     return inputs.new_empty(inputs.shape), means, torch.empty_like(means)
 
 
 @gradients_of_gelu_norm.register_fake
-def _(
-    of_values: Tensor,
-    of_means: Tensor | None,
-    inputs: Tensor,
-    weight: Tensor,
-    means: Tensor,
-    scales: Tensor,
-    of_inputs: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _(of_values: Tensor, of_means: Any, inputs: Tensor, weight: Tensor, *_: Any) -> tuple[Any, Any]:
     return torch.empty_like(weight), torch.empty_like(weight)

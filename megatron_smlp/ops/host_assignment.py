@@ -199,36 +199,29 @@ def _apply_once(wishes: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
 def _polish(gains: Tensor, experts: Tensor) -> Tensor:
     """Exchange tokens between disjoint pairs of experts while that raises the sum."""
     for _ in range(NUM_POLISHING_ROUNDS):
-        change = gains - gains.gather(1, experts[:, None])
-        left, right, moves_back = _profitable_pairs(change, experts)
-        if left.numel() == 0:
+        before, experts = experts, exchange(gains, experts)
+        if torch.equal(before, experts):
             break
-        leaving = best_mover(change, experts, left, right)
-        returning = best_mover(change, experts, right[moves_back], left[moves_back])
-        experts = experts.clone()
-        experts[leaving] = right
-        experts[returning] = left[moves_back]
     return experts
 
 
-def _profitable_pairs(change: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Disjoint pairs that gain by exchanging their best movers.
+def exchange(gains: Tensor, experts: Tensor) -> Tensor:
+    """Let disjoint pairs of experts exchange their best movers, where the sum gains by it.
 
-    change: <float>[N, E], what each token would gain in each expert; experts: <int64>[N].
-    Returns left <int64>[P] and right <int64>[P], a token moves from left to right, and <bool>[P],
-    whether one moves back: not where the right expert has a slot fewer, which then moves instead.
+    gains: <float>[N, E]; experts: <int64>[N]. Returns <int64>[N].
     """
-    num_experts = change.shape[1]
+    num_tokens, num_experts = gains.shape
+    change = gains - gains.gather(1, experts[:, None])
     move, free_slot = moves(change, experts)
     best_move = torch.maximum(move, free_slot)
     gain, partner = (best_move + best_move.T).fill_diagonal_(-torch.inf).max(dim=1)
-    own = torch.arange(num_experts, device=change.device)
-    mutual = (partner[partner] == own) & (own < partner) & (gain > SMALLEST_GAIN)
-    left, right = own[mutual], partner[mutual]
-    # Where it is the left expert that is one smaller, look at the pair from the other side.
-    swapped = free_slot[left, right] > move[left, right]
-    left, right = torch.where(swapped, right, left), torch.where(swapped, left, right)
-    return left, right, move[right, left] >= free_slot[right, left]
+    own = torch.arange(num_experts, device=gains.device)
+    mutual = (partner[partner] == own) & (gain > SMALLEST_GAIN)
+    # Of two, one may give an empty slot instead of a token.
+    leaves = mutual & (move[own, partner] >= free_slot[own, partner])
+    mover = best_mover(change, experts, own, partner)
+    places = torch.where(leaves, mover, num_tokens)  # N: a place that nobody has
+    return functional.pad(experts, (0, 1)).scatter(0, places, partner)[:-1]
 
 
 def moves(change: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,35 +108,28 @@ def _mix(weight: Tensor, values: Tensor) -> Tensor:
     return _multiply_blocks(line, values, _looking_back(length, span=span, block=block), span=span)
 
 
-@torch.library.custom_op("megatron_smlp::toeplitz_mix_values_gradient", mutates_args=())
-def _values_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
-    gradient = gemm_ready(gradient)
-    length, block = gradient.shape[1], block_length(gradient)
-    span = _span(weight.shape[1], length, block)
-    line = _padded(weight.to(gradient.dtype), span=span, block=block)
-    steps = _looking_ahead(length, span=span, block=block)
-    return _multiply_blocks(line, gradient, steps, span=span)
-
-
-@torch.library.custom_op("megatron_smlp::toeplitz_mix_weight_gradient", mutates_args=())
-def _weight_gradient(weight: Tensor, gradient: Tensor, values: Tensor) -> Tensor:
+@torch.library.custom_op("megatron_smlp::toeplitz_mix_gradients", mutates_args=())
+def _gradients(weight: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     gradient, values = gemm_ready(gradient), gemm_ready(values)
     heads, length, _ = values.shape
     block = block_length(values)
     span = _span(weight.shape[1], length, block)
+    line = _padded(weight.to(gradient.dtype), span=span, block=block)
+    ahead = _looking_ahead(length, span=span, block=block)
+    of_values = _multiply_blocks(line, gradient, ahead, span=span)
     panel = values.new_zeros(heads, block, span)
     blocks = list(_looking_back(length, span=span, block=block))
     for left, right, written in by_head(gradient, values, panel):
         for step in blocks:
             rows = written[..., : step.height, step.panel]
             accumulate(left[..., step.rows, :], right[..., step.columns, :].mT, out=rows)
-    out = torch.zeros_like(weight)
+    of_weight = torch.zeros_like(weight)
     if length:
         exact = panel if panel.dtype == torch.float64 else panel.float()
-        line = _sum_of_diagonals(exact).flip(1)[:, block - 1 :]
+        sums = _sum_of_diagonals(exact).flip(1)[:, block - 1 :]
         used = min(weight.shape[1], length)
-        out[:, :used] = line[:, :used]
-    return out
+        of_weight[:, :used] = sums[:, :used]
+    return of_weight, of_values
 
 
 @_mix.register_fake
@@ -144,25 +137,14 @@ def _(weight: Tensor, values: Tensor) -> Tensor:
     return values.new_empty(values.shape)
 
 
-@_values_gradient.register_fake
-def _(weight: Tensor, gradient: Tensor) -> Tensor:
-    return gradient.new_empty(gradient.shape)
+@_gradients.register_fake
+def _(weight: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), gradient.new_empty(gradient.shape)
 
 
-@_weight_gradient.register_fake
-def _(weight: Tensor, gradient: Tensor, values: Tensor) -> Tensor:
-    return torch.empty_like(weight)
-
-
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
     weight, values = ctx.saved_tensors
-    needs_weight, needs_values = ctx.needs_input_grad
-    return (
-        _weight_gradient(weight, gradient, values) if needs_weight else None,
-        _values_gradient(weight, gradient) if needs_values else None,
-    )
+    return _gradients(weight, gradient, values)
 
 
 _mix.register_autograd(_backward, setup_context=save_inputs)

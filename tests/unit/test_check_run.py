@@ -46,6 +46,11 @@ def refused(parse: Parse, words: str, message: str, *, base: str = MINIMAL) -> N
         ("--split 110,-10,0", r"--split 110,-10,0: give the shares"),
         ("--split 0,100,0", r"--split 0,100,0 leaves nothing to train on"),
         ("--split 0,0,0", r"--split 0,0,0 leaves nothing to train on"),
+        ("--split 100,0,0 --eval-iters 1 --eval-interval 2", r"--eval-iters 1 without data to val"),
+        ("--split 1 --eval-iters 1 --eval-interval 2", r"--eval-iters 1 without data to val"),
+        ("--train-data-path a --eval-iters 1 --eval-interval 2", r"--eval-iters 1 without data to"),
+        ("--train-data-path a --valid-data-path b --split 9,1,0",
+         r"--split 9,1,0 and --train-data-path exclude one another"),
         ("--cross-entropy-loss-fusion", r"--cross-entropy-loss-fusion without --bf16: "),
     ],
 )  # fmt: skip

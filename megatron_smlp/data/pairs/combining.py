@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index, strip_suffix
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
+    TokenizerRecord,
     check_manifest_path,
     check_output_prefix,
     find_manifest,
@@ -107,7 +108,7 @@ def _check_tokenizers(
             continue
         if first is None:
             first = index.prefix, manifest
-        elif manifest.tokenizer != first[1].tokenizer:
+        elif _without_name(manifest.tokenizer) != _without_name(first[1].tokenizer):
             if allow_mismatch:
                 return False
             ours, theirs = asdict(manifest.tokenizer), asdict(first[1].tokenizer)
@@ -122,6 +123,11 @@ def _check_tokenizers(
                 f"one of them again, or pass --allow-tokenizer-mismatch if the ids mean the same"
             )
     return True
+
+
+def _without_name(record: TokenizerRecord) -> TokenizerRecord:
+    """Leave out the type, which does not matter where the vocabulary is known."""
+    return replace(record, type="") if record.identity else record
 
 
 def _common_dtype(indices: list[Index]) -> np.dtype[Any]:
@@ -147,7 +153,7 @@ def scratch_folder(output_prefix: str) -> Iterator[Path]:
         DataError: the manifest would replace another file.
     """
     check_output_prefix(output_prefix)
-    check_manifest_path(Path(output_prefix + ".json"))
+    check_manifest_path(Path(output_prefix + ".json"), pairs=[Path(output_prefix).name])
     folder = Path(output_prefix + ".merging")  # `.partial` is a preprocessing's, to be resumed
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -124,13 +124,13 @@ def strip_suffix(name: str) -> str:
     return name[:-4] if name.endswith((".bin", ".idx")) else name
 
 
-def refuse_existing(prefixes: Iterable[str], *, output_prefix: str) -> None:
+def refuse_existing(prefixes: Iterable[str], *, output_prefix: str, why: str = "") -> None:
     """Raise DataError where one of the pairs that a tool is to write is there already."""
     for prefix in prefixes:
         if bin_path(prefix).exists() or idx_path(prefix).exists():
             raise DataError(
-                f"--output-prefix {output_prefix}: {prefix}.bin is there already; give --overwrite "
-                "to replace it, or another prefix"
+                f"--output-prefix {output_prefix}: {prefix}.bin is there already{why}; give "
+                "--overwrite to replace it, or another prefix"
             )
 
 

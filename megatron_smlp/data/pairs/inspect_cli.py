@@ -1,6 +1,8 @@
 """The command line of `tools/inspect_dataset.py`: show, validate, split, sample, stats."""
 
 import argparse
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec, add_tokenizer_arguments
 from megatron_smlp.errors import DataError
+from megatron_smlp.interrupts import interrupt
 
 if TYPE_CHECKING:
     from megatron_smlp.data.pairs.indexed import Index
@@ -133,6 +136,7 @@ def _split(args: argparse.Namespace) -> int:
     from megatron_smlp.data.pairs.indexed import open_index, refuse_existing, strip_suffix
     from megatron_smlp.data.pairs.splitting import NAMES, split
 
+    signal.signal(signal.SIGTERM, interrupt)  # removes what is unfinished, as Ctrl-C does
     prefix = strip_suffix(args.prefix)
     output = args.output_prefix or prefix
     if not args.overwrite:
@@ -157,9 +161,18 @@ def _sample(args: argparse.Namespace) -> int:
             raise DataError(f"{flag_of(name)} {getattr(args, name)}: 1 or more is expected")
     encoder = None
     if args.tokenizer_type:
+        from megatron_smlp.data.pairs.manifest import find_manifest
         from megatron_smlp.data.tokenizers.factory import read_tokenizer
 
-        encoder = read_tokenizer(TokenizerSpec.from_arguments(args)).build()
+        tokenizer = read_tokenizer(TokenizerSpec.from_arguments(args))
+        found = find_manifest(index.prefix)
+        if found and found[1].tokenizer.identity not in (None, tokenizer.identity):
+            print(
+                f"WARNING: {index.prefix} was written with another vocabulary (a "
+                f"{found[1].tokenizer.type}, by {found[0]}): the text below is not its own",
+                file=sys.stderr,
+            )
+        encoder = tokenizer.build()
     count = min(args.count, index.num_documents)
     chosen = args.documents
     if chosen is None:

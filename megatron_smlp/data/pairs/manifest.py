@@ -6,6 +6,7 @@ duration, so that a resumed run writes the same bytes as an uninterrupted one.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,17 +125,39 @@ def check_output_prefix(prefix: str) -> None:
         raise DataError(f"--output-prefix {prefix!r} is not UTF-8 text: give another one") from None
 
 
-def check_manifest_path(path: Path) -> None:
+def check_manifest_path(path: Path, *, pairs: Iterable[str]) -> None:
     """Refuse to write a manifest over another file: `books.json` may be the corpus itself.
 
+    Args:
+        pairs: the names of those that it will describe.
+
     Raises:
-        DataError: the file is there and is not ours.
+        DataError: the file is there and is not ours, or it describes other pairs.
     """
-    if path.exists() and not (path.is_file() and is_manifest(path)):
+    if not path.exists():
+        return
+    if not (path.is_file() and is_manifest(path)):
         raise DataError(
             f"{path} is there and is not a dataset manifest, whose name it has; give another "
             f"--output-prefix, or move it away"
         )
+    for name in set(read_manifest(path).pairs) - set(pairs):
+        if path.with_name(name + ".bin").exists():
+            raise DataError(
+                f"{path} describes {name} and would be replaced, so that nothing knew any more "
+                f"how that was made; give another --output-prefix, or delete {name}.bin"
+            )
+
+
+def is_whole(prefix: str, manifest: Manifest) -> bool:
+    """Return whether the pair is there, and is what the manifest describes."""
+    files = [Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx")]
+    pair = manifest.pairs.get(Path(prefix).name)
+    return bool(
+        pair
+        and all(path.is_file() for path in files)
+        and fingerprint_of(*files) == pair.fingerprint
+    )
 
 
 def is_manifest(path: Path) -> bool:

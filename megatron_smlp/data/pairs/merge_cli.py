@@ -1,10 +1,12 @@
 """The command line of `tools/merge_datasets.py`."""
 
 import argparse
+import signal
 from collections.abc import Sequence
 
 from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import DataError
+from megatron_smlp.interrupts import interrupt
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_smlp.data.pairs.indexed import open_index, refuse_existing, strip_suffix
     from megatron_smlp.data.pairs.manifest import find_manifest
 
+    signal.signal(signal.SIGTERM, interrupt)  # removes what is unfinished, as Ctrl-C does
     output = strip_suffix(args.output_prefix)
     if not args.overwrite:
         refuse_existing([output], output_prefix=args.output_prefix)

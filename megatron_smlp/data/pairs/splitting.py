@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smlp.data.pairs.combining import copy_documents, document_parts, scratch_folder
-from megatron_smlp.data.pairs.indexed import Index, open_index
+from megatron_smlp.data.pairs.indexed import Index, idx_path, open_index
 from megatron_smlp.data.pairs.manifest import check_manifest_path, find_manifest
 from megatron_smlp.data.pairs.statistics import document_lengths
 from megatron_smlp.data.pairs.validation import require_sound_index
@@ -42,6 +42,11 @@ def split(
         if share > 0 and count == 0:
             raise DataError(
                 f"--weights: {name} would get no document of {index.num_documents}; give it more"
+            )
+        if not share and (left := idx_path(f"{output_prefix}_{name}")).exists():
+            raise DataError(
+                f"--weights leaves out {name}, but {left} is there, of another split, whose "
+                f"documents may be in the new parts; delete it, or give another --output-prefix"
             )
     _write_parts(index, part_of, output_prefix)
     return dict(zip(NAMES, counts.tolist(), strict=True))
@@ -83,7 +88,7 @@ def _write_parts(index: Index, part_of: NDArray[np.int8], output_prefix: str) ->
                 for documents in document_parts(index, first, last):
                     copy_documents(index, writer, documents)
             target = f"{output_prefix}_{name}"
-            check_manifest_path(Path(target + ".json"))
+            check_manifest_path(Path(target + ".json"), pairs=[Path(target).name])
             old = found[1].pairs[Path(index.prefix).name] if found else None
             record = writer.finish(
                 key=old.key if old else "text", level=old.level if old else "document"

@@ -34,7 +34,10 @@ def compression_of(path: Path) -> str | None:
     if not path.is_file():
         return None  # A pipe: bytes that are looked at are gone.
     with path.open("rb") as stream:
-        start = stream.read(8)
+        return _by_magic(stream.read(8))
+
+
+def _by_magic(start: bytes) -> str | None:
     return next((kind for kind, magic in MAGIC.items() if start.startswith(magic)), None)
 
 
@@ -48,6 +51,8 @@ def text_blocks(path: Path, *, skip: int = 0) -> Iterator[bytes]:
     if path.is_fifo() and path.parent not in STANDARD:
         print(f"{path} is a pipe: waiting for who writes to it", file=sys.stderr, flush=True)
     with path.open("rb") as stream:
+        if kind is None and not path.is_file():
+            kind = _by_magic(stream.peek(8))
         if kind is None:
             if skip and not stream.seekable():
                 raise DataError(f"{path} is a pipe, which --resume cannot read again; give a file")
@@ -65,8 +70,9 @@ def _decompressed(stream: BinaryIO, kind: str) -> Iterator[bytes]:
     """Decompress member after member: gzip and zstd files are often several, one after another."""
     new = _decompressor(kind)
     member = new()
-    started = False
+    started, is_empty = False, True
     while data := stream.read(COMPRESSED_BLOCK_BYTES):
+        is_empty = False
         while data:
             if not started and not data.strip(b"\0"):
                 break  # Padding after the last member, as tape and block devices leave it.
@@ -80,7 +86,7 @@ def _decompressed(stream: BinaryIO, kind: str) -> Iterator[bytes]:
             data = b""
             if member.eof:
                 data, member, started = member.unused_data, new(), False
-    if started or stream.tell() == 0:
+    if started or is_empty:
         raise DamagedInputError(f"the {kind} data is truncated")
 
 
@@ -94,4 +100,5 @@ def _decompressor(kind: str) -> Callable[[], Any]:
     require_package("zstandard", purpose="a .zst input", extra="zstandard")
     import zstandard
 
-    return lambda: zstandard.ZstdDecompressor().decompressobj()
+    # The largest window that `zstd --long` makes; the memory is taken where a file has it.
+    return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()

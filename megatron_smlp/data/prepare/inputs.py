@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from megatron_smlp.data.prepare.compression import compression_of
 from megatron_smlp.errors import DataError
 
 PARQUET_MAGIC = b"PAR1"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 KNOWN_SUFFIXES = tuple(
     text + packed
     for text in (".jsonl", ".json", ".ndjson")
@@ -47,7 +48,7 @@ def _files_in(folder: Path) -> list[Path]:
     suffixes = (*KNOWN_SUFFIXES, ".parquet")
     files = sorted(
         path
-        for path in folder.rglob("*")
+        for path in _all_files(folder)
         if path.name.endswith(suffixes) and path.is_file() and not _is_output(path)
     )
     if not files:
@@ -55,11 +56,30 @@ def _files_in(folder: Path) -> list[Path]:
     return files
 
 
+def _all_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder, through links too, and of each folder in it once."""
+    seen = set()
+    for parent, folders, names in folder.walk(follow_symlinks=True):
+        if (real := parent.resolve()) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not _is_aside(name))
+        yield from (parent / name for name in names)
+
+
+def _is_aside(folder: str) -> bool:
+    """Return True for hidden folders, as downloads have them, and for unfinished output."""
+    return folder.startswith(".") or folder.endswith(".partial")
+
+
 def _is_output(path: Path) -> bool:
     """Return True for hidden files and for what these tools write, perhaps beside the corpus."""
-    if path.name.startswith(".") or path.name.endswith(".rejected.jsonl"):
+    if path.name.startswith(".") or path.name in TOKENIZER_FILES:
         return True
-    return path.parent.suffix == ".partial" or (path.suffix == ".json" and is_manifest(path))
+    if path.name.endswith(".rejected.jsonl"):
+        return True
+    return path.suffix == ".json" and is_manifest(path)
 
 
 def is_parquet(path: Path) -> bool:

@@ -87,7 +87,8 @@ class PartialOutput:
 
     def __enter__(self) -> "PartialOutput":
         check_output_prefix(self.prefix)
-        check_manifest_path(Path(self.prefix + ".json"))
+        names = [Path(prefix).name for prefix in self._pair_prefixes()]
+        check_manifest_path(Path(self.prefix + ".json"), pairs=names)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = (self.folder / "lock").open("wb")
         try:

@@ -106,9 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settings = settings_from_arguments(args)
     if not (args.overwrite or args.resume):
-        level = "sentence" if settings.sentences else "document"
-        pairs = [f"{settings.output_prefix}_{key}_{level}" for key in settings.keys]
-        refuse_existing(pairs, output_prefix=settings.output_prefix)
+        refuse_existing(settings.pairs, output_prefix=settings.output_prefix)
     try:
         with _Report(comparable_size(settings.inputs)) as report:
             summary = preprocess(settings, on_progress=report.update)

@@ -9,8 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.data.pairs.indexed import optimal_dtype
-from megatron_smlp.data.pairs.manifest import Manifest, TokenizerRecord, read_manifest
+from megatron_smlp.data.pairs.indexed import optimal_dtype, refuse_existing
+from megatron_smlp.data.pairs.manifest import (
+    Manifest,
+    TokenizerRecord,
+    is_manifest,
+    is_whole,
+    read_manifest,
+)
 from megatron_smlp.data.prepare.chunks import Position
 from megatron_smlp.data.prepare.encoding import EncodingSettings
 from megatron_smlp.data.prepare.inputs import describe_inputs, find_inputs, shown, stamps_of
@@ -25,6 +31,7 @@ from megatron_smlp.errors import DataError
 
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 20.0
+_NOT_THE_SAME = ", damaged or of other flags or other input"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +50,19 @@ class PreprocessSettings:
     """Processes that encode; 1 encodes in the calling process."""
     skip_errors: bool = False
     resume: bool = False
+    overwrite: bool = True
+    """Whether `resume` may replace a dataset that was made of other input or by other flags."""
     shard_bytes: int = SHARD_BYTES
     """Uncompressed input between two commits, bytes."""
+
+    @property
+    def level(self) -> str:
+        return "sentence" if self.sentences else "document"
+
+    @property
+    def pairs(self) -> list[str]:
+        """Return the prefix of each key's pair."""
+        return [f"{self.output_prefix}_{key}_{self.level}" for key in self.keys]
 
 
 @dataclass(frozen=True)
@@ -82,12 +100,16 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
     _check(settings, tokenizer)
     stamps = stamps_of(files)
     digest = _digest(settings, tokenizer, files, stamps)
-    if settings.resume and (done := _complete_already(settings, digest)):
-        return done
+    if settings.resume:
+        for path, stamp in zip(files, stamps, strict=True):
+            if stamp is None:
+                raise DataError(f"--resume: {shown(path)} cannot be read again; give a file")
+        if done := _complete_already(settings, digest):
+            return done
     partial = PartialOutput(
         settings.output_prefix,
         keys=settings.keys,
-        level="sentence" if settings.sentences else "document",
+        level=settings.level,
         dtype=optimal_dtype(tokenizer.vocab_size),
     )
     encoding = EncodingSettings(tokenizer, settings.keys, settings.append_eod, settings.sentences)
@@ -139,19 +161,31 @@ def _digest(
     """Return a digest of what decides the bytes of the output; the number of workers does not."""
     stable = replace(settings, workers=1, resume=False, shard_bytes=0, output_prefix="")
     inputs = [(str(path), *(stamp or ())) for path, stamp in zip(files, stamps, strict=True)]
-    what = [asdict(stable), tokenizer.identity, tokenizer.vocab_size, tokenizer.eod, inputs]
+    flags = asdict(stable)
+    del flags["overwrite"]
+    what = [flags, tokenizer.identity, tokenizer.vocab_size, tokenizer.eod, inputs]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def _complete_already(settings: PreprocessSettings, digest: str) -> Summary | None:
+    """Return the summary of a finished dataset of this input and these flags.
+
+    Raises:
+        DataError: another one is there, and is not to be replaced.
+    """
+    if (Path(settings.output_prefix + ".partial") / "journal.json").exists():
+        return None
     path = Path(settings.output_prefix + ".json")
-    unfinished = Path(settings.output_prefix + ".partial") / "journal.json"
-    if unfinished.exists() or not path.is_file():
-        return None
-    counts = dict(read_manifest(path).counts)
-    if counts.pop("settings", None) != digest:
-        return None
-    return Summary(settings.output_prefix, Counts(**counts), 0.0, 0, "", already_complete=True)
+    if path.is_file() and is_manifest(path):
+        manifest = read_manifest(path)
+        counts = dict(manifest.counts)
+        is_same = counts.pop("settings", None) == digest
+        if is_same and all(is_whole(pair, manifest) for pair in settings.pairs):
+            done = Counts(**counts)
+            return Summary(settings.output_prefix, done, 0.0, 0, "", already_complete=True)
+    if not settings.overwrite:
+        refuse_existing(settings.pairs, output_prefix=settings.output_prefix, why=_NOT_THE_SAME)
+    return None
 
 
 def _encode(
@@ -234,4 +268,5 @@ def settings_from_arguments(args: Any) -> PreprocessSettings:
         workers=args.workers,
         skip_errors=args.on_error == "skip",
         resume=args.resume,
+        overwrite=args.overwrite,
     )

@@ -7,6 +7,7 @@ compressed with gzip, zstd, bzip2 or xz.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_smlp.data.prepare.chunks import CHUNK_BYTES, START, UTF8_BOM, Chunk, Position
 from megatron_smlp.data.prepare.compression import DamagedInputError, text_blocks
@@ -100,18 +101,38 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
         table = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
         raise DamagedInputError(f"not a readable parquet file: {error}") from None
-    missing = [key for key in keys if key not in table.schema_arrow.names]
-    if missing:
-        names = ", ".join(table.schema_arrow.names)
-        raise DataError(f"--json-keys {missing[0]}: {path} has only the columns {names}")
+    names = table.schema_arrow.names
+    for key in keys:
+        if (count := names.count(key)) != 1:
+            found = f"{count} columns" if count else "no column"
+            raise DataError(
+                f"--json-keys {key}: {path} has {found} of this name, of {', '.join(names)}"
+            )
     row = 0
     try:
         for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=list(keys)):
             first, row = row, row + batch.num_rows
             if row > begin.offset:
                 rows = batch.slice(max(0, begin.offset - first))
-                values = list(zip(*(rows.column(key).to_pylist() for key in keys), strict=True))
+                values = list(zip(*(_values(rows.column(key)) for key in keys), strict=True))
                 end = Position(begin.file, row, row)
                 yield Chunk(str(path), row - len(values) + 1, values, end, rows.nbytes)
     except (pyarrow.ArrowException, OSError) as error:
         raise DamagedInputError(f"damaged parquet file: {error}") from None
+
+
+def _values(column: Any) -> list[Any]:
+    """Return the values of a parquet column; a text that is not UTF-8 as its bytes."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        dense = column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+        values = [_text_or_bytes(raw) for raw in dense.cast("large_binary").to_pylist()]
+    return values
+
+
+def _text_or_bytes(raw: bytes | None) -> str | bytes | None:
+    try:
+        return raw and raw.decode()
+    except UnicodeDecodeError:
+        return raw

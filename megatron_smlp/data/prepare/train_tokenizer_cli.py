@@ -77,7 +77,7 @@ def train_tokenizer(
 
     Args:
         vocab_size: entries, of which 256 are the bytes and one is the end of a document.
-        max_bytes: characters of text to learn from, taken from the start of the input.
+        max_bytes: UTF-8 bytes of text to learn from, taken from the start of the input.
 
     Raises:
         DataError: a vocabulary that is too small, bad input, or too little text.
@@ -127,11 +127,12 @@ def _pieces(
                     advice = remedy(keys, was_read=size > 0)
                     raise DataError(f"{record} [{record.reason}] ({advice})")
                 continue
-            for text in record[1]:
-                yield from _cut(text)
-                size += len(text)
-        if size >= max_bytes:
-            return
+            for piece in (piece for text in record[1] for piece in _cut(text)):
+                raw = piece.encode()[: max_bytes - size]
+                yield raw.decode(errors="ignore")
+                size += len(raw)
+                if size >= max_bytes:
+                    return
 
 
 def _cut(text: str) -> Iterator[str]:

@@ -71,6 +71,10 @@ class Null:
         if size is None or size < 1:
             raise DataError(f"NullTokenizer needs --vocab-size of 1 or more, got {size}")
         eod = spec.null_tokenizer_eod_id
+        if eod is not None and not 0 <= eod < size:
+            raise DataError(
+                f"--null-tokenizer-eod-id {eod}: --vocab-size {size} has ids from 0 to {size - 1}"
+            )
         return cls(size, size - 1 if eod is None else eod)
 
     def build(self) -> Encoder:

@@ -110,6 +110,8 @@ def test_flags_that_exclude_one_another(tmp_path: Path) -> None:
         ("[]", "must hold the keys train, valid, test; it has list"),
         ('{"train": "a"}', "it has train"),
         ('{"train": "0.5 a b", "valid": "c", "test": null}', "entry 3 of 3"),
+        ('{"train": "a", "valid": 3, "test": null}', "valid: 3 is neither a list"),
+        ('{"train": {"a": 1}, "valid": null, "test": null}', "train: .* is neither a list"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:

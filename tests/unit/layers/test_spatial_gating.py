@@ -1,5 +1,6 @@
 """Spatial gating in Megatron's slot against slower twins: outputs and every gradient."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -226,6 +227,10 @@ def test_heads_that_do_not_divide_the_gate_are_refused(heads: int):
         SlottedLayer(layer_config(architecture="gmlp", spatial_heads=heads))
 
 
+def sizes(width: int, tp: int, cp: int) -> Namespace:
+    return Namespace(ffn_hidden_size=width, tensor_model_parallel_size=tp, context_parallel_size=cp)
+
+
 @pytest.mark.parametrize(
     ("heads", "width", "tp", "cp", "message"),
     [
@@ -237,20 +242,12 @@ def test_heads_that_do_not_divide_the_gate_are_refused(heads: int):
 )
 def test_layouts_that_do_not_fit_are_refused(heads, width, tp, cp, message):
     with pytest.raises(ValueError, match=message):
-        check_gate(
-            "--heads",
-            num_heads=heads,
-            ffn_hidden_size=width,
-            tensor_parallel=tp,
-            context_parallel=cp,
-        )
+        check_gate(sizes(width, tp, cp), "--heads", heads)
 
 
 @pytest.mark.parametrize(("heads", "tp"), [(1, 1), (1, 4), (4, 4), (4, 2), (8, 4)])
 def test_layouts_that_fit_pass(heads: int, tp: int):
-    check_gate(
-        "--heads", num_heads=heads, ffn_hidden_size=64, tensor_parallel=tp, context_parallel=1
-    )
+    check_gate(sizes(64, tp, 1), "--heads", heads)
 
 
 def test_every_sharded_parameter_is_marked():

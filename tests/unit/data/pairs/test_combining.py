@@ -65,6 +65,20 @@ def test_narrow_and_wide_ids_merge_into_wide_ones(run: Run, tmp_path: Path) -> N
     assert not (tmp_path / "both.json").exists()
 
 
+def test_one_vocabulary_read_by_two_types_merges(
+    run: Run, tmp_path: Path, tokenizer_folder: Path, gpt2_files: tuple[Path, Path]
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(5))
+    vocab, merges = gpt2_files
+    gpt2 = ["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", vocab, "--merge-file", merges]
+    folder = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder]
+    run(source, tmp_path / "one", *gpt2)
+    run(source, tmp_path / "two", *folder)
+    inputs = [str(tmp_path / f"{name}_text_document") for name in ("one", "two")]
+    merge(inputs, output_prefix=str(tmp_path / "both"))
+    assert read_manifest(tmp_path / "both.json").pairs["both"].documents == 10
+
+
 def test_what_cannot_be_merged(pairs: list[str], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is one of the inputs"):
         find_pairs(pairs, output_prefix=pairs[0])
@@ -102,6 +116,8 @@ def test_every_document_is_in_one_part(
 ) -> None:
     whole, output = open_index(pairs[0]), str(tmp_path / "split")
     documents = [whole.document(number).tobytes() for number in range(whole.num_documents)]
+    for left in tmp_path.glob("split_*"):  # of the example before
+        left.unlink()
     try:
         parts = split(pairs[0], output_prefix=output, weights=weights, by=by, seed=seed)
     except DataError as error:

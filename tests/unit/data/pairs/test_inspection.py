@@ -53,6 +53,14 @@ def test_sample_decodes(prefix: str, capsys: pytest.CaptureFixture[str]) -> None
         inspect_cli.main(["sample", prefix, "--documents", "60"])
 
 
+def test_sample_says_that_the_vocabulary_is_another(
+    prefix: str, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer_folder)]
+    assert inspect_cli.main(["sample", prefix, *flags]) == 0
+    assert "was written with another vocabulary (a ByteLevelTokenizer" in capsys.readouterr().err
+
+
 def test_stats(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "lengths.png"
     flags = ["--seq-length", "100"]
@@ -80,6 +88,9 @@ def test_split_and_merge_give_the_pair_back(prefix: str, tmp_path: Path) -> None
     assert inspect_cli.main(["split", prefix, *flags, "--overwrite"]) == 0
     merge_cli.main([*merging, "--overwrite"])
     assert (tmp_path / "again.idx").read_bytes() == Path(prefix + ".idx").read_bytes()
+    fewer = ["--weights", "0.5", "0.5", *flags[4:], "--overwrite"]
+    with pytest.raises(DataError, match=r"leaves out test, but .*part_test\.idx is there, of anot"):
+        inspect_cli.main(["split", prefix, *fewer])
 
 
 def _damage(rng: random.Random, prefix: str) -> str:

@@ -172,6 +172,54 @@ def test_a_finished_run_is_not_done_again(run: Run, tmp_path: Path, source: Path
     assert again.counts == first.counts
 
 
+@pytest.mark.parametrize("change", ["flags", "input", "cut"])
+def test_another_finished_run_is_not_replaced(
+    run: Run, tmp_path: Path, source: Path, change: str
+) -> None:
+    run(source, tmp_path / "data", *FLAGS)
+    pair = tmp_path / "data_text_document.bin"
+    flags = [*FLAGS, "--vocab-size", 300] if change == "flags" else FLAGS
+    if change == "input":
+        source.write_text(source.read_text() + '{"text": "more"}\n')
+    if change == "cut":
+        pair.write_bytes(pair.read_bytes()[:-100])
+    before = pair.read_bytes()
+    with pytest.raises(DataError, match=r"damaged or of other flags or other input; give --over"):
+        run(source, tmp_path / "data", *flags, "--resume")
+    assert pair.read_bytes() == before
+    done = run(source, tmp_path / "data", *flags, "--resume", "--overwrite")
+    assert not done.already_complete
+    assert run(source, tmp_path / "data", *flags, "--resume").already_complete
+
+
+def test_a_finished_run_whose_pair_is_gone_is_done_again(
+    run: Run, tmp_path: Path, source: Path
+) -> None:
+    run(source, tmp_path / "data", *FLAGS)
+    for path in tmp_path.glob("data_text_document.*"):
+        path.unlink()
+    assert not run(source, tmp_path / "data", *FLAGS, "--resume").already_complete
+    assert (tmp_path / "data_text_document.idx").exists()
+
+
+def test_a_pipe_is_not_resumed(run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"--resume: .*pipe cannot be read again; give a file"):
+        run(tmp_path / "pipe", tmp_path / "data", *FLAGS, "--resume")
+
+
+def test_the_manifest_of_another_pair_is_not_replaced(
+    run: Run, tmp_path: Path, source: Path
+) -> None:
+    run(source, tmp_path / "data", *FLAGS)
+    before = (tmp_path / "data.json").read_bytes()
+    other = write_jsonl(tmp_path / "titles.jsonl", ["a"], key="title")
+    with pytest.raises(DataError, match=r"data\.json describes data_text_document and would be"):
+        run(other, tmp_path / "data", *FLAGS, "--json-keys", "title")
+    assert (tmp_path / "data.json").read_bytes() == before
+    assert not (tmp_path / "data.partial").exists()
+
+
 def test_a_corpus_of_the_name_of_the_manifest_is_not_replaced(run: Run, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "books.json", ["a", "b"])
     before = source.read_bytes()

@@ -240,7 +240,7 @@ def test_an_empty_array(run: Run, tmp_path: Path) -> None:
 
 def test_a_parquet_file_without_the_key(run: Run, tmp_path: Path) -> None:
     path = _parquet(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="only the columns n, text"):
+    with pytest.raises(DataError, match="has no column of this name, of n, text"):
         run(path, tmp_path / "data", *BYTE_FLAGS, "--json-keys", "body")
 
 
@@ -248,6 +248,53 @@ def test_a_null_in_a_parquet_file_is_refused(run: Run, tmp_path: Path) -> None:
     path = _write_parquet(tmp_path / "a.parquet", {"text": ["a", None]})
     with pytest.raises(DataError, match=r"a\.parquet:2: .*\[null_text\]"):
         run(path, tmp_path / "data", *BYTE_FLAGS)
+
+
+def test_a_text_in_a_parquet_file_that_is_not_utf8(run: Run, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    texts = pyarrow.array([b"a", b"\xff", None, "\u00e9".encode(), b"z"])
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+        path = tmp_path / f"{kind}.parquet"
+        column = texts.view(pyarrow.string()).cast(kind)
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+        with pytest.raises(DataError, match=rf"{kind}\.parquet:2: .* byte 0: .*\[invalid_utf8\]"):
+            run(path, tmp_path / "data", *BYTE_FLAGS)
+        summary = run(path, tmp_path / "data", *BYTE_FLAGS, "--on-error", "skip")
+        assert summary.counts.rejected == {"invalid_utf8": 1, "null_text": 1}
+        assert summary.counts.documents == 3
+        for left in tmp_path.glob("data*"):
+            left.unlink()
+
+
+def test_two_columns_of_one_name(run: Run, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has 2 columns of this name"):
+        run(tmp_path / "a.parquet", tmp_path / "data", *BYTE_FLAGS)
+
+
+def test_a_zstd_file_with_the_largest_window(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    path = _jsonl(tmp_path / "a.jsonl")
+    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
+    packed = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    data = packed.compress(path.read_bytes()) + packed.flush()
+    path.with_suffix(".jsonl.zst").write_bytes(data)
+    assert _texts([path.with_suffix(".jsonl.zst")]) == DOCUMENTS
+
+
+def test_a_folder_is_read_through_links_and_without_what_is_no_corpus(tmp_path: Path) -> None:
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    (corpus / ".cache").mkdir(parents=True)
+    elsewhere.mkdir()
+    for path in (corpus / "a.jsonl", elsewhere / "b.jsonl", corpus / ".cache" / "meta.json"):
+        path.write_text('{"text": "a"}\n')
+    (corpus / "linked").symlink_to(elsewhere)
+    (corpus / "around").symlink_to(corpus)
+    (elsewhere / "back").symlink_to(corpus)
+    (corpus / "tokenizer.json").write_text("{}")
+    assert find_inputs([str(corpus)]) == [corpus / "a.jsonl", corpus / "linked" / "b.jsonl"]
 
 
 def test_a_file_that_is_no_parquet(run: Run, tmp_path: Path) -> None:
@@ -268,10 +315,11 @@ def test_several_keys_stay_aligned(run: Run, tmp_path: Path) -> None:
     assert bodies.documents.tolist() == [0, 1, 2, 2, 3]
 
 
-def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress])
+def test_a_pipe_is_read_once(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    body = _jsonl(tmp_path / "a.jsonl").read_bytes()
+    body = pack(_jsonl(tmp_path / "a.jsonl").read_bytes())
     writer = threading.Thread(target=pipe.write_bytes, args=(body,))
     writer.start()
     assert _texts([pipe]) == DOCUMENTS

@@ -14,6 +14,7 @@ from data_helpers import make_documents, megatron_tokenizer, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_smlp.data.prepare.train_tokenizer_cli import train_tokenizer
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
 from megatron_smlp.data.tokenizers.huggingface import (
@@ -155,6 +156,9 @@ def test_bytes_and_numbers_are_those_of_megatron() -> None:
     ours = resolve(["--tokenizer-type", "NullTokenizer", "--vocab-size", 1000])
     assert (ours.vocab_size, ours.eod) == (numbers.vocab_size, numbers.eod)
     assert rows(*ours.build().encode_batch(["1 2", "999"])) == [[1, 2], [999]]
+    flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", 9, "--null-tokenizer-eod-id", 9]
+    with pytest.raises(DataError, match=r"--null-tokenizer-eod-id 9: --vocab-size 9 has ids from"):
+        resolve(flags)
 
 
 def test_one_vocabulary_has_one_identity_in_all_its_files(
@@ -338,3 +342,18 @@ def test_an_end_of_document_that_is_not_there(tmp_path: Path, run: Any, corpus: 
     flags = _write(Tokenizer(models.BPE({"a": 0}, [])).to_str())(tmp_path)
     with pytest.raises(DataError, match="has no end-of-document token"):
         run(corpus, tmp_path / "data", *flags, "--append-eod")
+
+
+def test_a_tokenizer_learns_from_so_many_bytes(tmp_path: Path) -> None:
+    """The rest of the corpus changes nothing, also where it lies in the same chunk and text."""
+    start = "\u00e4b \u00e4b cd cd " * 20
+    learned = []
+    for name, text in (("part", start), ("whole", start + "xy xy zw zw " * 900)):
+        source = tmp_path / f"{name}.jsonl"
+        source.write_text(json.dumps({"text": text}) + "\n")
+        for limit in ("limited", "all"):
+            size = len(start.encode()) if limit == "limited" else 10**9
+            folder = tmp_path / f"{name}-{limit}"
+            train_tokenizer([str(source)], output=str(folder), vocab_size=260, max_bytes=size)
+            learned.append((folder / "tokenizer.json").read_bytes())
+    assert learned[0] == learned[1] == learned[2] != learned[3]
