@@ -18,7 +18,6 @@ from megatron_smlp.checkpoints.folders import (
     tracked_folder,
 )
 from megatron_smlp.command_line import flag_of
-from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import DamagedCheckpointError, UsageError, UserError
 from megatron_smlp.options import DEFAULTS, MODEL_FLAGS, older_flags
 
@@ -32,15 +31,6 @@ def model_flags(args: argparse.Namespace) -> dict[str, Any]:
     if not args.group_query_attention:
         flags["num_query_groups"] = None  # without it Megatron fills in one number or another
     return flags
-
-
-def write_model_flags(args: argparse.Namespace, folder: Path) -> None:
-    """Write model.json into the folder of a checkpoint.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    write_durably(folder / MODEL, json.dumps(model_flags(args), indent=1) + "\n")
 
 
 def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> dict[str, Any] | None:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_smlp.checkpoints import integrity
-from megatron_smlp.checkpoints.folders import RUN
+from megatron_smlp.checkpoints.folders import MODEL, RUN
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.durable import write_durably
 from megatron_smlp.options import OUR_FLAGS
@@ -86,14 +87,10 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def write_run_record(args: argparse.Namespace, folder: Path, *, iteration: int | None) -> None:
-    """Write run.json into the folder of a checkpoint.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    text = json.dumps(run_record(args, iteration=iteration), indent=1)
-    write_durably(folder / RUN, text + "\n")
+def write_records(folder: Path, model: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Write model.json and run.json into the folder of a checkpoint."""
+    for name, content in ((MODEL, model), (RUN, run)):
+        write_durably(folder / name, json.dumps(dict(content), indent=1) + "\n")
 
 
 def read_run_record(folder: Path) -> dict[str, Any] | None:

@@ -34,8 +34,8 @@ from megatron_smlp.checkpoints.folders import (
     latest_iteration,
     partial_folder,
 )
-from megatron_smlp.checkpoints.model_record import write_model_flags
-from megatron_smlp.checkpoints.run_record import write_run_record
+from megatron_smlp.checkpoints.model_record import model_flags
+from megatron_smlp.checkpoints.run_record import run_record, write_records
 from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.durable import replace_folder, write_durably
@@ -228,8 +228,8 @@ class Saving:
 
     def _publish(self, save: Save) -> Sequence[str | TakenOverError]:
         try:
-            write_model_flags(self.args, save.partial)
-            write_run_record(self.args, save.partial, iteration=iteration_of(save.final))
+            record = run_record(self.args, iteration=iteration_of(save.final))
+            write_records(save.partial, model_flags(self.args), record)
             integrity.seal(save.partial)
             self._fence()
             replace_folder(save.partial, save.final)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import pickle
 from collections.abc import Iterable, Mapping
@@ -30,7 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_smlp.checkpoints import integrity
-from megatron_smlp.checkpoints.folders import MODEL, RELEASE, RUN, TRACKER, iteration_folder
+from megatron_smlp.checkpoints.folders import RELEASE, TRACKER, iteration_folder
+from megatron_smlp.checkpoints.run_record import write_records
 
 SHARD = "__0_0.distcp"
 
@@ -147,8 +147,7 @@ def write_checkpoint(
             del tensor  # before the next one is read
         for name, value in objects.items():
             writer.add_object(name, value)
-    for name, content in ((MODEL, flags), (RUN, record)):
-        (folder / name).write_text(json.dumps(dict(content), indent=1) + "\n", encoding="utf-8")
+    write_records(folder, flags, record)
     integrity.seal(folder)
     tracked = RELEASE if iteration is None else str(iteration)
     (run / TRACKER).write_text(tracked, encoding="utf-8")

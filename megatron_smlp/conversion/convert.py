@@ -100,8 +100,9 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
         is_llama = llama.fits(ours)
         form: Any = llama if is_llama else huggingface
         config = llama.exported(ours) if is_llama else ours
-        plan = form.export_plan(source.specs, flags)
-        expected = huggingface.expected_shapes(form.build(config))
+        plan = form.TENSORS.export_plan(source.specs, flags)
+        model = form.build(config)
+        expected = huggingface.expected_shapes(model)
         converted = Converted(plan, source, expected, where=str(checkpoint.folder))
         tokenizer = options.tokenizer or tokenizer_folder(checkpoint.args, say)
         with _whole(options) as folder:
@@ -116,7 +117,8 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
             if options.checks:
                 tokens = _tokens(flags)
                 before = _megatron_logits(checkpoint, checkpoint.flags, tokens)
-                say(check(before, form.logits(config, SafetensorsFolder(folder), tokens)))
+                after = huggingface.logits(lambda: model, SafetensorsFolder(folder), tokens)
+                say(check(before, after))
     kind = ", as a Llama" if is_llama else ""
     say(f"{options.save}: {len(converted.specs)} tensors written for transformers{kind}")
 
@@ -184,16 +186,17 @@ def _weights(options: Options) -> Weights:
     if options.source == "gpt2" or values["model_type"] == gpt2.MODEL_TYPE:
         config = gpt2.config_of(values, options.load)
         gpt2_files = gpt2.GPT2Folder(options.load, config)
-        logits = partial(gpt2.logits, values, gpt2_files)
+        logits = partial(huggingface.logits, partial(gpt2.build, values), gpt2_files)
         return _of_files(options, config, gpt2_files, gpt2.import_plan, logits, GPT2_DIVISIBLE_BY)
     files = SafetensorsFolder(options.load)
     if values["model_type"] == llama.MODEL_TYPE:
         config = llama.config_of(values, options.load)
-        logits = partial(llama.logits_of_values, values, files)
-        return _of_files(options, config, files, llama.import_plan, logits)
+        build = partial(llama.build, llama.theirs_of(values))
+        logits = partial(huggingface.logits, build, files)
+        return _of_files(options, config, files, llama.TENSORS.import_plan, logits)
     config = huggingface.read_config(options.load)
-    logits = partial(huggingface.logits, config, files)
-    return _of_files(options, config, files, huggingface.import_plan, logits)
+    logits = partial(huggingface.logits, partial(huggingface.build, config), files)
+    return _of_files(options, config, files, huggingface.TENSORS.import_plan, logits)
 
 
 def _of_files(

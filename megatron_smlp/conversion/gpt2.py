@@ -20,10 +20,9 @@ from torch import Tensor
 
 from megatron_smlp.checkpoints.tensors import Spec
 from megatron_smlp.conversion.huggingface import impossible
-from megatron_smlp.conversion.names import HeadShape, join_qkv
+from megatron_smlp.conversion.names import QKV, HeadShape, Names, join_qkv
 from megatron_smlp.conversion.recipes import Recipe, same
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
-from megatron_smlp.conversion.streamed_weights import weights_from
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 
@@ -31,25 +30,26 @@ MODEL_TYPE = "gpt2"
 PREFIX = "transformer."
 HEAD = "lm_head.weight"
 EMBEDDING = "transformer.wte.weight"
-FINAL_BIAS = "transformer.ln_f.bias"
+MATRICES = ("linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 
-OUTSIDE = {
-    "embedding.word_embeddings.weight": EMBEDDING,
-    "embedding.position_embeddings.weight": "transformer.wpe.weight",
-    "decoder.final_layernorm.weight": "transformer.ln_f.weight",
-    "decoder.final_layernorm.bias": FINAL_BIAS,
-    "output_layer.weight": HEAD,
-}
-# Within one layer: `decoder.layers.N.` and `transformer.h.N.` are left out.
-IN_LAYER = {
-    "input_layernorm": "ln_1",
-    "self_attention.linear_qkv": "attn.c_attn",
-    "self_attention.linear_proj": "attn.c_proj",
-    "pre_mlp_layernorm": "ln_2",
-    "mlp.linear_fc1": "mlp.c_fc",
-    "mlp.linear_fc2": "mlp.c_proj",
-}
+TENSORS = Names(
+    outside={
+        "embedding.word_embeddings": "transformer.wte",
+        "embedding.position_embeddings": "transformer.wpe",
+        "decoder.final_layernorm": "transformer.ln_f",
+        "output_layer": "lm_head",
+    },
+    layers="transformer.h",
+    in_layer={
+        "input_layernorm": ("ln_1",),
+        QKV: ("attn.c_attn",),
+        "self_attention.linear_proj": ("attn.c_proj",),
+        "pre_mlp_layernorm": ("ln_2",),
+        "mlp.linear_fc1": ("mlp.c_fc",),
+        "mlp.linear_fc2": ("mlp.c_proj",),
+    },
+)
 # GPT-2's activation -> ours; the first two are one function.
 ACTIVATIONS = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu": "gelu"}
 # What our model does not have, with the only value that can be imported.
@@ -66,15 +66,13 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
     Raises:
         UsageError: another model, or one that computes what ours cannot.
     """
-    from transformers import GPT2Config
-
     if values.get("model_type") != MODEL_TYPE:
         raise UsageError(
             f"{folder}/config.json is of a model of type {values.get('model_type')!r}, not "
             f"{MODEL_TYPE!r}."
         )
     with impossible(f"{folder}/config.json"):
-        theirs = GPT2Config(**{name: v for name, v in values.items() if name != "model_type"})
+        theirs = theirs_of(values)
     for name, only in UNSUPPORTED.items():
         if getattr(theirs, name) != only:
             raise UsageError(
@@ -146,15 +144,10 @@ def import_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Rec
 
 
 def _recipe(name: str, heads: HeadShape) -> Recipe:
-    if name in OUTSIDE:
-        return Recipe((OUTSIDE[name],), same)
-    number, _, rest = name.removeprefix("decoder.layers.").partition(".")
-    module, _, kind = rest.rpartition(".")
-    source = f"{PREFIX}h.{number}.{IN_LAYER[module]}.{kind}"
-    if module == "self_attention.linear_qkv":
-        return Recipe((source,), partial(_head_by_head, heads=heads))
-    is_matrix = kind == "weight" and not module.endswith("layernorm")
-    return Recipe((source,), _transposed if is_matrix else same)
+    sources = TENSORS.of(name)
+    if QKV in name:
+        return Recipe(sources, partial(_head_by_head, heads=heads))
+    return Recipe(sources, _transposed if name.endswith(MATRICES) else same)
 
 
 def _transposed(weight: Tensor) -> Tensor:
@@ -167,17 +160,15 @@ def _head_by_head(fused: Tensor, *, heads: HeadShape) -> Tensor:
     return join_qkv(queries, keys, values, heads)
 
 
-@torch.no_grad()
-def logits(values: Mapping[str, Any], source: GPT2Folder, tokens: Tensor) -> Tensor:
-    """Compute logits by transformers' own GPT-2, with one weight in memory at a time.
+def build(values: Mapping[str, Any]) -> Any:
+    """Build transformers' model for the contents of `config.json`, on the meta device."""
+    from transformers import GPT2LMHeadModel
 
-    values: of `config.json`; tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
-    """
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(**{name: v for name, v in values.items() if name != "model_type"})
     with torch.device("meta"):
-        model = GPT2LMHeadModel(config).float().eval()
-    with weights_from(source, model):
-        output: Tensor = model(tokens, use_cache=False).logits
-    return output
+        return GPT2LMHeadModel(theirs_of(values)).float().eval()
+
+
+def theirs_of(values: Mapping[str, Any]) -> Any:
+    from transformers import GPT2Config
+
+    return GPT2Config(**{name: v for name, v in values.items() if name != "model_type"})

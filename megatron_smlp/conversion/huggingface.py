@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megatron_smlp.checkpoints.tensors import Source, Spec, check_scale, main_dtype
 from megatron_smlp.command_line import flag_of
-from megatron_smlp.conversion.names import HeadShape, to_huggingface, to_megatron
-from megatron_smlp.conversion.recipes import Recipe
+from megatron_smlp.conversion import names
 from megatron_smlp.conversion.safetensors_files import (
     INDEX,
     SINGLE,
@@ -49,6 +48,7 @@ IMPOSSIBLE = (
     ValueError,
     StrictDataclassError,
 )
+TENSORS = names.OURS
 MODEL_TYPE = SMLPConfig.model_type
 POSITIONS = ("learned_absolute", "rope", "none")
 LAYERS = ("num_layers", "num_hidden_layers", "n_layer")
@@ -197,28 +197,6 @@ def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if name in saved}
 
 
-def export_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
-    """Return recipes for the Hugging Face tensors from a Megatron checkpoint's `names`.
-
-    Raises:
-        UsageError: a name that no model of ours has.
-    """
-    heads = HeadShape.of(flags)
-    plan: dict[str, Recipe] = {}
-    for name in names:
-        try:
-            plan |= to_huggingface(name, heads)
-        except KeyError as error:
-            raise UsageError(f"the checkpoint's tensor {name} is unknown to this model.") from error
-    return plan
-
-
-def import_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
-    """Return recipes for a Megatron checkpoint's `names` from Hugging Face tensors."""
-    heads = HeadShape.of(flags)
-    return {name: to_megatron(name, heads) for name in names}
-
-
 def write(
     folder: Path,
     config: PreTrainedConfig,
@@ -280,6 +258,7 @@ def _add_tokenizer(config: PreTrainedConfig, tokenizer: str, folder: Path) -> No
     loaded.model_max_length = config.max_position_embeddings
     with systems_errors(folder):
         loaded.save_pretrained(folder)
+    config.bos_token_id = loaded.bos_token_id
     config.eos_token_id = loaded.eos_token_id
     config.pad_token_id = loaded.pad_token_id
 
@@ -299,9 +278,12 @@ def generation_config(config: PreTrainedConfig) -> Any:
 
 
 @torch.no_grad()
-def logits(config: SMLPConfig, source: Source, tokens: Tensor) -> Tensor:
-    """Compute logits with the weights of a folder: tokens <int64>[B, T] -> <fp32>[B, T, V]."""
-    model = build(config)
+def logits(build: Callable[[], Any], source: Source, tokens: Tensor) -> Tensor:
+    """Compute logits of a model of transformers, with one weight in memory at a time.
+
+    build: makes it on the meta device; tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
+    """
+    model = build()
     with weights_from(source, model):
-        output: Tensor = model(tokens).logits
+        output: Tensor = model(tokens, use_cache=False).logits
     return output

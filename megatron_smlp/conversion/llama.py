@@ -9,37 +9,34 @@ Letters: D hidden, Z FFN width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_smlp.checkpoints.tensors import Source
 from megatron_smlp.conversion.huggingface import impossible
-from megatron_smlp.conversion.names import HeadShape, join_qkv, split_qkv
-from megatron_smlp.conversion.recipes import Recipe, same
-from megatron_smlp.conversion.streamed_weights import weights_from
+from megatron_smlp.conversion.names import QKV, Names
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 
 MODEL_TYPE = "llama"
-OUTSIDE = {
-    "embedding.word_embeddings": "model.embed_tokens",
-    "decoder.final_layernorm": "model.norm",
-    "output_layer": "lm_head",
-}
-# Within one layer: `decoder.layers.N.` and `model.layers.N.` are left out.
-IN_LAYER = {
-    "input_layernorm": ("input_layernorm",),
-    "self_attention.linear_qkv": tuple(f"self_attn.{part}_proj" for part in "qkv"),
-    "self_attention.linear_proj": ("self_attn.o_proj",),
-    "pre_mlp_layernorm": ("post_attention_layernorm",),
-    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.linear_fc2": ("mlp.down_proj",),
-}
+TENSORS = Names(
+    outside={
+        "embedding.word_embeddings": "model.embed_tokens",
+        "decoder.final_layernorm": "model.norm",
+        "output_layer": "lm_head",
+    },
+    layers="model.layers",
+    in_layer={
+        "input_layernorm": ("input_layernorm",),
+        QKV: tuple(f"self_attn.{part}_proj" for part in "qkv"),
+        "self_attention.linear_proj": ("self_attn.o_proj",),
+        "pre_mlp_layernorm": ("post_attention_layernorm",),
+        "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.linear_fc2": ("mlp.down_proj",),
+    },
+)
 # What a Llama is, in the words of our configuration.
 IS_LLAMA = {
     "input_projection": "embedding",
@@ -89,7 +86,7 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
         UsageError: another model, or one that computes what ours cannot.
     """
     with impossible(f"{folder}/config.json"):
-        theirs = _theirs(values)
+        theirs = theirs_of(values)
         rope = theirs.rope_parameters
         base, kind = rope["rope_theta"], rope["rope_type"]
         width = theirs.hidden_size // theirs.num_attention_heads
@@ -110,7 +107,7 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
         return SMLPConfig(
             **IS_LLAMA,
             vocab_size=theirs.vocab_size,
-            unpadded_vocab_size=values.get("unpadded_vocab_size", theirs.vocab_size),
+            unpadded_vocab_size=values.get("unpadded_vocab_size") or theirs.vocab_size,
             hidden_size=theirs.hidden_size,
             ffn_hidden_size=theirs.intermediate_size,
             num_layers=theirs.num_hidden_layers,
@@ -124,66 +121,10 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
         )
 
 
-def _theirs(values: Mapping[str, Any]) -> Any:
+def theirs_of(values: Mapping[str, Any]) -> Any:
     from transformers import LlamaConfig
 
     return LlamaConfig.from_dict({n: v for n, v in values.items() if n != "auto_map"})
-
-
-def names_of(name: str) -> tuple[str, ...]:
-    """Return the names in a Llama of what one of Megatron's tensors holds.
-
-    Raises:
-        KeyError: no row of the tables has this name.
-    """
-    module, _, kind = name.rpartition(".")
-    if module in OUTSIDE:
-        return (f"{OUTSIDE[module]}.{kind}",)
-    prefix, _, rest = module.partition("decoder.layers.")
-    number, _, module = rest.partition(".")
-    if prefix:
-        raise KeyError(name)
-    return tuple(f"model.layers.{number}.{theirs}.{kind}" for theirs in IN_LAYER[module])
-
-
-def export_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
-    """Return recipes for Llama's tensors from a Megatron checkpoint's `names`.
-
-    Raises:
-        UsageError: a name that no Llama has.
-    """
-    heads = HeadShape.of(flags)
-    plan: dict[str, Recipe] = {}
-    for name in names:
-        try:
-            targets = names_of(name)
-        except KeyError as error:
-            raise UsageError(f"the checkpoint's tensor {name} is unknown to a Llama.") from error
-        for number, target in enumerate(targets):
-            part = partial(_part, number=number, count=len(targets), heads=heads)
-            plan[target] = Recipe((name,), same if len(targets) == 1 else part)
-    return plan
-
-
-def import_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
-    """Return recipes for a Megatron checkpoint's `names` from Llama's tensors."""
-    join: dict[int, Callable[..., Tensor]] = {
-        1: same,
-        2: _stacked,
-        3: partial(join_qkv, heads=HeadShape.of(flags)),
-    }
-    sources = {name: names_of(name) for name in names}
-    return {name: Recipe(parts, join[len(parts)]) for name, parts in sources.items()}
-
-
-def _part(fused: Tensor, *, number: int, count: int, heads: HeadShape) -> Tensor:
-    parts = split_qkv(fused, heads) if count == 3 else fused.chunk(2)
-    return parts[number].contiguous()
-
-
-def _stacked(*parts: Tensor) -> Tensor:
-    """Stack SwiGLU's two projections, [Z, D] each -> [2 Z, D]; or their biases."""
-    return torch.cat(parts)
 
 
 def build(config: Any) -> Any:
@@ -200,20 +141,3 @@ def build(config: Any) -> Any:
             model = LlamaForCausalLM(config).float().eval()
         model.model.rotary_emb = LlamaRotaryEmbedding(config)  # a table that no file holds
     return model
-
-
-@torch.no_grad()
-def logits(config: Any, source: Source, tokens: Tensor) -> Tensor:
-    """Compute logits by transformers' own Llama, with one weight in memory at a time.
-
-    config: LlamaConfig; tokens: <int64>[B, T]. Returns <fp32>[B, T, V].
-    """
-    model = build(config)
-    with weights_from(source, model):
-        output: Tensor = model(tokens, use_cache=False).logits
-    return output
-
-
-def logits_of_values(values: Mapping[str, Any], source: Source, tokens: Tensor) -> Tensor:
-    """Compute the same with the contents of `config.json`."""
-    return logits(_theirs(values), source, tokens)

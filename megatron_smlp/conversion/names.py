@@ -1,16 +1,18 @@
-"""The names of tensors in a Megatron checkpoint and in our Hugging Face model.
+"""The names of tensors in a Megatron checkpoint and in models of transformers: a table a model.
 
-One table, read in both directions. A Megatron checkpoint holds whole tensors under global names,
-whatever layout saved them, so there is one row a kind of tensor and nothing about ranks. Only the
-queries, keys and values need more than a new name: Megatron keeps them in one tensor, by groups.
+Each is read in both directions. A Megatron checkpoint holds whole tensors under global names,
+whatever layout saved them, so there is one row a kind of tensor and nothing about ranks. Only what
+Megatron keeps in one tensor needs more than a new name: queries, keys and values, by groups, and
+the two projections of SwiGLU, one after the other.
 
 Letters: D hidden, n heads, g key/value groups, d head width, V padded vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,51 +20,106 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.conversion.recipes import Recipe, same
+from megatron_smlp.errors import UsageError
 
-OUTSIDE = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "embedding.word_embeddings.fingerprints": "model.embed_tokens.fingerprints",
-    "embedding.word_embeddings.norm.weight": "model.embed_tokens.norm.weight",
-    "embedding.word_embeddings.norm.bias": "model.embed_tokens.norm.bias",
-    "embedding.word_embeddings.proj.weight": "model.embed_tokens.proj.weight",
-    "embedding.position_embeddings.weight": "model.embed_positions.weight",
-    "decoder.final_layernorm.weight": "model.final_norm.weight",
-    "decoder.final_layernorm.bias": "model.final_norm.bias",
-    "output_layer.weight": "lm_head.weight",
-}
+QKV = "self_attention.linear_qkv"
+TINY = "self_attention.tiny_attention.linear_"
 
-# Within one layer: `decoder.layers.N.` and `model.layers.N.` are left out. What is not here keeps
-# its name within the slot: `self_attention.spatial.weight` is `mixer.spatial.weight`.
-SLOTS = {"self_attention.": "mixer.", "mlp.": "channel."}
-IN_LAYER = {
-    "input_layernorm.weight": "mixer_norm.weight",
-    "input_layernorm.bias": "mixer_norm.bias",
-    "self_attention.linear_proj.weight": "mixer.out_proj.weight",
-    "self_attention.linear_proj.bias": "mixer.out_proj.bias",
-    "self_attention.linear_fc1.weight": "mixer.up_proj.weight",
-    "self_attention.linear_fc1.bias": "mixer.up_proj.bias",
-    "self_attention.norm.weight": "mixer.gate_norm.weight",
-    "self_attention.norm.bias": "mixer.gate_norm.bias",
-    "self_attention.tiny_attention.linear_proj.weight": "mixer.tiny_attention.out_proj.weight",
-    "self_attention.tiny_attention.linear_proj.bias": "mixer.tiny_attention.out_proj.bias",
-    "self_attention.router.weight": "mixer.prefix_router",
-    "self_attention.linear_fc2.weight": "mixer.down_proj.weight",
-    "self_attention.linear_fc2.bias": "mixer.down_proj.bias",
-    "pre_mlp_layernorm.weight": "channel_norm.weight",
-    "pre_mlp_layernorm.bias": "channel_norm.bias",
-    "mlp.linear_fc1.weight": "channel.up_proj.weight",
-    "mlp.linear_fc1.bias": "channel.up_proj.bias",
-    "mlp.linear_fc2.weight": "channel.down_proj.weight",
-    "mlp.linear_fc2.bias": "channel.down_proj.bias",
-    "mlp.shared_experts.linear_fc1.weight": "channel.shared_experts.up_proj.weight",
-    "mlp.shared_experts.linear_fc2.weight": "channel.shared_experts.down_proj.weight",
-    "mlp.experts.experts.linear_fc1.weight": "channel.experts.up_proj",
-    "mlp.experts.experts.linear_fc2.weight": "channel.experts.down_proj",
-}
-QKV = "self_attention.linear_qkv."
-QKV_PARTS = ("mixer.q_proj.", "mixer.k_proj.", "mixer.v_proj.")
-TINY_QKV = "self_attention.tiny_attention.linear_qkv."
-TINY_QKV_PARTS = tuple(f"mixer.tiny_attention.{part}_proj." for part in "qkv")
+
+@dataclass(frozen=True)
+class Names:
+    """Megatron's modules -> another model's, of which a tensor's last word, as `bias`, is kept."""
+
+    outside: Mapping[str, str]
+    layers: str
+    """What stands before a layer's number, in place of `decoder.layers`."""
+    in_layer: Mapping[str, tuple[str, ...]]
+    """Within a layer; several for the parts of one tensor, one for a whole tensor's name."""
+    slots: Mapping[str, str] = field(default_factory=dict)
+    """Parts of a layer in which other names are kept."""
+
+    def of(self, name: str) -> tuple[str, ...]:
+        """Return the names of what one of Megatron's tensors holds.
+
+        Raises:
+            KeyError: no row of the table has this name.
+        """
+        module, _, kind = name.rpartition(".")
+        if module in self.outside:
+            return (f"{self.outside[module]}.{kind}",)
+        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+        if match is None:
+            raise KeyError(name)
+        start, rest = f"{self.layers}.{match[1]}.", match[2]
+        if rest in self.in_layer:
+            return (start + self.in_layer[rest][0],)
+        module, _, kind = rest.rpartition(".")
+        if module in self.in_layer:
+            return tuple(f"{start}{part}.{kind}" for part in self.in_layer[module])
+        slot, _, inner = rest.partition(".")
+        return (f"{start}{self.slots[slot]}.{inner}",)
+
+    def export_plan(self, names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
+        """Return recipes for that model's tensors from a Megatron checkpoint's `names`.
+
+        Raises:
+            UsageError: a name that no such model has.
+        """
+        plan: dict[str, Recipe] = {}
+        for name in names:
+            try:
+                targets = self.of(name)
+            except KeyError as error:
+                raise UsageError(
+                    f"the checkpoint's tensor {name} has no equal in the other model."
+                ) from error
+            heads = HeadShape.of(flags) if QKV in name else None
+            for number, target in enumerate(targets):
+                part = partial(_part, number=number, count=len(targets), heads=heads)
+                plan[target] = Recipe((name,), same if len(targets) == 1 else part)
+        return plan
+
+    def import_plan(self, names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:
+        """Return recipes for a Megatron checkpoint's `names` from that model's tensors."""
+        join = partial(join_qkv, heads=HeadShape.of(flags))
+        plan = {}
+        for name in names:
+            sources = self.of(name)
+            make = same if len(sources) == 1 else join if QKV in name else _stacked
+            plan[name] = Recipe(sources, make)
+        return plan
+
+
+OURS = Names(
+    outside={
+        "embedding.word_embeddings": "model.embed_tokens",
+        "embedding.word_embeddings.norm": "model.embed_tokens.norm",
+        "embedding.word_embeddings.proj": "model.embed_tokens.proj",
+        "embedding.position_embeddings": "model.embed_positions",
+        "decoder.final_layernorm": "model.final_norm",
+        "output_layer": "lm_head",
+    },
+    layers="model.layers",
+    in_layer={
+        "input_layernorm": ("mixer_norm",),
+        QKV: tuple(f"mixer.{part}_proj" for part in "qkv"),
+        "self_attention.linear_proj": ("mixer.out_proj",),
+        "self_attention.linear_fc1": ("mixer.up_proj",),
+        "self_attention.linear_fc2": ("mixer.down_proj",),
+        "self_attention.norm": ("mixer.gate_norm",),
+        "self_attention.router.weight": ("mixer.prefix_router",),
+        f"{TINY}qkv": tuple(f"mixer.tiny_attention.{part}_proj" for part in "qkv"),
+        f"{TINY}proj": ("mixer.tiny_attention.out_proj",),
+        "pre_mlp_layernorm": ("channel_norm",),
+        "mlp.linear_fc1": ("channel.up_proj",),
+        "mlp.linear_fc2": ("channel.down_proj",),
+        "mlp.shared_experts.linear_fc1": ("channel.shared_experts.up_proj",),
+        "mlp.shared_experts.linear_fc2": ("channel.shared_experts.down_proj",),
+        "mlp.experts.experts.linear_fc1.weight": ("channel.experts.up_proj",),
+        "mlp.experts.experts.linear_fc2.weight": ("channel.experts.down_proj",),
+    },
+    slots={"self_attention": "mixer", "mlp": "channel"},
+)
 
 
 @dataclass(frozen=True)
@@ -83,76 +140,13 @@ class HeadShape:
         return cls(groups, heads // groups, flags["kv_channels"])
 
 
-def huggingface_names(name: str) -> tuple[str, ...]:
-    """Return the Hugging Face name of a Megatron tensor, or three for queries, keys, values.
-
-    Raises:
-        KeyError: no row of the table has this name.
-    """
-    if name in OUTSIDE:
-        return (OUTSIDE[name],)
-    layer, rest = _split_layer(name)
-    for fused, parts in ((QKV, QKV_PARTS), (TINY_QKV, TINY_QKV_PARTS)):
-        if rest.startswith(fused):
-            kind = rest.removeprefix(fused)
-            return tuple(f"model.layers.{layer}.{part}{kind}" for part in parts)
-    return (f"model.layers.{layer}.{_within_layer(rest)}",)
-
-
-def to_huggingface(name: str, heads: HeadShape) -> dict[str, Recipe]:
-    """Return recipes for the Hugging Face tensors that one Megatron tensor becomes.
-
-    Raises:
-        KeyError: no row of the table has this name.
-    """
-    targets = huggingface_names(name)
-    if len(targets) == 1:
-        return {targets[0]: Recipe((name,), same)}
-    return {
-        target: Recipe((name,), partial(_part, name=name, number=number, heads=heads))
-        for number, target in enumerate(targets)
-    }
-
-
-def to_megatron(name: str, heads: HeadShape) -> Recipe:
-    """Return the recipe for the Megatron tensor of this name.
-
-    Raises:
-        KeyError: no row of the table has this name.
-    """
-    sources = huggingface_names(name)
-    if len(sources) == 1:
-        return Recipe(sources, same)
-    return Recipe(sources, _stacked if _is_tiny(name) else partial(join_qkv, heads=heads))
-
-
-def _within_layer(name: str) -> str:
-    for slot, theirs in SLOTS.items():
-        if name not in IN_LAYER and name.startswith(slot):
-            return theirs + name.removeprefix(slot)
-    return IN_LAYER[name]
-
-
-def _is_tiny(name: str) -> bool:
-    return f".{TINY_QKV}" in name
+def _part(fused: Tensor, *, number: int, count: int, heads: HeadShape | None) -> Tensor:
+    parts = split_qkv(fused, heads) if heads else fused.chunk(count)
+    return parts[number].contiguous()
 
 
 def _stacked(*parts: Tensor) -> Tensor:
     return torch.cat(parts)
-
-
-def _part(fused: Tensor, *, name: str, number: int, heads: HeadShape) -> Tensor:
-    if _is_tiny(name):
-        return fused.chunk(3)[number].contiguous()
-    return split_qkv(fused, heads)[number].contiguous()
-
-
-def _split_layer(name: str) -> tuple[int, str]:
-    prefix = "decoder.layers."
-    if not name.startswith(prefix):
-        raise KeyError(name)
-    number, _, rest = name.removeprefix(prefix).partition(".")
-    return int(number), rest
 
 
 def split_qkv(fused: Tensor, heads: HeadShape) -> tuple[Tensor, Tensor, Tensor]:

@@ -171,22 +171,9 @@ def check_layout(args: argparse.Namespace) -> None:
         getattr(args, f"{name}_parallel_size")
         for name in ("tensor_model", "pipeline_model", "context", "expert_model")
     )
-    _check_processes(
-        args,
-        {
-            "--tensor-model-parallel-size": tp,
-            "--pipeline-model-parallel-size": pp,
-            "--context-parallel-size": cp,
-        },
-    )
-    _check_processes(
-        args,
-        {
-            "--expert-tensor-parallel-size": args.expert_tensor_parallel_size or tp,
-            "--pipeline-model-parallel-size": pp,
-            "--expert-model-parallel-size": ep,
-        },
-    )
+    expert_tp = args.expert_tensor_parallel_size or tp
+    _check_processes(args, tensor_model=tp, pipeline_model=pp, context=cp)
+    _check_processes(args, expert_tensor=expert_tp, pipeline_model=pp, expert_model=ep)
     data_parallel = args.world_size // (tp * pp * cp)
     step = args.micro_batch_size * data_parallel
     batch = args.global_batch_size
@@ -198,10 +185,11 @@ def check_layout(args: argparse.Namespace) -> None:
         )
 
 
-def _check_processes(args: argparse.Namespace, sizes: dict[str, int]) -> None:
+def _check_processes(args: argparse.Namespace, **sizes: int) -> None:
     needed = math.prod(sizes.values())
     if args.world_size % needed:
-        words = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1)
+        flags = {f"{flag_of(name)}-parallel-size": size for name, size in sizes.items() if size > 1}
+        words = " x ".join(f"{flag} {size}" for flag, size in flags.items())
         raise UsageError(
             f"{words} needs a multiple of {needed} processes, and this run has {args.world_size}: "
             "start so many by torchrun --nproc-per-node, or lower the sizes."

@@ -104,7 +104,7 @@ def model_of(checkpoint: Any) -> Any:
 
     config = huggingface.config_of(checkpoint.flags)
     model = huggingface.build(config)
-    plan = huggingface.export_plan(checkpoint.specs, checkpoint.flags)
+    plan = huggingface.TENSORS.export_plan(checkpoint.specs, checkpoint.flags)
     expected = huggingface.expected_shapes(model)
     converted = Converted(plan, checkpoint, expected, where=str(checkpoint.folder))
     # `Converted` has compared the names; only a tied output layer is not among them.

@@ -10,6 +10,9 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.24", "for this model: pip install -U transformers")
 
 _ALLOWED = {
     "architecture": ("transformer", "gmlp", "amlp", "smlp", "mixer", "aft", "causal_rn"),
@@ -142,7 +145,7 @@ class SMLPConfig(PreTrainedConfig):
     """
 
     model_type = "smlp"
-    keys_to_ignore_at_inference = ("cache",)
+    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012 - Trainer adds a list to it
     attribute_map = {  # noqa: RUF012 - transformers reads it as a plain class attribute
         "num_hidden_layers": "num_layers",
         "seq_length": "max_position_embeddings",
@@ -288,6 +291,11 @@ class SMLPConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
         if self.relation_width is not None and self.relation_width < 1:
             raise ValueError(f"relation_width={self.relation_width}: must be 1 or more, or None")
+        if self.unpadded_vocab_size is not None and self.unpadded_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"unpadded_vocab_size={self.unpadded_vocab_size}: must be at most vocab_size="
+                f"{self.vocab_size}, or None"
+            )
         for name, largest in _LARGEST.items():
             value = getattr(self, name)
             if not 0 <= value <= largest or math.isinf(value):

@@ -54,7 +54,9 @@ F gate width, h heads, f = F/h, C chunks, E experts, X expert width, P prefix le
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +70,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
+from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_smlp import SMLPConfig
 
@@ -193,11 +197,6 @@ class SMLPCache(Cache):
         self.lengths: Tensor | None = None
         """<int64>[B], tokens of each sample; None: `num_columns` each."""
 
-    @property
-    def input_layer(self) -> Any:
-        """Ids of tokens, <int64>[B, 1, L, 1], which minhash reads again."""
-        return self.layers[-1]
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` seen so far, padding included: what `generate` counts in."""
         return self.num_columns
@@ -211,9 +210,7 @@ class SMLPCache(Cache):
         self.num_columns, self.lengths = 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        if self.lengths is not None:
-            self.lengths = self.lengths[beam_idx]
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -224,6 +221,13 @@ class SMLPCache(Cache):
         super().batch_repeat_interleave(repeats)
         if self.lengths is not None:
             self.lengths = self.lengths.repeat_interleave(repeats, dim=0)
+
+
+def _so_far(states: Tensor, index: int, layout: Layout, cache: SMLPCache | None) -> Tensor:
+    """[B, h, T, f] -> those of all positions so far, [B, h, L, f]; index: of the cache's layer."""
+    if cache is None:
+        return states
+    return cache.layers[index].write(states, states[..., :0], layout)[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -288,9 +292,7 @@ class SMLPMinHashInput(nn.Module):
 
     def forward(self, ids: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
         """ids: <int64>[B, T] of this call -> <float>[B, T, D]."""
-        if cache is not None:
-            column = ids[:, None, :, None]
-            ids = cache.input_layer.write(column, column, layout)[0][:, 0, :, 0]
+        ids = _so_far(ids[:, None, :, None], -1, layout, cache)[:, 0, :, 0]
         offsets = torch.arange(-self.window, 1, device=ids.device)
         places = layout.positions[:, :, None] + offsets
         seen = ids.gather(1, places.clamp(min=0).flatten(1)).view_as(places)
@@ -424,11 +426,16 @@ class SMLPSpatialProjection(nn.Module):
     def biases_at(self, experts: Tensor, positions: Tensor) -> Tensor:
         return self.bias[experts, positions]
 
-    def forward(self, values: Tensor, layout: Layout) -> Tensor:
-        """Chunk i through expert i.
+    def forward(
+        self, values: Tensor, layout: Layout, mix: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """Chunk i through expert i, or as `mix` does, a function of both arguments.
 
+        M and b are read in this call only: where weights are offloaded, they are there for it.
         values: <float>[B, E, L, f], all positions so far. Returns <float>[B, E, T, f].
         """
+        if mix is not None:
+            return mix(values, layout)
         start, end = layout.start, layout.end
         if start is None:
             experts = torch.arange(values.shape[1], device=values.device)
@@ -484,6 +491,16 @@ class SMLPToeplitzProjection(SMLPSpatialProjection):
         return self.bias[experts, 0]
 
 
+class SMLPHeadNorm(nn.LayerNorm):
+    """LayerNorm over each head's own features; weight and bias are [F]."""
+
+    def forward(self, features: Tensor, heads: int) -> Tensor:
+        """features: <float>[..., F] -> the same."""
+        split = features.unflatten(-1, (heads, -1))
+        normed = F.layer_norm(split, split.shape[-1:], eps=self.eps).flatten(-2)
+        return normed * self.weight + self.bias
+
+
 class SMLPSpatialGating(nn.Module):
     """Causal spatial gating, also the feature MoE with deterministic routing (one head per expert).
 
@@ -498,10 +515,9 @@ class SMLPSpatialGating(nn.Module):
         has_attention = config.architecture == "amlp"
         self.num_heads = num_heads
         self.cache_index = layer_index * config.states_per_layer
-        self.eps = config.layer_norm_epsilon
         self.activation = ACT2FN[config.hidden_act]
         self.up_proj = SMLPLinear(config.hidden_size, 2 * width, bias=bias)
-        self.gate_norm = nn.LayerNorm(width, eps=self.eps)
+        self.gate_norm = SMLPHeadNorm(width, eps=config.layer_norm_epsilon)
         projection = SMLPToeplitzProjection if config.toeplitz else SMLPSpatialProjection
         self.spatial = projection(num_experts, config.max_position_embeddings)
         self.down_proj = SMLPOutputLinear(width, config.hidden_size, bias=bias)
@@ -521,7 +537,7 @@ class SMLPSpatialGating(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and the router's loss if it has one."""
         passed, gate = self.activation(self.up_proj(hidden)).chunk(2, dim=-1)
-        chunks = self._split(self._normalise(gate))
+        chunks = self._split(self.gate_norm(gate, self.num_heads))
         gates, loss = self._mix(chunks, gate, layout, cache)
         gates = gates.transpose(1, 2).flatten(2)
         if self.tiny_attention is not None:
@@ -532,22 +548,10 @@ class SMLPSpatialGating(nn.Module):
         """<float>[B, T, F] -> <float>[B, h, T, f]."""
         return features.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _normalise(self, gate: Tensor) -> Tensor:
-        """LayerNorm over each head's own features; weight and bias are [F]."""
-        heads = gate.unflatten(-1, (self.num_heads, -1))
-        normed = F.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(-2)
-        return normed * self.gate_norm.weight + self.gate_norm.bias
-
-    def _remember(self, chunks: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
-        """<float>[B, h, T, f] -> the gate inputs of all positions so far, [B, h, L, f]."""
-        if cache is None:
-            return chunks
-        return cache.layers[self.cache_index].write(chunks, chunks[..., :0], layout)[0]
-
     def _mix(
         self, chunks: Tensor, gate: Tensor, layout: Layout, cache: SMLPCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        return self.spatial(self._remember(chunks, layout, cache), layout), None
+        return self.spatial(_so_far(chunks, self.cache_index, layout, cache), layout), None
 
 
 class SMLPPartialPrediction(SMLPSpatialGating):
@@ -580,12 +584,9 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         probabilities = self._scores(gate, layout, cache).softmax(dim=-1)
         largest, chosen = probabilities.max(dim=-1)
         scale = (largest * self.num_experts).to(chunks.dtype)
-        values = self._remember(chunks, layout, cache)
-        mixed = (
-            self._mix_from_zero(values, chosen, scale, layout)
-            if layout.start == 0
-            else self._mix_step(values, chosen, scale, layout)
-        )
+        values = _so_far(chunks, self.cache_index, layout, cache)
+        mix = self._mix_from_zero if layout.start == 0 else self._mix_step
+        mixed = self.spatial(values, layout, partial(mix, chosen=chosen, scale=scale))
         return mixed, self._balance_loss(probabilities, chosen, layout)
 
     def _scores(self, gate: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
@@ -599,7 +600,8 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         if layout.valid is not None:
             counts = counts & layout.valid
         weights = self.prefix_router.float()[layout.positions.clamp(max=prefix - 1)]
-        scores = torch.einsum("bct,bte->bce", means, weights * counts[..., None])
+        with maybe_autocast(means.device.type, enabled=False):
+            scores = torch.einsum("bct,bte->bce", means, weights * counts[..., None])
         if cache is not None:
             scores = scores if before is None else before + scores
             cache.layers[self.cache_index].scores = scores
@@ -609,7 +611,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         return torch.arange(self.num_heads, device=device) % self.num_experts
 
     def _mix_from_zero(
-        self, values: Tensor, chosen: Tensor, scale: Tensor, layout: Layout
+        self, values: Tensor, layout: Layout, *, chosen: Tensor, scale: Tensor
     ) -> Tensor:
         """Whole sequences: every chunk through the experts of its two parts.
 
@@ -627,7 +629,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
             tail[own] = rows + self.spatial.biases(prefix, end)[expert, :, None]
         return torch.cat([head, tail], dim=2)
 
-    def _mix_step(self, values: Tensor, chosen: Tensor, scale: Tensor, layout: Layout) -> Tensor:
+    def _mix_step(self, values: Tensor, layout: Layout, *, chosen: Tensor, scale: Tensor) -> Tensor:
         """Mix a few new rows: same arguments, values [B, C, L, f]; return [B, C, T, f]."""
         prefix = self.prefix_router.shape[0]
         experts, factor = chosen[..., None], scale[..., None]
@@ -676,19 +678,11 @@ class SMLPMaskedMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
         chunks = hidden.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        mixed = self.spatial(self._remember(chunks, 0, layout, cache), layout)
+        mixed = self.spatial(_so_far(chunks, self.cache_index, layout, cache), layout)
         if self.spatial_out is not None:
-            inner = self._remember(self.activation(mixed), 1, layout, cache)
+            inner = _so_far(self.activation(mixed), self.cache_index + 1, layout, cache)
             mixed = self.spatial_out(inner, layout)
         return mixed.transpose(1, 2).flatten(2), None
-
-    def _remember(
-        self, chunks: Tensor, number: int, layout: Layout, cache: SMLPCache | None
-    ) -> Tensor:
-        """<float>[B, h, T, f] -> those of all positions so far, [B, h, L, f]."""
-        if cache is None:
-            return chunks
-        return cache.layers[self.cache_index + number].write(chunks, chunks[..., :0], layout)[0]
 
 
 class SMLPPositionWeights(nn.Module):
@@ -698,7 +692,16 @@ class SMLPPositionWeights(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(length, length))
 
-    def grown(self, layout: Layout, length: int, dtype: torch.dtype) -> Tensor:
+    def forward(self, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
+        """keys, values: <float>[B, L, F] of all positions so far.
+
+        Returns the sums over s <= t of exp(k_s + w_ts) v_s and of exp(k_s + w_ts), [B, T, 2 F].
+        """
+        largest = max(keys.abs().max().item(), self.weight.tril().abs().max().item())
+        dtype = torch.float64 if largest > 20 else torch.promote_types(keys.dtype, torch.bfloat16)
+        return self._grown(layout, keys.shape[1], dtype) @ _grown(keys, values, dtype)
+
+    def _grown(self, layout: Layout, length: int, dtype: torch.dtype) -> Tensor:
         """exp(w) of this call's rows, 0 where s > t: <dtype>[T, L] or [B, T, L]."""
         rows = self.weight[layout.start : layout.end] if layout.start is not None else None
         rows = self.weight[layout.positions] if rows is None else rows
@@ -737,23 +740,19 @@ class SMLPAttentionFree(nn.Module):
             states = cache.layers[self.cache_index]
             keys, values = states.write(keys[:, None], values[:, None], layout)
             keys, values = keys[:, 0], values[:, 0]
-        dtype = self._dtype(keys)
-        grown = keys.to(dtype).exp()
-        summed = torch.cat([grown * values.to(dtype), grown], dim=-1)
         if self.positions is None:
-            sums = _rows_of_call(summed.cumsum(dim=1), layout)
+            sums = _rows_of_call(_grown(keys, values, torch.float64).cumsum(dim=1), layout)
         else:
-            sums = self.positions.grown(layout, keys.shape[1], dtype) @ summed
+            sums = self.positions(keys, values, layout)
         above, below = sums.chunk(2, dim=-1)
         mixed = torch.sigmoid(self.q_proj(hidden)) * (above / below).to(hidden.dtype)
         return self.out_proj(mixed), None
 
-    def _dtype(self, keys: Tensor) -> torch.dtype:
-        if self.positions is None:
-            return torch.float64
-        largest = max(keys.abs().max().item(), self.positions.weight.tril().abs().max().item())
-        is_large = largest > 20
-        return torch.float64 if is_large else torch.promote_types(keys.dtype, torch.bfloat16)
+
+def _grown(keys: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(k) v and exp(k), side by side."""
+    grown = keys.to(dtype).exp()
+    return torch.cat([grown * values.to(dtype), grown], dim=-1)
 
 
 def _rows_of_call(sums: Tensor, layout: Layout) -> Tensor:
@@ -786,9 +785,7 @@ class SMLPCausalRN(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
         a, b = (self._n(part) for part in self.up_proj(hidden).chunk(2, dim=-1))
-        if cache is not None:
-            states = b[:, None]
-            b = cache.layers[self.cache_index].write(states, states[..., :0], layout)[0][:, 0]
+        b = _so_far(b[:, None], self.cache_index, layout, cache)[:, 0]
         mixed = self._pairwise(a, b, layout) if self.is_quadratic else self._summed(a, b, layout)
         return self.down_proj(self._n(mixed).to(hidden.dtype)), None
 
@@ -918,7 +915,7 @@ class SMLPTokenMoE(nn.Module):
             rows, choice = (routing.experts == expert).nonzero(as_tuple=True)
             weighted = self.experts(tokens[real[rows]], expert)
             weighted = weighted * routing.weights[rows, choice, None].to(weighted.dtype)
-            output.index_add_(0, real[rows], weighted)
+            output.index_add_(0, real[rows], weighted.to(output.dtype))  # autocast's are others
         return output.unflatten(0, (hidden.shape[1], -1)).transpose(0, 1), routing.loss
 
     def _one_token(
@@ -939,6 +936,12 @@ class SMLPTokenMoE(nn.Module):
         return output[None], routing.loss
 
 
+def _in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:
+    """tokens: <float>[n, D]; weight: <float>[E, D] -> <fp32>[n, E], under autocast too."""
+    with maybe_autocast(tokens.device.type, enabled=False):
+        return F.linear(tokens.float(), weight.float())
+
+
 class SMLPSwitchRouter(nn.Module):
     """p = softmax(h W); one expert, argmax p, with weight p_max.
 
@@ -957,7 +960,7 @@ class SMLPSwitchRouter(nn.Module):
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """tokens: <float>[n, D]; ids: <int64>[n]; limited: whether capacity may drop tokens."""
-        probabilities = F.linear(tokens.float(), self.weight.float()).softmax(dim=-1)
+        probabilities = _in_fp32(tokens, self.weight).softmax(dim=-1)
         loss = None
         if self.training and len(tokens):
             loss = self.loss_coeff * _balance(probabilities, probabilities.argmax(dim=-1))
@@ -1040,7 +1043,7 @@ class SMLPBaseRouter(nn.Module):
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """See SMLPSwitchRouter.forward."""
-        scores = F.linear(tokens.float(), self.weight.float())
+        scores = _in_fp32(tokens, self.weight)
         experts = self._choose(scores.detach())[:, None]
         return Routing(experts, scores.gather(1, experts).sigmoid())
 
@@ -1062,11 +1065,20 @@ class SMLPBaseRouter(nn.Module):
 class SMLPHashRouter(nn.Module):
     """One expert with weight 1: table[token id]. No parameters, no loss."""
 
+    table: Tensor
+
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__()
         self.num_experts = config.num_experts or 1
         self.seed = config.hash_seed
         self.register_buffer("table", torch.empty(config.vocab_size, dtype=torch.int64))
+
+    def resize(self, vocab_size: int) -> None:
+        """Leave the ids that stay with their experts; new ones draw theirs."""
+        old = self.table
+        self.table = old.new_empty(vocab_size)
+        self.table.copy_(self.random_table())
+        self.table[: len(old)] = old[:vocab_size]
 
     def random_table(self) -> Tensor:
         """<int64>[V], the same in every layer and on every machine."""
@@ -1111,7 +1123,7 @@ class SMLPTopKRouter(nn.Module):
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """See SMLPSwitchRouter.forward; nothing is ever dropped."""
-        logits = F.linear(tokens.float(), self.weight.float())
+        logits = _in_fp32(tokens, self.weight)
         scores = logits.sigmoid() if self.is_sigmoid else logits.softmax(dim=-1)
         preferred = scores + self.expert_bias if self.has_bias else scores
         experts = preferred.topk(self.num_choices, dim=-1).indices
@@ -1181,10 +1193,6 @@ def balanced_greedy(scores: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
-def _build_mixer(config: SMLPConfig, index: int) -> nn.Module:
-    return _MIXERS[config.architecture](config, index)
-
-
 def _attention(config: SMLPConfig, index: int) -> nn.Module:
     return SMLPAttention(
         config,
@@ -1238,7 +1246,7 @@ class SMLPLayer(GradientCheckpointingLayer):
         super().__init__()
         self.dropout = config.hidden_dropout
         self.mixer_norm = _build_norm(config)
-        self.mixer = _build_mixer(config, index)
+        self.mixer = _MIXERS[config.architecture](config, index)
         self.channel = _build_channel(config, index)
         if self.channel is not None:
             self.channel_norm = _build_norm(config)
@@ -1334,6 +1342,7 @@ class SMLPModel(SMLPPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -1342,14 +1351,17 @@ class SMLPModel(SMLPPreTrainedModel):
         cache: SMLPCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
         **unused: Any,
     ) -> SMLPModelOutput:
         """See SMLPForCausalLM.forward."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         cache = self._cache(cache, use_cache)
         given = input_ids if inputs_embeds is None else inputs_embeds
-        layout, move = self._layout(given, input_ids, attention_mask, cache)
+        layout, move = self._layout(given, input_ids, attention_mask, cache, position_ids)
         hidden = self._embedded(inputs_embeds, layout, move, cache)
         if self.config.position_embedding_type == "learned_absolute":
             hidden = hidden + self.embed_positions(layout.positions)
@@ -1392,7 +1404,7 @@ class SMLPModel(SMLPPreTrainedModel):
 
     def _cache(self, cache: SMLPCache | None, use_cache: bool | None) -> SMLPCache | None:
         # Recomputing a layer would write its states twice.
-        recomputes = self.gradient_checkpointing and self.training
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if recomputes or not (use_cache or (use_cache is None and cache is not None)):
             return None
         if cache is None:
@@ -1410,12 +1422,20 @@ class SMLPModel(SMLPPreTrainedModel):
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         cache: SMLPCache | None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Layout, "Move | None"]:
         """Return the positions of this call's tokens, and their way to right padding and back.
 
         given: [B, T] or [B, T, D]; attention_mask: [B, T of all calls], 0 on padding.
         """
         batch, num_columns = given.shape[:2]
+        if attention_mask is not None and (
+            attention_mask.dim() != 2 or attention_mask.shape[1] < num_columns
+        ):
+            raise ValueError(
+                f"attention_mask has shape {list(attention_mask.shape)}: give [B, T], with a "
+                f"column for each of {num_columns} tokens or of all so far"
+            )
         columns = torch.arange(num_columns, device=given.device)
         first = 0 if cache is None else cache.num_columns
         lengths = None if cache is None else cache.lengths
@@ -1430,6 +1450,7 @@ class SMLPModel(SMLPPreTrainedModel):
         before = columns.new_full((batch,), first) if lengths is None else lengths
         end = num_columns + (first if lengths is None else int(lengths.max()))
         self._check_length(end)
+        _check_positions(position_ids, before[:, None], mask)
         if cache is not None:
             is_ragged = lengths is not None or mask is not None
             cache.advance(num_columns, before + counts if is_ragged else None)
@@ -1451,9 +1472,27 @@ class SMLPModel(SMLPPreTrainedModel):
             )
 
 
+def _check_positions(position_ids: Tensor | None, before: Tensor, mask: Tensor | None) -> None:
+    """Refuse positions that are not those of the tokens, as of documents packed into a row.
+
+    position_ids: <int64>[B or 1, T]; before: <int64>[B, 1], tokens so far; mask: <bool>[B, T].
+    """
+    if position_ids is None:
+        return
+    given = position_ids.expand(len(before), -1)
+    real = torch.ones_like(given, dtype=torch.bool) if mask is None else mask
+    if not torch.equal(given[real], (before + real.cumsum(dim=1) - 1)[real]):
+        raise ValueError(
+            "position_ids are not 0, 1, 2, ... of the tokens: matrices over positions cannot start "
+            "again within a row, so packed documents would mix; give each a row of its own"
+        )
+
+
 class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
     """The language model: logits are states times the token embedding."""
 
+    accepts_loss_kwargs = False
+    """Trainer would hand in the number of all labels; of some, partial prediction trains none."""
     _tied_weights_keys = {  # noqa: RUF012 - transformers reads it as a class attribute
         "lm_head.weight": "model.embed_tokens.weight"
     }
@@ -1464,6 +1503,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         self.lm_head = SMLPLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -1500,7 +1540,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
                 token ids for HASH.
         """
         outputs = self.model(
-            input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states
+            *(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states),
+            position_ids=kwargs.pop("position_ids", None),
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, rows])
@@ -1519,7 +1560,19 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
         )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict is not False else output.to_tuple()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """See transformers. All ids of the new vocabulary are generated, and HASH routes them."""
+        before = self.config.vocab_size
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.vocab_size != before:
+            self.config.unpadded_vocab_size = self.generation_config.suppress_tokens = None
+            for module in self.modules():
+                if isinstance(module, SMLPHashRouter):
+                    module.resize(self.config.vocab_size)
+        return embeddings
 
     def _targets(self, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Partial prediction trains its routed rows only, t >= P, unless told otherwise.
@@ -1538,6 +1591,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Give `generate`, which calls this, our own kind of cache, whatever it would choose."""
+        if kind := generation_config.cache_implementation:
+            logger.warning_once(f"cache_implementation={kind} is ignored: SMLPCache is taken")
         if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
             model_kwargs["cache"] = SMLPCache(self.config)
 

@@ -26,35 +26,28 @@ from megatron_smlp.checkpoints.saving import Saving, add_share, write_and_add_sh
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import SaveError
 from megatron_smlp.megatron_patches import async_saving
-from megatron_smlp.megatron_patches.wrapping import after
+from megatron_smlp.megatron_patches.wrapping import after, wrapped_in
 
 FAILURES = (CheckpointException, SaveError)
 
 
-@contextlib.contextmanager
-def installed(saving: Saving, *, before_loading: Callable[[], None]) -> Iterator[None]:
+def installed(
+    saving: Saving, *, before_loading: Callable[[], None]
+) -> contextlib.AbstractContextManager[None]:
     """Replace the functions for the time of one `pretrain`, and put the originals back."""
-    replacements: list[tuple[Any, str, Callable[[Any], Any]]] = [
+    return wrapped_in(
         (dist_checkpointing, "save", lambda f: _saving_whole(f, saving)),
         (checkpointing, "ensure_directory_exists", _leaving_checkpoints_out),
         (checkpointing, "maybe_msc", _WritingAtomically),
         (checkpointing, "read_metadata", _tolerating_garbage),
         (FileSystemWriterAsync, "write_preloaded_data", _naming_the_file),
-        (FileSystemWriterAsync, "finish", lambda f: _noting(f, saving)),
-        (serialization, "save_config", lambda f: _noting(f, saving)),
+        (FileSystemWriterAsync, "finish", _noting(saving)),
+        (serialization, "save_config", _noting(saving)),
         (filesystem_async, "get_write_results_queue", async_saving.results_queue),
-        (training, "save_checkpoint", lambda f: _surviving_start(f, saving)),
+        (training, "save_checkpoint", _surviving_start(saving)),
         (training, "maybe_finalize_async_save", lambda f: _surviving_end(f, saving)),
         (training, "setup_model_and_optimizer", lambda f: after(before_loading, f)),
-    ]
-    originals = [(owner, name, vars(owner)[name]) for owner, name, _ in replacements]
-    for owner, name, wrap in replacements:
-        setattr(owner, name, wrap(getattr(owner, name)))
-    try:
-        yield
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
+    )
 
 
 def _saving_whole(save: Callable[..., Any], saving: Saving) -> Callable[..., Any]:
@@ -165,26 +158,20 @@ class _Stream(io.RawIOBase):
             self.file.flush()
 
 
-def _noting(write: Callable[..., None], saving: Saving) -> Callable[..., None]:
-    @functools.wraps(write)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            write(*args, **kwargs)
-        except OSError as error:
-            saving.note(error)
-
-    return wrapped
+@contextlib.contextmanager
+def _noting(saving: Saving) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        saving.note(error)
 
 
-def _surviving_start(save: Callable[..., None], saving: Saving) -> Callable[..., None]:
-    @functools.wraps(save)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            save(*args, **kwargs)
-        except FAILURES as error:
-            saving.failed(saving.open[-1], error)
-
-    return wrapped
+@contextlib.contextmanager
+def _surviving_start(saving: Saving) -> Iterator[None]:
+    try:
+        yield
+    except FAILURES as error:
+        saving.failed(saving.open[-1], error)
 
 
 def _surviving_end(finalize: Callable[..., None], saving: Saving) -> Callable[..., None]:

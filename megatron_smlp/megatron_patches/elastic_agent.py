@@ -5,20 +5,21 @@ In force in the process of an agent alone (launching/agent.py), never in a rank.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.distributed.launcher import api
 
+from megatron_smlp.megatron_patches.wrapping import wrapped_in
+
 type Synced = Callable[[Any, Any], None]
 
 
-@contextlib.contextmanager
-def installed(make_agent: Callable[..., Any], synced: Synced) -> Iterator[None]:
+def installed(make_agent: Callable[..., Any], synced: Synced) -> AbstractContextManager[None]:
     """Replace both for the time of one launch, and put the originals back.
 
     Args:
@@ -27,14 +28,10 @@ def installed(make_agent: Callable[..., Any], synced: Synced) -> Iterator[None]:
             whichever thread did.
     """
     holder = dynamic_rendezvous._BackendRendezvousStateHolder
-    original_agent, original_sanitize = api.LocalElasticAgent, holder._sanitize
-    api.LocalElasticAgent = make_agent
-    holder._sanitize = _by_own_clock(original_sanitize, synced)
-    try:
-        yield
-    finally:
-        api.LocalElasticAgent = original_agent
-        holder._sanitize = original_sanitize
+    return wrapped_in(
+        (api, "LocalElasticAgent", lambda _: make_agent),
+        (holder, "_sanitize", lambda sanitize: _by_own_clock(sanitize, synced)),
+    )
 
 
 def _by_own_clock(sanitize: Callable[[Any], None], synced: Synced) -> Callable[[Any], None]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -49,16 +50,13 @@ def installed(take: Callable[[], Answer | None]) -> contextlib.AbstractContextMa
     """
     loop = _Loop(take)
     return wrapped_in(
-        training,
-        {
-            "setup_model_and_optimizer": loop.around_setup,
-            "training_log": loop.around_log,
-            "evaluate_and_print_results": lambda f: after(loop.forget, f),
-            "checkpoint_and_decide_exit": loop.around_exit,
-            "get_signal_handler": loop.around_handler,
-            "logical_and_across_model_parallel_group": loop.around_and,
-            "reduce_max_stat_across_model_parallel_group": loop.around_max,
-        },
+        (training, "setup_model_and_optimizer", loop.around_setup),
+        (training, "training_log", loop.around_log),
+        (training, "evaluate_and_print_results", lambda f: after(loop.forget, f)),
+        (training, "checkpoint_and_decide_exit", loop.around_exit),
+        (training, "get_signal_handler", loop.around_handler),
+        (training, "logical_and_across_model_parallel_group", loop.around_and),
+        (training, "reduce_max_stat_across_model_parallel_group", loop.around_max),
     )
 
 
@@ -124,34 +122,18 @@ class _Loop:
         return wrapped
 
     def around_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(training_log)
+
         @functools.wraps(training_log)
-        def wrapped(
-            loss_dict: dict[str, torch.Tensor],
-            total_loss_dict: dict[str, Any],
-            learning_rate: float | None,
-            iteration: int,
-            loss_scale: float,
-            report_memory_flag: bool,
-            skipped_iter: int,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
-            if not skipped_iter and not _writes(iteration):
-                for key, loss in loss_dict.items():
-                    total = total_loss_dict.get(key, loss.new_zeros(1))
-                    total_loss_dict[key] = total + loss
-                loss_dict = {}
-            return training_log(
-                loss_dict,
-                total_loss_dict,
-                learning_rate,
-                iteration,
-                loss_scale,
-                report_memory_flag,
-                skipped_iter,
-                *args,
-                **kwargs,
-            )
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            given = bound.arguments
+            if not given["skipped_iter"] and not _writes(given["iteration"]):
+                totals = given["total_loss_dict"]
+                for key, loss in given["loss_dict"].items():
+                    totals[key] = totals.get(key, loss.new_zeros(1)) + loss
+                given["loss_dict"] = {}
+            return training_log(*bound.args, **bound.kwargs)
 
         return wrapped
 

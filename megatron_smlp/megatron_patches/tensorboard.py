@@ -7,12 +7,11 @@ with its errors told once.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.megatron_patches.wrapping import wrapped_in
 from megatron_smlp.unwritable_log import UnwritableLog
 
 
@@ -25,15 +24,7 @@ class TolerantWriter:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.writer, name)
-        return self._tolerant(value) if callable(value) else value
-
-    def _tolerant(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with self.lost.tolerated():
-                return method(*args, **kwargs)
-
-        return wrapped
+        return self.lost.tolerated()(value) if callable(value) else value
 
 
 def forget_after(iteration: int) -> None:
@@ -50,15 +41,11 @@ def forget_after(iteration: int) -> None:
     writer.file_writer.add_event(Event(step=iteration + 1, session_log=start))
 
 
-@contextlib.contextmanager
-def installed(folder: str | None) -> Iterator[None]:
+def installed(folder: str | None) -> AbstractContextManager[None]:
     """Put a tolerant writer in the place of the one that Megatron has opened for this folder."""
     from megatron.training import global_vars
 
-    writer = global_vars.get_tensorboard_writer()
-    if writer is not None and folder:
-        global_vars._GLOBAL_TENSORBOARD_WRITER = TolerantWriter(writer, folder)
-    try:
-        yield
-    finally:
-        global_vars._GLOBAL_TENSORBOARD_WRITER = writer
+    def tolerant(writer: Any) -> Any:
+        return TolerantWriter(writer, folder) if writer is not None and folder else writer
+
+    return wrapped_in((global_vars, "_GLOBAL_TENSORBOARD_WRITER", tolerant))

@@ -15,9 +15,10 @@ the original with its own arguments. tests/contract holds their signatures.
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -75,15 +76,12 @@ def installed(
     validation = _Validation(observer)
     updates = _Updates(observer, may_update=may_update, before_update=before_update)
     return wrapped_in(
-        training,
-        {
-            "setup_model_and_optimizer": updates.around_setup,
-            "training_log": updates.around_log,
-            "evaluate": validation.around_evaluate,
-            "evaluate_and_print_results": validation.around_printing,
-            "save_checkpoint_and_time": lambda f: _with_saving(f, observer),
-            "finalize_model_grads": lambda f: after(computed, f),
-        },
+        (training, "setup_model_and_optimizer", updates.around_setup),
+        (training, "training_log", updates.around_log),
+        (training, "evaluate", validation.around_evaluate),
+        (training, "evaluate_and_print_results", validation.around_printing),
+        (training, "save_checkpoint_and_time", _timed(observer)),
+        (training, "finalize_model_grads", lambda f: after(computed, f)),
     )
 
 
@@ -134,39 +132,20 @@ class _Updates:
         return wrapped
 
     def around_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(training_log)
+
         @functools.wraps(training_log)
-        def wrapped(
-            loss_dict: dict[str, torch.Tensor],
-            total_loss_dict: dict[str, Any],
-            learning_rate: float | None,
-            iteration: int,
-            loss_scale: float,
-            report_memory_flag: bool,
-            skipped_iter: int,
-            grad_norm: float | None,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
             self.observer.stepped(
-                loss_dict,
-                iteration=iteration,
+                given["loss_dict"],
+                iteration=given["iteration"],
                 learning_rate=self.learning_rate,
-                grad_norm=grad_norm,
-                skipped=bool(skipped_iter),
-                loss_scale=loss_scale,
+                grad_norm=given["grad_norm"],
+                skipped=bool(given["skipped_iter"]),
+                loss_scale=given["loss_scale"],
             )
-            return training_log(
-                loss_dict,
-                total_loss_dict,
-                learning_rate,
-                iteration,
-                loss_scale,
-                report_memory_flag,
-                skipped_iter,
-                grad_norm,
-                *args,
-                **kwargs,
-            )
+            return training_log(*args, **kwargs)
 
         return wrapped
 
@@ -183,23 +162,16 @@ class _Validation:
         self.iteration, self.title = -1, ""
 
     def around_printing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+
         @functools.wraps(function)
-        def wrapped(
-            prefix: str,
-            forward_step_func: Any,
-            data_iterator: Any,
-            model: Any,
-            iteration: int,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
-            title = "test" if prefix.endswith("test set") else "validation"
-            if (iteration, title) == (self.iteration, self.title):
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            title = "test" if given["prefix"].endswith("test set") else "validation"
+            if (given["iteration"], title) == (self.iteration, self.title):
                 return None
-            self.iteration, self.title = iteration, title
-            return function(
-                prefix, forward_step_func, data_iterator, model, iteration, *args, **kwargs
-            )
+            self.iteration, self.title = given["iteration"], title
+            return function(*args, **kwargs)
 
         return wrapped
 
@@ -225,12 +197,8 @@ class _Validation:
         return wrapped
 
 
-def _with_saving(save: Callable[..., Any], observer: Observer) -> Callable[..., Any]:
-    @functools.wraps(save)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        answer = save(*args, **kwargs)
-        observer.held_up(seconds=time.perf_counter() - start)
-        return answer
-
-    return wrapped
+@contextmanager
+def _timed(observer: Observer) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    observer.held_up(seconds=time.perf_counter() - start)

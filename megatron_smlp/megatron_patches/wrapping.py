@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -20,13 +20,13 @@ def after(first: Callable[[], None], function: Callable[..., Any]) -> Callable[.
 
 
 @contextlib.contextmanager
-def wrapped_in(module: Any, wrappers: Mapping[str, Callable[[Any], Any]]) -> Iterator[None]:
-    """Wrap functions of a module by name, and put the originals back."""
-    originals = {name: getattr(module, name) for name in wrappers}
-    for name, wrap in wrappers.items():
-        setattr(module, name, wrap(originals[name]))
+def wrapped_in(*wrappers: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[None]:
+    """Wrap attributes, each an (owner, name, wrapper), and put the originals back."""
+    originals = [(owner, name, vars(owner)[name]) for owner, name, _ in wrappers]
+    for owner, name, wrap in wrappers:
+        setattr(owner, name, wrap(getattr(owner, name)))
     try:
         yield
     finally:
-        for name, original in originals.items():
-            setattr(module, name, original)
+        for owner, name, original in originals:
+            setattr(owner, name, original)

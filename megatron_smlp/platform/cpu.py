@@ -140,7 +140,7 @@ def _replace_device_functions() -> None:
     torch.cuda.nvtx.range = _no_context
 
 
-class CPUEvent:
+class CPUEvent(torch.cpu.Event):
     """`torch.cuda.Event` for work that is done when the call returns: it only keeps the time."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -153,15 +153,8 @@ class CPUEvent:
         """Milliseconds between the two records."""
         return (end.seconds - self.seconds) * 1e3
 
-    def query(self) -> bool:
-        return True
 
-    def wait(self, stream: Any = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
-class CPUStream:
+class CPUStream(torch.cpu.Stream):
     """`torch.cuda.Stream` on a device with one queue: order holds without waiting."""
 
     cuda_stream = 0
@@ -172,10 +165,6 @@ class CPUStream:
         return self
 
     def __exit__(self, *_: Any) -> None: ...
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
 
     def synchronize(self) -> None: ...
 
@@ -318,7 +307,7 @@ def _replace_in_megatron() -> None:
     )
     # A DataLoader draws its base seed from the default generator when it is iterated: here that is
     # the generator of the dropout, whose state a resumed run has just loaded.
-    training.build_train_valid_test_data_iterators = _keeping_random_state(
+    training.build_train_valid_test_data_iterators = torch.random.fork_rng(devices=[])(
         training.build_train_valid_test_data_iterators
     )
 
@@ -357,15 +346,6 @@ def _reducing_parts(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
         for rank, part in enumerate(parts):
             torch.distributed.reduce(part, group=group, group_dst=rank)
         return parts[group.rank()].clone()
-
-    return wrapped
-
-
-def _keeping_random_state(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with torch.random.fork_rng(devices=[]):
-            return function(*args, **kwargs)
 
     return wrapped
 

@@ -14,7 +14,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from megatron_smlp.errors import UsageError
@@ -44,12 +43,7 @@ class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stack.close()
         self.flush()
         if self.lost.is_said:  # what has no room is still in a buffer, and would fail once more
@@ -92,16 +86,8 @@ class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
     def isatty(self) -> bool:
         return False
 
-    def _show_warning(
-        self,
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: Any = None,
-        line: str | None = None,
-    ) -> None:
-        self.write(f"{filename}:{lineno}: {category.__name__}: {message}\n")
+    def _show_warning(self, *what: Any, **_: Any) -> None:
+        self.write(warnings.formatwarning(*what[:4]))
 
 
 def terminal() -> TextIO:

@@ -171,14 +171,7 @@ class Reporter:
         return self.metrics.holds("validation_loss", iteration=iteration)
 
     def stepped(
-        self,
-        losses: dict[str, torch.Tensor],
-        *,
-        iteration: int,
-        learning_rate: float | None,
-        grad_norm: float | None,
-        skipped: bool,
-        loss_scale: float,
+        self, losses: dict[str, torch.Tensor], *, iteration: int, skipped: bool, **of_step: Any
     ) -> None:
         if self.args.token_router == "base" and self.args.base_prices == "mean":
             update_prices(self.model, skipped=skipped)
@@ -186,14 +179,7 @@ class Reporter:
         self.reached(iteration)
         self._tell_restart()
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
-            self._log_step(
-                losses,
-                iteration=iteration,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm,
-                skipped=skipped,
-                loss_scale=loss_scale,
-            )
+            self._log_step(losses, iteration=iteration, skipped=skipped, **of_step)
         if self.tasks and self.tasks.is_due(iteration):
             self._evaluate(self.tasks, iteration)
 

@@ -15,8 +15,7 @@ from megatron_smlp.checkpoints.loading import choose_checkpoint
 from megatron_smlp.checkpoints.saving import Saving
 from megatron_smlp.megatron_patches import checkpointing, rank_messages, tensorboard, training_loop
 from megatron_smlp.platform import allocator, cpu
-from megatron_smlp.training.agreement import StepAgreement
-from megatron_smlp.training.nonfinite_guard import NonFiniteGuard
+from megatron_smlp.training.agreement import StepAgreement, may_update
 from megatron_smlp.training.reporting import Reporter, Tasks
 from megatron_smlp.training.signals import StartUp, graceful_signals
 from megatron_smlp.training.step import ForwardStep
@@ -48,15 +47,18 @@ class Run:
     ) -> None:
         self.args = args
         start_up = start_up or StartUp()
-        start_up.before_ending = self._stopped_at_start
         self.reporter = Reporter(
-            args, step=step, tasks=tasks, reached=self._reached, begins=start_up.over
+            args,
+            step=step,
+            tasks=tasks,
+            reached=lambda iteration: self.saving.reached(iteration),
+            begins=start_up.over,
         )
         self.say = self.reporter.say
         self.saving = Saving(args, self.reporter)
+        start_up.before_ending = lambda: self.saving.release(DONE)
         self.own_part = step.own_part
         self.agreement = StepAgreement(args, pop_nonfinite=step.pop_nonfinite)
-        self.guard = NonFiniteGuard(args, agreement=self.agreement, say=self.say)
 
     @contextlib.contextmanager
     def observed(self, observe: Observe = lambda own: own) -> Iterator[None]:
@@ -69,7 +71,7 @@ class Run:
             rank_messages.installed(self.agreement.take),
             training_loop.installed(
                 observe(self.reporter),
-                may_update=self.guard.may_update,
+                may_update=lambda: may_update(self.args, self.agreement, self.say),
                 before_update=self.agreement.send,
                 computed=self.own_part.end,
             ),
@@ -78,12 +80,6 @@ class Run:
             self.reporter.session(),
         ):
             yield
-
-    def _reached(self, iteration: int) -> None:
-        self.saving.reached(iteration)
-
-    def _stopped_at_start(self) -> None:
-        self.saving.release(DONE)
 
     def _before_loading(self) -> None:
         self.saving.claim()

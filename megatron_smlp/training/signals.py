@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from megatron_smlp.interrupts import interrupt
@@ -51,12 +51,7 @@ class StartUp(contextlib.AbstractContextManager["StartUp"]):
             threading.Thread(target=self._watch, args=(read,), daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.over()
         if self.pipe is not None:
             signal.set_wakeup_fd(-1)
@@ -94,26 +89,22 @@ def graceful_signals(*, announces: bool) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *WARNINGS)}
     process = os.getpid()
 
-    def first(signum: int, frame: FrameType | None) -> None:
+    def handle(signum: int, frame: FrameType | None) -> None:
         if os.getpid() != process:
             return  # a data loader's worker, which reads on until it is ended
-        signal.signal(signal.SIGINT, interrupt)
+        message = f"{signal.Signals(signum).name}: {END}\n".encode()
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, interrupt)
+            message = MESSAGE
         if announces:
-            os.write(2, MESSAGE)  # print() may be what was interrupted, and cannot be re-entered
-        graceful(signum, frame)
-
-    def warned(signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != process:
-            return
-        if announces:
-            os.write(2, f"{signal.Signals(signum).name}: {END}\n".encode())
+            os.write(2, message)  # print() may be what was interrupted, and cannot be re-entered
         graceful(signum, frame)
 
     if callable(graceful):
-        signal.signal(signal.SIGINT, first)
+        signal.signal(signal.SIGINT, handle)
         for number in WARNINGS:
             if before[number] == signal.SIG_DFL:  # under nohup, SIGHUP is ignored: so it stays
-                signal.signal(number, warned)
+                signal.signal(number, handle)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -149,6 +150,7 @@ class TestSetup:
         """Of three steps, one with a report in between."""
         monkeypatch.setattr(rank_messages, "_writes", lambda iteration: iteration == 2)
 
+        @functools.wraps(training.training_log)
         def megatrons(losses: Any, totals: Any, *_: Any) -> None:
             for key in losses:
                 zero = torch.tensor([0.0], dtype=torch.float)
@@ -159,7 +161,7 @@ class TestSetup:
         log = loop().around_log(megatrons)
         for iteration in (1, 2, 3):
             losses = {"lm loss": torch.randn(()), "suffix loss": torch.randn(())}
-            log(losses, ours, 0.1, iteration, 1.0, True, 0)
+            log(losses, ours, 0.1, iteration, 1.0, True, 0, *[None] * 4)
             megatrons(losses, theirs)
         assert set(ours) == set(theirs)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -167,5 +169,6 @@ class TestSetup:
     def test_a_skipped_steps_losses_go_to_megatron(self):
         """It counts those that are not finite."""
         losses, totals = {"lm loss": torch.tensor(float("nan"))}, {}
-        assert loop().around_log(lambda given, *_: given)(losses, totals, 0.1, 1, 1.0, True, 1)
+        log = functools.wraps(training.training_log)(lambda given, *_: given)
+        assert loop().around_log(log)(losses, totals, 0.1, 1, 1.0, True, 1, *[None] * 4)
         assert not totals

@@ -197,12 +197,13 @@ def test_flag_against_the_checkpoint_is_refused(
 ) -> None:
     """By the model.json of the checkpoint, before anything is built."""
     from megatron_smlp.checkpoints.folders import iteration_folder
-    from megatron_smlp.checkpoints.model_record import write_model_flags
+    from megatron_smlp.checkpoints.model_record import model_flags
+    from megatron_smlp.checkpoints.run_record import write_records
 
     words = f"{flags(corpus)} --train-iters 2 --save {tmp_path}"
     args = parse(words, base="")
     iteration_folder(tmp_path, 7).mkdir()
-    write_model_flags(args, iteration_folder(tmp_path, 7))
+    write_records(iteration_folder(tmp_path, 7), model_flags(args), {})
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7", encoding="utf-8")
     assert parse(f"{words} --lr 1e-3 --micro-batch-size 1", base="").load == str(tmp_path)
     with pytest.raises(UsageError, match=named):

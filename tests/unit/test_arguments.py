@@ -14,7 +14,8 @@ from support.in_process import MINIMAL
 from support.launches import REPOSITORY, clean_environment
 
 from megatron_smlp.checkpoints.folders import TRACKER, iteration_folder
-from megatron_smlp.checkpoints.model_record import write_model_flags
+from megatron_smlp.checkpoints.model_record import model_flags
+from megatron_smlp.checkpoints.run_record import write_records
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import cpu
 from megatron_smlp.routers.hash_table import balanced_table, table_as_json
@@ -412,7 +413,7 @@ class TestRefusals:
 def checkpoint(args: Any, folder: Path) -> None:
     """Write what a save leaves for the check: the tracker file and the flags of the model."""
     iteration_folder(folder, 3).mkdir()
-    write_model_flags(args, iteration_folder(folder, 3))
+    write_records(iteration_folder(folder, 3), model_flags(args), {})
     (folder / TRACKER).write_text("3")
 
 

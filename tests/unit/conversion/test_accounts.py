@@ -206,8 +206,8 @@ def test_a_wrong_conversion_is_noticed(
     """Keys taken for values: no name and no shape is wrong, only the logits are."""
     from megatron_smlp.conversion import names
 
-    swapped = tuple(names.QKV_PARTS[i] for i in (0, 2, 1))
-    monkeypatch.setattr(names, "QKV_PARTS", swapped)
+    parts = names.OURS.in_layer[names.QKV]
+    monkeypatch.setitem(names.OURS.in_layer, names.QKV, tuple(parts[i] for i in (0, 2, 1)))
     with pytest.raises(forward_check.ForwardCheckError, match="nothing was written"):
         run(from_hf, exported, tmp_path / "run")
     assert not list(tmp_path.iterdir())

@@ -90,7 +90,7 @@ def test_building_data_iterators_draws_nothing_from_the_models_generator():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    cpu._keeping_random_state(lambda: torch.rand(7))()
+    torch.random.fork_rng(devices=[])(lambda: torch.rand(7))()
     assert torch.equal(torch.rand(1), expected)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from megatron_smlp.checkpoints.model_record import model_flags
 from megatron_smlp.conversion.huggingface import config_of
-from megatron_smlp.conversion.names import HeadShape, to_huggingface
+from megatron_smlp.conversion.names import OURS
 from megatron_smlp.hf.modeling_smlp import SMLPBaseRouter, SMLPForCausalLM, SMLPGShardRouter
 from megatron_smlp.ops.balanced_assignment import balanced_assignment
 from megatron_smlp.routers.draws import uniform
@@ -85,12 +85,9 @@ def by_global_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def in_reference_names(tensors: dict[str, Tensor], args: Any) -> dict[str, Tensor]:
-    heads = HeadShape.of(model_flags(args))
-    return {
-        target: recipe.make(tensor)
-        for name, tensor in by_global_name(tensors).items()
-        for target, recipe in to_huggingface(name, heads).items()
-    }
+    whole = by_global_name(tensors)
+    plan = OURS.export_plan(whole, model_flags(args))
+    return {target: recipe.make(whole[recipe.sources[0]]) for target, recipe in plan.items()}
 
 
 def reference_of(model: Any, args: Any) -> SMLPForCausalLM:

@@ -1,0 +1,151 @@
+"""The model among transformers' own tools: Trainer, autocast, offloading, new tokens, old names."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.smlp_systems import SYSTEMS, VOCABULARY, make_ids, make_model
+from transformers import Trainer, TrainingArguments
+
+from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPHashRouter
+
+
+def trainer(model: Any, ids: torch.Tensor, folder: Path, **options: Any) -> Trainer:
+    """Eight equal rows, so that a loss does not depend on which of them are taken."""
+    pytest.importorskip("accelerate")
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in ids[:1].expand(8, -1)]
+    return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+
+
+def test_the_trainer_evaluates_and_predicts(tmp_path: Path):
+    model = make_model("smlp_partial")
+    ids = make_ids(1, 30)
+    expected = model(ids, labels=ids).loss.item()
+    its = trainer(model, ids, tmp_path)
+    assert its.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert its.predict(its.eval_dataset).predictions.shape == (8, 30, VOCABULARY)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_trainers_loss_is_the_models(tmp_path: Path, accumulation: int):
+    """Partial prediction has no loss on its prefix; a mean over all labels would be too small."""
+    model = make_model("smlp_partial").train()
+    model.config.hidden_dropout = 0.0
+    ids = make_ids(1, 30).expand(2, -1)
+    expected = model(ids, labels=ids).loss.item()
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
+    done = trainer(model, ids, tmp_path, max_steps=1, learning_rate=0.0, **options).train()
+    assert done.training_loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_autocast_trains_and_routes_in_fp32(system: str):
+    model = make_model(system).train()
+    ids = make_ids(2, 30)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(ids, labels=ids)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    model.eval()
+    seen: list[torch.Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith(".router") and not isinstance(module, SMLPHashRouter):
+            module.register_forward_hook(lambda _, __, routing: seen.append(routing.weights))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(ids)
+    assert all(weights.dtype == torch.float32 for weights in seen)
+
+
+@pytest.mark.parametrize("system", ["gmlp", "switch"])
+def test_generation_while_training_with_checkpoints(system: str):
+    model = make_model(system)
+    for layer in model.model.layers:
+        layer.dropout = 0.0
+    prompt = {"input_ids": make_ids(1, 5), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**prompt)
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.generate(**prompt), expected)
+
+
+@torch.no_grad()
+def test_the_old_name_of_a_cache():
+    model, ids = make_model("smlp_deterministic"), make_ids(2, 12)
+    whole = model(ids).logits
+    first = model(ids[:, :11], use_cache=True)
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        last = model(ids[:, 11:], past_key_values=first.cache).logits
+    torch.testing.assert_close(last[:, 0], whole[:, 11], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@torch.no_grad()
+def test_offloaded_weights(system: str):
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = make_model(system), make_ids(2, 30)
+    expected = model(ids).logits
+    offloaded = accelerate.cpu_offload(model, execution_device="cpu")
+    torch.testing.assert_close(offloaded(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [VOCABULARY - 10, VOCABULARY + 7])
+@torch.no_grad()
+def test_a_vocabulary_of_another_size(tmp_path: Path, size: int):
+    model, ids = make_model("hash"), make_ids(2, 12).clamp(max=size - 8)
+    model.config.unpadded_vocab_size = VOCABULARY - 3
+    model.generation_config.suppress_tokens = [VOCABULARY - 3, VOCABULARY - 2, VOCABULARY - 1]
+    before = model(ids).logits
+    model.resize_token_embeddings(size, mean_resizing=False)
+    common = min(size, VOCABULARY)
+    torch.testing.assert_close(model(ids).logits[..., :common], before[..., :common])
+    assert model(torch.tensor([[size - 1]])).logits.shape[-1] == size
+    assert model.generation_config.suppress_tokens is None
+    tables = {m.table for m in model.modules() if isinstance(m, SMLPHashRouter)}
+    assert all(torch.equal(table, next(iter(tables))) for table in tables)
+    model.save_pretrained(tmp_path)
+    loaded = SMLPForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.unpadded_vocab_size is None
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_positions_and_masks_that_mean_something_else():
+    model, ids = make_model("gmlp"), make_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    positions = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, 1)
+    padded = model(ids, attention_mask=mask).logits
+    assert torch.equal(model(ids, attention_mask=mask, position_ids=positions).logits, padded)
+    packed = torch.arange(12).remainder(6)[None]
+    with pytest.raises(ValueError, match="packed documents would mix"):
+        model(ids, position_ids=packed)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[2, 1, 12, 12\]"):
+        model(ids, attention_mask=torch.ones(2, 1, 12, 12))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[2, 5\]"):
+        model(ids, attention_mask=mask[:, :5])
+
+
+@torch.no_grad()
+def test_outputs_that_the_configuration_asks_for():
+    model, ids = make_model("gmlp"), make_ids(1, 4)
+    model.config.output_hidden_states = True
+    assert len(model(ids).hidden_states) == model.config.num_layers + 1
+    model.config.return_dict = False
+    assert isinstance(model(ids), tuple)
+
+
+def test_a_kind_of_cache_that_is_not_taken(caplog: pytest.LogCaptureFixture):
+    model, ids = make_model("gmlp"), make_ids(1, 4)
+    plain = model.generate(ids, max_new_tokens=4, do_sample=False)
+    static = model.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="static")
+    assert torch.equal(plain, static)
