@@ -138,13 +138,7 @@ def slots_of(config: TransformerConfig, *, architecture: str | None = None) -> l
     options = options_of(config)
     if architecture is not None:
         options = dataclasses.replace(options, architecture=architecture)
-    return layer_slots(
-        options,
-        num_layers=config.num_layers,
-        num_experts=config.num_moe_experts,
-        moe_layer_freq=config.moe_layer_freq,
-        num_attention_heads=config.num_attention_heads,
-    )
+    return layer_slots(options, config, num_experts=config.num_moe_experts)
 
 
 def layer_submodules(config: TransformerConfig, slots: LayerSlots) -> TransformerLayerSubmodules:

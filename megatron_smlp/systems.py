@@ -254,14 +254,7 @@ def is_moe_layer(index: int, moe_layer_freq: int | list[int]) -> bool:
     return index % moe_layer_freq == 0
 
 
-def layer_slots(
-    options: Any,
-    *,
-    num_layers: int,
-    num_experts: int | None,
-    moe_layer_freq: int | list[int],
-    num_attention_heads: int,
-) -> list[LayerSlots]:
+def layer_slots(options: Any, sizes: Any, *, num_experts: int | None) -> list[LayerSlots]:
     """Return the slots of every layer, first to last.
 
     | architecture | mixer | channel |
@@ -275,23 +268,24 @@ def layer_slots(
 
     Args:
         options: ModelOptions, or anything with its names.
+        sizes: Megatron's namespace or config, whose name of `num_experts` differs.
     """
     kind = ARCHITECTURES[options.architecture]
-    counts = {"num_attention_heads": num_attention_heads}  # not one of our options
     slots = []
-    for index in range(num_layers):
+    for index in range(sizes.num_layers):
         mixer, is_sparse = kind.mixer, index >= options.num_dense_layers
         if kind.sparse_mixer and is_sparse and options.feature_router != "none":
             mixer = kind.sparse_mixer
         routes = num_experts is not None and (
-            is_sparse if kind.sparse_mixer else is_moe_layer(index, moe_layer_freq)
+            is_sparse if kind.sparse_mixer else is_moe_layer(index, sizes.moe_layer_freq)
         )
         heads = MIXERS[mixer].heads
+        owner = sizes if heads == "num_attention_heads" else options
         slots.append(
             LayerSlots(
                 mixer=mixer,
                 channel="token_moe" if routes else kind.channel,
-                heads=counts[heads] if heads in counts else getattr(options, heads),
+                heads=getattr(owner, heads) or 1,
             )
         )
     return slots

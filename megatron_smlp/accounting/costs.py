@@ -113,15 +113,8 @@ class ModelShape:
         # A namespace of Megatron's own script has experts and no rule of ours.
         num_experts = None if getattr(args, "token_router", "") == "none" else args.num_experts
         is_partial = options.feature_router == "partial"
-        slots = layer_slots(
-            options,
-            num_layers=args.num_layers,
-            num_experts=num_experts,
-            moe_layer_freq=args.moe_layer_freq,
-            num_attention_heads=args.num_attention_heads,
-        )
         return cls(
-            slots=tuple(slots),
+            slots=tuple(layer_slots(options, args, num_experts=num_experts)),
             hidden_size=args.hidden_size,
             ffn_hidden_size=args.ffn_hidden_size,
             seq_length=args.seq_length,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,18 +23,6 @@ Floats = npt.NDArray[np.float64]
 
 LONGEST_REPEAT = 4
 FREQUENCY_BINS = 5
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Tokens of one kind."""
-
-    label: str
-    tokens: int
-    loss: float
-    """Their mean, in nats."""
-    sd: float
-    """Standard deviation over the tokens."""
 
 
 class Breakdown:
@@ -64,19 +51,17 @@ class Breakdown:
         for name, kind in self._kinds.items():
             self._values[name].append(kind(tokens, first))
 
-    def report(self) -> dict[str, list[Bin]]:
-        """Return the bins of `position`, `frequency` and `repeat` that have tokens."""
+    def report(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the bins of `position`, `frequency` and `repeat` that have tokens.
+
+        Each has a label, its number of tokens, their mean loss and its standard deviation over them
+        (`sd`), in nats.
+        """
         losses = np.concatenate(self._losses)
         values = {name: np.concatenate(found) for name, found in self._values.items()}
-        return {
-            "position": list(_bins(losses, values["position"], _powers(values["position"]))),
-            "frequency": list(
-                _bins(
-                    losses, values["frequency"], [(n, n, str(n + 1)) for n in range(FREQUENCY_BINS)]
-                )
-            ),
-            "repeat": list(_bins(losses, values["repeat"], REPEAT_BINS)),
-        }
+        powers = _powers(values["position"])
+        bounds = {"position": powers, "frequency": FIFTHS, "repeat": REPEAT_BINS}
+        return {name: list(_bins(losses, values[name], bounds[name])) for name in values}
 
 
 FIFTHS = [(number, number, str(number + 1)) for number in range(FREQUENCY_BINS)]
@@ -115,13 +100,11 @@ def _powers(positions: Ints) -> list[tuple[int, int, str]]:
     return [(low, high, f"{low}-{high}" if high > low else str(low)) for low, high in ends]
 
 
-def _bins(losses: Floats, values: Ints, bounds: Sequence[tuple[int, int, str]]) -> Iterator[Bin]:
+def _bins(
+    losses: Floats, values: Ints, bounds: Sequence[tuple[int, int, str]]
+) -> Iterator[dict[str, Any]]:
     for low, high, label in bounds:
         own = losses[(values >= low) & (values <= high)]
         if len(own):
-            yield Bin(label, len(own), float(own.mean()), float(own.std()))
-
-
-def as_record(report: dict[str, list[Bin]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the report as plain JSON."""
-    return {name: [vars(each) for each in bins] for name, bins in report.items()}
+            loss, sd = float(own.mean()), float(own.std())
+            yield {"label": label, "tokens": len(own), "loss": loss, "sd": sd}

@@ -24,7 +24,7 @@ from megatron_smlp.data.pairs.training_check import verify_for_training
 from megatron_smlp.data.token_counts import counts_in
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.breakdown import Breakdown, as_record
+from megatron_smlp.evaluation.breakdown import Breakdown
 from megatron_smlp.evaluation.rows import Row, Scorer
 
 CHUNK = 256
@@ -180,7 +180,7 @@ def measure(
         result["suffix_tokens"] = num_suffix
         result["suffix_perplexity"] = math.exp(math.fsum(suffix) / num_suffix)
     if breakdown is not None:
-        result["breakdown"] = as_record(breakdown.report())
+        result["breakdown"] = breakdown.report()
     return result
 
 

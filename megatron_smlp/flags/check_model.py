@@ -34,13 +34,7 @@ def check_model(args: argparse.Namespace) -> None:
 
 def slots_of(args: argparse.Namespace) -> list[LayerSlots]:
     """Return the slots of the layers that these flags build."""
-    return layer_slots(
-        args,
-        num_layers=args.num_layers,
-        num_experts=args.num_experts,
-        moe_layer_freq=args.moe_layer_freq,
-        num_attention_heads=args.num_attention_heads or 1,
-    )
+    return layer_slots(args, args, num_experts=args.num_experts)
 
 
 def _check_attention(args: argparse.Namespace) -> None:

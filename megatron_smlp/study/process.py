@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import yaml
 
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
+from megatron_smlp.launching.parent import end_with_parent
 
 OUTPUT = "output.log"
 FLAGS = "flags.yaml"
 POLL_SECONDS = 1.0
 PATIENCE = 60.0  # seconds, for a run that saves before it ends
-PR_SET_PDEATHSIG = 1
 
 
 def training_command(
@@ -48,12 +48,6 @@ def _script() -> str:
     return spec.origin
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process where its worker is killed: two must not train one run."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def run_command(
     command: Sequence[str], *, folder: Path, stop: threading.Event, watch: Callable[[], None]
 ) -> int:
@@ -70,7 +64,8 @@ def run_command(
             stdout=log,
             stderr=subprocess.STDOUT,
             process_group=0,  # Ctrl-C is the worker's, which ends the run so that it saves
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            # Two must not train one run, where a worker is killed and its run goes on.
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),
         )
         with _ended_with_us(process):
             while process.poll() is None and not stop.wait(POLL_SECONDS):

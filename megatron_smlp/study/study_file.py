@@ -132,13 +132,6 @@ class Speed:
     """Steps of a system in a round."""
 
 
-def _section(kind: type) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        return _read(kind, value)
-
-    return read
-
-
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """The machines that `plan` prices a study on; no run knows of them."""
@@ -170,13 +163,13 @@ class Study:
     evaluations: int = key(_whole, 5)
     """Evaluations in the shortest horizon; they keep this distance to the end."""
     seeds: dict[str, tuple[int, ...]] = key(_by_system(_list(_whole)))
-    tuning: Tuning | None = key(_section(Tuning), None)
+    tuning: Tuning | None = key(lambda value: _read(Tuning, value), None)
     subject: str = key(_text)
     """The system whose claims are tested."""
     ablations: tuple[tuple[str, str], ...] = key(_list(_pair), ())
     """Pairs of a system with and without something, for claim C5."""
-    speed: Speed = key(_section(Speed), Speed())
-    cluster: Cluster | None = key(_section(Cluster), None)
+    speed: Speed = key(lambda value: _read(Speed, value), Speed())
+    cluster: Cluster | None = key(lambda value: _read(Cluster, value), None)
     flops_tolerance: float = key(_share, 0.03)
     """Largest difference of the systems' FLOPs per token in the paper's convention."""
     needed_flops_tolerance: float = key(_share, 0.03)

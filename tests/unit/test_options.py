@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 from support.launches import REPOSITORY
@@ -25,9 +26,8 @@ ATTENTION, GATING, FEATURE = "attention", "spatial_gating", "feature_moe"
 def table(
     options: ModelOptions, *, num_experts: int | None = None, freq: int | list[int] = 1
 ) -> list[tuple[str, str, int]]:
-    slots = layer_slots(
-        options, num_layers=4, num_experts=num_experts, moe_layer_freq=freq, num_attention_heads=8
-    )
+    sizes = Namespace(num_layers=4, moe_layer_freq=freq, num_attention_heads=8)
+    slots = layer_slots(options, sizes, num_experts=num_experts)
     assert all(isinstance(row, LayerSlots) for row in slots)
     return [dataclasses.astuple(row) for row in slots]
 

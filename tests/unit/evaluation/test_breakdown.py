@@ -10,7 +10,6 @@ import pytest
 from megatron_smlp.evaluation.breakdown import (
     LONGEST_REPEAT,
     Breakdown,
-    as_record,
     frequency_bins,
     repeats,
 )
@@ -59,7 +58,7 @@ def test_every_kind_has_all_tokens_and_their_mean():
         losses += own.tolist()
         breakdown.add(row, RowScore(tuple(-own), (False,) * row.scored))
     assert len(losses) == len(text) - 1
-    report = as_record(breakdown.report())
+    report = breakdown.report()
     positions = {each["label"]: each["tokens"] for each in report["position"]}
     # The first window scores all of its 16 positions, each later one its last 5, 11 to 15.
     assert [positions[label] for label in ("0", "1-2", "3-6")] == [1, 2, 4]
