@@ -77,7 +77,7 @@ def require_package(name: str, *, purpose: str, extra: str) -> None:
     """Check that an optional package can be imported.
 
     Raises:
-        DataError: with the way to install it.
+        UsageError: with the way to install it.
     """
     if find_spec(name) is None:
-        raise DataError(f"{purpose} needs the Python package {name!r}: pip install {extra}")
+        raise UsageError(f"{purpose} needs the Python package {name!r}: pip install {extra}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.command_line import Parser, flag_of
-from megatron_smlp.errors import UsageError
+from megatron_smlp.errors import UsageError, require_package
 from megatron_smlp.generation.cli import check_model_arguments
 
 EPILOG = """\
@@ -189,9 +189,9 @@ def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -
     """Score zero-shot tasks, print a table, and write the files that were asked for."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
-    from megatron_smlp.evaluation.selection import require_harness, select_tasks, split_names
+    from megatron_smlp.evaluation.selection import select_tasks, split_names
 
-    require_harness()
+    require_package("lm_eval", purpose="--tasks", extra="'.[eval]'")
     from megatron_smlp.library_logging import quiet_libraries
 
     with quiet_libraries():

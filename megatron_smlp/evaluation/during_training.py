@@ -21,9 +21,9 @@ from torch import nn
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.model_tokenizer import bare
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
-from megatron_smlp.errors import DataError, UsageError
+from megatron_smlp.errors import DataError, UsageError, require_package
 from megatron_smlp.evaluation.reports import as_record, task_texts
-from megatron_smlp.evaluation.selection import require_harness, select_tasks, split_names
+from megatron_smlp.evaluation.selection import select_tasks, split_names
 from megatron_smlp.library_logging import quiet_libraries
 from megatron_smlp.routers.statistics import RouterStatistics
 
@@ -42,7 +42,7 @@ class TaskEvaluation:
     """
 
     def __init__(self, args: argparse.Namespace, statistics: RouterStatistics) -> None:
-        require_harness()
+        require_package("lm_eval", purpose="--eval-tasks", extra="'.[eval]'")
         self.args = args
         self.statistics = statistics
         names = split_names(args.eval_tasks, flag="--eval-tasks")

@@ -116,11 +116,3 @@ def _check_known(name: str, known: Sequence[str], *, where: str = "known are") -
     few = f"{where} {', '.join(known)}" if len(known) < 20 else ""
     text = "; ".join(part for part in (hint, few) if part) or "`lm_eval ls tasks` lists all"
     raise UsageError(f"--tasks {name} is not a task: {text}")
-
-
-def require_harness() -> None:
-    """Raise `UsageError` with the way to install lm-evaluation-harness where it is missing."""
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise UsageError("--tasks needs lm-evaluation-harness: pip install '.[eval]'") from error

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser
-from megatron_smlp.errors import UsageError
+from megatron_smlp.errors import UsageError, require_package
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UsageError: matplotlib is not there, a run cannot be read, or --output not be made.
     """
     args = build_parser().parse_args(argv)
-    if find_spec("matplotlib") is None:
-        raise UsageError("plots need matplotlib: pip install '.[plots]'")
+    require_package("matplotlib", purpose="a plot", extra="'.[plots]'")
     if args.smooth is not None and args.smooth < 1:
         raise UsageError(f"--smooth {args.smooth}: 1 or more logged lines are expected.")
     from megatron_smlp.plotting.records import read_runs

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser, flag_of
-from megatron_smlp.errors import UsageError
+from megatron_smlp.errors import UsageError, require_package
 from megatron_smlp.generation.cli import add_model_arguments, check_model_arguments
 
 if TYPE_CHECKING:
@@ -55,13 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("max_body_bytes", "max_waiting"):
         if getattr(options, name) < 1:
             raise UsageError(f"{flag_of(name)} {getattr(options, name)}: give 1 or more")
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"serve.py needs the package {error.name!r}: pip install '.[serve]'"
-        ) from error
+    for package in ("fastapi", "pydantic", "uvicorn"):
+        require_package(package, purpose="serve.py", extra="'.[serve]'")
     listening = _listen(options.host, options.port)
     from megatron_smlp.generation.language_model import load
     from megatron_smlp.library_logging import quiet_libraries
