@@ -26,7 +26,7 @@ from megatron_smlp.generation.language_model import LanguageModel
 from megatron_smlp.serving import engine
 from megatron_smlp.serving.admission import Admission
 from megatron_smlp.serving.answers import Answer, logprobs_of
-from megatron_smlp.serving.requests import CompletionRequest, RequestError, parse
+from megatron_smlp.serving.requests import CompletionRequest, RequestError, check_model, parse
 
 logger = logging.getLogger(__name__)
 Send = Callable[[dict[str, Any]], object]
@@ -129,9 +129,14 @@ class Service:
 
     async def models(self, request: Request) -> dict[str, Any]:
         """Answer /v1/models."""
+        return {"object": "list", "data": [await self.model(self.lm.name, request)]}
+
+    async def model(self, name: str, request: Request) -> dict[str, Any]:
+        """Answer /v1/models/NAME."""
         self.admission.check(request.headers, has_body=False)
-        model = {"id": self.lm.name, "object": "model", "created": self.created}
-        return {"object": "list", "data": [{**model, "owned_by": "megatron_smlp"}]}
+        check_model(name, self.lm)
+        about = {"object": "model", "created": self.created, "owned_by": "megatron_smlp"}
+        return {"id": name, **about}
 
     async def body(self, request: Request) -> bytes:
         """Read a request's body, unless it is too long."""
@@ -193,6 +198,8 @@ class Service:
             if error is not None:
                 logger.error("a request failed", exc_info=error)
                 yield _event({"error": FAILURE})
+            elif asked.stream_options.get("include_usage"):
+                yield _event({**head, "choices": [], "usage": work.usage()})
             yield "data: [DONE]\n\n"
         finally:
             work.cancelled.set()  # the client may have gone
@@ -235,6 +242,7 @@ def build_app(
         return JSONResponse(wrong.body(), status_code=error.status_code)
 
     app.add_api_route("/v1/models", service.models, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/models/{name:path}", service.model, methods=["GET"], response_model=None)
     app.add_api_route("/v1/completions", completions, methods=["POST"], response_model=None)
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(

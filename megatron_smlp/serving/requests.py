@@ -67,12 +67,25 @@ class CompletionRequest(BaseModel):
     logprobs: int | None = _limited(None, 0, MOST_LOGPROBS, f"an integer from 0 to {MOST_LOGPROBS}")
     echo: Literal[True, False] = Field(False, description="true or false")
     stream: Literal[True, False] = Field(False, description="true or false")
+    stream_options: dict[Literal["include_usage"], bool] = Field(
+        {}, description='{"include_usage": true or false}'
+    )
     stop: str | list[str] = Field([], description="a text or a list of texts")
     user: Any = None
     """The name of the client; it changes nothing."""
 
 
 KNOWN = set(CompletionRequest.model_fields) - {"prompts"}
+
+
+def check_model(name: Any, lm: LanguageModel) -> None:
+    """Raise RequestError where this server has no such model."""
+    if name != lm.name:
+        raise RequestError(
+            f"the model {str(name)[:100]!r} does not exist; this server has {lm.name!r}",
+            status=404,
+            name="model",
+        )
 
 
 def parse(body: bytes, lm: LanguageModel) -> CompletionRequest:
@@ -87,12 +100,8 @@ def parse(body: bytes, lm: LanguageModel) -> CompletionRequest:
         raise RequestError(f"the body is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object")
-    if values.get("model") not in (None, lm.name):
-        raise RequestError(
-            f"the model {str(values['model'])[:100]!r} does not exist; this server has {lm.name!r}",
-            status=404,
-            name="model",
-        )
+    if values.get("model") is not None:
+        check_model(values["model"], lm)
     for name in values:
         if name not in KNOWN and values[name] not in UNSUPPORTED.get(name, (None,)):
             raise RequestError(f"{name:.40} is not supported by this server", name=name[:40])

@@ -35,8 +35,8 @@ def remedy(keys: Sequence[str], *, was_read: bool) -> str:
         return "--on-error skip goes on"
     names = " and ".join(map(repr, keys))
     return (
-        f"expected: parquet, or JSON with a text under {names} in each line or each object of an "
-        "array; --json-keys names other keys, --on-error skip leaves bad records out"
+        f"expected: parquet, or JSON with a text under {names} in each line, or each object of an "
+        "array in a .json; --json-keys names other keys, --on-error skip leaves bad records out"
     )
 
 

@@ -91,6 +91,9 @@ def logprobs_of(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
 
 def test_models_are_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["hf"]
+    assert client.models.retrieve("hf").id == "hf"
+    with pytest.raises(openai.NotFoundError, match="'other/model' does not exist"):
+        client.models.retrieve("other/model")
 
 
 def test_greedy_answers_with_log_probabilities(client: openai.OpenAI, lm: LanguageModel) -> None:
@@ -125,7 +128,11 @@ def test_pieces_together_are_the_whole(client: openai.OpenAI) -> None:
     }  # fmt: skip
     whole = client.completions.create(**asked)
     texts, tokens, reasons = [""] * 3, [0] * 3, [None] * 3
-    for event in client.completions.create(**asked, stream=True):
+    with_usage = {"stream": True, "stream_options": {"include_usage": True}}
+    events = list(client.completions.create(**asked, **with_usage))
+    assert events[-1].usage == whole.usage
+    assert [event.usage for event in events[:-1]] == [None] * (len(events) - 1)
+    for event in events:
         for piece in event.choices:
             texts[piece.index] += piece.text
             tokens[piece.index] += len(piece.logprobs.tokens)
