@@ -280,12 +280,12 @@ def layer_slots(options: Any, sizes: Any, *, num_experts: int | None) -> list[La
             is_sparse if kind.sparse_mixer else is_moe_layer(index, sizes.moe_layer_freq)
         )
         heads = MIXERS[mixer].heads
-        owner = sizes if heads == "num_attention_heads" else options
+        count = getattr(sizes if heads == "num_attention_heads" else options, heads)
         slots.append(
             LayerSlots(
                 mixer=mixer,
                 channel="token_moe" if routes else kind.channel,
-                heads=getattr(owner, heads) or 1,
+                heads=1 if count is None else count,  # None: nothing attends
             )
         )
     return slots
