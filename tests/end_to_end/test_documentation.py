@@ -30,6 +30,7 @@ NOT_HERE = {
     "make first-gpu": "tests/unit/test_first_gpu.py",
     "pip install": "the environment has the extras",
     'MIXERS["masked_mixer"]': "an excerpt; tests/unit/test_documented_commands.py compares it",
+    'TOKEN_ROUTERS["switch"]': "the same",
 }
 """Lines that run elsewhere, or a block of Python."""
 STEPS = (

@@ -101,11 +101,18 @@ def test_the_tools_have_one_vocabulary() -> None:
         assert known & shared <= flags | {"--config"}, tool
 
 
-def test_the_entries_of_a_mixer_are_as_the_page_shows_them() -> None:
-    """docs/adding-a-mixer.md has an excerpt of systems.py and of what it uses."""
-    page = (REPOSITORY / "docs" / "adding-a-mixer.md").read_text(encoding="utf-8")
-    (excerpt,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    tables: dict[str, Any] = {**vars(systems), "MIXERS": {}, "ARCHITECTURES": {}}
+@pytest.mark.parametrize(
+    ("page", "entries"),
+    [
+        ("adding-a-mixer.md", {"MIXERS": "masked_mixer", "ARCHITECTURES": "mixer"}),
+        ("adding-a-router.md", {"TOKEN_ROUTERS": "switch"}),
+    ],
+)
+def test_entries_are_as_a_page_shows_them(page: str, entries: dict[str, str]) -> None:
+    """The pages have excerpts of systems.py and of what it uses."""
+    text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+    (excerpt,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    tables: dict[str, Any] = {**vars(systems), **{name: {} for name in entries}}
     exec(excerpt, tables)
-    assert tables["MIXERS"]["masked_mixer"] == systems.MIXERS["masked_mixer"]
-    assert tables["ARCHITECTURES"]["mixer"] == systems.ARCHITECTURES["mixer"]
+    for name, entry in entries.items():
+        assert tables[name][entry] == getattr(systems, name)[entry]
