@@ -186,17 +186,16 @@ def _weights(options: Options) -> Weights:
     if options.source == "gpt2" or values["model_type"] == gpt2.MODEL_TYPE:
         config = gpt2.config_of(values, options.load)
         gpt2_files = gpt2.GPT2Folder(options.load, config)
-        logits = partial(huggingface.logits, partial(gpt2.build, values), gpt2_files)
-        return _of_files(options, config, gpt2_files, gpt2.import_plan, logits, GPT2_DIVISIBLE_BY)
+        build = partial(gpt2.build, values)
+        return _of_files(options, config, gpt2_files, gpt2.import_plan, build, GPT2_DIVISIBLE_BY)
     files = SafetensorsFolder(options.load)
     if values["model_type"] == llama.MODEL_TYPE:
         config = llama.config_of(values, options.load)
         build = partial(llama.build, llama.theirs_of(values))
-        logits = partial(huggingface.logits, build, files)
-        return _of_files(options, config, files, llama.TENSORS.import_plan, logits)
+        return _of_files(options, config, files, llama.TENSORS.import_plan, build)
     config = huggingface.read_config(options.load)
-    logits = partial(huggingface.logits, partial(huggingface.build, config), files)
-    return _of_files(options, config, files, huggingface.TENSORS.import_plan, logits)
+    build = partial(huggingface.build, config)
+    return _of_files(options, config, files, huggingface.TENSORS.import_plan, build)
 
 
 def _of_files(
@@ -204,7 +203,7 @@ def _of_files(
     config: SMLPConfig,
     files: Source,
     import_plan: Callable[..., Plan],
-    logits: Callable[[Tensor], Tensor],
+    build: Callable[[], Any],
     divisible_by: int | None = None,
 ) -> Weights:
     flags = huggingface.flags_of(config)
@@ -213,6 +212,7 @@ def _of_files(
     expected = megatron_model.expected_shapes(flags)
     plan = import_plan(expected, flags)
     converted = Converted(plan, source, expected, where=str(options.load))
+    logits = partial(huggingface.logits, build, files)
     return Weights(converted, flags, str(options.load), logits)
 
 

@@ -17,7 +17,7 @@ from megatron_smlp.data.pairs.manifest import (
     check_manifest_path,
     check_output_prefix,
     find_manifest,
-    fingerprint_of,
+    is_whole,
 )
 from megatron_smlp.data.pairs.writer import PairWriter, publish
 from megatron_smlp.errors import DataError
@@ -93,10 +93,10 @@ def _manifest_of(index: Index) -> Manifest | None:
     if found is None:
         return None
     path, manifest = found
-    pair = manifest.pairs[Path(index.prefix).name]
-    if fingerprint_of(bin_path(index.prefix), idx_path(index.prefix)) != pair.fingerprint:
+    if not is_whole(index.prefix, manifest):
         raise DataError(f"{index.prefix!r} is not what its manifest {path} describes; validate it")
-    return replace(manifest, pairs={Path(index.prefix).name: pair})
+    name = Path(index.prefix).name
+    return replace(manifest, pairs={name: manifest.pairs[name]})
 
 
 def _check_tokenizers(

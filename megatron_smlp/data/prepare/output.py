@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,6 +73,11 @@ class Journal:
         body["position"] = Position(**body["position"])
         body["counts"] = Counts(**body["counts"])
         return cls(**body)
+
+
+def pair_prefixes(prefix: str, keys: Sequence[str], level: str) -> list[str]:
+    """Return the prefix of each key's pair."""
+    return [f"{prefix}_{key}_{level}" for key in keys]
 
 
 class PartialOutput:
@@ -169,7 +175,7 @@ class PartialOutput:
         write_durably(self.folder / "journal.json", json.dumps(asdict(journal)))
 
     def _pair_prefixes(self) -> list[str]:
-        return [f"{self.prefix}_{key}_{self.level}" for key in self.keys]
+        return pair_prefixes(self.prefix, self.keys, self.level)
 
     def finish(self) -> dict[str, PairRecord]:
         """Write the indices; return the records of the pairs for the manifest, by name."""

@@ -20,7 +20,7 @@ from megatron_smlp.data.pairs.manifest import (
 from megatron_smlp.data.prepare.chunks import Position
 from megatron_smlp.data.prepare.encoding import EncodingSettings
 from megatron_smlp.data.prepare.inputs import describe_inputs, find_inputs, shown, stamps_of
-from megatron_smlp.data.prepare.output import Counts, PartialOutput
+from megatron_smlp.data.prepare.output import Counts, PartialOutput, pair_prefixes
 from megatron_smlp.data.prepare.records import remedy
 from megatron_smlp.data.prepare.sentences import SentenceSettings, check_sentence_data
 from megatron_smlp.data.prepare.sources import read_chunks
@@ -62,7 +62,7 @@ class PreprocessSettings:
     @property
     def pairs(self) -> list[str]:
         """Return the prefix of each key's pair."""
-        return [f"{self.output_prefix}_{key}_{self.level}" for key in self.keys]
+        return pair_prefixes(self.output_prefix, self.keys, self.level)
 
 
 @dataclass(frozen=True)
