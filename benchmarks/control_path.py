@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -61,7 +62,7 @@ def work(rank: int, size: int, port: int, results: "multiprocessing.Queue[object
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     socket.gethostname = lambda: f"node{rank:04d}"
-    hosts = SlowHosts()
+    hosts = SlowHosts(timedelta(minutes=1))
     parts: dict[str, Callable[[], object]] = {
         "step": lambda: all_gather_item(0, dtype=torch.int32),
         "log line": lambda: hosts.slow(0.1, step=0.2),

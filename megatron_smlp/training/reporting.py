@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -133,7 +134,7 @@ class Reporter:
         logged, silent = self.metrics.newest() if self.metrics else (0, None)
         self.restart = restart(self.before, iteration=iteration, logged=logged, silent=silent)
         if self.args.world_size > 1:
-            self.slow_hosts = SlowHosts()
+            self.slow_hosts = SlowHosts(timedelta(minutes=self.args.distributed_timeout_minutes))
         last = self.metrics.drop_after(iteration) if self.metrics else {}
         self.compute.resume(last, tokens=self._tokens())
         if iteration:

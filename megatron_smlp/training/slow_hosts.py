@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -90,16 +91,23 @@ class Slow:
 
 
 class SlowHosts:
-    """Compares all ranks. Every method is collective."""
+    """Compares all ranks. Every method is collective.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: of a message between machines. torch would wait half an hour, whatever the other
+            groups wait.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
         self.hosts: list[str] = gathered(socket.gethostname())
         leaders = sorted(
             {host: rank for rank, host in reversed(list(enumerate(self.hosts)))}.values()
         )
         self.leaders = leaders
         self.links = (
-            torch.distributed.new_group(leaders, backend="gloo") if len(leaders) > 1 else None
+            torch.distributed.new_group(leaders, timeout=timeout, backend="gloo")
+            if len(leaders) > 1
+            else None
         )
         self.computing, self.sending = _Streak("computes slowly"), _Streak("sends slowly")
 
