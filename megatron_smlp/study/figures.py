@@ -293,7 +293,7 @@ class Drawing:
             panel.set_xticks(range(len(labels)), labels=labels, fontsize=8)
             panel.set_xlabel(PANELS[kind])
             tidy(panel)
-        panels[0].set_ylabel(f"loss less that of\n{first} (nats per token)")
+        panels[0].set_ylabel(f"loss minus that of\n{first} (nats per token)")
         note = f"final checkpoints, mean of {len(seeds)} seeds; above 0: a higher loss than {first}"
         self._legend(figure, note, there)
         return figure
