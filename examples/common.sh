@@ -51,9 +51,9 @@ check_common() {
 }
 
 # needs_one_connection TRAINING_FLAG...: whether CUDA is to have one queue, so that communication
-# starts in the order in which it is asked for. Megatron insists on it for tensor or context
-# parallelism before Blackwell (compute capability 10), and refuses it with FSDP. Parallel sizes in
-# a file that CONFIG includes are not seen here: the training then sets it when it starts.
+# starts in the order in which it is asked for. Megatron insists on it for tensor parallelism
+# before Blackwell (compute capability 10), and refuses it with FSDP. A size in a file that CONFIG
+# includes is not seen here: the training then sets it when it starts.
 needs_one_connection() {
   local words major=0
   words="$(printf '%s ' "$@" | cat - "$CONFIG" | tr _ -)"
@@ -62,7 +62,7 @@ needs_one_connection() {
     major="${major%%.*}"
   fi
   ((${major:-0} < 10)) &&
-    grep -Eq '(tensor-model|context)-parallel-size[ =:]+([2-9]|[1-9][0-9])' <<< "$words" &&
+    grep -Eq 'tensor-model-parallel-size[ =:]+([2-9]|[1-9][0-9])' <<< "$words" &&
     ! grep -Eq 'use-(megatron-fsdp|torch-fsdp2)' <<< "$words"
 }
 

@@ -8,7 +8,7 @@
 #   PYTHON            interpreter (default: the project's .venv, else python3)
 #   MAX_RESTARTS      times that processes are started again by one agent (default: 3)
 #   SHUTDOWN_TIMEOUT  seconds to save in when the run is told to end (default: 600)
-#   CUDA_DEVICE_MAX_CONNECTIONS   set to 1 where tensor or context parallelism needs it
+#   CUDA_DEVICE_MAX_CONNECTIONS   set to 1 where tensor parallelism needs it
 #
 # With --save a run that fails goes on from its newest checkpoint; after three failures without a
 # newer one it ends with 93. SIGTERM, SIGUSR1 and Ctrl-C save, and end it with 0.
@@ -16,7 +16,8 @@
 # For example, two processes on a laptop, each with half of the model:
 #
 #   CONFIG=configs/cpu/gmlp.yaml NPROC_PER_NODE=2 examples/one_node.sh \
-#     --tensor-model-parallel-size 2 --data-path corpus_text_document --save runs/gmlp
+#     --tensor-model-parallel-size 2 --data-path corpus_text_document --save runs/gmlp \
+#     --tokenizer-type HuggingFaceTokenizer --tokenizer-model data/tokenizer
 
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh

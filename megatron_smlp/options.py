@@ -274,7 +274,7 @@ class RunOptions:
     to the next one. What was saved before stays intact."""
 
     log_dir: str | None = option(None, of_one_start=True)
-    """Folder of metrics.jsonl and of the start-up record (default: the --save folder)."""
+    """Folder of metrics.jsonl and megatron.log (default: the --save folder)."""
 
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     """At a loss that is NaN or infinite: stop the run, or skip that step's update."""

@@ -2,7 +2,7 @@
 """What a configuration costs: parameters, FLOPs, and the memory and traffic of one GPU.
 
     tools/estimate.py --config configs/cpu/smlp_deterministic.yaml
-    tools/estimate.py --config configs/cpu/gmlp.yaml --json \\
+    tools/estimate.py --config configs/paper/large/transformer.yaml --json --vocab-size 50257 \\
         --world-size 128 --tensor-model-parallel-size 4 --pipeline-model-parallel-size 4
 """
 

@@ -25,6 +25,13 @@ def check_model(args: argparse.Namespace) -> None:
     if kind.attends:
         _check_attention(args)
     _call(MIXERS[kind.mixer].check, args)
+    if args.context_parallel_size > 1:
+        # Attention could; the mixers' checks have said why they cannot.
+        raise UsageError(
+            f"--context-parallel-size {args.context_parallel_size} is not available: each rank "
+            "reads whole sequences. Leave it out; --tensor-model-parallel-size shards the features "
+            "instead."
+        )
     if args.input_projection == "minhash":
         _call("megatron_smlp.layers.minhash:check_flags", args)
     if kind.sparse_mixer:

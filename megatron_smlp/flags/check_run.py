@@ -167,14 +167,14 @@ def check_layout(args: argparse.Namespace) -> None:
     Raises:
         UsageError: see the messages.
     """
-    tp, pp, cp, ep = (
+    tp, pp, ep = (
         getattr(args, f"{name}_parallel_size")
-        for name in ("tensor_model", "pipeline_model", "context", "expert_model")
+        for name in ("tensor_model", "pipeline_model", "expert_model")
     )
     expert_tp = args.expert_tensor_parallel_size or tp
-    _check_processes(args, tensor_model=tp, pipeline_model=pp, context=cp)
+    _check_processes(args, tensor_model=tp, pipeline_model=pp)
     _check_processes(args, expert_tensor=expert_tp, pipeline_model=pp, expert_model=ep)
-    data_parallel = args.world_size // (tp * pp * cp)
+    data_parallel = args.world_size // (tp * pp)
     step = args.micro_batch_size * data_parallel
     batch = args.global_batch_size
     if batch is not None and batch % step:

@@ -72,13 +72,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
 
 
 def _limit_cuda_connections(args: argparse.Namespace) -> None:
-    """Megatron insists on one connection under tensor and context parallelism, FSDP refuses it.
+    """Megatron insists on one connection under tensor parallelism, FSDP refuses it.
 
     CUDA reads it when it starts, which importing Megatron may do: the launchers export it.
     """
-    parallel = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
     sharded = args.use_torch_fsdp2 or args.use_megatron_fsdp
-    if parallel and not sharded:
+    if args.tensor_model_parallel_size > 1 and not sharded:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 

@@ -11,11 +11,7 @@ from megatron_smlp.checkpoints.folders import latest_iteration
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.config_file import read_yaml, spelling
 
-PARALLEL = (
-    "--tensor-model-parallel-size",
-    "--pipeline-model-parallel-size",
-    "--context-parallel-size",
-)
+PARALLEL = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
 
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:

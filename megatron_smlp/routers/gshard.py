@@ -74,7 +74,8 @@ class GShardRouter(SwitchRouter):
 
 
 def attach_samples(model: nn.Module, keys: Tensor) -> None:
-    """Before a micro-batch: tell this model, or stage, whose it is; keys: draws.sample_keys."""
+    """Before a micro-batch: tell the routers of this model, or stage, that have `samples`, whose it
+    is; keys: draws.sample_keys."""
     for module in model.modules():
-        if isinstance(module, GShardRouter):
-            module.samples.hand(keys)
+        if isinstance(samples := getattr(module, "samples", None), Handed):
+            samples.hand(keys)

@@ -83,12 +83,17 @@ class HashRouter(TokenRouter):
 
 
 def attach_token_ids(model: nn.Module) -> None:
-    """Let every HASH router of this model, or pipeline stage, know the input of each call."""
-    routers = [module for module in model.modules() if isinstance(module, HashRouter)]
+    """Let every router of this model, or pipeline stage, that has `token_ids`, know the input of
+    each call."""
+    readers = [
+        module.token_ids
+        for module in model.modules()
+        if isinstance(getattr(module, "token_ids", None), Handed)
+    ]
 
     def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for router in routers:
-            router.token_ids.hand(args[0] if args else kwargs["input_ids"])
+        for token_ids in readers:
+            token_ids.hand(args[0] if args else kwargs["input_ids"])
 
-    if routers:
+    if readers:
         model.register_forward_pre_hook(give, with_kwargs=True)

@@ -84,7 +84,7 @@ def warm_up_lines(plan: Plan) -> Iterator[str]:
         yield (
             f"  WARNING: trials with over {LONG_WARM_UP:.0%} of warm-up choose learning rates\n"
             "  that are too high for a whole training: lengthen `tuning: horizon`, or shorten\n"
-            "  the first of `horizons`, which sets the warm-up."
+            "  the warm-up: `lr-warmup-iters`, or a fraction of the first of `horizons`."
         )
 
 

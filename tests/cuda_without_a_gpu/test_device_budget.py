@@ -5,6 +5,7 @@ is written down by running that again; a larger one needs a reason.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ def test_a_step_and_each_kind_of_layer(
     for name, (one, other) in parts.items():
         for count in COUNTED:
             assert one[count] <= other[count], f"{system}, {name}: {count}"
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_table_of_the_documentation(system: str, written: dict[str, Any]):
+    """Counted before, without Triton and with its kernels, where that is another number."""
+    page = (REPOSITORY / "docs" / "performance.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| {system} \| \d+ / \d+ / [\d.]+ \| (.*) \|$", page, re.MULTILINE)
+    kernels = json.loads(KERNELS.read_text(encoding="utf-8"))
+    counts = [written[system], kernels[system]] if system in kernels else [written[system]]
+    cells = [" / ".join(f"{one['step'][name]:g}" for name in COUNTED) for one in counts]
+    assert row == " | ".join([*cells, "the same"][:2])
 
 
 @pytest.mark.slow

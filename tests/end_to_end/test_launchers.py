@@ -243,7 +243,6 @@ def test_slurm_queues_a_job_again_whose_time_is_over(tmp_path: Path):
     [
         ("--tensor-model-parallel-size 2", "9.0", "", "1"),
         ("--tensor-model-parallel-size=16", "", "", "1"),
-        ("--context-parallel-size 2", "9.0", "", "1"),
         ("--tensor-model-parallel-size 2", "10.0", "", ""),
         ("--tensor-model-parallel-size 1", "9.0", "", ""),
         ("--tensor-model-parallel-size 2", "9.0", "32", "32"),

@@ -1,5 +1,6 @@
 """A study for real, in small: data, a worker that is killed, two that go on, the report."""
 
+import gzip
 import json
 import random
 import signal
@@ -63,9 +64,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["sparse", "all", "experts", "tokens", "route", "to", "the", "gate", "of", "a", "layer"]
     draw = random.Random(0)
     lines = [json.dumps({"text": " ".join(draw.choices(words, k=200))}) for _ in range(100)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "corpus.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     run_command(
-        ["examples/study_data.sh"], CORPUS=str(folder / "corpus.jsonl"), VOCABULARY="280",
+        ["examples/study_data.sh"], CORPUS=str(folder / "corpus.jsonl.gz"), VOCABULARY="280",
         OUTPUT=str(folder / "made"), PYTHON_BIN=sys.executable,
     )  # fmt: skip
     return folder / "made"

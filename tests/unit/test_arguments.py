@@ -324,6 +324,8 @@ class TestRefusals:
             (f"{GMLP} --context-parallel-size 2",
              r"--context-parallel-size 2 is not available with spatial gating.*Leave it out"),
             (f"{SMLP} --context-parallel-size 2", r"--context-parallel-size 2 is not available"),
+            (f"{TRANSFORMER} --context-parallel-size 2",
+             r"--context-parallel-size 2 is not available: each rank reads whole sequences"),
             (f"{SMLP} --expert-model-parallel-size 2",
              r"--expert-model-parallel-size 2 without --num-experts"),
             (f"{SMLP} --token-router switch --num-experts 3 --expert-model-parallel-size 2",
