@@ -118,6 +118,8 @@ class Mixer:
     """Whether it has spatial matrices: --spatial-heads, --toeplitz."""
     routes: bool = False
     """Whether a router sends its chunks to experts."""
+    recomputes: bool = False
+    """Whether --recompute-granularity selective recomputes something of it."""
     host_reads: bool = False
     """Whether the host reads a tensor of it in a step, so that no CUDA graph can hold it."""
     check: str | None = None
@@ -135,12 +137,14 @@ MIXERS: dict[str, Mixer] = {
         attends=True,
         drops_attention=True,
         learned_positions=True,
+        recomputes=True,
     ),
     "spatial_gating": Mixer(
         spec="megatron_smlp.layers.spatial_gating:gating_spec",
         cost=f"{COSTS}:gating_cost",
         title="spatial gating, heads: {heads}",
         spatial=True,
+        recomputes=True,
         check=GATING_CHECK,
     ),
     "gating_and_attention": Mixer(
@@ -149,6 +153,7 @@ MIXERS: dict[str, Mixer] = {
         title="spatial gating, heads: {heads}, and attention of width {tiny_attention_width}",
         drops_attention=True,
         spatial=True,
+        recomputes=True,
         check=GATING_CHECK,
     ),
     "feature_moe": Mixer(
@@ -158,6 +163,7 @@ MIXERS: dict[str, Mixer] = {
         heads="num_feature_experts",
         spatial=True,
         routes=True,
+        recomputes=True,
         check=GATING_CHECK,
     ),
     "masked_mixer": Mixer(

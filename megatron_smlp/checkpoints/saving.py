@@ -63,6 +63,8 @@ class Save:
     partial: Path
     final: Path
     began: float
+    record: dict[str, Any]
+    """For run.json, of when it was started: one in the background ends some steps later."""
     trouble: list[str]
     """Problems of this rank at which Megatron would leave the others waiting."""
 
@@ -202,7 +204,9 @@ class Saving:
             except OSError as error:
                 problem = f"{partial.parent}: {error.strerror}"
         partial, problem = from_first_rank((partial, problem))
-        self.open.append(Save(partial, final, time.perf_counter(), trouble=[]))
+        is_first, iteration = self._is_first_rank(), iteration_of(final)
+        record = run_record(self.args, iteration=iteration) if is_first else {}
+        self.open.append(Save(partial, final, time.perf_counter(), record, trouble=[]))
         self._agree([problem] if problem else [])
         return partial
 
@@ -228,8 +232,7 @@ class Saving:
 
     def _publish(self, save: Save) -> Sequence[str | TakenOverError]:
         try:
-            record = run_record(self.args, iteration=iteration_of(save.final))
-            write_records(save.partial, model_flags(self.args), record)
+            write_records(save.partial, model_flags(self.args), save.record)
             integrity.seal(save.partial)
             self._fence()
             replace_folder(save.partial, save.final)

@@ -53,6 +53,7 @@ EXPERT_FLAGS = {
     "moe_shared_expert_intermediate_size": "there are no shared experts",
     "moe_shared_expert_overlap": "there are no shared experts",
     "moe_shared_expert_gate": "a shared expert has weight 1",
+    "mlp_chunks_for_training": "it routes all tokens of a micro-batch at once",
     "moe_use_upcycling": "tools/convert_checkpoint.py --upcycle makes a dense model sparse",
 }
 
@@ -126,6 +127,12 @@ def check_feature_router(args: argparse.Namespace) -> None:
                 f"be --num-feature-experts {experts}: chunk i goes to expert i. Leave it out."
             )
         return
+    if args.calculate_per_token_loss and args.partial_loss == "suffix":
+        raise UsageError(
+            "--calculate-per-token-loss with --partial-loss suffix would divide the loss by the "
+            "tokens behind the prefix, and balance losses by all: leave it out, or give "
+            "--partial-loss all."
+        )
     prefix = prefix_length(args, seq_length=args.seq_length)
     if not (0 < args.prefix_fraction < 1 and 0 < prefix < args.seq_length):
         raise UsageError(

@@ -121,6 +121,13 @@ def check_schedule(args: argparse.Namespace) -> None:
             "--full-validation stops Megatron 0.19 unless --multiple-validation-sets is given too: "
             "give both, or --eval-iters with the number of batches."
         )
+    rows = args.eval_micro_batch_size or args.micro_batch_size
+    is_split = args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1
+    if args.full_validation and rows != 1 and is_split:
+        raise UsageError(
+            "--full-validation reads sample by sample, and other ranks of the model would expect "
+            f"micro-batches of {rows}: give --eval-micro-batch-size 1."
+        )
     if args.eval_iters and not has_validation_data(args):
         raise UsageError(
             f"--eval-iters {args.eval_iters} without data to validate on: give --eval-iters 0, or "

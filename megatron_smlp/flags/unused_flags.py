@@ -13,7 +13,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check_model import slots_of
 from megatron_smlp.options import DEFAULTS, OUR_FLAGS
 from megatron_smlp.platform import cpu
-from megatron_smlp.systems import ARCHITECTURES, MIXERS
+from megatron_smlp.systems import ARCHITECTURES, MIXERS, mixer_of
 
 OTHER_LAYER_FLAGS = (
     "multi_latent_attention",
@@ -27,7 +27,11 @@ OTHER_LAYER_FLAGS = (
     "is_hybrid_model",
 )
 SPECS = [["megatron_smlp.architectures", name] for name in ARCHITECTURES]
-DOCUMENT_FLAGS = ("reset_attention_mask", "reset_position_ids")
+DOCUMENT_FLAGS = (
+    "reset_attention_mask",
+    "reset_position_ids",
+    "dataloader_inter_document_masking",
+)
 OTHER_PROGRAMS = ("rl", "biencoder", "vision", "Logits Distillation", "inference", "sft")
 """Groups of flags in Megatron's help that pretraining does not read."""
 READ_HERE = frozenset({"cuda_graph_scope", "cuda_graph_modules"})
@@ -57,6 +61,26 @@ OTHER_RECOVERY = {
     "--config, and its monitor is ft_launcher's",
 }
 """Ways of Megatron's to survive a failure that do not work here, and why."""
+NOT_HERE = {
+    "use_mup": "has no rule for spatial matrices, experts and routers",
+    "use_te_activation_func": "puts the tanh approximation of GELU into the experts, where every "
+    "other layer has the exact one",
+    "overlap_moe_expert_parallel_comm": "runs layers in parts by a plan of Megatron's own, past "
+    "what hands routers their inputs",
+    "delay_wgrad_compute": "is for --overlap-moe-expert-parallel-comm, which is not available",
+    "optimizer_cuda_graph": "would replay updates without looking whether the loss is finite",
+    **dict.fromkeys(
+        (
+            "non_persistent_save_interval",
+            "non_persistent_ckpt_type",
+            "non_persistent_global_ckpt_dir",
+            "non_persistent_local_ckpt_dir",
+        ),
+        "makes checkpoints of another kind, which no start looks for: give --save-interval, and "
+        "--keep-last for how many are kept",
+    ),
+}
+"""Flags that do not work with what is here, and why."""
 ATTENTION_FLAGS = (
     "group_query_attention",
     "num_query_groups",
@@ -83,6 +107,8 @@ TRANSFORMER_ENGINE_FLAGS = (
     "fp8",
     "fp4",
 )
+CORE = "core_attn"
+"""What Megatron calls the part of a token mixer that recomputes, where one does."""
 CUDA_GRAPH_FLAGS = ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
 SPELLINGS = {
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
@@ -123,15 +149,9 @@ def refuse_unused(args: argparse.Namespace) -> None:
             "a spatial matrix has one row for each position of the sample, wherever its documents "
             "begin (docs/data.md). Leave it out."
         )
-    for name in _given(args, ("use_mup",)):
-        raise UsageError(
-            f"{_flag(name)} has no rule for spatial matrices, experts and routers: leave it out."
-        )
-    for name in _given(args, ("use_te_activation_func",)):
-        raise UsageError(
-            f"{_flag(name)} puts the tanh approximation of GELU into the experts, where every "
-            "other layer has the exact one: leave it out."
-        )
+    for name in _given(args, tuple(NOT_HERE)):
+        raise UsageError(f"{_flag(name)} {NOT_HERE[name]}. Leave it out.")
+    _refuse_recomputing(args)
     if not ARCHITECTURES[args.architecture].attends:
         _refuse_attentions(args)
     if all(slots.channel == "none" for slots in slots_of(args)):
@@ -147,6 +167,25 @@ def refuse_unused(args: argparse.Namespace) -> None:
                 f"{_flag(name)} needs Transformer Engine, which is not in use "
                 "(--transformer-impl local): leave it out."
             )
+
+
+def _refuse_recomputing(args: argparse.Namespace) -> None:
+    """Refuse selective recomputation of what no layer has."""
+    if args.recompute_granularity != "selective":
+        return
+    modules = args.recompute_modules or [CORE]
+    if CORE in modules and not any(mixer_of(slots).recomputes for slots in slots_of(args)):
+        raise UsageError(
+            f"--recompute-granularity selective recomputes {CORE} unless --recompute-modules says "
+            f"otherwise, and --architecture {args.architecture} has none: give "
+            "--recompute-granularity full, or other modules."
+        )
+    attends = ARCHITECTURES[args.architecture].attends
+    if "layernorm" in modules and (args.fp8 or args.fp4) and not attends:
+        raise UsageError(
+            "--recompute-modules layernorm with FP8 or FP4 is for attention, not for "
+            f"--architecture {args.architecture}: give other modules."
+        )
 
 
 def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
@@ -197,6 +236,12 @@ def _refuse_evaluating_in_graphs(args: argparse.Namespace, flag: str) -> None:
         raise UsageError(
             f"{flag} with dropout replays it in evaluations: give --hidden-dropout 0 and "
             "--attention-dropout 0, or --eval-iters 0, or leave it out."
+        )
+    if args.eval_micro_batch_size not in (None, args.micro_batch_size):
+        raise UsageError(
+            f"{flag} captures micro-batches of --micro-batch-size {args.micro_batch_size}, and "
+            f"--eval-micro-batch-size {args.eval_micro_batch_size} is another: leave one of them "
+            "out."
         )
     if args.eval_tasks:
         raise UsageError(

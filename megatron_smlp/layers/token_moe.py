@@ -122,7 +122,9 @@ class Experts(SequentialMLP):
             w_e f_e(h): <float>[n, D] (a part of the sum, where experts are tensor parallel); and
             None in place of a bias.
         """
-        compute = self.grouped if self._can_group(hidden_states) else self.one_by_one
+        # A rank that no token reaches has nothing to multiply, for which there may be no kernel.
+        can_group = len(hidden_states) > 0 and self._can_group(hidden_states)
+        compute = self.grouped if can_group else self.one_by_one
         output = compute(hidden_states, tokens_per_expert)
         return (output * weights.unsqueeze(-1)).to(output.dtype), None
 
@@ -219,7 +221,27 @@ def _experts(builder: Any, num_local_experts: int, config: TransformerConfig, **
     # FP8 pads each expert's tokens, weights and all, which is Megatron's own affair.
     if builder.func is SequentialMLP and not (config.fp8 or config.fp4):
         builder = partial(Experts, **builder.keywords)
-    return builder(num_local_experts, _without_bias(config), **kwargs)
+    groups = kwargs["pg_collection"]
+    others = config.num_moe_experts - num_local_experts
+    if not (others and config.use_cpu_initialization and config.perform_initialization):
+        return builder(num_local_experts, _without_bias(config), **kwargs)
+    # The CPU's generator is the same on all ranks: without the others' draws, each rank would have
+    # the experts of the first one.
+    before = groups.ep.rank() * num_local_experts
+    _draw_experts(before, config)
+    experts = builder(num_local_experts, _without_bias(config), **kwargs)
+    _draw_experts(others - before, config)
+    return experts
+
+
+def _draw_experts(count: int, config: TransformerConfig) -> None:
+    """Draw the weights of other ranks' experts, as Megatron draws these, and forget them."""
+    width = config.moe_ffn_hidden_size * (2 if config.gated_linear_unit else 1)
+    for _ in range(count):
+        config.init_method(torch.empty(width, config.hidden_size, device="cpu"))
+        config.output_layer_init_method(
+            torch.empty(config.hidden_size, config.moe_ffn_hidden_size, device="cpu")
+        )
 
 
 def _router(builder: Any, *, config: TransformerConfig, **kwargs: Any) -> Any:

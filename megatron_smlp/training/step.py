@@ -203,7 +203,9 @@ def next_batch(
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=(
+            args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size
+        ),
         seq_length=args.seq_length,
         mtp_on_this_rank=needs_every_batch(
             args

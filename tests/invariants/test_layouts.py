@@ -273,7 +273,11 @@ def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def two(one: Runs, request: pytest.FixtureRequest) -> Runs:
     priced = {k: v for name in PRICED for k, v in one.priced(name, TWO_PROCESSES[name]).items()}
-    launch(one.asked_for(request, TWO_PROCESSES) | priced, processes=2, folder=one.folder)
+    fresh = {"start/ep2": f"{one.fresh('smlp')} --train-iters 1 {TWO_PROCESSES['ep2']}"}
+    for rows in (1, 2):  # --micro-batch-size 2
+        flags = f"{one.fresh('gmlp_1_head')} --train-iters 1 {TP} --eval-micro-batch-size {rows}"
+        fresh[f"rows/{rows}"] = flags
+    launch(one.asked_for(request, TWO_PROCESSES) | priced | fresh, processes=2, folder=one.folder)
     return one
 
 
@@ -308,6 +312,27 @@ def test_the_steps_move_far_more_than_the_tolerance(one: Runs, architecture: str
 def test_two_processes_train_as_one(two: Runs, architecture: str, layout: str):
     last = ON_THE_EDGE.get((architecture, layout), TOLERANCE)
     _assert_same(two.steps(architecture, layout), two.steps(architecture, "plain"), last=last)
+
+
+def test_experts_on_two_ranks_start_as_in_one_process(two: Runs):
+    """Each rank with experts of its own, and not both with the first one's."""
+    ((ours,), (plain,)) = two.steps("start", "ep2"), two.steps("seeds", "smlp")
+    assert ours.loss == pytest.approx(plain.loss, rel=TOLERANCE)
+    assert ours.grad_norm == pytest.approx(plain.grad_norm, rel=TOLERANCE)
+
+
+def test_an_evaluation_of_other_micro_batches(two: Runs):
+    """A tensor parallel rank receives as many rows as the first one reads."""
+    losses = [
+        [
+            line["validation_loss"]
+            for line in records(two.folder / "rows" / rows)
+            if "validation_loss" in line
+        ]
+        for rows in ("1", "2")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE)
+    assert len(losses[0]) == 1
 
 
 @pytest.mark.parametrize(("architecture", "layout"), _marked(_cases(FOUR_PROCESSES)))

@@ -326,6 +326,9 @@ class TestRefusals:
             (f"{SMLP} --context-parallel-size 2", r"--context-parallel-size 2 is not available"),
             (f"{TRANSFORMER} --context-parallel-size 2",
              r"--context-parallel-size 2 is not available: each rank reads whole sequences"),
+            (f"{GMLP} --tensor-model-parallel-size 2 --micro-batch-size 2 --full-validation "
+             "--multiple-validation-sets",
+             r"--full-validation reads sample by sample, .* of 2: give --eval-micro-batch-size 1"),
             (f"{SMLP} --expert-model-parallel-size 2",
              r"--expert-model-parallel-size 2 without --num-experts"),
             (f"{SMLP} --token-router switch --num-experts 3 --expert-model-parallel-size 2",

@@ -57,6 +57,33 @@ def parse() -> Iterator[Parse]:
             "--position-embedding-type rope acts on .* give none or learned_absolute, or leave",
         ),
         ("--architecture gmlp --use-te-activation-func", "--use-te-activation-func puts the tanh"),
+        (
+            "--architecture gmlp --dataloader-inter-document-masking",
+            "--dataloader-inter-document-masking: samples are read whole",
+        ),
+        (
+            f"{TRANSFORMER} --overlap-moe-expert-parallel-comm",
+            "--overlap-moe-expert-parallel-comm runs layers in parts by a plan",
+        ),
+        (f"{TRANSFORMER} --delay-wgrad-compute", "--delay-wgrad-compute is for --overlap-moe"),
+        (f"{TRANSFORMER} --optimizer-cuda-graph", "--optimizer-cuda-graph would replay updates"),
+        (
+            f"{TRANSFORMER} --non-persistent-save-interval 5 --non-persistent-ckpt-type global",
+            "--non-persistent-save-interval makes checkpoints of another kind, .* Leave it out",
+        ),
+        (
+            "--architecture aft --recompute-granularity selective",
+            "--recompute-granularity selective recomputes core_attn .* and --architecture aft has",
+        ),
+        (
+            "--architecture amlp --token-router hash --num-experts 2 --mlp-chunks-for-training 2",
+            "--mlp-chunks-for-training is not available with --token-router hash: it routes all",
+        ),
+        (
+            "--architecture smlp --num-dense-layers 1 --num-feature-experts 2 --feature-router "
+            "partial --calculate-per-token-loss",
+            "--calculate-per-token-loss with --partial-loss suffix would divide",
+        ),
     ],
 )
 def test_other_layers_flags(parse: Parse, words: str, message: str):

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from support.in_process import layer_config
+from support.launches import launch_calls
 from torch import Tensor
 
 from megatron_smlp.layers import attention
 from megatron_smlp.layers.attention import CausalCoreAttention
-from megatron_smlp.layers.tiny_attention import TinyAttention
+from megatron_smlp.layers.tiny_attention import TinyAttention, _SameGradient
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -125,3 +127,21 @@ def test_masks_other_than_causal_are_refused():
 def test_what_it_cannot_do_is_refused_when_the_layer_is_built(changes: dict[str, object]):
     with pytest.raises(ValueError, match=r"--window-size and --softmax-type .* Leave them out"):
         _core(CausalCoreAttention, **changes)
+
+
+def test_replicated_heads_get_one_gradient(tmp_path: Path):
+    """Two ranks whose gradients differ, as those of a GPU do by rounding, go on with their mean."""
+    launch_calls(_differ, str(tmp_path), processes=2, log=tmp_path / "log")
+    gradients = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert gradients[0].tolist() == gradients[1].tolist() == [3.0] * 4
+
+
+def _differ(folder: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    x = torch.ones(4, requires_grad=True)
+    same = _SameGradient.apply(x, torch.distributed.group.WORLD)
+    same.backward(torch.full((4,), 2.0 + 2 * rank))
+    torch.save(x.grad, Path(folder, f"{rank}.pt"))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
