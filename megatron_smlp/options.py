@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin
 
-from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS
+from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS, TOP_K
 
 NEVER_OLDER = object()
 """No checkpoint is older than the flag."""
@@ -341,6 +341,15 @@ _FUNCTIONS = {
     "rotary_seq_len_interpolation_factor": None,
     "use_rope_scaling": False,
     "rope_scaling_factor": 8.0,
+    "no_rope_freq": None,
+    "qk_layernorm": False,
+    "qk_l2_norm": False,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "window_attn_skip_freq": None,
+    "attention_output_gate": False,
+    "layernorm_zero_centered_gamma": False,
+    "moe_mlp_glu_interleave_size": None,
 }
 MEGATRON_FLAGS: dict[str, MegatronFlag] = {
     **{
@@ -355,7 +364,7 @@ MEGATRON_FLAGS: dict[str, MegatronFlag] = {
     "group_query_attention": MegatronFlag(default=False),
     "num_query_groups": MegatronFlag(default=1),
     "seq_length": MegatronFlag(hf="max_position_embeddings"),
-    "max_position_embeddings": MegatronFlag(derived=True),
+    "max_position_embeddings": MegatronFlag(),
     "position_embedding_type": MegatronFlag(
         default="learned_absolute", hf="position_embedding_type"
     ),
@@ -363,7 +372,7 @@ MEGATRON_FLAGS: dict[str, MegatronFlag] = {
     "num_experts": MegatronFlag(hf="num_experts", upcycling=True),
     "moe_ffn_hidden_size": MegatronFlag(hf="moe_ffn_hidden_size", upcycling=True),
     "moe_layer_freq": MegatronFlag(default=1, hf="moe_layer_freq", upcycling=True),
-    "moe_router_topk": MegatronFlag(default=2, derived=True),
+    "moe_router_topk": MegatronFlag(default=2, token_routers=TOP_K),
     "moe_router_score_function": MegatronFlag(
         default="softmax", older="softmax", hf="moe_router_score_function"
     ),

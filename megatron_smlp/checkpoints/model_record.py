@@ -28,6 +28,8 @@ def model_flags(args: argparse.Namespace) -> dict[str, Any]:
 
     flags = {name: getattr(args, name) for name in MODEL_FLAGS}
     flags["vocab_size"] = get_tokenizer().vocab_size
+    if flags["window_size"] is not None:
+        flags["window_size"] = str(flags["window_size"])  # JSON has no tuples
     if not args.group_query_attention:
         flags["num_query_groups"] = None  # without it Megatron fills in one number or another
     return flags

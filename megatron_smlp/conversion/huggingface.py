@@ -167,7 +167,7 @@ def check_folder(folder: Path) -> bool:
         UsageError: the configuration is damaged, or of a model that the weights are plainly not of.
         DamagedCheckpointError: a file of the weights is not what it says.
     """
-    values = read_config_json(folder)
+    values, specs = read_config_json(folder), None
     if any((folder / name).is_file() for name in (INDEX, SINGLE)):
         specs = SafetensorsFolder(folder).specs
         experts = values.get("num_experts") if values["model_type"] == MODEL_TYPE else None
@@ -175,7 +175,13 @@ def check_folder(folder: Path) -> bool:
             sizes = {"num_layers": values.get(name, 0), "num_experts": experts}
             check_scale(specs, sizes, where=str(folder))
     if values["model_type"] == MODEL_TYPE:
-        build(read_config(folder))
+        model = build(read_config(folder))
+        missing = [name for name in expected_shapes(model) if specs and name not in specs]
+        if missing:  # transformers would go on with random numbers
+            raise UsageError(
+                f"{folder} has no weights for {missing[0]}, one of {len(missing)} of the model of "
+                "its config.json: the two do not belong together."
+            )
         return True
     return False
 

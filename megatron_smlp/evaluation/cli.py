@@ -157,6 +157,8 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
         suffix_from = suffix_start(flags, seq_length=facts.seq_length)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if options.suffix_from is None and suffix_from >= scorer.longest:
+        suffix_from = 0  # partial prediction's own; nobody asked for it of shorter windows
     result = measure(
         scorer,
         tokenizer,
@@ -226,7 +228,9 @@ def _harness_model(options: argparse.Namespace, megatron_flags: Sequence[str]) -
 
     def generator() -> Any:
         device = str(scorer.device)
-        return of_checkpoint(options.checkpoint, tokenizer, dtype=options.dtype, device=device)
+        return of_checkpoint(
+            args.load, tokenizer, iteration=args.ckpt_step, dtype=options.dtype, device=device
+        )
 
     return ScorerModel(scorer, tokenizer, shows_progress=args.rank == 0, generator=generator)
 

@@ -33,7 +33,8 @@ TAKE_A_SIZE = ("NullTokenizer", "ByteLevelTokenizer", "TikTokenizer")
 def load_model(
     checkpoint: str, flags: Sequence[str], *, dtype: str = "auto"
 ) -> tuple[argparse.Namespace, list[Any], Tokenizer]:
-    """Start Megatron and load the newest checkpoint of a folder. Collective.
+    """Start Megatron and load the checkpoint of a folder that --ckpt-step names, or the newest.
+    Collective.
 
     Args:
         flags: Megatron's, from the command line: layout, another tokenizer.
@@ -45,10 +46,6 @@ def load_model(
     Raises:
         UsageError: no checkpoint, flags that contradict it, another vocabulary.
     """
-    try:
-        saved = TorchDistCheckpoint(checkpoint)
-    except UsageError as error:
-        raise UsageError(f"--checkpoint {checkpoint}: {error}") from error
     from megatron_smlp.flags.from_model_record import model_arguments
     from megatron_smlp.flags.parse import build_parser, parse_arguments
     from megatron_smlp.megatron_patches import table
@@ -59,7 +56,14 @@ def load_model(
     table.apply()
     parser = build_parser()
     given, _ = parser.parse_known_args(list(flags))
-    spec = TokenizerSpec.from_arguments(given if given.tokenizer_type else _recorded(saved))
+    try:
+        saved = TorchDistCheckpoint(checkpoint, iteration=given.ckpt_step)
+    except UsageError as error:
+        raise UsageError(f"--checkpoint {checkpoint}: {error}") from error
+    if given.tokenizer_type:
+        spec = TokenizerSpec.from_arguments(given)
+    else:
+        spec = TokenizerSpec.recorded(_recorded(saved), trusts=given.trust_remote_code)
     tokenizer = resolve_for(
         spec, source=f"--checkpoint {checkpoint}", entries=saved.flags["vocab_size"]
     )
@@ -70,7 +74,7 @@ def load_model(
             *tokenizer_flags(spec),
             *_precision_flags(given, dtype, stored=main_dtype(saved.specs)),
             *flags,
-            *_load_flags(Path(checkpoint)),
+            *_load_flags(saved.folder),
         ]
     )
     with args.thawed():
@@ -78,11 +82,10 @@ def load_model(
 
 
 def _load_flags(checkpoint: Path) -> list[str]:
-    """Megatron's flags for a run, or for one checkpoint of it."""
-    iteration = iteration_of(checkpoint)
-    if iteration is None:
-        return ["--load", str(checkpoint)]
-    return ["--load", str(checkpoint.absolute().parent), "--ckpt-step", str(iteration)]
+    """Return Megatron's flags for one checkpoint: without, it would take what the tracker names, or
+    random weights where there is none."""
+    iteration, run = iteration_of(checkpoint), str(checkpoint.absolute().parent)
+    return ["--load", run, *(["--ckpt-step", str(iteration)] if iteration is not None else [])]
 
 
 def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:

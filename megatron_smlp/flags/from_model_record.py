@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_smlp.options import MODEL_FLAGS, Facts
+from megatron_smlp.options import MEGATRON_FLAGS, MODEL_FLAGS, Facts
 
 
 def model_arguments(parser: argparse.ArgumentParser, flags: Mapping[str, Any]) -> list[str]:
@@ -15,6 +15,9 @@ def model_arguments(parser: argparse.ArgumentParser, flags: Mapping[str, Any]) -
     for name, value in flags.items():
         facts = MODEL_FLAGS.get(name, Facts())
         is_model = not facts.derived and (facts.evaluates or not facts.may_change)
+        if name in MEGATRON_FLAGS and facts.token_routers:
+            # The other rules settle it.
+            is_model &= flags.get("token_router") in facts.token_routers
         if is_model and value is not None:
             actions = [action for action in parser._actions if action.dest == name]
             arguments += _arguments_of(actions, value)

@@ -78,12 +78,18 @@ def model_and_tokenizer(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
 
 
 def of_checkpoint(
-    checkpoint: str, tokenizer: Tokenizer, *, dtype: str = "auto", device: str | None = None
+    checkpoint: str,
+    tokenizer: Tokenizer,
+    *,
+    iteration: int | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
 ) -> LanguageModel:
-    """Load the newest checkpoint of a run, with a tokenizer that is known to be its own."""
+    """Load a checkpoint, default: the newest, with a tokenizer that is known to be its own."""
     from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 
-    model = _placed(model_of(TorchDistCheckpoint(checkpoint)), device=device, dtype=dtype)
+    found = TorchDistCheckpoint(checkpoint, iteration=iteration)
+    model = _placed(model_of(found), device=device, dtype=dtype)
     return LanguageModel(model, tokenizer.build(), tokenizer.eod, Path(checkpoint).resolve().name)
 
 
@@ -92,7 +98,8 @@ def _trained(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, st
 
     checkpoint = TorchDistCheckpoint(options.checkpoint, iteration=options.ckpt_step)
     recorded = getattr(checkpoint.args, "tokenizer_type", None)
-    spec = TokenizerSpec.from_arguments(checkpoint.args) if recorded else None
+    trusts = options.trust_remote_code
+    spec = TokenizerSpec.recorded(checkpoint.args, trusts=trusts) if recorded else None
     return model_of(checkpoint), spec, f"--checkpoint {options.checkpoint}"
 
 
@@ -124,12 +131,18 @@ def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, s
     # Our own class: no code that lies in the folder is run.
     kind = SMLPForCausalLM if check_folder(folder) else AutoModelForCausalLM
     try:
-        model = kind.from_pretrained(
-            folder, dtype="auto", local_files_only=True, trust_remote_code=False
+        model, loaded = kind.from_pretrained(
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, *IMPOSSIBLE) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"--hf {folder} cannot be loaded: {reason}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise UsageError(f"--hf {folder} has no weights for {missing[0]}, which its model has.")
     spec = None
     if has_tokenizer(folder):
         spec = TokenizerSpec(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
@@ -151,11 +164,12 @@ def default_device() -> str:
 def _placed(model: Any, *, device: str | None, dtype: str) -> Any:
     import torch
 
+    if dtype != "auto":  # first, for the device need not have room for the weights as they are
+        model = model.to(getattr(torch, dtype))
     device = device or default_device()
     try:
-        model = model.to(torch.device(device))
+        return model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
             f"--device {device} cannot be used: {str(error).splitlines()[0]}"
         ) from error
-    return model if dtype == "auto" else model.to(getattr(torch, dtype))

@@ -52,6 +52,10 @@ class CausalCoreAttention(DotProductAttention):
                 "--window-size and --softmax-type other than vanilla need Transformer Engine, "
                 "which is not in use (--transformer-impl local). Leave them out."
             )
+        if self.config.apply_query_key_layer_scaling:
+            # Megatron divides queries by the layer's number, for fp16's range, and multiplies the
+            # scores by it again in its own softmax.
+            self.softmax_scale *= max(1, self.layer_number)
 
     def forward(
         self,

@@ -9,7 +9,7 @@ the worker processes, where `build` makes the encoder; training only needs its i
 import argparse
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -104,6 +104,15 @@ class TokenizerSpec:
         # Megatron stores --tokenizer-special-tokens as `special_tokens`.
         special = values.get("tokenizer_special_tokens") or getattr(args, "special_tokens", None)
         return cls(**{**values, "tokenizer_special_tokens": tuple(special or ())})
+
+    @classmethod
+    def recorded(cls, args: argparse.Namespace, *, trusts: bool = False) -> "TokenizerSpec":
+        """Return the tokenizer of a checkpoint's record, which says nothing about trust.
+
+        Args:
+            trusts: whether the user of the checkpoint lets code of that tokenizer run.
+        """
+        return replace(cls.from_arguments(args), trust_remote_code=trusts)
 
     def existing_file(self, name: str) -> Path:
         """Return the path in field `name`.

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 from support.conversions import run
-from support.in_process import pretrained
+from support.in_process import prepare_megatron, pretrained
 from torch.nn import functional
 
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import config_of, flags_of
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.from_model_record import model_arguments
+from megatron_smlp.flags.parse import build_parser
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.model import activation
 
@@ -41,6 +43,23 @@ def test_it_goes_on_with_the_same_ones_only(rotary: Path) -> None:
         pass
     with pretrained(f"{words} --rotary-percent 0.5 --save {rotary}"):
         pass
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--qk-l2-norm", "--position-embedding-type rope --no-rope-freq 2"],
+)
+def test_functions_without_weights_are_recorded(words: str, tmp_path: Path) -> None:
+    """They are evaluated as they were trained, and exported by nobody as something else."""
+    transformer = "--architecture transformer --num-attention-heads 4 --train-iters 1"
+    with pretrained(f"{transformer} {words} --save {tmp_path / 'run'}"):
+        pass
+    flag = words.split()[-2] if "freq" in words else words
+    with pytest.raises(UsageError, match=f"{flag} .* has no equal"):
+        run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)
+    prepare_megatron()
+    flags = model_arguments(build_parser(), TorchDistCheckpoint(tmp_path / "run").flags)
+    assert any(given.startswith(flag) for given in flags)
 
 
 def test_it_is_not_exported_as_something_else(rotary: Path, tmp_path: Path) -> None:

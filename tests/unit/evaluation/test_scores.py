@@ -21,9 +21,10 @@ from evaluation_helpers import (
     trained,
 )
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file, save_file
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.harness import ScorerModel, run_tasks
+from megatron_smlp.evaluation.harness import ScorerModel, run_tasks, settings_of
 from megatron_smlp.evaluation.huggingface_model import ExportedModel
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.rows import Row
@@ -38,6 +39,8 @@ OTHERS = (
     "--architecture transformer --num-attention-heads 4 --num-experts 4 --token-router switch",
     "--architecture gmlp --spatial-heads 2 --num-experts 4 --token-router hash",
     "--architecture amlp --tiny-attention-width 8",
+    "--architecture transformer --num-attention-heads 4 --num-experts 4 --token-router topk "
+    "--moe-router-topk 3",
     f"{SMLP} --feature-router deterministic --num-feature-experts 2 --token-router base",
 )
 """Beside those of the fixture `run`."""
@@ -83,6 +86,36 @@ def test_every_other_system_scores_as_its_export(
     stock = HFLM(pretrained=str(run.exported), trust_remote_code=True, device="cpu")
     for (score, _), (expected, _) in zip(mine, stock.loglikelihood(instances(pairs)), strict=True):
         assert score == pytest.approx(expected, abs=SMALL)
+
+
+def test_one_checkpoint_of_a_run_without_its_tracker(tokenizer: Path, tmp_path: Path) -> None:
+    """Not random weights, which is what Megatron starts with where no tracker names any."""
+    words = f"{SIZES} {OTHERS[0]} --save-interval 2"
+    run = trained(words, tokenizer, tmp_path).checkpoint
+    pairs = scoring_cases()[:3]
+
+    def scores(*flags: str) -> list[float]:
+        with loaded(run, *flags) as (args, stages, its_tokenizer):
+            scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=8)
+            answers = ScorerModel(scorer, its_tokenizer).loglikelihood(instances(pairs))
+            return [score for score, _ in answers]
+
+    newest, older = scores(), scores("--ckpt-step", "2")
+    assert newest != older
+    (run / "latest_checkpointed_iteration.txt").unlink()
+    assert scores() == newest
+    assert scores("--ckpt-step", "2") == older
+
+
+def test_a_folder_with_too_few_weights_is_refused(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(run.exported, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "layers.1" in name)
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=rf"{folder} has no weights for {name}, one of 1 of"):
+        ExportedModel(folder, batch_size=1, device="cpu")
 
 
 REAL = Path(__file__).parents[4] / "shared" / "data" / "tasks"
@@ -157,6 +190,43 @@ def test_texts_are_generated_as_by_the_exported_model(
     assert stop not in mine[1]
     with pytest.raises(UsageError, match=f"256 new tokens .* end at {LENGTH}"):
         ours.generate_until(instances([("a", {})], "generate_until"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({name: 5} for name in ("max_new_tokens", "max_tokens", "max_completion_tokens")),
+        {"max_gen_toks": 12, "repetition_penalty": 3.0},
+        {"max_gen_toks": 12, "temperature": 1.5},
+        {"max_gen_toks": 12, "temperature": 1.5, "do_sample": False, "num_beams": 1},
+        {"max_gen_toks": 12, "temperature": 1.5, "do_sample": True, "top_k": 9, "top_p": 0.9},
+    ],
+)
+def test_a_task_generates_as_it_asks_to(
+    scorer: tuple[MegatronScorer, Any], run: Run, stock: HFLM, settings: dict[str, Any]
+) -> None:
+    """With the same random numbers, so that samples are the same where they are drawn alike."""
+    ours = ScorerModel(*scorer, generator=lambda: of_checkpoint(str(run.checkpoint), scorer[1]))
+    asked = instances([("the model mixes", {"until": [], **settings})], "generate_until")
+    torch.manual_seed(0)
+    expected = stock.generate_until(asked)
+    assert ours.generate_until(asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_beams": 4}, "asks for num_beams: 4 in its generation_kwargs"),
+        ({"max_length": 20}, "asks for max_length: 20 in its generation_kwargs"),
+        ({"min_p": 0.1}, "asks for min_p: 0.1 in its generation_kwargs"),
+        ({"do_sample": True}, "asks for do_sample: True and temperature: 0.0"),
+        ({"temperature": "hot"}, "'temperature': 'hot'.* cannot be read"),
+    ],
+)
+def test_what_a_task_asks_for_in_vain_is_named(settings: dict[str, Any], said: str) -> None:
+    assert settings_of({"until": "a", "top_p": None})[0] == ["a"]
+    with pytest.raises(UsageError, match=said):
+        settings_of(settings)
 
 
 def rows() -> list[Row]:

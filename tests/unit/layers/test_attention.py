@@ -23,10 +23,12 @@ pytestmark = pytest.mark.usefixtures("megatron")
 TOKENS, BATCH, HEADS, WIDTH = 13, 3, 4, 6
 
 
-def _core(kind: type[DotProductAttention], **changes: object) -> DotProductAttention:
+def _core(
+    kind: type[DotProductAttention], layer_number: int = 1, **changes: object
+) -> DotProductAttention:
     core = kind(
         layer_config(num_attention_heads=HEADS, hidden_size=HEADS * WIDTH, **changes),
-        layer_number=1,
+        layer_number=layer_number,
         attn_mask_type=AttnMaskType.causal,
         attention_type="self",
     )
@@ -55,6 +57,15 @@ def test_equals_megatrons_own_core(groups: int):
         torch.testing.assert_close(
             a, b, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_scaling_by_layers_changes_no_score():
+    """Megatron divides by the layer's number before the softmax, and multiplies in it."""
+    flags = {"layer_number": 3, "apply_query_key_layer_scaling": True}
+    q, k, v = torch.randn(3, TOKENS, BATCH, HEADS, WIDTH)
+    theirs = _core(DotProductAttention, **flags)(q, k, v, None)
+    torch.testing.assert_close(_core(CausalCoreAttention, **flags)(q, k, v, None), theirs)
+    torch.testing.assert_close(_core(CausalCoreAttention)(q, k, v, None), theirs)
 
 
 def test_dropout_is_for_training_only():

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import signal
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -357,3 +358,12 @@ def test_a_tokenizer_learns_from_so_many_bytes(tmp_path: Path) -> None:
             train_tokenizer([str(source)], output=str(folder), vocab_size=260, max_bytes=size)
             learned.append((folder / "tokenizer.json").read_bytes())
     assert learned[0] == learned[1] == learned[2] != learned[3]
+
+
+def test_a_checkpoint_does_not_say_whom_to_trust():
+    """Its tokenizer may bring code, which runs where the user of the checkpoint lets it."""
+    recorded = Namespace(
+        tokenizer_type="HuggingFaceTokenizer", tokenizer_model="x", trust_remote_code=True
+    )
+    assert not TokenizerSpec.recorded(recorded).trust_remote_code
+    assert TokenizerSpec.recorded(recorded, trusts=True).trust_remote_code
