@@ -59,6 +59,7 @@ def train(
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_smlp.evaluation.during_training import tasks_of
+    from megatron_smlp.flags.check import megatrons_refusals
     from megatron_smlp.model import model_config
     from megatron_smlp.training.data import DatasetProvider, check_data
     from megatron_smlp.training.run import Run, store_of_one_process
@@ -69,7 +70,8 @@ def train(
     tasks = tasks_of(args, step.statistics)
     run = Run(args, step=step, tasks=tasks, start_up=start_up)
     with args.thawed(), run.observed(observe):
-        config = pretrain_cfg_container_from_args(args, model_config(args))
+        with megatrons_refusals():
+            config = pretrain_cfg_container_from_args(args, model_config(args))
         kind, store = ModelType.encoder_or_decoder, store_of_one_process()
         pretrain(config, DatasetProvider(run.say), kind, step, store=store)
 

@@ -56,6 +56,7 @@ def model_config(args: argparse.Namespace) -> Any:
     """Return the GPTModelConfig that `megatron.training.pretrain` builds the model from."""
     config = transformer_config(args)
     model = gpt_config_from_args(args, config=config)
+    model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 passes on whether alone
     model.transformer_layer_spec = import_module(args.spec) if args.spec else _layers
     model.pre_wrap_hooks += [_with_token_ids, _with_input_projection, _on_device]
     return model

@@ -7,7 +7,9 @@ an assertion that names no flag, some of them after minutes, and takes others in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import is_checkpoint_folder, iteration_of, tracked_folder
@@ -66,6 +68,12 @@ def _check_saving(args: argparse.Namespace) -> None:
             f"--keep-every {args.keep_every} without --keep-last deletes nothing: give both."
         )
 
+    if args.ckpt_format != "torch_dist" and (args.keep_last or args.keep_every):
+        raise UsageError(
+            f"--keep-last and --save-retain-interval with --ckpt-format {args.ckpt_format} would "
+            "delete nothing: leave them out, or --ckpt-format."
+        )
+
 
 def _check_eval_tasks(args: argparse.Namespace) -> None:
     for name in ("eval_tasks_interval", "eval_tasks_limit", "eval_tasks_data_dir"):
@@ -78,9 +86,9 @@ def _check_eval_tasks(args: argparse.Namespace) -> None:
 
 def _check_load(args: argparse.Namespace) -> None:
     """Refuse a --load that holds no checkpoint: Megatron would start from scratch."""
-    if args.load and tracked_folder(args.load) is None and not args.pretrained_checkpoint:
+    if args.load and tracked_folder(args.load) is None:
         raise UsageError(_nothing_in(Path(args.load)))
-    if args.ckpt_step and not args.load and not args.pretrained_checkpoint:
+    if args.ckpt_step and not args.load:
         where = f"{args.save} holds no checkpoint" if args.save else "there is no --load"
         raise UsageError(
             f"--ckpt-step {args.ckpt_step} asks for a checkpoint, and {where}: give --load with "
@@ -110,21 +118,38 @@ def validate(args: Arguments) -> None:
     Raises:
         UsageError: with Megatron's reason, or with the check that failed where it gives none.
     """
+    from megatron.training import get_tokenizer
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    try:
-        with args.thawed(), local_gpt2_files(args):
-            validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
-            if args.async_save and cpu.needed():
-                # Now Megatron forks a process for each save: megatron_patches/async_saving.py.
-                args.use_persistent_ckpt_worker = False
-            set_global_variables(args)
-    except (AssertionError, ValueError, RuntimeError, FileNotFoundError, OSError) as error:
-        raise UsageError(f"Megatron refuses these arguments: {_reason(error)}") from error
+    with megatrons_refusals(), args.thawed(), local_gpt2_files(args):
+        validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
+        if args.async_save and cpu.needed():
+            # Now Megatron forks a process for each save: megatron_patches/async_saving.py.
+            args.use_persistent_ckpt_worker = False
+        set_global_variables(args)
+    size, padded = get_tokenizer().vocab_size, args.padded_vocab_size
+    if size > padded:
+        raise UsageError(
+            f"--padded-vocab-size {padded} is less than the {size} ids of the tokenizer: give at "
+            "least that, or leave it out."
+        )
     _check_hash_table(args)
     if args.input_projection == "minhash":
         strings_of_tokens(args)
+
+
+@contextlib.contextmanager
+def megatrons_refusals() -> Iterator[None]:
+    """Turn what Megatron raises about its arguments into one line; some ends without a word.
+
+    Raises:
+        UsageError: with Megatron's reason.
+    """
+    try:
+        yield
+    except (AssertionError, ValueError, TypeError, RuntimeError, OSError, SystemExit) as error:
+        raise UsageError(f"Megatron refuses these arguments: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:

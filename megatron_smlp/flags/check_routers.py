@@ -9,7 +9,7 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.unused_flags import one_of, refuse_unless
 from megatron_smlp.options import prefix_length
-from megatron_smlp.systems import BALANCED, TOKEN_ROUTERS, TOP_K
+from megatron_smlp.systems import BALANCED, LIMITED, SCORING, TOKEN_ROUTERS, TOP_K
 
 ALLOWED = ", ".join(TOKEN_ROUTERS)
 CAPACITIES = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
@@ -31,6 +31,7 @@ MEGATRON_ROUTER_FLAGS = (
     "moe_router_load_balancing_type",
     "moe_router_score_function",
     "moe_router_enable_expert_bias",
+    "moe_router_pre_softmax",
     "moe_router_num_groups",
     "moe_router_group_topk",
     "moe_router_topk_scaling_factor",
@@ -75,6 +76,7 @@ def check_token_router(args: argparse.Namespace) -> None:
     _check_capacity(args)
     _check_aux_loss_coeff(args)
     _check_prices(args)
+    _check_unread(args)
 
 
 def _check_aux_loss_coeff(args: argparse.Namespace) -> None:
@@ -96,6 +98,21 @@ def _check_aux_loss_coeff(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--moe-aux-loss-coeff {' '.join(map(str, given))}: give one number, for the one "
             f"balance loss of --token-router {args.token_router}."
+        )
+
+
+def _check_unread(args: argparse.Namespace) -> None:
+    """Refuse what this rule would leave unread."""
+    given = args.explicit_flags
+    if given.get("moe_z_loss_coeff") and args.token_router not in SCORING:
+        raise UsageError(
+            f"--moe-z-loss-coeff {given['moe_z_loss_coeff']} has no scores to keep small: "
+            f"--token-router {args.token_router} has none. Leave it out."
+        )
+    if given.get("moe_token_drop_policy") and args.token_router not in LIMITED:
+        raise UsageError(
+            f"--moe-token-drop-policy {given['moe_token_drop_policy']} is for --token-router "
+            f"{one_of(LIMITED)}, and {args.token_router} drops no tokens: leave it out."
         )
 
 

@@ -128,6 +128,11 @@ def check_schedule(args: argparse.Namespace) -> None:
             "--full-validation reads sample by sample, and other ranks of the model would expect "
             f"micro-batches of {rows}: give --eval-micro-batch-size 1."
         )
+    if args.multiple_validation_sets and not args.full_validation:
+        raise UsageError(
+            "--multiple-validation-sets stops Megatron 0.19 unless --full-validation is given too: "
+            "give both, or leave it out."
+        )
     if args.eval_iters and not has_validation_data(args):
         raise UsageError(
             f"--eval-iters {args.eval_iters} without data to validate on: give --eval-iters 0, or "
@@ -148,6 +153,13 @@ def _check_length(args: argparse.Namespace) -> None:
             f"--train-iters {args.train_iters} and --train-samples {args.train_samples} both say "
             "how long the run is: give one of them."
         )
+    for name in ("step_batch_size_schedule", "phase_transition_iterations"):
+        value = args.explicit_flags.get(name)
+        if args.train_iters and value:
+            raise UsageError(
+                f"{flag_of(name)} {value} with --train-iters: Megatron counts samples, of which "
+                "it does not know how many an iteration will have. Give --train-samples."
+            )
     other = "samples" if args.train_iters else "iters"
     for name in ("lr_decay", "lr_warmup"):
         if value := getattr(args, f"{name}_{other}"):
@@ -203,6 +215,15 @@ def _check_processes(args: argparse.Namespace, **sizes: int) -> None:
         )
 
 
+SAVED_BESIDE = (
+    "save_params_interval",
+    "save_activations_interval",
+    "save_wgrads_interval",
+    "save_dgrads_interval",
+    "save_tokens_per_expert_interval",
+)
+
+
 def check_names(args: argparse.Namespace) -> None:
     """Refuse flags that mean nothing without others.
 
@@ -214,6 +235,34 @@ def check_names(args: argparse.Namespace) -> None:
             "--tokenizer-type is missing: give it as --tokenizer-type HuggingFaceTokenizer "
             "--tokenizer-model FOLDER, as when the data was made; NullTokenizer with --vocab-size "
             "does for --mock-data and --dry-run."
+        )
+    for name in SAVED_BESIDE:
+        if args.explicit_flags.get(name) and not args.save:
+            raise UsageError(f"{flag_of(name)} without --save has nowhere to write: give both.")
+    if args.rerun_mode == "report_stats":
+        raise UsageError("--rerun-mode report_stats stops Megatron 0.19: leave it out.")
+    validates = args.explicit_flags.get("rerun_mode") == "validate_results"
+    if validates and not args.check_for_large_grads:
+        raise UsageError(
+            "--rerun-mode validate_results validates nothing without --check-for-large-grads: give "
+            "both, or leave it out. --nonfinite-loss looks at losses that are not finite."
+        )
+    if args.dataloader_type == "external":
+        raise UsageError(
+            "--dataloader-type external needs a data loader of another program: give single or "
+            "cyclic, or leave it out."
+        )
+    if args.explicit_flags.get("pad_vocab_size") is False:
+        raise UsageError(
+            "--no-pad-vocab-size stops Megatron 0.19: give --make-vocab-size-divisible-by 1."
+        )
+    is_interleaved = args.num_layers_per_virtual_pipeline_stage or (
+        args.num_virtual_stages_per_pipeline_rank
+    )
+    if args.iterations_to_skip and (args.pipeline_model_parallel_size > 2 or is_interleaved):
+        raise UsageError(
+            f"--iterations-to-skip {' '.join(map(str, args.iterations_to_skip))}: Megatron 0.19 "
+            "skips data on the first and the last of two pipeline stages at most. Leave it out."
         )
     if "Null" in args.tokenizer_type and not args.vocab_size:
         raise UsageError(
@@ -301,7 +350,12 @@ def check_machine(args: argparse.Namespace) -> None:
             "Transformer Engine, which is not installed. Give core_attn, mlp or moe, or leave it "
             "out."
         )
-    if "muon" in str(args.optimizer) and find_spec("emerging_optimizers") is None:
+    if args.init_model_with_meta_device and not (args.use_megatron_fsdp or args.use_torch_fsdp2):
+        raise UsageError(
+            "--init-model-with-meta-device without --use-megatron-fsdp would start from "
+            "uninitialised weights: leave it out."
+        )
+    if args.optimizer not in ("adam", "sgd") and find_spec("emerging_optimizers") is None:
         raise UsageError(
             f"--optimizer {args.optimizer} needs the Python package 'emerging_optimizers': install "
             "it, or give --optimizer adam."

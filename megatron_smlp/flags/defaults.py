@@ -21,6 +21,10 @@ from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS, weighs_all_exper
 AUX_LOSS_COEFF = 0.01
 
 
+SPECS = "megatron_smlp.architectures"
+"""The module of --spec whose names are those of --architecture."""
+
+
 def fill_in(args: argparse.Namespace) -> None:
     """Set every default that is not a constant."""
     _fill_in_layers(args)
@@ -39,6 +43,11 @@ def _has(module: str) -> bool:
 
 def _fill_in_layers(args: argparse.Namespace) -> None:
     given = args.explicit_flags
+    module, _, name = " ".join(args.spec or ()).partition(" ")
+    if name in ARCHITECTURES and module == SPECS and "architecture" not in given:
+        args.architecture = name
+    # Samples bring no mask. A step of --iterations-to-skip would wait for one.
+    args.create_attention_mask_in_dataloader = False
     if "transformer_impl" not in given and not _has("transformer_engine"):
         args.transformer_impl = "local"
     # Apex's extension; without it Megatron's output layer stops, whatever the layers are made of.
@@ -135,6 +144,7 @@ FIRST_START = {
     "no_load_rng": None,
     "load_main_params_from_ckpt": False,
     "ckpt_step": None,
+    "override_ckpt_iteration": None,
 }
 """Flags that say what is taken of the checkpoint in --load, and their defaults: they are not of the
 one that the same command has left in --save, from which it goes on where it is started again."""
@@ -147,7 +157,7 @@ def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
         if args.load:
             vars(args).update(FIRST_START)
         args.load = args.save  # what an earlier start left
-    elif is_save_folder and tracked_folder(args.load) is None and not args.pretrained_checkpoint:
+    elif is_save_folder and not args.exit_on_missing_checkpoint and not tracked_folder(args.load):
         args.load = None  # as launchers give it; this is the first start
     recorded = (read_model_flags(args.load, args.ckpt_step) if args.load else None) or {}
     _keep_padding(args, recorded.get("padded_vocab_size"))

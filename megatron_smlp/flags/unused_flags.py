@@ -40,6 +40,11 @@ READ_NOWHERE = {
     "rampup_batch_size": "give --step-batch-size-schedule",
     "check_for_spiky_loss": "--nonfinite-loss looks at every loss",
     "use_flash_attn": "give --attention-backend",
+    "sample_rate": "leave it out",
+    "bert_binary_head": "leave it out",
+    "decoder_num_layers": "give --num-layers",
+    "exit_signal_handler_for_dataloader": "leave it out",
+    "dist_ckpt_save_pre_mcore_014": "leave it out",
     "per_dataset_sequences_path": "an index is opened in no time",
     "dataloader_fast_cache_load": "every cache is looked at before it is used",
     "dataloader_defer_npy_index_mmap": "every cache is looked at before it is used",
@@ -62,6 +67,46 @@ OTHER_RECOVERY = {
 }
 """Ways of Megatron's to survive a failure that do not work here, and why."""
 NOT_HERE = {
+    "freeze_all_layers": "freezes nothing: the builder of models does not read it",
+    "checkpoint_activations": "is gone from Megatron: give --recompute-granularity full "
+    "--recompute-method uniform --recompute-num-layers 1",
+    "adlr_autoresume": "is for NVIDIA's own cluster: examples/slurm.sh queues a job again",
+    "exit_signal": "would take the place of the signals that end a run (docs/checkpoints.md): "
+    "SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save and end it",
+    "exit_signal_handler_for_training": "would end a run without saving: SIGTERM, SIGUSR1, SIGHUP "
+    "and Ctrl-C save and end it",
+    "pretrained_checkpoint": "is loaded without a look at what made it: give --load DIR --finetune",
+    "init_method_xavier_uniform": "stops Megatron 0.19, whose configuration has no such field",
+    "hybrid_context_parallel": "is for samples of packed documents, and samples are read whole",
+    "lazy_mpu_init": "leaves out the process groups that the model is built with",
+    "decoder_seq_length": "is for models with an encoder: give --seq-length",
+    "tensor_parallel_num_weight_shards": "shards weights in a way that mixers here do not know",
+    "fake_process_group": "lets ranks exchange nothing, and they agree on each step here",
+    "log_straggler": "times parts of Megatron's own step, which this is not: each log line here "
+    "looks for machines that compute or send slowly",
+    "log_throughput": "counts a Transformer's FLOPs, whatever the model is: metrics.jsonl and the "
+    "log lines have tflops_per_device of this one",
+    "log_progress": "counts a Transformer's FLOPs, whatever the model is: metrics.jsonl has "
+    "consumed_tokens and consumed_flops",
+    **dict.fromkeys(
+        ("ckpt_convert_format", "ckpt_convert_save", "ckpt_convert_update_legacy_dist_opt_format"),
+        "is not this program's: tools/convert_checkpoint.py converts",
+    ),
+    **dict.fromkeys(
+        ("error_injection_rate", "error_injection_type"),
+        "tests Megatron's own rerunning of steps, which is switched off",
+    ),
+    **dict.fromkeys(
+        (
+            "use_mp_args_from_checkpoint_args",
+            "create_all_gather_group",
+            "disable_jit_fuser",
+            "fp16_lm_cross_entropy",
+            "moe_upcycling_granularity",
+            "decrease_batch_size_if_needed",
+        ),
+        "changes nothing here",
+    ),
     "use_mup": "has no rule for spatial matrices, experts and routers",
     "use_te_activation_func": "puts the tanh approximation of GELU into the experts, where every "
     "other layer has the exact one",
@@ -75,6 +120,7 @@ NOT_HERE = {
             "non_persistent_ckpt_type",
             "non_persistent_global_ckpt_dir",
             "non_persistent_local_ckpt_dir",
+            "non_persistent_local_ckpt_algo",
         ),
         "makes checkpoints of another kind, which no start looks for: give --save-interval, and "
         "--keep-last for how many are kept",
@@ -93,7 +139,21 @@ ATTENTION_FLAGS = (
     "window_size",
     "apply_query_key_layer_scaling",
     "use_rotary_position_embeddings",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "no_rope_freq",
+    "window_attn_skip_freq",
+    "attention_backend",
+    "flash_attention_version",
+    "log_max_attention_logit",
 )
+POSITIONS = ("learned_absolute", "rope", "none")
+OTHER_POSITIONS = ("yarn_", "mscale", "relative_attention_", "rotary_scaling_factor", "mrope_")
+"""How flags begin that are for other kinds of positions."""
 FFN_FLAGS = ("swiglu", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value")
 POSITIONS_WITHOUT_ATTENTION = ("none", "learned_absolute")
 TRANSFORMER_ENGINE_FLAGS = (
@@ -104,12 +164,23 @@ TRANSFORMER_ENGINE_FLAGS = (
     "fused_residual_rmsnorm",
     "moe_permute_fusion",
     "moe_grouped_gemm",
+    "attention_backend",
+    "flash_attention_version",
+    "save_tokens_per_expert_interval",
+    "te_precision_config_file",
+    "use_transformer_engine_op_fuser",
+    "use_grouped_gemm_for_dense_mlp",
     "fp8",
     "fp4",
 )
 CORE = "core_attn"
 """What Megatron calls the part of a token mixer that recomputes, where one does."""
-CUDA_GRAPH_FLAGS = ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
+CUDA_GRAPH_FLAGS = (
+    "cuda_graph_impl",
+    "cuda_graph_modules",
+    "enable_cuda_graph",
+    "external_cuda_graph",
+)
 SPELLINGS = {
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     "fp8": "--fp8-format",
@@ -137,6 +208,11 @@ def refuse_unused(args: argparse.Namespace) -> None:
             "leave it out."
         )
     spec = args.explicit_flags.get("spec")
+    if spec in SPECS and spec[1] != args.architecture:
+        raise UsageError(
+            f"--spec {' '.join(spec)} contradicts --architecture {args.architecture}: leave one of "
+            "them out."
+        )
     if spec and spec not in SPECS:
         raise UsageError(
             f"--spec {' '.join(spec)} builds layers that are not described here (parameters, "
@@ -152,8 +228,19 @@ def refuse_unused(args: argparse.Namespace) -> None:
     for name in _given(args, tuple(NOT_HERE)):
         raise UsageError(f"{_flag(name)} {NOT_HERE[name]}. Leave it out.")
     _refuse_recomputing(args)
+    for name in args.explicit_flags:
+        if name.startswith(OTHER_POSITIONS):
+            raise UsageError(
+                f"{_flag(name)} is for other positions than --position-embedding-type "
+                f"{one_of(POSITIONS)}, of which a model is made here: leave it out."
+            )
     if not ARCHITECTURES[args.architecture].attends:
         _refuse_attentions(args)
+    elif args.position_embedding_type not in POSITIONS:
+        raise UsageError(
+            f"--position-embedding-type {args.position_embedding_type} is not available: give "
+            f"{one_of(POSITIONS)}."
+        )
     if all(slots.channel == "none" for slots in slots_of(args)):
         for name in _given(args, FFN_FLAGS):
             raise UsageError(
@@ -171,9 +258,20 @@ def refuse_unused(args: argparse.Namespace) -> None:
 
 def _refuse_recomputing(args: argparse.Namespace) -> None:
     """Refuse selective recomputation of what no layer has."""
-    if args.recompute_granularity != "selective":
+    if args.recompute_granularity != "selective" and not _given(args, ("recompute_activations",)):
         return
     modules = args.recompute_modules or [CORE]
+    channels = {slots.channel for slots in slots_of(args)}
+    shared = args.moe_shared_expert_intermediate_size
+    for module, is_there in (
+        ("mlp", "mlp" in channels),
+        ("moe", "token_moe" in channels),
+        ("shared_experts", bool(shared)),
+    ):
+        if module in modules and not is_there:
+            raise UsageError(
+                f"--recompute-modules {module}: no layer of this model has one. Leave it out."
+            )
     if CORE in modules and not any(mixer_of(slots).recomputes for slots in slots_of(args)):
         raise UsageError(
             f"--recompute-granularity selective recomputes {CORE} unless --recompute-modules says "
@@ -198,6 +296,8 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
     if not given:
         return
     name, value = next(iter(given.items()))
+    if "full_iteration" in given.get("cuda_graph_modules", ()):  # its older spelling
+        name, value = "cuda_graph_modules", "full_iteration"
     flag = _flag(name) if value is True else f"{_flag(name)} {value}"
     if cpu.needed():
         raise UsageError(f"{flag} needs a CUDA device and none was found: leave it out.")
@@ -307,8 +407,9 @@ def _refuse_attentions(args: argparse.Namespace) -> None:
 
 def _given(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
     """Return those of the flags that were requested; spelling out a default requests nothing."""
-    off = (None, False, "vanilla", "none")
-    return [name for name in names if args.explicit_flags.get(name) not in off]
+    off = (None, False, "vanilla", "none", "auto")
+    given = {name: args.explicit_flags.get(name) for name in names}
+    return [name for name, value in given.items() if getattr(value, "name", value) not in off]
 
 
 def _flag(name: str) -> str:

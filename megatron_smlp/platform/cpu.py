@@ -42,6 +42,13 @@ FLAGS: dict[str, Any] = {
     "create_attention_mask_in_dataloader": False,
 }
 
+GPU_FLAGS = (
+    *("fp16", "use_megatron_fsdp", "use_torch_fsdp2", "tp_comm_overlap", "fp8"),
+    *("log_memory_to_tensorboard", "log_device_memory_used", "record_memory_history"),
+    "gpu_sniff_test_interval",
+)
+"""Flags that ask for what only a GPU has."""
+
 # Tensor factories that Megatron calls with device="cuda" or device=torch.cuda.current_device().
 FACTORIES = (
     "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn",
@@ -105,7 +112,7 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         UsageError: with the flag.
     """
-    for flag in ("fp16", "use_megatron_fsdp", "use_torch_fsdp2", "tp_comm_overlap", "fp8"):
+    for flag in GPU_FLAGS:
         if needed() and getattr(args, flag, None):
             raise UsageError(
                 f"{flag_of(flag)} needs a CUDA device and none was found. Leave it out"

@@ -137,10 +137,8 @@ def _what_is_missing(args: argparse.Namespace, shape: ModelShape) -> str | None:
 
 def _steps(args: argparse.Namespace) -> str:
     if args.step_batch_size_schedule:
-        length = f"{args.train_iters or args.train_samples:,}"
-        unit = "" if args.train_iters else " samples"
         batches = f"in batches by --step-batch-size-schedule '{args.step_batch_size_schedule}'"
-        return f"{length}{unit} {batches}, samples of {args.seq_length}"
+        return f"{args.train_samples:,} samples {batches}, samples of {args.seq_length}"
     if args.train_iters:
         return f"{args.train_iters} x {args.global_batch_size} samples of {args.seq_length}"
     batches = f"in batches of {args.global_batch_size}"

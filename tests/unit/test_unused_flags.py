@@ -23,6 +23,7 @@ from megatron_smlp.flags.unused_flags import (
     TRANSFORMER_ENGINE_FLAGS,
     refuse_unused,
 )
+from megatron_smlp.model import model_config
 from megatron_smlp.options import OUR_FLAGS
 from megatron_smlp.platform import cpu
 from megatron_smlp.training.start_screen import summary
@@ -129,6 +130,52 @@ def test_other_layers_flags(parse: Parse, words: str, message: str):
             "--recompute-modules layernorm: Megatron recomputes this by Transformer Engine",
         ),
         ("--wandb-project p --wandb-exp-name n --save x", "wandb"),
+        ("--freeze-all-layers", "--freeze-all-layers freezes nothing"),
+        ("--checkpoint-activations", "is gone from Megatron: give --recompute-granularity full"),
+        ("--exit-signal SIGUSR1", "--exit-signal would take the place of the signals that end"),
+        ("--pretrained-checkpoint x", "is loaded without a look .*: give --load DIR --finetune"),
+        ("--init-method-xavier-uniform", "--init-method-xavier-uniform stops Megatron 0.19"),
+        ("--log-throughput", "--log-throughput counts a Transformer's FLOPs, whatever the model"),
+        ("--ckpt-convert-format torch", "tools/convert_checkpoint.py converts"),
+        ("--disable-jit-fuser", "--disable-jit-fuser changes nothing here"),
+        ("--sample-rate 0.5", "--sample-rate is not read by this program: leave it out"),
+        ("--rotary-base 5000", "--rotary-base is for the attention of --architecture transformer"),
+        ("--attention-backend flash", "--attention-backend is for the attention of"),
+        ("--mscale 2", "--mscale is for other positions than "),
+        ("--recompute-activations --recompute-modules mlp", "mlp: no layer of this model has one"),
+        (
+            "--recompute-granularity selective --recompute-modules moe",
+            "--recompute-modules moe: no layer of this model has one",
+        ),
+        ("--cuda-graph-modules full_iteration", "needs a CUDA device and none was found"),
+        (
+            "--spec megatron_smlp.architectures amlp",
+            "--spec megatron_smlp.architectures amlp contradicts --architecture gmlp",
+        ),
+        ("--step-batch-size-schedule 0:2", "0:2 with --train-iters: Megatron counts samples"),
+        ("--multiple-validation-sets", "unless --full-validation is given too"),
+        ("--save-params-interval 2", "--save-params-interval without --save has nowhere"),
+        ("--rerun-mode report_stats", "--rerun-mode report_stats stops Megatron 0.19"),
+        ("--rerun-mode validate_results", "validates nothing without --check-for-large-grads"),
+        ("--dataloader-type external", "--dataloader-type external needs a data loader of another"),
+        ("--no-pad-vocab-size", "give --make-vocab-size-divisible-by 1"),
+        ("--padded-vocab-size 90", "--padded-vocab-size 90 is less than the 100 ids"),
+        ("--init-model-with-meta-device", "would start from uninitialised weights"),
+        ("--optimizer lion", "--optimizer lion needs the Python package 'emerging_optimizers'"),
+        ("--log-device-memory-used", "--log-device-memory-used needs a CUDA device"),
+        ("--ckpt-format torch --keep-last 2", "--ckpt-format torch would delete nothing"),
+        (
+            "--token-router hash --num-experts 2 --moe-z-loss-coeff 0.1",
+            "--moe-z-loss-coeff 0.1 has no scores to keep small",
+        ),
+        (
+            "--token-router base --num-experts 2 --moe-token-drop-policy probs",
+            "--moe-token-drop-policy probs is for --token-router switch or gshard, and base drops",
+        ),
+        (
+            "--token-router switch --num-experts 2 --moe-router-pre-softmax",
+            "--moe-router-pre-softmax is for Megatron's own routing",
+        ),
     ],
 )
 def test_flags_of_nothing_here(parse: Parse, words: str, message: str, monkeypatch):
@@ -259,10 +306,14 @@ def test_an_smlp_that_is_less_is_said(parse: Parse, words: str, said: str):
 
 def test_batches_by_a_schedule_are_shown_as_such():
     words = MINIMAL.replace("--global-batch-size 2", "--step-batch-size-schedule 0:2")
+    words = words.replace("--train-iters 4", "--train-samples 8")
     args = parse_arguments([*words.split(), "--architecture", "gmlp"])
     lines = list(summary(args, ModelShape.from_args(args)))
     forget_arguments()
-    assert "steps       4 in batches by --step-batch-size-schedule '0:2', samples of" in lines[-1]
+    assert (
+        "steps       8 samples in batches by --step-batch-size-schedule '0:2', samples of"
+        in lines[-1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -345,3 +396,31 @@ def test_layers_that_do_not_route_may_be_captured(parse: Parse, monkeypatch: pyt
         message = "1 of 4 layers of this model.*or give --cuda-graph-impl local"
         with pytest.raises(UsageError, match=message):
             refuse_unused(args)
+
+
+def test_a_spec_says_which_architecture_it_is(parse: Parse):
+    """As Megatron's own script is told; the record and the checks are of what is built."""
+    args = parse("--spec megatron_smlp.architectures gmlp")
+    assert args.architecture == "gmlp"
+    forget_arguments()
+    assert parse(f"{TRANSFORMER} --spec megatron_smlp.architectures transformer")
+
+
+def test_a_first_start_may_be_forbidden(parse: Parse, tmp_path: Path):
+    words = f"--architecture gmlp --load {tmp_path} --save {tmp_path}"
+    assert parse(words).load is None
+    forget_arguments()
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        parse(f"{words} --exit-on-missing-checkpoint")
+
+
+def test_what_megatrons_configuration_refuses_is_one_line():
+    message = "Megatron refuses these arguments: .*recompute_method"
+    words = "--architecture gmlp --recompute-granularity full"
+    with pytest.raises(UsageError, match=message), pretrained(words):
+        pass
+
+
+def test_rotary_scaling_has_the_factor_that_is_given(parse: Parse):
+    words = "--position-embedding-type rope --use-rope-scaling --rope-scaling-factor 32"
+    assert model_config(parse(f"{TRANSFORMER} {words}")).rope_scaling_factor == 32
