@@ -112,6 +112,7 @@ class MinHashProjection(MegatronModule):
         where: dict[str, Any] = {"device": device, "dtype": config.params_dtype}
         self.norm = nn.LayerNorm(num_features, eps=config.layernorm_epsilon, **where)
         self.proj = nn.Linear(num_features, config.hidden_size, bias=False, **where)
+        self.proj.weight.is_embedding_or_output_parameter = True  # for --decoupled-lr
         if config.perform_initialization:
             # Normalised features have variance 1: embeddings start as large as those of a table.
             nn.init.normal_(self.proj.weight, std=config.init_method_std / math.sqrt(num_features))
