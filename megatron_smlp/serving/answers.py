@@ -31,7 +31,8 @@ class Answer:
         if token.id == self.lm.end:
             self.finish_reason = "stop"
             return True
-        before = max(0, len(self.text) - self.held_back - 1)
+        # An unfinished character may be shown as several, one for each byte.
+        before = max(0, len(self.text.rstrip(UNFINISHED)) - self.held_back - 1)
         self.ids.append(token.id)
         self.text = self.lm.continuation(self.prompt, self.ids)
         found = [place for stop in self.stops if (place := self.text.find(stop, before)) >= 0]

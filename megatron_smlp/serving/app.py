@@ -21,6 +21,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope
+from starlette.types import Send as SendMessage
 
 from megatron_smlp.generation.language_model import LanguageModel
 from megatron_smlp.serving import engine
@@ -30,6 +32,8 @@ from megatron_smlp.serving.requests import CompletionRequest, RequestError, chec
 
 logger = logging.getLogger(__name__)
 Send = Callable[[dict[str, Any]], object]
+Choices = asyncio.Future[list[dict[str, Any]]]
+Pieces = asyncio.Queue[dict[str, Any] | None]
 POLL_SECONDS = 0.2
 """Time between two looks of a waiting request at whether its client is still connected."""
 SAMPLING = {field.name for field in fields(engine.Job)}
@@ -54,9 +58,11 @@ class Work:
         self.num_new = 0
 
     def run(self) -> list[dict[str, Any]]:
-        """Return the answers to all prompts, `n` each."""
+        """Return the answers to all prompts, `n` each; to fewer if it is cancelled."""
         choices: list[dict[str, Any]] = []
         for number, prompt in enumerate(self.request.prompts):
+            if self.cancelled.is_set():  # nobody reads the answers, nor the scores of `echo`
+                break
             choices += self._answers(prompt, first=number * self.request.n)
         return choices
 
@@ -109,6 +115,21 @@ class Work:
         }
 
 
+class Events(StreamingResponse):
+    """Server-sent events about a request, which is cancelled when they end or are read no more."""
+
+    def __init__(self, events: AsyncIterator[str], work: Work) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: SendMessage) -> None:
+        # Not in the generator of the events: it never starts for a client that has gone by then.
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.work.cancelled.set()
+
+
 class Service:
     """One model, one thread, and a limit on how many requests may wait for it."""
 
@@ -120,6 +141,8 @@ class Service:
         self.created = int(time.time())
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.works: set[Work] = set()
+        self.num_waiting = 0
+        """Requests that are being parsed, queued or answered."""
 
     def close(self) -> None:
         """Cancel all requests, and wait for the model's thread."""
@@ -153,56 +176,70 @@ class Service:
         """Answer /v1/completions."""
         self.admission.check(request.headers, has_body=True)
         body = await self.body(request)
-        if len(self.works) >= self.max_waiting:
-            raise RequestError(
-                f"{len(self.works)} requests are waiting already (--max-waiting): try again later",
-                status=429,
-            )
-        # Tokenizing a megabyte would keep the others waiting, were it done here.
-        asked = await asyncio.to_thread(parse, body, self.lm)
+        pieces: Pieces = asyncio.Queue()
+        work, done = await self._started(body, pieces)
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": self.lm.name,
         }
-        if asked.stream:
-            return StreamingResponse(self._pieces(asked, head), media_type="text/event-stream")
-        work = Work(self.lm, asked, None)
-        done = self._start(work)
+        if work.request.stream:
+            done.add_done_callback(lambda _: pieces.put_nowait(None))
+            return Events(_events(work, done, pieces, head), work)
         while not done.done():
             await asyncio.wait({done}, timeout=POLL_SECONDS)
             if await request.is_disconnected():
                 work.cancelled.set()
         return JSONResponse({**head, "choices": done.result(), "usage": work.usage()})
 
-    def _start(self, work: Work) -> asyncio.Future[list[dict[str, Any]]]:
-        self.works.add(work)
-        done = asyncio.get_running_loop().run_in_executor(self.thread, work.run)
-        done.add_done_callback(lambda _: self.works.discard(work))
-        return done
+    async def _started(self, body: bytes, pieces: Pieces) -> tuple[Work, Choices]:
+        """Parse a request and queue it for the model's thread; a stream goes to `pieces`.
 
-    async def _pieces(self, asked: CompletionRequest, head: dict[str, Any]) -> AsyncIterator[str]:
-        """Yield server-sent events: a piece of an answer each, then [DONE]."""
+        Raises:
+            RequestError: it is not possible, or too many are waiting already.
+        """
+        if self.num_waiting >= self.max_waiting:
+            raise RequestError(
+                f"{self.num_waiting} requests are waiting already (--max-waiting): try again later",
+                status=429,
+            )
+        self.num_waiting += 1  # before anything is awaited, so that a burst finds no more places
         loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        work = Work(
-            self.lm, asked, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
-        )
-        done = self._start(work)
-        done.add_done_callback(lambda _: pieces.put_nowait(None))
+
+        def send(piece: dict[str, Any]) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
         try:
-            while (piece := await pieces.get()) is not None:
-                yield _event({**head, "choices": [piece]})
-            error = done.exception()
-            if error is not None:
-                logger.error("a request failed", exc_info=error)
-                yield _event({"error": FAILURE})
-            elif asked.stream_options.get("include_usage"):
-                yield _event({**head, "choices": [], "usage": work.usage()})
-            yield "data: [DONE]\n\n"
-        finally:
-            work.cancelled.set()  # the client may have gone
+            # Tokenizing a megabyte would keep the others waiting, were it done here.
+            asked = await asyncio.to_thread(parse, body, self.lm)
+            work = Work(self.lm, asked, send if asked.stream else None)
+            done = loop.run_in_executor(self.thread, work.run)
+        except BaseException:
+            self.num_waiting -= 1
+            raise
+        self.works.add(work)
+        done.add_done_callback(lambda _: self._finish(work))
+        return work, done
+
+    def _finish(self, work: Work) -> None:
+        self.works.discard(work)
+        self.num_waiting -= 1
+
+
+async def _events(
+    work: Work, done: Choices, pieces: Pieces, head: dict[str, Any]
+) -> AsyncIterator[str]:
+    """Yield server-sent events: a piece of an answer each, then [DONE]."""
+    while (piece := await pieces.get()) is not None:
+        yield _event({**head, "choices": [piece]})
+    error = done.exception()
+    if error is not None:
+        logger.error("a request failed", exc_info=error)
+        yield _event({"error": FAILURE})
+    elif work.request.stream_options.get("include_usage"):
+        yield _event({**head, "choices": [], "usage": work.usage()})
+    yield "data: [DONE]\n\n"
 
 
 def _event(value: dict[str, Any]) -> str:

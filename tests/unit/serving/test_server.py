@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,21 @@ import openai
 import pytest
 import torch
 import uvicorn
+from fastapi import Request
 from support.language_models import END, save_language_model
 from support.smlp_systems import LONGEST
+from tokenizers import decoders
 
 from megatron_smlp.errors import UserError
 from megatron_smlp.generation.cli import build_parser
 from megatron_smlp.generation.language_model import LanguageModel, load
 from megatron_smlp.serving import cli
 from megatron_smlp.serving.admission import Admission
-from megatron_smlp.serving.app import build_app
+from megatron_smlp.serving.answers import Answer
+from megatron_smlp.serving.app import Service, Work, build_app
+from megatron_smlp.serving.engine import Token
 from megatron_smlp.serving.protocol import TimedProtocol
+from megatron_smlp.serving.requests import CompletionRequest, parse
 
 ROOT = Path(__file__).parents[3]
 
@@ -55,9 +60,11 @@ def running(app: Any, http: type = TimedProtocol) -> Iterator[str]:
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        server.should_exit = True
-        thread.join(timeout=20)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        finally:  # also of a test that fails, whose process would not end
+            server.should_exit = True
+            thread.join(timeout=20)
         assert not thread.is_alive()
 
 
@@ -154,6 +161,34 @@ def test_stop_texts_end_an_answer(client: openai.OpenAI, lm: LanguageModel) -> N
     assert choice.finish_reason == "stop"
     pieces = client.completions.create(**asked, stop=stop, stream=True)
     assert "".join(piece.choices[0].text for piece in pieces) == choice.text
+
+
+class ByteFallback:
+    """ASCII characters, and bytes for all others, as Llama's tokenizers fall back to them.
+
+    Its decoder shows each byte of an unfinished character as a character.
+    """
+
+    def __init__(self) -> None:
+        self.names = [chr(byte) if byte < 128 else f"<0x{byte:02X}>" for byte in range(256)]
+        self.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.decoder.decode([self.names[number] for number in ids]))
+
+
+@pytest.mark.parametrize("stop", ["\u5b57", "b\u5b57"])
+def test_a_stop_text_that_ends_in_single_bytes_ends_an_answer(stop: str) -> None:
+    """With its last byte, and nothing of it is sent."""
+    lm = LanguageModel(model=None, tokenizer=ByteFallback(), end=None, name="bytes")
+    assert lm.decode(list("ab\u5b57".encode()[:-1])) == "ab\ufffd\ufffd"
+    answer, sent, ended = Answer(lm, list(b"prompt"), [stop]), "", []
+    for byte in "ab\u5b57".encode():
+        ended.append(answer.push(Token(byte, None, None)))
+        sent += answer.news(ended=ended[-1])
+    assert ended == [False] * 4 + [True]
+    assert sent == answer.text == "ab\u5b57".removesuffix(stop)
+    assert answer.finish_reason == "stop"
 
 
 def test_fifty_clients_each_get_their_own_answer(url: str, lm: LanguageModel) -> None:
@@ -376,6 +411,87 @@ def test_more_than_may_wait_are_turned_away(lm: LanguageModel) -> None:
         answer = client.post("/v1/completions", json={"prompt": "a"})
         assert answer.status_code == 429
         assert "waiting already" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_no_more_than_may_wait_get_in_at_once(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    """All of a burst arrive before the first is parsed; mistakes free their place."""
+    count, max_waiting = 5, 2
+    num_parsing, opened = 0, threading.Event()
+
+    def slow(body: bytes, lm: LanguageModel) -> CompletionRequest:
+        nonlocal num_parsing
+        num_parsing += 1
+        opened.wait(60)
+        return parse(body, lm)
+
+    monkeypatch.setattr("megatron_smlp.serving.app.parse", slow)
+    asked = {"prompt": "a", "max_tokens": 1, "temperature": 0, "stream": streams}
+
+    async def burst(where: str) -> list[int]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            tasks = [asyncio.create_task(client.post(where, json=asked)) for _ in range(count)]
+            while num_parsing + sum(task.done() for task in tasks) < count:
+                await asyncio.sleep(0.01)
+            opened.set()
+            return [answer.status_code for answer in await asyncio.gather(*tasks)]
+
+    with running(build_app(lm, max_body_bytes=1000, max_waiting=max_waiting)) as address:
+        where = f"{address}/completions"
+        statuses = asyncio.run(burst(where))
+        assert sorted(statuses) == [200] * max_waiting + [429] * (count - max_waiting)
+        for _ in range(max_waiting + 1):
+            assert httpx.post(where, json={}).status_code == 400
+        assert httpx.post(where, json=asked).status_code == 200
+
+
+def test_a_client_that_has_gone_before_its_stream_begins_cancels_it(lm: LanguageModel) -> None:
+    """While the head of the answer is held up, so that no event is ever asked for."""
+    asked = {"prompt": "a", "max_tokens": LONGEST - 1, "stream": True}
+    service = Service(lm, max_body_bytes=1000, max_waiting=1, admission=Admission())
+    headers = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
+    scope = {"type": "http", "method": "POST", "headers": headers, "asgi": {"spec_version": "2.3"}}
+    messages: list[dict[str, Any]] = [
+        {"type": "http.request", "body": json.dumps(asked).encode()},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def send(message: dict[str, Any]) -> None:
+        await asyncio.Event().wait()
+
+    async def ask() -> None:
+        answer = await service.complete(Request(scope, receive))
+        [work] = service.works
+        assert not work.cancelled.is_set()
+        await answer(scope, receive, send)
+        assert work.cancelled.is_set()
+        while service.num_waiting:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(ask())
+    assert service.works == set()
+    service.close()
+
+
+def test_what_is_cancelled_scores_no_more_prompts(lm: LanguageModel) -> None:
+    asked = {"prompt": ["a"] * 9, "max_tokens": 0, "echo": True, "logprobs": 0}
+    work = Work(lm, parse(json.dumps(asked).encode(), lm), None)
+    calls = 0
+
+    def cancel(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        work.cancelled.set()
+
+    hook = lm.model.register_forward_pre_hook(cancel)
+    work.run()
+    hook.remove()
+    assert calls == 1
 
 
 @pytest.mark.parametrize("streams", [True, False])
