@@ -8,6 +8,7 @@ from typing import Any
 import lm_eval
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from megatron_smlp.data.tokenizers.spec import Tokenizer
@@ -24,6 +25,10 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 """(context, continuation), and the token ids of both."""
 MAX_NEW_TOKENS = 256
 """Limit for tasks that set no max_gen_toks; the harness's `hf` model has the same default."""
+TOP_K = 50
+"""Of tasks that sample and set no top_k: transformers' own, as the harness's `hf` model has it."""
+IDLE = {"num_beams": 1}
+"""Values that ask for nothing, of settings that are not supported."""
 
 
 def run_tasks(model: Any, selection: Selection, *, limit: int | None) -> list[TaskResult]:
@@ -168,38 +173,69 @@ class ScorerModel(TemplateLM):
                 "tasks that generate text are not scored during training: run "
                 "tools/evaluate.py --checkpoint DIR --tasks ... on a saved checkpoint"
             )
+        asked = [(request.args[0], *settings_of(request.args[1])) for request in requests]
         lm = self.generator()
-        bar = tqdm(requests, disable=self.bar_disabled)
-        return [generate_until(lm, *request.args) for request in bar]
+        return [generate_until(lm, *one) for one in tqdm(asked, disable=self.bar_disabled)]
 
 
-def generate_until(lm: LanguageModel, context: str, settings: Mapping[str, Any]) -> str:
+def settings_of(asked: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return stop texts, and fields of a `Job`, as the harness's `hf` model reads them.
+
+    Args:
+        asked: a task's `generation_kwargs`: until, max_gen_toks or another name for it, do_sample,
+            temperature, top_p, top_k, repetition_penalty.
+
+    Raises:
+        UsageError: one of them is another, or its value is not possible.
+    """
+    try:
+        given = {name: value for name, value in asked.items() if value is not None}
+        given = {**normalize_gen_kwargs(given, MAX_NEW_TOKENS)}
+        count, until, samples = (given.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
+        temperature = float(given.pop("temperature", 0.0))
+        drawn = {
+            "top_p": float(given.pop("top_p", 1.0)),
+            "top_k": int(given.pop("top_k", TOP_K)),
+            "repetition_penalty": float(given.pop("repetition_penalty", 1.0)),
+        }
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"the task's generation_kwargs {dict(asked)} cannot be read: {error}"
+        ) from error
+    if samples and not temperature > 0:
+        raise UsageError(
+            f"the task asks for do_sample: {samples} and temperature: {temperature}: give its "
+            "generation_kwargs a temperature over 0, or do_sample: false"
+        )
+    for name, value in given.items():
+        if name not in IDLE or value != IDLE[name]:
+            raise UsageError(
+                f"the task asks for {name}: {value} in its generation_kwargs, which --checkpoint "
+                "lacks: leave it out, or convert the checkpoint and evaluate that with --hf"
+            )
+    temperature = temperature if samples else 0.0
+    return list(filter(None, until)), {"max_tokens": count, "temperature": temperature, **drawn}
+
+
+def generate_until(
+    lm: LanguageModel, context: str, until: list[str], settings: Mapping[str, Any]
+) -> str:
     """Return the continuation of a context, which loses its beginning where room is short.
 
     Args:
-        settings: the task's `generation_kwargs`: until, max_gen_toks, do_sample, temperature,
-            top_p.
+        settings: fields of the `Job`.
 
     Raises:
         UsageError: more new tokens than the model has positions.
     """
-    count = int(settings.get("max_gen_toks", MAX_NEW_TOKENS))
+    count = settings["max_tokens"]
     if not 0 < count < lm.longest:
         raise UsageError(
             f"the task asks for {count} new tokens (max_gen_toks) and the model's sequences end at "
             f"{lm.longest}: evaluate a model with a longer --seq-length"
         )
     prompt = (lm.encode(context) or [lm.end or 0])[-(lm.longest - count) :]
-    until = settings.get("until") or []
-    text = Answer(lm, prompt, [until] if isinstance(until, str) else list(until))
-    samples = bool(settings.get("do_sample", False))
-    job = Job(
-        prompt=prompt,
-        max_tokens=count,
-        temperature=float(settings.get("temperature", 1.0)) if samples else 0.0,
-        top_p=float(settings.get("top_p", 1.0)),
-        seed=0,
-        on_token=lambda _, token: text.push(token),
-    )
+    text = Answer(lm, prompt, until)
+    job = Job(prompt=prompt, seed=0, on_token=lambda _, token: text.push(token), **settings)
     answer(lm, job)
     return text.text
