@@ -105,7 +105,7 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
         expected = huggingface.expected_shapes(model)
         converted = Converted(plan, source, expected, where=str(checkpoint.folder))
         tokenizer = options.tokenizer or tokenizer_folder(checkpoint.args, say)
-        with _whole(options) as folder:
+        with _whole(options, checkpoint.folder) as folder:
             huggingface.write(
                 folder,
                 config,
@@ -147,7 +147,7 @@ def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
         _account(checkpoint, checkpoint.specs, checkpoint.flags, str(checkpoint.folder))
         source, flags = _padded(options, checkpoint, checkpoint.all_specs, checkpoint.flags)
         resharding.check_layout(flags, options.layout)
-        with _whole(options) as folder:
+        with _whole(options, checkpoint.folder) as folder:
             resharding.copy(checkpoint, source, folder, flags, options.layout)
             keep_tokenizer(checkpoint.args, folder)
             if options.checks:
@@ -271,23 +271,27 @@ def _release(
     names = megatron_model.object_names(flags)
     objects: dict[str, Any] = {name: [None] for name in names}
     objects[COMMON] = [weights_state(flags, options.layout)]
-    with _whole(options) as folder:
+    with _whole(options, Path(before.where)) as folder:
         tensors = written_tensors(tensors_of(source), source.specs.values())
         write_checkpoint(folder, None, tensors, objects, flags=flags, record=record)
         yield folder
 
 
 @contextlib.contextmanager
-def _whole(options: Options) -> Iterator[Path]:
+def _whole(options: Options, source: Path) -> Iterator[Path]:
     """Make a hidden folder to write into; at the end it takes the place of `options.save`.
 
     Ctrl-C, SIGTERM, a full disk and any other error remove what was written.
+
+    Args:
+        source: the folder that is read: `options.load`, or one checkpoint in it.
 
     Raises:
         UsageError: it cannot be written, or something would be lost.
     """
     target = options.save
-    check_target(target, options.load, overwrite=options.overwrite)
+    for folder in (options.load, source):
+        check_target(target, folder, overwrite=options.overwrite)
     hidden = partial_folder(target)
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

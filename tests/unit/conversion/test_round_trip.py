@@ -1,6 +1,7 @@
 """torch_dist <-> Hugging Face: the same logits, the same bits, for every system."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import config_of
 from megatron_smlp.conversion.names import HeadShape, join_qkv, split_qkv
+from megatron_smlp.errors import UsageError
 from megatron_smlp.platform.one_process import one_process
 
 TRAINED = (
@@ -84,6 +86,21 @@ def test_a_trained_checkpoint_comes_back_bitwise(trained: Path, tmp_path: Path) 
     assert before.specs["embedding.word_embeddings.weight"].dtype == torch.bfloat16
     changed = {name for name, value in before.flags.items() if after.flags[name] != value}
     assert not changed
+
+
+@pytest.mark.parametrize(
+    "kind", [convert.torch_dist_to_hf, convert.torch_dist_to_torch_dist, convert.to_torch_dist]
+)
+def test_the_checkpoint_that_is_read_is_never_replaced(
+    trained: Path, tmp_path: Path, kind: Any
+) -> None:
+    """Not by name either, where --load is the run that it is the newest of."""
+    load = tmp_path / "run"
+    shutil.copytree(trained, load)
+    newest = checkpoint_of(load)
+    with pytest.raises(UsageError, match=f"--save {newest} holds --load .* would be deleted"):
+        run(kind, load, newest, checks=False, overwrite=True)
+    assert integrity.verify(newest) == []
 
 
 def test_what_came_back_trains_on(trained: Path, tmp_path: Path) -> None:

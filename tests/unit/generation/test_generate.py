@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from support.conversions import run
 from support.in_process import pretrained
 from support.language_models import save_language_model
 from support.smlp_systems import LONGEST
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_smlp.conversion import convert
 from megatron_smlp.errors import UserError
-from megatron_smlp.generation import cli
+from megatron_smlp.generation import cli, language_model
 from megatron_smlp.generation.language_model import load
 
 ROOT = Path(__file__).parents[3]
@@ -71,6 +73,27 @@ def test_a_checkpoint_has_the_weights_of_its_export(trained: Path, tmp_path: Pat
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert {name: ours[name].dtype for name in ours} == {n: t.dtype for n, t in theirs.items()}
+
+
+class OnDevice(TorchDispatchMode):
+    """Notes the types of the tensors that are made on a device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.dtypes = device, set[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.device.type == self.device:
+            self.dtypes.add(made.dtype)
+        return made
+
+
+def test_a_device_gets_the_weights_in_the_dtype_alone() -> None:
+    """It need not have room for them as they are stored."""
+    with OnDevice("meta") as seen:
+        language_model._placed(torch.nn.Linear(2, 3), device="meta", dtype="bfloat16")
+    assert seen.dtypes == {torch.bfloat16}
 
 
 def test_a_file_of_prompts_equals_one_by_one(
