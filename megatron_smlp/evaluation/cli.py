@@ -224,6 +224,7 @@ def _harness_model(options: argparse.Namespace, megatron_flags: Sequence[str]) -
             dtype=options.dtype,
         )
     args, scorer, tokenizer = _scorer(options, megatron_flags)
+    from megatron_smlp.data.tokenizers.model_tokenizer import start_of
     from megatron_smlp.evaluation.harness import ScorerModel
 
     def generator() -> Any:
@@ -232,7 +233,8 @@ def _harness_model(options: argparse.Namespace, megatron_flags: Sequence[str]) -
             args.load, tokenizer, iteration=args.ckpt_step, dtype=options.dtype, device=device
         )
 
-    return ScorerModel(scorer, tokenizer, shows_progress=args.rank == 0, generator=generator)
+    start, shows = start_of(tokenizer, args), args.rank == 0
+    return ScorerModel(scorer, tokenizer, start=start, shows_progress=shows, generator=generator)
 
 
 def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple[Any, Any, Any]:

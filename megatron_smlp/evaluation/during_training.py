@@ -19,7 +19,7 @@ from megatron.training.global_vars import get_args
 from torch import nn
 
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
-from megatron_smlp.data.tokenizers.model_tokenizer import bare
+from megatron_smlp.data.tokenizers.model_tokenizer import bare, start_of
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.errors import DataError, UsageError, require_package
 from megatron_smlp.evaluation.reports import as_record, task_texts
@@ -83,7 +83,8 @@ class TaskEvaluation:
             _no_capacity(self.model),
         ):
             self.statistics.begin(None)  # the choices of routers here are of no validation
-            model = ScorerModel(scorer, self.tokenizer)
+            start = start_of(self.tokenizer, self.args)
+            model = ScorerModel(scorer, self.tokenizer, start=start)
             results = run_tasks(model, self.selection, limit=args.eval_tasks_limit)
             self.statistics.take(training=False)
         return as_record(results), task_texts(results)

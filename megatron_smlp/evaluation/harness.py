@@ -82,6 +82,8 @@ class ScorerModel(TemplateLM):
     Every rank runs the whole harness with the same requests; the scorer distributes them.
 
     Args:
+        start: ids that stand before each text, as in the training and as the harness's `hf` model
+            puts them there; the last is also what a text without context follows.
         shows_progress: whether this rank shows a progress bar.
         generator: makes the model that generates, when a task asks for text; None: none can.
 
@@ -94,6 +96,7 @@ class ScorerModel(TemplateLM):
         scorer: MegatronScorer,
         tokenizer: Tokenizer,
         *,
+        start: Sequence[int] = (),
         shows_progress: bool = False,
         generator: Callable[[], LanguageModel] | None = None,
     ) -> None:
@@ -104,8 +107,13 @@ class ScorerModel(TemplateLM):
                 "a tokenizer of text"
             )
         self.scorer, self.encoder, self.end = scorer, tokenizer.build(), tokenizer.eod
+        self.start = list(start)
         self.bar_disabled = None if shows_progress else True  # None: shown on a terminal only
         self.generator = generator
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.start[-1] if self.start else self.eot_token_id
 
     @property
     def eot_token_id(self) -> int:
@@ -119,8 +127,9 @@ class ScorerModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Return the ids of a text as in the training data: nothing is put around it."""
-        return self.encoder.encode_batch([string])[0].tolist()
+        """Return the ids of a text as in the training data: behind `start`."""
+        ids: list[int] = self.encoder.encode_batch([string])[0].tolist()
+        return ids if add_special_tokens is False else [*self.start, *ids]
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
@@ -148,13 +157,13 @@ class ScorerModel(TemplateLM):
             return self.scorer.score(rows, progress=lambda done: bar.update(done - bar.n))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return log p of whole texts, in windows that do not overlap; see `eot_token_id`."""
+        """Return log p of whole texts, in windows that do not overlap; see `prefix_token_id`."""
         rows: list[Row] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
             windows = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.eot_token_id,
+                prefix_token=self.prefix_token_id,
                 max_seq_len=self.scorer.longest,
                 context_len=1,
             )
@@ -175,7 +184,8 @@ class ScorerModel(TemplateLM):
             )
         asked = [(request.args[0], *settings_of(request.args[1])) for request in requests]
         lm = self.generator()
-        return [generate_until(lm, *one) for one in tqdm(asked, disable=self.bar_disabled)]
+        bar = tqdm(asked, disable=self.bar_disabled)
+        return [generate_until(lm, *one, start=self.start) for one in bar]
 
 
 def settings_of(asked: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -218,12 +228,18 @@ def settings_of(asked: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
 
 
 def generate_until(
-    lm: LanguageModel, context: str, until: list[str], settings: Mapping[str, Any]
+    lm: LanguageModel,
+    context: str,
+    until: list[str],
+    settings: Mapping[str, Any],
+    *,
+    start: Sequence[int] = (),
 ) -> str:
     """Return the continuation of a context, which loses its beginning where room is short.
 
     Args:
         settings: fields of the `Job`.
+        start: ids before the context.
 
     Raises:
         UsageError: more new tokens than the model has positions.
@@ -234,7 +250,7 @@ def generate_until(
             f"the task asks for {count} new tokens (max_gen_toks) and the model's sequences end at "
             f"{lm.longest}: evaluate a model with a longer --seq-length"
         )
-    prompt = (lm.encode(context) or [lm.end or 0])[-(lm.longest - count) :]
+    prompt = ([*start, *lm.encode(context)] or [lm.end or 0])[-(lm.longest - count) :]
     text = Answer(lm, prompt, until)
     job = Job(prompt=prompt, seed=0, on_token=lambda _, token: text.push(token), **settings)
     answer(lm, job)

@@ -57,6 +57,11 @@ class HuggingFaceTokenizer:
     def identity(self) -> str:
         return vocabulary_identity(self.entries)
 
+    @property
+    def start(self) -> list[int]:
+        """Special ids that it puts before a text, whether or not `add_special_tokens` asks."""
+        return _surrounding_ids(HuggingFaceEncoder(self.tokenizer_json, True))[0]
+
     def build(self) -> Encoder:
         slow = HuggingFaceEncoder(self.tokenizer_json, self.add_special_tokens)
         prefix, suffix = _surrounding_ids(slow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
@@ -41,3 +42,9 @@ def resolve_for(
             "belong together; give the tokenizer of that run"
         )
     return tokenizer
+
+
+def start_of(tokenizer: Tokenizer, args: argparse.Namespace) -> list[int]:
+    """Return the special ids before a text, as the run of these arguments was trained with."""
+    is_bare = getattr(args, "tokenizer_hf_no_include_special_tokens", False)
+    return [] if is_bare else list(getattr(tokenizer, "start", []))

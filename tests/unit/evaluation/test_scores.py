@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from evaluation_helpers import (
     LENGTH,
@@ -23,6 +25,7 @@ from evaluation_helpers import (
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 
+from megatron_smlp.data.tokenizers.model_tokenizer import start_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.harness import ScorerModel, run_tasks, settings_of
 from megatron_smlp.evaluation.huggingface_model import ExportedModel
@@ -86,6 +89,40 @@ def test_every_other_system_scores_as_its_export(
     stock = HFLM(pretrained=str(run.exported), trust_remote_code=True, device="cpu")
     for (score, _), (expected, _) in zip(mine, stock.loglikelihood(instances(pairs)), strict=True):
         assert score == pytest.approx(expected, abs=SMALL)
+
+
+def test_a_tokenizer_that_begins_texts_begins_them_for_both(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    """As Llama's does: preprocessing puts its token there, and so does the harness."""
+    folder = tmp_path / "begins"
+    shutil.copytree(tokenizer, folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    begin = backend.id_to_token(0)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, 0)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    run = trained(f"{SIZES} {OTHERS[0]}", folder, tmp_path)
+    pairs, texts = scoring_cases(), [(TEXT,), ("a",)]
+    stock = HFLM(pretrained=str(run.exported), trust_remote_code=True, device="cpu")
+    with loaded(run.checkpoint) as (args, stages, its_tokenizer):
+        start = start_of(its_tokenizer, args)
+        scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=8)
+        ours = ScorerModel(scorer, its_tokenizer, start=start)
+        assert start == [0]
+        assert ours.tok_encode("the model") == stock.tok_encode("the model")
+        assert ours.prefix_token_id == stock.prefix_token_id
+        for (mine, _), (theirs, _) in zip(
+            ours.loglikelihood(instances(pairs)), stock.loglikelihood(instances(pairs)), strict=True
+        ):
+            assert mine == pytest.approx(theirs, abs=SMALL)
+        rolling = instances(texts, "loglikelihood_rolling")
+        assert ours.loglikelihood_rolling(rolling) == pytest.approx(
+            stock.loglikelihood_rolling(rolling), abs=SMALL
+        )
+    bare = Namespace(tokenizer_hf_no_include_special_tokens=True)
+    assert start_of(its_tokenizer, bare) == []
 
 
 def test_one_checkpoint_of_a_run_without_its_tracker(tokenizer: Path, tmp_path: Path) -> None:
