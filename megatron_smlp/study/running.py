@@ -22,6 +22,9 @@ from megatron_smlp.study.state import CHECKPOINTS, DIVERGED, DONE, FAILED, State
 
 ATTEMPTS = 2
 WAIT_SECONDS = 2.0
+LOOKS = 2
+"""Looks in a row that must find nothing to do: whoever ended a run after the first of them was
+planned may have made others known."""
 
 
 @dataclass(kw_only=True)
@@ -39,18 +42,25 @@ class Worker:
         first = self.state.plan()
         total = _iterations((*first.runs, *first.pending))
         with Progress(total) as progress:
-            while True:
+            looks = 0
+            while looks < LOOKS:
                 plan = self.state.plan()
                 to_do = self.state.to_do(plan)
-                if not self._took_one(to_do, plan, progress):
-                    if not any(self.state.is_held(run) for run in to_do):
-                        return
+                if self._took_one(to_do, plan, progress):
+                    looks = 0
+                elif any(self.state.is_held(run) for run in to_do):
+                    looks = 0
                     over, counts = self._counts(plan)
                     progress.show(over, f"{counts}; waiting for the other workers")
                     time.sleep(WAIT_SECONDS)
+                else:
+                    looks += 1
 
     def _took_one(self, to_do: list[PlannedRun], plan: Plan, progress: Progress) -> bool:
-        """Make the first run that is free and whose parent is there; False: there is none."""
+        """Make the first run that is free and whose parent is there; False: there is none.
+
+        True as well where another worker had made it by then: what is to do has changed.
+        """
         for run in to_do:
             if run.parent is not None and self.state.is_lost(run.parent):
                 if self._follows(run, run.parent):
@@ -59,9 +69,15 @@ class Worker:
                 lease = leases.take(self.state.folder_of(run), expiry=self.state.expiry)
                 if lease is not None:
                     with lease:
-                        self._make(run, lease, plan, progress)
+                        # Another worker may have ended it since the plan was made. Its checkpoints
+                        # do not tell: those that nothing goes on from are removed at its end.
+                        if self._is_left(run):
+                            self._make(run, lease, plan, progress)
                     return True
         return False
+
+    def _is_left(self, run: PlannedRun) -> bool:
+        return run.key in {one.key for one in self.state.to_do(self.state.plan())}
 
     def _follows(self, run: PlannedRun, parent: PlannedRun) -> bool:
         """Let a run that would go on from one that diverged end as that; False: it failed."""
@@ -72,8 +88,6 @@ class Worker:
         return True
 
     def _make(self, run: PlannedRun, lease: Lease, plan: Plan, progress: Progress) -> None:
-        if self.state.has_checkpoint(run):  # another worker was faster
-            return
         folder = self.state.folder_of(run)
         began = time.monotonic()
         over, counts = self._counts(plan)

@@ -57,12 +57,16 @@ def pretend(known: State, loss_of: Callable[[PlannedRun], float]) -> None:
             if known.ending(run) is None:
                 folder = known.folder_of(run)
                 folder.mkdir(parents=True, exist_ok=True)
-                lines = map(json.dumps, _records(run, loss_of(run)))
-                text = "".join(f"{line}\n" for line in lines)
-                (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
                 loss = loss_of(run)
+                write_metrics(folder, run, loss)
                 status = DONE if math.isfinite(loss) else DIVERGED
                 known.end(run, status=status, loss=str(loss) if run.horizon else None, attempts=1)
+
+
+def write_metrics(folder: Path, run: PlannedRun, loss: float) -> None:
+    """Write what a training that ends with this loss logs."""
+    text = "".join(f"{json.dumps(record)}\n" for record in _records(run, loss))
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
 
 
 def _records(run: PlannedRun, loss: float) -> list[dict[str, Any]]:

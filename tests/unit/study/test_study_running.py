@@ -1,0 +1,103 @@
+"""Workers on runs that are pretended to be trained: what they do where another one is faster."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.studies import state_of, write_metrics, write_study
+
+from megatron_smlp.checkpoints.folders import iteration_folder
+from megatron_smlp.study import leases, running
+from megatron_smlp.study.data import StudyData
+from megatron_smlp.study.plan import PlannedRun
+from megatron_smlp.study.running import Worker
+from megatron_smlp.study.state import CHECKPOINTS, DONE, State
+
+Take = Callable[..., leases.Lease | None]
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> State:
+    """A study of three trials a system, and of one run of each system that they decide about."""
+    tuning = {"seed": 1, "horizon": "50K", "lr": [0.5, 1, 2]}
+    path = write_study(
+        tmp_path, systems=["transformer", "smlp_deterministic"], tuning=tuning,
+        horizons=["100K"], seeds=[11],
+    )  # fmt: skip
+    return state_of(path, runs=tmp_path / "runs")
+
+
+@pytest.fixture
+def trained(known: State, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders of the runs that were trained, in order, instead of training them."""
+    folders: list[Path] = []
+
+    def train(_: object, *, folder: Path, **__: object) -> int:
+        [run] = [one for one in known.plan().runs if known.folder_of(one) == folder]
+        folders.append(folder)
+        write_metrics(folder, run, 5.0 + abs(run.factor - 1))
+        iteration_folder(folder / CHECKPOINTS, run.end).mkdir(parents=True)
+        return 0
+
+    monkeypatch.setattr(running, "run_command", train)
+    monkeypatch.setattr(StudyData, "flags", [])
+    monkeypatch.setattr(running, "WAIT_SECONDS", 0.01)
+    return folders
+
+
+def worker(known: State, folder: Path) -> Worker:
+    return Worker(state=known, data=StudyData(folder))
+
+
+def test_a_worker_makes_every_run_once(known: State, trained: list[Path], tmp_path: Path):
+    worker(known, tmp_path).work()
+    assert len(trained) == len(set(trained)) == 8
+    assert {known.status(run) for run in known.plan().runs} == {DONE}
+
+
+def test_a_run_that_another_worker_ended_is_not_made_again(
+    known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The other one ends it after this one's plan, and removes the checkpoints of the trial."""
+    first = known.plan().runs[0]
+    take: Take = leases.take
+
+    def late(folder: Path, **how: float) -> leases.Lease | None:
+        if not trained:
+            make(known, first, tmp_path)
+        return take(folder, **how)
+
+    monkeypatch.setattr(leases, "take", late)
+    worker(known, tmp_path).work()
+    assert trained.count(known.folder_of(first)) == 1
+    assert len(trained) == 8
+
+
+def make(known: State, run: PlannedRun, folder: Path) -> None:
+    """Make a run as the other worker."""
+    lease = leases.Lease(known.folder_of(run) / "lease-0", expiry=known.expiry)
+    lease.path.mkdir(parents=True)
+    with lease, running.Progress(1) as progress:
+        worker(known, folder)._make(run, lease, known.plan(), progress)
+
+
+def test_a_worker_stays_where_the_last_trial_ends_as_it_looks(
+    known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Between its try for the last trial and its look at who has it, the other one ends it."""
+    last = known.plan().runs[-1]
+    other = leases.take(known.folder_of(last))
+    assert other is not None
+    left, held = [last], State.is_held
+
+    def late(self: State, run: PlannedRun) -> bool:
+        if left and len(trained) == 5:
+            left.clear()
+            with other, running.Progress(1) as progress:
+                worker(known, tmp_path)._make(last, other, known.plan(), progress)
+        return held(self, run)
+
+    monkeypatch.setattr(State, "is_held", late)
+    worker(known, tmp_path).work()
+    assert {run.phase for run in known.plan().runs} == {"tuning", "main"}
+    assert {known.status(run) for run in known.plan().runs} == {DONE}
