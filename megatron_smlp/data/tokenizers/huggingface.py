@@ -68,6 +68,7 @@ class HuggingFaceTokenizer:
         fast = gigatoken_in_place_of(
             slow,
             lambda gigatoken: gigatoken.Tokenizer.from_json(self.tokenizer_json),
+            pieces=[token.content for token in self.backend.get_added_tokens_decoder().values()],
             prefix=prefix,
             suffix=suffix,
         )

@@ -259,7 +259,7 @@ def test_an_interruption_that_gigatoken_lets_go_ends_the_run(hf_flags: Flags) ->
 
     slow = resolve(hf_flags).build()
     with pytest.raises(SystemExit) as end, readable_errors("tool"):
-        gigatoken_in_place_of(slow, lambda module: Interrupted())
+        gigatoken_in_place_of(slow, lambda module: Interrupted(), pieces=[])
     assert end.value.code == 130
 
 
@@ -284,6 +284,57 @@ def test_a_tokenizer_that_gigatoken_gets_wrong_is_left_to_the_slow_one(
     monkeypatch.setattr(GigatokenEncoder, "encode_batch", wrong)
     encoder = resolve(hf_flags).build()
     assert encoder.description == "tokenizers (gigatoken gives other ids for this tokenizer)"
+
+
+@pytest.mark.parametrize("dummy_prefix", [True, False])
+def test_user_defined_pieces_that_gigatoken_gets_wrong(tmp_path: Path, dummy_prefix: bool) -> None:
+    """It takes what follows one for the start of a text, or drops the space before that."""
+    pytest.importorskip("gigatoken")
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(" ".join(DOCUMENTS).split("\n")),
+        model_prefix=str(tmp_path / "sp"),
+        model_type="bpe",
+        vocab_size=340,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        user_defined_symbols=["<sep>", "[X]"],
+        add_dummy_prefix=dummy_prefix,
+        minloglevel=2,
+    )
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model"]
+    tokenizer = resolve([*flags, tmp_path / "sp.model"])
+    texts = ["x<sep>y", "a [X] b", "<sep>[X]"]
+    encoder = tokenizer.build()
+    assert rows(*encoder.encode_batch(texts)) == [
+        tokenizer.processor.encode_as_ids(text)  # type: ignore[attr-defined]
+        for text in texts
+    ]
+    assert encoder.description == "sentencepiece (gigatoken gives other ids for this tokenizer)"
+
+
+def test_added_tokens_that_gigatoken_gets_wrong(tokenizer_folder: Path) -> None:
+    """It finds a whole word within longer ones too; 256 plain tokens are no reason against it."""
+    pytest.importorskip("gigatoken")
+    from tokenizers import AddedToken, Tokenizer
+
+    backend = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    backend.add_special_tokens([f"<|reserved_{number}|>" for number in range(256)])
+    plain = HuggingFaceTokenizer(backend.to_str(), None, False).build()
+    assert plain.description == "gigatoken"
+    backend.add_tokens([AddedToken("foo", single_word=True)])
+    encoder = HuggingFaceTokenizer(backend.to_str(), None, False).build()
+    assert rows(*encoder.encode_batch(["food"])) == [backend.encode("food").ids]
+    assert encoder.description == "tokenizers (gigatoken gives other ids for this tokenizer)"
+
+
+def test_more_added_tokens_than_are_compared(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_smlp.data.tokenizers.gigatoken_encoder.MAX_PIECES", 0)
+    text = (tokenizer_folder / "tokenizer.json").read_text()
+    description = HuggingFaceTokenizer(text, None, False).build().description
+    assert description.startswith("tokenizers (it has 1 added tokens, too many to compare")
 
 
 def test_a_word_level_tokenizer_that_gigatoken_does_not_know(tmp_path: Path) -> None:
