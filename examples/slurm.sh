@@ -72,7 +72,8 @@ if $warned; then # which has ended that wait, not the tasks
 fi
 case "$code" in
   0) ! $warned || scontrol requeue "$SLURM_JOB_ID" || true ;;
-  2 | 3 | 76 | 93) ;; # 76: another machine has ended with one of these
+  # 76: another machine has ended with one of these; 1: nothing is saved, or the launcher failed
+  1 | 2 | 3 | 76 | 93) ;;
   *) scontrol requeue "$SLURM_JOB_ID" || true ;;
 esac
 exit "$code"

@@ -347,7 +347,6 @@ _FUNCTIONS = {
     "softmax_type": "vanilla",
     "window_size": None,
     "window_attn_skip_freq": None,
-    "attention_output_gate": False,
     "layernorm_zero_centered_gamma": False,
     "moe_mlp_glu_interleave_size": None,
 }

@@ -7,14 +7,17 @@ here. This is the only place that assigns to the namespace, but for Megatron's o
 from __future__ import annotations
 
 import argparse
+import os
 from importlib.util import find_spec
 
 from megatron_smlp.checkpoints.folders import is_same_folder, tracked_folder
 from megatron_smlp.checkpoints.model_record import read_model_flags
+from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
 from megatron_smlp.options import NEVER_OLDER, OUR_FLAGS
 from megatron_smlp.platform import cpu
+from megatron_smlp.provenance import RESTART
 from megatron_smlp.routers.hash_table import BALANCED
 from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS, weighs_all_experts
 
@@ -152,6 +155,9 @@ one that the same command has left in --save, from which it goes on where it is 
 
 def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
     """Choose what is loaded, and keep what that has of flags which the command line leaves out."""
+    if _goes_on(args):
+        args.load, args.no_resume = None, False
+        vars(args).update(FIRST_START)
     is_save_folder = is_same_folder(args.load, args.save)
     if args.save and not (is_save_folder or args.no_resume) and tracked_folder(args.save):
         if args.load:
@@ -172,6 +178,18 @@ def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
     has_data = any(getattr(args, name) for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS))
     if args.hash_table == BALANCED and (args.load or not has_data):
         args.hash_table = None  # the checkpoint has one; or there is nothing to count
+
+
+def _goes_on(args: argparse.Namespace) -> bool:
+    """Return whether a launcher, or Slurm, starts this command again and it has saved something.
+
+    What it says of one start (--ckpt-step 4000, --no-resume) is done then: followed again, it would
+    throw away at each restart what the run has done since.
+    """
+    is_again = os.environ.get(RESTART) or int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    newest = tracked_folder(args.save) if args.save and is_again else None
+    record = (read_run_record(newest) if newest else None) or {}
+    return bool(record) and record.get("command_line") == args.command_line
 
 
 def _keep_padding(args: argparse.Namespace, padded: int | None) -> None:

@@ -67,6 +67,7 @@ OTHER_RECOVERY = {
 }
 """Ways of Megatron's to survive a failure that do not work here, and why."""
 NOT_HERE = {
+    "attention_output_gate": "adds parameters that nothing here describes (FLOPs, export)",
     "freeze_all_layers": "freezes nothing: the builder of models does not read it",
     "checkpoint_activations": "is gone from Megatron: give --recompute-granularity full "
     "--recompute-method uniform --recompute-num-layers 1",
@@ -131,7 +132,6 @@ ATTENTION_FLAGS = (
     "group_query_attention",
     "num_query_groups",
     "add_qkv_bias",
-    "attention_output_gate",
     "qk_layernorm",
     "qk_l2_norm",
     "qk_clip",
@@ -228,6 +228,11 @@ def refuse_unused(args: argparse.Namespace) -> None:
     for name in _given(args, tuple(NOT_HERE)):
         raise UsageError(f"{_flag(name)} {NOT_HERE[name]}. Leave it out.")
     _refuse_recomputing(args)
+    if _given(args, ("add_qkv_bias",)) and not args.add_bias_linear:
+        raise UsageError(
+            "--add-qkv-bias without other biases adds parameters that nothing here describes "
+            "(FLOPs, export): leave it out, or --disable-bias-linear."
+        )
     for name in args.explicit_flags:
         if name.startswith(OTHER_POSITIONS):
             raise UsageError(

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import MutableMapping
 
+from megatron_smlp.provenance import RESTART
+
 NO_PROGRESS = 93
 """The exit code of a run that fails without a newer checkpoint: starting it again is of no use."""
 FOR_GOOD = (2, 3, NO_PROGRESS)
@@ -25,8 +27,7 @@ AGAIN = 80
 """Base of an agent's exit code if it may be restarted: this plus the number of its ranks' failures
 without a newer checkpoint."""
 
-CAUSE = "SMLP_RESTART"
-"""The variable in which a rank finds why it was started again."""
+CAUSE = RESTART
 AGENT = "SMLP_AGENT"
 """The variable in which a rank finds its agent's process number."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 from megatron_smlp.checkpoints.folders import latest_iteration
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.config_file import read_yaml, spelling
-
-PARALLEL = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
 
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
@@ -55,8 +52,12 @@ def check_counts(words: Sequence[str], *, machines: range, processes: int) -> No
     batch = given("--global-batch-size", words)
     if batch is None:
         raise UsageError(f"{nodes} changes the batch with the machines: give --global-batch-size.")
-    sizes = [int(given(flag, words) or 1) for flag in PARALLEL]
-    model = math.prod(sizes)
+    tensor, pipeline, expert = (
+        int(given(f"--{name}-parallel-size", words) or 1)
+        for name in ("tensor-model", "pipeline-model", "expert-model")
+    )
+    expert *= int(given("--expert-tensor-parallel-size", words) or tensor)
+    model, experts = tensor * pipeline, expert * pipeline
     step = int(given("--micro-batch-size", words) or 1)
     for count in machines:
         total = count * processes
@@ -66,6 +67,12 @@ def check_counts(words: Sequence[str], *, machines: range, processes: int) -> No
                 f"{nodes}: {count} machines have {total} processes{of_model}, among which "
                 f"--global-batch-size {batch} cannot be shared in micro-batches of {step}: give a "
                 "batch that suits every number of machines, or another NNODES."
+            )
+        if total % experts:
+            raise UsageError(
+                f"{nodes}: {count} machines have {total} processes, over which experts of "
+                f"{experts} cannot be spread: give another NNODES, or lower "
+                "--expert-model-parallel-size."
             )
 
 
@@ -94,7 +101,8 @@ class Progress:
             within: those that what failed has counted itself, since its newest checkpoint.
         """
         newest = self.latest()
-        self.failures = within if newest != self.newest else self.failures + max(1, within)
+        is_newer = newest is not None and newest > (-1 if self.newest is None else self.newest)
+        self.failures = within if is_newer else self.failures + max(1, within)
         self.newest = newest
 
     def is_stuck(self) -> bool:

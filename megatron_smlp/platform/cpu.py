@@ -14,7 +14,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -317,6 +317,15 @@ def _replace_in_megatron() -> None:
     training.build_train_valid_test_data_iterators = torch.random.fork_rng(devices=[])(
         training.build_train_valid_test_data_iterators
     )
+    training.cyclic_iter = _cyclic_iter
+
+
+def _cyclic_iter(iterable: Iterable[Any]) -> Iterator[Any]:
+    """Megatron's, whose iterators begin in the middle of a run, as above."""
+    while True:
+        with torch.random.fork_rng(devices=[]):
+            iterator = iter(iterable)
+        yield from iterator
 
 
 def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

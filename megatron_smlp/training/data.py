@@ -102,6 +102,8 @@ class DatasetProvider:
                 # Megatron goes on behind what it has read, by the checkpoint, whatever the flags
                 # of validation were until then.
                 length += args.consumed_valid_samples if place == 1 else 0
+                if args.start_eval_at_iter:
+                    length += once  # Megatron counts one too few where that divides the interval
                 length = once if args.dataloader_type == "cyclic" else length
                 datasets[place] = AgainAndAgain(datasets[place], once=once, length=length)
         return datasets

@@ -134,7 +134,10 @@ class Reporter:
         logged, silent = self.metrics.newest() if self.metrics else (0, None)
         self.restart = restart(self.before, iteration=iteration, logged=logged, silent=silent)
         if self.args.world_size > 1:
-            self.slow_hosts = SlowHosts(timedelta(minutes=self.args.distributed_timeout_minutes))
+            self.slow_hosts = SlowHosts(
+                timedelta(minutes=self.args.distributed_timeout_minutes),
+                stage=mpu.get_pipeline_model_parallel_rank(),
+            )
         last = self.metrics.drop_after(iteration) if self.metrics else {}
         self.compute.resume(last, tokens=self._tokens())
         if iteration:

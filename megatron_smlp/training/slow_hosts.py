@@ -4,7 +4,8 @@ A step of all ranks takes as long as the slowest needs, so that its length says 
 one that is. Compared are, in every log line:
 
     own part   seconds from the first forward pass of a step to the end of this rank's last backward
-               pass, before gradients are summed over the data parallel ranks
+               pass, before gradients are summed over the data parallel ranks; with those of the
+               same pipeline stage alone, since earlier ones wait for later ones
     way out    seconds that 64 KiB of one machine take to the next one
 
 A machine is named when one of them is over 1.5 times the median, by more than a tenth of a step and
@@ -96,10 +97,12 @@ class SlowHosts:
     Args:
         timeout: of a message between machines. torch would wait half an hour, whatever the other
             groups wait.
+        stage: pipeline stage of this rank.
     """
 
-    def __init__(self, timeout: timedelta) -> None:
+    def __init__(self, timeout: timedelta, *, stage: int = 0) -> None:
         self.hosts: list[str] = gathered(socket.gethostname())
+        self.stages: list[int] = gathered(stage)
         leaders = sorted(
             {host: rank for rank, host in reversed(list(enumerate(self.hosts)))}.values()
         )
@@ -126,10 +129,17 @@ class SlowHosts:
             for at, leader in enumerate(self.leaders)
         }
         found = (
-            self.computing.next(dict(enumerate(parts)), step=step, hosts=self.hosts),
+            self.computing.next(self._slowest_stage(parts), step=step, hosts=self.hosts),
             self.sending.next(outs if self.links else {}, step=step, hosts=self.hosts),
         )
         return [slow for slow in found if slow]
+
+    def _slowest_stage(self, parts: Sequence[float]) -> dict[int, float]:
+        """Return rank -> seconds of the stage with the largest ratio to its own median."""
+        stages: dict[int, dict[int, float]] = {}
+        for rank, (stage, seconds) in enumerate(zip(self.stages, parts, strict=True)):
+            stages.setdefault(stage, {})[rank] = seconds
+        return max(stages.values(), key=_ratio)
 
     def _way_in(self) -> float:
         """Seconds from when all are ready to the arrival of the neighbour's message."""
@@ -158,6 +168,10 @@ def _gathered(*numbers: float) -> list[list[float]]:
     return found
 
 
+def _ratio(seconds: dict[int, float]) -> float:
+    return max(seconds.values()) / max(statistics.median_low(seconds.values()), 1e-9)
+
+
 class _Streak:
     """One measure over the log lines."""
 
@@ -178,4 +192,4 @@ class _Streak:
         self.host = host
         if self.lines != LINES:
             return None
-        return Slow(self.what, rank, host, seconds[rank] / max(median, 1e-9))
+        return Slow(self.what, rank, host, _ratio(seconds))

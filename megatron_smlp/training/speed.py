@@ -8,9 +8,12 @@ import torch
 
 # Dense bf16 peaks of one device in TFLOP/s, from the vendor's data sheets (no sparsity).
 DENSE_PEAK_TFLOPS = {
+    "GB200": 2500.0,
     "B200": 2250.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
     "A100": 312.0,
     "L40S": 362.0,

@@ -150,3 +150,16 @@ def test_only_two_folders_replace_anything_in_torch_or_megatron():
     assert len(found) > 20
     assert {name: what for name, what in found.items() if what} == {}
     assert list(replacements(Path(cpu.__file__).read_text())), "and the platform does"
+
+
+def test_an_epoch_that_begins_draws_no_random_number():
+    """The default generator is the dropout's, and only the first tensor parallel rank reads."""
+    import torch
+    from megatron.training import training
+    from support.in_process import prepare_megatron
+
+    prepare_megatron()
+    before = torch.get_rng_state()
+    samples = training.cyclic_iter(torch.utils.data.DataLoader(range(3), shuffle=False))
+    assert [int(next(samples)) for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+    assert torch.equal(torch.get_rng_state(), before)

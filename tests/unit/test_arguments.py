@@ -13,11 +13,13 @@ import pytest
 from support.in_process import MINIMAL
 from support.launches import REPOSITORY, clean_environment
 
+from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import TRACKER, iteration_folder
 from megatron_smlp.checkpoints.model_record import model_flags
 from megatron_smlp.checkpoints.run_record import write_records
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import cpu
+from megatron_smlp.provenance import RESTART
 from megatron_smlp.routers.hash_table import balanced_table, table_as_json
 
 Parse = Callable[..., Any]
@@ -408,6 +410,40 @@ class TestRefusals:
         assert (again.load, again.ckpt_step, again.finetune) == (str(ours), None, False)
         assert not again.no_load_optim
         assert parse(f"{words} --no-resume").load == str(theirs)
+
+    @pytest.mark.parametrize("how", ["--no-resume", "--ckpt-step 2", "--load {} --ckpt-step 2"])
+    def test_a_restart_does_not_go_back(
+        self, parse: Parse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    ):
+        """Where this command has saved something, what it says of its start is done."""
+        words = f"{GMLP} --save {tmp_path} {how.format(tmp_path)}"
+        checkpoint(parse(GMLP), tmp_path)
+        by_hand = parse(words)
+        wanted = None if how == "--no-resume" else str(tmp_path)
+        assert (by_hand.load, by_hand.ckpt_step) == (wanted, 2 if "step" in how else None)
+        monkeypatch.setenv(RESTART, '{"cause": "x", "noticed": 0}')
+        assert parse(words).load == wanted  # another command has made that checkpoint
+        folder = iteration_folder(tmp_path, 3)
+        write_records(folder, model_flags(by_hand), {"command_line": by_hand.command_line})
+        integrity.seal(folder)
+        again = parse(words)
+        assert (again.load, again.ckpt_step, again.no_resume) == (str(tmp_path), None, False)
+        monkeypatch.delenv(RESTART)
+        assert parse(words).load == wanted
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        assert parse(words).ckpt_step is None
+
+    def test_a_schedule_that_is_kept_has_its_own_rates(self, parse: Parse, tmp_path: Path):
+        words = f"{GMLP} --load {tmp_path} --use-checkpoint-opt_param-scheduler --lr"
+        checkpoint(parse(GMLP), tmp_path)
+        folder = iteration_folder(tmp_path, 3)
+        write_records(folder, model_flags(parse(GMLP)), {"flags": {"lr": 1e-3, "min_lr": 0.0}})
+        integrity.seal(folder)
+        message = (
+            r"--lr 0\.002 beside --use-checkpoint-opt_param-scheduler, .* give --lr 0\.001, or"
+        )
+        refusal(parse, f"{words} 2e-3", message)
+        assert parse(f"{words} 1e-3")
 
     def test_an_iteration_of_nothing(self, parse: Parse, tmp_path: Path):
         message = "--ckpt-step 5 asks for a checkpoint, and there is no --load"

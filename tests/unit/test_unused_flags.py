@@ -52,6 +52,10 @@ def parse() -> Iterator[Parse]:
         ("--architecture amlp --group-query-attention --num-query-groups 2", "not for amlp"),
         ("--architecture smlp --window-size 4,0", "--window-size is for the attention of "),
         ("--architecture gmlp --reset-attention-mask", "--reset-attention-mask: samples are read "),
+        (
+            f"{TRANSFORMER} --disable-bias-linear --add-qkv-bias",
+            "--add-qkv-bias without other bias",
+        ),
         (f"{TRANSFORMER} --reset-position-ids", "--reset-position-ids: samples are read whole"),
         (
             "--architecture gmlp --position-embedding-type rope",
@@ -131,6 +135,7 @@ def test_other_layers_flags(parse: Parse, words: str, message: str):
         ),
         ("--wandb-project p --wandb-exp-name n --save x", "wandb"),
         ("--freeze-all-layers", "--freeze-all-layers freezes nothing"),
+        ("--attention-output-gate", "--attention-output-gate adds parameters that nothing here"),
         ("--checkpoint-activations", "is gone from Megatron: give --recompute-granularity full"),
         ("--exit-signal SIGUSR1", "--exit-signal would take the place of the signals that end"),
         ("--pretrained-checkpoint x", "is loaded without a look .*: give --load DIR --finetune"),

@@ -134,6 +134,16 @@ def test_without_a_folder_there_is_nothing_to_go_on_from(run: Callable[..., int]
     assert len(starts(tmp_path)) == 1
 
 
+def test_a_checkpoint_that_is_older_is_no_progress(tmp_path: Path):
+    """A start that goes back to one (--ckpt-step, --no-resume) and fails, again and again."""
+    newest = iter([6000, 4000, 4500, 4000])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Progress, "latest", lambda self: next(newest))
+        progress = Progress(["--save", str(tmp_path)])
+        failures = [(progress.failed(), progress.failures)[1] for _ in range(3)]
+    assert failures == [1, 0, 1]
+
+
 def test_where_a_run_saves(tmp_path: Path):
     config = tmp_path / "a.yaml"
     config.write_text("save: from/yaml\n", encoding="utf-8")
@@ -293,6 +303,10 @@ def test_nothing_to_start_is_said_with_an_example(what: str):
         (
             "--global-batch-size=192 --pipeline-model-parallel-size 3",
             "2 machines have 16 processes, 3 a model, among which",
+        ),
+        (
+            "--global-batch-size 192 --expert-model-parallel-size 16",
+            "3 machines have 24 processes, over which experts of 16 cannot be spread",
         ),
     ],
 )

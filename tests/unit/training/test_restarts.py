@@ -12,7 +12,7 @@ from megatron_smlp.checkpoints.saving import Saving
 from megatron_smlp.launching.restarts import CAUSE, note_cause
 from megatron_smlp.training import slow_hosts
 from megatron_smlp.training.restarts import BY_HAND
-from megatron_smlp.training.slow_hosts import LINES, OwnPart, _Streak
+from megatron_smlp.training.slow_hosts import LINES, OwnPart, SlowHosts, _Streak
 
 
 def fail_at(iteration: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +91,14 @@ def test_others_are_not(lines: list[dict[int, float]]):
     streak = _Streak("computes slowly")
     hosts = ["node0", "node1", "node2"]
     assert [streak.next(seconds, step=1.0, hosts=hosts) for seconds in lines] == [None] * len(lines)
+
+
+def test_a_stage_is_compared_with_itself():
+    """An earlier stage waits for the later ones inside its own part."""
+    hosts = SlowHosts.__new__(SlowHosts)
+    hosts.stages = [0, 0, 1, 1]
+    assert hosts._slowest_stage([2.0, 2.0, 1.0, 1.1]) == {2: 1.0, 3: 1.1}
+    assert hosts._slowest_stage([2.0, 3.4, 1.0, 1.1]) == {0: 2.0, 1: 3.4}
 
 
 def test_an_own_part_is_that_of_its_step_alone():
