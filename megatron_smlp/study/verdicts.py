@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
 from megatron_smlp.study.results import TASK
@@ -41,7 +41,7 @@ class Comparison:
     verdict: str
     is_bound: bool = False
     """Whether the subject's cost may be even lower: a seed had reached the target at its first
-    horizon."""
+    horizon. The interval's lower end is then 0."""
 
     @property
     def is_ratio(self) -> bool:
@@ -174,13 +174,13 @@ def _less_time(study: Study, systems: Mapping[str, System], tables: Tables) -> C
         unit = TOKENS
         notes.append("no quiet timing: tools/study.py run --speed; tokens say nothing of time")
     found = time_ratio(study, systems, tables, rival=best, unit=unit)
-    if is_there_at_first(study, systems, tables, rival=best):
+    is_bound = is_there_at_first(study, systems, tables, rival=best)
+    if is_bound:
         notes.append("a seed is there at its first horizon, so the ratio is at most this")
     claim = _claim({(study.subject, best): (unit, found)}, null=1.0, name="C2", text=text)
+    comparisons = tuple(replace(each, is_bound=is_bound) for each in claim.comparisons)
     whole = claim.verdict if unit == SECONDS else UNDECIDED
-    return Claim(
-        name="C2", text=text, comparisons=claim.comparisons, verdict=whole, notes=tuple(notes)
-    )
+    return Claim(name="C2", text=text, comparisons=comparisons, verdict=whole, notes=tuple(notes))
 
 
 def time_ratio(
@@ -190,6 +190,8 @@ def time_ratio(
 
     Its logarithm is that of the tokens, over seeds, and for seconds that of the step times, over
     rounds of the timing. A seed of the subject that never comes there costs an infinite amount.
+    Where one is there at its first horizon the ratio is at most this, so that it can confirm a
+    claim but not refute one: its interval begins at 0, and p is 1 if it then holds 1.
     """
     field = loss_field(systems[study.subject], systems[rival])
     reached = {}
@@ -202,7 +204,10 @@ def time_ratio(
     found = log_ratio(reached, dict.fromkeys(reached, study.longest))
     if unit == SECONDS:
         found = plus(found, _log_step_ratio(tables, study.subject, rival))
-    return exponential(found)
+    ratio = exponential(found)
+    if not is_there_at_first(study, systems, tables, rival=rival):
+        return ratio
+    return replace(ratio, low=0.0, p=1.0 if ratio.high >= 1 else ratio.p)
 
 
 def _log_step_ratio(tables: Tables, one: str, other: str) -> Difference:

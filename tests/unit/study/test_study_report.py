@@ -259,6 +259,24 @@ def test_at_the_first_horizon_it_is_a_bound(known: State, tmp_path: Path):
     assert "| switch | ≥ 4 |" in text
 
 
+@pytest.mark.parametrize(("step", "ended"), [(1.3, "undecided"), (0.7, "confirmed")])
+def test_a_bound_confirms_and_never_refutes(tmp_path: Path, step: float, ended: str):
+    """At one horizon the step time is all that is known; tokens would have been fewer."""
+    known = state_of(write_study(tmp_path, horizons=["200K"]), runs=tmp_path / "runs")
+    pretend(known, loss_of)
+    others = [1.01, 1.0, 1.02]
+    steps = {
+        "transformer": others, "switch": others, "smlp_deterministic": [step * x for x in others],
+    }  # fmt: skip
+    Results(tmp_path / "results").add_speed(timing(steps, [0.4] * 3))
+    claims, _ = page(known, tmp_path)
+    [comparison] = claims["C2"]["comparisons"]
+    assert claims["C2"]["verdict"] == comparison["verdict"] == ended
+    assert comparison["is_bound"]
+    assert comparison["found"]["low"] == 0
+    assert comparison["found"]["high"] == pytest.approx(step, rel=0.05)
+
+
 def test_a_timing_that_is_stopped_keeps_its_rounds(
     known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
