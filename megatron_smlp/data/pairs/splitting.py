@@ -13,7 +13,7 @@ from megatron_smlp.data.pairs.indexed import Index, idx_path, open_index
 from megatron_smlp.data.pairs.manifest import check_manifest_path, find_manifest
 from megatron_smlp.data.pairs.statistics import document_lengths
 from megatron_smlp.data.pairs.validation import require_sound_index
-from megatron_smlp.data.pairs.writer import PairWriter, publish
+from megatron_smlp.data.pairs.writer import PairWriter, publish, withdraw
 from megatron_smlp.errors import DataError
 
 NAMES = ("train", "valid", "test")
@@ -72,23 +72,27 @@ def _assign(index: Index, shares: list[float], *, by: str, seed: int | None) -> 
     middles = np.cumsum(sizes[order]) - sizes[order] / 2
     borders = np.cumsum(shares)[:-1] * sizes.sum()
     part_of = np.empty(count, dtype=np.int8)
-    part_of[order] = np.searchsorted(borders, middles, side="right")
+    # Behind the last border lies no part without a share, though empty documents end there.
+    last = np.flatnonzero(shares)[-1]
+    part_of[order] = np.minimum(np.searchsorted(borders, middles, side="right"), last)
     return part_of
 
 
 def _write_parts(index: Index, part_of: NDArray[np.int8], output_prefix: str) -> None:
+    """Write all parts, and only then replace those of an older split: a mix of both would hold
+    documents twice, in training and in validation."""
     found = find_manifest(index.prefix)
     with scratch_folder(output_prefix) as folder:
+        finished = {}
         for number in np.unique(part_of).tolist():
-            name = NAMES[number]
-            writer = PairWriter(folder / name, dtype=index.dtype)
+            target = f"{output_prefix}_{NAMES[number]}"
+            check_manifest_path(Path(target + ".json"), pairs=[Path(target).name])
+            writer = PairWriter(folder / NAMES[number], dtype=index.dtype)
             chosen = np.concatenate(([0], (part_of == number).astype(np.int8), [0]))
             edges = np.flatnonzero(np.diff(chosen)).tolist()
             for first, last in zip(edges[::2], edges[1::2], strict=True):
                 for documents in document_parts(index, first, last):
                     copy_documents(index, writer, documents)
-            target = f"{output_prefix}_{name}"
-            check_manifest_path(Path(target + ".json"), pairs=[Path(target).name])
             old = found[1].pairs[Path(index.prefix).name] if found else None
             record = writer.finish(
                 key=old.key if old else "text", level=old.level if old else "document"
@@ -99,6 +103,8 @@ def _write_parts(index: Index, part_of: NDArray[np.int8], output_prefix: str) ->
                 sources=[{"pair": index.prefix}],
                 counts={"documents": record.documents, "tokens": record.tokens},
             )
-            publish(
-                {target: writer}, manifest=manifest or None, manifest_path=Path(target + ".json")
-            )
+            finished[target] = writer, manifest or None
+        for target in finished:
+            withdraw([target], manifest_path=Path(target + ".json"))
+        for target, (writer, manifest) in finished.items():
+            publish({target: writer}, manifest=manifest, manifest_path=Path(target + ".json"))

@@ -11,6 +11,7 @@ Memory does not grow with the data, and a crash loses at most what came after th
 import contextlib
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -149,11 +150,16 @@ def publish(
         writers: by the final prefix of the pair.
         manifest: None where the origin of the ids is not known.
     """
-    manifest_path.unlink(missing_ok=True)
-    for prefix in writers:
-        idx_path(prefix).unlink(missing_ok=True)
+    withdraw(writers, manifest_path=manifest_path)
     for prefix, writer in writers.items():
         link_durably(writer.path("bin"), bin_path(prefix))
         link_durably(writer.path("idx"), idx_path(prefix))
     if manifest is not None:
         manifest.write(manifest_path)
+
+
+def withdraw(prefixes: Iterable[str], *, manifest_path: Path) -> None:
+    """Take away the names that make pairs of an older run readable."""
+    manifest_path.unlink(missing_ok=True)
+    for prefix in prefixes:
+        idx_path(prefix).unlink(missing_ok=True)

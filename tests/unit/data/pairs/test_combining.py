@@ -9,6 +9,7 @@ from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_smlp.data.pairs import writer as pair_writer
 from megatron_smlp.data.pairs.combining import find_pairs, merge
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.pairs.manifest import read_manifest
@@ -145,6 +146,67 @@ def test_shares_are_kept(pairs: list[str], tmp_path: Path) -> None:
     split(pairs[0], output_prefix=output, weights=[6, 3, 1], by="tokens", seed=1)
     tokens = np.array([open_index(f"{output}_{name}").num_tokens for name in NAMES])
     np.testing.assert_allclose(tokens / tokens.sum(), [0.6, 0.3, 0.1], atol=0.05)
+
+
+@pytest.mark.parametrize("names", range(4))
+def test_a_split_that_dies_leaves_no_part_beside_one_of_another_split(
+    pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: int
+) -> None:
+    """A document of an older valid part may be in the new train part."""
+    output, weights = str(tmp_path / "split"), [1.0, 1.0]
+    split(pairs[0], output_prefix=output, weights=weights, by="documents", seed=1)
+    old = [Path(f"{output}_{name}.idx").read_bytes() for name in NAMES[:2]]
+    left = [names]
+    original = pair_writer.link_durably
+
+    def link_durably(first: Path, target: Path) -> None:
+        if not left[0]:
+            raise OSError("no room")
+        left[0] -= 1
+        original(first, target)
+
+    monkeypatch.setattr(pair_writer, "link_durably", link_durably)
+    with pytest.raises(OSError, match="no room"):
+        split(pairs[0], output_prefix=output, weights=weights, by="documents", seed=2)
+    for name, before in zip(NAMES, old, strict=False):
+        path = Path(f"{output}_{name}.idx")
+        assert not path.exists() or path.read_bytes() != before
+    assert not (tmp_path / "split_valid.json").exists()
+
+
+def test_a_split_that_dies_while_it_writes_leaves_the_older_one(
+    pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, weights = str(tmp_path / "split"), [1.0, 1.0]
+    split(pairs[0], output_prefix=output, weights=weights, by="documents", seed=1)
+    before = {path: path.read_bytes() for path in tmp_path.glob("split_*")}
+    original = pair_writer.PairWriter.finish
+
+    def finish(writer: pair_writer.PairWriter, **record: str) -> object:
+        if writer.stem.name == "valid":
+            raise OSError("no room")
+        return original(writer, **record)
+
+    monkeypatch.setattr(pair_writer.PairWriter, "finish", finish)
+    with pytest.raises(OSError, match="no room"):
+        split(pairs[0], output_prefix=output, weights=weights, by="documents", seed=2)
+    assert {path: path.read_bytes() for path in tmp_path.glob("split_*")} == before
+
+
+@pytest.mark.parametrize("weights", [[3, 1], [1, 0, 1], [0, 1]])
+def test_empty_documents_at_the_end_make_no_part_of_their_own(
+    tmp_path: Path, weights: list[float]
+) -> None:
+    writer = pair_writer.PairWriter(tmp_path / "all", dtype=np.dtype("uint16"))
+    sizes = np.array([1, 1, 1, 1])
+    writer.write(np.arange(4), lengths=sizes, sequences=np.array([1, 1, 1, 1, 0]))
+    writer.finish(key="text", level="document")
+    parts = split(
+        str(tmp_path / "all"), output_prefix=str(tmp_path / "s"), weights=weights, by="tokens"
+    )
+    assert sum(parts.values()) == 5
+    for name, weight in zip(NAMES, [*weights, 0], strict=False):
+        assert (parts[name] > 0) == (weight > 0) == (tmp_path / f"s_{name}.idx").exists()
 
 
 @pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [1, 1, 1, 1]])
