@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,14 +69,27 @@ class Tables:
         """
         return float(self._found(kind, label, system)["stderr"].astype(float).mean())
 
-    def task_errors(self, system: str) -> dict[int, float]:
-        """Return the share of wrong answers in percent of each seed, as a mean over the tasks."""
-        found = [self.values(TASK, task, system) for task in self.labels(TASK)]
-        seeds = set.intersection(*map(set, found)) if found else set()
-        return {
-            seed: 100 * (1 - float(np.mean([values[seed] for values in found])))
-            for seed in sorted(seeds)
+    def task_errors(self, *systems: str) -> list[dict[int, float]]:
+        """Return the share of wrong answers in percent of each system's seeds, as a mean over the
+        tasks that all of these systems have."""
+        scores = {
+            task: [self.values(TASK, task, system) for system in systems]
+            for task in self.labels(TASK)
         }
+        common = [found for found in scores.values() if all(found)]
+        return [_mean_errors(found) for found in zip(*common, strict=True)] or [{} for _ in systems]
+
+    def unscored(self, study: Study, systems: Iterable[str]) -> Iterator[str]:
+        """Yield which tasks of which systems and seeds were not scored, in words."""
+        for system in systems:
+            lacking: dict[tuple[int, ...], list[str]] = {}
+            for task in self.labels(TASK):
+                scored = self.values(TASK, task, system)
+                seeds = tuple(seed for seed in study.seeds_of(system) if seed not in scored)
+                lacking.setdefault(seeds, []).append(task)
+            for seeds, tasks in lacking.items():
+                if seeds:
+                    yield f"{system}: seed {', '.join(map(str, seeds))} lacks {', '.join(tasks)}"
 
     def _found(self, kind: str, label: str, system: str) -> pandas.DataFrame:
         lines = self.found
@@ -178,6 +191,15 @@ class Tables:
             if len(lines) >= LEAST_EVALUATIONS:
                 found.append(_residual(lines))
         return float(np.mean(found)) if found else math.nan
+
+
+def _mean_errors(tasks: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Return 100 - the mean accuracy in percent, of the seeds that have every task."""
+    seeds = set.intersection(*map(set, tasks))
+    return {
+        seed: 100 * (1 - float(np.mean([values[seed] for values in tasks])))
+        for seed in sorted(seeds)
+    }
 
 
 def _residual(lines: pandas.DataFrame) -> float:

@@ -225,16 +225,23 @@ def is_there_at_first(
 
 
 def _better_at_tasks(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
-    """C4: the share of wrong answers, in percent, as a mean over the tasks that were scored."""
+    """C4: the share of wrong answers, in percent, as a mean over the tasks that both have."""
     others = [name for name in rivals(study, systems) if systems[name].is_sparse]
-    mine = tables.task_errors(study.subject)
-    found = {
-        (study.subject, name): ("wrong answers in %", paired(mine, theirs))
-        for name in others
-        if mine and (theirs := tables.task_errors(name))
-    }
     tasks = tables.labels(TASK)
-    notes = (f"of {', '.join(tasks)}",) if tasks else ("no task was scored: study.py evaluate",)
+    # A rival that was not scored is compared as well: above it, nothing is known.
+    found = {
+        (study.subject, name): (
+            "wrong answers in %",
+            paired(*tables.task_errors(study.subject, name)),
+        )
+        for name in others
+        if tasks
+    }
+    notes = (
+        (f"of {', '.join(tasks)}", *tables.unscored(study, [study.subject, *others]))
+        if tasks
+        else ("no task was scored: study.py evaluate",)
+    )
     return _claim(
         found, null=0.0, name="C4", notes=notes,
         text="zero-shot, as a mean over tasks, above every sparse Transformer",

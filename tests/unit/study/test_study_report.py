@@ -171,6 +171,38 @@ def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
     assert (tmp_path / "results" / "where-the-loss-lies.png").stat().st_size > 10_000
 
 
+def test_a_rival_that_was_not_scored_leaves_tasks_undecided(tmp_path: Path):
+    """GShard's scores are lower by far, and those of Switch, HASH and one of BASE are not there."""
+    systems = ["switch", "gshard", "base", "hash", "smlp_deterministic"]
+    known = state_of(write_study(tmp_path, systems=systems), runs=tmp_path / "runs")
+    pretend(known, loss_of)
+    tasks = {
+        "smlp_deterministic": ["copa", "piqa"], "gshard": ["copa"], "base": ["copa", "piqa"],
+    }  # fmt: skip
+    Results(tmp_path / "results").add_evaluations([
+        {"key": run.key, "system": run.system, "seed": run.seed, "kind": "task", "label": task,
+         "value": 0.5 + NOISE[run.seed] + (task == "piqa") * 0.2
+         + (run.system == "smlp_deterministic") * (0.1 + 2 * NOISE[run.seed])}
+        for run in known.plan().runs
+        for task in tasks.get(run.system, ())
+        if run.horizon == known.study.longest and (run.system, run.seed) != ("base", 12)
+    ])  # fmt: skip
+    claims, text = page(known, tmp_path)
+    found = {each["other"]: each["found"] for each in claims["C4"]["comparisons"]}
+    counts = {name: each["n"] for name, each in found.items()}
+    assert counts == {"switch": 0, "gshard": 3, "base": 2, "hash": 0}
+    assert found["gshard"]["mean"] == pytest.approx(-10, abs=0.1)  # by the task that both have
+    assert claims["C4"]["verdict"] == "undecided"
+    assert claims["C4"]["notes"] == [
+        "of copa, piqa",
+        "switch: seed 11, 12, 13 lacks copa, piqa",
+        "gshard: seed 11, 12, 13 lacks piqa",
+        "base: seed 12 lacks copa, piqa",
+        "hash: seed 11, 12, 13 lacks copa, piqa",
+    ]
+    assert "gshard: seed 11, 12, 13 lacks piqa" in text
+
+
 def test_runs_of_a_rate_that_is_no_longer_best_do_not_count(known: State, tmp_path: Path):
     pretend(known, loss_of)
     before = claims_of(known, tmp_path)
