@@ -57,9 +57,6 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--data-dir", type=Path, metavar="DIR", help="local files of the tasks; no network"
             )
-            command.add_argument(
-                "--limit", type=int, metavar="N", help="only the first N examples of each task"
-            )
     return parser
 
 
@@ -198,7 +195,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     done = evaluate_finals(
         known, StudyData(args.data), results,
         tasks=args.tasks.split(",") if args.tasks else (),
-        data_dir=args.data_dir, limit=args.limit,
+        data_dir=args.data_dir,
     )  # fmt: skip
     print(f"{len(done)} checkpoints: {results.folder / 'evaluations.csv'}")
     return 0

@@ -37,16 +37,15 @@ def evaluate_finals(
     *,
     tasks: Sequence[str],
     data_dir: Path | None,
-    limit: int | None,
 ) -> list[Path]:
     """Evaluate what has come to the longest horizon; return the folders of what was new.
 
     What is in evaluations.csv is not done again: the text of a checkpoint, and each of its tasks.
+    A task is scored by all of its examples, for one that is known by some would count as scored.
 
     Args:
         tasks: of lm-evaluation-harness; none: only the loss is looked at.
         data_dir: local files of the tasks; None: from the hub.
-        limit: examples of each task; None: all.
 
     Raises:
         UsageError: an evaluation failed.
@@ -59,7 +58,7 @@ def evaluate_finals(
             progress.show(number, run.title)
             lines = list(_of_text(known, run, data)) if text else []
             if named:
-                lines += _of_tasks(known, run, tasks=named, data_dir=data_dir, limit=limit)
+                lines += _of_tasks(known, run, tasks=named, data_dir=data_dir)
             about = {"key": run.key, "system": run.system, "seed": run.seed}
             results.add_evaluations([about | line for line in lines])
     return [known.folder_of(run) for run, _ in left]
@@ -101,11 +100,9 @@ def _of_tasks(
     *,
     tasks: Sequence[str],
     data_dir: Path | None,
-    limit: int | None,
 ) -> Iterator[Line]:
     words = ["--tasks", ",".join(tasks)]
     words += ["--data-dir", str(data_dir)] if data_dir else []
-    words += ["--limit", str(limit)] if limit else []
     for task, found in _evaluated(known, run, words, name="tasks")["results"].items():
         metric = PAPER_METRICS.get(task) or next(iter(found["metrics"]))
         score = found["metrics"][metric]
