@@ -156,11 +156,12 @@ def scratch_folder(output_prefix: str) -> Iterator[Path]:
     check_manifest_path(Path(output_prefix + ".json"), pairs=[Path(output_prefix).name])
     folder = Path(output_prefix + ".merging")  # `.partial` is a preprocessing's, to be resumed
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder)
+        # NFS keeps what an error leaves open, and that error is the one to be seen.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def document_parts(index: Index, first: int, last: int) -> Iterator[range]:

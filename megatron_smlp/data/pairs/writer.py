@@ -30,9 +30,14 @@ INT32_MAX = np.iinfo(np.int32).max
 def append_to(path: Path, *, committed: int) -> BinaryIO:
     """Open `path` at `committed` bytes, without what a crash left behind them.
 
+    Where nothing is to be kept it is a new file: that of before may be a published one by its
+    second name.
+
     Raises:
         DataError: the file is shorter than that.
     """
+    if not committed:
+        path.unlink(missing_ok=True)
     stream = path.open("ab")
     if stream.tell() < committed:
         raise DataError(f"{path} is shorter than its journal says; start again without --resume")
@@ -116,6 +121,7 @@ class PairWriter:
         lengths, sequences = _read_flat(self.path("lengths")), _read_flat(self.path("sequences"))
         data, index = self.path("bin"), self.path("idx")
         with naming_errors(index):
+            index.unlink(missing_ok=True)  # It may be a published one by its second name.
             write_index(index, dtype=self.dtype, lengths=lengths, sequences_per_document=sequences)
         return PairRecord(
             key=key,

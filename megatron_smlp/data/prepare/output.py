@@ -108,14 +108,20 @@ class PartialOutput:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._close_files()
+        if error[0] is not None and not (self.folder / "journal.json").is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)  # Nothing to go on from.
+        self.lock.close()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()  # NFS keeps a folder until the last file in it is closed.
+
+    def _close_files(self) -> None:
+        """Close all files but the lock."""
         for writer in self.writers:
             writer.close()
         if self.writers:
             with contextlib.suppress(OSError):  # As for the writers: its error is known.
                 self.rejected.close()
-        self.lock.close()
-        if error[0] is not None and not (self.folder / "journal.json").is_file():
-            shutil.rmtree(self.folder, ignore_errors=True)  # Nothing to go on from.
 
     def start(self, settings: str, *, resume: bool) -> Position:
         """Open the files, at the last commit if `resume`; return the place to go on from.
@@ -197,6 +203,10 @@ class PartialOutput:
         self.discard()
 
     def discard(self) -> None:
-        """Leave nothing behind, nor, after a crash in here, a journal of files that are gone."""
+        """Leave nothing behind, nor, after a crash in here, a journal of files that are gone.
+
+        The lock is held to the end of the context; NFS keeps it and the folder until then.
+        """
         (self.folder / "journal.json").unlink(missing_ok=True)
-        shutil.rmtree(self.folder)
+        self._close_files()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -9,6 +9,7 @@ from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_smlp.data.pairs import combining
 from megatron_smlp.data.pairs import writer as pair_writer
 from megatron_smlp.data.pairs.combining import find_pairs, merge
 from megatron_smlp.data.pairs.indexed import open_index
@@ -88,6 +89,28 @@ def test_what_cannot_be_merged(pairs: list[str], tmp_path: Path) -> None:
         find_pairs([str(tmp_path / "in")], output_prefix="x")
     with pytest.raises(DataError, match=r"holds no \.bin/\.idx pair"):
         find_pairs([str(tmp_path)], output_prefix="x")
+
+
+def test_what_cannot_be_removed_hides_no_error(
+    pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps the folder of a file that is open."""
+
+    def rmtree(folder: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError("Directory not empty")
+
+    def write(*args: object, **kwargs: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(combining.shutil, "rmtree", rmtree)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair_writer.PairWriter, "write", write)
+        with pytest.raises(OSError, match="no room"):
+            merge(pairs, output_prefix=str(tmp_path / "out"))
+    merge(pairs, output_prefix=str(tmp_path / "out"))
+    merge(pairs[:1], output_prefix=str(tmp_path / "out"))
+    assert _problems(str(tmp_path / "out")) == []
 
 
 def test_a_pair_beside_the_cache_of_its_training(pairs: list[str], tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """A run killed at any moment goes on where it stopped, and gives the same bytes."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -124,6 +126,48 @@ def test_a_run_stopped_between_two_names(
             run(source, prefix, *FLAGS)
     run(source, prefix, *FLAGS, "--resume")
     assert _outputs(prefix) == _outputs(whole)
+
+
+def test_what_a_kill_left_behind_does_not_reach_the_published_files(
+    run: Run, tmp_path: Path, source: Path
+) -> None:
+    """Killed after the journal is gone, when the folder still has the files by a second name."""
+    prefix = tmp_path / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output.shutil, "rmtree", _die)
+        with pytest.raises(_KilledError):
+            run(source, prefix, *FLAGS)
+    assert (tmp_path / "data.partial" / "0.bin").samefile(f"{prefix}_text_document.bin")
+    before = _outputs(prefix)
+    source.write_text("bad\n" + json.dumps({"text": "another corpus"}))
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_after(patch, "publish", 0)
+        with pytest.raises(_KilledError):
+            run(source, prefix, *FLAGS, "--overwrite")
+    assert _outputs(prefix) == before
+
+
+def test_a_file_system_that_keeps_what_is_open(
+    run: Run, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS gives an open file that is deleted another name, and so cannot delete its folder."""
+    open_files = []
+    original = shutil.rmtree
+
+    def rmtree(folder: Path, ignore_errors: bool = False) -> None:
+        links = list(Path("/proc/self/fd").iterdir())
+        targets = [link.readlink() for link in links if link.is_symlink()]
+        open_files.extend(path.name for path in targets if path.parent == folder)
+        original(folder, ignore_errors=ignore_errors)
+        folder.mkdir()
+        (folder / ".nfs0001").touch()
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+
+    monkeypatch.setattr(output.shutil, "rmtree", rmtree)
+    run(source, tmp_path / "data", *FLAGS)
+    assert open_files == ["lock"]
+    run(source, tmp_path / "data", *FLAGS, "--overwrite")
 
 
 def _die(*args: object, **kwargs: object) -> None:
