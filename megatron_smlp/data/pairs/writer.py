@@ -24,7 +24,6 @@ from megatron_smlp.durable import link_durably, naming_errors
 from megatron_smlp.errors import DataError
 
 STREAMS = ("bin", "lengths", "sequences")
-INT32_MAX = np.iinfo(np.int32).max
 
 
 def append_to(path: Path, *, committed: int) -> BinaryIO:
@@ -79,21 +78,16 @@ class PairWriter:
         self,
         ids: NDArray[Any],
         *,
-        lengths: NDArray[np.integer[Any]],
+        lengths: NDArray[np.int32],
         sequences: NDArray[np.integer[Any]],
     ) -> None:
         """Append documents.
 
         Args:
             ids: <int>[tokens], within the range of the pair's dtype.
-            lengths: <int>[sequences], tokens of each.
+            lengths: <int32>[sequences], tokens of each.
             sequences: <int>[documents], sequences of each.
-
-        Raises:
-            DataError: one sequence has more tokens than the format can count.
         """
-        if len(lengths) and lengths.max() > INT32_MAX:
-            raise DataError(f"a sequence of {lengths.max()} tokens; the limit is {INT32_MAX}")
         with naming_errors(self.path("bin")):
             for part in in_parts(ids):
                 raw = part.astype(self.dtype).tobytes()

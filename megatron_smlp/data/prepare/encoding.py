@@ -19,6 +19,9 @@ from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter
 from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, UnencodableTextError
 from megatron_smlp.errors import DataError
 
+MAX_LENGTH = int(np.iinfo(np.int32).max)
+"""Tokens of a sequence, for which the index has an int32."""
+
 
 @dataclass(frozen=True)
 class EncodingSettings:
@@ -84,6 +87,9 @@ class ChunkEncoder:
         except UnencodableTextError:
             documents = self._without_unencodable(chunk, documents, result)
             columns = [self._encode_texts(texts) for texts in _columns(documents, self.settings)]
+        if too_long := self._too_long(columns):
+            documents = _without_too_long(chunk, documents, too_long, result)
+            columns = [self._encode_texts(texts) for texts in _columns(documents, self.settings)]
         used = np.logical_or.reduce([counts > 0 for _, _, counts in columns])
         result.num_empty += int(len(documents) - used.sum())
         result.num_documents = int(used.sum())
@@ -103,6 +109,19 @@ class ChunkEncoder:
         rows = np.repeat(np.arange(len(parts)), sizes)
         counts = np.bincount(rows[lengths > 0], minlength=len(parts))
         return ids, lengths[lengths > 0], counts
+
+    def _too_long(
+        self, columns: list[tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]]
+    ) -> dict[int, int]:
+        """Return the documents of which a sequence has more tokens than the format can count with
+        its end of document, by their place, and its tokens."""
+        found: dict[int, int] = {}
+        for _, lengths, counts in columns:
+            [sequences] = np.nonzero(lengths > MAX_LENGTH - self.settings.append_eod)
+            if len(sequences):
+                rows = np.repeat(np.arange(len(counts)), counts)[sequences]
+                found.update(zip(rows.tolist(), lengths[sequences].tolist(), strict=True))
+        return found
 
     def _finish(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], counts: NDArray[np.int64]
@@ -138,6 +157,20 @@ class ChunkEncoder:
                 kept.append((line, texts))
         result.rejections.sort(key=lambda rejection: rejection.line)
         return kept
+
+
+def _without_too_long(
+    chunk: Chunk,
+    documents: list[tuple[int, tuple[str, ...]]],
+    too_long: dict[int, int],
+    result: EncodedChunk,
+) -> list[tuple[int, tuple[str, ...]]]:
+    for number, length in too_long.items():
+        line, texts = documents[number]
+        detail = f"a sequence of {length:,} tokens; the format counts up to {MAX_LENGTH:,}"
+        result.rejections.append(Rejection(chunk.file, line, "too_long", detail, texts[0][:200]))
+    result.rejections.sort(key=lambda rejection: rejection.line)
+    return [document for number, document in enumerate(documents) if number not in too_long]
 
 
 def _columns(

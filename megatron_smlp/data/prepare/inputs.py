@@ -2,6 +2,7 @@
 
 import glob
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,22 @@ KNOWN_SUFFIXES = tuple(
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
     """Return the files of paths, globs and folders (searched recursively), sorted within each.
 
-    `-` is the standard input.
+    `-` is the standard input. A file that is found again, perhaps through a link, is left out, as
+    the user is told.
 
     Raises:
         DataError: a pattern names nothing, or a folder holds no known format.
     """
+    first_names: dict[Path, Path] = {}
+    for path in _named_files(patterns):
+        first = first_names.setdefault(path.resolve(), path)
+        if first is not path:
+            print(f"note: {shown(path)} is {shown(first)} again: read once", file=sys.stderr)
+    return list(first_names.values())
+
+
+def _named_files(patterns: Sequence[str]) -> list[Path]:
+    """Return each file as often as the patterns name it."""
     found: list[Path] = []
     for pattern in patterns:
         path = Path("/dev/stdin" if pattern == "-" else pattern)
@@ -110,7 +122,7 @@ def stamps_of(files: Sequence[Path]) -> list[tuple[int, int] | None]:
 
 def comparable_size(patterns: Sequence[str]) -> int | None:
     """Return the bytes of text in the input where they are known: plain text files only."""
-    files = find_inputs(patterns)
+    files = {path.resolve(): path for path in _named_files(patterns)}.values()
     if any(is_parquet(path) or compression_of(path) for path in files):
         return None
     return sum(path.stat().st_size for path in files)

@@ -221,7 +221,7 @@ def test_empty_documents_at_the_end_make_no_part_of_their_own(
     tmp_path: Path, weights: list[float]
 ) -> None:
     writer = pair_writer.PairWriter(tmp_path / "all", dtype=np.dtype("uint16"))
-    sizes = np.array([1, 1, 1, 1])
+    sizes = np.ones(4, np.int32)
     writer.write(np.arange(4), lengths=sizes, sequences=np.array([1, 1, 1, 1, 0]))
     writer.finish(key="text", level="document")
     parts = split(

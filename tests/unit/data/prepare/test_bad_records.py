@@ -227,6 +227,22 @@ def test_a_number_outside_of_the_vocabulary(run: Run, tmp_path: Path) -> None:
     ]
 
 
+def test_a_document_of_more_tokens_than_the_format_counts(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_smlp.data.prepare.encoding.MAX_LENGTH", 5)
+    source = tmp_path / "long.jsonl"
+    texts = [("four", "a"), ("five!", "b"), ("c", "sixsix"), ("d", "last")]
+    source.write_text("\n".join(json.dumps({"x": x, "y": y}) for x, y in texts))
+    flags = [*BYTE_FLAGS, "--json-keys", "x", "y"]
+    with pytest.raises(DataError, match=r"long\.jsonl:3: a sequence of 6 tokens; .*\[too_long\]"):
+        run(source, tmp_path / "data", *flags)
+    summary = run(source, tmp_path / "data", *flags, "--append-eod", "--on-error", "skip")
+    assert summary.counts.rejected == {"too_long": 2}
+    assert open_index(str(tmp_path / "data_x_document")).lengths.tolist() == [5, 2]
+    assert open_index(str(tmp_path / "data_y_document")).lengths.tolist() == [2, 5]
+
+
 def _tool(*flags: object) -> subprocess.CompletedProcess[str]:
     command = [PYTHON, str(ROOT / "tools/preprocess_data.py"), *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -64,7 +64,9 @@ def test_an_input_that_grows_is_recorded_as_it_was_read(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Somebody goes on writing to the second file after it was read to its end."""
-    flags = ["--input", source, source, "--output-prefix", tmp_path / "data", *FLAGS]
+    first = tmp_path / "first.jsonl"
+    first.write_bytes(source.read_bytes())
+    flags = ["--input", first, source, "--output-prefix", tmp_path / "data", *FLAGS]
     settings = preprocessing.settings_from_arguments(parse(*flags))
     size = source.stat().st_size
 
@@ -74,14 +76,14 @@ def test_an_input_that_grows_is_recorded_as_it_was_read(
                 stream.write('\n{"text": "more"}')
 
     summary = preprocessing.preprocess(settings, on_progress=grow)
-    assert summary.changed == (str(source), str(source))
+    assert summary.changed == (str(source),)
     sources = json.loads((tmp_path / "data.json").read_text())["sources"]
     assert [(entry["bytes"], entry["text_bytes"]) for entry in sources] == [(size, size)] * 2
     preprocess_cli._print_summary(summary, 1.0)
     assert f"WARNING: {source} was changed while it was read" in capsys.readouterr().out
     again = preprocessing.preprocess(settings)
     assert again.changed == ()
-    assert again.counts.documents == summary.counts.documents + 2
+    assert again.counts.documents == summary.counts.documents + 1
 
 
 @pytest.mark.parametrize("method", ["write", "commit", "finish", "publish"])

@@ -16,7 +16,7 @@ from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
 
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.prepare.chunks import START, Position
-from megatron_smlp.data.prepare.inputs import find_inputs
+from megatron_smlp.data.prepare.inputs import comparable_size, find_inputs
 from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.data.prepare.records import Rejection, parse_chunk
 from megatron_smlp.data.prepare.sources import read_chunks
@@ -295,6 +295,20 @@ def test_a_folder_is_read_through_links_and_without_what_is_no_corpus(tmp_path: 
     (elsewhere / "back").symlink_to(corpus)
     (corpus / "tokenizer.json").write_text("{}")
     assert find_inputs([str(corpus)]) == [corpus / "a.jsonl", corpus / "linked" / "b.jsonl"]
+
+
+def test_a_file_that_is_found_again_is_read_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("b.jsonl", "c.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    (tmp_path / "a.jsonl").symlink_to("b.jsonl")
+    patterns = [str(tmp_path), f"{tmp_path}/*.jsonl"]
+    assert find_inputs(patterns) == [tmp_path / "a.jsonl", tmp_path / "c.jsonl"]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4
+    assert said[0] == f"note: {tmp_path}/b.jsonl is {tmp_path}/a.jsonl again: read once"
+    assert comparable_size(patterns) == 28
 
 
 def test_a_file_that_is_no_parquet(run: Run, tmp_path: Path) -> None:
