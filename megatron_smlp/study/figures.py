@@ -159,7 +159,7 @@ class Drawing:
             if found and np.isfinite(found).all():
                 is_enough = len(found) >= ENOUGH_FOR_BANDS
                 low, high = interval(found) if is_enough else (math.nan, math.nan)
-                points.append((horizon, float(np.mean(found)), low, high))
+                points.append((self.tables.tokens(horizon), float(np.mean(found)), low, high))
         return np.array(points, dtype=np.float64).reshape(-1, 4)
 
     def evaluations(self) -> Figure:
@@ -187,7 +187,10 @@ class Drawing:
         return figure
 
     def learning_rates(self) -> Figure:
-        """Draw all trials of the learning rate; a ring is around the chosen one."""
+        """Draw all trials of the learning rate; a ring is around the chosen one.
+
+        The trials of systems with partial prediction are by the loss behind the prefix, and say so.
+        """
         figure = Figure(figsize=(7.4, 5.2), layout="constrained", dpi=DPI)
         panel = figure.subplots()
         trials = self.tables.runs[self.tables.runs["phase"] == "tuning"]
@@ -211,7 +214,13 @@ class Drawing:
         panel.xaxis.set_minor_locator(FixedLocator([]))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         tidy(panel)
-        self._legend(figure, "every trial; ring: chosen; cross at the top: diverged")
+        note = "every trial; ring: chosen; cross at the top: diverged"
+        labels = {
+            name: f"{name} (behind the prefix)"
+            for name, system in self.systems.items()
+            if system.predicts_suffix
+        }
+        self._legend(figure, note, labels=labels)
         return figure
 
     def speedups(self, comparisons: Sequence[Comparison]) -> Figure:
@@ -306,9 +315,16 @@ class Drawing:
         sides = [self.tables.values(kind, label, each) for each in (name, first)]
         return float(np.mean([sides[0][seed] - sides[1][seed] for seed in sides[1]]))
 
-    def _legend(self, figure: Figure, note: str, names: Sequence[str] = ()) -> None:
+    def _legend(
+        self,
+        figure: Figure,
+        note: str,
+        names: Sequence[str] = (),
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        labels = labels or {}
         handles = [
-            Line2D([], [], linewidth=1.8, label=name, **self.looks[name])
+            Line2D([], [], linewidth=1.8, label=labels.get(name, name), **self.looks[name])
             for name in names or self.systems
         ]
         figure.legend(

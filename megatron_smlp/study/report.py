@@ -234,7 +234,8 @@ class Page:
             [_plain_mean(self.tables.losses(each, horizon, field)) for horizon in horizons]
             for each in (self.study.subject, name)
         ]
-        found = crossings(means[0], means[1], horizons)
+        tokens_of = [self.tables.tokens(horizon) for horizon in horizons]
+        found = crossings(means[0], means[1], tokens_of)
         if found:
             return ", ".join(f"{tokens / 1e6:.3g}M" for tokens in found)
         below = means[0][-1] < means[1][-1]

@@ -113,12 +113,18 @@ class Tables:
         }
 
     def curve(self, system: str, seed: int, field: str) -> tuple[list[float], list[float]]:
-        """Return horizons in tokens and losses of one seed, ascending."""
+        """Return the tokens of each horizon's run and the losses of one seed, ascending."""
         runs = self.converged
         lines = runs[(runs["system"] == system) & (runs["seed"] == seed)]
         lines = lines[lines["status"].isin([DONE, DIVERGED])].sort_values("horizon")
         losses = [float(loss) for loss in lines[field].fillna(math.inf)]
-        return [float(tokens) for tokens in lines["horizon"]], losses
+        return [float(tokens) for tokens in lines["tokens"]], losses
+
+    def tokens(self, horizon: int) -> float:
+        """Return the tokens that the runs of a horizon are trained on, all of them as many: those
+        of the whole evaluation intervals that are nearest to it; NaN before the first has ended."""
+        runs = self.converged
+        return float(runs[runs["horizon"] == horizon]["tokens"].astype(float).mean())
 
     def seeds(self, system: str) -> list[int]:
         """Return the seeds of a system that have a converged run."""

@@ -194,14 +194,15 @@ def time_ratio(
     claim but not refute one: its interval begins at 0, and p is 1 if it then holds 1.
     """
     field = loss_field(systems[study.subject], systems[rival])
+    end = tables.tokens(study.longest)
     reached = {}
     for seed, target in tables.losses(rival, study.longest, field).items():
         tokens, losses = tables.curve(study.subject, seed, field)
         cost = cost_to_reach(tokens, losses, target)
-        is_whole = study.longest in tokens  # else it may still come there
+        is_whole = end in tokens  # else it may still come there
         if math.isfinite(target) and (is_whole or math.isfinite(cost)):
             reached[seed] = cost
-    found = log_ratio(reached, dict.fromkeys(reached, study.longest))
+    found = log_ratio(reached, dict.fromkeys(reached, end))
     if unit == SECONDS:
         found = plus(found, _log_step_ratio(tables, study.subject, rival))
     ratio = exponential(found)
