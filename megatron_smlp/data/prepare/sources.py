@@ -113,12 +113,20 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
         for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=list(keys)):
             first, row = row, row + batch.num_rows
             if row > begin.offset:
-                rows = batch.slice(max(0, begin.offset - first))
-                values = list(zip(*(_values(rows.column(key)) for key in keys), strict=True))
-                end = Position(begin.file, row, row)
-                yield Chunk(str(path), row - len(values) + 1, values, end, rows.nbytes)
+                at = max(first, begin.offset)
+                for rows in _pieces(batch.slice(at - first)):
+                    line, at = at + 1, at + rows.num_rows
+                    values = list(zip(*(_values(rows.column(key)) for key in keys), strict=True))
+                    yield Chunk(str(path), line, values, Position(begin.file, at, at), rows.nbytes)
     except (pyarrow.ArrowException, OSError) as error:
         raise DamagedInputError(f"damaged parquet file: {error}") from None
+
+
+def _pieces(batch: Any) -> Iterator[Any]:
+    """Cut a batch into parts of as many rows each, of about CHUNK_BYTES."""
+    num_rows = max(1, batch.num_rows * CHUNK_BYTES // max(batch.nbytes, CHUNK_BYTES))
+    for first in range(0, batch.num_rows, num_rows):
+        yield batch.slice(first, num_rows)
 
 
 def _values(column: Any) -> list[Any]:

@@ -23,6 +23,8 @@ from megatron_smlp.errors import DataError
 
 IN_FLIGHT_BYTES = 64 << 20
 """Bound on the raw text between reading and writing; one larger record passes alone."""
+WORKER_BYTES = 3 << 20
+"""The bound is at least this for each worker: a chunk, so that none waits for text."""
 PIECE_BYTES = 1 << 20
 JOIN_SECONDS = 5.0
 
@@ -102,9 +104,10 @@ class WorkerPool:
         """
         pending: deque[tuple[Chunk, Future[EncodedChunk]]] = deque()
         in_flight = 0
+        most = max(IN_FLIGHT_BYTES, WORKER_BYTES * len(self.workers))
         for chunk in chunks:
             while len(pending) >= 3 * len(self.workers) or (
-                pending and in_flight + chunk.num_bytes > IN_FLIGHT_BYTES
+                pending and in_flight + chunk.num_bytes > most
             ):
                 done, future = pending.popleft()
                 in_flight -= done.num_bytes

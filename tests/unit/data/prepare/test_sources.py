@@ -7,7 +7,8 @@ import lzma
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import pytest
 from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
 
 from megatron_smlp.data.pairs.indexed import open_index
-from megatron_smlp.data.prepare.chunks import START, Position
+from megatron_smlp.data.prepare.chunks import START, Chunk, Position
+from megatron_smlp.data.prepare.encoding import EncodedChunk
 from megatron_smlp.data.prepare.inputs import comparable_size, find_inputs
 from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.data.prepare.records import Rejection, parse_chunk
 from megatron_smlp.data.prepare.sources import read_chunks
+from megatron_smlp.data.prepare.workers import WorkerPool
 from megatron_smlp.errors import DataError
 
 Run = Callable[..., Summary]
@@ -236,6 +239,40 @@ def test_an_empty_array(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "array.json"
     path.write_text(" [ ]\n")
     assert list(read_chunks([path], keys=("text",))) == []
+
+
+def test_rows_of_a_parquet_file_are_cut_by_their_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk of 1,024 long documents would be all that is read ahead, for one worker."""
+    monkeypatch.setattr("megatron_smlp.data.prepare.sources.CHUNK_BYTES", 20_000)
+    texts = [f"{number:04} " * 200 for number in range(500)] + ["x" * 50_000, "", "y"]
+    path = _write_parquet(tmp_path / "a.parquet", {"text": texts})
+    chunks = list(read_chunks([path], keys=("text",)))
+    assert len(chunks) > 25
+    assert sorted(chunk.num_bytes for chunk in chunks)[-2] <= 25_000
+    assert [chunk.first_line for chunk in chunks[1:]] == [c.end.line + 1 for c in chunks[:-1]]
+    assert _texts([path]) == texts
+
+
+@pytest.mark.parametrize("num_workers", [2, 40])
+def test_each_worker_has_text(num_workers: int) -> None:
+    """Yet no more is read than the bound, or a chunk for each."""
+    pool = object.__new__(WorkerPool)
+    pool.workers = [None] * num_workers  # type: ignore[list-item]
+    pool._call = lambda chunk: EncodedChunk()  # type: ignore[method-assign]
+    read = []
+
+    def chunks() -> Iterator[Chunk]:
+        for number in range(1000):
+            read.append(number)
+            yield Chunk("a", number, bytearray(), START, num_bytes=3_000_000)
+
+    with ThreadPoolExecutor(1) as pool.threads:
+        encoded = pool.encode(chunks())
+        next(encoded)
+        assert len(read) == {2: 7, 40: 42}[num_workers]
+        encoded.close()
 
 
 def test_a_parquet_file_without_the_key(run: Run, tmp_path: Path) -> None:
