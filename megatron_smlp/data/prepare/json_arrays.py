@@ -12,6 +12,8 @@ from megatron_smlp.data.prepare.compression import DamagedInputError, text_block
 
 SPACE = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
+LONGEST_WORD = len(r"\ud83d\ude42")
+"""Characters that JSON reads as one, beside strings: an error is placed at their start."""
 
 
 def array_chunks(path: Path, *, begin: Position) -> Iterator[Chunk]:
@@ -79,12 +81,14 @@ class _Text:
         """Return the element at the place, which is behind it afterwards.
 
         Raises:
-            DamagedInputError: it is not JSON, to the end of the file.
+            DamagedInputError: it is not JSON, or not whole at the end of the file.
         """
         while True:
             try:
                 _, end = DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
+                if not self._may_be_cut_off(error):
+                    raise DamagedInputError(f"bad JSON in the array: {error}") from None
                 self._read_on(error)
             # A number of more digits than Python converts, or nesting deeper than it follows.
             except (ValueError, RecursionError) as error:
@@ -92,6 +96,11 @@ class _Text:
             else:
                 element, self.at = self.text[self.at : end], end
                 return element
+
+    def _may_be_cut_off(self, error: json.JSONDecodeError) -> bool:
+        """Return whether more text may mend it: else a bad element would read the whole file."""
+        is_at_end = error.pos >= len(self.text) - LONGEST_WORD
+        return is_at_end or error.msg.startswith("Unterminated string")
 
     def _read_on(self, error: json.JSONDecodeError) -> None:
         """Forget what is before the element, which may be cut off, or read as much again."""

@@ -192,6 +192,39 @@ def test_a_damaged_array(run: Run, tmp_path: Path, body: str, texts: list[str], 
     assert why in records[-1].detail
 
 
+def test_an_array_cut_at_any_place_into_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the decoder says about half an element, the other half is read."""
+    path = tmp_path / "array.json"
+    numbers = '[-Infinity, NaN, true, false, null, -1.5e+10, 12, {}, [], ""]'
+    text = r'"a\ud83d\ude42\u00e9\\"'
+    path.write_text(f'[{{"n" : {numbers} , "text": {text} }}, {{"text": "b"}} ]')
+    for size in range(1, path.stat().st_size):
+        monkeypatch.setattr("megatron_smlp.data.prepare.compression.BLOCK_BYTES", size)
+        assert _texts([path]) == ["a\U0001f642\u00e9\\", "b"]
+
+
+@pytest.mark.parametrize("bad", ['{"text": }', '{"text": "a" "b"}', '{"text": "a\n"}', "{text: 1}"])
+def test_a_bad_element_does_not_read_the_rest_of_an_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    path = tmp_path / "array.json"
+    path.write_text(f'[{{"text": "a"}}, {bad}, ' + '{"text": "b"}, ' * 1000 + "1]")
+    read = []
+
+    def text_blocks(path: Path) -> Iterator[bytes]:
+        body = path.read_bytes()
+        for at in range(0, len(body), 100):
+            read.append(at)
+            yield body[at : at + 100]
+
+    monkeypatch.setattr("megatron_smlp.data.prepare.json_arrays.text_blocks", text_blocks)
+    *_, damaged = read_chunks([path], keys=("text",))
+    assert "bad JSON in the array" in str(damaged.damage)
+    assert len(read) < 4
+
+
 def test_an_array_may_hold_what_python_reads(tmp_path: Path) -> None:
     path = tmp_path / "array.json"
     path.write_bytes(b'\xef\xbb\xbf[{"n": NaN, "text": "a"}, {"n": 1e400, "text": "b"}]')
