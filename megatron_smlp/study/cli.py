@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
             )
             command.add_argument(
                 "--expiry", type=float, default=EXPIRY, metavar="SECONDS",
-                help="after which a worker that gives no sign counts as dead",
+                help="after which this worker counts as dead for others if it gives no sign",
             )  # fmt: skip
             command.add_argument(
                 "--speed",

@@ -1,10 +1,10 @@
 """Leases on runs, by which workers on one machine or on many share a study without a coordinator.
 
 A lease is a folder `lease-N` in the run's own, for `mkdir` succeeds for one process only, on shared
-file systems too. Its owner touches it as long as it lives. One that was not touched for `EXPIRY`
-seconds, or was given back, is succeeded by `lease-N+1`, and again one process only can make that;
-an owner that was merely asleep sees it there, and stops. Nothing is ever removed or renamed, so
-there is no moment between two steps that a second worker could fall into.
+file systems too. Its owner touches it as long as it lives. One that was not touched for the seconds
+that its owner wrote into it, or was given back, is succeeded by `lease-N+1`, and again one process
+only can make that; an owner that was merely asleep sees it there, and stops. Nothing is ever removed
+or renamed, so there is no moment between two steps that a second worker could fall into.
 
 Times are compared as the file system writes them, not by the clocks of the machines.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 
 EXPIRY = 120.0  # seconds
 BEATS = 6  # in that time
+OWNER = "owner.json"
 RELEASED = "released"
 
 
@@ -53,7 +54,11 @@ class Lease:
 
 
 def take(run: Path, *, expiry: float = EXPIRY) -> Lease | None:
-    """Take the run in this folder; None: another worker has it."""
+    """Take the run in this folder; None: another worker has it.
+
+    Args:
+        expiry: seconds without a sign of this worker after which others may take the run.
+    """
     run.mkdir(parents=True, exist_ok=True)
     last = _last(run)
     if last is not None and _is_held(last, expiry=expiry):
@@ -63,13 +68,17 @@ def take(run: Path, *, expiry: float = EXPIRY) -> Lease | None:
         path.mkdir()
     except FileExistsError:  # another worker was first
         return None
-    owner = {"host": socket.gethostname(), "pid": os.getpid()}
-    (path / "owner.json").write_text(json.dumps(owner), encoding="utf-8")
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "expiry": expiry}
+    (path / OWNER).write_text(json.dumps(owner), encoding="utf-8")
     return Lease(path, expiry=expiry)
 
 
 def is_held(run: Path, *, expiry: float = EXPIRY) -> bool:
-    """Return whether a living worker holds the run."""
+    """Return whether a living worker holds the run.
+
+    Args:
+        expiry: of a lease that does not say its own.
+    """
     last = _last(run)
     return last is not None and _is_held(last, expiry=expiry)
 
@@ -77,7 +86,19 @@ def is_held(run: Path, *, expiry: float = EXPIRY) -> bool:
 def _is_held(lease: Path, *, expiry: float) -> bool:
     if (lease / RELEASED).exists():
         return False
-    return _now(lease.parent) - lease.stat().st_mtime < expiry
+    return _now(lease.parent) - lease.stat().st_mtime < _expiry_of(lease, default=expiry)
+
+
+def _expiry_of(lease: Path, *, default: float) -> float:
+    """Return the owner's expiry, by which it chose how often it gives a sign.
+
+    It may not be written yet, and earlier versions did not write it.
+    """
+    try:
+        owner = json.loads((lease / OWNER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
+    return float(owner.get("expiry", default))
 
 
 def _now(folder: Path) -> float:

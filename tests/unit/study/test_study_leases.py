@@ -90,6 +90,37 @@ def test_an_owner_that_lives_keeps_its_lease(tmp_path: Path):
         assert not lease.lost.is_set()
 
 
+def test_a_lease_expires_as_its_owner_says(tmp_path: Path):
+    """A worker of a shorter expiry does not take what its owner touches less often than that."""
+    lease = leases.take(tmp_path, expiry=60)
+    assert lease is not None
+    _touched_before(lease.path, seconds=30)
+    assert leases.is_held(tmp_path, expiry=3)
+    assert leases.take(tmp_path, expiry=3) is None
+    _touched_before(lease.path, seconds=90)
+    assert not leases.is_held(tmp_path, expiry=600)
+    assert leases.take(tmp_path, expiry=600) is not None
+
+
+@pytest.mark.parametrize("owner", [None, "", '{"host": "node", "pid": 7}'])
+def test_a_lease_that_does_not_say_expires_as_the_other_worker_says(
+    tmp_path: Path, owner: str | None
+):
+    lease = leases.take(tmp_path, expiry=60)
+    assert lease is not None
+    (lease.path / "owner.json").unlink()
+    if owner is not None:
+        (lease.path / "owner.json").write_text(owner)
+    _touched_before(lease.path, seconds=30)
+    assert leases.take(tmp_path, expiry=45) is None
+    assert leases.take(tmp_path, expiry=3) is not None
+
+
+def _touched_before(lease: Path, *, seconds: float) -> None:
+    now = lease.stat().st_mtime
+    os.utime(lease, (now - seconds, now - seconds))
+
+
 def test_an_owner_that_slept_notices_its_successor(tmp_path: Path):
     with leases.take(tmp_path, expiry=0.6) as lease:
         (tmp_path / "lease-1").mkdir()  # as a worker does that found it expired
