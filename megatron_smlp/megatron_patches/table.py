@@ -126,6 +126,7 @@ PATCHES = (
         "contract/test_megatron_seams.py",
         {
             f"{_TRAINING}.setup_model_and_optimizer": "has no place to guard updates from",
+            f"{_TRAINING}.train": "begins when the datasets are built, after the model",
             f"{_TRAINING}.training_log": "alone sees the loss and the gradient norm of a step",
             f"{_TRAINING}.evaluate": "tells nobody its losses, and evaluates one way only",
             f"{_TRAINING}.evaluate_and_print_results": "alone knows an evaluation's iteration",

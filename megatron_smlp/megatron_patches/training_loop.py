@@ -1,11 +1,12 @@
 """Calls of an observer, and of the guard of updates, from `megatron.training`'s loop.
 
-The loop offers no callbacks, so six of its module-level functions are wrapped; each wrapper calls
+The loop offers no callbacks, so seven of its module-level functions are wrapped; each wrapper calls
 the original with its own arguments. tests/contract holds their signatures.
 
 | function in megatron.training.training | why |
 |---|---|
 | setup_model_and_optimizer | to hold back an update after a bad loss, see its rate, and fuse Adam |
+| train | when the first step is about to begin: datasets are built after the model |
 | training_log | the only place that sees loss and gradient norm of a step |
 | evaluate, evaluate_and_print_results | validation numbers, and the time that they take |
 | save_checkpoint_and_time | the time that saving holds the training up |
@@ -63,6 +64,7 @@ def installed(
     may_update: Callable[[], bool],
     before_update: Callable[[], None] = lambda: None,
     computed: Callable[[], None] = lambda: None,
+    begins: Callable[[], None] = lambda: None,
 ) -> AbstractContextManager[None]:
     """Wrap the functions above for the time of one `pretrain`, and put the originals back.
 
@@ -72,11 +74,13 @@ def installed(
         before_update: is called when the gradients are there.
         computed: is called when the last backward pass of a step is done, and before its gradients
             are summed over the ranks.
+        begins: is called on every rank before the first step.
     """
     validation = _Validation(observer)
     updates = _Updates(observer, may_update=may_update, before_update=before_update)
     return wrapped_in(
         (training, "setup_model_and_optimizer", updates.around_setup),
+        (training, "train", lambda f: after(begins, f)),
         (training, "training_log", updates.around_log),
         (training, "evaluate", validation.around_evaluate),
         (training, "evaluate_and_print_results", validation.around_printing),

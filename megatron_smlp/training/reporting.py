@@ -146,10 +146,13 @@ class Reporter:
             self.say(f"resumed from iteration {iteration} of {load}{began}")
             self._end_if_complete(iteration)
             tensorboard.forget_after(iteration)
-        self.clock.restart()
         self.wall.restart(before=last.get("wall_seconds", 0.0))
+
+    def ready(self) -> None:
+        """Start the clock of the steps, when all ranks have their data too."""
         from_first_rank(None)
         self.begins()
+        self.clock.restart()
 
     def _end_if_complete(self, iteration: int) -> None:
         """End a run that was at its end before, which Megatron would validate on other samples.

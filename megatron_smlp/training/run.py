@@ -34,7 +34,7 @@ class Run:
 
     Args:
         tasks: to score during training.
-        start_up: is over when the model is built and loaded.
+        start_up: is over when the model is loaded and the datasets are built.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Run:
                 may_update=lambda: may_update(self.args, self.agreement, self.say),
                 before_update=self.agreement.send,
                 computed=self.own_part.end,
+                begins=self.reporter.ready,
             ),
             checkpointing.installed(self.saving, before_loading=self._before_loading),
             self.saving.session(),

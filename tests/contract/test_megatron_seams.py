@@ -427,6 +427,7 @@ class TestTrainingLoop:
         ("function", "leading"),
         [
             ("setup_model_and_optimizer", ["model_type"]),
+            ("train", ["forward_step_func", "model", "optimizer"]),
             (
                 "training_log",
                 ["loss_dict", "total_loss_dict", "learning_rate", "iteration", "loss_scale",
@@ -458,8 +459,8 @@ class TestTrainingLoop:
         with training_loop.installed(SimpleNamespace(), may_update=lambda: True):
             changed = {name for name, value in vars(training).items() if before[name] is not value}
         assert changed == {
-            "setup_model_and_optimizer", "training_log", "evaluate", "evaluate_and_print_results",
-            "save_checkpoint_and_time", "finalize_model_grads",
+            "setup_model_and_optimizer", "train", "training_log", "evaluate",
+            "evaluate_and_print_results", "save_checkpoint_and_time", "finalize_model_grads",
         }  # fmt: skip
         assert all(before[name] is value for name, value in vars(training).items())
 

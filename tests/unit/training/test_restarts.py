@@ -11,6 +11,7 @@ from support.launches import records
 from megatron_smlp.checkpoints.saving import Saving
 from megatron_smlp.launching.restarts import CAUSE, note_cause
 from megatron_smlp.training import slow_hosts
+from megatron_smlp.training.data import DatasetProvider
 from megatron_smlp.training.restarts import BY_HAND
 from megatron_smlp.training.slow_hosts import LINES, OwnPart, SlowHosts, _Streak
 
@@ -161,3 +162,19 @@ def _train_slowly(folder: str) -> None:
     words = MINIMAL.replace("--micro-batch-size 2", "--micro-batch-size 1")
     words += " --distributed-timeout-minutes 7"
     main([*words.split(), *["--architecture", "gmlp", "--log-interval", "1", "--log-dir"], folder])
+
+
+def test_building_the_datasets_is_in_no_steps_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They are built after the model, which takes minutes where a sample index is new."""
+    provide = DatasetProvider.__call__
+
+    def slowly(self: DatasetProvider, *args: object, **kwargs: object) -> object:
+        time.sleep(3)
+        return provide(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DatasetProvider, "__call__", slowly)
+    with pretrained(f"--architecture gmlp --log-interval 1 --log-dir {tmp_path}"):
+        pass
+    first = next(record for record in records(tmp_path) if "seconds_per_iteration" in record)
+    assert first["iteration"] == 1
+    assert first["seconds_per_iteration"] < 2
