@@ -3,8 +3,8 @@
 A lease is a folder `lease-N` in the run's own, for `mkdir` succeeds for one process only, on shared
 file systems too. Its owner touches it as long as it lives. One that was not touched for the seconds
 that its owner wrote into it, or was given back, is succeeded by `lease-N+1`, and again one process
-only can make that; an owner that was merely asleep sees it there, and stops. Nothing is ever removed
-or renamed, so there is no moment between two steps that a second worker could fall into.
+only can make that; an owner that was merely asleep sees it there, and stops. Nothing is ever
+removed or renamed, so there is no moment between two steps that a second worker could fall into.
 
 Times are compared as the file system writes them, not by the clocks of the machines.
 """
