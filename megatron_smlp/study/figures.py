@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -46,13 +47,14 @@ class Drawing:
         for field, what in FIELDS.items():
             if field in asked and self.tables.converged[field].notna().any():
                 yield f"loss{what.replace(' ', '-')}", self.losses(field, what)
-        if len(self.tables.evaluations(list(self.tables.runs["key"]))):
+        trunks = pandas.concat([self._evaluations(name) for name in self.systems])
+        if len(trunks):  # a study that has begun has trials alone
             yield "evaluations", self.evaluations()
         if (self.tables.runs["phase"] == "tuning").any():
             yield "learning-rates", self.learning_rates()
         if any(math.isfinite(each.found.mean) for each in speedups):
             yield "speed-up", self.speedups(speedups)
-        if self.tables.curves["load_max"].notna().any():
+        if trunks["load_max"].notna().any():
             yield "expert-load", self.load()
         if kinds := [kind for kind in PANELS if self.tables.labels(kind)]:
             yield "where-the-loss-lies", self.breakdown(kinds)
@@ -162,6 +164,11 @@ class Drawing:
                 points.append((self.tables.tokens(horizon), float(np.mean(found)), low, high))
         return np.array(points, dtype=np.float64).reshape(-1, 4)
 
+    def _evaluations(self, name: str) -> pandas.DataFrame:
+        """Return those of a system's trunks to the last horizon."""
+        trunks = self.tables.trunks(name, self.study.longest)
+        return self.tables.evaluations([key for trunk in trunks for key in trunk["key"]])
+
     def evaluations(self) -> Figure:
         """Draw the evaluations of the trunks, and the ends of the decays that leave them."""
         figure = Figure(figsize=(7.4, 4.8), layout="constrained", dpi=DPI)
@@ -170,9 +177,7 @@ class Drawing:
         names = self._trained_on(VALIDATION_LOSS)
         for name in names:
             look = self.looks[name]
-            trunks = self.tables.trunks(name, self.study.longest)
-            lines = self.tables.evaluations([key for trunk in trunks for key in trunk["key"]])
-            mean = lines.groupby("tokens")[VALIDATION_LOSS].mean()
+            mean = self._evaluations(name).groupby("tokens")[VALIDATION_LOSS].mean()
             panel.plot(mean.index / unit, mean, linewidth=1.2, **look)
             ends = self._means(name, VALIDATION_LOSS)
             panel.plot(
@@ -259,8 +264,7 @@ class Drawing:
         unit, unit_name = _unit(AXES["tokens"].units, self.study.longest)
         drawn = []
         for name, look in self.looks.items():
-            trunks = self.tables.trunks(name, self.study.longest)
-            lines = self.tables.evaluations([key for trunk in trunks for key in trunk["key"]])
+            lines = self._evaluations(name)
             lines = lines[lines["load_max"].notna()]
             if len(lines):
                 drawn.append(name)

@@ -263,6 +263,18 @@ def test_one_seed_is_undecided(tmp_path: Path):
     assert claims["C1"]["comparisons"][0]["found"]["visible"] == "inf"
 
 
+def test_trials_alone_are_reported(known: State, tmp_path: Path):
+    """A study that has begun: there is nothing yet to draw against tokens."""
+    pretend(known, loss_of)
+    for run in known.plan().runs:
+        if run.phase == "main":
+            shutil.rmtree(known.folder_of(run))
+    claims, _ = page(known, tmp_path)
+    assert claims["C1"]["verdict"] == "undecided"
+    report(known, tmp_path)
+    assert [path.stem for path in (tmp_path / "results").glob("*.png")] == ["learning-rates"]
+
+
 def test_nothing_to_report(known: State, tmp_path: Path):
     with pytest.raises(UsageError, match="no run of study 'small' is over"):
         report(known, tmp_path)
