@@ -266,22 +266,19 @@ def _refuse_recomputing(args: argparse.Namespace) -> None:
     if args.recompute_granularity != "selective" and not _given(args, ("recompute_activations",)):
         return
     modules = args.recompute_modules or [CORE]
-    channels = {slots.channel for slots in slots_of(args)}
-    shared = args.moe_shared_expert_intermediate_size
-    for module, is_there in (
-        ("mlp", "mlp" in channels),
-        ("moe", "token_moe" in channels),
-        ("shared_experts", bool(shared)),
-    ):
-        if module in modules and not is_there:
-            raise UsageError(
-                f"--recompute-modules {module}: no layer of this model has one. Leave it out."
-            )
-    if CORE in modules and not any(mixer_of(slots).recomputes for slots in slots_of(args)):
+    slots = slots_of(args)
+    channels = {each.channel for each in slots}
+    is_there = {
+        CORE: any(mixer_of(each).recomputes for each in slots),
+        "mlp": "mlp" in channels,
+        "moe": "token_moe" in channels,
+        "shared_experts": bool(args.moe_shared_expert_intermediate_size),
+    }
+    if not any(is_there.get(module, True) for module in modules):
+        default = "" if args.recompute_modules else " (the default)"
         raise UsageError(
-            f"--recompute-granularity selective recomputes {CORE} unless --recompute-modules says "
-            f"otherwise, and --architecture {args.architecture} has none: give "
-            "--recompute-granularity full, or other modules."
+            f"--recompute-modules {' '.join(modules)}{default}: no layer of this --architecture "
+            f"{args.architecture} has that. Give --recompute-granularity full, or other modules."
         )
     attends = ARCHITECTURES[args.architecture].attends
     if "layernorm" in modules and (args.fp8 or args.fp4) and not attends:

@@ -78,7 +78,7 @@ def parse() -> Iterator[Parse]:
         ),
         (
             "--architecture aft --recompute-granularity selective",
-            "--recompute-granularity selective recomputes core_attn .* and --architecture aft has",
+            r"--recompute-modules core_attn \(the default\): no layer of this --architecture aft",
         ),
         (
             "--architecture amlp --token-router hash --num-experts 2 --mlp-chunks-for-training 2",
@@ -147,10 +147,13 @@ def test_other_layers_flags(parse: Parse, words: str, message: str):
         ("--rotary-base 5000", "--rotary-base is for the attention of --architecture transformer"),
         ("--attention-backend flash", "--attention-backend is for the attention of"),
         ("--mscale 2", "--mscale is for other positions than "),
-        ("--recompute-activations --recompute-modules mlp", "mlp: no layer of this model has one"),
+        (
+            "--recompute-activations --recompute-modules mlp",
+            "mlp: no layer of this --architecture gmlp",
+        ),
         (
             "--recompute-granularity selective --recompute-modules moe",
-            "--recompute-modules moe: no layer of this model has one",
+            "--recompute-modules moe: no layer of this --architecture gmlp has that",
         ),
         ("--cuda-graph-modules full_iteration", "needs a CUDA device and none was found"),
         (
