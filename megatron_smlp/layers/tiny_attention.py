@@ -94,15 +94,18 @@ class TinyAttention(nn.Module):
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        qkv = self.linear_qkv(hidden_states)
-        if self.tp_group.size() > 1:
-            qkv = _SameGradient.apply(qkv, self.tp_group)
+        # Each rank has other gate features: the gradient of the head is the sum over the ranks. It
+        # is summed here, behind attention, whose backward on a GPU adds in no fixed order: ranks
+        # would each update their copy of the head by a little else, and drift apart.
+        qkv = tensor_parallel.copy_to_tensor_model_parallel_region(
+            self.linear_qkv(hidden_states), self.tp_group
+        )
         q, k, v = qkv.transpose(0, 1).unsqueeze(1).chunk(3, dim=-1)
         dropout = self.config.attention_dropout if self.training else 0.0
         with self._same_on_all_ranks() if dropout else contextlib.nullcontext():
             attended = attend(q, k, v, dropout=dropout, training=self.training)
-        attended = attended.squeeze(1).transpose(0, 1)
-        return self._project(attended)
+        projected: Tensor = self.linear_proj(attended.squeeze(1).transpose(0, 1))
+        return projected
 
     def _same_on_all_ranks(self) -> contextlib.AbstractContextManager[None]:
         """Draw as the other ranks do, which hold the same head: under sequence parallelism Megatron
@@ -114,28 +117,3 @@ class TinyAttention(nn.Module):
             tensor_parallel.get_data_parallel_rng_tracker_name()
         )
         return same
-
-    def _project(self, attended: Tensor) -> Tensor:
-        # Each rank has other gate features: the gradient of the head is the sum over the ranks.
-        shared = tensor_parallel.copy_to_tensor_model_parallel_region(attended, self.tp_group)
-        projected: Tensor = self.linear_proj(shared)
-        return projected
-
-
-class _SameGradient(torch.autograd.Function):
-    """Average the gradient over the ranks, all of which compute it.
-
-    Attention's backward on a GPU adds in no fixed order: ranks would each update their copy of the
-    head by a little else, and drift apart.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient / ctx.group.size()
-        torch.distributed.all_reduce(gradient, group=ctx.group)
-        return gradient, None

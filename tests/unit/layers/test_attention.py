@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_smlp.layers import attention
 from megatron_smlp.layers.attention import CausalCoreAttention
-from megatron_smlp.layers.tiny_attention import TinyAttention, _SameGradient
+from megatron_smlp.layers.tiny_attention import TinyAttention
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -141,18 +141,37 @@ def test_what_it_cannot_do_is_refused_when_the_layer_is_built(changes: dict[str,
 
 
 def test_replicated_heads_get_one_gradient(tmp_path: Path):
-    """Two ranks whose gradients differ, as those of a GPU do by rounding, go on with their mean."""
-    launch_calls(_differ, str(tmp_path), processes=2, log=tmp_path / "log")
-    gradients = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert gradients[0].tolist() == gradients[1].tolist() == [3.0] * 4
+    """Two ranks whose attention has other gradients, as those of a GPU are by rounding, go on with
+    the same weights."""
+    launch_calls(_train_apart, str(tmp_path), processes=2, log=tmp_path / "log")
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert len(ours) == len(theirs) == 4
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
 
 
-def _differ(folder: str) -> None:
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
-    x = torch.ones(4, requires_grad=True)
-    same = _SameGradient.apply(x, torch.distributed.group.WORLD)
-    same.backward(torch.full((4,), 2.0 + 2 * rank))
-    torch.save(x.grad, Path(folder, f"{rank}.pt"))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+def _train_apart(folder: str) -> None:
+    import os
+
+    from support.in_process import MINIMAL
+
+    from megatron_smlp.layers import tiny_attention
+    from pretrain_smlp import main
+
+    rank = int(os.environ["RANK"])
+    plain, make, heads = tiny_attention.attend, TinyAttention.__init__, []
+
+    def apart(q: Tensor, k: Tensor, v: Tensor, **settings: object) -> Tensor:
+        if q.requires_grad:
+            q.register_hook(lambda gradient: gradient * (1 + 0.1 * rank))
+        return plain(q, k, v, **settings)  # type: ignore[arg-type]
+
+    def made(self: TinyAttention, *args: object, **kwargs: object) -> None:
+        make(self, *args, **kwargs)  # type: ignore[arg-type]
+        heads.append(self)
+
+    tiny_attention.attend = apart  # type: ignore[assignment]
+    TinyAttention.__init__ = made  # type: ignore[assignment,method-assign]
+    words = "--architecture amlp --tensor-model-parallel-size 2 --init-method-std 0.5"
+    main([*MINIMAL.split(), *words.split(), "--log-dir", folder])
+    torch.save([head.linear_qkv.weight.detach() for head in heads], Path(folder, f"{rank}.pt"))
