@@ -220,6 +220,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "aft": Architecture(mixer="aft", channel="mlp"),
     "causal_rn": Architecture(mixer="causal_rn", channel="mlp"),
 }
+SPECS = [["megatron_smlp.architectures", name] for name in ARCHITECTURES]
+"""What --spec may be, in the order of the architectures."""
+POSITIONS = ("learned_absolute", "rope", "none")
+"""--position-embedding-type of models that attend."""
 SPATIAL = tuple(name for name, one in ARCHITECTURES.items() if MIXERS[one.mixer].spatial)
 
 

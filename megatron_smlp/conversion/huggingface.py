@@ -31,7 +31,7 @@ from megatron_smlp.hf import configuration_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPModel
 from megatron_smlp.options import MEGATRON_FLAGS, MODEL_FLAGS, model_defaults
-from megatron_smlp.systems import ARCHITECTURES, TOP_K, experts_of_a_token
+from megatron_smlp.systems import ARCHITECTURES, POSITIONS, TOP_K, experts_of_a_token
 
 # Megatron's flag -> the configuration's name.
 NAMES = {name: facts.hf for name, facts in MODEL_FLAGS.items() if facts.hf}
@@ -50,7 +50,6 @@ IMPOSSIBLE = (
 )
 TENSORS = names.OURS
 MODEL_TYPE = SMLPConfig.model_type
-POSITIONS = ("learned_absolute", "rope", "none")
 LAYERS = ("num_layers", "num_hidden_layers", "n_layer")
 CODE = ("configuration_smlp.py", "modeling_smlp.py")
 

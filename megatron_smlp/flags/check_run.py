@@ -239,22 +239,11 @@ def check_names(args: argparse.Namespace) -> None:
     for name in SAVED_BESIDE:
         if args.explicit_flags.get(name) and not args.save:
             raise UsageError(f"{flag_of(name)} without --save has nowhere to write: give both.")
-    if args.rerun_mode == "report_stats":
-        raise UsageError("--rerun-mode report_stats stops Megatron 0.19: leave it out.")
     validates = args.explicit_flags.get("rerun_mode") == "validate_results"
     if validates and not args.check_for_large_grads:
         raise UsageError(
             "--rerun-mode validate_results validates nothing without --check-for-large-grads: give "
             "both, or leave it out. --nonfinite-loss looks at losses that are not finite."
-        )
-    if args.dataloader_type == "external":
-        raise UsageError(
-            "--dataloader-type external needs a data loader of another program: give single or "
-            "cyclic, or leave it out."
-        )
-    if args.explicit_flags.get("pad_vocab_size") is False:
-        raise UsageError(
-            "--no-pad-vocab-size stops Megatron 0.19: give --make-vocab-size-divisible-by 1."
         )
     is_interleaved = args.num_layers_per_virtual_pipeline_stage or (
         args.num_virtual_stages_per_pipeline_rank

@@ -19,13 +19,9 @@ from megatron_smlp.options import NEVER_OLDER, OUR_FLAGS
 from megatron_smlp.platform import cpu
 from megatron_smlp.provenance import RESTART
 from megatron_smlp.routers.hash_table import BALANCED
-from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS, weighs_all_experts
+from megatron_smlp.systems import ARCHITECTURES, SPECS, TOKEN_ROUTERS, weighs_all_experts
 
 AUX_LOSS_COEFF = 0.01
-
-
-SPECS = "megatron_smlp.architectures"
-"""The module of --spec whose names are those of --architecture."""
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -46,9 +42,8 @@ def _has(module: str) -> bool:
 
 def _fill_in_layers(args: argparse.Namespace) -> None:
     given = args.explicit_flags
-    module, _, name = " ".join(args.spec or ()).partition(" ")
-    if name in ARCHITECTURES and module == SPECS and "architecture" not in given:
-        args.architecture = name
+    if args.spec in SPECS and "architecture" not in given:
+        args.architecture = args.spec[1]
     # Samples bring no mask. A step of --iterations-to-skip would wait for one.
     args.create_attention_mask_in_dataloader = False
     if "transformer_impl" not in given and not _has("transformer_engine"):
@@ -148,6 +143,7 @@ FIRST_START = {
     "load_main_params_from_ckpt": False,
     "ckpt_step": None,
     "override_ckpt_iteration": None,
+    "no_resume": False,
 }
 """Flags that say what is taken of the checkpoint in --load, and their defaults: they are not of the
 one that the same command has left in --save, from which it goes on where it is started again."""
@@ -155,12 +151,10 @@ one that the same command has left in --save, from which it goes on where it is 
 
 def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
     """Choose what is loaded, and keep what that has of flags which the command line leaves out."""
-    if _goes_on(args):
-        args.load, args.no_resume = None, False
-        vars(args).update(FIRST_START)
     is_save_folder = is_same_folder(args.load, args.save)
-    if args.save and not (is_save_folder or args.no_resume) and tracked_folder(args.save):
-        if args.load:
+    resumes = args.save and not (is_save_folder or args.no_resume) and tracked_folder(args.save)
+    if (goes_on := _goes_on(args)) or resumes:
+        if goes_on or args.load:
             vars(args).update(FIRST_START)
         args.load = args.save  # what an earlier start left
     elif is_save_folder and not args.exit_on_missing_checkpoint and not tracked_folder(args.load):

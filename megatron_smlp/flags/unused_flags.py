@@ -13,7 +13,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check_model import slots_of
 from megatron_smlp.options import DEFAULTS, OUR_FLAGS
 from megatron_smlp.platform import cpu
-from megatron_smlp.systems import ARCHITECTURES, MIXERS, mixer_of
+from megatron_smlp.systems import ARCHITECTURES, MIXERS, POSITIONS, SPECS, mixer_of
 
 OTHER_LAYER_FLAGS = (
     "multi_latent_attention",
@@ -26,7 +26,6 @@ OTHER_LAYER_FLAGS = (
     "hybrid_override_pattern",
     "is_hybrid_model",
 )
-SPECS = [["megatron_smlp.architectures", name] for name in ARCHITECTURES]
 DOCUMENT_FLAGS = (
     "reset_attention_mask",
     "reset_position_ids",
@@ -128,6 +127,13 @@ NOT_HERE = {
     ),
 }
 """Flags that do not work with what is here, and why."""
+VALUES_NOT_HERE = {
+    ("rerun_mode", "report_stats"): "stops Megatron 0.19: leave it out",
+    ("dataloader_type", "external"): "needs a data loader of another program: give single or "
+    "cyclic, or leave it out",
+    ("pad_vocab_size", False): "stops Megatron 0.19: give --make-vocab-size-divisible-by 1",
+}
+"""Values of flags that do not work, why, and what to do."""
 ATTENTION_FLAGS = (
     "group_query_attention",
     "num_query_groups",
@@ -151,7 +157,6 @@ ATTENTION_FLAGS = (
     "flash_attention_version",
     "log_max_attention_logit",
 )
-POSITIONS = ("learned_absolute", "rope", "none")
 OTHER_POSITIONS = ("yarn_", "mscale", "relative_attention_", "rotary_scaling_factor", "mrope_")
 """How flags begin that are for other kinds of positions."""
 FFN_FLAGS = ("swiglu", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value")
@@ -183,6 +188,7 @@ CUDA_GRAPH_FLAGS = (
 )
 SPELLINGS = {
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "pad_vocab_size": "--no-pad-vocab-size",
     "fp8": "--fp8-format",
     "fp4": "--fp4-format",
 }
@@ -227,6 +233,9 @@ def refuse_unused(args: argparse.Namespace) -> None:
         )
     for name in _given(args, tuple(NOT_HERE)):
         raise UsageError(f"{_flag(name)} {NOT_HERE[name]}. Leave it out.")
+    for (name, value), why in VALUES_NOT_HERE.items():
+        if args.explicit_flags.get(name) == value:
+            raise UsageError(f"{_flag(name)}{f' {value}' if value else ''} {why}.")
     _refuse_recomputing(args)
     if _given(args, ("add_qkv_bias",)) and not args.add_bias_linear:
         raise UsageError(

@@ -27,19 +27,18 @@ AGAIN = 80
 """Base of an agent's exit code if it may be restarted: this plus the number of its ranks' failures
 without a newer checkpoint."""
 
-CAUSE = RESTART
 AGENT = "SMLP_AGENT"
 """The variable in which a rank finds its agent's process number."""
 
 
 def note_cause(cause: str, environment: MutableMapping[str, str]) -> None:
     """Leave the cause, and the time by this machine's clock, to the ranks that start next."""
-    environment[CAUSE] = json.dumps({"cause": cause, "noticed": time.monotonic()})
+    environment[RESTART] = json.dumps({"cause": cause, "noticed": time.monotonic()})
 
 
 def noted_cause() -> tuple[str, float] | None:
     """Return why this rank was started again, and how many seconds ago that was noticed."""
-    text = os.environ.get(CAUSE)
+    text = os.environ.get(RESTART)
     if not text:
         return None
     noted = json.loads(text)

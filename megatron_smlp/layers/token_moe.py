@@ -221,13 +221,12 @@ def _experts(builder: Any, num_local_experts: int, config: TransformerConfig, **
     # FP8 pads each expert's tokens, weights and all, which is Megatron's own affair.
     if builder.func is SequentialMLP and not (config.fp8 or config.fp4):
         builder = partial(Experts, **builder.keywords)
-    groups = kwargs["pg_collection"]
     others = config.num_moe_experts - num_local_experts
     if not (others and config.use_cpu_initialization and config.perform_initialization):
         return builder(num_local_experts, _without_bias(config), **kwargs)
     # The CPU's generator is the same on all ranks: without the others' draws, each rank would have
     # the experts of the first one.
-    before = groups.ep.rank() * num_local_experts
+    before = kwargs["pg_collection"].ep.rank() * num_local_experts
     _draw_experts(before, config)
     experts = builder(num_local_experts, _without_bias(config), **kwargs)
     _draw_experts(others - before, config)

@@ -15,10 +15,11 @@ from support.launches import REPOSITORY, clean_environment
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching import supervisor
-from megatron_smlp.launching.restarts import CAUSE, CLOSED, MISSING, NO_PROGRESS
+from megatron_smlp.launching.restarts import CLOSED, MISSING, NO_PROGRESS
 from megatron_smlp.launching.settings import read
 from megatron_smlp.launching.supervisor import Supervisor, main
 from megatron_smlp.launching.training_words import Progress, check_counts, given
+from megatron_smlp.provenance import RESTART
 
 # Ends with the next code of a list, after it has made the checkpoint that goes with it.
 AGENT = """
@@ -277,11 +278,11 @@ def test_sigterm_lets_the_ranks_end_well(tmp_path: Path):
 def test_the_cause_is_dated_by_this_machines_clock(monkeypatch: pytest.MonkeyPatch):
     from megatron_smlp.launching.restarts import note_cause, noted_cause
 
-    assert CAUSE not in os.environ
+    assert RESTART not in os.environ
     assert noted_cause() is None
     environment: dict[str, str] = {}
     note_cause("rank 3 on node1 ended with 1", environment)
-    monkeypatch.setenv(CAUSE, environment[CAUSE])
+    monkeypatch.setenv(RESTART, environment[RESTART])
     time.sleep(0.05)
     found = noted_cause()
     assert found is not None

@@ -9,7 +9,8 @@ from support.in_process import pretrained
 from support.launches import records
 
 from megatron_smlp.checkpoints.saving import Saving
-from megatron_smlp.launching.restarts import CAUSE, note_cause
+from megatron_smlp.launching.restarts import note_cause
+from megatron_smlp.provenance import RESTART
 from megatron_smlp.training import slow_hosts
 from megatron_smlp.training.data import DatasetProvider
 from megatron_smlp.training.restarts import BY_HAND
@@ -38,7 +39,7 @@ def test_a_failure_and_its_cost_are_told_once(
     fail_at(6, f"--save {run}", monkeypatch)
     environment: dict[str, str] = {}
     note_cause("rank 3 on node7 was ended by SIGKILL", environment)
-    monkeypatch.setenv(CAUSE, environment[CAUSE])
+    monkeypatch.setenv(RESTART, environment[RESTART])
     pretrain(f"--save {run}")
     (record,) = [record for record in records(run) if "restart" in record]
     assert record["iteration"] == 4
