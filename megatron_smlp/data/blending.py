@@ -81,16 +81,17 @@ def blends_from_arguments(args: argparse.Namespace) -> Blends:
     return Blends()
 
 
-def has_validation_data(args: argparse.Namespace) -> bool:
-    """Return whether the flags leave something to validate on.
+def has_data(args: argparse.Namespace, split: str) -> bool:
+    """Return whether the flags leave something for `split`, of SPLITS.
 
     Raises:
         DataError: see `blends_from_arguments`.
     """
+    place = SPLITS.index(split)
     if (per_split := blends_from_arguments(args).per_split) is not None:
-        return per_split[1] is not None
+        return per_split[place] is not None
     shares = (args.split or MEGATRONS_SPLIT).split(",")
-    return len(shares) > 1 and float(shares[1]) > 0
+    return len(shares) > place and float(shares[place]) > 0
 
 
 def _read(path: str, flag: str) -> str:

@@ -12,7 +12,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from megatron_smlp.command_line import flag_of
-from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS, has_validation_data
+from megatron_smlp.data.blending import (
+    PER_SPLIT_FLAGS,
+    WHOLE_FLAGS,
+    blends_from_arguments,
+    has_data,
+)
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import OUR_FLAGS, suffix_start
 from megatron_smlp.platform import cpu
@@ -116,6 +121,18 @@ def check_schedule(args: argparse.Namespace) -> None:
             f"--min-lr {args.min_lr} is over --lr {args.lr}: the learning rate decays from the "
             "second to the first. Lower --min-lr."
         )
+    _check_validation_sets(args)
+    if args.eval_iters and not has_data(args, "valid"):
+        raise UsageError(
+            f"--eval-iters {args.eval_iters} without data to validate on: give --eval-iters 0, or "
+            "--valid-data-path, or a second share of --split over 0."
+        )
+    if args.eval_iters and not args.eval_interval:
+        raise UsageError("--eval-iters without --eval-interval: give both, or --eval-iters 0.")
+
+
+def _check_validation_sets(args: argparse.Namespace) -> None:
+    """Refuse what Megatron stops at, some of it when the training is done, or passes over."""
     if args.full_validation and not args.multiple_validation_sets:
         raise UsageError(
             "--full-validation stops Megatron 0.19 unless --multiple-validation-sets is given too: "
@@ -133,13 +150,30 @@ def check_schedule(args: argparse.Namespace) -> None:
             "--multiple-validation-sets stops Megatron 0.19 unless --full-validation is given too: "
             "give both, or leave it out."
         )
-    if args.eval_iters and not has_validation_data(args):
+    if not args.multiple_validation_sets:
+        if args.validation_set_names:
+            raise UsageError(
+                "--validation-set-names is for --multiple-validation-sets: give both, or leave it "
+                "out."
+            )
+        return
+    if args.eval_iters and has_data(args, "test"):
         raise UsageError(
-            f"--eval-iters {args.eval_iters} without data to validate on: give --eval-iters 0, or "
-            "--valid-data-path, or a second share of --split over 0."
+            "--full-validation with data for a test stops Megatron 0.19 at the end of the "
+            "training: leave --test-data-path out, or give --split a third share of 0."
         )
-    if args.eval_iters and not args.eval_interval:
-        raise UsageError("--eval-iters without --eval-interval: give both, or --eval-iters 0.")
+    valid = (blends_from_arguments(args).per_split or (None, None))[1]
+    if valid and valid.weights and len(valid.prefixes) > 1:
+        raise UsageError(
+            "--multiple-validation-sets evaluates each dataset alone, and weights would be passed "
+            "over: leave the weights of the validation's datasets out."
+        )
+    names, sets = args.validation_set_names, len(valid.prefixes) if valid else 1
+    if names and not len(set(names)) == len(names) == sets:
+        raise UsageError(
+            f"--validation-set-names {' '.join(names)}: give {sets} different names, one for each "
+            "dataset of --valid-data-path."
+        )
 
 
 def _check_length(args: argparse.Namespace) -> None:

@@ -15,8 +15,10 @@ the original with its own arguments. tests/contract holds their signatures.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import inspect
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,7 +26,7 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
-from megatron.training import training
+from megatron.training import get_args, training
 
 from megatron_smlp.megatron_patches import torch_adam
 from megatron_smlp.megatron_patches.wrapping import after, wrapped_in
@@ -164,6 +166,7 @@ class _Validation:
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
         self.iteration, self.title = -1, ""
+        self.sets: Iterator[str] = iter(())
 
     def around_printing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(function)
@@ -175,6 +178,7 @@ class _Validation:
             if (given["iteration"], title) == (self.iteration, self.title):
                 return None
             self.iteration, self.title = given["iteration"], title
+            self.sets = _sets(get_args())
             return function(*args, **kwargs)
 
         return wrapped
@@ -193,12 +197,19 @@ class _Validation:
             self.observer.validated(
                 losses,
                 iteration=self.iteration,
-                title=self.title,
+                title=self.title + next(self.sets),
                 seconds=time.perf_counter() - start,
             )
             return losses, collected, out_of_time
 
         return wrapped
+
+
+def _sets(args: argparse.Namespace) -> Iterator[str]:
+    """Yield what follows the title of each dataset that one call evaluates, as Megatron counts."""
+    if not args.multiple_validation_sets:
+        return iter([""])
+    return (f" {name}" for name in args.validation_set_names or itertools.count())
 
 
 @contextmanager

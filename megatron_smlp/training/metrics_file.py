@@ -55,12 +55,15 @@ class MetricsFile:
             return int(max(numbers, default=0)), self.path.stat().st_mtime - written
         return int(max(numbers, default=0)), None
 
-    def holds(self, name: str, *, iteration: int) -> bool:
-        """Return whether a record of this iteration has this value."""
+    def holds(self, prefix: str, *, iteration: int) -> bool:
+        """Return whether a record of this iteration has a value whose name begins so."""
         if self.path is None or not self.path.exists():
             return False
         records = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
-        return any(record["iteration"] == iteration and name in record for record in records)
+        return any(
+            record["iteration"] == iteration and any(name.startswith(prefix) for name in record)
+            for record in records
+        )
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record, whole or not at all; on a full disk it is lost, and the run lives on."""

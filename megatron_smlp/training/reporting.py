@@ -175,7 +175,7 @@ class Reporter:
     def _is_validated(self, iteration: int) -> bool:
         if not self.metrics or not self.args.eval_iters:
             return bool(self.metrics)
-        return self.metrics.holds("validation_loss", iteration=iteration)
+        return self.metrics.holds("validation_", iteration=iteration)
 
     def stepped(
         self, losses: dict[str, torch.Tensor], *, iteration: int, skipped: bool, **of_step: Any
@@ -374,10 +374,12 @@ def _unless_empty(name: str, loads: Loads) -> dict[str, Any]:
 
 def _loss_fields(title: str, losses: dict[str, float]) -> dict[str, float]:
     """`lm loss` -> validation_loss, `prices suffix loss` -> validation_prices_suffix_loss; with
-    perplexities."""
+    perplexities. Of several validation sets: validation_books_loss."""
     fields: dict[str, float] = {}
     for name, loss in losses.items():
-        stem = "_".join([title, *(word for word in name.split() if word not in ("lm", "loss"))])
+        stem = "_".join(
+            [*title.split(), *(word for word in name.split() if word not in ("lm", "loss"))]
+        )
         fields |= {f"{stem}_loss": loss, f"{stem}_perplexity": perplexity(loss)}
     return fields
 

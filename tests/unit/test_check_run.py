@@ -58,6 +58,31 @@ def test_numbers_that_no_run_can_use(parse: Parse, words: str, message: str):
     refused(parse, f"{GMLP} {words}", message)
 
 
+WHOLE = "--full-validation --multiple-validation-sets --train-data-path t --valid-data-path"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"{WHOLE} a b --test-data-path c", r"--full-validation with data for a test stops Meg"),
+        ("--full-validation --multiple-validation-sets --data-path a --split 8,1,1",
+         r"--full-validation with data for a test stops Megatron 0\.19 .* leave --test-data-path "),
+        (f"{WHOLE} 0.3 a 0.7 b", r"evaluates each dataset alone, and weights would be passed over"),
+        (f"{WHOLE} a b --validation-set-names x", r"--validation-set-names x: give 2 different na"),
+        (f"{WHOLE} a b --validation-set-names x x", r"--validation-set-names x x: give 2 differen"),
+        ("--validation-set-names x", r"--validation-set-names is for --multiple-validation-sets"),
+    ],
+)  # fmt: skip
+def test_validation_sets(parse: Parse, words: str, message: str):
+    base = MINIMAL.replace("--mock-data", "") if "data-path" in words else MINIMAL
+    refused(parse, f"{GMLP} {words}", message, base=base)
+
+
+def test_names_of_validation_sets(parse: Parse):
+    words = f"{GMLP} {WHOLE} a b --validation-set-names x y"
+    assert parse(words, base=MINIMAL.replace("--mock-data", "")).validation_set_names == ["x", "y"]
+
+
 @pytest.mark.parametrize("freq", ["0", "-1", "[0,1]", "[0,1,2,1]"])
 def test_moe_layers(parse: Parse, freq: str):
     message = r"--moe-layer-freq .*: give a number .* a list with 0 or 1 .*--num-layers 4 layers"

@@ -175,8 +175,8 @@ def test_console_line_and_warning(tmp_path: Path, capfd: pytest.CaptureFixture[s
     ("flags", "everywhere"),
     [
         (PARTIAL, False),
-        (f"{PARTIAL} --full-validation --multiple-validation-sets", True),
-        ("--architecture gmlp --full-validation --multiple-validation-sets", False),
+        (f"{PARTIAL} --split 9,1,0 --full-validation --multiple-validation-sets", True),
+        ("--architecture gmlp --split 9,1,0 --full-validation --multiple-validation-sets", False),
         ("--num-attention-heads 4 --token-router hash --num-experts 4", True),
     ],
 )

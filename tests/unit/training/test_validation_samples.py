@@ -20,6 +20,19 @@ def validations(folder: Path) -> list[float]:
     return [line["validation_loss"] for line in records(folder) if "validation_loss" in line]
 
 
+def random_pair(path: Path, *, documents: int, vocab_size: int = 99) -> str:
+    lengths = np.full(documents, 21, dtype=np.int32)
+    ids = np.random.default_rng(0).integers(0, vocab_size, size=lengths.sum(), dtype=np.uint16)
+    ids.tofile(bin_path(str(path)))
+    write_index(
+        idx_path(str(path)),
+        dtype=ids.dtype,
+        lengths=lengths,
+        sequences_per_document=np.ones(documents, dtype=np.int32),
+    )
+    return str(path)
+
+
 @pytest.mark.parametrize("order", ["single", "cyclic"])
 def test_validations_of_one_run_and_of_its_continuation(tmp_path: Path, order: str):
     """The weights stand still, so that the loss is a function of the samples."""
@@ -38,16 +51,7 @@ def test_validations_of_one_run_and_of_its_continuation(tmp_path: Path, order: s
 def test_other_seeds_train_on_others_and_validate_on_the_same(
     parse: Callable[..., Any], tmp_path: Path
 ):
-    lengths = np.full(300, 21, dtype=np.int32)
-    ids = np.random.default_rng(0).integers(0, 99, size=lengths.sum(), dtype=np.uint16)
-    prefix = str(tmp_path / "data")
-    ids.tofile(bin_path(prefix))
-    write_index(
-        idx_path(prefix),
-        dtype=ids.dtype,
-        lengths=lengths,
-        sequences_per_document=np.ones(len(lengths), dtype=np.int32),
-    )
+    prefix = random_pair(tmp_path / "data", documents=300)
     base = MINIMAL.replace("--mock-data", f"--data-path {prefix} --split 80,15,5")
 
     def samples(seed: int) -> list[list[Any]]:
@@ -82,3 +86,29 @@ def test_base_is_evaluated_both_ways_on_the_same_samples(tmp_path: Path, first: 
             assert left[f"{title}_{other}_routers"] == right[f"{title}_routers"]
             assert left[f"{title}_routers"] != right[f"{title}_routers"]
             assert left[f"{title}_loss"] != right[f"{title}_loss"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, named: bool):
+    """The first set has two ids, the second 99; BASE reads each both ways."""
+    train, narrow, wide = (
+        random_pair(tmp_path / name, documents=documents, vocab_size=vocab_size)
+        for name, documents, vocab_size in (("train", 300, 2), ("a", 10, 2), ("b", 10, 99))
+    )
+    names = ("books", "web") if named else ("0", "1")
+    words = (
+        f"--architecture gmlp --token-router base --num-experts 4 --base-eval-both --lr 3e-2 "
+        f"--train-iters 6 --train-data-path {train} --valid-data-path {narrow} {wide} "
+        "--full-validation --multiple-validation-sets --eval-micro-batch-size 1 "
+        f"--log-dir {tmp_path} "
+    )
+    words += "--validation-set-names books web" if named else ""
+    with pretrained(words, base=MINIMAL.replace("--mock-data", "")):
+        pass
+    lines = [line for line in records(tmp_path) if "loss" not in line]
+    assert [line["iteration"] for line in lines] == [6, 6]
+    fields = [f"validation_{name}" for name in names]
+    for line, field, other in zip(lines, fields, reversed(fields), strict=True):
+        assert {f"{field}_loss", f"{field}_prices_loss", f"{field}_routers"} <= set(line)
+        assert not any(name.startswith(other) for name in line)
+    assert lines[0][f"{fields[0]}_loss"] + 1 < lines[1][f"{fields[1]}_loss"]
