@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool; `run_tool` shows the errors."""
     args = build_parser().parse_args(argv)
     if args.num_experts < 1:
-        raise DataError(f"--num-experts {args.num_experts}: give a positive number")
+        raise UsageError(f"--num-experts {args.num_experts}: give a positive number")
     # Not before --help.
     from megatron_smlp.data.blending import parse_blend
     from megatron_smlp.data.token_counts import token_counts, vocabulary_of

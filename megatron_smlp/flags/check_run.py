@@ -366,6 +366,11 @@ def check_machine(args: argparse.Namespace) -> None:
             "--profile marks a run for NVIDIA's profiler, and there is no GPU: give "
             "--use-pytorch-profiler too, or leave it out."
         )
+    if args.profile and args.use_pytorch_profiler and not args.tensorboard_dir:
+        raise UsageError(
+            "--use-pytorch-profiler writes beside the TensorBoard folder, and there is none: give "
+            "--log-dir, --save or --tensorboard-dir."
+        )
     needing = RECOMPUTED_BY_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ())
     if needing and find_spec("transformer_engine") is None:
         raise UsageError(

@@ -125,6 +125,10 @@ def _fill_in_saving(args: argparse.Namespace) -> None:
         args.ckpt_format = "torch_dist"
     args.dist_ckpt_optim_fully_reshardable |= args.optimizer_checkpoint == "any_layout"
     args.log_dir = args.log_dir or args.save
+    # Megatron sends W&B what it sends to TensorBoard, and puts a profile beside that folder.
+    needs_folder = args.wandb_project or (args.profile and args.use_pytorch_profiler)
+    if needs_folder and (folder := args.log_dir or args.wandb_save_dir):
+        args.tensorboard_dir = args.tensorboard_dir or f"{folder}/tensorboard"
     if args.save_retain_interval:
         # Megatron's own way deletes before the new checkpoint is on the disk.
         args.keep_last = args.keep_last or 1

@@ -144,6 +144,12 @@ def test_weights_and_biases_need_a_name_and_a_folder(parse: Parse):
     refused(parse, words, r"--wandb-project p needs --wandb-exp-name, and --save or --wandb-save")
 
 
+def test_a_profile_needs_a_folder(parse: Parse):
+    words = f"{GMLP} --profile --use-pytorch-profiler"
+    refused(parse, words, r"--use-pytorch-profiler .* there is none: give --log-dir, --save or --t")
+    assert parse(f"{words} --log-dir x").tensorboard_dir == "x/tensorboard"
+
+
 @pytest.mark.parametrize("flag", ["--prefix-fraction 0.5", "--partial-loss all"])
 def test_flags_of_partial_prediction_need_an_smlp(parse: Parse, flag: str):
     refused(parse, f"{GMLP} {flag}", rf"{flag} is for --architecture smlp, not gmlp: leave it out")

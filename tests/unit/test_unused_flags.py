@@ -330,7 +330,7 @@ def test_batches_by_a_schedule_are_shown_as_such():
         f"{TRANSFORMER} --softmax-type vanilla",
         f"{TRANSFORMER} --group-query-attention --num-query-groups 2",
         "--architecture gmlp --position-embedding-type learned_absolute",
-        "--architecture gmlp --profile --use-pytorch-profiler",
+        "--architecture gmlp --profile --use-pytorch-profiler --log-dir x",
     ],
 )
 def test_what_works_is_allowed(parse: Parse, words: str):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec, add_tokenizer_arguments
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import UsageError
 from megatron_smlp.interrupts import interrupt
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _sample(args: argparse.Namespace) -> int:
     index = _open(args)
     for name in ("count", "max_tokens"):
         if getattr(args, name) < 1:
-            raise DataError(f"{flag_of(name)} {getattr(args, name)}: 1 or more is expected")
+            raise UsageError(f"{flag_of(name)} {getattr(args, name)}: 1 or more is expected")
     encoder = None
     if args.tokenizer_type:
         from megatron_smlp.data.pairs.manifest import find_manifest
@@ -179,7 +179,7 @@ def _sample(args: argparse.Namespace) -> int:
         chosen = sorted(random.Random(args.seed).sample(range(index.num_documents), count))
     for number in chosen:
         if not 0 <= number < index.num_documents:
-            raise DataError(f"--documents {number}: there are 0 to {index.num_documents - 1}")
+            raise UsageError(f"--documents {number}: there are 0 to {index.num_documents - 1}")
         ids = index.document(number)
         shown = ids[: args.max_tokens].tolist()
         body = encoder.decode(shown) if encoder else " ".join(map(str, shown))
@@ -208,7 +208,7 @@ def _stats(args: argparse.Namespace) -> int:
     print("\n".join(histogram_lines(statistics)))
     if args.seq_length is not None:
         if args.seq_length < 1:
-            raise DataError(f"--seq-length {args.seq_length}: 1 or more is expected")
+            raise UsageError(f"--seq-length {args.seq_length}: 1 or more is expected")
         # Megatron's samples are T + 1 tokens that overlap by one.
         samples = max(statistics.num_tokens - 1, 0) // args.seq_length
         print(f"{samples:,} samples of {args.seq_length:,} tokens an epoch")

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Sequence
 
 from megatron_smlp.command_line import Parser
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import UsageError
 from megatron_smlp.interrupts import interrupt
 
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool; `run_tool` shows the errors."""
     args = build_parser().parse_args(argv)
     if args.multimodal:
-        raise DataError("--multimodal: only text datasets are supported here")
+        raise UsageError("--multimodal: only text datasets are supported here")
     from megatron_smlp.data.pairs.combining import find_pairs, merge
     from megatron_smlp.data.pairs.indexed import open_index, refuse_existing, strip_suffix
     from megatron_smlp.data.pairs.manifest import find_manifest

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # Flags of Megatron's tool, now or once, that have no work to do here.
 IGNORED_FLAGS = {
-    "--partitions": "one run reads all files in parallel and keeps their order",
+    "--partitions": "one run reads all files in order; start one for each part of the input to "
+    "read in parallel (docs/data.md)",
     "--log-interval": "progress is shown by time",
     "--keep-sequential-samples": "order is always kept",
     "--find-optimal-num-workers": "all of the input is processed with --workers",

@@ -27,7 +27,7 @@ from megatron_smlp.data.prepare.sources import read_chunks
 from megatron_smlp.data.prepare.workers import InlineWorker, WorkerPool, start_workers
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import DataError, UsageError
 
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 20.0
@@ -134,17 +134,17 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
 
 def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
     if settings.workers < 1:
-        raise DataError(f"--workers {settings.workers}: at least 1 is needed")
+        raise UsageError(f"--workers {settings.workers}: at least 1 is needed")
     if settings.append_eod and tokenizer.eod is None:
-        raise DataError(
+        raise UsageError(
             f"--append-eod: this {settings.tokenizer.tokenizer_type} has no end-of-document token; "
             f"set eos_token in its tokenizer_config.json, or leave out --append-eod"
         )
     if len(set(settings.keys)) != len(settings.keys):
-        raise DataError(f"--json-keys {' '.join(settings.keys)}: a key is named twice")
+        raise UsageError(f"--json-keys {' '.join(settings.keys)}: a key is named twice")
     for key in settings.keys:
         if "/" in key:
-            raise DataError(
+            raise UsageError(
                 f"--json-keys {key}: a key is part of its files' names, which cannot hold '/'; "
                 f"rename it in the input"
             )

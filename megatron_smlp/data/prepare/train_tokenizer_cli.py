@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser
 from megatron_smlp.durable import write_durably
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool; `run_tool` shows the errors."""
     args = build_parser().parse_args(argv)
     if not 1 <= args.max_bytes < math.inf:
-        raise DataError(f"--max-bytes {args.max_bytes:g}: 1 or more is expected, as 1e9")
+        raise UsageError(f"--max-bytes {args.max_bytes:g}: 1 or more is expected, as 1e9")
     if (Path(args.output) / "tokenizer.json").exists() and not args.overwrite:
         raise DataError(
             f"--output {args.output} holds a tokenizer already; give --overwrite to replace it, or "
@@ -83,7 +83,7 @@ def train_tokenizer(
         DataError: a vocabulary that is too small, bad input, or too little text.
     """
     if vocab_size <= NUM_BYTES:
-        raise DataError(f"--vocab-size {vocab_size}: at least {NUM_BYTES + 1} (bytes and {EOD})")
+        raise UsageError(f"--vocab-size {vocab_size}: at least {NUM_BYTES + 1} (bytes and {EOD})")
     tokenizer = _train(_pieces(inputs, keys, max_bytes, skip_errors), vocab_size)
     learned = tokenizer.get_vocab_size()
     if learned < vocab_size:

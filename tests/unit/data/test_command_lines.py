@@ -25,7 +25,7 @@ from megatron_smlp.data.pairs import inspect_cli, merge_cli
 from megatron_smlp.data.prepare import preprocess_cli
 from megatron_smlp.data.prepare import train_tokenizer_cli as tokenizer_training
 from megatron_smlp.data.prepare.preprocessing import Summary
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.interrupts import is_interruption
 from megatron_smlp.program import run_tool
 
@@ -259,7 +259,7 @@ class TestTrainingATokenizer:
 
     def test_too_small_and_too_large(self, corpus: Path, tmp_path: Path) -> None:
         for size, message in ((256, "at least 257"), (50_000, "has pairs for \\d+ entries only")):
-            with pytest.raises(DataError, match=message):
+            with pytest.raises((UsageError, DataError), match=message):
                 tokenizer_training.train_tokenizer(
                     [str(corpus)], output=str(tmp_path / "t"), vocab_size=size
                 )

@@ -14,7 +14,7 @@ from megatron_smlp.data import hash_table_cli
 from megatron_smlp.data.blending import parse_blend
 from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.data.token_counts import counts_of_datasets, token_counts
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.routers.hash_table import read_table
 
 Run = Callable[..., Summary]
@@ -84,7 +84,7 @@ def test_one_frequent_id_is_said(run: Run, tmp_path: Path, capsys):
 )
 def test_bad_input(run: Run, tmp_path: Path, flags: list[str], message: str):
     prefix = dataset(run, tmp_path, ["1 9"], *NUMBERS)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((UsageError, DataError), match=message):
         hash_table_cli.main(["--data-path", prefix, "--output", str(tmp_path / "t"), *flags])
 
 

@@ -228,3 +228,27 @@ def run_with_data(flags: str) -> None:
         main([*words, *flags.split()])
     finally:
         forget_arguments()
+
+
+def test_weights_and_biases_get_the_loss_without_a_folder_for_tensorboard(
+    tmp_path: Path, monkeypatch
+):
+    """Megatron sends W&B what it sends to TensorBoard, and nothing where that has no folder."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    words = f"{GMLP} --eval-interval 2 --wandb-project p --wandb-exp-name n --save {tmp_path}"
+    with pretrained(words):
+        wandb.finish()
+    (file,) = tmp_path.glob("wandb/wandb/offline-run-*/run-*.wandb")
+    sent = file.read_bytes()
+    for name in (
+        b"lm loss",
+        b"grad-norm",
+        b"learning-rate",
+        b"lm loss validation",
+        b"run/tokens_per",
+    ):
+        assert name in sent
+    assert list(tmp_path.glob("tensorboard/events*"))

@@ -14,7 +14,7 @@ from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.pairs.training_check import verify_for_training
 from megatron_smlp.data.pairs.validation import validate
 from megatron_smlp.data.prepare.preprocessing import Summary
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import DataError, UsageError
 
 Run = Callable[..., Summary]
 
@@ -49,7 +49,7 @@ def test_sample_decodes(prefix: str, capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert documents[0].rstrip() in shown.replace("\0", "")
     assert documents[59].rstrip() in shown.replace("\0", "")
-    with pytest.raises(DataError, match="there are 0 to 59"):
+    with pytest.raises(UsageError, match="there are 0 to 59"):
         inspect_cli.main(["sample", prefix, "--documents", "60"])
 
 

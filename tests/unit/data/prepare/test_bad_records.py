@@ -17,7 +17,7 @@ from data_helpers import BYTE_FLAGS, PYTHON, ROOT
 
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.prepare.preprocessing import Summary
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import DataError, UsageError
 
 Run = Callable[..., Summary]
 GOOD = b'{"text": "good"}'
@@ -279,15 +279,25 @@ def test_another_kind_of_file_is_told_what_is_expected(
         (["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "none"], "none: no such file"),
         (["--tokenizer-type", "HuggingFaceTokenizer"], "needs --tokenizer-model FOLDER"),
         (["--tokenizer-type", "NullTokenizer"], "needs --vocab-size"),
-        ([*BYTE_FLAGS, "--workers", "0"], "--workers 0: at least 1"),
-        ([*BYTE_FLAGS, "--json-keys", "text", "text"], "named twice"),
     ],
 )
-def test_wrong_flags(
+def test_a_tokenizer_without_its_files(
     run: Run, tmp_path: Path, corpus: Path, flags: list[str], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
         run(corpus, tmp_path / "data", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workers", "0"], "--workers 0: at least 1"),
+        (["--json-keys", "text", "text"], "named twice"),
+    ],
+)
+def test_wrong_values(run: Run, tmp_path: Path, corpus: Path, flags: list[str], message: str):
+    with pytest.raises(UsageError, match=message):
+        run(corpus, tmp_path / "data", *BYTE_FLAGS, *flags)
 
 
 def test_an_input_that_is_not_there(run: Run, tmp_path: Path) -> None:
