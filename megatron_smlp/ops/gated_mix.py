@@ -34,7 +34,7 @@ from megatron_smlp.ops.gelu_norm import (
     gradients_of_gelu_norm,
     normed_gelu,
 )
-from megatron_smlp.ops.triton_ready import rows_ready, strided, use_kernels
+from megatron_smlp.ops.triton_ready import FUSED, rows_ready, strided, use_kernels
 
 _ROWS, _DEPTH, _COLUMNS = 128, 64, 128  # of a tile of g and dv
 _WEIGHT_ROWS = 64  # of a square tile of dM: enough of them for all multiprocessors
@@ -93,6 +93,8 @@ def gated_mix(
     """
     _check_shapes(u1, values, weight, bias, added, routing)
     experts, scales, prefix = routing or (None, None, 0)
+    if experts is not None and scales is not None:
+        experts, scales = experts.contiguous(), scales.contiguous()
     result: Tensor = _GatedMix.apply(u1, values, weight, bias, added, experts, scales, prefix)
     return result
 
@@ -286,7 +288,10 @@ def _tiles(
     sizes = {"T": tokens, "N": batch * width, "PREFIX": prefix, "WIDTH": width}
     sizes |= {"ROUTED": experts is not None, "COLUMNS": columns, "DEPTH": _DEPTH}
     blocks = -(-batch * width // columns) if experts is None else batch * -(-width // columns)
-    return (-(-tokens // _ROWS), blocks, heads), sizes | {"ROWS": _ROWS, "num_warps": _NUM_WARPS}
+    return (-(-tokens // _ROWS), blocks, heads), sizes | FUSED | {
+        "ROWS": _ROWS,
+        "num_warps": _NUM_WARPS,
+    }
 
 
 def _row_blocks(tokens: int, prefix: int, rows: int) -> int:
@@ -311,11 +316,11 @@ def _gate(
     out, mixed = values.new_empty(values.shape), values.new_empty(values.shape)
     if values.numel() == 0:
         return out, mixed
-    u1, values, weight = rows_ready(u1), rows_ready(values), rows_ready(weight)
+    u1, values, weight, bias = (rows_ready(each) for each in (u1, values, weight, bias))
     third = u1 if added is None else rows_ready(added)
     (_, *blocks), tiles = _tiles(values, len(weight), experts, prefix)
     kernels.gated_mix[(_row_blocks(len(values), prefix, _ROWS), *blocks)](
-        *(weight, *weight.stride()[:2], rows_ready(bias), bias.stride(0)),
+        *(weight, *weight.stride()[:2], bias, bias.stride(0)),
         *(*strided(values), *strided(u1), *strided(third)),
         *(weight if experts is None else experts, weight if scales is None else scales),
         *(out, *strided(mixed)),
@@ -346,9 +351,9 @@ def _gradients_of_gate(
     shape = (0,) if scales is None else (tokens, batch, heads, blocks)
     parts = mixed.new_empty(shape, dtype=torch.float32)
     if mixed.numel():
-        gradient, u1 = rows_ready(gradient), rows_ready(u1)
+        gradient, u1, bias = rows_ready(gradient), rows_ready(u1), rows_ready(bias)
         kernels.gradients_of_gate[(-(-tokens * batch // _GATE_ROWS), blocks, heads)](
-            *(*strided(gradient), *strided(u1), mixed, rows_ready(bias), bias.stride(0)),
+            *(*strided(gradient), *strided(u1), mixed, bias, bias.stride(0)),
             *(mixed if experts is None else experts, mixed if scales is None else scales),
             *(of_mixed, *strided(of_u1), parts),
             LINES=tokens * batch,
@@ -359,6 +364,7 @@ def _gradients_of_gate(
             ROWS=_GATE_ROWS,
             COLUMNS=_GATE_COLUMNS,
             num_warps=_NUM_WARPS // 2,
+            **FUSED,
         )
     return of_mixed, parts if scales is None else parts[prefix:].sum(dim=(0, 3))
 

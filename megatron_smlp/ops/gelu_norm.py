@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_smlp.ops.triton_ready import rows_ready, strided
+from megatron_smlp.ops.triton_ready import FUSED, rows_ready, strided
 
-WIDEST = 16384
+WIDEST = 8192
 """Features of a head that a program can hold."""
 _ELEMENTS = 4096  # of a program's block, where a head has fewer
 _PROGRAMS = 256  # that share the lines of a head in the backward: two for each multiprocessor
@@ -80,7 +80,7 @@ def _block(width: int) -> dict[str, int]:
     block = 1 << (width - 1).bit_length()
     rows = max(1, _ELEMENTS // block)
     warps = min(16, max(4, block // 1024))
-    return {"WIDTH": width, "BLOCK": block, "ROWS": rows, "num_warps": warps}
+    return {"WIDTH": width, "BLOCK": block, "ROWS": rows, "num_warps": warps} | FUSED
 
 
 @torch.library.custom_op("megatron_smlp::normed_gelu", mutates_args=())

@@ -30,7 +30,7 @@ NUM_LEVELS = 12
 NUM_NEWTON_STEPS = 2
 TEMPERATURE_FACTOR = 2.2
 MAX_STEP = 2.0  # of a price in one Newton step, in temperatures
-_DAMPING = 1e-2  # of the Hessian, in tokens per expert
+DAMPING = 1e-2  # of the Hessian, in tokens per expert
 # Above this temperature prices are rough, and some tokens can stand for all.
 _SAMPLING_TEMPERATURE = 0.2
 _SAMPLED_TOKENS_PER_EXPERT = 32
@@ -122,7 +122,7 @@ def newton_step(
     preferences = functional.threshold(preferences, _SMALLEST_PREFERENCE, 0.0)
     load = preferences.sum(dim=0) * weight
     hessian = (preferences.T @ preferences) * -weight
-    diagonal = load + _DAMPING * total / num_experts
+    diagonal = load + DAMPING * total / num_experts
     share, remainder = divmod(total, num_experts)
     excess = load + fixed_load - share
     if remainder:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.ops import host_assignment as twin
+from megatron_smlp.ops.triton_ready import FUSED
 
 MAX_EXPERTS = 128
 """Systems of E x E are solved in the registers of one program."""
@@ -26,7 +27,6 @@ _SOLVER_STEPS = 16
 _TILE = 4096  # scores that a program looks at at once
 _MAX_PROGRAMS = 32  # each adds up what all of them found
 _MAX_QUEUE = 8192  # tokens that an expert looks at at once
-_DAMPING = 1e-2  # as there
 
 
 def unsupported(scores: Tensor) -> str:
@@ -60,10 +60,10 @@ def triton_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
     capacity = -(-num_tokens // num_experts)
     room = _Workspace(scores.device, num_tokens, num_experts, width, programs, capacity)
     size = {"N": num_tokens, "E": num_experts}
-    tile = {"W": width, "num_warps": max(4, width // 8)}
+    tile = {"W": width, "num_warps": max(4, width // 8)} | FUSED
     given = (scores, *scores.stride())
     queue = min(_MAX_QUEUE, max(16, 1 << (num_tokens - 1).bit_length()))
-    solver = {"P": programs, "DAMPING": _DAMPING, "MAX_STEP": twin.MAX_STEP}
+    solver = {"P": programs, "DAMPING": twin.DAMPING, "MAX_STEP": twin.MAX_STEP}
     solver |= {"SOLVER_STEPS": _SOLVER_STEPS, "BLOCK": block}
 
     kernels.extent[(programs,)](*given, room.maxima, **size, **tile, BLOCK=block)
@@ -88,11 +88,11 @@ def triton_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
             FIRST=turn == 0,
         )
         kernels.accept[(num_experts,)](
-            *queues, room.members, num_tokens, capacity, BLOCK=queue, num_warps=8
+            *queues, room.members, num_tokens, capacity, BLOCK=queue, num_warps=8, **FUSED
         )
     left = (assigned, room.rooms, room.filled, room.members, room.exchanges[1][-1])
     kernels.fill[(num_experts,)](
-        *left, num_tokens, capacity, W=width, BLOCK=min(queue, 1024), num_warps=4
+        *left, num_tokens, capacity, W=width, BLOCK=min(queue, 1024), num_warps=4, **FUSED
     )
     for turn in range(_NUM_EXCHANGES + 1):
         kernels.exchange[(num_experts,)](

@@ -15,12 +15,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+from megatron_smlp.ops.triton_ready import FUSED  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
 INSTRUCTIONS = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
@@ -87,25 +89,59 @@ def compiled(case: Case, capability: int) -> dict[str, Any]:
     """Compile one kernel; what it takes."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", capability, 32)
+    options = {"num_warps": case.warps} | FUSED
+    binary = triton.compile(_source(case), target=target, options=options)
+    used = _resources(binary.asm["cubin"])
+    text = binary.asm["ptx"]
+    counts = {name: text.count(word) for name, word in INSTRUCTIONS.items() if word in text}
+    return used | {"shared": binary.metadata.shared, "instructions": counts}
+
+
+def integers(case: Case) -> list[str]:
+    """The kernel's arguments that are integers: Triton makes a constant of one that is 1."""
+    signature = _source(case).signature
+    return [name for name, kind in signature.items() if kind == "i32"]
+
+
+def lowered(case: Case, *, ones: Collection[str], divided: bool) -> None:
+    """Run Triton's front end, which refuses what it cannot type, on one kernel.
+
+    Args:
+        ones: the integers that are 1.
+        divided: whether 16 divides the other integers and the addresses.
+    """
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    target = GPUTarget("cuda", 90, 32)
+    backend = make_backend(target)
+    options = backend.parse_options({"num_warps": case.warps} | FUSED)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    generators, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    source = _source(case, ones=ones, divided=divided)
+    source.make_ir(target, options, generators, modules, context)
+
+
+def _source(case: Case, *, ones: Collection[str] = (), divided: bool = True) -> Any:
     from triton.compiler import ASTSource
 
     file, _, function = case.name.partition(":")
     module = __import__(f"megatron_smlp.ops.kernels.{file}", fromlist=[function])
     kernel = getattr(module, function)
     constants = {name: value for name, value in case.constants.items() if name in kernel.arg_names}
+    constants |= dict.fromkeys(ones, 1)
     signature = {name: _type(name, case, constants) for name in kernel.arg_names}
-    divided = {
+    by_16 = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if signature[name] not in ("constexpr", "fp32")
+        if signature[name] not in ("constexpr", "fp32") and divided
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divided)
-    target = GPUTarget("cuda", capability, 32)
-    binary = triton.compile(source, target=target, options={"num_warps": case.warps})
-    used = _resources(binary.asm["cubin"])
-    text = binary.asm["ptx"]
-    counts = {name: text.count(word) for name, word in INSTRUCTIONS.items() if word in text}
-    return used | {"shared": binary.metadata.shared, "instructions": counts}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=by_16)
 
 
 def _type(name: str, case: Case, constants: dict[str, Any]) -> str:

@@ -32,7 +32,8 @@ class Gate:
 
     def operands(self) -> list[Tensor]:
         """u1, v, M, b, and what is added or the scales; u1 and v are halves of one tensor, as in a
-        layer. Of `gelu_gate`: u, w, b of LN, M, b, and what is added."""
+        layer, b and the scales transposed. Of `gelu_gate`: u, w, b of LN, M, b, and what is added.
+        """
         torch.manual_seed(self.tokens)
         features, matrices = self.heads * self.width, self.experts or self.heads
         both = torch.randn(self.tokens, self.batch, 2 * features).to(self.dtype)
@@ -40,14 +41,14 @@ class Gate:
         if self.garbage:
             upper = torch.ones(self.tokens, self.tokens, dtype=torch.bool).triu(1)
             matrix = matrix.masked_fill(upper, float("nan"))
-        bias = torch.randn(matrices, self.tokens)
+        bias = torch.randn(self.tokens, matrices).T
         norm = [(torch.randn(features) + 1).to(self.dtype), torch.randn(features).to(self.dtype)]
         operands = [both, *norm] if self.normed else list(both.chunk(2, dim=-1))
         operands += [matrix.to(self.weight_dtype), bias]
         if self.has_added:
             operands.append(torch.randn(self.tokens, self.batch, features).to(self.dtype))
         if self.experts:
-            operands.append(torch.rand(self.batch, self.heads) * 3)
+            operands.append((torch.rand(self.heads, self.batch) * 3).T)
         return [operand.detach().requires_grad_() for operand in operands]
 
     @property
@@ -77,7 +78,7 @@ class Gate:
     def chosen(self) -> Tensor:
         """The experts of the samples' heads; the last expert is nobody's."""
         torch.manual_seed(self.tokens + 2)
-        return torch.randint(self.experts - 1, (2, self.batch, self.heads)).int()
+        return torch.randint(self.experts - 1, (2, self.heads, self.batch)).int().mT
 
 
 def by_kernels(gate: Gate) -> list[Tensor]:

@@ -76,7 +76,7 @@ def spread(
 def _unit(squares, N, E, P: tl.constexpr):
     """Return the spread of the scores over the largest one: 1 in the unit of the gains."""
     total = tl.sum(tl.load(squares + tl.arange(0, P)), axis=0)
-    spread = tl.sqrt(total / (N.to(tl.float64) * E))
+    spread = tl.sqrt(total / N / E)
     return tl.where(spread > 0, spread, 1.0)
 
 
@@ -115,7 +115,7 @@ def _newton_step(
         diagonal += empty * (1 - empty)
     else:
         # Equal shifts of all prices change nothing; this makes the system regular along them.
-        hessian += N.to(tl.float32) / (E * E)
+        hessian += N / (E * E)
     hessian = tl.where((row < E) & (column < E), hessian, 0.0)
     hessian += tl.where(row == column, tl.where(real, diagonal, 1.0)[:, None], 0.0)
     scale = tl.sum(tl.where(row == column, hessian, 0.0), axis=1)

@@ -106,7 +106,8 @@ def gated_mix(
         total = tl.dot(part.to(value.dtype), value, total, input_precision="ieee")
     for start in range(below, end, DEPTH):
         before = start + tl.arange(0, DEPTH)
-        inside = (rows[:, None] < end) & (before[None, :] < end)
+        # Not up to `end`: a mask that 16 does not divide would be loaded element by element.
+        inside = (rows[:, None] < end) & (before[None, :] < T)
         part = tl.load(line + before[None, :], mask=inside, other=0.0)
         part = tl.where(before[None, :] <= rows[:, None], part, 0.0)
         at = _places(before, columns, head, values_token, values_sample, WIDTH)
@@ -165,7 +166,8 @@ def gradients_of_gate(
     lines = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     features = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     here = (lines[:, None] < LINES) & (features[None, :] < WIDTH)
-    tokens, samples = (lines // BATCH).to(tl.int64)[:, None], (lines % BATCH)[:, None]
+    tokens = (lines // BATCH).to(tl.int64)[:, None]
+    samples = (lines % BATCH).to(tl.int64)[:, None]
     at = head * WIDTH + features[None, :]
     place = tokens * gradient_token + samples * gradient_sample + at
     given = tl.load(gradient + place, mask=here, other=0.0).to(tl.float32)

@@ -14,7 +14,8 @@ from megatron_smlp.ops.kernels.gelu import gelu, gelu_and_slope
 @triton.jit
 def _places(lines, features, head, token_stride, sample_stride, BATCH, WIDTH: tl.constexpr):
     """Offsets [lines, features] of a head's features."""
-    at = (lines // BATCH).to(tl.int64) * token_stride + (lines % BATCH) * sample_stride
+    tokens, samples = (lines // BATCH).to(tl.int64), (lines % BATCH).to(tl.int64)
+    at = tokens * token_stride + samples * sample_stride
     return at[:, None] + head * WIDTH + features[None, :]
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.compiled_kernels import CAPABILITIES, CASES, compiled
+from support.compiled_kernels import CAPABILITIES, CASES, compiled, integers, lowered
 from support.cover import slow_unless_in
 from support.launches import REPOSITORY
 
@@ -34,6 +35,30 @@ def test_a_kernel_takes_no_more_than_is_written(name: str, capability: int):
     for kind in ("registers", "stack", "shared"):
         assert ours[kind] <= allowed[kind], kind
     assert set(ours["instructions"]) == set(allowed["instructions"])
+
+
+VARIANTS = {
+    "assignment: choose, first": ("assignment: choose", {"FIRST": True}),
+    "assignment: exchange, first": ("assignment: exchange", {"FIRST": True}),
+    "assignment: exchange, last": ("assignment: exchange", {"LAST": True}),
+    "gate: forward, added": ("gate: forward", {"HAS_ADDED": True}),
+    "norm: backward, means": ("norm: backward", {"HAS_MEANS": True}),
+}
+"""Constants with which a kernel is launched and not measured."""
+EVERY_CONSTANT = CASES | {
+    name: replace(CASES[base], constants=CASES[base].constants | constants)
+    for name, (base, constants) in VARIANTS.items()
+}
+
+
+@pytest.mark.parametrize("name", EVERY_CONSTANT)
+def test_a_kernel_takes_every_kind_of_integer(name: str):
+    """Triton's front end makes a constant of an integer that is 1; its interpreter does not."""
+    case = EVERY_CONSTANT[name]
+    for one in integers(case):
+        lowered(case, ones=[one], divided=False)
+    lowered(case, ones=(), divided=False)
+    lowered(case, ones=(), divided=True)
 
 
 def test_what_is_written_of_all_kernels():
@@ -68,7 +93,9 @@ def test_without_a_driver_it_is_said_once(
     """Triton looks for a driver on this machine, which has none."""
     assert not any(use_kernels("mixing", on_cuda) for _ in range(3))
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("mixing runs without Triton kernels, and slower: Triton finds no driver")
+    assert line.startswith(
+        "mixing runs without Triton kernels, and slower: Triton cannot use a driver"
+    )
     assert "\n" not in line
 
 
