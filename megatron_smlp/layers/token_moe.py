@@ -141,7 +141,19 @@ class Experts(SequentialMLP):
         counts = tokens_per_expert.to(hidden_states.device, non_blocking=True)
         ends = counts.cumsum(0, dtype=torch.int32)
         hidden = self._product(hidden_states, "linear_fc1", ends)
-        return self._product(self.config.activation_func(hidden), "linear_fc2", ends)
+        return self._product(self._activated(hidden), "linear_fc2", ends)
+
+    def _activated(self, hidden: Tensor) -> Tensor:
+        """Return what Megatron's MLP makes of the first product: <float>[n, Z] of [n, Z], or of
+        [n, 2 Z] with --swiglu."""
+        config = self.config
+        activate: Callable[[Tensor], Tensor] = config.activation_func
+        if not config.gated_linear_unit:
+            return activate(hidden)
+        gate, linear = hidden.chunk(2, dim=-1)
+        if (limit := config.activation_func_clamp_value) is not None:
+            gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)
+        return activate(gate) * (linear + config.glu_linear_offset)
 
     def _product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
         """x: <float>[n, in]; ends: <int32>[experts] -> <float>[n, out].
@@ -180,17 +192,18 @@ class Experts(SequentialMLP):
 
     def cannot_group(self, dtype: torch.dtype) -> str:
         """Return why not, or an empty text; each reason is once in the log."""
-        weight = self.local_experts[0].linear_fc1.weight
+        expert = self.local_experts[0]
+        weight, width = expert.linear_fc1.weight, expert.linear_fc2.weight.shape[1]
         reason = ""
         if not hasattr(functional, "grouped_mm"):
             reason = f"torch {torch.__version__} has no grouped_mm"
         elif dtype != torch.bfloat16 or weight.dtype != dtype:
             reason = f"grouped GEMMs are for bfloat16, not {dtype} with weights in {weight.dtype}"
-        elif weight.shape[0] % 8 or weight.shape[1] % 8:
-            sizes = f"{weight.shape[1]} and {weight.shape[0]}"
+        elif width % 8 or weight.shape[1] % 8:
+            sizes = f"{weight.shape[1]} and {width}"
             reason = f"grouped GEMMs need widths that 8 divides, not {sizes}"
-        elif self.config.gated_linear_unit or self.config.use_te_activation_func:
-            reason = "their activation is not one function of each element"
+        elif self.config.use_te_activation_func:
+            reason = "their activation is Transformer Engine's"
         elif not _has_grouped_kernels():
             reason = "torch has kernels for grouped GEMMs of compute capability 9 and 10 only"
         if reason:

@@ -110,11 +110,20 @@ def test_weighting_outputs_is_weighting_hidden_layers(
         torch.testing.assert_close(mine, theirs, **close)
 
 
+SWIGLU = {"gated_linear_unit": True, "activation_func": functional.silu}
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "gelu": {},
+    "swiglu": SWIGLU,
+    "clamped": SWIGLU | {"activation_func_clamp_value": 0.02, "glu_linear_offset": 1.0},
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("counts", [[4, 0, 7, 2], [0, 0, 0, 5], [0, 0, 0, 0]], ids=str)
-def test_grouped_gemms_are_the_loop(dtype: torch.dtype, counts: list[int]):
+@pytest.mark.parametrize("changes", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_grouped_gemms_are_the_loop(dtype: torch.dtype, counts: list[int], changes: dict[str, Any]):
     """Outputs and gradients, by grouped_mm on the CPU; and weights are waited for."""
-    config = moe_config(params_dtype=dtype)
+    config = moe_config(params_dtype=dtype, **changes)
     build = token_moe_builder(config, get_backend(config.transformer_impl), router=TopKRouter)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     experts = build(config=config, pg_collection=groups).experts
@@ -160,6 +169,9 @@ def test_grouped_gemms_keep_no_copy_of_the_weights(monkeypatch: pytest.MonkeyPat
         ({}, ""),
         ({"params_dtype": torch.float32}, "for bfloat16, not torch.bfloat16 with weights in"),
         ({"moe_ffn_hidden_size": 20}, "need widths that 8 divides, not 64 and 20"),
+        ({"moe_ffn_hidden_size": 12} | SWIGLU, "need widths that 8 divides, not 64 and 12"),
+        ({"use_te_activation_func": True}, "their activation is Transformer Engine's"),
+        (SWIGLU, ""),
     ],
 )
 def test_experts_that_cannot_be_grouped_say_why_once(
