@@ -9,8 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RESTART = "SMLP_RESTART"
-"""The variable in which a rank finds why it was started again; launching/restarts.py sets it."""
 PACKAGES = ("megatron-core", "torch", "numpy", "transformers", "tokenizers", "safetensors")
 
 

@@ -17,7 +17,7 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
 from megatron_smlp.options import NEVER_OLDER, OUR_FLAGS
 from megatron_smlp.platform import cpu
-from megatron_smlp.provenance import RESTART
+from megatron_smlp.restart_note import RESTART
 from megatron_smlp.routers.hash_table import BALANCED
 from megatron_smlp.systems import ARCHITECTURES, SPECS, TOKEN_ROUTERS, weighs_all_experts
 

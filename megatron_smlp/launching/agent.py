@@ -16,9 +16,8 @@ import contextlib
 import os
 import signal
 import socket
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,88 +34,26 @@ from torch.distributed.elastic.rendezvous import (
     dynamic_rendezvous,
 )
 
-from megatron_smlp.launching.parent import end_with_parent
-from megatron_smlp.launching.restarts import (
+from megatron_smlp.launching.exit_codes import (
     AGAIN,
-    AGENT,
     CLOSED,
     FOR_GOOD,
     MISSING,
     NO_PROGRESS,
     end_of,
-    note_cause,
     say,
 )
-from megatron_smlp.launching.training_words import Progress
+from megatron_smlp.launching.failures import Failures
+from megatron_smlp.launching.parent import AGENT_PID, end_with_parent
+from megatron_smlp.launching.settings import CLOSING
+from megatron_smlp.launching.watch import Watch
 from megatron_smlp.megatron_patches import elastic_agent
+from megatron_smlp.restart_note import note_cause
 
-CLOSING = "--closing"
-SILENCE = 180.0
-"""Seconds without an answer of the store after which a link is taken for cut for good. Over the
-launchers' --distributed-timeout-minutes, so that what the ranks survive is survived."""
 PATIENCE = 30
 """Seconds that ranks have to end whose neighbours are gone: they cannot save."""
 BARRIER = 330.0
 """Seconds that torchrun waits for the other agents at the end, and some."""
-NOTICE = 45.0
-"""Seconds after which those who wait for other machines say so."""
-
-
-class Watch:
-    """Ends the process where its main thread gets no answer for too long."""
-
-    def __init__(self) -> None:
-        self.limit, self.touched = SILENCE, time.monotonic()
-        self.waiting_since: float | None = None
-        self.has_said = False
-        self.here = ""
-        """The machines that were waiting when last looked at."""
-        self.agent: Agent | None = None
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def touch(self) -> None:
-        """Note that the store answers."""
-        self.touched = time.monotonic()
-
-    @contextlib.contextmanager
-    def patient(self, seconds: float) -> Iterator[None]:
-        """Wait longer than usual, for something that is known to take that long."""
-        before, self.limit = self.limit, max(self.limit, seconds)
-        try:
-            yield
-        finally:
-            self.touch()
-            self.limit = before
-
-    def synced(self, state: Any, settings: Any) -> None:
-        """See megatron_patches/elastic_agent.py."""
-        self.touch()
-        if self.agent and threading.current_thread() is threading.main_thread():
-            self.agent.rendezvous.look(state)
-        if state.complete:
-            self.waiting_since, self.has_said = None, False
-            return
-        self.waiting_since = self.waiting_since or time.monotonic()
-        here = ", ".join(sorted(node.addr for node in state.participants))
-        # An agent that gives up leaves first, and is to be named too.
-        self.here = here or self.here
-        if not self.has_said and time.monotonic() - self.waiting_since > NOTICE:
-            self.has_said = True
-            say(
-                f"waiting for {settings.min_nodes} machines, {len(state.participants)} are here "
-                f"({here or 'none'}): start the others, with the same rendezvous and RUN_ID="
-                f"{settings.run_id}."
-            )
-
-    def _watch(self) -> None:
-        while True:
-            time.sleep(1.0)
-            silent = time.monotonic() - self.touched
-            if silent > self.limit:
-                say(f"the rendezvous has not answered for {silent:.0f} s: ending this agent.")
-                if self.agent:
-                    self.agent.kill_ranks()
-                os._exit(1)
 
 
 class Agent(LocalElasticAgent):
@@ -125,9 +62,9 @@ class Agent(LocalElasticAgent):
     _remaining_restarts: int
 
     def __init__(
-        self, *, spec: Any, progress: Progress, watch: Watch, closes: bool, **options: Any
+        self, *, spec: Any, failures: Failures, watch: Watch, closes: bool, **options: Any
     ) -> None:
-        self.progress, self.watch, self.closes = progress, watch, closes
+        self.failures, self.watch, self.closes = failures, watch, closes
         self.code = 1
         """Exit code of this process, as far as it depends on the ranks."""
         watch.agent = self
@@ -154,13 +91,13 @@ class Agent(LocalElasticAgent):
         ]
         codes = [failure.exitcode for failure in result.failures.values()]
         cause = causes[0] if causes else "the ranks hang in the kernel"
-        self.progress.failed()
+        self.failures.add()
         self.code = next((code for code in codes if code in FOR_GOOD), 1)
-        if self.code == 1 and self.progress.failures >= Progress.LIMIT:
+        if self.code == 1 and self.failures.count >= Failures.LIMIT:
             self.code = NO_PROGRESS
-            say(f"{cause}; {self.progress} after {self.progress.failures} failures: giving up.")
-        elif self.code == 1 and self.progress.folder and self._remaining_restarts:
-            say(f"{cause}; starting again: {self.progress}.")
+            say(f"{cause}; {self.failures} after {self.failures.count} failures: giving up.")
+        elif self.code == 1 and self.failures.folder and self._remaining_restarts:
+            say(f"{cause}; starting again: {self.failures}.")
             note_cause(cause, os.environ)
             return
         else:
@@ -203,7 +140,7 @@ class Agent(LocalElasticAgent):
         return all(handler.proc.poll() in (0, -signal.SIGTERM) for handler in handlers.values())
 
     def kill_ranks(self) -> None:
-        """At once."""
+        """Send SIGKILL to every rank."""
         for process in self._pcontext.pids().values() if self._pcontext else ():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGKILL)
@@ -219,7 +156,7 @@ class _Lasting:
 
     ENDED = "ended for good"
     LOOKS = 3.0
-    """Seconds in which each that waits has looked."""
+    """Seconds within which every waiting agent has asked the store."""
 
     def __init__(self, handler: Any, agent: Agent) -> None:
         self.handler, self.agent = handler, agent
@@ -240,7 +177,7 @@ class _Lasting:
         return info
 
     def _see_who_lives(self) -> None:
-        """Who has died while it waited is still there, and would be counted at once.
+        """Wait until machines that have died while waiting are taken out: they would be counted.
 
         Those that live beat every five seconds; the others are taken out after fifteen.
         """
@@ -323,18 +260,18 @@ def main(words: Sequence[str]) -> int:
     closes = words[0] == CLOSING
     words = words[1:] if closes else words
     end_with_parent(signal.SIGTERM)
-    os.environ[AGENT] = str(os.getpid())
-    watch, progress = Watch(), Progress(words)
+    os.environ[AGENT_PID] = str(os.getpid())
+    watch, failures = Watch(), Failures(words)
 
     def make_agent(**options: Any) -> Agent:
-        return Agent(progress=progress, watch=watch, closes=closes, **options)
+        return Agent(failures=failures, watch=watch, closes=closes, **options)
 
     with elastic_agent.installed(make_agent, watch.synced):
         try:
             run.run(run.parse_args(list(words)))
         except ChildFailedError:
             code = watch.agent.code if watch.agent else 1
-            return code if code in FOR_GOOD else AGAIN + progress.failures
+            return code if code in FOR_GOOD else AGAIN + failures.count
         except SignalException as end:
             is_well = watch.agent is None or watch.agent.ended_well()
             return 0 if is_well else 128 + end.sigval
@@ -349,5 +286,5 @@ def main(words: Sequence[str]) -> int:
             return MISSING
         except (RendezvousError, torch.distributed.DistError, OSError, ValueError) as error:
             say(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            return AGAIN + progress.failures
+            return AGAIN + failures.count
     return 0

@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 
-from megatron_smlp.launching.restarts import AGENT
-
+AGENT_PID = "SMLP_AGENT"
+"""The variable in which a rank finds its agent's process number."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -34,5 +34,5 @@ def end_with_agent() -> None:
     would take the run for finished.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        agent = os.environ.get(AGENT)
+        agent = os.environ.get(AGENT_PID)
         end_with_parent(signal.SIGKILL, parent=int(agent) if agent else None)

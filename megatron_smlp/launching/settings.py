@@ -13,6 +13,8 @@ from pathlib import Path
 from megatron_smlp.errors import UsageError
 
 HOST, SERVER, FILE = "host", "server", "file"
+CLOSING = "--closing"
+"""Tells an agent to close the rendezvous where the run is over for good."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ def _meeting(environment: Mapping[str, str]) -> Meeting:
         _given(environment, "NODE_RANK", "the number of this machine, from 0")
     if rank:
         spares = _number(environment, "SPARES", "0", what="the number of extra machines")
-        _check_rank(_number(environment, "NODE_RANK", "", what="this machine's"), most, spares)
+        _check_rank(
+            _number(environment, "NODE_RANK", "", what="the number of this machine"), most, spares
+        )
     address, port = folder, 0
     if kind != FILE:
         keeper = "machine 0" if kind == HOST else "the machine with the server"

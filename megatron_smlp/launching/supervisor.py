@@ -14,7 +14,8 @@ program, which needs neither torch nor the network to live on.
 | 2, 3 | wrong flags or variables; a loss that is not finite |
 | 75 | other machines have not come back within REJOIN_TIMEOUT |
 | 93 | no newer checkpoint after three failures, or when SIGUSR1 came |
-| others | there was nothing to go on from, or another machine has ended the run |
+| 76 | another machine has ended the run for good |
+| others | of the training, where there was nothing to go on from |
 """
 
 from __future__ import annotations
@@ -33,19 +34,20 @@ from types import FrameType
 from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching import network
-from megatron_smlp.launching.presence import Presence
-from megatron_smlp.launching.restarts import (
+from megatron_smlp.launching.exit_codes import (
     AGAIN,
     CLOSED,
     FOR_GOOD,
     MISSING,
     NO_PROGRESS,
     end_of,
-    note_cause,
     say,
 )
-from megatron_smlp.launching.settings import FILE, HOST, Meeting, Settings, read
-from megatron_smlp.launching.training_words import Progress, check_counts, given
+from megatron_smlp.launching.failures import Failures
+from megatron_smlp.launching.folder_meeting import Presence
+from megatron_smlp.launching.settings import CLOSING, FILE, HOST, Meeting, Settings, read
+from megatron_smlp.launching.training_words import check_counts, given
+from megatron_smlp.restart_note import note_cause
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 TIMEOUT = "--distributed-timeout-minutes"
@@ -57,7 +59,7 @@ QUIET_WAIT = 10
 """Seconds in which others may start without a word; they import torch first."""
 SHARING = 30
 """Seconds in which another machine's checkpoint appears in a folder that all share."""
-AGENT, CLOSING = "agent", "--closing"
+AGENT = "agent"
 EXAMPLES = {"serve": "serve 29500"} | {
     what: f"{what} pretrain_smlp.py --config configs/cpu/gmlp.yaml"
     for what in ("one-node", "several-nodes", AGENT)
@@ -120,13 +122,13 @@ class Supervisor:
         if settings.meeting:
             machines = range(settings.meeting.least, settings.meeting.most + 1)
             check_counts(words, machines=machines, processes=settings.processes)
-        self.progress = Progress(words)
+        self.failures = Failures(words)
         self.environment = dict(os.environ)
         self.child: subprocess.Popen[bytes] | None = None
         self.told_to_end = False
         self.warned = False
         """Whether SIGUSR1 told it to end, after which a queue starts the same command again."""
-        self.first = self.progress.newest
+        self.first = self.failures.newest
         """Iteration of the checkpoint that was there at the start."""
 
     def run(self) -> int:
@@ -146,17 +148,17 @@ class Supervisor:
                 return self._end_as_told(0 if died else _shells(code), wait=wait)
             if code == 0 or code in (*FOR_GOOD, CLOSED, MISSING):
                 return code
-            if self.progress.folder is None:
+            if self.failures.folder is None:
                 return 1 if code >= AGAIN else _shells(code)
-            delay = FIRST_DELAY if self.progress.latest() != self.progress.newest else delay
-            counts = AGAIN <= code < AGAIN + Progress.LIMIT
-            self.progress.failed(within=code - AGAIN if counts else 0)
+            delay = FIRST_DELAY if self.failures.latest() != self.failures.newest else delay
+            counts = AGAIN <= code < AGAIN + Failures.LIMIT
+            self.failures.add(within=code - AGAIN if counts else 0)
             code = 1 if counts else code
             ended = f"the agent {end_of(code)} after {time.monotonic() - began:.0f} s"
-            if self.progress.is_stuck():
-                say(f"{ended}; {self.progress} after {self.progress.failures} failures: giving up.")
+            if self.failures.is_stuck():
+                say(f"{ended}; {self.failures} after {self.failures.count} failures: giving up.")
                 return NO_PROGRESS
-            say(f"{ended}; {self.progress}; starting again in {delay} s.")
+            say(f"{ended}; {self.failures}; starting again in {delay} s.")
             cause = f"the agent of {socket.gethostname()} {end_of(code)}"
             note_cause(cause, self.environment)
             is_there = not self._sleep(delay) and self._wait_for_store()
@@ -167,17 +169,17 @@ class Supervisor:
             delay = min(2 * delay, LAST_DELAY)
 
     def _end_as_told(self, code: int, *, wait: float = SHARING) -> int:
-        """Return the exit code: a queue that has warned would start the same for ever, where every
-        start is too short for a checkpoint.
+        """Return the exit code: NO_PROGRESS if SIGUSR1 came and no checkpoint was made, since a
+        queue would start a job again for ever that is too short for one.
 
         Args:
             wait: seconds in which one may appear.
         """
         deadline = time.monotonic() + wait
-        while self.warned and self.progress.latest() == self.first:
+        while self.warned and self.failures.latest() == self.first:
             if time.monotonic() > deadline:
                 say(
-                    f"told to end by SIGUSR1; {self.progress}, as at the start: giving up. Give "
+                    f"told to end by SIGUSR1; {self.failures}, as at the start: giving up. Give "
                     "the job more time."
                 )
                 return NO_PROGRESS
@@ -239,7 +241,7 @@ class Supervisor:
         self.environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         if meeting is None:
             address = settings.local_address or "127.0.0.1"
-            self._lead_out_of(address)
+            self._set_interface(address)
             flags += ["--standalone"]
         else:
             address = self._find(meeting)
@@ -247,15 +249,15 @@ class Supervisor:
         flags += [f"--local-addr={address}"]
         return [*([CLOSING] if meeting and meeting.kind == HOST else []), *flags]
 
-    def _lead_out_of(self, address: str) -> None:
-        """gloo would take what the machine's name leads to, or wait for ever for a name."""
+    def _set_interface(self, address: str) -> None:
+        """Name gloo's interface: by default it looks the hostname up, which may mislead or hang."""
         self.environment[network.GLOO] = network.interface_of(address, self.environment)
 
     def _find(self, meeting: Meeting) -> str:
         seconds = self.settings.start_timeout
         if meeting.kind == FILE:
             address = network.own_address(self.settings.local_address, towards=None)
-            self._lead_out_of(address)
+            self._set_interface(address)
             presence = Presence(Path(meeting.address), run=meeting.run, address=address)
             presence.keep()
             there = presence.seen(meeting.least, seconds=seconds)
@@ -268,7 +270,7 @@ class Supervisor:
             return address
         towards = (meeting.address, meeting.port)
         address = network.own_address(self.settings.local_address, towards=towards)
-        self._lead_out_of(address)
+        self._set_interface(address)
         if meeting.is_host:
             network.check_port(meeting.port)
             return address

@@ -1,4 +1,4 @@
-"""Read what a launcher needs from the training's command line: where it saves. No torch."""
+"""Read what a launcher needs from the training's command line. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.checkpoints.folders import latest_iteration
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.config_file import read_yaml, spelling
 
@@ -74,44 +73,3 @@ def check_counts(words: Sequence[str], *, machines: range, processes: int) -> No
                 f"{experts} cannot be spread: give another NNODES, or lower "
                 "--expert-model-parallel-size."
             )
-
-
-class Progress:
-    """Tells whether a run that keeps failing makes progress, by its newest checkpoint."""
-
-    LIMIT = 3
-    """Failures in a row without a newer checkpoint."""
-
-    def __init__(self, words: Sequence[str]) -> None:
-        save = given("--save", words)
-        if save is None and "--use-checkpoint-args" in words:
-            save = given("--load", words)
-        self.folder = Path(str(save)) if save else None
-        self.failures = 0
-        self.newest = self.latest()
-
-    def latest(self) -> int | None:
-        """Return the iteration of the newest checkpoint."""
-        return latest_iteration(self.folder) if self.folder else None
-
-    def failed(self, *, within: int = 0) -> None:
-        """Count one more failure.
-
-        Args:
-            within: those that what failed has counted itself, since its newest checkpoint.
-        """
-        newest = self.latest()
-        is_newer = newest is not None and newest > (-1 if self.newest is None else self.newest)
-        self.failures = within if is_newer else self.failures + max(1, within)
-        self.newest = newest
-
-    def is_stuck(self) -> bool:
-        """Return whether another start would only fail again: too many failures, or nothing to
-        resume from."""
-        return self.folder is None or self.failures >= self.LIMIT
-
-    def __str__(self) -> str:
-        if self.folder is None:
-            return "without --save there is nothing to go on from"
-        newest = "none" if self.newest is None else f"of iteration {self.newest}"
-        return f"the newest checkpoint in {self.folder} is {newest}"

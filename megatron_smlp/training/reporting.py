@@ -30,7 +30,7 @@ from megatron_smlp.training.compute import Compute
 from megatron_smlp.training.console import RunConsole
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.parameter_count import check_parameters
-from megatron_smlp.training.restarts import Restart, restart, restart_line
+from megatron_smlp.training.restart_report import Restart, restart, restart_line
 from megatron_smlp.training.router_report import (
     Loads,
     router_records,

@@ -19,7 +19,7 @@ from megatron_smlp.checkpoints.model_record import model_flags
 from megatron_smlp.checkpoints.run_record import write_records
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import cpu
-from megatron_smlp.provenance import RESTART
+from megatron_smlp.restart_note import RESTART
 from megatron_smlp.routers.hash_table import balanced_table, table_as_json
 
 Parse = Callable[..., Any]

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching import network
-from megatron_smlp.launching.presence import Presence
+from megatron_smlp.launching.folder_meeting import Presence
 from megatron_smlp.launching.settings import FILE, SERVER, read
 
 NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}

@@ -15,11 +15,12 @@ from support.launches import REPOSITORY, clean_environment
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching import supervisor
-from megatron_smlp.launching.restarts import CLOSED, MISSING, NO_PROGRESS
+from megatron_smlp.launching.exit_codes import CLOSED, MISSING, NO_PROGRESS
+from megatron_smlp.launching.failures import Failures
 from megatron_smlp.launching.settings import read
 from megatron_smlp.launching.supervisor import Supervisor, main
-from megatron_smlp.launching.training_words import Progress, check_counts, given
-from megatron_smlp.provenance import RESTART
+from megatron_smlp.launching.training_words import check_counts, given
+from megatron_smlp.restart_note import RESTART
 
 # Ends with the next code of a list, after it has made the checkpoint that goes with it.
 AGENT = """
@@ -91,7 +92,7 @@ def test_three_failures_without_a_checkpoint_are_enough(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert run((1, 5), (1, 10), (1, 0)) == NO_PROGRESS
-    assert len(starts(tmp_path)) == 2 + Progress.LIMIT
+    assert len(starts(tmp_path)) == 2 + Failures.LIMIT
     assert "is of iteration 10 after 3 failures: giving up." in capsys.readouterr().err
 
 
@@ -139,10 +140,10 @@ def test_a_checkpoint_that_is_older_is_no_progress(tmp_path: Path):
     """A start that goes back to one (--ckpt-step, --no-resume) and fails, again and again."""
     newest = iter([6000, 4000, 4500, 4000])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Progress, "latest", lambda self: next(newest))
-        progress = Progress(["--save", str(tmp_path)])
-        failures = [(progress.failed(), progress.failures)[1] for _ in range(3)]
-    assert failures == [1, 0, 1]
+        patched.setattr(Failures, "latest", lambda self: next(newest))
+        failures = Failures(["--save", str(tmp_path)])
+        counts = [(failures.add(), failures.count)[1] for _ in range(3)]
+    assert counts == [1, 0, 1]
 
 
 def test_where_a_run_saves(tmp_path: Path):
@@ -151,7 +152,7 @@ def test_where_a_run_saves(tmp_path: Path):
     assert given("--save", ["--config", str(config)]) == "from/yaml"
     assert given("--save", ["--config", str(config), "--save=x"]) == "x"
     assert given("--save", ["--save", "a", "--save", "b"]) == "b"
-    assert Progress(["--load", "old", "--use-checkpoint-args"]).folder == Path("old")
+    assert Failures(["--load", "old", "--use-checkpoint-args"]).folder == Path("old")
 
 
 # With the real agent, torchrun's, around ranks that need no Megatron.
@@ -276,7 +277,7 @@ def test_sigterm_lets_the_ranks_end_well(tmp_path: Path):
 
 
 def test_the_cause_is_dated_by_this_machines_clock(monkeypatch: pytest.MonkeyPatch):
-    from megatron_smlp.launching.restarts import note_cause, noted_cause
+    from megatron_smlp.restart_note import note_cause, noted_cause
 
     assert RESTART not in os.environ
     assert noted_cause() is None

@@ -1,4 +1,4 @@
-"""training/restarts.py and slow_hosts.py: what a failure cost, and whom the others wait for."""
+"""What a failure cost (restart_report.py), and whom the others wait for (slow_hosts.py)."""
 
 import time
 from pathlib import Path
@@ -9,11 +9,10 @@ from support.in_process import pretrained
 from support.launches import records
 
 from megatron_smlp.checkpoints.saving import Saving
-from megatron_smlp.launching.restarts import note_cause
-from megatron_smlp.provenance import RESTART
+from megatron_smlp.restart_note import RESTART, note_cause
 from megatron_smlp.training import slow_hosts
 from megatron_smlp.training.data import DatasetProvider
-from megatron_smlp.training.restarts import BY_HAND
+from megatron_smlp.training.restart_report import BY_HAND
 from megatron_smlp.training.slow_hosts import LINES, OwnPart, SlowHosts, _Streak
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_smlp.checkpoints.claim import Before
 from megatron_smlp.collectives import gathered
-from megatron_smlp.launching.restarts import noted_cause
+from megatron_smlp.restart_note import noted_cause
 from megatron_smlp.training.speed import duration
 
 BY_HAND = "ended without a word, and started again by hand"

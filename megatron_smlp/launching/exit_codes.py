@@ -1,16 +1,10 @@
-"""Messages about a failure, between the processes of a launch and to the user. No torch."""
+"""Exit codes of a launch's processes, and how one is told to the user. No torch."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import socket
 import sys
-import time
-from collections.abc import MutableMapping
-
-from megatron_smlp.provenance import RESTART
 
 NO_PROGRESS = 93
 """The exit code of a run that fails without a newer checkpoint: starting it again is of no use."""
@@ -26,23 +20,6 @@ machines that are whole the same run goes on, so that a queue may start it again
 AGAIN = 80
 """Base of an agent's exit code if it may be restarted: this plus the number of its ranks' failures
 without a newer checkpoint."""
-
-AGENT = "SMLP_AGENT"
-"""The variable in which a rank finds its agent's process number."""
-
-
-def note_cause(cause: str, environment: MutableMapping[str, str]) -> None:
-    """Leave the cause, and the time by this machine's clock, to the ranks that start next."""
-    environment[RESTART] = json.dumps({"cause": cause, "noticed": time.monotonic()})
-
-
-def noted_cause() -> tuple[str, float] | None:
-    """Return why this rank was started again, and how many seconds ago that was noticed."""
-    text = os.environ.get(RESTART)
-    if not text:
-        return None
-    noted = json.loads(text)
-    return str(noted["cause"]), time.monotonic() - float(noted["noticed"])
 
 
 def end_of(code: int) -> str:
