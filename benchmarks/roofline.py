@@ -219,7 +219,7 @@ def changes(
 def expected(system: str, **size: int) -> dict[str, Any]:
     """What tools/estimate.py says; without a size of the file itself, on its GPUs."""
     from megatron_smlp.accounting.estimate import estimate
-    from megatron_smlp.flags.config_file import read_yaml
+    from megatron_smlp.flags.yaml_file import read_yaml
 
     values = read_yaml(CONFIGS / f"{system}.yaml")
     values = {name.replace("-", "_"): value for name, value in values.items()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin
 
+from megatron_smlp.errors import UsageError
 from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS, TOP_K
 
 NEVER_OLDER = object()
@@ -454,22 +455,22 @@ def prefix_length(options: Any, *, seq_length: int) -> int:
     return int(Fraction(str(options.prefix_fraction)) * seq_length) if is_partial else 0
 
 
-def suffix_start(options: Any, *, seq_length: int) -> int:
+def suffix_start(options: Any) -> int:
     """P of --suffix-from, or partial prediction's; 0 where no suffix is reported.
 
     Args:
-        options: a namespace with the names of ModelOptions and RunOptions.
+        options: a namespace with the names of ModelOptions and RunOptions, and seq_length.
 
     Raises:
-        ValueError: it is not a position of a sample that has something on both sides.
+        UsageError: it is not a position of a sample that has something on both sides.
     """
-    given = options.suffix_from
+    given, seq_length = options.suffix_from, options.seq_length
     if given is None:
         return prefix_length(options, seq_length=seq_length)
     inside = 0 < given < seq_length
     position = Fraction(str(given)) * (seq_length if given < 1 else 1) if inside else Fraction(0)
     if position < 1 or (given >= 1 and position.denominator != 1):
-        raise ValueError(
+        raise UsageError(
             f"--suffix-from {given:g}: give a whole position over 0 and under --seq-length "
             f"{seq_length}, or a fraction of it that is one, as 0.2; or leave it out."
         )

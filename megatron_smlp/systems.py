@@ -71,7 +71,7 @@ TOKEN_ROUTERS: dict[str, TokenRouterRule] = {
     ),
 }
 LIMITED = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_capacity)
-BALANCED = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_balance_loss)
+WITH_BALANCE_LOSS = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_balance_loss)
 SCORING = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_weights)
 READING_IDS = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.reads_ids)
 TOP_K = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.takes_topk)

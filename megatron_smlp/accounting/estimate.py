@@ -25,7 +25,7 @@ from megatron_smlp.accounting.footprint import ParallelLayout, footprint
 from megatron_smlp.command_line import Parser, flag_of
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
-from megatron_smlp.flags.config_file import StrictLoader, read_yaml, spelling
+from megatron_smlp.flags.yaml_file import StrictLoader, read_yaml, spelling
 from megatron_smlp.options import ModelOptions, choices_of, model_defaults
 from megatron_smlp.systems import ARCHITECTURES
 

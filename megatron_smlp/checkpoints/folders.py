@@ -75,6 +75,11 @@ def tracked_folder(run: str | Path) -> Path | None:
     return release_folder(run) if latest is None else iteration_folder(run, latest)
 
 
+def folder_at(run: str | Path, iteration: int | None) -> Path | None:
+    """Return the folder of an iteration; for None, of the newest, or None where there is none."""
+    return iteration_folder(run, iteration) if iteration else tracked_folder(run)
+
+
 def is_same_folder(one: str | None, other: str | None) -> bool:
     """Return whether both are given, and one folder."""
     return bool(one and other) and Path(str(one)).resolve() == Path(str(other)).resolve()
@@ -106,12 +111,16 @@ def iterations(run: str | Path) -> list[int]:
     return sorted(n for n in map(iteration_of, folders) if n is not None)
 
 
-def loading_order(run: str | Path) -> list[int]:
+def loading_order(run: str | Path, step: int | None = None) -> list[int]:
     """Return the iterations of a run's checkpoints in the order in which to try them.
+
+    `step` alone where --ckpt-step gives it.
 
     First what the tracker names, then older ones, newest first; then those that are later than the
     tracker says, which belong to another run, or to one whose tracker was set back by hand.
     """
+    if step:
+        return [step]
     found = iterations(run)[::-1]
     tracked = tracked_iteration(run)
     if tracked is None:

@@ -137,17 +137,22 @@ def _problem(path: Path, expected: str) -> str | None:
     return f"{path.name} is empty" if size == 0 else f"{path.name} is not what was written"
 
 
-def verify(folder: Path) -> list[str]:
-    """Return the problems of a checkpoint, a sentence each; none for a good one.
+def plan(folder: Path) -> tuple[Sums, list[str]]:
+    """Return the checksums to compare, or the problems that are known without them.
 
-    One without checksums, of Megatron's or an older version, is checked for shards that are
-    missing or too short.
+    A checkpoint without checksums, of Megatron's or an older version, is looked at for shards that
+    are missing or too short.
     """
     if not folder.is_dir():
-        return ["the folder is missing"]
-    if not is_ours(folder):
-        from megatron_smlp.checkpoints.structure import structural_problems
+        return {}, ["the folder is missing"]
+    if is_ours(folder):
+        return read_sums(folder)
+    from megatron_smlp.checkpoints.structure import structural_problems
 
-        return structural_problems(folder)
-    sums, problems = read_sums(folder)
+    return {}, structural_problems(folder)
+
+
+def verify(folder: Path) -> list[str]:
+    """Return the problems of a checkpoint, a sentence each; none for a good one."""
+    sums, problems = plan(folder)
     return problems or problems_in(folder, sums)

@@ -23,11 +23,10 @@ from megatron_smlp.checkpoints.folders import (
     tidy,
     tracked_iteration,
 )
-from megatron_smlp.checkpoints.model_record import check_same_model, model_flags
-from megatron_smlp.checkpoints.run_record import changes, other_data, read_run_record
+from megatron_smlp.checkpoints.resume_checks import check_same_model, compare_run
 from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.durable import write_durably
-from megatron_smlp.errors import NoGoodCheckpointError, UsageError
+from megatron_smlp.errors import NoGoodCheckpointError
 
 Say = Callable[[str], None]
 
@@ -47,15 +46,17 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
     if args.rank == 0 and args.save:
         for name in tidy(args.save):
             say(f"removed {name}, which an interrupted save left in {args.save}")
-    args.load, order = from_first_rank((args.load, _order(args)))
+    args.load, order = from_first_rank(
+        (args.load, loading_order(args.load, args.ckpt_step) if args.load else [])
+    )
     if not order:
         return
     chosen = _first_good(args, order, say)
-    _compare_run(args, chosen, say)
+    compare_run(args, chosen, say)
     if chosen == args.ckpt_step:
         return
     args.ckpt_step = chosen
-    check_same_model(model_flags(args), args.load, chosen)
+    check_same_model(args, chosen)
     if (
         args.rank == 0
         and is_same_folder(args.load, args.save)
@@ -66,12 +67,6 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
             write_durably(tracker, str(chosen))
         except OSError as error:  # later runs read it; Megatron is told the iteration by the flag
             say(f"WARNING: {tracker} cannot be set to {chosen}: {error.strerror}")
-
-
-def _order(args: argparse.Namespace) -> list[int]:
-    if not args.load:
-        return []
-    return [args.ckpt_step] if args.ckpt_step else loading_order(args.load)
 
 
 def _first_good(args: argparse.Namespace, order: list[int], say: Say) -> int:
@@ -98,23 +93,6 @@ def _tell(refused: list[str], folder: Path, say: Say) -> None:
         say(f"{folder} has no checksums: it was checked for missing and short files only")
 
 
-def _compare_run(args: argparse.Namespace, iteration: int, say: Say) -> None:
-    """Name flags that changed, and datasets that hold something else, if that is allowed."""
-    record = read_run_record(iteration_folder(args.load, iteration)) if args.rank == 0 else None
-    if record and (changed := changes(record, args)):
-        say(f"changed since iteration {iteration}: {', '.join(changed)}")
-    found = from_first_rank(other_data(record, args) if record else [])
-    if not found or args.finetune:
-        return
-    what = f"{', '.join(found)} holds other data than at iteration {iteration} of {args.load}"
-    if not args.allow_data_mismatch:
-        raise UsageError(
-            f"{what}: put the dataset back, or go on with the one that is there by "
-            "--allow-data-mismatch (its samples are then counted on from the old one's)."
-        )
-    say(f"WARNING: {what} (--allow-data-mismatch)")
-
-
 def _refusal(args: argparse.Namespace, refused: list[str]) -> str:
     if args.ckpt_step:
         remedy = f"--ckpt-step {args.ckpt_step} asks for it: leave that out, or choose another one"
@@ -130,15 +108,8 @@ def _refusal(args: argparse.Namespace, refused: list[str]) -> str:
 def problems(folder: Path) -> list[str]:
     """Return the problems of a checkpoint, a sentence each, the same on every rank. Collective."""
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    sums, found = from_first_rank(_plan(folder) if rank == 0 else None)
+    sums, found = from_first_rank(integrity.plan(folder) if rank == 0 else None)
     if not found:
         share: dict[str, Any] = dict(sorted(sums.items())[rank::size])
         found = [text for part in gathered(integrity.problems_in(folder, share)) for text in part]
     return sorted(found)
-
-
-def _plan(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Return the checksums to compare, or the problems that are known already."""
-    if folder.is_dir() and is_ours(folder):
-        return integrity.read_sums(folder)
-    return {}, integrity.verify(folder)

@@ -8,16 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.checkpoints.folders import (
-    MODEL,
-    iteration_folder,
-    tracked_folder,
-)
-from megatron_smlp.command_line import flag_of
+from megatron_smlp.checkpoints.folders import MODEL, folder_at
 from megatron_smlp.errors import DamagedCheckpointError, UsageError, UserError
 from megatron_smlp.options import DEFAULTS, MODEL_FLAGS, older_flags
 
@@ -35,22 +29,19 @@ def model_flags(args: argparse.Namespace) -> dict[str, Any]:
     return flags
 
 
-def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> dict[str, Any] | None:
-    """Return the flags of a checkpoint in a run's folder; None if it was not written by us.
+def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> dict[str, Any]:
+    """Return the flags of a checkpoint in a run's folder; none if it was not written by us.
 
     A damaged file is not an error here: whoever loads the checkpoint compares its checksums before.
 
     Args:
         iteration: the one to read; left out: the newest.
     """
-    if iteration is None:
-        folder = tracked_folder(checkpoint)
-    else:
-        folder = iteration_folder(checkpoint, iteration)
+    folder = folder_at(checkpoint, iteration)
     try:
-        return flags_in(folder) if folder else None
+        return flags_in(folder) if folder else {}
     except UserError:
-        return None
+        return {}
 
 
 def flags_in(folder: Path) -> dict[str, Any]:
@@ -74,33 +65,3 @@ def flags_in(folder: Path) -> dict[str, Any]:
     older = dict(older_flags(flags.get("token_router", "none")))
     defaults = {name: DEFAULTS[name] for name in MODEL_FLAGS if name in DEFAULTS}
     return {**defaults, **older, **flags}
-
-
-def check_against_checkpoint(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict the checkpoint that is to be loaded.
-
-    Raises:
-        UsageError: with the flag and both values.
-    """
-    if args.load:
-        check_same_model(model_flags(args), args.load, args.ckpt_step)
-
-
-def check_same_model(wanted: Mapping[str, Any], load: str, iteration: int | None) -> None:
-    """Compare a model's flags with those of a checkpoint in a run's folder.
-
-    Args:
-        iteration: the checkpoint's; None: the newest.
-
-    Raises:
-        UsageError: with the flag and both values.
-    """
-    for name, there in (read_model_flags(load, iteration) or {}).items():
-        here = wanted.get(name, there)
-        may_change = name in MODEL_FLAGS and MODEL_FLAGS[name].may_change
-        if here != there and not may_change:
-            flag = flag_of(name)
-            raise UsageError(
-                f"{flag} {here} contradicts the checkpoint {load}, which was made with {there}: "
-                f"give {flag} {there}, or another folder."
-            )

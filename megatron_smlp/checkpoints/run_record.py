@@ -22,7 +22,6 @@ from typing import Any
 
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import MODEL, RUN
-from megatron_smlp.command_line import flag_of
 from megatron_smlp.durable import write_durably
 from megatron_smlp.options import OUR_FLAGS
 from megatron_smlp.provenance import software
@@ -104,26 +103,3 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record
-
-
-def other_data(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """Return the prefixes of datasets that hold something else than at the time of the save."""
-    before = record.get("data", {})
-    now = args.data_contents
-    return [prefix for prefix, content in now.items() if before.get(prefix, content) != content]
-
-
-def changes(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """Return the differences of this run's flags from the checkpoint's: `--lr 0.001 -> 0.0005`.
-
-    Flags that were given then or are given now, and the number of ranks.
-    """
-    names = {*record["given"], *args.explicit_flags} - START_FLAGS
-    before = record["flags"]
-    found = []
-    for name in ["world_size", *sorted(names)]:
-        now = plain(getattr(args, name, None))
-        if name in before and before[name] != now:
-            title = "ranks" if name == "world_size" else flag_of(name)
-            found.append(f"{title} {before[name]} -> {now}")
-    return found

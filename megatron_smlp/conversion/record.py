@@ -24,7 +24,7 @@ def converted_record(
         layout: parallel sizes that are meant; given later, they win over those of the run.
         is_new_model: whether the model is another than that of the run.
     """
-    from megatron_smlp.flags.from_model_record import model_arguments
+    from megatron_smlp.flags.model_arguments import model_arguments
     from megatron_smlp.flags.parse import build_parser
 
     before = before or {}

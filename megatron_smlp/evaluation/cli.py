@@ -153,10 +153,7 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
     from megatron_smlp.training.captured_output import terminal
 
     flags = argparse.Namespace(**{**vars(facts), "suffix_from": options.suffix_from})
-    try:
-        suffix_from = suffix_start(flags, seq_length=facts.seq_length)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    suffix_from = suffix_start(flags)
     if options.suffix_from is None and suffix_from >= scorer.longest:
         suffix_from = 0  # partial prediction's own; nobody asked for it of shorter windows
     result = measure(

@@ -46,7 +46,7 @@ def load_model(
     Raises:
         UsageError: no checkpoint, flags that contradict it, another vocabulary.
     """
-    from megatron_smlp.flags.from_model_record import model_arguments
+    from megatron_smlp.flags.model_arguments import model_arguments
     from megatron_smlp.flags.parse import build_parser, parse_arguments
     from megatron_smlp.megatron_patches import table
     from megatron_smlp.platform import choice, cpu

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import (
+    folder_at,
     is_checkpoint_folder,
-    iteration_folder,
     iteration_of,
     tracked_folder,
 )
@@ -52,8 +52,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     _check_load(args)
     choice.check(args.platform)
     cpu.check_flags(args)
-    refuse_unless(args, "architectures", chosen=args.architecture, by="--architecture")
-    refuse_unless(args, "input_projections", chosen=args.input_projection, by="--input-projection")
+    refuse_unless(args, "architecture")
+    refuse_unless(args, "input_projection")
     check_model(args)
     check_feature_router(args)
     refuse_unused(args)
@@ -108,8 +108,7 @@ def _check_kept_schedule(args: argparse.Namespace) -> None:
     the ones that are given, and the schedule the checkpoint's."""
     if not (args.use_checkpoint_opt_param_scheduler and args.load):
         return
-    step = args.ckpt_step
-    folder = iteration_folder(args.load, step) if step else tracked_folder(args.load)
+    folder = folder_at(args.load, args.ckpt_step)
     then = ((read_run_record(folder) if folder else None) or {}).get("flags", {})
     for name in ("lr", "min_lr"):
         now = args.explicit_flags.get(name)

@@ -9,13 +9,12 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.unused_flags import one_of, refuse_unless
 from megatron_smlp.options import prefix_length
-from megatron_smlp.systems import BALANCED, LIMITED, SCORING, TOKEN_ROUTERS, TOP_K
+from megatron_smlp.systems import LIMITED, SCORING, TOKEN_ROUTERS, TOP_K, WITH_BALANCE_LOSS
 
 ALLOWED = ", ".join(TOKEN_ROUTERS)
 CAPACITIES = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
 # What --token-router topk passes on to Megatron's router.
 TOP_K_FLAGS = (
-    "moe_router_topk",
     "moe_router_load_balancing_type",
     "moe_router_score_function",
     "moe_router_enable_expert_bias",
@@ -66,7 +65,7 @@ def check_token_router(args: argparse.Namespace) -> None:
         UsageError: with flag, value, what is allowed, and what to do.
     """
     _check_presence(args)
-    refuse_unless(args, "token_routers", chosen=args.token_router, by="--token-router")
+    refuse_unless(args, "token_router")
     if args.token_router == "none":
         _refuse_experts(args)
         return
@@ -83,9 +82,9 @@ def _check_aux_loss_coeff(args: argparse.Namespace) -> None:
     given: Any = args.explicit_flags.get("moe_aux_loss_coeff")
     if given is None:
         return
-    if args.token_router not in BALANCED:
+    if args.token_router not in WITH_BALANCE_LOSS:
         raise UsageError(
-            f"--moe-aux-loss-coeff is for --token-router {one_of(BALANCED)}, not "
+            f"--moe-aux-loss-coeff is for --token-router {one_of(WITH_BALANCE_LOSS)}, not "
             f"{args.token_router}, which has no balance loss: leave it out."
         )
     if args.moe_router_load_balancing_type == "none":
@@ -135,7 +134,7 @@ def check_feature_router(args: argparse.Namespace) -> None:
     Raises:
         UsageError: with flag, value, what is allowed, and what to do.
     """
-    refuse_unless(args, "feature_routers", chosen=args.feature_router, by="--feature-router")
+    refuse_unless(args, "feature_router")
     chunks, experts = args.num_feature_chunks, args.num_feature_experts
     if args.feature_router != "partial":
         if chunks not in (None, experts):

@@ -110,10 +110,7 @@ def check_schedule(args: argparse.Namespace) -> None:
         UsageError: see the messages.
     """
     _check_length(args)
-    try:
-        suffix_start(args, seq_length=args.seq_length)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    suffix_start(args)
     if args.lr is None:
         raise UsageError("--lr is missing: give the peak learning rate, for example --lr 1e-3.")
     if (args.min_lr or 0.0) > args.lr:

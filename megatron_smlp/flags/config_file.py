@@ -1,95 +1,101 @@
-"""YAML files of flags: `--config FILE.yaml`. No torch, no Megatron.
-
-A flat mapping, hyphens or underscores, of numbers, texts and lists of them. `include: FILE` takes
-the keys of another file, named from the folder of this one; the keys of this one win.
-"""
+"""`--config FILE.yaml`: its keys as flags before those of the command line, which win."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.check_routers import MEGATRON_ROUTER_FLAGS, TOP_K_FLAGS
+from megatron_smlp.flags.exclusive import PER_SPLIT, replaced_by
+from megatron_smlp.flags.unused_flags import OTHER_LAYER_FLAGS, REFUSED
+from megatron_smlp.flags.yaml_file import read_yaml
 
-INCLUDE = "include"
-MOST_INCLUDES = 20
-MOST_BYTES = 1 << 20
-SCALARS = (str, int, float, bool, type(None))
 
+def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Put the flags of `--config FILE.yaml` before those of the command line.
 
-def read_yaml(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the keys as they are spelt, with those of included files first.
+    A key of the file is left out where `--no-KEY` is on the command line, and where a flag is that
+    stands in for it; of the file's own keys, paths for each split stand in for `split`.
 
     Raises:
-        UsageError: a file is missing, is not a flat mapping, or includes itself.
+        UsageError: the file is missing or is not a mapping, or a key is unknown.
     """
-    if path.resolve() in including:
-        raise UsageError(f"--config {path} includes itself: remove its `include:` line.")
-    if len(including) > MOST_INCLUDES:
-        raise UsageError(f"--config {including[0]} includes more than {MOST_INCLUDES} files deep.")
-    keys = _mapping(path)
-    name = keys.pop(INCLUDE, None)
-    if name is None:
-        return keys
-    if not isinstance(name, str):
-        raise UsageError(f"--config {path}: 'include' names one file.")
-    included = read_yaml(path.parent / name, including=(*including, path.resolve()))
-    own = {spelling(key) for key in keys}
-    return {key: value for key, value in included.items() if spelling(key) not in own} | keys
+    path = _config_path(argv)
+    if path is None:
+        return list(argv)
+    rest = list(argv)
+    flags: list[str] = []
+    keys = {key: (_action_of(parser, key, path), v) for key, v in read_yaml(path).items()}
+    replaced = replaced_by(given_flags(parser, argv))
+    if PER_SPLIT & {action.dest for action, _ in keys.values()}:
+        replaced.add("split")
+    for key, (action, value) in keys.items():
+        negation = f"--no-{key.replace('_', '-')}"
+        if negation in rest and negation not in options_of(parser):
+            rest.remove(negation)
+        elif action.dest not in replaced:
+            flags += _as_flags(action, key, value, path)
+    return flags + rest
 
 
-def spelling(key: str) -> str:
-    """Return the name in Megatron's namespace."""
-    return key.replace("-", "_")
+def _config_path(argv: Sequence[str]) -> Path | None:
+    paths = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
+    paths += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+    if len(paths) > 1:
+        raise UsageError(
+            f"--config {' and --config '.join(sorted(paths))}: give one; a line `include: FILE` in "
+            "it takes the keys of another."
+        )
+    return Path(paths[0]) if paths else None
 
 
-class StrictLoader(yaml.SafeLoader):
-    """Safe, and no key twice: the second would win in silence. Merges may grow for ever."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = spelling(str(key.value))
-            if name in seen or key.tag == "tag:yaml.org,2002:merge":
-                what = "is there twice" if name in seen else "merges: give the keys themselves"
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{name!r:.60} {what}", problem_mark=key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep=deep)
+def options_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return parser._option_string_actions
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(text_of(path), StrictLoader)
-    except FileNotFoundError as error:
-        raise UsageError(f"--config {path}: no such file; configs/ holds ready ones.") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"--config {path} cannot be read as YAML: {reason}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"--config {path} must hold `flag: value` lines at its top level.")
-    for key, value in content.items():
-        if not all(isinstance(item, SCALARS) for item in _items(value)):
-            raise UsageError(
-                f"--config {path}: '{str(key)[:60]}' is not a number, text, switch or list of "
-                "them; put a date between quotes."
-            )
-    return {str(key): value for key, value in content.items()}
+def _action_of(parser: argparse.ArgumentParser, key: str, path: Path) -> argparse.Action:
+    action = options_of(parser).get(flag_of(key))
+    if action is None:
+        raise UsageError(f"--config {path}: unknown key '{key}'. {nearest(parser, key)}")
+    return action
 
 
-def text_of(path: Path) -> str:
-    """Return a regular file's text: a device has no end, and a pipe may have no writer."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is not a regular file")
-    with path.open("rb") as file:
-        content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"it has more than {MOST_BYTES} bytes")
-    return content.decode("utf-8")
+def nearest(parser: argparse.ArgumentParser, name: str) -> str:
+    """`Did you mean ...?` for a flag or key that does not exist."""
+    refused = {*REFUSED, *OTHER_LAYER_FLAGS, *MEGATRON_ROUTER_FLAGS}.difference(TOP_K_FLAGS)
+    known = [
+        option.removeprefix("--")
+        for option, action in options_of(parser).items()
+        if action.dest not in refused
+    ]
+    close = difflib.get_close_matches(name.lstrip("-").replace("_", "-"), known, n=3, cutoff=0.6)
+    if not close:
+        return "`pretrain_smlp.py --help-all` lists every flag."
+    return f"Did you mean {' or '.join(f'--{option}' for option in close)}?"
 
 
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _as_flags(action: argparse.Action, key: str, value: Any, path: Path) -> list[str]:
+    flag = flag_of(key)
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UsageError(f"--config {path}: '{key}' is a switch: true or false, not {value!r}.")
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return [flag if value else flag.replace("--", "--no-", 1)]
+        return [flag] if value else []
+    if value is None:
+        return []
+    values = value if isinstance(value, list) and action.nargs else [value]
+    arguments = [str(item).replace(", ", ",") for item in values]  # [0,1]: Megatron takes no blanks
+    return [f"{flag}={arguments[0]}"] if len(arguments) == 1 else [flag, *arguments]
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
+    """Destinations of the flags that the command line or the YAML file names."""
+    options = options_of(parser)
+    arguments = (word.split("=")[0] for word in argv)
+    return frozenset(options[word].dest for word in arguments if word in options)

@@ -1,6 +1,6 @@
 """The second phase: defaults that depend on other flags, on the machine or on the checkpoint.
 
-A flag that was given is kept; what cannot be kept is refused by the third phase, and nothing is
+A flag that was given is kept; values that cannot be kept are refused in the third phase, none is
 here. This is the only place that assigns to the namespace, but for Megatron's own validation.
 """
 
@@ -33,7 +33,7 @@ def fill_in(args: argparse.Namespace) -> None:
     _fill_in_from_checkpoint(args)
     if args.tokenizer_type is None and args.vocab_file and args.merge_file:
         args.tokenizer_type = "GPT2BPETokenizer"  # Megatron's default
-    args.platform_changes = cpu.set_flags(args)
+    cpu.set_flags(args)
 
 
 def _has(module: str) -> bool:
@@ -149,8 +149,8 @@ FIRST_START = {
     "override_ckpt_iteration": None,
     "no_resume": False,
 }
-"""Flags that say what is taken of the checkpoint in --load, and their defaults: they are not of the
-one that the same command has left in --save, from which it goes on where it is started again."""
+"""Flags about the first checkpoint that a command loads, and their defaults, which hold where it
+goes on from what it has left in --save."""
 
 
 def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
@@ -163,7 +163,7 @@ def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
         args.load = args.save  # what an earlier start left
     elif is_save_folder and not args.exit_on_missing_checkpoint and not tracked_folder(args.load):
         args.load = None  # as launchers give it; this is the first start
-    recorded = (read_model_flags(args.load, args.ckpt_step) if args.load else None) or {}
+    recorded = read_model_flags(args.load, args.ckpt_step) if args.load else {}
     _keep_padding(args, recorded.get("padded_vocab_size"))
     args.kept_flags = []
     for name, facts in OUR_FLAGS.items():
@@ -181,8 +181,8 @@ def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
 def _goes_on(args: argparse.Namespace) -> bool:
     """Return whether a launcher, or Slurm, starts this command again and it has saved something.
 
-    What it says of one start (--ckpt-step 4000, --no-resume) is done then: followed again, it would
-    throw away at each restart what the run has done since.
+    Flags of one start (--ckpt-step 4000, --no-resume) have been obeyed then; obeyed again, they
+    would throw away at each restart what the run has done since.
     """
     is_again = os.environ.get(RESTART) or int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     newest = tracked_folder(args.save) if args.save and is_again else None

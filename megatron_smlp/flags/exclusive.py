@@ -1,14 +1,14 @@
-"""Flags of which one is given in place of another.
+"""Flags that exclude one another.
 
-What comes later, as a command line after a YAML file, drops what it stands in for.
+One that comes later, as the command line comes after a YAML file, removes those that it replaces.
 """
 
 from collections.abc import Iterable
 
-WHOLE = frozenset({"data_path", "data_args_path", "mock_data"})
-PER_SPLIT = frozenset(
-    {"train_data_path", "valid_data_path", "test_data_path", "per_split_data_args_path"}
-)
+from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
+
+WHOLE = frozenset({*WHOLE_FLAGS, "mock_data"})
+PER_SPLIT = frozenset(PER_SPLIT_FLAGS)
 GROUPS = (
     frozenset({"train_iters", "train_samples"}),
     frozenset({"lr_decay_iters", "lr_decay_samples"}),

@@ -9,27 +9,22 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megatron_smlp.checkpoints import tokenizer_copy
-from megatron_smlp.checkpoints.model_record import check_against_checkpoint
-from megatron_smlp.command_line import flag_of
+from megatron_smlp.checkpoints.resume_checks import check_same_model
 from megatron_smlp.data.blending import SPLIT_FLAGS
 from megatron_smlp.data.pairs.indexed import idx_path
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check import check, validate
-from megatron_smlp.flags.check_routers import MEGATRON_ROUTER_FLAGS, TOP_K_FLAGS
-from megatron_smlp.flags.config_file import read_yaml
+from megatron_smlp.flags.config_file import expand_config, given_flags, nearest, options_of
 from megatron_smlp.flags.defaults import fill_in
-from megatron_smlp.flags.exclusive import PER_SPLIT, replaced_by
-from megatron_smlp.flags.from_checkpoint import with_checkpoint_flags
 from megatron_smlp.flags.namespace import Arguments
-from megatron_smlp.flags.unused_flags import OTHER_LAYER_FLAGS, READ_NOWHERE
+from megatron_smlp.flags.use_checkpoint_args import with_checkpoint_flags
 from megatron_smlp.options import ModelOptions, RunOptions
 
 FILES = (*tokenizer_copy.FLAGS, "hash_table", "data_args_path")
@@ -50,7 +45,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     args.freeze()
     check(parser, args)
     validate(args)
-    check_against_checkpoint(args)
+    if args.load:
+        check_same_model(args, args.ckpt_step)
     return args
 
 
@@ -61,7 +57,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
         UsageError: a flag or key is unknown, or a value is not of its type.
     """
     argv = with_checkpoint_flags(parser, expand_config(parser, argv))
-    argv = with_absolute_paths(_options(parser), argv)
+    argv = with_absolute_paths(options_of(parser), argv)
     _refuse_unknown(parser, argv)
     args = Arguments.of(_parse_like_megatron(argv))
     args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
@@ -129,84 +125,6 @@ def _parse_like_megatron(argv: Sequence[str]) -> argparse.Namespace:
         sys.argv = before
 
 
-def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
-    """Put the flags of `--config FILE.yaml` before those of the command line.
-
-    A key of the file is left out where `--no-KEY` is on the command line, and where a flag is that
-    stands in for it; of the file's own keys, paths for each split stand in for `split`.
-
-    Raises:
-        UsageError: the file is missing or is not a mapping, or a key is unknown.
-    """
-    path = _config_path(argv)
-    if path is None:
-        return list(argv)
-    rest = list(argv)
-    flags: list[str] = []
-    keys = {key: (_action_of(parser, key, path), v) for key, v in read_yaml(path).items()}
-    replaced = replaced_by(given_flags(parser, argv))
-    if PER_SPLIT & {action.dest for action, _ in keys.values()}:
-        replaced.add("split")
-    for key, (action, value) in keys.items():
-        negation = f"--no-{key.replace('_', '-')}"
-        if negation in rest and negation not in _options(parser):
-            rest.remove(negation)
-        elif action.dest not in replaced:
-            flags += _as_flags(action, key, value, path)
-    return flags + rest
-
-
-def _config_path(argv: Sequence[str]) -> Path | None:
-    paths = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
-    paths += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
-    if len(paths) > 1:
-        raise UsageError(
-            f"--config {' and --config '.join(sorted(paths))}: give one; a line `include: FILE` in "
-            "it takes the keys of another."
-        )
-    return Path(paths[0]) if paths else None
-
-
-def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    return parser._option_string_actions
-
-
-def _action_of(parser: argparse.ArgumentParser, key: str, path: Path) -> argparse.Action:
-    action = _options(parser).get(flag_of(key))
-    if action is None:
-        raise UsageError(f"--config {path}: unknown key '{key}'. {nearest(parser, key)}")
-    return action
-
-
-def nearest(parser: argparse.ArgumentParser, name: str) -> str:
-    """`Did you mean ...?` for a flag or key that does not exist."""
-    refused = {*READ_NOWHERE, *OTHER_LAYER_FLAGS, *MEGATRON_ROUTER_FLAGS}.difference(TOP_K_FLAGS)
-    known = [
-        option.removeprefix("--")
-        for option, action in _options(parser).items()
-        if action.dest not in refused
-    ]
-    close = difflib.get_close_matches(name.lstrip("-").replace("_", "-"), known, n=3, cutoff=0.6)
-    if not close:
-        return "`pretrain_smlp.py --help-all` lists every flag."
-    return f"Did you mean {' or '.join(f'--{option}' for option in close)}?"
-
-
-def _as_flags(action: argparse.Action, key: str, value: Any, path: Path) -> list[str]:
-    flag = flag_of(key)
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise UsageError(f"--config {path}: '{key}' is a switch: true or false, not {value!r}.")
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return [flag if value else flag.replace("--", "--no-", 1)]
-        return [flag] if value else []
-    if value is None:
-        return []
-    values = value if isinstance(value, list) and action.nargs else [value]
-    arguments = [str(item).replace(", ", ",") for item in values]  # [0,1]: Megatron takes no blanks
-    return [f"{flag}={arguments[0]}"] if len(arguments) == 1 else [flag, *arguments]
-
-
 def _refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     known, unknown = parser.parse_known_args(list(argv))
     if known.yaml_cfg:
@@ -219,13 +137,6 @@ def _refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Non
             raise UsageError(f"{flag} is not a flag. {nearest(parser, flag)}")
     if unknown:
         raise UsageError(f"'{unknown[0]}' belongs to no flag.")
-
-
-def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
-    """Destinations of the flags that the command line or the YAML file names."""
-    options = _options(parser)
-    arguments = (word.split("=")[0] for word in argv)
-    return frozenset(options[word].dest for word in arguments if word in options)
 
 
 def with_absolute_paths(options: Mapping[str, argparse.Action], argv: Sequence[str]) -> list[str]:

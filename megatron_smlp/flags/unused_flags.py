@@ -26,11 +26,6 @@ OTHER_LAYER_FLAGS = (
     "hybrid_override_pattern",
     "is_hybrid_model",
 )
-DOCUMENT_FLAGS = (
-    "reset_attention_mask",
-    "reset_position_ids",
-    "dataloader_inter_document_masking",
-)
 OTHER_PROGRAMS = ("rl", "biencoder", "vision", "Logits Distillation", "inference", "sft")
 """Groups of flags in Megatron's help that pretraining does not read."""
 READ_HERE = frozenset({"cuda_graph_scope", "cuda_graph_modules"})
@@ -54,32 +49,22 @@ READ_NOWHERE = {
     "short_seq_prob": "leave it out",
     "vocab_extra_ids": "leave it out",
     "onnx_safe": "leave it out",
-    "test_mode": "leave it out",
     "apply_residual_connection_post_layernorm": "leave it out",
 }
 """Flags of Megatron's parser that neither Megatron's loop nor this repository reads, and what to do
 instead."""
-OTHER_RECOVERY = {
-    "inprocess_restart": "wraps the entry of Megatron's own programs, and would do nothing here",
-    "enable_ft_package": "reads the command line once more by itself, without the keys of "
-    "--config, and its monitor is ft_launcher's",
-}
-"""Ways of Megatron's to survive a failure that do not work here, and why."""
-NOT_HERE = {
+USELESS = {
+    "test_mode": "compares the LayerNorms of attention over ranks in each step",
     "attention_output_gate": "adds parameters that nothing here describes (FLOPs, export)",
     "freeze_all_layers": "freezes nothing: the builder of models does not read it",
-    "checkpoint_activations": "is gone from Megatron: give --recompute-granularity full "
-    "--recompute-method uniform --recompute-num-layers 1",
     "adlr_autoresume": "is for NVIDIA's own cluster: examples/slurm.sh queues a job again",
     "exit_signal": "would take the place of the signals that end a run (docs/checkpoints.md): "
     "SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save and end it",
     "exit_signal_handler_for_training": "would end a run without saving: SIGTERM, SIGUSR1, SIGHUP "
     "and Ctrl-C save and end it",
-    "pretrained_checkpoint": "is loaded without a look at what made it: give --load DIR --finetune",
     "init_method_xavier_uniform": "stops Megatron 0.19, whose configuration has no such field",
     "hybrid_context_parallel": "is for samples of packed documents, and samples are read whole",
     "lazy_mpu_init": "leaves out the process groups that the model is built with",
-    "decoder_seq_length": "is for models with an encoder: give --seq-length",
     "tensor_parallel_num_weight_shards": "shards weights in a way that mixers here do not know",
     "fake_process_group": "lets ranks exchange nothing, and they agree on each step here",
     "log_straggler": "times parts of Megatron's own step, which this is not: each log line here "
@@ -88,10 +73,6 @@ NOT_HERE = {
     "log lines have tflops_per_device of this one",
     "log_progress": "counts a Transformer's FLOPs, whatever the model is: metrics.jsonl has "
     "consumed_tokens and consumed_flops",
-    **dict.fromkeys(
-        ("ckpt_convert_format", "ckpt_convert_save", "ckpt_convert_update_legacy_dist_opt_format"),
-        "is not this program's: tools/convert_checkpoint.py converts",
-    ),
     **dict.fromkeys(
         ("error_injection_rate", "error_injection_type"),
         "tests Megatron's own rerunning of steps, which is switched off",
@@ -114,6 +95,30 @@ NOT_HERE = {
     "what hands routers their inputs",
     "delay_wgrad_compute": "is for --overlap-moe-expert-parallel-comm, which is not available",
     "optimizer_cuda_graph": "would replay updates without looking whether the loss is finite",
+}
+"""Flags that do not work with what is here, and why: they are to be left out."""
+REFUSED = {
+    **{name: f"is not read by this program: {instead}" for name, instead in READ_NOWHERE.items()},
+    **{name: f"{why}. Leave it out" for name, why in USELESS.items()},
+    **dict.fromkeys(
+        ("reset_attention_mask", "reset_position_ids", "dataloader_inter_document_masking"),
+        "looks at documents, and samples are read whole, as every system here is trained and "
+        "compared: a spatial matrix has one row for each position of the sample, wherever its "
+        "documents begin (docs/data.md). Leave it out",
+    ),
+    "inprocess_restart": "wraps the entry of Megatron's own programs, and would do nothing here: "
+    "leave it out; examples/*.sh start a run that failed from its newest checkpoint",
+    "enable_ft_package": "reads the command line once more by itself, without the keys of "
+    "--config, and its monitor is ft_launcher's: leave it out; examples/*.sh start a run that "
+    "failed from its newest checkpoint",
+    "checkpoint_activations": "is gone from Megatron: give --recompute-granularity full "
+    "--recompute-method uniform --recompute-num-layers 1",
+    "pretrained_checkpoint": "is loaded without a look at what made it: give --load DIR --finetune",
+    "decoder_seq_length": "is for models with an encoder: give --seq-length",
+    **dict.fromkeys(
+        ("ckpt_convert_format", "ckpt_convert_save", "ckpt_convert_update_legacy_dist_opt_format"),
+        "is not this program's: tools/convert_checkpoint.py converts",
+    ),
     **dict.fromkeys(
         (
             "non_persistent_save_interval",
@@ -126,7 +131,7 @@ NOT_HERE = {
         "--keep-last for how many are kept",
     ),
 }
-"""Flags that do not work with what is here, and why."""
+"""Flags of Megatron's that are refused whatever else is given: why, and what to do."""
 VALUES_NOT_HERE = {
     ("rerun_mode", "report_stats"): "stops Megatron 0.19: leave it out",
     ("dataloader_type", "external"): "needs a data loader of another program: give single or "
@@ -201,13 +206,8 @@ def refuse_unused(args: argparse.Namespace) -> None:
     Raises:
         UsageError: with the flag, whose it is, and what to do.
     """
-    for name in _given(args, tuple(READ_NOWHERE)):
-        raise UsageError(f"{_flag(name)} is not read by this program: {READ_NOWHERE[name]}.")
-    for name in _given(args, tuple(OTHER_RECOVERY)):
-        raise UsageError(
-            f"{_flag(name)} {OTHER_RECOVERY[name]}: leave it out; examples/*.sh start a run that "
-            "failed from its newest checkpoint (docs/resilience.md)."
-        )
+    for name in _given(args, tuple(REFUSED)):
+        raise UsageError(f"{_flag(name)} {REFUSED[name]}.")
     for name in _given(args, OTHER_LAYER_FLAGS):
         raise UsageError(
             f"{_flag(name)} builds layers of other models than --architecture {args.architecture}: "
@@ -225,14 +225,6 @@ def refuse_unused(args: argparse.Namespace) -> None:
             f"FLOPs, export): give {SPECS[0][0]} with {', '.join(name for _, name in SPECS)}, or "
             "--architecture."
         )
-    for name in _given(args, DOCUMENT_FLAGS):
-        raise UsageError(
-            f"{_flag(name)}: samples are read whole, as every system here is trained and compared: "
-            "a spatial matrix has one row for each position of the sample, wherever its documents "
-            "begin (docs/data.md). Leave it out."
-        )
-    for name in _given(args, tuple(NOT_HERE)):
-        raise UsageError(f"{_flag(name)} {NOT_HERE[name]}. Leave it out.")
     for (name, value), why in VALUES_NOT_HERE.items():
         if args.explicit_flags.get(name) == value:
             raise UsageError(f"{_flag(name)}{f' {value}' if value else ''} {why}.")
@@ -376,25 +368,27 @@ def refuse_other_programs(parser: argparse.ArgumentParser, args: argparse.Namesp
             )
 
 
-def refuse_unless(args: argparse.Namespace, fact: str, *, chosen: str, by: str) -> None:
-    """Refuse our flags that are for other choices than the one that was made.
+def refuse_unless(args: argparse.Namespace, choice: str) -> None:
+    """Refuse our flags that are for another `choice` than the one that was made.
 
     A default that is spelt out asks for nothing.
 
     Args:
-        fact: of options.Facts: which choices a flag is for.
-        by: the flag that makes the choice.
+        choice: destination of the flag that chooses; options.Facts has its plural.
 
     Raises:
         UsageError: with the flag, and what it is for.
     """
+    chosen = getattr(args, choice)
     for name, facts in OUR_FLAGS.items():
-        allowed, default = getattr(facts, fact), DEFAULTS[name]
+        allowed, default = getattr(facts, f"{choice}s"), DEFAULTS[name]
         value = args.explicit_flags.get(name, default)
         if value == default or not allowed or chosen in allowed:
             continue
         said = flag_of(name) if value is True else f"{flag_of(name)} {value}"
-        raise UsageError(f"{said} is for {by} {one_of(allowed)}, not {chosen}: leave it out.")
+        raise UsageError(
+            f"{said} is for {flag_of(choice)} {one_of(allowed)}, not {chosen}: leave it out."
+        )
 
 
 def one_of(names: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.config_file import read_yaml, spelling
+from megatron_smlp.flags.yaml_file import read_yaml, spelling
 
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from megatron_smlp.megatron_patches.wrapping import wrapped_in
+
 
 @contextlib.contextmanager
 def late_compile() -> Iterator[None]:
@@ -32,11 +34,8 @@ def late_compile() -> Iterator[None]:
             return compile_now(model, **options)
         return _compiled_by_first_call(model, functools.partial(compile_now, model, **options))
 
-    torch.compile = compile_later
-    try:
+    with wrapped_in((torch, "compile", lambda _: compile_later)):
         yield
-    finally:
-        torch.compile = compile_now
 
 
 def _compiled_by_first_call(function: Callable[..., Any], compile_now: Callable[[], Any]) -> Any:

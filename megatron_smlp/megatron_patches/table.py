@@ -31,8 +31,6 @@ class Patch:
     extent: Extent
     """For the whole process, during `megatron.training.pretrain`, while Megatron is imported, or in
     a launcher's agent, which trains nothing."""
-    since: str = "0.19.2"
-    """The oldest version of Megatron that it was written for."""
 
 
 def _rows(

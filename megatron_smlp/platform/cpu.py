@@ -39,7 +39,6 @@ FLAGS: dict[str, Any] = {
     "bias_dropout_fusion": False,
     "cross_entropy_loss_fusion": False,  # megatron_patches/cross_entropy.py has fewer passes
     "no_persist_layer_norm": True,
-    "create_attention_mask_in_dataloader": False,
 }
 
 GPU_FLAGS = (
@@ -92,18 +91,10 @@ def apply(*, everywhere: bool = False) -> None:
     _replace_in_megatron()
 
 
-def set_flags(args: argparse.Namespace) -> list[str]:
-    """Set the flags that a CPU needs, and return a description of each one that changed."""
-    if not needed():
-        return []
-    changed = [
-        f"{name}={value}"
-        for name, value in FLAGS.items()
-        if getattr(args, name, value) != value  # a flag that Megatron lacks needs no change
-    ]
-    for name, value in FLAGS.items():
-        setattr(args, name, value)
-    return changed
+def set_flags(args: argparse.Namespace) -> None:
+    """Set the flags that a CPU needs, where there is no GPU."""
+    if needed():
+        vars(args).update(FLAGS)
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.config_file import StrictLoader, spelling, text_of
+from megatron_smlp.flags.yaml_file import StrictLoader, spelling, text_of
 
 OTHERS = "others"
 """The key that stands for every system which a mapping does not name."""

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_smlp.accounting.estimate import estimate
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.config_file import read_yaml, spelling
+from megatron_smlp.flags.yaml_file import read_yaml, spelling
 from megatron_smlp.study.study_file import Study
 
 Flags = Mapping[str, Any]

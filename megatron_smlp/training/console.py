@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from megatron_smlp import __version__
 from megatron_smlp.accounting.costs import ModelShape
+from megatron_smlp.platform import cpu
 from megatron_smlp.provenance import software, version_of
 from megatron_smlp.training.captured_output import terminal
 from megatron_smlp.training.start_screen import print_dry_run, summary
@@ -70,7 +71,7 @@ class RunConsole:
         self.say(f"megatron_smlp {ours} on Megatron-Core {version_of('megatron-core')}")
         for line in summary(args, ModelShape.from_args(args)):
             self.say(line)
-        if args.platform_changes:
+        if cpu.needed():
             self.say("platform    CPU: GPU-only defaults are off (docs/architecture.md)")
         self.say(f"data        {'mock' if args.mock_data else ' '.join(data_words(args))}")
         self.say(f"start       {'from ' + args.load if args.load else 'from scratch'}")

@@ -98,7 +98,7 @@ class ForwardStep:
         if trains:
             self._look_at(loss.detach())
         reports = {"lm loss": _report(loss, num_tokens)}
-        if suffix_from := suffix_start(args, seq_length=args.seq_length):
+        if suffix_from := suffix_start(args):
             suffix = _masked_sum(token_losses, loss_mask, start=suffix_from)
             reports[SUFFIX_LOSS] = _report(*suffix)
         if start:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.config_file import MOST_BYTES, read_yaml
+from megatron_smlp.flags.yaml_file import MOST_BYTES, read_yaml
 
 
 def laughs(line: str) -> str:

@@ -15,7 +15,7 @@ from support.meta_models import built_parameters, expected_parameters
 from megatron_smlp.accounting.costs import ModelShape, layer_cost
 from megatron_smlp.accounting.estimate import estimate
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.config_file import read_yaml, spelling
+from megatron_smlp.flags.yaml_file import read_yaml, spelling
 from megatron_smlp.training.start_screen import print_dry_run
 
 SYSTEMS = (

@@ -15,11 +15,10 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.parse import build_parser, parse_arguments
 from megatron_smlp.flags.unused_flags import (
     ATTENTION_FLAGS,
-    DOCUMENT_FLAGS,
     OTHER_LAYER_FLAGS,
     OTHER_PROGRAMS,
-    OTHER_RECOVERY,
     READ_NOWHERE,
+    REFUSED,
     TRANSFORMER_ENGINE_FLAGS,
     refuse_unused,
 )
@@ -51,12 +50,15 @@ def parse() -> Iterator[Parse]:
         ("--architecture gmlp --qk-layernorm", "--qk-layernorm is for the attention of "),
         ("--architecture amlp --group-query-attention --num-query-groups 2", "not for amlp"),
         ("--architecture smlp --window-size 4,0", "--window-size is for the attention of "),
-        ("--architecture gmlp --reset-attention-mask", "--reset-attention-mask: samples are read "),
+        ("--architecture gmlp --reset-attention-mask", "--reset-attention-mask looks at docum"),
         (
             f"{TRANSFORMER} --disable-bias-linear --add-qkv-bias",
             "--add-qkv-bias without other bias",
         ),
-        (f"{TRANSFORMER} --reset-position-ids", "--reset-position-ids: samples are read whole"),
+        (
+            f"{TRANSFORMER} --reset-position-ids",
+            "--reset-position-ids looks at documents, and samples",
+        ),
         (
             "--architecture gmlp --position-embedding-type rope",
             "--position-embedding-type rope acts on .* give none or learned_absolute, or leave",
@@ -64,7 +66,7 @@ def parse() -> Iterator[Parse]:
         ("--architecture gmlp --use-te-activation-func", "--use-te-activation-func puts the tanh"),
         (
             "--architecture gmlp --dataloader-inter-document-masking",
-            "--dataloader-inter-document-masking: samples are read whole",
+            "--dataloader-inter-document-masking looks at documents",
         ),
         (
             f"{TRANSFORMER} --overlap-moe-expert-parallel-comm",
@@ -74,7 +76,7 @@ def parse() -> Iterator[Parse]:
         (f"{TRANSFORMER} --optimizer-cuda-graph", "--optimizer-cuda-graph would replay updates"),
         (
             f"{TRANSFORMER} --non-persistent-save-interval 5 --non-persistent-ckpt-type global",
-            "--non-persistent-save-interval makes checkpoints of another kind, .* Leave it out",
+            "--non-persistent-save-interval makes checkpoints of another kind, .* give --save-",
         ),
         (
             "--architecture aft --recompute-granularity selective",
@@ -259,8 +261,8 @@ def test_flags_of_what_a_layer_has(parse: Parse, words: str):
 
 def test_every_name_is_one_of_megatrons_flags():
     destinations = {action.dest for action in build_parser()._actions}
-    assert {*OTHER_LAYER_FLAGS, *ATTENTION_FLAGS, *DOCUMENT_FLAGS} <= destinations
-    assert {*TRANSFORMER_ENGINE_FLAGS, *READ_NOWHERE, *OTHER_RECOVERY} <= destinations
+    assert {*OTHER_LAYER_FLAGS, *ATTENTION_FLAGS} <= destinations
+    assert {*TRANSFORMER_ENGINE_FLAGS, *REFUSED} <= destinations
     assert {*OTHER_PROGRAMS} <= {group.title for group in build_parser()._action_groups}
 
 

@@ -11,7 +11,7 @@ from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import config_of, flags_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.from_model_record import model_arguments
+from megatron_smlp.flags.model_arguments import model_arguments
 from megatron_smlp.flags.parse import build_parser
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.model import activation

@@ -105,14 +105,10 @@ def test_split_sizes_become_numpy():
 
 
 class TestFlags:
-    def test_they_are_set_and_said(self):
+    def test_they_are_set(self):
         args = Namespace(**dict.fromkeys(cpu.FLAGS))
-        said = cpu.set_flags(args)
+        cpu.set_flags(args)
         assert vars(args) == cpu.FLAGS
-        assert said == [f"{name}={value}" for name, value in cpu.FLAGS.items()]
-
-    def test_nothing_is_said_where_nothing_changes(self):
-        assert cpu.set_flags(Namespace(**cpu.FLAGS)) == []
 
     @pytest.mark.parametrize("name", ["fp16", "fp8", "use_megatron_fsdp", "tp_comm_overlap"])
     def test_what_needs_a_gpu_is_refused(self, name: str):
@@ -123,7 +119,7 @@ class TestFlags:
     def test_where_cuda_is_available_flags_stay(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         args = Namespace(fp16=True, distributed_backend="nccl")
-        assert cpu.set_flags(args) == []
+        cpu.set_flags(args)
         assert vars(args) == {"fp16": True, "distributed_backend": "nccl"}
 
 

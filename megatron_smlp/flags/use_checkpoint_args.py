@@ -61,8 +61,7 @@ def _with_copy(group: list[str], run: Path) -> list[str]:
 
 
 def _recorded_arguments(load: str, step: int | None) -> list[str]:
-    order = [step] if step else loading_order(load)
-    folders = [iteration_folder(load, iteration) for iteration in order]
+    folders = [iteration_folder(load, iteration) for iteration in loading_order(load, step)]
     release = release_folder(load)
     if not folders and release:
         folders = [Path(release)]

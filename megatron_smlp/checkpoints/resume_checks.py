@@ -1,0 +1,81 @@
+"""Compare a run with the checkpoint that it goes on from: its model, its data, its flags."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from megatron_smlp.checkpoints.folders import iteration_folder
+from megatron_smlp.checkpoints.model_record import model_flags, read_model_flags
+from megatron_smlp.checkpoints.run_record import START_FLAGS, plain, read_run_record
+from megatron_smlp.collectives import from_first_rank
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.errors import UsageError
+from megatron_smlp.options import MODEL_FLAGS
+
+
+def check_same_model(args: argparse.Namespace, iteration: int | None) -> None:
+    """Refuse flags that make another model than the one in --load.
+
+    Args:
+        iteration: the checkpoint's; None: the newest.
+
+    Raises:
+        UsageError: with the flag and both values.
+    """
+    wanted = model_flags(args)
+    for name, there in read_model_flags(args.load, iteration).items():
+        here = wanted.get(name, there)
+        may_change = name in MODEL_FLAGS and MODEL_FLAGS[name].may_change
+        if here != there and not may_change:
+            flag = flag_of(name)
+            raise UsageError(
+                f"{flag} {here} contradicts the checkpoint {args.load}, which was made with "
+                f"{there}: give {flag} {there}, or another folder."
+            )
+
+
+def compare_run(args: argparse.Namespace, iteration: int, say: Callable[[str], None]) -> None:
+    """Name flags that changed, and datasets that hold something else, if that is allowed.
+    Collective.
+
+    Raises:
+        UsageError: a dataset holds something else.
+    """
+    record = read_run_record(iteration_folder(args.load, iteration)) if args.rank == 0 else None
+    if record and (changed := _changes(record, args)):
+        say(f"changed since iteration {iteration}: {', '.join(changed)}")
+    found = from_first_rank(_other_data(record, args) if record else [])
+    if not found or args.finetune:
+        return
+    what = f"{', '.join(found)} holds other data than at iteration {iteration} of {args.load}"
+    if not args.allow_data_mismatch:
+        raise UsageError(
+            f"{what}: put the dataset back, or go on with the one that is there by "
+            "--allow-data-mismatch (its samples are then counted on from the old one's)."
+        )
+    say(f"WARNING: {what} (--allow-data-mismatch)")
+
+
+def _other_data(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Return the prefixes of datasets that hold something else than at the time of the save."""
+    before = record.get("data", {})
+    now = args.data_contents
+    return [prefix for prefix, content in now.items() if before.get(prefix, content) != content]
+
+
+def _changes(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Return the differences of this run's flags from the checkpoint's: `--lr 0.001 -> 0.0005`.
+
+    Flags that were given then or are given now, and the number of ranks.
+    """
+    names = {*record["given"], *args.explicit_flags} - START_FLAGS
+    before = record["flags"]
+    found = []
+    for name in ["world_size", *sorted(names)]:
+        now = plain(getattr(args, name, None))
+        if name in before and before[name] != now:
+            title = "ranks" if name == "world_size" else flag_of(name)
+            found.append(f"{title} {before[name]} -> {now}")
+    return found
