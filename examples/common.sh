@@ -42,10 +42,18 @@ default_python() {
 
 # check_common: the variables that every launcher reads.
 check_common() {
+  check_sizes
+  check_python
+}
+
+check_sizes() {
   require CONFIG "the YAML file of the model, for example CONFIG=configs/cpu/gmlp.yaml"
   [[ -f "$CONFIG" ]] || fail "CONFIG=$CONFIG: no such file; ready ones lie in $REPOSITORY/configs"
   NPROC_PER_NODE="${NPROC_PER_NODE:-$(default_processes)}"
   require_number NPROC_PER_NODE "the number of processes (GPUs) on this node"
+}
+
+check_python() {
   PYTHON="${PYTHON:-$(default_python)}"
   command -v "$PYTHON" > /dev/null || fail "PYTHON=$PYTHON: no such program. Run \`make env\` first"
 }

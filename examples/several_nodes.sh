@@ -26,9 +26,10 @@
 # Data, --save and the configuration must be readable under the same paths on every machine. With
 # --save a run that fails goes on from its newest checkpoint; it ends with 93 after three failures
 # without a newer one, with 75 where a machine is not back within REJOIN_TIMEOUT of the others, with
-# 2 where flags or variables are wrong, and with 0 when it is over or was told to end (SIGTERM,
-# SIGUSR1). What ends for good on one machine is told to the others, which end with 76; where its
-# launcher is killed, they wait for REJOIN_TIMEOUT: see docs/resilience.md.
+# 2 where flags or variables are wrong, with 3 where a loss is not finite, and with 0 when it is over
+# or was told to end (SIGTERM, SIGUSR1). What ends for good on one machine is told to the others,
+# which end with 76; where its launcher is killed, they wait for REJOIN_TIMEOUT: see
+# docs/resilience.md.
 
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh

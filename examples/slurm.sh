@@ -16,6 +16,8 @@
 #   MASTER_PORT      a free port on the first node (default: one made from the job's number)
 #   NPROC_PER_NODE   processes on a node (default: the GPUs that Slurm gave)
 #   PYTHON           interpreter (default: the project's .venv, else python3)
+#   SRUN_FLAGS       more flags of srun, as --container-image=... (docs/gpus.md): PYTHON is then
+#                    looked for by the tasks alone
 #   RENDEZVOUS, MAX_RESTARTS, SHUTDOWN_TIMEOUT, REJOIN_TIMEOUT   as in several_nodes.sh
 #
 # Ten minutes before --time is over the run saves, and the job is queued again, under the same
@@ -40,7 +42,8 @@ source "$examples/common.sh"
 
 answer_help "$@"
 require SLURM_JOB_ID "it by starting this script with sbatch"
-check_common
+check_sizes
+[[ -n "${SRUN_FLAGS:-}" ]] || check_python # else it is that of the tasks, in a container
 
 SPARES="${SPARES:-0}"
 require_number SPARES "the number of nodes that wait"
@@ -58,8 +61,9 @@ cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-}}"
 # One task a node; each learns its number only there. A task or node that fails leaves the others,
 # which wait for it or go on with a spare. SIGTERM comes to srun's tasks from Slurm itself, the
 # warning before the time is over (USR1) to this script alone, which hands it on.
-# shellcheck disable=SC2016
-srun --ntasks-per-node=1 --kill-on-bad-exit=0 --no-kill ${cpus:+--cpus-per-task="$cpus"} \
+# shellcheck disable=SC2016,SC2086
+srun --ntasks-per-node=1 --kill-on-bad-exit=0 --no-kill ${SRUN_FLAGS:-} \
+  ${cpus:+--cpus-per-task="$cpus"} \
   bash -c 'NODE_RANK="$SLURM_NODEID" exec "$0" "$@"' "$examples/several_nodes.sh" "$@" &
 tasks=$!
 warned=false
