@@ -361,6 +361,25 @@ def test_a_timing_that_is_stopped_keeps_its_rounds(
     assert set(kept["system"]) == set(known.systems)
 
 
+def test_a_repeated_timing_adds_rounds(tmp_path: Path):
+    """To those of the same machine; another one's are gone."""
+
+    def time(step: float, *, rounds: int) -> None:
+        results = Results(tmp_path)
+        for count in range(1, rounds + 1):  # round by round, as the command writes them
+            lines = timing({"switch": [step] * count}, [0.4] * count)
+            results.add_speed([line | {"round": line["round"] + 1} for line in lines])
+
+    time(3.0, rounds=2)
+    Results(tmp_path).speed.assign(hardware="another").to_csv(tmp_path / "speed.csv", index=False)
+    time(1.0, rounds=3)
+    time(2.0, rounds=2)
+    found = Results(tmp_path).speed
+    assert list(found["round"]) == [1, 2, 3, 4, 5]
+    assert list(found["seconds_per_iteration"]) == [1.0, 1.0, 1.0, 2.0, 2.0]
+    assert set(found["hardware"]) == {hardware()}
+
+
 @pytest.mark.parametrize(("rounds", "is_said"), [(3, True), (5, False)])
 def test_a_timing_that_was_ended_is_said(known: State, tmp_path: Path, rounds: int, is_said: bool):
     pretend(known, loss_of)
