@@ -8,9 +8,9 @@
 
 A weight is not raised where the other expert drops the token. A later token's first choice takes a
 slot before an earlier one's second choice, under either drop policy. The source groups tokens by
-device, here the group is a micro-batch. --gshard-second-expert has other rules, fairseq's too
-(docs/decisions/0010). A token's draw is the same in every layout (draws.py). Letters as in
-switch.py.
+device, here the group is a micro-batch. c is 1 in the sources; --gshard-second-expert has other
+rules, two of fairseq's (docs/decisions/0010). A token's draw is the same in every layout
+(draws.py). Letters as in switch.py.
 """
 
 from __future__ import annotations

@@ -147,6 +147,8 @@ def _plan(args: argparse.Namespace) -> int:
         print(line)
     for line in warm_up_lines(plan):
         print(line)
+    for name in plan.at_edge:
+        print(f"  WARNING: the best rate of {name} is at the edge of the trials")
     print(f"\nevaluation: {evaluation_cost(first, calendar)}")
     for name, system in known.systems.items():
         print(f"  {name:30}{system.evaluation}")

@@ -87,6 +87,20 @@ class Plan:
     pending: tuple[PlannedRun, ...]
     """Stand-ins for the runs of systems whose tuning is not done: as many, and as long."""
 
+    @property
+    def at_edge(self) -> list[str]:
+        """Return the systems whose chosen learning rate is the lowest or the highest of their
+        trials, all of which were made: a better one may lie beyond."""
+        tried: dict[str, list[float]] = {}
+        for run in self.runs:
+            if run.phase == "tuning":
+                tried.setdefault(run.system, []).append(run.factor)
+        return [
+            name
+            for name, factor in self.factors.items()
+            if name in tried and factor in (min(tried[name]), max(tried[name]))
+        ]
+
 
 def identity_of(contents: Mapping[str, str]) -> str:
     """Return what all runs of a study share beside their flags: data, versions.

@@ -74,18 +74,21 @@ class Page:
         tables: Tables,
         claims: Sequence[Claim],
         times: Sequence[Comparison],
+        at_edge: Sequence[str] = (),
     ) -> None:
         self.study, self.systems, self.tables = study, systems, tables
-        self.claims, self.times = claims, times
+        self.claims, self.times, self.at_edge = claims, times, at_edge
         self.figures: Sequence[str] = ()
 
     @classmethod
     def of(cls, known: State, results: Results) -> Page:
         """Judge the claims by the files of the results; figures are the caller's to draw."""
         study, systems = known.study, known.systems
-        tables = Tables.of(results).of_runs({run.key for run in known.plan().runs})
+        plan = known.plan()
+        tables = Tables.of(results).of_runs({run.key for run in plan.runs})
         claims = claims_of(study, systems, tables)
-        return cls(study, systems, tables, claims, times_to_losses(study, systems, tables))
+        times = times_to_losses(study, systems, tables)
+        return cls(study, systems, tables, claims, times, plan.at_edge)
 
     def text(self) -> str:
         """Return report.md."""
@@ -129,8 +132,25 @@ class Page:
     def _claims(self) -> Iterator[str]:
         yield from _table("claim", "says", "verdict", "because")
         for claim in self.claims:
-            because = "; ".join([*_because(claim), *claim.notes])
+            because = "; ".join([*self._because(claim), *claim.notes])
             yield _row(claim.name, claim.text, f"**{claim.verdict}**", because or "not planned")
+
+    def _because(self, claim: Claim) -> list[str]:
+        is_one_against_all = len({each.one for each in claim.comparisons}) == 1
+        words = []
+        for verdict in ("confirmed", "refuted", "undecided"):
+            those = [each for each in claim.comparisons if each.verdict == verdict]
+            if those and is_one_against_all:
+                words.append(f"{verdict} against {', '.join(each.other for each in those)}")
+            elif those:
+                words.append(f"{verdict}: {', '.join(map(self._pair, those))}")
+        return words
+
+    def _pair(self, each: Comparison) -> str:
+        rules = {self.systems[name].flags.get("feature_router") for name in (each.one, each.other)}
+        rules -= {None, "none"}  # of one without a feature MoE
+        note = " (two rules of one part)" if len(rules) > 1 else ""
+        return f"{each.one} against {each.other}{note}"
 
     def _comparisons(self) -> Iterator[str]:
         yield from _table(
@@ -170,7 +190,22 @@ class Page:
             f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is not a result. "
             "GEMM speed is that of a large square product in the same dtype, timed in turns."
             + (f" Quiet timing, and all times from it, are of {timed}." if timed else "")
+            + (f" {self._unfinished()}" if 0 < self._rounds() < self.study.speed.rounds else "")
             + (f" {self._disturbed()}" if self.tables.disturbed else "")
+            + (f" {self._at_edge()}" if self.at_edge else "")
+        )
+
+    def _rounds(self) -> int:
+        """Return how many rounds were timed, quiet ones and others."""
+        return int(self.tables.speed["round"].nunique()) + self.tables.disturbed
+
+    def _unfinished(self) -> str:
+        return f"The timing was ended after {self._rounds()} of {self.study.speed.rounds} rounds."
+
+    def _at_edge(self) -> str:
+        return (
+            f"Edge: the best rate of {', '.join(self.at_edge)} is the lowest or highest that was "
+            "tried, and a better one may lie beyond."
         )
 
     def _disturbed(self) -> str:
@@ -183,7 +218,8 @@ class Page:
 
     def _rate(self, name: str) -> str:
         own = self.tables.converged[self.tables.converged["system"] == name]["lr"]
-        return f"{own.iloc[0]:.2g}" if len(own) else "n/a"
+        edge = " (edge)" if name in self.at_edge else ""
+        return f"{own.iloc[0]:.2g}{edge}" if len(own) else "n/a"
 
     def _as_trained(self, name: str) -> float:
         runs = self.tables.converged
@@ -254,16 +290,19 @@ class Page:
             "orders of magnitude larger; n/a: we have no source for it.\n"
         )
         heads = [f"{task} ({PAPER_METRICS.get(task, 'acc')})" for task in tasks]
-        yield from _table("system", *heads)
-        yield _row("chance", *(f"{CHANCE[task]:g}" if task in CHANCE else "n/a" for task in tasks))
+        yield from _table("system", *heads, "seeds")
+        chances = (f"{CHANCE[task]:g}" if task in CHANCE else "n/a" for task in tasks)
+        yield _row("chance", *chances, "")
         for name in self.systems:
             if cells := [self.tables.values(TASK, task, name) for task in tasks]:
                 errors = [self.tables.sampling_error(TASK, task, name) for task in tasks]
-                yield _row(name, *(map(_percent, cells, errors)))
+                yield _row(
+                    self._at_all_positions(name), *map(_percent, cells, errors), _seeds(cells)
+                )
         columns = list(PAPER_METRICS)
         for model, figures in PAPER_FIGURES.items():
             known = dict(zip(columns, figures, strict=True))
-            yield _row(f"paper: {model}", *(known.get(task, "n/a") for task in tasks))
+            yield _row(f"paper: {model}", *(known.get(task, "n/a") for task in tasks), "")
 
     def _breakdown(self) -> Iterator[str]:
         kinds = [kind for kind in BREAKDOWN if self.tables.labels(kind)]
@@ -275,24 +314,33 @@ class Page:
             "over seeds: by position in the window, by how frequent the token is (1: the most "
             "frequent fifth of the text), and by what the token repeats (new: not in the window "
             "before; seen: before, behind another token; after n: it and the n tokens before it "
-            "stood there together, so that it can be copied)."
+            "stood there together, so that it can be copied). Compare rows of the same number of "
+            "seeds."
         )
         for kind in kinds:
-            labels = self.tables.labels(kind)
             yield ""
-            yield from _table(kind, *labels)
-            for name in self.systems:
-                cells = [_plain_mean(self.tables.values(kind, each, name)) for each in labels]
-                yield _row(name, *map(_number, cells))
+            yield from self._means(kind, kind, self.tables.labels(kind), list(self.systems))
         rules = self.tables.labels(ROUTING)
         routed = [name for name in self.systems if self.tables.values(ROUTING, "prices", name)]
         if routed:
             yield "\nBASE balances in training, and evaluates greedily or by the mean prices.\n"
             rules = [rule for rule in rules if self.tables.values(ROUTING, rule, routed[0])]
-            yield from _table("loss with", *rules)
-            for name in routed:
-                cells = [_plain_mean(self.tables.values(ROUTING, rule, name)) for rule in rules]
-                yield _row(name, *map(_number, cells))
+            yield from self._means("loss with", ROUTING, rules, routed)
+
+    def _means(
+        self, title: str, kind: str, labels: Sequence[str], names: Sequence[str]
+    ) -> Iterator[str]:
+        yield from _table(title, *labels, "seeds")
+        for name in names:
+            cells = [self.tables.values(kind, label, name) for label in labels]
+            means = (_number(_plain_mean(cell)) for cell in cells)
+            yield _row(self._at_all_positions(name), *means, _seeds(cells))
+
+    def _at_all_positions(self, name: str) -> str:
+        """Return a system's name beside numbers of all positions, also of those that partial
+        prediction never trains on."""
+        is_partial = self.systems[name].predicts_suffix
+        return f"{name} (also in the prefix)" if is_partial else name
 
 
 BREAKDOWN = ("position", "frequency", "repeat")
@@ -306,19 +354,6 @@ NOT_COMPARABLE = (
     "* The learning rate of every system is tuned, with as many trials; nothing else is.",
     "* Speed is of this machine; the paper's is of many GPUs with communication between them.",
 )
-
-
-def _because(claim: Claim) -> list[str]:
-    is_one_against_all = len({each.one for each in claim.comparisons}) == 1
-    words = []
-    for verdict in ("confirmed", "refuted", "undecided"):
-        those = [each for each in claim.comparisons if each.verdict == verdict]
-        if those and is_one_against_all:
-            words.append(f"{verdict} against {', '.join(each.other for each in those)}")
-        elif those:
-            pairs = ", ".join(f"{each.one} against {each.other}" for each in those)
-            words.append(f"{verdict}: {pairs}")
-    return words
 
 
 def _visible(each: Comparison) -> str:
@@ -336,6 +371,12 @@ def _mean(losses: Sequence[float]) -> str:
         return f"{mean:.3f}"
     low, high = interval(losses)
     return f"{mean:.3f} ± {(high - low) / 2:.3f}"
+
+
+def _seeds(cells: Sequence[Mapping[int, float]]) -> str:
+    """Return of how many seeds the means in a row are."""
+    least, most = (bound(map(len, cells)) for bound in (min, max))
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def _share(value: float) -> str:

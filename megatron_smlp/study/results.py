@@ -120,10 +120,24 @@ class Results:
             del self.__dict__[table]  # what is reported is what the files say, with their digits
 
     def add_speed(self, lines: list[dict[str, Any]]) -> None:
-        """Replace the quiet timing, which may be of another machine than the runs are."""
+        """Write the rounds of a quiet timing behind those of this machine's earlier ones.
+
+        All of them count, so that nobody chooses among repeated timings. Only another machine than
+        theirs, which may be another than the runs', begins the file anew: the flags of a folder's
+        systems never change (state.py). Remove speed.csv before a timing of other code or of
+        another number of steps.
+
+        Args:
+            lines: of all rounds of this timing so far, numbered from 1.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        table = pandas.DataFrame(lines).assign(hardware=hardware())
-        self._write("speed.csv", table[list(SPEED_COLUMNS)])
+        before = self.speed  # read once: as the file was before this timing
+        before = before[before["hardware"] == hardware()]
+        new = pandas.DataFrame(lines).assign(hardware=hardware())
+        if len(before):
+            new["round"] += int(before["round"].max())
+            new = pandas.concat([before, new], ignore_index=True)
+        self._write("speed.csv", new[list(SPEED_COLUMNS)])
 
     def add_evaluations(self, lines: list[dict[str, Any]]) -> None:
         """Add numbers of one checkpoint to those that it has; one found again is replaced."""

@@ -85,6 +85,17 @@ def test_at_an_edge_every_system_gets_one_more_trial(tmp_path: Path):
     assert plan.factors["switch"] == 4.0
 
 
+def test_a_best_rate_at_the_edge_is_told_once_no_trial_is_left(tmp_path: Path):
+    best = {"transformer": 1, "switch": 16, "smlp_deterministic": 0.25}
+    assert tuned(tmp_path, best).at_edge == ["switch", "smlp_deterministic"]
+
+
+def test_nothing_is_at_an_edge_before_the_trials_are_made_or_without_any(tmp_path: Path):
+    for tuning in (TUNING, None):
+        plan = state_of(write_study(tmp_path, tuning=tuning), runs=tmp_path).plan()
+        assert plan.at_edge == []
+
+
 @pytest.mark.parametrize(
     ("losses", "factor"), [([3, 4, 5], 0.5), ([5, 4, 3], 8.0), ([4, 3, 5], 1.41), ([5, 3, 4], 2.83)]
 )

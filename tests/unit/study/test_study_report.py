@@ -361,6 +361,81 @@ def test_a_timing_that_is_stopped_keeps_its_rounds(
     assert set(kept["system"]) == set(known.systems)
 
 
+def test_a_repeated_timing_adds_rounds(tmp_path: Path):
+    """To those of the same machine; another one's are gone."""
+
+    def time(step: float, *, rounds: int) -> None:
+        results = Results(tmp_path)
+        for count in range(1, rounds + 1):  # round by round, as the command writes them
+            lines = timing({"switch": [step] * count}, [0.4] * count)
+            results.add_speed([line | {"round": line["round"] + 1} for line in lines])
+
+    time(3.0, rounds=2)
+    Results(tmp_path).speed.assign(hardware="another").to_csv(tmp_path / "speed.csv", index=False)
+    time(1.0, rounds=3)
+    time(2.0, rounds=2)
+    found = Results(tmp_path).speed
+    assert list(found["round"]) == [1, 2, 3, 4, 5]
+    assert list(found["seconds_per_iteration"]) == [1.0, 1.0, 1.0, 2.0, 2.0]
+    assert set(found["hardware"]) == {hardware()}
+
+
+@pytest.mark.parametrize(("rounds", "is_said"), [(3, True), (5, False)])
+def test_a_timing_that_was_ended_is_said(known: State, tmp_path: Path, rounds: int, is_said: bool):
+    pretend(known, loss_of)
+    steps = dict.fromkeys(known.systems, [1.0] * rounds)
+    Results(tmp_path / "results").add_speed(timing(steps, [0.3, *[0.4] * (rounds - 1)]))
+    _, text = page(known, tmp_path)
+    assert ("The timing was ended after 3 of 5 rounds." in text) is is_said
+
+
+def test_a_rate_at_the_edge_of_the_trials_is_said(tmp_path: Path):
+    tuning = {"seed": 1, "horizon": "50K", "lr": [0.5, 1, 2]}
+    known = state_of(write_study(tmp_path, tuning=tuning), runs=tmp_path / "runs")
+    best = {"switch": 0.1}  # of the others, the middle one is
+    pretend(known, lambda run: loss_of(run) + abs(run.factor - best.get(run.system, 1.0)))
+    _, text = page(known, tmp_path)
+    assert known.plan().at_edge == ["switch"]
+    assert "| 0.001 (edge) |" in text
+    assert "Edge: the best rate of switch is the lowest or highest that was tried" in text
+
+
+def test_rows_say_of_how_many_seeds_and_of_which_positions_they_are(tmp_path: Path):
+    systems = ["transformer", "smlp_deterministic", "smlp_partial"]
+    known = state_of(write_study(tmp_path, systems=systems), runs=tmp_path / "runs")
+    pretend(known, loss_of)
+    lacking = {("transformer", 12), ("smlp_partial", 11), ("smlp_partial", 12)}
+    Results(tmp_path / "results").add_evaluations([
+        {"key": run.key, "system": run.system, "seed": run.seed, "kind": kind, "label": label,
+         "value": 0.5, "stderr": 0.01}
+        for run in known.plan().runs
+        for kind, label in (("task", "copa"), ("task", "piqa"), ("repeat", "new"),
+                            ("routing", "greedy"), ("routing", "prices"))
+        if run.horizon == known.study.longest and (run.system, run.seed) not in lacking
+        and (run.system, run.seed, label) != ("smlp_deterministic", 13, "piqa")
+        and (run.system, label) != ("transformer", "prices")
+    ])  # fmt: skip
+    text = page(known, tmp_path)[1]
+    assert "| transformer | 50.0 ± 1.0 | 50.0 ± 1.0 | 2 |" in text
+    assert "| smlp_deterministic | 50.0 ± 1.0 | 50.0 ± 1.0 | 2 to 3 |" in text
+    assert "| smlp_partial (also in the prefix) | 50.0 ± 1.0 | 50.0 ± 1.0 | 1 |" in text
+    assert "| smlp_partial (also in the prefix) | 0.5 | 1 |" in text
+    assert "| smlp_deterministic | 0.5 | 0.5 | 3 |" in text
+
+
+def test_two_rules_of_one_part_are_named_apart(tmp_path: Path):
+    systems = ["gmlp", "smlp_deterministic", "smlp_partial"]
+    ablations = [["smlp_deterministic", "smlp_partial"], ["smlp_partial", "gmlp"]]
+    path = write_study(
+        tmp_path, systems=systems, ablations=ablations, **{"needed-flops-tolerance": 0.1}
+    )
+    known = state_of(path, runs=tmp_path / "runs")
+    pretend(known, loss_of)
+    text = page(known, tmp_path)[1]
+    assert "smlp_deterministic against smlp_partial (two rules of one part)" in text
+    assert "smlp_partial against gmlp;" in text or "smlp_partial against gmlp |" in text
+
+
 def test_claims_are_those_that_the_systems_can_decide(tmp_path: Path):
     """Dense ones alone, and a subject that is no sMLP: it has no rival in itself."""
     path = write_study(
