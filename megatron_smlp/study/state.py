@@ -122,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def description(study: Study, systems: Mapping[str, System], identity: str) -> dict[str, Any]:
     """Return all that the runs of a study are decided by, as plain JSON."""
     asked = dataclasses.asdict(study)
-    del asked["speed"]  # A timing is made anew as a whole, with more rounds if it has to be.
+    del asked["speed"]  # More rounds may be added at any time.
     content = {
         "study": asked,
         "flags": {name: dict(system.flags) for name, system in systems.items()},
