@@ -1,7 +1,7 @@
 """A copy of the tokenizer in a run's folder, for a checkpoint that is read somewhere else.
 
-Checkpoints record absolute paths. Where there is nothing any more, as on another machine, the copy
-is read: `SAVE/tokenizer/`, beside the `iter_*` folders.
+Checkpoints record absolute paths, or names of the Hugging Face hub. For a name, and where a path is
+gone, as on another machine, the copy is read: `SAVE/tokenizer/`, beside the `iter_*` folders.
 """
 
 from __future__ import annotations
@@ -24,23 +24,37 @@ def keep_tokenizer(args: argparse.Namespace, run: Path) -> None:
     Raises:
         OSError: a file cannot be read or written.
     """
-    given = (getattr(args, name, None) for name in FLAGS)
-    sources = [Path(path) for path in given if path and Path(path).exists()]
+    given = [path for name in FLAGS if (path := getattr(args, name, None))]
+    sources = {Path(path).name: source for path in given if (source := _on_this_machine(path))}
     if not sources or (run / FOLDER).exists():
         return
     partial = run / f".{FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    for source in sources:
+    for name, source in sources.items():
         if source.is_file():
-            shutil.copy(source, partial)
+            shutil.copy(source, partial / name)
             continue
-        (partial / source.name).mkdir()
+        (partial / name).mkdir()
         for path in source.iterdir():
             if path.is_file() and path.suffix in SUFFIXES:
-                shutil.copy(path, partial / source.name)
+                shutil.copy(path, partial / name)
     flush_folder(partial)
     replace_folder(partial, run / FOLDER)
+
+
+def _on_this_machine(path: str) -> Path | None:
+    """Return the file or folder, or what the hub's cache has of the name that training read."""
+    if Path(path).exists():
+        return Path(path)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(path, "tokenizer_config.json")
+    except HFValidationError:  # of no repository
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def found_tokenizer(path: str, run: Path) -> str:

@@ -40,7 +40,8 @@ def test_two_files_are_copied(tmp_path: Path, original: Path):
     assert found == [f"{FOLDER}/merges.txt", f"{FOLDER}/tokenizer.json"]
 
 
-def test_a_name_of_the_hub_is_no_file(tmp_path: Path):
+def test_a_name_of_the_hub_is_no_file(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     assert kept(tmp_path / "run", tokenizer_model="gpt2") == []
 
 
@@ -59,3 +60,24 @@ def test_the_copy_is_read_where_the_original_is_not(tmp_path: Path, original: Pa
     shutil.rmtree(original)
     assert found_tokenizer(recorded, run) == str(run / FOLDER / "books")
     assert found_tokenizer("gpt2", run) == "gpt2"
+
+
+def test_a_name_of_the_hub_is_copied_from_its_cache(tmp_path: Path, monkeypatch):
+    """As transformers leaves it there; the copy is read without a network."""
+    repository = tmp_path / "cache" / "models--owner--Tokenizer-1"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123", encoding="utf-8")
+    for name in ("tokenizer_config.json", "tokenizer.json", "model.safetensors"):
+        (snapshot / name).write_text("{}", encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    run.mkdir()
+    keep_tokenizer(Namespace(tokenizer_model="owner/Tokenizer-1"), run)
+    found = Path(found_tokenizer("owner/Tokenizer-1", run))
+    assert found == run / FOLDER / "Tokenizer-1"
+    assert {path.name for path in found.iterdir()} == {"tokenizer_config.json", "tokenizer.json"}
+    for other in ("owner/Another", "no/such/repository"):
+        keep_tokenizer(Namespace(tokenizer_model=other), tmp_path / "cache")
+    assert not (tmp_path / "cache" / FOLDER).exists()
