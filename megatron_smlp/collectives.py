@@ -9,8 +9,13 @@ import torch
 
 def from_first_rank(value: Any) -> Any:
     """Rank 0's value, on every rank."""
+    return from_rank(value, 0)
+
+
+def from_rank(value: Any, rank: int) -> Any:
+    """Return a rank's value, on every rank."""
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=rank)
     return box[0]
 
 

@@ -21,8 +21,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_smlp.routers.balance_loss import balance_loss
 from megatron_smlp.routers.statistics import CountedRouter
-from megatron_smlp.routers.switch import balance_loss
 
 
 class Choice(NamedTuple):

@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_smlp.routers.balance_loss import balance_loss
 from megatron_smlp.routers.capacity import within_capacity
 from megatron_smlp.routers.token_router import Choices, TokenRouter
 
@@ -70,15 +71,3 @@ class SwitchRouter(TokenRouter):
 
     def aux_loss(self, scores: Tensor, first: Tensor) -> Tensor:
         return balance_loss(scores.softmax(dim=-1), first)
-
-
-def balance_loss(probabilities: Tensor, first: Tensor) -> Tensor:
-    """E sum_e f_e P_e, or the part of it that n of the N tokens give.
-
-    probabilities: <fp32>[n, E]; first: <int64>[N], the first choices of the whole group.
-    """
-    num_experts, count = probabilities.shape[1], max(1, len(first))
-    # Not bincount, which waits for the device to learn how many bins there are.
-    share = probabilities.new_zeros(num_experts)
-    share.index_add_(0, first, torch.ones_like(first, dtype=share.dtype))
-    return num_experts * (share / count * probabilities.sum(dim=0)).sum() / count

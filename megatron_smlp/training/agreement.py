@@ -21,8 +21,6 @@ import torch
 from megatron.training import get_signal_handler, training
 from torch import Tensor
 
-from megatron_smlp.errors import NonFiniteLossError
-
 
 @dataclass(frozen=True)
 class Agreed:
@@ -81,25 +79,3 @@ class StepAgreement:
     def _is_late(self) -> bool:
         limit = self.args.exit_duration_in_mins
         return bool(limit) and time.time() - training._TRAIN_START_TIME > 60 * limit
-
-
-def may_update(
-    args: argparse.Namespace, agreement: StepAgreement, say: Callable[[str], None]
-) -> bool:
-    """Return whether the step's losses were finite, the same on all ranks: --nonfinite-loss.
-
-    Raises:
-        NonFiniteLossError: on every rank, where --nonfinite-loss is stop.
-    """
-    rank = agreement.read().nonfinite_rank
-    if rank is None:
-        return True
-    message = f"non-finite loss on rank {rank} at iteration {args.curr_iteration + 1}"
-    if args.nonfinite_loss == "stop":
-        raise NonFiniteLossError(
-            f"{message}: stopped before the update (--nonfinite-loss stop). Lower --lr or "
-            "--clip-grad, check the data there, or go on without such steps by "
-            "--nonfinite-loss skip."
-        )
-    say(f"{message}: this step's update is skipped")
-    return False

@@ -21,13 +21,14 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 
 from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.checkpoints.claim import Before
-from megatron_smlp.collectives import from_first_rank
+from megatron_smlp.collectives import from_first_rank, from_rank
 from megatron_smlp.megatron_patches import tensorboard
 from megatron_smlp.routers.base import other_evaluation, update_prices
 from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.systems import SCORING
 from megatron_smlp.training.compute import Compute
 from megatron_smlp.training.console import RunConsole
+from megatron_smlp.training.curves import run_curves, to_writers
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.parameter_count import check_parameters
 from megatron_smlp.training.restart_report import Restart, restart, restart_line
@@ -35,11 +36,16 @@ from megatron_smlp.training.router_report import (
     Loads,
     router_records,
     router_texts,
-    to_writers,
     write_scalars,
 )
 from megatron_smlp.training.slow_hosts import SlowHosts
-from megatron_smlp.training.speed import StepClock, WallClock, device_peak_tflops, duration
+from megatron_smlp.training.speed import (
+    StepClock,
+    WallClock,
+    device_peak_tflops,
+    duration,
+    speed_fields,
+)
 from megatron_smlp.training.step import ForwardStep
 
 PERPLEXITY_LIMIT = 700.0  # exp() of a loss above this overflows
@@ -208,12 +214,12 @@ class Reporter:
     def _log_step(
         self, losses: dict[str, torch.Tensor], *, iteration: int, **of_step: float | None
     ) -> None:
-        numbers = _to_first_rank(losses)
+        numbers = _numbers(losses)
         loads = self.statistics.take(training=True)
         self._tell_loads(loads, iteration=iteration)
         flops_per_token = self.compute.add(loads, tokens=self._tokens())
         progress, speed = self._progress(), self._speed(iteration, flops_per_token)
-        to_writers(_for_writers(progress | speed), iteration=iteration)
+        to_writers(run_curves(progress | speed), iteration=iteration)
         slow = self._tell_slow_hosts(step=speed["seconds_per_iteration"] or 0.0)
         if not self.first_rank:
             return
@@ -277,18 +283,15 @@ class Reporter:
         }
 
     def _speed(self, iteration: int, flops_per_token: float) -> dict[str, float | None]:
-        steps = max(1, self.clock.steps)
-        seconds = self.clock.pop_seconds_per_step()
-        tokens = get_current_global_batch_size() * self.args.seq_length / seconds
-        tflops = tokens * flops_per_token / 1e12 / self.args.world_size
-        return {
-            "seconds_per_iteration": seconds,
-            "tokens_per_second": tokens,
-            "tflops_per_device": tflops,
-            "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
-            "data_wait_share": self.step.pop_data_seconds() / steps / seconds,
-            "eta_seconds": (self.args.train_iters - iteration) * seconds,
-        }
+        return speed_fields(
+            self.clock,
+            tokens=get_current_global_batch_size() * self.args.seq_length,
+            flops_per_token=flops_per_token,
+            devices=self.args.world_size,
+            waited=self.step.pop_data_seconds(),
+            left=self.args.train_iters - iteration,
+            peak=self.peak_tflops,
+        )
 
     def _line(self, record: dict[str, Any], loads: Loads) -> str:
         norm = record["grad_norm"]
@@ -321,7 +324,7 @@ class Reporter:
         self, losses: dict[str, torch.Tensor], *, iteration: int, title: str, seconds: float
     ) -> None:
         self.clock.exclude(seconds)
-        numbers = _to_first_rank(losses)
+        numbers = _numbers(losses)
         for way, loads in self.evaluated.items():
             self._tell_loads(loads, iteration=iteration, title=f"{title}{way}")
         if not self.first_rank:
@@ -362,12 +365,6 @@ def _evaluation_line(record: dict[str, Any], title: str, loads: Loads) -> str:
     return " | ".join([*texts, *router_texts(loads), f"{record['seconds']:.1f} s"])
 
 
-def _for_writers(numbers: dict[str, Any]) -> dict[str, float]:
-    """Return what Megatron's own curves lack."""
-    names = ("tokens_per_second", "tflops_per_device", "mfu", "consumed_tokens")
-    return {f"run/{name}": numbers[name] for name in names if numbers[name] is not None}
-
-
 def _unless_empty(name: str, loads: Loads) -> dict[str, Any]:
     return {name: router_records(loads)} if loads else {}
 
@@ -384,14 +381,13 @@ def _loss_fields(title: str, losses: dict[str, float]) -> dict[str, float]:
     return fields
 
 
-def _to_first_rank(losses: dict[str, torch.Tensor]) -> dict[str, float]:
+def _numbers(losses: dict[str, torch.Tensor]) -> dict[str, float]:
     """Return the last pipeline stage's numbers, on every rank; keys have one order everywhere."""
+    numbers = {name: float(value) for name, value in losses.items()}
     if mpu.get_pipeline_model_parallel_world_size() == 1:
-        return {name: float(value) for name, value in losses.items()}
-    last = torch.distributed.get_world_size() - 1
-    box = [{name: float(value) for name, value in losses.items()}]
-    torch.distributed.broadcast_object_list(box, src=last)
-    return box[0]
+        return numbers
+    last: dict[str, float] = from_rank(numbers, torch.distributed.get_world_size() - 1)
+    return last
 
 
 def perplexity(loss: float) -> float:

@@ -1,16 +1,12 @@
-"""The routers' numbers for a reader: on the console, in metrics.jsonl, TensorBoard and W&B.
-
-Megatron opens the writers of TensorBoard and W&B on the last rank; every rank knows the numbers.
-"""
+"""The routers' numbers for a reader: on the console, in metrics.jsonl, TensorBoard and W&B."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
-
 from megatron_smlp.routers.statistics import RouterKey, RouterLoad
+from megatron_smlp.training.curves import to_writers
 
 Loads = Mapping[RouterKey, RouterLoad]
 
@@ -76,13 +72,3 @@ def write_scalars(loads: Loads, *, iteration: int, title: str = "") -> None:
         for name, value in scalars(load)
     }
     to_writers(values, iteration=iteration)
-
-
-def to_writers(values: Mapping[str, float], *, iteration: int) -> None:
-    """Numbers to TensorBoard and W&B, on the rank that has them."""
-    tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
-    if tensorboard:
-        for name, value in values.items():
-            tensorboard.add_scalar(name, value, iteration)
-    if wandb and values:
-        wandb.log(values, iteration)

@@ -15,7 +15,8 @@ from megatron_smlp.checkpoints.loading import choose_checkpoint
 from megatron_smlp.checkpoints.saving import Saving
 from megatron_smlp.megatron_patches import checkpointing, rank_messages, tensorboard, training_loop
 from megatron_smlp.platform import allocator, cpu
-from megatron_smlp.training.agreement import StepAgreement, may_update
+from megatron_smlp.training.agreement import StepAgreement
+from megatron_smlp.training.nonfinite import may_update
 from megatron_smlp.training.reporting import Reporter, Tasks
 from megatron_smlp.training.signals import StartUp, graceful_signals
 from megatron_smlp.training.step import ForwardStep

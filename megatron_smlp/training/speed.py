@@ -1,4 +1,4 @@
-"""The speed of a run: wall time of its steps, and the peak of the device that they run on."""
+"""The speed of a run: wall time of its steps, tokens/s, FLOP/s, and their share of the peak."""
 
 from __future__ import annotations
 
@@ -44,6 +44,37 @@ class StepClock:
         steps = max(1, self.steps)
         self.restart()
         return seconds / steps
+
+
+def speed_fields(
+    clock: StepClock,
+    *,
+    tokens: int,
+    flops_per_token: float,
+    devices: int,
+    waited: float,
+    left: int,
+    peak: float | None,
+) -> dict[str, float | None]:
+    """Return the speed since the last line of metrics.jsonl, as its fields, and restart the clock.
+
+    Args:
+        tokens: of a step; flops_per_token: of all devices.
+        waited: seconds in which rank 0 waited for data.
+        left: steps to the end.
+        peak: TFLOP/s of a device, where it is known.
+    """
+    steps = max(1, clock.steps)
+    seconds = clock.pop_seconds_per_step()
+    tflops = tokens * flops_per_token / seconds / 1e12 / devices
+    return {
+        "seconds_per_iteration": seconds,
+        "tokens_per_second": tokens / seconds,
+        "tflops_per_device": tflops,
+        "mfu": tflops / peak if peak else None,
+        "data_wait_share": waited / steps / seconds,
+        "eta_seconds": left * seconds,
+    }
 
 
 class WallClock:

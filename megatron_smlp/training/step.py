@@ -19,16 +19,12 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.utils import (
-    get_attr_wrapped_model,
-    get_batch_on_this_tp_rank,
-    get_model_config,
-)
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from megatron_smlp.options import prefix_length, suffix_start
+from megatron_smlp.routers.balance_loss import scale_balance_losses
 from megatron_smlp.routers.draws import sample_keys
 from megatron_smlp.routers.gshard import attach_samples
 from megatron_smlp.routers.statistics import RouterStatistics
@@ -162,20 +158,6 @@ def _masked_sum(losses: Tensor, mask: Tensor, *, start: int = 0) -> tuple[Tensor
 def _report(loss: Tensor, num_tokens: Tensor) -> Tensor:
     """Return sum and count, <fp32>[2], which Megatron averages over micro-batches and ranks."""
     return torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
-
-
-def scale_balance_losses(model: Any) -> None:
-    """Weigh balance losses as the main loss; Megatron does so only where there are token experts.
-
-    Partial prediction has such a loss without them.
-    """
-    config = get_model_config(model)
-    scale = torch.ones(1, device=torch.cuda.current_device())
-    if config.grad_scale_func is not None:
-        scale = config.grad_scale_func(scale)
-    if not config.calculate_per_token_loss:
-        scale = scale / get_num_microbatches()
-    MoEAuxLossAutoScaler.set_loss_scale(scale)
 
 
 def next_batch(

@@ -12,10 +12,10 @@ from support.in_process import layer_config
 from support.routers import COEFFICIENT, SIX, make_router, probable
 from torch import Tensor, nn
 
+from megatron_smlp.routers.balance_loss import balance_loss
 from megatron_smlp.routers.draws import sample_keys
 from megatron_smlp.routers.gshard import attach_samples
 from megatron_smlp.routers.hash import attach_token_ids, random_table
-from megatron_smlp.routers.switch import balance_loss
 from megatron_smlp.systems import token_router_class
 
 pytestmark = pytest.mark.usefixtures("megatron")

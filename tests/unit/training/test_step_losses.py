@@ -10,12 +10,8 @@ from support.in_process import layer_config
 from torch import Tensor, nn
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.training.step import (
-    SUFFIX_LOSS,
-    WHOLE_LOSS,
-    ForwardStep,
-    scale_balance_losses,
-)
+from megatron_smlp.routers.balance_loss import scale_balance_losses
+from megatron_smlp.training.step import SUFFIX_LOSS, WHOLE_LOSS, ForwardStep
 
 PARTIAL = """
     --architecture smlp --num-dense-layers 2 --feature-router partial --num-feature-experts 4
