@@ -105,8 +105,8 @@ def naming_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def systems_errors(path: Path) -> Iterator[None]:
-    """Raise as OSError, with a file's name, what a library in Rust says in the text of an error of
-    its own: `... (os error 28)`."""
+    """Turn an error of a library in Rust whose text has `(os error 28)` into an OSError that names
+    the file."""
     try:
         yield
     except OSError:

@@ -7,10 +7,9 @@ that must be free, which a file system does once, also a shared one.
 Whether another owner is alive is not judged by clocks, which differ between machines, but by its
 process, where that is on this machine, and else by watching its heartbeat for LIFETIME.
 
-An owner that was taken for dead and comes back is refused: `check` is called before each rename by
-which something gets its name, and what was to be renamed existed before. A new owner first takes
-its number and then removes what it finds of that kind (folders.tidy), so that a rename after its
-claim fails, and one before it is seen by it.
+An owner that was taken for dead and comes back is refused: `check` is called before each rename
+that publishes something. A new owner first takes its number and then removes the unfinished folders
+that it finds (folders.tidy): a rename of the old owner's fails after that, and is seen before it.
 """
 
 from __future__ import annotations
@@ -159,8 +158,8 @@ class Claim:
     def _watch(self, number: int, owner: Owner | None) -> None:
         """Return when the owner has been silent for a lifetime, or is known to have ended.
 
-        A claim that cannot be read at the moment, as a file system between machines may have it, is
-        nobody's death.
+        A claim that cannot be read for a moment, as on a file system between machines, does not
+        mean that its owner is dead.
 
         Raises:
             UsageError: it beats.

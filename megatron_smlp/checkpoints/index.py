@@ -128,9 +128,9 @@ def are_sizes(values: Any) -> bool:
 def tile(pieces: Sequence[Box], size: Sequence[int]) -> bool:
     """Return true if boxes cover a box from the origin of this size, each place of it once.
 
-    By their volumes, and by their corners: those that an odd number of boxes has are the corners of
-    what an odd number of boxes covers. Where that is the whole, every place is covered at least
-    once, and where the volumes add up to its own, exactly once. No pair of boxes is compared.
+    A point that is a corner of an odd number of boxes is a corner of what an odd number of boxes
+    covers. If these are the corners of the whole, every place is covered at least once; if the
+    volumes add up to that of the whole too, exactly once. No pair of boxes is compared.
     """
     dimensions = len(size)
     if any(not are_sizes(part) or len(part) != dimensions for box in pieces for part in box):

@@ -117,7 +117,7 @@ class TorchDistReader:
 
 
 class _Part(_ReaderView):
-    """Some bytes of a file as a file of their own; torch's counts backwards from the end."""
+    """A part of a file as a file; torch's class has the wrong sign for offsets from the end."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         if whence == os.SEEK_END:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from megatron_smlp.checkpoints.folders import iteration_folder
+from megatron_smlp.checkpoints.folders import MODEL, iteration_folder
 from megatron_smlp.checkpoints.model_record import model_flags, read_model_flags
 from megatron_smlp.checkpoints.run_record import START_FLAGS, plain, read_run_record
 from megatron_smlp.collectives import from_first_rank
@@ -43,7 +43,14 @@ def compare_run(args: argparse.Namespace, iteration: int, say: Callable[[str], N
     Raises:
         UsageError: a dataset holds something else.
     """
-    record = read_run_record(iteration_folder(args.load, iteration)) if args.rank == 0 else None
+    folder = iteration_folder(args.load, iteration)
+    if not (folder / MODEL).exists():
+        say(
+            f"WARNING: {folder} has no {MODEL}: it was not written by this program, nothing "
+            "compares its model with the flags, and tensors of Megatron's own layers have other "
+            "names (docs/from-megatron-lm.md)"
+        )
+    record = read_run_record(folder) if args.rank == 0 else None
     if record and (changed := _changes(record, args)):
         say(f"changed since iteration {iteration}: {', '.join(changed)}")
     found = from_first_rank(_other_data(record, args) if record else [])

@@ -11,8 +11,9 @@ from megatron_smlp.durable import remove_folder
 def superfluous(run: str | Path, *, newest: int, last: int | None, every: int | None) -> list[int]:
     """Return the iterations to delete: not among the last few, and no multiple to keep.
 
-    What is later than the newest belongs to another run, or is about to be replaced: it stays. So
-    do links, and what is not whole: it does not count, and somebody may want to look at it.
+    What is later than the newest belongs to another run, or is about to be replaced: it stays.
+    Links and incomplete checkpoints stay too, and are not counted: somebody may want to inspect
+    them.
 
     Args:
         newest: iteration that was just saved.

@@ -85,8 +85,8 @@ class Saving:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Hold the folder during a run. It is made now, and not again if it vanishes: an unmounted
-        disk's would be another one.
+        """Hold the folder during a run. It is made once: where it vanishes because a disk was
+        unmounted, a new one would be on another disk.
 
         Raises:
             UsageError: it cannot be made.
@@ -239,7 +239,7 @@ class Saving:
             iteration = iteration_of(save.final)
             tracked = save.final.name if iteration is None else str(iteration)
             write_durably(save.final.parent / TRACKER, tracked, before_rename=self._fence)
-            self._fence()  # what retention deletes is not ours to judge otherwise
+            self._fence()  # after a takeover the new owner decides what is deleted
         except TakenOverError as error:
             return [error]
         except OSError as error:

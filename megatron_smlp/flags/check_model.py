@@ -1,4 +1,4 @@
-"""Is this a model that can be built? Shapes and layouts of the layers, before anything is."""
+"""Check, before anything is built, that shapes and layout make a possible model."""
 
 from __future__ import annotations
 

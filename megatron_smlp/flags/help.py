@@ -110,7 +110,7 @@ def flags_page() -> str:
     for title, options in GROUPS.items():
         lines += [f"\n## {title}\n", "| flag | for | default | meaning |", "|---|---|---|---|"]
         for name, allowed, default, meaning in rows(options):
-            shown = f" {allowed}" if allowed.startswith("{") else ""
+            shown = f" {allowed}" if allowed else ""
             facts = OUR_FLAGS[name]
             owners = [
                 *(*facts.architectures, *facts.token_routers),

@@ -6,8 +6,9 @@
     g += attention(x)              aMLP only: layers/tiny_attention.py
     y  = (u1 * g) V                V: F x D
 
-Init: M ~ U(-1e-3/T, 1e-3/T), b = 1, so that the block starts as a plain FFN. Rows of M are absolute
-positions: a shorter sequence uses M[:t, :t] and b[:t], so batches are padded on the right.
+Init: M ~ U(-1e-3/T, 1e-3/T), as in g-mlp-pytorch (the paper: near zero), and b = 1: a block starts
+as a plain FFN. Rows of M are absolute positions: a shorter sequence uses M[:t, :t] and b[:t], so
+batches are padded on the right.
 
 Tensor parallelism shards the features, never the tokens: whole heads where tp divides h; a single
 head is split over the whole TP group, M is then the same on all its ranks, and its gradient and the

@@ -1,4 +1,4 @@
-"""Calls of our steps around saving and loading, from Megatron's functions, on every device.
+"""Hook our steps around saving and loading into Megatron's functions, on every device.
 
 The functions, and why each is replaced: table.py.
 """
@@ -133,7 +133,8 @@ def _naming_the_file(write: Callable[..., Any]) -> Any:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Free what was being written now: in a circle the order is wrong, which Python reports."""
+    """Free what was being written now: the collector of circles would free the writer after its
+    file, and Python would report that."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__

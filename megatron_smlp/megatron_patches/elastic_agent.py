@@ -1,4 +1,4 @@
-"""torchrun's agent is another one, and judges by its own clock who is gone.
+"""Replace torchrun's agent by ours, and judge by the own clock which machines are gone.
 
 In force in the process of an agent alone (launching/agent.py), never in a rank.
 """

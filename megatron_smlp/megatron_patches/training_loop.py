@@ -1,4 +1,4 @@
-"""Calls of an observer, and of the guard of updates, from `megatron.training`'s loop.
+"""Hook an observer and a guard of updates into `megatron.training`'s loop.
 
 The loop offers no callbacks, so seven of its module-level functions are wrapped; each wrapper calls
 the original with its own arguments. tests/contract holds their signatures.

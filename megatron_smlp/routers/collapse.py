@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from megatron_smlp.routers.statistics import RouterKey, RouterLoad
 
 COLLAPSED = 0.8
-"""Entropy of the load, as a share of log E, under which it has."""
+"""A router has collapsed where the entropy of its load is under this share of log E."""
 
 
 class CollapseWatch:

@@ -199,7 +199,9 @@ class Drawing:
         figure = Figure(figsize=(7.4, 5.2), layout="constrained", dpi=DPI)
         panel = figure.subplots()
         trials = self.tables.runs[self.tables.runs["phase"] == "tuning"]
-        for name, look in self.looks.items():
+        names = [name for name in self.looks if name in set(trials["system"])]
+        for name in names:
+            look = self.looks[name]
             own = trials[trials["system"] == name].sort_values("factor")
             finite = own[np.isfinite(own["loss"].astype(float))]
             panel.plot(finite["lr"], finite["loss"], marker="o", markersize=3.5, **look)
@@ -225,7 +227,7 @@ class Drawing:
             for name, system in self.systems.items()
             if system.predicts_suffix
         }
-        self._legend(figure, note, labels=labels)
+        self._legend(figure, note, names, labels=labels)
         return figure
 
     def speedups(self, comparisons: Sequence[Comparison]) -> Figure:

@@ -201,9 +201,8 @@ def experts_of_training_data(args: argparse.Namespace) -> Tensor:
 
 
 def may_be_padded(args: argparse.Namespace) -> bool:
-    """Return whether samples may end in padding: all other batches are full, as Megatron leaves an
-    incomplete last sample out of them.
-    """
+    """Return whether samples may end in padding. Only full validation pads: elsewhere Megatron
+    drops an incomplete last sample."""
     return bool(args.full_validation)
 
 

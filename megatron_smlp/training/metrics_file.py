@@ -51,7 +51,7 @@ class MetricsFile:
         numbers = [n for n in map(_iteration_of, lines) if math.isfinite(n)]
         written = self.path.stat().st_mtime
         with self.lost.tolerated():
-            self.path.touch()  # a change of nothing, dated by the same clock
+            self.path.touch()  # for the file system's own clock
             return int(max(numbers, default=0)), self.path.stat().st_mtime - written
         return int(max(numbers, default=0)), None
 

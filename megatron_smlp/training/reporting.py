@@ -21,6 +21,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 
 from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.checkpoints.claim import Before
+from megatron_smlp.checkpoints.folders import tracked_iteration
 from megatron_smlp.collectives import from_first_rank, from_rank
 from megatron_smlp.megatron_patches import tensorboard
 from megatron_smlp.routers.base import other_evaluation, update_prices
@@ -122,8 +123,11 @@ class Reporter:
                 raise
 
     def _farewell(self) -> str:
-        where = f"saved to {self.args.save}" if self.last_saved else "nothing was saved"
-        again = "; the same command goes on from there" if self.last_saved else ""
+        # Megatron saves formats of its own by itself.
+        by_megatron = self.args.save if self.args.ckpt_format != "torch_dist" else None
+        is_saved = self.last_saved or (by_megatron and tracked_iteration(by_megatron))
+        where = f"saved to {self.args.save}" if is_saved else "nothing was saved"
+        again = "; the same command goes on from there" if is_saved else ""
         done = getattr(self.args, "curr_iteration", None)  # none before the first step begins
         when = "before the first iteration" if done is None else f"at iteration {done + 1}"
         return f"stopped {when}: {where}{again}"

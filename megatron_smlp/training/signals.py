@@ -75,7 +75,7 @@ class StartUp(contextlib.AbstractContextManager["StartUp"]):
 
 
 def _left_to_the_thread(signum: int, frame: FrameType | None) -> None:
-    """Do nothing: without a handler of Python's no byte comes through the pipe."""
+    """Do nothing: unless Python has a handler, it writes nothing to the pipe."""
 
 
 @contextlib.contextmanager

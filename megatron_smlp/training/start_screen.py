@@ -25,7 +25,7 @@ PRECISIONS = ("bf16", "fp16")
 
 
 def print_dry_run(args: argparse.Namespace, console: Console) -> None:
-    """Return the resolved configuration, the layers with both slots, parameters and FLOPs."""
+    """Print the resolved configuration, the layer table, parameters and FLOPs."""
     shape = ModelShape.from_args(args)
     resolved = {name: getattr(args, name) for name in sorted(args.explicit_flags)}
     console.print("Configuration (flags and --config; everything else is Megatron's default)")
@@ -42,10 +42,10 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def layer_table(args: argparse.Namespace, shape: ModelShape) -> Table:
-    """One row for equal layers after one another: both slots, then of each of them parameters and
-    forward GFLOPs a sequence, in full squares and without what lies above the diagonals.
+    """Return a row for each run of equal layers: both slots, then of one of them the parameters and
+    the forward GFLOPs a sequence, with full squares and with lower triangles.
 
-    Words are broken where it is narrow, numbers never.
+    A narrow terminal wraps words, never numbers.
     """
     table = Table(title="Layers", title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)

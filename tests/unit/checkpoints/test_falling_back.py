@@ -9,6 +9,7 @@ from support.checkpoints import assert_ends_like, flip_a_bit, pretrain
 
 from megatron_smlp.checkpoints.folders import (
     MARKER,
+    MODEL,
     RUN,
     SUMS,
     TRACKER,
@@ -103,12 +104,13 @@ def test_weights_of_another_folder_and_of_megatron(
 ):
     """--finetune falls back too, leaves --load as it is, and takes one without checksums."""
     flip_a_bit(iteration_folder(run, 6) / "__0_0.distcp")
-    for name in (SUMS, MARKER, RUN):
+    for name in (SUMS, MARKER, RUN, MODEL):
         (iteration_folder(run, 4) / name).unlink()
     before = sorted(path.name for path in run.iterdir())
     pretrain(f"--load {run} --finetune --save {tmp_path / 'tuned'} --exit-interval 2")
     output = capfd.readouterr().out
     assert f"{iteration_folder(run, 4)} has no checksums" in output
+    assert f"WARNING: {iteration_folder(run, 4)} has no model.json: it was not written by" in output
     assert sorted(path.name for path in run.iterdir()) == before
     assert tracked_iteration(run) == 6
     assert iterations(tmp_path / "tuned") == [2]
