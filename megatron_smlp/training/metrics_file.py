@@ -30,12 +30,10 @@ class MetricsFile:
         Returns:
             the last record of a step that stays; empty where there is none.
         """
-        if self.path is None or not self.path.exists():
-            return {}
-        before = self.path.read_text(encoding="utf-8")
+        before = self._text()
         kept = [line for line in before.splitlines() if _iteration_of(line) <= iteration]
         after = "".join(f"{line}\n" for line in kept)
-        if after != before:
+        if self.path and after != before:
             with self.lost.tolerated():
                 write_durably(self.path, after)
         records = map(json.loads, reversed(kept))  # Those of restarts have no wall time.
@@ -47,8 +45,7 @@ class MetricsFile:
         clock of the file system; None where there is no file."""
         if self.path is None or not self.path.exists():
             return 0, None
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        numbers = [n for n in map(_iteration_of, lines) if math.isfinite(n)]
+        numbers = [n for n in map(_iteration_of, self._text().splitlines()) if math.isfinite(n)]
         written = self.path.stat().st_mtime
         with self.lost.tolerated():
             self.path.touch()  # for the file system's own clock
@@ -57,13 +54,15 @@ class MetricsFile:
 
     def holds(self, prefix: str, *, iteration: int) -> bool:
         """Return whether a record of this iteration has a value whose name begins so."""
-        if self.path is None or not self.path.exists():
-            return False
-        records = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
         return any(
             record["iteration"] == iteration and any(name.startswith(prefix) for name in record)
-            for record in records
+            for record in map(json.loads, self._text().splitlines())
         )
+
+    def _text(self) -> str:
+        if self.path is None or not self.path.exists():
+            return ""
+        return self.path.read_text(encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record, whole or not at all; on a full disk it is lost, and the run lives on."""

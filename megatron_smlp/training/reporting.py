@@ -17,12 +17,12 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
 from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.checkpoints.claim import Before
 from megatron_smlp.checkpoints.folders import tracked_iteration
 from megatron_smlp.collectives import from_first_rank, from_rank
+from megatron_smlp.data.blending import has_data
 from megatron_smlp.megatron_patches import tensorboard
 from megatron_smlp.routers.base import other_evaluation, update_prices
 from megatron_smlp.routers.collapse import CollapseWatch
@@ -105,6 +105,10 @@ class Reporter:
         self.clock = StepClock()
         self.wall = WallClock()
         self.last_saved: int | None = None
+        self.validated_at: int | None = None
+        """Iteration of a validation that an earlier start has logged; Megatron makes it again."""
+        self.tokens_before = 0
+        """Tokens of training up to the last line."""
         self.evaluated: dict[str, Loads] = {}
         """Loads of the routers in each pass of the last evaluation."""
         self.is_complete = False
@@ -163,6 +167,7 @@ class Reporter:
         from_first_rank(None)
         self.begins()
         self.clock.restart()
+        self.tokens_before = self._tokens()
 
     def _end_if_complete(self, iteration: int) -> None:
         """End a run that was at its end before, which Megatron would validate on other samples.
@@ -183,9 +188,13 @@ class Reporter:
             raise SystemExit(0)
 
     def _is_validated(self, iteration: int) -> bool:
+        """Return whether nothing is left to evaluate either."""
         if not self.metrics or not self.args.eval_iters:
             return bool(self.metrics)
-        return self.metrics.holds("validation_", iteration=iteration)
+        if self.metrics.holds("validation_", iteration=iteration):
+            self.validated_at = iteration
+        is_tested = self.metrics.holds("test_", iteration=iteration)
+        return self.validated_at is not None and (is_tested or not has_data(self.args, "test"))
 
     def stepped(
         self, losses: dict[str, torch.Tensor], *, iteration: int, skipped: bool, **of_step: Any
@@ -287,9 +296,11 @@ class Reporter:
         }
 
     def _speed(self, iteration: int, flops_per_token: float) -> dict[str, float | None]:
+        tokens, before = self._tokens(), self.tokens_before
+        self.tokens_before = tokens
         return speed_fields(
             self.clock,
-            tokens=get_current_global_batch_size() * self.args.seq_length,
+            tokens=tokens - before,
             flops_per_token=flops_per_token,
             devices=self.args.world_size,
             waited=self.step.pop_data_seconds(),
@@ -331,7 +342,8 @@ class Reporter:
         numbers = _numbers(losses)
         for way, loads in self.evaluated.items():
             self._tell_loads(loads, iteration=iteration, title=f"{title}{way}")
-        if not self.first_rank:
+        is_logged = iteration == self.validated_at and title.startswith("validation")
+        if not self.first_rank or is_logged:
             return
         record = {"iteration": iteration, **_loss_fields(title, numbers), **self._progress()}
         record["seconds"] = seconds

@@ -59,17 +59,19 @@ def speed_fields(
     """Return the speed since the last line of metrics.jsonl, as its fields, and restart the clock.
 
     Args:
-        tokens: of a step; flops_per_token: of all devices.
+        tokens: since the last line: a schedule may change the batch.
+        flops_per_token: summed over the devices.
         waited: seconds in which rank 0 waited for data.
         left: steps to the end.
         peak: TFLOP/s of a device, where it is known.
     """
     steps = max(1, clock.steps)
     seconds = clock.pop_seconds_per_step()
-    tflops = tokens * flops_per_token / seconds / 1e12 / devices
+    per_second = tokens / steps / seconds
+    tflops = per_second * flops_per_token / 1e12 / devices
     return {
         "seconds_per_iteration": seconds,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": per_second,
         "tflops_per_device": tflops,
         "mfu": tflops / peak if peak else None,
         "data_wait_share": waited / steps / seconds,

@@ -107,10 +107,21 @@ def test_a_finished_run_leaves_everything_as_it_is(run: Path, capfd: Capture):
     assert end.value.code == 0
     assert "nothing is left to train: --train-iters 6 is reached" in capfd.readouterr().out
     assert {path: path.read_bytes() for path in before} == before
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    (run / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
-    pretrain(f"--save {run}")  # killed before it had validated
-    assert "validation_loss" in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_evaluations_that_a_killed_run_lacks_are_made_up(run: Path, lost: int):
+    """The test's line alone, or that of the last validation too."""
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    metrics.write_text("\n".join(lines[:-lost]) + "\n", encoding="utf-8")
+    pretrain(f"--save {run}")
+    again = list(map(json.loads, metrics.read_text(encoding="utf-8").splitlines()))
+    assert len(again) == len(lines)
+    for line, before in zip(again[-2:], map(json.loads, lines[-2:]), strict=True):
+        for name in ("iteration", "validation_loss", "test_loss"):
+            assert line.get(name) == before.get(name)
+    assert "test_loss" in again[-1]
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path):
