@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_smlp.layers.permuting import permuted
 from megatron_smlp.layers.projections import await_parameters
 from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialProjection, gating_spec
 from megatron_smlp.ops.gated_mix import Routing, gated_mix
@@ -171,7 +172,7 @@ class PartialFeatureMoE(SpatialGating):
         experts, order = choice.experts.flatten().sort(stable=True)
         place = order.argsort()
         counts = functional.one_hot(experts, self.num_experts).sum(dim=0).tolist()
-        pairs = _Permuted.apply(chunks.flatten(1, 2), order, place)  # [T, R, f]
+        pairs = permuted(chunks.flatten(1, 2), order, place, dim=1)  # [T, R, f]
         first = self.prefix_length
         scale = choice.scale.flatten()[order].to(pairs.dtype)
         rows = len(chunks) - first
@@ -179,23 +180,8 @@ class PartialFeatureMoE(SpatialGating):
         mixed = _mix_groups(pairs, counts, mix) * scale[:, None]
         # The last biases: a Toeplitz matrix has one for all rows.
         mixed = mixed + bias[:, -rows:][experts].T[..., None]
-        permuted: Tensor = _Permuted.apply(mixed, place, order)
-        return permuted.view(len(mixed), *chunks.shape[1:])
-
-
-class _Permuted(torch.autograd.Function):
-    """y[:, i] = x[:, order[i]] for a permutation, whose gradient is moved back, not added up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        """x: [T, R, ...]; order: <int64>[R], a permutation, and its inverse."""
-        ctx.save_for_backward(inverse)
-        return x.index_select(1, order)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradients[0].index_select(1, inverse), None, None
+        answer = permuted(mixed, place, order, dim=1)
+        return answer.view(len(mixed), *chunks.shape[1:])
 
 
 def _mix_groups(pairs: Tensor, counts: list[int], mix: Callable[..., Tensor]) -> Tensor:

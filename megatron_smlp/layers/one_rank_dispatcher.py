@@ -3,6 +3,9 @@
 Megatron's dispatcher brings the numbers of tokens of each expert to the host: all-to-all needs them
 as sizes, and experts that run one after another, too. With one rank nothing is exchanged, tokens
 already lie in the order of the experts, and a grouped GEMM reads the numbers on the device.
+
+Where each token has one expert, and none is dropped, they are a permutation: the experts' numbers
+are sorted, where Megatron sorts a flag for each token and expert, and nothing is added up.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
+from megatron_smlp.layers.permuting import permuted
+
 
 class OneRankDispatcher(MoEAlltoAllTokenDispatcher):
     """Megatron's, without its second sorting, and without its wait where no choice is dropped.
@@ -22,6 +27,36 @@ class OneRankDispatcher(MoEAlltoAllTokenDispatcher):
     """
 
     tokens_per_expert: Tensor | None
+    order: Tensor | None = None
+    """Of the tokens, where they are a permutation."""
+    places: Tensor | None = None
+    """Its inverse."""
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states: <float>[.., D]; routing_map: <bool>[N, E]; probs: <fp32>[N, E].
+
+        Returns the tokens <float>[n, D] and weights <fp32>[n] in the order of their experts.
+        """
+        config = self.config
+        drops = config.moe_expert_capacity_factor is not None
+        if config.moe_router_topk > 1 or drops or config.moe_router_padding_for_quantization:
+            self.order = None
+            answer: tuple[Tensor, Tensor]
+            answer = super().dispatch_preprocess(hidden_states, routing_map, probs)
+            return answer
+        self.hidden_shape = hidden_states.shape
+        self.tokens_per_expert = self.preprocess(routing_map)
+        experts = routing_map.byte().argmax(dim=1)
+        self.order = experts.argsort(stable=True)
+        self.places = self.order.argsort()
+        tokens = hidden_states.reshape(-1, self.hidden_shape[-1])
+        weights = probs.gather(1, experts.unsqueeze(1)).squeeze(1)
+        return (
+            permuted(tokens, self.order, self.places, dim=0),
+            permuted(weights, self.order, self.places, dim=0),
+        )
 
     def _maybe_dtoh_and_synchronize(
         self, point: str, tokens_per_expert: Tensor | None = None
@@ -40,6 +75,15 @@ class OneRankDispatcher(MoEAlltoAllTokenDispatcher):
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         return hidden_states
+
+    def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
+        """Return the outputs of the experts at the places of their tokens, <float>[.., D]."""
+        if self.order is None or self.places is None:
+            answer: Tensor = super().combine_postprocess(permutated_local_input_tokens)
+            return answer
+        output = permuted(permutated_local_input_tokens, self.places, self.order, dim=0)
+        self.order = self.places = None
+        return output.view(self.hidden_shape)
 
 
 def dispatch_on_one_rank(layer: MoELayer, config: Any, **kwargs: Any) -> None:

@@ -21,7 +21,7 @@ kernels cannot.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -299,7 +299,6 @@ def _row_blocks(tokens: int, prefix: int, rows: int) -> int:
     return -(-prefix // rows) + -(-(tokens - prefix) // rows)
 
 
-@torch.library.custom_op("megatron_smlp::causal_gate", mutates_args=())
 def _gate(
     u1: Tensor,
     values: Tensor,
@@ -330,7 +329,6 @@ def _gate(
     return out, mixed
 
 
-@torch.library.custom_op("megatron_smlp::gradients_of_gate", mutates_args=("of_u1",))
 def _gradients_of_gate(
     gradient: Tensor,
     u1: Tensor,
@@ -369,7 +367,6 @@ def _gradients_of_gate(
     return of_mixed, parts if scales is None else parts[prefix:].sum(dim=(0, 3))
 
 
-@torch.library.custom_op("megatron_smlp::gradients_of_values", mutates_args=())
 def _gradients_of_values(
     upstream: Tensor, weight: Tensor, experts: Tensor | None, scales: Tensor | None, prefix: int
 ) -> Tensor:
@@ -390,7 +387,6 @@ def _gradients_of_values(
     return of_values
 
 
-@torch.library.custom_op("megatron_smlp::gradients_of_weights", mutates_args=())
 def _gradients_of_weights(
     upstream: Tensor,
     values: Tensor,
@@ -431,29 +427,3 @@ def _pairs_of_each(experts: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
     numbers = torch.arange(matrices, dtype=chosen.dtype, device=chosen.device)
     ends = torch.searchsorted(chosen, numbers.expand(2, -1).contiguous(), right=True)
     return pairs.int(), ends.int()
-
-
-@_gate.register_fake
-def _(u1: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return values.new_empty(values.shape), values.new_empty(values.shape)
-
-
-@_gradients_of_gate.register_fake
-def _(
-    gradient: Tensor, u1: Tensor, mixed: Tensor, bias: Tensor, experts: Any, scales: Any, *_: Any
-) -> tuple[Tensor, Tensor]:
-    shape = (0,) if scales is None else scales.shape
-    return mixed.new_empty(mixed.shape), mixed.new_empty(shape, dtype=torch.float32)
-
-
-@_gradients_of_values.register_fake
-def _(upstream: Tensor, *_: Any) -> Tensor:
-    return upstream.new_empty(upstream.shape)
-
-
-@_gradients_of_weights.register_fake
-def _(
-    upstream: Tensor, values: Tensor, bias: Tensor, weight_dtype: torch.dtype, *_: Any
-) -> tuple[Tensor, Tensor]:
-    of_weight = bias.new_empty((*bias.shape, bias.shape[1]), dtype=weight_dtype)
-    return of_weight, bias.new_empty(bias.shape)

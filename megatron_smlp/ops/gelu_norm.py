@@ -6,8 +6,6 @@ Triton kernels (kernels/gelu_norm.py) for what layers/spatial_gating.py does by 
 which are the slow twin. Letters: T tokens, B samples, H heads, K = H f features.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -83,7 +81,6 @@ def _block(width: int) -> dict[str, int]:
     return {"WIDTH": width, "BLOCK": block, "ROWS": rows, "num_warps": warps} | FUSED
 
 
-@torch.library.custom_op("megatron_smlp::normed_gelu", mutates_args=())
 def normed_gelu(
     inputs: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +105,6 @@ def normed_gelu(
     return values, means, scales
 
 
-@torch.library.custom_op("megatron_smlp::gradients_of_gelu_norm", mutates_args=("of_inputs",))
 def gradients_of_gelu_norm(
     of_values: Tensor,
     of_means: Tensor | None,
@@ -138,14 +134,3 @@ def gradients_of_gelu_norm(
     )
     of_weight, of_bias = (part.sum(dim=0).to(weight.dtype) for part in parts)
     return of_weight, of_bias
-
-
-@normed_gelu.register_fake
-def _(inputs: Tensor, weight: Tensor, bias: Tensor, heads: int, *_: Any) -> tuple[Tensor, ...]:
-    means = inputs.new_empty((*inputs.shape[:2], heads), dtype=torch.float32)
-    return inputs.new_empty(inputs.shape), means, torch.empty_like(means)
-
-
-@gradients_of_gelu_norm.register_fake
-def _(of_values: Tensor, of_means: Any, inputs: Tensor, weight: Tensor, *_: Any) -> tuple[Any, Any]:
-    return torch.empty_like(weight), torch.empty_like(weight)

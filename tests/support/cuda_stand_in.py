@@ -375,8 +375,6 @@ def _count(
 def launched(name: str, args: Any) -> None:
     """A launch of a Triton kernel, which no mode sees: `quick_interpreter(launched)` counts it.
 
-    Inside of an operator of our own, that operator was looked at and is counted, as all are.
-
     Raises:
         RuntimeError: one of its tensors is on the CPU.
     """

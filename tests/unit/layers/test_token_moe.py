@@ -186,18 +186,27 @@ def test_experts_that_cannot_be_grouped_say_why_once(
     assert len(caplog.records) == bool(reason)
 
 
-def test_one_rank_sends_the_same_tokens_without_waiting():
-    """OneRankDispatcher against Megatron's, of the same layer; counts stay a tensor."""
-    config = moe_config()
+@pytest.mark.parametrize("topk", [1, 2])
+def test_one_rank_sends_the_same_tokens_without_waiting(topk: int):
+    """OneRankDispatcher against Megatron's, of the same layer: outputs and gradients."""
+    config = moe_config(moe_router_topk=topk)
     build = token_moe_builder(config, get_backend(config.transformer_impl), router=TopKRouter)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     moe = build(config=config, pg_collection=groups)
     hidden = torch.randn(5, 3, config.hidden_size)
-    megatrons, _ = moe(hidden)
+    hidden.requires_grad_()
+    inputs = [hidden, *moe.parameters()]
+
+    def answers() -> list[torch.Tensor]:
+        output, _ = moe(hidden)
+        direction = torch.linspace(-1, 1, output.numel()).view_as(output)
+        return [output, *torch.autograd.grad(output, inputs, direction)]
+
+    megatrons = answers()
     dispatch_on_one_rank(moe, moe.config, pg_collection=groups)
     assert type(moe.token_dispatcher) is OneRankDispatcher
-    ours, _ = moe(hidden)
-    assert torch.equal(ours, megatrons)
+    for mine, theirs in zip(answers(), megatrons, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "smlp"])
