@@ -6,13 +6,16 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
+import yaml
 from support.studies import pretend, state_of, write_study
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study import cli, speed
+from megatron_smlp.study import cli, gemm, speed
+from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.figures import Drawing
 from megatron_smlp.study.final import what_is_missing
 from megatron_smlp.study.metrics import VALIDATION_LOSS
@@ -359,6 +362,48 @@ def test_a_timing_that_is_stopped_keeps_its_rounds(
     kept = Results(args.results).speed
     assert list(kept["round"]) == [1] * len(known.systems)
     assert set(kept["system"]) == set(known.systems)
+
+
+def test_a_timing_is_the_median_of_the_later_half(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever the first steps take, and another program for a moment; an evaluation is no step."""
+    steps = [9.0, 8.0, 7.0, 6.0, 1.2, 50.0, 1.0, 1.1, 1.3]
+
+    def trained(command: list[str], *, folder: Path, **_: object) -> int:
+        flags = yaml.safe_load((folder / "flags.yaml").read_text())
+        assert flags["train-iters"] == known.study.speed.steps
+        assert [name for name in flags if name.startswith("lr-")] == []
+        lines = [
+            {"iteration": number, "loss": 5.0, "seconds_per_iteration": step,
+             "tokens_per_second": 100 / step, "tflops_per_device": 10 / step}
+            for number, step in enumerate(steps)
+        ]  # fmt: skip
+        lines.append({"iteration": len(steps), "validation_loss": 5.0})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+        return 0
+
+    monkeypatch.setattr(speed, "run_command", trained)
+    monkeypatch.setattr(StudyData, "flags", [])
+    data, system = StudyData(tmp_path), known.systems["transformer"]
+    found = speed._time(known, system, data, processes=1)
+    expected = {"seconds_per_iteration": 1.2, "tokens_per_second": 100 / 1.2, "tflops": 10 / 1.2}
+    assert found == pytest.approx(expected)
+    monkeypatch.setattr(speed, "run_command", lambda *_, **__: 1)
+    with pytest.raises(UsageError, match=r"timing transformer failed \(1\)"):
+        speed._time(known, system, data, processes=1)
+
+
+def test_a_product_is_timed_in_tflops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """2 * 64 ** 3 operations, in 2 s at the fastest."""
+    seconds = itertools.chain.from_iterable((0.0, float(last)) for last in (9, 8, 2, 7, 6, 5, 4))
+    monkeypatch.setattr(gemm, "SIZE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(gemm, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    gemm.main("bfloat16")
+    assert float(capsys.readouterr().out) == pytest.approx(2 * 64**3 / 2 / 1e12)
 
 
 def test_claims_are_those_that_the_systems_can_decide(tmp_path: Path):
