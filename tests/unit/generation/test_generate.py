@@ -188,6 +188,9 @@ def test_lines_of_a_pipe_are_a_conversation(
         ("--checkpoint {1} --prompt a", "holds no checkpoint"),
         ("--hf {1} --prompt a", "config.json is missing"),
         ("--hf {0} --prompt=", "--prompt is empty"),
+        ("--hf {0} --prompt a --prompts-file {1}/bad.jsonl", "--prompts-file, not both"),
+        ("--hf {0} --prompt a --temperature 0 --num-samples 2", "would be the same text again"),
+        ("--hf {0} --prompts-file {1}/blank.txt", "blank.txt has no prompts: give one per line"),
         ("--hf {0} --prompt a --top-p 0", "--top-p 0.0: give over 0 and at most 1"),
         ("--hf {0} --prompt a --temperature nan", "--temperature nan: give 0 or more"),
         ("--hf {0} --prompt a --max-new-tokens 0", "--max-new-tokens 0: give 1 or more"),
@@ -201,6 +204,7 @@ def test_lines_of_a_pipe_are_a_conversation(
 )
 def test_bad_input_is_one_line(folder: Path, tmp_path: Path, words: str, message: str) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    (tmp_path / "blank.txt").write_text(" \n\n")
     with pytest.raises(UserError) as caught:
         cli.main(words.format(folder, tmp_path).split())
     assert message in str(caught.value)
