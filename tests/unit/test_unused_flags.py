@@ -133,7 +133,7 @@ def test_other_layers_flags(parse: Parse, words: str, message: str):
             "--recompute-granularity selective --recompute-modules core_attn layernorm",
             "--recompute-modules layernorm: Megatron recomputes this by Transformer Engine",
         ),
-        ("--wandb-project p --wandb-exp-name n --save x", "wandb"),
+        ("--wandb-project p --wandb-exp-name n --save x", "--wandb-project p without a login"),
         ("--freeze-all-layers", "--freeze-all-layers freezes nothing"),
         ("--attention-output-gate", "--attention-output-gate adds parameters that nothing here"),
         ("--checkpoint-activations", "is gone from Megatron: give --recompute-granularity full"),
