@@ -6,6 +6,7 @@
 #   CONFIG            YAML file with the sizes of the model and of the run; flags win over it
 #   NPROC_PER_NODE    processes (default: the number of GPUs, or 1 without any)
 #   PYTHON            interpreter (default: the project's .venv, else python3)
+#   LOCAL_ADDR        address of this machine by which its processes meet (default: 127.0.0.1)
 #   MAX_RESTARTS      times that processes are started again by one agent (default: 3)
 #   SHUTDOWN_TIMEOUT  seconds to save in when the run is told to end (default: 600)
 #   CUDA_DEVICE_MAX_CONNECTIONS   set to 1 where tensor parallelism needs it

@@ -13,12 +13,14 @@
 #
 #   CONFIG           YAML file with the sizes of the model and of the run; flags win over it
 #   SPARES           how many of the nodes wait to take over (default: 0)
-#   MASTER_PORT      a free port on the first node (default: one made from the job's number)
+#   MASTER_ADDR      name or address of the store's machine (default: the first node)
+#   MASTER_PORT      a free port there (default: one made from the job's number)
 #   NPROC_PER_NODE   processes on a node (default: the GPUs that Slurm gave)
 #   PYTHON           interpreter (default: the project's .venv, else python3)
 #   SRUN_FLAGS       more flags of srun, as --container-image=... (docs/gpus.md): PYTHON is then
 #                    looked for by the tasks alone
-#   RENDEZVOUS, MAX_RESTARTS, SHUTDOWN_TIMEOUT, REJOIN_TIMEOUT   as in several_nodes.sh
+#   RENDEZVOUS, MAX_RESTARTS, SHUTDOWN_TIMEOUT, START_TIMEOUT, REJOIN_TIMEOUT   as in
+#                    several_nodes.sh
 #
 # Ten minutes before --time is over the run saves, and the job is queued again, under the same
 # number, until the run is over. So is a job that fails, also where a machine is gone for good (75),

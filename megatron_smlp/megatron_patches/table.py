@@ -92,7 +92,7 @@ PATCHES = (
     ),
     *_rows(
         "torch_adam",
-        "contract/test_fused_adam.py",
+        "contract/test_optimizer_checkpoints.py",
         {
             f"{_DISTRIBUTED}.state_dict": _NEEDS_APEX,
             f"{_DISTRIBUTED}.load_state_dict": _NEEDS_APEX,
@@ -178,7 +178,7 @@ PATCHES = (
     ),
     *_rows(
         "tensorboard",
-        "unit/checkpoints/test_full_disk.py",
+        "contract/test_megatron_seams.py",
         {
             "megatron.training.global_vars._GLOBAL_TENSORBOARD_WRITER": "raises a full disk's "
             "error at whoever logs next",

@@ -130,6 +130,8 @@ def test_a_rank_without_parameters_has_a_state(optimizer: Callable[..., Any]) ->
 def test_signatures() -> None:
     give = inspect.signature(ChainedOptimizer.sharded_state_dict).parameters
     assert list(give) == ["self", "model_sharded_state_dict", "is_loading", "kwargs"]
+    for kind in (ChainedOptimizer, DistributedOptimizer):
+        assert list(inspect.signature(kind.load_state_dict).parameters) == ["self", "state_dict"]
     assert {"checkpoint_dir", "preloaded_state_dict"} == set(
         inspect.signature(dist_checkpointing.load_content_metadata).parameters
     )

@@ -1,6 +1,7 @@
 """megatron_patches/table.py: every row is in force and has a test, and none is missing."""
 
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def test_a_row(patch: Patch):
         # functools.wraps gives a wrapper its original's module, but not its code.
         assert "megatron_smlp" in value.__module__ + value.__code__.co_filename
     contract = REPOSITORY / "tests" / patch.contract
-    assert contract.is_file()
+    name = patch.target.rpartition(".")[2]
+    assert re.search(rf"\b{name}\b", contract.read_text(encoding="utf-8")), "no test names it"
 
 
 def attributes() -> Iterator[str]:

@@ -2,15 +2,25 @@
 
 import contextlib
 import os
+import re
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from support.launches import REPOSITORY, TIME_LIMIT, Step, clean_environment, run_command, steps
+from support.launches import (
+    REPOSITORY,
+    TIME_LIMIT,
+    Step,
+    clean_environment,
+    free_port,
+    run_command,
+    steps,
+)
+
+from megatron_smlp.launching import settings
 
 EXAMPLES = REPOSITORY / "examples"
 LAUNCHERS = ("one_node.sh", "several_nodes.sh", "slurm.sh")
@@ -27,12 +37,6 @@ FLAGS = f"""
 
 def command(launcher: str, folder: Path) -> list[str]:
     return [str(EXAMPLES / launcher), *FLAGS.split(), "--log-dir", str(folder)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -324,11 +328,45 @@ def test_slurm_outside_of_a_job_or_of_the_project(tmp_path: Path):
     assert "Submit the job from the project's folder" in message
 
 
+class Noting(Mapping[str, str]):
+    """An environment that notes what it is asked for."""
+
+    def __init__(self, values: dict[str, str], names: set[str]) -> None:
+        self.values_, self.names = values, names
+
+    def __getitem__(self, name: str) -> str:
+        self.names.add(name)
+        return self.values_[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+
+NOT_TOLD = {
+    "one_node.sh": {"START_TIMEOUT", "REJOIN_TIMEOUT"},  # nobody is to be met
+    "several_nodes.sh": set(),
+    "slurm.sh": {"NNODES", "NODE_RANK", "RUN_ID", "LOCAL_ADDR"},  # of the job, or of each node
+}
+
+
+def asked_for(launcher: str) -> set[str]:
+    """Return the names that a user of this launcher can set, as its settings are read."""
+    names: set[str] = set()
+    for way in ("host", "server", "file:folder"):
+        variables = NODES | {"RENDEZVOUS": way}
+        settings.read(Noting(variables, names), several=launcher != "one_node.sh")
+    assert NOT_TOLD[launcher] < names
+    return names - NOT_TOLD[launcher]
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_usage_names_every_variable_that_is_read(launcher: str):
     done = run_command([str(EXAMPLES / launcher), "--help"])
-    for name in ("CONFIG", "NPROC_PER_NODE", "PYTHON"):
-        assert f"  {name} " in done.stdout
+    for name in ("CONFIG", "PYTHON", *sorted(asked_for(launcher))):
+        assert re.search(rf"^  ([A-Z_]+, )*{name}[ ,]", done.stdout, re.MULTILINE), name
     assert "SBATCH" not in done.stdout
     assert "set -euo" not in done.stdout
 

@@ -145,17 +145,6 @@ def test_nonfinite_loss_stops_the_run_with_rank_and_step(corpus: Path, tmp_path:
     assert [record["iteration"] for record in records(tmp_path)] == [1]
 
 
-def test_nonfinite_loss_can_be_skipped(corpus: Path, tmp_path: Path) -> None:
-    words = f"{flags(corpus)} --train-iters 3 --lr 1e30 --clip-grad 0 --lr-warmup-fraction 0"
-    words = f"{words} --eval-iters 0 --log-dir {tmp_path} --nonfinite-loss skip"
-    process = start_program(words.split(), log=tmp_path / "output")
-    process.join(TIME_LIMIT)
-    said = (tmp_path / "output").read_text(encoding="utf-8")
-    assert process.exitcode == 0, said
-    assert "non-finite loss on rank 0 at iteration 3: this step's update is skipped" in said
-    assert [record["skipped"] for record in records(tmp_path)] == [False, True, True]
-
-
 def test_bad_input_is_one_line_and_exit_code_2(corpus: Path, tmp_path: Path) -> None:
     words = f"{flags(corpus)} --data-path {corpus / 'absent'}"
     process = start_program(words.split(), log=tmp_path / "output")
@@ -174,37 +163,3 @@ def test_data_of_another_vocabulary_is_refused(corpus: Path, parse: Callable[...
         check_data(parse(words, base=""))
     check_data(parse(f"{words} --allow-tokenizer-mismatch", base=""))
     check_data(parse(f"{flags(corpus)} --train-iters 2", base=""))
-
-
-def test_no_data_is_refused(corpus: Path, parse: Callable[..., Any]) -> None:
-    from megatron_smlp.training.data import check_data
-
-    words = f"{SIZES} --train-iters 2 {tokenizer_flags(corpus / 'tokenizer')}"
-    with pytest.raises(UsageError, match="--data-path is missing"):
-        check_data(parse(words, base=""))
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ("--seq-length 64", "--seq-length 64 contradicts the checkpoint .* made with 32"),
-        ("--ffn-hidden-size 128", "--ffn-hidden-size 128 contradicts"),
-        ("--architecture transformer --num-attention-heads 1", "--architecture transformer contr"),
-    ],
-)
-def test_flag_against_the_checkpoint_is_refused(
-    corpus: Path, parse: Callable[..., Any], tmp_path: Path, changed: str, named: str
-) -> None:
-    """By the model.json of the checkpoint, before anything is built."""
-    from megatron_smlp.checkpoints.folders import iteration_folder
-    from megatron_smlp.checkpoints.model_record import model_flags
-    from megatron_smlp.checkpoints.run_record import write_records
-
-    words = f"{flags(corpus)} --train-iters 2 --save {tmp_path}"
-    args = parse(words, base="")
-    iteration_folder(tmp_path, 7).mkdir()
-    write_records(iteration_folder(tmp_path, 7), model_flags(args), {})
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7", encoding="utf-8")
-    assert parse(f"{words} --lr 1e-3 --micro-batch-size 1", base="").load == str(tmp_path)
-    with pytest.raises(UsageError, match=named):
-        parse(f"{words} {changed}", base="")

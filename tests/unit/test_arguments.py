@@ -363,6 +363,8 @@ class TestRefusals:
             ("--spatial-heads 2", "--spatial-heads 2"),
             ("--num-layers 2", "--num-layers 2"),
             ("--hidden-size 16", "--hidden-size 16"),
+            ("--ffn-hidden-size 128", "--ffn-hidden-size 128"),
+            ("--architecture transformer --num-attention-heads 4", "--architecture transformer"),
         ],
     )
     def test_another_model_than_the_checkpoints(self, parse: Parse, tmp_path, words, flag):
@@ -372,7 +374,8 @@ class TestRefusals:
     def test_the_same_model_is_loaded(self, parse: Parse, tmp_path: Path):
         """And a run that finds its own checkpoint under --save goes on from it, unasked."""
         checkpoint(parse(TRANSFORMER), tmp_path)
-        assert parse(f"{TRANSFORMER} --load {tmp_path}").load == str(tmp_path)
+        words = f"{TRANSFORMER} --load {tmp_path} --lr 1e-4 --micro-batch-size 1"
+        assert parse(words).load == str(tmp_path)
         assert parse(f"{TRANSFORMER} --save {tmp_path} --save-interval 5").load == str(tmp_path)
         words = f"{TRANSFORMER} --save {tmp_path} --save-interval 5 --no-resume"
         assert parse(words).load is None

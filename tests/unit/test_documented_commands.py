@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from end_to_end import test_documentation as documentation
 from support.launches import REPOSITORY
 
 from megatron_smlp import commands as commands_of_the_wheel
@@ -120,3 +121,20 @@ def test_entries_are_as_a_page_shows_them(page: str, entries: dict[str, str]) ->
     exec(excerpt, tables)
     for name, entry in entries.items():
         assert tables[name][entry] == getattr(systems, name)[entry]
+
+
+def test_the_pages_whose_commands_are_run() -> None:
+    """By end_to_end/test_documentation.py: one whose blocks are no longer found is missed here."""
+    names = ["checkpoints", "data", "evaluation", "generation", "library", "metrics", "resilience"]
+    assert [f"docs/{name}.md" for name in names] == documentation.WITH_BLOCKS
+    assert documentation.blocks("README.md")
+
+
+def test_everything_that_is_changed_in_a_page_is_there() -> None:
+    pages = documentation.PAGES
+    text = "".join(body for page in pages for _, body in documentation.blocks(page))
+    for given in (*documentation.NAMED, *documentation.SHORTER):
+        assert given in text, given
+    whole = "".join((REPOSITORY / page).read_text(encoding="utf-8") for page in pages)
+    for given in documentation.NOT_HERE:
+        assert given in whole, given

@@ -15,6 +15,7 @@ from megatron_smlp.accounting.costs import ModelShape, model_cost
 from megatron_smlp.accounting.estimate import estimate, main, resolve
 from megatron_smlp.accounting.footprint import (
     ParallelLayout,
+    _pipeline_traffic,
     activation_elements,
     footprint,
     parameters_on_rank,
@@ -129,13 +130,41 @@ def test_traffic_by_hand():
     tensor = footprint(*_both("transformer", 2, 1, 1, 2, **options))
     assert tensor.tensor_parallel_bytes == 6 * 4 * 2 * 2 * hidden
     assert tensor.communication_bytes == tensor.tensor_parallel_bytes
-    pipeline = footprint(*_both("transformer", 1, 4, 1, 4, **options))
-    assert pipeline.pipeline_parallel_bytes in (6 * hidden, 2 * 6 * hidden)
+    pipeline = _both("transformer", 1, 4, 1, 4, **options)
+    sent = [_pipeline_traffic(*pipeline, stage) for stage in range(4)]
+    assert sent == [6 * hidden, 2 * 6 * hidden, 2 * 6 * hidden, 6 * hidden]
+    assert footprint(*pipeline).pipeline_parallel_bytes in sent
     data = footprint(*_both("transformer", 1, 1, 1, 3, **options))
     assert data.data_parallel_bytes == round(2 * 2 / 3 * 4 * data.parameters)
     # DP 4 over EP 4: one micro-batch is left, two MoE layers, three quarters of the tokens leave.
     expert = footprint(*_both("switch", 1, 1, 4, 4, micro_batch_size=2, global_batch_size=8))
     assert expert.expert_parallel_bytes == 4 * 2 * hidden * 3 // 4
+
+
+def test_sequence_parallelism_by_hand():
+    """Norms' inputs, what stages and what experts are sent: of half of the tokens; not the rest."""
+    kept = []
+    for sequence_parallel in (False, True):
+        options = {"micro_batch_size": 2, "global_batch_size": 8}
+        options |= {"sequence_parallel": sequence_parallel}
+        shape, parallel = _both("gmlp", 2, 1, 1, 2, **options)
+        kept.append(activation_elements(shape, parallel, shape.slots[0]))
+    assert kept == [2 * 64 + (2 * 256 + 3 * 128) / 2, (2 * 64 + 2 * 256 + 3 * 128) / 2]
+    hidden = 2 * 32 * 64 * 4  # a micro-batch of 2 in fp32
+    shape, parallel = _both("transformer", 2, 2, 1, 4, **options)
+    assert [_pipeline_traffic(shape, parallel, stage) for stage in (0, 1)] == [4 * hidden // 2] * 2
+    # Two replicas, and so two micro-batches; two layers of experts, half of the tokens leave.
+    expert = footprint(*_both("switch", 2, 1, 2, 4, **options))
+    assert expert.expert_parallel_bytes == 4 * 2 * 2 * hidden // 2 // 2
+
+
+def test_traffic_of_the_distributed_optimizer_by_hand():
+    """Gradients of 4 bytes are reduced and weights of 2 gathered, of experts over two replicas."""
+    changes = {"bf16": True, "use_distributed_optimizer": True}
+    shape, parallel = _both("switch", 1, 1, 2, 4, **changes)
+    dense, experts = parameters_on_rank(stage_cost(shape, parallel, 0), parallel)
+    sent = 3 / 4 * dense * (4 + 2) + 1 / 2 * experts * (4 + 2)
+    assert footprint(shape, parallel).data_parallel_bytes == sent
 
 
 def _both(*arguments: Any, **changes: Any) -> tuple[ModelShape, ParallelLayout]:

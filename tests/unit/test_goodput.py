@@ -57,9 +57,15 @@ def test_a_run_that_fails_before_each_save_never_gets_on():
 
 
 def test_the_restarts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    records = [{"iteration": n, "restart": {"seconds_down": s}} for n, s in ((1, 30), (2, 90))]
-    text = "".join(json.dumps(record) + "\n" for record in [{"iteration": 1, "loss": 2}, *records])
-    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    """Their median, which one long wait leaves as it is."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"iteration": 1, "loss": 2}) + "\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"metrics\.jsonl has no restarts: give --restart-seconds"):
+        main(["--save-seconds", "20", "--run", str(tmp_path)])
+    with path.open("a", encoding="utf-8") as file:
+        for number, seconds in enumerate((600, 30, 60), start=1):
+            record = {"iteration": number, "restart": {"seconds_down": seconds}}
+            file.write(json.dumps(record) + "\n")
     main(["--save-seconds", "20", "--run", str(tmp_path)])
     output = capsys.readouterr().out
     assert "a restart takes 60 s" in output

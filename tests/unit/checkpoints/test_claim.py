@@ -1,5 +1,6 @@
 """checkpoints/claim.py: one writer in a folder, whatever dies, freezes or comes back."""
 
+import contextlib
 import json
 import os
 import signal
@@ -52,6 +53,17 @@ def elsewhere(folder: Path, *, beat: int = 0) -> Path:
     other = {"kernel": "another", "host": "node7", "outcome": "", "beat": beat, "process": 4711}
     newest.write_text(json.dumps(owner(folder) | other), encoding="utf-8")
     return newest
+
+
+@contextlib.contextmanager
+def beside(other: Callable[[], None]) -> Iterator[None]:
+    """Run it in a thread that does not outlive the block."""
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def test_attempts_are_counted(tmp_path: Path):
@@ -125,8 +137,10 @@ def test_an_owner_elsewhere_that_beats_is_alive_whatever_its_clock_says(tmp_path
         time.sleep(0.4)
         os.utime(elsewhere(tmp_path, beat=1), (0, 0))
 
-    threading.Thread(target=beat).start()
-    with pytest.raises(UsageError, match="is being written by process 4711 on node7"):
+    with (
+        beside(beat),
+        pytest.raises(UsageError, match="is being written by process 4711 on node7"),
+    ):
         Claim(tmp_path, say)
 
 
@@ -142,8 +156,10 @@ def test_a_claim_that_cannot_be_read_now_is_nobodys_death(tmp_path: Path):
             time.sleep(0.5)
             newest.write_text(text.replace('"beat": 0', f'"beat": {beat}'), encoding="utf-8")
 
-    threading.Thread(target=come_back).start()
-    with pytest.raises(UsageError, match="is being written by process 4711 on node7"):
+    with (
+        beside(come_back),
+        pytest.raises(UsageError, match="is being written by process 4711 on node7"),
+    ):
         Claim(tmp_path, say)
 
 

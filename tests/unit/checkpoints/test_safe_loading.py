@@ -1,5 +1,6 @@
 """A checkpoint that would run code when it is loaded is refused, wherever the code hides."""
 
+import inspect
 import io
 import pickle
 import shutil
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support import exploits
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_smlp.checkpoints.safe_unpickling import load_metadata
@@ -62,6 +63,15 @@ def test_code_is_refused(place: str, checkpoint: Path, tmp_path: Path):
     with pytest.raises(UnsafeCheckpointError, match=rf"{checkpoint}/{file} asks to run \w*\.mknod"):
         load(checkpoint)
     assert not proof.exists()
+
+
+def test_who_looks_up_what_is_replaced():
+    """torch reads objects by its planner, and Megatron what all ranks have in common."""
+    from megatron.core.dist_checkpointing import serialization
+
+    assert "planner.load_bytes(" in inspect.getsource(FileSystemReader.read_data.__wrapped__)
+    assert callable(DefaultLoadPlanner.load_bytes)
+    assert "load_common(" in inspect.getsource(serialization.load_common_state_dict)
 
 
 def test_code_in_common_is_refused(tmp_path: Path):

@@ -11,12 +11,11 @@ from support.conversions import (
     folder_weights,
     from_hf,
     run,
-    save_exported,
     weights,
 )
 from support.in_process import pretrained
 from support.launches import records
-from support.smlp_systems import make_ids, make_model
+from support.smlp_systems import make_ids
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
@@ -157,15 +156,3 @@ def test_what_cannot_be_imported(tmp_path: Path, changes: dict[str, Any], named:
     with pytest.raises(UsageError, match=f"{named} has no equal"):
         run(from_hf, folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
-    exported = save_exported(make_model("modern", unpadded_vocab_size=101), tmp_path / "hf")
-    kept = tmp_path / "run" / "kept"
-    kept.parent.mkdir()
-    kept.touch()
-    with pytest.raises(UsageError, match=r"is not empty: .* --overwrite"):
-        run(from_hf, exported, tmp_path / "run", checks=False)
-    assert kept.exists()
-    run(from_hf, exported, tmp_path / "run", checks=False, overwrite=True)
-    assert not kept.exists()

@@ -15,7 +15,7 @@ from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import flags_of
-from megatron_smlp.conversion.resharding import check_layout
+from megatron_smlp.conversion.resharding import ANY_LAYOUT, check_layout
 from megatron_smlp.errors import UsageError
 
 MODEL = "--architecture transformer --num-attention-heads 4 --log-interval 1"
@@ -44,6 +44,28 @@ def test_a_rewritten_checkpoint_goes_on_with_its_optimizer(tmp_path: Path) -> No
     weights = tmp_path / "weights"
     run(convert.torch_dist_to_torch_dist, tmp_path / "run", weights, drops_optimizer=True)
     assert not any("optimizer" in name for name in TorchDistCheckpoint(weights).all_specs)
+
+
+def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(tmp_path: Path) -> None:
+    words = f"{MODEL} --use-distributed-optimizer --optimizer-checkpoint data_parallel"
+    words += f" --lr-decay-style constant --save {tmp_path / 'run'} --save-interval 2"
+    with pretrained(f"{words} --log-dir {tmp_path / 'old'}"):
+        old = [r["loss"] for r in records(tmp_path / "old") if "loss" in r]
+    checkpoint = TorchDistCheckpoint(tmp_path / "run", iteration=2)
+    moments = [n for n in checkpoint.all_specs if n.startswith("optimizer.")]
+    assert moments
+    assert not any(name.startswith(ANY_LAYOUT) for name in moments)
+    with pretrained(f"{words} --ckpt-step 2 --log-dir {tmp_path / 'log'}"):
+        new = [r["loss"] for r in records(tmp_path / "log") if "loss" in r]
+    assert new == pytest.approx(old[2:], rel=1e-6)
+    for layout in (None, dict(zip(convert.LAYOUT, (2, 1, 1), strict=True))):
+        changes = {"layout": layout} if layout else {}
+        message = r"saved with --optimizer-checkpoint data_parallel \(optimizer.*--drop-optimizer"
+        with pytest.raises(UsageError, match=message):
+            run(convert.torch_dist_to_torch_dist, tmp_path / "run", tmp_path / "new", **changes)
+    drops = {"drops_optimizer": True}
+    run(convert.torch_dist_to_torch_dist, tmp_path / "run", tmp_path / "new", **drops)
+    assert not any("optimizer" in name for name in TorchDistCheckpoint(tmp_path / "new").all_specs)
 
 
 def test_its_flags_are_those_of_the_run_with_the_layout_that_is_meant(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from support.in_process import base_for, pretrained
 from support.launches import launch, records
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.training.speed import StepClock
 
 
 def training(system: str, tokenizer: Path, folder: Path) -> str:
@@ -34,13 +35,17 @@ def test_the_training_does_not_notice(
     tokenizer: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Same losses, router counts and weights, bitwise, dropout and GShard's draws included; and
-    the last scores are those that tools/evaluate.py gives for the saved checkpoint.
+    the last scores are those that tools/evaluate.py gives for the saved checkpoint. The time of
+    a step is without what is done between the steps.
     """
     with pretrained(training(system, tokenizer, tmp_path / "plain")):
         pass
     flags = f"--eval-tasks copa,piqa --eval-tasks-interval 3 --eval-tasks-data-dir {tasks}"
+    excluded: list[float] = []
+    monkeypatch.setattr(StepClock, "exclude", lambda _, seconds: excluded.append(seconds))
     with pretrained(f"{training(system, tokenizer, tmp_path / 'scored')} {flags}"):
         shown = capfd.readouterr().out
     lines = records(tmp_path / "scored")
@@ -50,6 +55,10 @@ def test_the_training_does_not_notice(
     ours, theirs = (checkpoint_tensors(tmp_path / name, 4) for name in ("scored", "plain"))
     assert all((ours[name] == theirs[name]).all() for name in theirs)
     assert [line["iteration"] for line in scored] == [3, 4]
+    told = [line["seconds"] for line in lines if "seconds" in line]
+    assert len(told) == 5, "tasks and validation twice each, and the test data"
+    [_saved] = set(excluded) - set(told)
+    assert set(told) < set(excluded)
     assert "iteration 4 tasks | copa acc 0." in shown
     assert scored[-1]["tasks"] == _afterwards(tmp_path / "scored", tasks)
     assert scored[-1]["tasks"]["copa"]["examples"] == EXAMPLES
@@ -101,6 +110,14 @@ def _check_tensorboard(folder: Path, scored: list[dict[str, Any]]) -> None:
     assert found == [
         (line["iteration"], pytest.approx(line["tasks"]["piqa"]["acc_norm"])) for line in scored
     ]
+
+
+def test_a_limit_scores_that_many_examples(tasks: Path, tokenizer: Path, tmp_path: Path) -> None:
+    flags = f"--eval-tasks copa --eval-tasks-limit 3 --eval-tasks-data-dir {tasks} --train-iters 1"
+    with pretrained(f"{training('partial', tokenizer, tmp_path)} {flags}"):
+        pass
+    [scored] = [line["tasks"] for line in records(tmp_path) if "tasks" in line]
+    assert scored["copa"]["examples"] == 3 < EXAMPLES
 
 
 @pytest.mark.parametrize(

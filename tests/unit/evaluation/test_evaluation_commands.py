@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 from evaluation_helpers import EXAMPLES, SYSTEMS, Run, trained
 from support.evaluations import evaluate_all
+from support.language_models import save_language_model
 from support.launches import REPOSITORY, clean_environment, launch_calls
+from support.smlp_systems import LONGEST
 
+from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation import cli, reports
 from megatron_smlp.evaluation.selection import TASK_FOLDER
 
 LENGTH = 64
@@ -108,6 +112,84 @@ def test_stock_lm_eval_on_the_exported_folder(
     arguments = f"pretrained={one.exported},trust_remote_code=True"
     finished(start(*lm_eval("hf", arguments, tasks, tmp_path), "--device", "cpu"))
     check(tmp_path, ours)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--checkpoint {0}", "say what to measure: --tasks copa,piqa,... or --data-path PREFIX"),
+        ("--checkpoint {0} --tasks copa --data-path x", "say what to measure"),
+        ("--hf {0} --tasks copa --seq-length 9", "--seq-length goes with --checkpoint DIR"),
+        ("--hf {0} --tasks copa --stride 4", "--stride 4 goes with --data-path PREFIX"),
+        ("--hf {0} --tasks copa --split 8,1,1", "--split 8,1,1 goes with --data-path PREFIX"),
+        ("--hf {0} --tasks copa --suffix-from 2", "--suffix-from 2.0 goes with --data-path"),
+        ("--hf {0} --tasks copa --breakdown", "--breakdown goes with --data-path PREFIX"),
+        ("--hf {0} --data-path x --include-path y", "--include-path y goes with --tasks A,B"),
+        ("--hf {0} --data-path x --bf16", "--bf16 is not a flag of evaluate.py --hf"),
+        ("--hf {0} --tasks copa --limit 0", "--limit 0: give 1 or more"),
+        ("--hf {0} --tasks copa --batch-size 0", "--batch-size 0: give 1 or more"),
+        ("--hf {0} --data-path x --stride 0", "--stride 0: give 1 or more"),
+        ("--hf {0} --data-path x --seq-length 0", "--seq-length 0: give 1 or more"),
+        ("--hf {0} --data-path x --output {0}/a/b", "--output {0}/a/b: the folder {0}/a does not"),
+        ("--hf {0} --tasks copa --samples {0}/a/b", "--samples {0}/a/b: the folder {0}/a does"),
+        ("--hf {0} --tasks copa --markdown {0}/a/b", "--markdown {0}/a/b: the folder {0}/a does"),
+    ],
+)
+def test_flags_that_do_not_go_together(tmp_path: Path, words: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        cli.parse(words.format(tmp_path).split())
+    assert message.format(tmp_path) in str(caught.value)
+
+
+def test_megatrons_flags_are_left_to_it(tmp_path: Path) -> None:
+    words = f"--checkpoint {tmp_path} --tasks copa --seq-length 9 --tensor-model-parallel-size 2"
+    options, rest = cli.parse(words.split())
+    assert (options.seq_length, rest) == (9, ["--tensor-model-parallel-size", "2"])
+
+
+def test_what_an_exported_folder_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_language_model(tmp_path, "smlp_deterministic")
+    options, _ = cli.parse(f"--hf {folder} --data-path x --seq-length {LONGEST + 1}".split())
+    with pytest.raises(UsageError, match=f"--seq-length {LONGEST + 1}: --hf .* has {LONGEST} pos"):
+        cli.evaluate(options, [])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="runs in one process: leave out torchrun"):
+        cli.evaluate(options, [])
+
+
+def test_a_report_is_in_percent_beside_the_papers() -> None:
+    scores = {"acc": reports.Score(0.5, 0.0217), "acc_norm": reports.Score(0.75, None)}
+    results = [
+        reports.TaskResult("copa_paper", 100, scores, "1.0"),
+        reports.TaskResult("capitals", 7, {"acc": reports.Score(1.0, 0.0)}, "0"),
+    ]
+    assert (
+        reports.as_markdown(results, model="runs/a")
+        == """\
+# Zero-shot evaluation of runs/a
+
+## Measured here
+
+| task | metric | value in % | standard error | examples |
+|---|---|---:|---:|---:|
+| copa_paper | acc | 50.0 | 2.2 | 100 |
+| copa_paper | acc_norm | 75.0 | n/a | 100 |
+| capitals | acc | 100.0 | 0.0 | 7 |
+
+## Reported by the paper, not measured here
+
+arXiv 2203.06850, models of about 10B parameters, in %; n/a: no source known. The metric
+is the one above that we read the column as.
+
+| model | copa (acc) |
+|---|---:|
+| BASE 10B | 63.0 |
+| HASH 10B | 64.0 |
+| GShard 9B | 76.0 |
+| Switch 9B | 75.0 |
+| sMLP-deterministic 9.4B | 79.0 |
+"""
+    )
 
 
 @pytest.fixture

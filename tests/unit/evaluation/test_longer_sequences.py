@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from megatron_smlp.conversion.convert import Options, torch_dist_to_hf
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.cli import parse
 from megatron_smlp.evaluation.megatron_loading import sequence_length
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.perplexity import measure
@@ -84,8 +83,3 @@ def test_lengths_that_a_model_refuses(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         sequence_length(_model(**changes), wanted)
-
-
-def test_an_exported_folder_takes_no_length(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--seq-length goes with --checkpoint"):
-        parse(["--hf", str(tmp_path), "--tasks", "copa", "--seq-length", "9"])

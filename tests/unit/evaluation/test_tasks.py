@@ -102,6 +102,50 @@ def test_copa_asks_in_the_papers_words(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "style", "right"),
+    [
+        ("copa", "harness", 1),
+        ("copa", "paper", 1),
+        ("piqa", "harness", 1),
+        ("storycloze", "harness", 1),
+        ("winogrande", "harness", 0),
+        ("hellaswag", "harness", 1),
+    ],
+)
+def test_the_right_option_counts(folder: Path, name: str, style: str, right: int) -> None:
+    """And no other: a document scores 1 where its option is the likeliest, else 0."""
+    [task] = select_tasks([name], data_dir=str(folder), prompt_style=style).tasks
+    assert task.config.task == ("copa_paper" if style == "paper" else name)
+    [doc] = task.eval_docs
+    for likeliest in (0, 1):
+        scores = [(-1.0 if option == likeliest else -2.0, False) for option in (0, 1)]
+        assert task.process_results(doc, scores)["acc"] == (likeliest == right)
+
+
+@pytest.mark.parametrize(
+    ("likeliest", "f1", "em"),
+    [("Ada", 1, 1), ("Ada Byron", 1, 1), ("Ada King", 2 / 3, 0), ("Eve", 0, 0)],
+)
+def test_records_likeliest_entity_counts_by_the_nearest_answer(
+    tmp_path: Path, likeliest: str, f1: float, em: float
+) -> None:
+    entities = ["Ada King", "Eve", "Ada Byron", "Ada"]
+    passage = {"text": ", ".join(entities), "entities": []}
+    for entity in entities:
+        start = passage["text"].rindex(entity) if entity == "Ada" else passage["text"].index(entity)
+        passage["entities"].append({"start": start, "end": start + len(entity) - 1})
+    answers = [{"text": text} for text in ("Ada Byron", "ADA")]
+    row = {"passage": passage, "qas": [{"query": "@placeholder came.", "answers": answers}]}
+    (tmp_path / "record.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    [task] = select_tasks(["record"], data_dir=str(tmp_path)).tasks
+    [doc] = task.eval_docs
+    assert task.doc_to_target(doc) == "  - ADA came."
+    scores = [(-float(likeliest != entity), False) for entity in sorted(entities)]
+    found = task.process_results(doc, scores)
+    assert found == {"f1": pytest.approx(f1), "em": em}
+
+
+@pytest.mark.parametrize(
     ("context", "parts"),
     [
         ("He sat. the lady", ("He sat.", "the lady")),

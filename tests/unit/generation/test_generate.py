@@ -141,8 +141,31 @@ def test_a_seed_repeats_and_samples_differ(
         cli.main([*model, "--seed", seed, "--top-p", "0.95", "--top-k", "0"])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
-    cli.main(["--hf", str(folder), "--prompt", "a b", "--num-beams", "3", *GREEDY])
-    assert capsys.readouterr().out.startswith("a b")
+    assert [text[:3] for text in texts[0].splitlines()] == ["a b"] * 3
+    assert len(set(texts[0].splitlines())) > 1
+
+
+def test_beams_are_those_of_transformers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, prompt = (
+        ["--hf", str(folder), "--max-new-tokens", "6", *GREEDY],
+        ["--prompt", "the file"],
+    )
+    found = lines([*words, *prompt, "--num-beams", "3", "--num-samples", "2"], capsys)
+    lm = load(cli.build_parser().parse_args(["--hf", str(folder)]))
+    ids = torch.tensor([lm.encode("the file")])
+    beams = lm.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        do_sample=False,
+        num_beams=3,
+        num_return_sequences=2,
+        eos_token_id=lm.end,
+        pad_token_id=lm.end,
+    )
+    rows = [[token for token in row if token != lm.end] for row in beams.tolist()]
+    assert found == [lm.decode(row) for row in rows]
+    assert found[0] not in lines(words, capsys)
 
 
 def test_lines_of_a_pipe_are_a_conversation(
@@ -165,6 +188,9 @@ def test_lines_of_a_pipe_are_a_conversation(
         ("--checkpoint {1} --prompt a", "holds no checkpoint"),
         ("--hf {1} --prompt a", "config.json is missing"),
         ("--hf {0} --prompt=", "--prompt is empty"),
+        ("--hf {0} --prompt a --prompts-file {1}/bad.jsonl", "--prompts-file, not both"),
+        ("--hf {0} --prompt a --temperature 0 --num-samples 2", "would be the same text again"),
+        ("--hf {0} --prompts-file {1}/blank.txt", "blank.txt has no prompts: give one per line"),
         ("--hf {0} --prompt a --top-p 0", "--top-p 0.0: give over 0 and at most 1"),
         ("--hf {0} --prompt a --temperature nan", "--temperature nan: give 0 or more"),
         ("--hf {0} --prompt a --max-new-tokens 0", "--max-new-tokens 0: give 1 or more"),
@@ -178,6 +204,7 @@ def test_lines_of_a_pipe_are_a_conversation(
 )
 def test_bad_input_is_one_line(folder: Path, tmp_path: Path, words: str, message: str) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    (tmp_path / "blank.txt").write_text(" \n\n")
     with pytest.raises(UserError) as caught:
         cli.main(words.format(folder, tmp_path).split())
     assert message in str(caught.value)

@@ -57,7 +57,7 @@ def test_random_tables_are_a_seeds():
     tables = [random_table(num_experts=8, vocab_size=999, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(tables[0], tables[1])
     assert not torch.equal(tables[0], tables[2])
-    assert set(tables[0].tolist()) == set(range(8))
+    assert tables[0].bincount(minlength=8).min() > 80
 
 
 def test_the_file_is_read_back(tmp_path: Path):

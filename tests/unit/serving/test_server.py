@@ -508,13 +508,21 @@ def test_a_client_that_goes_away_frees_its_place(lm: LanguageModel, streams: boo
     hook = lm.model.register_forward_pre_hook(count)
     with running(build_app(lm, max_body_bytes=20_000, max_waiting=1)) as address:
         where = f"{address}/completions"
-        with (
-            contextlib.suppress(httpx.ReadTimeout),
-            httpx.stream("POST", where, json=asked, timeout=0.3) as answer,
-        ):
-            lines = answer.iter_lines()
-            next(lines)
-            assert httpx.post(where, json=short).status_code == 429
+
+        async def go_away() -> int:
+            """While it is answered; what another client is told meanwhile."""
+            async with httpx.AsyncClient(timeout=60) as client:
+                asking = asyncio.create_task(client.post(where, json=asked))
+                while not calls:
+                    assert not asking.done()
+                    await asyncio.sleep(0.01)
+                status = (await client.post(where, json=short)).status_code
+                asking.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asking
+                return status
+
+        assert asyncio.run(go_away()) == 429
         deadline = time.monotonic() + 20
         while httpx.post(where, json=short).status_code != 200:
             assert time.monotonic() < deadline
@@ -537,16 +545,25 @@ def test_bad_flags_are_one_line(folder: Path, words: str, message: str) -> None:
         cli.main(words.format(folder).split())
 
 
-def test_ctrl_c_ends_it_cleanly(folder: Path) -> None:
-    words = [sys.executable, "tools/serve.py", "--hf", str(folder), "--port", "0"]
+def test_its_flags_are_heeded_and_ctrl_c_ends_it_cleanly(folder: Path) -> None:
+    words = ["--port", "0", "--api-key", "k", "--model-name", "m", "--max-body-bytes", "500"]
     server = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "tools/serve.py", "--hf", str(folder), *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         line = server.stdout.readline()
-        assert line.startswith("serving 'hf' at http://127.0.0.1:")
+        assert line.startswith("serving 'm' at http://127.0.0.1:")
         url = line.split()[3]
-        assert httpx.get(f"{url}/models", timeout=60).status_code == 200
+        assert httpx.get(f"{url}/models", timeout=60).status_code == 401
+        with httpx.Client(headers={"Authorization": "Bearer k"}, timeout=60) as client:
+            assert [model["id"] for model in client.get(f"{url}/models").json()["data"]] == ["m"]
+            for length, status in ((500, 400), (501, 413)):
+                answer = client.post(f"{url}/completions", content=b"x" * length, headers=JSON)
+                assert answer.status_code == status
         server.send_signal(signal.SIGINT)
         _, said = server.communicate(timeout=60)
     finally:

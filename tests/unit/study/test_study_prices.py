@@ -13,6 +13,7 @@ from support.launches import REPOSITORY
 from support.meta_models import built_parameters, expected_parameters
 from support.studies import pretend, state_of, write_study
 
+from megatron_smlp.accounting.estimate import estimate
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study.cli import main
 from megatron_smlp.study.plan import Calendar
@@ -27,19 +28,24 @@ def planned(path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> list[
 
 
 def test_gpu_hours_memory_and_storage(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    cluster = {"gpus": 2, "tflops": 100, "utilization": 0.5}
+    """With GPUs so slow and a vocabulary so large that the printed figures have three digits."""
+    cluster = {"gpus": 2, "tflops": 1e-4, "utilization": 0.5}
     fixed = {"bf16": True, "eval-iters": 1, "micro-batch-size": 4, "global-batch-size": 8}
-    path = write_study(tmp_path, cluster=cluster, fixed=fixed)
+    path = write_study(tmp_path, cluster=cluster, fixed=fixed, **{"vocab-size": 8_000_000})
     lines = planned(path, capsys, "--runs", str(tmp_path / "runs"))
-    costs = state_of(path, runs=tmp_path / "runs").systems["transformer"].costs
+    system = state_of(path, runs=tmp_path / "runs").systems["transformer"]
+    costs = estimate(system.flags | {"vocab_size": 8_000_000, "world_size": 2})
     row = next(words for words in lines if words[:1] == ["transformer"] and len(words) == 5)
     tokens = int(row[3].replace(",", ""))
     [priced] = [words for words in lines if words[:1] == ["transformer"] and "data" in words]
-    # 3 forward passes of this many tokens, at 50 TFLOP/s.
-    hours = 3 * costs["forward_tflops_per_1024_tokens"] * tokens / 1024 / 50 / 3600
-    assert float(priced[1]) == pytest.approx(hours, abs=0.5)
-    assert float(priced[2]) == pytest.approx(hours / 2, abs=0.05)
-    assert float(priced[5]) == pytest.approx(14 * costs["total_parameters"] / 2**30, abs=0.05)
+    # 3 forward passes of this many tokens, at half of 1e-4 TFLOP/s.
+    hours = 3 * costs["forward_tflops_per_1024_tokens"] * tokens / 1024 / 5e-5 / 3600
+    gpu_hours, wall, memory, saved = (float(priced[n].replace(",", "")) for n in (1, 2, 3, 5))
+    assert hours > 100
+    assert gpu_hours == pytest.approx(hours, rel=0.01)
+    assert wall == pytest.approx(hours / 2, rel=0.01)
+    assert memory == pytest.approx(costs["per_gpu"]["memory_bytes"] / 2**30, rel=0.01)
+    assert saved == pytest.approx(14 * costs["total_parameters"] / 2**30, rel=0.01)
     assert priced[-2:] == ["data", "parallel"]
     path = write_study(tmp_path, cluster=cluster | {"gpus": 3}, fixed=fixed)
     with pytest.raises(UsageError, match="cluster: gpus: 3, transformer: --global-batch-size 8"):

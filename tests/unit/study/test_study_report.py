@@ -6,13 +6,16 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
+import yaml
 from support.studies import pretend, state_of, write_study
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study import cli, speed
+from megatron_smlp.study import cli, gemm, speed
+from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.figures import Drawing
 from megatron_smlp.study.final import what_is_missing
 from megatron_smlp.study.metrics import VALIDATION_LOSS
@@ -93,7 +96,13 @@ def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
     Results(tmp_path / "results").add_speed(timing(steps, [0.4] * 3))
     claims, text = page(known, tmp_path)
     assert (claims["C2"]["verdict"], claims["C3"]["verdict"]) == ("confirmed", "confirmed")
-    assert "| 25% |" in text
+    costs = known.systems["smlp_deterministic"].costs
+    numbers = [f"{costs[name]:,}" for name in ("total_parameters", "active_parameters")]
+    forward = ("forward_tflops_per_1024_tokens", "forward_needed_tflops_per_1024_tokens")
+    numbers += [f"{costs[name]:.5f}" for name in forward]
+    # Half of 2e-3; 2048 tokens in 0.51 s; 0.1 of 0.4 TFLOP/s; what `pretend` logs.
+    numbers += ["0.001", "4,016", "25%", "5,000", "BASE: greedy, nothing is dropped"]
+    assert f"| smlp_deterministic | {' | '.join(numbers)} |" in text
     assert f"Quiet timing, and all times from it, are of {hardware()}." in text
     assert claims["C2"]["comparisons"][0]["found"]["mean"] == pytest.approx(0.458, abs=0.01)
 
@@ -174,7 +183,8 @@ def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
     assert "| smlp_deterministic | 53.0 ± 1.0 | 63.0 ± 1.0 |" in text
     assert "| chance | 50 | 50 |" in text
     assert "| paper: Switch 9B | 75.0 | n/a |" in text
-    assert "| repeat | after 3+ | new |" in text or "| repeat | new | after 3+ |" in text
+    assert "| repeat | new | after 3+ |\n| --- | --- | --- |\n" in text
+    assert "| smlp_deterministic | 6 | 1.47 |" in text
     assert (tmp_path / "results" / "where-the-loss-lies.png").stat().st_size > 10_000
 
 
@@ -434,6 +444,48 @@ def test_two_rules_of_one_part_are_named_apart(tmp_path: Path):
     text = page(known, tmp_path)[1]
     assert "smlp_deterministic against smlp_partial (two rules of one part)" in text
     assert "smlp_partial against gmlp;" in text or "smlp_partial against gmlp |" in text
+
+
+def test_a_timing_is_the_median_of_the_later_half(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever the first steps take, and another program for a moment; an evaluation is no step."""
+    steps = [9.0, 8.0, 7.0, 6.0, 1.2, 50.0, 1.0, 1.1, 1.3]
+
+    def trained(command: list[str], *, folder: Path, **_: object) -> int:
+        flags = yaml.safe_load((folder / "flags.yaml").read_text())
+        assert flags["train-iters"] == known.study.speed.steps
+        assert [name for name in flags if name.startswith("lr-")] == []
+        lines = [
+            {"iteration": number, "loss": 5.0, "seconds_per_iteration": step,
+             "tokens_per_second": 100 / step, "tflops_per_device": 10 / step}
+            for number, step in enumerate(steps)
+        ]  # fmt: skip
+        lines.append({"iteration": len(steps), "validation_loss": 5.0})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+        return 0
+
+    monkeypatch.setattr(speed, "run_command", trained)
+    monkeypatch.setattr(StudyData, "flags", [])
+    data, system = StudyData(tmp_path), known.systems["transformer"]
+    found = speed._time(known, system, data, processes=1)
+    expected = {"seconds_per_iteration": 1.2, "tokens_per_second": 100 / 1.2, "tflops": 10 / 1.2}
+    assert found == pytest.approx(expected)
+    monkeypatch.setattr(speed, "run_command", lambda *_, **__: 1)
+    with pytest.raises(UsageError, match=r"timing transformer failed \(1\)"):
+        speed._time(known, system, data, processes=1)
+
+
+def test_a_product_is_timed_in_tflops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """2 * 64 ** 3 operations, in 2 s at the fastest."""
+    seconds = itertools.chain.from_iterable((0.0, float(last)) for last in (9, 8, 2, 7, 6, 5, 4))
+    monkeypatch.setattr(gemm, "SIZE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(gemm, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    gemm.main("bfloat16")
+    assert float(capsys.readouterr().out) == pytest.approx(2 * 64**3 / 2 / 1e12)
 
 
 def test_claims_are_those_that_the_systems_can_decide(tmp_path: Path):

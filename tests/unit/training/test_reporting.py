@@ -6,13 +6,15 @@ import math
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_smlp.training import speed
 from megatron_smlp.training.captured_output import CapturedOutput, FolderError
 from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.reporting import perplexity
-from megatron_smlp.training.speed import duration
+from megatron_smlp.training.speed import StepClock, device_peak_tflops, duration
 
 
 @pytest.mark.parametrize(
@@ -21,6 +23,47 @@ from megatron_smlp.training.speed import duration
 )
 def test_durations(seconds: float, text: str):
     assert duration(seconds) == text
+
+
+def test_a_step_is_timed_without_what_is_excluded(monkeypatch: pytest.MonkeyPatch):
+    """10 s with 4 s of saving, over 2 steps; then 5 s of one, from the last look on."""
+    clock = 100.0
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock))
+    steps = StepClock()
+    for _ in range(2):
+        steps.step()
+        steps.exclude(2.0)
+    clock += 10
+    assert steps.pop_seconds_per_step() == 3
+    steps.step()
+    clock += 5
+    assert steps.pop_seconds_per_step() == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L40S", 362),
+        ("Tesla V100-SXM2-32GB", 125),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_is_of_the_device_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
+    assert device_peak_tflops() == peak
 
 
 def test_perplexity_of_a_loss_that_is_too_large_is_infinite():

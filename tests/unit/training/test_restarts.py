@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.checkpoints import RUN, assert_ends_like, pretrain
@@ -14,6 +15,7 @@ from megatron_smlp.training import slow_hosts
 from megatron_smlp.training.data import DatasetProvider
 from megatron_smlp.training.restart_report import BY_HAND
 from megatron_smlp.training.slow_hosts import LINES, OwnPart, SlowHosts, _Streak
+from megatron_smlp.training.speed import StepClock
 
 
 def fail_at(iteration: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,16 +104,18 @@ def test_a_stage_is_compared_with_itself():
     assert hosts._slowest_stage([2.0, 3.4, 1.0, 1.1]) == {0: 2.0, 1: 3.4}
 
 
-def test_an_own_part_is_that_of_its_step_alone():
+def test_an_own_part_is_that_of_its_step_alone(monkeypatch: pytest.MonkeyPatch):
+    clock = 10.0
+    monkeypatch.setattr(slow_hosts, "time", SimpleNamespace(perf_counter=lambda: clock))
     part = OwnPart()
     part.begin()
-    time.sleep(0.02)
+    clock += 2
     part.begin()  # of the next micro-batch
-    time.sleep(0.02)
+    clock += 2
     part.end()
+    clock += 20
     part.end()  # without a step
-    time.sleep(0.2)
-    assert 0.04 <= part.pop_seconds() < 0.2
+    assert part.pop_seconds() == 4
     assert part.pop_seconds() == 0
 
 
@@ -164,17 +168,24 @@ def _train_slowly(folder: str) -> None:
     main([*words.split(), *["--architecture", "gmlp", "--log-interval", "1", "--log-dir"], folder])
 
 
-def test_building_the_datasets_is_in_no_steps_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_building_the_datasets_is_in_no_steps_time(monkeypatch: pytest.MonkeyPatch):
     """They are built after the model, which takes minutes where a sample index is new."""
-    provide = DatasetProvider.__call__
+    events: list[str] = []
 
-    def slowly(self: DatasetProvider, *args: object, **kwargs: object) -> object:
-        time.sleep(3)
-        return provide(self, *args, **kwargs)  # type: ignore[arg-type]
+    def note(kind: type, name: str) -> None:
+        whole = getattr(kind, name)
 
-    monkeypatch.setattr(DatasetProvider, "__call__", slowly)
-    with pretrained(f"--architecture gmlp --log-interval 1 --log-dir {tmp_path}"):
+        def noting(*args: object, **kwargs: object) -> object:
+            found = whole(*args, **kwargs)
+            events.append(name)
+            return found
+
+        monkeypatch.setattr(kind, name, noting)
+
+    for kind, name in ((DatasetProvider, "__call__"), (StepClock, "restart"), (StepClock, "step")):
+        note(kind, name)
+    with pretrained("--architecture gmlp --train-iters 1"):
         pass
-    first = next(record for record in records(tmp_path) if "seconds_per_iteration" in record)
-    assert first["iteration"] == 1
-    assert first["seconds_per_iteration"] < 2
+    first = events.index("step")
+    assert "__call__" in events[:first]
+    assert events[first - 1] == "restart"

@@ -1,5 +1,7 @@
 """training/signals.py before the first step: SIGTERM ends a run with 0, wherever it is."""
 
+import os
+import select
 import signal
 import subprocess
 import sys
@@ -87,7 +89,16 @@ def test_a_rank_ends_with_its_agent():
         text=True,
     )
     assert process.stdout is not None
-    process.stdout.readline()
-    process.kill()
-    assert process.stdout.read() == ""  # which ends when the rank, who writes there too, has
-    process.wait()
+    rank_id, ended = 0, False
+    try:
+        rank_id = int(process.stdout.readline())
+        process.kill()
+        # It ends when the rank, who writes there too, has.
+        ended = bool(select.select([process.stdout], [], [], 60)[0])
+        assert ended
+        assert process.stdout.read() == ""
+    finally:
+        process.kill()
+        process.wait()
+        if rank_id and not ended:
+            os.kill(rank_id, signal.SIGKILL)

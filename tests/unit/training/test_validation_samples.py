@@ -46,6 +46,30 @@ def test_validations_of_one_run_and_of_its_continuation(tmp_path: Path, order: s
     losses = [line["loss"] for line in records(tmp_path) if "loss" in line]
     assert len(set(losses)) == len(losses), "training goes on to other samples"
     assert every == pytest.approx([first[0]] * 5, rel=1e-6)
+    later = f"{RUN} --dataloader-type {order} --train-iters 7 --start-eval-at-iter 4"
+    with pretrained(f"{later} --log-dir {tmp_path / 'later'}"):
+        pass
+    found = [line for line in records(tmp_path / "later") if "validation_loss" in line]
+    assert [line["iteration"] for line in found] == [4, 6, 7]
+    assert [line["validation_loss"] for line in found] == pytest.approx([first[0]] * 3, rel=1e-6)
+
+
+def test_a_checkpoint_is_evaluated_without_training(tmp_path: Path):
+    """Also by a run that is complete, which would otherwise have nothing left to do."""
+    words = f"--architecture gmlp --eval-iters 2 --log-interval 1 --train-iters 3 --save {tmp_path}"
+    with pretrained(f"{words} --lr 1e-1"):
+        pass
+    before = records(tmp_path)
+    with pretrained(f"{words} --skip-train"):
+        pass
+    added = records(tmp_path)[len(before) :]
+    assert not any("loss" in line for line in added)
+    trained, again = (
+        [line for line in lines if "validation_loss" in line] for lines in (before, added)
+    )
+    assert [line["iteration"] for line in (*trained, *again)] == [3, 3]
+    losses = [line["validation_loss"] for line in (*trained, *again)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_other_seeds_train_on_others_and_validate_on_the_same(

@@ -6,7 +6,6 @@ import json
 import lzma
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -253,18 +252,21 @@ def test_a_pipe_without_a_writer_says_what_it_waits_for(
 ) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    said = []
+    said, ended = [], threading.Event()
 
     def write_once_it_is_said() -> None:
-        while not said:
+        while not said and not ended.wait(0.01):
             said.extend(capsys.readouterr().err.splitlines())
-            time.sleep(0.01)
-        path.write_text('{"text": "a"}\n')
+        if said:
+            path.write_text('{"text": "a"}\n')
 
-    writer = threading.Thread(target=write_once_it_is_said)
+    writer = threading.Thread(target=write_once_it_is_said, daemon=True)
     writer.start()
-    assert run(path, tmp_path / "data", *BYTE_FLAGS).counts.documents == 1
-    writer.join()
+    try:
+        assert run(path, tmp_path / "data", *BYTE_FLAGS).counts.documents == 1
+    finally:
+        ended.set()
+        writer.join(60)
     assert said == [f"{path} is a pipe: waiting for who writes to it"]
 
 
@@ -404,7 +406,8 @@ def test_a_pipe_is_read_once(tmp_path: Path, pack: Callable[[bytes], bytes]) -> 
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     body = pack(_jsonl(tmp_path / "a.jsonl").read_bytes())
-    writer = threading.Thread(target=pipe.write_bytes, args=(body,))
+    writer = threading.Thread(target=pipe.write_bytes, args=(body,), daemon=True)
     writer.start()
     assert _texts([pipe]) == DOCUMENTS
-    writer.join()
+    writer.join(60)
+    assert not writer.is_alive()
