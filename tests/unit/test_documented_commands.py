@@ -125,7 +125,8 @@ def test_entries_are_as_a_page_shows_them(page: str, entries: dict[str, str]) ->
 
 def test_the_pages_whose_commands_are_run() -> None:
     """By end_to_end/test_documentation.py: one whose blocks are no longer found is missed here."""
-    names = ["checkpoints", "data", "evaluation", "generation", "library", "metrics", "resilience"]
+    names = ["checkpoints", "data", "evaluation", "generation", "gpus", "library", "metrics"]
+    names.append("resilience")
     assert [f"docs/{name}.md" for name in names] == documentation.WITH_BLOCKS
     assert documentation.blocks("README.md")
 
