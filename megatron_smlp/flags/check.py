@@ -26,12 +26,12 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check_model import check_model
 from megatron_smlp.flags.check_routers import check_feature_router, check_token_router
 from megatron_smlp.flags.check_run import (
-    check_layout,
     check_machine,
     check_names,
     check_ranges,
     check_schedule,
 )
+from megatron_smlp.flags.layout import check_layout
 from megatron_smlp.flags.namespace import Arguments
 from megatron_smlp.flags.unused_flags import refuse_other_programs, refuse_unless, refuse_unused
 from megatron_smlp.platform import choice, cpu

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.layout import check_layout
 from megatron_smlp.flags.yaml_file import read_yaml, spelling
+
+SIZES = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
+    "micro_batch_size": 1,
+    "global_batch_size": None,
+}
+"""What decides whether a number of processes can be, and Megatron's defaults."""
 
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
@@ -51,25 +64,15 @@ def check_counts(words: Sequence[str], *, machines: range, processes: int) -> No
     batch = given("--global-batch-size", words)
     if batch is None:
         raise UsageError(f"{nodes} changes the batch with the machines: give --global-batch-size.")
-    tensor, pipeline, expert = (
-        int(given(f"--{name}-parallel-size", words) or 1)
-        for name in ("tensor-model", "pipeline-model", "expert-model")
-    )
-    expert *= int(given("--expert-tensor-parallel-size", words) or tensor)
-    model, experts = tensor * pipeline, expert * pipeline
-    step = int(given("--micro-batch-size", words) or 1)
+    sizes = {
+        name: int(value) if (value := given(flag_of(name), words)) else default
+        for name, default in SIZES.items()
+    }
     for count in machines:
-        total = count * processes
-        if total % model or int(batch) % (step * (total // model)):
-            of_model = f", {model} a model" if model > 1 else ""
+        layout = argparse.Namespace(**sizes, world_size=count * processes)
+        try:
+            check_layout(layout)
+        except UsageError as error:
             raise UsageError(
-                f"{nodes}: {count} machines have {total} processes{of_model}, among which "
-                f"--global-batch-size {batch} cannot be shared in micro-batches of {step}: give a "
-                "batch that suits every number of machines, or another NNODES."
-            )
-        if total % experts:
-            raise UsageError(
-                f"{nodes}: {count} machines have {total} processes, over which experts of "
-                f"{experts} cannot be spread: give another NNODES, or lower "
-                "--expert-model-parallel-size."
-            )
+                f"{nodes}: with {count} machines, {error} Or give another NNODES."
+            ) from error

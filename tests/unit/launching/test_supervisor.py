@@ -301,14 +301,17 @@ def test_nothing_to_start_is_said_with_an_example(what: str):
     ("words", "message"),
     [
         ("--micro-batch-size 2", "NNODES=2:4 changes the batch with the machines: give --global-b"),
-        ("--global-batch-size 256", "3 machines have 24 processes, among which --global-batch-siz"),
+        (
+            "--global-batch-size 256",
+            "with 3 machines, --global-batch-size 256 is not a multiple of 24",
+        ),
         (
             "--global-batch-size=192 --pipeline-model-parallel-size 3",
-            "2 machines have 16 processes, 3 a model, among which",
+            "with 2 machines, --pipeline-model-parallel-size 3 needs a multiple of 3 processes",
         ),
         (
             "--global-batch-size 192 --expert-model-parallel-size 16",
-            "3 machines have 24 processes, over which experts of 16 cannot be spread",
+            "3 machines, --expert-model-parallel-size 16 needs a multiple of 16 .* another NNODES",
         ),
     ],
 )
