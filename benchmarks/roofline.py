@@ -73,8 +73,8 @@ LAUNCH = 5e-6  # seconds
 KERNELS = 27  # operators of a call of balanced assignment with kernels
 SAMPLES, TOKENS, WIDTH, VOCABULARY = 8, 1024, 1024, 50304
 GPUS, MICRO_BATCHES = 8, 8  # --global-batch-size 512
-GATE_UNITS = {"one head": 18.4, "heads": 21.2, "partial prediction": 23.8}
-GATE_OPERATORS = {"one head": 6, "heads": 6, "partial prediction": 59}
+GATE_UNITS = {"one head": 19.4, "heads": 21.3, "partial prediction": 24.0}
+GATE_OPERATORS = {"one head": 10, "heads": 10, "partial prediction": 70}
 COMPILED = {
     "megatron.core.fusions.fused_cross_entropy": (
         "calculate_logits_max",

@@ -63,9 +63,9 @@ def test_a_row_by_hand():
         "flops": 1e12,
     }
     row = roofline.row_of(found)
-    assert row.operators == 1000 + 10 * 4 + 3 * 27 + 3 * 6
+    assert row.operators == 1000 + 10 * 4 + 3 * 27 + 3 * 10
     scores, gate = 8 * 1024 * 32 * 4, 8 * 1024 * 2048 * 2
-    size = 16 * 8 * 6 + 3e9 + 3 * 27 * scores + (2 * 18.4 + 21.2) * gate
+    size = 16 * 8 * 6 + 3e9 + 3 * 27 * scores + (2 * 19.4 + 21.3) * gate
     assert row.gigabytes == pytest.approx(size / 1e9)
     assert row.update == pytest.approx(1e3 * 20 * 1e9 / 3.35e12)
     compute = 1e12 / 989e12
