@@ -238,16 +238,33 @@ SHORT_ROW = 1024
 """Matrices with rows up to so many numbers gain by `linear`'s way with one row."""
 
 
-class SMLPLinear(nn.Linear):
-    """nn.Linear, faster at a generation step on a CPU; see `linear`."""
+def starting_smaller(layer: Any, by: float) -> nn.Linear:
+    """Return a projection whose first values `_init_weights` draws so much smaller.
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: <float>[..., in] -> <float>[..., out]."""
-        return linear(hidden, self.weight, self.bias)
+    All projections are plain `nn.Linear`: what quantises a model replaces that very class.
+    """
+    layer.std_divisor = by
+    return layer
 
 
-class SMLPOutputLinear(SMLPLinear):
-    """A projection back to the residual, which starts smaller; see `_init_weights`."""
+def to_residual(config: SMLPConfig, in_features: int, *, bias: bool) -> nn.Linear:
+    """Return a projection that leads back to the residual."""
+    layer = nn.Linear(in_features, config.hidden_size, bias=bias)
+    return starting_smaller(layer, math.sqrt(2 * config.num_layers))
+
+
+def project(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """layer(hidden), faster at a generation step on a CPU; see `linear`.
+
+    What quantises, adapts, offloads or watches a projection has replaced it or its call, or holds a
+    hook: then it is called.
+    """
+    if type(layer) is nn.Linear and _is_step(hidden, layer.weight):
+        is_watched = layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer)
+        if not is_watched:
+            return linear(hidden, layer.weight, layer.bias)
+    output: Tensor = layer(hidden)
+    return output
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -257,16 +274,18 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     thread and slowly where rows are short; its product of matrices does neither (MKL on an AMD
     EPYC, in = 512: 1.8 times as fast with one thread, 3.3 times with two).
     """
-    is_step = hidden.numel() == weight.shape[1] <= SHORT_ROW
-    if not (is_step and hidden.device.type == "cpu" and hidden.dtype == torch.float32):
+    if not _is_step(hidden, weight):
         return F.linear(hidden, weight, bias)
     product = torch.mm(weight, hidden.reshape(1, -1).repeat(2, 1).T)[:, 0]
     product = product if bias is None else product + bias
     return product.view(*hidden.shape[:-1], -1)
 
 
-class SMLPInputLinear(SMLPLinear):
-    """A projection of normalised features to an input; see `_init_weights`."""
+def _is_step(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether `hidden` is a single short row on a CPU, and `weight` a tensor of no special kind."""
+    is_plain = hidden.device.type == "cpu" and hidden.dtype == torch.float32
+    is_plain = is_plain and type(weight) in (Tensor, nn.Parameter)
+    return is_plain and hidden.numel() == weight.shape[1] <= SHORT_ROW
 
 
 # ------------------------------------------------------------------------------------------------
@@ -288,7 +307,8 @@ class SMLPMinHashInput(nn.Module):
         table = torch.zeros(config.vocab_size, config.hash_count, dtype=torch.int16)
         self.register_buffer("fingerprints", table)
         self.norm = nn.LayerNorm(num_features, eps=config.layer_norm_epsilon)
-        self.proj = SMLPInputLinear(num_features, config.hidden_size, bias=False)
+        proj = nn.Linear(num_features, config.hidden_size, bias=False)
+        self.proj = starting_smaller(proj, math.sqrt(num_features))  # its features are normalised
 
     def forward(self, ids: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
         """ids: <int64>[B, T] of this call -> <float>[B, T, D]."""
@@ -297,10 +317,10 @@ class SMLPMinHashInput(nn.Module):
         places = layout.positions[:, :, None] + offsets
         seen = ids.gather(1, places.clamp(min=0).flatten(1)).view_as(places)
         values = self.fingerprints[seen].long()
-        dtype = self.proj.weight.dtype
+        dtype = self.norm.weight.dtype  # a quantised projection's is another
         ones = (places >= 0)[..., None].to(dtype).expand(values.shape)
         counters = ones.new_zeros(*places.shape, self.filter_size).scatter_add(3, values, ones)
-        return self.proj(self.norm(counters.flatten(2)))
+        return project(self.proj, self.norm(counters.flatten(2)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -317,7 +337,7 @@ class SMLPAttention(nn.Module):
         rotary_base: of the positions that turn queries and keys; None: they are not turned.
         width: of all heads together.
         out_features: what the output projection maps to.
-        output: the kind of that projection.
+        leads_back: whether that leads back to the residual.
     """
 
     def __init__(
@@ -328,7 +348,7 @@ class SMLPAttention(nn.Module):
         num_heads: int,
         width: int,
         out_features: int,
-        output: type[SMLPLinear],
+        leads_back: bool,
         num_groups: int | None = None,
         rotary_base: int | None = None,
     ) -> None:
@@ -338,18 +358,21 @@ class SMLPAttention(nn.Module):
         self.num_groups, self.rotary_base = num_groups or num_heads, rotary_base
         key_width = width // num_heads * self.num_groups
         self.dropout = config.attention_dropout
-        self.q_proj = SMLPLinear(config.hidden_size, width, bias=bias)
-        self.k_proj = SMLPLinear(config.hidden_size, key_width, bias=bias)
-        self.v_proj = SMLPLinear(config.hidden_size, key_width, bias=bias)
-        self.out_proj = output(width, out_features, bias=bias)
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
+        if leads_back:
+            self.out_proj = to_residual(config, width, bias=bias)
+        else:
+            self.out_proj = nn.Linear(width, out_features, bias=bias)
 
     def forward(
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, out_features], and no loss."""
         queries, keys, values = (
-            projection(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for projection, heads in (
+            project(layer, hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for layer, heads in (
                 (self.q_proj, self.num_heads),
                 (self.k_proj, self.num_groups),
                 (self.v_proj, self.num_groups),
@@ -370,7 +393,7 @@ class SMLPAttention(nn.Module):
             is_causal=is_causal,
             enable_gqa=self.num_groups != self.num_heads,
         )
-        return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
+        return project(self.out_proj, mixed.transpose(1, 2).flatten(2)), None
 
 
 def _visible(layout: Layout, length: int) -> Tensor:
@@ -516,11 +539,11 @@ class SMLPSpatialGating(nn.Module):
         self.num_heads = num_heads
         self.cache_index = layer_index * config.states_per_layer
         self.activation = ACT2FN[config.hidden_act]
-        self.up_proj = SMLPLinear(config.hidden_size, 2 * width, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, 2 * width, bias=bias)
         self.gate_norm = SMLPHeadNorm(width, eps=config.layer_norm_epsilon)
         projection = SMLPToeplitzProjection if config.toeplitz else SMLPSpatialProjection
         self.spatial = projection(num_experts, config.max_position_embeddings)
-        self.down_proj = SMLPOutputLinear(width, config.hidden_size, bias=bias)
+        self.down_proj = to_residual(config, width, bias=bias)
         self.tiny_attention: SMLPAttention | None = None
         if has_attention:
             self.tiny_attention = SMLPAttention(
@@ -529,20 +552,20 @@ class SMLPSpatialGating(nn.Module):
                 num_heads=1,
                 width=config.tiny_attention_width,
                 out_features=width,
-                output=SMLPLinear,
+                leads_back=False,
             )
 
     def forward(
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and the router's loss if it has one."""
-        passed, gate = self.activation(self.up_proj(hidden)).chunk(2, dim=-1)
+        passed, gate = self.activation(project(self.up_proj, hidden)).chunk(2, dim=-1)
         chunks = self._split(self.gate_norm(gate, self.num_heads))
         gates, loss = self._mix(chunks, gate, layout, cache)
         gates = gates.transpose(1, 2).flatten(2)
         if self.tiny_attention is not None:
             gates = gates + self.tiny_attention(hidden, layout, cache)[0]
-        return self.down_proj(passed * gates), loss
+        return project(self.down_proj, passed * gates), loss
 
     def _split(self, features: Tensor) -> Tensor:
         """<float>[B, T, F] -> <float>[B, h, T, f]."""
@@ -723,19 +746,19 @@ class SMLPAttentionFree(nn.Module):
         super().__init__()
         bias, width = config.add_bias_linear, config.hidden_size
         self.cache_index = layer_index * config.states_per_layer
-        self.q_proj = SMLPLinear(width, width, bias=bias)
-        self.k_proj = SMLPLinear(width, width, bias=bias)
-        self.v_proj = SMLPLinear(width, width, bias=bias)
+        self.q_proj = nn.Linear(width, width, bias=bias)
+        self.k_proj = nn.Linear(width, width, bias=bias)
+        self.v_proj = nn.Linear(width, width, bias=bias)
         self.positions: SMLPPositionWeights | None = None
         if config.aft_kind == "full":
             self.positions = SMLPPositionWeights(config.max_position_embeddings)
-        self.out_proj = SMLPOutputLinear(width, width, bias=bias)
+        self.out_proj = to_residual(config, width, bias=bias)
 
     def forward(
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
-        keys, values = self.k_proj(hidden), self.v_proj(hidden)
+        keys, values = project(self.k_proj, hidden), project(self.v_proj, hidden)
         if cache is not None:
             states = cache.layers[self.cache_index]
             keys, values = states.write(keys[:, None], values[:, None], layout)
@@ -745,8 +768,8 @@ class SMLPAttentionFree(nn.Module):
         else:
             sums = self.positions(keys, values, layout)
         above, below = sums.chunk(2, dim=-1)
-        mixed = torch.sigmoid(self.q_proj(hidden)) * (above / below).to(hidden.dtype)
-        return self.out_proj(mixed), None
+        mixed = torch.sigmoid(project(self.q_proj, hidden)) * (above / below).to(hidden.dtype)
+        return project(self.out_proj, mixed), None
 
 
 def _grown(keys: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -777,17 +800,17 @@ class SMLPCausalRN(nn.Module):
         self.cache_index = layer_index * config.states_per_layer
         self.eps = config.layer_norm_epsilon
         self.is_quadratic = config.causal_rn_kind == "quadratic"
-        self.up_proj = SMLPLinear(config.hidden_size, 2 * width, bias=bias)
-        self.down_proj = SMLPOutputLinear(width, config.hidden_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, 2 * width, bias=bias)
+        self.down_proj = to_residual(config, width, bias=bias)
 
     def forward(
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
-        a, b = (self._n(part) for part in self.up_proj(hidden).chunk(2, dim=-1))
+        a, b = (self._n(part) for part in project(self.up_proj, hidden).chunk(2, dim=-1))
         b = _so_far(b[:, None], self.cache_index, layout, cache)[:, 0]
         mixed = self._pairwise(a, b, layout) if self.is_quadratic else self._summed(a, b, layout)
-        return self.down_proj(self._n(mixed).to(hidden.dtype)), None
+        return project(self.down_proj, self._n(mixed).to(hidden.dtype)), None
 
     def _n(self, x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -830,14 +853,14 @@ class SMLPFeedForward(nn.Module):
     def __init__(self, config: SMLPConfig, *, width: int, bias: bool) -> None:
         super().__init__()
         self.activation = swiglu if config.swiglu else ACT2FN[config.hidden_act]
-        self.up_proj = SMLPLinear(config.hidden_size, (1 + config.swiglu) * width, bias=bias)
-        self.down_proj = SMLPOutputLinear(width, config.hidden_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, (1 + config.swiglu) * width, bias=bias)
+        self.down_proj = to_residual(config, width, bias=bias)
 
     def forward(
         self, hidden: Tensor, layout: Layout, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
-        return self.down_proj(self.activation(self.up_proj(hidden))), None
+        return project(self.down_proj, self.activation(project(self.up_proj, hidden))), None
 
 
 class SMLPExperts(nn.Module):
@@ -1200,7 +1223,7 @@ def _attention(config: SMLPConfig, index: int) -> nn.Module:
         num_heads=config.num_attention_heads,
         width=config.hidden_size,
         out_features=config.hidden_size,
-        output=SMLPOutputLinear,
+        leads_back=True,
         num_groups=config.num_query_groups,
         rotary_base=config.rotary_base if config.position_embedding_type == "rope" else None,
     )
@@ -1304,10 +1327,8 @@ class SMLPPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SMLPPositionWeights):
             bound = 1e-3 / len(module.weight)
             init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, SMLPInputLinear):
-            init.normal_(module.weight, std=std / math.sqrt(module.in_features))
-        elif isinstance(module, SMLPOutputLinear):
-            init.normal_(module.weight, std=output_std)
+        elif isinstance(module, nn.Linear) and hasattr(module, "std_divisor"):
+            init.normal_(module.weight, std=std / module.std_divisor)
         elif isinstance(module, SMLPExperts):
             init.normal_(module.up_proj, std=std)
             init.normal_(module.down_proj, std=output_std)
@@ -1500,7 +1521,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__(config)
         self.model = SMLPModel(config)
-        self.lm_head = SMLPLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -1544,7 +1565,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             position_ids=kwargs.pop("position_ids", None),
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, rows])
+        logits = project(self.lm_head, outputs.last_hidden_state[:, rows])
         # As Megatron's: what is made of them, log-probabilities at first, must not round to 8 bits.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         aux_loss = outputs.aux_loss

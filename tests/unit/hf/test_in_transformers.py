@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from support.smlp_systems import SYSTEMS, VOCABULARY, make_ids, make_model
-from transformers import Trainer, TrainingArguments
+from torch import Tensor, nn
+from transformers import FineGrainedFP8Config, Trainer, TrainingArguments
+from transformers.integrations.finegrained_fp8 import FP8Linear, replace_with_fp8_linear
 
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPHashRouter
 
@@ -149,3 +151,60 @@ def test_a_kind_of_cache_that_is_not_taken(caplog: pytest.LogCaptureFixture):
     plain = model.generate(ids, max_new_tokens=4, do_sample=False)
     static = model.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="static")
     assert torch.equal(plain, static)
+
+
+class Rounded(nn.Module):
+    """A projection in bytes, as what quantises a model puts it in the place of an nn.Linear."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.scale = layer.weight.abs().amax(dim=1, keepdim=True) / 127
+        self.weight = nn.Parameter((layer.weight / self.scale).round().char(), requires_grad=False)
+        self.bias = layer.bias
+
+    def values(self) -> Tensor:
+        return self.weight * self.scale
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.values(), self.bias)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@torch.no_grad()
+def test_projections_are_quantised(system: str):
+    """Whatever has the very class nn.Linear is replaced; then whole rows and steps are the same."""
+    model, ids = make_model(system), make_ids(1, 30)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
+    assert len(layers) == sum(isinstance(module, nn.Linear) for module in model.modules())
+    rounded = {name: Rounded(layer) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.weight.copy_(rounded[name].values())
+    expected = model(ids).logits
+    for name, module in rounded.items():
+        model.set_submodule(name, module)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    cache = model(ids[:, :29], use_cache=True).cache
+    last = model(ids[:, 29:], cache=cache).logits
+    torch.testing.assert_close(last, expected[:, 29:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("system", ["amlp", "smlp_unrouted", "minhash"])
+def test_transformers_finds_the_projections(system: str):
+    model = make_model(system)
+    layers = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    kept = ["lm_head", "experts"]  # experts of ours are not those that it knows
+    replace_with_fp8_linear(model, kept, FineGrainedFP8Config())
+    replaced = {n for n, m in model.named_modules() if isinstance(m, FP8Linear)}
+    assert replaced == layers - {"lm_head"}
+
+
+@torch.no_grad()
+def test_a_hook_sees_a_generation_step():
+    model, ids = make_model("gmlp"), make_ids(1, 6)
+    cache = model(ids[:, :5], use_cache=True).cache
+    seen: list[torch.Size] = []
+    layer = model.model.layers[0].mixer.up_proj
+    layer.register_forward_hook(lambda _, __, output: seen.append(output.shape))
+    model(ids[:, 5:], cache=cache)
+    assert seen == [torch.Size([1, 1, 48])]
