@@ -55,7 +55,7 @@ F gate width, h heads, f = F/h, C chunks, E experts, X expert width, P prefix le
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -104,6 +104,15 @@ class Layout:
     def is_one_step(self) -> bool:
         """One token each, at the same position: it sees all there is, so nothing needs a mask."""
         return self.start is not None and self.end - self.start == 1
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Layout":
+        """Return the same on a device: accelerate asks, where layers are on several."""
+        names = ("positions", "valid", "input_ids")
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {
+            n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items() if t is not None
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -174,9 +183,10 @@ class SMLPCacheLayer(DynamicLayer):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+        if self.is_initialized:
+            super().batch_select_indices(indices.to(self.keys.device))
         if self.scores is not None:
-            self.scores = self.scores[indices]
+            self.scores = self.scores[indices.to(self.scores.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -215,7 +225,7 @@ class SMLPCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         if self.lengths is not None:
-            self.lengths = self.lengths[indices]
+            self.lengths = self.lengths[indices.to(self.lengths.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -1290,7 +1300,7 @@ class SMLPLayer(GradientCheckpointingLayer):
 def _add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     if left is None or right is None:
         return right if left is None else left
-    return left + right
+    return left + right.to(left.device)
 
 
 @dataclass
@@ -1385,7 +1395,7 @@ class SMLPModel(SMLPPreTrainedModel):
         layout, move = self._layout(given, input_ids, attention_mask, cache, position_ids)
         hidden = self._embedded(inputs_embeds, layout, move, cache)
         if self.config.position_embedding_type == "learned_absolute":
-            hidden = hidden + self.embed_positions(layout.positions)
+            hidden = hidden + self.embed_positions(layout.positions).to(hidden.device)
         hidden = F.dropout(hidden, self.config.hidden_dropout, self.training)
         states, loss = [hidden], None
         for layer in self.layers:
@@ -1394,7 +1404,8 @@ class SMLPModel(SMLPPreTrainedModel):
             loss = _add(loss, layer_loss)
         states[-1] = self.final_norm(hidden)
         if move is not None:
-            states = [state.take_along_dim(move.back[..., None], dim=1) for state in states]
+            back = move.back[..., None]
+            states = [state.take_along_dim(back.to(state.device), dim=1) for state in states]
         return SMLPModelOutput(
             last_hidden_state=states[-1],
             aux_loss=loss,
@@ -1421,7 +1432,7 @@ class SMLPModel(SMLPPreTrainedModel):
             )
         if move is None:
             return inputs_embeds
-        return inputs_embeds.take_along_dim(move.order[..., None], dim=1)
+        return inputs_embeds.take_along_dim(move.order[..., None].to(inputs_embeds.device), dim=1)
 
     def _cache(self, cache: SMLPCache | None, use_cache: bool | None) -> SMLPCache | None:
         # Recomputing a layer would write its states twice.
@@ -1573,7 +1584,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = self._targets(labels, attention_mask)
             loss = self.loss_function(logits, targets, vocab_size=self.config.vocab_size, **kwargs)
-            loss = loss if aux_loss is None else loss + aux_loss
+            loss = _add(loss, aux_loss)
         output = MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

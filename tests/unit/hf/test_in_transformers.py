@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.smlp_systems import SYSTEMS, VOCABULARY, make_ids, make_model
+from support.smlp_systems import SYSTEMS, VOCABULARY, make_config, make_ids, make_model
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from transformers import FineGrainedFP8Config, Trainer, TrainingArguments
 from transformers.integrations.finegrained_fp8 import FP8Linear, replace_with_fp8_linear
 
-from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPHashRouter
+from megatron_smlp.hf.modeling_smlp import Layout, SMLPForCausalLM, SMLPHashRouter, _add
 
 
 def trainer(model: Any, ids: torch.Tensor, folder: Path, **options: Any) -> Trainer:
@@ -208,3 +209,61 @@ def test_a_hook_sees_a_generation_step():
     layer.register_forward_hook(lambda _, __, output: seen.append(output.shape))
     model(ids[:, 5:], cache=cache)
     assert seen == [torch.Size([1, 1, 48])]
+
+
+def on_two_devices(model: SMLPForCausalLM) -> None:
+    """As device_map="auto" does it: layers from the second on and the final norm on cuda:1."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    second = [*model.model.layers[1:], model.model.final_norm]
+    for owner in (owner for module in second for owner in module.modules()):
+        for name, weight in owner.named_parameters(recurse=False):
+            setattr(owner, name, nn.Parameter(weight.to("cuda:1")))
+    for module in [*model.model.children(), *model.model.layers, model.lm_head]:
+        if module is not model.model.layers:
+            device = "cuda:1" if module in second else "cuda:0"
+            hook = hooks.AlignDevicesHook(execution_device=device)
+            hook.init_hook = lambda module: module  # which would place the weights
+            hooks.add_hook_to_module(module, hook)
+    whole = hooks.AlignDevicesHook(execution_device="cuda:0", io_same_device=True)
+    hooks.add_hook_to_module(model, whole)
+
+
+@pytest.mark.parametrize(
+    "system",
+    ["transformer", "gmlp", "gmlp_toeplitz", "amlp", "mixer", "aft_simple", "causal_rn_quadratic"],
+)
+def test_layers_on_two_devices(system: str):
+    """Of tensors without values, which know their device: an operation over two is an error."""
+    with FakeTensorMode(), torch.device("cuda:0"):
+        model = SMLPForCausalLM(make_config(system))
+        on_two_devices(model)
+        ids = torch.zeros(4, 8, dtype=torch.int64)
+        output = model(ids, labels=ids, use_cache=True)
+        assert output.loss.device == output.logits.device == torch.device("cuda:0")
+        output.cache.lengths = torch.full((4,), 8)  # as of unlike prompts
+        output.cache.reorder_cache(torch.zeros(4, dtype=torch.int64))
+        output.cache.lengths = None
+        assert model(ids[:, :1], cache=output.cache).logits.device == torch.device("cuda:0")
+        losses = [torch.zeros((), device=f"cuda:{number}") for number in range(2)]
+        assert _add(*losses).device == torch.device("cuda:0")  # the balance losses of layers
+
+
+def test_what_a_layer_gets_goes_to_its_device():
+    tensors = {"positions": torch.zeros(1, 2), "valid": None, "input_ids": torch.zeros(1, 2)}
+    layout = Layout(**tensors, start=0, end=2, cached=False).to(torch.device("meta"))
+    assert layout.positions.device.type == layout.input_ids.device.type == "meta"
+    assert (layout.valid, layout.start, layout.end) == (None, 0, 2)
+
+
+@pytest.mark.parametrize("system", ["smlp_partial", "hash"])
+def test_layers_on_the_disk(system: str, tmp_path: Path):
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = make_model(system), make_ids(3, 9)
+    options = {"max_new_tokens": 6, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    places = dict.fromkeys(("model.embed_tokens", "model.final_norm", "lm_head"), "cpu")
+    if hasattr(model.model, "embed_positions"):
+        places["model.embed_positions"] = "cpu"
+    places |= {f"model.layers.{number}": ["cpu", "disk"][number > 0] for number in range(3)}
+    model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    assert torch.equal(model.generate(ids, **options), expected)
