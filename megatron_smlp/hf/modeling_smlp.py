@@ -69,6 +69,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import maybe_autocast
@@ -1648,5 +1649,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             generation_config.max_length = longest
         return generation_config
 
+
+# By the name here Trainer knows, for label smoothing, that targets are the next tokens.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(SMLPConfig.model_type, SMLPForCausalLM.__name__)
 
 __all__ = ["SMLPCache", "SMLPConfig", "SMLPForCausalLM", "SMLPModel", "SMLPPreTrainedModel"]

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 from support.language_models import END, save_tokenizer
-from transformers import AutoTokenizer
+from support.smlp_systems import make_model
+from transformers import AutoTokenizer, pipeline
+from transformers.utils import logging
 
 from megatron_smlp.conversion.huggingface import _add_tokenizer
 from megatron_smlp.hf import SMLPConfig, SMLPForCausalLM, SMLPModel
@@ -32,3 +34,15 @@ def test_texts_of_unlike_lengths_make_a_batch(tmp_path: Path, own: bool):
 def test_the_package_has_its_classes():
     """`from megatron_smlp.hf import SMLPForCausalLM`, as a user of transformers writes it."""
     assert SMLPForCausalLM.config_class is SMLPModel.config_class is SMLPConfig
+
+
+def test_a_pipeline_takes_the_model(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = make_model("gmlp", vocab_size=len(tokenizer))
+    logging.enable_propagation()
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    logging.disable_propagation()
+    assert "is not supported" not in caplog.text
+    [answer] = generator("a b", max_new_tokens=4, do_sample=False)
+    assert answer["generated_text"].startswith("a b")

@@ -51,6 +51,14 @@ def test_the_trainers_loss_is_the_models(tmp_path: Path, accumulation: int):
     assert done.training_loss == pytest.approx(expected, rel=1e-5)
 
 
+def test_smoothed_labels_are_the_next_tokens(tmp_path: Path):
+    model, ids = make_model("gmlp"), make_ids(1, 30)
+    its = trainer(model, ids, tmp_path, label_smoothing_factor=0.1)
+    logprobs = model(ids).logits[0, :-1].log_softmax(dim=-1)
+    expected = 0.9 * nn.functional.nll_loss(logprobs, ids[0, 1:]) - 0.1 * logprobs.mean()
+    assert its.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_autocast_trains_and_routes_in_fp32(system: str):
     model = make_model(system).train()
