@@ -1327,7 +1327,8 @@ class SMLPPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw normal weights; what leads back to the residual is smaller by sqrt(2 layers).
 
-        transformers calls it for modules that have parameters of their own, and for no others.
+        transformers calls it for modules that have parameters or buffers of their own, and for no
+        others. Of norms it knows those that torch and itself have, by their names.
         """
         super()._init_weights(module)
         std = self.config.initializer_range
@@ -1335,6 +1336,11 @@ class SMLPPreTrainedModel(PreTrainedModel):
         if isinstance(module, SMLPSpatialProjection):
             init.uniform_(module.weight, -module.bound, module.bound)
             init.constant_(module.bias, module.start)
+        elif isinstance(module, SMLPHeadNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, SMLPMinHashInput):
+            init.zeros_(module.fingerprints)
         elif isinstance(module, SMLPPositionWeights):
             bound = 1e-3 / len(module.weight)
             init.uniform_(module.weight, -bound, bound)
@@ -1355,6 +1361,34 @@ class SMLPPreTrainedModel(PreTrainedModel):
             init.copy_(module.table, module.random_table())
         elif isinstance(module, SMLPPartialPrediction):
             init.normal_(module.prefix_router, std=std)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """See transformers. HASH routes the new vocabulary, and all of it is generated but what
+        pads it: rows from `new_num_tokens` on that were padding before, or that are new."""
+        config, before = self.config, self.config.vocab_size
+        if config.input_projection == "minhash":
+            raise ValueError(
+                "the vocabulary of input_projection=minhash keeps its size: training makes the "
+                "fingerprints of its tokenizer's strings, and new tokens would have none"
+            )
+        embeddings = super().resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        padding = max(config.unpadded_vocab_size or before, new_num_tokens or 0)
+        has_padding = padding < config.vocab_size
+        config.unpadded_vocab_size = padding if has_padding else None
+        if self.generation_config is not None:
+            rows = list(range(padding, config.vocab_size))
+            self.generation_config.suppress_tokens = rows or None
+        for module in self.modules() if config.vocab_size != before else ():
+            if isinstance(module, SMLPHashRouter):
+                module.resize(config.vocab_size)
+        return embeddings
 
 
 class SMLPModel(SMLPPreTrainedModel):
@@ -1391,8 +1425,13 @@ class SMLPModel(SMLPPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        if given.shape[1] == 1 and cache is None and use_cache is None and not self.training:
+            logger.warning_once(
+                "a single token without a cache stands at position 0: to go on token by token, "
+                "give use_cache=True at first, and then the cache that the call before returned"
+            )
         cache = self._cache(cache, use_cache)
-        given = input_ids if inputs_embeds is None else inputs_embeds
         layout, move = self._layout(given, input_ids, attention_mask, cache, position_ids)
         hidden = self._embedded(inputs_embeds, layout, move, cache)
         if self.config.position_embedding_type == "learned_absolute":
@@ -1548,6 +1587,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """One forward pass over a batch, or over its new tokens where a cache is given.
@@ -1563,6 +1603,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
                 by itself would not be dropped either.
             labels: <int64>[B, T], shifted inside; -100 counts for nothing.
             logits_to_keep: compute the logits of the last so many positions only (0: all).
+            position_ids: <int64>[B or 1, T], which may be none but 0, 1, 2, ... of the tokens.
 
         Returns:
             loss (with labels; in training with the routers' losses), aux_loss (the routers' losses,
@@ -1570,11 +1611,11 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: a sequence longer than T (without toeplitz), a cache of another kind, no
-                token ids for HASH.
+                token ids for HASH, documents that are packed into a row.
         """
         outputs = self.model(
             *(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states),
-            position_ids=kwargs.pop("position_ids", None),
+            position_ids=position_ids,
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = project(self.lm_head, outputs.last_hidden_state[:, rows])
@@ -1596,21 +1637,11 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict is not False else output.to_tuple()
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """See transformers. All ids of the new vocabulary are generated, and HASH routes them."""
-        before = self.config.vocab_size
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        if self.config.vocab_size != before:
-            self.config.unpadded_vocab_size = self.generation_config.suppress_tokens = None
-            for module in self.modules():
-                if isinstance(module, SMLPHashRouter):
-                    module.resize(self.config.vocab_size)
-        return embeddings
-
     def _targets(self, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Partial prediction trains its routed rows only, t >= P, unless told otherwise.
 
-        Label t is predicted by row t - 1: the first that counts is label P + 1.
+        Label t is predicted by row t - 1: the first that counts is label P + 1. A sample without
+        labels there, as one that ends before P, has no routed row and keeps those that it has.
         """
         config = self.config
         is_partial = config.feature_router == "partial" and config.partial_loss == "suffix"
@@ -1618,7 +1649,11 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             return labels
         mask = torch.ones_like(labels) if attention_mask is None else attention_mask
         positions = mask.long().cumsum(dim=1) - 1
-        return labels.masked_fill(positions <= config.prefix_length, -100)
+        routed = labels.masked_fill(positions <= config.prefix_length, -100)
+        return torch.where((routed != -100).any(dim=1, keepdim=True), routed, labels)
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """Give `generate` none: the mask and the cache say where tokens stand."""
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

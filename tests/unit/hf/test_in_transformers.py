@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from transformers import FineGrainedFP8Config, Trainer, TrainingArguments
 from transformers.integrations.finegrained_fp8 import FP8Linear, replace_with_fp8_linear
+from transformers.utils import logging
 
 from megatron_smlp.hf.modeling_smlp import Layout, SMLPForCausalLM, SMLPHashRouter, _add
 
@@ -57,6 +58,22 @@ def test_smoothed_labels_are_the_next_tokens(tmp_path: Path):
     logprobs = model(ids).logits[0, :-1].log_softmax(dim=-1)
     expected = 0.9 * nn.functional.nll_loss(logprobs, ids[0, 1:]) - 0.1 * logprobs.mean()
     assert its.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_trainer_refuses_packed_rows(tmp_path: Path):
+    """It leaves out columns that `forward` does not name, and would mix the documents."""
+    its = trainer(make_model("gmlp"), make_ids(1, 12), tmp_path)
+    for row in its.eval_dataset:
+        row["position_ids"] = torch.arange(12) % 6
+    with pytest.raises(ValueError, match="packed documents would mix"):
+        its.evaluate()
+
+
+def test_the_trainer_takes_samples_within_the_prefix(tmp_path: Path):
+    model = make_model("smlp_partial")
+    model.config.hidden_dropout = 0.0
+    done = trainer(model, make_ids(1, 8), tmp_path, max_steps=1, learning_rate=0.0).train()
+    assert 0 < done.training_loss < 100
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -275,3 +292,59 @@ def test_layers_on_the_disk(system: str, tmp_path: Path):
     places |= {f"model.layers.{number}": ["cpu", "disk"][number > 0] for number in range(3)}
     model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
     assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize(("system", "lacking"), [("gmlp", "gate_norm."), ("minhash", ".fingerp")])
+def test_weights_that_a_folder_lacks(tmp_path: Path, system: str, lacking: str):
+    """They start as those of a new model."""
+    model = make_model(system)
+    kept = {n: t for n, t in model.state_dict().items() if lacking not in n}
+    model.save_pretrained(tmp_path, state_dict=dict(kept))
+    loaded = SMLPForCausalLM.from_pretrained(tmp_path)
+    fresh = SMLPForCausalLM(model.config).state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, kept.get(name, fresh[name])), name
+
+
+def test_a_vocabulary_of_strings_keeps_its_size():
+    with pytest.raises(ValueError, match="fingerprints of its tokenizer's strings"):
+        make_model("minhash").resize_token_embeddings(VOCABULARY + 3)
+
+
+@torch.no_grad()
+def test_a_token_without_a_cache_is_warned_of(caplog: pytest.LogCaptureFixture):
+    model, ids = make_model("gmlp"), make_ids(1, 4)
+    logging.enable_propagation()
+    logging.get_logger().warning_once.cache_clear()
+    model(ids)
+    model(ids[:, :1], use_cache=True)
+    model(ids[:, :1], use_cache=False)
+    model.generate(ids[:, :1], max_new_tokens=2, do_sample=False)
+    assert "single token" not in caplog.text
+    model(ids[:, :1])
+    logging.disable_propagation()
+    assert "a single token without a cache stands at position 0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("new", "multiple", "size", "padding"),
+    [
+        (VOCABULARY - 5, None, VOCABULARY - 5, []),  # one of the ten rows of padding got a token
+        (VOCABULARY - 9, 8, 96, [92, 93, 94, 95]),
+        (VOCABULARY, None, VOCABULARY, []),  # as many rows as there are: all of them are wanted
+        (VOCABULARY - 9, 101, 101, list(range(92, 101))),  # as many rows, of which one is new
+        (VOCABULARY + 2, 8, 104, [103]),
+        (None, 8, 104, list(range(91, 104))),
+    ],
+)
+def test_tokens_that_take_the_place_of_padding(
+    tmp_path: Path, new: int | None, multiple: int | None, size: int, padding: list[int]
+):
+    model = make_model("hash", unpadded_vocab_size=VOCABULARY - 10)
+    model.generation_config.suppress_tokens = list(range(VOCABULARY - 10, VOCABULARY))
+    model.resize_token_embeddings(new, multiple, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    loaded = SMLPForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == size
+    assert (loaded.generation_config.suppress_tokens or []) == padding
+    assert loaded.config.unpadded_vocab_size == (padding[0] if padding else None)
