@@ -875,7 +875,11 @@ class SMLPFeedForward(nn.Module):
 
 
 class SMLPExperts(nn.Module):
-    """f_e(h) = GELU(h A_e) B_e, without biases: the router's weight would scale them too."""
+    """Sums over the chosen experts of w_e f_e(h),  f_e(h) = GELU(h A_e) B_e.
+
+    Experts have no biases: the router's weight would scale them too. They are called once a layer,
+    so that weights that are offloaded come once.
+    """
 
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__()
@@ -884,7 +888,34 @@ class SMLPExperts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(num_experts, (1 + config.swiglu) * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
 
-    def forward(self, tokens: Tensor, expert: int) -> Tensor:
+    def forward(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """tokens: <float>[n, D]; experts: <int64>[n, k], -1 for none; weights: <float>[n, k].
+
+        Returns <float>[n, D], zeros for tokens without an expert.
+        """
+        if len(tokens) == 1:
+            return self._one_token(tokens, experts, weights)
+        output = torch.zeros_like(tokens)
+        for expert in experts.unique().tolist():  # a generation step leaves most idle
+            if expert < 0:
+                continue
+            rows, choice = (experts == expert).nonzero(as_tuple=True)
+            weighted = self._expert(tokens[rows], expert)
+            weighted = weighted * weights[rows, choice, None].to(weighted.dtype)
+            output.index_add_(0, rows, weighted.to(output.dtype))  # autocast's are others
+        return output
+
+    def _one_token(self, token: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Do the same for a single token, as in generation, without sorting and scattering."""
+        scale = weights.to(token.dtype)[0]
+        chosen = [
+            self._expert(token, expert) * scale[place]
+            for place, expert in enumerate(experts[0].tolist())
+            if expert >= 0
+        ]
+        return torch.stack(chosen).sum(dim=0) if chosen else torch.zeros_like(token)
+
+    def _expert(self, tokens: Tensor, expert: int) -> Tensor:
         """tokens: <float>[n, D] -> <float>[n, D]."""
         return linear(self.activation(linear(tokens, self.up_proj[expert])), self.down_proj[expert])
 
@@ -933,41 +964,18 @@ class SMLPTokenMoE(nn.Module):
         self, hidden: Tensor, layout: Layout, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         seen = residual if self.routes_on_residual else hidden
-        if hidden.shape[:2].numel() == 1 and layout.valid is None:
-            return self._one_token(hidden, layout, seen)
-        tokens = hidden.transpose(0, 1).flatten(0, 1)
-        seen = seen.transpose(0, 1).flatten(0, 1)
-        real = torch.arange(tokens.shape[0], device=tokens.device)
-        if layout.valid is not None:
-            real = real[layout.valid.T.flatten()]
-        ids = None if layout.input_ids is None else layout.input_ids.T.flatten()[real]
-        routing = self.router(seen[real], ids, limited=not layout.cached)
-        output = torch.zeros_like(tokens)
-        for expert in routing.experts.unique().tolist():  # a generation step leaves most idle
-            if expert < 0:
-                continue
-            rows, choice = (routing.experts == expert).nonzero(as_tuple=True)
-            weighted = self.experts(tokens[real[rows]], expert)
-            weighted = weighted * routing.weights[rows, choice, None].to(weighted.dtype)
-            output.index_add_(0, real[rows], weighted.to(output.dtype))  # autocast's are others
+        tokens, seen = (states.transpose(0, 1).flatten(0, 1) for states in (hidden, seen))
+        ids = None if layout.input_ids is None else layout.input_ids.T.flatten()
+        if layout.valid is None:
+            routing = self.router(seen, ids, limited=not layout.cached)
+            output = self.experts(tokens, routing.experts, routing.weights)
+        else:
+            real = layout.valid.T.flatten().nonzero()[:, 0]
+            ids = None if ids is None else ids[real]
+            routing = self.router(seen[real], ids, limited=not layout.cached)
+            output = self.experts(tokens[real], routing.experts, routing.weights)
+            output = torch.zeros_like(tokens).index_copy(0, real, output.to(tokens.dtype))
         return output.unflatten(0, (hidden.shape[1], -1)).transpose(0, 1), routing.loss
-
-    def _one_token(
-        self, hidden: Tensor, layout: Layout, seen: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Do the same for a single token, <float>[1, 1, D], as in generation, without sorting and
-        scattering."""
-        token = hidden[0]
-        ids = None if layout.input_ids is None else layout.input_ids[0]
-        routing = self.router(seen[0], ids, limited=not layout.cached)
-        weights = routing.weights.to(token.dtype)[0]
-        chosen = [
-            self.experts(token, expert) * weights[place]
-            for place, expert in enumerate(routing.experts[0].tolist())
-            if expert >= 0
-        ]
-        output = torch.stack(chosen).sum(dim=0) if chosen else torch.zeros_like(token)
-        return output[None], routing.loss
 
 
 def _in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:

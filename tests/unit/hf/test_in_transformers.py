@@ -348,3 +348,17 @@ def test_tokens_that_take_the_place_of_padding(
     assert loaded.config.vocab_size == size
     assert (loaded.generation_config.suppress_tokens or []) == padding
     assert loaded.config.unpadded_vocab_size == (padding[0] if padding else None)
+
+
+@torch.no_grad()
+def test_experts_are_called_once_a_layer():
+    """Each call fetches all of a layer's experts, where they are offloaded or sharded."""
+    model, ids = make_model("gshard"), make_ids(2, 12)
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    model(ids)
+    model(ids[:1, :1], use_cache=True)
+    model(ids, attention_mask=torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0))
+    assert calls == 3 * ["model.layers.1.channel.experts", "model.layers.2.channel.experts"]
