@@ -140,8 +140,6 @@ class SMLPCacheLayer(DynamicLayer):
     prediction also keeps its routing scores <float>[B, C, E], a sum over the prefix so far.
     """
 
-    is_croppable = False  # the routing scores cannot forget a token
-
     def __init__(self, longest: int) -> None:
         super().__init__()
         self.longest, self.length = longest, 0
@@ -175,6 +173,22 @@ class SMLPCacheLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.length
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be forgotten: routing scores are sums that hold them."""
+        return self.scores is None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; what is written next takes their places."""
+        if not tokens_to_remove:
+            return
+        if tokens_to_remove > 0 or not self.is_croppable:
+            raise ValueError(
+                f"crop({tokens_to_remove}): give minus the number of tokens to forget; with "
+                "partial prediction, whose routing sums up the prefix, none can be"
+            )
+        self.length = max(0, self.length + tokens_to_remove)
 
     def reset(self) -> None:
         super().reset()
@@ -215,6 +229,13 @@ class SMLPCache(Cache):
     def advance(self, num_columns: int, lengths: Tensor | None) -> None:
         self.num_columns += num_columns
         self.lengths = lengths
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` columns, all of which hold tokens."""
+        super().crop(tokens_to_remove)
+        self.num_columns = max(0, self.num_columns + tokens_to_remove)
+        if self.lengths is not None:
+            self.lengths = (self.lengths + tokens_to_remove).clamp(min=0)
 
     def reset(self) -> None:
         super().reset()
@@ -1667,30 +1688,57 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Give `generate`, which calls this, our own kind of cache, whatever it would choose."""
+        self._end_at_longest(generation_config, model_kwargs)
         if kind := generation_config.cache_implementation:
             logger.warning_once(f"cache_implementation={kind} is ignored: SMLPCache is taken")
         if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
             model_kwargs["cache"] = SMLPCache(self.config)
 
     def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> Any:
-        """Make `generate`, which calls this, end at position T and say so, instead of failing
-        there."""
+        """Note how many of the tokens that `generate` counts are the prompt's: none of embeddings,
+        and of a prompt that goes on with a cache perhaps those alone that are new."""
         generation_config = super()._prepare_generated_length(generation_config, **kwargs)
+        generation_config._counted_of_prompt = kwargs["input_ids_length"]
+        return generation_config
+
+    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Cut tokens that `generate` drafts at its last one: prompt lookup drafts more, and behind
+        position T the model could not read them."""
+        generator: Any = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        longest = generation_config.max_length
+        generator.get_candidates = partial(_drafted, generator.get_candidates, longest)
+        return generator
+
+    def _end_at_longest(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        """Make `generate` end at position T and say so, instead of failing there."""
         if self.config.toeplitz:
-            return generation_config
-        longest, prompt = self.config.max_position_embeddings, kwargs["input_ids_length"]
+            return
+        mask = model_kwargs.get("attention_mask")
+        # transformers drops a mask without padding, and keeps its length.
+        prompt = generation_config._mask_length if mask is None else mask.shape[1]
+        longest = self.config.max_position_embeddings
         if prompt >= longest:
             raise ValueError(
                 f"a prompt of {prompt} tokens leaves no position to generate at: the model ends at "
                 f"max_position_embeddings={longest}; cut the prompt from the left"
             )
-        if generation_config.max_length > longest:
+        uncounted = prompt - generation_config._counted_of_prompt
+        asked = generation_config.max_length + uncounted
+        if asked > longest:
             logger.warning(
                 f"generation stops at position {longest} (max_position_embeddings) instead of "
-                f"{generation_config.max_length}: the model has no weights for later positions"
+                f"{asked}: the model has no weights for later positions"
             )
-            generation_config.max_length = longest
-        return generation_config
+            generation_config.max_length = longest - uncounted
+
+
+def _drafted(
+    draft: Callable[..., Any], longest: int, ids: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Draft what follows <int64>[1, T], up to `longest` with it."""
+    drafted, logits = draft(ids, *args, **kwargs)
+    drafted = drafted[:, :longest]
+    return drafted, None if logits is None else logits[:, : drafted.shape[1] - ids.shape[1]]
 
 
 # By the name here Trainer knows, for label smoothing, that targets are the next tokens.
