@@ -27,9 +27,9 @@ from megatron_smlp.conversion.safetensors_files import (
 from megatron_smlp.conversion.streamed_weights import weights_from
 from megatron_smlp.durable import systems_errors
 from megatron_smlp.errors import UsageError
-from megatron_smlp.hf import configuration_smlp
+from megatron_smlp.hf import modeling_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
-from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPModel
+from megatron_smlp.hf.modeling_smlp import AUTO_MAP, SMLPForCausalLM
 from megatron_smlp.options import MEGATRON_FLAGS, MODEL_FLAGS, model_defaults
 from megatron_smlp.systems import ARCHITECTURES, POSITIONS, TOP_K, experts_of_a_token
 
@@ -51,7 +51,6 @@ IMPOSSIBLE = (
 TENSORS = names.OURS
 MODEL_TYPE = SMLPConfig.model_type
 LAYERS = ("num_layers", "num_hidden_layers", "n_layer")
-CODE = ("configuration_smlp.py", "modeling_smlp.py")
 
 
 def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
@@ -159,8 +158,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return values
 
 
-def check_folder(folder: Path) -> bool:
-    """Check a folder before transformers loads it, and return whether the model in it is ours.
+def check_folder(folder: Path) -> None:
+    """Check a folder before transformers loads it; of a model of ours it runs no code in there.
 
     Raises:
         UsageError: the configuration is damaged, or of a model that the weights are plainly not of.
@@ -173,16 +172,15 @@ def check_folder(folder: Path) -> bool:
         for name in LAYERS:
             sizes = {"num_layers": values.get(name, 0), "num_experts": experts}
             check_scale(specs, sizes, where=str(folder))
-    if values["model_type"] == MODEL_TYPE:
-        model = build(read_config(folder))
-        missing = [name for name in expected_shapes(model) if specs and name not in specs]
-        if missing:  # transformers would go on with random numbers
-            raise UsageError(
-                f"{folder} has no weights for {missing[0]}, one of {len(missing)} of the model of "
-                "its config.json: the two do not belong together."
-            )
-        return True
-    return False
+    if values["model_type"] != MODEL_TYPE:
+        return
+    model = build(read_config(folder))
+    missing = [name for name in expected_shapes(model) if specs and name not in specs]
+    if missing:  # transformers would go on with random numbers
+        raise UsageError(
+            f"{folder} has no weights for {missing[0]}, one of {len(missing)} of the model of "
+            "its config.json: the two do not belong together."
+        )
 
 
 def build(config: SMLPConfig) -> SMLPForCausalLM:
@@ -232,15 +230,10 @@ def write(
 
 
 def _add_code(config: SMLPConfig, folder: Path) -> None:
+    """Add the model's code; that of its configuration goes along with the configuration."""
     config.architectures = [SMLPForCausalLM.__name__]
-    config.auto_map = {
-        "AutoConfig": f"configuration_smlp.{SMLPConfig.__name__}",
-        "AutoModel": f"modeling_smlp.{SMLPModel.__name__}",
-        "AutoModelForCausalLM": f"modeling_smlp.{SMLPForCausalLM.__name__}",
-    }
-    source = Path(configuration_smlp.__file__).parent
-    for file in CODE:
-        shutil.copy(source / file, folder / file)
+    config.auto_map = dict(AUTO_MAP)
+    shutil.copy(modeling_smlp.__file__, folder)
 
 
 def _add_tokenizer(config: PreTrainedConfig, tokenizer: str, folder: Path) -> None:

@@ -125,13 +125,11 @@ def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, s
     from transformers import AutoModelForCausalLM
 
     from megatron_smlp.conversion.huggingface import IMPOSSIBLE, check_folder
-    from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 
     folder = Path(options.hf)
-    # Our own class: no code that lies in the folder is run.
-    kind = SMLPForCausalLM if check_folder(folder) else AutoModelForCausalLM
+    check_folder(folder)
     try:
-        model, loaded = kind.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto",
             local_files_only=True,

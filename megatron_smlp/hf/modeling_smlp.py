@@ -78,6 +78,12 @@ from .configuration_smlp import SMLPConfig
 
 logger = logging.get_logger(__name__)
 
+AUTO_MAP = {
+    "AutoModel": "modeling_smlp.SMLPModel",
+    "AutoModelForCausalLM": "modeling_smlp.SMLPForCausalLM",
+}
+"""The classes of this file for transformers' own, in the config.json of a folder with its code."""
+
 
 # ------------------------------------------------------------------------------------------------
 # Where each token of a call stands, and what is kept between calls
@@ -1391,6 +1397,11 @@ class SMLPPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SMLPPartialPrediction):
             init.normal_(module.prefix_router, std=std)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """See transformers. The code goes along, under the names of both models."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(*args, **kwargs)
+
     def resize_token_embeddings(
         self,
         new_num_tokens: int | None = None,
@@ -1741,6 +1752,9 @@ def _drafted(
     return drafted, None if logits is None else logits[:, : drafted.shape[1] - ids.shape[1]]
 
 
+# `save_pretrained` lays this file and its configuration's beside the weights.
+SMLPModel.register_for_auto_class("AutoModel")
+SMLPForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 # By the name here Trainer knows, for label smoothing, that targets are the next tokens.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(SMLPConfig.model_type, SMLPForCausalLM.__name__)
 

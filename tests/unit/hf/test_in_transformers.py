@@ -1,5 +1,7 @@
 """The model among transformers' own tools: Trainer, autocast, offloading, new tokens, old names."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,18 @@ import torch
 from support.smlp_systems import SYSTEMS, VOCABULARY, make_config, make_ids, make_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from transformers import FineGrainedFP8Config, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.integrations.finegrained_fp8 import FP8Linear, replace_with_fp8_linear
 from transformers.utils import logging
 
+from megatron_smlp.hf import SMLPConfig, SMLPModel
 from megatron_smlp.hf.modeling_smlp import Layout, SMLPForCausalLM, SMLPHashRouter, _add
 
 
@@ -362,3 +372,42 @@ def test_experts_are_called_once_a_layer():
     model(ids[:1, :1], use_cache=True)
     model(ids, attention_mask=torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0))
     assert calls == 3 * ["model.layers.1.channel.experts", "model.layers.2.channel.experts"]
+
+
+AGAIN = """
+import sys, torch
+from transformers import AutoModel, AutoModelForCausalLM
+folder = sys.argv[1]
+ids = torch.arange(12)[None]
+states = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()(ids).last_hidden_state
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+assert "megatron_smlp" not in sys.modules
+model.save_pretrained(folder + "/again")
+torch.save((states, model(ids).logits), folder + "/computed.pt")
+"""
+
+
+@torch.no_grad()
+def test_the_code_goes_along_with_weights(tmp_path: Path):
+    """Saved by our own class, as Trainer does it, and from there once more."""
+    model, ids = make_model("smlp_deterministic"), torch.arange(12)[None]
+    model.save_pretrained(tmp_path / "saved")
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    for folder in (tmp_path / "saved", tmp_path / "saved" / "again"):
+        command = [sys.executable, "-c", AGAIN, str(folder)]
+        subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+        states, logits = torch.load(folder / "computed.pt")
+        torch.testing.assert_close(states, model.model(ids).last_hidden_state)
+        torch.testing.assert_close(logits, model(ids).logits)
+
+
+def test_a_folders_code_is_not_run(tmp_path: Path):
+    """With this package the Auto classes have ours, whatever lies in the folder."""
+    model = make_model("gmlp")
+    model.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*.py"):
+        file.write_text("raise RuntimeError")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded) is SMLPForCausalLM
+    assert type(AutoModel.from_pretrained(tmp_path)) is SMLPModel
+    assert type(AutoConfig.from_pretrained(tmp_path)) is SMLPConfig
