@@ -33,7 +33,7 @@ from megatron_smlp.conversion.recipes import Converted, Plan, Recipe, same
 from megatron_smlp.conversion.record import converted_record
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.conversion.target import check_target
-from megatron_smlp.data.tokenizers.folder import tokenizer_folder
+from megatron_smlp.data.tokenizers.folder import recorded_tokenizer, tokenizer_folder
 from megatron_smlp.durable import flush_folder, replace_folder
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
@@ -113,6 +113,7 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
                 written_tensors(tensors_of(converted), converted.specs.values()),
                 shard_limit=options.shard_limit,
                 tokenizer=tokenizer,
+                recorded=recorded_tokenizer(checkpoint.args),
             )
             if options.checks:
                 tokens = _tokens(flags)

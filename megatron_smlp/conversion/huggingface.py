@@ -25,8 +25,10 @@ from megatron_smlp.conversion.safetensors_files import (
     write_folder,
 )
 from megatron_smlp.conversion.streamed_weights import weights_from
+from megatron_smlp.data.tokenizers.factory import read_tokenizer
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.durable import systems_errors
-from megatron_smlp.errors import UsageError
+from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.hf import modeling_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import AUTO_MAP, SMLPForCausalLM
@@ -208,6 +210,7 @@ def write(
     *,
     shard_limit: int,
     tokenizer: str | None,
+    recorded: TokenizerSpec | None = None,
 ) -> None:
     """Write a folder that needs torch and transformers alone.
 
@@ -216,6 +219,7 @@ def write(
         specs: of `tensors`, in their order.
         shard_limit: bytes of one weights file.
         tokenizer: folder of a Hugging Face tokenizer to go with the model.
+        recorded: the tokenizer of the run that trained the model, as its flags name it.
     """
     if isinstance(config, SMLPConfig):
         _add_code(config, folder)
@@ -223,9 +227,11 @@ def write(
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.dtype = main_dtype(specs)
     if tokenizer:
-        _add_tokenizer(config, tokenizer, folder)
-    config.save_pretrained(folder)
+        _add_tokenizer(config, tokenizer, folder, recorded)
     generation_config(config).save_pretrained(folder)
+    if not isinstance(config, SMLPConfig):
+        config.pad_token_id = None  # by it transformers' embedding would never train that row
+    config.save_pretrained(folder)
     write_folder(folder, specs, tensors, limit=shard_limit)
 
 
@@ -236,7 +242,9 @@ def _add_code(config: SMLPConfig, folder: Path) -> None:
     shutil.copy(modeling_smlp.__file__, folder)
 
 
-def _add_tokenizer(config: PreTrainedConfig, tokenizer: str, folder: Path) -> None:
+def _add_tokenizer(
+    config: PreTrainedConfig, tokenizer: str, folder: Path, recorded: TokenizerSpec | None = None
+) -> None:
     from transformers import AutoTokenizer
 
     try:
@@ -251,6 +259,10 @@ def _add_tokenizer(config: PreTrainedConfig, tokenizer: str, folder: Path) -> No
         ) from error
     for name in ("local_files_only", "is_local"):  # which are of this call, and would be saved
         loaded.init_kwargs.pop(name, None)
+    if recorded is not None:
+        _as_recorded(loaded, recorded)
+    if loaded.eos_token is None and loaded.sep_token is not None:
+        loaded.eos_token = loaded.sep_token  # as Megatron ends documents then
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token  # as the model's configuration says
     loaded.model_max_length = config.max_position_embeddings
@@ -261,18 +273,46 @@ def _add_tokenizer(config: PreTrainedConfig, tokenizer: str, folder: Path) -> No
     config.pad_token_id = loaded.pad_token_id
 
 
+def _as_recorded(loaded: Any, spec: TokenizerSpec) -> None:
+    """Give a tokenizer of transformers what the run's flags changed of its files."""
+    if spec.tokenizer_type not in ("HuggingFaceTokenizer", "GPT2BPETokenizer"):
+        # The folder is of another kind than the run's tokenizer, which says what ended documents.
+        with contextlib.suppress(DataError):
+            own = read_tokenizer(spec)
+            if own.eod is not None and own.identity is not None:
+                loaded.eos_token = loaded.convert_ids_to_tokens(own.eod)
+        return
+    if spec.tokenizer_special_tokens:
+        loaded.add_special_tokens({"extra_special_tokens": list(spec.tokenizer_special_tokens)})
+    if spec.tokenizer_hf_no_include_special_tokens:
+        for name in ("add_bos_token", "add_eos_token"):
+            setattr(loaded, name, False)
+            loaded.init_kwargs[name] = False  # which is saved: some classes add them by default
+
+
 def generation_config(config: PreTrainedConfig) -> Any:
-    """Return a configuration by which `generate` never draws padding of the vocabulary."""
+    """Return a configuration by which `generate` never draws padding of our model's vocabulary.
+
+    Another model would never draw a token that took the place of padding: ours tells apart what it
+    is when the vocabulary is resized.
+    """
     from transformers import GenerationConfig
 
-    first = getattr(config, "unpadded_vocab_size", None) or config.vocab_size
-    padding = list(range(first, config.vocab_size))
+    padding: list[int] = []
+    if isinstance(config, SMLPConfig):
+        padding = padding_of(config)
     return GenerationConfig(
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
         bos_token_id=config.bos_token_id,
         suppress_tokens=padding or None,
     )
+
+
+def padding_of(config: PreTrainedConfig) -> list[int]:
+    """Return the ids that pad the vocabulary, which no text has."""
+    first = getattr(config, "unpadded_vocab_size", None) or config.vocab_size
+    return list(range(first, config.vocab_size))
 
 
 @torch.no_grad()

@@ -96,6 +96,7 @@ def complete(
             max_new_tokens=min(sampling.max_new_tokens, room),
             eos_token_id=lm.end,
             pad_token_id=padding,
+            suppress_tokens=lm.padding_ids or None,
             **sampling.arguments(),
         )
     for row, new in enumerate(output[:, ids.shape[1] :].tolist()):

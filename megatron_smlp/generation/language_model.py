@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
 from megatron_smlp.data.tokenizers.model_tokenizer import bare, resolve_for, start_of
 from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
@@ -39,7 +40,10 @@ class LanguageModel:
     @property
     def padding_ids(self) -> list[int]:
         """Ids of the vocabulary's padding, which no text has."""
-        return list(self.model.generation_config.suppress_tokens or [])
+        from megatron_smlp.conversion.huggingface import padding_of
+
+        suppressed = self.model.generation_config.suppress_tokens or []
+        return sorted({*padding_of(self.model.config), *suppressed})
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, behind `start`."""
@@ -109,9 +113,7 @@ def _trained(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, st
     from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 
     checkpoint = TorchDistCheckpoint(options.checkpoint, iteration=options.ckpt_step)
-    recorded = getattr(checkpoint.args, "tokenizer_type", None)
-    trusts = options.trust_remote_code
-    spec = TokenizerSpec.recorded(checkpoint.args, trusts=trusts) if recorded else None
+    spec = recorded_tokenizer(checkpoint.args, trusts=options.trust_remote_code)
     return model_of(checkpoint), spec, f"--checkpoint {options.checkpoint}"
 
 
