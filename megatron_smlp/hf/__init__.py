@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPModel
 
-AutoConfig.register(SMLPConfig.model_type, SMLPConfig)
-AutoModel.register(SMLPConfig, SMLPModel)
-AutoModelForCausalLM.register(SMLPConfig, SMLPForCausalLM)
+AutoConfig.register(SMLPConfig.model_type, SMLPConfig, exist_ok=True)
+AutoModel.register(SMLPConfig, SMLPModel, exist_ok=True)
+AutoModelForCausalLM.register(SMLPConfig, SMLPForCausalLM, exist_ok=True)
 
 __all__ = ["SMLPConfig", "SMLPForCausalLM", "SMLPModel"]

@@ -1422,7 +1422,7 @@ class SMLPPreTrainedModel(PreTrainedModel):
         padding = max(config.unpadded_vocab_size or before, new_num_tokens or 0)
         has_padding = padding < config.vocab_size
         config.unpadded_vocab_size = padding if has_padding else None
-        if self.generation_config is not None:
+        if self.can_generate():
             rows = list(range(padding, config.vocab_size))
             self.generation_config.suppress_tokens = rows or None
         for module in self.modules() if config.vocab_size != before else ():

@@ -316,6 +316,13 @@ def test_weights_that_a_folder_lacks(tmp_path: Path, system: str, lacking: str):
         assert torch.equal(tensor, kept.get(name, fresh[name])), name
 
 
+@torch.no_grad()
+def test_the_states_alone_with_a_vocabulary_of_another_size():
+    model = make_model("hash").model
+    model.resize_token_embeddings(VOCABULARY + 7, mean_resizing=False)
+    assert model(torch.tensor([[VOCABULARY + 6]])).last_hidden_state.isfinite().all()
+
+
 def test_a_vocabulary_of_strings_keeps_its_size():
     with pytest.raises(ValueError, match="fingerprints of its tokenizer's strings"):
         make_model("minhash").resize_token_embeddings(VOCABULARY + 3)
