@@ -52,6 +52,7 @@ IMPOSSIBLE = (
 )
 TENSORS = names.OURS
 MODEL_TYPE = SMLPConfig.model_type
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LAYERS = ("num_layers", "num_hidden_layers", "n_layer")
 
 
@@ -112,6 +113,18 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
         "openai_gelu": config.hidden_act == "gelu_new",
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
     }
+
+
+def special_ids(config: SMLPConfig) -> dict[str, Any]:
+    """Return the ids of special tokens, which are no flags of a run, as plain JSON."""
+    return {name: getattr(config, name) for name in SPECIAL_IDS}
+
+
+def set_special_ids(config: SMLPConfig, ids: Mapping[str, Any] | None) -> None:
+    """Give a configuration the ids that `special_ids` returned for an imported model."""
+    with impossible("special_token_ids of run.json"):
+        for name in SPECIAL_IDS:
+            setattr(config, name, (ids or {}).get(name))
 
 
 def read_config(folder: Path) -> SMLPConfig:
@@ -268,8 +281,10 @@ def _add_tokenizer(
     loaded.model_max_length = config.max_position_embeddings
     with systems_errors(folder):
         loaded.save_pretrained(folder)
+    ends = config.eos_token_id
+    if not (isinstance(ends, list) and loaded.eos_token_id in ends):  # of one that was imported
+        config.eos_token_id = loaded.eos_token_id
     config.bos_token_id = loaded.bos_token_id
-    config.eos_token_id = loaded.eos_token_id
     config.pad_token_id = loaded.pad_token_id
 
 

@@ -75,6 +75,7 @@ def exported(config: SMLPConfig) -> Any:
         tie_word_embeddings=config.tie_word_embeddings,
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
         **padding,
     )
 

@@ -6,13 +6,22 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from support.conversions import from_hf, run
 from support.language_models import END, save_tokenizer
 from support.smlp_systems import make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
 from transformers.utils import logging
 
 from megatron_smlp.checkpoints.tensors import Spec
-from megatron_smlp.conversion import gpt2, llama
+from megatron_smlp.conversion import convert, gpt2, llama
 from megatron_smlp.conversion.huggingface import _add_tokenizer, write
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
@@ -150,3 +159,30 @@ def test_special_ids_of_an_imported_model(tmp_path: Path):
         assert config.bos_token_id == 1
         assert config.eos_token_id == [2, 3]
     assert imported.pad_token_id == also.pad_token_id == 4
+
+
+def test_special_ids_go_there_and_back(tmp_path: Path):
+    """Also the list of a Llama that ends by several tokens, with and without a tokenizer."""
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 256], "pad_token_id": 4}
+    theirs = LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        **ids,
+    )
+    LlamaForCausalLM(theirs).save_pretrained(tmp_path / "llama")
+    run(from_hf, tmp_path / "llama", tmp_path / "run", checks=False)
+    run(convert.to_torch_dist, tmp_path / "run", tmp_path / "again", checks=False)
+    run(convert.torch_dist_to_hf, tmp_path / "again", tmp_path / "back", checks=False)
+    save_tokenizer(tmp_path / "tokenizer")
+    named = {"tokenizer": str(tmp_path / "tokenizer"), "checks": False}
+    run(convert.torch_dist_to_hf, tmp_path / "again", tmp_path / "named", **named)
+    asked = GenerationConfig.from_pretrained(tmp_path / "back")
+    assert {name: getattr(asked, name) for name in ids} == ids
+    for folder in ("back", "named"):
+        config = AutoConfig.from_pretrained(tmp_path / folder)
+        assert config.eos_token_id == [2, 256]
+        assert config.pad_token_id is None
