@@ -30,10 +30,10 @@ from megatron_smlp.conversion import (
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
 from megatron_smlp.conversion.padding import Repadded, padded_size
 from megatron_smlp.conversion.recipes import Converted, Plan, Recipe, same
-from megatron_smlp.conversion.record import converted_record
+from megatron_smlp.conversion.record import SPECIAL, converted_record
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.conversion.target import check_target
-from megatron_smlp.data.tokenizers.folder import tokenizer_folder
+from megatron_smlp.data.tokenizers.folder import recorded_tokenizer, tokenizer_folder
 from megatron_smlp.durable import flush_folder, replace_folder
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
@@ -88,7 +88,7 @@ class Weights:
     """Maps tokens to logits of the model in that format, as it was before its vocabulary was
     padded."""
     record: Mapping[str, Any] | None = None
-    """run.json of the run that it comes from."""
+    """run.json of the run that it comes from, or what is known of an import."""
 
 
 def torch_dist_to_hf(options: Options, say: Say = print) -> None:
@@ -97,6 +97,7 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
         checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
         source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags)
         ours = huggingface.config_of(flags)
+        huggingface.set_special_ids(ours, (read_run_record(checkpoint.folder) or {}).get(SPECIAL))
         is_llama = llama.fits(ours)
         form: Any = llama if is_llama else huggingface
         config = llama.exported(ours) if is_llama else ours
@@ -113,6 +114,7 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
                 written_tensors(tensors_of(converted), converted.specs.values()),
                 shard_limit=options.shard_limit,
                 tokenizer=tokenizer,
+                recorded=recorded_tokenizer(checkpoint.args),
             )
             if options.checks:
                 tokens = _tokens(flags)
@@ -213,7 +215,9 @@ def _of_files(
     plan = import_plan(expected, flags)
     converted = Converted(plan, source, expected, where=str(options.load))
     logits = partial(huggingface.logits, build, files)
-    return Weights(converted, flags, str(options.load), logits)
+    ids = huggingface.special_ids(config)
+    record = {SPECIAL: ids} if any(number is not None for number in ids.values()) else None
+    return Weights(converted, flags, str(options.load), logits, record)
 
 
 def _of_checkpoint(options: Options) -> Weights:

@@ -97,6 +97,9 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
             layer_norm_epsilon=theirs.layer_norm_epsilon,
             hidden_act=ACTIVATIONS[theirs.activation_function],
             tie_word_embeddings=theirs.tie_word_embeddings,
+            bos_token_id=theirs.bos_token_id,
+            eos_token_id=theirs.eos_token_id,
+            pad_token_id=theirs.pad_token_id,
         )
 
 

@@ -25,11 +25,13 @@ from megatron_smlp.conversion.safetensors_files import (
     write_folder,
 )
 from megatron_smlp.conversion.streamed_weights import weights_from
+from megatron_smlp.data.tokenizers.factory import read_tokenizer
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.durable import systems_errors
-from megatron_smlp.errors import UsageError
-from megatron_smlp.hf import configuration_smlp
+from megatron_smlp.errors import DataError, UsageError
+from megatron_smlp.hf import modeling_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
-from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPModel
+from megatron_smlp.hf.modeling_smlp import AUTO_MAP, SMLPForCausalLM
 from megatron_smlp.options import MEGATRON_FLAGS, MODEL_FLAGS, model_defaults
 from megatron_smlp.systems import ARCHITECTURES, POSITIONS, TOP_K, experts_of_a_token
 
@@ -50,8 +52,8 @@ IMPOSSIBLE = (
 )
 TENSORS = names.OURS
 MODEL_TYPE = SMLPConfig.model_type
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LAYERS = ("num_layers", "num_hidden_layers", "n_layer")
-CODE = ("configuration_smlp.py", "modeling_smlp.py")
 
 
 def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
@@ -113,6 +115,18 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
     }
 
 
+def special_ids(config: SMLPConfig) -> dict[str, Any]:
+    """Return the ids of special tokens, which are no flags of a run, as plain JSON."""
+    return {name: getattr(config, name) for name in SPECIAL_IDS}
+
+
+def set_special_ids(config: SMLPConfig, ids: Mapping[str, Any] | None) -> None:
+    """Give a configuration the ids that `special_ids` returned for an imported model."""
+    with impossible("special_token_ids of run.json"):
+        for name in SPECIAL_IDS:
+            setattr(config, name, (ids or {}).get(name))
+
+
 def read_config(folder: Path) -> SMLPConfig:
     """Read the configuration of an exported folder; no code of the folder is run.
 
@@ -159,8 +173,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return values
 
 
-def check_folder(folder: Path) -> bool:
-    """Check a folder before transformers loads it, and return whether the model in it is ours.
+def check_folder(folder: Path) -> None:
+    """Check a folder before transformers loads it; of a model of ours it runs no code in there.
 
     Raises:
         UsageError: the configuration is damaged, or of a model that the weights are plainly not of.
@@ -173,16 +187,15 @@ def check_folder(folder: Path) -> bool:
         for name in LAYERS:
             sizes = {"num_layers": values.get(name, 0), "num_experts": experts}
             check_scale(specs, sizes, where=str(folder))
-    if values["model_type"] == MODEL_TYPE:
-        model = build(read_config(folder))
-        missing = [name for name in expected_shapes(model) if specs and name not in specs]
-        if missing:  # transformers would go on with random numbers
-            raise UsageError(
-                f"{folder} has no weights for {missing[0]}, one of {len(missing)} of the model of "
-                "its config.json: the two do not belong together."
-            )
-        return True
-    return False
+    if values["model_type"] != MODEL_TYPE:
+        return
+    model = build(read_config(folder))
+    missing = [name for name in expected_shapes(model) if specs and name not in specs]
+    if missing:  # transformers would go on with random numbers
+        raise UsageError(
+            f"{folder} has no weights for {missing[0]}, one of {len(missing)} of the model of "
+            "its config.json: the two do not belong together."
+        )
 
 
 def build(config: SMLPConfig) -> SMLPForCausalLM:
@@ -210,6 +223,7 @@ def write(
     *,
     shard_limit: int,
     tokenizer: str | None,
+    recorded: TokenizerSpec | None = None,
 ) -> None:
     """Write a folder that needs torch and transformers alone.
 
@@ -218,6 +232,7 @@ def write(
         specs: of `tensors`, in their order.
         shard_limit: bytes of one weights file.
         tokenizer: folder of a Hugging Face tokenizer to go with the model.
+        recorded: the tokenizer of the run that trained the model, as its flags name it.
     """
     if isinstance(config, SMLPConfig):
         _add_code(config, folder)
@@ -225,25 +240,24 @@ def write(
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.dtype = main_dtype(specs)
     if tokenizer:
-        _add_tokenizer(config, tokenizer, folder)
-    config.save_pretrained(folder)
+        _add_tokenizer(config, tokenizer, folder, recorded)
     generation_config(config).save_pretrained(folder)
+    if not isinstance(config, SMLPConfig):
+        config.pad_token_id = None  # by it transformers' embedding would never train that row
+    config.save_pretrained(folder)
     write_folder(folder, specs, tensors, limit=shard_limit)
 
 
 def _add_code(config: SMLPConfig, folder: Path) -> None:
+    """Add the model's code; that of its configuration goes along with the configuration."""
     config.architectures = [SMLPForCausalLM.__name__]
-    config.auto_map = {
-        "AutoConfig": f"configuration_smlp.{SMLPConfig.__name__}",
-        "AutoModel": f"modeling_smlp.{SMLPModel.__name__}",
-        "AutoModelForCausalLM": f"modeling_smlp.{SMLPForCausalLM.__name__}",
-    }
-    source = Path(configuration_smlp.__file__).parent
-    for file in CODE:
-        shutil.copy(source / file, folder / file)
+    config.auto_map = dict(AUTO_MAP)
+    shutil.copy(modeling_smlp.__file__, folder)
 
 
-def _add_tokenizer(config: PreTrainedConfig, tokenizer: str, folder: Path) -> None:
+def _add_tokenizer(
+    config: PreTrainedConfig, tokenizer: str, folder: Path, recorded: TokenizerSpec | None = None
+) -> None:
     from transformers import AutoTokenizer
 
     try:
@@ -258,28 +272,62 @@ def _add_tokenizer(config: PreTrainedConfig, tokenizer: str, folder: Path) -> No
         ) from error
     for name in ("local_files_only", "is_local"):  # which are of this call, and would be saved
         loaded.init_kwargs.pop(name, None)
+    if recorded is not None:
+        _as_recorded(loaded, recorded)
+    if loaded.eos_token is None and loaded.sep_token is not None:
+        loaded.eos_token = loaded.sep_token  # as Megatron ends documents then
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token  # as the model's configuration says
     loaded.model_max_length = config.max_position_embeddings
     with systems_errors(folder):
         loaded.save_pretrained(folder)
+    ends = config.eos_token_id
+    if not (isinstance(ends, list) and loaded.eos_token_id in ends):  # of one that was imported
+        config.eos_token_id = loaded.eos_token_id
     config.bos_token_id = loaded.bos_token_id
-    config.eos_token_id = loaded.eos_token_id
     config.pad_token_id = loaded.pad_token_id
 
 
+def _as_recorded(loaded: Any, spec: TokenizerSpec) -> None:
+    """Give a tokenizer of transformers what the run's flags changed of its files."""
+    if spec.tokenizer_type not in ("HuggingFaceTokenizer", "GPT2BPETokenizer"):
+        # The folder is of another kind than the run's tokenizer, which says what ended documents.
+        with contextlib.suppress(DataError):
+            own = read_tokenizer(spec)
+            if own.eod is not None and own.identity is not None:
+                loaded.eos_token = loaded.convert_ids_to_tokens(own.eod)
+        return
+    if spec.tokenizer_special_tokens:
+        loaded.add_special_tokens({"extra_special_tokens": list(spec.tokenizer_special_tokens)})
+    if spec.tokenizer_hf_no_include_special_tokens:
+        for name in ("add_bos_token", "add_eos_token"):
+            setattr(loaded, name, False)
+            loaded.init_kwargs[name] = False  # which is saved: some classes add them by default
+
+
 def generation_config(config: PreTrainedConfig) -> Any:
-    """Return a configuration by which `generate` never draws padding of the vocabulary."""
+    """Return a configuration by which `generate` never draws padding of our model's vocabulary.
+
+    Another model would never draw a token that took the place of padding: ours tells apart what it
+    is when the vocabulary is resized.
+    """
     from transformers import GenerationConfig
 
-    first = getattr(config, "unpadded_vocab_size", None) or config.vocab_size
-    padding = list(range(first, config.vocab_size))
+    padding: list[int] = []
+    if isinstance(config, SMLPConfig):
+        padding = padding_of(config)
     return GenerationConfig(
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
         bos_token_id=config.bos_token_id,
         suppress_tokens=padding or None,
     )
+
+
+def padding_of(config: PreTrainedConfig) -> list[int]:
+    """Return the ids that pad the vocabulary, which no text has."""
+    first = getattr(config, "unpadded_vocab_size", None) or config.vocab_size
+    return list(range(first, config.vocab_size))
 
 
 @torch.no_grad()

@@ -73,8 +73,9 @@ def exported(config: SMLPConfig) -> Any:
         attention_bias=config.add_bias_linear,
         mlp_bias=config.add_bias_linear,
         tie_word_embeddings=config.tie_word_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
         **padding,
     )
 
@@ -118,6 +119,9 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
             layer_norm_epsilon=theirs.rms_norm_eps,
             add_bias_linear=theirs.attention_bias,
             tie_word_embeddings=theirs.tie_word_embeddings,
+            bos_token_id=theirs.bos_token_id,
+            eos_token_id=theirs.eos_token_id,
+            pad_token_id=theirs.pad_token_id,
         )
 
 

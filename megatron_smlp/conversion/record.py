@@ -1,4 +1,7 @@
-"""`run.json` of a checkpoint that a conversion writes, with which --use-checkpoint-args starts."""
+"""`run.json` of a checkpoint that a conversion writes, with which --use-checkpoint-args starts.
+
+Beside what a run writes, it has `special_token_ids` of an imported model, for its way back.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_smlp.command_line import flag_of
+
+SPECIAL = "special_token_ids"
 
 
 def converted_record(
@@ -19,7 +24,7 @@ def converted_record(
     """Return what is known of the run: its own record, or the model's flags alone.
 
     Args:
-        before: the record of the checkpoint that was converted.
+        before: the record of the checkpoint that was converted, or what is known of an import.
         flags: of the model that is written.
         layout: parallel sizes that are meant; given later, they win over those of the run.
         is_new_model: whether the model is another than that of the run.
@@ -27,7 +32,8 @@ def converted_record(
     from megatron_smlp.flags.model_arguments import model_arguments
     from megatron_smlp.flags.parse import build_parser
 
-    before = before or {}
+    special = {SPECIAL: before[SPECIAL]} if before and SPECIAL in before else {}
+    before = before if before and "flags" in before else {}
     arguments = [str(argument) for argument in before.get("command_line", [])]
     if is_new_model or not arguments:
         arguments += model_arguments(build_parser(), flags)
@@ -44,4 +50,5 @@ def converted_record(
         "layout": dict(layout),
         "tokenizer": before.get("tokenizer"),
         "flags": {**before["flags"], **changes} if before else {},
+        **special,
     }

@@ -224,13 +224,12 @@ def _harness_model(options: argparse.Namespace, megatron_flags: Sequence[str]) -
     from megatron_smlp.data.tokenizers.model_tokenizer import start_of
     from megatron_smlp.evaluation.harness import ScorerModel
 
-    def generator() -> Any:
-        device = str(scorer.device)
-        return of_checkpoint(
-            args.load, tokenizer, iteration=args.ckpt_step, dtype=options.dtype, device=device
-        )
-
     start, shows = start_of(tokenizer, args), args.rank == 0
+
+    def generator() -> Any:
+        where = {"dtype": options.dtype, "device": str(scorer.device)}
+        return of_checkpoint(args.load, tokenizer, iteration=args.ckpt_step, start=start, **where)
+
     return ScorerModel(scorer, tokenizer, start=start, shows_progress=shows, generator=generator)
 
 
@@ -255,7 +254,7 @@ def _exported_scorer(options: argparse.Namespace) -> tuple[argparse.Namespace, A
     from megatron_smlp.library_logging import quiet_libraries
 
     with quiet_libraries():
-        model, tokenizer = model_and_tokenizer(
+        model, tokenizer, _ = model_and_tokenizer(
             argparse.Namespace(**vars(options), tokenizer_type=None, tokenizer_model=None)
         )
     most = int(model.config.max_position_embeddings)

@@ -185,7 +185,7 @@ class ScorerModel(TemplateLM):
         asked = [(request.args[0], *settings_of(request.args[1])) for request in requests]
         lm = self.generator()
         bar = tqdm(asked, disable=self.bar_disabled)
-        return [generate_until(lm, *one, start=self.start) for one in bar]
+        return [generate_until(lm, *one) for one in bar]
 
 
 def settings_of(asked: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -228,18 +228,12 @@ def settings_of(asked: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
 
 
 def generate_until(
-    lm: LanguageModel,
-    context: str,
-    until: list[str],
-    settings: Mapping[str, Any],
-    *,
-    start: Sequence[int] = (),
+    lm: LanguageModel, context: str, until: list[str], settings: Mapping[str, Any]
 ) -> str:
     """Return the continuation of a context, which loses its beginning where room is short.
 
     Args:
         settings: fields of the `Job`.
-        start: ids before the context.
 
     Raises:
         UsageError: more new tokens than the model has positions.
@@ -250,7 +244,7 @@ def generate_until(
             f"the task asks for {count} new tokens (max_gen_toks) and the model's sequences end at "
             f"{lm.longest}: evaluate a model with a longer --seq-length"
         )
-    prompt = ([*start, *lm.encode(context)] or [lm.end or 0])[-(lm.longest - count) :]
+    prompt = (lm.encode(context) or [lm.end or 0])[-(lm.longest - count) :]
     text = Answer(lm, prompt, until)
     job = Job(prompt=prompt, seed=0, on_token=lambda _, token: text.push(token), **settings)
     answer(lm, job)

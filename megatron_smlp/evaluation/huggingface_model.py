@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_smlp.conversion.huggingface import check_folder
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.harness import Request, check_requests
 from megatron_smlp.generation.language_model import has_tokenizer
-from megatron_smlp.hf.configuration_smlp import SMLPConfig
-from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 
 
 class ExportedModel(HFLM):
@@ -36,10 +33,7 @@ class ExportedModel(HFLM):
                 f"--hf {folder} has no config.json: give a folder that "
                 "tools/convert_checkpoint.py wrote"
             )
-        if check_folder(folder):
-            # Our own classes: no code that lies in the folder is run.
-            AutoConfig.register(SMLPConfig.model_type, SMLPConfig, exist_ok=True)
-            AutoModelForCausalLM.register(SMLPConfig, SMLPForCausalLM, exist_ok=True)
+        check_folder(folder)
         if not has_tokenizer(folder):
             raise UsageError(
                 f"--hf {folder} has no tokenizer: convert with --tokenizer-model, or copy the "

@@ -130,6 +130,11 @@ def _check(options: argparse.Namespace) -> None:
     ):
         if not is_allowed:
             raise UsageError(f"{flag_of(flag)} {getattr(options, flag)}: give {allowed}")
+    if 1 < options.num_beams < options.num_samples:
+        raise UsageError(
+            f"--num-samples {options.num_samples} with --num-beams {options.num_beams}: a search "
+            "ends with as many texts as beams; give as many --num-beams, or leave them out"
+        )
     if options.temperature == 0 and options.num_samples > options.num_beams:
         raise UsageError(
             f"--num-samples {options.num_samples} with --temperature 0 would be the same text "

@@ -63,7 +63,7 @@ def encode_prompt(lm: LanguageModel, prompt: str, *, where: str) -> list[int]:
         ids = lm.encode(prompt)
     except ValueError as error:
         raise UsageError(f"{where} cannot be encoded: {error}") from error
-    if not ids:
+    if not prompt or not ids:
         raise UsageError(f"{where} is empty: give some text to continue")
     if len(ids) >= lm.longest:
         raise UsageError(
@@ -76,7 +76,7 @@ def encode_prompt(lm: LanguageModel, prompt: str, *, where: str) -> list[int]:
 def complete(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> Iterator[Completion]:
-    """Continue prompts together, in one batch; sampling draws from torch's global generator.
+    """Continue `encode_prompt`'s ids in one batch; sampling draws from torch's global generator.
 
     The longest prompt decides where position T is: no sample goes on when that one has to stop.
 
@@ -96,13 +96,14 @@ def complete(
             max_new_tokens=min(sampling.max_new_tokens, room),
             eos_token_id=lm.end,
             pad_token_id=padding,
+            suppress_tokens=lm.padding_ids or None,
             **sampling.arguments(),
         )
     for row, new in enumerate(output[:, ids.shape[1] :].tolist()):
         prompt = prompts[row // sampling.num_samples]
         kept = new[: new.index(lm.end)] if lm.end in new else new
         yield Completion(
-            prompt=lm.decode(prompt),
+            prompt=lm.decode(prompt[len(lm.start) :]),
             text=lm.continuation(prompt, kept),
             num_tokens=len(kept),
             reached_the_end=len(kept) == room < sampling.max_new_tokens,

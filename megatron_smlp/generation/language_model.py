@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
+from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
+from megatron_smlp.data.tokenizers.model_tokenizer import bare, resolve_for, start_of
 from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
 
@@ -23,6 +24,8 @@ class LanguageModel:
     end: int | None
     """Id of the end-of-document token; generation stops at it."""
     name: str
+    start: tuple[int, ...] = ()
+    """Ids before each text, as the model was trained with."""
 
     @property
     def longest(self) -> int:
@@ -37,10 +40,14 @@ class LanguageModel:
     @property
     def padding_ids(self) -> list[int]:
         """Ids of the vocabulary's padding, which no text has."""
-        return list(self.model.generation_config.suppress_tokens or [])
+        from megatron_smlp.conversion.huggingface import padding_of
+
+        suppressed = self.model.generation_config.suppress_tokens or []
+        return sorted({*padding_of(self.model.config), *suppressed})
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode_batch([text])[0].tolist()
+        """Return the ids of a text, behind `start`."""
+        return [*self.start, *self.tokenizer.encode_batch([text])[0].tolist()]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
@@ -56,25 +63,29 @@ def load(options: argparse.Namespace) -> LanguageModel:
     Raises:
         UsageError: a folder that is neither, or a tokenizer that is missing or not the model's.
     """
-    model, tokenizer = model_and_tokenizer(options)
+    model, tokenizer, start = model_and_tokenizer(options)
     folder = Path(options.hf or options.checkpoint)
     name = getattr(options, "model_name", None) or folder.resolve().name
-    return LanguageModel(model, tokenizer.build(), tokenizer.eod, name)
+    return LanguageModel(model, tokenizer.build(), tokenizer.eod, name, start)
 
 
-def model_and_tokenizer(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
-    """Load what `load` does, with a tokenizer that is not at work yet."""
+def model_and_tokenizer(options: argparse.Namespace) -> tuple[Any, Tokenizer, tuple[int, ...]]:
+    """Load what `load` does: a tokenizer that is not at work yet, and the ids before a text."""
     model, spec, source = _exported(options) if options.hf else _trained(options)
     if options.tokenizer_type:
         spec = TokenizerSpec.from_arguments(options)
-    elif options.tokenizer_model:
-        kind = spec.tokenizer_type if spec else "HuggingFaceTokenizer"
-        spec = TokenizerSpec(tokenizer_type=kind, tokenizer_model=options.tokenizer_model)
+    elif options.tokenizer_model:  # the run's own, which has moved
+        spec = spec or TokenizerSpec(tokenizer_type="HuggingFaceTokenizer")
+        files = {"tokenizer_model": options.tokenizer_model, "vocab_file": None, "merge_file": None}
+        spec = replace(spec, **files)
     if spec is None:
         raise UsageError(f"{source} has no tokenizer: give --tokenizer-model FOLDER")
     entries = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size
+    if getattr(options, "tokenizer_hf_no_include_special_tokens", False):
+        spec = bare(spec)
     tokenizer = resolve_for(spec, source=source, entries=entries, may_be_smaller=True)
-    return _placed(model, device=options.device, dtype=options.dtype), tokenizer
+    model = _placed(model, device=options.device, dtype=options.dtype)
+    return model, tokenizer, tuple(start_of(tokenizer, spec))
 
 
 def of_checkpoint(
@@ -84,22 +95,25 @@ def of_checkpoint(
     iteration: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    start: Sequence[int] = (),
 ) -> LanguageModel:
-    """Load a checkpoint, default: the newest, with a tokenizer that is known to be its own."""
+    """Load a checkpoint, default: the newest, with a tokenizer that is known to be its own.
+
+    start: ids before each text, as in its training.
+    """
     from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 
     found = TorchDistCheckpoint(checkpoint, iteration=iteration)
     model = _placed(model_of(found), device=device, dtype=dtype)
-    return LanguageModel(model, tokenizer.build(), tokenizer.eod, Path(checkpoint).resolve().name)
+    name = Path(checkpoint).resolve().name
+    return LanguageModel(model, tokenizer.build(), tokenizer.eod, name, tuple(start))
 
 
 def _trained(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, str]:
     from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 
     checkpoint = TorchDistCheckpoint(options.checkpoint, iteration=options.ckpt_step)
-    recorded = getattr(checkpoint.args, "tokenizer_type", None)
-    trusts = options.trust_remote_code
-    spec = TokenizerSpec.recorded(checkpoint.args, trusts=trusts) if recorded else None
+    spec = recorded_tokenizer(checkpoint.args, trusts=options.trust_remote_code)
     return model_of(checkpoint), spec, f"--checkpoint {options.checkpoint}"
 
 
@@ -125,13 +139,11 @@ def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, s
     from transformers import AutoModelForCausalLM
 
     from megatron_smlp.conversion.huggingface import IMPOSSIBLE, check_folder
-    from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 
     folder = Path(options.hf)
-    # Our own class: no code that lies in the folder is run.
-    kind = SMLPForCausalLM if check_folder(folder) else AutoModelForCausalLM
+    check_folder(folder)
     try:
-        model, loaded = kind.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto",
             local_files_only=True,

@@ -1,6 +1,16 @@
-"""The models of the paper for transformers; both files are exported with the weights."""
+"""The models of the paper for transformers; both files are exported with the weights.
+
+Where this package is imported, transformers' Auto classes take the classes here, and run no code of
+a folder.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPModel
+
+AutoConfig.register(SMLPConfig.model_type, SMLPConfig, exist_ok=True)
+AutoModel.register(SMLPConfig, SMLPModel, exist_ok=True)
+AutoModelForCausalLM.register(SMLPConfig, SMLPForCausalLM, exist_ok=True)
 
 __all__ = ["SMLPConfig", "SMLPForCausalLM", "SMLPModel"]

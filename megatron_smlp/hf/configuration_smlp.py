@@ -434,4 +434,6 @@ class SMLPConfig(PreTrainedConfig):
             )
 
 
+SMLPConfig.register_for_auto_class()
+
 __all__ = ["SMLPConfig"]

@@ -55,7 +55,7 @@ F gate width, h heads, f = F/h, C chunks, E experts, X expert width, P prefix le
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -69,6 +69,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import maybe_autocast
@@ -76,6 +77,12 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_smlp import SMLPConfig
 
 logger = logging.get_logger(__name__)
+
+AUTO_MAP = {
+    "AutoModel": "modeling_smlp.SMLPModel",
+    "AutoModelForCausalLM": "modeling_smlp.SMLPForCausalLM",
+}
+"""The classes of this file for transformers' own, in the config.json of a folder with its code."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -105,6 +112,15 @@ class Layout:
         """One token each, at the same position: it sees all there is, so nothing needs a mask."""
         return self.start is not None and self.end - self.start == 1
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Layout":
+        """Return the same on a device: accelerate asks, where layers are on several."""
+        names = ("positions", "valid", "input_ids")
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {
+            n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items() if t is not None
+        }
+        return replace(self, **moved)
+
 
 @dataclass(frozen=True)
 class Move:
@@ -129,8 +145,6 @@ class SMLPCacheLayer(DynamicLayer):
     Attention keeps keys and values, spatial gating its normalised gate inputs as `keys`. Partial
     prediction also keeps its routing scores <float>[B, C, E], a sum over the prefix so far.
     """
-
-    is_croppable = False  # the routing scores cannot forget a token
 
     def __init__(self, longest: int) -> None:
         super().__init__()
@@ -166,6 +180,22 @@ class SMLPCacheLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be forgotten: routing scores are sums that hold them."""
+        return self.scores is None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; what is written next takes their places."""
+        if not tokens_to_remove:
+            return
+        if tokens_to_remove > 0 or not self.is_croppable:
+            raise ValueError(
+                f"crop({tokens_to_remove}): give minus the number of tokens to forget; with "
+                "partial prediction, whose routing sums up the prefix, none can be"
+            )
+        self.length = max(0, self.length + tokens_to_remove)
+
     def reset(self) -> None:
         super().reset()
         self.length, self.scores = 0, None
@@ -174,9 +204,10 @@ class SMLPCacheLayer(DynamicLayer):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+        if self.is_initialized:
+            super().batch_select_indices(indices.to(self.keys.device))
         if self.scores is not None:
-            self.scores = self.scores[indices]
+            self.scores = self.scores[indices.to(self.scores.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -205,6 +236,13 @@ class SMLPCache(Cache):
         self.num_columns += num_columns
         self.lengths = lengths
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` columns, all of which hold tokens."""
+        super().crop(tokens_to_remove)
+        self.num_columns = max(0, self.num_columns + tokens_to_remove)
+        if self.lengths is not None:
+            self.lengths = (self.lengths + tokens_to_remove).clamp(min=0)
+
     def reset(self) -> None:
         super().reset()
         self.num_columns, self.lengths = 0, None
@@ -215,7 +253,7 @@ class SMLPCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         if self.lengths is not None:
-            self.lengths = self.lengths[indices]
+            self.lengths = self.lengths[indices.to(self.lengths.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -238,16 +276,33 @@ SHORT_ROW = 1024
 """Matrices with rows up to so many numbers gain by `linear`'s way with one row."""
 
 
-class SMLPLinear(nn.Linear):
-    """nn.Linear, faster at a generation step on a CPU; see `linear`."""
+def starting_smaller(layer: Any, by: float) -> nn.Linear:
+    """Return a projection whose first values `_init_weights` draws so much smaller.
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: <float>[..., in] -> <float>[..., out]."""
-        return linear(hidden, self.weight, self.bias)
+    All projections are plain `nn.Linear`: what quantises a model replaces that very class.
+    """
+    layer.std_divisor = by
+    return layer
 
 
-class SMLPOutputLinear(SMLPLinear):
-    """A projection back to the residual, which starts smaller; see `_init_weights`."""
+def to_residual(config: SMLPConfig, in_features: int, *, bias: bool) -> nn.Linear:
+    """Return a projection that leads back to the residual."""
+    layer = nn.Linear(in_features, config.hidden_size, bias=bias)
+    return starting_smaller(layer, math.sqrt(2 * config.num_layers))
+
+
+def project(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """layer(hidden), faster at a generation step on a CPU; see `linear`.
+
+    What quantises, adapts, offloads or watches a projection has replaced it or its call, or holds a
+    hook: then it is called.
+    """
+    if type(layer) is nn.Linear and _is_step(hidden, layer.weight):
+        is_watched = layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer)
+        if not is_watched:
+            return linear(hidden, layer.weight, layer.bias)
+    output: Tensor = layer(hidden)
+    return output
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -257,16 +312,18 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     thread and slowly where rows are short; its product of matrices does neither (MKL on an AMD
     EPYC, in = 512: 1.8 times as fast with one thread, 3.3 times with two).
     """
-    is_step = hidden.numel() == weight.shape[1] <= SHORT_ROW
-    if not (is_step and hidden.device.type == "cpu" and hidden.dtype == torch.float32):
+    if not _is_step(hidden, weight):
         return F.linear(hidden, weight, bias)
     product = torch.mm(weight, hidden.reshape(1, -1).repeat(2, 1).T)[:, 0]
     product = product if bias is None else product + bias
     return product.view(*hidden.shape[:-1], -1)
 
 
-class SMLPInputLinear(SMLPLinear):
-    """A projection of normalised features to an input; see `_init_weights`."""
+def _is_step(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether `hidden` is a single short row on a CPU, and `weight` a tensor of no special kind."""
+    is_plain = hidden.device.type == "cpu" and hidden.dtype == torch.float32
+    is_plain = is_plain and type(weight) in (Tensor, nn.Parameter)
+    return is_plain and hidden.numel() == weight.shape[1] <= SHORT_ROW
 
 
 # ------------------------------------------------------------------------------------------------
@@ -288,7 +345,8 @@ class SMLPMinHashInput(nn.Module):
         table = torch.zeros(config.vocab_size, config.hash_count, dtype=torch.int16)
         self.register_buffer("fingerprints", table)
         self.norm = nn.LayerNorm(num_features, eps=config.layer_norm_epsilon)
-        self.proj = SMLPInputLinear(num_features, config.hidden_size, bias=False)
+        proj = nn.Linear(num_features, config.hidden_size, bias=False)
+        self.proj = starting_smaller(proj, math.sqrt(num_features))  # its features are normalised
 
     def forward(self, ids: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
         """ids: <int64>[B, T] of this call -> <float>[B, T, D]."""
@@ -297,10 +355,10 @@ class SMLPMinHashInput(nn.Module):
         places = layout.positions[:, :, None] + offsets
         seen = ids.gather(1, places.clamp(min=0).flatten(1)).view_as(places)
         values = self.fingerprints[seen].long()
-        dtype = self.proj.weight.dtype
+        dtype = self.norm.weight.dtype  # a quantised projection's is another
         ones = (places >= 0)[..., None].to(dtype).expand(values.shape)
         counters = ones.new_zeros(*places.shape, self.filter_size).scatter_add(3, values, ones)
-        return self.proj(self.norm(counters.flatten(2)))
+        return project(self.proj, self.norm(counters.flatten(2)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -317,7 +375,7 @@ class SMLPAttention(nn.Module):
         rotary_base: of the positions that turn queries and keys; None: they are not turned.
         width: of all heads together.
         out_features: what the output projection maps to.
-        output: the kind of that projection.
+        leads_back: whether that leads back to the residual.
     """
 
     def __init__(
@@ -328,7 +386,7 @@ class SMLPAttention(nn.Module):
         num_heads: int,
         width: int,
         out_features: int,
-        output: type[SMLPLinear],
+        leads_back: bool,
         num_groups: int | None = None,
         rotary_base: int | None = None,
     ) -> None:
@@ -338,18 +396,21 @@ class SMLPAttention(nn.Module):
         self.num_groups, self.rotary_base = num_groups or num_heads, rotary_base
         key_width = width // num_heads * self.num_groups
         self.dropout = config.attention_dropout
-        self.q_proj = SMLPLinear(config.hidden_size, width, bias=bias)
-        self.k_proj = SMLPLinear(config.hidden_size, key_width, bias=bias)
-        self.v_proj = SMLPLinear(config.hidden_size, key_width, bias=bias)
-        self.out_proj = output(width, out_features, bias=bias)
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
+        if leads_back:
+            self.out_proj = to_residual(config, width, bias=bias)
+        else:
+            self.out_proj = nn.Linear(width, out_features, bias=bias)
 
     def forward(
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, out_features], and no loss."""
         queries, keys, values = (
-            projection(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for projection, heads in (
+            project(layer, hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for layer, heads in (
                 (self.q_proj, self.num_heads),
                 (self.k_proj, self.num_groups),
                 (self.v_proj, self.num_groups),
@@ -370,7 +431,7 @@ class SMLPAttention(nn.Module):
             is_causal=is_causal,
             enable_gqa=self.num_groups != self.num_heads,
         )
-        return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
+        return project(self.out_proj, mixed.transpose(1, 2).flatten(2)), None
 
 
 def _visible(layout: Layout, length: int) -> Tensor:
@@ -516,11 +577,11 @@ class SMLPSpatialGating(nn.Module):
         self.num_heads = num_heads
         self.cache_index = layer_index * config.states_per_layer
         self.activation = ACT2FN[config.hidden_act]
-        self.up_proj = SMLPLinear(config.hidden_size, 2 * width, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, 2 * width, bias=bias)
         self.gate_norm = SMLPHeadNorm(width, eps=config.layer_norm_epsilon)
         projection = SMLPToeplitzProjection if config.toeplitz else SMLPSpatialProjection
         self.spatial = projection(num_experts, config.max_position_embeddings)
-        self.down_proj = SMLPOutputLinear(width, config.hidden_size, bias=bias)
+        self.down_proj = to_residual(config, width, bias=bias)
         self.tiny_attention: SMLPAttention | None = None
         if has_attention:
             self.tiny_attention = SMLPAttention(
@@ -529,20 +590,20 @@ class SMLPSpatialGating(nn.Module):
                 num_heads=1,
                 width=config.tiny_attention_width,
                 out_features=width,
-                output=SMLPLinear,
+                leads_back=False,
             )
 
     def forward(
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and the router's loss if it has one."""
-        passed, gate = self.activation(self.up_proj(hidden)).chunk(2, dim=-1)
+        passed, gate = self.activation(project(self.up_proj, hidden)).chunk(2, dim=-1)
         chunks = self._split(self.gate_norm(gate, self.num_heads))
         gates, loss = self._mix(chunks, gate, layout, cache)
         gates = gates.transpose(1, 2).flatten(2)
         if self.tiny_attention is not None:
             gates = gates + self.tiny_attention(hidden, layout, cache)[0]
-        return self.down_proj(passed * gates), loss
+        return project(self.down_proj, passed * gates), loss
 
     def _split(self, features: Tensor) -> Tensor:
         """<float>[B, T, F] -> <float>[B, h, T, f]."""
@@ -723,19 +784,19 @@ class SMLPAttentionFree(nn.Module):
         super().__init__()
         bias, width = config.add_bias_linear, config.hidden_size
         self.cache_index = layer_index * config.states_per_layer
-        self.q_proj = SMLPLinear(width, width, bias=bias)
-        self.k_proj = SMLPLinear(width, width, bias=bias)
-        self.v_proj = SMLPLinear(width, width, bias=bias)
+        self.q_proj = nn.Linear(width, width, bias=bias)
+        self.k_proj = nn.Linear(width, width, bias=bias)
+        self.v_proj = nn.Linear(width, width, bias=bias)
         self.positions: SMLPPositionWeights | None = None
         if config.aft_kind == "full":
             self.positions = SMLPPositionWeights(config.max_position_embeddings)
-        self.out_proj = SMLPOutputLinear(width, width, bias=bias)
+        self.out_proj = to_residual(config, width, bias=bias)
 
     def forward(
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
-        keys, values = self.k_proj(hidden), self.v_proj(hidden)
+        keys, values = project(self.k_proj, hidden), project(self.v_proj, hidden)
         if cache is not None:
             states = cache.layers[self.cache_index]
             keys, values = states.write(keys[:, None], values[:, None], layout)
@@ -745,8 +806,8 @@ class SMLPAttentionFree(nn.Module):
         else:
             sums = self.positions(keys, values, layout)
         above, below = sums.chunk(2, dim=-1)
-        mixed = torch.sigmoid(self.q_proj(hidden)) * (above / below).to(hidden.dtype)
-        return self.out_proj(mixed), None
+        mixed = torch.sigmoid(project(self.q_proj, hidden)) * (above / below).to(hidden.dtype)
+        return project(self.out_proj, mixed), None
 
 
 def _grown(keys: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -777,17 +838,17 @@ class SMLPCausalRN(nn.Module):
         self.cache_index = layer_index * config.states_per_layer
         self.eps = config.layer_norm_epsilon
         self.is_quadratic = config.causal_rn_kind == "quadratic"
-        self.up_proj = SMLPLinear(config.hidden_size, 2 * width, bias=bias)
-        self.down_proj = SMLPOutputLinear(width, config.hidden_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, 2 * width, bias=bias)
+        self.down_proj = to_residual(config, width, bias=bias)
 
     def forward(
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
-        a, b = (self._n(part) for part in self.up_proj(hidden).chunk(2, dim=-1))
+        a, b = (self._n(part) for part in project(self.up_proj, hidden).chunk(2, dim=-1))
         b = _so_far(b[:, None], self.cache_index, layout, cache)[:, 0]
         mixed = self._pairwise(a, b, layout) if self.is_quadratic else self._summed(a, b, layout)
-        return self.down_proj(self._n(mixed).to(hidden.dtype)), None
+        return project(self.down_proj, self._n(mixed).to(hidden.dtype)), None
 
     def _n(self, x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -830,18 +891,22 @@ class SMLPFeedForward(nn.Module):
     def __init__(self, config: SMLPConfig, *, width: int, bias: bool) -> None:
         super().__init__()
         self.activation = swiglu if config.swiglu else ACT2FN[config.hidden_act]
-        self.up_proj = SMLPLinear(config.hidden_size, (1 + config.swiglu) * width, bias=bias)
-        self.down_proj = SMLPOutputLinear(width, config.hidden_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, (1 + config.swiglu) * width, bias=bias)
+        self.down_proj = to_residual(config, width, bias=bias)
 
     def forward(
         self, hidden: Tensor, layout: Layout, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
-        return self.down_proj(self.activation(self.up_proj(hidden))), None
+        return project(self.down_proj, self.activation(project(self.up_proj, hidden))), None
 
 
 class SMLPExperts(nn.Module):
-    """f_e(h) = GELU(h A_e) B_e, without biases: the router's weight would scale them too."""
+    """Sums over the chosen experts of w_e f_e(h),  f_e(h) = GELU(h A_e) B_e.
+
+    Experts have no biases: the router's weight would scale them too. They are called once a layer,
+    so that weights that are offloaded come once.
+    """
 
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__()
@@ -850,7 +915,34 @@ class SMLPExperts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(num_experts, (1 + config.swiglu) * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
 
-    def forward(self, tokens: Tensor, expert: int) -> Tensor:
+    def forward(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """tokens: <float>[n, D]; experts: <int64>[n, k], -1 for none; weights: <float>[n, k].
+
+        Returns <float>[n, D], zeros for tokens without an expert.
+        """
+        if len(tokens) == 1:
+            return self._one_token(tokens, experts, weights)
+        output = torch.zeros_like(tokens)
+        for expert in experts.unique().tolist():  # a generation step leaves most idle
+            if expert < 0:
+                continue
+            rows, choice = (experts == expert).nonzero(as_tuple=True)
+            weighted = self._expert(tokens[rows], expert)
+            weighted = weighted * weights[rows, choice, None].to(weighted.dtype)
+            output.index_add_(0, rows, weighted.to(output.dtype))  # autocast's are others
+        return output
+
+    def _one_token(self, token: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Do the same for a single token, as in generation, without sorting and scattering."""
+        scale = weights.to(token.dtype)[0]
+        chosen = [
+            self._expert(token, expert) * scale[place]
+            for place, expert in enumerate(experts[0].tolist())
+            if expert >= 0
+        ]
+        return torch.stack(chosen).sum(dim=0) if chosen else torch.zeros_like(token)
+
+    def _expert(self, tokens: Tensor, expert: int) -> Tensor:
         """tokens: <float>[n, D] -> <float>[n, D]."""
         return linear(self.activation(linear(tokens, self.up_proj[expert])), self.down_proj[expert])
 
@@ -899,41 +991,18 @@ class SMLPTokenMoE(nn.Module):
         self, hidden: Tensor, layout: Layout, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         seen = residual if self.routes_on_residual else hidden
-        if hidden.shape[:2].numel() == 1 and layout.valid is None:
-            return self._one_token(hidden, layout, seen)
-        tokens = hidden.transpose(0, 1).flatten(0, 1)
-        seen = seen.transpose(0, 1).flatten(0, 1)
-        real = torch.arange(tokens.shape[0], device=tokens.device)
-        if layout.valid is not None:
-            real = real[layout.valid.T.flatten()]
-        ids = None if layout.input_ids is None else layout.input_ids.T.flatten()[real]
-        routing = self.router(seen[real], ids, limited=not layout.cached)
-        output = torch.zeros_like(tokens)
-        for expert in routing.experts.unique().tolist():  # a generation step leaves most idle
-            if expert < 0:
-                continue
-            rows, choice = (routing.experts == expert).nonzero(as_tuple=True)
-            weighted = self.experts(tokens[real[rows]], expert)
-            weighted = weighted * routing.weights[rows, choice, None].to(weighted.dtype)
-            output.index_add_(0, real[rows], weighted.to(output.dtype))  # autocast's are others
+        tokens, seen = (states.transpose(0, 1).flatten(0, 1) for states in (hidden, seen))
+        ids = None if layout.input_ids is None else layout.input_ids.T.flatten()
+        if layout.valid is None:
+            routing = self.router(seen, ids, limited=not layout.cached)
+            output = self.experts(tokens, routing.experts, routing.weights)
+        else:
+            real = layout.valid.T.flatten().nonzero()[:, 0]
+            ids = None if ids is None else ids[real]
+            routing = self.router(seen[real], ids, limited=not layout.cached)
+            output = self.experts(tokens[real], routing.experts, routing.weights)
+            output = torch.zeros_like(tokens).index_copy(0, real, output.to(tokens.dtype))
         return output.unflatten(0, (hidden.shape[1], -1)).transpose(0, 1), routing.loss
-
-    def _one_token(
-        self, hidden: Tensor, layout: Layout, seen: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Do the same for a single token, <float>[1, 1, D], as in generation, without sorting and
-        scattering."""
-        token = hidden[0]
-        ids = None if layout.input_ids is None else layout.input_ids[0]
-        routing = self.router(seen[0], ids, limited=not layout.cached)
-        weights = routing.weights.to(token.dtype)[0]
-        chosen = [
-            self.experts(token, expert) * weights[place]
-            for place, expert in enumerate(routing.experts[0].tolist())
-            if expert >= 0
-        ]
-        output = torch.stack(chosen).sum(dim=0) if chosen else torch.zeros_like(token)
-        return output[None], routing.loss
 
 
 def _in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -1200,7 +1269,7 @@ def _attention(config: SMLPConfig, index: int) -> nn.Module:
         num_heads=config.num_attention_heads,
         width=config.hidden_size,
         out_features=config.hidden_size,
-        output=SMLPOutputLinear,
+        leads_back=True,
         num_groups=config.num_query_groups,
         rotary_base=config.rotary_base if config.position_embedding_type == "rope" else None,
     )
@@ -1267,7 +1336,7 @@ class SMLPLayer(GradientCheckpointingLayer):
 def _add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     if left is None or right is None:
         return right if left is None else left
-    return left + right
+    return left + right.to(left.device)
 
 
 @dataclass
@@ -1293,7 +1362,8 @@ class SMLPPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw normal weights; what leads back to the residual is smaller by sqrt(2 layers).
 
-        transformers calls it for modules that have parameters of their own, and for no others.
+        transformers calls it for modules that have parameters or buffers of their own, and for no
+        others. Of norms it knows those that torch and itself have, by their names.
         """
         super()._init_weights(module)
         std = self.config.initializer_range
@@ -1301,13 +1371,16 @@ class SMLPPreTrainedModel(PreTrainedModel):
         if isinstance(module, SMLPSpatialProjection):
             init.uniform_(module.weight, -module.bound, module.bound)
             init.constant_(module.bias, module.start)
+        elif isinstance(module, SMLPHeadNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, SMLPMinHashInput):
+            init.zeros_(module.fingerprints)
         elif isinstance(module, SMLPPositionWeights):
             bound = 1e-3 / len(module.weight)
             init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, SMLPInputLinear):
-            init.normal_(module.weight, std=std / math.sqrt(module.in_features))
-        elif isinstance(module, SMLPOutputLinear):
-            init.normal_(module.weight, std=output_std)
+        elif isinstance(module, nn.Linear) and hasattr(module, "std_divisor"):
+            init.normal_(module.weight, std=std / module.std_divisor)
         elif isinstance(module, SMLPExperts):
             init.normal_(module.up_proj, std=std)
             init.normal_(module.down_proj, std=output_std)
@@ -1323,6 +1396,39 @@ class SMLPPreTrainedModel(PreTrainedModel):
             init.copy_(module.table, module.random_table())
         elif isinstance(module, SMLPPartialPrediction):
             init.normal_(module.prefix_router, std=std)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """See transformers. The code goes along, under the names of both models."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(*args, **kwargs)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """See transformers. HASH routes the new vocabulary, and all of it is generated but what
+        pads it: rows from `new_num_tokens` on that were padding before, or that are new."""
+        config, before = self.config, self.config.vocab_size
+        if config.input_projection == "minhash":
+            raise ValueError(
+                "the vocabulary of input_projection=minhash keeps its size: training makes the "
+                "fingerprints of its tokenizer's strings, and new tokens would have none"
+            )
+        embeddings = super().resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        padding = max(config.unpadded_vocab_size or before, new_num_tokens or 0)
+        has_padding = padding < config.vocab_size
+        config.unpadded_vocab_size = padding if has_padding else None
+        if self.can_generate():
+            rows = list(range(padding, config.vocab_size))
+            self.generation_config.suppress_tokens = rows or None
+        for module in self.modules() if config.vocab_size != before else ():
+            if isinstance(module, SMLPHashRouter):
+                module.resize(config.vocab_size)
+        return embeddings
 
 
 class SMLPModel(SMLPPreTrainedModel):
@@ -1359,12 +1465,17 @@ class SMLPModel(SMLPPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        if given.shape[1] == 1 and cache is None and use_cache is None and not self.training:
+            logger.warning_once(
+                "a single token without a cache stands at position 0: to go on token by token, "
+                "give use_cache=True at first, and then the cache that the call before returned"
+            )
         cache = self._cache(cache, use_cache)
-        given = input_ids if inputs_embeds is None else inputs_embeds
         layout, move = self._layout(given, input_ids, attention_mask, cache, position_ids)
         hidden = self._embedded(inputs_embeds, layout, move, cache)
         if self.config.position_embedding_type == "learned_absolute":
-            hidden = hidden + self.embed_positions(layout.positions)
+            hidden = hidden + self.embed_positions(layout.positions).to(hidden.device)
         hidden = F.dropout(hidden, self.config.hidden_dropout, self.training)
         states, loss = [hidden], None
         for layer in self.layers:
@@ -1373,7 +1484,8 @@ class SMLPModel(SMLPPreTrainedModel):
             loss = _add(loss, layer_loss)
         states[-1] = self.final_norm(hidden)
         if move is not None:
-            states = [state.take_along_dim(move.back[..., None], dim=1) for state in states]
+            back = move.back[..., None]
+            states = [state.take_along_dim(back.to(state.device), dim=1) for state in states]
         return SMLPModelOutput(
             last_hidden_state=states[-1],
             aux_loss=loss,
@@ -1400,7 +1512,7 @@ class SMLPModel(SMLPPreTrainedModel):
             )
         if move is None:
             return inputs_embeds
-        return inputs_embeds.take_along_dim(move.order[..., None], dim=1)
+        return inputs_embeds.take_along_dim(move.order[..., None].to(inputs_embeds.device), dim=1)
 
     def _cache(self, cache: SMLPCache | None, use_cache: bool | None) -> SMLPCache | None:
         # Recomputing a layer would write its states twice.
@@ -1500,7 +1612,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__(config)
         self.model = SMLPModel(config)
-        self.lm_head = SMLPLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -1515,6 +1627,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """One forward pass over a batch, or over its new tokens where a cache is given.
@@ -1530,6 +1643,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
                 by itself would not be dropped either.
             labels: <int64>[B, T], shifted inside; -100 counts for nothing.
             logits_to_keep: compute the logits of the last so many positions only (0: all).
+            position_ids: <int64>[B or 1, T], which may be none but 0, 1, 2, ... of the tokens.
 
         Returns:
             loss (with labels; in training with the routers' losses), aux_loss (the routers' losses,
@@ -1537,14 +1651,14 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: a sequence longer than T (without toeplitz), a cache of another kind, no
-                token ids for HASH.
+                token ids for HASH, documents that are packed into a row.
         """
         outputs = self.model(
             *(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states),
-            position_ids=kwargs.pop("position_ids", None),
+            position_ids=position_ids,
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, rows])
+        logits = project(self.lm_head, outputs.last_hidden_state[:, rows])
         # As Megatron's: what is made of them, log-probabilities at first, must not round to 8 bits.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         aux_loss = outputs.aux_loss
@@ -1552,7 +1666,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = self._targets(labels, attention_mask)
             loss = self.loss_function(logits, targets, vocab_size=self.config.vocab_size, **kwargs)
-            loss = loss if aux_loss is None else loss + aux_loss
+            loss = _add(loss, aux_loss)
         output = MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -1563,21 +1677,11 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict is not False else output.to_tuple()
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """See transformers. All ids of the new vocabulary are generated, and HASH routes them."""
-        before = self.config.vocab_size
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        if self.config.vocab_size != before:
-            self.config.unpadded_vocab_size = self.generation_config.suppress_tokens = None
-            for module in self.modules():
-                if isinstance(module, SMLPHashRouter):
-                    module.resize(self.config.vocab_size)
-        return embeddings
-
     def _targets(self, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Partial prediction trains its routed rows only, t >= P, unless told otherwise.
 
-        Label t is predicted by row t - 1: the first that counts is label P + 1.
+        Label t is predicted by row t - 1: the first that counts is label P + 1. A sample without
+        labels there, as one that ends before P, has no routed row and keeps those that it has.
         """
         config = self.config
         is_partial = config.feature_router == "partial" and config.partial_loss == "suffix"
@@ -1585,36 +1689,73 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             return labels
         mask = torch.ones_like(labels) if attention_mask is None else attention_mask
         positions = mask.long().cumsum(dim=1) - 1
-        return labels.masked_fill(positions <= config.prefix_length, -100)
+        routed = labels.masked_fill(positions <= config.prefix_length, -100)
+        return torch.where((routed != -100).any(dim=1, keepdim=True), routed, labels)
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """Give `generate` none: the mask and the cache say where tokens stand."""
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Give `generate`, which calls this, our own kind of cache, whatever it would choose."""
+        self._end_at_longest(generation_config, model_kwargs)
         if kind := generation_config.cache_implementation:
             logger.warning_once(f"cache_implementation={kind} is ignored: SMLPCache is taken")
         if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
             model_kwargs["cache"] = SMLPCache(self.config)
 
     def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> Any:
-        """Make `generate`, which calls this, end at position T and say so, instead of failing
-        there."""
+        """Note how many of the tokens that `generate` counts are the prompt's: none of embeddings,
+        and of a prompt that goes on with a cache perhaps those alone that are new."""
         generation_config = super()._prepare_generated_length(generation_config, **kwargs)
+        generation_config._counted_of_prompt = kwargs["input_ids_length"]
+        return generation_config
+
+    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Cut tokens that `generate` drafts at its last one: prompt lookup drafts more, and behind
+        position T the model could not read them."""
+        generator: Any = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        longest = generation_config.max_length
+        generator.get_candidates = partial(_drafted, generator.get_candidates, longest)
+        return generator
+
+    def _end_at_longest(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        """Make `generate` end at position T and say so, instead of failing there."""
         if self.config.toeplitz:
-            return generation_config
-        longest, prompt = self.config.max_position_embeddings, kwargs["input_ids_length"]
+            return
+        mask = model_kwargs.get("attention_mask")
+        # transformers drops a mask without padding, and keeps its length.
+        prompt = generation_config._mask_length if mask is None else mask.shape[1]
+        longest = self.config.max_position_embeddings
         if prompt >= longest:
             raise ValueError(
                 f"a prompt of {prompt} tokens leaves no position to generate at: the model ends at "
                 f"max_position_embeddings={longest}; cut the prompt from the left"
             )
-        if generation_config.max_length > longest:
+        uncounted = prompt - generation_config._counted_of_prompt
+        asked = generation_config.max_length + uncounted
+        if asked > longest:
             logger.warning(
                 f"generation stops at position {longest} (max_position_embeddings) instead of "
-                f"{generation_config.max_length}: the model has no weights for later positions"
+                f"{asked}: the model has no weights for later positions"
             )
-            generation_config.max_length = longest
-        return generation_config
+            generation_config.max_length = longest - uncounted
 
+
+def _drafted(
+    draft: Callable[..., Any], longest: int, ids: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Draft what follows <int64>[1, T], up to `longest` with it."""
+    drafted, logits = draft(ids, *args, **kwargs)
+    drafted = drafted[:, :longest]
+    return drafted, None if logits is None else logits[:, : drafted.shape[1] - ids.shape[1]]
+
+
+# `save_pretrained` lays this file and its configuration's beside the weights.
+SMLPModel.register_for_auto_class("AutoModel")
+SMLPForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# By the name here Trainer knows, for label smoothing, that targets are the next tokens.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(SMLPConfig.model_type, SMLPForCausalLM.__name__)
 
 __all__ = ["SMLPCache", "SMLPConfig", "SMLPForCausalLM", "SMLPModel", "SMLPPreTrainedModel"]

@@ -63,13 +63,15 @@ class Work:
         for number, prompt in enumerate(self.request.prompts):
             if self.cancelled.is_set():  # nobody reads the answers, nor the scores of `echo`
                 break
-            choices += self._answers(prompt, first=number * self.request.n)
+            choices += self._answers(prompt, number)
         return choices
 
-    def _answers(self, prompt: list[int], *, first: int) -> list[dict[str, Any]]:
+    def _answers(self, prompt: list[int], number: int) -> list[dict[str, Any]]:
         asked, lm = self.request, self.lm
-        echoed = engine.score(lm, prompt, asked.logprobs) if asked.echo else []
-        echo = lm.decode(prompt) if asked.echo else ""
+        first = number * asked.n
+        given = len(lm.start) if asked.is_text(number) else 0  # what was put before it is not
+        echoed = engine.score(lm, prompt, asked.logprobs)[given:] if asked.echo else []
+        echo = lm.decode(prompt[given:]) if asked.echo else ""
         answers = [Answer(lm, prompt, asked.stop) for _ in range(asked.n)]
         tokens = [list(echoed) for _ in answers]
         if asked.echo:

@@ -74,6 +74,11 @@ class CompletionRequest(BaseModel):
     user: Any = None
     """The name of the client; it changes nothing."""
 
+    def is_text(self, number: int) -> bool:
+        """Whether a prompt came as a text, and not as token ids."""
+        one = self.prompt[number] if isinstance(self.prompt, list) else self.prompt
+        return isinstance(one, str)
+
 
 KNOWN = set(CompletionRequest.model_fields) - {"prompts"}
 
@@ -190,6 +195,6 @@ def _ids(prompt: Any, lm: LanguageModel) -> list[int]:
             )
     else:
         raise RequestError("prompt must hold texts or lists of token ids alone", name="prompt")
-    if not ids:
+    if not prompt or not ids:
         raise RequestError("prompt is empty: give some text to continue", name="prompt")
     return ids

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.errors import UsageError
 
 CONFIG = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | dict.fromkeys(
@@ -68,6 +69,13 @@ def _gpt2_folder(args: argparse.Namespace) -> Path:
             raise UsageError(f"--{flag}-file {source} cannot be read: {error.strerror}.") from error
     (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     return folder
+
+
+def recorded_tokenizer(args: argparse.Namespace, *, trusts: bool = False) -> TokenizerSpec | None:
+    """Return `TokenizerSpec.recorded`, or None where the checkpoint recorded no tokenizer."""
+    if not getattr(args, "tokenizer_type", None):
+        return None
+    return TokenizerSpec.recorded(args, trusts=trusts)
 
 
 def tokenizer_folder(args: argparse.Namespace, say: Callable[[str], None]) -> str | None:

@@ -44,7 +44,7 @@ def resolve_for(
     return tokenizer
 
 
-def start_of(tokenizer: Tokenizer, args: argparse.Namespace) -> list[int]:
-    """Return the special ids before a text, as the run of these arguments was trained with."""
+def start_of(tokenizer: Tokenizer, args: argparse.Namespace | TokenizerSpec) -> list[int]:
+    """Return the special ids before a text, as the run of these flags was trained with."""
     is_bare = getattr(args, "tokenizer_hf_no_include_special_tokens", False)
     return [] if is_bare else list(getattr(tokenizer, "start", []))

@@ -1,12 +1,33 @@
 """The tokenizer of an exported folder pads, and its model says with what."""
 
+import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import tokenizers
+from support.conversions import from_hf, run
 from support.language_models import END, save_tokenizer
-from transformers import AutoTokenizer
+from support.smlp_systems import make_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
+from transformers.utils import logging
 
-from megatron_smlp.conversion.huggingface import _add_tokenizer
+from megatron_smlp.checkpoints.tensors import Spec
+from megatron_smlp.conversion import convert, gpt2, llama
+from megatron_smlp.conversion.huggingface import _add_tokenizer, write
+from megatron_smlp.data.tokenizers.factory import read_tokenizer
+from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec
+from megatron_smlp.generation.cli import build_parser
+from megatron_smlp.generation.language_model import load
 from megatron_smlp.hf import SMLPConfig, SMLPForCausalLM, SMLPModel
 
 PADDING = "<pad>"
@@ -32,3 +53,136 @@ def test_texts_of_unlike_lengths_make_a_batch(tmp_path: Path, own: bool):
 def test_the_package_has_its_classes():
     """`from megatron_smlp.hf import SMLPForCausalLM`, as a user of transformers writes it."""
     assert SMLPForCausalLM.config_class is SMLPModel.config_class is SMLPConfig
+
+
+def test_a_pipeline_takes_the_model(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = make_model("gmlp", vocab_size=len(tokenizer))
+    logging.enable_propagation()
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    logging.disable_propagation()
+    assert "is not supported" not in caplog.text
+    [answer] = generator("a b", max_new_tokens=4, do_sample=False)
+    assert answer["generated_text"].startswith("a b")
+
+
+def save_begins(folder: Path, **changes: str | None) -> None:
+    """A tokenizer that puts <s> before each text; `changes` of its tokenizer_config.json."""
+    save_tokenizer(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<s>"])
+    begin = backend.token_to_id("<s>")
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begin)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"bos_token": "<s>"} | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value}))
+
+
+@pytest.mark.parametrize("is_bare", [False, True])
+@pytest.mark.parametrize("special", [(), ("<user>", "<bot>")])
+def test_ids_are_those_of_the_run(tmp_path: Path, is_bare: bool, special: tuple[str, ...]):
+    """Whatever its flags changed of the tokenizer's files, here and after another save."""
+    save_begins(tmp_path / "tokenizer")
+    flags = Namespace(
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(tmp_path / "tokenizer"),
+        special_tokens=list(special),
+        tokenizer_hf_no_include_special_tokens=is_bare,
+    )
+    spec = recorded_tokenizer(flags)
+    assert spec is not None
+    own = read_tokenizer(spec)
+    config = SMLPConfig(vocab_size=own.vocab_size, max_position_embeddings=32)
+    _add_tokenizer(config, str(tmp_path / "tokenizer"), tmp_path / "hf", spec)
+    AutoTokenizer.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    text = "<user>a question<bot>an answer"
+    for folder in ("hf", "again"):
+        exported = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert len(exported) == own.vocab_size
+        assert exported(text)["input_ids"] == own.build().encode_batch([text])[0].tolist()
+        named = TokenizerSpec(
+            tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / folder)
+        )
+        assert read_tokenizer(named).identity == own.identity
+        assert exported.eos_token_id == own.eod == config.eos_token_id
+
+
+def test_what_ends_documents_ends_them_in_the_export(tmp_path: Path):
+    """Megatron takes the separator where a tokenizer has no end; a run of bytes ends with 0."""
+    save_begins(tmp_path / "tokenizer", eos_token=None, sep_token=END)
+    for kind, end in (("HuggingFaceTokenizer", END), ("ByteLevelTokenizer", "!")):
+        spec = TokenizerSpec(
+            tokenizer_type=kind, tokenizer_model=str(tmp_path / "tokenizer"), vocab_size=512
+        )
+        config = SMLPConfig(vocab_size=264, max_position_embeddings=32)
+        _add_tokenizer(config, str(tmp_path / "tokenizer"), tmp_path / kind, spec)
+        assert config.eos_token_id == config.pad_token_id == read_tokenizer(spec).eod
+        assert AutoTokenizer.from_pretrained(tmp_path / kind).eos_token == end
+
+
+def test_a_llama_trains_the_end_of_documents(tmp_path: Path):
+    """Its embedding leaves the row of the configuration's padding as it is."""
+    entries = save_tokenizer(tmp_path / "tokenizer")
+    ours = make_model("modern", normalization="RMSNorm", vocab_size=264).config
+    ours.unpadded_vocab_size = entries
+    config = llama.exported(ours)
+    state = LlamaForCausalLM(config).state_dict()
+    tensors = {name: state[name] for name in state if name != "lm_head.weight"}
+    specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    tokenizer = str(tmp_path / "tokenizer")
+    write(folder, config, specs, tensors.items(), shard_limit=10**9, tokenizer=tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    end = AutoTokenizer.from_pretrained(folder).eos_token_id
+    assert model.model.embed_tokens.padding_idx is None
+    assert model.config.eos_token_id == model.generation_config.pad_token_id == end
+    # Another model than ours would not notice a token that takes the place of padding.
+    assert model.generation_config.suppress_tokens is None
+    lm = load(build_parser().parse_args(["--hf", str(folder)]))
+    assert lm.padding_ids == list(range(entries, 264))
+
+
+def test_special_ids_of_an_imported_model(tmp_path: Path):
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 4}
+    sizes = {"vocab_size": 104, "num_attention_heads": 4}
+    theirs = {"model_type": "llama", "hidden_size": 32, "num_key_value_heads": 4, **sizes, **ids}
+    imported = llama.config_of(theirs, tmp_path)
+    also = gpt2.config_of(
+        {"model_type": "gpt2", "n_embd": 32, "n_head": 4, **sizes, **ids}, tmp_path
+    )
+    for config in (imported, also, llama.exported(imported)):
+        assert config.bos_token_id == 1
+        assert config.eos_token_id == [2, 3]
+    assert imported.pad_token_id == also.pad_token_id == 4
+
+
+def test_special_ids_go_there_and_back(tmp_path: Path):
+    """Also the list of a Llama that ends by several tokens, with and without a tokenizer."""
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 256], "pad_token_id": 4}
+    theirs = LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        **ids,
+    )
+    LlamaForCausalLM(theirs).save_pretrained(tmp_path / "llama")
+    run(from_hf, tmp_path / "llama", tmp_path / "run", checks=False)
+    run(convert.to_torch_dist, tmp_path / "run", tmp_path / "again", checks=False)
+    run(convert.torch_dist_to_hf, tmp_path / "again", tmp_path / "back", checks=False)
+    save_tokenizer(tmp_path / "tokenizer")
+    named = {"tokenizer": str(tmp_path / "tokenizer"), "checks": False}
+    run(convert.torch_dist_to_hf, tmp_path / "again", tmp_path / "named", **named)
+    asked = GenerationConfig.from_pretrained(tmp_path / "back")
+    assert {name: getattr(asked, name) for name in ids} == ids
+    for folder in ("back", "named"):
+        config = AutoConfig.from_pretrained(tmp_path / folder)
+        assert config.eos_token_id == [2, 256]
+        assert config.pad_token_id is None

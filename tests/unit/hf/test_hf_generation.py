@@ -223,3 +223,70 @@ def test_the_cache_repeats_and_selects_samples():
     cache.reset()
     again = model(ids, cache=cache).logits
     torch.testing.assert_close(again, model(ids).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("system", ["transformer", "gmlp"])
+def test_embeddings_and_a_cache_end_at_position_t_too(system: str):
+    """`generate` counts no token of embeddings, and of a prompt with a cache its new ones."""
+    model = make_model(system)
+    ids = make_ids(2, 35)
+    options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    whole = model.generate(ids, **options)
+    assert whole.shape == (2, LONGEST)
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **options), whole[:, 35:])
+    mask = torch.ones_like(ids)
+    for given in (ids, ids[:, 30:]):
+        cache = model(ids[:, :30], use_cache=True).cache
+        after = model.generate(given, attention_mask=mask, cache=cache, **options)
+        assert torch.equal(after, torch.cat([given, whole[:, 35:]], dim=1))
+    with pytest.raises(ValueError, match="a prompt of 40 tokens leaves no position"):
+        model.generate(inputs_embeds=torch.zeros(1, LONGEST, 32), max_new_tokens=1)
+
+
+@pytest.mark.parametrize("system", [system for system in SYSTEMS if "partial" not in system])
+@torch.no_grad()
+def test_a_cache_that_forgets_tokens(system: str):
+    """Of unlike prompts too; other tokens take the places of those that it forgot."""
+    model = make_model(system)
+    ids = make_ids(3, 12)
+    padded, mask = _padded(ids, "left")
+    for prompt, given in ((ids, None), (padded, mask)):
+        cache = model(prompt, attention_mask=given, use_cache=True).cache
+        new = make_ids(3, 4)
+        whole = (
+            mask.new_ones(3, 16) if given is None else torch.cat([given, mask.new_ones(3, 4)], 1)
+        )
+        expected = model(new, attention_mask=whole, cache=cache).logits
+        cache.crop(-4)
+        model(make_ids(3, 4), attention_mask=whole, cache=cache)
+        cache.crop(-3)
+        cache.crop(0)
+        cache.crop(-1)
+        assert cache.is_croppable
+        assert cache.get_seq_length() == 12
+        again = model(new[:, :3], attention_mask=whole[:, :15], cache=cache).logits
+        torch.testing.assert_close(again, expected[:, :3], **TOLERANCE)
+
+
+def test_a_cache_that_cannot_forget():
+    model, ids = make_model("smlp_partial"), make_ids(1, 12)
+    cache = model(ids, use_cache=True).cache
+    assert not cache.is_croppable
+    cache.crop(0)
+    with pytest.raises(ValueError, match="routing sums up the prefix"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="give minus the number"):
+        model(ids, use_cache=True).cache.crop(3)
+
+
+@pytest.mark.parametrize("system", ["gmlp_heads", "amlp", "aft", "minhash", "transformer"])
+def test_drafted_tokens_change_no_text(system: str):
+    """By prompt lookup and by a smaller model: those that the model would not take are undone."""
+    model, helper = make_model(system), make_model("gmlp")
+    ids = make_ids(1, 6).repeat(1, 3)
+    options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 30}
+    plain = model.generate(ids, **options)
+    assert plain.shape == (1, LONGEST)
+    assert torch.equal(model.generate(ids, **options, prompt_lookup_num_tokens=3), plain)
+    assert torch.equal(model.generate(ids, **options, assistant_model=helper), plain)

@@ -132,6 +132,24 @@ def test_partial_prediction_trains_on_targets_behind_the_prefix(partial_loss: st
     torch.testing.assert_close(whole.loss, functional.cross_entropy(logits, ids[:, 1:].flatten()))
 
 
+def test_samples_within_the_prefix_train_on_what_they_have():
+    """P = 8: of a batch, each sample by itself; the others' labels begin at token 9."""
+    model = make_model("smlp_partial").train()
+    ids = make_ids(3, 20)
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[2] = -100
+    labels[2, 3:6] = ids[2, 3:6]  # an answer within the prefix
+    output = model(ids, attention_mask=mask, labels=labels)
+    targets = labels.clone()
+    targets[0, :9] = -100
+    logits = output.logits[:, :-1].flatten(0, 1)
+    expected = functional.cross_entropy(logits, targets[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected + output.aux_loss)
+    assert model(ids[:, :8], labels=ids[:, :8]).loss.isfinite()
+
+
 def test_partial_predictions_balance_loss_by_hand():
     mixer = make_model("smlp_partial").model.layers[1].mixer.train()
     probabilities = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]])

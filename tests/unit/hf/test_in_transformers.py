@@ -1,14 +1,28 @@
 """The model among transformers' own tools: Trainer, autocast, offloading, new tokens, old names."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.smlp_systems import SYSTEMS, VOCABULARY, make_ids, make_model
-from transformers import Trainer, TrainingArguments
+from support.smlp_systems import SYSTEMS, VOCABULARY, make_config, make_ids, make_model
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.integrations.finegrained_fp8 import FP8Linear, replace_with_fp8_linear
+from transformers.utils import logging
 
-from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPHashRouter
+from megatron_smlp.hf import SMLPConfig, SMLPModel
+from megatron_smlp.hf.modeling_smlp import Layout, SMLPForCausalLM, SMLPHashRouter, _add
 
 
 def trainer(model: Any, ids: torch.Tensor, folder: Path, **options: Any) -> Trainer:
@@ -46,6 +60,30 @@ def test_the_trainers_loss_is_the_models(tmp_path: Path, accumulation: int):
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
     done = trainer(model, ids, tmp_path, max_steps=1, learning_rate=0.0, **options).train()
     assert done.training_loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_smoothed_labels_are_the_next_tokens(tmp_path: Path):
+    model, ids = make_model("gmlp"), make_ids(1, 30)
+    its = trainer(model, ids, tmp_path, label_smoothing_factor=0.1)
+    logprobs = model(ids).logits[0, :-1].log_softmax(dim=-1)
+    expected = 0.9 * nn.functional.nll_loss(logprobs, ids[0, 1:]) - 0.1 * logprobs.mean()
+    assert its.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_trainer_refuses_packed_rows(tmp_path: Path):
+    """It leaves out columns that `forward` does not name, and would mix the documents."""
+    its = trainer(make_model("gmlp"), make_ids(1, 12), tmp_path)
+    for row in its.eval_dataset:
+        row["position_ids"] = torch.arange(12) % 6
+    with pytest.raises(ValueError, match="packed documents would mix"):
+        its.evaluate()
+
+
+def test_the_trainer_takes_samples_within_the_prefix(tmp_path: Path):
+    model = make_model("smlp_partial")
+    model.config.hidden_dropout = 0.0
+    done = trainer(model, make_ids(1, 8), tmp_path, max_steps=1, learning_rate=0.0).train()
+    assert 0 < done.training_loss < 100
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -149,3 +187,234 @@ def test_a_kind_of_cache_that_is_not_taken(caplog: pytest.LogCaptureFixture):
     plain = model.generate(ids, max_new_tokens=4, do_sample=False)
     static = model.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="static")
     assert torch.equal(plain, static)
+
+
+class Rounded(nn.Module):
+    """A projection in bytes, as what quantises a model puts it in the place of an nn.Linear."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.scale = layer.weight.abs().amax(dim=1, keepdim=True) / 127
+        self.weight = nn.Parameter((layer.weight / self.scale).round().char(), requires_grad=False)
+        self.bias = layer.bias
+
+    def values(self) -> Tensor:
+        return self.weight * self.scale
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.values(), self.bias)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@torch.no_grad()
+def test_projections_are_quantised(system: str):
+    """Whatever has the very class nn.Linear is replaced; then whole rows and steps are the same."""
+    model, ids = make_model(system), make_ids(1, 30)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
+    assert len(layers) == sum(isinstance(module, nn.Linear) for module in model.modules())
+    rounded = {name: Rounded(layer) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.weight.copy_(rounded[name].values())
+    expected = model(ids).logits
+    for name, module in rounded.items():
+        model.set_submodule(name, module)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    cache = model(ids[:, :29], use_cache=True).cache
+    last = model(ids[:, 29:], cache=cache).logits
+    torch.testing.assert_close(last, expected[:, 29:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("system", ["amlp", "smlp_unrouted", "minhash"])
+def test_transformers_finds_the_projections(system: str):
+    model = make_model(system)
+    layers = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    kept = ["lm_head", "experts"]  # experts of ours are not those that it knows
+    replace_with_fp8_linear(model, kept, FineGrainedFP8Config())
+    replaced = {n for n, m in model.named_modules() if isinstance(m, FP8Linear)}
+    assert replaced == layers - {"lm_head"}
+
+
+@torch.no_grad()
+def test_a_hook_sees_a_generation_step():
+    model, ids = make_model("gmlp"), make_ids(1, 6)
+    cache = model(ids[:, :5], use_cache=True).cache
+    seen: list[torch.Size] = []
+    layer = model.model.layers[0].mixer.up_proj
+    layer.register_forward_hook(lambda _, __, output: seen.append(output.shape))
+    model(ids[:, 5:], cache=cache)
+    assert seen == [torch.Size([1, 1, 48])]
+
+
+def on_two_devices(model: SMLPForCausalLM) -> None:
+    """As device_map="auto" does it: layers from the second on and the final norm on cuda:1."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    second = [*model.model.layers[1:], model.model.final_norm]
+    for owner in (owner for module in second for owner in module.modules()):
+        for name, weight in owner.named_parameters(recurse=False):
+            setattr(owner, name, nn.Parameter(weight.to("cuda:1")))
+    for module in [*model.model.children(), *model.model.layers, model.lm_head]:
+        if module is not model.model.layers:
+            device = "cuda:1" if module in second else "cuda:0"
+            hook = hooks.AlignDevicesHook(execution_device=device)
+            hook.init_hook = lambda module: module  # which would place the weights
+            hooks.add_hook_to_module(module, hook)
+    whole = hooks.AlignDevicesHook(execution_device="cuda:0", io_same_device=True)
+    hooks.add_hook_to_module(model, whole)
+
+
+@pytest.mark.parametrize(
+    "system",
+    ["transformer", "gmlp", "gmlp_toeplitz", "amlp", "mixer", "aft_simple", "causal_rn_quadratic"],
+)
+def test_layers_on_two_devices(system: str):
+    """Of tensors without values, which know their device: an operation over two is an error."""
+    with FakeTensorMode(), torch.device("cuda:0"):
+        model = SMLPForCausalLM(make_config(system))
+        on_two_devices(model)
+        ids = torch.zeros(4, 8, dtype=torch.int64)
+        output = model(ids, labels=ids, use_cache=True)
+        assert output.loss.device == output.logits.device == torch.device("cuda:0")
+        output.cache.lengths = torch.full((4,), 8)  # as of unlike prompts
+        output.cache.reorder_cache(torch.zeros(4, dtype=torch.int64))
+        output.cache.lengths = None
+        assert model(ids[:, :1], cache=output.cache).logits.device == torch.device("cuda:0")
+        losses = [torch.zeros((), device=f"cuda:{number}") for number in range(2)]
+        assert _add(*losses).device == torch.device("cuda:0")  # the balance losses of layers
+
+
+def test_what_a_layer_gets_goes_to_its_device():
+    tensors = {"positions": torch.zeros(1, 2), "valid": None, "input_ids": torch.zeros(1, 2)}
+    layout = Layout(**tensors, start=0, end=2, cached=False).to(torch.device("meta"))
+    assert layout.positions.device.type == layout.input_ids.device.type == "meta"
+    assert (layout.valid, layout.start, layout.end) == (None, 0, 2)
+
+
+@pytest.mark.parametrize("system", ["smlp_partial", "hash"])
+def test_layers_on_the_disk(system: str, tmp_path: Path):
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = make_model(system), make_ids(3, 9)
+    options = {"max_new_tokens": 6, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    places = dict.fromkeys(("model.embed_tokens", "model.final_norm", "lm_head"), "cpu")
+    if hasattr(model.model, "embed_positions"):
+        places["model.embed_positions"] = "cpu"
+    places |= {f"model.layers.{number}": ["cpu", "disk"][number > 0] for number in range(3)}
+    model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize(("system", "lacking"), [("gmlp", "gate_norm."), ("minhash", ".fingerp")])
+def test_weights_that_a_folder_lacks(tmp_path: Path, system: str, lacking: str):
+    """They start as those of a new model."""
+    model = make_model(system)
+    kept = {n: t for n, t in model.state_dict().items() if lacking not in n}
+    model.save_pretrained(tmp_path, state_dict=dict(kept))
+    loaded = SMLPForCausalLM.from_pretrained(tmp_path)
+    fresh = SMLPForCausalLM(model.config).state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, kept.get(name, fresh[name])), name
+
+
+@torch.no_grad()
+def test_the_states_alone_with_a_vocabulary_of_another_size():
+    model = make_model("hash").model
+    model.resize_token_embeddings(VOCABULARY + 7, mean_resizing=False)
+    assert model(torch.tensor([[VOCABULARY + 6]])).last_hidden_state.isfinite().all()
+
+
+def test_a_vocabulary_of_strings_keeps_its_size():
+    with pytest.raises(ValueError, match="fingerprints of its tokenizer's strings"):
+        make_model("minhash").resize_token_embeddings(VOCABULARY + 3)
+
+
+@torch.no_grad()
+def test_a_token_without_a_cache_is_warned_of(caplog: pytest.LogCaptureFixture):
+    model, ids = make_model("gmlp"), make_ids(1, 4)
+    logging.enable_propagation()
+    logging.get_logger().warning_once.cache_clear()
+    model(ids)
+    model(ids[:, :1], use_cache=True)
+    model(ids[:, :1], use_cache=False)
+    model.generate(ids[:, :1], max_new_tokens=2, do_sample=False)
+    assert "single token" not in caplog.text
+    model(ids[:, :1])
+    logging.disable_propagation()
+    assert "a single token without a cache stands at position 0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("new", "multiple", "size", "padding"),
+    [
+        (VOCABULARY - 5, None, VOCABULARY - 5, []),  # one of the ten rows of padding got a token
+        (VOCABULARY - 9, 8, 96, [92, 93, 94, 95]),
+        (VOCABULARY, None, VOCABULARY, []),  # as many rows as there are: all of them are wanted
+        (VOCABULARY - 9, 101, 101, list(range(92, 101))),  # as many rows, of which one is new
+        (VOCABULARY + 2, 8, 104, [103]),
+        (None, 8, 104, list(range(91, 104))),
+    ],
+)
+def test_tokens_that_take_the_place_of_padding(
+    tmp_path: Path, new: int | None, multiple: int | None, size: int, padding: list[int]
+):
+    model = make_model("hash", unpadded_vocab_size=VOCABULARY - 10)
+    model.generation_config.suppress_tokens = list(range(VOCABULARY - 10, VOCABULARY))
+    model.resize_token_embeddings(new, multiple, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    loaded = SMLPForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == size
+    assert (loaded.generation_config.suppress_tokens or []) == padding
+    assert loaded.config.unpadded_vocab_size == (padding[0] if padding else None)
+
+
+@torch.no_grad()
+def test_experts_are_called_once_a_layer():
+    """Each call fetches all of a layer's experts, where they are offloaded or sharded."""
+    model, ids = make_model("gshard"), make_ids(2, 12)
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    model(ids)
+    model(ids[:1, :1], use_cache=True)
+    model(ids, attention_mask=torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0))
+    assert calls == 3 * ["model.layers.1.channel.experts", "model.layers.2.channel.experts"]
+
+
+AGAIN = """
+import sys, torch
+from transformers import AutoModel, AutoModelForCausalLM
+folder = sys.argv[1]
+ids = torch.arange(12)[None]
+states = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()(ids).last_hidden_state
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+assert "megatron_smlp" not in sys.modules
+model.save_pretrained(folder + "/again")
+torch.save((states, model(ids).logits), folder + "/computed.pt")
+"""
+
+
+@torch.no_grad()
+def test_the_code_goes_along_with_weights(tmp_path: Path):
+    """Saved by our own class, as Trainer does it, and from there once more."""
+    model, ids = make_model("smlp_deterministic"), torch.arange(12)[None]
+    model.save_pretrained(tmp_path / "saved")
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    for folder in (tmp_path / "saved", tmp_path / "saved" / "again"):
+        command = [sys.executable, "-c", AGAIN, str(folder)]
+        subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+        states, logits = torch.load(folder / "computed.pt")
+        torch.testing.assert_close(states, model.model(ids).last_hidden_state)
+        torch.testing.assert_close(logits, model(ids).logits)
+
+
+def test_a_folders_code_is_not_run(tmp_path: Path):
+    """With this package the Auto classes have ours, whatever lies in the folder."""
+    model = make_model("gmlp")
+    model.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*.py"):
+        file.write_text("raise RuntimeError")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded) is SMLPForCausalLM
+    assert type(AutoModel.from_pretrained(tmp_path)) is SMLPModel
+    assert type(AutoConfig.from_pretrained(tmp_path)) is SMLPConfig

@@ -1,0 +1,141 @@
+"""A tokenizer that puts a token before each text: generate, serve and evaluate put it there too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from support.language_models import save_language_model
+from support.smlp_systems import LONGEST
+
+from megatron_smlp.data.tokenizers.spec import TokenizerSpec
+from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation import harness
+from megatron_smlp.generation import cli, language_model
+from megatron_smlp.generation.language_model import LanguageModel, load
+from megatron_smlp.serving.app import Work
+from megatron_smlp.serving.requests import RequestError, parse
+
+BEGIN = 7
+"""The id of the token, which has a text of its own."""
+GREEDY = ["--temperature", "0", "--max-new-tokens", "5"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(3)
+    made = save_language_model(tmp_path_factory.mktemp("begins"), "smlp_deterministic")
+    backend = tokenizers.Tokenizer.from_file(str(made / "tokenizer.json"))
+    token = backend.id_to_token(BEGIN)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, BEGIN)]
+    )
+    backend.save(str(made / "tokenizer.json"))
+    return made
+
+
+def loaded(folder: Path, *words: str) -> LanguageModel:
+    return load(cli.build_parser().parse_args(["--hf", str(folder), *words]))
+
+
+@pytest.fixture(scope="module")
+def lm(folder: Path) -> LanguageModel:
+    return loaded(folder)
+
+
+@torch.no_grad()
+def slow(lm: LanguageModel, ids: list[int], count: int) -> str:
+    """Greedy, with a whole forward for each token."""
+    longer = list(ids)
+    for _ in range(count):
+        logits = lm.model(torch.tensor([longer])).logits[0, -1]
+        logits[lm.padding_ids] = -torch.inf
+        longer.append(int(logits.argmax()))
+    return lm.continuation(ids, longer[len(ids) :])
+
+
+def test_a_prompt_begins_as_texts_of_the_training(
+    lm: LanguageModel, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = lm.encode("the files")
+    assert ids == [
+        BEGIN,
+        *loaded(folder, "--tokenizer-hf-no-include-special-tokens").encode("the files"),
+    ]
+    assert len(ids) == 10
+    text = slow(lm, ids, 5)
+    cli.main(["--hf", str(folder), *GREEDY, "--prompt", "the files"])
+    assert capsys.readouterr().out == f"the files{text}\n"
+    path = tmp_path / "prompts.txt"
+    path.write_text("the files\n")
+    cli.main(["--hf", str(folder), *GREEDY, "--prompts-file", str(path)])
+    assert json.loads(capsys.readouterr().out) == {
+        "prompt": "the files",
+        "text": text,
+        "num_tokens": 5,
+    }
+
+
+def test_the_token_alone_is_no_prompt(lm: LanguageModel) -> None:
+    from megatron_smlp.generation.completion import encode_prompt
+
+    with pytest.raises(UsageError, match="is empty"):
+        encode_prompt(lm, "", where="it")
+    with pytest.raises(UsageError, match=f"has {LONGEST} tokens"):
+        encode_prompt(lm, "x" * (LONGEST - 1), where="it")
+    with pytest.raises(RequestError, match="prompt is empty"):
+        parse(b'{"prompt": ["a", ""]}', lm)
+
+
+def answers(lm: LanguageModel, prompt: Any) -> list[dict[str, Any]]:
+    fields = {"prompt": prompt, "temperature": 0, "max_tokens": 5, "logprobs": 1, "echo": True}
+    return Work(lm, parse(json.dumps(fields).encode(), lm), None).run()
+
+
+def test_the_server_begins_texts_and_takes_ids_as_they_are(lm: LanguageModel) -> None:
+    ids = lm.encode("the files")
+    text, given, bare = answers(lm, ["the files", ids, ids[1:]])
+    assert text["text"] == "the files" + slow(lm, ids, 5)
+    assert "".join(text["logprobs"]["tokens"][:9]) == "the files"
+    assert text["logprobs"]["text_offset"][:3] == [0, 1, 2]
+    assert given["text"] == lm.decode([BEGIN]) + text["text"]
+    assert given["logprobs"]["token_logprobs"][1:] == text["logprobs"]["token_logprobs"]
+    assert bare["text"] == "the files" + slow(lm, ids[1:], 5)
+    [alone] = answers(lm, "the files")
+    assert alone["text"] == text["text"]
+
+
+def test_a_task_begins_texts(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    monkeypatch.setattr(harness, "answer", lambda _, job: seen.append(job.prompt))
+    _, settings = harness.settings_of({"until": ["."], "max_gen_toks": 4})
+    harness.generate_until(lm, "the files", ["."], settings)
+    assert seen == [lm.encode("the files")]
+    assert seen[0][0] == BEGIN
+
+
+@pytest.mark.parametrize("is_bare", [False, True])
+@pytest.mark.parametrize("has_moved", [False, True])
+def test_a_checkpoint_begins_texts_as_its_run(
+    lm: LanguageModel, folder: Path, monkeypatch: pytest.MonkeyPatch, is_bare: bool, has_moved: bool
+) -> None:
+    """The run's own flags count where --tokenizer-model says that its files have moved, too."""
+    spec = TokenizerSpec(
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model="/absent" if has_moved else str(folder),
+        tokenizer_hf_no_include_special_tokens=is_bare,
+    )
+    monkeypatch.setattr(language_model, "_trained", lambda _: (lm.model, spec, "--checkpoint run"))
+    words = ["--tokenizer-model", str(folder)] if has_moved else []
+    options = cli.build_parser().parse_args(["--checkpoint", "run", *words])
+    assert load(options).start == (() if is_bare else (BEGIN,))
+
+
+def test_fewer_beams_than_samples_are_refused(folder: Path) -> None:
+    words = ["--hf", str(folder), "--prompt", "a", "--num-beams", "2", "--num-samples", "3"]
+    with pytest.raises(UsageError, match="--num-samples 3 with --num-beams 2"):
+        cli.main(words)
