@@ -380,9 +380,9 @@ def token_moe_cost(shape: ModelShape) -> Cost:
         flops=flops,
         square_flops=flops,
         # The dispatched token, and its output unless the weight is fixed; the hidden layer before
-        # and after the GELU. GShard's second expert is counted as if it always served.
+        # and after the activation. GShard's second expert is counted as if it always served.
         kept_everywhere=k * shape.hidden_size * (2 if shape.router_has_weights else 1),
-        kept_in_experts=k * 2 * shape.moe_ffn_hidden_size,
+        kept_in_experts=k * (2 + shape.gated_mlp) * shape.moe_ffn_hidden_size,
     )
     return norm_cost(shape) + routed + shared_expert_cost(shape)
 

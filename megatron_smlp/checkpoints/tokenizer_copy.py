@@ -14,8 +14,9 @@ from megatron_smlp.durable import flush_folder, replace_folder
 
 FOLDER = "tokenizer"
 FLAGS = ("tokenizer_model", "vocab_file", "merge_file")
-SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
-"""Suffixes of the files that are copied: the folder may also hold a model's weights."""
+SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
+"""Suffixes of the files that are copied: the folder may also hold a model's weights. Code of a
+tokenizer's own runs where whoever reads it gives --trust-remote-code."""
 
 
 def keep_tokenizer(args: argparse.Namespace, run: Path) -> None:
@@ -58,6 +59,10 @@ def _on_this_machine(path: str) -> Path | None:
 
 
 def found_tokenizer(path: str, run: Path) -> str:
-    """Return a recorded path or, if there is nothing, that of its copy in the run's folder."""
+    """Return a recorded path or, if there is nothing, that of its copy in the run's folder.
+
+    Files were recorded by absolute paths: another one is a name of the hub.
+    """
     copy = run / FOLDER / Path(path).name
-    return str(copy) if copy.exists() and not Path(path).exists() else path
+    is_there = Path(path).is_absolute() and Path(path).exists()
+    return str(copy) if copy.exists() and not is_there else path

@@ -166,10 +166,12 @@ def _check_validation_sets(args: argparse.Namespace) -> None:
             "over: leave the weights of the validation's datasets out."
         )
     names, sets = args.validation_set_names, len(valid.prefixes) if valid else 1
-    if names and not len(set(names)) == len(names) == sets:
+    if names and (
+        not len(set(names)) == len(names) == sets or any(n.split() != [n] for n in names)
+    ):
         raise UsageError(
-            f"--validation-set-names {' '.join(names)}: give {sets} different names, one for each "
-            "dataset of --valid-data-path."
+            f"--validation-set-names {' '.join(names)}: give {sets} different names without blanks, "
+            "one for each dataset of --valid-data-path."
         )
 
 

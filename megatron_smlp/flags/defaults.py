@@ -70,6 +70,8 @@ def _fill_in_layers(args: argparse.Namespace) -> None:
     if "bias_gelu_fusion" not in given:
         # Megatron's fused GELU is the tanh approximation; here GELU is exact on every device.
         args.bias_gelu_fusion = False
+    if args.activation_func_clamp_value is not None or args.glu_linear_offset:
+        args.bias_swiglu_fusion = False  # it knows neither
 
 
 def _fill_in_token_router(args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -150,6 +151,11 @@ class Experts(SequentialMLP):
         activate: Callable[[Tensor], Tensor] = config.activation_func
         if not config.gated_linear_unit:
             return activate(hidden)
+        if config.bias_activation_fusion and activate is functional.silu:
+            fused: Tensor = bias_swiglu_impl(
+                hidden, None, config.activation_func_fp8_input_store, False
+            )
+            return fused
         gate, linear = hidden.chunk(2, dim=-1)
         if (limit := config.activation_func_clamp_value) is not None:
             gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megatron_smlp.ops.causal_mix import causal_mix
@@ -214,6 +215,7 @@ class _GatedMix(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
@@ -255,6 +257,7 @@ class _GeluGate(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -8,6 +8,7 @@ which are the slow twin. Letters: T tokens, B samples, H heads, K = H f features
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megatron_smlp.ops.triton_ready import FUSED, rows_ready, strided
@@ -59,6 +60,7 @@ class _GeluNorm(torch.autograd.Function):
         return values, means
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor | None
     ) -> tuple[Tensor | None, ...]:

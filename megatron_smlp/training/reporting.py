@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 
 from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.checkpoints.claim import Before
@@ -107,8 +108,8 @@ class Reporter:
         self.last_saved: int | None = None
         self.validated_at: int | None = None
         """Iteration of a validation that an earlier start has logged; Megatron makes it again."""
-        self.tokens_before = 0
-        """Tokens of training up to the last line."""
+        self.tokens_since = 0
+        """Tokens of the steps since the last line."""
         self.evaluated: dict[str, Loads] = {}
         """Loads of the routers in each pass of the last evaluation."""
         self.is_complete = False
@@ -129,7 +130,8 @@ class Reporter:
     def _farewell(self) -> str:
         # Megatron saves formats of its own by itself.
         by_megatron = self.args.save if self.args.ckpt_format != "torch_dist" else None
-        is_saved = self.last_saved or (by_megatron and tracked_iteration(by_megatron))
+        newest = tracked_iteration(by_megatron) if by_megatron else None
+        is_saved = self.last_saved or newest not in (None, self.args.iteration)
         where = f"saved to {self.args.save}" if is_saved else "nothing was saved"
         again = "; the same command goes on from there" if is_saved else ""
         done = getattr(self.args, "curr_iteration", None)  # none before the first step begins
@@ -167,7 +169,6 @@ class Reporter:
         from_first_rank(None)
         self.begins()
         self.clock.restart()
-        self.tokens_before = self._tokens()
 
     def _end_if_complete(self, iteration: int) -> None:
         """End a run that was at its end before, which Megatron would validate on other samples.
@@ -183,7 +184,7 @@ class Reporter:
         else:
             return
         self.say(f"nothing is left to train: {what}")
-        if from_first_rank(self._is_validated(iteration)) and not self.args.skip_train:
+        if not self.args.skip_train and from_first_rank(self._is_validated(iteration)):
             self.is_complete = True
             raise SystemExit(0)
 
@@ -202,6 +203,7 @@ class Reporter:
         if self.args.token_router == "base" and self.args.base_prices == "mean":
             update_prices(self.model, skipped=skipped)
         self.clock.step()
+        self.tokens_since += get_current_running_global_batch_size() * self.args.seq_length
         self.reached(iteration)
         self._tell_restart()
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
@@ -296,11 +298,10 @@ class Reporter:
         }
 
     def _speed(self, iteration: int, flops_per_token: float) -> dict[str, float | None]:
-        tokens, before = self._tokens(), self.tokens_before
-        self.tokens_before = tokens
+        tokens, self.tokens_since = self.tokens_since, 0
         return speed_fields(
             self.clock,
-            tokens=tokens - before,
+            tokens=tokens,
             flops_per_token=flops_per_token,
             devices=self.args.world_size,
             waited=self.step.pop_data_seconds(),

@@ -1,5 +1,6 @@
 """Runs that cannot start: one line with flag, value, what is allowed, what to do."""
 
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 from support.in_process import MINIMAL
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.check_run import _check_validation_sets
+from megatron_smlp.platform import cpu
 
 Parse = Callable[..., Any]
 
@@ -80,7 +83,24 @@ def test_validation_sets(parse: Parse, words: str, message: str):
 
 def test_names_of_validation_sets(parse: Parse):
     words = f"{GMLP} {WHOLE} a b --validation-set-names x y"
-    assert parse(words, base=MINIMAL.replace("--mock-data", "")).validation_set_names == ["x", "y"]
+    args = parse(words, base=MINIMAL.replace("--mock-data", ""))
+    assert args.validation_set_names == ["x", "y"]
+    with pytest.raises(UsageError, match="give 2 different names without blanks"):
+        _check_validation_sets(Namespace(**vars(args) | {"validation_set_names": ["x", "y z"]}))
+
+
+@pytest.mark.parametrize(
+    ("words", "is_fused"),
+    [("", True), ("--activation-func-clamp-value 7", False), ("--glu-linear-offset 1", False)],
+)
+def test_a_swiglu_that_the_fused_one_is_not(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch, words: str, is_fused: bool
+):
+    """As on a GPU, where it is fused: Megatron's function clamps nothing, without a word."""
+    monkeypatch.setattr(cpu, "set_flags", lambda args: None)
+    architecture = "--architecture transformer --num-attention-heads 4"
+    args = parse(f"{architecture} --swiglu --distributed-backend gloo {words}")
+    assert args.bias_swiglu_fusion == is_fused
 
 
 @pytest.mark.parametrize("freq", ["0", "-1", "[0,1]", "[0,1,2,1]"])

@@ -92,7 +92,8 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
         on_progress: called after each chunk with the counts so far.
 
     Raises:
-        DataError: a user's error, a refused record unless `skip_errors`, or a worker that died.
+        UsageError: a wrong value.
+        DataError: bad input, a refused record unless `skip_errors`, or a worker that died.
             After a refused record nothing is left; otherwise finished shards stay for `resume`.
     """
     files = find_inputs(settings.inputs)

@@ -80,7 +80,8 @@ def train_tokenizer(
         max_bytes: UTF-8 bytes of text to learn from, taken from the start of the input.
 
     Raises:
-        DataError: a vocabulary that is too small, bad input, or too little text.
+        UsageError: a vocabulary that is too small.
+        DataError: bad input, or too little text.
     """
     if vocab_size <= NUM_BYTES:
         raise UsageError(f"--vocab-size {vocab_size}: at least {NUM_BYTES + 1} (bytes and {EOD})")

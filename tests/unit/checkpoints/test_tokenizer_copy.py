@@ -69,7 +69,8 @@ def test_a_name_of_the_hub_is_copied_from_its_cache(tmp_path: Path, monkeypatch)
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123", encoding="utf-8")
-    for name in ("tokenizer_config.json", "tokenizer.json", "model.safetensors"):
+    copied = {"tokenizer_config.json", "tokenizer.json", "tokenization_own.py"}
+    for name in (*copied, "model.safetensors"):
         (snapshot / name).write_text("{}", encoding="utf-8")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
@@ -77,7 +78,10 @@ def test_a_name_of_the_hub_is_copied_from_its_cache(tmp_path: Path, monkeypatch)
     keep_tokenizer(Namespace(tokenizer_model="owner/Tokenizer-1"), run)
     found = Path(found_tokenizer("owner/Tokenizer-1", run))
     assert found == run / FOLDER / "Tokenizer-1"
-    assert {path.name for path in found.iterdir()} == {"tokenizer_config.json", "tokenizer.json"}
+    assert {path.name for path in found.iterdir()} == copied
+    (tmp_path / "owner" / "Tokenizer-1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)  # where a folder happens to have that name
+    assert found_tokenizer("owner/Tokenizer-1", run) == str(found)
     for other in ("owner/Another", "no/such/repository"):
         keep_tokenizer(Namespace(tokenizer_model=other), tmp_path / "cache")
     assert not (tmp_path / "cache" / FOLDER).exists()

@@ -114,6 +114,7 @@ SWIGLU = {"gated_linear_unit": True, "activation_func": functional.silu}
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "gelu": {},
     "swiglu": SWIGLU,
+    "fused": SWIGLU | {"bias_activation_fusion": True},
     "clamped": SWIGLU | {"activation_func_clamp_value": 0.02, "glu_linear_offset": 1.0},
 }
 
