@@ -170,8 +170,8 @@ def _check_validation_sets(args: argparse.Namespace) -> None:
         not len(set(names)) == len(names) == sets or any(n.split() != [n] for n in names)
     ):
         raise UsageError(
-            f"--validation-set-names {' '.join(names)}: give {sets} different names without blanks, "
-            "one for each dataset of --valid-data-path."
+            f"--validation-set-names {' '.join(names)}: give {sets} different names without "
+            "blanks, one for each dataset of --valid-data-path."
         )
 
 
