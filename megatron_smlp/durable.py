@@ -104,7 +104,7 @@ def naming_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def systems_errors(path: Path) -> Iterator[None]:
+def rust_os_errors(path: Path) -> Iterator[None]:
     """Turn an error of a library in Rust whose text has `(os error 28)` into an OSError that names
     the file."""
     try:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smlp.durable import link_durably, replace_folder, systems_errors
+from megatron_smlp.durable import link_durably, replace_folder, rust_os_errors
 
 
 def _folder(path: Path, file: str) -> Path:
@@ -50,11 +50,11 @@ def test_a_library_in_rust_says_what_the_system_said(tmp_path: Path) -> None:
 
     path = tmp_path / "none" / "tokenizer.json"
     said = pytest.raises(FileNotFoundError, match="No such file or directory")
-    with said as caught, systems_errors(path):
+    with said as caught, rust_os_errors(path):
         Tokenizer(models.BPE()).save(str(path))
     assert caught.value.filename == str(path)
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="none of it"), systems_errors(tmp_path):
+    with pytest.raises(ValueError, match="none of it"), rust_os_errors(tmp_path):
         raise ValueError("none of it")
