@@ -148,9 +148,8 @@ def validate(args: Arguments) -> None:
 
     with megatrons_refusals(), args.thawed(), local_gpt2_files(args):
         validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
-        if args.async_save and cpu.needed():
-            # Now Megatron forks a process for each save: megatron_patches/async_saving.py.
-            args.use_persistent_ckpt_worker = False
+        # Megatron then forks a process for each save: megatron_patches/async_saving.py.
+        args.use_persistent_ckpt_worker = False
         set_global_variables(args)
     size, padded = get_tokenizer().vocab_size, args.padded_vocab_size
     if size > padded:

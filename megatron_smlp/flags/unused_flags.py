@@ -94,6 +94,8 @@ USELESS = {
     "overlap_moe_expert_parallel_comm": "runs layers in parts by a plan of Megatron's own, past "
     "what hands routers their inputs",
     "delay_wgrad_compute": "is for --overlap-moe-expert-parallel-comm, which is not available",
+    "use_persistent_ckpt_worker": "hands saves to a process that ends by the signal that tells a "
+    "run to save: one is forked for each save",
     "optimizer_cuda_graph": "would replay updates without looking whether the loss is finite",
 }
 """Flags that do not work with what is here, and why: they are to be left out."""

@@ -1,12 +1,14 @@
-"""`--async-save` on a CPU: a process is forked for one save.
+"""`--async-save`: a process is forked for one save.
 
-Megatron hands the tensors to a worker process that lives on. On a CPU that shares the memory of
-the weights: the worker would write what the next steps make of them. A forked process sees the
-moment of the fork, without a copy of what does not change.
+Megatron would hand the tensors to a worker process that lives on. On a CPU that shares the memory
+of the weights: it would write what the next steps make of them. On a GPU the signal that tells a
+run to save and end, which reaches all processes of a rank, ends the worker, and the rank waits for
+it for ever; so it does where an error ends the run. A forked process sees the moment of the fork,
+without a copy of what does not change; from a GPU the tensors are copied to the host before.
 
-Where there is a GPU the worker stays. Megatron prefers the writer of nvidia-resiliency-ext where
-that is installed, which our own steps around a save (checksums, one rename at the end) do not
-reach: the writer is Megatron's own everywhere.
+Megatron prefers the writer of nvidia-resiliency-ext where that is installed, which our own steps
+around a save (checksums, one rename at the end) do not reach: the writer is Megatron's own
+everywhere.
 """
 
 from __future__ import annotations
@@ -22,19 +24,10 @@ from typing import IO, Any
 def results_queue(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replace `get_write_results_queue`, by which a writer reports the places of what it wrote.
 
-    Megatron starts a process for it, which outlives a run that is killed. A persistent worker does
-    need that one; a writer in this process, or in a fork of it, does not.
+    Megatron starts a process for it, which outlives a run that is killed. A writer in this process,
+    or in a fork of it, does not need that one.
     """
-
-    def get(mp_mode: str = "spawn") -> Any:
-        from megatron.training import get_args
-
-        args = get_args()
-        if args.async_save and args.use_persistent_ckpt_worker:
-            return original(mp_mode)
-        return ForkedQueue()
-
-    return get
+    return lambda mp_mode="spawn": ForkedQueue()
 
 
 class ForkedQueue:

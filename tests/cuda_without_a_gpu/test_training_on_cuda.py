@@ -124,7 +124,8 @@ def device(
 
 def _add_resumed(runs: dict[str, str], name: str, flags: str, seed: Path, folder: Path) -> None:
     own = folder / f"checkpoint_{name}"
-    runs[f"first_{name}"] = _until(RESUMED, f"{flags} --load {seed} --save {own}")
+    saving = f"--save {own} {'--async-save' if DISTRIBUTED in flags else ''}"
+    runs[f"first_{name}"] = _until(RESUMED, f"{flags} --load {seed} {saving}")
     runs[f"second_{name}"] = _until(END, f"{flags} --load {own} {EVALUATES}")
 
 

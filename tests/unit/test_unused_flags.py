@@ -137,6 +137,10 @@ def test_other_layers_flags(parse: Parse, words: str, message: str):
         ),
         ("--wandb-project p --wandb-exp-name n --save x", "--wandb-project p without a login"),
         ("--freeze-all-layers", "--freeze-all-layers freezes nothing"),
+        (
+            "--async-save --save x --use-persistent-ckpt-worker",
+            "one is forked for each save. Leave",
+        ),
         ("--attention-output-gate", "--attention-output-gate adds parameters that nothing here"),
         ("--checkpoint-activations", "is gone from Megatron: give --recompute-granularity full"),
         ("--exit-signal SIGUSR1", "--exit-signal would take the place of the signals that end"),
