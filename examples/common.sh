@@ -28,8 +28,10 @@ require_number() {
 # Processes on this node: one a GPU, or one where there is none.
 default_processes() {
   local gpus="${SLURM_GPUS_ON_NODE:-}"
-  if [[ -z "$gpus" ]] && command -v nvidia-smi > /dev/null; then
-    gpus="$(nvidia-smi --list-gpus 2> /dev/null | wc -l)"
+  if [[ -z "$gpus" && -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+    gpus="$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]' || true)"
+  elif [[ -z "$gpus" ]] && command -v nvidia-smi > /dev/null; then
+    gpus="$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU' || true)"  # no MIG slices
   fi
   echo "$((${gpus:-0} > 0 ? gpus : 1))"
 }

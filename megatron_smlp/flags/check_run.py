@@ -7,6 +7,8 @@ import math
 import netrc
 import os
 import re
+import shutil
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -315,6 +317,21 @@ def _has_wandb_login() -> bool:
     return urlsplit(host).hostname in hosts
 
 
+def _check_compiler() -> None:
+    """Refuse a GPU's run that would stop at the first kernel that torch or Triton compiles."""
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
+        raise UsageError(
+            "neither gcc nor clang was found, with which Triton builds its driver: install one, or "
+            "name a C compiler in the variable CC."
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise UsageError(
+            f"{header} is missing, which Triton builds its driver with: install Python's headers "
+            "(python3-dev), or use a Python that uv installs."
+        )
+
+
 RECOMPUTED_BY_TRANSFORMER_ENGINE = frozenset({"layernorm", "moe_act", "mla_up_proj"})
 """Modules that `--recompute-modules` recomputes by Transformer Engine."""
 
@@ -335,6 +352,8 @@ def check_machine(args: argparse.Namespace) -> None:
             "--use-pytorch-profiler writes beside the TensorBoard folder, and there is none: give "
             "--log-dir, --save or --tensorboard-dir."
         )
+    if not cpu.needed():
+        _check_compiler()
     needing = RECOMPUTED_BY_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ())
     if needing and find_spec("transformer_engine") is None:
         raise UsageError(

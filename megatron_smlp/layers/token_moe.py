@@ -123,9 +123,7 @@ class Experts(SequentialMLP):
             w_e f_e(h): <float>[n, D] (a part of the sum, where experts are tensor parallel); and
             None in place of a bias.
         """
-        # A rank that no token reaches has nothing to multiply, for which there may be no kernel.
-        can_group = len(hidden_states) > 0 and self._can_group(hidden_states)
-        compute = self.grouped if can_group else self.one_by_one
+        compute = self.grouped if self._can_group(hidden_states) else self.one_by_one
         output = compute(hidden_states, tokens_per_expert)
         return (output * weights.unsqueeze(-1)).to(output.dtype), None
 
@@ -138,7 +136,14 @@ class Experts(SequentialMLP):
         return torch.cat(outputs)
 
     def grouped(self, hidden_states: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """f_e(h): <float>[n, D], as two grouped GEMMs."""
+        """f_e(h): <float>[n, D], as two grouped GEMMs.
+
+        For a rank that no token reaches there may be no kernel. It does not go the other way for
+        that: the ranks of a group are to have their gradients in one order.
+        """
+        if len(hidden_states) == 0:
+            rows = functional.pad(hidden_states, (0, 0, 0, len(self.local_experts)))
+            return self.grouped(rows, torch.ones_like(tokens_per_expert))[:0]
         counts = tokens_per_expert.to(hidden_states.device, non_blocking=True)
         ends = counts.cumsum(0, dtype=torch.int32)
         hidden = self._product(hidden_states, "linear_fc1", ends)

@@ -88,6 +88,8 @@ class RouterCounter:
         # fp64 counts exactly. Row 0 is of evaluation, row 1 of training.
         size = (2, num_experts + len(FIELDS))
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
+        self.on_host = torch.zeros(2, len(FIELDS), dtype=torch.float64)
+        """The sums of numbers that the host knows: each would be a kernel on a device."""
         self.real: Tensor | None = None
         """<bool>[B, T] of the micro-batch under way, False where it is padded; None: nowhere."""
 
@@ -99,10 +101,23 @@ class RouterCounter:
         experts: <int64>[M], the choices; asked: <bool>[M], which of them are sent at all; values:
         what FIELDS names: sums over choices, and over routing groups (`aux_loss`, `groups`).
         """
-        row = self.sums[int(training)]
+        row, on_host = self.sums[int(training)], self.on_host[int(training)]
         row[: self.num_experts].index_add_(0, experts, asked.to(row.dtype))
-        for place, name in enumerate(FIELDS, start=self.num_experts):
-            row[place] += values.get(name, 0.0)
+        for name, value in values.items():
+            place = FIELDS.index(name)
+            if isinstance(value, Tensor):
+                row[self.num_experts + place].add_(value)
+            else:
+                on_host[place] += value
+
+    def pop(self, *, training: bool) -> Tensor:
+        """Return the sums since the last call: <fp64>[E + FIELDS] on the device."""
+        row, on_host = self.sums[int(training)], self.on_host[int(training)]
+        found = row.clone()
+        found[self.num_experts :] += on_host.to(found.device)
+        row.zero_()
+        on_host.zero_()
+        return found
 
 
 class CountedRouter:
@@ -156,14 +171,12 @@ class RouterStatistics:
         """Return what was counted since the last call, by layer. Collective."""
         if not self.specs:
             return {}
-        row = int(training)
         device = torch.device(torch.cuda.current_device())
         widths = [spec.num_experts + len(FIELDS) for spec in self.specs]
         total = torch.zeros(sum(widths), dtype=torch.float64, device=device)
         for spec, sums in zip(self.specs, total.split(widths), strict=True):
             if spec.key in self.counters:
-                sums.copy_(self.counters[spec.key].sums[row])
-                self.counters[spec.key].sums[row].zero_()
+                sums.copy_(self.counters[spec.key].pop(training=training))
         torch.distributed.all_reduce(total)
         rows = [part.tolist() for part in total.cpu().split(widths)]
         pairs = zip(self.specs, rows, strict=True)

@@ -220,6 +220,7 @@ class Reporter:
 
     def _tell_slow_hosts(self, *, step: float) -> dict[str, list[dict[str, Any]]]:
         if self.slow_hosts is None:
+            self.step.own_part.parts.clear()
             return {}
         found = self.slow_hosts.slow(self.step.own_part.pop_seconds(), step=step)
         for slow in found:

@@ -282,6 +282,26 @@ def test_one_connection_where_megatron_needs_it(
     assert f"connections={expected}." in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, "2"), ("3,5,7", "3"), ("GPU-8932f937-d72c", "1"), ("", "1")]
+)
+def test_a_process_for_each_gpu_that_is_visible(tmp_path: Path, visible: str | None, expected: str):
+    """Of two GPUs, one in slices, unless the variable names some."""
+    smi = tmp_path / "nvidia-smi"
+    lines = "GPU 0: NVIDIA H100\n  MIG 1g.10gb Device 0: (UUID: x)\nGPU 1: NVIDIA H100\n"
+    smi.write_text(f"#!/usr/bin/env bash\nprintf '{lines}'\n")
+    smi.chmod(0o755)
+    given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    environment = clean_environment(PATH=f"{tmp_path}:{os.environ['PATH']}", **given)
+    if visible is None:
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+    words = f"source {EXAMPLES / 'common.sh'}; default_processes"
+    found = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", words], env=environment, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == expected, found.stderr
+
+
 def refused(launcher: str, *flags: str, **variables: str) -> str:
     """The one line that a launcher says before it starts anything."""
     done = subprocess.run(

@@ -8,6 +8,7 @@ import pytest
 from support.in_process import MINIMAL
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags import check_run
 from megatron_smlp.flags.check_run import _check_validation_sets
 from megatron_smlp.platform import cpu
 
@@ -162,6 +163,20 @@ def test_tokenizers(parse: Parse, words: str, message: str):
 def test_weights_and_biases_need_a_name_and_a_folder(parse: Parse):
     words = f"{GMLP} --wandb-project p --wandb-exp-name e"
     refused(parse, words, r"--wandb-project p needs --wandb-exp-name, and --save or --wandb-save")
+
+
+def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """Triton builds its driver when the first kernel is compiled, with Python's headers."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(check_run.shutil, "which", lambda name: None)
+    with pytest.raises(UsageError, match=r"neither gcc nor clang was found, .* in the variable CC"):
+        check_run._check_compiler()
+    monkeypatch.setenv("CC", "tcc")
+    monkeypatch.setattr(check_run.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UsageError, match=r"Python\.h is missing, .*python3-dev"):
+        check_run._check_compiler()
+    (tmp_path / "Python.h").touch()
+    check_run._check_compiler()
 
 
 def test_a_profile_needs_a_folder(parse: Parse):
