@@ -14,7 +14,7 @@ from megatron_smlp.flags.namespace import Arguments
 
 # The second phase, the flags that a CPU needs, what was given told from defaults; Megatron's own
 # validation; which checkpoint is loaded, as Megatron reads it from there.
-ASSIGNING = {"flags/defaults.py", "platform/cpu.py", "flags/parse.py", "flags/check.py"}
+ASSIGNING = {"flags/defaults.py", "flags/parse.py", "flags/check.py"}
 ASSIGNING |= {"checkpoints/loading.py", "evaluation/megatron_loading.py"}
 # Namespaces of their own.
 OTHERS = {"accounting/estimate.py", "data/tokenizers/folder.py"}

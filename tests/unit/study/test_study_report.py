@@ -101,7 +101,7 @@ def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
     forward = ("forward_tflops_per_1024_tokens", "forward_needed_tflops_per_1024_tokens")
     numbers += [f"{costs[name]:.5f}" for name in forward]
     # Half of 2e-3; 2048 tokens in 0.51 s; 0.1 of 0.4 TFLOP/s; what `pretend` logs.
-    numbers += ["0.001", "4,016", "25%", "5,000", "BASE: greedy, nothing is dropped"]
+    numbers += ["0.001 (edge)", "4,016", "25%", "5,000", "BASE: greedy, nothing is dropped"]
     assert f"| smlp_deterministic | {' | '.join(numbers)} |" in text
     assert f"Quiet timing, and all times from it, are of {hardware()}." in text
     assert claims["C2"]["comparisons"][0]["found"]["mean"] == pytest.approx(0.458, abs=0.01)
@@ -183,7 +183,7 @@ def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
     assert "| smlp_deterministic | 53.0 ± 1.0 | 63.0 ± 1.0 |" in text
     assert "| chance | 50 | 50 |" in text
     assert "| paper: Switch 9B | 75.0 | n/a |" in text
-    assert "| repeat | new | after 3+ |\n| --- | --- | --- |\n" in text
+    assert "| repeat | new | after 3+ | seeds |\n| --- | --- | --- | --- |\n" in text
     assert "| smlp_deterministic | 6 | 1.47 |" in text
     assert (tmp_path / "results" / "where-the-loss-lies.png").stat().st_size > 10_000
 

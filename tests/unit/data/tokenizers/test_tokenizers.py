@@ -28,7 +28,7 @@ from megatron_smlp.data.tokenizers.spec import (
     TokenizerSpec,
     UnencodableTextError,
 )
-from megatron_smlp.errors import DataError
+from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.program import readable_errors
 
 DOCUMENTS = make_documents(120, seed=9)
@@ -392,7 +392,7 @@ def test_an_end_of_document_that_is_not_there(tmp_path: Path, run: Any, corpus: 
     from tokenizers import Tokenizer, models
 
     flags = _write(Tokenizer(models.BPE({"a": 0}, [])).to_str())(tmp_path)
-    with pytest.raises(DataError, match="has no end-of-document token"):
+    with pytest.raises(UsageError, match="has no end-of-document token"):
         run(corpus, tmp_path / "data", *flags, "--append-eod")
 
 
