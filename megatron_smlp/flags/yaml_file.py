@@ -63,13 +63,7 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(text_of(path), StrictLoader)
-    except FileNotFoundError as error:
-        raise UsageError(f"--config {path}: no such file; configs/ holds ready ones.") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"--config {path} cannot be read as YAML: {reason}") from error
+    content = load_strictly(path, name=f"--config {path}", ready="configs/")
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} must hold `flag: value` lines at its top level.")
     for key, value in content.items():
@@ -81,7 +75,26 @@ def _mapping(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def text_of(path: Path) -> str:
+def load_strictly(path: Path, *, name: str, ready: str) -> Any:
+    """Return what a file holds, by StrictLoader.
+
+    Args:
+        name: of the file, in a message.
+        ready: where files of its kind are.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return yaml.load(_text_of(path), StrictLoader)
+    except FileNotFoundError as error:
+        raise UsageError(f"{name}: no such file; {ready} holds ready ones.") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{name} cannot be read as YAML: {reason}") from error
+
+
+def _text_of(path: Path) -> str:
     """Return a regular file's text: a device has no end, and a pipe may have no writer."""
     if path.exists() and not path.is_file():
         raise ValueError("it is not a regular file")

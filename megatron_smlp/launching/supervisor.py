@@ -13,8 +13,8 @@ program, which needs neither torch nor the network to live on.
 | 0 | the run is over, or was told to end and has saved |
 | 2, 3 | wrong flags or variables; a loss that is not finite |
 | 75 | other machines have not come back within REJOIN_TIMEOUT |
-| 93 | no newer checkpoint after three failures, or when SIGUSR1 came |
 | 76 | another machine has ended the run for good |
+| 93 | no newer checkpoint after three failures, or when SIGUSR1 came |
 | others | of the training, where there was nothing to go on from |
 """
 

@@ -123,7 +123,8 @@ PATCHES = (
         "training_loop",
         "contract/test_megatron_seams.py",
         {
-            f"{_TRAINING}.setup_model_and_optimizer": "has no place to guard updates from",
+            f"{_TRAINING}.setup_model_and_optimizer": "has no place to guard updates from, nor "
+            "to fuse Adam's",
             f"{_TRAINING}.train": "begins when the datasets are built, after the model",
             f"{_TRAINING}.training_log": "alone sees the loss and the gradient norm of a step",
             f"{_TRAINING}.evaluate": "tells nobody its losses, and evaluates one way only",

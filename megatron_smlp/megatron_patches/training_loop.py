@@ -1,16 +1,8 @@
 """Hook an observer and a guard of updates into `megatron.training`'s loop.
 
 The loop offers no callbacks, so seven of its module-level functions are wrapped; each wrapper calls
-the original with its own arguments. tests/contract holds their signatures.
-
-| function in megatron.training.training | why |
-|---|---|
-| setup_model_and_optimizer | to hold back an update after a bad loss, see its rate, and fuse Adam |
-| train | when the first step is about to begin: datasets are built after the model |
-| training_log | the only place that sees loss and gradient norm of a step |
-| evaluate, evaluate_and_print_results | validation numbers, and the time that they take |
-| save_checkpoint_and_time | the time that saving holds the training up |
-| finalize_model_grads | when this rank's own part of a step is done |
+the original with its own arguments. table.py has the functions and the reasons, tests/contract
+their signatures.
 """
 
 from __future__ import annotations
@@ -68,7 +60,7 @@ def installed(
     computed: Callable[[], None] = lambda: None,
     begins: Callable[[], None] = lambda: None,
 ) -> AbstractContextManager[None]:
-    """Wrap the functions above for the time of one `pretrain`, and put the originals back.
+    """Wrap the functions for the time of one `pretrain`, and put the originals back.
 
     Args:
         may_update: False holds a step's optimizer update back. Is asked once a step, when the

@@ -290,11 +290,9 @@ def _tiles(
         columns = min(columns, max(16, 1 << (width - 1).bit_length()))
     sizes = {"T": tokens, "N": batch * width, "PREFIX": prefix, "WIDTH": width}
     sizes |= {"ROUTED": experts is not None, "COLUMNS": columns, "DEPTH": _DEPTH}
+    sizes |= {"ROWS": _ROWS, "num_warps": _NUM_WARPS} | FUSED
     blocks = -(-batch * width // columns) if experts is None else batch * -(-width // columns)
-    return (-(-tokens // _ROWS), blocks, heads), sizes | FUSED | {
-        "ROWS": _ROWS,
-        "num_warps": _NUM_WARPS,
-    }
+    return (-(-tokens // _ROWS), blocks, heads), sizes
 
 
 def _row_blocks(tokens: int, prefix: int, rows: int) -> int:

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.yaml_file import StrictLoader, spelling, text_of
+from megatron_smlp.flags.yaml_file import load_strictly, spelling
 
 OTHERS = "others"
 """The key that stands for every system which a mapping does not name."""
@@ -194,13 +192,7 @@ def read_study(path: Path) -> Study:
     Raises:
         UsageError: it cannot be read, a key is unknown or missing, or a value is not allowed.
     """
-    try:
-        content = yaml.load(text_of(path), StrictLoader)
-    except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such file; studies/ holds ready ones.") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"{path} cannot be read as YAML: {reason}") from error
+    content = load_strictly(path, name=str(path), ready="studies/")
     try:
         study: Study = _read(Study, content)
         _check(study)
