@@ -14,6 +14,7 @@ import pandas
 
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
+from megatron_smlp.plotting.records import Record
 from megatron_smlp.study import state
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS, read_records
 from megatron_smlp.study.plan import PlannedRun
@@ -163,8 +164,12 @@ def _joined(
     return pandas.concat([others, new], ignore_index=True) if len(others) else new
 
 
+def _records(known: state.State, run: PlannedRun) -> list[Record]:
+    return [one for one in read_records(known.folder_of(run)) if one["iteration"] <= run.end]
+
+
 def _run_line(known: state.State, run: PlannedRun, ending: dict[str, Any]) -> dict[str, Any]:
-    records = read_records(known.folder_of(run))
+    records = _records(known, run)
     steps = pandas.Series([r["tokens_per_second"] for r in records if "tokens_per_second" in r])
     batch = run.flags["global_batch_size"] * run.flags["seq_length"]
     final = [r for r in records if r["iteration"] == run.end and VALIDATION_LOSS in r]
@@ -187,7 +192,7 @@ def _run_line(known: state.State, run: PlannedRun, ending: dict[str, Any]) -> di
 
 
 def _curve_lines(known: state.State, run: PlannedRun) -> Iterator[dict[str, Any]]:
-    for record in read_records(known.folder_of(run)):
+    for record in _records(known, run):
         if "loss" not in record and VALIDATION_LOSS not in record:
             continue
         line = {RENAMED.get(name, name): value for name, value in record.items()}

@@ -96,8 +96,10 @@ class Worker:
             done, where = _reached(run, folder)
             progress.show(over + done, f"{counts}; {where}")
 
-        attempts = 0
-        while attempts < ATTEMPTS:
+        # A worker that was killed may have left one that is whole. Trained again, it would go on
+        # past its end, to the next multiple of --exit-interval.
+        attempts = code = 0
+        while attempts < ATTEMPTS and not self._is_whole(run):
             attempts += 1
             command = training_command(
                 folder, run.flags, paths=self._paths(run), processes=self.processes
@@ -105,9 +107,9 @@ class Worker:
             code = run_command(command, folder=folder, stop=lease.lost, watch=watch)
             if lease.lost.is_set():
                 return
-            # One that was asked to stop ends well, before its end: it goes on.
-            if code == NonFiniteLossError.exit_code or (code == 0 and self._is_whole(run)):
+            if code == NonFiniteLossError.exit_code:
                 break
+            # One that was asked to stop ends well, before its end: it goes on.
         self._end(run, code=code, attempts=attempts, worker_seconds=time.monotonic() - began)
 
     def _paths(self, run: PlannedRun) -> list[str]:
@@ -126,7 +128,7 @@ class Worker:
             self.state.end(
                 run, status=DIVERGED, loss="inf", reason="a loss was not finite", **facts
             )
-        elif code or not self._is_whole(run):
+        elif not self._is_whole(run):
             self.failures.append(run)
             lines = last_lines(folder)
             self.state.end(run, status=FAILED, last_lines=lines, **facts)

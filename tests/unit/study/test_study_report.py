@@ -301,6 +301,21 @@ def test_new_runs_join_those_that_are_kept(known: State, tmp_path: Path):
     assert list(again["key"]) == list(runs["key"])
 
 
+def test_what_was_trained_past_the_end_of_a_run_is_not_of_its_curve(known: State, tmp_path: Path):
+    pretend(known, loss_of)
+    run = known.plan().runs[0]
+    beyond = {"iteration": run.end + 1, "consumed_tokens": 10**6, "validation_loss": 1.0}
+    step = {"loss": 1.0, "tokens_per_second": 1e9, "wall_seconds": 1e9}
+    with (known.folder_of(run) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(beyond | step)}\n" for _ in range(100))
+    results = Results(tmp_path / "results")
+    results.collect(known)
+    [line] = [one for one in results.runs.itertuples() if one.key == run.key]
+    assert line.tokens_per_second == 5000
+    curve = results.curves[results.curves["key"] == run.key]
+    assert curve["iteration"].max() == run.end
+
+
 def test_a_curve_that_is_not_whole_is_not_called_a_miss(known: State, tmp_path: Path):
     def loss(run: PlannedRun) -> float:
         return loss_of(run) + (0.2 if run.system == "smlp_deterministic" else 0.0)

@@ -11,7 +11,7 @@ from megatron_smlp.study import leases, running
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.running import Worker
-from megatron_smlp.study.state import CHECKPOINTS, DONE, State
+from megatron_smlp.study.state import CHECKPOINTS, DONE, FAILED, State
 
 Take = Callable[..., leases.Lease | None]
 
@@ -101,3 +101,35 @@ def test_a_worker_stays_where_the_last_trial_ends_as_it_looks(
     worker(known, tmp_path).work()
     assert {run.phase for run in known.plan().runs} == {"tuning", "main"}
     assert {known.status(run) for run in known.plan().runs} == {DONE}
+
+
+def test_a_run_that_a_killed_worker_left_whole_is_not_trained_past_its_end(
+    known: State, trained: list[Path], tmp_path: Path
+):
+    """The worker was killed between the last checkpoint and the note that the run is over."""
+    first = known.plan().runs[0]
+    folder = known.folder_of(first)
+    folder.mkdir(parents=True)
+    write_metrics(folder, first, 5.0)
+    iteration_folder(folder / CHECKPOINTS, first.end).mkdir(parents=True)
+    worker(known, tmp_path).work()
+    assert folder not in trained
+    assert len(trained) == 7
+    assert known.status(first) == DONE
+
+
+def test_a_run_that_falls_short_twice_is_a_failure(
+    known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    starts: list[Path] = []
+
+    def fall_short(_: object, *, folder: Path, **__: object) -> int:
+        starts.append(folder)
+        return 0
+
+    monkeypatch.setattr(running, "run_command", fall_short)
+    one = worker(known, tmp_path)
+    one.work()
+    assert {known.status(run) for run in known.plan().runs} == {FAILED}
+    assert len(starts) == running.ATTEMPTS * len(known.plan().runs)
+    assert len(one.failures) == len(known.plan().runs)
