@@ -76,6 +76,7 @@ LAYOUTS = {
     "interleaved_distributed": (2, f"{INTERLEAVED} {DISTRIBUTED}"),
     "dp": (2, ""),
     "dp_distributed": (2, DISTRIBUTED),
+    "dp_parallel_load": (2, f"{DISTRIBUTED} --ckpt-fully-parallel-load"),
     "ep": (2, EP),
     "ep_distributed": (2, f"{EP} {DISTRIBUTED}"),
     "tp_pp_distributed": (4, f"{TP} {PP} {DISTRIBUTED}"),
@@ -92,7 +93,7 @@ SHORT: list[Case] = [
     # A stage of one layer: its bucket has padding, and that of the tied embedding comes after it.
     ("transformer", "interleaved_distributed", "pp"),
     ("transformer", "dp_distributed", "one"),
-    ("transformer_bf16", "dp", "dp_distributed"),
+    ("transformer_bf16", "dp", "dp_parallel_load"),
     ("transformer_bf16", "dp_distributed", "dp"),
     ("minhash", "one", "tp"),
     ("minhash_base", "one", "tp"),  # whose embeddings are cut along the sequence

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,10 +180,10 @@ def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path):
     check_run._check_compiler()
 
 
-def test_a_profile_needs_a_folder(parse: Parse):
+def test_a_profile_needs_a_folder(parse: Parse, tmp_path: Path):
     words = f"{GMLP} --profile --use-pytorch-profiler"
     refused(parse, words, r"--use-pytorch-profiler .* there is none: give --log-dir, --save or --t")
-    assert parse(f"{words} --log-dir x").tensorboard_dir == "x/tensorboard"
+    assert parse(f"{words} --log-dir {tmp_path}").tensorboard_dir == f"{tmp_path}/tensorboard"
 
 
 @pytest.mark.parametrize("flag", ["--prefix-fraction 0.5", "--partial-loss all"])
