@@ -1,6 +1,8 @@
-"""Flags: how they are spelt, and the parser of every tool's."""
+"""Flags: how they are spelt, what a misspelt name may have meant, and the parser of all tools."""
 
 import argparse
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_smlp import __version__
@@ -12,6 +14,12 @@ VERSION = f"megatron_smlp {__version__}"
 def flag_of(name: str) -> str:
     """`--num-layers` of `num_layers`."""
     return "--" + name.replace("_", "-")
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> str:
+    """Return `did you mean A or B?` with at most `most` known names; "" where none is close."""
+    close = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
+    return f"did you mean {' or '.join(close)}?" if close else ""
 
 
 class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):

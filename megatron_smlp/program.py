@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_smlp.ctrl_c import is_interruption, noting_interruptions
 from megatron_smlp.errors import FileError, UserError
-from megatron_smlp.interrupts import is_interruption, noting_interruptions
 
 
 def is_first_rank() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import itertools
 import json
 import sys
@@ -22,7 +21,7 @@ from megatron_smlp.accounting.costs import (
     model_cost,
 )
 from megatron_smlp.accounting.footprint import ParallelLayout, footprint
-from megatron_smlp.command_line import Parser, flag_of
+from megatron_smlp.command_line import Parser, did_you_mean, flag_of
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.flags.yaml_file import StrictLoader, read_yaml, spelling
@@ -147,9 +146,8 @@ def _default_width(args: argparse.Namespace) -> int:
 def _refuse_misspelt(values: dict[str, Any]) -> None:
     known = [*_DEFAULTS, *_REQUIRED]
     for name in set(values) - set(known):
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
-        if close:
-            raise ValueError(f"unknown key {name!r}: did you mean {close[0]!r}?")
+        if hint := did_you_mean(name, known, cutoff=0.9):
+            raise ValueError(f"unknown key {name!r}: {hint}")
 
 
 def _refuse_wrong(values: Mapping[str, Any]) -> None:
@@ -213,8 +211,8 @@ def _value(flag: str, typed: Sequence[str], *, is_switch: bool) -> Any:
 
 
 def _near(flag: str) -> str:
-    close = difflib.get_close_matches(flag, map(flag_of, _TYPED), n=1, cutoff=0.8)
-    return f": did you mean {close[0]}?" if close else "; `--help` lists them"
+    hint = did_you_mean(flag, map(flag_of, _TYPED), cutoff=0.8)
+    return f": {hint}" if hint else "; `--help` lists them"
 
 
 def _table(result: dict[str, Any]) -> str:

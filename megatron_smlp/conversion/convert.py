@@ -33,11 +33,11 @@ from megatron_smlp.conversion.recipes import Converted, Plan, Recipe, same
 from megatron_smlp.conversion.record import SPECIAL, converted_record
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.conversion.target import check_target
+from megatron_smlp.ctrl_c import interrupt
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer, tokenizer_folder
 from megatron_smlp.durable import flush_folder, replace_folder
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
-from megatron_smlp.interrupts import interrupt
 from megatron_smlp.platform.one_process import one_process
 from megatron_smlp.progress import written_tensors
 

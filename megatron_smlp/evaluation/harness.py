@@ -19,7 +19,7 @@ from megatron_smlp.evaluation.rows import Row, RowScore
 from megatron_smlp.evaluation.selection import Selection
 from megatron_smlp.generation.language_model import LanguageModel
 from megatron_smlp.serving.answers import Answer
-from megatron_smlp.serving.engine import Job, answer
+from megatron_smlp.serving.sampling import Job, answer
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 """(context, continuation), and the token ids of both."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_smlp.data.pairs.indexed import Index, open_index, strip_suffix
-from megatron_smlp.data.pairs.training_check import verify_for_training
+from megatron_smlp.data.pairs.quick_check import verify_for_training
 from megatron_smlp.data.token_counts import counts_in
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_smlp.command_line import did_you_mean
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.tasks.documents import FILES, find_file
 
@@ -111,8 +111,7 @@ def _check_known(name: str, known: Sequence[str], *, where: str = "known are") -
     """Raise `UsageError` with the nearest names where a task is unknown."""
     if name in known:
         return
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else ""
+    hint = did_you_mean(name, known, most=3, cutoff=0.5)
     few = f"{where} {', '.join(known)}" if len(known) < 20 else ""
     text = "; ".join(part for part in (hint, few) if part) or "`lm_eval ls tasks` lists all"
     raise UsageError(f"--tasks {name} is not a task: {text}")

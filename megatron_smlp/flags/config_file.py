@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.check_routers import MEGATRON_ROUTER_FLAGS, TOP_K_FLAGS
 from megatron_smlp.flags.exclusive import PER_SPLIT, replaced_by
-from megatron_smlp.flags.unused_flags import OTHER_LAYER_FLAGS, REFUSED
+from megatron_smlp.flags.parser_actions import actions_of, given_flags, nearest
 from megatron_smlp.flags.yaml_file import read_yaml
 
 
@@ -36,7 +34,7 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
         replaced.add("split")
     for key, (action, value) in keys.items():
         negation = f"--no-{key.replace('_', '-')}"
-        if negation in rest and negation not in options_of(parser):
+        if negation in rest and negation not in actions_of(parser):
             rest.remove(negation)
         elif action.dest not in replaced:
             flags += _as_flags(action, key, value, path)
@@ -54,29 +52,11 @@ def _config_path(argv: Sequence[str]) -> Path | None:
     return Path(paths[0]) if paths else None
 
 
-def options_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    return parser._option_string_actions
-
-
 def _action_of(parser: argparse.ArgumentParser, key: str, path: Path) -> argparse.Action:
-    action = options_of(parser).get(flag_of(key))
+    action = actions_of(parser).get(flag_of(key))
     if action is None:
-        raise UsageError(f"--config {path}: unknown key '{key}'. {nearest(parser, key)}")
+        raise UsageError(f"--config {path}: unknown key '{key}': {nearest(parser, key)}")
     return action
-
-
-def nearest(parser: argparse.ArgumentParser, name: str) -> str:
-    """`Did you mean ...?` for a flag or key that does not exist."""
-    refused = {*REFUSED, *OTHER_LAYER_FLAGS, *MEGATRON_ROUTER_FLAGS}.difference(TOP_K_FLAGS)
-    known = [
-        option.removeprefix("--")
-        for option, action in options_of(parser).items()
-        if action.dest not in refused
-    ]
-    close = difflib.get_close_matches(name.lstrip("-").replace("_", "-"), known, n=3, cutoff=0.6)
-    if not close:
-        return "`pretrain_smlp.py --help-all` lists every flag."
-    return f"Did you mean {' or '.join(f'--{option}' for option in close)}?"
 
 
 def _as_flags(action: argparse.Action, key: str, value: Any, path: Path) -> list[str]:
@@ -92,10 +72,3 @@ def _as_flags(action: argparse.Action, key: str, value: Any, path: Path) -> list
     values = value if isinstance(value, list) and action.nargs else [value]
     arguments = [str(item).replace(", ", ",") for item in values]  # [0,1]: Megatron takes no blanks
     return [f"{flag}={arguments[0]}"] if len(arguments) == 1 else [flag, *arguments]
-
-
-def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
-    """Destinations of the flags that the command line or the YAML file names."""
-    options = options_of(parser)
-    arguments = (word.split("=")[0] for word in argv)
-    return frozenset(options[word].dest for word in arguments if word in options)

@@ -21,9 +21,10 @@ from megatron_smlp.data.blending import SPLIT_FLAGS
 from megatron_smlp.data.pairs.indexed import idx_path
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check import check, validate
-from megatron_smlp.flags.config_file import expand_config, given_flags, nearest, options_of
+from megatron_smlp.flags.config_file import expand_config
 from megatron_smlp.flags.defaults import fill_in
 from megatron_smlp.flags.namespace import Arguments
+from megatron_smlp.flags.parser_actions import actions_of, given_flags, nearest
 from megatron_smlp.flags.use_checkpoint_args import with_checkpoint_flags
 from megatron_smlp.options import ModelOptions, RunOptions
 
@@ -57,7 +58,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
         UsageError: a flag or key is unknown, or a value is not of its type.
     """
     argv = with_checkpoint_flags(parser, expand_config(parser, argv))
-    argv = with_absolute_paths(options_of(parser), argv)
+    argv = with_absolute_paths(actions_of(parser), argv)
     _refuse_unknown(parser, argv)
     args = Arguments.of(_parse_like_megatron(argv))
     args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
@@ -134,7 +135,7 @@ def _refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Non
     for word in unknown:
         if word.startswith("-"):
             flag = word.split("=")[0]
-            raise UsageError(f"{flag} is not a flag. {nearest(parser, flag)}")
+            raise UsageError(f"{flag} is not a flag: {nearest(parser, flag)}")
     if unknown:
         raise UsageError(f"'{unknown[0]}' belongs to no flag.")
 

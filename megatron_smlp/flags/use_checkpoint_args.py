@@ -15,8 +15,8 @@ from megatron_smlp.checkpoints.folders import iteration_folder, loading_order, r
 from megatron_smlp.checkpoints.run_record import START_FLAGS, read_run_record
 from megatron_smlp.checkpoints.tokenizer_copy import FLAGS, found_tokenizer
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.config_file import options_of
 from megatron_smlp.flags.exclusive import replaced_by
+from megatron_smlp.flags.parser_actions import actions_of
 
 FLAG = "--use-checkpoint-args"
 
@@ -37,7 +37,7 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     if load is None:
         raise UsageError(f"{FLAG} takes the flags of a checkpoint: say which one by --load.")
     arguments = _recorded_arguments(load, known.ckpt_step)
-    options = options_of(parser)
+    options = actions_of(parser)
     given = {action.dest for action, _ in _groups(options, own) if action}
     replaced = START_FLAGS | given | replaced_by(given)
     kept: list[str] = []

@@ -45,8 +45,8 @@ from megatron_smlp.launching.exit_codes import (
 )
 from megatron_smlp.launching.failures import Failures
 from megatron_smlp.launching.parent import AGENT_PID, end_with_parent
+from megatron_smlp.launching.rendezvous_watch import Watch
 from megatron_smlp.launching.settings import CLOSING
-from megatron_smlp.launching.watch import Watch
 from megatron_smlp.megatron_patches import elastic_agent
 from megatron_smlp.restart_note import note_cause
 

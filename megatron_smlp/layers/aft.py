@@ -31,12 +31,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_smlp.layers.projections import (
-    TokenMixer,
     check_heads,
     column_projection,
     row_projection,
     two_projections,
 )
+from megatron_smlp.layers.token_mixer import TokenMixer
 from megatron_smlp.ops.aft_mix import aft_mix
 from megatron_smlp.ops.running_sums import running_average
 

@@ -33,12 +33,12 @@ from torch import Tensor
 
 from megatron_smlp.layers.norms import SumOverGroup, centred, normalised
 from megatron_smlp.layers.projections import (
-    TokenMixer,
     check_heads,
     column_projection,
     row_projection,
     two_projections,
 )
+from megatron_smlp.layers.token_mixer import TokenMixer
 from megatron_smlp.ops.relation_mix import relation_mix
 from megatron_smlp.ops.running_sums import log_running_mean
 

@@ -37,8 +37,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_smlp.layers.projections import TokenMixer, check_heads
+from megatron_smlp.layers.projections import check_heads
 from megatron_smlp.layers.spatial_gating import SpatialProjection
+from megatron_smlp.layers.token_mixer import TokenMixer
 
 
 def masked_mixer_spec(

@@ -1,4 +1,4 @@
-"""Shared by the token mixers: their projections, what checkpoints hold of them, what must fit.
+"""Shared by the token mixers: their two projections, and what must fit.
 
 A mixer with projections reads D features of each token, works on a width of its own that tensor
 parallelism shards, and writes D features; the two linear layers are Megatron's, or Transformer
@@ -10,67 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.mlp import MLPSubmodules, apply_swiglu_sharded_factory
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-)
 from torch import nn
-
-
-class TokenMixer(MegatronModule):
-    """A module of Megatron's `self_attention` slot."""
-
-    has_halves = False
-    """Whether linear_fc1 is two projections side by side, [A | B], each sharded by itself."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection | None,
-    ) -> None:
-        super().__init__(config=config)
-        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.layer_number, self.tp_group = layer_number, pg_collection.tp
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[Any, ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Megatron's description of which slice of each global tensor this rank holds.
-
-        Of modules that are not Megatron's, a parameter is sharded along dimension 0 where it is
-        marked so, as it has to be for the gradient norm. In the checkpoint [A | B] is one tensor,
-        A's rows first, for any tensor parallel size.
-        """
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        sharded: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        own: dict[str, Any] = {}
-        for name, child in self.named_children():
-            if not hasattr(child, "sharded_state_dict"):
-                own |= child.state_dict(prefix=f"{name}.", keep_vars=True)
-        axes = {name: 0 for name, it in own.items() if getattr(it, "tensor_model_parallel", False)}
-        dp_cp_group = metadata["dp_cp_group"]
-        sharded |= make_sharded_tensors_for_checkpoint(
-            own, prefix, axes, sharded_offsets, tp_group=self.tp_group, dp_cp_group=dp_cp_group
-        )
-        keys = (f"{prefix}linear_fc1.{name}" for name in ("weight", "bias"))
-        for key in (key for key in keys if self.has_halves and key in sharded):
-            sharded[key] = apply_swiglu_sharded_factory(
-                sharded[key],
-                sharded_offsets,
-                metadata.get("singleton_local_shards", False),
-                tp_group=self.tp_group,
-                dp_group=dp_cp_group,
-            )
-        return sharded
 
 
 def await_parameters(module: nn.Module) -> None:

@@ -37,13 +37,13 @@ from torch import Tensor, nn
 
 from megatron_smlp.layers.norms import HeadLayerNorm
 from megatron_smlp.layers.projections import (
-    TokenMixer,
     await_parameters,
     check_heads,
     column_projection,
     row_projection,
     two_projections,
 )
+from megatron_smlp.layers.token_mixer import TokenMixer
 from megatron_smlp.ops.causal_mix import causal_mix
 from megatron_smlp.ops.gated_mix import gated_mix, gates_by_kernels, gelu_gate
 

@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 from megatron_smlp.generation.language_model import LanguageModel
-from megatron_smlp.serving.engine import Token
+from megatron_smlp.serving.sampling import Token
 
 CONTEXT = 16
 """Tokens of the prompt that are decoded with an answer, for blanks and split characters."""

@@ -13,12 +13,13 @@ from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import UsageError, require_package
 from megatron_smlp.study import state
 from megatron_smlp.study.data import StudyData
+from megatron_smlp.study.fairness import check_fair, flops_table
 from megatron_smlp.study.leases import EXPIRY
 from megatron_smlp.study.plan import Calendar, PlannedRun, identity_of
 from megatron_smlp.study.running import Worker
 from megatron_smlp.study.state import State
 from megatron_smlp.study.study_file import read_study
-from megatron_smlp.study.systems import flops_table, read_systems
+from megatron_smlp.study.systems import read_systems
 
 RUNS = Path("runs/study")
 DATA = Path("runs/study-data")
@@ -94,12 +95,13 @@ def read_state(args: argparse.Namespace) -> State:
     """Read the study, what was kept of it, and with which data its runs were begun.
 
     Raises:
-        UsageError: see `read_study` and `read_systems`; or the study changed.
+        UsageError: see `read_study`, `read_systems` and `check_fair`; or the study changed.
     """
     from megatron_smlp.study.results import Results, default_folder
 
     study = read_study(args.study)
     systems = read_systems(study, folder=args.study.parent)
+    check_fair(study, systems)
     folder = args.runs / study.name
     results = Results(args.results or default_folder(study.name))
     begun = [

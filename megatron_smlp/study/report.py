@@ -13,13 +13,14 @@ import numpy as np
 
 from megatron_smlp.durable import write_durably
 from megatron_smlp.evaluation.reports import PAPER_FIGURES, PAPER_METRICS
+from megatron_smlp.study.fairness import CONVENTIONS, flops_spread
 from megatron_smlp.study.figures import Drawing, speedup
 from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.results import ROUTING, TASK, Results
 from megatron_smlp.study.state import State
 from megatron_smlp.study.statistics import crossings, interval
 from megatron_smlp.study.study_file import Study
-from megatron_smlp.study.systems import CONVENTIONS, System, flops_spread
+from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import QUIET, Tables
 from megatron_smlp.study.verdicts import (
     SECONDS,

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.command_line import did_you_mean
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.yaml_file import load_strictly, spelling
 
@@ -226,9 +226,8 @@ def _read(kind: type, content: Any) -> Any:
 
 def _refuse(name: str, known: list[str]) -> Any:
     spelt = [one.replace("_", "-") for one in known]
-    near = difflib.get_close_matches(name.replace("_", "-"), spelt, n=1)
-    meant = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(spelt)}."
-    raise ValueError(f"unknown key {name!r}: {meant}")
+    hint = did_you_mean(name.replace("_", "-"), spelt)
+    raise ValueError(f"unknown key {name!r}: {hint or f'the keys are {", ".join(spelt)}.'}")
 
 
 def _check(study: Study) -> None:

@@ -22,7 +22,7 @@ from megatron_smlp.data.blending import blends_from_arguments
 from megatron_smlp.data.datasets import build_datasets, dataset_uses, use_lines
 from megatron_smlp.data.pairs.content import content_of
 from megatron_smlp.data.pairs.indexed import strip_suffix
-from megatron_smlp.data.pairs.training_check import verify_for_training
+from megatron_smlp.data.pairs.quick_check import verify_for_training
 from megatron_smlp.data.token_counts import counts_of_datasets, mixture
 from megatron_smlp.data.tokenizers.factory import identity_from_arguments
 from megatron_smlp.errors import DataError, UsageError

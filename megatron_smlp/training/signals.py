@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from megatron_smlp.interrupts import interrupt
+from megatron_smlp.ctrl_c import interrupt
 from megatron_smlp.launching.parent import end_with_agent
 
 END = "finishing this step, then saving"

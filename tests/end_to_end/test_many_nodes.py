@@ -20,7 +20,7 @@ import pytest
 from support.launches import REPOSITORY, Step, run_command, steps
 from support.nodes import Job, Network, missing, network, wrong_clock
 
-from megatron_smlp.launching.watch import SILENCE
+from megatron_smlp.launching.rendezvous_watch import SILENCE
 
 REASON = missing()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)

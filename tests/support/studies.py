@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from support.launches import REPOSITORY
 
+from megatron_smlp.study.fairness import check_fair
 from megatron_smlp.study.plan import PlannedRun, identity_of
 from megatron_smlp.study.state import DIVERGED, DONE, State
 from megatron_smlp.study.study_file import read_study
@@ -40,6 +41,7 @@ def state_of(path: Path, *, runs: Path, **more: Any) -> State:
     """Read a study as tools/study.py does, on data that is not there."""
     study = read_study(path)
     systems = read_systems(study, folder=path.parent)
+    check_fair(study, systems)
     return State(
         study=study,
         systems=systems,

@@ -139,8 +139,8 @@ class TestConfigFile:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("num-lyers: 4", r"unknown key 'num-lyers'\. Did you mean --num-layers"),
-            ("spatial_head: 4", r"unknown key 'spatial_head'\. Did you mean --spatial-heads"),
+            ("num-lyers: 4", r"unknown key 'num-lyers': did you mean --num-layers"),
+            ("spatial_head: 4", r"unknown key 'spatial_head': did you mean --spatial-heads"),
             ("zzzzqqqq: 4", r"unknown key 'zzzzqqqq'.*--help"),
             ("bf16: 1", r"'bf16' is a switch: true or false, not 1"),
             ("lr: [", "cannot be read as YAML: .*line 1"),
@@ -181,8 +181,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            ("--spatial-head 4", r"--spatial-head is not a flag\. Did you mean --spatial-heads"),
-            ("--spatial_heads=4", r"--spatial_heads is not a flag\. Did you mean --spatial-heads"),
+            ("--spatial-head 4", r"--spatial-head is not a flag: did you mean --spatial-heads"),
+            ("--spatial_heads=4", r"--spatial_heads is not a flag: did you mean --spatial-heads"),
             ("stray", "'stray' belongs to no flag"),
             ("--num-layers 0", "--num-layers 0: give a positive number"),
             ("--seq-length -1", "--seq-length -1: give a positive number"),

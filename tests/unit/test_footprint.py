@@ -288,7 +288,7 @@ def _kept_numbers(config: dict[str, Any], *, dtype: torch.dtype) -> float:
         ({"pipeline_model_parallel_size": 3}, "--num-layers 4 is not a multiple of PP = 3"),
         ({"num_experts": 3, "expert_model_parallel_size": 2}, "--num-experts 3 is not a multiple"),
         ({"global_batch_size": 5, "micro_batch_size": 2}, "--global-batch-size 5"),
-        ({"hidden_sizes": 5}, "did you mean 'hidden_size'"),
+        ({"hidden_sizes": 5}, "did you mean hidden_size?"),
         ({"num_layers": None}, "num_layers missing"),
     ],
 )

@@ -12,7 +12,7 @@ from support.launches import REPOSITORY
 PACKAGE = REPOSITORY / "megatron_smlp"
 # Bottom up: a part (a folder, or a file of the package itself) imports only what stands before it.
 ORDER = (
-    *("errors", "interrupts", "program", "durable", "provenance", "restart_note"),
+    *("errors", "ctrl_c", "program", "durable", "provenance", "restart_note"),
     *("library_logging", "command_line", "unwritable_log", "collectives"),
     *("progress", "systems", "options"),
     *("ops", "hf", "routers", "layers", "architectures"),

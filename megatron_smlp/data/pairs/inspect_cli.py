@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser, flag_of
+from megatron_smlp.ctrl_c import interrupt
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec, add_tokenizer_arguments
 from megatron_smlp.errors import UsageError
-from megatron_smlp.interrupts import interrupt
 
 if TYPE_CHECKING:
     from megatron_smlp.data.pairs.indexed import Index
@@ -121,7 +121,7 @@ def _origin(prefix: str) -> dict[str, str]:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from megatron_smlp.data.pairs.validation import validate
+    from megatron_smlp.data.pairs.full_check import validate
 
     failed = 0
     for finding in validate(args.prefix, vocab_size=args.vocab_size):
@@ -189,12 +189,12 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
+    from megatron_smlp.data.pairs.full_check import require_sound_index
     from megatron_smlp.data.pairs.statistics import (
         histogram_lines,
         length_statistics,
         save_histogram,
     )
-    from megatron_smlp.data.pairs.validation import require_sound_index
 
     index = _open(args)
     require_sound_index(index)

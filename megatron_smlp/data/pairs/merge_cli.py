@@ -5,8 +5,8 @@ import signal
 from collections.abc import Sequence
 
 from megatron_smlp.command_line import Parser
+from megatron_smlp.ctrl_c import interrupt
 from megatron_smlp.errors import UsageError
-from megatron_smlp.interrupts import interrupt
 
 
 def build_parser() -> argparse.ArgumentParser:

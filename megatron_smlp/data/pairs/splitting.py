@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smlp.data.pairs.combining import copy_documents, document_parts, scratch_folder
+from megatron_smlp.data.pairs.full_check import require_sound_index
 from megatron_smlp.data.pairs.indexed import Index, idx_path, open_index
 from megatron_smlp.data.pairs.manifest import check_manifest_path, find_manifest
 from megatron_smlp.data.pairs.statistics import document_lengths
-from megatron_smlp.data.pairs.validation import require_sound_index
 from megatron_smlp.data.pairs.writer import PairWriter, publish, withdraw
 from megatron_smlp.errors import DataError
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_smlp.command_line import Parser
+from megatron_smlp.ctrl_c import interrupt
 from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments
-from megatron_smlp.interrupts import interrupt
 from megatron_smlp.progress import Progress
 
 if TYPE_CHECKING:

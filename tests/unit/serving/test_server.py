@@ -32,9 +32,9 @@ from megatron_smlp.serving import cli
 from megatron_smlp.serving.admission import Admission
 from megatron_smlp.serving.answers import Answer
 from megatron_smlp.serving.app import Service, Work, build_app
-from megatron_smlp.serving.engine import Token
 from megatron_smlp.serving.protocol import TimedProtocol
 from megatron_smlp.serving.requests import CompletionRequest, parse
+from megatron_smlp.serving.sampling import Token
 
 ROOT = Path(__file__).parents[3]
 

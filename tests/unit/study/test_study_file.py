@@ -8,6 +8,7 @@ from support.launches import REPOSITORY
 from support.studies import write_study
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.study.fairness import check_fair
 from megatron_smlp.study.study_file import read_study, tokens
 from megatron_smlp.study.systems import read_systems
 
@@ -18,7 +19,9 @@ FILES = sorted((REPOSITORY / "studies").glob("*.yaml"))
 def test_every_study_of_the_project_is_fair(path: Path):
     study = read_study(path)
     assert study.name == path.stem
-    assert list(read_systems(study, folder=path.parent)) == list(study.systems)
+    systems = read_systems(study, folder=path.parent)
+    check_fair(study, systems)
+    assert list(systems) == list(study.systems)
 
 
 @pytest.mark.parametrize(
@@ -31,14 +34,14 @@ def test_tokens(text: Any, number: int):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"horizon": [1]}, "unknown key 'horizon': did you mean 'horizons'"),
+        ({"horizon": [1]}, "unknown key 'horizon': did you mean horizons?"),
         ({"seeds": None}, "seeds missing"),
         ({"seeds": [11, 11]}, "an item is there twice"),
         ({"horizons": ["12 miles"]}, "give a number of tokens"),
         ({"subject": "gmlp"}, "'gmlp' is none of the systems"),
         ({"seeds": {"transformer": [1]}}, "none for 'switch'"),
         ({"tuning": {"seed": 11, "horizon": 1000, "lr": [1]}}, "also the tuning's"),
-        ({"tuning": {"seed": 1, "horizon": 1000, "lrs": [1]}}, "did you mean 'lr'"),
+        ({"tuning": {"seed": 1, "horizon": 1000, "lrs": [1]}}, "did you mean lr?"),
         ({"decay": 1.5}, "between 0 and 1"),
     ],
 )
@@ -83,8 +86,9 @@ def test_what_is_not_fair_is_refused_with_a_table(
     tmp_path: Path, changes: dict[str, Any], message: str
 ):
     path = write_study(tmp_path, **changes)
+    study = read_study(path)
     with pytest.raises(UsageError, match=message) as refusal:
-        read_systems(read_study(path), folder=tmp_path)
+        check_fair(study, read_systems(study, folder=tmp_path))
     if "fixed" not in changes:
         table = str(refusal.value).splitlines()[1:]
         assert any(line.split()[0] == "smlp_deterministic" for line in table)
@@ -93,8 +97,9 @@ def test_what_is_not_fair_is_refused_with_a_table(
 def test_the_needed_convention_is_held_too(tmp_path: Path):
     systems = ["transformer", "gmlp", "smlp_deterministic"]
     study = read_study(write_study(tmp_path, systems=systems))
+    systems = read_systems(study, folder=tmp_path)
     with pytest.raises(UsageError, match=r"needed \(triangles\), differ by 5"):
-        read_systems(study, folder=tmp_path)
+        check_fair(study, systems)
 
 
 def test_evaluation_drops_nothing(tmp_path: Path):

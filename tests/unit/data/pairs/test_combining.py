@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from megatron_smlp.data.pairs import combining
 from megatron_smlp.data.pairs import writer as pair_writer
 from megatron_smlp.data.pairs.combining import find_pairs, merge
+from megatron_smlp.data.pairs.full_check import validate
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.pairs.manifest import read_manifest
 from megatron_smlp.data.pairs.splitting import NAMES, split
-from megatron_smlp.data.pairs.validation import validate
 from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.errors import DataError
 

@@ -10,9 +10,9 @@ from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
 
 from megatron_smlp.data.pairs import inspect_cli, merge_cli
 from megatron_smlp.data.pairs.combining import merge
+from megatron_smlp.data.pairs.full_check import validate
 from megatron_smlp.data.pairs.indexed import open_index
-from megatron_smlp.data.pairs.training_check import verify_for_training
-from megatron_smlp.data.pairs.validation import validate
+from megatron_smlp.data.pairs.quick_check import verify_for_training
 from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.errors import DataError, UsageError
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from data_helpers import BYTE_FLAGS
 
+from megatron_smlp.data.pairs.full_check import validate
 from megatron_smlp.data.pairs.indexed import idx_path, open_index, write_index
 from megatron_smlp.data.pairs.manifest import read_manifest
-from megatron_smlp.data.pairs.training_check import verify_for_training
-from megatron_smlp.data.pairs.validation import validate
+from megatron_smlp.data.pairs.quick_check import verify_for_training
 from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.errors import DataError
 
@@ -92,7 +92,7 @@ def test_a_moved_boundary_in_a_large_dataset_is_seen(
     run: Callable[..., Summary], tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lengths and pointers that agree, far from the ends that the quick fingerprint reads."""
-    monkeypatch.setattr("megatron_smlp.data.pairs.training_check.WHOLE_BYTES", 1000)
+    monkeypatch.setattr("megatron_smlp.data.pairs.quick_check.WHOLE_BYTES", 1000)
     monkeypatch.setattr("megatron_smlp.data.pairs.manifest.FINGERPRINT_BYTES", 64)
     run(corpus, tmp_path / "large", *BYTE_FLAGS)
     prefix = str(tmp_path / "large_text_document")

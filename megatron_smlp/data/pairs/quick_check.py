@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_smlp.data.pairs.content import WHOLE_BYTES
+from megatron_smlp.data.pairs.full_check import check_ids, check_index
 from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index, strip_suffix
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
@@ -11,7 +12,6 @@ from megatron_smlp.data.pairs.manifest import (
     fingerprint_of,
     sha256_of,
 )
-from megatron_smlp.data.pairs.validation import check_ids, check_index
 from megatron_smlp.errors import DataError
 
 

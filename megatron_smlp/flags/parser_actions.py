@@ -1,0 +1,31 @@
+"""Ask Megatron's parser which flags it has, which were given, and which is nearest to a word."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from megatron_smlp.command_line import did_you_mean
+from megatron_smlp.flags.check_routers import MEGATRON_ROUTER_FLAGS, TOP_K_FLAGS
+from megatron_smlp.flags.unused_flags import OTHER_LAYER_FLAGS, REFUSED
+
+
+def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Return the parser's actions by their flags, as `--num-layers`."""
+    return parser._option_string_actions
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
+    """Return the destinations of the flags that a command line names."""
+    actions = actions_of(parser)
+    flags = (word.split("=")[0] for word in argv)
+    return frozenset(actions[flag].dest for flag in flags if flag in actions)
+
+
+def nearest(parser: argparse.ArgumentParser, name: str) -> str:
+    """Return what a flag or key that does not exist may have meant, of those that can be used."""
+    refused = {*REFUSED, *OTHER_LAYER_FLAGS, *MEGATRON_ROUTER_FLAGS}.difference(TOP_K_FLAGS)
+    known = (flag for flag, action in actions_of(parser).items() if action.dest not in refused)
+    flag = "--" + name.lstrip("-").replace("_", "-")
+    hint = did_you_mean(flag, known, most=3, cutoff=0.7)
+    return hint or "`pretrain_smlp.py --help-all` lists every flag."

@@ -1,0 +1,88 @@
+"""A request on its way through the model's thread: its prompts, one after another, to `choices`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from megatron_smlp.generation.language_model import LanguageModel
+from megatron_smlp.serving.answers import Answer, logprobs_of
+from megatron_smlp.serving.requests import CompletionRequest
+from megatron_smlp.serving.sampling import Job, Token, answer, score
+
+Send = Callable[[dict[str, Any]], object]
+SAMPLING = {field.name for field in fields(Job)}
+
+
+class Work:
+    """A request on its way through the model's thread.
+
+    Args:
+        send: called with each piece of an answer as it comes; None: pieces are not wanted.
+    """
+
+    def __init__(self, lm: LanguageModel, request: CompletionRequest, send: Send | None) -> None:
+        self.lm, self.request, self.send = lm, request, send
+        self.cancelled = threading.Event()
+        self.num_new = 0
+
+    def run(self) -> list[dict[str, Any]]:
+        """Return the answers to all prompts, `n` each; to fewer if it is cancelled."""
+        choices: list[dict[str, Any]] = []
+        for number, prompt in enumerate(self.request.prompts):
+            if self.cancelled.is_set():  # nobody reads the answers, nor the scores of `echo`
+                break
+            choices += self._answers(prompt, number)
+        return choices
+
+    def _answers(self, prompt: list[int], number: int) -> list[dict[str, Any]]:
+        asked, lm = self.request, self.lm
+        first = number * asked.n
+        given = len(lm.start) if asked.is_text(number) else 0  # what was put before it is not
+        echoed = score(lm, prompt, asked.logprobs)[given:] if asked.echo else []
+        echo = lm.decode(prompt[given:]) if asked.echo else ""
+        answers = [Answer(lm, prompt, asked.stop) for _ in range(asked.n)]
+        tokens = [list(echoed) for _ in answers]
+        if asked.echo:
+            for row in range(asked.n):
+                self._send(first + row, echo, echoed, None)
+
+        def on_token(row: int, token: Token) -> bool:
+            self.num_new += 1
+            tokens[row].append(token)
+            ended = answers[row].push(token)
+            self._send(first + row, answers[row].news(ended=ended), [token], None)
+            return ended
+
+        sampling = asked.model_dump(include=SAMPLING - {"prompt"})
+        job = Job(prompt=prompt, on_token=on_token, cancelled=self.cancelled, **sampling)
+        answer(lm, job)
+        for row, one in enumerate(answers):
+            self._send(first + row, one.news(ended=True), [], one.finish_reason)
+        return [
+            self._choice(first + row, echo + one.text, tokens[row], one.finish_reason)
+            for row, one in enumerate(answers)
+        ]
+
+    def _choice(
+        self, index: int, text: str, tokens: list[Token], reason: str | None
+    ) -> dict[str, Any]:
+        """Return an answer, or a piece of one, as an entry of the API's `choices`."""
+        wanted = self.request.logprobs is not None
+        logprobs = logprobs_of(self.lm, tokens) if wanted else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _send(self, index: int, text: str, tokens: list[Token], reason: str | None) -> None:
+        if self.send and (text or reason or self.request.logprobs is not None):
+            self.send(self._choice(index, text, tokens, reason))
+
+    def usage(self) -> dict[str, int]:
+        """Return the numbers of tokens, as the API has them."""
+        num_prompt = sum(map(len, self.request.prompts))
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": self.num_new,
+            "total_tokens": num_prompt + self.num_new,
+        }
