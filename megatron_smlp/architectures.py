@@ -129,8 +129,7 @@ class SlottedLayer(TransformerLayer):
         """Megatron's norm in front of the `mlp` slot; BASE's layer is given x, and normalises."""
         if isinstance(self.mlp, ResidualRoutedMoELayer):
             return hidden_states
-        normed: Tensor = super()._forward_pre_mlp_layernorm(hidden_states)
-        return normed
+        return super()._forward_pre_mlp_layernorm(hidden_states)
 
 
 def slots_of(config: TransformerConfig, *, architecture: str | None = None) -> list[LayerSlots]:
@@ -160,7 +159,7 @@ def _mixer(
     config: TransformerConfig, slots: LayerSlots, backend: BackendSpecProvider
 ) -> ModuleSpec:
     options = options_of(config)
-    spec: ModuleSpec = load(mixer_of(slots).spec)(
+    return load(mixer_of(slots).spec)(
         config,
         backend,
         heads=slots.heads,
@@ -168,7 +167,6 @@ def _mixer(
         projection=ToeplitzProjection if options.toeplitz else SpatialProjection,
         options=options,
     )
-    return spec
 
 
 def _channel(config: TransformerConfig, slots: LayerSlots, backend: BackendSpecProvider) -> Any:

@@ -140,8 +140,7 @@ def read_config(folder: Path) -> SMLPConfig:
             f"read is {MODEL_TYPE!r}, which this tool writes, 'llama' and 'gpt2'."
         )
     with impossible(f"{folder}/config.json"):
-        config: SMLPConfig = SMLPConfig.from_dict(values)
-        return config
+        return SMLPConfig.from_dict(values)
 
 
 @contextlib.contextmanager

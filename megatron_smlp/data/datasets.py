@@ -51,8 +51,7 @@ class WatchedGPTDataset(GPTDataset):
             ChangedDataError: the pair is not what it was when the run began.
         """
         self.watch.look()
-        sample: dict[str, Any] = super().__getitem__(idx)
-        return sample
+        return super().__getitem__(idx)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
         """Megatron's, after what it names the caches by has been completed."""
@@ -64,8 +63,7 @@ class WatchedGPTDataset(GPTDataset):
         self.unique_description_hash = hashlib.md5(
             self.unique_description.encode(), usedforsecurity=False
         ).hexdigest()
-        indices: tuple[Any, Any, Any] = super()._build_document_sample_shuffle_indices()
-        return indices
+        return super()._build_document_sample_shuffle_indices()
 
 
 def build_datasets(

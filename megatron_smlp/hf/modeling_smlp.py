@@ -301,8 +301,7 @@ def project(layer: nn.Module, hidden: Tensor) -> Tensor:
         is_watched = layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer)
         if not is_watched:
             return _one_row(hidden, layer.weight, layer.bias)
-    output: Tensor = layer(hidden)
-    return output
+    return layer(hidden)
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -142,8 +142,7 @@ class AttentionFree(TokenMixer):
         groups = qkv.unflatten(-1, (-1, 3, self.group_width))
         queries, keys, values = (part.flatten(2).contiguous() for part in groups.unbind(-2))
         mixed = torch.sigmoid(queries) * self.mix(keys, values)
-        output: tuple[Tensor, Tensor | None] = self.linear_proj(mixed)
-        return output
+        return self.linear_proj(mixed)
 
     def mix(self, keys: Tensor, values: Tensor) -> Tensor:
         """keys, values: <float>[T', B, F'] -> the weighted averages, the same."""

@@ -115,10 +115,7 @@ class CausalRN(TokenMixer):
         both, _ = self.linear_fc1(hidden_states)
         a, b = (self._normalised(part) for part in both.chunk(2, dim=-1))
         mixed = self._pairwise(a, b) if self.quadratic else self._factorised(a, b)
-        output: tuple[Tensor, Tensor | None] = self.linear_fc2(
-            self._normalised(mixed).to(both.dtype)
-        )
-        return output
+        return self.linear_fc2(self._normalised(mixed).to(both.dtype))
 
     def _normalised(self, x: Tensor) -> Tensor:
         return normalised(x, eps=self.config.layernorm_epsilon, group=self.split_group)

@@ -168,5 +168,4 @@ class MaskedMixer(TokenMixer):
         if self.config.sequence_parallel:
             exchanged: Tensor = all_to_all_hp2sp(mixed, self.tp_group)
             return exchanged.view(like.shape)
-        gathered: Tensor = gather_from_tensor_model_parallel_region(mixed, self.tp_group)
-        return gathered
+        return gather_from_tensor_model_parallel_region(mixed, self.tp_group)

@@ -119,8 +119,7 @@ class MinHashProjection(MegatronModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: <int64>[B, T] -> <float>[B, T, D]."""
-        embedded: Tensor = self.proj(self.norm(self.features(ids)))
-        return embedded
+        return self.proj(self.norm(self.features(ids)))
 
     def features(self, ids: Tensor) -> Tensor:
         """ids: <int64>[B, T] -> <float>[B, T, (w+1) m], the counters of the window's tokens."""

@@ -123,8 +123,7 @@ def normalised(
     centred_x = centred(wide, group)
     features = x.shape[-1] * group.size()
     var = SumOverGroup.apply(centred_x.square().sum(-1, keepdim=True), group) / features
-    split: Tensor = centred_x * torch.rsqrt(var + eps)
-    return split
+    return centred_x * torch.rsqrt(var + eps)
 
 
 def centred(x: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
@@ -132,8 +131,7 @@ def centred(x: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
     if group is None:
         return x - x.mean(-1, keepdim=True)
     features = x.shape[-1] * group.size()
-    rest: Tensor = x - SumOverGroup.apply(x.sum(-1, keepdim=True), group) / features
-    return rest
+    return x - SumOverGroup.apply(x.sum(-1, keepdim=True), group) / features
 
 
 class SumOverGroup(torch.autograd.Function):

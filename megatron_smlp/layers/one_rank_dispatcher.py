@@ -63,8 +63,7 @@ class OneRankDispatcher(MoEAlltoAllTokenDispatcher):
     ) -> Tensor | None:
         if isinstance(self.num_out_tokens, int):
             return tokens_per_expert
-        answer: Tensor | None = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
-        return answer
+        return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
 
     def dispatch_postprocess(
         self, global_input_tokens: Tensor, global_probs: Tensor
@@ -79,8 +78,7 @@ class OneRankDispatcher(MoEAlltoAllTokenDispatcher):
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
         """Return the outputs of the experts at the places of their tokens, <float>[.., D]."""
         if self.order is None or self.places is None:
-            answer: Tensor = super().combine_postprocess(permutated_local_input_tokens)
-            return answer
+            return super().combine_postprocess(permutated_local_input_tokens)
         output = permuted(permutated_local_input_tokens, self.places, self.order, dim=0)
         self.order = self.places = None
         return output.view(self.hidden_shape)

@@ -13,8 +13,7 @@ def permuted(x: Tensor, order: Tensor, inverse: Tensor, *, dim: int) -> Tensor:
 
     x: <float>[.., R, ..], R at `dim`; order: <int64>[R], a permutation, and its inverse.
     """
-    answer: Tensor = _Permuted.apply(x, order, inverse, dim)
-    return answer
+    return _Permuted.apply(x, order, inverse, dim)
 
 
 class _Permuted(Function):

@@ -291,8 +291,7 @@ class SpatialGating(TokenMixer):
             gated = tensor_parallel.checkpoint(self.gate, False, u, attended)
         else:
             gated = self.gate(u, attended)
-        output: tuple[Tensor, Tensor | None] = self.linear_fc2(gated)
-        return output
+        return self.linear_fc2(gated)
 
     def gate(self, u: Tensor, attended: Tensor | None = None) -> Tensor:
         """u: <float>[T', B, 2 F'], before the GELU; attended: <float>[T', B, F'], added to g.

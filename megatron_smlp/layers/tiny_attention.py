@@ -104,8 +104,7 @@ class TinyAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         with self._same_on_all_ranks() if dropout else contextlib.nullcontext():
             attended = attend(q, k, v, dropout=dropout, training=self.training)
-        projected: Tensor = self.linear_proj(attended.squeeze(1).transpose(0, 1))
-        return projected
+        return self.linear_proj(attended.squeeze(1).transpose(0, 1))
 
     def _same_on_all_ranks(self) -> contextlib.AbstractContextManager[None]:
         """Draw as the other ranks do, which hold the same head: under sequence parallelism Megatron
@@ -113,7 +112,4 @@ class TinyAttention(nn.Module):
         if not self.config.sequence_parallel:
             return contextlib.nullcontext()
         tracker = tensor_parallel.get_cuda_rng_tracker()
-        same: contextlib.AbstractContextManager[None] = tracker.fork(
-            tensor_parallel.get_data_parallel_rng_tracker_name()
-        )
-        return same
+        return tracker.fork(tensor_parallel.get_data_parallel_rng_tracker_name())

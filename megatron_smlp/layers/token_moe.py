@@ -91,10 +91,7 @@ class ResidualRoutedMoELayer(MoELayer):
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Hand h to the dispatcher, after the routing; hidden_states: <float>[T or T / TP, B, D]"""
-        answer: tuple[Tensor, Tensor] = super().preprocess(
-            self.norm(hidden_states), probs, routing_map
-        )
-        return answer
+        return super().preprocess(self.norm(hidden_states), probs, routing_map)
 
 
 def _has_capacity(config: TransformerConfig) -> bool:
@@ -157,10 +154,7 @@ class Experts(SequentialMLP):
         if not config.gated_linear_unit:
             return activate(hidden)
         if config.bias_activation_fusion and activate is functional.silu:
-            fused: Tensor = bias_swiglu_impl(
-                hidden, None, config.activation_func_fp8_input_store, False
-            )
-            return fused
+            return bias_swiglu_impl(hidden, None, config.activation_func_fp8_input_store, False)
         gate, linear = hidden.chunk(2, dim=-1)
         if (limit := config.activation_func_clamp_value) is not None:
             gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)

@@ -96,8 +96,7 @@ def gated_mix(
     experts, scales, prefix = routing or (None, None, 0)
     if experts is not None and scales is not None:
         experts, scales = experts.contiguous(), scales.contiguous()
-    result: Tensor = _GatedMix.apply(u1, values, weight, bias, added, experts, scales, prefix)
-    return result
+    return _GatedMix.apply(u1, values, weight, bias, added, experts, scales, prefix)
 
 
 def gelu_gate(
@@ -114,8 +113,7 @@ def gelu_gate(
     """
     u1, u2 = u.chunk(2, dim=-1)
     _check_shapes(u1, u2, weight, bias, added)
-    result: Tensor = _GeluGate.apply(u, *norm, weight, bias, added)
-    return result
+    return _GeluGate.apply(u, *norm, weight, bias, added)
 
 
 def gated_mix_reference(

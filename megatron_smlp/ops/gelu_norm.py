@@ -38,8 +38,7 @@ def gelu_norm(
     Returns <float>[T, B, K] of the inputs' dtype and <fp32>[T, B, H]. Statistics are in fp32.
     Differentiable once.
     """
-    answer: tuple[Tensor, Tensor] = _GeluNorm.apply(inputs, weight, bias, heads, eps)
-    return answer
+    return _GeluNorm.apply(inputs, weight, bias, heads, eps)
 
 
 class _GeluNorm(torch.autograd.Function):

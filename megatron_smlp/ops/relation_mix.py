@@ -80,8 +80,7 @@ def relation_mix(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
 
     What lies above the diagonal of r is not read into a result; its gradient is zero.
     """
-    mixed: Tensor = _RelationMix.apply(a, b, r)
-    return mixed
+    return _RelationMix.apply(a, b, r)
 
 
 def relation_mix_reference(a: Tensor, b: Tensor, r: Tensor) -> Tensor:

@@ -47,8 +47,7 @@ class _RunningAverage(torch.autograd.Function):
 
 def running_average(keys: Tensor, values: Tensor) -> Tensor:
     """keys, values: <float>[T, ...], |k| up to 700 -> <float>[T, ...], the precision of values."""
-    average: Tensor = _RunningAverage.apply(keys, values)
-    return average
+    return _RunningAverage.apply(keys, values)
 
 
 class _LogRunningMean(torch.autograd.Function):
@@ -74,5 +73,4 @@ def _counts(like: Tensor) -> Tensor:
 
 def log_running_mean(exponents: Tensor) -> Tensor:
     """exponents: <float>[T, ...], |b| up to 700 -> <float>[T, ...], the same precision."""
-    mean: Tensor = _LogRunningMean.apply(exponents)
-    return mean
+    return _LogRunningMean.apply(exponents)

@@ -329,8 +329,7 @@ def _gathering_parts(gather: Callable[..., Any]) -> Callable[..., Any]:
         input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         if output_split_sizes is None:
-            plain: torch.Tensor = gather(input_, group, None, *args, **kwargs)
-            return plain
+            return gather(input_, group, None, *args, **kwargs)
         output = input_.new_empty((sum(output_split_sizes), *input_.shape[1:]))
         for rank, part in enumerate(output.split(output_split_sizes)):
             if rank == group.rank():
@@ -347,8 +346,7 @@ def _reducing_parts(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
         input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         if input_split_sizes is None:
-            plain: torch.Tensor = reduce_scatter(input_, group, None, *args, **kwargs)
-            return plain
+            return reduce_scatter(input_, group, None, *args, **kwargs)
         parts = input_.contiguous().clone().split(input_split_sizes)
         for rank, part in enumerate(parts):
             torch.distributed.reduce(part, group=group, group_dst=rank)

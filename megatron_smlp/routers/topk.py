@@ -37,8 +37,7 @@ class TopKTokenRouter(TokenRouter):
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See TokenRouter.forward: here Megatron's own is the one that routes."""
-        answer: tuple[Tensor, Tensor] = TopKRouter.forward(self, input, padding_mask)
-        return answer
+        return TopKRouter.forward(self, input, padding_mask)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route, and count; logits: <fp32>[T or T / TP, B, E]."""
@@ -46,8 +45,7 @@ class TopKTokenRouter(TokenRouter):
             with torch.no_grad():
                 of_group = self.of_group(logits.detach().flatten(0, 1))
                 self.count(self.choose(of_group), of_group, padding_mask)
-        answer: tuple[Tensor, Tensor] = TopKRouter.routing(self, logits, padding_mask)
-        return answer
+        return TopKRouter.routing(self, logits, padding_mask)
 
     def choose(self, scores: Tensor) -> Choices:
         """Return the k experts of each token, that of the largest weight first."""
@@ -63,12 +61,11 @@ class TopKTokenRouter(TokenRouter):
         """Return the balance loss over all k choices, not only the first."""
         chosen, shares = compute_routing_scores_for_aux_loss(scores, self.topk, self.score_function)
         loads = chosen.float().sum(dim=0) / max(1, len(scores) * self.topk)
-        loss: Tensor = self.num_experts * (loads * shares.mean(dim=0)).sum()
-        return loss
+        return self.num_experts * (loads * shares.mean(dim=0)).sum()
 
     def _top(self, scores: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights <fp32>[N, k] and experts <int64>[N, k]; `wanted`: of these instead."""
-        answer: tuple[Tensor, Tensor] = topk_routing_with_score_function(
+        return topk_routing_with_score_function(
             scores,
             self.topk,
             use_pre_softmax=self.config.moe_router_pre_softmax,
@@ -78,4 +75,3 @@ class TopKTokenRouter(TokenRouter):
             dense_output=True,
             precomputed_indices=wanted,
         )
-        return answer

@@ -132,8 +132,7 @@ def _build(
             setattr(config, name, kept)
     if args.mock_data:
         builder = BlendedMegatronDatasetBuilder(MockGPTDataset, num_samples, on_rank, config)
-        mocked: list[Any] = builder.build()
-        return mocked
+        return builder.build()
     try:
         return build_datasets(
             num_samples,
@@ -196,8 +195,7 @@ def experts_of_training_data(args: argparse.Namespace) -> Tensor:
     if args.rank == 0:
         table = balanced_table(mixture(blend, counts.cpu().numpy()), num_experts=args.num_experts)
         table = torch.from_numpy(table)
-    experts: Tensor = from_first_rank(table)
-    return experts
+    return from_first_rank(table)
 
 
 def may_be_padded(args: argparse.Namespace) -> bool:

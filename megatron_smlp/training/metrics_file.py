@@ -37,8 +37,7 @@ class MetricsFile:
             with self.lost.tolerated():
                 write_durably(self.path, after)
         records = map(json.loads, reversed(kept))  # Those of restarts have no wall time.
-        last: dict[str, Any] = next((each for each in records if "wall_seconds" in each), {})
-        return last
+        return next((each for each in records if "wall_seconds" in each), {})
 
     def newest(self) -> tuple[int, float | None]:
         """Return the last iteration that was logged, 0 for none, and the seconds since, by the

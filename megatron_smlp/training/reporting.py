@@ -286,8 +286,7 @@ class Reporter:
 
     def _tokens(self) -> int:
         """Return the tokens of training since the run began."""
-        tokens: int = self.args.consumed_train_samples * self.args.seq_length
-        return tokens
+        return self.args.consumed_train_samples * self.args.seq_length
 
     def _progress(self) -> dict[str, float]:
         """Return the progress of the run, in all that a curve may be drawn against."""
@@ -404,8 +403,7 @@ def _numbers(losses: dict[str, torch.Tensor]) -> dict[str, float]:
     numbers = {name: float(value) for name, value in losses.items()}
     if mpu.get_pipeline_model_parallel_world_size() == 1:
         return numbers
-    last: dict[str, float] = from_rank(numbers, torch.distributed.get_world_size() - 1)
-    return last
+    return from_rank(numbers, torch.distributed.get_world_size() - 1)
 
 
 def perplexity(loss: float) -> float:

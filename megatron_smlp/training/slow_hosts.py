@@ -164,8 +164,7 @@ def _gathered(*numbers: float) -> list[list[float]]:
     mine = torch.tensor(numbers, dtype=torch.float32, device=get_device())
     ranks = mine.new_empty(torch.distributed.get_world_size(), len(numbers))
     torch.distributed.all_gather(list(ranks), mine)
-    found: list[list[float]] = ranks.T.tolist()
-    return found
+    return ranks.T.tolist()
 
 
 def _ratio(seconds: dict[int, float]) -> float:

@@ -145,8 +145,7 @@ class _Worker:
             _send_chunk(self.connection, chunk)
         except OSError:
             raise self._death(place) from None
-        encoded: EncodedChunk = self._receive(place)
-        return encoded
+        return self._receive(place)
 
     def _receive(self, place: str) -> Any:
         try:
