@@ -147,13 +147,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_folder(folder: Path, *, suffix: str = ".deleted") -> None:
+def remove_folder(folder: Path) -> None:
     """Remove a folder so that a crash never leaves a part of it under its name.
 
     Raises:
         OSError: it could not be renamed. What cannot be deleted after that stays, renamed.
     """
-    aside = folder.with_name(f".{folder.name.lstrip('.')}{suffix}")
+    aside = folder.with_name(f".{folder.name.lstrip('.')}.deleted")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)

@@ -8,7 +8,7 @@ time, so that memory holds what one tensor needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,6 @@ def account(
     expected: Mapping[str, tuple[int, ...]],
     *,
     where: str,
-    allowed_to_drop: Iterable[str] = (),
 ) -> dict[str, Spec]:
     """Check that a plan uses every source tensor and makes every expected one, in its shape.
 
@@ -50,7 +49,6 @@ def account(
         source: what there is to read.
         expected: names and shapes that the target model has.
         where: what the source is, for messages.
-        allowed_to_drop: source tensors that need not be used.
 
     Returns:
         names, shapes and dtypes of the new tensors, in the plan's order.
@@ -69,7 +67,7 @@ def account(
     if missing:
         raise UsageError(f"{where} lacks what {_some(missing)} could be made of.")
     used = {name for recipe in plan.values() for name in recipe.sources}
-    unknown = sorted(set(source) - used - set(allowed_to_drop))
+    unknown = sorted(set(source) - used)
     if unknown:
         raise UsageError(f"{where} holds {_some(unknown)}, which this model does not know.")
     specs = {target: _outcome(target, recipe, source, where) for target, recipe in plan.items()}
@@ -94,9 +92,9 @@ def _outcome(target: str, recipe: Recipe, source: Mapping[str, Spec], where: str
         ) from error
 
 
-def _some(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 class Converted:

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from megatron_smlp.layers.permuting import permuted
 from megatron_smlp.layers.projections import await_parameters
-from megatron_smlp.layers.spatial_gating import SpatialGating, SpatialProjection, gating_spec
+from megatron_smlp.layers.spatial_gating import SpatialGating, gating_spec
 from megatron_smlp.ops.gated_mix import Routing, gated_mix
 from megatron_smlp.ops.gelu_norm import gelu_norm
 from megatron_smlp.routers.prefix import Choice, PrefixRouter
@@ -93,13 +93,8 @@ class PartialFeatureMoE(SpatialGating):
     def shares_spatial(self) -> bool:
         return True
 
-    def _spatial(self, num_matrices: int, length: int) -> SpatialProjection:
-        return self.projection(
-            self.num_experts,
-            length=length,
-            dtype=self.config.params_dtype,
-            initialize=self.config.perform_initialization,
-        )
+    def _num_matrices(self, num_heads: int) -> int:
+        return self.num_experts
 
     def gate(self, u: Tensor, attended: Tensor | None = None) -> Tensor:
         """See the base class; nothing is attended here."""

@@ -22,6 +22,7 @@ share of a rank.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from megatron.core import tensor_parallel
@@ -103,28 +104,16 @@ class MaskedMixer(TokenMixer):
         super().__init__(config, layer_number, pg_collection)
         self.head_is_split = num_heads == 1 and self.tp_group.size() > 1
         wide = math.sqrt(3 / sequence_length) if expansion else None
-        self.spatial = self._spatial(projection, num_heads, sequence_length, bound=wide)
+        build = partial(
+            projection.of_rank, self, num_heads, sequence_length, is_shared=self.head_is_split
+        )
+        self.spatial = build(bias=0.0, bound=wide)
         self.spatial_out: SpatialProjection | None = None
         if expansion:
-            self.spatial_out = self._spatial(projection, num_heads, sequence_length)
+            self.spatial_out = build(bias=0.0)
         if not self.head_is_split:
             for parameter in self.parameters():
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
-
-    def _spatial(
-        self, projection: type[SpatialProjection], heads: int, length: int, **init: Any
-    ) -> SpatialProjection:
-        local = 1 if self.head_is_split else heads // self.tp_group.size()
-        return projection(
-            local,
-            length=length,
-            dtype=self.config.params_dtype,
-            first_head=0 if self.head_is_split else self.tp_group.rank() * local,
-            total_heads=heads,
-            initialize=self.config.perform_initialization,
-            bias=0.0,
-            **init,
-        )
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any

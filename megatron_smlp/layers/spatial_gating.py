@@ -118,6 +118,22 @@ class SpatialProjection(nn.Module):
         if initialize:
             self._draw(first_head, total_heads or num_heads, bound or 1e-3 / length)
 
+    @classmethod
+    def of_rank(
+        cls, mixer: TokenMixer, heads: int, length: int, *, is_shared: bool, **init: Any
+    ) -> SpatialProjection:
+        """Build M and b of a rank's heads, or of all heads where every rank needs them all."""
+        local = heads if is_shared else heads // mixer.tp_group.size()
+        return cls(
+            local,
+            length=length,
+            dtype=mixer.config.params_dtype,
+            first_head=0 if is_shared else mixer.tp_group.rank() * local,
+            total_heads=heads,
+            initialize=mixer.config.perform_initialization,
+            **init,
+        )
+
     def _shapes(self, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of one head's M and b."""
         return (length, length), (length,)
@@ -245,7 +261,9 @@ class SpatialGating(TokenMixer):
             dtype=config.params_dtype,
             group=self.tp_group if self.head_is_split else None,
         )
-        self.spatial = self._spatial(num_heads, sequence_length)
+        self.spatial = self.projection.of_rank(
+            self, self._num_matrices(num_heads), sequence_length, is_shared=self.shares_spatial
+        )
         self.linear_fc2 = row_projection(
             submodules.linear_fc2, config, gate_width, name="fc2", tp_group=self.tp_group
         )
@@ -265,17 +283,8 @@ class SpatialGating(TokenMixer):
         """Return whether every rank of the TP group holds all M and b."""
         return self.head_is_split
 
-    def _spatial(self, num_matrices: int, length: int) -> SpatialProjection:
-        """M and b: those of this rank's heads, or all of them where every rank needs them all."""
-        local = num_matrices if self.shares_spatial else self.local_heads
-        return self.projection(
-            local,
-            length=length,
-            dtype=self.config.params_dtype,
-            first_head=0 if self.shares_spatial else self.tp_group.rank() * local,
-            total_heads=num_matrices,
-            initialize=self.config.perform_initialization,
-        )
+    def _num_matrices(self, num_heads: int) -> int:
+        return num_heads
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any

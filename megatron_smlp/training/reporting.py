@@ -43,7 +43,6 @@ from megatron_smlp.training.router_report import (
 from megatron_smlp.training.slow_hosts import SlowHosts
 from megatron_smlp.training.speed import (
     StepClock,
-    WallClock,
     device_peak_tflops,
     duration,
     speed_fields,
@@ -104,7 +103,8 @@ class Reporter:
         self.metrics = MetricsFile(args.log_dir) if self.first_rank else None
         self.peak_tflops = args.peak_tflops or device_peak_tflops()
         self.clock = StepClock()
-        self.wall = WallClock()
+        self.began = time.perf_counter()
+        """When it would have begun to step if it had never been interrupted."""
         self.last_saved: int | None = None
         self.validated_at: int | None = None
         """Iteration of a validation that an earlier start has logged; Megatron makes it again."""
@@ -162,7 +162,7 @@ class Reporter:
             self.say(f"resumed from iteration {iteration} of {load}{began}")
             self._end_if_complete(iteration)
             tensorboard.forget_after(iteration)
-        self.wall.restart(before=last.get("wall_seconds", 0.0))
+        self.began = time.perf_counter() - last.get("wall_seconds", 0.0)
 
     def ready(self) -> None:
         """Start the clock of the steps, when all ranks have their data too."""
@@ -184,16 +184,17 @@ class Reporter:
         else:
             return
         self.say(f"nothing is left to train: {what}")
-        if not self.args.skip_train and from_first_rank(self._is_validated(iteration)):
+        if self.args.skip_train:  # which asks for the validation
+            return
+        if self.metrics and self.metrics.holds("validation_", iteration=iteration):
+            self.validated_at = iteration
+        if from_first_rank(self._is_evaluated(iteration)):
             self.is_complete = True
             raise SystemExit(0)
 
-    def _is_validated(self, iteration: int) -> bool:
-        """Return whether nothing is left to evaluate either."""
+    def _is_evaluated(self, iteration: int) -> bool:
         if not self.metrics or not self.args.eval_iters:
             return bool(self.metrics)
-        if self.metrics.holds("validation_", iteration=iteration):
-            self.validated_at = iteration
         is_tested = self.metrics.holds("test_", iteration=iteration)
         return self.validated_at is not None and (is_tested or not has_data(self.args, "test"))
 
@@ -294,7 +295,7 @@ class Reporter:
             "consumed_samples": self.args.consumed_train_samples,
             "consumed_tokens": self._tokens(),
             **self.compute.spent(self._tokens()),
-            "wall_seconds": self.wall.seconds(),
+            "wall_seconds": time.perf_counter() - self.began,
         }
 
     def _speed(self, iteration: int, flops_per_token: float) -> dict[str, float | None]:

@@ -79,20 +79,6 @@ def speed_fields(
     }
 
 
-class WallClock:
-    """Wall time of the run with all that it does once it is built, summed over its restarts."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self, *, before: float = 0.0) -> None:
-        """before: seconds that the run had taken up to the checkpoint that it goes on from."""
-        self.start = time.perf_counter() - before
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-
 def duration(seconds: float) -> str:
     """1h02m, 3m20s, 12s."""
     minutes, rest = divmod(round(seconds), 60)

@@ -134,10 +134,10 @@ def refuse_existing(prefixes: Iterable[str], *, output_prefix: str, why: str = "
             )
 
 
-def in_parts(array: NDArray[Any], items: int = COPY_ITEMS) -> Iterator[NDArray[Any]]:
-    """Cut `array` into views of at most `items` entries, to keep memory flat."""
-    for start in range(0, len(array), items):
-        yield array[start : start + items]
+def in_parts(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Cut `array` into views of at most COPY_ITEMS entries, to keep memory flat."""
+    for start in range(0, len(array), COPY_ITEMS):
+        yield array[start : start + COPY_ITEMS]
 
 
 def open_index(prefix: str) -> Index:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron_smlp.data.pairs.content import WHOLE_BYTES
-from megatron_smlp.data.pairs.full_check import check_ids, check_index
+from megatron_smlp.data.pairs.full_check import check_ids, require_sound_index
 from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index, strip_suffix
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
@@ -20,7 +20,6 @@ def verify_for_training(
     tokenizer_identity: str | None = None,
     *,
     vocab_size: int | None = None,
-    override_flag: str = "--allow-tokenizer-mismatch",
 ) -> None:
     """Refuse a dataset that training would misread.
 
@@ -33,7 +32,6 @@ def verify_for_training(
         tokenizer_identity: `tokenizers.identity_from_arguments(args)` of the training run; None
             skips the comparison of vocabularies.
         vocab_size: entries of the training vocabulary, before padding; None skips the check.
-        override_flag: the training flag that the message names as the way around a mismatch.
 
     Raises:
         DataError: (a ValueError) missing or damaged files, changed since they were written,
@@ -42,16 +40,12 @@ def verify_for_training(
     index = open_index(strip_suffix(prefix))
     if index.num_sequences == 0:
         raise DataError(f"the dataset {prefix!r} holds no tokens; preprocess a corpus with text")
-    for finding in check_index(index):
-        if finding.problem:
-            raise DataError(
-                f"{idx_path(index.prefix)} is damaged: {finding.problem}; preprocess again"
-            )
+    require_sound_index(index)
     found = find_manifest(index.prefix)
     if found is not None:
         path, manifest = found
         _check_unchanged(index, manifest, path)
-        _check_tokenizer(index, manifest, path, tokenizer_identity, override_flag)
+        _check_tokenizer(index, manifest, path, tokenizer_identity)
     if vocab_size is not None:
         _check_vocabulary(index, found[1] if found else None, vocab_size)
 
@@ -79,9 +73,7 @@ def _same_bytes(index: Index, pair: PairRecord) -> bool:
     return is_long or sha256_of(bin_path(index.prefix)) == pair.bin_sha256
 
 
-def _check_tokenizer(
-    index: Index, manifest: Manifest, path: Path, identity: str | None, override_flag: str
-) -> None:
+def _check_tokenizer(index: Index, manifest: Manifest, path: Path, identity: str | None) -> None:
     written = manifest.tokenizer
     if identity is None or written.identity is None or identity == written.identity:
         return
@@ -89,7 +81,7 @@ def _check_tokenizer(
         f"the dataset {index.prefix!r} was written with another tokenizer ({written.type}, "
         f"{written.vocab_size} entries, vocabulary {written.identity[:12]}) than this run has "
         f"(vocabulary {identity[:12]}), see {path}; give the same tokenizer, preprocess again, "
-        f"or pass {override_flag} if the ids mean the same"
+        "or pass --allow-tokenizer-mismatch if the ids mean the same"
     )
 
 
