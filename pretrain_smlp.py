@@ -21,7 +21,7 @@ from megatron_smlp.training.signals import StartUp
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run a command line: parse -> patch -> observe -> pretrain."""
+    """Run a command line: patch -> parse -> check the data -> observe -> pretrain."""
     if answered(argv):  # --help, --version
         return
     choice.choose(argv)

@@ -1,8 +1,8 @@
 """One writer in a folder of checkpoints: a claim with a number, a heartbeat, and a fence.
 
-A run's first rank holds `.writer-000007`, where 7 is its attempt: one more than that of the one
-before. The highest number owns the folder. A number is taken by linking a finished file to a name
-that must be free, which a file system does once, also a shared one.
+`.writer-000007` is held by the first rank of the folder's seventh attempt: each attempt takes the
+next number, and the highest owns the folder. A number is taken by linking a finished file to a name
+that must be free, which also a shared file system lets only one process do.
 
 Whether another owner is alive is not judged by clocks, which differ between machines, but by its
 process, where that is on this machine, and else by watching its heartbeat for LIFETIME.
@@ -48,10 +48,10 @@ class Owner:
     """Identifies the machine's boot and the process namespace; where it is the same, the owner's
     process can be looked up."""
     started: str
-    """When the process was started, in the kernel's ticks: numbers of processes come again."""
+    """When the process was started, in the kernel's ticks: process ids are reused."""
     beat: int = 0
     iteration: int = 0
-    """The last one that was trained, as of this beat."""
+    """The last iteration that was trained, as of this beat."""
     outcome: str = ""
     """How it ended, DONE or FAILED; empty while it has not."""
 
@@ -64,7 +64,7 @@ class Owner:
             host=socket.gethostname(),
             process=process,
             kernel=_kernel(),
-            started=_started(process),
+            started=_start_ticks(process),
         )
 
     def is_gone(self) -> bool | None:
@@ -73,7 +73,7 @@ class Owner:
             return True
         if self.kernel != _kernel() or not self.kernel:
             return None
-        return _started(self.process) != self.started
+        return _start_ticks(self.process) != self.started
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}"
@@ -87,8 +87,8 @@ def _kernel() -> str:
         return ""
 
 
-def _started(process: int) -> str:
-    """Empty where there is no such process, or it has ended and waits to be collected."""
+def _start_ticks(process: int) -> str:
+    """Return when a process started; "" where it has ended, also where it is not collected."""
     try:
         text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -98,12 +98,12 @@ def _started(process: int) -> str:
 
 
 @dataclass(frozen=True)
-class Before:
+class PreviousOwner:
     """What the last owner left behind, for the record of a restart."""
 
     iteration: int
     seconds: float
-    """Since it last wrote its claim, by the clock of the file system."""
+    """Seconds since it last wrote its claim, by the clock of the file system."""
     failed: bool
 
 
@@ -122,9 +122,9 @@ class Claim:
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self.folder, self.say = folder, say
         self.owner = Owner.here()
-        self.before: Before | None = None
+        self.before: PreviousOwner | None = None
         self.iteration = 0
-        """The last one that was trained, for the heartbeat to tell."""
+        """The last iteration that was trained; the heartbeat writes it down."""
         self.is_lost = False
         """Whether the heartbeat has found another owner."""
         self.number = self._take()
@@ -134,7 +134,7 @@ class Claim:
 
     @property
     def path(self) -> Path:
-        """Its file."""
+        """The claim's file."""
         return _path(self.folder, self.number)
 
     def _take(self) -> int:
@@ -162,7 +162,7 @@ class Claim:
         mean that its owner is dead.
 
         Raises:
-            UsageError: it beats.
+            UsageError: the owner is alive.
         """
         deadline = time.monotonic() + LIFETIME
         while time.monotonic() < deadline:
@@ -198,14 +198,14 @@ class Claim:
             return False
         return True
 
-    def _look_back(self, number: int, owner: Owner) -> Before:
+    def _look_back(self, number: int, owner: Owner) -> PreviousOwner:
         """Compare two files' times, both of the file system's clock."""
         try:
             now = _path(self.folder, number + 1).stat().st_mtime
             then = _path(self.folder, number).stat().st_mtime
         except OSError:
             now = then = 0.0
-        return Before(owner.iteration, max(0.0, now - then), owner.outcome != DONE)
+        return PreviousOwner(owner.iteration, max(0.0, now - then), owner.outcome != DONE)
 
     def _beat(self) -> None:
         while not self.done.wait(INTERVAL):

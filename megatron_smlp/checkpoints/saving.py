@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_smlp.checkpoints import integrity, retention
-from megatron_smlp.checkpoints.claim import DONE, FAILED, Before, Claim
+from megatron_smlp.checkpoints.claim import DONE, FAILED, Claim, PreviousOwner
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
     iteration_of,
@@ -52,7 +52,7 @@ class Listener(Protocol):
 
     def saved(self, *, iteration: int, seconds: float) -> None: ...
 
-    def found(self, before: Before) -> None:
+    def found(self, before: PreviousOwner) -> None:
         """Take note of what the last run in this folder left; on rank 0 only."""
 
 

@@ -1,4 +1,4 @@
-"""The third phase: refusals. Nothing here assigns to the namespace.
+"""The third phase: refusals, on a namespace that cannot be assigned to.
 
 Each names the flag, its value, what is allowed and what to do. Megatron stops at most of these with
 an assertion that names no flag, some of them after minutes, and takes others in silence.
@@ -73,11 +73,10 @@ def _check_saving(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--keep-every {args.keep_every} without --keep-last deletes nothing: give both."
         )
-
     if args.ckpt_format != "torch_dist" and (args.keep_last or args.keep_every):
         raise UsageError(
-            f"--keep-last and --save-retain-interval with --ckpt-format {args.ckpt_format} would "
-            "delete nothing: leave them out, or --ckpt-format."
+            "--keep-last, --keep-every and --save-retain-interval delete nothing with "
+            f"--ckpt-format {args.ckpt_format}: leave them out, or --ckpt-format."
         )
 
 

@@ -1,4 +1,4 @@
-"""Is this a run that can start? Ranges, schedule, batch, processes."""
+"""Is this a run that can start? Ranges, schedule, names of files and services, the machine."""
 
 from __future__ import annotations
 

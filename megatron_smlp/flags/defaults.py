@@ -1,14 +1,16 @@
 """The second phase: defaults that depend on other flags, on the machine or on the checkpoint.
 
 A flag that was given is kept; values that cannot be kept are refused in the third phase, none is
-here. This is the only place that assigns to the namespace, but for Megatron's own validation.
+here. What a CPU needs is the platform's: cpu.set_flags.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
+from typing import Any
 
 from megatron_smlp.checkpoints.folders import is_same_folder, tracked_folder
 from megatron_smlp.checkpoints.model_record import read_model_flags
@@ -44,7 +46,7 @@ def _fill_in_layers(args: argparse.Namespace) -> None:
     given = args.explicit_flags
     if args.spec in SPECS and "architecture" not in given:
         args.architecture = args.spec[1]
-    # Samples bring no mask. A step of --iterations-to-skip would wait for one.
+    # Samples carry no mask, and a step of --iterations-to-skip would wait for one.
     args.create_attention_mask_in_dataloader = False
     if "transformer_impl" not in given and not _has("transformer_engine"):
         args.transformer_impl = "local"
@@ -102,14 +104,14 @@ def _fill_in_token_router(args: argparse.Namespace) -> None:
 
 
 def _fill_in_schedule(args: argparse.Namespace) -> None:
-    # A step reads one sample or more, so that the run's end comes before this interval's.
-    never = args.train_iters or args.train_samples
+    # Not less than the number of steps, each of which reads a sample or more.
+    last_step = args.train_iters or args.train_samples
     if args.eval_iters and not args.eval_interval and "eval_iters" not in args.explicit_flags:
         args.eval_iters = 0  # Megatron's default without an interval to use it at
     if not args.eval_iters:
-        args.eval_interval = args.eval_interval or never  # Megatron divides by it
+        args.eval_interval = args.eval_interval or last_step  # Megatron divides by it
     if args.save and not args.save_interval:
-        args.save_interval = never  # once, at the end; Megatron insists on a number
+        args.save_interval = last_step  # once, at the end; Megatron insists on a number
     if not args.use_checkpoint_opt_param_scheduler:
         # Megatron would stop with a traceback where a checkpoint has another --lr or --train-iters.
         args.override_opt_param_scheduler = True
@@ -151,36 +153,44 @@ FIRST_START = {
     "override_ckpt_iteration": None,
     "no_resume": False,
 }
-"""Flags about the first checkpoint that a command loads, and their defaults, which hold where it
-goes on from what it has left in --save."""
+"""Flags about the first start of a command, and the values that replace them once --save has a
+checkpoint of its own."""
 
 
 def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
-    """Choose what is loaded, and keep what that has of flags which the command line leaves out."""
-    is_save_folder = is_same_folder(args.load, args.save)
-    resumes = args.save and not (is_save_folder or args.no_resume) and tracked_folder(args.save)
-    if (goes_on := _goes_on(args)) or resumes:
-        if goes_on or args.load:
-            vars(args).update(FIRST_START)
-        args.load = args.save  # what an earlier start left
-    elif is_save_folder and not args.exit_on_missing_checkpoint and not tracked_folder(args.load):
-        args.load = None  # as launchers give it; this is the first start
+    """Choose the checkpoint, and take from it what the command line leaves out."""
+    _choose_checkpoint(args)
     recorded = read_model_flags(args.load, args.ckpt_step) if args.load else {}
     _keep_padding(args, recorded.get("padded_vocab_size"))
-    args.kept_flags = []
-    for name, facts in OUR_FLAGS.items():
-        # Checkpoints that are older than such a flag of their router mean something else by it.
-        is_old = facts.older is not NEVER_OLDER and args.token_router in facts.token_routers
-        there = recorded.get(name, getattr(args, name))
-        if is_old and name not in args.explicit_flags and there != getattr(args, name):
-            setattr(args, name, there)
-            args.kept_flags.append(f"{flag_of(name)} {there}")
+    _keep_older_meanings(args, recorded)
     has_data = any(getattr(args, name) for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS))
     if args.hash_table == BALANCED and (args.load or not has_data):
         args.hash_table = None  # the checkpoint has one; or there is nothing to count
 
 
-def _goes_on(args: argparse.Namespace) -> bool:
+def _choose_checkpoint(args: argparse.Namespace) -> None:
+    is_save_folder = is_same_folder(args.load, args.save)
+    resumes = args.save and not (is_save_folder or args.no_resume) and tracked_folder(args.save)
+    if (is_restart := _is_automatic_restart(args)) or resumes:
+        if is_restart or args.load:
+            vars(args).update(FIRST_START)
+        args.load = args.save  # what an earlier start left
+    elif is_save_folder and not args.exit_on_missing_checkpoint and not tracked_folder(args.load):
+        args.load = None  # as launchers give it; this is the first start
+
+
+def _keep_older_meanings(args: argparse.Namespace, recorded: Mapping[str, Any]) -> None:
+    """Keep what a checkpoint means that is older than a flag of its router."""
+    args.kept_flags = []
+    for name, facts in OUR_FLAGS.items():
+        is_old = facts.older is not NEVER_OLDER and args.token_router in facts.token_routers
+        there = recorded.get(name, getattr(args, name))
+        if is_old and name not in args.explicit_flags and there != getattr(args, name):
+            setattr(args, name, there)
+            args.kept_flags.append(f"{flag_of(name)} {there}")
+
+
+def _is_automatic_restart(args: argparse.Namespace) -> bool:
     """Return whether a launcher, or Slurm, starts this command again and it has saved something.
 
     Flags of one start (--ckpt-step 4000, --no-resume) have been obeyed then; obeyed again, they

@@ -1,4 +1,4 @@
-"""The namespace of flags, which refuses assignment once its defaults are filled in."""
+"""The namespace of flags, which refuses assignment while it is checked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Arguments(argparse.Namespace):
-    """Megatron's namespace; whoever assigns to it after the second phase of flags/ is refused."""
+    """Megatron's namespace; a check of flags/ that assigns to it is refused."""
 
     __slots__ = ("_is_frozen",)  # beside the namespace's values, which checkpoints record
 
@@ -27,7 +27,7 @@ class Arguments(argparse.Namespace):
 
     @contextlib.contextmanager
     def thawed(self) -> Iterator[None]:
-        """Let Megatron write: its validation and its loop keep their own numbers in here."""
+        """Let Megatron's validation and the training write, which keep their numbers in here."""
         object.__setattr__(self, "_is_frozen", False)
         try:
             yield

@@ -2,8 +2,8 @@
 
 1. parse     the YAML file's keys become flags, the command line comes after them and so wins
 2. defaults  what is left out follows from other flags, the machine, the checkpoint (defaults.py)
-3. check     refusals, which name flag, value, what is allowed and what to do (check.py); the
-             namespace is frozen by then. Megatron's own validation is the last of them.
+3. check     refusals, which name flag, value, what is allowed and what to do (check.py), on a
+             frozen namespace. Megatron's own validation is the last of them, and may write to it.
 """
 
 from __future__ import annotations

@@ -51,9 +51,9 @@ from megatron_smlp.megatron_patches import elastic_agent
 from megatron_smlp.restart_note import note_cause
 
 PATIENCE = 30
-"""Seconds that ranks have to end whose neighbours are gone: they cannot save."""
+"""Seconds that ranks get to end where others are gone, so that they cannot save."""
 BARRIER = 330.0
-"""Seconds that torchrun waits for the other agents at the end, and some."""
+"""Seconds that torchrun's barrier at the end takes at most, and a margin."""
 
 
 class Agent(LocalElasticAgent):
@@ -68,23 +68,24 @@ class Agent(LocalElasticAgent):
         self.code = 1
         """Exit code of this process, as far as it depends on the ranks."""
         watch.agent = self
-        self.rendezvous = _Lasting(spec.rdzv_handler, self)
+        self.rendezvous = _ReenterableRendezvous(spec.rdzv_handler, self)
         spec.rdzv_handler = self.rendezvous  # torch's launcher shuts that of its own spec down
         super().__init__(spec=spec, **options)
 
     def run(self, role: str = "default") -> RunResult:
-        """See torch's agent, which returns None for a spare that was not needed, and fails."""
+        """Run as torch's agent, which returns None, and then fails, for a spare without use."""
         return super().run(role) or RunResult(state=WorkerState.SUCCEEDED)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
-            self._note(result)
+            self._decide(result)
         elif result.state == WorkerState.SUCCEEDED:
             self.code = 0
         return result
 
-    def _note(self, result: RunResult) -> None:
+    def _decide(self, result: RunResult) -> None:
+        """Say what failed, and whether that is the end: then no restart remains."""
         causes = [
             f"rank {rank} on {socket.gethostname()} {end_of(failure.exitcode)}"
             for rank, failure in sorted(result.failures.items(), key=lambda it: it[1].timestamp)
@@ -146,7 +147,7 @@ class Agent(LocalElasticAgent):
                 os.killpg(process, signal.SIGKILL)
 
 
-class _Lasting:
+class _ReenterableRendezvous:
     """A rendezvous that a later start may enter again, and that ranks can do without.
 
     Torch closes it for good where an agent ends. It is closed only where this run is over, and the
@@ -168,7 +169,7 @@ class _Lasting:
         self.is_new = True
 
     def next_rendezvous(self) -> Any:
-        """See torch's RendezvousHandler."""
+        """Meet the others, with none of the dead among them the first time."""
         if self.is_new:
             self._see_who_lives()
             self.is_new = False
@@ -177,9 +178,9 @@ class _Lasting:
         return info
 
     def _see_who_lives(self) -> None:
-        """Wait until machines that have died while waiting are taken out: they would be counted.
+        """Wait until machines that died while they waited are dropped: they would be counted.
 
-        Those that live beat every five seconds; the others are taken out after fifteen.
+        Those that live beat every five seconds; the others are dropped after fifteen.
         """
         holder = self.handler._state_holder
         holder.sync()
@@ -191,8 +192,8 @@ class _Lasting:
             time.sleep(0.5)
             holder.sync()
 
-    def look(self, state: Any) -> None:
-        """See whether there is still something to wait for, while waiting.
+    def raise_if_over(self, state: Any) -> None:
+        """Note, while waiting, whose spare this agent is, and stop where nobody will come.
 
         Raises:
             RendezvousClosedError: one of those with whom this agent has trained will not come back.
@@ -217,7 +218,7 @@ class _Lasting:
         return False
 
     def num_nodes_waiting(self) -> int:
-        """See torch's RendezvousHandler; none where the store is gone."""
+        """Return how many machines wait; 0 where the store is gone."""
         if self.is_lost:
             self.agent.watch.touch()
             return 0
@@ -232,7 +233,7 @@ class _Lasting:
         return getattr(self.handler, name)
 
     def shutdown(self) -> bool:
-        """See torch's RendezvousHandler."""
+        """Leave, and tell the others if the run is over; close only a store that ends with it."""
         if self.agent.code in (0, *FOR_GOOD):
             if self.agent.closes:
                 others_wait = self.handler._state_holder.state.redundancy_list or self.agent.code

@@ -49,7 +49,7 @@ class Watch:
         """See megatron_patches/elastic_agent.py."""
         self.touch()
         if self.agent and threading.current_thread() is threading.main_thread():
-            self.agent.rendezvous.look(state)
+            self.agent.rendezvous.raise_if_over(state)
         if state.complete:
             self.waiting_since, self.has_said = None, False
             return

@@ -20,7 +20,7 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 
 from megatron_smlp.accounting.costs import ModelShape
-from megatron_smlp.checkpoints.claim import Before
+from megatron_smlp.checkpoints.claim import PreviousOwner
 from megatron_smlp.checkpoints.folders import tracked_iteration
 from megatron_smlp.collectives import from_first_rank, from_rank
 from megatron_smlp.data.blending import has_data
@@ -89,7 +89,7 @@ class Reporter:
     ) -> None:
         self.args = args
         self.reached, self.begins = reached, begins
-        self.before: Before | None = None
+        self.before: PreviousOwner | None = None
         self.restart: Restart | None = None
         self.slow_hosts: SlowHosts | None = None
         self.step = step
@@ -223,7 +223,7 @@ class Reporter:
         if self.slow_hosts is None:
             self.step.own_part.parts.clear()
             return {}
-        found = self.slow_hosts.slow(self.step.own_part.pop_seconds(), step=step)
+        found = self.slow_hosts.find(self.step.own_part.pop_seconds(), step=step)
         for slow in found:
             self.say(str(slow))
         return {"slow_hosts": [asdict(slow) for slow in found]} if found else {}
@@ -361,7 +361,7 @@ class Reporter:
 
     # Listener of checkpoints/saving.py
 
-    def found(self, before: Before) -> None:
+    def found(self, before: PreviousOwner) -> None:
         """Take note of what the last run in this folder left."""
         self.before = before
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_smlp.checkpoints.claim import Before
+from megatron_smlp.checkpoints.claim import PreviousOwner
 from megatron_smlp.collectives import gathered
 from megatron_smlp.restart_note import noted_cause
 from megatron_smlp.training.speed import duration
@@ -46,7 +46,7 @@ def restart_line(record: dict[str, Any]) -> str:
 
 
 def restart(
-    before: Before | None, *, iteration: int, logged: int, silent: float | None
+    before: PreviousOwner | None, *, iteration: int, logged: int, silent: float | None
 ) -> Restart | None:
     """Find out what has happened; None where the last run ended well.
 

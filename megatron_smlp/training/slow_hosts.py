@@ -1,12 +1,12 @@
 """Name the machine that the others wait for.
 
-A step of all ranks takes as long as the slowest needs, so that its length says nothing about which
-one that is. Compared are, in every log line:
+Every rank's step takes as long as the slowest rank's, so the time of a step alone cannot tell which
+one that is. In every log line these are compared:
 
     own part   seconds from the first forward pass of a step to the end of this rank's last backward
-               pass, before gradients are summed over the data parallel ranks; with those of the
-               same pipeline stage alone, since earlier ones wait for later ones
-    way out    seconds that 64 KiB of one machine take to the next one
+               pass, before gradients are summed over the data parallel ranks; among the ranks of a
+               pipeline stage, since earlier stages wait for later ones
+    sending    seconds that 64 KiB of one machine take to the next one
 
 A machine is named when one of them is over 1.5 times the median, by more than a tenth of a step and
 20 ms, in three log lines in a row.
@@ -29,9 +29,9 @@ from megatron_smlp.collectives import gathered
 
 RATIO = 1.5
 SHARE = 0.1
-"""Share of a step that the excess must exceed: less is noise, and costs nothing."""
+"""Least excess over the median, as a share of a step: less is noise, and costs little."""
 LEAST = 0.02
-"""Seconds that the excess must be over too: an operating system takes as much now and then."""
+"""Least excess in seconds: operating systems take as much now and then."""
 LINES = 3
 PROBE_BYTES = 1 << 16
 
@@ -76,8 +76,8 @@ class OwnPart:
 
 
 @dataclass(frozen=True)
-class Slow:
-    """One measure of one rank."""
+class SlowRank:
+    """A rank that the others wait for, by one measure."""
 
     what: str
     rank: int
@@ -114,25 +114,25 @@ class SlowHosts:
         )
         self.computing, self.sending = _Streak("computes slowly"), _Streak("sends slowly")
 
-    def slow(self, own_part: float, *, step: float) -> list[Slow]:
-        """Return whom the others wait for, the same on every rank.
+    def find(self, own_part: float, *, step: float) -> list[SlowRank]:
+        """Return the ranks that the others wait for, the same on every rank.
 
         Args:
             own_part: seconds of this rank.
             step: seconds of a step, on rank 0.
         """
-        parts, ways, steps = _gathered(own_part, self._way_in(), step)
+        parts, receiving, steps = _gathered(own_part, self._receive_seconds(), step)
         step = steps[0]
-        # A leader's way in is the way out of the one before it.
-        outs = {
-            leader: ways[self.leaders[(at + 1) % len(self.leaders)]]
+        # What a leader waits for is sent by the one before it.
+        sending = {
+            leader: receiving[self.leaders[(at + 1) % len(self.leaders)]]
             for at, leader in enumerate(self.leaders)
         }
         found = (
             self.computing.next(self._slowest_stage(parts), step=step, hosts=self.hosts),
-            self.sending.next(outs if self.links else {}, step=step, hosts=self.hosts),
+            self.sending.next(sending if self.links else {}, step=step, hosts=self.hosts),
         )
-        return [slow for slow in found if slow]
+        return [rank for rank in found if rank]
 
     def _slowest_stage(self, parts: Sequence[float]) -> dict[int, float]:
         """Return rank -> seconds of the stage with the largest ratio to its own median."""
@@ -141,8 +141,8 @@ class SlowHosts:
             stages.setdefault(stage, {})[rank] = seconds
         return max(stages.values(), key=_ratio)
 
-    def _way_in(self) -> float:
-        """Seconds from when all are ready to the arrival of the neighbour's message."""
+    def _receive_seconds(self) -> float:
+        """Return the seconds from when all are ready to the arrival of the neighbour's message."""
         rank = torch.distributed.get_rank()
         if self.links is None or rank not in self.leaders:
             return 0.0
@@ -160,7 +160,7 @@ class SlowHosts:
 
 
 def _gathered(*numbers: float) -> list[list[float]]:
-    """Each of these of all ranks, as fp32: one message of all."""
+    """Return each of these numbers of all ranks, as fp32, by one collective."""
     mine = torch.tensor(numbers, dtype=torch.float32, device=get_device())
     ranks = mine.new_empty(torch.distributed.get_world_size(), len(numbers))
     torch.distributed.all_gather(list(ranks), mine)
@@ -178,8 +178,10 @@ class _Streak:
         self.what = what
         self.host, self.lines = "", 0
 
-    def next(self, seconds: dict[int, float], *, step: float, hosts: Sequence[str]) -> Slow | None:
-        """Return the slowest when it has been the slowest for so many lines, once."""
+    def next(
+        self, seconds: dict[int, float], *, step: float, hosts: Sequence[str]
+    ) -> SlowRank | None:
+        """Return the slowest rank when it has been that in LINES lines, and only then."""
         if len(seconds) < 2:
             return None
         rank = max(seconds, key=lambda rank: seconds[rank])
@@ -191,4 +193,4 @@ class _Streak:
         self.host = host
         if self.lines != LINES:
             return None
-        return Slow(self.what, rank, host, _ratio(seconds))
+        return SlowRank(self.what, rank, host, _ratio(seconds))

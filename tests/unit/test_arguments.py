@@ -21,6 +21,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.platform import cpu
 from megatron_smlp.restart_note import RESTART
 from megatron_smlp.routers.hash_table import balanced_table, table_as_json
+from megatron_smlp.systems import TOKEN_ROUTERS
 
 Parse = Callable[..., Any]
 
@@ -221,8 +222,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            ("--num-experts 4", r"--num-experts 4 without --token-router: choose one of switch, "
-             r"gshard, base, hash, topk, or leave"),
+            ("--num-experts 4", r"--num-experts 4 without --token-router: choose one of "
+             rf"{', '.join(TOKEN_ROUTERS)}, or leave"),
             ("--token-router base", r"--token-router base without --num-experts: give"),
             ("--token-router gshard --num-experts 1", r"--num-experts 1 is too few for "
              r"--token-router gshard: give 2"),

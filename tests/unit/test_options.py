@@ -170,7 +170,8 @@ def test_records_of_the_hugging_face_configuration_are_those_of_its_file():
     from megatron_smlp.hf import configuration_smlp as hf
 
     theirs = {field.name: field.default for field in dataclasses.fields(hf.SMLPConfig)}
-    assert {facts.hf for facts in MODEL_FLAGS.values() if facts.hf} <= set(theirs)
+    missing = {facts.hf for facts in MODEL_FLAGS.values() if facts.hf} - set(theirs)
+    assert not missing, f"hf/configuration_smlp.py lacks the fields {', '.join(sorted(missing))}"
     for field in dataclasses.fields(ModelOptions):
         name = OUR_FLAGS[field.name].hf
         # The class for sMLP makes one where nothing else is said.

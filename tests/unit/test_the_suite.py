@@ -14,7 +14,7 @@ MATRICES = {
     "architecture": (
         *("invariants/test_layouts.py", "invariants/test_resume.py"),
         *("invariants/test_resharding.py", "support/smlp_systems.py"),
-        *("unit/test_accounting.py", "unit/test_footprint.py"),
+        *("unit/routers/test_twins.py", "unit/test_accounting.py", "unit/test_footprint.py"),
     ),
     "token_router": (
         *("invariants/test_layouts.py", "unit/routers/test_twins.py"),

@@ -177,7 +177,7 @@ def test_other_layers_flags(parse: Parse, words: str, message: str):
         ("--init-model-with-meta-device", "would start from uninitialised weights"),
         ("--optimizer lion", "--optimizer lion needs the Python package 'emerging_optimizers'"),
         ("--log-device-memory-used", "--log-device-memory-used needs a CUDA device"),
-        ("--ckpt-format torch --keep-last 2", "--ckpt-format torch would delete nothing"),
+        ("--ckpt-format torch --keep-last 2", "delete nothing with --ckpt-format torch"),
         (
             "--token-router hash --num-experts 2 --moe-z-loss-coeff 0.1",
             "--moe-z-loss-coeff 0.1 has no scores to keep small",

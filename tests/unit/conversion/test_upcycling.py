@@ -18,6 +18,7 @@ from megatron_smlp.conversion import convert, megatron_model
 from megatron_smlp.conversion.cli import main
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform.one_process import one_process
+from megatron_smlp.systems import TOKEN_ROUTERS
 
 GPT2 = {"vocab_size": 101, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
 GPT2 |= {"bos_token_id": 100, "eos_token_id": 100}
@@ -53,7 +54,7 @@ def upcycled(source: Path, target: Path, **model: Any) -> tuple[list[str], float
     return said, float((before - after).abs().max() / before.abs().max())
 
 
-@pytest.mark.parametrize("router", ["switch", "gshard", "base", "hash"])
+@pytest.mark.parametrize("router", [n for n, rule in TOKEN_ROUTERS.items() if rule.upcycling_scale])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_transformer_keeps_its_loss(tmp_path: Path, router: str, bias: bool) -> None:
     source = dense(tmp_path, "transformer", add_bias_linear=bias)

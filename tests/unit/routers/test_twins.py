@@ -20,6 +20,7 @@ from megatron_smlp.conversion.names import OURS
 from megatron_smlp.hf.modeling_smlp import SMLPBaseRouter, SMLPForCausalLM, SMLPGShardRouter
 from megatron_smlp.ops.balanced_assignment import balanced_assignment
 from megatron_smlp.routers.draws import uniform
+from megatron_smlp.systems import TOKEN_ROUTERS
 from megatron_smlp.training.step import ForwardStep
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -47,6 +48,9 @@ MIXERS = {
     "--prefix-fraction 0.85",
     "modern": MODERN,
     "gmlp_rms_norm": "--architecture gmlp --spatial-heads 2 --normalization RMSNorm",
+    "mixer": "--architecture mixer --spatial-heads 2 --mixer-expansion",
+    "aft": "--architecture aft",
+    "causal_rn": "--architecture causal_rn",
     "no_positions": "--architecture transformer --num-attention-heads 4 "
     "--position-embedding-type none --group-query-attention --num-query-groups 1",
 }
@@ -116,7 +120,7 @@ def drawn(layer: int, gates: Tensor) -> Tensor:
 
 
 STARTS = {
-    **{rule: f"{LAYERS['transformer']} {ROUTERS[rule]}" for rule in ("switch", "gshard", "hash")},
+    **{rule: f"{LAYERS['transformer']} {ROUTERS[rule]}" for rule in TOKEN_ROUTERS},
     **{mixer: f"{MIXERS[mixer]} --token-router base" for mixer in MIXERS},
     "toeplitz": f"{MIXERS['gmlp']} --toeplitz --token-router base",
     "modern": f"{MIXERS['modern']} {ROUTERS['topk_sigmoid_shared']}",
