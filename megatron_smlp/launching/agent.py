@@ -1,13 +1,8 @@
-"""torchrun, with an agent that ends every failure in a new start or in one line.
+"""torchrun, with an agent that ends every failure in a new start or in one line. Decision 65.
 
-| torchrun's own agent (torch 2.15) | this one |
-|---|---|
-| gives ranks 30 s to end before a restart | --shutdown-timeout, where they are well and save |
-| starts again after any failure | not where it would come again, nor without a newer checkpoint |
-| ends with 1 | ends with the code of the rank that failed |
-| waits for ever for a store behind a cut link | ends |
-| ends its ranks where the store is gone, however well they train | lets them go on |
-| closes the rendezvous when it fails, for all later starts too | tells the others, leaves it open |
+Ranks that are well get the time to save; a failure that would come again is not repeated; the code
+of the rank that failed is the agent's; ranks go on where the store is gone; no store that outlives
+the run is closed.
 """
 
 from __future__ import annotations

@@ -6,16 +6,7 @@
 
 The launchers in examples/ call it; their variables are read from the environment (settings.py).
 A rank that fails is started again by the agent (agent.py, torchrun's), an agent that fails by this
-program, which needs neither torch nor the network to live on.
-
-| exit code | |
-|---|---|
-| 0 | the run is over, or was told to end and has saved |
-| 2, 3 | wrong flags or variables; a loss that is not finite |
-| 75 | other machines have not come back within REJOIN_TIMEOUT |
-| 76 | another machine has ended the run for good |
-| 93 | no newer checkpoint after three failures, or when SIGUSR1 came |
-| others | of the training, where there was nothing to go on from |
+program, which needs neither torch nor the network to live on. Exit codes: docs/resilience.md.
 """
 
 from __future__ import annotations

@@ -1,14 +1,7 @@
-"""`--async-save`: a process is forked for one save.
+"""`--async-save`: a process is forked for one save, by Megatron's own writer. Decision 21.
 
-Megatron would hand the tensors to a worker process that lives on. On a CPU that shares the memory
-of the weights: it would write what the next steps make of them. On a GPU the signal that tells a
-run to save and end, which reaches all processes of a rank, ends the worker, and the rank waits for
-it for ever; so it does where an error ends the run. A forked process sees the moment of the fork,
-without a copy of what does not change; from a GPU the tensors are copied to the host before.
-
-Megatron prefers the writer of nvidia-resiliency-ext where that is installed, which our own steps
-around a save (checksums, one rename at the end) do not reach: the writer is Megatron's own
-everywhere.
+A forked process sees the moment of the fork, without a copy of what does not change; from a GPU the
+tensors are copied to the host before.
 """
 
 from __future__ import annotations

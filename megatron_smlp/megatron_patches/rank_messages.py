@@ -1,18 +1,8 @@
-"""Answer what Megatron's loop asks the ranks about every step, without asking them.
+"""Answer what Megatron's loop asks the ranks about every step, without asking them: table.py.
 
 Each question of the original is a copy to the device that the host waits for, a collective, and a
 read that waits for all that the device has to do, the update included: the device then idles until
-the host has launched the next step.
-
-| function in megatron.training.training | answered by |
-|---|---|
-| get_signal_handler | the step's own message (training/agreement.py) |
-| evaluate_and_print_results | nothing: behind an evaluation, ranks are asked once more |
-| checkpoint_and_decide_exit | the same, about --exit-duration-in-mins |
-| logical_and_across_model_parallel_group | what this rank knows, where all do the same updates |
-| reduce_max_stat_across_model_parallel_group | the same |
-| setup_model_and_optimizer | nothing: it says whether they do; keeps a scale of 1 on the host |
-| training_log | nothing: adds losses up on the device, without a zero from the host for each |
+the host has launched the next step. Decision 76.
 """
 
 from __future__ import annotations
