@@ -15,7 +15,8 @@ PACKAGES = ("megatron-core", "torch", "numpy", "transformers", "tokenizers", "sa
 @cache
 def software() -> dict[str, Any]:
     """`commit` (None for an installed package), `python` and `packages` with their versions."""
-    return {"commit": _commit(), "python": platform.python_version(), "packages": _versions()}
+    versions = {name: version_of(name) for name in ("megatron-smlp", *PACKAGES)}
+    return {"commit": _commit(), "python": platform.python_version(), "packages": versions}
 
 
 def version_of(package: str) -> str | None:
@@ -25,10 +26,6 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _versions() -> dict[str, str | None]:
-    return {name: version_of(name) for name in ("megatron-smlp", *PACKAGES)}
 
 
 def _commit() -> str | None:

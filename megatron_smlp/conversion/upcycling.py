@@ -167,7 +167,8 @@ def _recipe(
         read = target["base_routing_input"] if target["token_router"] == "base" else "norm"
         return Recipe((), partial(_router, **like, score=ROUTER_SCORE[read], seed=seed))
     if kind == "self_attention.router.weight" and name not in source:
-        return Recipe((), partial(_prefix_router, **like, seed=seed))
+        std = ROUTER_SCORE["norm"] / math.sqrt(shape[0])
+        return Recipe((), partial(_normal, **like, std=std, seed=seed))
     if kind.startswith("mlp.experts."):
         if f"{fc1}weight" not in source:  # a layer that had no FFN: its experts add nothing yet
             std = STD if "fc1" in kind else 0.0
@@ -224,10 +225,6 @@ def _router(*, shape: tuple[int, ...], dtype: torch.dtype, score: float, seed: i
     """Draw rows that sum to zero: what all tokens have in common favours no expert."""
     weight = _normal(shape, torch.float32, std=score / math.sqrt(shape[1]), seed=seed)
     return (weight - weight.mean(dim=1, keepdim=True)).to(dtype)
-
-
-def _prefix_router(*, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    return _normal(shape, dtype, std=ROUTER_SCORE["norm"] / math.sqrt(shape[0]), seed=seed)
 
 
 def _table(flags: Mapping[str, Any]) -> Tensor:

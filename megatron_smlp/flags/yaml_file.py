@@ -67,7 +67,8 @@ def _mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} must hold `flag: value` lines at its top level.")
     for key, value in content.items():
-        if not all(isinstance(item, SCALARS) for item in _items(value)):
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, SCALARS) for item in items):
             raise UsageError(
                 f"--config {path}: '{str(key)[:60]}' is not a number, text, switch or list of "
                 "them; put a date between quotes."
@@ -103,7 +104,3 @@ def _text_of(path: Path) -> str:
     if len(content) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES} bytes")
     return content.decode("utf-8")
-
-
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]

@@ -120,7 +120,8 @@ class Experts(SequentialMLP):
             w_e f_e(h): <float>[n, D] (a part of the sum, where experts are tensor parallel); and
             None in place of a bias.
         """
-        compute = self.grouped if self._can_group(hidden_states) else self.one_by_one
+        can_group = hidden_states.is_cuda and not self.cannot_group(hidden_states.dtype)
+        compute = self.grouped if can_group else self.one_by_one
         output = compute(hidden_states, tokens_per_expert)
         return (output * weights.unsqueeze(-1)).to(output.dtype), None
 
@@ -191,9 +192,6 @@ class Experts(SequentialMLP):
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             product: Tensor = functional.grouped_mm(x, stacked.mT, offs=ends)
         return product
-
-    def _can_group(self, hidden_states: Tensor) -> bool:
-        return hidden_states.is_cuda and not self.cannot_group(hidden_states.dtype)
 
     def cannot_group(self, dtype: torch.dtype) -> str:
         """Return why not, or an empty text; each reason is once in the log."""

@@ -5,7 +5,7 @@ last sequence of a document that has ids. A document without ids in every key is
 out; with several keys, an empty one keeps an empty document so that the pairs stay aligned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,10 @@ from megatron_smlp.errors import DataError
 
 MAX_LENGTH = int(np.iinfo(np.int32).max)
 """Tokens of a sequence, for which the index has an int32."""
+type Document = tuple[int, tuple[str, ...]]
+"""Line, and the text of each key."""
+type Encoded = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]
+"""Ids, lengths of the sequences that have ids, and their number in each document."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class ChunkEncoder:
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         result = EncodedChunk()
-        documents: list[tuple[int, tuple[str, ...]]] = []
+        documents: list[Document] = []
         for record in parse_chunk(chunk, self.settings.keys):
             if isinstance(record, Rejection):
                 result.rejections.append(record)
@@ -80,26 +84,29 @@ class ChunkEncoder:
         return result
 
     def _encode_documents(
-        self, chunk: Chunk, documents: list[tuple[int, tuple[str, ...]]], result: EncodedChunk
+        self, chunk: Chunk, documents: list[Document], result: EncodedChunk
     ) -> None:
         try:
-            columns = [self._encode_texts(texts) for texts in _columns(documents, self.settings)]
+            columns = self._encode_columns(documents)
         except UnencodableTextError:
-            documents = self._without_unencodable(chunk, documents, result)
-            columns = [self._encode_texts(texts) for texts in _columns(documents, self.settings)]
+            unencodable = self._unencodable(documents)
+            documents = _without(chunk, documents, unencodable, "not_encodable", result)
+            columns = self._encode_columns(documents)
         if too_long := self._too_long(columns):
-            documents = _without_too_long(chunk, documents, too_long, result)
-            columns = [self._encode_texts(texts) for texts in _columns(documents, self.settings)]
+            documents = _without(chunk, documents, too_long, "too_long", result)
+            columns = self._encode_columns(documents)
         used = np.logical_or.reduce([counts > 0 for _, _, counts in columns])
         result.num_empty += int(len(documents) - used.sum())
         result.num_documents = int(used.sum())
         # Empty documents hold no ids and no sequences: only their counts are taken out.
         result.keys = [self._finish(ids, lengths, counts[used]) for ids, lengths, counts in columns]
 
-    def _encode_texts(
-        self, texts: Sequence[str]
-    ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-        """Return ids, lengths of the sequences that have ids, and their number in each document."""
+    def _encode_columns(self, documents: list[Document]) -> list[Encoded]:
+        """Encode the texts of each key."""
+        numbers = range(len(self.settings.keys))
+        return [self._encode_texts([texts[number] for _, texts in documents]) for number in numbers]
+
+    def _encode_texts(self, texts: Sequence[str]) -> Encoded:
         split = self.splitter.split if self.splitter else lambda text: [text]
         parts = [split(text) if text else [] for text in texts]
         sizes = np.fromiter((len(row) for row in parts), dtype=np.int64, count=len(parts))
@@ -110,17 +117,27 @@ class ChunkEncoder:
         counts = np.bincount(rows[lengths > 0], minlength=len(parts))
         return ids, lengths[lengths > 0], counts
 
-    def _too_long(
-        self, columns: list[tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]]
-    ) -> dict[int, int]:
+    def _too_long(self, columns: list[Encoded]) -> dict[int, str]:
         """Return the documents of which a sequence has more tokens than the format can count with
-        its end of document, by their place, and its tokens."""
-        found: dict[int, int] = {}
+        its end of document, by their place."""
+        found: dict[int, str] = {}
         for _, lengths, counts in columns:
             [sequences] = np.nonzero(lengths > MAX_LENGTH - self.settings.append_eod)
-            if len(sequences):
-                rows = np.repeat(np.arange(len(counts)), counts)[sequences]
-                found.update(zip(rows.tolist(), lengths[sequences].tolist(), strict=True))
+            rows = np.repeat(np.arange(len(counts)), counts)[sequences]
+            for row, length in zip(rows.tolist(), lengths[sequences].tolist(), strict=True):
+                found[row] = (
+                    f"a sequence of {length:,} tokens; the format counts up to {MAX_LENGTH:,}"
+                )
+        return found
+
+    def _unencodable(self, documents: list[Document]) -> dict[int, str]:
+        """Return the documents that the tokenizer refuses, by their place."""
+        found: dict[int, str] = {}
+        for place, (_, texts) in enumerate(documents):
+            try:
+                self._encode_texts(texts)
+            except UnencodableTextError as error:
+                found[place] = str(error)
         return found
 
     def _finish(
@@ -141,40 +158,17 @@ class ChunkEncoder:
             lengths[last] += 1
         return EncodedKey(ids, lengths.astype(np.int32), counts.astype(np.int32))
 
-    def _without_unencodable(
-        self, chunk: Chunk, documents: list[tuple[int, tuple[str, ...]]], result: EncodedChunk
-    ) -> list[tuple[int, tuple[str, ...]]]:
-        kept = []
-        for line, texts in documents:
-            try:
-                self._encode_texts(texts)
-            except UnencodableTextError as error:
-                excerpt = texts[0][:200]
-                result.rejections.append(
-                    Rejection(chunk.file, line, "not_encodable", str(error), excerpt)
-                )
-            else:
-                kept.append((line, texts))
-        result.rejections.sort(key=lambda rejection: rejection.line)
-        return kept
 
-
-def _without_too_long(
+def _without(
     chunk: Chunk,
-    documents: list[tuple[int, tuple[str, ...]]],
-    too_long: dict[int, int],
+    documents: list[Document],
+    rejected: Mapping[int, str],
+    reason: str,
     result: EncodedChunk,
-) -> list[tuple[int, tuple[str, ...]]]:
-    for number, length in too_long.items():
-        line, texts = documents[number]
-        detail = f"a sequence of {length:,} tokens; the format counts up to {MAX_LENGTH:,}"
-        result.rejections.append(Rejection(chunk.file, line, "too_long", detail, texts[0][:200]))
+) -> list[Document]:
+    """Put documents among the rejections, by place and detail, and return the others."""
+    for place, detail in rejected.items():
+        line, texts = documents[place]
+        result.rejections.append(Rejection(chunk.file, line, reason, detail, texts[0][:200]))
     result.rejections.sort(key=lambda rejection: rejection.line)
-    return [document for number, document in enumerate(documents) if number not in too_long]
-
-
-def _columns(
-    documents: list[tuple[int, tuple[str, ...]]], settings: EncodingSettings
-) -> list[list[str]]:
-    """Return the texts of each key."""
-    return [[texts[number] for _, texts in documents] for number in range(len(settings.keys))]
+    return [document for place, document in enumerate(documents) if place not in rejected]
