@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_smlp.data.pairs import combining
 from megatron_smlp.data.pairs import writer as pair_writer
-from megatron_smlp.data.pairs.combining import find_pairs, merge
+from megatron_smlp.data.pairs.combining import find_pairs, merge, scratch_folder
 from megatron_smlp.data.pairs.full_check import validate
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.pairs.manifest import read_manifest
@@ -51,6 +51,27 @@ def test_merging_gives_the_bytes_of_megatron(pairs: list[str], tmp_path: Path) -
         ).read_bytes()
     assert _problems(str(tmp_path / "ours")) == []
     assert read_manifest(tmp_path / "ours.json").tokenizer.type == "ByteLevelTokenizer"
+
+
+def test_two_at_work_on_one_output_are_refused(pairs: list[str], tmp_path: Path) -> None:
+    output = str(tmp_path / "ours")
+    with scratch_folder(output) as folder:
+        (folder / "begun").touch()
+        with pytest.raises(DataError, match=r"another process is writing .*ours'.*merging/lock"):
+            merge(pairs, output_prefix=output)
+        assert (folder / "begun").exists()
+    merge(pairs, output_prefix=output)
+    assert _problems(output) == []
+    assert not list(tmp_path.glob("*.merging"))
+
+
+def test_what_a_killed_merge_left_is_removed(pairs: list[str], tmp_path: Path) -> None:
+    left = tmp_path / "ours.merging"
+    left.mkdir()
+    (left / "ours.bin").write_bytes(b"half")
+    merge(pairs, output_prefix=str(tmp_path / "ours"))
+    assert _problems(str(tmp_path / "ours")) == []
+    assert not left.exists()
 
 
 def test_narrow_and_wide_ids_merge_into_wide_ones(run: Run, tmp_path: Path) -> None:
