@@ -54,6 +54,8 @@ class Cost:
     over the tensor parallel group."""
     kept_everywhere: int = 0
     """The same of numbers that every rank of it keeps."""
+    kept_at_experts: int = 0
+    """The same of a token as an expert takes and gives it, whole on each rank of that expert."""
     kept_in_experts: int = 0
     """The same of numbers that are split within an expert."""
 
@@ -381,7 +383,7 @@ def token_moe_cost(shape: ModelShape) -> Cost:
         square_flops=flops,
         # The dispatched token, and its output unless the weight is fixed; the hidden layer before
         # and after the activation. GShard's second expert is counted as if it always served.
-        kept_everywhere=k * shape.hidden_size * (2 if shape.router_has_weights else 1),
+        kept_at_experts=k * shape.hidden_size * (2 if shape.router_has_weights else 1),
         kept_in_experts=k * (2 + shape.gated_mlp) * shape.moe_ffn_hidden_size,
     )
     return norm_cost(shape) + routed + shared_expert_cost(shape)

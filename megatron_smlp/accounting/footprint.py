@@ -175,7 +175,10 @@ def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerS
         return hidden
     cost = layer_cost(shape, slots)
     inside = cost.kept / layout.tensor + cost.kept_everywhere
-    inside += cost.kept_in_experts / layout.expert_tensor
+    # A rank dispatches its 1 / tp of the tokens, and an expert's etp ranks get what each of them
+    # would: etp / tp of all tokens, of which each rank has 1 / etp of the hidden layer.
+    at_experts = cost.kept_at_experts * layout.expert_tensor + cost.kept_in_experts
+    inside += at_experts / layout.tensor
     return (2 if slots.channel == "none" else 4) * hidden + inside
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from support.kept_activations import build_layer, kept_bytes
+from support.launches import launch_calls
+from support.parallel_models import measure
 
 from megatron_smlp.accounting.costs import ModelShape, model_cost
-from megatron_smlp.accounting.estimate import estimate, main, resolve
+from megatron_smlp.accounting.estimate import estimate, main, merged, resolve
 from megatron_smlp.accounting.footprint import (
     ParallelLayout,
     _pipeline_traffic,
@@ -158,6 +160,16 @@ def test_sequence_parallelism_by_hand():
     assert expert.expert_parallel_bytes == 4 * 2 * 2 * hidden // 2 // 2
 
 
+@pytest.mark.parametrize(("expert_tensor", "dispatched"), [(1, 1 / 2), (2, 1)])
+def test_what_experts_keep_by_hand(expert_tensor: int, dispatched: float):
+    """Of TP 2 ranks each dispatches half of the tokens; an expert over two gets those of both."""
+    shape, parallel = _both("switch", 2, 1, 1, 2)
+    parallel = dataclasses.replace(parallel, expert_tensor=expert_tensor)
+    kept = [activation_elements(shape, parallel, slots) for slots in shape.slots[:2]]
+    moe, dense = (4 * 64 + 4 * 64) / 2, (4 * 64 + 4 * 64) / 2 + 2 * 256 / 2
+    assert kept == [moe + dispatched * 2 * 64 + 2 * 256 / 2, dense]
+
+
 def test_traffic_of_the_distributed_optimizer_by_hand():
     """Gradients of 4 bytes are reduced and weights of 2 gathered, of experts over two replicas."""
     changes = {"bf16": True, "use_distributed_optimizer": True}
@@ -279,6 +291,63 @@ def _kept_numbers(config: dict[str, Any], *, dtype: torch.dtype) -> float:
     more = {"params_dtype": dtype, "gshard_second_expert": "all"}
     layer = build_layer(batch=BATCH, length=LENGTH, **SMALL, **config, **more)
     return kept_bytes(layer, torch.randn(LENGTH, BATCH, 64, dtype=dtype)) / dtype.itemsize
+
+
+EXPERTS = """
+    --architecture transformer --num-experts 4 --moe-ffn-hidden-size 256
+    --moe-token-dispatcher-type alltoall
+"""
+SPARSE_MLP = """
+    --architecture smlp --num-dense-layers 2 --num-feature-experts 4 --num-experts 4
+    --moe-ffn-hidden-size 256 --moe-token-dispatcher-type alltoall --token-router base
+"""
+WHOLE_EXPERTS = "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+ON_TWO_RANKS = {
+    "transformer": "--architecture transformer",
+    "transformer_sequence": "--architecture transformer --sequence-parallel",
+    "mixer": "--architecture mixer",
+    "gmlp_heads": "--architecture gmlp --spatial-heads 4",
+    "switch": f"{EXPERTS} --token-router switch {WHOLE_EXPERTS}",
+    "switch_split": f"{EXPERTS} --token-router switch",
+    "hash": f"{EXPERTS} --token-router hash {WHOLE_EXPERTS}",
+    "shared": f"{EXPERTS} --token-router topk {WHOLE_EXPERTS}"
+    " --moe-shared-expert-intermediate-size 64",
+    "smlp": f"{SPARSE_MLP} --feature-router deterministic {WHOLE_EXPERTS}",
+    "partial": f"{SPARSE_MLP} --feature-router partial {WHOLE_EXPERTS}",
+}
+TWO_RANKS = """
+    --hidden-size 64 --ffn-hidden-size 256 --num-attention-heads 4 --seq-length 128 --num-layers 4
+    --vocab-size 100 --micro-batch-size 2 --global-batch-size 2 --tensor-model-parallel-size 2
+"""
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """Of each case, the mean of two tensor parallel ranks: experts may get unlike loads."""
+    folder = tmp_path_factory.mktemp("ranks")
+    cases = {name: f"{TWO_RANKS} {flags}" for name, flags in ON_TWO_RANKS.items()}
+    launch_calls(measure, cases, str(folder), processes=2, log=folder / "log")
+    ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    return {
+        name: {kind: (ranks[0][name][kind] + ranks[1][name][kind]) / 2 for kind in ranks[0][name]}
+        for name in cases
+    }
+
+
+@pytest.mark.parametrize("case", ON_TWO_RANKS)
+def test_activations_of_a_tensor_parallel_rank(case: str, measured: dict[str, dict[str, float]]):
+    counted = footprint(*_on_two_ranks(case)).activation_bytes
+    assert abs(counted / measured[case]["kept"] - 1) < 0.1
+
+
+def _on_two_ranks(case: str) -> tuple[ModelShape, ParallelLayout]:
+    words = f"{TWO_RANKS} {ON_TWO_RANKS[case]}".split()
+    values = merged({}, [word for word in words if word not in DISPATCHER])
+    args = resolve(values | {"padded_vocab_size": 104, "world_size": 2})
+    return ModelShape.from_args(args), ParallelLayout.from_args(args)
+
+
+DISPATCHER = ("--moe-token-dispatcher-type", "alltoall")
 
 
 @pytest.mark.parametrize(
