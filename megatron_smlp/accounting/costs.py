@@ -52,6 +52,8 @@ class Cost:
     kept: int = 0
     """Numbers of a token, beside the slot's input and its norm, that the backward pass needs, split
     over the tensor parallel group."""
+    recomputable: int = 0
+    """Those of them that --recompute-granularity selective gives up for another forward pass."""
     kept_everywhere: int = 0
     """The same of numbers that every rank of it keeps."""
     kept_at_experts: int = 0
@@ -269,6 +271,9 @@ def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = Fals
             split over the whole group.
     """
     gate_width, heads = shape.ffn_hidden_size // 2, slots.heads
+    # u behind the GELU; the normed gate and the mixed one. The norm of several heads keeps its
+    # result before the weight as well. Kept as well: u before the GELU, and the product.
+    in_gate = shape.ffn_hidden_size + (3 if heads > 1 else 2) * gate_width
     matrices = heads * shape.matrix_parameters
     spatial = Cost(replicated=matrices) if everywhere or heads == 1 else Cost(sharded=matrices)
     above = 0 if shape.options.toeplitz else shape.square - shape.triangle
@@ -279,9 +284,7 @@ def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = Fals
         + spatial
         + _pairs(shape, gate_width)
         + _row(shape, gate_width)
-        # u before and after the GELU; the normed gate, the mixed one, and the product. The norm of
-        # several heads keeps its result before the weight as well.
-        + Cost(kept=2 * shape.ffn_hidden_size + (4 if heads > 1 else 3) * gate_width)
+        + Cost(kept=shape.ffn_hidden_size + in_gate + gate_width, recomputable=in_gate)
         + Cost(zero_parameters=heads * above)
     )
 
@@ -297,6 +300,7 @@ def gating_and_attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
         flops=flops,
         square_flops=flops,
         kept_everywhere=4 * width,
+        recomputable=-gate_width,  # what it adds to the gate is kept, as the gate's input
     )
     return gating_cost(shape, slots) + head + _pairs(shape, 2 * width)
 
@@ -308,7 +312,8 @@ def feature_moe_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     if not prefix:
         return gating_cost(shape, slots)
     unread = Cost(square_flops=-2 * prefix * (shape.seq_length - prefix) * gate_width)
-    kept = Cost(kept=gate_width)  # the mixed values before they are scaled
+    # The mixed values before they are scaled.
+    kept = Cost(kept=gate_width, recomputable=gate_width)
     router = prefix_router_cost(shape, slots.heads)
     return gating_cost(shape, slots, everywhere=True) + router + unread + kept
 

@@ -45,6 +45,9 @@ _LAYOUT: dict[str, Any] = {
     "bf16": False,
     "fp16": False,
     "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "recompute_activations": False,
 }
 _RESOLVED = ("add_bias_linear", "padded_vocab_size")
 _DEFAULTS = {**model_defaults(), "token_router": None, "position_embedding_type": None} | _LAYOUT
@@ -52,6 +55,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "normalization": ("LayerNorm", "RMSNorm"),
     "position_embedding_type": ("learned_absolute", "rope", "none"),
     "recompute_granularity": ("full", "selective"),
+    "recompute_method": ("uniform", "block"),
 } | {
     field.name: choices
     for field in dataclasses.fields(ModelOptions)
@@ -133,6 +137,8 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     args.padded_vocab_size = args.padded_vocab_size or padded
     model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     args.world_size = args.world_size or model_parallel * args.expert_model_parallel_size
+    if args.recompute_activations:
+        args.recompute_granularity = "selective"
     if args.num_experts and args.tensor_model_parallel_size > 1:
         args.sequence_parallel = True  # as pretrain_smlp.py does
     return args

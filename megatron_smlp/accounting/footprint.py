@@ -11,6 +11,9 @@ size, etp tensor parallel size within an expert.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_smlp.accounting.costs import (
@@ -47,8 +50,9 @@ class ParallelLayout:
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     precision: str = "fp32"
-    recompute: bool = False
-    """Whether whole layers are recomputed, so that only their inputs are kept."""
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ParallelLayout:
@@ -75,7 +79,9 @@ class ParallelLayout:
             sequence_parallel=args.sequence_parallel,
             distributed_optimizer=args.use_distributed_optimizer,
             precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-            recompute=args.recompute_granularity == "full",
+            recompute_granularity=args.recompute_granularity,
+            recompute_method=args.recompute_method,
+            recompute_num_layers=args.recompute_num_layers,
         )
 
     @property
@@ -169,32 +175,70 @@ def parameters_on_rank(cost: Cost, layout: ParallelLayout) -> tuple[int, int]:
 
 
 def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerSlots) -> float:
-    """Numbers kept for one token's backward pass through one layer, on one rank."""
-    hidden = shape.hidden_size / (layout.tensor if layout.sequence_parallel else 1)
-    if layout.recompute:
-        return hidden
+    """Numbers kept for one token's backward pass through one layer, on one rank, without
+    recomputation."""
     cost = layer_cost(shape, slots)
     inside = cost.kept / layout.tensor + cost.kept_everywhere
     # A rank dispatches its 1 / tp of the tokens, and an expert's etp ranks get what each of them
     # would: etp / tp of all tokens, of which each rank has 1 / etp of the hidden layer.
     at_experts = cost.kept_at_experts * layout.expert_tensor + cost.kept_in_experts
     inside += at_experts / layout.tensor
-    return (2 if slots.channel == "none" else 4) * hidden + inside
+    return (2 if slots.channel == "none" else 4) * _slot_elements(shape, layout) + inside
+
+
+def _slot_elements(shape: ModelShape, layout: ParallelLayout) -> float:
+    """Numbers of one token between two slots, on one rank."""
+    return shape.hidden_size / (layout.tensor if layout.sequence_parallel else 1)
+
+
+def kept_elements(
+    shape: ModelShape, layout: ParallelLayout, layers: Sequence[LayerSlots]
+) -> tuple[float, float]:
+    """Numbers kept for one token's backward pass through a stage's layers, on one rank; and how
+    many more there are at the worst moment of a backward pass that recomputes."""
+    parts = list(_recomputed_parts(shape, layout, layers))
+    kept = sum(part for part, _ in parts)
+    # Where a part is recomputed, what is kept of the later ones has gone.
+    held = itertools.accumulate(part for part, _ in parts)
+    worst = max(so_far + again for so_far, (_, again) in zip(held, parts, strict=True))
+    return kept, max(0, worst - kept)
+
+
+def _recomputed_parts(
+    shape: ModelShape, layout: ParallelLayout, layers: Sequence[LayerSlots]
+) -> Iterator[tuple[float, float]]:
+    """Yield, for each part that is recomputed at once, what is kept of it and what comes again."""
+    whole = [activation_elements(shape, layout, slots) for slots in layers]
+    start = _slot_elements(shape, layout)
+    if layout.recompute_granularity == "selective":
+        for slots, kept in zip(layers, whole, strict=True):
+            mixer = activation_elements(shape, layout, dataclasses.replace(slots, channel="none"))
+            again = layer_cost(shape, slots).recomputable / layout.tensor
+            yield kept - again, again - (kept - mixer)  # the channel mixer's pass is over
+    elif layout.recompute_granularity is None:
+        yield sum(whole), 0
+    elif layout.recompute_method == "block":  # the first layers, each by itself
+        count = layout.recompute_num_layers or 1
+        yield from ((start, kept - start) for kept in whole[:count])
+        yield sum(whole[count:]), 0
+    else:
+        for chunk in itertools.batched(whole, layout.recompute_num_layers or 1):
+            yield start, sum(chunk) - start
 
 
 def _activation_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
     tokens = layout.micro_batch_size * shape.seq_length
-    layers = stage_slots(shape, layout, stage)
-    kept = sum(activation_elements(shape, layout, slots) for slots in layers)
+    kept, again = kept_elements(shape, layout, stage_slots(shape, layout, stage))
     if stage == 0:
         kept += input_cost(shape).kept_everywhere
     # One forward, one backward at a time: earlier stages are ahead by the stages behind them.
     in_flight = min(layout.num_micro_batches, layout.pipeline - stage)
-    total = in_flight * kept * tokens * layout.value_bytes
+    loss = 0.0
     if stage == layout.pipeline - 1:
-        # The logits, and their exponentials in fp32 for the loss.
-        total += tokens * shape.padded_vocab_size / layout.tensor * (layout.value_bytes + 4)
-    return round(total)
+        # The logits, and their exponentials in fp32; they have gone when layers are recomputed.
+        loss = shape.padded_vocab_size / layout.tensor * (layout.value_bytes + 4)
+    at_once = max(loss, again * layout.value_bytes)
+    return round(tokens * (in_flight * kept * layout.value_bytes + at_once))
 
 
 def _stage(shape: ModelShape, layout: ParallelLayout, stage: int) -> Footprint:

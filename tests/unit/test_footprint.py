@@ -17,6 +17,7 @@ from megatron_smlp.accounting.costs import ModelShape, model_cost
 from megatron_smlp.accounting.estimate import estimate, main, merged, resolve
 from megatron_smlp.accounting.footprint import (
     ParallelLayout,
+    _activation_bytes,
     _pipeline_traffic,
     activation_elements,
     footprint,
@@ -189,8 +190,22 @@ def test_earlier_pipeline_stages_keep_more_micro_batches():
     kept = activation_elements(shape, parallel, shape.slots[0]) * 2 * 32 * 4
     first = footprint(dataclasses.replace(shape, padded_vocab_size=8), parallel)
     assert first.activation_bytes == 2 * kept
-    recomputed = dataclasses.replace(parallel, recompute=True)
-    assert activation_elements(shape, recomputed, shape.slots[0]) == 64
+
+
+def test_full_recomputation_by_hand():
+    """PP 2: inputs of two layers for two micro-batches, and one layer, or the logits, at once."""
+    options = {"micro_batch_size": 1, "global_batch_size": 8, "recompute_granularity": "full"}
+    shape, parallel = _both("gmlp", 1, 2, 1, 2, **options)
+    layer = activation_elements(shape, parallel, shape.slots[0])
+    first, last = (_activation_bytes(shape, parallel, stage) for stage in (0, 1))
+    assert first == 32 * 4 * (2 * 2 * 64 + layer - 64)
+    assert last == 32 * (4 * 2 * 64 + 1024 * (4 + 4))
+    few = dataclasses.replace(shape, padded_vocab_size=8)
+    assert _activation_bytes(few, parallel, 1) == 32 * 4 * (2 * 64 + layer - 64)
+    both = dataclasses.replace(parallel, recompute_num_layers=2)
+    assert _activation_bytes(few, both, 1) == 32 * 4 * (64 + 2 * layer - 64)
+    block = dataclasses.replace(parallel, recompute_method="block", recompute_num_layers=1)
+    assert _activation_bytes(few, block, 0) == 32 * 4 * 2 * (64 + layer)
 
 
 SMALL = {"hidden_size": 64, "ffn_hidden_size": 256, "num_attention_heads": 4}
@@ -302,6 +317,7 @@ SPARSE_MLP = """
     --moe-ffn-hidden-size 256 --moe-token-dispatcher-type alltoall --token-router base
 """
 WHOLE_EXPERTS = "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+FULL = "--recompute-granularity full"
 ON_TWO_RANKS = {
     "transformer": "--architecture transformer",
     "transformer_sequence": "--architecture transformer --sequence-parallel",
@@ -314,6 +330,17 @@ ON_TWO_RANKS = {
     " --moe-shared-expert-intermediate-size 64",
     "smlp": f"{SPARSE_MLP} --feature-router deterministic {WHOLE_EXPERTS}",
     "partial": f"{SPARSE_MLP} --feature-router partial {WHOLE_EXPERTS}",
+    "transformer_full": f"{FULL} --recompute-method uniform --recompute-num-layers 1",
+    "transformer_by_two": f"{FULL} --recompute-method uniform --recompute-num-layers 2",
+    "transformer_block": f"{FULL} --recompute-method block --recompute-num-layers 2",
+    "smlp_full": f"{SPARSE_MLP} --feature-router deterministic {WHOLE_EXPERTS} {FULL}"
+    " --recompute-method uniform --recompute-num-layers 1",
+    "transformer_selective": "--recompute-granularity selective",
+    "gmlp_selective": "--architecture gmlp --spatial-heads 4 --recompute-activations",
+    "amlp_selective": "--architecture amlp --spatial-heads 4 --tiny-attention-width 16"
+    " --recompute-activations",
+    "partial_selective": f"{SPARSE_MLP} --feature-router partial {WHOLE_EXPERTS}"
+    " --recompute-granularity selective",
 }
 TWO_RANKS = """
     --hidden-size 64 --ffn-hidden-size 256 --num-attention-heads 4 --seq-length 128 --num-layers 4
