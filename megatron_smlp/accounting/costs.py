@@ -54,6 +54,8 @@ class Cost:
     over the tensor parallel group."""
     recomputable: int = 0
     """Those of them that --recompute-granularity selective gives up for another forward pass."""
+    kept_by_split_norm: int = 0
+    """The same of a norm whose one head is split over several ranks: once, and once in fp32."""
     kept_everywhere: int = 0
     """The same of numbers that every rank of it keeps."""
     kept_at_experts: int = 0
@@ -285,6 +287,7 @@ def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = Fals
         + _pairs(shape, gate_width)
         + _row(shape, gate_width)
         + Cost(kept=shape.ffn_hidden_size + in_gate + gate_width, recomputable=in_gate)
+        + Cost(kept_by_split_norm=gate_width if heads == 1 else 0)
         + Cost(zero_parameters=heads * above)
     )
 

@@ -178,12 +178,18 @@ def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerS
     """Numbers kept for one token's backward pass through one layer, on one rank, without
     recomputation."""
     cost = layer_cost(shape, slots)
-    inside = cost.kept / layout.tensor + cost.kept_everywhere
+    inside = cost.kept / layout.tensor + cost.kept_everywhere + _of_split_norms(cost, layout)
     # A rank dispatches its 1 / tp of the tokens, and an expert's etp ranks get what each of them
     # would: etp / tp of all tokens, of which each rank has 1 / etp of the hidden layer.
     at_experts = cost.kept_at_experts * layout.expert_tensor + cost.kept_in_experts
     inside += at_experts / layout.tensor
     return (2 if slots.channel == "none" else 4) * _slot_elements(shape, layout) + inside
+
+
+def _of_split_norms(cost: Cost, layout: ParallelLayout) -> float:
+    """Numbers of one token, in units of the run's precision."""
+    is_split = layout.tensor > 1
+    return is_split * cost.kept_by_split_norm * (1 + 4 / layout.value_bytes) / layout.tensor
 
 
 def _slot_elements(shape: ModelShape, layout: ParallelLayout) -> float:
@@ -213,7 +219,8 @@ def _recomputed_parts(
     if layout.recompute_granularity == "selective":
         for slots, kept in zip(layers, whole, strict=True):
             mixer = activation_elements(shape, layout, dataclasses.replace(slots, channel="none"))
-            again = layer_cost(shape, slots).recomputable / layout.tensor
+            cost = layer_cost(shape, slots)
+            again = cost.recomputable / layout.tensor + _of_split_norms(cost, layout)
             yield kept - again, again - (kept - mixer)  # the channel mixer's pass is over
     elif layout.recompute_granularity is None:
         yield sum(whole), 0

@@ -152,7 +152,8 @@ def test_sequence_parallelism_by_hand():
         options |= {"sequence_parallel": sequence_parallel}
         shape, parallel = _both("gmlp", 2, 1, 1, 2, **options)
         kept.append(activation_elements(shape, parallel, shape.slots[0]))
-    assert kept == [2 * 64 + (2 * 256 + 3 * 128) / 2, (2 * 64 + 2 * 256 + 3 * 128) / 2]
+    # The norm of one head over two ranks keeps 1 + 1 more.
+    assert kept == [2 * 64 + (2 * 256 + 5 * 128) / 2, (2 * 64 + 2 * 256 + 5 * 128) / 2]
     hidden = 2 * 32 * 64 * 4  # a micro-batch of 2 in fp32
     shape, parallel = _both("transformer", 2, 2, 1, 4, **options)
     assert [_pipeline_traffic(shape, parallel, stage) for stage in (0, 1)] == [4 * hidden // 2] * 2
@@ -322,7 +323,9 @@ ON_TWO_RANKS = {
     "transformer": "--architecture transformer",
     "transformer_sequence": "--architecture transformer --sequence-parallel",
     "mixer": "--architecture mixer",
+    "gmlp": "--architecture gmlp",
     "gmlp_heads": "--architecture gmlp --spatial-heads 4",
+    "amlp": "--architecture amlp --tiny-attention-width 16 --sequence-parallel",
     "switch": f"{EXPERTS} --token-router switch {WHOLE_EXPERTS}",
     "switch_split": f"{EXPERTS} --token-router switch",
     "hash": f"{EXPERTS} --token-router hash {WHOLE_EXPERTS}",
@@ -336,7 +339,7 @@ ON_TWO_RANKS = {
     "smlp_full": f"{SPARSE_MLP} --feature-router deterministic {WHOLE_EXPERTS} {FULL}"
     " --recompute-method uniform --recompute-num-layers 1",
     "transformer_selective": "--recompute-granularity selective",
-    "gmlp_selective": "--architecture gmlp --spatial-heads 4 --recompute-activations",
+    "gmlp_selective": "--architecture gmlp --recompute-activations",
     "amlp_selective": "--architecture amlp --spatial-heads 4 --tiny-attention-width 16"
     " --recompute-activations",
     "partial_selective": f"{SPARSE_MLP} --feature-router partial {WHOLE_EXPERTS}"
