@@ -44,11 +44,32 @@ _LAYOUT: dict[str, Any] = {
     "use_distributed_optimizer": False,
     "bf16": False,
     "fp16": False,
+    "grad_reduce_in_bf16": False,
+    "accumulate_allreduce_grads_in_fp32": False,
     "recompute_granularity": None,
     "recompute_method": None,
     "recompute_num_layers": None,
     "recompute_activations": False,
 }
+_UNCOUNTED: dict[str, Any] = {
+    **dict.fromkeys(
+        (
+            *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+            *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+            *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+            *("pipeline_model_parallel_layout", "distribute_saved_activations"),
+            *("fp8_format", "fp4_format", "fp32_residual_connection"),
+            *("use_precision_aware_optimizer", "optimizer_cpu_offload"),
+            *("use_megatron_fsdp", "use_torch_fsdp2"),
+        )
+    ),
+    "num_distributed_optimizer_instances": 1,
+    "context_parallel_size": 1,
+    "optimizer": "adam",
+    "recompute_modules": ["core_attn"],
+    "moe_token_dispatcher_type": "alltoall",
+}
+"""Flags that change memory or traffic in ways that are not counted, unless they have this value."""
 _RESOLVED = ("add_bias_linear", "padded_vocab_size")
 _DEFAULTS = {**model_defaults(), "token_router": None, "position_embedding_type": None} | _LAYOUT
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -137,6 +158,8 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     args.padded_vocab_size = args.padded_vocab_size or padded
     model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     args.world_size = args.world_size or model_parallel * args.expert_model_parallel_size
+    if not args.fp16:
+        args.accumulate_allreduce_grads_in_fp32 = not args.grad_reduce_in_bf16
     if args.recompute_activations:
         args.recompute_granularity = "selective"
     if args.num_experts and args.tensor_model_parallel_size > 1:
@@ -168,6 +191,15 @@ def _refuse_wrong(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{flag_of(name)} {value}: give a number")
 
 
+def uncounted(values: Mapping[str, Any]) -> list[str]:
+    """Return the names of flags with which memory and traffic are not those that are counted."""
+    return [
+        name
+        for name, harmless in _UNCOUNTED.items()
+        if values.get(name, harmless) not in (None, False, harmless)
+    ]
+
+
 def merged(file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """Return the flags of a file, by name, with those of a command line in their place.
 
@@ -180,8 +212,9 @@ def merged(file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     values, given = dict(file), dict[str, Any]()
     for word, typed in _grouped(words):
         name, (flag, _, value) = spelling(word.partition("=")[0][2:]), word.partition("=")
-        if name not in _TYPED and name.removeprefix("no_") in _TYPED and not typed and not value:
-            values.pop(name.removeprefix("no_"), None)
+        left_out = name.removeprefix("no_")
+        if name not in _TYPED and left_out in {*_TYPED, *file} and not typed and not value:
+            values.pop(left_out, None)
             continue
         if name not in _TYPED:
             raise ValueError(
@@ -236,8 +269,10 @@ def _table(result: dict[str, Any]) -> str:
         "one GPU of the fullest pipeline stage",
         f"  parameters                {gpu['parameters']:>16,}",
     ]
-    names = ("weight", "gradient", "optimizer", "activation", "memory")
-    lines += [f"  {name:26}{giga[name + '_bytes']:>16}" for name in names]
+    names = ["weight", "gradient", "optimizer", "activation", "memory"]
+    if gpu["gradient_copy_bytes"]:  # which are there before or after the activations
+        names.insert(3, "gradient_copy")
+    lines += [f"  {name.replace('_', ' '):26}{giga[name + '_bytes']:>16}" for name in names]
     lines.append("sent by it in one optimizer step")
     kinds = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "data_parallel")
     lines += [f"  {kind.replace('_', ' '):26}{giga[kind + '_bytes']:>16}" for kind in kinds]
@@ -263,6 +298,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         file = read_yaml(options.config) if options.config else {}
         values = merged({spelling(key): value for key, value in file.items()}, words)
+        for name in uncounted(values):
+            raise ValueError(
+                f"{flag_of(name)} {values[name]}: memory and traffic with it are not counted here. "
+                f"--no-{flag_of(name)[2:]} leaves it out"
+            )
         result = estimate(values)
     except ValueError as error:
         print(f"estimate.py: error: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Memory and traffic of one GPU in a parallel layout: plain arithmetic, no torch, no GPU.
 
-Memory: weights, gradients and optimizer state are exact; activations are the tensors that autograd
+Memory: weights, gradients and Adam's state are exact; activations are the tensors that autograd
 keeps with Megatron's local layers (no fused kernels), an estimate.
 Communication: the bytes that one GPU sends in one optimizer step, with ring algorithms.
 
@@ -30,10 +30,8 @@ from megatron_smlp.accounting.costs import (
 from megatron_smlp.systems import LayerSlots
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-_GRADIENT_BYTES = 4
-"""Megatron accumulates gradients in fp32."""
+_FP32_BYTES = 4
 _ADAM_BYTES = 8
-_MASTER_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +48,8 @@ class ParallelLayout:
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     precision: str = "fp32"
+    fp32_gradients: bool = True
+    """Whether they are added up and reduced in fp32; else in the precision of the weights."""
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
@@ -79,6 +79,7 @@ class ParallelLayout:
             sequence_parallel=args.sequence_parallel,
             distributed_optimizer=args.use_distributed_optimizer,
             precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+            fp32_gradients=args.accumulate_allreduce_grads_in_fp32,
             recompute_granularity=args.recompute_granularity,
             recompute_method=args.recompute_method,
             recompute_num_layers=args.recompute_num_layers,
@@ -97,6 +98,10 @@ class ParallelLayout:
     def value_bytes(self) -> int:
         return _BYTES[self.precision]
 
+    @property
+    def gradient_bytes(self) -> int:
+        return _FP32_BYTES if self.fp32_gradients else self.value_bytes
+
 
 def _quotient(flag: str, value: int, divisor: int, meaning: str) -> int:
     if value < 1 or value % divisor:
@@ -112,6 +117,8 @@ class Footprint:
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    gradient_copy_bytes: int
+    """In fp32, of gradients that are not: from the end of the last backward pass to the step's."""
     activation_bytes: int
     tensor_parallel_bytes: int
     """Sent in a step, as are the next three."""
@@ -122,7 +129,7 @@ class Footprint:
     @property
     def memory_bytes(self) -> int:
         state = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
-        return state + self.activation_bytes
+        return state + max(self.activation_bytes, self.gradient_copy_bytes)
 
     @property
     def communication_bytes(self) -> int:
@@ -250,16 +257,18 @@ def _activation_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> 
 
 def _stage(shape: ModelShape, layout: ParallelLayout, stage: int) -> Footprint:
     dense, experts = parameters_on_rank(stage_cost(shape, layout, stage), layout)
-    per_parameter = _ADAM_BYTES + (_MASTER_BYTES if layout.value_bytes < 4 else 0)
+    per_parameter = _ADAM_BYTES + (_FP32_BYTES if layout.value_bytes < 4 else 0)
     spread = layout.distributed_optimizer
     dense_share = dense // (layout.data if spread else 1)
     expert_share = experts // (layout.expert_data if spread else 1)
+    share = dense_share + expert_share
     buffers = fingerprint_bytes(shape) if stage == 0 else 0
     return Footprint(
         parameters=dense + experts,
         weight_bytes=(dense + experts) * layout.value_bytes + buffers,
-        gradient_bytes=(dense + experts) * _GRADIENT_BYTES,
-        optimizer_bytes=(dense_share + expert_share) * per_parameter,
+        gradient_bytes=(dense + experts) * layout.gradient_bytes,
+        optimizer_bytes=share * per_parameter,
+        gradient_copy_bytes=0 if layout.gradient_bytes == _FP32_BYTES else share * _FP32_BYTES,
         activation_bytes=_activation_bytes(shape, layout, stage),
         tensor_parallel_bytes=_tensor_traffic(shape, layout, stage),
         pipeline_parallel_bytes=_pipeline_traffic(shape, layout, stage),
@@ -306,8 +315,8 @@ def _expert_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> in
 
 
 def _data_traffic(layout: ParallelLayout, dense: int, experts: int) -> int:
-    """Gradients in fp32; the distributed optimizer sends weights back in their own precision."""
-    back = layout.value_bytes if layout.distributed_optimizer else _GRADIENT_BYTES
-    per_parameter = (_GRADIENT_BYTES + back) / 2
+    """Gradients; the distributed optimizer sends weights back instead."""
+    back = layout.value_bytes if layout.distributed_optimizer else layout.gradient_bytes
+    per_parameter = (layout.gradient_bytes + back) / 2
     traffic = _ring(dense, layout.data) + _ring(experts, layout.expert_data)
     return round(traffic * per_parameter)

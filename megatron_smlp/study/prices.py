@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_smlp.accounting.estimate import estimate
+from megatron_smlp.accounting.estimate import estimate, uncounted
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study.plan import Calendar, Plan, PlannedRun
 from megatron_smlp.study.study_file import Cluster, Study
@@ -17,8 +18,10 @@ GIB = 2**30
 BACKWARD = 3  # a training step costs as much as three forward passes
 EVAL_ITERS = 100  # Megatron's default
 LONG_WARM_UP = 0.2
-SAVED_BYTES = {True: 14, False: 12}
-"""Bytes per parameter in a checkpoint, by --bf16: the weight, its fp32 copy, two moments."""
+SAVED_BYTES = 12
+"""Bytes per parameter in a checkpoint: two moments, and the weight in fp32."""
+HALF_BYTES = 2
+"""Beside them with --bf16 or --fp16: the weight in that."""
 
 
 def price_lines(
@@ -54,12 +57,15 @@ def price_lines(
         totals = [totals[0] + hours, totals[1] + hours / cluster.gpus]
         costs = _costs_on(cluster, study, system)
         memory = costs["per_gpu"]["memory_bytes"] / GIB
-        saved = SAVED_BYTES[bool(system.flags.get("bf16"))] * costs["total_parameters"] / GIB
+        saved = _saved_bytes(system) * costs["total_parameters"] / GIB
         yield (
             f"  {name:24}{hours:>12,.0f}{hours / cluster.gpus:>9,.1f}{memory:>10,.1f} GiB"
             f"{saved:>10,.1f} GiB  {_layout(system.flags)}"
         )
     yield f"  {'all':24}{totals[0]:>12,.0f}{totals[1]:>9,.1f}"
+    ignored = {name for system in systems.values() for name in uncounted(system.flags)}
+    if ignored:
+        yield f"  not counted in the memory: {', '.join(map(flag_of, sorted(ignored)))}"
 
 
 def evaluation_cost(system: System, calendar: Calendar) -> str:
@@ -86,6 +92,11 @@ def warm_up_lines(plan: Plan) -> Iterator[str]:
             "  that are too high for a whole training: lengthen `tuning: horizon`, or shorten\n"
             "  the warm-up: `lr-warmup-iters`, or a fraction of the first of `horizons`."
         )
+
+
+def _saved_bytes(system: System) -> int:
+    is_half = system.flags.get("bf16") or system.flags.get("fp16")
+    return SAVED_BYTES + (HALF_BYTES if is_half else 0)
 
 
 def _costs_on(cluster: Cluster, study: Study, system: System) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from support.launches import launch_calls
 from support.parallel_models import measure
 
 from megatron_smlp.accounting.costs import ModelShape, model_cost
-from megatron_smlp.accounting.estimate import estimate, main, merged, resolve
+from megatron_smlp.accounting.estimate import estimate, main, merged, resolve, uncounted
 from megatron_smlp.accounting.footprint import (
     ParallelLayout,
     _activation_bytes,
@@ -109,6 +109,56 @@ def test_memory_by_hand():
     alone = dataclasses.replace(ParallelLayout.from_args(args), data=1, precision="fp32")
     assert footprint(shape, alone).optimizer_bytes == 8 * count
     assert result.memory_bytes == 6 * count + count // 2 * 12 + result.activation_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "gradients", "copies", "sent"),
+    [
+        ({"fp16": True}, 2, 4, 4),
+        ({"fp16": True, "use_distributed_optimizer": True}, 2, 4 / 2, 2 + 2),
+        ({"fp16": True, "accumulate_allreduce_grads_in_fp32": True}, 4, 0, 8),
+        ({"bf16": True, "grad_reduce_in_bf16": True}, 2, 4, 4),
+        ({"bf16": True}, 4, 0, 8),
+        ({"grad_reduce_in_bf16": True}, 4, 0, 8),
+    ],
+)
+def test_gradients_by_hand(changes: dict[str, Any], gradients: int, copies: float, sent: int):
+    """Two ranks. Adam steps in fp32: what is not, it copies, when the activations have gone."""
+    shape, parallel = _both("gmlp", 1, 1, 1, 2, **changes)
+    result, count = footprint(shape, parallel), model_cost(shape).parameters
+    assert result.gradient_bytes == gradients * count
+    assert result.gradient_copy_bytes == copies * count
+    assert result.data_parallel_bytes == round(sent / 2 * count)
+    most = max(result.activation_bytes, copies * count)
+    state = result.weight_bytes + result.optimizer_bytes
+    assert result.memory_bytes == state + gradients * count + most
+    long = dataclasses.replace(parallel, micro_batch_size=1000)
+    activations = footprint(shape, long).activation_bytes
+    assert footprint(shape, long).memory_bytes == state + gradients * count + activations
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "num-layers-per-virtual-pipeline-stage: 1",
+        "fp8-format: hybrid",
+        "use-precision-aware-optimizer: true",
+        "optimizer: sgd",
+        "recompute-modules: [core_attn, layernorm]",
+    ],
+)
+def test_what_is_not_counted_is_refused(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    flag = line.partition(":")[0]
+    config = tmp_path / "model.yaml"
+    config.write_text(f"num-layers: 4\nhidden-size: 64\nseq-length: 128\n{line}\n")
+    assert main(["--config", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert f"--{flag} " in error
+    assert f"--no-{flag} leaves it out" in error
+    assert main(["--config", str(config), f"--no-{flag}"]) == 0
+    assert uncounted({"optimizer": "adam", "fp8_format": None, "use_torch_fsdp2": False}) == []
 
 
 def test_the_projections_memory_is_on_the_first_stage():

@@ -52,6 +52,23 @@ def test_gpu_hours_memory_and_storage(tmp_path: Path, capsys: pytest.CaptureFixt
         main(["plan", str(path)])
 
 
+@pytest.mark.parametrize(("precision", "saved"), [({"fp16": True}, 14), ({}, 12)])
+def test_storage_by_precision_and_what_memory_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: dict[str, bool], saved: int
+):
+    fixed = {**precision, "num-layers-per-virtual-pipeline-stage": 1}
+    cluster = {"gpus": 1, "tflops": 1, "utilization": 0.5}
+    size = {"vocab-size": 8_000_000}
+    path = write_study(tmp_path, cluster=cluster, fixed=fixed, **size)
+    lines = planned(path, capsys, "--runs", str(tmp_path / "runs"))
+    costs = state_of(path, runs=tmp_path / "runs").systems["transformer"].costs
+    [priced] = [words for words in lines if words[:1] == ["transformer"] and "data" in words]
+    found = float(priced[5].replace(",", "")) * 2**30
+    assert found == pytest.approx(saved * costs["total_parameters"], rel=0.01)
+    note = "not counted in the memory: --num-layers-per-virtual-pipeline-stage"
+    assert note.split() in lines
+
+
 def test_what_evaluations_add(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """A batch of an evaluation is a forward pass, a third of a training step."""
     path = write_study(tmp_path, fixed={"eval-iters": 6}, evaluations=3)
