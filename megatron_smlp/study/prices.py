@@ -48,11 +48,13 @@ def price_lines(
         yield "  tokens/s: of the quiet timing, or else as trained; n/a: nothing has run yet"
         return
     share = f"{cluster.utilization:.0%} of {cluster.tflops:g} TFLOP/s, assumed"
-    yield f"{cluster.gpus} GPUs ({share})"
+    yield f"{cluster.gpus} GPUs ({share} by needed FLOPs), evaluations included"
     yield (f"  {'':24}{'GPU hours':>12}{'hours':>9}{'memory/GPU':>14}{'checkpoint':>14}  layout")
     totals = [0.0, 0.0]
     for name, system in systems.items():
-        tflops = BACKWARD * system.costs["forward_tflops_per_1024_tokens"] / 1024
+        # By needed FLOPs, as the `mfu` of a training that may stand in `utilization`.
+        tflops = BACKWARD * system.costs["forward_needed_tflops_per_1024_tokens"] / 1024
+        tflops *= 1 + _evaluation_share(system, Calendar.of(study, system))
         hours = tflops * _tokens(system, runs) / (cluster.tflops * cluster.utilization) / 3600
         totals = [totals[0] + hours, totals[1] + hours / cluster.gpus]
         costs = _costs_on(cluster, study, system)
@@ -70,12 +72,20 @@ def price_lines(
 
 def evaluation_cost(system: System, calendar: Calendar) -> str:
     """Return how often a run is evaluated, alike in all systems, and what that adds to it."""
-    batches = system.flags.get("eval_iters", EVAL_ITERS)
-    share = batches / BACKWARD / calendar.evaluation
+    share = _evaluation_share(system, calendar)
     return (
-        f"{batches} batches every {calendar.evaluation} iterations, {share:.0%} on top of the "
-        "training's FLOPs"
+        f"{_batches(system)} batches every {calendar.evaluation} iterations, {share:.0%} on top of "
+        "the training's FLOPs"
     )
+
+
+def _evaluation_share(system: System, calendar: Calendar) -> float:
+    return _batches(system) / BACKWARD / calendar.evaluation
+
+
+def _batches(system: System) -> int:
+    batches: int = system.flags.get("eval_iters", EVAL_ITERS)
+    return batches
 
 
 def warm_up_lines(plan: Plan) -> Iterator[str]:
