@@ -45,6 +45,10 @@ class Cost:
     """Parameters of the experts that one token does not visit."""
     zero_parameters: int = 0
     """Those above the diagonals of spatial matrices, which stay zero and are never read."""
+    summed: int = 0
+    """Replicated parameters whose gradients each backward pass sums over that group."""
+    pairs: int = 0
+    """Pairs of split projections: that group sums their outputs, and the gradients of inputs."""
     flops: int = 0
     """Forward FLOPs of one sequence, only the needed ones."""
     square_flops: int = 0
@@ -277,7 +281,8 @@ def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = Fals
     # result before the weight as well. Kept as well: u before the GELU, and the product.
     in_gate = shape.ffn_hidden_size + (3 if heads > 1 else 2) * gate_width
     matrices = heads * shape.matrix_parameters
-    spatial = Cost(replicated=matrices) if everywhere or heads == 1 else Cost(sharded=matrices)
+    on_all = everywhere or heads == 1
+    spatial = Cost(replicated=matrices, summed=matrices) if on_all else Cost(sharded=matrices)
     above = 0 if shape.options.toeplitz else shape.square - shape.triangle
     return (
         norm_cost(shape)
@@ -332,7 +337,8 @@ def masked_mixer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     """One or two matrices a head over the hidden dimension; a single head's are on every rank."""
     heads, layers = slots.heads, 1 + shape.options.mixer_expansion
     matrices = layers * heads * shape.matrix_parameters
-    spatial = Cost(replicated=matrices) if heads == 1 else Cost(sharded=matrices)
+    on_all = heads == 1
+    spatial = Cost(replicated=matrices, summed=matrices) if on_all else Cost(sharded=matrices)
     above = 0 if shape.options.toeplitz else shape.square - shape.triangle
     return (
         norm_cost(shape)
@@ -352,7 +358,11 @@ def aft_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     # The keys and values, sigmoid(q), the averages, and the product of the last two.
     if shape.options.aft_kind == "simple":
         return projections + Cost(kept=5 * width)
-    matrix = Cost(replicated=shape.square, zero_parameters=shape.square - shape.triangle)
+    matrix = Cost(
+        replicated=shape.square,
+        summed=shape.square,
+        zero_parameters=shape.square - shape.triangle,
+    )
     # exp(k) instead of k; both sums and what is summed.
     return projections + matrix + _pairs(shape, 2 * width) + Cost(kept=9 * width)
 
@@ -403,7 +413,8 @@ def shared_expert_cost(shape: ModelShape) -> Cost:
     parameters = (2 + gated) * shape.hidden_size * width
     flops = 2 * shape.seq_length * parameters
     kept = (2 + gated) * width  # the hidden layer before and after the activation
-    return Cost(sharded=parameters, flops=flops, square_flops=flops, kept=kept)
+    pairs = int(width > 0)
+    return Cost(sharded=parameters, pairs=pairs, flops=flops, square_flops=flops, kept=kept)
 
 
 def _expert_parameters(shape: ModelShape) -> int:
@@ -423,7 +434,7 @@ def _row(shape: ModelShape, inputs: int) -> Cost:
     flops = 2 * shape.seq_length * inputs * shape.hidden_size
     bias = shape.hidden_size if shape.linear_bias else 0
     parameters = inputs * shape.hidden_size
-    return Cost(sharded=parameters, replicated=bias, flops=flops, square_flops=flops)
+    return Cost(sharded=parameters, replicated=bias, pairs=1, flops=flops, square_flops=flops)
 
 
 def _pairs(shape: ModelShape, columns: int) -> Cost:

@@ -20,7 +20,8 @@ from megatron_smlp.accounting.costs import (
     forward_tflops_per_1024_tokens,
     model_cost,
 )
-from megatron_smlp.accounting.footprint import ParallelLayout, footprint
+from megatron_smlp.accounting.footprint import footprint
+from megatron_smlp.accounting.layout import ParallelLayout
 from megatron_smlp.command_line import Parser, did_you_mean, flag_of
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec

@@ -15,15 +15,9 @@ from support.parallel_models import measure
 
 from megatron_smlp.accounting.costs import ModelShape, model_cost
 from megatron_smlp.accounting.estimate import estimate, main, merged, resolve, uncounted
-from megatron_smlp.accounting.footprint import (
-    ParallelLayout,
-    _activation_bytes,
-    _pipeline_traffic,
-    activation_elements,
-    footprint,
-    parameters_on_rank,
-    stage_cost,
-)
+from megatron_smlp.accounting.footprint import _activation_bytes, activation_elements, footprint
+from megatron_smlp.accounting.layout import ParallelLayout, parameters_on_rank, stage_cost
+from megatron_smlp.accounting.traffic import expert_traffic, pipeline_traffic, tensor_traffic
 from megatron_smlp.systems import TOKEN_ROUTERS, LayerSlots
 
 SIZES: dict[str, Any] = {
@@ -181,11 +175,13 @@ def test_traffic_by_hand():
     one = footprint(*_both("transformer", 1, 1, 1, 1, **options))
     assert one.communication_bytes == 0
     tensor = footprint(*_both("transformer", 2, 1, 1, 2, **options))
-    assert tensor.tensor_parallel_bytes == 6 * 4 * 2 * 2 * hidden
+    # Two pairs of projections in each layer, forward and backward; the embedding and the logits.
+    assert tensor.tensor_parallel_bytes == 6 * (4 * 2 * 2 + 2) * hidden
     assert tensor.communication_bytes == tensor.tensor_parallel_bytes
     pipeline = _both("transformer", 1, 4, 1, 4, **options)
-    sent = [_pipeline_traffic(*pipeline, stage) for stage in range(4)]
-    assert sent == [6 * hidden, 2 * 6 * hidden, 2 * 6 * hidden, 6 * hidden]
+    sent = [pipeline_traffic(*pipeline, stage) for stage in range(4)]
+    tied = 1024 * 64 * 4  # once in a step, between the first and the last stage
+    assert sent == [6 * hidden + tied, 2 * 6 * hidden, 2 * 6 * hidden, 6 * hidden + tied]
     assert footprint(*pipeline).pipeline_parallel_bytes in sent
     data = footprint(*_both("transformer", 1, 1, 1, 3, **options))
     assert data.data_parallel_bytes == round(2 * 2 / 3 * 4 * data.parameters)
@@ -206,7 +202,8 @@ def test_sequence_parallelism_by_hand():
     assert kept == [2 * 64 + (2 * 256 + 5 * 128) / 2, (2 * 64 + 2 * 256 + 5 * 128) / 2]
     hidden = 2 * 32 * 64 * 4  # a micro-batch of 2 in fp32
     shape, parallel = _both("transformer", 2, 2, 1, 4, **options)
-    assert [_pipeline_traffic(shape, parallel, stage) for stage in (0, 1)] == [4 * hidden // 2] * 2
+    untied = dataclasses.replace(shape, tied_embeddings=False)
+    assert [pipeline_traffic(untied, parallel, stage) for stage in (0, 1)] == [4 * hidden // 2] * 2
     # Two replicas, and so two micro-batches; two layers of experts, half of the tokens leave.
     expert = footprint(*_both("switch", 2, 1, 2, 4, **options))
     assert expert.expert_parallel_bytes == 4 * 2 * 2 * hidden // 2 // 2
@@ -220,6 +217,32 @@ def test_what_experts_keep_by_hand(expert_tensor: int, dispatched: float):
     kept = [activation_elements(shape, parallel, slots) for slots in shape.slots[:2]]
     moe, dense = (4 * 64 + 4 * 64) / 2, (4 * 64 + 4 * 64) / 2 + 2 * 256 / 2
     assert kept == [moe + dispatched * 2 * 64 + 2 * 256 / 2, dense]
+
+
+def test_tensor_parallel_traffic_by_hand():
+    """Halves of rings: 5 for a pair of projections, 3 for an embedding with learned positions and
+    for logits; matrices of all experts on both ranks, whose gradients are summed."""
+    hidden = 2 * 32 * 64 * 4  # a micro-batch of 2 in fp32
+    options = {"micro_batch_size": 2, "global_batch_size": 4, "position_embedding_type": "none"}
+    shape, parallel = _both("smlp_partial", 2, 1, 1, 2, **options)
+    matrices = (2 + 2 * 4) * (32 * 32 + 32) * 4
+    one_pass = (4 * 5 + 2 + 3) / 2 * hidden + 2 / 2 * matrices
+    assert tensor_traffic(shape, parallel, 0) == 2 * one_pass
+    learned = dataclasses.replace(shape, learned_positions=True)
+    assert tensor_traffic(learned, parallel, 0) == 2 * (one_pass + hidden / 2)
+    full = dataclasses.replace(parallel, recompute_granularity="full")
+    assert tensor_traffic(shape, full, 0) == 2 * (one_pass + 4 * 2 / 2 * hidden)
+
+
+def test_traffic_of_split_experts_by_hand():
+    """bf16, two layers of experts over two ranks: tokens are gathered, their outputs, in fp32, are
+    scattered, and the reverse."""
+    hidden = 2 * 32 * 64 * 2
+    shape, parallel = _both("switch", 2, 1, 1, 2, bf16=True, micro_batch_size=2)
+    split = dataclasses.replace(parallel, expert_tensor=2)
+    assert expert_traffic(shape, split, 0) == 2 * (1 + 2 + 2 + 1) / 2 * hidden
+    full = dataclasses.replace(split, recompute_granularity="full")
+    assert expert_traffic(shape, full, 0) == 2 * (1 + 2 + 2 + 1 + 1 + 2) / 2 * hidden
 
 
 def test_traffic_of_the_distributed_optimizer_by_hand():
@@ -373,6 +396,7 @@ ON_TWO_RANKS = {
     "transformer": "--architecture transformer",
     "transformer_sequence": "--architecture transformer --sequence-parallel",
     "mixer": "--architecture mixer",
+    "mixer_sequence": "--architecture mixer --sequence-parallel",
     "gmlp": "--architecture gmlp",
     "gmlp_heads": "--architecture gmlp --spatial-heads 4",
     "amlp": "--architecture amlp --tiny-attention-width 16 --sequence-parallel",
@@ -418,6 +442,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, fl
 def test_activations_of_a_tensor_parallel_rank(case: str, measured: dict[str, dict[str, float]]):
     counted = footprint(*_on_two_ranks(case)).activation_bytes
     assert abs(counted / measured[case]["kept"] - 1) < 0.1
+
+
+@pytest.mark.parametrize("case", ON_TWO_RANKS)
+def test_what_a_tensor_parallel_rank_sends(case: str, measured: dict[str, dict[str, float]]):
+    """Ranks may get unlike numbers of tokens for their experts; scores and sums are not counted."""
+    counted = footprint(*_on_two_ranks(case))
+    assert counted.tensor_parallel_bytes == pytest.approx(measured[case]["tensor"], rel=0.05)
+    assert counted.expert_parallel_bytes == pytest.approx(measured[case]["expert"], rel=0.1)
 
 
 def _on_two_ranks(case: str) -> tuple[ModelShape, ParallelLayout]:
