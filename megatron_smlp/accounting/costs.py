@@ -107,12 +107,16 @@ class ModelShape:
     """P, tokens from which partial prediction routes; 0: no such routing."""
     num_feature_chunks: int = 0
     """C, chunks of features that partial prediction routes."""
-    learned_positions: bool = False
+    num_positions: int = 0
+    """Rows of the table of learned positions; 0: there is none."""
+    rotary_positions: bool = False
     tied_embeddings: bool = True
     linear_bias: bool = True
     norm_parameters: int = 2
     """Parameter vectors of a norm: 2 for LayerNorm, 1 for RMSNorm."""
     gated_mlp: bool = False
+    kept_by_activation: int = 1
+    """Of each number of an FFN's hidden layer, those that are kept up to its activation."""
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ModelShape:
@@ -123,6 +127,7 @@ class ModelShape:
         # A namespace of Megatron's own script has experts and no rule of ours.
         num_experts = None if getattr(args, "token_router", "") == "none" else args.num_experts
         is_partial = options.feature_router == "partial"
+        positions = args.position_embedding_type
         return cls(
             slots=tuple(layer_slots(options, args, num_experts=num_experts)),
             hidden_size=args.hidden_size,
@@ -139,11 +144,13 @@ class ModelShape:
             shared_expert_size=args.moe_shared_expert_intermediate_size or 0 if num_experts else 0,
             prefix_length=options.prefix_length(args.seq_length),
             num_feature_chunks=options.num_chunks if is_partial else 0,
-            learned_positions=args.position_embedding_type == "learned_absolute",
+            num_positions=args.max_position_embeddings if positions == "learned_absolute" else 0,
+            rotary_positions=positions == "rope",
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             linear_bias=args.add_bias_linear,
             norm_parameters=2 if args.normalization == "LayerNorm" else 1,
-            gated_mlp=args.swiglu,
+            gated_mlp=args.swiglu or args.quick_geglu,
+            kept_by_activation=_kept_by_activation(args),
         )
 
     @property
@@ -165,6 +172,17 @@ class ModelShape:
     def matrix_parameters(self) -> int:
         """M and b of one spatial head or expert."""
         return self.seq_length + (1 if self.options.toeplitz else self.square)
+
+
+def _kept_by_activation(args: argparse.Namespace) -> int:
+    """Return 1, the hidden layer before the activation, and 2 where there is a gate. Megatron's
+    fused SwiGLU keeps nothing else; otherwise a gate is kept before and after its product's
+    operands, and a quick GELU keeps its sigmoid."""
+    if args.quick_geglu:
+        return 5
+    if args.swiglu:
+        return 2 if args.bias_swiglu_fusion else 4
+    return 1
 
 
 def model_cost(shape: ModelShape) -> Cost:
@@ -241,7 +259,7 @@ def token_table(shape: ModelShape) -> Cost:
 
 def position_table(shape: ModelShape) -> Cost:
     """Return the cost of the position embeddings, if they are learned."""
-    return Cost(replicated=shape.seq_length * shape.hidden_size * shape.learned_positions)
+    return Cost(replicated=shape.num_positions * shape.hidden_size)
 
 
 def norm_cost(shape: ModelShape) -> Cost:
@@ -263,7 +281,8 @@ def layer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
 def attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     """q, k, v and output projections; scores and their product with v are causal."""
     width, qkv = shape.attention_width, shape.attention_width + 2 * shape.key_value_width
-    kept = Cost(kept=qkv + width)  # q, k, v and the mixed values
+    rotated = (width + shape.key_value_width) * shape.rotary_positions
+    kept = Cost(kept=qkv + rotated + width)  # q, k, v, rotated q and k, and the mixed values
     pairs = _pairs(shape, 2 * width)
     return norm_cost(shape) + _column(shape, qkv) + pairs + _row(shape, width) + kept
 
@@ -380,11 +399,11 @@ def causal_rn_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
 
 
 def mlp_cost(shape: ModelShape) -> Cost:
-    """Return the cost of the FFN; a gated one has two projections to the hidden layer, and their
-    product."""
-    hidden, gated = shape.ffn_hidden_size, int(shape.gated_mlp)
-    up = _column(shape, (1 + gated) * hidden)
-    return norm_cost(shape) + up + _row(shape, hidden) + Cost(kept=(2 + gated) * hidden)
+    """Return the cost of the FFN; a gated one has two projections to the hidden layer."""
+    hidden = shape.ffn_hidden_size
+    up = _column(shape, (1 + shape.gated_mlp) * hidden)
+    kept = Cost(kept=(1 + shape.kept_by_activation) * hidden)
+    return norm_cost(shape) + up + _row(shape, hidden) + kept
 
 
 def token_moe_cost(shape: ModelShape) -> Cost:
@@ -399,20 +418,20 @@ def token_moe_cost(shape: ModelShape) -> Cost:
         idle=(shape.num_experts - k) * expert,
         flops=flops,
         square_flops=flops,
-        # The dispatched token, and its output unless the weight is fixed; the hidden layer before
-        # and after the activation. GShard's second expert is counted as if it always served.
+        # The dispatched token, and its output unless the weight is fixed; the hidden layer up to
+        # the activation and behind it. GShard's second expert is counted as if it always served.
         kept_at_experts=k * shape.hidden_size * (2 if shape.router_has_weights else 1),
-        kept_in_experts=k * (2 + shape.gated_mlp) * shape.moe_ffn_hidden_size,
+        kept_in_experts=k * (1 + shape.kept_by_activation) * shape.moe_ffn_hidden_size,
     )
     return norm_cost(shape) + routed + shared_expert_cost(shape)
 
 
 def shared_expert_cost(shape: ModelShape) -> Cost:
     """Return the cost of an FFN without bias that every token visits, if there is one."""
-    width, gated = shape.shared_expert_size, int(shape.gated_mlp)
-    parameters = (2 + gated) * shape.hidden_size * width
+    width = shape.shared_expert_size
+    parameters = (2 + shape.gated_mlp) * shape.hidden_size * width
     flops = 2 * shape.seq_length * parameters
-    kept = (2 + gated) * width  # the hidden layer before and after the activation
+    kept = (1 + shape.kept_by_activation) * width
     pairs = int(width > 0)
     return Cost(sharded=parameters, pairs=pairs, flops=flops, square_flops=flops, kept=kept)
 

@@ -33,6 +33,7 @@ _REQUIRED = ("num_layers", "hidden_size", "seq_length")
 _LAYOUT: dict[str, Any] = {
     "vocab_size": 50257,
     "disable_bias_linear": False,
+    "no_bias_swiglu_fusion": False,
     "make_vocab_size_divisible_by": 128,
     "micro_batch_size": 1,
     "global_batch_size": None,
@@ -154,6 +155,10 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     args.add_bias_linear = not args.disable_bias_linear
     if args.position_embedding_type is None:
         args.position_embedding_type = ARCHITECTURES[args.architecture].positions
+    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    # Which knows neither clamps nor offsets.
+    plain = args.activation_func_clamp_value is None and not args.glu_linear_offset
+    args.bias_swiglu_fusion = plain and not args.no_bias_swiglu_fusion
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     padded = -(-args.vocab_size // multiple) * multiple
     args.padded_vocab_size = args.padded_vocab_size or padded

@@ -102,7 +102,7 @@ def _of_ends(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
     numbers = 0
     if stage == 0 and shape.options.input_projection == "embedding":
         # Positions are added to the whole sums, which are cut after that.
-        numbers += 2 * hidden + hidden * (is_sequence and shape.learned_positions)
+        numbers += 2 * hidden + hidden * (is_sequence and shape.num_positions > 0)
     if stage == layout.pipeline - 1:
         numbers += (2 + is_sequence) * hidden
     return numbers

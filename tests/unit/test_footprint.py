@@ -228,7 +228,7 @@ def test_tensor_parallel_traffic_by_hand():
     matrices = (2 + 2 * 4) * (32 * 32 + 32) * 4
     one_pass = (4 * 5 + 2 + 3) / 2 * hidden + 2 / 2 * matrices
     assert tensor_traffic(shape, parallel, 0) == 2 * one_pass
-    learned = dataclasses.replace(shape, learned_positions=True)
+    learned = dataclasses.replace(shape, num_positions=32)
     assert tensor_traffic(learned, parallel, 0) == 2 * (one_pass + hidden / 2)
     full = dataclasses.replace(parallel, recompute_granularity="full")
     assert tensor_traffic(shape, full, 0) == 2 * (one_pass + 4 * 2 / 2 * hidden)
@@ -395,6 +395,12 @@ FULL = "--recompute-granularity full"
 ON_TWO_RANKS = {
     "transformer": "--architecture transformer",
     "transformer_sequence": "--architecture transformer --sequence-parallel",
+    "rope": "--architecture transformer --sequence-parallel --position-embedding-type rope",
+    "modern": "--architecture transformer --position-embedding-type rope --swiglu"
+    " --disable-bias-linear --group-query-attention --num-query-groups 2",
+    "quick_geglu": "--architecture transformer --quick-geglu",
+    "modern_experts": f"{EXPERTS} --token-router topk --swiglu --disable-bias-linear"
+    f" {WHOLE_EXPERTS}",
     "mixer": "--architecture mixer",
     "mixer_sequence": "--architecture mixer --sequence-parallel",
     "gmlp": "--architecture gmlp",
@@ -455,7 +461,9 @@ def test_what_a_tensor_parallel_rank_sends(case: str, measured: dict[str, dict[s
 def _on_two_ranks(case: str) -> tuple[ModelShape, ParallelLayout]:
     words = f"{TWO_RANKS} {ON_TWO_RANKS[case]}".split()
     values = merged({}, [word for word in words if word not in DISPATCHER])
-    args = resolve(values | {"padded_vocab_size": 104, "world_size": 2})
+    # The fused SwiGLU is a GPU's.
+    values |= {"padded_vocab_size": 104, "world_size": 2, "no_bias_swiglu_fusion": True}
+    args = resolve(values)
     return ModelShape.from_args(args), ParallelLayout.from_args(args)
 
 
