@@ -223,8 +223,9 @@ def merged(file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
             values.pop(left_out, None)
             continue
         if name not in _TYPED:
+            near = did_you_mean(flag, map(flag_of, _TYPED), cutoff=0.8) or "`--help` lists them"
             raise ValueError(
-                f"{flag} is not a flag of the model, its layout or the tokenizer{_near(flag)}"
+                f"{flag} is not a flag of the model, its layout or the tokenizer: {near}"
             )
         is_switch = isinstance(_TYPED[name], bool)
         given[name] = _value(flag, [value, *typed] if value else typed, is_switch=is_switch)
@@ -253,11 +254,6 @@ def _value(flag: str, typed: Sequence[str], *, is_switch: bool) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(f"{flag} {' '.join(typed)}: not a number, text or list") from error
     return True if is_switch else values[0] if len(values) == 1 else values
-
-
-def _near(flag: str) -> str:
-    hint = did_you_mean(flag, map(flag_of, _TYPED), cutoff=0.8)
-    return f": {hint}" if hint else "; `--help` lists them"
 
 
 def _table(result: dict[str, Any]) -> str:

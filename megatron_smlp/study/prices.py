@@ -47,8 +47,8 @@ def price_lines(
         yield f"  {'all':42}{_number(total, ',.1f'):>14}"
         yield "  tokens/s: of the quiet timing, or else as trained; n/a: nothing has run yet"
         return
-    share = f"{cluster.utilization:.0%} of {cluster.tflops:g} TFLOP/s, assumed"
-    yield f"{cluster.gpus} GPUs ({share} by needed FLOPs), evaluations included"
+    share = f"{cluster.utilization:.0%} of {cluster.tflops:g} TFLOP/s in needed FLOPs, assumed"
+    yield f"{cluster.gpus} GPUs ({share}), evaluations included"
     yield (f"  {'':24}{'GPU hours':>12}{'hours':>9}{'memory/GPU':>14}{'checkpoint':>14}  layout")
     totals = [0.0, 0.0]
     for name, system in systems.items():
