@@ -58,6 +58,8 @@ class Cost:
     over the tensor parallel group."""
     recomputable: int = 0
     """Those of them that --recompute-granularity selective gives up for another forward pass."""
+    kept_in_fp32: int = 0
+    """The same of numbers that are fp32 in a run of any precision."""
     kept_by_split_norm: int = 0
     """The same of a norm whose one head is split over several ranks: once, and once in fp32."""
     kept_everywhere: int = 0
@@ -175,9 +177,8 @@ class ModelShape:
 
 
 def _kept_by_activation(args: argparse.Namespace) -> int:
-    """Return 1, the hidden layer before the activation, and 2 where there is a gate. Megatron's
-    fused SwiGLU keeps nothing else; otherwise a gate is kept before and after its product's
-    operands, and a quick GELU keeps its sigmoid."""
+    """Return 1, the hidden layer itself, or 2, its halves, which is all that a fused SwiGLU keeps.
+    Otherwise a gate also keeps both factors of its product, and a quick GELU its sigmoid."""
     if args.quick_geglu:
         return 5
     if args.swiglu:
@@ -391,11 +392,12 @@ def causal_rn_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     product that normalises the pair and one of its scaled sum. Exponentials count as nothing."""
     width = shape.options.relation_width or shape.hidden_size
     projections = norm_cost(shape) + _column(shape, 2 * width) + _row(shape, width)
-    # x W1 and x W2; b, the exponentials and their norm. What is fp32 in bf16 runs counts once.
+    # x W1 and x W2; then, in fp32, b, the exponentials and their norm.
     if shape.options.causal_rn_kind == "linear":
-        return projections + Cost(kept=5 * width)
+        return projections + Cost(kept=2 * width, kept_in_fp32=3 * width)
+    # Pairs are fp32 too, and count as the run's numbers.
     pairs = _pairs(shape, 2 * width) + Cost(kept_everywhere=2 * shape.seq_length)
-    return projections + pairs + Cost(kept=6 * width)
+    return projections + pairs + Cost(kept=2 * width, kept_in_fp32=4 * width)
 
 
 def mlp_cost(shape: ModelShape) -> Cost:

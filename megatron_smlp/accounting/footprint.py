@@ -86,22 +86,23 @@ def footprint(shape: ModelShape, layout: ParallelLayout) -> Footprint:
 
 def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerSlots) -> float:
     """Numbers kept for one token's backward pass through one layer, on one rank, without
-    recomputation."""
+    recomputation; those of fp32 count as several of the run's precision."""
     cost = layer_cost(shape, slots)
-    inside = cost.kept / layout.tensor + cost.kept_everywhere + _of_split_norms(cost, layout)
+    split = cost.kept + cost.kept_in_fp32 * _per_fp32(layout) + _of_split_norms(cost, layout)
     # A rank dispatches its 1 / tp of the tokens, and an expert's etp ranks get what each of them
     # would: etp / tp of all tokens, of which each rank has 1 / etp of the hidden layer.
-    at_experts = cost.kept_at_experts * layout.expert_tensor + cost.kept_in_experts
-    inside += at_experts / layout.tensor
-    return (2 if slots.channel == "none" else 4) * _slot_elements(shape, layout) + inside
+    split += cost.kept_at_experts * layout.expert_tensor + cost.kept_in_experts
+    between = (2 if slots.channel == "none" else 4) * _slot_elements(shape, layout)
+    return between + split / layout.tensor + cost.kept_everywhere
+
+
+def _per_fp32(layout: ParallelLayout) -> float:
+    return FP32_BYTES / layout.value_bytes
 
 
 def _of_split_norms(cost: Cost, layout: ParallelLayout) -> float:
-    """Numbers of one token, in units of the run's precision."""
-    is_split = layout.tensor > 1
-    return (
-        is_split * cost.kept_by_split_norm * (1 + FP32_BYTES / layout.value_bytes) / layout.tensor
-    )
+    """Numbers of one token, on all ranks."""
+    return cost.kept_by_split_norm * (1 + _per_fp32(layout)) if layout.tensor > 1 else 0
 
 
 def _slot_elements(shape: ModelShape, layout: ParallelLayout) -> float:
@@ -132,7 +133,7 @@ def _recomputed_parts(
         for slots, kept in zip(layers, whole, strict=True):
             mixer = activation_elements(shape, layout, dataclasses.replace(slots, channel="none"))
             cost = layer_cost(shape, slots)
-            again = cost.recomputable / layout.tensor + _of_split_norms(cost, layout)
+            again = (cost.recomputable + _of_split_norms(cost, layout)) / layout.tensor
             yield kept - again, again - (kept - mixer)  # the channel mixer's pass is over
     elif layout.recompute_granularity is None:
         yield sum(whole), 0

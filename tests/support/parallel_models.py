@@ -117,7 +117,7 @@ def _measured(words: str) -> dict[str, float]:
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
     )
     model_parallel_cuda_manual_seed(1)
-    model = build_model(args).train()
+    model = build_model(args).train().to(args.params_dtype)
     ids = torch.randint(args.padded_vocab_size, (args.micro_batch_size, args.seq_length))
     places = torch.arange(args.seq_length).expand_as(ids)
     kept, sent = Kept(model), Sent()
