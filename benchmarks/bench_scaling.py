@@ -196,7 +196,8 @@ def memory_records() -> Iterator[Record]:
     import torch
     from support.kept_activations import build_layer, kept_bytes
 
-    from megatron_smlp.accounting.footprint import ParallelLayout, activation_elements
+    from megatron_smlp.accounting.footprint import activation_elements
+    from megatron_smlp.accounting.layout import ParallelLayout
     from megatron_smlp.platform.one_process import one_process
 
     with one_process():

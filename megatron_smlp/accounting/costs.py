@@ -45,6 +45,10 @@ class Cost:
     """Parameters of the experts that one token does not visit."""
     zero_parameters: int = 0
     """Those above the diagonals of spatial matrices, which stay zero and are never read."""
+    summed: int = 0
+    """Replicated parameters whose gradients each backward pass sums over that group."""
+    pairs: int = 0
+    """Pairs of split projections: that group sums their outputs, and the gradients of inputs."""
     flops: int = 0
     """Forward FLOPs of one sequence, only the needed ones."""
     square_flops: int = 0
@@ -52,8 +56,16 @@ class Cost:
     kept: int = 0
     """Numbers of a token, beside the slot's input and its norm, that the backward pass needs, split
     over the tensor parallel group."""
+    recomputable: int = 0
+    """Those of them that --recompute-granularity selective gives up for another forward pass."""
+    kept_in_fp32: int = 0
+    """The same of numbers that are fp32 in a run of any precision."""
+    kept_by_split_norm: int = 0
+    """The same of a norm whose one head is split over several ranks: once, and once in fp32."""
     kept_everywhere: int = 0
     """The same of numbers that every rank of it keeps."""
+    kept_at_experts: int = 0
+    """The same of a token as an expert takes and gives it, whole on each rank of that expert."""
     kept_in_experts: int = 0
     """The same of numbers that are split within an expert."""
 
@@ -97,12 +109,16 @@ class ModelShape:
     """P, tokens from which partial prediction routes; 0: no such routing."""
     num_feature_chunks: int = 0
     """C, chunks of features that partial prediction routes."""
-    learned_positions: bool = False
+    num_positions: int = 0
+    """Rows of the table of learned positions; 0: there is none."""
+    rotary_positions: bool = False
     tied_embeddings: bool = True
     linear_bias: bool = True
     norm_parameters: int = 2
     """Parameter vectors of a norm: 2 for LayerNorm, 1 for RMSNorm."""
     gated_mlp: bool = False
+    kept_by_activation: int = 1
+    """Of each number of an FFN's hidden layer, those that are kept up to its activation."""
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ModelShape:
@@ -113,6 +129,7 @@ class ModelShape:
         # A namespace of Megatron's own script has experts and no rule of ours.
         num_experts = None if getattr(args, "token_router", "") == "none" else args.num_experts
         is_partial = options.feature_router == "partial"
+        positions = args.position_embedding_type
         return cls(
             slots=tuple(layer_slots(options, args, num_experts=num_experts)),
             hidden_size=args.hidden_size,
@@ -129,11 +146,13 @@ class ModelShape:
             shared_expert_size=args.moe_shared_expert_intermediate_size or 0 if num_experts else 0,
             prefix_length=options.prefix_length(args.seq_length),
             num_feature_chunks=options.num_chunks if is_partial else 0,
-            learned_positions=args.position_embedding_type == "learned_absolute",
+            num_positions=args.max_position_embeddings if positions == "learned_absolute" else 0,
+            rotary_positions=positions == "rope",
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             linear_bias=args.add_bias_linear,
             norm_parameters=2 if args.normalization == "LayerNorm" else 1,
-            gated_mlp=args.swiglu,
+            gated_mlp=args.swiglu or args.quick_geglu,
+            kept_by_activation=_kept_by_activation(args),
         )
 
     @property
@@ -155,6 +174,16 @@ class ModelShape:
     def matrix_parameters(self) -> int:
         """M and b of one spatial head or expert."""
         return self.seq_length + (1 if self.options.toeplitz else self.square)
+
+
+def _kept_by_activation(args: argparse.Namespace) -> int:
+    """Return 1, the hidden layer itself, or 2, its halves, which is all that a fused SwiGLU keeps.
+    Otherwise a gate also keeps both factors of its product, and a quick GELU its sigmoid."""
+    if args.quick_geglu:
+        return 5
+    if args.swiglu:
+        return 2 if args.bias_swiglu_fusion else 4
+    return 1
 
 
 def model_cost(shape: ModelShape) -> Cost:
@@ -231,7 +260,7 @@ def token_table(shape: ModelShape) -> Cost:
 
 def position_table(shape: ModelShape) -> Cost:
     """Return the cost of the position embeddings, if they are learned."""
-    return Cost(replicated=shape.seq_length * shape.hidden_size * shape.learned_positions)
+    return Cost(replicated=shape.num_positions * shape.hidden_size)
 
 
 def norm_cost(shape: ModelShape) -> Cost:
@@ -253,7 +282,8 @@ def layer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
 def attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     """q, k, v and output projections; scores and their product with v are causal."""
     width, qkv = shape.attention_width, shape.attention_width + 2 * shape.key_value_width
-    kept = Cost(kept=qkv + width)  # q, k, v and the mixed values
+    rotated = (width + shape.key_value_width) * shape.rotary_positions
+    kept = Cost(kept=qkv + rotated + width)  # q, k, v, rotated q and k, and the mixed values
     pairs = _pairs(shape, 2 * width)
     return norm_cost(shape) + _column(shape, qkv) + pairs + _row(shape, width) + kept
 
@@ -267,8 +297,12 @@ def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = Fals
             split over the whole group.
     """
     gate_width, heads = shape.ffn_hidden_size // 2, slots.heads
+    # u behind the GELU; the normed gate and the mixed one. The norm of several heads keeps its
+    # result before the weight as well. Kept as well: u before the GELU, and the product.
+    in_gate = shape.ffn_hidden_size + (3 if heads > 1 else 2) * gate_width
     matrices = heads * shape.matrix_parameters
-    spatial = Cost(replicated=matrices) if everywhere or heads == 1 else Cost(sharded=matrices)
+    on_all = everywhere or heads == 1
+    spatial = Cost(replicated=matrices, summed=matrices) if on_all else Cost(sharded=matrices)
     above = 0 if shape.options.toeplitz else shape.square - shape.triangle
     return (
         norm_cost(shape)
@@ -277,9 +311,8 @@ def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = Fals
         + spatial
         + _pairs(shape, gate_width)
         + _row(shape, gate_width)
-        # u before and after the GELU; the normed gate, the mixed one, and the product. The norm of
-        # several heads keeps its result before the weight as well.
-        + Cost(kept=2 * shape.ffn_hidden_size + (4 if heads > 1 else 3) * gate_width)
+        + Cost(kept=shape.ffn_hidden_size + in_gate + gate_width, recomputable=in_gate)
+        + Cost(kept_by_split_norm=gate_width if heads == 1 else 0)
         + Cost(zero_parameters=heads * above)
     )
 
@@ -295,6 +328,7 @@ def gating_and_attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
         flops=flops,
         square_flops=flops,
         kept_everywhere=4 * width,
+        recomputable=-gate_width,  # what it adds to the gate is kept, as the gate's input
     )
     return gating_cost(shape, slots) + head + _pairs(shape, 2 * width)
 
@@ -306,7 +340,8 @@ def feature_moe_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     if not prefix:
         return gating_cost(shape, slots)
     unread = Cost(square_flops=-2 * prefix * (shape.seq_length - prefix) * gate_width)
-    kept = Cost(kept=gate_width)  # the mixed values before they are scaled
+    # The mixed values before they are scaled.
+    kept = Cost(kept=gate_width, recomputable=gate_width)
     router = prefix_router_cost(shape, slots.heads)
     return gating_cost(shape, slots, everywhere=True) + router + unread + kept
 
@@ -322,7 +357,8 @@ def masked_mixer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     """One or two matrices a head over the hidden dimension; a single head's are on every rank."""
     heads, layers = slots.heads, 1 + shape.options.mixer_expansion
     matrices = layers * heads * shape.matrix_parameters
-    spatial = Cost(replicated=matrices) if heads == 1 else Cost(sharded=matrices)
+    on_all = heads == 1
+    spatial = Cost(replicated=matrices, summed=matrices) if on_all else Cost(sharded=matrices)
     above = 0 if shape.options.toeplitz else shape.square - shape.triangle
     return (
         norm_cost(shape)
@@ -342,7 +378,11 @@ def aft_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     # The keys and values, sigmoid(q), the averages, and the product of the last two.
     if shape.options.aft_kind == "simple":
         return projections + Cost(kept=5 * width)
-    matrix = Cost(replicated=shape.square, zero_parameters=shape.square - shape.triangle)
+    matrix = Cost(
+        replicated=shape.square,
+        summed=shape.square,
+        zero_parameters=shape.square - shape.triangle,
+    )
     # exp(k) instead of k; both sums and what is summed.
     return projections + matrix + _pairs(shape, 2 * width) + Cost(kept=9 * width)
 
@@ -352,19 +392,20 @@ def causal_rn_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     product that normalises the pair and one of its scaled sum. Exponentials count as nothing."""
     width = shape.options.relation_width or shape.hidden_size
     projections = norm_cost(shape) + _column(shape, 2 * width) + _row(shape, width)
-    # x W1 and x W2; b, the exponentials and their norm. What is fp32 in bf16 runs counts once.
+    # x W1 and x W2; then, in fp32, b, the exponentials and their norm.
     if shape.options.causal_rn_kind == "linear":
-        return projections + Cost(kept=5 * width)
+        return projections + Cost(kept=2 * width, kept_in_fp32=3 * width)
+    # Pairs are fp32 too, and count as the run's numbers.
     pairs = _pairs(shape, 2 * width) + Cost(kept_everywhere=2 * shape.seq_length)
-    return projections + pairs + Cost(kept=6 * width)
+    return projections + pairs + Cost(kept=2 * width, kept_in_fp32=4 * width)
 
 
 def mlp_cost(shape: ModelShape) -> Cost:
-    """Return the cost of the FFN; a gated one has two projections to the hidden layer, and their
-    product."""
-    hidden, gated = shape.ffn_hidden_size, int(shape.gated_mlp)
-    up = _column(shape, (1 + gated) * hidden)
-    return norm_cost(shape) + up + _row(shape, hidden) + Cost(kept=(2 + gated) * hidden)
+    """Return the cost of the FFN; a gated one has two projections to the hidden layer."""
+    hidden = shape.ffn_hidden_size
+    up = _column(shape, (1 + shape.gated_mlp) * hidden)
+    kept = Cost(kept=(1 + shape.kept_by_activation) * hidden)
+    return norm_cost(shape) + up + _row(shape, hidden) + kept
 
 
 def token_moe_cost(shape: ModelShape) -> Cost:
@@ -379,21 +420,22 @@ def token_moe_cost(shape: ModelShape) -> Cost:
         idle=(shape.num_experts - k) * expert,
         flops=flops,
         square_flops=flops,
-        # The dispatched token, and its output unless the weight is fixed; the hidden layer before
-        # and after the activation. GShard's second expert is counted as if it always served.
-        kept_everywhere=k * shape.hidden_size * (2 if shape.router_has_weights else 1),
-        kept_in_experts=k * (2 + shape.gated_mlp) * shape.moe_ffn_hidden_size,
+        # The dispatched token, and its output unless the weight is fixed; the hidden layer up to
+        # the activation and behind it. GShard's second expert is counted as if it always served.
+        kept_at_experts=k * shape.hidden_size * (2 if shape.router_has_weights else 1),
+        kept_in_experts=k * (1 + shape.kept_by_activation) * shape.moe_ffn_hidden_size,
     )
     return norm_cost(shape) + routed + shared_expert_cost(shape)
 
 
 def shared_expert_cost(shape: ModelShape) -> Cost:
     """Return the cost of an FFN without bias that every token visits, if there is one."""
-    width, gated = shape.shared_expert_size, int(shape.gated_mlp)
-    parameters = (2 + gated) * shape.hidden_size * width
+    width = shape.shared_expert_size
+    parameters = (2 + shape.gated_mlp) * shape.hidden_size * width
     flops = 2 * shape.seq_length * parameters
-    kept = (2 + gated) * width  # the hidden layer before and after the activation
-    return Cost(sharded=parameters, flops=flops, square_flops=flops, kept=kept)
+    kept = (1 + shape.kept_by_activation) * width
+    pairs = int(width > 0)
+    return Cost(sharded=parameters, pairs=pairs, flops=flops, square_flops=flops, kept=kept)
 
 
 def _expert_parameters(shape: ModelShape) -> int:
@@ -413,7 +455,7 @@ def _row(shape: ModelShape, inputs: int) -> Cost:
     flops = 2 * shape.seq_length * inputs * shape.hidden_size
     bias = shape.hidden_size if shape.linear_bias else 0
     parameters = inputs * shape.hidden_size
-    return Cost(sharded=parameters, replicated=bias, flops=flops, square_flops=flops)
+    return Cost(sharded=parameters, replicated=bias, pairs=1, flops=flops, square_flops=flops)
 
 
 def _pairs(shape: ModelShape, columns: int) -> Cost:

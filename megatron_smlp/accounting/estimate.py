@@ -20,7 +20,8 @@ from megatron_smlp.accounting.costs import (
     forward_tflops_per_1024_tokens,
     model_cost,
 )
-from megatron_smlp.accounting.footprint import ParallelLayout, footprint
+from megatron_smlp.accounting.footprint import footprint
+from megatron_smlp.accounting.layout import ParallelLayout
 from megatron_smlp.command_line import Parser, did_you_mean, flag_of
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
@@ -32,6 +33,7 @@ _REQUIRED = ("num_layers", "hidden_size", "seq_length")
 _LAYOUT: dict[str, Any] = {
     "vocab_size": 50257,
     "disable_bias_linear": False,
+    "no_bias_swiglu_fusion": False,
     "make_vocab_size_divisible_by": 128,
     "micro_batch_size": 1,
     "global_batch_size": None,
@@ -44,14 +46,39 @@ _LAYOUT: dict[str, Any] = {
     "use_distributed_optimizer": False,
     "bf16": False,
     "fp16": False,
+    "grad_reduce_in_bf16": False,
+    "accumulate_allreduce_grads_in_fp32": False,
     "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "recompute_activations": False,
 }
+_UNCOUNTED: dict[str, Any] = {
+    **dict.fromkeys(
+        (
+            *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+            *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+            *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+            *("pipeline_model_parallel_layout", "distribute_saved_activations"),
+            *("fp8_format", "fp4_format", "fp32_residual_connection"),
+            *("use_precision_aware_optimizer", "optimizer_cpu_offload"),
+            *("use_megatron_fsdp", "use_torch_fsdp2"),
+        )
+    ),
+    "num_distributed_optimizer_instances": 1,
+    "context_parallel_size": 1,
+    "optimizer": "adam",
+    "recompute_modules": ["core_attn"],
+    "moe_token_dispatcher_type": "alltoall",
+}
+"""Flags that change memory or traffic in ways that are not counted, unless they have this value."""
 _RESOLVED = ("add_bias_linear", "padded_vocab_size")
 _DEFAULTS = {**model_defaults(), "token_router": None, "position_embedding_type": None} | _LAYOUT
 _CHOICES: dict[str, tuple[str, ...]] = {
     "normalization": ("LayerNorm", "RMSNorm"),
     "position_embedding_type": ("learned_absolute", "rope", "none"),
     "recompute_granularity": ("full", "selective"),
+    "recompute_method": ("uniform", "block"),
 } | {
     field.name: choices
     for field in dataclasses.fields(ModelOptions)
@@ -128,11 +155,19 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     args.add_bias_linear = not args.disable_bias_linear
     if args.position_embedding_type is None:
         args.position_embedding_type = ARCHITECTURES[args.architecture].positions
+    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    # Which knows neither clamps nor offsets.
+    plain = args.activation_func_clamp_value is None and not args.glu_linear_offset
+    args.bias_swiglu_fusion = plain and not args.no_bias_swiglu_fusion
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     padded = -(-args.vocab_size // multiple) * multiple
     args.padded_vocab_size = args.padded_vocab_size or padded
     model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     args.world_size = args.world_size or model_parallel * args.expert_model_parallel_size
+    if not args.fp16:
+        args.accumulate_allreduce_grads_in_fp32 = not args.grad_reduce_in_bf16
+    if args.recompute_activations:
+        args.recompute_granularity = "selective"
     if args.num_experts and args.tensor_model_parallel_size > 1:
         args.sequence_parallel = True  # as pretrain_smlp.py does
     return args
@@ -162,6 +197,15 @@ def _refuse_wrong(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{flag_of(name)} {value}: give a number")
 
 
+def uncounted(values: Mapping[str, Any]) -> list[str]:
+    """Return the names of flags with which memory and traffic are not those that are counted."""
+    return [
+        name
+        for name, harmless in _UNCOUNTED.items()
+        if values.get(name, harmless) not in (None, False, harmless)
+    ]
+
+
 def merged(file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """Return the flags of a file, by name, with those of a command line in their place.
 
@@ -174,12 +218,14 @@ def merged(file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     values, given = dict(file), dict[str, Any]()
     for word, typed in _grouped(words):
         name, (flag, _, value) = spelling(word.partition("=")[0][2:]), word.partition("=")
-        if name not in _TYPED and name.removeprefix("no_") in _TYPED and not typed and not value:
-            values.pop(name.removeprefix("no_"), None)
+        left_out = name.removeprefix("no_")
+        if name not in _TYPED and left_out in {*_TYPED, *file} and not typed and not value:
+            values.pop(left_out, None)
             continue
         if name not in _TYPED:
+            near = did_you_mean(flag, map(flag_of, _TYPED), cutoff=0.8) or "`--help` lists them"
             raise ValueError(
-                f"{flag} is not a flag of the model, its layout or the tokenizer{_near(flag)}"
+                f"{flag} is not a flag of the model, its layout or the tokenizer: {near}"
             )
         is_switch = isinstance(_TYPED[name], bool)
         given[name] = _value(flag, [value, *typed] if value else typed, is_switch=is_switch)
@@ -210,11 +256,6 @@ def _value(flag: str, typed: Sequence[str], *, is_switch: bool) -> Any:
     return True if is_switch else values[0] if len(values) == 1 else values
 
 
-def _near(flag: str) -> str:
-    hint = did_you_mean(flag, map(flag_of, _TYPED), cutoff=0.8)
-    return f": {hint}" if hint else "; `--help` lists them"
-
-
 def _table(result: dict[str, Any]) -> str:
     gpu = result["per_gpu"]
     giga = {name: f"{value / 2**30:12.3f} GiB" for name, value in gpu.items()}
@@ -230,8 +271,10 @@ def _table(result: dict[str, Any]) -> str:
         "one GPU of the fullest pipeline stage",
         f"  parameters                {gpu['parameters']:>16,}",
     ]
-    names = ("weight", "gradient", "optimizer", "activation", "memory")
-    lines += [f"  {name:26}{giga[name + '_bytes']:>16}" for name in names]
+    names = ["weight", "gradient", "optimizer", "activation", "memory"]
+    if gpu["gradient_copy_bytes"]:  # which are there before or after the activations
+        names.insert(3, "gradient_copy")
+    lines += [f"  {name.replace('_', ' '):26}{giga[name + '_bytes']:>16}" for name in names]
     lines.append("sent by it in one optimizer step")
     kinds = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "data_parallel")
     lines += [f"  {kind.replace('_', ' '):26}{giga[kind + '_bytes']:>16}" for kind in kinds]
@@ -257,6 +300,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         file = read_yaml(options.config) if options.config else {}
         values = merged({spelling(key): value for key, value in file.items()}, words)
+        for name in uncounted(values):
+            raise ValueError(
+                f"{flag_of(name)} {values[name]}: memory and traffic with it are not counted here. "
+                f"--no-{flag_of(name)[2:]} leaves it out"
+            )
         result = estimate(values)
     except ValueError as error:
         print(f"estimate.py: error: {error}", file=sys.stderr)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_smlp.accounting.estimate import estimate
+from megatron_smlp.accounting.estimate import estimate, uncounted
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study.plan import Calendar, Plan, PlannedRun
 from megatron_smlp.study.study_file import Cluster, Study
@@ -17,8 +18,10 @@ GIB = 2**30
 BACKWARD = 3  # a training step costs as much as three forward passes
 EVAL_ITERS = 100  # Megatron's default
 LONG_WARM_UP = 0.2
-SAVED_BYTES = {True: 14, False: 12}
-"""Bytes per parameter in a checkpoint, by --bf16: the weight, its fp32 copy, two moments."""
+SAVED_BYTES = 12
+"""Bytes per parameter in a checkpoint: two moments, and the weight in fp32."""
+HALF_BYTES = 2
+"""Beside them with --bf16 or --fp16: the weight in that."""
 
 
 def price_lines(
@@ -44,32 +47,45 @@ def price_lines(
         yield f"  {'all':42}{_number(total, ',.1f'):>14}"
         yield "  tokens/s: of the quiet timing, or else as trained; n/a: nothing has run yet"
         return
-    share = f"{cluster.utilization:.0%} of {cluster.tflops:g} TFLOP/s, assumed"
-    yield f"{cluster.gpus} GPUs ({share})"
+    share = f"{cluster.utilization:.0%} of {cluster.tflops:g} TFLOP/s in needed FLOPs, assumed"
+    yield f"{cluster.gpus} GPUs ({share}), evaluations included"
     yield (f"  {'':24}{'GPU hours':>12}{'hours':>9}{'memory/GPU':>14}{'checkpoint':>14}  layout")
     totals = [0.0, 0.0]
     for name, system in systems.items():
-        tflops = BACKWARD * system.costs["forward_tflops_per_1024_tokens"] / 1024
+        # By needed FLOPs, as the `mfu` of a training that may stand in `utilization`.
+        tflops = BACKWARD * system.costs["forward_needed_tflops_per_1024_tokens"] / 1024
+        tflops *= 1 + _evaluation_share(system, Calendar.of(study, system))
         hours = tflops * _tokens(system, runs) / (cluster.tflops * cluster.utilization) / 3600
         totals = [totals[0] + hours, totals[1] + hours / cluster.gpus]
         costs = _costs_on(cluster, study, system)
         memory = costs["per_gpu"]["memory_bytes"] / GIB
-        saved = SAVED_BYTES[bool(system.flags.get("bf16"))] * costs["total_parameters"] / GIB
+        saved = _saved_bytes(system) * costs["total_parameters"] / GIB
         yield (
             f"  {name:24}{hours:>12,.0f}{hours / cluster.gpus:>9,.1f}{memory:>10,.1f} GiB"
             f"{saved:>10,.1f} GiB  {_layout(system.flags)}"
         )
     yield f"  {'all':24}{totals[0]:>12,.0f}{totals[1]:>9,.1f}"
+    ignored = {name for system in systems.values() for name in uncounted(system.flags)}
+    if ignored:
+        yield f"  not counted in the memory: {', '.join(map(flag_of, sorted(ignored)))}"
 
 
 def evaluation_cost(system: System, calendar: Calendar) -> str:
     """Return how often a run is evaluated, alike in all systems, and what that adds to it."""
-    batches = system.flags.get("eval_iters", EVAL_ITERS)
-    share = batches / BACKWARD / calendar.evaluation
+    share = _evaluation_share(system, calendar)
     return (
-        f"{batches} batches every {calendar.evaluation} iterations, {share:.0%} on top of the "
-        "training's FLOPs"
+        f"{_batches(system)} batches every {calendar.evaluation} iterations, {share:.0%} on top of "
+        "the training's FLOPs"
     )
+
+
+def _evaluation_share(system: System, calendar: Calendar) -> float:
+    return _batches(system) / BACKWARD / calendar.evaluation
+
+
+def _batches(system: System) -> int:
+    batches: int = system.flags.get("eval_iters", EVAL_ITERS)
+    return batches
 
 
 def warm_up_lines(plan: Plan) -> Iterator[str]:
@@ -86,6 +102,11 @@ def warm_up_lines(plan: Plan) -> Iterator[str]:
             "  that are too high for a whole training: lengthen `tuning: horizon`, or shorten\n"
             "  the warm-up: `lr-warmup-iters`, or a fraction of the first of `horizons`."
         )
+
+
+def _saved_bytes(system: System) -> int:
+    is_half = system.flags.get("bf16") or system.flags.get("fp16")
+    return SAVED_BYTES + (HALF_BYTES if is_half else 0)
 
 
 def _costs_on(cluster: Cluster, study: Study, system: System) -> dict[str, Any]:

@@ -115,6 +115,9 @@ def _namespace(config: SMLPConfig) -> argparse.Namespace:
         group_query_attention=config.num_query_groups is not None,
         moe_router_topk=config.moe_router_topk,
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+        max_position_embeddings=config.max_position_embeddings,
+        quick_geglu=False,
+        bias_swiglu_fusion=False,
     )
 
 
@@ -235,6 +238,8 @@ def test_the_prefix_router_reads_each_prefix_position_of_each_chunk_once():
         "--num-experts 4 --token-router gshard --moe-layer-freq 2 --moe-ffn-hidden-size 24",
         "--architecture transformer --num-attention-heads 4 --kv-channels 12 "
         "--num-experts 4 --token-router hash",
+        "--architecture transformer --num-attention-heads 4 --quick-geglu "
+        "--max-position-embeddings 40",
         "--architecture gmlp --spatial-heads 2 --normalization RMSNorm",
         "--architecture amlp --tiny-attention-width 12 --toeplitz --disable-bias-linear",
         "--architecture mixer --spatial-heads 2 --mixer-expansion --toeplitz",

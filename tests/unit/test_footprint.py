@@ -10,17 +10,14 @@ from typing import Any
 import pytest
 import torch
 from support.kept_activations import build_layer, kept_bytes
+from support.launches import launch_calls
+from support.parallel_models import measure
 
 from megatron_smlp.accounting.costs import ModelShape, model_cost
-from megatron_smlp.accounting.estimate import estimate, main, resolve
-from megatron_smlp.accounting.footprint import (
-    ParallelLayout,
-    _pipeline_traffic,
-    activation_elements,
-    footprint,
-    parameters_on_rank,
-    stage_cost,
-)
+from megatron_smlp.accounting.estimate import estimate, main, merged, resolve, uncounted
+from megatron_smlp.accounting.footprint import _activation_bytes, activation_elements, footprint
+from megatron_smlp.accounting.layout import ParallelLayout, parameters_on_rank, stage_cost
+from megatron_smlp.accounting.traffic import expert_traffic, pipeline_traffic, tensor_traffic
 from megatron_smlp.systems import TOKEN_ROUTERS, LayerSlots
 
 SIZES: dict[str, Any] = {
@@ -108,6 +105,56 @@ def test_memory_by_hand():
     assert result.memory_bytes == 6 * count + count // 2 * 12 + result.activation_bytes
 
 
+@pytest.mark.parametrize(
+    ("changes", "gradients", "copies", "sent"),
+    [
+        ({"fp16": True}, 2, 4, 4),
+        ({"fp16": True, "use_distributed_optimizer": True}, 2, 4 / 2, 2 + 2),
+        ({"fp16": True, "accumulate_allreduce_grads_in_fp32": True}, 4, 0, 8),
+        ({"bf16": True, "grad_reduce_in_bf16": True}, 2, 4, 4),
+        ({"bf16": True}, 4, 0, 8),
+        ({"grad_reduce_in_bf16": True}, 4, 0, 8),
+    ],
+)
+def test_gradients_by_hand(changes: dict[str, Any], gradients: int, copies: float, sent: int):
+    """Two ranks. Adam steps in fp32: what is not, it copies, when the activations have gone."""
+    shape, parallel = _both("gmlp", 1, 1, 1, 2, **changes)
+    result, count = footprint(shape, parallel), model_cost(shape).parameters
+    assert result.gradient_bytes == gradients * count
+    assert result.gradient_copy_bytes == copies * count
+    assert result.data_parallel_bytes == round(sent / 2 * count)
+    most = max(result.activation_bytes, copies * count)
+    state = result.weight_bytes + result.optimizer_bytes
+    assert result.memory_bytes == state + gradients * count + most
+    long = dataclasses.replace(parallel, micro_batch_size=1000)
+    activations = footprint(shape, long).activation_bytes
+    assert footprint(shape, long).memory_bytes == state + gradients * count + activations
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "num-layers-per-virtual-pipeline-stage: 1",
+        "fp8-format: hybrid",
+        "use-precision-aware-optimizer: true",
+        "optimizer: sgd",
+        "recompute-modules: [core_attn, layernorm]",
+    ],
+)
+def test_what_is_not_counted_is_refused(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    flag = line.partition(":")[0]
+    config = tmp_path / "model.yaml"
+    config.write_text(f"num-layers: 4\nhidden-size: 64\nseq-length: 128\n{line}\n")
+    assert main(["--config", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert f"--{flag} " in error
+    assert f"--no-{flag} leaves it out" in error
+    assert main(["--config", str(config), f"--no-{flag}"]) == 0
+    assert uncounted({"optimizer": "adam", "fp8_format": None, "use_torch_fsdp2": False}) == []
+
+
 def test_the_projections_memory_is_on_the_first_stage():
     """Norm and W on every rank of it, counters before and after the norm, two bytes a value."""
     sizes = {"hash_count": 16, "filter_size": 400, "window": 2}
@@ -128,11 +175,13 @@ def test_traffic_by_hand():
     one = footprint(*_both("transformer", 1, 1, 1, 1, **options))
     assert one.communication_bytes == 0
     tensor = footprint(*_both("transformer", 2, 1, 1, 2, **options))
-    assert tensor.tensor_parallel_bytes == 6 * 4 * 2 * 2 * hidden
+    # Two pairs of projections in each layer, forward and backward; the embedding and the logits.
+    assert tensor.tensor_parallel_bytes == 6 * (4 * 2 * 2 + 2) * hidden
     assert tensor.communication_bytes == tensor.tensor_parallel_bytes
     pipeline = _both("transformer", 1, 4, 1, 4, **options)
-    sent = [_pipeline_traffic(*pipeline, stage) for stage in range(4)]
-    assert sent == [6 * hidden, 2 * 6 * hidden, 2 * 6 * hidden, 6 * hidden]
+    sent = [pipeline_traffic(*pipeline, stage) for stage in range(4)]
+    tied = 1024 * 64 * 4  # once in a step, between the first and the last stage
+    assert sent == [6 * hidden + tied, 2 * 6 * hidden, 2 * 6 * hidden, 6 * hidden + tied]
     assert footprint(*pipeline).pipeline_parallel_bytes in sent
     data = footprint(*_both("transformer", 1, 1, 1, 3, **options))
     assert data.data_parallel_bytes == round(2 * 2 / 3 * 4 * data.parameters)
@@ -149,13 +198,51 @@ def test_sequence_parallelism_by_hand():
         options |= {"sequence_parallel": sequence_parallel}
         shape, parallel = _both("gmlp", 2, 1, 1, 2, **options)
         kept.append(activation_elements(shape, parallel, shape.slots[0]))
-    assert kept == [2 * 64 + (2 * 256 + 3 * 128) / 2, (2 * 64 + 2 * 256 + 3 * 128) / 2]
+    # The norm of one head over two ranks keeps 1 + 1 more.
+    assert kept == [2 * 64 + (2 * 256 + 5 * 128) / 2, (2 * 64 + 2 * 256 + 5 * 128) / 2]
     hidden = 2 * 32 * 64 * 4  # a micro-batch of 2 in fp32
     shape, parallel = _both("transformer", 2, 2, 1, 4, **options)
-    assert [_pipeline_traffic(shape, parallel, stage) for stage in (0, 1)] == [4 * hidden // 2] * 2
+    untied = dataclasses.replace(shape, tied_embeddings=False)
+    assert [pipeline_traffic(untied, parallel, stage) for stage in (0, 1)] == [4 * hidden // 2] * 2
     # Two replicas, and so two micro-batches; two layers of experts, half of the tokens leave.
     expert = footprint(*_both("switch", 2, 1, 2, 4, **options))
     assert expert.expert_parallel_bytes == 4 * 2 * 2 * hidden // 2 // 2
+
+
+@pytest.mark.parametrize(("expert_tensor", "dispatched"), [(1, 1 / 2), (2, 1)])
+def test_what_experts_keep_by_hand(expert_tensor: int, dispatched: float):
+    """Of TP 2 ranks each dispatches half of the tokens; an expert over two gets those of both."""
+    shape, parallel = _both("switch", 2, 1, 1, 2)
+    parallel = dataclasses.replace(parallel, expert_tensor=expert_tensor)
+    kept = [activation_elements(shape, parallel, slots) for slots in shape.slots[:2]]
+    moe, dense = (4 * 64 + 4 * 64) / 2, (4 * 64 + 4 * 64) / 2 + 2 * 256 / 2
+    assert kept == [moe + dispatched * 2 * 64 + 2 * 256 / 2, dense]
+
+
+def test_tensor_parallel_traffic_by_hand():
+    """Halves of rings: 5 for a pair of projections, 3 for an embedding with learned positions and
+    for logits; matrices of all experts on both ranks, whose gradients are summed."""
+    hidden = 2 * 32 * 64 * 4  # a micro-batch of 2 in fp32
+    options = {"micro_batch_size": 2, "global_batch_size": 4, "position_embedding_type": "none"}
+    shape, parallel = _both("smlp_partial", 2, 1, 1, 2, **options)
+    matrices = (2 + 2 * 4) * (32 * 32 + 32) * 4
+    one_pass = (4 * 5 + 2 + 3) / 2 * hidden + 2 / 2 * matrices
+    assert tensor_traffic(shape, parallel, 0) == 2 * one_pass
+    learned = dataclasses.replace(shape, num_positions=32)
+    assert tensor_traffic(learned, parallel, 0) == 2 * (one_pass + hidden / 2)
+    full = dataclasses.replace(parallel, recompute_granularity="full")
+    assert tensor_traffic(shape, full, 0) == 2 * (one_pass + 4 * 2 / 2 * hidden)
+
+
+def test_traffic_of_split_experts_by_hand():
+    """bf16, two layers of experts over two ranks: tokens are gathered, their outputs, in fp32, are
+    scattered, and the reverse."""
+    hidden = 2 * 32 * 64 * 2
+    shape, parallel = _both("switch", 2, 1, 1, 2, bf16=True, micro_batch_size=2)
+    split = dataclasses.replace(parallel, expert_tensor=2)
+    assert expert_traffic(shape, split, 0) == 2 * (1 + 2 + 2 + 1) / 2 * hidden
+    full = dataclasses.replace(split, recompute_granularity="full")
+    assert expert_traffic(shape, full, 0) == 2 * (1 + 2 + 2 + 1 + 1 + 2) / 2 * hidden
 
 
 def test_traffic_of_the_distributed_optimizer_by_hand():
@@ -177,8 +264,22 @@ def test_earlier_pipeline_stages_keep_more_micro_batches():
     kept = activation_elements(shape, parallel, shape.slots[0]) * 2 * 32 * 4
     first = footprint(dataclasses.replace(shape, padded_vocab_size=8), parallel)
     assert first.activation_bytes == 2 * kept
-    recomputed = dataclasses.replace(parallel, recompute=True)
-    assert activation_elements(shape, recomputed, shape.slots[0]) == 64
+
+
+def test_full_recomputation_by_hand():
+    """PP 2: inputs of two layers for two micro-batches, and one layer, or the logits, at once."""
+    options = {"micro_batch_size": 1, "global_batch_size": 8, "recompute_granularity": "full"}
+    shape, parallel = _both("gmlp", 1, 2, 1, 2, **options)
+    layer = activation_elements(shape, parallel, shape.slots[0])
+    first, last = (_activation_bytes(shape, parallel, stage) for stage in (0, 1))
+    assert first == 32 * 4 * (2 * 2 * 64 + layer - 64)
+    assert last == 32 * (4 * 2 * 64 + 1024 * (4 + 4))
+    few = dataclasses.replace(shape, padded_vocab_size=8)
+    assert _activation_bytes(few, parallel, 1) == 32 * 4 * (2 * 64 + layer - 64)
+    both = dataclasses.replace(parallel, recompute_num_layers=2)
+    assert _activation_bytes(few, both, 1) == 32 * 4 * (64 + 2 * layer - 64)
+    block = dataclasses.replace(parallel, recompute_method="block", recompute_num_layers=1)
+    assert _activation_bytes(few, block, 0) == 32 * 4 * 2 * (64 + layer)
 
 
 SMALL = {"hidden_size": 64, "ffn_hidden_size": 256, "num_attention_heads": 4}
@@ -243,12 +344,12 @@ KEPT: dict[str, tuple[dict[str, Any], LayerSlots]] = {
 }
 
 
-# CausalRN computes in fp32 within bf16 runs, and is counted as if the run's numbers were all.
+# The quadratic CausalRN's pairs are fp32 within bf16 runs, and are counted as the run's numbers.
 IN_ITS_PRECISION = [
     (case, dtype)
     for case in KEPT
     for dtype in (torch.float32, torch.bfloat16)
-    if dtype is torch.float32 or not case.startswith("causal_rn")
+    if dtype is torch.float32 or case != "causal_rn_quadratic"
 ]
 
 
@@ -270,7 +371,8 @@ def test_activations_are_what_autograd_keeps_within_ten_percent(case: str, dtype
     )
     shape = dataclasses.replace(ModelShape.from_args(args), slots=(slots,))
     measured = _kept_numbers(config, dtype=dtype) / (LENGTH * BATCH)
-    assert abs(activation_elements(shape, ParallelLayout(), slots) / measured - 1) < 0.1
+    layout = ParallelLayout(precision="fp32" if dtype is torch.float32 else "bf16")
+    assert abs(activation_elements(shape, layout, slots) / measured - 1) < 0.1
 
 
 def _kept_numbers(config: dict[str, Any], *, dtype: torch.dtype) -> float:
@@ -279,6 +381,96 @@ def _kept_numbers(config: dict[str, Any], *, dtype: torch.dtype) -> float:
     more = {"params_dtype": dtype, "gshard_second_expert": "all"}
     layer = build_layer(batch=BATCH, length=LENGTH, **SMALL, **config, **more)
     return kept_bytes(layer, torch.randn(LENGTH, BATCH, 64, dtype=dtype)) / dtype.itemsize
+
+
+EXPERTS = """
+    --architecture transformer --num-experts 4 --moe-ffn-hidden-size 256
+    --moe-token-dispatcher-type alltoall
+"""
+SPARSE_MLP = """
+    --architecture smlp --num-dense-layers 2 --num-feature-experts 4 --num-experts 4
+    --moe-ffn-hidden-size 256 --moe-token-dispatcher-type alltoall --token-router base
+"""
+WHOLE_EXPERTS = "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+FULL = "--recompute-granularity full"
+ON_TWO_RANKS = {
+    "transformer": "--architecture transformer",
+    "transformer_sequence": "--architecture transformer --sequence-parallel",
+    "rope": "--architecture transformer --sequence-parallel --position-embedding-type rope",
+    "modern": "--architecture transformer --position-embedding-type rope --swiglu"
+    " --disable-bias-linear --group-query-attention --num-query-groups 2",
+    "quick_geglu": "--architecture transformer --quick-geglu",
+    "modern_experts": f"{EXPERTS} --token-router topk --swiglu --disable-bias-linear"
+    f" {WHOLE_EXPERTS}",
+    "mixer": "--architecture mixer",
+    "mixer_sequence": "--architecture mixer --sequence-parallel",
+    "gmlp": "--architecture gmlp",
+    "gmlp_bf16": "--architecture gmlp --bf16",
+    "gmlp_heads": "--architecture gmlp --spatial-heads 4",
+    "amlp": "--architecture amlp --tiny-attention-width 16 --sequence-parallel",
+    "switch": f"{EXPERTS} --token-router switch {WHOLE_EXPERTS}",
+    "switch_split": f"{EXPERTS} --token-router switch",
+    "switch_split_bf16": f"{EXPERTS} --token-router switch --bf16",
+    "hash": f"{EXPERTS} --token-router hash {WHOLE_EXPERTS}",
+    "shared": f"{EXPERTS} --token-router topk {WHOLE_EXPERTS}"
+    " --moe-shared-expert-intermediate-size 64",
+    "smlp": f"{SPARSE_MLP} --feature-router deterministic {WHOLE_EXPERTS}",
+    "partial": f"{SPARSE_MLP} --feature-router partial {WHOLE_EXPERTS}",
+    "transformer_full": f"{FULL} --recompute-method uniform --recompute-num-layers 1",
+    "transformer_by_two": f"{FULL} --recompute-method uniform --recompute-num-layers 2",
+    "transformer_block": f"{FULL} --recompute-method block --recompute-num-layers 2",
+    "smlp_full": f"{SPARSE_MLP} --feature-router deterministic {WHOLE_EXPERTS} {FULL}"
+    " --recompute-method uniform --recompute-num-layers 1",
+    "transformer_selective": "--recompute-granularity selective",
+    "gmlp_selective": "--architecture gmlp --recompute-activations",
+    "amlp_selective": "--architecture amlp --spatial-heads 4 --tiny-attention-width 16"
+    " --recompute-activations",
+    "partial_selective": f"{SPARSE_MLP} --feature-router partial {WHOLE_EXPERTS}"
+    " --recompute-granularity selective",
+}
+TWO_RANKS = """
+    --hidden-size 64 --ffn-hidden-size 256 --num-attention-heads 4 --seq-length 128 --num-layers 4
+    --vocab-size 100 --micro-batch-size 2 --global-batch-size 2 --tensor-model-parallel-size 2
+"""
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """Of each case, the mean of two tensor parallel ranks: experts may get unlike loads."""
+    folder = tmp_path_factory.mktemp("ranks")
+    cases = {name: f"{TWO_RANKS} {flags}" for name, flags in ON_TWO_RANKS.items()}
+    launch_calls(measure, cases, str(folder), processes=2, log=folder / "log")
+    ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    return {
+        name: {kind: (ranks[0][name][kind] + ranks[1][name][kind]) / 2 for kind in ranks[0][name]}
+        for name in cases
+    }
+
+
+@pytest.mark.parametrize("case", ON_TWO_RANKS)
+def test_activations_of_a_tensor_parallel_rank(case: str, measured: dict[str, dict[str, float]]):
+    counted = footprint(*_on_two_ranks(case)).activation_bytes
+    assert abs(counted / measured[case]["kept"] - 1) < 0.1
+
+
+@pytest.mark.parametrize("case", ON_TWO_RANKS)
+def test_what_a_tensor_parallel_rank_sends(case: str, measured: dict[str, dict[str, float]]):
+    """Ranks may get unlike numbers of tokens for their experts; scores and sums are not counted."""
+    counted = footprint(*_on_two_ranks(case))
+    assert counted.tensor_parallel_bytes == pytest.approx(measured[case]["tensor"], rel=0.05)
+    assert counted.expert_parallel_bytes == pytest.approx(measured[case]["expert"], rel=0.1)
+
+
+def _on_two_ranks(case: str) -> tuple[ModelShape, ParallelLayout]:
+    words = f"{TWO_RANKS} {ON_TWO_RANKS[case]}".split()
+    values = merged({}, [word for word in words if word not in DISPATCHER])
+    # The fused SwiGLU is a GPU's.
+    values |= {"padded_vocab_size": 104, "world_size": 2, "no_bias_swiglu_fusion": True}
+    args = resolve(values)
+    return ModelShape.from_args(args), ParallelLayout.from_args(args)
+
+
+DISPATCHER = ("--moe-token-dispatcher-type", "alltoall")
 
 
 @pytest.mark.parametrize(

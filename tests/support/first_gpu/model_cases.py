@@ -96,7 +96,8 @@ def estimated_memory(flags: str) -> int:
     from support.in_process import forget_arguments
 
     from megatron_smlp.accounting.costs import ModelShape
-    from megatron_smlp.accounting.footprint import ParallelLayout, footprint
+    from megatron_smlp.accounting.footprint import footprint
+    from megatron_smlp.accounting.layout import ParallelLayout
     from pretrain_smlp import patched_arguments
 
     try:

@@ -30,16 +30,20 @@ def planned(path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> list[
 def test_gpu_hours_memory_and_storage(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """With GPUs so slow and a vocabulary so large that the printed figures have three digits."""
     cluster = {"gpus": 2, "tflops": 1e-4, "utilization": 0.5}
-    fixed = {"bf16": True, "eval-iters": 1, "micro-batch-size": 4, "global-batch-size": 8}
+    fixed = {"bf16": True, "eval-iters": 20, "micro-batch-size": 4, "global-batch-size": 8}
     path = write_study(tmp_path, cluster=cluster, fixed=fixed, **{"vocab-size": 8_000_000})
     lines = planned(path, capsys, "--runs", str(tmp_path / "runs"))
-    system = state_of(path, runs=tmp_path / "runs").systems["transformer"]
+    state = state_of(path, runs=tmp_path / "runs")
+    system = state.systems["transformer"]
     costs = estimate(system.flags | {"vocab_size": 8_000_000, "world_size": 2})
     row = next(words for words in lines if words[:1] == ["transformer"] and len(words) == 5)
     tokens = int(row[3].replace(",", ""))
     [priced] = [words for words in lines if words[:1] == ["transformer"] and "data" in words]
-    # 3 forward passes of this many tokens, at half of 1e-4 TFLOP/s.
-    hours = 3 * costs["forward_tflops_per_1024_tokens"] * tokens / 1024 / 5e-5 / 3600
+    # 3 forward passes of this many tokens, and one of an evaluation's 20 batches of 8 samples, at
+    # half of 1e-4 TFLOP/s.
+    evaluated = tokens * 20 / Calendar.of(state.study, system).evaluation
+    tflops = costs["forward_needed_tflops_per_1024_tokens"] * (3 * tokens + evaluated) / 1024
+    hours = tflops / 5e-5 / 3600
     gpu_hours, wall, memory, saved = (float(priced[n].replace(",", "")) for n in (1, 2, 3, 5))
     assert hours > 100
     assert gpu_hours == pytest.approx(hours, rel=0.01)
@@ -50,6 +54,39 @@ def test_gpu_hours_memory_and_storage(tmp_path: Path, capsys: pytest.CaptureFixt
     path = write_study(tmp_path, cluster=cluster | {"gpus": 3}, fixed=fixed)
     with pytest.raises(UsageError, match="cluster: gpus: 3, transformer: --global-batch-size 8"):
         main(["plan", str(path)])
+
+
+@pytest.mark.parametrize(("precision", "saved"), [({"fp16": True}, 14), ({}, 12)])
+def test_storage_by_precision_and_what_memory_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: dict[str, bool], saved: int
+):
+    fixed = {**precision, "num-layers-per-virtual-pipeline-stage": 1}
+    cluster = {"gpus": 1, "tflops": 1, "utilization": 0.5}
+    size = {"vocab-size": 8_000_000}
+    path = write_study(tmp_path, cluster=cluster, fixed=fixed, **size)
+    lines = planned(path, capsys, "--runs", str(tmp_path / "runs"))
+    costs = state_of(path, runs=tmp_path / "runs").systems["transformer"].costs
+    [priced] = [words for words in lines if words[:1] == ["transformer"] and "data" in words]
+    found = float(priced[5].replace(",", "")) * 2**30
+    assert found == pytest.approx(saved * costs["total_parameters"], rel=0.01)
+    note = "not counted in the memory: --num-layers-per-virtual-pipeline-stage"
+    assert note.split() in lines
+
+
+def test_hours_are_by_needed_flops(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As the `mfu` that `utilization` may be: a gMLP leaves out more than a Transformer does."""
+    cluster = {"gpus": 1, "tflops": 1e-6, "utilization": 0.5}
+    fixed = {"bf16": True, "eval-iters": 0, "global-batch-size": 8}
+    changes = {"systems": ["transformer", "gmlp"], "subject": "gmlp", "fixed": fixed}
+    path = write_study(tmp_path, cluster=cluster, **changes, **{"needed-flops-tolerance": 0.1})
+    lines = planned(path, capsys, "--runs", str(tmp_path / "runs"))
+    rows = [words for words in lines if "data" in words]
+    hours = [float(words[1].replace(",", "")) for words in rows]
+    systems = state_of(path, runs=tmp_path / "runs").systems
+    needed = [s.costs["forward_needed_tflops_per_1024_tokens"] for s in systems.values()]
+    squares = [s.costs["forward_tflops_per_1024_tokens"] for s in systems.values()]
+    assert hours[1] / hours[0] == pytest.approx(needed[1] / needed[0], rel=0.01)
+    assert needed[1] / needed[0] < 0.97 * squares[1] / squares[0]
 
 
 def test_what_evaluations_add(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

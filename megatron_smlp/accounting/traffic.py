@@ -1,0 +1,108 @@
+"""The bytes that one GPU sends in one optimizer step, with ring algorithms: plain arithmetic.
+
+Of S bytes over n ranks each rank sends (n - 1) / n S in an all-gather, a reduce-scatter or an
+all-to-all, and twice that in an all-reduce. What is exchanged about tokens beside their hidden
+state is left out: scores of routers, sums behind norms and losses.
+
+Letters as in accounting/layout.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_smlp.accounting.costs import ModelShape, layer_cost, token_table
+from megatron_smlp.accounting.layout import FP32_BYTES, ParallelLayout, stage_slots
+from megatron_smlp.systems import LayerSlots
+
+
+def tensor_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
+    """Return what is sent for split projections, embeddings and logits, and for the gradients of
+    matrices that each rank holds and uses on features of its own."""
+    layers = stage_slots(shape, layout, stage)
+    sent = [_of_layer(shape, layout, slots) for slots in layers]
+    again = [_of_layer(shape, layout, slots) for slots in layout.repeated(layers)]
+    numbers = sum(forward + backward for forward, backward in sent)
+    numbers += sum(forward for forward, _ in again) + _of_ends(shape, layout, stage)
+    tokens = layout.micro_batch_size * shape.seq_length
+    summed = sum(layer_cost(shape, slots).summed for slots in layers)
+    size = (tokens * numbers + 2 * summed) * layout.value_bytes
+    return round(_sent(size, layout.tensor) * layout.num_micro_batches)
+
+
+def pipeline_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
+    """Return what activations to the next stage and gradients to the one before take, and the sum
+    of a tied embedding's gradients over the first and the last stage."""
+    neighbours = (stage > 0) + (stage < layout.pipeline - 1)
+    size = _hidden_bytes(shape, layout)
+    if layout.sequence_parallel:
+        size //= layout.tensor
+    is_end = neighbours == 1 and shape.tied_embeddings
+    tied = is_end * token_table(shape).sharded // layout.tensor * layout.gradient_bytes
+    return neighbours * size * layout.num_micro_batches + tied
+
+
+def expert_traffic(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
+    """Return what tokens to their experts and back take, and their gradients; where an expert is
+    split, its ranks first gather what each of them got, and scatter the sums of outputs in fp32."""
+    layers = stage_slots(shape, layout, stage)
+    passes = [2 * _count_moes(layers), _count_moes(layout.repeated(layers))]
+    size = _hidden_bytes(shape, layout) * shape.moe_router_topk / layout.tensor
+    dispatch = 2 * _sent(size, layout.expert)
+    gathered = size * layout.expert_tensor
+    in_expert = _sent(gathered * (1 + FP32_BYTES / layout.value_bytes), layout.expert_tensor)
+    return round(sum(passes) * (dispatch + in_expert) * layout.num_micro_batches)
+
+
+def data_traffic(layout: ParallelLayout, dense: int, experts: int) -> int:
+    """Return what gradients take; the distributed optimizer sends weights back in their place.
+
+    Args:
+        dense: parameters of a rank outside of experts.
+        experts: those in experts.
+    """
+    back = layout.value_bytes if layout.distributed_optimizer else layout.gradient_bytes
+    parameters = _sent(dense, layout.data) + _sent(experts, layout.expert_data)
+    return round(parameters * (layout.gradient_bytes + back))
+
+
+def _sent(size: float, ranks: int) -> float:
+    return (ranks - 1) / ranks * size
+
+
+def _hidden_bytes(shape: ModelShape, layout: ParallelLayout) -> int:
+    tokens = layout.micro_batch_size * shape.seq_length
+    return tokens * shape.hidden_size * layout.value_bytes
+
+
+def _count_moes(layers: Sequence[LayerSlots]) -> int:
+    return sum(slots.channel == "token_moe" for slots in layers)
+
+
+def _of_layer(shape: ModelShape, layout: ParallelLayout, slots: LayerSlots) -> tuple[float, float]:
+    """Return how many numbers of one token go through a gather or a scatter of the tensor parallel
+    group: in the forward pass, and in the backward pass."""
+    hidden, pairs = shape.hidden_size, layer_cost(shape, slots).pairs
+    # A sum over the ranks is both, and so is a gather of tokens with a scatter of sums; these also
+    # gather the input again for the gradient of the weights.
+    forward, backward = 2 * pairs * hidden, (2 + layout.sequence_parallel) * pairs * hidden
+    if slots.mixer == "masked_mixer":  # other features in place of other tokens, and back
+        exchanged = 2 * hidden / layout.tensor if layout.sequence_parallel else hidden
+        return forward + exchanged, backward + exchanged
+    if slots.mixer == "gating_and_attention":  # whose head every rank has, for all tokens
+        backward += 2 * 3 * shape.options.tiny_attention_width
+        forward += hidden * layout.sequence_parallel
+    return forward, backward
+
+
+def _of_ends(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
+    """Return the same, both passes, of the embedding on the first stage and the logits on the last
+    one."""
+    hidden, is_sequence = shape.hidden_size, layout.sequence_parallel
+    numbers = 0
+    if stage == 0 and shape.options.input_projection == "embedding":
+        # Positions are added to the whole sums, which are cut after that.
+        numbers += 2 * hidden + hidden * (is_sequence and shape.num_positions > 0)
+    if stage == layout.pipeline - 1:
+        numbers += (2 + is_sequence) * hidden
+    return numbers
