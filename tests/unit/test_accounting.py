@@ -22,6 +22,7 @@ from megatron_smlp.accounting.costs import (
 )
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
+from megatron_smlp.options import MODEL_FLAGS
 
 TRANSFORMER = {"architecture": "transformer"}
 SPARSE = {"architecture": "smlp", "num_dense_layers": 1, "num_feature_experts": 4}
@@ -75,17 +76,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     },
 }
 LENGTH = 128
-SAME_NAMES = (
-    *("architecture", "token_router", "feature_router", "hidden_size", "ffn_hidden_size"),
-    *("num_layers", "num_dense_layers", "num_attention_heads", "spatial_heads"),
-    *("toeplitz", "mixer_expansion", "aft_kind"),
-    *("causal_rn_kind", "relation_width"),
-    *("input_projection", "hash_count", "filter_size", "window"),
-    *("num_feature_experts", "num_feature_chunks", "prefix_fraction", "num_experts"),
-    *("moe_ffn_hidden_size", "moe_layer_freq", "tiny_attention_width", "add_bias_linear"),
-    *("position_embedding_type", "normalization", "swiglu", "num_query_groups"),
-    *("moe_shared_expert_intermediate_size",),
-)
 
 
 def _config(system: str) -> SMLPConfig:
@@ -108,9 +98,8 @@ def _config(system: str) -> SMLPConfig:
 def _namespace(config: SMLPConfig) -> argparse.Namespace:
     """The same model in Megatron's names."""
     return argparse.Namespace(
-        **{name: getattr(config, name) for name in SAME_NAMES},
-        seq_length=config.max_position_embeddings,
-        padded_vocab_size=config.vocab_size,
+        **{name: getattr(config, facts.hf) for name, facts in MODEL_FLAGS.items() if facts.hf},
+        num_query_groups=config.num_query_groups,
         kv_channels=config.hidden_size // config.num_attention_heads,
         group_query_attention=config.num_query_groups is not None,
         moe_router_topk=config.moe_router_topk,

@@ -18,6 +18,7 @@ from megatron_smlp.accounting.estimate import estimate, main, merged, resolve, u
 from megatron_smlp.accounting.footprint import _activation_bytes, activation_elements, footprint
 from megatron_smlp.accounting.layout import ParallelLayout, parameters_on_rank, stage_cost
 from megatron_smlp.accounting.traffic import expert_traffic, pipeline_traffic, tensor_traffic
+from megatron_smlp.options import OUR_FLAGS
 from megatron_smlp.systems import TOKEN_ROUTERS, LayerSlots
 
 SIZES: dict[str, Any] = {
@@ -357,18 +358,9 @@ IN_ITS_PRECISION = [
 @pytest.mark.usefixtures("megatron")
 def test_activations_are_what_autograd_keeps_within_ten_percent(case: str, dtype: torch.dtype):
     config, slots = KEPT[case]
-    values = {name: config.get(name) for name in ("token_router", "tiny_attention_width")}
+    values = {name: value for name, value in config.items() if name in OUR_FLAGS}
     values |= {"num_experts": config.get("num_moe_experts"), "moe_ffn_hidden_size": 256}
-    values |= {"feature_router": config.get("feature_router", "none")}
-    values |= {"mixer_expansion": config.get("mixer_expansion", False)}
-    values |= {"aft_kind": config.get("aft_kind", "full")}
-    values |= {"causal_rn_kind": config.get("causal_rn_kind", "linear")}
-    args = resolve(
-        SMALL
-        | values
-        | {"num_layers": 4, "seq_length": LENGTH}
-        | {"architecture": config["architecture"]}
-    )
+    args = resolve(SMALL | values | {"num_layers": 4, "seq_length": LENGTH})
     shape = dataclasses.replace(ModelShape.from_args(args), slots=(slots,))
     measured = _kept_numbers(config, dtype=dtype) / (LENGTH * BATCH)
     layout = ParallelLayout(precision="fp32" if dtype is torch.float32 else "bf16")
