@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_arguments(command)
         if name == "run":
             command.add_argument(
-                "--processes", type=int, default=1, metavar="N", help="of a run, by torchrun"
+                "--processes", type=int, default=1, metavar="N", help="of each run"
             )
             command.add_argument(
                 "--expiry", type=float, default=EXPIRY, metavar="SECONDS",

@@ -34,7 +34,7 @@ class Worker:
     state: State
     data: StudyData
     processes: int = 1
-    """Processes of one run, started by torchrun."""
+    """Processes of one run."""
     failures: list[PlannedRun] = field(default_factory=list)
 
     def work(self) -> None:

@@ -7,11 +7,11 @@ import pytest
 from support.studies import state_of, write_metrics, write_study
 
 from megatron_smlp.checkpoints.folders import iteration_folder
-from megatron_smlp.study import leases, running
+from megatron_smlp.study import leases, process, running
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.running import Worker
-from megatron_smlp.study.state import CHECKPOINTS, DONE, FAILED, State
+from megatron_smlp.study.state import CHECKPOINTS, DIVERGED, DONE, FAILED, State
 
 Take = Callable[..., leases.Lease | None]
 
@@ -45,8 +45,8 @@ def trained(known: State, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return folders
 
 
-def worker(known: State, folder: Path) -> Worker:
-    return Worker(state=known, data=StudyData(folder))
+def worker(known: State, folder: Path, *, processes: int = 1) -> Worker:
+    return Worker(state=known, data=StudyData(folder), processes=processes)
 
 
 def test_a_worker_makes_every_run_once(known: State, trained: list[Path], tmp_path: Path):
@@ -73,12 +73,13 @@ def test_a_run_that_another_worker_ended_is_not_made_again(
     assert len(trained) == 8
 
 
-def make(known: State, run: PlannedRun, folder: Path) -> None:
+def make(known: State, run: PlannedRun, folder: Path, *, processes: int = 1) -> None:
     """Make a run as the other worker."""
     lease = leases.Lease(known.folder_of(run) / "lease-0", expiry=known.expiry)
     lease.path.mkdir(parents=True)
     with lease, running.Progress(1) as progress:
-        worker(known, folder)._make(run, lease, known.plan(), progress)
+        one = worker(known, folder, processes=processes)
+        one._make(run, lease, known.plan(), progress)
 
 
 def test_a_worker_stays_where_the_last_trial_ends_as_it_looks(
@@ -133,3 +134,18 @@ def test_a_run_that_falls_short_twice_is_a_failure(
     assert {known.status(run) for run in known.plan().runs} == {FAILED}
     assert len(starts) == running.ATTEMPTS * len(known.plan().runs)
     assert len(one.failures) == len(known.plan().runs)
+
+
+def test_a_run_of_several_processes_that_diverges_is_no_failure(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its exit code comes through the launcher of its ranks: it is not trained a second time."""
+    script = tmp_path / "pretrain_smlp.py"
+    script.write_text("raise SystemExit(3)\n", encoding="utf-8")
+    monkeypatch.setattr(process, "_script", lambda: str(script))
+    monkeypatch.setattr(StudyData, "flags", [])
+    first = known.plan().runs[0]
+    make(known, first, tmp_path, processes=2)
+    ending = known.ending(first)
+    assert ending is not None
+    assert (ending["status"], ending["code"], ending["attempts"]) == (DIVERGED, 3, 1)
