@@ -172,9 +172,10 @@ def _run(args: argparse.Namespace) -> int:
         return _time(args, known)
     state.begin(known.folder, state.description(known.study, known.systems, known.identity))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    worker = Worker(state=known, data=StudyData(args.data), processes=args.processes)
-    worker.work()
-    return 1 if worker.failures else 0
+    Worker(state=known, data=StudyData(args.data), processes=args.processes).work()
+    if failure := known.failure(known.plan()):
+        print(f"{failure}. See tools/study.py status {args.study}", file=sys.stderr)
+    return 1 if failure else 0
 
 
 def _time(args: argparse.Namespace, known: State) -> int:
@@ -217,6 +218,8 @@ def _status(args: argparse.Namespace) -> int:
             print(f"          remove {known.folder_of(run) / state.ENDED} to try it again")
     if plan.pending:
         print(f"{len(plan.pending)} more runs are known when the learning rates are chosen")
+    if failure := known.failure(plan):
+        print(failure)
     return 0
 
 

@@ -76,9 +76,10 @@ class Page:
         claims: Sequence[Claim],
         times: Sequence[Comparison],
         at_edge: Sequence[str] = (),
+        failure: str = "",
     ) -> None:
         self.study, self.systems, self.tables = study, systems, tables
-        self.claims, self.times, self.at_edge = claims, times, at_edge
+        self.claims, self.times, self.at_edge, self.failure = claims, times, at_edge, failure
         self.figures: Sequence[str] = ()
 
     @classmethod
@@ -89,7 +90,7 @@ class Page:
         tables = Tables.of(results).of_runs({run.key for run in plan.runs})
         claims = claims_of(study, systems, tables)
         times = times_to_losses(study, systems, tables)
-        return cls(study, systems, tables, claims, times, plan.at_edge)
+        return cls(study, systems, tables, claims, times, plan.at_edge, known.failure(plan))
 
     def text(self) -> str:
         """Return report.md."""
@@ -100,6 +101,7 @@ class Page:
             "curves.csv beside this file. Losses are in nats per token, of validation documents "
             "that nobody trained on, the same tokens for every system and seed. ± is the 95 % "
             "interval of the mean over seeds.",
+            *(["", f"**Not whole**: {self.failure}."] if self.failure else []),
             *("", "## Claims", "", *self._claims()),
             *("", "## Comparisons", "", *self._comparisons()),
             *("", "## Systems", "", *self._systems()),

@@ -85,19 +85,18 @@ class Results:
         return table
 
     def endings(self) -> dict[str, dict[str, Any]]:
-        """Return how each run in runs.csv ended, by its hash; what failed may be tried again."""
-        lines = self.runs[self.runs["status"] != state.FAILED]
+        """Return how each run in runs.csv ended, by its hash."""
         return {
             line.key: {
                 "status": line.status,
                 "loss": None if pandas.isna(line.loss) else float(line.loss),
             }
-            for line in lines.itertuples()
+            for line in self.runs.itertuples()
         }
 
     def collect(self, known: state.State) -> None:
         """Add what the folders of the runs have and these files lack, and write them."""
-        kept = set(self.endings())
+        kept = set(self.runs["key"][self.runs["status"] != state.FAILED])
         endings = {run.key: (run, known.ending(run)) for run in known.plan().runs}
         new = {
             key: (run, ending)

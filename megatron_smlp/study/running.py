@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import latest_iteration
@@ -35,7 +35,6 @@ class Worker:
     data: StudyData
     processes: int = 1
     """Processes of one run."""
-    failures: list[PlannedRun] = field(default_factory=list)
 
     def work(self) -> None:
         """Work until every run is over, or waits for one that failed."""
@@ -129,7 +128,6 @@ class Worker:
                 run, status=DIVERGED, loss="inf", reason="a loss was not finite", **facts
             )
         elif not self._is_whole(run):
-            self.failures.append(run)
             lines = last_lines(folder)
             self.state.end(run, status=FAILED, last_lines=lines, **facts)
             report = "\n".join(f"  {line}" for line in lines)

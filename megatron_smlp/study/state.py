@@ -41,20 +41,39 @@ class State:
 
     def plan(self) -> Plan:
         """Return the runs that are known by now."""
-        endings = {**self.kept, **_endings(self.folder)}
+        endings = self._endings()
         losses = {
             key: float(ending["loss"])
             for key, ending in endings.items()
             if ending["status"] in (DONE, DIVERGED) and ending.get("loss") is not None
         }
-        return make_plan(self.study, self.systems, identity=self.identity, losses=losses)
+        return make_plan(
+            self.study, self.systems, identity=self.identity, losses=losses, failed=_failed(endings)
+        )
+
+    def _endings(self) -> dict[str, dict[str, Any]]:
+        """Return how every run that is over ended, by its hash."""
+        found = (read_json(path) for path in self.folder.glob(f"*/*/*/{ENDED}"))
+        return {**self.kept, **{ending["key"]: ending for ending in found if ending}}
+
+    def failure(self, plan: Plan) -> str:
+        """Return which runs failed and how many wait for them, in a line; empty: none did."""
+        keys = _failed(self._endings())
+        failed = [run for run in plan.runs if run.key in keys]
+        untuned = {run.system for run in failed if run.phase == "tuning"}
+        waiting = [run for run in plan.pending if run.system in untuned]
+        waiting += [run for run in self.to_do(plan) if any(one.key in keys for one in run.parents)]
+        names = "; ".join(run.title for run in failed)
+        return f"failed: {names}; runs that wait for that: {len(waiting)}" if failed else ""
 
     def folder_of(self, run: PlannedRun) -> Path:
         return self.folder / run.folder
 
     def ending(self, run: PlannedRun) -> dict[str, Any] | None:
-        """Return how a run ended, here or in the results; None: it did not."""
-        return self._ending_here(run) or self.kept.get(run.key)
+        """Return how a run ended, here or in the results; None: it did not, or failed elsewhere,
+        and may be tried again."""
+        kept = self.kept.get(run.key)
+        return self._ending_here(run) or (None if kept and kept["status"] == FAILED else kept)
 
     def _ending_here(self, run: PlannedRun) -> dict[str, Any] | None:
         return read_json(self.folder_of(run) / ENDED)
@@ -105,9 +124,8 @@ class State:
         write_durably(self.folder_of(run) / ENDED, json.dumps(content, indent=2) + "\n")
 
 
-def _endings(folder: Path) -> dict[str, dict[str, Any]]:
-    found = (read_json(path) for path in folder.glob(f"*/*/*/{ENDED}"))
-    return {ending["key"]: ending for ending in found if ending}
+def _failed(endings: Mapping[str, dict[str, Any]]) -> set[str]:
+    return {key for key, ending in endings.items() if ending["status"] == FAILED}
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

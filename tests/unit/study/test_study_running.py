@@ -1,13 +1,13 @@
 """Workers on runs that are pretended to be trained: what they do where another one is faster."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from support.studies import state_of, write_metrics, write_study
 
 from megatron_smlp.checkpoints.folders import iteration_folder
-from megatron_smlp.study import leases, process, running
+from megatron_smlp.study import cli, leases, process, running
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.running import Worker
@@ -129,11 +129,46 @@ def test_a_run_that_falls_short_twice_is_a_failure(
         return 0
 
     monkeypatch.setattr(running, "run_command", fall_short)
-    one = worker(known, tmp_path)
-    one.work()
+    worker(known, tmp_path).work()
     assert {known.status(run) for run in known.plan().runs} == {FAILED}
     assert len(starts) == running.ATTEMPTS * len(known.plan().runs)
-    assert len(one.failures) == len(known.plan().runs)
+    assert known.failure(known.plan()).endswith("runs that wait for that: 2")
+
+
+def test_a_failed_trial_does_not_stop_the_other_systems(
+    known: State,
+    trained: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """A second worker finds nothing to do, and says why; a report of the CSV files does too."""
+    first, train = known.plan().runs[0], running.run_command
+
+    def fail_once(command: Sequence[str], *, folder: Path, **how: object) -> int:
+        is_it = folder == known.folder_of(first)
+        return 1 if is_it else train(command, folder=folder, **how)
+
+    monkeypatch.setattr(running, "run_command", fail_once)
+    monkeypatch.setattr(StudyData, "contents", lambda _: {})
+    monkeypatch.setattr(StudyData, "check_vocabulary", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    words = [str(tmp_path / "study.yaml"), "--runs", str(tmp_path / "runs")]
+    words += ["--results", str(tmp_path / "results")]
+    line = f"failed: {first.title}; runs that wait for that: 1"
+    for _ in range(2):
+        assert cli.main(["run", *words]) == 1
+        assert f"{line}. See tools/study.py status" in capsys.readouterr().err
+    mains = [run for run in known.plan().runs if run.phase == "main"]
+    assert [run.system for run in mains] == ["smlp_deterministic"]
+    assert known.status(mains[0]) == DONE
+    assert cli.main(["status", *words]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+    for runs in ("runs", "none"):
+        assert cli.main(["report", *words, "--runs", str(tmp_path / runs)]) == 0
+        text = (tmp_path / "results" / "report.md").read_text()
+        assert f"**Not whole**: {line}." in text
+        assert "smlp_deterministic | 5.000 |" in text
 
 
 def test_a_run_of_several_processes_that_diverges_is_no_failure(
