@@ -30,6 +30,7 @@ from megatron_smlp.study.verdicts import (
     claims_of,
     is_there_at_first,
     loss_field,
+    others_of,
     rivals,
     time_ratio,
 )
@@ -37,7 +38,7 @@ from megatron_smlp.study.verdicts import (
 
 def write_report(known: State, results: Results) -> list[Path]:
     """Write everything that a reader sees; return the files."""
-    page = Page.of(known, results)
+    page = Page(known, results)
     written = []
     for name, figure in Drawing(page.study, page.systems, page.tables).figures(page.times):
         written.append(results.folder / f"{name}.png")
@@ -66,31 +67,17 @@ def times_to_losses(
 
 
 class Page:
-    """report.md and report.json."""
+    """report.md and report.json, by the files of the results; figures are the caller's to draw."""
 
-    def __init__(
-        self,
-        study: Study,
-        systems: Mapping[str, System],
-        tables: Tables,
-        claims: Sequence[Claim],
-        times: Sequence[Comparison],
-        at_edge: Sequence[str] = (),
-        failure: str = "",
-    ) -> None:
-        self.study, self.systems, self.tables = study, systems, tables
-        self.claims, self.times, self.at_edge, self.failure = claims, times, at_edge, failure
+    def __init__(self, known: State, results: Results) -> None:
+        self.study, self.systems, self.plan = known.study, known.systems, known.plan()
+        self.failure = known.failure(self.plan)
+        self.tables = Tables.of(results).of_runs({run.key for run in self.plan.runs})
+        about = (self.study, self.systems, self.tables)
+        self.claims = claims_of(*about)
+        self.others = others_of(*about)
+        self.times = times_to_losses(*about)
         self.figures: Sequence[str] = ()
-
-    @classmethod
-    def of(cls, known: State, results: Results) -> Page:
-        """Judge the claims by the files of the results; figures are the caller's to draw."""
-        study, systems = known.study, known.systems
-        plan = known.plan()
-        tables = Tables.of(results).of_runs({run.key for run in plan.runs})
-        claims = claims_of(study, systems, tables)
-        times = times_to_losses(study, systems, tables)
-        return cls(study, systems, tables, claims, times, plan.at_edge, known.failure(plan))
 
     def text(self) -> str:
         """Return report.md."""
@@ -103,7 +90,8 @@ class Page:
             "interval of the mean over seeds.",
             *(["", f"**Not whole**: {self.failure}."] if self.failure else []),
             *("", "## Claims", "", *self._claims()),
-            *("", "## Comparisons", "", *self._comparisons()),
+            *(["", "## Comparisons", "", *self._comparisons(self.claims)] if self.claims else []),
+            *self._others(),
             *("", "## Systems", "", *self._systems()),
             *("", "## Losses", "", *self._losses()),
             *("", "## Time to the others' losses", "", *self._times()),
@@ -121,6 +109,7 @@ class Page:
         content = {
             "study": dataclasses.asdict(self.study),
             "claims": [dataclasses.asdict(claim) for claim in self.claims],
+            "others": [dataclasses.asdict(each) for each in self.others.comparisons],
             "times": [dataclasses.asdict(each) for each in self.times],
             "losses": {
                 name: {
@@ -133,6 +122,9 @@ class Page:
         return json.dumps(_finite(content), indent=1) + "\n"
 
     def _claims(self) -> Iterator[str]:
+        if not self.claims:
+            yield "None of the paper's is tested."
+            return
         yield from _table("claim", "says", "verdict", "because")
         for claim in self.claims:
             because = "; ".join([*self._because(claim), *claim.notes])
@@ -146,21 +138,27 @@ class Page:
             if those and is_one_against_all:
                 words.append(f"{verdict} against {', '.join(each.other for each in those)}")
             elif those:
-                words.append(f"{verdict}: {', '.join(map(self._pair, those))}")
+                pairs = (f"{each.one} against {each.other}" for each in those)
+                words.append(f"{verdict}: {', '.join(pairs)}")
         return words
 
-    def _pair(self, each: Comparison) -> str:
-        rules = {self.systems[name].flags.get("feature_router") for name in (each.one, each.other)}
-        rules -= {None, "none"}  # of one without a feature MoE
-        note = " (two rules of one part)" if len(rules) > 1 else ""
-        return f"{each.one} against {each.other}{note}"
+    def _others(self) -> Iterator[str]:
+        if not self.others.comparisons:
+            return
+        yield from ("", "## Other comparisons", "")
+        yield (
+            "Pairs of no claim of the paper, p after Holm over these alone. Confirmed: the first "
+            "of the pair has the lower loss; refuted: the second has.\n"
+        )
+        yield from self._comparisons([self.others])
+        yield from (f"\n{note}." for note in self.others.notes)
 
-    def _comparisons(self) -> Iterator[str]:
+    def _comparisons(self, claims: Sequence[Claim]) -> Iterator[str]:
         yield from _table(
             "claim", "of", "difference or ratio", "95 % interval", "p (Holm)", "seeds",
             "sd", "n seeds can see", "verdict",
         )  # fmt: skip
-        for claim in self.claims:
+        for claim in claims:
             for each in claim.comparisons:
                 found = each.found
                 sign = "/" if each.is_ratio else "-"
@@ -195,7 +193,7 @@ class Page:
             + (f" Quiet timing, and all times from it, are of {timed}." if timed else "")
             + (f" {self._unfinished()}" if 0 < self._rounds() < self.study.speed.rounds else "")
             + (f" {self._disturbed()}" if self.tables.disturbed else "")
-            + (f" {self._at_edge()}" if self.at_edge else "")
+            + (f" {self._at_edge()}" if self.plan.at_edge else "")
         )
 
     def _rounds(self) -> int:
@@ -207,8 +205,8 @@ class Page:
 
     def _at_edge(self) -> str:
         return (
-            f"Edge: the best rate of {', '.join(self.at_edge)} is the lowest or highest that was "
-            "tried, and a better one may lie beyond."
+            f"Edge: the best rate of {', '.join(self.plan.at_edge)} is the lowest or highest that "
+            "was tried, and a better one may lie beyond."
         )
 
     def _disturbed(self) -> str:
@@ -221,7 +219,7 @@ class Page:
 
     def _rate(self, name: str) -> str:
         own = self.tables.converged[self.tables.converged["system"] == name]["lr"]
-        edge = " (edge)" if name in self.at_edge else ""
+        edge = " (edge)" if name in self.plan.at_edge else ""
         return f"{own.iloc[0]:.2g}{edge}" if len(own) else "n/a"
 
     def _as_trained(self, name: str) -> float:

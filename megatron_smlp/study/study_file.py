@@ -165,7 +165,7 @@ class Study:
     subject: str = key(_text)
     """The system whose claims are tested."""
     ablations: tuple[tuple[str, str], ...] = key(_list(_pair), ())
-    """Pairs of a system with and without something, for claim C5."""
+    """Pairs of a system with and without something: for claim C5 where it is a MoE of sMLP."""
     speed: Speed = key(lambda value: _read(Speed, value), Speed())
     cluster: Cluster | None = key(lambda value: _read(Cluster, value), None)
     flops_tolerance: float = key(_share, 0.03)

@@ -67,9 +67,23 @@ def claims_of(study: Study, systems: Mapping[str, System], tables: Tables) -> li
         claims.append(_lower_loss)
     if any(system.kind == "moe" for system in systems.values()):
         claims += [_less_time, _faster_steps, _better_at_tasks]
-    if study.ablations:
-        claims.append(_ablations)
+    if any(_is_of_a_part(systems, pair) for pair in study.ablations):
+        claims.append(_each_part_helps)
     return [claim(study, systems, tables) for claim in claims]
+
+
+def others_of(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
+    """Return the study's pairs that are of no claim, with a verdict on each and none on all."""
+    pairs = [pair for pair in study.ablations if not _is_of_a_part(systems, pair)]
+    found = _claim_of_losses(study, systems, tables, pairs, name="other", text="")
+    return replace(found, verdict="")
+
+
+def _is_of_a_part(systems: Mapping[str, System], pair: tuple[str, str]) -> bool:
+    """Return whether the second is the first without a MoE: sMLP without any is gMLP."""
+    one, other = (systems[name] for name in pair)
+    is_gated = other.flags.get("architecture") in ("smlp", "gmlp")
+    return one.is_smlp and is_gated and other.moes < one.moes
 
 
 def _lower_loss(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
@@ -83,9 +97,10 @@ def _lower_loss(study: Study, systems: Mapping[str, System], tables: Tables) -> 
     )  # fmt: skip
 
 
-def _ablations(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
+def _each_part_helps(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
+    pairs = [pair for pair in study.ablations if _is_of_a_part(systems, pair)]
     return _claim_of_losses(
-        study, systems, tables, study.ablations, name="C5",
+        study, systems, tables, pairs, name="C5",
         text="each part helps: the first of each pair has a lower loss than the second",
     )  # fmt: skip
 

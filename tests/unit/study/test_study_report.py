@@ -23,6 +23,7 @@ from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results, hardware
 from megatron_smlp.study.state import State
+from megatron_smlp.study.statistics import paired
 
 NOISE = {11: -0.002, 12: 0.003, 13: 0.0}
 
@@ -43,7 +44,7 @@ def known(tmp_path: Path) -> State:
 def made_of(known: State, folder: Path) -> Page:
     results = Results(folder / "results")
     results.collect(known)
-    return Page.of(known, results)
+    return Page(known, results)
 
 
 def page(known: State, folder: Path) -> tuple[dict[str, dict], str]:
@@ -448,17 +449,34 @@ def test_rows_say_of_how_many_seeds_and_of_which_positions_they_are(tmp_path: Pa
     assert "| smlp_deterministic | 0.5 | 0.5 | 3 |" in text
 
 
-def test_two_rules_of_one_part_are_named_apart(tmp_path: Path):
-    systems = ["gmlp", "smlp_deterministic", "smlp_partial"]
-    ablations = [["smlp_deterministic", "smlp_partial"], ["smlp_partial", "gmlp"]]
+def test_that_each_part_helps_is_of_parts_alone(tmp_path: Path):
+    """Both MoEs help; that one rule of the feature MoE is worse than the other refutes nothing."""
+    systems = ["gmlp", "gmlp_token_moe", "smlp_deterministic", "smlp_partial"]
+    no_features = {"from": "smlp_deterministic", "feature-router": "none", "num-feature-experts": 1}
+    ablations = [
+        ["smlp_deterministic", "gmlp_token_moe"], ["gmlp_token_moe", "gmlp"],
+        ["smlp_deterministic", "smlp_partial"],
+    ]  # fmt: skip
     path = write_study(
-        tmp_path, systems=systems, ablations=ablations, **{"needed-flops-tolerance": 0.1}
-    )
+        tmp_path, systems=systems, ablations=ablations, variants={"gmlp_token_moe": no_features},
+        **{"flops-tolerance": 0.1, "needed-flops-tolerance": 0.1},
+    )  # fmt: skip
     known = state_of(path, runs=tmp_path / "runs")
-    pretend(known, loss_of)
-    text = page(known, tmp_path)[1]
-    assert "smlp_deterministic against smlp_partial (two rules of one part)" in text
-    assert "smlp_partial against gmlp;" in text or "smlp_partial against gmlp |" in text
+    losses = dict(zip(systems, (5.0, 4.9, 4.8, 4.0), strict=True))
+    pretend(known, lambda run: losses[run.system] + NOISE[run.seed] * (1 + len(run.system) / 40))
+    made = made_of(known, tmp_path)
+    [claim] = [claim for claim in made.claims if claim.name == "C5"]
+    assert claim.verdict == "confirmed"
+    assert [(each.one, each.other) for each in claim.comparisons] == [
+        ("smlp_deterministic", "gmlp_token_moe"), ("gmlp_token_moe", "gmlp"),
+    ]  # fmt: skip
+    [other] = made.others.comparisons
+    assert (other.other, other.verdict, made.others.verdict) == ("smlp_partial", "refuted", "")
+    alone = paired(*(made.tables.losses(name, 400_000, "validation_suffix_loss")
+                     for name in ("smlp_deterministic", "smlp_partial")))  # fmt: skip
+    assert other.found.p == alone.p  # Holm's steps are over these alone
+    assert "| other | loss behind the prefix: smlp_deterministic - smlp_partial |" in made.text()
+    assert len(json.loads(made.json())["others"]) == 1
 
 
 def test_a_timing_is_the_median_of_the_later_half(
@@ -512,9 +530,10 @@ def test_claims_are_those_that_the_systems_can_decide(tmp_path: Path):
     known = state_of(path, runs=tmp_path / "runs")
     pretend(known, loss_of)
     claims, text = page(known, tmp_path)
-    assert list(claims) == ["C1", "C5"]
+    assert list(claims) == ["C1"]
     assert [each["other"] for each in claims["C1"]["comparisons"]] == ["transformer", "mixer"]
-    assert "gmlp against mixer, transformer against mixer" in text
+    for pair in ("gmlp - mixer", "transformer - mixer"):
+        assert f"| other | loss: {pair} |" in text
 
 
 def test_a_study_of_ablations_alone_claims_nothing_else(tmp_path: Path):
@@ -524,7 +543,10 @@ def test_a_study_of_ablations_alone_claims_nothing_else(tmp_path: Path):
     )  # fmt: skip
     known = state_of(path, runs=tmp_path / "runs")
     pretend(known, loss_of)
-    assert list(claims_of(known, tmp_path)) == ["C5"]
+    claims, text = page(known, tmp_path)
+    assert claims == {}
+    assert "None of the paper's is tested." in text
+    assert "| other | loss: gmlp - mixer |" in text
 
 
 def test_only_whole_sets_of_seeds_are_drawn_against_one_another(known: State, tmp_path: Path):
