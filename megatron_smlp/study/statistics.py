@@ -4,8 +4,9 @@ With d_s the difference of two systems at seed s, n seeds, m and sd their mean a
 
     interval  m +- t(1 - alpha/2, n - 1) sd / sqrt(n), Student's
     p         Student's paired test, two-sided; Holm's steps over the comparisons of a claim
-    visible   (t(1 - alpha/2, n - 1) + t(power, n - 1)) sd / sqrt(n), the smallest true difference
-              that n seeds with this sd would find with this power
+    visible   delta sd / sqrt(n), with P(T(n - 1, delta) > t(1 - alpha/2m, n - 1)) = power, T being
+              noncentral Student's and m the comparisons: the smallest true difference that n seeds
+              with this sd would find with this power at the first of Holm's steps
 
 A sum of two independent means, as a ratio of tokens by seeds times one of step times by rounds is
 of logarithms, has Welch's interval:
@@ -22,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 ALPHA = 0.05
 POWER = 0.8
@@ -41,6 +42,8 @@ class Difference:
     """p-value of no difference; 1 if there are too few seeds."""
     n: int
     sd: float
+    df: float
+    """Degrees of freedom of its interval."""
     visible: float
     """The smallest difference that as many seeds can see; infinite for one seed."""
 
@@ -56,52 +59,47 @@ def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
     mean = float(np.mean(values))
     if n == 1:
         return _unknown(mean, n)
-    sd = 0.0 if _is_constant(values) else float(np.std(values, ddof=1))
-    low, high = interval(values)
+    test, sd = stats.ttest_1samp(values, 0.0), float(np.std(values, ddof=1))
+    low, high = test.confidence_interval(1 - ALPHA)
+    p = float(test.pvalue) if values.any() else 1.0
     return Difference(
-        mean=mean, low=low, high=high, p=_p(values, sd), n=n, sd=sd, visible=visible(sd, n)
-    )
+        mean=mean, low=float(low), high=float(high), p=p, n=n, sd=sd, df=n - 1,
+        visible=visible(sd, n),
+    )  # fmt: skip
 
 
 def _unknown(mean: float, n: int) -> Difference:
     return Difference(
-        mean=mean, low=-math.inf, high=math.inf, p=1.0, n=n, sd=math.nan, visible=math.inf
-    )
+        mean=mean, low=-math.inf, high=math.inf, p=1.0, n=n, sd=math.nan, df=math.nan,
+        visible=math.inf,
+    )  # fmt: skip
 
 
-def _is_constant(values: np.ndarray) -> bool:
-    """Return whether values differ by rounding only."""
-    return bool(np.ptp(values) <= 1e-12 * max(1.0, np.abs(values).max()))
-
-
-def _p(values: np.ndarray, sd: float) -> float:
-    if sd == 0:
-        return 0.0 if abs(values[0]) > 1e-12 else 1.0
-    return float(stats.ttest_1samp(values, 0.0).pvalue)
-
-
-def interval(values: Sequence[float] | np.ndarray, *, alpha: float = ALPHA) -> tuple[float, float]:
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Return Student's interval of the mean of two or more values."""
     array = np.asarray(values, dtype=np.float64)
-    half = stats.t.ppf(1 - alpha / 2, len(array) - 1) * stats.sem(array)
+    half = stats.t.ppf(1 - ALPHA / 2, len(array) - 1) * stats.sem(array)
     return float(array.mean() - half), float(array.mean() + half)
 
 
-def visible(
-    sd: float, n: int, *, df: float | None = None, alpha: float = ALPHA, power: float = POWER
-) -> float:
-    """Return the smallest difference that n seeds with this deviation find with this power.
+def visible(sd: float, n: int, *, df: float | None = None, comparisons: int = 1) -> float:
+    """Return the smallest difference that n seeds with this deviation find with POWER.
 
     Args:
         df: degrees of freedom; None: n - 1.
+        comparisons: of the claim, whose first must have ALPHA over so many.
     """
     if n < 2:
         return math.inf
-    quantiles = stats.t.ppf([1 - alpha / 2, power], n - 1 if df is None else df)
-    return float(quantiles.sum() * sd / math.sqrt(n))
+    df = n - 1 if df is None else df
+    critical = stats.t.ppf(1 - ALPHA / comparisons / 2, df)
+    shift = optimize.brentq(
+        lambda shift: stats.nct.sf(critical, df, shift) - POWER, 0, 10 * critical
+    )
+    return float(shift * sd / math.sqrt(n))
 
 
-def plus(one: Difference, other: Difference, *, alpha: float = ALPHA) -> Difference:
+def plus(one: Difference, other: Difference) -> Difference:
     """Return the sum of two independent means; `n` is that of `one`, and `sd` as if of as many."""
     mean = one.mean + other.mean
     if not math.isfinite(one.high - one.low + other.high - other.low):
@@ -112,10 +110,10 @@ def plus(one: Difference, other: Difference, *, alpha: float = ALPHA) -> Differe
         return replace(one, mean=mean, low=mean, high=mean, p=float(mean == 0))
     parts = zip(squares, (one.n, other.n), strict=True)
     df = error**4 / sum(square**2 / (n - 1) for square, n in parts)
-    half = float(stats.t.ppf(1 - alpha / 2, df)) * error
+    half = float(stats.t.ppf(1 - ALPHA / 2, df)) * error
     sd = error * math.sqrt(one.n)
     return Difference(
-        mean=mean, low=mean - half, high=mean + half, n=one.n, sd=sd,
+        mean=mean, low=mean - half, high=mean + half, n=one.n, sd=sd, df=df,
         p=float(2 * stats.t.sf(abs(mean) / error, df)), visible=visible(sd, one.n, df=df),
     )  # fmt: skip
 
@@ -131,19 +129,27 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def with_holm[K](differences: Mapping[K, Difference]) -> dict[K, Difference]:
-    """Return the comparisons of one claim with p-values that hold for all of them together."""
-    adjusted = holm([difference.p for difference in differences.values()])
-    pairs = zip(differences.items(), adjusted, strict=True)
-    return {name: replace(difference, p=p) for (name, difference), p in pairs}
+    """Return the comparisons of one claim with p-values that hold for all of them together, and
+    with what is visible to the first of Holm's steps."""
+    adjusted = holm([each.p for each in differences.values()])
+    return {
+        name: replace(each, p=p, visible=_visible_of(each, comparisons=len(differences)))
+        for (name, each), p in zip(differences.items(), adjusted, strict=True)
+    }
 
 
-def verdict(difference: Difference, *, null: float = 0.0, alpha: float = ALPHA) -> str:
+def _visible_of(each: Difference, *, comparisons: int) -> float:
+    if not math.isfinite(each.visible):
+        return each.visible
+    return visible(each.sd, each.n, df=each.df, comparisons=comparisons)
+
+
+def verdict(difference: Difference, *, null: float = 0.0) -> str:
     """Return what a claim of less than `null` ends as; the p-value is Holm's already.
 
     Fewer than three seeds leave it undecided, whatever they say.
     """
-    is_unclear = difference.p >= alpha or difference.low <= null <= difference.high
-    if is_unclear or difference.n < LEAST_FOR_VERDICT:
+    if difference.p >= ALPHA or difference.n < LEAST_FOR_VERDICT:
         return UNDECIDED
     return CONFIRMED if difference.high < null else REFUTED
 
