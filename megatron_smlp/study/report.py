@@ -28,7 +28,6 @@ from megatron_smlp.study.verdicts import (
     Claim,
     Comparison,
     claims_of,
-    is_there_at_first,
     loss_field,
     others_of,
     rivals,
@@ -55,15 +54,17 @@ def times_to_losses(
 ) -> list[Comparison]:
     """Return the subject's cost over each other system's, to the loss at which that one ends."""
     unit = SECONDS if tables.has_speed(*systems) else TOKENS
-    return [
-        Comparison(
-            one=study.subject, other=name, what=unit, verdict="",
-            found=time_ratio(study, systems, tables, rival=name, unit=unit),
-            is_bound=is_there_at_first(study, systems, tables, rival=name),
-        )
+    ratios = {
+        name: time_ratio(study, systems, tables, rival=name, unit=unit)
         for name in rivals(study, systems)
         if tables.losses(name, study.longest, VALIDATION_LOSS)
-    ]  # fmt: skip
+    }
+    return [
+        Comparison(
+            one=study.subject, other=name, what=unit, verdict="", found=found, is_bound=is_bound
+        )
+        for name, (found, is_bound) in ratios.items()
+    ]
 
 
 class Page:
@@ -238,7 +239,7 @@ class Page:
             label = f"{name} (behind the prefix)" if system.predicts_suffix else name
             yield _row(
                 label, *(_mean(list(cell.values())) for cell in cells), len(cells[-1]),
-                _number(spread), _number(self.tables.last_noise(name, self.study.longest)),
+                _number(spread), _number(self.tables.last_noise(name, self.study.longest, field)),
             )  # fmt: skip
 
     def _times(self) -> Iterator[str]:
@@ -259,7 +260,10 @@ class Page:
             yield _row(each.other, shown, interval_of, each.found.n)
 
     def _crossings(self) -> Iterator[str]:
-        yield "Crossings of the mean curves over the horizons; outside of them nothing is known.\n"
+        yield (
+            "Crossings of the mean curves over the horizons, of the seeds that both have at all of "
+            "them; outside of them nothing is known.\n"
+        )
         yield from _table("with", "at tokens")
         for name in rivals(self.study, self.systems):
             yield _row(name, self._crossing(name))
@@ -267,9 +271,14 @@ class Page:
     def _crossing(self, name: str) -> str:
         field = loss_field(self.systems[name], self.systems[self.study.subject])
         horizons = sorted(self.study.horizons)
-        means = [
-            [_plain_mean(self.tables.losses(each, horizon, field)) for horizon in horizons]
+        losses = [
+            [self.tables.losses(each, horizon, field) for horizon in horizons]
             for each in (self.study.subject, name)
+        ]
+        common = set.intersection(*(set(points) for side in losses for points in side))
+        means = [
+            [_plain_mean({seed: points[seed] for seed in common}) for points in side]
+            for side in losses
         ]
         tokens_of = [self.tables.tokens(horizon) for horizon in horizons]
         found = crossings(means[0], means[1], tokens_of)

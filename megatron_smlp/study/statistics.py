@@ -18,6 +18,7 @@ docs/decisions/0079-intervals-of-a-study.md says why there is no bootstrap.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -169,15 +170,23 @@ def cost_to_reach(costs: Sequence[float], losses: Sequence[float], target: float
         losses: of converged points, one a cost.
 
     Returns:
-        the first cost where the first point is at the target already; infinite where none is.
+        infinity where no point is at the target; the cost of the first that is where nothing finite
+        lies before it, see `is_upper_bound`.
     """
     for place, loss in enumerate(losses):
         if loss <= target:
-            if place == 0 or loss == target:
+            if loss == target or is_upper_bound(losses, target):
                 return float(costs[place])
             share = (losses[place - 1] - target) / (losses[place - 1] - loss)
             return float(costs[place - 1] + share * (costs[place] - costs[place - 1]))
     return math.inf
+
+
+def is_upper_bound(losses: Sequence[float], target: float) -> bool:
+    """Return whether a curve may have been at the target before its first point that is: that is
+    the curve's first, or behind one that diverged."""
+    first = next((place for place, loss in enumerate(losses) if loss <= target), None)
+    return first is not None and (first == 0 or not math.isfinite(losses[first - 1]))
 
 
 def log_ratio(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
@@ -196,11 +205,18 @@ def exponential(logarithms: Difference) -> Difference:
 
 
 def crossings(one: Sequence[float], other: Sequence[float], costs: Sequence[float]) -> list[float]:
-    """Return the costs at which two curves over the same costs cross, by linear interpolation."""
+    """Return the costs at which two curves over the same costs cross, by linear interpolation.
+
+    Points where either is not finite are left out. Curves that touch cross there if they part on
+    the other side.
+    """
     gaps = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
-    found = []
-    for place in range(len(gaps) - 1):
-        if gaps[place] * gaps[place + 1] < 0:
-            share = gaps[place] / (gaps[place] - gaps[place + 1])
-            found.append(float(costs[place] + share * (costs[place + 1] - costs[place])))
+    points = [pair for pair in zip(costs, gaps, strict=True) if math.isfinite(pair[1])]
+    found, leaving = [], None
+    for left, right in itertools.pairwise(points):
+        if left[1]:
+            leaving = (left, right)  # points where the gap is 0 may follow
+        if leaving is not None and leaving[0][1] * right[1] < 0:
+            (cost, gap), (next_cost, next_gap) = leaving
+            found.append(float(cost + gap / (gap - next_gap) * (next_cost - cost)))
     return found

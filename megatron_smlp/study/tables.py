@@ -186,7 +186,7 @@ class Tables:
         pieces = runs[runs["horizon"].isna() | (runs["horizon"] == longest)]
         return [own.sort_values("end") for _, own in pieces.groupby("seed")]
 
-    def last_noise(self, system: str, longest: int) -> float:
+    def last_noise(self, system: str, longest: int, field: str) -> float:
         """Return the deviation of a trunk's last evaluations before its decay from a line."""
         found = []
         for trunk in self.trunks(system, longest):
@@ -195,7 +195,9 @@ class Tables:
             constant = flags["lr_decay_iters"] - flags["lr_wsd_decay_iters"]
             lines = lines[lines["iteration"] <= constant].tail(LAST_EVALUATIONS)
             if len(lines) >= LEAST_EVALUATIONS:
-                found.append(_residual(lines))
+                x, y = (lines[name].to_numpy(float) for name in ("tokens", field))
+                squares = np.polyfit(x, y, 1, full=True)[1].item()
+                found.append(math.sqrt(squares / (len(x) - 2)))
         return float(np.mean(found)) if found else math.nan
 
 
@@ -206,9 +208,3 @@ def _mean_errors(tasks: Sequence[dict[int, float]]) -> dict[int, float]:
         seed: 100 * (1 - float(np.mean([values[seed] for values in tasks])))
         for seed in sorted(seeds)
     }
-
-
-def _residual(lines: pandas.DataFrame) -> float:
-    x, y = lines["tokens"].to_numpy(float), lines[VALIDATION_LOSS].to_numpy(float)
-    rest = y - np.polyval(np.polyfit(x, y, 1), x)
-    return float(np.sqrt((rest**2).sum() / (len(x) - 2)))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
 from megatron_smlp.study.results import TASK
 from megatron_smlp.study.statistics import (
@@ -13,6 +15,7 @@ from megatron_smlp.study.statistics import (
     Difference,
     cost_to_reach,
     exponential,
+    is_upper_bound,
     log_ratio,
     paired,
     plus,
@@ -40,8 +43,8 @@ class Comparison:
     difference."""
     verdict: str
     is_bound: bool = False
-    """Whether the subject's cost may be even lower: a seed had reached the target at its first
-    horizon. The interval's lower end is then 0."""
+    """Whether the subject's cost may be even lower: a seed is at the target at its first horizon,
+    or at the one behind a horizon that diverged. The interval's lower end is then 0."""
 
     @property
     def is_ratio(self) -> bool:
@@ -165,13 +168,20 @@ def _claim(
 
 
 def best_of(kind: str, study: Study, systems: Mapping[str, System], tables: Tables) -> str | None:
-    """Return the system of a kind with the lowest mean loss at the longest horizon."""
-    means = {
-        name: sum(losses.values()) / len(losses)
+    """Return the system of a kind with the lowest mean loss at the longest horizon, of those with
+    the most seeds: the one seed of another may be its luckiest."""
+    found = {
+        name: losses
         for name, system in systems.items()
         if system.kind == kind and (losses := tables.losses(name, study.longest, VALIDATION_LOSS))
     }
-    return min(means, key=lambda name: means[name]) if means else None
+    most = max(map(len, found.values()), default=0)
+    whole = {name: losses for name, losses in found.items() if len(losses) == most}
+    common = set.intersection(*map(set, whole.values())) if whole else set()
+    return min(
+        whole, default=None,
+        key=lambda name: np.mean([whole[name][seed] for seed in common or whole[name]]),
+    )  # fmt: skip
 
 
 def _less_time(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
@@ -183,13 +193,15 @@ def _less_time(study: Study, systems: Mapping[str, System], tables: Tables) -> C
             name="C2", text=text, comparisons=(), verdict=UNDECIDED,
             notes=("no sparse Transformer has come to the longest horizon",),
         )  # fmt: skip
-    notes = [f"the best sparse Transformer, by mean loss, is {best}"]
+    notes = [
+        f"the best sparse Transformer, by mean loss of those with the most seeds, is {best}",
+        *tables.gaps(study, [study.subject, best]),
+    ]
     unit = SECONDS
     if not tables.has_speed(study.subject, best):
         unit = TOKENS
         notes.append("no quiet timing: tools/study.py run --speed; tokens say nothing of time")
-    found = time_ratio(study, systems, tables, rival=best, unit=unit)
-    is_bound = is_there_at_first(study, systems, tables, rival=best)
+    found, is_bound = time_ratio(study, systems, tables, rival=best, unit=unit)
     if is_bound:
         notes.append("a seed is there at its first horizon, so the ratio is at most this")
     claim = _claim({(study.subject, best): (unit, found)}, null=1.0, name="C2", text=text)
@@ -200,44 +212,36 @@ def _less_time(study: Study, systems: Mapping[str, System], tables: Tables) -> C
 
 def time_ratio(
     study: Study, systems: Mapping[str, System], tables: Tables, *, rival: str, unit: str
-) -> Difference:
-    """Return the subject's cost over the rival's, to the loss at which the rival's seed ends.
+) -> tuple[Difference, bool]:
+    """Return the subject's cost over the rival's, to the loss at which the rival's seed ends, and
+    whether it is a bound.
 
     Its logarithm is that of the tokens, over seeds, and for seconds that of the step times, over
-    rounds of the timing. A seed of the subject that never comes there costs an infinite amount.
+    rounds of the timing. A seed of the subject that never comes there costs an infinite amount. One
+    that is not at the longest horizon yet is left out, also if it is there: it would count among
+    the fast ones, and those that are still on their way nowhere.
     Where one is there at its first horizon the ratio is at most this, so that it can confirm a
     claim but not refute one: its interval begins at 0, and p is 1 if it then holds 1.
     """
     field = loss_field(systems[study.subject], systems[rival])
     end = tables.tokens(study.longest)
-    reached = {}
+    reached, is_bound = {}, False
     for seed, target in tables.losses(rival, study.longest, field).items():
         tokens, losses = tables.curve(study.subject, seed, field)
-        cost = cost_to_reach(tokens, losses, target)
-        is_whole = end in tokens  # else it may still come there
-        if math.isfinite(target) and (is_whole or math.isfinite(cost)):
-            reached[seed] = cost
+        if math.isfinite(target) and end in tokens:
+            reached[seed] = cost_to_reach(tokens, losses, target)
+            is_bound |= is_upper_bound(losses, target)
     found = log_ratio(reached, dict.fromkeys(reached, end))
     if unit == SECONDS:
         found = plus(found, _log_step_ratio(tables, study.subject, rival))
     ratio = exponential(found)
-    if not is_there_at_first(study, systems, tables, rival=rival):
-        return ratio
-    return replace(ratio, low=0.0, p=1.0 if ratio.high >= 1 else ratio.p)
+    if is_bound:
+        ratio = replace(ratio, low=0.0, p=1.0 if ratio.high >= 1 else ratio.p)
+    return ratio, is_bound
 
 
 def _log_step_ratio(tables: Tables, one: str, other: str) -> Difference:
     return log_ratio(tables.step_seconds(one), tables.step_seconds(other))
-
-
-def is_there_at_first(
-    study: Study, systems: Mapping[str, System], tables: Tables, *, rival: str
-) -> bool:
-    """Return whether a seed of the subject has at its first horizon the loss the rival ends at."""
-    field = loss_field(systems[study.subject], systems[rival])
-    targets = tables.losses(rival, study.longest, field)
-    first = tables.losses(study.subject, min(study.horizons), field)
-    return any(first.get(seed, math.inf) <= target for seed, target in targets.items())
 
 
 def _better_at_tasks(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:

@@ -1,6 +1,7 @@
 """Results and reports, on runs that were never trained."""
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -327,6 +328,94 @@ def test_a_curve_that_is_not_whole_is_not_called_a_miss(known: State, tmp_path: 
             shutil.rmtree(known.folder_of(run))
     found = claims_of(known, tmp_path)["C2"]["comparisons"][0]["found"]
     assert (found["n"], found["mean"]) == (2, "inf")
+
+
+def without(known: State, system: str, *, seeds: tuple[int, ...], horizon: int) -> None:
+    """Forget the runs of a system to a horizon, as if they were on their way."""
+    for run in known.plan().runs:
+        if (run.system, run.horizon) == (system, horizon) and run.seed in seeds:
+            shutil.rmtree(known.folder_of(run))
+
+
+def test_seeds_that_are_on_their_way_do_not_count_as_the_fast_ones(known: State, tmp_path: Path):
+    """Two are not at the end: one is at the target already, and the other may take forever."""
+    ahead = {11: 0.4, 12: 0.0, 13: 0.5}
+
+    def loss(run: PlannedRun) -> float:
+        is_subject = run.system == "smlp_deterministic"
+        return loss_of(run) - ahead.get(run.seed, 0) * is_subject
+
+    pretend(known, loss)
+    without(known, "smlp_deterministic", seeds=(11, 12), horizon=400_000)
+    claims, _ = page(known, tmp_path)
+    assert claims["C2"]["comparisons"][0]["found"]["n"] == 1
+    assert "smlp_deterministic: seed 11, 12 is missing" in claims["C2"]["notes"]
+
+
+def test_a_horizon_that_diverged_leaves_a_bound(known: State, tmp_path: Path):
+    """Where one seed of the subject diverged at the first horizon, and is there at the next."""
+
+    def loss(run: PlannedRun) -> float:
+        if run.system != "smlp_deterministic":
+            return loss_of(run)
+        bad = run.seed == 12 and run.horizon == 100_000
+        return math.inf if bad else loss_of(run) - 0.5 * (run.horizon == 200_000)
+
+    pretend(known, loss)
+    claims, text = page(known, tmp_path)
+    [comparison] = claims["C2"]["comparisons"]
+    assert comparison["found"]["n"] == 3
+    assert 0.25 < comparison["found"]["mean"] < 0.55
+    assert comparison["is_bound"]
+    assert "nan" not in text
+
+
+def test_one_lucky_seed_is_not_the_best_system(tmp_path: Path):
+    systems = ["switch", "hash", "smlp_deterministic"]
+    seeds = {"switch": [11], "others": [11, 12, 13]}
+    path = write_study(tmp_path, systems=systems, seeds=seeds)
+    known = state_of(path, runs=tmp_path / "runs")
+    pretend(known, lambda run: loss_of(run) - 0.1 * (run.system == "switch"))
+    claims, _ = page(known, tmp_path)
+    [comparison] = claims["C2"]["comparisons"]
+    assert (comparison["other"], comparison["found"]["n"]) == ("hash", 3)
+
+
+def test_curves_cross_by_the_seeds_that_both_have(tmp_path: Path):
+    """Switch's one seed is its worst: against all seeds of the others' it would never cross."""
+    seeds = {"switch": [13], "others": [11, 12, 13]}
+    known = state_of(write_study(tmp_path, seeds=seeds), runs=tmp_path / "runs")
+    late = {100_000: -0.1, 200_000: -0.05}
+
+    def loss(run: PlannedRun) -> float:
+        is_seed = 1.0 * (run.seed == 13)
+        first = late.get(run.horizon or 0, 0.05) * (run.system == "switch")
+        return 6.0 - 0.3 * math.log2((run.horizon or 10**5) / 10**5) + is_seed + first
+
+    pretend(known, loss)
+    made = made_of(known, tmp_path)
+    tokens = [made.tables.tokens(horizon) for horizon in (200_000, 400_000)]
+    assert made._crossing("switch") == f"{sum(tokens) / 2e6:.3g}M"
+    without(known, "smlp_deterministic", seeds=(13,), horizon=400_000)
+    shutil.rmtree(tmp_path / "results")
+    assert made_of(known, tmp_path)._crossing("switch") == "unknown"
+
+
+def test_the_noise_of_evaluations_is_of_the_loss_of_its_row(tmp_path: Path):
+    systems = ["transformer", "smlp_deterministic", "smlp_partial"]
+    known = state_of(write_study(tmp_path, systems=systems), runs=tmp_path / "runs")
+    pretend(known, loss_of)
+    made = made_of(known, tmp_path)
+    curves = made.tables.curves[made.tables.curves[VALIDATION_LOSS].notna()]
+    flips = 1.0 - 2.0 * (curves["iteration"] // 10 % 2)
+    made.tables = dataclasses.replace(
+        made.tables, curves=curves.assign(
+            validation_loss=4.0 + 0.1 * flips, validation_suffix_loss=4.0 + 0.01 * flips
+        ),
+    )  # fmt: skip
+    noise = {line.split(" | ")[0]: line.split(" | ")[-1] for line in made._losses()}
+    assert noise["| smlp_deterministic"] == "0.117 |"  # six points, less a line: sqrt(5.49 / 4)
+    assert noise["| smlp_partial (behind the prefix)"] == "0.0117 |"
 
 
 def test_at_the_first_horizon_it_is_a_bound(known: State, tmp_path: Path):

@@ -16,6 +16,7 @@ from megatron_smlp.study.statistics import (
     exponential,
     holm,
     interval,
+    is_upper_bound,
     log_ratio,
     paired,
     plus,
@@ -172,6 +173,20 @@ class TestCostToReach:
     def test_the_first_time_counts(self):
         assert cost_to_reach([1, 2, 3, 4], [6, 4, 6, 4], 5.0) == 1.5
 
+    def test_behind_a_point_that_diverged_it_is_a_bound(self):
+        assert cost_to_reach([1, 2], [math.inf, 3.0], 3.5) == 2
+        assert cost_to_reach([1, 2, 4], [math.inf, 4.0, 3.0], 3.5) == 3
+
+    @pytest.mark.parametrize(
+        ("losses", "target", "is_bound"),
+        [
+            ([3, 2], 3.5, True), ([4, 3], 3.5, False), ([math.inf, 3], 3.5, True),
+            ([5, math.inf, 3], 3.5, True), ([math.inf, 4, 3], 3.5, False), ([5, 4], 3.5, False),
+        ],
+    )  # fmt: skip
+    def test_a_bound(self, losses: list[float], target: float, is_bound: bool):
+        assert is_upper_bound(losses, target) is is_bound
+
 
 class TestRatio:
     def test_twice_as_fast(self):
@@ -220,9 +235,25 @@ def _difference(values: np.ndarray) -> Difference:
     return paired(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0))
 
 
-def test_crossings():
-    assert crossings([5, 4, 3], [4, 3.5, 3.5], [1, 2, 4]) == [3.0]
-    assert crossings([5, 4], [4, 3], [1, 2]) == []
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        ([5, 4, 3], [4, 3.5, 3.5], [3.0]),
+        ([5, 4, 3.5], [4, 3, 3], []),
+        ([2, 1, 0], [1, 1, 1], [2.0]),  # they meet in a point
+        ([2, 1, 2], [1, 1, 1], []),  # they touch
+        ([1, 1, 0], [1, 1, 1], []),  # they begin together
+        ([math.inf, 3.5, 3.4], [4, 3.6, 3.5], []),
+        ([math.nan, 3.5, 3.4], [4, 3.4, 3.5], [3.0]),
+    ],
+)
+def test_crossings(one: list[float], other: list[float], found: list[float]):
+    assert crossings(one, other, [1, 2, 4]) == pytest.approx(found)
+    assert crossings(other, one, [1, 2, 4]) == pytest.approx(found)
+
+
+def test_curves_that_are_one_for_a_while_cross_where_they_meet():
+    assert crossings([2, 1, 1, 0], [1, 1, 1, 1], [1, 2, 4, 8]) == [2.0]
 
 
 def test_a_ratio_without_a_common_seed_is_unknown():
