@@ -305,7 +305,7 @@ class Page:
         yield _row("chance", *chances, "")
         for name in self.systems:
             if cells := [self.tables.values(TASK, task, name) for task in tasks]:
-                errors = [self.tables.sampling_error(TASK, task, name) for task in tasks]
+                errors = [self.tables.sampling_error(task, name) for task in tasks]
                 yield _row(
                     self._at_all_positions(name), *map(_percent, cells, errors), _seeds(cells)
                 )

@@ -21,6 +21,7 @@ from megatron_smlp.study.statistics import (
     plus,
     verdict,
     verdict_of_all,
+    with_error,
     with_holm,
 )
 from megatron_smlp.study.study_file import Study
@@ -245,15 +246,15 @@ def _log_step_ratio(tables: Tables, one: str, other: str) -> Difference:
 
 
 def _better_at_tasks(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
-    """C4: the share of wrong answers, in percent, as a mean over the tasks that both have."""
+    """C4: the share of wrong answers, in percent, as a mean over the tasks that both have.
+
+    Seeds are asked the same questions: the interval is also over which ones were asked.
+    """
     others = [name for name in rivals(study, systems) if systems[name].is_sparse]
     tasks = tables.labels(TASK)
     # A rival that was not scored is compared as well: above it, nothing is known.
     found = {
-        (study.subject, name): (
-            "wrong answers in %",
-            paired(*tables.task_errors(study.subject, name)),
-        )
+        (study.subject, name): ("wrong answers in %", _fewer_wrong(tables, study.subject, name))
         for name in others
         if tasks
     }
@@ -266,6 +267,12 @@ def _better_at_tasks(study: Study, systems: Mapping[str, System], tables: Tables
         found, null=0.0, name="C4", notes=notes,
         text="zero-shot, as a mean over tasks, above every sparse Transformer",
     )  # fmt: skip
+
+
+def _fewer_wrong(tables: Tables, one: str, other: str) -> Difference:
+    tasks = tables.common_tasks(one, other)
+    found = paired(*(tables.wrong_answers(system, tasks) for system in (one, other)))
+    return with_error(found, tables.questions_error(tasks, one, other))
 
 
 def _faster_steps(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:

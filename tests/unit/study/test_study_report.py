@@ -190,6 +190,24 @@ def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
     assert (tmp_path / "results" / "where-the-loss-lies.png").stat().st_size > 10_000
 
 
+def test_few_questions_decide_nothing_however_the_seeds_agree(known: State, tmp_path: Path):
+    """Five more of a hundred are right, and three seeds agree: by the questions it is luck."""
+    pretend(known, loss_of)
+    ahead = {"smlp_deterministic": 0.05}
+    Results(tmp_path / "results").add_evaluations([
+        {"key": run.key, "system": run.system, "seed": run.seed, "kind": "task", "label": "copa",
+         "value": 0.55 + ahead.get(run.system, 0.0) + NOISE[run.seed], "stderr": 0.05}
+        for run in known.plan().runs
+        if run.horizon == known.study.longest
+    ])  # fmt: skip
+    claims, _ = page(known, tmp_path)
+    [comparison] = claims["C4"]["comparisons"]
+    assert comparison["found"]["mean"] == pytest.approx(-5)
+    half = 1.96 * 5 * 2**0.5
+    assert comparison["found"]["high"] == pytest.approx(-5 + half, rel=0.01)
+    assert claims["C4"]["verdict"] == "undecided"
+
+
 def test_a_rival_that_was_not_scored_leaves_tasks_undecided(tmp_path: Path):
     """GShard's scores are lower by far, and those of Switch, HASH and one of BASE are not there."""
     systems = ["switch", "gshard", "base", "hash", "smlp_deterministic"]

@@ -23,6 +23,7 @@ from megatron_smlp.study.statistics import (
     verdict,
     verdict_of_all,
     visible,
+    with_error,
     with_holm,
 )
 
@@ -229,6 +230,30 @@ class TestSum:
     def test_of_too_little_nothing_is_known(self, values: np.ndarray):
         found = plus(_difference(np.array([-0.2, -0.3, -0.25])), _difference(values))
         assert (found.low, found.high, found.p) == (-math.inf, math.inf, 1.0)
+
+
+class TestWithError:
+    @pytest.mark.parametrize(("error", "share"), [(0.5, 0.937), (2.0, 0.95)])
+    def test_an_error_that_seeds_share_is_covered(self, error: float, share: float):
+        """As of the questions of a task, which are the same for every seed. Welch's degrees of
+        freedom are an approximation: of 200,000 samples of three seeds it covers these shares."""
+        rng = np.random.default_rng(7)
+        covered = []
+        for _ in range(1000):
+            found = _difference(rng.normal(size=3) + error * rng.normal())
+            wide = with_error(found, error)
+            covered.append(wide.low < 0 < wide.high)
+        assert np.mean(covered) == pytest.approx(share, abs=0.015)
+
+    def test_seeds_that_agree_leave_the_known_error(self):
+        found = with_error(_difference(np.full(3, -1.0)), 2.0)
+        assert (found.low, found.high) == pytest.approx((-1 - 1.96 * 2, -1 + 1.96 * 2), rel=1e-3)
+        assert found.visible == pytest.approx(2.8 * 2, rel=1e-2)
+        assert verdict(found) == UNDECIDED
+
+    def test_an_unknown_error_leaves_nothing_to_decide(self):
+        found = with_error(_difference(np.array([-1.0, -1.01, -0.99])), math.nan)
+        assert (found.mean, found.n, found.p) == (pytest.approx(-1), 3, 1.0)
 
 
 def _difference(values: np.ndarray) -> Difference:
