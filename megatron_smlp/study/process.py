@@ -25,6 +25,8 @@ POLL_SECONDS = 1.0
 LAUNCH = "from megatron_smlp.commands import launch; launch()"
 """Starts the project's agent, which ends with the code of the rank that failed (torchrun with 1):
 that of a loss that is not finite tells a run that diverged from one that failed."""
+REFUSED = "is being written by"
+"""Of the message of a training whose checkpoints another process writes (checkpoints/claim.py)."""
 PATIENCE = 60.0  # seconds, for a run that saves before it ends
 
 
@@ -87,6 +89,12 @@ def _ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
                 process.wait(PATIENCE)
             process.kill()
             process.wait()
+
+
+def was_refused(folder: Path, code: int) -> bool:
+    """Return whether a command that ended with this code was kept out of its checkpoints."""
+    lines = last_lines(folder, count=3)
+    return code == UsageError.exit_code and any(REFUSED in line for line in lines)
 
 
 def last_lines(folder: Path, *, count: int = 12) -> list[str]:

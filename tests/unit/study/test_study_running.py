@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from support.studies import state_of, write_metrics, write_study
 
+from megatron_smlp.checkpoints import claim
 from megatron_smlp.checkpoints.folders import iteration_folder
+from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli, leases, process, running
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
@@ -133,6 +135,54 @@ def test_a_run_that_falls_short_twice_is_a_failure(
     assert {known.status(run) for run in known.plan().runs} == {FAILED}
     assert len(starts) == running.ATTEMPTS * len(known.plan().runs)
     assert known.failure(known.plan()).endswith("runs that wait for that: 2")
+
+
+def test_a_training_that_waits_for_another_one_to_save_is_no_failure(
+    known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A killed worker's training saves before it ends; its successor's are refused until then."""
+    first, train = known.plan().runs[0], running.run_command
+    checkpoints = known.folder_of(first) / CHECKPOINTS
+    checkpoints.mkdir(parents=True)
+    monkeypatch.setattr(claim, "INTERVAL", 0.05)
+    old = claim.Claim(checkpoints, say=lambda _: None)
+    starts: list[Path] = []
+
+    def start(command: Sequence[str], *, folder: Path, **how: object) -> int:
+        starts.append(folder)
+        if len(starts) <= running.ATTEMPTS:
+            with pytest.raises(UsageError) as refusal:
+                claim.Claim(checkpoints, say=lambda _: None)
+            (folder / process.OUTPUT).write_text(f"error: {refusal.value}\n", encoding="utf-8")
+            return UsageError.exit_code
+        old.release(claim.DONE)
+        return train(command, folder=folder, **how)
+
+    monkeypatch.setattr(running, "run_command", start)
+    make(known, first, tmp_path)
+    ending = known.ending(first)
+    assert ending is not None
+    assert (ending["status"], ending["attempts"]) == (DONE, 1)
+
+
+def test_a_training_that_is_asked_to_stop_goes_on(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As often as it is: each time it has saved, and is further."""
+    first = known.plan().runs[0]
+    ends = iter((1, 2, 3, first.end))
+
+    def stopped(_: object, *, folder: Path, **__: object) -> int:
+        write_metrics(folder, first, 5.0)
+        iteration_folder(folder / CHECKPOINTS, next(ends)).mkdir(parents=True)
+        return 0
+
+    monkeypatch.setattr(running, "run_command", stopped)
+    monkeypatch.setattr(StudyData, "flags", [])
+    make(known, first, tmp_path)
+    ending = known.ending(first)
+    assert ending is not None
+    assert (ending["status"], ending["attempts"]) == (DONE, 4)
 
 
 def test_a_failed_trial_does_not_stop_the_other_systems(
