@@ -35,10 +35,18 @@ ENOUGH_FOR_BANDS = 3  # seeds: the interval of two is wider than any figure
 class Drawing:
     """The figures of one study, with one look for each system in all of them."""
 
-    def __init__(self, study: Study, systems: Mapping[str, System], tables: Tables) -> None:
+    def __init__(
+        self,
+        study: Study,
+        systems: Mapping[str, System],
+        tables: Tables,
+        factors: Mapping[str, float],
+    ) -> None:
         self.study = study
         self.systems = systems
         self.tables = tables
+        self.factors = factors
+        """The learning rate of each system whose tuning is done."""
         self.looks = dict(zip(systems, looks(), strict=False))
 
     def figures(self, speedups: Sequence[Comparison]) -> Iterator[tuple[str, Figure]]:
@@ -81,7 +89,8 @@ class Drawing:
             _plain_log(panel)
             tidy(panel)
         panels[0].set_ylabel(f"validation loss{what}\n(nats per token)")
-        band = f"band: 95 % interval of the mean, of {ENOUGH_FOR_BANDS} seeds or more"
+        band = f"band: 95 % interval of the mean, of {ENOUGH_FOR_BANDS} seeds or more, cut where"
+        band += " it leaves the panel"
         there = [name for name in names if self.tables.seeds(name)]
         self._legend(figure, f"thin: each seed; thick: mean; {band}", there)
         return figure
@@ -205,19 +214,18 @@ class Drawing:
             own = trials[trials["system"] == name].sort_values("factor")
             finite = own[np.isfinite(own["loss"].astype(float))]
             panel.plot(finite["lr"], finite["loss"], marker="o", markersize=3.5, **look)
-            if len(finite):
-                best = finite.loc[finite["loss"].idxmin()]
-                panel.plot(
-                    best["lr"], best["loss"], "o", markersize=9, fillstyle="none",
-                    color=look["color"],
-                )  # fmt: skip
+            chosen = finite[finite["factor"] == self.factors.get(name)]
+            panel.plot(
+                chosen["lr"], chosen["loss"], "o", markersize=9, fillstyle="none",
+                color=look["color"],
+            )  # fmt: skip
             for rate in own[own["status"] == DIVERGED]["lr"]:
                 panel.plot(rate, 1, "x", color=look["color"], transform=panel.get_xaxis_transform())
         panel.set(
             xlabel="peak learning rate", ylabel="validation loss of the trial (nats per token)"
         )
         panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.xaxis.set_major_locator(FixedLocator(_doublings(trials["lr"])))
         panel.xaxis.set_minor_locator(FixedLocator([]))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         tidy(panel)
@@ -359,6 +367,12 @@ def _inverse(value: float) -> float:
 def _unit(units: Sequence[tuple[float, str]], largest: float) -> tuple[float, str]:
     """Return size and name of the largest unit of which there is one or more, else the smallest."""
     return [units[0], *(unit for unit in units if largest >= unit[0])][-1]
+
+
+def _doublings(rates: pandas.Series) -> list[float]:
+    """Return the lowest rate and its doublings up to the highest: where trials are, mostly."""
+    low, high = rates.min(), rates.max()
+    return [low * 2.0**power for power in range(1 + round(math.log2(high / low)))]
 
 
 def _plain_log(panel: Axes, axes: str = "xy") -> None:

@@ -39,7 +39,8 @@ def write_report(known: State, results: Results) -> list[Path]:
     """Write everything that a reader sees; return the files."""
     page = Page(known, results)
     written = []
-    for name, figure in Drawing(page.study, page.systems, page.tables).figures(page.times):
+    drawing = Drawing(page.study, page.systems, page.tables, page.plan.factors)
+    for name, figure in drawing.figures(page.times):
         written.append(results.folder / f"{name}.png")
         figure.savefig(written[-1])
     page.figures = [path.name for path in written]
@@ -186,6 +187,8 @@ class Page:
                 system.evaluation,
             )  # fmt: skip
         timed = " and ".join(sorted(set(self.tables.speed["hardware"])))
+        count = self.tables.speed["processes"].max()
+        timed += f", by {count:.0f} processes" if count > 1 else ""
         spreads = [f"{flops_spread(self.systems, key):.1%}" for key in CONVENTIONS]
         yield (
             f"\nTFLOPs are forward, of 1024 tokens; the systems differ by {spreads[0]} and "

@@ -240,6 +240,11 @@ def _check(study: Study) -> None:
     for name in named:
         if name not in study.systems:
             raise ValueError(f"{name!r} is none of the systems: {', '.join(study.systems)}")
+    if tuning and tuning.horizon > study.longest:
+        raise ValueError(
+            f"tuning: horizon: {tuning.horizon:,} tokens are more than the longest of horizons, "
+            f"{study.longest:,}, and no run is longer: give as many or fewer."
+        )
     for system in study.systems:
         seeds = study.seeds_of(system)
         if not seeds:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.studies import pretend, state_of, write_study
@@ -184,7 +185,39 @@ def test_a_study_that_changed_is_refused_with_the_difference(tmp_path: Path):
     begin(known.folder, description(known.study, known.systems, known.identity))
     begin(known.folder, description(known.study, known.systems, known.identity))
     other = state_of(write_study(tmp_path, seeds=[11, 12, 14]), runs=tmp_path)
-    with pytest.raises(UsageError, match=r"study\.seeds\.others: \[11, 12, 13\] -> \[11, 12, 14\]"):
+    with pytest.raises(UsageError, match=r"study\.seeds\.switch: \[11, 12, 13\] -> \[11, 12, 14\]"):
+        begin(known.folder, description(other.study, other.systems, other.identity))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seeds": {"switch": [14, 13, 12, 11], "others": [11, 12, 13]}},
+        {"flops-tolerance": 0.05, "needed-flops-tolerance": 0.05},
+        {"cluster": {"gpus": 8, "tflops": 989, "utilization": 0.4}},
+        {"speed": {"rounds": 7}},
+    ],
+)
+def test_what_no_run_depends_on_may_change(tmp_path: Path, changes: dict[str, Any]):
+    known = state_of(write_study(tmp_path), runs=tmp_path)
+    begin(known.folder, description(known.study, known.systems, known.identity))
+    other = state_of(write_study(tmp_path, **changes), runs=tmp_path)
+    begin(known.folder, description(other.study, other.systems, other.identity))
+    keys = {run.key for run in known.plan().runs}
+    assert keys <= {run.key for run in other.plan().runs}
+    if "seeds" in changes:  # and what was added is not taken away again
+        with pytest.raises(UsageError, match=r"study\.seeds\.switch: \[14, 13, 12, 11\] -> "):
+            begin(known.folder, description(known.study, known.systems, known.identity))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"subject": "switch"}, {"horizons": ["100K", "200K"]}, {"decay": 0.3}]
+)
+def test_what_runs_or_verdicts_depend_on_may_not_change(tmp_path: Path, changes: dict[str, Any]):
+    known = state_of(write_study(tmp_path), runs=tmp_path)
+    begin(known.folder, description(known.study, known.systems, known.identity))
+    other = state_of(write_study(tmp_path, **changes), runs=tmp_path)
+    with pytest.raises(UsageError, match=f"study.{next(iter(changes))}"):
         begin(known.folder, description(other.study, other.systems, other.identity))
 
 

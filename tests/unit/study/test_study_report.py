@@ -8,6 +8,7 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas
 import pytest
@@ -15,7 +16,8 @@ import yaml
 from support.studies import pretend, state_of, write_study
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study import cli, gemm, speed
+from megatron_smlp.study import cli, gemm, leases, speed
+from megatron_smlp.study import results as results_module
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.figures import Drawing
 from megatron_smlp.study.final import what_is_missing
@@ -54,6 +56,10 @@ def page(known: State, folder: Path) -> tuple[dict[str, dict], str]:
     return {claim["name"]: claim for claim in json.loads(made.json())["claims"]}, made.text()
 
 
+def drawing(made: Page) -> Drawing:
+    return Drawing(made.study, made.systems, made.tables, made.plan.factors)
+
+
 def claims_of(known: State, folder: Path) -> dict[str, dict]:
     return page(known, folder)[0]
 
@@ -85,7 +91,8 @@ def timing(steps: dict[str, list[float]], gemm: list[float]) -> list[dict[str, o
     """Lines of speed.csv, of each system's seconds a step by round."""
     return [
         {"system": name, "round": number, "seconds_per_iteration": step,
-         "tokens_per_second": 2048 / step, "tflops": 0.1, "gemm_tflops": gemm[number]}
+         "tokens_per_second": 2048 / step, "tflops": 0.1, "gemm_tflops": gemm[number],
+         "processes": 1, "steps": 40}
         for name, own in steps.items()
         for number, step in enumerate(own)
     ]  # fmt: skip
@@ -451,7 +458,7 @@ def test_costs_are_the_tokens_of_the_runs(known: State, tmp_path: Path):
     planned = [run for run in known.plan().runs if (run.system, run.seed) == ("switch", 11)]
     assert tokens == [2048 * run.end for run in planned if run.horizon]
     assert tokens != list(known.study.horizons)
-    panel = Drawing(made.study, made.systems, made.tables).losses(VALIDATION_LOSS, "").axes[0]
+    panel = drawing(made).losses(VALIDATION_LOSS, "").axes[0]
     assert list(panel.lines[0].get_xdata() * 1e3) == pytest.approx(tokens)
     assert made.tables.tokens(known.study.longest) == tokens[-1]
 
@@ -486,10 +493,12 @@ def test_a_timing_that_is_stopped_keeps_its_rounds(
 
     monkeypatch.setattr(speed, "_time", timed)
     monkeypatch.setattr(speed, "_gemm_tflops", lambda _: 0.4)
-    args = argparse.Namespace(results=tmp_path / "results", data=tmp_path, processes=1)
+    args = argparse.Namespace(data=tmp_path, processes=2)
     with pytest.raises(KeyboardInterrupt):
-        cli._time(args, known)
-    kept = Results(args.results).speed
+        cli._time(args, known, Results(tmp_path / "results"))
+    kept = Results(tmp_path / "results").speed
+    assert set(kept["processes"]) == {2}
+    assert set(kept["steps"]) == {known.study.speed.steps}
     assert list(kept["round"]) == [1] * len(known.systems)
     assert set(kept["system"]) == set(known.systems)
 
@@ -511,6 +520,62 @@ def test_a_repeated_timing_adds_rounds(tmp_path: Path):
     assert list(found["round"]) == [1, 2, 3, 4, 5]
     assert list(found["seconds_per_iteration"]) == [1.0, 1.0, 1.0, 2.0, 2.0]
     assert set(found["hardware"]) == {hardware()}
+
+
+@pytest.mark.parametrize("changed", [{"processes": 2}, {"steps": 20}, {"hardware": "another"}])
+def test_rounds_of_another_kind_are_not_put_together(tmp_path: Path, changed: dict[str, Any]):
+    Results(tmp_path).add_speed(timing({"switch": [3.0, 3.0]}, [0.4] * 2))
+    Results(tmp_path).speed.assign(**changed).to_csv(tmp_path / "speed.csv", index=False)
+    Results(tmp_path).add_speed(timing({"switch": [1.0]}, [0.4]))
+    assert list(Results(tmp_path).speed["seconds_per_iteration"]) == [1.0]
+
+
+def test_rounds_of_earlier_versions_are_of_one_process_and_the_studys_steps(tmp_path: Path):
+    Results(tmp_path).add_speed(timing({"switch": [3.0, 3.0]}, [0.4] * 2))
+    before = Results(tmp_path).speed.drop(columns=["processes", "steps"])
+    before.to_csv(tmp_path / "speed.csv", index=False)
+    assert len(Results(tmp_path).speed) == 2
+    Results(tmp_path).add_speed(timing({"switch": [1.0]}, [0.4]))
+    assert list(Results(tmp_path).speed["seconds_per_iteration"]) == [3.0, 3.0, 1.0]
+    assert set(Results(tmp_path).speed["processes"]) == {1}
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"),
+    [(None, "-2x-nvidia-h100-80gb-hbm3"), ("1", "-1x-nvidia-h100-80gb-hbm3"), ("", "")],
+)
+def test_a_machine_is_named_by_its_gpus_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, name: str
+):
+    """Two machines of one processor and other GPUs do not share a folder."""
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nprintf 'NVIDIA H100 80GB HBM3\\nNVIDIA H100 80GB HBM3\\n'\n")
+    driver.chmod(0o755)
+    monkeypatch.setattr(results_module, "_cpuinfo", lambda: "model name\t: AMD EPYC 7B13\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert hardware.__wrapped__() == f"amd-epyc-7b13{name}"
+    driver.unlink()
+    assert hardware.__wrapped__() == "amd-epyc-7b13"
+
+
+@pytest.mark.parametrize(("command", "what"), [("evaluate", "evaluation"), ("run", "speed")])
+def test_two_do_not_evaluate_or_time_a_study_at_once(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, what: str
+):
+    """The second would overwrite the lines of the first, or disturb its timing."""
+    pretend(known, loss_of)
+    monkeypatch.setattr(StudyData, "contents", lambda _: {})
+    monkeypatch.setattr(StudyData, "check_vocabulary", lambda *_: None)
+    words = [str(tmp_path / "study.yaml"), "--runs", str(tmp_path / "runs")]
+    words += ["--results", str(tmp_path / "results")]
+    words += ["--speed"] if command == "run" else []
+    lease = leases.take(known.folder / what)
+    assert lease is not None
+    with lease, pytest.raises(UsageError, match=f"{what}: another process is at it"):
+        cli.main([command, *words])
 
 
 @pytest.mark.parametrize(("rounds", "is_said"), [(3, True), (5, False)])
@@ -669,7 +734,7 @@ def test_only_whole_sets_of_seeds_are_drawn_against_one_another(known: State, tm
     ]  # fmt: skip
     Results(tmp_path / "results").add_evaluations(looked_at)
     made = made_of(known, tmp_path)
-    [panel] = Drawing(made.study, made.systems, made.tables).breakdown(["position"]).axes
+    [panel] = drawing(made).breakdown(["position"]).axes
     drawn = [list(line.get_ydata()) for line in panel.lines]
     assert drawn == [pytest.approx([0.5, 0.5]), [0.0, 0.0]]
 
@@ -680,7 +745,7 @@ def test_one_horizon_is_drawn_system_by_system(tmp_path: Path):
     known = state_of(path, runs=tmp_path / "runs")
     pretend(known, loss_of)
     made = made_of(known, tmp_path)
-    [panel] = Drawing(made.study, made.systems, made.tables).losses(VALIDATION_LOSS, "").axes
+    [panel] = drawing(made).losses(VALIDATION_LOSS, "").axes
     assert [label.get_text() for label in panel.get_yticklabels()] == list(known.systems)
     dots, means, ends = panel.lines[:3]
     seeds = list(made.tables.losses("transformer", 200_000, VALIDATION_LOSS).values())
@@ -696,7 +761,28 @@ def test_trials_by_the_loss_behind_the_prefix_say_so(tmp_path: Path):
     known = state_of(path, runs=tmp_path / "runs")
     pretend(known, loss_of)
     made = made_of(known, tmp_path)
-    figure = Drawing(made.study, made.systems, made.tables).learning_rates()
+    figure = drawing(made).learning_rates()
     [legend] = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["transformer", "smlp_deterministic", "smlp_partial (behind the prefix)"]
+
+
+def rings(made: Page) -> list[tuple[float, float]]:
+    [panel] = drawing(made).learning_rates().axes
+    lines = (line for line in panel.lines if line.get_fillstyle() == "none")
+    return [(x, y) for line in lines for x, y in zip(*line.get_data(), strict=True)]
+
+
+def test_a_ring_is_around_a_rate_that_was_chosen(known: State, tmp_path: Path):
+    """Two systems' trials are over and the third's are not: none is chosen yet."""
+    pretend(known, lambda run: loss_of(run) + abs(run.factor - 1))
+    made = made_of(known, tmp_path)
+    rates = [made.systems[name].flags["lr"] for name in made.systems]
+    assert [x for x, _ in rings(made)] == pytest.approx(rates)
+    ticks = drawing(made).learning_rates().axes[0].get_xticks()
+    assert list(ticks) == pytest.approx([0.001, 0.002, 0.004])
+    for run in known.plan().runs:
+        if run.phase == "main" or (run.system == "switch" and run.factor == 2):
+            shutil.rmtree(known.folder_of(run), ignore_errors=True)
+    shutil.rmtree(tmp_path / "results")
+    assert rings(made_of(known, tmp_path)) == []
