@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -33,6 +32,7 @@ from megatron_smlp.study.verdicts import (
     rivals,
     time_ratio,
 )
+from megatron_smlp.training.metrics_file import finite
 
 
 def write_report(known: State, results: Results) -> list[Path]:
@@ -121,7 +121,7 @@ class Page:
                 for name, system in self.systems.items()
             },
         }
-        return json.dumps(_finite(content), indent=1) + "\n"
+        return json.dumps(finite(content), indent=1) + "\n"
 
     def _claims(self) -> Iterator[str]:
         if not self.claims:
@@ -182,44 +182,38 @@ class Page:
             yield _row(
                 name, f"{costs['total_parameters']:,}", f"{costs['active_parameters']:,}",
                 *(f"{costs[key]:.5f}" for key in CONVENTIONS), self._rate(name),
-                _speed(1 / self.tables.seconds_per_token(name)),
-                _share(self.tables.share_of_gemm(name)), _speed(self._as_trained(name)),
-                system.evaluation,
+                _number(1 / self.tables.seconds_per_token(name), ",.0f"),
+                _number(self.tables.share_of_gemm(name), ".0%"),
+                _number(self._as_trained(name), ",.0f"), system.evaluation,
             )  # fmt: skip
-        timed = " and ".join(sorted(set(self.tables.speed["hardware"])))
-        count = self.tables.speed["processes"].max()
-        timed += f", by {count:.0f} processes" if count > 1 else ""
+        yield "\n" + " ".join(self._about_systems())
+
+    def _about_systems(self) -> Iterator[str]:
         spreads = [f"{flops_spread(self.systems, key):.1%}" for key in CONVENTIONS]
         yield (
-            f"\nTFLOPs are forward, of 1024 tokens; the systems differ by {spreads[0]} and "
+            f"TFLOPs are forward, of 1024 tokens; the systems differ by {spreads[0]} and "
             f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is not a result. "
             "GEMM speed is that of a large square product in the same dtype, timed in turns."
-            + (f" Quiet timing, and all times from it, are of {timed}." if timed else "")
-            + (f" {self._unfinished()}" if 0 < self._rounds() < self.study.speed.rounds else "")
-            + (f" {self._disturbed()}" if self.tables.disturbed else "")
-            + (f" {self._at_edge()}" if self.plan.at_edge else "")
         )
-
-    def _rounds(self) -> int:
-        """Return how many rounds were timed, quiet ones and others."""
-        return int(self.tables.speed["round"].nunique()) + self.tables.disturbed
-
-    def _unfinished(self) -> str:
-        return f"The timing was ended after {self._rounds()} of {self.study.speed.rounds} rounds."
-
-    def _at_edge(self) -> str:
-        return (
-            f"Edge: the best rate of {', '.join(self.plan.at_edge)} is the lowest or highest that "
-            "was tried, and a better one may lie beyond."
-        )
-
-    def _disturbed(self) -> str:
-        count = self.tables.disturbed
-        rounds = "1 round is" if count == 1 else f"{count} rounds are"
-        return (
-            f"Of the timing, {rounds} left out, in which that product ran at less than "
-            f"{QUIET:.0%} of its median speed: something else ran as well."
-        )
+        speed, disturbed, planned = self.tables.speed, self.tables.disturbed, self.study.speed
+        if len(speed):
+            count = speed["processes"].max()
+            processes = f", by {count:.0f} processes" if count > 1 else ""
+            timed = " and ".join(sorted(set(speed["hardware"]))) + processes
+            yield f"Quiet timing, and all times from it, are of {timed}."
+        if 0 < (rounds := int(speed["round"].nunique()) + disturbed) < planned.rounds:
+            yield f"The timing was ended after {rounds} of {planned.rounds} rounds."
+        if disturbed:
+            yield (
+                f"Of the timing, {'1 round is' if disturbed == 1 else f'{disturbed} rounds are'} "
+                f"left out, in which that product ran at less than {QUIET:.0%} of its median "
+                "speed: something else ran as well."
+            )
+        if self.plan.at_edge:
+            yield (
+                f"Edge: the best rate of {', '.join(self.plan.at_edge)} is the lowest or highest "
+                "that was tried, and a better one may lie beyond."
+            )
 
     def _rate(self, name: str) -> str:
         own = self.tables.converged[self.tables.converged["system"] == name]["lr"]
@@ -307,11 +301,13 @@ class Page:
         chances = (f"{CHANCE[task]:g}" if task in CHANCE else "n/a" for task in tasks)
         yield _row("chance", *chances, "")
         for name in self.systems:
-            if cells := [self.tables.values(TASK, task, name) for task in tasks]:
-                errors = [self.tables.sampling_error(task, name) for task in tasks]
-                yield _row(
-                    self._at_all_positions(name), *map(_percent, cells, errors), _seeds(cells)
-                )
+            cells = [self.tables.values(TASK, task, name) for task in tasks]
+            errors = [self.tables.sampling_error(task, name) for task in tasks]
+            shown = (
+                f"{100 * _plain_mean(cell):.1f} ± {100 * error:.1f}" if cell else "missing"
+                for cell, error in zip(cells, errors, strict=True)
+            )
+            yield _row(self._at_all_positions(name), *shown, _seeds(cells))
         columns = list(PAPER_METRICS)
         for model, figures in PAPER_FIGURES.items():
             known = dict(zip(columns, figures, strict=True))
@@ -392,26 +388,14 @@ def _seeds(cells: Sequence[Mapping[int, float]]) -> str:
     return f"{least}" if least == most else f"{least} to {most}"
 
 
-def _share(value: float) -> str:
-    return "n/a" if math.isnan(value) else f"{value:.0%}"
-
-
-def _percent(values: Mapping[int, float], error: float) -> str:
-    return f"{100 * _plain_mean(values):.1f} ± {100 * error:.1f}" if values else "missing"
-
-
 def _plain_mean(losses: Mapping[int, float]) -> float:
     return float(np.mean(list(losses.values()))) if losses else math.nan
 
 
-def _number(value: float) -> str:
+def _number(value: float, form: str = ".3g") -> str:
     if math.isnan(value):
         return "n/a"
-    return f"{value:.3g}" if math.isfinite(value) else ("∞" if value > 0 else "-∞")
-
-
-def _speed(value: float) -> str:
-    return f"{value:,.0f}" if math.isfinite(value) else "n/a"
+    return format(value, form) if math.isfinite(value) else ("∞" if value > 0 else "-∞")
 
 
 def _table(*heads: str) -> Iterator[str]:
@@ -421,12 +405,3 @@ def _table(*heads: str) -> Iterator[str]:
 
 def _row(*cells: object) -> str:
     return f"| {' | '.join(str(cell) for cell in cells)} |"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: a number that is not finite is written as text."""
-    if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -168,13 +168,13 @@ def _claim(
     return Claim(name=name, text=text, comparisons=comparisons, verdict=whole, notes=notes)
 
 
-def best_of(kind: str, study: Study, systems: Mapping[str, System], tables: Tables) -> str | None:
-    """Return the system of a kind with the lowest mean loss at the longest horizon, of those with
+def _best_moe(study: Study, systems: Mapping[str, System], tables: Tables) -> str | None:
+    """Return the sparse Transformer with the lowest mean loss at the longest horizon, of those with
     the most seeds: the one seed of another may be its luckiest."""
     found = {
         name: losses
         for name, system in systems.items()
-        if system.kind == kind and (losses := tables.losses(name, study.longest, VALIDATION_LOSS))
+        if system.kind == "moe" and (losses := tables.losses(name, study.longest, VALIDATION_LOSS))
     }
     most = max(map(len, found.values()), default=0)
     whole = {name: losses for name, losses in found.items() if len(losses) == most}
@@ -188,7 +188,7 @@ def best_of(kind: str, study: Study, systems: Mapping[str, System], tables: Tabl
 def _less_time(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
     """C2: the time to the loss at which the best sparse Transformer ends; tokens for comparison."""
     text = "less wall-clock to the loss at which the best sparse Transformer ends (paper: half)"
-    best = best_of("moe", study, systems, tables)
+    best = _best_moe(study, systems, tables)
     if best is None:
         return Claim(
             name="C2", text=text, comparisons=(), verdict=UNDECIDED,
