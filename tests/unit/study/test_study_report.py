@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import pandas
 import pytest
 import yaml
+from support.launches import REPOSITORY
 from support.studies import pretend, state_of, write_study
 
 from megatron_smlp.errors import UsageError
@@ -786,3 +788,20 @@ def test_a_ring_is_around_a_rate_that_was_chosen(known: State, tmp_path: Path):
             shutil.rmtree(known.folder_of(run), ignore_errors=True)
     shutil.rmtree(tmp_path / "results")
     assert rings(made_of(known, tmp_path)) == []
+
+
+FOLDERS = sorted((REPOSITORY / "studies" / "results").glob("*/*"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.parent.name)
+def test_a_kept_report_is_that_of_its_csv_files(folder: Path, tmp_path: Path):
+    """With the study's file, which is what it was begun as: `tools/study.py report` writes it."""
+    study = REPOSITORY / "studies" / f"{folder.parent.name}.yaml"
+    words = ["report", str(study), "--runs", str(tmp_path), "--results", str(folder)]
+    known, results = cli.read_state(cli.build_parser().parse_args(words))
+    made = Page(known, results)
+    kept = (folder / "report.md").read_text(encoding="utf-8")
+    made.figures = [name for name in re.findall(r"!\[(.+)\]", kept) if (folder / name).exists()]
+    assert made.text() == kept
+    numbers = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert [each["verdict"] for each in numbers["claims"]] == [each.verdict for each in made.claims]
