@@ -66,8 +66,8 @@ def loss_figure(
         _draw_losses(panel, runs, axis=AXES[name], window=window, suffix=suffix)
     for panel in panels[:, 0]:
         panel.set_ylabel(f"loss{' behind the prefix' if suffix else ''} (nats per token)")
-    pairs = list(zip(runs, looks(), strict=False))
-    _legend(figure, pairs, has_dots=any(run.validation for run in runs))
+    pairs = [(run.label, look) for run, look in zip(runs, looks(), strict=False)]
+    legend(figure, pairs, has_dots=any(run.validation for run in runs))
     return figure
 
 
@@ -99,11 +99,20 @@ def _draw_losses(
     tidy(panel)
 
 
-def _legend(
-    figure: Figure, pairs: Sequence[tuple[Run, dict[str, Any]]], *, has_dots: bool = False
+def legend(
+    figure: Figure,
+    pairs: Sequence[tuple[str, dict[str, Any]]],
+    *,
+    has_dots: bool = False,
+    note: str | None = None,
 ) -> None:
-    """Draw a legend of runs and their looks below the panels, where it never lies on a curve."""
-    handles = [Line2D([], [], linewidth=1.8, label=run.label, **look) for run, look in pairs]
+    """Draw a legend of names and their looks below the panels, where it never lies on a curve.
+
+    Args:
+        has_dots: whether dots are validations.
+        note: is above it.
+    """
+    handles = [Line2D([], [], linewidth=1.8, label=name, **look) for name, look in pairs]
     if has_dots:
         dots: dict[str, Any] = {
             "linestyle": "",
@@ -112,8 +121,12 @@ def _legend(
             "markeredgecolor": "white",
         }
         handles.append(Line2D([], [], label="validation", **dots))
-    ncols = min(5, len(handles))
-    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
+    inches = 0.6 + 0.075 * max(len(str(handle.get_label())) for handle in handles)
+    fitting = max(1, int(figure.get_size_inches()[0] / inches))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), fitting),
+        frameon=False, fontsize=9, title=note, title_fontsize=8,
+    )  # fmt: skip
 
 
 def looks() -> Iterator[dict[str, Any]]:
@@ -200,7 +213,7 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
         tidy(panel)
     figure.suptitle("lines: the worst router of a run; bands: all of its routers", fontsize=10)
     has_dots = any(router_histories(run, evaluation=True) for run, _, _ in routed)
-    _legend(figure, [(run, look) for run, look, _ in routed], has_dots=has_dots)
+    legend(figure, [(run.label, look) for run, look, _ in routed], has_dots=has_dots)
     return figure
 
 

@@ -106,9 +106,12 @@ def has_suffix(run: Run) -> bool:
 def common_unit(runs: Sequence[Run], axis: Axis) -> tuple[float, str]:
     """Return the largest unit of which the largest value of the runs has one or more."""
     values = [number(record, axis.field) for run in runs for record in run.training]
-    largest = max((value for value in values if np.isfinite(value)), default=0.0)
-    fitting = [unit for unit in axis.units if largest >= unit[0]]
-    return fitting[-1] if fitting else axis.units[0]
+    return unit_for(axis, max((value for value in values if np.isfinite(value)), default=0.0))
+
+
+def unit_for(axis: Axis, largest: float) -> tuple[float, str]:
+    """Return the largest unit of which there is one or more, else the smallest."""
+    return [axis.units[0], *(unit for unit in axis.units if largest >= unit[0])][-1]
 
 
 @dataclass(frozen=True)

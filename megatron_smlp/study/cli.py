@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import UsageError, require_package
-from megatron_smlp.study import state
+from megatron_smlp.study import leases, state
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.fairness import check_fair, flops_table
-from megatron_smlp.study.leases import EXPIRY
 from megatron_smlp.study.plan import Calendar, PlannedRun, identity_of
 from megatron_smlp.study.running import Worker
 from megatron_smlp.study.state import State
 from megatron_smlp.study.study_file import read_study
 from megatron_smlp.study.systems import read_systems
+
+if TYPE_CHECKING:
+    from megatron_smlp.study.results import Results
 
 RUNS = Path("runs/study")
 DATA = Path("runs/study-data")
@@ -39,10 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
         _add_arguments(command)
         if name == "run":
             command.add_argument(
-                "--processes", type=int, default=1, metavar="N", help="of a run, by torchrun"
+                "--processes", type=int, default=1, metavar="N", help="of each run"
             )
             command.add_argument(
-                "--expiry", type=float, default=EXPIRY, metavar="SECONDS",
+                "--expiry", type=float, default=leases.EXPIRY, metavar="SECONDS",
                 help="after which this worker counts as dead for others if it gives no sign",
             )  # fmt: skip
             command.add_argument(
@@ -91,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return work[args.command](args)
 
 
-def read_state(args: argparse.Namespace) -> State:
+def read_state(args: argparse.Namespace) -> tuple[State, Results]:
     """Read the study, what was kept of it, and with which data its runs were begun.
 
     Raises:
@@ -118,18 +122,36 @@ def read_state(args: argparse.Namespace) -> State:
     now = state.description(study, systems, identity)
     for before in begun:
         state.check_unchanged(before, now, where=folder)
-    return State(
+    known = State(
         study=study, systems=systems, identity=identity, folder=folder,
-        kept=results.endings(), expiry=getattr(args, "expiry", EXPIRY),
+        kept=results.endings(), expiry=getattr(args, "expiry", leases.EXPIRY),
     )  # fmt: skip
+    return known, results
+
+
+@contextlib.contextmanager
+def _alone(known: State, what: str) -> Iterator[None]:
+    """Be the only process that does this for a study.
+
+    Raises:
+        UsageError: another one is at it.
+    """
+    folder = known.folder / what
+    lease = leases.take(folder, expiry=known.expiry)
+    if lease is None:
+        raise UsageError(
+            f"{folder}: another process is at it: wait for its end, or if it was killed for "
+            f"{known.expiry:g} seconds."
+        )
+    with lease:
+        yield
 
 
 def _plan(args: argparse.Namespace) -> int:
     from megatron_smlp.study.prices import evaluation_cost, price_lines, warm_up_lines
-    from megatron_smlp.study.results import Results, default_folder
     from megatron_smlp.study.tables import Tables
 
-    known = read_state(args)
+    known, results = read_state(args)
     plan = known.plan()
     first = next(iter(known.systems.values()))
     calendar = Calendar.of(known.study, first)
@@ -144,8 +166,7 @@ def _plan(args: argparse.Namespace) -> int:
     left = [run for run in runs if run.key in to_do or run in plan.pending]
     print(_counts("all", runs, left, calendar))
     print()
-    tables = Tables.of(Results(args.results or default_folder(known.study.name)))
-    for line in price_lines(known.study, known.systems, left, tables):
+    for line in price_lines(known.study, known.systems, left, Tables.of(results)):
         print(line)
     for line in warm_up_lines(plan):
         print(line)
@@ -166,47 +187,46 @@ def _counts(
 
 
 def _run(args: argparse.Namespace) -> int:
-    known = read_state(args)
+    known, results = read_state(args)
     StudyData(args.data).check_vocabulary(known.study.vocab_size)
     if args.speed:
-        return _time(args, known)
+        return _time(args, known, results)
     state.begin(known.folder, state.description(known.study, known.systems, known.identity))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    worker = Worker(state=known, data=StudyData(args.data), processes=args.processes)
-    worker.work()
-    return 1 if worker.failures else 0
+    Worker(state=known, data=StudyData(args.data), processes=args.processes).work()
+    if failure := known.failure(known.plan()):
+        print(f"{failure}. See tools/study.py status {args.study}", file=sys.stderr)
+    return 1 if failure else 0
 
 
-def _time(args: argparse.Namespace, known: State) -> int:
-    from megatron_smlp.study.results import Results, default_folder
+def _time(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.speed import time_systems
 
-    results = Results(args.results or default_folder(known.study.name))
-    # Round by round, as one of many systems takes minutes: what is stopped has those before it.
-    for lines in time_systems(known, StudyData(args.data), processes=args.processes):
-        results.add_speed(lines)
+    with _alone(known, "speed"):
+        # Round by round, as one of many systems takes minutes: what is stopped has those before it.
+        for lines in time_systems(known, StudyData(args.data), processes=args.processes):
+            results.add_speed(lines)
     print(results.folder / "speed.csv")
     return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from megatron_smlp.study.final import evaluate_finals
-    from megatron_smlp.study.results import Results, default_folder
 
-    known = read_state(args)
-    results = Results(args.results or default_folder(known.study.name))
-    results.collect(known)
-    done = evaluate_finals(
-        known, StudyData(args.data), results,
-        tasks=args.tasks.split(",") if args.tasks else (),
-        data_dir=args.data_dir,
-    )  # fmt: skip
+    known, results = read_state(args)
+    with _alone(known, "evaluation"):
+        results.collect(known)
+        done = evaluate_finals(
+            known, StudyData(args.data), results,
+            tasks=args.tasks.split(",") if args.tasks else (),
+            data_dir=args.data_dir,
+        )  # fmt: skip
     print(f"{len(done)} checkpoints: {results.folder / 'evaluations.csv'}")
     return 0
 
 
 def _status(args: argparse.Namespace) -> int:
-    known = read_state(args)
+    known, _ = read_state(args)
     plan = known.plan()
     for run in plan.runs:
         status = known.status(run)
@@ -217,15 +237,15 @@ def _status(args: argparse.Namespace) -> int:
             print(f"          remove {known.folder_of(run) / state.ENDED} to try it again")
     if plan.pending:
         print(f"{len(plan.pending)} more runs are known when the learning rates are chosen")
+    if failure := known.failure(plan):
+        print(failure)
     return 0
 
 
 def _report(args: argparse.Namespace) -> int:
     from megatron_smlp.study.report import write_report
-    from megatron_smlp.study.results import Results, default_folder
 
-    known = read_state(args)
-    results = Results(args.results or default_folder(known.study.name))
+    known, results = read_state(args)
     results.collect(known)
     if not len(results.runs):
         raise UsageError(

@@ -9,11 +9,10 @@ import numpy as np
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 
-from megatron_smlp.plotting.figures import DPI, looks, tidy
-from megatron_smlp.plotting.series import AXES, Floats
+from megatron_smlp.plotting.figures import DPI, legend, looks, tidy
+from megatron_smlp.plotting.series import AXES, Floats, unit_for
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
 from megatron_smlp.study.state import DIVERGED
 from megatron_smlp.study.statistics import interval
@@ -35,10 +34,18 @@ ENOUGH_FOR_BANDS = 3  # seeds: the interval of two is wider than any figure
 class Drawing:
     """The figures of one study, with one look for each system in all of them."""
 
-    def __init__(self, study: Study, systems: Mapping[str, System], tables: Tables) -> None:
+    def __init__(
+        self,
+        study: Study,
+        systems: Mapping[str, System],
+        tables: Tables,
+        factors: Mapping[str, float],
+    ) -> None:
         self.study = study
         self.systems = systems
         self.tables = tables
+        self.factors = factors
+        """The learning rate of each system whose tuning is done."""
         self.looks = dict(zip(systems, looks(), strict=False))
 
     def figures(self, speedups: Sequence[Comparison]) -> Iterator[tuple[str, Figure]]:
@@ -81,7 +88,8 @@ class Drawing:
             _plain_log(panel)
             tidy(panel)
         panels[0].set_ylabel(f"validation loss{what}\n(nats per token)")
-        band = f"band: 95 % interval of the mean, of {ENOUGH_FOR_BANDS} seeds or more"
+        band = f"band: 95 % interval of the mean, of {ENOUGH_FOR_BANDS} seeds or more, cut where"
+        band += " it leaves the panel"
         there = [name for name in names if self.tables.seeds(name)]
         self._legend(figure, f"thin: each seed; thick: mean; {band}", there)
         return figure
@@ -118,12 +126,12 @@ class Drawing:
     def _axes(self) -> dict[str, Callable[[str], float]]:
         """Return what losses are drawn against: a label, and the factor from tokens of a system."""
         longest = self.study.longest
-        tokens, token_name = _unit(AXES["tokens"].units, longest)
+        tokens, token_name = unit_for(AXES["tokens"], longest)
         flops = {
             name: 3e12 / 1024 * one.costs["forward_tflops_per_1024_tokens"]
             for name, one in self.systems.items()
         }
-        size, prefix = _unit(AXES["flops"].units, longest * min(flops.values()))
+        size, prefix = unit_for(AXES["flops"], longest * min(flops.values()))
         axes: dict[str, Callable[[str], float]] = {
             f"training tokens{token_name}": lambda _: 1 / tokens,
             f"training compute, full squares ({prefix}FLOPs)": lambda name: flops[name] / size,
@@ -131,7 +139,7 @@ class Drawing:
         if self.tables.has_speed(*self.systems):
             seconds = self.tables.seconds_per_token
             least = longest * min(map(seconds, self.systems))
-            duration, word = _unit(AXES["time"].units, least)
+            duration, word = unit_for(AXES["time"], least)
             axes[f"training time on a quiet machine ({word})"] = lambda name: (
                 seconds(name) / duration
             )
@@ -173,7 +181,7 @@ class Drawing:
         """Draw the evaluations of the trunks, and the ends of the decays that leave them."""
         figure = Figure(figsize=(7.4, 4.8), layout="constrained", dpi=DPI)
         panel = figure.subplots()
-        unit, unit_name = _unit(AXES["tokens"].units, self.study.longest)
+        unit, unit_name = unit_for(AXES["tokens"], self.study.longest)
         names = self._trained_on(VALIDATION_LOSS)
         for name in names:
             look = self.looks[name]
@@ -205,19 +213,18 @@ class Drawing:
             own = trials[trials["system"] == name].sort_values("factor")
             finite = own[np.isfinite(own["loss"].astype(float))]
             panel.plot(finite["lr"], finite["loss"], marker="o", markersize=3.5, **look)
-            if len(finite):
-                best = finite.loc[finite["loss"].idxmin()]
-                panel.plot(
-                    best["lr"], best["loss"], "o", markersize=9, fillstyle="none",
-                    color=look["color"],
-                )  # fmt: skip
+            chosen = finite[finite["factor"] == self.factors.get(name)]
+            panel.plot(
+                chosen["lr"], chosen["loss"], "o", markersize=9, fillstyle="none",
+                color=look["color"],
+            )  # fmt: skip
             for rate in own[own["status"] == DIVERGED]["lr"]:
                 panel.plot(rate, 1, "x", color=look["color"], transform=panel.get_xaxis_transform())
         panel.set(
             xlabel="peak learning rate", ylabel="validation loss of the trial (nats per token)"
         )
         panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.xaxis.set_major_locator(FixedLocator(_doublings(trials["lr"])))
         panel.xaxis.set_minor_locator(FixedLocator([]))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         tidy(panel)
@@ -263,7 +270,7 @@ class Drawing:
         """Draw the greatest and the least load of any expert in the evaluations."""
         figure = Figure(figsize=(7.4, 4.6), layout="constrained", dpi=DPI)
         panel = figure.subplots()
-        unit, unit_name = _unit(AXES["tokens"].units, self.study.longest)
+        unit, unit_name = unit_for(AXES["tokens"], self.study.longest)
         drawn = []
         for name, look in self.looks.items():
             lines = self._evaluations(name)
@@ -329,21 +336,8 @@ class Drawing:
         labels: Mapping[str, str] | None = None,
     ) -> None:
         labels = labels or {}
-        handles = [
-            Line2D([], [], linewidth=1.8, label=labels.get(name, name), **self.looks[name])
-            for name in names or self.systems
-        ]
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=_columns(figure, handles),
-            frameon=False, fontsize=9, title=note, title_fontsize=8,
-        )  # fmt: skip
-
-
-def _columns(figure: Figure, handles: Sequence[Line2D]) -> int:
-    """Return in how many columns the names fit below a figure."""
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    inches = 0.6 + 0.075 * longest
-    return max(1, min(len(handles), int(figure.get_size_inches()[0] / inches)))
+        pairs = [(labels.get(name, name), self.looks[name]) for name in names or self.systems]
+        legend(figure, pairs, note=note)
 
 
 def speedup(comparison: Comparison) -> tuple[float, float, float]:
@@ -356,9 +350,10 @@ def _inverse(value: float) -> float:
     return 1 / value if value else math.inf
 
 
-def _unit(units: Sequence[tuple[float, str]], largest: float) -> tuple[float, str]:
-    """Return size and name of the largest unit of which there is one or more, else the smallest."""
-    return [units[0], *(unit for unit in units if largest >= unit[0])][-1]
+def _doublings(rates: pandas.Series) -> list[float]:
+    """Return the lowest rate and its doublings up to the highest: where trials are, mostly."""
+    low, high = rates.min(), rates.max()
+    return [low * 2.0**power for power in range(1 + round(math.log2(high / low)))]
 
 
 def _plain_log(panel: Axes, axes: str = "xy") -> None:

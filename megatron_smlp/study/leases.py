@@ -12,16 +12,19 @@ Times are compared as the file system writes them, not by the clocks of the mach
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 EXPIRY = 120.0  # seconds
 BEATS = 6  # in that time
 OWNER = "owner.json"
+MAY_NOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
 RELEASED = "released"
 
 
@@ -102,10 +105,16 @@ def _expiry_of(lease: Path, *, default: float) -> float:
 
 
 def _now(folder: Path) -> float:
-    """Return the file system's time, by touching a file of this process's own."""
-    with _probe(folder) as path:
-        path.touch()
-        return path.stat().st_mtime
+    """Return the file system's time, by touching a file of this process's own; this machine's
+    where it may not write, as who looks at the runs of another user."""
+    try:
+        with _probe(folder) as path:
+            path.touch()
+            return path.stat().st_mtime
+    except OSError as error:
+        if error.errno not in MAY_NOT_WRITE:
+            raise
+        return time.time()
 
 
 @contextlib.contextmanager

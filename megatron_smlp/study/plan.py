@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -65,6 +65,14 @@ class PlannedRun:
         return hashlib.sha256(content.encode()).hexdigest()[:HASH_DIGITS]
 
     @property
+    def parents(self) -> Iterator[PlannedRun]:
+        """The runs that it continues, the nearest first."""
+        run = self.parent
+        while run is not None:
+            yield run
+            run = run.parent
+
+    @property
     def folder(self) -> Path:
         """Return the run's folder, relative to the study's."""
         return Path(self.system) / f"lr{self.factor:g}" / f"{self.seed}-{self.key}"
@@ -85,7 +93,8 @@ class Plan:
     factors: Mapping[str, float]
     """The learning rate of each system whose tuning is done."""
     pending: tuple[PlannedRun, ...]
-    """Stand-ins for the runs of systems whose tuning is not done: as many, and as long."""
+    """Stand-ins for the runs of systems whose tuning is not done, or of which a trial failed: as
+    many, and as long."""
 
     @property
     def at_edge(self) -> list[str]:
@@ -116,10 +125,19 @@ def identity_of(contents: Mapping[str, str]) -> str:
 
 
 def make_plan(
-    study: Study, systems: Mapping[str, System], *, identity: str, losses: Losses
+    study: Study,
+    systems: Mapping[str, System],
+    *,
+    identity: str,
+    losses: Losses,
+    failed: Collection[str] = (),
 ) -> Plan:
-    """Return the tuning's runs, and the others of systems whose learning rate is chosen."""
-    tuning, factors = _tuning(study, systems, identity=identity, losses=losses)
+    """Return the tuning's runs, and the others of systems whose learning rate is chosen.
+
+    Args:
+        failed: hashes of runs that ended without a loss.
+    """
+    tuning, factors = _tuning(study, systems, identity=identity, losses=losses, failed=failed)
     # The subject and its rivals come before what only an ablation needs, and of these the first
     # seed of every system: a study that is not whole can decide most claims, or compares them all.
     needed = [name for name in systems if name == study.subject or not systems[name].is_smlp]
@@ -140,9 +158,17 @@ def make_plan(
 
 
 def _tuning(
-    study: Study, systems: Mapping[str, System], *, identity: str, losses: Losses
+    study: Study,
+    systems: Mapping[str, System],
+    *,
+    identity: str,
+    losses: Losses,
+    failed: Collection[str],
 ) -> tuple[list[PlannedRun], dict[str, float]]:
-    """Return all trials that are known, and the chosen learning rates once they are done."""
+    """Return all trials that are known, and the chosen learning rates once they are done.
+
+    A system of which a trial failed has none yet, and the others do not wait for it.
+    """
     tuning = study.tuning
     if tuning is None:
         return [], dict.fromkeys(systems, 1.0)
@@ -152,16 +178,20 @@ def _tuning(
             name: [_trial(study, systems[name], factor, identity) for factor in factors[name]]
             for name in systems
         }
-        known = {name: [losses.get(run.key) for run in runs[name]] for name in systems}
+        known = {
+            name: [losses.get(run.key) for run in trials]
+            for name, trials in runs.items()
+            if not any(run.key in failed for run in trials)
+        }
         every = [run for trials in runs.values() for run in trials]
-        at_edge = [name for name in systems if _is_at_edge(factors[name], known[name])]
-        is_done = all(loss is not None for trials in known.values() for loss in trials)
-        if not is_done or not at_edge or extension == tuning.extend_at_edge:
+        best = {name: _best(factors[name], found) for name, found in known.items()}
+        is_at_edge = any(best[name] in (min(factors[name]), max(factors[name])) for name in best)
+        is_done = all(loss is not None for found in known.values() for loss in found)
+        if not is_done or not is_at_edge or extension == tuning.extend_at_edge:
             break
-        for name in systems:
-            factors[name].append(next_factor(factors[name], _finite(known[name])))
-    best = {name: _best(factors[name], known[name]) for name in systems} if is_done else {}
-    return every, best
+        for name, found in known.items():
+            factors[name].append(next_factor(factors[name], _finite(found)))
+    return every, best if is_done else {}
 
 
 def _finite(losses: Sequence[float | None]) -> list[float]:
@@ -170,10 +200,6 @@ def _finite(losses: Sequence[float | None]) -> list[float]:
 
 def _best(factors: Sequence[float], losses: Sequence[float | None]) -> float:
     return min(zip(_finite(losses), factors, strict=True))[1]
-
-
-def _is_at_edge(factors: Sequence[float], losses: Sequence[float | None]) -> bool:
-    return _best(factors, losses) in (min(factors), max(factors))
 
 
 def next_factor(factors: Sequence[float], losses: Sequence[float]) -> float:

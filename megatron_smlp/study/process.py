@@ -22,6 +22,11 @@ from megatron_smlp.launching.parent import end_with_parent
 OUTPUT = "output.log"
 FLAGS = "flags.yaml"
 POLL_SECONDS = 1.0
+LAUNCH = "from megatron_smlp.commands import launch; launch()"
+"""Starts the project's agent, which ends with the code of the rank that failed (torchrun with 1):
+that of a loss that is not finite tells a run that diverged from one that failed."""
+REFUSED = "is being written by"
+"""Of the message of a training whose checkpoints another process writes (checkpoints/claim.py)."""
 PATIENCE = 60.0  # seconds, for a run that saves before it ends
 
 
@@ -32,10 +37,10 @@ def training_command(
     folder.mkdir(parents=True, exist_ok=True)
     spelt = {name.replace("_", "-"): value for name, value in sorted(flags.items())}
     write_durably(folder / FLAGS, yaml.safe_dump(spelt, sort_keys=False))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    several = ["-c", LAUNCH, "agent", "--standalone", f"--nproc-per-node={processes}"]
     return [
         sys.executable,
-        *(torchrun if processes > 1 else []),
+        *(several if processes > 1 else []),
         *(_script(), "--config", str(folder / FLAGS)),
         *paths,
     ]
@@ -84,6 +89,12 @@ def _ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
                 process.wait(PATIENCE)
             process.kill()
             process.wait()
+
+
+def was_refused(folder: Path, code: int) -> bool:
+    """Return whether a command that ended with this code was kept out of its checkpoints."""
+    lines = last_lines(folder, count=3)
+    return code == UsageError.exit_code and any(REFUSED in line for line in lines)
 
 
 def last_lines(folder: Path, *, count: int = 12) -> list[str]:

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,18 +27,20 @@ from megatron_smlp.study.verdicts import (
     Claim,
     Comparison,
     claims_of,
-    is_there_at_first,
     loss_field,
+    others_of,
     rivals,
     time_ratio,
 )
+from megatron_smlp.training.metrics_file import finite
 
 
 def write_report(known: State, results: Results) -> list[Path]:
     """Write everything that a reader sees; return the files."""
-    page = Page.of(known, results)
+    page = Page(known, results)
     written = []
-    for name, figure in Drawing(page.study, page.systems, page.tables).figures(page.times):
+    drawing = Drawing(page.study, page.systems, page.tables, page.plan.factors)
+    for name, figure in drawing.figures(page.times):
         written.append(results.folder / f"{name}.png")
         figure.savefig(written[-1])
     page.figures = [path.name for path in written]
@@ -54,42 +55,31 @@ def times_to_losses(
 ) -> list[Comparison]:
     """Return the subject's cost over each other system's, to the loss at which that one ends."""
     unit = SECONDS if tables.has_speed(*systems) else TOKENS
-    return [
-        Comparison(
-            one=study.subject, other=name, what=unit, verdict="",
-            found=time_ratio(study, systems, tables, rival=name, unit=unit),
-            is_bound=is_there_at_first(study, systems, tables, rival=name),
-        )
+    ratios = {
+        name: time_ratio(study, systems, tables, rival=name, unit=unit)
         for name in rivals(study, systems)
         if tables.losses(name, study.longest, VALIDATION_LOSS)
-    ]  # fmt: skip
+    }
+    return [
+        Comparison(
+            one=study.subject, other=name, what=unit, verdict="", found=found, is_bound=is_bound
+        )
+        for name, (found, is_bound) in ratios.items()
+    ]
 
 
 class Page:
-    """report.md and report.json."""
+    """report.md and report.json, by the files of the results; figures are the caller's to draw."""
 
-    def __init__(
-        self,
-        study: Study,
-        systems: Mapping[str, System],
-        tables: Tables,
-        claims: Sequence[Claim],
-        times: Sequence[Comparison],
-        at_edge: Sequence[str] = (),
-    ) -> None:
-        self.study, self.systems, self.tables = study, systems, tables
-        self.claims, self.times, self.at_edge = claims, times, at_edge
+    def __init__(self, known: State, results: Results) -> None:
+        self.study, self.systems, self.plan = known.study, known.systems, known.plan()
+        self.failure = known.failure(self.plan)
+        self.tables = Tables.of(results).of_runs({run.key for run in self.plan.runs})
+        about = (self.study, self.systems, self.tables)
+        self.claims = claims_of(*about)
+        self.others = others_of(*about)
+        self.times = times_to_losses(*about)
         self.figures: Sequence[str] = ()
-
-    @classmethod
-    def of(cls, known: State, results: Results) -> Page:
-        """Judge the claims by the files of the results; figures are the caller's to draw."""
-        study, systems = known.study, known.systems
-        plan = known.plan()
-        tables = Tables.of(results).of_runs({run.key for run in plan.runs})
-        claims = claims_of(study, systems, tables)
-        times = times_to_losses(study, systems, tables)
-        return cls(study, systems, tables, claims, times, plan.at_edge)
 
     def text(self) -> str:
         """Return report.md."""
@@ -100,8 +90,10 @@ class Page:
             "curves.csv beside this file. Losses are in nats per token, of validation documents "
             "that nobody trained on, the same tokens for every system and seed. ± is the 95 % "
             "interval of the mean over seeds.",
+            *(["", f"**Not whole**: {self.failure}."] if self.failure else []),
             *("", "## Claims", "", *self._claims()),
-            *("", "## Comparisons", "", *self._comparisons()),
+            *(["", "## Comparisons", "", *self._comparisons(self.claims)] if self.claims else []),
+            *self._others(),
             *("", "## Systems", "", *self._systems()),
             *("", "## Losses", "", *self._losses()),
             *("", "## Time to the others' losses", "", *self._times()),
@@ -119,6 +111,7 @@ class Page:
         content = {
             "study": dataclasses.asdict(self.study),
             "claims": [dataclasses.asdict(claim) for claim in self.claims],
+            "others": [dataclasses.asdict(each) for each in self.others.comparisons],
             "times": [dataclasses.asdict(each) for each in self.times],
             "losses": {
                 name: {
@@ -128,9 +121,12 @@ class Page:
                 for name, system in self.systems.items()
             },
         }
-        return json.dumps(_finite(content), indent=1) + "\n"
+        return json.dumps(finite(content), indent=1) + "\n"
 
     def _claims(self) -> Iterator[str]:
+        if not self.claims:
+            yield "None of the paper's is tested."
+            return
         yield from _table("claim", "says", "verdict", "because")
         for claim in self.claims:
             because = "; ".join([*self._because(claim), *claim.notes])
@@ -144,21 +140,27 @@ class Page:
             if those and is_one_against_all:
                 words.append(f"{verdict} against {', '.join(each.other for each in those)}")
             elif those:
-                words.append(f"{verdict}: {', '.join(map(self._pair, those))}")
+                pairs = (f"{each.one} against {each.other}" for each in those)
+                words.append(f"{verdict}: {', '.join(pairs)}")
         return words
 
-    def _pair(self, each: Comparison) -> str:
-        rules = {self.systems[name].flags.get("feature_router") for name in (each.one, each.other)}
-        rules -= {None, "none"}  # of one without a feature MoE
-        note = " (two rules of one part)" if len(rules) > 1 else ""
-        return f"{each.one} against {each.other}{note}"
+    def _others(self) -> Iterator[str]:
+        if not self.others.comparisons:
+            return
+        yield from ("", "## Other comparisons", "")
+        yield (
+            "Pairs of no claim of the paper, p after Holm over these alone. Confirmed: the first "
+            "of the pair has the lower loss; refuted: the second has.\n"
+        )
+        yield from self._comparisons([self.others])
+        yield from (f"\n{note}." for note in self.others.notes)
 
-    def _comparisons(self) -> Iterator[str]:
+    def _comparisons(self, claims: Sequence[Claim]) -> Iterator[str]:
         yield from _table(
             "claim", "of", "difference or ratio", "95 % interval", "p (Holm)", "seeds",
             "sd", "n seeds can see", "verdict",
         )  # fmt: skip
-        for claim in self.claims:
+        for claim in claims:
             for each in claim.comparisons:
                 found = each.found
                 sign = "/" if each.is_ratio else "-"
@@ -180,46 +182,42 @@ class Page:
             yield _row(
                 name, f"{costs['total_parameters']:,}", f"{costs['active_parameters']:,}",
                 *(f"{costs[key]:.5f}" for key in CONVENTIONS), self._rate(name),
-                _speed(1 / self.tables.seconds_per_token(name)),
-                _share(self.tables.share_of_gemm(name)), _speed(self._as_trained(name)),
-                system.evaluation,
+                _number(1 / self.tables.seconds_per_token(name), ",.0f"),
+                _number(self.tables.share_of_gemm(name), ".0%"),
+                _number(self._as_trained(name), ",.0f"), system.evaluation,
             )  # fmt: skip
-        timed = " and ".join(sorted(set(self.tables.speed["hardware"])))
+        yield "\n" + " ".join(self._about_systems())
+
+    def _about_systems(self) -> Iterator[str]:
         spreads = [f"{flops_spread(self.systems, key):.1%}" for key in CONVENTIONS]
         yield (
-            f"\nTFLOPs are forward, of 1024 tokens; the systems differ by {spreads[0]} and "
+            f"TFLOPs are forward, of 1024 tokens; the systems differ by {spreads[0]} and "
             f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is not a result. "
             "GEMM speed is that of a large square product in the same dtype, timed in turns."
-            + (f" Quiet timing, and all times from it, are of {timed}." if timed else "")
-            + (f" {self._unfinished()}" if 0 < self._rounds() < self.study.speed.rounds else "")
-            + (f" {self._disturbed()}" if self.tables.disturbed else "")
-            + (f" {self._at_edge()}" if self.at_edge else "")
         )
-
-    def _rounds(self) -> int:
-        """Return how many rounds were timed, quiet ones and others."""
-        return int(self.tables.speed["round"].nunique()) + self.tables.disturbed
-
-    def _unfinished(self) -> str:
-        return f"The timing was ended after {self._rounds()} of {self.study.speed.rounds} rounds."
-
-    def _at_edge(self) -> str:
-        return (
-            f"Edge: the best rate of {', '.join(self.at_edge)} is the lowest or highest that was "
-            "tried, and a better one may lie beyond."
-        )
-
-    def _disturbed(self) -> str:
-        count = self.tables.disturbed
-        rounds = "1 round is" if count == 1 else f"{count} rounds are"
-        return (
-            f"Of the timing, {rounds} left out, in which that product ran at less than "
-            f"{QUIET:.0%} of its median speed: something else ran as well."
-        )
+        speed, disturbed, planned = self.tables.speed, self.tables.disturbed, self.study.speed
+        if len(speed):
+            count = speed["processes"].max()
+            processes = f", by {count:.0f} processes" if count > 1 else ""
+            timed = " and ".join(sorted(set(speed["hardware"]))) + processes
+            yield f"Quiet timing, and all times from it, are of {timed}."
+        if 0 < (rounds := int(speed["round"].nunique()) + disturbed) < planned.rounds:
+            yield f"The timing was ended after {rounds} of {planned.rounds} rounds."
+        if disturbed:
+            yield (
+                f"Of the timing, {'1 round is' if disturbed == 1 else f'{disturbed} rounds are'} "
+                f"left out, in which that product ran at less than {QUIET:.0%} of its median "
+                "speed: something else ran as well."
+            )
+        if self.plan.at_edge:
+            yield (
+                f"Edge: the best rate of {', '.join(self.plan.at_edge)} is the lowest or highest "
+                "that was tried, and a better one may lie beyond."
+            )
 
     def _rate(self, name: str) -> str:
         own = self.tables.converged[self.tables.converged["system"] == name]["lr"]
-        edge = " (edge)" if name in self.at_edge else ""
+        edge = " (edge)" if name in self.plan.at_edge else ""
         return f"{own.iloc[0]:.2g}{edge}" if len(own) else "n/a"
 
     def _as_trained(self, name: str) -> float:
@@ -238,7 +236,7 @@ class Page:
             label = f"{name} (behind the prefix)" if system.predicts_suffix else name
             yield _row(
                 label, *(_mean(list(cell.values())) for cell in cells), len(cells[-1]),
-                _number(spread), _number(self.tables.last_noise(name, self.study.longest)),
+                _number(spread), _number(self.tables.last_noise(name, self.study.longest, field)),
             )  # fmt: skip
 
     def _times(self) -> Iterator[str]:
@@ -259,7 +257,10 @@ class Page:
             yield _row(each.other, shown, interval_of, each.found.n)
 
     def _crossings(self) -> Iterator[str]:
-        yield "Crossings of the mean curves over the horizons; outside of them nothing is known.\n"
+        yield (
+            "Crossings of the mean curves over the horizons, of the seeds that both have at all of "
+            "them; outside of them nothing is known.\n"
+        )
         yield from _table("with", "at tokens")
         for name in rivals(self.study, self.systems):
             yield _row(name, self._crossing(name))
@@ -267,9 +268,14 @@ class Page:
     def _crossing(self, name: str) -> str:
         field = loss_field(self.systems[name], self.systems[self.study.subject])
         horizons = sorted(self.study.horizons)
-        means = [
-            [_plain_mean(self.tables.losses(each, horizon, field)) for horizon in horizons]
+        losses = [
+            [self.tables.losses(each, horizon, field) for horizon in horizons]
             for each in (self.study.subject, name)
+        ]
+        common = set.intersection(*(set(points) for side in losses for points in side))
+        means = [
+            [_plain_mean({seed: points[seed] for seed in common}) for points in side]
+            for side in losses
         ]
         tokens_of = [self.tables.tokens(horizon) for horizon in horizons]
         found = crossings(means[0], means[1], tokens_of)
@@ -295,11 +301,13 @@ class Page:
         chances = (f"{CHANCE[task]:g}" if task in CHANCE else "n/a" for task in tasks)
         yield _row("chance", *chances, "")
         for name in self.systems:
-            if cells := [self.tables.values(TASK, task, name) for task in tasks]:
-                errors = [self.tables.sampling_error(TASK, task, name) for task in tasks]
-                yield _row(
-                    self._at_all_positions(name), *map(_percent, cells, errors), _seeds(cells)
-                )
+            cells = [self.tables.values(TASK, task, name) for task in tasks]
+            errors = [self.tables.sampling_error(task, name) for task in tasks]
+            shown = (
+                f"{100 * _plain_mean(cell):.1f} ± {100 * error:.1f}" if cell else "missing"
+                for cell, error in zip(cells, errors, strict=True)
+            )
+            yield _row(self._at_all_positions(name), *shown, _seeds(cells))
         columns = list(PAPER_METRICS)
         for model, figures in PAPER_FIGURES.items():
             known = dict(zip(columns, figures, strict=True))
@@ -380,26 +388,14 @@ def _seeds(cells: Sequence[Mapping[int, float]]) -> str:
     return f"{least}" if least == most else f"{least} to {most}"
 
 
-def _share(value: float) -> str:
-    return "n/a" if math.isnan(value) else f"{value:.0%}"
-
-
-def _percent(values: Mapping[int, float], error: float) -> str:
-    return f"{100 * _plain_mean(values):.1f} ± {100 * error:.1f}" if values else "missing"
-
-
 def _plain_mean(losses: Mapping[int, float]) -> float:
     return float(np.mean(list(losses.values()))) if losses else math.nan
 
 
-def _number(value: float) -> str:
+def _number(value: float, form: str = ".3g") -> str:
     if math.isnan(value):
         return "n/a"
-    return f"{value:.3g}" if math.isfinite(value) else ("∞" if value > 0 else "-∞")
-
-
-def _speed(value: float) -> str:
-    return f"{value:,.0f}" if math.isfinite(value) else "n/a"
+    return format(value, form) if math.isfinite(value) else ("∞" if value > 0 else "-∞")
 
 
 def _table(*heads: str) -> Iterator[str]:
@@ -409,12 +405,3 @@ def _table(*heads: str) -> Iterator[str]:
 
 def _row(*cells: object) -> str:
     return f"| {' | '.join(str(cell) for cell in cells)} |"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: a number that is not finite is written as text."""
-    if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

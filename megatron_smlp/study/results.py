@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import platform
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -33,8 +37,10 @@ CURVE_COLUMNS = (
 )
 SPEED_COLUMNS = (
     *("system", "round", "seconds_per_iteration", "tokens_per_second", "tflops", "gemm_tflops"),
-    "hardware",
+    *("hardware", "processes", "steps"),
 )
+MACHINE = ("hardware", "processes", "steps")
+"""Of a timing: rounds that differ in one of these are not put together."""
 EVALUATION_COLUMNS = ("key", "system", "seed", "kind", "label", "value", "stderr", "count")
 TASK, ROUTING = "task", "routing"
 """Kinds of numbers in evaluations.csv; the others are those of evaluation/breakdown.py."""
@@ -64,15 +70,18 @@ class Results:
 
     @cached_property
     def speed(self) -> pandas.DataFrame:
-        """A line a system and round of the quiet timing."""
-        return self._read("speed.csv", SPEED_COLUMNS)
+        """A line a system and round of the quiet timing; files of earlier versions do not say by
+        how many processes and in how many steps."""
+        return self._read("speed.csv", SPEED_COLUMNS, added=("processes", "steps"))
 
     @cached_property
     def evaluations(self) -> pandas.DataFrame:
         """A line a number that was found of a final checkpoint, see study/final.py."""
         return self._read("evaluations.csv", EVALUATION_COLUMNS)
 
-    def _read(self, name: str, columns: tuple[str, ...]) -> pandas.DataFrame:
+    def _read(
+        self, name: str, columns: tuple[str, ...], *, added: tuple[str, ...] = ()
+    ) -> pandas.DataFrame:
         path = self.folder / name
         if not path.exists():
             return pandas.DataFrame(columns=list(columns))
@@ -80,24 +89,23 @@ class Results:
             table = pandas.read_csv(path, dtype={"key": str, "parent": str})
         except ValueError as error:
             raise UsageError(f"{path} cannot be read: {error}: restore it from git.") from error
-        if lacking := sorted(set(columns) - set(table.columns)):
+        if lacking := sorted({*columns} - {*table.columns, *added}):
             raise UsageError(f"{path} has no column {lacking[0]!r}: restore the file from git.")
-        return table
+        return table.reindex(columns=list(columns))
 
     def endings(self) -> dict[str, dict[str, Any]]:
-        """Return how each run in runs.csv ended, by its hash; what failed may be tried again."""
-        lines = self.runs[self.runs["status"] != state.FAILED]
+        """Return how each run in runs.csv ended, by its hash."""
         return {
             line.key: {
                 "status": line.status,
                 "loss": None if pandas.isna(line.loss) else float(line.loss),
             }
-            for line in lines.itertuples()
+            for line in self.runs.itertuples()
         }
 
     def collect(self, known: state.State) -> None:
         """Add what the folders of the runs have and these files lack, and write them."""
-        kept = set(self.endings())
+        kept = set(self.runs["key"][self.runs["status"] != state.FAILED])
         endings = {run.key: (run, known.ending(run)) for run in known.plan().runs}
         new = {
             key: (run, ending)
@@ -124,17 +132,18 @@ class Results:
         """Write the rounds of a quiet timing behind those of this machine's earlier ones.
 
         All of them count, so that nobody chooses among repeated timings. Only another machine than
-        theirs, which may be another than the runs', begins the file anew: the flags of a folder's
-        systems never change (state.py). Remove speed.csv before a timing of other code or of
-        another number of steps.
+        theirs, which may be another than the runs', or another number of processes or of steps
+        begins the file anew: the flags of a folder's systems never change (state.py). Remove
+        speed.csv before a timing of other code.
 
         Args:
             lines: of all rounds of this timing so far, numbered from 1.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        before = self.speed  # read once: as the file was before this timing
-        before = before[before["hardware"] == hardware()]
         new = pandas.DataFrame(lines).assign(hardware=hardware())
+        # Read once: as the file was before this timing.
+        before = self.speed.fillna({"processes": 1, "steps": new["steps"].iloc[0]})
+        before = before[(before[list(MACHINE)] == new[list(MACHINE)].iloc[0]).all(axis=1)]
         if len(before):
             new["round"] += int(before["round"].max())
             new = pandas.concat([before, new], ignore_index=True)
@@ -210,12 +219,33 @@ def default_folder(name: str) -> Path:
     return ROOT / name / hardware()
 
 
+@functools.cache  # a driver may take a second to answer
 def hardware() -> str:
-    """Return a name of this machine's processor for a folder."""
+    """Return a name of this machine's processor, and of its GPUs, for a folder."""
+    return "-".join([_processor(), *_gpus()])
+
+
+def _gpus() -> list[str]:
+    """Return `8x` and the name in words; nothing where there is none, or none may be used."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "" or not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(query, capture_output=True, text=True, check=False)
+    found = [] if names.returncode else names.stdout.split("\n")[:-1]
+    count = len(found) if visible is None else min(len(found), visible.count(",") + 1)
+    return [f"{count}x", *_words(found[0])] if found else []
+
+
+def _processor() -> str:
     found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
     title = found[1] if found else platform.processor() or platform.machine()
-    words = re.sub(r"\(.*?\)|@.*|\b(cpu|processor)\b|\d+-core", " ", title.lower())
-    return "-".join(re.findall(r"[a-z0-9]+", words)) or "unknown"
+    return "-".join(_words(title)) or "unknown"
+
+
+def _words(title: str) -> list[str]:
+    plain = re.sub(r"\(.*?\)|@.*|\b(cpu|processor)\b|\d+-core", " ", title.lower())
+    return re.findall(r"[a-z0-9]+", plain)
 
 
 def _cpuinfo() -> str:

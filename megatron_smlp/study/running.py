@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import latest_iteration
@@ -17,14 +17,14 @@ from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.leases import Lease
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS, last_step, validation_at
 from megatron_smlp.study.plan import Plan, PlannedRun
-from megatron_smlp.study.process import last_lines, run_command, training_command
+from megatron_smlp.study.process import last_lines, run_command, training_command, was_refused
 from megatron_smlp.study.state import CHECKPOINTS, DIVERGED, DONE, FAILED, State
 
 ATTEMPTS = 2
 WAIT_SECONDS = 2.0
 LOOKS = 2
-"""Looks in a row that must find nothing to do: whoever ended a run after the first of them was
-planned may have made others known."""
+"""Consecutive scans that must find no work: a run that ended after the first may have unlocked
+others."""
 
 
 @dataclass(kw_only=True)
@@ -34,8 +34,7 @@ class Worker:
     state: State
     data: StudyData
     processes: int = 1
-    """Processes of one run, started by torchrun."""
-    failures: list[PlannedRun] = field(default_factory=list)
+    """Processes of one run."""
 
     def work(self) -> None:
         """Work until every run is over, or waits for one that failed."""
@@ -46,7 +45,7 @@ class Worker:
             while looks < LOOKS:
                 plan = self.state.plan()
                 to_do = self.state.to_do(plan)
-                if self._took_one(to_do, plan, progress):
+                if self._run_one(to_do, plan, progress):
                     looks = 0
                 elif any(self.state.is_held(run) for run in to_do):
                     looks = 0
@@ -56,14 +55,11 @@ class Worker:
                 else:
                     looks += 1
 
-    def _took_one(self, to_do: list[PlannedRun], plan: Plan, progress: Progress) -> bool:
-        """Make the first run that is free and whose parent is there; False: there is none.
-
-        True as well where another worker had made it by then: what is to do has changed.
-        """
+    def _run_one(self, to_do: list[PlannedRun], plan: Plan, progress: Progress) -> bool:
+        """Run the first free run whose parent is ready. Return whether anything changed."""
         for run in to_do:
             if run.parent is not None and self.state.is_lost(run.parent):
-                if self._follows(run, run.parent):
+                if self._end_if_parent_diverged(run, run.parent):
                     return True
             elif run.parent is None or self.state.has_checkpoint(run.parent):
                 lease = leases.take(self.state.folder_of(run), expiry=self.state.expiry)
@@ -71,16 +67,14 @@ class Worker:
                     with lease:
                         # Another worker may have ended it since the plan was made. Its checkpoints
                         # do not tell: those that nothing goes on from are removed at its end.
-                        if self._is_left(run):
+                        still_to_do = self.state.to_do(self.state.plan())
+                        if any(run.key == one.key for one in still_to_do):
                             self._make(run, lease, plan, progress)
                     return True
         return False
 
-    def _is_left(self, run: PlannedRun) -> bool:
-        return run.key in {one.key for one in self.state.to_do(self.state.plan())}
-
-    def _follows(self, run: PlannedRun, parent: PlannedRun) -> bool:
-        """Let a run that would go on from one that diverged end as that; False: it failed."""
+    def _end_if_parent_diverged(self, run: PlannedRun, parent: PlannedRun) -> bool:
+        """Mark a run diverged if its parent diverged; return False if the parent failed."""
         if self.state.status(parent) != DIVERGED:
             return False
         self.state.folder_of(run).mkdir(parents=True, exist_ok=True)
@@ -98,21 +92,26 @@ class Worker:
 
         # A worker that was killed may have left one that is whole. Trained again, it would go on
         # past its end, to the next multiple of --exit-interval.
-        attempts = code = 0
-        while attempts < ATTEMPTS and not self._is_whole(run):
-            attempts += 1
+        attempts = failures = code = 0
+        while failures < ATTEMPTS and not self._is_whole(run):
+            before = latest_iteration(folder / CHECKPOINTS)
             command = training_command(
-                folder, run.flags, paths=self._paths(run), processes=self.processes
+                folder, run.flags, paths=self._path_flags(run), processes=self.processes
             )
             code = run_command(command, folder=folder, stop=lease.lost, watch=watch)
             if lease.lost.is_set():
                 return
+            if was_refused(folder, code):  # what a dead worker has left is still saving
+                lease.lost.wait(WAIT_SECONDS)
+                continue
+            attempts += 1
             if code == NonFiniteLossError.exit_code:
                 break
-            # One that was asked to stop ends well, before its end: it goes on.
+            # A run asked to stop exits with 0 before its end; the loop starts it again.
+            failures += code != 0 or latest_iteration(folder / CHECKPOINTS) == before
         self._end(run, code=code, attempts=attempts, worker_seconds=time.monotonic() - began)
 
-    def _paths(self, run: PlannedRun) -> list[str]:
+    def _path_flags(self, run: PlannedRun) -> list[str]:
         folder = self.state.folder_of(run)
         own = folder / CHECKPOINTS
         words = [*self.data.flags, "--save", str(own), "--log-dir", str(folder), "--keep-last", "1"]
@@ -129,7 +128,6 @@ class Worker:
                 run, status=DIVERGED, loss="inf", reason="a loss was not finite", **facts
             )
         elif not self._is_whole(run):
-            self.failures.append(run)
             lines = last_lines(folder)
             self.state.end(run, status=FAILED, last_lines=lines, **facts)
             report = "\n".join(f"  {line}" for line in lines)

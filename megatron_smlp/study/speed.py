@@ -41,7 +41,10 @@ def time_systems(
                 progress.show(len(lines), f"round {number} of {speed.rounds}: {name}")
                 system = known.systems[name]
                 timed = _time(known, system, data, processes=processes)
-                lines.append({"system": name, "round": number, **timed, "gemm_tflops": gemm})
+                lines.append({
+                    "system": name, "round": number, **timed, "gemm_tflops": gemm,
+                    "processes": processes, "steps": speed.steps,
+                })  # fmt: skip
             yield lines
 
 

@@ -18,13 +18,15 @@ from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study import leases
 from megatron_smlp.study.plan import Plan, PlannedRun, make_plan
-from megatron_smlp.study.study_file import Study
+from megatron_smlp.study.study_file import OTHERS, Study
 from megatron_smlp.study.systems import System
 
 CHECKPOINTS = "checkpoints"
 ENDED = "ended.json"
 BEGUN = "study.json"
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
+MAY_CHANGE = ("cluster", "flops_tolerance", "needed_flops_tolerance")
+"""Keys of a study that no run and no verdict depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +43,39 @@ class State:
 
     def plan(self) -> Plan:
         """Return the runs that are known by now."""
-        endings = {**self.kept, **_endings(self.folder)}
+        endings = self._endings()
         losses = {
             key: float(ending["loss"])
             for key, ending in endings.items()
             if ending["status"] in (DONE, DIVERGED) and ending.get("loss") is not None
         }
-        return make_plan(self.study, self.systems, identity=self.identity, losses=losses)
+        return make_plan(
+            self.study, self.systems, identity=self.identity, losses=losses, failed=_failed(endings)
+        )
+
+    def _endings(self) -> dict[str, dict[str, Any]]:
+        """Return how every run that is over ended, by its hash."""
+        found = (read_json(path) for path in self.folder.glob(f"*/*/*/{ENDED}"))
+        return {**self.kept, **{ending["key"]: ending for ending in found if ending}}
+
+    def failure(self, plan: Plan) -> str:
+        """Return which runs failed and how many wait for them, in a line; empty: none did."""
+        keys = _failed(self._endings())
+        failed = [run for run in plan.runs if run.key in keys]
+        untuned = {run.system for run in failed if run.phase == "tuning"}
+        waiting = [run for run in plan.pending if run.system in untuned]
+        waiting += [run for run in self.to_do(plan) if any(one.key in keys for one in run.parents)]
+        names = "; ".join(run.title for run in failed)
+        return f"failed: {names}; runs that wait for that: {len(waiting)}" if failed else ""
 
     def folder_of(self, run: PlannedRun) -> Path:
         return self.folder / run.folder
 
     def ending(self, run: PlannedRun) -> dict[str, Any] | None:
-        """Return how a run ended, here or in the results; None: it did not."""
-        return self._ending_here(run) or self.kept.get(run.key)
+        """Return how a run ended, here or in the results; None: it did not, or failed elsewhere,
+        and may be tried again."""
+        kept = self.kept.get(run.key)
+        return self._ending_here(run) or (None if kept and kept["status"] == FAILED else kept)
 
     def _ending_here(self, run: PlannedRun) -> dict[str, Any] | None:
         return read_json(self.folder_of(run) / ENDED)
@@ -105,9 +126,8 @@ class State:
         write_durably(self.folder_of(run) / ENDED, json.dumps(content, indent=2) + "\n")
 
 
-def _endings(folder: Path) -> dict[str, dict[str, Any]]:
-    found = (read_json(path) for path in folder.glob(f"*/*/*/{ENDED}"))
-    return {ending["key"]: ending for ending in found if ending}
+def _failed(endings: Mapping[str, dict[str, Any]]) -> set[str]:
+    return {key for key, ending in endings.items() if ending["status"] == FAILED}
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -133,32 +153,47 @@ def description(study: Study, systems: Mapping[str, System], identity: str) -> d
 
 
 def begin(folder: Path, now: dict[str, Any]) -> None:
-    """Write down what the study is, or check that it still is what it was begun as.
+    """Write down what the study is, and check that it still is what it was begun as.
 
     Raises:
         UsageError: with the difference.
     """
     before = read_json(folder / BEGUN)
-    if before is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / BEGUN, json.dumps(now, indent=1) + "\n")
+    if before == now:
         return
-    check_unchanged(before, now, where=folder)
+    if before is not None:
+        check_unchanged(before, now, where=folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_durably(folder / BEGUN, json.dumps(now, indent=1) + "\n")
 
 
 def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path) -> None:
     """Check that a study is the one whose runs or results lie in a folder.
 
+    Seeds may be added, and MAY_CHANGE: the runs that there are stay what they were.
+
     Raises:
         UsageError: with the difference.
     """
-    changes = differences(before, now)
+    old, new = (_by_system(side["study"]) for side in (before, now))
+    for name, seeds in old["seeds"].items():
+        if set(seeds) <= set(new["seeds"].get(name, ())):
+            new["seeds"][name] = seeds
+    changes = differences({**before, "study": old}, {**now, "study": new})
     if changes:
         lines = "\n".join(f"  {change}" for change in changes)
         raise UsageError(
             f"the study changed since the runs in {where} were begun: change it back, or give the "
             f"new one another `name`.\n{lines}"
         )
+
+
+def _by_system(study: dict[str, Any]) -> dict[str, Any]:
+    """Return what may not change of a study, with the seeds of each system."""
+    seeds = study["seeds"]
+    kept = {name: value for name, value in study.items() if name not in MAY_CHANGE}
+    kept["seeds"] = {name: seeds.get(name, seeds.get(OTHERS)) for name in study["systems"]}
+    return kept
 
 
 def differences(before: Any, now: Any, *, path: Sequence[str] = ()) -> list[str]:

@@ -165,7 +165,7 @@ class Study:
     subject: str = key(_text)
     """The system whose claims are tested."""
     ablations: tuple[tuple[str, str], ...] = key(_list(_pair), ())
-    """Pairs of a system with and without something, for claim C5."""
+    """Pairs of a system with and without something: for claim C5 where it is a MoE of sMLP."""
     speed: Speed = key(lambda value: _read(Speed, value), Speed())
     cluster: Cluster | None = key(lambda value: _read(Cluster, value), None)
     flops_tolerance: float = key(_share, 0.03)
@@ -240,6 +240,11 @@ def _check(study: Study) -> None:
     for name in named:
         if name not in study.systems:
             raise ValueError(f"{name!r} is none of the systems: {', '.join(study.systems)}")
+    if tuning and tuning.horizon > study.longest:
+        raise ValueError(
+            f"tuning: horizon: {tuning.horizon:,} tokens are more than the longest of horizons, "
+            f"{study.longest:,}, and no run is longer: give as many or fewer."
+        )
     for system in study.systems:
         seeds = study.seeds_of(system)
         if not seeds:

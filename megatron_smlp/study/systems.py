@@ -39,11 +39,17 @@ class System:
         return self.flags.get("architecture") == "smlp"
 
     @property
+    def moes(self) -> frozenset[str]:
+        """The kinds of its MoEs: `token`, `feature`."""
+        has = {
+            "token": bool(self.flags.get("num_experts")),
+            "feature": self.flags.get("feature_router") not in (None, "none"),
+        }
+        return frozenset(kind for kind, is_there in has.items() if is_there)
+
+    @property
     def is_sparse(self) -> bool:
-        return bool(self.flags.get("num_experts")) or self.flags.get("feature_router") not in (
-            None,
-            "none",
-        )
+        return bool(self.moes)
 
     @property
     def kind(self) -> str:

@@ -63,21 +63,38 @@ class Tables:
         lines = self._found(kind, label, system)
         return {int(line.seed): float(line.value) for line in lines.itertuples()}
 
-    def sampling_error(self, kind: str, label: str, system: str) -> float:
-        """Return the standard error of a mean over seeds that the finite text or task gives it:
-        all seeds saw the same examples, so it is that of one.
+    def sampling_error(self, task: str, system: str) -> float:
+        """Return the standard error of a mean over seeds that the finite number of questions gives
+        it: all seeds saw the same ones, so it is that of one.
         """
-        return float(self._found(kind, label, system)["stderr"].astype(float).mean())
+        return float(self._found(TASK, task, system)["stderr"].astype(float).mean())
 
-    def task_errors(self, *systems: str) -> list[dict[int, float]]:
-        """Return the share of wrong answers in percent of each system's seeds, as a mean over the
-        tasks that all of these systems have."""
-        scores = {
-            task: [self.values(TASK, task, system) for system in systems]
+    def common_tasks(self, *systems: str) -> list[str]:
+        """Return the tasks that all of these systems have."""
+        return [
+            task
             for task in self.labels(TASK)
+            if all(self.values(TASK, task, system) for system in systems)
+        ]
+
+    def wrong_answers(self, system: str, tasks: Sequence[str]) -> dict[int, float]:
+        """Return the share of wrong answers in percent, as a mean over these tasks, of each seed
+        that has all of them."""
+        scores = [self.values(TASK, task, system) for task in tasks]
+        seeds = set.intersection(*map(set, scores)) if scores else ()
+        return {
+            seed: 100 * (1 - float(np.mean([values[seed] for values in scores])))
+            for seed in sorted(seeds)
         }
-        common = [found for found in scores.values() if all(found)]
-        return [_mean_errors(found) for found in zip(*common, strict=True)] or [{} for _ in systems]
+
+    def questions_error(self, tasks: Sequence[str], *systems: str) -> float:
+        """Return the standard error in percent that the finite number of questions gives a
+        difference of `wrong_answers`, as if each system had been asked its own.
+
+        All are asked the same, and what is hard for one is for the other: it is an upper bound.
+        """
+        squares = [self.sampling_error(task, system) ** 2 for task in tasks for system in systems]
+        return 100 * math.sqrt(sum(squares)) / len(tasks) if tasks else math.nan
 
     def unscored(self, study: Study, systems: Iterable[str]) -> Iterator[str]:
         """Yield which tasks of which systems and seeds were not scored, in words."""
@@ -186,7 +203,7 @@ class Tables:
         pieces = runs[runs["horizon"].isna() | (runs["horizon"] == longest)]
         return [own.sort_values("end") for _, own in pieces.groupby("seed")]
 
-    def last_noise(self, system: str, longest: int) -> float:
+    def last_noise(self, system: str, longest: int, field: str) -> float:
         """Return the deviation of a trunk's last evaluations before its decay from a line."""
         found = []
         for trunk in self.trunks(system, longest):
@@ -195,20 +212,7 @@ class Tables:
             constant = flags["lr_decay_iters"] - flags["lr_wsd_decay_iters"]
             lines = lines[lines["iteration"] <= constant].tail(LAST_EVALUATIONS)
             if len(lines) >= LEAST_EVALUATIONS:
-                found.append(_residual(lines))
+                x, y = (lines[name].to_numpy(float) for name in ("tokens", field))
+                squares = np.polyfit(x, y, 1, full=True)[1].item()
+                found.append(math.sqrt(squares / (len(x) - 2)))
         return float(np.mean(found)) if found else math.nan
-
-
-def _mean_errors(tasks: Sequence[dict[int, float]]) -> dict[int, float]:
-    """Return 100 - the mean accuracy in percent, of the seeds that have every task."""
-    seeds = set.intersection(*map(set, tasks))
-    return {
-        seed: 100 * (1 - float(np.mean([values[seed] for values in tasks])))
-        for seed in sorted(seeds)
-    }
-
-
-def _residual(lines: pandas.DataFrame) -> float:
-    x, y = lines["tokens"].to_numpy(float), lines[VALIDATION_LOSS].to_numpy(float)
-    rest = y - np.polyval(np.polyfit(x, y, 1), x)
-    return float(np.sqrt((rest**2).sum() / (len(x) - 2)))

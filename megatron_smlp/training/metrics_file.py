@@ -67,7 +67,7 @@ class MetricsFile:
         """Append a record, whole or not at all; on a full disk it is lost, and the run lives on."""
         if self.path is None:
             return
-        line = json.dumps({key: _finite(value) for key, value in record.items()}) + "\n"
+        line = json.dumps({key: finite(value) for key, value in record.items()}) + "\n"
         with self.lost.tolerated(), self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
@@ -89,10 +89,10 @@ def _iteration_of(line: str) -> float:
         return math.inf  # half a line, from a run that was killed while it wrote
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite is written as text."""
+def finite(value: Any) -> Any:
+    """Return what JSON can hold, which has no NaN: a number that is not finite as text."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -192,7 +192,10 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, data: Path):
     assert "failed (2): smlp_deterministic" in done.stderr
     assert "no-such-flag" in done.stderr
     status = run_command([*TOOL, "status", *words(study, data)]).stdout
-    assert [line.split()[0] for line in status.splitlines() if "seed" in line] == ["done", "failed"]
+    lines = [line for line in status.splitlines() if "seed" in line]
+    assert [line.split()[0] for line in lines] == ["done", "failed", "failed:"]
+    assert lines[-1].startswith("failed: smlp_deterministic, lr x 1, seed 11")
+    assert lines[-1] in done.stderr
 
 
 def test_a_slurm_task_is_a_worker(tmp_path: Path):

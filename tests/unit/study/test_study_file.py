@@ -43,6 +43,7 @@ def test_tokens(text: Any, number: int):
         ({"tuning": {"seed": 11, "horizon": 1000, "lr": [1]}}, "also the tuning's"),
         ({"tuning": {"seed": 1, "horizon": 1000, "lrs": [1]}}, "did you mean lr?"),
         ({"decay": 1.5}, "between 0 and 1"),
+        ({"tuning": {"seed": 1, "horizon": "500K", "lr": [1]}}, "500,000 tokens are more than"),
     ],
 )
 def test_refused(tmp_path: Path, changes: dict[str, Any], message: str):

@@ -1,5 +1,6 @@
 """Leases, with workers that are killed as the system kills them."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -128,6 +129,24 @@ def test_a_lease_that_does_not_say_expires_as_the_other_worker_says(
 def _touched_before(lease: Path, *, seconds: float) -> None:
     now = lease.stat().st_mtime
     os.utime(lease, (now - seconds, now - seconds))
+
+
+@pytest.mark.parametrize("kind", [errno.EACCES, errno.EROFS])
+def test_who_may_not_write_can_still_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int
+):
+    """As `study.py status` on the runs of another user; the superuser may always, so it is told."""
+    held, free = runs(tmp_path, 2)
+    with leases.take(held), leases.take(free) as ended:
+
+        def refuse(path: Path, *_: object, **__: object) -> None:
+            raise OSError(kind, os.strerror(kind), str(path))
+
+        _touched_before(ended.path, seconds=10 * leases.EXPIRY)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "touch", refuse)
+            assert leases.is_held(held)
+            assert not leases.is_held(free)
 
 
 def test_an_owner_that_slept_notices_its_successor(tmp_path: Path):

@@ -2,13 +2,14 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.studies import pretend, state_of, write_study
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study.plan import PlannedRun, identity_of, next_factor
-from megatron_smlp.study.state import DIVERGED, DONE, FAILED, begin, description
+from megatron_smlp.study.state import DIVERGED, DONE, FAILED, State, begin, description
 
 TUNING = {"seed": 1, "horizon": "50K", "lr": [0.5, 1, 2], "extend-at-edge": 1}
 
@@ -103,6 +104,11 @@ def test_where_one_more_trial_goes(losses: list[float], factor: float):
     assert next_factor([1, 2, 4], losses) == factor
 
 
+def fail(known: State, run: PlannedRun) -> None:
+    known.folder_of(run).mkdir(parents=True)
+    known.end(run, status=FAILED, last_lines=["no memory"])
+
+
 class TestWhatIsLeft:
     def test_a_run_that_is_in_the_results_is_done(self, tmp_path: Path):
         known = state_of(write_study(tmp_path), runs=tmp_path)
@@ -126,14 +132,52 @@ class TestWhatIsLeft:
         pretend(known, lambda run: float("inf") if run.factor >= 2 else 5 - run.factor)
         assert set(known.plan().factors.values()) <= {1.0, 1.41}
 
-    def test_a_failed_trial_leaves_the_choice_open(self, tmp_path: Path):
+    def test_a_failed_trial_leaves_the_choice_of_its_system_open(self, tmp_path: Path):
         known = state_of(write_study(tmp_path, tuning=TUNING), runs=tmp_path)
         first = known.plan().runs[0]
-        known.folder_of(first).mkdir(parents=True)
-        known.end(first, status=FAILED, last_lines=["no memory"])
-        pretend(known, lambda run: 5.0)
-        assert known.plan().factors == {}
+        fail(known, first)
+        pretend(known, lambda run: 5.0 + abs(run.factor - 1))
+        plan = known.plan()
+        assert plan.factors == {"switch": 1.0, "smlp_deterministic": 1.0}
+        assert {run.system for run in plan.pending} == {"transformer"}
+        assert {run.system for run in plan.runs if run.phase == "main"} == set(plan.factors)
         assert known.status(first) == FAILED
+        assert known.failure(plan) == f"failed: {first.title}; runs that wait for that: 15"
+
+    def test_the_others_get_as_many_trials_where_one_system_waits(self, tmp_path: Path):
+        known = state_of(write_study(tmp_path, tuning=TUNING), runs=tmp_path)
+        first = known.plan().runs[0]
+        fail(known, first)
+        best = {"switch": 4.0}
+
+        def losses(run: PlannedRun) -> float:
+            return 5.0 + abs(run.factor - best.get(run.system, 1.0))
+
+        pretend(known, losses)
+        plan = known.plan()
+        trials = [run.system for run in plan.runs if run.phase == "tuning"]
+        counts = {name: trials.count(name) for name in known.systems}
+        assert counts == {"transformer": 3, "switch": 4, "smlp_deterministic": 4}
+        assert plan.factors["switch"] == 4.0
+        (known.folder_of(first) / "ended.json").unlink()  # it is tried again, and ends well
+        pretend(known, losses)
+        trials = [run.system for run in known.plan().runs if run.phase == "tuning"]
+        assert {trials.count(name) for name in known.systems} == {4}
+        assert known.plan().pending == ()
+        assert known.failure(known.plan()) == ""
+
+    def test_what_goes_on_from_a_failed_trunk_waits(self, tmp_path: Path):
+        known = state_of(write_study(tmp_path), runs=tmp_path)
+        trunk = known.plan().runs[0]
+        fail(known, trunk)
+        assert known.failure(known.plan()) == f"failed: {trunk.title}; runs that wait for that: 4"
+
+    def test_what_failed_elsewhere_is_tried_again(self, tmp_path: Path):
+        known = state_of(write_study(tmp_path, tuning=TUNING), runs=tmp_path)
+        first = known.plan().runs[0]
+        again = dataclasses.replace(known, kept={first.key: {"status": FAILED, "loss": None}})
+        assert again.to_do(again.plan())[0] == first
+        assert again.failure(again.plan()).startswith("failed: transformer, lr x 0.5")
 
 
 def test_a_study_that_changed_is_refused_with_the_difference(tmp_path: Path):
@@ -141,7 +185,39 @@ def test_a_study_that_changed_is_refused_with_the_difference(tmp_path: Path):
     begin(known.folder, description(known.study, known.systems, known.identity))
     begin(known.folder, description(known.study, known.systems, known.identity))
     other = state_of(write_study(tmp_path, seeds=[11, 12, 14]), runs=tmp_path)
-    with pytest.raises(UsageError, match=r"study\.seeds\.others: \[11, 12, 13\] -> \[11, 12, 14\]"):
+    with pytest.raises(UsageError, match=r"study\.seeds\.switch: \[11, 12, 13\] -> \[11, 12, 14\]"):
+        begin(known.folder, description(other.study, other.systems, other.identity))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seeds": {"switch": [14, 13, 12, 11], "others": [11, 12, 13]}},
+        {"flops-tolerance": 0.05, "needed-flops-tolerance": 0.05},
+        {"cluster": {"gpus": 8, "tflops": 989, "utilization": 0.4}},
+        {"speed": {"rounds": 7}},
+    ],
+)
+def test_what_no_run_depends_on_may_change(tmp_path: Path, changes: dict[str, Any]):
+    known = state_of(write_study(tmp_path), runs=tmp_path)
+    begin(known.folder, description(known.study, known.systems, known.identity))
+    other = state_of(write_study(tmp_path, **changes), runs=tmp_path)
+    begin(known.folder, description(other.study, other.systems, other.identity))
+    keys = {run.key for run in known.plan().runs}
+    assert keys <= {run.key for run in other.plan().runs}
+    if "seeds" in changes:  # and what was added is not taken away again
+        with pytest.raises(UsageError, match=r"study\.seeds\.switch: \[14, 13, 12, 11\] -> "):
+            begin(known.folder, description(known.study, known.systems, known.identity))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"subject": "switch"}, {"horizons": ["100K", "200K"]}, {"decay": 0.3}]
+)
+def test_what_runs_or_verdicts_depend_on_may_not_change(tmp_path: Path, changes: dict[str, Any]):
+    known = state_of(write_study(tmp_path), runs=tmp_path)
+    begin(known.folder, description(known.study, known.systems, known.identity))
+    other = state_of(write_study(tmp_path, **changes), runs=tmp_path)
+    with pytest.raises(UsageError, match=f"study.{next(iter(changes))}"):
         begin(known.folder, description(other.study, other.systems, other.identity))
 
 

@@ -1,20 +1,25 @@
 """Results and reports, on runs that were never trained."""
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas
 import pytest
 import yaml
+from support.launches import REPOSITORY
 from support.studies import pretend, state_of, write_study
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study import cli, gemm, speed
+from megatron_smlp.study import cli, gemm, leases, speed
+from megatron_smlp.study import results as results_module
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.figures import Drawing
 from megatron_smlp.study.final import what_is_missing
@@ -23,6 +28,7 @@ from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results, hardware
 from megatron_smlp.study.state import State
+from megatron_smlp.study.statistics import paired
 
 NOISE = {11: -0.002, 12: 0.003, 13: 0.0}
 
@@ -43,13 +49,17 @@ def known(tmp_path: Path) -> State:
 def made_of(known: State, folder: Path) -> Page:
     results = Results(folder / "results")
     results.collect(known)
-    return Page.of(known, results)
+    return Page(known, results)
 
 
 def page(known: State, folder: Path) -> tuple[dict[str, dict], str]:
     """The claims, and report.md but for the figures."""
     made = made_of(known, folder)
     return {claim["name"]: claim for claim in json.loads(made.json())["claims"]}, made.text()
+
+
+def drawing(made: Page) -> Drawing:
+    return Drawing(made.study, made.systems, made.tables, made.plan.factors)
 
 
 def claims_of(known: State, folder: Path) -> dict[str, dict]:
@@ -83,7 +93,8 @@ def timing(steps: dict[str, list[float]], gemm: list[float]) -> list[dict[str, o
     """Lines of speed.csv, of each system's seconds a step by round."""
     return [
         {"system": name, "round": number, "seconds_per_iteration": step,
-         "tokens_per_second": 2048 / step, "tflops": 0.1, "gemm_tflops": gemm[number]}
+         "tokens_per_second": 2048 / step, "tflops": 0.1, "gemm_tflops": gemm[number],
+         "processes": 1, "steps": 40}
         for name, own in steps.items()
         for number, step in enumerate(own)
     ]  # fmt: skip
@@ -186,6 +197,24 @@ def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
     assert "| repeat | new | after 3+ | seeds |\n| --- | --- | --- | --- |\n" in text
     assert "| smlp_deterministic | 6 | 1.47 |" in text
     assert (tmp_path / "results" / "where-the-loss-lies.png").stat().st_size > 10_000
+
+
+def test_few_questions_decide_nothing_however_the_seeds_agree(known: State, tmp_path: Path):
+    """Five more of a hundred are right, and three seeds agree: by the questions it is luck."""
+    pretend(known, loss_of)
+    ahead = {"smlp_deterministic": 0.05}
+    Results(tmp_path / "results").add_evaluations([
+        {"key": run.key, "system": run.system, "seed": run.seed, "kind": "task", "label": "copa",
+         "value": 0.55 + ahead.get(run.system, 0.0) + NOISE[run.seed], "stderr": 0.05}
+        for run in known.plan().runs
+        if run.horizon == known.study.longest
+    ])  # fmt: skip
+    claims, _ = page(known, tmp_path)
+    [comparison] = claims["C4"]["comparisons"]
+    assert comparison["found"]["mean"] == pytest.approx(-5)
+    half = 1.96 * 5 * 2**0.5
+    assert comparison["found"]["high"] == pytest.approx(-5 + half, rel=0.01)
+    assert claims["C4"]["verdict"] == "undecided"
 
 
 def test_a_rival_that_was_not_scored_leaves_tasks_undecided(tmp_path: Path):
@@ -328,6 +357,94 @@ def test_a_curve_that_is_not_whole_is_not_called_a_miss(known: State, tmp_path: 
     assert (found["n"], found["mean"]) == (2, "inf")
 
 
+def without(known: State, system: str, *, seeds: tuple[int, ...], horizon: int) -> None:
+    """Forget the runs of a system to a horizon, as if they were on their way."""
+    for run in known.plan().runs:
+        if (run.system, run.horizon) == (system, horizon) and run.seed in seeds:
+            shutil.rmtree(known.folder_of(run))
+
+
+def test_seeds_that_are_on_their_way_do_not_count_as_the_fast_ones(known: State, tmp_path: Path):
+    """Two are not at the end: one is at the target already, and the other may take forever."""
+    ahead = {11: 0.4, 12: 0.0, 13: 0.5}
+
+    def loss(run: PlannedRun) -> float:
+        is_subject = run.system == "smlp_deterministic"
+        return loss_of(run) - ahead.get(run.seed, 0) * is_subject
+
+    pretend(known, loss)
+    without(known, "smlp_deterministic", seeds=(11, 12), horizon=400_000)
+    claims, _ = page(known, tmp_path)
+    assert claims["C2"]["comparisons"][0]["found"]["n"] == 1
+    assert "smlp_deterministic: seed 11, 12 is missing" in claims["C2"]["notes"]
+
+
+def test_a_horizon_that_diverged_leaves_a_bound(known: State, tmp_path: Path):
+    """Where one seed of the subject diverged at the first horizon, and is there at the next."""
+
+    def loss(run: PlannedRun) -> float:
+        if run.system != "smlp_deterministic":
+            return loss_of(run)
+        bad = run.seed == 12 and run.horizon == 100_000
+        return math.inf if bad else loss_of(run) - 0.5 * (run.horizon == 200_000)
+
+    pretend(known, loss)
+    claims, text = page(known, tmp_path)
+    [comparison] = claims["C2"]["comparisons"]
+    assert comparison["found"]["n"] == 3
+    assert 0.25 < comparison["found"]["mean"] < 0.55
+    assert comparison["is_bound"]
+    assert "nan" not in text
+
+
+def test_one_lucky_seed_is_not_the_best_system(tmp_path: Path):
+    systems = ["switch", "hash", "smlp_deterministic"]
+    seeds = {"switch": [11], "others": [11, 12, 13]}
+    path = write_study(tmp_path, systems=systems, seeds=seeds)
+    known = state_of(path, runs=tmp_path / "runs")
+    pretend(known, lambda run: loss_of(run) - 0.1 * (run.system == "switch"))
+    claims, _ = page(known, tmp_path)
+    [comparison] = claims["C2"]["comparisons"]
+    assert (comparison["other"], comparison["found"]["n"]) == ("hash", 3)
+
+
+def test_curves_cross_by_the_seeds_that_both_have(tmp_path: Path):
+    """Switch's one seed is its worst: against all seeds of the others' it would never cross."""
+    seeds = {"switch": [13], "others": [11, 12, 13]}
+    known = state_of(write_study(tmp_path, seeds=seeds), runs=tmp_path / "runs")
+    late = {100_000: -0.1, 200_000: -0.05}
+
+    def loss(run: PlannedRun) -> float:
+        is_seed = 1.0 * (run.seed == 13)
+        first = late.get(run.horizon or 0, 0.05) * (run.system == "switch")
+        return 6.0 - 0.3 * math.log2((run.horizon or 10**5) / 10**5) + is_seed + first
+
+    pretend(known, loss)
+    made = made_of(known, tmp_path)
+    tokens = [made.tables.tokens(horizon) for horizon in (200_000, 400_000)]
+    assert made._crossing("switch") == f"{sum(tokens) / 2e6:.3g}M"
+    without(known, "smlp_deterministic", seeds=(13,), horizon=400_000)
+    shutil.rmtree(tmp_path / "results")
+    assert made_of(known, tmp_path)._crossing("switch") == "unknown"
+
+
+def test_the_noise_of_evaluations_is_of_the_loss_of_its_row(tmp_path: Path):
+    systems = ["transformer", "smlp_deterministic", "smlp_partial"]
+    known = state_of(write_study(tmp_path, systems=systems), runs=tmp_path / "runs")
+    pretend(known, loss_of)
+    made = made_of(known, tmp_path)
+    curves = made.tables.curves[made.tables.curves[VALIDATION_LOSS].notna()]
+    flips = 1.0 - 2.0 * (curves["iteration"] // 10 % 2)
+    made.tables = dataclasses.replace(
+        made.tables, curves=curves.assign(
+            validation_loss=4.0 + 0.1 * flips, validation_suffix_loss=4.0 + 0.01 * flips
+        ),
+    )  # fmt: skip
+    noise = {line.split(" | ")[0]: line.split(" | ")[-1] for line in made._losses()}
+    assert noise["| smlp_deterministic"] == "0.117 |"  # six points, less a line: sqrt(5.49 / 4)
+    assert noise["| smlp_partial (behind the prefix)"] == "0.0117 |"
+
+
 def test_at_the_first_horizon_it_is_a_bound(known: State, tmp_path: Path):
     ahead = {"smlp_deterministic": 2.0}
     pretend(known, lambda run: loss_of(run) - ahead.get(run.system, 0.0))
@@ -343,7 +460,7 @@ def test_costs_are_the_tokens_of_the_runs(known: State, tmp_path: Path):
     planned = [run for run in known.plan().runs if (run.system, run.seed) == ("switch", 11)]
     assert tokens == [2048 * run.end for run in planned if run.horizon]
     assert tokens != list(known.study.horizons)
-    panel = Drawing(made.study, made.systems, made.tables).losses(VALIDATION_LOSS, "").axes[0]
+    panel = drawing(made).losses(VALIDATION_LOSS, "").axes[0]
     assert list(panel.lines[0].get_xdata() * 1e3) == pytest.approx(tokens)
     assert made.tables.tokens(known.study.longest) == tokens[-1]
 
@@ -378,10 +495,12 @@ def test_a_timing_that_is_stopped_keeps_its_rounds(
 
     monkeypatch.setattr(speed, "_time", timed)
     monkeypatch.setattr(speed, "_gemm_tflops", lambda _: 0.4)
-    args = argparse.Namespace(results=tmp_path / "results", data=tmp_path, processes=1)
+    args = argparse.Namespace(data=tmp_path, processes=2)
     with pytest.raises(KeyboardInterrupt):
-        cli._time(args, known)
-    kept = Results(args.results).speed
+        cli._time(args, known, Results(tmp_path / "results"))
+    kept = Results(tmp_path / "results").speed
+    assert set(kept["processes"]) == {2}
+    assert set(kept["steps"]) == {known.study.speed.steps}
     assert list(kept["round"]) == [1] * len(known.systems)
     assert set(kept["system"]) == set(known.systems)
 
@@ -403,6 +522,62 @@ def test_a_repeated_timing_adds_rounds(tmp_path: Path):
     assert list(found["round"]) == [1, 2, 3, 4, 5]
     assert list(found["seconds_per_iteration"]) == [1.0, 1.0, 1.0, 2.0, 2.0]
     assert set(found["hardware"]) == {hardware()}
+
+
+@pytest.mark.parametrize("changed", [{"processes": 2}, {"steps": 20}, {"hardware": "another"}])
+def test_rounds_of_another_kind_are_not_put_together(tmp_path: Path, changed: dict[str, Any]):
+    Results(tmp_path).add_speed(timing({"switch": [3.0, 3.0]}, [0.4] * 2))
+    Results(tmp_path).speed.assign(**changed).to_csv(tmp_path / "speed.csv", index=False)
+    Results(tmp_path).add_speed(timing({"switch": [1.0]}, [0.4]))
+    assert list(Results(tmp_path).speed["seconds_per_iteration"]) == [1.0]
+
+
+def test_rounds_of_earlier_versions_are_of_one_process_and_the_studys_steps(tmp_path: Path):
+    Results(tmp_path).add_speed(timing({"switch": [3.0, 3.0]}, [0.4] * 2))
+    before = Results(tmp_path).speed.drop(columns=["processes", "steps"])
+    before.to_csv(tmp_path / "speed.csv", index=False)
+    assert len(Results(tmp_path).speed) == 2
+    Results(tmp_path).add_speed(timing({"switch": [1.0]}, [0.4]))
+    assert list(Results(tmp_path).speed["seconds_per_iteration"]) == [3.0, 3.0, 1.0]
+    assert set(Results(tmp_path).speed["processes"]) == {1}
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"),
+    [(None, "-2x-nvidia-h100-80gb-hbm3"), ("1", "-1x-nvidia-h100-80gb-hbm3"), ("", "")],
+)
+def test_a_machine_is_named_by_its_gpus_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, name: str
+):
+    """Two machines of one processor and other GPUs do not share a folder."""
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nprintf 'NVIDIA H100 80GB HBM3\\nNVIDIA H100 80GB HBM3\\n'\n")
+    driver.chmod(0o755)
+    monkeypatch.setattr(results_module, "_cpuinfo", lambda: "model name\t: AMD EPYC 7B13\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert hardware.__wrapped__() == f"amd-epyc-7b13{name}"
+    driver.unlink()
+    assert hardware.__wrapped__() == "amd-epyc-7b13"
+
+
+@pytest.mark.parametrize(("command", "what"), [("evaluate", "evaluation"), ("run", "speed")])
+def test_two_do_not_evaluate_or_time_a_study_at_once(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, what: str
+):
+    """The second would overwrite the lines of the first, or disturb its timing."""
+    pretend(known, loss_of)
+    monkeypatch.setattr(StudyData, "contents", lambda _: {})
+    monkeypatch.setattr(StudyData, "check_vocabulary", lambda *_: None)
+    words = [str(tmp_path / "study.yaml"), "--runs", str(tmp_path / "runs")]
+    words += ["--results", str(tmp_path / "results")]
+    words += ["--speed"] if command == "run" else []
+    lease = leases.take(known.folder / what)
+    assert lease is not None
+    with lease, pytest.raises(UsageError, match=f"{what}: another process is at it"):
+        cli.main([command, *words])
 
 
 @pytest.mark.parametrize(("rounds", "is_said"), [(3, True), (5, False)])
@@ -448,17 +623,34 @@ def test_rows_say_of_how_many_seeds_and_of_which_positions_they_are(tmp_path: Pa
     assert "| smlp_deterministic | 0.5 | 0.5 | 3 |" in text
 
 
-def test_two_rules_of_one_part_are_named_apart(tmp_path: Path):
-    systems = ["gmlp", "smlp_deterministic", "smlp_partial"]
-    ablations = [["smlp_deterministic", "smlp_partial"], ["smlp_partial", "gmlp"]]
+def test_that_each_part_helps_is_of_parts_alone(tmp_path: Path):
+    """Both MoEs help; that one rule of the feature MoE is worse than the other refutes nothing."""
+    systems = ["gmlp", "gmlp_token_moe", "smlp_deterministic", "smlp_partial"]
+    no_features = {"from": "smlp_deterministic", "feature-router": "none", "num-feature-experts": 1}
+    ablations = [
+        ["smlp_deterministic", "gmlp_token_moe"], ["gmlp_token_moe", "gmlp"],
+        ["smlp_deterministic", "smlp_partial"],
+    ]  # fmt: skip
     path = write_study(
-        tmp_path, systems=systems, ablations=ablations, **{"needed-flops-tolerance": 0.1}
-    )
+        tmp_path, systems=systems, ablations=ablations, variants={"gmlp_token_moe": no_features},
+        **{"flops-tolerance": 0.1, "needed-flops-tolerance": 0.1},
+    )  # fmt: skip
     known = state_of(path, runs=tmp_path / "runs")
-    pretend(known, loss_of)
-    text = page(known, tmp_path)[1]
-    assert "smlp_deterministic against smlp_partial (two rules of one part)" in text
-    assert "smlp_partial against gmlp;" in text or "smlp_partial against gmlp |" in text
+    losses = dict(zip(systems, (5.0, 4.9, 4.8, 4.0), strict=True))
+    pretend(known, lambda run: losses[run.system] + NOISE[run.seed] * (1 + len(run.system) / 40))
+    made = made_of(known, tmp_path)
+    [claim] = [claim for claim in made.claims if claim.name == "C5"]
+    assert claim.verdict == "confirmed"
+    assert [(each.one, each.other) for each in claim.comparisons] == [
+        ("smlp_deterministic", "gmlp_token_moe"), ("gmlp_token_moe", "gmlp"),
+    ]  # fmt: skip
+    [other] = made.others.comparisons
+    assert (other.other, other.verdict, made.others.verdict) == ("smlp_partial", "refuted", "")
+    alone = paired(*(made.tables.losses(name, 400_000, "validation_suffix_loss")
+                     for name in ("smlp_deterministic", "smlp_partial")))  # fmt: skip
+    assert other.found.p == alone.p  # Holm's steps are over these alone
+    assert "| other | loss behind the prefix: smlp_deterministic - smlp_partial |" in made.text()
+    assert len(json.loads(made.json())["others"]) == 1
 
 
 def test_a_timing_is_the_median_of_the_later_half(
@@ -512,9 +704,10 @@ def test_claims_are_those_that_the_systems_can_decide(tmp_path: Path):
     known = state_of(path, runs=tmp_path / "runs")
     pretend(known, loss_of)
     claims, text = page(known, tmp_path)
-    assert list(claims) == ["C1", "C5"]
+    assert list(claims) == ["C1"]
     assert [each["other"] for each in claims["C1"]["comparisons"]] == ["transformer", "mixer"]
-    assert "gmlp against mixer, transformer against mixer" in text
+    for pair in ("gmlp - mixer", "transformer - mixer"):
+        assert f"| other | loss: {pair} |" in text
 
 
 def test_a_study_of_ablations_alone_claims_nothing_else(tmp_path: Path):
@@ -524,7 +717,10 @@ def test_a_study_of_ablations_alone_claims_nothing_else(tmp_path: Path):
     )  # fmt: skip
     known = state_of(path, runs=tmp_path / "runs")
     pretend(known, loss_of)
-    assert list(claims_of(known, tmp_path)) == ["C5"]
+    claims, text = page(known, tmp_path)
+    assert claims == {}
+    assert "None of the paper's is tested." in text
+    assert "| other | loss: gmlp - mixer |" in text
 
 
 def test_only_whole_sets_of_seeds_are_drawn_against_one_another(known: State, tmp_path: Path):
@@ -540,7 +736,7 @@ def test_only_whole_sets_of_seeds_are_drawn_against_one_another(known: State, tm
     ]  # fmt: skip
     Results(tmp_path / "results").add_evaluations(looked_at)
     made = made_of(known, tmp_path)
-    [panel] = Drawing(made.study, made.systems, made.tables).breakdown(["position"]).axes
+    [panel] = drawing(made).breakdown(["position"]).axes
     drawn = [list(line.get_ydata()) for line in panel.lines]
     assert drawn == [pytest.approx([0.5, 0.5]), [0.0, 0.0]]
 
@@ -551,7 +747,7 @@ def test_one_horizon_is_drawn_system_by_system(tmp_path: Path):
     known = state_of(path, runs=tmp_path / "runs")
     pretend(known, loss_of)
     made = made_of(known, tmp_path)
-    [panel] = Drawing(made.study, made.systems, made.tables).losses(VALIDATION_LOSS, "").axes
+    [panel] = drawing(made).losses(VALIDATION_LOSS, "").axes
     assert [label.get_text() for label in panel.get_yticklabels()] == list(known.systems)
     dots, means, ends = panel.lines[:3]
     seeds = list(made.tables.losses("transformer", 200_000, VALIDATION_LOSS).values())
@@ -567,7 +763,45 @@ def test_trials_by_the_loss_behind_the_prefix_say_so(tmp_path: Path):
     known = state_of(path, runs=tmp_path / "runs")
     pretend(known, loss_of)
     made = made_of(known, tmp_path)
-    figure = Drawing(made.study, made.systems, made.tables).learning_rates()
+    figure = drawing(made).learning_rates()
     [legend] = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["transformer", "smlp_deterministic", "smlp_partial (behind the prefix)"]
+
+
+def rings(made: Page) -> list[tuple[float, float]]:
+    [panel] = drawing(made).learning_rates().axes
+    lines = (line for line in panel.lines if line.get_fillstyle() == "none")
+    return [(x, y) for line in lines for x, y in zip(*line.get_data(), strict=True)]
+
+
+def test_a_ring_is_around_a_rate_that_was_chosen(known: State, tmp_path: Path):
+    """Two systems' trials are over and the third's are not: none is chosen yet."""
+    pretend(known, lambda run: loss_of(run) + abs(run.factor - 1))
+    made = made_of(known, tmp_path)
+    rates = [made.systems[name].flags["lr"] for name in made.systems]
+    assert [x for x, _ in rings(made)] == pytest.approx(rates)
+    ticks = drawing(made).learning_rates().axes[0].get_xticks()
+    assert list(ticks) == pytest.approx([0.001, 0.002, 0.004])
+    for run in known.plan().runs:
+        if run.phase == "main" or (run.system == "switch" and run.factor == 2):
+            shutil.rmtree(known.folder_of(run), ignore_errors=True)
+    shutil.rmtree(tmp_path / "results")
+    assert rings(made_of(known, tmp_path)) == []
+
+
+FOLDERS = sorted((REPOSITORY / "studies" / "results").glob("*/*"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.parent.name)
+def test_a_kept_report_is_that_of_its_csv_files(folder: Path, tmp_path: Path):
+    """With the study's file, which is what it was begun as: `tools/study.py report` writes it."""
+    study = REPOSITORY / "studies" / f"{folder.parent.name}.yaml"
+    words = ["report", str(study), "--runs", str(tmp_path), "--results", str(folder)]
+    known, results = cli.read_state(cli.build_parser().parse_args(words))
+    made = Page(known, results)
+    kept = (folder / "report.md").read_text(encoding="utf-8")
+    made.figures = [name for name in re.findall(r"!\[(.+)\]", kept) if (folder / name).exists()]
+    assert made.text() == kept
+    numbers = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert [each["verdict"] for each in numbers["claims"]] == [each.verdict for each in made.claims]

@@ -1,17 +1,19 @@
 """Workers on runs that are pretended to be trained: what they do where another one is faster."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from support.studies import state_of, write_metrics, write_study
 
+from megatron_smlp.checkpoints import claim
 from megatron_smlp.checkpoints.folders import iteration_folder
-from megatron_smlp.study import leases, running
+from megatron_smlp.errors import UsageError
+from megatron_smlp.study import cli, leases, process, running
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.running import Worker
-from megatron_smlp.study.state import CHECKPOINTS, DONE, FAILED, State
+from megatron_smlp.study.state import CHECKPOINTS, DIVERGED, DONE, FAILED, State
 
 Take = Callable[..., leases.Lease | None]
 
@@ -45,8 +47,8 @@ def trained(known: State, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return folders
 
 
-def worker(known: State, folder: Path) -> Worker:
-    return Worker(state=known, data=StudyData(folder))
+def worker(known: State, folder: Path, *, processes: int = 1) -> Worker:
+    return Worker(state=known, data=StudyData(folder), processes=processes)
 
 
 def test_a_worker_makes_every_run_once(known: State, trained: list[Path], tmp_path: Path):
@@ -73,12 +75,13 @@ def test_a_run_that_another_worker_ended_is_not_made_again(
     assert len(trained) == 8
 
 
-def make(known: State, run: PlannedRun, folder: Path) -> None:
+def make(known: State, run: PlannedRun, folder: Path, *, processes: int = 1) -> None:
     """Make a run as the other worker."""
     lease = leases.Lease(known.folder_of(run) / "lease-0", expiry=known.expiry)
     lease.path.mkdir(parents=True)
     with lease, running.Progress(1) as progress:
-        worker(known, folder)._make(run, lease, known.plan(), progress)
+        one = worker(known, folder, processes=processes)
+        one._make(run, lease, known.plan(), progress)
 
 
 def test_a_worker_stays_where_the_last_trial_ends_as_it_looks(
@@ -128,8 +131,106 @@ def test_a_run_that_falls_short_twice_is_a_failure(
         return 0
 
     monkeypatch.setattr(running, "run_command", fall_short)
-    one = worker(known, tmp_path)
-    one.work()
+    worker(known, tmp_path).work()
     assert {known.status(run) for run in known.plan().runs} == {FAILED}
     assert len(starts) == running.ATTEMPTS * len(known.plan().runs)
-    assert len(one.failures) == len(known.plan().runs)
+    assert known.failure(known.plan()).endswith("runs that wait for that: 2")
+
+
+def test_a_training_that_waits_for_another_one_to_save_is_no_failure(
+    known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A killed worker's training saves before it ends; its successor's are refused until then."""
+    first, train = known.plan().runs[0], running.run_command
+    checkpoints = known.folder_of(first) / CHECKPOINTS
+    checkpoints.mkdir(parents=True)
+    monkeypatch.setattr(claim, "INTERVAL", 0.05)
+    old = claim.Claim(checkpoints, say=lambda _: None)
+    starts: list[Path] = []
+
+    def start(command: Sequence[str], *, folder: Path, **how: object) -> int:
+        starts.append(folder)
+        if len(starts) <= running.ATTEMPTS:
+            with pytest.raises(UsageError) as refusal:
+                claim.Claim(checkpoints, say=lambda _: None)
+            (folder / process.OUTPUT).write_text(f"error: {refusal.value}\n", encoding="utf-8")
+            return UsageError.exit_code
+        old.release(claim.DONE)
+        return train(command, folder=folder, **how)
+
+    monkeypatch.setattr(running, "run_command", start)
+    make(known, first, tmp_path)
+    ending = known.ending(first)
+    assert ending is not None
+    assert (ending["status"], ending["attempts"]) == (DONE, 1)
+
+
+def test_a_training_that_is_asked_to_stop_goes_on(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As often as it is: each time it has saved, and is further."""
+    first = known.plan().runs[0]
+    ends = iter((1, 2, 3, first.end))
+
+    def stopped(_: object, *, folder: Path, **__: object) -> int:
+        write_metrics(folder, first, 5.0)
+        iteration_folder(folder / CHECKPOINTS, next(ends)).mkdir(parents=True)
+        return 0
+
+    monkeypatch.setattr(running, "run_command", stopped)
+    monkeypatch.setattr(StudyData, "flags", [])
+    make(known, first, tmp_path)
+    ending = known.ending(first)
+    assert ending is not None
+    assert (ending["status"], ending["attempts"]) == (DONE, 4)
+
+
+def test_a_failed_trial_does_not_stop_the_other_systems(
+    known: State,
+    trained: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """A second worker finds nothing to do, and says why; a report of the CSV files does too."""
+    first, train = known.plan().runs[0], running.run_command
+
+    def fail_once(command: Sequence[str], *, folder: Path, **how: object) -> int:
+        is_it = folder == known.folder_of(first)
+        return 1 if is_it else train(command, folder=folder, **how)
+
+    monkeypatch.setattr(running, "run_command", fail_once)
+    monkeypatch.setattr(StudyData, "contents", lambda _: {})
+    monkeypatch.setattr(StudyData, "check_vocabulary", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    words = [str(tmp_path / "study.yaml"), "--runs", str(tmp_path / "runs")]
+    words += ["--results", str(tmp_path / "results")]
+    line = f"failed: {first.title}; runs that wait for that: 1"
+    for _ in range(2):
+        assert cli.main(["run", *words]) == 1
+        assert f"{line}. See tools/study.py status" in capsys.readouterr().err
+    mains = [run for run in known.plan().runs if run.phase == "main"]
+    assert [run.system for run in mains] == ["smlp_deterministic"]
+    assert known.status(mains[0]) == DONE
+    assert cli.main(["status", *words]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+    for runs in ("runs", "none"):
+        assert cli.main(["report", *words, "--runs", str(tmp_path / runs)]) == 0
+        text = (tmp_path / "results" / "report.md").read_text()
+        assert f"**Not whole**: {line}." in text
+        assert "smlp_deterministic | 5.000 |" in text
+
+
+def test_a_run_of_several_processes_that_diverges_is_no_failure(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its exit code comes through the launcher of its ranks: it is not trained a second time."""
+    script = tmp_path / "pretrain_smlp.py"
+    script.write_text("raise SystemExit(3)\n", encoding="utf-8")
+    monkeypatch.setattr(process, "_script", lambda: str(script))
+    monkeypatch.setattr(StudyData, "flags", [])
+    first = known.plan().runs[0]
+    make(known, first, tmp_path, processes=2)
+    ending = known.ending(first)
+    assert ending is not None
+    assert (ending["status"], ending["code"], ending["attempts"]) == (DIVERGED, 3, 1)

@@ -16,12 +16,14 @@ from megatron_smlp.study.statistics import (
     exponential,
     holm,
     interval,
+    is_upper_bound,
     log_ratio,
     paired,
     plus,
     verdict,
     verdict_of_all,
     visible,
+    with_error,
     with_holm,
 )
 
@@ -111,6 +113,21 @@ class TestPairedDifference:
         ]
         assert found.count(CONFIRMED) / len(found) == pytest.approx(0.8, abs=0.06)
 
+    @pytest.mark.parametrize("n", [3, 4, 10])
+    @pytest.mark.parametrize("comparisons", [1, 3, 7])
+    def test_what_is_visible_passes_holms_first_step_with_its_power(self, n: int, comparisons: int):
+        """Of 100,000 studies, whose other comparisons see nothing: the test's own p at alpha / m.
+
+        A sum of Student's quantiles at alpha, in place of noncentral Student's at alpha / m, gave
+        0.77 for three seeds and one comparison, and 0.19 for seven."""
+        rng, sd = np.random.default_rng(100 * n + comparisons), 0.01
+        one = Difference(mean=-1, low=-2, high=0, p=0.01, n=n, sd=sd, df=n - 1, visible=0.1)
+        gap = next(iter(with_holm(dict.fromkeys(range(comparisons), one)).values())).visible
+        values = rng.normal(-gap, sd, size=(100_000, n))
+        p = stats.ttest_1samp(values, 0.0, axis=1, alternative="two-sided").pvalue
+        power = np.mean((p * comparisons < 0.05) & (values.mean(axis=1) < 0))
+        assert power == pytest.approx(0.8, abs=0.005)
+
 
 class TestHolm:
     def test_a_case_by_hand(self):
@@ -123,7 +140,7 @@ class TestHolm:
         assert holm([0.02]) == [0.02]
 
     def test_a_claim_of_many_comparisons_needs_more(self):
-        one = Difference(mean=-1, low=-1.5, high=-0.5, p=0.03, n=3, sd=0.1, visible=0.2)
+        one = Difference(mean=-1, low=-1.5, high=-0.5, p=0.03, n=3, sd=0.1, df=2, visible=0.2)
         assert verdict(one) == CONFIRMED
         both = with_holm({"a": one, "b": one})
         assert [verdict(each) for each in both.values()] == [UNDECIDED] * 2
@@ -156,6 +173,20 @@ class TestCostToReach:
 
     def test_the_first_time_counts(self):
         assert cost_to_reach([1, 2, 3, 4], [6, 4, 6, 4], 5.0) == 1.5
+
+    def test_behind_a_point_that_diverged_it_is_a_bound(self):
+        assert cost_to_reach([1, 2], [math.inf, 3.0], 3.5) == 2
+        assert cost_to_reach([1, 2, 4], [math.inf, 4.0, 3.0], 3.5) == 3
+
+    @pytest.mark.parametrize(
+        ("losses", "target", "is_bound"),
+        [
+            ([3, 2], 3.5, True), ([4, 3], 3.5, False), ([math.inf, 3], 3.5, True),
+            ([5, math.inf, 3], 3.5, True), ([math.inf, 4, 3], 3.5, False), ([5, 4], 3.5, False),
+        ],
+    )  # fmt: skip
+    def test_a_bound(self, losses: list[float], target: float, is_bound: bool):
+        assert is_upper_bound(losses, target) is is_bound
 
 
 class TestRatio:
@@ -201,13 +232,53 @@ class TestSum:
         assert (found.low, found.high, found.p) == (-math.inf, math.inf, 1.0)
 
 
+class TestWithError:
+    @pytest.mark.parametrize(("error", "share"), [(0.5, 0.937), (2.0, 0.95)])
+    def test_an_error_that_seeds_share_is_covered(self, error: float, share: float):
+        """As of the questions of a task, which are the same for every seed. Welch's degrees of
+        freedom are an approximation: of 200,000 samples of three seeds it covers these shares."""
+        rng = np.random.default_rng(7)
+        covered = []
+        for _ in range(1000):
+            found = _difference(rng.normal(size=3) + error * rng.normal())
+            wide = with_error(found, error)
+            covered.append(wide.low < 0 < wide.high)
+        assert np.mean(covered) == pytest.approx(share, abs=0.015)
+
+    def test_seeds_that_agree_leave_the_known_error(self):
+        found = with_error(_difference(np.full(3, -1.0)), 2.0)
+        assert (found.low, found.high) == pytest.approx((-1 - 1.96 * 2, -1 + 1.96 * 2), rel=1e-3)
+        assert found.visible == pytest.approx(2.8 * 2, rel=1e-2)
+        assert verdict(found) == UNDECIDED
+
+    def test_an_unknown_error_leaves_nothing_to_decide(self):
+        found = with_error(_difference(np.array([-1.0, -1.01, -0.99])), math.nan)
+        assert (found.mean, found.n, found.p) == (pytest.approx(-1), 3, 1.0)
+
+
 def _difference(values: np.ndarray) -> Difference:
     return paired(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0))
 
 
-def test_crossings():
-    assert crossings([5, 4, 3], [4, 3.5, 3.5], [1, 2, 4]) == [3.0]
-    assert crossings([5, 4], [4, 3], [1, 2]) == []
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        ([5, 4, 3], [4, 3.5, 3.5], [3.0]),
+        ([5, 4, 3.5], [4, 3, 3], []),
+        ([2, 1, 0], [1, 1, 1], [2.0]),  # they meet in a point
+        ([2, 1, 2], [1, 1, 1], []),  # they touch
+        ([1, 1, 0], [1, 1, 1], []),  # they begin together
+        ([math.inf, 3.5, 3.4], [4, 3.6, 3.5], []),
+        ([math.nan, 3.5, 3.4], [4, 3.4, 3.5], [3.0]),
+    ],
+)
+def test_crossings(one: list[float], other: list[float], found: list[float]):
+    assert crossings(one, other, [1, 2, 4]) == pytest.approx(found)
+    assert crossings(other, one, [1, 2, 4]) == pytest.approx(found)
+
+
+def test_curves_that_are_one_for_a_while_cross_where_they_meet():
+    assert crossings([2, 1, 1, 0], [1, 1, 1, 1], [1, 2, 4, 8]) == [2.0]
 
 
 def test_a_ratio_without_a_common_seed_is_unknown():
