@@ -138,7 +138,7 @@ class Cluster:
     tflops: float = key(_positive)
     """Peak of a GPU in the runs' dtype, TFLOP/s."""
     utilization: float = key(_share)
-    """Share of the peak that a training is assumed to have."""
+    """Share of the peak that a training is assumed to have, by needed FLOPs, as `mfu` is logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
