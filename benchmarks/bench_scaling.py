@@ -197,7 +197,7 @@ def memory_records() -> Iterator[Record]:
     from support.kept_activations import build_layer, kept_bytes
 
     from megatron_smlp.accounting.footprint import activation_elements
-    from megatron_smlp.accounting.layout import ParallelLayout
+    from megatron_smlp.accounting.ranks import ParallelLayout
     from megatron_smlp.platform.one_process import one_process
 
     with one_process():

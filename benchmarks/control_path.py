@@ -65,7 +65,7 @@ def work(rank: int, size: int, port: int, results: "multiprocessing.Queue[object
     hosts = SlowHosts(timedelta(minutes=1))
     parts: dict[str, Callable[[], object]] = {
         "step": lambda: all_gather_item(0, dtype=torch.int32),
-        "log line": lambda: hosts.slow(0.1, step=0.2),
+        "log line": lambda: hosts.find(0.1, step=0.2),
         "restart": restart,
     }
     sent = {"start": counters()}

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+LOCK = "lock"
+"""Name of the file by which a folder is locked."""
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -157,3 +159,46 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def lock_folder(folder: Path) -> IO[bytes]:
+    """Make a folder, and lock it by a file in it until that is closed.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    path = folder / LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # as its owner removed it just now
+            file = path.open("wb")
+            try:
+                lock_if_possible(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    return file
+                file.close()
+            except BaseException:
+                file.close()
+                raise
+
+
+def empty_locked(folder: Path) -> None:
+    """Remove all that lies in a locked folder, but for the lock."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def remove_locked(folder: Path, lock: IO[bytes]) -> None:
+    """Remove a locked folder, and close its lock. The lock goes last: whoever takes the folder
+    then makes another one, which is left alone.
+
+    What NFS keeps for a while, since an error has left it open, stays behind.
+    """
+    with contextlib.suppress(OSError):
+        empty_locked(folder)
+    with contextlib.suppress(OSError):
+        (folder / LOCK).unlink()
+    lock.close()
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -177,8 +177,9 @@ class ModelShape:
 
 
 def _kept_by_activation(args: argparse.Namespace) -> int:
-    """Return 1, the hidden layer itself, or 2, its halves, which is all that a fused SwiGLU keeps.
-    Otherwise a gate also keeps both factors of its product, and a quick GELU its sigmoid."""
+    """Return how many numbers are kept up to the activation, of each number behind it: 1 without a
+    gate; 2, the halves, by a fused SwiGLU; 4 by another, with both factors of the product; 5 by a
+    gated quick GELU, with its sigmoid."""
     if args.quick_geglu:
         return 5
     if args.swiglu:

@@ -21,7 +21,7 @@ from megatron_smlp.accounting.costs import (
     model_cost,
 )
 from megatron_smlp.accounting.footprint import footprint
-from megatron_smlp.accounting.layout import ParallelLayout
+from megatron_smlp.accounting.ranks import ParallelLayout
 from megatron_smlp.command_line import Parser, did_you_mean, flag_of
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
@@ -156,7 +156,7 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     if args.position_embedding_type is None:
         args.position_embedding_type = ARCHITECTURES[args.architecture].positions
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
-    # Which knows neither clamps nor offsets.
+    # The fused SwiGLU knows neither clamps nor offsets.
     plain = args.activation_func_clamp_value is None and not args.glu_linear_offset
     args.bias_swiglu_fusion = plain and not args.no_bias_swiglu_fusion
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size

@@ -3,7 +3,7 @@
 Weights, gradients and Adam's state are exact; activations are the tensors that autograd keeps with
 Megatron's local layers (no fused kernels), an estimate. Traffic: accounting/traffic.py.
 
-Letters as in accounting/layout.py.
+Letters as in accounting/ranks.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_smlp.accounting.costs import (
     input_cost,
     layer_cost,
 )
-from megatron_smlp.accounting.layout import (
+from megatron_smlp.accounting.ranks import (
     FP32_BYTES,
     ParallelLayout,
     parameters_on_rank,

@@ -4,7 +4,7 @@ Of S bytes over n ranks each rank sends (n - 1) / n S in an all-gather, a reduce
 all-to-all, and twice that in an all-reduce. What is exchanged about tokens beside their hidden
 state is left out: scores of routers, sums behind norms and losses.
 
-Letters as in accounting/layout.py.
+Letters as in accounting/ranks.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_smlp.accounting.costs import ModelShape, layer_cost, token_table
-from megatron_smlp.accounting.layout import FP32_BYTES, ParallelLayout, stage_slots
+from megatron_smlp.accounting.ranks import FP32_BYTES, ParallelLayout, stage_slots
 from megatron_smlp.systems import LayerSlots
 
 

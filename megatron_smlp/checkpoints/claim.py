@@ -2,7 +2,7 @@
 
 `.writer-000007` is held by the first rank of the folder's seventh attempt: each attempt takes the
 next number, and the highest owns the folder. A number is taken by linking a finished file to a name
-that must be free, which also a shared file system lets only one process do.
+that must be free, which even a shared file system lets only one process do.
 
 Whether another owner is alive is not judged by clocks, which differ between machines, but by its
 process, where that is on this machine, and else by watching its heartbeat for LIFETIME.
@@ -88,7 +88,7 @@ def _kernel() -> str:
 
 
 def _start_ticks(process: int) -> str:
-    """Return when a process started; "" where it has ended, also where it is not collected."""
+    """Return when a process started; "" once it has ended, collected or not."""
     try:
         text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""The third phase: refusals, on a namespace that cannot be assigned to.
+"""The third phase: refusals, on a namespace that cannot be assigned to until Megatron validates.
 
 Each names the flag, its value, what is allowed and what to do. Megatron stops at most of these with
 an assertion that names no flag, some of them after minutes, and takes others in silence.

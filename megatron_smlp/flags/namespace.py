@@ -37,8 +37,8 @@ class Arguments(argparse.Namespace):
     def __setattr__(self, name: str, value: Any) -> None:
         if getattr(self, "_is_frozen", False):
             raise AttributeError(
-                f"args.{name} = {value!r}: flags are settled in flags/defaults.py, and never "
-                "assigned to after that."
+                f"args.{name} = {value!r}: flags are settled in flags/defaults.py, and not "
+                "assigned to while they are checked."
             )
         super().__setattr__(name, value)
 

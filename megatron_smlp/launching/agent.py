@@ -68,7 +68,7 @@ class Agent(LocalElasticAgent):
         super().__init__(spec=spec, **options)
 
     def run(self, role: str = "default") -> RunResult:
-        """Run as torch's agent, which returns None, and then fails, for a spare without use."""
+        """Run as torch's agent, but end well as a spare that was not needed: torch's fails then."""
         return super().run(role) or RunResult(state=WorkerState.SUCCEEDED)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:

@@ -105,12 +105,15 @@ class MaskedMixer(TokenMixer):
         self.head_is_split = num_heads == 1 and self.tp_group.size() > 1
         wide = math.sqrt(3 / sequence_length) if expansion else None
         build = partial(
-            projection.of_rank, self, num_heads, sequence_length, is_shared=self.head_is_split
+            projection.of_rank,
+            *(self, num_heads, sequence_length),
+            is_shared=self.head_is_split,
+            bias=0.0,
         )
-        self.spatial = build(bias=0.0, bound=wide)
+        self.spatial = build(bound=wide)
         self.spatial_out: SpatialProjection | None = None
         if expansion:
-            self.spatial_out = build(bias=0.0)
+            self.spatial_out = build()
         if not self.head_is_split:
             for parameter in self.parameters():
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)

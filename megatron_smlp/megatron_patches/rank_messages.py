@@ -33,7 +33,7 @@ class Answer(Protocol):
 
 
 def installed(take: Callable[[], Answer | None]) -> contextlib.AbstractContextManager[None]:
-    """Wrap the functions above for the time of one `pretrain`.
+    """Wrap the functions of its rows in table.py for the time of one `pretrain`.
 
     Args:
         take: the answer to a step's message, once; None where there was no step.

@@ -110,7 +110,7 @@ def legend(
 
     Args:
         has_dots: whether dots are validations.
-        note: is above it.
+        note: its title.
     """
     handles = [Line2D([], [], linewidth=1.8, label=name, **look) for name, look in pairs]
     if has_dots:

@@ -46,6 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
                 "--processes", type=int, default=1, metavar="N", help="of each run"
             )
             command.add_argument(
+                "--retry", action="store_true", help="try the runs that failed once more"
+            )
+            command.add_argument(
                 "--expiry", type=float, default=leases.EXPIRY, metavar="SECONDS",
                 help="after which this worker counts as dead for others if it gives no sign",
             )  # fmt: skip
@@ -89,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for package in ("pandas", "scipy", "matplotlib"):
         require_package(package, purpose="a study", extra="'.[study]'")
     args = build_parser().parse_args(argv)
+    # Leases are given back at the end, for the next one to have them at once.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     work = {
         "plan": _plan, "run": _run, "evaluate": _evaluate, "status": _status, "report": _report,
     }  # fmt: skip
@@ -140,8 +145,8 @@ def _alone(known: State, what: str) -> Iterator[None]:
     lease = leases.take(folder, expiry=known.expiry)
     if lease is None:
         raise UsageError(
-            f"{folder}: another process is at it: wait for its end, or if it was killed for "
-            f"{known.expiry:g} seconds."
+            f"{folder}: another process is doing this. Wait until it ends; if it was killed, until "
+            f"its --expiry has passed ({leases.EXPIRY:g} s by default)."
         )
     with lease:
         yield
@@ -192,8 +197,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.speed:
         return _time(args, known, results)
     state.begin(known.folder, state.description(known.study, known.systems, known.identity))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    Worker(state=known, data=StudyData(args.data), processes=args.processes).work()
+    plan = known.plan()
+    again = {run.key for run in plan.runs if args.retry and known.status(run) == state.FAILED}
+    data = StudyData(args.data)
+    Worker(state=known, data=data, processes=args.processes, again=again).work()
     if failure := known.failure(known.plan()):
         print(f"{failure}. See tools/study.py status {args.study}", file=sys.stderr)
     return 1 if failure else 0
@@ -234,7 +241,7 @@ def _status(args: argparse.Namespace) -> int:
         if status == state.FAILED:
             ending = known.ending(run) or {}
             print("\n".join(f"          {line}" for line in ending.get("last_lines", [])[-3:]))
-            print(f"          remove {known.folder_of(run) / state.ENDED} to try it again")
+            print(f"          tools/study.py run {args.study} --retry tries it again")
     if plan.pending:
         print(f"{len(plan.pending)} more runs are known when the learning rates are chosen")
     if failure := known.failure(plan):

@@ -213,7 +213,8 @@ class Drawing:
             own = trials[trials["system"] == name].sort_values("factor")
             finite = own[np.isfinite(own["loss"].astype(float))]
             panel.plot(finite["lr"], finite["loss"], marker="o", markersize=3.5, **look)
-            chosen = finite[finite["factor"] == self.factors.get(name)]
+            # Rates are written with fewer digits than they have.
+            chosen = finite[np.isclose(finite["factor"], self.factors.get(name, math.nan))]
             panel.plot(
                 chosen["lr"], chosen["loss"], "o", markersize=9, fillstyle="none",
                 color=look["color"],

@@ -41,11 +41,15 @@ def price_lines(
         total = 0.0
         for name, system in systems.items():
             speed = tables.tokens_per_second(name)
-            hours = _tokens(system, runs) / speed / 3600
+            evaluated = 1 + _evaluation_share(system, Calendar.of(study, system))
+            hours = evaluated * _tokens(system, runs) / speed / 3600
             total += hours
             yield f"  {name:30}{_number(speed, ',.0f'):>12}{_number(hours, ',.1f'):>14}"
         yield f"  {'all':42}{_number(total, ',.1f'):>14}"
-        yield "  tokens/s: of the quiet timing, or else as trained; n/a: nothing has run yet"
+        yield (
+            "  evaluations included; tokens/s: of the quiet timing, or else as trained; n/a: "
+            "nothing has run yet"
+        )
         return
     share = f"{cluster.utilization:.0%} of {cluster.tflops:g} TFLOP/s in needed FLOPs, assumed"
     yield f"{cluster.gpus} GPUs ({share}), evaluations included"

@@ -22,6 +22,7 @@ from megatron_smlp.launching.parent import end_with_parent
 OUTPUT = "output.log"
 FLAGS = "flags.yaml"
 POLL_SECONDS = 1.0
+LAST_LINES = 12
 LAUNCH = "from megatron_smlp.commands import launch; launch()"
 """Starts the project's agent, which ends with the code of the rank that failed (torchrun with 1):
 that of a loss that is not finite tells a run that diverged from one that failed."""
@@ -91,16 +92,29 @@ def _ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
             process.wait()
 
 
-def was_refused(folder: Path, code: int) -> bool:
-    """Return whether a command that ended with this code was kept out of its checkpoints."""
-    lines = last_lines(folder, count=3)
-    return code == UsageError.exit_code and any(REFUSED in line for line in lines)
+def output_bytes(folder: Path) -> int:
+    """Return how much a run's commands have printed so far."""
+    output = folder / OUTPUT
+    return output.stat().st_size if output.exists() else 0
 
 
-def last_lines(folder: Path, *, count: int = 12) -> list[str]:
+def refusal(folder: Path, code: int, *, since: int) -> str:
+    """Return the line by which a command that ended with this code was kept out of its checkpoints,
+    by another process that writes there; empty: it was not.
+
+    Args:
+        since: bytes that had been printed before it; an agent prints more behind the line.
+    """
+    if code != UsageError.exit_code:
+        return ""
+    text = (folder / OUTPUT).read_bytes()[since:].decode(errors="replace")
+    return next((line for line in text.splitlines() if REFUSED in line), "")
+
+
+def last_lines(folder: Path) -> list[str]:
     """Return the end of what a run printed."""
     try:
         text = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
-    return text.splitlines()[-count:]
+    return text.splitlines()[-LAST_LINES:]

@@ -245,8 +245,8 @@ class Page:
         yield (
             f"How many times {what} {self.study.subject} needs to the loss at which each other "
             "system ends, by linear interpolation between converged points; at least so many (≥) "
-            "where a seed is there at its first horizon already. The interval is of the seeds' "
-            "tokens and, for time, of the rounds of the timing.\n"
+            "where a seed is there at its first finite horizon already. The interval is of the "
+            "seeds' tokens and, for time, of the rounds of the timing.\n"
         )
         yield from _table("to the loss of", "times less", "95 % interval", "seeds")
         for each in self.times:

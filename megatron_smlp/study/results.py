@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import platform
@@ -227,13 +228,16 @@ def hardware() -> str:
 
 def _gpus() -> list[str]:
     """Return `8x` and the name in words; nothing where there is none, or none may be used."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible == "" or not shutil.which("nvidia-smi"):
+    entries = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    # CUDA looks at them up to the first that names none, such as -1.
+    visible = list(itertools.takewhile(lambda one: one and not one.startswith("-"), entries))
+    is_given = "CUDA_VISIBLE_DEVICES" in os.environ
+    if (is_given and not visible) or not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     names = subprocess.run(query, capture_output=True, text=True, check=False)
     found = [] if names.returncode else names.stdout.split("\n")[:-1]
-    count = len(found) if visible is None else min(len(found), visible.count(",") + 1)
+    count = min(len(found), len(visible)) if is_given else len(found)
     return [f"{count}x", *_words(found[0])] if found else []
 
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import latest_iteration
@@ -17,11 +17,19 @@ from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.leases import Lease
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS, last_step, validation_at
 from megatron_smlp.study.plan import Plan, PlannedRun
-from megatron_smlp.study.process import last_lines, run_command, training_command, was_refused
+from megatron_smlp.study.process import (
+    last_lines,
+    output_bytes,
+    refusal,
+    run_command,
+    training_command,
+)
 from megatron_smlp.study.state import CHECKPOINTS, DIVERGED, DONE, FAILED, State
 
 ATTEMPTS = 2
 WAIT_SECONDS = 2.0
+LONGEST_SAVE = 900.0
+"""Seconds for which a run waits for a dead worker's training to end that is still saving."""
 LOOKS = 2
 """Consecutive scans that must find no work: a run that ended after the first may have unlocked
 others."""
@@ -35,6 +43,8 @@ class Worker:
     data: StudyData
     processes: int = 1
     """Processes of one run."""
+    again: set[str] = field(default_factory=set)
+    """Hashes of failed runs that are to be tried once more."""
 
     def work(self) -> None:
         """Work until every run is over, or waits for one that failed."""
@@ -44,7 +54,7 @@ class Worker:
             looks = 0
             while looks < LOOKS:
                 plan = self.state.plan()
-                to_do = self.state.to_do(plan)
+                to_do = self.state.to_do(plan, again=self.again)
                 if self._run_one(to_do, plan, progress):
                     looks = 0
                 elif any(self.state.is_held(run) for run in to_do):
@@ -67,8 +77,9 @@ class Worker:
                     with lease:
                         # Another worker may have ended it since the plan was made. Its checkpoints
                         # do not tell: those that nothing goes on from are removed at its end.
-                        still_to_do = self.state.to_do(self.state.plan())
+                        still_to_do = self.state.to_do(self.state.plan(), again=self.again)
                         if any(run.key == one.key for one in still_to_do):
+                            self.again.discard(run.key)
                             self._make(run, lease, plan, progress)
                     return True
         return False
@@ -93,17 +104,24 @@ class Worker:
         # A worker that was killed may have left one that is whole. Trained again, it would go on
         # past its end, to the next multiple of --exit-interval.
         attempts = failures = code = 0
+        refused_since: float | None = None
         while failures < ATTEMPTS and not self._is_whole(run):
-            before = latest_iteration(folder / CHECKPOINTS)
+            before, printed = latest_iteration(folder / CHECKPOINTS), output_bytes(folder)
             command = training_command(
                 folder, run.flags, paths=self._path_flags(run), processes=self.processes
             )
             code = run_command(command, folder=folder, stop=lease.lost, watch=watch)
             if lease.lost.is_set():
                 return
-            if was_refused(folder, code):  # what a dead worker has left is still saving
-                lease.lost.wait(WAIT_SECONDS)
-                continue
+            if line := refusal(folder, code, since=printed):
+                # What a dead worker has left is still saving.
+                if refused_since is None:
+                    print(f"waiting: {run.title}: {line}", file=sys.stderr, flush=True)
+                refused_since = refused_since or time.monotonic()
+                if lease.lost.wait(WAIT_SECONDS):
+                    return
+                if time.monotonic() - refused_since < LONGEST_SAVE:
+                    continue
             attempts += 1
             if code == NonFiniteLossError.exit_code:
                 break
@@ -154,7 +172,9 @@ class Worker:
             return
         plan = self.state.plan()
         children = [one for one in plan.runs if one.parent and one.parent.key == run.parent.key]
-        if all(self.state.ending(one) for one in children):
+        # Not where the plan has changed meanwhile and knows none of them.
+        is_known = run.key in {one.key for one in children}
+        if is_known and all(self.state.ending(one) for one in children):
             shutil.rmtree(self.state.folder_of(run.parent) / CHECKPOINTS, ignore_errors=True)
 
     def _counts(self, plan: Plan) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +65,18 @@ class State:
         untuned = {run.system for run in failed if run.phase == "tuning"}
         waiting = [run for run in plan.pending if run.system in untuned]
         waiting += [run for run in self.to_do(plan) if any(one.key in keys for one in run.parents)]
-        names = "; ".join(run.title for run in failed)
+        names = "; ".join(
+            run.title + ("" if self.status(run) == FAILED else " (not tried again here yet)")
+            for run in failed
+        )
         return f"failed: {names}; runs that wait for that: {len(waiting)}" if failed else ""
 
     def folder_of(self, run: PlannedRun) -> Path:
         return self.folder / run.folder
 
     def ending(self, run: PlannedRun) -> dict[str, Any] | None:
-        """Return how a run ended, here or in the results; None: it did not, or failed elsewhere,
-        and may be tried again."""
+        """Return how a run ended, here or in the results; None: it has not ended, or it failed on
+        another machine and may be tried again."""
         kept = self.kept.get(run.key)
         return self._ending_here(run) or (None if kept and kept["status"] == FAILED else kept)
 
@@ -92,11 +95,15 @@ class State:
         folder = self.folder_of(run)
         return folder.exists() and leases.is_held(folder, expiry=self.expiry)
 
-    def to_do(self, plan: Plan) -> list[PlannedRun]:
-        """Return what is not over, and parents whose checkpoint it needs and that lie elsewhere."""
+    def to_do(self, plan: Plan, *, again: Collection[str] = ()) -> list[PlannedRun]:
+        """Return what is not over, and parents whose checkpoint it needs and that lie elsewhere.
+
+        Args:
+            again: hashes of runs that failed and are to be tried once more.
+        """
         needed: dict[str, PlannedRun] = {}
         for run in plan.runs:
-            if self.ending(run) is None:
+            if self.ending(run) is None or run.key in again:
                 for one in reversed(self._lacking(run)):
                     needed.setdefault(one.key, one)
         return list(needed.values())
@@ -170,7 +177,7 @@ def begin(folder: Path, now: dict[str, Any]) -> None:
 def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path) -> None:
     """Check that a study is the one whose runs or results lie in a folder.
 
-    Seeds may be added, and MAY_CHANGE: the runs that there are stay what they were.
+    Seeds may be added, and the keys in MAY_CHANGE may change: existing runs keep their hashes.
 
     Raises:
         UsageError: with the difference.

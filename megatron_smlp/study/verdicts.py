@@ -66,8 +66,14 @@ class Claim:
 def claims_of(study: Study, systems: Mapping[str, System], tables: Tables) -> list[Claim]:
     """Return every claim that the study's systems can decide, with comparisons and verdict."""
     claims = []
-    ablated = [other for one, other in study.ablations if one == study.subject]
-    if not set(rivals(study, systems)) <= set(ablated):  # else C5 asks the same
+    asked = [
+        other
+        for one, other in study.ablations
+        if one == study.subject
+        and (_is_of_a_part(systems, (one, other)) or not systems[one].is_smlp)
+    ]
+    # Else C5 asks the same, or of a subject that is no sMLP the other comparisons do.
+    if not set(rivals(study, systems)) <= set(asked):
         claims.append(_lower_loss)
     if any(system.kind == "moe" for system in systems.values()):
         claims += [_less_time, _faster_steps, _better_at_tasks]
@@ -204,7 +210,7 @@ def _less_time(study: Study, systems: Mapping[str, System], tables: Tables) -> C
         notes.append("no quiet timing: tools/study.py run --speed; tokens say nothing of time")
     found, is_bound = time_ratio(study, systems, tables, rival=best, unit=unit)
     if is_bound:
-        notes.append("a seed is there at its first horizon, so the ratio is at most this")
+        notes.append("a seed is there at its first finite horizon, so the ratio is at most this")
     claim = _claim({(study.subject, best): (unit, found)}, null=1.0, name="C2", text=text)
     comparisons = tuple(replace(each, is_bound=is_bound) for each in claim.comparisons)
     whole = claim.verdict if unit == SECONDS else UNDECIDED
@@ -221,8 +227,9 @@ def time_ratio(
     rounds of the timing. A seed of the subject that never comes there costs an infinite amount. One
     that is not at the longest horizon yet is left out, also if it is there: it would count among
     the fast ones, and those that are still on their way nowhere.
-    Where one is there at its first horizon the ratio is at most this, so that it can confirm a
-    claim but not refute one: its interval begins at 0, and p is 1 if it then holds 1.
+    Where one is there at its first horizon, or the one behind one that diverged, the ratio is at
+    most this, so that it can confirm a claim but not refute one: its interval begins at 0, and p is
+    1 if it then holds 1.
     """
     field = loss_field(systems[study.subject], systems[rival])
     end = tables.tokens(study.longest)

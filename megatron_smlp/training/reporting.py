@@ -104,7 +104,7 @@ class Reporter:
         self.peak_tflops = args.peak_tflops or device_peak_tflops()
         self.clock = StepClock()
         self.began = time.perf_counter()
-        """When it would have begun to step if it had never been interrupted."""
+        """`perf_counter()` at which an uninterrupted run would have had its model built."""
         self.last_saved: int | None = None
         self.validated_at: int | None = None
         """Iteration of a validation that an earlier start has logged; Megatron makes it again."""

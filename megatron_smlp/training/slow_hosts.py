@@ -181,7 +181,7 @@ class _Streak:
     def next(
         self, seconds: dict[int, float], *, step: float, hosts: Sequence[str]
     ) -> SlowRank | None:
-        """Return the slowest rank when it has been that in LINES lines, and only then."""
+        """Return the slowest rank once its host has been too slow in LINES lines in a row."""
         if len(seconds) < 2:
             return None
         rank = max(seconds, key=lambda rank: seconds[rank])

@@ -9,7 +9,7 @@ import torch
 from support.in_process import build_model
 
 from megatron_smlp.accounting.costs import ModelShape
-from megatron_smlp.accounting.layout import ParallelLayout, parameters_on_rank, stage_cost
+from megatron_smlp.accounting.ranks import ParallelLayout, parameters_on_rank, stage_cost
 
 
 def expected_parameters(args: Any, *, stage: int) -> int:

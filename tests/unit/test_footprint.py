@@ -16,7 +16,7 @@ from support.parallel_models import measure
 from megatron_smlp.accounting.costs import ModelShape, model_cost
 from megatron_smlp.accounting.estimate import estimate, main, merged, resolve, uncounted
 from megatron_smlp.accounting.footprint import _activation_bytes, activation_elements, footprint
-from megatron_smlp.accounting.layout import ParallelLayout, parameters_on_rank, stage_cost
+from megatron_smlp.accounting.ranks import ParallelLayout, parameters_on_rank, stage_cost
 from megatron_smlp.accounting.traffic import expert_traffic, pipeline_traffic, tensor_traffic
 from megatron_smlp.options import OUR_FLAGS
 from megatron_smlp.systems import TOKEN_ROUTERS, LayerSlots
@@ -375,13 +375,13 @@ def _kept_numbers(config: dict[str, Any], *, dtype: torch.dtype) -> float:
     return kept_bytes(layer, torch.randn(LENGTH, BATCH, 64, dtype=dtype)) / dtype.itemsize
 
 
-EXPERTS = """
-    --architecture transformer --num-experts 4 --moe-ffn-hidden-size 256
-    --moe-token-dispatcher-type alltoall
+DISPATCHER = "--moe-token-dispatcher-type alltoall"
+EXPERTS = f"""
+    --architecture transformer --num-experts 4 --moe-ffn-hidden-size 256 {DISPATCHER}
 """
-SPARSE_MLP = """
+SPARSE_MLP = f"""
     --architecture smlp --num-dense-layers 2 --num-feature-experts 4 --num-experts 4
-    --moe-ffn-hidden-size 256 --moe-token-dispatcher-type alltoall --token-router base
+    --moe-ffn-hidden-size 256 {DISPATCHER} --token-router base
 """
 WHOLE_EXPERTS = "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
 FULL = "--recompute-granularity full"
@@ -454,15 +454,12 @@ def test_what_a_tensor_parallel_rank_sends(case: str, measured: dict[str, dict[s
 
 
 def _on_two_ranks(case: str) -> tuple[ModelShape, ParallelLayout]:
-    words = f"{TWO_RANKS} {ON_TWO_RANKS[case]}".split()
-    values = merged({}, [word for word in words if word not in DISPATCHER])
+    words = f"{TWO_RANKS} {ON_TWO_RANKS[case]}".replace(DISPATCHER, "").split()
+    values = merged({}, words)
     # The fused SwiGLU is a GPU's.
     values |= {"padded_vocab_size": 104, "world_size": 2, "no_bias_swiglu_fusion": True}
     args = resolve(values)
     return ModelShape.from_args(args), ParallelLayout.from_args(args)
-
-
-DISPATCHER = ("--moe-token-dispatcher-type", "alltoall")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Pairs from pairs: merge several into one, split one by documents. Ids are copied in parts."""
 
 import contextlib
-import fcntl
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +19,7 @@ from megatron_smlp.data.pairs.manifest import (
     is_whole,
 )
 from megatron_smlp.data.pairs.writer import PairWriter, publish
-from megatron_smlp.durable import lock_if_possible
+from megatron_smlp.durable import LOCK, empty_locked, lock_folder, remove_locked
 from megatron_smlp.errors import DataError
 
 COPY_DOCUMENTS = 1 << 16
@@ -147,9 +145,17 @@ def _joined(manifests: list[Manifest], name: str) -> str:
     return "+".join(sorted(values)) or "document"
 
 
+def another_writes(output_prefix: str, folder: Path) -> str:
+    """Return what is said where a folder of unfinished output is locked."""
+    return (
+        f"another process is writing {output_prefix!r} (it holds {folder}/{LOCK}); wait for it, or "
+        "give another --output-prefix"
+    )
+
+
 @contextlib.contextmanager
 def scratch_folder(output_prefix: str) -> Iterator[Path]:
-    """Make an empty folder beside the output, which is gone afterwards.
+    """Make a folder beside the output, empty but for its lock, which is gone afterwards.
 
     Raises:
         DataError: the manifest would replace another file, or another process writes there.
@@ -157,24 +163,15 @@ def scratch_folder(output_prefix: str) -> Iterator[Path]:
     check_output_prefix(output_prefix)
     check_manifest_path(Path(output_prefix + ".json"), pairs=[Path(output_prefix).name])
     folder = Path(output_prefix + ".merging")  # `.partial` is a preprocessing's, to be resumed
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("wb") as lock:
-        try:
-            lock_if_possible(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"another process is writing {output_prefix!r} (it holds {folder}/lock); wait for "
-                "it, or give another --output-prefix"
-            ) from None
-        for leftover in set(folder.iterdir()) - {folder / "lock"}:
-            leftover.unlink()
-        try:
-            yield folder
-        finally:
-            # NFS keeps what an error leaves open, and that error is the one to be seen.
-            shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+    try:
+        lock = lock_folder(folder)
+    except BlockingIOError:
+        raise DataError(another_writes(output_prefix, folder)) from None
+    try:
+        empty_locked(folder)
+        yield folder
+    finally:
+        remove_locked(folder, lock)
 
 
 def document_parts(index: Index, first: int, last: int) -> Iterator[range]:

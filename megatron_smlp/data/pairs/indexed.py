@@ -108,7 +108,7 @@ class Index:
     def damage(self, what: str) -> DataError:
         """Return the error that says what is wrong with `.idx`."""
         path = idx_path(self.prefix)
-        return DataError(f"{path} is damaged: {what}; write it again")
+        return DataError(f"{path} is damaged: {what}; preprocess again")
 
 
 def bin_path(prefix: str) -> Path:
@@ -203,7 +203,7 @@ def _check_idx_size(path: Path, sequences: int, starts: int) -> None:
         raise DataError(f"{path} is a multimodal index (a mode byte a sequence): text is expected")
     raise DataError(
         f"{path} is damaged: {size} bytes, but {sequences} sequences and {starts} document "
-        f"starts need {expected}; write it again"
+        f"starts need {expected}; preprocess again"
     )
 
 
@@ -219,7 +219,7 @@ def _check_ends(index: Index) -> None:
     if len(starts) == 0 or starts[0] != 0 or starts[-1] != index.num_sequences:
         raise DataError(
             f"{path} is damaged: document starts must run from 0 to the {index.num_sequences} "
-            f"sequences, but run from {_end(starts, 0)} to {_end(starts, -1)}; write it again"
+            f"sequences, but run from {_end(starts, 0)} to {_end(starts, -1)}; preprocess again"
         )
     if index.num_sequences and index.pointers[0] != 0:
         raise DataError(f"{path} is damaged: the first sequence starts at byte {index.pointers[0]}")

@@ -6,9 +6,7 @@ off by a resumed run.
 """
 
 import contextlib
-import fcntl
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megatron_smlp.data.pairs.combining import another_writes
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
     PairRecord,
@@ -25,7 +24,13 @@ from megatron_smlp.data.pairs.manifest import (
 from megatron_smlp.data.pairs.writer import PairWriter, append_to, flush_to_disk, publish
 from megatron_smlp.data.prepare.chunks import Position
 from megatron_smlp.data.prepare.encoding import EncodedChunk
-from megatron_smlp.durable import link_durably, lock_if_possible, naming_errors, write_durably
+from megatron_smlp.durable import (
+    link_durably,
+    lock_folder,
+    naming_errors,
+    remove_locked,
+    write_durably,
+)
 from megatron_smlp.errors import DataError
 
 
@@ -95,25 +100,18 @@ class PartialOutput:
         check_output_prefix(self.prefix)
         names = [Path(prefix).name for prefix in self._pair_prefixes()]
         check_manifest_path(Path(self.prefix + ".json"), pairs=names)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = (self.folder / "lock").open("wb")
         try:
-            lock_if_possible(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock = lock_folder(self.folder)
         except BlockingIOError:
-            self.lock.close()
-            raise DataError(
-                f"another process is writing {self.prefix!r} (it holds {self.folder}/lock); wait "
-                f"for it, or give another --output-prefix"
-            ) from None
+            raise DataError(another_writes(self.prefix, self.folder)) from None
         return self
 
     def __exit__(self, *error: object) -> None:
         self._close_files()
-        if error[0] is not None and not (self.folder / "journal.json").is_file():
-            shutil.rmtree(self.folder, ignore_errors=True)  # Nothing to go on from.
-        self.lock.close()
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()  # NFS keeps a folder until the last file in it is closed.
+        if (self.folder / "journal.json").is_file():
+            self.lock.close()
+        else:  # it was published, or there is nothing to go on from
+            remove_locked(self.folder, self.lock)
 
     def _close_files(self) -> None:
         """Close all files but the lock."""
@@ -203,10 +201,6 @@ class PartialOutput:
         self.discard()
 
     def discard(self) -> None:
-        """Leave nothing behind, nor, after a crash in here, a journal of files that are gone.
-
-        The lock is held to the end of the context; NFS keeps it and the folder until then.
-        """
+        """Leave nothing to the end of the context, nor, after a crash, a journal without files."""
         (self.folder / "journal.json").unlink(missing_ok=True)
         self._close_files()
-        shutil.rmtree(self.folder, ignore_errors=True)

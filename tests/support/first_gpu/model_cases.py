@@ -97,7 +97,7 @@ def estimated_memory(flags: str) -> int:
 
     from megatron_smlp.accounting.costs import ModelShape
     from megatron_smlp.accounting.footprint import footprint
-    from megatron_smlp.accounting.layout import ParallelLayout
+    from megatron_smlp.accounting.ranks import ParallelLayout
     from pretrain_smlp import patched_arguments
 
     try:

@@ -31,10 +31,11 @@ from megatron_smlp.generation.language_model import LanguageModel, load
 from megatron_smlp.serving import cli
 from megatron_smlp.serving.admission import Admission
 from megatron_smlp.serving.answers import Answer
-from megatron_smlp.serving.app import Service, Work, build_app
+from megatron_smlp.serving.app import Service, build_app
 from megatron_smlp.serving.protocol import TimedProtocol
 from megatron_smlp.serving.requests import CompletionRequest, parse
 from megatron_smlp.serving.sampling import Token
+from megatron_smlp.serving.work import Work
 
 ROOT = Path(__file__).parents[3]
 

@@ -153,7 +153,7 @@ def test_a_training_that_waits_for_another_one_to_save_is_no_failure(
         if len(starts) <= running.ATTEMPTS:
             with pytest.raises(UsageError) as refusal:
                 claim.Claim(checkpoints, say=lambda _: None)
-            (folder / process.OUTPUT).write_text(f"error: {refusal.value}\n", encoding="utf-8")
+            print_refusal(folder, refusal.value)
             return UsageError.exit_code
         old.release(claim.DONE)
         return train(command, folder=folder, **how)
@@ -163,6 +163,79 @@ def test_a_training_that_waits_for_another_one_to_save_is_no_failure(
     ending = known.ending(first)
     assert ending is not None
     assert (ending["status"], ending["attempts"]) == (DONE, 1)
+
+
+def print_refusal(folder: Path, refusal: UsageError) -> None:
+    """Print it as the first of several ranks, whose agent ends the others."""
+    with (folder / process.OUTPUT).open("a", encoding="utf-8") as log:
+        print(f"pretrain_smlp.py: error: {refusal}", file=log)
+        print(*["Sending process 7 closing signal SIGTERM"] * 7, sep="\n", file=log)
+        print("launch: rank 0 on node ended with 2.", file=log)
+
+
+def test_a_training_that_saves_for_ever_is_not_waited_for(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    first, starts = known.plan().runs[0], []
+
+    def refuse(_: object, *, folder: Path, **__: object) -> int:
+        starts.append(folder)
+        print_refusal(folder, UsageError(f"--save x {process.REFUSED} process 7"))
+        return UsageError.exit_code
+
+    monkeypatch.setattr(running, "run_command", refuse)
+    monkeypatch.setattr(running, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(running, "LONGEST_SAVE", 0.1)
+    monkeypatch.setattr(StudyData, "flags", [])
+    make(known, first, tmp_path)
+    assert known.status(first) == FAILED
+    assert len(starts) > running.ATTEMPTS
+    assert capsys.readouterr().err.count("waiting: transformer") == 1
+
+
+def test_another_error_behind_a_refusal_is_a_failure(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = known.plan().runs[0]
+    folder = known.folder_of(first)
+    folder.mkdir(parents=True)
+    print_refusal(folder, UsageError(f"--save x {process.REFUSED} process 7"))
+    monkeypatch.setattr(running, "run_command", lambda *_, **__: UsageError.exit_code)
+    monkeypatch.setattr(StudyData, "flags", [])
+    make(known, first, tmp_path)
+    ending = known.ending(first)
+    assert ending is not None
+    assert (ending["status"], ending["attempts"]) == (FAILED, running.ATTEMPTS)
+
+
+def test_a_failed_trial_that_is_tried_again_holds_its_own_system_alone(
+    known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first, train = known.plan().runs[0], running.run_command
+    folder = known.folder_of(first)
+    plans: list[int] = []
+
+    def fail(command: Sequence[str], *, folder: Path, **how: object) -> int:
+        if folder == known.folder_of(first):
+            return 1
+        return train(command, folder=folder, **how)
+
+    monkeypatch.setattr(running, "run_command", fail)
+    worker(known, tmp_path).work()
+    assert len(trained) == 6  # five trials, and what the other system's decide
+    assert known.status(first) == FAILED
+
+    def look(command: Sequence[str], *, folder: Path, **how: object) -> int:
+        plans.append(sum(run.phase == "main" for run in known.plan().runs))
+        return train(command, folder=folder, **how)
+
+    monkeypatch.setattr(running, "run_command", look)
+    again = Worker(state=known, data=StudyData(tmp_path), again={first.key})
+    again.work()
+    assert trained[6] == folder
+    assert plans[0] == 1
+    assert {known.status(run) for run in known.plan().runs} == {DONE}
+    assert known.failure(known.plan()) == ""
 
 
 def test_a_training_that_is_asked_to_stop_goes_on(
@@ -214,10 +287,11 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
     assert known.status(mains[0]) == DONE
     assert cli.main(["status", *words]) == 0
     assert line in capsys.readouterr().out.splitlines()
-    for runs in ("runs", "none"):
+    elsewhere = line.replace(first.title, f"{first.title} (not tried again here yet)")
+    for runs, words_of_it in (("runs", line), ("none", elsewhere)):
         assert cli.main(["report", *words, "--runs", str(tmp_path / runs)]) == 0
         text = (tmp_path / "results" / "report.md").read_text()
-        assert f"**Not whole**: {line}." in text
+        assert f"**Not whole**: {words_of_it}." in text
         assert "smlp_deterministic | 5.000 |" in text
 
 

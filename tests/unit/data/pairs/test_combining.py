@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_smlp.data.pairs import combining
+from megatron_smlp import durable
 from megatron_smlp.data.pairs import writer as pair_writer
 from megatron_smlp.data.pairs.combining import find_pairs, merge, scratch_folder
 from megatron_smlp.data.pairs.full_check import validate
@@ -65,6 +66,27 @@ def test_two_at_work_on_one_output_are_refused(pairs: list[str], tmp_path: Path)
     assert not list(tmp_path.glob("*.merging"))
 
 
+def test_a_lock_that_was_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One process opens the lock of another, which ends before it is locked."""
+    folder, opened = tmp_path / "folder", []
+    first = durable.lock_folder(folder)
+    lock_if_possible = durable.lock_if_possible
+
+    def late(file: IO[bytes], operation: int) -> None:
+        opened.append(file)
+        if len(opened) == 1:
+            durable.remove_locked(folder, first)
+        lock_if_possible(file, operation)
+
+    monkeypatch.setattr(durable, "lock_if_possible", late)
+    second = durable.lock_folder(folder)
+    assert len(opened) == 2
+    with pytest.raises(BlockingIOError):
+        durable.lock_folder(folder)
+    durable.remove_locked(folder, second)
+    assert not folder.exists()
+
+
 def test_what_a_killed_merge_left_is_removed(pairs: list[str], tmp_path: Path) -> None:
     left = tmp_path / "ours.merging"
     left.mkdir()
@@ -117,14 +139,13 @@ def test_what_cannot_be_removed_hides_no_error(
 ) -> None:
     """NFS keeps the folder of a file that is open."""
 
-    def rmtree(folder: Path, ignore_errors: bool = False) -> None:
-        if not ignore_errors:
-            raise OSError("Directory not empty")
+    def rmdir(folder: Path) -> None:
+        raise OSError("Directory not empty")
 
     def write(*args: object, **kwargs: object) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr(combining.shutil, "rmtree", rmtree)
+    monkeypatch.setattr(Path, "rmdir", rmdir)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pair_writer.PairWriter, "write", write)
         with pytest.raises(OSError, match="no room"):

@@ -1,14 +1,13 @@
 """A run killed at any moment goes on where it stopped, and gives the same bytes."""
 
-import errno
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, make_documents, parse, write_jsonl
@@ -123,7 +122,7 @@ def test_a_run_stopped_between_two_names(
 
         for module in (pair_writer, output):
             patch.setattr(module, "link_durably", link_durably)
-        patch.setattr(output.shutil, "rmtree", _die)
+        patch.setattr(output, "remove_locked", _die)
         with pytest.raises(_KilledError):
             run(source, prefix, *FLAGS)
     run(source, prefix, *FLAGS, "--resume")
@@ -136,7 +135,7 @@ def test_what_a_kill_left_behind_does_not_reach_the_published_files(
     """Killed after the journal is gone, when the folder still has the files by a second name."""
     prefix = tmp_path / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output.shutil, "rmtree", _die)
+        patch.setattr(output, "remove_locked", _die)
         with pytest.raises(_KilledError):
             run(source, prefix, *FLAGS)
     assert (tmp_path / "data.partial" / "0.bin").samefile(f"{prefix}_text_document.bin")
@@ -154,25 +153,24 @@ def test_a_file_system_that_keeps_what_is_open(
 ) -> None:
     """NFS gives an open file that is deleted another name, and so cannot delete its folder."""
     open_files = []
-    original = shutil.rmtree
+    original = Path.unlink
 
-    def rmtree(folder: Path, ignore_errors: bool = False) -> None:
+    def unlink(path: Path, missing_ok: bool = False) -> None:
         links = list(Path("/proc/self/fd").iterdir())
-        targets = [link.readlink() for link in links if link.is_symlink()]
-        open_files.extend(path.name for path in targets if path.parent == folder)
-        original(folder, ignore_errors=ignore_errors)
-        folder.mkdir()
-        (folder / ".nfs0001").touch()
-        if not ignore_errors:
-            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+        is_open = path in [link.readlink() for link in links if link.is_symlink()]
+        original(path, missing_ok=missing_ok)
+        if is_open and path.parent.name == "data.partial":
+            open_files.append(path.name)
+            (path.parent / ".nfs0001").touch()
 
-    monkeypatch.setattr(output.shutil, "rmtree", rmtree)
+    monkeypatch.setattr(Path, "unlink", unlink)
     run(source, tmp_path / "data", *FLAGS)
     assert open_files == ["lock"]
     run(source, tmp_path / "data", *FLAGS, "--overwrite")
 
 
-def _die(*args: object, **kwargs: object) -> None:
+def _die(_: Path, lock: IO[bytes]) -> None:
+    lock.close()  # as the kernel does
     raise _KilledError
 
 
