@@ -48,7 +48,7 @@ def _facets(case: tuple[str, str]) -> dict[str, str]:
     }
 
 
-AXES = (("architecture", "variant"), ("--token-router",), ("--feature-router",))
+AXES = (("architecture",), ("--feature-router", "variant"), ("--token-router",))
 FAST = cover(CASES, _facets, AXES)
 TP = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP = "--pipeline-model-parallel-size 2"

@@ -59,7 +59,7 @@ def _is_of(name: str, group: str) -> bool:
 FAST = [
     name
     for name in CASES
-    if name in ("train_gmlp", "train_smlp_deterministic", "one_process", "dp2")
+    if name in ("train_smlp_deterministic", "one_process", "dp2")
     or not _is_of(name, "train_,tp2,pp2,ep2,dp2,evaluate,generate,convert,exported,serve")
 ]
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from evaluation_helpers import EXAMPLES, SYSTEMS, loaded
 from support.checkpoints import checkpoint_tensors
+from support.cover import slow_unless_in
 from support.in_process import base_for, pretrained
 from support.launches import launch, records
 
@@ -65,27 +66,30 @@ def test_the_training_does_not_notice(
     _check_tensorboard(tmp_path / "scored" / "events", scored)
 
 
-def test_two_processes_score_what_one_does(tasks: Path, tokenizer: Path, tmp_path: Path) -> None:
-    """In both layouts the training does not notice, and the scores are the checkpoint's."""
+LAYOUTS = {
+    "tp2": "--tensor-model-parallel-size 2",
+    "dp2": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+}
+
+
+@pytest.mark.parametrize("layout", slow_unless_in(["tp2"], LAYOUTS))
+def test_two_processes_score_what_one_does(
+    tasks: Path, tokenizer: Path, tmp_path: Path, layout: str
+) -> None:
+    """The training does not notice, and the scores are the checkpoint's."""
     base = f"{base_for('--tokenizer-type')} --micro-batch-size 1 --train-iters 3"
     scores = f"--eval-tasks copa,piqa --eval-tasks-interval 2 --eval-tasks-data-dir {tasks}"
-    layouts = {
-        "tp2": "--tensor-model-parallel-size 2",
-        "dp2": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
-    }
     runs = {}
-    for name, flags in layouts.items():
-        for kind, more in {"plain": "", "scored": scores}.items():
-            words = training("partial", tokenizer, tmp_path / f"{kind}-{name}-run")
-            runs[f"{kind}-{name}"] = f"{base} {words} {flags} {more}"
+    for kind, more in {"plain": "", "scored": scores}.items():
+        words = training("partial", tokenizer, tmp_path / f"{kind}-run")
+        runs[kind] = f"{base} {words} {LAYOUTS[layout]} {more}"
     launch(runs, processes=2, folder=tmp_path)
-    for name in layouts:
-        lines = records(tmp_path / f"scored-{name}")
-        scored = [line for line in lines if "tasks" in line]
-        others = [without_time(line) for line in lines if "tasks" not in line]
-        assert others == [without_time(line) for line in records(tmp_path / f"plain-{name}")]
-        assert [line["iteration"] for line in scored] == [2, 3]
-        assert scored[-1]["tasks"] == _afterwards(tmp_path / f"scored-{name}-run", tasks)
+    lines = records(tmp_path / "scored")
+    scored = [line for line in lines if "tasks" in line]
+    others = [without_time(line) for line in lines if "tasks" not in line]
+    assert others == [without_time(line) for line in records(tmp_path / "plain")]
+    assert [line["iteration"] for line in scored] == [2, 3]
+    assert scored[-1]["tasks"] == _afterwards(tmp_path / "scored-run", tasks)
 
 
 def _afterwards(checkpoint: Path, tasks: Path) -> dict[str, Any]:

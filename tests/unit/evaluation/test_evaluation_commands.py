@@ -106,6 +106,7 @@ def check(folder: Path, ours: dict[str, Any]) -> None:
     assert stock_accuracy(folder) == pytest.approx(ours["accuracy"])
 
 
+@pytest.mark.slow  # a process of its own that imports everything
 def test_stock_lm_eval_on_the_exported_folder(
     one: Run, tasks: Path, ours: dict[str, Any], tmp_path: Path
 ) -> None:
