@@ -73,6 +73,10 @@ def one_node(tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
     return found
 
 
+def test_one_node_trains(one_node: list[Step]):
+    assert all(0 < step.loss < 10 for step in one_node)
+
+
 @pytest.mark.slow
 def test_two_nodes_train_as_one(one_node: list[Step], tmp_path: Path):
     """Two torchrun agents of one process each, which find each other by their rendezvous."""
@@ -158,6 +162,7 @@ def slurm_tools(folder: Path) -> Path:
     return tools
 
 
+@pytest.mark.slow
 def test_slurm_starts_the_same_training(one_node: list[Step], tmp_path: Path):
     """slurm.sh with stand-ins for srun and scontrol, run from a copy as Slurm does.
 
