@@ -18,8 +18,8 @@ from megatron_smlp.data.pairs.manifest import (
     find_manifest,
     is_whole,
 )
-from megatron_smlp.data.pairs.writer import PairWriter, publish
-from megatron_smlp.durable import LOCK, empty_locked, lock_folder, remove_locked
+from megatron_smlp.data.pairs.writer import PairWriter, lock_output, publish
+from megatron_smlp.durable import empty_locked, remove_locked
 from megatron_smlp.errors import DataError
 
 COPY_DOCUMENTS = 1 << 16
@@ -145,14 +145,6 @@ def _joined(manifests: list[Manifest], name: str) -> str:
     return "+".join(sorted(values)) or "document"
 
 
-def another_writes(output_prefix: str, folder: Path) -> str:
-    """Return what is said where a folder of unfinished output is locked."""
-    return (
-        f"another process is writing {output_prefix!r} (it holds {folder}/{LOCK}); wait for it, or "
-        "give another --output-prefix"
-    )
-
-
 @contextlib.contextmanager
 def scratch_folder(output_prefix: str) -> Iterator[Path]:
     """Make a folder beside the output, empty but for its lock, which is gone afterwards.
@@ -163,10 +155,7 @@ def scratch_folder(output_prefix: str) -> Iterator[Path]:
     check_output_prefix(output_prefix)
     check_manifest_path(Path(output_prefix + ".json"), pairs=[Path(output_prefix).name])
     folder = Path(output_prefix + ".merging")  # `.partial` is a preprocessing's, to be resumed
-    try:
-        lock = lock_folder(folder)
-    except BlockingIOError:
-        raise DataError(another_writes(output_prefix, folder)) from None
+    lock = lock_output(folder, output_prefix)
     try:
         empty_locked(folder)
         yield folder

@@ -13,17 +13,32 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smlp.data.pairs.indexed import bin_path, idx_path, in_parts, write_index
 from megatron_smlp.data.pairs.manifest import Manifest, PairRecord, fingerprint_of, sha256_of
-from megatron_smlp.durable import link_durably, naming_errors
+from megatron_smlp.durable import LOCK, link_durably, lock_folder, naming_errors
 from megatron_smlp.errors import DataError
 
 STREAMS = ("bin", "lengths", "sequences")
+
+
+def lock_output(folder: Path, output_prefix: str) -> IO[bytes]:
+    """Make a folder of unfinished output, and lock it until the returned file is closed.
+
+    Raises:
+        DataError: another process is at work there.
+    """
+    try:
+        return lock_folder(folder)
+    except BlockingIOError:
+        raise DataError(
+            f"another process is writing {output_prefix!r} (it holds {folder}/{LOCK}); wait for "
+            "it, or give another --output-prefix"
+        ) from None
 
 
 def append_to(path: Path, *, committed: int) -> BinaryIO:

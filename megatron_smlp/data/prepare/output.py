@@ -14,19 +14,23 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_smlp.data.pairs.combining import another_writes
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
     PairRecord,
     check_manifest_path,
     check_output_prefix,
 )
-from megatron_smlp.data.pairs.writer import PairWriter, append_to, flush_to_disk, publish
+from megatron_smlp.data.pairs.writer import (
+    PairWriter,
+    append_to,
+    flush_to_disk,
+    lock_output,
+    publish,
+)
 from megatron_smlp.data.prepare.chunks import Position
 from megatron_smlp.data.prepare.encoding import EncodedChunk
 from megatron_smlp.durable import (
     link_durably,
-    lock_folder,
     naming_errors,
     remove_locked,
     write_durably,
@@ -100,10 +104,7 @@ class PartialOutput:
         check_output_prefix(self.prefix)
         names = [Path(prefix).name for prefix in self._pair_prefixes()]
         check_manifest_path(Path(self.prefix + ".json"), pairs=names)
-        try:
-            self.lock = lock_folder(self.folder)
-        except BlockingIOError:
-            raise DataError(another_writes(self.prefix, self.folder)) from None
+        self.lock = lock_output(self.folder, self.prefix)
         return self
 
     def __exit__(self, *error: object) -> None:
