@@ -36,12 +36,12 @@ CURVE_COLUMNS = (
     *(*LOSSES, "validation_prices_loss", "validation_greedy_loss"),
     *("load_min", "load_max", "entropy", "drop_rate"),
 )
-SPEED_COLUMNS = (
-    *("system", "round", "seconds_per_iteration", "tokens_per_second", "tflops", "gemm_tflops"),
-    *("hardware", "processes", "steps"),
-)
 MACHINE = ("hardware", "processes", "steps")
 """Of a timing: rounds that differ in one of these are not put together."""
+SPEED_COLUMNS = (
+    *("system", "round", "seconds_per_iteration", "tokens_per_second", "tflops", "gemm_tflops"),
+    *MACHINE,
+)
 EVALUATION_COLUMNS = ("key", "system", "seed", "kind", "label", "value", "stderr", "count")
 TASK, ROUTING = "task", "routing"
 """Kinds of numbers in evaluations.csv; the others are those of evaluation/breakdown.py."""
