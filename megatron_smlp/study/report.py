@@ -367,6 +367,8 @@ NOT_COMPARABLE = (
 
 def _visible(each: Comparison) -> str:
     value = each.found.visible
+    if value is None:
+        return "n/a"
     return _number(math.exp(value) if each.is_ratio and math.isfinite(value) else value)
 
 

@@ -49,8 +49,9 @@ class Difference:
     sd: float
     df: float
     """Degrees of freedom of its interval."""
-    visible: float
-    """The smallest difference that as many seeds can see; infinite for one seed."""
+    visible: float | None = None
+    """The smallest difference that as many seeds can see, infinite for one seed. It depends on how
+    many comparisons a claim has: of `with_holm`, None before."""
 
 
 def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
@@ -67,17 +68,11 @@ def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
     test, sd = stats.ttest_1samp(values, 0.0), float(np.std(values, ddof=1))
     low, high = test.confidence_interval(1 - ALPHA)
     p = float(test.pvalue) if values.any() else 1.0
-    return Difference(
-        mean=mean, low=float(low), high=float(high), p=p, n=n, sd=sd, df=n - 1,
-        visible=visible(sd, n),
-    )  # fmt: skip
+    return Difference(mean=mean, low=float(low), high=float(high), p=p, n=n, sd=sd, df=n - 1)
 
 
 def _unknown(mean: float, n: int) -> Difference:
-    return Difference(
-        mean=mean, low=-math.inf, high=math.inf, p=1.0, n=n, sd=math.nan, df=math.nan,
-        visible=math.inf,
-    )  # fmt: skip
+    return Difference(mean=mean, low=-math.inf, high=math.inf, p=1.0, n=n, sd=math.nan, df=math.nan)
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -87,21 +82,16 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(array.mean() - half), float(array.mean() + half)
 
 
-def visible(sd: float, n: int, *, df: float | None = None, comparisons: int = 1) -> float:
-    """Return the smallest difference that n seeds with this deviation find with POWER.
-
-    Args:
-        df: degrees of freedom; None: n - 1.
-        comparisons: of the claim, whose first must have ALPHA over so many.
-    """
-    if n < 2:
+def visible(found: Difference, *, comparisons: int = 1) -> float:
+    """Return the smallest difference that as many seeds with this deviation find with POWER; of a
+    claim of so many comparisons, whose first must have ALPHA over that number."""
+    if not math.isfinite(found.sd):
         return math.inf
-    df = n - 1 if df is None else df
-    critical = stats.t.ppf(1 - ALPHA / comparisons / 2, df)
+    critical = stats.t.ppf(1 - ALPHA / comparisons / 2, found.df)
     shift = optimize.brentq(
-        lambda shift: stats.nct.sf(critical, df, shift) - POWER, 0, 10 * critical
+        lambda shift: stats.nct.sf(critical, found.df, shift) - POWER, 0, 10 * critical
     )
-    return float(shift * sd / math.sqrt(n))
+    return float(shift * found.sd / math.sqrt(found.n))
 
 
 def plus(one: Difference, other: Difference) -> Difference:
@@ -129,10 +119,8 @@ def with_error(found: Difference, error: float, *, df: float = math.inf) -> Diff
     spread = sum(square**2 / df for square, df in parts)
     df = min(MOST_DF, whole**4 / spread) if spread else MOST_DF
     half, sd = float(stats.t.ppf(1 - ALPHA / 2, df)) * whole, whole * math.sqrt(n)
-    return Difference(
-        mean=mean, low=mean - half, high=mean + half, n=n, sd=sd, df=df,
-        p=float(2 * stats.t.sf(abs(mean) / whole, df)), visible=visible(sd, n, df=df),
-    )  # fmt: skip
+    p = float(2 * stats.t.sf(abs(mean) / whole, df))
+    return Difference(mean=mean, low=mean - half, high=mean + half, p=p, n=n, sd=sd, df=df)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -150,15 +138,9 @@ def with_holm[K](differences: Mapping[K, Difference]) -> dict[K, Difference]:
     with what is visible to the first of Holm's steps."""
     adjusted = holm([each.p for each in differences.values()])
     return {
-        name: replace(each, p=p, visible=_visible_of(each, comparisons=len(differences)))
+        name: replace(each, p=p, visible=visible(each, comparisons=len(differences)))
         for (name, each), p in zip(differences.items(), adjusted, strict=True)
     }
-
-
-def _visible_of(each: Difference, *, comparisons: int) -> float:
-    if not math.isfinite(each.visible):
-        return each.visible
-    return visible(each.sd, each.n, df=each.df, comparisons=comparisons)
 
 
 def verdict(difference: Difference, *, null: float = 0.0) -> str:
@@ -215,7 +197,7 @@ def log_ratio(one: Mapping[int, float], other: Mapping[int, float]) -> Differenc
 
 
 def exponential(logarithms: Difference) -> Difference:
-    """Return a ratio, as a geometric mean; `sd` and `visible` stay those of the logarithms."""
+    """Return a ratio, as a geometric mean; `sd`, and so `visible`, is that of the logarithms."""
     mean, low, high = (math.exp(x) for x in (logarithms.mean, logarithms.low, logarithms.high))
     return replace(logarithms, mean=mean, low=low, high=high)
 

@@ -349,7 +349,10 @@ def test_batches_by_a_schedule_are_shown_as_such():
         "--architecture gmlp --profile --use-pytorch-profiler --log-dir x",
     ],
 )
-def test_what_works_is_allowed(parse: Parse, words: str):
+def test_what_works_is_allowed(
+    parse: Parse, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # Megatron opens the folder of TensorBoard when it has parsed
     assert parse(words)
 
 
