@@ -1,6 +1,7 @@
 """Ctrl-C in all programs: a handler that is remembered, and errors that only follow from it.
 
-A training ends by training/signals.py, which saves first.
+A training ends by training/signals.py, which saves first; every other program by program.py, and
+launchers by launching/supervisor.py.
 """
 
 from __future__ import annotations

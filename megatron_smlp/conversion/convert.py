@@ -24,7 +24,7 @@ from megatron_smlp.conversion import (
     huggingface,
     llama,
     megatron_model,
-    resharding,
+    rewriting,
     upcycling,
 )
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
@@ -129,7 +129,7 @@ def to_torch_dist(options: Options, say: Say = print) -> None:
     """Convert weights in any format to a Megatron checkpoint of them."""
     with one_process():
         weights = _weights(options)
-        resharding.check_layout(weights.flags, options.layout)
+        rewriting.check_layout(weights.flags, options.layout)
         with _release(options, weights, weights.flags, weights.source) as folder:
             if options.checks:
                 tokens = _tokens(weights.flags)
@@ -148,9 +148,9 @@ def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
     with one_process():
         _account(checkpoint, checkpoint.specs, checkpoint.flags, str(checkpoint.folder))
         source, flags = _padded(options, checkpoint, checkpoint.all_specs, checkpoint.flags)
-        resharding.check_layout(flags, options.layout)
+        rewriting.check_layout(flags, options.layout)
         with _whole(options, checkpoint.folder) as folder:
-            resharding.copy(checkpoint, source, folder, flags, options.layout)
+            rewriting.copy(checkpoint, source, folder, flags, options.layout)
             keep_tokenizer(checkpoint.args, folder)
             if options.checks:
                 tokens = _tokens(flags)
@@ -166,7 +166,7 @@ def upcycle(options: Options, say: Say = print) -> None:
         dense = _weights(options)
         flags = upcycling.target_flags(dense.flags, options.model)
         huggingface.config_of(flags)  # which knows what sizes fit
-        resharding.check_layout(flags, options.layout)
+        rewriting.check_layout(flags, options.layout)
         expected = megatron_model.expected_shapes(flags)
         plan = upcycling.plan(dense.source.specs, expected, flags)
         sparse = Converted(plan, dense.source, expected, where=dense.where)

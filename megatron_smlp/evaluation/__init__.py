@@ -1,0 +1,1 @@
+"""Perplexity and zero-shot tasks of a checkpoint, alone and during a training."""

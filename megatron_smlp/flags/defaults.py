@@ -1,7 +1,8 @@
 """The second phase: defaults that depend on other flags, on the machine or on the checkpoint.
 
-A flag that was given is kept; values that cannot be kept are refused in the third phase, none is
-here. What a CPU needs is the platform's: cpu.set_flags.
+Constants stand with their flags, in options.py. A flag that was given is kept; values that cannot
+be kept are refused in the third phase, none is here. What a CPU needs is the platform's:
+cpu.set_flags.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
 from megatron_smlp.options import NEVER_OLDER, OUR_FLAGS
-from megatron_smlp.platform import cpu
+from megatron_smlp.platform import choice, cpu
 from megatron_smlp.restart_note import RESTART
 from megatron_smlp.routers.hash_table import BALANCED
 from megatron_smlp.systems import ARCHITECTURES, SPECS, TOKEN_ROUTERS, weighs_all_experts
@@ -35,6 +36,7 @@ def fill_in(args: argparse.Namespace) -> None:
     _fill_in_from_checkpoint(args)
     if args.tokenizer_type is None and args.vocab_file and args.merge_file:
         args.tokenizer_type = "GPT2BPETokenizer"  # Megatron's default
+    choice.limit_connections(args)
     cpu.set_flags(args)
 
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,18 +63,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
     args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
     args.command_line = argv
     args.data_contents = {}  # by prefix; training/data.py looks
-    _limit_cuda_connections(args)
     return args
-
-
-def _limit_cuda_connections(args: argparse.Namespace) -> None:
-    """Megatron insists on one connection under tensor parallelism, FSDP refuses it.
-
-    CUDA reads it when it starts, which importing Megatron may do: the launchers export it.
-    """
-    sharded = args.use_torch_fsdp2 or args.use_megatron_fsdp
-    if args.tensor_model_parallel_size > 1 and not sharded:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def build_parser() -> argparse.ArgumentParser:

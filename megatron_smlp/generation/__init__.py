@@ -1,0 +1,1 @@
+"""Texts that a checkpoint continues, and the model behind them, which serving shares."""

@@ -1,4 +1,7 @@
-"""Notice that the rendezvous does not answer any more, and that machines are waited for."""
+"""Notice that the rendezvous does not answer any more, and that machines are waited for.
+
+How long a start waits for machines is in settings.py.
+"""
 
 from __future__ import annotations
 

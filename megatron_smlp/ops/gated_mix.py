@@ -14,7 +14,7 @@ Routed, a head of a sample has an expert e up to token P, and another from there
 
 Letters: T tokens, B samples, H heads, K = H f features, head h(k) = k // f; N = B f; E matrices.
 
-Triton kernels (kernels/gating.py, kernels/gelu_norm.py), which read and write [T, B, K] where it
+Triton kernels (kernels/gated_mix.py, kernels/gelu_norm.py), which read and write [T, B, K] where it
 lies. What the parts need one after another, copies by head among them, is in causal_mix.py,
 layers/spatial_gating.py and layers/feature_moe.py: that is the slow twin, and what runs where the
 kernels cannot.
@@ -309,7 +309,7 @@ def _gate(
     prefix: int,
 ) -> tuple[Tensor, Tensor]:
     """y, and what the backward needs: g, or the product where it is routed."""
-    from megatron_smlp.ops.kernels import gating as kernels
+    from megatron_smlp.ops.kernels import gated_mix as kernels
 
     out, mixed = values.new_empty(values.shape), values.new_empty(values.shape)
     if values.numel() == 0:
@@ -339,7 +339,7 @@ def _gradients_of_gate(
     of_u1: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """dg, and dc, which is empty where nothing is routed; du1 is written into of_u1."""
-    from megatron_smlp.ops.kernels import gating as kernels
+    from megatron_smlp.ops.kernels import gated_mix as kernels
 
     tokens, batch, features = mixed.shape
     heads = len(bias) if experts is None else experts.shape[-1]
@@ -370,7 +370,7 @@ def _gradients_of_values(
     upstream: Tensor, weight: Tensor, experts: Tensor | None, scales: Tensor | None, prefix: int
 ) -> Tensor:
     """dv. upstream: dg, contiguous."""
-    from megatron_smlp.ops.kernels import gating as kernels
+    from megatron_smlp.ops.kernels import gated_mix as kernels
 
     of_values = upstream.new_empty(upstream.shape)
     if upstream.numel() == 0:
@@ -396,7 +396,7 @@ def _gradients_of_weights(
     prefix: int,
 ) -> tuple[Tensor, Tensor]:
     """dM and db."""
-    from megatron_smlp.ops.kernels import gating as kernels
+    from megatron_smlp.ops.kernels import gated_mix as kernels
 
     matrices, tokens = bias.shape
     of_weight = bias.new_empty((matrices, tokens, tokens), dtype=weight_dtype)

@@ -1,4 +1,5 @@
-"""The device that a process computes on: CUDA where torch finds it, else or by choice the CPU.
+"""The device that a process computes on: CUDA where torch finds it, else or by choice the CPU; and
+what a process says to CUDA through its environment.
 
 Without a GPU that works, everything here runs on the CPU platform (platform/cpu.py). That is for
 machines that have none: a job whose driver is too old for torch's CUDA build would otherwise train
@@ -8,13 +9,14 @@ choice must be made before anything starts CUDA.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_smlp.errors import UsageError
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
+VISIBLE, CONNECTIONS = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS"
 DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
@@ -52,6 +54,16 @@ def check(platform: str = "auto") -> None:
         "(docs/gpus.md). To compute on the CPU on purpose: --platform cpu, or "
         f"{VISIBLE} set to nothing."
     )
+
+
+def limit_connections(args: argparse.Namespace) -> None:
+    """Megatron insists on one connection under tensor parallelism, FSDP refuses it.
+
+    CUDA reads it when it starts, which importing Megatron may do: the launchers export it.
+    """
+    is_sharded = args.use_torch_fsdp2 or args.use_megatron_fsdp
+    if args.tensor_model_parallel_size > 1 and not is_sharded:
+        os.environ.setdefault(CONNECTIONS, "1")
 
 
 def has_nvidia_device() -> bool:

@@ -1,0 +1,1 @@
+"""Routers of tokens and of features; ../systems.py has the table that names them."""

@@ -1,0 +1,1 @@
+"""A checkpoint behind an HTTP server with OpenAI's completions."""

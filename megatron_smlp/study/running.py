@@ -1,4 +1,7 @@
-"""A worker: takes one run after another until nothing of the study is left for it to do."""
+"""A worker: takes one run after another until nothing of the study is left for it to do.
+
+The order is that of plan.py; state.py says which are free.
+"""
 
 from __future__ import annotations
 

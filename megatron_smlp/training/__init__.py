@@ -1,0 +1,1 @@
+"""A pretraining run around Megatron's loop: data, step, reporting, signals."""

@@ -1,4 +1,7 @@
-"""metrics.jsonl: what a run logged, an object a line. docs/metrics.md names every field."""
+"""metrics.jsonl: what a run logged, an object a line.
+
+reporting.py makes the lines; docs/metrics.md names every field.
+"""
 
 from __future__ import annotations
 

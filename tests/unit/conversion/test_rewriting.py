@@ -15,7 +15,7 @@ from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import flags_of
-from megatron_smlp.conversion.resharding import ANY_LAYOUT, check_layout
+from megatron_smlp.conversion.rewriting import ANY_LAYOUT, check_layout
 from megatron_smlp.errors import UsageError
 
 MODEL = "--architecture transformer --num-attention-heads 4 --log-interval 1"
