@@ -23,7 +23,7 @@ class UsageError(UserError):
 
 
 class NonFiniteLossError(UserError):
-    """A loss was NaN or infinite and the run was told to stop at one."""
+    """A loss or the gradient norm was NaN or infinite, and the run was told to stop at one."""
 
     exit_code = 3
 

@@ -278,7 +278,8 @@ class RunOptions:
     """Folder of metrics.jsonl and megatron.log (default: the --save folder)."""
 
     nonfinite_loss: Literal["stop", "skip"] = "stop"
-    """At a loss that is NaN or infinite: stop the run, or skip that step's update."""
+    """At a loss or a gradient norm that is NaN or infinite: stop the run, or skip that step's
+    update."""
 
     optimizer_checkpoint: Literal["any_layout", "data_parallel"] = "any_layout"
     """The format of a distributed optimizer's state. any_layout: whole tensors, gathered over the

@@ -117,7 +117,8 @@ def _fill_in_schedule(args: argparse.Namespace) -> None:
     if not args.use_checkpoint_opt_param_scheduler:
         # Megatron would stop with a traceback where a checkpoint has another --lr or --train-iters.
         args.override_opt_param_scheduler = True
-    # Ours does the same in lockstep over the ranks, and can skip the step: --nonfinite-loss.
+    # Ours looks at losses and at the norm, in lockstep over the ranks, and can skip the step:
+    # --nonfinite-loss.
     args.check_for_nan_in_loss_and_grad = False
     if "rerun_mode" not in args.explicit_flags and not args.check_for_large_grads:
         # Nothing else here asks for a step to be run again. Megatron would keep the batches and

@@ -55,7 +55,7 @@ class Observer(Protocol):
 def installed(
     observer: Observer,
     *,
-    may_update: Callable[[], bool],
+    may_update: Callable[[float | None], bool],
     before_update: Callable[[], None] = lambda: None,
     computed: Callable[[], None] = lambda: None,
     begins: Callable[[], None] = lambda: None,
@@ -63,8 +63,8 @@ def installed(
     """Wrap the functions for the time of one `pretrain`, and put the originals back.
 
     Args:
-        may_update: False holds a step's optimizer update back. Is asked once a step, when the
-            gradient norm is known.
+        may_update: is given the gradient norm, None where a loss scaler has overflowed; False holds
+            the step's optimizer update back. Is asked once a step.
         before_update: is called when the gradients are there.
         computed: is called when the last backward pass of a step is done, and before its gradients
             are summed over the ranks.
@@ -93,12 +93,13 @@ class _Updates:
         self,
         observer: Observer,
         *,
-        may_update: Callable[[], bool],
+        may_update: Callable[[float | None], bool],
         before_update: Callable[[], None],
     ) -> None:
         self.observer = observer
         self.may_update, self.before_update = may_update, before_update
         self.learning_rate: float | None = None
+        self.grad_norm: float | None = None
 
     def around_setup(self, setup: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(setup)
@@ -114,12 +115,18 @@ class _Updates:
 
     def _guarded(self, optimizer: Any) -> Callable[[], Any]:
         step, update = optimizer.step, optimizer.step_with_ready_grads
+        get_norm = optimizer.get_grad_norm
+
+        def noted_norm() -> float:
+            self.grad_norm = get_norm()
+            return self.grad_norm
 
         @functools.wraps(step)
         def wrapped() -> Any:
             self.learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
+            self.grad_norm = None
             self.before_update()
-            may_update = functools.cache(self.may_update)
+            may_update = functools.cache(lambda: self.may_update(self.grad_norm))
             optimizer.step_with_ready_grads = lambda: may_update() and update()
             done = step()
             # Where fp16 overflowed, the update was left out before anybody asked. Not successful,
@@ -127,6 +134,7 @@ class _Updates:
             # the learning rate schedule where it is.
             return done if may_update() else (False, None, None)
 
+        optimizer.get_grad_norm = noted_norm
         return wrapped
 
     def around_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:

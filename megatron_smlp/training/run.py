@@ -72,7 +72,7 @@ class Run:
             rank_messages.installed(self.agreement.take),
             training_loop.installed(
                 observe(self.reporter),
-                may_update=lambda: may_update(self.args, self.agreement, self.say),
+                may_update=lambda norm: may_update(self.args, self.agreement, self.say, norm),
                 before_update=self.agreement.send,
                 computed=self.own_part.end,
                 begins=self.reporter.ready,

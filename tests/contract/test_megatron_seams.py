@@ -456,7 +456,7 @@ class TestTrainingLoop:
         from megatron_smlp.megatron_patches import training_loop
 
         before = dict(vars(training))
-        with training_loop.installed(SimpleNamespace(), may_update=lambda: True):
+        with training_loop.installed(SimpleNamespace(), may_update=lambda norm: True):
             changed = {name for name, value in vars(training).items() if before[name] is not value}
         assert changed == {
             "setup_model_and_optimizer", "train", "training_log", "evaluate",
@@ -481,14 +481,18 @@ class TestTrainingLoop:
                 order.append("update")
                 return True
 
-            def step(self) -> tuple[bool, float | None, None]:
+            def get_grad_norm(self) -> float:
                 order.append("norm")
+                return 0.5
+
+            def step(self) -> tuple[bool, float | None, None]:
                 if self.overflows:
                     return False, None, None
-                return self.step_with_ready_grads(), 0.5, None
+                norm = self.get_grad_norm()
+                return self.step_with_ready_grads(), norm, None
 
-        def may_update() -> bool:
-            order.append("asked")
+        def may_update(norm: float | None) -> bool:
+            order.append(f"asked with {norm}")
             return is_finite
 
         updates = _Updates(
@@ -497,18 +501,20 @@ class TestTrainingLoop:
             before_update=lambda: order.append("sent"),
         )
         for overflows in (False, True):
+            order.clear()
             done = updates._guarded(Optimizer(overflows))()
             updated = is_finite and not overflows
             assert done == ((True, 0.5, None) if updated else (False, None, None))
-            assert order == ["sent", "norm", "asked", *(["update"] if updated else [])]
-            order.clear()
+            asked = ["asked with None"] if overflows else ["norm", "asked with 0.5"]
+            assert order == ["sent", *asked, *(["update"] if updated else [])]
 
-    def test_an_optimizer_asks_itself_for_the_update(self):
+    def test_an_optimizer_asks_itself_for_the_norm_and_the_update(self):
         """What is put in its place on the object is what `step` calls."""
         from megatron.core.optimizer.optimizer import ChainedOptimizer
 
         source = inspect.getsource(ChainedOptimizer.step)
         assert "self.step_with_ready_grads()" in source
+        assert "self.get_grad_norm()" in source
 
     def test_gradients_are_summed_by_the_function_that_is_wrapped(self):
         """`train` looks it up when it begins, and calls it when the backward passes are done."""

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.in_process import pretrained
 
 from megatron_smlp.errors import NonFiniteLossError, UsageError
+from megatron_smlp.training.step import ForwardStep
 
 GMLP = "--architecture gmlp --log-interval 1"
 # Steps so large that the weights are useless after the first: the loss of the second is not finite.
@@ -203,6 +205,27 @@ class TestNonFiniteLoss:
         # JSON has no NaN: a reader that follows the standard must get through.
         assert all(isinstance(step["loss"], float | str) for step in steps)
         assert not math.isfinite(float(steps[1]["loss"]))
+
+    @pytest.mark.parametrize("clip_grad", [0, 1])
+    def test_gradients_under_a_finite_loss(
+        self, clip_grad: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """The root's derivative at 0 is infinite, times the 0 within: NaN, as of an overflow."""
+        whole = ForwardStep._loss
+
+        def overflowing(*given: Any) -> Any:
+            loss, *rest = whole(*given)
+            return (loss + torch.sqrt(loss * 0), *rest)
+
+        monkeypatch.setattr(ForwardStep, "_loss", overflowing)
+        flags = f"{GMLP} --clip-grad {clip_grad} --log-dir {tmp_path}"
+        message = "gradient norm nan under a finite loss at iteration 1: stopped before"
+        with pytest.raises(NonFiniteLossError, match=message), pretrained(flags):
+            pass
+        with pretrained(f"{flags} --nonfinite-loss skip"):
+            steps = [record for record in records(tmp_path) if "loss" in record]
+        assert [step["skipped"] for step in steps] == [True] * 4
+        assert all(math.isfinite(step["loss"]) for step in steps)
 
 
 class TestData:
