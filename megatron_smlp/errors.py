@@ -1,6 +1,6 @@
 """Errors for the user: one line that names the thing, its value, what is allowed, what to do.
 
-program.py prints them. Which process speaks for all is said by `every_rank`.
+program.py prints them. Which processes print it is said by `speaker`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ class UserError(ValueError):
     """Its text is shown as it is, without a traceback; the process ends with `exit_code`."""
 
     exit_code = 1
-    every_rank = True
-    """Whether all ranks raise it together, so that rank 0 can speak for them."""
+    speaker = "RANK"
+    """The variable that is 0 in a process that speaks for the others. Here they raise it together;
+    with LOCAL_RANK one machine may be alone, with an empty name one process."""
 
 
 class UsageError(UserError):
     """A flag, a file or a combination of them is wrong."""
 
     exit_code = 2
+    speaker = "LOCAL_RANK"  # of one machine, as a driver or a data mount may be
 
 
 class NonFiniteLossError(UserError):
@@ -35,7 +37,7 @@ class AccountingError(UserError):
 class CheckpointError(UserError):
     """A checkpoint cannot be loaded or saved. Any rank may be the only one that sees it."""
 
-    every_rank = False
+    speaker = ""
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -49,7 +51,7 @@ class SaveError(UserError):
 class TakenOverError(UserError):
     """Another run writes into the folder of this one; any rank may be the only one that sees it."""
 
-    every_rank = False
+    speaker = ""
 
 
 class NoGoodCheckpointError(UserError):
@@ -63,7 +65,7 @@ class UnsafeCheckpointError(CheckpointError):
 class FileError(UserError):
     """A file of the user's; any rank may be the only one that sees it."""
 
-    every_rank = False
+    speaker = ""
 
 
 class DataError(UserError):

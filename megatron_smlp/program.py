@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +18,9 @@ from megatron_smlp.ctrl_c import is_interruption, noting_interruptions
 from megatron_smlp.errors import FileError, UserError
 
 
-def is_first_rank() -> bool:
-    """Return whether this process may speak for all, before there is a process group too."""
-    return int(os.environ.get("RANK", "0")) == 0
+def _is_zero(variable: str) -> bool:
+    """Return whether torchrun has set it to 0, or not at all: before there is a process group."""
+    return int(os.environ.get(variable, "0")) == 0
 
 
 def _end_workers() -> None:
@@ -44,12 +45,13 @@ def readable_errors(program: str) -> Iterator[None]:
                     raise KeyboardInterrupt from error
                 raise
     except UserError as error:
-        if not error.every_rank or is_first_rank():
-            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        if _is_zero(error.speaker):
+            machine = "" if _is_zero("RANK") else f" on {socket.gethostname()}"
+            print(f"{program}{machine}: error: {error}", file=sys.stderr, flush=True)
         _end_workers()
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt as error:
-        if is_first_rank():
+        if _is_zero("RANK"):
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
         _end_workers()
         _never_collect(error)

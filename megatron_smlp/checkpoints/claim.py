@@ -113,14 +113,17 @@ class Claim:
     Args:
         folder: exists.
         say: is told of an owner that is being watched, once.
+        patience: seconds in which an owner that is alive may end: of a run that is started again,
+            ranks that are cut off from it wait for their own timeout.
 
     Raises:
         UsageError: another process writes there.
         OSError: the claim cannot be written.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None], *, patience: float = 0.0) -> None:
         self.folder, self.say = folder, say
+        self.gives_up = time.monotonic() + patience
         self.owner = Owner.here()
         self.before: PreviousOwner | None = None
         self.iteration = 0
@@ -171,10 +174,12 @@ class Claim:
             if not _path(self.folder, number).exists() or (now and now.is_gone()):
                 return
             if now and owner and now.beat != owner.beat:
-                raise UsageError(
-                    f"--save {self.folder} is being written by {now}: end that run first, or give "
-                    "another --save."
-                )
+                if time.monotonic() > self.gives_up:
+                    raise UsageError(
+                        f"--save {self.folder} is being written by {now}: end that run first, or "
+                        "give another --save."
+                    )
+                owner, deadline = now, time.monotonic() + LIFETIME
             owner = owner or now
 
     def _link(self, number: int) -> bool:

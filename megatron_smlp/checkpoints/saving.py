@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_smlp.checkpoints import integrity, retention
-from megatron_smlp.checkpoints.claim import DONE, FAILED, Claim, PreviousOwner
+from megatron_smlp.checkpoints.claim import DONE, FAILED, LIFETIME, Claim, PreviousOwner
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
     iteration_of,
@@ -40,7 +40,10 @@ from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.durable import replace_folder, write_durably
 from megatron_smlp.errors import SaveError, TakenOverError, UsageError
+from megatron_smlp.restart_note import noted_cause
 
+MARGIN = 15.0
+"""Seconds within which an answer reaches ranks that would wait no longer."""
 SHARING = 30.0
 """Seconds in which a file of one machine is seen by the others that share its folder."""
 
@@ -128,7 +131,7 @@ class Saving:
 
     def _take(self) -> str:
         try:
-            self.claimed = Claim(Path(self.args.save), self.listener.say)
+            self.claimed = Claim(Path(self.args.save), self.listener.say, patience=self._patience())
         except UsageError as error:
             return str(error)
         except OSError as error:
@@ -140,6 +143,12 @@ class Saving:
         if self.claimed.before:
             self.listener.found(self.claimed.before)
         return ""
+
+    def _patience(self) -> float:
+        """Return for how long a restart lets the run's old ranks end: the new ones wait in the
+        collective that tells them, and the last look at a silent owner takes LIFETIME."""
+        timeout = 60.0 * self.args.distributed_timeout_minutes
+        return max(0.0, timeout - LIFETIME - MARGIN) if noted_cause() else 0.0
 
     def _check_shared(self, claim: Path) -> None:
         deadline = time.monotonic() + SHARING

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from megatron_smlp.launching.exit_codes import (
     FOR_GOOD,
     MISSING,
     NO_PROGRESS,
+    WRONG_USE,
     end_of,
     say,
 )
@@ -43,7 +44,7 @@ from megatron_smlp.launching.parent import AGENT_PID, end_with_parent
 from megatron_smlp.launching.rendezvous_watch import Watch
 from megatron_smlp.launching.settings import CLOSING
 from megatron_smlp.megatron_patches import elastic_agent
-from megatron_smlp.restart_note import note_cause
+from megatron_smlp.restart_note import RESTART, cause_of, note_cause
 
 PATIENCE = 30
 """Seconds that ranks get to end where others are gone, so that they cannot save."""
@@ -88,7 +89,7 @@ class Agent(LocalElasticAgent):
         codes = [failure.exitcode for failure in result.failures.values()]
         cause = causes[0] if causes else "the ranks hang in the kernel"
         self.failures.add()
-        self.code = next((code for code in codes if code in FOR_GOOD), 1)
+        self.code = next((code for code in codes if self._ends_all(code)), 1)
         if self.code == 1 and self.failures.count >= Failures.LIMIT:
             self.code = NO_PROGRESS
             say(f"{cause}; {self.failures} after {self.failures.count} failures: giving up.")
@@ -99,6 +100,14 @@ class Agent(LocalElasticAgent):
         else:
             say(f"{cause}.")
         self._remaining_restarts = 0
+
+    def _ends_all(self, code: int) -> bool:
+        """Return whether a rank's exit code is the run's.
+
+        Wrong flags are wrong on the first machine too. What another one alone refuses is of its
+        own, as a driver or a mount that is missing: it may be mended, or a spare take over.
+        """
+        return code in FOR_GOOD and (code != WRONG_USE or self._worker_group.group_rank == 0)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state == WorkerState.HEALTHY:
@@ -170,6 +179,7 @@ class _ReenterableRendezvous:
             self.is_new = False
         info = self.handler.next_rendezvous()
         self.round, self.spare_of = info.store, None
+        agree_on_restart(info.store, machines=info.world_size, environment=os.environ)
         return info
 
     def _see_who_lives(self) -> None:
@@ -245,6 +255,29 @@ class _ReenterableRendezvous:
                 leave = dynamic_rendezvous._RendezvousExitOp()
                 self.handler._op_executor.run(leave, time.monotonic() + self.LOOKS)
         return True
+
+
+def agree_on_restart(store: Any, *, machines: int, environment: MutableMapping[str, str]) -> None:
+    """Leave the note of a restart on every machine of a round where one of them has it.
+
+    A machine that has seen no failure, as a spare or one that comes back, would obey flags of the
+    first start (--ckpt-step, --no-resume, --finetune) that the others have done with.
+
+    Args:
+        store: the round's own.
+        environment: of the ranks that start next.
+
+    Raises:
+        torch.distributed.DistStoreError: another one is gone before it has answered.
+    """
+    note, everyone = environment.get(RESTART), "all know of restarts"
+    if note:
+        store.set(RESTART, note)
+    if store.add("machines that know of restarts", 1) == machines:
+        store.set(everyone, "")
+    store.wait([everyone])
+    if not note and store.check([RESTART]):
+        note_cause(cause_of(store.get(RESTART).decode()), environment)
 
 
 def main(words: Sequence[str]) -> int:

@@ -6,9 +6,12 @@ import signal
 import socket
 import sys
 
+from megatron_smlp.errors import NonFiniteLossError, UsageError
+
 NO_PROGRESS = 93
 """The exit code of a run that fails without a newer checkpoint: starting it again is of no use."""
-FOR_GOOD = (2, 3, NO_PROGRESS)
+WRONG_USE = UsageError.exit_code
+FOR_GOOD = (WRONG_USE, NonFiniteLossError.exit_code, NO_PROGRESS)
 """Exit codes after which a run is not started again: of wrong flags and of a loss that is not
 finite too, since both would come again."""
 CLOSED = 76

@@ -23,7 +23,7 @@ from megatron_smlp.unwritable_log import UnwritableLog
 class FolderError(UsageError):
     """A folder that a run writes to; any rank may be the only one that sees it."""
 
-    every_rank = False
+    speaker = ""
 
 
 class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):

@@ -22,7 +22,7 @@ State = tuple[tuple[int, ...], ...]
 class ChangedDataError(DataError):
     """A dataset is no longer what a run began with. Any rank may be the only one that sees it."""
 
-    every_rank = False
+    speaker = ""
 
     def __init__(self, text: str) -> None:
         # A data loader's worker passes its traceback on, the last line of which is the message.

@@ -145,6 +145,25 @@ def test_an_owner_elsewhere_that_beats_is_alive_whatever_its_clock_says(tmp_path
 
 
 @pytest.mark.usefixtures("quick")
+def test_an_owner_that_is_about_to_end_may_be_waited_for(tmp_path: Path):
+    """As the ranks of a run that is started again, which are cut off from it."""
+    Claim(tmp_path, say).release(DONE)
+    elsewhere(tmp_path)
+
+    def beat_and_end() -> None:
+        for beat in (1, 2, 3):
+            time.sleep(0.4)
+            newest = elsewhere(tmp_path, beat=beat)
+        time.sleep(0.4)
+        newest.write_text(json.dumps(owner(tmp_path) | {"outcome": FAILED}), encoding="utf-8")
+
+    with beside(beat_and_end):
+        claim = Claim(tmp_path, say, patience=60)
+    assert claim.number == 2
+    claim.release(DONE)
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_claim_that_cannot_be_read_now_is_nobodys_death(tmp_path: Path):
     Claim(tmp_path, say).release(DONE)
     newest = elsewhere(tmp_path)

@@ -1,0 +1,59 @@
+"""What the agents of a round tell each other, over torch's own stores."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from torch.distributed import DistStoreError, FileStore, HashStore, PrefixStore, Store
+
+from megatron_smlp.launching.agent import agree_on_restart
+from megatron_smlp.restart_note import RESTART, note_cause
+
+LONG_AGO = -1e9
+"""On the clock of another machine, which began to run at another time."""
+
+
+def store_of(kind: str, folder: Path) -> Store:
+    return HashStore() if kind == "memory" else FileStore(str(folder / "store"), -1)
+
+
+def causes_after(store: Store, *environments: dict[str, str]) -> list[str | None]:
+    """The causes that each machine's ranks are told in a round of these."""
+    store.set_timeout(timedelta(seconds=20))
+
+    def meet(environment: dict[str, str]) -> str | None:
+        agree_on_restart(store, machines=len(environments), environment=environment)
+        return json.loads(environment[RESTART])["cause"] if RESTART in environment else None
+
+    with ThreadPoolExecutor(len(environments)) as machines:
+        return list(machines.map(meet, environments))
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_a_machine_that_has_seen_no_failure_learns_of_it(kind: str, tmp_path: Path):
+    whole = store_of(kind, tmp_path)
+    first, second, spare = {}, {}, {}
+    assert causes_after(PrefixStore("1", whole), first, second) == [None, None]
+    note_cause("rank 3 ended with 1", first)
+    note_cause("a machine went", second)
+    own = dict(first)
+    (here, there, new) = causes_after(PrefixStore("2", whole), first, second, spare)
+    assert (here, there) == ("rank 3 ended with 1", "a machine went")
+    assert new in (here, there)
+    assert first == own
+
+
+def test_the_clock_of_a_note_is_that_of_its_reader():
+    failed = {RESTART: json.dumps({"cause": "it", "noticed": LONG_AGO})}
+    spare: dict[str, str] = {}
+    assert causes_after(HashStore(), failed, spare) == ["it", "it"]
+    assert json.loads(spare[RESTART])["noticed"] > LONG_AGO
+
+
+def test_a_machine_that_goes_before_it_answers_is_not_waited_for_for_ever():
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=0.1))
+    with pytest.raises(DistStoreError):
+        agree_on_restart(store, machines=2, environment={})
