@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import io
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 
 class UnwritableLog:
     """Says once, on standard error, that lines of `path` are lost."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = path
         self.is_said = False
 
@@ -23,9 +27,58 @@ class UnwritableLog:
         except OSError as error:
             if not self.is_said:
                 self.is_said = True
-                print(
-                    f"WARNING: {self.path} cannot be written ({error.strerror}): its lines are "
-                    "LOST as long as that is so; the run goes on. Make room there.",
-                    file=sys.__stderr__,
-                    flush=True,
-                )
+                with contextlib.suppress(OSError):  # as where both are one pipe
+                    print(
+                        f"WARNING: {self.path} cannot be written ({error.strerror}): its lines are "
+                        "LOST as long as that is so; the run goes on. Make room there.",
+                        file=sys.__stderr__,
+                        flush=True,
+                    )
+
+
+class TolerantStream(io.TextIOBase):
+    """A stream, as of a pipe whose reader may go, that a run does not depend on.
+
+    Args:
+        name: what it is called where its lines are lost.
+    """
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self.stream, self.lost = stream, UnwritableLog(name)
+
+    def write(self, text: str) -> int:
+        with self._tolerated():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._tolerated():
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.stream.encoding
+
+    @contextlib.contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        was_said = self.lost.is_said
+        with self.lost.tolerated():
+            yield
+        if self.lost.is_said and not was_said:
+            atexit.register(drop_unwritten, self.stream)
+
+
+def drop_unwritten(stream: TextIO) -> None:
+    """Let what could not be written go: it is still in a buffer, and would fail once more."""
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import sys
@@ -31,5 +32,6 @@ def end_of(code: int) -> str:
 
 
 def say(text: str) -> None:
-    """One line of this machine's, on stderr."""
-    print(f"launch: {socket.gethostname()}: {text}", file=sys.stderr, flush=True)
+    """One line of this machine's, on stderr; nothing depends on whether anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(f"launch: {socket.gethostname()}: {text}", file=sys.stderr, flush=True)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.unwritable_log import UnwritableLog
+from megatron_smlp.unwritable_log import UnwritableLog, drop_unwritten
 
 
 class FolderError(UsageError):
@@ -46,10 +45,8 @@ class CapturedOutput(contextlib.AbstractContextManager["CapturedOutput"]):
     def __exit__(self, *error: object) -> None:
         self.stack.close()
         self.flush()
-        if self.lost.is_said:  # what has no room is still in a buffer, and would fail once more
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.file.fileno())
-            os.close(nowhere)
+        if self.lost.is_said:
+            drop_unwritten(self.file)
 
     def open(self, folder: str | None, *, rank: int) -> None:
         """Go on in `folder`/megatron.log, megatron.rank3.log on rank 3; no folder keeps nothing.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -18,6 +19,7 @@ from megatron_smlp.platform import cpu
 from megatron_smlp.provenance import software, version_of
 from megatron_smlp.training.captured_output import terminal
 from megatron_smlp.training.start_screen import print_dry_run, summary
+from megatron_smlp.unwritable_log import TolerantStream
 
 
 class RunConsole:
@@ -26,7 +28,8 @@ class RunConsole:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.first_rank = args.rank == 0
-        self.console = Console(file=terminal(), highlight=False, soft_wrap=True)
+        stream = cast("TextIO", TolerantStream(terminal(), "standard output"))
+        self.console = Console(file=stream, highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
         self.task: TaskID | None = None
 

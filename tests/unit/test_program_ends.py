@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from support.launches import REPOSITORY, clean_environment
 
 # Ends as torch's writers do: an object, held by a frame of the interruption, that complains late.
@@ -36,6 +38,20 @@ def tidy():
 
 with undisturbed_exit(), readable_errors("program"):
     pass
+"""
+# What reads the lines of a run may go before it, as `tee` with its terminal; or its disk is full.
+UNREAD = """
+import sys
+from rich.console import Console
+from megatron_smlp.launching.exit_codes import say
+from megatron_smlp.unwritable_log import TolerantStream
+
+sys.stdin.read()
+console = Console(file=TolerantStream(sys.stdout, "standard output"), soft_wrap=True)
+for _ in range(2):
+    console.print("iteration")
+    say("starting again")
+sys.exit(93)
 """
 # A worker of the data loader ignores SIGTERM, and multiprocessing waits for it at the end.
 BROKEN = """
@@ -118,3 +134,26 @@ def test_workers_leave_the_keyboard_to_their_run():
 def test_a_run_under_nohup_outlives_its_terminal():
     done = ran(UNDER_NOHUP)
     assert (done.returncode, done.stderr) == (0, "SIGUSR1: finishing this step, then saving\n")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("is_pipe", [True, False])
+def test_nothing_depends_on_who_reads_it(stream: str, is_pipe: bool):
+    """The other stream gets all of its lines, and the exit code is the program's."""
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        streams |= {} if is_pipe else {stream: full}
+        process = subprocess.Popen(
+            [sys.executable, "-c", UNREAD], stdin=subprocess.PIPE, **streams, text=True,
+            cwd=REPOSITORY, env=clean_environment(),
+        )  # fmt: skip
+        if is_pipe:
+            getattr(process, stream).close()
+            setattr(process, stream, None)
+        said, told = process.communicate("", timeout=60)
+    assert process.returncode == 93
+    if stream == "stderr":
+        assert said == "iteration\n" * 2
+    else:
+        assert told.count("starting again") == 2
+        assert told.count("standard output cannot be written") == 1
