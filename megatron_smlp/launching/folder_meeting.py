@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_smlp.durable import write_durably
@@ -60,11 +61,17 @@ class Presence:
             except OSError:
                 continue  # a full or vanished disk: others then do not see this machine
 
-    def seen(self, wanted: int, *, seconds: float) -> list[str]:
-        """Return the machines that are there, as soon as there are so many, or at last."""
+    def seen(
+        self, wanted: int, *, seconds: float, gives_up: Callable[[], bool] = lambda: False
+    ) -> list[str]:
+        """Return the machines that are there, as soon as there are so many, or at last.
+
+        Args:
+            gives_up: whether to wait no longer.
+        """
         first, alive = self._files(), {self.file.name}
         deadline = time.monotonic() + seconds
-        while len(alive) < wanted and time.monotonic() < deadline:
+        while len(alive) < wanted and time.monotonic() < deadline and not gives_up():
             time.sleep(INTERVAL / 2)
             now = self._files()
             alive |= {name for name, text in now.items() if text != first.get(name, "")}

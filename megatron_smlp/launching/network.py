@@ -27,26 +27,36 @@ def addresses() -> dict[str, list[str]]:
     return {name: own for name, own in found.items() if own}
 
 
-def own_address(given: str | None, *, towards: tuple[str, int] | None) -> str:
+def own_address(given: str, *, towards: str, has_others: bool = True) -> str:
     """Return the address by which the others reach this machine: LOCAL_ADDR, or a guess.
 
     Args:
-        towards: address and port that the others are reached by; the way there leads out of one
-            interface, whose address it is.
+        given: LOCAL_ADDR.
+        towards: MASTER_ADDR; the way there leads out of one interface, whose address it is.
+        has_others: whether there are other machines.
 
     Raises:
         UsageError: LOCAL_ADDR is another machine's, or there is nothing to guess it from.
     """
     if given:
         return _checked(given)
-    if towards:
-        return _source_of_the_way_to(*towards)
+    if not towards:
+        return _only_outside_address("LOCAL_ADDR is not set")
+    own = _source_of_the_way_to(towards)
+    is_meant = _is_loopback(towards) or towards == "localhost"
+    if has_others and _is_loopback(own) and not is_meant:
+        # Debian gives a machine's own name the address 127.0.1.1, at which nobody else finds it.
+        return _only_outside_address(f"MASTER_ADDR={towards} is {own} here, as /etc/hosts has it")
+    return own
+
+
+def _only_outside_address(why: str) -> str:
     outside = [ip for own in addresses().values() for ip in own if not _is_loopback(ip)]
     outside = [ip for ip in outside if ":" not in ip] or outside
     if len(outside) != 1:
         raise UsageError(
-            f"LOCAL_ADDR is not set, and this machine has {_list_of_addresses()}: give the one by "
-            "which the other machines reach it."
+            f"{why}, and this machine has {_list_of_addresses()}: give the one by which the other "
+            "machines reach it, as LOCAL_ADDR."
         )
     return outside[0]
 
@@ -77,12 +87,12 @@ def resolved(name: str, *, variable: str) -> str:
     return str(found[0][4][0])
 
 
-def _source_of_the_way_to(name: str, port: int) -> str:
+def _source_of_the_way_to(name: str) -> str:
     ip = resolved(name, variable="MASTER_ADDR")
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as way:  # nothing is sent
         try:
-            way.connect((ip, port))
+            way.connect((ip, 1))
         except OSError as error:
             raise UsageError(
                 f"MASTER_ADDR={name} cannot be reached from this machine, which has "

@@ -34,6 +34,8 @@ class Meeting:
     """Machines beyond which the others are spares."""
     run: str
     """The run's name, the same on all of its machines."""
+    master: str
+    """MASTER_ADDR, the way to which shows this machine's own address; of FILE it may be empty."""
 
     @property
     def endpoint(self) -> str:
@@ -51,8 +53,8 @@ class Settings:
     """On this machine."""
     meeting: Meeting | None
     """How the machines meet; None on a single machine."""
-    local_address: str | None
-    """Address under which other machines reach this one; None if it has to be found out."""
+    local_address: str
+    """Address under which other machines reach this one; empty if it has to be found out."""
     max_restarts: int
     """Times that an agent starts its ranks again."""
     shutdown_timeout: int
@@ -72,7 +74,7 @@ def read(environment: Mapping[str, str], *, several: bool) -> Settings:
     return Settings(
         processes=_number(environment, "NPROC_PER_NODE", "1", what="the number of processes"),
         meeting=_meeting(environment) if several else None,
-        local_address=environment.get("LOCAL_ADDR") or None,
+        local_address=environment.get("LOCAL_ADDR") or "",
         max_restarts=_number(environment, "MAX_RESTARTS", "3", what="the number of restarts"),
         shutdown_timeout=_number(environment, "SHUTDOWN_TIMEOUT", "600", what="the time to save"),
         start_timeout=_number(environment, "START_TIMEOUT", "180", what="the time to meet in"),
@@ -107,6 +109,7 @@ def _meeting(environment: Mapping[str, str]) -> Meeting:
         least=least,
         most=most,
         run=environment.get("RUN_ID") or "smlp",
+        master=environment.get("MASTER_ADDR") or "",
     )
 
 

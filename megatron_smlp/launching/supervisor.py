@@ -116,6 +116,7 @@ class Supervisor:
         self.failures = Failures(words)
         self.environment = dict(os.environ)
         self.child: subprocess.Popen[bytes] | None = None
+        self.signals = [number for number in SIGNALS if not _is_under_nohup(number)]
         self.told_to_end = False
         self.warned = False
         """Whether SIGUSR1 told it to end, after which a queue starts the same command again."""
@@ -124,9 +125,11 @@ class Supervisor:
 
     def run(self) -> int:
         """Start the agent until it ends for good, and return its exit code."""
-        torchrun = self._meet()
-        for number in SIGNALS:
+        for number in self.signals:
             signal.signal(number, self._hand_on)
+        torchrun = self._meet()
+        if self.told_to_end:
+            return self._end_as_told(0)
         delay = FIRST_DELAY
         while True:
             began = time.monotonic()
@@ -196,15 +199,21 @@ class Supervisor:
         meeting, seconds = self.settings.meeting, self.settings.rejoin_timeout
         if meeting is None or meeting.kind == FILE or meeting.is_host:
             return True
-        is_there = network.answers(
-            meeting.address, meeting.port, seconds=seconds, gives_up=lambda: self.told_to_end
-        )
+        is_there = self._answers(meeting, seconds=seconds)
         if not is_there and not self.told_to_end:
             say(
                 f"the store at {meeting.endpoint} has not answered within REJOIN_TIMEOUT, "
                 f"{seconds} s: giving up. Start all machines again."
             )
         return is_there
+
+    def _answers(self, meeting: Meeting, *, seconds: float) -> bool:
+        return network.answers(
+            meeting.address, meeting.port, seconds=seconds, gives_up=self._is_told
+        )
+
+    def _is_told(self) -> bool:
+        return self.told_to_end
 
     def _run_agent(self, torchrun: Sequence[str]) -> int:
         # In a group of its own, so that Ctrl-C reaches it once, through this process.
@@ -226,7 +235,8 @@ class Supervisor:
             f"--max-restarts={settings.max_restarts}",
             f"--shutdown-timeout={settings.shutdown_timeout}",
         ]
-        flags += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+        names = ",".join(number.name for number in (*self.signals, signal.SIGQUIT))
+        flags += [f"--signals-to-handle={names}"]
         # Where the ranks share the agents' store, those of one machine wait for ever after the
         # other's have failed (measured with torch 2.15).
         self.environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -246,37 +256,41 @@ class Supervisor:
 
     def _find(self, meeting: Meeting) -> str:
         seconds = self.settings.start_timeout
+        address = network.own_address(
+            self.settings.local_address, towards=meeting.master, has_others=meeting.most > 1
+        )
+        self._set_interface(address)
         if meeting.kind == FILE:
-            address = network.own_address(self.settings.local_address, towards=None)
-            self._set_interface(address)
             presence = Presence(Path(meeting.address), run=meeting.run, address=address)
             presence.keep()
-            there = presence.seen(meeting.least, seconds=seconds)
-            if len(there) < meeting.least:
+            there = presence.seen(meeting.least, seconds=seconds, gives_up=self._is_told)
+            if len(there) < meeting.least and not self.told_to_end:
                 raise UsageError(
                     f"RENDEZVOUS=file:{meeting.address}: after {seconds} s {len(there)} of "
                     f"{meeting.least} machines are in it ({', '.join(there)}). Start the others "
                     f"with RUN_ID={meeting.run}, or give a folder that all machines share."
                 )
             return address
-        towards = (meeting.address, meeting.port)
-        address = network.own_address(self.settings.local_address, towards=towards)
-        self._set_interface(address)
         if meeting.is_host:
             network.check_port(meeting.port)
             return address
         keeper = "machine 0" if meeting.kind == HOST else "its server (tools/launch.py serve)"
-        is_there = network.answers(*towards, seconds=min(seconds, QUIET_WAIT))
-        if not is_there and seconds > QUIET_WAIT:
+        is_there = self._answers(meeting, seconds=min(seconds, QUIET_WAIT))
+        if not is_there and seconds > QUIET_WAIT and not self.told_to_end:
             say(f"waiting for {keeper} at {meeting.endpoint}, up to START_TIMEOUT, {seconds} s.")
-            is_there = network.answers(*towards, seconds=seconds - QUIET_WAIT)
-        if not is_there:
+            is_there = self._answers(meeting, seconds=seconds - QUIET_WAIT)
+        if not is_there and not self.told_to_end:
             raise UsageError(
                 f"MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port} has not answered "
                 f"{address} for {seconds} s: start {keeper}, or check the address, the port and "
                 "the firewall."
             )
         return address
+
+
+def _is_under_nohup(number: signal.Signals) -> bool:
+    """Return whether a signal is SIGHUP, and is to be ignored by all that is started here."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
 def _rendezvous(meeting: Meeting, settings: Settings) -> list[str]:

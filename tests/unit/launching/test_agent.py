@@ -4,11 +4,13 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import DistStoreError, FileStore, HashStore, PrefixStore, Store
 
-from megatron_smlp.launching.agent import agree_on_restart
+from megatron_smlp.launching.agent import Agent, agree_on_restart
+from megatron_smlp.launching.exit_codes import FOR_GOOD, NO_PROGRESS
 from megatron_smlp.restart_note import RESTART, note_cause
 
 LONG_AGO = -1e9
@@ -57,3 +59,13 @@ def test_a_machine_that_goes_before_it_answers_is_not_waited_for_for_ever():
     store.set_timeout(timedelta(seconds=0.1))
     with pytest.raises(DistStoreError):
         agree_on_restart(store, machines=2, environment={})
+
+
+@pytest.mark.parametrize(("machine", "codes"), [(0, FOR_GOOD), (3, (3, NO_PROGRESS))])
+def test_wrong_use_is_the_runs_where_the_first_machine_says_so(
+    machine: int, codes: tuple[int, ...]
+):
+    """Alone, another one lacks something of its own, as a driver."""
+    agent = SimpleNamespace(_worker_group=SimpleNamespace(group_rank=machine))
+    ends = [code for code in (1, 2, 3, 76, NO_PROGRESS, -9) if Agent._ends_all(agent, code)]  # type: ignore[arg-type]
+    assert tuple(ends) == codes

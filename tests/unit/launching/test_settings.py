@@ -68,8 +68,8 @@ def test_what_cannot_be_is_named(changes: dict[str, str], message: str):
 
 
 def test_the_address_is_that_of_the_way_out():
-    assert network.own_address(None, towards=("127.0.0.1", 1)) == "127.0.0.1"
-    assert network.own_address("localhost", towards=None) in ("127.0.0.1", "::1")
+    assert network.own_address("", towards="127.0.0.1") == "127.0.0.1"
+    assert network.own_address("localhost", towards="") in ("127.0.0.1", "::1")
     assert network.interface_of("127.0.0.1", {}) == "lo"
 
 
@@ -82,7 +82,21 @@ def test_the_address_is_that_of_the_way_out():
 )
 def test_an_address_of_another_machine(given: str, message: str):
     with pytest.raises(UsageError, match=message):
-        network.own_address(given, towards=None)
+        network.own_address(given, towards="")
+
+
+def test_a_name_that_is_the_machines_own_loopback(monkeypatch: pytest.MonkeyPatch):
+    """As Debian's /etc/hosts has it: the others would be told 127.0.1.1."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    own = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.7", "fe80::7"]}
+    monkeypatch.setattr(network, "addresses", lambda: own)
+    assert network.own_address("", towards="node0") == "10.0.0.7"
+    assert network.own_address("", towards="localhost").startswith("127.")
+    assert network.own_address("", towards="node0", has_others=False).startswith("127.")
+    own["ib0"] = ["10.1.0.7"]
+    with pytest.raises(UsageError, match=r"MASTER_ADDR=node0 is 127\S+ here.*as LOCAL_ADDR"):
+        network.own_address("", towards="node0")
 
 
 def test_an_interface_that_is_not_there():

@@ -75,6 +75,17 @@ def test_a_run_that_is_over_is_over(run: Callable[..., int], tmp_path: Path):
     assert words[-2:] == ["--distributed-timeout-minutes", "2"]
 
 
+def test_a_closed_terminal_is_nothing_to_a_run_under_nohup(monkeypatch: pytest.MonkeyPatch):
+    """Neither to the launcher, nor to torchrun's agent, nor to the ranks, which inherit it."""
+    for handler in (signal.SIG_DFL, signal.SIG_IGN):
+        monkeypatch.setattr(signal, "getsignal", lambda number, handler=handler: handler)
+        launcher = Supervisor(read({}, several=False), ["train.py"])
+        flag = next(word for word in launcher._meet() if word.startswith("--signals-to-handle="))
+        is_heeded = handler == signal.SIG_DFL
+        assert (signal.SIGHUP in launcher.signals, "SIGHUP" in flag) == (is_heeded, is_heeded)
+        assert signal.SIGTERM in launcher.signals
+
+
 @pytest.mark.parametrize("code", [2, 3, NO_PROGRESS, MISSING, CLOSED])
 def test_what_would_come_again_is_not_started_again(run: Callable[..., int], code: int):
     assert run((code, 5), (0, 0)) == code
@@ -169,7 +180,7 @@ if what == "wait":
     time.sleep(300)
 if what == "once" and rank == "1" and not os.environ.get("SMLP_RESTART"):
     os.kill(os.getpid(), signal.SIGKILL)
-if what == "wrong" or (what == "wrong-there" and rank == "1"):
+if what == "wrong" or (what == "wrong-there" and rank == "0"):
     sys.exit(2)
 while what == "until-told" and not (folder / "over").exists():
     time.sleep(0.1)
