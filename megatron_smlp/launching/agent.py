@@ -29,6 +29,7 @@ from torch.distributed.elastic.rendezvous import (
     dynamic_rendezvous,
 )
 
+from megatron_smlp.errors import UsageError
 from megatron_smlp.launching.exit_codes import (
     AGAIN,
     CLOSED,
@@ -50,6 +51,8 @@ PATIENCE = 30
 """Seconds that ranks get to end where others are gone, so that they cannot save."""
 BARRIER = 330.0
 """Seconds that torchrun's barrier at the end takes at most, and a margin."""
+ARRIVAL = 5.0
+"""Seconds that an agent which was told to end stays there itself."""
 
 
 class Agent(LocalElasticAgent):
@@ -137,6 +140,13 @@ class Agent(LocalElasticAgent):
             with self.watch.patient(BARRIER):
                 super()._exit_barrier()
 
+    def arrive(self) -> None:
+        """Show up at torchrun's barrier: agents whose ranks ended with these would wait there."""
+        if self._pcontext is not None and self._worker_group.state == WorkerState.HEALTHY:
+            self._exit_barrier_timeout = ARRIVAL
+            with contextlib.suppress(SignalException):
+                self._exit_barrier()
+
     def ended_well(self) -> bool:
         """Return whether no rank was running, or all ended with 0, or knew no SIGTERM yet."""
         if self._pcontext is None or self._worker_group.state != WorkerState.HEALTHY:
@@ -179,6 +189,8 @@ class _ReenterableRendezvous:
             self.is_new = False
         info = self.handler.next_rendezvous()
         self.round, self.spare_of = info.store, None
+        processes = self.agent._worker_group.spec.local_world_size
+        check_processes(info.store, machine=info.rank, processes=processes)
         agree_on_restart(info.store, machines=info.world_size, environment=os.environ)
         return info
 
@@ -257,6 +269,26 @@ class _ReenterableRendezvous:
         return True
 
 
+def check_processes(store: Any, *, machine: int, processes: int) -> None:
+    """Refuse a machine that starts fewer processes than the first one of its round, or more.
+
+    One that has lost its GPUs, as by a driver that does not load, would join with one process on
+    its CPU, and all would wait for a first collective that never comes.
+
+    Raises:
+        UsageError: with both numbers.
+    """
+    own = f"{processes} on {socket.gethostname()}"
+    if machine == 0:
+        store.set("processes", own)
+    first = store.get("processes").decode()
+    if first.split()[0] != str(processes):
+        raise UsageError(
+            f"NPROC_PER_NODE is {own}, and {first}: give the same on all machines. Where it is "
+            "left out the launchers count the GPUs: see `nvidia-smi` there."
+        )
+
+
 def agree_on_restart(store: Any, *, machines: int, environment: MutableMapping[str, str]) -> None:
     """Leave the note of a restart on every machine of a round where one of them has it.
 
@@ -303,6 +335,8 @@ def main(words: Sequence[str]) -> int:
             return code if code in FOR_GOOD else AGAIN + failures.count
         except SignalException as end:
             is_well = watch.agent is None or watch.agent.ended_well()
+            if is_well and watch.agent is not None:
+                watch.agent.arrive()
             return 0 if is_well else 128 + end.sigval
         except RendezvousClosedError:
             say("another machine has ended the run for good: see its log.")

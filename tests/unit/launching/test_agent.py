@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import DistStoreError, FileStore, HashStore, PrefixStore, Store
 
-from megatron_smlp.launching.agent import Agent, agree_on_restart
+from megatron_smlp.errors import UsageError
+from megatron_smlp.launching.agent import Agent, agree_on_restart, check_processes
 from megatron_smlp.launching.exit_codes import FOR_GOOD, NO_PROGRESS
 from megatron_smlp.restart_note import RESTART, note_cause
 
@@ -52,6 +53,14 @@ def test_the_clock_of_a_note_is_that_of_its_reader():
     spare: dict[str, str] = {}
     assert causes_after(HashStore(), failed, spare) == ["it", "it"]
     assert json.loads(spare[RESTART])["noticed"] > LONG_AGO
+
+
+def test_a_machine_with_another_number_of_processes_is_refused():
+    store = HashStore()
+    for machine in range(2):
+        check_processes(store, machine=machine, processes=8)
+    with pytest.raises(UsageError, match=r"NPROC_PER_NODE is 1 on \S+, and 8 on \S+: give"):
+        check_processes(store, machine=2, processes=1)
 
 
 def test_a_machine_that_goes_before_it_answers_is_not_waited_for_for_ever():

@@ -182,6 +182,8 @@ if what == "once" and rank == "1" and not os.environ.get("SMLP_RESTART"):
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "wrong" or (what == "wrong-there" and rank == "0"):
     sys.exit(2)
+if what == "until-told":
+    signal.signal(signal.SIGTERM, lambda *_: ((folder / "over").touch(), sys.exit(0)))
 while what == "until-told" and not (folder / "over").exists():
     time.sleep(0.1)
 if what == "wrong-there":
@@ -268,6 +270,15 @@ def test_whoever_waits_is_told_that_a_run_is_over(tmp_path: Path, kind: str):
         (tmp_path / "over").touch()
         assert codes(nodes) == [0, 0, 0]
         nodes = started("until-told", 2)
+        assert codes(nodes) == [0, 0]
+        # One that is asked to stop asks the others, which do not wait for it at the end.
+        (tmp_path / "over").unlink()
+        before = len(list(tmp_path.glob("rank*.*[0-9]")))
+        nodes = started("until-told", 2)
+        while len(list(tmp_path.glob("rank*.*[0-9]"))) < before + 2:
+            time.sleep(0.1)
+        time.sleep(1)  # they set their handlers
+        nodes[1].send_signal(signal.SIGTERM)
         assert codes(nodes) == [0, 0]
     finally:
         for process in (*nodes, *([server] if server else [])):
