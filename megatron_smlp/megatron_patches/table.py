@@ -130,7 +130,6 @@ PATCHES = (
             f"{_TRAINING}.evaluate": "tells nobody its losses, and evaluates one way only",
             f"{_TRAINING}.evaluate_and_print_results": "alone knows an evaluation's iteration",
             f"{_TRAINING}.save_checkpoint_and_time": "tells nobody how long a save took",
-            f"{_TRAINING}.finalize_model_grads": "alone is called where a rank's own part ends",
         },
         extent="run",
     ),

@@ -1,6 +1,6 @@
 """Hook an observer and a guard of updates into `megatron.training`'s loop.
 
-The loop offers no callbacks, so seven of its module-level functions are wrapped; each wrapper calls
+The loop offers no callbacks, so six of its module-level functions are wrapped; each wrapper calls
 the original with its own arguments. table.py has the functions and the reasons, tests/contract
 their signatures.
 """
@@ -57,7 +57,6 @@ def installed(
     *,
     may_update: Callable[[float | None], bool],
     before_update: Callable[[], None] = lambda: None,
-    computed: Callable[[], None] = lambda: None,
     begins: Callable[[], None] = lambda: None,
 ) -> AbstractContextManager[None]:
     """Wrap the functions for the time of one `pretrain`, and put the originals back.
@@ -66,8 +65,6 @@ def installed(
         may_update: is given the gradient norm, None where a loss scaler has overflowed; False holds
             the step's optimizer update back. Is asked once a step.
         before_update: is called when the gradients are there.
-        computed: is called when the last backward pass of a step is done, and before its gradients
-            are summed over the ranks.
         begins: is called on every rank before the first step.
     """
     validation = _Validation(observer)
@@ -79,7 +76,6 @@ def installed(
         (training, "evaluate", validation.around_evaluate),
         (training, "evaluate_and_print_results", validation.around_printing),
         (training, "save_checkpoint_and_time", _timed(observer)),
-        (training, "finalize_model_grads", lambda f: after(computed, f)),
     )
 
 

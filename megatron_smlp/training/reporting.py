@@ -153,6 +153,7 @@ class Reporter:
             self.slow_hosts = SlowHosts(
                 timedelta(minutes=self.args.distributed_timeout_minutes),
                 stage=mpu.get_pipeline_model_parallel_rank(),
+                are_alone=self.args.expert_model_parallel_size == 1,
             )
         last = self.metrics.drop_after(iteration) if self.metrics else {}
         self.compute.resume(last, tokens=self._tokens())
@@ -221,7 +222,7 @@ class Reporter:
 
     def _tell_slow_hosts(self, *, step: float) -> dict[str, list[dict[str, Any]]]:
         if self.slow_hosts is None:
-            self.step.own_part.parts.clear()
+            self.step.own_part.forget()
             return {}
         found = self.slow_hosts.find(self.step.own_part.pop_seconds(), step=step)
         for slow in found:

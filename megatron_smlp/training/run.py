@@ -58,7 +58,6 @@ class Run:
         self.say = self.reporter.say
         self.saving = Saving(args, self.reporter)
         start_up.before_ending = lambda: self.saving.release(DONE)
-        self.own_part = step.own_part
         self.agreement = StepAgreement(args, pop_nonfinite=step.pop_nonfinite)
 
     @contextlib.contextmanager
@@ -74,7 +73,6 @@ class Run:
                 observe(self.reporter),
                 may_update=lambda norm: may_update(self.args, self.agreement, self.say, norm),
                 before_update=self.agreement.send,
-                computed=self.own_part.end,
                 begins=self.reporter.ready,
             ),
             checkpointing.installed(self.saving, before_loading=self._before_loading),

@@ -3,21 +3,23 @@
 Every rank's step takes as long as the slowest rank's, so the time of a step alone cannot tell which
 one that is. In every log line these are compared:
 
-    own part   seconds from the first forward pass of a step to the end of this rank's last backward
-               pass, before gradients are summed over the data parallel ranks; among the ranks of a
-               pipeline stage, since earlier stages wait for later ones
+    own part   seconds of this rank's forward passes in a step, with their batches; among the ranks
+               of a pipeline stage, whose layers are alike. Passes alone, because between them each
+               stage waits for the others, and an innocent one may wait longest
     sending    seconds that 64 KiB of one machine take to the next one
 
-A machine is named when one of them is over 1.5 times the median, by more than a tenth of a step and
-20 ms, in three log lines in a row.
+A machine is named when one of them is over 1.5 times the median, by more than 3 % of a step, which
+is some tenth of a whole part, and 20 ms, in three log lines in a row. Ranks that exchange tokens in
+the middle of a pass are equally slow: of expert parallel ones any may be meant.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,7 +30,7 @@ from megatron.training.dist_signal_handler import get_device
 from megatron_smlp.collectives import gathered
 
 RATIO = 1.5
-SHARE = 0.1
+SHARE = 0.03
 """Least excess over the median, as a share of a step: less is noise, and costs little."""
 LEAST = 0.02
 """Least excess in seconds: operating systems take as much now and then."""
@@ -41,7 +43,7 @@ class OwnPart:
 
     def __init__(self) -> None:
         self.on_gpu = torch.cuda.is_available()
-        self.began: Any = None
+        self.steps: set[int] = set()
         self.parts: list[tuple[Any, Any]] = []
 
     def _now(self) -> Any:
@@ -51,28 +53,30 @@ class OwnPart:
         event.record()
         return event
 
-    def begin(self) -> None:
-        """Note that a forward pass begins; the first one of a step counts."""
-        if self.began is None:
-            self.began = self._now()
-
-    def end(self) -> None:
-        """Note that the last backward pass of a step is done."""
-        if self.began is not None:
-            self.parts.append((self.began, self._now()))
-            self.began = None
+    @contextlib.contextmanager
+    def timed(self, step: int) -> Iterator[None]:
+        """Add a forward pass to a step, unless it is an evaluation's."""
+        if not torch.is_grad_enabled():
+            yield
+            return
+        began = self._now()
+        yield
+        self.steps.add(step)
+        self.parts.append((began, self._now()))
 
     def forget(self) -> None:
-        """Discard what was begun: it was an evaluation."""
-        self.began = None
+        """Drop what nobody asks for."""
+        self.parts.clear()
+        self.steps.clear()
 
     def pop_seconds(self) -> float:
         """Mean seconds of a step since the last call. Waits for the GPU."""
-        parts, self.parts = self.parts, []
+        parts, steps = list(self.parts), len(self.steps)
+        self.forget()
         if self.on_gpu and parts:
             parts[-1][1].synchronize()
         seconds = [b.elapsed_time(e) / 1000 if self.on_gpu else e - b for b, e in parts]
-        return sum(seconds) / max(1, len(seconds))
+        return sum(seconds) / max(1, steps)
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,10 @@ class SlowHosts:
         timeout: of a message between machines. torch would wait half an hour, whatever the other
             groups wait.
         stage: pipeline stage of this rank.
+        are_alone: whether each rank's pass is its own, without experts of others in it.
     """
 
-    def __init__(self, timeout: timedelta, *, stage: int = 0) -> None:
+    def __init__(self, timeout: timedelta, *, stage: int = 0, are_alone: bool = True) -> None:
         self.hosts: list[str] = gathered(socket.gethostname())
         self.stages: list[int] = gathered(stage)
         leaders = sorted(
@@ -112,7 +117,10 @@ class SlowHosts:
             if len(leaders) > 1
             else None
         )
-        self.computing, self.sending = _Streak("computes slowly"), _Streak("sends slowly")
+        slowly = "computes slowly"
+        if not are_alone:
+            slowly = f"{slowly}, or another rank of its expert parallel group does"
+        self.computing, self.sending = _Streak(slowly), _Streak("sends slowly")
 
     def find(self, own_part: float, *, step: float) -> list[SlowRank]:
         """Return the ranks that the others wait for, the same on every rank.

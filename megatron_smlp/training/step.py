@@ -63,11 +63,15 @@ class ForwardStep:
             on the last stage the loss of each token, <float>[B, T]; else the stage's output. And
             the function that Megatron calls on it.
         """
+        with self.own_part.timed(getattr(get_args(), "curr_iteration", 0)):
+            return self._forward(data_iterator, model)
+
+    def _forward(
+        self, data_iterator: Iterator[dict[str, Tensor]], model: Any
+    ) -> tuple[Tensor, LossFunction]:
         args, timers = get_args(), get_timers()
         timers("batch-generator", log_level=2).start()
         start = time.perf_counter()
-        if torch.is_grad_enabled():
-            self.own_part.begin()
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         batch = next_batch(data_iterator, vp_stage)
         if torch.is_grad_enabled():  # validation does not count, and draws nothing

@@ -460,7 +460,7 @@ class TestTrainingLoop:
             changed = {name for name, value in vars(training).items() if before[name] is not value}
         assert changed == {
             "setup_model_and_optimizer", "train", "training_log", "evaluate",
-            "evaluate_and_print_results", "save_checkpoint_and_time", "finalize_model_grads",
+            "evaluate_and_print_results", "save_checkpoint_and_time",
         }  # fmt: skip
         assert all(before[name] is value for name, value in vars(training).items())
 
@@ -515,13 +515,6 @@ class TestTrainingLoop:
         source = inspect.getsource(ChainedOptimizer.step)
         assert "self.step_with_ready_grads()" in source
         assert "self.get_grad_norm()" in source
-
-    def test_gradients_are_summed_by_the_function_that_is_wrapped(self):
-        """`train` looks it up when it begins, and calls it when the backward passes are done."""
-        from megatron.training import training
-
-        source = inspect.getsource(training.train)
-        assert "config.finalize_model_grads_func = finalize_model_grads" in source
 
     def test_a_forward_step_returns_a_sum_and_its_number_of_tokens(self):
         """The gradient is that of sum / tokens, averaged over the micro-batches."""

@@ -3,8 +3,10 @@
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from support.checkpoints import RUN, assert_ends_like, pretrain
 from support.in_process import pretrained
 from support.launches import records
@@ -86,7 +88,7 @@ def test_the_slowest_is_named_once_after_three_lines():
         [{0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0}] * 5,  # never the same host three times
         [{0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}, {0: 1.0, 1: 1.0}] * 3,
         [{0: 1e-3, 1: 9e-3}] * 9,  # of a step of milliseconds: noise
-        [{0: 1e-2, 1: 9e-2, 2: 1e-2}] * 9,  # no tenth of a step: no loss
+        [{0: 1e-3, 1: 2.9e-2, 2: 1e-3}] * 9,  # not 3 % of a step: no loss
         [{0: 5.0}] * 9,  # nobody to compare with
     ],
 )
@@ -104,29 +106,45 @@ def test_a_stage_is_compared_with_itself():
     assert hosts._slowest_stage([2.0, 3.4, 1.0, 1.1]) == {0: 2.0, 1: 3.4}
 
 
-def test_an_own_part_is_that_of_its_step_alone(monkeypatch: pytest.MonkeyPatch):
+def test_an_own_part_is_of_forward_passes_alone(monkeypatch: pytest.MonkeyPatch):
     clock = 10.0
     monkeypatch.setattr(slow_hosts, "time", SimpleNamespace(perf_counter=lambda: clock))
     part = OwnPart()
-    part.begin()
-    clock += 2
-    part.begin()  # of the next micro-batch
-    clock += 2
-    part.end()
-    clock += 20
-    part.end()  # without a step
+    for step in (1, 2):
+        for _ in range(2):  # micro-batches
+            with part.timed(step):
+                clock += 2
+            clock += 5  # waits for another stage
+    with torch.no_grad(), part.timed(2):
+        clock += 20
     assert part.pop_seconds() == 4
     assert part.pop_seconds() == 0
+
+
+def test_a_slow_stage_is_named_and_not_one_that_waits_for_it():
+    """Of 1F1B, where a late stage has the least besides waiting: its replica waits as a whole."""
+    stages, replicas, micro_batches = 4, 4, 16
+    hosts = [f"node{rank}" for rank in range(stages * replicas)]
+    compare = SlowHosts.__new__(SlowHosts)
+    compare.stages = [stage for stage in range(stages) for _ in range(replicas)]
+    parts = [micro_batches * 1.0] * len(hosts)
+    parts[1] *= 2  # stage 0 of the second replica
+    streak = _Streak("computes slowly")
+    step = 2 * 3 * (micro_batches + stages)
+    seconds = compare._slowest_stage(parts)
+    named = [streak.next(seconds, step=step, hosts=hosts) for _ in range(LINES)][-1]
+    assert named
+    assert (named.rank, named.ratio) == (1, 2.0)
 
 
 def test_one_process_keeps_no_parts_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On a GPU each is two events; nobody is there to compare them with."""
     parts: list[OwnPart] = []
-    begin = OwnPart.begin
-    monkeypatch.setattr(OwnPart, "begin", lambda self: (parts.append(self), begin(self)))
+    make = OwnPart.__init__
+    monkeypatch.setattr(OwnPart, "__init__", lambda self: (parts.append(self), make(self))[1])
     with pretrained(f"{RUN} --save {tmp_path} --log-interval 2"):
         pass
-    assert parts
+    assert len(parts) == 1
     assert len(parts[0].parts) <= 2
 
 
@@ -149,18 +167,17 @@ def _train_slowly(folder: str) -> None:
     import os
     import socket
 
-    import torch
     from support.in_process import MINIMAL
     from torch.distributed import distributed_c10d
 
-    from megatron_smlp.training.step import ForwardStep
+    from megatron_smlp.training import step
     from pretrain_smlp import main
 
     rank = int(os.environ["RANK"])
     socket.gethostname = lambda: f"node{rank}"
-    forward = ForwardStep.__call__
+    get_batch = step.next_batch
 
-    def slow(self: ForwardStep, *args: object) -> object:
+    def slow(*args: Any) -> Any:
         waits = [
             str(group._get_backend(torch.device("cpu")).options._timeout)
             for group in distributed_c10d._world.pg_map
@@ -169,11 +186,10 @@ def _train_slowly(folder: str) -> None:
             if group.group_desc != "EXPERT_DATA_PARALLEL_GROUP_GLOO"
         ]
         Path(folder, f"waits{rank}").write_text("\n".join(waits))
-        self.own_part.begin()
         time.sleep(0.3 * rank)
-        return forward(self, *args)  # type: ignore[arg-type]
+        return get_batch(*args)
 
-    ForwardStep.__call__ = slow  # type: ignore[method-assign,assignment]
+    step.next_batch = slow
     words = MINIMAL.replace("--micro-batch-size 2", "--micro-batch-size 1")
     words += " --distributed-timeout-minutes 7"
     main([*words.split(), *["--architecture", "gmlp", "--log-interval", "1", "--log-dir"], folder])
