@@ -162,6 +162,23 @@ def slurm_tools(folder: Path) -> Path:
     return tools
 
 
+@pytest.mark.parametrize(
+    ("code", "is_queued_again"),
+    [(code, False) for code in (0, 1, 2, 3, 76, 93)] + [(code, True) for code in (75, 137, 143)],
+)
+def test_what_slurm_queues_again(code: int, is_queued_again: bool, tmp_path: Path):
+    tools = slurm_tools(tmp_path)
+    (tools / "srun").write_text(f"#!/usr/bin/env bash\nexit {code}\n")
+    job = {"SLURM_JOB_ID": "4711", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    variables = {"CONFIG": CONFIG, "QUEUE": str(tmp_path), "PATH": f"{tools}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / "slurm.sh")], cwd=REPOSITORY, timeout=30, check=False,
+        env=clean_environment(**job, **variables),
+    )  # fmt: skip
+    assert done.returncode == code
+    assert (tmp_path / "requeued").exists() == is_queued_again
+
+
 @pytest.mark.slow
 def test_slurm_starts_the_same_training(one_node: list[Step], tmp_path: Path):
     """slurm.sh with stand-ins for srun and scontrol, run from a copy as Slurm does.
