@@ -87,7 +87,7 @@ def test_flags_of_the_model_alone_are_compared(monkeypatch: pytest.MonkeyPatch):
     prepare_megatron()
     sizes = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2}
     sizes["max_position_embeddings"] = 16
-    saved = weights_state(sizes, {})["args"]
+    saved = weights_state(sizes, {}, {})["args"]
     now = {**vars(saved), "tokenizer_type": "GPT2BPETokenizer", "vocab_file": "vocab.json"}
     now |= {"make_vocab_size_divisible_by": 64, "data_parallel_random_init": True}
     now |= {"phase_transition_iterations": None, "use_dist_ckpt": True}
