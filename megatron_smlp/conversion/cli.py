@@ -32,8 +32,7 @@ CONVERSIONS = {
 ONLY = {
     "ckpt_step": ("torch_dist", None),
     "drop_optimizer": ("torch_dist", "torch_dist"),
-    "target_pipeline_model_parallel_size": (None, "torch_dist"),
-    "target_expert_model_parallel_size": (None, "torch_dist"),
+    **{f"target_{name}": (None, "torch_dist") for name in LAYOUT},
     "tokenizer_model": (None, "hf"),
     "max_shard_size": (None, "hf"),
 }

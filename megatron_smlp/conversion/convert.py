@@ -95,10 +95,7 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
     """Convert a Megatron checkpoint to a folder for transformers: a Llama, or our own model."""
     with one_process():
         checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
-        tensor = sizes(options.layout, None)["tensor_model_parallel_size"]
-        source, flags = _padded(
-            options, checkpoint, checkpoint.specs, checkpoint.flags, tensor=tensor
-        )
+        source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags)
         ours = huggingface.config_of(flags)
         huggingface.set_special_ids(ours, (read_run_record(checkpoint.folder) or {}).get(SPECIAL))
         is_llama = llama.fits(ours)
@@ -151,9 +148,8 @@ def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
     with one_process():
         _account(checkpoint, checkpoint.specs, checkpoint.flags, str(checkpoint.folder))
         record = read_run_record(checkpoint.folder)
-        tensor = sizes(options.layout, record)["tensor_model_parallel_size"]
         source, flags = _padded(
-            options, checkpoint, checkpoint.all_specs, checkpoint.flags, tensor=tensor
+            options, checkpoint, checkpoint.all_specs, checkpoint.flags, record=record
         )
         rewriting.check_layout(flags, options.layout)
         with _whole(options, checkpoint.folder) as folder:
@@ -219,8 +215,7 @@ def _of_files(
     divisible_by: int | None = None,
 ) -> Weights:
     flags = huggingface.flags_of(config)
-    tensor = sizes(options.layout, None)["tensor_model_parallel_size"]
-    source, flags = _padded(options, files, files.specs, flags, tensor=tensor, default=divisible_by)
+    source, flags = _padded(options, files, files.specs, flags, default=divisible_by)
     huggingface.build(config)  # which knows what sizes fit
     expected = megatron_model.expected_shapes(flags)
     plan = import_plan(expected, flags)
@@ -234,8 +229,7 @@ def _of_files(
 def _of_checkpoint(options: Options) -> Weights:
     checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
     record = read_run_record(checkpoint.folder)
-    tensor = sizes(options.layout, record)["tensor_model_parallel_size"]
-    source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags, tensor=tensor)
+    source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags, record=record)
     where = str(checkpoint.folder)
     converted = _account(source, source.specs, flags, where)
     logits = partial(_megatron_logits, checkpoint, checkpoint.flags)
@@ -248,7 +242,7 @@ def _padded(
     specs: Mapping[str, Spec],
     flags: Mapping[str, Any],
     *,
-    tensor: int,
+    record: Mapping[str, Any] | None = None,
     default: int | None = None,
 ) -> tuple[Repadded, dict[str, Any]]:
     """Return a source with the padding that its vocabulary is to have, and the flags for it."""
@@ -256,6 +250,7 @@ def _padded(
     divisible_by = options.divisible_by or default
     rows = flags["padded_vocab_size"]
     if divisible_by is not None:
+        tensor = sizes(options.layout, record)["tensor_model_parallel_size"]
         rows = padded_size(flags["vocab_size"], divisible_by=divisible_by, tensor_parallel=tensor)
     return Repadded(source, specs, flags, rows=rows), {**flags, "padded_vocab_size": rows}
 
