@@ -44,6 +44,7 @@ _LAYOUT: dict[str, Any] = {
     "world_size": None,
     "sequence_parallel": False,
     "use_distributed_optimizer": False,
+    "optimizer_checkpoint": "any_layout",
     "bf16": False,
     "fp16": False,
     "grad_reduce_in_bf16": False,
@@ -72,6 +73,8 @@ _UNCOUNTED: dict[str, Any] = {
     "moe_token_dispatcher_type": "alltoall",
 }
 """Flags that change memory or traffic in ways that are not counted, unless they have this value."""
+_GATHERED_BYTES = 12
+"""Of a parameter: its fp32 value and Adam's two moments."""
 _RESOLVED = ("add_bias_linear", "padded_vocab_size")
 _DEFAULTS = {**model_defaults(), "token_router": None, "position_embedding_type": None} | _LAYOUT
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -110,7 +113,8 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
         of both that lie above the diagonals of spatial matrices), experts_per_token (that a rule
         may send it to; training may send it to fewer), forward_tflops_per_1024_tokens (full
         squares, the paper's convention), forward_needed_tflops_per_1024_tokens (causal products as
-        triangles), per_gpu (bytes; see footprint.Footprint).
+        triangles), per_gpu (bytes; see footprint.Footprint; save_host_bytes is what its rank takes
+        of the host's memory at a save or a load).
 
     Raises:
         ValueError: a size is missing, misspelt or does not fit the others.
@@ -132,8 +136,14 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
         | {
             "memory_bytes": per_gpu.memory_bytes,
             "communication_bytes": per_gpu.communication_bytes,
+            "save_host_bytes": _GATHERED_BYTES * per_gpu.parameters if _gathers(args) else 0,
         },
     }
+
+
+def _gathers(args: argparse.Namespace) -> bool:
+    """Return whether each rank puts the optimizer's state of all data parallel ranks together."""
+    return args.use_distributed_optimizer and args.optimizer_checkpoint == "any_layout"
 
 
 def resolve(values: dict[str, Any]) -> argparse.Namespace:
@@ -275,6 +285,8 @@ def _table(result: dict[str, Any]) -> str:
     if gpu["gradient_copy_bytes"]:  # which are there before or after the activations
         names.insert(3, "gradient_copy")
     lines += [f"  {name.replace('_', ' '):26}{giga[name + '_bytes']:>16}" for name in names]
+    if gpu["save_host_bytes"]:
+        lines.append(f"  {'host memory at a save':26}{giga['save_host_bytes']:>16}")
     lines.append("sent by it in one optimizer step")
     kinds = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "data_parallel")
     lines += [f"  {kind.replace('_', ' '):26}{giga[kind + '_bytes']:>16}" for kind in kinds]

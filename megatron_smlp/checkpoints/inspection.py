@@ -57,13 +57,20 @@ def differences(first: Path, second: Path) -> Iterator[dict[str, Any]]:
             yield {"name": name, "only_in": str(first)}
         elif name not in ours.all_specs:
             yield {"name": name, "only_in": str(second)}
-        elif ours.all_specs[name].shape != theirs.all_specs[name].shape:
-            shapes = [list(side.all_specs[name].shape) for side in (ours, theirs)]
-            yield {"name": name, "shapes": shapes}
+        elif (specs := [side.all_specs[name] for side in (ours, theirs)])[0] != specs[1]:
+            dtypes = [str(spec.dtype).removeprefix("torch.") for spec in specs]
+            yield {"name": name, "shapes": [list(spec.shape) for spec in specs], "dtypes": dtypes}
         else:
             mine, other = ours.read(name), theirs.read(name)
-            if not torch.equal(mine, other):
+            if not _is_same(mine, other):
                 yield {"name": name, **_distance(mine.double(), other.double())}
+
+
+def _is_same(mine: Tensor, other: Tensor) -> bool:
+    """Bit by bit where it is NaN, which is not equal to itself."""
+    return torch.equal(mine, other) or torch.equal(
+        mine.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
+    )
 
 
 def _distance(mine: Tensor, other: Tensor) -> dict[str, float]:

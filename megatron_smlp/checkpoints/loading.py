@@ -16,10 +16,13 @@ import torch
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
+    folder_at,
     is_ours,
     is_same_folder,
     iteration_folder,
+    iteration_of,
     loading_order,
+    release_folder,
     tidy,
     tracked_iteration,
 )
@@ -31,30 +34,35 @@ from megatron_smlp.errors import NoGoodCheckpointError
 Say = Callable[[str], None]
 
 
-def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
+def choose_checkpoint(args: argparse.Namespace, say: Say) -> set[int]:
     """Set --ckpt-step to the checkpoint that is to be loaded, and say what was passed over.
 
     Collective. Does nothing where there is none, and for formats that are not saved with checksums.
+
+    Returns:
+        iterations that are damaged.
 
     Raises:
         NoGoodCheckpointError: there are some, and none may be loaded.
         UsageError: the one to be loaded holds another model than the flags say, or was trained on
             other data.
     """
-    if args.ckpt_format != "torch_dist" or args.auto_detect_ckpt_format:
-        return
+    if args.ckpt_format != "torch_dist":
+        return set()
     if args.rank == 0 and args.save:
         for name in tidy(args.save):
             say(f"removed {name}, which an interrupted save left in {args.save}")
-    args.load, order = from_first_rank(
-        (args.load, loading_order(args.load, args.ckpt_step) if args.load else [])
-    )
-    if not order:
-        return
-    chosen = _first_good(args, order, say)
+    args.load, folders = from_first_rank((args.load, _in_order(args) if args.load else []))
+    if not folders:
+        return set()
+    folder = _first_good(args, folders, say)
+    chosen = iteration_of(folder)
+    damaged = {n for path in folders[: folders.index(folder)] if (n := iteration_of(path))}
+    if chosen is None:
+        return damaged
     compare_run(args, chosen, say)
     if chosen == args.ckpt_step:
-        return
+        return damaged
     args.ckpt_step = chosen
     check_same_model(args, chosen)
     if (
@@ -67,17 +75,30 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> None:
             write_durably(tracker, str(chosen))
         except OSError as error:  # later runs read it; Megatron is told the iteration by the flag
             say(f"WARNING: {tracker} cannot be set to {chosen}: {error.strerror}")
+    return damaged
 
 
-def _first_good(args: argparse.Namespace, order: list[int], say: Say) -> int:
-    """Return the iteration of the first one without a problem."""
+def _in_order(args: argparse.Namespace) -> list[Path]:
+    """Return the folders to try, a run's checkpoints or its release; none of another format."""
+    first = folder_at(args.load, args.ckpt_step)
+    if args.auto_detect_ckpt_format and first and not _is_torch_dist(first):
+        return []
+    order = [iteration_folder(args.load, n) for n in loading_order(args.load, args.ckpt_step)]
+    return order or [folder for folder in [release_folder(args.load)] if folder]
+
+
+def _is_torch_dist(folder: Path) -> bool:
+    return is_ours(folder) or (folder / "metadata.json").exists()
+
+
+def _first_good(args: argparse.Namespace, folders: list[Path], say: Say) -> Path:
+    """Return the first one without a problem."""
     refused: list[str] = []
-    for iteration in order:
-        folder = iteration_folder(args.load, iteration)
+    for folder in folders:
         found = problems(folder)
         if not found:
             _tell(refused, folder, say)
-            return iteration
+            return folder
         refused.append(f"{folder} is damaged ({'; '.join(found)})")
         if args.strict_load or args.ckpt_step:
             break
@@ -94,14 +115,15 @@ def _tell(refused: list[str], folder: Path, say: Say) -> None:
 
 
 def _refusal(args: argparse.Namespace, refused: list[str]) -> str:
+    restore = "restore one of them" if len(refused) > 1 else "restore it"
     if args.ckpt_step:
         remedy = f"--ckpt-step {args.ckpt_step} asks for it: leave that out, or choose another one"
     elif args.strict_load:
         remedy = "without --strict-load an older one is loaded instead"
     elif is_same_folder(args.load, args.save):
-        remedy = "restore one of them, or start from scratch with --no-resume"
+        remedy = f"{restore}, or start from scratch with --no-resume"
     else:
-        remedy = "restore one of them, or give another --load"
+        remedy = f"{restore}, or give another --load"
     return f"{'; '.join(refused)}. Nothing was loaded: {remedy}."
 
 

@@ -102,6 +102,8 @@ class TorchDistReader:
                     if skip:
                         stream.seek(skip)
                     _fill(target, stream)
+                    while not skip and stream.read(BLOCK_BYTES):  # it is of all the values
+                        pass
 
     def read_object(self, name: str) -> Any:
         """Return what is saved under a name that is not a tensor's, if `weights_only` allows it."""

@@ -85,6 +85,8 @@ class Saving:
         """Host names of all ranks, if there is more than one rank."""
         self.unsaved = 0
         """The latest iteration that could not be saved; 0 if a later one was."""
+        self.damaged: set[int] = set()
+        """Iterations in --save that this run has found damaged."""
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -254,8 +256,11 @@ class Saving:
         except OSError as error:
             return [text_of(error)]
         if iteration is not None and save.final.parent == Path(self.args.save):
+            self.damaged.discard(iteration)
             run, last, every = self.args.save, self.args.keep_last, self.args.keep_every
-            doomed = retention.superfluous(run, newest=iteration, last=last, every=every)
+            doomed = retention.superfluous(
+                run, newest=iteration, last=last, every=every, damaged=self.damaged
+            )
             for problem in retention.delete(run, doomed):
                 self.listener.say(problem)
         return []
@@ -312,7 +317,11 @@ def write_and_add_share(
     """Write shards, then leave their checksums: the work of a process that writes."""
     # Ctrl-C reaches every process at the terminal; the training process answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    write(*args, **kwargs)
+    try:
+        write(*args, **kwargs)
+    except Exception as error:
+        args[-1].put(RuntimeError(repr(error)))  # its queue: nobody else tells the training process
+        return
     add_share(partial, rank)
 
 

@@ -10,6 +10,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from megatron_smlp.checkpoints.folders import is_same_folder
 from megatron_smlp.durable import flush_folder, replace_folder
 
 FOLDER = "tokenizer"
@@ -20,14 +21,15 @@ tokenizer's own runs where whoever reads it gives --trust-remote-code."""
 
 
 def keep_tokenizer(args: argparse.Namespace, run: Path) -> None:
-    """Copy the files that the flags name into a run's folder, unless it has a copy.
+    """Copy the files that the flags name into a run's folder, unless a run that goes on has a copy.
 
     Raises:
         OSError: a file cannot be read or written.
     """
     given = [path for name in FLAGS if (path := getattr(args, name, None))]
     sources = {Path(path).name: source for path in given if (source := _on_this_machine(path))}
-    if not sources or (run / FOLDER).exists():
+    goes_on = is_same_folder(getattr(args, "load", None), str(run))
+    if not sources or (goes_on and (run / FOLDER).exists()):
         return
     partial = run / f".{FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)

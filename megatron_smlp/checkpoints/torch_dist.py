@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_smlp.checkpoints import integrity, tokenizer_copy
 from megatron_smlp.checkpoints.folders import (
+    RELEASE,
     TRACKER,
     checkpoint_of,
     is_ours,
@@ -42,11 +43,16 @@ class TorchDistCheckpoint(TorchDistReader):
         _check_small_files(found)
         self.flags = flags_in(found)
         super().__init__(found)
-        self.iteration = iteration_of(found) or 0
         self.specs = {
             name: spec for name, spec in self.all_specs.items() if not name.startswith(NOT_WEIGHTS)
         }
         check_scale(self.specs, self.flags, where=str(found))
+
+    @cached_property
+    def iteration(self) -> int:
+        """By its name, or by its own record where somebody gave it another one; 0: a release."""
+        named = 0 if self.folder.name == RELEASE else iteration_of(self.folder)
+        return int(self.common.get("iteration", 0)) if named is None else named
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -72,6 +78,11 @@ class TorchDistCheckpoint(TorchDistReader):
 def _find(folder: Path, iteration: int | None) -> Path:
     if iteration is None or (folder / ".metadata").is_file():
         found, why = checkpoint_of(folder), f"{TRACKER} names it"
+        if iteration is not None and iteration_of(found) != iteration:
+            raise UsageError(
+                f"--ckpt-step {iteration} chooses an iteration of a run, and {found} is one "
+                "checkpoint: give the run's folder, or leave --ckpt-step out."
+            )
     else:
         found, why = iteration_folder(folder, iteration), f"--ckpt-step {iteration} asks for it"
     if not found.is_dir():

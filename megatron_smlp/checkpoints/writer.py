@@ -98,16 +98,19 @@ class TorchDistWriter:
         self.metadata.storage_data[index] = _StorageInfo(SHARD, offset, length)
 
 
-def weights_state(flags: Mapping[str, Any], layout: Mapping[str, int]) -> dict[str, Any]:
+def weights_state(
+    flags: Mapping[str, Any], layout: Mapping[str, int], tokenizer: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return Megatron's own state for weights at iteration 0, without optimizer state.
 
     Args:
         flags: of the model, for Megatron's record of arguments.
         layout: parallel sizes, by Megatron's argument names.
+        tokenizer: flags that name it, none where it is not known.
     """
     return {
         "args": argparse.Namespace(
-            **flags,
+            **{**tokenizer, **flags},
             **layout,
             add_position_embedding=True,  # Megatron compares its default with that of the run
             no_save_optim=True,

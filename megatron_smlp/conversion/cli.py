@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_smlp.checkpoints.folders import TRACKER
 from megatron_smlp.command_line import Parser, flag_of
+from megatron_smlp.conversion.record import LAYOUT
 from megatron_smlp.conversion.target import check_target
 from megatron_smlp.errors import UsageError
 from megatron_smlp.library_logging import silence_libraries
@@ -27,7 +28,15 @@ CONVERSIONS = {
     "upcycled hf to torch_dist": "upcycle",
     "upcycled gpt2 to torch_dist": "upcycle",
 }
-LAYOUT = ("tensor-model", "pipeline-model", "expert-model")
+# A flag's destination -> the formats, from and to, that it says something about.
+ONLY = {
+    "ckpt_step": ("torch_dist", None),
+    "drop_optimizer": ("torch_dist", "torch_dist"),
+    **{f"target_{name}": (None, "torch_dist") for name in LAYOUT},
+    "tokenizer_model": (None, "hf"),
+    "max_shard_size": (None, "hf"),
+}
+SHARD_SIZE = "5GB"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -63,8 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave out the comparison of logits at the end",
     )  # fmt: skip
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE",
-        help="hf: limit of one weights file, as 500MB or 5GB (default: %(default)s)",
+        "--max-shard-size", metavar="SIZE",
+        help=f"hf: limit of one weights file, as 500MB or 5GB (default: {SHARD_SIZE})",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer-model", metavar="FOLDER",
@@ -75,10 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="pad the vocabulary to a multiple of this times the tensor parallel size (default: "
         "leave it as it is; gpt2: 128)",
     )  # fmt: skip
-    for kind in LAYOUT:
+    for name in LAYOUT:
         parser.add_argument(
-            f"--target-{kind}-parallel-size", type=int, default=1, metavar="N",
-            help="torch_dist: parallel size of the run that is meant, checked and recorded",
+            flag_of(f"target_{name}"), type=int, metavar="N",
+            help="torch_dist: parallel size of the run that is meant, checked and recorded "
+            "(default: that of the run it comes from)",
         )  # fmt: skip
     parser.add_argument(
         "--drop-optimizer", action="store_true",
@@ -127,12 +137,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{'--upcycle ' * options.upcycle}--from {options.source} --to {options.target} is not "
             f"a conversion; possible are: {', '.join(CONVERSIONS)}."
         )
+    _check_used(options)
     divisible_by = options.make_vocab_size_divisible_by
     if divisible_by is not None and divisible_by < 1:
         raise UsageError(
             f"--make-vocab-size-divisible-by {divisible_by}: give 1 (no padding) or more."
         )
-    shard_limit = parse_size(options.max_shard_size)
+    shard_limit = parse_size(options.max_shard_size or SHARD_SIZE)
     _check_load(options.load, options.source)
     check_target(options.save, options.load, overwrite=options.overwrite)
     # Imported late: torch and Megatron take seconds, and --help and wrong flags should not.
@@ -152,13 +163,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer=options.tokenizer_model,
         divisible_by=divisible_by,
         layout={
-            name: getattr(options, f"target_{name}")
-            for name in (f"{kind.replace('-', '_')}_parallel_size" for kind in LAYOUT)
+            name: size
+            for name in LAYOUT
+            if (size := getattr(options, f"target_{name}")) is not None
         },
         drops_optimizer=options.drop_optimizer,
         model=model,
     )
     getattr(convert, CONVERSIONS[pair])(chosen)
+
+
+def _check_used(options: argparse.Namespace) -> None:
+    """Raise UsageError for a flag that this conversion does not read."""
+    for name, (source, target) in ONLY.items():
+        if getattr(options, name) in (None, False):
+            continue
+        if source not in (None, options.source) or target not in (None, options.target):
+            raise UsageError(
+                f"{flag_of(name)} says nothing about --from {options.source} --to "
+                f"{options.target}: leave it out."
+            )
 
 
 def _check_load(load: Path, source: str) -> None:

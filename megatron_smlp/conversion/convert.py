@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +32,7 @@ from megatron_smlp.conversion import (
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
 from megatron_smlp.conversion.padding import Repadded, padded_size
 from megatron_smlp.conversion.recipes import Converted, Plan, Recipe, same
-from megatron_smlp.conversion.record import SPECIAL, converted_record
+from megatron_smlp.conversion.record import SPECIAL, converted_record, sizes
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.conversion.target import check_target
 from megatron_smlp.ctrl_c import interrupt
@@ -43,11 +45,6 @@ from megatron_smlp.progress import written_tensors
 
 Say = Callable[[str], None]
 GPT2_DIVISIBLE_BY = 128
-LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +67,9 @@ class Options:
 
     None leaves it as it is; a GPT-2 is padded to a multiple of 128.
     """
-    layout: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(LAYOUT, 1))
-    """Parallel sizes that a Megatron checkpoint is meant for."""
+    layout: Mapping[str, int] = field(default_factory=dict)
+    """Parallel sizes that a Megatron checkpoint is meant for; one that is left out stays as the run
+    had it."""
     drops_optimizer: bool = False
     model: Mapping[str, Any] = field(default_factory=dict)
     """upcycle: flags of the sparse model that the dense one has other values for."""
@@ -89,6 +87,8 @@ class Weights:
     padded."""
     record: Mapping[str, Any] | None = None
     """run.json of the run that it comes from, or what is known of an import."""
+    args: argparse.Namespace = field(default_factory=argparse.Namespace)
+    """All flags of that run."""
 
 
 def torch_dist_to_hf(options: Options, say: Say = print) -> None:
@@ -147,7 +147,10 @@ def torch_dist_to_torch_dist(options: Options, say: Say = print) -> None:
         return
     with one_process():
         _account(checkpoint, checkpoint.specs, checkpoint.flags, str(checkpoint.folder))
-        source, flags = _padded(options, checkpoint, checkpoint.all_specs, checkpoint.flags)
+        record = read_run_record(checkpoint.folder)
+        source, flags = _padded(
+            options, checkpoint, checkpoint.all_specs, checkpoint.flags, record=record
+        )
         rewriting.check_layout(flags, options.layout)
         with _whole(options, checkpoint.folder) as folder:
             rewriting.copy(checkpoint, source, folder, flags, options.layout)
@@ -193,6 +196,9 @@ def _weights(options: Options) -> Weights:
     files = SafetensorsFolder(options.load)
     if values["model_type"] == llama.MODEL_TYPE:
         config = llama.config_of(values, options.load)
+        files.leave_out(llama.NO_WEIGHT)
+        if config.tie_word_embeddings:
+            files.leave_out_tied(llama.HEAD, llama.EMBEDDING)
         build = partial(llama.build, llama.theirs_of(values))
         return _of_files(options, config, files, llama.TENSORS.import_plan, build)
     config = huggingface.read_config(options.load)
@@ -222,12 +228,12 @@ def _of_files(
 
 def _of_checkpoint(options: Options) -> Weights:
     checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
-    source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags)
+    record = read_run_record(checkpoint.folder)
+    source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags, record=record)
     where = str(checkpoint.folder)
     converted = _account(source, source.specs, flags, where)
     logits = partial(_megatron_logits, checkpoint, checkpoint.flags)
-    record = read_run_record(checkpoint.folder)
-    return Weights(converted, flags, where, logits, record)
+    return Weights(converted, flags, where, logits, record, checkpoint.args)
 
 
 def _padded(
@@ -236,6 +242,7 @@ def _padded(
     specs: Mapping[str, Spec],
     flags: Mapping[str, Any],
     *,
+    record: Mapping[str, Any] | None = None,
     default: int | None = None,
 ) -> tuple[Repadded, dict[str, Any]]:
     """Return a source with the padding that its vocabulary is to have, and the flags for it."""
@@ -243,7 +250,7 @@ def _padded(
     divisible_by = options.divisible_by or default
     rows = flags["padded_vocab_size"]
     if divisible_by is not None:
-        tensor = options.layout["tensor_model_parallel_size"]
+        tensor = sizes(options.layout, record)["tensor_model_parallel_size"]
         rows = padded_size(flags["vocab_size"], divisible_by=divisible_by, tensor_parallel=tensor)
     return Repadded(source, specs, flags, rows=rows), {**flags, "padded_vocab_size": rows}
 
@@ -274,10 +281,18 @@ def _release(
     )
     names = megatron_model.object_names(flags)
     objects: dict[str, Any] = {name: [None] for name in names}
-    objects[COMMON] = [weights_state(flags, options.layout)]
+    tokenizer = recorded_tokenizer(before.args)
+    objects[COMMON] = [
+        weights_state(
+            flags,
+            sizes(options.layout, before.record),
+            dataclasses.asdict(tokenizer) if tokenizer else {},
+        )
+    ]
     with _whole(options, Path(before.where)) as folder:
         tensors = written_tensors(tensors_of(source), source.specs.values())
         write_checkpoint(folder, None, tensors, objects, flags=flags, record=record)
+        keep_tokenizer(before.args, folder)
         yield folder
 
 

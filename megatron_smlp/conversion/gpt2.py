@@ -119,15 +119,9 @@ class GPT2Folder:
                 raise UsageError(f"{folder} holds both {name} and {self.names[whole]}.")
             if not MASK.fullmatch(whole):
                 self.names[whole] = name
-        if not (config.tie_word_embeddings and HEAD in self.names):
-            return
-        embedding = self.names.get(EMBEDDING)
-        if embedding is not None and not self.files.are_same(embedding, HEAD):
-            raise UsageError(
-                f"{self.files.folder} holds {HEAD}, which is not {embedding} although "
-                'config.json ties them: say "tie_word_embeddings": false there to keep both.'
-            )
-        del self.names[HEAD]
+        if config.tie_word_embeddings:
+            self.files.leave_out_tied(HEAD, self.names.get(EMBEDDING, EMBEDDING))
+            self.names.pop(HEAD, None)
 
     @property
     def specs(self) -> dict[str, Spec]:

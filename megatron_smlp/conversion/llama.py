@@ -9,6 +9,7 @@ Letters: D hidden, Z FFN width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 
 MODEL_TYPE = "llama"
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+NO_WEIGHT = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""A table in the files of Llama 1 and 2, which follows from config.json."""
 TENSORS = Names(
     outside={
         "embedding.word_embeddings": "model.embed_tokens",

@@ -11,6 +11,27 @@ from typing import Any
 from megatron_smlp.command_line import flag_of
 
 SPECIAL = "special_token_ids"
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+)
+OF_A_PIPELINE = frozenset(
+    {
+        "num_layers_per_virtual_pipeline_stage",
+        "num_virtual_stages_per_pipeline_rank",
+        "pipeline_model_parallel_layout",
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+    }
+)
+"""Flags that hold for one pipeline parallel size."""
+
+
+def sizes(layout: Mapping[str, int], record: Mapping[str, Any] | None) -> dict[str, int]:
+    """Return the parallel sizes that are meant: the given ones, and else those of the run."""
+    before = (record or {}).get("layout", {})
+    return {name: layout.get(name) or before.get(name) or 1 for name in LAYOUT}
 
 
 def converted_record(
@@ -26,15 +47,21 @@ def converted_record(
     Args:
         before: the record of the checkpoint that was converted, or what is known of an import.
         flags: of the model that is written.
-        layout: parallel sizes that are meant; given later, they win over those of the run.
+        layout: parallel sizes that are meant, where they are other than those of the run.
         is_new_model: whether the model is another than that of the run.
     """
     from megatron_smlp.flags.model_arguments import model_arguments
     from megatron_smlp.flags.parse import build_parser
+    from megatron_smlp.flags.use_checkpoint_args import without
 
     special = {SPECIAL: before[SPECIAL]} if before and SPECIAL in before else {}
     before = before if before and "flags" in before else {}
-    arguments = [str(argument) for argument in before.get("command_line", [])]
+    then, now = (sizes(given, before) for given in ({}, layout))
+    dropped = {"padded_vocab_size"}  # model.json says it
+    if now["pipeline_model_parallel_size"] != then["pipeline_model_parallel_size"]:
+        dropped |= OF_A_PIPELINE
+    recorded = [str(argument) for argument in before.get("command_line", [])]
+    arguments = without(dropped, build_parser(), recorded)
     if is_new_model or not arguments:
         arguments += model_arguments(build_parser(), flags)
     for name, size in layout.items():
@@ -46,8 +73,9 @@ def converted_record(
         "iteration": iteration,
         "consumed_train_samples": before.get("consumed_train_samples", 0) if iteration else 0,
         "command_line": arguments,
-        "given": list(before.get("given", [])),
-        "layout": dict(layout),
+        "given": [name for name in before.get("given", []) if name not in dropped],
+        "layout": now,
+        **({name: before[name] for name in ("data", "software") if iteration and name in before}),
         "tokenizer": before.get("tokenizer"),
         "flags": {**before["flags"], **changes} if before else {},
         **special,

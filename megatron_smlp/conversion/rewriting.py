@@ -16,7 +16,7 @@ from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.tensors import Source, tensors_of
 from megatron_smlp.checkpoints.torch_dist import COMMON, NOT_WEIGHTS, TorchDistCheckpoint
 from megatron_smlp.checkpoints.writer import write_checkpoint
-from megatron_smlp.conversion.record import converted_record
+from megatron_smlp.conversion.record import converted_record, sizes
 from megatron_smlp.errors import UsageError
 from megatron_smlp.progress import written_tensors
 
@@ -31,6 +31,7 @@ def check_layout(flags: Mapping[str, Any], layout: Mapping[str, int]) -> None:
     for name, size in layout.items():
         if size < 1:
             raise UsageError(f"--target-{name.replace('_', '-')} {size}: give 1 or more.")
+    layout = sizes(layout, None)
     if all(size == 1 for size in layout.values()):
         return  # one process holds any model
     args = argparse.Namespace(
@@ -66,6 +67,7 @@ def copy(
     Args:
         source: the tensors of the checkpoint, optimizer state included.
         flags: of the model, with the vocabulary as it is in `source`.
+        layout: sizes that are other than the run's.
 
     Raises:
         UsageError: the optimizer state is tied to the layout that saved it.

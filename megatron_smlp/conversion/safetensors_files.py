@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -99,7 +100,26 @@ class SafetensorsFolder:
                 part.copy_(file.get_slice(name)[start : start + len(part)])
             start += len(part)
 
-    def are_same(self, one: str, other: str) -> bool:
+    def leave_out(self, names: re.Pattern[str]) -> None:
+        """Forget tensors that are no weights."""
+        self.specs = {name: s for name, s in self.specs.items() if not names.fullmatch(name)}
+
+    def leave_out_tied(self, head: str, embedding: str) -> None:
+        """Forget a copy of the embedding, by the names that both have here.
+
+        Raises:
+            UsageError: it is another tensor.
+        """
+        if head not in self.specs:
+            return
+        if embedding in self.specs and not self._are_same(embedding, head):
+            raise UsageError(
+                f"{self.folder} holds {head}, which is not {embedding} although "
+                'config.json ties them: say "tie_word_embeddings": false there to keep both.'
+            )
+        del self.specs[head]
+
+    def _are_same(self, one: str, other: str) -> bool:
         """Return whether two tensors of one or more dimensions are equal bit by bit."""
         first, second = self.read(one), self.read(other)
         return self.specs[one] == self.specs[other] and torch.equal(

@@ -24,6 +24,7 @@ Letters: D hidden, Z dense FFN width, X expert width, E experts, T tokens, h spa
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -154,7 +155,7 @@ def _recipe(
 ) -> Recipe:
     layer = ".".join(name.split(".")[:3]) + "."
     kind = name.removeprefix(layer)
-    seed = SEED + sum(map(ord, name)) + 1000 * len(name)
+    seed = SEED + zlib.crc32(name.encode())
     fc1, fc2 = f"{layer}mlp.linear_fc1.", f"{layer}mlp.linear_fc2."
     norm = f"{layer}pre_mlp_layernorm."
     folds = f"{fc1}bias" in source
@@ -223,7 +224,10 @@ def _normal(shape: tuple[int, ...], dtype: torch.dtype, *, std: float, seed: int
 
 def _router(*, shape: tuple[int, ...], dtype: torch.dtype, score: float, seed: int) -> Tensor:
     """Draw rows that sum to zero: what all tokens have in common favours no expert."""
-    weight = _normal(shape, torch.float32, std=score / math.sqrt(shape[1]), seed=seed)
+    steps = torch.finfo(dtype)
+    least = 4 * steps.smallest_normal * steps.eps  # fp16 rounds less than that to zeros
+    std = max(score / math.sqrt(shape[1]), least)
+    weight = _normal(shape, torch.float32, std=std, seed=seed)
     return (weight - weight.mean(dim=1, keepdim=True)).to(dtype)
 
 

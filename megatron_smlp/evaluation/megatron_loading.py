@@ -14,13 +14,20 @@ from typing import Any
 
 import torch
 
-from megatron_smlp.checkpoints.folders import iteration_of
+from megatron_smlp.checkpoints.folders import (
+    TRACKER,
+    iteration_folder,
+    iteration_of,
+    release_folder,
+    tracked_iteration,
+)
+from megatron_smlp.checkpoints.loading import problems
 from megatron_smlp.checkpoints.tensors import main_dtype
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
-from megatron_smlp.errors import UsageError
+from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 
 # The flags that Megatron requires of a training, and those that stop it from loading one's state.
 NO_TRAINING = """
@@ -45,6 +52,7 @@ def load_model(
 
     Raises:
         UsageError: no checkpoint, flags that contradict it, another vocabulary.
+        NoGoodCheckpointError: a file of it is damaged.
     """
     from megatron_smlp.flags.model_arguments import model_arguments
     from megatron_smlp.flags.parse import build_parser, parse_arguments
@@ -78,14 +86,30 @@ def load_model(
         ]
     )
     with args.thawed():
-        return args, _build_and_load(args), tokenizer
+        return args, _build_and_load(args, saved.folder), tokenizer
 
 
 def _load_flags(checkpoint: Path) -> list[str]:
     """Return Megatron's flags for one checkpoint: without, it would take what the tracker names, or
-    random weights where there is none."""
-    iteration, run = iteration_of(checkpoint), str(checkpoint.absolute().parent)
-    return ["--load", run, *(["--ckpt-step", str(iteration)] if iteration is not None else [])]
+    random weights where there is none.
+
+    Raises:
+        UsageError: Megatron would read another folder whatever the flags.
+    """
+    for folder in dict.fromkeys([checkpoint.absolute(), checkpoint.resolve()]):
+        step = iteration_of(folder)
+        if folder == _read_by_megatron(folder.parent, step):
+            return ["--load", str(folder.parent), *(["--ckpt-step", str(step)] if step else [])]
+    raise UsageError(
+        f"--checkpoint {checkpoint} is read by its number or by {TRACKER} beside it, and they name "
+        "another folder: give a copy by convert_checkpoint.py --to torch_dist in place of it"
+    )
+
+
+def _read_by_megatron(run: Path, step: int | None) -> Path | None:
+    iteration = step or tracked_iteration(run)
+    at_step = None if iteration is None else iteration_folder(run, iteration)
+    return release_folder(run) or at_step
 
 
 def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:
@@ -152,7 +176,7 @@ def _precision_flags(given: argparse.Namespace, dtype: str, *, stored: torch.dty
     return []
 
 
-def _build_and_load(args: argparse.Namespace) -> list[Any]:
+def _build_and_load(args: argparse.Namespace, checkpoint: Path) -> list[Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
@@ -164,6 +188,8 @@ def _build_and_load(args: argparse.Namespace) -> list[Any]:
     args.moe_eval_capacity_factor = None  # a score must not depend on what else is in its batch
     one_process = "MASTER_ADDR" not in os.environ
     initialize_megatron(allow_no_cuda=True, store=HashStore() if one_process else None)
+    if found := problems(checkpoint):
+        raise NoGoodCheckpointError(f"--checkpoint {checkpoint} is damaged ({'; '.join(found)})")
     groups = ProcessGroupCollection.use_mpu_process_groups()
     builder = GPTModelBuilder(model_config(args))
     stages: list[Any] = builder.build_distributed_models(groups, wrap_with_ddp=False)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import (
+    RELEASE,
+    TRACKER,
     folder_at,
     is_checkpoint_folder,
     iteration_of,
@@ -93,6 +95,12 @@ def _check_load(args: argparse.Namespace) -> None:
     """Refuse a --load that holds no checkpoint: Megatron would start from scratch."""
     if args.load and tracked_folder(args.load) is None:
         raise UsageError(_nothing_in(Path(args.load)))
+    unnamed = Path(args.save) / RELEASE if args.save and not args.load else None
+    if unnamed and unnamed.is_dir() and not args.no_resume:
+        raise UsageError(
+            f"{unnamed} holds weights that {TRACKER} beside it does not name: write the word "
+            f"{RELEASE} into that, or start from scratch with --no-resume."
+        )
     if args.ckpt_step and not args.load:
         where = f"{args.save} holds no checkpoint" if args.save else "there is no --load"
         raise UsageError(

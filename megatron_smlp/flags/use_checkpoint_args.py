@@ -7,7 +7,7 @@ some shapes of the model from a pickle; here everything comes from `run.json`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,16 @@ def _groups(
         group.append(argument)
     if group:
         yield options.get(group[0].split("=")[0]), group
+
+
+def without(
+    names: Set[str], parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> list[str]:
+    """Return the same command line without the flags of these destinations."""
+    groups = _groups(actions_of(parser), arguments)
+    return [
+        text for action, group in groups if not action or action.dest not in names for text in group
+    ]
 
 
 def _value(options: dict[str, argparse.Action], arguments: Sequence[str], name: str) -> str | None:

@@ -120,6 +120,14 @@ PATCHES = (
         },
     ),
     *_rows(
+        "checkpoint_flags",
+        "contract/test_checkpointing_seams.py",
+        {
+            f"{_CHECKPOINTING}.check_checkpoint_args": "wants the tokenizer's flags unchanged, and "
+            "recorded with weights alone",
+        },
+    ),
+    *_rows(
         "training_loop",
         "contract/test_megatron_seams.py",
         {

@@ -11,6 +11,7 @@ from typing import Any
 from torch.distributed import HashStore
 
 from megatron_smlp.checkpoints.claim import DONE
+from megatron_smlp.checkpoints.folders import is_same_folder
 from megatron_smlp.checkpoints.loading import choose_checkpoint
 from megatron_smlp.checkpoints.saving import Saving
 from megatron_smlp.megatron_patches import checkpointing, rank_messages, tensorboard, training_loop
@@ -83,4 +84,6 @@ class Run:
 
     def _before_loading(self) -> None:
         self.saving.claim()
-        choose_checkpoint(self.args, self.say)
+        damaged = choose_checkpoint(self.args, self.say)
+        if is_same_folder(self.args.load, self.args.save):
+            self.saving.damaged = damaged

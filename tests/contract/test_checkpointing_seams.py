@@ -12,8 +12,10 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import checkpointing, training
+from support.in_process import prepare_megatron
 
 from megatron_smlp.checkpoints.folders import TRACKER
+from megatron_smlp.checkpoints.writer import weights_state
 from megatron_smlp.megatron_patches.checkpointing import installed
 
 OWNERS = (dist_checkpointing, checkpointing, serialization, filesystem_async, training)
@@ -78,6 +80,25 @@ def test_where_the_functions_are_called():
     assert "load_checkpoint(" in inspect.getsource(training.setup_model_and_optimizer)
     assert "save_config(" in inspect.getsource(serialization.save)
     assert "get_write_results_queue(" in inspect.getsource(FileSystemWriterAsync.prepare_write_data)
+
+
+def test_flags_of_the_model_alone_are_compared(monkeypatch: pytest.MonkeyPatch):
+    """Weights alone know nothing of a tokenizer; a run may pad by another divisor."""
+    prepare_megatron()
+    sizes = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2}
+    sizes["max_position_embeddings"] = 16
+    saved = weights_state(sizes, {}, {})["args"]
+    now = {**vars(saved), "tokenizer_type": "GPT2BPETokenizer", "vocab_file": "vocab.json"}
+    now |= {"make_vocab_size_divisible_by": 64, "data_parallel_random_init": True}
+    now |= {"phase_transition_iterations": None, "use_dist_ckpt": True}
+    monkeypatch.setattr(checkpointing, "get_args", lambda: SimpleNamespace(**now))
+    monkeypatch.setattr(checkpointing, "get_checkpoint_version", lambda: 3.0)
+    checkpointing.check_checkpoint_args(saved)
+    saved.make_vocab_size_divisible_by, saved.tokenizer_type = 128, "HuggingFaceTokenizer"
+    checkpointing.check_checkpoint_args(saved)
+    saved.hidden_size = 16
+    with pytest.raises(AssertionError, match="hidden_size value from checkpoint"):
+        checkpointing.check_checkpoint_args(saved)
 
 
 class TestTracker:

@@ -179,8 +179,8 @@ class Runs:
         if case not in REWRITTEN:
             return saved
         folder = self.folder / "-".join(case)
-        layout = {**dict.fromkeys(convert.LAYOUT, 1), **REWRITTEN[case]}
-        run(convert.torch_dist_to_torch_dist, saved, folder, iteration=SAVED, layout=layout)
+        changes = {"iteration": SAVED, "layout": REWRITTEN[case]}
+        run(convert.torch_dist_to_torch_dist, saved, folder, **changes)
         return folder
 
     def check(self, system: str, source: str, target: str) -> None:

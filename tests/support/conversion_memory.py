@@ -43,6 +43,16 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "vocab_size": 25_600,
         },
     ),
+    "transformer in bf16": (
+        {"architecture": "transformer"},
+        {
+            "hidden_size": 1024,
+            "ffn_hidden_size": 4096,
+            "num_layers": 12,
+            "num_attention_heads": 16,
+            "vocab_size": 51_200,
+        },
+    ),
     "smlp": (
         {**MOE, "num_experts": 4},
         {
@@ -62,15 +72,16 @@ def drawn(specs: dict[str, Spec]) -> Iterator[tuple[str, Tensor]]:
         if not spec.dtype.is_floating_point:
             yield name, torch.zeros(spec.shape, dtype=spec.dtype)
         elif name.endswith("norm.weight") or ("ln_" in name and name.endswith("weight")):
-            yield name, torch.ones(spec.shape)
+            yield name, torch.ones(spec.shape, dtype=spec.dtype)
         else:
-            yield name, torch.randn(spec.shape) * 0.02
+            yield name, torch.randn(spec.shape, dtype=spec.dtype) * 0.02
 
 
-def write_exported(folder: Path, **flags: Any) -> dict[str, Spec]:
+def write_exported(folder: Path, dtype: torch.dtype, **flags: Any) -> dict[str, Spec]:
     config = SMLPConfig(**flags)
     tensors = huggingface.build(config).state_dict()
     expected = huggingface.expected_shapes(huggingface.build(config))
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     specs = {name: Spec(tuple(tensors[name].shape), tensors[name].dtype) for name in expected}
     folder.mkdir(parents=True)
     huggingface.write(folder, config, specs, drawn(specs), shard_limit=SHARD, tokenizer=None)
@@ -118,7 +129,8 @@ def _memory(kind: str) -> int:
 
 def measure(folder: Path, kind: str, flags: dict[str, Any]) -> dict[str, Any]:
     """Bytes of each conversion, of the largest tensor and of the whole model."""
-    specs = write_exported(folder / "hf", **flags)
+    dtype = torch.bfloat16 if kind.endswith("bf16") else torch.float32
+    specs = write_exported(folder / "hf", dtype, **flags)
     if kind == "transformer":
         specs |= write_gpt2(folder / "gpt2", **flags)
     pairs: dict[str, tuple[Any, str, str]] = {

@@ -490,6 +490,11 @@ def test_estimate_prints_json_and_a_table(tmp_path: Path, capsys: pytest.Capture
     assert result["per_gpu"]["expert_parallel_bytes"] > 0
     assert main(["--config", str(config)]) == 0
     assert f"{cost.parameters:,}" in capsys.readouterr().out
+    gathered = ["--config", str(config), "--use-distributed-optimizer"]
+    for words, share in (([], 12), (["--optimizer-checkpoint", "data_parallel"], 0)):
+        assert main([*gathered, *words, "--json"]) == 0
+        gpu = json.loads(capsys.readouterr().out)["per_gpu"]
+        assert gpu["save_host_bytes"] == share * gpu["parameters"]
     assert main(["--config", str(tmp_path / "missing.yaml")]) == 2
     assert "missing.yaml: no such file" in capsys.readouterr().err
 

@@ -10,6 +10,8 @@ from support.checkpoints import checkpoint_tensors, flip_a_bit
 
 from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.checkpoints.inspect_cli import main
+from megatron_smlp.checkpoints.inspection import differences
+from megatron_smlp.checkpoints.writer import TorchDistWriter
 from megatron_smlp.errors import UsageError
 
 
@@ -62,3 +64,14 @@ def test_verify_names_what_is_wrong(run: Path, capsys: pytest.CaptureFixture[str
 def test_no_checkpoint_is_a_readable_error(tmp_path: Path):
     with pytest.raises(UsageError, match="holds no checkpoint"):
         main(["verify", str(tmp_path)])
+
+
+def test_diff_sees_a_type_and_knows_nan(tmp_path: Path):
+    values = torch.tensor([1.0, float("nan")])
+    for name, dtype in (("one", torch.float32), ("other", torch.bfloat16)):
+        with TorchDistWriter(tmp_path / name) as writer:
+            writer.add("weight", values.to(dtype))
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert not list(differences(one, one))
+    [row] = differences(one, other)
+    assert row["dtypes"] == ["float32", "bfloat16"]

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import assert_ends_like, flip_a_bit, pretrain
+from support.conversions import run as converted
 
 from megatron_smlp.checkpoints.folders import (
     MARKER,
     MODEL,
+    RELEASE,
     RUN,
     SUMS,
     TRACKER,
@@ -17,7 +19,8 @@ from megatron_smlp.checkpoints.folders import (
     iterations,
     tracked_iteration,
 )
-from megatron_smlp.errors import NoGoodCheckpointError
+from megatron_smlp.conversion import convert
+from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 
 
 def cut_shard(run: Path) -> str:
@@ -69,7 +72,7 @@ def test_a_missing_tracker_is_no_loss(
 def test_strict_load_refuses(run: Path):
     expected = cut_shard(run)
     with pytest.raises(NoGoodCheckpointError, match=rf"{expected}.*without --strict-load"):
-        pretrain(f"--save {run} --strict-load")
+        pretrain(f"--save {run} --strict-load --auto-detect-ckpt-format")
     assert tracked_iteration(run) == 6
 
 
@@ -114,3 +117,23 @@ def test_weights_of_another_folder_and_of_megatron(
     assert sorted(path.name for path in run.iterdir()) == before
     assert tracked_iteration(run) == 6
     assert iterations(tmp_path / "tuned") == [2]
+
+
+def test_what_was_found_damaged_takes_no_good_ones_place(run: Path):
+    for iteration in (4, 6):
+        flip_a_bit(iteration_folder(run, iteration) / "__0_0.distcp")
+    pretrain(f"--save {run} --save-interval 3 --keep-last 2")
+    assert iterations(run) == [3, 4, 6], "4 is damaged, and the 6 of now is whole"
+
+
+def test_weights_alone_are_verified_and_not_overlooked(finished_run: Path, tmp_path: Path):
+    weights = tmp_path / "weights"
+    changes = {"drops_optimizer": True, "checks": False}
+    converted(convert.torch_dist_to_torch_dist, finished_run, weights, **changes)
+    (weights / TRACKER).write_text("")
+    with pytest.raises(UsageError, match=r"release holds weights that latest_.* does not name"):
+        pretrain(f"--load {weights} --save {weights}")
+    (weights / TRACKER).write_text(RELEASE)
+    flip_a_bit(weights / RELEASE / "__0_0.distcp")
+    with pytest.raises(NoGoodCheckpointError, match=r"release is damaged .*: restore it, or give"):
+        pretrain(f"--load {weights} --save {tmp_path / 'more'}")

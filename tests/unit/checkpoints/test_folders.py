@@ -124,3 +124,5 @@ class TestRetention:
         elsewhere = checkpoint(tmp_path / "elsewhere", 5)
         iteration_folder(tmp_path, 5).symlink_to(elsewhere)
         assert retention.superfluous(tmp_path, newest=40, last=2, every=None) == [10]
+        found = {"damaged": {20}}
+        assert retention.superfluous(tmp_path, newest=40, last=1, every=None, **found) == [10]

@@ -17,6 +17,7 @@ from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.checkpoints.index import tile
 from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.checkpoints.safe_unpickling import load_metadata
+from megatron_smlp.checkpoints.writer import TorchDistWriter
 from megatron_smlp.errors import DamagedCheckpointError
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -179,3 +180,14 @@ def test_an_index_that_lies_is_refused(run: Path, lie: Callable[[Any], None]) ->
         TorchDistReader(path.parent)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_rows_are_not_read_of_a_piece_that_is_damaged_behind_them(tmp_path: Path) -> None:
+    with TorchDistWriter(tmp_path / "one") as writer:
+        writer.add("weight", torch.ones(1000, 1000))
+    shard = tmp_path / "one" / "__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) * 9 // 10] ^= 1
+    shard.write_bytes(bytes(data))
+    with pytest.raises(DamagedCheckpointError, match="CRC"):
+        TorchDistReader(tmp_path / "one").read_into(torch.empty(100, 1000), "weight")

@@ -11,8 +11,9 @@ from support.checkpoints import assert_ends_like, pretrain
 
 from megatron_smlp.checkpoints.folders import iteration_folder, iterations, tracked_iteration
 from megatron_smlp.checkpoints.integrity import verify
-from megatron_smlp.checkpoints.saving import reason_of
+from megatron_smlp.checkpoints.saving import reason_of, write_and_add_share
 from megatron_smlp.errors import SaveError, UsageError
+from megatron_smlp.megatron_patches.async_saving import ForkedQueue
 from megatron_smlp.training.reporting import Reporter
 
 
@@ -149,3 +150,17 @@ def test_a_cut_archive_is_called_so():
         "[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598 in __0_0.distcp"
     )
     assert reason_of(error) == "was written in part only, as on a full disk"
+
+
+def test_what_ends_a_writer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the process, or about one that the system killed."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    results = ForkedQueue()
+    assert "was ended (out of memory?)" in str(results.get_nowait())
+
+    def write(*_: Any) -> None:
+        raise AssertionError("a thread failed")
+
+    write_and_add_share(write, tmp_path, 0, 0, [], results)
+    assert "a thread failed" in str(results.get_nowait())
+    assert not list(tmp_path.iterdir())

@@ -45,12 +45,13 @@ def test_a_name_of_the_hub_is_no_file(tmp_path: Path, monkeypatch):
     assert kept(tmp_path / "run", tokenizer_model="gpt2") == []
 
 
-def test_the_first_copy_stays(tmp_path: Path, original: Path):
+def test_the_first_copy_stays_until_a_run_starts_from_scratch(tmp_path: Path, original: Path):
     run = tmp_path / "run"
     kept(run, tokenizer_model=str(original))
     (original / "tokenizer.json").write_text("another")
-    kept(run, tokenizer_model=str(original))
-    assert (run / FOLDER / "books" / "tokenizer.json").read_text() == "tokenizer.json"
+    for load, text in ((str(run), "tokenizer.json"), ("", "another")):
+        kept(run, tokenizer_model=str(original), load=load)
+        assert (run / FOLDER / "books" / "tokenizer.json").read_text() == text
 
 
 def test_the_copy_is_read_where_the_original_is_not(tmp_path: Path, original: Path):

@@ -265,6 +265,9 @@ def test_an_interrupted_conversion_leaves_nothing(
         ("--to hf --tokeniser x", "unrecognized arguments: --tokeniser"),
         ("--to hf --max-shard-size big", "--max-shard-size big"),
         ("--to hf", "--load nowhere is not a folder"),
+        ("--from hf --to torch_dist --ckpt-step 3", "--ckpt-step says nothing about --from hf"),
+        ("--to hf --drop-optimizer", "--drop-optimizer says nothing about"),
+        ("--to torch_dist --max-shard-size 1GB", "--max-shard-size says nothing about"),
     ],
 )
 def test_wrong_flags_are_one_line(words: str, message: str) -> None:

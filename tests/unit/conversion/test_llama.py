@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.conversions import (
     assert_same,
     folder_weights,
@@ -156,3 +157,21 @@ def test_what_cannot_be_imported(tmp_path: Path, changes: dict[str, Any], named:
     with pytest.raises(UsageError, match=f"{named} has no equal"):
         run(from_hf, folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_older_files_hold_more_than_weights(tmp_path: Path) -> None:
+    """Tables of angles, as those of Llama 1 and 2, and a copy of what is tied."""
+    folder = save_llama(tmp_path / "llama", tie_word_embeddings=True)
+    tensors = folder_weights(folder)
+    head, embedding = "lm_head.weight", tensors["model.embed_tokens.weight"]
+    angles = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    older = {**tensors, angles: torch.ones(4), head: embedding.clone()}
+    save_file(older, folder / "model.safetensors", metadata={"format": "pt"})
+    said = run(from_hf, folder, tmp_path / "run")
+    assert "forward check" in said[0]
+    run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "again", checks=False)
+    assert_same(folder_weights(tmp_path / "again"), tensors)
+    older[head] += 1
+    save_file(older, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"lm_head\.weight, which is not model\.embed_tokens"):
+        run(from_hf, folder, tmp_path / "other")

@@ -48,7 +48,7 @@ def test_there_and_back(tmp_path: Path, system: str) -> None:
     if system == "transformer":
         changes |= {**DENSE, "tie_word_embeddings": False}
     exported = save_exported(make_model(system, **changes), tmp_path / "hf")
-    tensor_parallel = {**dict.fromkeys(convert.LAYOUT, 1), "tensor_model_parallel_size": 2}
+    tensor_parallel = {"tensor_model_parallel_size": 2}
     said = run(from_hf, exported, tmp_path / "a", divisible_by=64, layout=tensor_parallel)
     assert "forward check" in said[0]
     wide = TorchDistCheckpoint(tmp_path / "a")
@@ -56,7 +56,8 @@ def test_there_and_back(tmp_path: Path, system: str) -> None:
     for name, tensor in weights(wide).items():
         if tensor.shape[0] == 128:  # what is new repeats the first row of padding
             assert torch.equal(tensor[112:], tensor[101:102].expand_as(tensor[112:])), name
-    run(convert.torch_dist_to_torch_dist, tmp_path / "a", tmp_path / "b", divisible_by=1)
+    one = {"layout": {"tensor_model_parallel_size": 1}}
+    run(convert.torch_dist_to_torch_dist, tmp_path / "a", tmp_path / "b", divisible_by=1, **one)
     assert TorchDistCheckpoint(tmp_path / "b").flags["padded_vocab_size"] == 101
     run(convert.torch_dist_to_hf, tmp_path / "b", tmp_path / "c", divisible_by=16)
     before, after = (
@@ -93,6 +94,6 @@ def test_a_layout_that_needs_it_says_so(tmp_path: Path) -> None:
     with one_process():
         model = make_model("gmlp", **DENSE, tiny_attention_width=64)
         exported = save_exported(model, tmp_path / "hf")
-        layout = {**dict.fromkeys(convert.LAYOUT, 1), "tensor_model_parallel_size": 2}
+        layout = {"tensor_model_parallel_size": 2}
         with pytest.raises(UsageError, match=r"vocabulary 101.*--make-vocab-size-divisible-by"):
             run(from_hf, exported, tmp_path / "run", layout=layout)

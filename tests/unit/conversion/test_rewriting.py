@@ -1,6 +1,7 @@
 """Checkpoints that are rewritten for another layout go on as if nothing had happened."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.checkpoints import carry_on
@@ -15,6 +16,7 @@ from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import flags_of
+from megatron_smlp.conversion.record import LAYOUT, converted_record
 from megatron_smlp.conversion.rewriting import ANY_LAYOUT, check_layout
 from megatron_smlp.errors import UsageError
 
@@ -44,6 +46,14 @@ def test_a_rewritten_checkpoint_goes_on_with_its_optimizer(tmp_path: Path) -> No
     weights = tmp_path / "weights"
     run(convert.torch_dist_to_torch_dist, tmp_path / "run", weights, drops_optimizer=True)
     assert not any("optimizer" in name for name in TorchDistCheckpoint(weights).all_specs)
+    assert TorchDistCheckpoint(weights).args.tokenizer_type == "NullTokenizer"
+    best = tmp_path / "best"  # what it is, it says itself
+    best.symlink_to(before.folder)
+    said = run(convert.torch_dist_to_torch_dist, best, tmp_path / "renamed", checks=False)
+    assert said[-1].endswith("iteration 2")
+    assert TorchDistCheckpoint(tmp_path / "renamed").all_specs == before.all_specs
+    with pytest.raises(UsageError, match="--ckpt-step 4 chooses an iteration of a run, and"):
+        TorchDistCheckpoint(before.folder, iteration=4)
 
 
 def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(tmp_path: Path) -> None:
@@ -58,7 +68,7 @@ def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(tmp_path: Pa
     with pretrained(f"{words} --ckpt-step 2 --log-dir {tmp_path / 'log'}"):
         new = [r["loss"] for r in records(tmp_path / "log") if "loss" in r]
     assert new == pytest.approx(old[2:], rel=1e-6)
-    for layout in (None, dict(zip(convert.LAYOUT, (2, 1, 1), strict=True))):
+    for layout in (None, dict(zip(LAYOUT, (2, 1, 1), strict=True))):
         changes = {"layout": layout} if layout else {}
         message = r"saved with --optimizer-checkpoint data_parallel \(optimizer.*--drop-optimizer"
         with pytest.raises(UsageError, match=message):
@@ -71,7 +81,7 @@ def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(tmp_path: Pa
 def test_its_flags_are_those_of_the_run_with_the_layout_that_is_meant(tmp_path: Path) -> None:
     with pretrained(f"{MODEL} --save {tmp_path / 'run'} --train-iters 2"):
         pass
-    layout = dict(zip(convert.LAYOUT, (2, 1, 1), strict=True))
+    layout = dict(zip(LAYOUT, (2, 1, 1), strict=True))
     for name, drops in (("state", False), ("weights", True)):
         folder = tmp_path / name
         run(
@@ -88,6 +98,28 @@ def test_its_flags_are_those_of_the_run_with_the_layout_that_is_meant(tmp_path: 
         assert record["tokenizer"]["tokenizer_type"] == "NullTokenizer"
 
 
+def test_a_record_keeps_what_still_holds() -> None:
+    """The sizes and the data of the run; nothing that another pipeline would refuse."""
+    interleaved = ["--num-layers-per-virtual-pipeline-stage", "1"]
+    sizes = ["--pipeline-model-parallel-size", "2", "--lr", "0.1"]
+    before = {
+        "command_line": [*interleaved, *sizes, "--padded-vocab-size=128"],
+        "layout": {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 8},
+        "given": ["num_layers_per_virtual_pipeline_stage", "lr", "padded_vocab_size"],
+        "data": {"text": "sum"},
+        "flags": {},
+    }
+    common: dict[str, Any] = {"iteration": 2, "is_new_model": False}
+    flags = {"padded_vocab_size": 104}
+    same = converted_record(before, flags, {}, **common)
+    assert same["command_line"] == [*interleaved, *sizes]
+    assert same["layout"]["tensor_model_parallel_size"] == 8
+    assert same["data"] == before["data"]
+    other = converted_record(before, flags, {"pipeline_model_parallel_size": 1}, **common)
+    assert other["command_line"] == [*sizes, "--pipeline-model-parallel-size", "1"]
+    assert other["given"] == ["lr"]
+
+
 @pytest.mark.parametrize(
     ("layout", "words"),
     [((3, 1, 1), "num-attention-heads"), ((1, 3, 1), "num-layers 4"), ((0, 1, 1), "give 1")],
@@ -97,4 +129,4 @@ def test_a_layout_that_does_not_fit_is_refused(layout: tuple[int, ...], words: s
         make_config("transformer", num_layers=4, vocab_size=128, tiny_attention_width=64)
     )
     with pytest.raises(UsageError, match=words):
-        check_layout(flags, dict(zip(convert.LAYOUT, layout, strict=True)))
+        check_layout(flags, dict(zip(LAYOUT, layout, strict=True)))

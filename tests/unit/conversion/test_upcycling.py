@@ -13,8 +13,9 @@ from support.smlp_systems import make_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from megatron_smlp.checkpoints.tensors import Spec
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
-from megatron_smlp.conversion import convert, megatron_model
+from megatron_smlp.conversion import convert, megatron_model, upcycling
 from megatron_smlp.conversion.cli import main
 from megatron_smlp.errors import UsageError
 from megatron_smlp.platform.one_process import one_process
@@ -175,3 +176,17 @@ def test_what_cannot_be_upcycled_is_named(
 def test_flags_without_upcycle() -> None:
     with pytest.raises(UsageError, match="--num-experts says what --upcycle makes"):
         main(["--load", "a", "--save", "b", "--to", "torch_dist", "--num-experts", "4"])
+
+
+def test_every_layer_draws_its_own_and_fp16_has_steps_for_it() -> None:
+    """A score of BASE over sqrt(D) is less than half of fp16's smallest number."""
+    names = [f"decoder.layers.{layer}.mlp.router.weight" for layer in range(40)]
+    target = {"token_router": "base", "base_routing_input": "residual"}
+    for dtype in (torch.float16, torch.float32):
+        source = {"weight": Spec((1,), dtype)}
+        plan = upcycling.plan(source, dict.fromkeys(names, (4, 256)), target)
+        drawn = torch.stack([plan[name].make() for name in names])
+        assert drawn.dtype == dtype
+        assert len(drawn.float().unique(dim=0)) == len(names)
+        assert (drawn == 0).float().mean() < 0.2
+        assert drawn.abs().max() < 2e-6

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from evaluation_helpers import SYSTEMS, Run, instances, loaded, scoring_cases, trained
 from lm_eval.models.huggingface import HFLM
+from support.checkpoints import flip_a_bit
 
-from megatron_smlp.errors import UsageError
+from megatron_smlp.errors import NoGoodCheckpointError, UsageError
 from megatron_smlp.evaluation.harness import ScorerModel
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 
@@ -48,5 +50,15 @@ def test_flags_that_contradict_are_refused(half: Run) -> None:
     with (
         pytest.raises(UsageError, match="--bf16 contradicts --dtype float32"),
         loaded(half.checkpoint, "--bf16", dtype="float32"),
+    ):
+        pass
+
+
+def test_damaged_weights_are_not_scored(half: Run, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(half.checkpoint, tmp_path / "run"))
+    flip_a_bit(next(damaged.glob("iter_*/__0_0.distcp")))
+    with (
+        pytest.raises(NoGoodCheckpointError, match=r"__0_0\.distcp is not what was written"),
+        loaded(damaged),
     ):
         pass
