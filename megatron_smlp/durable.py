@@ -10,12 +10,14 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 LOCK = "lock"
 """Name of the file by which a folder is locked."""
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_deleting = ThreadPoolExecutor(1)
 
 
 def write_durably(
@@ -152,13 +154,21 @@ def sync_folder(folder: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that a crash never leaves a part of it under its name.
 
+    It is renamed at once and deleted in the background: a large one may take minutes, and ranks may
+    wait for the caller. The interpreter does not end before that is done.
+
     Raises:
         OSError: it could not be renamed. What cannot be deleted after that stays, renamed.
     """
     aside = folder.with_name(f".{folder.name.lstrip('.')}.deleted")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    delete_in_background(aside)
+
+
+def delete_in_background(folder: Path) -> Future[None]:
+    """Delete what nobody looks for any more; what cannot be deleted stays."""
+    return _deleting.submit(shutil.rmtree, folder, ignore_errors=True)
 
 
 def lock_folder(folder: Path) -> IO[bytes]:

@@ -15,10 +15,9 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
-import shutil
 from pathlib import Path
 
-from megatron_smlp.durable import remove_folder
+from megatron_smlp.durable import delete_in_background, remove_folder
 from megatron_smlp.errors import UsageError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -173,7 +172,7 @@ def tidy(run: str | Path) -> list[str]:
             continue
         final = path.with_name(match[1])
         if match[3]:
-            shutil.rmtree(path, ignore_errors=True)
+            delete_in_background(path)
         elif match[2] == "replaced" and not final.exists():
             path.rename(final)
         else:

@@ -1,10 +1,18 @@
 """Files and folders are replaced whole or not at all."""
 
+import threading
 from pathlib import Path
 
 import pytest
 
-from megatron_smlp.durable import link_durably, replace_folder, rust_os_errors
+from megatron_smlp import durable
+from megatron_smlp.durable import (
+    delete_in_background,
+    link_durably,
+    remove_folder,
+    replace_folder,
+    rust_os_errors,
+)
 
 
 def _folder(path: Path, file: str) -> Path:
@@ -18,6 +26,17 @@ def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     replace_folder(_folder(tmp_path / "new", "new"), target)
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_nobody_waits_for_a_large_folder_to_be_deleted(tmp_path: Path) -> None:
+    may_go = threading.Event()
+    durable._deleting.submit(may_go.wait, 20)  # as one before it that takes long
+    _folder(tmp_path / "large", "file")
+    remove_folder(tmp_path / "large")
+    assert [path.name for path in tmp_path.iterdir()] == [".large.deleted"]
+    may_go.set()
+    delete_in_background(tmp_path / "absent").result()
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_older_folder_stays_where_there_is_no_new_one(tmp_path: Path) -> None:
