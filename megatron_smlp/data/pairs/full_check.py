@@ -141,6 +141,16 @@ def _check_counts(index: Index, manifest: Manifest) -> None:
     for name, value in actual.items():
         if getattr(pair, name) != value:
             raise DataError(f"{name} is {value}, but the manifest says {getattr(pair, name)}")
+    pairs = manifest.pairs.values()
+    for name, value in (
+        ("documents", pair.documents),
+        ("tokens", sum(each.tokens for each in pairs)),
+    ):
+        if manifest.counts.get(name, value) != value:
+            raise DataError(
+                f"the pairs hold {value} {name}, but their run counted {manifest.counts[name]}: "
+                "preprocess again"
+            )
 
 
 def _check_eod(index: Index, manifest: Manifest) -> None:

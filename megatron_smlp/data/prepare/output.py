@@ -145,14 +145,15 @@ class PartialOutput:
 
     def _open_files(self) -> None:
         journal = self.journal
+        rejected = self.folder / "rejected.jsonl"
+        # Before the writers: `_close_files` takes it for open where they are.
+        self.rejected: BinaryIO = append_to(rejected, committed=journal.rejected_size)
         self.writers = [
             PairWriter(self.folder / str(number), dtype=self.dtype, committed=sizes, max_id=max_id)
             for number, (sizes, max_id) in enumerate(
                 zip(journal.pair_sizes, journal.max_ids, strict=True)
             )
         ]
-        rejected = self.folder / "rejected.jsonl"
-        self.rejected: BinaryIO = append_to(rejected, committed=journal.rejected_size)
 
     def write(self, encoded: EncodedChunk) -> None:
         """Append the documents and the rejections of one chunk."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, make_documents, parse, write_jsonl
 
@@ -85,8 +86,10 @@ def test_an_input_that_grows_is_recorded_as_it_was_read(
     assert again.counts.documents == summary.counts.documents + 1
 
 
-@pytest.mark.parametrize("method", ["write", "commit", "finish", "publish"])
-@pytest.mark.parametrize("calls", [0, 1, 7])
+STEPS = [(method, calls) for method in ("write", "commit") for calls in (0, 1, 7)]
+
+
+@pytest.mark.parametrize(("method", "calls"), [*STEPS, ("finish", 0), ("publish", 0)])
 def test_a_run_stopped_at_each_step(
     run: Run, tmp_path: Path, source: Path, method: str, calls: int
 ) -> None:
@@ -94,13 +97,35 @@ def test_a_run_stopped_at_each_step(
     run(source, whole, *FLAGS)
     with pytest.MonkeyPatch.context() as patch:
         _kill_after(patch, method, calls)
-        try:
+        with pytest.raises(_KilledError):
             run(source, prefix, *FLAGS)
-        except _KilledError:
-            assert not Path(f"{prefix}_text_document.idx").exists()
+    assert not Path(f"{prefix}_text_document.idx").exists()
     run(source, prefix, *FLAGS, "--resume")
     assert _outputs(prefix) == _outputs(whole)
     assert not Path(f"{prefix}.partial").exists()
+
+
+def test_a_commit_before_anything_is_written_again(tmp_path: Path) -> None:
+    """After a resume, in a stretch without documents: what is cut off does not count."""
+    one, dtype = np.ones(1, np.int32), np.dtype("uint16")
+    writer = pair_writer.PairWriter(tmp_path / "0", dtype=dtype)
+    writer.write(one, lengths=one, sequences=one)
+    sizes = writer.commit()
+    writer.write(one, lengths=one, sequences=one)
+    writer.close()
+    writer = pair_writer.PairWriter(tmp_path / "0", dtype=dtype, committed=sizes)
+    assert writer.commit() == sizes == {"bin": 2, "lengths": 4, "sequences": 4}
+    writer.close()
+
+
+def test_a_file_that_is_shorter_than_its_journal(run: Run, tmp_path: Path, source: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_after(patch, "commit", 3)
+        with pytest.raises(_KilledError):
+            run(source, tmp_path / "data", *FLAGS)
+    (tmp_path / "data.partial" / "rejected.jsonl").write_bytes(b"")
+    with pytest.raises(DataError, match=r"rejected\.jsonl is shorter than its journal says"):
+        run(source, tmp_path / "data", *FLAGS, "--resume")
 
 
 @pytest.mark.parametrize("calls", range(4))
