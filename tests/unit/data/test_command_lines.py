@@ -170,7 +170,7 @@ def test_no_room_is_one_line_that_names_the_file(
     kept = {path.name for path in tmp_path.iterdir()} | {"full"}
     tools: list[tuple[Any, list[object]]] = [
         (preprocess_cli, ["--input", corpus, "--output-prefix", full / "x", *BYTE_FLAGS]),
-        (merge_cli, ["--input", data, data, "--output-prefix", full / "x"]),
+        (merge_cli, ["--input", data, "--output-prefix", full / "x"]),
         (inspect_cli, ["split", data, "--output-prefix", full / "x", "--weights", 1, 1, 1]),
         (inspect_cli, ["stats", data, "--png", full / "x"]),
         (tokenizer_training, ["--input", corpus, "--vocab-size", 300, "--output", full / "x"]),

@@ -147,6 +147,40 @@ def test_caches_cut_short_by_a_crash_are_built_again(prefixes: list[str], tmp_pa
     assert remove_unfinished(cache) == []
 
 
+def test_only_unfinished_indices_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what the user keeps in the folder, nor what cannot be read for a moment."""
+    np.save(tmp_path / "labels.npy", np.array([{"a": 1}], dtype=object))
+    kept = tmp_path / "0-WatchedGPTDataset-train-shuffle_index.npy"
+    np.save(kept, np.arange(9))
+    cut = tmp_path / "0-BlendedDataset-train-dataset_index.npy"
+    cut.write_bytes(kept.read_bytes()[:-1])
+    assert remove_unfinished(tmp_path) == [cut]
+
+    def unreadable(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(np, "load", unreadable)
+    assert remove_unfinished(tmp_path) == []
+    assert kept.exists()
+
+
+def test_a_folder_of_a_group(tmp_path: Path) -> None:
+    """Each of its users may lock it; what is no lock is said."""
+    lock = tmp_path / ".building.lock"
+    tmp_path.chmod(0o775)
+    with exclusive_caches([], path_to_cache=str(tmp_path)):
+        assert lock.stat().st_mode & 0o777 == 0o664
+    lock.unlink()
+    lock.mkdir()
+    with (
+        pytest.raises(DataError, match=r"cached in .*Is a directory.*--data-cache-path"),
+        exclusive_caches([], path_to_cache=str(tmp_path)),
+    ):
+        pass
+
+
 def test_a_dataset_that_grew_is_read_through_an_index_of_its_own(
     run: Callable[..., Summary], tmp_path: Path
 ) -> None:
