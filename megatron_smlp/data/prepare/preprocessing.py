@@ -31,7 +31,7 @@ from megatron_smlp.errors import DataError, UsageError
 
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 20.0
-_NOT_THE_SAME = ", damaged or of other flags or other input"
+_NOT_THE_SAME = ", damaged or of other flags, tokenizer files or input, or of an older version"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
     Raises:
         UsageError: a wrong value.
         DataError: bad input, a refused record unless `skip_errors`, or a worker that died.
-            After a refused record nothing is left; otherwise finished shards stay for `resume`.
+            Finished shards stay for `resume`.
     """
     files = find_inputs(settings.inputs)
     tokenizer = read_tokenizer(settings.tokenizer)
@@ -159,12 +159,15 @@ def _digest(
     files: list[Path],
     stamps: list[tuple[int, int] | None],
 ) -> str:
-    """Return a digest of what decides the bytes of the output; the number of workers does not."""
+    """Return a digest of what decides the bytes of the output.
+
+    The number of workers does not; nor does `skip_errors`, up to the first record that is refused.
+    """
     stable = replace(settings, workers=1, resume=False, shard_bytes=0, output_prefix="")
     inputs = [(str(path), *(stamp or ())) for path, stamp in zip(files, stamps, strict=True)]
     flags = asdict(stable)
-    del flags["overwrite"]
-    what = [flags, tokenizer.identity, tokenizer.vocab_size, tokenizer.eod, inputs]
+    del flags["overwrite"], flags["skip_errors"]
+    what = [flags, repr(tokenizer), inputs]  # the rules of the tokenizer, and not its ids alone
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
@@ -204,10 +207,12 @@ def _encode(
     chunks = read_chunks(files, keys=settings.keys, start=start)
     for chunk, encoded in workers.encode(chunks):
         if encoded.rejections and not settings.skip_errors:
-            partial.discard()
             first = encoded.rejections[0]
-            advice = remedy(settings.keys, was_read=bool(counts.documents or encoded.num_documents))
-            raise DataError(f"{first} [{first.reason}]; nothing was written ({advice})")
+            was_read = bool(counts.documents or encoded.num_documents)
+            left = f"nothing was written ({remedy(settings.keys, was_read=was_read)})"
+            if partial.has_journal:
+                left = "finished shards are kept, --on-error skip --resume goes on"
+            raise DataError(f"{first} [{first.reason}]; {left}")
         partial.write(encoded)
         position = chunk.end
         counts.text_bytes += chunk.num_bytes

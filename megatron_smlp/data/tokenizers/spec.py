@@ -54,7 +54,10 @@ class Encoder(Protocol):
 
 
 class Tokenizer(Protocol):
-    """A tokenizer whose files have been read: picklable, not yet ready to encode."""
+    """A tokenizer whose files have been read: picklable, not yet ready to encode.
+
+    It is a dataclass, and its `repr` has all that decides the ids of a text.
+    """
 
     @property
     def vocab_size(self) -> int:
