@@ -5,7 +5,7 @@ The one module of `data` that imports Megatron: training calls it, the tools do 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from megatron_smlp.data.blending import SPLITS, Blends
+from megatron_smlp.data.blending import SPLITS, Blend, Blends
 from megatron_smlp.data.index_cache import exclusive_caches
 from megatron_smlp.data.pairs.content import Watch
 from megatron_smlp.data.pairs.indexed import open_index
@@ -83,7 +83,7 @@ def build_datasets(
 
     Raises:
         DataError: a split without a document, a cache that cannot be written, or unweighted
-            datasets that do not suffice.
+            datasets that do not suffice, or of which one is shorter than a sample.
     """
     _check_splits(blends, config)
     builder = BlendedMegatronDatasetBuilder(
@@ -98,18 +98,48 @@ def build_datasets(
 
 
 def _check_splits(blends: Blends, config: GPTDatasetConfig) -> None:
-    """Megatron repeats a dataset until it is long enough: for ever, where a part of it is empty."""
-    if blends.whole is None:
-        return
-    for prefix in blends.whole.prefixes:
-        count = open_index(prefix).num_sequences
-        for name, share in zip(SPLITS, config.split_matrix or (), strict=True):
-            if share is not None and round(share[0] * count) >= round(share[1] * count):
+    """Megatron repeats a dataset until it is long enough: for ever, where a part of it is empty.
+    Without weights it reads each once, and stops at one that is shorter than a sample."""
+    for name, blend, share in _splits(blends, config):
+        for prefix in blend.prefixes:
+            index = open_index(prefix)
+            first, last = (round(edge * index.num_sequences) for edge in share)
+            if first >= last:
                 raise DataError(
                     f"--split {config.split} leaves no document for {name} in {prefix!r}, which "
-                    f"has {count}; set that share to 0 (validation's with --eval-iters 0), make it "
-                    f"larger, or give --train-data-path and --valid-data-path"
+                    f"has {index.num_sequences}; set that share to 0 (validation's with "
+                    f"--eval-iters 0), make it larger, or give --train-data-path and "
+                    f"--valid-data-path"
                 )
+            tokens = index.tokens_between(first, last)
+            if _is_read_once(name, blend, config) and tokens <= config.sequence_length:
+                raise DataError(
+                    f"{prefix!r} has {tokens} tokens for {name}, and a sample takes "
+                    f"{config.sequence_length} and one more: without weights each dataset is read "
+                    f"once; leave it out, merge it into another one (tools/merge_datasets.py), "
+                    f"give weights, or make the split's share larger"
+                )
+
+
+def _splits(
+    blends: Blends, config: GPTDatasetConfig
+) -> Iterator[tuple[str, Blend, tuple[float, float]]]:
+    """Yield the name of each split that is built, its blend, and the share of each dataset."""
+    if blends.whole is not None:
+        for name, share in zip(SPLITS, config.split_matrix or (), strict=True):
+            if share is not None:
+                yield name, blends.whole, share
+    else:
+        wanted = config.blend_per_split or ()
+        for name, blend, built in zip(SPLITS, blends.per_split or (), wanted, strict=True):
+            if blend is not None and built is not None:
+                yield name, blend, (0.0, 1.0)
+
+
+def _is_read_once(name: str, blend: Blend, config: GPTDatasetConfig) -> bool:
+    """Return whether Megatron joins datasets by their sizes, each whole."""
+    is_apart = name == "valid" and config.multiple_validation_sets and config.blend is None
+    return blend.weights is None and len(blend.prefixes) > 1 and not is_apart
 
 
 def _check_suffices(split: str, dataset: Any, wanted: int | None) -> None:

@@ -71,6 +71,11 @@ class Index:
             return 0
         return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
 
+    def tokens_between(self, first: int, last: int) -> int:
+        """Return the tokens of sequences `first` to `last` (without it), at least one."""
+        end = int(self.pointers[last - 1]) + int(self.lengths[last - 1]) * self.dtype.itemsize
+        return (end - int(self.pointers[first])) // self.dtype.itemsize
+
     def tokens(self) -> NDArray[Any]:
         """Return <dtype>[tokens], a memory map of `.bin`."""
         path = bin_path(self.prefix)

@@ -53,9 +53,12 @@ def _config(blends: Blends, cache: Path, split: str = "900,50,50") -> Any:
 
 
 def _build(words: list[str], sizes: list[int], cache: Path, split: str = "900,50,50") -> Any:
+    return _build_blends(Blends(parse_blend(words, source="--data-path")), sizes, cache, split)
+
+
+def _build_blends(blends: Blends, sizes: list[int], cache: Path, split: str = "900,50,50") -> Any:
     from megatron_smlp.data.datasets import build_datasets
 
-    blends = Blends(parse_blend(words, source="--data-path"))
     config = _config(blends, cache, split)
     return build_datasets(
         sizes, blends=blends, config=config, is_built_on_rank=lambda: True, rank=0
@@ -106,6 +109,29 @@ def test_a_split_without_documents_is_refused_where_megatron_would_hang(
         _build([prefixes[2]], [10, 10, 0], tmp_path / "cache", split="969,30,1")
 
 
+@pytest.mark.parametrize("flags", ["--split", "--valid-data-path"])
+def test_a_dataset_without_weights_that_is_shorter_than_a_sample(
+    run: Callable[..., Summary], prefixes: list[str], tmp_path: Path, flags: str
+) -> None:
+    """With weights it is read again and again."""
+    source = write_jsonl(tmp_path / "short.jsonl", ["a" * LENGTH] * 10)
+    run(source, tmp_path / "short", *BYTE_FLAGS)
+    short = str(tmp_path / "short_text_document")
+
+    def build(words: list[str]) -> None:
+        if flags == "--split":
+            _build(words, [100, 2, 0], tmp_path / "cache", split="900,100,0")
+        else:
+            train, valid = (parse_blend(part, source="x") for part in (prefixes[:1], words))
+            _build_blends(Blends(per_split=(train, valid, None)), [100, 2, 0], tmp_path / "cache")
+
+    if flags != "--split":
+        run(write_jsonl(source, ["a" * LENGTH]), tmp_path / "short", *BYTE_FLAGS)
+    with pytest.raises(DataError, match=r"short_text_document' has 32 tokens for valid, and a sam"):
+        build([prefixes[0], short])
+    build(["1", prefixes[0], "1", short])
+
+
 def test_datasets_without_weights_that_do_not_suffice(prefixes: list[str], tmp_path: Path) -> None:
     _build(prefixes, [500, 5, 5], tmp_path / "cache")
     with pytest.raises(DataError, match=r"read once without weights.*wants 100000.*by size: \d+ "):
@@ -113,18 +139,12 @@ def test_datasets_without_weights_that_do_not_suffice(prefixes: list[str], tmp_p
 
 
 def test_one_dataset_for_each_split(prefixes: list[str], tmp_path: Path) -> None:
-    from megatron_smlp.data.datasets import build_datasets, dataset_uses
+    from megatron_smlp.data.datasets import dataset_uses
 
     blends = Blends(
         per_split=tuple(parse_blend([name], source="x") for name in prefixes)  # type: ignore[arg-type]
     )
-    datasets = build_datasets(
-        [50, 5, 5],
-        blends=blends,
-        config=_config(blends, tmp_path / "cache"),
-        is_built_on_rank=lambda: True,
-        rank=0,
-    )
+    datasets = _build_blends(blends, [50, 5, 5], tmp_path / "cache")
     uses = dataset_uses(datasets, sequence_length=LENGTH)
     assert [use.prefix for use in uses] == prefixes
 
