@@ -88,10 +88,12 @@ def test_bad_input(run: Run, tmp_path: Path, flags: list[str], message: str):
         hash_table_cli.main(["--data-path", prefix, "--output", str(tmp_path / "t"), *flags])
 
 
-def test_datasets_of_several_vocabularies(run: Run, tmp_path: Path):
-    for name, size in (("a", "10"), ("b", "20")):
+@pytest.mark.parametrize("second", [[*NUMBERS[:3], "20"], [*BYTE_FLAGS, "--vocab-size", "300"]])
+def test_datasets_of_several_vocabularies(run: Run, tmp_path: Path, second: list[str]):
+    """Of other sizes, or of the same and other tokens."""
+    for name, flags in (("a", [*NUMBERS[:3], "300"]), ("b", second)):
         (tmp_path / name).mkdir()
-        dataset(run, tmp_path / name, ["1 2"], *NUMBERS[:3], size)
+        dataset(run, tmp_path / name, ["1 2"], *flags)
     prefixes = [f"{tmp_path}/{name}/data_text_document" for name in "ab"]
     flags = ["--data-path", *prefixes, "--num-experts", "2", "--output", str(tmp_path / "t")]
     with pytest.raises(DataError, match="several vocabularies"):
