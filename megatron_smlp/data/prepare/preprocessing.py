@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.pairs.indexed import optimal_dtype, refuse_existing
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
@@ -26,7 +27,7 @@ from megatron_smlp.data.prepare.sentences import SentenceSettings, check_sentenc
 from megatron_smlp.data.prepare.sources import read_chunks
 from megatron_smlp.data.prepare.workers import InlineWorker, WorkerPool, start_workers
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
-from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
+from megatron_smlp.data.tokenizers.spec import READ_BY, Tokenizer, TokenizerSpec
 from megatron_smlp.errors import DataError, UsageError
 
 SHARD_BYTES = 64 << 20
@@ -149,6 +150,12 @@ def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
                 f"--json-keys {key}: a key is part of its files' names, which cannot hold '/'; "
                 f"rename it in the input"
             )
+    kind = settings.tokenizer.tokenizer_type
+    for name, kinds in READ_BY.items():
+        if getattr(settings.tokenizer, name) is not None and kind not in kinds:
+            raise UsageError(
+                f"{flag_of(name)}: a {kind} does not read it, only {', '.join(kinds)}; leave it out"
+            )
     if settings.sentences:
         check_sentence_data(settings.sentences)
 
@@ -263,7 +270,14 @@ def _publish(
 
 def settings_from_arguments(args: Any) -> PreprocessSettings:
     """Return the settings of the parsed flags of `tools/preprocess_data.py`."""
-    sentences = SentenceSettings(args.lang, args.keep_newlines) if args.split_sentences else None
+    sentences = None
+    if args.split_sentences:
+        sentences = SentenceSettings(args.lang or "english", args.keep_newlines)
+    elif args.lang or args.keep_newlines:
+        raise UsageError(
+            "--lang and --keep-newlines say how --split-sentences splits: give that too, or leave "
+            "them out"
+        )
     return PreprocessSettings(
         inputs=tuple(args.input),
         output_prefix=os.fspath(args.output_prefix),

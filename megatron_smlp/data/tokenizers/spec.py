@@ -29,6 +29,12 @@ TOKENIZER_TYPES = (
     "ByteLevelTokenizer",
     "NullTokenizer",
 )
+READ_BY = {
+    "tokenizer_model": ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES, "TikTokenizer"),
+    **dict.fromkeys(("vocab_file", "merge_file"), ("GPT2BPETokenizer",)),
+    "vocab_size": ("TikTokenizer", "ByteLevelTokenizer", "NullTokenizer"),
+}
+"""Flags that only these types read."""
 
 
 class UnencodableTextError(ValueError):

@@ -87,12 +87,33 @@ def test_flags_of_megatron_are_accepted_with_a_note(
     old = ["--partitions", "4", "--log-interval", "100", "--keep-sequential-samples"]
     old += ["--dataset-impl", "mmap", "--chunk-size", "25"]
     old += ["--find-optimal-num-workers", "--workers-to-check", "1", "2"]
+    old += ["--performance-dir", "folder"]
     flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "data"), *BYTE_FLAGS, *old]
     assert preprocess_cli.main(flags) == 0
     printed = capsys.readouterr()
-    assert printed.err.count("is accepted and ignored") == 7
+    assert printed.err.count("is accepted and ignored") == 8
     assert "300 documents" in printed.out
     assert "by bytes" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lang", "german"], "say how --split-sentences splits: give that too"),
+        (["--keep-newlines"], "say how --split-sentences splits: give that too"),
+        (
+            ["--vocab-file", "x"],
+            "--vocab-file: a ByteLevelTokenizer does not read it, only GPT2BPE",
+        ),
+        (["--tokenizer-hf-no-use-fast"], "--tokenizer-hf-no-use-fast is not supported: ids come"),
+    ],
+)
+def test_flags_without_an_effect_are_refused(
+    corpus: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    words = ["--input", str(corpus), "--output-prefix", str(tmp_path / "data"), *BYTE_FLAGS]
+    with pytest.raises(UsageError, match=message):
+        preprocess_cli.main([*words, *flags])
 
 
 COMMANDS = {
