@@ -5,6 +5,7 @@ The one module of `data` that imports Megatron: training calls it, the tools do 
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron_smlp.data.blending import SPLITS, Blend, Blends
 from megatron_smlp.data.index_cache import exclusive_caches
 from megatron_smlp.data.pairs.content import Watch
-from megatron_smlp.data.pairs.indexed import open_index
+from megatron_smlp.data.pairs.indexed import in_parts, open_index
 from megatron_smlp.errors import DataError
 
 
@@ -82,8 +83,9 @@ def build_datasets(
         rank: the global rank; the first one holds the caches for the others.
 
     Raises:
-        DataError: a split without a document, a cache that cannot be written, or unweighted
-            datasets that do not suffice, or of which one is shorter than a sample.
+        DataError: a split without a document, a cache that cannot be written, unweighted datasets
+            that do not suffice, or of which one is shorter than a sample, or weighted ones that
+            are rounded to too few samples.
     """
     _check_splits(blends, config)
     builder = BlendedMegatronDatasetBuilder(
@@ -91,7 +93,12 @@ def build_datasets(
     )
     caches = exclusive_caches(blends.prefixes, path_to_cache=config.path_to_cache)
     with caches if rank == 0 else nullcontext():
-        datasets: list[Any] = builder.build()
+        try:
+            datasets: list[Any] = builder.build()
+        except IndexError as error:
+            if "oversamples" not in str(error):
+                raise
+            raise _too_little_surplus(blends, num_samples, str(error)) from None
     for name, dataset, wanted in zip(SPLITS, datasets, num_samples, strict=True):
         _check_suffices(name, dataset, wanted)
     return datasets
@@ -142,6 +149,22 @@ def _is_read_once(name: str, blend: Blend, config: GPTDatasetConfig) -> bool:
     return blend.weights is None and len(blend.prefixes) > 1 and not is_apart
 
 
+def _too_little_surplus(
+    blends: Blends, num_samples: Sequence[int | None], reason: str
+) -> DataError:
+    """Megatron rounds up the samples of each of n datasets, and draws from a dataset of weight w in
+    a blend of N samples at most (N + n) w + 1, where max(N w, 1) and the surplus were made."""
+    num_datasets = max(
+        len(blend.prefixes) for blend in (blends.whole, *(blends.per_split or ())) if blend
+    )
+    fewest = min(filter(None, num_samples))
+    surplus = math.ceil(10 * (1 + num_datasets / fewest)) / 10
+    return DataError(
+        f"{num_datasets} datasets with weights are many for {fewest} samples: {reason} "
+        f"Give --mid-level-dataset-surplus {surplus}, fewer datasets, or more samples"
+    )
+
+
 def _check_suffices(split: str, dataset: Any, wanted: int | None) -> None:
     """Megatron reads unweighted datasets once; a longer run would end in the middle."""
     if not isinstance(dataset, BlendedDataset) or wanted is None or len(dataset) >= wanted:
@@ -176,7 +199,9 @@ def _members(dataset: Any) -> list[tuple[Any, int]]:
         # A run may read fewer samples than a single dataset holds.
         wanted = dataset.num_samples
         return [(dataset, len(dataset) if wanted is None else int(wanted))]
-    drawn = np.bincount(dataset.dataset_index, minlength=len(dataset.datasets))
+    drawn = np.zeros(len(dataset.datasets), dtype=np.int64)
+    for part in in_parts(dataset.dataset_index):  # of which a copy of 8 bytes a sample is made
+        drawn += np.bincount(part, minlength=len(drawn))
     return list(zip(dataset.datasets, drawn.tolist(), strict=True))
 
 

@@ -192,5 +192,5 @@ def copy_documents(index: Index, writer: PairWriter, documents: range) -> None:
         raise DataError(
             f"{idx_path(index.prefix)} is damaged; see tools/inspect_dataset.py validate"
         )
-    ids: NDArray[Any] = index.tokens()[begin : begin + int(lengths.sum(dtype=np.int64))]
+    ids: NDArray[Any] = index.tokens[begin : begin + int(lengths.sum(dtype=np.int64))]
     writer.write(ids, lengths=lengths, sequences=np.diff(starts))

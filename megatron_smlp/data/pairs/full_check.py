@@ -123,7 +123,7 @@ def check_ids(index: Index, vocab_size: int | None, *, blocks: Sequence[slice] =
         blocks: the tokens to look at; none: all.
     """
     limit = np.iinfo(index.dtype).max + 1 if vocab_size is None else vocab_size
-    tokens = index.tokens()
+    tokens = index.tokens
     chosen = ((block.start, tokens[block]) for block in blocks)
     for at, ids in chosen if blocks else _numbered(tokens):
         if int(ids.min()) < 0 or int(ids.max()) >= limit:
@@ -163,7 +163,7 @@ def _check_eod(index: Index, manifest: Manifest) -> None:
     """Raise `DataError` where a document does not end in EOD, and the manifest says it does."""
     if not manifest.tokenizer.append_eod or index.num_sequences == 0:
         return
-    tokens = index.tokens()
+    tokens = index.tokens
     for at, starts in _numbered(index.documents[1:]):
         before = np.concatenate(([index.documents[at]], starts[:-1]))
         last = starts[starts > before] - 1

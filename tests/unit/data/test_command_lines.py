@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -207,6 +208,15 @@ def test_no_room_is_one_line_that_names_the_file(
         assert re.fullmatch(rf"\S+: error: {full}/\S+: File too large\n", said), (tool, said)
         assert [path for path in full.rglob("*") if path.is_file()] == [], tool
         assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_too_many_open_files_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(SystemExit):
+        run_tool(main)
+    assert capsys.readouterr().err.endswith(": error: Too many open files\n")
 
 
 @pytest.mark.parametrize("prefix", ["", ".", "folder/", "folder/."])

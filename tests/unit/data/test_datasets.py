@@ -32,7 +32,7 @@ def prefixes(run: Callable[..., Summary], tmp_path: Path) -> list[str]:
     return [str(tmp_path / f"data{number}_text_document") for number in range(3)]
 
 
-def _config(blends: Blends, cache: Path, split: str = "900,50,50") -> Any:
+def _config(blends: Blends, cache: Path, split: str = "900,50,50", surplus: float = 0.005) -> Any:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
     tokenizer = SimpleNamespace(
@@ -49,6 +49,7 @@ def _config(blends: Blends, cache: Path, split: str = "900,50,50") -> Any:
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        mid_level_dataset_surplus=surplus,
     )
 
 
@@ -56,10 +57,10 @@ def _build(words: list[str], sizes: list[int], cache: Path, split: str = "900,50
     return _build_blends(Blends(parse_blend(words, source="--data-path")), sizes, cache, split)
 
 
-def _build_blends(blends: Blends, sizes: list[int], cache: Path, split: str = "900,50,50") -> Any:
+def _build_blends(blends: Blends, sizes: list[int], cache: Path, *more: str, **flags: float) -> Any:
     from megatron_smlp.data.datasets import build_datasets
 
-    config = _config(blends, cache, split)
+    config = _config(blends, cache, *more, **flags)
     return build_datasets(
         sizes, blends=blends, config=config, is_built_on_rank=lambda: True, rank=0
     )
@@ -130,6 +131,19 @@ def test_a_dataset_without_weights_that_is_shorter_than_a_sample(
     with pytest.raises(DataError, match=r"short_text_document' has 32 tokens for valid, and a sam"):
         build([prefixes[0], short])
     build(["1", prefixes[0], "1", short])
+
+
+def test_many_weighted_datasets_and_few_samples(
+    run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    """Of the first 8 samples are there, for 5 of 10, and 12 of all 24 are drawn from it."""
+    run(write_jsonl(tmp_path / "a.jsonl", ["a" * (8 * LENGTH + 1)]), tmp_path / "a", *BYTE_FLAGS)
+    name = str(tmp_path / "a_text_document")
+    blend = parse_blend(["19", name, *["1", name] * 19], source="x")
+    blends, sizes = Blends(per_split=(blend, None, None)), [10, 0, 0]
+    with pytest.raises(DataError, match=r"20 .* for 10 samples: .*-dataset-surplus 3\.0, fewer"):
+        _build_blends(blends, sizes, tmp_path / "cache")
+    assert len(_build_blends(blends, sizes, tmp_path / "cache", surplus=3.0)[0]) == 24
 
 
 def test_datasets_without_weights_that_do_not_suffice(prefixes: list[str], tmp_path: Path) -> None:

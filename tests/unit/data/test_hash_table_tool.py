@@ -43,6 +43,13 @@ def test_ranks_count_parts_of_the_whole(run: Run, tmp_path: Path, parts: int):
     assert sum(shares).tolist() == [token_counts(blend, vocab_size=11).tolist()]
 
 
+def test_without_weights_only_a_sum_is_kept(run: Run, tmp_path: Path):
+    prefix = dataset(run, tmp_path, ["1 2 2", "3 2 9"], *NUMBERS)
+    blend = parse_blend([prefix, prefix], source="x")
+    once = counts_of_datasets(parse_blend([prefix], source="x"), vocab_size=11)
+    assert counts_of_datasets(blend, vocab_size=11).tolist() == (2 * once).tolist()
+
+
 def test_weights_count_as_in_the_mixture(run: Run, tmp_path: Path):
     """3 parts of a corpus of ones and 1 part of a twice as large one of twos."""
     for name, text in (("a", "1 1 1 1"), ("b", "2 2 2 2 2 2 2 2")):

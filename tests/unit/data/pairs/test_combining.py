@@ -94,6 +94,11 @@ def test_pairs_of_several_keys(
     assert "note: documents of several keys are in it: text+title" in capsys.readouterr().out
 
 
+def test_the_ids_of_a_pair_are_mapped_once(pairs: list[str]) -> None:
+    index = open_index(pairs[0])
+    assert index.tokens is index.tokens
+
+
 def test_two_at_work_on_one_output_are_refused(pairs: list[str], tmp_path: Path) -> None:
     output = str(tmp_path / "ours")
     with scratch_folder(output) as folder:
@@ -146,7 +151,7 @@ def test_narrow_and_wide_ids_merge_into_wide_ones(run: Run, tmp_path: Path) -> N
     merge(inputs, output_prefix=str(tmp_path / "both"), allow_mismatch=True)
     both = open_index(str(tmp_path / "both"))
     assert both.dtype == np.int32
-    assert both.tokens().tolist() == [1, 2, 3, 4] * 2
+    assert both.tokens.tolist() == [1, 2, 3, 4] * 2
     assert not (tmp_path / "both.json").exists()
 
 

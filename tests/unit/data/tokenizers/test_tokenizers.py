@@ -422,6 +422,17 @@ def test_a_checkpoint_does_not_say_whom_to_trust():
     assert TokenizerSpec.recorded(recorded, trusts=True).trust_remote_code
 
 
+def test_why_gigatoken_is_not_used_is_one_line() -> None:
+    pytest.importorskip("gigatoken")
+
+    def load(module: Any) -> Any:
+        raise ValueError("Unsupported normalizer type: Lowercase\n\nLocation:\n    src/hf.rs:584")
+
+    slow = read_tokenizer(TokenizerSpec(tokenizer_type="ByteLevelTokenizer")).build()
+    reason = gigatoken_in_place_of(slow, load, pieces=[])
+    assert reason == "gigatoken does not support it: Unsupported normalizer type: Lowercase"
+
+
 def test_every_tokenizer_flag_of_megatron_is_known() -> None:
     from megatron.training.arguments import _add_tokenizer_args
 
