@@ -85,8 +85,11 @@ def undisturbed_exit() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-# What a disk says without a file's name, and no fault of the program.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# What the system says without a file's name, and no fault of the program.
+NAMELESS_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(errno.EMFILE, errno.ENFILE),
+)
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
@@ -103,7 +106,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
             code = 0
         except OSError as error:
-            if error.filename is None and error.errno not in DISK_ERRORS:
+            if error.filename is None and error.errno not in NAMELESS_ERRORS:
                 raise
             name = "" if error.filename is None else f"{error.filename}: "
             raise FileError(f"{name}{error.strerror}") from None

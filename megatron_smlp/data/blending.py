@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.command_line import flag_of
-from megatron_smlp.data.pairs.indexed import idx_path
+from megatron_smlp.data.pairs.indexed import idx_path, strip_suffix
 from megatron_smlp.errors import DataError
 
 MEGATRONS_SPLIT = "969, 30, 1"
@@ -132,7 +132,7 @@ def _three_blends(
 
 
 def parse_blend(entries: Sequence[str], *, source: str) -> Blend:
-    """Read a list of prefixes, or of weight and prefix in turns.
+    """Read a list of prefixes, or of weight and prefix in turns; `.bin` or `.idx` is cut off.
 
     Args:
         source: the flag or file, for the message.
@@ -145,7 +145,7 @@ def parse_blend(entries: Sequence[str], *, source: str) -> Blend:
         raise DataError(f"{source} is empty: give a dataset prefix, or weights and prefixes")
     numbers = [_is_weight(entry) for entry in entries]
     if not any(numbers):
-        return Blend(tuple(entries), None)
+        return Blend(tuple(map(strip_suffix, entries)), None)
     for position, (entry, is_number) in enumerate(zip(entries, numbers, strict=True)):
         expected = "weight" if position % 2 == 0 else "prefix"
         if is_number != (expected == "weight"):
@@ -160,7 +160,7 @@ def parse_blend(entries: Sequence[str], *, source: str) -> Blend:
         )
     prefixes = tuple(entries[1::2])
     weights = (_weight(*pair, source) for pair in zip(entries[::2], prefixes, strict=True))
-    return Blend(prefixes, tuple(weights))
+    return Blend(tuple(map(strip_suffix, prefixes)), tuple(weights))
 
 
 def _is_weight(entry: str) -> bool:

@@ -5,7 +5,8 @@ The one module of `data` that imports Megatron: training calls it, the tools do 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from megatron_smlp.data.blending import SPLITS, Blends
+from megatron_smlp.data.blending import SPLITS, Blend, Blends
 from megatron_smlp.data.index_cache import exclusive_caches
 from megatron_smlp.data.pairs.content import Watch
-from megatron_smlp.data.pairs.indexed import open_index
+from megatron_smlp.data.pairs.indexed import in_parts, open_index
 from megatron_smlp.errors import DataError
 
 
@@ -82,8 +83,9 @@ def build_datasets(
         rank: the global rank; the first one holds the caches for the others.
 
     Raises:
-        DataError: a split without a document, a cache that cannot be written, or unweighted
-            datasets that do not suffice.
+        DataError: a split without a document, a cache that cannot be written, unweighted datasets
+            that do not suffice, or of which one is shorter than a sample, or weighted ones that
+            are rounded to too few samples.
     """
     _check_splits(blends, config)
     builder = BlendedMegatronDatasetBuilder(
@@ -91,25 +93,76 @@ def build_datasets(
     )
     caches = exclusive_caches(blends.prefixes, path_to_cache=config.path_to_cache)
     with caches if rank == 0 else nullcontext():
-        datasets: list[Any] = builder.build()
+        try:
+            datasets: list[Any] = builder.build()
+        except IndexError as error:
+            if "oversamples" not in str(error):
+                raise
+            raise _too_little_surplus(blends, num_samples, str(error)) from None
     for name, dataset, wanted in zip(SPLITS, datasets, num_samples, strict=True):
         _check_suffices(name, dataset, wanted)
     return datasets
 
 
 def _check_splits(blends: Blends, config: GPTDatasetConfig) -> None:
-    """Megatron repeats a dataset until it is long enough: for ever, where a part of it is empty."""
-    if blends.whole is None:
-        return
-    for prefix in blends.whole.prefixes:
-        count = open_index(prefix).num_sequences
-        for name, share in zip(SPLITS, config.split_matrix or (), strict=True):
-            if share is not None and round(share[0] * count) >= round(share[1] * count):
+    """Megatron repeats a dataset until it is long enough: for ever, where a part of it is empty.
+    Without weights it reads each once, and stops at one that is shorter than a sample."""
+    for name, blend, share in _splits(blends, config):
+        for prefix in blend.prefixes:
+            index = open_index(prefix)
+            first, last = (round(edge * index.num_sequences) for edge in share)
+            if first >= last:
                 raise DataError(
                     f"--split {config.split} leaves no document for {name} in {prefix!r}, which "
-                    f"has {count}; set that share to 0 (validation's with --eval-iters 0), make it "
-                    f"larger, or give --train-data-path and --valid-data-path"
+                    f"has {index.num_sequences}; set that share to 0 (validation's with "
+                    f"--eval-iters 0), make it larger, or give --train-data-path and "
+                    f"--valid-data-path"
                 )
+            tokens = index.tokens_between(first, last)
+            if _is_read_once(name, blend, config) and tokens <= config.sequence_length:
+                raise DataError(
+                    f"{prefix!r} has {tokens} tokens for {name}, and a sample takes "
+                    f"{config.sequence_length} and one more: without weights each dataset is read "
+                    f"once; leave it out, merge it into another one (tools/merge_datasets.py), "
+                    f"give weights, or make the split's share larger"
+                )
+
+
+def _splits(
+    blends: Blends, config: GPTDatasetConfig
+) -> Iterator[tuple[str, Blend, tuple[float, float]]]:
+    """Yield the name of each split that is built, its blend, and the share of each dataset."""
+    if blends.whole is not None:
+        for name, share in zip(SPLITS, config.split_matrix or (), strict=True):
+            if share is not None:
+                yield name, blends.whole, share
+    else:
+        wanted = config.blend_per_split or ()
+        for name, blend, built in zip(SPLITS, blends.per_split or (), wanted, strict=True):
+            if blend is not None and built is not None:
+                yield name, blend, (0.0, 1.0)
+
+
+def _is_read_once(name: str, blend: Blend, config: GPTDatasetConfig) -> bool:
+    """Return whether Megatron joins datasets by their sizes, each whole."""
+    is_apart = name == "valid" and config.multiple_validation_sets and config.blend is None
+    return blend.weights is None and len(blend.prefixes) > 1 and not is_apart
+
+
+def _too_little_surplus(
+    blends: Blends, num_samples: Sequence[int | None], reason: str
+) -> DataError:
+    """Megatron rounds up the samples of each of n datasets, and draws from a dataset of weight w in
+    a blend of N samples at most (N + n) w + 1, where max(N w, 1) and the surplus were made."""
+    num_datasets = max(
+        len(blend.prefixes) for blend in (blends.whole, *(blends.per_split or ())) if blend
+    )
+    fewest = min(filter(None, num_samples))
+    surplus = math.ceil(10 * (1 + num_datasets / fewest)) / 10
+    return DataError(
+        f"{num_datasets} datasets with weights are many for {fewest} samples: {reason} "
+        f"Give --mid-level-dataset-surplus {surplus}, fewer datasets, or more samples"
+    )
 
 
 def _check_suffices(split: str, dataset: Any, wanted: int | None) -> None:
@@ -146,7 +199,9 @@ def _members(dataset: Any) -> list[tuple[Any, int]]:
         # A run may read fewer samples than a single dataset holds.
         wanted = dataset.num_samples
         return [(dataset, len(dataset) if wanted is None else int(wanted))]
-    drawn = np.bincount(dataset.dataset_index, minlength=len(dataset.datasets))
+    drawn = np.zeros(len(dataset.datasets), dtype=np.int64)
+    for part in in_parts(dataset.dataset_index):  # of which a copy of 8 bytes a sample is made
+        drawn += np.bincount(part, minlength=len(drawn))
     return list(zip(dataset.datasets, drawn.tolist(), strict=True))
 
 

@@ -7,8 +7,9 @@ one job at a time builds in a cache folder, and what a killed job left unfinishe
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from megatron_smlp.errors import DataError
 
 CLASS_FOLDER = "WatchedGPTDataset_indices"
 LOCK_NAME = ".building.lock"
+INDICES = ("*-WatchedGPTDataset-*_index.npy", "*-BlendedDataset-*_index.npy")
 
 
 def cache_folders(prefixes: Sequence[str], *, path_to_cache: str | None) -> list[Path]:
@@ -33,30 +35,41 @@ def exclusive_caches(prefixes: Sequence[str], *, path_to_cache: str | None) -> I
     A folder that is there and cannot be written is left as it is: nobody builds in it.
 
     Raises:
-        DataError: a folder that is not there cannot be made.
+        DataError: a folder that is not there cannot be made, or one cannot be locked or cleared.
     """
     with ExitStack() as stack:
         for folder in cache_folders(prefixes, path_to_cache=path_to_cache):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                if os.access(folder, os.W_OK):
+                    lock = stack.enter_context(_open_lock(folder / LOCK_NAME))
+                    lock_if_possible(lock, fcntl.LOCK_EX)
+                    remove_unfinished(folder)
             except OSError as error:
                 raise DataError(
-                    f"the sample index cannot be cached in {folder} ({error.strerror}); give a "
-                    f"folder that can be written with --data-cache-path"
+                    f"the sample index cannot be cached in {folder} ({error.strerror}: "
+                    f"{error.filename or LOCK_NAME}); give another folder with --data-cache-path"
                 ) from None
-            if os.access(folder, os.W_OK):
-                lock = stack.enter_context((folder / LOCK_NAME).open("wb"))
-                lock_if_possible(lock, fcntl.LOCK_EX)
-                remove_unfinished(folder)
         yield
 
 
-def remove_unfinished(folder: Path) -> list[Path]:
-    """Remove `.npy` files that are shorter than their headers say, and return them.
+def _open_lock(path: Path) -> IO[bytes]:
+    """Open the lock for all who may write into its folder: on NFS only they can lock it, elsewhere
+    whoever may read it."""
+    with suppress(PermissionError):  # it is another user's
+        path.touch()
+        path.chmod(path.parent.stat().st_mode & 0o666)
+    return path.open("r+b" if os.access(path, os.W_OK) else "rb")
 
-    Megatron builds all files of a dataset again where one of them is missing.
+
+def remove_unfinished(folder: Path) -> list[Path]:
+    """Remove indices that are shorter than their headers say, and return them.
+
+    Megatron builds all files of a dataset again where one of them is missing. Other files may lie
+    in the folder.
     """
-    broken = [path for path in sorted(folder.glob("*.npy")) if not _is_whole(path)]
+    found = sorted(path for pattern in INDICES for path in folder.glob(pattern))
+    broken = [path for path in found if not _is_whole(path)]
     for path in broken:
         path.unlink()
     return broken
@@ -66,6 +79,9 @@ def _is_whole(path: Path) -> bool:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     # An empty file, a cut header, or fewer bytes than the header says.
-    except (ValueError, EOFError, OSError):
+    except (ValueError, EOFError):
         return False
+    # Another user's, or a disk's fault for a moment: it may be whole, and in use.
+    except OSError:
+        return True
     return bool(os.path.getsize(path) >= array.nbytes)  # noqa: PTH202

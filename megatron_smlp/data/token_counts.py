@@ -1,5 +1,7 @@
 """Counts of the token ids of a corpus."""
 
+import operator
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -17,18 +19,25 @@ def vocabulary_of(blend: Blend) -> int:
     Raises:
         DataError: a dataset has no manifest, or they are of several vocabularies.
     """
-    sizes: dict[int, str] = {}
+    found_in: dict[tuple[int, str | None], str] = {}
     for prefix in blend.prefixes:
         found = find_manifest(prefix)
         if found is None:
             raise DataError(
                 f"{prefix} has no manifest that tells its vocabulary: give --vocab-size"
             )
-        sizes[found[1].tokenizer.vocab_size] = prefix
-    if len(sizes) > 1:
-        listed = ", ".join(f"{prefix} has {size:,} ids" for size, prefix in sizes.items())
-        raise DataError(f"--data-path holds data of several vocabularies: {listed}")
-    return next(iter(sizes))
+        found_in[found[1].tokenizer.vocab_size, found[1].tokenizer.identity] = prefix
+    if len(found_in) > 1:
+        listed = ", ".join(
+            f"{prefix} has {size:,} ids (vocabulary {str(identity)[:12]})"
+            for (size, identity), prefix in found_in.items()
+        )
+        raise DataError(
+            f"--data-path holds data of several vocabularies: {listed}; preprocess all of it with "
+            f"one tokenizer, or give --vocab-size if the ids mean the same"
+        )
+    [(size, _)] = found_in
+    return size
 
 
 Counts = NDArray[np.int64]
@@ -50,16 +59,19 @@ def counts_of_datasets(blend: Blend, *, vocab_size: int, part: int = 0, parts: i
     """Count each id in one of as many equal parts of every dataset.
 
     Returns:
-        <int64>[datasets, V].
+        <int64>[datasets, V]; without weights [1, V], the sum of them.
 
     Raises:
         DataError: as `token_counts`.
     """
-    return np.stack([_counts(prefix, vocab_size, part, parts) for prefix in blend.prefixes])
+    counts = (_counts(prefix, vocab_size, part, parts) for prefix in blend.prefixes)
+    if blend.weights is None:
+        return reduce(operator.iadd, counts)[np.newaxis]
+    return np.stack(list(counts))
 
 
 def mixture(blend: Blend, parts: Counts) -> Counts:
-    """Weigh the counts of whole datasets: <int64>[datasets, V] -> <int64>[V]."""
+    """Weigh what `counts_of_datasets` gives of whole datasets: -> <int64>[V]."""
     if blend.weights is None:
         return np.sum(parts, axis=0, dtype=np.int64)
     total = int(parts.sum())
@@ -69,7 +81,7 @@ def mixture(blend: Blend, parts: Counts) -> Counts:
 
 
 def _counts(prefix: str, vocab_size: int, part: int, parts: int) -> Counts:
-    tokens = open_index(prefix).tokens()
+    tokens = open_index(prefix).tokens
     first, last = (len(tokens) * place // parts for place in (part, part + 1))
     return counts_in(tokens[first:last], vocab_size=vocab_size, prefix=prefix)
 

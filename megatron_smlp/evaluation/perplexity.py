@@ -42,10 +42,10 @@ class Part:
     def tokens(self) -> Any:
         """Return <dtype>[tokens], on disk until it is read."""
         if self.first == self.last:
-            return self.index.tokens()[:0]
+            return self.index.tokens[:0]
         begin = int(self.index.pointers[self.first]) // self.index.dtype.itemsize
         end = int(self.index.pointers[self.last - 1]) // self.index.dtype.itemsize
-        return self.index.tokens()[begin : end + int(self.index.lengths[self.last - 1])]
+        return self.index.tokens[begin : end + int(self.index.lengths[self.last - 1])]
 
     def documents(self) -> Iterator[list[int]]:
         """Yield the ids of each document, as far as it belongs to the part."""

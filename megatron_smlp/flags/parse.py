@@ -17,7 +17,7 @@ from typing import NoReturn
 from megatron_smlp.checkpoints import tokenizer_copy
 from megatron_smlp.checkpoints.resume_checks import check_same_model
 from megatron_smlp.data.blending import SPLIT_FLAGS
-from megatron_smlp.data.pairs.indexed import idx_path
+from megatron_smlp.data.pairs.indexed import idx_path, strip_suffix
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check import check, validate
 from megatron_smlp.flags.config_file import expand_config
@@ -148,6 +148,6 @@ def with_absolute_paths(options: Mapping[str, argparse.Action], argv: Sequence[s
 
 
 def _absolute(name: str, value: str) -> str:
-    path = Path(value)
-    is_there = path.exists() if name in FILES else name in PREFIXES and idx_path(value).is_file()
+    path, index = Path(value), idx_path(strip_suffix(value))
+    is_there = path.exists() if name in FILES else name in PREFIXES and index.is_file()
     return str(path.absolute()) if is_there else value

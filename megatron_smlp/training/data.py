@@ -21,7 +21,6 @@ from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.data.blending import blends_from_arguments
 from megatron_smlp.data.datasets import build_datasets, dataset_uses, use_lines
 from megatron_smlp.data.pairs.content import content_of
-from megatron_smlp.data.pairs.indexed import strip_suffix
 from megatron_smlp.data.pairs.quick_check import verify_for_training
 from megatron_smlp.data.token_counts import counts_of_datasets, mixture
 from megatron_smlp.data.tokenizers.factory import identity_from_arguments
@@ -52,7 +51,7 @@ def check_data(args: argparse.Namespace) -> None:
         identity = None if args.allow_tokenizer_mismatch else identity_from_arguments(args)
         for prefix in prefixes:
             verify_for_training(prefix, identity, vocab_size=get_tokenizer().vocab_size)
-            args.data_contents[prefix] = content_of(strip_suffix(prefix))
+            args.data_contents[prefix] = content_of(prefix)
     except (ValueError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
 

@@ -1,6 +1,7 @@
 """Pairs from pairs: merge several into one, split one by documents. Ids are copied in parts."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,17 +30,23 @@ WIDER = {np.dtype("uint16"), np.dtype("int32")}
 def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
     """Return the prefixes of folders (every pair in them, sorted) and of prefixes, in this order.
 
+    A pair that is found again, perhaps through a link, is left out, as the user is told.
+
     Raises:
         DataError: a folder without a pair, a lone `.bin` or `.idx`, or the output as its own input.
     """
-    found: list[str] = []
+    found: dict[Path, str] = {}
     for name in inputs:
         # Training keeps its cache in a folder of the pair's own name.
         is_folder = Path(name).is_dir() and not idx_path(name).is_file()
-        found += _pairs_in(Path(name)) if is_folder else [strip_suffix(name)]
-    if Path(output_prefix).resolve() in {Path(prefix).resolve() for prefix in found}:
+        for prefix in _pairs_in(Path(name)) if is_folder else [strip_suffix(name)]:
+            if first := found.get(idx_path(prefix).resolve()):
+                print(f"note: {prefix} is {first} again: merged once", file=sys.stderr)
+            else:
+                found[idx_path(prefix).resolve()] = prefix
+    if idx_path(output_prefix).resolve() in found:
         raise DataError(f"--output-prefix {output_prefix} is one of the inputs; give another name")
-    return found
+    return list(found.values())
 
 
 def _pairs_in(folder: Path) -> list[str]:
@@ -63,23 +70,24 @@ def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool =
     Raises:
         DataError: a damaged pair, types that do not merge, or tokenizers that differ.
     """
-    indices = [open_index(prefix) for prefix in prefixes]
-    manifests = [_manifest_of(index) for index in indices]
-    tokenizer_agrees = _check_tokenizers(indices, manifests, allow_mismatch)
-    dtype = _common_dtype(indices)
+    # One pair is open at a time: each map of a file counts as an open one, which are limited.
+    dtypes = [open_index(prefix).dtype for prefix in prefixes]
+    manifests = [_manifest_of(prefix) for prefix in prefixes]
+    tokenizer_agrees = _check_tokenizers(prefixes, manifests, allow_mismatch)
+    dtype = _common_dtype(prefixes, dtypes)
     with scratch_folder(output_prefix) as folder:
         writer = PairWriter(folder / "merged", dtype=dtype)
-        for index in indices:
+        for index in map(open_index, prefixes):
             for part in document_parts(index, 0, index.num_documents):
                 copy_documents(index, writer, part)
         known = [manifest for manifest in manifests if manifest is not None]
         record = writer.finish(key=_joined(known, "key"), level=_joined(known, "level"))
         manifest = None
-        if tokenizer_agrees and len(known) == len(indices):
+        if tokenizer_agrees and len(known) == len(prefixes):
             manifest = Manifest(
                 tokenizer=known[0].tokenizer,
                 pairs={Path(output_prefix).name: record},
-                sources=[{"pair": index.prefix} for index in indices],
+                sources=[{"pair": prefix} for prefix in prefixes],
                 counts={"documents": record.documents, "tokens": record.tokens},
             )
         publish(
@@ -87,27 +95,27 @@ def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool =
         )
 
 
-def _manifest_of(index: Index) -> Manifest | None:
+def _manifest_of(prefix: str) -> Manifest | None:
     """Return the manifest, narrowed to this pair, once its fingerprint agrees."""
-    found = find_manifest(index.prefix)
+    found = find_manifest(prefix)
     if found is None:
         return None
     path, manifest = found
-    if not is_whole(index.prefix, manifest):
-        raise DataError(f"{index.prefix!r} is not what its manifest {path} describes; validate it")
-    name = Path(index.prefix).name
+    if not is_whole(prefix, manifest):
+        raise DataError(f"{prefix!r} is not what its manifest {path} describes; validate it")
+    name = Path(prefix).name
     return replace(manifest, pairs={name: manifest.pairs[name]})
 
 
 def _check_tokenizers(
-    indices: list[Index], manifests: list[Manifest | None], allow_mismatch: bool
+    prefixes: Sequence[str], manifests: list[Manifest | None], allow_mismatch: bool
 ) -> bool:
     first: tuple[str, Manifest] | None = None
-    for index, manifest in zip(indices, manifests, strict=True):
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
         if manifest is None:
             continue
         if first is None:
-            first = index.prefix, manifest
+            first = prefix, manifest
         elif _without_name(manifest.tokenizer) != _without_name(first[1].tokenizer):
             if allow_mismatch:
                 return False
@@ -118,7 +126,7 @@ def _check_tokenizers(
                 if value != theirs[name]
             )
             raise DataError(
-                f"{index.prefix!r} and {first[0]!r} were not written with the same tokenizer "
+                f"{prefix!r} and {first[0]!r} were not written with the same tokenizer "
                 f"settings ({differences}); preprocess "
                 f"one of them again, or pass --allow-tokenizer-mismatch if the ids mean the same"
             )
@@ -130,13 +138,14 @@ def _without_name(record: TokenizerRecord) -> TokenizerRecord:
     return replace(record, type="") if record.identity else record
 
 
-def _common_dtype(indices: list[Index]) -> np.dtype[Any]:
-    kinds = {index.dtype for index in indices}
+def _common_dtype(prefixes: Sequence[str], dtypes: list[np.dtype[Any]]) -> np.dtype[Any]:
+    kinds = set(dtypes)
     if len(kinds) == 1:
         return kinds.pop()
     if kinds <= WIDER:
         return np.dtype("int32")
-    names = ", ".join(sorted(f"{index.prefix!r}: {index.dtype}" for index in indices))
+    pairs = zip(prefixes, dtypes, strict=True)
+    names = ", ".join(sorted(f"{prefix!r}: {dtype}" for prefix, dtype in pairs))
     raise DataError(f"only uint16 and int32 pairs merge with one another, not {names}")
 
 
@@ -183,5 +192,5 @@ def copy_documents(index: Index, writer: PairWriter, documents: range) -> None:
         raise DataError(
             f"{idx_path(index.prefix)} is damaged; see tools/inspect_dataset.py validate"
         )
-    ids: NDArray[Any] = index.tokens()[begin : begin + int(lengths.sum(dtype=np.int64))]
+    ids: NDArray[Any] = index.tokens[begin : begin + int(lengths.sum(dtype=np.int64))]
     writer.write(ids, lengths=lengths, sequences=np.diff(starts))

@@ -6,6 +6,7 @@ the same name is never read as the one that they were made for.
 
 import hashlib
 from functools import cache
+from pathlib import Path
 
 from megatron_smlp.data.pairs.indexed import bin_path, idx_path
 from megatron_smlp.data.pairs.manifest import sha256_of
@@ -16,7 +17,7 @@ WHOLE_BYTES = 256 << 20
 NUM_BLOCKS = 64
 BLOCK_BYTES = 1 << 20
 
-State = tuple[tuple[int, ...], ...]
+State = tuple[int, ...]
 
 
 class ChangedDataError(DataError):
@@ -38,31 +39,50 @@ def content_of(prefix: str) -> str:
     return _content(prefix, state_of(prefix))
 
 
-def state_of(prefix: str) -> State:
+def state_of(prefix: str) -> tuple[State, ...]:
     """Return device, number, size and time of change of both files, equal until somebody writes.
 
     Raises:
         OSError: a file is missing.
     """
-    found = [path(prefix).stat() for path in (bin_path, idx_path)]
-    return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found)
+    return _state(bin_path(prefix)), _state(idx_path(prefix))
+
+
+def _state(path: Path) -> State:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def sha256_once(path: Path) -> str:
+    """Return SHA-256 of a file, which a process reads once until somebody writes to it."""
+    return _sha256(path, _state(path))
+
+
+# `state` is there to be a part of the cache's key.
+@cache
+def _sha256(path: Path, state: State) -> str:
+    return sha256_of(path)
 
 
 @cache
-def _content(prefix: str, state: State) -> str:
-    """`state` is there to be a part of the cache's key."""
-    digest = hashlib.sha256(sha256_of(idx_path(prefix)).encode())
+def _content(prefix: str, state: tuple[State, ...]) -> str:
+    digest = hashlib.sha256(sha256_once(idx_path(prefix)).encode())
     path = bin_path(prefix)
     size = path.stat().st_size
     if size <= WHOLE_BYTES:
-        digest.update(sha256_of(path).encode())
+        digest.update(sha256_once(path).encode())
         return digest.hexdigest()
     digest.update(size.to_bytes(8, "little"))
     with path.open("rb") as stream:
-        for number in range(NUM_BLOCKS):
-            stream.seek(number * (size - BLOCK_BYTES) // (NUM_BLOCKS - 1))
+        for start in block_starts(size):
+            stream.seek(start)
             digest.update(stream.read(BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def block_starts(size: int) -> list[int]:
+    """Return the bytes at which the blocks begin that stand for a `.bin` of that size."""
+    return [number * (size - BLOCK_BYTES) // (NUM_BLOCKS - 1) for number in range(NUM_BLOCKS)]
 
 
 class Watch:

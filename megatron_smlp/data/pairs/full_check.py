@@ -1,6 +1,6 @@
 """Every rule that a pair must keep, checked over all of its bytes, in parts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,15 +116,21 @@ def check_documents(index: Index) -> None:
         previous = int(starts[-1])
 
 
-def check_ids(index: Index, vocab_size: int | None) -> None:
-    """Raise `DataError` at the first id outside of 0 to `vocab_size` - 1."""
+def check_ids(index: Index, vocab_size: int | None, *, blocks: Sequence[slice] = ()) -> None:
+    """Raise `DataError` at the first id outside of 0 to `vocab_size` - 1.
+
+    Args:
+        blocks: the tokens to look at; none: all.
+    """
     limit = np.iinfo(index.dtype).max + 1 if vocab_size is None else vocab_size
-    for at, ids in _numbered(index.tokens()):
+    tokens = index.tokens
+    chosen = ((block.start, tokens[block]) for block in blocks)
+    for at, ids in chosen if blocks else _numbered(tokens):
         if int(ids.min()) < 0 or int(ids.max()) >= limit:
             where = at + int(np.flatnonzero((ids < 0) | (ids >= limit))[0])
             sequence = int(np.searchsorted(index.pointers, where * index.dtype.itemsize, "right"))
             raise DataError(
-                f"token {where} (sequence {sequence - 1}) has id {index.tokens()[where]}, outside "
+                f"token {where} (sequence {sequence - 1}) has id {tokens[where]}, outside "
                 f"of 0 to {limit - 1}"
             )
 
@@ -141,13 +147,23 @@ def _check_counts(index: Index, manifest: Manifest) -> None:
     for name, value in actual.items():
         if getattr(pair, name) != value:
             raise DataError(f"{name} is {value}, but the manifest says {getattr(pair, name)}")
+    pairs = manifest.pairs.values()
+    for name, value in (
+        ("documents", pair.documents),
+        ("tokens", sum(each.tokens for each in pairs)),
+    ):
+        if manifest.counts.get(name, value) != value:
+            raise DataError(
+                f"the pairs hold {value} {name}, but their run counted {manifest.counts[name]}: "
+                "preprocess again"
+            )
 
 
 def _check_eod(index: Index, manifest: Manifest) -> None:
     """Raise `DataError` where a document does not end in EOD, and the manifest says it does."""
     if not manifest.tokenizer.append_eod or index.num_sequences == 0:
         return
-    tokens = index.tokens()
+    tokens = index.tokens
     for at, starts in _numbered(index.documents[1:]):
         before = np.concatenate(([index.documents[at]], starts[:-1]))
         last = starts[starts > before] - 1

@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,8 +72,14 @@ class Index:
             return 0
         return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
 
+    def tokens_between(self, first: int, last: int) -> int:
+        """Return the tokens of sequences `first` to `last` (without it), at least one."""
+        end = int(self.pointers[last - 1]) + int(self.lengths[last - 1]) * self.dtype.itemsize
+        return (end - int(self.pointers[first])) // self.dtype.itemsize
+
+    @cached_property
     def tokens(self) -> NDArray[Any]:
-        """Return <dtype>[tokens], a memory map of `.bin`."""
+        """<dtype>[tokens], a memory map of `.bin`."""
         path = bin_path(self.prefix)
         if path.stat().st_size == 0:
             return np.empty(0, dtype=self.dtype)
@@ -84,7 +91,7 @@ class Index:
         Raises:
             DataError: the index is damaged there.
         """
-        tokens = self.tokens()
+        tokens = self.tokens
         start = int(self.pointers[number]) // self.dtype.itemsize
         end = start + int(self.lengths[number])
         if not 0 <= start <= end <= len(tokens):

@@ -3,6 +3,7 @@
 import argparse
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_smlp.command_line import Parser
 from megatron_smlp.ctrl_c import interrupt
@@ -49,5 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{output}: {len(prefixes)} pairs, {index.num_documents:,} documents, "
         f"{index.num_tokens:,} tokens, {index.dtype}"
     )
-    if find_manifest(output) is None:
+    if (found := find_manifest(output)) is None:
         print("no manifest was written: not every input has one with the same tokenizer")
+    elif "+" in (keys := found[1].pairs[Path(output).name].key):
+        print(f"note: documents of several keys are in it: {keys}")

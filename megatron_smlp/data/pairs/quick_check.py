@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-from megatron_smlp.data.pairs.content import WHOLE_BYTES
+from megatron_smlp.data.pairs.content import BLOCK_BYTES, WHOLE_BYTES, block_starts, sha256_once
 from megatron_smlp.data.pairs.full_check import check_ids, require_sound_index
-from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index, strip_suffix
+from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
     PairRecord,
     find_manifest,
     fingerprint_of,
-    sha256_of,
 )
 from megatron_smlp.errors import DataError
 
@@ -25,7 +24,7 @@ def verify_for_training(
 
     Reads all of the index, and the manifest if there is one (data from other tools has none, which
     is not an error). A `.bin` of up to 256 MiB is checked whole, a larger one by the manifest's
-    fingerprint of its first and last MiB.
+    fingerprint of its first and last MiB; without a manifest, the ids of 64 MiB spread over it.
 
     Args:
         prefix: path of the pair without `.bin`/`.idx`.
@@ -37,7 +36,7 @@ def verify_for_training(
         DataError: (a ValueError) missing or damaged files, changed since they were written,
             another tokenizer, or ids outside of the vocabulary.
     """
-    index = open_index(strip_suffix(prefix))
+    index = open_index(prefix)
     if index.num_sequences == 0:
         raise DataError(f"the dataset {prefix!r} holds no tokens; preprocess a corpus with text")
     require_sound_index(index)
@@ -67,10 +66,10 @@ def _check_unchanged(index: Index, manifest: Manifest, manifest_path: Path) -> N
 def _same_bytes(index: Index, pair: PairRecord) -> bool:
     if fingerprint_of(bin_path(index.prefix), idx_path(index.prefix)) != pair.fingerprint:
         return False
-    if sha256_of(idx_path(index.prefix)) != pair.idx_sha256:
+    if sha256_once(idx_path(index.prefix)) != pair.idx_sha256:
         return False
     is_long = bin_path(index.prefix).stat().st_size > WHOLE_BYTES
-    return is_long or sha256_of(bin_path(index.prefix)) == pair.bin_sha256
+    return is_long or sha256_once(bin_path(index.prefix)) == pair.bin_sha256
 
 
 def _check_tokenizer(index: Index, manifest: Manifest, path: Path, identity: str | None) -> None:
@@ -86,16 +85,19 @@ def _check_tokenizer(index: Index, manifest: Manifest, path: Path, identity: str
 
 
 def _check_vocabulary(index: Index, manifest: Manifest | None, vocab_size: int) -> None:
-    """Check by the largest id that the manifest knows, else by the ids of a small dataset."""
+    """Check by the largest id that the manifest knows, else by the ids: of a large dataset, those
+    in some places."""
     if manifest is None:
-        if bin_path(index.prefix).stat().st_size <= WHOLE_BYTES:
-            try:
-                check_ids(index, vocab_size)
-            except DataError as error:
-                raise DataError(
-                    f"the dataset {index.prefix!r} is not for this run's vocabulary of "
-                    f"{vocab_size} entries, or damaged: {error}"
-                ) from None
+        size, item = index.expected_bin_bytes, index.dtype.itemsize
+        starts = block_starts(size) if size > WHOLE_BYTES else []
+        blocks = [slice(start // item, (start + BLOCK_BYTES) // item) for start in starts]
+        try:
+            check_ids(index, vocab_size, blocks=blocks)
+        except DataError as error:
+            raise DataError(
+                f"the dataset {index.prefix!r} is not for this run's vocabulary of {vocab_size} "
+                f"entries, or damaged: {error}"
+            ) from None
         return
     max_id = manifest.pairs[Path(index.prefix).name].max_id
     if max_id >= vocab_size:

@@ -39,6 +39,11 @@ def split(
     part_of = _assign(index, shares, by=by, seed=seed)
     counts = np.bincount(part_of, minlength=len(NAMES))
     for name, share, count in zip(NAMES, shares, counts, strict=True):
+        if idx_path(f"{output_prefix}_{name}").resolve() == idx_path(prefix).resolve():
+            raise DataError(
+                f"--output-prefix {output_prefix}: its part {name} would be {prefix} itself; give "
+                "another one"
+            )
         if share > 0 and count == 0:
             raise DataError(
                 f"--weights: {name} would get no document of {index.num_documents}; give it more"

@@ -56,6 +56,7 @@ def append_to(path: Path, *, committed: int) -> BinaryIO:
     if stream.tell() < committed:
         raise DataError(f"{path} is shorter than its journal says; start again without --resume")
     stream.truncate(committed)
+    stream.seek(0, os.SEEK_END)  # `flush_to_disk` tells the size by the place
     return stream
 
 

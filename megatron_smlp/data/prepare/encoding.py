@@ -144,11 +144,10 @@ class ChunkEncoder:
         self, ids: NDArray[Any], lengths: NDArray[np.int64], counts: NDArray[np.int64]
     ) -> EncodedKey:
         max_id = int(ids.max()) if len(ids) else -1
-        if max_id > np.iinfo(self.dtype).max:
-            size = self.settings.tokenizer.vocab_size
+        if max_id >= (size := self.settings.tokenizer.vocab_size):
             raise DataError(
-                f"the tokenizer gave id {max_id}, but says that it has {size} entries, whose ids "
-                f"are stored as {self.dtype}; give its true --vocab-size"
+                f"the tokenizer gave id {max_id}, but has {size} entries: its ids have gaps; "
+                f"number its tokens, the added ones too, from 0 to {size - 1}"
             )
         ids = ids.astype(self.dtype)
         if self.settings.append_eod:

@@ -109,10 +109,15 @@ class PartialOutput:
 
     def __exit__(self, *error: object) -> None:
         self._close_files()
-        if (self.folder / "journal.json").is_file():
+        if self.has_journal:
             self.lock.close()
-        else:  # it was published, or there is nothing to go on from
+        else:  # it was published, or nothing was committed
             remove_locked(self.folder, self.lock)
+
+    @property
+    def has_journal(self) -> bool:
+        """Return whether there is something to go on from."""
+        return (self.folder / "journal.json").is_file()
 
     def _close_files(self) -> None:
         """Close all files but the lock."""
@@ -135,8 +140,9 @@ class PartialOutput:
             self.journal = Journal.read(journal_path)
             if self.journal.settings != settings:
                 raise DataError(
-                    f"--resume: {self.folder} was left by a run with other flags or other input "
-                    f"files; give the same ones, or leave out --resume to start again"
+                    f"--resume: {self.folder} was left by a run with other flags, tokenizer files "
+                    f"or input, or of an older version; give the same ones, or leave out --resume "
+                    f"to start again"
                 )
         elif journal_path.is_file():
             journal_path.unlink()
@@ -145,14 +151,15 @@ class PartialOutput:
 
     def _open_files(self) -> None:
         journal = self.journal
+        rejected = self.folder / "rejected.jsonl"
+        # Before the writers: `_close_files` takes it for open where they are.
+        self.rejected: BinaryIO = append_to(rejected, committed=journal.rejected_size)
         self.writers = [
             PairWriter(self.folder / str(number), dtype=self.dtype, committed=sizes, max_id=max_id)
             for number, (sizes, max_id) in enumerate(
                 zip(journal.pair_sizes, journal.max_ids, strict=True)
             )
         ]
-        rejected = self.folder / "rejected.jsonl"
-        self.rejected: BinaryIO = append_to(rejected, committed=journal.rejected_size)
 
     def write(self, encoded: EncodedChunk) -> None:
         """Append the documents and the rejections of one chunk."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_smlp.command_line import Parser
 from megatron_smlp.ctrl_c import interrupt
 from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments
+from megatron_smlp.errors import UsageError
 from megatron_smlp.progress import Progress
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ IGNORED_FLAGS = {
     "--find-optimal-num-workers": "all of the input is processed with --workers",
     "--workers-to-check": "all of the input is processed with --workers",
     "--max-documents": "all of the input is processed",
+    "--performance-dir": "all of the input is processed with --workers",
     "--dataset-impl": "mmap is the only format",
     "--chunk-size": "chunks are sized in bytes",
 }
@@ -34,12 +36,25 @@ IGNORED_FLAGS |= dict.fromkeys(
         "--vocab-extra-ids",
         "--make-vocab-size-divisible-by",
         "--padded-vocab-size",
+        "--no-pad-vocab-size",
+        "--disable-pad-vocab-size",
         "--tokenizer-metadata",
         "--chat-template",
         "--null-tokenizer-pad-id",
     ),
     "it has no part in the ids that are written",
 )
+# Flags of Megatron's tool that would change the ids.
+REFUSED_FLAGS = {
+    "--tokenizer-hf-no-use-fast": "ids come from tokenizer.json, which slow tokenizers do not have",
+    **dict.fromkeys(
+        (
+            "--no-tokenizer-sentencepiece-ignore-extra-whitespaces",
+            "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces",
+        ),
+        "white space is read as the model says",
+    ),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="stop at the first bad record with file:line (default), or list and count them",
     )
     group.add_argument("--split-sentences", action="store_true", help="a sequence a sentence")
-    group.add_argument("--lang", default="english", help="language of --split-sentences")
+    group.add_argument("--lang", help="language of --split-sentences (default: english)")
     group.add_argument("--keep-newlines", action="store_true", help="with --split-sentences")
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -81,6 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_tokenizer_arguments(parser)
     for flag, why in IGNORED_FLAGS.items():
         parser.add_argument(flag, nargs="*", action=_Ignored, why=why, help=argparse.SUPPRESS)
+    for flag, why in REFUSED_FLAGS.items():
+        parser.add_argument(flag, nargs=0, action=_Refused, why=why, help=argparse.SUPPRESS)
     return parser
 
 
@@ -93,6 +110,13 @@ class _Ignored(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         print(f"note: {option} is accepted and ignored: {self.why}", file=sys.stderr)
+
+
+class _Refused(_Ignored):
+    """Refuse a flag of Megatron's tool, and say why."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        raise UsageError(f"{option} is not supported: {self.why}; leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.pairs.indexed import optimal_dtype, refuse_existing
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
@@ -26,12 +27,12 @@ from megatron_smlp.data.prepare.sentences import SentenceSettings, check_sentenc
 from megatron_smlp.data.prepare.sources import read_chunks
 from megatron_smlp.data.prepare.workers import InlineWorker, WorkerPool, start_workers
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
-from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
+from megatron_smlp.data.tokenizers.spec import READ_BY, Tokenizer, TokenizerSpec
 from megatron_smlp.errors import DataError, UsageError
 
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 20.0
-_NOT_THE_SAME = ", damaged or of other flags or other input"
+_NOT_THE_SAME = ", damaged or of other flags, tokenizer files or input, or of an older version"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
     Raises:
         UsageError: a wrong value.
         DataError: bad input, a refused record unless `skip_errors`, or a worker that died.
-            After a refused record nothing is left; otherwise finished shards stay for `resume`.
+            Finished shards stay for `resume`.
     """
     files = find_inputs(settings.inputs)
     tokenizer = read_tokenizer(settings.tokenizer)
@@ -149,6 +150,12 @@ def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
                 f"--json-keys {key}: a key is part of its files' names, which cannot hold '/'; "
                 f"rename it in the input"
             )
+    kind = settings.tokenizer.tokenizer_type
+    for name, kinds in READ_BY.items():
+        if getattr(settings.tokenizer, name) is not None and kind not in kinds:
+            raise UsageError(
+                f"{flag_of(name)}: a {kind} does not read it, only {', '.join(kinds)}; leave it out"
+            )
     if settings.sentences:
         check_sentence_data(settings.sentences)
 
@@ -159,12 +166,15 @@ def _digest(
     files: list[Path],
     stamps: list[tuple[int, int] | None],
 ) -> str:
-    """Return a digest of what decides the bytes of the output; the number of workers does not."""
+    """Return a digest of what decides the bytes of the output.
+
+    The number of workers does not; nor does `skip_errors`, up to the first record that is refused.
+    """
     stable = replace(settings, workers=1, resume=False, shard_bytes=0, output_prefix="")
     inputs = [(str(path), *(stamp or ())) for path, stamp in zip(files, stamps, strict=True)]
     flags = asdict(stable)
-    del flags["overwrite"]
-    what = [flags, tokenizer.identity, tokenizer.vocab_size, tokenizer.eod, inputs]
+    del flags["overwrite"], flags["skip_errors"]
+    what = [flags, repr(tokenizer), inputs]  # the rules of the tokenizer, and not its ids alone
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
@@ -204,10 +214,12 @@ def _encode(
     chunks = read_chunks(files, keys=settings.keys, start=start)
     for chunk, encoded in workers.encode(chunks):
         if encoded.rejections and not settings.skip_errors:
-            partial.discard()
             first = encoded.rejections[0]
-            advice = remedy(settings.keys, was_read=bool(counts.documents or encoded.num_documents))
-            raise DataError(f"{first} [{first.reason}]; nothing was written ({advice})")
+            was_read = bool(counts.documents or encoded.num_documents)
+            left = f"nothing was written ({remedy(settings.keys, was_read=was_read)})"
+            if partial.has_journal:
+                left = "finished shards are kept, --on-error skip --resume goes on"
+            raise DataError(f"{first} [{first.reason}]; {left}")
         partial.write(encoded)
         position = chunk.end
         counts.text_bytes += chunk.num_bytes
@@ -258,7 +270,14 @@ def _publish(
 
 def settings_from_arguments(args: Any) -> PreprocessSettings:
     """Return the settings of the parsed flags of `tools/preprocess_data.py`."""
-    sentences = SentenceSettings(args.lang, args.keep_newlines) if args.split_sentences else None
+    sentences = None
+    if args.split_sentences:
+        sentences = SentenceSettings(args.lang or "english", args.keep_newlines)
+    elif args.lang or args.keep_newlines:
+        raise UsageError(
+            "--lang and --keep-newlines say how --split-sentences splits: give that too, or leave "
+            "them out"
+        )
     return PreprocessSettings(
         inputs=tuple(args.input),
         output_prefix=os.fspath(args.output_prefix),

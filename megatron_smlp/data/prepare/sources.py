@@ -16,6 +16,8 @@ from megatron_smlp.data.prepare.json_arrays import array_chunks
 from megatron_smlp.errors import DataError, require_package
 
 PARQUET_ROWS = 1024
+"""Rows of a parquet file that are read at once, at most."""
+BUFFER_BYTES = 1 << 20
 
 
 def read_chunks(
@@ -98,7 +100,8 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(path)
+        # Page by page: otherwise a row group is read at once.
+        table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
     except pyarrow.ArrowException as error:
         raise DamagedInputError(f"not a readable parquet file: {error}") from None
     names = table.schema_arrow.names
@@ -110,7 +113,7 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
             )
     row = 0
     try:
-        for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=list(keys)):
+        for batch in _batches(table, keys):
             first, row = row, row + batch.num_rows
             if row > begin.offset:
                 at = max(first, begin.offset)
@@ -120,6 +123,16 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
                     yield Chunk(str(path), line, values, Position(begin.file, at, at), rows.nbytes)
     except (pyarrow.ArrowException, OSError) as error:
         raise DamagedInputError(f"damaged parquet file: {error}") from None
+
+
+def _batches(table: Any, keys: Sequence[str]) -> Iterator[Any]:
+    """Yield the rows of a file, as many at once as have about CHUNK_BYTES on average there."""
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        columns = map(group.column, range(group.num_columns))
+        size = sum(each.total_uncompressed_size for each in columns if each.path_in_schema in keys)
+        num_rows = max(1, min(PARQUET_ROWS, group.num_rows * CHUNK_BYTES // max(size, 1)))
+        yield from table.iter_batches(num_rows, row_groups=[number], columns=list(keys))
 
 
 def _pieces(batch: Any) -> Iterator[Any]:

@@ -105,5 +105,6 @@ def gigatoken_in_place_of(
     except Exception as error:
         if is_interruption(error):  # Which it lets go where it imports what it needs itself.
             raise KeyboardInterrupt from error
-        return f"gigatoken does not support it: {error}"
+        reason = str(error).partition("\n")[0]  # then comes a place in its source
+        return f"gigatoken does not support it: {reason}"
     return fast if agrees else "gigatoken gives other ids for this tokenizer"

@@ -29,6 +29,12 @@ TOKENIZER_TYPES = (
     "ByteLevelTokenizer",
     "NullTokenizer",
 )
+READ_BY = {
+    "tokenizer_model": ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES, "TikTokenizer"),
+    **dict.fromkeys(("vocab_file", "merge_file"), ("GPT2BPETokenizer",)),
+    "vocab_size": ("TikTokenizer", "ByteLevelTokenizer", "NullTokenizer"),
+}
+"""Flags that only these types read."""
 
 
 class UnencodableTextError(ValueError):
@@ -54,7 +60,10 @@ class Encoder(Protocol):
 
 
 class Tokenizer(Protocol):
-    """A tokenizer whose files have been read: picklable, not yet ready to encode."""
+    """A tokenizer whose files have been read: picklable, not yet ready to encode.
+
+    It is a dataclass, and its `repr` has all that decides the ids of a text.
+    """
 
     @property
     def vocab_size(self) -> int:

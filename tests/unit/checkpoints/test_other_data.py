@@ -84,14 +84,12 @@ def test_what_is_not_there_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "vocab.json").touch()
     monkeypatch.chdir(tmp_path)
     options = build_parser()._option_string_actions
-    words = "--seed 1 --vocab-file=vocab.json --tokenizer-model gpt2 --data-path 0.5 a 0.5 {}"
-    found = with_absolute_paths(options, words.format("data_text_document").split())
-    assert (
-        found
-        == words.replace("vocab.json", str(tmp_path / "vocab.json"))
-        .format(tmp_path / "data_text_document")
-        .split()
+    words = (
+        "--seed 1 --vocab-file={0}vocab.json --tokenizer-model gpt2 --data-path 0.5 a 0.5 {0}{1}"
     )
+    for name in ("data_text_document", "data_text_document.bin"):
+        found = with_absolute_paths(options, words.format("", name).split())
+        assert found == words.format(f"{tmp_path}/", name).split()
 
 
 def test_a_dataset_cut_short_under_a_run_ends_it_in_one_line(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from megatron_smlp.errors import DataError
         (["1", "a"], ("a",), (1.0,)),
         (["0.7", "a", "3e-1", "b"], ("a", "b"), (0.7, 0.3)),
         (["30", "a/1", "70", "a/1"], ("a/1", "a/1"), (30.0, 70.0)),
+        (["a.bin", "b.idx"], ("a", "b"), None),
+        (["1", "a.bin"], ("a",), (1.0,)),
     ],
 )
 def test_good_lists(

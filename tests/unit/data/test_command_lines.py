@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -87,12 +88,33 @@ def test_flags_of_megatron_are_accepted_with_a_note(
     old = ["--partitions", "4", "--log-interval", "100", "--keep-sequential-samples"]
     old += ["--dataset-impl", "mmap", "--chunk-size", "25"]
     old += ["--find-optimal-num-workers", "--workers-to-check", "1", "2"]
+    old += ["--performance-dir", "folder"]
     flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "data"), *BYTE_FLAGS, *old]
     assert preprocess_cli.main(flags) == 0
     printed = capsys.readouterr()
-    assert printed.err.count("is accepted and ignored") == 7
+    assert printed.err.count("is accepted and ignored") == 8
     assert "300 documents" in printed.out
     assert "by bytes" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lang", "german"], "say how --split-sentences splits: give that too"),
+        (["--keep-newlines"], "say how --split-sentences splits: give that too"),
+        (
+            ["--vocab-file", "x"],
+            "--vocab-file: a ByteLevelTokenizer does not read it, only GPT2BPE",
+        ),
+        (["--tokenizer-hf-no-use-fast"], "--tokenizer-hf-no-use-fast is not supported: ids come"),
+    ],
+)
+def test_flags_without_an_effect_are_refused(
+    corpus: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    words = ["--input", str(corpus), "--output-prefix", str(tmp_path / "data"), *BYTE_FLAGS]
+    with pytest.raises(UsageError, match=message):
+        preprocess_cli.main([*words, *flags])
 
 
 COMMANDS = {
@@ -170,7 +192,7 @@ def test_no_room_is_one_line_that_names_the_file(
     kept = {path.name for path in tmp_path.iterdir()} | {"full"}
     tools: list[tuple[Any, list[object]]] = [
         (preprocess_cli, ["--input", corpus, "--output-prefix", full / "x", *BYTE_FLAGS]),
-        (merge_cli, ["--input", data, data, "--output-prefix", full / "x"]),
+        (merge_cli, ["--input", data, "--output-prefix", full / "x"]),
         (inspect_cli, ["split", data, "--output-prefix", full / "x", "--weights", 1, 1, 1]),
         (inspect_cli, ["stats", data, "--png", full / "x"]),
         (tokenizer_training, ["--input", corpus, "--vocab-size", 300, "--output", full / "x"]),
@@ -186,6 +208,15 @@ def test_no_room_is_one_line_that_names_the_file(
         assert re.fullmatch(rf"\S+: error: {full}/\S+: File too large\n", said), (tool, said)
         assert [path for path in full.rglob("*") if path.is_file()] == [], tool
         assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_too_many_open_files_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(SystemExit):
+        run_tool(main)
+    assert capsys.readouterr().err.endswith(": error: Too many open files\n")
 
 
 @pytest.mark.parametrize("prefix", ["", ".", "folder/", "folder/."])

@@ -32,7 +32,7 @@ def prefixes(run: Callable[..., Summary], tmp_path: Path) -> list[str]:
     return [str(tmp_path / f"data{number}_text_document") for number in range(3)]
 
 
-def _config(blends: Blends, cache: Path, split: str = "900,50,50") -> Any:
+def _config(blends: Blends, cache: Path, split: str = "900,50,50", surplus: float = 0.005) -> Any:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
     tokenizer = SimpleNamespace(
@@ -49,14 +49,18 @@ def _config(blends: Blends, cache: Path, split: str = "900,50,50") -> Any:
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        mid_level_dataset_surplus=surplus,
     )
 
 
 def _build(words: list[str], sizes: list[int], cache: Path, split: str = "900,50,50") -> Any:
+    return _build_blends(Blends(parse_blend(words, source="--data-path")), sizes, cache, split)
+
+
+def _build_blends(blends: Blends, sizes: list[int], cache: Path, *more: str, **flags: float) -> Any:
     from megatron_smlp.data.datasets import build_datasets
 
-    blends = Blends(parse_blend(words, source="--data-path"))
-    config = _config(blends, cache, split)
+    config = _config(blends, cache, *more, **flags)
     return build_datasets(
         sizes, blends=blends, config=config, is_built_on_rank=lambda: True, rank=0
     )
@@ -106,6 +110,42 @@ def test_a_split_without_documents_is_refused_where_megatron_would_hang(
         _build([prefixes[2]], [10, 10, 0], tmp_path / "cache", split="969,30,1")
 
 
+@pytest.mark.parametrize("flags", ["--split", "--valid-data-path"])
+def test_a_dataset_without_weights_that_is_shorter_than_a_sample(
+    run: Callable[..., Summary], prefixes: list[str], tmp_path: Path, flags: str
+) -> None:
+    """With weights it is read again and again."""
+    source = write_jsonl(tmp_path / "short.jsonl", ["a" * LENGTH] * 10)
+    run(source, tmp_path / "short", *BYTE_FLAGS)
+    short = str(tmp_path / "short_text_document")
+
+    def build(words: list[str]) -> None:
+        if flags == "--split":
+            _build(words, [100, 2, 0], tmp_path / "cache", split="900,100,0")
+        else:
+            train, valid = (parse_blend(part, source="x") for part in (prefixes[:1], words))
+            _build_blends(Blends(per_split=(train, valid, None)), [100, 2, 0], tmp_path / "cache")
+
+    if flags != "--split":
+        run(write_jsonl(source, ["a" * LENGTH]), tmp_path / "short", *BYTE_FLAGS)
+    with pytest.raises(DataError, match=r"short_text_document' has 32 tokens for valid, and a sam"):
+        build([prefixes[0], short])
+    build(["1", prefixes[0], "1", short])
+
+
+def test_many_weighted_datasets_and_few_samples(
+    run: Callable[..., Summary], tmp_path: Path
+) -> None:
+    """Of the first 8 samples are there, for 5 of 10, and 12 of all 24 are drawn from it."""
+    run(write_jsonl(tmp_path / "a.jsonl", ["a" * (8 * LENGTH + 1)]), tmp_path / "a", *BYTE_FLAGS)
+    name = str(tmp_path / "a_text_document")
+    blend = parse_blend(["19", name, *["1", name] * 19], source="x")
+    blends, sizes = Blends(per_split=(blend, None, None)), [10, 0, 0]
+    with pytest.raises(DataError, match=r"20 .* for 10 samples: .*-dataset-surplus 3\.0, fewer"):
+        _build_blends(blends, sizes, tmp_path / "cache")
+    assert len(_build_blends(blends, sizes, tmp_path / "cache", surplus=3.0)[0]) == 24
+
+
 def test_datasets_without_weights_that_do_not_suffice(prefixes: list[str], tmp_path: Path) -> None:
     _build(prefixes, [500, 5, 5], tmp_path / "cache")
     with pytest.raises(DataError, match=r"read once without weights.*wants 100000.*by size: \d+ "):
@@ -113,18 +153,12 @@ def test_datasets_without_weights_that_do_not_suffice(prefixes: list[str], tmp_p
 
 
 def test_one_dataset_for_each_split(prefixes: list[str], tmp_path: Path) -> None:
-    from megatron_smlp.data.datasets import build_datasets, dataset_uses
+    from megatron_smlp.data.datasets import dataset_uses
 
     blends = Blends(
         per_split=tuple(parse_blend([name], source="x") for name in prefixes)  # type: ignore[arg-type]
     )
-    datasets = build_datasets(
-        [50, 5, 5],
-        blends=blends,
-        config=_config(blends, tmp_path / "cache"),
-        is_built_on_rank=lambda: True,
-        rank=0,
-    )
+    datasets = _build_blends(blends, [50, 5, 5], tmp_path / "cache")
     uses = dataset_uses(datasets, sequence_length=LENGTH)
     assert [use.prefix for use in uses] == prefixes
 
@@ -145,6 +179,40 @@ def test_caches_cut_short_by_a_crash_are_built_again(prefixes: list[str], tmp_pa
         path.write_bytes(body[: (0, 20, len(body) - 1)[number % 3]])
     assert _all_samples(words, cache) == expected
     assert remove_unfinished(cache) == []
+
+
+def test_only_unfinished_indices_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what the user keeps in the folder, nor what cannot be read for a moment."""
+    np.save(tmp_path / "labels.npy", np.array([{"a": 1}], dtype=object))
+    kept = tmp_path / "0-WatchedGPTDataset-train-shuffle_index.npy"
+    np.save(kept, np.arange(9))
+    cut = tmp_path / "0-BlendedDataset-train-dataset_index.npy"
+    cut.write_bytes(kept.read_bytes()[:-1])
+    assert remove_unfinished(tmp_path) == [cut]
+
+    def unreadable(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(np, "load", unreadable)
+    assert remove_unfinished(tmp_path) == []
+    assert kept.exists()
+
+
+def test_a_folder_of_a_group(tmp_path: Path) -> None:
+    """Each of its users may lock it; what is no lock is said."""
+    lock = tmp_path / ".building.lock"
+    tmp_path.chmod(0o775)
+    with exclusive_caches([], path_to_cache=str(tmp_path)):
+        assert lock.stat().st_mode & 0o777 == 0o664
+    lock.unlink()
+    lock.mkdir()
+    with (
+        pytest.raises(DataError, match=r"cached in .*Is a directory.*--data-cache-path"),
+        exclusive_caches([], path_to_cache=str(tmp_path)),
+    ):
+        pass
 
 
 def test_a_dataset_that_grew_is_read_through_an_index_of_its_own(

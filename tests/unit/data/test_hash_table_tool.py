@@ -43,6 +43,13 @@ def test_ranks_count_parts_of_the_whole(run: Run, tmp_path: Path, parts: int):
     assert sum(shares).tolist() == [token_counts(blend, vocab_size=11).tolist()]
 
 
+def test_without_weights_only_a_sum_is_kept(run: Run, tmp_path: Path):
+    prefix = dataset(run, tmp_path, ["1 2 2", "3 2 9"], *NUMBERS)
+    blend = parse_blend([prefix, prefix], source="x")
+    once = counts_of_datasets(parse_blend([prefix], source="x"), vocab_size=11)
+    assert counts_of_datasets(blend, vocab_size=11).tolist() == (2 * once).tolist()
+
+
 def test_weights_count_as_in_the_mixture(run: Run, tmp_path: Path):
     """3 parts of a corpus of ones and 1 part of a twice as large one of twos."""
     for name, text in (("a", "1 1 1 1"), ("b", "2 2 2 2 2 2 2 2")):
@@ -88,10 +95,12 @@ def test_bad_input(run: Run, tmp_path: Path, flags: list[str], message: str):
         hash_table_cli.main(["--data-path", prefix, "--output", str(tmp_path / "t"), *flags])
 
 
-def test_datasets_of_several_vocabularies(run: Run, tmp_path: Path):
-    for name, size in (("a", "10"), ("b", "20")):
+@pytest.mark.parametrize("second", [[*NUMBERS[:3], "20"], [*BYTE_FLAGS, "--vocab-size", "300"]])
+def test_datasets_of_several_vocabularies(run: Run, tmp_path: Path, second: list[str]):
+    """Of other sizes, or of the same and other tokens."""
+    for name, flags in (("a", [*NUMBERS[:3], "300"]), ("b", second)):
         (tmp_path / name).mkdir()
-        dataset(run, tmp_path / name, ["1 2"], *NUMBERS[:3], size)
+        dataset(run, tmp_path / name, ["1 2"], *flags)
     prefixes = [f"{tmp_path}/{name}/data_text_document" for name in "ab"]
     flags = ["--data-path", *prefixes, "--num-experts", "2", "--output", str(tmp_path / "t")]
     with pytest.raises(DataError, match="several vocabularies"):

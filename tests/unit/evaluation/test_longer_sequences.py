@@ -38,7 +38,7 @@ def test_perplexity_over_longer_windows(tokenizer: Path, data: Path, tmp_path: P
         scorer = MegatronScorer(stages, longest=longest, batch_size=8)
         result = measure(scorer, text, str(data), stride=None, suffix_from=0)
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
-    tokens = torch.from_numpy(open_index(str(data)).tokens().astype("int64"))
+    tokens = torch.from_numpy(open_index(str(data)).tokens.astype("int64"))
     losses = []
     for begin in range(0, len(tokens) - 1, LONGER):
         part = tokens[begin : begin + LONGER + 1]

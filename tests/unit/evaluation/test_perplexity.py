@@ -54,7 +54,7 @@ def test_perplexity_is_that_of_the_exported_model(
     again.batch_size = 3  # as on a GPU: the last window, which is shorter, goes by itself
     twin = measure(again, tokenizer, str(data), stride=5, suffix_from=4)
     assert twin["perplexity"] == pytest.approx(strided["perplexity"], rel=1e-5)
-    tokens = torch.from_numpy(open_index(str(data)).tokens().astype("int64"))
+    tokens = torch.from_numpy(open_index(str(data)).tokens.astype("int64"))
     losses, behind = [], []
     for begin in range(0, len(tokens) - 1, LENGTH):
         part = tokens[begin : begin + LENGTH + 1]

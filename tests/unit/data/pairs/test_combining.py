@@ -1,5 +1,6 @@
 """Merging and splitting, against Megatron's builder and against each other."""
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_smlp import durable
+from megatron_smlp.data.pairs import merge_cli
 from megatron_smlp.data.pairs import writer as pair_writer
 from megatron_smlp.data.pairs.combining import find_pairs, merge, scratch_folder
 from megatron_smlp.data.pairs.full_check import validate
@@ -52,6 +54,49 @@ def test_merging_gives_the_bytes_of_megatron(pairs: list[str], tmp_path: Path) -
         ).read_bytes()
     assert _problems(str(tmp_path / "ours")) == []
     assert read_manifest(tmp_path / "ours.json").tokenizer.type == "ByteLevelTokenizer"
+
+
+def test_more_pairs_than_files_may_be_open(pairs: list[str], tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    for number in range(40):
+        for suffix in (".bin", ".idx"):
+            (tmp_path / "many" / f"{number}{suffix}").hardlink_to(pairs[0] + suffix)
+    found = find_pairs([str(tmp_path / "many")], output_prefix="x")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 20, before[1]))
+    try:
+        merge(found, output_prefix=str(tmp_path / "ours"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert open_index(str(tmp_path / "ours")).num_documents == 40 * 50
+
+
+def test_a_pair_that_is_named_twice_is_merged_once(
+    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link.idx").symlink_to(pairs[1] + ".idx")
+    names = [pairs[0], str(tmp_path / "in"), pairs[1] + ".bin", str(tmp_path / "link")]
+    assert find_pairs(names, output_prefix="x") == pairs
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {again} is {first} again: merged once"
+        for again, first in ((pairs[0], pairs[0]), (pairs[1], pairs[1]), (names[3], pairs[1]))
+    ]
+
+
+def test_pairs_of_several_keys(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key in ("text", "title"):
+        source = write_jsonl(tmp_path / f"{key}.jsonl", ["a"], key=key)
+        run(source, tmp_path / "in" / key, *BYTE_FLAGS, "--json-keys", key)
+    merge_cli.main(["--input", str(tmp_path / "in"), "--output-prefix", str(tmp_path / "both")])
+    assert "note: documents of several keys are in it: text+title" in capsys.readouterr().out
+
+
+def test_the_ids_of_a_pair_are_mapped_once(pairs: list[str]) -> None:
+    index = open_index(pairs[0])
+    assert index.tokens is index.tokens
 
 
 def test_two_at_work_on_one_output_are_refused(pairs: list[str], tmp_path: Path) -> None:
@@ -106,7 +151,7 @@ def test_narrow_and_wide_ids_merge_into_wide_ones(run: Run, tmp_path: Path) -> N
     merge(inputs, output_prefix=str(tmp_path / "both"), allow_mismatch=True)
     both = open_index(str(tmp_path / "both"))
     assert both.dtype == np.int32
-    assert both.tokens().tolist() == [1, 2, 3, 4] * 2
+    assert both.tokens.tolist() == [1, 2, 3, 4] * 2
     assert not (tmp_path / "both.json").exists()
 
 
@@ -199,6 +244,15 @@ def test_every_document_is_in_one_part(
     assert (found if seed is None else sorted(found)) == (
         documents if seed is None else sorted(documents)
     )
+
+
+def test_a_split_over_its_own_source(pairs: list[str], tmp_path: Path) -> None:
+    output = str(tmp_path / "split")
+    split(pairs[0], output_prefix=output, weights=[1, 1], by="documents")
+    before = Path(output + "_valid.bin").read_bytes()
+    with pytest.raises(DataError, match=r"its part valid would be .*split_valid itself; give anot"):
+        split(output + "_valid", output_prefix=output, weights=[1, 1], by="documents")
+    assert Path(output + "_valid.bin").read_bytes() == before
 
 
 def test_shares_are_kept(pairs: list[str], tmp_path: Path) -> None:

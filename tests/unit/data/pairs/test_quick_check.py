@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from data_helpers import BYTE_FLAGS
 
+from megatron_smlp.data.pairs.content import content_of
 from megatron_smlp.data.pairs.full_check import validate
 from megatron_smlp.data.pairs.indexed import idx_path, open_index, write_index
 from megatron_smlp.data.pairs.manifest import read_manifest
@@ -25,7 +26,6 @@ def prefix(run: Callable[..., Summary], tmp_path: Path, corpus: Path) -> str:
 def test_good_data_passes(prefix: str, tmp_path: Path) -> None:
     identity = read_manifest(tmp_path / "data.json").tokenizer.identity
     verify_for_training(prefix, identity, vocab_size=512)
-    verify_for_training(prefix + ".bin")
 
 
 def test_data_without_a_manifest_passes(prefix: str, tmp_path: Path) -> None:
@@ -41,6 +41,30 @@ def test_another_tokenizer_is_refused_with_the_way_around(prefix: str) -> None:
 def test_ids_beyond_the_vocabulary_are_refused(prefix: str) -> None:
     with pytest.raises(DataError, match=r"holds token id \d+.*0 to 99"):
         verify_for_training(prefix, vocab_size=100)
+
+
+@pytest.mark.parametrize("place", [0, 300, -1])
+def test_ids_of_large_data_without_a_manifest(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """64 blocks that overlap, as in a file a little over the limit."""
+    monkeypatch.setattr("megatron_smlp.data.pairs.quick_check.WHOLE_BYTES", 1000)
+    for module in ("content", "quick_check"):
+        monkeypatch.setattr(f"megatron_smlp.data.pairs.{module}.BLOCK_BYTES", 1001)
+    (tmp_path / "data.json").unlink()
+    verify_for_training(prefix, vocab_size=512)
+    tokens = np.memmap(prefix + ".bin", dtype=np.uint16, mode="r+")
+    tokens[place] = 600
+    tokens.flush()
+    with pytest.raises(DataError, match=r"not for this run's vocabulary of 512 .* has id 600"):
+        verify_for_training(prefix, vocab_size=512)
+
+
+def test_a_file_is_hashed_once(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify_for_training(prefix)
+    monkeypatch.setattr("megatron_smlp.data.pairs.content.sha256_of", None)
+    verify_for_training(prefix)
+    content_of(prefix)
 
 
 def test_a_missing_prefix_names_what_is_there(prefix: str, tmp_path: Path) -> None:

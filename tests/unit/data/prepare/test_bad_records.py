@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import BYTE_FLAGS, PYTHON, ROOT
+from data_helpers import BYTE_FLAGS, PYTHON, ROOT, write_jsonl
 
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.prepare.preprocessing import Summary
@@ -122,7 +123,7 @@ def test_skip_keeps_every_good_line_and_lists_the_others(
     summary = run(source, prefix, *BYTE_FLAGS, "--on-error", "skip", "--workers", workers)
     index = open_index(f"{prefix}_text_document")
     assert index.num_documents == summary.counts.documents == len(BAD_LINES)
-    assert bytes(index.tokens().astype(np.uint8)) == b"good" * len(BAD_LINES)
+    assert bytes(index.tokens.astype(np.uint8)) == b"good" * len(BAD_LINES)
     listed = [
         json.loads(line) for line in Path(f"{prefix}.rejected.jsonl").read_text().splitlines()
     ]
@@ -187,7 +188,7 @@ def test_a_truncated_archive_gives_all_it_has(run: Run, tmp_path: Path, suffix: 
     whole = index.num_documents - 1
     assert len(texts) // 4 < whole < len(texts)
     expected = "".join(texts[:whole]) + "good"
-    assert bytes(index.tokens().astype(np.uint8)).decode() == expected
+    assert bytes(index.tokens.astype(np.uint8)).decode() == expected
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
@@ -217,7 +218,7 @@ def test_a_number_outside_of_the_vocabulary(run: Run, tmp_path: Path) -> None:
         run(source, tmp_path / "data", *flags)
     summary = run(source, tmp_path / "data", *flags, "--on-error", "skip", "--append-eod")
     assert summary.counts.rejected == {"not_encodable": 4}
-    assert open_index(str(tmp_path / "data_text_document")).tokens().tolist() == [
+    assert open_index(str(tmp_path / "data_text_document")).tokens.tolist() == [
         1,
         2,
         3,
@@ -364,3 +365,15 @@ def _wait_until_gone(group: int) -> None:
     for _ in range(100):
         os.killpg(group, 0)
         time.sleep(0.1)
+
+
+def test_a_tokenizer_whose_ids_have_gaps(run: Run, tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Training would read beyond its vocabulary."""
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    rules["model"]["vocab"]["X"] = 1000
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    source = write_jsonl(tmp_path / "a.jsonl", ["X"])
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
+    with pytest.raises(DataError, match="gave id 1000, but has 320 entries: its ids have gaps"):
+        run(source, tmp_path / "data", *flags)

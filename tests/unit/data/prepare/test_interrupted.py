@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, make_documents, parse, write_jsonl
 
@@ -85,8 +87,10 @@ def test_an_input_that_grows_is_recorded_as_it_was_read(
     assert again.counts.documents == summary.counts.documents + 1
 
 
-@pytest.mark.parametrize("method", ["write", "commit", "finish", "publish"])
-@pytest.mark.parametrize("calls", [0, 1, 7])
+STEPS = [(method, calls) for method in ("write", "commit") for calls in (0, 1, 7)]
+
+
+@pytest.mark.parametrize(("method", "calls"), [*STEPS, ("finish", 0), ("publish", 0)])
 def test_a_run_stopped_at_each_step(
     run: Run, tmp_path: Path, source: Path, method: str, calls: int
 ) -> None:
@@ -94,13 +98,35 @@ def test_a_run_stopped_at_each_step(
     run(source, whole, *FLAGS)
     with pytest.MonkeyPatch.context() as patch:
         _kill_after(patch, method, calls)
-        try:
+        with pytest.raises(_KilledError):
             run(source, prefix, *FLAGS)
-        except _KilledError:
-            assert not Path(f"{prefix}_text_document.idx").exists()
+    assert not Path(f"{prefix}_text_document.idx").exists()
     run(source, prefix, *FLAGS, "--resume")
     assert _outputs(prefix) == _outputs(whole)
     assert not Path(f"{prefix}.partial").exists()
+
+
+def test_a_commit_before_anything_is_written_again(tmp_path: Path) -> None:
+    """After a resume, in a stretch without documents: what is cut off does not count."""
+    one, dtype = np.ones(1, np.int32), np.dtype("uint16")
+    writer = pair_writer.PairWriter(tmp_path / "0", dtype=dtype)
+    writer.write(one, lengths=one, sequences=one)
+    sizes = writer.commit()
+    writer.write(one, lengths=one, sequences=one)
+    writer.close()
+    writer = pair_writer.PairWriter(tmp_path / "0", dtype=dtype, committed=sizes)
+    assert writer.commit() == sizes == {"bin": 2, "lengths": 4, "sequences": 4}
+    writer.close()
+
+
+def test_a_file_that_is_shorter_than_its_journal(run: Run, tmp_path: Path, source: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_after(patch, "commit", 3)
+        with pytest.raises(_KilledError):
+            run(source, tmp_path / "data", *FLAGS)
+    (tmp_path / "data.partial" / "rejected.jsonl").write_bytes(b"")
+    with pytest.raises(DataError, match=r"rejected\.jsonl is shorter than its journal says"):
+        run(source, tmp_path / "data", *FLAGS, "--resume")
 
 
 @pytest.mark.parametrize("calls", range(4))
@@ -201,10 +227,10 @@ def test_other_flags_or_input_are_refused(run: Run, tmp_path: Path, source: Path
         _kill_after(patch, "write", 3)
         with pytest.raises(_KilledError):
             run(source, tmp_path / "data", *FLAGS)
-    with pytest.raises(DataError, match="other flags or other input"):
+    with pytest.raises(DataError, match="other flags, tokenizer files or input"):
         run(source, tmp_path / "data", *FLAGS, "--resume", "--json-keys", "id")
     source.write_text(source.read_text() + '\n{"text": "more"}')
-    with pytest.raises(DataError, match="other flags or other input"):
+    with pytest.raises(DataError, match="other flags, tokenizer files or input"):
         run(source, tmp_path / "data", *FLAGS, "--resume")
     run(source, tmp_path / "data", *FLAGS)
 
@@ -228,12 +254,41 @@ def test_another_finished_run_is_not_replaced(
     if change == "cut":
         pair.write_bytes(pair.read_bytes()[:-100])
     before = pair.read_bytes()
-    with pytest.raises(DataError, match=r"damaged or of other flags or other input; give --over"):
+    with pytest.raises(DataError, match=r"damaged or of other flags, .* give --over"):
         run(source, tmp_path / "data", *flags, "--resume")
     assert pair.read_bytes() == before
     done = run(source, tmp_path / "data", *flags, "--resume", "--overwrite")
     assert not done.already_complete
     assert run(source, tmp_path / "data", *flags, "--resume").already_complete
+
+
+def test_a_tokenizer_of_other_rules_is_another_one(
+    run: Run, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """The same vocabulary gives other ids."""
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
+    source = write_jsonl(tmp_path / "source.jsonl", ["Hello"])
+    run(source, tmp_path / "data", *flags)
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    rules["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    with pytest.raises(DataError, match="of other flags, tokenizer files or input"):
+        run(source, tmp_path / "data", *flags, "--resume")
+
+
+def test_one_bad_record_does_not_cost_the_work_before_it(
+    run: Run, tmp_path: Path, source: Path
+) -> None:
+    good = [line for line in source.read_text(encoding="utf-8").splitlines() if line != "bad"]
+    source.write_text("\n".join([*good[:300], "bad", *good[300:]]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"shards are kept, --on-error skip --resume goes on"):
+        run(source, tmp_path / "data", *FLAGS, "--on-error", "raise")
+    summary = run(source, tmp_path / "data", *FLAGS, "--resume")
+    assert summary.text_bytes < summary.counts.text_bytes
+    run(source, tmp_path / "whole", *FLAGS)
+    ours, theirs = _outputs(tmp_path / "data"), _outputs(tmp_path / "whole")
+    assert ours[:3] == theirs[:3]
 
 
 def test_a_finished_run_whose_pair_is_gone_is_done_again(

@@ -290,6 +290,16 @@ def test_rows_of_a_parquet_file_are_cut_by_their_bytes(
     assert _texts([path]) == texts
 
 
+def test_long_documents_of_a_parquet_file_are_read_as_they_are_needed(tmp_path: Path) -> None:
+    """20 MB in one row group and under 1,024 rows, in pages of 4 rows."""
+    pyarrow = pytest.importorskip("pyarrow")
+    texts = [f"{number:05}" * 20_000 for number in range(200)]
+    path = _write_parquet(tmp_path / "a.parquet", {"text": texts}, write_batch_size=4)
+    before = pyarrow.total_allocated_bytes()
+    most = max(pyarrow.total_allocated_bytes() for _ in read_chunks([path], keys=("text",)))
+    assert most - before < 8_000_000
+
+
 @pytest.mark.parametrize("num_workers", [2, 40])
 def test_each_worker_has_text(num_workers: int) -> None:
     """Yet no more is read than the bound, or a chunk for each."""

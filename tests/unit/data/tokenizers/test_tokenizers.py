@@ -1,5 +1,6 @@
 """Every tokenizer type gives Megatron's ids, its end of document, its size, and one identity."""
 
+import argparse
 import base64
 import contextlib
 import json
@@ -15,6 +16,7 @@ from data_helpers import make_documents, megatron_tokenizer, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_smlp.data.prepare import preprocess_cli
 from megatron_smlp.data.prepare.train_tokenizer_cli import train_tokenizer
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
@@ -418,3 +420,21 @@ def test_a_checkpoint_does_not_say_whom_to_trust():
     )
     assert not TokenizerSpec.recorded(recorded).trust_remote_code
     assert TokenizerSpec.recorded(recorded, trusts=True).trust_remote_code
+
+
+def test_why_gigatoken_is_not_used_is_one_line() -> None:
+    pytest.importorskip("gigatoken")
+
+    def load(module: Any) -> Any:
+        raise ValueError("Unsupported normalizer type: Lowercase\n\nLocation:\n    src/hf.rs:584")
+
+    slow = read_tokenizer(TokenizerSpec(tokenizer_type="ByteLevelTokenizer")).build()
+    reason = gigatoken_in_place_of(slow, load, pieces=[])
+    assert reason == "gigatoken does not support it: Unsupported normalizer type: Lowercase"
+
+
+def test_every_tokenizer_flag_of_megatron_is_known() -> None:
+    from megatron.training.arguments import _add_tokenizer_args
+
+    theirs = _add_tokenizer_args(argparse.ArgumentParser())._option_string_actions
+    assert set(theirs) <= set(preprocess_cli.build_parser()._option_string_actions)
