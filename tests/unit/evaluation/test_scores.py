@@ -248,6 +248,9 @@ def test_a_task_generates_as_it_asks_to(
     torch.manual_seed(0)
     expected = stock.generate_until(asked)
     assert ours.generate_until(asked) == expected
+    several = ours.generate_until(asked * 3)
+    assert several[0] == expected[0], "whatever is asked behind it"
+    assert len(set(several)) == (3 if settings_of(settings)[1]["temperature"] else 1)
 
 
 @pytest.mark.parametrize(
