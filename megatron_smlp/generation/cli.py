@@ -50,10 +50,15 @@ def check_model_arguments(options: argparse.Namespace) -> None:
     """Check the flags of `add_model_arguments`, before torch is imported.
 
     Raises:
-        UsageError: not exactly one model, or a folder that does not exist.
+        UsageError: not exactly one model, a folder that does not exist, or a flag that --hf would
+            not read.
     """
     if bool(options.checkpoint) == bool(options.hf):
         raise UsageError("give one model: --checkpoint DIR (of a run) or --hf DIR (exported)")
+    if options.hf and (step := getattr(options, "ckpt_step", None)) is not None:
+        raise UsageError(f"--ckpt-step {step} goes with --checkpoint DIR")
+    if options.hf and getattr(options, "trust_remote_code", False) and not options.tokenizer_type:
+        raise UsageError("--trust-remote-code goes with --checkpoint DIR, or with --tokenizer-type")
     flag = "checkpoint" if options.checkpoint else "hf"
     folder = getattr(options, flag)
     if not Path(folder).is_dir():

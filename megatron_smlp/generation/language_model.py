@@ -166,6 +166,22 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
+def check_with_tokenizer(folder: Path) -> None:
+    """Check an exported folder where no other tokenizer can be given.
+
+    Raises:
+        UsageError: it is not a model, or has no tokenizer.
+    """
+    from megatron_smlp.conversion.huggingface import check_folder
+
+    check_folder(folder)
+    if not has_tokenizer(folder):
+        raise UsageError(
+            f"--hf {folder} has no tokenizer: convert with --tokenizer-model, or copy the "
+            "tokenizer's files into it"
+        )
+
+
 def default_device() -> str:
     """Return "cuda" where there is a GPU, else "cpu"."""
     import torch

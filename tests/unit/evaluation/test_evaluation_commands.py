@@ -126,6 +126,12 @@ def test_stock_lm_eval_on_the_exported_folder(
         ("--hf {0} --tasks copa --suffix-from 2", "--suffix-from 2.0 goes with --data-path"),
         ("--hf {0} --tasks copa --breakdown", "--breakdown goes with --data-path PREFIX"),
         ("--hf {0} --data-path x --include-path y", "--include-path y goes with --tasks A,B"),
+        ("--hf {0} --data-path x --data-dir y", "--data-dir y goes with --tasks A,B"),
+        ("--hf {0} --data-path x --prompt-style paper", "--prompt-style paper goes with --tasks"),
+        ("--hf {0} --data-path x --samples {0}/a", "--samples {0}/a goes with --tasks A,B"),
+        ("--hf {0} --data-path x --markdown {0}/a", "--markdown {0}/a goes with --tasks A,B"),
+        ("--hf {0} --tasks a --allow-tokenizer-mismatch", "-mismatch goes with --data-path"),
+        ("--checkpoint {0} --data-path x --device cpu", "--device cpu goes with --hf DIR"),
         ("--hf {0} --data-path x --bf16", "--bf16 is not a flag of evaluate.py --hf"),
         ("--hf {0} --tasks copa --limit 0", "--limit 0: give 1 or more"),
         ("--hf {0} --tasks copa --batch-size 0", "--batch-size 0: give 1 or more"),
@@ -150,6 +156,10 @@ def test_megatrons_flags_are_left_to_it(tmp_path: Path) -> None:
 
 def test_what_an_exported_folder_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_language_model(tmp_path, "smlp_deterministic")
+    options, _ = cli.parse(f"--hf {tmp_path} --data-path x".split())
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    with pytest.raises(UsageError, match="copy the tokenizer's files into it"):
+        cli.evaluate(options, [])
     options, _ = cli.parse(f"--hf {folder} --data-path x --seq-length {LONGEST + 1}".split())
     with pytest.raises(UsageError, match=f"--seq-length {LONGEST + 1}: --hf .* has {LONGEST} pos"):
         cli.evaluate(options, [])
@@ -226,11 +236,15 @@ def test_the_perplexity_of_an_exported_folder_is_that_of_its_checkpoint(
         [*f"--data-path {data} --stride 16 --output {output}".split(), flag, str(model)]
         for output, (flag, model) in zip(outputs, models.items(), strict=True)
     ]
+    half = ["--suffix-from", "0.5", "--seq-length", "32", "--limit", "2"]
+    outputs.append(tmp_path / "half.json")
+    commands.append([*commands[1], *half, "--output", str(outputs[2])])
     log = tmp_path / "log"
     launch_calls(evaluate_all, commands, processes=1, log=log)
-    assert log.read_text(encoding="utf-8").count("suffix perplexity: ") == 2
-    ours, theirs = (json.loads(output.read_text(encoding="utf-8")) for output in outputs)
-    assert ours.pop("checkpoint") == str(one.checkpoint)
+    assert log.read_text(encoding="utf-8").count("suffix perplexity: ") == 3
+    ours, theirs, some = (json.loads(output.read_text(encoding="utf-8")) for output in outputs)
+    assert (some["suffix_from"], some["seq_length"], some["limit"]) == (16, 32, 2)
+    assert (ours.pop("checkpoint"), ours.pop("iteration")) == (str(one.checkpoint), 3)
     assert theirs.pop("hf") == str(one.exported)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from evaluation_helpers import (
     LENGTH,
     SIZES,
     TEXT,
     Run,
+    beginning,
     instances,
     loaded,
     scoring_cases,
@@ -95,14 +95,7 @@ def test_a_tokenizer_that_begins_texts_begins_them_for_both(
     tokenizer: Path, tmp_path: Path
 ) -> None:
     """As Llama's does: preprocessing puts its token there, and so does the harness."""
-    folder = tmp_path / "begins"
-    shutil.copytree(tokenizer, folder)
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    begin = backend.id_to_token(0)
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{begin} $A", special_tokens=[(begin, 0)]
-    )
-    backend.save(str(folder / "tokenizer.json"))
+    folder = beginning(tokenizer, tmp_path / "begins", 0)
     run = trained(f"{SIZES} {OTHERS[0]}", folder, tmp_path)
     pairs, texts = scoring_cases(), [(TEXT,), ("a",)]
     stock = HFLM(pretrained=str(run.exported), trust_remote_code=True, device="cpu")

@@ -185,6 +185,8 @@ def test_lines_of_a_pipe_are_a_conversation(
         ("", "give one model: --checkpoint DIR"),
         ("--hf {0} --checkpoint {0}", "give one model"),
         ("--hf /absent --prompt a", "--hf /absent: there is no such folder"),
+        ("--hf {0} --ckpt-step 5", "--ckpt-step 5 goes with --checkpoint DIR"),
+        ("--hf {0} --trust-remote-code", "--trust-remote-code goes with --checkpoint DIR, or"),
         ("--checkpoint {1} --prompt a", "holds no checkpoint"),
         ("--hf {1} --prompt a", "config.json is missing"),
         ("--hf {0} --prompt=", "--prompt is empty"),
