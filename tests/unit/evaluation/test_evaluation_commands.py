@@ -168,11 +168,12 @@ def test_what_an_exported_folder_cannot(tmp_path: Path, monkeypatch: pytest.Monk
         cli.evaluate(options, [])
 
 
-def test_a_report_is_in_percent_beside_the_papers() -> None:
+def test_a_report_has_shares_in_percent_beside_the_papers() -> None:
     scores = {"acc": reports.Score(0.5, 0.0217), "acc_norm": reports.Score(0.75, None)}
+    others = {"acc": reports.Score(1.0, 0.0), "perplexity": reports.Score(25.3, 0.1)}
     results = [
         reports.TaskResult("copa_paper", 100, scores, "1.0"),
-        reports.TaskResult("capitals", 7, {"acc": reports.Score(1.0, 0.0)}, "0"),
+        reports.TaskResult("capitals", 7, others, "0"),
     ]
     assert (
         reports.as_markdown(results, model="runs/a")
@@ -181,11 +182,12 @@ def test_a_report_is_in_percent_beside_the_papers() -> None:
 
 ## Measured here
 
-| task | metric | value in % | standard error | examples |
+| task | metric | value | standard error | examples |
 |---|---|---:|---:|---:|
-| copa_paper | acc | 50.0 | 2.2 | 100 |
-| copa_paper | acc_norm | 75.0 | n/a | 100 |
-| capitals | acc | 100.0 | 0.0 | 7 |
+| copa_paper | acc | 50.0% | 2.2% | 100 |
+| copa_paper | acc_norm | 75.0% | n/a | 100 |
+| capitals | acc | 100.0% | 0.0% | 7 |
+| capitals | perplexity | 25.3000 | 0.1000 | 7 |
 
 ## Reported by the paper, not measured here
 
