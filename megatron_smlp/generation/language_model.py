@@ -13,6 +13,10 @@ from megatron_smlp.data.tokenizers.model_tokenizer import bare, resolve_for, sta
 from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
 
+COLDEST = 1e-30
+"""Temperature: logits over less than this overflow; so close to 0 the likeliest token is drawn
+anyway."""
+
 
 @dataclass(frozen=True)
 class LanguageModel:
