@@ -40,6 +40,9 @@ class ExportedModel(HFLM):
             device=device,
             dtype=dtype,
         )
+        if not self.tokenizer.encode(""):
+            # Documents of the training began behind an end, not behind a token that is only named.
+            self.custom_prefix_token_id = self.tokenizer.eos_token_id
         entries, rows = len(self.tokenizer), self.model.config.vocab_size
         if entries > rows:
             raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from argparse import Namespace
@@ -308,6 +309,18 @@ def test_options_that_cannot_be_scored_are_named(ours: ScorerModel, run: Run, mo
         asked.loglikelihood(instances([("a", f" {TEXT} {TEXT}")]))
     with pytest.raises(UsageError, match="has no tokens of its own"):
         asked.loglikelihood(instances([("a", "")]))
+
+
+def test_a_beginning_that_a_tokenizer_only_names_stands_before_nothing(
+    ours: ScorerModel, run: Run, tmp_path: Path
+) -> None:
+    """As Llama's, of a run with --tokenizer-hf-no-include-special-tokens."""
+    folder = shutil.copytree(run.exported, tmp_path / "hf")
+    path = folder / "tokenizer_config.json"
+    names = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**names, "bos_token": "!"}), encoding="utf-8")
+    exported = ExportedModel(folder, batch_size=1, device="cpu")
+    assert exported.tokenizer.bos_token_id != exported.prefix_token_id == ours.prefix_token_id
 
 
 def test_another_vocabulary_is_refused(run: Run) -> None:
