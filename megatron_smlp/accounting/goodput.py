@@ -21,8 +21,7 @@ from pathlib import Path
 
 from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import UsageError
-from megatron_smlp.plotting.records import read_records
-from megatron_smlp.training.metrics_file import FILE_NAME
+from megatron_smlp.metrics_records import FILE_NAME, read_records
 
 GPUS = (8, 128, 1024)
 GPU_HOURS = 50_677

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.plotting.records import Record, Run, number
+from megatron_smlp.metrics_records import Record
+from megatron_smlp.plotting.records import Run, number
 
 Floats = NDArray[np.float64]
 
