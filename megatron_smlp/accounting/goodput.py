@@ -21,6 +21,7 @@ from pathlib import Path
 
 from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import UsageError
+from megatron_smlp.metrics_records import FILE_NAME, read_records
 
 GPUS = (8, 128, 1024)
 GPU_HOURS = 50_677
@@ -45,11 +46,10 @@ def measured_restart(run: Path) -> float:
     """Return the median of the seconds that a run was down, according to its metrics.jsonl.
 
     Raises:
-        UsageError: it has no restarts.
+        UsageError: it cannot be read, or has no restarts.
     """
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    down = [r["restart"]["seconds_down"] for r in map(json.loads, lines) if "restart" in r]
+    records = read_records(run / FILE_NAME)
+    down = [record["restart"]["seconds_down"] for record in records if "restart" in record]
     if not down:
         raise UsageError(f"--run {run}: metrics.jsonl has no restarts: give --restart-seconds.")
     return statistics.median(down)
@@ -76,9 +76,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print a table.
 
     Raises:
-        UsageError: a time is not positive, or a run has no restarts.
+        UsageError: a time or a number of GPUs is not positive, or a run has no restarts.
     """
     args = _arguments(argv)
+    if min(args.gpus) < 1:
+        raise UsageError(f"--gpus {min(args.gpus)}: give numbers of 1 or more.")
     restart = measured_restart(Path(args.run)) if args.run else args.restart_seconds
     for flag, value in (
         ("--save-seconds", args.save_seconds),

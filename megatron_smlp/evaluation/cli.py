@@ -63,6 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--breakdown", action="store_true",
         help="also the loss by position, by the token's frequency, and by what it repeats",
     )  # fmt: skip
+    text.add_argument(
+        "--allow-tokenizer-mismatch", action="store_true",
+        help="of data whose manifest names another vocabulary than the model's tokenizer has",
+    )  # fmt: skip
     both = parser.add_argument_group("both")
     both.add_argument(
         "--limit", type=int, metavar="N",
@@ -89,7 +93,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UsageError: flags that do not go together.
     """
-    options, rest = build_parser().parse_known_args(list(argv))
+    parser = build_parser()
+    options, rest = parser.parse_known_args(list(argv))
     check_model_arguments(options)
     if bool(options.tasks) == bool(options.data_path):
         raise UsageError(
@@ -100,12 +105,18 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             "--seq-length goes with --checkpoint DIR, the run that --hf came from, or with "
             "--data-path PREFIX"
         )
-    for flag in ("stride", "split", "suffix_from", "breakdown"):
-        if options.tasks and (value := getattr(options, flag)) not in (None, False):
-            given = flag_of(flag) if value is True else f"{flag_of(flag)} {value}"
-            raise UsageError(f"{given} goes with --data-path PREFIX")
-    if options.include_path and options.data_path:
-        raise UsageError(f"--include-path {options.include_path} goes with --tasks A,B")
+    of_text = ("stride", "split", "suffix_from", "breakdown", "allow_tokenizer_mismatch")
+    of_tasks = ("data_dir", "include_path", "prompt_style", "samples", "markdown")
+    for flags, excludes, instead in (
+        (of_text, options.tasks, "--data-path PREFIX"),
+        (of_tasks, options.data_path, "--tasks A,B"),
+        (("device",), options.checkpoint, "--hf DIR"),
+    ):
+        for flag in flags:
+            value = getattr(options, flag)
+            if excludes and value != parser.get_default(flag):
+                given = flag_of(flag) if value is True else f"{flag_of(flag)} {value}"
+                raise UsageError(f"{given} goes with {instead}")
     if options.hf and rest:
         raise UsageError(f"{rest[0]} is not a flag of evaluate.py --hf; `--help` lists them")
     for flag in ("limit", "batch_size", "stride", "seq_length"):
@@ -149,22 +160,18 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
     else:
         facts, scorer, tokenizer = _scorer(options, megatron_flags)
     from megatron_smlp.evaluation.perplexity import measure
-    from megatron_smlp.options import suffix_start
     from megatron_smlp.training.captured_output import terminal
 
-    flags = argparse.Namespace(**{**vars(facts), "suffix_from": options.suffix_from})
-    suffix_from = suffix_start(flags)
-    if options.suffix_from is None and suffix_from >= scorer.longest:
-        suffix_from = 0  # partial prediction's own; nobody asked for it of shorter windows
     result = measure(
         scorer,
         tokenizer,
         options.data_path,
         stride=options.stride,
-        suffix_from=suffix_from,
+        suffix_from=_suffix_from(options.suffix_from, facts, longest=scorer.longest),
         split=options.split,
         limit=options.limit,
         breaks_down=options.breakdown,
+        allows_mismatch=options.allow_tokenizer_mismatch,
     )
     if int(os.environ.get("RANK", "0")) != 0:
         return
@@ -179,9 +186,21 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
         shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
         print(f"{name.replace('_', ' ')}: {shown}", file=terminal(), flush=True)
     if options.output:
-        model = {"hf": options.hf} if options.hf else {"checkpoint": options.checkpoint}
-        about = {**model, "data_path": options.data_path, **result}
+        model = {"hf": options.hf}
+        if options.checkpoint:
+            model = {"checkpoint": options.checkpoint, "iteration": facts.ckpt_step}
+        asked = {name: getattr(options, name) for name in ("data_path", "split", "limit", "dtype")}
+        about = {**model, **asked, "seq_length": scorer.longest, **result}
         Path(options.output).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _suffix_from(given: float | None, facts: argparse.Namespace, *, longest: int) -> int:
+    """Return P of windows of `longest` tokens; partial prediction's own, unless one is given."""
+    from megatron_smlp.options import suffix_start
+
+    of_windows = {} if given is None else {"seq_length": longest}
+    found = suffix_start(argparse.Namespace(**vars(facts) | {"suffix_from": given} | of_windows))
+    return found if found < longest else 0  # its own, which nobody asked for of shorter windows
 
 
 def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
@@ -200,26 +219,26 @@ def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -
             prompt_style=options.prompt_style,
             include_path=options.include_path,
         )
-        model = _harness_model(options, megatron_flags)
+        iteration, model = _harness_model(options, megatron_flags)
         from megatron_smlp.evaluation.harness import run_tasks
 
         results = run_tasks(model, selection, limit=options.limit)
     if int(os.environ.get("RANK", "0")) == 0:
-        _report(options, results)
+        _report(options, results, iteration=iteration)
 
 
-def _harness_model(options: argparse.Namespace, megatron_flags: Sequence[str]) -> Any:
+def _harness_model(
+    options: argparse.Namespace, megatron_flags: Sequence[str]
+) -> tuple[int | None, Any]:
+    """Return the iteration of --checkpoint, and the model."""
     from megatron_smlp.generation.language_model import default_device, of_checkpoint
 
     if options.hf:
         from megatron_smlp.evaluation.huggingface_model import ExportedModel
 
-        return ExportedModel(
-            options.hf,
-            batch_size=options.batch_size,
-            device=options.device or default_device(),
-            dtype=options.dtype,
-        )
+        device = options.device or default_device()
+        about = {"batch_size": options.batch_size, "device": device, "dtype": options.dtype}
+        return None, ExportedModel(options.hf, **about)
     args, scorer, tokenizer = _scorer(options, megatron_flags)
     from megatron_smlp.data.tokenizers.model_tokenizer import start_of
     from megatron_smlp.evaluation.harness import ScorerModel
@@ -230,7 +249,8 @@ def _harness_model(options: argparse.Namespace, megatron_flags: Sequence[str]) -
         where = {"dtype": options.dtype, "device": str(scorer.device)}
         return of_checkpoint(args.load, tokenizer, iteration=args.ckpt_step, start=start, **where)
 
-    return ScorerModel(scorer, tokenizer, start=start, shows_progress=shows, generator=generator)
+    extra = {"start": start, "shows_progress": shows, "generator": generator}
+    return args.ckpt_step, ScorerModel(scorer, tokenizer, **extra)
 
 
 def _scorer(options: argparse.Namespace, megatron_flags: Sequence[str]) -> tuple[Any, Any, Any]:
@@ -250,9 +270,10 @@ def _exported_scorer(options: argparse.Namespace) -> tuple[argparse.Namespace, A
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("--hf with --data-path runs in one process: leave out torchrun")
     from megatron_smlp.evaluation.exported_scorer import ExportedScorer
-    from megatron_smlp.generation.language_model import model_and_tokenizer
+    from megatron_smlp.generation.language_model import check_with_tokenizer, model_and_tokenizer
     from megatron_smlp.library_logging import quiet_libraries
 
+    check_with_tokenizer(Path(options.hf))
     with quiet_libraries():
         model, tokenizer, _ = model_and_tokenizer(
             argparse.Namespace(**vars(options), tokenizer_type=None, tokenizer_model=None)
@@ -270,14 +291,15 @@ def _exported_scorer(options: argparse.Namespace) -> tuple[argparse.Namespace, A
     return facts, scorer, tokenizer
 
 
-def _report(options: argparse.Namespace, results: Sequence[Any]) -> None:
+def _report(options: argparse.Namespace, results: Sequence[Any], *, iteration: int | None) -> None:
     from megatron_smlp.evaluation import reports
     from megatron_smlp.training.captured_output import terminal
 
     source = str(options.hf or options.checkpoint)
     reports.print_table(results, terminal(), title=f"Zero-shot: {source}")
     if options.output:
-        kept = {name: getattr(options, name) for name in ("dtype", "limit", "prompt_style")}
+        names = ("dtype", "limit", "prompt_style", "seq_length")
+        kept = {"iteration": iteration, **{name: getattr(options, name) for name in names}}
         about = {"path": source, "kind": "hf" if options.hf else "checkpoint", **kept}
         reports.write_json(Path(options.output), model=about, results=results)
     if options.samples:

@@ -18,6 +18,7 @@ from megatron.training import training
 from megatron.training.global_vars import get_args
 from torch import nn
 
+from megatron_smlp.collectives import from_first_rank
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.model_tokenizer import bare, start_of
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
@@ -87,7 +88,9 @@ class TaskEvaluation:
             model = ScorerModel(scorer, self.tokenizer, start=start)
             results = run_tasks(model, self.selection, limit=args.eval_tasks_limit)
             self.statistics.take(training=False)
-        return as_record(results), task_texts(results)
+        # The harness has results on the first rank of each node alone, and curves are written on
+        # the last.
+        return from_first_rank((as_record(results), task_texts(results)))
 
 
 @contextlib.contextmanager

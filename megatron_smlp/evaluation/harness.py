@@ -176,7 +176,10 @@ class ScorerModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generate one text after the other; every rank makes all of them, and the same ones."""
+        """Generate one text after the other; every rank makes all of them, and the same ones.
+
+        Each request draws by a seed of its own: a task that repeats one wants other samples.
+        """
         if self.generator is None:
             raise UsageError(
                 "tasks that generate text are not scored during training: run "
@@ -185,7 +188,7 @@ class ScorerModel(TemplateLM):
         asked = [(request.args[0], *settings_of(request.args[1])) for request in requests]
         lm = self.generator()
         bar = tqdm(asked, disable=self.bar_disabled)
-        return [generate_until(lm, *one) for one in bar]
+        return [generate_until(lm, *one, seed=seed) for seed, one in enumerate(bar)]
 
 
 def settings_of(asked: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -228,7 +231,7 @@ def settings_of(asked: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
 
 
 def generate_until(
-    lm: LanguageModel, context: str, until: list[str], settings: Mapping[str, Any]
+    lm: LanguageModel, context: str, until: list[str], settings: Mapping[str, Any], *, seed: int
 ) -> str:
     """Return the continuation of a context, which loses its beginning where room is short.
 
@@ -246,6 +249,6 @@ def generate_until(
         )
     prompt = (lm.encode(context) or [lm.end or 0])[-(lm.longest - count) :]
     text = Answer(lm, prompt, until)
-    job = Job(prompt=prompt, seed=0, on_token=lambda _, token: text.push(token), **settings)
+    job = Job(prompt=prompt, seed=seed, on_token=lambda _, token: text.push(token), **settings)
     answer(lm, job)
     return text.text

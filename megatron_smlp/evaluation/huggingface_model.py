@@ -8,10 +8,9 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from megatron_smlp.conversion.huggingface import check_folder
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.harness import Request, check_requests
-from megatron_smlp.generation.language_model import has_tokenizer
+from megatron_smlp.generation.language_model import check_with_tokenizer
 
 
 class ExportedModel(HFLM):
@@ -33,12 +32,7 @@ class ExportedModel(HFLM):
                 f"--hf {folder} has no config.json: give a folder that "
                 "tools/convert_checkpoint.py wrote"
             )
-        check_folder(folder)
-        if not has_tokenizer(folder):
-            raise UsageError(
-                f"--hf {folder} has no tokenizer: convert with --tokenizer-model, or copy the "
-                "tokenizer's files into it"
-            )
+        check_with_tokenizer(folder)
         super().__init__(
             pretrained=str(folder),
             trust_remote_code=False,
@@ -46,6 +40,9 @@ class ExportedModel(HFLM):
             device=device,
             dtype=dtype,
         )
+        if not self.tokenizer.encode(""):
+            # Documents of the training began behind an end, not behind a token that is only named.
+            self.custom_prefix_token_id = self.tokenizer.eos_token_id
         entries, rows = len(self.tokenizer), self.model.config.vocab_size
         if entries > rows:
             raise UsageError(

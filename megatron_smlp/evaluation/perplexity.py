@@ -89,17 +89,22 @@ def validation_part(index: Index, split: str | None) -> Part:
     return Part(index, first, last)
 
 
-def windows(tokens: Sequence[int], *, longest: int, stride: int, every: int = 1) -> Iterator[Row]:
+def windows(
+    tokens: Sequence[int], *, longest: int, stride: int, limit: int | None = None
+) -> Iterator[Row]:
     """Cut a text of at least two tokens into rows; see the top of the file.
 
     Args:
-        every: leave out all but every so many-th one, unread.
+        limit: leave out all but so many, unread. Those left are spread evenly over the text, and
+            the first scores no more than the others: with a short stride it would outweigh them.
     """
     last = len(tokens) - 1
-    for begin in range(0, last, stride * every):
-        done = min(begin - stride + longest, last) if begin else 0  # by the window before
-        if done == last:
-            break
+    count = 1 + max(0, -(-(last - longest) // stride))
+    chosen = min(count, limit or count)
+    for number in range(chosen):
+        begin = number * count // chosen * stride
+        scores_all = begin == 0 and chosen == count
+        done = 0 if scores_all else begin - stride + longest  # by the window before
         end = min(begin + longest, last)
         yield Row(tuple(int(token) for token in tokens[begin : end + 1]), end - done)
 
@@ -114,6 +119,7 @@ def measure(
     split: str | None = None,
     limit: int | None = None,
     breaks_down: bool = False,
+    allows_mismatch: bool = False,
 ) -> dict[str, Any]:
     """Return the perplexity of a pair, and the numbers that it is made of. Collective.
 
@@ -121,17 +127,14 @@ def measure(
         stride: tokens between the beginnings of windows; None: T, no overlap.
         suffix_from: P, to report what positions from there on predict too; 0: do not.
         split: the --split of a run, to read only what it validates on.
-        limit: windows to score, spread evenly over the text; None: all.
+        limit: windows to score, spread evenly over the text; None: all. Numbers of the text, which
+            are per byte and per word, are then left out.
         breaks_down: also return `breakdown`, see evaluation/breakdown.py.
+        allows_mismatch: whether the pair may have been written with another tokenizer.
 
     Raises:
         UsageError: no such pair, one of another vocabulary, or too little text.
     """
-    if suffix_from >= scorer.longest:
-        raise UsageError(
-            f"--suffix-from {suffix_from} leaves nothing of windows of {scorer.longest} tokens: "
-            "give less than that"
-        )
     stride = stride or scorer.longest
     if stride > scorer.longest:
         raise UsageError(
@@ -140,7 +143,8 @@ def measure(
         )
     prefix = strip_suffix(prefix)
     try:
-        verify_for_training(prefix, tokenizer.identity, vocab_size=tokenizer.vocab_size)
+        identity = None if allows_mismatch else tokenizer.identity
+        verify_for_training(prefix, identity, vocab_size=tokenizer.vocab_size)
         index = open_index(prefix)
     except (ValueError, OSError) as error:
         raise UsageError(f"--data-path {prefix}: {' '.join(str(error).split())}") from error
@@ -151,11 +155,7 @@ def measure(
     whole: list[float] = []  # -log p, a sum per window
     suffix: list[float] = []
     num_tokens = num_suffix = 0
-    count = -(-(len(tokens) - 1) // stride)
-    every = max(1, count // limit) if limit else 1
-    cut = itertools.islice(
-        windows(tokens, longest=scorer.longest, stride=stride, every=every), limit
-    )
+    cut = windows(tokens, longest=scorer.longest, stride=stride, limit=limit)
     breakdown: Breakdown | None = None
     if breaks_down:
         counts = counts_in(tokens, vocab_size=tokenizer.vocab_size, prefix=prefix)
@@ -189,9 +189,11 @@ def _of_text(part: Part, tokenizer: Tokenizer, nll: float) -> dict[str, Any]:
     if tokenizer.identity is None:
         return {}
     encoder = tokenizer.build()
+    start = list(getattr(tokenizer, "start", []))  # ids that stand before a text, and for none
     num_bytes = num_words = 0
     for number, ids in enumerate(part.documents()):
-        predicted = ids[1:] if number == 0 else ids
+        begins = len(start) if ids[: len(start)] == start else 0
+        predicted = ids[max(begins, int(number == 0)) :]
         text = encoder.decode([token for token in predicted if token != tokenizer.eod])
         num_bytes += len(text.encode())
         num_words += len(text.split())

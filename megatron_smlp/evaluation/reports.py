@@ -35,6 +35,10 @@ PAPER_FIGURES = {
 """Accuracy in %, of ReCoRD exact match; n/a: a figure that we have no source for."""
 
 
+SHARES = {"acc", "acc_norm", "em", "exact_match"}
+"""Metrics that are shares of 1 in every task; all those of the paper's tasks are."""
+
+
 @dataclass(frozen=True)
 class Score:
     """A metric of a task."""
@@ -61,17 +65,18 @@ class TaskResult:
 
 
 def from_harness(results: Mapping[str, Any]) -> list[TaskResult]:
-    """Return a result per task of what `lm_eval.simple_evaluate` returned, in its order."""
+    """Return a result per task, and per group with scores, of what `lm_eval.simple_evaluate`
+    returned, in its order."""
     return [
         TaskResult(
             task=name,
-            examples=int(results["n-samples"][name]["effective"]),
+            examples=int(values["sample_len"]),
             scores=_scores(values),
             version=str(results["versions"].get(name)),
             samples=[_sample(name, one) for one in results.get("samples", {}).get(name, [])],
         )
         for name, values in results["results"].items()
-        if name in results["n-samples"]
+        if "sample_len" in values
     ]
 
 
@@ -90,14 +95,16 @@ def _scores(values: Mapping[str, Any]) -> dict[str, Score]:
 
 
 def _sample(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one example; a generation has its text where others have log-likelihoods."""
+    """Return one example; a generation has its texts where others have log-likelihoods."""
     answers = [answer[0] for answer in sample["resps"]]
     record: dict[str, Any] = {"task": task, "doc_id": sample["doc_id"], "target": sample["target"]}
+    if sample["filter"] != "none":
+        record["filter"] = sample["filter"]
     if answers and isinstance(answers[0], list | tuple):
         record["loglikelihoods"] = [float(answer[0]) for answer in answers]
         record["is_greedy"] = [bool(answer[1]) for answer in answers]
     else:
-        record["answers"] = answers
+        record["answers"] = [answer for repeats in sample["resps"] for answer in repeats]
     return record | {name: sample[name] for name in sample["metrics"] if name in sample}
 
 
@@ -156,13 +163,15 @@ def as_markdown(results: Sequence[TaskResult], *, model: str) -> str:
         "",
         "## Measured here",
         "",
-        "| task | metric | value in % | standard error | examples |",
+        "| task | metric | value | standard error | examples |",
         "|---|---|---:|---:|---:|",
     ]
     for result in results:
         for metric, score in result.scores.items():
-            error = "n/a" if score.stderr is None else f"{100 * score.stderr:.1f}"
-            cells = (result.task, metric, f"{100 * score.value:.1f}", error, f"{result.examples}")
+            is_share = metric.partition(" ")[0] in SHARES or _task_of_the_paper(result.task)
+            written = "{:.1%}" if is_share else "{:.4f}"
+            error = "n/a" if score.stderr is None else written.format(score.stderr)
+            cells = (result.task, metric, written.format(score.value), error, f"{result.examples}")
             lines.append(f"| {' | '.join(cells)} |")
     tasks = list(dict.fromkeys(filter(None, (_task_of_the_paper(r.task) for r in results))))
     return "\n".join([*lines, *(_paper_lines(tasks) if tasks else [])]) + "\n"

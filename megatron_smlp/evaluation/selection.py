@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ PAPER_TASKS = tuple(FILES)
 HARNESS_NAMES = {"storycloze": "storycloze_2016"}
 """Names of the paper's tasks in lm-evaluation-harness, where they differ."""
 
+FAULTS = (OSError, ValueError, RuntimeError, ImportError, AttributeError, LookupError, TypeError)
+"""Of tasks' files, of the code that they name, and of the network."""
+
 PromptStyle = Literal["lm_eval", "paper"]
 
 
@@ -26,6 +30,7 @@ class Selection:
     """Loaded tasks, in the order that they were asked for."""
 
     tasks: list[Any]
+    """And groups of tasks, which have scores of their own."""
     manager: Any
     """The TaskManager that loaded them."""
 
@@ -71,14 +76,11 @@ def select_tasks(
         _check_known(name, manager.all_tasks)
     if prompt_style == "paper":
         wanted = [str(PAPER_COPA) if name == "copa" else name for name in wanted]
-    try:
-        return Selection(list(manager.load(wanted)["tasks"].values()), manager)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"--tasks {','.join(wanted)}: their data cannot be had from the hub "
-            f"({reason}); give --data-dir with local files (docs/evaluation.md)"
-        ) from error
+    remedy = (
+        "check the network and the packages that it needs, or give --data-dir with local files of "
+        "the paper's tasks (docs/evaluation.md)"
+    )
+    return _load(wanted, manager, remedy=remedy)
 
 
 def _offline(
@@ -104,7 +106,31 @@ def _offline(
         _check_known(name, manager.all_tasks, where="--data-dir and --include-path serve")
     is_paper = prompt_style == "paper"
     wanted = [PAPER_COPA.stem if is_paper and name == "copa" else name for name in names]
-    return Selection(list(manager.load(wanted)["tasks"].values()), manager)
+    remedy = "check its file, and that its data is local: with --data-dir no network is used"
+    return _load(wanted, manager, remedy=remedy)
+
+
+def _load(names: Sequence[str], manager: Any, *, remedy: str) -> Selection:
+    """Build tasks, which reads their data and imports the code that they name."""
+    built: list[Any] = []
+    for name in names:
+        try:
+            loaded = manager.load([name])
+            manager.load([*built, *(found := _outermost(loaded))])  # is a task there twice?
+        except UsageError:
+            raise
+        except FAULTS as error:
+            reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            raise UsageError(f"--tasks {name} cannot be loaded ({reason}): {remedy}") from error
+        built += found
+    return Selection(built, manager)
+
+
+def _outermost(loaded: Any) -> list[Any]:
+    """Return the groups and tasks that are in no group."""
+    inner = set(itertools.chain.from_iterable(loaded["group_map"].values()))
+    both = loaded["groups"] | loaded["tasks"]
+    return [item for name, item in both.items() if name not in inner]
 
 
 def _check_known(name: str, known: Sequence[str], *, where: str = "known are") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import sys
@@ -50,10 +51,15 @@ def check_model_arguments(options: argparse.Namespace) -> None:
     """Check the flags of `add_model_arguments`, before torch is imported.
 
     Raises:
-        UsageError: not exactly one model, or a folder that does not exist.
+        UsageError: not exactly one model, a folder that does not exist, or a flag that --hf would
+            not read.
     """
     if bool(options.checkpoint) == bool(options.hf):
         raise UsageError("give one model: --checkpoint DIR (of a run) or --hf DIR (exported)")
+    if options.hf and (step := getattr(options, "ckpt_step", None)) is not None:
+        raise UsageError(f"--ckpt-step {step} goes with --checkpoint DIR")
+    if options.hf and getattr(options, "trust_remote_code", False) and not options.tokenizer_type:
+        raise UsageError("--trust-remote-code goes with --checkpoint DIR, or with --tokenizer-type")
     flag = "checkpoint" if options.checkpoint else "hf"
     folder = getattr(options, flag)
     if not Path(folder).is_dir():
@@ -80,8 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, default=64, metavar="N", help="(default 64)"
     )
     sampling.add_argument(
-        "--temperature", type=float, default=0.8, help="0: the likeliest token (default 0.8)"
-    )
+        "--temperature", type=float,
+        help="0: the likeliest token (default 0.8, with --num-beams 0)",
+    )  # fmt: skip
     sampling.add_argument("--top-k", type=int, default=50, help="0: all tokens (default 50)")
     sampling.add_argument("--top-p", type=float, default=1.0, help="(default 1: all tokens)")
     sampling.add_argument("--num-beams", type=int, default=1, help="beam search (default 1: none)")
@@ -94,6 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     check_model_arguments(options)
+    if options.temperature is None:
+        options.temperature = 0.0 if options.num_beams > 1 else 0.8
     _check(options)
     prompts = read_prompts(Path(options.prompts_file)) if options.prompts_file else []
     # Imported late: torch takes seconds, and --help and wrong flags should not.
@@ -117,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    from megatron_smlp.generation.language_model import COLDEST
+
     if options.prompt is not None and options.prompts_file:
         raise UsageError("give --prompt or --prompts-file, not both")
     if options.prompt == "":
@@ -135,9 +146,10 @@ def _check(options: argparse.Namespace) -> None:
             f"--num-samples {options.num_samples} with --num-beams {options.num_beams}: a search "
             "ends with as many texts as beams; give as many --num-beams, or leave them out"
         )
-    if options.temperature == 0 and options.num_samples > options.num_beams:
+    if options.temperature < COLDEST and options.num_samples > options.num_beams:
         raise UsageError(
-            f"--num-samples {options.num_samples} with --temperature 0 would be the same text "
+            f"--num-samples {options.num_samples} with --temperature {options.temperature:g} would "
+            "be the same text "
             "again: give a temperature over 0, or as many --num-beams"
         )
 
@@ -210,6 +222,8 @@ def _report_the_end(lm: LanguageModel, done: Completion) -> None:
 
 def _converse(lm: LanguageModel, sampling: Sampling) -> None:
     """Continue lines of the terminal or a pipe; a wrong one does not end the conversation."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # so that bytes of no character are refused below
+        sys.stdin.reconfigure(errors="surrogateescape")
     sign = "> " if sys.stdin.isatty() else ""
     while True:
         try:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.generation.language_model import LanguageModel
+from megatron_smlp.generation.language_model import COLDEST, LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Sampling:
     def arguments(self) -> dict[str, Any]:
         """Return the settings as arguments of `generate`."""
         common = {"num_beams": self.num_beams, "num_return_sequences": self.num_samples}
-        if self.temperature == 0:
+        if self.temperature < COLDEST:
             return {"do_sample": False, **common}
         drawn = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
         return {"do_sample": True, **drawn, **common}
@@ -61,7 +61,7 @@ def encode_prompt(lm: LanguageModel, prompt: str, *, where: str) -> list[int]:
     """
     try:
         ids = lm.encode(prompt)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: half of a surrogate pair
         raise UsageError(f"{where} cannot be encoded: {error}") from error
     if not prompt or not ids:
         raise UsageError(f"{where} is empty: give some text to continue")

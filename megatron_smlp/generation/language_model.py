@@ -13,6 +13,10 @@ from megatron_smlp.data.tokenizers.model_tokenizer import bare, resolve_for, sta
 from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
 
+COLDEST = 1e-30
+"""Temperature: logits over less than this overflow; so close to 0 the likeliest token is drawn
+anyway."""
+
 
 @dataclass(frozen=True)
 class LanguageModel:
@@ -164,6 +168,22 @@ def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, s
 def has_tokenizer(folder: Path) -> bool:
     """Return whether an exported folder has a tokenizer's files."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def check_with_tokenizer(folder: Path) -> None:
+    """Check an exported folder where no other tokenizer can be given.
+
+    Raises:
+        UsageError: it is not a model, or has no tokenizer.
+    """
+    from megatron_smlp.conversion.huggingface import check_folder
+
+    check_folder(folder)
+    if not has_tokenizer(folder):
+        raise UsageError(
+            f"--hf {folder} has no tokenizer: convert with --tokenizer-model, or copy the "
+            "tokenizer's files into it"
+        )
 
 
 def default_device() -> str:

@@ -88,21 +88,26 @@ def figures(
 ) -> Iterator[tuple[str, Figure]]:
     """Yield name and figure of all that there is to draw."""
     from megatron_smlp.plotting.figures import load_figure, loss_figure, router_figure
-    from megatron_smlp.plotting.series import has_suffix
+    from megatron_smlp.plotting.series import has_losses
 
     axes = _axes(runs, against)
     yield "loss", loss_figure(runs, axes=axes, window=window)
-    if any(has_suffix(run) for run in runs):
+    if any(has_losses(run, suffix=True)[0] for run in runs):
         yield "loss-suffix", loss_figure(runs, axes=axes, window=window, suffix=True)
     curves = router_figure(runs)
     if curves is not None:
         yield "routers", curves
+    used: set[str] = set()
     for run in runs:
         for evaluation in (False, True):
             load = load_figure(run, evaluation=evaluation)
             if load is not None:
                 label = re.sub(r"[^\w.-]+", "_", run.label)
-                yield f"load-{label}{'-validation' * evaluation}", load
+                name = f"load-{label}{'-validation' * evaluation}"
+                while name in used:  # labels may differ in nothing that a file's name keeps
+                    name += "_"
+                used.add(name)
+                yield name, load
 
 
 def _axes(runs: Sequence[Run], against: Sequence[str] | None) -> list[str]:

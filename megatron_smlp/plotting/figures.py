@@ -29,6 +29,7 @@ from megatron_smlp.plotting.series import (
     common_unit,
     curve,
     default_window,
+    has_losses,
     part_of,
     router_histories,
     smoothed,
@@ -66,8 +67,10 @@ def loss_figure(
         _draw_losses(panel, runs, axis=AXES[name], window=window, suffix=suffix)
     for panel in panels[:, 0]:
         panel.set_ylabel(f"loss{' behind the prefix' if suffix else ''} (nats per token)")
-    pairs = [(run.label, look) for run, look in zip(runs, looks(), strict=False)]
-    legend(figure, pairs, has_dots=any(run.validation for run in runs))
+    drawn = [has_losses(run, suffix=suffix) for run in runs]
+    entries = zip(runs, looks(), drawn, strict=False)
+    pairs = [(run.label, look) for run, look, has in entries if any(has)]
+    legend(figure, pairs, has_dots=any(has_dots for _, has_dots in drawn))
     return figure
 
 
@@ -87,7 +90,8 @@ def _draw_losses(
         dots = curve(run.validation, axis=axis, unit=unit, field=part.validation)
         panel.plot(dots.x, dots.y, "o", color=look["color"], markersize=4, markeredgecolor="white")
         evaluated.append(dots.x)
-    if len(ticks := ticks_at(evaluated)) > 1:
+    ticks = ticks_at(evaluated)
+    if len(ticks) > 1 and ticks[-1] > panel.get_xlim()[1] / 2:  # else most of the axis had none
         panel.xaxis.set_major_locator(FixedLocator(ticks.tolist()))
     panel.set_xlabel(axis.label.format(unit_name))
     panel.set_yscale("log")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.plotting.records import Record, Run, number
+from megatron_smlp.metrics_records import Record
+from megatron_smlp.plotting.records import Run, number
 
 Floats = NDArray[np.float64]
 
@@ -97,10 +98,11 @@ def part_of(run: Run, *, suffix: bool) -> Part:
     return Part(None if is_older else whole, "validation_loss")
 
 
-def has_suffix(run: Run) -> bool:
-    """Return whether there is a loss of the suffix to draw."""
-    part = part_of(run, suffix=True)
-    return any(part.training in record for record in run.training)
+def has_losses(run: Run, *, suffix: bool) -> tuple[bool, bool]:
+    """Return whether there are losses of training, and of validation, to draw."""
+    part = part_of(run, suffix=suffix)
+    trained = any(part.training in record for record in run.training)
+    return trained, any(part.validation in record for record in run.validation)
 
 
 def common_unit(runs: Sequence[Run], axis: Axis) -> tuple[float, str]:

@@ -38,8 +38,9 @@ class Admission:
         Raises:
             RequestError: the request is refused.
         """
-        given = headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if self.api_key is not None and not secrets.compare_digest(given, self.api_key.encode()):
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        is_right = secrets.compare_digest(given.encode(), (self.api_key or "").encode())
+        if self.api_key is not None and not (is_right and scheme.lower() == "bearer"):
             raise RequestError("Authorization: Bearer KEY is missing or wrong", status=401)
         host = _name_in(f"//{headers.get('host', '')}")
         if not _is_numeric(host):

@@ -50,8 +50,9 @@ class Answer:
         return new
 
 
-def logprobs_of(lm: LanguageModel, tokens: Sequence[Token]) -> dict[str, Any]:
-    """Return the API's four lists, an entry per token; offsets count the tokens' own texts.
+def logprobs_of(lm: LanguageModel, tokens: Sequence[Token], *, offset: int) -> dict[str, Any]:
+    """Return the API's four lists, an entry per token; offsets count the tokens' own texts, from
+    that of the first on.
 
     The end-of-document token has its entry, though the text is without it.
     """
@@ -60,7 +61,7 @@ def logprobs_of(lm: LanguageModel, tokens: Sequence[Token]) -> dict[str, Any]:
         "tokens": names,
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [_named(lm, token.top) for token in tokens],
-        "text_offset": list(accumulate(map(len, names), initial=0))[:-1],
+        "text_offset": list(accumulate(map(len, names), initial=offset))[:-1],
     }
 
 

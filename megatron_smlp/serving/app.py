@@ -19,6 +19,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from megatron_smlp.generation.language_model import LanguageModel
@@ -111,10 +112,14 @@ class Service:
         if work.request.stream:
             done.add_done_callback(lambda _: pieces.put_nowait(None))
             return Events(_events(work, done, pieces, head), work)
-        while not done.done():
-            await asyncio.wait({done}, timeout=POLL_SECONDS)
-            if await request.is_disconnected():
-                work.cancelled.set()
+        try:
+            while not done.done():
+                await asyncio.wait({done}, timeout=POLL_SECONDS)
+                if await request.is_disconnected():
+                    work.cancelled.set()
+        except asyncio.CancelledError:  # the server ends
+            work.cancelled.set()
+            raise
         return JSONResponse({**head, "choices": done.result(), "usage": work.usage()})
 
     async def _started(self, body: bytes, pieces: Pieces) -> tuple[Work, Choices]:
@@ -184,8 +189,10 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        service.close()
+        try:
+            yield
+        finally:  # also where a second Ctrl-C skips the rest of the shutdown
+            service.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 
@@ -194,6 +201,8 @@ def build_app(
             return await service.complete(request)
         except RequestError:
             raise
+        except ClientDisconnect:
+            return Response()  # nobody reads it
         except Exception:
             logger.exception("a request failed")
             return JSONResponse({"error": FAILURE}, status_code=500)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("max_body_bytes", "max_waiting"):
         if getattr(options, name) < 1:
             raise UsageError(f"{flag_of(name)} {getattr(options, name)}: give 1 or more")
+    if options.api_key is not None and not options.api_key.strip():
+        raise UsageError(f"--api-key '{options.api_key}' is empty: give one, or leave it out")
     for package in ("fastapi", "pydantic", "uvicorn"):
         require_package(package, purpose="serve.py", extra="'.[serve]'")
     listening = _listen(options.host, options.port)
@@ -85,10 +89,18 @@ def _serve(lm: LanguageModel, options: argparse.Namespace, listening: socket.soc
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         lifespan="on",
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     host, port = listening.getsockname()[:2]
     print(f"serving {lm.name!r} at http://{host}:{port}/v1 (Ctrl-C ends)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down, and raises it again
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message is more than that Ctrl-C cancelled what was running."""
+    error = record.exc_info[1] if record.exc_info else None
+    is_cancelled = isinstance(error, asyncio.CancelledError)
+    return not (is_cancelled or record.getMessage().rstrip().endswith("CancelledError"))
 
 
 def _listen(host: str, port: int) -> socket.socket:

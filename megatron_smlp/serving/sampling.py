@@ -17,10 +17,7 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 
-from megatron_smlp.generation.language_model import LanguageModel
-
-COLDEST = 1e-30
-"""Logits over less than this overflow; so close to 0 the likeliest token is drawn anyway."""
+from megatron_smlp.generation.language_model import COLDEST, LanguageModel
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -27,6 +28,8 @@ class Work:
         self.lm, self.request, self.send = lm, request, send
         self.cancelled = threading.Event()
         self.num_new = 0
+        self.offsets: Counter[int] = Counter()
+        """Of each answer, the length of the tokens' texts that were sent."""
 
     def run(self) -> list[dict[str, Any]]:
         """Return the answers to all prompts, `n` each; to fewer if it is cancelled."""
@@ -67,16 +70,18 @@ class Work:
         ]
 
     def _choice(
-        self, index: int, text: str, tokens: list[Token], reason: str | None
+        self, index: int, text: str, tokens: list[Token], reason: str | None, *, offset: int = 0
     ) -> dict[str, Any]:
         """Return an answer, or a piece of one, as an entry of the API's `choices`."""
         wanted = self.request.logprobs is not None
-        logprobs = logprobs_of(self.lm, tokens) if wanted else None
+        logprobs = logprobs_of(self.lm, tokens, offset=offset) if wanted else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _send(self, index: int, text: str, tokens: list[Token], reason: str | None) -> None:
         if self.send and (text or reason or self.request.logprobs is not None):
-            self.send(self._choice(index, text, tokens, reason))
+            piece = self._choice(index, text, tokens, reason, offset=self.offsets[index])
+            self.offsets[index] += sum(map(len, (piece["logprobs"] or {}).get("tokens", [])))
+            self.send(piece)
 
     def usage(self) -> dict[str, int]:
         """Return the numbers of tokens, as the API has them."""

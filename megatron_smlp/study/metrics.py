@@ -1,4 +1,4 @@
-"""Read what a run of a study logged; see plotting/records.py."""
+"""Read what a run of a study logged; see metrics_records.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 import math
 from pathlib import Path
 
-from megatron_smlp.plotting import records
-from megatron_smlp.plotting.records import Record
-from megatron_smlp.training.metrics_file import FILE_NAME
+from megatron_smlp import metrics_records
+from megatron_smlp.metrics_records import FILE_NAME, Record
 
 VALIDATION_LOSS, SUFFIX_LOSS = "validation_loss", "validation_suffix_loss"
 """Names of the losses over all tokens, and over those behind the prefix of partial prediction."""
@@ -18,7 +17,7 @@ TAIL_BYTES = 1 << 16
 def read_records(folder: Path) -> list[Record]:
     """Return all records; none where the run has not begun."""
     file = folder / FILE_NAME
-    return records.read_records(file) if file.exists() else []
+    return metrics_records.read_records(file) if file.exists() else []
 
 
 def validation_at(folder: Path, iteration: int) -> Record | None:

@@ -19,7 +19,7 @@ import pandas
 
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
-from megatron_smlp.plotting.records import Record
+from megatron_smlp.metrics_records import Record
 from megatron_smlp.study import state
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS, read_records
 from megatron_smlp.study.plan import PlannedRun

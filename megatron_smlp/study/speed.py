@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.metrics_records import FILE_NAME
 from megatron_smlp.progress import Progress
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.metrics import read_records
 from megatron_smlp.study.process import last_lines, run_command, training_command
 from megatron_smlp.study.state import State
 from megatron_smlp.study.systems import System
-from megatron_smlp.training.metrics_file import FILE_NAME
 
 PARTS = 10  # of a sample, each timed as a whole: a step may be shorter than what logging it takes
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

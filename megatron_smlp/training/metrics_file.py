@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.durable import write_durably
+from megatron_smlp.metrics_records import FILE_NAME
 from megatron_smlp.unwritable_log import UnwritableLog
-
-FILE_NAME = "metrics.jsonl"
 
 
 class MetricsFile:

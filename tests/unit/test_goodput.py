@@ -66,6 +66,7 @@ def test_the_restarts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
         for number, seconds in enumerate((600, 30, 60), start=1):
             record = {"iteration": number, "restart": {"seconds_down": seconds}}
             file.write(json.dumps(record) + "\n")
+        file.write('{"iteration": 4, "lo')  # it is being written
     main(["--save-seconds", "20", "--run", str(tmp_path)])
     output = capsys.readouterr().out
     assert "a restart takes 60 s" in output
@@ -74,3 +75,5 @@ def test_the_restarts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [row["gpus"] for row in json.loads(capsys.readouterr().out)] == [16]
     with pytest.raises(UsageError, match=r"--save-seconds 0\.0: give a number"):
         main(["--save-seconds", "0", "--restart-seconds", "60"])
+    with pytest.raises(UsageError, match=r"--gpus 0: give numbers of 1 or more"):
+        main(["--save-seconds", "9", "--restart-seconds", "60", "--gpus", "8", "0"])

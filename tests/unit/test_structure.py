@@ -13,7 +13,7 @@ PACKAGE = REPOSITORY / "megatron_smlp"
 # Bottom up: a part (a folder, or a file of the package itself) imports only what stands before it.
 ORDER = (
     *("errors", "ctrl_c", "program", "durable", "provenance", "restart_note"),
-    *("library_logging", "command_line", "unwritable_log", "collectives"),
+    *("library_logging", "command_line", "unwritable_log", "metrics_records", "collectives"),
     *("progress", "systems", "options"),
     *("ops", "hf", "routers", "layers", "architectures"),
     *("platform", "data", "checkpoints", "megatron_patches", "flags", "launching"),

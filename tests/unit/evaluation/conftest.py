@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_helpers import EXAMPLES, SYSTEMS, TEXT, Run, trained
+from evaluation_helpers import EXAMPLES, SYSTEMS, TEXT, Run, preprocessed, trained
 
 
 @pytest.fixture(scope="package")
@@ -57,14 +57,4 @@ def run(
 @pytest.fixture(scope="package")
 def data(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of three short documents."""
-    from megatron_smlp.data.prepare.preprocess_cli import main
-
-    folder: Path = tmp_path_factory.mktemp("data")
-    lines = [json.dumps({"text": f"{TEXT} {number}"}) + "\n" for number in range(3)]
-    (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
-    words = (
-        f"--input {folder / 'text.jsonl'} --output-prefix {folder / 'text'} --append-eod "
-        f"--workers 1 --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}"
-    )
-    main(words.split())
-    return folder / "text_text_document"
+    return preprocessed(tokenizer, tmp_path_factory.mktemp("data"))

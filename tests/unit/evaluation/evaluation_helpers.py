@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from lm_eval.api.instance import Instance
 from support.in_process import pretrained
@@ -52,6 +55,32 @@ def trained(flags: str, tokenizer: Path, folder: Path) -> Run:
     paths = {"load": folder / "run", "save": folder / "hf"}
     torch_dist_to_hf(Options(**paths, tokenizer=str(tokenizer), checks=False))
     return Run(checkpoint=folder / "run", exported=folder / "hf")
+
+
+def beginning(tokenizer: Path, folder: Path, number: int) -> Path:
+    """Make a tokenizer that puts this id before each text, as Llama's puts `<s>`."""
+    shutil.copytree(tokenizer, folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    begin = backend.id_to_token(number)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, number)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def preprocessed(tokenizer: Path, folder: Path) -> Path:
+    """Make a dataset of three short documents; return its prefix."""
+    from megatron_smlp.data.prepare.preprocess_cli import main
+
+    lines = [json.dumps({"text": f"{TEXT} {number}"}) + "\n" for number in range(3)]
+    (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
+    words = (
+        f"--input {folder / 'text.jsonl'} --output-prefix {folder / 'text'} --append-eod "
+        f"--workers 1 --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}"
+    )
+    main(words.split())
+    return folder / "text_text_document"
 
 
 @contextlib.contextmanager

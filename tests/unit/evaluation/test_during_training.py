@@ -90,6 +90,7 @@ def test_two_processes_score_what_one_does(
     assert others == [without_time(line) for line in records(tmp_path / "plain")]
     assert [line["iteration"] for line in scored] == [2, 3]
     assert scored[-1]["tasks"] == _afterwards(tmp_path / "scored-run", tasks)
+    _check_tensorboard(tmp_path / "scored-run" / "events", scored)
 
 
 def _afterwards(checkpoint: Path, tasks: Path) -> dict[str, Any]:

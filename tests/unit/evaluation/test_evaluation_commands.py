@@ -126,6 +126,12 @@ def test_stock_lm_eval_on_the_exported_folder(
         ("--hf {0} --tasks copa --suffix-from 2", "--suffix-from 2.0 goes with --data-path"),
         ("--hf {0} --tasks copa --breakdown", "--breakdown goes with --data-path PREFIX"),
         ("--hf {0} --data-path x --include-path y", "--include-path y goes with --tasks A,B"),
+        ("--hf {0} --data-path x --data-dir y", "--data-dir y goes with --tasks A,B"),
+        ("--hf {0} --data-path x --prompt-style paper", "--prompt-style paper goes with --tasks"),
+        ("--hf {0} --data-path x --samples {0}/a", "--samples {0}/a goes with --tasks A,B"),
+        ("--hf {0} --data-path x --markdown {0}/a", "--markdown {0}/a goes with --tasks A,B"),
+        ("--hf {0} --tasks a --allow-tokenizer-mismatch", "-mismatch goes with --data-path"),
+        ("--checkpoint {0} --data-path x --device cpu", "--device cpu goes with --hf DIR"),
         ("--hf {0} --data-path x --bf16", "--bf16 is not a flag of evaluate.py --hf"),
         ("--hf {0} --tasks copa --limit 0", "--limit 0: give 1 or more"),
         ("--hf {0} --tasks copa --batch-size 0", "--batch-size 0: give 1 or more"),
@@ -150,6 +156,10 @@ def test_megatrons_flags_are_left_to_it(tmp_path: Path) -> None:
 
 def test_what_an_exported_folder_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_language_model(tmp_path, "smlp_deterministic")
+    options, _ = cli.parse(f"--hf {tmp_path} --data-path x".split())
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    with pytest.raises(UsageError, match="copy the tokenizer's files into it"):
+        cli.evaluate(options, [])
     options, _ = cli.parse(f"--hf {folder} --data-path x --seq-length {LONGEST + 1}".split())
     with pytest.raises(UsageError, match=f"--seq-length {LONGEST + 1}: --hf .* has {LONGEST} pos"):
         cli.evaluate(options, [])
@@ -158,11 +168,12 @@ def test_what_an_exported_folder_cannot(tmp_path: Path, monkeypatch: pytest.Monk
         cli.evaluate(options, [])
 
 
-def test_a_report_is_in_percent_beside_the_papers() -> None:
+def test_a_report_has_shares_in_percent_beside_the_papers() -> None:
     scores = {"acc": reports.Score(0.5, 0.0217), "acc_norm": reports.Score(0.75, None)}
+    others = {"acc": reports.Score(1.0, 0.0), "perplexity": reports.Score(25.3, 0.1)}
     results = [
         reports.TaskResult("copa_paper", 100, scores, "1.0"),
-        reports.TaskResult("capitals", 7, {"acc": reports.Score(1.0, 0.0)}, "0"),
+        reports.TaskResult("capitals", 7, others, "0"),
     ]
     assert (
         reports.as_markdown(results, model="runs/a")
@@ -171,11 +182,12 @@ def test_a_report_is_in_percent_beside_the_papers() -> None:
 
 ## Measured here
 
-| task | metric | value in % | standard error | examples |
+| task | metric | value | standard error | examples |
 |---|---|---:|---:|---:|
-| copa_paper | acc | 50.0 | 2.2 | 100 |
-| copa_paper | acc_norm | 75.0 | n/a | 100 |
-| capitals | acc | 100.0 | 0.0 | 7 |
+| copa_paper | acc | 50.0% | 2.2% | 100 |
+| copa_paper | acc_norm | 75.0% | n/a | 100 |
+| capitals | acc | 100.0% | 0.0% | 7 |
+| capitals | perplexity | 25.3000 | 0.1000 | 7 |
 
 ## Reported by the paper, not measured here
 
@@ -226,11 +238,15 @@ def test_the_perplexity_of_an_exported_folder_is_that_of_its_checkpoint(
         [*f"--data-path {data} --stride 16 --output {output}".split(), flag, str(model)]
         for output, (flag, model) in zip(outputs, models.items(), strict=True)
     ]
+    half = ["--suffix-from", "0.5", "--seq-length", "32", "--limit", "2"]
+    outputs.append(tmp_path / "half.json")
+    commands.append([*commands[1], *half, "--output", str(outputs[2])])
     log = tmp_path / "log"
     launch_calls(evaluate_all, commands, processes=1, log=log)
-    assert log.read_text(encoding="utf-8").count("suffix perplexity: ") == 2
-    ours, theirs = (json.loads(output.read_text(encoding="utf-8")) for output in outputs)
-    assert ours.pop("checkpoint") == str(one.checkpoint)
+    assert log.read_text(encoding="utf-8").count("suffix perplexity: ") == 3
+    ours, theirs, some = (json.loads(output.read_text(encoding="utf-8")) for output in outputs)
+    assert (some["suffix_from"], some["seq_length"], some["limit"]) == (16, 32, 2)
+    assert (ours.pop("checkpoint"), ours.pop("iteration")) == (str(one.checkpoint), 3)
     assert theirs.pop("hf") == str(one.exported)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from evaluation_helpers import LENGTH, TEXT, Run, loaded
+from evaluation_helpers import LENGTH, TEXT, Run, beginning, loaded, preprocessed
 from transformers import AutoModelForCausalLM
 
+from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
+from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation import perplexity
 from megatron_smlp.evaluation.exported_scorer import ExportedScorer
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.perplexity import measure, windows
+from megatron_smlp.evaluation.rows import Row, RowScore
 
 
 @pytest.mark.parametrize("count", [2, 5, 8, 9, 10, 31])
@@ -27,6 +34,20 @@ def test_every_token_but_the_first_is_predicted_once(count: int, stride: int) ->
     assert max(len(window.tokens) for window in cut) <= 9
     contexts = [len(window.tokens) - window.scored for window in cut]
     assert contexts == [1] + [9 - stride] * (len(cut) - 1)
+
+
+@pytest.mark.parametrize(("count", "stride", "limit"), [(1593, 8, 100), (40, 2, 4), (30, 1, 12)])
+def test_a_few_windows_are_spread_over_the_text_and_score_alike(
+    count: int, stride: int, limit: int
+) -> None:
+    whole = list(windows(range(count), longest=8, stride=stride))
+    some = list(windows(range(count), longest=8, stride=stride, limit=limit))
+    assert [window.scored for window in some] == [stride] * limit
+    assert set(some[1:]) < set(whole)
+    begins = [window.tokens[0] for window in (*some, whole[-1])]
+    steps = [after - before for before, after in itertools.pairwise(begins)]
+    assert max(steps) <= min(steps[:-1]) + stride
+    assert list(windows(range(count), longest=8, stride=stride, limit=len(whole))) == whole
 
 
 def test_perplexity_is_that_of_the_exported_model(
@@ -86,6 +107,46 @@ def test_perplexity_is_that_of_the_exported_model(
     assert validation["tokens"] == len(middle) - 1
     expected = _loss(model, torch.from_numpy(middle))
     assert validation["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+class Even:
+    """A scorer to which all tokens are as likely."""
+
+    longest = 16
+
+    def score(self, rows: Sequence[Row], **_: Any) -> list[RowScore]:
+        return [RowScore((-1.0,) * row.scored, (False,) * row.scored) for row in rows]
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    spec = TokenizerSpec(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
+    return resolve_for(spec, source="it", entries=300)
+
+
+def test_what_stands_before_each_text_is_no_text(tokenizer: Path, tmp_path: Path) -> None:
+    """It is predicted, but neither a byte nor a word."""
+    folder = beginning(tokenizer, tmp_path / "begins", 5)
+    data = preprocessed(folder, tmp_path)
+    result = measure(Even(), tokenizer_of(folder), str(data), stride=None, suffix_from=0)
+    texts = [f"{TEXT} {number}" for number in range(3)]
+    assert result["bytes"] == sum(map(len, texts))
+    assert result["words"] == sum(len(text.split()) for text in texts)
+
+
+def test_data_of_another_vocabulary_is_read_where_that_is_allowed(
+    tokenizer: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tokenizer, tmp_path / "other")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["!"], vocabulary["#"] = vocabulary["#"], vocabulary["!"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    asked: dict[str, Any] = {"stride": None, "suffix_from": 0}
+    with pytest.raises(UsageError, match="written with another tokenizer"):
+        measure(Even(), tokenizer_of(folder), str(data), **asked)
+    found = measure(Even(), tokenizer_of(folder), str(data), **asked, allows_mismatch=True)
+    assert found["perplexity"] == pytest.approx(math.e)
 
 
 def _loss(model: Any, tokens: torch.Tensor) -> float:

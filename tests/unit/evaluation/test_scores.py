@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from argparse import Namespace
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from evaluation_helpers import (
     LENGTH,
     SIZES,
     TEXT,
     Run,
+    beginning,
     instances,
     loaded,
     scoring_cases,
@@ -95,14 +96,7 @@ def test_a_tokenizer_that_begins_texts_begins_them_for_both(
     tokenizer: Path, tmp_path: Path
 ) -> None:
     """As Llama's does: preprocessing puts its token there, and so does the harness."""
-    folder = tmp_path / "begins"
-    shutil.copytree(tokenizer, folder)
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    begin = backend.id_to_token(0)
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{begin} $A", special_tokens=[(begin, 0)]
-    )
-    backend.save(str(folder / "tokenizer.json"))
+    folder = beginning(tokenizer, tmp_path / "begins", 0)
     run = trained(f"{SIZES} {OTHERS[0]}", folder, tmp_path)
     pairs, texts = scoring_cases(), [(TEXT,), ("a",)]
     stock = HFLM(pretrained=str(run.exported), trust_remote_code=True, device="cpu")
@@ -248,6 +242,9 @@ def test_a_task_generates_as_it_asks_to(
     torch.manual_seed(0)
     expected = stock.generate_until(asked)
     assert ours.generate_until(asked) == expected
+    several = ours.generate_until(asked * 3)
+    assert several[0] == expected[0], "whatever is asked behind it"
+    assert len(set(several)) == (3 if settings_of(settings)[1]["temperature"] else 1)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +309,18 @@ def test_options_that_cannot_be_scored_are_named(ours: ScorerModel, run: Run, mo
         asked.loglikelihood(instances([("a", f" {TEXT} {TEXT}")]))
     with pytest.raises(UsageError, match="has no tokens of its own"):
         asked.loglikelihood(instances([("a", "")]))
+
+
+def test_a_beginning_that_a_tokenizer_only_names_stands_before_nothing(
+    ours: ScorerModel, run: Run, tmp_path: Path
+) -> None:
+    """As Llama's, of a run with --tokenizer-hf-no-include-special-tokens."""
+    folder = shutil.copytree(run.exported, tmp_path / "hf")
+    path = folder / "tokenizer_config.json"
+    names = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**names, "bos_token": "!"}), encoding="utf-8")
+    exported = ExportedModel(folder, batch_size=1, device="cpu")
+    assert exported.tokenizer.bos_token_id != exported.prefix_token_id == ours.prefix_token_id
 
 
 def test_another_vocabulary_is_refused(run: Run) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.reports import from_harness
 from megatron_smlp.evaluation.selection import Selection, select_tasks, split_names
 from megatron_smlp.evaluation.tasks.documents import split_context
 from megatron_smlp.evaluation.tasks.record import token_f1
@@ -194,12 +195,19 @@ metric_list:
 """
 
 
-def test_a_task_of_ones_own(folder: Path, tmp_path: Path) -> None:
-    """A file of the harness's, by its name, alone or beside the paper's."""
-    data = tmp_path / "capitals.jsonl"
+def write_own(folder: Path, changed: tuple[str, str] = ("", "")) -> dict[str, Any]:
+    """Write a task of one document, which is returned."""
+    data = folder / "capitals.jsonl"
     row = {"question": "The capital of France is", "options": ["Rome", "Paris"], "answer": 1}
     data.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    (tmp_path / "capitals.yaml").write_text(OWN.format(data), encoding="utf-8")
+    text = OWN.format(data).replace(*changed)
+    (folder / "capitals.yaml").write_text(text, encoding="utf-8")
+    return row
+
+
+def test_a_task_of_ones_own(folder: Path, tmp_path: Path) -> None:
+    """A file of the harness's, by its name, alone or beside the paper's."""
+    row = write_own(tmp_path)
     include = {"data_dir": str(folder), "include_path": str(tmp_path)}
     made = requests(select_tasks(["capitals", "copa"], **include))
     context = row["question"]
@@ -217,9 +225,89 @@ def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError) as caught:
         select_tasks(["copa"], data_dir=None)
-    assert "--tasks copa: their data cannot be had from the hub" in str(caught.value)
+    assert "--tasks copa cannot be loaded (" in str(caught.value)
     assert "give --data-dir with local files" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (
+            ("dataset_path: json", "dataset_path: nobody/nothing"),
+            "ConnectionError: .*nobody/nothing",
+        ),
+        (('"{{question}}"', "!function absent.text"), "ModuleNotFoundError|ImportError"),
+        (("test_split: train", "test_split: none"), "KeyError"),
+    ],
+)
+def test_a_task_that_cannot_be_loaded_is_one_line(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: tuple[str, str],
+    reason: str,
+) -> None:
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    write_own(tmp_path, wrong)
+    with pytest.raises(
+        UsageError, match=rf"--tasks capitals cannot be loaded \(({reason})"
+    ) as caught:
+        select_tasks(["copa", "capitals"], data_dir=str(folder), include_path=str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+GROUP = """
+group: places
+task: [capitals, copa]
+aggregate_metric_list:
+  - metric: acc
+    weight_by_size: true
+"""
+
+
+def test_a_group_has_its_own_score(folder: Path, tmp_path: Path) -> None:
+    """Beside those of its tasks, which are not scored twice."""
+    from lm_eval.models.dummy import DummyLM
+
+    from megatron_smlp.evaluation.harness import run_tasks
+
+    class Random(DummyLM):
+        tokenizer = None  # not from the hub
+
+    write_own(tmp_path)
+    (tmp_path / "places.yaml").write_text(GROUP, encoding="utf-8")
+    include = {"data_dir": str(folder), "include_path": str(tmp_path)}
+    found = run_tasks(Random(), select_tasks(["places", "piqa"], **include), limit=None)
+    examples = {result.task: result.examples for result in found}
+    assert examples == {"capitals": 1, "copa": 1, "piqa": 1, "places": 2}
+    acc = {result.task: result.scores["acc"].value for result in found}
+    assert acc["places"] == (acc["capitals"] + acc["copa"]) / 2
+    with pytest.raises(UsageError, match="Duplicate task 'copa'"):
+        select_tasks(["places", "copa"], **include)
+
+
+def test_a_sample_has_its_filter_and_all_repeats() -> None:
+    of_harness = {
+        "results": {"sums": {"sample_len": 1}},
+        "versions": {},
+        "samples": {
+            "sums": [
+                {
+                    "doc_id": 3, "target": "4", "filter": name, "resps": [["4", "5"]],
+                    "metrics": ["exact_match"], "exact_match": value,
+                }
+                for name, value in (("none", 0.0), ("strict", 1.0))
+            ]
+        },
+    }  # fmt: skip
+    [result] = from_harness(of_harness)
+    both = {"task": "sums", "doc_id": 3, "target": "4", "answers": ["4", "5"]}
+    assert result.samples == [
+        {**both, "exact_match": 0.0},
+        {**both, "filter": "strict", "exact_match": 1.0},
+    ]
 
 
 def test_missing_file_says_which_and_from_where(tmp_path: Path) -> None:

@@ -166,15 +166,26 @@ def test_beams_are_those_of_transformers(folder: Path, capsys: pytest.CaptureFix
     rows = [[token for token in row if token != lm.end] for row in beams.tolist()]
     assert found == [lm.decode(row) for row in rows]
     assert found[0] not in lines([*words, *prompt], capsys)
+    undrawn = [word for word in words if word not in GREEDY]
+    assert lines([*undrawn, *prompt, "--num-beams", "3", "--num-samples", "2"], capsys) == found
+
+
+def test_the_coldest_temperatures_are_greedy(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--hf", str(folder), "--max-new-tokens", "6", "--prompt", "the file"]
+    assert lines([*words, "--temperature", "1e-39"], capsys) == lines([*words, *GREEDY], capsys)
 
 
 def test_lines_of_a_pipe_are_a_conversation(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"a\n{'z' * LONGEST}\nb\n"))
+    lines = f"a\n{'z' * LONGEST}\n".encode() + b"caf\xe9\nb\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
     cli.main(["--hf", str(folder), "--max-new-tokens", "1", *GREEDY])
     said = capsys.readouterr()
     assert "the prompt has 40 tokens and the model's sequences end at 40" in said.err
+    assert "the prompt cannot be encoded" in said.err
     assert said.out.startswith("a")
     assert "\nb" in said.out
 
@@ -185,11 +196,14 @@ def test_lines_of_a_pipe_are_a_conversation(
         ("", "give one model: --checkpoint DIR"),
         ("--hf {0} --checkpoint {0}", "give one model"),
         ("--hf /absent --prompt a", "--hf /absent: there is no such folder"),
+        ("--hf {0} --ckpt-step 5", "--ckpt-step 5 goes with --checkpoint DIR"),
+        ("--hf {0} --trust-remote-code", "--trust-remote-code goes with --checkpoint DIR, or"),
         ("--checkpoint {1} --prompt a", "holds no checkpoint"),
         ("--hf {1} --prompt a", "config.json is missing"),
         ("--hf {0} --prompt=", "--prompt is empty"),
         ("--hf {0} --prompt a --prompts-file {1}/bad.jsonl", "--prompts-file, not both"),
         ("--hf {0} --prompt a --temperature 0 --num-samples 2", "would be the same text again"),
+        ("--hf {0} --prompts-file {1}/half.jsonl", "half.jsonl, line 1 cannot be encoded"),
         ("--hf {0} --prompts-file {1}/blank.txt", "blank.txt has no prompts: give one per line"),
         ("--hf {0} --prompt a --top-p 0", "--top-p 0.0: give over 0 and at most 1"),
         ("--hf {0} --prompt a --temperature nan", "--temperature nan: give 0 or more"),
@@ -204,6 +218,7 @@ def test_lines_of_a_pipe_are_a_conversation(
 )
 def test_bad_input_is_one_line(folder: Path, tmp_path: Path, words: str, message: str) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud83d"}\n')
     (tmp_path / "blank.txt").write_text(" \n\n")
     with pytest.raises(UserError) as caught:
         cli.main(words.format(folder, tmp_path).split())

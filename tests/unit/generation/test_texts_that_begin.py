@@ -113,7 +113,7 @@ def test_a_task_begins_texts(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch)
     seen: list[list[int]] = []
     monkeypatch.setattr(harness, "answer", lambda _, job: seen.append(job.prompt))
     _, settings = harness.settings_of({"until": ["."], "max_gen_toks": 4})
-    harness.generate_until(lm, "the files", ["."], settings)
+    harness.generate_until(lm, "the files", ["."], settings, seed=0)
     assert seen == [lm.encode("the files")]
     assert seen[0][0] == BEGIN
 

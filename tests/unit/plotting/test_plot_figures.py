@@ -120,6 +120,19 @@ class TestFigures:
         assert plain[0].get_ydata().tolist() == raw.get_ydata().tolist()
         assert len(plain) == 2, "the curve, and no dots of a validation"
 
+    def test_ticks_are_where_the_axis_goes_on(self, tmp_path: Path):
+        def ticks(*ends: int) -> list[float]:
+            runs = []
+            for end in ends:
+                lines = [step(n) for n in range(1, end + 1)]
+                lines += [validation(n, 2.0) for n in range(10, end + 1, 10)]
+                lines.sort(key=lambda line: line["iteration"])
+                runs.append(read_run(write(tmp_path / str(end), *lines), label=str(end)))
+            return list(loss_figure(runs, axes=["steps"], window=1).axes[0].get_xticks())
+
+        assert ticks(60, 40) == [0, 10, 20, 30, 40]
+        assert max(ticks(60, 20)) >= 60, "matplotlib's own"
+
     def test_nine_runs_look_different(self, run: Run):
         runs = [Run(str(index), run.training, []) for index in range(9)]
         figure = loss_figure(runs, axes=["steps"], window=1)
@@ -165,6 +178,16 @@ class TestCommandLine:
         assert capsys.readouterr().out.splitlines() == written
         for path in map(Path, written):
             assert path.read_bytes().startswith(starts[path.suffix[1:]])
+
+    def test_labels_that_differ_in_signs_alone(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        paths = [str(write(tmp_path / name, *routed_lines(1))) for name in ("a", "b")]
+        output = tmp_path / "plots"
+        words = ["--labels", "(b)", "[b]", "--output", str(output), "--formats", "svg"]
+        main([*paths, *words])
+        written = capsys.readouterr().out.splitlines()
+        assert written[2:] == [f"{output}/load-_b_.svg", f"{output}/load-_b__.svg"]
 
     def test_a_field_that_no_line_has(self, tmp_path: Path):
         path = write(tmp_path / "old", step(1), step(2))
@@ -214,6 +237,11 @@ class TestParts:
         ]
         assert self.drawn(runs, suffix=False) == [([5.0], [5.5]), ([3.0], [3.5])]
         assert self.drawn(runs, suffix=True) == [([4.0], [4.5]), ([2.9], [3.4])]
+        plain = Run("plain", [step(1, 3.0)], [validation(1, 3.5)])
+        figure = loss_figure(
+            [plain, Run("partial", runs[0].training, [])], axes=["steps"], window=1, suffix=True
+        )
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["partial"]
 
     def test_older_lines_of_partial_prediction_are_of_the_suffix(self, tmp_path: Path):
         older = [step(1, 4.0), validation(1, 5.5) | {"validation_suffix_loss": 4.5}]

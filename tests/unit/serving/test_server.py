@@ -52,8 +52,8 @@ def lm(folder: Path) -> LanguageModel:
 
 
 @contextlib.contextmanager
-def running(app: Any, http: type = TimedProtocol) -> Iterator[str]:
-    """The address of a server of the application, in a thread."""
+def running(app: Any, http: type = TimedProtocol, *, forced: bool = False) -> Iterator[str]:
+    """The address of a server of the application, in a thread; `forced` ends it at once."""
     server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="warning", lifespan="on"))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -64,7 +64,7 @@ def running(app: Any, http: type = TimedProtocol) -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         finally:  # also of a test that fails, whose process would not end
-            server.should_exit = True
+            server.should_exit, server.force_exit = True, forced
             thread.join(timeout=20)
         assert not thread.is_alive()
 
@@ -135,7 +135,7 @@ def test_pieces_together_are_the_whole(client: openai.OpenAI) -> None:
         "seed": 7, "n": 3, "logprobs": 0, "echo": True,
     }  # fmt: skip
     whole = client.completions.create(**asked)
-    texts, tokens, reasons = [""] * 3, [0] * 3, [None] * 3
+    texts, offsets, reasons = [""] * 3, [[], [], []], [None] * 3
     with_usage = {"stream": True, "stream_options": {"include_usage": True}}
     events = list(client.completions.create(**asked, **with_usage))
     assert events[-1].usage == whole.usage
@@ -143,10 +143,10 @@ def test_pieces_together_are_the_whole(client: openai.OpenAI) -> None:
     for event in events:
         for piece in event.choices:
             texts[piece.index] += piece.text
-            tokens[piece.index] += len(piece.logprobs.tokens)
+            offsets[piece.index] += piece.logprobs.text_offset
             reasons[piece.index] = piece.finish_reason
     assert texts == [choice.text for choice in whole.choices]
-    assert tokens == [len(choice.logprobs.tokens) for choice in whole.choices]
+    assert offsets == [choice.logprobs.text_offset for choice in whole.choices]
     assert reasons == [choice.finish_reason for choice in whole.choices]
     assert len(set(texts)) == 3
     again = client.completions.create(**{**asked, "seed": 8})
@@ -298,6 +298,9 @@ def test_a_key_and_more_names(lm: LanguageModel) -> None:
             assert client.get("/v1/models", headers=raw).status_code == 401
         good = {"Authorization": "Bearer secret"}
         assert client.get("/v1/models", headers=good).status_code == 200
+        lower = {"Authorization": "bearer secret"}
+        assert client.get("/v1/models", headers=lower).status_code == 200
+        assert client.get("/v1/models", headers={"Authorization": "secret"}).status_code == 401
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401
     options = cli.build_parser().parse_args(["--hf", "x", "--allowed-hosts", "a", "*"])
     assert options.api_key is None
@@ -479,6 +482,49 @@ def test_a_client_that_has_gone_before_its_stream_begins_cancels_it(lm: Language
     service.close()
 
 
+def test_a_client_that_goes_away_with_half_a_body_is_no_failure(
+    lm: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = build_app(lm, max_body_bytes=1000, max_waiting=1)
+    headers = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
+    about = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+    messages: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b"{", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    asyncio.run(app({**about, "headers": headers}, receive, send))
+    assert messages == []
+    assert caplog.records == []
+
+
+def test_a_server_that_is_forced_to_end_cancels_its_requests(lm: LanguageModel) -> None:
+    """As by a second Ctrl-C: no thread of the model is left."""
+
+    def models() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("model")}
+
+    before, begun = models(), threading.Event()
+    hook = lm.model.register_forward_pre_hook(lambda *_: begun.set())
+    app = build_app(lm, max_body_bytes=20_000, max_waiting=1)
+    asked = {"prompt": ["a"] * 100, "max_tokens": LONGEST - 1}
+    with running(app, forced=True) as address:
+        client = threading.Thread(
+            target=httpx.post, args=[f"{address}/completions"], kwargs={"json": asked}
+        )
+        client.start()
+        assert begun.wait(60)
+    client.join()
+    hook.remove()
+    assert models() == before
+
+
 def test_what_is_cancelled_scores_no_more_prompts(lm: LanguageModel) -> None:
     asked = {"prompt": ["a"] * 9, "max_tokens": 0, "echo": True, "logprobs": 0}
     work = Work(lm, parse(json.dumps(asked).encode(), lm), None)
@@ -538,6 +584,7 @@ def test_a_client_that_goes_away_frees_its_place(lm: LanguageModel, streams: boo
         ("", "give one model"),
         ("--hf {0} --port 99999", "--port 99999 cannot be used"),
         ("--hf {0} --host 203.0.113.1", "--host 203.0.113.1 --port 8000 cannot be used"),
+        ("--hf {0} --port 99999 --api-key=", "--api-key '' is empty: give one, or leave it out"),
         ("--hf {0} --max-waiting 0", "--max-waiting 0: give 1 or more"),
     ],
 )
@@ -565,9 +612,15 @@ def test_its_flags_are_heeded_and_ctrl_c_ends_it_cleanly(folder: Path) -> None:
             for length, status in ((500, 400), (501, 413)):
                 answer = client.post(f"{url}/completions", content=b"x" * length, headers=JSON)
                 assert answer.status_code == status
-        server.send_signal(signal.SIGINT)
+            asked = {"prompt": ["a"] * 100, "max_tokens": LONGEST - 1, "stream": True}
+            with client.stream("POST", f"{url}/completions", json=asked) as events:
+                lines = events.iter_lines()
+                assert next(lines).startswith("data: ")
+                for _ in range(2):
+                    server.send_signal(signal.SIGINT)
+                    time.sleep(0.5)
         _, said = server.communicate(timeout=60)
     finally:
         server.kill()
     assert server.returncode == 0
-    assert said == ""
+    assert said.splitlines()[1:] == [], "but that a task is cancelled"
