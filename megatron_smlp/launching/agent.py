@@ -51,6 +51,8 @@ PATIENCE = 30
 """Seconds that ranks get to end where others are gone, so that they cannot save."""
 BARRIER = 330.0
 """Seconds that torchrun's barrier at the end takes at most, and a margin."""
+LOOK = 1.1
+"""Seconds after which torch reads the rendezvous' state anew."""
 ARRIVAL = 5.0
 """Seconds that an agent which was told to end stays there itself."""
 
@@ -79,9 +81,20 @@ class Agent(LocalElasticAgent):
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
             self._decide(result)
+        elif result.state == WorkerState.SUCCEEDED and self._is_joined():
+            return RunResult(state=WorkerState.HEALTHY)  # to be started again with the others
         elif result.state == WorkerState.SUCCEEDED:
             self.code = 0
         return result
+
+    def _is_joined(self) -> bool:
+        """Return whether a machine waits to take part, so that these ranks were told to end by an
+        agent that saw it first: the run is not over."""
+        handler = self._worker_group.spec.rdzv_handler
+        if handler.settings.min_nodes == handler.settings.max_nodes:
+            return False
+        time.sleep(LOOK)
+        return int(handler.num_nodes_waiting()) > 0
 
     def _decide(self, result: RunResult) -> None:
         """Say what failed, and whether that is the end: then no restart remains."""

@@ -78,3 +78,18 @@ def test_wrong_use_is_the_runs_where_the_first_machine_says_so(
     agent = SimpleNamespace(_worker_group=SimpleNamespace(group_rank=machine))
     ends = [code for code in (1, 2, 3, 76, NO_PROGRESS, -9) if Agent._ends_all(agent, code)]  # type: ignore[arg-type]
     assert tuple(ends) == codes
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "waiting", "is_joined"),
+    [(2, 2, 1, False), (2, 4, 0, False), (2, 4, 1, True)],
+)
+def test_ranks_that_ended_for_a_machine_that_joins(
+    least: int, most: int, waiting: int, is_joined: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """The number of machines varies there; a spare of a fixed number waits for nothing."""
+    monkeypatch.setattr("megatron_smlp.launching.agent.LOOK", 0)
+    settings = SimpleNamespace(min_nodes=least, max_nodes=most)
+    handler = SimpleNamespace(settings=settings, num_nodes_waiting=lambda: waiting)
+    group = SimpleNamespace(spec=SimpleNamespace(rdzv_handler=handler))
+    assert Agent._is_joined(SimpleNamespace(_worker_group=group)) == is_joined  # type: ignore[arg-type]
