@@ -19,9 +19,6 @@ PAPER_TASKS = tuple(FILES)
 HARNESS_NAMES = {"storycloze": "storycloze_2016"}
 """Names of the paper's tasks in lm-evaluation-harness, where they differ."""
 
-FAULTS = (OSError, ValueError, RuntimeError, ImportError, AttributeError, LookupError, TypeError)
-"""Of tasks' files, of the code that they name, and of the network."""
-
 PromptStyle = Literal["lm_eval", "paper"]
 
 
@@ -115,13 +112,16 @@ def _load(names: Sequence[str], manager: Any, *, remedy: str) -> Selection:
     built: list[Any] = []
     for name in names:
         try:
-            loaded = manager.load([name])
-            manager.load([*built, *(found := _outermost(loaded))])  # is a task there twice?
+            found = _outermost(manager.load([name]))
         except UsageError:
             raise
-        except FAULTS as error:
+        except Exception as error:  # of files and code that are not ours, and of the network
             reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
             raise UsageError(f"--tasks {name} cannot be loaded ({reason}): {remedy}") from error
+        try:
+            manager.load([*built, *found])
+        except ValueError as error:
+            raise UsageError(f"--tasks {name}: {error}. Leave one of them out.") from error
         built += found
     return Selection(built, manager)
 

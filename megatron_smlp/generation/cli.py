@@ -87,10 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sampling.add_argument(
         "--temperature", type=float,
-        help="0: the likeliest token (default 0.8, with --num-beams 0)",
+        help="0: the likeliest token (default 0.8; 0 with --num-beams alone)",
     )  # fmt: skip
-    sampling.add_argument("--top-k", type=int, default=50, help="0: all tokens (default 50)")
-    sampling.add_argument("--top-p", type=float, default=1.0, help="(default 1: all tokens)")
+    sampling.add_argument("--top-k", type=int, help="0: all tokens (default 50)")
+    sampling.add_argument("--top-p", type=float, help="(default 1: all tokens)")
     sampling.add_argument("--num-beams", type=int, default=1, help="beam search (default 1: none)")
     sampling.add_argument("--num-samples", type=int, default=1, help="of each prompt (default 1)")
     sampling.add_argument("--seed", type=int, default=0, help="(default 0)")
@@ -102,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     check_model_arguments(options)
     if options.temperature is None:
-        options.temperature = 0.0 if options.num_beams > 1 else 0.8
+        draws = options.num_beams == 1 or options.top_k is not None or options.top_p is not None
+        options.temperature = 0.8 if draws else 0.0
+    options.top_k = 50 if options.top_k is None else options.top_k
+    options.top_p = 1.0 if options.top_p is None else options.top_p
     _check(options)
     prompts = read_prompts(Path(options.prompts_file)) if options.prompts_file else []
     # Imported late: torch takes seconds, and --help and wrong flags should not.

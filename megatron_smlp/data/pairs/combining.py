@@ -35,18 +35,23 @@ def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
     Raises:
         DataError: a folder without a pair, a lone `.bin` or `.idx`, or the output as its own input.
     """
-    found: dict[Path, str] = {}
+    found: dict[tuple[Path, Path], str] = {}
     for name in inputs:
         # Training keeps its cache in a folder of the pair's own name.
         is_folder = Path(name).is_dir() and not idx_path(name).is_file()
         for prefix in _pairs_in(Path(name)) if is_folder else [strip_suffix(name)]:
-            if first := found.get(idx_path(prefix).resolve()):
+            if first := found.get(_files_of(prefix)):
                 print(f"note: {prefix} is {first} again: merged once", file=sys.stderr)
             else:
-                found[idx_path(prefix).resolve()] = prefix
-    if idx_path(output_prefix).resolve() in found:
+                found[_files_of(prefix)] = prefix
+    if _files_of(output_prefix) in found:
         raise DataError(f"--output-prefix {output_prefix} is one of the inputs; give another name")
     return list(found.values())
+
+
+def _files_of(prefix: str) -> tuple[Path, Path]:
+    """Return both files behind links; documents of equal lengths may share an index."""
+    return bin_path(prefix).resolve(), idx_path(prefix).resolve()
 
 
 def _pairs_in(folder: Path) -> list[str]:

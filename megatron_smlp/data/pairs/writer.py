@@ -54,6 +54,7 @@ def append_to(path: Path, *, committed: int) -> BinaryIO:
         path.unlink(missing_ok=True)
     stream = path.open("ab")
     if stream.tell() < committed:
+        stream.close()
         raise DataError(f"{path} is shorter than its journal says; start again without --resume")
     stream.truncate(committed)
     stream.seek(0, os.SEEK_END)  # `flush_to_disk` tells the size by the place

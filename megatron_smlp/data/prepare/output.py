@@ -6,6 +6,7 @@ off by a resumed run.
 """
 
 import contextlib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -98,6 +99,7 @@ class PartialOutput:
         self.prefix, self.keys, self.level, self.dtype = prefix, keys, level, dtype
         self.folder = Path(prefix + ".partial")
         self.writers: list[PairWriter] = []
+        self.rejected: BinaryIO = io.BytesIO()  # until the file is open
         self.journal = Journal(settings="")
 
     def __enter__(self) -> "PartialOutput":
@@ -123,9 +125,8 @@ class PartialOutput:
         """Close all files but the lock."""
         for writer in self.writers:
             writer.close()
-        if self.writers:
-            with contextlib.suppress(OSError):  # As for the writers: its error is known.
-                self.rejected.close()
+        with contextlib.suppress(OSError):  # As for the writers: its error is known.
+            self.rejected.close()
 
     def start(self, settings: str, *, resume: bool) -> Position:
         """Open the files, at the last commit if `resume`; return the place to go on from.
@@ -152,8 +153,7 @@ class PartialOutput:
     def _open_files(self) -> None:
         journal = self.journal
         rejected = self.folder / "rejected.jsonl"
-        # Before the writers: `_close_files` takes it for open where they are.
-        self.rejected: BinaryIO = append_to(rejected, committed=journal.rejected_size)
+        self.rejected = append_to(rejected, committed=journal.rejected_size)
         self.writers = [
             PairWriter(self.folder / str(number), dtype=self.dtype, committed=sizes, max_id=max_id)
             for number, (sizes, max_id) in enumerate(

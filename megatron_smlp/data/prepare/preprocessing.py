@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -118,10 +119,12 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
     with partial:
         sources = describe_inputs(files)
         start = partial.start(digest, resume=settings.resume)
+        _check_rejected(settings, partial.journal.counts)
         bytes_before = partial.journal.counts.text_bytes
         with start_workers(encoding, num_workers=settings.workers) as workers:
             began = time.monotonic()
-            _encode(workers, start, settings, files, partial, on_progress)
+            can_resume = None not in stamps
+            _encode(workers, start, settings, files, partial, on_progress, can_resume=can_resume)
         _publish(settings, tokenizer, sources, digest, partial)
         pairs = zip(files, stamps, stamps_of(files), strict=True)
         return Summary(
@@ -142,6 +145,12 @@ def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
             f"--append-eod: this {settings.tokenizer.tokenizer_type} has no end-of-document token; "
             f"set eos_token in its tokenizer_config.json, or leave out --append-eod"
         )
+    if settings.append_eod and (tokenizer.eod or 0) >= tokenizer.vocab_size:
+        raise DataError(
+            f"the end-of-document token has id {tokenizer.eod}, but the tokenizer has "
+            f"{tokenizer.vocab_size} entries: its ids have gaps; number its tokens, the added ones "
+            f"too, from 0 to {tokenizer.vocab_size - 1}"
+        )
     if len(set(settings.keys)) != len(settings.keys):
         raise UsageError(f"--json-keys {' '.join(settings.keys)}: a key is named twice")
     for key in settings.keys:
@@ -152,10 +161,13 @@ def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
             )
     kind = settings.tokenizer.tokenizer_type
     for name, kinds in READ_BY.items():
-        if getattr(settings.tokenizer, name) is not None and kind not in kinds:
+        if getattr(settings.tokenizer, name) is None or kind in kinds:
+            continue
+        if name in ("vocab_file", "merge_file"):  # which Megatron's HuggingFaceTokenizer reads
             raise UsageError(
                 f"{flag_of(name)}: a {kind} does not read it, only {', '.join(kinds)}; leave it out"
             )
+        _note_unread(flag_of(name), f"a {kind} does not read it")
     if settings.sentences:
         check_sentence_data(settings.sentences)
 
@@ -193,10 +205,20 @@ def _complete_already(settings: PreprocessSettings, digest: str) -> Summary | No
         is_same = counts.pop("settings", None) == digest
         if is_same and all(is_whole(pair, manifest) for pair in settings.pairs):
             done = Counts(**counts)
+            _check_rejected(settings, done)
             return Summary(settings.output_prefix, done, 0.0, 0, "", already_complete=True)
     if not settings.overwrite:
         refuse_existing(settings.pairs, output_prefix=settings.output_prefix, why=_NOT_THE_SAME)
     return None
+
+
+def _check_rejected(settings: PreprocessSettings, counts: Counts) -> None:
+    """Raise DataError where records were left out of what is gone on from, and may not be."""
+    if counts.rejected and not settings.skip_errors:
+        raise DataError(
+            f"--resume: {counts.num_rejected} records were rejected ({counts.reasons}) under "
+            "--on-error skip; give that again, or leave out --resume"
+        )
 
 
 def _encode(
@@ -206,8 +228,14 @@ def _encode(
     files: list[Path],
     partial: PartialOutput,
     on_progress: OnProgress | None,
+    *,
+    can_resume: bool,
 ) -> None:
-    """Encode the input from `start` on into `partial`, with a commit every now and then."""
+    """Encode the input from `start` on into `partial`, with a commit every now and then.
+
+    Args:
+        can_resume: whether the input can be read again.
+    """
     counts = partial.journal.counts
     committed_bytes, committed_at = counts.text_bytes, time.monotonic()
     position = start
@@ -217,8 +245,10 @@ def _encode(
             first = encoded.rejections[0]
             was_read = bool(counts.documents or encoded.num_documents)
             left = f"nothing was written ({remedy(settings.keys, was_read=was_read)})"
-            if partial.has_journal:
+            if partial.has_journal and can_resume:
                 left = "finished shards are kept, --on-error skip --resume goes on"
+            elif partial.has_journal:
+                partial.discard()
             raise DataError(f"{first} [{first.reason}]; {left}")
         partial.write(encoded)
         position = chunk.end
@@ -268,16 +298,19 @@ def _publish(
     partial.publish(manifest)
 
 
+def _note_unread(flag: str, why: str) -> None:
+    """Tell of a flag that would change no id in Megatron's tool either."""
+    print(f"note: {flag} is accepted and ignored: {why}", file=sys.stderr)
+
+
 def settings_from_arguments(args: Any) -> PreprocessSettings:
     """Return the settings of the parsed flags of `tools/preprocess_data.py`."""
     sentences = None
     if args.split_sentences:
         sentences = SentenceSettings(args.lang or "english", args.keep_newlines)
     elif args.lang or args.keep_newlines:
-        raise UsageError(
-            "--lang and --keep-newlines say how --split-sentences splits: give that too, or leave "
-            "them out"
-        )
+        flag = "--lang" if args.lang else "--keep-newlines"
+        _note_unread(flag, "it says how --split-sentences splits, which is not given")
     return PreprocessSettings(
         inputs=tuple(args.input),
         output_prefix=os.fspath(args.output_prefix),

@@ -126,13 +126,23 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
 
 
 def _batches(table: Any, keys: Sequence[str]) -> Iterator[Any]:
-    """Yield the rows of a file, as many at once as have about CHUNK_BYTES on average there."""
+    """Yield the rows of a file, as many at once as have about CHUNK_BYTES on average there.
+
+    Small row groups are read together: some writers make one for a few rows.
+    """
+    groups: list[int] = []
+    rows = size = 0
     for number in range(table.num_row_groups):
         group = table.metadata.row_group(number)
         columns = map(group.column, range(group.num_columns))
-        size = sum(each.total_uncompressed_size for each in columns if each.path_in_schema in keys)
-        num_rows = max(1, min(PARQUET_ROWS, group.num_rows * CHUNK_BYTES // max(size, 1)))
-        yield from table.iter_batches(num_rows, row_groups=[number], columns=list(keys))
+        size += sum(each.total_uncompressed_size for each in columns if each.path_in_schema in keys)
+        rows += group.num_rows
+        groups.append(number)
+        is_last = number + 1 == table.num_row_groups
+        if is_last or rows >= PARQUET_ROWS or size >= CHUNK_BYTES:
+            num_rows = max(1, min(PARQUET_ROWS, rows * CHUNK_BYTES // max(size, 1)))
+            yield from table.iter_batches(num_rows, row_groups=groups, columns=list(keys))
+            groups, rows, size = [], 0, 0
 
 
 def _pieces(batch: Any) -> Iterator[Any]:

@@ -239,6 +239,7 @@ def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (('"{{question}}"', "!function absent.text"), "ModuleNotFoundError|ImportError"),
         (("test_split: train", "test_split: none"), "KeyError"),
+        (("question", "questoin"), "UndefinedError"),
     ],
 )
 def test_a_task_that_cannot_be_loaded_is_one_line(

@@ -75,13 +75,24 @@ def test_more_pairs_than_files_may_be_open(pairs: list[str], tmp_path: Path) -> 
 def test_a_pair_that_is_named_twice_is_merged_once(
     pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "link.idx").symlink_to(pairs[1] + ".idx")
+    for half in (".bin", ".idx"):
+        (tmp_path / f"link{half}").symlink_to(pairs[1] + half)
     names = [pairs[0], str(tmp_path / "in"), pairs[1] + ".bin", str(tmp_path / "link")]
     assert find_pairs(names, output_prefix="x") == pairs
     assert capsys.readouterr().err.splitlines() == [
         f"note: {again} is {first} again: merged once"
         for again, first in ((pairs[0], pairs[0]), (pairs[1], pairs[1]), (names[3], pairs[1]))
     ]
+
+
+def test_pairs_that_share_an_index_are_two(run: Run, tmp_path: Path) -> None:
+    """A store of contents has one file for documents of equal lengths."""
+    for name, text in (("a", "abcd"), ("b", "wxyz")):
+        run(write_jsonl(tmp_path / f"{name}.jsonl", [text]), tmp_path / "in" / name, *BYTE_FLAGS)
+    first, second = (str(tmp_path / "in" / f"{name}_text_document") for name in "ab")
+    Path(f"{second}.idx").unlink()
+    Path(f"{second}.idx").symlink_to(f"{first}.idx")
+    assert find_pairs([str(tmp_path / "in")], output_prefix="x") == [first, second]
 
 
 def test_pairs_of_several_keys(

@@ -367,13 +367,21 @@ def _wait_until_gone(group: int) -> None:
         time.sleep(0.1)
 
 
-def test_a_tokenizer_whose_ids_have_gaps(run: Run, tmp_path: Path, tokenizer_folder: Path) -> None:
+@pytest.mark.parametrize("is_eod", [False, True])
+def test_a_tokenizer_whose_ids_have_gaps(
+    run: Run, tmp_path: Path, tokenizer_folder: Path, is_eod: bool
+) -> None:
     """Training would read beyond its vocabulary."""
     folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     rules = json.loads((folder / "tokenizer.json").read_text())
-    rules["model"]["vocab"]["X"] = 1000
+    if is_eod:
+        (token,) = rules["added_tokens"]
+        token["id"] = rules["model"]["vocab"][token["content"]] = 70_000
+    else:
+        rules["model"]["vocab"]["X"] = 1000
     (folder / "tokenizer.json").write_text(json.dumps(rules))
     source = write_jsonl(tmp_path / "a.jsonl", ["X"])
     flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
-    with pytest.raises(DataError, match="gave id 1000, but has 320 entries: its ids have gaps"):
-        run(source, tmp_path / "data", *flags)
+    message = "token has id 70000, but the" if is_eod else "gave id 1000, but has 320 entries: its"
+    with pytest.raises(DataError, match=message):
+        run(source, tmp_path / "data", *flags, *(["--append-eod"] if is_eod else []))

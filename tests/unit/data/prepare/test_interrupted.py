@@ -291,6 +291,23 @@ def test_one_bad_record_does_not_cost_the_work_before_it(
     assert ours[:3] == theirs[:3]
 
 
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_rejected_records_are_not_resumed_where_none_may_be(
+    run: Run, tmp_path: Path, source: Path, is_finished: bool
+) -> None:
+    assert "bad" in source.read_text(encoding="utf-8").splitlines()
+    if is_finished:
+        run(source, tmp_path / "data", *FLAGS)
+    else:
+        with pytest.MonkeyPatch.context() as patched:
+            _kill_after(patched, "commit", calls=7)
+            with pytest.raises(_KilledError):
+                run(source, tmp_path / "data", *FLAGS)
+    with pytest.raises(DataError, match=r"--resume: \d+ records were rejected \(.*--on-error skip"):
+        run(source, tmp_path / "data", *FLAGS, "--on-error", "raise", "--resume")
+    run(source, tmp_path / "data", *FLAGS, "--resume")
+
+
 def test_a_finished_run_whose_pair_is_gone_is_done_again(
     run: Run, tmp_path: Path, source: Path
 ) -> None:

@@ -290,6 +290,14 @@ def test_rows_of_a_parquet_file_are_cut_by_their_bytes(
     assert _texts([path]) == texts
 
 
+def test_small_row_groups_of_a_parquet_file_are_read_together(tmp_path: Path) -> None:
+    texts = [f"row {number}" for number in range(3000)]
+    path = _write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=10)
+    chunks = list(read_chunks([path], keys=("text",)))
+    assert len(chunks) < 10
+    assert _texts([path]) == texts
+
+
 def test_long_documents_of_a_parquet_file_are_read_as_they_are_needed(tmp_path: Path) -> None:
     """20 MB in one row group and under 1,024 rows, in pages of 4 rows."""
     pyarrow = pytest.importorskip("pyarrow")
