@@ -12,8 +12,8 @@
 #   CUDA_DEVICE_MAX_CONNECTIONS   set to 1 where tensor parallelism needs it
 #
 # With --save a run that fails goes on from its newest checkpoint; after three failures without a
-# newer one it ends with 93. Wrong flags (2) and a loss that is not finite (3) end it at once.
-# SIGTERM, SIGUSR1 and Ctrl-C save, and end it with 0.
+# newer one it ends with 93. Wrong flags (2) and a loss or gradient that is not finite (3) end it at
+# once. SIGTERM, SIGUSR1 and Ctrl-C save, and end it with 0.
 #
 # For example, two processes on a laptop, each with half of the model:
 #

@@ -26,8 +26,8 @@
 # Data, --save and the configuration must be readable under the same paths on every machine. With
 # --save a run that fails goes on from its newest checkpoint; it ends with 93 after three failures
 # without a newer one, with 75 where a machine is not back within REJOIN_TIMEOUT of the others, with
-# 2 where flags or variables are wrong, with 3 where a loss is not finite, and with 0 when it is over
-# or was told to end (SIGTERM, SIGUSR1). What ends for good on one machine is told to the others,
+# 2 where flags or variables are wrong, with 3 where a loss or gradient is not finite, and with 0
+# when it is over or was told to end (SIGTERM, SIGUSR1). What ends for good is told to the others,
 # which end with 76; where its launcher is killed, they wait for REJOIN_TIMEOUT: see
 # docs/resilience.md.
 

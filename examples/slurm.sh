@@ -24,9 +24,9 @@
 #
 # Ten minutes before --time is over the run saves, and the job is queued again, under the same
 # number, until the run is over. So is a job that fails, also where a machine is gone for good (75),
-# but not for wrong flags (2), a loss that is not finite (3), or where no newer checkpoint came of
-# three starts or of the whole job (93). `scancel` ends it, and it is not queued again; it saves if
-# the cluster's KillWait (30 s by default) is enough for a step and a save.
+# but not for wrong flags (2), a loss or gradient that is not finite (3), or where no newer
+# checkpoint came of three starts or of the whole job (93). `scancel` ends it, and it is not queued
+# again; it saves if the cluster's KillWait (30 s by default) is enough for a step and a save.
 # Where --requeue is not allowed, a chain of jobs, each after the other, however it ended:
 #
 #   for i in 1 2 3; do CONFIG=... sbatch --dependency=singleton ... examples/slurm.sh ...; done

@@ -87,7 +87,8 @@ def replace_folder(new: Path, target: Path) -> None:
             aside.rename(target)
         raise
     sync_folder(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):  # there was none
+        remove_folder(aside)
 
 
 def flush_folder(folder: Path) -> None:

@@ -23,6 +23,12 @@ def _is_zero(variable: str) -> bool:
     return int(os.environ.get(variable, "0")) == 0
 
 
+def _say(line: str) -> None:
+    """Print it on stderr; the exit code does not depend on whether anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def _end_workers() -> None:
     """End data loader workers: they ignore SIGTERM, and exiting would wait for them for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their deaths
@@ -32,7 +38,7 @@ def _end_workers() -> None:
 
 @contextlib.contextmanager
 def readable_errors(program: str) -> Iterator[None]:
-    """Turn a UserError into one line on stderr, once for all ranks, and its exit code.
+    """Turn a UserError into one line on stderr, of its `speaker`, and its exit code.
 
     So it is with Ctrl-C where nothing else is made of it; the code is the one shells expect.
     """
@@ -47,12 +53,12 @@ def readable_errors(program: str) -> Iterator[None]:
     except UserError as error:
         if _is_zero(error.speaker):
             machine = "" if _is_zero("RANK") else f" on {socket.gethostname()}"
-            print(f"{program}{machine}: error: {error}", file=sys.stderr, flush=True)
+            _say(f"{program}{machine}: error: {error}")
         _end_workers()
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt as error:
         if _is_zero("RANK"):
-            print(f"{program}: interrupted", file=sys.stderr, flush=True)
+            _say(f"{program}: interrupted")
         _end_workers()
         _never_collect(error)
         raise SystemExit(128 + signal.SIGINT) from None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import io
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UnwritableLog:
@@ -27,10 +30,11 @@ class UnwritableLog:
         except OSError as error:
             if not self.is_said:
                 self.is_said = True
+                remedy = " Make room there." if error.errno in FULL else ""
                 with contextlib.suppress(OSError):  # as where both are one pipe
                     print(
                         f"WARNING: {self.path} cannot be written ({error.strerror}): its lines are "
-                        "LOST as long as that is so; the run goes on. Make room there.",
+                        f"LOST as long as that is so; the run goes on.{remedy}",
                         file=sys.__stderr__,
                         flush=True,
                     )

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
-import shutil
 import signal
 import socket
 import time
@@ -38,7 +37,7 @@ from megatron_smlp.checkpoints.model_record import model_flags
 from megatron_smlp.checkpoints.run_record import run_record, write_records
 from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.collectives import from_first_rank, gathered
-from megatron_smlp.durable import replace_folder, write_durably
+from megatron_smlp.durable import remove_folder, replace_folder, write_durably
 from megatron_smlp.errors import SaveError, TakenOverError, UsageError
 from megatron_smlp.restart_note import noted_cause
 
@@ -128,6 +127,8 @@ class Saving:
         name, problem = from_first_rank((self.claimed and self.claimed.path.name, problem))
         if problem:
             raise UsageError(problem)
+        if self._is_first_rank():
+            self._keep_tokenizer()
         if name:
             self._check_shared(Path(self.args.save) / name)
 
@@ -190,10 +191,12 @@ class Saving:
                     f"--save {self.args.save} cannot be made: {error.strerror}. Give a folder that "
                     "can be written to."
                 ) from error
-            try:
-                keep_tokenizer(self.args, Path(self.args.save))
-            except OSError as error:
-                self.listener.say(f"WARNING: the tokenizer is not copied: {text_of(error)}")
+
+    def _keep_tokenizer(self) -> None:
+        try:
+            keep_tokenizer(self.args, Path(self.args.save))
+        except OSError as error:
+            self.listener.say(f"WARNING: the tokenizer is not copied: {text_of(error)}")
 
     def _raise_if_unsaved(self) -> None:
         if self.unsaved:
@@ -291,7 +294,8 @@ class Saving:
 
     def _remove(self, save: Save) -> None:
         if self._is_first_rank():
-            shutil.rmtree(save.partial, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_folder(save.partial)
 
     def _agree(self, problems: Sequence[str | TakenOverError]) -> None:
         """Raise on every rank where one has a problem. Collective."""

@@ -176,12 +176,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _check_used(options: argparse.Namespace) -> None:
     """Raise UsageError for a flag that this conversion does not read."""
     for name, (source, target) in ONLY.items():
-        if getattr(options, name) in (None, False):
+        value = getattr(options, name)
+        if value is None or value is False:
             continue
-        if source not in (None, options.source) or target not in (None, options.target):
+        is_unread = options.upcycle and name == "drop_optimizer"
+        if (
+            is_unread
+            or source not in (None, options.source)
+            or target not in (None, options.target)
+        ):
             raise UsageError(
-                f"{flag_of(name)} says nothing about --from {options.source} --to "
-                f"{options.target}: leave it out."
+                f"{flag_of(name)} says nothing about {'--upcycle ' * options.upcycle}--from "
+                f"{options.source} --to {options.target}: leave it out."
             )
 
 

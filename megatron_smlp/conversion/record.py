@@ -23,6 +23,8 @@ OF_A_PIPELINE = frozenset(
         "pipeline_model_parallel_layout",
         "decoder_first_pipeline_num_layers",
         "decoder_last_pipeline_num_layers",
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
     }
 )
 """Flags that hold for one pipeline parallel size."""

@@ -243,7 +243,7 @@ def check_names(args: argparse.Namespace) -> None:
     if validates and not args.check_for_large_grads:
         raise UsageError(
             "--rerun-mode validate_results validates nothing without --check-for-large-grads: give "
-            "both, or leave it out. --nonfinite-loss looks at losses that are not finite."
+            "both, or leave it out. --nonfinite-loss looks at what is not finite."
         )
     is_interleaved = args.num_layers_per_virtual_pipeline_stage or (
         args.num_virtual_stages_per_pipeline_rank

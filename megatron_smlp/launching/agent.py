@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
@@ -111,6 +112,8 @@ class Agent(LocalElasticAgent):
             say(f"{cause}; {self.failures} after {self.failures.count} failures: giving up.")
         elif self.code == 1 and self.failures.folder and self._remaining_restarts:
             say(f"{cause}; starting again: {self.failures}.")
+            if WRONG_USE in codes:
+                self._await_first_machine()
             note_cause(cause, os.environ)
             return
         else:
@@ -124,6 +127,13 @@ class Agent(LocalElasticAgent):
         own, as a driver or a mount that is missing: it may be mended, or a spare take over.
         """
         return code in FOR_GOOD and (code != WRONG_USE or self._worker_group.group_rank == 0)
+
+    def _await_first_machine(self) -> None:
+        """Let the first machine say whether that is wrong there too, and so the end: where this one
+        meets it again, its ranks are ended before they can."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and not self.rendezvous.is_over():
+            time.sleep(0.5)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state == WorkerState.HEALTHY:
@@ -200,12 +210,17 @@ class _ReenterableRendezvous:
         if self.is_new:
             self._see_who_lives()
             self.is_new = False
-        info = self.handler.next_rendezvous()
-        self.round, self.spare_of = info.store, None
         processes = self.agent._worker_group.spec.local_world_size
-        check_processes(info.store, machine=info.rank, processes=processes)
-        agree_on_restart(info.store, machines=info.world_size, environment=os.environ)
-        return info
+        while True:
+            info = self.handler.next_rendezvous()
+            self.round, self.spare_of = info.store, None
+            machine, machines = info.rank, info.world_size
+            info.store.set(f"processes/{machine}", str(processes))
+            agree_on_restart(info.store, machines=machines, environment=os.environ)
+            if are_alike(info.store, machines=machines, processes=processes):
+                return info
+            say("a machine with another number of processes was refused: meeting again.")
+            time.sleep(self.LOOKS)  # it leaves
 
     def _see_who_lives(self) -> None:
         """Wait until machines that died while they waited are dropped: they would be counted.
@@ -247,6 +262,15 @@ class _ReenterableRendezvous:
             return bool(store.check([self.ENDED]))
         return False
 
+    def is_over(self) -> bool:
+        """Return whether another machine has ended the run for good."""
+        if self.round is not None and self._has_ended(self.round):
+            return True
+        try:
+            return bool(self.handler.is_closed())
+        except RendezvousError:
+            return True  # the store is gone, with the machine that kept it
+
     def num_nodes_waiting(self) -> int:
         """Return how many machines wait; 0 where the store is gone."""
         if self.is_lost:
@@ -282,24 +306,23 @@ class _ReenterableRendezvous:
         return True
 
 
-def check_processes(store: Any, *, machine: int, processes: int) -> None:
-    """Refuse a machine that starts fewer processes than the first one of its round, or more.
+def are_alike(store: Any, *, machines: int, processes: int) -> bool:
+    """Return whether all machines of a round start as many processes; when all have told.
 
     One that has lost its GPUs, as by a driver that does not load, would join with one process on
     its CPU, and all would wait for a first collective that never comes.
 
     Raises:
-        UsageError: with both numbers.
+        UsageError: this one starts another number than most do.
     """
-    own = f"{processes} on {socket.gethostname()}"
-    if machine == 0:
-        store.set("processes", own)
-    first = store.get("processes").decode()
-    if first.split()[0] != str(processes):
+    counts = Counter(int(store.get(f"processes/{number}")) for number in range(machines))
+    usual, _ = max(counts.items(), key=lambda entry: entry[::-1])  # of two halves the larger number
+    if processes != usual:
         raise UsageError(
-            f"NPROC_PER_NODE is {own}, and {first}: give the same on all machines. Where it is "
-            "left out the launchers count the GPUs: see `nvidia-smi` there."
+            f"NPROC_PER_NODE is {processes} here, and {usual} on the other machines: give the same "
+            "on all. Where it is left out the launchers count the GPUs: see `nvidia-smi`."
         )
+    return len(counts) == 1
 
 
 def agree_on_restart(store: Any, *, machines: int, environment: MutableMapping[str, str]) -> None:
@@ -360,6 +383,9 @@ def main(words: Sequence[str]) -> int:
                 "giving up. Start all again, with others in place of those that are gone."
             )
             return MISSING
+        except UsageError as error:
+            say(str(error))
+            return WRONG_USE
         except (RendezvousError, torch.distributed.DistError, OSError, ValueError) as error:
             say(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             return AGAIN + failures.count

@@ -13,8 +13,8 @@ NO_PROGRESS = 93
 """The exit code of a run that fails without a newer checkpoint: starting it again is of no use."""
 WRONG_USE = UsageError.exit_code
 FOR_GOOD = (WRONG_USE, NonFiniteLossError.exit_code, NO_PROGRESS)
-"""Exit codes after which a run is not started again: of wrong flags and of a loss that is not
-finite too, since both would come again."""
+"""Exit codes after which a run is not started again: of wrong flags and of a loss or
+gradient that is not finite too, since both would come again."""
 CLOSED = 76
 """Exit code of an agent: another machine has ended the run for good."""
 MISSING = 75

@@ -43,8 +43,7 @@ def own_address(given: str, *, towards: str, has_others: bool = True) -> str:
     if not towards:
         return _only_outside_address("LOCAL_ADDR is not set")
     own = _source_of_the_way_to(towards)
-    is_meant = _is_loopback(towards) or towards == "localhost"
-    if has_others and _is_loopback(own) and not is_meant:
+    if has_others and _is_loopback(own) and not is_local(towards):
         # Debian gives a machine's own name the address 127.0.1.1, at which nobody else finds it.
         return _only_outside_address(f"MASTER_ADDR={towards} is {own} here, as /etc/hosts has it")
     return own
@@ -99,6 +98,11 @@ def _source_of_the_way_to(name: str) -> str:
                 f"{_list_of_addresses()}: {error.strerror}. Check the address and the routes."
             ) from error
         return str(way.getsockname()[0])
+
+
+def is_local(name: str) -> bool:
+    """Return whether a name or address is this machine's on purpose."""
+    return _is_loopback(name) or name == "localhost"
 
 
 def _is_loopback(ip: str) -> bool:

@@ -256,8 +256,11 @@ class Supervisor:
 
     def _find(self, meeting: Meeting) -> str:
         seconds = self.settings.start_timeout
+        master = meeting.master
+        if meeting.kind == FILE and network.is_local(master):
+            master = ""  # as an environment may have it: nobody is met there
         address = network.own_address(
-            self.settings.local_address, towards=meeting.master, has_others=meeting.most > 1
+            self.settings.local_address, towards=master, has_others=meeting.most > 1
         )
         self._set_interface(address)
         if meeting.kind == FILE:

@@ -33,7 +33,7 @@ class ForkedQueue:
         )
 
     def put(self, item: Any) -> None:
-        pickle.dump(item, self.file)
+        self.file.write(pickle.dumps(item))
         self.file.flush()
 
     def get_nowait(self) -> Any:
@@ -41,5 +41,5 @@ class ForkedQueue:
         self.file.seek(0)
         try:
             return pickle.load(self.file)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):
             return RuntimeError("the process that wrote it was ended (out of memory?)")

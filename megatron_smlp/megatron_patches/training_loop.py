@@ -111,11 +111,14 @@ class _Updates:
 
     def _guarded(self, optimizer: Any) -> Callable[[], Any]:
         step, update = optimizer.step, optimizer.step_with_ready_grads
-        get_norm = optimizer.get_grad_norm
 
-        def noted_norm() -> float:
-            self.grad_norm = get_norm()
-            return self.grad_norm
+        def noting(norm: Callable[..., float]) -> Callable[..., float]:
+            @functools.wraps(norm)
+            def wrapped(*args: Any, **kwargs: Any) -> float:
+                self.grad_norm = norm(*args, **kwargs)
+                return self.grad_norm
+
+            return wrapped
 
         @functools.wraps(step)
         def wrapped() -> Any:
@@ -130,7 +133,8 @@ class _Updates:
             # the learning rate schedule where it is.
             return done if may_update() else (False, None, None)
 
-        optimizer.get_grad_norm = noted_norm
+        for name in ("get_grad_norm", "clip_grad_norm"):  # of several together, or of one alone
+            setattr(optimizer, name, noting(getattr(optimizer, name)))
         return wrapped
 
     def around_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:

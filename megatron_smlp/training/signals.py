@@ -69,9 +69,16 @@ class StartUp(contextlib.AbstractContextManager["StartUp"]):
             if signal.SIGTERM in signals and not self.is_over.is_set():
                 self.before_ending()
                 if os.environ.get("RANK", "0") == "0":
-                    os.write(2, b"SIGTERM: stopped before the first step, nothing is lost\n")
+                    _say(b"SIGTERM: stopped before the first step, nothing is lost\n")
                 os._exit(0)
         os.close(pipe)
+
+
+def _say(message: bytes) -> None:
+    """Write past `print`, which may be what was interrupted and cannot be re-entered; whoever reads
+    may be gone, as a terminal is that was closed."""
+    with contextlib.suppress(OSError):
+        os.write(2, message)
 
 
 def _left_to_the_thread(signum: int, frame: FrameType | None) -> None:
@@ -97,7 +104,7 @@ def graceful_signals(*, announces: bool) -> Iterator[None]:
             signal.signal(signal.SIGINT, interrupt)
             message = MESSAGE
         if announces:
-            os.write(2, message)  # print() may be what was interrupted, and cannot be re-entered
+            _say(message)
         graceful(signum, frame)
 
     if callable(graceful):

@@ -8,8 +8,8 @@ one that is. In every log line these are compared:
                stage waits for the others, and an innocent one may wait longest
     sending    seconds that 64 KiB of one machine take to the next one
 
-A machine is named when one of them is over 1.5 times the median, by more than 3 % of a step, which
-is some tenth of a whole part, and 20 ms, in three log lines in a row. Ranks that exchange tokens in
+A machine is named when one of them is over 1.5 times the median, by more than 3 % of a step, about
+a tenth of its forward passes, and 20 ms, in three log lines in a row. Ranks that exchange tokens in
 the middle of a pass are equally slow: of expert parallel ones any may be meant.
 """
 

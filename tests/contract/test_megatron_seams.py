@@ -485,6 +485,9 @@ class TestTrainingLoop:
                 order.append("norm")
                 return 0.5
 
+            def clip_grad_norm(self, clip_grad: float) -> float:
+                return self.get_grad_norm()
+
             def step(self) -> tuple[bool, float | None, None]:
                 if self.overflows:
                     return False, None, None
@@ -510,11 +513,13 @@ class TestTrainingLoop:
 
     def test_an_optimizer_asks_itself_for_the_norm_and_the_update(self):
         """What is put in its place on the object is what `step` calls."""
-        from megatron.core.optimizer.optimizer import ChainedOptimizer
+        from megatron.core.optimizer.optimizer import ChainedOptimizer, MixedPrecisionOptimizer
 
         source = inspect.getsource(ChainedOptimizer.step)
         assert "self.step_with_ready_grads()" in source
         assert "self.get_grad_norm()" in source
+        alone = inspect.getsource(MixedPrecisionOptimizer.step)  # as Megatron-FSDP has one
+        assert "self.clip_grad_norm(" in alone
 
     def test_a_forward_step_returns_a_sum_and_its_number_of_tokens(self):
         """The gradient is that of sum / tokens, averaged over the micro-batches."""

@@ -24,6 +24,7 @@ def _folder(path: Path, file: str) -> Path:
 def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     target = _folder(tmp_path / "target", "old")
     replace_folder(_folder(tmp_path / "new", "new"), target)
+    delete_in_background(tmp_path / "absent").result()  # behind the older one
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     assert [path.name for path in target.iterdir()] == ["new"]
 

@@ -43,7 +43,9 @@ with undisturbed_exit(), readable_errors("program"):
 UNREAD = """
 import sys
 from rich.console import Console
+from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.launching.exit_codes import say
+from megatron_smlp.program import readable_errors
 from megatron_smlp.unwritable_log import TolerantStream
 
 sys.stdin.read()
@@ -51,7 +53,8 @@ console = Console(file=TolerantStream(sys.stdout, "standard output"), soft_wrap=
 for _ in range(2):
     console.print("iteration")
     say("starting again")
-sys.exit(93)
+with readable_errors("program"):
+    raise NonFiniteLossError("non-finite loss")
 """
 # A worker of the data loader ignores SIGTERM, and multiprocessing waits for it at the end.
 BROKEN = """
@@ -151,9 +154,10 @@ def test_nothing_depends_on_who_reads_it(stream: str, is_pipe: bool):
             getattr(process, stream).close()
             setattr(process, stream, None)
         said, told = process.communicate("", timeout=60)
-    assert process.returncode == 93
+    assert process.returncode == 3
     if stream == "stderr":
         assert said == "iteration\n" * 2
     else:
         assert told.count("starting again") == 2
+        assert "program: error: non-finite loss" in told
         assert told.count("standard output cannot be written") == 1

@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import DistStoreError, FileStore, HashStore, PrefixStore, Store
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.launching.agent import Agent, agree_on_restart, check_processes
+from megatron_smlp.launching.agent import Agent, agree_on_restart, are_alike
 from megatron_smlp.launching.exit_codes import FOR_GOOD, NO_PROGRESS
 from megatron_smlp.restart_note import RESTART, note_cause
 
@@ -56,11 +56,17 @@ def test_the_clock_of_a_note_is_that_of_its_reader():
 
 
 def test_a_machine_with_another_number_of_processes_is_refused():
+    """By itself; the others know that they have to meet again without it."""
     store = HashStore()
-    for machine in range(2):
-        check_processes(store, machine=machine, processes=8)
-    with pytest.raises(UsageError, match=r"NPROC_PER_NODE is 1 on \S+, and 8 on \S+: give"):
-        check_processes(store, machine=2, processes=1)
+    for machine, processes in enumerate((1, 8, 8)):
+        store.set(f"processes/{machine}", str(processes))
+    assert not are_alike(store, machines=3, processes=8)
+    with pytest.raises(UsageError, match="NPROC_PER_NODE is 1 here, and 8 on the other machines"):
+        are_alike(store, machines=3, processes=1)
+    with pytest.raises(UsageError, match="is 1 here, and 8 on"):  # one of each: the larger one
+        are_alike(store, machines=2, processes=1)
+    store.set("processes/0", "8")
+    assert are_alike(store, machines=3, processes=8)
 
 
 def test_a_machine_that_goes_before_it_answers_is_not_waited_for_for_ever():

@@ -188,6 +188,9 @@ while what == "until-told" and not (folder / "over").exists():
     time.sleep(0.1)
 if what == "wrong-there":
     sys.exit(1)
+if what == "wrong-later":
+    time.sleep(4 if rank == "0" else 0)
+    sys.exit(2)
 if what == "always":
     sys.exit(1)
 """
@@ -261,8 +264,9 @@ def test_whoever_waits_is_told_that_a_run_is_over(tmp_path: Path, kind: str):
     nodes: list[subprocess.Popen[bytes]] = []
     try:
         if kind == "server":
-            nodes = started("wrong-there", 2)
-            assert codes(nodes) == [2, CLOSED]
+            for what in ("wrong-there", "wrong-later"):
+                nodes = started(what, 2)
+                assert codes(nodes) == [2, CLOSED]
         nodes = started("until-told", 3)
         while "a spare: this machine waits" not in (tmp_path / "said").read_text(encoding="utf-8"):
             assert not any(node.poll() for node in nodes)
