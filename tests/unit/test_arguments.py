@@ -121,6 +121,26 @@ class TestConfigFile:
         with pytest.raises(UsageError, match=message):
             parse(f"--config {path} {GMLP}", base=base)
 
+    def test_a_flag_stands_in_for_another_of_its_kind(self, parse: Parse, yaml):
+        path = yaml("fp16: true\nrecompute-activations: true\n")
+        full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+        args = parse(f"--config {path} {GMLP} --bf16 {full}")
+        assert (args.bf16, args.fp16, args.recompute_granularity) == (True, False, "full")
+
+    def test_a_no_key_holds_against_the_checkpoint_too(self, parse: Parse, yaml, tmp_path: Path):
+        first = parse(f"{GMLP} --bf16 --seed 7 --platform cpu")
+        checkpoint(first, tmp_path)
+        folder = iteration_folder(tmp_path, 3)
+        write_records(folder, model_flags(first), {"command_line": first.command_line})
+        integrity.seal(folder)
+        words = f"--use-checkpoint-args --load {tmp_path} --config"
+        path = yaml("bf16: true\nclip-grad: 0.5\n")
+        args = parse(f"{words} {path} --no-bf16 --no-seed --no-clip-grad", base="")
+        assert (args.bf16, args.seed, args.clip_grad) == (False, 1234, 1.0)
+        assert args.platform == "auto", "a start's own"
+        assert parse(f"{words} {path}", base="").bf16
+        refusal(parse, f"{words} {path} --no-bf17", "--no-bf17 is not a flag")
+
     def test_our_own_switches_have_both_forms(self, parse: Parse, yaml):
         path = yaml("allow-tokenizer-mismatch: true\n")
         assert parse(f"--config {path} {GMLP}").allow_tokenizer_mismatch
@@ -133,6 +153,9 @@ class TestConfigFile:
         args = parse(f"--config {yaml(text + 'iterations-to-skip: [3, 5]')} {TRANSFORMER}")
         assert args.moe_layer_freq == [0, 1, 0, 1]
         assert args.iterations_to_skip == [3, 5]
+        text = text.replace("[0, 1, 0, 1]", "([0, 1])*2") + 'wandb-exp-name: "a, b"\n'
+        args = parse(f"--config {yaml(text)} {TRANSFORMER}")
+        assert (args.moe_layer_freq, args.wandb_exp_name) == ([0, 1, 0, 1], "a, b")
 
     def test_null_is_the_default(self, parse: Parse, yaml):
         assert parse(f"--config {yaml('num-experts: null')} {GMLP}").num_experts is None
@@ -149,6 +172,8 @@ class TestConfigFile:
             ("just text", "must hold `flag: value` lines"),
             ("lr: fast", "argument --lr: invalid float value: 'fast'"),
             ("architecture: gmpl", "--architecture: invalid choice: 'gmpl'.*gmlp"),
+            ("save: no", "'save' takes a value, and False is a switch's: .*quotes"),
+            ("iterations-to-skip: 3 5", r"'3 5' is one text: give a list, as \[a, b\]"),
         ],
     )
     def test_a_wrong_file_is_named(self, parse: Parse, yaml, text: str, message: str):
