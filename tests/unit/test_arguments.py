@@ -263,6 +263,8 @@ class TestRefusals:
              r"--moe-aux-loss-coeff is for --token-router switch, gshard or topk, not hash"),
             ("--token-router switch --num-experts 4 --moe-aux-loss-coeff 0.1 0.2",
              r"--moe-aux-loss-coeff 0\.1 0\.2: give one number"),
+            ("--token-router topk --num-experts 4 --moe-router-load-balancing-type none "
+             "--moe-aux-loss-coeff 0.1", "has no loss to weigh: there is none. Give"),
             ("--token-router switch --num-experts 4 --moe-router-topk 2",
              r"--moe-router-topk 2 contradicts --token-router switch, with which a token visits 1"),
             ("--token-router switch --num-experts 4 --moe-expert-capacity-factor 1",
@@ -357,6 +359,11 @@ class TestRefusals:
             (f"{GMLP} --tensor-model-parallel-size 2 --micro-batch-size 2 --full-validation "
              "--multiple-validation-sets",
              r"--full-validation reads sample by sample, .* of 2: give --eval-micro-batch-size 1"),
+            (f"{GMLP} --padded-vocab-size 102 --tensor-model-parallel-size 4 "
+             "--global-batch-size 4",
+             r"--padded-vocab-size 102 is not a multiple of --tensor-model-parallel-size 4: give"),
+            ("--architecture aft --num-attention-heads 1 --tensor-model-parallel-size 2",
+             r"does not divide --num-attention-heads 1: choose a divisor, or leave heads out"),
             (f"{SMLP} --expert-model-parallel-size 2",
              r"--expert-model-parallel-size 2 without --num-experts"),
             (f"{SMLP} --token-router switch --num-experts 3 --expert-model-parallel-size 2",
@@ -424,6 +431,10 @@ class TestRefusals:
         checkpoint(parse(GMLP), tmp_path / "run")
         words = f"{GMLP} --load {tmp_path}/run --save {tmp_path}/run/"
         assert parse(words).load == f"{tmp_path}/run"
+        assert parse(f"{words} --no-resume").load is None
+        assert parse(f"{words} --no-resume --finetune").load == f"{tmp_path}/run"
+        message = "--ckpt-step 3 asks for a checkpoint, and --no-resume leaves"
+        refusal(parse, f"{words} --no-resume --ckpt-step 3", message)
 
     def test_started_again_it_goes_on_from_its_own_checkpoint(self, parse: Parse, tmp_path: Path):
         """A queue starts the same command again, which began with another run's weights."""
@@ -552,6 +563,8 @@ class TestSettled:
     def test_a_coefficient_of_the_balance_loss_is_kept(self, parse: Parse):
         words = f"{TRANSFORMER} --token-router switch --num-experts 4 --moe-aux-loss-coeff 0.02"
         assert parse(words).moe_aux_loss_coeff == 0.02
+        words = f"{TRANSFORMER} --token-router base --num-experts 4 --moe-aux-loss-coeff 0"
+        assert parse(words).moe_aux_loss_coeff == 0
 
     def test_spatial_gating_needs_no_attention_heads_in_any_layout(self, parse: Parse, processes):
         from megatron_smlp.model import transformer_config
