@@ -1,6 +1,7 @@
 """A flag that would do nothing here is refused; one that works is not."""
 
 import re
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.checkpoints.folders import TRACKER, iteration_folder
 from megatron_smlp.checkpoints.model_record import model_flags
 from megatron_smlp.checkpoints.run_record import write_records
+from megatron_smlp.data.blending import SPLIT_FLAGS, WHOLE_FLAGS
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.parse import build_parser, parse_arguments
 from megatron_smlp.flags.unused_flags import (
@@ -30,6 +32,7 @@ from megatron_smlp.flags.unused_flags import (
 from megatron_smlp.model import model_config
 from megatron_smlp.options import OUR_FLAGS
 from megatron_smlp.platform import cpu
+from megatron_smlp.training.console import data_words
 from megatron_smlp.training.start_screen import summary
 
 TRANSFORMER = "--architecture transformer --num-attention-heads 4"
@@ -390,6 +393,11 @@ def test_an_smlp_that_is_less_is_said(parse: Parse, words: str, said: str):
     notes = [line for line in summary(args, ModelShape.from_args(args)) if line[:4] == "note"]
     assert len(notes) == bool(said)
     assert "".join(notes).startswith(said)
+
+
+def test_a_file_of_splits_is_shown_as_the_data():
+    nothing = dict.fromkeys((*WHOLE_FLAGS, *SPLIT_FLAGS))
+    assert data_words(Namespace(**nothing, per_split_data_args_path="f.json")) == ["f.json"]
 
 
 def test_batches_by_a_schedule_are_shown_as_such():
