@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> None:
         if args.dry_run:
             from megatron_smlp.training.console import dry_run
 
+            with args.thawed():
+                configuration(args)
             dry_run(args)
         else:
             output.open(args.log_dir, rank=args.rank)
@@ -50,17 +52,25 @@ def patched_arguments(argv: Sequence[str]) -> Any:
     return parse_arguments(argv)
 
 
+def configuration(args: Any) -> Any:
+    """Return Megatron's configuration of the run, which refuses some flags as it is made."""
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_smlp.flags.check import megatrons_refusals
+    from megatron_smlp.model import model_config
+
+    with megatrons_refusals():
+        return pretrain_cfg_container_from_args(args, model_config(args))
+
+
 def train(
     args: Any, *, observe: Callable[[Any], Any] = lambda own: own, start_up: Any = None
 ) -> None:
     """Run `megatron.training.pretrain`; `observe` may put another observer around the reporter."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_smlp.evaluation.during_training import tasks_of
-    from megatron_smlp.flags.check import megatrons_refusals
-    from megatron_smlp.model import model_config
     from megatron_smlp.training.data import DatasetProvider, check_data
     from megatron_smlp.training.run import Run, store_of_one_process
     from megatron_smlp.training.step import ForwardStep
@@ -70,8 +80,7 @@ def train(
     tasks = tasks_of(args, step.statistics)
     run = Run(args, step=step, tasks=tasks, start_up=start_up)
     with args.thawed(), run.observed(observe):
-        with megatrons_refusals():
-            config = pretrain_cfg_container_from_args(args, model_config(args))
+        config = configuration(args)
         kind, store = ModelType.encoder_or_decoder, store_of_one_process()
         pretrain(config, DatasetProvider(run.say), kind, step, store=store)
 

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from megatron.core.activations import quick_gelu, squared_relu
-from megatron.core.transformer.spec_utils import import_module
 from megatron.training import get_args, get_tokenizer
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import core_transformer_config_from_args
@@ -57,7 +56,7 @@ def model_config(args: argparse.Namespace) -> Any:
     config = transformer_config(args)
     model = gpt_config_from_args(args, config=config)
     model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 passes on whether alone
-    model.transformer_layer_spec = import_module(args.spec) if args.spec else _layers
+    model.transformer_layer_spec = _layers
     model.pre_wrap_hooks += [_with_token_ids, _with_input_projection, _on_device]
     return model
 

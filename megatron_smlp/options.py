@@ -251,7 +251,7 @@ class RunOptions:
     dry_run: bool = option(False, of_one_start=True)
     """Print the resolved configuration, the layer table, parameters and FLOPs, then exit."""
 
-    platform: Literal["auto", "cpu"] = "auto"
+    platform: Literal["auto", "cpu"] = option("auto", of_one_start=True)
     """auto: CUDA devices where torch finds them, else the CPU, unless the machine has an NVIDIA
     device that torch cannot use. cpu: the CPU in any case (on the command line, not in a file)."""
 

@@ -112,6 +112,8 @@ class ModelShape:
     num_positions: int = 0
     """Rows of the table of learned positions; 0: there is none."""
     rotary_positions: bool = False
+    normed_head_width: int = 0
+    """Width of a norm of the queries and one of the keys; 0: there are none."""
     tied_embeddings: bool = True
     linear_bias: bool = True
     norm_parameters: int = 2
@@ -148,6 +150,7 @@ class ModelShape:
             num_feature_chunks=options.num_chunks if is_partial else 0,
             num_positions=args.max_position_embeddings if positions == "learned_absolute" else 0,
             rotary_positions=positions == "rope",
+            normed_head_width=args.kv_channels if args.qk_layernorm else 0,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             linear_bias=args.add_bias_linear,
             norm_parameters=2 if args.normalization == "LayerNorm" else 1,
@@ -285,8 +288,9 @@ def attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     width, qkv = shape.attention_width, shape.attention_width + 2 * shape.key_value_width
     rotated = (width + shape.key_value_width) * shape.rotary_positions
     kept = Cost(kept=qkv + rotated + width)  # q, k, v, rotated q and k, and the mixed values
+    norms = Cost(replicated=2 * shape.norm_parameters * shape.normed_head_width)
     pairs = _pairs(shape, 2 * width)
-    return norm_cost(shape) + _column(shape, qkv) + pairs + _row(shape, width) + kept
+    return norm_cost(shape) + norms + _column(shape, qkv) + pairs + _row(shape, width) + kept
 
 
 def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = False) -> Cost:

@@ -103,6 +103,7 @@ def _check_load(args: argparse.Namespace) -> None:
         )
     if args.ckpt_step and not args.load:
         where = f"{args.save} holds no checkpoint" if args.save else "there is no --load"
+        where = "--no-resume leaves that of --save alone" if args.no_resume else where
         raise UsageError(
             f"--ckpt-step {args.ckpt_step} asks for a checkpoint, and {where}: give --load with "
             "the --save folder of the run, or leave --ckpt-step out."
@@ -163,6 +164,11 @@ def validate(args: Arguments) -> None:
         raise UsageError(
             f"--padded-vocab-size {padded} is less than the {size} ids of the tokenizer: give at "
             "least that, or leave it out."
+        )
+    if padded % args.tensor_model_parallel_size:
+        raise UsageError(
+            f"--padded-vocab-size {padded} is not a multiple of --tensor-model-parallel-size "
+            f"{args.tensor_model_parallel_size}: give one, or leave it out."
         )
     _check_hash_table(args)
     if args.input_projection == "minhash":

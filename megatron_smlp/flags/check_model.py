@@ -101,8 +101,13 @@ def _check_experts(args: argparse.Namespace) -> None:
             f"--moe-layer-freq {freq}: give a number of 1 or more, or a list with 0 or 1 for each "
             f"of the --num-layers {layers} layers, as [0,1]*{layers // 2 or 1}."
         )
+    by_number = ARCHITECTURES[args.architecture].sparse_mixer
+    if by_number and freq != 1 and not args.load:  # a checkpoint may have recorded it
+        raise UsageError(
+            f"--moe-layer-freq {freq} does nothing with --architecture {args.architecture}, of "
+            "which --num-dense-layers says where the experts begin: leave it out."
+        )
     if not any(slots.channel == "token_moe" for slots in slots_of(args)):
-        by_number = ARCHITECTURES[args.architecture].sparse_mixer
         where = f"--num-dense-layers {layers}" if by_number else f"--moe-layer-freq {freq}"
         raise UsageError(
             f"--num-experts {experts}, but {where} leaves no layer that has them: change that, or "

@@ -80,7 +80,7 @@ def check_token_router(args: argparse.Namespace) -> None:
 
 def _check_aux_loss_coeff(args: argparse.Namespace) -> None:
     given: Any = args.explicit_flags.get("moe_aux_loss_coeff")
-    if given is None:
+    if given in (None, 0, [0]):
         return
     if args.token_router not in WITH_BALANCE_LOSS:
         raise UsageError(
@@ -88,10 +88,13 @@ def _check_aux_loss_coeff(args: argparse.Namespace) -> None:
             f"{args.token_router}, which has no balance loss: leave it out."
         )
     if args.moe_router_load_balancing_type == "none":
+        has_bias = args.moe_router_enable_expert_bias
+        why = (
+            "--moe-router-enable-expert-bias balances in its place" if has_bias else "there is none"
+        )
         raise UsageError(
-            f"--moe-aux-loss-coeff {given} has no loss to weigh: --moe-router-enable-expert-bias "
-            "balances in its place. Give --moe-router-load-balancing-type aux_loss for both, or "
-            "leave it out."
+            f"--moe-aux-loss-coeff {given} has no loss to weigh: {why}. Give "
+            "--moe-router-load-balancing-type aux_loss, or leave it out."
         )
     if isinstance(given, list) and len(given) > 1:
         raise UsageError(

@@ -332,6 +332,17 @@ def _check_compiler() -> None:
         )
 
 
+def _check_transformer_engine(args: argparse.Namespace) -> None:
+    impl = f"--transformer-impl {args.transformer_impl}"
+    if args.transformer_impl == "inference_optimized":
+        raise UsageError(f"{impl} is not for training: give local or transformer_engine.")
+    if args.transformer_impl != "local" and find_spec("transformer_engine") is None:
+        raise UsageError(
+            f"{impl} needs Transformer Engine, which is not installed: install it (docs/gpus.md), "
+            "or leave it out."
+        )
+
+
 RECOMPUTED_BY_TRANSFORMER_ENGINE = frozenset({"layernorm", "moe_act", "mla_up_proj"})
 """Modules that `--recompute-modules` recomputes by Transformer Engine."""
 
@@ -354,6 +365,7 @@ def check_machine(args: argparse.Namespace) -> None:
         )
     if not cpu.needed():
         _check_compiler()
+    _check_transformer_engine(args)
     needing = RECOMPUTED_BY_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ())
     if needing and find_spec("transformer_engine") is None:
         raise UsageError(

@@ -11,6 +11,7 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.exclusive import PER_SPLIT, replaced_by
 from megatron_smlp.flags.parser_actions import actions_of, given_flags, nearest
+from megatron_smlp.flags.use_checkpoint_args import FLAG as GOES_ON
 from megatron_smlp.flags.yaml_file import read_yaml
 
 
@@ -18,7 +19,8 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
     """Put the flags of `--config FILE.yaml` before those of the command line.
 
     A key of the file is left out where `--no-KEY` is on the command line, and where a flag is that
-    stands in for it; of the file's own keys, paths for each split stand in for `split`.
+    stands in for it; of the file's own keys, paths for each split stand in for `split`. `--no-KEY`
+    stays where a checkpoint's flags are still to come.
 
     Raises:
         UsageError: the file is missing or is not a mapping, or a key is unknown.
@@ -34,8 +36,9 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
         replaced.add("split")
     for key, (action, value) in keys.items():
         negation = f"--no-{key.replace('_', '-')}"
-        if negation in rest and negation not in actions_of(parser):
-            rest.remove(negation)
+        if negation in argv and negation not in actions_of(parser):
+            if GOES_ON not in argv:
+                rest.remove(negation)
         elif action.dest not in replaced:
             flags += _as_flags(action, key, value, path)
     return flags + rest
@@ -69,6 +72,20 @@ def _as_flags(action: argparse.Action, key: str, value: Any, path: Path) -> list
         return [flag] if value else []
     if value is None:
         return []
-    values = value if isinstance(value, list) and action.nargs else [value]
-    arguments = [str(item).replace(", ", ",") for item in values]  # [0,1]: Megatron takes no blanks
+    takes_several = action.nargs not in (None, "?")
+    if takes_several and isinstance(value, str) and " " in value:
+        raise UsageError(f"--config {path}: '{key}' {value!r} is one text: give a list, as [a, b].")
+    values = value if isinstance(value, list) and takes_several else [value]
+    if any(isinstance(item, bool) for item in values):
+        raise UsageError(
+            f"--config {path}: '{key}' takes a value, and {value!r} is a switch's: put a word as "
+            "no or off between quotes; null takes a key back."
+        )
+    arguments = [_text(item) for item in values]
     return [f"{flag}={arguments[0]}"] if len(arguments) == 1 else [flag, *arguments]
+
+
+def _text(item: Any) -> str:
+    """Megatron takes a list as [0,1], or a pattern as ([0,1])*2, without blanks."""
+    text = str(item)
+    return text.replace(" ", "") if text.startswith(("[", "([")) else text

@@ -71,9 +71,8 @@ def _fill_in_layers(args: argparse.Namespace) -> None:
     args.untie_embeddings_and_output_weights |= args.input_projection == "minhash"
     if "max_position_embeddings" not in given:
         args.max_position_embeddings = args.seq_length
-    if "bias_gelu_fusion" not in given:
-        # Megatron's fused GELU is the tanh approximation; here GELU is exact on every device.
-        args.bias_gelu_fusion = False
+    # Megatron's fused GELU is the tanh approximation; here GELU is exact on every device.
+    args.bias_gelu_fusion = False
     if args.activation_func_clamp_value is not None or args.glu_linear_offset:
         args.bias_swiglu_fusion = False  # it knows neither
 
@@ -178,6 +177,8 @@ def _choose_checkpoint(args: argparse.Namespace) -> None:
         if is_restart or args.load:
             vars(args).update(FIRST_START)
         args.load = args.save  # what an earlier start left
+    elif is_save_folder and args.no_resume and not args.finetune:
+        args.load = None
     elif is_save_folder and not args.exit_on_missing_checkpoint and not tracked_folder(args.load):
         args.load = None  # as launchers give it; this is the first start
 

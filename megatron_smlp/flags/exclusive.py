@@ -14,11 +14,13 @@ GROUPS = (
     frozenset({"lr_decay_iters", "lr_decay_samples"}),
     frozenset({"lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples"}),
     WHOLE,
+    frozenset({"fp16", "bf16"}),
 )
 IN_PLACE_OF = (
     (WHOLE, PER_SPLIT),
     (PER_SPLIT, WHOLE | {"split"}),
     ({"recompute_activations"}, {"recompute_granularity", "recompute_method"}),
+    ({"recompute_granularity"}, {"recompute_activations"}),
 )
 """The second are dropped where one of the first is given."""
 

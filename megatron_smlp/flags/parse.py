@@ -27,7 +27,7 @@ from megatron_smlp.flags.parser_actions import actions_of, given_flags, nearest
 from megatron_smlp.flags.use_checkpoint_args import with_checkpoint_flags
 from megatron_smlp.options import ModelOptions, RunOptions
 
-FILES = (*tokenizer_copy.FLAGS, "hash_table", "data_args_path")
+FILES = (*tokenizer_copy.FLAGS, "hash_table", "data_args_path", "per_split_data_args_path")
 PREFIXES = ("data_path", *SPLIT_FLAGS)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megatron_smlp.command_line import did_you_mean
 from megatron_smlp.flags.check_routers import MEGATRON_ROUTER_FLAGS, TOP_K_FLAGS
-from megatron_smlp.flags.unused_flags import OTHER_LAYER_FLAGS, REFUSED
+from megatron_smlp.flags.unused_flags import OTHER_LAYER_FLAGS, OTHER_LAYERS, REFUSED
 
 
 def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -25,7 +25,8 @@ def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozens
 def nearest(parser: argparse.ArgumentParser, name: str) -> str:
     """Return what a flag or key that does not exist may have meant, of those that can be used."""
     refused = {*REFUSED, *OTHER_LAYER_FLAGS, *MEGATRON_ROUTER_FLAGS}.difference(TOP_K_FLAGS)
-    known = (flag for flag, action in actions_of(parser).items() if action.dest not in refused)
+    actions = {f: a.dest for f, a in actions_of(parser).items() if a.dest not in refused}
+    known = (flag for flag, dest in actions.items() if not dest.startswith(OTHER_LAYERS))
     flag = "--" + name.lstrip("-").replace("_", "-")
     hint = did_you_mean(flag, known, most=3, cutoff=0.7)
     return hint or "`pretrain_smlp.py --help-all` lists every flag."

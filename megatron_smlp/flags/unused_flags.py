@@ -11,31 +11,33 @@ import argparse
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check_model import slots_of
-from megatron_smlp.options import DEFAULTS, OUR_FLAGS
+from megatron_smlp.options import DEFAULTS, OUR_FLAGS, model_defaults
 from megatron_smlp.platform import cpu
 from megatron_smlp.systems import ARCHITECTURES, MIXERS, POSITIONS, SPECS, mixer_of
 
 OTHER_LAYER_FLAGS = (
     "multi_latent_attention",
     "experimental_attention_variant",
-    "linear_attention_freq",
-    "mtp_num_layers",
     "heterogeneous_layers_config_path",
     "heterogeneous_layers_config_encoded_json",
     "hybrid_layer_pattern",
     "hybrid_override_pattern",
     "is_hybrid_model",
 )
+OTHER_LAYERS = (
+    *("mamba_", "dsa_", "linear_", "mtp_"),
+    *("mla_", "q_lora_", "kv_lora_", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
+)
+"""How other flags of such layers begin."""
 OTHER_PROGRAMS = ("rl", "biencoder", "vision", "Logits Distillation", "inference", "sft")
 """Groups of flags in Megatron's help that pretraining does not read."""
-READ_HERE = frozenset({"cuda_graph_scope", "cuda_graph_modules"})
+READ_HERE = frozenset({"cuda_graph_scope_deprecated", "cuda_graph_modules"})
 """Flags of these groups that pretraining does read."""
 READ_NOWHERE = {
     "rampup_batch_size": "give --step-batch-size-schedule",
     "check_for_spiky_loss": "--nonfinite-loss looks at every loss",
     "use_flash_attn": "give --attention-backend",
     "sample_rate": "leave it out",
-    "bert_binary_head": "leave it out",
     "decoder_num_layers": "give --num-layers",
     "exit_signal_handler_for_dataloader": "leave it out",
     "dist_ckpt_save_pre_mcore_014": "leave it out",
@@ -138,9 +140,20 @@ VALUES_NOT_HERE = {
     ("rerun_mode", "report_stats"): "stops Megatron 0.19: leave it out",
     ("dataloader_type", "external"): "needs a data loader of another program: give single or "
     "cyclic, or leave it out",
+    ("softmax_type", "learnable"): "adds parameters that nothing here describes (FLOPs, export): "
+    "give vanilla or off-by-one, or leave it out",
     ("pad_vocab_size", False): "stops Megatron 0.19: give --make-vocab-size-divisible-by 1",
 }
 """Values of flags that do not work, why, and what to do."""
+ROTARY_FLAGS = (
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "no_rope_freq",
+)
 ATTENTION_FLAGS = (
     "group_query_attention",
     "num_query_groups",
@@ -152,17 +165,11 @@ ATTENTION_FLAGS = (
     "window_size",
     "apply_query_key_layer_scaling",
     "use_rotary_position_embeddings",
-    "rotary_base",
-    "rotary_percent",
-    "rotary_interleaved",
-    "rotary_seq_len_interpolation_factor",
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "no_rope_freq",
     "window_attn_skip_freq",
     "attention_backend",
     "flash_attention_version",
     "log_max_attention_logit",
+    *ROTARY_FLAGS,
 )
 OTHER_POSITIONS = ("yarn_", "mscale", "relative_attention_", "rotary_scaling_factor", "mrope_")
 """How flags begin that are for other kinds of positions."""
@@ -182,6 +189,9 @@ TRANSFORMER_ENGINE_FLAGS = (
     "te_precision_config_file",
     "use_transformer_engine_op_fuser",
     "use_grouped_gemm_for_dense_mlp",
+    "tp_comm_overlap",
+    "cpu_offloading_num_layers",
+    "fp32_residual_connection",
     "fp8",
     "fp4",
 )
@@ -190,11 +200,13 @@ CORE = "core_attn"
 CUDA_GRAPH_FLAGS = (
     "cuda_graph_impl",
     "cuda_graph_modules",
+    "cuda_graph_scope_deprecated",
     "enable_cuda_graph",
     "external_cuda_graph",
 )
 SPELLINGS = {
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "cuda_graph_scope_deprecated": "--cuda-graph-scope",
     "pad_vocab_size": "--no-pad-vocab-size",
     "fp8": "--fp8-format",
     "fp4": "--fp4-format",
@@ -210,7 +222,8 @@ def refuse_unused(args: argparse.Namespace) -> None:
     """
     for name in _given(args, tuple(REFUSED)):
         raise UsageError(f"{_flag(name)} {REFUSED[name]}.")
-    for name in _given(args, OTHER_LAYER_FLAGS):
+    others = (name for name in args.explicit_flags if name.startswith(OTHER_LAYERS))
+    for name in _given(args, (*OTHER_LAYER_FLAGS, *others)):
         raise UsageError(
             f"{_flag(name)} builds layers of other models than --architecture {args.architecture}: "
             "leave it out."
@@ -255,6 +268,8 @@ def refuse_unused(args: argparse.Namespace) -> None:
                 f"{_flag(name)} is for FFNs, and no layer of this --architecture "
                 f"{args.architecture} has one: leave it out."
             )
+    if not args.load:  # a checkpoint may have recorded them
+        _refuse_inert(args)
     _refuse_cuda_graphs(args)
     for name in _given(args, TRANSFORMER_ENGINE_FLAGS):
         if args.transformer_impl == "local":
@@ -262,6 +277,26 @@ def refuse_unused(args: argparse.Namespace) -> None:
                 f"{_flag(name)} needs Transformer Engine, which is not in use "
                 "(--transformer-impl local): leave it out."
             )
+
+
+def _refuse_inert(args: argparse.Namespace) -> None:
+    """Refuse flags of the model that are read only beside others."""
+    rotates = args.position_embedding_type == "rope" or args.use_rotary_position_embeddings
+    readers = {} if rotates else dict.fromkeys(ROTARY_FLAGS, "--position-embedding-type rope")
+    if not args.use_rope_scaling:
+        readers["rope_scaling_factor"] = "--use-rope-scaling"
+    if not args.group_query_attention:
+        readers["num_query_groups"] = "--group-query-attention"
+    if "feature_router" not in args.explicit_flags:  # "none" there takes one back
+        readers["num_feature_experts"] = "--feature-router"
+    if not args.moe_grouped_gemm:
+        readers["moe_mlp_glu_interleave_size"] = "--moe-grouped-gemm"
+    defaults = model_defaults()
+    for name, reader in readers.items():
+        value = args.explicit_flags.get(name, defaults[name])
+        if value != defaults[name]:
+            said = _flag(name) if value is True else f"{_flag(name)} {value}"
+            raise UsageError(f"{said} does nothing without {reader}: give both, or leave it out.")
 
 
 def _refuse_recomputing(args: argparse.Namespace) -> None:
@@ -301,8 +336,9 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
     if not given:
         return
     name, value = next(iter(given.items()))
-    if "full_iteration" in given.get("cuda_graph_modules", ()):  # its older spelling
-        name, value = "cuda_graph_modules", "full_iteration"
+    for older in ("cuda_graph_modules", "cuda_graph_scope_deprecated"):
+        if "full_iteration" in given.get(older, ()):
+            name, value = older, "full_iteration"
     flag = _flag(name) if value is True else f"{_flag(name)} {value}"
     if cpu.needed():
         raise UsageError(f"{flag} needs a CUDA device and none was found: leave it out.")

@@ -1,7 +1,8 @@
 """`--use-checkpoint-args`: a run goes on with the flags that its checkpoint carries.
 
-They come before those of the command line, which win. Megatron has a flag of this name, which takes
-some shapes of the model from a pickle; here everything comes from `run.json`.
+They come before those of the command line, which win; `--no-KEY` leaves one out. Megatron has a
+flag of this name, which takes some shapes of the model from a pickle; here everything comes from
+`run.json`.
 """
 
 from __future__ import annotations
@@ -40,12 +41,17 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
     options = actions_of(parser)
     given = {action.dest for action, _ in _groups(options, own) if action}
     replaced = START_FLAGS | given | replaced_by(given)
+    negated = {
+        word: flag
+        for word in own
+        if word not in options and (flag := word.replace("--no-", "--", 1)) in options
+    }
+    own = [word for word in own if word not in negated]
     kept: list[str] = []
     for action, group in _groups(options, arguments):
-        negation = group[0].split("=")[0].replace("--", "--no-", 1)
-        if negation in own and negation not in options:
-            own.remove(negation)
-        elif action and action.dest not in replaced:
+        if group[0].split("=")[0] in negated.values():
+            continue
+        if action and action.dest not in replaced:
             kept += _with_copy(group, Path(load)) if action.dest in FLAGS else group
     where = [] if {"save", "finetune"} & given else ["--save", load]
     where += [] if "load" in given else ["--load", load]

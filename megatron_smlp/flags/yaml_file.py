@@ -1,7 +1,8 @@
 """Read YAML files of flags; config_file.py makes flags of one. No torch, no Megatron.
 
 A flat mapping, hyphens or underscores, of numbers, texts and lists of them. `include: FILE` takes
-the keys of another file, named from the folder of this one; the keys of this one win.
+the keys of another file, named from the folder of this one; the keys of this one win, also over
+those that they exclude.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.exclusive import replaced_by
 
 INCLUDE = "include"
 MOST_INCLUDES = 20
@@ -37,6 +39,7 @@ def read_yaml(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]
         raise UsageError(f"--config {path}: 'include' names one file.")
     included = read_yaml(path.parent / name, including=(*including, path.resolve()))
     own = {spelling(key) for key in keys}
+    own |= replaced_by(spelling(key) for key, value in keys.items() if value not in (None, False))
     return {key: value for key, value in included.items() if spelling(key) not in own} | keys
 
 

@@ -70,6 +70,7 @@ def check_flags(args: Any) -> None:
         width=args.hidden_size,
         width_flag="--hidden-size",
         mixer="AFT",
+        splits_one=False,
     )
 
 

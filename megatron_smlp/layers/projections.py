@@ -91,6 +91,7 @@ def check_heads(
     width_flag: str,
     mixer: str,
     width_name: str = "",
+    splits_one: bool = True,
 ) -> None:
     """Check that heads, their common width and the parallel layout fit.
 
@@ -98,6 +99,7 @@ def check_heads(
         args: Megatron's namespace or config.
         flag: the flag that gave `num_heads`; the other names are for the messages too.
         width_name: default: `width_flag` and the width.
+        splits_one: whether a single head is split over all ranks.
 
     Raises:
         ValueError: they do not.
@@ -109,10 +111,11 @@ def check_heads(
             f"{flag} {num_heads} does not divide {width_name}: choose a divisor, or another "
             f"{width_flag}."
         )
-    if num_heads % tp and num_heads != 1:
+    if num_heads % tp and not (splits_one and num_heads == 1):
+        other = "a single head, which is split over all ranks" if splits_one else "leave heads out"
         raise ValueError(
             f"--tensor-model-parallel-size {tp} does not divide {flag} {num_heads}: choose a "
-            "divisor, or a single head, which is split over all ranks."
+            f"divisor, or {other}."
         )
     if width % tp:
         raise ValueError(

@@ -96,4 +96,6 @@ def data_words(args: argparse.Namespace) -> list[str]:
     """Return the data flags that were given, as they were given."""
     names = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
     given = [getattr(args, name) for name in names if getattr(args, name)]
-    return [str(word) for words in given for word in words] or [str(args.data_args_path)]
+    return [str(word) for words in given for word in words] or [
+        str(args.data_args_path or args.per_split_data_args_path)
+    ]

@@ -106,6 +106,7 @@ def _namespace(config: SMLPConfig) -> argparse.Namespace:
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,
         max_position_embeddings=config.max_position_embeddings,
         quick_geglu=False,
+        qk_layernorm=False,
         bias_swiglu_fusion=False,
     )
 
@@ -117,6 +118,14 @@ def test_parameters_are_those_of_the_built_model(system: str):
         model = SMLPForCausalLM(config)
     built = sum(parameter.numel() for parameter in model.parameters())
     assert model_cost(ModelShape.from_args(_namespace(config))).parameters == built
+
+
+def test_norms_of_queries_and_keys_are_counted():
+    args = _namespace(_config("transformer"))
+    plain = model_cost(ModelShape.from_args(args)).parameters
+    args.qk_layernorm = True
+    norms = model_cost(ModelShape.from_args(args)).parameters - plain
+    assert norms == args.num_layers * 2 * 2 * args.kv_channels  # weights and biases
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -121,6 +121,26 @@ class TestConfigFile:
         with pytest.raises(UsageError, match=message):
             parse(f"--config {path} {GMLP}", base=base)
 
+    def test_a_flag_stands_in_for_another_of_its_kind(self, parse: Parse, yaml):
+        path = yaml("fp16: true\nrecompute-activations: true\n")
+        full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+        args = parse(f"--config {path} {GMLP} --bf16 {full}")
+        assert (args.bf16, args.fp16, args.recompute_granularity) == (True, False, "full")
+
+    def test_a_no_key_holds_against_the_checkpoint_too(self, parse: Parse, yaml, tmp_path: Path):
+        first = parse(f"{GMLP} --bf16 --seed 7 --platform cpu")
+        checkpoint(first, tmp_path)
+        folder = iteration_folder(tmp_path, 3)
+        write_records(folder, model_flags(first), {"command_line": first.command_line})
+        integrity.seal(folder)
+        words = f"--use-checkpoint-args --load {tmp_path} --config"
+        path = yaml("bf16: true\nclip-grad: 0.5\n")
+        args = parse(f"{words} {path} --no-bf16 --no-seed --no-clip-grad", base="")
+        assert (args.bf16, args.seed, args.clip_grad) == (False, 1234, 1.0)
+        assert args.platform == "auto", "a start's own"
+        assert parse(f"{words} {path}", base="").bf16
+        refusal(parse, f"{words} {path} --no-bf17", "--no-bf17 is not a flag")
+
     def test_our_own_switches_have_both_forms(self, parse: Parse, yaml):
         path = yaml("allow-tokenizer-mismatch: true\n")
         assert parse(f"--config {path} {GMLP}").allow_tokenizer_mismatch
@@ -133,6 +153,9 @@ class TestConfigFile:
         args = parse(f"--config {yaml(text + 'iterations-to-skip: [3, 5]')} {TRANSFORMER}")
         assert args.moe_layer_freq == [0, 1, 0, 1]
         assert args.iterations_to_skip == [3, 5]
+        text = text.replace("[0, 1, 0, 1]", "([0, 1])*2") + 'wandb-exp-name: "a, b"\n'
+        args = parse(f"--config {yaml(text)} {TRANSFORMER}")
+        assert (args.moe_layer_freq, args.wandb_exp_name) == ([0, 1, 0, 1], "a, b")
 
     def test_null_is_the_default(self, parse: Parse, yaml):
         assert parse(f"--config {yaml('num-experts: null')} {GMLP}").num_experts is None
@@ -149,6 +172,8 @@ class TestConfigFile:
             ("just text", "must hold `flag: value` lines"),
             ("lr: fast", "argument --lr: invalid float value: 'fast'"),
             ("architecture: gmpl", "--architecture: invalid choice: 'gmpl'.*gmlp"),
+            ("save: no", "'save' takes a value, and False is a switch's: .*quotes"),
+            ("iterations-to-skip: 3 5", r"'3 5' is one text: give a list, as \[a, b\]"),
         ],
     )
     def test_a_wrong_file_is_named(self, parse: Parse, yaml, text: str, message: str):
@@ -238,6 +263,8 @@ class TestRefusals:
              r"--moe-aux-loss-coeff is for --token-router switch, gshard or topk, not hash"),
             ("--token-router switch --num-experts 4 --moe-aux-loss-coeff 0.1 0.2",
              r"--moe-aux-loss-coeff 0\.1 0\.2: give one number"),
+            ("--token-router topk --num-experts 4 --moe-router-load-balancing-type none "
+             "--moe-aux-loss-coeff 0.1", "has no loss to weigh: there is none. Give"),
             ("--token-router switch --num-experts 4 --moe-router-topk 2",
              r"--moe-router-topk 2 contradicts --token-router switch, with which a token visits 1"),
             ("--token-router switch --num-experts 4 --moe-expert-capacity-factor 1",
@@ -332,6 +359,11 @@ class TestRefusals:
             (f"{GMLP} --tensor-model-parallel-size 2 --micro-batch-size 2 --full-validation "
              "--multiple-validation-sets",
              r"--full-validation reads sample by sample, .* of 2: give --eval-micro-batch-size 1"),
+            (f"{GMLP} --padded-vocab-size 102 --tensor-model-parallel-size 4 "
+             "--global-batch-size 4",
+             r"--padded-vocab-size 102 is not a multiple of --tensor-model-parallel-size 4: give"),
+            ("--architecture aft --num-attention-heads 1 --tensor-model-parallel-size 2",
+             r"does not divide --num-attention-heads 1: choose a divisor, or leave heads out"),
             (f"{SMLP} --expert-model-parallel-size 2",
              r"--expert-model-parallel-size 2 without --num-experts"),
             (f"{SMLP} --token-router switch --num-experts 3 --expert-model-parallel-size 2",
@@ -399,6 +431,10 @@ class TestRefusals:
         checkpoint(parse(GMLP), tmp_path / "run")
         words = f"{GMLP} --load {tmp_path}/run --save {tmp_path}/run/"
         assert parse(words).load == f"{tmp_path}/run"
+        assert parse(f"{words} --no-resume").load is None
+        assert parse(f"{words} --no-resume --finetune").load == f"{tmp_path}/run"
+        message = "--ckpt-step 3 asks for a checkpoint, and --no-resume leaves"
+        refusal(parse, f"{words} --no-resume --ckpt-step 3", message)
 
     def test_started_again_it_goes_on_from_its_own_checkpoint(self, parse: Parse, tmp_path: Path):
         """A queue starts the same command again, which began with another run's weights."""
@@ -527,6 +563,8 @@ class TestSettled:
     def test_a_coefficient_of_the_balance_loss_is_kept(self, parse: Parse):
         words = f"{TRANSFORMER} --token-router switch --num-experts 4 --moe-aux-loss-coeff 0.02"
         assert parse(words).moe_aux_loss_coeff == 0.02
+        words = f"{TRANSFORMER} --token-router base --num-experts 4 --moe-aux-loss-coeff 0"
+        assert parse(words).moe_aux_loss_coeff == 0
 
     def test_spatial_gating_needs_no_attention_heads_in_any_layout(self, parse: Parse, processes):
         from megatron_smlp.model import transformer_config

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,16 @@ def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path):
         check_run._check_compiler()
     (tmp_path / "Python.h").touch()
     check_run._check_compiler()
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="it is installed")
+def test_layers_of_what_is_not_installed(parse: Parse, monkeypatch: pytest.MonkeyPatch):
+    """A CPU takes the local ones whatever is given."""
+    monkeypatch.setattr(cpu, "needed", lambda: False)
+    monkeypatch.setenv("CC", "cc")
+    words = f"{GMLP} --transformer-impl"
+    refused(parse, f"{words} transformer_engine", "needs Transformer Engine, which is not inst")
+    refused(parse, f"{words} inference_optimized", "inference_optimized is not for training: give")
 
 
 def test_a_profile_needs_a_folder(parse: Parse, tmp_path: Path):

@@ -187,6 +187,13 @@ class TestInclude:
         (tmp_path / "top.yaml").write_text("include: base.yaml\nnum_layers: 3\n")
         assert read_yaml(tmp_path / "top.yaml") == {"lr": 1, "num_layers": 3}
 
+    def test_own_keys_stand_in_for_those_that_they_exclude(self, tmp_path: Path):
+        (tmp_path / "base.yaml").write_text("train-iters: 300\nlr-warmup-iters: 3\nbf16: true\n")
+        own = "train-samples: 4800\nlr-warmup-fraction: 0.5\nfp16: false\n"
+        (tmp_path / "top.yaml").write_text(f"include: base.yaml\n{own}")
+        keys = read_yaml(tmp_path / "top.yaml")
+        assert keys.keys() == {"train-samples", "lr-warmup-fraction", "bf16", "fp16"}
+
     def test_a_circle_and_a_missing_file_are_named(self, tmp_path: Path):
         path = tmp_path / "top.yaml"
         path.write_text("include: top.yaml\n")

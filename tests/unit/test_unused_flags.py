@@ -1,6 +1,7 @@
 """A flag that would do nothing here is refused; one that works is not."""
 
 import re
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,12 +12,18 @@ from support.in_process import MINIMAL, forget_arguments, prepare_megatron, pret
 from support.launches import REPOSITORY
 
 from megatron_smlp.accounting.costs import ModelShape
+from megatron_smlp.checkpoints.folders import TRACKER, iteration_folder
+from megatron_smlp.checkpoints.model_record import model_flags
+from megatron_smlp.checkpoints.run_record import write_records
+from megatron_smlp.data.blending import SPLIT_FLAGS, WHOLE_FLAGS
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.parse import build_parser, parse_arguments
 from megatron_smlp.flags.unused_flags import (
     ATTENTION_FLAGS,
     OTHER_LAYER_FLAGS,
+    OTHER_LAYERS,
     OTHER_PROGRAMS,
+    READ_HERE,
     READ_NOWHERE,
     REFUSED,
     TRANSFORMER_ENGINE_FLAGS,
@@ -25,6 +32,7 @@ from megatron_smlp.flags.unused_flags import (
 from megatron_smlp.model import model_config
 from megatron_smlp.options import OUR_FLAGS
 from megatron_smlp.platform import cpu
+from megatron_smlp.training.console import data_words
 from megatron_smlp.training.start_screen import summary
 
 TRANSFORMER = "--architecture transformer --num-attention-heads 4"
@@ -161,6 +169,7 @@ def test_other_layers_flags(parse: Parse, words: str, message: str):
             "--recompute-granularity selective --recompute-modules moe",
             "--recompute-modules moe: no layer of this --architecture gmlp has that",
         ),
+        ("--cuda-graph-scope full_iteration", "--cuda-graph-scope full_iteration needs a CUDA"),
         ("--cuda-graph-modules full_iteration", "needs a CUDA device and none was found"),
         (
             "--spec megatron_smlp.architectures amlp",
@@ -201,11 +210,55 @@ def test_flags_of_nothing_here(parse: Parse, words: str, message: str, monkeypat
         parse(f"--architecture gmlp {words}")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"{TRANSFORMER} --rotary-base 500000", "500000 does nothing without --position-embedding"),
+        (f"{TRANSFORMER} --use-rope-scaling", "--use-rope-scaling does nothing without --position"),
+        (
+            f"{TRANSFORMER} --position-embedding-type rope --rope-scaling-factor 32",
+            "--rope-scaling-factor 32.0 does nothing without --use-rope-scaling: give both",
+        ),
+        (f"{TRANSFORMER} --num-query-groups 2", "does nothing without --group-query-attention"),
+        (f"{TRANSFORMER} --kv-lora-rank 8", "--kv-lora-rank builds layers of other models"),
+        (f"{TRANSFORMER} --mamba-state-dim 8", "--mamba-state-dim builds layers of other models"),
+        (f"{TRANSFORMER} --softmax-type learnable", "--softmax-type learnable adds parameters"),
+        (
+            f"{TRANSFORMER} --token-router base --num-experts 2 --moe-mlp-glu-interleave-size 8",
+            "--moe-mlp-glu-interleave-size 8 does nothing without --moe-grouped-gemm",
+        ),
+        (
+            "--architecture smlp --num-feature-experts 8",
+            "--num-feature-experts 8 does nothing without --feature-router: give both, or leave",
+        ),
+        (
+            "--architecture smlp --token-router base --num-experts 2 --moe-layer-freq 2",
+            "--moe-layer-freq 2 does nothing with --architecture smlp, .* --num-dense-layers says",
+        ),
+    ],
+)
+def test_flags_that_nothing_reads(parse: Parse, words: str, message: str):
+    with pytest.raises(UsageError, match=message):
+        parse(words)
+
+
+def test_a_checkpoint_may_have_recorded_them(parse: Parse, tmp_path: Path):
+    words = "--architecture smlp --token-router base --num-experts 2"
+    flags = model_flags(parse(words)) | {"moe_layer_freq": 2, "num_feature_experts": 8}
+    forget_arguments()
+    iteration_folder(tmp_path, 3).mkdir()
+    write_records(iteration_folder(tmp_path, 3), flags, {})
+    (tmp_path / TRACKER).write_text("3")
+    more = "--moe-layer-freq 2 --num-feature-experts 8"
+    assert parse(f"{words} {more} --load {tmp_path}").moe_layer_freq == 2
+
+
 @pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="it is installed")
 @pytest.mark.parametrize(
     "flag",
     [
         *("--apply-layernorm-1p", "--qk-layernorm", "--window-size 4,0"),
+        *("--fp32-residual-connection --bf16", "--cpu-offloading-num-layers 1"),
         *("--fused-residual-rmsnorm", "--moe-grouped-gemm --token-router base --num-experts 2"),
     ],
 )
@@ -266,8 +319,23 @@ def test_flags_of_what_a_layer_has(parse: Parse, words: str):
 def test_every_name_is_one_of_megatrons_flags():
     destinations = {action.dest for action in build_parser()._actions}
     assert {*OTHER_LAYER_FLAGS, *ATTENTION_FLAGS} <= destinations
-    assert {*TRANSFORMER_ENGINE_FLAGS, *REFUSED} <= destinations
+    assert {*TRANSFORMER_ENGINE_FLAGS, *REFUSED, *READ_HERE} <= destinations
+    assert all(any(name.startswith(one) for name in destinations) for one in OTHER_LAYERS)
     assert {*OTHER_PROGRAMS} <= {group.title for group in build_parser()._action_groups}
+
+
+def test_flags_of_a_page_are_flags():
+    page = (REPOSITORY / "docs" / "from-megatron-lm.md").read_text(encoding="utf-8")
+    page = page[page.index("## Other defaults") : page.index("## Existing checkpoints")]
+    named = re.findall(r"(?<![\w-])--([a-z_-]*[a-z])(-\*|-\.\.\.|)", page)
+    flags = {one for action in build_parser()._actions for one in action.option_strings}
+    gone = [
+        name
+        for name, more in named
+        if not (f"--{name}" in flags or (more and any(f.startswith(f"--{name}-") for f in flags)))
+    ]
+    assert len(named) > 40
+    assert gone == []
 
 
 def test_what_is_said_to_be_read_nowhere_is_not_read():
@@ -291,7 +359,6 @@ def test_what_is_said_to_be_read_nowhere_is_not_read():
         if path.name not in elsewhere and "config" not in path.parts
     )
     in_other_configurations = {
-        "bert_binary_head",  # in docstrings about BERT
         # Of a configuration of datasets, which training/data.py makes without them.
         "object_storage_cache_path",
         "allow_ambiguous_pad_tokens",
@@ -328,6 +395,11 @@ def test_an_smlp_that_is_less_is_said(parse: Parse, words: str, said: str):
     assert "".join(notes).startswith(said)
 
 
+def test_a_file_of_splits_is_shown_as_the_data():
+    nothing = dict.fromkeys((*WHOLE_FLAGS, *SPLIT_FLAGS))
+    assert data_words(Namespace(**nothing, per_split_data_args_path="f.json")) == ["f.json"]
+
+
 def test_batches_by_a_schedule_are_shown_as_such():
     words = MINIMAL.replace("--global-batch-size 2", "--step-batch-size-schedule 0:2")
     words = words.replace("--train-iters 4", "--train-samples 8")
@@ -345,6 +417,9 @@ def test_batches_by_a_schedule_are_shown_as_such():
     [
         f"{TRANSFORMER} --softmax-type vanilla",
         f"{TRANSFORMER} --group-query-attention --num-query-groups 2",
+        f"{TRANSFORMER} --rotary-base 10000 --num-query-groups 1",
+        f"{TRANSFORMER} --use-rotary-position-embeddings --rotary-base 500000",
+        "--architecture smlp --num-feature-experts 8 --feature-router none",
         "--architecture gmlp --position-embedding-type learned_absolute",
         "--architecture gmlp --profile --use-pytorch-profiler --log-dir x",
     ],
@@ -430,7 +505,10 @@ def test_a_spec_says_which_architecture_it_is(parse: Parse):
     args = parse("--spec megatron_smlp.architectures gmlp")
     assert args.architecture == "gmlp"
     forget_arguments()
-    assert parse(f"{TRANSFORMER} --spec megatron_smlp.architectures transformer")
+    args = parse(f"{TRANSFORMER} --spec megatron_smlp.architectures transformer")
+    spelt = model_config(args).transformer_layer_spec
+    forget_arguments()
+    assert spelt is model_config(parse(TRANSFORMER)).transformer_layer_spec
 
 
 def test_a_first_start_may_be_forbidden(parse: Parse, tmp_path: Path):
@@ -446,6 +524,15 @@ def test_what_megatrons_configuration_refuses_is_one_line():
     words = "--architecture gmlp --recompute-granularity full"
     with pytest.raises(UsageError, match=message), pretrained(words):
         pass
+
+
+def test_a_dry_run_asks_megatrons_configuration_too():
+    from pretrain_smlp import main
+
+    words = f"{MINIMAL} --architecture gmlp --recompute-granularity full --dry-run"
+    with pytest.raises(UsageError, match=r"Megatron refuses these .*recompute_method"):
+        main(words.split())
+    forget_arguments()
 
 
 def test_rotary_scaling_has_the_factor_that_is_given(parse: Parse):

@@ -85,7 +85,8 @@ def test_what_is_not_there_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     options = build_parser()._option_string_actions
     words = (
-        "--seed 1 --vocab-file={0}vocab.json --tokenizer-model gpt2 --data-path 0.5 a 0.5 {0}{1}"
+        "--seed 1 --vocab-file={0}vocab.json --tokenizer-model gpt2 --data-path 0.5 a 0.5 {0}{1} "
+        "--per-split-data-args-path {0}vocab.json"
     )
     for name in ("data_text_document", "data_text_document.bin"):
         found = with_absolute_paths(options, words.format("", name).split())
