@@ -28,9 +28,7 @@ def print_dry_run(args: argparse.Namespace, console: Console) -> None:
     """Print the resolved configuration, the layer table, parameters and FLOPs."""
     shape = ModelShape.from_args(args)
     resolved = {name: getattr(args, name) for name in sorted(args.explicit_flags)}
-    console.print(
-        "Configuration (flags and --config; other defaults: docs/flags.md, docs/from-megatron-lm.md)"
-    )
+    console.print("Configuration (flags and --config; other defaults: docs/from-megatron-lm.md)")
     console.print(yaml.safe_dump(_plain(resolved), sort_keys=True).rstrip(), markup=False)
     console.print()
     console.print(layer_table(args, shape))

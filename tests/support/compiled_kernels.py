@@ -72,14 +72,16 @@ CASES = {
     "assignment: exchange": Case(
         "assignment:exchange", "*fp32", 8, ASSIGNMENT | {"FIRST": False, "LAST": False}
     ),
-    "gate: forward": Case("gating:gated_mix", "*bf16", 8, PLAIN),
-    "gate: dg, du1": Case("gating:gradients_of_gate", "*bf16", 4, PLAIN | {"ROWS": 32}),
-    "gate: dv": Case("gating:gradients_of_values", "*bf16", 8, PLAIN),
-    "gate: dM, db": Case("gating:gradients_of_weights", "*bf16", 4, PLAIN | {"ROWS": 64}),
-    "gate: forward, routed": Case("gating:gated_mix", "*bf16", 8, ROUTED),
-    "gate: dg, du1, routed": Case("gating:gradients_of_gate", "*bf16", 4, ROUTED | {"ROWS": 32}),
-    "gate: dv, routed": Case("gating:gradients_of_values", "*bf16", 8, ROUTED),
-    "gate: dM, db, routed": Case("gating:gradients_of_weights", "*bf16", 4, ROUTED | {"ROWS": 64}),
+    "gate: forward": Case("gated_mix:gated_mix", "*bf16", 8, PLAIN),
+    "gate: dg, du1": Case("gated_mix:gradients_of_gate", "*bf16", 4, PLAIN | {"ROWS": 32}),
+    "gate: dv": Case("gated_mix:gradients_of_values", "*bf16", 8, PLAIN),
+    "gate: dM, db": Case("gated_mix:gradients_of_weights", "*bf16", 4, PLAIN | {"ROWS": 64}),
+    "gate: forward, routed": Case("gated_mix:gated_mix", "*bf16", 8, ROUTED),
+    "gate: dg, du1, routed": Case("gated_mix:gradients_of_gate", "*bf16", 4, ROUTED | {"ROWS": 32}),
+    "gate: dv, routed": Case("gated_mix:gradients_of_values", "*bf16", 8, ROUTED),
+    "gate: dM, db, routed": Case(
+        "gated_mix:gradients_of_weights", "*bf16", 4, ROUTED | {"ROWS": 64}
+    ),
     "norm: forward": Case("gelu_norm:normed_gelu", "*bf16", 4, NORM),
     "norm: backward": Case("gelu_norm:gradients", "*bf16", 4, NORM),
 }
