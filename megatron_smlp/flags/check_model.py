@@ -102,7 +102,8 @@ def _check_experts(args: argparse.Namespace) -> None:
             f"of the --num-layers {layers} layers, as [0,1]*{layers // 2 or 1}."
         )
     by_number = ARCHITECTURES[args.architecture].sparse_mixer
-    if by_number and freq != 1 and not args.load:  # a checkpoint may have recorded it
+    is_default = freq == 1 if is_number else all(freq)
+    if by_number and not is_default and not args.load:  # a checkpoint may have recorded it
         raise UsageError(
             f"--moe-layer-freq {freq} does nothing with --architecture {args.architecture}, of "
             "which --num-dense-layers says where the experts begin: leave it out."

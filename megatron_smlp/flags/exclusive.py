@@ -19,7 +19,10 @@ GROUPS = (
 IN_PLACE_OF = (
     (WHOLE, PER_SPLIT),
     (PER_SPLIT, WHOLE | {"split"}),
-    ({"recompute_activations"}, {"recompute_granularity", "recompute_method"}),
+    (
+        {"recompute_activations"},
+        {"recompute_granularity", "recompute_method", "recompute_num_layers"},
+    ),
     ({"recompute_granularity"}, {"recompute_activations"}),
 )
 """The second are dropped where one of the first is given."""

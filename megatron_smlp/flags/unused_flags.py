@@ -140,8 +140,6 @@ VALUES_NOT_HERE = {
     ("rerun_mode", "report_stats"): "stops Megatron 0.19: leave it out",
     ("dataloader_type", "external"): "needs a data loader of another program: give single or "
     "cyclic, or leave it out",
-    ("softmax_type", "learnable"): "adds parameters that nothing here describes (FLOPs, export): "
-    "give vanilla or off-by-one, or leave it out",
     ("pad_vocab_size", False): "stops Megatron 0.19: give --make-vocab-size-divisible-by 1",
 }
 """Values of flags that do not work, why, and what to do."""
@@ -222,8 +220,9 @@ def refuse_unused(args: argparse.Namespace) -> None:
     """
     for name in _given(args, tuple(REFUSED)):
         raise UsageError(f"{_flag(name)} {REFUSED[name]}.")
-    others = (name for name in args.explicit_flags if name.startswith(OTHER_LAYERS))
-    for name in _given(args, (*OTHER_LAYER_FLAGS, *others)):
+    others = [name for name in args.explicit_flags if name.startswith(OTHER_LAYERS)]
+    recorded = args.load is not None  # perhaps: those did nothing, and went through
+    for name in _given(args, (*OTHER_LAYER_FLAGS, *(others if not recorded else []))):
         raise UsageError(
             f"{_flag(name)} builds layers of other models than --architecture {args.architecture}: "
             "leave it out."
@@ -280,7 +279,12 @@ def refuse_unused(args: argparse.Namespace) -> None:
 
 
 def _refuse_inert(args: argparse.Namespace) -> None:
-    """Refuse flags of the model that are read only beside others."""
+    """Refuse flags of the model that are read only beside others, or that nothing describes."""
+    if args.explicit_flags.get("softmax_type") == "learnable":
+        raise UsageError(
+            "--softmax-type learnable adds parameters that nothing here describes (FLOPs, export): "
+            "give vanilla or off-by-one, or leave it out."
+        )
     rotates = args.position_embedding_type == "rope" or args.use_rotary_position_embeddings
     readers = {} if rotates else dict.fromkeys(ROTARY_FLAGS, "--position-embedding-type rope")
     if not args.use_rope_scaling:

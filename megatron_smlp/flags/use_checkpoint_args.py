@@ -25,7 +25,7 @@ FLAG = "--use-checkpoint-args"
 def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
     """Put the flags of the checkpoint before the given ones, where FLAG is among these.
 
-    The run saves where the checkpoint is, unless --save or --finetune is given.
+    The run saves where the checkpoint is, unless --save, --no-save or --finetune is given.
 
     Raises:
         UsageError: there is no checkpoint, or none that says its flags.
@@ -53,7 +53,8 @@ def with_checkpoint_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) 
             continue
         if action and action.dest not in replaced:
             kept += _with_copy(group, Path(load)) if action.dest in FLAGS else group
-    where = [] if {"save", "finetune"} & given else ["--save", load]
+    is_told = {"save", "finetune"} & given or "--save" in negated.values()
+    where = [] if is_told else ["--save", load]
     where += [] if "load" in given else ["--load", load]
     if where and (log_dir := _value(options, arguments, "log_dir")) and "log_dir" not in given:
         where += ["--log-dir", log_dir]

@@ -39,7 +39,8 @@ def read_yaml(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]
         raise UsageError(f"--config {path}: 'include' names one file.")
     included = read_yaml(path.parent / name, including=(*including, path.resolve()))
     own = {spelling(key) for key in keys}
-    own |= replaced_by(spelling(key) for key, value in keys.items() if value not in (None, False))
+    is_given = {key: value is not None and value is not False for key, value in keys.items()}
+    own |= replaced_by(spelling(key) for key in keys if is_given[key])
     return {key: value for key, value in included.items() if spelling(key) not in own} | keys
 
 

@@ -107,13 +107,13 @@ class Agent(LocalElasticAgent):
         cause = causes[0] if causes else "the ranks hang in the kernel"
         self.failures.add()
         self.code = next((code for code in codes if self._ends_all(code)), 1)
+        if self.code == 1 and WRONG_USE in codes and self._first_machine_ended():
+            self.code = WRONG_USE  # wrong there too
         if self.code == 1 and self.failures.count >= Failures.LIMIT:
             self.code = NO_PROGRESS
             say(f"{cause}; {self.failures} after {self.failures.count} failures: giving up.")
         elif self.code == 1 and self.failures.folder and self._remaining_restarts:
             say(f"{cause}; starting again: {self.failures}.")
-            if WRONG_USE in codes:
-                self._await_first_machine()
             note_cause(cause, os.environ)
             return
         else:
@@ -128,12 +128,13 @@ class Agent(LocalElasticAgent):
         """
         return code in FOR_GOOD and (code != WRONG_USE or self._worker_group.group_rank == 0)
 
-    def _await_first_machine(self) -> None:
-        """Let the first machine say whether that is wrong there too, and so the end: where this one
-        meets it again, its ranks are ended before they can."""
+    def _first_machine_ended(self) -> bool:
+        """Return whether the first machine has ended the run, which it gets the time for: where
+        this one meets it again at once, its ranks are ended before they can say what is wrong."""
         deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline and not self.rendezvous.is_over():
+        while not (is_over := self.rendezvous.is_over()) and time.monotonic() < deadline:
             time.sleep(0.5)
+        return is_over
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state == WorkerState.HEALTHY:

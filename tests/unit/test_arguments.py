@@ -113,6 +113,7 @@ class TestConfigFile:
         assert (args.split, args.recompute_method) == (None, "block")
         args = parse(f"--config {path} {GMLP} --train-iters 4 --recompute-activations", base=base)
         assert (args.recompute_granularity, args.recompute_method) == ("selective", None)
+        assert args.recompute_num_layers is None
 
     def test_a_warm_up_in_the_other_unit_is_named(self, parse: Parse, yaml):
         path = yaml("lr_warmup_iters: 2\n")
@@ -139,6 +140,7 @@ class TestConfigFile:
         assert (args.bf16, args.seed, args.clip_grad) == (False, 1234, 1.0)
         assert args.platform == "auto", "a start's own"
         assert parse(f"{words} {path}", base="").bf16
+        assert parse(f"{words} {path} --no-save", base="").save is None
         refusal(parse, f"{words} {path} --no-bf17", "--no-bf17 is not a flag")
 
     def test_our_own_switches_have_both_forms(self, parse: Parse, yaml):

@@ -193,6 +193,9 @@ class TestInclude:
         (tmp_path / "top.yaml").write_text(f"include: base.yaml\n{own}")
         keys = read_yaml(tmp_path / "top.yaml")
         assert keys.keys() == {"train-samples", "lr-warmup-fraction", "bf16", "fp16"}
+        (tmp_path / "base.yaml").write_text("lr-warmup-fraction: 0.5\n")
+        (tmp_path / "top.yaml").write_text("include: base.yaml\nlr-warmup-iters: 0\n")
+        assert read_yaml(tmp_path / "top.yaml") == {"lr-warmup-iters": 0}
 
     def test_a_circle_and_a_missing_file_are_named(self, tmp_path: Path):
         path = tmp_path / "top.yaml"

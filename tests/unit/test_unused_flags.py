@@ -249,7 +249,7 @@ def test_a_checkpoint_may_have_recorded_them(parse: Parse, tmp_path: Path):
     iteration_folder(tmp_path, 3).mkdir()
     write_records(iteration_folder(tmp_path, 3), flags, {})
     (tmp_path / TRACKER).write_text("3")
-    more = "--moe-layer-freq 2 --num-feature-experts 8"
+    more = "--moe-layer-freq 2 --num-feature-experts 8 --kv-lora-rank 64"
     assert parse(f"{words} {more} --load {tmp_path}").moe_layer_freq == 2
 
 

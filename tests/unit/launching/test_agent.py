@@ -8,10 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 from torch.distributed import DistStoreError, FileStore, HashStore, PrefixStore, Store
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.launching.agent import Agent, agree_on_restart, are_alike
+from megatron_smlp.launching.agent import (
+    Agent,
+    _ReenterableRendezvous,
+    agree_on_restart,
+    are_alike,
+)
 from megatron_smlp.launching.exit_codes import FOR_GOOD, NO_PROGRESS
+from megatron_smlp.launching.failures import Failures
 from megatron_smlp.restart_note import RESTART, note_cause
 
 LONG_AGO = -1e9
@@ -99,3 +106,51 @@ def test_ranks_that_ended_for_a_machine_that_joins(
     handler = SimpleNamespace(settings=settings, num_nodes_waiting=lambda: waiting)
     group = SimpleNamespace(spec=SimpleNamespace(rdzv_handler=handler))
     assert Agent._is_joined(SimpleNamespace(_worker_group=group)) == is_joined  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("is_over", "has_save", "restarts", "code", "left"),
+    [
+        (True, True, 3, 2, 0),
+        (False, True, 3, 1, 3),
+        (True, False, 3, 2, 0),
+        (True, True, 0, 2, 0),
+        (False, True, 0, 1, 0),
+    ],
+)
+def test_what_a_machine_refuses_ends_the_run_if_the_first_one_did(
+    is_over: bool, has_save: bool, restarts: int, code: int, left: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr("megatron_smlp.launching.agent.PATIENCE", 0)
+    monkeypatch.setattr("os.environ", {})
+    agent = Agent.__new__(Agent)
+    agent._worker_group = SimpleNamespace(group_rank=1)
+    agent._remaining_restarts = restarts
+    agent.failures = Failures(["--save", str(tmp_path)] if has_save else [])
+    agent.rendezvous = SimpleNamespace(is_over=lambda: is_over)  # type: ignore[assignment]
+    failure = SimpleNamespace(exitcode=2, timestamp=0)
+    agent._decide(RunResult(state=WorkerState.FAILED, failures={8: failure}))  # type: ignore[dict-item]
+    assert (agent.code, agent._remaining_restarts) == (code, left)
+
+
+def test_the_others_meet_again_without_a_machine_that_was_refused(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("megatron_smlp.launching.agent._ReenterableRendezvous.LOOKS", 0)
+    monkeypatch.setattr("os.environ", {})
+    rounds = [(8, 1), (8, 8)]
+
+    def meet() -> SimpleNamespace:
+        store, counts = HashStore(), rounds.pop(0)
+        store.add("machines that know of restarts", len(counts) - 1)
+        for machine, processes in enumerate(counts):
+            store.set(f"processes/{machine}", str(processes))
+        return SimpleNamespace(store=store, rank=0, world_size=len(counts))
+
+    group = SimpleNamespace(spec=SimpleNamespace(local_world_size=8))
+    handler = SimpleNamespace(next_rendezvous=meet)
+    meeting = _ReenterableRendezvous(handler, SimpleNamespace(_worker_group=group))  # type: ignore[arg-type]
+    meeting.is_new = False
+    assert meeting.next_rendezvous().store is meeting.round
+    assert not rounds
