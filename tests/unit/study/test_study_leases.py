@@ -39,8 +39,9 @@ def start(folder: Path, *, hold: float) -> subprocess.Popen[bytes]:
 
 
 def wait_for(path: Path) -> None:
+    """Until its line is written: it is there before that."""
     end = time.monotonic() + 60
-    while not path.exists():
+    while not (path.exists() and path.read_text()):
         assert time.monotonic() < end, f"{path} never came"
         time.sleep(0.02)
 
