@@ -264,9 +264,9 @@ def test_whoever_waits_is_told_that_a_run_is_over(tmp_path: Path, kind: str):
     nodes: list[subprocess.Popen[bytes]] = []
     try:
         if kind == "server":
-            for what in ("wrong-there", "wrong-later"):
+            for what, ends in (("wrong-there", [2, CLOSED]), ("wrong-later", [2, 2])):
                 nodes = started(what, 2)
-                assert codes(nodes) == [2, CLOSED]
+                assert codes(nodes) == ends
         nodes = started("until-told", 3)
         while "a spare: this machine waits" not in (tmp_path / "said").read_text(encoding="utf-8"):
             assert not any(node.poll() for node in nodes)
