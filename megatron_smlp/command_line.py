@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,11 @@ def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: floa
     """Return `did you mean A or B?` with at most `most` known names; "" where none is close."""
     close = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
     return f"did you mean {' or '.join(close)}?" if close else ""
+
+
+def note_ignored(flag: str, why: str) -> None:
+    """Tell of a flag of Megatron's tools that would change no result there either."""
+    print(f"note: {flag} is accepted and ignored: {why}", file=sys.stderr)
 
 
 class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):

@@ -220,9 +220,9 @@ def refuse_unused(args: argparse.Namespace) -> None:
     """
     for name in _given(args, tuple(REFUSED)):
         raise UsageError(f"{_flag(name)} {REFUSED[name]}.")
-    others = [name for name in args.explicit_flags if name.startswith(OTHER_LAYERS)]
-    recorded = args.load is not None  # perhaps: those did nothing, and went through
-    for name in _given(args, (*OTHER_LAYER_FLAGS, *(others if not recorded else []))):
+    # A checkpoint may have recorded those that do nothing.
+    others = (name for name in args.explicit_flags if name.startswith(OTHER_LAYERS))
+    for name in _given(args, (*OTHER_LAYER_FLAGS, *(() if args.load else others))):
         raise UsageError(
             f"{_flag(name)} builds layers of other models than --architecture {args.architecture}: "
             "leave it out."

@@ -145,10 +145,7 @@ class ChunkEncoder:
     ) -> EncodedKey:
         max_id = int(ids.max()) if len(ids) else -1
         if max_id >= (size := self.settings.tokenizer.vocab_size):
-            raise DataError(
-                f"the tokenizer gave id {max_id}, but has {size} entries: its ids have gaps; "
-                f"number its tokens, the added ones too, from 0 to {size - 1}"
-            )
+            raise ids_with_gaps(f"the tokenizer gave id {max_id}, but has {size} entries", size)
         ids = ids.astype(self.dtype)
         if self.settings.append_eod:
             last = np.cumsum(counts)[counts > 0] - 1
@@ -156,6 +153,13 @@ class ChunkEncoder:
             ids = np.insert(ids, ends, self.dtype.type(self.settings.tokenizer.eod))
             lengths[last] += 1
         return EncodedKey(ids, lengths.astype(np.int32), counts.astype(np.int32))
+
+
+def ids_with_gaps(what: str, size: int) -> DataError:
+    """Return the error of a tokenizer with an id over its number of entries."""
+    return DataError(
+        f"{what}: its ids have gaps; number its tokens, the added ones too, from 0 to {size - 1}"
+    )
 
 
 def _without(

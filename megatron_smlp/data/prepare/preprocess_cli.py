@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_smlp.command_line import Parser
+from megatron_smlp.command_line import Parser, note_ignored
 from megatron_smlp.ctrl_c import interrupt
 from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments
 from megatron_smlp.errors import UsageError
@@ -109,7 +109,7 @@ class _Ignored(argparse.Action):
         self.why = why
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        print(f"note: {option} is accepted and ignored: {self.why}", file=sys.stderr)
+        note_ignored(option, self.why)
 
 
 class _Refused(_Ignored):

@@ -3,14 +3,13 @@
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.command_line import flag_of
+from megatron_smlp.command_line import flag_of, note_ignored
 from megatron_smlp.data.pairs.indexed import optimal_dtype, refuse_existing
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
@@ -20,7 +19,7 @@ from megatron_smlp.data.pairs.manifest import (
     read_manifest,
 )
 from megatron_smlp.data.prepare.chunks import Position
-from megatron_smlp.data.prepare.encoding import EncodingSettings
+from megatron_smlp.data.prepare.encoding import EncodingSettings, ids_with_gaps
 from megatron_smlp.data.prepare.inputs import describe_inputs, find_inputs, shown, stamps_of
 from megatron_smlp.data.prepare.output import Counts, PartialOutput, pair_prefixes
 from megatron_smlp.data.prepare.records import remedy
@@ -146,11 +145,9 @@ def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
             f"set eos_token in its tokenizer_config.json, or leave out --append-eod"
         )
     if settings.append_eod and (tokenizer.eod or 0) >= tokenizer.vocab_size:
-        raise DataError(
-            f"the end-of-document token has id {tokenizer.eod}, but the tokenizer has "
-            f"{tokenizer.vocab_size} entries: its ids have gaps; number its tokens, the added ones "
-            f"too, from 0 to {tokenizer.vocab_size - 1}"
-        )
+        size = tokenizer.vocab_size
+        what = f"the end-of-document token has id {tokenizer.eod}, but the tokenizer has {size}"
+        raise ids_with_gaps(f"{what} entries", size)
     if len(set(settings.keys)) != len(settings.keys):
         raise UsageError(f"--json-keys {' '.join(settings.keys)}: a key is named twice")
     for key in settings.keys:
@@ -167,7 +164,7 @@ def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
             raise UsageError(
                 f"{flag_of(name)}: a {kind} does not read it, only {', '.join(kinds)}; leave it out"
             )
-        _note_unread(flag_of(name), f"a {kind} does not read it")
+        note_ignored(flag_of(name), f"a {kind} does not read it")
     if settings.sentences:
         check_sentence_data(settings.sentences)
 
@@ -298,11 +295,6 @@ def _publish(
     partial.publish(manifest)
 
 
-def _note_unread(flag: str, why: str) -> None:
-    """Tell of a flag that would change no id in Megatron's tool either."""
-    print(f"note: {flag} is accepted and ignored: {why}", file=sys.stderr)
-
-
 def settings_from_arguments(args: Any) -> PreprocessSettings:
     """Return the settings of the parsed flags of `tools/preprocess_data.py`."""
     sentences = None
@@ -310,7 +302,7 @@ def settings_from_arguments(args: Any) -> PreprocessSettings:
         sentences = SentenceSettings(args.lang or "english", args.keep_newlines)
     elif args.lang or args.keep_newlines:
         flag = "--lang" if args.lang else "--keep-newlines"
-        _note_unread(flag, "it says how --split-sentences splits, which is not given")
+        note_ignored(flag, "it says how --split-sentences splits, which is not given")
     return PreprocessSettings(
         inputs=tuple(args.input),
         output_prefix=os.fspath(args.output_prefix),

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from lm_eval.api.instance import Instance
+from support.beginning import begin_texts
 from support.in_process import pretrained
 
 from megatron_smlp.conversion.convert import Options, torch_dist_to_hf
@@ -60,12 +60,7 @@ def trained(flags: str, tokenizer: Path, folder: Path) -> Run:
 def beginning(tokenizer: Path, folder: Path, number: int) -> Path:
     """Make a tokenizer that puts this id before each text, as Llama's puts `<s>`."""
     shutil.copytree(tokenizer, folder)
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    begin = backend.id_to_token(number)
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{begin} $A", special_tokens=[(begin, number)]
-    )
-    backend.save(str(folder / "tokenizer.json"))
+    begin_texts(folder, number)
     return folder
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
+from support.beginning import begin_texts
 from support.language_models import save_language_model
 from support.smlp_systems import LONGEST
 
@@ -29,12 +29,7 @@ GREEDY = ["--temperature", "0", "--max-new-tokens", "5"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     made = save_language_model(tmp_path_factory.mktemp("begins"), "smlp_deterministic")
-    backend = tokenizers.Tokenizer.from_file(str(made / "tokenizer.json"))
-    token = backend.id_to_token(BEGIN)
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{token} $A", special_tokens=[(token, BEGIN)]
-    )
-    backend.save(str(made / "tokenizer.json"))
+    begin_texts(made, BEGIN)
     return made
 
 

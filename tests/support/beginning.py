@@ -1,0 +1,16 @@
+"""Tokenizers that put an id before each text."""
+
+from pathlib import Path
+
+import tokenizers
+
+
+def begin_texts(folder: Path, number: int) -> None:
+    """Let a folder's tokenizer put this id there, as Llama's puts `<s>`."""
+    path = str(folder / "tokenizer.json")
+    backend = tokenizers.Tokenizer.from_file(path)
+    begin = backend.id_to_token(number)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, number)]
+    )
+    backend.save(path)
