@@ -16,17 +16,12 @@ from typing import NoReturn
 
 from megatron_smlp.ctrl_c import is_interruption, noting_interruptions
 from megatron_smlp.errors import FileError, UserError
+from megatron_smlp.unwritable_log import to_stderr
 
 
 def _is_zero(variable: str) -> bool:
     """Return whether torchrun has set it to 0, or not at all: before there is a process group."""
     return int(os.environ.get(variable, "0")) == 0
-
-
-def _say(line: str) -> None:
-    """Print it on stderr; the exit code does not depend on whether anybody reads it."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
 
 
 def _end_workers() -> None:
@@ -53,12 +48,12 @@ def readable_errors(program: str) -> Iterator[None]:
     except UserError as error:
         if _is_zero(error.speaker):
             machine = "" if _is_zero("RANK") else f" on {socket.gethostname()}"
-            _say(f"{program}{machine}: error: {error}")
+            to_stderr(f"{program}{machine}: error: {error}")
         _end_workers()
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt as error:
         if _is_zero("RANK"):
-            _say(f"{program}: interrupted")
+            to_stderr(f"{program}: interrupted")
         _end_workers()
         _never_collect(error)
         raise SystemExit(128 + signal.SIGINT) from None

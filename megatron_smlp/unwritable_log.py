@@ -15,6 +15,12 @@ from typing import TextIO
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def to_stderr(line: str) -> None:
+    """Print it there; nothing, as an exit code, depends on whether anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 class UnwritableLog:
     """Says once, on standard error, that lines of `path` are lost."""
 

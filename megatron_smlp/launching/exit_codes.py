@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import socket
-import sys
 
 from megatron_smlp.errors import NonFiniteLossError, UsageError
+from megatron_smlp.unwritable_log import to_stderr
 
 NO_PROGRESS = 93
 """The exit code of a run that fails without a newer checkpoint: starting it again is of no use."""
@@ -32,6 +31,5 @@ def end_of(code: int) -> str:
 
 
 def say(text: str) -> None:
-    """One line of this machine's, on stderr; nothing depends on whether anybody reads it."""
-    with contextlib.suppress(OSError):
-        print(f"launch: {socket.gethostname()}: {text}", file=sys.stderr, flush=True)
+    """One line of this machine's."""
+    to_stderr(f"launch: {socket.gethostname()}: {text}")

@@ -12,8 +12,8 @@ from support.launches import REPOSITORY
 PACKAGE = REPOSITORY / "megatron_smlp"
 # Bottom up: a part (a folder, or a file of the package itself) imports only what stands before it.
 ORDER = (
-    *("errors", "ctrl_c", "program", "durable", "provenance", "restart_note"),
-    *("library_logging", "command_line", "unwritable_log", "metrics_records", "collectives"),
+    *("errors", "ctrl_c", "unwritable_log", "program", "durable", "provenance", "restart_note"),
+    *("library_logging", "command_line", "metrics_records", "collectives"),
     *("progress", "systems", "options"),
     *("ops", "hf", "routers", "layers", "architectures"),
     *("platform", "data", "checkpoints", "megatron_patches", "flags", "launching"),
