@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from support.checkpoints import pretrain
 from support.conversions import assert_same, folder_weights, from_gpt2, from_hf, run
+from support.deletion import hidden_in
 from support.small_disk import fill
 
 from megatron_smlp.checkpoints.folders import (
@@ -51,7 +52,7 @@ def assert_intact(run: Path) -> None:
     assert iterations(run) == [2]
     assert verify(iteration_folder(run, 2)) == []
     assert tracked_iteration(run) in (None, 2)
-    assert [path.name for path in run.glob(".*") if not path.name.startswith(".writer-")] == []
+    assert not hidden_in(run)
 
 
 def stop(disk: str, how: str, finished: str) -> None:

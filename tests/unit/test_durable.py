@@ -4,10 +4,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from support.deletion import names_in
 
 from megatron_smlp import durable
 from megatron_smlp.durable import (
-    delete_in_background,
     link_durably,
     remove_folder,
     replace_folder,
@@ -24,8 +24,7 @@ def _folder(path: Path, file: str) -> Path:
 def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     target = _folder(tmp_path / "target", "old")
     replace_folder(_folder(tmp_path / "new", "new"), target)
-    delete_in_background(tmp_path / "absent").result()  # behind the older one
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert names_in(tmp_path) == ["target"]
     assert [path.name for path in target.iterdir()] == ["new"]
 
 
@@ -36,8 +35,7 @@ def test_nobody_waits_for_a_large_folder_to_be_deleted(tmp_path: Path) -> None:
     remove_folder(tmp_path / "large")
     assert [path.name for path in tmp_path.iterdir()] == [".large.deleted"]
     may_go.set()
-    delete_in_background(tmp_path / "absent").result()
-    assert not list(tmp_path.iterdir())
+    assert not names_in(tmp_path)
 
 
 def test_an_older_folder_stays_where_there_is_no_new_one(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from support.deletion import names_in
 
-from megatron_smlp import durable
 from megatron_smlp.checkpoints import folders, retention
 from megatron_smlp.checkpoints.folders import MARKER, RUN, TRACKER, iteration_folder
 from megatron_smlp.durable import replace_folder
@@ -17,11 +17,6 @@ def checkpoint(run: Path, iteration: int, *, whole: bool = True) -> Path:
     if whole:
         (folder / MARKER).write_text("")
     return folder
-
-
-def names(run: Path) -> set[str]:
-    durable.delete_in_background(run / "absent").result()  # behind what is being deleted
-    return {path.name for path in run.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +68,7 @@ def test_tidying_finishes_what_was_interrupted(tmp_path: Path):
     assert gone == [
         ".iter_0000001.deleted", ".iter_0000004.replaced", ".iter_0000006.partial-0a1b"
     ]  # fmt: skip
-    assert names(tmp_path) == {"iter_0000002", "iter_0000004", ".of_the_user"}
+    assert set(names_in(tmp_path)) == {"iter_0000002", "iter_0000004", ".of_the_user"}
     assert folders.tidy(tmp_path / "absent") == []
 
 
@@ -87,8 +82,8 @@ def test_a_replacement_leaves_one_of_both(tmp_path: Path):
     partial.mkdir()
     (partial / "new").touch()
     replace_folder(partial, final)
-    assert names(tmp_path) == {"iter_0000002"}
-    assert names(final) == {"new"}
+    assert set(names_in(tmp_path)) == {"iter_0000002"}
+    assert set(names_in(final)) == {"new"}
 
 
 def test_two_saves_of_one_iteration_have_their_own_folders(tmp_path: Path):
@@ -117,7 +112,7 @@ class TestRetention:
         assert doomed == gone
         assert retention.delete(tmp_path, doomed) == []
         kept = {10, 20, 30, 40, 50} - set(gone)
-        assert names(tmp_path) == {iteration_folder(tmp_path, n).name for n in kept}
+        assert set(names_in(tmp_path)) == {iteration_folder(tmp_path, n).name for n in kept}
 
     def test_damaged_ones_and_links_neither_count_nor_go(self, tmp_path: Path):
         for iteration in (10, 20, 40):

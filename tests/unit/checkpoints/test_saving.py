@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import assert_ends_like, pretrain
+from support.deletion import hidden_in
 
 from megatron_smlp.checkpoints.folders import iteration_folder, iterations, tracked_iteration
 from megatron_smlp.checkpoints.integrity import verify
@@ -28,12 +29,6 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def hidden(run: Path) -> list[str]:
-    """But for the claim, which stays."""
-    names = [path.name for path in run.iterdir()]
-    return [name for name in names if name.startswith(".") and not name.startswith(".writer-")]
-
-
 def test_a_save_in_the_background_holds_the_step_that_asked_for_it(
     finished_run: Path, tmp_path: Path
 ):
@@ -46,7 +41,7 @@ def test_a_save_in_the_background_holds_the_step_that_asked_for_it(
     for iteration in (2, 4):
         ours, theirs = (iteration_folder(folder, iteration) for folder in (run, finished_run))
         assert same_tensors(ours, theirs)
-    assert not hidden(run)
+    assert not hidden_in(run)
 
 
 def same_tensors(ours: Path, theirs: Path) -> bool:
@@ -69,7 +64,7 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path: Path, how: str):
     assert "no checkpoint is there yet" in words
     assert "\n" not in words
     assert iterations(run) == []
-    assert not hidden(run)
+    assert not hidden_in(run)
 
 
 @pytest.mark.parametrize("how", ["", "--async-save"])
@@ -86,7 +81,7 @@ def test_a_run_may_go_on_without(
     assert "iteration 6/6" in output
     assert [verify(iteration_folder(run, n)) for n in (2, 4, 6)] == [[], [], []]
     assert tracked_iteration(run) == 6
-    assert not hidden(run)
+    assert not hidden_in(run)
 
 
 @pytest.mark.parametrize("how", ["", "--async-save"])
@@ -123,7 +118,7 @@ def test_a_folder_that_vanishes_is_not_made_again(
 def test_old_checkpoints_go_when_the_new_one_is_there(tmp_path: Path):
     pretrain(f"--save {tmp_path} --save-interval 1 --keep-last 2 --keep-every 3")
     assert iterations(tmp_path) == [3, 5, 6]
-    assert not hidden(tmp_path)
+    assert not hidden_in(tmp_path)
 
 
 def test_megatrons_flag_for_retention(tmp_path: Path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.conversions import assert_same, folder_weights, from_hf, run, save_exported, weights
+from support.deletion import names_in
 from support.smlp_systems import make_model
 from torch import Tensor
 
@@ -234,7 +235,7 @@ def test_a_folder_is_replaced_only_on_demand(exported: Path, tmp_path: Path) -> 
         main(words)
     assert (tmp_path / "run" / "precious").exists()
     main([*words, "--overwrite"])
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.parent == tmp_path) == ["run"]
+    assert names_in(tmp_path) == ["run"]
     assert not (tmp_path / "run" / "precious").exists()
 
 
