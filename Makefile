@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv || echo .cache/uv/bin/uv)
 # Each process would compile torch and Megatron anew, which takes longer than to import them.
 unexport PYTHONDONTWRITEBYTECODE
+# The launchers' interpreter has another use for this name.
+unexport PYTHON
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 .PHONY: help env lock quickstart study test test-slow first-gpu test-gpu lint format check bench bench-gpu clean
@@ -77,6 +79,7 @@ test-gpu: env ## the cases of first-gpu as tests
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
 bench: env ## every benchmark, into benchmarks/results/
+	# OpenBLAS takes the kernels of this processor, whatever the shell asks for.
 	env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/run_all.py
 	env -u OPENBLAS_CORETYPE $(BIN)/python -m pytest -m slow tests/benchmarks
 

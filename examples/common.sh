@@ -58,6 +58,8 @@ check_sizes() {
 check_python() {
   PYTHON="${PYTHON:-$(default_python)}"
   command -v "$PYTHON" > /dev/null || fail "PYTHON=$PYTHON: no such program. Run \`make env\` first"
+  "$PYTHON" -c 'from importlib.util import find_spec; raise SystemExit(find_spec("torch") is None)' \
+    || fail "PYTHON=$PYTHON has no torch: run \`make env\`, or give an interpreter with the packages"
 }
 
 # needs_one_connection TRAINING_FLAG...: whether CUDA is to have one queue, so that communication

@@ -22,17 +22,24 @@ if grep -qwsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=--bf16; fi
 
 step() { printf '\n== %s\n' "$*"; }
 
+refuse() {
+  echo "quickstart: CORPUS=$corpus $1: give a file or a folder of JSON lines" >&2
+  exit 2
+}
+corpus=${CORPUS:-}
+if [[ -n $corpus ]]; then
+  [[ -e $corpus ]] || refuse "does not exist"
+  [[ ! -d $run || $(realpath "$corpus")/ != "$(realpath "$run")"/* ]] \
+    || refuse "lies in $run, which is made anew"
+fi
+
 rm -rf "$run"
 mkdir -p "$run"
 
 step "1/6 corpus"
-corpus=${CORPUS:-}
 if [[ -z $corpus ]]; then
   corpus=$run/corpus.jsonl
   "$python" examples/quickstart_corpus.py --output "$corpus" --megabytes 4
-elif [[ ! -e $corpus ]]; then
-  echo "quickstart: CORPUS=$corpus does not exist: give a file or a folder of JSON lines" >&2
-  exit 2
 fi
 
 step "2/6 tokenizer: byte-level BPE with $vocabulary entries"

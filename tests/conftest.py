@@ -13,7 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from support.launcher_variables import is_of_a_launcher
 from support.selection import looks_at_gpus
+
+for variable in filter(is_of_a_launcher, list(os.environ)):
+    del os.environ[variable]
 
 LONGEST = ("/invariants/", "/cuda_without_a_gpu/", "/end_to_end/", "/evaluation/", "first_gpu")
 

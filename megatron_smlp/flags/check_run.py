@@ -309,8 +309,10 @@ def _check_wandb(args: argparse.Namespace) -> None:
 
 
 def _has_wandb_login() -> bool:
-    try:
-        hosts = netrc.netrc().hosts
+    own = [Path("~/.netrc").expanduser(), Path("~/_netrc").expanduser()]
+    found = os.environ.get("NETRC") or next((path for path in own if path.exists()), own[0])
+    try:  # of the file that W&B reads
+        hosts = netrc.netrc(Path(found).expanduser()).hosts
     except (OSError, netrc.NetrcParseError):
         return False
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")

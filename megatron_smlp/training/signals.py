@@ -23,7 +23,7 @@ MESSAGE = f"interrupted: {END}; interrupt again to stop at once\n".encode()
 
 
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
-"""A terminal that closes, and what `sbatch --signal=USR1@600` sends before a job's time is over."""
+"""A terminal that closes, and what `sbatch --signal=B:USR1@600` sends before a job's end."""
 
 
 class StartUp(contextlib.AbstractContextManager["StartUp"]):

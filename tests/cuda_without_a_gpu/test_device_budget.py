@@ -43,6 +43,8 @@ def test_a_step_and_each_kind_of_layer(
     for name, (one, other) in parts.items():
         for count in COUNTED:
             assert one[count] <= other[count], f"{system}, {name}: {count}"
+            # Much less than is written down: a gain to write down, or what no longer counts all.
+            assert one[count] >= 0.9 * other[count], f"{system}, {name}: {count}"
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

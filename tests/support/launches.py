@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.launcher_variables import is_of_a_launcher
 from support.ranks import REPOSITORY, TIME_LIMIT, forkserver, rank_process, run_ranks
 from support.runs import run_all, run_program
 
@@ -109,15 +110,7 @@ def run_command(command: Sequence[str], **variables: str) -> subprocess.Complete
 
 def clean_environment(**variables: str) -> dict[str, str]:
     """This process's environment without what a launcher left in it."""
-    launcher = {
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    }
-    kept = {name: value for name, value in os.environ.items() if name not in launcher}
+    kept = {name: value for name, value in os.environ.items() if not is_of_a_launcher(name)}
     return {**kept, "OMP_NUM_THREADS": "1", **variables}
 
 

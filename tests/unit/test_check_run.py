@@ -167,6 +167,23 @@ def test_weights_and_biases_need_a_name_and_a_folder(parse: Parse):
     refused(parse, words, r"--wandb-project p needs --wandb-exp-name, and --save or --wandb-save")
 
 
+@pytest.mark.parametrize(
+    ("file", "variable"), [(".netrc", ""), ("_netrc", ""), ("anywhere", "~/anywhere")]
+)
+def test_a_login_is_found_where_weights_and_biases_keeps_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, variable: str
+):
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", variable)
+    args = Namespace(wandb_project="p", wandb_exp_name="e", save="run")
+    with pytest.raises(UsageError, match="--wandb-project p without a login"):
+        check_run._check_wandb(args)
+    (tmp_path / file).write_text("machine api.wandb.ai login user password key\n")
+    check_run._check_wandb(args)
+
+
 def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path):
     """Triton builds its driver when the first kernel is compiled, with Python's headers."""
     monkeypatch.delenv("CC", raising=False)

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,15 +119,27 @@ def test_dry_run_of_the_real_command(tmp_path: Path):
     assert "token MoE (base), experts: 32" in said
 
 
+def named_layout(file: Path) -> dict[str, int]:
+    """Return what the comment `On N GPUs: --flag size ...` says, over its lines."""
+    text = file.read_text(encoding="utf-8")
+    found = re.search(r"^# On (\d+) GPUs: (.*(?:\n# --.*)*)", text, re.MULTILINE)
+    assert found, file
+    sizes = re.findall(r"--([a-z-]+) (\d+)", found[2])
+    assert 2 * len(sizes) == len(found[2].replace("#", "").split()), found[2]
+    return {"world_size": int(found[1])} | {spelling(name): int(size) for name, size in sizes}
+
+
 @pytest.mark.parametrize(("folder", "system"), [case for case in CONFIGS if case[0] != "cpu"])
 def test_a_gpu_holds_it_and_recomputes_only_what_it_must(folder: str, system: str):
     """Of 80 GB, in the layout that the file names; a tenth is left for temporary tensors."""
     values = {spelling(key): value for key, value in read_yaml(config(folder, system)).items()}
     values["vocab_size"] = VOCABULARY[folder]
-    values |= {"world_size": 8, "expert_tensor_parallel_size": 1}
     if folder == "paper/large":
-        values |= {"world_size": 128, "tensor_model_parallel_size": 2}
-    values["expert_model_parallel_size"] = 8 if "num_experts" in values else 1
+        values |= named_layout(config(folder, system))
+        assert values["world_size"] == 128
+    else:
+        experts = 8 if "num_experts" in values else 1
+        values |= {"world_size": 8, "expert_model_parallel_size": experts}
     gib = estimate(values)["per_gpu"]["memory_bytes"] / 2**30
     assert gib < 0.9 * 80 * 1e9 / 2**30
     if system != "llama_moe":
@@ -158,7 +171,7 @@ def test_shards_of_the_large_models(
     parse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, system: str, of: str
 ):
     """Built by Megatron as each rank would, without storage: every one has the expected size."""
-    has_experts = system in TOKEN_MOES or system.startswith("smlp")
+    has_experts = "num-experts" in read_yaml(config("paper/large", system))
     stages = STAGES.get(system, 4)
     layout = {
         "tensor_model_parallel_size": 2,

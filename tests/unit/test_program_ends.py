@@ -72,18 +72,23 @@ with undisturbed_exit(), readable_errors("program"):
     raise RuntimeError("the connection to another rank is closed")
 """
 INHERITED = """
-import os, signal, time
+import os, signal
 from megatron_smlp.training.signals import graceful_signals
 
 signal.signal(signal.SIGTERM, lambda *_: None)
 with graceful_signals(announces=True):
+    begun, ends = os.pipe(), os.pipe()
     worker = os.fork()
     if worker == 0:
-        time.sleep(0.5)
+        os.close(ends[1])
+        os.write(begun[1], b".")
+        os.read(ends[0], 1)
         os._exit(0)
-    time.sleep(0.2)
+    os.read(begun[0], 1)
     for sent in (signal.SIGINT, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         os.kill(worker, sent)
+    assert os.waitpid(worker, os.WNOHANG) == (0, 0)
+    os.close(ends[1])
     assert os.waitpid(worker, 0)[1] == 0
 """
 UNDER_NOHUP = """
@@ -108,7 +113,7 @@ def ran(program: str) -> subprocess.CompletedProcess[str]:
         env={**clean_environment(), "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
 

@@ -204,8 +204,8 @@ def test_other_layers_flags(parse: Parse, words: str, message: str):
 def test_flags_of_nothing_here(parse: Parse, words: str, message: str, monkeypatch):
     """One line, where a run would have ignored it or ended in a traceback."""
     monkeypatch.setenv("NETRC", "/none")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(UsageError, match=message):
         parse(f"--architecture gmlp {words}")
 

@@ -7,8 +7,11 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, torch
+import ctypes, resource, torch
 from megatron_smlp.platform import allocator
+
+PR_SET_THP_DISABLE = 41
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # a huge page is one fault, not 512
 
 def step():
     for size in (40 << 20, 48 << 20):  # over 32 MiB glibc otherwise maps each block anew

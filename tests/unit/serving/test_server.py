@@ -60,6 +60,7 @@ def running(app: Any, http: type = TimedProtocol, *, forced: bool = False) -> It
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         while not server.started:
+            assert thread.is_alive()
             time.sleep(0.01)
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
@@ -253,7 +254,7 @@ def test_bad_requests_get_json(
     url: str, body: bytes | dict[str, Any], status: int, message: str
 ) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    answer = httpx.post(f"{url}/completions", content=content, headers=JSON)
+    answer = httpx.post(f"{url}/completions", content=content, headers=JSON, timeout=60)
     assert answer.status_code == status
     assert message in answer.json()["error"]["message"]
 
@@ -279,12 +280,12 @@ def test_what_a_web_page_could_send_is_refused(
     url: str, headers: dict[str, str], status: int
 ) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
-    answer = httpx.post(f"{url}/completions", content=body, headers=headers)
+    answer = httpx.post(f"{url}/completions", content=body, headers=headers, timeout=60)
     assert answer.status_code == status
     assert (status == 200) == ("choices" in answer.json())
     assert "access-control-allow-origin" not in answer.headers
     if status == 403:
-        assert httpx.get(f"{url}/models", headers=headers).status_code == 403
+        assert httpx.get(f"{url}/models", headers=headers, timeout=60).status_code == 403
 
 
 def test_a_key_and_more_names(lm: LanguageModel) -> None:
@@ -372,13 +373,13 @@ def test_connections_that_send_nothing_are_dropped(lm: LanguageModel) -> None:
         slow = stack.enter_context(socket.create_connection((place.host, place.port)))
         with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
             _drip(slow, b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1" * 10)
-        assert httpx.get(f"{address}/models").status_code == 200
+        assert httpx.get(f"{address}/models", timeout=60).status_code == 200
 
 
 def test_other_paths_get_json_and_the_server_lives(url: str) -> None:
-    assert httpx.get(f"{url}/chat").json()["error"]["message"].startswith("Not Found")
-    assert httpx.get(f"{url}/completions").status_code == 405
-    answer = httpx.post(f"{url}/completions", json={"prompt": [5, 6], "max_tokens": 0})
+    assert httpx.get(f"{url}/chat", timeout=60).json()["error"]["message"].startswith("Not Found")
+    assert httpx.get(f"{url}/completions", timeout=60).status_code == 405
+    answer = httpx.post(f"{url}/completions", json={"prompt": [5, 6], "max_tokens": 0}, timeout=60)
     assert answer.json()["choices"][0]["text"] == ""
 
 
@@ -447,8 +448,8 @@ def test_no_more_than_may_wait_get_in_at_once(
         statuses = asyncio.run(burst(where))
         assert sorted(statuses) == [200] * max_waiting + [429] * (count - max_waiting)
         for _ in range(max_waiting + 1):
-            assert httpx.post(where, json={}).status_code == 400
-        assert httpx.post(where, json=asked).status_code == 200
+            assert httpx.post(where, json={}, timeout=60).status_code == 400
+        assert httpx.post(where, json=asked, timeout=60).status_code == 200
 
 
 def test_a_client_that_has_gone_before_its_stream_begins_cancels_it(lm: LanguageModel) -> None:
@@ -516,7 +517,9 @@ def test_a_server_that_is_forced_to_end_cancels_its_requests(lm: LanguageModel) 
     asked = {"prompt": ["a"] * 100, "max_tokens": LONGEST - 1}
     with running(app, forced=True) as address:
         client = threading.Thread(
-            target=httpx.post, args=[f"{address}/completions"], kwargs={"json": asked}
+            target=httpx.post,
+            args=[f"{address}/completions"],
+            kwargs={"json": asked, "timeout": 60},
         )
         client.start()
         assert begun.wait(60)
@@ -571,7 +574,7 @@ def test_a_client_that_goes_away_frees_its_place(lm: LanguageModel, streams: boo
 
         assert asyncio.run(go_away()) == 429
         deadline = time.monotonic() + 20
-        while httpx.post(where, json=short).status_code != 200:
+        while httpx.post(where, json=short, timeout=60).status_code != 200:
             assert time.monotonic() < deadline
             time.sleep(0.05)
     hook.remove()

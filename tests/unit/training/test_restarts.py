@@ -137,10 +137,11 @@ def test_a_run_of_two_machines_names_the_slow_one(tmp_path: Path):
     from support.launches import launch_calls
 
     launch_calls(_train_slowly, str(tmp_path), processes=2, log=tmp_path / "log")
-    named = [record["slow_hosts"] for record in records(tmp_path) if "slow_hosts" in record]
-    assert [found["host"] for found in named[0]] == ["node1"]
-    assert named[0][0]["what"] == "computes slowly"
-    assert named[0][0]["ratio"] > slow_hosts.RATIO
+    lines = records(tmp_path)
+    named = [found for line in lines for found in line.get("slow_hosts", [])]
+    slow = [found for found in named if found["what"] == "computes slowly"]
+    assert {found["host"] for found in slow} == {"node1"}, lines  # a busy machine may send slowly
+    assert slow[0]["ratio"] > slow_hosts.RATIO
     for rank in range(2):
         waits = (tmp_path / f"waits{rank}").read_text().splitlines()
         assert len(waits) > 10
