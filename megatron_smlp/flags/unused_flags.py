@@ -98,6 +98,9 @@ USELESS = {
     "delay_wgrad_compute": "is for --overlap-moe-expert-parallel-comm, which is not available",
     "use_persistent_ckpt_worker": "hands saves to a process that ends by the signal that tells a "
     "run to save: one is forked for each save",
+    "fused_residual_rmsnorm": "fuses nothing: norms here give no residual back",
+    "use_grouped_gemm_for_dense_mlp": "is read where Megatron builds dense FFNs, which it does not "
+    "build here",
     "optimizer_cuda_graph": "would replay updates without looking whether the loss is finite",
 }
 """Flags that do not work with what is here, and why: they are to be left out."""
@@ -178,7 +181,6 @@ TRANSFORMER_ENGINE_FLAGS = (
     "qk_layernorm",
     "softmax_type",
     "window_size",
-    "fused_residual_rmsnorm",
     "moe_permute_fusion",
     "moe_grouped_gemm",
     "attention_backend",
@@ -186,7 +188,6 @@ TRANSFORMER_ENGINE_FLAGS = (
     "save_tokens_per_expert_interval",
     "te_precision_config_file",
     "use_transformer_engine_op_fuser",
-    "use_grouped_gemm_for_dense_mlp",
     "tp_comm_overlap",
     "cpu_offloading_num_layers",
     "fp32_residual_connection",
@@ -276,6 +277,11 @@ def refuse_unused(args: argparse.Namespace) -> None:
                 f"{_flag(name)} needs Transformer Engine, which is not in use "
                 "(--transformer-impl local): leave it out."
             )
+    if _given(args, ("use_transformer_engine_op_fuser",)) and not args.moe_grouped_gemm:
+        raise UsageError(
+            "--use-transformer-engine-op-fuser does nothing without --moe-grouped-gemm: give both, "
+            "or leave it out."
+        )
 
 
 def _refuse_inert(args: argparse.Namespace) -> None:

@@ -760,11 +760,23 @@ class SMLPPositionWeights(nn.Module):
     def forward(self, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
         """keys, values: <float>[B, L, F] of all positions so far.
 
-        Returns the sums over s <= t of exp(k_s + w_ts) v_s and of exp(k_s + w_ts), [B, T, 2 F].
+        Returns their averages over s <= t by exp(k_s + w_ts), [B, T, F]. Those that a large key is
+        in are computed in double precision, and no others: they do not depend on it.
         """
-        largest = max(keys.abs().max().item(), self.weight.tril().abs().max().item())
-        dtype = torch.float64 if largest > 20 else torch.promote_types(keys.dtype, torch.bfloat16)
-        return self._grown(layout, keys.shape[1], dtype) @ _grown(keys, values, dtype)
+        if self.weight.tril().abs().max() > 20:
+            return self._averages(keys, values, layout, torch.float64)
+        large = keys.abs() > 20
+        usual = torch.promote_types(keys.dtype, torch.bfloat16)
+        averages = self._averages(keys.masked_fill(large, 0), values, layout, usual)
+        if not large.any():
+            return averages
+        has_large = _rows_of_call(large.cumsum(dim=1) > 0, layout)
+        exact = self._averages(keys, values, layout, torch.float64)
+        return torch.where(has_large, exact, averages)
+
+    def _averages(self, keys: Tensor, values: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+        sums = self._grown(layout, keys.shape[1], dtype) @ _grown(keys, values, dtype)
+        return _ratio(sums).to(values.dtype)
 
     def _grown(self, layout: Layout, length: int, dtype: torch.dtype) -> Tensor:
         """exp(w) of this call's rows, 0 where s > t: <dtype>[T, L] or [B, T, L]."""
@@ -807,11 +819,17 @@ class SMLPAttentionFree(nn.Module):
             keys, values = keys[:, 0], values[:, 0]
         if self.positions is None:
             sums = _rows_of_call(_grown(keys, values, torch.float64).cumsum(dim=1), layout)
+            averages = _ratio(sums).to(hidden.dtype)
         else:
-            sums = self.positions(keys, values, layout)
-        above, below = sums.chunk(2, dim=-1)
-        mixed = torch.sigmoid(project(self.q_proj, hidden)) * (above / below).to(hidden.dtype)
+            averages = self.positions(keys, values, layout)
+        mixed = torch.sigmoid(project(self.q_proj, hidden)) * averages
         return project(self.out_proj, mixed), None
+
+
+def _ratio(sums: Tensor) -> Tensor:
+    """Divide the sums of exp(k) v by those of exp(k)."""
+    above, below = sums.chunk(2, dim=-1)
+    return above / below
 
 
 def _grown(keys: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -39,7 +39,7 @@ from megatron_smlp.layers.projections import (
     two_projections,
 )
 from megatron_smlp.layers.token_mixer import TokenMixer
-from megatron_smlp.ops.relation_mix import relation_mix
+from megatron_smlp.ops.relation_mix import WIDEST, relation_mix
 from megatron_smlp.ops.running_sums import log_running_mean
 
 
@@ -58,13 +58,18 @@ def causal_rn_spec(
 
 
 def check_flags(args: Any) -> None:
-    """Check how the features are cut, of Megatron's namespace.
+    """Check the width and how it is cut, of Megatron's namespace.
 
     Raises:
-        ValueError: see `check_heads`.
+        ValueError: see `check_heads`; or the quadratic one is so wide that its sums may overflow.
     """
     flag = "--relation-width" if args.relation_width else "--hidden-size"
     width = args.relation_width or args.hidden_size
+    if args.causal_rn_kind == "quadratic" and width > WIDEST:
+        raise ValueError(
+            f"{flag} {width} with --causal-rn-kind quadratic, whose exponentials may overflow from "
+            f"{WIDEST + 1} on: give --relation-width {WIDEST} or less, or --causal-rn-kind linear."
+        )
     check_heads(args, "one head", 1, width=width, width_flag=flag, mixer="CausalRN")
 
 

@@ -68,6 +68,8 @@ class PartialFeatureMoE(SpatialGating):
         ValueError: C does not divide F, or tp does not divide C.
     """
 
+    splits_one = False  # its ranks would each route by their part of the features
+
     def __init__(
         self,
         config: TransformerConfig,

@@ -128,7 +128,7 @@ class MaskedMixer(TokenMixer):
         """
         mixed = self.mix(self.spatial, self._to_features(hidden_states))
         if self.spatial_out is not None:
-            mixed = self.mix(self.spatial_out, self.config.activation_func(mixed))
+            mixed = self.mix(self.spatial_out, self.activation(mixed))
         return self._to_tokens(mixed, hidden_states), None
 
     def mix(self, spatial: SpatialProjection, values: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def check_heads(
             f"{width_flag}."
         )
     if num_heads % tp and not (splits_one and num_heads == 1):
-        other = "a single head, which is split over all ranks" if splits_one else "leave heads out"
+        other = "a single head, which is split over all ranks" if splits_one else "leave it out"
         raise ValueError(
             f"--tensor-model-parallel-size {tp} does not divide {flag} {num_heads}: choose a "
             f"divisor, or {other}."

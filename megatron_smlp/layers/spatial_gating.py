@@ -222,6 +222,8 @@ class SpatialGating(TokenMixer):
     """
 
     has_halves = True
+    splits_one = True
+    """Whether a single head is split over all tensor parallel ranks."""
 
     def __init__(
         self,
@@ -240,7 +242,7 @@ class SpatialGating(TokenMixer):
         super().__init__(config, layer_number, pg_collection)
         self.projection = projection
         tp = self.tp_group.size()
-        check_gate(config, "num_heads", num_heads)
+        check_gate(config, "num_heads", num_heads, splits_one=self.splits_one)
         assert config.ffn_hidden_size is not None
         gate_width = config.ffn_hidden_size // 2
         self.head_is_split = num_heads == 1 and tp > 1
@@ -309,7 +311,7 @@ class SpatialGating(TokenMixer):
             u1 * g: <float>[T', B, F'].
         """
         if not self.gates_by_kernels(u):
-            u1, u2 = self.config.activation_func(u).chunk(2, dim=-1)
+            u1, u2 = self.activation(u).chunk(2, dim=-1)
             return self.gated(u1, u2, attended)
         weight, bias = self.first_parameters(len(u))
         if not self.head_is_split:
@@ -317,14 +319,12 @@ class SpatialGating(TokenMixer):
             norm = (self.norm.weight, self.norm.bias, self.norm.eps)
             return gelu_gate(u, norm, weight, bias, attended)
         u1, u2 = u.chunk(2, dim=-1)  # the statistics of LN are sums over the ranks
-        values = self.norm(self.config.activation_func(u2))
+        values = self.norm(self.activation(u2))
         return gated_mix(u1, values, weight, bias, attended)
 
     def gates_by_kernels(self, u: Tensor) -> bool:
         """Return whether the gate of u, <float>[T', B, 2 F'], is one operator."""
-        return self.spatial.is_dense and gates_by_kernels(
-            u, self.local_heads, self.config.activation_func
-        )
+        return self.spatial.is_dense and gates_by_kernels(u, self.local_heads, self.activation)
 
     def gated(self, u1: Tensor, u2: Tensor, attended: Tensor | None) -> Tensor:
         """u1, u2, attended: <float>[T', B, F'], behind the GELU -> u1 * g, part by part."""
@@ -360,10 +360,11 @@ def check_flags(args: Any) -> None:
     check_gate(args, "--spatial-heads", args.spatial_heads)
     if args.feature_router != "none":
         flag = "--num-feature-chunks" if args.num_feature_chunks else "--num-feature-experts"
-        check_gate(args, flag, args.num_feature_chunks or args.num_feature_experts)
+        chunks = args.num_feature_chunks or args.num_feature_experts
+        check_gate(args, flag, chunks, splits_one=False)  # a chunk has one router
 
 
-def check_gate(args: Any, flag: str, num_heads: int) -> None:
+def check_gate(args: Any, flag: str, num_heads: int, *, splits_one: bool = True) -> None:
     """Check that heads, gate width and parallel layout fit, of Megatron's namespace or config.
 
     Raises:
@@ -378,4 +379,5 @@ def check_gate(args: Any, flag: str, num_heads: int) -> None:
         width_name=f"the gate width {width:g} (--ffn-hidden-size {args.ffn_hidden_size} / 2)",
         width_flag="--ffn-hidden-size",
         mixer="spatial gating",
+        splits_one=splits_one,
     )

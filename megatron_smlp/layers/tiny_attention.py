@@ -67,20 +67,19 @@ class TinyAttention(nn.Module):
         config = self.config
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         rows = rows or slice(0, outputs)
-        linear = nn.Linear(
-            inputs,
-            rows.stop - rows.start,
-            bias=config.add_bias_linear,
-            dtype=config.params_dtype,
-            device=device,
-        )
+        bias, dtype = config.add_bias_linear, config.params_dtype
+        # Of all rows, whose values it draws: others of these numbers would follow fewer draws.
+        linear = nn.Linear(inputs, outputs, bias=bias, dtype=dtype, device=device)
         if config.perform_initialization:
             # On the CPU's generator, which is the same on all ranks of the group.
             whole = torch.empty(outputs, inputs, device="cpu")
             config.init_method(whole)
-            linear.weight.data.copy_(whole[rows])
-        if config.add_bias_linear:
+            linear.weight.data.copy_(whole)
+        if bias:
             nn.init.zeros_(linear.bias)
+            linear.bias = nn.Parameter(linear.bias.data[rows].clone())
+        linear.weight = nn.Parameter(linear.weight.data[rows].clone())
+        linear.out_features = rows.stop - rows.start
         return linear
 
     def forward(self, hidden_states: Tensor) -> Tensor:

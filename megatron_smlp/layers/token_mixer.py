@@ -12,6 +12,7 @@ from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
 )
+from torch.nn import functional
 
 
 class TokenMixer(MegatronModule):
@@ -29,6 +30,9 @@ class TokenMixer(MegatronModule):
         super().__init__(config=config)
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.layer_number, self.tp_group = layer_number, pg_collection.tp
+        # --swiglu and --quick-geglu change FFNs; what a mixer has between two products is a GELU.
+        is_gated = config.gated_linear_unit
+        self.activation = functional.gelu if is_gated else config.activation_func
 
     def sharded_state_dict(
         self,

@@ -3,7 +3,8 @@
     y[t, f] = (1 / t) sum over s <= t of exp( (a[t, f] + b[s, f]) r[t, s] )          t = 1, 2, ...
 
 a and b are centred over the features and r is one over the deviation of a[t] + b[s], so that the
-exponent is a normalised vector, of which no element is over sqrt(F - 1): exp() in fp32 is safe.
+exponent is a normalised vector, of which no element is over sqrt(F - 1): exp() in fp32 is safe up
+to F = WIDEST.
 
 Letters: T tokens, B batch, F features, R rows of a block.
 
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WIDEST = 6400
+"""F up to which a sum of a thousand exp(sqrt(F - 1)) fits into fp32."""
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 """Exponentials of one sample that exist at a time: 8 MiB, or 128 where blocks cost launches."""
 

@@ -259,7 +259,10 @@ def test_a_checkpoint_may_have_recorded_them(parse: Parse, tmp_path: Path):
     [
         *("--apply-layernorm-1p", "--qk-layernorm", "--window-size 4,0"),
         *("--fp32-residual-connection --bf16", "--cpu-offloading-num-layers 1"),
-        *("--fused-residual-rmsnorm", "--moe-grouped-gemm --token-router base --num-experts 2"),
+        *(
+            "--use-transformer-engine-op-fuser",
+            "--moe-grouped-gemm --token-router base --num-experts 2",
+        ),
     ],
 )
 def test_transformer_engines_flags(parse: Parse, flag: str):

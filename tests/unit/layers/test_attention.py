@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +124,22 @@ def test_one_head_on_all_ranks_draws_alike(
     head(x)
     head.eval()(x)
     assert tracker.names == drawn
+
+
+def test_initial_values_do_not_depend_on_the_tensor_parallel_size():
+    """Nor do the numbers that are drawn after them."""
+
+    def drawn(*, tp: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(3)
+        group = SimpleNamespace(size=lambda: tp, rank=lambda: rank)
+        head = TinyAttention(layer_config(), width=8, out_features=48, tp_group=group)
+        return head.linear_qkv.weight, head.linear_proj.weight, torch.rand(1)
+
+    whole, *parts = drawn(tp=1, rank=0), drawn(tp=2, rank=0), drawn(tp=2, rank=1)
+    assert torch.equal(torch.cat([part[1] for part in parts]), whole[1])
+    for part in parts:
+        assert torch.equal(part[0], whole[0])
+        assert torch.equal(part[2], whole[2])
 
 
 def test_masks_other_than_causal_are_refused():

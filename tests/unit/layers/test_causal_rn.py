@@ -80,10 +80,15 @@ def test_in_bf16_only_the_projections_are_rounded(kind: str):
         ({"tensor_model_parallel_size": 5}, r"size 5 does not divide --hidden-size 24: choose"),
         ({"tensor_model_parallel_size": 3, "relation_width": 40}, r"divide --relation-width 40"),
         ({"context_parallel_size": 2}, r"size 2 is not available with CausalRN"),
+        (
+            {"relation_width": 8192, "causal_rn_kind": "quadratic"},
+            r"--relation-width 8192 with --causal-rn-kind quadratic, .* from 6401 on: give",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused(changes: dict[str, int], message: str):
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str):
     sizes = {"tensor_model_parallel_size": 1, "context_parallel_size": 1, "relation_width": None}
+    sizes |= {"causal_rn_kind": "linear"}
     check_flags(Namespace(hidden_size=24, **sizes))
     with pytest.raises(ValueError, match=message):
         check_flags(Namespace(hidden_size=24, **{**sizes, **changes}))

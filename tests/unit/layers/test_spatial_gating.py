@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -219,6 +220,20 @@ def test_deterministic_feature_moe_equals_heads(tokens: int):
     routed.load_state_dict(heads.state_dict())
     inputs = torch.randn(tokens, BATCH, heads.config.hidden_size)
     assert torch.equal(_forward(routed)(inputs), _forward(heads)(inputs))
+
+
+@pytest.mark.parametrize("kind", [{}, {"architecture": "mixer", "mixer_expansion": True}])
+def test_the_activation_of_a_gated_ffn_is_none_of_a_mixers(kind: dict[str, Any]):
+    """As --swiglu has it, for experts."""
+    swiglu = {"gated_linear_unit": True, "activation_func": functional.silu}
+    kind = {"architecture": "gmlp", **kind}
+    plain, gated = (
+        SlottedLayer(layer_config(**kind, **flags)).self_attention for flags in ({}, swiglu)
+    )
+    _stir(plain.parameters())
+    gated.load_state_dict(plain.state_dict())
+    inputs = torch.randn(16, BATCH, 24)
+    assert torch.equal(gated(inputs)[0], plain(inputs)[0])
 
 
 @pytest.mark.parametrize("heads", [5, 0, -1, 49])

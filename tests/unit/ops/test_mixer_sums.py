@@ -67,6 +67,29 @@ def test_large_exponents_of_aft(sign: int):
         torch.testing.assert_close(left.double() / scale, right / scale, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_key_reaches_what_averages_it_alone(dtype: torch.dtype):
+    """Bitwise: neither earlier tokens, other samples nor other features."""
+    keys, values, weight = (x.to(dtype) for x in operands(40))
+    large = keys.clone()
+    large[30, 1, 2] = 25.0
+    mixed, gradient, *_ = with_gradients(aft_mix, large, values, weight)
+    same = mixed == aft_mix(keys, values, weight)
+    assert not same[30:, 1, 2].all()
+    same[30:, 1, 2] = True
+    assert same.all()
+    double = aft_mix(large.double(), values.double(), weight.double())
+    torch.testing.assert_close(mixed.double(), double, rtol=3e-2, atol=3e-2)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [2.0, 5.0])
+def test_gradients_where_some_keys_are_large(factor: float):
+    keys, values, weight = operands(63)
+    keys[::7] *= factor * 10
+    assert_same(aft_mix, aft_mix_reference, keys, values, weight, tolerance=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_aft_in_other_precisions(dtype: torch.dtype):
     keys, values, weight = (x.to(dtype) for x in operands(130, scale=3.0))
