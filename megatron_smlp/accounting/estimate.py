@@ -25,9 +25,10 @@ from megatron_smlp.accounting.ranks import ParallelLayout
 from megatron_smlp.command_line import Parser, did_you_mean, flag_of
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
+from megatron_smlp.flags.check_model import check_attention, check_experts, check_sparse
 from megatron_smlp.flags.yaml_file import StrictLoader, read_yaml, spelling
-from megatron_smlp.options import ModelOptions, choices_of, model_defaults
-from megatron_smlp.systems import ARCHITECTURES
+from megatron_smlp.options import ModelOptions, choices_of, model_defaults, prefix_length
+from megatron_smlp.systems import ARCHITECTURES, TOP_K
 
 _REQUIRED = ("num_layers", "hidden_size", "seq_length")
 _LAYOUT: dict[str, Any] = {
@@ -87,6 +88,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     for field in dataclasses.fields(ModelOptions)
     if (choices := choices_of(field)) is not None
 }
+_SIZES = {
+    *_REQUIRED,
+    *("relation_width", "num_feature_chunks", "ffn_hidden_size", "num_attention_heads"),
+    *("kv_channels", "max_position_embeddings", "num_experts", "moe_ffn_hidden_size"),
+    *("moe_shared_expert_intermediate_size", "padded_vocab_size", "global_batch_size"),
+    *("expert_tensor_parallel_size", "world_size", "recompute_num_layers"),
+    *(name for name, default in _DEFAULTS.items() if type(default) is int),
+} - {"rotary_base", "moe_layer_freq"}
+"""What has to be a whole number."""
+_FROM_ZERO = {"hash_seed", "num_dense_layers", "window"}
 _TYPED = {name: value for name, value in _DEFAULTS.items() if name not in _RESOLVED}
 _TYPED |= {field.name: field.default for field in dataclasses.fields(TokenizerSpec)}
 """What may be on the command line: flags with their defaults."""
@@ -156,6 +167,8 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     args = argparse.Namespace(**(_DEFAULTS | values))
     if not isinstance(args.moe_layer_freq, int | list):
         raise ValueError(f"moe_layer_freq {args.moe_layer_freq}: give a number or a list as [0, 1]")
+    args.load = None
+    _refuse_impossible(args)
     args.num_attention_heads = args.num_attention_heads or 1
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     args.ffn_hidden_size = args.ffn_hidden_size or _default_width(args)
@@ -196,15 +209,36 @@ def _refuse_misspelt(values: dict[str, Any]) -> None:
 
 
 def _refuse_wrong(values: Mapping[str, Any]) -> None:
-    """Refuse what is not one of the choices, or no number where only a number can be."""
+    """Refuse what is not one of the choices, and what is no number, or no size, where it has to."""
     for name, value in values.items():
         choices = _CHOICES.get(name)
         if choices and value is not None and value not in choices:
             raise ValueError(f"{flag_of(name)} {value}: give one of {', '.join(choices)}")
-        is_number = name in _REQUIRED or type(_DEFAULTS.get(name)) in (int, float)
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and name != "moe_layer_freq" and value is not None and not numeric:
+        least = 0 if name in _FROM_ZERO else 1
+        if name in _SIZES and value is not None and not (type(value) is int and value >= least):
+            raise ValueError(f"{flag_of(name)} {value}: give a whole number from {least} on")
+        is_number = name == "rotary_base" or type(_DEFAULTS.get(name)) is float
+        if is_number and type(value) not in (int, float, type(None)):
             raise ValueError(f"{flag_of(name)} {value}: give a number")
+
+
+def _refuse_impossible(args: argparse.Namespace) -> None:
+    """Refuse sizes that fit nothing; how a mixer's fit, its layers say when they are built."""
+    kind = ARCHITECTURES[args.architecture]
+    if kind.attends and args.num_attention_heads:
+        check_attention(args)
+    if kind.sparse_mixer:
+        check_sparse(args)
+    if args.num_experts is not None:
+        check_experts(args)
+    topk = args.moe_router_topk if args.token_router in TOP_K else 1
+    if topk > (args.num_experts or topk):
+        raise ValueError(f"--moe-router-topk {topk} of --num-experts {args.num_experts}: give less")
+    prefix = prefix_length(args, seq_length=args.seq_length)
+    if args.feature_router == "partial" and not 0 < prefix < args.seq_length:
+        raise ValueError(f"--prefix-fraction {args.prefix_fraction}: give a part of the sequence")
+    if args.bf16 and args.fp16:
+        raise ValueError("--bf16 and --fp16 exclude one another: give one of them")
 
 
 def uncounted(values: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ def check_model(args: argparse.Namespace) -> None:
             )
     kind = ARCHITECTURES[args.architecture]
     if kind.attends:
-        _check_attention(args)
+        check_attention(args)
     _call(MIXERS[kind.mixer].check, args)
     if args.context_parallel_size > 1:
         # Attention could; the mixers' checks have said why they cannot.
@@ -35,8 +35,8 @@ def check_model(args: argparse.Namespace) -> None:
     if args.input_projection == "minhash":
         _call("megatron_smlp.layers.minhash:check_flags", args)
     if kind.sparse_mixer:
-        _check_sparse(args)
-    _check_experts(args)
+        check_sparse(args)
+    check_experts(args)
 
 
 def slots_of(args: argparse.Namespace) -> list[LayerSlots]:
@@ -44,7 +44,12 @@ def slots_of(args: argparse.Namespace) -> list[LayerSlots]:
     return layer_slots(args, args, num_experts=args.num_experts)
 
 
-def _check_attention(args: argparse.Namespace) -> None:
+def check_attention(args: argparse.Namespace) -> None:
+    """Check the heads of attention.
+
+    Raises:
+        UsageError: they divide neither the hidden size nor among the ranks.
+    """
     heads, tp = args.num_attention_heads, args.tensor_model_parallel_size
     if not heads or args.hidden_size % heads:
         raise UsageError(
@@ -67,7 +72,12 @@ def _call(check: str | None, args: argparse.Namespace) -> None:
         raise UsageError(str(error)) from error
 
 
-def _check_sparse(args: argparse.Namespace) -> None:
+def check_sparse(args: argparse.Namespace) -> None:
+    """Check which layers of sMLP are sparse, and their experts of features.
+
+    Raises:
+        UsageError: see the messages.
+    """
     if not 0 <= args.num_dense_layers <= args.num_layers:
         raise UsageError(
             f"--num-dense-layers {args.num_dense_layers} must lie between 0 and --num-layers "
@@ -80,7 +90,12 @@ def _check_sparse(args: argparse.Namespace) -> None:
         )
 
 
-def _check_experts(args: argparse.Namespace) -> None:
+def check_experts(args: argparse.Namespace) -> None:
+    """Check the number of experts of tokens, and which layers have them.
+
+    Raises:
+        UsageError: see the messages.
+    """
     experts, ep = args.num_experts, args.expert_model_parallel_size
     if experts is None:
         if ep > 1:

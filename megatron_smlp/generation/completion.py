@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Completion:
 
     prompt: str
     text: str
-    """The continuation, without the end-of-document token."""
+    """The continuation, without the token that ended it."""
     num_tokens: int
     reached_the_end: bool
     """Whether it stopped because the model has no further positions."""
@@ -94,14 +95,14 @@ def complete(
             ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=min(sampling.max_new_tokens, room),
-            eos_token_id=lm.end,
+            eos_token_id=lm.ends or None,
             pad_token_id=padding,
             suppress_tokens=lm.padding_ids or None,
             **sampling.arguments(),
         )
     for row, new in enumerate(output[:, ids.shape[1] :].tolist()):
         prompt = prompts[row // sampling.num_samples]
-        kept = new[: new.index(lm.end)] if lm.end in new else new
+        kept = list(takewhile(lambda number: number not in lm.ends, new))
         yield Completion(
             prompt=lm.decode(prompt[len(lm.start) :]),
             text=lm.continuation(prompt, kept),

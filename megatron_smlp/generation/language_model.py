@@ -26,7 +26,7 @@ class LanguageModel:
     """A transformers model with `generate`, in evaluation mode."""
     tokenizer: Encoder
     end: int | None
-    """Id of the end-of-document token; generation stops at it."""
+    """Id of the end-of-document token."""
     name: str
     start: tuple[int, ...] = ()
     """Ids before each text, as the model was trained with."""
@@ -35,6 +35,13 @@ class LanguageModel:
     def longest(self) -> int:
         """T: positions that the model has."""
         return int(self.model.config.max_position_embeddings)
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids that generation stops at: `end`, and what else the model's folder names."""
+        named = self.model.generation_config.eos_token_id
+        others = named if isinstance(named, list) else [named]
+        return sorted({number for number in (self.end, *others) if number is not None})
 
     @property
     def vocab_size(self) -> int:
@@ -140,7 +147,7 @@ def model_of(checkpoint: Any) -> Any:
 
 
 def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, str]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     from megatron_smlp.conversion.huggingface import IMPOSSIBLE, check_folder
 
@@ -159,6 +166,11 @@ def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, s
         raise UsageError(f"--hf {folder} cannot be loaded: {reason}") from error
     if missing := sorted(loaded["missing_keys"]):
         raise UsageError(f"--hf {folder} has no weights for {missing[0]}, which its model has.")
+    # Others of its settings, as a repetition penalty, would be taken where none is asked for.
+    names = ("eos_token_id", "suppress_tokens")
+    model.generation_config = GenerationConfig(
+        **{name: getattr(model.generation_config, name) for name in names}
+    )
     spec = None
     if has_tokenizer(folder):
         spec = TokenizerSpec(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))

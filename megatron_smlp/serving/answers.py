@@ -28,7 +28,7 @@ class Answer:
 
     def push(self, token: Token) -> bool:
         """Add a token; return whether the answer ends with it."""
-        if token.id == self.lm.end:
+        if token.id in self.lm.ends:
             self.finish_reason = "stop"
             return True
         # An unfinished character may be shown as several, one for each byte.

@@ -91,7 +91,8 @@ def _serve(lm: LanguageModel, options: argparse.Namespace, listening: socket.soc
     )
     logging.getLogger("uvicorn.error").addFilter(_is_news)
     host, port = listening.getsockname()[:2]
-    print(f"serving {lm.name!r} at http://{host}:{port}/v1 (Ctrl-C ends)", flush=True)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {lm.name!r} at http://{shown}:{port}/v1 (Ctrl-C ends)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down, and raises it again
         uvicorn.Server(config).run(sockets=[listening])
 

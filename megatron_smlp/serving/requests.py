@@ -112,8 +112,8 @@ def parse(body: bytes, lm: LanguageModel) -> CompletionRequest:
             raise RequestError(f"{name:.40} is not supported by this server", name=name[:40])
     if values.get("logprobs") is False:
         del values["logprobs"]
-    if not values.get("stop"):  # null, and whatever else is empty
-        values.pop("stop", None)
+    if values.get("stop") in ("", []):
+        del values["stop"]
     try:  # null is the default of every field
         asked = CompletionRequest.model_validate(
             {name: value for name, value in values.items() if value is not None and name in KNOWN}

@@ -120,7 +120,7 @@ def answer(lm: LanguageModel, job: Job) -> None:
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=job.max_tokens,
-        eos_token_id=lm.end,
+        eos_token_id=lm.ends or None,
         pad_token_id=lm.end or 0,
         suppress_tokens=[],
         logits_processor=LogitsProcessorList(processors),

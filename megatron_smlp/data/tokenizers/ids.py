@@ -1,10 +1,15 @@
-"""Rows of token ids as flat arrays."""
+"""Rows of token ids as flat arrays, and ids that a vocabulary has."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+def within(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Leave out ids of the vocabulary's padding, which libraries stop at."""
+    return [int(number) for number in ids if number < vocab_size]
 
 
 def join_ids(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
-from megatron_smlp.data.tokenizers.ids import join_ids
+from megatron_smlp.data.tokenizers.ids import join_ids, within
 from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, vocabulary_identity
 from megatron_smlp.errors import DataError, require_package
 
@@ -89,7 +89,7 @@ class SentencePiece:
         return join_ids([self.processor.encode_as_ids(text) for text in texts])
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.processor.decode_ids([int(number) for number in ids]))
+        return str(self.processor.decode_ids(within(ids, self.vocab_size)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model,)

@@ -56,7 +56,8 @@ class Encoder(Protocol):
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; ids that are not text are shown in a readable form."""
+        """Return the text of `ids`. Ids that are not text are shown in a readable form, and those
+        of the vocabulary's padding left out."""
 
 
 class Tokenizer(Protocol):

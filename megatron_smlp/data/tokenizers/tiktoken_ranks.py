@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.data.tokenizers.ids import join_ids
+from megatron_smlp.data.tokenizers.ids import join_ids, within
 from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, vocabulary_identity
 from megatron_smlp.errors import DataError, require_package
 
@@ -94,7 +94,7 @@ class TikToken:
         return join_ids([self.encoding.encode(text, allowed_special="all") for text in texts])
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.encoding.decode([int(number) for number in ids]))
+        return str(self.encoding.decode(within(ids, self.vocab_size)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.ranks, self.special, self.pattern)

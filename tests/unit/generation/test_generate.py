@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_smlp.conversion import convert
 from megatron_smlp.errors import UserError
 from megatron_smlp.generation import cli, language_model
-from megatron_smlp.generation.language_model import load
+from megatron_smlp.generation.completion import Sampling, complete
+from megatron_smlp.generation.language_model import LanguageModel, load
+from megatron_smlp.serving.answers import Answer
+from megatron_smlp.serving.sampling import Token
 
 ROOT = Path(__file__).parents[3]
 TRAINED = (
@@ -115,6 +119,28 @@ def test_a_file_of_prompts_equals_one_by_one(
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in given))
     again = [json.loads(line) for line in lines([*model, "--prompts-file", str(path)], capsys)]
     assert again == records
+
+
+def test_every_end_that_the_folder_names_ends_a_text_and_nothing_else_of_it_counts(
+    folder: Path, tmp_path: Path
+) -> None:
+    def loaded(folder: Path) -> LanguageModel:
+        return load(cli.build_parser().parse_args(["--hf", str(folder)]))
+
+    lm = loaded(folder)
+    sampling = Sampling(max_new_tokens=12, temperature=0)
+    prompt = lm.encode("the files")
+    ids = torch.tensor([prompt])
+    options = {"eos_token_id": None, "suppress_tokens": lm.padding_ids, "do_sample": False}
+    new = lm.model.generate(ids, max_new_tokens=12, **options)[0, len(prompt) :].tolist()
+    end = new[5]
+    other = shutil.copytree(folder, tmp_path / "other")
+    settings = {"eos_token_id": [lm.end, end], "repetition_penalty": 5.0, "min_new_tokens": 11}
+    (other / "generation_config.json").write_text(json.dumps(settings))
+    (completion,) = complete(loaded(other), [prompt], sampling)
+    assert completion.text == lm.continuation(prompt, new[: new.index(end)])
+    answer = Answer(loaded(other), prompt, [])
+    assert [answer.push(Token(number, None, None)) for number in (new[0], end)] == [False, True]
 
 
 def test_it_stops_at_position_t_and_says_so(

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -24,6 +25,7 @@ from fastapi import Request
 from support.language_models import END, save_language_model
 from support.smlp_systems import LONGEST
 from tokenizers import decoders
+from transformers import GenerationConfig
 
 from megatron_smlp.errors import UserError
 from megatron_smlp.generation.cli import build_parser
@@ -165,6 +167,9 @@ def test_stop_texts_end_an_answer(client: openai.OpenAI, lm: LanguageModel) -> N
     assert "".join(piece.choices[0].text for piece in pieces) == choice.text
 
 
+MODEL = SimpleNamespace(generation_config=GenerationConfig())
+
+
 class ByteFallback:
     """ASCII characters, and bytes for all others, as Llama's tokenizers fall back to them.
 
@@ -182,7 +187,7 @@ class ByteFallback:
 @pytest.mark.parametrize("stop", ["\u5b57", "b\u5b57"])
 def test_a_stop_text_that_ends_in_single_bytes_ends_an_answer(stop: str) -> None:
     """With its last byte, and nothing of it is sent."""
-    lm = LanguageModel(model=None, tokenizer=ByteFallback(), end=None, name="bytes")
+    lm = LanguageModel(MODEL, tokenizer=ByteFallback(), end=None, name="bytes")
     assert lm.decode(list("ab\u5b57".encode()[:-1])) == "ab\ufffd\ufffd"
     answer, sent, ended = Answer(lm, list(b"prompt"), [stop]), "", []
     for byte in "ab\u5b57".encode():
@@ -236,6 +241,7 @@ BAD: list[tuple[bytes | dict[str, Any], int, str]] = [
     ({"prompt": ["a"] * 100, "n": 2}, 400, "over 128 answers"),
     ({"prompt": "a", "logprobs": 21}, 400, "logprobs must be an integer from 0 to 20"),
     ({"prompt": "a", "stop": [1]}, 400, "stop must be a text"),
+    ({"prompt": "a", "stop": 0}, 400, "stop must be a text"),
     ({"prompt": "a", "echo": "yes"}, 400, "echo must be true or false"),
     ({"prompt": "a", "suffix": "b"}, 400, "suffix is not supported"),
     ({"prompt": "a", "presence_penalty": 0.5}, 400, "presence_penalty is not supported"),

@@ -60,7 +60,7 @@ def test_a_missing_file(tmp_path: Path):
     ("changes", "message"),
     [
         (
-            {"variants": {"switch": {"from": "switch", "num-layers": 5}}},
+            {"variants": {"switch": {"from": "switch", "ffn-hidden-size": 64}}},
             "full squares .* differ by",
         ),
         (

@@ -183,6 +183,17 @@ def test_decoding_gives_the_text_back(
             assert encoder.decode(encoder.encode_batch([text])[0].tolist()) == text
 
 
+@pytest.mark.parametrize("kind", ["hf_flags", "tiktoken_flags", "sentencepiece_flags"])
+def test_decoding_leaves_the_vocabularys_padding_out(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = resolve(request.getfixturevalue(kind))
+    encoder = tokenizer.build()
+    ids = encoder.encode_batch(["one text"])[0].tolist()
+    padded = [ids[0], tokenizer.vocab_size, *ids[1:], tokenizer.vocab_size + 50]
+    assert encoder.decode(padded) == encoder.decode(ids)
+
+
 @pytest.fixture(scope="module")
 def both_encoders(tokenizer_folder: Path) -> tuple[Encoder, Encoder]:
     return _both(HuggingFaceTokenizer((tokenizer_folder / "tokenizer.json").read_text(), 0, False))
@@ -209,8 +220,9 @@ def test_the_fast_path_on_books() -> None:
     """GPT-2's real vocabulary, real text."""
     import gzip
 
-    data = Path(__file__).resolve().parents[4] / "shared" / "data"
-    if not data.is_dir():
+    pytest.importorskip("gigatoken")
+    data = Path(__file__).resolve().parents[5] / "shared" / "data"
+    if not (data / "gpt2_bpe").is_dir():
         pytest.skip("the books and GPT-2's vocabulary are not on this machine")
     files = (
         "--vocab-file",
