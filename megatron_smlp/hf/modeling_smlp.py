@@ -140,13 +140,14 @@ class Move:
 
 
 class SMLPCacheLayer(DynamicLayer):
-    """States of one mixer by absolute position, in a buffer that doubles when it is full, up to T.
+    """States of one mixer by absolute position, in a buffer that doubles when it is full, up to
+    `longest`, behind which there are no positions.
 
     Attention keeps keys and values, spatial gating its normalised gate inputs as `keys`. Partial
     prediction also keeps its routing scores <float>[B, C, E], a sum over the prefix so far.
     """
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: float) -> None:
         super().__init__()
         self.longest, self.length = longest, 0
         self.scores: Tensor | None = None
@@ -173,7 +174,8 @@ class SMLPCacheLayer(DynamicLayer):
         return like.new_zeros(*like.shape[:2], length, like.shape[3])
 
     def _grown(self, buffer: Tensor) -> Tensor:
-        grown = self._empty(buffer, max(self.length, min(self.longest, 2 * buffer.shape[2])))
+        doubled = int(min(self.longest, 2 * buffer.shape[2]))
+        grown = self._empty(buffer, max(self.length, doubled))
         grown[:, :, : buffer.shape[2]] = buffer
         return grown
 
@@ -220,7 +222,7 @@ class SMLPCache(Cache):
     and how many tokens each sample has."""
 
     def __init__(self, config: SMLPConfig) -> None:
-        longest = config.max_position_embeddings
+        longest = math.inf if config.toeplitz else config.max_position_embeddings
         num_states = config.states_per_layer * config.num_layers
         num_states += config.input_projection == "minhash"
         super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_states)])

@@ -141,6 +141,17 @@ def test_toeplitz_models_go_on_behind_position_t(system: str):
     assert torch.equal(cached, model.generate(ids[:, :35], **options, use_cache=False))
 
 
+@torch.no_grad()
+def test_a_toeplitz_cache_doubles_behind_position_t_too():
+    model = make_model("gmlp_toeplitz")
+    output = model(make_ids(1, 5), use_cache=True)
+    sizes = set()
+    for token in make_ids(3 * LONGEST, 1)[:, None]:
+        output = model(token, cache=output.cache)
+        sizes.add(output.cache.layers[0].keys.shape[2])
+    assert sizes == {10, 20, 40, 80, 160}
+
+
 def test_too_long_prompts_and_sequences_are_refused():
     model = make_model("gmlp")
     with pytest.raises(ValueError, match="a prompt of 40 tokens leaves no position"):
