@@ -1713,8 +1713,15 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
 
     def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> Any:
         """Note how many of the tokens that `generate` counts are the prompt's: none of embeddings,
-        and of a prompt that goes on with a cache perhaps those alone that are new."""
+        and of a prompt that goes on with a cache perhaps those alone that are new.
+
+        A length by default is not cut at T here: with toeplitz it is no limit, and of others
+        `_end_at_longest` knows which columns are padding.
+        """
+        default = generation_config.max_length
         generation_config = super()._prepare_generated_length(generation_config, **kwargs)
+        if kwargs["has_default_max_length"] and generation_config.max_new_tokens is None:
+            generation_config.max_length = default + kwargs["input_ids_length"]
         generation_config._counted_of_prompt = kwargs["input_ids_length"]
         return generation_config
 

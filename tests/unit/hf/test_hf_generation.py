@@ -141,6 +141,20 @@ def test_toeplitz_models_go_on_behind_position_t(system: str):
     assert torch.equal(cached, model.generate(ids[:, :35], **options, use_cache=False))
 
 
+@pytest.mark.parametrize("length", [10, 35, LONGEST + 5])
+def test_a_toeplitz_model_writes_as_many_tokens_by_default_as_any(length: int):
+    ids = make_ids(2, length)
+    model = make_model("gmlp_toeplitz")
+    assert model.generate(ids, do_sample=False).shape == (2, length + 20)
+    embeddings = model.get_input_embeddings()(ids)
+    assert model.generate(inputs_embeds=embeddings, do_sample=False).shape == (2, 20)
+
+
+@pytest.mark.parametrize("given", [{"max_length": 30}, {"max_new_tokens": 20}, {}])
+def test_lengths_that_are_given_and_that_are_not(given: dict[str, int]):
+    assert make_model("gmlp").generate(make_ids(1, 10), **given).shape == (1, 30)
+
+
 @torch.no_grad()
 def test_a_toeplitz_cache_doubles_behind_position_t_too():
     model = make_model("gmlp_toeplitz")
@@ -154,8 +168,9 @@ def test_a_toeplitz_cache_doubles_behind_position_t_too():
 
 def test_too_long_prompts_and_sequences_are_refused():
     model = make_model("gmlp")
-    with pytest.raises(ValueError, match="a prompt of 40 tokens leaves no position"):
-        model.generate(make_ids(1, LONGEST), max_new_tokens=1)
+    for given in ({"max_new_tokens": 1}, {}):
+        with pytest.raises(ValueError, match="a prompt of 40 tokens leaves no position"):
+            model.generate(make_ids(1, LONGEST), **given)
     with pytest.raises(ValueError, match="41 tokens is longer than max_position_embeddings=40"):
         model(make_ids(1, LONGEST + 1))
     cache = model(make_ids(1, LONGEST), use_cache=True).cache
