@@ -127,7 +127,8 @@ class Move:
     """Moves the columns of a padded batch to the left, in front of the padding, and back."""
 
     order: Tensor
-    """<int64>[B, T]: which column comes to each place."""
+    """<int64>[B, K]: which column comes to each place; K: tokens of the longest sample, as what is
+    behind them is nobody's and takes no position."""
     back: Tensor
     """<int64>[B, T]: at which place each column's state is. Padding gets the state of the last
     token before it, so that the last column predicts the next token, whatever the side."""
@@ -135,7 +136,8 @@ class Move:
     @classmethod
     def to_the_right(cls, mask: Tensor) -> "Move":
         """mask: <bool>[B, T], true on tokens; they keep their order, the padding goes right."""
-        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+        longest = max(1, int(mask.sum(dim=1).max()))
+        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
         return cls(order, (mask.cumsum(dim=1) - 1).clamp(min=0))
 
 
@@ -1554,7 +1556,6 @@ class SMLPModel(SMLPPreTrainedModel):
                 f"attention_mask has shape {list(attention_mask.shape)}: give [B, T], with a "
                 f"column for each of {num_columns} tokens or of all so far"
             )
-        columns = torch.arange(num_columns, device=given.device)
         first = 0 if cache is None else cache.num_columns
         lengths = None if cache is None else cache.lengths
         mask = None if attention_mask is None else attention_mask[:, -num_columns:].bool()
@@ -1563,10 +1564,12 @@ class SMLPModel(SMLPPreTrainedModel):
         move = None if mask is None else Move.to_the_right(mask)
         if move is not None and input_ids is not None:
             input_ids = input_ids.gather(1, move.order)
-        counts = columns.new_tensor([num_columns]) if mask is None else mask.sum(dim=1)
+        width = num_columns if move is None else move.order.shape[1]
+        columns = torch.arange(width, device=given.device)
+        counts = columns.new_tensor([width]) if mask is None else mask.sum(dim=1)
         is_uniform = lengths is None and (mask is None or first == 0)
         before = columns.new_full((batch,), first) if lengths is None else lengths
-        end = num_columns + (first if lengths is None else int(lengths.max()))
+        end = width + (first if lengths is None else int(lengths.max()))
         self._check_length(end)
         _check_positions(position_ids, before[:, None], mask)
         if cache is not None:
@@ -1739,7 +1742,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             return
         mask = model_kwargs.get("attention_mask")
         # transformers drops a mask without padding, and keeps its length.
-        prompt = generation_config._mask_length if mask is None else mask.shape[1]
+        prompt = generation_config._mask_length if mask is None else int(mask.sum(dim=1).max())
         longest = self.config.max_position_embeddings
         if prompt >= longest:
             raise ValueError(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.smlp_systems import LONGEST, SYSTEMS, make_ids, make_model
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache
 
 from megatron_smlp.hf.modeling_smlp import SHORT_ROW, linear
@@ -176,6 +177,31 @@ def test_too_long_prompts_and_sequences_are_refused():
     cache = model(make_ids(1, LONGEST), use_cache=True).cache
     with pytest.raises(ValueError, match="41 tokens is longer"):
         model(make_ids(1, 1), cache=cache)
+
+
+@pytest.mark.parametrize("columns", [LONGEST, LONGEST + 20])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("system", ["transformer", "smlp_partial", "minhash", "gshard"])
+def test_padding_takes_no_position(system: str, side: str, columns: int):
+    """Columns up to T or more, as of padding="max_length": prompts have the room that they have
+    alone, up to T."""
+    model = make_model(system)
+    ids = make_ids(3, 12)
+    prompts, mask = _padded(ids, side)
+    beside = (columns - 12, 0) if side == "left" else (0, columns - 12)
+    wide = {"attention_mask": functional.pad(mask, beside), "pad_token_id": 0, "do_sample": False}
+    padded = functional.pad(prompts, beside)
+    logits = model(padded, attention_mask=wide["attention_mask"]).logits
+    for row, length in enumerate(LENGTHS):
+        expected = model(ids[row : row + 1, :length]).logits[0]
+        real = wide["attention_mask"][row].bool()
+        torch.testing.assert_close(logits[row, real], expected, **TOLERANCE)
+    for given in ({"max_new_tokens": 50}, {}, {"max_new_tokens": 9, "use_cache": False}):
+        expected = model.generate(
+            prompts, attention_mask=mask, do_sample=False, pad_token_id=0, **given
+        )
+        new = model.generate(padded, **wide, **given)[:, columns:]
+        assert torch.equal(new, expected[:, 12:])
 
 
 def test_another_kind_of_cache_is_refused():
