@@ -1485,12 +1485,13 @@ class SMLPModel(SMLPPreTrainedModel):
         if self.config.position_embedding_type == "learned_absolute":
             hidden = hidden + self.embed_positions(layout.positions).to(hidden.device)
         hidden = F.dropout(hidden, self.config.hidden_dropout, self.training)
-        states, loss = [hidden], None
+        states, loss = [], None
         for layer in self.layers:
+            if output_hidden_states:
+                states.append(hidden)
             hidden, layer_loss = layer(hidden, layout, cache=cache)
-            states.append(hidden)
             loss = _add(loss, layer_loss)
-        states[-1] = self.final_norm(hidden)
+        states.append(self.final_norm(hidden))
         if move is not None:
             back = move.back[..., None]
             states = [state.take_along_dim(back.to(state.device), dim=1) for state in states]

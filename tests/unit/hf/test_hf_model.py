@@ -1,6 +1,7 @@
 """transformers' conventions: configuration, saving, initial values, checkpointing, losses."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -171,6 +172,20 @@ def test_bfloat16_runs_and_stays_close():
         rounded = model.bfloat16()(ids).logits
         assert rounded.dtype == torch.float32  # for what is made of them
         assert (rounded - exact).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@torch.no_grad()
+def test_states_of_layers_are_kept_for_those_who_ask(asked: bool):
+    model = make_model("gmlp", num_layers=6)
+    made, alive = [], []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, __, output: made.append(weakref.ref(output[0])))
+    model.model.final_norm.register_forward_hook(
+        lambda *_: alive.extend(state for state in made if state() is not None)
+    )
+    model(make_ids(2, 12), output_hidden_states=asked)
+    assert len(alive) == (6 if asked else 1)
 
 
 def test_tuples_hidden_states_and_logits_to_keep():
