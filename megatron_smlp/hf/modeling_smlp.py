@@ -72,7 +72,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
-from transformers.utils.generic import maybe_autocast
+from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_smlp import SMLPConfig
 
@@ -1456,6 +1456,7 @@ class SMLPModel(SMLPPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
@@ -1625,6 +1626,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
@@ -1636,10 +1638,9 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> MoeCausalLMOutputWithPast:
         """One forward pass over a batch, or over its new tokens where a cache is given.
 
         Args:
@@ -1666,6 +1667,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         outputs = self.model(
             *(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states),
             position_ids=position_ids,
+            return_dict=True,
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = project(self.lm_head, outputs.last_hidden_state[:, rows])
@@ -1677,15 +1679,13 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             targets = self._targets(labels, attention_mask)
             loss = self.loss_function(logits, targets, vocab_size=self.config.vocab_size, **kwargs)
             loss = _add(loss, aux_loss)
-        output = MoeCausalLMOutputWithPast(
+        return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict is not False else output.to_tuple()
 
     def _targets(self, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Partial prediction trains its routed rows only, t >= P, unless told otherwise.

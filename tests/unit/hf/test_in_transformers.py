@@ -178,8 +178,14 @@ def test_outputs_that_the_configuration_asks_for():
     model, ids = make_model("gmlp"), make_ids(1, 4)
     model.config.output_hidden_states = True
     assert len(model(ids).hidden_states) == model.config.num_layers + 1
+    for module in (model, model.model):
+        assert isinstance(module(ids, return_dict=False), tuple)
     model.config.return_dict = False
-    assert isinstance(model(ids), tuple)
+    for module in (model, model.model):
+        assert isinstance(module(ids), tuple)
+        assert not isinstance(module(ids, return_dict=True), tuple)
+    assert torch.equal(model.model(ids)[0], model(ids, return_dict=True).hidden_states[-1])
+    assert model.generate(ids, max_new_tokens=2).shape == (1, 6)
 
 
 def test_a_kind_of_cache_that_is_not_taken(caplog: pytest.LogCaptureFixture):
