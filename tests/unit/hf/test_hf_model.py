@@ -223,6 +223,10 @@ def test_tuples_hidden_states_and_logits_to_keep():
         ({"token_router": "switch", "num_experts": None}, "needs 1 or more"),
         ({"token_router": "gshard", "num_experts": 1}, "needs 2 or more"),
         ({"token_router": "switch", "moe_train_capacity_factor": 0.0}, "must be over 0"),
+        *(
+            ({"token_router": "switch", "moe_layer_freq": given}, "for each of num_layers=3")
+            for given in (0, -1, [0, 1], [0, 1, 0, 1, 1], [0, 1, 2])
+        ),
         ({"architecture": "smlp", "num_dense_layers": 4}, "between 0 and num_layers=3"),
         (
             {"architecture": "smlp", "feature_router": "partial", "prefix_fraction": 1.5},
