@@ -1431,12 +1431,17 @@ class SMLPPreTrainedModel(PreTrainedModel):
         has_padding = padding < config.vocab_size
         config.unpadded_vocab_size = padding if has_padding else None
         if self.can_generate():
-            rows = list(range(padding, config.vocab_size))
-            self.generation_config.suppress_tokens = rows or None
+            self._suppress_padding()
         for module in self.modules() if config.vocab_size != before else ():
             if isinstance(module, SMLPHashRouter):
                 module.resize(config.vocab_size)
         return embeddings
+
+    def _suppress_padding(self) -> None:
+        """Let `generate` draw no padding of the vocabulary."""
+        size = self.config.vocab_size
+        rows = list(range(self.config.unpadded_vocab_size or size, size))
+        self.generation_config.suppress_tokens = rows or None
 
 
 class SMLPModel(SMLPPreTrainedModel):
@@ -1624,6 +1629,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SMLPModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._suppress_padding()
         self.post_init()
 
     @can_return_tuple

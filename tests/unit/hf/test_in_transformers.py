@@ -1,5 +1,6 @@
 """The model among transformers' own tools: Trainer, autocast, offloading, new tokens, old names."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.launches import REPOSITORY, run_command
-from support.smlp_systems import SYSTEMS, VOCABULARY, make_ids, make_model
+from support.smlp_systems import SYSTEMS, VOCABULARY, make_config, make_ids, make_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -336,13 +337,24 @@ def test_tokens_that_take_the_place_of_padding(
     tmp_path: Path, new: int | None, multiple: int | None, size: int, padding: list[int]
 ):
     model = make_model("hash", unpadded_vocab_size=VOCABULARY - 10)
-    model.generation_config.suppress_tokens = list(range(VOCABULARY - 10, VOCABULARY))
     model.resize_token_embeddings(new, multiple, mean_resizing=False)
     model.save_pretrained(tmp_path)
     loaded = SMLPForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.vocab_size == size
     assert (loaded.generation_config.suppress_tokens or []) == padding
     assert loaded.config.unpadded_vocab_size == (padding[0] if padding else None)
+
+
+@pytest.mark.parametrize("unpadded", [VOCABULARY - 10, VOCABULARY, None])
+def test_a_new_model_suppresses_padding(tmp_path: Path, unpadded: int | None):
+    model = SMLPForCausalLM(make_config("gmlp", unpadded_vocab_size=unpadded))
+    padding = list(range(unpadded or VOCABULARY, VOCABULARY))
+    assert (model.generation_config.suppress_tokens or []) == padding
+    drawn = model.generate(make_ids(4, 3) % 90, max_new_tokens=30, do_sample=True)
+    assert drawn.max() < (unpadded or VOCABULARY)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    assert written.get("suppress_tokens", []) == padding
 
 
 @torch.no_grad()
