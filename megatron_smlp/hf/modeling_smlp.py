@@ -1472,9 +1472,10 @@ class SMLPModel(SMLPPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         position_ids: Tensor | None = None,
-        **unused: Any,
+        **others: Any,
     ) -> SMLPModelOutput:
         """See SMLPForCausalLM.forward."""
+        self._warn_of_outputs(others)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if output_hidden_states is None:
@@ -1507,6 +1508,14 @@ class SMLPModel(SMLPPreTrainedModel):
             cache=cache,
             hidden_states=tuple(states) if output_hidden_states else None,
         )
+
+    def _warn_of_outputs(self, asked: dict[str, Any]) -> None:
+        for name in ("output_attentions", "output_router_logits"):
+            if asked.get(name, getattr(self.config, name, False)):
+                logger.warning_once(
+                    f"{name}=True is ignored: whatever its attn_implementation, the model returns "
+                    "neither attention weights nor router logits"
+                )
 
     def _embedded(
         self,
@@ -1664,7 +1673,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
 
         Returns:
             loss (with labels; in training with the routers' losses), aux_loss (the routers' losses,
-            training only), logits <fp32>[B, T, V], cache, hidden_states.
+            training only), logits <fp32>[B, T, V], cache, hidden_states. Attention weights and
+            router logits are not returned; who asks for them is warned.
 
         Raises:
             ValueError: a sequence longer than T (without toeplitz), a cache of another kind, no
@@ -1674,6 +1684,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             *(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states),
             position_ids=position_ids,
             return_dict=True,
+            **kwargs,
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = project(self.lm_head, outputs.last_hidden_state[:, rows])

@@ -189,6 +189,26 @@ def test_outputs_that_the_configuration_asks_for():
     assert model.generate(ids, max_new_tokens=2).shape == (1, 6)
 
 
+@pytest.mark.parametrize("name", ["output_attentions", "output_router_logits"])
+@torch.no_grad()
+def test_outputs_that_there_are_not_are_warned_of(name: str, caplog: pytest.LogCaptureFixture):
+    logging.enable_propagation()
+    for asks in (
+        lambda model, ids: model(ids, **{name: True}),
+        lambda model, ids: model.model(ids, **{name: True}),
+        lambda model, ids: model.generate(ids, max_new_tokens=2, **{name: True}),
+        lambda model, ids: setattr(model.config, name, True) or model(ids),
+    ):
+        model, ids = make_model("switch", attn_implementation="eager"), make_ids(1, 4)
+        logging.get_logger().warning_once.cache_clear()
+        caplog.clear()
+        model(ids, **{name: False})
+        assert "is ignored" not in caplog.text
+        asks(model, ids)
+        assert f"{name}=True is ignored" in caplog.text
+    logging.disable_propagation()
+
+
 def test_a_kind_of_cache_that_is_not_taken(caplog: pytest.LogCaptureFixture):
     model, ids = make_model("gmlp"), make_ids(1, 4)
     plain = model.generate(ids, max_new_tokens=4, do_sample=False)
