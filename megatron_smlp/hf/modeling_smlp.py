@@ -1547,8 +1547,8 @@ class SMLPModel(SMLPPreTrainedModel):
             return SMLPCache(self.config)
         if not isinstance(cache, SMLPCache):
             raise ValueError(
-                f"cache is a {type(cache).__name__}, but spatial gating keeps gate inputs by "
-                "absolute position: give an SMLPCache(config), or none"
+                f"cache is a {type(cache).__name__}, but this model keeps its states by absolute "
+                "position: give an SMLPCache(config), or none"
             )
         return cache
 
@@ -1665,8 +1665,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             inputs_embeds: <float>[B, T, D] instead of input_ids.
             cache: what an earlier call returned.
             use_cache: whether to fill a cache; default: where one is given. `generate` follows
-                config.use_cache. Capacity limits drop nothing while one is filled, since a token
-                by itself would not be dropped either.
+                generation_config.use_cache. Capacity limits drop nothing while one is filled, since
+                a token by itself would not be dropped either.
             labels: <int64>[B, T], shifted inside; -100 counts for nothing.
             logits_to_keep: compute the logits of the last so many positions only (0: all).
             position_ids: <int64>[B or 1, T], which may be none but 0, 1, 2, ... of the tokens.

@@ -204,10 +204,19 @@ def test_padding_takes_no_position(system: str, side: str, columns: int):
         assert torch.equal(new, expected[:, 12:])
 
 
-def test_another_kind_of_cache_is_refused():
+@pytest.mark.parametrize("system", ["gmlp", "transformer"])
+def test_another_kind_of_cache_is_refused(system: str):
+    with pytest.raises(ValueError, match=r"this model keeps its states .* give an SMLPCache"):
+        make_model(system)(make_ids(1, 3), cache=DynamicCache())
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generate_follows_its_own_configuration(use_cache: bool):
     model = make_model("gmlp")
-    with pytest.raises(ValueError, match="SMLPCache"):
-        model(make_ids(1, 3), cache=DynamicCache())
+    model.config.use_cache = not use_cache
+    model.generation_config.use_cache = use_cache
+    output = model.generate(make_ids(1, 3), max_new_tokens=2, return_dict_in_generate=True)
+    assert (output.cache is not None) == use_cache
 
 
 @pytest.mark.parametrize("width", [SHORT_ROW, SHORT_ROW + 1])
