@@ -370,12 +370,26 @@ class SMLPConfig(PreTrainedConfig):
                 f"num_experts={self.num_experts}: token_router={self.token_router} needs "
                 f"{fewest} or more"
             )
+        if self.architecture != "smlp":
+            self._check_layers_with_experts()
         if self.base_eval == "prices" and self.base_prices == "none":
             raise ValueError("base_eval=prices: the model has no prices (base_prices=none)")
         for name in ("moe_train_capacity_factor", "moe_eval_capacity_factor"):
             factor = getattr(self, name)
             if factor is not None and factor <= 0:
                 raise ValueError(f"{name}={factor}: must be over 0, or None to drop nothing")
+
+    def _check_layers_with_experts(self) -> None:
+        layers = self.moe_layer_freq
+        if isinstance(layers, int):
+            is_possible = layers >= 1
+        else:
+            is_possible = len(layers) == self.num_layers and set(layers) <= {0, 1}
+        if not is_possible:
+            raise ValueError(
+                f"moe_layer_freq={layers}: must be 1 or more, or a list with a 0 or 1 for each of "
+                f"num_layers={self.num_layers}"
+            )
 
     def _check_top_k(self) -> None:
         names = (

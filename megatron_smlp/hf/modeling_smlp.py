@@ -72,7 +72,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
-from transformers.utils.generic import maybe_autocast
+from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_smlp import SMLPConfig
 
@@ -127,7 +127,8 @@ class Move:
     """Moves the columns of a padded batch to the left, in front of the padding, and back."""
 
     order: Tensor
-    """<int64>[B, T]: which column comes to each place."""
+    """<int64>[B, K]: which column comes to each place; K: tokens of the longest sample, as what is
+    behind them is nobody's and takes no position."""
     back: Tensor
     """<int64>[B, T]: at which place each column's state is. Padding gets the state of the last
     token before it, so that the last column predicts the next token, whatever the side."""
@@ -135,18 +136,20 @@ class Move:
     @classmethod
     def to_the_right(cls, mask: Tensor) -> "Move":
         """mask: <bool>[B, T], true on tokens; they keep their order, the padding goes right."""
-        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+        longest = max(1, int(mask.sum(dim=1).max()))
+        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
         return cls(order, (mask.cumsum(dim=1) - 1).clamp(min=0))
 
 
 class SMLPCacheLayer(DynamicLayer):
-    """States of one mixer by absolute position, in a buffer that doubles when it is full, up to T.
+    """States of one mixer by absolute position, in a buffer that doubles when it is full, up to
+    `longest`, behind which there are no positions.
 
     Attention keeps keys and values, spatial gating its normalised gate inputs as `keys`. Partial
     prediction also keeps its routing scores <float>[B, C, E], a sum over the prefix so far.
     """
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: float) -> None:
         super().__init__()
         self.longest, self.length = longest, 0
         self.scores: Tensor | None = None
@@ -173,7 +176,8 @@ class SMLPCacheLayer(DynamicLayer):
         return like.new_zeros(*like.shape[:2], length, like.shape[3])
 
     def _grown(self, buffer: Tensor) -> Tensor:
-        grown = self._empty(buffer, max(self.length, min(self.longest, 2 * buffer.shape[2])))
+        doubled = int(min(self.longest, 2 * buffer.shape[2]))
+        grown = self._empty(buffer, max(self.length, doubled))
         grown[:, :, : buffer.shape[2]] = buffer
         return grown
 
@@ -220,7 +224,7 @@ class SMLPCache(Cache):
     and how many tokens each sample has."""
 
     def __init__(self, config: SMLPConfig) -> None:
-        longest = config.max_position_embeddings
+        longest = math.inf if config.toeplitz else config.max_position_embeddings
         num_states = config.states_per_layer * config.num_layers
         num_states += config.input_projection == "minhash"
         super().__init__(layers=[SMLPCacheLayer(longest) for _ in range(num_states)])
@@ -1445,12 +1449,17 @@ class SMLPPreTrainedModel(PreTrainedModel):
         has_padding = padding < config.vocab_size
         config.unpadded_vocab_size = padding if has_padding else None
         if self.can_generate():
-            rows = list(range(padding, config.vocab_size))
-            self.generation_config.suppress_tokens = rows or None
+            self._suppress_padding()
         for module in self.modules() if config.vocab_size != before else ():
             if isinstance(module, SMLPHashRouter):
                 module.resize(config.vocab_size)
         return embeddings
+
+    def _suppress_padding(self) -> None:
+        """Let `generate` draw no padding of the vocabulary."""
+        size = self.config.vocab_size
+        rows = list(range(self.config.unpadded_vocab_size or size, size))
+        self.generation_config.suppress_tokens = rows or None
 
 
 class SMLPModel(SMLPPreTrainedModel):
@@ -1470,6 +1479,7 @@ class SMLPModel(SMLPPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
@@ -1480,9 +1490,10 @@ class SMLPModel(SMLPPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         position_ids: Tensor | None = None,
-        **unused: Any,
+        **others: Any,
     ) -> SMLPModelOutput:
         """See SMLPForCausalLM.forward."""
+        self._warn_of_outputs(others)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if output_hidden_states is None:
@@ -1499,12 +1510,13 @@ class SMLPModel(SMLPPreTrainedModel):
         if self.config.position_embedding_type == "learned_absolute":
             hidden = hidden + self.embed_positions(layout.positions).to(hidden.device)
         hidden = F.dropout(hidden, self.config.hidden_dropout, self.training)
-        states, loss = [hidden], None
+        states, loss = [], None
         for layer in self.layers:
+            if output_hidden_states:
+                states.append(hidden)
             hidden, layer_loss = layer(hidden, layout, cache=cache)
-            states.append(hidden)
             loss = _add(loss, layer_loss)
-        states[-1] = self.final_norm(hidden)
+        states.append(self.final_norm(hidden))
         if move is not None:
             back = move.back[..., None]
             states = [state.take_along_dim(back.to(state.device), dim=1) for state in states]
@@ -1514,6 +1526,14 @@ class SMLPModel(SMLPPreTrainedModel):
             cache=cache,
             hidden_states=tuple(states) if output_hidden_states else None,
         )
+
+    def _warn_of_outputs(self, asked: dict[str, Any]) -> None:
+        for name in ("output_attentions", "output_router_logits"):
+            if asked.get(name, getattr(self.config, name, False)):
+                logger.warning_once(
+                    f"{name}=True is ignored: whatever its attn_implementation, the model returns "
+                    "neither attention weights nor router logits"
+                )
 
     def _embedded(
         self,
@@ -1545,8 +1565,8 @@ class SMLPModel(SMLPPreTrainedModel):
             return SMLPCache(self.config)
         if not isinstance(cache, SMLPCache):
             raise ValueError(
-                f"cache is a {type(cache).__name__}, but spatial gating keeps gate inputs by "
-                "absolute position: give an SMLPCache(config), or none"
+                f"cache is a {type(cache).__name__}, but this model keeps its states by absolute "
+                "position: give an SMLPCache(config), or none"
             )
         return cache
 
@@ -1570,7 +1590,6 @@ class SMLPModel(SMLPPreTrainedModel):
                 f"attention_mask has shape {list(attention_mask.shape)}: give [B, T], with a "
                 f"column for each of {num_columns} tokens or of all so far"
             )
-        columns = torch.arange(num_columns, device=given.device)
         first = 0 if cache is None else cache.num_columns
         lengths = None if cache is None else cache.lengths
         mask = None if attention_mask is None else attention_mask[:, -num_columns:].bool()
@@ -1579,10 +1598,12 @@ class SMLPModel(SMLPPreTrainedModel):
         move = None if mask is None else Move.to_the_right(mask)
         if move is not None and input_ids is not None:
             input_ids = input_ids.gather(1, move.order)
-        counts = columns.new_tensor([num_columns]) if mask is None else mask.sum(dim=1)
+        width = num_columns if move is None else move.order.shape[1]
+        columns = torch.arange(width, device=given.device)
+        counts = columns.new_tensor([width]) if mask is None else mask.sum(dim=1)
         is_uniform = lengths is None and (mask is None or first == 0)
         before = columns.new_full((batch,), first) if lengths is None else lengths
-        end = num_columns + (first if lengths is None else int(lengths.max()))
+        end = width + (first if lengths is None else int(lengths.max()))
         self._check_length(end)
         _check_positions(position_ids, before[:, None], mask)
         if cache is not None:
@@ -1635,8 +1656,10 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SMLPModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._suppress_padding()
         self.post_init()
 
+    @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
@@ -1648,10 +1671,9 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> MoeCausalLMOutputWithPast:
         """One forward pass over a batch, or over its new tokens where a cache is given.
 
         Args:
@@ -1661,15 +1683,16 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             inputs_embeds: <float>[B, T, D] instead of input_ids.
             cache: what an earlier call returned.
             use_cache: whether to fill a cache; default: where one is given. `generate` follows
-                config.use_cache. Capacity limits drop nothing while one is filled, since a token
-                by itself would not be dropped either.
+                generation_config.use_cache. Capacity limits drop nothing while one is filled, since
+                a token by itself would not be dropped either.
             labels: <int64>[B, T], shifted inside; -100 counts for nothing.
             logits_to_keep: compute the logits of the last so many positions only (0: all).
             position_ids: <int64>[B or 1, T], which may be none but 0, 1, 2, ... of the tokens.
 
         Returns:
             loss (with labels; in training with the routers' losses), aux_loss (the routers' losses,
-            training only), logits <fp32>[B, T, V], cache, hidden_states.
+            training only), logits <fp32>[B, T, V], cache, hidden_states. Attention weights and
+            router logits are not returned; who asks for them is warned.
 
         Raises:
             ValueError: a sequence longer than T (without toeplitz), a cache of another kind, no
@@ -1678,6 +1701,8 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         outputs = self.model(
             *(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states),
             position_ids=position_ids,
+            return_dict=True,
+            **kwargs,
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = project(self.lm_head, outputs.last_hidden_state[:, rows])
@@ -1689,15 +1714,13 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             targets = self._targets(labels, attention_mask)
             loss = self.loss_function(logits, targets, vocab_size=self.config.vocab_size, **kwargs)
             loss = _add(loss, aux_loss)
-        output = MoeCausalLMOutputWithPast(
+        return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict is not False else output.to_tuple()
 
     def _targets(self, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Partial prediction trains its routed rows only, t >= P, unless told otherwise.
@@ -1729,8 +1752,15 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
 
     def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> Any:
         """Note how many of the tokens that `generate` counts are the prompt's: none of embeddings,
-        and of a prompt that goes on with a cache perhaps those alone that are new."""
+        and of a prompt that goes on with a cache perhaps those alone that are new.
+
+        A length by default is not cut at T here: with toeplitz it is no limit, and of others
+        `_end_at_longest` knows which columns are padding.
+        """
+        default = generation_config.max_length
         generation_config = super()._prepare_generated_length(generation_config, **kwargs)
+        if kwargs["has_default_max_length"] and generation_config.max_new_tokens is None:
+            generation_config.max_length = default + kwargs["input_ids_length"]
         generation_config._counted_of_prompt = kwargs["input_ids_length"]
         return generation_config
 
@@ -1748,7 +1778,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
             return
         mask = model_kwargs.get("attention_mask")
         # transformers drops a mask without padding, and keeps its length.
-        prompt = generation_config._mask_length if mask is None else mask.shape[1]
+        prompt = generation_config._mask_length if mask is None else int(mask.sum(dim=1).max())
         longest = self.config.max_position_embeddings
         if prompt >= longest:
             raise ValueError(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.smlp_systems import LONGEST, SYSTEMS, make_ids, make_model
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache
 
 from megatron_smlp.hf.modeling_smlp import SHORT_ROW, linear
@@ -141,10 +142,36 @@ def test_toeplitz_models_go_on_behind_position_t(system: str):
     assert torch.equal(cached, model.generate(ids[:, :35], **options, use_cache=False))
 
 
+@pytest.mark.parametrize("length", [10, 35, LONGEST + 5])
+def test_a_toeplitz_model_writes_as_many_tokens_by_default_as_any(length: int):
+    ids = make_ids(2, length)
+    model = make_model("gmlp_toeplitz")
+    assert model.generate(ids, do_sample=False).shape == (2, length + 20)
+    embeddings = model.get_input_embeddings()(ids)
+    assert model.generate(inputs_embeds=embeddings, do_sample=False).shape == (2, 20)
+
+
+@pytest.mark.parametrize("given", [{"max_length": 30}, {"max_new_tokens": 20}, {}])
+def test_lengths_that_are_given_and_that_are_not(given: dict[str, int]):
+    assert make_model("gmlp").generate(make_ids(1, 10), **given).shape == (1, 30)
+
+
+@torch.no_grad()
+def test_a_toeplitz_cache_doubles_behind_position_t_too():
+    model = make_model("gmlp_toeplitz")
+    output = model(make_ids(1, 5), use_cache=True)
+    sizes = set()
+    for token in make_ids(3 * LONGEST, 1)[:, None]:
+        output = model(token, cache=output.cache)
+        sizes.add(output.cache.layers[0].keys.shape[2])
+    assert sizes == {10, 20, 40, 80, 160}
+
+
 def test_too_long_prompts_and_sequences_are_refused():
     model = make_model("gmlp")
-    with pytest.raises(ValueError, match="a prompt of 40 tokens leaves no position"):
-        model.generate(make_ids(1, LONGEST), max_new_tokens=1)
+    for given in ({"max_new_tokens": 1}, {}):
+        with pytest.raises(ValueError, match="a prompt of 40 tokens leaves no position"):
+            model.generate(make_ids(1, LONGEST), **given)
     with pytest.raises(ValueError, match="41 tokens is longer than max_position_embeddings=40"):
         model(make_ids(1, LONGEST + 1))
     cache = model(make_ids(1, LONGEST), use_cache=True).cache
@@ -152,10 +179,44 @@ def test_too_long_prompts_and_sequences_are_refused():
         model(make_ids(1, 1), cache=cache)
 
 
-def test_another_kind_of_cache_is_refused():
+@pytest.mark.parametrize("columns", [LONGEST, LONGEST + 20])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("system", ["transformer", "smlp_partial", "minhash", "gshard"])
+def test_padding_takes_no_position(system: str, side: str, columns: int):
+    """Columns up to T or more, as of padding="max_length": prompts have the room that they have
+    alone, up to T."""
+    model = make_model(system)
+    ids = make_ids(3, 12)
+    prompts, mask = _padded(ids, side)
+    beside = (columns - 12, 0) if side == "left" else (0, columns - 12)
+    wide = {"attention_mask": functional.pad(mask, beside), "pad_token_id": 0, "do_sample": False}
+    padded = functional.pad(prompts, beside)
+    logits = model(padded, attention_mask=wide["attention_mask"]).logits
+    for row, length in enumerate(LENGTHS):
+        expected = model(ids[row : row + 1, :length]).logits[0]
+        real = wide["attention_mask"][row].bool()
+        torch.testing.assert_close(logits[row, real], expected, **TOLERANCE)
+    for given in ({"max_new_tokens": 50}, {}, {"max_new_tokens": 9, "use_cache": False}):
+        expected = model.generate(
+            prompts, attention_mask=mask, do_sample=False, pad_token_id=0, **given
+        )
+        new = model.generate(padded, **wide, **given)[:, columns:]
+        assert torch.equal(new, expected[:, 12:])
+
+
+@pytest.mark.parametrize("system", ["gmlp", "transformer"])
+def test_another_kind_of_cache_is_refused(system: str):
+    with pytest.raises(ValueError, match=r"this model keeps its states .* give an SMLPCache"):
+        make_model(system)(make_ids(1, 3), cache=DynamicCache())
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generate_follows_its_own_configuration(use_cache: bool):
     model = make_model("gmlp")
-    with pytest.raises(ValueError, match="SMLPCache"):
-        model(make_ids(1, 3), cache=DynamicCache())
+    model.config.use_cache = not use_cache
+    model.generation_config.use_cache = use_cache
+    output = model.generate(make_ids(1, 3), max_new_tokens=2, return_dict_in_generate=True)
+    assert (output.cache is not None) == use_cache
 
 
 @pytest.mark.parametrize("width", [SHORT_ROW, SHORT_ROW + 1])

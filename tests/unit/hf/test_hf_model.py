@@ -1,6 +1,7 @@
 """transformers' conventions: configuration, saving, initial values, checkpointing, losses."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -196,6 +197,20 @@ def test_bfloat16_runs_and_stays_close():
         assert (rounded - exact).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("asked", [False, True])
+@torch.no_grad()
+def test_states_of_layers_are_kept_for_those_who_ask(asked: bool):
+    model = make_model("gmlp", num_layers=6)
+    made, alive = [], []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, __, output: made.append(weakref.ref(output[0])))
+    model.model.final_norm.register_forward_hook(
+        lambda *_: alive.extend(state for state in made if state() is not None)
+    )
+    model(make_ids(2, 12), output_hidden_states=asked)
+    assert len(alive) == (6 if asked else 1)
+
+
 def test_tuples_hidden_states_and_logits_to_keep():
     model = make_model("gmlp")
     ids = make_ids(2, 12)
@@ -231,6 +246,10 @@ def test_tuples_hidden_states_and_logits_to_keep():
         ({"token_router": "switch", "num_experts": None}, "needs 1 or more"),
         ({"token_router": "gshard", "num_experts": 1}, "needs 2 or more"),
         ({"token_router": "switch", "moe_train_capacity_factor": 0.0}, "must be over 0"),
+        *(
+            ({"token_router": "switch", "moe_layer_freq": given}, "for each of num_layers=3")
+            for given in (0, -1, [0, 1], [0, 1, 0, 1, 1], [0, 1, 2])
+        ),
         ({"architecture": "smlp", "num_dense_layers": 4}, "between 0 and num_layers=3"),
         (
             {"architecture": "smlp", "feature_router": "partial", "prefix_fraction": 1.5},

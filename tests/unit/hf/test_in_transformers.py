@@ -1,5 +1,6 @@
 """The model among transformers' own tools: Trainer, autocast, offloading, new tokens, old names."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.launches import REPOSITORY, run_command
-from support.smlp_systems import SYSTEMS, VOCABULARY, make_ids, make_model
+from support.smlp_systems import SYSTEMS, VOCABULARY, make_config, make_ids, make_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -178,8 +179,34 @@ def test_outputs_that_the_configuration_asks_for():
     model, ids = make_model("gmlp"), make_ids(1, 4)
     model.config.output_hidden_states = True
     assert len(model(ids).hidden_states) == model.config.num_layers + 1
+    for module in (model, model.model):
+        assert isinstance(module(ids, return_dict=False), tuple)
     model.config.return_dict = False
-    assert isinstance(model(ids), tuple)
+    for module in (model, model.model):
+        assert isinstance(module(ids), tuple)
+        assert not isinstance(module(ids, return_dict=True), tuple)
+    assert torch.equal(model.model(ids)[0], model(ids, return_dict=True).hidden_states[-1])
+    assert model.generate(ids, max_new_tokens=2).shape == (1, 6)
+
+
+@pytest.mark.parametrize("name", ["output_attentions", "output_router_logits"])
+@torch.no_grad()
+def test_outputs_that_there_are_not_are_warned_of(name: str, caplog: pytest.LogCaptureFixture):
+    logging.enable_propagation()
+    for asks in (
+        lambda model, ids: model(ids, **{name: True}),
+        lambda model, ids: model.model(ids, **{name: True}),
+        lambda model, ids: model.generate(ids, max_new_tokens=2, **{name: True}),
+        lambda model, ids: setattr(model.config, name, True) or model(ids),
+    ):
+        model, ids = make_model("switch", attn_implementation="eager"), make_ids(1, 4)
+        logging.get_logger().warning_once.cache_clear()
+        caplog.clear()
+        model(ids, **{name: False})
+        assert "is ignored" not in caplog.text
+        asks(model, ids)
+        assert f"{name}=True is ignored" in caplog.text
+    logging.disable_propagation()
 
 
 def test_a_kind_of_cache_that_is_not_taken(caplog: pytest.LogCaptureFixture):
@@ -330,13 +357,24 @@ def test_tokens_that_take_the_place_of_padding(
     tmp_path: Path, new: int | None, multiple: int | None, size: int, padding: list[int]
 ):
     model = make_model("hash", unpadded_vocab_size=VOCABULARY - 10)
-    model.generation_config.suppress_tokens = list(range(VOCABULARY - 10, VOCABULARY))
     model.resize_token_embeddings(new, multiple, mean_resizing=False)
     model.save_pretrained(tmp_path)
     loaded = SMLPForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.vocab_size == size
     assert (loaded.generation_config.suppress_tokens or []) == padding
     assert loaded.config.unpadded_vocab_size == (padding[0] if padding else None)
+
+
+@pytest.mark.parametrize("unpadded", [VOCABULARY - 10, VOCABULARY, None])
+def test_a_new_model_suppresses_padding(tmp_path: Path, unpadded: int | None):
+    model = SMLPForCausalLM(make_config("gmlp", unpadded_vocab_size=unpadded))
+    padding = list(range(unpadded or VOCABULARY, VOCABULARY))
+    assert (model.generation_config.suppress_tokens or []) == padding
+    drawn = model.generate(make_ids(4, 3) % 90, max_new_tokens=30, do_sample=True)
+    assert drawn.max() < (unpadded or VOCABULARY)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    assert written.get("suppress_tokens", []) == padding
 
 
 @torch.no_grad()
