@@ -3,7 +3,8 @@
 #   docker build -t megatron_smlp .
 #   docker run --rm --gpus all --ipc host --ulimit memlock=-1 --ulimit stack=67108864 \
 #     -v "$PWD/data:/workspace/data" -v "$PWD/runs:/workspace/runs" megatron_smlp \
-#     torchrun --nproc-per-node 8 pretrain_smlp.py --config configs/paper/regular/smlp_deterministic.yaml ...
+#     torchrun --nproc-per-node 8 pretrain_smlp.py --config configs/paper/regular/smlp_deterministic.yaml \
+#     --expert-model-parallel-size 8 --expert-tensor-parallel-size 1 ...
 #
 # Several nodes, Slurm, and what `make first-gpu` does, in a container: docs/gpus.md.
 # The default is the image that Megatron-Core 0.19 is developed on.

@@ -7,11 +7,13 @@ All Megatron flags keep their meaning; `--help` lists ours, `--help-all` every o
 megatron_smlp: flags/parse.py, systems.py, megatron_patches/table.py, training/run.py.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_smlp.flags.help import answered
+from megatron_smlp.launching.training_words import limit_connections
 from megatron_smlp.platform import choice
 from megatron_smlp.program import readable_errors, undisturbed_exit
 from megatron_smlp.training.captured_output import CapturedOutput
@@ -25,6 +27,7 @@ def main(argv: Sequence[str]) -> None:
     if answered(argv):  # --help, --version
         return
     choice.choose(argv)
+    limit_connections(argv, os.environ)
     with StartUp() as start_up, CapturedOutput() as output:
         args = patched_arguments(argv)
         if args.dry_run:

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers share. Sourced by them, not run.
+# What the launchers and the quickstart share. Sourced by them, not run.
 
 EXAMPLES="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 REPOSITORY="$(dirname -- "$EXAMPLES")"
@@ -25,15 +25,22 @@ require_number() {
   [[ "${!1}" =~ ^[0-9]+$ ]] || fail "$1 is '${!1}', but $2 is a whole number"
 }
 
-# Processes on this node: one a GPU, or one where there is none.
-default_processes() {
+# GPUs that processes on this node see.
+count_gpus() {
   local gpus="${SLURM_GPUS_ON_NODE:-}"
   if [[ -z "$gpus" && -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
     gpus="$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]' || true)"
   elif [[ -z "$gpus" ]] && command -v nvidia-smi > /dev/null; then
     gpus="$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU' || true)"  # no MIG slices
   fi
-  echo "$((${gpus:-0} > 0 ? gpus : 1))"
+  echo "${gpus:-0}"
+}
+
+# Processes on this node: one a GPU, or one where there is none.
+default_processes() {
+  local gpus
+  gpus="$(count_gpus)"
+  echo "$((gpus > 0 ? gpus : 1))"
 }
 
 # The project's own Python where `make env` made it.
@@ -62,22 +69,6 @@ check_python() {
     || fail "PYTHON=$PYTHON has no torch: run \`make env\`, or give an interpreter with the packages"
 }
 
-# needs_one_connection TRAINING_FLAG...: whether CUDA is to have one queue, so that communication
-# starts in the order in which it is asked for. Megatron insists on it for tensor parallelism
-# before Blackwell (compute capability 10), and refuses it with FSDP. A size in a file that CONFIG
-# includes is not seen here: the training then sets it when it starts.
-needs_one_connection() {
-  local words major=0
-  words="$(printf '%s ' "$@" | cat - "$CONFIG" | tr _ -)"
-  if command -v nvidia-smi > /dev/null; then
-    major="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null || true)"
-    major="${major%%.*}"
-  fi
-  ((${major:-0} < 10)) &&
-    grep -Eq 'tensor-model-parallel-size[ =:]+([2-9]|[1-9][0-9])' <<< "$words" &&
-    ! grep -Eq 'use-(megatron-fsdp|torch-fsdp2)' <<< "$words"
-}
-
 # answer_help [--help]: print the usage, where it is asked for, and end.
 answer_help() {
   if [[ "${1:-}" == "--help" ]]; then
@@ -92,9 +83,6 @@ start() {
   shift
   answer_help "$@"
   check_common
-  if [[ -z "${CUDA_DEVICE_MAX_CONNECTIONS:-}" ]] && needs_one_connection "$@"; then
-    export CUDA_DEVICE_MAX_CONNECTIONS=1
-  fi
   export NPROC_PER_NODE
   exec "$PYTHON" "$REPOSITORY/tools/launch.py" "$machines" \
     "$REPOSITORY/pretrain_smlp.py" --config "$CONFIG" "$@"

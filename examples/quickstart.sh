@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From text to a trained sparse all-MLP, on two processes of this machine. Under five minutes on two
-# cores.
+# From text to a trained sparse all-MLP, on two processes of this machine, or one for its only GPU.
+# Under five minutes on two cores.
 #
 #   make quickstart                      on prose from this Python installation, no download
 #   make quickstart CORPUS=corpus.jsonl  on your own: JSON lines with a "text" key, or .gz, .zst, ...
@@ -8,17 +8,20 @@
 # Results: runs/quickstart/ (tokenizer, dataset, checkpoints, metrics.jsonl, an exported model in hf/).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source examples/common.sh
 
 python=${PYTHON_BIN:-.venv/bin/python}
 run=runs/quickstart
 config=configs/cpu/smlp_deterministic.yaml
 vocabulary=4096
 processes=2
+gpus=$(count_gpus)
+if ((gpus == 1)); then processes=1; fi
 cores=$("$python" -c 'import os; print(os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count())')
 export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
-# Matrix products in bf16 are faster where the CPU has instructions for them, and slower elsewhere.
+# Matrix products in bf16 are faster where there are instructions for them, and slower elsewhere.
 precision=
-if grep -qwsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=--bf16; fi
+if ((gpus)) || grep -qwsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=--bf16; fi
 
 step() { printf '\n== %s\n' "$*"; }
 

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import torch
+
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.blending import (
     PER_SPLIT_FLAGS,
@@ -319,6 +321,15 @@ def _has_wandb_login() -> bool:
     return urlsplit(host).hostname in hosts
 
 
+def _check_devices() -> None:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > (count := torch.cuda.device_count()):
+        raise UsageError(
+            f"{processes} processes on a machine with {count} GPU{'s' * (count > 1)} that torch "
+            "sees: start one for each (--nproc-per-node, NPROC_PER_NODE), or give --platform cpu."
+        )
+
+
 def _check_compiler() -> None:
     """Refuse a GPU's run that would stop at the first kernel that torch or Triton compiles."""
     if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
@@ -366,6 +377,7 @@ def check_machine(args: argparse.Namespace) -> None:
             "--log-dir, --save or --tensorboard-dir."
         )
     if not cpu.needed():
+        _check_devices()
         _check_compiler()
     _check_transformer_engine(args)
     needing = RECOMPUTED_BY_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ())

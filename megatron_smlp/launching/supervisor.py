@@ -37,7 +37,7 @@ from megatron_smlp.launching.exit_codes import (
 from megatron_smlp.launching.failures import Failures
 from megatron_smlp.launching.folder_meeting import Presence
 from megatron_smlp.launching.settings import CLOSING, FILE, HOST, Meeting, Settings, read
-from megatron_smlp.launching.training_words import check_counts, given
+from megatron_smlp.launching.training_words import check_counts, given, limit_connections
 from megatron_smlp.restart_note import note_cause
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -115,6 +115,7 @@ class Supervisor:
             check_counts(words, machines=machines, processes=settings.processes)
         self.failures = Failures(words)
         self.environment = dict(os.environ)
+        limit_connections(words, self.environment)
         self.child: subprocess.Popen[bytes] | None = None
         self.signals = [number for number in SIGNALS if not _is_under_nohup(number)]
         self.told_to_end = False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import shutil
+import subprocess
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ SIZES = {
     "global_batch_size": None,
 }
 """What decides whether a number of processes can be, and Megatron's defaults."""
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+FSDP = ("--use-megatron-fsdp", "--use-torch-fsdp2")
+BLACKWELL = 10
+"""Compute capability."""
 
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
@@ -47,6 +53,34 @@ def given(flag: str, words: Sequence[str]) -> Any:
         keys = {spelling(key): entry for key, entry in read_yaml(Path(config)).items()}
         return keys.get(name)
     return value
+
+
+def limit_connections(words: Sequence[str], environment: MutableMapping[str, str]) -> None:
+    """Give CUDA one queue, so that communication starts in the order in which it is asked for.
+
+    Megatron insists on it for tensor parallelism before Blackwell, and refuses it with FSDP. CUDA
+    reads the variable as it starts: this is for launchers, and a program before it imports torch.
+
+    Raises:
+        UsageError: the file of --config cannot be read.
+    """
+    size = given("--tensor-model-parallel-size", words)
+    if environment.get(CONNECTIONS) or str(size) in ("None", "1"):
+        return
+    if not any(flag in words or given(flag, words) for flag in FSDP) and _capability() < BLACKWELL:
+        environment[CONNECTIONS] = "1"
+
+
+def _capability() -> float:
+    """Return the first GPU's, without starting CUDA; 0 where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+        return float(said.split()[0])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 0
 
 
 def check_counts(words: Sequence[str], *, machines: range, processes: int) -> None:

@@ -57,9 +57,9 @@ def check(platform: str = "auto") -> None:
 
 
 def limit_connections(args: argparse.Namespace) -> None:
-    """Megatron insists on one connection under tensor parallelism, FSDP refuses it.
+    """Do what launching.training_words does for a size that only a checkpoint names.
 
-    CUDA reads it when it starts, which importing Megatron may do: the launchers export it.
+    CUDA has started, and may have read another value: Megatron would stop without it.
     """
     is_sharded = args.use_torch_fsdp2 or args.use_megatron_fsdp
     if args.tensor_model_parallel_size > 1 and not is_sharded:

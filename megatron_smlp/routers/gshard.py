@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +74,15 @@ class GShardRouter(SwitchRouter):
         return math.ceil(2 * factor * math.ceil(num_tokens / self.num_experts))
 
 
+_readers: WeakKeyDictionary[nn.Module, list[Handed]] = WeakKeyDictionary()
+
+
 def attach_samples(model: nn.Module, keys: Tensor) -> None:
     """Before a micro-batch: tell the routers of this model, or stage, that have `samples`, whose it
     is; keys: draws.sample_keys."""
-    for module in model.modules():
-        if isinstance(samples := getattr(module, "samples", None), Handed):
-            samples.hand(keys)
+    readers = _readers.get(model)
+    if readers is None:  # a walk over thousands of experts takes longer than their launches
+        found = (getattr(module, "samples", None) for module in model.modules())
+        readers = _readers[model] = [one for one in found if isinstance(one, Handed)]
+    for samples in readers:
+        samples.hand(keys)

@@ -265,46 +265,6 @@ def test_slurm_queues_a_job_again_whose_time_is_over(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "capability", "given", "expected"),
-    [
-        ("--tensor-model-parallel-size 2", "9.0", "", "1"),
-        ("--tensor-model-parallel-size=16", "", "", "1"),
-        ("--tensor-model-parallel-size 2", "10.0", "", ""),
-        ("--tensor-model-parallel-size 1", "9.0", "", ""),
-        ("--tensor-model-parallel-size 2", "9.0", "32", "32"),
-        ("--tensor-model-parallel-size 2 --use-megatron-fsdp", "9.0", "", ""),
-        ("in the configuration", "9.0", "", "1"),
-        ("", "9.0", "", ""),
-    ],
-)
-def test_one_connection_where_megatron_needs_it(
-    tmp_path: Path, flags: str, capability: str, given: str, expected: str
-):
-    """A stand-in for Python prints what it is started with, one for nvidia-smi what GPU it is."""
-    config = tmp_path / "config.yaml"
-    if flags == "in the configuration":
-        config.write_text("seq-length: 32\ntensor_model_parallel_size: 4\n")
-        flags = ""
-    else:
-        config.write_text("seq-length: 32\n")
-    python = tmp_path / "python"
-    python.write_text('#!/usr/bin/env bash\necho "connections=$CUDA_DEVICE_MAX_CONNECTIONS."\n')
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/usr/bin/env bash\necho '{capability}'\n")
-    for tool in (python, smi):
-        tool.chmod(0o755)
-    done = run_command(
-        [str(EXAMPLES / "one_node.sh"), *flags.split()],
-        PATH=f"{tmp_path}:{os.environ['PATH']}",
-        CONFIG=str(config),
-        PYTHON=str(python),
-        NPROC_PER_NODE="2",
-        CUDA_DEVICE_MAX_CONNECTIONS=given,
-    )
-    assert f"connections={expected}." in done.stdout
-
-
-@pytest.mark.parametrize(
     ("visible", "expected"), [(None, "2"), ("3,5,7", "3"), ("GPU-8932f937-d72c", "1"), ("", "1")]
 )
 def test_a_process_for_each_gpu_that_is_visible(tmp_path: Path, visible: str | None, expected: str):

@@ -184,6 +184,18 @@ def test_a_login_is_found_where_weights_and_biases_keeps_it(
     check_run._check_wandb(args)
 
 
+@pytest.mark.parametrize(("processes", "gpus"), [(2, 1), (8, 7)])
+def test_every_process_of_a_machine_needs_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, processes: int, gpus: int
+):
+    monkeypatch.setattr(check_run.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus))
+    check_run._check_devices()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with pytest.raises(UsageError, match=rf"^{processes} processes on a machine with {gpus} GPU"):
+        check_run._check_devices()
+
+
 def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path):
     """Triton builds its driver when the first kernel is compiled, with Python's headers."""
     monkeypatch.delenv("CC", raising=False)

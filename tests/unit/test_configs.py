@@ -134,12 +134,9 @@ def test_a_gpu_holds_it_and_recomputes_only_what_it_must(folder: str, system: st
     """Of 80 GB, in the layout that the file names; a tenth is left for temporary tensors."""
     values = {spelling(key): value for key, value in read_yaml(config(folder, system)).items()}
     values["vocab_size"] = VOCABULARY[folder]
-    if folder == "paper/large":
+    if folder == "paper/large" or "num_experts" in values:
         values |= named_layout(config(folder, system))
-        assert values["world_size"] == 128
-    else:
-        experts = 8 if "num_experts" in values else 1
-        values |= {"world_size": 8, "expert_model_parallel_size": experts}
+    assert values.setdefault("world_size", 8) == (128 if folder == "paper/large" else 8)
     gib = estimate(values)["per_gpu"]["memory_bytes"] / 2**30
     assert gib < 0.9 * 80 * 1e9 / 2**30
     if system != "llama_moe":

@@ -1,0 +1,90 @@
+"""What is read from a training's command line before there is a parser."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.launches import REPOSITORY, clean_environment
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.launching.settings import read
+from megatron_smlp.launching.supervisor import Supervisor
+from megatron_smlp.launching.training_words import CONNECTIONS, limit_connections
+
+TP_2 = "--tensor-model-parallel-size 2"
+
+
+@pytest.mark.parametrize(
+    ("words", "capability", "given", "expected"),
+    [
+        (TP_2, "9.0", None, "1"),
+        (TP_2, "9.0", "", "1"),
+        ("--tensor-model-parallel-size=16", "", None, "1"),
+        (TP_2, "10.0\n10.0", None, None),
+        ("--tensor-model-parallel-size 1", "9.0", None, None),
+        (TP_2, "9.0", "32", "32"),
+        (f"{TP_2} --use-megatron-fsdp", "9.0", None, None),
+        ("--config top.yaml", "9.0", None, "1"),
+        ("--config top.yaml --tensor-model-parallel-size 1", "9.0", None, None),
+        ("--config fsdp.yaml", "9.0", None, None),
+        ("", "9.0", None, None),
+    ],
+)
+def test_one_connection_where_megatron_needs_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    capability: str,
+    given: str | None,
+    expected: str | None,
+):
+    """A stand-in for nvidia-smi says what GPU it is."""
+    (tmp_path / "base.yaml").write_text("tensor_model_parallel_size: 4\n")
+    (tmp_path / "top.yaml").write_text("include: base.yaml\nseq-length: 32\n")
+    (tmp_path / "fsdp.yaml").write_text("include: base.yaml\nuse-megatron-fsdp: true\n")
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho '{capability}'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.chdir(tmp_path)
+    environment = {} if given is None else {CONNECTIONS: given}
+    limit_connections(words.split(), environment)
+    assert environment.get(CONNECTIONS) == expected
+
+
+def test_launchers_tell_their_ranks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(CONNECTIONS, raising=False)
+    for words, expected in ((TP_2, "1"), ("", None)):
+        launcher = Supervisor(read({}, several=False), ["train.py", *words.split()])
+        assert launcher.environment.get(CONNECTIONS) == expected
+
+
+def test_a_run_says_it_before_cuda_can_start():
+    """CUDA reads it as it starts, which only torch can do."""
+    program = f"""
+import os, sys, pretrain_smlp
+
+def saw(argv):
+    sys.exit(f"{{os.environ[{CONNECTIONS!r}]}} {{'torch' in sys.modules}}")
+
+pretrain_smlp.patched_arguments = saw
+pretrain_smlp.main({TP_2.split()})
+"""
+    environment = clean_environment()
+    environment.pop(CONNECTIONS, None)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr == "1 False\n"
+
+
+def test_a_file_that_is_not_there_is_one_line():
+    with pytest.raises(UsageError, match=r"none\.yaml"):
+        limit_connections(["--config", "none.yaml"], {})
