@@ -42,7 +42,7 @@ from megatron_smlp.launching.exit_codes import (
     say,
 )
 from megatron_smlp.launching.failures import Failures
-from megatron_smlp.launching.parent import AGENT_PID, end_with_parent
+from megatron_smlp.launching.parent import AGENT_PID
 from megatron_smlp.launching.rendezvous_watch import Watch
 from megatron_smlp.launching.settings import CLOSING
 from megatron_smlp.megatron_patches import elastic_agent
@@ -50,12 +50,10 @@ from megatron_smlp.restart_note import RESTART, cause_of, note_cause
 
 PATIENCE = 30
 """Seconds that ranks get to end where others are gone, so that they cannot save."""
-BARRIER = 330.0
-"""Seconds that torchrun's barrier at the end takes at most, and a margin."""
-LOOK = 1.1
-"""Seconds after which torch reads the rendezvous' state anew."""
+OTHERS_END = 300.0
+"""Seconds in which the ranks of other machines end after these, as torchrun's barrier has it."""
 ARRIVAL = 5.0
-"""Seconds that an agent which was told to end stays there itself."""
+"""Seconds that an agent which was told to end waits for the others'."""
 
 
 class Agent(LocalElasticAgent):
@@ -69,6 +67,8 @@ class Agent(LocalElasticAgent):
         self.failures, self.watch, self.closes = failures, watch, closes
         self.code = 1
         """Exit code of this process, as far as it depends on the ranks."""
+        self.hangs = False
+        """Whether a rank is stuck in the kernel, so that nothing can be started here."""
         watch.agent = self
         self.rendezvous = _ReenterableRendezvous(spec.rdzv_handler, self)
         spec.rdzv_handler = self.rendezvous  # torch's launcher shuts that of its own spec down
@@ -80,22 +80,42 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        if result.is_failed():
+        if result.state == WorkerState.UNHEALTHY:
             self._decide(result)
-        elif result.state == WorkerState.SUCCEEDED and self._is_joined():
+            self.hangs = True
+        elif result.is_failed():
+            self._decide(result)
+        elif result.state == WorkerState.SUCCEEDED and not self._others_end(OTHERS_END):
             return RunResult(state=WorkerState.HEALTHY)  # to be started again with the others
         elif result.state == WorkerState.SUCCEEDED:
             self.code = 0
         return result
 
-    def _is_joined(self) -> bool:
-        """Return whether a machine waits to take part, so that these ranks were told to end by an
-        agent that saw it first: the run is not over."""
-        handler = self._worker_group.spec.rdzv_handler
-        if handler.settings.min_nodes == handler.settings.max_nodes:
-            return False
-        time.sleep(LOOK)
-        return int(handler.num_nodes_waiting()) > 0
+    def _others_end(self, seconds: float) -> bool:
+        """Wait until the ranks of all machines have ended; return whether the run is over, and no
+        machine waits to start with these again.
+
+        One may wait that has come since, where their number varies: an agent that saw it first told
+        the ranks of all to end. Or one whose ranks failed after these had ended.
+        """
+        rendezvous, group = self.rendezvous, self._worker_group
+        varies = rendezvous.settings.min_nodes != rendezvous.settings.max_nodes
+        ends = [f"{_ReenterableRendezvous.DONE}/{n}" for n in range(group.group_world_size or 1)]
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(RuntimeError):  # what a store that does not answer raises
+            self._store.set(ends[group.group_rank or 0], "")
+            while not (self._store.check(ends) or rendezvous.is_over()):
+                if rendezvous.num_nodes_waiting() and (varies or not self._is_whole()):
+                    return False
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.5)
+        return True
+
+    def _is_whole(self) -> bool:
+        """Return whether no machine of this round is gone."""
+        here = len(self.rendezvous._state_holder.state.participants)
+        return here >= (self._worker_group.group_world_size or 0)
 
     def _decide(self, result: RunResult) -> None:
         """Say what failed, and whether that is the end: then no restart remains."""
@@ -104,7 +124,7 @@ class Agent(LocalElasticAgent):
             for rank, failure in sorted(result.failures.items(), key=lambda it: it[1].timestamp)
         ]
         codes = [failure.exitcode for failure in result.failures.values()]
-        cause = causes[0] if causes else "the ranks hang in the kernel"
+        cause = causes[0] if causes else "ranks hang in the kernel, where no signal ends them"
         self.failures.add()
         self.code = next((code for code in codes if self._ends_all(code)), 1)
         if self.code == 1 and WRONG_USE in codes and self._first_machine_ended():
@@ -145,10 +165,7 @@ class Agent(LocalElasticAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         """Ranks that are well can save, unless a machine of theirs is gone."""
-        handler = worker_group.spec.rdzv_handler
-        here = len(handler._state_holder.state.participants)
-        whole = here >= (worker_group.group_world_size or 0)
-        is_well = worker_group.state == WorkerState.HEALTHY and whole
+        is_well = worker_group.state == WorkerState.HEALTHY and self._is_whole()
         self._shutdown(timeout=self._shutdown_timeout if is_well else PATIENCE)
 
     def _shutdown(
@@ -158,25 +175,22 @@ class Agent(LocalElasticAgent):
             super()._shutdown(death_sig, timeout)
 
     def _exit_barrier(self) -> None:
-        handler = self._worker_group.spec.rdzv_handler
-        handler.num_nodes_waiting()
-        if not handler.is_lost:  # the others may have been told to end, and wait for nobody
-            with self.watch.patient(BARRIER):
-                super()._exit_barrier()
+        """Wait for nobody: `_others_end` has. torch's barrier holds the rendezvous' connection, so
+        that no heartbeat passes, and others would take this machine for gone after 15 s."""
 
-    def arrive(self) -> None:
-        """Show up at torchrun's barrier: agents whose ranks ended with these would wait there."""
-        if self._pcontext is not None and self._worker_group.state == WorkerState.HEALTHY:
-            self._exit_barrier_timeout = ARRIVAL
-            with contextlib.suppress(SignalException):
-                self._exit_barrier()
-
-    def ended_well(self) -> bool:
-        """Return whether no rank was running, or all ended with 0, or knew no SIGTERM yet."""
+    def end_as_told(self) -> bool:
+        """Leave the others after a signal, which has ended the ranks; return whether they, if there
+        are any, ended with 0, or knew no SIGTERM yet."""
         if self._pcontext is None or self._worker_group.state != WorkerState.HEALTHY:
             return True
         handlers = getattr(self._pcontext, "subprocess_handlers", {})
-        return all(handler.proc.poll() in (0, -signal.SIGTERM) for handler in handlers.values())
+        codes = {handler.proc.poll() for handler in handlers.values()}
+        if codes == {0}:  # saved, as those of all machines are: the run is over
+            with contextlib.suppress(SignalException):
+                self._others_end(ARRIVAL)
+                self.code = 0
+                self.rendezvous.shutdown()
+        return codes <= {0, -signal.SIGTERM}
 
     def kill_ranks(self) -> None:
         """Send SIGKILL to every rank."""
@@ -193,7 +207,7 @@ class _ReenterableRendezvous:
     have trained with it, or wait as its spares: whoever starts later begins anew.
     """
 
-    ENDED = "ended for good"
+    ENDED, DONE = "ended for good", "ranks that are done"
     LOOKS = 3.0
     """Seconds within which every waiting agent has asked the store."""
 
@@ -217,8 +231,9 @@ class _ReenterableRendezvous:
             self.round, self.spare_of = info.store, None
             machine, machines = info.rank, info.world_size
             info.store.set(f"processes/{machine}", str(processes))
-            agree_on_restart(info.store, machines=machines, environment=os.environ)
-            if are_alike(info.store, machines=machines, processes=processes):
+            apart = info.store.clone()  # a wait on the rendezvous' connection lets no heartbeat by
+            agree_on_restart(apart, machines=machines, environment=os.environ)
+            if are_alike(apart, machines=machines, processes=processes):
                 return info
             say("a machine with another number of processes was refused: meeting again.")
             time.sleep(self.LOOKS)  # it leaves
@@ -357,7 +372,6 @@ def main(words: Sequence[str]) -> int:
     """
     closes = words[0] == CLOSING
     words = words[1:] if closes else words
-    end_with_parent(signal.SIGTERM)
     os.environ[AGENT_PID] = str(os.getpid())
     watch, failures = Watch(), Failures(words)
 
@@ -371,9 +385,7 @@ def main(words: Sequence[str]) -> int:
             code = watch.agent.code if watch.agent else 1
             return code if code in FOR_GOOD else AGAIN + failures.count
         except SignalException as end:
-            is_well = watch.agent is None or watch.agent.ended_well()
-            if is_well and watch.agent is not None:
-                watch.agent.arrive()
+            is_well = watch.agent is None or watch.agent.end_as_told()
             return 0 if is_well else 128 + end.sigval
         except RendezvousClosedError:
             say("another machine has ended the run for good: see its log.")
@@ -390,4 +402,4 @@ def main(words: Sequence[str]) -> int:
         except (RendezvousError, torch.distributed.DistError, OSError, ValueError) as error:
             say(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             return AGAIN + failures.count
-    return 0
+    return MISSING if watch.agent and watch.agent.hangs else 0

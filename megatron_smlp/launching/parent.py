@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 
-AGENT_PID = "SMLP_AGENT"
-"""The variable in which a rank finds its agent's process number."""
+AGENT_PID, LAUNCHER_PID = "SMLP_AGENT", "SMLP_LAUNCHER"
+"""The variables in which a rank finds its agent's process number, and an agent its launcher's."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -25,6 +25,12 @@ def end_with_parent(number: signal.Signals, *, parent: int | None = None) -> Non
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != expected:
         os.kill(os.getpid(), number)
+
+
+def end_with_launcher() -> None:
+    """End this agent when its launcher ends; before anything is imported that takes time."""
+    launcher = os.environ.get(LAUNCHER_PID)
+    end_with_parent(signal.SIGTERM, parent=int(launcher) if launcher else None)
 
 
 def end_with_agent() -> None:

@@ -36,6 +36,7 @@ from megatron_smlp.launching.exit_codes import (
 )
 from megatron_smlp.launching.failures import Failures
 from megatron_smlp.launching.folder_meeting import Presence
+from megatron_smlp.launching.parent import LAUNCHER_PID, end_with_launcher
 from megatron_smlp.launching.settings import CLOSING, FILE, HOST, Meeting, Settings, read
 from megatron_smlp.launching.training_words import check_counts, given, limit_connections
 from megatron_smlp.restart_note import note_cause
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = "the port of the store" if options.what == "serve" else "the script that trains"
         raise UsageError(f"{options.what}: give {what}, for example {EXAMPLES[options.what]}.")
     if options.what == AGENT:
+        end_with_launcher()
         from megatron_smlp.launching import agent  # with torch, in a process of its own
 
         code = agent.main(options.words)
@@ -241,6 +243,9 @@ class Supervisor:
         # Where the ranks share the agents' store, those of one machine wait for ever after the
         # other's have failed (measured with torch 2.15).
         self.environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        # NCCL's own way: to end a rank, without an abort first that may hang. torchrun's is older.
+        self.environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+        self.environment[LAUNCHER_PID] = str(os.getpid())
         if meeting is None:
             address = settings.local_address or "127.0.0.1"
             self._set_interface(address)

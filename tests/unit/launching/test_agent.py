@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import DistStoreError, FileStore, HashStore, PrefixStore, Store
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching.agent import (
@@ -93,19 +94,56 @@ def test_wrong_use_is_the_runs_where_the_first_machine_says_so(
     assert tuple(ends) == codes
 
 
+def waiting_agent(store: Store, *, least: int, waiting: int, here: int) -> Agent:
+    """Of machine 0 of two; as many machines wait, and are in the round, as it says."""
+    agent = Agent.__new__(Agent)
+    agent._worker_group = SimpleNamespace(group_rank=0, group_world_size=2)
+    agent._store = store
+    state = SimpleNamespace(participants=range(here))
+    agent.rendezvous = SimpleNamespace(  # type: ignore[assignment]
+        settings=SimpleNamespace(min_nodes=least, max_nodes=2),
+        is_over=lambda: False,
+        num_nodes_waiting=lambda: waiting,
+        _state_holder=SimpleNamespace(state=state),
+    )
+    return agent
+
+
 @pytest.mark.parametrize(
-    ("least", "most", "waiting", "is_joined"),
-    [(2, 2, 1, False), (2, 4, 0, False), (2, 4, 1, True)],
+    ("least", "waiting", "here", "is_over"),
+    [
+        (2, 0, 2, True),  # nobody comes, until the time is over
+        (2, 1, 2, True),  # a stranger waits, where the number is fixed
+        (2, 0, 1, True),
+        (2, 1, 1, False),  # the other one's ranks failed after these had ended
+        (1, 1, 2, False),  # a machine that another agent saw first
+    ],
 )
-def test_ranks_that_ended_for_a_machine_that_joins(
-    least: int, most: int, waiting: int, is_joined: bool, monkeypatch: pytest.MonkeyPatch
+def test_ranks_that_ended_start_again_where_a_machine_waits_for_them(
+    least: int, waiting: int, here: int, is_over: bool
 ):
-    """The number of machines varies there; a spare of a fixed number waits for nothing."""
-    monkeypatch.setattr("megatron_smlp.launching.agent.LOOK", 0)
-    settings = SimpleNamespace(min_nodes=least, max_nodes=most)
-    handler = SimpleNamespace(settings=settings, num_nodes_waiting=lambda: waiting)
-    group = SimpleNamespace(spec=SimpleNamespace(rdzv_handler=handler))
-    assert Agent._is_joined(SimpleNamespace(_worker_group=group)) == is_joined  # type: ignore[arg-type]
+    agent = waiting_agent(HashStore(), least=least, waiting=waiting, here=here)
+    assert agent._others_end(0.0) == is_over
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_a_run_is_over_when_the_ranks_of_all_machines_have_ended(kind: str, tmp_path: Path):
+    store = store_of(kind, tmp_path)
+    store.set(f"{_ReenterableRendezvous.DONE}/1", "")
+    agent = waiting_agent(store, least=1, waiting=1, here=1)
+    assert agent._others_end(60.0)
+    assert store.check([f"{_ReenterableRendezvous.DONE}/0"])
+
+
+def test_ranks_that_hang_in_the_kernel_are_a_failure(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.environ", {})
+    hung = RunResult(state=WorkerState.UNHEALTHY)
+    monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda self, group: hung)
+    agent = Agent.__new__(Agent)
+    agent.failures, agent.code, agent.hangs, agent._remaining_restarts = Failures([]), 1, False, 0
+    assert agent._monitor_workers(None) is hung  # type: ignore[arg-type]
+    assert agent.hangs
+    assert agent.code == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""Launchers, agents and torchrun's rendezvous around ranks that do nothing but end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.launches import REPOSITORY, clean_environment, free_port
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+
+folder, role = Path(__file__).parent, os.environ["ROLE"]
+
+def note(what):
+    with (folder / "events").open("a") as events:
+        events.write(f"{what} {os.environ['RANK']}\\n")
+
+def end(*_):
+    note("told")
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, end)
+note("starts")
+rank, tries = int(os.environ["RANK"]), (folder / "events").read_text().count("starts 1")
+if role == "late":  # the first machine's takes longer than torch waits for a heartbeat
+    time.sleep(35 if rank == 0 else 5)
+elif role == "crash":  # the second one's fails, once, when the first one's has ended
+    time.sleep(3 + 5 * rank)
+    if rank == 1 and tries == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+else:
+    time.sleep(300)
+note("ends")
+"""
+
+
+class Machines:
+    """Launchers on this machine, that take themselves for several."""
+
+    def __init__(self, folder: Path, role: str, *, count: int, **variables: str) -> None:
+        self.folder = folder
+        (folder / "rank.py").write_text(RANK)
+        (folder / "save").mkdir()
+        shared = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "ROLE": role}
+        shared |= {"MASTER_PORT": str(free_port()), "REJOIN_TIMEOUT": "60", **variables}
+        self.launchers = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, str(REPOSITORY / "tools" / "launch.py"), "several-nodes"),
+                    *(str(folder / "rank.py"), "--save", str(folder / "save")),
+                ],
+                env=clean_environment(**shared, NODE_RANK=str(number)),
+                stdout=(folder / f"log{number}").open("w"),
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for number in range(count)
+        ]
+
+    @property
+    def events(self) -> list[str]:
+        file = self.folder / "events"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def wait_for(self, condition: Callable[[], bool], *, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.2)
+
+    def codes(self) -> list[int]:
+        return [launcher.wait(timeout=200) for launcher in self.launchers]
+
+    def logs(self) -> str:
+        said = (self.folder / f"log{number}" for number in range(len(self.launchers)))
+        return "\n".join([*self.events, *(file.read_text()[-3000:] for file in said)])
+
+    def end(self) -> None:
+        for launcher in self.launchers:
+            if launcher.poll() is None:
+                os.killpg(launcher.pid, signal.SIGTERM)
+                launcher.wait(timeout=60)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Machines]]:
+    started: list[Machines] = []
+
+    def begin(role: str, **options: str | int) -> Machines:
+        started.append(Machines(tmp_path, role, **options))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield begin
+    for machines in started:
+        machines.end()
+
+
+def test_a_machine_whose_ranks_end_late_is_no_reason_for_a_restart(start: Callable[..., Machines]):
+    """The other one waits, and is not taken for gone; the spare is not needed."""
+    machines = start("late", count=3, SPARES="1")
+    assert machines.codes() == [0, 0, 0], machines.logs()
+    assert sorted(machines.events) == ["ends 0", "ends 1", "starts 0", "starts 1"]
+
+
+def test_a_rank_that_fails_when_others_have_ended(start: Callable[..., Machines]):
+    """All start again, and end; nobody waits for five minutes."""
+    machines = start("crash", count=2)
+    began = time.monotonic()
+    assert machines.codes() == [0, 0], machines.logs()
+    assert time.monotonic() - began < 150
+    assert machines.events.count("ends 0") == 2
+    assert machines.events.count("ends 1") == 1
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_spare_ends_with_a_run_that_was_told_to_end(start: Callable[..., Machines], told: int):
+    """Whichever machine is told; the ranks of the other one, which agree in training, are too."""
+    machines = start("wait", count=3, SPARES="1")
+    machines.wait_for(lambda: len(machines.events) == 2)
+    machines.wait_for(lambda: "a spare" in (machines.folder / "log2").read_text())
+    for number in (told, 1 - told):
+        machines.launchers[number].send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    assert machines.codes() == [0, 0, 0], machines.logs()
+
+
+def test_an_agent_ends_whose_launcher_was_killed_as_it_started(start: Callable[..., Machines]):
+    machines = start("wait", count=1, NNODES="1")
+    (launcher,) = machines.launchers
+    machines.wait_for(lambda: bool(children_of(launcher.pid)))
+    (agent,) = children_of(launcher.pid)
+    launcher.kill()
+    launcher.wait()
+    machines.wait_for(lambda: not Path(f"/proc/{agent}").exists(), seconds=30)
+    assert not machines.events
+
+
+def children_of(process: int) -> list[int]:
+    file = Path(f"/proc/{process}/task/{process}/children")
+    return [int(word) for word in file.read_text().split()] if file.exists() else []
