@@ -21,7 +21,7 @@ from megatron_smlp.accounting.costs import (
     model_cost,
 )
 from megatron_smlp.accounting.footprint import footprint
-from megatron_smlp.accounting.ranks import ParallelLayout
+from megatron_smlp.accounting.ranks import ParallelLayout, gathers
 from megatron_smlp.command_line import Parser, did_you_mean, flag_of
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
@@ -46,6 +46,8 @@ _LAYOUT: dict[str, Any] = {
     "sequence_parallel": False,
     "use_distributed_optimizer": False,
     "optimizer_checkpoint": "any_layout",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "overlap_grad_reduce": False,
     "bf16": False,
     "fp16": False,
     "grad_reduce_in_bf16": False,
@@ -64,7 +66,7 @@ _UNCOUNTED: dict[str, Any] = {
             *("pipeline_model_parallel_layout", "distribute_saved_activations"),
             *("fp8_format", "fp4_format", "fp32_residual_connection"),
             *("use_precision_aware_optimizer", "optimizer_cpu_offload"),
-            *("use_megatron_fsdp", "use_torch_fsdp2"),
+            *("use_megatron_fsdp", "use_torch_fsdp2", "ddp_bucket_size", "ddp_num_buckets"),
         )
     ),
     "num_distributed_optimizer_instances": 1,
@@ -125,7 +127,7 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
         may send it to; training may send it to fewer), forward_tflops_per_1024_tokens (full
         squares, the paper's convention), forward_needed_tflops_per_1024_tokens (causal products as
         triangles), per_gpu (bytes; see footprint.Footprint; save_host_bytes is what its rank takes
-        of the host's memory at a save or a load).
+        of the host's memory at a save or a load, where it gathers the optimizer's state).
 
     Raises:
         ValueError: a size is missing, misspelt or does not fit the others.
@@ -147,14 +149,9 @@ def estimate(values: dict[str, Any]) -> dict[str, Any]:
         | {
             "memory_bytes": per_gpu.memory_bytes,
             "communication_bytes": per_gpu.communication_bytes,
-            "save_host_bytes": _GATHERED_BYTES * per_gpu.parameters if _gathers(args) else 0,
+            "save_host_bytes": _GATHERED_BYTES * per_gpu.parameters if gathers(args) else 0,
         },
     }
-
-
-def _gathers(args: argparse.Namespace) -> bool:
-    """Return whether each rank puts the optimizer's state of all data parallel ranks together."""
-    return args.use_distributed_optimizer and args.optimizer_checkpoint == "any_layout"
 
 
 def resolve(values: dict[str, Any]) -> argparse.Namespace:
@@ -320,6 +317,7 @@ def _table(result: dict[str, Any]) -> str:
         names.insert(3, "gradient_copy")
     lines += [f"  {name.replace('_', ' '):26}{giga[name + '_bytes']:>16}" for name in names]
     if gpu["save_host_bytes"]:
+        lines.append(f"  {'memory at a save, at most':26}{giga['save_gpu_bytes']:>16}")
         lines.append(f"  {'host memory at a save':26}{giga['save_host_bytes']:>16}")
     lines.append("sent by it in one optimizer step")
     kinds = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "data_parallel")

@@ -19,6 +19,7 @@ from megatron_smlp.accounting.costs import (
     fingerprint_bytes,
     input_cost,
     layer_cost,
+    token_table,
 )
 from megatron_smlp.accounting.ranks import (
     FP32_BYTES,
@@ -37,6 +38,8 @@ from megatron_smlp.accounting.traffic import (
 from megatron_smlp.systems import LayerSlots
 
 _ADAM_BYTES = 8
+_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
+"""Megatron's least size of a bucket of gradients that are reduced while others are computed."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Footprint:
     gradient_copy_bytes: int
     """In fp32, of gradients that are not: from the end of the last backward pass to the step's."""
     activation_bytes: int
+    save_gpu_bytes: int
+    """In use at a save, when the activations have gone; of the stage where it is most, at most."""
     tensor_parallel_bytes: int
     """Sent in a step, as are the next three."""
     pipeline_parallel_bytes: int
@@ -81,7 +86,9 @@ def footprint(shape: ModelShape, layout: ParallelLayout) -> Footprint:
     if shape.num_experts:
         quotient("--num-experts", shape.num_experts, layout.expert, "EP")
     stages = [_stage(shape, layout, stage) for stage in range(layout.pipeline)]
-    return max(stages, key=lambda stage: stage.memory_bytes)
+    fullest = max(stages, key=lambda stage: stage.memory_bytes)
+    at_save = max(stage.save_gpu_bytes for stage in stages)
+    return dataclasses.replace(fullest, save_gpu_bytes=at_save)
 
 
 def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerSlots) -> float:
@@ -161,6 +168,28 @@ def _activation_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> 
     return round(tokens * (in_flight * kept * layout.value_bytes + at_once))
 
 
+def _gathered_bytes(
+    shape: ModelShape, layout: ParallelLayout, stage: int, dense: int, experts: int
+) -> int:
+    """Return the most that a save puts together at once: of one bucket a number of each parameter
+    in fp32, the parts of all ranks, and beside them this rank's own."""
+    if not layout.gathers_on_gpus:
+        return 0
+    expert = shape.hidden_size * shape.moe_ffn_hidden_size * (2 if shape.gated_mlp else 1)
+    buffers = (
+        (dense, token_table(shape).sharded // layout.tensor, layout.data),
+        (experts, expert // layout.expert_tensor, layout.expert_data),
+    )
+    most = 0
+    for count, largest, ranks in buffers:
+        bucket = count
+        if layout.overlap_grad_reduce and stage == 0:
+            # It is closed by the parameter that makes it this large.
+            bucket = min(count, max(_BUCKET, _BUCKET_PER_RANK * layout.data) + largest)
+        most = max(most, FP32_BYTES * (bucket + bucket // ranks))
+    return most
+
+
 def _stage(shape: ModelShape, layout: ParallelLayout, stage: int) -> Footprint:
     dense, experts = parameters_on_rank(stage_cost(shape, layout, stage), layout)
     per_parameter = _ADAM_BYTES + (FP32_BYTES if layout.value_bytes < FP32_BYTES else 0)
@@ -169,13 +198,18 @@ def _stage(shape: ModelShape, layout: ParallelLayout, stage: int) -> Footprint:
     expert_share = experts // (layout.expert_data if spread else 1)
     share = dense_share + expert_share
     buffers = fingerprint_bytes(shape) if stage == 0 else 0
+    weights = (dense + experts) * layout.value_bytes + buffers
+    gradients = (dense + experts) * layout.gradient_bytes
+    optimizer = share * per_parameter
+    gathered = _gathered_bytes(shape, layout, stage, dense, experts)
     return Footprint(
         parameters=dense + experts,
-        weight_bytes=(dense + experts) * layout.value_bytes + buffers,
-        gradient_bytes=(dense + experts) * layout.gradient_bytes,
-        optimizer_bytes=share * per_parameter,
+        weight_bytes=weights,
+        gradient_bytes=gradients,
+        optimizer_bytes=optimizer,
         gradient_copy_bytes=0 if layout.gradient_bytes == FP32_BYTES else share * FP32_BYTES,
         activation_bytes=_activation_bytes(shape, layout, stage),
+        save_gpu_bytes=weights + gradients + optimizer + gathered,
         tensor_parallel_bytes=tensor_traffic(shape, layout, stage),
         pipeline_parallel_bytes=pipeline_traffic(shape, layout, stage),
         expert_parallel_bytes=expert_traffic(shape, layout, stage),

@@ -39,6 +39,9 @@ class ParallelLayout:
     num_micro_batches: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    gathers_on_gpus: bool = False
+    """Whether a save puts the optimizer's state together there."""
+    overlap_grad_reduce: bool = False
     precision: str = "fp32"
     fp32_gradients: bool = True
     """Whether they are added up and reduced in fp32; else in the precision of the weights."""
@@ -70,6 +73,9 @@ class ParallelLayout:
             num_micro_batches=quotient("--global-batch-size", batch, samples, "micro-batch * DP"),
             sequence_parallel=args.sequence_parallel,
             distributed_optimizer=args.use_distributed_optimizer,
+            gathers_on_gpus=gathers(args)
+            and not args.distrib_optim_fully_reshardable_mem_efficient,
+            overlap_grad_reduce=args.overlap_grad_reduce,
             precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
             fp32_gradients=args.accumulate_allreduce_grads_in_fp32,
             recompute_granularity=args.recompute_granularity,
@@ -99,6 +105,11 @@ class ParallelLayout:
         if self.recompute_granularity != "full":
             return ()
         return layers[: self.recompute_num_layers] if self.recompute_method == "block" else layers
+
+
+def gathers(args: argparse.Namespace) -> bool:
+    """Return whether each rank puts the optimizer's state of all data parallel ranks together."""
+    return bool(args.use_distributed_optimizer and args.optimizer_checkpoint == "any_layout")
 
 
 def quotient(flag: str, value: int, divisor: int, meaning: str) -> int:

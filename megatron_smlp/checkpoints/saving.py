@@ -1,7 +1,8 @@
 """Save checkpoints that exist only when they are whole: the steps around Megatron's writing.
 
 1. `claim`: rank 0 makes this run the folder's only writer (claim.py), before anything is read.
-2. `start`: a new hidden folder, which Megatron's writers fill.
+2. `has_room`: each rank says whether its GPU has the memory that Megatron needs there; `start`: a
+   new hidden folder, which Megatron's writers fill.
 3. `add_share`: each rank leaves the checksums of its own shards in it, with --async-save in the
    process that wrote them.
 4. `commit`: rank 0 adds the flags, seals the folder with checksums and marker, renames it, moves
@@ -29,6 +30,7 @@ from megatron_smlp.checkpoints import integrity, retention
 from megatron_smlp.checkpoints.claim import DONE, FAILED, LIFETIME, Claim, PreviousOwner
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
+    iteration_folder,
     iteration_of,
     latest_iteration,
     partial_folder,
@@ -45,6 +47,11 @@ MARGIN = 15.0
 """Seconds within which an answer reaches ranks that would wait no longer."""
 SHARING = 30.0
 """Seconds in which a file of one machine is seen by the others that share its folder."""
+MORE_ROOM = "Make room there, or put it back, and start the same command again"
+LESS_GATHERED = (
+    "Start the same command again with --distrib-optim-fully-reshardable-mem-efficient, or see "
+    "docs/checkpoints.md for what else takes less"
+)
 
 
 class Listener(Protocol):
@@ -205,6 +212,23 @@ class Saving:
                 f"{self.args.save}: {left_in(Path(self.args.save))}."
             )
 
+    def has_room(self, iteration: int, problem: str) -> bool:
+        """Return whether no rank lacks the memory for a save that is not started yet. Collective.
+
+        Raises:
+            SaveError: on every rank, where --on-save-failure is stop.
+        """
+        final = iteration_folder(self.args.save, iteration)
+        save = Save(partial_folder(final), final, time.perf_counter(), record={}, trouble=[])
+        self.open.append(save)
+        try:
+            self._agree([problem] if problem else [])
+        except SaveError as error:
+            self.failed(save, error, remedy=LESS_GATHERED)
+            return False
+        self.open.pop()
+        return True
+
     def start(self, final: Path) -> Path:
         """Make the folder that is to be filled. Collective.
 
@@ -268,7 +292,7 @@ class Saving:
                 self.listener.say(problem)
         return []
 
-    def failed(self, save: Save, error: BaseException) -> None:
+    def failed(self, save: Save, error: BaseException, *, remedy: str = MORE_ROOM) -> None:
         """Clean up after a save; say so, or end the run. Called on every rank.
 
         Raises:
@@ -287,8 +311,7 @@ class Saving:
             for later in self.open:  # still in the background, which ends with the run
                 self._remove(later)
             raise SaveError(
-                f"{message}. Make room there, or put it back, and start the same command again, or "
-                "let a run go on without by --on-save-failure continue."
+                f"{message}. {remedy}, or let a run go on without by --on-save-failure continue."
             ) from error
         self.listener.say(f"{message}. The run goes on (--on-save-failure continue)")
 

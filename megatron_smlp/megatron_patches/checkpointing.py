@@ -5,14 +5,17 @@ The functions, and why each is replaced: table.py.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import io
+import itertools
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -44,7 +47,7 @@ def installed(
         (FileSystemWriterAsync, "finish", _noting(saving)),
         (serialization, "save_config", _noting(saving)),
         (filesystem_async, "get_write_results_queue", async_saving.results_queue),
-        (training, "save_checkpoint", _surviving_start(saving)),
+        (training, "save_checkpoint", lambda f: _surviving_start(f, saving)),
         (training, "maybe_finalize_async_save", lambda f: _surviving_end(f, saving)),
         (training, "setup_model_and_optimizer", lambda f: after(before_loading, f)),
     )
@@ -167,12 +170,51 @@ def _noting(saving: Saving) -> Iterator[None]:
         saving.note(error)
 
 
-@contextlib.contextmanager
-def _surviving_start(saving: Saving) -> Iterator[None]:
-    try:
-        yield
-    except FAILURES as error:
-        saving.failed(saving.open[-1], error)
+def _surviving_start(save: Callable[..., None], saving: Saving) -> Callable[..., None]:
+    @functools.wraps(save)
+    def wrapped(iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if _gathers_on_gpus(saving.args) and not saving.has_room(iteration, _no_room(optimizer)):
+            return
+        try:
+            save(iteration, model, optimizer, *args, **kwargs)
+        except FAILURES as error:
+            saving.failed(saving.open[-1], error)
+
+    return wrapped
+
+
+def _gathers_on_gpus(args: argparse.Namespace) -> bool:
+    """Return whether a save puts the optimizer's state together there, before it writes."""
+    return (
+        args.ckpt_format == "torch_dist"
+        and args.use_distributed_optimizer
+        and args.dist_ckpt_optim_fully_reshardable
+        and not args.distrib_optim_fully_reshardable_mem_efficient
+        and not args.no_save_optim
+    )
+
+
+def _no_room(optimizer: Any) -> str:
+    """Return what is missing for that, or an empty text.
+
+    The memory is taken as `DistributedOptimizer.get_parameter_state_dp_zero` takes it, and is
+    cached for it: there, in the middle of a collective, the other ranks would wait for ever.
+    """
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for bucket in itertools.chain(*(b.buckets for b in getattr(one, "buffers", ()))):
+            ranks = one.data_parallel_group.size()
+            part = bucket.grad_data.numel() // ranks
+            try:
+                _take(ranks + 1, part)  # one of each rank, and this one's copy
+            except torch.OutOfMemoryError:
+                gigabytes = (ranks + 1) * part * torch.float32.itemsize / 2**30
+                return f"a GPU has no room for {gigabytes:.1f} GiB of the optimizer's state"
+    return ""
+
+
+def _take(count: int, size: int) -> None:
+    device = torch.cuda.current_device()
+    _ = [torch.empty(size, dtype=torch.float32, device=device) for _ in range(count)]
 
 
 def _surviving_end(finalize: Callable[..., None], saving: Saving) -> Callable[..., None]:

@@ -41,6 +41,7 @@ from megatron_smlp.training.router_report import (
     write_scalars,
 )
 from megatron_smlp.training.slow_hosts import SlowHosts
+from megatron_smlp.training.slow_paths import SlowPaths
 from megatron_smlp.training.speed import (
     StepClock,
     device_peak_tflops,
@@ -92,6 +93,8 @@ class Reporter:
         self.before: PreviousOwner | None = None
         self.restart: Restart | None = None
         self.slow_hosts: SlowHosts | None = None
+        self.slow_paths: SlowPaths | None = SlowPaths()
+        """Until they are told, after the first step."""
         self.step = step
         self.tasks = tasks
         self.statistics = step.statistics
@@ -118,8 +121,9 @@ class Reporter:
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Report a run, from its start screen to its last line; a terminal has a progress bar."""
+        assert self.slow_paths is not None
         self.screen.introduce()
-        with self.screen.progress():
+        with self.slow_paths.listening(), self.screen.progress():
             try:
                 yield
             except SystemExit:  # how Megatron's loop ends on a signal or an exit flag
@@ -208,6 +212,7 @@ class Reporter:
         self.tokens_since += get_current_running_global_batch_size() * self.args.seq_length
         self.reached(iteration)
         self._tell_restart()
+        self._tell_slow_paths()
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             self._log_step(losses, iteration=iteration, skipped=skipped, **of_step)
         if self.tasks and self.tasks.is_due(iteration):
@@ -219,6 +224,12 @@ class Reporter:
             self.metrics.write(record)
             self.say(restart_line(record))
         self.restart = None
+
+    def _tell_slow_paths(self) -> None:
+        if self.slow_paths:
+            for text in self.slow_paths.of_all_ranks():
+                self.say(f"WARNING: {text}")
+        self.slow_paths = None
 
     def _tell_slow_hosts(self, *, step: float) -> dict[str, list[dict[str, Any]]]:
         if self.slow_hosts is None:

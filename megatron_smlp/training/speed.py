@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
 
 # Dense bf16 peaks of one device in TFLOP/s, from the vendor's data sheets (no sparsity).
 DENSE_PEAK_TFLOPS = {
+    "GB300": 2500.0,
     "GB200": 2500.0,
+    "B300": 2250.0,
     "B200": 2250.0,
+    "GH200": 989.0,
     "H200 NVL": 835.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.0,
+    "H800 PCIe": 756.0,
+    "H800": 989.0,
+    "H20": 148.0,
     "A100": 312.0,
+    "A800": 312.0,
     "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10": 125.0,
     "V100": 125.0,
 }
 
@@ -93,4 +106,7 @@ def device_peak_tflops() -> float | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for key, peak in DENSE_PEAK_TFLOPS.items() if key in name), None)
+    if " MIG " in name:  # a slice of it
+        return None
+    found = (peak for key, peak in DENSE_PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name))
+    return next(found, None)

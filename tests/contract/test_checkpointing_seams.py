@@ -46,6 +46,7 @@ def test_everything_is_put_back():
 def test_signatures():
     assert names(dist_checkpointing.save)[:2] == ["sharded_state_dict", "checkpoint_dir"]
     assert "async_sharded_save" in names(dist_checkpointing.save)
+    assert names(training.save_checkpoint)[:3] == ["iteration", "model", "optimizer"]
     assert names(checkpointing.ensure_directory_exists) == ["filename", "check_parent"]
     assert names(checkpointing.read_metadata) == ["tracker_filename"]
     assert {"write_bucket", "results_queue"} <= set(

@@ -106,6 +106,39 @@ def test_memory_by_hand():
     assert result.memory_bytes == 6 * count + count // 2 * 12 + result.activation_bytes
 
 
+def test_memory_of_a_save_by_hand():
+    """State, and of one bucket a number of each parameter with a copy of this rank's share."""
+    changes = {"bf16": True, "use_distributed_optimizer": True}
+    # All at once, dense parameters and experts one after the other.
+    gpu = estimate(SIZES | changes | {"architecture": "gmlp", "world_size": 2})["per_gpu"]
+    count = gpu["parameters"]
+    state = 6 * count + count // 2 * 12
+    assert gpu["save_gpu_bytes"] == state + 4 * (count + count // 2)
+    for less in ("distrib_optim_fully_reshardable_mem_efficient", "optimizer_checkpoint"):
+        value = "data_parallel" if less == "optimizer_checkpoint" else True
+        words = SIZES | changes | {"architecture": "gmlp", "world_size": 2, less: value}
+        assert estimate(words)["per_gpu"]["save_gpu_bytes"] == state
+    args = _resolved("hash", 1, 1, 2, 2, **changes)
+    shape, layout = ModelShape.from_args(args), ParallelLayout.from_args(args)
+    dense, experts = parameters_on_rank(stage_cost(shape, layout, 0), layout)
+    assert experts > dense
+    state = 6 * (dense + experts) + 12 * (dense // 2 + experts)
+    assert footprint(shape, layout).save_gpu_bytes == state + 4 * 2 * experts
+    # In buckets, which the first stage alone has: of 40 million and a table of 32,000 x 4,096.
+    large = {"num_layers": 4, "hidden_size": 4096, "ffn_hidden_size": 16384, "vocab_size": 32000}
+    words = SIZES | changes | large | {"architecture": "gmlp", "overlap_grad_reduce": True}
+    gpu = estimate(words | {"world_size": 4})["per_gpu"]
+    bucket = 40_000_000 + 32000 * 4096
+    assert gpu["parameters"] > bucket
+    state = gpu["memory_bytes"] - gpu["activation_bytes"]
+    assert gpu["save_gpu_bytes"] == state + 4 * (bucket + bucket // 4)
+    args = resolve(words | {"world_size": 8, "pipeline_model_parallel_size": 2})
+    shape, layout = ModelShape.from_args(args), ParallelLayout.from_args(args)
+    count, _ = parameters_on_rank(stage_cost(shape, layout, 1), layout)
+    state = 6 * count + count // 4 * 12
+    assert footprint(shape, layout).save_gpu_bytes == state + 4 * (count + count // 4)
+
+
 @pytest.mark.parametrize(
     ("changes", "gradients", "copies", "sent"),
     [
@@ -495,6 +528,11 @@ def test_estimate_prints_json_and_a_table(tmp_path: Path, capsys: pytest.Capture
         assert main([*gathered, *words, "--json"]) == 0
         gpu = json.loads(capsys.readouterr().out)["per_gpu"]
         assert gpu["save_host_bytes"] == share * gpu["parameters"]
+        assert main([*gathered, *words]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        at_save = f"{gpu['save_gpu_bytes'] / 2**30:.3f} GiB"
+        shown = [line.split()[-2:] for line in lines if "memory at a save, at most" in line]
+        assert shown == ([at_save.split()] if share else [])
     assert main(["--config", str(tmp_path / "missing.yaml")]) == 2
     assert "missing.yaml: no such file" in capsys.readouterr().err
 

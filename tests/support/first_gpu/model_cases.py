@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections import Counter
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 from support.first_gpu.notes import Notes, Place
 from support.first_gpu.training import (
     NUM_STEPS,
-    Watching,
+    Watch,
     interrupted,
     on_ranks,
-    synchronisations,
     train,
     words,
 )
@@ -48,14 +47,16 @@ def cpu_losses(place: Place, notes: Notes) -> None:
 def trains(place: Place, notes: Notes, *, system: str) -> None:
     """Steps, host synchronisations, memory, save and resume; against the CPU's losses."""
     folder, flags = place.folder / system, words(place, system)
-    straight = train(flags, folder / "straight", observe=lambda own: _watching(place, own))
+    watch = Watch()
+    around = contextlib.nullcontext if place.on_cpu else watch.installed
+    straight = train(flags, folder / "straight", around=around)
     notes.check(len(straight) == NUM_STEPS, f"{len(straight)} steps in bf16")
     if place.on_cpu:
         notes.not_run("host synchronisations: torch counts them on CUDA alone")
         notes.not_run("peak memory: torch measures that of CUDA alone")
         notes.not_run("against the CPU's losses: they are these")
     else:
-        _say_synchronisations(notes, folder / "straight")
+        _say_synchronisations(notes, watch.lines)
         _compare_memory(notes, flags)
         reference = place.folder / "cpu" / system
         if (reference / "metrics.jsonl").is_file():
@@ -67,12 +68,7 @@ def trains(place: Place, notes: Notes, *, system: str) -> None:
     notes.same_steps("saved and resumed", resumed, straight, tolerance=RECOMPUTED)
 
 
-def _watching(place: Place, reporter: Any) -> Any:
-    return reporter if place.on_cpu else Watching(reporter)
-
-
-def _say_synchronisations(notes: Notes, folder: Path) -> None:
-    counted = synchronisations(folder)
+def _say_synchronisations(notes: Notes, counted: Counter[str]) -> None:
     notes.data["synchronisations"] = dict(counted)
     # All steps but the first are watched.
     per_step = sum(counted.values()) / (NUM_STEPS - 1)

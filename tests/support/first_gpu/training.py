@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import multiprocessing
 import os
-import re
 import socket
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ from support.systems import MODEL, SYSTEMS
 NUM_STEPS = 4
 BETWEEN = 2
 """The step after which a run is interrupted."""
-SYNCHRONISES = re.compile(r"(\S+\.py:\d+): .*called a synchronizing CUDA operation")
+WAIT = "called a synchronizing CUDA operation"
 
-type Observe = Callable[[Any], Any]
+type Around = Callable[[], contextlib.AbstractContextManager[object]]
 
 
 def words(place: Place, system: str, *, precision: str = "--bf16") -> str:
@@ -31,8 +33,11 @@ def words(place: Place, system: str, *, precision: str = "--bf16") -> str:
     return f"{MODEL} {SYSTEMS[system]} {place.size} {precision} {run}"
 
 
-def train(flags: str, folder: Path, *, observe: Observe = lambda own: own) -> list[Step]:
-    """Train in this process, as pretrain_smlp.py does with these flags; return the logged steps."""
+def train(flags: str, folder: Path, *, around: Around = contextlib.nullcontext) -> list[Step]:
+    """Train in this process, as pretrain_smlp.py does with these flags; return the logged steps.
+
+    around: is entered when Megatron is imported and patched.
+    """
     from megatron_smlp.training.captured_output import CapturedOutput
     from pretrain_smlp import patched_arguments
     from pretrain_smlp import train as pretrain
@@ -42,7 +47,8 @@ def train(flags: str, folder: Path, *, observe: Observe = lambda own: own) -> li
         with ending_well(), CapturedOutput() as output:
             args = patched_arguments(argv)
             output.open(args.log_dir, rank=args.rank)
-            pretrain(args, observe=observe)
+            with around():
+                pretrain(args)
     finally:
         forget_run()
     return steps(folder) if args.rank == 0 else []
@@ -55,36 +61,89 @@ def interrupted(flags: str, folder: Path) -> list[Step]:
     return before + train(saved, folder / "after")
 
 
-class Watching:
-    """An observer around the reporter: from the second step on, host synchronisations are logged.
+class Watch:
+    """Counts the waits of the host for the device in Megatron's `train_step`, from the second one
+    on: the first allocates and compiles, and what a log line reads comes after it.
 
-    The first one allocates and compiles.
+    Torch warns of what it reads or copies, not of who waits for an event or for the whole device,
+    and it names its own line where somebody waits for a stream.
     """
 
-    def __init__(self, reporter: Any) -> None:
-        self.reporter, self.seen = reporter, 0
-        self.args: Any = reporter.args
+    def __init__(self) -> None:
+        self.lines: Counter[str] = Counter()
+        """Source lines that waited, and how often."""
+        self.steps = 0
+        self.is_on = False
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.reporter, name)
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        import torch
+        from megatron.training import training
 
-    def stepped(self, *args: Any, **kwargs: Any) -> None:
-        import warnings
+        from megatron_smlp.megatron_patches.wrapping import wrapped_in
 
+        with wrapped_in(
+            (warnings, "showwarning", self._counting),
+            (training, "train_step", self._watching),
+            (torch.cuda, "synchronize", self._naming),
+            (torch.cuda.Stream, "synchronize", self._naming),
+            (torch.cuda.Event, "synchronize", self._naming),
+            (torch.cuda.Event, "record", self._noting),
+        ):
+            yield
+
+    def _counting(self, show: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(show)
+        def wrapped(message: Any, kind: Any, filename: str, line: int, *rest: Any) -> None:
+            if WAIT in str(message):
+                self.lines[f"{Path(filename).name}:{line}"] += 1
+            show(message, kind, filename, line, *rest)
+
+        return wrapped
+
+    def _watching(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(train_step)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.steps += 1
+            warnings.simplefilter("always")
+            self._switch(self.steps > 1)
+            try:
+                return train_step(*args, **kwargs)
+            finally:
+                self._switch(False)
+
+        return wrapped
+
+    def _naming(self, wait: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(wait)
+        def wrapped(*args: Any) -> None:
+            was_on = self.is_on
+            # An event is done where the host has waited for something later.
+            waits = self.lines.total()
+            if was_on and getattr(next(iter(args), None), "waits_before", waits) == waits:
+                warnings.warn(WAIT, stacklevel=2)
+            self._switch(False)
+            wait(*args)
+            self._switch(was_on)
+
+        return wrapped
+
+    def _noting(self, record: Callable[..., None]) -> Callable[..., None]:
+        """Note of an event how many waits were before it."""
+
+        @functools.wraps(record)
+        def wrapped(event: Any, *args: Any) -> None:
+            event.waits_before = self.lines.total()
+            record(event, *args)
+
+        return wrapped
+
+    def _switch(self, is_on: bool) -> None:
         import torch
 
-        torch.cuda.set_sync_debug_mode("default")  # what is logged of a step is read on the host
-        self.reporter.stepped(*args, **kwargs)
-        self.seen += 1
-        if self.seen < NUM_STEPS:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-
-
-def synchronisations(folder: Path) -> Counter[str]:
-    """Source lines that waited for the device, and how often, from the log of a watched run."""
-    log = (folder / "megatron.log").read_text(encoding="utf-8")
-    return Counter(Path(place).name for place in SYNCHRONISES.findall(log))
+        if is_on != self.is_on:
+            self.is_on = is_on
+            torch.cuda.set_sync_debug_mode("warn" if is_on else "default")
 
 
 def on_ranks(place: Place, count: int, flags: str, folder: Path, notes: Notes) -> list[Step]:

@@ -10,10 +10,12 @@ import pytest
 from support.checkpoints import assert_ends_like, pretrain
 from support.deletion import hidden_in
 
+from megatron_smlp.checkpoints import saving
 from megatron_smlp.checkpoints.folders import iteration_folder, iterations, tracked_iteration
 from megatron_smlp.checkpoints.integrity import verify
 from megatron_smlp.checkpoints.saving import reason_of, write_and_add_share
 from megatron_smlp.errors import SaveError, UsageError
+from megatron_smlp.megatron_patches import checkpointing as patches
 from megatron_smlp.megatron_patches.async_saving import ForkedQueue
 from megatron_smlp.training.reporting import Reporter
 
@@ -82,6 +84,70 @@ def test_a_run_may_go_on_without(
     assert [verify(iteration_folder(run, n)) for n in (2, 4, 6)] == [[], [], []]
     assert tracked_iteration(run) == 6
     assert not hidden_in(run)
+
+
+GATHERING = "--use-distributed-optimizer --exit-interval 2"
+
+
+def test_the_memory_that_is_tried_is_what_is_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Per bucket: parts of all ranks and this one's own, for the weights and each moment."""
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    tried: list[tuple[int, int]] = []
+    gathered: list[tuple[int, int]] = []
+    all_gather, collect = torch.distributed.all_gather, DistributedOptimizer.sharded_state_dict
+
+    def gathering(parts: Any, own: Any, *args: Any) -> Any:
+        gathered.append((len(parts) + 1, own.numel()))
+        return all_gather(parts, own, *args)
+
+    def collecting(*args: Any, **kwargs: Any) -> Any:
+        with monkeypatch.context() as during:
+            during.setattr(torch.distributed, "all_gather", gathering)
+            return collect(*args, **kwargs)
+
+    monkeypatch.setattr(DistributedOptimizer, "sharded_state_dict", collecting)
+    monkeypatch.setattr(patches, "_take", lambda *sizes: tried.append(sizes))
+    pretrain(f"--save {tmp_path} {GATHERING} --ddp-bucket-size 100 --overlap-grad-reduce")
+    assert len(tried) > 1
+    assert gathered == [sizes for sizes in tried for _ in range(3)]
+    assert iterations(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("whose", ["ours", "another rank's"])
+def test_a_gpu_without_room_is_a_save_that_failed(
+    whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """All ranks know before one of them would wait for the other."""
+    import torch
+
+    def refuse(*_: int) -> None:
+        raise torch.OutOfMemoryError
+
+    problem = "a GPU has no room for 0.0 GiB of the optimizer's state"
+    if whose == "ours":
+        monkeypatch.setattr(patches, "_take", refuse)
+    else:
+        others = {list: [problem]}  # of what they say else, the same
+        monkeypatch.setattr(saving, "gathered", lambda own: [own, others.get(type(own), own)])
+    words = f"--save {tmp_path / 'run'} {GATHERING}"
+    with pytest.raises(SaveError) as caught:
+        pretrain(words)
+    assert f"iteration 2 could not be saved to {tmp_path / 'run'}: {problem}; no" in str(
+        caught.value
+    )
+    assert "--distrib-optim-fully-reshardable-mem-efficient" in str(caught.value)
+    with pytest.raises(SaveError, match="the last checkpoint, of iteration 2, could not be saved"):
+        pretrain(f"{words} --on-save-failure continue")
+    assert f"{problem}; no checkpoint is there yet. The run goes on" in capfd.readouterr().out
+    assert iterations(tmp_path / "run") == []
+    assert not hidden_in(tmp_path / "run")
+    if whose == "ours":
+        pretrain(f"{words} --optimizer-checkpoint data_parallel")
+        assert iterations(tmp_path / "run") == [2]
 
 
 @pytest.mark.parametrize("how", ["", "--async-save"])

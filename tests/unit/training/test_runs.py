@@ -11,6 +11,8 @@ import torch
 from support.in_process import pretrained
 
 from megatron_smlp.errors import NonFiniteLossError, UsageError
+from megatron_smlp.ops import triton_ready
+from megatron_smlp.training import slow_paths
 from megatron_smlp.training.step import ForwardStep
 
 GMLP = "--architecture gmlp --log-interval 1"
@@ -87,6 +89,27 @@ def test_what_a_run_shows(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert not any("arguments" in line for line in shown)
     log = (tmp_path / "megatron.log").read_text(encoding="utf-8")
     assert "end of arguments" in log
+
+
+def test_slow_paths_of_any_rank_are_shown_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: Any
+):
+    """What a layer says of itself in the log, and one of another pipeline stage."""
+    call = ForwardStep.__call__
+
+    def without_kernels(self: ForwardStep, *args: Any, **kwargs: Any) -> Any:
+        triton_ready._say_once("mixing", "this GPU is too old")
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(ForwardStep, "__call__", without_kernels)
+    monkeypatch.setattr(slow_paths, "gathered", lambda own: [own, ["experts, slower"], own])
+    with pretrained(GMLP):
+        shown = capfd.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(shown) if line.startswith("iteration 1/4"))
+    ours = "mixing runs without Triton kernels, and slower: this GPU is too old."
+    warnings = [line for line in shown if line.startswith("WARNING: ")]
+    assert warnings == shown[first - 2 : first] == [f"WARNING: {ours}", "WARNING: experts, slower"]
+    assert caplog.messages.count(ours) == 1
 
 
 def test_a_run_without_a_folder_says_that_nothing_is_kept(capfd: pytest.CaptureFixture[str]):
