@@ -197,8 +197,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.speed:
         return _time(args, known, results)
     state.begin(known.folder, state.description(known.study, known.systems, known.identity))
-    plan = known.plan()
-    again = {run.key for run in plan.runs if args.retry and known.status(run) == state.FAILED}
+    again = known.failures(known.plan()) if args.retry else {}
     data = StudyData(args.data)
     Worker(state=known, data=data, processes=args.processes, again=again).work()
     if failure := known.failure(known.plan()):

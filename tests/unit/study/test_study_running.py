@@ -230,12 +230,38 @@ def test_a_failed_trial_that_is_tried_again_holds_its_own_system_alone(
         return train(command, folder=folder, **how)
 
     monkeypatch.setattr(running, "run_command", look)
-    again = Worker(state=known, data=StudyData(tmp_path), again={first.key})
-    again.work()
+    failures = known.failures(known.plan())
+    assert list(failures) == [first.key]
+    Worker(state=known, data=StudyData(tmp_path), again=failures).work()
     assert trained[6] == folder
     assert plans[0] == 1
     assert {known.status(run) for run in known.plan().runs} == {DONE}
     assert known.failure(known.plan()) == ""
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_workers_that_retry_try_a_failed_run_once_together(
+    known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+):
+    """Both were started while it had failed; the second comes to it after the first."""
+    first, train = known.plan().runs[0], running.run_command
+    folder, broken, starts = known.folder_of(first), [True], []
+
+    def start(command: Sequence[str], *, folder: Path, **how: object) -> int:
+        starts.append(folder)
+        is_broken = folder == known.folder_of(first) and bool(broken)
+        return 1 if is_broken else train(command, folder=folder, **how)
+
+    monkeypatch.setattr(running, "run_command", start)
+    worker(known, tmp_path).work()
+    again = known.failures(known.plan())
+    starts.clear()
+    if not fails:
+        broken.clear()
+    for _ in range(2):
+        Worker(state=known, data=StudyData(tmp_path), again=again).work()
+    assert starts.count(folder) == (running.ATTEMPTS if fails else 1)
+    assert known.status(first) == (FAILED if fails else DONE)
 
 
 def test_a_training_that_is_asked_to_stop_goes_on(
