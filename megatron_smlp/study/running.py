@@ -176,7 +176,7 @@ class Worker:
         children = [one for one in plan.runs if one.parent and one.parent.key == run.parent.key]
         # Not where the plan has changed meanwhile and knows none of them.
         is_known = run.key in {one.key for one in children}
-        if is_known and all(self.state.ending(one) for one in children):
+        if is_known and all(self.state.status(one) in (DONE, DIVERGED) for one in children):
             shutil.rmtree(self.state.folder_of(run.parent) / CHECKPOINTS, ignore_errors=True)
 
     def _counts(self, plan: Plan) -> tuple[int, str]:

@@ -141,7 +141,8 @@ class State:
     def has_checkpoint(self, run: PlannedRun) -> bool:
         """Return whether a run is done, and what others go on from is there."""
         is_done = (self._ending_here(run) or {}).get("status") == DONE
-        return is_done and latest_iteration(self.folder_of(run) / CHECKPOINTS) is not None
+        # It may be trained a second time, for one that goes on from it and is tried again.
+        return is_done and (latest_iteration(self.folder_of(run) / CHECKPOINTS) or 0) >= run.end
 
     def end(self, run: PlannedRun, **ending: Any) -> None:
         """Write how a run ended."""

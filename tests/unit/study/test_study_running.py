@@ -239,6 +239,39 @@ def test_a_failed_trial_that_is_tried_again_holds_its_own_system_alone(
     assert known.failure(known.plan()) == ""
 
 
+def test_a_branch_that_is_tried_again_goes_on_from_its_trunk(
+    tmp_path: Path, trained: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    """The trunk is kept while a branch has failed, and trained again only where it was lost."""
+    path = write_study(tmp_path, systems=["transformer"], subject="transformer", seeds=[11],
+                       horizons=["50K", "100K"])  # fmt: skip
+    known = state_of(path, runs=tmp_path / "more")
+    trunk, branch, rest = known.plan().runs
+    broken, starts = [True], []
+
+    def train(_: object, *, folder: Path, **__: object) -> int:
+        [run] = [one for one in known.plan().runs if known.folder_of(one) == folder]
+        starts.append(run)
+        if run == branch and broken:
+            return 1
+        write_metrics(folder, run, 5.0)
+        iteration_folder(folder / CHECKPOINTS, run.end).mkdir(parents=True)
+        return 0
+
+    monkeypatch.setattr(running, "run_command", train)
+    worker(known, tmp_path).work()
+    assert starts == [trunk, branch, branch, rest]
+    broken.clear()
+    starts.clear()
+    again = known.failures(known.plan())
+    Worker(state=known, data=StudyData(tmp_path), again=again).work()
+    assert starts == [branch]
+    checkpoints = known.folder_of(trunk) / CHECKPOINTS
+    assert not checkpoints.exists()
+    iteration_folder(checkpoints, trunk.end - 1).mkdir(parents=True)  # it is on its way again
+    assert not known.has_checkpoint(trunk)
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_workers_that_retry_try_a_failed_run_once_together(
     known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
