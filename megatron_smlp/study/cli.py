@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs/study")
 DATA = Path("runs/study-data")
+LEAST_EXPIRY = 10.0
+"""Seconds: shared file systems show a sign of life late, and one of a busy machine is late."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,13 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
         _add_arguments(command)
         if name == "run":
             command.add_argument(
-                "--processes", type=int, default=1, metavar="N", help="of each run"
+                "--processes", type=_processes, default=1, metavar="N", help="of each run"
             )
             command.add_argument(
                 "--retry", action="store_true", help="try the runs that failed once more"
             )
             command.add_argument(
-                "--expiry", type=float, default=leases.EXPIRY, metavar="SECONDS",
+                "--expiry", type=seconds, default=leases.EXPIRY, metavar="SECONDS",
                 help="after which this worker counts as dead for others if it gives no sign",
             )  # fmt: skip
             command.add_argument(
@@ -66,6 +69,19 @@ def build_parser() -> argparse.ArgumentParser:
                 "--data-dir", type=Path, metavar="DIR", help="local files of the tasks; no network"
             )
     return parser
+
+
+def _processes(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number of 1 or more")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Return a time after which a worker may count as dead."""
+    if not LEAST_EXPIRY <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give {LEAST_EXPIRY:g} seconds or more")
+    return value
 
 
 def _add_arguments(command: argparse.ArgumentParser) -> None:

@@ -297,6 +297,17 @@ def test_workers_that_retry_try_a_failed_run_once_together(
     assert known.status(first) == (FAILED if fails else DONE)
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--processes", "0"), ("--processes", "-3"), ("--processes", "1.5"),
+     ("--expiry", "0"), ("--expiry", "-1"), ("--expiry", "9"), ("--expiry", "nan")],
+)  # fmt: skip
+def test_numbers_that_no_worker_can_work_by_are_refused(flag: str, value: str):
+    """With no expiry two workers would take the same run."""
+    with pytest.raises(UsageError, match=flag):
+        cli.main(["run", "study.yaml", f"{flag}={value}"])
+
+
 def test_a_training_that_is_asked_to_stop_goes_on(
     known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
