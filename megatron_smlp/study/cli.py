@@ -122,27 +122,30 @@ def read_state(args: argparse.Namespace) -> tuple[State, Results]:
     Raises:
         UsageError: see `read_study`, `read_systems` and `check_fair`; or the study changed.
     """
-    from megatron_smlp.study.results import Results, default_folder
+    from megatron_smlp.study.results import Results, default_folder, left_out
 
     study = read_study(args.study)
     systems = read_systems(study, folder=args.study.parent)
     check_fair(study, systems)
     folder = args.runs / study.name
     results = Results(args.results or default_folder(study.name))
-    begun = [
-        found
+    if args.results is None:
+        for line in left_out(results.folder):
+            print(f"note: {line}", file=sys.stderr)
+    begun = {
+        place: found
         for place in (folder, results.folder)
         if (found := state.read_json(place / state.BEGUN))
-    ]
+    }
     if args.command == "run" or not begun:
         is_needed = args.command == "run"
         contents = StudyData(args.data).contents() if is_needed or args.data.exists() else {}
         identity = identity_of(contents)
     else:
-        identity = json.dumps(begun[0]["identity"], sort_keys=True)
+        identity = json.dumps(next(iter(begun.values()))["identity"], sort_keys=True)
     now = state.description(study, systems, identity)
-    for before in begun:
-        state.check_unchanged(before, now, where=folder)
+    for place, before in begun.items():
+        state.check_unchanged(before, now, where=place)
     known = State(
         study=study, systems=systems, identity=identity, folder=folder,
         kept=results.endings(), expiry=getattr(args, "expiry", leases.EXPIRY),

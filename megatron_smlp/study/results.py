@@ -51,6 +51,7 @@ RENAMED = {
     "consumed_square_flops": "square_flops",
 }
 SIGNIFICANT = "%.7g"
+TABLES = ("runs", "curves", "speed", "evaluations")
 
 
 class Results:
@@ -218,6 +219,18 @@ def _curve_lines(known: state.State, run: PlannedRun) -> Iterator[dict[str, Any]
 def default_folder(name: str) -> Path:
     """Return studies/results/NAME/HARDWARE."""
     return ROOT / name / hardware()
+
+
+def left_out(folder: Path) -> Iterator[str]:
+    """Yield what a folder of results lacks and those of other machines beside it have."""
+    for other in sorted(set(folder.parent.glob("*")) - {folder}):
+        files = [f"{name}.csv" for name in TABLES]
+        there = [name for name in files if (other / name).exists()]
+        if lacking := [name for name in there if not (folder / name).exists()]:
+            yield (
+                f"{', '.join(lacking)} of {other}, another machine's, are not read, and {folder} "
+                f"has none: --results {other} reads and adds to them"
+            )
 
 
 @functools.cache  # a driver may take a second to answer

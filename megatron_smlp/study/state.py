@@ -207,8 +207,8 @@ def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path)
     if changes:
         lines = "\n".join(f"  {change}" for change in changes)
         raise UsageError(
-            f"the study changed since the runs in {where} were begun: change it back, or give the "
-            f"new one another `name`.\n{lines}"
+            f"the study changed since what is in {where} was begun: change it back, or give the "
+            f"new one another `name`, or --runs and --results of its own.\n{lines}"
         )
 
 

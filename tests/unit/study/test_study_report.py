@@ -27,7 +27,7 @@ from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results, hardware
-from megatron_smlp.study.state import State
+from megatron_smlp.study.state import State, begin, description
 from megatron_smlp.study.statistics import paired
 
 NOISE = {11: -0.002, 12: 0.003, 13: 0.0}
@@ -317,6 +317,38 @@ def test_trials_alone_are_reported(known: State, tmp_path: Path):
 def test_nothing_to_report(known: State, tmp_path: Path):
     with pytest.raises(UsageError, match="no run of study 'small' is over"):
         report(known, tmp_path)
+
+
+def test_results_of_another_machine_are_pointed_to(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """A folder's name is that of the command's machine, as of a cluster's login node."""
+    monkeypatch.setattr(results_module, "ROOT", tmp_path)
+    monkeypatch.setattr(results_module, "hardware", lambda: "here")
+    pretend(known, loss_of)
+    there = tmp_path / "small" / "there"
+    Results(there).collect(known)
+    words = [str(tmp_path / "study.yaml"), "--runs", str(tmp_path / "none")]
+    with pytest.raises(UsageError, match="here: no run of study 'small' is over"):
+        cli.main(["report", *words])
+    assert f"note: runs.csv, curves.csv of {there}, another machine's" in capsys.readouterr().err
+    assert cli.main(["report", *words, "--results", str(there)]) == 0
+    assert cli.main(["report", *words[:2], str(tmp_path / "runs")]) == 0
+    capsys.readouterr()
+    assert cli.main(["status", *words]) == 0  # it has results of its own now
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("place", ["runs", "results"])
+def test_a_study_that_changed_is_told_where_it_is_another(known: State, tmp_path: Path, place: str):
+    pretend(known, loss_of)
+    folder = {"runs": known.folder, "results": tmp_path / "results"}[place]
+    begin(folder, description(known.study, known.systems, known.identity))
+    tuning = {"seed": 2, "horizon": "50K", "lr": [0.5, 1, 2]}
+    path = write_study(tmp_path, tuning=tuning)
+    words = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    with pytest.raises(UsageError, match=f"since what is in {folder} was begun.*--results"):
+        cli.main(["status", str(path), *words])
 
 
 def test_new_runs_join_those_that_are_kept(known: State, tmp_path: Path):
