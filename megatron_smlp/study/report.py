@@ -199,15 +199,18 @@ class Page:
         if len(speed):
             count = speed["processes"].max()
             processes = f", by {count:.0f} processes" if count > 1 else ""
-            timed = " and ".join(sorted(set(speed["hardware"]))) + processes
+            count = speed["threads"].max()  # files of earlier versions do not say it
+            threads = f", {'1 thread' if count == 1 else f'{count:.0f} threads'} a process"
+            threads = "" if math.isnan(count) else threads
+            timed = " and ".join(sorted(set(speed["hardware"]))) + processes + threads
             yield f"Quiet timing, and all times from it, are of {timed}."
         if 0 < (rounds := int(speed["round"].nunique()) + disturbed) < planned.rounds:
             yield f"The timing was ended after {rounds} of {planned.rounds} rounds."
         if disturbed:
             yield (
                 f"Of the timing, {'1 round is' if disturbed == 1 else f'{disturbed} rounds are'} "
-                f"left out, in which that product ran at less than {QUIET:.0%} of its median "
-                "speed: something else ran as well."
+                f"left out: that product was slow in {'it' if disturbed == 1 else 'them'}, at less "
+                f"than {QUIET:.0%} of its median speed."
             )
         if self.plan.at_edge:
             yield (

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas
 import pytest
+import torch
 import yaml
 from support.launches import REPOSITORY
 from support.studies import pretend, state_of, write_study
@@ -94,7 +95,7 @@ def timing(steps: dict[str, list[float]], gemm: list[float]) -> list[dict[str, o
     return [
         {"system": name, "round": number, "seconds_per_iteration": step,
          "tokens_per_second": 2048 / step, "tflops": 0.1, "gemm_tflops": gemm[number],
-         "processes": 1, "steps": 40}
+         "processes": 1, "threads": 1, "steps": 40}
         for name, own in steps.items()
         for number, step in enumerate(own)
     ]  # fmt: skip
@@ -114,7 +115,7 @@ def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
     # Half of 2e-3; 2048 tokens in 0.51 s; 0.1 of 0.4 TFLOP/s; what `pretend` logs.
     numbers += ["0.001 (edge)", "4,016", "25%", "5,000", "BASE: greedy, nothing is dropped"]
     assert f"| smlp_deterministic | {' | '.join(numbers)} |" in text
-    assert f"Quiet timing, and all times from it, are of {hardware()}." in text
+    assert f"Quiet timing, and all times from it, are of {hardware()}, " in text
     assert claims["C2"]["comparisons"][0]["found"]["mean"] == pytest.approx(0.458, abs=0.01)
 
 
@@ -131,7 +132,7 @@ def test_a_time_is_as_uncertain_as_its_timing(known: State, tmp_path: Path):
     assert claims["C2"]["verdict"] == "undecided"
 
 
-def test_rounds_beside_other_work_do_not_count(known: State, tmp_path: Path):
+def test_rounds_with_a_slow_product_do_not_count(known: State, tmp_path: Path):
     pretend(known, loss_of)
     others = [1.0, 9.0, 1.0, 1.0]
     steps = {"transformer": others, "switch": others, "smlp_deterministic": [0.5] * 4}
@@ -139,7 +140,8 @@ def test_rounds_beside_other_work_do_not_count(known: State, tmp_path: Path):
     claims, text = page(known, tmp_path)
     found = claims["C3"]["comparisons"][0]["found"]
     assert (found["mean"], found["n"]) == (pytest.approx(0.5), 3)
-    assert "Of the timing, 1 round is left out" in text
+    assert "Of the timing, 1 round is left out: that product was slow in it" in text
+    assert f"are of {hardware()}, 1 thread a process." in text
 
 
 def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path):
@@ -526,15 +528,37 @@ def test_a_timing_that_is_stopped_keeps_its_rounds(
         return {"seconds_per_iteration": 1.0, "tokens_per_second": 2048.0, "tflops": 0.1}
 
     monkeypatch.setattr(speed, "_time", timed)
-    monkeypatch.setattr(speed, "_gemm_tflops", lambda _: 0.4)
+    monkeypatch.setattr(speed, "_product", lambda _: {"gemm_tflops": 0.4, "threads": 3})
     args = argparse.Namespace(data=tmp_path, processes=2)
     with pytest.raises(KeyboardInterrupt):
         cli._time(args, known, Results(tmp_path / "results"))
     kept = Results(tmp_path / "results").speed
-    assert set(kept["processes"]) == {2}
+    assert (set(kept["processes"]), set(kept["threads"])) == ({2}, {3})
     assert set(kept["steps"]) == {known.study.speed.steps}
     assert list(kept["round"]) == [1] * len(known.systems)
     assert set(kept["system"]) == set(known.systems)
+
+
+def test_a_timing_beside_a_worker_is_warned_of(
+    known: State, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Of the study or another one beside it; on another machine it disturbs nothing."""
+    monkeypatch.setattr(speed, "_product", lambda _: {"gemm_tflops": 0.4, "threads": 1})
+    monkeypatch.setattr(speed, "_time", lambda *_, **__: {"seconds_per_iteration": 1.0})
+    run = known.folder.parent / "other" / "gmlp" / "lr1" / "11-0"
+    timings = speed.time_systems(known, StudyData(known.folder), processes=1)
+    lease = leases.take(run)
+    assert lease is not None
+    with lease:
+        next(timings)
+        words = f"warning: round 1 of 5: the machine is not quiet, workers train {run}\n"
+        assert words in capsys.readouterr().err
+        with monkeypatch.context() as patch:
+            patch.setattr("socket.gethostname", lambda: "elsewhere")
+            next(timings)
+        assert "quiet" not in capsys.readouterr().err
+    next(timings)
+    assert "quiet" not in capsys.readouterr().err
 
 
 def test_a_repeated_timing_adds_rounds(tmp_path: Path):
@@ -556,7 +580,9 @@ def test_a_repeated_timing_adds_rounds(tmp_path: Path):
     assert set(found["hardware"]) == {hardware()}
 
 
-@pytest.mark.parametrize("changed", [{"processes": 2}, {"steps": 20}, {"hardware": "another"}])
+@pytest.mark.parametrize(
+    "changed", [{"processes": 2}, {"threads": 2}, {"steps": 20}, {"hardware": "another"}]
+)
 def test_rounds_of_another_kind_are_not_put_together(tmp_path: Path, changed: dict[str, Any]):
     Results(tmp_path).add_speed(timing({"switch": [3.0, 3.0]}, [0.4] * 2))
     Results(tmp_path).speed.assign(**changed).to_csv(tmp_path / "speed.csv", index=False)
@@ -564,14 +590,15 @@ def test_rounds_of_another_kind_are_not_put_together(tmp_path: Path, changed: di
     assert list(Results(tmp_path).speed["seconds_per_iteration"]) == [1.0]
 
 
-def test_rounds_of_earlier_versions_are_of_one_process_and_the_studys_steps(tmp_path: Path):
+def test_rounds_of_earlier_versions_join_those_of_one_process(tmp_path: Path):
     Results(tmp_path).add_speed(timing({"switch": [3.0, 3.0]}, [0.4] * 2))
-    before = Results(tmp_path).speed.drop(columns=["processes", "steps"])
+    before = Results(tmp_path).speed.drop(columns=["processes", "threads", "steps"])
     before.to_csv(tmp_path / "speed.csv", index=False)
     assert len(Results(tmp_path).speed) == 2
     Results(tmp_path).add_speed(timing({"switch": [1.0]}, [0.4]))
     assert list(Results(tmp_path).speed["seconds_per_iteration"]) == [3.0, 3.0, 1.0]
     assert set(Results(tmp_path).speed["processes"]) == {1}
+    assert set(Results(tmp_path).speed["threads"]) == {1}
 
 
 @pytest.mark.parametrize(
@@ -724,7 +751,9 @@ def test_a_product_is_timed_in_tflops(
     monkeypatch.setattr(gemm, "SIZE", {"cpu": 64, "cuda": 64})
     monkeypatch.setattr(gemm, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     gemm.main("bfloat16")
-    assert float(capsys.readouterr().out) == pytest.approx(2 * 64**3 / 2 / 1e12)
+    speed_of_it, threads = capsys.readouterr().out.split()
+    assert float(speed_of_it) == pytest.approx(2 * 64**3 / 2 / 1e12)
+    assert int(threads) == torch.get_num_threads()
 
 
 def test_claims_are_those_that_the_systems_can_decide(tmp_path: Path):
