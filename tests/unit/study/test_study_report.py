@@ -22,7 +22,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli, gemm, leases, speed
 from megatron_smlp.study import results as results_module
 from megatron_smlp.study.data import StudyData
-from megatron_smlp.study.figures import Drawing
+from megatron_smlp.study.figures import Drawing, speedup
 from megatron_smlp.study.final import what_is_missing
 from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import PlannedRun
@@ -411,6 +411,48 @@ def test_seeds_that_are_on_their_way_do_not_count_as_the_fast_ones(known: State,
     claims, _ = page(known, tmp_path)
     assert claims["C2"]["comparisons"][0]["found"]["n"] == 1
     assert "smlp_deterministic: seed 11, 12 is missing" in claims["C2"]["notes"]
+
+
+def test_of_how_many_seeds_a_loss_is_not_reached_is_said(known: State, tmp_path: Path):
+    """One seed of three never comes to Switch's loss; all come to the Transformer's."""
+
+    def loss(run: PlannedRun) -> float:
+        is_slow = (run.system, run.seed) == ("smlp_deterministic", 12)
+        return loss_of(run) + 0.1 * is_slow + 0.2 * (run.system == "transformer")
+
+    pretend(known, loss)
+    made = made_of(known, tmp_path)
+    shown = "not reached by 1 of 3 seeds"
+    assert f"| switch | {shown} | 0 to ∞ | 3 |" in made.text()
+    [panel] = drawing(made).speedups(made.times).axes
+    missed, reached = panel.texts
+    assert missed.get_text() == shown
+    assert reached.get_text() == f"{speedup(made.times[0])[0]:.2f}"
+    left = panel.transAxes.inverted().transform(missed.get_transform().transform((0.01, 0)))
+    assert left[0] == pytest.approx(0.01)
+
+
+def test_a_study_under_way_says_what_it_has(known: State, tmp_path: Path):
+    """Switch has its first horizon alone, sMLP its trials, one seed of the Transformer no end."""
+    pretend(known, loss_of)
+    for run in known.plan().runs:
+        is_main = run.phase == "main"
+        if (run.system == "switch" and is_main and run.horizon != 100_000) or (
+            run.system == "smlp_deterministic" and is_main
+        ):
+            shutil.rmtree(known.folder_of(run))
+    without(known, "transformer", seeds=(13,), horizon=400_000)
+    made = made_of(known, tmp_path)
+    text = made.text()
+    losses = text.partition("## Losses")[2]
+    assert "**Not whole**: 26 of 54 runs are over.\n" in text
+    assert re.search(r"\| switch \| 6\.\d+ ± 0\.\d+ \| missing \| missing \| 0 to 3 \|", losses)
+    assert re.search(r"\| transformer \|.* \| 2 to 3 \|", losses)
+    assert re.search(r"\| smlp_deterministic \|( missing \|){3} 0 \|", losses)
+    assert text.count("| 0.001 (edge) |") == len(known.systems)
+    figure = drawing(made).evaluations()
+    labels = [label.get_text() for label in figure.legends[0].get_texts()]
+    assert labels == ["transformer"]
 
 
 def test_a_horizon_that_diverged_leaves_a_bound(known: State, tmp_path: Path):

@@ -361,7 +361,7 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
     for runs, words_of_it in (("runs", line), ("none", elsewhere)):
         assert cli.main(["report", *words, "--runs", str(tmp_path / runs)]) == 0
         text = (tmp_path / "results" / "report.md").read_text()
-        assert f"**Not whole**: {words_of_it}." in text
+        assert f"**Not whole**: 6 of 8 runs are over; {words_of_it}." in text
         assert "smlp_deterministic | 5.000 |" in text
 
 
