@@ -31,7 +31,7 @@ def write_durably(
     Raises:
         OSError: nothing of it is left, and what had the name before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -47,14 +47,18 @@ def write_durably(
     sync_folder(path.parent)
 
 
+def _temporary(path: Path) -> Path:
+    """Return a name that no other writer has: process numbers are the same on several hosts."""
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+
+
 def link_durably(source: Path, target: Path) -> None:
     """Give a finished file a second name, at once, in place of an older file of that name.
 
     It keeps its first name, so that this can be repeated after a crash in the middle of several;
     where the file system knows no links it is moved.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = _temporary(target)
     try:
         temporary.hardlink_to(source)
     except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs/study")
 DATA = Path("runs/study-data")
+LEAST_EXPIRY = 10.0
+"""Seconds: shared file systems show a sign of life late, and one of a busy machine is late."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,13 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
         _add_arguments(command)
         if name == "run":
             command.add_argument(
-                "--processes", type=int, default=1, metavar="N", help="of each run"
+                "--processes", type=_processes, default=1, metavar="N", help="of each run"
             )
             command.add_argument(
                 "--retry", action="store_true", help="try the runs that failed once more"
             )
             command.add_argument(
-                "--expiry", type=float, default=leases.EXPIRY, metavar="SECONDS",
+                "--expiry", type=seconds, default=leases.EXPIRY, metavar="SECONDS",
                 help="after which this worker counts as dead for others if it gives no sign",
             )  # fmt: skip
             command.add_argument(
@@ -66,6 +69,19 @@ def build_parser() -> argparse.ArgumentParser:
                 "--data-dir", type=Path, metavar="DIR", help="local files of the tasks; no network"
             )
     return parser
+
+
+def _processes(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number of 1 or more")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Return a time after which a worker may count as dead."""
+    if not LEAST_EXPIRY <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give {LEAST_EXPIRY:g} seconds or more")
+    return value
 
 
 def _add_arguments(command: argparse.ArgumentParser) -> None:
@@ -106,27 +122,30 @@ def read_state(args: argparse.Namespace) -> tuple[State, Results]:
     Raises:
         UsageError: see `read_study`, `read_systems` and `check_fair`; or the study changed.
     """
-    from megatron_smlp.study.results import Results, default_folder
+    from megatron_smlp.study.results import Results, default_folder, left_out
 
     study = read_study(args.study)
     systems = read_systems(study, folder=args.study.parent)
     check_fair(study, systems)
     folder = args.runs / study.name
     results = Results(args.results or default_folder(study.name))
-    begun = [
-        found
+    if args.results is None:
+        for line in left_out(results.folder):
+            print(f"note: {line}", file=sys.stderr)
+    begun = {
+        place: found
         for place in (folder, results.folder)
         if (found := state.read_json(place / state.BEGUN))
-    ]
+    }
     if args.command == "run" or not begun:
         is_needed = args.command == "run"
         contents = StudyData(args.data).contents() if is_needed or args.data.exists() else {}
         identity = identity_of(contents)
     else:
-        identity = json.dumps(begun[0]["identity"], sort_keys=True)
+        identity = json.dumps(next(iter(begun.values()))["identity"], sort_keys=True)
     now = state.description(study, systems, identity)
-    for before in begun:
-        state.check_unchanged(before, now, where=folder)
+    for place, before in begun.items():
+        state.check_unchanged(before, now, where=place)
     known = State(
         study=study, systems=systems, identity=identity, folder=folder,
         kept=results.endings(), expiry=getattr(args, "expiry", leases.EXPIRY),
@@ -197,8 +216,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.speed:
         return _time(args, known, results)
     state.begin(known.folder, state.description(known.study, known.systems, known.identity))
-    plan = known.plan()
-    again = {run.key for run in plan.runs if args.retry and known.status(run) == state.FAILED}
+    again = known.failures(known.plan()) if args.retry else {}
     data = StudyData(args.data)
     Worker(state=known, data=data, processes=args.processes, again=again).work()
     if failure := known.failure(known.plan()):

@@ -11,12 +11,16 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 
-# What may not differ between systems: the data and its order, the batch, what is evaluated.
+# What may not differ between systems: the data and its order, the batch, what is evaluated, and of
+# the optimizer and the regularization all but the learning rate, which alone is tuned.
 COMMON_FLAGS = (
     *("seq_length", "micro_batch_size", "global_batch_size", "rampup_batch_size"),
     *("dataloader_type", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
     *("eval_iters", "suffix_from", "bf16", "fp16", "lr_warmup_fraction", "lr_warmup_iters"),
     *("lr_wsd_decay_style", "no_create_attention_mask_in_dataloader"),
+    *("optimizer", "weight_decay", "start_weight_decay", "end_weight_decay"),
+    *("weight_decay_incr_style", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
+    *("attention_dropout", "hidden_dropout", "init_method_std", "init_method_xavier_uniform"),
 )
 CONVENTIONS = {
     "forward_tflops_per_1024_tokens": ("full squares (paper)", "flops-tolerance"),
@@ -28,7 +32,8 @@ def check_fair(study: Study, systems: Mapping[str, System]) -> None:
     """Check that nothing but what is compared differs between the systems.
 
     Raises:
-        UsageError: flags of data or batches, numbers of trials, or FLOPs differ too much.
+        UsageError: flags of data, batches or optimizer, numbers of trials, or FLOPs differ too
+            much.
     """
     _check_common_flags(systems)
     _check_trials(study)
@@ -40,8 +45,9 @@ def _check_common_flags(systems: Mapping[str, System]) -> None:
         values = {name: system.flags.get(flag) for name, system in systems.items()}
         if len({json.dumps(value) for value in values.values()}) > 1:
             raise UsageError(
-                f"{flag_of(flag)} differs between the systems of the study, which see the same "
-                f"data in the same batches: give it once, in `fixed`.\n{_lines(values)}"
+                f"{flag_of(flag)} differs between the systems of the study, which differ in "
+                "architecture and learning rate alone, on the same data in the same batches: give "
+                f"it once, in `fixed`.\n{_lines(values)}"
             )
 
 

@@ -182,7 +182,7 @@ class Drawing:
         figure = Figure(figsize=(7.4, 4.8), layout="constrained", dpi=DPI)
         panel = figure.subplots()
         unit, unit_name = unit_for(AXES["tokens"], self.study.longest)
-        names = self._trained_on(VALIDATION_LOSS)
+        names = [name for name in self._trained_on(VALIDATION_LOSS) if len(self._evaluations(name))]
         for name in names:
             look = self.looks[name]
             mean = self._evaluations(name).groupby("tokens")[VALIDATION_LOSS].mean()
@@ -246,14 +246,19 @@ class Drawing:
         for place, each in enumerate(reversed(shown)):
             mean, low, high = speedup(each)
             color = self.looks[each.other]["color"]
-            text = f"{'at least ' * each.is_bound}{mean:.2f}" if mean else "not reached"
-            if mean:
-                panel.plot([mean], [place], "o", color=color)
-            if mean and math.isfinite(high) and low and not each.is_bound:
+            if each.unreached:
+                panel.text(
+                    0.01, place, not_reached(each), fontsize=8, va="center",
+                    transform=panel.get_yaxis_transform(),
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+                )  # fmt: skip
+                continue
+            panel.plot([mean], [place], "o", color=color)
+            if math.isfinite(high) and low and not each.is_bound:
                 panel.plot([low, high], [place, place], color=color, linewidth=2)
             panel.annotate(
-                text, (mean or 1, place), xytext=(0, 6), textcoords="offset points", fontsize=8,
-                ha="center",
+                f"{'at least ' * each.is_bound}{mean:.2f}", (mean, place), xytext=(0, 6),
+                textcoords="offset points", fontsize=8, ha="center",
             )  # fmt: skip
         panel.set_yticks(range(len(shown)), labels=[each.other for each in reversed(shown)])
         panel.set_ylim(-0.6, len(shown) - 0.3)
@@ -339,6 +344,11 @@ class Drawing:
         labels = labels or {}
         pairs = [(labels.get(name, name), self.looks[name]) for name in names or self.systems]
         legend(figure, pairs, note=note)
+
+
+def not_reached(comparison: Comparison) -> str:
+    """Return of how many seeds no speed-up is known: without them it would be of the fast ones."""
+    return f"not reached by {comparison.unreached} of {comparison.found.n} seeds"
 
 
 def speedup(comparison: Comparison) -> tuple[float, float, float]:

@@ -1,6 +1,6 @@
 """Measure the speed of a large matrix product, which a training is compared with.
 
-python -m megatron_smlp.study.gemm bfloat16   prints TFLOP/s, of one process with its threads
+python -m megatron_smlp.study.gemm bfloat16   prints TFLOP/s of one process, and its threads
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ REPEATS = 7
 
 
 def main(dtype: str) -> None:
-    """Print the speed of the fastest of some products of square matrices."""
+    """Print the speed of the fastest of some products of square matrices, and their threads."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,7 +25,7 @@ def main(dtype: str) -> None:
         product = a @ b
         product[0, 0].item()  # it is there
         seconds.append(time.perf_counter() - begin)
-    print(2 * size**3 / min(seconds) / 1e12)
+    print(2 * size**3 / min(seconds) / 1e12, torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 EXPIRY = 120.0  # seconds
 BEATS = 6  # in that time
@@ -86,6 +87,16 @@ def is_held(run: Path, *, expiry: float = EXPIRY) -> bool:
     return last is not None and _is_held(last, expiry=expiry)
 
 
+def host_of(run: Path, *, expiry: float = EXPIRY) -> str | None:
+    """Return the machine of the living worker that holds the run; None: nobody does.
+
+    Args:
+        expiry: of a lease that does not say its own.
+    """
+    last = _last(run)
+    return _owner(last).get("host") if last is not None and _is_held(last, expiry=expiry) else None
+
+
 def _is_held(lease: Path, *, expiry: float) -> bool:
     if (lease / RELEASED).exists():
         return False
@@ -93,15 +104,18 @@ def _is_held(lease: Path, *, expiry: float) -> bool:
 
 
 def _expiry_of(lease: Path, *, default: float) -> float:
-    """Return the owner's expiry, by which it chose how often it gives a sign.
+    """Return the owner's expiry, by which it chose how often it gives a sign; earlier versions did
+    not write it."""
+    return float(_owner(lease).get("expiry", default))
 
-    It may not be written yet, and earlier versions did not write it.
-    """
+
+def _owner(lease: Path) -> dict[str, Any]:
+    """Return what the owner wrote of itself; it may not have done so yet."""
     try:
-        owner = json.loads((lease / OWNER).read_text(encoding="utf-8"))
+        owner: dict[str, Any] = json.loads((lease / OWNER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return default
-    return float(owner.get("expiry", default))
+        return {}
+    return owner
 
 
 def _now(folder: Path) -> float:

@@ -13,10 +13,11 @@ import numpy as np
 from megatron_smlp.durable import write_durably
 from megatron_smlp.evaluation.reports import PAPER_FIGURES, PAPER_METRICS
 from megatron_smlp.study.fairness import CONVENTIONS, flops_spread
-from megatron_smlp.study.figures import Drawing, speedup
+from megatron_smlp.study.figures import Drawing, not_reached, speedup
 from megatron_smlp.study.metrics import VALIDATION_LOSS
+from megatron_smlp.study.plan import Plan
 from megatron_smlp.study.results import ROUTING, TASK, Results
-from megatron_smlp.study.state import State
+from megatron_smlp.study.state import FAILED, State
 from megatron_smlp.study.statistics import crossings, interval
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
@@ -55,16 +56,10 @@ def times_to_losses(
 ) -> list[Comparison]:
     """Return the subject's cost over each other system's, to the loss at which that one ends."""
     unit = SECONDS if tables.has_speed(*systems) else TOKENS
-    ratios = {
-        name: time_ratio(study, systems, tables, rival=name, unit=unit)
+    return [
+        time_ratio(study, systems, tables, rival=name, unit=unit)
         for name in rivals(study, systems)
         if tables.losses(name, study.longest, VALIDATION_LOSS)
-    }
-    return [
-        Comparison(
-            one=study.subject, other=name, what=unit, verdict="", found=found, is_bound=is_bound
-        )
-        for name, (found, is_bound) in ratios.items()
     ]
 
 
@@ -73,7 +68,7 @@ class Page:
 
     def __init__(self, known: State, results: Results) -> None:
         self.study, self.systems, self.plan = known.study, known.systems, known.plan()
-        self.failure = known.failure(self.plan)
+        self.lacking = list(_lacking(known, self.plan))
         self.tables = Tables.of(results).of_runs({run.key for run in self.plan.runs})
         about = (self.study, self.systems, self.tables)
         self.claims = claims_of(*about)
@@ -90,7 +85,7 @@ class Page:
             "curves.csv beside this file. Losses are in nats per token, of validation documents "
             "that nobody trained on, the same tokens for every system and seed. ± is the 95 % "
             "interval of the mean over seeds.",
-            *(["", f"**Not whole**: {self.failure}."] if self.failure else []),
+            *(["", f"**Not whole**: {'; '.join(self.lacking)}."] if self.lacking else []),
             *("", "## Claims", "", *self._claims()),
             *(["", "## Comparisons", "", *self._comparisons(self.claims)] if self.claims else []),
             *self._others(),
@@ -199,15 +194,18 @@ class Page:
         if len(speed):
             count = speed["processes"].max()
             processes = f", by {count:.0f} processes" if count > 1 else ""
-            timed = " and ".join(sorted(set(speed["hardware"]))) + processes
+            count = speed["threads"].max()  # files of earlier versions do not say it
+            threads = f", {'1 thread' if count == 1 else f'{count:.0f} threads'} a process"
+            threads = "" if math.isnan(count) else threads
+            timed = " and ".join(sorted(set(speed["hardware"]))) + processes + threads
             yield f"Quiet timing, and all times from it, are of {timed}."
         if 0 < (rounds := int(speed["round"].nunique()) + disturbed) < planned.rounds:
             yield f"The timing was ended after {rounds} of {planned.rounds} rounds."
         if disturbed:
             yield (
                 f"Of the timing, {'1 round is' if disturbed == 1 else f'{disturbed} rounds are'} "
-                f"left out, in which that product ran at less than {QUIET:.0%} of its median "
-                "speed: something else ran as well."
+                f"left out: that product was slow in {'it' if disturbed == 1 else 'them'}, at less "
+                f"than {QUIET:.0%} of its median speed."
             )
         if self.plan.at_edge:
             yield (
@@ -216,9 +214,10 @@ class Page:
             )
 
     def _rate(self, name: str) -> str:
-        own = self.tables.converged[self.tables.converged["system"] == name]["lr"]
+        """Return the learning rate, which is chosen before a run of it is over."""
         edge = " (edge)" if name in self.plan.at_edge else ""
-        return f"{own.iloc[0]:.2g}{edge}" if len(own) else "n/a"
+        factor = self.plan.factors.get(name)
+        return f"{self.systems[name].flags['lr'] * factor:.2g}{edge}" if factor else "n/a"
 
     def _as_trained(self, name: str) -> float:
         runs = self.tables.converged
@@ -235,7 +234,7 @@ class Page:
             spread = float(np.std(last, ddof=1)) if len(last) > 1 else math.nan
             label = f"{name} (behind the prefix)" if system.predicts_suffix else name
             yield _row(
-                label, *(_mean(list(cell.values())) for cell in cells), len(cells[-1]),
+                label, *(_mean(list(cell.values())) for cell in cells), _seeds(cells),
                 _number(spread), _number(self.tables.last_noise(name, self.study.longest, field)),
             )  # fmt: skip
 
@@ -252,7 +251,7 @@ class Page:
         for each in self.times:
             mean, low, high = speedup(each)
             bound = "≥ " if each.is_bound else ""
-            shown = "not reached" if mean == 0 else f"{bound}{_number(mean)}"
+            shown = not_reached(each) if each.unreached else f"{bound}{_number(mean)}"
             interval_of = "n/a" if each.is_bound else f"{_number(low)} to {_number(high)}"
             yield _row(each.other, shown, interval_of, each.found.n)
 
@@ -363,6 +362,17 @@ NOT_COMPARABLE = (
     "* The learning rate of every system is tuned, with as many trials; nothing else is.",
     "* Speed is of this machine; the paper's is of many GPUs with communication between them.",
 )
+
+
+def _lacking(known: State, plan: Plan) -> Iterator[str]:
+    """Yield what a study that is not whole lacks, in words."""
+    endings = (known.ending(run) for run in plan.runs)
+    over = sum(ending is not None and ending["status"] != FAILED for ending in endings)
+    planned = len(plan.runs) + len(plan.pending)
+    if over < planned:
+        yield f"{over} of {planned} runs are over"
+    if failure := known.failure(plan):
+        yield failure
 
 
 def _visible(each: Comparison) -> str:

@@ -36,7 +36,7 @@ CURVE_COLUMNS = (
     *(*LOSSES, "validation_prices_loss", "validation_greedy_loss"),
     *("load_min", "load_max", "entropy", "drop_rate"),
 )
-MACHINE = ("hardware", "processes", "steps")
+MACHINE = ("hardware", "processes", "threads", "steps")
 """Of a timing: rounds that differ in one of these are not put together."""
 SPEED_COLUMNS = (
     *("system", "round", "seconds_per_iteration", "tokens_per_second", "tflops", "gemm_tflops"),
@@ -51,6 +51,7 @@ RENAMED = {
     "consumed_square_flops": "square_flops",
 }
 SIGNIFICANT = "%.7g"
+TABLES = ("runs", "curves", "speed", "evaluations")
 
 
 class Results:
@@ -72,8 +73,8 @@ class Results:
     @cached_property
     def speed(self) -> pandas.DataFrame:
         """A line a system and round of the quiet timing; files of earlier versions do not say by
-        how many processes and in how many steps."""
-        return self._read("speed.csv", SPEED_COLUMNS, added=("processes", "steps"))
+        how many processes and threads, and in how many steps."""
+        return self._read("speed.csv", SPEED_COLUMNS, added=MACHINE[1:])
 
     @cached_property
     def evaluations(self) -> pandas.DataFrame:
@@ -133,9 +134,9 @@ class Results:
         """Write the rounds of a quiet timing behind those of this machine's earlier ones.
 
         All of them count, so that nobody chooses among repeated timings. Only another machine than
-        theirs, which may be another than the runs', or another number of processes or of steps
-        begins the file anew: the flags of a folder's systems never change (state.py). Remove
-        speed.csv before a timing of other code.
+        theirs, which may be another than the runs', or another number of processes, of threads or
+        of steps begins the file anew: the flags of a folder's systems never change (state.py).
+        Remove speed.csv before a timing of other code.
 
         Args:
             lines: of all rounds of this timing so far, numbered from 1.
@@ -143,7 +144,8 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         new = pandas.DataFrame(lines).assign(hardware=hardware())
         # Read once: as the file was before this timing.
-        before = self.speed.fillna({"processes": 1, "steps": new["steps"].iloc[0]})
+        given = {"processes": 1, **{name: new[name].iloc[0] for name in ("threads", "steps")}}
+        before = self.speed.fillna(given)
         before = before[(before[list(MACHINE)] == new[list(MACHINE)].iloc[0]).all(axis=1)]
         if len(before):
             new["round"] += int(before["round"].max())
@@ -218,6 +220,18 @@ def _curve_lines(known: state.State, run: PlannedRun) -> Iterator[dict[str, Any]
 def default_folder(name: str) -> Path:
     """Return studies/results/NAME/HARDWARE."""
     return ROOT / name / hardware()
+
+
+def left_out(folder: Path) -> Iterator[str]:
+    """Yield what a folder of results lacks and those of other machines beside it have."""
+    for other in sorted(set(folder.parent.glob("*")) - {folder}):
+        files = [f"{name}.csv" for name in TABLES]
+        there = [name for name in files if (other / name).exists()]
+        if lacking := [name for name in there if not (folder / name).exists()]:
+            yield (
+                f"{', '.join(lacking)} of {other}, another machine's, are not read, and {folder} "
+                f"has none: --results {other} reads and adds to them"
+            )
 
 
 @functools.cache  # a driver may take a second to answer

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,8 +46,8 @@ class Worker:
     data: StudyData
     processes: int = 1
     """Processes of one run."""
-    again: set[str] = field(default_factory=set)
-    """Hashes of failed runs that are to be tried once more."""
+    again: Mapping[str, int] = field(default_factory=dict)
+    """Failures, as of `State.failures`, that are to be tried once more by any of the workers."""
 
     def work(self) -> None:
         """Work until every run is over, or waits for one that failed."""
@@ -82,7 +82,6 @@ class Worker:
                         # do not tell: those that nothing goes on from are removed at its end.
                         still_to_do = self.state.to_do(self.state.plan(), again=self.again)
                         if any(run.key == one.key for one in still_to_do):
-                            self.again.discard(run.key)
                             self._make(run, lease, plan, progress)
                     return True
         return False
@@ -177,7 +176,7 @@ class Worker:
         children = [one for one in plan.runs if one.parent and one.parent.key == run.parent.key]
         # Not where the plan has changed meanwhile and knows none of them.
         is_known = run.key in {one.key for one in children}
-        if is_known and all(self.state.ending(one) for one in children):
+        if is_known and all(self.state.status(one) in (DONE, DIVERGED) for one in children):
             shutil.rmtree(self.state.folder_of(run.parent) / CHECKPOINTS, ignore_errors=True)
 
     def _counts(self, plan: Plan) -> tuple[int, str]:

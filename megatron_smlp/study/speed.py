@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 from megatron_smlp.errors import UsageError
 from megatron_smlp.metrics_records import FILE_NAME
 from megatron_smlp.progress import Progress
+from megatron_smlp.study import leases
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.metrics import read_records
 from megatron_smlp.study.process import last_lines, run_command, training_command
@@ -36,23 +38,38 @@ def time_systems(
     with Progress(speed.rounds * len(names)) as progress:
         for number in range(1, speed.rounds + 1):
             shift = number % len(names)
-            gemm = _gemm_tflops(known.systems[names[0]])
+            warn_of_others(known, f"round {number} of {speed.rounds}")
+            product = _product(known.systems[names[0]])
             for name in names[shift:] + names[:shift]:
                 progress.show(len(lines), f"round {number} of {speed.rounds}: {name}")
                 system = known.systems[name]
                 timed = _time(known, system, data, processes=processes)
                 lines.append({
-                    "system": name, "round": number, **timed, "gemm_tflops": gemm,
+                    "system": name, "round": number, **timed, **product,
                     "processes": processes, "steps": speed.steps,
                 })  # fmt: skip
             yield lines
 
 
-def _gemm_tflops(system: System) -> float:
-    """Return the speed of a large product, in the dtype of the trainings."""
+def warn_of_others(known: State, when: str) -> None:
+    """Warn of runs, of this study and those beside it, that workers train on this machine."""
+    taken = {lease.parent for lease in known.folder.parent.glob("*/*/*/*/lease-*")}
+    here = socket.gethostname()
+    held = sorted(run for run in taken if leases.host_of(run, expiry=known.expiry) == here)
+    if held:
+        print(
+            f"warning: {when}: the machine is not quiet, workers train {', '.join(map(str, held))}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+
+def _product(system: System) -> dict[str, float]:
+    """Return the speed of a large product, in the dtype of the trainings, and its threads, which
+    are as many as those of a training's process."""
     dtype = next((name for name in DTYPES if system.flags.get(name)), "fp32")
     command = [sys.executable, "-m", "megatron_smlp.study.gemm", DTYPES[dtype]]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return {"gemm_tflops": float(found[0]), "threads": int(found[1])}
 
 
 def _time(known: State, system: System, data: StudyData, *, processes: int) -> dict[str, float]:

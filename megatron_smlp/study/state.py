@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_smlp.checkpoints.folders import latest_iteration
@@ -95,15 +96,30 @@ class State:
         folder = self.folder_of(run)
         return folder.exists() and leases.is_held(folder, expiry=self.expiry)
 
-    def to_do(self, plan: Plan, *, again: Collection[str] = ()) -> list[PlannedRun]:
+    def failures(self, plan: Plan) -> dict[str, int]:
+        """Return the runs that failed here, by their hash, and when: another failure of the same
+        run has another time."""
+        found = {run.key: self._failed_at(run) for run in plan.runs}
+        return {key: at for key, at in found.items() if at is not None}
+
+    def _failed_at(self, run: PlannedRun) -> int | None:
+        path = self.folder_of(run) / ENDED
+        is_failed = (self._ending_here(run) or {}).get("status") == FAILED
+        return path.stat().st_mtime_ns if is_failed else None
+
+    def to_do(
+        self, plan: Plan, *, again: Mapping[str, int] = MappingProxyType({})
+    ) -> list[PlannedRun]:
         """Return what is not over, and parents whose checkpoint it needs and that lie elsewhere.
 
         Args:
-            again: hashes of runs that failed and are to be tried once more.
+            again: of `failures`, those that are to be tried once more, unless a worker has done
+                so meanwhile.
         """
         needed: dict[str, PlannedRun] = {}
         for run in plan.runs:
-            if self.ending(run) is None or run.key in again:
+            is_again = run.key in again and self._failed_at(run) == again[run.key]
+            if self.ending(run) is None or is_again:
                 for one in reversed(self._lacking(run)):
                     needed.setdefault(one.key, one)
         return list(needed.values())
@@ -125,7 +141,8 @@ class State:
     def has_checkpoint(self, run: PlannedRun) -> bool:
         """Return whether a run is done, and what others go on from is there."""
         is_done = (self._ending_here(run) or {}).get("status") == DONE
-        return is_done and latest_iteration(self.folder_of(run) / CHECKPOINTS) is not None
+        # It may be trained a second time, for one that goes on from it and is tried again.
+        return is_done and (latest_iteration(self.folder_of(run) / CHECKPOINTS) or 0) >= run.end
 
     def end(self, run: PlannedRun, **ending: Any) -> None:
         """Write how a run ended."""
@@ -190,8 +207,8 @@ def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path)
     if changes:
         lines = "\n".join(f"  {change}" for change in changes)
         raise UsageError(
-            f"the study changed since the runs in {where} were begun: change it back, or give the "
-            f"new one another `name`.\n{lines}"
+            f"the study changed since what is in {where} was begun: change it back, or give the "
+            f"new one another `name`, or --runs and --results of its own.\n{lines}"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_smlp.accounting.estimate import estimate
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.exclusive import replaced_by
 from megatron_smlp.flags.yaml_file import read_yaml, spelling
 from megatron_smlp.study.study_file import Study
 
@@ -22,6 +23,7 @@ OWN_FLAGS = (
     *("data_path", "train_data_path", "valid_data_path", "test_data_path", "split"),
     *("tokenizer_type", "tokenizer_model", "mock_data", "tensorboard_dir", "wandb_project"),
 )
+WARM_UPS = {"lr_warmup_fraction", "lr_warmup_iters"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,10 @@ def read_systems(study: Study, *, folder: Path) -> dict[str, System]:
     return {name: _system(study, name, folder=folder) for name in study.systems}
 
 
+def _replaced_by(flags: Flags) -> set[str]:
+    return replaced_by(key for key, value in flags.items() if value not in (None, False))
+
+
 def _system(study: Study, name: str, *, folder: Path) -> System:
     own = dict(study.variants.get(name, {}))
     source = own.pop("from", name)
@@ -99,8 +105,16 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
             "each run, from horizons, seeds and --data. Remove it."
         )
     flags = {key: value for key, value in flags.items() if key not in OWN_FLAGS}
-    flags |= dict(study.fixed) | own
+    for layer in (study.fixed, own):
+        # As a YAML file's over those of the files that it includes.
+        flags = {key: value for key, value in flags.items() if key not in _replaced_by(layer)}
+        flags |= layer
     flags = {key: value for key, value in flags.items() if value is not None}
+    if len(warm_ups := WARM_UPS & {*flags}) > 1:
+        raise UsageError(
+            f"{' and '.join(sorted(warm_ups))} of study {study.name!r}, {name}, exclude one "
+            "another: give one of them."
+        )
     # The loss of a capacity system is that of its model, not of the tokens that found no slot.
     flags.pop("moe_eval_capacity_factor", None)
     try:

@@ -46,6 +46,8 @@ class Comparison:
     is_bound: bool = False
     """Whether the subject's cost may be even lower: a seed is at the target at its first horizon,
     or at the one behind a horizon that diverged. The interval's lower end is then 0."""
+    unreached: int = 0
+    """Seeds of the subject that never come to the target, each of which makes the mean infinite."""
 
     @property
     def is_ratio(self) -> bool:
@@ -208,20 +210,21 @@ def _less_time(study: Study, systems: Mapping[str, System], tables: Tables) -> C
     if not tables.has_speed(study.subject, best):
         unit = TOKENS
         notes.append("no quiet timing: tools/study.py run --speed; tokens say nothing of time")
-    found, is_bound = time_ratio(study, systems, tables, rival=best, unit=unit)
-    if is_bound:
+    ratio = time_ratio(study, systems, tables, rival=best, unit=unit)
+    if ratio.is_bound:
         notes.append("a seed is there at its first finite horizon, so the ratio is at most this")
-    claim = _claim({(study.subject, best): (unit, found)}, null=1.0, name="C2", text=text)
-    comparisons = tuple(replace(each, is_bound=is_bound) for each in claim.comparisons)
+    claim = _claim({(study.subject, best): (unit, ratio.found)}, null=1.0, name="C2", text=text)
+    [decided] = claim.comparisons
+    comparisons = (replace(ratio, found=decided.found, verdict=decided.verdict),)
     whole = claim.verdict if unit == SECONDS else UNDECIDED
     return Claim(name="C2", text=text, comparisons=comparisons, verdict=whole, notes=tuple(notes))
 
 
 def time_ratio(
     study: Study, systems: Mapping[str, System], tables: Tables, *, rival: str, unit: str
-) -> tuple[Difference, bool]:
-    """Return the subject's cost over the rival's, to the loss at which the rival's seed ends, and
-    whether it is a bound.
+) -> Comparison:
+    """Return the subject's cost over the rival's, to the loss at which the rival's seed ends,
+    without a verdict.
 
     Its logarithm is that of the tokens, over seeds, and for seconds that of the step times, over
     rounds of the timing. A seed of the subject that never comes there costs an infinite amount. One
@@ -245,7 +248,10 @@ def time_ratio(
     ratio = exponential(found)
     if is_bound:
         ratio = replace(ratio, low=0.0, p=1.0 if ratio.high >= 1 else ratio.p)
-    return ratio, is_bound
+    return Comparison(
+        one=study.subject, other=rival, what=unit, verdict="", found=ratio, is_bound=is_bound,
+        unreached=sum(map(math.isinf, reached.values())),
+    )  # fmt: skip
 
 
 def _log_step_ratio(tables: Tables, one: str, other: str) -> Difference:

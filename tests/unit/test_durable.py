@@ -12,6 +12,7 @@ from megatron_smlp.durable import (
     remove_folder,
     replace_folder,
     rust_os_errors,
+    write_durably,
 )
 
 
@@ -26,6 +27,14 @@ def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     replace_folder(_folder(tmp_path / "new", "new"), target)
     assert names_in(tmp_path) == ["target"]
     assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_two_writers_of_one_process_number_are_in_nobodys_way(tmp_path: Path) -> None:
+    """As the first processes of two containers, on a folder that they share."""
+    path = tmp_path / "file"
+    write_durably(path, "late", before_rename=lambda: write_durably(path, "early"))
+    assert path.read_text(encoding="utf-8") == "late"
+    assert names_in(tmp_path) == ["file"]
 
 
 def test_nobody_waits_for_a_large_folder_to_be_deleted(tmp_path: Path) -> None:

@@ -69,6 +69,16 @@ def test_a_missing_file(tmp_path: Path):
         ),
         ({"variants": {"switch": {"from": "switch", "micro-batch-size": 4}}}, "micro-batch-size"),
         ({"variants": {"switch": {"from": "switch", "seq-length": 128}}}, "--seq-length differs"),
+        *(
+            ({"variants": {"switch": {"from": "switch", flag: value}}}, f"--{flag} differs")
+            for flag, value in {
+                "weight-decay": 0.0,
+                "clip-grad": 0.1,
+                "hidden-dropout": 0.3,
+                "adam-beta2": 0.5,
+                "init-method-std": 0.2,
+            }.items()
+        ),
         ({"fixed": {"seed": 3}}, "a study sets that itself"),
         ({"fixed": {"data-path": "x"}}, "a study sets that itself"),
         (

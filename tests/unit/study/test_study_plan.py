@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.studies import pretend, state_of, write_study
+from support.studies import SMALL, pretend, state_of, write_study
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study.plan import PlannedRun, identity_of, next_factor
@@ -42,6 +42,27 @@ def test_all_pieces_share_data_order_and_warmup(tmp_path: Path):
         decay_begins = run.flags["lr_decay_iters"] - run.flags["lr_wsd_decay_iters"]
         assert decay_begins >= run.end if run.horizon is None else decay_begins < run.end
         assert run.flags.get("exit_interval", run.flags["train_iters"]) == run.end
+
+
+@pytest.mark.parametrize(
+    ("fixed", "iterations"),
+    [({}, 2), ({"lr-warmup-iters": 7}, 7), ({"lr-warmup-fraction": 0.1}, 5)],
+)
+def test_the_warm_up_of_the_study_replaces_that_of_the_files(
+    tmp_path: Path, fixed: dict[str, Any], iterations: int
+):
+    """Those of configs/cpu have a fraction, 0.05 of the first horizon's 50 iterations."""
+    path = write_study(tmp_path, fixed=SMALL["fixed"] | fixed)
+    for run in state_of(path, runs=tmp_path).plan().runs:
+        warm_up = {name: value for name, value in run.flags.items() if "warmup" in name}
+        assert warm_up == {"lr_warmup_iters": iterations}
+
+
+def test_two_warm_ups_at_once_are_refused(tmp_path: Path):
+    two = {"lr-warmup-iters": 7, "lr-warmup-fraction": 0.1}
+    path = write_study(tmp_path, fixed=SMALL["fixed"] | two)
+    with pytest.raises(UsageError, match="lr_warmup_fraction and lr_warmup_iters of study"):
+        state_of(path, runs=tmp_path)
 
 
 def test_the_hash_is_of_flags_data_and_parents(tmp_path: Path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas
 import pytest
+import torch
 import yaml
 from support.launches import REPOSITORY
 from support.studies import pretend, state_of, write_study
@@ -21,13 +22,13 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli, gemm, leases, speed
 from megatron_smlp.study import results as results_module
 from megatron_smlp.study.data import StudyData
-from megatron_smlp.study.figures import Drawing
+from megatron_smlp.study.figures import Drawing, speedup
 from megatron_smlp.study.final import what_is_missing
 from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results, hardware
-from megatron_smlp.study.state import State
+from megatron_smlp.study.state import State, begin, description
 from megatron_smlp.study.statistics import paired
 
 NOISE = {11: -0.002, 12: 0.003, 13: 0.0}
@@ -94,7 +95,7 @@ def timing(steps: dict[str, list[float]], gemm: list[float]) -> list[dict[str, o
     return [
         {"system": name, "round": number, "seconds_per_iteration": step,
          "tokens_per_second": 2048 / step, "tflops": 0.1, "gemm_tflops": gemm[number],
-         "processes": 1, "steps": 40}
+         "processes": 1, "threads": 1, "steps": 40}
         for name, own in steps.items()
         for number, step in enumerate(own)
     ]  # fmt: skip
@@ -114,7 +115,7 @@ def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
     # Half of 2e-3; 2048 tokens in 0.51 s; 0.1 of 0.4 TFLOP/s; what `pretend` logs.
     numbers += ["0.001 (edge)", "4,016", "25%", "5,000", "BASE: greedy, nothing is dropped"]
     assert f"| smlp_deterministic | {' | '.join(numbers)} |" in text
-    assert f"Quiet timing, and all times from it, are of {hardware()}." in text
+    assert f"Quiet timing, and all times from it, are of {hardware()}, " in text
     assert claims["C2"]["comparisons"][0]["found"]["mean"] == pytest.approx(0.458, abs=0.01)
 
 
@@ -131,7 +132,7 @@ def test_a_time_is_as_uncertain_as_its_timing(known: State, tmp_path: Path):
     assert claims["C2"]["verdict"] == "undecided"
 
 
-def test_rounds_beside_other_work_do_not_count(known: State, tmp_path: Path):
+def test_rounds_with_a_slow_product_do_not_count(known: State, tmp_path: Path):
     pretend(known, loss_of)
     others = [1.0, 9.0, 1.0, 1.0]
     steps = {"transformer": others, "switch": others, "smlp_deterministic": [0.5] * 4}
@@ -139,7 +140,8 @@ def test_rounds_beside_other_work_do_not_count(known: State, tmp_path: Path):
     claims, text = page(known, tmp_path)
     found = claims["C3"]["comparisons"][0]["found"]
     assert (found["mean"], found["n"]) == (pytest.approx(0.5), 3)
-    assert "Of the timing, 1 round is left out" in text
+    assert "Of the timing, 1 round is left out: that product was slow in it" in text
+    assert f"are of {hardware()}, 1 thread a process." in text
 
 
 def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path):
@@ -319,6 +321,38 @@ def test_nothing_to_report(known: State, tmp_path: Path):
         report(known, tmp_path)
 
 
+def test_results_of_another_machine_are_pointed_to(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """A folder's name is that of the command's machine, as of a cluster's login node."""
+    monkeypatch.setattr(results_module, "ROOT", tmp_path)
+    monkeypatch.setattr(results_module, "hardware", lambda: "here")
+    pretend(known, loss_of)
+    there = tmp_path / "small" / "there"
+    Results(there).collect(known)
+    words = [str(tmp_path / "study.yaml"), "--runs", str(tmp_path / "none")]
+    with pytest.raises(UsageError, match="here: no run of study 'small' is over"):
+        cli.main(["report", *words])
+    assert f"note: runs.csv, curves.csv of {there}, another machine's" in capsys.readouterr().err
+    assert cli.main(["report", *words, "--results", str(there)]) == 0
+    assert cli.main(["report", *words[:2], str(tmp_path / "runs")]) == 0
+    capsys.readouterr()
+    assert cli.main(["status", *words]) == 0  # it has results of its own now
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("place", ["runs", "results"])
+def test_a_study_that_changed_is_told_where_it_is_another(known: State, tmp_path: Path, place: str):
+    pretend(known, loss_of)
+    folder = {"runs": known.folder, "results": tmp_path / "results"}[place]
+    begin(folder, description(known.study, known.systems, known.identity))
+    tuning = {"seed": 2, "horizon": "50K", "lr": [0.5, 1, 2]}
+    path = write_study(tmp_path, tuning=tuning)
+    words = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    with pytest.raises(UsageError, match=f"since what is in {folder} was begun.*--results"):
+        cli.main(["status", str(path), *words])
+
+
 def test_new_runs_join_those_that_are_kept(known: State, tmp_path: Path):
     pretend(known, loss_of)
     Results(tmp_path / "results").collect(known)
@@ -377,6 +411,48 @@ def test_seeds_that_are_on_their_way_do_not_count_as_the_fast_ones(known: State,
     claims, _ = page(known, tmp_path)
     assert claims["C2"]["comparisons"][0]["found"]["n"] == 1
     assert "smlp_deterministic: seed 11, 12 is missing" in claims["C2"]["notes"]
+
+
+def test_of_how_many_seeds_a_loss_is_not_reached_is_said(known: State, tmp_path: Path):
+    """One seed of three never comes to Switch's loss; all come to the Transformer's."""
+
+    def loss(run: PlannedRun) -> float:
+        is_slow = (run.system, run.seed) == ("smlp_deterministic", 12)
+        return loss_of(run) + 0.1 * is_slow + 0.2 * (run.system == "transformer")
+
+    pretend(known, loss)
+    made = made_of(known, tmp_path)
+    shown = "not reached by 1 of 3 seeds"
+    assert f"| switch | {shown} | 0 to ∞ | 3 |" in made.text()
+    [panel] = drawing(made).speedups(made.times).axes
+    missed, reached = panel.texts
+    assert missed.get_text() == shown
+    assert reached.get_text() == f"{speedup(made.times[0])[0]:.2f}"
+    left = panel.transAxes.inverted().transform(missed.get_transform().transform((0.01, 0)))
+    assert left[0] == pytest.approx(0.01)
+
+
+def test_a_study_under_way_says_what_it_has(known: State, tmp_path: Path):
+    """Switch has its first horizon alone, sMLP its trials, one seed of the Transformer no end."""
+    pretend(known, loss_of)
+    for run in known.plan().runs:
+        is_main = run.phase == "main"
+        if (run.system == "switch" and is_main and run.horizon != 100_000) or (
+            run.system == "smlp_deterministic" and is_main
+        ):
+            shutil.rmtree(known.folder_of(run))
+    without(known, "transformer", seeds=(13,), horizon=400_000)
+    made = made_of(known, tmp_path)
+    text = made.text()
+    losses = text.partition("## Losses")[2]
+    assert "**Not whole**: 26 of 54 runs are over.\n" in text
+    assert re.search(r"\| switch \| 6\.\d+ ± 0\.\d+ \| missing \| missing \| 0 to 3 \|", losses)
+    assert re.search(r"\| transformer \|.* \| 2 to 3 \|", losses)
+    assert re.search(r"\| smlp_deterministic \|( missing \|){3} 0 \|", losses)
+    assert text.count("| 0.001 (edge) |") == len(known.systems)
+    figure = drawing(made).evaluations()
+    labels = [label.get_text() for label in figure.legends[0].get_texts()]
+    assert labels == ["transformer"]
 
 
 def test_a_horizon_that_diverged_leaves_a_bound(known: State, tmp_path: Path):
@@ -494,15 +570,37 @@ def test_a_timing_that_is_stopped_keeps_its_rounds(
         return {"seconds_per_iteration": 1.0, "tokens_per_second": 2048.0, "tflops": 0.1}
 
     monkeypatch.setattr(speed, "_time", timed)
-    monkeypatch.setattr(speed, "_gemm_tflops", lambda _: 0.4)
+    monkeypatch.setattr(speed, "_product", lambda _: {"gemm_tflops": 0.4, "threads": 3})
     args = argparse.Namespace(data=tmp_path, processes=2)
     with pytest.raises(KeyboardInterrupt):
         cli._time(args, known, Results(tmp_path / "results"))
     kept = Results(tmp_path / "results").speed
-    assert set(kept["processes"]) == {2}
+    assert (set(kept["processes"]), set(kept["threads"])) == ({2}, {3})
     assert set(kept["steps"]) == {known.study.speed.steps}
     assert list(kept["round"]) == [1] * len(known.systems)
     assert set(kept["system"]) == set(known.systems)
+
+
+def test_a_timing_beside_a_worker_is_warned_of(
+    known: State, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Of the study or another one beside it; on another machine it disturbs nothing."""
+    monkeypatch.setattr(speed, "_product", lambda _: {"gemm_tflops": 0.4, "threads": 1})
+    monkeypatch.setattr(speed, "_time", lambda *_, **__: {"seconds_per_iteration": 1.0})
+    run = known.folder.parent / "other" / "gmlp" / "lr1" / "11-0"
+    timings = speed.time_systems(known, StudyData(known.folder), processes=1)
+    lease = leases.take(run)
+    assert lease is not None
+    with lease:
+        next(timings)
+        words = f"warning: round 1 of 5: the machine is not quiet, workers train {run}\n"
+        assert words in capsys.readouterr().err
+        with monkeypatch.context() as patch:
+            patch.setattr("socket.gethostname", lambda: "elsewhere")
+            next(timings)
+        assert "quiet" not in capsys.readouterr().err
+    next(timings)
+    assert "quiet" not in capsys.readouterr().err
 
 
 def test_a_repeated_timing_adds_rounds(tmp_path: Path):
@@ -524,7 +622,9 @@ def test_a_repeated_timing_adds_rounds(tmp_path: Path):
     assert set(found["hardware"]) == {hardware()}
 
 
-@pytest.mark.parametrize("changed", [{"processes": 2}, {"steps": 20}, {"hardware": "another"}])
+@pytest.mark.parametrize(
+    "changed", [{"processes": 2}, {"threads": 2}, {"steps": 20}, {"hardware": "another"}]
+)
 def test_rounds_of_another_kind_are_not_put_together(tmp_path: Path, changed: dict[str, Any]):
     Results(tmp_path).add_speed(timing({"switch": [3.0, 3.0]}, [0.4] * 2))
     Results(tmp_path).speed.assign(**changed).to_csv(tmp_path / "speed.csv", index=False)
@@ -532,14 +632,15 @@ def test_rounds_of_another_kind_are_not_put_together(tmp_path: Path, changed: di
     assert list(Results(tmp_path).speed["seconds_per_iteration"]) == [1.0]
 
 
-def test_rounds_of_earlier_versions_are_of_one_process_and_the_studys_steps(tmp_path: Path):
+def test_rounds_of_earlier_versions_join_those_of_one_process(tmp_path: Path):
     Results(tmp_path).add_speed(timing({"switch": [3.0, 3.0]}, [0.4] * 2))
-    before = Results(tmp_path).speed.drop(columns=["processes", "steps"])
+    before = Results(tmp_path).speed.drop(columns=["processes", "threads", "steps"])
     before.to_csv(tmp_path / "speed.csv", index=False)
     assert len(Results(tmp_path).speed) == 2
     Results(tmp_path).add_speed(timing({"switch": [1.0]}, [0.4]))
     assert list(Results(tmp_path).speed["seconds_per_iteration"]) == [3.0, 3.0, 1.0]
     assert set(Results(tmp_path).speed["processes"]) == {1}
+    assert set(Results(tmp_path).speed["threads"]) == {1}
 
 
 @pytest.mark.parametrize(
@@ -692,7 +793,9 @@ def test_a_product_is_timed_in_tflops(
     monkeypatch.setattr(gemm, "SIZE", {"cpu": 64, "cuda": 64})
     monkeypatch.setattr(gemm, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     gemm.main("bfloat16")
-    assert float(capsys.readouterr().out) == pytest.approx(2 * 64**3 / 2 / 1e12)
+    speed_of_it, threads = capsys.readouterr().out.split()
+    assert float(speed_of_it) == pytest.approx(2 * 64**3 / 2 / 1e12)
+    assert int(threads) == torch.get_num_threads()
 
 
 def test_claims_are_those_that_the_systems_can_decide(tmp_path: Path):

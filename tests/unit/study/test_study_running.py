@@ -230,12 +230,82 @@ def test_a_failed_trial_that_is_tried_again_holds_its_own_system_alone(
         return train(command, folder=folder, **how)
 
     monkeypatch.setattr(running, "run_command", look)
-    again = Worker(state=known, data=StudyData(tmp_path), again={first.key})
-    again.work()
+    failures = known.failures(known.plan())
+    assert list(failures) == [first.key]
+    Worker(state=known, data=StudyData(tmp_path), again=failures).work()
     assert trained[6] == folder
     assert plans[0] == 1
     assert {known.status(run) for run in known.plan().runs} == {DONE}
     assert known.failure(known.plan()) == ""
+
+
+def test_a_branch_that_is_tried_again_goes_on_from_its_trunk(
+    tmp_path: Path, trained: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    """The trunk is kept while a branch has failed, and trained again only where it was lost."""
+    path = write_study(tmp_path, systems=["transformer"], subject="transformer", seeds=[11],
+                       horizons=["50K", "100K"])  # fmt: skip
+    known = state_of(path, runs=tmp_path / "more")
+    trunk, branch, rest = known.plan().runs
+    broken, starts = [True], []
+
+    def train(_: object, *, folder: Path, **__: object) -> int:
+        [run] = [one for one in known.plan().runs if known.folder_of(one) == folder]
+        starts.append(run)
+        if run == branch and broken:
+            return 1
+        write_metrics(folder, run, 5.0)
+        iteration_folder(folder / CHECKPOINTS, run.end).mkdir(parents=True)
+        return 0
+
+    monkeypatch.setattr(running, "run_command", train)
+    worker(known, tmp_path).work()
+    assert starts == [trunk, branch, branch, rest]
+    broken.clear()
+    starts.clear()
+    again = known.failures(known.plan())
+    Worker(state=known, data=StudyData(tmp_path), again=again).work()
+    assert starts == [branch]
+    checkpoints = known.folder_of(trunk) / CHECKPOINTS
+    assert not checkpoints.exists()
+    iteration_folder(checkpoints, trunk.end - 1).mkdir(parents=True)  # it is on its way again
+    assert not known.has_checkpoint(trunk)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_workers_that_retry_try_a_failed_run_once_together(
+    known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+):
+    """Both were started while it had failed; the second comes to it after the first."""
+    first, train = known.plan().runs[0], running.run_command
+    folder, broken, starts = known.folder_of(first), [True], []
+
+    def start(command: Sequence[str], *, folder: Path, **how: object) -> int:
+        starts.append(folder)
+        is_broken = folder == known.folder_of(first) and bool(broken)
+        return 1 if is_broken else train(command, folder=folder, **how)
+
+    monkeypatch.setattr(running, "run_command", start)
+    worker(known, tmp_path).work()
+    again = known.failures(known.plan())
+    starts.clear()
+    if not fails:
+        broken.clear()
+    for _ in range(2):
+        Worker(state=known, data=StudyData(tmp_path), again=again).work()
+    assert starts.count(folder) == (running.ATTEMPTS if fails else 1)
+    assert known.status(first) == (FAILED if fails else DONE)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--processes", "0"), ("--processes", "-3"), ("--processes", "1.5"),
+     ("--expiry", "0"), ("--expiry", "-1"), ("--expiry", "9"), ("--expiry", "nan")],
+)  # fmt: skip
+def test_numbers_that_no_worker_can_work_by_are_refused(flag: str, value: str):
+    """With no expiry two workers would take the same run."""
+    with pytest.raises(UsageError, match=flag):
+        cli.main(["run", "study.yaml", f"{flag}={value}"])
 
 
 def test_a_training_that_is_asked_to_stop_goes_on(
@@ -291,7 +361,7 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
     for runs, words_of_it in (("runs", line), ("none", elsewhere)):
         assert cli.main(["report", *words, "--runs", str(tmp_path / runs)]) == 0
         text = (tmp_path / "results" / "report.md").read_text()
-        assert f"**Not whole**: {words_of_it}." in text
+        assert f"**Not whole**: 6 of 8 runs are over; {words_of_it}." in text
         assert "smlp_deterministic | 5.000 |" in text
 
 
