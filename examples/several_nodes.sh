@@ -10,7 +10,8 @@
 #   NODE_RANK         number of this machine, from 0; needed by RENDEZVOUS=host alone
 #   RENDEZVOUS        how they meet, the same on all: host (default: machine 0 keeps the store),
 #                     server (MASTER_ADDR:MASTER_PORT does, `tools/launch.py serve PORT`: the others
-#                     then survive any of them) or file:FOLDER (one that all of them share)
+#                     then survive any of them) or file:FOLDER (one that all of them share, with
+#                     flock between machines, as Lustre has it by -o flock)
 #   MASTER_ADDR       name or address of machine 0 or of the server, as the others see it
 #   MASTER_PORT       a free port there
 #   LOCAL_ADDR        address of this machine (default: that of the way to MASTER_ADDR)

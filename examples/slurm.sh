@@ -24,9 +24,10 @@
 #
 # Ten minutes before --time is over the run saves, and the job is queued again, under the same
 # number, until the run is over. So is a job that fails, also where a machine is gone for good (75),
-# but not for wrong flags (2), a loss or gradient that is not finite (3), or where no newer
-# checkpoint came of three starts or of the whole job (93). `scancel` ends it, and it is not queued
-# again; it saves if the cluster's KillWait (30 s by default) is enough for a step and a save.
+# if it has saved a newer checkpoint or has been queued again less than three times; but not for
+# wrong flags (2), a loss or gradient that is not finite (3), or where no newer checkpoint came of
+# three starts or of the whole job (93). `scancel` ends it, and it is not queued again; it saves if
+# the cluster's KillWait (30 s by default) is enough for a step and a save.
 # Where --requeue is not allowed, a chain of jobs, each after the other, however it ended:
 #
 #   for i in 1 2 3; do CONFIG=... sbatch --dependency=singleton ... examples/slurm.sh ...; done
@@ -52,19 +53,32 @@ require_number SPARES "the number of nodes that wait"
 NNODES=$((SLURM_NNODES - SPARES))
 ((NNODES > 0)) || fail "SPARES=$SPARES leaves none of $SLURM_NNODES nodes to train: lower it"
 hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
-# Not through `head`: it may end before scontrol has written.
-MASTER_ADDR="${MASTER_ADDR:-${hosts%%$'\n'*}}"
+first="${hosts%%$'\n'*}" # not through `head`: it may end before scontrol has written
+MASTER_ADDR="${MASTER_ADDR:-$first}"
 MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 RUN_ID="smlp-$SLURM_JOB_ID"
 export CONFIG NNODES SPARES MASTER_ADDR MASTER_PORT RUN_ID NPROC_PER_NODE PYTHON
 
+# Prints the iteration of the newest checkpoint, as a task of this node sees it; 0 without any.
+newest() {
+  # shellcheck disable=SC2086
+  ${SRUN_FLAGS:+srun --nodes=1 --ntasks=1 --nodelist="$first" $SRUN_FLAGS} \
+    "${PYTHON:-$(default_python)}" -c '
+import sys
+sys.path.insert(0, sys.argv[1])
+from megatron_smlp.launching.failures import Failures
+print(Failures(sys.argv[2:]).newest or 0)' "$REPOSITORY" --config "$CONFIG" "$@" || echo 0
+}
+before="$(newest "$@")"
+
 # From Slurm 22.05 on srun does not take the job's CPUs over by itself: a task would have one core.
 cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-}}"
-# One task a node; each learns its number only there. A task or node that fails leaves the others,
-# which wait for it or go on with a spare. SIGTERM comes to srun's tasks from Slurm itself, the
-# warning before the time is over (USR1) to this script alone, which hands it on.
+# One task a node; each learns its number only there. A task or node that fails, or ends long before
+# the others (--wait), leaves them: they wait for it or go on with a spare. SIGTERM comes to srun's
+# tasks from Slurm itself, the warning before the time is over (USR1) to this script alone, which
+# hands it on.
 # shellcheck disable=SC2016,SC2086
-srun --ntasks-per-node=1 --kill-on-bad-exit=0 --no-kill ${SRUN_FLAGS:-} \
+srun --ntasks-per-node=1 --kill-on-bad-exit=0 --no-kill --wait=0 ${SRUN_FLAGS:-} \
   ${cpus:+--cpus-per-task="$cpus"} \
   bash -c 'NODE_RANK="$SLURM_NODEID" exec "$0" "$@"' "$examples/several_nodes.sh" "$@" &
 tasks=$!
@@ -76,10 +90,20 @@ if $warned; then # which has ended that wait, not the tasks
   code=0
   wait "$tasks" || code=$?
 fi
-case "$code" in
-  0) ! $warned || scontrol requeue "$SLURM_JOB_ID" || true ;;
-  # 76: another machine has ended with one of these; 1: nothing is saved, or the launcher failed
-  1 | 2 | 3 | 76 | 93) ;;
-  *) scontrol requeue "$SLURM_JOB_ID" || true ;;
-esac
+got_on() { (($(newest "$@") > before)); }
+# The code is the highest of all tasks: one that was refused early may have left a run that went on.
+goes_on() {
+  case "$code" in
+    0) $warned ;; # without a newer checkpoint it would be 93
+    3 | 93) false ;;
+    # 76: another machine has ended with one of these; 1: nothing is saved, or the launcher failed
+    1 | 2 | 76) $warned && got_on "$@" ;;
+    *) ((${SLURM_RESTART_COUNT:-0} < 3)) || got_on "$@" ;;
+  esac
+}
+if goes_on "$@"; then
+  scontrol requeue "$SLURM_JOB_ID" || true
+elif ((code)); then
+  echo "slurm.sh: the tasks ended with $code: not queued again" >&2
+fi
 exit "$code"

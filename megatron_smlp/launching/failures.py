@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import latest_iteration
-from megatron_smlp.launching.training_words import given
+from megatron_smlp.launching.training_words import given, is_on
+
+
+def saving_folder(words: Sequence[str]) -> Path | None:
+    """Return where a training with these flags saves, as flags/use_checkpoint_args.py chooses."""
+    save = given("--save", words)
+    goes_on = is_on("--use-checkpoint-args", words) and not is_on("--finetune", words)
+    if save is None and goes_on and "--no-save" not in words:
+        save = given("--load", words)
+    return Path(str(save)) if save else None
 
 
 class Failures:
@@ -16,10 +25,7 @@ class Failures:
     """So many in a row without a newer checkpoint, and another start would only fail again."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        save = given("--save", words)
-        if save is None and "--use-checkpoint-args" in words:
-            save = given("--load", words)
-        self.folder = Path(str(save)) if save else None
+        self.folder = saving_folder(words)
         self.count = 0
         self.newest = self.latest()
 

@@ -7,6 +7,7 @@ counts the files that change, by its own clock alone.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import threading
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_smlp.durable import write_durably
+from megatron_smlp.durable import NO_LOCKS, write_durably
 from megatron_smlp.errors import UsageError
 
 INTERVAL = 1.0  # seconds
@@ -24,7 +25,8 @@ class Presence:
     """This machine's file in the folder of a run.
 
     Raises:
-        UsageError: the folder is not there, or cannot be written to.
+        UsageError: the folder is not there, cannot be written to, or has no locks, by which torch
+            guards its store there. Whether they work between machines is not seen.
     """
 
     def __init__(self, folder: Path, *, run: str, address: str) -> None:
@@ -39,7 +41,15 @@ class Presence:
             )
         try:
             self._beat()
+            with self.file.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in NO_LOCKS:
+                raise UsageError(
+                    f"RENDEZVOUS=file:{folder}: files there cannot be locked: {error.strerror}. "
+                    "Mount it with locks that work between machines (Lustre: -o flock), or give "
+                    "RENDEZVOUS=host or server."
+                ) from error
             raise UsageError(
                 f"RENDEZVOUS=file:{folder} cannot be written to: {error.strerror}. Give a folder "
                 "in which all machines may write."

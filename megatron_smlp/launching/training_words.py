@@ -41,18 +41,28 @@ def value_of(flag: str, words: Sequence[str]) -> str | None:
 
 
 def given(flag: str, words: Sequence[str]) -> Any:
-    """Return a flag's value from the command line or from the file of --config.
+    """Return a flag's value from the command line or, without `--no-FLAG`, from the file of
+    --config.
 
     Raises:
         UsageError: that file cannot be read.
     """
     value = value_of(flag, words)
     config = value_of("--config", words)
-    if value is None and config:
+    if value is None and config and flag.replace("--", "--no-", 1) not in words:
         name = spelling(flag.removeprefix("--"))
         keys = {spelling(key): entry for key, entry in read_yaml(Path(config)).items()}
         return keys.get(name)
     return value
+
+
+def is_on(switch: str, words: Sequence[str]) -> bool:
+    """Return whether a flag without a value is given, on the command line or in that file.
+
+    Raises:
+        UsageError: that file cannot be read.
+    """
+    return switch in words or bool(given(switch, words))
 
 
 def limit_connections(words: Sequence[str], environment: MutableMapping[str, str]) -> None:
@@ -67,7 +77,7 @@ def limit_connections(words: Sequence[str], environment: MutableMapping[str, str
     size = given("--tensor-model-parallel-size", words)
     if environment.get(CONNECTIONS) or str(size) in ("None", "1"):
         return
-    if not any(flag in words or given(flag, words) for flag in FSDP) and _capability() < BLACKWELL:
+    if not any(is_on(flag, words) for flag in FSDP) and _capability() < BLACKWELL:
         environment[CONNECTIONS] = "1"
 
 

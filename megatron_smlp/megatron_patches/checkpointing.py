@@ -35,11 +35,15 @@ FAILURES = (CheckpointException, SaveError)
 
 
 def installed(
-    saving: Saving, *, before_loading: Callable[[], None]
+    saving: Saving, *, before_loading: Callable[[], None], before_writing: Callable[[], None]
 ) -> contextlib.AbstractContextManager[None]:
-    """Replace the functions for the time of one `pretrain`, and put the originals back."""
+    """Replace the functions for the time of one `pretrain`, and put the originals back.
+
+    Args:
+        before_writing: is called in each process that is forked to write.
+    """
     return wrapped_in(
-        (dist_checkpointing, "save", lambda f: _saving_whole(f, saving)),
+        (dist_checkpointing, "save", lambda f: _saving_whole(f, saving, before_writing)),
         (checkpointing, "ensure_directory_exists", _leaving_checkpoints_out),
         (checkpointing, "maybe_msc", _WritingAtomically),
         (checkpointing, "read_metadata", _tolerating_garbage),
@@ -53,7 +57,9 @@ def installed(
     )
 
 
-def _saving_whole(save: Callable[..., Any], saving: Saving) -> Callable[..., Any]:
+def _saving_whole(
+    save: Callable[..., Any], saving: Saving, before_writing: Callable[[], None]
+) -> Callable[..., Any]:
     @functools.wraps(save)
     def wrapped(
         state: Any, checkpoint_dir: str, *args: Any, async_sharded_save: bool = False, **kwargs: Any
@@ -68,7 +74,7 @@ def _saving_whole(save: Callable[..., Any], saving: Saving) -> Callable[..., Any
         if request.async_fn is None:  # nothing to write on this rank
             return request
         write = functools.partial(write_and_add_share, request.async_fn, folder, rank)
-        return request._replace(async_fn=write)
+        return request._replace(async_fn=after(before_writing, write))
 
     return wrapped
 

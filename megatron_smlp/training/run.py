@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch.distributed import HashStore
@@ -14,6 +16,7 @@ from megatron_smlp.checkpoints.claim import DONE
 from megatron_smlp.checkpoints.folders import is_same_folder
 from megatron_smlp.checkpoints.loading import choose_checkpoint
 from megatron_smlp.checkpoints.saving import Saving
+from megatron_smlp.launching.parent import end_with_parent
 from megatron_smlp.megatron_patches import checkpointing, rank_messages, tensorboard, training_loop
 from megatron_smlp.platform import allocator, cpu
 from megatron_smlp.training.agreement import StepAgreement
@@ -76,7 +79,12 @@ class Run:
                 before_update=self.agreement.send,
                 begins=self.reporter.ready,
             ),
-            checkpointing.installed(self.saving, before_loading=self._before_loading),
+            checkpointing.installed(
+                self.saving,
+                before_loading=self._before_loading,
+                # It holds this rank's GPU, which a restart needs, and nobody would commit its work.
+                before_writing=partial(end_with_parent, signal.SIGKILL, parent=os.getpid()),
+            ),
             self.saving.session(),
             self.reporter.session(),
         ):

@@ -19,6 +19,7 @@ from megatron_smlp.checkpoints.writer import weights_state
 from megatron_smlp.megatron_patches.checkpointing import installed
 
 OWNERS = (dist_checkpointing, checkpointing, serialization, filesystem_async, training)
+NOTHING = {"before_loading": lambda: None, "before_writing": lambda: None}
 
 
 def names(function: Callable[..., Any]) -> list[str]:
@@ -27,7 +28,7 @@ def names(function: Callable[..., Any]) -> list[str]:
 
 def test_everything_is_put_back():
     before = [dict(vars(owner)) for owner in (*OWNERS, FileSystemWriterAsync)]
-    with installed(SimpleNamespace(), before_loading=lambda: None):
+    with installed(SimpleNamespace(), **NOTHING):
         now = [dict(vars(owner)) for owner in (*OWNERS, FileSystemWriterAsync)]
     changed = {
         name
@@ -105,7 +106,7 @@ def test_flags_of_the_model_alone_are_compared(monkeypatch: pytest.MonkeyPatch):
 class TestTracker:
     @pytest.fixture(autouse=True)
     def replaced(self):
-        with installed(SimpleNamespace(), before_loading=lambda: None):
+        with installed(SimpleNamespace(), **NOTHING):
             yield
 
     def test_it_is_replaced_at_once(self, tmp_path: Path):

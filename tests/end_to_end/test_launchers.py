@@ -162,21 +162,68 @@ def slurm_tools(folder: Path) -> Path:
     return tools
 
 
-@pytest.mark.parametrize(
-    ("code", "is_queued_again"),
-    [(code, False) for code in (0, 1, 2, 3, 76, 93)] + [(code, True) for code in (75, 137, 143)],
-)
-def test_what_slurm_queues_again(code: int, is_queued_again: bool, tmp_path: Path):
-    tools = slurm_tools(tmp_path)
-    (tools / "srun").write_text(f"#!/usr/bin/env bash\nexit {code}\n")
+# Starts one task for a look at the checkpoints, and for all others does what the test says.
+ONE_END = """#!/usr/bin/env bash
+echo "$*" >> "$QUEUE/srun"
+if [[ "$*" == *--ntasks=1\\ * ]]; then
+  while [[ "$1" == --* ]]; do shift; done
+  exec "$@"
+fi
+trap : USR1
+if [[ "$DOES" == *warned* ]]; then sleep 1; kill -USR1 $PPID; sleep 0.2; fi
+if [[ "$DOES" == *saves* ]]; then
+  mkdir "$QUEUE/save/iter_0000010"
+  touch "$QUEUE/save/iter_0000010/"{.metadata,metadata.json}
+fi
+exit "$CODE"
+"""
+
+
+def is_queued_again(folder: Path, code: int, does: str = "", **variables: str) -> bool:
+    """Whether slurm.sh queues a job whose tasks end so; its checkpoint is of iteration 5."""
+    tools = slurm_tools(folder)
+    (tools / "srun").write_text(ONE_END)
+    config = folder / "a.yaml"
+    config.write_text(f"save: {folder / 'save'}\n")
+    made = folder / "save" / "iter_0000005"
+    made.mkdir(parents=True)
+    for name in ("metadata.json", ".metadata"):
+        (made / name).touch()
     job = {"SLURM_JOB_ID": "4711", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
-    variables = {"CONFIG": CONFIG, "QUEUE": str(tmp_path), "PATH": f"{tools}:{os.environ['PATH']}"}
+    job |= {"CONFIG": str(config), "QUEUE": str(folder), "PATH": f"{tools}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", str(EXAMPLES / "slurm.sh")], cwd=REPOSITORY, timeout=30, check=False,
-        env=clean_environment(**job, **variables),
+        ["bash", str(EXAMPLES / "slurm.sh")], cwd=REPOSITORY, timeout=60, check=False,
+        env=clean_environment(**job, CODE=str(code), DOES=does, **variables),
     )  # fmt: skip
     assert done.returncode == code
-    assert (tmp_path / "requeued").exists() == is_queued_again
+    return (folder / "requeued").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "does", "expected"),
+    [(code, "saves", False) for code in (0, 1, 2, 3, 76, 93)]
+    + [(code, "", True) for code in (75, 137, 143)]
+    + [(0, "is warned", True), (2, "is warned", False)]
+    + [(code, "is warned, saves", code not in (3, 93)) for code in (1, 2, 3, 76, 93, 137)],
+)
+def test_what_slurm_queues_again(code: int, does: str, expected: bool, tmp_path: Path):
+    assert is_queued_again(tmp_path, code, does) == expected
+
+
+@pytest.mark.parametrize(("does", "expected"), [("", False), ("saves", True)])
+@pytest.mark.parametrize("code", [75, 127])
+def test_slurm_does_not_queue_a_job_for_ever(code: int, does: str, expected: bool, tmp_path: Path):
+    """As with a node that Slurm gives again and again, where nothing can start."""
+    assert is_queued_again(tmp_path, code, does, SLURM_RESTART_COUNT="3") == expected
+
+
+def test_a_container_looks_at_its_own_checkpoints(tmp_path: Path):
+    variables = {"SRUN_FLAGS": "--container-image=a", "SLURM_RESTART_COUNT": "3"}
+    assert is_queued_again(tmp_path, 75, "saves", **variables)
+    look, job, again = (tmp_path / "srun").read_text().replace("\n-", "\0-").split("\0")
+    assert look.startswith("--nodes=1 --ntasks=1 --nodelist=127.0.0.1 --container-image=a ")
+    assert again == look + "\n"
+    assert "--wait=0 --container-image=a bash -c NODE_RANK=" in job  # others may end much later
 
 
 @pytest.mark.slow

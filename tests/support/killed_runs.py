@@ -123,7 +123,7 @@ def finish(run: Run) -> None:
 
 
 def kill(run: Run, draw: random.Random) -> None:
-    """One rank or all; a background save goes on, an orphan."""
+    """One rank or all; a background save ends with its rank."""
     doomed = run.waiting if draw.random() < 0.5 else [draw.choice(run.waiting)]
     for process in doomed:
         os.kill(process, signal.SIGKILL)

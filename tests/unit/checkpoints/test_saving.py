@@ -1,6 +1,11 @@
 """Saves in the background, saves that fail, and what is kept of many."""
 
+import contextlib
+import os
 import resource
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +14,7 @@ from typing import Any
 import pytest
 from support.checkpoints import assert_ends_like, pretrain
 from support.deletion import hidden_in
+from support.launches import REPOSITORY, clean_environment
 
 from megatron_smlp.checkpoints import saving
 from megatron_smlp.checkpoints.folders import iteration_folder, iterations, tracked_iteration
@@ -225,3 +231,35 @@ def test_what_ends_a_writer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_and_add_share(write, tmp_path, 0, 0, [], results)
     assert "a thread failed" in str(results.get_nowait())
     assert not list(tmp_path.iterdir())
+
+
+# A rank that is killed when the process that it has forked for a save has written almost all.
+KILLED_RANK = """
+import os, signal, sys, time
+from megatron_smlp.checkpoints import saving
+from support.checkpoints import pretrain
+
+def kill(*_):
+    os.kill(rank, signal.SIGKILL)
+    time.sleep(1000)
+
+rank, saving.add_share = os.getpid(), kill
+pretrain(f"--save {sys.argv[1]} --async-save")
+"""
+
+
+def test_a_writer_ends_with_its_rank(tmp_path: Path):
+    """It would keep the rank's GPU and sockets, and the copy in memory, from the next start."""
+    rank = subprocess.Popen(
+        [sys.executable, "-c", KILLED_RANK, str(tmp_path / "run")],
+        cwd=REPOSITORY,
+        env=clean_environment(PYTHONPATH=f"{REPOSITORY / 'tests'}:{REPOSITORY}"),
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        rank.communicate(timeout=120)  # for as long as one of both has the pipe
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)
+    assert rank.returncode == -signal.SIGKILL

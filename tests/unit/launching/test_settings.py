@@ -1,5 +1,8 @@
 """launching/settings.py and network.py: what a launcher is told, checked before it starts."""
 
+import errno
+import fcntl
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -140,3 +143,14 @@ def test_a_folder_of_its_own_is_not_shared(tmp_path: Path):
     assert [re.sub(".*-", "", name) for name in alone] == ["10.0.0.1"]
     with pytest.raises(UsageError, match=r"there is no such folder\. Make it where all"):
         Presence(tmp_path / "none", run="run", address="10.0.0.1")
+
+
+def test_a_folder_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As Lustre is without -o flock: torch would say that a connection has failed."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UsageError, match=r"cannot be locked: Function not impl.*Lustre: -o flock"):
+        Presence(tmp_path, run="run", address="10.0.0.1")

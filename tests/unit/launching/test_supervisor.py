@@ -163,7 +163,13 @@ def test_where_a_run_saves(tmp_path: Path):
     assert given("--save", ["--config", str(config)]) == "from/yaml"
     assert given("--save", ["--config", str(config), "--save=x"]) == "x"
     assert given("--save", ["--save", "a", "--save", "b"]) == "b"
-    assert Failures(["--load", "old", "--use-checkpoint-args"]).folder == Path("old")
+    assert given("--save", ["--config", str(config), "--no-save"]) is None
+    config.write_text("load: old\nuse_checkpoint_args: true\n", encoding="utf-8")
+    for words in (["--load", "old", "--use-checkpoint-args"], ["--config", str(config)]):
+        assert Failures(words).folder == Path("old")
+        assert Failures([*words, "--finetune"]).folder is None
+        assert Failures([*words, "--no-save"]).folder is None
+    assert Failures(["--config", str(config), "--no-use-checkpoint-args"]).folder is None
 
 
 # With the real agent, torchrun's, around ranks that need no Megatron.
