@@ -78,8 +78,8 @@ first-gpu: env ## on a machine with a CUDA device: try everything, and write a r
 test-gpu: env ## the cases of first-gpu as tests
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
+# OpenBLAS takes the kernels of this processor, whatever the shell asks for.
 bench: env ## every benchmark, into benchmarks/results/
-	# OpenBLAS takes the kernels of this processor, whatever the shell asks for.
 	env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/run_all.py
 	env -u OPENBLAS_CORETYPE $(BIN)/python -m pytest -m slow tests/benchmarks
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_smlp.flags.help import answered
+from megatron_smlp.launching.parent import AGENT_PID
 from megatron_smlp.launching.training_words import limit_connections
 from megatron_smlp.platform import choice
 from megatron_smlp.program import readable_errors, undisturbed_exit
@@ -27,8 +28,9 @@ def main(argv: Sequence[str]) -> None:
     if answered(argv):  # --help, --version
         return
     choice.choose(argv)
-    limit_connections(argv, os.environ)
     with StartUp() as start_up, CapturedOutput() as output:
+        if AGENT_PID not in os.environ:  # else its launcher has
+            limit_connections(argv, os.environ)
         args = patched_arguments(argv)
         if args.dry_run:
             from megatron_smlp.training.console import dry_run

@@ -28,7 +28,9 @@ require_number() {
 # GPUs that processes on this node see.
 count_gpus() {
   local gpus="${SLURM_GPUS_ON_NODE:-}"
-  if [[ -z "$gpus" && -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+  if [[ "${CUDA_VISIBLE_DEVICES--}" == "" || "${CUDA_VISIBLE_DEVICES:-}" == -1 ]]; then # hidden
+    gpus=0
+  elif [[ -z "$gpus" && -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
     gpus="$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]' || true)"
   elif [[ -z "$gpus" ]] && command -v nvidia-smi > /dev/null; then
     gpus="$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU' || true)"  # no MIG slices

@@ -59,17 +59,18 @@ MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 RUN_ID="smlp-$SLURM_JOB_ID"
 export CONFIG NNODES SPARES MASTER_ADDR MASTER_PORT RUN_ID NPROC_PER_NODE PYTHON
 
-# Prints the iteration of the newest checkpoint, as a task of this node sees it; 0 without any.
+# Prints the iteration of the newest checkpoint, as a task of the first node sees it; 0 without any.
 newest() {
-  # shellcheck disable=SC2086
+  # shellcheck disable=SC2016,SC2086
   ${SRUN_FLAGS:+srun --nodes=1 --ntasks=1 --nodelist="$first" $SRUN_FLAGS} \
-    "${PYTHON:-$(default_python)}" -c '
+    bash -c 'source "$0"; exec "${PYTHON:-$(default_python)}" -c "
 import sys
 sys.path.insert(0, sys.argv[1])
 from megatron_smlp.launching.failures import Failures
-print(Failures(sys.argv[2:]).newest or 0)' "$REPOSITORY" --config "$CONFIG" "$@" || echo 0
+print(Failures(sys.argv[2:]).newest or 0)" "$REPOSITORY" "$@"' \
+    "$examples/common.sh" --config "$CONFIG" "$@"
 }
-before="$(newest "$@")"
+before="$(newest "$@")" || before=
 
 # From Slurm 22.05 on srun does not take the job's CPUs over by itself: a task would have one core.
 cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-}}"
@@ -90,7 +91,14 @@ if $warned; then # which has ended that wait, not the tasks
   code=0
   wait "$tasks" || code=$?
 fi
-got_on() { (($(newest "$@") > before)); }
+got_on() {
+  local now
+  if [[ -z "$before" ]] || ! now="$(newest "$@")"; then
+    echo "slurm.sh: cannot see where the checkpoints are: takes it for no progress" >&2
+    return 1
+  fi
+  ((now > before))
+}
 # The code is the highest of all tasks: one that was refused early may have left a run that went on.
 goes_on() {
   case "$code" in

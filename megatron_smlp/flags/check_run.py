@@ -322,12 +322,16 @@ def _has_wandb_login() -> bool:
 
 
 def _check_devices() -> None:
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if processes > (count := torch.cuda.device_count()):
-        raise UsageError(
-            f"{processes} processes on a machine with {count} GPU{'s' * (count > 1)} that torch "
-            "sees: start one for each (--nproc-per-node, NPROC_PER_NODE), or give --platform cpu."
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        error = UsageError(
+            f"{os.environ.get('LOCAL_WORLD_SIZE')} processes on a machine with {count} "
+            f"GPU{'s' * (count > 1)} that torch sees: start one for each (--nproc-per-node, "
+            "NPROC_PER_NODE), or give --platform cpu."
         )
+        if number == count:  # the first that has none speaks
+            error.speaker = ""
+        raise error
 
 
 def _check_compiler() -> None:

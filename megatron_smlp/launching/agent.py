@@ -81,13 +81,14 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.UNHEALTHY:
-            self._decide(result)
-            self.hangs = True
+            say("ranks hang in the kernel, where no signal ends them.")
+            self.hangs, self._remaining_restarts = True, 0
         elif result.is_failed():
             self._decide(result)
-        elif result.state == WorkerState.SUCCEEDED and not self._others_end(OTHERS_END):
-            return RunResult(state=WorkerState.HEALTHY)  # to be started again with the others
         elif result.state == WorkerState.SUCCEEDED:
+            with self.watch.patient(OTHERS_END + PATIENCE):
+                if not self._others_end(OTHERS_END):
+                    return RunResult(state=WorkerState.HEALTHY)  # to start again with the others
             self.code = 0
         return result
 
@@ -124,7 +125,7 @@ class Agent(LocalElasticAgent):
             for rank, failure in sorted(result.failures.items(), key=lambda it: it[1].timestamp)
         ]
         codes = [failure.exitcode for failure in result.failures.values()]
-        cause = causes[0] if causes else "ranks hang in the kernel, where no signal ends them"
+        cause = causes[0]
         self.failures.add()
         self.code = next((code for code in codes if self._ends_all(code)), 1)
         if self.code == 1 and WRONG_USE in codes and self._first_machine_ended():
@@ -175,8 +176,8 @@ class Agent(LocalElasticAgent):
             super()._shutdown(death_sig, timeout)
 
     def _exit_barrier(self) -> None:
-        """Wait for nobody: `_others_end` has. torch's barrier holds the rendezvous' connection, so
-        that no heartbeat passes, and others would take this machine for gone after 15 s."""
+        """Wait for nobody: `_others_end` has, whatever torch logs. Its barrier holds the connection
+        of the rendezvous, so that no heartbeat passes: after 15 s a machine is taken for gone."""
 
     def end_as_told(self) -> bool:
         """Leave the others after a signal, which has ended the ranks; return whether they, if there

@@ -220,7 +220,7 @@ def test_slurm_does_not_queue_a_job_for_ever(code: int, does: str, expected: boo
 def test_a_container_looks_at_its_own_checkpoints(tmp_path: Path):
     variables = {"SRUN_FLAGS": "--container-image=a", "SLURM_RESTART_COUNT": "3"}
     assert is_queued_again(tmp_path, 75, "saves", **variables)
-    look, job, again = (tmp_path / "srun").read_text().replace("\n-", "\0-").split("\0")
+    look, job, again = (tmp_path / "srun").read_text().replace("\n--n", "\0--n").split("\0")
     assert look.startswith("--nodes=1 --ntasks=1 --nodelist=127.0.0.1 --container-image=a ")
     assert again == look + "\n"
     assert "--wait=0 --container-image=a bash -c NODE_RANK=" in job  # others may end much later

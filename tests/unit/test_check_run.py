@@ -188,12 +188,18 @@ def test_a_login_is_found_where_weights_and_biases_keeps_it(
 def test_every_process_of_a_machine_needs_a_gpu(
     monkeypatch: pytest.MonkeyPatch, processes: int, gpus: int
 ):
+    """The first one without says so; each may see its own alone (torchrun --virtual-local-rank)."""
     monkeypatch.setattr(check_run.torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus))
-    check_run._check_devices()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    with pytest.raises(UsageError, match=rf"^{processes} processes on a machine with {gpus} GPU"):
+    for number in range(gpus):
+        monkeypatch.setenv("LOCAL_RANK", str(number))
         check_run._check_devices()
+    for number in range(gpus, processes + 1):
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        message = rf"^{processes} processes on a machine with {gpus} GPU"
+        with pytest.raises(UsageError, match=message) as refusal:
+            check_run._check_devices()
+        assert (refusal.value.speaker == "") == (number == gpus)
 
 
 def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path):

@@ -137,7 +137,7 @@ def test_a_gpu_without_room_is_a_save_that_failed(
     if whose == "ours":
         monkeypatch.setattr(patches, "_take", refuse)
     else:
-        others = {list: [problem]}  # of what they say else, the same
+        others = {list: [problem]}  # in all else they agree
         monkeypatch.setattr(saving, "gathered", lambda own: [own, others.get(type(own), own)])
     words = f"--save {tmp_path / 'run'} {GATHERING}"
     with pytest.raises(SaveError) as caught:

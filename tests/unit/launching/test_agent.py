@@ -140,10 +140,11 @@ def test_ranks_that_hang_in_the_kernel_are_a_failure(monkeypatch: pytest.MonkeyP
     hung = RunResult(state=WorkerState.UNHEALTHY)
     monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda self, group: hung)
     agent = Agent.__new__(Agent)
-    agent.failures, agent.code, agent.hangs, agent._remaining_restarts = Failures([]), 1, False, 0
+    agent.failures, agent.code, agent.hangs, agent._remaining_restarts = Failures([]), 1, False, 3
+    agent.failures.count = Failures.LIMIT - 1
     assert agent._monitor_workers(None) is hung  # type: ignore[arg-type]
     assert agent.hangs
-    assert agent.code == 1
+    assert (agent.code, agent._remaining_restarts) == (1, 0)  # of this machine alone
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,17 @@ from megatron_smlp.launching.training_words import CONNECTIONS, limit_connection
 TP_2 = "--tensor-model-parallel-size 2"
 
 
+@pytest.fixture
+def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a stand-in for nvidia-smi, whatever GPU there is."""
+    smi = tmp_path / "tools" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 9.0\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(smi.parent), prepend=":")
+    return smi.parent
+
+
 @pytest.mark.parametrize(
     ("words", "capability", "given", "expected"),
     [
@@ -34,6 +45,7 @@ TP_2 = "--tensor-model-parallel-size 2"
 def test_one_connection_where_megatron_needs_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    hopper: Path,
     words: str,
     capability: str,
     given: str | None,
@@ -43,24 +55,21 @@ def test_one_connection_where_megatron_needs_it(
     (tmp_path / "base.yaml").write_text("tensor_model_parallel_size: 4\n")
     (tmp_path / "top.yaml").write_text("include: base.yaml\nseq-length: 32\n")
     (tmp_path / "fsdp.yaml").write_text("include: base.yaml\nuse-megatron-fsdp: true\n")
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/bin/sh\necho '{capability}'\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (hopper / "nvidia-smi").write_text(f"#!/bin/sh\necho '{capability}'\n")
     monkeypatch.chdir(tmp_path)
     environment = {} if given is None else {CONNECTIONS: given}
     limit_connections(words.split(), environment)
     assert environment.get(CONNECTIONS) == expected
 
 
-def test_launchers_tell_their_ranks(monkeypatch: pytest.MonkeyPatch):
+def test_launchers_tell_their_ranks(monkeypatch: pytest.MonkeyPatch, hopper: Path):
     monkeypatch.delenv(CONNECTIONS, raising=False)
     for words, expected in ((TP_2, "1"), ("", None)):
         launcher = Supervisor(read({}, several=False), ["train.py", *words.split()])
         assert launcher.environment.get(CONNECTIONS) == expected
 
 
-def test_a_run_says_it_before_cuda_can_start():
+def test_a_run_says_it_before_cuda_can_start(hopper: Path):
     """CUDA reads it as it starts, which only torch can do."""
     program = f"""
 import os, sys, pretrain_smlp
