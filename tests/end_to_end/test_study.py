@@ -206,6 +206,6 @@ def test_a_slurm_task_is_a_worker(tmp_path: Path):
     echo.chmod(0o755)
     done = run_command(
         ["examples/study_slurm.sh", "--data", "DATA"], STUDY=str(study), PYTHON=str(echo),
-        SLURM_GPUS_ON_NODE="8", SLURM_ARRAY_TASK_ID="3",
+        SLURM_GPUS_ON_NODE="8", SLURM_ARRAY_TASK_ID="3", CUDA_VISIBLE_DEVICES="0",
     )  # fmt: skip
     assert done.stdout.split()[1:] == ["run", str(study), "--processes", "8", "--data", "DATA"]

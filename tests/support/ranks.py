@@ -107,6 +107,7 @@ def _rank(
     work: Callable[..., None], arguments: tuple[Any, ...], log: Path, environment: dict[str, str]
 ) -> None:
     os.setsid()  # a time limit ends the rank's own workers too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the suite may run under nohup
     os.chdir(REPOSITORY)
     os.environ.clear()
     os.environ.update(environment)
