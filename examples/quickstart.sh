@@ -25,15 +25,12 @@ if ((gpus)) || grep -qwsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=-
 
 step() { printf '\n== %s\n' "$*"; }
 
-refuse() {
-  echo "quickstart: CORPUS=$corpus $1: give a file or a folder of JSON lines" >&2
-  exit 2
-}
 corpus=${CORPUS:-}
+allowed="give a file or a folder of JSON lines"
 if [[ -n $corpus ]]; then
-  [[ -e $corpus ]] || refuse "does not exist"
+  [[ -e $corpus ]] || fail "CORPUS=$corpus does not exist: $allowed"
   [[ ! -d $run || $(realpath "$corpus")/ != "$(realpath "$run")"/* ]] \
-    || refuse "lies in $run, which is made anew"
+    || fail "CORPUS=$corpus lies in $run, which is made anew: $allowed"
 fi
 
 rm -rf "$run"

@@ -13,6 +13,7 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.layout import check_layout
 from megatron_smlp.flags.yaml_file import read_yaml, spelling
+from megatron_smlp.platform.choice import CONNECTIONS
 
 SIZES = {
     "tensor_model_parallel_size": 1,
@@ -23,7 +24,6 @@ SIZES = {
     "global_batch_size": None,
 }
 """What decides whether a number of processes can be, and Megatron's defaults."""
-CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 FSDP = ("--use-megatron-fsdp", "--use-torch-fsdp2")
 BLACKWELL = 10
 """Compute capability."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -11,9 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from support.launches import REPOSITORY, clean_environment, free_port
+from support.living import lives
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -157,10 +156,3 @@ def test_an_agent_ends_whose_launcher_was_killed_as_it_started(start: Callable[.
 def children_of(process: int) -> list[int]:
     file = Path(f"/proc/{process}/task/{process}/children")
     return [int(word) for word in file.read_text().split()] if file.exists() else []
-
-
-def lives(process: int) -> bool:
-    """But for what nobody reaps: a container's first process may not."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
-    return False

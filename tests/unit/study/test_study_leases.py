@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.living import lives
 
 from megatron_smlp.study import leases
 
@@ -171,15 +172,6 @@ def test_a_training_ends_with_its_worker(tmp_path: Path):
     worker.kill()
     worker.wait()
     end = time.monotonic() + 30
-    while _lives(child) and time.monotonic() < end:
+    while lives(child) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not _lives(child)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (ProcessLookupError, FileNotFoundError):
-        return False
-    return state != "Z"
+    assert not lives(child)

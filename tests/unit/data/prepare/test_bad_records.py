@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, write_jsonl
+from support.living import lives
 
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.prepare.preprocessing import Summary
@@ -365,13 +366,11 @@ def test_workers_end_when_the_parent_is_killed(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
-def _living_of(session: int) -> list[psutil.Process]:
-    """But for those that nobody reaps: a container's first process may not."""
+def _living_of(session: int) -> list[int]:
     living = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            is_its = os.getsid(process.pid) == session
-            if is_its and process.status() != psutil.STATUS_ZOMBIE:
+    for process in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(process) == session and lives(process):
                 living.append(process)
     return living
 
