@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import Plan
 from megatron_smlp.study.results import ROUTING, TASK, Results
 from megatron_smlp.study.state import FAILED, State
-from megatron_smlp.study.statistics import crossings, interval
+from megatron_smlp.study.statistics import UNDECIDED, crossings, interval, verdict
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import QUIET, Tables
@@ -28,10 +29,10 @@ from megatron_smlp.study.verdicts import (
     Claim,
     Comparison,
     claims_of,
+    cost_ratio,
     loss_field,
     others_of,
     rivals,
-    time_ratio,
 )
 from megatron_smlp.training.metrics_file import finite
 
@@ -51,15 +52,16 @@ def write_report(known: State, results: Results) -> list[Path]:
     return written
 
 
-def times_to_losses(
+def costs_to_losses(
     study: Study, systems: Mapping[str, System], tables: Tables
 ) -> list[Comparison]:
-    """Return the subject's cost over each other system's, to the loss at which that one ends."""
+    """Return each system's cost over each other one's, to the loss at which that one ends."""
     unit = SECONDS if tables.has_speed(*systems) else TOKENS
+    over = [name for name in systems if tables.losses(name, study.longest, VALIDATION_LOSS)]
     return [
-        time_ratio(study, systems, tables, rival=name, unit=unit)
-        for name in rivals(study, systems)
-        if tables.losses(name, study.longest, VALIDATION_LOSS)
+        cost_ratio(study, systems, tables, pair=pair, unit=unit)
+        for pair in itertools.product(systems, over)
+        if pair[0] != pair[1]
     ]
 
 
@@ -73,7 +75,11 @@ class Page:
         about = (self.study, self.systems, self.tables)
         self.claims = claims_of(*about)
         self.others = others_of(*about)
-        self.times = times_to_losses(*about)
+        self.costs = costs_to_losses(*about)
+        rival = set(rivals(self.study, self.systems))
+        self.times = [
+            each for each in self.costs if each.one == self.study.subject and each.other in rival
+        ]
         self.figures: Sequence[str] = ()
 
     def text(self) -> str:
@@ -92,6 +98,7 @@ class Page:
             *("", "## Systems", "", *self._systems()),
             *("", "## Losses", "", *self._losses()),
             *("", "## Time to the others' losses", "", *self._times()),
+            *("", "## From each to each other's loss", "", *self._costs()),
             *("", "## Where curves cross", "", *self._crossings()),
             *("", "## Zero-shot tasks", "", *self._tasks()),
             *("", "## Where the loss lies", "", *self._breakdown()),
@@ -107,7 +114,7 @@ class Page:
             "study": dataclasses.asdict(self.study),
             "claims": [dataclasses.asdict(claim) for claim in self.claims],
             "others": [dataclasses.asdict(each) for each in self.others.comparisons],
-            "times": [dataclasses.asdict(each) for each in self.times],
+            "costs": [dataclasses.asdict(each) for each in self.costs],
             "losses": {
                 name: {
                     str(horizon): self.tables.losses(name, horizon, loss_field(system))
@@ -255,6 +262,20 @@ class Page:
             interval_of = "n/a" if each.is_bound else f"{_number(low)} to {_number(high)}"
             yield _row(each.other, shown, interval_of, each.found.n)
 
+    def _costs(self) -> Iterator[str]:
+        names = [name for name in self.systems if any(each.other == name for each in self.costs)]
+        unit = self.costs[0].what if self.costs else TOKENS
+        yield (
+            "What the system of a row needs to come to the loss at which that of a column ends, "
+            f"over what that one needed, in {unit}, as a mean; below 1 the row is ahead, by this "
+            "measure. Bold: the 95 % interval of this pair alone, which is in report.json, is on "
+            "one side of 1. ≤: as above. Never: no seed of the row comes there.\n"
+        )
+        yield from _table("", *names)
+        cells = {(each.one, each.other): _share(each) for each in self.costs}
+        for name in names:
+            yield _row(name, *(cells.get((name, other), "") for other in names))
+
     def _crossings(self) -> Iterator[str]:
         yield (
             "Crossings of the mean curves over the horizons, of the seeds that both have at all of "
@@ -373,6 +394,14 @@ def _lacking(known: State, plan: Plan) -> Iterator[str]:
         yield f"{over} of {planned} runs are over"
     if failure := known.failure(plan):
         yield failure
+
+
+def _share(each: Comparison) -> str:
+    if each.unreached:
+        seeds = each.found.n
+        return "never" if each.unreached == seeds else f"{each.unreached} of {seeds} never"
+    share = f"{'≤ ' * each.is_bound}{_number(each.found.mean)}"
+    return share if verdict(each.found, null=1.0) == UNDECIDED else f"**{share}**"
 
 
 def _visible(each: Comparison) -> str:

@@ -32,6 +32,7 @@ from scipy import optimize, stats
 ALPHA = 0.05
 POWER = 0.8
 MOST_DF = 1e6  # as good as infinity
+ALIKE = 1e-14  # of the mean: a deviation that is rounding alone
 LEAST_FOR_VERDICT = 3  # seeds: two that agree by chance would be called significant
 CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
 
@@ -65,10 +66,12 @@ def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
     mean = float(np.mean(values))
     if n == 1:
         return _unknown(mean, n)
-    test, sd = stats.ttest_1samp(values, 0.0), float(np.std(values, ddof=1))
-    low, high = test.confidence_interval(1 - ALPHA)
-    p = float(test.pvalue) if values.any() else 1.0
-    return Difference(mean=mean, low=float(low), high=float(high), p=p, n=n, sd=sd, df=n - 1)
+    sd = float(np.std(values, ddof=1))
+    if sd <= ALIKE * abs(mean):
+        return Difference(mean=mean, low=mean, high=mean, p=float(mean == 0), n=n, sd=0, df=n - 1)
+    test = stats.ttest_1samp(values, 0.0)
+    low, high = map(float, test.confidence_interval(1 - ALPHA))
+    return Difference(mean=mean, low=low, high=high, p=float(test.pvalue), n=n, sd=sd, df=n - 1)
 
 
 def _unknown(mean: float, n: int) -> Difference:

@@ -33,7 +33,7 @@ SECONDS, TOKENS = "seconds", "tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The study's subject, or a system with something, against another one."""
+    """A system, mostly the study's subject, against another one."""
 
     one: str
     other: str
@@ -44,10 +44,10 @@ class Comparison:
     difference."""
     verdict: str
     is_bound: bool = False
-    """Whether the subject's cost may be even lower: a seed is at the target at its first horizon,
+    """Whether the first one's cost may be even lower: a seed is at the target at its first horizon,
     or at the one behind a horizon that diverged. The interval's lower end is then 0."""
     unreached: int = 0
-    """Seeds of the subject that never come to the target, each of which makes the mean infinite."""
+    """Seeds of the first that never come to the target, each of which makes the mean infinite."""
 
     @property
     def is_ratio(self) -> bool:
@@ -210,7 +210,7 @@ def _less_time(study: Study, systems: Mapping[str, System], tables: Tables) -> C
     if not tables.has_speed(study.subject, best):
         unit = TOKENS
         notes.append("no quiet timing: tools/study.py run --speed; tokens say nothing of time")
-    ratio = time_ratio(study, systems, tables, rival=best, unit=unit)
+    ratio = cost_ratio(study, systems, tables, pair=(study.subject, best), unit=unit)
     if ratio.is_bound:
         notes.append("a seed is there at its first finite horizon, so the ratio is at most this")
     claim = _claim({(study.subject, best): (unit, ratio.found)}, null=1.0, name="C2", text=text)
@@ -220,36 +220,42 @@ def _less_time(study: Study, systems: Mapping[str, System], tables: Tables) -> C
     return Claim(name="C2", text=text, comparisons=comparisons, verdict=whole, notes=tuple(notes))
 
 
-def time_ratio(
-    study: Study, systems: Mapping[str, System], tables: Tables, *, rival: str, unit: str
+def cost_ratio(
+    study: Study,
+    systems: Mapping[str, System],
+    tables: Tables,
+    *,
+    pair: tuple[str, str],
+    unit: str,
 ) -> Comparison:
-    """Return the subject's cost over the rival's, to the loss at which the rival's seed ends,
+    """Return the first one's cost over the second's, to the loss at which the second's seed ends,
     without a verdict.
 
     Its logarithm is that of the tokens, over seeds, and for seconds that of the step times, over
-    rounds of the timing. A seed of the subject that never comes there costs an infinite amount. One
+    rounds of the timing. A seed of the first that never comes there costs an infinite amount. One
     that is not at the longest horizon yet is left out, also if it is there: it would count among
     the fast ones, and those that are still on their way nowhere.
     Where one is there at its first horizon, or the one behind one that diverged, the ratio is at
     most this, so that it can confirm a claim but not refute one: its interval begins at 0, and p is
     1 if it then holds 1.
     """
-    field = loss_field(systems[study.subject], systems[rival])
+    one, other = pair
+    field = loss_field(systems[one], systems[other])
     end = tables.tokens(study.longest)
     reached, is_bound = {}, False
-    for seed, target in tables.losses(rival, study.longest, field).items():
-        tokens, losses = tables.curve(study.subject, seed, field)
+    for seed, target in tables.losses(other, study.longest, field).items():
+        tokens, losses = tables.curve(one, seed, field)
         if math.isfinite(target) and end in tokens:
             reached[seed] = cost_to_reach(tokens, losses, target)
             is_bound |= is_upper_bound(losses, target)
     found = log_ratio(reached, dict.fromkeys(reached, end))
     if unit == SECONDS:
-        found = plus(found, _log_step_ratio(tables, study.subject, rival))
+        found = plus(found, _log_step_ratio(tables, one, other))
     ratio = exponential(found)
     if is_bound:
         ratio = replace(ratio, low=0.0, p=1.0 if ratio.high >= 1 else ratio.p)
     return Comparison(
-        one=study.subject, other=rival, what=unit, verdict="", found=ratio, is_bound=is_bound,
+        one=one, other=other, what=unit, verdict="", found=ratio, is_bound=is_bound,
         unreached=sum(map(math.isinf, reached.values())),
     )  # fmt: skip
 

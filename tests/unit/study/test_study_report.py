@@ -432,6 +432,35 @@ def test_of_how_many_seeds_a_loss_is_not_reached_is_said(known: State, tmp_path:
     assert left[0] == pytest.approx(0.01)
 
 
+def test_each_is_compared_with_each_by_its_cost(known: State, tmp_path: Path):
+    """Losses are on straight lines between horizons, so that each share is one of small numbers."""
+    behind = {"transformer": 0.3, "switch": 0.0, "smlp_deterministic": 0.075}
+
+    def loss(run: PlannedRun) -> float:
+        exact = 6.0 - 0.3 * math.log2((run.horizon or 10**5) / 10**5) + behind[run.system]
+        return exact + 0.3 * ((run.system, run.seed) == ("transformer", 12))
+
+    pretend(known, loss)
+    made = made_of(known, tmp_path)
+    table = made.text().split("## From each to each other's loss")[1].split("\n## ")[0]
+    assert "over what that one needed, in tokens" in table
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines() if row]
+    # To the Transformer's losses Switch needs the tokens of the second horizon, and of seed 12,
+    # which ends where Switch begins, at most those of the first; sMLP a quarter of the way more.
+    # Switch is where sMLP ends three quarters of the way from the second horizon to the third.
+    first, second, third = (made.tables.tokens(horizon) for horizon in known.study.horizons)
+    further, later = first + (second - first) / 4, second + (third - second) / 4
+    assert cells[-3:] == [
+        ["transformer", "", "never", "never"],
+        ["switch", f"≤ {(second**2 * first) ** (1 / 3) / third:.3f}", "",
+         f"**{(second + 3 * third) / 4 / third:.3f}**"],
+        ["smlp_deterministic", f"{(later**2 * further) ** (1 / 3) / third:.3f}", "never", ""],
+    ]  # fmt: skip
+    found = {(each["one"], each["other"]): each for each in json.loads(made.json())["costs"]}
+    assert len(found) == 6
+    assert found["smlp_deterministic", "switch"]["unreached"] == 3
+
+
 def test_a_study_under_way_says_what_it_has(known: State, tmp_path: Path):
     """Switch has its first horizon alone, sMLP its trials, one seed of the Transformer no end."""
     pretend(known, loss_of)
