@@ -37,6 +37,7 @@ def check_fair(study: Study, systems: Mapping[str, System]) -> None:
             much.
     """
     _check_common_flags(systems)
+    _check_decays(systems)
     _check_trials(study)
     _check_flops(study, systems)
 
@@ -50,6 +51,19 @@ def _check_common_flags(systems: Mapping[str, System]) -> None:
                 "architecture and learning rate alone, on the same data in the same batches: give "
                 f"it once, in `fixed`.\n{_lines(values)}"
             )
+
+
+def _check_decays(systems: Mapping[str, System]) -> None:
+    """Check what share of its rate each system ends with: `min_lr` is scaled with `lr`."""
+    shares = {}
+    for name, system in systems.items():
+        first, last = system.flags.get("lr"), system.flags.get("min_lr") or 0.0
+        shares[name] = f"{last / first if first else 0.0:.4g} of lr (min-lr {last}, lr {first})"
+    if len({share.partition(" ")[0] for share in shares.values()}) > 1:
+        raise UsageError(
+            "--min-lr differs between the systems of the study as a share of --lr: a rate that "
+            "decays further is an advantage. Give every system the same share.\n" + _lines(shares)
+        )
 
 
 def _check_trials(study: Study) -> None:

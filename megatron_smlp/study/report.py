@@ -19,7 +19,14 @@ from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import Plan
 from megatron_smlp.study.results import ROUTING, TASK, Results
 from megatron_smlp.study.state import FAILED, State
-from megatron_smlp.study.statistics import UNDECIDED, crossings, interval, verdict
+from megatron_smlp.study.statistics import (
+    CONFIRMED,
+    REFUTED,
+    UNDECIDED,
+    crossings,
+    interval,
+    verdict,
+)
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import QUIET, Tables
@@ -137,13 +144,13 @@ class Page:
     def _because(self, claim: Claim) -> list[str]:
         is_one_against_all = len({each.one for each in claim.comparisons}) == 1
         words = []
-        for verdict in ("confirmed", "refuted", "undecided"):
-            those = [each for each in claim.comparisons if each.verdict == verdict]
+        for said in (CONFIRMED, REFUTED, UNDECIDED):
+            those = [each for each in claim.comparisons if each.verdict == said]
             if those and is_one_against_all:
-                words.append(f"{verdict} against {', '.join(each.other for each in those)}")
+                words.append(f"{said} against {', '.join(each.other for each in those)}")
             elif those:
                 pairs = (f"{each.one} against {each.other}" for each in those)
-                words.append(f"{verdict}: {', '.join(pairs)}")
+                words.append(f"{said}: {', '.join(pairs)}")
         return words
 
     def _others(self) -> Iterator[str]:

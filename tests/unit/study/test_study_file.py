@@ -77,6 +77,7 @@ def test_a_missing_file(tmp_path: Path):
                 "hidden-dropout": 0.3,
                 "adam-beta2": 0.5,
                 "init-method-std": 0.2,
+                "min-lr": 5.0e-4,
             }.items()
         ),
         ({"fixed": {"seed": 3}}, "a study sets that itself"),
