@@ -77,7 +77,8 @@ def train(
 
     from megatron_smlp.evaluation.during_training import tasks_of
     from megatron_smlp.training.data import DatasetProvider, check_data
-    from megatron_smlp.training.run import Run, store_of_one_process
+    from megatron_smlp.training.run import Run
+    from megatron_smlp.training.same_everywhere import run_store
     from megatron_smlp.training.step import ForwardStep
 
     check_data(args)
@@ -86,7 +87,7 @@ def train(
     run = Run(args, step=step, tasks=tasks, start_up=start_up)
     with args.thawed(), run.observed(observe):
         config = configuration(args)
-        kind, store = ModelType.encoder_or_decoder, store_of_one_process()
+        kind, store = ModelType.encoder_or_decoder, run_store(args)
         pretrain(config, DatasetProvider(run.say), kind, step, store=store)
 
 

@@ -24,6 +24,12 @@ class UsageError(UserError):
     speaker = "LOCAL_RANK"  # of one machine, as a driver or a data mount may be
 
 
+class UnlikeRanksError(UsageError):
+    """A rank was started with other flags or packages than the first; it may be the only one."""
+
+    speaker = ""
+
+
 class NonFiniteLossError(UserError):
     """A loss or the gradient norm was NaN or infinite, and the run was told to stop at one."""
 

@@ -8,9 +8,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
-
-from torch.distributed import HashStore
 
 from megatron_smlp.checkpoints.claim import DONE
 from megatron_smlp.checkpoints.folders import is_same_folder
@@ -24,12 +21,6 @@ from megatron_smlp.training.nonfinite import may_update
 from megatron_smlp.training.reporting import Reporter, Tasks
 from megatron_smlp.training.signals import StartUp, graceful_signals
 from megatron_smlp.training.step import ForwardStep
-
-
-def store_of_one_process() -> Any:
-    """Return a store for a process that no launcher gave an address; None under torchrun."""
-    return None if "MASTER_ADDR" in os.environ else HashStore()
-
 
 type Observe = Callable[[training_loop.Observer], training_loop.Observer]
 

@@ -1,0 +1,77 @@
+"""Refuse ranks whose flags or packages are not those of rank 0, before the first collective.
+
+Each machine has its own command line, configuration file and installation. Where they differ, ranks
+wait for collectives that others never enter, or, as with another learning rate, train replicas that
+drift apart in silence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import HashStore, PrefixStore, Store
+
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.errors import UnlikeRanksError
+from megatron_smlp.provenance import PACKAGES, version_of
+
+OWN = frozenset({"rank", "local_rank"})
+"""What each rank has of its own. So have machines paths: of the same data, on their own disks."""
+PLAIN = (bool, int, float, str, list, tuple, type(None))
+"""Types whose text is the same in every process."""
+KEY = "what rank 0 runs with"
+
+
+def run_store(args: argparse.Namespace) -> Any:
+    """Return the store in which the ranks meet, in the place of the one that torch would open.
+
+    Raises:
+        UnlikeRanksError: this rank's flags or packages are not those of rank 0.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return HashStore()  # a process that no launcher gave an address
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    where = f"env://?rank={args.rank}&world_size={args.world_size}"
+    store, *_ = next(torch.distributed.rendezvous(where, timeout=timeout))
+    store.set_timeout(timeout)
+    check_same(store, rank=args.rank, what=what_counts(args))
+    return PrefixStore("default_pg", store)  # torch's own prefix
+
+
+def what_counts(args: argparse.Namespace) -> dict[str, str]:
+    """Return by name what must be the same on all ranks: flags but paths, versions of packages."""
+    flags = {
+        flag_of(name): str(value)
+        for name, value in vars(args).items()
+        if name not in OWN and isinstance(value, PLAIN) and os.sep not in str(value)
+    }
+    return flags | {name: str(version_of(name)) for name in ("megatron-smlp", *PACKAGES)}
+
+
+def check_same(store: Store, *, rank: int, what: Mapping[str, str]) -> None:
+    """Compare with rank 0, which alone waits for nobody.
+
+    Raises:
+        UnlikeRanksError: something differs.
+    """
+    if rank == 0:
+        store.set(KEY, json.dumps(what))
+        return
+    different = list(_differences(what, json.loads(store.get(KEY))))
+    if different:
+        raise UnlikeRanksError(
+            f"rank {rank} does not run what rank 0 does: {'; '.join(different)}. Give all machines "
+            "the same flags, configuration files and packages."
+        )
+
+
+def _differences(here: Mapping[str, str], there: Mapping[str, str]) -> Iterator[str]:
+    for name, value in here.items():
+        if value != there.get(name, value):  # a path on one of them is in one alone
+            yield f"{name} is {value} here, and {there[name]} there"

@@ -1,0 +1,75 @@
+"""Ranks that were started with other flags or packages, in a store that is torch's own."""
+
+import argparse
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from support.launches import free_port
+
+from megatron_smlp.errors import UnlikeRanksError
+from megatron_smlp.training import same_everywhere
+from megatron_smlp.training.same_everywhere import run_store
+
+FLAGS = {
+    "world_size": 2,
+    "distributed_timeout_minutes": 1,
+    "lr": 0.002,
+    "data_path": ["0.3", "/data/a"],
+    "tokenizer_model": None,
+    "loss": len,
+}
+
+
+def stores(monkeypatch: pytest.MonkeyPatch, **of_second: Any) -> list[Any]:
+    """The stores of two ranks, of which the second has other flags."""
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    both = [FLAGS | {"rank": 0, "local_rank": 0}, FLAGS | {"rank": 1, "local_rank": 1} | of_second]
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(lambda flags: run_store(argparse.Namespace(**flags)), both))
+
+
+def test_ranks_meet_in_one_store(monkeypatch: pytest.MonkeyPatch):
+    first, second = stores(monkeypatch)
+    first.set("a", "b")
+    assert second.get("a") == b"b"
+
+
+def test_machines_have_paths_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    stores(monkeypatch, data_path=["0.3", "/mnt/b"], tokenizer_model="/mnt/c", loss=max)
+
+
+@pytest.mark.parametrize(
+    ("of_second", "message"),
+    [
+        ({"lr": 0.1}, "rank 1 does not run what rank 0 does: --lr is 0.1 here, and 0.002 there. "),
+        ({"lr": None}, "--lr is None here, and 0.002 there"),
+        ({"world_size": 2, "tokenizer_model": "gpt2"}, "--tokenizer-model is gpt2 here, and None"),
+    ],
+)
+def test_other_flags_are_refused(
+    monkeypatch: pytest.MonkeyPatch, of_second: dict[str, Any], message: str
+):
+    with pytest.raises(UnlikeRanksError, match=re.escape(message)):
+        stores(monkeypatch, **of_second)
+
+
+def test_other_packages_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """The first asked for a version of torch is told another one than the second."""
+    versions = iter(("2.15.0", "2.14.0"))
+    monkeypatch.setattr(
+        same_everywhere,
+        "version_of",
+        lambda name: next(versions) if name == "torch" else "1",
+    )
+    with pytest.raises(UnlikeRanksError, match=r"torch is 2\.1[45]\.0 here, and 2\.1[45]\.0 there"):
+        stores(monkeypatch)
+
+
+def test_one_process_needs_no_address(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    store = run_store(argparse.Namespace())
+    store.set("a", "b")
+    assert store.get("a") == b"b"
