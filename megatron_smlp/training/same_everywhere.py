@@ -1,8 +1,8 @@
-"""Refuse ranks whose flags or packages are not those of rank 0, before the first collective.
+"""Refuse ranks whose flags, data or packages are not those of rank 0, before the first collective.
 
-Each machine has its own command line, configuration file and installation. Where they differ, ranks
-wait for collectives that others never enter, or, as with another learning rate, train replicas that
-drift apart in silence.
+Each machine has its own command line, configuration file and installation, and may have a copy of
+the data. Where they differ, ranks wait for collectives that others never enter, or, as with another
+learning rate, train replicas that drift apart in silence.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UnlikeRanksError
 from megatron_smlp.provenance import PACKAGES, version_of
 
-OWN = frozenset({"rank", "local_rank"})
-"""What each rank has of its own. So have machines paths: of the same data, on their own disks."""
+OWN = frozenset({"rank", "local_rank", "command_line", "kept_flags"})
+"""What each rank has of its own, or what only says where flags come from. Machines have paths of
+their own: of the same data, on their own disks."""
 PLAIN = (bool, int, float, str, list, tuple, type(None))
 """Types whose text is the same in every process."""
 KEY = "what rank 0 runs with"
@@ -32,7 +33,7 @@ def run_store(args: argparse.Namespace) -> Any:
     """Return the store in which the ranks meet, in the place of the one that torch would open.
 
     Raises:
-        UnlikeRanksError: this rank's flags or packages are not those of rank 0.
+        UnlikeRanksError: this rank's flags, data or packages are not those of rank 0.
     """
     if "MASTER_ADDR" not in os.environ:
         return HashStore()  # a process that no launcher gave an address
@@ -45,13 +46,17 @@ def run_store(args: argparse.Namespace) -> Any:
 
 
 def what_counts(args: argparse.Namespace) -> dict[str, str]:
-    """Return by name what must be the same on all ranks: flags but paths, versions of packages."""
+    """Return by name what must be the same on all ranks: flags but paths, what is in each dataset,
+    versions of packages."""
     flags = {
         flag_of(name): str(value)
         for name, value in vars(args).items()
         if name not in OWN and isinstance(value, PLAIN) and os.sep not in str(value)
     }
-    return flags | {name: str(version_of(name)) for name in ("megatron-smlp", *PACKAGES)}
+    contents = args.data_contents.values()  # of check_data
+    data = {f"the content of dataset {n}": digest[:12] for n, digest in enumerate(contents, 1)}
+    data["the number of datasets"] = str(len(contents))
+    return flags | data | {name: str(version_of(name)) for name in ("megatron-smlp", *PACKAGES)}
 
 
 def check_same(store: Store, *, rank: int, what: Mapping[str, str]) -> None:
@@ -67,11 +72,11 @@ def check_same(store: Store, *, rank: int, what: Mapping[str, str]) -> None:
     if different:
         raise UnlikeRanksError(
             f"rank {rank} does not run what rank 0 does: {'; '.join(different)}. Give all machines "
-            "the same flags, configuration files and packages."
+            "the same flags, configuration files, data and packages."
         )
 
 
 def _differences(here: Mapping[str, str], there: Mapping[str, str]) -> Iterator[str]:
     for name, value in here.items():
-        if value != there.get(name, value):  # a path on one of them is in one alone
+        if value != there.get(name, value):  # a path may be in one of them alone
             yield f"{name} is {value} here, and {there[name]} there"

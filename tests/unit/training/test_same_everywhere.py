@@ -1,4 +1,4 @@
-"""Ranks that were started with other flags or packages, in a store that is torch's own."""
+"""Ranks that were started with other flags, data or packages, in a store that is torch's own."""
 
 import argparse
 import re
@@ -19,6 +19,8 @@ FLAGS = {
     "data_path": ["0.3", "/data/a"],
     "tokenizer_model": None,
     "loss": len,
+    "command_line": ["--lr", "0.002"],
+    "data_contents": {"/data/a": "1" * 64, "/data/b": "2" * 64},
 }
 
 
@@ -38,7 +40,9 @@ def test_ranks_meet_in_one_store(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_machines_have_paths_of_their_own(monkeypatch: pytest.MonkeyPatch):
-    stores(monkeypatch, data_path=["0.3", "/mnt/b"], tokenizer_model="/mnt/c", loss=max)
+    contents = {"/mnt/a": "1" * 64, "/mnt/b": "2" * 64}
+    paths = {"data_path": ["0.3", "/mnt/b"], "tokenizer_model": "/mnt/c", "data_contents": contents}
+    stores(monkeypatch, **paths, loss=max, command_line=["--config", "b.yaml"])
 
 
 @pytest.mark.parametrize(
@@ -46,7 +50,12 @@ def test_machines_have_paths_of_their_own(monkeypatch: pytest.MonkeyPatch):
     [
         ({"lr": 0.1}, "rank 1 does not run what rank 0 does: --lr is 0.1 here, and 0.002 there. "),
         ({"lr": None}, "--lr is None here, and 0.002 there"),
-        ({"world_size": 2, "tokenizer_model": "gpt2"}, "--tokenizer-model is gpt2 here, and None"),
+        ({"tokenizer_model": "gpt2"}, "--tokenizer-model is gpt2 here, and None"),
+        (
+            {"data_contents": {"a": "1" * 64, "b": "3" * 64}},
+            "the content of dataset 2 is 333333333333 here, and 222222222222 there",
+        ),
+        ({"data_contents": {"a": "1" * 64}}, "the number of datasets is 1 here, and 2 there"),
     ],
 )
 def test_other_flags_are_refused(
