@@ -22,6 +22,9 @@ COMMON_FLAGS = (
     *("weight_decay_incr_style", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
     *("sgd_momentum", "muon_momentum"),
     *("attention_dropout", "hidden_dropout", "init_method_std", "init_method_xavier_uniform"),
+    *("embedding_init_method_std", "decoupled_lr", "decoupled_min_lr", "lr_warmup_init"),
+    *("apply_wd_to_qk_layernorm", "muon_extra_scale_factor", "nonfinite_loss"),
+    *("fp8_format", "fp4_format", "fp32_residual_connection", "mtp_num_layers"),
 )
 CONVENTIONS = {
     "forward_tflops_per_1024_tokens": ("full squares (paper)", "flops-tolerance"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas
@@ -27,6 +29,10 @@ PANELS = {
     "frequency": "frequency of the token (1: the most frequent fifth)",
     "repeat": "what the token repeats of its window",
 }
+ALWAYS_ALIKE = (
+    *("transformer", "switch", "gshard", "base", "hash", "gmlp", "amlp"),
+    *("smlp_deterministic", "smlp_partial"),
+)
 LEAST_LOAD = 0.01  # of an even share; the scale is logarithmic
 ENOUGH_FOR_BANDS = 3  # seeds: the interval of two is wider than any figure
 
@@ -46,7 +52,7 @@ class Drawing:
         self.tables = tables
         self.factors = factors
         """The learning rate of each system whose tuning is done."""
-        self.looks = dict(zip(systems, looks(), strict=False))
+        self.looks = _looks(systems)
 
     def figures(self, speedups: Sequence[Comparison]) -> Iterator[tuple[str, Figure]]:
         """Yield name and figure of all that there is to draw."""
@@ -344,6 +350,15 @@ class Drawing:
         labels = labels or {}
         pairs = [(labels.get(name, name), self.looks[name]) for name in names or self.systems]
         legend(figure, pairs, note=note)
+
+
+def _looks(names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return colors and lines: the paper's systems have their own, the same in every study, and
+    others those of the paper's that are not there."""
+    own = dict(zip(ALWAYS_ALIKE, looks(), strict=False))
+    places = itertools.chain(ALWAYS_ALIKE, itertools.repeat(""))
+    free = (look for place, look in zip(places, looks(), strict=False) if place not in names)
+    return {name: own[name] if name in own else next(free) for name in names}
 
 
 def not_reached(comparison: Comparison) -> str:

@@ -91,6 +91,7 @@ class Page:
 
     def text(self) -> str:
         """Return report.md."""
+        curves = len(self.study.horizons) > 1
         return "\n".join([
             f"# Study `{self.study.name}`",
             "",
@@ -105,7 +106,7 @@ class Page:
             *("", "## Systems", "", *self._systems()),
             *("", "## Losses", "", *self._losses()),
             *("", "## Time to the others' losses", "", *self._times()),
-            *("", "## From each to each other's loss", "", *self._costs()),
+            *(["", "## From each to each other's loss", "", *self._costs()] if curves else []),
             *("", "## Where curves cross", "", *self._crossings()),
             *("", "## Zero-shot tasks", "", *self._tasks()),
             *("", "## Where the loss lies", "", *self._breakdown()),
@@ -176,7 +177,7 @@ class Page:
                 yield _row(
                     claim.name, f"{each.what}: {each.one} {sign} {each.other}",
                     _number(found.mean), f"{_number(found.low)} to {_number(found.high)}",
-                    f"{found.p:.2g}", found.n, _number(found.sd),
+                    f"{found.p:.3g}", found.n, _number(found.sd),
                     f"{'a factor of ' if each.is_ratio else ''}{_visible(each)}", each.verdict,
                 )  # fmt: skip
 
@@ -204,7 +205,7 @@ class Page:
             f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is not a result. "
             "GEMM speed is that of a large square product in the same dtype, timed in turns."
         )
-        speed, disturbed, planned = self.tables.speed, self.tables.disturbed, self.study.speed
+        speed, disturbed = self.tables.speed, self.tables.disturbed
         if len(speed):
             count = speed["processes"].max()
             processes = f", by {count:.0f} processes" if count > 1 else ""
@@ -213,19 +214,23 @@ class Page:
             threads = "" if math.isnan(count) else threads
             timed = " and ".join(sorted(set(speed["hardware"]))) + processes + threads
             yield f"Quiet timing, and all times from it, are of {timed}."
-        if 0 < (rounds := int(speed["round"].nunique()) + disturbed) < planned.rounds:
-            yield f"The timing was ended after {rounds} of {planned.rounds} rounds."
-        if disturbed:
+        rounds = len({*speed["round"], *disturbed["round"]})
+        if 0 < rounds < self.study.speed.rounds:
+            yield f"The timing was ended after {rounds} of {self.study.speed.rounds} rounds."
+        if len(disturbed):
             yield (
-                f"Of the timing, {'1 round is' if disturbed == 1 else f'{disturbed} rounds are'} "
-                f"left out: that product was slow in {'it' if disturbed == 1 else 'them'}, at less "
-                f"than {QUIET:.0%} of its median speed."
+                f"Of {len(speed) + len(disturbed)} timings {len(disturbed)} are left out: that "
+                f"product, just before, had less than {QUIET:.0%} of its best speed."
             )
         if self.plan.at_edge:
             yield (
                 f"Edge: the best rate of {', '.join(self.plan.at_edge)} is the lowest or highest "
                 "that was tried, and a better one may lie beyond."
             )
+
+    def _labelled(self, name: str) -> str:
+        """Return a name with the loss that it is compared by, where that is another one."""
+        return f"{name} (behind the prefix)" if self.systems[name].predicts_suffix else name
 
     def _rate(self, name: str) -> str:
         """Return the learning rate, which is chosen before a run of it is over."""
@@ -246,7 +251,7 @@ class Page:
             cells = [self.tables.losses(name, horizon, field) for horizon in horizons]
             last = [loss for loss in cells[-1].values() if math.isfinite(loss)]
             spread = float(np.std(last, ddof=1)) if len(last) > 1 else math.nan
-            label = f"{name} (behind the prefix)" if system.predicts_suffix else name
+            label = self._labelled(name)
             yield _row(
                 label, *(_mean(list(cell.values())) for cell in cells), _seeds(cells),
                 _number(spread), _number(self.tables.last_noise(name, self.study.longest, field)),
@@ -274,14 +279,18 @@ class Page:
         unit = self.costs[0].what if self.costs else TOKENS
         yield (
             "What the system of a row needs to come to the loss at which that of a column ends, "
-            f"over what that one needed, in {unit}, as a mean; below 1 the row is ahead, by this "
-            "measure. Bold: the 95 % interval of this pair alone, which is in report.json, is on "
-            "one side of 1. ≤: as above. Never: no seed of the row comes there.\n"
+            f"over what that one needed, in {unit}, as a mean; below 1 the row is ahead. The "
+            "mirrored cell is another question: the way to the other one's loss. Bold: the 95 % "
+            "interval of this pair alone, which is in report.json, is on one side of 1; of pairs "
+            "that are equal one in twenty is bold by chance. ≤: a seed of the row is there at its "
+            "first horizon already, or before. Never: no seed of the row comes there. As losses "
+            "fall fastest at first, straight lines between horizons overstate what the row needs.\n"
         )
-        yield from _table("", *names)
+        shown = {name: self._labelled(name) for name in names}
+        yield from _table("", *shown.values())
         cells = {(each.one, each.other): _share(each) for each in self.costs}
-        for name in names:
-            yield _row(name, *(cells.get((name, other), "") for other in names))
+        for name, label in shown.items():
+            yield _row(label, *(cells.get((name, other), "") for other in names))
 
     def _crossings(self) -> Iterator[str]:
         yield (

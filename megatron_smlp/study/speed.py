@@ -28,7 +28,8 @@ def time_systems(
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield after each round a line for each system and round so far.
 
-    Each round begins with a matrix product, and then with another system.
+    Each round begins with another system, and each system with a matrix product: how fast the
+    machine is at that time.
 
     Raises:
         UsageError: a run failed.
@@ -39,10 +40,10 @@ def time_systems(
         for number in range(1, speed.rounds + 1):
             shift = number % len(names)
             warn_of_others(known, f"round {number} of {speed.rounds}")
-            product = _product(known.systems[names[0]])
             for name in names[shift:] + names[:shift]:
                 progress.show(len(lines), f"round {number} of {speed.rounds}: {name}")
                 system = known.systems[name]
+                product = _product(system)
                 timed = _time(known, system, data, processes=processes)
                 lines.append({
                     "system": name, "round": number, **timed, **product,

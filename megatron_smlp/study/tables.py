@@ -17,8 +17,8 @@ from megatron_smlp.study.study_file import Study
 
 LAST_EVALUATIONS = 6
 LEAST_EVALUATIONS = 4  # a line through three says little of their noise
-QUIET = 0.85
-"""A round of the timing whose matrix product ran at less of the median's speed does not count."""
+QUIET = 0.75
+"""What was timed behind a matrix product of less of the best one's speed does not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,21 +28,21 @@ class Tables:
     runs: pandas.DataFrame
     curves: pandas.DataFrame
     speed: pandas.DataFrame
-    """The quiet rounds."""
-    disturbed: int
-    """Rounds of the timing that do not count."""
+    """What was timed while the machine was quiet."""
+    disturbed: pandas.DataFrame
+    """What was timed behind a slow matrix product, which does not count."""
     found: pandas.DataFrame
     """Results of evaluating the final checkpoints; see study/final.py."""
 
     @classmethod
     def of(cls, results: Results) -> Tables:
         """Return those of a folder of results."""
-        gemm = results.speed.groupby("round")["gemm_tflops"].first()
-        quiet = gemm.index[gemm >= QUIET * gemm.median()]
+        speed = results.speed
+        # Of the best: of many disturbed ones the median would be as slow.
+        quiet = speed["gemm_tflops"] >= QUIET * speed["gemm_tflops"].max()
         return cls(
             runs=results.runs, curves=results.curves, found=results.evaluations,
-            speed=results.speed[results.speed["round"].isin(quiet)],
-            disturbed=len(gemm) - len(quiet),
+            speed=speed[quiet], disturbed=speed[~quiet],
         )  # fmt: skip
 
     def of_runs(self, keys: Collection[str]) -> Tables:
@@ -176,14 +176,15 @@ class Tables:
         return all(self.step_seconds(system) for system in systems)
 
     def seconds_per_token(self, system: str) -> float:
-        """Return the median of the rounds; NaN where it was not timed."""
+        """Return the geometric mean of the rounds, of which ratios of times are made too; NaN where
+        it was not timed."""
         lines = self.speed[self.speed["system"] == system]
-        return float((1 / lines["tokens_per_second"]).median()) if len(lines) else math.nan
+        return 1 / _geometric_mean(lines["tokens_per_second"])
 
     def share_of_gemm(self, system: str) -> float:
         """Return its FLOP/s over those of a large matrix product; NaN where it was not timed."""
         lines = self.speed[self.speed["system"] == system]
-        return float((lines["tflops"] / lines["gemm_tflops"]).median()) if len(lines) else math.nan
+        return _geometric_mean(lines["tflops"] / lines["gemm_tflops"])
 
     def tokens_per_second(self, system: str) -> float:
         """Return the quiet speed, or else the median of the trainings; NaN: nothing has run."""
@@ -216,3 +217,7 @@ class Tables:
                 squares = np.polyfit(x, y, 1, full=True)[1].item()
                 found.append(math.sqrt(squares / (len(x) - 2)))
         return float(np.mean(found)) if found else math.nan
+
+
+def _geometric_mean(values: pandas.Series) -> float:
+    return float(np.exp(np.log(values.astype(float)).mean())) if len(values) else math.nan

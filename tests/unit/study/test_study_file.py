@@ -78,6 +78,7 @@ def test_a_missing_file(tmp_path: Path):
                 "adam-beta2": 0.5,
                 "init-method-std": 0.2,
                 "min-lr": 5.0e-4,
+                "decoupled-lr": 0.05,
             }.items()
         ),
         ({"fixed": {"seed": 3}}, "a study sets that itself"),
