@@ -784,11 +784,11 @@ def test_that_each_part_helps_is_of_parts_alone(tmp_path: Path):
     assert len(json.loads(made.json())["others"]) == 1
 
 
-def test_a_timing_is_the_median_of_the_later_half(
+def test_a_timing_is_the_fastest_of_the_later_half(
     known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Whatever the first steps take, and another program for a moment; an evaluation is no step."""
-    steps = [9.0, 8.0, 7.0, 6.0, 1.2, 50.0, 1.0, 1.1, 1.3]
+    """Whatever the first steps take, and others for most of the time; an evaluation is no step."""
+    steps = [1.0, 8.0, 7.0, 6.0, 1.5, 50.0, 1.2, 9.0, 1.3]
 
     def trained(command: list[str], *, folder: Path, **_: object) -> int:
         flags = yaml.safe_load((folder / "flags.yaml").read_text())
