@@ -32,6 +32,7 @@ PANELS = {
 ALWAYS_ALIKE = (
     *("transformer", "switch", "gshard", "base", "hash", "gmlp", "amlp"),
     *("smlp_deterministic", "smlp_partial"),
+    *("gmlp_token_moe", "feature_moe_only", "smlp_2_experts"),  # micro's ablations
 )
 LEAST_LOAD = 0.01  # of an even share; the scale is logarithmic
 ENOUGH_FOR_BANDS = 3  # seeds: the interval of two is wider than any figure
@@ -354,10 +355,11 @@ class Drawing:
 
 def _looks(names: Collection[str]) -> dict[str, dict[str, Any]]:
     """Return colors and lines: the paper's systems have their own, the same in every study, and
-    others those of the paper's that are not there."""
-    own = dict(zip(ALWAYS_ALIKE, looks(), strict=False))
-    places = itertools.chain(ALWAYS_ALIKE, itertools.repeat(""))
-    free = (look for place, look in zip(places, looks(), strict=False) if place not in names)
+    others those of the paper's that are not there, from the last on."""
+    every = looks()
+    own = dict(zip(ALWAYS_ALIKE, every, strict=False))
+    absent = [look for name, look in own.items() if name not in names]
+    free = itertools.chain(reversed(absent), every)
     return {name: own[name] if name in own else next(free) for name in names}
 
 

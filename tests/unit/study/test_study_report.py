@@ -22,7 +22,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli, gemm, leases, speed
 from megatron_smlp.study import results as results_module
 from megatron_smlp.study.data import StudyData
-from megatron_smlp.study.figures import Drawing, speedup
+from megatron_smlp.study.figures import ALWAYS_ALIKE, Drawing, _looks, speedup
 from megatron_smlp.study.final import what_is_missing
 from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import PlannedRun
@@ -431,6 +431,16 @@ def test_of_how_many_seeds_a_loss_is_not_reached_is_said(known: State, tmp_path:
     assert reached.get_text() == f"{speedup(made.times[0])[0]:.2f}"
     left = panel.transAxes.inverted().transform(missed.get_transform().transform((0.01, 0)))
     assert left[0] == pytest.approx(0.01)
+
+
+def test_a_system_looks_the_same_in_every_study():
+    """And no two of a study alike, however many there are."""
+    one, other = _looks(["hash", "hash_12_experts", "gmlp"]), _looks(["gmlp", "mixer", "hash"])
+    assert (one["gmlp"], one["hash"]) == (other["gmlp"], other["hash"])
+    own = [str(look) for look in _looks(ALWAYS_ALIKE).values()]
+    assert str(one["hash_12_experts"]) not in {own[0], str(one["gmlp"]), str(one["hash"])}
+    many = _looks([*ALWAYS_ALIKE, "mixer", "aft"]).values()
+    assert len({str(look) for look in many}) == len(many)
 
 
 def test_each_is_compared_with_each_by_its_cost(known: State, tmp_path: Path):
