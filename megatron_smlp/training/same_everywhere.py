@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -24,9 +25,11 @@ from megatron_smlp.provenance import PACKAGES, version_of
 OWN = frozenset({"rank", "local_rank", "command_line", "kept_flags"})
 """What each rank has of its own, or what only says where flags come from. Machines have paths of
 their own: of the same data, on their own disks."""
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 PLAIN = (bool, int, float, str, list, tuple, type(None))
 """Types whose text is the same in every process."""
-KEY = "what rank 0 runs with"
+RUNS: Counter[int] = Counter()
+"""How often each rank of this process has come here: a store may outlive a run."""
 
 
 def run_store(args: argparse.Namespace) -> Any:
@@ -41,7 +44,9 @@ def run_store(args: argparse.Namespace) -> Any:
     where = f"env://?rank={args.rank}&world_size={args.world_size}"
     store, *_ = next(torch.distributed.rendezvous(where, timeout=timeout))
     store.set_timeout(timeout)
-    check_same(store, rank=args.rank, what=what_counts(args))
+    RUNS[args.rank] += 1
+    key = f"what rank 0 runs with/{os.environ.get(ATTEMPT)}/{RUNS[args.rank]}"
+    check_same(store, key, rank=args.rank, what=what_counts(args))
     return PrefixStore("default_pg", store)  # torch's own prefix
 
 
@@ -59,16 +64,19 @@ def what_counts(args: argparse.Namespace) -> dict[str, str]:
     return flags | data | {name: str(version_of(name)) for name in ("megatron-smlp", *PACKAGES)}
 
 
-def check_same(store: Store, *, rank: int, what: Mapping[str, str]) -> None:
+def check_same(store: Store, key: str, *, rank: int, what: Mapping[str, str]) -> None:
     """Compare with rank 0, which alone waits for nobody.
+
+    Args:
+        key: of this run alone, under which rank 0 says what it runs with.
 
     Raises:
         UnlikeRanksError: something differs.
     """
     if rank == 0:
-        store.set(KEY, json.dumps(what))
+        store.set(key, json.dumps(what))
         return
-    different = list(_differences(what, json.loads(store.get(KEY))))
+    different = list(_differences(what, json.loads(store.get(key))))
     if different:
         raise UnlikeRanksError(
             f"rank {rank} does not run what rank 0 does: {'; '.join(different)}. Give all machines "

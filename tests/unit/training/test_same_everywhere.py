@@ -28,7 +28,11 @@ def stores(monkeypatch: pytest.MonkeyPatch, **of_second: Any) -> list[Any]:
     """The stores of two ranks, of which the second has other flags."""
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    both = [FLAGS | {"rank": 0, "local_rank": 0}, FLAGS | {"rank": 1, "local_rank": 1} | of_second]
+    return meet(FLAGS, FLAGS | of_second)
+
+
+def meet(*of_ranks: dict[str, Any]) -> list[Any]:
+    both = [flags | {"rank": rank, "local_rank": rank} for rank, flags in enumerate(of_ranks)]
     with ThreadPoolExecutor(2) as threads:
         return list(threads.map(lambda flags: run_store(argparse.Namespace(**flags)), both))
 
@@ -37,6 +41,14 @@ def test_ranks_meet_in_one_store(monkeypatch: pytest.MonkeyPatch):
     first, second = stores(monkeypatch)
     first.set("a", "b")
     assert second.get("a") == b"b"
+
+
+def test_a_later_run_in_the_same_store_is_compared_anew(monkeypatch: pytest.MonkeyPatch):
+    kept = stores(monkeypatch)
+    kept += meet(FLAGS | {"lr": 0.1}, FLAGS | {"lr": 0.1})
+    with pytest.raises(UnlikeRanksError, match=r"--lr is 0\.002 here, and 0\.1 there"):
+        meet(FLAGS | {"lr": 0.1}, FLAGS)
+    assert len(kept) == 4  # so long the store is there
 
 
 def test_machines_have_paths_of_their_own(monkeypatch: pytest.MonkeyPatch):
