@@ -25,7 +25,6 @@ from megatron_smlp.provenance import PACKAGES, version_of
 OWN = frozenset({"rank", "local_rank", "command_line", "kept_flags"})
 """What each rank has of its own, or what only says where flags come from. Machines have paths of
 their own: of the same data, on their own disks."""
-ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 PLAIN = (bool, int, float, str, list, tuple, type(None))
 """Types whose text is the same in every process."""
 RUNS: Counter[int] = Counter()
@@ -45,8 +44,10 @@ def run_store(args: argparse.Namespace) -> Any:
     store, *_ = next(torch.distributed.rendezvous(where, timeout=timeout))
     store.set_timeout(timeout)
     RUNS[args.rank] += 1
-    key = f"what rank 0 runs with/{os.environ.get(ATTEMPT)}/{RUNS[args.rank]}"
-    check_same(store, key, rank=args.rank, what=what_counts(args))
+    # Not the number of restarts: an agent that saw no failure has another one.
+    check_same(
+        store, f"what rank 0 runs with/{RUNS[args.rank]}", rank=args.rank, what=what_counts(args)
+    )
     return PrefixStore("default_pg", store)  # torch's own prefix
 
 
