@@ -25,7 +25,7 @@ class UsageError(UserError):
 
 
 class UnlikeRanksError(UsageError):
-    """A rank was started with other flags or packages than the first; it may be the only one."""
+    """A rank has other flags, data or packages than the first; it may be the only one."""
 
     speaker = ""
 

@@ -15,8 +15,12 @@ PACKAGES = ("megatron-core", "torch", "numpy", "transformers", "tokenizers", "sa
 @cache
 def software() -> dict[str, Any]:
     """`commit` (None for an installed package), `python` and `packages` with their versions."""
-    versions = {name: version_of(name) for name in ("megatron-smlp", *PACKAGES)}
-    return {"commit": _commit(), "python": platform.python_version(), "packages": versions}
+    return {"commit": _commit(), "python": platform.python_version(), "packages": versions()}
+
+
+def versions() -> dict[str, str | None]:
+    """Return those of this package and of the packages that it stands on."""
+    return {name: version_of(name) for name in ("megatron-smlp", *PACKAGES)}
 
 
 def version_of(package: str) -> str | None:

@@ -20,7 +20,7 @@ from torch.distributed import HashStore, PrefixStore, Store
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UnlikeRanksError
-from megatron_smlp.provenance import PACKAGES, version_of
+from megatron_smlp.provenance import versions
 
 OWN = frozenset({"rank", "local_rank", "command_line", "kept_flags"})
 """What each rank has of its own, or what only says where flags come from. Machines have paths of
@@ -62,7 +62,7 @@ def what_counts(args: argparse.Namespace) -> dict[str, str]:
     contents = args.data_contents.values()  # of check_data
     data = {f"the content of dataset {n}": digest[:12] for n, digest in enumerate(contents, 1)}
     data["the number of datasets"] = str(len(contents))
-    return flags | data | {name: str(version_of(name)) for name in ("megatron-smlp", *PACKAGES)}
+    return flags | data | {name: str(version) for name, version in versions().items()}
 
 
 def check_same(store: Store, key: str, *, rank: int, what: Mapping[str, str]) -> None:

@@ -80,11 +80,7 @@ def test_other_flags_are_refused(
 def test_other_packages_are_refused(monkeypatch: pytest.MonkeyPatch):
     """The first asked for a version of torch is told another one than the second."""
     versions = iter(("2.15.0", "2.14.0"))
-    monkeypatch.setattr(
-        same_everywhere,
-        "version_of",
-        lambda name: next(versions) if name == "torch" else "1",
-    )
+    monkeypatch.setattr(same_everywhere, "versions", lambda: {"torch": next(versions)})
     with pytest.raises(UnlikeRanksError, match=r"torch is 2\.1[45]\.0 here, and 2\.1[45]\.0 there"):
         stores(monkeypatch)
 
