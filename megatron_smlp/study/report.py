@@ -205,6 +205,12 @@ class Page:
             f"{spreads[1]}. Speed as trained is of a machine that runs shared: it is not a result. "
             "GEMM speed is that of a large square product in the same dtype, timed in turns."
         )
+        # Files of earlier versions do not say it.
+        trained = self.tables.runs["hardware"].dropna().value_counts()
+        if len(trained):
+            text = " and ".join(f"{name} ({count})" for name, count in sorted(trained.items()))
+            both = ": repeated on the other, a run ends near the same loss, not exactly there"
+            yield f"The runs were trained on {text}{both if len(trained) > 1 else ''}."
         speed, disturbed = self.tables.speed, self.tables.disturbed
         if len(speed):
             count = speed["processes"].max()

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
-import os
-import platform
-import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +14,7 @@ from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
 from megatron_smlp.metrics_records import Record
 from megatron_smlp.study import state
+from megatron_smlp.study.hardware import hardware
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS, read_records
 from megatron_smlp.study.plan import PlannedRun
 
@@ -29,7 +23,7 @@ LOSSES = (VALIDATION_LOSS, SUFFIX_LOSS)
 RUN_COLUMNS = (
     *("key", "parent", "system", "phase", "factor", "lr", "seed", "horizon", "start", "end"),
     *("tokens", "status", "loss", *LOSSES, "reason"),
-    *("attempts", "logged_seconds", "tokens_per_second", "flags"),
+    *("attempts", "hardware", "logged_seconds", "tokens_per_second", "flags"),
 )
 CURVE_COLUMNS = (
     *("key", "iteration", "tokens", "flops", "square_flops", "learning_rate", "loss"),
@@ -62,8 +56,8 @@ class Results:
 
     @cached_property
     def runs(self) -> pandas.DataFrame:
-        """A line a run that is over."""
-        return self._read("runs.csv", RUN_COLUMNS)
+        """A line a run that is over; files of earlier versions do not say on what hardware."""
+        return self._read("runs.csv", RUN_COLUMNS, added=("hardware",))
 
     @cached_property
     def curves(self) -> pandas.DataFrame:
@@ -197,6 +191,7 @@ def _run_line(known: state.State, run: PlannedRun, ending: dict[str, Any]) -> di
         **({name: final[-1].get(name) for name in LOSSES} if final else {}),
         "reason": ending.get("reason"),
         "attempts": ending.get("attempts"),
+        "hardware": ending.get("hardware"),
         "logged_seconds": max((float(r.get("wall_seconds", 0)) for r in records), default=None),
         "tokens_per_second": steps.median() if len(steps) else None,
         "flags": json.dumps(dict(run.flags), sort_keys=True),
@@ -232,40 +227,3 @@ def left_out(folder: Path) -> Iterator[str]:
                 f"{', '.join(lacking)} of {other}, another machine's, are not read, and {folder} "
                 f"has none: --results {other} reads and adds to them"
             )
-
-
-@functools.cache  # a driver may take a second to answer
-def hardware() -> str:
-    """Return a name of this machine's processor, and of its GPUs, for a folder."""
-    return "-".join([_processor(), *_gpus()])
-
-
-def _gpus() -> list[str]:
-    """Return `8x` and the name in words; nothing where there is none, or none may be used."""
-    entries = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    # CUDA looks at them up to the first that names none, such as -1.
-    visible = list(itertools.takewhile(lambda one: one and not one.startswith("-"), entries))
-    is_given = "CUDA_VISIBLE_DEVICES" in os.environ
-    if (is_given and not visible) or not shutil.which("nvidia-smi"):
-        return []
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    names = subprocess.run(query, capture_output=True, text=True, check=False)
-    found = [] if names.returncode else names.stdout.split("\n")[:-1]
-    count = min(len(found), len(visible)) if is_given else len(found)
-    return [f"{count}x", *_words(found[0])] if found else []
-
-
-def _processor() -> str:
-    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-    title = found[1] if found else platform.processor() or platform.machine()
-    return "-".join(_words(title)) or "unknown"
-
-
-def _words(title: str) -> list[str]:
-    plain = re.sub(r"\(.*?\)|@.*|\b(cpu|processor)\b|\d+-core", " ", title.lower())
-    return re.findall(r"[a-z0-9]+", plain)
-
-
-def _cpuinfo() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8") if path.exists() else ""

@@ -18,6 +18,7 @@ from megatron_smlp.checkpoints.folders import latest_iteration
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study import leases
+from megatron_smlp.study.hardware import hardware
 from megatron_smlp.study.plan import Plan, PlannedRun, make_plan
 from megatron_smlp.study.study_file import OTHERS, Study
 from megatron_smlp.study.systems import System
@@ -145,8 +146,8 @@ class State:
         return is_done and (latest_iteration(self.folder_of(run) / CHECKPOINTS) or 0) >= run.end
 
     def end(self, run: PlannedRun, **ending: Any) -> None:
-        """Write how a run ended."""
-        content = {"key": run.key, "title": run.title, **ending}
+        """Write how a run ended, and that it did so on this machine."""
+        content = {"key": run.key, "title": run.title, "hardware": hardware(), **ending}
         write_durably(self.folder_of(run) / ENDED, json.dumps(content, indent=2) + "\n")
 
 

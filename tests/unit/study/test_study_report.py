@@ -20,14 +20,17 @@ from support.studies import pretend, state_of, write_study
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study import cli, gemm, leases, speed
+from megatron_smlp.study import hardware as hardware_module
 from megatron_smlp.study import results as results_module
+from megatron_smlp.study import state as state_module
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.figures import ALWAYS_ALIKE, Drawing, _looks, speedup
 from megatron_smlp.study.final import what_is_missing
+from megatron_smlp.study.hardware import hardware
 from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.report import Page
-from megatron_smlp.study.results import Results, hardware
+from megatron_smlp.study.results import Results
 from megatron_smlp.study.state import State, begin, description
 from megatron_smlp.study.statistics import paired
 
@@ -117,6 +120,25 @@ def test_time_is_tokens_times_step_time(known: State, tmp_path: Path):
     assert f"| smlp_deterministic | {' | '.join(numbers)} |" in text
     assert f"Quiet timing, and all times from it, are of {hardware()}, " in text
     assert claims["C2"]["comparisons"][0]["found"]["mean"] == pytest.approx(0.458, abs=0.01)
+
+
+def test_the_machines_of_the_runs_are_told(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A machine that collects another's runs does not take them for its own."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    monkeypatch.setattr(state_module, "hardware", lambda: "one")
+    pretend(known, loss_of)
+    monkeypatch.setattr(state_module, "hardware", lambda: "another")
+    runs = known.plan().runs
+    known.end(runs[-1], status=state_module.DONE, loss=str(loss_of(runs[-1])), attempts=1)
+    _, text = page(known, tmp_path)
+    told = f"The runs were trained on another (1) and one ({len(runs) - 1}): repeated on the"
+    assert told in text
+    kept = Results(folder).runs
+    kept.drop(columns="hardware").to_csv(folder / "runs.csv", index=False)  # as it was once
+    assert "were trained on" not in page(known, tmp_path)[1]
 
 
 def test_a_time_is_as_uncertain_as_its_timing(known: State, tmp_path: Path):
@@ -694,7 +716,7 @@ def test_a_machine_is_named_by_its_gpus_too(
     driver = tmp_path / "nvidia-smi"
     driver.write_text("#!/bin/sh\nprintf 'NVIDIA H100 80GB HBM3\\nNVIDIA H100 80GB HBM3\\n'\n")
     driver.chmod(0o755)
-    monkeypatch.setattr(results_module, "_cpuinfo", lambda: "model name\t: AMD EPYC 7B13\n")
+    monkeypatch.setattr(hardware_module, "_cpuinfo", lambda: "model name\t: AMD EPYC 7B13\n")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

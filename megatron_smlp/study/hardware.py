@@ -1,0 +1,49 @@
+"""The name of a machine's kind, by its processor and GPUs."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+
+@functools.cache  # a driver may take a second to answer
+def hardware() -> str:
+    """Return a name of this machine's processor, and of its GPUs, for a folder."""
+    return "-".join([_processor(), *_gpus()])
+
+
+def _gpus() -> list[str]:
+    """Return `8x` and the name in words; nothing where there is none, or none may be used."""
+    entries = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    # CUDA looks at them up to the first that names none, such as -1.
+    visible = list(itertools.takewhile(lambda one: one and not one.startswith("-"), entries))
+    is_given = "CUDA_VISIBLE_DEVICES" in os.environ
+    if (is_given and not visible) or not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(query, capture_output=True, text=True, check=False)
+    found = [] if names.returncode else names.stdout.split("\n")[:-1]
+    count = min(len(found), len(visible)) if is_given else len(found)
+    return [f"{count}x", *_words(found[0])] if found else []
+
+
+def _processor() -> str:
+    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    title = found[1] if found else platform.processor() or platform.machine()
+    return "-".join(_words(title)) or "unknown"
+
+
+def _words(title: str) -> list[str]:
+    plain = re.sub(r"\(.*?\)|@.*|\b(cpu|processor)\b|\d+-core", " ", title.lower())
+    return re.findall(r"[a-z0-9]+", plain)
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8") if path.exists() else ""
