@@ -44,6 +44,7 @@ PRICE_MEMORY = 0.95
 class BaseRouter(TokenRouter):
     """See the top of the file."""
 
+    can_close = True  # an expert gets its share of the tokens, however low it scores them
     prices: Tensor
     """<fp32>[E], where they are kept."""
 

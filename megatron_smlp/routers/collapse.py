@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 
 COLLAPSED = 0.8
 """A router has collapsed where the entropy of its load is under this share of log E."""
+CLOSED_GATE = 0.01
+"""Under this weight a token gets next to nothing of its expert, and the expert no gradient."""
+CLOSED = 0.5
+"""A router has collapsed, too, where more than this share of its choices have no more weight."""
 
 
 class CollapseWatch:
@@ -32,12 +36,26 @@ class CollapseWatch:
         """
         when = f"{iteration} {title}".rstrip()
         for key, load in loads.items():
-            if key.kind in self.fixed or key in self.warned or load.entropy >= COLLAPSED:
+            if key.kind in self.fixed or key in self.warned or not (what := _signs(load)):
                 continue
             self.warned.add(key)
-            busiest = load.load_share.index(load.load_share_max)
             yield (
                 f"warning: iteration {when}: the {key.kind} router of layer {key.layer} "
-                f"collapses: entropy {load.entropy:.2f} of log E is under {COLLAPSED}, expert "
-                f"{busiest} gets {load.load_share_max:.0%} of the choices (docs/metrics.md)"
+                f"collapses: {what} (docs/metrics.md)"
             )
+
+
+def _signs(load: RouterLoad) -> str:
+    """Return by what a router is seen to have collapsed; empty: it has not."""
+    if load.entropy < COLLAPSED:
+        busiest = load.load_share.index(load.load_share_max)
+        return (
+            f"entropy {load.entropy:.2f} of log E is under {COLLAPSED}, expert {busiest} gets "
+            f"{load.load_share_max:.0%} of the choices"
+        )
+    if load.closed_rate is not None and load.closed_rate > CLOSED:
+        return (
+            f"{load.closed_rate:.0%} of the choices are weighed by less than {CLOSED_GATE}, "
+            "so that their experts neither do nor learn anything"
+        )
+    return ""

@@ -4,6 +4,7 @@
     entropy    - sum_e f_e log f_e / log E         1 where even, 0 where one expert gets everything
     drop rate  share of the choices that found no slot
     mean gate  mean weight of the first choices (token router), mean of s_i (feature router)
+    closed     share of the first choices whose weight is under 0.01, where a rule can give such
     aux loss   the rule's balance loss, without its coefficient: 1 where uniform
     z loss     mean over tokens of (log sum_e exp score_e)^2, without its coefficient
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from megatron_smlp.routers.handed import repeats_a_pass
 
 RouterKind = Literal["token", "feature"]
-FIELDS = ("kept", "gate", "gates", "aux_loss", "z_loss", "groups")
+FIELDS = ("kept", "gate", "gates", "closed", "aux_loss", "z_loss", "groups")
 
 
 class RouterKey(NamedTuple):
@@ -43,6 +44,7 @@ class RouterSpec(NamedTuple):
 
     key: RouterKey
     num_experts: int
+    can_close: bool
     has_aux_loss: bool
     has_z_loss: bool
 
@@ -55,6 +57,7 @@ class RouterLoad:
     """f_e of each expert; their sum is 1."""
     drop_rate: float
     mean_gate: float
+    closed_rate: float | None
     aux_loss: float | None
     z_loss: float | None
     choices: float
@@ -124,6 +127,8 @@ class CountedRouter:
     """Mixin of a router that can be counted; it is not until `RouterStatistics.attach`."""
 
     router_kind: ClassVar[RouterKind]
+    can_close: ClassVar[bool] = False
+    """Whether the weight of a choice may come near 0, as that of no largest share does."""
     has_aux_loss: ClassVar[bool] = False
     num_experts: int
     layer_number: int | None
@@ -141,7 +146,7 @@ class CountedRouter:
     def spec(self) -> RouterSpec:
         assert self.layer_number is not None
         key = RouterKey(self.layer_number, self.router_kind)
-        return RouterSpec(key, self.num_experts, self.has_aux_loss, self.has_z_loss)
+        return RouterSpec(key, self.num_experts, self.can_close, self.has_aux_loss, self.has_z_loss)
 
 
 class RouterStatistics:
@@ -194,6 +199,7 @@ def _load(spec: RouterSpec, sums: list[float]) -> RouterLoad:
         load_share=tuple(count / choices for count in asked),
         drop_rate=1 - values["kept"] / choices,
         mean_gate=values["gate"] / values["gates"],
+        closed_rate=values["closed"] / values["gates"] if spec.can_close else None,
         aux_loss=values["aux_loss"] / values["groups"] if spec.has_aux_loss else None,
         z_loss=values["z_loss"] / values["gates"] if spec.has_z_loss else None,
         choices=choices,

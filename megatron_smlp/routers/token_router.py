@@ -22,6 +22,7 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_smlp.routers.collapse import CLOSED_GATE
 from megatron_smlp.routers.statistics import CountedRouter
 
 
@@ -112,13 +113,15 @@ class TokenRouter(CountedRouter, TopKRouter):
         first = choices.wanted[:, 0]
         if len(first):
             assert self.counter is not None
+            gates = self.weigh(scores, choices.wanted)[:, 0]
             self.counter.add(
                 training=self.training,
                 experts=choices.wanted.flatten(),
                 asked=choices.asked.flatten(),
                 kept=choices.kept.sum(),
-                gate=self.weigh(scores, choices.wanted)[:, 0].sum(),
+                gate=gates.sum(),
                 gates=len(first),
+                closed=(gates < CLOSED_GATE).sum() if self.can_close else 0.0,
                 aux_loss=self.aux_loss(scores, first),
                 z_loss=scores.logsumexp(dim=-1).square().sum() if self.has_z_loss else 0.0,
                 groups=1,

@@ -28,7 +28,7 @@ RUN_COLUMNS = (
 CURVE_COLUMNS = (
     *("key", "iteration", "tokens", "flops", "square_flops", "learning_rate", "loss"),
     *(*LOSSES, "validation_prices_loss", "validation_greedy_loss"),
-    *("load_min", "load_max", "entropy", "drop_rate"),
+    *("load_min", "load_max", "entropy", "drop_rate", "closed_rate"),
 )
 MACHINE = ("hardware", "processes", "threads", "steps")
 """Of a timing: rounds that differ in one of these are not put together."""
@@ -61,8 +61,9 @@ class Results:
 
     @cached_property
     def curves(self) -> pandas.DataFrame:
-        """A line a logged step or evaluation of such a run."""
-        return self._read("curves.csv", CURVE_COLUMNS)
+        """A line a logged step or evaluation of such a run; files of earlier versions do not say
+        what BASE's gates closed."""
+        return self._read("curves.csv", CURVE_COLUMNS, added=("closed_rate",))
 
     @cached_property
     def speed(self) -> pandas.DataFrame:
@@ -206,7 +207,7 @@ def _curve_lines(known: state.State, run: PlannedRun) -> Iterator[dict[str, Any]
         routers = record.get("validation_routers") or record.get("routers") or []
         loads = [share * len(one["load_share"]) for one in routers for share in one["load_share"]]
         line |= {"load_min": min(loads), "load_max": max(loads)} if loads else {}
-        for name, worst in (("entropy", min), ("drop_rate", max)):
+        for name, worst in (("entropy", min), ("drop_rate", max), ("closed_rate", max)):
             values = [float(one[name]) for one in routers if one.get(name) is not None]
             line |= {name: worst(values)} if values else {}
         yield {"key": run.key, **{name: line.get(name) for name in CURVE_COLUMNS[1:]}}

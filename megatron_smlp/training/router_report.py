@@ -12,7 +12,8 @@ Loads = Mapping[RouterKey, RouterLoad]
 
 NOUNS = {"token": "experts", "feature": "chunks"}
 SCALARS = (
-    "load_share_min", "load_share_max", "entropy", "drop_rate", "mean_gate", "aux_loss", "z_loss",
+    "load_share_min", "load_share_max", "entropy", "drop_rate", "mean_gate", "closed_rate",
+    "aux_loss", "z_loss",
 )  # fmt: skip
 DIGITS = 6
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("megatron")
 
 LOSS_OF_SIX = 2 * (4 / 6 * 0.6 + 2 / 6 * 0.4)
 """E sum f P with f = (4/6, 2/6) and P = (3.6/6, 2.4/6)."""
+ABSENT = {"closed_rate": None, "aux_loss": None, "z_loss": None}
 GATE_OF_SIX = (0.7 + 0.9 + 0.6 + 0.8 + 0.8 + 0.6) / 6
 
 
@@ -135,8 +136,18 @@ class TestBaseAndHash:
         assert str(evaluated.entropy) == "0.0", "and not -0.0"
         gate = torch.tensor([3.0, 5.0, 1.0, 4.0]).sigmoid().mean().item()
         assert evaluated.mean_gate == pytest.approx(gate)
+        assert trained.closed_rate == evaluated.closed_rate == 0
         assert trained.aux_loss is trained.z_loss is None
         assert trained.drop_rate == 0
+
+    def test_balance_hides_an_expert_that_its_gate_closes(self):
+        """The first two lose least by expert 1. Sigmoid(-6) is under 0.01, sigmoid(-4) is not."""
+        router = make_router("base", num_experts=2)
+        statistics = counted(router)
+        router(torch.tensor([[1.0, -4.0], [2.0, -6.0], [3.0, -9.0], [9.0, -4.0]])[:, None])
+        load = load_of(statistics, training=True)
+        assert load.load_share == (0.5, 0.5)
+        assert load.closed_rate == 0.25
 
     def test_hash_counts_its_table(self):
         router = make_router("hash", num_experts=4)
@@ -147,7 +158,7 @@ class TestBaseAndHash:
         load = load_of(statistics, training=True)
         assert load.load_share == pytest.approx((4 / 8, 2 / 8, 1 / 8, 1 / 8))
         assert load.mean_gate == 1
-        assert load.aux_loss is load.z_loss is None
+        assert load.closed_rate is load.aux_loss is load.z_loss is None
 
 
 def prefix_router(**changes: Any) -> PrefixRouter:
@@ -283,11 +294,11 @@ def test_a_pass_that_is_repeated_for_its_gradient_is_counted_once(kind: str):
 
 
 def test_one_expert_is_even():
-    load = RouterLoad((1.0,), drop_rate=0, mean_gate=1, aux_loss=None, z_loss=None, choices=1)
+    load = RouterLoad((1.0,), drop_rate=0, mean_gate=1, **ABSENT, choices=1)
     assert load.entropy == 1
 
 
 def test_entropy_is_a_share_of_log_e():
     shares = (0.5, 0.25, 0.25, 0.0)
-    load = RouterLoad(shares, drop_rate=0, mean_gate=1, aux_loss=None, z_loss=None, choices=4)
+    load = RouterLoad(shares, drop_rate=0, mean_gate=1, **ABSENT, choices=4)
     assert load.entropy == pytest.approx(1.5 * math.log(2) / math.log(4))

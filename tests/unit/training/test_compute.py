@@ -19,7 +19,7 @@ GSHARD = """
 
 
 def load(choices: float, drop_rate: float = 0.0) -> RouterLoad:
-    return RouterLoad((0.5, 0.5), drop_rate, 0.5, None, None, choices)
+    return RouterLoad((0.5, 0.5), drop_rate, 0.5, None, None, None, choices)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ PARTIAL = """
 
 
 def load(*shares: float, drop_rate: float = 0.0, choices: int = 100, **more: Any) -> RouterLoad:
-    values = {"mean_gate": 0.5, "aux_loss": None, "z_loss": None} | more
+    values = {"mean_gate": 0.5, "closed_rate": None, "aux_loss": None, "z_loss": None} | more
     return RouterLoad(shares, drop_rate=drop_rate, choices=choices, **values)
 
 
@@ -68,6 +68,17 @@ class TestCollapse:
         (line,) = watch.warnings({FIRST: gone, SECOND: gone}, iteration=30, title="validation")
         assert line.startswith("warning: iteration 30 validation: the token router of layer 4")
         assert list(watch.warnings({FIRST: gone, SECOND: gone}, iteration=40)) == []
+
+    def test_closed_experts_are_said_of_an_even_load(self):
+        watch = CollapseWatch()
+        half, most = (load(0.5, 0.5, closed_rate=rate) for rate in (0.5, 0.75))
+        assert list(watch.warnings({FIRST: half}, iteration=10)) == []
+        (line,) = watch.warnings({FIRST: most}, iteration=20)
+        assert line.startswith(
+            "warning: iteration 20: the token router of layer 2 collapses: 75% of the choices are "
+            "weighed by less than 0.01, so that their experts neither do nor learn anything"
+        )
+        assert list(watch.warnings({FIRST: most}, iteration=30)) == []
 
     def test_it_is_not_said_of_hash(self):
         watch = CollapseWatch(fixed=("token",))
