@@ -17,7 +17,7 @@ CLOSED = 0.5
 
 
 class CollapseWatch:
-    """Says once of each router that it collapsed.
+    """Says once of each router, and of each way to collapse, that it did.
 
     Args:
         fixed: kinds of routers whose load they do not choose (HASH).
@@ -25,37 +25,42 @@ class CollapseWatch:
 
     def __init__(self, *, fixed: Collection[str] = ()) -> None:
         self.fixed = fixed
-        self.warned: set[RouterKey] = set()
+        self.warned: set[tuple[RouterKey, str]] = set()
 
     def warnings(
         self, loads: Mapping[RouterKey, RouterLoad], *, iteration: int, title: str = ""
     ) -> Iterator[str]:
-        """Return a line for each router that collapsed since the last call.
+        """Return a line for each router and way since the last call.
 
         title: of an evaluation; empty in training.
         """
         when = f"{iteration} {title}".rstrip()
         for key, load in loads.items():
-            if key.kind in self.fixed or key in self.warned or not (what := _signs(load)):
-                continue
-            self.warned.add(key)
-            yield (
-                f"warning: iteration {when}: the {key.kind} router of layer {key.layer} "
-                f"collapses: {what} (docs/metrics.md)"
-            )
+            for way, what in () if key.kind in self.fixed else _ways(load):
+                if (key, way) not in self.warned:
+                    self.warned.add((key, way))
+                    yield (
+                        f"warning: iteration {when}: the {key.kind} router of layer {key.layer} "
+                        f"collapses: {what} (docs/metrics.md)"
+                    )
 
 
-def _signs(load: RouterLoad) -> str:
-    """Return by what a router is seen to have collapsed; empty: it has not."""
+def _ways(load: RouterLoad) -> Iterator[tuple[str, str]]:
+    """Yield in which ways a router has collapsed, and by what that is seen."""
     if load.entropy < COLLAPSED:
         busiest = load.load_share.index(load.load_share_max)
-        return (
-            f"entropy {load.entropy:.2f} of log E is under {COLLAPSED}, expert {busiest} gets "
-            f"{load.load_share_max:.0%} of the choices"
+        yield (
+            "load",
+            (
+                f"entropy {load.entropy:.2f} of log E is under {COLLAPSED}, expert {busiest} gets "
+                f"{load.load_share_max:.0%} of the choices"
+            ),
         )
     if load.closed_rate is not None and load.closed_rate > CLOSED:
-        return (
-            f"{load.closed_rate:.0%} of the choices are weighed by less than {CLOSED_GATE}, "
-            "so that their experts neither do nor learn anything"
+        yield (
+            "gates",
+            (
+                f"{load.closed_rate:.0%} of the choices are weighed by less than {CLOSED_GATE}, "
+                "so that their experts neither do nor learn anything"
+            ),
         )
-    return ""

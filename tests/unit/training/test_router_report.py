@@ -79,6 +79,8 @@ class TestCollapse:
             "weighed by less than 0.01, so that their experts neither do nor learn anything"
         )
         assert list(watch.warnings({FIRST: most}, iteration=30)) == []
+        greedy = load(0.9, 0.1, 0.0, 0.0, closed_rate=0.0)
+        assert len(list(watch.warnings({FIRST: greedy}, iteration=30, title="validation"))) == 1
 
     def test_it_is_not_said_of_hash(self):
         watch = CollapseWatch(fixed=("token",))
