@@ -13,7 +13,7 @@ COLLAPSED = 0.8
 CLOSED_GATE = 0.01
 """Under this weight a token gets next to nothing of its expert, and the expert no gradient."""
 CLOSED = 0.5
-"""A router has collapsed, too, where more than this share of its choices have no more weight."""
+"""A router has collapsed, too, where more than this share of its choices weigh less than that."""
 
 
 class CollapseWatch:
@@ -36,31 +36,24 @@ class CollapseWatch:
         """
         when = f"{iteration} {title}".rstrip()
         for key, load in loads.items():
-            for way, what in () if key.kind in self.fixed else _ways(load):
-                if (key, way) not in self.warned:
-                    self.warned.add((key, way))
-                    yield (
-                        f"warning: iteration {when}: the {key.kind} router of layer {key.layer} "
-                        f"collapses: {what} (docs/metrics.md)"
-                    )
+            if key.kind in self.fixed:
+                continue
+            for way, what in _ways(load):
+                if (key, way) in self.warned:
+                    continue
+                self.warned.add((key, way))
+                yield (
+                    f"warning: iteration {when}: the {key.kind} router of layer {key.layer} "
+                    f"collapses: {what} (docs/metrics.md)"
+                )
 
 
 def _ways(load: RouterLoad) -> Iterator[tuple[str, str]]:
-    """Yield in which ways a router has collapsed, and by what that is seen."""
+    """Yield the name of each way in which a router has collapsed, and by what that is seen."""
     if load.entropy < COLLAPSED:
         busiest = load.load_share.index(load.load_share_max)
-        yield (
-            "load",
-            (
-                f"entropy {load.entropy:.2f} of log E is under {COLLAPSED}, expert {busiest} gets "
-                f"{load.load_share_max:.0%} of the choices"
-            ),
-        )
+        what = f"entropy {load.entropy:.2f} of log E is under {COLLAPSED}, expert {busiest} gets"
+        yield "load", f"{what} {load.load_share_max:.0%} of the choices"
     if load.closed_rate is not None and load.closed_rate > CLOSED:
-        yield (
-            "gates",
-            (
-                f"{load.closed_rate:.0%} of the choices are weighed by less than {CLOSED_GATE}, "
-                "so that their experts neither do nor learn anything"
-            ),
-        )
+        what = f"{load.closed_rate:.0%} of the choices are weighed by less than {CLOSED_GATE}"
+        yield "gates", f"{what}, so that their experts neither do nor learn anything"
