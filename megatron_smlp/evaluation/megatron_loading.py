@@ -62,6 +62,8 @@ def load_model(
     choice.check()
     cpu.apply()
     table.apply()
+    from megatron.training import get_signal_handler
+
     parser = build_parser()
     given, _ = parser.parse_known_args(list(flags))
     try:
@@ -85,6 +87,8 @@ def load_model(
             *_load_flags(saved.folder),
         ]
     )
+    # It notes a SIGTERM for a training loop, and none will look: the process would go on.
+    get_signal_handler().release()
     with args.thawed():
         return args, _build_and_load(args, saved.folder), tokenizer
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,11 @@ def evaluate_finals(
     left = [(run, what) for run, what in missing if any(what)]
     with Progress(len(left)) as progress:
         for number, (run, (text, named)) in enumerate(left):
-            progress.show(number, run.title)
-            lines = list(_of_text(known, run, data)) if text else []
+            words = f"{number} of {len(left)} checkpoints; {run.title}"
+            watch = partial(progress.show, number, words)
+            lines = list(_of_text(known, run, data, watch)) if text else []
             if named:
-                lines += _of_tasks(known, run, tasks=named, data_dir=data_dir)
+                lines += _of_tasks(known, run, watch, tasks=named, data_dir=data_dir)
             about = {"key": run.key, "system": run.system, "seed": run.seed}
             results.add_evaluations([about | line for line in lines])
     return [known.folder_of(run) for run, _ in left]
@@ -79,9 +81,11 @@ def _is_final(known: State, run: PlannedRun) -> bool:
     return is_last and known.has_checkpoint(run)
 
 
-def _of_text(known: State, run: PlannedRun, data: StudyData) -> Iterator[Line]:
+def _of_text(
+    known: State, run: PlannedRun, data: StudyData, watch: Callable[[], None]
+) -> Iterator[Line]:
     words = ["--data-path", data.prefix("valid"), "--limit", str(WINDOWS)]
-    found = _evaluated(known, run, [*words, "--breakdown"], name="text")
+    found = _evaluated(known, run, [*words, "--breakdown"], watch, name="text")
     for kind, bins in found["breakdown"].items():
         for each in bins:
             error = each["sd"] / each["tokens"] ** 0.5
@@ -90,20 +94,21 @@ def _of_text(known: State, run: PlannedRun, data: StudyData) -> Iterator[Line]:
     yield _line(ROUTING, rule, found["nll"] / found["tokens"], count=found["tokens"])
     if run.flags.get("token_router") == "base":
         other = "prices" if rule == "greedy" else "greedy"
-        found = _evaluated(known, run, [*words, "--base-eval", other], name="routing")
+        found = _evaluated(known, run, [*words, "--base-eval", other], watch, name="routing")
         yield _line(ROUTING, other, found["nll"] / found["tokens"], count=found["tokens"])
 
 
 def _of_tasks(
     known: State,
     run: PlannedRun,
+    watch: Callable[[], None],
     *,
     tasks: Sequence[str],
     data_dir: Path | None,
 ) -> Iterator[Line]:
     words = ["--tasks", ",".join(tasks)]
     words += ["--data-dir", str(data_dir)] if data_dir else []
-    for task, found in _evaluated(known, run, words, name="tasks")["results"].items():
+    for task, found in _evaluated(known, run, words, watch, name="tasks")["results"].items():
         metric = PAPER_METRICS.get(task) or next(iter(found["metrics"]))
         score = found["metrics"][metric]
         yield _line(TASK, task, score["value"], stderr=score["stderr"], count=found["examples"])
@@ -113,8 +118,14 @@ def _line(kind: str, label: str, value: float, *, count: int, stderr: float | No
     return {"kind": kind, "label": label, "value": value, "stderr": stderr, "count": count}
 
 
-def _evaluated(known: State, run: PlannedRun, words: Sequence[str], *, name: str) -> Any:
-    """Return what tools/evaluate.py writes with these words."""
+def _evaluated(
+    known: State, run: PlannedRun, words: Sequence[str], watch: Callable[[], None], *, name: str
+) -> Any:
+    """Return what tools/evaluate.py writes with these words.
+
+    Args:
+        watch: called about once a second.
+    """
     folder = known.folder_of(run) / f"evaluation-{name}"
     folder.mkdir(exist_ok=True)
     output = folder / "result.json"
@@ -123,7 +134,7 @@ def _evaluated(known: State, run: PlannedRun, words: Sequence[str], *, name: str
         *("--checkpoint", str(known.folder_of(run) / CHECKPOINTS)),
         *(*words, "--output", str(output)),
     ]
-    code = run_command(command, folder=folder, stop=threading.Event(), watch=lambda: None)
+    code = run_command(command, folder=folder, stop=threading.Event(), watch=watch)
     if code:
         text = "\n".join(f"  {line}" for line in last_lines(folder))
         raise UsageError(f"evaluating {run.title} failed ({code}), {folder}:\n{text}")
