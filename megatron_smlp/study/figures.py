@@ -17,7 +17,7 @@ from megatron_smlp.plotting.figures import DPI, legend, looks, tidy
 from megatron_smlp.plotting.series import AXES, Floats, unit_for
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
 from megatron_smlp.study.state import DIVERGED
-from megatron_smlp.study.statistics import interval
+from megatron_smlp.study.statistics import interval, paired
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import Tables
@@ -35,6 +35,7 @@ ALWAYS_ALIKE = (
     *("gmlp_token_moe", "feature_moe_only", "smlp_2_experts"),  # micro's ablations
 )
 LEAST_LOAD = 0.01  # of an even share; the scale is logarithmic
+MANY_LABELS = 8  # of an axis: more would touch one another
 ENOUGH_FOR_BANDS = 3  # seeds: the interval of two is wider than any figure
 
 
@@ -308,28 +309,29 @@ class Drawing:
         return figure
 
     def breakdown(self, kinds: Sequence[str]) -> Figure:
-        """Draw the loss of each kind of token, less that of the subject, of systems of which all
-        seeds were looked at: those of fewer would differ by their seeds as well."""
+        """Draw the loss of each kind of token, less that of the subject in the same seeds, of the
+        systems with the most of these: those of fewer would differ by their seeds as well."""
         figure = Figure(figsize=(4.6 * len(kinds), 4.4), layout="constrained", dpi=DPI)
         panels = figure.subplots(1, len(kinds), squeeze=False)[0]
         first = self.study.subject
-        seeds = self._looked_at(kinds[0], first)
-        there = [
-            name
+        common = {
+            name: self._looked_at(kinds[0], name) & self._looked_at(kinds[0], first)
             for name in self._trained_on(VALIDATION_LOSS)
-            if self._looked_at(kinds[0], name) == seeds
-        ]
+        }
+        most = max((len(seeds) for name, seeds in common.items() if name != first), default=0)
+        there = [name for name, seeds in common.items() if name == first or len(seeds) == most > 0]
         for panel, kind in zip(panels, kinds, strict=True):
             labels = self.tables.labels(kind)
             for name in there:
                 points = [self._against(first, name, kind, label) for label in labels]
                 look = self.looks[name]
                 panel.plot(range(len(labels)), points, marker="o", markersize=3.5, **look)
-            panel.set_xticks(range(len(labels)), labels=labels, fontsize=8)
+            turned = 30 if len(labels) > MANY_LABELS else 0
+            panel.set_xticks(range(len(labels)), labels=labels, fontsize=8, rotation=turned)
             panel.set_xlabel(PANELS[kind])
             tidy(panel)
         panels[0].set_ylabel(f"loss minus that of\n{first} (nats per token)")
-        note = f"final checkpoints, mean of {len(seeds)} seeds; above 0: a higher loss than {first}"
+        note = f"final checkpoints, mean of {most} seeds; above 0: a higher loss than {first}"
         self._legend(figure, note, there)
         return figure
 
@@ -339,7 +341,7 @@ class Drawing:
 
     def _against(self, first: str, name: str, kind: str, label: str) -> float:
         sides = [self.tables.values(kind, label, each) for each in (name, first)]
-        return float(np.mean([sides[0][seed] - sides[1][seed] for seed in sides[1]]))
+        return paired(*sides).mean
 
     def _legend(
         self,
