@@ -251,10 +251,10 @@ def input_cost(shape: ModelShape) -> Cost:
 
 
 def fingerprint_bytes(shape: ModelShape) -> int:
-    """Return the bytes of the minhash table, which is not trained: int16 values."""
+    """Return the bytes of the minhash table, which is not trained: int32 values."""
     options = shape.options
     is_hashed = options.input_projection == "minhash"
-    return 2 * shape.padded_vocab_size * options.hash_count * is_hashed
+    return 4 * shape.padded_vocab_size * options.hash_count * is_hashed
 
 
 def token_table(shape: ModelShape) -> Cost:

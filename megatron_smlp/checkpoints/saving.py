@@ -297,9 +297,12 @@ class Saving:
 
         Raises:
             SaveError: where --on-save-failure is stop.
+            TakenOverError: another run has removed what this one was writing.
         """
         self.open.remove(save)
         self._remove(save)
+        with contextlib.suppress(OSError):  # a folder that is gone, which the message is about
+            self._fence()
         iteration = iteration_of(save.final) or 0
         # One that was started earlier may end later, in the background.
         self.unsaved = max(self.unsaved, iteration)

@@ -305,8 +305,6 @@ class SMLPConfig(PreTrainedConfig):
         if self.input_projection != "minhash":
             return
         self.tie_word_embeddings = False  # there is no table that the output layer could share
-        if self.filter_size > 2**15:
-            raise ValueError(f"filter_size={self.filter_size}: must be 32768 or less")
         if not 0 <= self.window < self.max_position_embeddings:
             raise ValueError(
                 f"window={self.window}: must be 0 or more, and under max_position_embeddings="

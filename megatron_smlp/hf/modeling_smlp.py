@@ -342,7 +342,7 @@ def _is_step(hidden: Tensor, weight: Tensor) -> bool:
 class SMLPMinHashInput(nn.Module):
     """LN([C of token t-w | ... | C of token t]) W', in the place of an embedding.
 
-    C[j] is how many of a token's n values are j: `fingerprints` <int16>[V, n], n MinHash values of
+    C[j] is how many of a token's n values are j: `fingerprints` <int32>[V, n], n MinHash values of
     the token's string modulo m, which training made of its tokenizer and a folder of weights has.
     """
 
@@ -350,7 +350,7 @@ class SMLPMinHashInput(nn.Module):
         super().__init__()
         self.filter_size, self.window = config.filter_size, config.window
         num_features = (config.window + 1) * config.filter_size
-        table = torch.zeros(config.vocab_size, config.hash_count, dtype=torch.int16)
+        table = torch.zeros(config.vocab_size, config.hash_count, dtype=torch.int32)
         self.register_buffer("fingerprints", table)
         self.norm = nn.LayerNorm(num_features, eps=config.layer_norm_epsilon)
         proj = nn.Linear(num_features, config.hidden_size, bias=False)

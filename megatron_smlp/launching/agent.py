@@ -307,8 +307,9 @@ class _ReenterableRendezvous:
         """Leave, and tell the others if the run is over; close only a store that ends with it."""
         if self.agent.code in (0, *FOR_GOOD):
             if self.agent.closes:
-                others_wait = self.handler._state_holder.state.redundancy_list or self.agent.code
                 is_closed = bool(self.handler.shutdown())
+                # As of now: before, the state may be older than a spare that has just come.
+                others_wait = self.handler._state_holder.state.redundancy_list or self.agent.code
                 time.sleep(self.LOOKS if others_wait else 0)  # the store may end with this process
                 return is_closed
             with contextlib.suppress(RuntimeError):

@@ -439,7 +439,8 @@ def test_an_old_node_that_returns_is_refused_its_save(
 ):
     """A whole run, frozen; another one goes on from its folder; the first is woken up."""
     variables |= {"NNODES": "1"}
-    flags = f"{FLAGS.replace('--global-batch-size 2', '--global-batch-size 1')} --train-iters 4000"
+    one = FLAGS.replace("--global-batch-size 2", "--global-batch-size 1")
+    flags = f"{one} --train-iters 100000"  # it is still at work when the old one has started again
     old = Job(two, flags, **variables)
     old.start(0)
     old.wait_for_iteration(INTERVAL + 2, seconds=PATIENCE)

@@ -190,14 +190,14 @@ def test_what_is_not_counted_is_refused(
 
 
 def test_the_projections_memory_is_on_the_first_stage():
-    """Norm and W on every rank of it, counters before and after the norm, two bytes a value."""
+    """Norm and W on every rank of it, counters before and after the norm, four bytes a value."""
     sizes = {"hash_count": 16, "filter_size": 400, "window": 2}
     args = _resolved("minhash", 2, 2, 1, 4, **sizes)
     shape, parallel = ModelShape.from_args(args), ParallelLayout.from_args(args)
     first, last = (stage_cost(shape, parallel, stage) for stage in (0, 1))
     assert first.parameters - last.parameters == 1200 * (64 + 2) - 1024 * 64 - 2 * 64
     fullest = footprint(shape, parallel)
-    assert fullest.weight_bytes == 4 * parameters_on_rank(first, parallel)[0] + 2 * 1024 * 16
+    assert fullest.weight_bytes == 4 * parameters_on_rank(first, parallel)[0] + 4 * 1024 * 16
     layers, counters = 2 * (4 * 64 + 2 * 256 // 2), 2 * 1200
     assert fullest.activation_bytes == 4 * 32 * (layers + counters)
 

@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from support.checkpoints import RUN, assert_ends_like, pretrain
 from support.in_process import pretrained
 from support.launches import REPOSITORY
@@ -259,6 +261,30 @@ def test_a_run_that_is_taken_over_saves_nothing_more(
         pass
     assert iterations(run) == [2]
     assert tracked_iteration(run) == 2
+
+
+@pytest.mark.parametrize("how", ["", "--async-save"])
+def test_one_that_is_taken_over_while_it_writes_says_so(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Not that a shard has no folder, which the new owner has removed."""
+    run = tmp_path / "run"
+    prepare = FileSystemWriterAsync.prepare_write_data
+
+    def taken_over(*args: Any) -> None:
+        prepare(*args)
+        if not (run / ".writer-000002").exists():
+            (run / ".writer-000002").touch()
+            assert len(tidy(run)) == 1
+
+    monkeypatch.setattr(FileSystemWriterAsync, "prepare_write_data", taken_over)
+    with (
+        pytest.raises(TakenOverError, match="nothing is saved by it any more"),
+        pretrained(f"{RUN} --save {run} {how}"),
+    ):
+        pass
+    assert iterations(run) == []
+    assert tracked_iteration(run) is None
 
 
 def test_folders_that_are_not_one_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

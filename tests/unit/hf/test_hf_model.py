@@ -237,10 +237,6 @@ def test_tuples_hidden_states_and_logits_to_keep():
             {"input_projection": "minhash", "window": 40},
             "window=40: must be 0 or more, and under max_position_embeddings=40",
         ),
-        (
-            {"input_projection": "minhash", "filter_size": 40000},
-            "filter_size=40000: must be 32768 or less",
-        ),
         ({"spatial_heads": 5}, "spatial_heads=5 must divide the gate width"),
         ({"architecture": "transformer", "num_attention_heads": 5}, "must divide hidden_size=32"),
         ({"token_router": "switch", "num_experts": None}, "needs 1 or more"),

@@ -38,7 +38,7 @@ def naive_fingerprint(word: str, count: int) -> list[int]:
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (7, 10), (64, 1024), (100, 32768)])
 def test_the_table_is_that_of_a_loop(count: int, size: int):
     table = fingerprints(TOKENS, num_ids=UNWRITTEN + 2, hash_count=count, filter_size=size)
-    assert (table.dtype, table.shape) == (torch.int16, (UNWRITTEN + 2, count))
+    assert (table.dtype, table.shape) == (torch.int32, (UNWRITTEN + 2, count))
     for number, word in enumerate([*WORDS, "", ""]):
         assert table[number].tolist() == [v % size for v in naive_fingerprint(word, count)], word
 
@@ -144,5 +144,5 @@ def test_only_the_norm_and_the_projection_are_trained():
     assert functional.one_hot(layer.fingerprints.long(), 10).sum(1).sum(1).tolist() == [7] * 9
     assert "fingerprints" in layer.state_dict()
     half = layer.bfloat16()
-    assert half.fingerprints.dtype == torch.int16
+    assert half.fingerprints.dtype == torch.int32
     assert half(torch.tensor([[1, 2]])).dtype == torch.bfloat16
