@@ -10,9 +10,9 @@ sequence C is 0.
 
 What is kept of a token is f_i modulo m, `fingerprints` <int32>[V, n], which follows from the
 tokenizer's strings: a buffer, saved with the model, so that a checkpoint's table wins over the
-tokenizer's and a model is whole without it. It takes 4 n V bytes: an int16, which would do, is no
-type that gloo and NCCL send, as --ckpt-fully-parallel-load does. LN and W <float>[D, (w+1) m] are
-trained.
+tokenizer's and a model is whole without it. It takes 4 n V bytes: an int16 would do, but
+neither gloo nor NCCL sends that, as --ckpt-fully-parallel-load does. LN and W <float>[D, (w+1) m]
+are trained.
 
 The source looks w tokens to both sides; a language model looks back only. The source hashes the
 trigrams of a word and, of the pieces that go on in a word, the whole alone; here every token has
