@@ -115,6 +115,8 @@ class Saving:
                 outcome = DONE
             raise
         finally:
+            for save in self.open:  # in the background, which ends with the run
+                self._remove(save)
             self.release(outcome)
 
     def release(self, outcome: str) -> None:
@@ -311,8 +313,6 @@ class Saving:
             f"{reason_of(error, self.hosts)}; {left_in(save.final.parent)}"
         )
         if self.args.on_save_failure == "stop":
-            for later in self.open:  # still in the background, which ends with the run
-                self._remove(later)
             raise SaveError(
                 f"{message}. {remedy}, or let a run go on without by --on-save-failure continue."
             ) from error

@@ -24,6 +24,7 @@ def forget_run() -> None:
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training.training import destroy_global_state
 
+    _forget_saves()
     destroy_global_state()
     destroy_moe_metrics_tracker()  # its entries hold the process groups of the last run
     # Megatron forgets its groups without ending them, and each keeps a thread of gloo's awake.
@@ -32,6 +33,16 @@ def forget_run() -> None:
             torch.distributed.destroy_process_group(group)
     gc.collect()
     gc.freeze()  # what is left are imports: the next collection need not look at them again
+
+
+def _forget_saves() -> None:
+    """A run that ended by an error may have left some in the background, for the next to commit."""
+    from megatron.training import async_utils
+
+    if async_utils._async_calls_queue is not None:
+        for left in async_utils._async_calls_queue.async_calls:
+            left.async_caller.close()
+        async_utils._async_calls_queue = None
 
 
 @contextlib.contextmanager

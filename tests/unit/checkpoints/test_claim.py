@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from support.checkpoints import RUN, assert_ends_like, pretrain
+from support.deletion import hidden_in
 from support.in_process import pretrained
 from support.launches import REPOSITORY
 
@@ -25,6 +26,7 @@ from megatron_smlp.checkpoints.folders import TRACKER, iterations, tidy, tracked
 from megatron_smlp.checkpoints.saving import Saving
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import TakenOverError, UsageError
+from megatron_smlp.megatron_patches import checkpointing as patches
 
 
 @pytest.fixture
@@ -267,9 +269,16 @@ def test_a_run_that_is_taken_over_saves_nothing_more(
 def test_one_that_is_taken_over_while_it_writes_says_so(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Not that a shard has no folder, which the new owner has removed."""
+    """Not that a shard has no folder, which the new owner has removed; nor is anything left of what
+    is still in the background then."""
     run = tmp_path / "run"
-    prepare = FileSystemWriterAsync.prepare_write_data
+    prepare, write = FileSystemWriterAsync.prepare_write_data, patches.write_and_add_share
+
+    def late(*args: Any) -> None:
+        time.sleep(1.0)
+        write(*args)
+
+    monkeypatch.setattr(patches, "write_and_add_share", late)
 
     def taken_over(*args: Any) -> None:
         prepare(*args)
@@ -285,6 +294,7 @@ def test_one_that_is_taken_over_while_it_writes_says_so(
         pass
     assert iterations(run) == []
     assert tracked_iteration(run) is None
+    assert not hidden_in(run)
 
 
 def test_folders_that_are_not_one_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
