@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import gc
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,10 @@ from support.selection import looks_at_gpus
 
 for variable in filter(is_of_a_launcher, list(os.environ)):
     del os.environ[variable]
+
+# What a shell script starts in the background ignores Ctrl-C, and passes that on.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = ("/invariants/", "/cuda_without_a_gpu/", "/end_to_end/", "/evaluation/", "first_gpu")
 
