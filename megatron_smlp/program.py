@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
-import gc
 import multiprocessing
 import os
 import signal
@@ -66,12 +66,10 @@ def _never_collect(error: BaseException) -> None:
     """Keep what an interruption left half done, which its frames hold, until the process is gone.
 
     A writer of torch's whose file is closed before its time complains when it is collected at the
-    end, in the middle of an exit function, and may abort the process. Its exception is put on a
-    circle of references, and no collection looks at what is frozen.
+    end, in the middle of an exit function, and may abort the process. A reference that nobody gives
+    back keeps it, and no more than it: gc.freeze() would keep all, of which nanobind complains.
     """
-    circle: list[object] = [error]
-    circle.append(circle)
-    gc.freeze()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
 
 
 @contextlib.contextmanager

@@ -45,11 +45,21 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Else nanobind tells at the end, of each object of its own, that nothing collected it."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """The same random numbers in every test, whichever ran before (and no import of torch)."""
+    """The same random numbers in every test, whichever ran before (and no import of torch).
+
+    And no scale of balance losses, whose first shape Megatron keeps.
+    """
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(1234)
+    if moe := sys.modules.get("megatron.core.transformer.moe.moe_utils"):
+        moe.MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ CORES = ("core_attention", "spatial")  # what `core_attn` recomputes: the T x T 
 
 def _gradients(args: Any) -> tuple[dict[str, torch.Tensor], int]:
     """Gradients of a training step, and how often the mixers' cores ran for them."""
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # its shape stays for what runs afterwards
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     torch.manual_seed(7)
     model = build_model(args).train()
     calls = 0

@@ -113,14 +113,12 @@ def test_a_loss_that_is_not_finite_is_remembered_until_asked(parse: Callable[...
 )
 def test_balance_losses_weigh_as_the_main_loss(
     parse: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
     per_token: bool,
     grad_scale: float | None,
     expected: float,
 ):
     """Once for all three micro-batches, or for each of them where tokens are counted."""
     parse(f"{PARTIAL} --global-batch-size 6 --micro-batch-size 2")
-    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
     scale = None if grad_scale is None else lambda loss: loss * grad_scale
     model = nn.Module()
     model.config = layer_config(calculate_per_token_loss=per_token, grad_scale_func=scale)
