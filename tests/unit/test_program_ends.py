@@ -27,6 +27,22 @@ def save():
 with undisturbed_exit(), readable_errors("program"):
     save()
 """
+# Nothing else is kept: objects of nanobind's that nobody collects are listed on stderr.
+LET_GO = """
+import os
+from megatron_smlp.program import readable_errors, undisturbed_exit
+
+class Other:
+    def __init__(self):
+        self.circle = self
+
+    def __del__(self, write=os.write):
+        write(2, b"collected")
+
+Other()
+with undisturbed_exit(), readable_errors("program"):
+    raise KeyboardInterrupt
+"""
 LATE = """
 import atexit, os, signal, time
 from megatron_smlp.program import readable_errors, undisturbed_exit
@@ -121,6 +137,11 @@ def ran(program: str) -> subprocess.CompletedProcess[str]:
 def test_what_an_interruption_leaves_half_done_stays_silent():
     done = ran(INTERRUPTED)
     assert (done.returncode, done.stderr) == (130, "program: interrupted\n")
+
+
+def test_what_an_interruption_does_not_hold_is_collected():
+    done = ran(LET_GO)
+    assert (done.returncode, done.stderr) == (130, "program: interrupted\ncollected")
 
 
 def test_an_interruption_after_the_end_is_none():
