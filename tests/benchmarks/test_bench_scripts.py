@@ -127,10 +127,9 @@ def test_an_exponent_is_the_slope_over_logarithms() -> None:
 
 
 def test_causal_rns_exponent_is_the_slope_over_logarithms() -> None:
-    """Of a known law; what is measured is positive, whatever else the machine does."""
+    """Of a known law; what is measured is positive and grows, whatever else the machine does."""
     lengths = (64, 256, 1024)
     law = [7.0 * length**1.25 for length in lengths]
     assert causal_rn_growth.exponent(lengths, law) == pytest.approx(1.25)
     times = causal_rn_growth.measure((64, 4096), repeats=2)
-    assert len(times) == 2
-    assert min(times) > 0
+    assert 0 < times[0] < times[1]
