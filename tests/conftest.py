@@ -52,12 +52,14 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """The same random numbers in every test, whichever ran before (and no import of torch).
-
-    And no scale of balance losses, whose first shape Megatron keeps.
-    """
+    """The same random numbers in every test, whichever ran before (and no import of torch)."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def balance_loss_scale() -> None:
+    """None is set, so that balance losses count once; of one that was, Megatron keeps the shape."""
     if moe := sys.modules.get("megatron.core.transformer.moe.moe_utils"):
         moe.MoEAuxLossAutoScaler.main_loss_backward_scale = None
 

@@ -94,7 +94,7 @@ class SMLPConfig(PreTrainedConfig):
         input_projection: what makes vectors of tokens: a table (embedding), or counted hashes of
             their strings (minhash), with an output layer that is never tied.
         hash_count, filter_size: minhash: values of a token's fingerprint, and the counters into
-            which they fall; at most 32,768.
+            which they fall.
         window: minhash: tokens before each one that are counted with it.
         num_feature_experts: spatial experts of a sparse block.
         num_feature_chunks: chunks of its features; default: one per expert.

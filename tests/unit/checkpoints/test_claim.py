@@ -274,11 +274,11 @@ def test_one_that_is_taken_over_while_it_writes_says_so(
     run = tmp_path / "run"
     prepare, write = FileSystemWriterAsync.prepare_write_data, patches.write_and_add_share
 
-    def late(*args: Any) -> None:
-        time.sleep(1.0)
+    def write_late(*args: Any) -> None:
+        time.sleep(1.0)  # the run is at its next saves by then
         write(*args)
 
-    monkeypatch.setattr(patches, "write_and_add_share", late)
+    monkeypatch.setattr(patches, "write_and_add_share", write_late)
 
     def taken_over(*args: Any) -> None:
         prepare(*args)

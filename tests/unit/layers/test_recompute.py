@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from support.in_process import build_model
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -26,7 +25,6 @@ CORES = ("core_attention", "spatial")  # what `core_attn` recomputes: the T x T 
 
 def _gradients(args: Any) -> tuple[dict[str, torch.Tensor], int]:
     """Gradients of a training step, and how often the mixers' cores ran for them."""
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     torch.manual_seed(7)
     model = build_model(args).train()
     calls = 0
