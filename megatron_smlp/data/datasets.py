@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_smlp.data.blending import SPLITS, Blend, Blends
-from megatron_smlp.data.index_cache import exclusive_caches
+from megatron_smlp.data.index_cache import cache_folders, exclusive_caches
 from megatron_smlp.data.pairs.content import Watch
 from megatron_smlp.data.pairs.indexed import in_parts, open_index
 from megatron_smlp.errors import DataError
+from megatron_smlp.first_rank import first_rank_first, telling
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,35 @@ class WatchedGPTDataset(GPTDataset):
         return super()._build_document_sample_shuffle_indices()
 
 
+class UnhurriedBuilder(BlendedMegatronDatasetBuilder):
+    """Megatron's builder without its barriers, for ranks that first_rank_first has put in order."""
+
+    def _build_megatron_datasets_parallel(
+        self, prefixes: list[str], split: Any, sizes_per_dataset: list[list[int]]
+    ) -> list[list[Any]]:
+        with ThreadPoolExecutor(self.config.num_dataset_builder_threads) as pool:
+            of_prefixes = pool.map(
+                lambda prefix, sizes: self._build_megatron_dataset_splits(prefix, split, sizes),
+                prefixes,
+                sizes_per_dataset,
+            )
+            return [list(of_split) for of_split in zip(*of_prefixes, strict=True)]
+
+    def _build_megatron_dataset_splits(
+        self, dataset_path: str | None, split: Any, sizes: list[int], *_: bool
+    ) -> list[Any]:
+        return super()._build_megatron_dataset_splits(dataset_path, split, sizes, False)
+
+    @staticmethod
+    def build_generic_dataset(
+        cls: Any, is_built_on_rank: Callable[[], bool], _: bool, *args: Any
+    ) -> Any:
+        """`cls(*args)` where this rank reads it."""
+        return BlendedMegatronDatasetBuilder.build_generic_dataset(
+            cls, is_built_on_rank, False, *args
+        )
+
+
 def build_datasets(
     num_samples: Sequence[int | None],
     *,
@@ -74,13 +105,17 @@ def build_datasets(
     config: GPTDatasetConfig,
     is_built_on_rank: Callable[[], bool],
     rank: int,
+    silence: float = 60.0,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Any]:
     """Build the train, valid and test dataset (None: not wanted); call on every rank.
 
     Args:
         num_samples: samples wanted of each split.
         config: with the blends in it, as `Blend.as_megatron` gives them.
-        rank: the global rank; the first one holds the caches for the others.
+        rank: the global rank; the first one holds the caches for the others, which wait.
+        silence: seconds after which they give up a machine of rank 0 that does not answer.
+        say: tells the user on rank 0 that it takes long.
 
     Raises:
         DataError: a split without a document, a cache that cannot be written, unweighted datasets
@@ -88,11 +123,16 @@ def build_datasets(
             are rounded to too few samples.
     """
     _check_splits(blends, config)
-    builder = BlendedMegatronDatasetBuilder(
-        WatchedGPTDataset, list(num_samples), is_built_on_rank, config
-    )
+    builder = UnhurriedBuilder(WatchedGPTDataset, list(num_samples), is_built_on_rank, config)
     caches = exclusive_caches(blends.prefixes, path_to_cache=config.path_to_cache)
-    with caches if rank == 0 else nullcontext():
+    folder, *others = cache_folders(blends.prefixes, path_to_cache=config.path_to_cache)
+    where = f"{folder}{f' and {len(others)} more' if others else ''}"
+    what = f"building the sample index in {where}, or waiting for another run or rank that does"
+    with (
+        telling(what, say),
+        first_rank_first(rank, silence=silence),
+        caches if rank == 0 else nullcontext(),
+    ):
         try:
             datasets: list[Any] = builder.build()
         except IndexError as error:

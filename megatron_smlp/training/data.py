@@ -85,8 +85,8 @@ class DatasetProvider:
             train = max(train, args.consumed_train_samples + rest)
         once = valid if args.full_validation else test  # Megatron wants as many for the test split
         datasets = [
-            *_build([train, 0, 0], args, on_rank, splits=(0,), seed=args.seed)[:1],
-            *_build([0, once, test], args, on_rank, splits=(1, 2), seed=EVALUATION_SEED)[1:],
+            *self._build([train, 0, 0], on_rank, splits=(0,), seed=args.seed)[:1],
+            *self._build([0, once, test], on_rank, splits=(1, 2), seed=EVALUATION_SEED)[1:],
         ]
         # Megatron refuses to read from a dataset without samples, as --eval-iters 0 makes them.
         datasets = [
@@ -107,41 +107,43 @@ class DatasetProvider:
                 datasets[place] = AgainAndAgain(datasets[place], once=once, length=length)
         return datasets
 
+    def _build(
+        self,
+        num_samples: list[int],
+        on_rank: Callable[[], bool],
+        *,
+        splits: Sequence[int],
+        seed: int,
+    ) -> list[Any]:
+        """Only these of train (0), validation (1), test (2); None in the places of the others."""
+        args = get_args()
+        config = dataset_config(args)
+        config.random_seed = seed
+        for name in ("split_matrix", "blend_per_split"):
+            if (of_all := getattr(config, name)) is not None:
+                kept = [part if split in splits else None for split, part in enumerate(of_all)]
+                setattr(config, name, kept)
+        if args.mock_data:
+            builder = BlendedMegatronDatasetBuilder(MockGPTDataset, num_samples, on_rank, config)
+            return builder.build()
+        try:
+            return build_datasets(
+                num_samples,
+                blends=blends_from_arguments(args),
+                config=config,
+                is_built_on_rank=on_rank,
+                rank=args.rank,
+                silence=60.0 * args.distributed_timeout_minutes,
+                say=self.say,
+            )
+        except DataError as error:
+            raise UsageError(str(error)) from error
+
     def _say_uses(self, datasets: list[Any], args: argparse.Namespace) -> None:
         if args.rank == 0 and not self.said:
             for line in use_lines(dataset_uses(datasets, sequence_length=args.seq_length)):
                 self.say(line)
         self.said = True
-
-
-def _build(
-    num_samples: list[int],
-    args: argparse.Namespace,
-    on_rank: Callable[[], bool],
-    *,
-    splits: Sequence[int],
-    seed: int,
-) -> list[Any]:
-    """Only these of train (0), validation (1) and test (2); None in the places of the others."""
-    config = dataset_config(args)
-    config.random_seed = seed
-    for name in ("split_matrix", "blend_per_split"):
-        if (of_all := getattr(config, name)) is not None:
-            kept = [part if split in splits else None for split, part in enumerate(of_all)]
-            setattr(config, name, kept)
-    if args.mock_data:
-        builder = BlendedMegatronDatasetBuilder(MockGPTDataset, num_samples, on_rank, config)
-        return builder.build()
-    try:
-        return build_datasets(
-            num_samples,
-            blends=blends_from_arguments(args),
-            config=config,
-            is_built_on_rank=on_rank,
-            rank=args.rank,
-        )
-    except DataError as error:
-        raise UsageError(str(error)) from error
 
 
 class AgainAndAgain(Dataset[Any]):
