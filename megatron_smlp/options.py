@@ -246,10 +246,12 @@ class RunOptions:
     """Flags of the run, around Megatron's training loop."""
 
     config: str | None = option(None, of_one_start=True)
-    """YAML file of flags, with hyphens or underscores; flags on the command line win over it."""
+    """YAML file of flags, with hyphens or underscores; flags on the command line win over it. Given
+    several times, a later file wins; `include: FILE` or [A, B] in one takes the keys of others."""
 
     dry_run: bool = option(False, of_one_start=True)
-    """Print the resolved configuration, the layer table, parameters and FLOPs, then exit."""
+    """Print the resolved configuration, where each value comes from, the layer table, parameters
+    and FLOPs, then exit."""
 
     platform: Literal["auto", "cpu"] = option("auto", of_one_start=True)
     """auto: CUDA devices where torch finds them, else the CPU, unless the machine has an NVIDIA

@@ -333,7 +333,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, help="YAML file of flags")
+    parser.add_argument(
+        "--config", type=Path, action="append", default=[],
+        help="YAML file of flags; of several a later one wins",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -342,8 +345,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, or 2 if the configuration is refused."""
     options, words = build_parser().parse_known_args(argv)
     try:
-        file = read_yaml(options.config) if options.config else {}
-        values = merged({spelling(key): value for key, value in file.items()}, words)
+        keys = read_yaml(*options.config).items()
+        values = merged({spelling(key): value for key, value in keys}, words)
         for name in uncounted(values):
             raise ValueError(
                 f"{flag_of(name)} {values[name]}: memory and traffic with it are not counted here. "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_smlp.command_line import flag_of
@@ -12,61 +11,59 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.exclusive import PER_SPLIT, replaced_by
 from megatron_smlp.flags.parser_actions import actions_of, given_flags, nearest
 from megatron_smlp.flags.use_checkpoint_args import FLAG as GOES_ON
-from megatron_smlp.flags.yaml_file import read_yaml
+from megatron_smlp.flags.yaml_file import config_paths, read_settings
 
 
-def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+def expand_config(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
     """Put the flags of `--config FILE.yaml` before those of the command line.
 
     A key of the file is left out where `--no-KEY` is on the command line, and where a flag is that
     stands in for it; of the file's own keys, paths for each split stand in for `split`. `--no-KEY`
     stays where a checkpoint's flags are still to come.
 
+    Returns:
+        the words, and the FILE:LINE of each flag that a file gives, by its destination.
+
     Raises:
-        UsageError: the file is missing or is not a mapping, or a key is unknown.
+        UsageError: a file is missing or is not a mapping, or a key is unknown.
     """
-    path = _config_path(argv)
-    if path is None:
-        return list(argv)
     rest = list(argv)
     flags: list[str] = []
-    keys = {key: (_action_of(parser, key, path), v) for key, v in read_yaml(path).items()}
+    places: dict[str, str] = {}
+    settings = read_settings(config_paths(argv))
+    keys = {
+        key: (_action_of(parser, key, setting.place), setting) for key, setting in settings.items()
+    }
     replaced = replaced_by(given_flags(parser, argv))
     if PER_SPLIT & {action.dest for action, _ in keys.values()}:
         replaced.add("split")
-    for key, (action, value) in keys.items():
+    for key, (action, setting) in keys.items():
         negation = f"--no-{key.replace('_', '-')}"
         if negation in argv and negation not in actions_of(parser):
             if GOES_ON not in argv:
                 rest.remove(negation)
         elif action.dest not in replaced:
-            flags += _as_flags(action, key, value, path)
-    return flags + rest
+            flags += _as_flags(action, key, *setting)
+            places[action.dest] = setting.place
+    return flags + rest, places
 
 
-def _config_path(argv: Sequence[str]) -> Path | None:
-    paths = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
-    paths += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
-    if len(paths) > 1:
-        raise UsageError(
-            f"--config {' and --config '.join(sorted(paths))}: give one; a line `include: FILE` in "
-            "it takes the keys of another."
-        )
-    return Path(paths[0]) if paths else None
-
-
-def _action_of(parser: argparse.ArgumentParser, key: str, path: Path) -> argparse.Action:
+def _action_of(parser: argparse.ArgumentParser, key: str, place: str) -> argparse.Action:
     action = actions_of(parser).get(flag_of(key))
     if action is None:
-        raise UsageError(f"--config {path}: unknown key '{key}': {nearest(parser, key)}")
+        raise UsageError(f"--config {place}: unknown key '{key}': {nearest(parser, key)}")
     return action
 
 
-def _as_flags(action: argparse.Action, key: str, value: Any, path: Path) -> list[str]:
+def _as_flags(action: argparse.Action, key: str, value: Any, place: str) -> list[str]:
     flag = flag_of(key)
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise UsageError(f"--config {path}: '{key}' is a switch: true or false, not {value!r}.")
+            raise UsageError(
+                f"--config {place}: '{key}' is a switch: true or false, not {value!r}."
+            )
         if isinstance(action, argparse.BooleanOptionalAction):
             return [flag if value else flag.replace("--", "--no-", 1)]
         return [flag] if value else []
@@ -74,11 +71,13 @@ def _as_flags(action: argparse.Action, key: str, value: Any, path: Path) -> list
         return []
     takes_several = action.nargs not in (None, "?")
     if takes_several and isinstance(value, str) and " " in value:
-        raise UsageError(f"--config {path}: '{key}' {value!r} is one text: give a list, as [a, b].")
+        raise UsageError(
+            f"--config {place}: '{key}' {value!r} is one text: give a list, as [a, b]."
+        )
     values = value if isinstance(value, list) and takes_several else [value]
     if any(isinstance(item, bool) for item in values):
         raise UsageError(
-            f"--config {path}: '{key}' takes a value, and {value!r} is a switch's: put a word as "
+            f"--config {place}: '{key}' takes a value, and {value!r} is a switch's: put a word as "
             "no or off between quotes; null takes a key back."
         )
     arguments = [_text(item) for item in values]

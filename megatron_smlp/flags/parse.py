@@ -56,11 +56,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
     Raises:
         UsageError: a flag or key is unknown, or a value is not of its type.
     """
-    argv = with_checkpoint_flags(parser, expand_config(parser, argv))
+    given = given_flags(parser, argv)
+    expanded, places = expand_config(parser, argv)
+    argv = with_checkpoint_flags(parser, expanded)
     argv = with_absolute_paths(actions_of(parser), argv)
     _refuse_unknown(parser, argv)
     args = Arguments.of(_parse_like_megatron(argv))
     args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
+    places |= dict.fromkeys(given, "command line")
+    args.places = {name: places.get(name, "checkpoint") for name in args.explicit_flags}
     args.command_line = argv
     args.data_contents = {}  # by prefix; training/data.py looks
     return args

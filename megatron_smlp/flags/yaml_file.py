@@ -1,47 +1,89 @@
-"""Read YAML files of flags; config_file.py makes flags of one. No torch, no Megatron.
+"""Read YAML files of flags; config_file.py makes flags of them. No torch, no Megatron.
 
-A flat mapping, hyphens or underscores, of numbers, texts and lists of them. `include: FILE` takes
-the keys of another file, named from the folder of this one; the keys of this one win, also over
-those that they exclude.
+A flat mapping, hyphens or underscores, of numbers, texts and lists of them. `include: FILE`, or a
+list of files, takes the keys of others, named from the folder of this one. Of several files the
+keys of a later one win, those of the file itself over all, also over those that they exclude.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
+from collections.abc import Iterable, Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.exclusive import replaced_by
 
-INCLUDE = "include"
+CONFIG, INCLUDE = "--config", "include"
 MOST_INCLUDES = 20
 MOST_BYTES = 1 << 20
 SCALARS = (str, int, float, bool, type(None))
 
 
-def read_yaml(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the keys as they are spelt, with those of included files first.
+def config_paths(argv: Sequence[str]) -> list[Path]:
+    """Return the files of each `--config FILE` of a command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(CONFIG, action="append", nargs="?", type=Path, default=[])
+    return [path for path in parser.parse_known_args(list(argv))[0].config if path]
+
+
+class Setting(NamedTuple):
+    """A value of a key, and the FILE:LINE that gives it."""
+
+    value: Any
+    place: str
+
+
+def read_yaml(*paths: Path) -> dict[str, Any]:
+    """Return the keys of files as they are spelt, with those of included files first.
 
     Raises:
         UsageError: a file is missing, is not a flat mapping, or includes itself.
     """
-    if path.resolve() in including:
-        raise UsageError(f"--config {path} includes itself: remove its `include:` line.")
+    return {key: setting.value for key, setting in read_settings(paths).items()}
+
+
+def read_settings(paths: Iterable[Path]) -> dict[str, Setting]:
+    """Do the same, with the places of the values."""
+    files: dict[Path, dict[str, Setting]] = {}
+    return reduce(_under, (_read(path, (), files) for path in paths), {})
+
+
+def _read(
+    path: Path, including: tuple[Path, ...], files: dict[Path, dict[str, Setting]]
+) -> dict[str, Setting]:
+    """Read one file, unless `files` has it: it may be included many times."""
+    if path.resolve() in [file.resolve() for file in including]:
+        chain = " includes ".join(str(file) for file in (*including, path))
+        raise UsageError(f"--config {path} includes itself: {chain}. Remove an `include:` line.")
     if len(including) > MOST_INCLUDES:
         raise UsageError(f"--config {including[0]} includes more than {MOST_INCLUDES} files deep.")
-    keys = _mapping(path)
-    name = keys.pop(INCLUDE, None)
-    if name is None:
-        return keys
-    if not isinstance(name, str):
-        raise UsageError(f"--config {path}: 'include' names one file.")
-    included = read_yaml(path.parent / name, including=(*including, path.resolve()))
-    own = {spelling(key) for key in keys}
-    is_given = {key: value is not None and value is not False for key, value in keys.items()}
-    own |= replaced_by(spelling(key) for key in keys if is_given[key])
-    return {key: value for key, value in included.items() if spelling(key) not in own} | keys
+    if path.resolve() not in files:
+        keys = _mapping(path)
+        names = keys.pop(INCLUDE, Setting([], "")).value
+        names = names if isinstance(names, list) else [names]
+        if not all(isinstance(name, str) for name in names):
+            raise UsageError(f"--config {path}: 'include' names a file, or several as [a, b].")
+        others = [Path(os.path.normpath(path.parent / name)) for name in names]
+        included = [_read(other, (*including, path), files) for other in others]
+        files[path.resolve()] = reduce(_under, [*included, keys], {})
+    return files[path.resolve()]
+
+
+def _under(below: dict[str, Setting], above: dict[str, Setting]) -> dict[str, Setting]:
+    """Return both, without what is replaced below."""
+    own = {spelling(key) for key in above}
+    own |= replaced_by(
+        spelling(key)
+        for key, (value, _) in above.items()
+        if value is not None and value is not False
+    )
+    return {key: setting for key, setting in below.items() if spelling(key) not in own} | above
 
 
 def spelling(key: str) -> str:
@@ -66,7 +108,7 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def _mapping(path: Path) -> dict[str, Setting]:
     content = load_strictly(path, name=f"--config {path}", ready="configs/")
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} must hold `flag: value` lines at its top level.")
@@ -77,7 +119,13 @@ def _mapping(path: Path) -> dict[str, Any]:
                 f"--config {path}: '{str(key)[:60]}' is not a number, text, switch or list of "
                 "them; put a date between quotes."
             )
-    return {str(key): value for key, value in content.items()}
+    node = yaml.compose(_text_of(path), StrictLoader)
+    assert isinstance(node, yaml.MappingNode)
+    lines = (key.start_mark.line + 1 for key, _ in node.value)
+    return {
+        str(key): Setting(value, f"{path}:{line}")
+        for (key, value), line in zip(content.items(), lines, strict=True)
+    }
 
 
 def load_strictly(path: Path, *, name: str, ready: str) -> Any:

@@ -6,13 +6,12 @@ import argparse
 import shutil
 import subprocess
 from collections.abc import MutableMapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.layout import check_layout
-from megatron_smlp.flags.yaml_file import read_yaml, spelling
+from megatron_smlp.flags.yaml_file import config_paths, read_yaml, spelling
 from megatron_smlp.platform.choice import CONNECTIONS
 
 SIZES = {
@@ -48,10 +47,9 @@ def given(flag: str, words: Sequence[str]) -> Any:
         UsageError: that file cannot be read.
     """
     value = value_of(flag, words)
-    config = value_of("--config", words)
-    if value is None and config and flag.replace("--", "--no-", 1) not in words:
+    if value is None and flag.replace("--", "--no-", 1) not in words:
         name = spelling(flag.removeprefix("--"))
-        keys = {spelling(key): entry for key, entry in read_yaml(Path(config)).items()}
+        keys = {spelling(key): entry for key, entry in read_yaml(*config_paths(words)).items()}
         return keys.get(name)
     return value
 

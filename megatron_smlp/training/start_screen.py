@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,23 +23,34 @@ from megatron_smlp.accounting.costs import (
 from megatron_smlp.systems import TOP_K, LayerSlots, mixer_of
 
 PRECISIONS = ("bf16", "fp16")
+WIDTH = 40
+"""Columns up to which the places of values are aligned."""
 
 
 def print_dry_run(args: argparse.Namespace, console: Console) -> None:
     """Print the resolved configuration, the layer table, parameters and FLOPs."""
     shape = ModelShape.from_args(args)
-    resolved = {name: getattr(args, name) for name in sorted(args.explicit_flags)}
     console.print("Configuration (flags and --config; other defaults: docs/from-megatron-lm.md)")
-    console.print(yaml.safe_dump(_plain(resolved), sort_keys=True).rstrip(), markup=False)
+    for line in _configuration(args):
+        console.print(line, markup=False)
     console.print()
     console.print(layer_table(args, shape))
     for line in summary(args, shape):
         console.print(line, markup=False)
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    simple = (str, int, float, bool, list, type(None))
-    return {key: v if isinstance(v, simple) else str(v) for key, v in values.items()}
+def _configuration(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the flags that were given as lines of YAML, with where each value comes from."""
+    names = sorted(name for name in args.places if name != "config")
+    lines = [f"{name}: {_in_yaml(getattr(args, name))}" for name in names]
+    width = min(max(map(len, lines), default=0), WIDTH)
+    for name, line in zip(names, lines, strict=True):
+        yield f"{line:<{width}}  # {args.places[name]}"
+
+
+def _in_yaml(value: Any) -> str:
+    value = value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
+    return yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()[1:-1]
 
 
 def layer_table(args: argparse.Namespace, shape: ModelShape) -> Table:

@@ -1,5 +1,6 @@
 """Command line and YAML -> checked arguments; and one readable line for what is wrong."""
 
+import io
 import json
 import re
 import subprocess
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from support.in_process import MINIMAL
 from support.launches import REPOSITORY, clean_environment
+from yaml import safe_load as read_yaml_text
 
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import TRACKER, iteration_folder
@@ -22,6 +25,7 @@ from megatron_smlp.platform import cpu
 from megatron_smlp.restart_note import RESTART
 from megatron_smlp.routers.hash_table import balanced_table, table_as_json
 from megatron_smlp.systems import TOKEN_ROUTERS
+from megatron_smlp.training.start_screen import print_dry_run
 
 Parse = Callable[..., Any]
 
@@ -64,6 +68,24 @@ class TestConfigFile:
     def test_the_place_of_the_flag_does_not_matter(self, parse: Parse, yaml, word: str):
         path = yaml("architecture: gmlp\nseed: 7\n")
         assert parse(f"--seed 8 {word.format(path)}").seed == 8
+
+    def test_of_several_files_a_later_one_wins(self, parse: Parse, yaml, tmp_path: Path):
+        """And --dry-run says which has given what, in lines that are YAML."""
+        path = yaml("architecture: gmlp\nseed: 7\nlr-warmup-iters: 1\nsplit: '9,1,0'\n")
+        other = tmp_path / "other.yaml"
+        other.write_text("lr-warmup-fraction: 0.5\nseed: 8\n")
+        args = parse(f"--config {path} --seq-length 32 --config={other}")
+        assert (args.seed, args.lr_warmup_fraction, args.lr_warmup_iters) == (8, 0.5, 0)
+        console = Console(file=io.StringIO(), width=100, soft_wrap=True)
+        print_dry_run(args, console)
+        said = console.file.getvalue()
+        assert re.search(rf"^seed: 8 +# {other}:2$", said, re.MULTILINE)
+        assert re.search(rf"^architecture: gmlp +# {path}:1$", said, re.MULTILINE)
+        assert re.search(r"^seq_length: 32 +# command line$", said, re.MULTILINE)
+        values = read_yaml_text(said.partition("\n\n")[0].partition("\n")[2])
+        assert values["split"] == "9,1,0"
+        assert "lr_warmup_iters" not in values
+        assert parse(f"--config {other} --config {path} {GMLP}").seed == 7
 
     def test_keys_may_have_hyphens_or_underscores(self, parse: Parse, yaml):
         args = parse(f"--config {yaml('spatial-heads: 4')} {GMLP}")
@@ -183,11 +205,6 @@ class TestConfigFile:
         error = refusal(parse, f"--config {path} {TRANSFORMER}", message)
         if not message.startswith(("argument", "--arch")):
             assert str(path) in error
-
-    def test_two_files_are_not_one(self, parse: Parse, yaml):
-        path = yaml("seed: 7")
-        message = "--config .* and --config .*: give one; a line `include: FILE`"
-        refusal(parse, f"--config {path} --config={path} {GMLP}", message)
 
     def test_a_missing_file_is_named(self, parse: Parse, tmp_path: Path):
         refusal(parse, f"--config {tmp_path}/none.yaml", r"--config .*/none\.yaml: no such file")

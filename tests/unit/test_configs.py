@@ -16,7 +16,7 @@ from support.meta_models import built_parameters, expected_parameters
 from megatron_smlp.accounting.costs import ModelShape, layer_cost
 from megatron_smlp.accounting.estimate import estimate
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.yaml_file import read_yaml, spelling
+from megatron_smlp.flags.yaml_file import read_settings, read_yaml, spelling
 from megatron_smlp.training.start_screen import print_dry_run
 
 SYSTEMS = (
@@ -207,14 +207,43 @@ class TestInclude:
         (tmp_path / "top.yaml").write_text("include: base.yaml\nlr-warmup-iters: 0\n")
         assert read_yaml(tmp_path / "top.yaml") == {"lr-warmup-iters": 0}
 
+    def test_several_compose_a_run_and_a_later_one_wins(self, tmp_path: Path):
+        """Model, data and optimizer in files of their own, some in a folder of their own."""
+        (tmp_path / "parts").mkdir()
+        (tmp_path / "base.yaml").write_text("lr: 1\nseed: 5\n")
+        (tmp_path / "parts" / "model.yaml").write_text("include: ../base.yaml\nnum-layers: 2\n")
+        (tmp_path / "parts" / "adam.yaml").write_text("include: ../base.yaml\nlr: 2\n")
+        top = tmp_path / "top.yaml"
+        top.write_text("include: [parts/model.yaml, parts/adam.yaml]\nseed: 6\n")
+        assert read_yaml(top) == {"num-layers": 2, "lr": 2, "seed": 6}
+        top.write_text("include: [parts/adam.yaml, parts/model.yaml]\n")
+        assert read_yaml(top) == {"num-layers": 2, "lr": 1, "seed": 5}
+        assert read_yaml(top, tmp_path / "parts" / "adam.yaml")["lr"] == 2
+        places = {key: setting.place for key, setting in read_settings([top]).items()}
+        assert places["lr"] == f"{tmp_path}/base.yaml:1"
+        assert places["num-layers"] == f"{tmp_path}/parts/model.yaml:2"
+
+    def test_files_that_include_one_another_often_are_read_once(self, tmp_path: Path):
+        for number in range(20):
+            text = f"include: [{number + 1}.yaml, {number + 1}.yaml]\n"
+            (tmp_path / f"{number}.yaml").write_text(text)
+        (tmp_path / "20.yaml").write_text("lr: 1\n")
+        assert read_yaml(tmp_path / "0.yaml") == {"lr": 1}  # 2^20 times, it would take an hour
+
     def test_a_circle_and_a_missing_file_are_named(self, tmp_path: Path):
         path = tmp_path / "top.yaml"
         path.write_text("include: top.yaml\n")
         with pytest.raises(UsageError, match="includes itself"):
             read_yaml(path)
+        (tmp_path / "other.yaml").write_text("include: top.yaml\n")
+        path.write_text("include: [other.yaml]\n")
+        circle = rf"{path} includes {tmp_path}/other\.yaml includes {path}\. Remove"
+        with pytest.raises(UsageError, match=circle):
+            read_yaml(path)
+        (tmp_path / "other.yaml").unlink()
         path.write_text("include: other.yaml\n")
         with pytest.raises(UsageError, match=r"other\.yaml: no such file"):
             read_yaml(path)
-        path.write_text("include: [a.yaml]\n")
-        with pytest.raises(UsageError, match="'include' names one file"):
+        path.write_text("include: [a.yaml, 1]\n")
+        with pytest.raises(UsageError, match="'include' names a file, or several"):
             read_yaml(path)
