@@ -9,6 +9,28 @@ fail() {
   exit 2
 }
 
+# SITE: what a cluster needs. Modules' own functions read variables that are not set.
+if [[ -n "${SITE:-}" ]]; then
+  [[ -f "$SITE" ]] || fail "SITE=$SITE: no such file: give a file of shell lines (docs/gpus.md)"
+  SITE="$(realpath -- "$SITE")"
+  export SITE # to the tasks of Slurm
+  set +u
+  # shellcheck source=/dev/null
+  source "$SITE"
+  set -u
+fi
+
+# Keep compiled kernels on this node's own disk: in a home on NFS a stale file handle ends one rank,
+# and the others wait for it. Called where the ranks are; TMPDIR is that of the node.
+keep_caches_local() {
+  local folder="${TMPDIR:-/tmp}/megatron_smlp-$(id -u)"
+  mkdir -p -m 700 -- "$folder" 2> /dev/null || true
+  [[ -O "$folder" && -w "$folder" ]] || return 0 # somebody else's, or no such disk
+  export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$folder/triton}"
+  export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$folder/inductor}"
+  export CUDA_CACHE_PATH="${CUDA_CACHE_PATH:-$folder/cuda}"
+}
+
 # The comment at the top of the calling script.
 usage() {
   sed -n '2,/^$/{/^#SBATCH/d;s/^# \{0,1\}//p}' "$0"
@@ -85,6 +107,7 @@ start() {
   shift
   answer_help "$@"
   check_common
+  keep_caches_local
   export NPROC_PER_NODE
   exec "$PYTHON" "$REPOSITORY/tools/launch.py" "$machines" \
     "$REPOSITORY/pretrain_smlp.py" --config "$CONFIG" "$@"

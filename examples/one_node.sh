@@ -6,6 +6,8 @@
 #   CONFIG            YAML file with the sizes of the model and of the run; flags win over it
 #   NPROC_PER_NODE    processes (default: the number of GPUs, or 1 without any)
 #   PYTHON            interpreter (default: the project's .venv, else python3)
+#   SITE              a file of shell lines that is sourced first: modules, NCCL, UCX (docs/gpus.md)
+#   TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR, CUDA_CACHE_PATH   default: in TMPDIR, else /tmp
 #   LOCAL_ADDR        address of this machine by which its processes meet (default: 127.0.0.1)
 #   MAX_RESTARTS      times that processes are started again by one agent (default: 3)
 #   SHUTDOWN_TIMEOUT  seconds to save in when the run is told to end (default: 600)

@@ -23,6 +23,8 @@ export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
 precision=
 if ((gpus)) || grep -qwsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=--bf16; fi
 
+keep_caches_local
+
 step() { printf '\n== %s\n' "$*"; }
 
 corpus=${CORPUS:-}

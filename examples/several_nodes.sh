@@ -22,6 +22,8 @@
 #   REJOIN_TIMEOUT    seconds for all machines to come together again (default: 600)
 #   NPROC_PER_NODE    processes on this machine (default: the number of GPUs, or 1 without any)
 #   PYTHON            interpreter (default: the project's .venv, else python3)
+#   SITE              a file of shell lines that is sourced first: modules, NCCL, UCX (docs/gpus.md)
+#   TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR, CUDA_CACHE_PATH   default: in TMPDIR, else /tmp
 #   GLOO_SOCKET_IFNAME, CUDA_DEVICE_MAX_CONNECTIONS   are set where they are not
 #
 # Data, --save and the configuration must be readable under the same paths on every machine. With

@@ -17,6 +17,8 @@
 #   MASTER_PORT      a free port there (default: one made from the job's number)
 #   NPROC_PER_NODE   processes on a node (default: the GPUs that Slurm gave)
 #   PYTHON           interpreter (default: the project's .venv, else python3)
+#   SITE             a file of shell lines that is sourced first, here and by the tasks: modules,
+#                    NCCL, UCX (docs/gpus.md)
 #   SRUN_FLAGS       more flags of srun, as --container-image=... (docs/gpus.md): PYTHON is then
 #                    looked for by the tasks alone
 #   RENDEZVOUS, MAX_RESTARTS, SHUTDOWN_TIMEOUT, START_TIMEOUT, REJOIN_TIMEOUT   as in

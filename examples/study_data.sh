@@ -11,6 +11,7 @@
 #   PYTHON_BIN   interpreter (default: the project's .venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source examples/common.sh
 
 if [[ "${1:-}" == "--help" ]]; then
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"

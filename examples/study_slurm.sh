@@ -11,6 +11,7 @@
 #   STUDY            the study file
 #   NPROC_PER_NODE   processes of one run (default: the GPUs that Slurm gave)
 #   PYTHON           interpreter (default: the project's .venv, else python3)
+#   SITE             a file of shell lines that is sourced first (docs/gpus.md)
 #
 # A run whose worker is ended goes on from its last checkpoint in another one.
 
@@ -32,5 +33,6 @@ require STUDY "the study file, for example STUDY=studies/cpu.yaml"
 NPROC_PER_NODE="${NPROC_PER_NODE:-$(default_processes)}"
 require_number NPROC_PER_NODE "the number of processes of a run"
 PYTHON="${PYTHON:-$(default_python)}"
+keep_caches_local
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$PYTHON" "$REPOSITORY/tools/study.py" run "$STUDY" --processes "$NPROC_PER_NODE" "$@"

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from megatron_smlp import __version__
 from megatron_smlp.accounting.costs import ModelShape
+from megatron_smlp.data.blending import SPLIT_FLAGS, SPLITS
 from megatron_smlp.platform import cpu
 from megatron_smlp.provenance import software, version_of
 from megatron_smlp.training.captured_output import terminal
@@ -76,7 +77,7 @@ class RunConsole:
             self.say(line)
         if cpu.needed():
             self.say("platform    CPU: GPU-only defaults are off (docs/architecture.md)")
-        self.say(f"data        {'mock' if args.mock_data else ' '.join(data_words(args))}")
+        self.say(f"data        {'mock' if args.mock_data else data_text(args)}")
         self.say(f"start       {'from ' + args.load if args.load else 'from scratch'}")
         if args.kept_flags:
             self.say(f"            with {', '.join(args.kept_flags)}, as that model has it")
@@ -92,10 +93,10 @@ def dry_run(args: argparse.Namespace) -> None:
         print_dry_run(args, Console(file=terminal(), highlight=False, soft_wrap=True))
 
 
-def data_words(args: argparse.Namespace) -> list[str]:
-    """Return the data flags that were given, as they were given."""
-    names = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-    given = [getattr(args, name) for name in names if getattr(args, name)]
-    return [str(word) for words in given for word in words] or [
-        str(args.data_args_path or args.per_split_data_args_path)
-    ]
+def data_text(args: argparse.Namespace) -> str:
+    """Return the data flags as they were given; those of each split with its name."""
+    if args.data_path:
+        return " ".join(map(str, args.data_path))
+    given = {split: getattr(args, flag) for split, flag in zip(SPLITS, SPLIT_FLAGS, strict=True)}
+    parts = [" ".join([split, *map(str, words)]) for split, words in given.items() if words]
+    return " | ".join(parts) or str(args.data_args_path or args.per_split_data_args_path)

@@ -311,6 +311,45 @@ def test_slurm_queues_a_job_again_whose_time_is_over(tmp_path: Path):
     assert len(steps(log)) == 200
 
 
+# An interpreter that prints what a launcher gives it.
+PRINTS = """#!/usr/bin/env bash
+[[ "$1" == -c ]] || env
+"""
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
+
+
+@pytest.mark.parametrize("launcher", ["one_node.sh", "several_nodes.sh", "study_slurm.sh"])
+def test_a_site_file_is_sourced_and_caches_are_the_nodes_own(tmp_path: Path, launcher: str):
+    (tmp_path / "python").write_text(PRINTS)
+    (tmp_path / "python").chmod(0o755)
+    lines = "export NCCL_DEBUG=INFO TRITON_CACHE_DIR=/site\n[[ -z $NOT_SET ]]\nPYTHON=./python\n"
+    (tmp_path / "site.sh").write_text(lines)
+    (tmp_path / "tmp").mkdir()
+    variables = {"SITE": "site.sh", "TMPDIR": str(tmp_path / "tmp"), "CONFIG": "site.sh"}
+    environment = clean_environment(**variables, STUDY="site.sh", SLURM_SUBMIT_DIR=str(REPOSITORY))
+    for name in CACHES[:2]:
+        environment.pop(name, None)
+    environment[CACHES[2]] = "/mine"
+    done = subprocess.run(
+        [str(EXAMPLES / launcher)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert said["NCCL_DEBUG"] == "INFO"
+    assert said["SITE"] == str(tmp_path / "site.sh")
+    own = tmp_path / "tmp" / f"megatron_smlp-{os.getuid()}"
+    assert [said[name] for name in CACHES] == ["/site", str(own / "inductor"), "/mine"]
+    assert own.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_site_file_that_is_not_there_is_named(tmp_path: Path):
+    environment = clean_environment(SITE="none.sh", CONFIG=CONFIG)
+    words = [str(EXAMPLES / "one_node.sh")]
+    done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: SITE=none.sh: no such file" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("visible", "expected"), [(None, "2"), ("3,5,7", "3"), ("GPU-8932f937-d72c", "1"), ("", "1")]
 )

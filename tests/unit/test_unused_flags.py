@@ -32,7 +32,7 @@ from megatron_smlp.flags.unused_flags import (
 from megatron_smlp.model import model_config
 from megatron_smlp.options import OUR_FLAGS
 from megatron_smlp.platform import cpu
-from megatron_smlp.training.console import data_words
+from megatron_smlp.training.console import data_text
 from megatron_smlp.training.start_screen import summary
 
 TRANSFORMER = "--architecture transformer --num-attention-heads 4"
@@ -398,9 +398,12 @@ def test_an_smlp_that_is_less_is_said(parse: Parse, words: str, said: str):
     assert "".join(notes).startswith(said)
 
 
-def test_a_file_of_splits_is_shown_as_the_data():
+def test_data_is_shown_by_its_split():
     nothing = dict.fromkeys((*WHOLE_FLAGS, *SPLIT_FLAGS))
-    assert data_words(Namespace(**nothing, per_split_data_args_path="f.json")) == ["f.json"]
+    assert data_text(Namespace(**nothing, per_split_data_args_path="f.json")) == "f.json"
+    assert data_text(Namespace(**nothing | {"data_path": [1, "a"]})) == "1 a"
+    given = nothing | {"train_data_path": ["0.5", "a", "0.5", "b"], "valid_data_path": ["c"]}
+    assert data_text(Namespace(**given)) == "train 0.5 a 0.5 b | valid c"
 
 
 def test_batches_by_a_schedule_are_shown_as_such():
