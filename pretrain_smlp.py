@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_smlp.flags import early
 from megatron_smlp.flags.help import answered
 from megatron_smlp.launching.parent import AGENT_PID
 from megatron_smlp.launching.training_words import limit_connections
@@ -27,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
     """Run a command line: patch -> parse -> check the data -> observe -> pretrain."""
     if answered(argv):  # --help, --version
         return
+    early.refuse(argv)
     choice.choose(argv)
     with StartUp() as start_up, CapturedOutput() as output:
         if AGENT_PID not in os.environ:  # else its launcher has
@@ -52,9 +54,9 @@ def patched_arguments(argv: Sequence[str]) -> Any:
         from megatron_smlp.megatron_patches import table
         from megatron_smlp.platform import cpu
 
-    cpu.apply()
-    table.apply()
-    return parse_arguments(argv)
+        cpu.apply()  # which imports Megatron
+        table.apply()
+        return parse_arguments(argv)
 
 
 def configuration(args: Any) -> Any:

@@ -50,6 +50,19 @@ def test_megatron_is_imported_without_the_compiler(said: dict[str, Any]):
     assert said["compilers"] == []
 
 
+def test_the_real_command_starts_without_the_compiler():
+    """It takes a third of the start: Megatron must be imported where torch.compile waits."""
+    flags = "--config configs/cpu/gmlp.yaml --mock-data --tokenizer-type NullTokenizer"
+    words = [*flags.split(), "--vocab-size", "500", "--dry-run"]
+    program = f"""
+import sys
+from pretrain_smlp import main
+main({words})
+sys.exit(bool({{"torch._dynamo", "torch._inductor"}} & set(sys.modules)))
+"""
+    run_command([sys.executable, "-c", program])
+
+
 def test_importing_the_package_replaces_nothing(said: dict[str, Any]):
     """Only `apply` does: a library that imports our layers keeps its torch."""
     assert said["replaced"] == []
