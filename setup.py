@@ -62,7 +62,9 @@ setup(
     python_requires=">=3.12,<3.14",
     py_modules=["pretrain_smlp"],
     packages=find_packages(include=["megatron_smlp", "megatron_smlp.*"]),
-    package_data={"megatron_smlp": ["py.typed", "evaluation/tasks/*.yaml"]},
+    package_data={
+        "megatron_smlp": ["py.typed", "flags/megatron_flags.json", "evaluation/tasks/*.yaml"]
+    },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": COMMANDS},

@@ -3,7 +3,7 @@ the rest of the program has to know of it. Every list of flags elsewhere is deri
 
 `Facts` names what a record says. Nothing heavy is imported: the accounting and the tools read these
 without torch or Megatron. Annotations stay real types (no `from __future__ import annotations`):
-Megatron's argument factory builds the parser from them.
+flags/our_flags.py builds the parser from them.
 """
 
 import dataclasses
@@ -57,9 +57,7 @@ def option(default: Any, *, choices: tuple[str, ...] | None = None, **facts: Any
     Args:
         choices: allowed values, where the type does not say them.
     """
-    metadata: dict[str, Any] = {"facts": Facts(**facts)}
-    if choices:
-        metadata["argparse_meta"] = {"choices": choices}
+    metadata = {"facts": Facts(**facts), "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -424,7 +422,7 @@ def model_defaults() -> dict[str, Any]:
 
 def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
     """Return the allowed values of a flag, which its type or its metadata says; None: any."""
-    choices: tuple[str, ...] | None = field.metadata.get("argparse_meta", {}).get("choices")
+    choices: tuple[str, ...] | None = field.metadata.get("choices")
     return get_args(field.type) if get_origin(field.type) is Literal else choices
 
 

@@ -7,10 +7,7 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import itertools
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -18,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.command_line import VERSION, flag_of
+from megatron_smlp.flags.our_flags import docstrings
 from megatron_smlp.options import OUR_FLAGS, ModelOptions, RunOptions, choices_of
 
 FLAGS_PAGE = Path(__file__).parents[2] / "docs" / "flags.md"
@@ -90,18 +88,6 @@ def _allowed(field: dataclasses.Field[Any]) -> str:
     if choices := choices_of(field):
         return "{" + ",".join(choices) + "}"
     return "" if field.type is bool else field.name.upper()
-
-
-def docstrings(options: type) -> dict[str, str]:
-    """Read the text under each field of a dataclass, one line of it."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(options))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    return {
-        field.target.id: " ".join(str(text.value.value).split())
-        for field, text in itertools.pairwise(body.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
 
 
 def flags_page() -> str:

@@ -12,20 +12,18 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_smlp.checkpoints import tokenizer_copy
 from megatron_smlp.checkpoints.resume_checks import check_same_model
 from megatron_smlp.data.blending import SPLIT_FLAGS
 from megatron_smlp.data.pairs.indexed import idx_path, strip_suffix
-from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check import check, validate
 from megatron_smlp.flags.config_file import expand_config
 from megatron_smlp.flags.defaults import fill_in
 from megatron_smlp.flags.namespace import Arguments
-from megatron_smlp.flags.parser_actions import actions_of, given_flags, nearest
+from megatron_smlp.flags.our_flags import add_our_flags
+from megatron_smlp.flags.parser_actions import actions_of, given_flags, refuse_unknown
 from megatron_smlp.flags.use_checkpoint_args import with_checkpoint_flags
-from megatron_smlp.options import ModelOptions, RunOptions
 
 FILES = (*tokenizer_copy.FLAGS, "hash_table", "data_args_path", "per_split_data_args_path")
 PREFIXES = ("data_path", *SPLIT_FLAGS)
@@ -60,7 +58,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
     expanded, places = expand_config(parser, argv)
     argv = with_checkpoint_flags(parser, expanded)
     argv = with_absolute_paths(actions_of(parser), argv)
-    _refuse_unknown(parser, argv)
+    refuse_unknown(parser, argv)
     args = Arguments.of(_parse_like_megatron(argv))
     args.explicit_flags = {name: getattr(args, name) for name in given_flags(parser, argv)}
     places |= dict.fromkeys(given, "command line")
@@ -80,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Pretrain sparse all-MLP language models and their baselines.",
         allow_abbrev=False,
     )
-    return _with_readable_help(_add_options(add_megatron_arguments(parser)))
+    return _with_readable_help(add_our_flags(add_megatron_arguments(parser)))
 
 
 def _with_readable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -93,43 +91,15 @@ def _with_readable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     return parser
 
 
-def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    from megatron.training.argument_utils import ArgumentGroupFactory
-
-    ArgumentGroupFactory(ModelOptions).build_group(parser, "sparse all-MLP model")
-    ArgumentGroupFactory(RunOptions).build_group(parser, "run")
-    parser.error = _raise_usage  # type: ignore[method-assign]
-    return parser
-
-
-def _raise_usage(message: str) -> NoReturn:
-    """argparse would print some hundred lines of usage before the one that matters."""
-    raise UsageError(message)
-
-
 def _parse_like_megatron(argv: Sequence[str]) -> argparse.Namespace:
     from megatron.training.arguments import parse_args
 
     before = sys.argv
     sys.argv = [before[0], *argv]  # Megatron reads sys.argv itself, and rank and world size
     try:
-        return parse_args(extra_args_provider=_add_options)
+        return parse_args(extra_args_provider=add_our_flags)
     finally:
         sys.argv = before
-
-
-def _refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    known, unknown = parser.parse_known_args(list(argv))
-    if known.yaml_cfg:
-        raise UsageError(
-            f"--yaml-cfg {known.yaml_cfg} is Megatron's file of another form: give --config."
-        )
-    for word in unknown:
-        if word.startswith("-"):
-            flag = word.split("=")[0]
-            raise UsageError(f"{flag} is not a flag: {nearest(parser, flag)}")
-    if unknown:
-        raise UsageError(f"'{unknown[0]}' belongs to no flag.")
 
 
 def with_absolute_paths(options: Mapping[str, argparse.Action], argv: Sequence[str]) -> list[str]:

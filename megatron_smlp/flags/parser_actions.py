@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_smlp.command_line import did_you_mean
+from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check_routers import MEGATRON_ROUTER_FLAGS, TOP_K_FLAGS
 from megatron_smlp.flags.unused_flags import OTHER_LAYER_FLAGS, OTHER_LAYERS, REFUSED
 
@@ -30,3 +31,23 @@ def nearest(parser: argparse.ArgumentParser, name: str) -> str:
     flag = "--" + name.lstrip("-").replace("_", "-")
     hint = did_you_mean(flag, known, most=3, cutoff=0.7)
     return hint or "`pretrain_smlp.py --help-all` lists every flag."
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Return the flags that are known.
+
+    Raises:
+        UsageError: there are others, or what belongs to none.
+    """
+    known, unknown = parser.parse_known_args(list(argv))
+    if known.yaml_cfg:
+        raise UsageError(
+            f"--yaml-cfg {known.yaml_cfg} is Megatron's file of another form: give --config."
+        )
+    for word in unknown:
+        if word.startswith("-"):
+            flag = word.split("=")[0]
+            raise UsageError(f"{flag} is not a flag: {nearest(parser, flag)}")
+    if unknown:
+        raise UsageError(f"'{unknown[0]}' belongs to no flag.")
+    return known

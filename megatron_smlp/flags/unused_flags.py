@@ -12,7 +12,6 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check_model import slots_of
 from megatron_smlp.options import DEFAULTS, OUR_FLAGS, model_defaults
-from megatron_smlp.platform import cpu
 from megatron_smlp.systems import ARCHITECTURES, MIXERS, POSITIONS, SPECS, mixer_of
 
 OTHER_LAYER_FLAGS = (
@@ -345,6 +344,8 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
     given = {name: args.explicit_flags[name] for name in _given(args, CUDA_GRAPH_FLAGS)}
     if not given:
         return
+    from megatron_smlp.platform import cpu  # with torch, which early.py does without
+
     name, value = next(iter(given.items()))
     for older in ("cuda_graph_modules", "cuda_graph_scope_deprecated"):
         if "full_iteration" in given.get(older, ()):

@@ -14,6 +14,7 @@ PACKAGE = REPOSITORY / "megatron_smlp"
 ORDER = (
     *("errors", "ctrl_c", "unwritable_log", "program", "durable", "provenance", "restart_note"),
     *("library_logging", "command_line", "metrics_records", "collectives"),
+    "first_rank",
     *("progress", "systems", "options"),
     *("ops", "hf", "routers", "layers", "architectures"),
     *("platform", "data", "checkpoints", "megatron_patches", "flags", "launching"),

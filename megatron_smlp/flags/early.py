@@ -1,0 +1,93 @@
+"""Refuse at once, before torch is imported, what a command line alone shows to be wrong.
+
+A parser with our flags, by their records, and with Megatron's, by a table of them, which holds for
+the release that it was made of; with another one everything waits for the real parser. What is
+refused, and how it is said, is in the functions that look again behind it.
+
+    python -m megatron_smlp.flags.early     writes the table anew, for another Megatron
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.flags.config_file import expand_config
+from megatron_smlp.flags.our_flags import add_our_flags
+from megatron_smlp.flags.parser_actions import refuse_unknown
+from megatron_smlp.flags.ranges import check_values
+from megatron_smlp.flags.use_checkpoint_args import FLAG as GOES_ON
+from megatron_smlp.options import OUR_FLAGS
+from megatron_smlp.provenance import version_of
+
+TABLE = Path(__file__).with_name("megatron_flags.json")
+TYPES = {"int": int, "float": float}
+
+
+def refuse(argv: Sequence[str]) -> None:
+    """Refuse flags that do not exist, and values that are not of their type, choice or range.
+
+    Raises:
+        UsageError: as the real parser would.
+    """
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    if GOES_ON in argv or table["megatron-core"] != version_of("megatron-core"):
+        return
+    parser = add_our_flags(argparse.ArgumentParser(allow_abbrev=False))
+    for flags, facts in table["flags"].items():
+        _add(parser, flags.split(), **facts)
+    words, _ = expand_config(parser, argv)
+    check_values(refuse_unknown(parser, words))
+
+
+def _add(
+    parser: argparse.ArgumentParser,
+    flags: list[str],
+    *,
+    dest: str,
+    nargs: int | str | None = None,
+    type: str = "str",
+    choices: list[Any] | None = None,
+) -> None:
+    if nargs == 0:
+        is_pair = any(flag_of(f"no-{flags[0][2:]}") == flag for flag in flags[1:])
+        action: Any = argparse.BooleanOptionalAction if is_pair else "store_true"
+        parser.add_argument(*flags[: 1 if is_pair else None], dest=dest, action=action)
+    else:
+        kind: Any = TYPES.get(type, str)
+        parser.add_argument(*flags, dest=dest, nargs=nargs, type=kind, choices=choices)
+
+
+def megatrons_table() -> str:
+    """Return the table, from Megatron's own parser."""
+    from megatron_smlp.flags.parse import build_parser
+    from megatron_smlp.platform import cpu
+
+    cpu.apply()
+    lines = (
+        f"{json.dumps(' '.join(action.option_strings))}: {json.dumps(_facts(action))}"
+        for action in build_parser()._actions
+        if action.dest not in {*OUR_FLAGS, "help"}
+    )
+    head = f'{{"megatron-core": {json.dumps(version_of("megatron-core"))}, "flags": {{\n'
+    return head + ",\n".join(sorted(lines)) + "\n}}\n"
+
+
+def _facts(action: argparse.Action) -> dict[str, Any]:
+    facts: dict[str, Any] = {"dest": action.dest}
+    if action.nargs is not None:
+        facts["nargs"] = action.nargs
+    if action.type in TYPES.values():
+        facts["type"] = action.type.__name__  # type: ignore[union-attr]
+    choices = list(action.choices or ())
+    if choices and all(isinstance(choice, (str, int)) for choice in choices):
+        facts["choices"] = choices
+    return facts
+
+
+if __name__ == "__main__":
+    TABLE.write_text(megatrons_table(), encoding="utf-8")

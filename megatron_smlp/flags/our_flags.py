@@ -1,0 +1,54 @@
+"""argparse's flags of the records in options.py. No torch, no Megatron."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+from types import NoneType
+from typing import Any, NoReturn, get_args
+
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.errors import UsageError
+from megatron_smlp.options import ModelOptions, RunOptions, choices_of
+
+GROUPS = {"sparse all-MLP model": ModelOptions, "run": RunOptions}
+
+
+def add_our_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add both groups of options.py; what is wrong is raised, and not printed."""
+    for title, options in GROUPS.items():
+        group = parser.add_argument_group(title, options.__doc__)
+        meanings = docstrings(options)
+        for field in dataclasses.fields(options):
+            group.add_argument(flag_of(field.name), **_keywords(field), help=meanings[field.name])
+    parser.error = _raise_usage  # type: ignore[method-assign]
+    return parser
+
+
+def _keywords(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    if field.type is bool:
+        return {"action": "store_true"}
+    choices = choices_of(field)
+    (kind,) = {str} if choices else {*(get_args(field.type) or [field.type])} - {NoneType}
+    return {"type": kind, "choices": choices, "default": field.default}
+
+
+def _raise_usage(message: str) -> NoReturn:
+    """argparse would print some hundred lines of usage before the one that matters."""
+    raise UsageError(message)
+
+
+def docstrings(options: type) -> dict[str, str]:
+    """Read the text under each field of a dataclass, one line of it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(options))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in itertools.pairwise(body.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
