@@ -1,23 +1,34 @@
-"""One command of pretrain_smlp.py: how it is spelt, started, watched and ended."""
+"""One command of pretrain_smlp.py: how it is spelt, started, watched and ended.
+
+A training of one process on a CPU is a fork of one that has imported Megatron, and trains after a
+second; its losses are those of the command. A process that has started CUDA cannot be forked, and
+the agent of several ranks starts them: where there is a GPU, or a run has more processes, it is a
+program of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching.parent import end_with_parent
+from megatron_smlp.platform import choice
 
 OUTPUT = "output.log"
 FLAGS = "flags.yaml"
@@ -63,24 +74,81 @@ def run_command(
         stop: ends the command when it is set.
         watch: called about once a second.
     """
+    start = _Fork.of if _may_be_forked(command) else _program
     with (folder / OUTPUT).open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            process_group=0,  # Ctrl-C is the worker's, which ends the run so that it saves
-            # Two must not train one run, where a worker is killed and its run goes on.
-            preexec_fn=partial(end_with_parent, signal.SIGTERM),
-        )
-        with _ended_with_us(process):
-            while process.poll() is None and not stop.wait(POLL_SECONDS):
-                watch()
-        return process.returncode
+        process = start(command, log)
+    with _ended_with_us(process):
+        while process.poll() is None and not stop.is_set():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(POLL_SECONDS)
+            watch()
+    return process.wait()
+
+
+def _may_be_forked(command: Sequence[str]) -> bool:
+    return [*command[:2]] == [sys.executable, _script()] and _is_on_cpu()
+
+
+def _is_on_cpu() -> bool:
+    return os.environ.get(choice.VISIBLE) in ("", "-1") or not choice.has_nvidia_device()
+
+
+def _program(command: Sequence[str], log: BinaryIO) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        process_group=0,  # Ctrl-C is the worker's, which ends the run so that it saves
+        # Two must not train one run, where a worker is killed and its run goes on.
+        preexec_fn=partial(end_with_parent, signal.SIGTERM),
+    )
+
+
+class _Fork(ForkServerProcess):
+    """A training, with the methods of Popen that are used here."""
+
+    @classmethod
+    def of(cls, command: Sequence[str], log: BinaryIO) -> _Fork:
+        multiprocessing.set_forkserver_preload(["megatron_smlp.study.preloaded"])
+        process = cls(target=_train, args=(command[2:], log.name))
+        process.start()
+        return process
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired("a training", timeout or 0.0)
+        return self.exitcode
+
+
+def _train(words: Sequence[str], log: str) -> None:
+    """Be the program that `_program` starts: of these words, and ended as it is."""
+    import pretrain_smlp
+
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Path(log).open("ab") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    end_with_parent(signal.SIGTERM)  # the server's; what it is forked for has another
+    threading.Thread(target=_end_with_worker, daemon=True).start()
+    sys.argv = ["pretrain_smlp.py", *words]
+    pretrain_smlp.run()
+
+
+def _end_with_worker() -> None:
+    worker = multiprocessing.parent_process()
+    assert worker is not None
+    wait([worker.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _ended_with_us(process: subprocess.Popen[bytes] | _Fork) -> Iterator[None]:
     try:
         yield
     finally:
