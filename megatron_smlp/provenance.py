@@ -1,7 +1,9 @@
-"""The software of a run: the commit of this repository, where it is one, and package versions."""
+"""The software of a run: its sources, the commit of this repository, where it is one, and package
+versions."""
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from functools import cache
@@ -10,12 +12,34 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("megatron-core", "torch", "numpy", "transformers", "tokenizers", "safetensors")
+HASH_DIGITS = 12
+NOT_OF_A_STEP = {"commands.py", "conversion", "generation", "plotting", "serving", "study"}
+"""Parts of the package that read, compare or serve what was trained."""
 
 
 @cache
 def software() -> dict[str, Any]:
-    """`commit` (None for an installed package), `python` and `packages` with their versions."""
-    return {"commit": _commit(), "python": platform.python_version(), "packages": versions()}
+    """`commit` (None for an installed package), `sources`, `python` and `packages` with their
+    versions."""
+    return made_by() | {"python": platform.python_version(), "packages": versions()}
+
+
+def made_by() -> dict[str, str | None]:
+    """Return the commit, and a hash of the sources, that what this process trains is made by."""
+    return {"commit": _commit(), "sources": sources()}
+
+
+def sources() -> str:
+    """Return a hash of the texts that decide what a step computes: pretrain_smlp.py and the package
+    but for some parts. A text that one adds to them, as a plugin's, belongs here."""
+    package = Path(__file__).parent
+    files = [package.with_name("pretrain_smlp.py"), *sorted(package.rglob("*.py"))]
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(package.parent)
+        if not NOT_OF_A_STEP.intersection(name.parts[1:2]):
+            digest.update(f"{name}\n{len(text := file.read_bytes())}\n".encode() + text)
+    return digest.hexdigest()[:HASH_DIGITS]
 
 
 def versions() -> dict[str, str | None]:

@@ -13,6 +13,7 @@ from megatron_smlp.collectives import from_first_rank
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.options import MODEL_FLAGS
+from megatron_smlp.provenance import software
 
 
 def check_same_model(args: argparse.Namespace, iteration: int | None) -> None:
@@ -75,7 +76,7 @@ def _other_data(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
 def _changes(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
     """Return the differences of this run's flags from the checkpoint's: `--lr 0.001 -> 0.0005`.
 
-    Flags that were given then or are given now, and the number of ranks.
+    Flags that were given then or are given now, the number of ranks, and the sources.
     """
     names = {*record["given"], *args.explicit_flags} - START_FLAGS
     before = record["flags"]
@@ -85,4 +86,9 @@ def _changes(record: dict[str, Any], args: argparse.Namespace) -> list[str]:
         if name in before and before[name] != now:
             title = "ranks" if name == "world_size" else flag_of(name)
             found.append(f"{title} {before[name]} -> {now}")
+    then, here = record.get("software", {}), software()
+    if then.get("sources", here["sources"]) != here["sources"]:
+        found.append(
+            " -> ".join(f"sources {x['sources']} (commit {x['commit']})" for x in (then, here))
+        )
     return found

@@ -8,7 +8,7 @@
 | flags | the value of every flag, after all defaults of Megatron and the machine |
 | layout | over how many ranks the model was spread, and how |
 | data | what was in each dataset, by its prefix: `data/pairs/content.py` |
-| software | commit of this repository, versions of Python and of packages |
+| software | commit of this repository, hash of its sources, versions of Python and of packages |
 | tokenizer | flags that name it, its size, and the SHA-256 of its vocabulary |
 """
 

@@ -60,6 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="only time the systems, in turns; nothing else should run on the machine",
             )
+        if name == "report":
+            command.add_argument(
+                "--accept-other-sources", action="store_true",
+                help="compare runs also where other sources made them that are not known to "
+                "compute the same",
+            )  # fmt: skip
         if name == "evaluate":
             command.add_argument(
                 "--tasks", metavar="A,B",
@@ -172,6 +178,7 @@ def _alone(known: State, what: str) -> Iterator[None]:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from megatron_smlp.study.fingerprints import lines_on_sources
     from megatron_smlp.study.prices import evaluation_cost, price_lines, warm_up_lines
     from megatron_smlp.study.tables import Tables
 
@@ -194,6 +201,8 @@ def _plan(args: argparse.Namespace) -> int:
         print(line)
     for line in warm_up_lines(plan):
         print(line)
+    for line in lines_on_sources(known, results):
+        print(f"  {line}")
     for name in plan.at_edge:
         print(f"  WARNING: the best rate of {name} is at the edge of the trials")
     print(f"\nevaluation: {evaluation_cost(first, calendar)}")
@@ -211,6 +220,8 @@ def _counts(
 
 
 def _run(args: argparse.Namespace) -> int:
+    from megatron_smlp.study.fingerprints import lines_on_sources, make_fingerprints
+
     known, results = read_state(args)
     StudyData(args.data).check_vocabulary(known.study.vocab_size)
     if args.speed:
@@ -218,6 +229,9 @@ def _run(args: argparse.Namespace) -> int:
     state.begin(known.folder, state.description(known.study, known.systems, known.identity))
     again = known.failures(known.plan()) if args.retry else {}
     data = StudyData(args.data)
+    make_fingerprints(known, data, results, processes=args.processes)
+    for line in lines_on_sources(known, results, processes=args.processes):
+        print(f"note: {line}", file=sys.stderr)
     Worker(state=known, data=data, processes=args.processes, again=again).work()
     if failure := known.failure(known.plan()):
         print(f"{failure}. See tools/study.py status {args.study}", file=sys.stderr)
@@ -277,6 +291,6 @@ def _report(args: argparse.Namespace) -> int:
             f"{results.folder}: no run of study {known.study.name!r} is over: start "
             f"`tools/study.py run {args.study}` first."
         )
-    for path in write_report(known, results):
+    for path in write_report(known, results, accept_other_sources=args.accept_other_sources):
         print(path)
     return 0

@@ -22,13 +22,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_smlp import __version__
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 
-NUMERICS = 1
-"""Raise it where the same flags train to other losses than before, by more than rounding: older
-results then do not count."""
+FIRST = (1, {"megatron-smlp": "0.1.0"})
+"""What keys had of the project while no run noted its sources (made_by.py), and have for ever."""
 HASH_DIGITS = 12
 DIGITS = 3  # of a multiple of the learning rate that a trial at an edge gets
 
@@ -59,7 +57,7 @@ class PlannedRun:
 
     @cached_property
     def key(self) -> str:
-        """The hash over flags, data, version and parent: two runs of one hash are the same."""
+        """The hash over flags, data, versions and parent: two runs of one hash are the same."""
         parent = self.parent.key if self.parent else None
         content = json.dumps([dict(self.flags), self.identity, parent], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:HASH_DIGITS]
@@ -112,16 +110,14 @@ class Plan:
 
 
 def identity_of(contents: Mapping[str, str]) -> str:
-    """Return what all runs of a study share beside their flags: data, versions.
+    """Return what all runs of a study share beside their flags: data, versions of packages.
 
     Args:
         contents: the checksum of each dataset and of the tokenizer.
     """
     packages = ("megatron-core", "torch")
-    versions = {"megatron-smlp": __version__} | {
-        name: metadata.version(name).partition("+")[0] for name in packages
-    }
-    return json.dumps([NUMERICS, versions, dict(contents)], sort_keys=True)
+    versions = {name: metadata.version(name).partition("+")[0] for name in packages}
+    return json.dumps([FIRST[0], FIRST[1] | versions, dict(contents)], sort_keys=True)
 
 
 def make_plan(

@@ -8,6 +8,7 @@ import signal
 
 from megatron_smlp.library_logging import quiet_libraries
 from megatron_smlp.megatron_patches.late_compile import late_compile
+from megatron_smlp.provenance import software
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's, which ends its runs
 
@@ -23,3 +24,5 @@ with quiet_libraries(), late_compile():
     import megatron_smlp.platform.cpu
     import megatron_smlp.training.run  # noqa: F401
     import pretrain_smlp  # noqa: F401
+
+software()  # of these texts, whatever becomes of them while runs are forked

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -29,6 +29,7 @@ from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching.parent import end_with_parent
 from megatron_smlp.platform import choice
+from megatron_smlp.provenance import made_by
 
 OUTPUT = "output.log"
 FLAGS = "flags.yaml"
@@ -91,6 +92,17 @@ def _may_be_forked(command: Sequence[str]) -> bool:
 
 def _is_on_cpu() -> bool:
     return os.environ.get(choice.VISIBLE) in ("", "-1") or not choice.has_nvidia_device()
+
+
+def made_by_next(processes: int) -> dict[str, str | None]:
+    """Return by what the next training is made: the texts as they are now, or as they were when
+    what it is forked from read them."""
+    return _made_by_forks() if processes == 1 and _is_on_cpu() else made_by()
+
+
+@cache
+def _made_by_forks() -> dict[str, str | None]:
+    return made_by()
 
 
 def _program(command: Sequence[str], log: BinaryIO) -> subprocess.Popen[bytes]:

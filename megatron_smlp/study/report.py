@@ -15,6 +15,7 @@ from megatron_smlp.durable import write_durably
 from megatron_smlp.evaluation.reports import PAPER_FIGURES, PAPER_METRICS
 from megatron_smlp.study.fairness import CONVENTIONS, flops_spread
 from megatron_smlp.study.figures import Drawing, not_reached, speedup
+from megatron_smlp.study.made_by import Versions
 from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import Plan
 from megatron_smlp.study.results import ROUTING, TASK, Results
@@ -44,9 +45,11 @@ from megatron_smlp.study.verdicts import (
 from megatron_smlp.training.metrics_file import finite
 
 
-def write_report(known: State, results: Results) -> list[Path]:
+def write_report(
+    known: State, results: Results, *, accept_other_sources: bool = False
+) -> list[Path]:
     """Write everything that a reader sees; return the files."""
-    page = Page(known, results)
+    page = Page(known, results, accept_other_sources=accept_other_sources)
     written = []
     drawing = Drawing(page.study, page.systems, page.tables, page.plan.factors)
     for name, figure in drawing.figures(page.times):
@@ -75,10 +78,18 @@ def costs_to_losses(
 class Page:
     """report.md and report.json, by the files of the results; figures are the caller's to draw."""
 
-    def __init__(self, known: State, results: Results) -> None:
+    def __init__(
+        self, known: State, results: Results, *, accept_other_sources: bool = False
+    ) -> None:
         self.study, self.systems, self.plan = known.study, known.systems, known.plan()
         self.lacking = list(_lacking(known, self.plan))
         self.tables = Tables.of(results).of_runs({run.key for run in self.plan.runs})
+        self.fingerprints = results.fingerprints
+        self.versions = Versions.of(self.tables.runs, self.fingerprints)
+        self.accepts = accept_other_sources
+        if not accept_other_sources:
+            keys = {*self.tables.runs["key"]} - {*self.versions.others["key"]}
+            self.tables = self.tables.of_runs(keys)
         about = (self.study, self.systems, self.tables)
         self.claims = claims_of(*about)
         self.others = others_of(*about)
@@ -100,6 +111,7 @@ class Page:
             "that nobody trained on, the same tokens for every system and seed. ± is the 95 % "
             "interval of the mean over seeds.",
             *(["", f"**Not whole**: {'; '.join(self.lacking)}."] if self.lacking else []),
+            *self._other_sources(),
             *("", "## Claims", "", *self._claims()),
             *(["", "## Comparisons", "", *self._comparisons(self.claims)] if self.claims else []),
             *self._others(),
@@ -132,6 +144,26 @@ class Page:
             },
         }
         return json.dumps(finite(content), indent=1) + "\n"
+
+    def _other_sources(self) -> Iterator[str]:
+        """Yield which runs are of other sources than the rest, and whether they count."""
+        others = self.versions.others.fillna({"commit": "", "sources": ""})
+        if not len(others):
+            return
+        what = "; ".join(
+            f"{count} of {system}, of sources {sources or 'not known'} (commit "
+            f"{commit or 'not known'})"
+            for (system, sources, commit), count in others.value_counts(
+                ["system", "sources", "commit"], sort=False
+            ).items()
+        )
+        yield from ("", (
+            f"**Other sources**: the following runs are not known to compute as the rest of them, "
+            f"which are of sources {self.versions.sources or 'not known'}, and "
+            + ("count by --accept-other-sources" if self.accepts else
+               "are left out; --accept-other-sources takes them in")
+            + f": {what}."
+        ))  # fmt: skip
 
     def _claims(self) -> Iterator[str]:
         if not self.claims:

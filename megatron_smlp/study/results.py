@@ -15,6 +15,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.metrics_records import Record
 from megatron_smlp.study import state
 from megatron_smlp.study.hardware import hardware
+from megatron_smlp.study.made_by import FINGERPRINT_COLUMNS, NOT_KNOWN
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS, read_records
 from megatron_smlp.study.plan import PlannedRun
 
@@ -23,7 +24,7 @@ LOSSES = (VALIDATION_LOSS, SUFFIX_LOSS)
 RUN_COLUMNS = (
     *("key", "parent", "system", "phase", "factor", "lr", "seed", "horizon", "start", "end"),
     *("tokens", "status", "loss", *LOSSES, "reason"),
-    *("attempts", "hardware", "logged_seconds", "tokens_per_second", "flags"),
+    *("attempts", "hardware", "commit", "sources", "logged_seconds", "tokens_per_second", "flags"),
 )
 CURVE_COLUMNS = (
     *("key", "iteration", "tokens", "flops", "square_flops", "learning_rate", "loss"),
@@ -37,6 +38,8 @@ SPEED_COLUMNS = (
     *MACHINE,
 )
 EVALUATION_COLUMNS = ("key", "system", "seed", "kind", "label", "value", "stderr", "count")
+FINGERPRINTS, FOUND = "fingerprints", "fingerprint.json"
+"""A folder of a study's, and the file of one of its own (fingerprints.py)."""
 TASK, ROUTING = "task", "routing"
 """Kinds of numbers in evaluations.csv; the others are those of evaluation/breakdown.py."""
 RENAMED = {
@@ -45,6 +48,7 @@ RENAMED = {
     "consumed_square_flops": "square_flops",
 }
 SIGNIFICANT = "%.7g"
+TEXTS = ("key", "parent", "commit", "sources", "fingerprint")  # some of which look like numbers
 TABLES = ("runs", "curves", "speed", "evaluations")
 
 
@@ -56,8 +60,9 @@ class Results:
 
     @cached_property
     def runs(self) -> pandas.DataFrame:
-        """A line a run that is over; files of earlier versions do not say on what hardware."""
-        return self._read("runs.csv", RUN_COLUMNS, added=("hardware",))
+        """A line a run that is over; files of earlier versions do not say on what hardware, and by
+        what sources."""
+        return self._read("runs.csv", RUN_COLUMNS, added=("hardware", "commit", "sources"))
 
     @cached_property
     def curves(self) -> pandas.DataFrame:
@@ -76,6 +81,11 @@ class Results:
         """A line a number that was found of a final checkpoint, see study/final.py."""
         return self._read("evaluations.csv", EVALUATION_COLUMNS)
 
+    @cached_property
+    def fingerprints(self) -> pandas.DataFrame:
+        """A line a system, sources and machine of which a fingerprint was made."""
+        return self._read("fingerprints.csv", FINGERPRINT_COLUMNS)
+
     def _read(
         self, name: str, columns: tuple[str, ...], *, added: tuple[str, ...] = ()
     ) -> pandas.DataFrame:
@@ -83,7 +93,7 @@ class Results:
         if not path.exists():
             return pandas.DataFrame(columns=list(columns))
         try:
-            table = pandas.read_csv(path, dtype={"key": str, "parent": str})
+            table = pandas.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
         except ValueError as error:
             raise UsageError(f"{path} cannot be read: {error}: restore it from git.") from error
         if lacking := sorted({*columns} - {*table.columns, *added}):
@@ -96,12 +106,18 @@ class Results:
             line.key: {
                 "status": line.status,
                 "loss": None if pandas.isna(line.loss) else float(line.loss),
+                "commit": line.commit,
+                "sources": line.sources,
             }
-            for line in self.runs.itertuples()
+            for line in self.runs.fillna({"commit": NOT_KNOWN, "sources": NOT_KNOWN}).itertuples()
         }
 
     def collect(self, known: state.State) -> None:
         """Add what the folders of the runs have and these files lack, and write them."""
+        if len(fingerprints := self.fingerprints_of(known)):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write("fingerprints.csv", fingerprints)
+            del self.__dict__["fingerprints"]
         kept = set(self.runs["key"][self.runs["status"] != state.FAILED])
         endings = {run.key: (run, known.ending(run)) for run in known.plan().runs}
         new = {
@@ -124,6 +140,14 @@ class Results:
         write_durably(self.folder / state.BEGUN, json.dumps(begun, indent=1) + "\n")
         for table in ("runs", "curves"):
             del self.__dict__[table]  # what is reported is what the files say, with their digits
+
+    def fingerprints_of(self, known: state.State) -> pandas.DataFrame:
+        """Return those of fingerprints.csv, and those that were made since."""
+        found = map(state.read_json, known.folder.glob(f"{FINGERPRINTS}/*/*/{FOUND}"))
+        new = pandas.DataFrame(found, columns=list(FINGERPRINT_COLUMNS))
+        table = pandas.concat([self.fingerprints, new]) if len(self.fingerprints) else new
+        order = ["system", "machine", "sources"]
+        return table.drop_duplicates([*order, "fingerprint"]).sort_values(order)
 
     def add_speed(self, lines: list[dict[str, Any]]) -> None:
         """Write the rounds of a quiet timing behind those of this machine's earlier ones.
@@ -193,6 +217,7 @@ def _run_line(known: state.State, run: PlannedRun, ending: dict[str, Any]) -> di
         "reason": ending.get("reason"),
         "attempts": ending.get("attempts"),
         "hardware": ending.get("hardware"),
+        **known.made_by(run),
         "logged_seconds": max((float(r.get("wall_seconds", 0)) for r in records), default=None),
         "tokens_per_second": steps.median() if len(steps) else None,
         "flags": json.dumps(dict(run.flags), sort_keys=True),

@@ -18,10 +18,12 @@ from megatron_smlp.progress import Progress
 from megatron_smlp.study import leases
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.leases import Lease
+from megatron_smlp.study.made_by import note
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS, last_step, validation_at
 from megatron_smlp.study.plan import Plan, PlannedRun
 from megatron_smlp.study.process import (
     last_lines,
+    made_by_next,
     output_bytes,
     refusal,
     run_command,
@@ -112,6 +114,7 @@ class Worker:
             command = training_command(
                 folder, run.flags, paths=self._path_flags(run), processes=self.processes
             )
+            note(folder, made_by_next(self.processes))
             code = run_command(command, folder=folder, stop=lease.lost, watch=watch)
             if lease.lost.is_set():
                 return

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.metrics_records import FILE_NAME
 from megatron_smlp.progress import Progress
 from megatron_smlp.study import leases
 from megatron_smlp.study.data import StudyData
-from megatron_smlp.study.metrics import read_records
-from megatron_smlp.study.process import last_lines, run_command, training_command
+from megatron_smlp.study.process import last_lines
+from megatron_smlp.study.short import train_shortly
 from megatron_smlp.study.state import State
 from megatron_smlp.study.systems import System
 
@@ -77,19 +76,12 @@ def _time(known: State, system: System, data: StudyData, *, processes: int) -> d
     """Return the fastest part of the second half of a short run: others that share the machine's
     memory slow it down for seconds at a time, which a median may be all of."""
     folder = known.folder / "speed" / system.name
-    (folder / FILE_NAME).unlink(missing_ok=True)
     steps = known.study.speed.steps
-    flags = {name: value for name, value in system.flags.items() if not name.startswith("lr_")}
-    flags |= {
-        "seed": 1,
-        "train_iters": steps,
-        "eval_iters": 0,
-        "log_interval": max(1, steps // PARTS),
-    }
-    paths = [*data.flags, "--log-dir", str(folder)]
-    command = training_command(folder, flags, paths=paths, processes=processes)
-    code = run_command(command, folder=folder, stop=threading.Event(), watch=lambda: None)
-    records = [record for record in read_records(folder) if "seconds_per_iteration" in record]
+    code, logged = train_shortly(
+        system, data, folder=folder, processes=processes, stop=threading.Event(),
+        train_iters=steps, eval_iters=0, log_interval=max(1, steps // PARTS),
+    )  # fmt: skip
+    records = [record for record in logged if "seconds_per_iteration" in record]
     if code or not records:
         text = "\n".join(f"  {line}" for line in last_lines(folder))
         raise UsageError(f"timing {system.name} failed ({code}), {folder}:\n{text}")

@@ -19,6 +19,7 @@ from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study import leases
 from megatron_smlp.study.hardware import hardware
+from megatron_smlp.study.made_by import NOT_KNOWN, noted
 from megatron_smlp.study.plan import Plan, PlannedRun, make_plan
 from megatron_smlp.study.study_file import OTHERS, Study
 from megatron_smlp.study.systems import System
@@ -84,6 +85,13 @@ class State:
 
     def _ending_here(self, run: PlannedRun) -> dict[str, Any] | None:
         return read_json(self.folder_of(run) / ENDED)
+
+    def made_by(self, run: PlannedRun) -> dict[str, str]:
+        """Return commit and sources of a run that is over; empty where they are not known."""
+        if self._ending_here(run):
+            return noted(self.folder_of(run))
+        kept = self.kept.get(run.key, {})
+        return {name: kept.get(name, NOT_KNOWN) for name in ("commit", "sources")}
 
     def status(self, run: PlannedRun) -> str:
         """Return done, diverged, failed, running, or waiting."""

@@ -15,6 +15,7 @@ import pytest
 from support.launches import REPOSITORY, clean_environment, run_command
 from support.studies import write_study
 
+from megatron_smlp.provenance import sources
 from megatron_smlp.study.process import training_command
 
 TOOL = [sys.executable, "tools/study.py"]
@@ -147,6 +148,9 @@ def test_a_study_from_data_to_report(tmp_path: Path, data: Path):
     assert set(runs["status"]) == {"done"}
     assert len(runs) == 6
     assert runs[runs["horizon"].notna()]["validation_loss"].notna().all()
+    assert set(runs["sources"]) == {sources()}
+    fingerprints = pandas.read_csv(tmp_path / "results" / "fingerprints.csv")
+    assert set(fingerprints["system"]) == {"transformer", "smlp_deterministic"}
 
     # In a second study folder the kept results are enough: nothing is left to do.
     again = run_command([*TOOL, "plan", *words(study, data), "--runs", str(tmp_path / "other")])

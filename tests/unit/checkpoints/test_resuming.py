@@ -13,6 +13,8 @@ from support.in_process import pretrained
 from support.launches import REPOSITORY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_smlp import provenance
+from megatron_smlp.checkpoints import resume_checks
 from megatron_smlp.checkpoints.folders import (
     RUN,
     iteration_folder,
@@ -68,6 +70,15 @@ def test_learning_rate_and_batch_may_change_and_are_told(run: Path, capfd: Captu
     lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     rates = {line["iteration"]: line["learning_rate"] for line in lines if "learning_rate" in line}
     assert rates[8] < rates[3] <= 5e-4 < rates[2]
+
+
+def test_other_sources_are_told(run: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch):
+    now = provenance.software()
+    monkeypatch.setattr(resume_checks, "software", lambda: now | {"sources": "other"})
+    carry_on(f"--load {run} --ckpt-step 2 --use-checkpoint-args")
+    commit = f"(commit {now['commit']})"
+    changed = f"sources {now['sources']} {commit} -> sources other {commit}"
+    assert f"changed since iteration 2: {changed}" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

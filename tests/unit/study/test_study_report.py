@@ -19,7 +19,7 @@ from support.launches import REPOSITORY
 from support.studies import pretend, state_of, write_study
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study import cli, gemm, leases, speed
+from megatron_smlp.study import cli, gemm, leases, short, speed
 from megatron_smlp.study import hardware as hardware_module
 from megatron_smlp.study import results as results_module
 from megatron_smlp.study import state as state_module
@@ -836,13 +836,13 @@ def test_a_timing_is_the_fastest_of_the_later_half(
         (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
         return 0
 
-    monkeypatch.setattr(speed, "run_command", trained)
+    monkeypatch.setattr(short, "run_command", trained)
     monkeypatch.setattr(StudyData, "flags", [])
     data, system = StudyData(tmp_path), known.systems["transformer"]
     found = speed._time(known, system, data, processes=1)
     expected = {"seconds_per_iteration": 1.2, "tokens_per_second": 100 / 1.2, "tflops": 10 / 1.2}
     assert found == pytest.approx(expected)
-    monkeypatch.setattr(speed, "run_command", lambda *_, **__: 1)
+    monkeypatch.setattr(short, "run_command", lambda *_, **__: 1)
     with pytest.raises(UsageError, match=r"timing transformer failed \(1\)"):
         speed._time(known, system, data, processes=1)
 

@@ -1,0 +1,94 @@
+"""By which sources the runs of a study were made, and which of them can be compared.
+
+A run's folder notes the sources at each start of its training, runs.csv has them beside its key,
+and fingerprints.csv what a system's first steps are under given sources on a given machine (see
+fingerprints.py). Sources of which a system has one fingerprint on one machine are alike for it. All
+runs that are compared must be such that one state of the sources could have made them all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas
+
+NOTE = "made-by.jsonl"
+NOT_KNOWN = ""
+FINGERPRINT_COLUMNS = ("system", "commit", "sources", "machine", "fingerprint")
+
+
+def note(folder: Path, made_by: Mapping[str, str | None]) -> None:
+    """Note what a training is made by that is about to start."""
+    with (folder / NOTE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dict(made_by)) + "\n")
+
+
+def noted(folder: Path) -> dict[str, str]:
+    """Return commit and sources, each once with a space between where a run has several; empty
+    where nobody noted them."""
+    if not (folder / NOTE).exists():
+        return {"commit": NOT_KNOWN, "sources": NOT_KNOWN}
+    lines = [json.loads(line) for line in (folder / NOTE).read_text("utf-8").splitlines()]
+    return {
+        name: " ".join(dict.fromkeys(line[name] for line in lines if line[name]))
+        for name in ("commit", "sources")
+    }
+
+
+def alike(fingerprints: pandas.DataFrame, system: str, sources: str) -> set[str]:
+    """Return the sources that compute the same for a system, these among them."""
+    own = fingerprints[fingerprints["system"] == system]
+    found: set[str] = set()
+    more = {sources}
+    while more > found:
+        found = more
+        same = own[own["sources"].isin(found)][["machine", "fingerprint"]]
+        more = found | set(own.merge(same)["sources"])
+    return found
+
+
+def comparison(fingerprints: pandas.DataFrame, system: str, one: str, other: str) -> str:
+    """Return in words whether two states of the sources compute the same for a system."""
+    if other in alike(fingerprints, system, one):
+        return "the first steps are the same, to the bit"
+    own = fingerprints[fingerprints["system"] == system]
+    machines = [set(own[own["sources"] == each]["machine"]) for each in (one, other)]
+    return "the first steps differ" if machines[0] & machines[1] else "not compared"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Versions:
+    """The sources that most runs could have been made by, and the runs that they cannot."""
+
+    sources: str
+    others: pandas.DataFrame
+    """Of runs.csv."""
+
+    @classmethod
+    def of(cls, runs: pandas.DataFrame, fingerprints: pandas.DataFrame) -> Versions:
+        """Look at the runs that count; a trial only decided on a learning rate."""
+        main = runs[runs["phase"] == "main"]
+        by_key = {line["key"]: line for _, line in runs.iterrows()}
+        possible = {
+            key: set.intersection(
+                *(alike(fingerprints, by_key[key]["system"], each) for each in _all_of(by_key, key))
+            )
+            for key in main["key"]
+        }
+        every = sorted(set().union(*possible.values())) or [NOT_KNOWN]
+        most = max(every, key=lambda one: sum(one in some for some in possible.values()))
+        others = [key for key, some in possible.items() if most not in some]
+        return cls(sources=most, others=main[main["key"].isin(others)])
+
+
+def _all_of(runs: Mapping[str, pandas.Series], key: str) -> Sequence[str]:
+    """Return the sources of a run and of those that it continues."""
+    found: list[str] = []
+    while key in runs:
+        text = runs[key]["sources"]
+        found += [NOT_KNOWN] if pandas.isna(text) else (text.split() or [NOT_KNOWN])
+        key = runs[key]["parent"]
+    return found

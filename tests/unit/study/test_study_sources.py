@@ -1,0 +1,217 @@
+"""Which sources made a study's runs, and which runs of other sources a report compares."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+from support.launches import REPOSITORY
+from support.studies import pretend, state_of, write_study
+
+from megatron_smlp import provenance
+from megatron_smlp.study import cli, fingerprints, process, short
+from megatron_smlp.study.data import StudyData
+from megatron_smlp.study.fingerprints import make_fingerprints
+from megatron_smlp.study.made_by import FINGERPRINT_COLUMNS, alike, note
+from megatron_smlp.study.plan import identity_of
+from megatron_smlp.study.report import Page
+from megatron_smlp.study.results import Results
+from megatron_smlp.study.state import State
+
+MIXER = "megatron_smlp/layers/spatial_gating.py"
+
+
+def add_a_line(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf-8") + "\nCHANGED = True\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [(MIXER, True), ("pretrain_smlp.py", True), ("megatron_smlp/study/report.py", False)],
+)
+def test_sources_are_what_decides_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, counts: bool
+):
+    before = provenance.sources()
+    shutil.copytree(
+        REPOSITORY / "megatron_smlp", tmp_path / "megatron_smlp",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )  # fmt: skip
+    shutil.copy(REPOSITORY / "pretrain_smlp.py", tmp_path)
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "megatron_smlp" / "provenance.py"))
+    assert provenance.sources() == before
+    add_a_line(tmp_path / file)
+    assert (provenance.sources() != before) == counts
+
+
+@pytest.mark.parametrize("begun", sorted((REPOSITORY / "studies/results").glob("*/*/study.json")))
+def test_keys_of_committed_results_stay(begun: Path):
+    """Whatever the project's version is by now."""
+    number, versions, contents = json.loads(begun.read_text(encoding="utf-8"))["identity"]
+    now, packages, same = json.loads(identity_of(contents))
+    assert (now, packages["megatron-smlp"], same) == (number, versions["megatron-smlp"], contents)
+
+
+def table(*lines: tuple[str, str, str, str]) -> pandas.DataFrame:
+    """Of system, sources, machine and fingerprint."""
+    columns = ["system", "sources", "machine", "fingerprint"]
+    return pandas.DataFrame(lines, columns=columns).reindex(columns=list(FINGERPRINT_COLUMNS))
+
+
+def test_sources_are_alike_by_fingerprints_of_one_machine():
+    known = table(
+        ("gmlp", "a", "cpu", "1"), ("gmlp", "b", "cpu", "1"),  # alike
+        ("gmlp", "b", "gpu", "2"), ("gmlp", "c", "gpu", "2"),  # as well, elsewhere
+        ("gmlp", "d", "cpu", "2"), ("gmlp", "e", "gpu", "1"),  # the same hash on another machine
+        ("switch", "a", "cpu", "3"), ("switch", "d", "cpu", "3"),
+    )  # fmt: skip
+    assert alike(known, "gmlp", "a") == {"a", "b", "c"}
+    assert alike(known, "switch", "a") == {"a", "d"}
+    assert alike(known, "gmlp", "never seen") == {"never seen"}
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> State:
+    """A study of which all is trained; by no sources that anybody noted."""
+    state = state_of(write_study(tmp_path, horizons=["100K"]), runs=tmp_path / "runs")
+    pretend(state, lambda run: 5.0 + run.seed / 100 + len(run.system) / 100)
+    return state
+
+
+def made(known: State, sources: dict[str, str]) -> None:
+    """Note which sources made the runs of some systems."""
+    for run in known.plan().runs:
+        if run.system in sources:
+            made_by = {"commit": f"of-{sources[run.system]}", "sources": sources[run.system]}
+            note(known.folder_of(run), made_by)
+
+
+def fingerprinted(folder: Path, *lines: tuple[str, str, str, str]) -> None:
+    (folder / "results").mkdir()
+    table(*lines).to_csv(folder / "results" / "fingerprints.csv", index=False)
+
+
+def report(known: State, folder: Path, **how: bool) -> str:
+    results = Results(folder / "results")
+    results.collect(known)
+    return Page(known, results, **how).text()
+
+
+def words(command: str, folder: Path, *more: str) -> list[str]:
+    own = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
+    return [command, str(folder / "study.yaml"), *own, *more]
+
+
+def test_runs_whose_sources_nobody_noted_are_compared(known: State, tmp_path: Path):
+    text = report(known, tmp_path)
+    assert "Other sources" not in text
+    assert "missing" not in text
+
+
+OTHERS = "3 of switch, of sources new (commit of-new)"
+
+
+def test_runs_of_other_sources_are_left_out(known: State, tmp_path: Path):
+    made(known, {"transformer": "old", "switch": "new", "smlp_deterministic": "old"})
+    text = report(known, tmp_path)
+    assert f"left out; --accept-other-sources takes them in: {OTHERS}." in text
+    assert "| switch | missing |" in text
+
+
+def test_they_are_compared_where_that_is_asked_for(known: State, tmp_path: Path):
+    made(known, {"transformer": "old", "switch": "new", "smlp_deterministic": "old"})
+    assert cli.main(words("report", tmp_path, "--accept-other-sources")) == 0
+    text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
+    assert f"count by --accept-other-sources: {OTHERS}." in text
+    assert "missing" not in text
+
+
+@pytest.mark.parametrize(("fingerprint", "counts"), [("1", True), ("2", False)])
+def test_they_are_compared_where_the_first_steps_are_the_same(
+    known: State, tmp_path: Path, fingerprint: str, counts: bool
+):
+    """Of the system that both trained: the others' runs are then as if of one state."""
+    made(known, {"transformer": "old", "switch": "new", "smlp_deterministic": "old"})
+    fingerprinted(tmp_path, ("switch", "new", "cpu", "1"), ("switch", "old", "cpu", fingerprint))
+    assert ("| switch | missing |" not in report(known, tmp_path)) == counts
+
+
+def test_a_run_that_two_sources_made_is_of_both(known: State, tmp_path: Path):
+    made(known, dict.fromkeys(known.systems, "old"))
+    made(known, {"switch": "new"})
+    assert "3 of switch, of sources old new (commit of-old of-new)" in report(known, tmp_path)
+
+
+def test_a_branch_is_of_the_sources_of_its_trunk_too(tmp_path: Path):
+    known = state_of(write_study(tmp_path), runs=tmp_path / "runs")
+    pretend(known, lambda run: 5.0 + run.seed / 100)
+    made(known, dict.fromkeys(known.systems, "old"))
+    first = known.plan().runs[0]
+    note(known.folder_of(first), {"commit": "x", "sources": "new"})
+    text = report(known, tmp_path)
+    assert "1 of transformer, of sources old new" in text
+    assert "4 of transformer, of sources old (commit of-old)" in text  # which go on from it
+
+
+def test_plan_says_what_others_made(
+    known: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    now = process.made_by_next(1)["sources"]
+    made(known, {"switch": "old", "transformer": str(now)})
+    for fingerprint, said in (
+        (None, "not compared"), ("2", "the first steps differ"),
+        ("1", "the first steps are the same, to the bit"),
+    ):  # fmt: skip
+        if fingerprint:
+            shutil.rmtree(tmp_path / "results", ignore_errors=True)
+            lines = [("switch", "old", "cpu", "1"), ("switch", str(now), "cpu", fingerprint)]
+            fingerprinted(tmp_path, *lines)
+        assert cli.main(words("plan", tmp_path)) == 0
+        output = capsys.readouterr().out
+        assert "by which sources is not known of 3 runs that are over" in output
+        assert (
+            f"3 runs of switch that are over are of sources old (commit of-old), not of {now}: "
+            in output
+        )
+        assert output.count(said) == 1
+        assert "runs of transformer that" not in output
+
+
+def test_fingerprints_are_made_where_something_is_to_be_told(
+    known: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a system that others trained, and of one that is to be trained; once a state."""
+    trained: list[str] = []
+    loss = [5.0]
+
+    def train(_: object, *, folder: Path, **__: Any) -> int:
+        trained.append(folder.parent.name)
+        line = {"iteration": 1, "loss": loss[0], "grad_norm": 1.0}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+        return 0
+
+    def make(sources: str) -> set[str]:
+        trained.clear()
+        monkeypatch.setattr(
+            fingerprints, "made_by_next", lambda _: {"commit": "x", "sources": sources}
+        )
+        results = Results(tmp_path / "results")
+        make_fingerprints(known, StudyData(tmp_path), results, processes=1)
+        results.collect(known)
+        return {*trained}
+
+    monkeypatch.setattr(short, "run_command", train)
+    monkeypatch.setattr(StudyData, "flags", [])
+    made(known, {"switch": "old"})
+    first = next(run for run in known.plan().runs if run.system == "transformer")
+    shutil.rmtree(known.folder_of(first))
+    assert make("old") == {"transformer"}
+    assert make("same") == {"transformer", "switch"}
+    assert make("same") == set()
+    loss[0] = 5.0000001
+    assert make("other") == {"transformer", "switch"}
+    found = pandas.read_csv(tmp_path / "results" / "fingerprints.csv")
+    assert alike(found, "transformer", "old") == {"old", "same"}
+    assert alike(found, "switch", "same") == {"same"}
