@@ -211,8 +211,7 @@ def router_figure(runs: Sequence[Run]) -> Figure | None:
     entropy.set(ylabel="entropy of the load (share of log E)", xlabel="training steps")
     dropped.set(ylabel="dropped choices", xlabel="training steps")
     dropped.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
-    low, high = dropped.get_ylim()
-    dropped.set_ylim(min(low, 0), max(high, 0.01))
+    dropped.set_ylim(0, max(dropped.get_ylim()[1], 0.01))
     for panel in (entropy, dropped):
         tidy(panel)
     figure.suptitle("lines: the worst router of a run; bands: all of its routers", fontsize=10)

@@ -153,7 +153,7 @@ def read_state(args: argparse.Namespace) -> tuple[State, Results]:
     for place, before in begun.items():
         state.check_unchanged(before, now, where=place)
     known = State(
-        study=study, systems=systems, identity=identity, folder=folder,
+        study=study, file=args.study, systems=systems, identity=identity, folder=folder,
         kept=results.endings(), expiry=getattr(args, "expiry", leases.EXPIRY),
     )  # fmt: skip
     return known, results
@@ -186,7 +186,7 @@ def _plan(args: argparse.Namespace) -> int:
     plan = known.plan()
     first = next(iter(known.systems.values()))
     calendar = Calendar.of(known.study, first)
-    print(flops_table(known.systems))
+    print(flops_table(known.study, known.systems))
     print(f"\n{'runs of a system':32}{'runs':>8}{'iterations':>12}{'tokens':>18}{'to do':>8}")
     to_do = {run.key for run in known.to_do(plan)}
     runs = (*plan.runs, *plan.pending)

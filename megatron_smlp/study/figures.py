@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from megatron_smlp.plotting.figures import DPI, legend, looks, tidy
 from megatron_smlp.plotting.series import AXES, Floats, unit_for
+from megatron_smlp.study.cells import not_reached, speedup
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
 from megatron_smlp.study.state import DIVERGED
 from megatron_smlp.study.statistics import interval, paired
@@ -55,6 +56,7 @@ class Drawing:
         self.factors = factors
         """The learning rate of each system whose tuning is done."""
         self.looks = _looks(systems)
+        self.looks[study.subject]["zorder"] = 3  # over the others
 
     def figures(self, speedups: Sequence[Comparison]) -> Iterator[tuple[str, Figure]]:
         """Yield name and figure of all that there is to draw."""
@@ -113,7 +115,8 @@ class Drawing:
             for _, mean, low, high in self._means(name, field):
                 panel.plot([mean], [line], "|", markersize=14, color=color)
                 panel.plot([low, high], [line, line], linewidth=2, color=color)
-        panel.set_yticks(range(len(names)), names)
+        labels = panel.set_yticks(range(len(names)), [self.systems[name].title for name in names])
+        labels[names.index(self.study.subject)].label1.set_fontweight("bold")
         panel.invert_yaxis()  # the first system on top
         panel.set_xlabel(f"validation loss{what} (nats per token)")
         panel.set_title(
@@ -157,11 +160,16 @@ class Drawing:
         look = self.looks[name]
         for seed in self.tables.seeds(name):
             tokens, losses = self.tables.curve(name, seed, field)
-            panel.plot(np.array(tokens) * scale, losses, linewidth=0.6, alpha=0.6, **look)
+            width = self._width(name, 0.6)
+            panel.plot(np.array(tokens) * scale, losses, linewidth=width, alpha=0.6, **look)
         points = self._means(name, field)
         x, mean = points[:, 0] * scale, points[:, 1]
-        panel.plot(x, mean, linewidth=2, **look)
+        panel.plot(x, mean, linewidth=self._width(name, 1.6), **look)
         panel.plot(x, mean, "o", markersize=3.5, color=look["color"])
+
+    def _width(self, name: str, others: float) -> float:
+        """Return the width of a line, which is twice that of others for the subject."""
+        return 2 * others if name == self.study.subject else others
 
     def _draw_band(self, panel: Axes, name: str, field: str, scale: float) -> None:
         points = self._means(name, field)
@@ -194,7 +202,7 @@ class Drawing:
         for name in names:
             look = self.looks[name]
             mean = self._evaluations(name).groupby("tokens")[VALIDATION_LOSS].mean()
-            panel.plot(mean.index / unit, mean, linewidth=1.2, **look)
+            panel.plot(mean.index / unit, mean, linewidth=self._width(name, 1.2), **look)
             ends = self._means(name, VALIDATION_LOSS)
             panel.plot(
                 ends[:, 0] / unit, ends[:, 1], "o", markersize=4,
@@ -220,7 +228,10 @@ class Drawing:
             look = self.looks[name]
             own = trials[trials["system"] == name].sort_values("factor")
             finite = own[np.isfinite(own["loss"].astype(float))]
-            panel.plot(finite["lr"], finite["loss"], marker="o", markersize=3.5, **look)
+            width = self._width(name, 1.3)
+            panel.plot(
+                finite["lr"], finite["loss"], marker="o", markersize=3.5, linewidth=width, **look
+            )
             # Rates are written with fewer digits than they have.
             chosen = finite[np.isclose(finite["factor"], self.factors.get(name, math.nan))]
             panel.plot(
@@ -232,14 +243,11 @@ class Drawing:
         panel.set(
             xlabel="peak learning rate", ylabel="validation loss of the trial (nats per token)"
         )
-        panel.set_xscale("log")
-        panel.xaxis.set_major_locator(FixedLocator(_doublings(trials["lr"])))
-        panel.xaxis.set_minor_locator(FixedLocator([]))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+        _plain_log(panel, "x")
         tidy(panel)
         note = "every trial; ring: chosen; cross at the top: diverged"
         labels = {
-            name: f"{name} (behind the prefix)"
+            name: f"{system.title} (behind the prefix)"
             for name, system in self.systems.items()
             if system.predicts_suffix
         }
@@ -268,13 +276,14 @@ class Drawing:
                 f"{'at least ' * each.is_bound}{mean:.2f}", (mean, place), xytext=(0, 6),
                 textcoords="offset points", fontsize=8, ha="center",
             )  # fmt: skip
-        panel.set_yticks(range(len(shown)), labels=[each.other for each in reversed(shown)])
+        titles = [self.systems[each.other].title for each in reversed(shown)]
+        panel.set_yticks(range(len(shown)), labels=titles)
         panel.set_ylim(-0.6, len(shown) - 0.3)
         panel.axvline(1, color="0.35", linewidth=0.9, linestyle=":")
         unit = "time" if comparisons[0].what == SECONDS else "tokens (not of time)"
         panel.set_xlabel(
-            f"speed-up of {self.study.subject} to each system's final loss, in {unit}\n"
-            "(1: equal; line: 95 % interval)"
+            f"speed-up of {self.systems[self.study.subject].title} to each system's final loss, "
+            f"in {unit}\n(1: equal; line: 95 % interval)"
         )
         _plain_log(panel, "x")
         tidy(panel)
@@ -292,8 +301,9 @@ class Drawing:
             if len(lines):
                 drawn.append(name)
                 mean = lines.groupby("tokens")[["load_min", "load_max"]].mean()
-                panel.plot(mean.index / unit, mean["load_max"], linewidth=1.6, **look)
-                panel.plot(mean.index / unit, mean["load_min"], linewidth=0.8, **look)
+                for field, width in (("load_max", 1.6), ("load_min", 0.8)):
+                    width = self._width(name, width)
+                    panel.plot(mean.index / unit, mean[field], linewidth=width, **look)
         panel.axhline(1, color="0.35", linewidth=0.9, linestyle=":")
         panel.set(
             xlabel=f"training tokens{unit_name}", ylabel="load in evaluations (1: an even share)"
@@ -325,13 +335,17 @@ class Drawing:
             for name in there:
                 points = [self._against(first, name, kind, label) for label in labels]
                 look = self.looks[name]
-                panel.plot(range(len(labels)), points, marker="o", markersize=3.5, **look)
+                width = self._width(name, 1.3)
+                panel.plot(
+                    range(len(labels)), points, marker="o", markersize=3.5, linewidth=width, **look
+                )
             turned = 30 if len(labels) > MANY_LABELS else 0
             panel.set_xticks(range(len(labels)), labels=labels, fontsize=8, rotation=turned)
             panel.set_xlabel(PANELS[kind])
             tidy(panel)
-        panels[0].set_ylabel(f"loss minus that of\n{first} (nats per token)")
-        note = f"final checkpoints, mean of {most} seeds; above 0: a higher loss than {first}"
+        title = self.systems[first].title
+        panels[0].set_ylabel(f"loss minus that of\n{title} (nats per token)")
+        note = f"final checkpoints, mean of {most} seeds; above 0: a higher loss than {title}"
         self._legend(figure, note, there)
         return figure
 
@@ -350,8 +364,8 @@ class Drawing:
         names: Sequence[str] = (),
         labels: Mapping[str, str] | None = None,
     ) -> None:
-        labels = labels or {}
-        pairs = [(labels.get(name, name), self.looks[name]) for name in names or self.systems]
+        titles = {name: system.title for name, system in self.systems.items()} | dict(labels or {})
+        pairs = [(titles[name], self.looks[name]) for name in names or self.systems]
         legend(figure, pairs, note=note)
 
 
@@ -365,34 +379,13 @@ def _looks(names: Collection[str]) -> dict[str, dict[str, Any]]:
     return {name: own[name] if name in own else next(free) for name in names}
 
 
-def not_reached(comparison: Comparison) -> str:
-    """Return of how many seeds no speed-up is known: without them it would be of the fast ones."""
-    return f"not reached by {comparison.unreached} of {comparison.found.n} seeds"
-
-
-def speedup(comparison: Comparison) -> tuple[float, float, float]:
-    """Return the inverse of a ratio of costs, and its interval; 0: never reached."""
-    found = comparison.found
-    return _inverse(found.mean), _inverse(found.high), _inverse(found.low)
-
-
-def _inverse(value: float) -> float:
-    return 1 / value if value else math.inf
-
-
-def _doublings(rates: pandas.Series) -> list[float]:
-    """Return the lowest rate and its doublings up to the highest: where trials are, mostly."""
-    low, high = rates.min(), rates.max()
-    return [low * 2.0**power for power in range(1 + round(math.log2(high / low)))]
-
-
 def _plain_log(panel: Axes, axes: str = "xy") -> None:
     """Make axes logarithmic, with plain numbers, also where they span less than a decade."""
     for name in axes:
         panel.set(**{f"{name}scale": "log"})
         axis = panel.xaxis if name == "x" else panel.yaxis
         low, high = axis.get_view_interval()
-        round_numbers = MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10])
+        round_numbers = MaxNLocator(nbins=8, steps=[1, 2, 5, 10])
         decades = LogLocator(subs=(1.0,) if high > 1000 * low else (1.0, 2.0, 5.0))
         axis.set_major_locator(decades if high > 8 * low else round_numbers)
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -13,8 +13,20 @@ import numpy as np
 
 from megatron_smlp.durable import write_durably
 from megatron_smlp.evaluation.reports import PAPER_FIGURES, PAPER_METRICS
-from megatron_smlp.study.fairness import CONVENTIONS, flops_spread
-from megatron_smlp.study.figures import Drawing, not_reached, speedup
+from megatron_smlp.study.cells import (
+    mean_of,
+    not_reached,
+    number,
+    plain_mean,
+    row,
+    seeds,
+    share,
+    speedup,
+    table,
+    visible,
+)
+from megatron_smlp.study.fairness import CONVENTIONS, convention_titles, flops_spread
+from megatron_smlp.study.figures import Drawing
 from megatron_smlp.study.made_by import Versions
 from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import Plan
@@ -25,8 +37,7 @@ from megatron_smlp.study.statistics import (
     REFUTED,
     UNDECIDED,
     crossings,
-    interval,
-    verdict,
+    why_undecided,
 )
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
@@ -82,6 +93,9 @@ class Page:
         self, known: State, results: Results, *, accept_other_sources: bool = False
     ) -> None:
         self.study, self.systems, self.plan = known.study, known.systems, known.plan()
+        self.file = known.file.absolute()
+        if self.file.is_relative_to(Path.cwd()):
+            self.file = self.file.relative_to(Path.cwd())
         self.lacking = list(_lacking(known, self.plan))
         self.tables = Tables.of(results).of_runs({run.key for run in self.plan.runs})
         self.fingerprints = results.fingerprints
@@ -106,7 +120,7 @@ class Page:
         return "\n".join([
             f"# Study `{self.study.name}`",
             "",
-            f"Written by `tools/study.py report studies/{self.study.name}.yaml` from runs.csv and "
+            f"Written by `tools/study.py report {self.file}` from runs.csv and "
             "curves.csv beside this file. Losses are in nats per token, of validation documents "
             "that nobody trained on, the same tokens for every system and seed. ± is the 95 % "
             "interval of the mean over seeds.",
@@ -124,8 +138,8 @@ class Page:
             *("", "## Where the loss lies", "", *self._breakdown()),
             *("", "## Figures", ""),
             *(f"![{name}]({name})\n" for name in self.figures),
-            *("## What is not comparable with the paper", "", *NOT_COMPARABLE),
-            "",
+            *(("## What is not comparable with the paper", "", *NOT_COMPARABLE, "")
+              if self.study.paper else ()),
         ])  # fmt: skip
 
     def json(self) -> str:
@@ -167,12 +181,12 @@ class Page:
 
     def _claims(self) -> Iterator[str]:
         if not self.claims:
-            yield "None of the paper's is tested."
+            yield "None of the paper's is tested." if self.study.paper else "None is tested."
             return
-        yield from _table("claim", "says", "verdict", "because")
+        yield from table("claim", "says", "verdict", "because")
         for claim in self.claims:
             because = "; ".join([*self._because(claim), *claim.notes])
-            yield _row(claim.name, claim.text, f"**{claim.verdict}**", because or "not planned")
+            yield row(claim.name, claim.text, f"**{claim.verdict}**", because or "not planned")
 
     def _because(self, claim: Claim) -> list[str]:
         is_one_against_all = len({each.one for each in claim.comparisons}) == 1
@@ -180,9 +194,10 @@ class Page:
         for said in (CONFIRMED, REFUTED, UNDECIDED):
             those = [each for each in claim.comparisons if each.verdict == said]
             if those and is_one_against_all:
-                words.append(f"{said} against {', '.join(each.other for each in those)}")
+                others = (self.systems[each.other].title for each in those)
+                words.append(f"{said} against {', '.join(others)}")
             elif those:
-                pairs = (f"{each.one} against {each.other}" for each in those)
+                pairs = (" against ".join(self._titles(each)) for each in those)
                 words.append(f"{said}: {', '.join(pairs)}")
         return words
 
@@ -190,15 +205,18 @@ class Page:
         if not self.others.comparisons:
             return
         yield from ("", "## Other comparisons", "")
+        pairs = (
+            "Pairs of no claim of the paper" if self.study.paper else "Pairs that the study names"
+        )
         yield (
-            "Pairs of no claim of the paper, p after Holm over these alone. Confirmed: the first "
-            "of the pair has the lower loss; refuted: the second has.\n"
+            f"{pairs}, p after Holm over these alone. Confirmed: the first of the pair has the "
+            "lower loss; refuted: the second has.\n"
         )
         yield from self._comparisons([self.others])
         yield from (f"\n{note}." for note in self.others.notes)
 
     def _comparisons(self, claims: Sequence[Claim]) -> Iterator[str]:
-        yield from _table(
+        yield from table(
             "claim", "of", "difference or ratio", "95 % interval", "p (Holm)", "seeds",
             "sd", "n seeds can see", "verdict",
         )  # fmt: skip
@@ -206,27 +224,42 @@ class Page:
             for each in claim.comparisons:
                 found = each.found
                 sign = "/" if each.is_ratio else "-"
-                yield _row(
-                    claim.name, f"{each.what}: {each.one} {sign} {each.other}",
-                    _number(found.mean), f"{_number(found.low)} to {_number(found.high)}",
-                    f"{found.p:.3g}", found.n, _number(found.sd),
-                    f"{'a factor of ' if each.is_ratio else ''}{_visible(each)}", each.verdict,
+                yield row(
+                    claim.name, f"{each.what}: {f' {sign} '.join(self._titles(each))}",
+                    number(found.mean), f"{number(found.low)} to {number(found.high)}",
+                    f"{found.p:.3g}", found.n, number(found.sd),
+                    f"{'a factor of ' if each.is_ratio else ''}{visible(each)}", each.verdict,
                 )  # fmt: skip
 
+        undecided = [
+            (claim, each)
+            for claim in claims
+            for each in claim.comparisons
+            if each.verdict == UNDECIDED
+        ]
+        yield from [""] * bool(undecided)
+        for claim, each in undecided:
+            pair = (" / " if each.is_ratio else " - ").join(self._titles(each))
+            why = why_undecided(each.found, null=float(each.is_ratio))
+            yield f"* {claim.name}, {each.what}: {pair} is undecided: {why}."
+
+    def _titles(self, each: Comparison) -> tuple[str, str]:
+        return self.systems[each.one].title, self.systems[each.other].title
+
     def _systems(self) -> Iterator[str]:
-        titles = [title for title, _ in CONVENTIONS.values()]
-        yield from _table(
+        titles = convention_titles(self.study)
+        yield from table(
             "system", "parameters", "active", *(f"TFLOPs, {title}" for title in titles),
             "lr", "tokens/s, quiet", "share of GEMM speed", "tokens/s, as trained", "evaluation",
         )  # fmt: skip
         for name, system in self.systems.items():
             costs = system.costs
-            yield _row(
-                name, f"{costs['total_parameters']:,}", f"{costs['active_parameters']:,}",
+            yield row(
+                system.title, f"{costs['total_parameters']:,}", f"{costs['active_parameters']:,}",
                 *(f"{costs[key]:.5f}" for key in CONVENTIONS), self._rate(name),
-                _number(1 / self.tables.seconds_per_token(name), ",.0f"),
-                _number(self.tables.share_of_gemm(name), ".0%"),
-                _number(self._as_trained(name), ",.0f"), system.evaluation,
+                number(1 / self.tables.seconds_per_token(name), ",.0f"),
+                number(self.tables.share_of_gemm(name), ".0%"),
+                number(self._as_trained(name), ",.0f"), system.evaluation,
             )  # fmt: skip
         yield "\n" + " ".join(self._about_systems())
 
@@ -261,14 +294,16 @@ class Page:
                 f"product, just before, had less than {QUIET:.0%} of its best speed."
             )
         if self.plan.at_edge:
+            names = ", ".join(self.systems[name].title for name in self.plan.at_edge)
             yield (
-                f"Edge: the best rate of {', '.join(self.plan.at_edge)} is the lowest or highest "
+                f"Edge: the best rate of {names} is the lowest or highest "
                 "that was tried, and a better one may lie beyond."
             )
 
     def _labelled(self, name: str) -> str:
         """Return a name with the loss that it is compared by, where that is another one."""
-        return f"{name} (behind the prefix)" if self.systems[name].predicts_suffix else name
+        system = self.systems[name]
+        return f"{system.title} (behind the prefix)" if system.predicts_suffix else system.title
 
     def _rate(self, name: str) -> str:
         """Return the learning rate, which is chosen before a run of it is over."""
@@ -283,34 +318,34 @@ class Page:
     def _losses(self) -> Iterator[str]:
         horizons = sorted(self.study.horizons)
         heads = [f"{horizon / 1e6:g}M tokens" for horizon in horizons]
-        yield from _table("system", *heads, "seeds", "sd of seeds", "sd of evaluations")
+        yield from table("system", *heads, "seeds", "sd of seeds", "sd of evaluations")
         for name, system in self.systems.items():
             field = loss_field(system)
             cells = [self.tables.losses(name, horizon, field) for horizon in horizons]
             last = [loss for loss in cells[-1].values() if math.isfinite(loss)]
             spread = float(np.std(last, ddof=1)) if len(last) > 1 else math.nan
             label = self._labelled(name)
-            yield _row(
-                label, *(_mean(list(cell.values())) for cell in cells), _seeds(cells),
-                _number(spread), _number(self.tables.last_noise(name, self.study.longest, field)),
+            yield row(
+                label, *(mean_of(list(cell.values())) for cell in cells), seeds(cells),
+                number(spread), number(self.tables.last_noise(name, self.study.longest, field)),
             )  # fmt: skip
 
     def _times(self) -> Iterator[str]:
         unit = self.times[0].what if self.times else TOKENS
         what = "less time" if unit == SECONDS else "fewer tokens (no quiet timing yet)"
         yield (
-            f"How many times {what} {self.study.subject} needs to the loss at which each other "
-            "system ends, by linear interpolation between converged points; at least so many (≥) "
-            "where a seed is there at its first finite horizon already. The interval is of the "
-            "seeds' tokens and, for time, of the rounds of the timing.\n"
+            f"How many times {what} {self.systems[self.study.subject].title} needs to the loss at "
+            "which each other system ends, by linear interpolation between converged points; at "
+            "least so many (≥) where a seed is there at its first finite horizon already. The "
+            "interval is of the seeds' tokens and, for time, of the rounds of the timing.\n"
         )
-        yield from _table("to the loss of", "times less", "95 % interval", "seeds")
+        yield from table("to the loss of", "times less", "95 % interval", "seeds")
         for each in self.times:
             mean, low, high = speedup(each)
             bound = "≥ " if each.is_bound else ""
-            shown = not_reached(each) if each.unreached else f"{bound}{_number(mean)}"
-            interval_of = "n/a" if each.is_bound else f"{_number(low)} to {_number(high)}"
-            yield _row(each.other, shown, interval_of, each.found.n)
+            shown = not_reached(each) if each.unreached else f"{bound}{number(mean)}"
+            interval_of = "n/a" if each.is_bound else f"{number(low)} to {number(high)}"
+            yield row(self.systems[each.other].title, shown, interval_of, each.found.n)
 
     def _costs(self) -> Iterator[str]:
         names = [name for name in self.systems if any(each.other == name for each in self.costs)]
@@ -325,19 +360,19 @@ class Page:
             "fall fastest at first, straight lines between horizons overstate what the row needs.\n"
         )
         shown = {name: self._labelled(name) for name in names}
-        yield from _table("", *shown.values())
-        cells = {(each.one, each.other): _share(each) for each in self.costs}
+        yield from table("", *shown.values())
+        cells = {(each.one, each.other): share(each) for each in self.costs}
         for name, label in shown.items():
-            yield _row(label, *(cells.get((name, other), "") for other in names))
+            yield row(label, *(cells.get((name, other), "") for other in names))
 
     def _crossings(self) -> Iterator[str]:
         yield (
             "Crossings of the mean curves over the horizons, of the seeds that both have at all of "
             "them; outside of them nothing is known.\n"
         )
-        yield from _table("with", "at tokens")
+        yield from table("with", "at tokens")
         for name in rivals(self.study, self.systems):
-            yield _row(name, self._crossing(name))
+            yield row(self.systems[name].title, self._crossing(name))
 
     def _crossing(self, name: str) -> str:
         field = loss_field(self.systems[name], self.systems[self.study.subject])
@@ -348,7 +383,7 @@ class Page:
         ]
         common = set.intersection(*(set(points) for side in losses for points in side))
         means = [
-            [_plain_mean({seed: points[seed] for seed in common}) for points in side]
+            [plain_mean({seed: points[seed] for seed in common}) for points in side]
             for side in losses
         ]
         tokens_of = [self.tables.tokens(horizon) for horizon in horizons]
@@ -358,7 +393,8 @@ class Page:
         below = means[0][-1] < means[1][-1]
         is_known = all(math.isfinite(side[-1]) for side in means)
         where = "below" if below else "above"
-        return f"none: {self.study.subject} is {where} at the end" if is_known else "unknown"
+        subject = self.systems[self.study.subject].title
+        return f"none: {subject} is {where} at the end" if is_known else "unknown"
 
     def _tasks(self) -> Iterator[str]:
         tasks = self.tables.labels(TASK)
@@ -367,25 +403,26 @@ class Page:
             return
         yield (
             "Accuracy in %, mean over seeds, ± the standard error that the number of examples "
-            "leaves; all seeds see the same examples. The paper's figures are of models three "
-            "orders of magnitude larger; n/a: we have no source for it.\n"
+            "leaves; all seeds see the same examples."
+            + " The paper's figures are of models three orders of magnitude larger; n/a: we have "
+            "no source for it." * self.study.paper + "\n"
         )
         heads = [f"{task} ({PAPER_METRICS.get(task, 'acc')})" for task in tasks]
-        yield from _table("system", *heads, "seeds")
+        yield from table("system", *heads, "seeds")
         chances = (f"{CHANCE[task]:g}" if task in CHANCE else "n/a" for task in tasks)
-        yield _row("chance", *chances, "")
+        yield row("chance", *chances, "")
         for name in self.systems:
             cells = [self.tables.values(TASK, task, name) for task in tasks]
             errors = [self.tables.sampling_error(task, name) for task in tasks]
             shown = (
-                f"{100 * _plain_mean(cell):.1f} ± {100 * error:.1f}" if cell else "missing"
+                f"{100 * plain_mean(cell):.1f} ± {100 * error:.1f}" if cell else "missing"
                 for cell, error in zip(cells, errors, strict=True)
             )
-            yield _row(self._at_all_positions(name), *shown, _seeds(cells))
+            yield row(self._at_all_positions(name), *shown, seeds(cells))
         columns = list(PAPER_METRICS)
-        for model, figures in PAPER_FIGURES.items():
+        for model, figures in PAPER_FIGURES.items() if self.study.paper else ():
             known = dict(zip(columns, figures, strict=True))
-            yield _row(f"paper: {model}", *(known.get(task, "n/a") for task in tasks), "")
+            yield row(f"paper: {model}", *(known.get(task, "n/a") for task in tasks), "")
 
     def _breakdown(self) -> Iterator[str]:
         kinds = [kind for kind in BREAKDOWN if self.tables.labels(kind)]
@@ -413,17 +450,17 @@ class Page:
     def _means(
         self, title: str, kind: str, labels: Sequence[str], names: Sequence[str]
     ) -> Iterator[str]:
-        yield from _table(title, *labels, "seeds")
+        yield from table(title, *labels, "seeds")
         for name in names:
             cells = [self.tables.values(kind, label, name) for label in labels]
-            means = (_number(_plain_mean(cell)) for cell in cells)
-            yield _row(self._at_all_positions(name), *means, _seeds(cells))
+            means = (number(plain_mean(cell)) for cell in cells)
+            yield row(self._at_all_positions(name), *means, seeds(cells))
 
     def _at_all_positions(self, name: str) -> str:
         """Return a system's name beside numbers of all positions, also of those that partial
         prediction never trains on."""
-        is_partial = self.systems[name].predicts_suffix
-        return f"{name} (also in the prefix)" if is_partial else name
+        system = self.systems[name]
+        return f"{system.title} (also in the prefix)" if system.predicts_suffix else system.title
 
 
 BREAKDOWN = ("position", "frequency", "repeat")
@@ -448,55 +485,3 @@ def _lacking(known: State, plan: Plan) -> Iterator[str]:
         yield f"{over} of {planned} runs are over"
     if failure := known.failure(plan):
         yield failure
-
-
-def _share(each: Comparison) -> str:
-    if each.unreached:
-        seeds = each.found.n
-        return "never" if each.unreached == seeds else f"{each.unreached} of {seeds} never"
-    share = f"{'≤ ' * each.is_bound}{_number(each.found.mean)}"
-    return share if verdict(each.found, null=1.0) == UNDECIDED else f"**{share}**"
-
-
-def _visible(each: Comparison) -> str:
-    value = each.found.visible
-    if value is None:
-        return "n/a"
-    return _number(math.exp(value) if each.is_ratio and math.isfinite(value) else value)
-
-
-def _mean(losses: Sequence[float]) -> str:
-    if not losses:
-        return "missing"
-    if not all(math.isfinite(loss) for loss in losses):
-        return f"diverged ({sum(not math.isfinite(loss) for loss in losses)} of {len(losses)})"
-    mean = float(np.mean(losses))
-    if len(losses) == 1:
-        return f"{mean:.3f}"
-    low, high = interval(losses)
-    return f"{mean:.3f} ± {(high - low) / 2:.3f}"
-
-
-def _seeds(cells: Sequence[Mapping[int, float]]) -> str:
-    """Return of how many seeds the means in a row are."""
-    least, most = (bound(map(len, cells)) for bound in (min, max))
-    return f"{least}" if least == most else f"{least} to {most}"
-
-
-def _plain_mean(losses: Mapping[int, float]) -> float:
-    return float(np.mean(list(losses.values()))) if losses else math.nan
-
-
-def _number(value: float, form: str = ".3g") -> str:
-    if math.isnan(value):
-        return "n/a"
-    return format(value, form) if math.isfinite(value) else ("∞" if value > 0 else "-∞")
-
-
-def _table(*heads: str) -> Iterator[str]:
-    yield _row(*heads)
-    yield _row(*("---" for _ in heads))
-
-
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"

@@ -28,8 +28,8 @@ CHECKPOINTS = "checkpoints"
 ENDED = "ended.json"
 BEGUN = "study.json"
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
-MAY_CHANGE = ("cluster", "flops_tolerance", "needed_flops_tolerance")
-"""Keys of a study that no run and no verdict depends on."""
+MAY_CHANGE = ("cluster", "flops_tolerance", "needed_flops_tolerance", "paper", "titles")
+"""Keys of a study that no run depends on, and no number of a verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,8 @@ class State:
     """A study, the folder of its runs, and the losses of runs that are only in the results."""
 
     study: Study
+    file: Path
+    """The study's."""
     systems: Mapping[str, System]
     identity: str
     folder: Path

@@ -156,6 +156,19 @@ def verdict(difference: Difference, *, null: float = 0.0) -> str:
     return CONFIRMED if difference.high < null else REFUTED
 
 
+def why_undecided(difference: Difference, *, null: float = 0.0) -> str:
+    """Return in words why `verdict` leaves a claim undecided."""
+    if difference.n < LEAST_FOR_VERDICT:
+        return f"{difference.n} of the {LEAST_FOR_VERDICT} seeds in common that a verdict takes"
+    if not math.isfinite(difference.high):
+        return "no interval, as something is not finite or not known"
+    if difference.low <= null <= difference.high:
+        return f"the 95 % interval holds {null:g}"
+    return (
+        f"p is {difference.p:.3g} after Holm; the interval of this pair alone leaves out {null:g}"
+    )
+
+
 def verdict_of_all(verdicts: Sequence[str]) -> str:
     """Return the verdict on a claim of several comparisons: each must hold, and one can refute."""
     if REFUTED in verdicts:

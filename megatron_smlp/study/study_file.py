@@ -51,6 +51,18 @@ def _text(value: Any) -> str:
     return value
 
 
+def _yes_or_no(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r}: give true or false")
+    return value
+
+
+def _titles(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r}: give `system: title` lines")
+    return {_text(name): str(title) for name, title in value.items()}
+
+
 def _flags(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{value!r}: give `flag: value` lines")
@@ -164,6 +176,10 @@ class Study:
     tuning: Tuning | None = key(lambda value: _read(Tuning, value), None)
     subject: str = key(_text)
     """The system whose claims are tested."""
+    paper: bool = key(_yes_or_no, False)
+    """Whether the claims are the paper's, C1 to C5; else the subject's loss is compared alone."""
+    titles: dict[str, str] = key(_titles, {})
+    """What tables and figures call a system, where that is not its name."""
     ablations: tuple[tuple[str, str], ...] = key(_list(_pair), ())
     """Pairs of a system with and without something: for claim C5 where it is a MoE of sMLP."""
     speed: Speed = key(lambda value: _read(Speed, value), Speed())
@@ -236,7 +252,7 @@ def _check(study: Study) -> None:
     named += [name for name in study.seeds if name != OTHERS]
     tuning = study.tuning
     named += [name for name in tuning.lr if name != OTHERS] if tuning else []
-    named += list(study.variants)
+    named += [*study.variants, *study.titles]
     for name in named:
         if name not in study.systems:
             raise ValueError(f"{name!r} is none of the systems: {', '.join(study.systems)}")

@@ -35,6 +35,8 @@ class System:
     """Flags from its file and from the study, without those that the study sets for each run."""
     costs: Mapping[str, Any]
     """Costs according to accounting/estimate.py."""
+    title: str
+    """Its name in tables and figures."""
 
     @property
     def is_smlp(self) -> bool:
@@ -124,4 +126,4 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
     for required in ("lr", "global_batch_size"):
         if required not in flags:
             raise UsageError(f"{file}: {required} is missing: give it there or in `fixed`.")
-    return System(name=name, flags=flags, costs=costs)
+    return System(name=name, flags=flags, costs=costs, title=study.titles.get(name, name))

@@ -106,7 +106,8 @@ class Tables:
                 lacking.setdefault(seeds, []).append(task)
             for seeds, tasks in lacking.items():
                 if seeds:
-                    yield f"{system}: seed {', '.join(map(str, seeds))} lacks {', '.join(tasks)}"
+                    title = study.titles.get(system, system)
+                    yield f"{title}: seed {', '.join(map(str, seeds))} lacks {', '.join(tasks)}"
 
     def _found(self, kind: str, label: str, system: str) -> pandas.DataFrame:
         lines = self.found
@@ -158,12 +159,13 @@ class Tables:
             if system not in systems:
                 continue
             found = self.losses(system, study.longest, VALIDATION_LOSS)
+            title = study.titles.get(system, system)
             missing = [str(seed) for seed in study.seeds_of(system) if seed not in found]
             if missing:
-                yield f"{system}: seed {', '.join(missing)} is missing"
+                yield f"{title}: seed {', '.join(missing)} is missing"
             diverged = [str(seed) for seed, loss in found.items() if math.isinf(loss)]
             if diverged:
-                yield f"{system}: seed {', '.join(diverged)} diverged"
+                yield f"{title}: seed {', '.join(diverged)} diverged"
 
     def step_seconds(self, system: str) -> dict[int, float]:
         """Return seconds of a step in each round of the quiet timing."""

@@ -56,7 +56,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim of the paper."""
+    """A claim, of the paper or on a study's subject."""
 
     name: str
     text: str
@@ -72,30 +72,34 @@ def claims_of(study: Study, systems: Mapping[str, System], tables: Tables) -> li
         other
         for one, other in study.ablations
         if one == study.subject
-        and (_is_of_a_part(systems, (one, other)) or not systems[one].is_smlp)
+        and (
+            _is_of_a_part(study, systems, (one, other))
+            or not (study.paper and systems[one].is_smlp)
+        )
     ]
     # Else C5 asks the same, or of a subject that is no sMLP the other comparisons do.
     if not set(rivals(study, systems)) <= set(asked):
         claims.append(_lower_loss)
-    if any(system.kind == "moe" for system in systems.values()):
+    if study.paper and any(system.kind == "moe" for system in systems.values()):
         claims += [_less_time, _faster_steps, _better_at_tasks]
-    if any(_is_of_a_part(systems, pair) for pair in study.ablations):
+    if any(_is_of_a_part(study, systems, pair) for pair in study.ablations):
         claims.append(_each_part_helps)
     return [claim(study, systems, tables) for claim in claims]
 
 
 def others_of(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
     """Return the study's pairs that are of no claim, with a verdict on each and none on all."""
-    pairs = [pair for pair in study.ablations if not _is_of_a_part(systems, pair)]
+    pairs = [pair for pair in study.ablations if not _is_of_a_part(study, systems, pair)]
     found = _claim_of_losses(study, systems, tables, pairs, name="other", text="")
     return replace(found, verdict="")
 
 
-def _is_of_a_part(systems: Mapping[str, System], pair: tuple[str, str]) -> bool:
-    """Return whether the second is the first without a MoE: sMLP without any is gMLP."""
+def _is_of_a_part(study: Study, systems: Mapping[str, System], pair: tuple[str, str]) -> bool:
+    """Return whether the second is the first without a MoE, which is a claim of the paper: sMLP
+    without any is gMLP."""
     one, other = (systems[name] for name in pair)
     is_gated = other.flags.get("architecture") in ("smlp", "gmlp")
-    return one.is_smlp and is_gated and other.moes < one.moes
+    return study.paper and one.is_smlp and is_gated and other.moes < one.moes
 
 
 def _lower_loss(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
@@ -103,14 +107,14 @@ def _lower_loss(study: Study, systems: Mapping[str, System], tables: Tables) -> 
     rest = " that is not an sMLP" if len(others) < len(systems) - 1 else ""
     pairs = [(study.subject, name) for name in others]
     return _claim_of_losses(
-        study, systems, tables, pairs, name="C1",
-        text=f"{study.subject} has a lower loss than every other system{rest} at equal tokens and "
-        "FLOPs",
+        study, systems, tables, pairs, name="C1" if study.paper else "lowest",
+        text=f"{systems[study.subject].title} has a lower loss than every other system{rest} at "
+        "equal tokens and FLOPs",
     )  # fmt: skip
 
 
 def _each_part_helps(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
-    pairs = [pair for pair in study.ablations if _is_of_a_part(systems, pair)]
+    pairs = [pair for pair in study.ablations if _is_of_a_part(study, systems, pair)]
     return _claim_of_losses(
         study, systems, tables, pairs, name="C5",
         text="each part helps: the first of each pair has a lower loss than the second",
@@ -118,9 +122,12 @@ def _each_part_helps(study: Study, systems: Mapping[str, System], tables: Tables
 
 
 def rivals(study: Study, systems: Mapping[str, System]) -> list[str]:
-    """Return the systems that the subject is compared with: all others that are not an sMLP."""
+    """Return the systems that the subject is compared with: all others, of which the paper's claims
+    are about those that are not an sMLP."""
     return [
-        name for name, system in systems.items() if not system.is_smlp and name != study.subject
+        name
+        for name, system in systems.items()
+        if name != study.subject and not (study.paper and system.is_smlp)
     ]
 
 
@@ -203,7 +210,8 @@ def _less_time(study: Study, systems: Mapping[str, System], tables: Tables) -> C
             notes=("no sparse Transformer has come to the longest horizon",),
         )  # fmt: skip
     notes = [
-        f"the best sparse Transformer, by mean loss of those with the most seeds, is {best}",
+        "the best sparse Transformer, by mean loss of those with the most seeds, is "
+        f"{systems[best].title}",
         *tables.gaps(study, [study.subject, best]),
     ]
     unit = SECONDS

@@ -22,6 +22,7 @@ SMALL: dict[str, Any] = {
     "base": str(REPOSITORY / "configs" / "cpu"),
     "systems": ["transformer", "switch", "smlp_deterministic"],
     "subject": "smlp_deterministic",
+    "paper": True,
     "vocab-size": 4096,
     "fixed": {"bf16": True, "eval-iters": 1, "global-batch-size": 8},
     "horizons": ["100K", "200K", "400K"],
@@ -44,6 +45,7 @@ def state_of(path: Path, *, runs: Path, **more: Any) -> State:
     check_fair(study, systems)
     return State(
         study=study,
+        file=path,
         systems=systems,
         identity=identity_of({}),
         folder=runs / study.name,

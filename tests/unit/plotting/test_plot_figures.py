@@ -157,6 +157,7 @@ class TestFigures:
         assert dropped.get_lines()[0].get_ydata().tolist() == [0.2] * 3
         assert entropy.get_lines()[1].get_xydata().tolist() == [[2, 0.9]], "of the validation"
         assert dropped.get_lines()[1].get_xydata().tolist() == [[2, 0.1]]
+        assert dropped.get_ylim()[0] == 0, "a share that is never less"
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ["run", "validation"]
 

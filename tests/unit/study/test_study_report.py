@@ -947,8 +947,6 @@ def test_a_ring_is_around_a_rate_that_was_chosen(known: State, tmp_path: Path):
     made = made_of(known, tmp_path)
     rates = [made.systems[name].flags["lr"] for name in made.systems]
     assert [x for x, _ in rings(made)] == pytest.approx(rates)
-    ticks = drawing(made).learning_rates().axes[0].get_xticks()
-    assert list(ticks) == pytest.approx([0.001, 0.002, 0.004])
     for run in known.plan().runs:
         if run.phase == "main" or (run.system == "switch" and run.factor == 2):
             shutil.rmtree(known.folder_of(run), ignore_errors=True)

@@ -1,0 +1,78 @@
+"""What a report says of a number: cells and rows of its tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from megatron_smlp.study.statistics import UNDECIDED, interval, verdict
+from megatron_smlp.study.verdicts import Comparison
+
+
+def share(each: Comparison) -> str:
+    if each.unreached:
+        seeds = each.found.n
+        return "never" if each.unreached == seeds else f"{each.unreached} of {seeds} never"
+    text = f"{'≤ ' * each.is_bound}{number(each.found.mean)}"
+    return text if verdict(each.found, null=1.0) == UNDECIDED else f"**{text}**"
+
+
+def visible(each: Comparison) -> str:
+    value = each.found.visible
+    if value is None:
+        return "n/a"
+    return number(math.exp(value) if each.is_ratio and math.isfinite(value) else value)
+
+
+def mean_of(losses: Sequence[float]) -> str:
+    if not losses:
+        return "missing"
+    if not all(math.isfinite(loss) for loss in losses):
+        return f"diverged ({sum(not math.isfinite(loss) for loss in losses)} of {len(losses)})"
+    mean = float(np.mean(losses))
+    if len(losses) == 1:
+        return f"{mean:.3f}"
+    low, high = interval(losses)
+    return f"{mean:.3f} ± {(high - low) / 2:.3f}"
+
+
+def seeds(cells: Sequence[Mapping[int, float]]) -> str:
+    """Return of how many seeds the means in a row are."""
+    least, most = (bound(map(len, cells)) for bound in (min, max))
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
+def plain_mean(losses: Mapping[int, float]) -> float:
+    return float(np.mean(list(losses.values()))) if losses else math.nan
+
+
+def number(value: float, form: str = ".3g") -> str:
+    if math.isnan(value):
+        return "n/a"
+    return format(value, form) if math.isfinite(value) else ("∞" if value > 0 else "-∞")
+
+
+def table(*heads: str) -> Iterator[str]:
+    yield row(*heads)
+    yield row(*("---" for _ in heads))
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def not_reached(comparison: Comparison) -> str:
+    """Return of how many seeds no speed-up is known: without them it would be of the fast ones."""
+    return f"not reached by {comparison.unreached} of {comparison.found.n} seeds"
+
+
+def speedup(comparison: Comparison) -> tuple[float, float, float]:
+    """Return the inverse of a ratio of costs, and its interval; 0: never reached."""
+    found = comparison.found
+    return _inverse(found.mean), _inverse(found.high), _inverse(found.low)
+
+
+def _inverse(value: float) -> float:
+    return 1 / value if value else math.inf
