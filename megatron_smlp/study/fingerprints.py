@@ -38,7 +38,7 @@ def make_fingerprints(known: State, data: StudyData, results: Results, *, proces
     now = made_by_next(processes)
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     machine = f"{hardware()}, {processes} x {threads} threads"
-    for name in _asked(known, str(now["sources"])):
+    for name in _asked(known):
         about = {"system": name, "sources": now["sources"], "machine": machine}
         folder = known.folder / FINGERPRINTS / name / _digest(about)
         if (folder / FOUND).exists() or _is_in(results, about):
@@ -69,13 +69,14 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:HASH_DIGITS]
 
 
-def _asked(known: State, now: str) -> Iterator[str]:
-    """Yield the systems that are to be trained, or that other sources have trained."""
+def _asked(known: State) -> Iterator[str]:
+    """Yield the systems that are to be trained, or were by sources that are known: others, or the
+    present ones where a worker was killed at the fingerprint."""
     plan = known.plan()
     to_do = {run.system for run in (*known.to_do(plan), *plan.pending)}
     for name in known.systems:
-        others = {known.made_by(run)["sources"] for run in plan.runs if run.system == name}
-        if name in to_do or others - {NOT_KNOWN, now}:
+        made_by = {known.made_by(run)["sources"] for run in plan.runs if run.system == name}
+        if name in to_do or made_by - {NOT_KNOWN}:
             yield name
 
 

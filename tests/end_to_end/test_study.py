@@ -113,7 +113,7 @@ def fake_sbatch(folder: Path) -> Path:
 
 def logged(study: Path) -> int:
     """Steps that all runs of a study have logged."""
-    files = (study.parent / "runs").glob("*/*/*/*/metrics.jsonl")
+    files = (study.parent / "runs").glob("*/*/lr*/*/metrics.jsonl")
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
 
 
