@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
     tasks.add_argument(
         "--prompt-style", choices=["lm_eval", "paper"], default="lm_eval",
         help="how COPA asks (default lm_eval)",
+    )  # fmt: skip
+    tasks.add_argument(
+        "--too-long", choices=["skip", "truncate", "stop"], default="skip",
+        help="of an option with more tokens than the model reads: leave the example out (default), "
+        "score the option's end alone, or stop; examples are named either way",
     )  # fmt: skip
     tasks.add_argument("--samples", metavar="FILE", help="JSON lines: each example's scores")
     tasks.add_argument("--markdown", metavar="FILE", help="a report beside the paper's figures")
@@ -106,7 +111,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             "--data-path PREFIX"
         )
     of_text = ("stride", "split", "suffix_from", "breakdown", "allow_tokenizer_mismatch")
-    of_tasks = ("data_dir", "include_path", "prompt_style", "samples", "markdown")
+    of_tasks = ("data_dir", "include_path", "prompt_style", "too_long", "samples", "markdown")
     for flags, excludes, instead in (
         (of_text, options.tasks, "--data-path PREFIX"),
         (of_tasks, options.data_path, "--tasks A,B"),
@@ -222,9 +227,8 @@ def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -
         iteration, model = _harness_model(options, megatron_flags)
         from megatron_smlp.evaluation.harness import run_tasks
 
-        results = run_tasks(model, selection, limit=options.limit)
-    if int(os.environ.get("RANK", "0")) == 0:
-        _report(options, results, iteration=iteration)
+        scored = run_tasks(model, selection, limit=options.limit, too_long=options.too_long)
+        _report(options, scored, iteration=iteration)
 
 
 def _harness_model(
@@ -291,19 +295,41 @@ def _exported_scorer(options: argparse.Namespace) -> tuple[argparse.Namespace, A
     return facts, scorer, tokenizer
 
 
-def _report(options: argparse.Namespace, results: Sequence[Any], *, iteration: int | None) -> None:
+def _report(options: argparse.Namespace, scored: Iterable[Any], *, iteration: int | None) -> None:
+    """Write the files that were asked for anew as each task ends: what fails later keeps those.
+
+    Raises:
+        UsageError: no example of any task could be scored.
+    """
     from megatron_smlp.evaluation import reports
     from megatron_smlp.training.captured_output import terminal
 
+    is_first = int(os.environ.get("RANK", "0")) == 0
     source = str(options.hf or options.checkpoint)
-    reports.print_table(results, terminal(), title=f"Zero-shot: {source}")
+    results = []
+    try:
+        for result in scored:
+            results.append(result)
+            if is_first:
+                _write(options, results, source=source, iteration=iteration)
+    finally:
+        if is_first and results:
+            reports.print_table(results, terminal(), title=f"Zero-shot: {source}")
+    if is_first and not any(result.scores for result in results):
+        raise UsageError(f"--tasks {options.tasks}: no example fits into the model of {source}")
+
+
+def _write(
+    options: argparse.Namespace, results: Sequence[Any], *, source: str, iteration: int | None
+) -> None:
+    from megatron_smlp.evaluation import reports
+
     if options.output:
-        names = ("dtype", "limit", "prompt_style", "seq_length")
+        names = ("dtype", "limit", "prompt_style", "seq_length", "too_long")
         kept = {"iteration": iteration, **{name: getattr(options, name) for name in names}}
         about = {"path": source, "kind": "hf" if options.hf else "checkpoint", **kept}
         reports.write_json(Path(options.output), model=about, results=results)
     if options.samples:
         reports.write_samples(Path(options.samples), results)
     if options.markdown:
-        text = reports.as_markdown(results, model=source)
-        Path(options.markdown).write_text(text, encoding="utf-8")
+        reports.write_markdown(Path(options.markdown), results, model=source)

@@ -86,7 +86,7 @@ class TaskEvaluation:
             self.statistics.begin(None)  # the choices of routers here are of no validation
             start = start_of(self.tokenizer, self.args)
             model = ScorerModel(scorer, self.tokenizer, start=start)
-            results = run_tasks(model, self.selection, limit=args.eval_tasks_limit)
+            results = list(run_tasks(model, self.selection, limit=args.eval_tasks_limit))
             self.statistics.take(training=False)
         # The harness has results on the first rank of each node alone, and curves are written on
         # the last.

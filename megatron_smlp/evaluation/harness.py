@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lm_eval
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
+from megatron_smlp.evaluation.fitting import Misfit, TooLong, generation_settings, misfits
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.reports import TaskResult, from_harness
 from megatron_smlp.evaluation.rows import Row, RowScore
@@ -23,30 +25,104 @@ from megatron_smlp.serving.sampling import Job, answer
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 """(context, continuation), and the token ids of both."""
-MAX_NEW_TOKENS = 256
-"""Limit for tasks that set no max_gen_toks; the harness's `hf` model has the same default."""
 TOP_K = 50
 """Of tasks that sample and set no top_k: transformers' own, as the harness's `hf` model has it."""
 IDLE = {"num_beams": 1}
 """Values that ask for nothing, of settings that are not supported."""
 
 
-def run_tasks(model: Any, selection: Selection, *, limit: int | None) -> list[TaskResult]:
-    """Score every example of the tasks, zero-shot.
+def run_tasks(
+    model: Any, selection: Selection, *, limit: int | None, too_long: TooLong = "skip"
+) -> Iterator[TaskResult]:
+    """Score the examples of the tasks, zero-shot, one task or group after the other.
 
     Args:
         model: a `lm_eval.api.model.LM`.
         limit: examples per task, the first ones; None: all.
+        too_long: what becomes of examples that do not fit into the model; they are named either
+            way. truncate: an option loses its beginning; what cannot be cut is left out.
 
-    Returns:
-        a result per task; nothing on ranks that the harness gives none.
+    Yields:
+        a result per task, as they end; nothing on ranks that the harness gives none.
+
+    Raises:
+        UsageError: an example does not fit and too_long is stop, or the requests of a task cannot
+            be made of its file.
     """
+    # All are looked at before hours of work on the first.
+    checked = [_Checked.of(item, model, selection, limit) for item in selection.tasks]
+    if too_long == "stop":
+        for each in checked:
+            each.stop_at_the_first()
+    for each in checked:
+        chosen = each.chosen(limit, too_long)
+        empty = [name for name, numbers in chosen.items() if not numbers]
+        some = {name: numbers for name, numbers in chosen.items() if numbers}
+        # A group's own score would be of other tasks than it says where one of them has none.
+        scored = [each.tasks[name] for name in some] if empty else [each.item]
+        results = _evaluated(model, scored, selection, some) if some else []
+        results += [TaskResult(name, 0, {}, str(each.tasks[name].VERSION)) for name in empty]
+        for result in results:
+            those = each.misfits.get(result.task, {})
+            unfit = {number: misfit.said(too_long) for number, misfit in those.items()}
+            yield dataclasses.replace(result, unfit=unfit)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A task or a group, and what of it does not fit into the model."""
+
+    item: Any
+    tasks: Mapping[str, Any]
+    """It, or those of the group."""
+    misfits: Mapping[str, Mapping[int, Misfit]]
+    """Of each task, by the number of the example."""
+
+    @classmethod
+    def of(cls, item: Any, model: Any, selection: Selection, limit: int | None) -> _Checked:
+        tasks = selection.manager.load([item])["tasks"]
+        found = {}
+        for name, task in tasks.items():
+            task.set_config(key="num_fewshot", value=0)
+            try:
+                found[name] = misfits(task, model, limit=limit)
+            except UsageError:
+                raise
+            except Exception as error:  # of prompts and code that are not ours
+                raise selection.broken(name, error) from error
+        return cls(item, tasks, found)
+
+    def stop_at_the_first(self) -> None:
+        for name, those in self.misfits.items():
+            for number, misfit in those.items():
+                raise UsageError(
+                    f"--tasks {name}, example {number}: {misfit.reason}: leave such examples out "
+                    "(--too-long skip), or evaluate a model with a longer --seq-length"
+                )
+
+    def chosen(self, limit: int | None, too_long: TooLong) -> dict[str, Sequence[int]]:
+        """Return the numbers of the examples that are scored, of each task."""
+        chosen: dict[str, Sequence[int]] = {}
+        for name, task in self.tasks.items():
+            those, count = self.misfits[name], len(task.eval_docs)
+            numbers = range(count if limit is None else min(limit, count))
+            left_out = {number for number in those if not those[number].is_cut(too_long)}
+            # The harness looks each example up in what it gets: a range is quick at that.
+            chosen[name] = [n for n in numbers if n not in left_out] if left_out else numbers
+        return chosen
+
+
+def _evaluated(
+    model: Any,
+    tasks: Sequence[Any],
+    selection: Selection,
+    chosen: Mapping[str, Sequence[int]],
+) -> list[TaskResult]:
     results = lm_eval.simple_evaluate(
         model=model,
-        tasks=selection.tasks,
+        tasks=tasks,
         task_manager=selection.manager,
-        num_fewshot=0,
-        limit=limit,
+        samples=dict(chosen),
         log_samples=True,
         random_seed=None,  # nothing is drawn, and a training around this goes on with its seeds
         numpy_random_seed=None,
@@ -54,26 +130,6 @@ def run_tasks(model: Any, selection: Selection, *, limit: int | None) -> list[Ta
         bootstrap_iters=1000,
     )
     return [] if results is None else from_harness(results)
-
-
-def check_requests(requests: Sequence[Request], *, longest: int) -> None:
-    """Check that every continuation fits into the model; contexts are cut to fit.
-
-    Raises:
-        UsageError: with the text, its tokens, and the model's length.
-    """
-    for (_, text), _, continuation in requests:
-        shown = text if len(text) <= 60 else f"{text[:60]}..."
-        if len(continuation) > longest:
-            raise UsageError(
-                f"the option {shown!r} has {len(continuation)} tokens and the model's sequences "
-                f"end at {longest}: leave the example out, or evaluate a model with a longer "
-                "--seq-length"
-            )
-        if not continuation:
-            raise UsageError(
-                f"the option {shown!r} has no tokens of its own: there is nothing to score"
-            )
 
 
 class ScorerModel(TemplateLM):
@@ -112,6 +168,10 @@ class ScorerModel(TemplateLM):
         self.generator = generator
 
     @property
+    def longest(self) -> int:
+        return self.scorer.longest
+
+    @property
     def prefix_token_id(self) -> int:
         return self.start[-1] if self.start else self.eot_token_id
 
@@ -140,7 +200,6 @@ class ScorerModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        check_requests(requests, longest=self.scorer.longest)
         rows = [self._row(context, option) for _, context, option in requests]
         answers = [(sum(s.logprobs), all(s.greedy)) for s in self._scores(rows)]
         for (key, _, _), pair in zip(requests, answers, strict=True):
@@ -148,7 +207,7 @@ class ScorerModel(TemplateLM):
         return answers
 
     def _row(self, context: Sequence[int], option: Sequence[int]) -> Row:
-        """Return the row of a request; a context that is too long loses its beginning."""
+        """Return the row of a request; what is too long loses its beginning."""
         tokens = (*context, *option)[-(self.scorer.longest + 1) :]
         return Row(tokens, min(len(option), len(tokens) - 1))
 
@@ -201,10 +260,9 @@ def settings_of(asked: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     Raises:
         UsageError: one of them is another, or its value is not possible.
     """
+    given = generation_settings(asked)
+    count, until, samples = (given.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
     try:
-        given = {name: value for name, value in asked.items() if value is not None}
-        given = {**normalize_gen_kwargs(given, MAX_NEW_TOKENS)}
-        count, until, samples = (given.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
         temperature = float(given.pop("temperature", 0.0))
         drawn = {
             "top_p": float(given.pop("top_p", 1.0)),

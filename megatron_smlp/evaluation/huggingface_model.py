@@ -9,7 +9,7 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.harness import Request, check_requests
+from megatron_smlp.evaluation.harness import Request
 from megatron_smlp.generation.language_model import check_with_tokenizer
 
 
@@ -50,6 +50,10 @@ class ExportedModel(HFLM):
                 "not belong together"
             )
 
+    @property
+    def longest(self) -> int:
+        return int(self.max_length)
+
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
@@ -59,5 +63,12 @@ class ExportedModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], *args: Any, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        check_requests(requests, longest=self.max_length)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        """Score as the base class does, which cuts contexts, but no options."""
+        most = self.longest
+        cut = [
+            (key, context, option)
+            if len(option) <= most
+            else (key, option[-most - 1 : -most], option[-most:])
+            for key, context, option in requests
+        ]
+        return super()._loglikelihood_tokens(cut, *args, **kwargs)

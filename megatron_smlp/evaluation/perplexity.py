@@ -5,8 +5,12 @@ first is predicted exactly once.
 
 Windows of T tokens begin every `stride` tokens; each scores what no earlier one did, so with a
 stride under T every later token has at least T - stride tokens of context. Documents follow each
-other as in training. Per byte and per word the same nll is divided by those of the text. The pair
-is read as it is needed: memory holds some windows, whatever its size.
+other as in training. Per byte and per word the same nll is divided by those of the text that is
+predicted; of some windows alone, which cut words, it is divided by bytes only:
+
+    bits per byte = nll / (bytes ln 2)
+
+The pair is read as it is needed: memory holds some windows, whatever its size.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.breakdown import Breakdown
 from megatron_smlp.evaluation.rows import Row, Scorer
 
+BEFORE = 16
+"""Tokens before a piece of text that are decoded with it: characters and words go over its edge."""
 CHUNK = 256
 """Windows that are scored in one call."""
 
@@ -47,12 +53,12 @@ class Part:
         end = int(self.index.pointers[self.last - 1]) // self.index.dtype.itemsize
         return self.index.tokens[begin : end + int(self.index.lengths[self.last - 1])]
 
-    def documents(self) -> Iterator[list[int]]:
-        """Yield the ids of each document, as far as it belongs to the part."""
-        for bounds in itertools.pairwise(self.index.documents.tolist()):
-            begin, end = (min(max(bound, self.first), self.last) for bound in bounds)
-            if begin < end:
-                yield Part(self.index, begin, end).tokens().tolist()
+    def documents(self) -> Any:
+        """Return int64[documents + 1]: the place in `tokens` of each document's first token."""
+        lengths = self.index.lengths[self.first : self.last]
+        ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        bounds = np.clip(self.index.documents, self.first, self.last) - self.first
+        return np.unique(ends[bounds])
 
 
 def validation_part(index: Index, split: str | None) -> Part:
@@ -89,24 +95,35 @@ def validation_part(index: Index, split: str | None) -> Part:
     return Part(index, first, last)
 
 
-def windows(
-    tokens: Sequence[int], *, longest: int, stride: int, limit: int | None = None
-) -> Iterator[Row]:
-    """Cut a text of at least two tokens into rows; see the top of the file.
+@dataclass(frozen=True)
+class Window:
+    """Neighbouring tokens of a text, of which those from `scored` on are predicted."""
+
+    begin: int
+    scored: int
+    end: int
+    """Behind the last one."""
+
+    def row(self, tokens: Sequence[int]) -> Row:
+        ids = tokens[self.begin : self.end]
+        return Row(tuple(int(token) for token in ids), self.end - self.scored)
+
+
+def windows(count: int, *, longest: int, stride: int, limit: int | None = None) -> Iterator[Window]:
+    """Cut a text of so many tokens, two or more, into windows; see the top of the file.
 
     Args:
         limit: leave out all but so many, unread. Those left are spread evenly over the text, and
             the first scores no more than the others: with a short stride it would outweigh them.
     """
-    last = len(tokens) - 1
-    count = 1 + max(0, -(-(last - longest) // stride))
-    chosen = min(count, limit or count)
+    last = count - 1
+    all_of_them = 1 + max(0, -(-(last - longest) // stride))
+    chosen = min(all_of_them, limit or all_of_them)
     for number in range(chosen):
-        begin = number * count // chosen * stride
-        scores_all = begin == 0 and chosen == count
+        begin = number * all_of_them // chosen * stride
+        scores_all = begin == 0 and chosen == all_of_them
         done = 0 if scores_all else begin - stride + longest  # by the window before
-        end = min(begin + longest, last)
-        yield Row(tuple(int(token) for token in tokens[begin : end + 1]), end - done)
+        yield Window(begin, done + 1, min(begin + longest, last) + 1)
 
 
 def measure(
@@ -127,8 +144,8 @@ def measure(
         stride: tokens between the beginnings of windows; None: T, no overlap.
         suffix_from: P, to report what positions from there on predict too; 0: do not.
         split: the --split of a run, to read only what it validates on.
-        limit: windows to score, spread evenly over the text; None: all. Numbers of the text, which
-            are per byte and per word, are then left out.
+        limit: windows to score, spread evenly over the text; None: all. They cut words, so that
+            the perplexity per word is then left out.
         breaks_down: also return `breakdown`, see evaluation/breakdown.py.
         allows_mismatch: whether the pair may have been written with another tokenizer.
 
@@ -154,13 +171,16 @@ def measure(
         raise UsageError(f"--data-path {prefix} has {len(tokens)} tokens: there is none to predict")
     whole: list[float] = []  # -log p, a sum per window
     suffix: list[float] = []
-    num_tokens = num_suffix = 0
-    cut = windows(tokens, longest=scorer.longest, stride=stride, limit=limit)
+    num_tokens = num_suffix = num_bytes = 0
+    cut = windows(len(tokens), longest=scorer.longest, stride=stride, limit=limit)
+    text = _Text(part, tokenizer) if tokenizer.identity is not None else None
     breakdown: Breakdown | None = None
     if breaks_down:
         counts = counts_in(tokens, vocab_size=tokenizer.vocab_size, prefix=prefix)
         breakdown = Breakdown(counts)
-    for rows in itertools.batched(cut, CHUNK):
+    for some in itertools.batched(cut, CHUNK):
+        rows = [window.row(tokens) for window in some]
+        num_bytes += sum(map(text.bytes_of, some)) if text else 0
         for row, score in zip(rows, scorer.score(rows), strict=True):
             if breakdown is not None:
                 breakdown.add(row, score)
@@ -173,8 +193,11 @@ def measure(
     nll = math.fsum(whole)
     result: dict[str, Any] = {"tokens": num_tokens, "nll": nll, "stride": stride}
     result["perplexity"] = math.exp(nll / num_tokens)
-    if num_tokens == len(tokens) - 1:
-        result |= _of_text(part, tokenizer, nll)
+    if text and num_bytes:
+        result |= _per_byte(nll, num_bytes)
+    if text and num_tokens == len(tokens) - 1 and (num_words := text.words()):
+        result["words"] = num_words
+        result["word_perplexity"] = math.exp(min(700.0, nll / num_words))
     if num_suffix:
         result["suffix_from"] = suffix_from
         result["suffix_tokens"] = num_suffix
@@ -184,24 +207,49 @@ def measure(
     return result
 
 
-def _of_text(part: Part, tokenizer: Tokenizer, nll: float) -> dict[str, Any]:
-    """Return the perplexity per byte and per word; nothing where ids stand for no text."""
-    if tokenizer.identity is None:
-        return {}
-    encoder = tokenizer.build()
-    start = list(getattr(tokenizer, "start", []))  # ids that stand before a text, and for none
-    num_bytes = num_words = 0
-    for number, ids in enumerate(part.documents()):
-        begins = len(start) if ids[: len(start)] == start else 0
-        predicted = ids[max(begins, int(number == 0)) :]
-        text = encoder.decode([token for token in predicted if token != tokenizer.eod])
-        num_bytes += len(text.encode())
-        num_words += len(text.split())
-    if not num_words:
-        return {}
-    return {
-        "bytes": num_bytes,
-        "words": num_words,
-        "byte_perplexity": math.exp(nll / num_bytes),
-        "word_perplexity": math.exp(min(700.0, nll / num_words)),
-    }
+def _per_byte(nll: float, num_bytes: int) -> dict[str, Any]:
+    bits = nll / num_bytes / math.log(2)
+    return {"bytes": num_bytes, "bits_per_byte": bits, "byte_perplexity": 2**bits}
+
+
+class _Text:
+    """The text of a part: what its ids say without those that begin and end documents."""
+
+    def __init__(self, part: Part, tokenizer: Tokenizer) -> None:
+        self._encoder, self._end = tokenizer.build(), tokenizer.eod
+        self._start = list(getattr(tokenizer, "start", []))
+        self._tokens = part.tokens()
+        self._documents = part.documents()
+
+    def bytes_of(self, window: Window) -> int:
+        """Return the bytes that a window predicts; a character counts where its last token is."""
+        first = max(0, int(np.searchsorted(self._documents, window.scored, side="right")) - 1)
+        total = 0
+        for begin, end in itertools.pairwise(self._documents[first:].tolist()):
+            if begin >= window.end:
+                break
+            begin = self._behind_start(begin, end)
+            low, high = max(begin, window.scored), min(end, window.end)
+            if low < high:
+                before = max(begin, low - BEFORE)
+                total += self._size(before, high) - self._size(before, low)
+        return total
+
+    def words(self) -> int:
+        """Return the words of the whole part, without a first token that is not predicted."""
+        bounds = itertools.pairwise(self._documents.tolist())
+        spans = ((max(1, self._behind_start(begin, end)), end) for begin, end in bounds)
+        return sum(len(self._decoded(begin, end).split()) for begin, end in spans)
+
+    def _behind_start(self, begin: int, end: int) -> int:
+        behind = begin + len(self._start)
+        starts = behind <= end and self._tokens[begin:behind].tolist() == self._start
+        return behind if starts else begin
+
+    def _size(self, begin: int, end: int) -> int:
+        return len(self._decoded(begin, end).rstrip("\ufffd").encode())
+
+    def _decoded(self, begin: int, end: int) -> str:
+        ids = self._tokens[begin:end].tolist()
+        text: str = self._encoder.decode([token for token in ids if token != self._end])
+        return text

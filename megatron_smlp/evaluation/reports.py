@@ -16,6 +16,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
+from megatron_smlp.durable import write_durably
+
 PAPER_METRICS = {
     "copa": "acc",
     "piqa": "acc",
@@ -58,6 +60,8 @@ class TaskResult:
     version: str
     samples: list[dict[str, Any]] = field(repr=False, default_factory=list)
     """Each example: document id, target, and the options' log-likelihoods."""
+    unfit: Mapping[int, str] = field(default_factory=dict)
+    """Examples that did not fit into the model, by document id: what became of each, and why."""
 
     def as_json(self) -> dict[str, Any]:
         scores = {name: asdict(score) for name, score in self.scores.items()}
@@ -109,12 +113,14 @@ def _sample(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_record(results: Iterable[TaskResult]) -> dict[str, dict[str, float | None]]:
-    """Return `{"copa": {"acc": 0.55, "acc_stderr": 0.05, "examples": 100}}` for metrics.jsonl."""
+    """Return `{"copa": {"acc": 0.55, "acc_stderr": 0.05, "examples": 99, "unfit": 1}}` for
+    metrics.jsonl."""
     return {
         result.task: {
             **{name: score.value for name, score in result.scores.items()},
             **{f"{name}_stderr": score.stderr for name, score in result.scores.items()},
             "examples": result.examples,
+            "unfit": len(result.unfit),
         }
         for result in results
     }
@@ -122,10 +128,27 @@ def as_record(results: Iterable[TaskResult]) -> dict[str, dict[str, float | None
 
 def task_texts(results: Iterable[TaskResult]) -> list[str]:
     """Return a text per task for the console: `copa acc 0.550`."""
-    return [
-        " ".join([result.task, *(f"{name} {s.value:.3f}" for name, s in result.scores.items())])
-        for result in results
-    ]
+    texts = []
+    for result in results:
+        scores = [f"{name} {score.value:.3f}" for name, score in result.scores.items()]
+        unfit = [f"({len(result.unfit):,} do not fit)"] if result.unfit else []
+        texts.append(" ".join([result.task, *scores, *unfit]))
+    return texts
+
+
+def unfit_texts(results: Iterable[TaskResult], *, most: int = 5) -> list[str]:
+    """Return a line for each task with examples that do not fit: how many, which, and why."""
+    lines = []
+    for result in filter(lambda result: result.unfit, results):
+        numbers = [str(number) for number in result.unfit]
+        shown = ", ".join(numbers[:most]) + ", ..." * (len(numbers) > most)
+        reason = next(iter(result.unfit.values()))
+        of = result.examples + sum(text.startswith("left out") for text in result.unfit.values())
+        lines.append(
+            f"{result.task}: {len(numbers):,} of {of:,} examples do not fit: {shown}. "
+            f"Example {numbers[0]} {reason}"
+        )
+    return lines
 
 
 def print_table(results: Sequence[TaskResult], file: TextIO, *, title: str) -> None:
@@ -139,21 +162,43 @@ def print_table(results: Sequence[TaskResult], file: TextIO, *, title: str) -> N
         for metric, score in result.scores.items():
             error = "n/a" if score.stderr is None else f"{score.stderr:.4f}"
             table.add_row(result.task, metric, f"{score.value:.4f}", error, f"{result.examples:,}")
-    Console(file=file, highlight=False, soft_wrap=True).print(table)
+    console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
+    console.print(table)
+    for line in unfit_texts(results):
+        console.print(line)
 
 
 def write_json(path: Path, *, model: dict[str, Any], results: Sequence[TaskResult]) -> None:
-    """Write `{"model": {...}, "results": {task: {"examples", "version", "metrics"}}}`."""
-    record = {"model": model, "results": {result.task: result.as_json() for result in results}}
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    """Write `{"model", "results": {task: {"examples", "version", "metrics"}}, "unfit": {task: {doc:
+    why}}}`; a task of which no example fits is in `unfit` alone."""
+    record = {
+        "model": model,
+        "results": {result.task: result.as_json() for result in results if result.scores},
+        "unfit": {result.task: dict(result.unfit) for result in results if result.unfit},
+    }
+    _replace(path, json.dumps(record, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file, or a device as /dev/stdout; a crash leaves what was in a file before."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_durably(path.resolve(), text)
 
 
 def write_samples(path: Path, results: Sequence[TaskResult]) -> None:
     """Write each example as one JSON object on a line of its own."""
-    with path.open("w", encoding="utf-8") as file:
-        for result in results:
-            for sample in result.samples:
-                file.write(json.dumps(sample, ensure_ascii=False, default=str) + "\n")
+    lines = [
+        json.dumps(sample, ensure_ascii=False, default=str) + "\n"
+        for result in results
+        for sample in result.samples
+    ]
+    _replace(path, "".join(lines))
+
+
+def write_markdown(path: Path, results: Sequence[TaskResult], *, model: str) -> None:
+    _replace(path, as_markdown(results, model=model))
 
 
 def as_markdown(results: Sequence[TaskResult], *, model: str) -> str:
@@ -173,6 +218,7 @@ def as_markdown(results: Sequence[TaskResult], *, model: str) -> str:
             error = "n/a" if score.stderr is None else written.format(score.stderr)
             cells = (result.task, metric, written.format(score.value), error, f"{result.examples}")
             lines.append(f"| {' | '.join(cells)} |")
+    lines += [part for line in unfit_texts(results) for part in ("", line)]
     tasks = list(dict.fromkeys(filter(None, (_task_of_the_paper(r.task) for r in results))))
     return "\n".join([*lines, *(_paper_lines(tasks) if tasks else [])]) + "\n"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,9 @@ PAPER_TASKS = tuple(FILES)
 HARNESS_NAMES = {"storycloze": "storycloze_2016"}
 """Names of the paper's tasks in lm-evaluation-harness, where they differ."""
 
+NETWORK = ("aiohttp", "httpx", "huggingface_hub", "requests", "urllib3")
+"""Libraries whose exceptions are of the network."""
+
 PromptStyle = Literal["lm_eval", "paper"]
 
 
@@ -30,6 +35,10 @@ class Selection:
     """And groups of tasks, which have scores of their own."""
     manager: Any
     """The TaskManager that loaded them."""
+
+    def broken(self, name: str, error: Exception) -> UsageError:
+        """Return what to say of a task whose prompts cannot be made."""
+        return UsageError(f"--tasks {name}: {_file_of(name, self.manager)}: {_in_words(error)}")
 
 
 def split_names(text: str, *, flag: str = "--tasks") -> list[str]:
@@ -70,7 +79,7 @@ def select_tasks(
     manager = TaskManager(include_path=include_path)
     wanted = [HARNESS_NAMES.get(name, name) for name in names]
     for name in wanted:
-        _check_known(name, manager.all_tasks)
+        _check_known(name, manager.all_tasks, include_path=include_path)
     if prompt_style == "paper":
         wanted = [str(PAPER_COPA) if name == "copa" else name for name in wanted]
     remedy = (
@@ -100,7 +109,8 @@ def _offline(
         include_path=folders, include_defaults=False, metadata={"data_dir": str(data_dir)}
     )
     for name in names:
-        _check_known(name, manager.all_tasks, where="--data-dir and --include-path serve")
+        where = "--data-dir and --include-path serve"
+        _check_known(name, manager.all_tasks, where=where, include_path=include_path)
     is_paper = prompt_style == "paper"
     wanted = [PAPER_COPA.stem if is_paper and name == "copa" else name for name in names]
     remedy = "check its file, and that its data is local: with --data-dir no network is used"
@@ -112,11 +122,14 @@ def _load(names: Sequence[str], manager: Any, *, remedy: str) -> Selection:
     built: list[Any] = []
     for name in names:
         try:
-            found = _outermost(manager.load([name]))
+            with _harness_errors() as said:
+                found = _outermost(manager.load([name]))
         except UsageError:
             raise
         except Exception as error:  # of files and code that are not ours, and of the network
-            reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            reason, file = "; ".join([_in_words(error), *said]), _file_of(name, manager)
+            if file and _is_users(file):
+                remedy = f"{remedy}; its file is {file}" if _of_network(error) else f"mend {file}"
             raise UsageError(f"--tasks {name} cannot be loaded ({reason}): {remedy}") from error
         try:
             manager.load([*built, *found])
@@ -133,11 +146,68 @@ def _outermost(loaded: Any) -> list[Any]:
     return [item for name, item in both.items() if name not in inner]
 
 
-def _check_known(name: str, known: Sequence[str], *, where: str = "known are") -> None:
-    """Raise `UsageError` with the nearest names where a task is unknown."""
+def _file_of(name: str, manager: Any) -> Path | None:
+    """Return the YAML file of a task or group; None: it is not known."""
+    entry = manager.task_index.get(name)
+    return entry and entry.yaml_path
+
+
+def _is_users(file: Path) -> bool:
+    import lm_eval
+
+    return {TASK_FOLDER, Path(lm_eval.__file__).parent}.isdisjoint(file.parents)
+
+
+def _in_words(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+def _of_network(error: Exception) -> bool:
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, ConnectionError | TimeoutError) or library in NETWORK
+
+
+@contextlib.contextmanager
+def _harness_errors() -> Iterator[list[str]]:
+    """Collect what the harness logs as an error, of which its exceptions may say nothing."""
+    said: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logger, handler = logging.getLogger("lm_eval"), Collect(logging.ERROR)
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+
+
+def _unread(folder: str | None) -> Iterator[str]:
+    """Yield the task files of a folder that the harness passes over in silence, and why."""
+    from lm_eval.tasks._index import TaskIndex
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for path in sorted(Path(folder).rglob("*.yaml")) if folder else ():
+        try:
+            TaskIndex.process_cfg(load_yaml(path, resolve_func=False), path, {})
+        except Exception as error:  # of any kind, as the harness itself catches it
+            yield f"{path} is passed over ({' '.join(str(error).split())[:200]})"
+
+
+def _check_known(
+    name: str,
+    known: Sequence[str],
+    *,
+    where: str = "known are",
+    include_path: str | None = None,
+) -> None:
+    """Raise `UsageError` where a task is unknown, with files that may be its, and near names."""
     if name in known:
         return
+    unread = "; ".join(_unread(include_path))
     hint = did_you_mean(name, known, most=3, cutoff=0.5)
     few = f"{where} {', '.join(known)}" if len(known) < 20 else ""
-    text = "; ".join(part for part in (hint, few) if part) or "`lm_eval ls tasks` lists all"
+    text = "; ".join(part for part in (unread, hint, few) if part) or "`lm_eval ls tasks` lists all"
     raise UsageError(f"--tasks {name} is not a task: {text}")

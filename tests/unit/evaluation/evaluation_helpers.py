@@ -6,7 +6,7 @@ import contextlib
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,14 @@ def beginning(tokenizer: Path, folder: Path, number: int) -> Path:
     return folder
 
 
-def preprocessed(tokenizer: Path, folder: Path) -> Path:
-    """Make a dataset of three short documents; return its prefix."""
+TEXTS = tuple(f"{TEXT} {number}" for number in range(3))
+
+
+def preprocessed(tokenizer: Path, folder: Path, texts: Sequence[str] = TEXTS) -> Path:
+    """Make a dataset of short documents; return its prefix."""
     from megatron_smlp.data.prepare.preprocess_cli import main
 
-    lines = [json.dumps({"text": f"{TEXT} {number}"}) + "\n" for number in range(3)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
     (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
     words = (
         f"--input {folder / 'text.jsonl'} --output-prefix {folder / 'text'} --append-eod "

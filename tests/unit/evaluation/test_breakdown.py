@@ -53,7 +53,8 @@ def test_every_kind_has_all_tokens_and_their_mean():
     counts = np.bincount(text, minlength=9)
     breakdown = Breakdown(counts)
     losses = []
-    for row in windows(text, longest=16, stride=5):
+    for window in windows(len(text), longest=16, stride=5):
+        row = window.row(text)
         own = draw.gamma(2.0, size=row.scored)
         losses += own.tolist()
         breakdown.add(row, RowScore(tuple(-own), (False,) * row.scored))

@@ -128,6 +128,7 @@ def test_stock_lm_eval_on_the_exported_folder(
         ("--hf {0} --data-path x --include-path y", "--include-path y goes with --tasks A,B"),
         ("--hf {0} --data-path x --data-dir y", "--data-dir y goes with --tasks A,B"),
         ("--hf {0} --data-path x --prompt-style paper", "--prompt-style paper goes with --tasks"),
+        ("--hf {0} --data-path x --too-long stop", "--too-long stop goes with --tasks A,B"),
         ("--hf {0} --data-path x --samples {0}/a", "--samples {0}/a goes with --tasks A,B"),
         ("--hf {0} --data-path x --markdown {0}/a", "--markdown {0}/a goes with --tasks A,B"),
         ("--hf {0} --tasks a --allow-tokenizer-mismatch", "-mismatch goes with --data-path"),

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from evaluation_helpers import LENGTH, TEXT, Run, beginning, loaded, preprocessed
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
@@ -25,10 +26,15 @@ from megatron_smlp.evaluation.perplexity import measure, windows
 from megatron_smlp.evaluation.rows import Row, RowScore
 
 
+def rows_of(count: int, **how: int) -> list[Row]:
+    """The windows of a text in which each token is its place."""
+    return [window.row(range(count)) for window in windows(count, longest=8, **how)]
+
+
 @pytest.mark.parametrize("count", [2, 5, 8, 9, 10, 31])
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_every_token_but_the_first_is_predicted_once(count: int, stride: int) -> None:
-    cut = list(windows(range(count), longest=8, stride=stride))
+    cut = rows_of(count, stride=stride)
     predicted = [token for window in cut for token in window.tokens[-window.scored :]]
     assert predicted == list(range(1, count))
     assert max(len(window.tokens) for window in cut) <= 9
@@ -40,21 +46,19 @@ def test_every_token_but_the_first_is_predicted_once(count: int, stride: int) ->
 def test_a_few_windows_are_spread_over_the_text_and_score_alike(
     count: int, stride: int, limit: int
 ) -> None:
-    whole = list(windows(range(count), longest=8, stride=stride))
-    some = list(windows(range(count), longest=8, stride=stride, limit=limit))
+    whole = rows_of(count, stride=stride)
+    some = rows_of(count, stride=stride, limit=limit)
     assert [window.scored for window in some] == [stride] * limit
     assert set(some[1:]) < set(whole)
     begins = [window.tokens[0] for window in (*some, whole[-1])]
     steps = [after - before for before, after in itertools.pairwise(begins)]
     assert max(steps) <= min(steps[:-1]) + stride
-    assert list(windows(range(count), longest=8, stride=stride, limit=len(whole))) == whole
+    assert rows_of(count, stride=stride, limit=len(whole)) == whole
 
 
 def test_perplexity_is_that_of_the_exported_model(
     run: Run, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_smlp.data.pairs.indexed import open_index
-
     monkeypatch.setattr(perplexity, "CHUNK", 2)  # the text has more windows
     with loaded(run.checkpoint) as (args, stages, tokenizer):
         scorer = MegatronScorer(stages, longest=args.seq_length, batch_size=8)
@@ -133,6 +137,35 @@ def test_what_stands_before_each_text_is_no_text(tokenizer: Path, tmp_path: Path
     assert result["words"] == sum(len(text.split()) for text in texts)
 
 
+@pytest.mark.parametrize("limit", [None, 1, 5])
+def test_bytes_are_those_of_what_is_predicted(
+    tokenizer: Path, tmp_path: Path, limit: int | None
+) -> None:
+    """Of characters that are cut into tokens, and windows that cut them, too."""
+    texts = ["Größe 日本語の文", "🙂🙃 naïve", "ещё раз " * 9, "x"]
+    known = tokenizer_of(tokenizer)
+    data = preprocessed(tokenizer, tmp_path, texts)
+    found = measure(Even(), known, str(data), stride=5, suffix_from=0, limit=limit)
+    tokens = open_index(str(data)).tokens.tolist()
+    cut = [*windows(len(tokens), longest=Even.longest, stride=5, limit=limit)]
+    predicted = [token for window in cut for token in tokens[window.scored : window.end]]
+    ours = known.build()
+    # A byte-level tokenizer writes each byte as one character.
+    own = [
+        len(AutoTokenizer.from_pretrained(tokenizer).convert_ids_to_tokens(t)) for t in range(300)
+    ]
+    expected = sum(own[token] for token in predicted if token != known.eod)
+    if limit is None:
+        first = len(ours.decode(tokens[:1]).encode())
+        assert found["bytes"] == expected == sum(len(text.encode()) for text in texts) - first
+    else:
+        assert found["bytes"] == pytest.approx(expected, abs=3 * limit)
+        assert "word_perplexity" not in found
+    bits = len(predicted) / found["bytes"] / math.log(2)
+    assert found["bits_per_byte"] == pytest.approx(bits)
+    assert found["byte_perplexity"] == pytest.approx(2**bits)
+
+
 def test_data_of_another_vocabulary_is_read_where_that_is_allowed(
     tokenizer: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -169,7 +202,5 @@ def _loss(model: Any, tokens: torch.Tensor) -> float:
     ],
 )
 def test_wrong_splits_are_refused(data: Path, split: str, said: str) -> None:
-    from megatron_smlp.data.pairs.indexed import open_index
-
     with pytest.raises(UsageError, match=said):
         perplexity.validation_part(open_index(str(data)), split)

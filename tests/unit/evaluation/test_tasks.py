@@ -1,6 +1,7 @@
 """Local files of the six tasks: found, checked, and turned into the harness's own documents."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -230,32 +231,37 @@ def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(caught.value)
 
 
+NETWORK = "with --data-dir no network is used; its file is {0}"
+
+
 @pytest.mark.parametrize(
-    ("wrong", "reason"),
+    ("wrong", "said"),
     [
+        (("dataset_path: json", "dataset_path: nobody/nothing"), f"nobody/nothing' .*{NETWORK}"),
+        (('"{{question}}"', "!function absent.text"), r"'absent' .*: mend {0}"),
+        (("test_split: train", "test_split: none"), r"\(KeyError: 'none'\): mend {0}"),
+        (("question", "questoin"), r"\(UndefinedError: .*: mend {0}"),
+        (("{{question}}", "{{question"), r"\(TemplateSyntaxError: .*: mend {0}"),
+        (("doc_to_text", "doc_to_txt"), r"did you mean 'doc_to_text'.*: mend {0}"),
+        (("metric: acc", "metric: acccc"), r"acccc not found .*: mend {0}"),
+        (("capitals.jsonl", "absent.jsonl"), r"absent.jsonl'\): mend {0}"),
         (
-            ("dataset_path: json", "dataset_path: nobody/nothing"),
-            "ConnectionError: .*nobody/nothing",
+            ("task: capitals", "tusk: capitals"),
+            r"capitals is not a task: {0} is passed over .*tusk",
         ),
-        (('"{{question}}"', "!function absent.text"), "ModuleNotFoundError|ImportError"),
-        (("test_split: train", "test_split: none"), "KeyError"),
-        (("question", "questoin"), "UndefinedError"),
+        (("output_type:", "output_type: ["), r"is not a task: {0} is passed over .*line \d"),
     ],
 )
-def test_a_task_that_cannot_be_loaded_is_one_line(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    wrong: tuple[str, str],
-    reason: str,
+def test_a_mistake_in_a_task_of_ones_own_is_named_with_its_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: tuple[str, str], said: str
 ) -> None:
     for module in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
     write_own(tmp_path, wrong)
-    with pytest.raises(
-        UsageError, match=rf"--tasks capitals cannot be loaded \(({reason})"
-    ) as caught:
+    with pytest.raises(UsageError) as caught:
         select_tasks(["copa", "capitals"], data_dir=str(folder), include_path=str(tmp_path))
+    expected = said.replace("{0}", re.escape(str(tmp_path / "capitals.yaml")))
+    assert re.search(expected, str(caught.value), re.IGNORECASE), caught.value
     assert "\n" not in str(caught.value)
 
 
@@ -280,7 +286,7 @@ def test_a_group_has_its_own_score(folder: Path, tmp_path: Path) -> None:
     write_own(tmp_path)
     (tmp_path / "places.yaml").write_text(GROUP, encoding="utf-8")
     include = {"data_dir": str(folder), "include_path": str(tmp_path)}
-    found = run_tasks(Random(), select_tasks(["places", "piqa"], **include), limit=None)
+    found = [*run_tasks(Random(), select_tasks(["places", "piqa"], **include), limit=None)]
     examples = {result.task: result.examples for result in found}
     assert examples == {"capitals": 1, "copa": 1, "piqa": 1, "places": 2}
     acc = {result.task: result.scores["acc"].value for result in found}

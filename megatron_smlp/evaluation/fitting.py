@@ -1,0 +1,107 @@
+"""Find the examples of a task that a model cannot score, before any is scored.
+
+An option is scored as a whole behind one token or more, so its tokens have to fit into the model;
+contexts are cut. What an example needs is known from its requests, which the harness makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from megatron_smlp.errors import UsageError
+
+TooLong = Literal["skip", "truncate", "stop"]
+MAX_NEW_TOKENS = 256
+"""Limit for tasks that set no max_gen_toks; the harness's `hf` model has the same default."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why an example does not fit, in words."""
+
+    reason: str
+    can_be_cut: bool = False
+
+    def said(self, too_long: TooLong) -> str:
+        """Return what becomes of the example, and why."""
+        return f"{'cut' if self.is_cut(too_long) else 'left out'}: {self.reason}"
+
+    def is_cut(self, too_long: TooLong) -> bool:
+        return self.can_be_cut and too_long == "truncate"
+
+
+def misfits(task: Any, model: Any, *, limit: int | None) -> dict[int, Misfit]:
+    """Return the examples that do not fit, by their number in the task's data.
+
+    Args:
+        task: of the harness.
+        model: ours, which knows its `longest`; another one has no misfits.
+        limit: examples, the first ones; None: all.
+    """
+    longest = getattr(model, "longest", None)
+    task.build_all_requests(limit=limit)  # of all ranks: they have to agree
+    found: dict[int, Misfit] = {}
+    for request in task.instances:
+        check = CHECKS.get(request.request_type)
+        if longest and check and (misfit := check(model, request.args, longest)):
+            found.setdefault(request.doc_id, misfit)
+    return found
+
+
+def _option(model: Any, args: tuple[str, str], longest: int) -> Misfit | None:
+    context, option = args
+    count = len(option_tokens(model, context, option))
+    shown = repr(option if len(option) <= 60 else f"{option[:60]}...")
+    if not count:
+        return Misfit(f"the option {shown} has no tokens of its own: there is nothing to score")
+    if count > longest:
+        return Misfit(
+            f"the option {shown} has {count} tokens and the model's sequences end at {longest}",
+            can_be_cut=True,
+        )
+    return None
+
+
+def option_tokens(model: Any, context: str, option: str) -> list[int]:
+    """Return the tokens that the harness scores of an option."""
+    if context:
+        return list(model._encode_pair(context, option)[1])
+    tokens = list(model.tok_encode(option, add_special_tokens=False))
+    return tokens[1:] if tokens[:1] == [model.prefix_token_id] else tokens
+
+
+def _generation(model: Any, args: tuple[str, Mapping[str, Any]], longest: int) -> Misfit | None:
+    count = generation_settings(args[1])["max_gen_toks"]
+    if 0 < count < longest:
+        return None
+    return Misfit(
+        f"the task asks for {count} new tokens (max_gen_toks) and the model's sequences end at "
+        f"{longest}"
+    )
+
+
+def generation_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a task's `generation_kwargs` under the harness's names.
+
+    Raises:
+        UsageError: they are not what they should be.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    try:
+        settings = {**normalize_gen_kwargs(given, MAX_NEW_TOKENS)}
+        return {**settings, "max_gen_toks": int(settings["max_gen_toks"])}
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"the task's generation_kwargs {dict(asked)} cannot be read: {error}"
+        ) from error
+
+
+CHECKS: dict[str, Callable[[Any, Any, int], Misfit | None]] = {
+    "loglikelihood": _option,
+    "generate_until": _generation,
+}
+"""By the kind of request; whole texts are scored in windows, which always fit."""
