@@ -25,6 +25,7 @@ def forget_run() -> None:
     from megatron.training.training import destroy_global_state
 
     _forget_saves()
+    _forget_optimizers()
     destroy_global_state()
     destroy_moe_metrics_tracker()  # its entries hold the process groups of the last run
     # Megatron forgets its groups without ending them, and each keeps a thread of gloo's awake.
@@ -43,6 +44,17 @@ def _forget_saves() -> None:
         for left in async_utils._async_calls_queue.async_calls:
             left.async_caller.close()
         async_utils._async_calls_queue = None
+
+
+def _forget_optimizers() -> None:
+    """A shard of an fp32 parameter has a graph behind it, whose hooks hold the model, and that the
+    optimizer: a circle through the graph, into which no collection looks."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    for found in gc.get_objects():
+        if type(found) is DistributedOptimizer:
+            vars(found).clear()
+    gc.collect()  # of the shards; what the graph held is seen by the next collection
 
 
 @contextlib.contextmanager
