@@ -13,7 +13,15 @@ from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS, TOP_K
+from megatron_smlp.systems import (
+    ARCHITECTURES,
+    LIMITED,
+    SCORING,
+    SPATIAL,
+    TOKEN_ROUTERS,
+    TOP_K,
+    WITH_BALANCE_LOSS,
+)
 
 NEVER_OLDER = object()
 """No checkpoint is older than the flag."""
@@ -37,6 +45,8 @@ class Facts:
     """Whether a run that goes on from a checkpoint may have another value than that."""
     older: Any = NEVER_OLDER
     """Its value in checkpoints that are older than the flag, and so do not record it."""
+    filled_in: bool = False
+    """Whether a run that is not given it has another value than Megatron's default."""
     derived: bool = False
     """Whether it follows from other flags or from the tokenizer."""
     of_one_start: bool = False
@@ -384,8 +394,37 @@ MEGATRON_FLAGS: dict[str, MegatronFlag] = {
     "moe_shared_expert_intermediate_size": MegatronFlag(
         older=None, hf="moe_shared_expert_intermediate_size"
     ),
-    "moe_aux_loss_coeff": MegatronFlag(default=0.0, may_change=True, hf="moe_aux_loss_coeff"),
-    "moe_token_drop_policy": MegatronFlag(default="probs", may_change=True, hf="moe_drop_policy"),
+    "moe_router_load_balancing_type": MegatronFlag(
+        default="aux_loss", older="aux_loss", may_change=True, filled_in=True, token_routers=TOP_K
+    ),
+    "moe_aux_loss_coeff": MegatronFlag(
+        default=0.0,
+        may_change=True,
+        filled_in=True,
+        token_routers=WITH_BALANCE_LOSS,
+        hf="moe_aux_loss_coeff",
+    ),
+    "moe_z_loss_coeff": MegatronFlag(
+        older=None, may_change=True, token_routers=SCORING, hf="moe_z_loss_coeff"
+    ),
+    "moe_router_bias_update_rate": MegatronFlag(
+        default=1e-3,
+        older=1e-3,
+        may_change=True,
+        token_routers=TOP_K,
+        hf="moe_router_bias_update_rate",
+    ),
+    "hidden_dropout": MegatronFlag(default=0.1, older=0.0, may_change=True, hf="hidden_dropout"),
+    "attention_dropout": MegatronFlag(
+        default=0.1, older=0.0, may_change=True, hf="attention_dropout"
+    ),
+    "moe_token_drop_policy": MegatronFlag(
+        default="probs",
+        may_change=True,
+        filled_in=True,
+        token_routers=LIMITED,
+        hf="moe_drop_policy",
+    ),
     "normalization": MegatronFlag(default="LayerNorm", hf="normalization"),
     "layernorm_epsilon": MegatronFlag(default=1e-5, hf="layer_norm_epsilon"),
     "add_bias_linear": MegatronFlag(default=True, hf="add_bias_linear"),
@@ -439,7 +478,8 @@ def argument_of(name: str) -> dict[str, Any]:
 def older_flags(token_router: str) -> Iterator[tuple[str, Any]]:
     """Yield flags that a checkpoint may be too old to record, as far as its router reads them."""
     for name, facts in MODEL_FLAGS.items():
-        reads = not facts.token_routers or token_router in facts.token_routers
+        ours = not isinstance(facts, MegatronFlag) and facts.token_routers
+        reads = not ours or token_router in facts.token_routers
         if facts.older is not NEVER_OLDER and reads:
             yield name, facts.older
 

@@ -34,8 +34,10 @@ ONLY = {
     "drop_optimizer": ("torch_dist", "torch_dist"),
     **{f"target_{name}": (None, "torch_dist") for name in LAYOUT},
     "tokenizer_model": (None, "hf"),
+    "license": (None, "hf"),
     "max_shard_size": (None, "hf"),
 }
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 SHARD_SIZE = "5GB"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -78,6 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer-model", metavar="FOLDER",
         help="hf: Hugging Face tokenizer to put beside the model (default: that of the run)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--license", metavar="NAME",
+        help="hf: license in the model card, README.md, as the Hub names it, for example "
+        "apache-2.0 (default: the card says none)",
     )  # fmt: skip
     parser.add_argument(
         "--make-vocab-size-divisible-by", type=int, metavar="N",
@@ -143,6 +150,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(
             f"--make-vocab-size-divisible-by {divisible_by}: give 1 (no padding) or more."
         )
+    if options.license is not None and not LICENSE.fullmatch(options.license):
+        raise UsageError(
+            f"--license {options.license}: give a name of the Hub's, of small letters, digits, '.' "
+            "and '-': apache-2.0, mit, cc-by-4.0, ..., other."
+        )
     shard_limit = parse_size(options.max_shard_size or SHARD_SIZE)
     _check_load(options.load, options.source)
     check_target(options.save, options.load, overwrite=options.overwrite)
@@ -161,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checks=options.checks,
         shard_limit=shard_limit,
         tokenizer=options.tokenizer_model,
+        license=options.license,
         divisible_by=divisible_by,
         layout={
             name: size

@@ -30,6 +30,7 @@ from megatron_smlp.conversion import (
     upcycling,
 )
 from megatron_smlp.conversion.forward_check import check, check_loss, fixed_tokens
+from megatron_smlp.conversion.model_card import training_facts, write_card
 from megatron_smlp.conversion.padding import Repadded, padded_size
 from megatron_smlp.conversion.recipes import Converted, Plan, Recipe, same
 from megatron_smlp.conversion.record import SPECIAL, converted_record, sizes
@@ -62,6 +63,8 @@ class Options:
     shard_limit: int = 5 * 10**9
     """Bytes of one weights file of a Hugging Face folder."""
     tokenizer: str | None = None
+    license: str | None = None
+    """What the model card of a Hugging Face folder says; None: nothing."""
     divisible_by: int | None = None
     """The vocabulary is padded to a multiple of this times the tensor parallel size.
 
@@ -97,7 +100,8 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
         checkpoint = TorchDistCheckpoint(options.load, iteration=options.iteration)
         source, flags = _padded(options, checkpoint, checkpoint.specs, checkpoint.flags)
         ours = huggingface.config_of(flags)
-        huggingface.set_special_ids(ours, (read_run_record(checkpoint.folder) or {}).get(SPECIAL))
+        record = read_run_record(checkpoint.folder)
+        huggingface.set_special_ids(ours, (record or {}).get(SPECIAL))
         is_llama = llama.fits(ours)
         form: Any = llama if is_llama else huggingface
         config = llama.exported(ours) if is_llama else ours
@@ -115,6 +119,17 @@ def torch_dist_to_hf(options: Options, say: Say = print) -> None:
                 shard_limit=options.shard_limit,
                 tokenizer=tokenizer,
                 recorded=recorded_tokenizer(checkpoint.args),
+            )
+            write_card(
+                folder,
+                config,
+                converted.specs,
+                title=options.save.resolve().name,
+                of=ours,
+                parameters=sum(parameter.numel() for parameter in model.parameters()),
+                license=options.license,
+                training=training_facts(checkpoint.folder, record),
+                has_tokenizer=bool(tokenizer),
             )
             if options.checks:
                 tokens = _tokens(flags)

@@ -95,6 +95,8 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
             num_attention_heads=theirs.n_head,
             max_position_embeddings=theirs.n_positions,
             layer_norm_epsilon=theirs.layer_norm_epsilon,
+            hidden_dropout=theirs.resid_pdrop,  # and of embeddings, whose own Megatron has not
+            attention_dropout=theirs.attn_pdrop,
             hidden_act=ACTIVATIONS[theirs.activation_function],
             tie_word_embeddings=theirs.tie_word_embeddings,
             bos_token_id=theirs.bos_token_id,

@@ -66,8 +66,10 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     only_ones = dict(UNSUPPORTED)
     if not architecture.attends:
         only_ones |= {"position_embedding_type": architecture.positions, "swiglu": False}
-    elif flags["position_embedding_type"] not in POSITIONS:
-        only_ones["position_embedding_type"] = " or ".join(POSITIONS)
+    else:
+        only_ones["kv_channels"] = flags["hidden_size"] // flags["num_attention_heads"]
+        if flags["position_embedding_type"] not in POSITIONS:
+            only_ones["position_embedding_type"] = " or ".join(POSITIONS)
     for name, only in only_ones.items():
         if flags[name] != only:
             raise UsageError(
@@ -99,6 +101,8 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
         **{ours: getattr(config, theirs) for ours, theirs in NAMES.items()},
         "vocab_size": config.unpadded_vocab_size or config.vocab_size,
         "hash_table": None,
+        # All that a zero says: there is no such loss.
+        "moe_router_load_balancing_type": "aux_loss" if config.moe_aux_loss_coeff else "none",
         "moe_eval_capacity_factor": config.moe_eval_capacity_factor,
         "kv_channels": config.hidden_size // config.num_attention_heads,
         "group_query_attention": config.num_query_groups is not None,

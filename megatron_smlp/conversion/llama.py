@@ -42,6 +42,7 @@ TENSORS = Names(
         "mlp.linear_fc2": ("mlp.down_proj",),
     },
 )
+KEPT = ("unpadded_vocab_size", "hidden_dropout")
 # What a Llama is, in the words of our configuration.
 IS_LLAMA = {
     "input_projection": "embedding",
@@ -62,9 +63,8 @@ def exported(config: SMLPConfig) -> Any:
     """Return transformers' LlamaConfig of a model that is one."""
     from transformers import LlamaConfig
 
-    padding = {}
-    if config.unpadded_vocab_size is not None:  # not Llama's own: transformers keeps it for us
-        padding["unpadded_vocab_size"] = config.unpadded_vocab_size
+    # Not Llama's own: transformers keeps them for us.
+    kept = {name: value for name in KEPT if (value := getattr(config, name))}
     return LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -81,7 +81,8 @@ def exported(config: SMLPConfig) -> Any:
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
-        **padding,
+        attention_dropout=config.attention_dropout,
+        **kept,
     )
 
 
@@ -122,6 +123,8 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
             max_position_embeddings=theirs.max_position_embeddings,
             rotary_base=int(base),
             layer_norm_epsilon=theirs.rms_norm_eps,
+            hidden_dropout=values.get("hidden_dropout", 0.0),
+            attention_dropout=theirs.attention_dropout,
             add_bias_linear=theirs.attention_bias,
             tie_word_embeddings=theirs.tie_word_embeddings,
             bos_token_id=theirs.bos_token_id,

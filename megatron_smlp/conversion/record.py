@@ -65,7 +65,7 @@ def converted_record(
     recorded = [str(argument) for argument in before.get("command_line", [])]
     arguments = without(dropped, build_parser(), recorded)
     if is_new_model or not arguments:
-        arguments += model_arguments(build_parser(), flags)
+        arguments += model_arguments(build_parser(), flags, trains=True)
     for name, size in layout.items():
         flag = flag_of(name)
         if size > 1 or any(text.split("=")[0] == flag for text in arguments):

@@ -35,6 +35,7 @@ from torch import Tensor
 from megatron_smlp.checkpoints.tensors import Spec, main_dtype
 from megatron_smlp.conversion.recipes import Plan, Recipe, same
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.defaults import AUX_LOSS_COEFF
 from megatron_smlp.routers.hash_table import random_table
 from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS, experts_of_a_token
 
@@ -102,6 +103,11 @@ def _add_experts(target: dict[str, Any]) -> None:
             f"{' and a bias, which takes one more' if has_bias else ''}; give {fewest} or more."
         )
     target["moe_router_topk"] = experts_of_a_token(target["token_router"], topk=1)
+    # As a run that is not given them has them.
+    has_loss = TOKEN_ROUTERS[target["token_router"]].has_balance_loss
+    target["moe_aux_loss_coeff"] = AUX_LOSS_COEFF if has_loss else 0.0
+    target["moe_router_load_balancing_type"] = "aux_loss" if has_loss else "none"
+    target["moe_token_drop_policy"] = "position"
 
 
 def _check_spatial(flags: Mapping[str, Any], target: Mapping[str, Any]) -> None:

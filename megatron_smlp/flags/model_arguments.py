@@ -9,22 +9,28 @@ from typing import Any
 from megatron_smlp.options import MEGATRON_FLAGS, MODEL_FLAGS, Facts
 
 
-def model_arguments(parser: argparse.ArgumentParser, flags: Mapping[str, Any]) -> list[str]:
-    """Return the flags that make the model, without what only training reads."""
+def model_arguments(
+    parser: argparse.ArgumentParser, flags: Mapping[str, Any], *, trains: bool = False
+) -> list[str]:
+    """Return the flags that make the model.
+
+    Args:
+        trains: also those that only training reads, as coefficients of its losses.
+    """
     arguments: list[str] = []
     for name, value in flags.items():
         facts = MODEL_FLAGS.get(name, Facts())
-        is_model = not facts.derived and (facts.evaluates or not facts.may_change)
+        is_model = not facts.derived and (trains or facts.evaluates or not facts.may_change)
         if name in MEGATRON_FLAGS and facts.token_routers:
             # The other rules settle it.
             is_model &= flags.get("token_router") in facts.token_routers
         if is_model and value is not None:
             actions = [action for action in parser._actions if action.dest == name]
-            arguments += _arguments_of(actions, value)
+            arguments += _arguments_of(actions, value, always=facts.filled_in)
     return arguments
 
 
-def _arguments_of(actions: Sequence[argparse.Action], value: Any) -> Iterator[str]:
+def _arguments_of(actions: Sequence[argparse.Action], value: Any, *, always: bool) -> Iterator[str]:
     for action in actions:
         option = action.option_strings[0]
         if action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction):
@@ -32,5 +38,5 @@ def _arguments_of(actions: Sequence[argparse.Action], value: Any) -> Iterator[st
                 yield option
         elif isinstance(action, argparse.BooleanOptionalAction):
             yield option if value else option.replace("--", "--no-", 1)
-        elif value != action.default:
+        elif always or value != action.default:
             yield f"{option}={str(value).replace(' ', '')}"

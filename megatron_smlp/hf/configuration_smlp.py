@@ -64,6 +64,8 @@ _POSITIVE = (
 _LARGEST = {
     "feature_aux_loss_coeff": math.inf,
     "moe_aux_loss_coeff": math.inf,
+    "moe_z_loss_coeff": math.inf,
+    "moe_router_bias_update_rate": math.inf,
     "hidden_dropout": 1,
     "attention_dropout": 1,
     "layer_norm_epsilon": 1,
@@ -110,7 +112,9 @@ class SMLPConfig(PreTrainedConfig):
             as a multiple of an even share; None drops nothing.
         moe_drop_policy: who loses a slot of a full expert: later positions, or smaller router
             probabilities.
-        moe_aux_loss_coeff: weight of the balance loss of switch and gshard.
+        moe_aux_loss_coeff: weight of the balance loss of switch, gshard and topk.
+        moe_z_loss_coeff: weight of the mean of (log sum_e exp h w_e)^2 over the tokens, of every
+            router but hash; None: there is no such loss.
         base_routing_input: base: whether the residual stream or its norm is scored and weighted by;
             a config.json that is older than this has the norm.
         base_prices: base: whether the model holds the experts' mean prices of its training (mean)
@@ -135,6 +139,8 @@ class SMLPConfig(PreTrainedConfig):
         moe_router_score_function: topk: softmax over the experts, or sigmoid of each.
         moe_router_enable_expert_bias: topk: whether a bias per expert, moved by its load and not by
             gradients, is added to the scores for the choice alone (sigmoid only).
+        moe_router_bias_update_rate: topk: how far a step of Megatron's moves that bias; here it
+            stays as it is.
         moe_router_topk_scaling_factor: topk: what the weights, whose sum is 1, are multiplied by.
         moe_shared_expert_intermediate_size: topk: width of an FFN beside the experts that every
             token visits; None: there is none.
@@ -184,6 +190,7 @@ class SMLPConfig(PreTrainedConfig):
     moe_eval_capacity_factor: float | int | None = None
     moe_drop_policy: str = "position"
     moe_aux_loss_coeff: float | int = 0.01
+    moe_z_loss_coeff: float | int | None = None
     base_routing_input: str = "residual"
     base_prices: str = "mean"
     base_eval: str = "greedy"
@@ -200,6 +207,7 @@ class SMLPConfig(PreTrainedConfig):
     moe_router_topk: int | None = None
     moe_router_score_function: str = "softmax"
     moe_router_enable_expert_bias: bool = False
+    moe_router_bias_update_rate: float | int = 1e-3
     moe_router_topk_scaling_factor: float | int | None = None
     moe_shared_expert_intermediate_size: int | None = None
     hidden_dropout: float | int = 0.0
@@ -297,7 +305,7 @@ class SMLPConfig(PreTrainedConfig):
                 f"{self.vocab_size}, or None"
             )
         for name, largest in _LARGEST.items():
-            value = getattr(self, name)
+            value = getattr(self, name) or 0
             if not 0 <= value <= largest or math.isinf(value):
                 raise ValueError(f"{name}={value}: must be finite, and lie between 0 and {largest}")
 

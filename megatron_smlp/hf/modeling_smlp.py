@@ -996,6 +996,7 @@ class SMLPTokenMoE(nn.Module):
         super().__init__()
         self.experts = SMLPExperts(config)
         self.router: Any = _ROUTERS[config.token_router](config)
+        self.z_loss_coeff = config.moe_z_loss_coeff if config.token_router != "hash" else None
         is_base = config.token_router == "base"
         self.routes_on_residual = is_base and config.base_routing_input == "residual"
         self.shared_experts: SMLPFeedForward | None = None
@@ -1021,14 +1022,23 @@ class SMLPTokenMoE(nn.Module):
         ids = None if layout.input_ids is None else layout.input_ids.T.flatten()
         if layout.valid is None:
             routing = self.router(seen, ids, limited=not layout.cached)
+            loss = _add(routing.loss, self._z_loss(seen))
             output = self.experts(tokens, routing.experts, routing.weights)
         else:
             real = layout.valid.T.flatten().nonzero()[:, 0]
             ids = None if ids is None else ids[real]
             routing = self.router(seen[real], ids, limited=not layout.cached)
+            loss = _add(routing.loss, self._z_loss(seen[real]))
             output = self.experts(tokens[real], routing.experts, routing.weights)
             output = torch.zeros_like(tokens).index_copy(0, real, output.to(tokens.dtype))
-        return output.unflatten(0, (hidden.shape[1], -1)).transpose(0, 1), routing.loss
+        return output.unflatten(0, (hidden.shape[1], -1)).transpose(0, 1), loss
+
+    def _z_loss(self, tokens: Tensor) -> Tensor | None:
+        """z mean_t (log sum_e exp(h_t w_e))^2, which keeps scores small. tokens: <float>[n, D]."""
+        if not (self.z_loss_coeff and self.training and len(tokens)):
+            return None
+        scores = _in_fp32(tokens, self.router.weight)
+        return self.z_loss_coeff * scores.logsumexp(dim=-1).square().mean()
 
 
 def _in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:

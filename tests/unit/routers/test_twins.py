@@ -57,17 +57,20 @@ MIXERS = {
 CAPACITY = "--moe-train-capacity-factor 0.75 --moe-eval-capacity-factor 1"
 ROUTERS = {
     "switch": "--token-router switch",
-    "switch_limited": f"--token-router switch {CAPACITY} --moe-token-drop-policy position",
+    "switch_limited": f"--token-router switch {CAPACITY} --moe-token-drop-policy position "
+    "--moe-z-loss-coeff 0.3",
     "switch_limited_by_probability": f"--token-router switch {CAPACITY}",
     "gshard": "--token-router gshard",
-    "gshard_all": "--token-router gshard --gshard-second-expert all",
+    "gshard_all": "--token-router gshard --gshard-second-expert all --moe-z-loss-coeff 0.3",
     "gshard_raw": "--token-router gshard --gshard-second-expert raw",
     "gshard_limited": f"--token-router gshard {CAPACITY}",
-    "base": "--token-router base",
-    "base_on_the_norm": "--token-router base --base-routing-input norm --base-prices none",
+    "base": "--token-router base --moe-z-loss-coeff 0.3",
+    "base_on_the_norm": "--token-router base --base-routing-input norm --base-prices none "
+    "--moe-z-loss-coeff 0.3",
     "hash": "--token-router hash --hash-seed 5",
     "topk": "--token-router topk",
-    "topk_of_one": "--token-router topk --moe-router-topk 1 --moe-router-topk-scaling-factor 2.5",
+    "topk_of_one": "--token-router topk --moe-router-topk 1 --moe-router-topk-scaling-factor 2.5 "
+    "--moe-z-loss-coeff 0.3",
     "topk_sigmoid_shared": "--token-router topk --moe-router-topk 3 "
     "--moe-router-score-function sigmoid --moe-shared-expert-intermediate-size 24",
     "topk_by_bias": "--token-router topk --moe-router-score-function sigmoid "

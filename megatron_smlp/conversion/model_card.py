@@ -1,0 +1,142 @@
+"""README.md of an exported folder: a model card, as the Hugging Face Hub reads it.
+
+It says what the checkpoint knows and no more: no license that nobody chose, no training of weights
+that were imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from transformers import PreTrainedConfig
+
+from megatron_smlp.checkpoints.tensors import Spec, main_dtype
+from megatron_smlp.errors import UserError
+from megatron_smlp.hf.configuration_smlp import SMLPConfig
+from megatron_smlp.metrics_records import FILE_NAME, read_records
+
+NAME = "README.md"
+TASK = "text-generation"
+TRUSTS = "trust_remote_code=True"
+
+
+def write_card(
+    folder: Path,
+    config: PreTrainedConfig,
+    specs: Mapping[str, Spec],
+    *,
+    title: str,
+    of: SMLPConfig,
+    parameters: int,
+    license: str | None,
+    training: Mapping[str, str],
+    has_tokenizer: bool,
+) -> None:
+    """Write the card of an exported folder.
+
+    Args:
+        config: of the model in it, ours or one of transformers.
+        specs: of its weights.
+        title: the folder's final name.
+        of: the model in our words.
+        license: as the Hub names it; None: the card says none.
+        training: what `training_facts` returned.
+    """
+    is_ours = isinstance(config, SMLPConfig)
+    kinds = {of.architecture, of.token_router, of.feature_router} - {"none"}
+    about = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag=TASK,
+        tags=["megatron-smlp", config.model_type, *sorted(kinds - {config.model_type})],
+    )
+    parts = [
+        f"---\n{about.to_yaml()}\n---",
+        f"# {title}",
+        "A causal language model of megatron_smlp, exported for transformers.",
+        _table({**_model_facts(of, specs, parameters), **training}),
+        "## Loading",
+        _loading(config, is_ours=is_ours, has_tokenizer=has_tokenizer),
+    ]
+    if is_ours:
+        parts.append(
+            f"The model's code is `modeling_smlp.py` in this folder, which `{TRUSTS}` lets "
+            "transformers run."
+        )
+    (folder / NAME).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def training_facts(checkpoint: Path, record: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return what is known of the training that a checkpoint comes from, in words.
+
+    Args:
+        checkpoint: its `iter_` folder.
+        record: its run.json; of a release, or of none, nothing is known.
+    """
+    iteration = (record or {}).get("iteration")
+    if not record or not iteration:
+        return {}
+    facts = {"iteration": f"{iteration:,}"}
+    length = record.get("flags", {}).get("seq_length")
+    if samples := record.get("consumed_train_samples"):
+        facts["training tokens"] = f"{samples * length:,}" if length else f"{samples:,} samples"
+    folder = record.get("flags", {}).get("log_dir") or checkpoint.parent
+    try:
+        logged = read_records(Path(folder) / FILE_NAME)
+    except UserError:  # it is elsewhere now
+        return facts
+    for line in reversed(logged):
+        if "validation_loss" in line and line["iteration"] <= iteration:
+            at = "" if line["iteration"] == iteration else f" (iteration {line['iteration']:,})"
+            return {**facts, "validation loss": f"{line['validation_loss']:.4f}{at}"}
+    return facts
+
+
+def _model_facts(of: SMLPConfig, specs: Mapping[str, Spec], parameters: int) -> dict[str, str]:
+    facts = {
+        "architecture": of.architecture,
+        "token router": of.token_router,
+        "feature router": of.feature_router,
+        "parameters": f"{parameters:,}",
+        "layers": str(of.num_layers),
+        "hidden size": f"{of.hidden_size:,}",
+        "context": f"{of.max_position_embeddings:,} tokens",
+        "vocabulary": f"{of.unpadded_vocab_size or of.vocab_size:,}",
+        "precision": str(main_dtype(specs)).removeprefix("torch."),
+    }
+    if of.token_router != "none":
+        facts["token experts"] = str(of.num_experts)
+    if of.feature_router != "none":
+        facts["feature experts"] = str(of.num_feature_experts)
+    return {name: value for name, value in facts.items() if value != "none"}
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    lines: Iterable[str] = (f"| {name} | {value} |" for name, value in rows.items())
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _loading(config: PreTrainedConfig, *, is_ours: bool, has_tokenizer: bool) -> str:
+    trusts = f", {TRUSTS}" if is_ours else ""
+    model = f'model = AutoModelForCausalLM.from_pretrained("."{trusts})'
+    if has_tokenizer:
+        lines = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f'tokenizer = AutoTokenizer.from_pretrained("."{trusts})',
+            model,
+            'tokens = tokenizer("The", return_tensors="pt").input_ids',
+            "print(tokenizer.decode(model.generate(tokens, max_new_tokens=20)[0]))",
+        ]
+    else:
+        lines = [
+            "import torch",
+            "from transformers import AutoModelForCausalLM",
+            model,
+            "tokens = torch.tensor([[1, 2, 3]])  # there is no tokenizer in this folder",
+            "print(model.generate(tokens, max_new_tokens=20))",
+        ]
+    where = "In this folder; elsewhere its path, or its name on the Hub, takes the place of `.`:"
+    return "\n".join([where, "", "```python", *lines, "```"])

@@ -1,0 +1,122 @@
+"""README.md of an exported folder: the Hub's parser reads it, and its code runs as it stands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import ModelCardData
+from support.conversions import from_gpt2, run
+from support.in_process import pretrained
+from support.language_models import save_tokenizer
+from support.launches import clean_environment, records
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from megatron_smlp.conversion import cli, convert
+from megatron_smlp.errors import UsageError
+
+SYSTEMS = {
+    "sparse": "--architecture smlp --num-dense-layers 1 --feature-router deterministic "
+    "--num-feature-experts 2 --num-experts 4 --token-router hash --eval-interval 3",
+    "llama": "--architecture transformer --num-attention-heads 4 --position-embedding-type rope "
+    "--normalization RMSNorm --swiglu",
+}
+
+
+@pytest.fixture(scope="module", params=SYSTEMS)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four iterations of two samples of 16 tokens; the last validation is at 3, or at 4."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    with pretrained(f"{SYSTEMS[request.param]} --vocab-size 300 --save {folder}"):
+        return folder
+
+
+def front_matter(folder: Path) -> ModelCardData:
+    return ModelCard.load(folder / "README.md").data
+
+
+def code_of(folder: Path) -> str:
+    [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.S)
+    return code
+
+
+def test_the_card_says_what_the_checkpoint_knows(trained: Path, tmp_path: Path) -> None:
+    run(convert.torch_dist_to_hf, trained, tmp_path / "hf", license="apache-2.0", checks=False)
+    about = front_matter(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert (about.license, about.library_name) == ("apache-2.0", "transformers")
+    assert about.pipeline_tag == "text-generation"
+    assert {"megatron-smlp", model.config.model_type} <= set(about.tags)
+    text = (tmp_path / "hf" / "README.md").read_text("utf-8")
+    assert "# hf\n" in text
+    validated = [line for line in records(trained) if "validation_loss" in line]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rows = ["| training tokens | 128 |", "| iteration | 4 |", f"| parameters | {parameters:,} |"]
+    if validated:
+        rows.append(f"| validation loss | {validated[-1]['validation_loss']:.4f}")
+    for row in rows:
+        assert row in text
+    assert ("trust_remote_code" in text) == ("Llama" not in type(model).__name__)
+
+
+def test_a_card_without_a_license_says_none(trained: Path, tmp_path: Path) -> None:
+    """And of a release nothing of a training; where the metrics are gone, no loss."""
+    run(convert.to_torch_dist, trained, tmp_path / "weights", checks=False)
+    run(convert.torch_dist_to_hf, tmp_path / "weights", tmp_path / "hf", checks=False)
+    text = (tmp_path / "hf" / "README.md").read_text("utf-8")
+    assert front_matter(tmp_path / "hf").license is None
+    assert "license" not in text
+    assert not re.search("iteration|training tokens|validation", text)
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_its_code_loads_the_model(trained: Path, tmp_path: Path, tokenizer: bool) -> None:
+    save_tokenizer(tmp_path / "tokenizer")
+    words = {"tokenizer": str(tmp_path / "tokenizer")} if tokenizer else {}
+    run(convert.torch_dist_to_hf, trained, tmp_path / "hf", checks=False, **words)
+    code = code_of(tmp_path / "hf")
+    assert len(code.splitlines()) == 5
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "hf",
+        env=clean_environment(HF_HUB_OFFLINE="1"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("The" in done.stdout) == tokenizer
+
+
+def test_of_an_imported_gpt2_no_training_is_claimed(tmp_path: Path) -> None:
+    sizes = GPT2Config(vocab_size=99, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    GPT2LMHeadModel(sizes).save_pretrained(tmp_path / "gpt2")
+    run(from_gpt2, tmp_path / "gpt2", tmp_path / "run", checks=False)
+    run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)
+    text = (tmp_path / "hf" / "README.md").read_text("utf-8")
+    assert front_matter(tmp_path / "hf").tags == ["megatron-smlp", "smlp", "transformer"]
+    assert not re.search(r"\btrained|iteration|validation", text)
+    assert "| layers | 2 |" in text
+
+
+def test_a_card_that_was_edited_is_not_lost_unasked(trained: Path, tmp_path: Path) -> None:
+    run(convert.torch_dist_to_hf, trained, tmp_path / "hf", checks=False)
+    card = tmp_path / "hf" / "README.md"
+    card.write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match="is not empty: give another folder, or --overwrite"):
+        run(convert.torch_dist_to_hf, trained, tmp_path / "hf", checks=False)
+    assert card.read_text("utf-8") == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--to hf --license Apache_2.0", "--license Apache_2.0: give a name of the Hub's"),
+        ("--to torch_dist --license mit", "--license says nothing about --from torch_dist"),
+    ],
+)
+def test_a_license_that_cannot_be(trained: Path, tmp_path: Path, words: str, said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        cli.main(f"--load {trained} --save {tmp_path / 'hf'} {words}".split())
