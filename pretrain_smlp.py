@@ -1,15 +1,15 @@
-"""Pretrain a sparse all-MLP or one of its baselines. Hosted by `megatron.training.pretrain`.
+"""Pretrain a sparse all-MLP or one of its baselines.
 
     python pretrain_smlp.py --config configs/cpu/smlp_deterministic.yaml --data-path PREFIX ...
     torchrun --nproc-per-node 8 pretrain_smlp.py --config ... --tensor-model-parallel-size 2 ...
 
 All Megatron flags keep their meaning; `--help` lists ours, `--help-all` every one. Read on in
-megatron_smlp: flags/parse.py, systems.py, megatron_patches/table.py, training/run.py.
+megatron_smlp/training/loop.py: what happens in a training, in order.
 """
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_smlp.flags import early
@@ -25,7 +25,7 @@ from megatron_smlp.training.signals import StartUp
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run a command line: patch -> parse -> check the data -> observe -> pretrain."""
+    """Run a command line: parse -> patch -> observe -> train."""
     if answered(argv):  # --help, --version
         return
     early.refuse(argv)
@@ -37,8 +37,6 @@ def main(argv: Sequence[str]) -> None:
         if args.dry_run:
             from megatron_smlp.training.console import dry_run
 
-            with args.thawed():
-                configuration(args)
             dry_run(args)
         else:
             output.open(args.log_dir, rank=args.rank)
@@ -56,41 +54,22 @@ def patched_arguments(argv: Sequence[str]) -> Any:
 
         cpu.apply()  # which imports Megatron
         table.apply()
+        from megatron_smlp.training import loop  # noqa: F401
+
         return parse_arguments(argv)
 
 
-def configuration(args: Any) -> Any:
-    """Return Megatron's configuration of the run, which refuses some flags as it is made."""
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
-    from megatron_smlp.flags.check import megatrons_refusals
-    from megatron_smlp.model import model_config
-
-    with megatrons_refusals():
-        return pretrain_cfg_container_from_args(args, model_config(args))
-
-
-def train(
-    args: Any, *, observe: Callable[[Any], Any] = lambda own: own, start_up: Any = None
-) -> None:
-    """Run `megatron.training.pretrain`; `observe` may put another observer around the reporter."""
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-
+def train(args: Any, **observers: Any) -> None:
+    """Check the data, then run the loop; `observers`: of `megatron_smlp.training.loop.train`."""
     from megatron_smlp.evaluation.during_training import tasks_of
-    from megatron_smlp.training.data import DatasetProvider, check_data
-    from megatron_smlp.training.run import Run
-    from megatron_smlp.training.same_everywhere import run_store
-    from megatron_smlp.training.step import ForwardStep
+    from megatron_smlp.training import loop
+    from megatron_smlp.training.data import check_data
+    from megatron_smlp.training.forward import ForwardStep
 
     check_data(args)
-    step = ForwardStep()
-    tasks = tasks_of(args, step.statistics)
-    run = Run(args, step=step, tasks=tasks, start_up=start_up)
-    with args.thawed(), run.observed(observe):
-        config = configuration(args)
-        kind, store = ModelType.encoder_or_decoder, run_store(args)
-        pretrain(config, DatasetProvider(run.say), kind, step, store=store)
+    forward = ForwardStep()
+    with args.thawed():
+        loop.train(args, forward=forward, tasks=tasks_of(args, forward.statistics), **observers)
 
 
 def run() -> None:

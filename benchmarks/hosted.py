@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from timing import Record, add_only, report
 
@@ -20,19 +19,18 @@ WARM_UP = 3
 
 
 class _TakingTurns:
-    """An observer of the training loop that lets the peer run after each step."""
+    """A listener of the training loop that lets the peer run after each step."""
 
-    def __init__(self, reporter: Any, peer: Callable[[], object]) -> None:
-        self.reporter, self.peer = reporter, peer
+    def __init__(self, peer: Callable[[], object]) -> None:
+        self.peer = peer
         self.ours: list[float] = []
         self.theirs: list[float] = []
         self.started = 0.0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.reporter, name)
+    def __getattr__(self, event: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
 
-    def stepped(self, *args: Any, **kwargs: Any) -> None:
-        self.reporter.stepped(*args, **kwargs)
+    def stepped(self, outcome: object) -> None:
         now = time.perf_counter()
         self.ours.append(now - self.started)
         self.peer()
@@ -45,7 +43,7 @@ def steps_in_turns(
 ) -> tuple[list[float], list[float]]:
     """Train by `pretrain_smlp.py WORDS` in this process, once per process.
 
-    Everything that `megatron.training` does for a step is in our time.
+    Everything that the loop does for a step is in our time.
 
     Returns:
         milliseconds of our steps and of the peer's calls, after a few that are not counted.
@@ -53,19 +51,14 @@ def steps_in_turns(
     from megatron_smlp.training.captured_output import CapturedOutput
 
     sys.path.insert(0, str(ROOT))  # pretrain_smlp.py is not part of the package
-    turns: list[_TakingTurns] = []
     with CapturedOutput():
         from pretrain_smlp import patched_arguments, train
 
         args = patched_arguments([*words.split(), "--train-iters", str(WARM_UP + repeats)])
-
-        def observe(reporter: Any) -> _TakingTurns:
-            turns.append(_TakingTurns(reporter, make_peer(args)))
-            return turns[0]
-
-        train(args, observe=observe)
+        turns = _TakingTurns(make_peer(args))
+        train(args, listeners=[turns])
     ours, theirs = (
-        [1e3 * seconds for seconds in times[WARM_UP:]] for times in (turns[0].ours, turns[0].theirs)
+        [1e3 * seconds for seconds in times[WARM_UP:]] for times in (turns.ours, turns.theirs)
     )
     return ours, theirs
 

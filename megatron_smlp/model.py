@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
+from megatron_smlp.data.balanced_experts import experts_of_training_data
 from megatron_smlp.data.tokenizers.factory import strings_of_tokens
 from megatron_smlp.layers.minhash import fingerprints, replace_embedding
 from megatron_smlp.routers.hash import attach_token_ids
 from megatron_smlp.routers.hash_table import BALANCED
-from megatron_smlp.training.data import experts_of_training_data
 
 tanh_gelu = partial(functional.gelu, approximate="tanh")
 """GPT-2's GELU, transformers' `gelu_new`."""
@@ -52,7 +52,7 @@ def transformer_config(args: argparse.Namespace) -> SMLPTransformerConfig:
 
 
 def model_config(args: argparse.Namespace) -> Any:
-    """Return the GPTModelConfig that `megatron.training.pretrain` builds the model from."""
+    """Return the GPTModelConfig that Megatron builds the model from."""
     config = transformer_config(args)
     model = gpt_config_from_args(args, config=config)
     model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 passes on whether alone

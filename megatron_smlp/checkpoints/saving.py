@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
-import signal
 import socket
 import time
 from collections import deque
@@ -26,22 +24,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
+
 from megatron_smlp.checkpoints import integrity, retention
+from megatron_smlp.checkpoints.background import add_share, in_background
 from megatron_smlp.checkpoints.claim import DONE, FAILED, LIFETIME, Claim, PreviousOwner
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
     iteration_folder,
     iteration_of,
-    latest_iteration,
     partial_folder,
 )
 from megatron_smlp.checkpoints.model_record import model_flags
+from megatron_smlp.checkpoints.room import gathers_on_gpus, missing_room
 from megatron_smlp.checkpoints.run_record import run_record, write_records
+from megatron_smlp.checkpoints.save_messages import left_in, reason_of, text_of, whose
+from megatron_smlp.checkpoints.state import Trained, write
 from megatron_smlp.checkpoints.tokenizer_copy import keep_tokenizer
 from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.durable import remove_folder, replace_folder, write_durably
 from megatron_smlp.errors import SaveError, TakenOverError, UsageError
 from megatron_smlp.restart_note import noted_cause
+
+FAILURES = (CheckpointException, SaveError)
 
 MARGIN = 15.0
 """Seconds within which an answer reaches ranks that would wait no longer."""
@@ -79,11 +85,25 @@ class Save:
 
 
 class Saving:
-    """The steps for the checkpoints of one run; megatron_patches/checkpointing.py calls them."""
+    """The checkpoints of one run.
 
-    def __init__(self, args: argparse.Namespace, listener: Listener) -> None:
+    Args:
+        before_writing: is called in each process that is forked to write.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        listener: Listener,
+        *,
+        before_writing: Callable[[], None] = lambda: None,
+    ) -> None:
         self.args = args
         self.listener = listener
+        self.before_writing = before_writing
+        self.cache: dict[str, Any] = {}
+        """What Megatron keeps from one save to the next."""
+        self.queue = AsyncCallsQueue()
         self.open: deque[Save] = deque()
         self.claimed: Claim | None = None
         """On rank 0."""
@@ -115,7 +135,9 @@ class Saving:
                 outcome = DONE
             raise
         finally:
-            for save in self.open:  # in the background, which ends with the run
+            for call in self.queue.async_calls:  # in the background, which ends with the run
+                call.async_caller.close()
+            for save in self.open:
                 self._remove(save)
             self.release(outcome)
 
@@ -213,6 +235,41 @@ class Saving:
                 f"the last checkpoint, of iteration {self.unsaved}, could not be saved to "
                 f"{self.args.save}: {left_in(Path(self.args.save))}."
             )
+
+    def save(self, parts: Trained, iteration: int) -> None:
+        """Save a training; with --async-save files are written while it goes on. Collective.
+
+        Raises:
+            SaveError: on every rank, where --on-save-failure is stop.
+        """
+        room = missing_room(parts.optimizer) if gathers_on_gpus(self.args) else ""
+        if gathers_on_gpus(self.args) and not self.has_room(iteration, room):
+            return
+        try:
+            folder = self.start(iteration_folder(self.args.save, iteration))
+            request = write(parts, folder, iteration=iteration, cache=self.cache)
+            if request is None:
+                add_share(folder, self.args.rank)
+                self.commit()
+            else:
+                rank, first = self.args.rank, self.before_writing
+                request = in_background(request, folder, rank, first=first, commit=self.commit)
+                self.queue.schedule_async_request(request)
+        except FAILURES as error:
+            self.failed(self.open[-1], error)
+
+    def finish(self, *, blocking: bool = False) -> None:
+        """Commit what was written in the background; `blocking` waits for all of it. Collective.
+
+        Raises:
+            SaveError: as `save`.
+        """
+        while True:
+            try:
+                self.queue.maybe_finalize_async_calls(blocking, no_dist=False)
+                return
+            except FAILURES as error:
+                self.failed(self.open[0], error)  # and on with the next in the queue
 
     def has_room(self, iteration: int, problem: str) -> bool:
         """Return whether no rank lacks the memory for a save that is not started yet. Collective.
@@ -329,62 +386,7 @@ class Saving:
             if found and isinstance(found[0], TakenOverError):
                 raise found[0]
             if found:
-                raise SaveError(f"{found[0]}{_whose(rank, self.hosts)}")
+                raise SaveError(f"{found[0]}{whose(rank, self.hosts)}")
 
     def _is_first_rank(self) -> bool:
         return bool(self.args.rank == 0)
-
-
-def add_share(partial: Path, rank: int) -> None:
-    """Leave the checksums of this rank's shards; where that fails, `commit` computes them."""
-    with contextlib.suppress(OSError):
-        integrity.write_share(partial, rank=rank)
-
-
-def write_and_add_share(
-    write: Callable[..., Any], partial: Path, rank: int, *args: Any, **kwargs: Any
-) -> None:
-    """Write shards, then leave their checksums: the work of a process that writes."""
-    # Ctrl-C reaches every process at the terminal; the training process answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        write(*args, **kwargs)
-    except Exception as error:
-        args[-1].put(RuntimeError(repr(error)))  # its queue: nobody else tells the training process
-        return
-    add_share(partial, rank)
-
-
-CUT_SHORT = "was written in part only, as on a full disk"
-
-
-def left_in(run: Path) -> str:
-    left = latest_iteration(run)
-    if left is None:
-        return "no checkpoint is there yet"
-    return f"the newest there is of iteration {left}"
-
-
-def text_of(error: OSError) -> str:
-    """`/run/.iter_0000010.partial-4f1c/__0_0.distcp: No space left on device`"""
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-
-
-def reason_of(error: BaseException, hosts: Sequence[str] = ()) -> str:
-    """Return the innermost message of an error that torch and Megatron wrap several times.
-
-    Args:
-        hosts: of each rank, to name the one that failed.
-    """
-    failures: dict[int, Any] = getattr(error, "failures", None) or {}
-    rank, inner = next(
-        ((rank, str(failure[0])) for rank, failure in failures.items()), (None, str(error))
-    )
-    whose = "" if rank is None else _whose(rank, hosts)
-    text = re.split(r"error: ", " ".join(inner.split()))[-1][:300]
-    # Torch's archives compare positions instead of asking the system, as on a full disk.
-    return re.sub(r"\[enforce fail at inline_container.*", CUT_SHORT, text) + whose
-
-
-def _whose(rank: int, hosts: Sequence[str]) -> str:
-    return f" (rank {rank} on {hosts[rank]})" if hosts else ""

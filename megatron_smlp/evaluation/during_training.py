@@ -14,8 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.training import training
 from megatron.training.global_vars import get_args
+from megatron.training.training import (
+    disable_forward_pre_hook,
+    enable_forward_pre_hook,
+    should_disable_forward_pre_hook,
+)
 from torch import nn
 
 from megatron_smlp.collectives import from_first_rank
@@ -60,7 +64,7 @@ class TaskEvaluation:
             )
 
     def built(self, model: Sequence[Any], optimizer: Any) -> None:
-        """Keep the model to score; see the protocol in training/reporting.py."""
+        """Keep the model to score; see the protocol in training/events.py."""
         self.model, self.optimizer = list(model), optimizer
 
     def is_due(self, iteration: int) -> bool:
@@ -108,14 +112,14 @@ def _own_random_numbers() -> Iterator[None]:
 @contextlib.contextmanager
 def _whole_parameters(model: list[Any], optimizer: Any) -> Iterator[None]:
     """Gather the parameters now where the distributed optimizer does so in the forward pass."""
-    overlaps = training.should_disable_forward_pre_hook(get_args()) and any(
+    overlaps = should_disable_forward_pre_hook(get_args()) and any(
         stage.remove_forward_pre_hook_handles for stage in model
     )
     if overlaps:
-        training.disable_forward_pre_hook(model, optimizer=optimizer)
+        disable_forward_pre_hook(model, optimizer=optimizer)
     yield
     if overlaps:
-        training.enable_forward_pre_hook(model)
+        enable_forward_pre_hook(model)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_smlp.checkpoints.choosing import problems
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
     iteration_folder,
@@ -21,7 +22,6 @@ from megatron_smlp.checkpoints.folders import (
     release_folder,
     tracked_iteration,
 )
-from megatron_smlp.checkpoints.loading import problems
 from megatron_smlp.checkpoints.tensors import main_dtype
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.command_line import flag_of
@@ -182,11 +182,11 @@ def _precision_flags(given: argparse.Namespace, dtype: str, *, stored: torch.dty
 
 def _build_and_load(args: argparse.Namespace, checkpoint: Path) -> list[Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
     from torch.distributed import HashStore
 
+    from megatron_smlp.checkpoints.state import read_weights
     from megatron_smlp.model import model_config
 
     args.moe_eval_capacity_factor = None  # a score must not depend on what else is in its batch
@@ -198,8 +198,8 @@ def _build_and_load(args: argparse.Namespace, checkpoint: Path) -> list[Any]:
     builder = GPTModelBuilder(model_config(args))
     stages: list[Any] = builder.build_distributed_models(groups, wrap_with_ddp=False)
     try:
-        load_checkpoint(stages, None, None, strict=True)
+        read_weights(args, stages, groups, checkpoint)
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"--checkpoint {args.load} cannot be loaded: {reason}") from error
+        raise UsageError(f"--checkpoint {checkpoint} cannot be loaded: {reason}") from error
     return stages

@@ -75,11 +75,6 @@ def _check_saving(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--keep-every {args.keep_every} without --keep-last deletes nothing: give both."
         )
-    if args.ckpt_format != "torch_dist" and (args.keep_last or args.keep_every):
-        raise UsageError(
-            "--keep-last, --keep-every and --save-retain-interval delete nothing with "
-            f"--ckpt-format {args.ckpt_format}: leave them out, or --ckpt-format."
-        )
 
 
 def _check_eval_tasks(args: argparse.Namespace) -> None:

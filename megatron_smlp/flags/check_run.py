@@ -91,23 +91,13 @@ def check_schedule(args: argparse.Namespace) -> None:
 
 
 def _check_validation_sets(args: argparse.Namespace) -> None:
-    """Refuse what Megatron stops at, some of it when the training is done, or passes over."""
-    if args.full_validation and not args.multiple_validation_sets:
-        raise UsageError(
-            "--full-validation stops Megatron 0.19 unless --multiple-validation-sets is given too: "
-            "give both, or --eval-iters with the number of batches."
-        )
+    """Refuse sets that Megatron would pass over, or whose names are not theirs."""
     rows = args.eval_micro_batch_size or args.micro_batch_size
     is_split = args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1
     if args.full_validation and rows != 1 and is_split:
         raise UsageError(
             "--full-validation reads sample by sample, and other ranks of the model would expect "
             f"micro-batches of {rows}: give --eval-micro-batch-size 1."
-        )
-    if args.multiple_validation_sets and not args.full_validation:
-        raise UsageError(
-            "--multiple-validation-sets stops Megatron 0.19 unless --full-validation is given too: "
-            "give both, or leave it out."
         )
     if not args.multiple_validation_sets:
         if args.validation_set_names:
@@ -116,11 +106,6 @@ def _check_validation_sets(args: argparse.Namespace) -> None:
                 "out."
             )
         return
-    if args.eval_iters and has_data(args, "test"):
-        raise UsageError(
-            "--full-validation with data for a test stops Megatron 0.19 at the end of the "
-            "training: leave --test-data-path out, or give --split a third share of 0."
-        )
     valid = (blends_from_arguments(args).per_split or (None, None))[1]
     if valid and valid.weights and len(valid.prefixes) > 1:
         raise UsageError(
@@ -148,13 +133,12 @@ def _check_length(args: argparse.Namespace) -> None:
             f"--train-iters {args.train_iters} and --train-samples {args.train_samples} both say "
             "how long the run is: give one of them."
         )
-    for name in ("step_batch_size_schedule", "phase_transition_iterations"):
-        value = args.explicit_flags.get(name)
-        if args.train_iters and value:
-            raise UsageError(
-                f"{flag_of(name)} {value} with --train-iters: Megatron counts samples, of which "
-                "it does not know how many an iteration will have. Give --train-samples."
-            )
+    ramp = args.explicit_flags.get("step_batch_size_schedule")
+    if args.train_iters and ramp:
+        raise UsageError(
+            f"--step-batch-size-schedule {ramp} with --train-iters: Megatron counts samples, of "
+            "which it does not know how many an iteration will have. Give --train-samples."
+        )
     other = "samples" if args.train_iters else "iters"
     for name in ("lr_decay", "lr_warmup"):
         if value := getattr(args, f"{name}_{other}"):
@@ -175,15 +159,6 @@ def _check_length(args: argparse.Namespace) -> None:
         )
 
 
-SAVED_BESIDE = (
-    "save_params_interval",
-    "save_activations_interval",
-    "save_wgrads_interval",
-    "save_dgrads_interval",
-    "save_tokens_per_expert_interval",
-)
-
-
 def check_names(args: argparse.Namespace) -> None:
     """Refuse flags that mean nothing without others.
 
@@ -195,15 +170,6 @@ def check_names(args: argparse.Namespace) -> None:
             "--tokenizer-type is missing: give it as --tokenizer-type HuggingFaceTokenizer "
             "--tokenizer-model FOLDER, as when the data was made; NullTokenizer with --vocab-size "
             "does for --mock-data and --dry-run."
-        )
-    for name in SAVED_BESIDE:
-        if args.explicit_flags.get(name) and not args.save:
-            raise UsageError(f"{flag_of(name)} without --save has nowhere to write: give both.")
-    validates = args.explicit_flags.get("rerun_mode") == "validate_results"
-    if validates and not args.check_for_large_grads:
-        raise UsageError(
-            "--rerun-mode validate_results validates nothing without --check-for-large-grads: give "
-            "both, or leave it out. --nonfinite-loss looks at what is not finite."
         )
     is_interleaved = args.num_layers_per_virtual_pipeline_stage or (
         args.num_virtual_stages_per_pipeline_rank
@@ -349,13 +315,13 @@ def check_machine(args: argparse.Namespace) -> None:
             "Transformer Engine, which is not installed. Give core_attn, mlp or moe, or leave it "
             "out."
         )
-    if args.init_model_with_meta_device and not (args.use_megatron_fsdp or args.use_torch_fsdp2):
+    if args.init_model_with_meta_device:
         raise UsageError(
-            "--init-model-with-meta-device without --use-megatron-fsdp would start from "
-            "uninitialised weights: leave it out."
+            "--init-model-with-meta-device would start from uninitialised weights: leave it out."
         )
-    if args.optimizer not in ("adam", "sgd") and find_spec("emerging_optimizers") is None:
+    if args.optimizer not in ("adam", "sgd"):
         raise UsageError(
-            f"--optimizer {args.optimizer} needs the Python package 'emerging_optimizers': install "
-            "it, or give --optimizer adam."
+            f"--optimizer {args.optimizer} is not available: its state cannot be saved in all "
+            "layouts, and it moves what lies above the diagonal of a T x T matrix. Give "
+            "--optimizer adam or sgd."
         )

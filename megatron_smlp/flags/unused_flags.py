@@ -7,6 +7,7 @@ Megatron's parser has the flags of all its models and of all its layers. A layer
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
@@ -103,9 +104,26 @@ USELESS = {
     "optimizer_cuda_graph": "would replay updates without looking whether the loss is finite",
 }
 """Flags that do not work with what is here, and why: they are to be left out."""
+OF_MEGATRONS_LOOP = (
+    *("log_energy", "run_workload_inspector_server", "gpu_sniff_test_interval"),
+    *("moe_routing_trace_path", "moe_expert_rank_capacity_factor", "qk_clip"),
+    *("log_max_attention_logit", "reuse_grad_buf_for_mxfp8_param_ag", "moe_use_upcycling"),
+    *("phase_transition_iterations", "override_ckpt_iteration", "auto_detect_ckpt_format"),
+    *("load_main_params_from_ckpt", "exit_on_missing_checkpoint", "stream_ckpt_dequant"),
+    *("pytorch_profiler_collect_chakra", "use_megatron_fsdp", "use_torch_fsdp2", "enable_msc"),
+    *("save_params_interval", "save_activations_interval", "save_wgrads_interval"),
+    *("save_dgrads_interval", "save_tokens_per_expert_interval", "async_ckpt_use_cpu_shm"),
+    *("fault_injector_ranks", "fault_injector_num_ranks", "fine_grained_activation_offloading"),
+    *("one_logger_project", "one_logger_run_name", "one_logger_async", "check_for_large_grads"),
+)
+"""Flags that Megatron's training loop and its saves read, and training/loop.py does not."""
 REFUSED = {
     **{name: f"is not read by this program: {instead}" for name, instead in READ_NOWHERE.items()},
     **{name: f"{why}. Leave it out" for name, why in USELESS.items()},
+    **dict.fromkeys(
+        OF_MEGATRONS_LOOP,
+        "is read by Megatron's own training loop alone, and changes nothing here: leave it out",
+    ),
     **dict.fromkeys(
         ("reset_attention_mask", "reset_position_ids", "dataloader_inter_document_masking"),
         "looks at documents, and samples are read whole, as every system here is trained and "
@@ -138,8 +156,15 @@ REFUSED = {
     ),
 }
 """Flags of Megatron's that are refused whatever else is given: why, and what to do."""
-VALUES_NOT_HERE = {
-    ("rerun_mode", "report_stats"): "stops Megatron 0.19: leave it out",
+VALUES_NOT_HERE: dict[tuple[str, Any], str] = {
+    **{
+        ("rerun_mode", value): "repeats steps, which --nonfinite-loss does without: leave it out"
+        for value in ("report_stats", "validate_results")
+    },
+    **{
+        ("ckpt_format", value): "is not saved or loaded here: leave it out, for torch_dist"
+        for value in ("torch", "torch_dcp", "fsdp_dtensor", "zarr")
+    },
     ("dataloader_type", "external"): "needs a data loader of another program: give single or "
     "cyclic, or leave it out",
     ("pad_vocab_size", False): "stops Megatron 0.19: give --make-vocab-size-divisible-by 1",
@@ -160,7 +185,6 @@ ATTENTION_FLAGS = (
     "add_qkv_bias",
     "qk_layernorm",
     "qk_l2_norm",
-    "qk_clip",
     "softmax_type",
     "window_size",
     "apply_query_key_layer_scaling",
@@ -168,7 +192,6 @@ ATTENTION_FLAGS = (
     "window_attn_skip_freq",
     "attention_backend",
     "flash_attention_version",
-    "log_max_attention_logit",
     *ROTARY_FLAGS,
 )
 OTHER_POSITIONS = ("yarn_", "mscale", "relative_attention_", "rotary_scaling_factor", "mrope_")
@@ -184,7 +207,6 @@ TRANSFORMER_ENGINE_FLAGS = (
     "moe_grouped_gemm",
     "attention_backend",
     "flash_attention_version",
-    "save_tokens_per_expert_interval",
     "te_precision_config_file",
     "use_transformer_engine_op_fuser",
     "tp_comm_overlap",
@@ -338,8 +360,7 @@ def _refuse_recomputing(args: argparse.Namespace) -> None:
 def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
     """Refuse CUDA graphs of layers that route: a graph replays kernels, not the Python beside them.
 
-    Layers that route are left out of it by Megatron's own implementation
-    (architectures.SlottedLayer), and not by Transformer Engine's.
+    Layers that route are left out of it (architectures.SlottedLayer).
     """
     given = {name: args.explicit_flags[name] for name in _given(args, CUDA_GRAPH_FLAGS)}
     if not given:
@@ -358,19 +379,15 @@ def _refuse_cuda_graphs(args: argparse.Namespace) -> None:
             f"{flag}: a graph of whole steps runs none of the Python that counts samples, routers' "
             "loads and losses that are not finite. Give --cuda-graph-impl local, or leave it out."
         )
-    is_of_te = value == "transformer_engine" or name == "external_cuda_graph"
-    if is_of_te and args.transformer_impl == "local":
+    if value == "transformer_engine" or name == "external_cuda_graph":
         raise UsageError(
-            f"{flag} needs Transformer Engine, which is not in use (--transformer-impl local). "
-            "Give --cuda-graph-impl local, which does without, or leave it out."
+            f"{flag}: graphs of Transformer Engine are not made here. Give --cuda-graph-impl "
+            "local, or leave it out."
         )
-    routing = [slots.routes for slots in slots_of(args)]
-    if all(routing) or (is_of_te and any(routing)):
-        those = "every layer" if all(routing) else f"{sum(routing)} of {len(routing)} layers"
+    if all(slots.routes for slots in slots_of(args)):
         raise UsageError(
-            f"{flag} cannot capture layers that route, and {those} of this model would be such: a "
-            "graph runs no Python, which hands routers their inputs in each step. Leave it out"
-            + (", or give --cuda-graph-impl local." if not all(routing) else ".")
+            f"{flag} cannot capture layers that route, and every layer of this model would be "
+            "such: a graph runs no Python, which hands routers their inputs. Leave it out."
         )
     _refuse_evaluating_in_graphs(args, flag)
     if MIXERS[ARCHITECTURES[args.architecture].mixer].host_reads:

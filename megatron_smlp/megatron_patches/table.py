@@ -29,7 +29,7 @@ class Patch:
     contract: str
     """The test that fails where the next Megatron no longer has what is replaced."""
     extent: Extent
-    """For the whole process, during `megatron.training.pretrain`, while Megatron is imported, or in
+    """For the whole process, during a run, while Megatron is imported, or in
     a launcher's agent, which trains nothing."""
 
 
@@ -40,8 +40,6 @@ def _rows(
         yield Patch(target, why, module, contract, extent)
 
 
-_TRAINING = "megatron.training.training"
-_CHECKPOINTING = "megatron.training.checkpointing"
 _OPTIMIZER = "megatron.core.optimizer"
 _DISTRIBUTED = f"{_OPTIMIZER}.distrib_optimizer.DistributedOptimizer"
 _CHAINED = f"{_OPTIMIZER}.optimizer.ChainedOptimizer"
@@ -51,7 +49,6 @@ _TORCH = "torch.distributed.checkpoint"
 _NEEDS_APEX = "expects Adam's step count where Apex keeps it, and torch does not"
 _EACH_NORM = "without Apex has a GPU's host wait for the norm of each tensor"
 _EACH_TENSOR = "without Apex makes a temporary of each tensor"
-_EACH_STEP = "asks ranks, and waits for the update, for what each of them knows"
 _TIED = "ties the saved optimizer state to the layout that saved it"
 _ALONE = "fails on rank 0 while the others wait"
 
@@ -120,56 +117,13 @@ PATCHES = (
         },
     ),
     *_rows(
-        "checkpoint_flags",
+        "checkpoint_files",
         "contract/test_checkpointing_seams.py",
         {
-            f"{_CHECKPOINTING}.check_checkpoint_args": "wants the tokenizer's flags unchanged, and "
-            "recorded with weights alone",
-        },
-    ),
-    *_rows(
-        "training_loop",
-        "contract/test_megatron_seams.py",
-        {
-            f"{_TRAINING}.setup_model_and_optimizer": "has no place to guard updates from, nor "
-            "to fuse Adam's",
-            f"{_TRAINING}.train": "begins when the datasets are built, after the model",
-            f"{_TRAINING}.training_log": "alone sees the loss and the gradient norm of a step",
-            f"{_TRAINING}.evaluate": "tells nobody its losses, and evaluates one way only",
-            f"{_TRAINING}.evaluate_and_print_results": "alone knows an evaluation's iteration",
-            f"{_TRAINING}.save_checkpoint_and_time": "tells nobody how long a save took",
-        },
-        extent="run",
-    ),
-    *_rows(
-        "rank_messages",
-        "contract/test_rank_messages.py",
-        {
-            f"{_TRAINING}.setup_model_and_optimizer": "keeps a loss scale of 1 on the device",
-            f"{_TRAINING}.training_log": "sends a zero to the device for each loss of each step",
-            f"{_TRAINING}.evaluate_and_print_results": "alone comes between a step and its end",
-            f"{_TRAINING}.checkpoint_and_decide_exit": "asks all ranks whether the time is over",
-            f"{_TRAINING}.get_signal_handler": "asks all ranks for signals, and waits, each step",
-            f"{_TRAINING}.logical_and_across_model_parallel_group": _EACH_STEP,
-            f"{_TRAINING}.reduce_max_stat_across_model_parallel_group": _EACH_STEP,
-        },
-        extent="run",
-    ),
-    *_rows(
-        "checkpointing",
-        "contract/test_checkpointing_seams.py",
-        {
-            f"{_SAVING}.save": "writes under the final name from the first byte on",
             f"{_SAVING}.serialization.save_config": _ALONE,
-            f"{_CHECKPOINTING}.ensure_directory_exists": "makes the folder before it is whole",
-            f"{_CHECKPOINTING}.maybe_msc": "writes the tracker in place: empty on a full disk",
-            f"{_CHECKPOINTING}.read_metadata": "ends the process at a tracker without a number",
             f"{_WRITER}.FileSystemWriterAsync.write_preloaded_data": "forgets an error's text",
             f"{_WRITER}.FileSystemWriterAsync.finish": _ALONE,
             f"{_WRITER}.get_write_results_queue": "starts a process that outlives a killed run",
-            f"{_TRAINING}.save_checkpoint": "ends the run where a save fails",
-            f"{_TRAINING}.maybe_finalize_async_save": "ends the run where a save fails",
-            f"{_TRAINING}.setup_model_and_optimizer": "loads what the tracker names, whole or not",
         },
         extent="run",
     ),
@@ -183,15 +137,6 @@ PATCHES = (
             "_BackendRendezvousStateHolder._sanitize": "takes a node for dead whose clock differs",
         },
         extent="agent",
-    ),
-    *_rows(
-        "tensorboard",
-        "contract/test_megatron_seams.py",
-        {
-            "megatron.training.global_vars._GLOBAL_TENSORBOARD_WRITER": "raises a full disk's "
-            "error at whoever logs next",
-        },
-        extent="run",
     ),
 )
 

@@ -61,8 +61,7 @@ def limit_connections(args: argparse.Namespace) -> None:
 
     CUDA has started, and may have read another value: Megatron would stop without it.
     """
-    is_sharded = args.use_torch_fsdp2 or args.use_megatron_fsdp
-    if args.tensor_model_parallel_size > 1 and not is_sharded:
+    if args.tensor_model_parallel_size > 1:
         os.environ.setdefault(CONNECTIONS, "1")
 
 

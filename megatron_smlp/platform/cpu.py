@@ -14,7 +14,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,9 +42,8 @@ FLAGS: dict[str, Any] = {
 }
 
 GPU_FLAGS = (
-    *("fp16", "use_megatron_fsdp", "use_torch_fsdp2", "tp_comm_overlap", "fp8"),
+    *("fp16", "tp_comm_overlap", "fp8"),
     *("log_memory_to_tensorboard", "log_device_memory_used", "record_memory_history"),
-    "gpu_sniff_test_interval",
 )
 """Flags that ask for what only a GPU has."""
 
@@ -283,14 +282,7 @@ def _replace_in_megatron() -> None:
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tensor_parallel_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
-    from megatron.training import initialize, training
 
-    # The loop asserts CUDA unless it is told otherwise, and pretrain() does not pass the flag on.
-    training.initialize_megatron = functools.partial(
-        initialize.initialize_megatron, allow_no_cuda=True
-    )
-    # The warm-up compiles fused CUDA kernels.
-    training.set_jit_fusion_options = _constant(None)
     # Without CUDA this call is queued until CUDA starts, which is never: the random states of the
     # tensor parallel regions would not be switched, nor loaded.
     tensor_parallel_random._set_cuda_rng_state = _set_rng_state
@@ -303,20 +295,6 @@ def _replace_in_megatron() -> None:
     mappings._reduce_scatter_along_first_dim = _reducing_parts(
         mappings._reduce_scatter_along_first_dim
     )
-    # A DataLoader draws its base seed from the default generator when it is iterated: here that is
-    # the generator of the dropout, whose state a resumed run has just loaded.
-    training.build_train_valid_test_data_iterators = torch.random.fork_rng(devices=[])(
-        training.build_train_valid_test_data_iterators
-    )
-    training.cyclic_iter = _cyclic_iter
-
-
-def _cyclic_iter(iterable: Iterable[Any]) -> Iterator[Any]:
-    """Megatron's, whose iterators begin in the middle of a run, as above."""
-    while True:
-        with torch.random.fork_rng(devices=[]):
-            iterator = iter(iterable)
-        yield from iterator
 
 
 def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -22,7 +22,7 @@ with quiet_libraries(), late_compile():
     import megatron_smlp.megatron_patches.table
     import megatron_smlp.model
     import megatron_smlp.platform.cpu
-    import megatron_smlp.training.run  # noqa: F401
+    import megatron_smlp.training.loop  # noqa: F401
     import pretrain_smlp  # noqa: F401
 
 software()  # of these texts, whatever becomes of them while runs are forked

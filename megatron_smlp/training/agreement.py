@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.training import get_signal_handler, training
+from megatron.training import get_signal_handler
 from torch import Tensor
 
 
@@ -38,12 +38,17 @@ class StepAgreement:
 
     Args:
         pop_nonfinite: <bool>[] on the device, or None, whether a loss of this rank was not finite.
+        began: `time.time()` from which --exit-duration-in-mins counts.
     """
 
     def __init__(
-        self, args: argparse.Namespace, *, pop_nonfinite: Callable[[], Tensor | None]
+        self,
+        args: argparse.Namespace,
+        *,
+        pop_nonfinite: Callable[[], Tensor | None],
+        began: float,
     ) -> None:
-        self.args, self.pop_nonfinite = args, pop_nonfinite
+        self.args, self.pop_nonfinite, self.began = args, pop_nonfinite, began
         self._numbers: Tensor | None = None
         self._copied: Any = None
 
@@ -70,12 +75,6 @@ class StepAgreement:
         rank, is_signalled, is_over = self._numbers.tolist()
         return Agreed(rank - 1 if rank else None, bool(is_signalled), bool(is_over))
 
-    def take(self) -> Agreed | None:
-        """Return what was agreed, once; None if no step has been made since."""
-        agreed = None if self._numbers is None else self.read()
-        self._numbers = None
-        return agreed
-
     def _is_late(self) -> bool:
         limit = self.args.exit_duration_in_mins
-        return bool(limit) and time.time() - training._TRAIN_START_TIME > 60 * limit
+        return bool(limit) and time.time() - self.began > 60 * limit

@@ -18,7 +18,10 @@ from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.data.blending import SPLIT_FLAGS, SPLITS
 from megatron_smlp.platform import cpu
 from megatron_smlp.provenance import software, version_of
+from megatron_smlp.routers.hash_table import BALANCED
 from megatron_smlp.training.captured_output import terminal
+from megatron_smlp.training.causality import check_causality_of_layers
+from megatron_smlp.training.parts import configuration
 from megatron_smlp.training.start_screen import print_dry_run, summary
 from megatron_smlp.unwritable_log import TolerantStream
 
@@ -79,8 +82,6 @@ class RunConsole:
             self.say("platform    CPU: GPU-only defaults are off (docs/architecture.md)")
         self.say(f"data        {'mock' if args.mock_data else data_text(args)}")
         self.say(f"start       {'from ' + args.load if args.load else 'from scratch'}")
-        if args.kept_flags:
-            self.say(f"            with {', '.join(args.kept_flags)}, as that model has it")
         if args.log_dir:
             self.say(f"logs        {args.log_dir}: metrics.jsonl, megatron.log")
         else:
@@ -88,7 +89,11 @@ class RunConsole:
 
 
 def dry_run(args: argparse.Namespace) -> None:
-    """Print what the run would be, on rank 0 alone."""
+    """Print what the run would be, on rank 0 alone; Megatron may refuse what it is made of."""
+    with args.thawed():
+        configuration(args)
+        if args.hash_table != BALANCED:  # which reads the data
+            check_causality_of_layers(args)
     if args.rank == 0:
         print_dry_run(args, Console(file=terminal(), highlight=False, soft_wrap=True))
 

@@ -1,8 +1,8 @@
 """Hold an update back where a loss or the gradients' norm is not finite: --nonfinite-loss.
 
-step.py                             sees the loss of this rank, without waiting for it
-agreement.py                        tells all ranks
-megatron_patches/training_loop.py   asks here, before the optimizer's update, and knows the norm
+forward.py     sees the loss of this rank, without waiting for it
+agreement.py   tells all ranks
+step.py        asks here, before the optimizer's update, and knows the norm
 
 A backward pass may overflow under a loss that is finite, and the update would break every weight.
 The norm is the same on all ranks, and the host reads it anyway.

@@ -29,8 +29,6 @@ def check_parameters(
     Raises:
         AccountingError: they differ, on every rank, with --strict-accounting.
     """
-    if args.use_megatron_fsdp or args.use_torch_fsdp2:
-        return  # ranks hold parts of parameters
     built, counted = built_parameters(model), model_cost(ModelShape.from_args(args)).parameters
     if built == counted:
         return

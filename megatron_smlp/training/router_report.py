@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_smlp.routers.statistics import RouterKey, RouterLoad
-from megatron_smlp.training.curves import to_writers
 
 Loads = Mapping[RouterKey, RouterLoad]
 
@@ -60,16 +59,14 @@ def router_texts(loads: Loads) -> list[str]:
     return texts
 
 
-def write_scalars(loads: Loads, *, iteration: int, title: str = "") -> None:
-    """Write scalars to TensorBoard and W&B, on the rank that has them: `router/layer 2
-    token/entropy`.
+def router_curves(loads: Loads, *, title: str = "") -> dict[str, float]:
+    """Return scalars for TensorBoard and W&B: `router/layer 2 token/entropy`.
 
     title: of an evaluation, which the names then begin with; empty in training.
     """
     prefix = f"{title} " if title else ""
-    values = {
+    return {
         f"{prefix}router/layer {key.layer} {key.kind}/{name}": value
         for key, load in loads.items()
         for name, value in scalars(load)
     }
-    to_writers(values, iteration=iteration)

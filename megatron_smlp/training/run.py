@@ -1,88 +1,51 @@
-"""One run around Megatron's loop: its reports, saves and signals, and the guard of its updates."""
+"""What is there from the first line of a run to its last: its folder, its screen, its listeners."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
-from megatron_smlp.checkpoints.claim import DONE
-from megatron_smlp.checkpoints.folders import is_same_folder
-from megatron_smlp.checkpoints.loading import choose_checkpoint
 from megatron_smlp.checkpoints.saving import Saving
 from megatron_smlp.launching.parent import end_with_parent
-from megatron_smlp.megatron_patches import checkpointing, rank_messages, tensorboard, training_loop
+from megatron_smlp.megatron_patches import checkpoint_files
 from megatron_smlp.platform import allocator, cpu
-from megatron_smlp.training.agreement import StepAgreement
-from megatron_smlp.training.nonfinite import may_update
-from megatron_smlp.training.reporting import Reporter, Tasks
-from megatron_smlp.training.signals import StartUp, graceful_signals
-from megatron_smlp.training.step import ForwardStep
-
-type Observe = Callable[[training_loop.Observer], training_loop.Observer]
+from megatron_smlp.training.curves import Writers
+from megatron_smlp.training.events import Listener, Listeners
+from megatron_smlp.training.forward import ForwardStep
+from megatron_smlp.training.megatron_log import MegatronLog
+from megatron_smlp.training.profiling import Profiler
+from megatron_smlp.training.reporting import Reporter
+from megatron_smlp.training.signals import graceful_signals
 
 
 class Run:
-    """One `megatron.training.pretrain`.
-
-    Args:
-        tasks: to score during training.
-        start_up: is over when the model is loaded and the datasets are built.
-    """
+    """See the top of the file."""
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        *,
-        step: ForwardStep,
-        tasks: Tasks | None = None,
-        start_up: StartUp | None = None,
+        self, args: argparse.Namespace, *, forward: ForwardStep, listeners: Sequence[Listener]
     ) -> None:
-        self.args = args
-        start_up = start_up or StartUp()
-        self.reporter = Reporter(
-            args,
-            step=step,
-            tasks=tasks,
-            reached=lambda iteration: self.saving.reached(iteration),
-            begins=start_up.over,
-        )
-        self.say = self.reporter.say
-        self.saving = Saving(args, self.reporter)
-        start_up.before_ending = lambda: self.saving.release(DONE)
-        self.agreement = StepAgreement(args, pop_nonfinite=step.pop_nonfinite)
+        self.args, self.forward = args, forward
+        self.writers = Writers(args)
+        self.reporter = Reporter(args, forward=forward, writers=self.writers)
+        # A writer holds this rank's GPU, which a restart needs, and nobody would commit its work.
+        end = partial(end_with_parent, signal.SIGKILL, parent=os.getpid())
+        self.saving = Saving(args, self.reporter, before_writing=end)
+        own = (self.reporter, MegatronLog(args, self.writers), Profiler(args))
+        self.listeners = Listeners((*own, *listeners))
 
-    @contextlib.contextmanager
-    def observed(self, observe: Observe = lambda own: own) -> Iterator[None]:
-        """Put everything in its place around the loop; `observe` may wrap the reporter."""
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Hold signals, the folder and the screen for the time of a run."""
         if cpu.needed():
             allocator.keep_freed_memory()
-        with (
-            tensorboard.installed(self.args.tensorboard_dir),
-            graceful_signals(announces=self.args.rank == 0),
-            rank_messages.installed(self.agreement.take),
-            training_loop.installed(
-                observe(self.reporter),
-                may_update=lambda norm: may_update(self.args, self.agreement, self.say, norm),
-                before_update=self.agreement.send,
-                begins=self.reporter.ready,
-            ),
-            checkpointing.installed(
-                self.saving,
-                before_loading=self._before_loading,
-                # It holds this rank's GPU, which a restart needs, and nobody would commit its work.
-                before_writing=partial(end_with_parent, signal.SIGKILL, parent=os.getpid()),
-            ),
-            self.saving.session(),
-            self.reporter.session(),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(graceful_signals(announces=self.args.rank == 0))
+            stack.enter_context(checkpoint_files.installed(self.saving.note))
+            stack.enter_context(self.saving.session())
+            stack.enter_context(self.reporter.session())
             yield
-
-    def _before_loading(self) -> None:
-        self.saving.claim()
-        damaged = choose_checkpoint(self.args, self.say)
-        if is_same_folder(self.args.load, self.args.save):
-            self.saving.damaged = damaged
+        self.writers.close()

@@ -1,203 +1,219 @@
-"""One forward step: a batch, the model, the loss.
+"""One step: forward and backward over the global batch, and the update.
 
-    loss = sum over tokens of mask * -log p(label) / number of tokens        of one micro-batch
+    for each micro-batch    loss, gradients                    Megatron's pipeline schedule
+    finalise                sums over ranks, expert bias       Megatron's, within the schedule
+    agree                   is a loss not finite, was there a signal, is the time over
+    update                  clip, Adam, held back where a number is not finite
+    schedule                the next learning rate, unless the update was held back
+    updates                 other state of the model: prices of BASE
 
-Megatron averages over micro-batches, or, with --calculate-per-token-loss, over all their tokens.
-Partial prediction (arXiv 2203.06850, section 3) trains on the positions t >= P only. With
---suffix-from P the loss of these is reported beside the whole, whatever the system is.
-
-Letters: B micro-batch, T sequence length, P prefix length.
+The host waits for the device once: for the norm of the gradients (decision 76).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
-from megatron.training import get_args, get_timers
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training import get_timers
+from megatron.training.utils import (
+    logical_and_across_model_parallel_group,
+    reduce_max_stat_across_model_parallel_group,
+)
 from torch import Tensor
 
-from megatron_smlp.options import prefix_length, suffix_start
-from megatron_smlp.routers.balance_loss import scale_balance_losses
-from megatron_smlp.routers.draws import sample_keys
-from megatron_smlp.routers.gshard import attach_samples
-from megatron_smlp.routers.statistics import RouterStatistics
-from megatron_smlp.systems import token_router_class
-from megatron_smlp.training.data import may_be_padded, needs_batch, needs_every_batch
-from megatron_smlp.training.slow_hosts import OwnPart
+from megatron_smlp.training.events import Outcome, Update
+from megatron_smlp.training.parts import Parts
 
-SUFFIX_LOSS = "suffix loss"
-WHOLE_LOSS = "whole loss"
-"""Name of the loss over all targets, if "lm loss", which is trained on, is over some of them."""
-BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask")
-
-LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+Forward = Callable[..., Any]
+"""Megatron's `forward_step_func`."""
 
 
-class ForwardStep:
-    """Megatron's `forward_step_func`.
+class Step:
+    """Makes the steps of a run. Every call is collective.
 
-    Remembers whether a loss was not finite, and the seconds spent on getting batches, until asked.
-    Holds the statistics of the routers, which it tells what is padding.
+    Args:
+        forward: the loss of one micro-batch (training/forward.py).
+        agree: is called when the gradients are there, and sends what all ranks must know.
+        may_update: is given the norm of the gradients, once a step; False holds the update back.
+        updates: of other state, in order.
     """
 
-    def __init__(self) -> None:
-        self.statistics = RouterStatistics()
-        self.nonfinite: Tensor | None = None
-        self.data_seconds = 0.0
-        self.own_part = OwnPart()
-        self.place = _PlaceInRun()
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        forward: Forward,
+        agree: Callable[[], None],
+        may_update: Callable[[float | None], bool],
+        updates: Sequence[Update] = (),
+    ) -> None:
+        self.parts, self.forward, self.updates = parts, forward, updates
+        self.schedule = get_forward_backward_func()
+        self.update = GuardedUpdate(parts.optimizer, agree=agree, may_update=may_update)
+        self.are_alike = _are_alike(parts.optimizer)
 
-    def __call__(
-        self, data_iterator: Iterator[dict[str, Tensor]], model: Any
-    ) -> tuple[Tensor, LossFunction]:
-        """Run one micro-batch through this stage of the model.
+    def __call__(self, data: Any, iteration: int) -> Outcome:
+        """Make one.
 
-        Returns:
-            on the last stage the loss of each token, <float>[B, T]; else the stage's output. And
-            the function that Megatron calls on it.
+        Args:
+            data: an iterator over micro-batches, or one for each chunk.
+            iteration: from 1 on.
         """
-        with self.own_part.timed(getattr(get_args(), "curr_iteration", 0)):
-            return self._forward(data_iterator, model)
+        args, optimizer = self.parts.args, self.parts.optimizer
+        reports = self._gradients(data)
+        if args.empty_unused_memory_level >= 1:
+            torch.cuda.empty_cache()
+        learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
+        timers = get_timers()
+        timers("optimizer", log_level=1).start(barrier=args.barrier_with_L1_time)
+        updated, norm, zeros = self._of_all_stages(*self.update())
+        timers("optimizer").stop()
+        if updated:
+            samples = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
+            self.parts.schedule.step(increment=samples)
+        for update in self.updates:
+            update(self.parts.model, skipped=not updated)
+        if args.empty_unused_memory_level >= 2:
+            torch.cuda.empty_cache()
+        return Outcome(
+            iteration=iteration,
+            losses=self._means(reports),
+            learning_rate=learning_rate,
+            grad_norm=norm,
+            num_zeros=zeros,
+            skipped=not updated,
+            loss_scale=float(optimizer.get_loss_scale()) if scales_losses(optimizer) else 1.0,
+        )
 
-    def _forward(
-        self, data_iterator: Iterator[dict[str, Tensor]], model: Any
-    ) -> tuple[Tensor, LossFunction]:
-        args, timers = get_args(), get_timers()
-        timers("batch-generator", log_level=2).start()
-        start = time.perf_counter()
-        vp_stage = get_attr_wrapped_model(model, "vp_stage")
-        batch = next_batch(data_iterator, vp_stage)
-        if torch.is_grad_enabled():  # validation does not count, and draws nothing
-            self.data_seconds += time.perf_counter() - start
-            router = args.token_router
-            if router != "none" and token_router_class(router).draws:
-                attach_samples(model, self._keys(self.place.first_sample(args, vp_stage)))
-        timers("batch-generator").stop()
-        self.statistics.begin(real_tokens(batch["loss_mask"]) if may_be_padded(args) else None)
-        if args.feature_router == "partial":
-            scale_balance_losses(model)
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        return output, partial(self._loss, batch["loss_mask"])
+    def _gradients(self, data: Any) -> list[dict[str, Tensor]]:
+        """Forward and backward over all micro-batches; return the reports of each."""
+        args, model = self.parts.args, self.parts.model
+        rerun = get_rerun_state_machine()
+        reports: list[dict[str, Tensor]] = []
+        while rerun.should_run_forward_backward(data):
+            for chunk in model:
+                chunk.zero_grad_buffer()
+            self.parts.optimizer.zero_grad()
+            reports = self.schedule(
+                forward_step_func=self.forward,
+                data_iterator=data,
+                model=model,
+                num_microbatches=get_num_microbatches(),
+                seq_length=args.seq_length,
+                micro_batch_size=args.micro_batch_size,
+                decoder_seq_length=args.decoder_seq_length,
+                forward_only=False,
+            )
+        rerun.should_checkpoint_and_exit()  # which ends its step; it is switched off here
+        return reports
 
-    def _loss(
-        self, loss_mask: Tensor, token_losses: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """token_losses, loss_mask: <float>[B, T] -> summed loss, number of tokens, report."""
-        args = get_args()
-        prefix = prefix_length(args, seq_length=args.seq_length)
-        trains = token_losses.requires_grad
-        start = prefix if trains and args.partial_loss == "suffix" else 0
-        loss, num_tokens = _masked_sum(token_losses, loss_mask, start=start)
-        if trains:
-            self._look_at(loss.detach())
-        reports = {"lm loss": _report(loss, num_tokens)}
-        if suffix_from := suffix_start(args):
-            suffix = _masked_sum(token_losses, loss_mask, start=suffix_from)
-            reports[SUFFIX_LOSS] = _report(*suffix)
-        if start:
-            reports[WHOLE_LOSS] = _report(*_masked_sum(token_losses, loss_mask))
-        return loss, num_tokens, reports
+    def _of_all_stages(
+        self, updated: bool, norm: float | None, zeros: float | None
+    ) -> tuple[bool, float | None, float | None]:
+        """Return what holds for all ranks of this model parallel group."""
+        if self.are_alike:  # and each knows the others' by its own
+            return updated, _rounded(norm), zeros
+        group = self.parts.groups.mp
+        updated = logical_and_across_model_parallel_group(updated, group=group)
+        norm = reduce_max_stat_across_model_parallel_group(norm, group=group)
+        if self.parts.args.log_num_zeros_in_grad:
+            zeros = reduce_max_stat_across_model_parallel_group(zeros, group=group)
+        return updated, norm, zeros
 
-    @staticmethod
-    def _keys(first: int) -> Tensor:
-        args, device = get_args(), torch.device(torch.cuda.current_device())
-        count = args.micro_batch_size
-        return sample_keys(seed=args.seed, first=first, count=count, device=device)
-
-    def _look_at(self, loss: Tensor) -> None:
-        # On the device: the host would wait for it at each micro-batch.
-        bad = ~torch.isfinite(loss)
-        self.nonfinite = bad if self.nonfinite is None else self.nonfinite | bad
-
-    def pop_nonfinite(self) -> Tensor | None:
-        """<bool>[], whether a loss was not finite since the last call; None: there was none."""
-        nonfinite, self.nonfinite = self.nonfinite, None
-        return nonfinite
-
-    def pop_data_seconds(self) -> float:
-        """Wall time spent on batches of training steps since the last call, on this rank."""
-        seconds, self.data_seconds = self.data_seconds, 0.0
-        return seconds
-
-
-class _PlaceInRun:
-    """Counts, as the sampler does, the samples that the micro-batch under way has of the run."""
-
-    def __init__(self) -> None:
-        self._started: dict[int | None, tuple[int, int]] = {}
-        """For each stage on this rank, the samples before the step and the micro-batches so far."""
-
-    def first_sample(self, args: Any, vp_stage: int | None) -> int:
-        """Return the number of the first one; call it once in each forward pass of a stage."""
-        before: int = args.consumed_train_samples
-        step, number = self._started.get(vp_stage, (before, 0))
-        number = number if step == before else 0
-        self._started[vp_stage] = (before, number + 1)
-        number %= get_num_microbatches()  # where Megatron runs a step again
-        ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-        return before + (number * ranks + rank) * int(args.micro_batch_size)
+    def _means(self, reports: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return means over the global batch, of sums and counts <float>[2] of micro-batches."""
+        if not (reports and mpu.is_pipeline_last_stage(ignore_virtual=True)):
+            return {}
+        group = self.parts.groups.dp_cp
+        means = {}
+        for name in reports[0]:
+            total = torch.vstack([report[name].view(-1) for report in reports]).sum(dim=0)
+            torch.distributed.all_reduce(total, group=group)
+            means[name] = total[0] / total[1]
+        return means
 
 
-def real_tokens(loss_mask: Tensor | None) -> Tensor | None:
-    """<float>[B, T] -> <bool>[B, T], False from where no later target of the sample counts.
+class GuardedUpdate:
+    """Megatron's `optimizer.step`, with a look at the norm before it changes a weight.
 
-    That is its padding. Positions that are masked before the end of the sample are tokens.
+    Its `step` computes the norm, clips by it, and calls `step_with_ready_grads`: there the guard is
+    asked. Both are replaced on this optimizer alone, when it is built.
     """
-    return None if loss_mask is None else loss_mask.flip(1).cumsum(1).flip(1) > 0
+
+    def __init__(
+        self,
+        optimizer: Any,
+        *,
+        agree: Callable[[], None],
+        may_update: Callable[[float | None], bool],
+    ) -> None:
+        self.optimizer, self.agree, self.ask = optimizer, agree, may_update
+        self.norm: float | None = None
+        self.allowed: bool | None = None
+        update = optimizer.step_with_ready_grads
+        optimizer.step_with_ready_grads = lambda: self.may_update() and update()
+        for name in ("get_grad_norm", "clip_grad_norm"):  # of several together, or of one alone
+            setattr(optimizer, name, self._noting(getattr(optimizer, name)))
+
+    def __call__(self) -> tuple[bool, float | None, float | None]:
+        """Return whether the weights were updated, the norm, and the zeros that were counted.
+
+        Where fp16 overflowed, Megatron leaves the update out before it knows a norm.
+        """
+        self.norm = self.allowed = None
+        self.agree()
+        updated, norm, zeros = self.optimizer.step()
+        return (updated, norm, zeros) if self.may_update() else (False, None, None)
+
+    def may_update(self) -> bool:
+        """Ask once a step."""
+        if self.allowed is None:
+            self.allowed = self.ask(self.norm)
+        return self.allowed
+
+    def _noting(self, function: Callable[..., float]) -> Callable[..., float]:
+        def noting(*args: Any, **kwargs: Any) -> float:
+            self.norm = function(*args, **kwargs)
+            return self.norm
+
+        return noting
 
 
-def _masked_sum(losses: Tensor, mask: Tensor, *, start: int = 0) -> tuple[Tensor, Tensor]:
-    """<float>[B, T] -> the sum in fp32 from position `start` on, and the number of tokens in it."""
-    kept = mask[:, start:]
-    return torch.sum(losses[:, start:].float() * kept), kept.sum().int()
+def scales_losses(optimizer: Any) -> bool:
+    """Return whether it scales losses, and so finds overflows: fp16."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return any(getattr(each, "grad_scaler", None) is not None for each in chained)
 
 
-def _report(loss: Tensor, num_tokens: Tensor) -> Tensor:
-    """Return sum and count, <fp32>[2], which Megatron averages over micro-batches and ranks."""
-    return torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
+def _are_alike(optimizer: Any) -> bool:
+    """Return whether all ranks of this model parallel group do the same updates. Collective.
 
-
-def next_batch(
-    data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None
-) -> dict[str, Tensor | None]:
-    """Return the next micro-batch, broadcast over the TP group; None for what this stage does not
-    need.
-
-    Returns:
-        tokens, position_ids, labels: <int64>[B, T]; loss_mask: <float32>[B, T].
+    They read the same gradient norm, and hold an update back for the same loss. A rank without
+    parameters has no norm; found overflows of fp16, and a threshold of the norm, are of each rank.
     """
-    args = get_args()
-    if not needs_batch(args, vp_stage):
-        return dict.fromkeys(BATCH_KEYS)
-    batch: dict[str, Any] = {}
-    if mpu.get_tensor_model_parallel_rank() == 0:
-        sample = next(data_iterator)
-        batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=False,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=(
-            args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size
-        ),
-        seq_length=args.seq_length,
-        mtp_on_this_rank=needs_every_batch(
-            args
-        ),  # then Megatron broadcasts all of it on all stages
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    group = mpu.get_model_parallel_group()
+    if group.size() == 1:
+        return True
+    is_like_others = (
+        not getattr(optimizer, "is_stub_optimizer", True)
+        and get_canonical_lr_for_logging(optimizer.param_groups) is not None
+        and not scales_losses(optimizer)
+        and not math.isfinite(optimizer.config.grad_norm_skip_threshold)
     )
-    return {key: batch.get(key) for key in BATCH_KEYS}
+    device = torch.cuda.current_device()
+    alike = torch.tensor(is_like_others, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(alike, op=torch.distributed.ReduceOp.MIN, group=group)
+    return bool(alike)
+
+
+def _rounded(norm: float | None) -> float | None:
+    """Round to fp32, as on its way over ranks."""
+    return None if norm is None else torch.tensor(float(norm), dtype=torch.float32).item()

@@ -8,8 +8,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from importlib.metadata import version
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -423,104 +422,6 @@ class TestTrainingLoop:
         ]  # fmt: skip
         assert "store" in names(pretrain)
 
-    @pytest.mark.parametrize(
-        ("function", "leading"),
-        [
-            ("setup_model_and_optimizer", ["model_type"]),
-            ("train", ["forward_step_func", "model", "optimizer"]),
-            (
-                "training_log",
-                ["loss_dict", "total_loss_dict", "learning_rate", "iteration", "loss_scale",
-                 "report_memory_flag", "skipped_iter", "grad_norm"],
-            ),
-            ("evaluate", ["forward_step_func", "data_iterator", "model"]),
-            (
-                "evaluate_and_print_results",
-                ["prefix", "forward_step_func", "data_iterator", "model", "iteration"],
-            ),
-            ("save_checkpoint_and_time", ["iteration"]),
-        ],
-    )  # fmt: skip
-    def test_functions_that_the_hooks_wrap(self, function: str, leading: list[str]):
-        from megatron.training import training
-
-        original = inspect.unwrap(getattr(training, function))
-        assert names(original)[: len(leading)] == leading
-        # The wrappers replace a module's name, which works only while its callers look it up there.
-        assert original.__module__ == training.__name__
-        assert original.__globals__ is vars(training)
-
-    def test_hooks_wrap_exactly_those_and_put_them_back(self):
-        from megatron.training import training
-
-        from megatron_smlp.megatron_patches import training_loop
-
-        before = dict(vars(training))
-        with training_loop.installed(SimpleNamespace(), may_update=lambda norm: True):
-            changed = {name for name, value in vars(training).items() if before[name] is not value}
-        assert changed == {
-            "setup_model_and_optimizer", "train", "training_log", "evaluate",
-            "evaluate_and_print_results", "save_checkpoint_and_time",
-        }  # fmt: skip
-        assert all(before[name] is value for name, value in vars(training).items())
-
-    @pytest.mark.parametrize("is_finite", [True, False])
-    def test_an_update_is_held_back_after_the_gradient_norm_is_known(self, is_finite: bool):
-        """Asked once, whether Megatron comes to the update or not."""
-        from megatron_smlp.megatron_patches.training_loop import _Updates
-
-        order: list[str] = []
-
-        class Optimizer:
-            param_groups: ClassVar[list[Any]] = []
-
-            def __init__(self, overflows: bool) -> None:
-                self.overflows = overflows
-
-            def step_with_ready_grads(self) -> bool:
-                order.append("update")
-                return True
-
-            def get_grad_norm(self) -> float:
-                order.append("norm")
-                return 0.5
-
-            def clip_grad_norm(self, clip_grad: float) -> float:
-                return self.get_grad_norm()
-
-            def step(self) -> tuple[bool, float | None, None]:
-                if self.overflows:
-                    return False, None, None
-                norm = self.get_grad_norm()
-                return self.step_with_ready_grads(), norm, None
-
-        def may_update(norm: float | None) -> bool:
-            order.append(f"asked with {norm}")
-            return is_finite
-
-        updates = _Updates(
-            SimpleNamespace(),
-            may_update=may_update,
-            before_update=lambda: order.append("sent"),
-        )
-        for overflows in (False, True):
-            order.clear()
-            done = updates._guarded(Optimizer(overflows))()
-            updated = is_finite and not overflows
-            assert done == ((True, 0.5, None) if updated else (False, None, None))
-            asked = ["asked with None"] if overflows else ["norm", "asked with 0.5"]
-            assert order == ["sent", *asked, *(["update"] if updated else [])]
-
-    def test_an_optimizer_asks_itself_for_the_norm_and_the_update(self):
-        """What is put in its place on the object is what `step` calls."""
-        from megatron.core.optimizer.optimizer import ChainedOptimizer, MixedPrecisionOptimizer
-
-        source = inspect.getsource(ChainedOptimizer.step)
-        assert "self.step_with_ready_grads()" in source
-        assert "self.get_grad_norm()" in source
-        alone = inspect.getsource(MixedPrecisionOptimizer.step)  # as Megatron-FSDP has one
-        assert "self.clip_grad_norm(" in alone
-
     def test_a_forward_step_returns_a_sum_and_its_number_of_tokens(self):
         """The gradient is that of sum / tokens, averaged over the micro-batches."""
         config = layer_config(calculate_per_token_loss=False)
@@ -558,11 +459,3 @@ class TestTrainingLoop:
             "seq_length", "mtp_on_this_rank", "pipeline_model_parallel_size",
             "is_pipeline_first_stage", "is_pipeline_last_stage",
         }  # fmt: skip
-
-
-def test_where_megatron_holds_the_tensorboard_writer(monkeypatch: pytest.MonkeyPatch):
-    from megatron.training import global_vars
-
-    writer = SimpleNamespace()
-    monkeypatch.setattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER", writer)
-    assert global_vars.get_tensorboard_writer() is writer

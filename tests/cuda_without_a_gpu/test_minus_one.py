@@ -15,7 +15,6 @@ from support.cpu_replacements import MEGATRONS
 from support.launches import REPOSITORY, run_command
 
 BY_PARTS = {name for name in MEGATRONS if name.endswith("_along_first_dim")}
-OF_OTHER_FLAGS = {"megatron.training.training.cyclic_iter"}  # --dataloader-type cyclic
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def test_megatrons_own_function_is_in_its_place(probe: dict[str, Any], name: str
     origin, calls = probe["functions"][name]
     assert origin.split(".")[0] == "megatron"
     unused = name.startswith("megatron.core.transformer.moe.moe_utils")  # another place, one name
-    assert calls or unused or name in BY_PARTS | OF_OTHER_FLAGS
+    assert calls or unused or name in BY_PARTS
 
 
 def test_parts_of_unlike_sizes_are_nccls_to_exchange(probe: dict[str, Any]):

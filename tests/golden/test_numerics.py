@@ -4,7 +4,6 @@ Losses and gradient norms of a few steps in fp32 on one process; processors roun
 is less than the tolerance, and a changed formula, draw, order of samples or default is more. Where
 a change is meant:
 
-    raise NUMERICS in megatron_smlp/study/plan.py, then
     PYTHONPATH=tests:. python tests/golden/test_numerics.py
 """
 
@@ -17,8 +16,6 @@ from pathlib import Path
 import pytest
 from support.launches import launch, steps
 from support.systems import MODEL, SYSTEMS
-
-from megatron_smlp.study.plan import NUMERICS
 
 FILE = Path(__file__).with_name("losses.json")
 STEPS = 4
@@ -41,7 +38,6 @@ def trained(folder: Path) -> Numbers:
 def test_the_systems_train_to_what_they_did(tmp_path: Path):
     known = json.loads(FILE.read_text(encoding="utf-8"))
     advice = "the numerics of training changed: see the top of this file"
-    assert known["numerics"] == NUMERICS, advice
     found = trained(tmp_path)
     for name, numbers in known["losses"].items():
         assert len(found[name]) == STEPS
@@ -53,6 +49,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         lines = [f'  "{name}": {numbers}' for name, numbers in trained(Path(folder)).items()]
     text = ",\n".join(lines)
-    FILE.write_text(
-        f'{{\n "numerics": {NUMERICS},\n "losses": {{\n{text}\n }}\n}}\n', encoding="utf-8"
-    )
+    FILE.write_text(f'{{\n "losses": {{\n{text}\n }}\n}}\n', encoding="utf-8")

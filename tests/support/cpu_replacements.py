@@ -24,10 +24,6 @@ TORCHS = {
 """torch's own, which means the device there."""
 
 MEGATRONS = {
-    "megatron.training.training.initialize_megatron",
-    "megatron.training.training.set_jit_fusion_options",
-    "megatron.training.training.build_train_valid_test_data_iterators",
-    "megatron.training.training.cyclic_iter",
     "megatron.core.tensor_parallel.random._set_cuda_rng_state",
     "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
     "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",

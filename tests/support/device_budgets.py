@@ -44,21 +44,21 @@ def measure(flags: str, *, model: str = MODEL) -> Record:
     Args:
         flags: of the system, after those of the model and the run.
     """
-    from megatron.training import training
     from support.cuda_stand_in import watch
     from support.runs import forget_run
 
     from megatron_smlp.architectures import SlottedLayer
+    from megatron_smlp.training.step import Step
     from pretrain_smlp import main
 
     layers: dict[str, Record] = {}
     step: Record = {}
     tensors: Record = {}
-    train_step, forward = training.train_step, SlottedLayer.forward
+    make_step, forward = Step.__call__, SlottedLayer.forward
     iteration, watching = 0, contextlib.ExitStack()
 
-    @functools.wraps(train_step)
-    def measured_step(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(make_step)
+    def measured_step(self: Step, *args: Any) -> Any:
         nonlocal iteration
         iteration += 1
         if iteration == MEASURED:
@@ -66,8 +66,8 @@ def measure(flags: str, *, model: str = MODEL) -> Record:
             watching.callback(lambda: step.update(_record(tally)))
         elif iteration == MEASURED + 1:
             watching.close()
-            tensors.update(_tensors(*args[2:4]))
-        return train_step(*args, **kwargs)
+            tensors.update(_tensors(self.parts.model, self.parts.optimizer))
+        return make_step(self, *args)
 
     @functools.wraps(forward)
     def measured_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,12 +78,12 @@ def measure(flags: str, *, model: str = MODEL) -> Record:
         layers[f"{type(self.self_attention).__name__} + {type(self.mlp).__name__}"] = _record(tally)
         return answer
 
-    training.train_step, SlottedLayer.forward = measured_step, measured_layer
+    Step.__call__, SlottedLayer.forward = measured_step, measured_layer
     try:
         with tempfile.TemporaryDirectory() as folder:
             main([*model.split(), *flags.split(), "--log-dir", folder])
     finally:
-        training.train_step, SlottedLayer.forward = train_step, forward
+        Step.__call__, SlottedLayer.forward = make_step, forward
         forget_run()
     return {"step": step, "layers": layers, "tensors": tensors}
 
@@ -106,7 +106,7 @@ def gates_alone() -> Iterator[list[tuple[str, Any]]]:
     forward = SpatialGating.forward
 
     def counting(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self) not in counted:
+        if torch.is_grad_enabled() and id(self) not in counted:  # a step, not the probe before it
             counted.add(id(self))
             u, _ = self.linear_fc1(hidden_states)
             u = u.detach().requires_grad_()

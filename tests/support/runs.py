@@ -24,7 +24,6 @@ def forget_run() -> None:
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training.training import destroy_global_state
 
-    _forget_saves()
     _forget_optimizers()
     destroy_global_state()
     destroy_moe_metrics_tracker()  # its entries hold the process groups of the last run
@@ -34,16 +33,6 @@ def forget_run() -> None:
             torch.distributed.destroy_process_group(group)
     gc.collect()
     gc.freeze()  # what is left are imports: the next collection need not look at them again
-
-
-def _forget_saves() -> None:
-    """A run that ended by an error may have left some in the background, for the next to commit."""
-    from megatron.training import async_utils
-
-    if async_utils._async_calls_queue is not None:
-        for left in async_utils._async_calls_queue.async_calls:
-            left.async_caller.close()
-        async_utils._async_calls_queue = None
 
 
 def _forget_optimizers() -> None:
@@ -59,7 +48,7 @@ def _forget_optimizers() -> None:
 
 @contextlib.contextmanager
 def ending_well() -> Iterator[None]:
-    """--exit-interval and signals end a run by exiting, with 0; so does an error, with its code."""
+    """`--help` ends by exiting, with 0; so does an error, with its code."""
     try:
         yield
     except SystemExit as end:

@@ -70,9 +70,6 @@ WHOLE = "--full-validation --multiple-validation-sets --train-data-path t --vali
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (f"{WHOLE} a b --test-data-path c", r"--full-validation with data for a test stops Meg"),
-        ("--full-validation --multiple-validation-sets --data-path a --split 8,1,1",
-         r"--full-validation with data for a test stops Megatron 0\.19 .* leave --test-data-path "),
         (f"{WHOLE} 0.3 a 0.7 b", r"evaluates each dataset alone, and weights would be passed over"),
         (f"{WHOLE} a b --validation-set-names x", r"--validation-set-names x: give 2 different na"),
         (f"{WHOLE} a b --validation-set-names x x", r"--validation-set-names x x: give 2 differen"),

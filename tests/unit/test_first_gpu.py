@@ -192,9 +192,8 @@ class Waited:
     Torch warns of reads, where it is told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from megatron.training import training
-
         from megatron_smlp.training.agreement import StepAgreement
+        from megatron_smlp.training.reporting import Reporter
 
         self.modes: list[str] = []
         self.events = 0
@@ -202,7 +201,7 @@ class Waited:
         monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: self._wait())
         monkeypatch.setattr(StepAgreement, "send", self._sending(StepAgreement.send))
         monkeypatch.setattr(StepAgreement, "read", self._reading(StepAgreement.read))
-        monkeypatch.setattr(training, "training_log", self._reading(training.training_log))
+        monkeypatch.setattr(Reporter, "stepped", self._reading(Reporter.stepped))
 
     def _wait(self) -> None:
         assert self.modes[-1:] != ["warn"], "torch would name its own line"

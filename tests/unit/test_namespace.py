@@ -13,9 +13,10 @@ from support.launches import REPOSITORY
 from megatron_smlp.flags.namespace import Arguments
 
 # The second phase, the flags that a CPU needs, what was given told from defaults; Megatron's own
-# validation; which checkpoint is loaded, as Megatron reads it from there.
+# validation; which checkpoint is loaded; the steps and samples that the loop counts.
 ASSIGNING = {"flags/defaults.py", "flags/parse.py", "flags/check.py"}
-ASSIGNING |= {"checkpoints/loading.py", "evaluation/megatron_loading.py"}
+ASSIGNING |= {"checkpoints/choosing.py", "checkpoints/state.py", "training/loop.py"}
+ASSIGNING |= {"evaluation/megatron_loading.py"}
 # Namespaces of their own.
 OTHERS = {"accounting/estimate.py", "data/tokenizers/folder.py"}
 

@@ -18,13 +18,14 @@ ORDER = (
     *("progress", "systems", "options"),
     *("ops", "hf", "routers", "layers", "architectures"),
     *("platform", "data", "checkpoints", "megatron_patches", "flags", "launching"),
-    *("accounting", "training", "model", "conversion", "generation", "serving", "evaluation"),
+    *("accounting", "model", "training", "conversion", "generation", "serving", "evaluation"),
     *("plotting", "study", "commands"),
 )
 # Within data; the last ones are what training reads.
 DATA_ORDER = (
     *("tokenizers", "pairs", "prepare"),
     *("blending", "index_cache", "token_counts", "datasets", "hash_table_cli"),
+    "balanced_experts",
 )
 SELF_CONTAINED = ("ops", "hf", "routers", "layers")
 

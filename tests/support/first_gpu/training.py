@@ -62,7 +62,7 @@ def interrupted(flags: str, folder: Path) -> list[Step]:
 
 
 class Watch:
-    """Counts the waits of the host for the device in Megatron's `train_step`, from the second one
+    """Counts the waits of the host for the device in a step, from the second one
     on: the first allocates and compiles, and what a log line reads comes after it.
 
     Torch warns of what it reads or copies, not of who waits for an event or for the whole device,
@@ -78,13 +78,13 @@ class Watch:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         import torch
-        from megatron.training import training
 
         from megatron_smlp.megatron_patches.wrapping import wrapped_in
+        from megatron_smlp.training.step import Step
 
         with wrapped_in(
             (warnings, "showwarning", self._counting),
-            (training, "train_step", self._watching),
+            (Step, "__call__", self._watching),
             (torch.cuda, "synchronize", self._naming),
             (torch.cuda.Stream, "synchronize", self._naming),
             (torch.cuda.Event, "synchronize", self._naming),
@@ -101,14 +101,14 @@ class Watch:
 
         return wrapped
 
-    def _watching(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(train_step)
+    def _watching(self, make_step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(make_step)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             self.steps += 1
             warnings.simplefilter("always")
             self._switch(self.steps > 1)
             try:
-                return train_step(*args, **kwargs)
+                return make_step(*args, **kwargs)
             finally:
                 self._switch(False)
 

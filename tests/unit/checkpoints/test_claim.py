@@ -19,14 +19,13 @@ from support.deletion import hidden_in
 from support.in_process import pretrained
 from support.launches import REPOSITORY
 
+from megatron_smlp.checkpoints import background, saving
 from megatron_smlp.checkpoints import claim as claims
-from megatron_smlp.checkpoints import saving
 from megatron_smlp.checkpoints.claim import DONE, FAILED, Claim
 from megatron_smlp.checkpoints.folders import TRACKER, iterations, tidy, tracked_iteration
 from megatron_smlp.checkpoints.saving import Saving
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import TakenOverError, UsageError
-from megatron_smlp.megatron_patches import checkpointing as patches
 
 
 @pytest.fixture
@@ -272,13 +271,13 @@ def test_one_that_is_taken_over_while_it_writes_says_so(
     """Not that a shard has no folder, which the new owner has removed; nor is anything left of what
     is still in the background then."""
     run = tmp_path / "run"
-    prepare, write = FileSystemWriterAsync.prepare_write_data, patches.write_and_add_share
+    prepare, write = FileSystemWriterAsync.prepare_write_data, background.write_and_add_share
 
     def write_late(*args: Any) -> None:
         time.sleep(1.0)  # the run is at its next saves by then
         write(*args)
 
-    monkeypatch.setattr(patches, "write_and_add_share", write_late)
+    monkeypatch.setattr(background, "write_and_add_share", write_late)
 
     def taken_over(*args: Any) -> None:
         prepare(*args)

@@ -113,9 +113,8 @@ def test_a_finished_run_leaves_everything_as_it_is(run: Path, capfd: Capture):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for name in ("megatron.log", ".writer-000001"):  # which say that it was started
         del before[run / name]
-    with pytest.raises(SystemExit) as end, pretrained(f"{checkpoints.RUN} --save {run}"):
+    with pretrained(f"{checkpoints.RUN} --save {run}"):
         pass
-    assert end.value.code == 0
     assert "nothing is left to train: --train-iters 6 is reached" in capfd.readouterr().out
     assert {path: path.read_bytes() for path in before} == before
 

@@ -16,13 +16,14 @@ from support.checkpoints import assert_ends_like, pretrain
 from support.deletion import hidden_in
 from support.launches import REPOSITORY, clean_environment
 
-from megatron_smlp.checkpoints import saving
+from megatron_smlp.checkpoints import room, saving
+from megatron_smlp.checkpoints.background import write_and_add_share
 from megatron_smlp.checkpoints.folders import iteration_folder, iterations, tracked_iteration
 from megatron_smlp.checkpoints.integrity import verify
-from megatron_smlp.checkpoints.saving import reason_of, write_and_add_share
+from megatron_smlp.checkpoints.save_messages import reason_of
 from megatron_smlp.errors import SaveError, UsageError
-from megatron_smlp.megatron_patches import checkpointing as patches
 from megatron_smlp.megatron_patches.async_saving import ForkedQueue
+from megatron_smlp.training.events import Outcome
 from megatron_smlp.training.reporting import Reporter
 
 
@@ -116,7 +117,7 @@ def test_the_memory_that_is_tried_is_what_is_gathered(
             return collect(*args, **kwargs)
 
     monkeypatch.setattr(DistributedOptimizer, "sharded_state_dict", collecting)
-    monkeypatch.setattr(patches, "_take", lambda *sizes: tried.append(sizes))
+    monkeypatch.setattr(room, "_take", lambda *sizes: tried.append(sizes))
     pretrain(f"--save {tmp_path} {GATHERING} --ddp-bucket-size 100 --overlap-grad-reduce")
     assert len(tried) > 1
     assert gathered == [sizes for sizes in tried for _ in range(3)]
@@ -135,7 +136,7 @@ def test_a_gpu_without_room_is_a_save_that_failed(
 
     problem = "a GPU has no room for 0.0 GiB of the optimizer's state"
     if whose == "ours":
-        monkeypatch.setattr(patches, "_take", refuse)
+        monkeypatch.setattr(room, "_take", refuse)
     else:
         others = {list: [problem]}  # in all else they agree
         monkeypatch.setattr(saving, "gathered", lambda own: [own, others.get(type(own), own)])
@@ -169,9 +170,9 @@ def test_a_folder_that_vanishes_is_not_made_again(
     run = tmp_path / "run"
     stepped = Reporter.stepped
 
-    def vanish(self: Reporter, *args: Any, iteration: int, **kwargs: Any) -> None:
-        stepped(self, *args, iteration=iteration, **kwargs)
-        if iteration == 3:
+    def vanish(self: Reporter, outcome: Outcome) -> None:
+        stepped(self, outcome)
+        if outcome.iteration == 3:
             # In one step, as an unmount: a tree taken apart could still be written to.
             run.rename(tempfile.mkdtemp(dir=tmp_path))
 
@@ -228,7 +229,7 @@ def test_what_ends_a_writer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def write(*_: Any) -> None:
         raise AssertionError("a thread failed")
 
-    write_and_add_share(write, tmp_path, 0, 0, [], results)
+    write_and_add_share(write, tmp_path, 0, lambda: None, 0, [], results)
     assert "a thread failed" in str(results.get_nowait())
     assert not list(tmp_path.iterdir())
 
@@ -236,14 +237,14 @@ def test_what_ends_a_writer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # A rank that is killed when the process that it has forked for a save has written almost all.
 KILLED_RANK = """
 import os, signal, sys, time
-from megatron_smlp.checkpoints import saving
+from megatron_smlp.checkpoints import background
 from support.checkpoints import pretrain
 
 def kill(*_):
     os.kill(rank, signal.SIGKILL)
     time.sleep(1000)
 
-rank, saving.add_share = os.getpid(), kill
+rank, background.add_share = os.getpid(), kill
 pretrain(f"--save {sys.argv[1]} --async-save")
 """
 
@@ -263,3 +264,29 @@ def test_a_writer_ends_with_its_rank(tmp_path: Path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(rank.pid, signal.SIGKILL)
     assert rank.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("flag", ["--decoupled-lr 0.01", ""])
+def test_a_state_that_cannot_be_saved_ends_a_run_before_its_first_step(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With flags of which no test has saved the like: others meet it at a save, as any error."""
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    pretrain(f"--save {tmp_path / 'whole'} {flag}")
+    assert iterations(tmp_path / "whole")
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise TypeError("no state of this kind")
+
+    monkeypatch.setattr(ChainedOptimizer, "sharded_state_dict", fails)
+    log = tmp_path / "log" / "metrics.jsonl"
+    words = f"--save {tmp_path / 'run'} --log-dir {log.parent} {flag}"
+    error = UsageError if flag else TypeError
+    with pytest.raises(error, match="no state of this kind") as caught:
+        pretrain(words)
+    if flag:
+        assert "--decoupled-lr: the state of this run cannot be saved (TypeError" in str(
+            caught.value
+        )
+    assert log.exists() is not bool(flag), "whether a step was made"

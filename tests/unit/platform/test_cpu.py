@@ -110,7 +110,7 @@ class TestFlags:
         cpu.set_flags(args)
         assert vars(args) == cpu.FLAGS
 
-    @pytest.mark.parametrize("name", ["fp16", "fp8", "use_megatron_fsdp", "tp_comm_overlap"])
+    @pytest.mark.parametrize("name", ["fp16", "fp8", "tp_comm_overlap"])
     def test_what_needs_a_gpu_is_refused(self, name: str):
         flag = "--" + name.replace("_", "-")
         with pytest.raises(ValueError, match=f"{flag} needs a CUDA device and none was found"):

@@ -270,7 +270,7 @@ class TestPadding:
 
     def test_is_what_no_target_follows(self):
         """A masked target before the end, as --eod-mask-loss makes them, belongs to a token."""
-        from megatron_smlp.training.step import real_tokens
+        from megatron_smlp.training.forward import real_tokens
 
         mask = torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
         expected = [[True, True, True, False], [False] * 4, [True] * 4]

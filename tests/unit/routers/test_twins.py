@@ -21,7 +21,7 @@ from megatron_smlp.hf.modeling_smlp import SMLPBaseRouter, SMLPForCausalLM, SMLP
 from megatron_smlp.ops.balanced_assignment import balanced_assignment
 from megatron_smlp.routers.draws import uniform
 from megatron_smlp.systems import TOKEN_ROUTERS
-from megatron_smlp.training.step import ForwardStep
+from megatron_smlp.training.forward import ForwardStep
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -13,8 +13,7 @@ from support.launches import records
 
 from megatron_smlp.checkpoints.saving import Saving
 from megatron_smlp.restart_note import RESTART, note_cause
-from megatron_smlp.training import slow_hosts
-from megatron_smlp.training.data import DatasetProvider
+from megatron_smlp.training import batches, slow_hosts
 from megatron_smlp.training.restart_report import BY_HAND
 from megatron_smlp.training.slow_hosts import LINES, OwnPart, SlowHosts, _Streak
 from megatron_smlp.training.speed import StepClock
@@ -155,12 +154,12 @@ def _train_slowly(folder: str) -> None:
     from support.in_process import MINIMAL
     from torch.distributed import distributed_c10d
 
-    from megatron_smlp.training import step
+    from megatron_smlp.training import forward
     from pretrain_smlp import main
 
     rank = int(os.environ["RANK"])
     socket.gethostname = lambda: f"node{rank}"
-    get_batch = step.next_batch
+    get_batch = forward.next_batch
 
     def slow(*args: Any) -> Any:
         waits = [
@@ -174,7 +173,7 @@ def _train_slowly(folder: str) -> None:
         time.sleep(0.3 * rank)
         return get_batch(*args)
 
-    step.next_batch = slow
+    forward.next_batch = slow
     words = MINIMAL.replace("--micro-batch-size 2", "--micro-batch-size 1")
     words += " --distributed-timeout-minutes 7"
     main([*words.split(), *["--architecture", "gmlp", "--log-interval", "1", "--log-dir"], folder])
@@ -184,7 +183,7 @@ def test_building_the_datasets_is_in_no_steps_time(monkeypatch: pytest.MonkeyPat
     """They are built after the model, which takes minutes where a sample index is new."""
     events: list[str] = []
 
-    def note(kind: type, name: str) -> None:
+    def note(kind: Any, name: str) -> None:
         whole = getattr(kind, name)
 
         def noting(*args: object, **kwargs: object) -> object:
@@ -194,10 +193,10 @@ def test_building_the_datasets_is_in_no_steps_time(monkeypatch: pytest.MonkeyPat
 
         monkeypatch.setattr(kind, name, noting)
 
-    for kind, name in ((DatasetProvider, "__call__"), (StepClock, "restart"), (StepClock, "step")):
+    for kind, name in ((batches, "datasets_of"), (StepClock, "restart"), (StepClock, "step")):
         note(kind, name)
     with pretrained("--architecture gmlp --train-iters 1"):
         pass
     first = events.index("step")
-    assert "__call__" in events[:first]
+    assert "datasets_of" in events[:first]
     assert events[first - 1] == "restart"

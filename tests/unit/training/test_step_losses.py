@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.routers.balance_loss import scale_balance_losses
-from megatron_smlp.training.step import SUFFIX_LOSS, WHOLE_LOSS, ForwardStep
+from megatron_smlp.training.forward import SUFFIX_LOSS, WHOLE_LOSS, ForwardStep
 
 PARTIAL = """
     --architecture smlp --num-dense-layers 2 --feature-router partial --num-feature-experts 4

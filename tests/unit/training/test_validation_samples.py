@@ -11,7 +11,7 @@ from support.launches import records
 
 from megatron_smlp.data.pairs.indexed import bin_path, idx_path, write_index
 from megatron_smlp.platform.one_process import one_process
-from megatron_smlp.training.data import DatasetProvider
+from megatron_smlp.training.data import datasets_of
 
 RUN = "--architecture gmlp --lr 0 --eval-interval 2 --eval-iters 2 --log-interval 1"
 
@@ -79,9 +79,12 @@ def test_other_seeds_train_on_others_and_validate_on_the_same(
     base = MINIMAL.replace("--mock-data", f"--data-path {prefix} --split 80,15,5")
 
     def samples(seed: int) -> list[list[Any]]:
-        parse(f"--architecture gmlp --seed {seed}", base=base)
-        datasets = DatasetProvider(lambda line: None)([24, 12, 4])
-        return [[part[i]["tokens"].tolist() for i in range(4)] for part in datasets]
+        args = parse(f"--architecture gmlp --seed {seed} --eval-iters 2", base=base)
+        with args.thawed():
+            args.iteration = 0
+            found = datasets_of(args, lambda line: None)
+        parts = (found.train, found.valid[0], found.test)
+        return [[part[i]["tokens"].tolist() for i in range(4)] for part in parts]
 
     with one_process():
         one, other = samples(1), samples(2)
@@ -113,8 +116,10 @@ def test_base_is_evaluated_both_ways_on_the_same_samples(tmp_path: Path, first: 
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, named: bool):
-    """The first set has two ids, the second 99; BASE reads each both ways."""
+@pytest.mark.parametrize("how", ["--full-validation", "--eval-iters 2"])
+def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, named: bool, how: str):
+    """Whole, or some batches of each. The first set has two ids, the second 99; BASE reads each
+    both ways."""
     train, narrow, wide = (
         random_pair(tmp_path / name, documents=documents, vocab_size=vocab_size)
         for name, documents, vocab_size in (("train", 300, 2), ("a", 10, 2), ("b", 10, 99))
@@ -123,7 +128,7 @@ def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, nam
     words = (
         f"--architecture gmlp --token-router base --num-experts 4 --base-eval-both --lr 3e-2 "
         f"--train-iters 6 --train-data-path {train} --valid-data-path {narrow} {wide} "
-        "--full-validation --multiple-validation-sets --eval-micro-batch-size 1 "
+        f"{how} --multiple-validation-sets --eval-micro-batch-size 1 "
         f"--log-dir {tmp_path} "
     )
     words += "--validation-set-names books web" if named else ""
@@ -136,3 +141,22 @@ def test_each_of_several_validation_sets_has_its_own_numbers(tmp_path: Path, nam
         assert {f"{field}_loss", f"{field}_prices_loss", f"{field}_routers"} <= set(line)
         assert not any(name.startswith(other) for name in line)
     assert lines[0][f"{fields[0]}_loss"] + 1 < lines[1][f"{fields[1]}_loss"]
+
+
+def test_the_whole_of_one_validation_set(tmp_path: Path):
+    """Every sample once, at each evaluation, whatever --eval-iters says."""
+    train, valid = (
+        random_pair(tmp_path / name, documents=n) for name, n in (("t", 300), ("v", 10))
+    )
+    words = (
+        f"--architecture gmlp --lr 0 --train-iters 4 --eval-interval 2 --full-validation "
+        f"--eval-micro-batch-size 1 --train-data-path {train} --valid-data-path {valid}"
+    )
+    losses = []
+    for name in ("one", "more"):
+        flags = f"{words} --eval-iters {len(name)} --log-dir {tmp_path / name}"
+        with pretrained(flags, base=MINIMAL.replace("--mock-data", "")):
+            losses.append(validations(tmp_path / name))
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
+    assert losses[0][0] == losses[0][1]

@@ -1,13 +1,13 @@
 """Choose the checkpoint that a run starts from: the newest whole one, the same on all ranks.
 
-Rank 0 decides in which order they are tried; the checksums of one are spread over the ranks. The
-answer goes to Megatron as --ckpt-step.
+Rank 0 decides in which order they are tried; the checksums of one are spread over the ranks.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import (
     TRACKER,
-    folder_at,
     is_ours,
     is_same_folder,
     iteration_folder,
@@ -34,61 +33,57 @@ from megatron_smlp.errors import NoGoodCheckpointError
 Say = Callable[[str], None]
 
 
-def choose_checkpoint(args: argparse.Namespace, say: Say) -> set[int]:
-    """Set --ckpt-step to the checkpoint that is to be loaded, and say what was passed over.
+@dataclass(frozen=True)
+class Chosen:
+    """Where a run starts from."""
 
-    Collective. Does nothing where there is none, and for formats that are not saved with checksums.
+    folder: Path | None
+    """Of the checkpoint; None: from scratch."""
+    damaged: frozenset[int] = frozenset()
+    """Iterations in --load that were passed over."""
 
-    Returns:
-        iterations that are damaged.
+
+def choose_checkpoint(args: argparse.Namespace, say: Say) -> Chosen:
+    """Return the checkpoint that is to be loaded, and say what was passed over. Collective.
 
     Raises:
         NoGoodCheckpointError: there are some, and none may be loaded.
         UsageError: the one to be loaded holds another model than the flags say, or was trained on
             other data.
     """
-    if args.ckpt_format != "torch_dist":
-        return set()
     if args.rank == 0 and args.save:
         for name in tidy(args.save):
             say(f"removed {name}, which an interrupted save left in {args.save}")
     args.load, folders = from_first_rank((args.load, _in_order(args) if args.load else []))
     if not folders:
-        return set()
+        return Chosen(None)
     folder = _first_good(args, folders, say)
-    chosen = iteration_of(folder)
-    damaged = {n for path in folders[: folders.index(folder)] if (n := iteration_of(path))}
-    if chosen is None:
-        return damaged
-    compare_run(args, chosen, say)
-    if chosen == args.ckpt_step:
-        return damaged
-    args.ckpt_step = chosen
-    check_same_model(args, chosen)
-    if (
-        args.rank == 0
-        and is_same_folder(args.load, args.save)
-        and tracked_iteration(args.load) != chosen
-    ):
-        tracker = Path(args.load) / TRACKER
-        try:
-            write_durably(tracker, str(chosen))
-        except OSError as error:  # later runs read it; Megatron is told the iteration by the flag
-            say(f"WARNING: {tracker} cannot be set to {chosen}: {error.strerror}")
-    return damaged
+    damaged = frozenset(n for path in folders[: folders.index(folder)] if (n := iteration_of(path)))
+    iteration = iteration_of(folder)
+    if iteration is None:
+        return Chosen(folder, damaged)
+    compare_run(args, iteration, say)
+    if iteration != args.ckpt_step:
+        check_same_model(args, iteration)
+        if args.rank == 0 and is_same_folder(args.load, args.save):
+            _set_tracker(Path(args.load) / TRACKER, iteration, say)
+    return Chosen(folder, damaged)
+
+
+def _set_tracker(tracker: Path, iteration: int, say: Say) -> None:
+    """Name the checkpoint for later runs, where a newer one was damaged."""
+    if tracked_iteration(tracker.parent) == iteration:
+        return
+    try:
+        write_durably(tracker, str(iteration))
+    except OSError as error:  # later runs read it; this one knows
+        say(f"WARNING: {tracker} cannot be set to {iteration}: {error.strerror}")
 
 
 def _in_order(args: argparse.Namespace) -> list[Path]:
-    """Return the folders to try, a run's checkpoints or its release; none of another format."""
-    first = folder_at(args.load, args.ckpt_step)
-    if args.auto_detect_ckpt_format and first and not _is_torch_dist(first):
-        return []
+    """Return the folders to try: a run's checkpoints, or its release."""
     order = [iteration_folder(args.load, n) for n in loading_order(args.load, args.ckpt_step)]
     return order or [folder for folder in [release_folder(args.load)] if folder]
-
-
-def _is_torch_dist(folder: Path) -> bool:
-    return is_ours(folder) or (folder / "metadata.json").exists()
 
 
 def _first_good(args: argparse.Namespace, folders: list[Path], say: Say) -> Path:

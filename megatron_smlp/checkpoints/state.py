@@ -1,0 +1,301 @@
+"""The state of a training, to a checkpoint's folder and back: Megatron's state dicts and files.
+
+What is saved under a name is a shard, that any layout can read again (`megatron.core`'s distributed
+checkpointing): weights, optimizer state, schedule, random states, and the run's arguments with the
+samples that it has read. A distributed optimizer's state is laid out by --optimizer-checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, mpu, tensor_parallel
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
+from megatron.core.dist_checkpointing.utils import _clean_metadata_for_serialization
+from megatron.core.num_microbatches_calculator import update_num_microbatches
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.utils import unwrap_model
+from megatron.training.checkpointing import (
+    _build_sharded_state_dict_metadata,
+    generate_state_dict,
+    get_rng_state,
+    set_checkpoint_version,
+    set_loaded_iteration,
+)
+from megatron.training.training import preprocess_common_state_dict
+
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.errors import UsageError
+
+SHARDING = "distrib_optim_sharding_type"
+
+
+class Trained(Protocol):
+    """What is saved and loaded."""
+
+    args: argparse.Namespace
+    model: list[Any]
+    optimizer: Any
+    schedule: Any
+    groups: Any
+
+
+def write(parts: Trained, folder: Path, *, iteration: int, cache: dict[str, Any]) -> Any:
+    """Write a training's state to a folder that is there. Collective.
+
+    Args:
+        cache: of this run's saves, for --ckpt-assume-constant-structure.
+
+    Returns:
+        with --async-save Megatron's request, by which the files are written; else None.
+    """
+    args = parts.args
+    metadata = _build_sharded_state_dict_metadata(args, dp_cp_group=_replicas(parts))
+    state = _state(parts, metadata, rng=_rng(parts), iteration=iteration)
+    return dist_checkpointing.save(
+        state,
+        str(folder),
+        _strategy(parts, cache),
+        async_sharded_save=args.async_save,
+        validate_access_integrity=not (cache.get("saved") and args.ckpt_assume_constant_structure),
+        preprocess_common_before_consistancy_check=preprocess_common_state_dict,
+        content_metadata=_clean_metadata_for_serialization(metadata),
+        async_strategy=args.async_strategy,
+        verify_integrity=args.verify_integrity,
+    )
+
+
+UNTRIED = (
+    *("optimizer_cpu_offload", "use_precision_aware_optimizer", "fp8", "fp4"),
+    *("overlap_param_gather_with_optimizer_step", "decoupled_lr", "expert_tensor_parallel_size"),
+)
+"""Flags with which optimizer state has another form, that no test has saved."""
+
+
+def check_saving(parts: Trained) -> None:
+    """Put together what a save would write, where no test has saved the like. Collective.
+
+    Raises:
+        UsageError: it cannot be put together: the run would lose all that it had trained.
+    """
+    args = parts.args
+    given = [name for name in UNTRIED if args.explicit_flags.get(name) not in (None, False)]
+    if not (args.save and given):
+        return
+    metadata = _build_sharded_state_dict_metadata(args, dp_cp_group=_replicas(parts))
+    try:
+        _state(parts, metadata, rng=_rng(parts), iteration=0)
+    except Exception as error:
+        flags = " ".join(flag_of(name) for name in given)
+        raise UsageError(
+            f"{flags}: the state of this run cannot be saved ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). Leave {flags} out, or train without --save."
+        ) from error
+
+
+def _strategy(parts: Trained, cache: dict[str, Any]) -> Any:
+    args = parts.args
+    if "saved" in cache:
+        return cache["saved"]
+    strategy: Any = TorchDistSaveShardedStrategy()
+    if args.ckpt_assume_constant_structure:
+        strategy.use_cached_ckpt_structure = True
+        strategy.thread_count = args.dist_ckpt_workers if args.async_save else 1
+    if args.ckpt_fully_parallel_save:
+        strategy = FullyParallelSaveStrategyWrapper(
+            strategy,
+            _sharing(parts, args.ckpt_fully_parallel_save_process_group),
+            args.ckpt_assume_constant_structure,
+        )
+    cache["saved"] = strategy
+    return strategy
+
+
+def _sharing(parts: Trained, name: str) -> Any:
+    """Return the ranks that share the work on shards that they all hold."""
+    return parts.groups.expt_dp if name == "ep_dp" else _replicas(parts)
+
+
+def _replicas(parts: Trained) -> Any:
+    return parts.groups.dp_cp
+
+
+def _rng(parts: Trained) -> Any:
+    groups = parts.groups
+    return get_rng_state(
+        "torch_dist", groups.tp, groups.pp, dp_cp_group=groups.dp_cp, dp_group=groups.dp
+    )
+
+
+def _state(
+    parts: Trained,
+    metadata: dict[str, Any],
+    *,
+    rng: Any,
+    iteration: int | None = None,
+    with_optimizer: bool = True,
+) -> dict[str, Any]:
+    """Return what is saved; without an iteration, what is to be filled by a load."""
+    is_loading = iteration is None
+    state: dict[str, Any] = generate_state_dict(
+        parts.args,
+        unwrap_model(parts.model),
+        parts.optimizer if with_optimizer else None,
+        parts.schedule if with_optimizer else None,
+        rng,
+        iteration=iteration,
+        optim_sd_kwargs={"metadata": metadata} | ({"is_loading": True} if is_loading else {}),
+        model_sd_kwargs={"metadata": metadata},
+    )
+    return state
+
+
+def read(parts: Trained, folder: Path) -> int:
+    """Load the checkpoint in a folder, and count on from it. Collective.
+
+    --finetune, and a release, give weights alone.
+
+    Returns:
+        its iteration; 0 with weights alone.
+
+    Raises:
+        UsageError: its optimizer state is not for this layout.
+    """
+    args = parts.args
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    saved = common.get("args") or argparse.Namespace()
+    goes_on = not args.finetune and "iteration" in common and not is_release(folder)
+    same_layout = _layout(saved) == _layout(args)
+    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+    metadata["dp_cp_group"] = _replicas(parts)
+    with_optimizer = goes_on and not args.no_load_optim and not _left_out(saved, "no_save_optim")
+    with_optimizer = with_optimizer and parts.optimizer is not None
+    if with_optimizer:
+        _check_optimizer(args, metadata, same_layout=same_layout)
+    with_rng = goes_on and same_layout and not args.no_load_rng
+    with_rng = with_rng and not _left_out(saved, "no_save_rng")
+    wanted = _state(
+        parts, metadata, rng=_rng(parts) if with_rng else None, with_optimizer=with_optimizer
+    )
+    state = dist_checkpointing.load(
+        wanted,
+        str(folder),
+        _loading_strategy(parts),
+        validate_access_integrity=args.ckpt_load_validate_sharding_integrity,
+        strict=args.dist_ckpt_strictness,
+        verify_integrity=args.verify_integrity,
+    )
+    set_checkpoint_version(state.get("checkpoint_version", 0))
+    iteration = int(common["iteration"]) if goes_on else 0
+    set_loaded_iteration(iteration)
+    if not args.finetune:
+        _count_on(args, saved)
+    _put(parts, state, with_optimizer=with_optimizer)
+    if with_rng:
+        _set_rng(args, state["rng_state"], parts)
+    torch.distributed.barrier()
+    torch.cuda.empty_cache()
+    return iteration
+
+
+@dataclass
+class _Weights:
+    """A model without the rest of a training."""
+
+    args: argparse.Namespace
+    model: list[Any]
+    groups: Any
+    optimizer: None = None
+    schedule: None = None
+
+
+def read_weights(args: argparse.Namespace, model: list[Any], groups: Any, folder: Path) -> None:
+    """Load weights alone; model: this rank's chunks. Collective."""
+    read(_Weights(args, model, groups), folder)
+
+
+def is_release(folder: Path) -> bool:
+    """Return whether it holds weights without the state of a run."""
+    return folder.name == "release"
+
+
+def _left_out(saved: argparse.Namespace, name: str) -> bool:
+    return bool(getattr(saved, name, False))
+
+
+def _layout(args: argparse.Namespace) -> tuple[int, int]:
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    return tuple(getattr(args, name, 1) for name in names)  # type: ignore[return-value]
+
+
+def _check_optimizer(
+    args: argparse.Namespace, metadata: dict[str, Any], *, same_layout: bool
+) -> None:
+    if not args.use_distributed_optimizer or same_layout:
+        return
+    kind = metadata.get(SHARDING)
+    if kind not in DistributedOptimizer.checkpoint_fully_reshardable_formats:
+        raise UsageError(
+            f"the checkpoint's optimizer state has the format {kind}, which only the tensor and "
+            "pipeline parallel sizes that saved it can load: give these and save with "
+            "--optimizer-checkpoint any_layout, or give --no-load-optim."
+        )
+
+
+def _loading_strategy(parts: Trained) -> Any:
+    args = parts.args
+    strategy = TorchDistLoadShardedStrategy(cache_metadata=args.ckpt_assume_constant_structure)
+    if not args.ckpt_fully_parallel_load:
+        return strategy
+    return FullyParallelLoadStrategyWrapper(
+        strategy,
+        _sharing(parts, args.ckpt_fully_parallel_load_process_group),
+        exchange_algo=args.ckpt_fully_parallel_load_exchange_algo,
+    )
+
+
+def _count_on(args: argparse.Namespace, saved: argparse.Namespace) -> None:
+    for name in ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"):
+        setattr(args, name, getattr(saved, name, 0))
+    update_num_microbatches(consumed_samples=args.consumed_train_samples, verbose=True)
+
+
+def _put(parts: Trained, state: dict[str, Any], *, with_optimizer: bool) -> None:
+    names = ["model"] if len(parts.model) == 1 else [f"model{n}" for n in range(len(parts.model))]
+    for chunk, name in zip(parts.model, names, strict=True):
+        chunk.load_state_dict(state[name], strict=True)
+    if with_optimizer:
+        if not parts.optimizer.is_stub_optimizer:
+            parts.optimizer.load_state_dict(state["optimizer"])
+        parts.schedule.load_state_dict(state["opt_param_scheduler"])
+    elif parts.optimizer is not None and (parts.args.fp16 or parts.args.bf16):
+        parts.optimizer.reload_model_params()
+
+
+def _set_rng(args: argparse.Namespace, saved: Any, parts: Trained) -> None:
+    state = saved[mpu.get_data_parallel_rank() if args.data_parallel_random_init else 0]
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    in_graphs = tensor_parallel.is_graph_safe_cuda_rng_tracker(tracker)
+    tracker.set_states(
+        {
+            name: tensor_parallel.convert_cuda_rng_state(each, to_graphable=in_graphs)
+            for name, each in state["rng_tracker_states"].items()
+        }
+    )

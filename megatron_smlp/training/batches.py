@@ -1,0 +1,117 @@
+"""Iterators over micro-batches, from Megatron's samplers and loaders.
+
+Training reads on from the sample behind the last checkpoint. Every evaluation begins anew, so that
+all of a run read the same samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.rerun_state_machine import RerunDataIterator
+from megatron.training.datasets.data_samplers import build_pretraining_data_loader
+
+from megatron_smlp.data.blending import has_data
+from megatron_smlp.training.data import datasets_of
+
+type PerChunk[T] = T | list[T]
+"""One, or with interleaved pipeline stages one for each chunk of the model, as in schedules."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """One dataset that a run is evaluated on."""
+
+    title: str
+    """`validation`, `validation NAME` or `test`."""
+    loaders: list[Any]
+    """torch's DataLoader of each chunk; None on a rank that reads nothing."""
+    iterations: int
+    """Global batches of an evaluation."""
+
+    def batches(self) -> PerChunk[Iterator[Any]]:
+        """Return its micro-batches from the first one on."""
+        return _alone([_endless(loader) for loader in self.loaders])
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What a run reads."""
+
+    train: Any
+    """An iterator for each chunk, as above; None with --skip-train."""
+    valid: list[EvaluationSet]
+    test: list[EvaluationSet]
+
+
+def batches_of(args: argparse.Namespace, say: Callable[[str], None], *, chunks: int) -> Batches:
+    """Build datasets and iterators. Collective.
+
+    Args:
+        say: prints a line for the user on rank 0.
+        chunks: of the model on this rank.
+    """
+    stages = [None] if chunks == 1 else list(range(chunks))
+    built = [datasets_of(args, say, vp_stage=stage) for stage in stages]
+    valid = [
+        _evaluation(args, title, [datasets.valid[place] for datasets in built])
+        for place, title in enumerate(_titles(args, len(built[0].valid)))
+    ]
+    test = _evaluation(args, "test", [datasets.test for datasets in built])
+    evaluates = args.eval_iters or args.full_validation
+    return Batches(
+        train=None if args.skip_train else _alone([_training(args, d.train) for d in built]),
+        valid=valid if evaluates and has_data(args, "valid") else [],
+        test=[test] if args.eval_iters and has_data(args, "test") else [],
+    )
+
+
+def _training(args: argparse.Namespace, dataset: Any) -> RerunDataIterator | None:
+    loader = build_pretraining_data_loader(dataset, args.consumed_train_samples)
+    if loader is None:
+        return None
+    endless = args.dataloader_type == "cyclic"
+    return RerunDataIterator(_endless(loader) if endless else _begun(loader))
+
+
+def _titles(args: argparse.Namespace, count: int) -> list[str]:
+    if not args.multiple_validation_sets:
+        return ["validation"]
+    names = args.validation_set_names or range(count)
+    return [f"validation {name}" for name in names]
+
+
+def _evaluation(args: argparse.Namespace, title: str, datasets: list[Any]) -> EvaluationSet:
+    loaders = [build_pretraining_data_loader(dataset, 0) for dataset in datasets]
+    iterations = int(args.eval_iters or 0)
+    if args.full_validation and title != "test":
+        iterations = _longest(loaders)
+    return EvaluationSet(title, loaders, iterations)
+
+
+def _longest(loaders: list[Any]) -> int:
+    """Return the batches of the rank that has the most. Collective."""
+    own = max((len(loader) for loader in loaders if loader is not None), default=0)
+    longest = torch.tensor(own, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
+    return int(longest)
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    """Begin anew at the end, as on a rank that has fewer samples than others."""
+    while loader is not None:
+        yield from _begun(loader)
+
+
+def _begun(loader: Any) -> Iterator[Any]:
+    """Iterate over a loader, which draws a seed as it begins: from a CPU's generator of dropout."""
+    with torch.random.fork_rng(devices=[]):
+        return iter(loader)
+
+
+def _alone[T](of_chunks: list[T]) -> PerChunk[T]:
+    return of_chunks[0] if len(of_chunks) == 1 else of_chunks

@@ -1,0 +1,150 @@
+"""Does a token mixer read later positions? Asked of every layer before the first step of a new run.
+
+A model that does trains happily, and looks better than it is. Each mixer is given one small input
+twice, whose second half is another: what comes out at the first half may not change. It computes in
+fp32 with weights drawn for the question, since some of a real start are near zero. Routers that by
+their own description look ahead (BASE in training, a capacity limit) are not asked.
+
+Letters: T tokens, B batch, D hidden.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+
+from megatron_smlp.architectures import SlottedLayer, slots_of
+from megatron_smlp.collectives import gathered
+from megatron_smlp.errors import UsageError
+from megatron_smlp.model import transformer_config
+from megatron_smlp.platform.one_process import one_process
+from megatron_smlp.training.parts import Parts
+
+LENGTH = 16
+"""Tokens for each tensor parallel rank; a sequence may be shorter than that of the training."""
+DEVIATION = 0.2
+"""Of the weights that are drawn."""
+TOLERANCE = 1e-3
+"""Largest change, as a share of the outputs' scale, that is rounding."""
+
+
+def check_causality(parts: Parts) -> None:
+    """Ask every layer of this run. Collective.
+
+    Raises:
+        UsageError: one reads later positions, on every rank.
+    """
+    layers = [
+        (layer, _rotary(chunk))
+        for chunk in unwrap_model(parts.model)
+        for layer in chunk.decoder.layers
+    ]
+    ranks = parts.args.tensor_model_parallel_size
+    length = min(parts.args.seq_length, LENGTH * ranks)
+    found = [text for layer, rotary in layers for text in _leaks(layer, length, rotary)]
+    _refuse([text for texts in gathered(found) for text in texts])
+
+
+def check_causality_of_layers(args: argparse.Namespace) -> None:
+    """Ask one layer of each kind, built for this on the CPU: for --dry-run.
+
+    Raises:
+        UsageError: one reads later positions.
+    """
+    with one_process():
+        config = _alone(transformer_config(args))
+        slots = slots_of(config)
+        kinds = {slots[number - 1]: number for number in range(len(slots), 0, -1)}
+        length = min(args.seq_length, LENGTH)
+        layers = [SlottedLayer(config, number) for number in kinds.values()]
+        _refuse([text for layer in layers for text in _leaks(layer, length, None)])
+
+
+def _alone(config: Any) -> Any:
+    """Return the same configuration for a single process."""
+    alone = copy.copy(config)
+    for part in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor"):
+        setattr(alone, f"{part}_parallel_size", 1)
+    alone.virtual_pipeline_model_parallel_size, alone.sequence_parallel = None, False
+    return alone
+
+
+def _rotary(chunk: Any) -> Any:
+    return getattr(chunk, "rotary_pos_emb", None)
+
+
+def _refuse(found: list[str]) -> None:
+    if found:
+        raise UsageError(
+            f"{found[0]}: a language model that sees what it predicts learns nothing. Correct the "
+            "mixer; causal ones read positions up to their own."
+        )
+
+
+def _leaks(layer: SlottedLayer, length: int, rotary: Any) -> Iterator[str]:
+    """Yield what is wrong with a layer's mixer, if anything is."""
+    half = length // 2
+    # The run's own generators are those of its dropout and its data.
+    generator = torch.Generator().manual_seed(layer.layer_number)
+    first, other = torch.randn(2, length, 1, layer.config.hidden_size, generator=generator)
+    other[:half] = first[:half]
+    drawn = _drawn(layer.self_attention, generator)
+    outputs = [_mixed(layer, drawn, x, rotary) for x in (first, other)]
+    change = (outputs[0] - outputs[1]).abs().amax(dim=(1, 2))
+    scale = float(outputs[0].abs().max())
+    early = change[: max(0, half - _offset(layer, len(change)))]
+    if len(early) and not float(early.max()) <= TOLERANCE * scale:
+        kind = type(layer.self_attention).__name__
+        yield (
+            f"layer {layer.layer_number} ({kind}) reads later positions: with other inputs from "
+            f"position {half} on, its output before that changes by {float(early.max()):.2g}, of "
+            f"{scale:.2g}"
+        )
+
+
+def _drawn(mixer: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return weights in fp32 by name, alike on ranks of alike shapes; buffers as they are."""
+    drawn = {}
+    for name, parameter in mixer.named_parameters():
+        values = DEVIATION * torch.randn(parameter.shape, generator=generator)
+        drawn[name] = values.to(parameter.device)
+    for name, buffer in mixer.named_buffers():
+        drawn[name] = buffer.float() if buffer.is_floating_point() else buffer
+    return drawn
+
+
+def _mixed(layer: SlottedLayer, drawn: dict[str, Tensor], x: Tensor, rotary: Any) -> Tensor:
+    """x: <fp32>[T, B, D], the same on all ranks -> the mixer's output at this rank's positions."""
+    mixer = layer.self_attention
+    rank, ranks = _place(layer)
+    own = x.chunk(ranks)[rank].to(next(iter(drawn.values())).device)
+    rotated = {"rotary_pos_emb": rotary(len(x))} if rotary is not None else {}
+    was_training = mixer.training
+    mixer.eval()
+    try:
+        with torch.no_grad():
+            output = torch.func.functional_call(
+                mixer, drawn, (own,), {"attention_mask": None, **rotated}
+            )
+    finally:
+        mixer.train(was_training)
+    mixed, bias = output
+    return (mixed if bias is None else mixed + bias).float().cpu()
+
+
+def _place(layer: SlottedLayer) -> tuple[int, int]:
+    """Return this rank and the number of ranks over which sequence parallelism cuts positions."""
+    if not layer.config.sequence_parallel:
+        return 0, 1
+    return layer.pg_collection.tp.rank(), layer.pg_collection.tp.size()
+
+
+def _offset(layer: SlottedLayer, count: int) -> int:
+    """Return the position of this rank's first output of `count`."""
+    return _place(layer)[0] * count

@@ -1,0 +1,203 @@
+"""The forward pass of a micro-batch: its tokens, the model, the loss.
+
+    loss = sum over tokens of mask * -log p(label) / number of tokens        of one micro-batch
+
+Megatron averages over micro-batches, or, with --calculate-per-token-loss, over all their tokens.
+Partial prediction (arXiv 2203.06850, section 3) trains on the positions t >= P only. With
+--suffix-from P the loss of these is reported beside the whole, whatever the system is.
+
+Letters: B micro-batch, T sequence length, P prefix length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_timers
+from torch import Tensor
+
+from megatron_smlp.options import prefix_length, suffix_start
+from megatron_smlp.routers.balance_loss import scale_balance_losses
+from megatron_smlp.routers.draws import sample_keys
+from megatron_smlp.routers.gshard import attach_samples
+from megatron_smlp.routers.statistics import RouterStatistics
+from megatron_smlp.systems import token_router_class
+from megatron_smlp.training.data import may_be_padded, needs_batch, needs_every_batch
+from megatron_smlp.training.slow_hosts import OwnPart
+
+SUFFIX_LOSS = "suffix loss"
+WHOLE_LOSS = "whole loss"
+"""Name of the loss over all targets, if "lm loss", which is trained on, is over some of them."""
+BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask")
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+class ForwardStep:
+    """Megatron's `forward_step_func`.
+
+    Remembers whether a loss was not finite, and the seconds spent on getting batches, until asked.
+    Holds the statistics of the routers, which it tells what is padding.
+    """
+
+    def __init__(self) -> None:
+        self.statistics = RouterStatistics()
+        self.nonfinite: Tensor | None = None
+        self.data_seconds = 0.0
+        self.own_part = OwnPart()
+        self.place = _PlaceInRun()
+
+    def __call__(
+        self, data_iterator: Iterator[dict[str, Tensor]], model: Any
+    ) -> tuple[Tensor, LossFunction]:
+        """Run one micro-batch through this stage of the model.
+
+        Returns:
+            on the last stage the loss of each token, <float>[B, T]; else the stage's output. And
+            the function that Megatron calls on it.
+        """
+        with self.own_part.timed(getattr(get_args(), "curr_iteration", 0)):
+            return self._forward(data_iterator, model)
+
+    def _forward(
+        self, data_iterator: Iterator[dict[str, Tensor]], model: Any
+    ) -> tuple[Tensor, LossFunction]:
+        args, timers = get_args(), get_timers()
+        timers("batch-generator", log_level=2).start()
+        start = time.perf_counter()
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = next_batch(data_iterator, vp_stage)
+        if torch.is_grad_enabled():  # validation does not count, and draws nothing
+            self.data_seconds += time.perf_counter() - start
+            router = args.token_router
+            if router != "none" and token_router_class(router).draws:
+                attach_samples(model, self._keys(self.place.first_sample(args, vp_stage)))
+        timers("batch-generator").stop()
+        self.statistics.begin(real_tokens(batch["loss_mask"]) if may_be_padded(args) else None)
+        if args.feature_router == "partial":
+            scale_balance_losses(model)
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return output, partial(self._loss, batch["loss_mask"])
+
+    def _loss(
+        self, loss_mask: Tensor, token_losses: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """token_losses, loss_mask: <float>[B, T] -> summed loss, number of tokens, report."""
+        args = get_args()
+        prefix = prefix_length(args, seq_length=args.seq_length)
+        trains = token_losses.requires_grad
+        start = prefix if trains and args.partial_loss == "suffix" else 0
+        loss, num_tokens = _masked_sum(token_losses, loss_mask, start=start)
+        if trains:
+            self._look_at(loss.detach())
+        reports = {"lm loss": _report(loss, num_tokens)}
+        if suffix_from := suffix_start(args):
+            suffix = _masked_sum(token_losses, loss_mask, start=suffix_from)
+            reports[SUFFIX_LOSS] = _report(*suffix)
+        if start:
+            reports[WHOLE_LOSS] = _report(*_masked_sum(token_losses, loss_mask))
+        return loss, num_tokens, reports
+
+    @staticmethod
+    def _keys(first: int) -> Tensor:
+        args, device = get_args(), torch.device(torch.cuda.current_device())
+        count = args.micro_batch_size
+        return sample_keys(seed=args.seed, first=first, count=count, device=device)
+
+    def _look_at(self, loss: Tensor) -> None:
+        # On the device: the host would wait for it at each micro-batch.
+        bad = ~torch.isfinite(loss)
+        self.nonfinite = bad if self.nonfinite is None else self.nonfinite | bad
+
+    def pop_nonfinite(self) -> Tensor | None:
+        """<bool>[], whether a loss was not finite since the last call; None: there was none."""
+        nonfinite, self.nonfinite = self.nonfinite, None
+        return nonfinite
+
+    def pop_data_seconds(self) -> float:
+        """Wall time spent on batches of training steps since the last call, on this rank."""
+        seconds, self.data_seconds = self.data_seconds, 0.0
+        return seconds
+
+
+class _PlaceInRun:
+    """Counts, as the sampler does, the samples that the micro-batch under way has of the run."""
+
+    def __init__(self) -> None:
+        self._started: dict[int | None, tuple[int, int]] = {}
+        """For each stage on this rank, the samples before the step and the micro-batches so far."""
+
+    def first_sample(self, args: Any, vp_stage: int | None) -> int:
+        """Return the number of the first one; call it once in each forward pass of a stage."""
+        before: int = args.consumed_train_samples
+        step, number = self._started.get(vp_stage, (before, 0))
+        number = number if step == before else 0
+        self._started[vp_stage] = (before, number + 1)
+        number %= get_num_microbatches()  # where Megatron runs a step again
+        ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+        return before + (number * ranks + rank) * int(args.micro_batch_size)
+
+
+def real_tokens(loss_mask: Tensor | None) -> Tensor | None:
+    """<float>[B, T] -> <bool>[B, T], False from where no later target of the sample counts.
+
+    That is its padding. Positions that are masked before the end of the sample are tokens.
+    """
+    return None if loss_mask is None else loss_mask.flip(1).cumsum(1).flip(1) > 0
+
+
+def _masked_sum(losses: Tensor, mask: Tensor, *, start: int = 0) -> tuple[Tensor, Tensor]:
+    """<float>[B, T] -> the sum in fp32 from position `start` on, and the number of tokens in it."""
+    kept = mask[:, start:]
+    return torch.sum(losses[:, start:].float() * kept), kept.sum().int()
+
+
+def _report(loss: Tensor, num_tokens: Tensor) -> Tensor:
+    """Return sum and count, <fp32>[2], which Megatron averages over micro-batches and ranks."""
+    return torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
+
+
+def next_batch(
+    data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None
+) -> dict[str, Tensor | None]:
+    """Return the next micro-batch, broadcast over the TP group; None for what this stage does not
+    need.
+
+    Returns:
+        tokens, position_ids, labels: <int64>[B, T]; loss_mask: <float32>[B, T].
+    """
+    args = get_args()
+    if not needs_batch(args, vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    batch: dict[str, Any] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        sample = next(data_iterator)
+        batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=(
+            args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size
+        ),
+        seq_length=args.seq_length,
+        mtp_on_this_rank=needs_every_batch(
+            args
+        ),  # then Megatron broadcasts all of it on all stages
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return {key: batch.get(key) for key in BATCH_KEYS}

@@ -1,0 +1,250 @@
+"""A training, from its first line to its last save: what happens, in order.
+
+    build      Megatron's model, optimizer, schedule                parts.py
+    resume     the newest whole checkpoint                          checkpoints/
+    steps      batch size, forward, backward, update                step.py
+               then, where it is due: report, score tasks, evaluate, save, stop
+    finish     the last save, the last evaluation
+
+Every rank runs this in lockstep. Who only looks is a listener (events.py; in which order: run.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from megatron.core.num_microbatches_calculator import (
+    get_current_running_global_batch_size,
+    get_num_microbatches,
+    update_num_microbatches,
+)
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training.training import dummy_train_step
+
+from megatron_smlp.checkpoints.choosing import choose_checkpoint
+from megatron_smlp.checkpoints.claim import DONE
+from megatron_smlp.checkpoints.folders import is_same_folder
+from megatron_smlp.checkpoints.state import check_saving, read
+from megatron_smlp.collectives import from_first_rank
+from megatron_smlp.routers.base import update_prices
+from megatron_smlp.training.agreement import StepAgreement
+from megatron_smlp.training.batches import Batches, batches_of
+from megatron_smlp.training.causality import check_causality
+from megatron_smlp.training.evaluating import Evaluator
+from megatron_smlp.training.events import Listener, Tasks
+from megatron_smlp.training.forward import ForwardStep
+from megatron_smlp.training.nonfinite import may_update
+from megatron_smlp.training.overlaps import ParameterGathering
+from megatron_smlp.training.parts import Parts, build, release
+from megatron_smlp.training.run import Run
+from megatron_smlp.training.signals import StartUp
+from megatron_smlp.training.step import Step
+from megatron_smlp.training.upkeep import Upkeep
+
+
+def train(
+    args: argparse.Namespace,
+    *,
+    forward: ForwardStep,
+    tasks: Tasks | None = None,
+    listeners: Sequence[Listener] = (),
+    start_up: StartUp | None = None,
+) -> None:
+    """Run a training.
+
+    Args:
+        forward: the loss of a micro-batch.
+        tasks: to score between steps.
+        listeners: are told after our own.
+        start_up: is over when the first step begins.
+    """
+    start_up = start_up or StartUp()
+    run = Run(args, forward=forward, listeners=listeners)
+    start_up.before_ending = lambda: run.saving.release(DONE)
+    with run.session():
+        parts = build(args)
+        iteration = resume(run, parts)
+        run.listeners.built(parts)
+        if tasks:
+            tasks.built(parts.model, parts.optimizer)
+        if is_over(run, iteration):
+            return
+        batches = batches_of(args, run.reporter.say, chunks=len(parts.model))
+        loop = Loop(run, parts, batches, tasks, iteration=iteration)
+        if iteration == 0:
+            check_causality(parts)
+            forward.statistics.take(training=False)  # what routers did in it is no evaluation's
+            check_saving(parts)
+        from_first_rank(None)  # all ranks have their data too
+        start_up.over()
+        run.listeners.ready()
+        if not args.skip_train:
+            loop.train()
+        loop.finish()
+        release(parts)
+
+
+def resume(run: Run, parts: Parts) -> int:
+    """Take the folder, load the newest whole checkpoint, and return its iteration. Collective."""
+    args = run.args
+    run.saving.claim()
+    chosen = choose_checkpoint(args, run.reporter.say)
+    if is_same_folder(args.load, args.save):
+        run.saving.damaged = set(chosen.damaged)
+    args.iteration = read(parts, chosen.folder) if chosen.folder else 0
+    get_rerun_state_machine().current_iteration = args.iteration
+    return int(args.iteration)
+
+
+def is_over(run: Run, iteration: int) -> bool:
+    """Return whether the run was at its end before, evaluations included. Collective."""
+    is_evaluated = from_first_rank(run.reporter.is_evaluated(iteration))
+    return iteration > 0 and run.reporter.tells_end(iteration) and is_evaluated
+
+
+class Loop:
+    """The steps of a run, and what is done between them. Every call is collective."""
+
+    def __init__(
+        self, run: Run, parts: Parts, batches: Batches, tasks: Tasks | None, *, iteration: int
+    ) -> None:
+        self.args, self.run, self.parts, self.batches = run.args, run, parts, batches
+        self.saving, self.listeners, self.tasks = run.saving, run.listeners, tasks
+        self.iteration = iteration
+        """Steps that are done."""
+        self.saved_at = iteration if is_same_folder(self.args.load, self.args.save) else None
+        self.stopped = False
+        self.evaluate = Evaluator(parts, forward=run.forward, listener=run.listeners)
+        if self.args.skip_train:
+            return
+        titles = [each.title for each in (*batches.valid, *batches.test)]
+        logged = from_first_rank(run.reporter.evaluated_at(iteration, titles))
+        self.evaluate.seen = {(title, iteration) for title in logged}
+        self.agreement = StepAgreement(
+            self.args, pop_nonfinite=run.forward.pop_nonfinite, began=parts.began
+        )
+        self.step = Step(
+            parts,
+            forward=run.forward,
+            agree=self.agreement.send,
+            may_update=partial(may_update, self.args, self.agreement, run.reporter.say),
+            updates=[update_prices],
+        )
+        self.gathering = ParameterGathering(parts)
+        self.upkeep = Upkeep(parts, self.gathering)
+
+    def train(self) -> None:
+        """Make steps until the last one, or until something ends the run before it."""
+        self.upkeep.begin()
+        while self.iteration < self.args.train_iters and not self.stopped:
+            self.saving.finish()
+            self.set_batch_size()
+            if self.iteration + 1 in self.args.iterations_to_skip:
+                self.skip_data()
+                continue
+            self.make_step()
+            between = [self.score_if_due(), self.evaluate_if_due()]
+            self.upkeep.after_step(self.iteration)
+            between.append(self.save_if_due())
+            self.stop_if_due(asks_anew=any(between))
+
+    def set_batch_size(self) -> None:
+        """Take the batch of this step from its schedule; before it changes, save."""
+        args, before = self.args, get_num_microbatches()
+        update_num_microbatches(args.consumed_train_samples, consistency_check=False, verbose=True)
+        if get_num_microbatches() != before and self.iteration:
+            self.save()
+        update_num_microbatches(args.consumed_train_samples, consistency_check=True, verbose=True)
+
+    def make_step(self) -> None:
+        """Forward, backward, update; then count, and tell."""
+        self.args.curr_iteration = self.iteration
+        outcome = self.step(self.batches.train, self.iteration + 1)
+        if not outcome.skipped:
+            self.gathering.begin()
+        self.count()
+        self.saving.reached(self.iteration)
+        self.listeners.stepped(outcome)
+
+    def skip_data(self) -> None:
+        """Pass over the data of a step (--iterations-to-skip)."""
+        dummy_train_step(self.batches.train)
+        self.args.skipped_train_samples += get_current_running_global_batch_size()
+        self.count()
+
+    def count(self) -> None:
+        self.iteration += 1
+        self.args.consumed_train_samples += get_current_running_global_batch_size()
+
+    def score_if_due(self) -> bool:
+        """Score zero-shot tasks (--eval-tasks)."""
+        if self.tasks is None or not self.tasks.is_due(self.iteration):
+            return False
+        start = time.perf_counter()
+        scores, texts = self.tasks.scores()
+        seconds = time.perf_counter() - start
+        self.listeners.held_up(seconds=seconds)
+        self.listeners.scored(scores, texts, iteration=self.iteration, seconds=seconds)
+        return True
+
+    def evaluate_if_due(self) -> bool:
+        """Evaluate each --eval-interval, from --start-eval-at-iter on."""
+        args = self.args
+        if not (self.batches.valid and args.eval_interval):
+            return False
+        if self.iteration % args.eval_interval or self.iteration < (args.start_eval_at_iter or 0):
+            return False
+        with self.interruption(), self.gathering.whole(), self.upkeep.clean():
+            self.evaluate(self.batches.valid, self.iteration)
+        return True
+
+    def save_if_due(self) -> bool:
+        """Save each --save-interval."""
+        interval = self.args.save_interval
+        return bool(interval) and self.iteration % interval == 0 and self.save()
+
+    def save(self) -> bool:
+        """Save, unless this iteration is saved or there is no folder; return whether it was."""
+        if not self.args.save or self.saved_at == self.iteration:
+            return False
+        self.saved_at = self.iteration
+        with self.interruption():
+            self.gathering.gather()
+            self.saving.save(self.parts, self.iteration)
+        return True
+
+    def stop_if_due(self, *, asks_anew: bool) -> None:
+        """Stop, with a save, after a signal, at the end of the run's time, or of its interval.
+
+        asks_anew: much time has passed since the ranks agreed on it in the step.
+        """
+        if asks_anew:
+            self.agreement.send()
+        agreed, interval = self.agreement.read(), self.args.exit_interval
+        is_at_interval = bool(interval) and self.iteration % interval == 0
+        self.stopped = agreed.is_signalled or agreed.is_over or is_at_interval
+        if self.stopped:
+            self.save()
+
+    def finish(self) -> None:
+        """Save and evaluate what the last step left; a run that was stopped is saved already."""
+        if not self.args.skip_train:
+            self.gathering.end()
+            if self.iteration:
+                self.save()
+        self.saving.finish(blocking=True)
+        if self.stopped:
+            self.listeners.stopping(self.iteration)
+            return
+        self.evaluate([*self.batches.valid, *self.batches.test], self.iteration)
+
+    @contextmanager
+    def interruption(self) -> Iterator[None]:
+        """Tell listeners how long something beside the steps took."""
+        start = time.perf_counter()
+        yield
+        self.listeners.held_up(seconds=time.perf_counter() - start)

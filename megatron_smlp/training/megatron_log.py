@@ -1,0 +1,215 @@
+"""Megatron's own curves in TensorBoard and W&B, and its line in megatron.log.
+
+Names and values are those that `megatron.training` writes, so that curves of its runs and of ours
+are read by the same tools; our own curves are beside them (curves.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.training import get_timers
+from megatron.training.theoretical_memory_usage import report_theoretical_memory
+from megatron.training.utils import (
+    calc_params_l2_norm,
+    is_last_rank,
+    print_rank_last,
+    report_memory,
+)
+from torch import Tensor
+
+from megatron_smlp.training.curves import Writers
+from megatron_smlp.training.events import Evaluation, Listener, Outcome
+from megatron_smlp.training.parts import Parts
+
+TIMERS = (
+    "forward-backward layernorm-grads-all-reduce embedding-grads-all-reduce all-grads-sync "
+    "params-all-gather optimizer-copy-to-main-grad optimizer-unscale-and-check-inf "
+    "optimizer-clip-main-grad optimizer-count-zeros optimizer-inner-step "
+    "optimizer-copy-main-to-model-params optimizer",
+    "batch-generator forward-compute backward-compute forward-recv forward-send backward-recv "
+    "backward-send forward-send-forward-recv forward-send-backward-recv "
+    "backward-send-forward-recv backward-send-backward-recv "
+    "forward-backward-send-forward-backward-recv",
+)
+"""Of --timing-log-level 1, and of 2 beside them."""
+ALONE = {"skipped-train-samples"} | {
+    f"mem-{what}"
+    for what in ("reserved-bytes", "allocated-bytes", "max-allocated-bytes", "allocated-count")
+}
+"""Curves that are drawn against steps alone; the others against samples too."""
+
+
+class MegatronLog(Listener):
+    """See the top of the file. W&B's and TensorBoard's writers are on the last rank alone."""
+
+    def __init__(self, args: argparse.Namespace, writers: Writers) -> None:
+        self.args, self.writers = args, writers
+        self.sums: dict[str, Tensor] = {}
+        """Of the losses since the last line."""
+        self.made = self.skipped = self.nan = 0
+        """Steps since the last line, by what became of them."""
+        self.memory_reports = 2
+        """Still to come: optimizer state is there after the first update."""
+        self.timers = " ".join(TIMERS[: args.timing_log_level]).split()
+        self.since = time.perf_counter()
+        """Where the steps since the last line would have begun without what held them up."""
+
+    def built(self, parts: Parts) -> None:
+        self.parts = parts
+        self.writers.write_flags(self.args)
+
+    def ready(self) -> None:
+        self.since = time.perf_counter()
+
+    def stepped(self, outcome: Outcome) -> None:
+        self._add(outcome)
+        params_norm = calc_params_l2_norm(self.parts.model) if self.args.log_params_norm else None
+        if self.writers and outcome.iteration % self.args.tensorboard_log_interval == 0:
+            for name, value in self._curves(outcome, params_norm):
+                self._write(name, value, outcome.iteration, twice=name not in ALONE)
+        of_experts = self._experts(outcome.iteration)
+        if outcome.iteration % self.args.log_interval == 0:
+            self._line(outcome, of_experts, params_norm)
+
+    def _add(self, outcome: Outcome) -> None:
+        if outcome.skipped:
+            self.skipped += 1
+            self.nan += any(not loss.isfinite() for loss in outcome.losses.values())
+            return
+        self.made += 1
+        for name, loss in outcome.losses.items():
+            self.sums[name] = self.sums.get(name, loss.new_zeros(1)) + loss
+
+    def _write(self, name: str, value: Any, iteration: int, *, twice: bool = True) -> None:
+        samples = self.args.consumed_train_samples
+        self.writers.add(name, value, iteration, samples=samples if twice else None)
+
+    def _curves(self, outcome: Outcome, params_norm: float | None) -> Iterator[tuple[str, Any]]:
+        args = self.args
+        # Megatron's curve has the rate that its schedule has moved on to, of the next step.
+        rate = get_canonical_lr_for_logging(self.parts.optimizer.param_groups)
+        if rate is not None:
+            yield "learning-rate", rate
+        yield "batch-size", batch_size(args)
+        yield from outcome.losses.items()
+        if args.skipped_train_samples:
+            yield "skipped-train-samples", args.skipped_train_samples
+        if args.log_loss_scale_to_tensorboard:
+            yield "loss-scale", outcome.loss_scale
+        if args.log_world_size_to_tensorboard:
+            yield "world-size", args.world_size
+        numbers = {"grad-norm": outcome.grad_norm, "num-zeros": outcome.num_zeros}
+        for name, value in {**numbers, "params-norm": params_norm}.items():
+            if value is not None:
+                yield name, value
+        if args.log_memory_to_tensorboard:
+            memory = torch.cuda.memory_stats()
+            yield "mem-reserved-bytes", memory["reserved_bytes.all.current"]
+            yield "mem-allocated-bytes", memory["allocated_bytes.all.current"]
+            yield "mem-max-allocated-bytes", memory["allocated_bytes.all.peak"]
+            yield "mem-allocated-count", memory["allocation.all.current"]
+
+    def _experts(self, iteration: int) -> str:
+        """Write what Megatron's own router tracks, and begin its next sums. Collective."""
+        args = self.args
+        if args.num_experts is None:
+            return ""
+        kinds = args.moe_router_load_balancing_type
+        tracked = {"load_balancing_loss": "aux_loss" in kinds, "z_loss": args.moe_z_loss_coeff}
+        text: str = get_moe_metrics_tracker().report(
+            loss_scale=1 / get_num_microbatches(),
+            iteration=iteration,
+            writer=self.writers.tensorboard,
+            wandb_writer=self.writers.wandb,
+            per_layer_logging=args.moe_per_layer_logging,
+            force_initialize=True,
+            track_names=[name for name, is_tracked in tracked.items() if is_tracked],
+            num_layers=args.num_layers,
+            moe_layer_freq=args.moe_layer_freq,
+            mtp_num_layers=None,
+            total_loss_dict=self.sums,
+            pg_collection=self.parts.groups,
+        )
+        return text
+
+    def _line(self, outcome: Outcome, of_experts: str, params_norm: float | None) -> None:
+        args, timers = self.args, get_timers()
+        seconds = (time.perf_counter() - self.since) / (self.made + self.skipped)
+        if args.log_timers_to_tensorboard:
+            self._write("iteration-time", seconds, outcome.iteration, twice=False)
+        parts = [
+            f" [{datetime.now():%Y-%m-%d %H:%M:%S.%f}] iteration "
+            f"{outcome.iteration:8d}/{args.train_iters:8d}",
+            f"consumed samples: {args.consumed_train_samples:12d}",
+            f"elapsed time per iteration (ms): {seconds * 1000.0:.1f}",
+        ]
+        if outcome.learning_rate is not None:
+            parts.append(f"learning rate: {outcome.learning_rate:.6E}")
+        parts.append(f"global batch size: {batch_size(args):5d}")
+        means = {name: float(total) / max(1, self.made) for name, total in self.sums.items()}
+        parts += [f"{name}: {mean:.6E}" for name, mean in means.items()]
+        parts += [of_experts.strip(" |")] if of_experts else []
+        parts.append(f"loss scale: {outcome.loss_scale:.1f}")
+        if outcome.grad_norm is not None:
+            parts.append(f"grad norm: {outcome.grad_norm:.3f}")
+        if outcome.num_zeros is not None:
+            parts.append(f"num zeros: {outcome.num_zeros}")
+        if params_norm is not None:
+            parts.append(f"params norm: {params_norm:.3f}")
+        parts.append(f"number of skipped iterations: {self.skipped:3d}")
+        parts.append(f"number of nan iterations: {self.nan:3d} |")
+        print_rank_last(" | ".join(parts))
+        self.sums, self.made, self.skipped, self.nan = {}, 0, 0, 0
+        self.since = time.perf_counter()
+        self._memory(outcome.iteration)
+        if args.log_timers_to_tensorboard and self.writers:
+            timers.write(
+                self.timers, self.writers.tensorboard, outcome.iteration,
+                normalizer=args.log_interval, reset=False,
+            )  # fmt: skip
+        timers.log(self.timers, normalizer=args.log_interval)
+
+    def _memory(self, iteration: int) -> None:
+        args = self.args
+        if args.record_memory_history and is_last_rank():
+            torch.cuda.memory._dump_snapshot(args.memory_snapshot_path)
+        interval = args.log_memory_interval
+        if self.memory_reports or (interval is not None and iteration % interval == 0):
+            if self.memory_reports and args.rank == 0:
+                report_theoretical_memory(
+                    args, num_microbatches=get_num_microbatches(), verbose=True
+                )
+            report_memory(f"(after {iteration} iterations)", process_group=self.parts.groups.dp)
+            self.memory_reports = max(0, self.memory_reports - 1)
+
+    def held_up(self, *, seconds: float) -> None:
+        self.since += seconds
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        title = evaluation.title.replace(" ", "-")
+        texts = [f" {title} loss at iteration {evaluation.iteration}"]
+        for name, loss in evaluation.losses.items():
+            value = float(loss)
+            perplexity = math.exp(min(20, value))  # as Megatron cuts it
+            texts.append(f"{name} value: {value:.6E} | {name} PPL: {perplexity:.6E}")
+            self._write(f"{name} {title}", value, evaluation.iteration)
+            if self.args.log_validation_ppl_to_tensorboard:
+                self._write(f"{name} {title} ppl", perplexity, evaluation.iteration)
+        print_rank_last(f"{' | '.join(texts)} | ")
+        if self.args.num_experts is not None:
+            get_moe_metrics_tracker().clear()
+
+
+def batch_size(args: argparse.Namespace) -> int:
+    """Return the samples of this step."""
+    return int(args.micro_batch_size * args.data_parallel_size * get_num_microbatches())

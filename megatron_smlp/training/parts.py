@@ -1,0 +1,153 @@
+"""The parts that a training is made of, each of them Megatron's: model, optimizer, schedule."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import nccl_allocator
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+from megatron.training import get_timers
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.initialize import initialize_megatron, set_jit_fusion_options
+from megatron.training.training import (
+    get_megatron_optimizer_config,
+    get_optimizer_param_scheduler,
+    update_train_iters,
+)
+from megatron.training.utils import start_memory_history_recording
+
+from megatron_smlp.flags.check import megatrons_refusals
+from megatron_smlp.megatron_patches import torch_adam
+from megatron_smlp.model import model_config
+from megatron_smlp.platform import cpu
+from megatron_smlp.training.same_everywhere import run_store
+
+
+@dataclass
+class Parts:
+    """What the steps of a run read and write."""
+
+    args: argparse.Namespace
+    model: list[Any]
+    """This rank's chunks, one for each virtual pipeline stage, in Megatron's DDP."""
+    optimizer: Any
+    """None with --skip-train, as is the schedule."""
+    schedule: Any
+    """Of learning rate and weight decay."""
+    config: Any
+    """The model's, from which Megatron's schedules take what they call."""
+    groups: ProcessGroupCollection
+    began: float
+    """`time.time()` at which the first rank's program began, for --exit-duration-in-mins."""
+
+
+def configuration(args: argparse.Namespace) -> Any:
+    """Return Megatron's configuration of the run, which refuses some flags as it is made."""
+    with megatrons_refusals():
+        return pretrain_cfg_container_from_args(args, model_config(args))
+
+
+def build(args: argparse.Namespace, *, program_began: float | None = None) -> Parts:
+    """Start Megatron and build everything but the data. Collective.
+
+    Args:
+        program_began: `time.time()`; None: now.
+    """
+    settings = configuration(args)
+    initialize_megatron(allow_no_cuda=cpu.needed(), store=run_store(args))
+    if not cpu.needed():
+        set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
+    began = _earliest(time.time() if program_began is None else program_began)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    start_memory_history_recording(settings.profiling)
+    model = _model(settings, groups, trains=not args.skip_train)
+    optimizer, schedule = (None, None) if args.skip_train else _optimizer(args, model)
+    if args.skip_train and args.train_samples:
+        update_train_iters(args)
+    config = get_model_config(model[0])
+    parts = Parts(args, model, optimizer, schedule, config, groups, began)
+    _connect(parts)
+    return parts
+
+
+def _earliest(began: float) -> float:
+    """Return the least of all ranks'. Collective."""
+    least = torch.tensor([began], dtype=torch.double, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    return float(least)
+
+
+def _model(settings: Any, groups: ProcessGroupCollection, *, trains: bool) -> list[Any]:
+    builder = settings.model.get_builder_cls()(settings.model)
+    chunks: list[Any] = builder.build_distributed_models(
+        pg_collection=groups,
+        ddp_config=settings.ddp,
+        overlap_param_gather_with_optimizer_step=(
+            settings.optimizer.overlap_param_gather_with_optimizer_step
+        ),
+        use_megatron_fsdp=settings.dist.use_megatron_fsdp,
+        use_torch_fsdp2=settings.dist.use_torch_fsdp2,
+        wrap_with_ddp=trains,
+        data_parallel_random_init=settings.rng.data_parallel_random_init,
+    )
+    return chunks
+
+
+def _optimizer(args: argparse.Namespace, model: list[Any]) -> tuple[Any, Any]:
+    config, overrides = get_megatron_optimizer_config(args)
+    config.timers = get_timers()
+    optimizer = get_megatron_optimizer(
+        config,
+        model,
+        config_overrides=overrides,
+        use_gloo_process_groups=args.use_gloo_process_groups,
+        dump_param_to_param_group_map=args.dump_param_to_param_group_map,
+    )
+    torch_adam.fuse_steps(optimizer)
+    return optimizer, get_optimizer_param_scheduler(optimizer)
+
+
+def _connect(parts: Parts) -> None:
+    """Tell Megatron's schedules what to call around a forward and backward pass.
+
+    With overlapped communication DDP sends gradients during the backward pass of the last
+    micro-batch, and gathers parameters during the next forward pass.
+    """
+    args, model, config = parts.args, parts.model, parts.config
+    config.timers = get_timers()
+    config.grad_scale_func = parts.optimizer.scale_loss if parts.optimizer else None
+    overlaps = isinstance(model[0], DistributedDataParallel) and args.overlap_grad_reduce
+    if overlaps:
+        config.no_sync_func = _of_each(model, lambda chunk: chunk.no_sync)
+        if args.align_grad_reduce:
+            config.grad_sync_func = _of_each(model, lambda chunk: chunk.start_grad_sync)
+    if args.overlap_param_gather and args.align_param_gather:
+        config.param_sync_func = _of_each(model, lambda chunk: chunk.start_param_sync)
+    if config.finalize_model_grads_func is None:
+        config.finalize_model_grads_func = finalize_model_grads
+
+
+def _of_each(model: list[Any], method: Callable[[Any], Any]) -> Any:
+    """Return one for a single chunk, and a list for several, as Megatron's schedules take them."""
+    methods = [method(chunk) for chunk in model]
+    return methods[0] if len(methods) == 1 else methods
+
+
+def release(parts: Parts) -> None:
+    """Give back what communication libraries hold, which abort at exit otherwise. Collective."""
+    torch.distributed.barrier()
+    for chunk in parts.model:
+        if isinstance(chunk, DistributedDataParallel):
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                if getattr(buffer, "nccl_mem_pool", None) is not None:
+                    nccl_allocator.deregister_mem_pool(
+                        buffer.nccl_mem_pool, buffer.data_parallel_group
+                    )

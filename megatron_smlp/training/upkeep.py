@@ -1,0 +1,68 @@
+"""What Megatron's loop does beside its steps: garbage, replicas, the device's queue, time-outs."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+from megatron.core.parallel_state import update_pg_timeout
+from megatron.core.utils import check_param_hashes_across_dp_replicas
+from megatron.training.utils import print_rank_0
+
+from megatron_smlp.training.overlaps import ParameterGathering
+from megatron_smlp.training.parts import Parts
+
+
+class Upkeep:
+    """See the top of the file. Every call is collective."""
+
+    def __init__(self, parts: Parts, gathering: ParameterGathering) -> None:
+        self.args, self.model, self.gathering = parts.args, parts.model, gathering
+        self.is_first = True
+
+    def begin(self) -> None:
+        """Before the first step."""
+        for chunk in self.model:
+            chunk.train()
+        if self.args.manual_gc:  # at the same steps on all ranks, which then wait once
+            gc.disable()
+            gc.collect()
+        if self.args.check_weight_hash_across_dp_replicas_interval is not None:
+            self._compare_replicas(self.args.iteration)
+
+    def after_step(self, iteration: int) -> None:
+        """After each step, and what came behind it."""
+        args = self.args
+        if self.is_first and args.distributed_timeout_seconds_after_init is not None:
+            update_pg_timeout(timedelta(seconds=args.distributed_timeout_seconds_after_init))
+        self.is_first = False
+        if _is_due(args.train_sync_interval, iteration):
+            torch.cuda.synchronize()
+        if _is_due(args.check_weight_hash_across_dp_replicas_interval, iteration):
+            with self.gathering.whole():
+                self._compare_replicas(iteration)
+        if args.manual_gc and _is_due(args.manual_gc_interval, iteration):
+            gc.collect()
+
+    @contextlib.contextmanager
+    def clean(self) -> Iterator[None]:
+        """Collect garbage around an evaluation (--manual-gc)."""
+        collects = self.args.manual_gc and self.args.manual_gc_eval
+        if collects:
+            gc.collect()
+        yield
+        if collects:
+            gc.collect(generation=0)
+
+    def _compare_replicas(self, iteration: int) -> None:
+        are_same = check_param_hashes_across_dp_replicas(self.model, cross_check=True)
+        assert are_same, "Parameter hashes not matching across DP replicas"
+        torch.distributed.barrier()
+        print_rank_0(f">>> Weight hashes match after {iteration} iterations...")
+
+
+def _is_due(interval: int | None, iteration: int) -> bool:
+    return bool(interval) and iteration % int(interval or 1) == 0

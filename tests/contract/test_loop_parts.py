@@ -1,0 +1,132 @@
+"""The parts of Megatron that training/loop.py and step.py call have the shape that they rely on."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MixedPrecisionOptimizer
+from megatron.core.rerun_state_machine import RerunStateMachine
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.training import global_vars, training
+from megatron.training.dist_signal_handler import DistributedSignalHandler
+from megatron.training.utils import common_utils
+from support.in_process import prepare_megatron
+
+from megatron_smlp.training.agreement import Agreed, StepAgreement
+from megatron_smlp.training.step import GuardedUpdate, _rounded
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_a_cpu(megatron: None) -> None:
+    prepare_megatron()
+
+
+@pytest.mark.parametrize(
+    ("function", "leading"),
+    [
+        (training.evaluate, ["forward_step_func", "data_iterator", "model",
+                             "process_non_loss_data_func", "config"]),
+        (training.get_optimizer_param_scheduler, ["optimizer"]),
+        (training.get_megatron_optimizer_config, ["args"]),
+        (training.disable_forward_pre_hook, ["model_chunks", "optimizer", "param_sync"]),
+        (training.enable_forward_pre_hook, ["model_chunks"]),
+        (training.force_param_sync, ["model_chunks", "optimizer"]),
+        (training.should_disable_forward_pre_hook, ["args"]),
+        (training.dummy_train_step, ["data_iterator"]),
+        (RerunStateMachine.should_run_forward_backward, ["self", "data_iterator"]),
+        (MoEMetricsTracker.report, ["self", "loss_scale", "iteration", "writer", "wandb_writer"]),
+    ],
+)  # fmt: skip
+def test_signatures(function: Any, leading: list[str]):
+    assert list(inspect.signature(function).parameters)[: len(leading)] == leading
+
+
+def test_an_evaluation_returns_losses_and_whether_the_time_is_over():
+    source = inspect.getsource(training.evaluate)
+    assert "return total_loss_dict, collected_non_loss_data, False" in source
+    assert "return None, None, True" in source
+
+
+def test_an_optimizer_asks_itself_for_the_norm_and_the_update():
+    """What is put in its place on the object is what `step` calls."""
+    source = inspect.getsource(ChainedOptimizer.step)
+    assert "self.step_with_ready_grads()" in source
+    assert "self.get_grad_norm()" in source
+    assert "self.clip_grad_norm(" in inspect.getsource(MixedPrecisionOptimizer.step)
+
+
+class Optimizer:
+    param_groups: ClassVar[list[Any]] = []
+
+    def __init__(self, order: list[str], *, overflows: bool) -> None:
+        self.order, self.overflows = order, overflows
+
+    def step_with_ready_grads(self) -> bool:
+        self.order.append("update")
+        return True
+
+    def get_grad_norm(self) -> float:
+        self.order.append("norm")
+        return 0.5
+
+    def clip_grad_norm(self, clip_grad: float) -> float:
+        return self.get_grad_norm()
+
+    def step(self) -> tuple[bool, float | None, None]:
+        if self.overflows:
+            return False, None, None
+        norm = self.get_grad_norm()
+        return self.step_with_ready_grads(), norm, None
+
+
+@pytest.mark.parametrize("is_finite", [True, False])
+@pytest.mark.parametrize("overflows", [True, False])
+def test_an_update_is_held_back_after_the_gradient_norm_is_known(is_finite: bool, overflows: bool):
+    """Asked once, whether Megatron comes to the update or not."""
+    order: list[str] = []
+
+    def may_update(norm: float | None) -> bool:
+        order.append(f"asked with {norm}")
+        return is_finite
+
+    optimizer = Optimizer(order, overflows=overflows)
+    update = GuardedUpdate(optimizer, agree=lambda: order.append("sent"), may_update=may_update)
+    for _ in range(2):
+        order.clear()
+        updated = is_finite and not overflows
+        assert update() == ((True, 0.5, None) if updated else (False, None, None))
+        asked = ["asked with None"] if overflows else ["norm", "asked with 0.5"]
+        assert order == ["sent", *asked, *(["update"] if updated else [])]
+
+
+@pytest.mark.parametrize("norm", [None, 0.1, 1e-30, 3.0, float("inf")])
+def test_a_norm_that_no_rank_is_asked_for_is_megatrons(norm: float | None):
+    assert _rounded(norm) == common_utils.reduce_max_stat_across_model_parallel_group(norm)
+
+
+@pytest.mark.parametrize("nonfinite", [None, False, True])
+@pytest.mark.parametrize("is_signalled", [False, True])
+@pytest.mark.parametrize("limit", [None, 1, 1000])
+def test_what_one_rank_agrees_on(
+    nonfinite: bool | None,
+    is_signalled: bool,
+    limit: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    handler = SimpleNamespace(_signal_received=is_signalled)
+    monkeypatch.setattr(global_vars, "_GLOBAL_SIGNAL_HANDLER", handler)
+    args: Any = SimpleNamespace(exit_duration_in_mins=limit)
+    found = None if nonfinite is None else torch.tensor(nonfinite)
+    began = training.time.time() - 600
+    agreement = StepAgreement(args, pop_nonfinite=lambda: found, began=began)
+    agreement.send()
+    assert agreement.read() == Agreed(0 if nonfinite else None, is_signalled, limit == 1)
+
+
+def test_where_megatron_keeps_a_signal():
+    with DistributedSignalHandler() as handler:
+        assert handler._signal_received is False

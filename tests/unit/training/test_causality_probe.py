@@ -1,0 +1,105 @@
+"""A token mixer that reads later positions ends a run before its first step, and a --dry-run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from support.in_process import pretrained
+from support.launches import launch_calls, records
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.layers.attention import CausalCoreAttention
+from megatron_smlp.layers.spatial_gating import SpatialGating
+
+GMLP = "--architecture gmlp --log-interval 1"
+MESSAGE = r"layer {} \({}\) reads later positions: with other inputs from position 8 on"
+
+
+def peeking(forward: Any, *, layer: int, by: float = 0.1) -> Any:
+    """The same with a share of the next position's output added, in one layer alone."""
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mixed, *rest = forward(self, *args, **kwargs)
+        if self.layer_number == layer:
+            every, tp = mixed, self.tp_group
+            if self.config.sequence_parallel:
+                every = gather_from_sequence_parallel_region(mixed, group=tp)
+            parts = torch.roll(every, -1, dims=0).chunk(len(every) // len(mixed))
+            mixed = mixed + by * parts[tp.rank() if len(parts) > 1 else 0]
+        return (mixed, *rest)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("precision", ["", "--bf16"])
+def test_a_look_at_the_next_token(tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SpatialGating, "forward", peeking(SpatialGating.forward, layer=3))
+    message = MESSAGE.format(3, "SpatialGating")
+    with (
+        pytest.raises(UsageError, match=message) as error,
+        pretrained(f"{GMLP} {precision} --log-dir {tmp_path}"),
+    ):
+        pass
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_attention_without_its_mask(monkeypatch: pytest.MonkeyPatch):
+    def everywhere(self: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        scores = torch.einsum("tbnd,sbnd->bnts", query, key).softmax(-1)
+        return torch.einsum("bnts,sbnd->tbnd", scores, value).flatten(2)
+
+    monkeypatch.setattr(CausalCoreAttention, "forward", everywhere)
+    words = "--architecture transformer --num-attention-heads 4"
+    message = MESSAGE.format(1, "SelfAttention")
+    with pytest.raises(UsageError, match=message), pretrained(words):
+        pass
+
+
+def test_a_dry_run_asks_a_layer_of_each_kind(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    with pretrained(f"{GMLP} --dry-run"):
+        pass
+    assert "spatial gating" in capfd.readouterr().out
+    monkeypatch.setattr(SpatialGating, "forward", peeking(SpatialGating.forward, layer=1))
+    message = MESSAGE.format(1, "SpatialGating")
+    with pytest.raises(UsageError, match=message), pretrained(f"{GMLP} --dry-run"):
+        pass
+
+
+def test_a_run_that_goes_on_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its start was; what it loads is of no mixer that can be told from another here."""
+    words = f"{GMLP} --save {tmp_path} --train-iters 4"
+    with pretrained(f"{words} --exit-interval 2"):
+        pass
+    monkeypatch.setattr(SpatialGating, "forward", peeking(SpatialGating.forward, layer=1))
+    with pretrained(words):
+        assert [line["iteration"] for line in records(tmp_path) if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_ranks_that_hold_parts_of_the_positions(tmp_path: Path):
+    """Sequence parallelism cuts them: each mixer gathers, and both ranks end alike."""
+    launch_calls(_refused, str(tmp_path), processes=2, log=tmp_path / "log")
+    texts = {(tmp_path / f"{rank}").read_text() for rank in range(2)}
+    assert len(texts) == 1
+    assert "layer 2 (SpatialGating) reads later positions" in texts.pop()
+
+
+def _refused(folder: str) -> None:
+    import os
+
+    from support.in_process import MINIMAL
+
+    from pretrain_smlp import main
+
+    forward = SpatialGating.forward
+    SpatialGating.forward = peeking(forward, layer=2)
+    words = f"{MINIMAL} {GMLP} --tensor-model-parallel-size 2 --sequence-parallel"
+    with pytest.raises(UsageError) as error:
+        main(words.split())
+    Path(folder, os.environ["RANK"]).write_text(str(error.value))
