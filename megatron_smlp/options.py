@@ -7,7 +7,7 @@ flags/our_flags.py builds the parser from them.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin
@@ -22,9 +22,6 @@ from megatron_smlp.systems import (
     TOP_K,
     WITH_BALANCE_LOSS,
 )
-
-NEVER_OLDER = object()
-"""No checkpoint is older than the flag."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +40,6 @@ class Facts:
     """The smallest value that is allowed."""
     may_change: bool = False
     """Whether a run that goes on from a checkpoint may have another value than that."""
-    older: Any = NEVER_OLDER
-    """Its value in checkpoints that are older than the flag, and so do not record it."""
     filled_in: bool = False
     """Whether a run that is not given it has another value than Megatron's default."""
     derived: bool = False
@@ -84,31 +79,27 @@ class ModelOptions:
     """Number of heads in a dense layer; each has its own T x T matrix and bias. It must divide
     ffn_hidden_size / 2, of which each head has a LayerNorm, or, of a mixer, hidden_size."""
 
-    toeplitz: bool = option(False, architectures=SPATIAL, older=False, hf="toeplitz")
+    toeplitz: bool = option(False, architectures=SPATIAL, hf="toeplitz")
     """One weight per distance, M[t, s] = m[t - s], and one bias, for each head or
     spatial expert, in place of a T x T matrix and T biases. Such a model can be evaluated on
     sequences longer than --seq-length, of which each token reads the last T. Not in the paper."""
 
-    mixer_expansion: bool = option(
-        False, architectures=("mixer",), older=False, hf="mixer_expansion"
-    )
+    mixer_expansion: bool = option(False, architectures=("mixer",), hf="mixer_expansion")
     """mixer: two T x T matrices a head with a GELU between them, as MLP-Mixer's token MLP, instead
     of one."""
 
-    aft_kind: Literal["full", "simple"] = option(
-        "full", architectures=("aft",), older="full", hf="aft_kind"
-    )
+    aft_kind: Literal["full", "simple"] = option("full", architectures=("aft",), hf="aft_kind")
     """aft: full: a T x T matrix of weights is added to the keys, one for each pair of positions.
     simple: there is none, so that tokens are averaged by their keys alone."""
 
     causal_rn_kind: Literal["linear", "quadratic"] = option(
-        "linear", architectures=("causal_rn",), older="linear", hf="causal_rn_kind"
+        "linear", architectures=("causal_rn",), hf="causal_rn_kind"
     )
     """causal_rn: linear: a running sum over tokens. quadratic: a sum over pairs of tokens, each
     normalised by itself, at a cost of T^2 exponentials a feature."""
 
     relation_width: int | None = option(
-        None, architectures=("causal_rn",), least=1, older=None, hf="relation_width"
+        None, architectures=("causal_rn",), least=1, hf="relation_width"
     )
     """causal_rn: features in which tokens are compared; left out: hidden_size."""
 
@@ -117,22 +108,18 @@ class ModelOptions:
     )
     """amlp: width of the one attention head beside the gate, in features."""
 
-    input_projection: Literal["embedding", "minhash"] = option(
-        "embedding", older="embedding", hf="input_projection"
-    )
+    input_projection: Literal["embedding", "minhash"] = option("embedding", hf="input_projection")
     """What makes vectors of the input's tokens. embedding: a table with a row a token. minhash:
     pNLP-Mixer's projection of counted hashes of the token's characters, which needs the tokenizer's
     strings; the output layer is then a table of its own."""
 
-    hash_count: int = option(64, input_projections=("minhash",), least=1, older=64, hf="hash_count")
+    hash_count: int = option(64, input_projections=("minhash",), least=1, hf="hash_count")
     """minhash: number of hash functions, values of a token's fingerprint."""
 
-    filter_size: int = option(
-        1024, input_projections=("minhash",), least=1, older=1024, hf="filter_size"
-    )
+    filter_size: int = option(1024, input_projections=("minhash",), least=1, hf="filter_size")
     """minhash: number of counters into which a token's values fall."""
 
-    window: int = option(1, input_projections=("minhash",), least=0, older=1, hf="window")
+    window: int = option(1, input_projections=("minhash",), least=0, hf="window")
     """minhash: tokens before each one whose counters are read with its own."""
 
     feature_router: Literal["none", "deterministic", "partial"] = option(
@@ -204,18 +191,14 @@ class ModelOptions:
     """switch, gshard: the same in evaluation, where it often is larger or left out."""
 
     base_routing_input: Literal["residual", "norm"] = option(
-        "residual", token_routers=("base",), older="norm", hf="base_routing_input"
+        "residual", token_routers=("base",), hf="base_routing_input"
     )
     """base: what tokens are scored and weighted by. residual: the residual stream as it is, as in
-    BASE's source; norm: its LayerNorm, which the experts read either way. A checkpoint keeps its
-    own, and one that is older than this flag has norm."""
+    BASE's source; norm: its LayerNorm, which the experts read either way."""
 
-    base_prices: Literal["mean", "none"] = option(
-        "mean", token_routers=("base",), older="none", hf="base_prices"
-    )
+    base_prices: Literal["mean", "none"] = option("mean", token_routers=("base",), hf="base_prices")
     """base: mean: keep, with the model, the running mean of the prices of the experts that balance
-    the micro-batches of the training, for --base-eval prices. A checkpoint keeps its own choice,
-    and one that is older than this flag has none."""
+    the micro-batches of the training, for --base-eval prices."""
 
     base_eval: Literal["greedy", "prices"] = option(
         "greedy", token_routers=("base",), may_change=True, evaluates=True, hf="base_eval"
@@ -225,11 +208,10 @@ class ModelOptions:
     (not in the paper)."""
 
     gshard_second_expert: Literal["paper", "all", "raw"] = option(
-        "paper", token_routers=("gshard",), may_change=True, older="raw", hf="gshard_second_expert"
+        "paper", token_routers=("gshard",), may_change=True, hf="gshard_second_expert"
     )
     """gshard: which second experts training uses. paper: with probability 2 g2 / (g1 + g2), at
-    most 1, as in GShard's algorithm 1; all: always, as in fairseq's recipes; raw: 2 g2. A
-    checkpoint keeps its own, and one that is older than this flag has raw."""
+    most 1, as in GShard's algorithm 1; all: always, as in fairseq's recipes; raw: 2 g2."""
 
     hash_seed: int = option(0, token_routers=("hash",), may_change=True, hf="hash_seed")
     """hash: seed of the random table of token ids with which a new model starts."""
@@ -341,7 +323,7 @@ class MegatronFlag(Facts):
     """Megatron's own; tests/unit/test_options.py compares."""
 
 
-# Other functions of the same weights, which checkpoints that are older than the record do not name.
+# Other functions of the same weights.
 _FUNCTIONS = {
     "openai_gelu": False,
     "squared_relu": False,
@@ -364,7 +346,7 @@ _FUNCTIONS = {
 }
 MEGATRON_FLAGS: dict[str, MegatronFlag] = {
     **{
-        name: MegatronFlag(default=default, older=default, hf_default_only=name != "openai_gelu")
+        name: MegatronFlag(default=default, hf_default_only=name != "openai_gelu")
         for name, default in _FUNCTIONS.items()
     },
     "num_layers": MegatronFlag(hf="num_layers"),
@@ -379,23 +361,19 @@ MEGATRON_FLAGS: dict[str, MegatronFlag] = {
     "position_embedding_type": MegatronFlag(
         default="learned_absolute", hf="position_embedding_type"
     ),
-    "rotary_base": MegatronFlag(default=10000, older=10000, hf="rotary_base"),
+    "rotary_base": MegatronFlag(default=10000, hf="rotary_base"),
     "num_experts": MegatronFlag(hf="num_experts", upcycling=True),
     "moe_ffn_hidden_size": MegatronFlag(hf="moe_ffn_hidden_size", upcycling=True),
     "moe_layer_freq": MegatronFlag(default=1, hf="moe_layer_freq", upcycling=True),
     "moe_router_topk": MegatronFlag(default=2, token_routers=TOP_K),
-    "moe_router_score_function": MegatronFlag(
-        default="softmax", older="softmax", hf="moe_router_score_function"
-    ),
+    "moe_router_score_function": MegatronFlag(default="softmax", hf="moe_router_score_function"),
     "moe_router_enable_expert_bias": MegatronFlag(
-        default=False, older=False, hf="moe_router_enable_expert_bias"
+        default=False, hf="moe_router_enable_expert_bias"
     ),
-    "moe_router_topk_scaling_factor": MegatronFlag(older=None, hf="moe_router_topk_scaling_factor"),
-    "moe_shared_expert_intermediate_size": MegatronFlag(
-        older=None, hf="moe_shared_expert_intermediate_size"
-    ),
+    "moe_router_topk_scaling_factor": MegatronFlag(hf="moe_router_topk_scaling_factor"),
+    "moe_shared_expert_intermediate_size": MegatronFlag(hf="moe_shared_expert_intermediate_size"),
     "moe_router_load_balancing_type": MegatronFlag(
-        default="aux_loss", older="aux_loss", may_change=True, filled_in=True, token_routers=TOP_K
+        default="aux_loss", may_change=True, filled_in=True, token_routers=TOP_K
     ),
     "moe_aux_loss_coeff": MegatronFlag(
         default=0.0,
@@ -404,20 +382,15 @@ MEGATRON_FLAGS: dict[str, MegatronFlag] = {
         token_routers=WITH_BALANCE_LOSS,
         hf="moe_aux_loss_coeff",
     ),
-    "moe_z_loss_coeff": MegatronFlag(
-        older=None, may_change=True, token_routers=SCORING, hf="moe_z_loss_coeff"
-    ),
+    "moe_z_loss_coeff": MegatronFlag(may_change=True, token_routers=SCORING, hf="moe_z_loss_coeff"),
     "moe_router_bias_update_rate": MegatronFlag(
         default=1e-3,
-        older=1e-3,
         may_change=True,
         token_routers=TOP_K,
         hf="moe_router_bias_update_rate",
     ),
-    "hidden_dropout": MegatronFlag(default=0.1, older=0.0, may_change=True, hf="hidden_dropout"),
-    "attention_dropout": MegatronFlag(
-        default=0.1, older=0.0, may_change=True, hf="attention_dropout"
-    ),
+    "hidden_dropout": MegatronFlag(default=0.1, may_change=True, hf="hidden_dropout"),
+    "attention_dropout": MegatronFlag(default=0.1, may_change=True, hf="attention_dropout"),
     "moe_token_drop_policy": MegatronFlag(
         default="probs",
         may_change=True,
@@ -473,15 +446,6 @@ def argument_of(name: str) -> dict[str, Any]:
     if choices := choices_of(fields[name]):
         return {"choices": [choice for choice in choices if choice != "none"]}
     return {"type": float if fields[name].type is float else int, "metavar": "N"}
-
-
-def older_flags(token_router: str) -> Iterator[tuple[str, Any]]:
-    """Yield flags that a checkpoint may be too old to record, as far as its router reads them."""
-    for name, facts in MODEL_FLAGS.items():
-        ours = not isinstance(facts, MegatronFlag) and facts.token_routers
-        reads = not ours or token_router in facts.token_routers
-        if facts.older is not NEVER_OLDER and reads:
-            yield name, facts.older
 
 
 def prefix_length(options: Any, *, seq_length: int) -> int:

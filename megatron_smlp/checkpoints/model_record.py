@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.checkpoints.folders import MODEL, folder_at
+from megatron_smlp.checkpoints.integrity import problems_in, read_sums
 from megatron_smlp.errors import DamagedCheckpointError, UsageError, UserError
-from megatron_smlp.options import DEFAULTS, MODEL_FLAGS, older_flags
+from megatron_smlp.options import MODEL_FLAGS, model_defaults
 
 
 def model_flags(args: argparse.Namespace) -> dict[str, Any]:
@@ -32,20 +33,28 @@ def model_flags(args: argparse.Namespace) -> dict[str, Any]:
 def read_model_flags(checkpoint: str | Path, iteration: int | None = None) -> dict[str, Any]:
     """Return the flags of a checkpoint in a run's folder; none if it was not written by us.
 
-    A damaged file is not an error here: whoever loads the checkpoint compares its checksums before.
+    A damaged file says nothing here, and is no error: whoever loads the checkpoint finds it.
 
     Args:
         iteration: the one to read; left out: the newest.
     """
     folder = folder_at(checkpoint, iteration)
+    if folder is None or not _is_whole(folder):
+        return {}
     try:
-        return flags_in(folder) if folder else {}
+        return flags_in(folder)
     except UserError:
         return {}
 
 
+def _is_whole(folder: Path) -> bool:
+    """Return whether model.json is what was written, where the checkpoint has checksums."""
+    sums, _ = read_sums(folder)
+    return MODEL not in sums or not problems_in(folder, {MODEL: sums[MODEL]})
+
+
 def flags_in(folder: Path) -> dict[str, Any]:
-    """Return the flags in the folder of one checkpoint, with those that are newer than it.
+    """Return the flags in the folder of one checkpoint.
 
     Raises:
         UsageError: it was not written by us.
@@ -62,6 +71,4 @@ def flags_in(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{path} is not JSON ({error}).") from error
     if not isinstance(flags, dict):
         raise DamagedCheckpointError(f"{path} does not hold a JSON object.")
-    older = dict(older_flags(flags.get("token_router", "none")))
-    defaults = {name: DEFAULTS[name] for name in MODEL_FLAGS if name in DEFAULTS}
-    return {**defaults, **older, **flags}
+    return {**model_defaults(), **flags}

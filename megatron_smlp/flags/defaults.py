@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
 
 from megatron_smlp.checkpoints.folders import is_same_folder, tracked_folder
 from megatron_smlp.checkpoints.model_record import read_model_flags
 from megatron_smlp.checkpoints.run_record import read_run_record
-from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.blending import PER_SPLIT_FLAGS, WHOLE_FLAGS
-from megatron_smlp.options import NEVER_OLDER, OUR_FLAGS
 from megatron_smlp.platform import choice, cpu
 from megatron_smlp.restart_note import RESTART
 from megatron_smlp.routers.hash_table import BALANCED
@@ -119,10 +115,9 @@ def _fill_in_schedule(args: argparse.Namespace) -> None:
     # Ours looks at losses and at the norm, in lockstep over the ranks, and can skip the step:
     # --nonfinite-loss.
     args.check_for_nan_in_loss_and_grad = False
-    if "rerun_mode" not in args.explicit_flags and not args.check_for_large_grads:
-        # Nothing else here asks for a step to be run again. Megatron would keep the batches and
-        # random states of each step, and have all ranks agree that none is to be repeated.
-        args.rerun_mode = "disabled"
+    # Megatron would keep the batches and random states of each step, and have all ranks agree that
+    # none is to be repeated.
+    args.rerun_mode = "disabled"
     args.exit_signal_handler = True
 
 
@@ -164,7 +159,6 @@ def _fill_in_from_checkpoint(args: argparse.Namespace) -> None:
     _choose_checkpoint(args)
     recorded = read_model_flags(args.load, args.ckpt_step) if args.load else {}
     _keep_padding(args, recorded.get("padded_vocab_size"))
-    _keep_older_meanings(args, recorded)
     has_data = any(getattr(args, name) for name in (*WHOLE_FLAGS, *PER_SPLIT_FLAGS))
     if args.hash_table == BALANCED and (args.load or not has_data):
         args.hash_table = None  # the checkpoint has one; or there is nothing to count
@@ -181,17 +175,6 @@ def _choose_checkpoint(args: argparse.Namespace) -> None:
         args.load = None
     elif is_save_folder and not args.exit_on_missing_checkpoint and not tracked_folder(args.load):
         args.load = None  # as launchers give it; this is the first start
-
-
-def _keep_older_meanings(args: argparse.Namespace, recorded: Mapping[str, Any]) -> None:
-    """Keep what a checkpoint means that is older than a flag of its router."""
-    args.kept_flags = []
-    for name, facts in OUR_FLAGS.items():
-        is_old = facts.older is not NEVER_OLDER and args.token_router in facts.token_routers
-        there = recorded.get(name, getattr(args, name))
-        if is_old and name not in args.explicit_flags and there != getattr(args, name):
-            setattr(args, name, there)
-            args.kept_flags.append(f"{flag_of(name)} {there}")
 
 
 def _is_automatic_restart(args: argparse.Namespace) -> bool:

@@ -40,11 +40,6 @@ _POSITIONS = ("transformer", "aft", "causal_rn")
 """Architectures by what they have: attention, spatial gating, matrices that may be Toeplitz, an FFN
 beside the mixer, learned positions at the input."""
 
-# What a config.json that is older than an entry means, by its token_router.
-_OLDER = {
-    "base": {"base_routing_input": "norm", "base_prices": "none"},
-    "gshard": {"gshard_second_expert": "raw"},
-}
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -115,15 +110,13 @@ class SMLPConfig(PreTrainedConfig):
         moe_aux_loss_coeff: weight of the balance loss of switch, gshard and topk.
         moe_z_loss_coeff: weight of the mean of (log sum_e exp h w_e)^2 over the tokens, of every
             router but hash; None: there is no such loss.
-        base_routing_input: base: whether the residual stream or its norm is scored and weighted by;
-            a config.json that is older than this has the norm.
+        base_routing_input: base: whether the residual stream or its norm is scored and weighted by.
         base_prices: base: whether the model holds the experts' mean prices of its training (mean)
-            or not (none, as a config.json that is older than this).
+            or not (none).
         base_eval: base: in evaluation a token goes to the expert of its highest score (greedy), or
             of its highest score minus the expert's price (prices).
         gshard_second_expert: gshard: in training the second expert is used with probability
-            2 g2 / (g1 + g2) (paper), always (all), or with 2 g2 (raw, as a config.json that is
-            older than this).
+            2 g2 / (g1 + g2) (paper), always (all), or with 2 g2 (raw).
         hash_seed: seed of the random hash table with which a new model starts.
         tiny_attention_width: width of amlp's attention head.
         add_bias_linear: whether projections (not experts, not routers) have a bias.
@@ -232,12 +225,6 @@ class SMLPConfig(PreTrainedConfig):
         self._check_experts()
         self._check_top_k()
         self._check_features()
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Also a config.json that is older than some of its entries."""
-        older = _OLDER.get(config_dict.get("token_router", "none"), {})
-        return super().from_dict({**older, **config_dict}, **kwargs)
 
     @property
     def gate_width(self) -> int:

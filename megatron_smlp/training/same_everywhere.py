@@ -22,7 +22,7 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UnlikeRanksError
 from megatron_smlp.provenance import versions
 
-OWN = frozenset({"rank", "local_rank", "command_line", "kept_flags"})
+OWN = frozenset({"rank", "local_rank", "command_line"})
 """What each rank has of its own, or what only says where flags come from. Machines have paths of
 their own: of the same data, on their own disks."""
 PLAIN = (bool, int, float, str, list, tuple, type(None))

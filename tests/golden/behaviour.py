@@ -41,7 +41,7 @@ COMBINATIONS = {
     ),
 }
 # Ours alone, or of this machine and checkout.
-LEFT_OUT = {"command_line", "explicit_flags", "kept_flags", "data_contents", "places"}
+LEFT_OUT = {"command_line", "explicit_flags", "data_contents", "places"}
 LEFT_OUT |= {"config", "tokenizer_model"}
 
 

@@ -1,7 +1,6 @@
 """Command line and YAML -> checked arguments; and one readable line for what is wrong."""
 
 import io
-import json
 import re
 import subprocess
 import sys
@@ -231,7 +230,6 @@ class TestRefusals:
             ("stray", "'stray' belongs to no flag"),
             ("--num-layers 0", "--num-layers 0: give a positive number"),
             ("--seq-length -1", "--seq-length -1: give a positive number"),
-            ("--full-validation", "--full-validation stops Megatron 0.19 unless --multiple-valid"),
             ("--num-layers many", "argument --num-layers: invalid int value: 'many'"),
         ],
     )
@@ -400,7 +398,7 @@ class TestRefusals:
         refusal(parse, words, r"Megatron refuses these arguments: can only specify one of lr-warm")
 
     @pytest.mark.skipif(not cpu.needed(), reason="there is a CUDA device, which has these")
-    @pytest.mark.parametrize("flag", ["--fp16", "--use-torch-fsdp2"])
+    @pytest.mark.parametrize("flag", ["--fp16", "--tp-comm-overlap"])
     def test_what_only_a_gpu_has(self, parse: Parse, flag: str):
         refusal(parse, f"{GMLP} {flag}", rf"{flag} needs a CUDA device and none was found\. Leave")
 
@@ -517,40 +515,6 @@ def checkpoint(args: Any, folder: Path) -> None:
     iteration_folder(folder, 3).mkdir()
     write_records(iteration_folder(folder, 3), model_flags(args), {})
     (folder / TRACKER).write_text("3")
-
-
-class TestRouterOfACheckpoint:
-    """The checkpoint says what BASE reads and whether there are prices: no flag need repeat it."""
-
-    WORDS = f"{GMLP} --token-router base --num-experts 2"
-
-    def test_an_older_checkpoint_routes_by_the_norm(self, parse: Parse, tmp_path: Path):
-        checkpoint(parse(self.WORDS), tmp_path)
-        record = iteration_folder(tmp_path, 3) / "model.json"
-        flags = json.loads(record.read_text())
-        assert (flags.pop("base_routing_input"), flags.pop("base_prices")) == ("residual", "mean")
-        record.write_text(json.dumps(flags))
-        args = parse(f"{self.WORDS} --load {tmp_path}")
-        assert (args.base_routing_input, args.base_prices) == ("norm", "none")
-        assert args.kept_flags == ["--base-routing-input norm", "--base-prices none"]
-        refusal(
-            parse,
-            f"{self.WORDS} --load {tmp_path} --base-routing-input residual",
-            "--base-routing-input residual contradicts the checkpoint",
-        )
-        refusal(parse, f"{self.WORDS} --load {tmp_path} --base-eval prices", "this model has none")
-
-    def test_a_recorded_choice_is_kept_and_evaluation_is_free(self, parse: Parse, tmp_path: Path):
-        checkpoint(parse(f"{self.WORDS} --base-routing-input norm"), tmp_path)
-        args = parse(f"{self.WORDS} --load {tmp_path} --base-eval prices")
-        assert (args.base_routing_input, args.base_eval) == ("norm", "prices")
-        assert args.kept_flags == ["--base-routing-input norm"]
-
-    def test_other_routers_have_none_of_it(self, parse: Parse, tmp_path: Path):
-        words = f"{GMLP} --token-router hash --num-experts 2"
-        refusal(parse, f"{words} --base-eval prices", "is for --token-router base, not hash")
-        checkpoint(parse(words), tmp_path)
-        assert parse(f"{words} --load {tmp_path}").kept_flags == []
 
 
 class TestSettled:

@@ -11,7 +11,6 @@ from support.launches import REPOSITORY
 from megatron_smlp.flags import help
 from megatron_smlp.options import (
     MODEL_FLAGS,
-    NEVER_OLDER,
     OUR_FLAGS,
     ModelOptions,
     RunOptions,
@@ -184,13 +183,6 @@ def test_records_of_the_hugging_face_configuration_are_those_of_its_file():
     learned = {n for n, one in ARCHITECTURES.items() if one.positions == "learned_absolute"}
     assert (set(hf._FEED_FORWARD), set(hf._POSITIONS)) == (with_ffn, learned)
     assert set(hf._TOEPLITZ) == set(OUR_FLAGS["toeplitz"].architectures)
-    for router in ("none", *TOKEN_ROUTERS):
-        older = {
-            name: facts.older
-            for name, facts in OUR_FLAGS.items()
-            if router in (facts.token_routers or ()) and facts.older is not NEVER_OLDER
-        }
-        assert hf._OLDER.get(router, {}) == older
 
 
 @pytest.mark.parametrize("entry", [*MIXERS.values(), *TOKEN_ROUTERS.values()])

@@ -72,7 +72,7 @@ def test_a_missing_tracker_is_no_loss(
 def test_strict_load_refuses(run: Path):
     expected = cut_shard(run)
     with pytest.raises(NoGoodCheckpointError, match=rf"{expected}.*without --strict-load"):
-        pretrain(f"--save {run} --strict-load --auto-detect-ckpt-format")
+        pretrain(f"--save {run} --strict-load")
     assert tracked_iteration(run) == 6
 
 

@@ -1,20 +1,15 @@
 """BASE through a conversion: what it reads, and its prices, in the precision that they are kept."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from support.conversions import assert_same, folder_weights, from_hf, run, save_exported, weights
+from support.conversions import assert_same, folder_weights, from_hf, run, weights
 from support.in_process import pretrained
-from support.smlp_systems import make_ids, make_model
 from transformers import AutoModelForCausalLM
 
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
-from megatron_smlp.conversion.huggingface import read_config
-from megatron_smlp.hf.configuration_smlp import SMLPConfig
-from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 
 TRAINED = (
     "--architecture gmlp --token-router base --num-experts 4 --bf16 --lr 1e-2 --base-eval prices "
@@ -55,25 +50,3 @@ def test_they_come_back(exported: Path, tmp_path: Path):
     model_only = {name: value for name, value in before.items() if name in after}
     assert_same(model_only, after)
     assert "decoder.layers.0.mlp.router.prices" in after
-
-
-def test_an_older_folder_reads_the_norm_and_has_no_prices(tmp_path: Path):
-    model = make_model("base", base_routing_input="norm", base_prices="none")
-    folder = save_exported(model, tmp_path / "hf")
-    values = json.loads((folder / "config.json").read_text())
-    for name in ("base_routing_input", "base_prices", "base_eval", "gshard_second_expert"):
-        del values[name]
-    (folder / "config.json").write_text(json.dumps(values))
-    assert read_config(folder).base_routing_input == "norm"
-    for router, second in (("gshard", "raw"), ("switch", "paper")):
-        config = SMLPConfig.from_dict(values | {"token_router": router})
-        assert (config.gshard_second_expert, config.base_routing_input) == (second, "residual")
-    ids = make_ids(2, 9)
-    again = SMLPForCausalLM.from_pretrained(folder).eval()
-    torch.testing.assert_close(again(ids).logits, model(ids).logits)
-    run(from_hf, folder, tmp_path / "run")
-    flags = TorchDistCheckpoint(tmp_path / "run", iteration=None).flags
-    assert (flags["base_routing_input"], flags["base_prices"]) == ("norm", "none")
-    other = make_model("base", base_prices="none")
-    other.load_state_dict(model.state_dict())
-    assert (other(ids).logits - model(ids).logits).abs().max() > 1e-3
