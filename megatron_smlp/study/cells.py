@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from megatron_smlp.study.statistics import UNDECIDED, interval, verdict
+from megatron_smlp.study.statistics import UNDECIDED, Difference, verdict
 from megatron_smlp.study.verdicts import Comparison
 
 
@@ -26,22 +26,27 @@ def visible(each: Comparison) -> str:
     return number(math.exp(value) if each.is_ratio and math.isfinite(value) else value)
 
 
-def mean_of(losses: Sequence[float]) -> str:
+def mean_of(found: Difference, losses: Sequence[float]) -> str:
+    """Return a mean with its interval, of these losses."""
     if not losses:
         return "missing"
-    if not all(math.isfinite(loss) for loss in losses):
-        return f"diverged ({sum(not math.isfinite(loss) for loss in losses)} of {len(losses)})"
-    mean = float(np.mean(losses))
-    if len(losses) == 1:
-        return f"{mean:.3f}"
-    low, high = interval(losses)
-    return f"{mean:.3f} ± {(high - low) / 2:.3f}"
+    if not math.isfinite(found.mean):
+        wrong = sum(not math.isfinite(loss) for loss in losses)
+        return f"diverged ({wrong} of {len(losses)})" if wrong else "no minimum"
+    half = (found.high - found.low) / 2
+    return f"{found.mean:.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
 
 
 def seeds(cells: Sequence[Mapping[int, float]]) -> str:
     """Return of how many seeds the means in a row are."""
     least, most = (bound(map(len, cells)) for bound in (min, max))
     return f"{least}" if least == most else f"{least} to {most}"
+
+
+def deviation(losses: Mapping[int, float]) -> float:
+    """Return that of the seeds that did not diverge; NaN of fewer than two."""
+    finite = [loss for loss in losses.values() if math.isfinite(loss)]
+    return float(np.std(finite, ddof=1)) if len(finite) > 1 else math.nan
 
 
 def plain_mean(losses: Mapping[int, float]) -> float:

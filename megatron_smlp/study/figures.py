@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,8 +18,10 @@ from megatron_smlp.plotting.figures import DPI, legend, looks, tidy
 from megatron_smlp.plotting.series import AXES, Floats, unit_for
 from megatron_smlp.study.cells import not_reached, speedup
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
+from megatron_smlp.study.numbers import numbers, trained_on
+from megatron_smlp.study.rates import Rates
 from megatron_smlp.study.state import DIVERGED
-from megatron_smlp.study.statistics import interval, paired
+from megatron_smlp.study.statistics import paired
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import Tables
@@ -55,6 +58,9 @@ class Drawing:
         self.tables = tables
         self.factors = factors
         """The learning rate of each system whose tuning is done."""
+        self.numbers = functools.cache(
+            lambda horizon, field: numbers(study, systems, tables, horizon=horizon, field=field)
+        )
         self.looks = _looks(systems)
         self.looks[study.subject]["zorder"] = 3  # over the others
 
@@ -67,7 +73,7 @@ class Drawing:
         trunks = pandas.concat([self._evaluations(name) for name in self.systems])
         if len(trunks):  # a study that has begun has trials alone
             yield "evaluations", self.evaluations()
-        if (self.tables.runs["phase"] == "tuning").any():
+        if len(self._trials()):
             yield "learning-rates", self.learning_rates()
         if any(math.isfinite(each.found.mean) for each in speedups):
             yield "speed-up", self.speedups(speedups)
@@ -86,7 +92,7 @@ class Drawing:
         axes = self._axes()
         figure = Figure(figsize=(4.4 * len(axes), 4.4), layout="constrained", dpi=DPI)
         panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
-        names = self._trained_on(field)
+        names = trained_on(self.systems, field)
         for panel, (label, scale) in zip(panels, axes.items(), strict=True):
             for name in names:
                 self._draw_seeds(panel, name, field, scale(name))
@@ -105,7 +111,7 @@ class Drawing:
         return figure
 
     def _losses_at_the_end(self, field: str, what: str) -> Figure:
-        names = self._trained_on(field)
+        names = trained_on(self.systems, field)
         figure = Figure(figsize=(7.4, 1.2 + 0.4 * len(names)), layout="constrained", dpi=DPI)
         panel = figure.subplots()
         for line, name in enumerate(names):
@@ -125,14 +131,6 @@ class Drawing:
         )
         tidy(panel)
         return figure
-
-    def _trained_on(self, field: str) -> list[str]:
-        """Return the systems for which a loss is not of positions that they never trained on."""
-        return [
-            name
-            for name, system in self.systems.items()
-            if field == SUFFIX_LOSS or not system.predicts_suffix
-        ]
 
     def _axes(self) -> dict[str, Callable[[str], float]]:
         """Return what losses are drawn against: a label, and the factor from tokens of a system."""
@@ -178,14 +176,15 @@ class Drawing:
         panel.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
 
     def _means(self, name: str, field: str) -> Floats:
-        """Return <float64>[horizons, 4]: tokens, mean, ends of the interval; none that diverged."""
+        """Return <float64>[horizons, 4]: tokens, the mean over seeds or minimum over rates, ends of
+        its interval; none that diverged."""
         points = []
         for horizon in sorted(self.study.horizons):
-            found = list(self.tables.losses(name, horizon, field).values())
-            if found and np.isfinite(found).all():
-                is_enough = len(found) >= ENOUGH_FOR_BANDS
-                low, high = interval(found) if is_enough else (math.nan, math.nan)
-                points.append((self.tables.tokens(horizon), float(np.mean(found)), low, high))
+            found = self.numbers(horizon, field).mean(name)
+            if math.isfinite(found.mean):
+                is_enough = found.n >= ENOUGH_FOR_BANDS and math.isfinite(found.high)
+                ends = (found.low, found.high) if is_enough else (math.nan, math.nan)
+                points.append((self.tables.tokens(horizon), found.mean, *ends))
         return np.array(points, dtype=np.float64).reshape(-1, 4)
 
     def _evaluations(self, name: str) -> pandas.DataFrame:
@@ -198,7 +197,11 @@ class Drawing:
         figure = Figure(figsize=(7.4, 4.8), layout="constrained", dpi=DPI)
         panel = figure.subplots()
         unit, unit_name = unit_for(AXES["tokens"], self.study.longest)
-        names = [name for name in self._trained_on(VALIDATION_LOSS) if len(self._evaluations(name))]
+        names = [
+            name
+            for name in trained_on(self.systems, VALIDATION_LOSS)
+            if len(self._evaluations(name))
+        ]
         for name in names:
             look = self.looks[name]
             mean = self._evaluations(name).groupby("tokens")[VALIDATION_LOSS].mean()
@@ -215,14 +218,22 @@ class Drawing:
         self._legend(figure, note, names)
         return figure
 
+    def _trials(self) -> pandas.DataFrame:
+        """Return runs at several rates; of a design they are those that count."""
+        if self.study.design is None:
+            return self.tables.runs[self.tables.runs["phase"] == "tuning"]
+        runs = self.tables.converged
+        return runs[runs["horizon"] == self.study.longest]
+
     def learning_rates(self) -> Figure:
-        """Draw all trials of the learning rate; a ring is around the chosen one.
+        """Draw all trials of the learning rate; a ring is around the chosen one, or around the
+        minimum of a design.
 
         The trials of systems with partial prediction are by the loss behind the prefix, and say so.
         """
         figure = Figure(figsize=(7.4, 5.2), layout="constrained", dpi=DPI)
         panel = figure.subplots()
-        trials = self.tables.runs[self.tables.runs["phase"] == "tuning"]
+        trials = self._trials()
         names = [name for name in self.looks if name in set(trials["system"])]
         for name in names:
             look = self.looks[name]
@@ -232,10 +243,8 @@ class Drawing:
             panel.plot(
                 finite["lr"], finite["loss"], marker="o", markersize=3.5, linewidth=width, **look
             )
-            # Rates are written with fewer digits than they have.
-            chosen = finite[np.isclose(finite["factor"], self.factors.get(name, math.nan))]
             panel.plot(
-                chosen["lr"], chosen["loss"], "o", markersize=9, fillstyle="none",
+                *self._chosen(name, finite), "o", markersize=9, fillstyle="none",
                 color=look["color"],
             )  # fmt: skip
             for rate in own[own["status"] == DIVERGED]["lr"]:
@@ -245,7 +254,7 @@ class Drawing:
         )
         _plain_log(panel, "x")
         tidy(panel)
-        note = "every trial; ring: chosen; cross at the top: diverged"
+        note = "every trial; ring: chosen, or fitted minimum; cross at the top: diverged"
         labels = {
             name: f"{system.title} (behind the prefix)"
             for name, system in self.systems.items()
@@ -253,6 +262,16 @@ class Drawing:
         }
         self._legend(figure, note, names, labels=labels)
         return figure
+
+    def _chosen(self, name: str, trials: pandas.DataFrame) -> tuple[Sequence[float], ...]:
+        """Return rates and losses, at most one of each."""
+        fit = self.numbers(self.study.longest, loss_field(self.systems[name]))
+        if isinstance(fit, Rates):
+            rate, found = self.systems[name].flags["lr"] * fit.best(name), fit.mean(name)
+            return [rate], [found.mean]
+        # Rates are written with fewer digits than they have.
+        chosen = trials[np.isclose(trials["factor"], self.factors.get(name, math.nan))]
+        return list(chosen["lr"]), list(chosen["loss"])
 
     def speedups(self, comparisons: Sequence[Comparison]) -> Figure:
         """Draw how many times sooner the subject comes to the loss at which each other one ends."""
@@ -326,7 +345,7 @@ class Drawing:
         first = self.study.subject
         common = {
             name: self._looked_at(kinds[0], name) & self._looked_at(kinds[0], first)
-            for name in self._trained_on(VALIDATION_LOSS)
+            for name in trained_on(self.systems, VALIDATION_LOSS)
         }
         most = max((len(seeds) for name, seeds in common.items() if name != first), default=0)
         there = [name for name, seeds in common.items() if name == first or len(seeds) == most > 0]

@@ -89,7 +89,8 @@ class Plan:
     runs: tuple[PlannedRun, ...]
     """Parents before children."""
     factors: Mapping[str, float]
-    """The learning rate of each system whose tuning is done."""
+    """The learning rate of each system whose tuning is done; 1 where there is none, also where a
+    design has several."""
     pending: tuple[PlannedRun, ...]
     """Stand-ins for the runs of systems whose tuning is not done, or of which a trial failed: as
     many, and as long."""
@@ -143,14 +144,22 @@ def make_plan(
         for group in (needed, [name for name in systems if name not in needed])
         for number in range(rounds)
         for name in group
-        for seed in study.seeds_of(name)[number : number + 1]
+        for seed, rate in _pairs(study, name)[number : number + 1]
         for run in _pieces(
-            study, systems[name], factor=factors.get(name, 1.0), seed=seed, identity=identity
+            study,
+            systems[name],
+            factor=rate or factors.get(name, 1.0),
+            seed=seed,
+            identity=identity,
         )
     ]
     known = [run for run in main if run.system in factors]
     pending = tuple(run for run in main if run.system not in factors)
     return Plan(runs=(*tuning, *known), factors=factors, pending=pending)
+
+
+def _pairs(study: Study, system: str) -> list[tuple[int, float | None]]:
+    return list(zip(study.seeds_of(system), study.rates_of(system), strict=True))
 
 
 def _tuning(

@@ -9,11 +9,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from megatron_smlp.durable import write_durably
 from megatron_smlp.evaluation.reports import PAPER_FIGURES, PAPER_METRICS
 from megatron_smlp.study.cells import (
+    deviation,
     mean_of,
     not_reached,
     number,
@@ -23,13 +22,20 @@ from megatron_smlp.study.cells import (
     share,
     speedup,
     table,
-    visible,
+)
+from megatron_smlp.study.comparisons import (
+    comparison_lines,
+    deviation_lines,
+    primary_lines,
+    titles,
 )
 from megatron_smlp.study.fairness import CONVENTIONS, convention_titles, flops_spread
 from megatron_smlp.study.figures import Drawing
 from megatron_smlp.study.made_by import Versions
 from megatron_smlp.study.metrics import VALIDATION_LOSS
+from megatron_smlp.study.numbers import curves, numbers
 from megatron_smlp.study.plan import Plan
+from megatron_smlp.study.rates import Rates
 from megatron_smlp.study.results import ROUTING, TASK, Results
 from megatron_smlp.study.state import FAILED, State
 from megatron_smlp.study.statistics import (
@@ -37,7 +43,6 @@ from megatron_smlp.study.statistics import (
     REFUTED,
     UNDECIDED,
     crossings,
-    why_undecided,
 )
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
@@ -51,6 +56,7 @@ from megatron_smlp.study.verdicts import (
     cost_ratio,
     loss_field,
     others_of,
+    primary_looks,
     rivals,
 )
 from megatron_smlp.training.metrics_file import finite
@@ -107,6 +113,7 @@ class Page:
         about = (self.study, self.systems, self.tables)
         self.claims = claims_of(*about)
         self.others = others_of(*about)
+        self.looks = primary_looks(*about) if self.study.primary else []
         self.costs = costs_to_losses(*about)
         rival = set(rivals(self.study, self.systems))
         self.times = [
@@ -116,23 +123,29 @@ class Page:
 
     def text(self) -> str:
         """Return report.md."""
-        curves = len(self.study.horizons) > 1
+        has_curves = len(self.study.horizons) > 1
+        is_fitted = self.study.design is not None
+        number_of = "the fitted minimum over rates" if is_fitted else "the mean over seeds"
+        about = (self.study, self.systems)
         return "\n".join([
             f"# Study `{self.study.name}`",
             "",
             f"Written by `tools/study.py report {self.file}` from runs.csv and "
             "curves.csv beside this file. Losses are in nats per token, of validation documents "
             "that nobody trained on, the same tokens for every system and seed. ± is the 95 % "
-            "interval of the mean over seeds.",
+            f"interval of {number_of}.",
             *(["", f"**Not whole**: {'; '.join(self.lacking)}."] if self.lacking else []),
             *self._other_sources(),
+            *primary_lines(*about, self.looks),
             *("", "## Claims", "", *self._claims()),
-            *(["", "## Comparisons", "", *self._comparisons(self.claims)] if self.claims else []),
+            *(["", "## Comparisons", "", *comparison_lines(*about, self.claims)]
+              if self.claims else []),
             *self._others(),
+            *deviation_lines(*about, self.tables),
             *("", "## Systems", "", *self._systems()),
             *("", "## Losses", "", *self._losses()),
             *("", "## Time to the others' losses", "", *self._times()),
-            *(["", "## From each to each other's loss", "", *self._costs()] if curves else []),
+            *(["", "## From each to each other's loss", "", *self._costs()] if has_curves else []),
             *("", "## Where curves cross", "", *self._crossings()),
             *("", "## Zero-shot tasks", "", *self._tasks()),
             *("", "## Where the loss lies", "", *self._breakdown()),
@@ -146,6 +159,7 @@ class Page:
         """Return report.json; numbers that JSON lacks are texts."""
         content = {
             "study": dataclasses.asdict(self.study),
+            "primary": [dataclasses.asdict(each) for each in self.looks],
             "claims": [dataclasses.asdict(claim) for claim in self.claims],
             "others": [dataclasses.asdict(each) for each in self.others.comparisons],
             "costs": [dataclasses.asdict(each) for each in self.costs],
@@ -197,7 +211,7 @@ class Page:
                 others = (self.systems[each.other].title for each in those)
                 words.append(f"{said} against {', '.join(others)}")
             elif those:
-                pairs = (" against ".join(self._titles(each)) for each in those)
+                pairs = (" against ".join(titles(self.systems, each)) for each in those)
                 words.append(f"{said}: {', '.join(pairs)}")
         return words
 
@@ -209,42 +223,11 @@ class Page:
             "Pairs of no claim of the paper" if self.study.paper else "Pairs that the study names"
         )
         yield (
-            f"{pairs}, p after Holm over these alone. Confirmed: the first of the pair has the "
+            f"{pairs}, by p after Holm over these alone. Confirmed: the first of the pair has the "
             "lower loss; refuted: the second has.\n"
         )
-        yield from self._comparisons([self.others])
+        yield from comparison_lines(self.study, self.systems, [self.others])
         yield from (f"\n{note}." for note in self.others.notes)
-
-    def _comparisons(self, claims: Sequence[Claim]) -> Iterator[str]:
-        yield from table(
-            "claim", "of", "difference or ratio", "95 % interval", "p (Holm)", "seeds",
-            "sd", "n seeds can see", "verdict",
-        )  # fmt: skip
-        for claim in claims:
-            for each in claim.comparisons:
-                found = each.found
-                sign = "/" if each.is_ratio else "-"
-                yield row(
-                    claim.name, f"{each.what}: {f' {sign} '.join(self._titles(each))}",
-                    number(found.mean), f"{number(found.low)} to {number(found.high)}",
-                    f"{found.p:.3g}", found.n, number(found.sd),
-                    f"{'a factor of ' if each.is_ratio else ''}{visible(each)}", each.verdict,
-                )  # fmt: skip
-
-        undecided = [
-            (claim, each)
-            for claim in claims
-            for each in claim.comparisons
-            if each.verdict == UNDECIDED
-        ]
-        yield from [""] * bool(undecided)
-        for claim, each in undecided:
-            pair = (" / " if each.is_ratio else " - ").join(self._titles(each))
-            why = why_undecided(each.found, null=float(each.is_ratio))
-            yield f"* {claim.name}, {each.what}: {pair} is undecided: {why}."
-
-    def _titles(self, each: Comparison) -> tuple[str, str]:
-        return self.systems[each.one].title, self.systems[each.other].title
 
     def _systems(self) -> Iterator[str]:
         titles = convention_titles(self.study)
@@ -307,6 +290,9 @@ class Page:
 
     def _rate(self, name: str) -> str:
         """Return the learning rate, which is chosen before a run of it is over."""
+        if self.study.design:
+            rates = [self.systems[name].flags["lr"] * rate for rate in self.study.rates_of(name)]
+            return f"{min(rates):.2g} to {max(rates):.2g}"
         edge = " (edge)" if name in self.plan.at_edge else ""
         factor = self.plan.factors.get(name)
         return f"{self.systems[name].flags['lr'] * factor:.2g}{edge}" if factor else "n/a"
@@ -316,19 +302,33 @@ class Page:
         return float(runs[runs["system"] == name]["tokens_per_second"].astype(float).median())
 
     def _losses(self) -> Iterator[str]:
+        about = (self.study, self.systems, self.tables)
         horizons = sorted(self.study.horizons)
         heads = [f"{horizon / 1e6:g}M tokens" for horizon in horizons]
-        yield from table("system", *heads, "seeds", "sd of seeds", "sd of evaluations")
+        last = ("runs", "best rate") if self.study.design else ("seeds", "sd of seeds")
+        yield from table("system", *heads, *last, "sd of evaluations")
+        found = {
+            (horizon, field): numbers(*about, horizon=horizon, field=field)
+            for horizon in horizons
+            for field in dict.fromkeys(map(loss_field, self.systems.values()))
+        }
         for name, system in self.systems.items():
             field = loss_field(system)
             cells = [self.tables.losses(name, horizon, field) for horizon in horizons]
-            last = [loss for loss in cells[-1].values() if math.isfinite(loss)]
-            spread = float(np.std(last, ddof=1)) if len(last) > 1 else math.nan
-            label = self._labelled(name)
+            means = [found[horizon, field].mean(name) for horizon in horizons]
+            at_end = found[horizons[-1], field]
             yield row(
-                label, *(mean_of(list(cell.values())) for cell in cells), seeds(cells),
-                number(spread), number(self.tables.last_noise(name, self.study.longest, field)),
+                self._labelled(name),
+                *(mean_of(mean, list(cell.values()))
+                  for mean, cell in zip(means, cells, strict=True)),
+                seeds(cells), self._best(at_end, name) if isinstance(at_end, Rates) else
+                number(deviation(cells[-1])),
+                number(self.tables.last_noise(name, self.study.longest, field)),
             )  # fmt: skip
+
+    def _best(self, found: Rates, name: str) -> str:
+        outside = " (outside)" if name in found.outside else ""
+        return number(self.systems[name].flags["lr"] * found.best(name)) + outside
 
     def _times(self) -> Iterator[str]:
         unit = self.times[0].what if self.times else TOKENS
@@ -377,15 +377,18 @@ class Page:
     def _crossing(self, name: str) -> str:
         field = loss_field(self.systems[name], self.systems[self.study.subject])
         horizons = sorted(self.study.horizons)
-        losses = [
-            [self.tables.losses(each, horizon, field) for horizon in horizons]
-            for each in (self.study.subject, name)
+        about = (self.study, self.systems, self.tables)
+        sides = [curves(*about, name=each, field=field) for each in (self.study.subject, name)]
+        whole = [
+            {seed: losses for seed, (_, losses) in side.items() if len(losses) == len(horizons)}
+            for side in sides
         ]
-        common = set.intersection(*(set(points) for side in losses for points in side))
+        common = whole[0].keys() & whole[1].keys()
         means = [
-            [plain_mean({seed: points[seed] for seed in common}) for points in side]
-            for side in losses
-        ]
+            [plain_mean({seed: side[seed][place] for seed in common})
+             for place in range(len(horizons))]
+            for side in whole
+        ]  # fmt: skip
         tokens_of = [self.tables.tokens(horizon) for horizon in horizons]
         found = crossings(means[0], means[1], tokens_of)
         if found:

@@ -227,7 +227,7 @@ def _by_system(study: dict[str, Any]) -> dict[str, Any]:
     """Return what may not change of a study, with the seeds of each system."""
     seeds = study["seeds"]
     kept = {name: value for name, value in study.items() if name not in MAY_CHANGE}
-    kept["seeds"] = {name: seeds.get(name, seeds.get(OTHERS)) for name in study["systems"]}
+    kept["seeds"] = {name: seeds.get(name, seeds.get(OTHERS, [])) for name in study["systems"]}
     return kept
 
 

@@ -1,12 +1,15 @@
-"""Statistics of a study: differences paired by seed, their intervals, and what n seeds can see.
+"""Statistics of a study: intervals of means, what n of them can see, and how comparisons end.
 
-With d_s the difference of two systems at seed s, n seeds, m and sd their mean and deviation:
+Losses are compared by spread.py and rates.py. What is measured in pairs, as times to a loss by seed
+and step times by round, with n pairs, m and sd the mean and deviation of their differences d_s:
 
     interval  m +- t(1 - alpha/2, n - 1) sd / sqrt(n), Student's
-    p         Student's paired test, two-sided; Holm's steps over the comparisons of a claim
-    visible   delta sd / sqrt(n), with P(T(n - 1, delta) > t(1 - alpha/2k, n - 1)) = power, T being
-              noncentral Student's and k the comparisons: the smallest true difference that n seeds
-              with this sd would find with this power at the first of Holm's steps
+    p         Student's, two-sided
+    visible   delta sd / sqrt(n), with P(T(df, delta) > t(1 - alpha/2k, df)) = power, T being
+              noncentral Student's: the smallest true difference that as many seeds with this sd
+              would find with this power; k is 1 in a claim of several comparisons, which is
+              confirmed at plain alpha, and else their number, for the first of Holm's steps
+    level     both one-sided tests, of more than -MARGIN and of less than MARGIN, reject (TOST)
 
 A sum of two independent means, as a ratio of tokens by seeds times one of step times by rounds is
 of logarithms, has Welch's interval, and so has a mean over seeds that answer the same questions:
@@ -16,7 +19,8 @@ of logarithms, has Welch's interval, and so has a mean over seeds that answer th
 With three seeds it covers 92 to 95 times in 100, least where the second error is a third of the
 first; with two, down to 87 times.
 
-docs/decisions/0079-intervals-of-a-study.md says why there is no bootstrap.
+docs/decisions/0079-intervals-of-a-study.md says why there is no bootstrap, 0082 why verdicts
+are as they are.
 """
 
 from __future__ import annotations
@@ -33,13 +37,15 @@ ALPHA = 0.05
 POWER = 0.8
 MOST_DF = 1e6  # as good as infinity
 ALIKE = 1e-14  # of the mean: a deviation that is rounding alone
+MARGIN = 0.03
+"""Nats that make no difference: two systems within them are level."""
 LEAST_FOR_VERDICT = 3  # seeds: two that agree by chance would be called significant
-CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
+CONFIRMED, REFUTED, UNDECIDED, LEVEL = "confirmed", "refuted", "undecided", "level"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One system minus another, over the seeds that both have."""
+    """One system minus another, or the mean of one."""
 
     mean: float
     low: float
@@ -47,12 +53,22 @@ class Difference:
     p: float
     """p-value of no difference; 1 if there are too few seeds."""
     n: int
+    """Seeds, of the one that has fewer."""
     sd: float
+    """The standard error times the root of n: of pairs, their deviation; of two systems that have
+    as many seeds, that of the difference of two runs."""
     df: float
     """Degrees of freedom of its interval."""
     visible: float | None = None
     """The smallest difference that as many seeds can see, infinite for one seed. It depends on how
     many comparisons a claim has: of `with_holm`, None before."""
+    holm: float = 1.0
+    """p after Holm's steps over the comparisons of a claim: of `with_holm`, 1 before."""
+
+    @property
+    def error(self) -> float:
+        """The standard error."""
+        return self.sd / math.sqrt(self.n) if self.n else math.nan
 
 
 def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
@@ -62,27 +78,18 @@ def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
     n = len(values)
     if n == 0 or not np.isfinite(values).all():
         mean = math.nan if n == 0 else float(np.mean(values))
-        return _unknown(mean, n)
+        return unknown(mean, n)
     mean = float(np.mean(values))
     if n == 1:
-        return _unknown(mean, n)
+        return unknown(mean, n)
     sd = float(np.std(values, ddof=1))
-    if sd <= ALIKE * abs(mean):
-        return Difference(mean=mean, low=mean, high=mean, p=float(mean == 0), n=n, sd=0, df=n - 1)
-    test = stats.ttest_1samp(values, 0.0)
-    low, high = map(float, test.confidence_interval(1 - ALPHA))
-    return Difference(mean=mean, low=low, high=high, p=float(test.pvalue), n=n, sd=sd, df=n - 1)
+    error = sd / math.sqrt(n) if sd > ALIKE * abs(mean) else 0.0
+    return of_error(mean, error, df=n - 1, n=n)
 
 
-def _unknown(mean: float, n: int) -> Difference:
+def unknown(mean: float, n: int) -> Difference:
+    """Return a mean of which nothing else is known."""
     return Difference(mean=mean, low=-math.inf, high=math.inf, p=1.0, n=n, sd=math.nan, df=math.nan)
-
-
-def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Return Student's interval of the mean of two or more values."""
-    array = np.asarray(values, dtype=np.float64)
-    half = stats.t.ppf(1 - ALPHA / 2, len(array) - 1) * stats.sem(array)
-    return float(array.mean() - half), float(array.mean() + half)
 
 
 def visible(found: Difference, *, comparisons: int = 1) -> float:
@@ -94,15 +101,15 @@ def visible(found: Difference, *, comparisons: int = 1) -> float:
     shift = optimize.brentq(
         lambda shift: stats.nct.sf(critical, found.df, shift) - POWER, 0, 10 * critical
     )
-    return float(shift * found.sd / math.sqrt(found.n))
+    return float(shift * found.error)
 
 
 def plus(one: Difference, other: Difference) -> Difference:
     """Return the sum of two independent means; `n` is that of `one`, and `sd` as if of as many."""
     if not math.isfinite(other.high - other.low):
-        return _unknown(one.mean + other.mean, one.n)
+        return unknown(one.mean + other.mean, one.n)
     moved = replace(one, mean=one.mean + other.mean)
-    return with_error(moved, other.sd / math.sqrt(other.n), df=other.df)
+    return with_error(moved, other.error, df=other.df)
 
 
 def with_error(found: Difference, error: float, *, df: float = math.inf) -> Difference:
@@ -113,16 +120,28 @@ def with_error(found: Difference, error: float, *, df: float = math.inf) -> Diff
         df: its degrees of freedom.
     """
     if not math.isfinite(found.high - found.low + error):
-        return _unknown(found.mean, found.n)
+        return unknown(found.mean, found.n)
     mean, n = found.mean, found.n
-    parts = [(found.sd**2 / n, found.df), (error**2, df)]
-    whole = math.sqrt(sum(square for square, _ in parts))
-    if whole == 0:
-        return replace(found, low=mean, high=mean, p=float(mean == 0))
-    spread = sum(square**2 / df for square, df in parts)
-    df = min(MOST_DF, whole**4 / spread) if spread else MOST_DF
-    half, sd = float(stats.t.ppf(1 - ALPHA / 2, df)) * whole, whole * math.sqrt(n)
-    p = float(2 * stats.t.sf(abs(mean) / whole, df))
+    parts = [(found.error, found.df), (error, df)]
+    return of_error(mean, math.hypot(found.error, error), df=welch(parts), n=n)
+
+
+def welch(parts: Sequence[tuple[float, float]]) -> float:
+    """Return degrees of freedom of a sum whose parts have these standard errors and degrees."""
+    spread = sum(error**4 / df for error, df in parts if error > 0)
+    whole = sum(error**2 for error, _ in parts) ** 2
+    return min(MOST_DF, whole / spread) if spread else MOST_DF
+
+
+def of_error(mean: float, error: float, *, df: float, n: int, alpha: float = ALPHA) -> Difference:
+    """Return a mean with its standard error; one that is not finite leaves nothing to decide."""
+    if not math.isfinite(mean + error):
+        return unknown(mean, n)
+    sd = error * math.sqrt(n)
+    if error == 0:
+        return Difference(mean=mean, low=mean, high=mean, p=float(mean == 0), n=n, sd=0, df=df)
+    half = float(stats.t.ppf(1 - alpha / 2, df)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, df))
     return Difference(mean=mean, low=mean - half, high=mean + half, p=p, n=n, sd=sd, df=df)
 
 
@@ -136,18 +155,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in result]
 
 
-def with_holm[K](differences: Mapping[K, Difference]) -> dict[K, Difference]:
+def with_holm[K](
+    differences: Mapping[K, Difference], *, is_conjunction: bool = True
+) -> dict[K, Difference]:
     """Return the comparisons of one claim with p-values that hold for all of them together, and
-    with what is visible to the first of Holm's steps."""
+    with what is visible: at plain alpha if the claim is that all hold, else at Holm's first step.
+    """
     adjusted = holm([each.p for each in differences.values()])
+    count = 1 if is_conjunction else len(differences)
     return {
-        name: replace(each, p=p, visible=visible(each, comparisons=len(differences)))
+        name: replace(each, holm=p, visible=visible(each, comparisons=count))
         for (name, each), p in zip(differences.items(), adjusted, strict=True)
     }
 
 
 def verdict(difference: Difference, *, null: float = 0.0) -> str:
-    """Return what a claim of less than `null` ends as; the p-value is Holm's already.
+    """Return what a claim of less than `null` ends as, by p itself.
 
     Fewer than three seeds leave it undecided, whatever they say.
     """
@@ -156,16 +179,56 @@ def verdict(difference: Difference, *, null: float = 0.0) -> str:
     return CONFIRMED if difference.high < null else REFUTED
 
 
+def verdicts[K](
+    differences: Mapping[K, Difference],
+    *,
+    null: float = 0.0,
+    is_conjunction: bool = True,
+    margin: float = 0.0,
+) -> dict[K, str]:
+    """Return how each of `with_holm`'s comparisons ends.
+
+    That all hold is an intersection-union test: each at plain alpha, and then each is confirmed. If
+    not all do, those that hold, or are the other way, are told by Holm's steps.
+
+    Args:
+        margin: within which two are level, where less is not shown; 0: never.
+    """
+    plain = {name: verdict(each, null=null) for name, each in differences.items()}
+    if is_conjunction and set(plain.values()) == {CONFIRMED}:
+        return plain
+    return {
+        name: _or_level(verdict(replace(each, p=each.holm), null=null), each, margin)
+        for name, each in differences.items()
+    }
+
+
+def _or_level(said: str, difference: Difference, margin: float) -> str:
+    is_level = difference.n >= LEAST_FOR_VERDICT and level(difference, margin=margin) < ALPHA
+    return LEVEL if said == UNDECIDED and is_level else said
+
+
+def level(difference: Difference, *, margin: float = MARGIN) -> float:
+    """Return the p-value of a difference of `margin` or more, either way: two one-sided tests."""
+    if not math.isfinite(difference.error):
+        return 1.0
+    room = margin - abs(difference.mean)
+    if difference.error == 0:
+        return float(room <= 0)
+    return float(stats.t.sf(room / difference.error, difference.df))
+
+
 def why_undecided(difference: Difference, *, null: float = 0.0) -> str:
-    """Return in words why `verdict` leaves a claim undecided."""
+    """Return in words why `verdicts` leaves a comparison undecided."""
     if difference.n < LEAST_FOR_VERDICT:
-        return f"{difference.n} of the {LEAST_FOR_VERDICT} seeds in common that a verdict takes"
+        return f"{difference.n} of the {LEAST_FOR_VERDICT} seeds that a verdict takes"
     if not math.isfinite(difference.high):
         return "no interval, as something is not finite or not known"
     if difference.low <= null <= difference.high:
         return f"the 95 % interval holds {null:g}"
     return (
-        f"p is {difference.p:.3g} after Holm; the interval of this pair alone leaves out {null:g}"
+        f"p is {difference.holm:.3g} after Holm, as not all of its claim hold; the interval of "
+        f"this pair alone leaves out {null:g}"
     )
 
 
@@ -173,7 +236,9 @@ def verdict_of_all(verdicts: Sequence[str]) -> str:
     """Return the verdict on a claim of several comparisons: each must hold, and one can refute."""
     if REFUTED in verdicts:
         return REFUTED
-    return CONFIRMED if verdicts and set(verdicts) == {CONFIRMED} else UNDECIDED
+    if not verdicts or UNDECIDED in verdicts:
+        return UNDECIDED
+    return LEVEL if LEVEL in verdicts else CONFIRMED
 
 
 def cost_to_reach(costs: Sequence[float], losses: Sequence[float], target: float) -> float:

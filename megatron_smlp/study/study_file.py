@@ -16,6 +16,8 @@ from megatron_smlp.flags.yaml_file import load_strictly, spelling
 
 OTHERS = "others"
 """The key that stands for every system which a mapping does not name."""
+LEAST_RATES = 3
+"""Of a system in a design, for a parabola whose curvature is that of all systems."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -133,6 +135,16 @@ class Tuning:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Design:
+    """Whole runs at several rates, each with a seed of its own, in place of trials and seeds."""
+
+    lr: dict[str, tuple[float, ...]] = key(_by_system(_list(_positive)))
+    """Multiples of the --lr of a system's file."""
+    seeds: tuple[int, ...] = key(_list(_whole))
+    """One for each rate, in their order; the same for all systems."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Speed:
     """Timing apart from the training, on a quiet machine."""
 
@@ -172,8 +184,10 @@ class Study:
     """Share of a horizon in which its learning rate decays."""
     evaluations: int = key(_whole, 5)
     """Evaluations in the shortest horizon; they keep this distance to the end."""
-    seeds: dict[str, tuple[int, ...]] = key(_by_system(_list(_whole)))
+    seeds: dict[str, tuple[int, ...]] = key(_by_system(_list(_whole)), {})
     tuning: Tuning | None = key(lambda value: _read(Tuning, value), None)
+    design: Design | None = key(lambda value: _read(Design, value), None)
+    """In place of tuning and seeds."""
     subject: str = key(_text)
     """The system whose claims are tested."""
     paper: bool = key(_yes_or_no, False)
@@ -182,6 +196,8 @@ class Study:
     """What tables and figures call a system, where that is not its name."""
     ablations: tuple[tuple[str, str], ...] = key(_list(_pair), ())
     """Pairs of a system with and without something: for claim C5 where it is a MoE of sMLP."""
+    primary: tuple[str, str] | None = key(_pair, None)
+    """The one comparison that is looked at with alpha of its own: a system and its rival."""
     speed: Speed = key(lambda value: _read(Speed, value), Speed())
     cluster: Cluster | None = key(lambda value: _read(Cluster, value), None)
     flops_tolerance: float = key(_share, 0.03)
@@ -190,7 +206,13 @@ class Study:
     """The same with causal products as triangles."""
 
     def seeds_of(self, system: str) -> tuple[int, ...]:
-        return _of_system(self.seeds, system)
+        return self.design.seeds if self.design else _of_system(self.seeds, system)
+
+    def rates_of(self, system: str) -> tuple[float | None, ...]:
+        """Return the multiple of the rate for each of `seeds_of`; None: what the tuning chooses."""
+        if self.design:
+            return _of_system(self.design.lr, system)
+        return (None,) * len(self.seeds_of(system))
 
     @property
     def longest(self) -> int:
@@ -252,10 +274,12 @@ def _check(study: Study) -> None:
     named += [name for name in study.seeds if name != OTHERS]
     tuning = study.tuning
     named += [name for name in tuning.lr if name != OTHERS] if tuning else []
-    named += [*study.variants, *study.titles]
+    named += [*study.variants, *study.titles, *(study.primary or ())]
+    named += [name for name in study.design.lr if name != OTHERS] if study.design else []
     for name in named:
         if name not in study.systems:
             raise ValueError(f"{name!r} is none of the systems: {', '.join(study.systems)}")
+    _check_design(study)
     if tuning and tuning.horizon > study.longest:
         raise ValueError(
             f"tuning: horizon: {tuning.horizon:,} tokens are more than the longest of horizons, "
@@ -272,3 +296,22 @@ def _check(study: Study) -> None:
             )
         if tuning and not tuning.factors(system):
             raise ValueError(f"tuning: lr: none for {system!r}: name it, or {OTHERS!r}")
+
+
+def _check_design(study: Study) -> None:
+    if study.design is None:
+        return
+    if study.tuning or study.seeds:
+        raise ValueError("design: it is in place of tuning and seeds: remove those, or it.")
+    count = len(study.design.seeds)
+    for system in study.systems:
+        rates = study.rates_of(system)
+        if len(rates) != count:
+            raise ValueError(
+                f"design: lr: {len(rates)} rates for {system!r} and {count} seeds: give each rate "
+                "a seed of its own."
+            )
+    if count < LEAST_RATES:
+        raise ValueError(
+            f"design: lr: {count} rates: a parabola takes {LEAST_RATES}: give as many, or more."
+        )

@@ -130,6 +130,14 @@ class Tables:
             if line["status"] in (DONE, DIVERGED)
         }
 
+    def points(self, system: str, horizon: int, field: str) -> list[tuple[float, float]]:
+        """Return the multiple of a system's rate and the final loss of each run, as `losses`."""
+        runs = self.converged
+        lines = runs[(runs["system"] == system) & (runs["horizon"] == horizon)]
+        losses = self.losses(system, horizon, field)
+        return [(float(line["factor"]), losses[line["seed"]])
+                for _, line in lines.iterrows() if line["seed"] in losses]  # fmt: skip
+
     def curve(self, system: str, seed: int, field: str) -> tuple[list[float], list[float]]:
         """Return the tokens of each horizon's run and the losses of one seed, ascending."""
         runs = self.converged
@@ -154,15 +162,19 @@ class Tables:
         diverged, in words."""
         return tuple(self._gaps(study, set(systems)))
 
+    def lacking(self, study: Study, system: str) -> list[int]:
+        """Return the seeds that are planned of a system and have no end yet."""
+        found = self.losses(system, study.longest, VALIDATION_LOSS)
+        return [seed for seed in study.seeds_of(system) if seed not in found]
+
     def _gaps(self, study: Study, systems: set[str]) -> Iterator[str]:
         for system in study.systems:
             if system not in systems:
                 continue
             found = self.losses(system, study.longest, VALIDATION_LOSS)
             title = study.titles.get(system, system)
-            missing = [str(seed) for seed in study.seeds_of(system) if seed not in found]
-            if missing:
-                yield f"{title}: seed {', '.join(missing)} is missing"
+            if missing := self.lacking(study, system):
+                yield f"{title}: seed {', '.join(map(str, missing))} is missing"
             diverged = [str(seed) for seed, loss in found.items() if math.isinf(loss)]
             if diverged:
                 yield f"{title}: seed {', '.join(diverged)} diverged"

@@ -1,26 +1,29 @@
-"""The claims that a study tests, each by comparisons paired by seed, and how each of them ends."""
+"""The claims that a study tests, each by comparisons of systems, and how each of them ends."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
+from megatron_smlp.study.looks import Look, look, looks
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
+from megatron_smlp.study.numbers import curves, numbers
 from megatron_smlp.study.results import TASK
+from megatron_smlp.study.spread import Spread
 from megatron_smlp.study.statistics import (
+    ALPHA,
+    MARGIN,
     UNDECIDED,
     Difference,
     cost_to_reach,
     exponential,
     is_upper_bound,
     log_ratio,
-    paired,
     plus,
-    verdict,
     verdict_of_all,
+    verdicts,
     with_error,
     with_holm,
 )
@@ -90,7 +93,9 @@ def claims_of(study: Study, systems: Mapping[str, System], tables: Tables) -> li
 def others_of(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
     """Return the study's pairs that are of no claim, with a verdict on each and none on all."""
     pairs = [pair for pair in study.ablations if not _is_of_a_part(study, systems, pair)]
-    found = _claim_of_losses(study, systems, tables, pairs, name="other", text="")
+    found = _claim_of_losses(
+        study, systems, tables, pairs, name="other", text="", is_conjunction=False
+    )
     return replace(found, verdict="")
 
 
@@ -139,16 +144,17 @@ def _claim_of_losses(
     *,
     name: str,
     text: str,
+    is_conjunction: bool = True,
 ) -> Claim:
     found: dict[tuple[str, str], tuple[str, Difference]] = {}
     for one, other in pairs:
         field = loss_field(systems[one], systems[other])
-        sides = [tables.losses(side, study.longest, field) for side in (one, other)]
-        found[one, other] = (field, paired(*sides))
+        at_end = numbers(study, systems, tables, horizon=study.longest, field=field)
+        found[one, other] = (field, at_end.difference(one, other))
     names = {VALIDATION_LOSS: "loss", SUFFIX_LOSS: "loss behind the prefix"}
     return _claim(
         {pair: (names[field], difference) for pair, (field, difference) in found.items()},
-        null=0.0, name=name, text=text,
+        null=0.0, name=name, text=text, is_conjunction=is_conjunction, margin=MARGIN,
         notes=tables.gaps(study, [name for pair in found for name in pair]),
     )  # fmt: skip
 
@@ -166,16 +172,21 @@ def _claim(
     name: str,
     text: str,
     notes: tuple[str, ...] = (),
+    is_conjunction: bool = True,
+    margin: float = 0.0,
 ) -> Claim:
     """Make a claim of comparisons in which less is better."""
-    adjusted = with_holm({pair: each for pair, (_, each) in found.items()})
+    adjusted = with_holm(
+        {pair: each for pair, (_, each) in found.items()}, is_conjunction=is_conjunction
+    )
+    said = verdicts(adjusted, null=null, is_conjunction=is_conjunction, margin=margin)
     comparisons = tuple(
         Comparison(
             one=pair[0],
             other=pair[1],
             what=found[pair][0],
             found=difference,
-            verdict=verdict(difference, null=null),
+            verdict=said[pair],
         )
         for pair, difference in adjusted.items()
     )
@@ -186,18 +197,12 @@ def _claim(
 def _best_moe(study: Study, systems: Mapping[str, System], tables: Tables) -> str | None:
     """Return the sparse Transformer with the lowest mean loss at the longest horizon, of those with
     the most seeds: the one seed of another may be its luckiest."""
-    found = {
-        name: losses
-        for name, system in systems.items()
-        if system.kind == "moe" and (losses := tables.losses(name, study.longest, VALIDATION_LOSS))
-    }
-    most = max(map(len, found.values()), default=0)
-    whole = {name: losses for name, losses in found.items() if len(losses) == most}
-    common = set.intersection(*map(set, whole.values())) if whole else set()
-    return min(
-        whole, default=None,
-        key=lambda name: np.mean([whole[name][seed] for seed in common or whole[name]]),
-    )  # fmt: skip
+    at_end = numbers(study, systems, tables, horizon=study.longest, field=VALIDATION_LOSS)
+    names = [name for name, system in systems.items() if system.kind == "moe"]
+    found = {name: mean for name in names if (mean := at_end.mean(name)).n}
+    most = max((mean.n for mean in found.values()), default=0)
+    whole = [name for name, mean in found.items() if mean.n == most]
+    return min(whole, default=None, key=lambda name: found[name].mean)
 
 
 def _less_time(study: Study, systems: Mapping[str, System], tables: Tables) -> Claim:
@@ -251,8 +256,10 @@ def cost_ratio(
     field = loss_field(systems[one], systems[other])
     end = tables.tokens(study.longest)
     reached, is_bound = {}, False
-    for seed, target in tables.losses(other, study.longest, field).items():
-        tokens, losses = tables.curve(one, seed, field)
+    sides = [curves(study, systems, tables, name=name, field=field) for name in pair]
+    for seed in sides[0].keys() & sides[1].keys():
+        (tokens, losses), (until, ends) = (side[seed] for side in sides)
+        target = ends[-1] if until and until[-1] == end else math.nan
         if math.isfinite(target) and end in tokens:
             reached[seed] = cost_to_reach(tokens, losses, target)
             is_bound |= is_upper_bound(losses, target)
@@ -298,7 +305,8 @@ def _better_at_tasks(study: Study, systems: Mapping[str, System], tables: Tables
 
 def _fewer_wrong(tables: Tables, one: str, other: str) -> Difference:
     tasks = tables.common_tasks(one, other)
-    found = paired(*(tables.wrong_answers(system, tasks) for system in (one, other)))
+    shares = {name: list(tables.wrong_answers(name, tasks).values()) for name in (one, other)}
+    found = Spread.of(shares).difference(one, other)
     return with_error(found, tables.questions_error(tasks, one, other))
 
 
@@ -315,3 +323,22 @@ def _faster_steps(study: Study, systems: Mapping[str, System], tables: Tables) -
     }
     notes = () if found else ("no quiet timing: tools/study.py run --speed",)
     return _claim(found, null=1.0, name="C3", text=text, notes=notes)
+
+
+def primary_looks(study: Study, systems: Mapping[str, System], tables: Tables) -> list[Look]:
+    """Return the looks at the study's primary comparison; a design is looked at once, whole."""
+    assert study.primary is not None
+    field = loss_field(*(systems[name] for name in study.primary))
+    if study.design is None:
+        return looks(*(_in_order(study, tables, name, field) for name in study.primary))
+    at_end = numbers(study, systems, tables, horizon=study.longest, field=field)
+    is_whole = not any(tables.lacking(study, name) for name in study.primary)
+    found = at_end.difference(*study.primary)
+    return [look(found, alpha=ALPHA, spent=ALPHA)] if is_whole else []
+
+
+def _in_order(study: Study, tables: Tables, name: str, field: str) -> list[float]:
+    """Return the losses of a system's seeds, to before the first that is missing."""
+    losses = tables.losses(name, study.longest, field)
+    there = itertools.takewhile(losses.__contains__, study.seeds_of(name))
+    return [losses[seed] for seed in there]

@@ -24,6 +24,9 @@ def test_every_study_of_the_project_is_fair(path: Path):
     assert list(systems) == list(study.systems)
 
 
+DESIGN = {"lr": [0.5, 1, 2], "seeds": [1, 2, 3]}
+
+
 @pytest.mark.parametrize(
     ("text", "number"), [(500000, 500000), ("1.2M", 1200000), ("30K", 30000), ("2B", 2 * 10**9)]
 )
@@ -35,7 +38,12 @@ def test_tokens(text: Any, number: int):
     ("changes", "message"),
     [
         ({"horizon": [1]}, "unknown key 'horizon': did you mean horizons?"),
-        ({"seeds": None}, "seeds missing"),
+        ({"seeds": None}, "seeds: none for 'transformer'"),
+        ({"primary": ["smlp_deterministic", "gmlp"]}, "'gmlp' is none of the systems"),
+        ({"design": DESIGN}, "in place of tuning and seeds"),
+        ({"seeds": None, "design": DESIGN | {"seeds": [1, 2]}}, "3 rates for .* and 2 seeds"),
+        ({"seeds": None, "design": {"lr": [1, 2], "seeds": [1, 2]}}, "a parabola takes 3"),
+        ({"seeds": None, "design": DESIGN | {"lr": {"switch": [1, 2, 4]}}}, "0 rates for 'trans"),
         ({"seeds": [11, 11]}, "an item is there twice"),
         ({"horizons": ["12 miles"]}, "give a number of tokens"),
         ({"subject": "gmlp"}, "'gmlp' is none of the systems"),

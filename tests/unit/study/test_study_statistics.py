@@ -1,13 +1,16 @@
 """Statistics on curves with a known answer, and against scipy."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from megatron_smlp.study.spread import Spread
 from megatron_smlp.study.statistics import (
     CONFIRMED,
+    LEVEL,
     REFUTED,
     UNDECIDED,
     Difference,
@@ -15,13 +18,14 @@ from megatron_smlp.study.statistics import (
     crossings,
     exponential,
     holm,
-    interval,
     is_upper_bound,
+    level,
     log_ratio,
     paired,
     plus,
     verdict,
     verdict_of_all,
+    verdicts,
     visible,
     with_error,
     with_holm,
@@ -72,17 +76,11 @@ class TestPairedDifference:
         assert found.p == pytest.approx(test.pvalue)
         assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
 
-    @pytest.mark.parametrize("n", [2, 3, 5, 20])
-    def test_an_interval_agrees_with_its_p_value(self, n: int):
-        values = np.random.default_rng(n).normal(0.4, 0.5, size=n)
-        found = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-        assert interval(values) == pytest.approx(tuple(found))
-
     def test_an_interval_covers_as_often_as_it_says(self):
         """Of five values scipy's BCa bootstrap covers the mean some 83 times in 100 only."""
         rng = np.random.default_rng(3)
-        samples = [interval(rng.normal(size=5)) for _ in range(1000)]
-        assert 0.93 < np.mean([low < 0 < high for low, high in samples]) < 0.97
+        found = [_difference(rng.normal(size=5)) for _ in range(1000)]
+        assert 0.93 < np.mean([each.low < 0 < each.high for each in found]) < 0.97
 
     def test_only_common_seeds_count(self):
         assert paired({1: 1.0, 2: 2.0, 3: 3.0}, {2: 1.0, 3: 1.0, 4: 9.0}).n == 2
@@ -122,7 +120,8 @@ class TestPairedDifference:
         0.77 for three seeds and one comparison, and 0.19 for seven."""
         rng, sd = np.random.default_rng(100 * n + comparisons), 0.01
         one = Difference(mean=-1, low=-2, high=0, p=0.01, n=n, sd=sd, df=n - 1)
-        gap = next(iter(with_holm(dict.fromkeys(range(comparisons), one)).values())).visible
+        each = with_holm(dict.fromkeys(range(comparisons), one), is_conjunction=False)
+        gap = each[0].visible
         values = rng.normal(-gap, sd, size=(100_000, n))
         p = stats.ttest_1samp(values, 0.0, axis=1, alternative="two-sided").pvalue
         power = np.mean((p * comparisons < 0.05) & (values.mean(axis=1) < 0))
@@ -139,11 +138,88 @@ class TestHolm:
     def test_one_p_value_stays(self):
         assert holm([0.02]) == [0.02]
 
-    def test_a_claim_of_many_comparisons_needs_more(self):
+    def test_pairs_of_no_claim_need_more_the_more_there_are(self):
         one = Difference(mean=-1, low=-1.5, high=-0.5, p=0.03, n=3, sd=0.1, df=2)
-        assert verdict(one) == CONFIRMED
-        both = with_holm({"a": one, "b": one})
-        assert [verdict(each) for each in both.values()] == [UNDECIDED] * 2
+        for count, said in ((1, CONFIRMED), (2, UNDECIDED)):
+            both = with_holm(dict.fromkeys(range(count), one), is_conjunction=False)
+            assert set(verdicts(both, is_conjunction=False).values()) == {said}
+
+
+def difference(mean: float, *, p: float, sd: float = 0.02) -> Difference:
+    """As of three seeds, with this p."""
+    half = 1.1 * abs(mean) if p >= 0.05 else 0.9 * abs(mean)
+    return Difference(mean=mean, low=mean - half, high=mean + half, p=p, n=3, sd=sd, df=16)
+
+
+class TestConjunction:
+    """Less than all of them: each at plain alpha, and Holm's steps for anything else."""
+
+    def test_all_at_plain_alpha_confirm_it(self):
+        found = with_holm({name: difference(-0.1, p=0.04) for name in "abc"})
+        assert min(each.holm for each in found.values()) > 0.05
+        assert set(verdicts(found).values()) == {CONFIRMED}
+        assert [each.visible for each in found.values()] == [visible(found["a"])] * 3
+
+    def test_one_that_fails_leaves_the_others_to_holm(self):
+        found = with_holm({
+            "a": difference(-0.1, p=0.04), "b": difference(-0.1, p=0.6, sd=0.1),
+            "c": difference(-0.1, p=0.001),
+        })  # fmt: skip
+        assert verdicts(found) == {"a": UNDECIDED, "b": UNDECIDED, "c": CONFIRMED}
+
+    def test_a_refutation_takes_holm(self):
+        one = {"a": difference(0.1, p=0.04), "b": difference(-0.1, p=0.6, sd=0.1)}
+        assert verdicts(with_holm(one))["a"] == UNDECIDED
+        assert verdicts(with_holm({"a": one["a"]}))["a"] == REFUTED
+
+    def test_it_is_confirmed_falsely_no_more_often_than_alpha(self):
+        """One of three is level in truth and the others are far behind, where it is most often;
+        all level in truth, hardly ever."""
+        rng = np.random.default_rng(11)
+        rates = {}
+        for behind in (0.0, 0.2):
+            said = []
+            for _ in range(400):
+                losses = rng.normal(size=(4, 3)) * 0.012
+                losses[2:] += behind
+                spread = Spread.of(dict(zip("abcd", losses.tolist(), strict=True)))
+                found = with_holm({name: spread.difference("a", name) for name in "bcd"})
+                said.append(verdict_of_all(list(verdicts(found).values())))
+            rates[behind] = said.count(CONFIRMED) / len(said)
+        assert rates[0.0] < 0.015
+        assert 0.005 < rates[0.2] < 0.06
+
+
+class TestLevel:
+    def test_against_scipys_one_sided_tests(self):
+        one, other = [4.0, 4.011, 3.994], [4.003, 3.998, 4.008]
+        found = Spread.of({"a": one, "b": other}).difference("a", "b")
+        sides = [
+            stats.ttest_ind(np.add(one, shift), other, alternative=way).pvalue
+            for shift, way in ((0.03, "greater"), (-0.03, "less"))
+        ]
+        assert level(found) == pytest.approx(max(sides))
+
+    @pytest.mark.parametrize(("gap", "low", "high"), [(0.0, 0.9, 1.0), (0.03, 0.02, 0.08)])
+    def test_how_often_two_are_called_level(self, gap: float, low: float, high: float):
+        """Nearly always where they are, with eight seeds; as often as alpha at the margin."""
+        rng = np.random.default_rng(5)
+        samples = rng.normal(0, 0.013, size=(500, 2, 8)) + np.array([[gap], [0.0]])
+        found = [level(Spread.of(dict(zip("ab", pair, strict=True))).difference("a", "b")) < 0.05
+                 for pair in samples.tolist()]  # fmt: skip
+        assert low <= np.mean(found) <= high
+
+    def test_less_is_more_than_level(self):
+        """A difference that is seen is told, though it is within the margin."""
+        near = with_holm({"a": difference(-0.005, p=0.01, sd=0.002)})
+        assert verdicts(near, margin=0.03) == {"a": CONFIRMED}
+        unseen = with_holm({"a": difference(-0.005, p=0.3, sd=0.005)})
+        assert verdicts(unseen, margin=0.03) == {"a": LEVEL}
+        assert verdicts(unseen) == {"a": UNDECIDED}
+
+    def test_two_seeds_are_not_level_however_alike(self):
+        found = with_holm({"a": replace(difference(-0.005, p=0.3, sd=0.005), n=2)})
+        assert verdicts(found, margin=0.03) == {"a": UNDECIDED}
 
 
 class TestVerdictOfAClaim:
@@ -153,6 +229,8 @@ class TestVerdictOfAClaim:
             ([CONFIRMED, CONFIRMED], CONFIRMED),
             ([CONFIRMED, UNDECIDED], UNDECIDED),
             ([CONFIRMED, REFUTED, UNDECIDED], REFUTED),
+            ([CONFIRMED, LEVEL], LEVEL),
+            ([LEVEL, UNDECIDED], UNDECIDED),
             ([], UNDECIDED),
         ],
     )

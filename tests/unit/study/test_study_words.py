@@ -67,13 +67,12 @@ def test_the_file_is_named_where_it_is(tmp_path: Path):
 
 
 def test_it_is_said_why_something_is_undecided(tmp_path: Path):
-    wobble = {11: 0.01, 12: -0.01, 13: 0.0}
+    wobble = {11: 0.03, 12: -0.03, 13: 0.0}
 
     def loss_of(run: PlannedRun) -> float:
-        """Switch is level; the others are behind, by a p of 0.04 and of more with Holm's steps."""
-        behind = {"switch": 0.0, "transformer": 0.0285, "hash": 0.0285, "smlp_deterministic": 0.0}
-        own = 0.0 if run.system == "smlp_deterministic" else wobble[run.seed]
-        return 5.0 + behind[run.system] + own
+        """Switch is as good; the others are behind, with p below 0.05 but for Holm's steps."""
+        behind = {"switch": 0.0, "transformer": 0.065, "hash": 0.065, "smlp_deterministic": 0.0}
+        return 5.0 + behind[run.system] + wobble[run.seed]
 
     seeds = {"hash": [11, 12], "others": [11, 12, 13]}
     systems = ["switch", "transformer", "hash", "smlp_deterministic"]
@@ -81,10 +80,10 @@ def test_it_is_said_why_something_is_undecided(tmp_path: Path):
     said = [line for line in lines if line.startswith("* C1, loss: ")]
     assert said == [
         "* C1, loss: smlp_deterministic - switch is undecided: the 95 % interval holds 0.",
-        "* C1, loss: smlp_deterministic - transformer is undecided: p is 0.116 after Holm; the "
-        "interval of this pair alone leaves out 0.",
-        "* C1, loss: smlp_deterministic - hash is undecided: 2 of the 3 seeds in common that a "
-        "verdict takes.",
+        "* C1, loss: smlp_deterministic - transformer is undecided: p is 0.126 after Holm, as not "
+        "all of its claim hold; the interval of this pair alone leaves out 0.",
+        "* C1, loss: smlp_deterministic - hash is undecided: 2 of the 3 seeds that a verdict "
+        "takes.",
     ]
 
 

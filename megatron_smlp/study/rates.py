@@ -1,0 +1,123 @@
+"""Losses of runs at several rates, each with a seed of its own: a parabola for each system.
+
+    loss = a_i + b_i x + c x^2 + e,    x = log2(rate / the rate of system i's file)
+
+with one curvature c for all systems. The number of a system is the minimum, at x = -b_i / 2c,
+
+    m_i = a_i - b_i^2 / 4c,    dm_i/da_i = 1,  dm_i/db_i = -b_i / 2c,  dm_i/dc = b_i^2 / 4c^2
+
+whose error, and that of differences, follow from these and the covariance of the least squares,
+with as many degrees of freedom as there are runs over coefficients. The choice of the rate is so in
+the interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_smlp.plotting.series import Floats
+from megatron_smlp.study.statistics import Difference, of_error, unknown
+from megatron_smlp.study.study_file import LEAST_RATES
+
+Point = tuple[float, float]
+"""A multiple of the rate of a system's file, and the loss at it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """The minima of some systems at one horizon."""
+
+    points: Mapping[str, Sequence[Point]]
+    """Of systems with LEAST_RATES finite losses and more; the others are in none of the fits."""
+    curvature: float
+    """In nats per octave squared; a minimum takes more than 0."""
+    sd: float
+    """Of a run around its parabola; NaN where no degree of freedom is left."""
+    df: int
+    solution: Floats
+    """<float64>[2 systems + 1]: each system's a and b, then c."""
+    inverse: Floats
+    """The covariance of the solution over sd squared."""
+
+    @classmethod
+    def of(cls, groups: Mapping[str, Sequence[Point]]) -> Rates:
+        """Fit all systems at once; losses that are not finite are left out."""
+        finite = {
+            name: [point for point in points if math.isfinite(point[1])]
+            for name, points in groups.items()
+        }
+        points = {name: own for name, own in finite.items() if len(own) >= LEAST_RATES}
+        rows, losses = _equations(points)
+        size = 2 * len(points) + 1
+        solution, *_ = np.linalg.lstsq(rows, losses) if points else (np.full(size, math.nan),)
+        inverse = np.linalg.pinv(rows.T @ rows)
+        df = len(losses) - size
+        squares = float(((losses - rows @ solution) ** 2).sum())
+        sd = math.sqrt(squares / df) if df > 0 else math.nan
+        return cls(
+            points=points, curvature=float(solution[-1]), sd=sd, df=max(0, df),
+            solution=solution, inverse=inverse,
+        )  # fmt: skip
+
+    @property
+    def outside(self) -> list[str]:
+        """Return the systems whose best rate lies outside of those that were trained at."""
+        return [
+            name
+            for name, points in self.points.items()
+            if not min(rate for rate, _ in points) <= self.best(name) <= max(r for r, _ in points)
+        ]
+
+    def best(self, name: str) -> float:
+        """Return the fitted best multiple of the rate of a system's file; NaN: there is none."""
+        if name not in self.points or self.curvature <= 0:
+            return math.nan
+        exponent = -self.solution[self._place(name) + 1] / (2 * self.curvature)
+        return float(2 ** np.clip(exponent, -99, 99))
+
+    def mean(self, name: str) -> Difference:
+        """Return a system's fitted minimum."""
+        return self._weighted({name: 1})
+
+    def difference(self, one: str, other: str) -> Difference:
+        """Return `one` minus `other`; its `n` is the runs of the system that has fewer."""
+        return self._weighted({one: 1, other: -1})
+
+    def _weighted(self, weights: Mapping[str, int]) -> Difference:
+        n = min(len(self.points.get(name, ())) for name in weights)
+        if n == 0 or self.curvature <= 0:
+            return unknown(math.nan, n)
+        gradient = sum(weight * self._gradient(name) for name, weight in weights.items())
+        mean = sum(weight * self._minimum(name) for name, weight in weights.items())
+        error = self.sd * math.sqrt(float(gradient @ self.inverse @ gradient))
+        return of_error(mean, error, df=self.df, n=n)
+
+    def _place(self, name: str) -> int:
+        return 2 * list(self.points).index(name)
+
+    def _minimum(self, name: str) -> float:
+        a, b = self.solution[self._place(name) :][:2]
+        return float(a - b**2 / (4 * self.curvature))
+
+    def _gradient(self, name: str) -> Floats:
+        gradient, place = np.zeros_like(self.solution), self._place(name)
+        b, c = self.solution[place + 1], self.curvature
+        gradient[place], gradient[place + 1], gradient[-1] = 1, -b / (2 * c), b**2 / (4 * c**2)
+        return gradient
+
+
+def _equations(points: Mapping[str, Sequence[Point]]) -> tuple[Floats, Floats]:
+    """Return the equations' coefficients and their right-hand side, a row for each run."""
+    size, rows, losses = 2 * len(points) + 1, [], []
+    for place, own in enumerate(points.values()):
+        for rate, loss in own:
+            row = np.zeros(size)
+            x = math.log2(rate)
+            row[2 * place], row[2 * place + 1], row[-1] = 1, x, x**2
+            rows.append(row)
+            losses.append(loss)
+    return np.array(rows, dtype=np.float64).reshape(-1, size), np.array(losses, dtype=np.float64)

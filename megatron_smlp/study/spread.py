@@ -1,0 +1,120 @@
+"""Differences of systems by seeds that are not paired, with one deviation for all but outliers.
+
+    s^2 = sum (n_i - 1) s_i^2 / sum (n_i - 1)            over the systems that are no outliers
+    one - other:  m_1 - m_2 +- t(1 - alpha/2, df) sqrt(s^2 / n_1 + s^2 / n_2),  df = sum (n_i - 1)
+
+While the largest deviation is over that of the others together, by an F test at AGREE over their
+number, its system is named an outlier and keeps its own; a pair with one has Welch's degrees of
+freedom. None is an outlier for seeds that lie close: three may do so by luck.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from megatron_smlp.study.statistics import ALIKE, Difference, of_error, welch
+
+AGREE = 0.2
+"""Of p: higher than alpha, as an outlier that is missed costs more than one too many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """The losses of some systems at one horizon, and how far seeds of a system lie apart."""
+
+    groups: Mapping[str, tuple[float, ...]]
+    pooled: tuple[str, ...]
+    """Systems that share one deviation."""
+    outliers: tuple[str, ...]
+    sd: float
+    """Of the pooled ones; NaN where no system has two seeds."""
+    df: int
+    p: float
+    """Bartlett's, of equal deviations of all systems; NaN where fewer than two have one."""
+
+    @classmethod
+    def of(cls, groups: Mapping[str, Sequence[float]]) -> Spread:
+        """Return it of each system's losses, of which infinite ones tell nothing of deviations."""
+        several = {
+            name: np.asarray(losses, dtype=np.float64)
+            for name, losses in groups.items()
+            if len(losses) > 1 and np.isfinite(losses).all()
+        }
+        pooled = _agreeing(several)
+        df, squares = _sum_of_squares(several, pooled)
+        return cls(
+            groups={name: tuple(map(float, losses)) for name, losses in groups.items()},
+            pooled=tuple(pooled), outliers=tuple(name for name in several if name not in pooled),
+            sd=math.sqrt(squares / df) if df else math.nan, df=df, p=_bartlett(several),
+        )  # fmt: skip
+
+    def mean(self, name: str) -> Difference:
+        """Return a system's mean loss."""
+        losses = self.groups.get(name, ())
+        mean = float(np.mean(losses)) if losses else math.nan
+        error, df = self._error(name)
+        return of_error(mean, error, df=df, n=len(losses))
+
+    def difference(self, one: str, other: str) -> Difference:
+        """Return `one` minus `other`; its `n` is that of the system with fewer seeds."""
+        sides = [self.mean(name) for name in (one, other)]
+        mean, n = sides[0].mean - sides[1].mean, min(side.n for side in sides)
+        errors = [self._error(name) for name in (one, other)]
+        error = math.hypot(*(error for error, _ in errors))
+        own = {one, other} & {*self.outliers}
+        return of_error(mean, error, df=welch(errors) if own else self.df, n=n)
+
+    def _error(self, name: str) -> tuple[float, float]:
+        """Return standard error and degrees of freedom of a mean."""
+        losses = np.asarray(self.groups.get(name, ()), dtype=np.float64)
+        if not len(losses) or not np.isfinite(losses).all():
+            return math.nan, math.nan
+        if name in self.outliers:
+            return math.sqrt(_variance(losses) / len(losses)), len(losses) - 1
+        return self.sd / math.sqrt(len(losses)), self.df
+
+
+def _agreeing(groups: Mapping[str, np.ndarray]) -> list[str]:
+    names = list(groups)
+    while len(names) > 1:
+        largest = max(names, key=lambda name: _variance(groups[name]))
+        rest = [name for name in names if name != largest]
+        if len(names) * _p_of_more(groups, largest, rest) >= AGREE:
+            break
+        names = rest
+    return names
+
+
+def _p_of_more(groups: Mapping[str, np.ndarray], name: str, rest: Sequence[str]) -> float:
+    """Return the p-value of as large a deviation as this one's, by that of the rest together."""
+    df, squares = _sum_of_squares(groups, rest)
+    variance = _variance(groups[name])
+    if variance == 0:
+        return 1.0
+    return float(stats.f.sf(variance * df / squares, len(groups[name]) - 1, df)) if squares else 0.0
+
+
+def _sum_of_squares(groups: Mapping[str, np.ndarray], names: Sequence[str]) -> tuple[int, float]:
+    """Return degrees of freedom, and squares around each system's mean."""
+    sizes = {name: len(groups[name]) - 1 for name in names}
+    return sum(sizes.values()), sum(_variance(groups[name]) * size for name, size in sizes.items())
+
+
+def _bartlett(groups: Mapping[str, np.ndarray]) -> float:
+    """Return scipy's p; 0 if one deviation of several is none at all."""
+    if len(groups) < 2:
+        return math.nan
+    is_none = [_variance(losses) == 0 for losses in groups.values()]
+    if any(is_none):
+        return float(all(is_none))
+    return float(stats.bartlett(*groups.values()).pvalue)
+
+
+def _variance(losses: np.ndarray) -> float:
+    variance = float(np.var(losses, ddof=1))
+    return variance if math.sqrt(variance) > ALIKE * abs(float(np.mean(losses))) else 0.0

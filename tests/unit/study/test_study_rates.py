@@ -1,0 +1,224 @@
+"""Designs of rates and seeds: fits whose truth is known, plans, and reports."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import optimize
+from support.studies import pretend, state_of, write_study
+
+from megatron_smlp.study import cli
+from megatron_smlp.study.plan import PlannedRun
+from megatron_smlp.study.rates import Rates
+from megatron_smlp.study.report import Page
+from megatron_smlp.study.results import Results
+from megatron_smlp.study.state import State
+
+RATES = (0.5, 0.71, 1.0, 1.41, 2.0)
+CURVATURE = 0.045  # nats per octave squared, as was measured of seven systems
+SD = 0.013
+
+
+def sample(
+    minima: dict[str, tuple[float, float]], *, rng: np.random.Generator, rates: tuple = RATES
+) -> dict[str, list[tuple[float, float]]]:
+    """Return points of systems with these best rates, in octaves, and minima."""
+    return {
+        name: [
+            (rate, low + CURVATURE * (math.log2(rate) - best) ** 2 + SD * rng.standard_normal())
+            for rate in rates
+        ]
+        for name, (best, low) in minima.items()
+    }
+
+
+TRUTH = {"a": (0.3, 3.97), "b": (-0.4, 4.0), "c": (0.0, 4.1), "d": (0.7, 4.0)}
+
+
+def test_without_noise_the_truth_is_found():
+    found = Rates.of(sample(TRUTH, rng=np.random.default_rng(1)))
+    exact = Rates.of({
+        name: [(rate, low + CURVATURE * (math.log2(rate) - best) ** 2) for rate in RATES]
+        for name, (best, low) in TRUTH.items()
+    })  # fmt: skip
+    assert exact.curvature == pytest.approx(CURVATURE)
+    for name, (best, low) in TRUTH.items():
+        assert exact.best(name) == pytest.approx(2**best)
+        assert exact.mean(name).mean == pytest.approx(low)
+    assert (found.df, found.difference("a", "b").n) == (4 * 5 - 9, 5)
+
+
+def test_against_scipys_curve_fit():
+    """With the minima themselves as the coefficients, so that it has their errors as well."""
+    points = sample({"a": (0.3, 3.97), "b": (-0.4, 4.0)}, rng=np.random.default_rng(2))
+    x, losses = (np.array([p[i] for own in points.values() for p in own]) for i in (0, 1))
+    is_b = np.arange(10) >= 5
+
+    def curve(x, gap, low, best_a, best_b, curvature):
+        best = np.where(is_b, best_b, best_a)
+        return low - gap * is_b + curvature * (np.log2(x) - best) ** 2
+
+    fit, covariance = optimize.curve_fit(curve, x, losses, p0=[-0.03, 4, 0, 0, 0.04])
+    found = Rates.of(points)
+    one = found.difference("a", "b")
+    assert (one.mean, one.df) == (pytest.approx(fit[0], abs=1e-6), 5)
+    assert one.error == pytest.approx(math.sqrt(covariance[0, 0]), rel=1e-3)
+    assert [math.log2(found.best(name)) for name in "ab"] == pytest.approx(fit[2:4], abs=1e-4)
+
+
+def test_intervals_cover_and_know_of_the_choice_of_the_rate():
+    rng, covered, errors = np.random.default_rng(3), [], []
+    for _ in range(400):
+        found = Rates.of(sample(TRUTH, rng=rng))
+        one = found.difference("a", "b")
+        covered.append(one.low < -0.03 < one.high)
+        errors.append(found.mean("a").mean - 3.97)
+    assert 0.92 < np.mean(covered) < 0.98
+    assert np.sqrt(np.mean(np.square(errors))) < 0.0085
+
+
+def test_a_minimum_is_nearer_to_the_truth_than_the_best_of_three_rates():
+    """Regret: the loss at the chosen rate over the best that the system has."""
+    rng, by_argmin, by_fit = np.random.default_rng(4), [], []
+    for _ in range(300):
+        truth = {name: (rng.uniform(-0.7, 0.7), 4.0) for name in "abcdefgh"}
+        points = sample(truth, rng=rng, rates=(0.5, 1.0, 2.0))
+        fit = Rates.of(points)
+        for name, (best, _) in truth.items():
+            chosen = min(points[name], key=lambda point: point[1])[0]
+            by_argmin.append(CURVATURE * (math.log2(chosen) - best) ** 2)
+            by_fit.append(CURVATURE * (math.log2(fit.best(name)) - best) ** 2)
+    assert np.mean(by_argmin) > 2 * np.mean(by_fit)
+    assert np.mean(by_fit) < 0.0025
+    assert np.quantile(by_argmin, 0.95) > 0.012
+
+
+def test_a_minimum_outside_of_the_rates_is_named():
+    truth = TRUTH | {"e": (1.6, 4.0), "f": (-1.5, 4.0)}
+    assert Rates.of(sample(truth, rng=np.random.default_rng(5))).outside == ["e", "f"]
+
+
+def test_a_run_that_diverged_is_left_out_and_too_few_leave_a_system_unknown():
+    points = sample(TRUTH, rng=np.random.default_rng(6))
+    points["a"][-1] = (2.0, math.inf)
+    points["b"][1:4] = [(rate, math.inf) for rate in RATES[1:4]]
+    found = Rates.of(points)
+    assert (found.difference("a", "c").n, found.difference("b", "c").p) == (4, 1.0)
+    assert abs(found.mean("a").mean - 3.97) < 0.04
+    assert math.isnan(found.best("b"))
+    nothing = Rates.of({})
+    assert (nothing.mean("a").p, nothing.df) == (1.0, 0)
+
+
+def test_curves_that_bend_down_have_no_minimum():
+    points = {name: [(rate, -(math.log2(rate) ** 2)) for rate in RATES] for name in "ab"}
+    assert Rates.of(points).difference("a", "b").high == math.inf
+
+
+DESIGN = {"lr": list(RATES), "seeds": [21, 22, 23, 24, 25]}
+BEST = {"transformer": 0.0, "switch": 1.8, "smlp_deterministic": -0.4}
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> State:
+    primary = ["smlp_deterministic", "transformer"]
+    path = write_study(tmp_path, seeds=None, design=DESIGN, primary=primary)
+    return state_of(path, runs=tmp_path / "runs")
+
+
+def loss_of(run: PlannedRun) -> float:
+    """sMLP is 0.05 ahead at its best rate; Switch's lies outside of its rates."""
+    at = math.log2(run.factor) - BEST[run.system]
+    noise = 0.004 * math.cos(7 * run.seed + len(run.system))
+    ahead = 0.05 * (run.system == "smlp_deterministic")
+    return 5.0 - 0.2 * math.log2((run.horizon or 1e5) / 1e5) - ahead + 0.045 * at**2 + noise
+
+
+def test_a_plan_has_a_whole_training_for_each_pair_of_rate_and_seed(known: State):
+    plan = known.plan()
+    assert (plan.pending, plan.at_edge) == ((), [])
+    for name, system in known.systems.items():
+        ends = [run for run in plan.runs if (run.system, run.horizon) == (name, 400_000)]
+        assert [(run.factor, run.seed) for run in ends] == list(
+            zip(RATES, range(21, 26), strict=True)
+        )
+        assert [run.flags["lr"] for run in ends] == [system.flags["lr"] * rate for rate in RATES]
+        assert {run.phase for run in ends} == {"main"}
+
+
+def test_plan_status_and_report_know_a_design(
+    known: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [str(tmp_path / "study.yaml"), "--runs", str(tmp_path / "runs")]
+    words += ["--results", str(tmp_path / "results")]
+    assert cli.main(["plan", *words]) == 0
+    assert "  all                                 75" in capsys.readouterr().out
+    pretend(known, loss_of)
+    assert cli.main(["status", *words]) == 0
+    assert "done      switch, lr x 1.41, seed 24, 0.4M (main)" in capsys.readouterr().out
+    assert cli.main(["report", *words]) == 0
+    figures = {path.stem for path in (tmp_path / "results").glob("*.png")}
+    assert {"loss", "learning-rates"} <= figures
+
+
+def test_a_design_is_compared_by_its_minima(known: State, tmp_path: Path):
+    pretend(known, loss_of)
+    results = Results(tmp_path / "results")
+    results.collect(known)
+    made = Page(known, results)
+    claims = {claim["name"]: claim for claim in json.loads(made.json())["claims"]}
+    found = claims["C1"]["comparisons"][0]["found"]
+    # 15 runs less 7 coefficients; at one rate the two would differ by another 0.007.
+    assert (found["df"], found["n"]) == (8, 5)
+    assert found["mean"] == pytest.approx(-0.05, abs=0.006)
+    assert claims["C1"]["verdict"] == "confirmed"
+    text = made.text()
+    assert "**Outside of its rates lies the fitted best of: switch**" in text
+    row = next(line for line in text.splitlines() if line.startswith("| switch | 5."))
+    assert "(outside) |" in row
+    assert claims["C2"]["verdict"] == "undecided"
+    assert "switch is undecided: costs of fitted curves have no interval." in text
+    [look] = made.looks
+    assert (look.verdict, look.spent, look.found.n) == ("confirmed", 0.05, 5)
+    assert "## Primary comparison" in text
+    assert "looked at once, whole" in text
+    [panel] = next(one for name, one in _figures(made) if name == "learning-rates").axes
+    rings = [line for line in panel.lines if line.get_fillstyle() == "none"]
+    lr = known.systems["smlp_deterministic"].flags["lr"]
+    assert rings[-1].get_xdata()[0] == pytest.approx(lr * 2**-0.4, rel=0.1)
+
+
+def _figures(made: Page):
+    from megatron_smlp.study.figures import Drawing
+
+    drawing = Drawing(made.study, made.systems, made.tables, made.plan.factors)
+    return list(drawing.figures(made.times))
+
+
+def test_a_design_that_is_not_whole_has_no_look_at_its_primary_comparison(
+    known: State, tmp_path: Path
+):
+    pretend(known, loss_of)
+    [gone] = [
+        run for run in known.plan().runs
+        if (run.system, run.horizon, run.seed) == ("transformer", 400_000, 23)
+    ]  # fmt: skip
+    (known.folder_of(gone) / "ended.json").unlink()
+    results = Results(tmp_path / "results")
+    results.collect(known)
+    assert "The first look is not due yet." in Page(known, results).text()
+
+
+def test_a_design_is_not_changed_once_it_has_begun(known: State, tmp_path: Path):
+    from megatron_smlp.errors import UsageError
+    from megatron_smlp.study.state import begin, description
+
+    words = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    begin(known.folder, description(known.study, known.systems, known.identity))
+    assert cli.main(["status", str(tmp_path / "study.yaml"), *words]) == 0
+    changed = DESIGN | {"lr": [0.25, *RATES[1:]]}
+    path = write_study(tmp_path, seeds=None, design=changed)
+    with pytest.raises(UsageError, match=r"design\.lr.*\n.*primary"):
+        cli.main(["status", str(path), *words])
