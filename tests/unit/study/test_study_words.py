@@ -1,5 +1,6 @@
 """What a report and its figures say: of a study that is not the paper's, by titles, and why."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results
 from megatron_smlp.study.state import begin, description
+from megatron_smlp.study.verdicts import primary_looks
 
 TITLES = {"switch": "Transformer, Switch", "smlp_deterministic": "sMLP of ours"}
 TUNING = {"seed": 1, "horizon": "50K", "lr": [0.7, 1, 1.41]}
@@ -134,3 +136,26 @@ def test_ticks_of_rates_are_round(tmp_path: Path):
     drawn = [float(f"{tick:.6g}") for tick in panel.get_xticks()]
     assert 0.002 in drawn
     assert all(len(f"{tick:g}".strip("0.")) <= 2 for tick in drawn)
+
+
+def test_the_primary_comparison_is_looked_at_as_seeds_come_in(tmp_path: Path):
+    """In the order of the file: without the second seed of five there is no look yet."""
+    pair = ["smlp_deterministic", "switch"]
+    wobble = {11: 0.0, 12: 0.01, 13: -0.01, 14: 0.005, 15: -0.005}
+
+    def loss_of(run: PlannedRun) -> float:
+        return 5.0 + wobble[run.seed] + 0.04 * (run.system == "switch")
+
+    made = page(tmp_path, loss_of, seeds=[*wobble], primary=pair)
+    assert [(each.found.n, each.verdict) for each in made.looks] == [
+        (3, "undecided"), (5, "confirmed"),
+    ]  # fmt: skip
+    rows = made.text().split("## Primary comparison")[1].split("## Claims")[0]
+    assert "| 3 | 0.0005 | 0.0005 | -0.04 |" in rows
+    assert "| 5 | 0.0087 | 0.0092 | -0.04 |" in rows
+    assert len(json.loads(made.json())["primary"]) == 2
+    keys = {
+        run.key for run in made.plan.runs
+        if (run.system, run.horizon, run.seed) != ("switch", made.study.longest, 12)
+    }  # fmt: skip
+    assert primary_looks(made.study, made.systems, made.tables.of_runs(keys)) == []
