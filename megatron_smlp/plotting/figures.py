@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import (
     FixedLocator,
     FuncFormatter,
+    LogLocator,
     MaxNLocator,
     NullFormatter,
     PercentFormatter,
@@ -244,3 +245,16 @@ def tidy(panel: Axes) -> None:
     panel.grid(color="0.9", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def plain_log(panel: Axes, axes: str = "xy") -> None:
+    """Make axes logarithmic, with plain numbers, also where they span less than a decade."""
+    for name in axes:
+        panel.set(**{f"{name}scale": "log"})
+        axis = panel.xaxis if name == "x" else panel.yaxis
+        low, high = axis.get_view_interval()
+        round_numbers = MaxNLocator(nbins=8, steps=[1, 2, 5, 10])
+        decades = LogLocator(subs=(1.0,) if high > 1000 * low else (1.0, 2.0, 5.0))
+        axis.set_major_locator(decades if high > 8 * low else round_numbers)
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(FixedLocator([]))

@@ -12,9 +12,8 @@ import numpy as np
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 
-from megatron_smlp.plotting.figures import DPI, legend, looks, tidy
+from megatron_smlp.plotting.figures import DPI, legend, looks, plain_log, tidy
 from megatron_smlp.plotting.series import AXES, Floats, unit_for
 from megatron_smlp.study.cells import not_reached, speedup
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
@@ -101,7 +100,7 @@ class Drawing:
                 self._draw_band(panel, name, field, scale(name))
             panel.set_ylim(limits)
             panel.set_xlabel(label)
-            _plain_log(panel)
+            plain_log(panel)
             tidy(panel)
         panels[0].set_ylabel(f"validation loss{what}\n(nats per token)")
         band = f"band: 95 % interval of the mean, of {ENOUGH_FOR_BANDS} seeds or more, cut where"
@@ -212,7 +211,7 @@ class Drawing:
                 color=look["color"], markeredgecolor="white",
             )  # fmt: skip
         panel.set(xlabel=f"training tokens{unit_name}", ylabel="validation loss (nats per token)")
-        _plain_log(panel)
+        plain_log(panel)
         tidy(panel)
         note = "means of seeds; lines: constant learning rate, then the last decay; dots: decayed"
         self._legend(figure, note, names)
@@ -252,7 +251,7 @@ class Drawing:
         panel.set(
             xlabel="peak learning rate", ylabel="validation loss of the trial (nats per token)"
         )
-        _plain_log(panel, "x")
+        plain_log(panel, "x")
         tidy(panel)
         note = "every trial; ring: chosen, or fitted minimum; cross at the top: diverged"
         labels = {
@@ -304,7 +303,7 @@ class Drawing:
             f"speed-up of {self.systems[self.study.subject].title} to each system's final loss, "
             f"in {unit}\n(1: equal; line: 95 % interval)"
         )
-        _plain_log(panel, "x")
+        plain_log(panel, "x")
         tidy(panel)
         return figure
 
@@ -327,7 +326,7 @@ class Drawing:
         panel.set(
             xlabel=f"training tokens{unit_name}", ylabel="load in evaluations (1: an even share)"
         )
-        _plain_log(panel, "y")
+        plain_log(panel, "y")
         panel.set_ylim(bottom=LEAST_LOAD)
         tidy(panel)
         self._legend(
@@ -396,16 +395,3 @@ def _looks(names: Collection[str]) -> dict[str, dict[str, Any]]:
     absent = [look for name, look in own.items() if name not in names]
     free = itertools.chain(reversed(absent), every)
     return {name: own[name] if name in own else next(free) for name in names}
-
-
-def _plain_log(panel: Axes, axes: str = "xy") -> None:
-    """Make axes logarithmic, with plain numbers, also where they span less than a decade."""
-    for name in axes:
-        panel.set(**{f"{name}scale": "log"})
-        axis = panel.xaxis if name == "x" else panel.yaxis
-        low, high = axis.get_view_interval()
-        round_numbers = MaxNLocator(nbins=8, steps=[1, 2, 5, 10])
-        decades = LogLocator(subs=(1.0,) if high > 1000 * low else (1.0, 2.0, 5.0))
-        axis.set_major_locator(decades if high > 8 * low else round_numbers)
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_locator(FixedLocator([]))
