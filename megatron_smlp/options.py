@@ -200,6 +200,12 @@ class ModelOptions:
     """base: mean: keep, with the model, the running mean of the prices of the experts that balance
     the micro-batches of the training, for --base-eval prices."""
 
+    base_gate: Literal["score", "price"] = option("score", token_routers=("base",), hf="base_gate")
+    """base: an expert's weight. score: the sigmoid of its score, as in BASE's source, which in sMLP
+    closes most gates; price: of that minus the expert's price, less the mean over the experts: a
+    constant on all scores of an expert or of a token does nothing (not in the paper). With price,
+    evaluation is by prices."""
+
     base_eval: Literal["greedy", "prices"] = option(
         "greedy", token_routers=("base",), may_change=True, evaluates=True, hf="base_eval"
     )

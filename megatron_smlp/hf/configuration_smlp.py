@@ -25,6 +25,7 @@ _ALLOWED = {
     "moe_drop_policy": ("position", "probs"),
     "base_routing_input": ("residual", "norm"),
     "base_prices": ("mean", "none"),
+    "base_gate": ("score", "price"),
     "base_eval": ("greedy", "prices"),
     "gshard_second_expert": ("paper", "all", "raw"),
     "partial_loss": ("suffix", "all"),
@@ -113,6 +114,8 @@ class SMLPConfig(PreTrainedConfig):
         base_routing_input: base: whether the residual stream or its norm is scored and weighted by.
         base_prices: base: whether the model holds the experts' mean prices of its training (mean)
             or not (none).
+        base_gate: base: an expert's weight is the sigmoid of its score, or (price) of its lead over
+            the mean of the experts at their prices, by which evaluation then chooses too.
         base_eval: base: in evaluation a token goes to the expert of its highest score (greedy), or
             of its highest score minus the expert's price (prices).
         gshard_second_expert: gshard: in training the second expert is used with probability
@@ -186,6 +189,7 @@ class SMLPConfig(PreTrainedConfig):
     moe_z_loss_coeff: float | int | None = None
     base_routing_input: str = "residual"
     base_prices: str = "mean"
+    base_gate: str = "score"
     base_eval: str = "greedy"
     gshard_second_expert: str = "paper"
     hash_seed: int = 0
@@ -365,8 +369,9 @@ class SMLPConfig(PreTrainedConfig):
             )
         if self.architecture != "smlp":
             self._check_layers_with_experts()
-        if self.base_eval == "prices" and self.base_prices == "none":
-            raise ValueError("base_eval=prices: the model has no prices (base_prices=none)")
+        for name, by_prices in (("base_eval", "prices"), ("base_gate", "price")):
+            if getattr(self, name) == by_prices and self.base_prices == "none":
+                raise ValueError(f"{name}={by_prices}: the model has no prices (base_prices=none)")
         for name in ("moe_train_capacity_factor", "moe_eval_capacity_factor"):
             factor = getattr(self, name)
             if factor is not None and factor <= 0:

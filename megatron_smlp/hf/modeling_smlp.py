@@ -1131,8 +1131,12 @@ class SMLPBaseRouter(nn.Module):
 
     In training every expert gets floor or ceil of n/E tokens, by `assign`; in evaluation the expert
     is argmax x . w_e, or with base_eval=prices argmax x . w_e - p_e, p the mean prices of the
-    training. `assign` (<float>[n, E] -> <int64>[n]) is simple and balanced but only nearly
-    optimal; any solver of the linear assignment problem may be put in its place.
+    training. `assign` (<float>[n, E] -> <int64>[n] and prices <float>[E]) is simple and balanced
+    but only nearly optimal; any solver of the linear assignment problem may be put in its place.
+
+    With base_gate=price evaluation is by p too, and the weight is the sigmoid of x . w_e - p_e less
+    its mean over the experts. In training p are the prices of the batch, and the gradient leaves
+    out what would add the same to all scores of an expert.
     """
 
     prices: Tensor
@@ -1140,8 +1144,9 @@ class SMLPBaseRouter(nn.Module):
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__()
         self.num_experts = config.num_experts or 1
-        self.assign = balanced_greedy
-        self.by_price = config.base_eval == "prices"
+        self.assign: Any = priced_greedy
+        self.gate_is_priced = config.base_gate == "price"
+        self.by_price = config.base_eval == "prices" or self.gate_is_priced
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         if config.base_prices == "mean":
             self.register_buffer("prices", torch.empty(self.num_experts))
@@ -1149,7 +1154,14 @@ class SMLPBaseRouter(nn.Module):
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """See SMLPSwitchRouter.forward."""
         scores = _in_fp32(tokens, self.weight)
-        experts = self._choose(scores.detach())[:, None]
+        experts, prices = self._choose(scores.detach())
+        if self.gate_is_priced:
+            if self.training:
+                mean = scores.mean(dim=0)
+                scores = scores - mean + mean.detach()
+            scores = scores - prices
+            scores = scores - scores.mean(dim=1, keepdim=True)
+        experts = experts[:, None]
         return Routing(experts, scores.gather(1, experts).sigmoid())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SMLPBaseRouter":
@@ -1160,11 +1172,12 @@ class SMLPBaseRouter(nn.Module):
             self.prices = self.prices.float() if kept.is_meta else kept.to(self.prices.device)
         return self
 
-    def _choose(self, scores: Tensor) -> Tensor:
-        """<fp32>[n, E] -> <int64>[n]."""
+    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """<fp32>[n, E] -> <int64>[n], and by which prices: <fp32>[E]."""
         if self.training:
             return self.assign(scores)
-        return (scores - self.prices if self.by_price else scores).argmax(dim=-1)
+        prices = self.prices if self.by_price else scores.new_zeros(self.num_experts)
+        return (scores - prices).argmax(dim=-1), prices
 
 
 class SMLPHashRouter(nn.Module):
@@ -1268,6 +1281,24 @@ def _balance(probabilities: Tensor, chosen: Tensor) -> Tensor:
     num_experts = probabilities.shape[1]
     share = chosen.bincount(minlength=num_experts).to(probabilities.dtype) / len(chosen)
     return num_experts * (share * probabilities.mean(dim=0)).sum()
+
+
+def priced_greedy(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """`balanced_greedy` at prices that nearly balance by themselves: each rises by the log of its
+    expert's load, as tokens prefer experts at a temperature that falls.
+
+    scores: <fp32>[n, E]. Returns experts <int64>[n] and prices <fp32>[E].
+    """
+    num_tokens, num_experts = scores.shape
+    prices = scores.new_zeros(num_experts)
+    spread = (scores - scores.mean(dim=0)).abs().sum() / max(1, scores.numel()) + 1e-6
+    for level in range(12):
+        temperature = 4 * spread / 2**level
+        for _ in range(8):
+            load = ((scores - prices) / temperature).softmax(dim=-1).sum(dim=0)
+            share = (load * num_experts / max(1, num_tokens)).clamp(min=1e-6)
+            prices = prices + temperature * share.log()
+    return balanced_greedy(scores - prices), prices
 
 
 def balanced_greedy(scores: Tensor) -> Tensor:

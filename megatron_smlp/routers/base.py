@@ -16,6 +16,21 @@ independent of what else is in the batch.
 
     p <- 0.95 p + 0.05 mean over the step's micro-batches of p     (the first step's own at first)
 
+The gate (--base-gate price, not in the paper): the assignment is the same whatever c_e is added to
+the scores of expert e (p_e absorbs it) and whatever b_i to those of token i. The sigmoid alone
+feels these, and learns them first, as all tokens of an expert pull the same way; where it is nearly
+0 nothing brings it back (docs/decisions/0080-gates-by-prices.md). With
+
+    y = sigmoid(s_e - p_e - mean over j of (s_j - p_j)) f_e(LN x)
+    e(i) = argmax s[i, :] - p  in evaluation
+
+it does not feel them either, and is 1/2 or more wherever a token gets the expert that it prefers at
+these prices. p is the micro-batch's own in training, the mean that is kept in evaluation. No
+gradient goes through the assignment, and of what comes to the scores the part along c_e, which
+would move them for nothing, is taken away:
+
+    dL/ds[i, e] <- dL/ds[i, e] - mean over the tokens j of dL/ds[j, e]
+
 Unlike the source (fairseq's `modules/base_layer.py`), E is free of the number of processes, tokens
 are not shuffled between ranks (the group is a micro-batch), and the assignment is
 ops/balanced_assignment.py, which always ends. The source's expert is a layer of its own beside all
@@ -47,10 +62,13 @@ class BaseRouter(TokenRouter):
     can_close = True  # an expert gets its share of the tokens, however low it scores them
     prices: Tensor
     """<fp32>[E], where they are kept."""
+    own_prices: Tensor
+    """<fp32>[E], in training those of the micro-batch under way."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.keeps_prices = getattr(config, "base_prices", "mean") == "mean"
+        self.gate_is_priced = getattr(config, "base_gate", "score") == "price"
         self.by_price = getattr(config, "base_eval", "greedy") == "prices"
         if self.keeps_prices:
             self.register_buffer("prices", torch.zeros(self.num_experts, device=self.weight.device))
@@ -68,8 +86,9 @@ class BaseRouter(TokenRouter):
         if self.training:
             # A step whose scores are not finite is found, and ended, by its loss.
             wanted, prices = priced_assignment(scores.nan_to_num())
+            self.own_prices = prices
             self._collect(prices)
-        elif self.by_price:
+        elif self.by_price or self.gate_is_priced:
             wanted = (scores - self.prices).argmax(dim=-1)
         else:
             wanted = scores.argmax(dim=-1)
@@ -77,8 +96,22 @@ class BaseRouter(TokenRouter):
         return Choices(wanted[:, None], every, every)
 
     def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
-        """sigmoid of the chosen expert's score."""
+        """sigmoid of the chosen expert's score, or of its lead at the prices."""
+        if self.gate_is_priced:
+            if self.training and scores.requires_grad:
+                scores = scores.view_as(scores)
+                scores.register_hook(self._without_shifts)
+            scores = scores - (self.own_prices if self.training else self.prices)
+            scores = scores - scores.mean(dim=1, keepdim=True)
         return scores.gather(1, wanted).sigmoid()
+
+    def _without_shifts(self, gradient: Tensor) -> Tensor:
+        """gradient: <fp32>[n, E] of this rank's tokens, less its mean over those of the group."""
+        total, count = gradient.sum(dim=0), len(gradient)
+        if self.config.sequence_parallel:
+            torch.distributed.all_reduce(total, group=self.tp_group)
+            count *= self.tp_group.size()
+        return gradient - total / count
 
     def _collect(self, prices: Tensor) -> None:
         """Add a micro-batch to the step's; prices: <fp32>[E], the same on all TP ranks."""

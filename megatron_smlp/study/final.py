@@ -90,9 +90,10 @@ def _of_text(
         for each in bins:
             error = each["sd"] / each["tokens"] ** 0.5
             yield _line(kind, each["label"], each["loss"], stderr=error, count=each["tokens"])
-    rule = run.flags.get("base_eval", "greedy")
+    priced = run.flags.get("base_gate") == "price"
+    rule = "prices" if priced else run.flags.get("base_eval", "greedy")
     yield _line(ROUTING, rule, found["nll"] / found["tokens"], count=found["tokens"])
-    if run.flags.get("token_router") == "base":
+    if run.flags.get("token_router") == "base" and not priced:
         other = "prices" if rule == "greedy" else "greedy"
         found = _evaluated(known, run, [*words, "--base-eval", other], watch, name="routing")
         yield _line(ROUTING, other, found["nll"] / found["tokens"], count=found["tokens"])

@@ -73,7 +73,9 @@ class System:
         """Return in words how an evaluation routes tokens."""
         rule = self.flags.get("token_router")
         if rule == "base":
-            return f"BASE: {self.flags.get('base_eval', 'greedy')}, nothing is dropped"
+            priced = self.flags.get("base_gate") == "price"
+            way = "prices" if priced else self.flags.get("base_eval", "greedy")
+            return f"BASE: {way}, nothing is dropped"
         if self.flags.get("moe_train_capacity_factor"):
             return "the training's rule, without a capacity: nothing is dropped"
         return "as in training" if self.is_sparse else "dense"

@@ -55,6 +55,7 @@ MODELS = {
     for router in ROUTERS
 } | {
     "gmlp-base_by_prices": f"{LAYERS['gmlp']} {ROUTERS['base']} --base-eval prices",
+    "gmlp-base_with_priced_gates": f"{LAYERS['gmlp']} {ROUTERS['base']} --base-gate price",
     "transformer_modern-topk_shared": f"{LAYERS['transformer_modern']} {ROUTERS['topk']} "
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
     "--moe-shared-expert-intermediate-size 24",

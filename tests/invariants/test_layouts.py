@@ -55,7 +55,7 @@ ARCHITECTURES = {
     "gmlp_4_heads": "--architecture gmlp --spatial-heads 4",
     "amlp": "--architecture amlp --spatial-heads 2 --tiny-attention-width 16",
     "smlp": f"{SMLP} --feature-router deterministic --token-router base {EXPERTS} "
-    "--base-eval prices",
+    "--base-gate price",
     "smlp_partial": f"{SMLP} --feature-router partial --token-router base {EXPERTS}",
     "mixer": "--architecture mixer --mixer-expansion",
     "mixer_switch": f"--architecture mixer --spatial-heads 4 --toeplitz --token-router switch "

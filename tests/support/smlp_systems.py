@@ -35,7 +35,12 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "base": {"architecture": "transformer", "token_router": "base"},
     "hash": {"architecture": "transformer", "token_router": "hash"},
     "gmlp": {"architecture": "gmlp"},
-    "gmlp_heads": {"architecture": "gmlp", "spatial_heads": 3, "token_router": "base"},
+    "gmlp_heads": {
+        "architecture": "gmlp",
+        "spatial_heads": 3,
+        "token_router": "base",
+        "base_gate": "price",
+    },
     "amlp": {"architecture": "amlp", "spatial_heads": 2},
     "smlp_deterministic": {**_SPARSE, "feature_router": "deterministic", "token_router": "base"},
     "smlp_partial": {
@@ -113,6 +118,8 @@ def make_model(system: str, **changes: Any) -> SMLPForCausalLM:
         for name, buffer in model.named_buffers():
             if name.endswith(".fingerprints"):  # as if every token had a string of its own
                 buffer.random_(model.config.filter_size)
+            if name.endswith(".prices"):
+                buffer.normal_(std=0.2)
     return model.eval()
 
 

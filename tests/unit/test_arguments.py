@@ -517,6 +517,22 @@ def checkpoint(args: Any, folder: Path) -> None:
     (folder / TRACKER).write_text("3")
 
 
+class TestPricedGates:
+    WORDS = f"{GMLP} --token-router base --num-experts 2"
+
+    @pytest.mark.parametrize(
+        ("others", "message"),
+        [
+            ("--base-prices none", "--base-gate price needs the prices of a training"),
+            ("--base-eval greedy", "--base-eval greedy: --base-gate price evaluates by prices"),
+            ("--base-eval-both", "--base-eval-both: --base-gate price evaluates by prices only"),
+        ],
+    )
+    def test_priced_gates_go_by_prices(self, parse: Parse, others: str, message: str):
+        refusal(parse, f"{self.WORDS} --base-gate price {others}", message)
+        assert parse(f"{self.WORDS} --base-gate price --base-eval prices")
+
+
 class TestSettled:
     """Defaults that depend on other flags."""
 

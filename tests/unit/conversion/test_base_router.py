@@ -13,7 +13,7 @@ from megatron_smlp.conversion import convert
 
 TRAINED = (
     "--architecture gmlp --token-router base --num-experts 4 --bf16 --lr 1e-2 --base-eval prices "
-    "--untie-embeddings-and-output-weights"
+    "--base-gate price --untie-embeddings-and-output-weights"
 )
 PRICES = "model.layers.0.channel.router.prices"
 
@@ -37,7 +37,9 @@ def test_prices_are_exported_as_they_are_and_evaluated_by(exported: Path):
     assert torch.equal(folder_weights(exported / "hf")[PRICES], prices)
     model = AutoModelForCausalLM.from_pretrained(exported / "hf", trust_remote_code=True)
     assert model.dtype == torch.bfloat16
-    assert (model.config.base_eval, model.config.base_routing_input) == ("prices", "residual")
+    config = model.config
+    assert (config.base_eval, config.base_gate) == ("prices", "price")
+    assert config.base_routing_input == "residual"
     assert torch.equal(model.get_buffer(PRICES), prices)
 
 

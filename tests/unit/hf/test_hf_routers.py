@@ -139,8 +139,24 @@ def test_base_is_balanced_in_training_and_greedy_in_evaluation():
 
 def test_base_takes_another_solver():
     router = _router(SMLPBaseRouter, "base", 4)
-    router.assign = lambda scores: torch.full((len(scores),), 2)
+    router.assign = lambda scores: (torch.full((len(scores),), 2), torch.zeros(4))
     assert set(router(torch.randn(5, 4), None, limited=True).experts.flatten().tolist()) == {2}
+
+
+def test_priced_gates_of_base():
+    """The weight is of the lead at the prices, and a shift of an expert's scores is nothing."""
+    router = _router(SMLPBaseRouter, "base", 4, base_gate="price")
+    tokens = torch.randn(64, 4)
+    shifted = (tokens + torch.tensor([5.0, -3.0, 0.0, 9.0])).requires_grad_()
+    routing, same = router(tokens, None, limited=True), router(shifted, None, limited=True)
+    assert torch.equal(same.experts, routing.experts)
+    torch.testing.assert_close(same.weights, routing.weights, rtol=0, atol=0.02)
+    same.weights.sum().backward()
+    torch.testing.assert_close(shifted.grad.sum(0), torch.zeros(4), rtol=0, atol=1e-5)
+    router.eval().prices.copy_(torch.tensor([0.5, 0.0, -0.5, 9.0]))
+    one = router(torch.tensor([[1.0, 0.7, 0.1, 2.0]]), None, limited=True)
+    assert one.experts.tolist() == [[1]]
+    torch.testing.assert_close(one.weights, torch.tensor([[0.7 + 1.3]]).sigmoid())
 
 
 def test_base_gradient_reaches_the_centroids_only_through_the_sigmoid():

@@ -1,4 +1,4 @@
-"""BASE: what it reads, the prices that it keeps, and evaluation by them."""
+"""BASE: what it reads, the prices that it keeps, evaluation and gates by them."""
 
 from typing import Any
 
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("megatron")
 
 EXPERTS = 4
 READS = ["residual", "norm"]
+GATES = ["score", "price"]
 
 
 def base_layer(**changes: Any) -> Any:
@@ -38,35 +39,45 @@ def base_layer(**changes: Any) -> Any:
     return layer
 
 
-def by_the_equation(layer: Any, x: Tensor, reads: str) -> Tensor:
-    """x + sigmoid(v . w_e) f_e(LN x) with v = x or LN x; x: <fp64>[n, D], residual of the slot."""
+def by_the_equation(layer: Any, x: Tensor, reads: str, gate: str) -> Tensor:
+    """x + sigmoid(v . w_e) f_e(LN x) with v = x or LN x, or of the scores at prices, centred;
+    x: <fp64>[n, D], residual of the slot."""
     norm, moe = layer.pre_mlp_layernorm, layer.mlp
     h = functional.layer_norm(
         x, x.shape[-1:], norm.weight.double(), norm.bias.double(), layer.config.layernorm_epsilon
     )
     scores = (x if reads == "residual" else h) @ moe.router.weight.double().T
-    choose = balanced_assignment if layer.training else lambda s: s.argmax(dim=-1)
-    experts = choose(scores.detach())
+    if layer.training:
+        experts, prices = priced_assignment(scores.detach())
+        mean = scores.mean(dim=0)  # without a gradient to what it adds to all of an expert's scores
+        priced = scores - mean + (mean - prices.double()).detach()
+    else:
+        prices = moe.router.prices.double()
+        priced = scores - prices
+        experts = (priced if gate == "price" else scores).argmax(dim=-1)
     matrices = [
         (expert.linear_fc1.weight.double().T, expert.linear_fc2.weight.double().T)
         for expert in moe.experts.local_experts
     ]
     outputs = [functional.gelu(h @ up) @ down for up, down in matrices]
     chosen = torch.stack(outputs)[experts, torch.arange(len(x))]
-    return x + scores.gather(1, experts[:, None]).sigmoid() * chosen
+    weighing = priced - priced.mean(dim=1, keepdim=True) if gate == "price" else scores
+    return x + weighing.gather(1, experts[:, None]).sigmoid() * chosen
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("reads", READS)
-def test_layer_is_the_equation(reads: str, training: bool):
+def test_layer_is_the_equation(reads: str, gate: str, training: bool):
     """Outputs and all gradients of the channel slot; the residual's spread is far from 1."""
-    layer = base_layer(base_routing_input=reads).train(training)
+    layer = base_layer(base_routing_input=reads, base_gate=gate).train(training)
+    layer.mlp.router.prices.normal_()
     x = (3 + 5 * torch.randn(7, 2, 24)).requires_grad_()
     output = layer._forward_mlp(x)
     direction = torch.randn_like(output)
     names = [n for n, _ in layer.named_parameters() if n.startswith(("mlp.", "pre_mlp"))]
     leaves = [x, *(layer.get_parameter(name) for name in names)]
-    expected = by_the_equation(layer, x.double().flatten(0, 1), reads).view_as(output)
+    expected = by_the_equation(layer, x.double().flatten(0, 1), reads, gate).view_as(output)
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
     ours = torch.autograd.grad(output, leaves, direction, allow_unused=True)
     theirs = torch.autograd.grad(expected, leaves, direction.double(), allow_unused=True)
@@ -138,6 +149,34 @@ class TestPrices:
         probs, routing_map = router(tokens[:, None])
         assert routing_map.nonzero()[:, 1].tolist() == [1, 0, 2]
         torch.testing.assert_close(probs.sum(1), torch.tensor([0.7, 2.0, 0.2]).sigmoid())
+
+    def test_priced_gates_do_not_feel_a_shift_of_an_experts_or_a_tokens_scores(self):
+        """Nor do they drive it: the gradient has no part along it."""
+        router = make_router("base", num_experts=EXPERTS, base_gate="price")
+        tokens = torch.randn(50, 2, EXPERTS)
+        constants = torch.tensor([5.0, -3.0, 0.0, 9.0]) + torch.randn(50, 2, 1)
+        shifted = (tokens + constants).requires_grad_()
+        (probs, sent), (same, same_sent) = router(tokens), router(shifted)
+        assert torch.equal(sent, same_sent)
+        torch.testing.assert_close(same, probs, rtol=0, atol=5e-3)
+        (same * torch.randn_like(same)).sum().backward()
+        assert shifted.grad.abs().max() > 0.1
+        torch.testing.assert_close(shifted.grad.sum((0, 1)), torch.zeros(EXPERTS))
+        torch.testing.assert_close(shifted.grad.sum(2), torch.zeros(50, 2))
+
+    def test_priced_gates_in_evaluation(self):
+        router = make_router("base", num_experts=3, base_gate="price").eval()
+        router.prices.copy_(torch.tensor([0.5, 0.0, -0.5]))
+        probs, sent = router(torch.tensor([[[1.0, 0.7, 0.1]], [[0.4, 0.3, 0.2]]]))
+        assert sent.nonzero()[:, 1].tolist() == [1, 2]
+        torch.testing.assert_close(probs.sum(1), torch.tensor([0.7 - 0.6, 0.7 - 0.3]).sigmoid())
+
+    def test_priced_gates_are_open_where_a_token_is_with_its_expert(self):
+        """However low its scores are, and in training too, for all but those at the margin."""
+        router = make_router("base", num_experts=EXPERTS, base_gate="price")
+        tokens = 30 * torch.randn(200, 2, EXPERTS) - 100
+        gates = router(tokens)[0].sum(dim=1)
+        assert (gates > 0.5).float().mean() > 0.99
 
     def test_a_model_may_have_none(self):
         router = make_router("base", num_experts=3, base_prices="none")

@@ -18,7 +18,7 @@ from megatron_smlp.checkpoints.model_record import model_flags
 from megatron_smlp.conversion.huggingface import config_of
 from megatron_smlp.conversion.names import OURS
 from megatron_smlp.hf.modeling_smlp import SMLPBaseRouter, SMLPForCausalLM, SMLPGShardRouter
-from megatron_smlp.ops.balanced_assignment import balanced_assignment
+from megatron_smlp.ops.balanced_assignment import priced_assignment
 from megatron_smlp.routers.draws import uniform
 from megatron_smlp.systems import TOKEN_ROUTERS
 from megatron_smlp.training.forward import ForwardStep
@@ -67,6 +67,7 @@ ROUTERS = {
     "base": "--token-router base --moe-z-loss-coeff 0.3",
     "base_on_the_norm": "--token-router base --base-routing-input norm --base-prices none "
     "--moe-z-loss-coeff 0.3",
+    "base_with_priced_gates": "--token-router base --base-gate price",
     "hash": "--token-router hash --hash-seed 5",
     "topk": "--token-router topk",
     "topk_of_one": "--token-router topk --moe-router-topk 1 --moe-router-topk-scaling-factor 2.5 "
@@ -111,7 +112,7 @@ def reference_of(model: Any, args: Any) -> SMLPForCausalLM:
     for number, layer in enumerate(reference.model.layers, start=1):
         router = getattr(layer.channel, "router", None)
         if isinstance(router, SMLPBaseRouter):
-            router.assign = balanced_assignment
+            router.assign = priced_assignment
         if isinstance(router, SMLPGShardRouter):
             router.draw = partial(drawn, number)
     return reference
