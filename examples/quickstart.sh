@@ -53,11 +53,12 @@ tokenizer=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$run/tokeniz
 "$python" tools/preprocess_data.py --input "$corpus" --output-prefix "$run/corpus" \
   "${tokenizer[@]}" --append-eod --workers 2 --overwrite
 
-# Half the configuration's steps: enough to be far better than a unigram model.
-length=(--train-iters 150 --eval-interval 75 --save-interval 75)
+# Half the configuration's steps: enough to be far better than a unigram model. Gates by prices, as
+# BASE's own close most experts (docs/decisions/0080-gates-by-prices.md).
+flags=(--train-iters 150 --eval-interval 75 --save-interval 75 --base-gate price)
 train() {
   "$python" -m torch.distributed.run --standalone --nproc-per-node $processes pretrain_smlp.py \
-    --config $config ${precision:+$precision} "${length[@]}" "${tokenizer[@]}" \
+    --config $config ${precision:+$precision} "${flags[@]}" "${tokenizer[@]}" \
     --data-path "$run/corpus_text_document" \
     --save "$run/checkpoints" --log-dir "$run" "$@"
 }
