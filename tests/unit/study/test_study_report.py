@@ -72,6 +72,7 @@ def claims_of(known: State, folder: Path) -> dict[str, dict]:
 def report(known: State, folder: Path) -> None:
     """Write the report by the command."""
     words = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
+    words += ["--data", str(folder / "none")]  # not those of whoever runs studies here
     assert cli.main(["report", str(folder / "study.yaml"), *words]) == 0
 
 
@@ -353,11 +354,12 @@ def test_results_of_another_machine_are_pointed_to(
     there = tmp_path / "small" / "there"
     Results(there).collect(known)
     words = [str(tmp_path / "study.yaml"), "--runs", str(tmp_path / "none")]
+    words += ["--data", str(tmp_path / "none")]
     with pytest.raises(UsageError, match="here: no run of study 'small' is over"):
         cli.main(["report", *words])
     assert f"note: runs.csv, curves.csv of {there}, another machine's" in capsys.readouterr().err
     assert cli.main(["report", *words, "--results", str(there)]) == 0
-    assert cli.main(["report", *words[:2], str(tmp_path / "runs")]) == 0
+    assert cli.main(["report", *words, "--runs", str(tmp_path / "runs")]) == 0
     capsys.readouterr()
     assert cli.main(["status", *words]) == 0  # it has results of its own now
     assert capsys.readouterr().err == ""

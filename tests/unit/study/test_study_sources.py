@@ -101,7 +101,8 @@ def report(known: State, folder: Path, **how: bool) -> str:
 
 def words(command: str, folder: Path, *more: str) -> list[str]:
     own = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
-    return [command, str(folder / "study.yaml"), *own, *more]
+    data = ["--data", str(folder / "none")]  # not those of whoever runs studies here
+    return [command, str(folder / "study.yaml"), *own, *data, *more]
 
 
 def test_runs_whose_sources_nobody_noted_are_compared(known: State, tmp_path: Path):
