@@ -37,6 +37,7 @@ from megatron.training.checkpointing import (
 )
 from megatron.training.training import preprocess_common_state_dict
 
+from megatron_smlp.checkpoints.folders import RELEASE
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 
@@ -177,7 +178,7 @@ def read(parts: Trained, folder: Path) -> int:
     args = parts.args
     common = dist_checkpointing.load_common_state_dict(str(folder))
     saved = common.get("args") or argparse.Namespace()
-    goes_on = not args.finetune and "iteration" in common and not is_release(folder)
+    goes_on = not args.finetune and "iteration" in common and folder.name != RELEASE
     same_layout = _layout(saved) == _layout(args)
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
     metadata["dp_cp_group"] = _replicas(parts)
@@ -225,11 +226,6 @@ class _Weights:
 def read_weights(args: argparse.Namespace, model: list[Any], groups: Any, folder: Path) -> None:
     """Load weights alone; model: this rank's chunks. Collective."""
     read(_Weights(args, model, groups), folder)
-
-
-def is_release(folder: Path) -> bool:
-    """Return whether it holds weights without the state of a run."""
-    return folder.name == "release"
 
 
 def _left_out(saved: argparse.Namespace, name: str) -> bool:

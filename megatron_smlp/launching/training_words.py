@@ -23,7 +23,6 @@ SIZES = {
     "global_batch_size": None,
 }
 """What decides whether a number of processes can be, and Megatron's defaults."""
-FSDP = ("--use-megatron-fsdp", "--use-torch-fsdp2")
 BLACKWELL = 10
 """Compute capability."""
 
@@ -66,8 +65,8 @@ def is_on(switch: str, words: Sequence[str]) -> bool:
 def limit_connections(words: Sequence[str], environment: MutableMapping[str, str]) -> None:
     """Give CUDA one queue, so that communication starts in the order in which it is asked for.
 
-    Megatron insists on it for tensor parallelism before Blackwell, and refuses it with FSDP. CUDA
-    reads the variable as it starts: this is for launchers, and a program before it imports torch.
+    Megatron insists on it for tensor parallelism before Blackwell. CUDA reads the variable as it
+    starts: this is for launchers, and a program before it imports torch.
 
     Raises:
         UsageError: the file of --config cannot be read.
@@ -75,7 +74,7 @@ def limit_connections(words: Sequence[str], environment: MutableMapping[str, str
     size = given("--tensor-model-parallel-size", words)
     if environment.get(CONNECTIONS) or str(size) in ("None", "1"):
         return
-    if not any(is_on(flag, words) for flag in FSDP) and _capability() < BLACKWELL:
+    if _capability() < BLACKWELL:
         environment[CONNECTIONS] = "1"
 
 

@@ -36,10 +36,8 @@ def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (TP_2, "10.0\n10.0", None, None),
         ("--tensor-model-parallel-size 1", "9.0", None, None),
         (TP_2, "9.0", "32", "32"),
-        (f"{TP_2} --use-megatron-fsdp", "9.0", None, None),
         ("--config top.yaml", "9.0", None, "1"),
         ("--config top.yaml --tensor-model-parallel-size 1", "9.0", None, None),
-        ("--config fsdp.yaml", "9.0", None, None),
         ("--config one.yaml --config=top.yaml", "9.0", None, "1"),
         ("--config top.yaml --config one.yaml", "9.0", None, None),
         ("", "9.0", None, None),
@@ -58,7 +56,6 @@ def test_one_connection_where_megatron_needs_it(
     (tmp_path / "base.yaml").write_text("tensor_model_parallel_size: 4\n")
     (tmp_path / "top.yaml").write_text("include: base.yaml\nseq-length: 32\n")
     (tmp_path / "one.yaml").write_text("tensor_model_parallel_size: 1\n")
-    (tmp_path / "fsdp.yaml").write_text("include: base.yaml\nuse-megatron-fsdp: true\n")
     (hopper / "nvidia-smi").write_text(f"#!/bin/sh\necho '{capability}'\n")
     monkeypatch.chdir(tmp_path)
     environment = {} if given is None else {CONNECTIONS: given}
