@@ -25,7 +25,7 @@ from megatron_smlp.training.signals import StartUp
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run a command line: parse -> patch -> observe -> train."""
+    """Run a command line: parse -> patch -> train."""
     if answered(argv):  # --help, --version
         return
     early.refuse(argv)

@@ -24,13 +24,17 @@ import argparse
 import csv
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from megatron_smlp.routers.collapse import CLOSED_GATE
+from megatron_smlp.training.events import Listener, Outcome
+
+if TYPE_CHECKING:
+    from megatron_smlp.training.parts import Parts
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 25
@@ -43,26 +47,21 @@ RECIPE = (
 )
 
 
-class Looking:
-    """An observer of the training loop that looks at the token routers, and changes nothing."""
+class Looking(Listener):
+    """A listener of the training loop that looks at the token routers."""
 
-    def __init__(self, reporter: Any, run: str, path: Path) -> None:
-        self.reporter, self.run, self.path = reporter, run, path
+    def __init__(self, run: str, path: Path) -> None:
+        self.run, self.path = run, path
         self.iteration = 1
         self.rows: list[dict[str, Any]] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.reporter, name)
-
-    def built(self, model: list[Any], optimizer: Any) -> None:
-        self.reporter.built(model, optimizer)
-        for module in model[0].modules():
+    def built(self, parts: Parts) -> None:
+        for module in parts.model[0].modules():
             if getattr(module, "router_kind", "") == "token":
                 module.register_forward_hook(self.look)
 
-    def stepped(self, losses: dict[str, Any], *, iteration: int, **rest: Any) -> None:
-        self.reporter.stepped(losses, iteration=iteration, **rest)
-        self.iteration = iteration + 1
+    def stepped(self, outcome: Outcome) -> None:
+        self.iteration = outcome.iteration + 1
         self.write()
 
     def look(self, router: Any, inputs: Any, outputs: Any) -> None:
@@ -130,7 +129,7 @@ def main() -> None:
     with CapturedOutput() as output:
         args = patched_arguments([*recipe, "--log-dir", str(folder), *arguments.flags])
         output.open(args.log_dir, rank=args.rank)
-        train(args, observe=lambda own: Looking(own, arguments.run, arguments.csv))
+        train(args, listeners=[Looking(arguments.run, arguments.csv)])
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from timing import Record, add_only, report
 
+from megatron_smlp.training.events import Listener, Outcome
+
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3
 
 
-class _TakingTurns:
+class _TakingTurns(Listener):
     """A listener of the training loop that lets the peer run after each step."""
 
     def __init__(self, peer: Callable[[], object]) -> None:
@@ -27,10 +29,7 @@ class _TakingTurns:
         self.theirs: list[float] = []
         self.started = 0.0
 
-    def __getattr__(self, event: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
-
-    def stepped(self, outcome: object) -> None:
+    def stepped(self, outcome: Outcome) -> None:
         now = time.perf_counter()
         self.ours.append(now - self.started)
         self.peer()

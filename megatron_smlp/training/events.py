@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from megatron_smlp.training.parts import Parts
+if TYPE_CHECKING:  # a listener may be defined before Megatron is patched, and so imported
+    from megatron_smlp.training.parts import Parts
 
 type Scores = dict[str, dict[str, float | None]]
 
