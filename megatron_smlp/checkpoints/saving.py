@@ -242,8 +242,9 @@ class Saving:
         Raises:
             SaveError: on every rank, where --on-save-failure is stop.
         """
-        room = missing_room(parts.optimizer) if gathers_on_gpus(self.args) else ""
-        if gathers_on_gpus(self.args) and not self.has_room(iteration, room):
+        if gathers_on_gpus(self.args) and not self.has_room(
+            iteration, missing_room(parts.optimizer)
+        ):
             return
         try:
             folder = self.start(iteration_folder(self.args.save, iteration))

@@ -64,8 +64,7 @@ def write(parts: Trained, folder: Path, *, iteration: int, cache: dict[str, Any]
         with --async-save Megatron's request, by which the files are written; else None.
     """
     args = parts.args
-    metadata = _build_sharded_state_dict_metadata(args, dp_cp_group=_replicas(parts))
-    state = _state(parts, metadata, rng=_rng(parts), iteration=iteration)
+    state, metadata = _to_be_saved(parts, iteration=iteration)
     return dist_checkpointing.save(
         state,
         str(folder),
@@ -96,15 +95,20 @@ def check_saving(parts: Trained) -> None:
     given = [name for name in UNTRIED if args.explicit_flags.get(name) not in (None, False)]
     if not (args.save and given):
         return
-    metadata = _build_sharded_state_dict_metadata(args, dp_cp_group=_replicas(parts))
     try:
-        _state(parts, metadata, rng=_rng(parts), iteration=0)
+        _to_be_saved(parts, iteration=0)
     except Exception as error:
         flags = " ".join(flag_of(name) for name in given)
         raise UsageError(
             f"{flags}: the state of this run cannot be saved ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}). Leave {flags} out, or train without --save."
         ) from error
+
+
+def _to_be_saved(parts: Trained, *, iteration: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a training's state, and what Megatron notes of its form."""
+    metadata = _build_sharded_state_dict_metadata(parts.args, dp_cp_group=_replicas(parts))
+    return _state(parts, metadata, rng=_rng(parts), iteration=iteration), metadata
 
 
 def _strategy(parts: Trained, cache: dict[str, Any]) -> Any:

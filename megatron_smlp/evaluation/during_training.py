@@ -1,7 +1,7 @@
 """Score zero-shot tasks between two steps of a training (--eval-tasks), in the layout of the run.
 
-The training must not notice: its random numbers, its counts of what routers did, its capacity
-factor and the overlapped gathering of its parameters are afterwards what they were.
+The training must not notice: its random numbers, its counts of what routers did and its capacity
+factor are afterwards what they were.
 """
 
 from __future__ import annotations
@@ -14,12 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.training.global_vars import get_args
-from megatron.training.training import (
-    disable_forward_pre_hook,
-    enable_forward_pre_hook,
-    should_disable_forward_pre_hook,
-)
 from torch import nn
 
 from megatron_smlp.collectives import from_first_rank
@@ -63,9 +57,9 @@ class TaskEvaluation:
                 f"{args.tokenizer_type}"
             )
 
-    def built(self, model: Sequence[Any], optimizer: Any) -> None:
+    def built(self, model: Sequence[Any]) -> None:
         """Keep the model to score; see the protocol in training/events.py."""
-        self.model, self.optimizer = list(model), optimizer
+        self.model = list(model)
 
     def is_due(self, iteration: int) -> bool:
         """Return whether to score now: at multiples of the interval, and after the last step."""
@@ -84,7 +78,6 @@ class TaskEvaluation:
         with (
             quiet_libraries(),
             _own_random_numbers(),
-            _whole_parameters(self.model, self.optimizer),
             _no_capacity(self.model),
         ):
             self.statistics.begin(None)  # the choices of routers here are of no validation
@@ -107,19 +100,6 @@ def _own_random_numbers() -> Iterator[None]:
     finally:
         random.setstate(ours)
         np.random.set_state(numpys)
-
-
-@contextlib.contextmanager
-def _whole_parameters(model: list[Any], optimizer: Any) -> Iterator[None]:
-    """Gather the parameters now where the distributed optimizer does so in the forward pass."""
-    overlaps = should_disable_forward_pre_hook(get_args()) and any(
-        stage.remove_forward_pre_hook_handles for stage in model
-    )
-    if overlaps:
-        disable_forward_pre_hook(model, optimizer=optimizer)
-    yield
-    if overlaps:
-        enable_forward_pre_hook(model)
 
 
 @contextlib.contextmanager

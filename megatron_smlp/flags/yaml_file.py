@@ -109,7 +109,7 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def _mapping(path: Path) -> dict[str, Setting]:
-    content = load_strictly(path, name=f"--config {path}", ready="configs/")
+    content, node = _parsed(path, name=f"--config {path}", ready="configs/")
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} must hold `flag: value` lines at its top level.")
     for key, value in content.items():
@@ -119,7 +119,6 @@ def _mapping(path: Path) -> dict[str, Setting]:
                 f"--config {path}: '{str(key)[:60]}' is not a number, text, switch or list of "
                 "them; put a date between quotes."
             )
-    node = yaml.compose(_text_of(path), StrictLoader)
     assert isinstance(node, yaml.MappingNode)
     lines = (key.start_mark.line + 1 for key, _ in node.value)
     return {
@@ -138,8 +137,15 @@ def load_strictly(path: Path, *, name: str, ready: str) -> Any:
     Raises:
         UsageError: it cannot be read.
     """
+    return _parsed(path, name=name, ready=ready)[0]
+
+
+def _parsed(path: Path, *, name: str, ready: str) -> tuple[Any, yaml.Node | None]:
+    """Do the same, with the node that it was made of, which knows its lines."""
     try:
-        return yaml.load(_text_of(path), StrictLoader)
+        loader = StrictLoader(_text_of(path))
+        node = loader.get_single_node()
+        return (None if node is None else loader.construct_document(node)), node
     except FileNotFoundError as error:
         raise UsageError(f"{name}: no such file; {ready} holds ready ones.") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

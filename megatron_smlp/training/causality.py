@@ -41,7 +41,7 @@ def check_causality(parts: Parts) -> None:
         UsageError: one reads later positions, on every rank.
     """
     layers = [
-        (layer, _rotary(chunk))
+        (layer, getattr(chunk, "rotary_pos_emb", None))
         for chunk in unwrap_model(parts.model)
         for layer in chunk.decoder.layers
     ]
@@ -73,10 +73,6 @@ def _alone(config: Any) -> Any:
         setattr(alone, f"{part}_parallel_size", 1)
     alone.virtual_pipeline_model_parallel_size, alone.sequence_parallel = None, False
     return alone
-
-
-def _rotary(chunk: Any) -> Any:
-    return getattr(chunk, "rotary_pos_emb", None)
 
 
 def _refuse(found: list[str]) -> None:

@@ -96,12 +96,12 @@ def _each(methods: Sequence[Callable[..., None]]) -> Callable[..., None]:
 class Tasks(Protocol):
     """Zero-shot tasks that are scored during training. Every method is collective."""
 
-    def built(self, model: Any, optimizer: Any) -> None: ...
+    def built(self, model: Sequence[Any]) -> None: ...
 
     def is_due(self, iteration: int) -> bool: ...
 
     def scores(self) -> tuple[Scores, list[str]]:
-        """Score them all.
+        """Score them all, with parameters that are whole.
 
         Returns:
             numbers by task for metrics.jsonl, and a text for each task.

@@ -43,7 +43,7 @@ from megatron_smlp.training.parts import Parts, build, release
 from megatron_smlp.training.run import Run
 from megatron_smlp.training.signals import StartUp
 from megatron_smlp.training.step import Step
-from megatron_smlp.training.upkeep import Upkeep
+from megatron_smlp.training.upkeep import Upkeep, is_due
 
 
 def train(
@@ -70,7 +70,7 @@ def train(
         iteration = resume(run, parts)
         run.listeners.built(parts)
         if tasks:
-            tasks.built(parts.model, parts.optimizer)
+            tasks.built(parts.model)
         if is_over(run, iteration):
             return
         batches = batches_of(args, run.reporter.say, chunks=len(parts.model))
@@ -185,7 +185,8 @@ class Loop:
         if self.tasks is None or not self.tasks.is_due(self.iteration):
             return False
         start = time.perf_counter()
-        scores, texts = self.tasks.scores()
+        with self.gathering.whole():
+            scores, texts = self.tasks.scores()
         seconds = time.perf_counter() - start
         self.listeners.held_up(seconds=seconds)
         self.listeners.scored(scores, texts, iteration=self.iteration, seconds=seconds)
@@ -193,10 +194,9 @@ class Loop:
 
     def evaluate_if_due(self) -> bool:
         """Evaluate each --eval-interval, from --start-eval-at-iter on."""
-        args = self.args
-        if not (self.batches.valid and args.eval_interval):
-            return False
-        if self.iteration % args.eval_interval or self.iteration < (args.start_eval_at_iter or 0):
+        has_begun = self.iteration >= (self.args.start_eval_at_iter or 0)
+        wanted = has_begun and is_due(self.args.eval_interval, self.iteration)
+        if not (self.batches.valid and wanted):
             return False
         with self.interruption(), self.gathering.whole(), self.upkeep.clean():
             self.evaluate(self.batches.valid, self.iteration)
@@ -204,8 +204,7 @@ class Loop:
 
     def save_if_due(self) -> bool:
         """Save each --save-interval."""
-        interval = self.args.save_interval
-        return bool(interval) and self.iteration % interval == 0 and self.save()
+        return is_due(self.args.save_interval, self.iteration) and self.save()
 
     def save(self) -> bool:
         """Save, unless this iteration is saved or there is no folder; return whether it was."""
@@ -224,8 +223,8 @@ class Loop:
         """
         if asks_anew:
             self.agreement.send()
-        agreed, interval = self.agreement.read(), self.args.exit_interval
-        is_at_interval = bool(interval) and self.iteration % interval == 0
+        agreed = self.agreement.read()
+        is_at_interval = is_due(self.args.exit_interval, self.iteration)
         self.stopped = agreed.is_signalled or agreed.is_over or is_at_interval
         if self.stopped:
             self.save()

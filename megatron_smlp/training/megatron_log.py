@@ -14,7 +14,10 @@ from datetime import datetime
 from typing import Any
 
 import torch
-from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.num_microbatches_calculator import (
+    get_current_running_global_batch_size,
+    get_num_microbatches,
+)
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.training import get_timers
@@ -100,7 +103,7 @@ class MegatronLog(Listener):
         rate = get_canonical_lr_for_logging(self.parts.optimizer.param_groups)
         if rate is not None:
             yield "learning-rate", rate
-        yield "batch-size", batch_size(args)
+        yield "batch-size", get_current_running_global_batch_size()
         yield from outcome.losses.items()
         if args.skipped_train_samples:
             yield "skipped-train-samples", args.skipped_train_samples
@@ -155,7 +158,7 @@ class MegatronLog(Listener):
         ]
         if outcome.learning_rate is not None:
             parts.append(f"learning rate: {outcome.learning_rate:.6E}")
-        parts.append(f"global batch size: {batch_size(args):5d}")
+        parts.append(f"global batch size: {get_current_running_global_batch_size():5d}")
         means = {name: float(total) / max(1, self.made) for name, total in self.sums.items()}
         parts += [f"{name}: {mean:.6E}" for name, mean in means.items()]
         parts += [of_experts.strip(" |")] if of_experts else []
@@ -208,8 +211,3 @@ class MegatronLog(Listener):
         print_rank_last(f"{' | '.join(texts)} | ")
         if self.args.num_experts is not None:
             get_moe_metrics_tracker().clear()
-
-
-def batch_size(args: argparse.Namespace) -> int:
-    """Return the samples of this step."""
-    return int(args.micro_batch_size * args.data_parallel_size * get_num_microbatches())

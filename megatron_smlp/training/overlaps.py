@@ -36,7 +36,7 @@ class ParameterGathering:
             parts.config.param_sync_func = None
 
     def begin(self) -> None:
-        """Switch them on after the first update, once."""
+        """Switch them on: after the first update, and where they were off for a while."""
         if self.overlaps and not self.is_on:
             enable_forward_pre_hook(self.parts.model)
             self.parts.config.param_sync_func = self.waits
@@ -50,8 +50,7 @@ class ParameterGathering:
             return
         self.end()
         yield
-        enable_forward_pre_hook(self.parts.model)
-        self.is_on = True
+        self.begin()
 
     def gather(self) -> None:
         """Make them whole for a save, and free what the gathering holds beside them."""

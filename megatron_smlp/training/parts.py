@@ -46,7 +46,7 @@ class Parts:
     """The model's, from which Megatron's schedules take what they call."""
     groups: ProcessGroupCollection
     began: float
-    """`time.time()` at which the first rank's program began, for --exit-duration-in-mins."""
+    """`time.time()` at which the first rank began to build, for --exit-duration-in-mins."""
 
 
 def configuration(args: argparse.Namespace) -> Any:
@@ -55,17 +55,13 @@ def configuration(args: argparse.Namespace) -> Any:
         return pretrain_cfg_container_from_args(args, model_config(args))
 
 
-def build(args: argparse.Namespace, *, program_began: float | None = None) -> Parts:
-    """Start Megatron and build everything but the data. Collective.
-
-    Args:
-        program_began: `time.time()`; None: now.
-    """
+def build(args: argparse.Namespace) -> Parts:
+    """Start Megatron and build everything but the data. Collective."""
     settings = configuration(args)
     initialize_megatron(allow_no_cuda=cpu.needed(), store=run_store(args))
     if not cpu.needed():
         set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
-    began = _earliest(time.time() if program_began is None else program_began)
+    began = _earliest(time.time())
     groups = ProcessGroupCollection.use_mpu_process_groups()
     start_memory_history_recording(settings.profiling)
     model = _model(settings, groups, trains=not args.skip_train)

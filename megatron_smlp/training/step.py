@@ -18,7 +18,10 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.num_microbatches_calculator import (
+    get_current_running_global_batch_size,
+    get_num_microbatches,
+)
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -77,8 +80,7 @@ class Step:
         updated, norm, zeros = self._of_all_stages(*self.update())
         timers("optimizer").stop()
         if updated:
-            samples = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
-            self.parts.schedule.step(increment=samples)
+            self.parts.schedule.step(increment=get_current_running_global_batch_size())
         for update in self.updates:
             update(self.parts.model, skipped=not updated)
         if args.empty_unused_memory_level >= 2:

@@ -39,12 +39,12 @@ class Upkeep:
         if self.is_first and args.distributed_timeout_seconds_after_init is not None:
             update_pg_timeout(timedelta(seconds=args.distributed_timeout_seconds_after_init))
         self.is_first = False
-        if _is_due(args.train_sync_interval, iteration):
+        if is_due(args.train_sync_interval, iteration):
             torch.cuda.synchronize()
-        if _is_due(args.check_weight_hash_across_dp_replicas_interval, iteration):
+        if is_due(args.check_weight_hash_across_dp_replicas_interval, iteration):
             with self.gathering.whole():
                 self._compare_replicas(iteration)
-        if args.manual_gc and _is_due(args.manual_gc_interval, iteration):
+        if args.manual_gc and is_due(args.manual_gc_interval, iteration):
             gc.collect()
 
     @contextlib.contextmanager
@@ -64,5 +64,6 @@ class Upkeep:
         print_rank_0(f">>> Weight hashes match after {iteration} iterations...")
 
 
-def _is_due(interval: int | None, iteration: int) -> bool:
+def is_due(interval: int | None, iteration: int) -> bool:
+    """Return whether an iteration is a multiple of an interval; 0 and None: never."""
     return bool(interval) and iteration % int(interval or 1) == 0
