@@ -4,14 +4,19 @@ import argparse
 import json
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from megatron_smlp.data.blending import Blends
 from megatron_smlp.data.prepare.preprocess_cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = sys.executable
+LENGTH = 32
+"""Tokens of a sample of `dataset_config`."""
 WORDS = [
     *("the", "a", "of", "and", "sea", "ship", "whale", "captain's", "don't", "12", "3.14"),
     *("<|endoftext|>", "x\ty", "under\u00a0way", "caf\u00e9", "cafe\u0301", "na\u00efve"),
@@ -76,3 +81,27 @@ def write_with_megatron(
 def assert_same_pair(ours: Path | str, theirs: Path | str) -> None:
     for suffix in (".idx", ".bin"):
         assert Path(f"{ours}{suffix}").read_bytes() == Path(f"{theirs}{suffix}").read_bytes()
+
+
+def dataset_config(
+    blends: Blends, cache: Path, split: str = "900,50,50", surplus: float = 0.005
+) -> Any:
+    """Megatron's, of a dataset of bytes."""
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    tokenizer = SimpleNamespace(
+        eod=0, pad=1, vocab_size=512, unique_identifiers=OrderedDict(kind="bytes")
+    )
+    return GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=LENGTH,
+        **blends.as_megatron(),
+        split=split if blends.whole else None,
+        path_to_cache=str(cache),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=surplus,
+    )

@@ -3,15 +3,13 @@
 import multiprocessing
 import os
 import shutil
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
+from data_helpers import BYTE_FLAGS, LENGTH, dataset_config, make_documents, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +18,6 @@ from megatron_smlp.data.index_cache import exclusive_caches, remove_unfinished
 from megatron_smlp.data.pairs.content import ChangedDataError
 from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.errors import DataError
-
-LENGTH = 32
 
 
 @pytest.fixture
@@ -32,27 +28,6 @@ def prefixes(run: Callable[..., Summary], tmp_path: Path) -> list[str]:
     return [str(tmp_path / f"data{number}_text_document") for number in range(3)]
 
 
-def _config(blends: Blends, cache: Path, split: str = "900,50,50", surplus: float = 0.005) -> Any:
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-
-    tokenizer = SimpleNamespace(
-        eod=0, pad=1, vocab_size=512, unique_identifiers=OrderedDict(kind="bytes")
-    )
-    return GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=LENGTH,
-        **blends.as_megatron(),
-        split=split if blends.whole else None,
-        path_to_cache=str(cache),
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        mid_level_dataset_surplus=surplus,
-    )
-
-
 def _build(words: list[str], sizes: list[int], cache: Path, split: str = "900,50,50") -> Any:
     return _build_blends(Blends(parse_blend(words, source="--data-path")), sizes, cache, split)
 
@@ -60,7 +35,7 @@ def _build(words: list[str], sizes: list[int], cache: Path, split: str = "900,50
 def _build_blends(blends: Blends, sizes: list[int], cache: Path, *more: str, **flags: float) -> Any:
     from megatron_smlp.data.datasets import build_datasets
 
-    config = _config(blends, cache, *more, **flags)
+    config = dataset_config(blends, cache, *more, **flags)
     return build_datasets(
         sizes, blends=blends, config=config, is_built_on_rank=lambda: True, rank=0
     )

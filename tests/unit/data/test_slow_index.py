@@ -5,15 +5,13 @@ import os
 import signal
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from data_helpers import BYTE_FLAGS, make_documents, write_jsonl
+from data_helpers import BYTE_FLAGS, dataset_config, make_documents, write_jsonl
 from support.launches import launch_calls
 
 from megatron_smlp import first_rank
@@ -93,29 +91,14 @@ def _join() -> int:
 
 
 def _built(words: list[str], cache: str, rank: int) -> Any:
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-
     from megatron_smlp.data.blending import Blends, parse_blend
     from megatron_smlp.data.datasets import build_datasets
 
     blends = Blends(parse_blend(words, source="x"))
-    tokenizer = SimpleNamespace(eod=0, pad=1, vocab_size=512, unique_identifiers=OrderedDict(a="b"))
-    config = GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=32,
-        **blends.as_megatron(),
-        split="1,0,0",
-        path_to_cache=cache,
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
     return build_datasets(
         [20, 0, 0],
         blends=blends,
-        config=config,
+        config=dataset_config(blends, Path(cache), "1,0,0"),
         is_built_on_rank=lambda: True,
         rank=rank,
         say=(lambda line: print(line, flush=True)) if rank == 0 else lambda line: None,
