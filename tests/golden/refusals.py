@@ -1,0 +1,50 @@
+"""What a user reads when something is refused: every sentence of the package, made from the code.
+
+`python tests/golden/refusals.py` writes refusals.txt anew; its diff shows what a change says.
+Other tests look at what is refused, and at the thing that is named: not at wording.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_smlp import errors
+
+PACKAGE = Path(errors.__file__).parent
+GOLDEN = Path(__file__).with_name("refusals.txt")
+SHOWN = {name for name, value in vars(errors).items() if isinstance(value, type)}
+"""Exceptions whose text is shown as it is."""
+
+
+def sentence(node: ast.expr) -> str:
+    """A text as it is written, with the expressions that are put into it in braces."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(map(sentence, parts))
+        case ast.BinOp(left=left, right=right):
+            return sentence(left) + sentence(right)
+        case ast.FormattedValue(value=value):
+            return "{" + ast.unparse(value) + "}"
+    return "{" + ast.unparse(node) + "}"
+
+
+def refusals(path: Path) -> Iterator[str]:
+    """`Exception: sentence` of all that a file raises or makes of errors.py."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in SHOWN:
+            yield f"{ast.unparse(node.func)}: {' '.join(sentence(node.args[0]).split())}"
+
+
+def listed() -> str:
+    """The whole list, by file."""
+    blocks = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if lines := sorted(refusals(path)):
+            blocks.append("\n  ".join([path.relative_to(PACKAGE).as_posix(), *lines]))
+    return "\n".join(blocks) + "\n"
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(listed(), encoding="utf-8")
