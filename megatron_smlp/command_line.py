@@ -28,6 +28,17 @@ def note_ignored(flag: str, why: str) -> None:
     print(f"note: {flag} is accepted and ignored: {why}", file=sys.stderr)
 
 
+def require_positive(options: object, *names: str) -> None:
+    """Refuse numbers under 1 that were given.
+
+    Raises:
+        UsageError: with the flag and its value.
+    """
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UsageError(f"{flag_of(name)} {value}: give 1 or more")
+
+
 class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """Names a default, unless the help does so or there is none to speak of."""
 

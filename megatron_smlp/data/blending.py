@@ -103,21 +103,17 @@ def _read(path: str, flag: str) -> str:
 
 def _read_per_split(path: str) -> tuple[Blend | None, Blend | None, Blend | None]:
     flag = "--per-split-data-args-path"
+    text = _read(path, flag)
     try:
-        body = json.loads(_read(path, flag))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{flag} {path} is not JSON: {error}") from None
-    if not isinstance(body, dict) or set(body) != set(SPLITS):
-        found = ", ".join(body) if isinstance(body, dict) else type(body).__name__
-        raise DataError(f"{flag} {path} must hold the keys {', '.join(SPLITS)}; it has {found}")
-    values = [body[name] for name in SPLITS]
-    for name, value in zip(SPLITS, values, strict=True):
-        if not isinstance(value, str | list | None):
-            raise DataError(
-                f"{flag} {path}, {name}: {json.dumps(value)[:80]} is neither a list of weights and "
-                "prefixes, nor a text of them, nor null"
-            )
-    lists = [value.split() if isinstance(value, str) else value for value in values]
+        values = [json.loads(text)[name] for name in SPLITS]
+        lists = [value.split() if isinstance(value, str) else value for value in values]
+        if not all(isinstance(value, list | None) for value in lists):
+            raise TypeError(f"{text[:80]}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{flag} {path} must be JSON with the keys {', '.join(SPLITS)}, each with a list of "
+            f"weights and prefixes, a text of them, or null ({type(error).__name__}: {error})"
+        ) from None
     return _three_blends(lists, [f"{flag} {path}, {name}:" for name in SPLITS])
 
 

@@ -5,7 +5,6 @@ The one module of `data` that imports Megatron: training calls it, the tools do 
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -138,7 +137,7 @@ def build_datasets(
         except IndexError as error:
             if "oversamples" not in str(error):
                 raise
-            raise _too_little_surplus(blends, num_samples, str(error)) from None
+            raise DataError(f"{error} It is --mid-level-dataset-surplus.") from None
     for name, dataset, wanted in zip(SPLITS, datasets, num_samples, strict=True):
         _check_suffices(name, dataset, wanted)
     return datasets
@@ -158,7 +157,7 @@ def _check_splits(blends: Blends, config: GPTDatasetConfig) -> None:
                     f"--eval-iters 0), make it larger, or give --train-data-path and "
                     f"--valid-data-path"
                 )
-            tokens = index.tokens_between(first, last)
+            tokens = len(index.tokens_of(first, last))
             if _is_read_once(name, blend, config) and tokens <= config.sequence_length:
                 raise DataError(
                     f"{prefix!r} has {tokens} tokens for {name}, and a sample takes "
@@ -187,22 +186,6 @@ def _is_read_once(name: str, blend: Blend, config: GPTDatasetConfig) -> bool:
     """Return whether Megatron joins datasets by their sizes, each whole."""
     is_apart = name == "valid" and config.multiple_validation_sets and config.blend is None
     return blend.weights is None and len(blend.prefixes) > 1 and not is_apart
-
-
-def _too_little_surplus(
-    blends: Blends, num_samples: Sequence[int | None], reason: str
-) -> DataError:
-    """Megatron rounds up the samples of each of n datasets, and draws from a dataset of weight w in
-    a blend of N samples at most (N + n) w + 1, where max(N w, 1) and the surplus were made."""
-    num_datasets = max(
-        len(blend.prefixes) for blend in (blends.whole, *(blends.per_split or ())) if blend
-    )
-    fewest = min(filter(None, num_samples))
-    surplus = math.ceil(10 * (1 + num_datasets / fewest)) / 10
-    return DataError(
-        f"{num_datasets} datasets with weights are many for {fewest} samples: {reason} "
-        f"Give --mid-level-dataset-surplus {surplus}, fewer datasets, or more samples"
-    )
 
 
 def _check_suffices(split: str, dataset: Any, wanted: int | None) -> None:
@@ -234,7 +217,7 @@ def _members(dataset: Any) -> list[tuple[Any, int]]:
     if dataset is None:
         return []
     if isinstance(dataset, list):  # --multiple-validation-sets
-        return [member for each in dataset for member in _members(each)]
+        return [member for part in dataset for member in _members(part)]
     if not isinstance(dataset, BlendedDataset):
         # A run may read fewer samples than a single dataset holds.
         wanted = dataset.num_samples

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_smlp.command_line import Parser
-from megatron_smlp.errors import UsageError
+from megatron_smlp.command_line import Parser, require_positive
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,8 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool; `run_tool` shows the errors."""
     args = build_parser().parse_args(argv)
-    if args.num_experts < 1:
-        raise UsageError(f"--num-experts {args.num_experts}: give a positive number")
+    require_positive(args, "num_experts", "vocab_size")
     # Not before --help.
     from megatron_smlp.data.blending import parse_blend
     from megatron_smlp.data.token_counts import token_counts, vocabulary_of

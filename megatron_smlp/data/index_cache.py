@@ -68,8 +68,8 @@ def remove_unfinished(folder: Path) -> list[Path]:
     Megatron builds all files of a dataset again where one of them is missing. Other files may lie
     in the folder.
     """
-    found = sorted(path for pattern in INDICES for path in folder.glob(pattern))
-    broken = [path for path in found if not _is_whole(path)]
+    indices = sorted(path for pattern in INDICES for path in folder.glob(pattern))
+    broken = [path for path in indices if not _is_whole(path)]
     for path in broken:
         path.unlink()
     return broken

@@ -19,24 +19,25 @@ def vocabulary_of(blend: Blend) -> int:
     Raises:
         DataError: a dataset has no manifest, or they are of several vocabularies.
     """
-    found_in: dict[tuple[int, str | None], str] = {}
+    prefixes: dict[tuple[int, str | None], str] = {}
     for prefix in blend.prefixes:
-        found = find_manifest(prefix)
-        if found is None:
+        origin = find_manifest(prefix)
+        if origin is None:
             raise DataError(
                 f"{prefix} has no manifest that tells its vocabulary: give --vocab-size"
             )
-        found_in[found[1].tokenizer.vocab_size, found[1].tokenizer.identity] = prefix
-    if len(found_in) > 1:
+        written = origin.manifest.tokenizer
+        prefixes[written.vocab_size, written.identity] = prefix
+    if len(prefixes) > 1:
         listed = ", ".join(
             f"{prefix} has {size:,} ids (vocabulary {str(identity)[:12]})"
-            for (size, identity), prefix in found_in.items()
+            for (size, identity), prefix in prefixes.items()
         )
         raise DataError(
             f"--data-path holds data of several vocabularies: {listed}; preprocess all of it with "
             f"one tokenizer, or give --vocab-size if the ids mean the same"
         )
-    [(size, _)] = found_in
+    [(size, _)] = prefixes
     return size
 
 

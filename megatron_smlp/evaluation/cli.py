@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.command_line import Parser, flag_of
+from megatron_smlp.command_line import Parser, flag_of, require_positive
 from megatron_smlp.errors import UsageError, require_package
-from megatron_smlp.generation.cli import check_model_arguments
+from megatron_smlp.generation.cli import add_source_arguments, check_model_arguments
 
 EPILOG = """\
 Other flags are Megatron's and go with --checkpoint: the layout to evaluate in, for example
@@ -27,14 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    model = parser.add_argument_group("model (one of them)")
-    model.add_argument(
-        "--checkpoint",
-        "--load",
-        metavar="DIR",
-        help="the --save folder of a run, or an iter_ folder",
-    )
-    model.add_argument("--hf", metavar="DIR", help="what tools/convert_checkpoint.py --to hf wrote")
+    add_source_arguments(parser)
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--tasks", metavar="A,B", help="copa,piqa,... or any of the harness")
     tasks.add_argument("--data-dir", metavar="DIR", help="local files of the tasks; no network")
@@ -83,11 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--toeplitz models)",
     )  # fmt: skip
     both.add_argument("--batch-size", type=int, default=8, metavar="B", help="(default 8)")
-    both.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="to compute in (default: what the weights are stored in)",
-    )  # fmt: skip
-    both.add_argument("--device", help="of --hf (default: a GPU where there is one)")
     both.add_argument("--output", metavar="FILE", help="write the results as JSON")
     return parser
 
@@ -124,9 +112,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
                 raise UsageError(f"{given} goes with {instead}")
     if options.hf and rest:
         raise UsageError(f"{rest[0]} is not a flag of evaluate.py --hf; `--help` lists them")
-    for flag in ("limit", "batch_size", "stride", "seq_length"):
-        if (value := getattr(options, flag)) is not None and value < 1:
-            raise UsageError(f"{flag_of(flag)} {value}: give 1 or more")
+    require_positive(options, "limit", "batch_size", "stride", "seq_length")
     for flag in ("output", "samples", "markdown"):  # found before hours of work, not after them
         path = getattr(options, flag)
         if path is not None and not Path(path).resolve().parent.is_dir():
@@ -152,10 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
     """Measure what `options` ask for, and report it on rank 0."""
-    if options.data_path:
-        evaluate_text(options, megatron_flags)
-    else:
-        evaluate_tasks(options, megatron_flags)
+    measure = evaluate_text if options.data_path else evaluate_tasks
+    measure(options, megatron_flags)
 
 
 def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
@@ -180,14 +164,13 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
     )
     if int(os.environ.get("RANK", "0")) != 0:
         return
-    for name, bins in result.get("breakdown", {}).items():
+    numbers = dict(result)
+    for name, bins in numbers.pop("breakdown", {}).items():
         print(f"{name:12}{'tokens':>10}{'loss':>10}{'sd':>10}", file=terminal())
-        for each in bins:
-            numbers = f"{each['tokens']:>10,}{each['loss']:>10.4f}{each['sd']:>10.4f}"
-            print(f"  {each['label']:10}{numbers}", file=terminal())
-    for name, value in result.items():
-        if name == "breakdown":
-            continue
+        for kind in bins:
+            row = f"{kind['tokens']:>10,}{kind['loss']:>10.4f}{kind['sd']:>10.4f}"
+            print(f"  {kind['label']:10}{row}", file=terminal())
+    for name, value in numbers.items():
         shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
         print(f"{name.replace('_', ' ')}: {shown}", file=terminal(), flush=True)
     if options.output:
@@ -204,8 +187,8 @@ def _suffix_from(given: float | None, facts: argparse.Namespace, *, longest: int
     from megatron_smlp.options import suffix_start
 
     of_windows = {} if given is None else {"seq_length": longest}
-    found = suffix_start(argparse.Namespace(**vars(facts) | {"suffix_from": given} | of_windows))
-    return found if found < longest else 0  # its own, which nobody asked for of shorter windows
+    start = suffix_start(argparse.Namespace(**vars(facts) | {"suffix_from": given} | of_windows))
+    return start if start < longest else 0  # its own, which nobody asked for of shorter windows
 
 
 def evaluate_tasks(options: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
@@ -251,7 +234,7 @@ def _harness_model(
 
     def generator() -> Any:
         where = {"dtype": options.dtype, "device": str(scorer.device)}
-        return of_checkpoint(args.load, tokenizer, iteration=args.ckpt_step, start=start, **where)
+        return of_checkpoint(args.load, tokenizer, start=start, **where)
 
     extra = {"start": start, "shows_progress": shows, "generator": generator}
     return args.ckpt_step, ScorerModel(scorer, tokenizer, **extra)
@@ -332,4 +315,5 @@ def _write(
     if options.samples:
         reports.write_samples(Path(options.samples), results)
     if options.markdown:
-        reports.write_markdown(Path(options.markdown), results, model=source)
+        text = reports.as_markdown(results, model=source)
+        reports.replace_file(Path(options.markdown), text)

@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from megatron_smlp.errors import UsageError
-
 TooLong = Literal["skip", "truncate", "stop"]
 MAX_NEW_TOKENS = 256
 """Limit for tasks that set no max_gen_toks; the harness's `hf` model has the same default."""
@@ -85,19 +83,9 @@ def _generation(model: Any, args: tuple[str, Mapping[str, Any]], longest: int) -
 
 
 def generation_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a task's `generation_kwargs` under the harness's names.
-
-    Raises:
-        UsageError: they are not what they should be.
-    """
+    """Return a task's `generation_kwargs` under the harness's names."""
     given = {name: value for name, value in asked.items() if value is not None}
-    try:
-        settings = {**normalize_gen_kwargs(given, MAX_NEW_TOKENS)}
-        return {**settings, "max_gen_toks": int(settings["max_gen_toks"])}
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"the task's generation_kwargs {dict(asked)} cannot be read: {error}"
-        ) from error
+    return {**normalize_gen_kwargs(given, MAX_NEW_TOKENS)}
 
 
 CHECKS: dict[str, Callable[[Any, Any, int], Misfit | None]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,19 +53,22 @@ def run_tasks(
     # All are looked at before hours of work on the first.
     checked = [_Checked.of(item, model, selection, limit) for item in selection.tasks]
     if too_long == "stop":
-        for each in checked:
-            each.stop_at_the_first()
-    for each in checked:
-        chosen = each.chosen(limit, too_long)
+        for name, number, misfit in itertools.chain.from_iterable(map(_Checked.named, checked)):
+            raise UsageError(
+                f"--tasks {name}, example {number}: {misfit.reason}: leave such examples out "
+                "(--too-long skip), or evaluate a model with a longer --seq-length"
+            )
+    for item in checked:
+        chosen = item.chosen(limit, too_long)
         empty = [name for name, numbers in chosen.items() if not numbers]
         some = {name: numbers for name, numbers in chosen.items() if numbers}
         # A group's own score would be of other tasks than it says where one of them has none.
-        scored = [each.tasks[name] for name in some] if empty else [each.item]
+        scored = [item.tasks[name] for name in some] if empty else [item.item]
         results = _evaluated(model, scored, selection, some) if some else []
-        results += [TaskResult(name, 0, {}, str(each.tasks[name].VERSION)) for name in empty]
+        results += [TaskResult(name, 0, {}, str(item.tasks[name].VERSION)) for name in empty]
         for result in results:
-            those = each.misfits.get(result.task, {})
-            unfit = {number: misfit.said(too_long) for number, misfit in those.items()}
+            misfits_of = item.misfits.get(result.task, {})
+            unfit = {number: misfit.said(too_long) for number, misfit in misfits_of.items()}
             yield dataclasses.replace(result, unfit=unfit)
 
 
@@ -81,32 +85,28 @@ class _Checked:
     @classmethod
     def of(cls, item: Any, model: Any, selection: Selection, limit: int | None) -> _Checked:
         tasks = selection.manager.load([item])["tasks"]
-        found = {}
+        unfit = {}
         for name, task in tasks.items():
             task.set_config(key="num_fewshot", value=0)
             try:
-                found[name] = misfits(task, model, limit=limit)
+                unfit[name] = misfits(task, model, limit=limit)
             except UsageError:
                 raise
             except Exception as error:  # of prompts and code that are not ours
                 raise selection.broken(name, error) from error
-        return cls(item, tasks, found)
+        return cls(item, tasks, unfit)
 
-    def stop_at_the_first(self) -> None:
-        for name, those in self.misfits.items():
-            for number, misfit in those.items():
-                raise UsageError(
-                    f"--tasks {name}, example {number}: {misfit.reason}: leave such examples out "
-                    "(--too-long skip), or evaluate a model with a longer --seq-length"
-                )
+    def named(self) -> Iterator[tuple[str, int, Misfit]]:
+        for name, numbered in self.misfits.items():
+            yield from ((name, number, misfit) for number, misfit in numbered.items())
 
     def chosen(self, limit: int | None, too_long: TooLong) -> dict[str, Sequence[int]]:
         """Return the numbers of the examples that are scored, of each task."""
         chosen: dict[str, Sequence[int]] = {}
         for name, task in self.tasks.items():
-            those, count = self.misfits[name], len(task.eval_docs)
+            unfit, count = self.misfits[name], len(task.eval_docs)
             numbers = range(count if limit is None else min(limit, count))
-            left_out = {number for number in those if not those[number].is_cut(too_long)}
+            left_out = {number for number in unfit if not unfit[number].is_cut(too_long)}
             # The harness looks each example up in what it gets: a range is quick at that.
             chosen[name] = [n for n in numbers if n not in left_out] if left_out else numbers
         return chosen
@@ -247,7 +247,7 @@ class ScorerModel(TemplateLM):
         asked = [(request.args[0], *settings_of(request.args[1])) for request in requests]
         lm = self.generator()
         bar = tqdm(asked, disable=self.bar_disabled)
-        return [generate_until(lm, *one, seed=seed) for seed, one in enumerate(bar)]
+        return [generate_until(lm, *request, seed=seed) for seed, request in enumerate(bar)]
 
 
 def settings_of(asked: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -260,9 +260,9 @@ def settings_of(asked: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     Raises:
         UsageError: one of them is another, or its value is not possible.
     """
-    given = generation_settings(asked)
-    count, until, samples = (given.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
     try:
+        given = generation_settings(asked)
+        count, until, samples = (given.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
         temperature = float(given.pop("temperature", 0.0))
         drawn = {
             "top_p": float(given.pop("top_p", 1.0)),
@@ -294,18 +294,10 @@ def generate_until(
     """Return the continuation of a context, which loses its beginning where room is short.
 
     Args:
-        settings: fields of the `Job`.
-
-    Raises:
-        UsageError: more new tokens than the model has positions.
+        settings: fields of the `Job`; fewer new tokens than the model has positions.
     """
-    count = settings["max_tokens"]
-    if not 0 < count < lm.longest:
-        raise UsageError(
-            f"the task asks for {count} new tokens (max_gen_toks) and the model's sequences end at "
-            f"{lm.longest}: evaluate a model with a longer --seq-length"
-        )
-    prompt = (lm.encode(context) or [lm.end or 0])[-(lm.longest - count) :]
+    room = lm.longest - settings["max_tokens"]
+    prompt = (lm.encode(context) or [lm.end or 0])[-room:]
     text = Answer(lm, prompt, until)
     job = Job(prompt=prompt, seed=seed, on_token=lambda _, token: text.push(token), **settings)
     answer(lm, job)

@@ -27,11 +27,6 @@ class ExportedModel(HFLM):
         self, folder: str | Path, *, batch_size: int, device: str, dtype: str = "auto"
     ) -> None:
         folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise UsageError(
-                f"--hf {folder} has no config.json: give a folder that "
-                "tools/convert_checkpoint.py wrote"
-            )
         check_with_tokenizer(folder)
         super().__init__(
             pretrained=str(folder),

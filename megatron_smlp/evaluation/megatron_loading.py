@@ -15,16 +15,11 @@ from typing import Any
 import torch
 
 from megatron_smlp.checkpoints.choosing import problems
-from megatron_smlp.checkpoints.folders import (
-    TRACKER,
-    iteration_folder,
-    iteration_of,
-    release_folder,
-    tracked_iteration,
-)
+from megatron_smlp.checkpoints.folders import iteration_of
 from megatron_smlp.checkpoints.tensors import main_dtype
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.command_line import flag_of
+from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
 from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import NoGoodCheckpointError, UsageError
@@ -70,13 +65,17 @@ def load_model(
         saved = TorchDistCheckpoint(checkpoint, iteration=given.ckpt_step)
     except UsageError as error:
         raise UsageError(f"--checkpoint {checkpoint}: {error}") from error
-    if given.tokenizer_type:
-        spec = TokenizerSpec.from_arguments(given)
-    else:
-        spec = TokenizerSpec.recorded(_recorded(saved), trusts=given.trust_remote_code)
+    own = TokenizerSpec.from_arguments(given) if given.tokenizer_type else None
+    spec = own or recorded_tokenizer(saved.args, trusts=given.trust_remote_code)
+    if spec is None:
+        raise UsageError(
+            f"--checkpoint {saved.folder} does not record a tokenizer: give --tokenizer-type and "
+            "its other flags"
+        )
     tokenizer = resolve_for(
         spec, source=f"--checkpoint {checkpoint}", entries=saved.flags["vocab_size"]
     )
+    folder = saved.folder.resolve()
     args = parse_arguments(
         [
             *NO_TRAINING.split(),
@@ -84,36 +83,15 @@ def load_model(
             *tokenizer_flags(spec),
             *_precision_flags(given, dtype, stored=main_dtype(saved.specs)),
             *flags,
-            *_load_flags(saved.folder),
+            *("--load", str(folder.parent)),
+            *(("--ckpt-step", str(iteration)) if (iteration := iteration_of(folder)) else ()),
         ]
     )
     # It notes a SIGTERM for a training loop, and none will look: the process would go on.
     get_signal_handler().release()
     with args.thawed():
-        return args, _build_and_load(args, saved.folder), tokenizer
-
-
-def _load_flags(checkpoint: Path) -> list[str]:
-    """Return Megatron's flags for one checkpoint: without, it would take what the tracker names, or
-    random weights where there is none.
-
-    Raises:
-        UsageError: Megatron would read another folder whatever the flags.
-    """
-    for folder in dict.fromkeys([checkpoint.absolute(), checkpoint.resolve()]):
-        step = iteration_of(folder)
-        if folder == _read_by_megatron(folder.parent, step):
-            return ["--load", str(folder.parent), *(["--ckpt-step", str(step)] if step else [])]
-    raise UsageError(
-        f"--checkpoint {checkpoint} is read by its number or by {TRACKER} beside it, and they name "
-        "another folder: give a copy by convert_checkpoint.py --to torch_dist in place of it"
-    )
-
-
-def _read_by_megatron(run: Path, step: int | None) -> Path | None:
-    iteration = step or tracked_iteration(run)
-    at_step = None if iteration is None else iteration_folder(run, iteration)
-    return release_folder(run) or at_step
+        args.load = str(folder)  # also where the run's tracker names another one
+        return args, _build_and_load(args, folder), tokenizer
 
 
 def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:
@@ -142,16 +120,6 @@ def sequence_length(args: argparse.Namespace, wanted: int | None) -> int:
             "which sequence parallelism cuts it: give a multiple"
         )
     return wanted
-
-
-def _recorded(checkpoint: TorchDistCheckpoint) -> Any:
-    """Return the arguments of the run, which name its tokenizer."""
-    if not getattr(checkpoint.args, "tokenizer_type", None):
-        raise UsageError(
-            f"--checkpoint {checkpoint.folder} does not record a tokenizer: give --tokenizer-type "
-            "and its other flags"
-        )
-    return checkpoint.args
 
 
 def tokenizer_flags(spec: TokenizerSpec) -> list[str]:

@@ -87,7 +87,7 @@ class MegatronScorer:
         training = [stage.training for stage in self.stages]
         config = self.config
         timers, config.timers = config.timers, None
-        sync, config.param_sync_func = config.param_sync_func, None  # nothing is being gathered
+        sync, config.param_sync_func = config.param_sync_func, None  # the hooks of each module wait
         for stage in self.stages:
             stage.eval()
         try:
@@ -137,8 +137,8 @@ class MegatronScorer:
     ) -> list[RowScore]:
         """Score the last tokens of each row; logits: <float>[B, T, V / TP]."""
         parts = [
-            one[len(row.tokens) - 1 - row.scored : len(row.tokens) - 1]
-            for one, row in zip(logits, rows, strict=True)
+            scores[len(row.tokens) - 1 - row.scored : len(row.tokens) - 1]
+            for scores, row in zip(logits, rows, strict=True)
         ]
         targets = [token for row in rows for token in row.tokens[-row.scored :]]
         logprobs, greedy = score_targets(

@@ -47,11 +47,7 @@ class Part:
 
     def tokens(self) -> Any:
         """Return <dtype>[tokens], on disk until it is read."""
-        if self.first == self.last:
-            return self.index.tokens[:0]
-        begin = int(self.index.pointers[self.first]) // self.index.dtype.itemsize
-        end = int(self.index.pointers[self.last - 1]) // self.index.dtype.itemsize
-        return self.index.tokens[begin : end + int(self.index.lengths[self.last - 1])]
+        return self.index.tokens_of(self.first, self.last)
 
     def documents(self) -> Any:
         """Return int64[documents + 1]: the place in `tokens` of each document's first token."""
@@ -74,17 +70,16 @@ def validation_part(index: Index, split: str | None) -> Part:
         parse_and_normalize_split,
     )
 
-    wrong = UsageError(
-        f"--split {split}: give the run's shares of training, validation and test, "
-        "for example 969,30,1"
-    )
     try:
         with np.errstate(invalid="ignore"):
             shares = parse_and_normalize_split(split)
+        if any(map(math.isnan, shares)):  # they are all zero, or there is none
+            raise ValueError("no share is over 0")
     except (AssertionError, ValueError) as error:
-        raise wrong from error
-    if any(map(math.isnan, shares)):  # they are all zero, or there is none
-        raise wrong
+        raise UsageError(
+            f"--split {split}: give the run's shares of training, validation and test, for "
+            "example 969,30,1"
+        ) from error
     share = convert_split_vector_to_split_matrix(shares)[1]
     first, last = (round(bound * index.num_sequences) for bound in share or (0, 0))
     if first == last:

@@ -77,7 +77,7 @@ def from_harness(results: Mapping[str, Any]) -> list[TaskResult]:
             examples=int(values["sample_len"]),
             scores=_scores(values),
             version=str(results["versions"].get(name)),
-            samples=[_sample(name, one) for one in results.get("samples", {}).get(name, [])],
+            samples=[_sample(name, row) for row in results.get("samples", {}).get(name, [])],
         )
         for name, values in results["results"].items()
         if "sample_len" in values
@@ -176,10 +176,10 @@ def write_json(path: Path, *, model: dict[str, Any], results: Sequence[TaskResul
         "results": {result.task: result.as_json() for result in results if result.scores},
         "unfit": {result.task: dict(result.unfit) for result in results if result.unfit},
     }
-    _replace(path, json.dumps(record, indent=2) + "\n")
+    replace_file(path, json.dumps(record, indent=2) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write a file, or a device as /dev/stdout; a crash leaves what was in a file before."""
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
@@ -194,11 +194,7 @@ def write_samples(path: Path, results: Sequence[TaskResult]) -> None:
         for result in results
         for sample in result.samples
     ]
-    _replace(path, "".join(lines))
-
-
-def write_markdown(path: Path, results: Sequence[TaskResult], *, model: str) -> None:
-    _replace(path, as_markdown(results, model=model))
+    replace_file(path, "".join(lines))
 
 
 def as_markdown(results: Sequence[TaskResult], *, model: str) -> str:

@@ -17,12 +17,8 @@ from megatron_smlp.evaluation.tasks.documents import FILES, find_file
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 PAPER_COPA = TASK_FOLDER / "copa_paper.yaml"
-PAPER_TASKS = tuple(FILES)
 HARNESS_NAMES = {"storycloze": "storycloze_2016"}
 """Names of the paper's tasks in lm-evaluation-harness, where they differ."""
-
-NETWORK = ("aiohttp", "httpx", "huggingface_hub", "requests", "urllib3")
-"""Libraries whose exceptions are of the network."""
 
 PromptStyle = Literal["lm_eval", "paper"]
 
@@ -49,7 +45,7 @@ def split_names(text: str, *, flag: str = "--tasks") -> list[str]:
     """
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
-        raise UsageError(f"{flag} '{text}' names no task; the paper's are {','.join(PAPER_TASKS)}")
+        raise UsageError(f"{flag} '{text}' names no task; the paper's are {','.join(FILES)}")
     return names
 
 
@@ -70,50 +66,38 @@ def select_tasks(
     Raises:
         UsageError: an unknown task, with the nearest name; missing or malformed files.
     """
-    if include_path is not None and not Path(include_path).is_dir():
-        raise UsageError(f"--include-path {include_path} is not a folder: give one of task files")
-    if data_dir is not None:
-        return _offline(names, data_dir, prompt_style, include_path)
+    for flag, folder in (("--include-path", include_path), ("--data-dir", data_dir)):
+        if folder is not None and not Path(folder).is_dir():
+            raise UsageError(
+                f"{flag} {folder} is not a folder: docs/evaluation.md says what is in it"
+            )
+    own: list[str | Path] = [include_path] if include_path else []
+    options: dict[str, Any]
+    if data_dir is None:
+        wanted = [HARNESS_NAMES.get(name, name) for name in names]
+        paper, options = str(PAPER_COPA), {"include_path": own or None}
+        remedy = (
+            "or the network, or give --data-dir with local files of the paper's tasks "
+            "(docs/evaluation.md)"
+        )
+    else:
+        wanted, paper = list(names), PAPER_COPA.stem
+        options = {
+            "include_path": [TASK_FOLDER, *own],
+            "include_defaults": False,
+            "metadata": {"data_dir": str(data_dir)},
+        }
+        remedy = "and that its data is local: with --data-dir no network is used"
+        for name in set(names) & set(FILES):
+            find_file(name, data_dir)
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at the import of the harness
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include_path)
-    wanted = [HARNESS_NAMES.get(name, name) for name in names]
+    manager = TaskManager(**options)
     for name in wanted:
         _check_known(name, manager.all_tasks, include_path=include_path)
     if prompt_style == "paper":
-        wanted = [str(PAPER_COPA) if name == "copa" else name for name in wanted]
-    remedy = (
-        "check the network and the packages that it needs, or give --data-dir with local files of "
-        "the paper's tasks (docs/evaluation.md)"
-    )
-    return _load(wanted, manager, remedy=remedy)
-
-
-def _offline(
-    names: Sequence[str], data_dir: str, prompt_style: PromptStyle, include_path: str | None
-) -> Selection:
-    if not Path(data_dir).is_dir():
-        raise UsageError(
-            f"--data-dir {data_dir} is not a folder; docs/evaluation.md says what is in it"
-        )
-    for name in names:
-        if name in PAPER_TASKS:
-            find_file(name, data_dir)
-        elif include_path is None:
-            _check_known(name, PAPER_TASKS, where="--data-dir serves")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at the import of the harness
-    from lm_eval.tasks import TaskManager
-
-    folders: list[str | Path] = [TASK_FOLDER, *([include_path] if include_path else [])]
-    manager = TaskManager(
-        include_path=folders, include_defaults=False, metadata={"data_dir": str(data_dir)}
-    )
-    for name in names:
-        where = "--data-dir and --include-path serve"
-        _check_known(name, manager.all_tasks, where=where, include_path=include_path)
-    is_paper = prompt_style == "paper"
-    wanted = [PAPER_COPA.stem if is_paper and name == "copa" else name for name in names]
-    remedy = "check its file, and that its data is local: with --data-dir no network is used"
+        wanted = [paper if name == "copa" else name for name in wanted]
     return _load(wanted, manager, remedy=remedy)
 
 
@@ -123,19 +107,17 @@ def _load(names: Sequence[str], manager: Any, *, remedy: str) -> Selection:
     for name in names:
         try:
             with _harness_errors() as said:
-                found = _outermost(manager.load([name]))
+                loaded = _outermost(manager.load([name]))
+                manager.load([*built, *loaded])  # which refuses one that is there twice
         except UsageError:
             raise
         except Exception as error:  # of files and code that are not ours, and of the network
-            reason, file = "; ".join([_in_words(error), *said]), _file_of(name, manager)
-            if file and _is_users(file):
-                remedy = f"{remedy}; its file is {file}" if _of_network(error) else f"mend {file}"
-            raise UsageError(f"--tasks {name} cannot be loaded ({reason}): {remedy}") from error
-        try:
-            manager.load([*built, *found])
-        except ValueError as error:
-            raise UsageError(f"--tasks {name}: {error}. Leave one of them out.") from error
-        built += found
+            reason = "; ".join([_in_words(error), *said])
+            raise UsageError(
+                f"--tasks {name} cannot be loaded ({reason}): check {_file_of(name, manager)}, "
+                f"{remedy}"
+            ) from error
+        built += loaded
     return Selection(built, manager)
 
 
@@ -152,19 +134,8 @@ def _file_of(name: str, manager: Any) -> Path | None:
     return entry and entry.yaml_path
 
 
-def _is_users(file: Path) -> bool:
-    import lm_eval
-
-    return {TASK_FOLDER, Path(lm_eval.__file__).parent}.isdisjoint(file.parents)
-
-
 def _in_words(error: Exception) -> str:
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-
-
-def _of_network(error: Exception) -> bool:
-    library = type(error).__module__.partition(".")[0]
-    return isinstance(error, ConnectionError | TimeoutError) or library in NETWORK
 
 
 @contextlib.contextmanager
@@ -196,18 +167,12 @@ def _unread(folder: str | None) -> Iterator[str]:
             yield f"{path} is passed over ({' '.join(str(error).split())[:200]})"
 
 
-def _check_known(
-    name: str,
-    known: Sequence[str],
-    *,
-    where: str = "known are",
-    include_path: str | None = None,
-) -> None:
+def _check_known(name: str, known: Sequence[str], *, include_path: str | None) -> None:
     """Raise `UsageError` where a task is unknown, with files that may be its, and near names."""
     if name in known:
         return
     unread = "; ".join(_unread(include_path))
     hint = did_you_mean(name, known, most=3, cutoff=0.5)
-    few = f"{where} {', '.join(known)}" if len(known) < 20 else ""
-    text = "; ".join(part for part in (unread, hint, few) if part) or "`lm_eval ls tasks` lists all"
+    few = f"known are {', '.join(known)}" if len(known) < 20 else "`lm_eval ls tasks` lists all"
+    text = "; ".join(part for part in (unread, hint, few) if part)
     raise UsageError(f"--tasks {name} is not a task: {text}")

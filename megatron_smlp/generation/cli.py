@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_smlp.command_line import Parser, flag_of
+from megatron_smlp.command_line import Parser, flag_of, require_positive
 from megatron_smlp.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,10 +24,8 @@ A model has as many positions as --seq-length of its run: at the last one, gener
 message on stderr."""
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name a model, its tokenizer, and the device that it runs on."""
-    from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments
-
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a model, and what it computes in and on."""
     model = parser.add_argument_group("model (one of the first two)")
     model.add_argument(
         "--checkpoint",
@@ -36,14 +34,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="the --save folder of a run, or an iter_ folder",
     )
     model.add_argument("--hf", metavar="DIR", help="what tools/convert_checkpoint.py --to hf wrote")
-    model.add_argument(
-        "--ckpt-step", type=int, metavar="N", help="iteration of --checkpoint (default: the newest)"
-    )
     model.add_argument("--device", help="(default: a GPU where there is one)")
     model.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of the weights (default: as they are stored)",
+        help="of the weights, and to compute in (default: as they are stored)",
     )  # fmt: skip
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a model, its tokenizer, and the device that it runs on."""
+    from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments
+
+    add_source_arguments(parser)
+    parser.add_argument(
+        "--ckpt-step", type=int, metavar="N", help="iteration of --checkpoint (default: the newest)"
+    )
     add_tokenizer_arguments(parser, required=False)
 
 
@@ -135,9 +140,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("give --prompt or --prompts-file, not both")
     if options.prompt == "":
         raise UsageError("--prompt is empty: give some text to continue")
-    at_least_one = ("max_new_tokens", "num_beams", "num_samples", "batch_size")
+    require_positive(options, "max_new_tokens", "num_beams", "num_samples", "batch_size")
     for flag, is_allowed, allowed in (
-        *((flag, getattr(options, flag) >= 1, "1 or more") for flag in at_least_one),
         ("temperature", options.temperature >= 0, "0 or more"),
         ("top_k", options.top_k >= 0, "0 or more"),
         ("top_p", 0 < options.top_p <= 1, "over 0 and at most 1"),

@@ -103,7 +103,6 @@ def of_checkpoint(
     checkpoint: str,
     tokenizer: Tokenizer,
     *,
-    iteration: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
     start: Sequence[int] = (),
@@ -114,8 +113,7 @@ def of_checkpoint(
     """
     from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 
-    found = TorchDistCheckpoint(checkpoint, iteration=iteration)
-    model = _placed(model_of(found), device=device, dtype=dtype)
+    model = _placed(model_of(TorchDistCheckpoint(checkpoint)), device=device, dtype=dtype)
     name = Path(checkpoint).resolve().name
     return LanguageModel(model, tokenizer.build(), tokenizer.eod, name, tuple(start))
 

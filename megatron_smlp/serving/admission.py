@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import secrets
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -21,16 +21,15 @@ ANY = "*"
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
-    """Requirements on a request's headers."""
+    """Requirements on a request's headers, and the server's limits."""
 
-    hosts: frozenset[str] = frozenset()
-    """Names in `Host` and `Origin`, beside this machine's own. A `Host` may also be a number, which
-    nobody points elsewhere, and an `Origin` the same as it."""
+    hosts: Collection[str] = ()
+    """Names in `Host` and `Origin`, in any case, beside this machine's own. A `Host` may also be a
+    number, which nobody points elsewhere, and an `Origin` the same as it."""
     api_key: str | None = None
-
-    @classmethod
-    def of(cls, hosts: Iterable[str], api_key: str | None) -> Admission:
-        return cls(hosts=frozenset(host.lower() for host in hosts), api_key=api_key)
+    max_body_bytes: int
+    max_waiting: int
+    """Requests that may be there at a time."""
 
     def check(self, headers: Mapping[str, str], *, has_body: bool) -> None:
         """Check a request's headers, before its body is read.
@@ -54,7 +53,7 @@ class Admission:
             )
 
     def _check_name(self, header: str, name: str) -> None:
-        known = self.hosts | {"localhost", socket.gethostname().lower()}
+        known = {host.lower() for host in self.hosts} | {"localhost", socket.gethostname().lower()}
         if ANY not in known and name not in known:
             raise RequestError(
                 f"{header} {name!r:.80} is not known to this server: start it with --allowed-hosts",

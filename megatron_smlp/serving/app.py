@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from megatron_smlp.generation.language_model import LanguageModel
 from megatron_smlp.serving.admission import Admission
-from megatron_smlp.serving.requests import RequestError, check_model, parse
+from megatron_smlp.serving.requests import RequestError, check_model, error_body, parse
 from megatron_smlp.serving.work import Work
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,7 @@ Choices = asyncio.Future[list[dict[str, Any]]]
 Pieces = asyncio.Queue[dict[str, Any] | None]
 POLL_SECONDS = 0.2
 """Time between two looks of a waiting request at whether its client is still connected."""
-FAILURE = {
-    "message": "the server failed at this request; its log says why",
-    "type": "server_error",
-    "param": None,
-    "code": None,
-}
+FAILURE = error_body("the server failed at this request; its log says why", "server_error")
 
 
 class Events(StreamingResponse):
@@ -58,11 +53,8 @@ class Events(StreamingResponse):
 class Service:
     """One model, one thread, and a limit on how many requests may wait for it."""
 
-    def __init__(
-        self, lm: LanguageModel, *, max_body_bytes: int, max_waiting: int, admission: Admission
-    ) -> None:
-        self.lm, self.max_body_bytes, self.max_waiting = lm, max_body_bytes, max_waiting
-        self.admission = admission
+    def __init__(self, lm: LanguageModel, admission: Admission) -> None:
+        self.lm, self.admission = lm, admission
         self.created = int(time.time())
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.works: set[Work] = set()
@@ -91,10 +83,8 @@ class Service:
         read = bytearray()
         async for part in request.stream():
             read += part
-            if len(read) > self.max_body_bytes:
-                raise RequestError(
-                    f"the body is over {self.max_body_bytes} bytes (--max-body-bytes)", status=413
-                )
+            if len(read) > (most := self.admission.max_body_bytes):
+                raise RequestError(f"the body is over {most} bytes (--max-body-bytes)", status=413)
         return bytes(read)
 
     async def complete(self, request: Request) -> Response:
@@ -128,7 +118,7 @@ class Service:
         Raises:
             RequestError: it is not possible, or too many are waiting already.
         """
-        if self.num_waiting >= self.max_waiting:
+        if self.num_waiting >= self.admission.max_waiting:
             raise RequestError(
                 f"{self.num_waiting} requests are waiting already (--max-waiting): try again later",
                 status=429,
@@ -165,7 +155,7 @@ async def _events(
     error = done.exception()
     if error is not None:
         logger.error("a request failed", exc_info=error)
-        yield _event({"error": FAILURE})
+        yield _event(FAILURE)
     elif work.request.stream_options.get("include_usage"):
         yield _event({**head, "choices": [], "usage": work.usage()})
     yield "data: [DONE]\n\n"
@@ -175,17 +165,9 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-def build_app(
-    lm: LanguageModel,
-    *,
-    max_body_bytes: int,
-    max_waiting: int,
-    admission: Admission = Admission(),  # noqa: B008 - frozen
-) -> FastAPI:
+def build_app(lm: LanguageModel, admission: Admission) -> FastAPI:
     """Return the application for an ASGI server."""
-    service = Service(
-        lm, max_body_bytes=max_body_bytes, max_waiting=max_waiting, admission=admission
-    )
+    service = Service(lm, admission)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -205,7 +187,7 @@ def build_app(
             return Response()  # nobody reads it
         except Exception:
             logger.exception("a request failed")
-            return JSONResponse({"error": FAILURE}, status_code=500)
+            return JSONResponse(FAILURE, status_code=500)
 
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
         wrong = RequestError(f"{error.detail}: this server has /v1/completions and /v1/models")

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_smlp.command_line import Parser, flag_of
+from megatron_smlp.command_line import Parser, require_positive
 from megatron_smlp.errors import UsageError, require_package
 from megatron_smlp.generation.cli import add_model_arguments, check_model_arguments
 
@@ -54,9 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     check_model_arguments(options)
-    for name in ("max_body_bytes", "max_waiting"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"{flag_of(name)} {getattr(options, name)}: give 1 or more")
+    require_positive(options, "max_body_bytes", "max_waiting")
     if options.api_key is not None and not options.api_key.strip():
         raise UsageError(f"--api-key '{options.api_key}' is empty: give one, or leave it out")
     for package in ("fastapi", "pydantic", "uvicorn"):
@@ -74,17 +72,15 @@ def _serve(lm: LanguageModel, options: argparse.Namespace, listening: socket.soc
 
     from megatron_smlp.serving.admission import Admission
     from megatron_smlp.serving.app import build_app
-    from megatron_smlp.serving.protocol import TimedProtocol
 
-    app = build_app(
-        lm,
+    admission = Admission(
+        hosts=[options.host, *options.allowed_hosts],
+        api_key=options.api_key,
         max_body_bytes=options.max_body_bytes,
         max_waiting=options.max_waiting,
-        admission=Admission.of([options.host, *options.allowed_hosts], options.api_key),
     )
     config = uvicorn.Config(
-        app,
-        http=TimedProtocol,
+        build_app(lm, admission),
         log_level="warning",
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         lifespan="on",

@@ -23,6 +23,17 @@ UNSUPPORTED = {
 }
 
 
+def error_body(message: str, kind: str, name: str | None = None) -> dict[str, Any]:
+    """Return an error as OpenAI words it."""
+
+    def sendable(text: str) -> str:
+        """Replace half of a surrogate pair, which a quotation of the request may hold."""
+        return text.encode(errors="backslashreplace").decode()
+
+    name = name and sendable(name)
+    return {"error": {"message": sendable(message), "type": kind, "param": name, "code": None}}
+
+
 class RequestError(Exception):
     """A client's mistake: an HTTP status and a message for it."""
 
@@ -31,14 +42,7 @@ class RequestError(Exception):
         self.status, self.name = status, name
 
     def body(self) -> dict[str, Any]:
-        """Return the error as OpenAI words it."""
-        # A quotation of the request may hold half of a surrogate pair, which cannot be sent.
-        message, name = (
-            text if text is None else text.encode(errors="backslashreplace").decode()
-            for text in (str(self), self.name)
-        )
-        kind = "invalid_request_error"
-        return {"error": {"message": message, "type": kind, "param": name, "code": None}}
+        return error_body(str(self), "invalid_request_error", self.name)
 
 
 def _limited(default: Any, low: float | None, high: float | None, description: str) -> Any:
@@ -76,8 +80,8 @@ class CompletionRequest(BaseModel):
 
     def is_text(self, number: int) -> bool:
         """Whether a prompt came as a text, and not as token ids."""
-        one = self.prompt[number] if isinstance(self.prompt, list) else self.prompt
-        return isinstance(one, str)
+        prompt = self.prompt[number] if isinstance(self.prompt, list) else self.prompt
+        return isinstance(prompt, str)
 
 
 KNOWN = set(CompletionRequest.model_fields) - {"prompts"}
@@ -176,7 +180,7 @@ def _prompts(prompt: Any, lm: LanguageModel) -> list[list[int]]:
         prompt = [prompt]
     if len(prompt) > MOST_ANSWERS:
         raise RequestError(f"{len(prompt)} prompts are over {MOST_ANSWERS}", name="prompt")
-    return [_ids(one, lm) for one in prompt]
+    return [_ids(part, lm) for part in prompt]
 
 
 def _ids(prompt: Any, lm: LanguageModel) -> list[int]:

@@ -62,11 +62,11 @@ class Work:
         sampling = asked.model_dump(include=SAMPLING - {"prompt"})
         job = Job(prompt=prompt, on_token=on_token, cancelled=self.cancelled, **sampling)
         answer(lm, job)
-        for row, one in enumerate(answers):
-            self._send(first + row, one.news(ended=True), [], one.finish_reason)
+        for row, done in enumerate(answers):
+            self._send(first + row, done.news(ended=True), [], done.finish_reason)
         return [
-            self._choice(first + row, echo + one.text, tokens[row], one.finish_reason)
-            for row, one in enumerate(answers)
+            self._choice(first + row, echo + done.text, tokens[row], done.finish_reason)
+            for row, done in enumerate(answers)
         ]
 
     def _choice(

@@ -185,8 +185,7 @@ class Loop:
         if self.tasks is None or not self.tasks.is_due(self.iteration):
             return False
         start = time.perf_counter()
-        with self.gathering.whole():
-            scores, texts = self.tasks.scores()
+        scores, texts = self.tasks.scores()
         seconds = time.perf_counter() - start
         self.listeners.held_up(seconds=seconds)
         self.listeners.scored(scores, texts, iteration=self.iteration, seconds=seconds)

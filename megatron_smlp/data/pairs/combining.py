@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_smlp.data.pairs.full_check import require_sound_index
 from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index, strip_suffix
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
     TokenizerRecord,
-    check_manifest_path,
-    check_output_prefix,
     find_manifest,
     is_whole,
 )
@@ -35,23 +33,17 @@ def find_pairs(inputs: Sequence[str], *, output_prefix: str) -> list[str]:
     Raises:
         DataError: a folder without a pair, a lone `.bin` or `.idx`, or the output as its own input.
     """
-    found: dict[tuple[Path, Path], str] = {}
+    prefixes: dict[Path, str] = {}
     for name in inputs:
         # Training keeps its cache in a folder of the pair's own name.
         is_folder = Path(name).is_dir() and not idx_path(name).is_file()
         for prefix in _pairs_in(Path(name)) if is_folder else [strip_suffix(name)]:
-            if first := found.get(_files_of(prefix)):
+            first = prefixes.setdefault(bin_path(prefix).resolve(), prefix)
+            if first is not prefix:
                 print(f"note: {prefix} is {first} again: merged once", file=sys.stderr)
-            else:
-                found[_files_of(prefix)] = prefix
-    if _files_of(output_prefix) in found:
+    if bin_path(output_prefix).resolve() in prefixes:
         raise DataError(f"--output-prefix {output_prefix} is one of the inputs; give another name")
-    return list(found.values())
-
-
-def _files_of(prefix: str) -> tuple[Path, Path]:
-    """Return both files behind links; documents of equal lengths may share an index."""
-    return bin_path(prefix).resolve(), idx_path(prefix).resolve()
+    return list(prefixes.values())
 
 
 def _pairs_in(folder: Path) -> list[str]:
@@ -83,6 +75,7 @@ def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool =
     with scratch_folder(output_prefix) as folder:
         writer = PairWriter(folder / "merged", dtype=dtype)
         for index in map(open_index, prefixes):
+            require_sound_index(index)
             for part in document_parts(index, 0, index.num_documents):
                 copy_documents(index, writer, part)
         known = [manifest for manifest in manifests if manifest is not None]
@@ -102,38 +95,33 @@ def merge(prefixes: Sequence[str], *, output_prefix: str, allow_mismatch: bool =
 
 def _manifest_of(prefix: str) -> Manifest | None:
     """Return the manifest, narrowed to this pair, once its fingerprint agrees."""
-    found = find_manifest(prefix)
-    if found is None:
+    origin = find_manifest(prefix)
+    if origin is None:
         return None
-    path, manifest = found
-    if not is_whole(prefix, manifest):
-        raise DataError(f"{prefix!r} is not what its manifest {path} describes; validate it")
-    name = Path(prefix).name
-    return replace(manifest, pairs={name: manifest.pairs[name]})
+    if not is_whole(prefix, origin.manifest):
+        raise DataError(f"{prefix!r} is not what its manifest {origin.path} describes; validate it")
+    return replace(origin.manifest, pairs={Path(prefix).name: origin.pair})
 
 
 def _check_tokenizers(
     prefixes: Sequence[str], manifests: list[Manifest | None], allow_mismatch: bool
 ) -> bool:
-    first: tuple[str, Manifest] | None = None
-    for prefix, manifest in zip(prefixes, manifests, strict=True):
-        if manifest is None:
-            continue
-        if first is None:
-            first = prefix, manifest
-        elif _without_name(manifest.tokenizer) != _without_name(first[1].tokenizer):
+    pairs = zip(prefixes, manifests, strict=True)
+    known = [(prefix, manifest.tokenizer) for prefix, manifest in pairs if manifest]
+    for prefix, ours in known[1:]:
+        first, theirs = known[0]
+        if _without_name(ours) != _without_name(theirs):
             if allow_mismatch:
                 return False
-            ours, theirs = asdict(manifest.tokenizer), asdict(first[1].tokenizer)
             differences = ", ".join(
-                f"{name} {value} against {theirs[name]}"
-                for name, value in ours.items()
-                if value != theirs[name]
+                f"{name} {value} against {getattr(theirs, name)}"
+                for name, value in asdict(ours).items()
+                if value != getattr(theirs, name)
             )
             raise DataError(
-                f"{prefix!r} and {first[0]!r} were not written with the same tokenizer "
-                f"settings ({differences}); preprocess "
-                f"one of them again, or pass --allow-tokenizer-mismatch if the ids mean the same"
+                f"{prefix!r} and {first!r} were not written with the same tokenizer settings "
+                f"({differences}); preprocess one of them again, or pass "
+                "--allow-tokenizer-mismatch if the ids mean the same"
             )
     return True
 
@@ -166,10 +154,8 @@ def scratch_folder(output_prefix: str) -> Iterator[Path]:
     Raises:
         DataError: the manifest would replace another file, or another process writes there.
     """
-    check_output_prefix(output_prefix)
-    check_manifest_path(Path(output_prefix + ".json"), pairs=[Path(output_prefix).name])
     folder = Path(output_prefix + ".merging")  # `.partial` is a preprocessing's, to be resumed
-    lock = lock_output(folder, output_prefix)
+    lock = lock_output(folder, output_prefix, pairs=[Path(output_prefix).name])
     try:
         empty_locked(folder)
         yield folder
@@ -186,16 +172,6 @@ def document_parts(index: Index, first: int, last: int) -> Iterator[range]:
 def copy_documents(index: Index, writer: PairWriter, documents: range) -> None:
     """Append a range of consecutive documents of `index`."""
     starts = index.documents[documents.start : documents.stop + 1]
-    lengths = index.lengths[starts[0] : starts[-1]]
-    pointers = index.pointers[starts[0] : starts[-1]]
-    # Documents at the end of a pair may be empty.
-    begin = int(pointers[0]) // index.dtype.itemsize if len(pointers) else 0
-    ends = begin + np.cumsum(lengths, dtype=np.int64)
-    if (np.diff(starts) < 0).any() or not np.array_equal(
-        pointers[1:], ends[:-1] * index.dtype.itemsize
-    ):
-        raise DataError(
-            f"{idx_path(index.prefix)} is damaged; see tools/inspect_dataset.py validate"
-        )
-    ids: NDArray[Any] = index.tokens[begin : begin + int(lengths.sum(dtype=np.int64))]
+    first, last = int(starts[0]), int(starts[-1])
+    ids, lengths = index.tokens_of(first, last), index.lengths[first:last]
     writer.write(ids, lengths=lengths, sequences=np.diff(starts))

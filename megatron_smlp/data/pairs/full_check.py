@@ -1,10 +1,11 @@
 """Every rule that a pair must keep, checked over all of its bytes, in parts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_smlp.data.pairs.indexed import (
     COPY_ITEMS,
@@ -15,21 +16,14 @@ from megatron_smlp.data.pairs.indexed import (
     open_index,
     strip_suffix,
 )
-from megatron_smlp.data.pairs.manifest import Manifest, find_manifest, sha256_of
+from megatron_smlp.data.pairs.manifest import Manifest, PairRecord, find_manifest, sha256_of
 from megatron_smlp.errors import DataError
 
-
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one rule."""
-
-    rule: str
-    problem: str | None
-    """What is wrong; None if the rule holds."""
+Array = NDArray[Any]
 
 
-def validate(prefix: str, *, vocab_size: int | None = None) -> Iterator[Finding]:
-    """Check every rule; one after another, as they are done.
+def validate(prefix: str, *, vocab_size: int | None = None) -> Iterator[tuple[str, str | None]]:
+    """Yield each rule when it is checked, and what is wrong; None: it holds.
 
     Args:
         vocab_size: entries of the vocabulary; None takes it from the manifest.
@@ -37,83 +31,76 @@ def validate(prefix: str, *, vocab_size: int | None = None) -> Iterator[Finding]
     prefix = strip_suffix(prefix)
     try:
         index = open_index(prefix)
-        found = find_manifest(prefix)
+        origin = find_manifest(prefix)
     except DataError as error:
-        yield Finding("files, header and sizes", str(error))
+        yield "files, header and sizes", str(error)
         return
-    yield Finding("files, header and sizes", None)
-    yield from check_index(index)
-    manifest = found[1] if found else None
-    size = vocab_size or (manifest.tokenizer.vocab_size if manifest else None)
-    yield _finding("token ids", lambda: check_ids(index, size))
-    if manifest is None:
-        yield Finding("manifest (none: counts and checksums are not known)", None)
-        return
-    yield _finding("counts of the manifest", lambda: _check_counts(index, manifest))
-    yield _finding("end-of-document ids", lambda: _check_eod(index, manifest))
-    yield _finding("checksums of the manifest", lambda: check_checksums(index, manifest))
-
-
-def _finding(rule: str, check: Callable[[], None]) -> Finding:
-    try:
-        check()
-    except DataError as error:
-        return Finding(rule, str(error))
-    return Finding(rule, None)
-
-
-def check_index(index: Index) -> Iterator[Finding]:
-    """Check the rules of `.idx` alone, over all of its entries."""
-    yield _finding("sequence lengths", lambda: check_lengths(index))
-    yield _finding("byte pointers", lambda: check_pointers(index))
-    yield _finding("document starts", lambda: check_documents(index))
+    yield "files, header and sizes", None
+    size = vocab_size or (origin.manifest.tokenizer.vocab_size if origin else None)
+    checks = {rule: partial(check, index) for rule, check in INDEX_RULES.items()}
+    checks["token ids"] = partial(check_ids, index, size)
+    if origin is not None:
+        checks["end-of-document ids"] = partial(_check_eod, index, origin.manifest)
+        checks["checksums of the manifest"] = partial(_check_checksums, index, origin.pair)
+    for rule, check in checks.items():
+        try:
+            check()
+        except DataError as error:
+            yield rule, str(error)
+        else:
+            yield rule, None
+    if origin is None:
+        yield "manifest (none: counts and checksums are not known)", None
 
 
 def require_sound_index(index: Index) -> None:
     """Raise `DataError` at the first rule that `.idx` breaks."""
-    for finding in check_index(index):
-        if finding.problem:
-            raise index.damage(finding.problem)
+    for check in INDEX_RULES.values():
+        try:
+            check(index)
+        except DataError as error:
+            raise index.damage(str(error)) from None
 
 
 def check_lengths(index: Index) -> None:
     """Raise `DataError` at the first negative length."""
-    for at, part in _numbered(index.lengths):
-        bad = np.flatnonzero(part < 0)
-        if len(bad):
-            where = at + int(bad[0])
-            raise DataError(f"sequence {where} has length {index.lengths[where]}")
+    where = _first(index.lengths, lambda _, lengths: lengths < 0)
+    if where is not None:
+        raise DataError(f"sequence {where} has length {index.lengths[where]}")
 
 
 def check_pointers(index: Index) -> None:
     """Raise `DataError` at the first pointer that is not the end of the sequence before it."""
-    expected = 0
-    for at, lengths in _numbered(index.lengths):
-        sizes = lengths.astype(np.int64) * index.dtype.itemsize
-        wanted = expected + np.cumsum(sizes) - sizes
-        bad = np.flatnonzero(index.pointers[at : at + len(lengths)] != wanted)
-        if len(bad):
-            where = at + int(bad[0])
-            raise DataError(
-                f"sequence {where} points at byte {index.pointers[where]}, but the sequence before "
-                f"it ends at byte {wanted[bad[0]]}"
-            )
-        expected += int(sizes.sum())
+    size = index.dtype.itemsize
+
+    def is_wrong(at: int, lengths: Array) -> Array:
+        steps = np.diff(index.pointers[at : at + len(lengths) + 1])
+        return steps != lengths[: len(steps)].astype(np.int64) * size
+
+    before = _first(index.lengths, is_wrong)
+    if before is not None:
+        raise DataError(
+            f"sequence {before + 1} points at byte {index.pointers[before + 1]}, but the sequence "
+            f"before it ends at byte {index.pointers[before] + int(index.lengths[before]) * size}"
+        )
 
 
 def check_documents(index: Index) -> None:
     """Raise `DataError` where document starts go backwards."""
-    previous = 0
-    for at, starts in _numbered(index.documents):
-        steps = np.diff(starts, prepend=previous)
-        bad = np.flatnonzero(steps < 0)
-        if len(bad):
-            where = at + int(bad[0])
-            raise DataError(
-                f"document {where} starts at sequence {index.documents[where]}, before the one "
-                f"ahead of it"
-            )
-        previous = int(starts[-1])
+    starts = index.documents
+    before = _first(starts, lambda at, part: np.diff(starts[at : at + len(part) + 1]) < 0)
+    if before is not None:
+        raise DataError(
+            f"document {before + 1} starts at sequence {starts[before + 1]}, before the one ahead "
+            "of it"
+        )
+
+
+INDEX_RULES: dict[str, Callable[[Index], None]] = {
+    "sequence lengths": check_lengths,
+    "byte pointers": check_pointers,
+    "document starts": check_documents,
+}
 
 
 def check_ids(index: Index, vocab_size: int | None, *, blocks: Sequence[slice] = ()) -> None:
@@ -135,30 +122,6 @@ def check_ids(index: Index, vocab_size: int | None, *, blocks: Sequence[slice] =
             )
 
 
-def _check_counts(index: Index, manifest: Manifest) -> None:
-    pair = manifest.pairs[Path(index.prefix).name]
-    actual = {
-        "dtype": index.dtype.name,
-        "documents": index.num_documents,
-        "sequences": index.num_sequences,
-        "tokens": index.expected_bin_bytes // index.dtype.itemsize,
-        "idx_bytes": idx_path(index.prefix).stat().st_size,
-    }
-    for name, value in actual.items():
-        if getattr(pair, name) != value:
-            raise DataError(f"{name} is {value}, but the manifest says {getattr(pair, name)}")
-    pairs = manifest.pairs.values()
-    for name, value in (
-        ("documents", pair.documents),
-        ("tokens", sum(each.tokens for each in pairs)),
-    ):
-        if manifest.counts.get(name, value) != value:
-            raise DataError(
-                f"the pairs hold {value} {name}, but their run counted {manifest.counts[name]}: "
-                "preprocess again"
-            )
-
-
 def _check_eod(index: Index, manifest: Manifest) -> None:
     """Raise `DataError` where a document does not end in EOD, and the manifest says it does."""
     if not manifest.tokenizer.append_eod or index.num_sequences == 0:
@@ -177,9 +140,8 @@ def _check_eod(index: Index, manifest: Manifest) -> None:
                 )
 
 
-def check_checksums(index: Index, manifest: Manifest) -> None:
+def _check_checksums(index: Index, pair: PairRecord) -> None:
     """Raise `DataError` where SHA-256 of a file is not that of the manifest."""
-    pair = manifest.pairs[Path(index.prefix).name]
     for path, expected in (
         (idx_path(index.prefix), pair.idx_sha256),
         (bin_path(index.prefix), pair.bin_sha256),
@@ -188,6 +150,14 @@ def check_checksums(index: Index, manifest: Manifest) -> None:
             raise DataError(f"SHA-256 of {path} is not that of the manifest: its bytes changed")
 
 
-def _numbered(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _first(array: Array, is_wrong: Callable[[int, Array], Array]) -> int | None:
+    """Return the first entry that is wrong, as told of each part and the position of its first."""
+    for at, part in _numbered(array):
+        if len(wrong := np.flatnonzero(is_wrong(at, part))):
+            return at + int(wrong[0])
+    return None
+
+
+def _numbered(array: Array) -> Iterator[tuple[int, Array]]:
     """Yield (position of the first entry, part) of each part."""
     yield from ((number * COPY_ITEMS, part) for number, part in enumerate(in_parts(array)))

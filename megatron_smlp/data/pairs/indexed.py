@@ -72,11 +72,6 @@ class Index:
             return 0
         return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
 
-    def tokens_between(self, first: int, last: int) -> int:
-        """Return the tokens of sequences `first` to `last` (without it), at least one."""
-        end = int(self.pointers[last - 1]) + int(self.lengths[last - 1]) * self.dtype.itemsize
-        return (end - int(self.pointers[first])) // self.dtype.itemsize
-
     @cached_property
     def tokens(self) -> NDArray[Any]:
         """<dtype>[tokens], a memory map of `.bin`."""
@@ -85,32 +80,17 @@ class Index:
             return np.empty(0, dtype=self.dtype)
         return np.memmap(path, dtype=self.dtype, mode="r")
 
-    def sequence(self, number: int) -> NDArray[Any]:
-        """Return <dtype>[length] of sequence `number`.
-
-        Raises:
-            DataError: the index is damaged there.
-        """
-        tokens = self.tokens
-        start = int(self.pointers[number]) // self.dtype.itemsize
-        end = start + int(self.lengths[number])
-        if not 0 <= start <= end <= len(tokens):
-            raise self.damage(f"sequence {number} is tokens {start} to {end} of {len(tokens)}")
-        return tokens[start:end]
+    def tokens_of(self, first: int, last: int) -> NDArray[Any]:
+        """Return <dtype>[tokens] of sequences from `first` to before `last`, on disk."""
+        if first == last:
+            return self.tokens[:0]
+        begin = int(self.pointers[first]) // self.dtype.itemsize
+        end = int(self.pointers[last - 1]) // self.dtype.itemsize + int(self.lengths[last - 1])
+        return self.tokens[begin:end]
 
     def document(self, number: int) -> NDArray[Any]:
-        """Return <dtype>[tokens] of document `number`.
-
-        Raises:
-            DataError: the index is damaged there.
-        """
-        first, last = map(int, self.documents[number : number + 2])
-        if not 0 <= first <= last <= self.num_sequences:
-            raise self.damage(
-                f"document {number} is sequences {first} to {last} of {self.num_sequences}"
-            )
-        parts = [self.sequence(sequence) for sequence in range(first, last)]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
+        """Return <dtype>[tokens] of document `number`."""
+        return self.tokens_of(*self.documents[number : number + 2].tolist())
 
     def damage(self, what: str) -> DataError:
         """Return the error that says what is wrong with `.idx`."""
@@ -158,7 +138,12 @@ def open_index(prefix: str) -> Index:
             raise DataError(_missing_message(prefix, path))
     path = idx_path(prefix)
     dtype, sequences, starts = _read_header(path)
-    _check_idx_size(path, sequences, starts)
+    expected, size = HEADER.size + 12 * sequences + 8 * starts, path.stat().st_size
+    if size != expected:
+        raise DataError(
+            f"{path} is damaged: {size} bytes, but {sequences} sequences and {starts} document "
+            f"starts need {expected}; preprocess again"
+        )
     lengths_at = HEADER.size
     pointers_at = lengths_at + 4 * sequences
     documents_at = pointers_at + 8 * sequences
@@ -178,7 +163,7 @@ def _missing_message(prefix: str, path: Path) -> str:
         return (
             f"{path} is missing beside its .bin: an unfinished or partly copied dataset; copy both"
         )
-    names = sorted(found.name[:-4] for found in path.parent.glob("*.idx"))
+    names = sorted(index.stem for index in path.parent.glob("*.idx"))
     nearby = f"; in that folder there are: {', '.join(names[:5])}" if names else ""
     return (
         f"no dataset at {prefix!r}: {path} does not exist{nearby} (give the path without .bin/.idx)"
@@ -191,27 +176,12 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     if len(raw) < HEADER.size:
         raise DataError(f"{path} is truncated: {len(raw)} bytes, its header has {HEADER.size}")
     magic, version, code, sequences, starts = HEADER.unpack(raw)
-    if magic != MAGIC:
-        raise DataError(f"{path} is not a Megatron index: it starts with {magic!r}, not {MAGIC!r}")
-    if version != 1:
-        raise DataError(f"{path} has index version {version}, but only version 1 is known")
-    if code not in DTYPE_CODES:
-        known = ", ".join(f"{number} ({dtype})" for number, dtype in DTYPE_CODES.items())
-        raise DataError(f"{path} has token type code {code}; token ids have one of {known}")
+    if magic != MAGIC or version != 1 or code not in DTYPE_CODES:
+        raise DataError(
+            f"{path} is not a Megatron index of token ids: its header is {magic!r}, version "
+            f"{version}, type code {code}; {MAGIC!r}, 1 and one of {list(DTYPE_CODES)} are expected"
+        )
     return DTYPE_CODES[code], sequences, starts
-
-
-def _check_idx_size(path: Path, sequences: int, starts: int) -> None:
-    expected = HEADER.size + 12 * sequences + 8 * starts
-    size = path.stat().st_size
-    if size == expected:
-        return
-    if size == expected + sequences and sequences:
-        raise DataError(f"{path} is a multimodal index (a mode byte a sequence): text is expected")
-    raise DataError(
-        f"{path} is damaged: {size} bytes, but {sequences} sequences and {starts} document "
-        f"starts need {expected}; preprocess again"
-    )
 
 
 def _map(path: Path, dtype: str, offset: int, count: int) -> NDArray[Any]:
@@ -226,7 +196,7 @@ def _check_ends(index: Index) -> None:
     if len(starts) == 0 or starts[0] != 0 or starts[-1] != index.num_sequences:
         raise DataError(
             f"{path} is damaged: document starts must run from 0 to the {index.num_sequences} "
-            f"sequences, but run from {_end(starts, 0)} to {_end(starts, -1)}; preprocess again"
+            f"sequences, but run from {starts[:1]} to {starts[-1:]}; preprocess again"
         )
     if index.num_sequences and index.pointers[0] != 0:
         raise DataError(f"{path} is damaged: the first sequence starts at byte {index.pointers[0]}")
@@ -236,10 +206,6 @@ def _check_ends(index: Index) -> None:
             f"{bin_path(index.prefix)} has {size} bytes, but its index describes "
             f"{index.expected_bin_bytes}: truncated, or .bin and .idx are of different datasets"
         )
-
-
-def _end(array: NDArray[Any], position: int) -> str:
-    return str(array[position]) if len(array) else "nothing"
 
 
 def write_index(

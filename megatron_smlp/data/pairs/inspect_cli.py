@@ -3,11 +3,11 @@
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_smlp.command_line import Parser, flag_of
+from megatron_smlp.command_line import Parser, require_positive
 from megatron_smlp.ctrl_c import interrupt
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec, add_tokenizer_arguments
 from megatron_smlp.errors import UsageError
@@ -19,27 +19,31 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Look into, check and cut .bin/.idx pairs.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_command(commands, "show", "header, counts, origin")
-    check = _add_command(commands, "validate", "check every byte; exit 0 or 1")
+    _add_command(commands, "show", _show, "header, counts, origin")
+    check = _add_command(commands, "validate", _validate, "check every byte; exit 0 or 1")
     check.add_argument("--vocab-size", type=int, metavar="ENTRIES", help="ids must be below it")
     _add_split(commands)
     _add_sample(commands)
-    stats = _add_command(commands, "stats", "document lengths")
+    stats = _add_command(commands, "stats", _stats, "document lengths")
     stats.add_argument("--png", metavar="FILE", help="draw the histogram")
     stats.add_argument("--seq-length", type=int, metavar="TOKENS", help="count samples of it")
     return parser
 
 
 def _add_command(
-    commands: "argparse._SubParsersAction[Parser]", name: str, summary: str
+    commands: "argparse._SubParsersAction[Parser]",
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    command.set_defaults(run=run)
     command.add_argument("prefix", metavar="PREFIX", help="path of the pair without .bin/.idx")
     return command
 
 
 def _add_split(commands: "argparse._SubParsersAction[Parser]") -> None:
-    split = _add_command(commands, "split", "cut into train, valid and test between documents")
+    split = _add_command(commands, "split", _split, "cut into train, valid, test by documents")
     split.add_argument("--output-prefix", metavar="PREFIX", help="default: the pair's own prefix")
     split.add_argument(
         "--weights",
@@ -57,7 +61,9 @@ def _add_split(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def _add_sample(commands: "argparse._SubParsersAction[Parser]") -> None:
-    sample = _add_command(commands, "sample", "documents as text (with tokenizer flags) or ids")
+    sample = _add_command(
+        commands, "sample", _sample, "documents as ids, or (tokenizer flags) text"
+    )
     sample.add_argument("--documents", nargs="+", type=int, metavar="N", help="from 0")
     sample.add_argument("--count", type=int, default=3, help="of random documents (default 3)")
     sample.add_argument("--seed", type=int, default=0)
@@ -68,20 +74,17 @@ def _add_sample(commands: "argparse._SubParsersAction[Parser]") -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; `run_tool` shows the errors."""
     args = build_parser().parse_args(argv)
-    commands = {
-        "show": _show,
-        "validate": _validate,
-        "split": _split,
-        "sample": _sample,
-        "stats": _stats,
-    }
-    return commands[args.command](args)
+    return args.run(args)
 
 
 def _open(args: argparse.Namespace) -> "Index":
+    """Open the pair, whose index is checked over all of its entries."""
+    from megatron_smlp.data.pairs.full_check import require_sound_index
     from megatron_smlp.data.pairs.indexed import open_index, strip_suffix
 
-    return open_index(strip_suffix(args.prefix))
+    index = open_index(strip_suffix(args.prefix))
+    require_sound_index(index)
+    return index
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -105,11 +108,11 @@ def _origin(prefix: str) -> dict[str, str]:
     """Return the contents of the manifest as rows to show."""
     from megatron_smlp.data.pairs.manifest import find_manifest
 
-    found = find_manifest(prefix)
-    if found is None:
+    origin = find_manifest(prefix)
+    if origin is None:
         return {"manifest": "none"}
-    path, manifest = found
-    written, pair = manifest.tokenizer, manifest.pairs[Path(prefix).name]
+    path, manifest, pair = origin
+    written = manifest.tokenizer
     return {
         "manifest": str(path),
         "tokenizer": f"{written.type}, {written.vocab_size:,} entries, eod {written.eod}",
@@ -124,10 +127,10 @@ def _validate(args: argparse.Namespace) -> int:
     from megatron_smlp.data.pairs.full_check import validate
 
     failed = 0
-    for finding in validate(args.prefix, vocab_size=args.vocab_size):
-        print(f"{'FAILED' if finding.problem else 'ok':<7} {finding.rule}", flush=True)
-        if finding.problem:
-            print(f"        {finding.problem}")
+    for rule, problem in validate(args.prefix, vocab_size=args.vocab_size):
+        print(f"{'FAILED' if problem else 'ok':<7} {rule}", flush=True)
+        if problem:
+            print(f"        {problem}")
             failed += 1
     return 1 if failed else 0
 
@@ -156,20 +159,19 @@ def _sample(args: argparse.Namespace) -> int:
     import random
 
     index = _open(args)
-    for name in ("count", "max_tokens"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"{flag_of(name)} {getattr(args, name)}: 1 or more is expected")
+    require_positive(args, "count", "max_tokens")
     encoder = None
     if args.tokenizer_type:
         from megatron_smlp.data.pairs.manifest import find_manifest
         from megatron_smlp.data.tokenizers.factory import read_tokenizer
 
         tokenizer = read_tokenizer(TokenizerSpec.from_arguments(args))
-        found = find_manifest(index.prefix)
-        if found and found[1].tokenizer.identity not in (None, tokenizer.identity):
+        origin = find_manifest(index.prefix)
+        if origin and origin.manifest.tokenizer.identity not in (None, tokenizer.identity):
             print(
                 f"WARNING: {index.prefix} was written with another vocabulary (a "
-                f"{found[1].tokenizer.type}, by {found[0]}): the text below is not its own",
+                f"{origin.manifest.tokenizer.type}, by {origin.path}): the text below is not its "
+                "own",
                 file=sys.stderr,
             )
         encoder = tokenizer.build()
@@ -189,30 +191,20 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from megatron_smlp.data.pairs.full_check import require_sound_index
     from megatron_smlp.data.pairs.statistics import (
-        histogram_lines,
-        length_statistics,
+        document_lengths,
         save_histogram,
+        statistics_lines,
     )
 
-    index = _open(args)
-    require_sound_index(index)
-    statistics = length_statistics(index)
-    print(
-        f"{statistics.num_documents:,} documents, {statistics.num_tokens:,} tokens, "
-        f"{statistics.mean:,.1f} a document, {statistics.num_empty:,} empty"
-    )
-    quantiles = [f"{share:.0%} {value:,}" for share, value in statistics.quantiles.items()]
-    print(f"quantiles of tokens a document: {', '.join(quantiles)}")
-    print("\n".join(histogram_lines(statistics)))
+    require_positive(args, "seq_length")
+    lengths = document_lengths(_open(args))
+    print("\n".join(statistics_lines(lengths)))
     if args.seq_length is not None:
-        if args.seq_length < 1:
-            raise UsageError(f"--seq-length {args.seq_length}: 1 or more is expected")
         # Megatron's samples are T + 1 tokens that overlap by one.
-        samples = max(statistics.num_tokens - 1, 0) // args.seq_length
+        samples = max(int(lengths.sum()) - 1, 0) // args.seq_length
         print(f"{samples:,} samples of {args.seq_length:,} tokens an epoch")
     if args.png:
-        save_histogram(statistics, Path(args.png), title=Path(args.prefix).name)
+        save_histogram(lengths, Path(args.png), title=Path(args.prefix).name)
         print(f"histogram: {args.png}")
     return 0

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import DataError
@@ -25,7 +25,7 @@ class TokenizerRecord:
 
     type: str
     identity: str | None
-    """SHA-256 of the vocabulary (`tokenizers.vocabulary_identity`); None: ids without a text."""
+    """SHA-256 of the vocabulary (`tokenizers.spec.WithTexts`); None: ids without a text."""
     vocab_size: int
     eod: int | None
     append_eod: bool
@@ -66,6 +66,14 @@ class Manifest:
         write_durably(path, json.dumps(body, indent=2, ensure_ascii=False) + "\n")
 
 
+class Origin(NamedTuple):
+    """A pair's manifest, and its own record in that."""
+
+    path: Path
+    manifest: Manifest
+    pair: PairRecord
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest.
 
@@ -91,8 +99,8 @@ def read_manifest(path: Path) -> Manifest:
         ) from None
 
 
-def find_manifest(prefix: str) -> tuple[Path, Manifest] | None:
-    """Return the manifest that lists the pair at `prefix`, and its path; None: there is none.
+def find_manifest(prefix: str) -> Origin | None:
+    """Return the manifest that lists the pair at `prefix`; None: there is none.
 
     `P_text_document` is described by `P.json`; a key may hold underscores, so each cut is tried.
     """
@@ -103,7 +111,7 @@ def find_manifest(prefix: str) -> tuple[Path, Manifest] | None:
         if path.is_file() and is_manifest(path):
             manifest = read_manifest(path)
             if pair.name in manifest.pairs:
-                return path, manifest
+                return Origin(path, manifest, manifest.pairs[pair.name])
         stem = stem.rpartition("_")[0]
     return None
 
@@ -112,17 +120,13 @@ def check_output_prefix(prefix: str) -> None:
     """Refuse a prefix without a name of its own, whose files would be hidden and nameless.
 
     Raises:
-        DataError: it is empty, ends with the name of a folder, or is not text.
+        DataError: it is empty, or ends with the name of a folder.
     """
     if not prefix or prefix.endswith(("/", "/.", "/..")) or prefix in (".", ".."):
         raise DataError(
             f"--output-prefix {prefix!r} is not the start of a file name: add one to the folder, "
             f"as {prefix.rstrip('/') or '.'}/NAME"
         )
-    try:
-        prefix.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"--output-prefix {prefix!r} is not UTF-8 text: give another one") from None
 
 
 def check_manifest_path(path: Path, *, pairs: Iterable[str]) -> None:

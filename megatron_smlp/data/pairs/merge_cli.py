@@ -3,11 +3,9 @@
 import argparse
 import signal
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_smlp.command_line import Parser
 from megatron_smlp.ctrl_c import interrupt
-from megatron_smlp.errors import UsageError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,15 +24,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="merge pairs whose manifests name different tokenizers",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a pair that is there")
-    parser.add_argument("--multimodal", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool; `run_tool` shows the errors."""
     args = build_parser().parse_args(argv)
-    if args.multimodal:
-        raise UsageError("--multimodal: only text datasets are supported here")
     from megatron_smlp.data.pairs.combining import find_pairs, merge
     from megatron_smlp.data.pairs.indexed import open_index, refuse_existing, strip_suffix
     from megatron_smlp.data.pairs.manifest import find_manifest
@@ -50,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{output}: {len(prefixes)} pairs, {index.num_documents:,} documents, "
         f"{index.num_tokens:,} tokens, {index.dtype}"
     )
-    if (found := find_manifest(output)) is None:
+    if (origin := find_manifest(output)) is None:
         print("no manifest was written: not every input has one with the same tokenizer")
-    elif "+" in (keys := found[1].pairs[Path(output).name].key):
+    elif "+" in (keys := origin.pair.key):
         print(f"note: documents of several keys are in it: {keys}")

@@ -1,16 +1,9 @@
 """The check of a dataset before training: quick at any size, one readable line on failure."""
 
-from pathlib import Path
-
 from megatron_smlp.data.pairs.content import BLOCK_BYTES, WHOLE_BYTES, block_starts, sha256_once
 from megatron_smlp.data.pairs.full_check import check_ids, require_sound_index
 from megatron_smlp.data.pairs.indexed import Index, bin_path, idx_path, open_index
-from megatron_smlp.data.pairs.manifest import (
-    Manifest,
-    PairRecord,
-    find_manifest,
-    fingerprint_of,
-)
+from megatron_smlp.data.pairs.manifest import Origin, find_manifest, is_whole
 from megatron_smlp.errors import DataError
 
 
@@ -40,54 +33,42 @@ def verify_for_training(
     if index.num_sequences == 0:
         raise DataError(f"the dataset {prefix!r} holds no tokens; preprocess a corpus with text")
     require_sound_index(index)
-    found = find_manifest(index.prefix)
-    if found is not None:
-        path, manifest = found
-        _check_unchanged(index, manifest, path)
-        _check_tokenizer(index, manifest, path, tokenizer_identity)
+    origin = find_manifest(index.prefix)
+    if origin is not None:
+        _check_unchanged(index, origin)
+        _check_tokenizer(index, origin, tokenizer_identity)
     if vocab_size is not None:
-        _check_vocabulary(index, found[1] if found else None, vocab_size)
+        _check_vocabulary(index, origin, vocab_size)
 
 
-def _check_unchanged(index: Index, manifest: Manifest, manifest_path: Path) -> None:
-    pair = manifest.pairs[Path(index.prefix).name]
-    if index.dtype.name != pair.dtype:
+def _check_unchanged(index: Index, origin: Origin) -> None:
+    data = bin_path(index.prefix)
+    is_same = sha256_once(idx_path(index.prefix)) == origin.pair.idx_sha256
+    if data.stat().st_size <= WHOLE_BYTES:
+        is_same = is_same and sha256_once(data) == origin.pair.bin_sha256
+    if not (is_same and is_whole(index.prefix, origin.manifest)):
         raise DataError(
-            f"{idx_path(index.prefix)} says {index.dtype} ids, but its manifest {manifest_path} "
-            f"says {pair.dtype}: the index was damaged or replaced; preprocess again"
-        )
-    if not _same_bytes(index, pair):
-        raise DataError(
-            f"the dataset {index.prefix!r} is not what its manifest {manifest_path} describes: a "
+            f"the dataset {index.prefix!r} is not what its manifest {origin.path} describes: a "
             f"file was damaged or swapped; see tools/inspect_dataset.py validate"
         )
 
 
-def _same_bytes(index: Index, pair: PairRecord) -> bool:
-    if fingerprint_of(bin_path(index.prefix), idx_path(index.prefix)) != pair.fingerprint:
-        return False
-    if sha256_once(idx_path(index.prefix)) != pair.idx_sha256:
-        return False
-    is_long = bin_path(index.prefix).stat().st_size > WHOLE_BYTES
-    return is_long or sha256_once(bin_path(index.prefix)) == pair.bin_sha256
-
-
-def _check_tokenizer(index: Index, manifest: Manifest, path: Path, identity: str | None) -> None:
-    written = manifest.tokenizer
+def _check_tokenizer(index: Index, origin: Origin, identity: str | None) -> None:
+    written = origin.manifest.tokenizer
     if identity is None or written.identity is None or identity == written.identity:
         return
     raise DataError(
         f"the dataset {index.prefix!r} was written with another tokenizer ({written.type}, "
         f"{written.vocab_size} entries, vocabulary {written.identity[:12]}) than this run has "
-        f"(vocabulary {identity[:12]}), see {path}; give the same tokenizer, preprocess again, "
-        "or pass --allow-tokenizer-mismatch if the ids mean the same"
+        f"(vocabulary {identity[:12]}), see {origin.path}; give the same tokenizer, preprocess "
+        "again, or pass --allow-tokenizer-mismatch if the ids mean the same"
     )
 
 
-def _check_vocabulary(index: Index, manifest: Manifest | None, vocab_size: int) -> None:
+def _check_vocabulary(index: Index, origin: Origin | None, vocab_size: int) -> None:
     """Check by the largest id that the manifest knows, else by the ids: of a large dataset, those
     in some places."""
-    if manifest is None:
+    if origin is None:
         size, item = index.expected_bin_bytes, index.dtype.itemsize
         starts = block_starts(size) if size > WHOLE_BYTES else []
         blocks = [slice(start // item, (start + BLOCK_BYTES) // item) for start in starts]
@@ -99,10 +80,10 @@ def _check_vocabulary(index: Index, manifest: Manifest | None, vocab_size: int) 
                 f"entries, or damaged: {error}"
             ) from None
         return
-    max_id = manifest.pairs[Path(index.prefix).name].max_id
+    max_id, written = origin.pair.max_id, origin.manifest.tokenizer
     if max_id >= vocab_size:
         raise DataError(
             f"the dataset {index.prefix!r} holds token id {max_id}, but this run's vocabulary has "
             f"only the ids 0 to {vocab_size - 1}; train with the tokenizer that wrote the data "
-            f"({manifest.tokenizer.type}, {manifest.tokenizer.vocab_size} entries)"
+            f"({written.type}, {written.vocab_size} entries)"
         )

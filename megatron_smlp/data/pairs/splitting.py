@@ -39,11 +39,6 @@ def split(
     part_of = _assign(index, shares, by=by, seed=seed)
     counts = np.bincount(part_of, minlength=len(NAMES))
     for name, share, count in zip(NAMES, shares, counts, strict=True):
-        if idx_path(f"{output_prefix}_{name}").resolve() == idx_path(prefix).resolve():
-            raise DataError(
-                f"--output-prefix {output_prefix}: its part {name} would be {prefix} itself; give "
-                "another one"
-            )
         if share > 0 and count == 0:
             raise DataError(
                 f"--weights: {name} would get no document of {index.num_documents}; give it more"
@@ -86,7 +81,7 @@ def _assign(index: Index, shares: list[float], *, by: str, seed: int | None) -> 
 def _write_parts(index: Index, part_of: NDArray[np.int8], output_prefix: str) -> None:
     """Write all parts, and only then replace those of an older split: a mix of both would hold
     documents twice, in training and in validation."""
-    found = find_manifest(index.prefix)
+    origin = find_manifest(index.prefix)
     with scratch_folder(output_prefix) as folder:
         finished = {}
         for number in np.unique(part_of).tolist():
@@ -98,12 +93,12 @@ def _write_parts(index: Index, part_of: NDArray[np.int8], output_prefix: str) ->
             for first, last in zip(edges[::2], edges[1::2], strict=True):
                 for documents in document_parts(index, first, last):
                     copy_documents(index, writer, documents)
-            old = found[1].pairs[Path(index.prefix).name] if found else None
             record = writer.finish(
-                key=old.key if old else "text", level=old.level if old else "document"
+                key=origin.pair.key if origin else "text",
+                level=origin.pair.level if origin else "document",
             )
-            manifest = found and replace(
-                found[1],
+            manifest = origin and replace(
+                origin.manifest,
                 pairs={Path(target).name: record},
                 sources=[{"pair": index.prefix}],
                 counts={"documents": record.documents, "tokens": record.tokens},

@@ -6,7 +6,6 @@ one of its members is damaged (bz2, lzma): docs/decisions/0061-libraries-of-the-
 
 import bz2
 import lzma
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +16,6 @@ from megatron_smlp.errors import DataError, require_package
 BLOCK_BYTES = 1 << 20
 # Small, because a compressed block may grow a thousandfold.
 COMPRESSED_BLOCK_BYTES = 1 << 16
-STANDARD = (Path("/dev"), Path("/dev/fd"))
-"""Folders of the standard input and of a shell's own pipes, which have a writer."""
 MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh", "xz": b"\xfd7zXZ\x00"}
 SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 
@@ -48,8 +45,6 @@ def text_blocks(path: Path, *, skip: int = 0) -> Iterator[bytes]:
         DamagedInputError: after the last readable block.
     """
     kind = compression_of(path)
-    if path.is_fifo() and path.parent not in STANDARD:
-        print(f"{path} is a pipe: waiting for who writes to it", file=sys.stderr, flush=True)
     with path.open("rb") as stream:
         if kind is None and not path.is_file():
             kind = _by_magic(stream.peek(8))

@@ -5,7 +5,7 @@ last sequence of a document that has ids. A document without ids in every key is
 out; with several keys, an empty one keeps an empty document so that the pairs stay aligned.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,6 @@ from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter
 from megatron_smlp.data.tokenizers.spec import Encoder, Tokenizer, UnencodableTextError
 from megatron_smlp.errors import DataError
 
-MAX_LENGTH = int(np.iinfo(np.int32).max)
-"""Tokens of a sequence, for which the index has an int32."""
 type Document = tuple[int, tuple[str, ...]]
 """Line, and the text of each key."""
 type Encoded = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]
@@ -89,17 +87,26 @@ class ChunkEncoder:
         try:
             columns = self._encode_columns(documents)
         except UnencodableTextError:
-            unencodable = self._unencodable(documents)
-            documents = _without(chunk, documents, unencodable, "not_encodable", result)
-            columns = self._encode_columns(documents)
-        if too_long := self._too_long(columns):
-            documents = _without(chunk, documents, too_long, "too_long", result)
+            documents = list(self._encodable(chunk, documents, result))
             columns = self._encode_columns(documents)
         used = np.logical_or.reduce([counts > 0 for _, _, counts in columns])
         result.num_empty += int(len(documents) - used.sum())
         result.num_documents = int(used.sum())
         # Empty documents hold no ids and no sequences: only their counts are taken out.
         result.keys = [self._finish(ids, lengths, counts[used]) for ids, lengths, counts in columns]
+
+    def _encodable(
+        self, chunk: Chunk, documents: list[Document], result: EncodedChunk
+    ) -> Iterator[Document]:
+        """Yield the documents that the tokenizer takes, and put the others among the rejections."""
+        for line, texts in documents:
+            try:
+                self._encode_texts(texts)
+                yield line, texts
+            except UnencodableTextError as error:
+                rejection = Rejection(chunk.file, line, "not_encodable", str(error), texts[0][:200])
+                result.rejections.append(rejection)
+        result.rejections.sort(key=lambda rejection: rejection.line)
 
     def _encode_columns(self, documents: list[Document]) -> list[Encoded]:
         """Encode the texts of each key."""
@@ -117,35 +124,14 @@ class ChunkEncoder:
         counts = np.bincount(rows[lengths > 0], minlength=len(parts))
         return ids, lengths[lengths > 0], counts
 
-    def _too_long(self, columns: list[Encoded]) -> dict[int, str]:
-        """Return the documents of which a sequence has more tokens than the format can count with
-        its end of document, by their place."""
-        found: dict[int, str] = {}
-        for _, lengths, counts in columns:
-            [sequences] = np.nonzero(lengths > MAX_LENGTH - self.settings.append_eod)
-            rows = np.repeat(np.arange(len(counts)), counts)[sequences]
-            for row, length in zip(rows.tolist(), lengths[sequences].tolist(), strict=True):
-                found[row] = (
-                    f"a sequence of {length:,} tokens; the format counts up to {MAX_LENGTH:,}"
-                )
-        return found
-
-    def _unencodable(self, documents: list[Document]) -> dict[int, str]:
-        """Return the documents that the tokenizer refuses, by their place."""
-        found: dict[int, str] = {}
-        for place, (_, texts) in enumerate(documents):
-            try:
-                self._encode_texts(texts)
-            except UnencodableTextError as error:
-                found[place] = str(error)
-        return found
-
     def _finish(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], counts: NDArray[np.int64]
     ) -> EncodedKey:
         max_id = int(ids.max()) if len(ids) else -1
         if max_id >= (size := self.settings.tokenizer.vocab_size):
             raise ids_with_gaps(f"the tokenizer gave id {max_id}, but has {size} entries", size)
+        if len(lengths) and lengths.max() >= np.iinfo(np.int32).max:
+            raise DataError(f"a document of {lengths.max():,} tokens: the format counts in int32")
         ids = ids.astype(self.dtype)
         if self.settings.append_eod:
             last = np.cumsum(counts)[counts > 0] - 1
@@ -160,18 +146,3 @@ def ids_with_gaps(what: str, size: int) -> DataError:
     return DataError(
         f"{what}: its ids have gaps; number its tokens, the added ones too, from 0 to {size - 1}"
     )
-
-
-def _without(
-    chunk: Chunk,
-    documents: list[Document],
-    rejected: Mapping[int, str],
-    reason: str,
-    result: EncodedChunk,
-) -> list[Document]:
-    """Put documents among the rejections, by place and detail, and return the others."""
-    for place, detail in rejected.items():
-        line, texts = documents[place]
-        result.rejections.append(Rejection(chunk.file, line, reason, detail, texts[0][:200]))
-    result.rejections.sort(key=lambda rejection: rejection.line)
-    return [document for place, document in enumerate(documents) if place not in rejected]

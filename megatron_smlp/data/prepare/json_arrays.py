@@ -54,6 +54,17 @@ class _Text:
         self.blocks = _decoded_blocks(path)
         self.text, self.at = "", 0
 
+    def grow(self) -> bool:
+        """Forget what is before the place, and read as much again; return whether there is more."""
+        parts = [self.text[self.at :]]
+        wanted = 2 * len(parts[0]) + 1
+        for block in self.blocks:
+            parts.append(block)
+            if sum(map(len, parts)) >= wanted:
+                break
+        self.text, self.at = "".join(parts), 0
+        return len(parts) > 1
+
     def character(self) -> str:
         """Return the next character that is not white space; the place is before it afterwards.
 
@@ -64,57 +75,34 @@ class _Text:
             self.at = SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
             if self.at < len(self.text):
                 return self.text[self.at]
-            self.text, self.at = self.block(), 0
+            if not self.grow():
+                raise DamagedInputError("the array is not closed: ']' is missing")
 
-    def block(self) -> str:
-        """Return the next block of text.
-
-        Raises:
-            DamagedInputError: there is none.
-        """
-        for block in self.blocks:
-            if block:
-                return block
-        raise DamagedInputError("the array is not closed: ']' is missing")
-
-    def element(self) -> str:
-        """Return the element at the place, which is behind it afterwards.
+    def element(self) -> bytes:
+        """Return the element at the place as one line; the place is behind it afterwards.
 
         Raises:
             DamagedInputError: it is not JSON, or not whole at the end of the file.
         """
+        self.character()
         while True:
             try:
                 _, end = DECODER.raw_decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                if not self._may_be_cut_off(error):
-                    raise DamagedInputError(f"bad JSON in the array: {error}") from None
-                self._read_on(error)
-            # A number of more digits than Python converts, or nesting deeper than it follows.
+            # Others: a number of more digits than Python converts, nesting deeper than it follows.
             except (ValueError, RecursionError) as error:
-                raise DamagedInputError(f"bad JSON in the array: {error}") from None
+                if not (self._may_be_cut_off(error) and self.grow()):
+                    raise DamagedInputError(f"bad JSON in the array: {error}") from None
             else:
                 element, self.at = self.text[self.at : end], end
-                return element
+                # Outside of strings a line end is white space, within them it is not valid JSON.
+                return element.replace("\n", " ").replace("\r", " ").encode() + b"\n"
 
-    def _may_be_cut_off(self, error: json.JSONDecodeError) -> bool:
+    def _may_be_cut_off(self, error: Exception) -> bool:
         """Return whether more text may mend it: else a bad element would read the whole file."""
+        if not isinstance(error, json.JSONDecodeError):
+            return False
         is_at_end = error.pos >= len(self.text) - LONGEST_WORD
         return is_at_end or error.msg.startswith("Unterminated string")
-
-    def _read_on(self, error: json.JSONDecodeError) -> None:
-        """Forget what is before the element, which may be cut off, or read as much again."""
-        if self.at:
-            self.text, self.at = self.text[self.at :], 0
-            return
-        grown = [self.text]
-        try:
-            while sum(map(len, grown)) < 2 * len(self.text) + 1:
-                grown.append(self.block())
-        except DamagedInputError:
-            if len(grown) == 1:
-                raise DamagedInputError(f"bad JSON in the array: {error}") from None
-        self.text = "".join(grown)
 
 
 def _decoded_blocks(path: Path) -> Iterator[str]:
@@ -129,19 +117,16 @@ def _decoded_blocks(path: Path) -> Iterator[str]:
 
 def _elements(text: _Text) -> Iterator[bytes]:
     """Yield each element as one line."""
-    if text.character() != "[":
-        raise DamagedInputError(f"'[' expected, not {text.character()!r}")
+    if (character := text.character()) != "[":
+        raise DamagedInputError(f"'[' expected, not {character!r}")
     text.at += 1
-    is_first = True
-    while (character := text.character()) != "]":
-        if not is_first:
-            if character != ",":
-                raise DamagedInputError(f"',' or ']' expected in the array, not {character!r}")
+    if text.character() != "]":
+        yield text.element()
+        while text.character() == ",":
             text.at += 1
-            text.character()
-        is_first = False
-        # Outside of strings a line end is white space, and within them it is not valid JSON.
-        yield text.element().replace("\n", " ").replace("\r", " ").encode() + b"\n"
+            yield text.element()
+    if (character := text.character()) != "]":
+        raise DamagedInputError(f"',' or ']' expected in the array, not {character!r}")
     for block in itertools.chain([text.text[text.at + 1 :]], text.blocks):
         if rest := block.strip(" \t\r\n"):
             raise DamagedInputError(

@@ -15,12 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_smlp.data.pairs.manifest import (
-    Manifest,
-    PairRecord,
-    check_manifest_path,
-    check_output_prefix,
-)
+from megatron_smlp.data.pairs.manifest import Manifest, PairRecord
 from megatron_smlp.data.pairs.writer import (
     PairWriter,
     append_to,
@@ -103,10 +98,8 @@ class PartialOutput:
         self.journal = Journal(settings="")
 
     def __enter__(self) -> "PartialOutput":
-        check_output_prefix(self.prefix)
         names = [Path(prefix).name for prefix in self._pair_prefixes()]
-        check_manifest_path(Path(self.prefix + ".json"), pairs=names)
-        self.lock = lock_output(self.folder, self.prefix)
+        self.lock = lock_output(self.folder, self.prefix, pairs=names)
         return self
 
     def __exit__(self, *error: object) -> None:

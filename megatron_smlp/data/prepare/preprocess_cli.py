@@ -18,43 +18,20 @@ if TYPE_CHECKING:
     from megatron_smlp.data.prepare.output import Counts
     from megatron_smlp.data.prepare.preprocessing import Summary
 
-# Flags of Megatron's tool, now or once, that have no work to do here.
-IGNORED_FLAGS = {
-    "--partitions": "one run reads all files in order; start one for each part of the input to "
-    "read in parallel (docs/data.md)",
-    "--log-interval": "progress is shown by time",
-    "--keep-sequential-samples": "order is always kept",
-    "--find-optimal-num-workers": "all of the input is processed with --workers",
-    "--workers-to-check": "all of the input is processed with --workers",
-    "--max-documents": "all of the input is processed",
-    "--performance-dir": "all of the input is processed with --workers",
-    "--dataset-impl": "mmap is the only format",
-    "--chunk-size": "chunks are sized in bytes",
-}
-IGNORED_FLAGS |= dict.fromkeys(
-    (
-        "--vocab-extra-ids",
-        "--make-vocab-size-divisible-by",
-        "--padded-vocab-size",
-        "--no-pad-vocab-size",
-        "--disable-pad-vocab-size",
-        "--tokenizer-metadata",
-        "--chat-template",
-        "--null-tokenizer-pad-id",
-    ),
-    "it has no part in the ids that are written",
+# Flags of Megatron's tool, now or once, that have no part in the ids that are written.
+IGNORED_FLAGS = (
+    *("--partitions", "--log-interval", "--keep-sequential-samples", "--find-optimal-num-workers"),
+    *("--workers-to-check", "--max-documents", "--performance-dir", "--dataset-impl"),
+    *("--chunk-size", "--vocab-extra-ids", "--make-vocab-size-divisible-by"),
+    *("--padded-vocab-size", "--no-pad-vocab-size", "--disable-pad-vocab-size"),
+    *("--tokenizer-metadata", "--chat-template", "--null-tokenizer-pad-id"),
 )
 # Flags of Megatron's tool that would change the ids.
-REFUSED_FLAGS = {
-    "--tokenizer-hf-no-use-fast": "ids come from tokenizer.json, which slow tokenizers do not have",
-    **dict.fromkeys(
-        (
-            "--no-tokenizer-sentencepiece-ignore-extra-whitespaces",
-            "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces",
-        ),
-        "white space is read as the model says",
-    ),
-}
+REFUSED_FLAGS = (
+    "--tokenizer-hf-no-use-fast",
+    "--no-tokenizer-sentencepiece-ignore-extra-whitespaces",
+    "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,29 +71,27 @@ def build_parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=1, metavar="N", help="processes that encode (default 1)"
     )
     add_tokenizer_arguments(parser)
-    for flag, why in IGNORED_FLAGS.items():
-        parser.add_argument(flag, nargs="*", action=_Ignored, why=why, help=argparse.SUPPRESS)
-    for flag, why in REFUSED_FLAGS.items():
-        parser.add_argument(flag, nargs=0, action=_Refused, why=why, help=argparse.SUPPRESS)
+    for flag in IGNORED_FLAGS:
+        parser.add_argument(flag, nargs="*", action=_Ignored, help=argparse.SUPPRESS)
+    for flag in REFUSED_FLAGS:
+        parser.add_argument(flag, nargs=0, action=_Refused, help=argparse.SUPPRESS)
     return parser
 
 
 class _Ignored(argparse.Action):
-    """Accept a flag of Megatron's tool, and say why it does nothing."""
-
-    def __init__(self, *args: Any, why: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.why = why
+    """Accept a flag of Megatron's tool that does nothing."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        note_ignored(option, self.why)
+        note_ignored(option, "all of the input is read, in order, and it changes no id")
 
 
-class _Refused(_Ignored):
-    """Refuse a flag of Megatron's tool, and say why."""
+class _Refused(argparse.Action):
+    """Refuse a flag of Megatron's tool."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        raise UsageError(f"{option} is not supported: {self.why}; leave it out")
+        raise UsageError(
+            f"{option} is not supported: ids are those of the tokenizer's own files; leave it out"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,8 +157,6 @@ def _print_summary(summary: "Summary", total_seconds: float) -> None:
         rate = f"{summary.text_bytes / 1e6 / max(summary.seconds, 1e-9):.1f} MB/s"
         start_up = f"start-up {total_seconds - summary.seconds:.1f} s"
         print(f"{summary.prefix}: {made} from {read} by {summary.encoder}, {rate}, {start_up}")
-    for path in summary.changed:
-        print(f"WARNING: {path} was changed while it was read: the manifest says how much was read")
     if counts.empty:
         print(f"skipped {counts.empty:,} empty documents")
     if counts.rejected:

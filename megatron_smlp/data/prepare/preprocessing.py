@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_smlp.command_line import flag_of, note_ignored
+from megatron_smlp.command_line import flag_of, note_ignored, require_positive
 from megatron_smlp.data.pairs.indexed import optimal_dtype, refuse_existing
 from megatron_smlp.data.pairs.manifest import (
     Manifest,
@@ -23,7 +23,7 @@ from megatron_smlp.data.prepare.encoding import EncodingSettings, ids_with_gaps
 from megatron_smlp.data.prepare.inputs import describe_inputs, find_inputs, shown, stamps_of
 from megatron_smlp.data.prepare.output import Counts, PartialOutput, pair_prefixes
 from megatron_smlp.data.prepare.records import remedy
-from megatron_smlp.data.prepare.sentences import SentenceSettings, check_sentence_data
+from megatron_smlp.data.prepare.sentences import SentenceSettings, Splitter
 from megatron_smlp.data.prepare.sources import read_chunks
 from megatron_smlp.data.prepare.workers import InlineWorker, WorkerPool, start_workers
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
@@ -79,8 +79,6 @@ class Summary:
     encoder: str
     """The library that made the ids, and why a slower one was taken."""
     already_complete: bool = False
-    changed: tuple[str, ...] = ()
-    """Inputs that somebody wrote to while they were read."""
 
 
 OnProgress = Callable[[Counts], None]
@@ -125,20 +123,17 @@ def preprocess(settings: PreprocessSettings, *, on_progress: OnProgress | None =
             can_resume = None not in stamps
             _encode(workers, start, settings, files, partial, on_progress, can_resume=can_resume)
         _publish(settings, tokenizer, sources, digest, partial)
-        pairs = zip(files, stamps, stamps_of(files), strict=True)
         return Summary(
             settings.output_prefix,
             partial.journal.counts,
             seconds=time.monotonic() - began,
             text_bytes=partial.journal.counts.text_bytes - bytes_before,
             encoder=workers.description,
-            changed=tuple(shown(path) for path, before, after in pairs if before != after),
         )
 
 
 def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
-    if settings.workers < 1:
-        raise UsageError(f"--workers {settings.workers}: at least 1 is needed")
+    require_positive(settings, "workers")
     if settings.append_eod and tokenizer.eod is None:
         raise UsageError(
             f"--append-eod: this {settings.tokenizer.tokenizer_type} has no end-of-document token; "
@@ -166,7 +161,7 @@ def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
             )
         note_ignored(flag_of(name), f"a {kind} does not read it")
     if settings.sentences:
-        check_sentence_data(settings.sentences)
+        Splitter(settings.sentences)  # or each worker would say that its data is missing
 
 
 def _digest(

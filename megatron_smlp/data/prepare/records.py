@@ -90,18 +90,13 @@ def _parse_lines(
         start, line = end + 1, line + 1
 
 
-def _decoded(raw: memoryview | bytes) -> str:
+def _parse_json(raw: memoryview) -> Any:
     try:
-        # `str` decodes a memoryview without copying it first.
-        return str(raw, "utf-8")
+        text = str(raw, "utf-8")  # which does not copy a memoryview first
     except UnicodeDecodeError as error:
         raise _RefusedError(
             "invalid_utf8", f"invalid UTF-8 at byte {error.start}: {error.reason}"
         ) from None
-
-
-def _parse_json(raw: memoryview) -> Any:
-    text = _decoded(raw)
     if not text.strip():
         raise _RefusedError("blank_line", "blank line")
     try:
@@ -127,8 +122,6 @@ def _text(record: dict[str, Any], key: str) -> str:
     text = record[key]
     if text is None:
         raise _RefusedError("null_text", f"key {key!r} is null")
-    if isinstance(text, bytes):
-        _decoded(text)
     if not isinstance(text, str):
         raise _RefusedError("not_a_string", f"key {key!r} holds {_kind(text)}, not a string")
     if not text.isascii():

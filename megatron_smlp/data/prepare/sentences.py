@@ -35,22 +35,21 @@ def import_nltk() -> Any:
     return nltk
 
 
-def check_sentence_data(settings: SentenceSettings) -> None:
-    """Raise `DataError` early, with the way to get it, where punkt's data is missing."""
-    Splitter(settings)
-
-
 class Splitter:
-    """Splits texts of one language into sentences."""
+    """Splits texts of one language into sentences.
+
+    Raises:
+        DataError: punkt's data is missing; with the way to get it.
+    """
 
     def __init__(self, settings: SentenceSettings) -> None:
         nltk = import_nltk()
         try:
             self.punkt: Any = nltk.tokenize.punkt.PunktTokenizer(settings.language)
         except (LookupError, OSError):
-            folders = [Path(folder) for folder in nltk.data.path]
-            found = {path.name for each in folders for path in each.glob("tokenizers/punkt_tab/*/")}
-            known = ", ".join(sorted(found)) or "no language"
+            folders = [Path(path, "tokenizers", "punkt_tab") for path in nltk.data.path]
+            languages = {path.name for folder in folders for path in folder.glob("*/")}
+            known = ", ".join(sorted(languages)) or "no language"
             raise DataError(
                 f"--split-sentences --lang {settings.language}: NLTK's punkt_tab data is not there "
                 f"(found: {known}); get it once with: {DOWNLOAD}, or set NLTK_DATA to a folder "

@@ -119,9 +119,10 @@ def _parquet_chunks(path: Path, *, keys: Sequence[str], begin: Position) -> Iter
                 at = max(first, begin.offset)
                 for rows in _pieces(batch.slice(at - first)):
                     line, at = at + 1, at + rows.num_rows
-                    values = list(zip(*(_values(rows.column(key)) for key in keys), strict=True))
+                    columns = (rows.column(key).to_pylist() for key in keys)
+                    values = list(zip(*columns, strict=True))
                     yield Chunk(str(path), line, values, Position(begin.file, at, at), rows.nbytes)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DamagedInputError(f"damaged parquet file: {error}") from None
 
 
@@ -135,7 +136,7 @@ def _batches(table: Any, keys: Sequence[str]) -> Iterator[Any]:
     for number in range(table.num_row_groups):
         group = table.metadata.row_group(number)
         columns = map(group.column, range(group.num_columns))
-        size += sum(each.total_uncompressed_size for each in columns if each.path_in_schema in keys)
+        size += sum(part.total_uncompressed_size for part in columns if part.path_in_schema in keys)
         rows += group.num_rows
         groups.append(number)
         is_last = number + 1 == table.num_row_groups
@@ -150,20 +151,3 @@ def _pieces(batch: Any) -> Iterator[Any]:
     num_rows = max(1, batch.num_rows * CHUNK_BYTES // max(batch.nbytes, CHUNK_BYTES))
     for first in range(0, batch.num_rows, num_rows):
         yield batch.slice(first, num_rows)
-
-
-def _values(column: Any) -> list[Any]:
-    """Return the values of a parquet column; a text that is not UTF-8 as its bytes."""
-    try:
-        values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:
-        dense = column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
-        values = [_text_or_bytes(raw) for raw in dense.cast("large_binary").to_pylist()]
-    return values
-
-
-def _text_or_bytes(raw: bytes | None) -> str | bytes | None:
-    try:
-        return raw and raw.decode()
-    except UnicodeDecodeError:
-        return raw

@@ -12,7 +12,7 @@ from megatron_smlp.data.tokenizers.spec import (
     Encoder,
     TokenizerSpec,
     UnencodableTextError,
-    vocabulary_identity,
+    WithTexts,
 )
 from megatron_smlp.errors import DataError
 
@@ -21,7 +21,7 @@ NUM_BYTES = 256
 
 
 @dataclass(frozen=True)
-class ByteLevel:
+class ByteLevel(WithTexts):
     """UTF-8 bytes as ids; as in Megatron, EOS is 0, a byte that no text contains by accident."""
 
     vocab_size: int
@@ -38,10 +38,6 @@ class ByteLevel:
     @property
     def entries(self) -> list[tuple[int, bytes]]:
         return [(number, bytes([number])) for number in range(NUM_BYTES)]
-
-    @property
-    def identity(self) -> str:
-        return vocabulary_identity(self.entries)
 
     def build(self) -> Encoder:
         return self

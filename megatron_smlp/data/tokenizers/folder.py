@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -72,10 +73,15 @@ def _gpt2_folder(args: argparse.Namespace) -> Path:
 
 
 def recorded_tokenizer(args: argparse.Namespace, *, trusts: bool = False) -> TokenizerSpec | None:
-    """Return `TokenizerSpec.recorded`, or None where the checkpoint recorded no tokenizer."""
+    """Return the tokenizer of a checkpoint's record, or None where it has none.
+
+    Args:
+        trusts: whether the user of the checkpoint lets code of that tokenizer run, which the record
+            cannot say.
+    """
     if not getattr(args, "tokenizer_type", None):
         return None
-    return TokenizerSpec.recorded(args, trusts=trusts)
+    return dataclasses.replace(TokenizerSpec.from_arguments(args), trust_remote_code=trusts)
 
 
 def tokenizer_folder(args: argparse.Namespace, say: Callable[[str], None]) -> str | None:

@@ -98,7 +98,7 @@ def gigatoken_in_place_of(
         fast = GigatokenEncoder(load(gigatoken), slow=slow, **around)
         probe = [*PROBE, *in_context]
         pairs = zip(fast.encode_batch(probe), slow.encode_batch(probe), strict=True)
-        agrees = all(np.array_equal(one, other) for one, other in pairs)
+        agrees = all(np.array_equal(ours, theirs) for ours, theirs in pairs)
     except ImportError:
         return "pip install gigatoken is faster"
     # A tokenizer that gigatoken does not know raises errors of many kinds from Rust.

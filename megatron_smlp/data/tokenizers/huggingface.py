@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
 from megatron_smlp.data.tokenizers.ids import join_ids
-from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, vocabulary_identity
+from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, WithTexts
 from megatron_smlp.errors import DataError, require_package
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ GPT2_EOD = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(WithTexts):
     """A tokenizer as the text of its `tokenizer.json`."""
 
     tokenizer_json: str
@@ -52,10 +52,6 @@ class HuggingFaceTokenizer:
     def entries(self) -> list[tuple[int, bytes]]:
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         return [(number, token.encode()) for token, number in vocabulary.items()]
-
-    @property
-    def identity(self) -> str:
-        return vocabulary_identity(self.entries)
 
     @property
     def start(self) -> list[int]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
 from megatron_smlp.data.tokenizers.ids import join_ids, within
-from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, vocabulary_identity
+from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, WithTexts
 from megatron_smlp.errors import DataError, require_package
 
 PIECE_KEY = 1 << 3 | 2
@@ -18,7 +18,7 @@ USER_DEFINED = bytes([3 << 3, 4])
 
 
 @dataclass(frozen=True)
-class SentencePiece:
+class SentencePiece(WithTexts):
     """A SentencePiece `.model`; neither BOS nor EOS is put around a text, as in Megatron."""
 
     model: bytes
@@ -61,10 +61,6 @@ class SentencePiece:
     def entries(self) -> list[tuple[int, bytes]]:
         piece = self.processor.id_to_piece
         return [(i, piece(i).encode()) for i in range(self.vocab_size)]
-
-    @property
-    def identity(self) -> str:
-        return vocabulary_identity(self.entries)
 
     def build(self) -> Encoder:
         processor, numbers = self.processor, range(self.vocab_size)

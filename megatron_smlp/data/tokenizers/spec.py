@@ -9,7 +9,7 @@ the worker processes, where `build` makes the encoder; training only needs its i
 import argparse
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -80,10 +80,31 @@ class Tokenizer(Protocol):
 
     @property
     def identity(self) -> str | None:
-        """`vocabulary_identity` of the entries, or None where there are none."""
+        """`WithTexts.identity`, or None where ids stand for no text."""
 
     def build(self) -> Encoder:
         """Make the encoder for this process."""
+
+
+class WithTexts:
+    """A tokenizer whose ids stand for texts."""
+
+    @property
+    def entries(self) -> Iterable[tuple[int, bytes]]:
+        """Return the ids with their strings."""
+        raise NotImplementedError
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 over (id, token) in the order of the ids: equal for equal meaning of every id.
+
+        The same vocabulary gives the same identity whatever files it is stored in, so data written
+        from `vocab.json` and `merges.txt` trains with a Hugging Face folder of the same tokenizer.
+        """
+        digest = hashlib.sha256()
+        for number, token in sorted(self.entries):
+            digest.update(number.to_bytes(8, "little") + len(token).to_bytes(8, "little") + token)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +136,6 @@ class TokenizerSpec:
         special = values.get("tokenizer_special_tokens") or getattr(args, "special_tokens", None)
         return cls(**{**values, "tokenizer_special_tokens": tuple(special or ())})
 
-    @classmethod
-    def recorded(cls, args: argparse.Namespace, *, trusts: bool = False) -> "TokenizerSpec":
-        """Return the tokenizer of a checkpoint's record, which says nothing about trust.
-
-        Args:
-            trusts: whether the user of the checkpoint lets code of that tokenizer run.
-        """
-        return replace(cls.from_arguments(args), trust_remote_code=trusts)
-
     def existing_file(self, name: str) -> Path:
         """Return the path in field `name`.
 
@@ -137,18 +149,6 @@ class TokenizerSpec:
         if not Path(value).is_file():
             raise DataError(f"{flag} {value}: no such file")
         return Path(value)
-
-
-def vocabulary_identity(entries: Iterable[tuple[int, bytes]]) -> str:
-    """Return SHA-256 over (id, token) in the order of the ids: equal for equal meaning of every id.
-
-    The same vocabulary gives the same identity whatever files it is stored in, so data written
-    from `vocab.json` and `merges.txt` trains with a Hugging Face folder of the same tokenizer.
-    """
-    digest = hashlib.sha256()
-    for number, token in sorted(entries):
-        digest.update(number.to_bytes(8, "little") + len(token).to_bytes(8, "little") + token)
-    return digest.hexdigest()
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_smlp.data.tokenizers.ids import join_ids, within
-from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, vocabulary_identity
+from megatron_smlp.data.tokenizers.spec import Encoder, TokenizerSpec, WithTexts
 from megatron_smlp.errors import DataError, require_package
 
 # Split patterns of Megatron's TikTokenizer, `--tiktoken-pattern`; public in its source, and part
@@ -28,7 +28,7 @@ TIKTOKEN_DEFAULT_VOCABULARY = 2**17
 
 
 @dataclass(frozen=True)
-class TikToken:
+class TikToken(WithTexts):
     """tiktoken ranks numbered behind the special tokens, as Megatron's TikTokenizer does."""
 
     ranks: tuple[bytes, ...]
@@ -82,10 +82,6 @@ class TikToken:
     @property
     def entries(self) -> list[tuple[int, bytes]]:
         return list(enumerate([*(token.encode() for token in self.special), *self.ranks]))
-
-    @property
-    def identity(self) -> str:
-        return vocabulary_identity(self.entries)
 
     def build(self) -> Encoder:
         return self

@@ -1,7 +1,8 @@
 """Read local files of the six tasks into the documents that lm-evaluation-harness has from the hub.
 
 The YAML files beside this one name these functions as `custom_dataset`; the harness calls them with
-its metadata, of which `data_dir` is ours. FILES has the names of the files.
+its metadata, of which `data_dir` is ours. FILES has the names of the files. Labels are checked, and
+that there are texts: without, the harness would give a score that means nothing.
 """
 
 from __future__ import annotations
@@ -9,14 +10,12 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.tasks import fields
-from megatron_smlp.evaluation.tasks.fields import Check
 
 Document = dict[str, Any]
 
@@ -27,60 +26,32 @@ class Source:
 
     patterns: tuple[str, ...]
     origin: str
-    columns: dict[str, Check]
-    """Names that every document must have, and a check of each value."""
 
 
-def _any(value: Any) -> None:
-    """Accept every value: what HellaSwag's label may be depends on its endings."""
-
-
+SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2"
 FILES = {
-    "copa": Source(
-        ("copa*.jsonl", "COPA/val.jsonl"),
-        "COPA/val.jsonl of https://dl.fbaipublicfiles.com/glue/superglue/data/v2/COPA.zip",
-        {
-            **dict.fromkeys(("premise", "choice1", "choice2"), fields.text),
-            "question": fields.one_of("cause", "effect"),
-            "label": fields.one_of(0, 1),
-        },
-    ),
+    "copa": Source(("copa*.jsonl", "COPA/val.jsonl"), f"COPA/val.jsonl of {SUPERGLUE}/COPA.zip"),
     "piqa": Source(
         ("piqa*.jsonl",),
         "valid.jsonl and valid-labels.lst of https://yonatanbisk.com/piqa/data/, joined: each line "
         "with its label",
-        {**dict.fromkeys(("goal", "sol1", "sol2"), fields.text), "label": fields.one_of(0, 1)},
     ),
     "storycloze": Source(
         ("storycloze*.csv", "cloze_test*.csv"),
         "the CSV of the Story Cloze Test, on request from "
         "https://cs.rochester.edu/nlp/rocstories/ (it is licensed and cannot be shipped)",
-        {
-            **{f"InputSentence{number}": fields.text for number in range(1, 5)},
-            "RandomFifthSentenceQuiz1": fields.text,
-            "RandomFifthSentenceQuiz2": fields.text,
-            "AnswerRightEnding": fields.one_of(1, 2),
-        },
     ),
     "winogrande": Source(
         ("winogrande*.jsonl", "dev.jsonl"),
         "dev.jsonl of https://storage.googleapis.com/ai2-mosaic/public/winogrande/"
         "winogrande_1.1.zip",
-        {
-            "sentence": fields.blank,
-            **dict.fromkeys(("option1", "option2"), fields.text),
-            "answer": fields.one_of(1, 2),
-        },
     ),
     "hellaswag": Source(
         ("hellaswag*.jsonl",),
         "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
-        {"activity_label": fields.text, "endings": fields.options, "label": _any},
     ),
     "record": Source(
-        ("record*.jsonl", "ReCoRD/val.jsonl"),
-        "ReCoRD/val.jsonl of https://dl.fbaipublicfiles.com/glue/superglue/data/v2/ReCoRD.zip",
-        {"passage": fields.passage, "qas": fields.queries},
+        ("record*.jsonl", "ReCoRD/val.jsonl"), f"ReCoRD/val.jsonl of {SUPERGLUE}/ReCoRD.zip"
     ),
 }
 
@@ -92,55 +63,63 @@ def find_file(task: str, data_dir: str | Path) -> Path:
         UsageError: there is none, or more than one.
     """
     source, folder = FILES[task], Path(data_dir)
-    found = sorted({path for pattern in source.patterns for path in folder.glob(pattern)})
-    if len(found) > 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found)
+    paths = sorted({path for pattern in source.patterns for path in folder.glob(pattern)})
+    if len(paths) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in paths)
         raise UsageError(f"--data-dir {folder} has several files for {task}: {names}; keep one")
-    if not found:
+    if not paths:
         wanted = " or ".join(source.patterns)
         raise UsageError(
             f"--data-dir {folder} has no {wanted}, which task {task} reads; its data is "
             f"{source.origin}"
         )
-    return found[0]
+    return paths[0]
 
 
-def read_documents(task: str, data_dir: str | Path) -> list[Document]:
-    """Return every document of a task's file, JSON lines or CSV, checked.
+def read_documents(
+    task: str, data_dir: str | Path, convert: Callable[[Document], Iterable[Document]]
+) -> dict[str, Any]:
+    """Return the documents that `convert` makes of each row of a task's file, JSON lines or CSV.
 
     Raises:
         UsageError: a line is not a JSON object, lacks a name, or holds a value that is not allowed
-            there; with file, line and name.
+            there; with file and line.
     """
+    from datasets import Dataset
+
     path = find_file(task, data_dir)
     reader = _rows_of_csv if path.suffix == ".csv" else _rows_of_json
-    rows = []
+    documents: list[Document] = []
     try:
         for line, row in reader(path):
-            _check_row(row, task, where=f"{path}:{line}")
-            rows.append(row)
+            try:
+                documents += convert(row)
+            except (KeyError, TypeError, ValueError) as error:
+                raise UsageError(
+                    f"{path}:{line} is no document of task {task} ({type(error).__name__}: "
+                    f"{error}); its data is {FILES[task].origin}"
+                ) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text: {error.reason}") from error
-    if not rows:
+    if not documents:
         raise UsageError(f"{path} is empty: task {task} has nothing to evaluate")
-    return rows
+    return {"validation": Dataset.from_list(documents)}
 
 
-def _check_row(row: Document, task: str, *, where: str) -> None:
-    columns = FILES[task].columns
-    if task == "hellaswag":  # the context in one part or in two, and the number of an ending
-        parts = dict.fromkeys(("ctx_a", "ctx_b"), fields.maybe_empty)
-        count = len(row["endings"]) if isinstance(row.get("endings"), list) else 0
-        columns = columns | (parts if "ctx_a" in row else {"ctx": fields.text})
-        columns["label"] = fields.one_of(*range(count))
-    for name, check in columns.items():
-        if row.get(name) is None:
-            raise UsageError(
-                f"{where} has no {name!r}, which task {task} reads; its data is "
-                f"{FILES[task].origin}"
-            )
-        if expected := check(row[name]):
-            raise UsageError(f"{where}: {name!r} is {row[name]!r:.60}; expected is {expected}")
+def _texts(row: Document, *names: str) -> Document:
+    """Return these entries of a row, which are texts."""
+    for name in names:
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise ValueError(f"{name!r} is {row[name]!r:.60}; expected is text that is not empty")
+    return {name: row[name] for name in names}
+
+
+def _choice(row: Document, name: str, allowed: Iterable[int | str]) -> str:
+    """Return an entry that is one of these; a number may be written as text."""
+    texts = list(map(str, allowed))
+    if isinstance(row[name], bool) or str(row[name]) not in texts:
+        raise ValueError(f"{name!r} is {row[name]!r:.60}; expected is {' or '.join(texts)}")
+    return str(row[name])
 
 
 def _rows_of_json(path: Path) -> Iterator[tuple[int, Document]]:
@@ -170,28 +149,19 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[int, Document]]:
             raise UsageError(f"{path}:{reader.line_num + 1} is not CSV: {error}") from error
 
 
-def _dataset(rows: Iterable[Document]) -> dict[str, Any]:
-    from datasets import Dataset
-
-    return {"validation": Dataset.from_list(list(rows))}
-
-
-def _kept(task: str, data_dir: str, **types: type) -> dict[str, Any]:
-    """Load the names that the prompts read, some converted to a type."""
-    columns = FILES[task].columns
-    return _dataset(
-        {name: types[name](row[name]) if name in types else row[name] for name in columns}
-        for row in read_documents(task, data_dir)
-    )
-
-
 def copa(data_dir: str | None = None, **metadata: Any) -> dict[str, Any]:
     """Load COPA from a local file, or from the hub where there is no folder."""
     if data_dir is None:
         from datasets import load_dataset
 
         return {"validation": load_dataset("aps/super_glue", "copa", split="validation")}
-    return _kept("copa", data_dir, label=int)
+
+    def convert(row: Document) -> Iterator[Document]:
+        question = _choice(row, "question", ("cause", "effect"))
+        texts = _texts(row, "premise", "choice1", "choice2")
+        yield {**texts, "question": question, "label": int(_choice(row, "label", (0, 1)))}
+
+    return read_documents("copa", data_dir, convert)
 
 
 def copa_question(doc: Document) -> str:
@@ -201,31 +171,39 @@ def copa_question(doc: Document) -> str:
 
 
 def piqa(data_dir: str, **metadata: Any) -> dict[str, Any]:
-    return _kept("piqa", data_dir, label=int)
+    def convert(row: Document) -> Iterator[Document]:
+        yield {**_texts(row, "goal", "sol1", "sol2"), "label": int(_choice(row, "label", (0, 1)))}
+
+    return read_documents("piqa", data_dir, convert)
 
 
 def winogrande(data_dir: str, **metadata: Any) -> dict[str, Any]:
-    return _kept("winogrande", data_dir, answer=str)
+    def convert(row: Document) -> Iterator[Document]:
+        texts = _texts(row, "sentence", "option1", "option2")
+        yield {**texts, "answer": _choice(row, "answer", (1, 2))}
+
+    return read_documents("winogrande", data_dir, convert)
 
 
 def storycloze(data_dir: str, **metadata: Any) -> dict[str, Any]:
-    return _dataset(
-        {
-            **{f"input_sentence_{n}": row[f"InputSentence{n}"] for n in range(1, 5)},
-            **{f"sentence_quiz{n}": row[f"RandomFifthSentenceQuiz{n}"] for n in (1, 2)},
-            "answer_right_ending": int(row["AnswerRightEnding"]),
-        }
-        for row in read_documents("storycloze", data_dir)
-    )
+    names = {f"InputSentence{n}": f"input_sentence_{n}" for n in range(1, 5)}
+    names |= {f"RandomFifthSentenceQuiz{n}": f"sentence_quiz{n}" for n in (1, 2)}
+
+    def convert(row: Document) -> Iterator[Document]:
+        texts = {names[name]: text for name, text in _texts(row, *names).items()}
+        yield {**texts, "answer_right_ending": int(_choice(row, "AnswerRightEnding", (1, 2)))}
+
+    return read_documents("storycloze", data_dir, convert)
 
 
 def hellaswag(data_dir: str, **metadata: Any) -> dict[str, Any]:
-    def converted(row: Document) -> Document:
+    def convert(row: Document) -> Iterator[Document]:
         start, rest = (row["ctx_a"], row["ctx_b"]) if "ctx_a" in row else split_context(row["ctx"])
-        kept = {name: row[name] for name in ("activity_label", "endings")}
-        return {**kept, "ctx_a": start, "ctx_b": rest, "label": str(row["label"])}
+        label = _choice(row, "label", range(len(row["endings"])))
+        kept = {**_texts(row, "activity_label"), "endings": row["endings"]}
+        yield {**kept, "ctx_a": start, "ctx_b": rest, "label": label}
 
-    return _dataset(map(converted, read_documents("hellaswag", data_dir)))
+    return read_documents("hellaswag", data_dir, convert)
 
 
 def split_context(context: str) -> tuple[str, str]:
@@ -240,13 +218,15 @@ def split_context(context: str) -> tuple[str, str]:
 
 def record(data_dir: str, **metadata: Any) -> dict[str, Any]:
     """Load a document per query: entities are spans of the passage, the end included."""
-    return _dataset(
-        {
-            "passage": (text := row["passage"]["text"]),
-            "query": query["query"],
-            "entities": [text[s["start"] : s["end"] + 1] for s in row["passage"]["entities"]],
-            "answers": [answer["text"] for answer in query["answers"]],
-        }
-        for row in read_documents("record", data_dir)
-        for query in row["qas"]
-    )
+
+    def convert(row: Document) -> Iterator[Document]:
+        text, spans = row["passage"]["text"], row["passage"]["entities"]
+        for query in row["qas"]:
+            yield {
+                "passage": text,
+                "query": query["query"],
+                "entities": [text[span["start"] : span["end"] + 1] for span in spans],
+                "answers": [answer["text"] for answer in query["answers"]],
+            }
+
+    return read_documents("record", data_dir, convert)

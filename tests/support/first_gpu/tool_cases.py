@@ -92,11 +92,12 @@ def serve(place: Place, notes: Notes) -> None:
 
     from megatron_smlp.generation.cli import build_parser
     from megatron_smlp.generation.language_model import load
+    from megatron_smlp.serving.admission import Admission
     from megatron_smlp.serving.app import build_app
 
     model = ["--hf", str(place.folder / "text" / "hf"), *_device(place)]
     lm = load(build_parser().parse_args(model))
-    app = build_app(lm, max_body_bytes=10_000, max_waiting=4)
+    app = build_app(lm, Admission(max_body_bytes=10_000, max_waiting=4))
     with TestClient(app, base_url="http://127.0.0.1") as client:
         body = {"model": lm.name, "prompt": "The model", "max_tokens": 8, "temperature": 0}
         answer = client.post("/v1/completions", json=body)

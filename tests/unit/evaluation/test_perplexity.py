@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -13,14 +14,17 @@ from typing import Any
 import pytest
 import torch
 from evaluation_helpers import LENGTH, TEXT, Run, beginning, loaded, preprocessed
+from support.in_process import pretrained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_smlp.conversion.convert import Options, torch_dist_to_hf
 from megatron_smlp.data.pairs.indexed import open_index
 from megatron_smlp.data.tokenizers.model_tokenizer import resolve_for
 from megatron_smlp.data.tokenizers.spec import Tokenizer, TokenizerSpec
 from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation import perplexity
 from megatron_smlp.evaluation.exported_scorer import ExportedScorer
+from megatron_smlp.evaluation.megatron_loading import sequence_length
 from megatron_smlp.evaluation.megatron_model import MegatronScorer
 from megatron_smlp.evaluation.perplexity import measure, windows
 from megatron_smlp.evaluation.rows import Row, RowScore
@@ -182,11 +186,11 @@ def test_data_of_another_vocabulary_is_read_where_that_is_allowed(
     assert found["perplexity"] == pytest.approx(math.e)
 
 
-def _loss(model: Any, tokens: torch.Tensor) -> float:
-    """The mean over a text, in windows of LENGTH."""
+def _loss(model: Any, tokens: torch.Tensor, longest: int = LENGTH) -> float:
+    """The mean over a text, in windows."""
     losses = []
-    for begin in range(0, len(tokens) - 1, LENGTH):
-        part = tokens[None, begin : begin + LENGTH + 1]
+    for begin in range(0, len(tokens) - 1, longest):
+        part = tokens[None, begin : begin + longest + 1]
         with torch.no_grad():
             logits = model(part[:, :-1]).logits[0]
         losses += torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="none").tolist()
@@ -204,3 +208,60 @@ def _loss(model: Any, tokens: torch.Tensor) -> float:
 def test_wrong_splits_are_refused(data: Path, split: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         perplexity.validation_part(open_index(str(data)), split)
+
+
+TRAINED, LONGER = 8, 21
+WORDS = f"""
+    --architecture amlp --toeplitz --spatial-heads 2 --tiny-attention-width 8 --num-layers 2
+    --seq-length {TRAINED} --max-position-embeddings {TRAINED} --lr 3e-2 --init-method-std 0.2
+    --train-iters 3 --eval-iters 0 --tokenizer-type HuggingFaceTokenizer
+"""
+
+
+def test_perplexity_over_longer_windows(tokenizer: Path, data: Path, tmp_path: Path) -> None:
+    run, exported = tmp_path / "run", tmp_path / "hf"
+    with pretrained(f"{WORDS} --tokenizer-model {tokenizer} --save {run}"):
+        pass
+    torch_dist_to_hf(Options(load=run, save=exported, tokenizer=str(tokenizer), checks=False))
+    with loaded(run) as (args, stages, text):
+        longest = sequence_length(args, LONGER)
+        scorer = MegatronScorer(stages, longest=longest, batch_size=8)
+        result = measure(scorer, text, str(data), stride=None, suffix_from=0)
+    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
+    tokens = torch.from_numpy(open_index(str(data)).tokens.astype("int64"))
+    assert result["stride"] == LONGER
+    expected = math.exp(_loss(model, tokens, LONGER))
+    assert result["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def _model(**changes: object) -> argparse.Namespace:
+    values = {
+        "seq_length": 8,
+        "toeplitz": True,
+        "position_embedding_type": "none",
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": False,
+    }
+    return argparse.Namespace(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [({}, 9), ({"toeplitz": False}, 8), ({"toeplitz": False}, 3), ({"sequence_parallel": True}, 4)],
+)
+def test_lengths_that_a_model_takes(changes: dict[str, object], wanted: int) -> None:
+    assert sequence_length(_model(**changes), wanted) == wanted
+    assert sequence_length(_model(**changes), None) == 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"toeplitz": False},
+        {"position_embedding_type": "learned_absolute"},
+        {"sequence_parallel": True},
+    ],
+)
+def test_lengths_that_a_model_refuses(changes: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="--seq-length 9"):
+        sequence_length(_model(**changes), 9)

@@ -1,7 +1,6 @@
 """Local files of the six tasks: found, checked, and turned into the harness's own documents."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.evaluation.reports import from_harness
 from megatron_smlp.evaluation.selection import Selection, select_tasks, split_names
 from megatron_smlp.evaluation.tasks.documents import split_context
-from megatron_smlp.evaluation.tasks.record import token_f1
 
 ROWS: dict[str, Any] = {
     "copa.jsonl": {
@@ -162,23 +160,9 @@ def test_context_is_cut_where_its_last_sentence_begins(
     assert split_context(context) == parts
 
 
-def test_record_scores_words_as_squad_does() -> None:
-    assert token_f1("the Benazir Bhutto", "Bhutto") == pytest.approx(2 / 3)
-    assert token_f1("U.S.", "us") == 1
-    assert token_f1("the", "a") == 1
-    assert token_f1("the", "Bob") == 0
-
-
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [
-        ("copq", "--tasks copq is not a task: did you mean copa"),
-        ("lambada", "--data-dir serves copa, piqa, storycloze"),
-    ],
-)
-def test_unknown_task_is_named_with_the_nearest(folder: Path, names: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        select_tasks(split_names(names), data_dir=str(folder))
+def test_an_unknown_task_is_named_with_the_nearest(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"--tasks copq is not a task: did you mean copa.* piqa"):
+        select_tasks(split_names("copa, copq"), data_dir=str(folder))
 
 
 OWN = """
@@ -220,48 +204,40 @@ def test_a_task_of_ones_own(folder: Path, tmp_path: Path) -> None:
         select_tasks(["copa"], data_dir=None, include_path=str(tmp_path / "absent"))
 
 
-def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without --data-dir the harness asks the hub."""
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-    with pytest.raises(UsageError) as caught:
+
+
+@pytest.mark.usefixtures("offline")
+def test_no_network_is_one_line() -> None:
+    """Without --data-dir the harness asks the hub."""
+    with pytest.raises(UsageError, match=r"--tasks copa cannot be loaded .* --data-dir") as caught:
         select_tasks(["copa"], data_dir=None)
-    assert "--tasks copa cannot be loaded (" in str(caught.value)
-    assert "give --data-dir with local files" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-NETWORK = "with --data-dir no network is used; its file is {0}"
-
-
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    "wrong",
     [
-        (("dataset_path: json", "dataset_path: nobody/nothing"), f"nobody/nothing' .*{NETWORK}"),
-        (('"{{question}}"', "!function absent.text"), r"'absent' .*: mend {0}"),
-        (("test_split: train", "test_split: none"), r"\(KeyError: 'none'\): mend {0}"),
-        (("question", "questoin"), r"\(UndefinedError: .*: mend {0}"),
-        (("{{question}}", "{{question"), r"\(TemplateSyntaxError: .*: mend {0}"),
-        (("doc_to_text", "doc_to_txt"), r"did you mean 'doc_to_text'.*: mend {0}"),
-        (("metric: acc", "metric: acccc"), r"acccc not found .*: mend {0}"),
-        (("capitals.jsonl", "absent.jsonl"), r"absent.jsonl'\): mend {0}"),
-        (
-            ("task: capitals", "tusk: capitals"),
-            r"capitals is not a task: {0} is passed over .*tusk",
-        ),
-        (("output_type:", "output_type: ["), r"is not a task: {0} is passed over .*line \d"),
+        ("dataset_path: json", "dataset_path: nobody/nothing"),
+        ('"{{question}}"', "!function absent.text"),
+        ("test_split: train", "test_split: none"),
+        ("{{question}}", "{{question"),
+        ("doc_to_text", "doc_to_txt"),
+        ("metric: acc", "metric: acccc"),
+        ("task: capitals", "tusk: capitals"),
+        ("output_type:", "output_type: ["),
     ],
 )
 def test_a_mistake_in_a_task_of_ones_own_is_named_with_its_file(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: tuple[str, str], said: str
+    folder: Path, tmp_path: Path, wrong: tuple[str, str]
 ) -> None:
-    for module in ("huggingface_hub.constants", "datasets.config"):
-        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
     write_own(tmp_path, wrong)
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=rf"--tasks capitals .*{tmp_path}/capitals.yaml") as caught:
         select_tasks(["copa", "capitals"], data_dir=str(folder), include_path=str(tmp_path))
-    expected = said.replace("{0}", re.escape(str(tmp_path / "capitals.yaml")))
-    assert re.search(expected, str(caught.value), re.IGNORECASE), caught.value
     assert "\n" not in str(caught.value)
 
 
@@ -324,65 +300,17 @@ def test_missing_file_says_which_and_from_where(tmp_path: Path) -> None:
         select_tasks(["copa"], data_dir=str(tmp_path / "absent"))
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ('{"premise": "a"}\n', "copa.jsonl:1 has no 'choice1'"),
-        ('\n{"premise": \n', "copa.jsonl:2 is not JSON"),
-        ("[1]\n", "copa.jsonl:1 is not a JSON object"),
-        ("", "copa.jsonl is empty"),
-    ],
-)
-def test_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, said: str) -> None:
-    (tmp_path / "copa.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(UsageError, match=said):
-        select_tasks(["copa"], data_dir=str(tmp_path))
-
-
-STORY_HEAD = STORY.splitlines()[0] + "\n"
 WRONG: dict[str, list[tuple[str, Any]]] = {
     "copa": [
-        ("label", "one"),
-        ("label", 2),
-        ("label", -1),
-        ("label", True),
-        ("label", 1.0),
-        ("label", None),
+        *(("label", value) for value in ("one", 2, -1, True, 1.0, None)),
         ("question", "why"),
         ("choice1", ""),
         ("choice2", ["a"]),
-        ("premise", "half \ud800 a pair"),
     ],
-    "piqa": [("label", "x"), ("label", 3), ("sol1", " "), ("goal", 7)],
-    "winogrande": [
-        ("answer", ""),
-        ("answer", "3"),
-        ("answer", 0),
-        ("sentence", "no blank"),
-        ("option2", None),
-    ],
-    "hellaswag": [
-        ("label", 2),
-        ("label", "first"),
-        ("label", ""),
-        ("endings", []),
-        ("endings", ["a", ""]),
-        ("endings", "text"),
-        ("ctx", None),
-        ("activity_label", {}),
-    ],
-    "record": [
-        ("passage", "text"),
-        ("passage", {"text": "Ada", "entities": []}),
-        ("passage", {"text": "Ada", "entities": [{"start": 0, "end": 3}]}),
-        ("passage", {"text": "Ada", "entities": [{"start": "0", "end": 1}]}),
-        ("passage", {"text": "Ada", "entities": [[0, 1]]}),
-        ("qas", []),
-        ("qas", [{"query": "@placeholder", "answers": []}]),
-        ("qas", [{"query": "nobody", "answers": [{"text": "Ada"}]}]),
-        ("qas", [{"query": "@placeholder", "answers": [{}]}]),
-        ("qas", [None]),
-    ],
+    "piqa": [("label", 3), ("sol1", " ")],
+    "winogrande": [("answer", "3"), ("option2", None)],
+    "hellaswag": [("label", 2), ("label", ""), ("endings", []), ("endings", None), ("ctx", None)],
+    "record": [("passage", "text"), ("passage", {"text": "Ada"}), ("qas", [{"query": "a"}])],
 }
 
 
@@ -390,42 +318,40 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
     ("task", "name", "value"),
     [(task, name, value) for task, wrong in WRONG.items() for name, value in wrong],
 )
-def test_a_value_that_is_not_allowed_is_named(
+def test_a_value_that_is_not_allowed_is_named_with_its_line(
     tmp_path: Path, task: str, name: str, value: Any
 ) -> None:
     """In the second line; the first is good."""
     good = ROWS[f"{task}.jsonl"]
     lines = [json.dumps(good), json.dumps(good | {name: value})]
     (tmp_path / f"{task}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(
+        UsageError, match=rf"^{tmp_path / task}\.jsonl:2 is no document of"
+    ) as error:
         select_tasks([task], data_dir=str(tmp_path))
-    assert str(error.value).startswith(f"{tmp_path / task}.jsonl:2")
-    assert f"'{name}'" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("story", "said"),
+    ("name", "content", "line"),
     [
-        ("x,Ann ran.,She fell.,It hurt.,She cried.,She laughed.,Mum came.,3\n", ":2: 'AnswerRig"),
-        ("x,Ann ran.,She fell.,It hurt.,She cried.,She laughed.,Mum came.,\n", ":2: 'AnswerRig"),
-        ("x,Ann ran.,She fell.,It hurt.\n", ":2 has no 'InputSentence4'"),
-        ('x,"Ann ran.,She fell.,It hurt.\n', ":2 is not CSV: unexpected end of data"),
-        ("x,,She fell.,It hurt.,She cried.,She laughed.,Mum came.,1\n", ":2: 'InputSentence1'"),
+        ("copa.jsonl", b'{"premise": "a"}\n', ":1"),
+        ("copa.jsonl", b'\n{"premise": \n', ":2"),
+        ("copa.jsonl", b"[1]\n", ":1"),
+        ("copa.jsonl", b"", ""),
+        ("copa.jsonl", b"\xff\xfe{}", ""),
+        ("copa.jsonl", b'{"premise": ' + b"[" * 100_000, ":1"),
+        ("storycloze.csv", STORY.replace(",2\n", ",3\n").encode(), ":2"),
+        ("storycloze.csv", STORY.replace(",Mum came.,2", "").encode(), ":2"),
+        ("storycloze.csv", STORY.replace('ran."', "ran.").encode(), ":2"),
     ],
 )
-def test_a_story_that_is_cut_or_has_no_such_ending(tmp_path: Path, story: str, said: str) -> None:
-    (tmp_path / "storycloze.csv").write_text(STORY_HEAD + story, encoding="utf-8")
-    with pytest.raises(UsageError) as error:
-        select_tasks(["storycloze"], data_dir=str(tmp_path))
-    assert said in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe{}", b'{"premise": ' + b"[" * 100_000])
-def test_bytes_that_are_no_json(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "copa.jsonl").write_bytes(content)
-    with pytest.raises(UsageError, match=r"copa\.jsonl(:1)? is not (UTF-8|JSON)"):
-        select_tasks(["copa"], data_dir=str(tmp_path))
+def test_a_malformed_file_is_named_with_its_line(
+    tmp_path: Path, name: str, content: bytes, line: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=f"^{tmp_path / name}{line} "):
+        select_tasks([Path(name).stem], data_dir=str(tmp_path))
 
 
 def test_numbers_as_text_and_ends_of_lines_within_a_string(tmp_path: Path) -> None:

@@ -128,9 +128,3 @@ def test_a_checkpoint_begins_texts_as_its_run(
     words = ["--tokenizer-model", str(folder)] if has_moved else []
     options = cli.build_parser().parse_args(["--checkpoint", "run", *words])
     assert load(options).start == (() if is_bare else (BEGIN,))
-
-
-def test_fewer_beams_than_samples_are_refused(folder: Path) -> None:
-    words = ["--hf", str(folder), "--prompt", "a", "--num-beams", "2", "--num-samples", "3"]
-    with pytest.raises(UsageError, match="--num-samples 3 with --num-beams 2"):
-        cli.main(words)

@@ -34,7 +34,6 @@ from megatron_smlp.serving import cli
 from megatron_smlp.serving.admission import Admission
 from megatron_smlp.serving.answers import Answer
 from megatron_smlp.serving.app import Service, build_app
-from megatron_smlp.serving.protocol import TimedProtocol
 from megatron_smlp.serving.requests import CompletionRequest, parse
 from megatron_smlp.serving.sampling import Token
 from megatron_smlp.serving.work import Work
@@ -53,10 +52,14 @@ def lm(folder: Path) -> LanguageModel:
     return load(build_parser().parse_args(["--hf", str(folder)]))
 
 
+def application(lm: LanguageModel, *, max_waiting: int = 1, **more: Any) -> Any:
+    return build_app(lm, Admission(max_body_bytes=20_000, max_waiting=max_waiting, **more))
+
+
 @contextlib.contextmanager
-def running(app: Any, http: type = TimedProtocol, *, forced: bool = False) -> Iterator[str]:
+def running(app: Any, *, forced: bool = False) -> Iterator[str]:
     """The address of a server of the application, in a thread; `forced` ends it at once."""
-    server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="warning", lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -74,7 +77,7 @@ def running(app: Any, http: type = TimedProtocol, *, forced: bool = False) -> It
 
 @pytest.fixture(scope="module")
 def url(lm: LanguageModel) -> Iterator[str]:
-    with running(build_app(lm, max_body_bytes=20_000, max_waiting=200)) as address:
+    with running(application(lm, max_waiting=200)) as address:
         yield address
 
 
@@ -222,36 +225,23 @@ def test_fifty_clients_each_get_their_own_answer(url: str, lm: LanguageModel) ->
 
 JSON = {"Content-Type": "application/json"}
 BAD: list[tuple[bytes | dict[str, Any], int, str]] = [
-    (b"{", 400, "the body is not JSON"),
-    (b"\xff", 400, "the body is not JSON"),
-    (b"[1]", 400, "must be a JSON object"),
-    (b"[" * 9000, 400, "not JSON"),
+    *((body, 400, "the body") for body in (b"{", b"\xff", b"[1]", b"[" * 9000)),
     (b"x" * 20_001, 413, "the body is over 20000 bytes"),
     ({}, 400, "prompt must be"),
-    ({"prompt": ""}, 400, "prompt is empty"),
-    ({"prompt": ["a", 3]}, 400, "texts or lists of token ids alone"),
-    ({"prompt": [5, 9999]}, 400, "the token id 9999 is not in the vocabulary"),
-    ({"prompt": "\ud800"}, 400, "prompt cannot be encoded"),
+    *(({"prompt": prompt}, 400, "prompt") for prompt in ("", ["a", 3], "\ud800")),
+    ({"prompt": [5, 9999]}, 400, "the token id 9999"),
     ({"prompt": "a" * (LONGEST + 1)}, 400, "the prompt has 41 tokens"),
-    ({"prompt": "a", "max_tokens": LONGEST}, 400, "ask for at most 39"),
-    ({"prompt": "a", "model": "gpt-4"}, 404, "the model 'gpt-4' does not exist"),
-    ({"prompt": "a", "temperature": float("nan")}, 400, "temperature must be a number"),
-    ({"prompt": "a", "top_p": 0}, 400, "top_p must be over 0"),
-    ({"prompt": "a", "n": 10**30}, 400, "n must be an integer from 1 to 128"),
+    ({"max_tokens": LONGEST}, 400, "ask for at most 39"),
+    *(({"model": name}, 404, "does not exist") for name in ("gpt-4", "\ud800")),
+    *(({"temperature": value}, 400, "temperature must be") for value in (float("nan"), "\ud800")),
+    ({"top_p": 0}, 400, "top_p must be"),
+    ({"n": 10**30}, 400, "n must be"),
     ({"prompt": ["a"] * 100, "n": 2}, 400, "over 128 answers"),
-    ({"prompt": "a", "logprobs": 21}, 400, "logprobs must be an integer from 0 to 20"),
-    ({"prompt": "a", "stop": [1]}, 400, "stop must be a text"),
-    ({"prompt": "a", "stop": 0}, 400, "stop must be a text"),
-    ({"prompt": "a", "echo": "yes"}, 400, "echo must be true or false"),
-    ({"prompt": "a", "suffix": "b"}, 400, "suffix is not supported"),
-    ({"prompt": "a", "presence_penalty": 0.5}, 400, "presence_penalty is not supported"),
-    ({"prompt": "a", "min_p": 0.1}, 400, "min_p is not supported"),
-    ({"prompt": "a", "top_k": 1.5}, 400, "top_k must be an integer"),
-    ({"prompt": "a", "repetition_penalty": 0}, 400, "repetition_penalty must be a number"),
-    ({"prompt": "a", "temperature": "\ud800"}, 400, "temperature must be a number"),
-    ({"prompt": "a", "n": "\ud800"}, 400, "n must be an integer"),
-    ({"prompt": "a", "model": "\ud800"}, 404, "does not exist"),
-    ({"prompt": "a", "\ud800": 1}, 400, "is not supported"),
+    ({"logprobs": 21}, 400, "logprobs must be"),
+    *(({"stop": value}, 400, "stop must be") for value in ([1], 0)),
+    ({"echo": "yes"}, 400, "echo must be"),
+    ({"top_k": 1.5}, 400, "top_k must be"),
+    *(({name: 0.5}, 400, "is not supported") for name in ("suffix", "min_p", "\ud800")),
 ]
 
 
@@ -259,7 +249,8 @@ BAD: list[tuple[bytes | dict[str, Any], int, str]] = [
 def test_bad_requests_get_json(
     url: str, body: bytes | dict[str, Any], status: int, message: str
 ) -> None:
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    asked = {"prompt": "a", **body} if body and isinstance(body, dict) else body
+    content = asked if isinstance(asked, bytes) else json.dumps(asked).encode()
     answer = httpx.post(f"{url}/completions", content=content, headers=JSON, timeout=60)
     assert answer.status_code == status
     assert message in answer.json()["error"]["message"]
@@ -297,8 +288,7 @@ def test_what_a_web_page_could_send_is_refused(
 def test_a_key_and_more_names(lm: LanguageModel) -> None:
     from fastapi.testclient import TestClient
 
-    admission = Admission.of(["model.example"], "secret")
-    app = build_app(lm, max_body_bytes=1000, max_waiting=1, admission=admission)
+    app = application(lm, hosts=["Model.example"], api_key="secret")
     with TestClient(app, base_url="http://Model.example") as client:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \u00e9"}):
             raw = {name: value.encode() for name, value in headers.items()}
@@ -311,7 +301,9 @@ def test_a_key_and_more_names(lm: LanguageModel) -> None:
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401
     options = cli.build_parser().parse_args(["--hf", "x", "--allowed-hosts", "a", "*"])
     assert options.api_key is None
-    Admission.of(options.allowed_hosts, None).check({"host": "any.example"}, has_body=False)
+    limits = {"max_body_bytes": 1, "max_waiting": 1}
+    admission = Admission(hosts=options.allowed_hosts, **limits)
+    admission.check({"host": "any.example"}, has_body=False)
 
 
 def test_the_coldest_temperatures_and_one_choice_are_greedy(
@@ -350,38 +342,6 @@ def test_a_repetition_penalty_is_transformers_own(client: openai.OpenAI, lm: Lan
     assert choice.logprobs.token_logprobs == pytest.approx(rows, abs=1e-4)
 
 
-def _drip(client: socket.socket, content: bytes) -> None:
-    for byte in content:
-        client.sendall(bytes([byte]))
-        time.sleep(0.05)
-
-
-def test_connections_that_send_nothing_are_dropped(lm: LanguageModel) -> None:
-    """Silent ones, and such as send a byte now and then; others are served after them."""
-
-    class Hasty(TimedProtocol):
-        seconds = 0.5
-
-    app = build_app(lm, max_body_bytes=1000, max_waiting=10)
-    with running(app, http=Hasty) as address, contextlib.ExitStack() as stack:
-        place = httpx.URL(address)
-        clients = [
-            stack.enter_context(socket.create_connection((place.host, place.port)))
-            for _ in range(20)
-        ]
-        for number, client in enumerate(clients):
-            client.sendall([b"", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"][number % 2])
-        ended = time.monotonic() + 20
-        for client in clients:
-            client.settimeout(max(0.1, ended - time.monotonic()))
-            with contextlib.suppress(ConnectionResetError):
-                assert client.recv(100) == b""
-        slow = stack.enter_context(socket.create_connection((place.host, place.port)))
-        with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
-            _drip(slow, b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1" * 10)
-        assert httpx.get(f"{address}/models", timeout=60).status_code == 200
-
-
 def test_other_paths_get_json_and_the_server_lives(url: str) -> None:
     assert httpx.get(f"{url}/chat", timeout=60).json()["error"]["message"].startswith("Not Found")
     assert httpx.get(f"{url}/completions", timeout=60).status_code == 405
@@ -414,16 +374,6 @@ def test_lm_eval_scores_as_the_model_does(url: str, lm: LanguageModel, folder: P
         assert is_greedy == (rows.argmax(dim=-1).tolist() == new)
 
 
-def test_more_than_may_wait_are_turned_away(lm: LanguageModel) -> None:
-    from fastapi.testclient import TestClient
-
-    app = build_app(lm, max_body_bytes=1000, max_waiting=0)
-    with TestClient(app, base_url="http://127.0.0.1") as client:
-        answer = client.post("/v1/completions", json={"prompt": "a"})
-        assert answer.status_code == 429
-        assert "waiting already" in answer.json()["error"]["message"]
-
-
 @pytest.mark.parametrize("streams", [True, False])
 def test_no_more_than_may_wait_get_in_at_once(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, streams: bool
@@ -449,7 +399,7 @@ def test_no_more_than_may_wait_get_in_at_once(
             opened.set()
             return [answer.status_code for answer in await asyncio.gather(*tasks)]
 
-    with running(build_app(lm, max_body_bytes=1000, max_waiting=max_waiting)) as address:
+    with running(application(lm, max_waiting=max_waiting)) as address:
         where = f"{address}/completions"
         statuses = asyncio.run(burst(where))
         assert sorted(statuses) == [200] * max_waiting + [429] * (count - max_waiting)
@@ -461,7 +411,7 @@ def test_no_more_than_may_wait_get_in_at_once(
 def test_a_client_that_has_gone_before_its_stream_begins_cancels_it(lm: LanguageModel) -> None:
     """While the head of the answer is held up, so that no event is ever asked for."""
     asked = {"prompt": "a", "max_tokens": LONGEST - 1, "stream": True}
-    service = Service(lm, max_body_bytes=1000, max_waiting=1, admission=Admission())
+    service = Service(lm, Admission(max_body_bytes=1000, max_waiting=1))
     headers = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
     scope = {"type": "http", "method": "POST", "headers": headers, "asgi": {"spec_version": "2.3"}}
     messages: list[dict[str, Any]] = [
@@ -492,7 +442,7 @@ def test_a_client_that_has_gone_before_its_stream_begins_cancels_it(lm: Language
 def test_a_client_that_goes_away_with_half_a_body_is_no_failure(
     lm: LanguageModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = build_app(lm, max_body_bytes=1000, max_waiting=1)
+    app = application(lm, max_waiting=1)
     headers = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
     about = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
     messages: list[dict[str, Any]] = [
@@ -519,7 +469,7 @@ def test_a_server_that_is_forced_to_end_cancels_its_requests(lm: LanguageModel) 
 
     before, begun = models(), threading.Event()
     hook = lm.model.register_forward_pre_hook(lambda *_: begun.set())
-    app = build_app(lm, max_body_bytes=20_000, max_waiting=1)
+    app = application(lm, max_waiting=1)
     asked = {"prompt": ["a"] * 100, "max_tokens": LONGEST - 1}
     with running(app, forced=True) as address:
         client = threading.Thread(
@@ -562,7 +512,7 @@ def test_a_client_that_goes_away_frees_its_place(lm: LanguageModel, streams: boo
     asked = {"prompt": ["a"] * num_answers, "max_tokens": num_tokens, "stream": streams}
     short = {"prompt": "a", "max_tokens": 1, "temperature": 0}
     hook = lm.model.register_forward_pre_hook(count)
-    with running(build_app(lm, max_body_bytes=20_000, max_waiting=1)) as address:
+    with running(application(lm, max_waiting=1)) as address:
         where = f"{address}/completions"
 
         async def go_away() -> int:
@@ -588,17 +538,16 @@ def test_a_client_that_goes_away_frees_its_place(lm: LanguageModel, streams: boo
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    "words",
     [
-        ("", "give one model"),
-        ("--hf {0} --port 99999", "--port 99999 cannot be used"),
-        ("--hf {0} --host 203.0.113.1", "--host 203.0.113.1 --port 8000 cannot be used"),
-        ("--hf {0} --port 99999 --api-key=", "--api-key '' is empty: give one, or leave it out"),
-        ("--hf {0} --max-waiting 0", "--max-waiting 0: give 1 or more"),
+        "--hf {0} --port 99999",
+        "--hf {0} --host 203.0.113.1",
+        "--hf {0} --api-key=",
+        "--hf {0} --max-waiting 0",
     ],
 )
-def test_bad_flags_are_one_line(folder: Path, words: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_bad_flags_are_refused(folder: Path, words: str) -> None:
+    with pytest.raises(UserError, match=words.split()[2].strip("=")):
         cli.main(words.format(folder).split())
 
 

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_smlp import durable
-from megatron_smlp.data.pairs import merge_cli
 from megatron_smlp.data.pairs import writer as pair_writer
 from megatron_smlp.data.pairs.combining import find_pairs, merge, scratch_folder
 from megatron_smlp.data.pairs.full_check import validate
@@ -36,7 +35,7 @@ def pairs(run: Run, tmp_path: Path) -> list[str]:
 
 
 def _problems(prefix: str) -> list[str]:
-    return [finding.problem for finding in validate(prefix) if finding.problem]
+    return [problem for _, problem in validate(prefix) if problem]
 
 
 def test_merging_gives_the_bytes_of_megatron(pairs: list[str], tmp_path: Path) -> None:
@@ -83,31 +82,6 @@ def test_a_pair_that_is_named_twice_is_merged_once(
         f"note: {again} is {first} again: merged once"
         for again, first in ((pairs[0], pairs[0]), (pairs[1], pairs[1]), (names[3], pairs[1]))
     ]
-
-
-def test_pairs_that_share_an_index_are_two(run: Run, tmp_path: Path) -> None:
-    """A store of contents has one file for documents of equal lengths."""
-    for name, text in (("a", "abcd"), ("b", "wxyz")):
-        run(write_jsonl(tmp_path / f"{name}.jsonl", [text]), tmp_path / "in" / name, *BYTE_FLAGS)
-    first, second = (str(tmp_path / "in" / f"{name}_text_document") for name in "ab")
-    Path(f"{second}.idx").unlink()
-    Path(f"{second}.idx").symlink_to(f"{first}.idx")
-    assert find_pairs([str(tmp_path / "in")], output_prefix="x") == [first, second]
-
-
-def test_pairs_of_several_keys(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for key in ("text", "title"):
-        source = write_jsonl(tmp_path / f"{key}.jsonl", ["a"], key=key)
-        run(source, tmp_path / "in" / key, *BYTE_FLAGS, "--json-keys", key)
-    merge_cli.main(["--input", str(tmp_path / "in"), "--output-prefix", str(tmp_path / "both")])
-    assert "note: documents of several keys are in it: text+title" in capsys.readouterr().out
-
-
-def test_the_ids_of_a_pair_are_mapped_once(pairs: list[str]) -> None:
-    index = open_index(pairs[0])
-    assert index.tokens is index.tokens
 
 
 def test_two_at_work_on_one_output_are_refused(pairs: list[str], tmp_path: Path) -> None:
@@ -190,27 +164,6 @@ def test_what_cannot_be_merged(pairs: list[str], tmp_path: Path) -> None:
         find_pairs([str(tmp_path)], output_prefix="x")
 
 
-def test_what_cannot_be_removed_hides_no_error(
-    pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """NFS keeps the folder of a file that is open."""
-
-    def rmdir(folder: Path) -> None:
-        raise OSError("Directory not empty")
-
-    def write(*args: object, **kwargs: object) -> None:
-        raise OSError("no room")
-
-    monkeypatch.setattr(Path, "rmdir", rmdir)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pair_writer.PairWriter, "write", write)
-        with pytest.raises(OSError, match="no room"):
-            merge(pairs, output_prefix=str(tmp_path / "out"))
-    merge(pairs, output_prefix=str(tmp_path / "out"))
-    merge(pairs[:1], output_prefix=str(tmp_path / "out"))
-    assert _problems(str(tmp_path / "out")) == []
-
-
 def test_a_pair_beside_the_cache_of_its_training(pairs: list[str], tmp_path: Path) -> None:
     Path(pairs[0], "cache").mkdir(parents=True)
     assert find_pairs(pairs, output_prefix=str(tmp_path / "out")) == pairs
@@ -255,15 +208,6 @@ def test_every_document_is_in_one_part(
     assert (found if seed is None else sorted(found)) == (
         documents if seed is None else sorted(documents)
     )
-
-
-def test_a_split_over_its_own_source(pairs: list[str], tmp_path: Path) -> None:
-    output = str(tmp_path / "split")
-    split(pairs[0], output_prefix=output, weights=[1, 1], by="documents")
-    before = Path(output + "_valid.bin").read_bytes()
-    with pytest.raises(DataError, match=r"its part valid would be .*split_valid itself; give anot"):
-        split(output + "_valid", output_prefix=output, weights=[1, 1], by="documents")
-    assert Path(output + "_valid.bin").read_bytes() == before
 
 
 def test_shares_are_kept(pairs: list[str], tmp_path: Path) -> None:

@@ -27,81 +27,19 @@ Run = Callable[..., Summary]
 GOOD = b'{"text": "good"}'
 
 BAD_LINES: list[tuple[str, bytes]] = [
-    *(("blank_line", line) for line in (b"", b" ", b"\t", b"  \t ", b"\r", b"\xc2\xa0")),
-    *(
-        ("bad_json", line)
-        for line in (
-            b"{",
-            b"}",
-            b"[",
-            b"]",
-            b'"',
-            b"{]",
-            b"text",
-            b"nul",
-            b"undefined",
-            b"'text'",
-            b'{"text"}',
-            b'{"text":}',
-            b'{"text": "open',
-            b'{"text": "a"',
-            b'{"text": "a",}',
-            b'{"text": "a"}}',
-            b'{"text": "a"} {"text": "b"}',
-            b"{'text': 'a'}",
-            b'{text: "a"}',
-            b'{"text": "a" "b"}',
-            b'{"text": "tab\tinside"}',
-            b'{"text": "nul\x00inside"}',
-            b'{"text": "\\x41"}',
-            b'{"text": "\\u12"}',
-            b'{"text": "\\"}',
-            b'{"text": 01}',
-            b'{"text": .5}',
-            b'{"text": +1}',
-            b'{"text": "a"} // comment',
-            b"# comment",
-            b"--- yaml",
-            b"<doc>xml</doc>",
-            b"a,b,c",
-            b"\x00\x00\x00",
-            b"[" * 100_000,
-            b'{"text": ' + b"9" * 5000 + b"}",
-            b'\xef\xbb\xbf{"text": "BOM inside the file"}',
-        )
-    ),
-    *(
-        ("invalid_utf8", line)
-        for line in (
-            b'{"text": "\xff"}',
-            b'{"text": "\xc3"}',
-            b'{"text": "\xed\xa0\x80"}',
-            b"\x80",
-            b'{"text": "\xc0\xaf"}',
-            b'{"text": "\xf5\x80\x80\x80"}',
-            b'{"text": "caf\xe9"}',
-            '{"text": "wide"}'.encode("utf-16-le")[:-1] + b"\xff",
-        )
-    ),
-    *(
-        ("not_an_object", line)
-        for line in (b"null", b"1", b"true", b'"text"', b'["text"]', b"[]", b"NaN", b"-0.5e3")
-    ),
-    *(("missing_key", line) for line in (b"{}", b'{"Text": "a"}', b'{"text ": "a"}', b'{"": 1}')),
+    *(("blank_line", line) for line in (b"", b" \t ", b"\r", b"\xc2\xa0")),
+    *(("bad_json", line) for line in (b"{", b"'text'", b'{"text": "open', b'{"text": "a",}')),
+    *(("bad_json", line) for line in (b'{"text": "a"} {"text": "b"}', b'{"text": "\\x41"}')),
+    *(("bad_json", line) for line in (b'{"text": "tab\tinside"}', b"<doc>xml</doc>", b"\x00\x00")),
+    *(("bad_json", line) for line in (b"[" * 100_000, b'{"text": ' + b"9" * 5000 + b"}")),
+    ("bad_json", b'\xef\xbb\xbf{"text": "BOM inside the file"}'),
+    *(("invalid_utf8", b'{"text": "%s"}' % text) for text in (b"\xff", b"\xc3", b"\xed\xa0\x80")),
+    *(("not_an_object", line) for line in (b"null", b"1", b"true", b'"text"', b'["text"]', b"NaN")),
+    *(("missing_key", line) for line in (b"{}", b'{"Text": "a"}')),
     *(("null_text", line) for line in (b'{"text": null}', b'{"text": "a", "text": null}')),
-    *(
-        ("not_a_string", b'{"text": %s}' % value)
-        for value in (b"1", b"1.5", b"true", b"[]", b'["a"]', b"{}", b'{"text": "a"}', b"NaN")
-    ),
-    *(
-        ("lone_surrogate", b'{"text": "%s"}' % value)
-        for value in (b"\\ud800", b"a\\udfff", b"\\udc00\\ud800", b"\\uD83D \\uDE42")
-    ),
+    *(("not_a_string", b'{"text": %s}' % value) for value in (b"1", b"true", b"[]", b"{}", b"NaN")),
+    *(("lone_surrogate", b'{"text": "%s"}' % text) for text in (b"a\\udfff", b"\\uD83D \\uDE42")),
 ]
-
-
-def test_there_are_sixty_kinds() -> None:
-    assert len({line for _, line in BAD_LINES}) >= 60
 
 
 def test_raise_names_the_line_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
@@ -204,14 +142,6 @@ def test_a_damaged_later_member_of_an_archive(run: Run, tmp_path: Path, suffix: 
         run(source, tmp_path / "data", *BYTE_FLAGS)
 
 
-@pytest.mark.parametrize("suffix", COMPRESSORS)
-def test_an_archive_that_is_none(run: Run, tmp_path: Path, suffix: str) -> None:
-    source = tmp_path / f"plain.jsonl{suffix}"
-    source.write_bytes(GOOD)
-    with pytest.raises(DataError, match=r":1: the \w+ data is damaged.*\[damaged_file\]"):
-        run(source, tmp_path / "data", *BYTE_FLAGS)
-
-
 def test_a_number_outside_of_the_vocabulary(run: Run, tmp_path: Path) -> None:
     source = tmp_path / "numbers.jsonl"
     texts = ["1 2 3", "4 x", "5 99", "6", "7  8", "-1"]
@@ -221,95 +151,38 @@ def test_a_number_outside_of_the_vocabulary(run: Run, tmp_path: Path) -> None:
         run(source, tmp_path / "data", *flags)
     summary = run(source, tmp_path / "data", *flags, "--on-error", "skip", "--append-eod")
     assert summary.counts.rejected == {"not_encodable": 4}
-    assert open_index(str(tmp_path / "data_text_document")).tokens.tolist() == [
-        1,
-        2,
-        3,
-        98,
-        6,
-        98,
-    ]
+    assert open_index(str(tmp_path / "data_text_document")).tokens.tolist() == [1, 2, 3, 98, 6, 98]
 
 
-def test_a_document_of_more_tokens_than_the_format_counts(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megatron_smlp.data.prepare.encoding.MAX_LENGTH", 5)
-    source = tmp_path / "long.jsonl"
-    texts = [("four", "a"), ("five!", "b"), ("c", "sixsix"), ("d", "last")]
-    source.write_text("\n".join(json.dumps({"x": x, "y": y}) for x, y in texts))
-    flags = [*BYTE_FLAGS, "--json-keys", "x", "y"]
-    with pytest.raises(DataError, match=r"long\.jsonl:3: a sequence of 6 tokens; .*\[too_long\]"):
-        run(source, tmp_path / "data", *flags)
-    summary = run(source, tmp_path / "data", *flags, "--append-eod", "--on-error", "skip")
-    assert summary.counts.rejected == {"too_long": 2}
-    assert open_index(str(tmp_path / "data_x_document")).lengths.tolist() == [5, 2]
-    assert open_index(str(tmp_path / "data_y_document")).lengths.tolist() == [2, 5]
-
-
-def _tool(*flags: object) -> subprocess.CompletedProcess[str]:
-    command = [PYTHON, str(ROOT / "tools/preprocess_data.py"), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_the_command_line_says_one_line_and_exits_1(tmp_path: Path) -> None:
-    source = tmp_path / "bad.jsonl"
-    source.write_bytes(GOOD + b"\n\n" + GOOD)
-    done = _tool("--input", source, "--output-prefix", tmp_path / "data", *BYTE_FLAGS)
-    assert done.returncode == 1
-    assert done.stderr.strip() == (
-        f"preprocess_data.py: error: {source}:2: blank line [blank_line]; nothing was written "
-        "(--on-error skip goes on)"
-    )
-
-
-@pytest.mark.parametrize(
-    "content", [b"A title\n\nSome prose.\n", b'{"txt": "a"}\n', b"\x00\xffMMIDIDX\n"]
-)
-def test_another_kind_of_file_is_told_what_is_expected(
-    run: Run, tmp_path: Path, content: bytes
-) -> None:
+def test_another_kind_of_file_is_told_what_is_expected(run: Run, tmp_path: Path) -> None:
     source = tmp_path / "text.jsonl"
-    source.write_bytes(content)
-    said = r":1: .*expected: .* a text under 'text' .*--json-keys names other keys"
-    with pytest.raises(DataError, match=said):
+    source.write_bytes(b"A title\n\nSome prose.\n")
+    with pytest.raises(DataError, match=r":1: .*--json-keys names other keys"):
         run(source, tmp_path / "data", *BYTE_FLAGS)
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "named"),
     [
-        (["--tokenizer-type", "GPT2BPETokenizer"], "needs --vocab-file FILE"),
-        (["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "none"], "none: no such file"),
-        (["--tokenizer-type", "HuggingFaceTokenizer"], "needs --tokenizer-model FOLDER"),
-        (["--tokenizer-type", "NullTokenizer"], "needs --vocab-size"),
+        (["--tokenizer-type", "GPT2BPETokenizer"], "--vocab-file"),
+        (["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "none"], "--vocab-file none"),
+        (["--tokenizer-type", "HuggingFaceTokenizer"], "--tokenizer-model"),
+        (["--tokenizer-type", "NullTokenizer"], "--vocab-size"),
+        ([*BYTE_FLAGS, "--workers", "0"], "--workers 0"),
+        ([*BYTE_FLAGS, "--json-keys", "text", "text"], "--json-keys"),
+        ([*BYTE_FLAGS, "--json-keys", "a/b"], "--json-keys a/b"),
     ],
 )
-def test_a_tokenizer_without_its_files(
-    run: Run, tmp_path: Path, corpus: Path, flags: list[str], message: str
-) -> None:
-    with pytest.raises(DataError, match=message):
+def test_wrong_flags(run: Run, tmp_path: Path, corpus: Path, flags: list[str], named: str) -> None:
+    with pytest.raises((DataError, UsageError), match=named):
         run(corpus, tmp_path / "data", *flags)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--workers", "0"], "--workers 0: at least 1"),
-        (["--json-keys", "text", "text"], "named twice"),
-    ],
-)
-def test_wrong_values(run: Run, tmp_path: Path, corpus: Path, flags: list[str], message: str):
-    with pytest.raises(UsageError, match=message):
-        run(corpus, tmp_path / "data", *BYTE_FLAGS, *flags)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_input_that_is_not_there(run: Run, tmp_path: Path) -> None:
-    for name in ("none.jsonl", "*.jsonl"):
-        with pytest.raises(DataError, match=r"no such file, folder or match"):
+    for name in ("none.jsonl", "*.jsonl", ""):
+        with pytest.raises(DataError, match="--input"):
             run(tmp_path / name, tmp_path / "data", *BYTE_FLAGS)
-    with pytest.raises(DataError, match=r"the folder holds no \.jsonl"):
-        run(tmp_path, tmp_path / "data", *BYTE_FLAGS)
 
 
 @pytest.mark.parametrize(

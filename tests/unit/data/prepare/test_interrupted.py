@@ -12,10 +12,10 @@ from typing import IO
 
 import numpy as np
 import pytest
-from data_helpers import BYTE_FLAGS, PYTHON, ROOT, make_documents, parse, write_jsonl
+from data_helpers import BYTE_FLAGS, PYTHON, ROOT, make_documents, write_jsonl
 
 from megatron_smlp.data.pairs import writer as pair_writer
-from megatron_smlp.data.prepare import output, preprocess_cli, preprocessing
+from megatron_smlp.data.prepare import output, preprocessing
 from megatron_smlp.data.prepare.output import PartialOutput
 from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.errors import DataError
@@ -59,32 +59,6 @@ def _kill_after(monkeypatch: pytest.MonkeyPatch, method: str, calls: int) -> Non
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(PartialOutput, method, counted)
-
-
-def test_an_input_that_grows_is_recorded_as_it_was_read(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Somebody goes on writing to the second file after it was read to its end."""
-    first = tmp_path / "first.jsonl"
-    first.write_bytes(source.read_bytes())
-    flags = ["--input", first, source, "--output-prefix", tmp_path / "data", *FLAGS]
-    settings = preprocessing.settings_from_arguments(parse(*flags))
-    size = source.stat().st_size
-
-    def grow(counts: output.Counts) -> None:
-        if counts.text_bytes == 2 * size and source.stat().st_size == size:
-            with source.open("a") as stream:
-                stream.write('\n{"text": "more"}')
-
-    summary = preprocessing.preprocess(settings, on_progress=grow)
-    assert summary.changed == (str(source),)
-    sources = json.loads((tmp_path / "data.json").read_text())["sources"]
-    assert [(entry["bytes"], entry["text_bytes"]) for entry in sources] == [(size, size)] * 2
-    preprocess_cli._print_summary(summary, 1.0)
-    assert f"WARNING: {source} was changed while it was read" in capsys.readouterr().out
-    again = preprocessing.preprocess(settings)
-    assert again.changed == ()
-    assert again.counts.documents == summary.counts.documents + 1
 
 
 STEPS = [(method, calls) for method in ("write", "commit") for calls in (0, 1, 7)]
@@ -235,13 +209,6 @@ def test_other_flags_or_input_are_refused(run: Run, tmp_path: Path, source: Path
     run(source, tmp_path / "data", *FLAGS)
 
 
-def test_a_finished_run_is_not_done_again(run: Run, tmp_path: Path, source: Path) -> None:
-    first = run(source, tmp_path / "data", *FLAGS)
-    again = run(source, tmp_path / "data", *FLAGS, "--resume", "--workers", 2)
-    assert again.already_complete
-    assert again.counts == first.counts
-
-
 @pytest.mark.parametrize("change", ["flags", "input", "cut"])
 def test_another_finished_run_is_not_replaced(
     run: Run, tmp_path: Path, source: Path, change: str
@@ -259,7 +226,9 @@ def test_another_finished_run_is_not_replaced(
     assert pair.read_bytes() == before
     done = run(source, tmp_path / "data", *flags, "--resume", "--overwrite")
     assert not done.already_complete
-    assert run(source, tmp_path / "data", *flags, "--resume").already_complete
+    again = run(source, tmp_path / "data", *flags, "--resume", "--workers", 2)
+    assert again.already_complete
+    assert again.counts == done.counts
 
 
 def test_a_tokenizer_of_other_rules_is_another_one(

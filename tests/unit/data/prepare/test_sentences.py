@@ -97,11 +97,6 @@ def test_sentence_pairs_are_those_of_megatron(
     assert_same_pair(tmp_path / "ours_text_sentence", tmp_path / "theirs")
 
 
-def test_newlines_are_kept(nltk_data: Path) -> None:
-    kept = Splitter(SentenceSettings(keep_newlines=True)).split("He came.\n\nShe went. Both ate.")
-    assert kept == ["He came.\n\n", "She went. ", "Both ate."]
-
-
 def test_missing_data_is_said_with_the_way_to_get_it(nltk_data: Path) -> None:
     with pytest.raises(DataError, match=r"--lang klingon.*found: english.*nltk\.download"):
         Splitter(SentenceSettings("klingon"))

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 import signal
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from megatron_smlp.data.prepare import preprocess_cli
 from megatron_smlp.data.prepare.train_tokenizer_cli import train_tokenizer
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
+from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
 from megatron_smlp.data.tokenizers.gigatoken_encoder import GigatokenEncoder, gigatoken_in_place_of
 from megatron_smlp.data.tokenizers.huggingface import (
     HuggingFaceEncoder,
@@ -28,7 +30,6 @@ from megatron_smlp.data.tokenizers.spec import (
     Encoder,
     Tokenizer,
     TokenizerSpec,
-    UnencodableTextError,
 )
 from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.program import readable_errors
@@ -50,23 +51,22 @@ def encode(flags: Sequence[object], texts: Sequence[str]) -> list[list[int]]:
     return rows(*resolve(flags).build().encode_batch(texts))
 
 
-@pytest.fixture
-def sentencepiece_flags(tmp_path: Path) -> Flags:
+def sentencepiece_model(path: Path, **settings: Any) -> Flags:
     sentencepiece = pytest.importorskip("sentencepiece")
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(" ".join(DOCUMENTS).split("\n")),
-        model_prefix=str(tmp_path / "sp"),
-        vocab_size=120,
+        model_prefix=str(path),
         hard_vocab_limit=False,
-        byte_fallback=False,
         minloglevel=2,
+        **({"vocab_size": 340, "byte_fallback": True} | settings),
     )
-    return [
-        "--tokenizer-type",
-        "SentencePieceTokenizer",
-        "--tokenizer-model",
-        tmp_path / "sp.model",
-    ]
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model"]
+    return [*flags, path.with_suffix(".model")]
+
+
+@pytest.fixture
+def sentencepiece_flags(tmp_path: Path) -> Flags:
+    return sentencepiece_model(tmp_path / "sp", vocab_size=120, byte_fallback=False)
 
 
 @pytest.fixture
@@ -216,48 +216,14 @@ def test_the_fast_path_gives_the_ids_of_the_slow_one(
     assert rows(*fast.encode_batch(texts)) == rows(*slow.encode_batch(texts))
 
 
-def test_the_fast_path_on_books() -> None:
-    """GPT-2's real vocabulary, real text."""
-    import gzip
-
-    pytest.importorskip("gigatoken")
-    data = Path(__file__).resolve().parents[5] / "shared" / "data"
-    if not (data / "gpt2_bpe").is_dir():
-        pytest.skip("the books and GPT-2's vocabulary are not on this machine")
-    files = (
-        "--vocab-file",
-        data / "gpt2_bpe/vocab.json",
-        "--merge-file",
-        data / "gpt2_bpe/merges.txt",
-    )
-    tokenizer = resolve(["--tokenizer-type", "GPT2BPETokenizer", *files])
-    assert isinstance(tokenizer, HuggingFaceTokenizer)
-    fast, slow = _both(tokenizer)
-    with gzip.open(data / "books" / "valid.jsonl.gz") as stream:
-        texts = [json.loads(line)["text"][:200_000] for line in stream]
-    assert rows(*fast.encode_batch(texts)) == rows(*slow.encode_batch(texts))
-
-
 def test_the_fast_path_of_sentencepiece(tmp_path: Path) -> None:
     pytest.importorskip("gigatoken")
-    sentencepiece = pytest.importorskip("sentencepiece")
-    for kind in ("bpe", "unigram"):
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(" ".join(DOCUMENTS).split("\n")),
-            model_prefix=str(tmp_path / kind),
-            model_type=kind,
-            vocab_size=340,
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model"]
-    fast = resolve([*flags, tmp_path / "bpe.model"])
+    fast = resolve(sentencepiece_model(tmp_path / "bpe", model_type="bpe"))
     encoder = fast.build()
     assert encoder.description == "gigatoken"
     texts = [*DOCUMENTS, "a <s> b</s>", "<unk>"]
     assert rows(*encoder.encode_batch(texts)) == rows(*fast.encode_batch(texts))  # type: ignore[attr-defined]
-    slow = resolve([*flags, tmp_path / "unigram.model"]).build()
+    slow = resolve(sentencepiece_model(tmp_path / "unigram", model_type="unigram")).build()
     assert slow.description.startswith("sentencepiece (gigatoken does not support it")
 
 
@@ -277,17 +243,7 @@ def test_an_interruption_that_gigatoken_lets_go_ends_the_run(hf_flags: Flags) ->
     assert end.value.code == 130
 
 
-def test_without_gigatoken_the_slow_one_is_taken(
-    hf_flags: Flags, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "gigatoken", None)
-    encoder = resolve(hf_flags).build()
-    assert encoder.description == "tokenizers (pip install gigatoken is faster)"
-
-
-def test_a_tokenizer_that_gigatoken_gets_wrong_is_left_to_the_slow_one(
+def test_without_gigatoken_or_where_it_is_wrong_the_slow_one_is_taken(
     hf_flags: Flags, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gigatoken")
@@ -295,29 +251,21 @@ def test_a_tokenizer_that_gigatoken_gets_wrong_is_left_to_the_slow_one(
     def wrong(self: Any, texts: Sequence[str]) -> Any:
         return np.zeros(len(texts), np.uint32), np.ones(len(texts), np.int64)
 
-    monkeypatch.setattr(GigatokenEncoder, "encode_batch", wrong)
-    encoder = resolve(hf_flags).build()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GigatokenEncoder, "encode_batch", wrong)
+        encoder = resolve(hf_flags).build()
     assert encoder.description == "tokenizers (gigatoken gives other ids for this tokenizer)"
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    encoder = resolve(hf_flags).build()
+    assert encoder.description == "tokenizers (pip install gigatoken is faster)"
 
 
 @pytest.mark.parametrize("dummy_prefix", [True, False])
 def test_user_defined_pieces_that_gigatoken_gets_wrong(tmp_path: Path, dummy_prefix: bool) -> None:
     """It takes what follows one for the start of a text, or drops the space before that."""
     pytest.importorskip("gigatoken")
-    sentencepiece = pytest.importorskip("sentencepiece")
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(" ".join(DOCUMENTS).split("\n")),
-        model_prefix=str(tmp_path / "sp"),
-        model_type="bpe",
-        vocab_size=340,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        user_defined_symbols=["<sep>", "[X]"],
-        add_dummy_prefix=dummy_prefix,
-        minloglevel=2,
-    )
-    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model"]
-    tokenizer = resolve([*flags, tmp_path / "sp.model"])
+    pieces = {"user_defined_symbols": ["<sep>", "[X]"], "add_dummy_prefix": dummy_prefix}
+    tokenizer = resolve(sentencepiece_model(tmp_path / "sp", model_type="bpe", **pieces))
     texts = ["x<sep>y", "a [X] b", "<sep>[X]"]
     encoder = tokenizer.build()
     assert rows(*encoder.encode_batch(texts)) == [
@@ -342,15 +290,6 @@ def test_added_tokens_that_gigatoken_gets_wrong(tokenizer_folder: Path) -> None:
     assert encoder.description == "tokenizers (gigatoken gives other ids for this tokenizer)"
 
 
-def test_more_added_tokens_than_are_compared(
-    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megatron_smlp.data.tokenizers.gigatoken_encoder.MAX_PIECES", 0)
-    text = (tokenizer_folder / "tokenizer.json").read_text()
-    description = HuggingFaceTokenizer(text, None, False).build().description
-    assert description.startswith("tokenizers (it has 1 added tokens, too many to compare")
-
-
 def test_a_word_level_tokenizer_that_gigatoken_does_not_know(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -359,13 +298,6 @@ def test_a_word_level_tokenizer_that_gigatoken_does_not_know(tmp_path: Path) -> 
     encoder = HuggingFaceTokenizer(backend.to_str(), None, False).build()
     assert encoder.description.startswith("tokenizers (gigatoken")
     assert rows(*encoder.encode_batch(["a b c"])) == [[1, 2, 0]]
-
-
-def test_texts_without_ids_are_refused() -> None:
-    encoder = resolve(["--tokenizer-type", "NullTokenizer", "--vocab-size", 9]).build()
-    for text in ("a", "1  2", "9", "-1", "1.5"):
-        with pytest.raises(UnencodableTextError):
-            encoder.encode_batch([text])
 
 
 def _write(content: str) -> Callable[[Path], Flags]:
@@ -430,19 +362,8 @@ def test_a_checkpoint_does_not_say_whom_to_trust():
     recorded = Namespace(
         tokenizer_type="HuggingFaceTokenizer", tokenizer_model="x", trust_remote_code=True
     )
-    assert not TokenizerSpec.recorded(recorded).trust_remote_code
-    assert TokenizerSpec.recorded(recorded, trusts=True).trust_remote_code
-
-
-def test_why_gigatoken_is_not_used_is_one_line() -> None:
-    pytest.importorskip("gigatoken")
-
-    def load(module: Any) -> Any:
-        raise ValueError("Unsupported normalizer type: Lowercase\n\nLocation:\n    src/hf.rs:584")
-
-    slow = read_tokenizer(TokenizerSpec(tokenizer_type="ByteLevelTokenizer")).build()
-    reason = gigatoken_in_place_of(slow, load, pieces=[])
-    assert reason == "gigatoken does not support it: Unsupported normalizer type: Lowercase"
+    for trusts in (False, True):
+        assert recorded_tokenizer(recorded, trusts=trusts).trust_remote_code is trusts
 
 
 def test_every_tokenizer_flag_of_megatron_is_known() -> None:
