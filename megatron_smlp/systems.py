@@ -126,7 +126,7 @@ class Mixer:
     """The function that raises ValueError for flags of which it cannot be built, `module:name`."""
 
 
-COSTS = "megatron_smlp.accounting.costs"
+COSTS = "megatron_smlp.accounting.mixers"
 GATING_CHECK = "megatron_smlp.layers.spatial_gating:check_flags"
 MIXERS: dict[str, Mixer] = {
     "attention": Mixer(

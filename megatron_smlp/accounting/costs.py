@@ -51,8 +51,8 @@ class Cost:
     """Pairs of split projections: that group sums their outputs, and the gradients of inputs."""
     flops: int = 0
     """Forward FLOPs of one sequence, only the needed ones."""
-    square_flops: int = 0
-    """The same with full squares instead of triangles: the paper's convention."""
+    above_flops: int = 0
+    """Those above the diagonals of causal products, which full squares have as well."""
     kept: int = 0
     """Numbers of a token, beside the slot's input and its norm, that the backward pass needs, split
     over the tensor parallel group."""
@@ -72,6 +72,11 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         names = (field.name for field in dataclasses.fields(self))
         return Cost(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    @property
+    def square_flops(self) -> int:
+        """`flops` with full squares instead of triangles: the paper's convention."""
+        return self.flops + self.above_flops
 
     @property
     def parameters(self) -> int:
@@ -228,11 +233,9 @@ def choices_per_token(shape: ModelShape) -> int:
 def embedding_cost(shape: ModelShape) -> Cost:
     """Return the costs of the input and its positions, the final norm, and the logits."""
     table = token_table(shape)
-    flops = 2 * shape.seq_length * table.parameters
-    tables = (
-        input_cost(shape) + position_table(shape) + (Cost() if shape.tied_embeddings else table)
-    )
-    return tables + norm_cost(shape) + Cost(flops=flops, square_flops=flops)
+    logits = Cost(flops=2 * shape.seq_length * table.parameters)
+    logits += Cost() if shape.tied_embeddings else table
+    return input_cost(shape) + position_table(shape) + norm_cost(shape) + logits
 
 
 def input_cost(shape: ModelShape) -> Cost:
@@ -241,11 +244,9 @@ def input_cost(shape: ModelShape) -> Cost:
     if options.input_projection == "embedding":
         return token_table(shape)
     features = (options.window + 1) * options.filter_size
-    flops = 2 * shape.seq_length * features * shape.hidden_size
     return Cost(
         replicated=features * (shape.hidden_size + 2),
-        flops=flops,
-        square_flops=flops,
+        flops=2 * shape.seq_length * features * shape.hidden_size,
         kept_everywhere=2 * features,  # the counters before and after the norm
     )
 
@@ -283,134 +284,12 @@ def layer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     return mixer + channels[slots.channel](shape)
 
 
-def attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """q, k, v and output projections; scores and their product with v are causal."""
-    width, qkv = shape.attention_width, shape.attention_width + 2 * shape.key_value_width
-    rotated = (width + shape.key_value_width) * shape.rotary_positions
-    kept = Cost(kept=qkv + rotated + width)  # q, k, v, rotated q and k, and the mixed values
-    norms = Cost(replicated=2 * shape.norm_parameters * shape.normed_head_width)
-    pairs = _pairs(shape, 2 * width)
-    return norm_cost(shape) + norms + _column(shape, qkv) + pairs + _row(shape, width) + kept
-
-
-def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = False) -> Cost:
-    """Spatial gating: U, the heads' norm, M and b, V. FLOPs do not depend on the heads, nor on
-    whether M is Toeplitz: it is multiplied by blocks (ops/toeplitz_mix.py).
-
-    Args:
-        everywhere: whether every rank holds all matrices. It also does of a single head, which is
-            split over the whole group.
-    """
-    gate_width, heads = shape.ffn_hidden_size // 2, slots.heads
-    # u behind the GELU; the normed gate and the mixed one. The norm of several heads keeps its
-    # result before the weight as well. Kept as well: u before the GELU, and the product.
-    in_gate = shape.ffn_hidden_size + (3 if heads > 1 else 2) * gate_width
-    matrices = heads * shape.matrix_parameters
-    on_all = everywhere or heads == 1
-    spatial = Cost(replicated=matrices, summed=matrices) if on_all else Cost(sharded=matrices)
-    above = 0 if shape.options.toeplitz else shape.square - shape.triangle
-    return (
-        norm_cost(shape)
-        + _column(shape, shape.ffn_hidden_size)
-        + Cost(sharded=2 * gate_width)
-        + spatial
-        + _pairs(shape, gate_width)
-        + _row(shape, gate_width)
-        + Cost(kept=shape.ffn_hidden_size + in_gate + gate_width, recomputable=in_gate)
-        + Cost(kept_by_split_norm=gate_width if heads == 1 else 0)
-        + Cost(zero_parameters=heads * above)
-    )
-
-
-def gating_and_attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """amlp: the attention head beside the gate reads the same norm, so it has none of its own."""
-    width, gate_width = shape.options.tiny_attention_width, shape.ffn_hidden_size // 2
-    bias = int(shape.linear_bias)
-    flops = 2 * shape.seq_length * width * (3 * shape.hidden_size + gate_width)
-    head = Cost(
-        replicated=3 * width * (shape.hidden_size + bias),
-        sharded=gate_width * (width + bias),
-        flops=flops,
-        square_flops=flops,
-        kept_everywhere=4 * width,
-        recomputable=-gate_width,  # what it adds to the gate is kept, as the gate's input
-    )
-    return gating_cost(shape, slots) + head + _pairs(shape, 2 * width)
-
-
-def feature_moe_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """Spatial gating; with partial prediction also its router, any chunk may choose any expert, and
-    the first P rows are a product of their own, P x P, with its triangle."""
-    prefix, gate_width = shape.prefix_length, shape.ffn_hidden_size // 2
-    if not prefix:
-        return gating_cost(shape, slots)
-    unread = Cost(square_flops=-2 * prefix * (shape.seq_length - prefix) * gate_width)
-    # The mixed values before they are scaled.
-    kept = Cost(kept=gate_width, recomputable=gate_width)
-    router = prefix_router_cost(shape, slots.heads)
-    return gating_cost(shape, slots, everywhere=True) + router + unread + kept
-
-
-def prefix_router_cost(shape: ModelShape, num_experts: int) -> Cost:
-    """Partial prediction: one weight for each prefix position and expert."""
-    parameters = shape.prefix_length * num_experts
-    flops = 2 * shape.num_feature_chunks * parameters
-    return Cost(replicated=parameters, flops=flops, square_flops=flops)
-
-
-def masked_mixer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """One or two matrices a head over the hidden dimension; a single head's are on every rank."""
-    heads, layers = slots.heads, 1 + shape.options.mixer_expansion
-    matrices = layers * heads * shape.matrix_parameters
-    on_all = heads == 1
-    spatial = Cost(replicated=matrices, summed=matrices) if on_all else Cost(sharded=matrices)
-    above = 0 if shape.options.toeplitz else shape.square - shape.triangle
-    return (
-        norm_cost(shape)
-        + spatial
-        + _pairs(shape, layers * shape.hidden_size)
-        # The columns of several heads, and what the GELU reads and writes.
-        + Cost(kept=((heads > 1) + 2 * (layers - 1)) * shape.hidden_size)
-        + Cost(zero_parameters=layers * heads * above)
-    )
-
-
-def aft_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """q, k, v and output projections; AFT-full's weights, the same on every rank, and the sums over
-    and under its fraction. Running averages are counted as nothing."""
-    width = shape.attention_width
-    projections = norm_cost(shape) + _column(shape, 3 * width) + _row(shape, width)
-    # The keys and values, sigmoid(q), the averages, and the product of the last two.
-    if shape.options.aft_kind == "simple":
-        return projections + Cost(kept=5 * width)
-    matrix = Cost(
-        replicated=shape.square,
-        summed=shape.square,
-        zero_parameters=shape.square - shape.triangle,
-    )
-    # exp(k) instead of k; both sums and what is summed.
-    return projections + matrix + _pairs(shape, 2 * width) + Cost(kept=9 * width)
-
-
-def causal_rn_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """W1, W2 and W3; of the quadratic variant also two multiply-adds a pair and feature, one of the
-    product that normalises the pair and one of its scaled sum. Exponentials count as nothing."""
-    width = shape.options.relation_width or shape.hidden_size
-    projections = norm_cost(shape) + _column(shape, 2 * width) + _row(shape, width)
-    # x W1 and x W2; then, in fp32, b, the exponentials and their norm.
-    if shape.options.causal_rn_kind == "linear":
-        return projections + Cost(kept=2 * width, kept_in_fp32=3 * width)
-    # Pairs are fp32 too, and count as the run's numbers.
-    pairs = _pairs(shape, 2 * width) + Cost(kept_everywhere=2 * shape.seq_length)
-    return projections + pairs + Cost(kept=2 * width, kept_in_fp32=4 * width)
-
-
 def mlp_cost(shape: ModelShape) -> Cost:
     """Return the cost of the FFN; a gated one has two projections to the hidden layer."""
     hidden = shape.ffn_hidden_size
-    up = _column(shape, (1 + shape.gated_mlp) * hidden)
+    up = column(shape, (1 + shape.gated_mlp) * hidden)
     kept = Cost(kept=(1 + shape.kept_by_activation) * hidden)
-    return norm_cost(shape) + up + _row(shape, hidden) + kept
+    return norm_cost(shape) + up + row(shape, hidden) + kept
 
 
 def token_moe_cost(shape: ModelShape) -> Cost:
@@ -418,13 +297,11 @@ def token_moe_cost(shape: ModelShape) -> Cost:
     shared one."""
     k, expert = shape.moe_router_topk, _expert_parameters(shape)
     router = shape.hidden_size * shape.num_experts if shape.router_has_weights else 0
-    flops = 2 * shape.seq_length * (k * expert + router)
     routed = Cost(
         replicated=router,
         experts=shape.num_experts * expert,
         idle=(shape.num_experts - k) * expert,
-        flops=flops,
-        square_flops=flops,
+        flops=2 * shape.seq_length * (k * expert + router),
         # The dispatched token, and its output unless the weight is fixed; the hidden layer up to
         # the activation and behind it. GShard's second expert is counted as if it always served.
         kept_at_experts=k * shape.hidden_size * (2 if shape.router_has_weights else 1),
@@ -437,10 +314,12 @@ def shared_expert_cost(shape: ModelShape) -> Cost:
     """Return the cost of an FFN without bias that every token visits, if there is one."""
     width = shape.shared_expert_size
     parameters = (2 + shape.gated_mlp) * shape.hidden_size * width
-    flops = 2 * shape.seq_length * parameters
-    kept = (1 + shape.kept_by_activation) * width
-    pairs = int(width > 0)
-    return Cost(sharded=parameters, pairs=pairs, flops=flops, square_flops=flops, kept=kept)
+    return Cost(
+        sharded=parameters,
+        pairs=int(width > 0),
+        flops=2 * shape.seq_length * parameters,
+        kept=(1 + shape.kept_by_activation) * width,
+    )
 
 
 def _expert_parameters(shape: ModelShape) -> int:
@@ -448,21 +327,20 @@ def _expert_parameters(shape: ModelShape) -> int:
     return widths * shape.hidden_size * shape.moe_ffn_hidden_size
 
 
-def _column(shape: ModelShape, outputs: int) -> Cost:
+def column(shape: ModelShape, outputs: int) -> Cost:
     """Return the cost of a projection from D, whose outputs are split."""
     flops = 2 * shape.seq_length * shape.hidden_size * outputs
-    parameters = outputs * (shape.hidden_size + shape.linear_bias)
-    return Cost(sharded=parameters, flops=flops, square_flops=flops)
+    return Cost(sharded=outputs * (shape.hidden_size + shape.linear_bias), flops=flops)
 
 
-def _row(shape: ModelShape, inputs: int) -> Cost:
+def row(shape: ModelShape, inputs: int) -> Cost:
     """Return the cost of a projection to D, whose inputs are split."""
     flops = 2 * shape.seq_length * inputs * shape.hidden_size
     bias = shape.hidden_size if shape.linear_bias else 0
-    parameters = inputs * shape.hidden_size
-    return Cost(sharded=parameters, replicated=bias, pairs=1, flops=flops, square_flops=flops)
+    return Cost(sharded=inputs * shape.hidden_size, replicated=bias, pairs=1, flops=flops)
 
 
-def _pairs(shape: ModelShape, columns: int) -> Cost:
+def pairs(shape: ModelShape, columns: int) -> Cost:
     """Return the cost of a causal product of T x T with `columns` columns."""
-    return Cost(flops=2 * shape.triangle * columns, square_flops=2 * shape.square * columns)
+    above = shape.square - shape.triangle
+    return Cost(flops=2 * shape.triangle * columns, above_flops=2 * above * columns)

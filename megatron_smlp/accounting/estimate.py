@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import sys
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -100,21 +98,13 @@ _SIZES = {
 } - {"rotary_base", "moe_layer_freq"}
 """What has to be a whole number."""
 _FROM_ZERO = {"hash_seed", "num_dense_layers", "window"}
-_TYPED = {name: value for name, value in _DEFAULTS.items() if name not in _RESOLVED}
+_TYPED = dict.fromkeys(_REQUIRED)
+_TYPED |= {name: value for name, value in _DEFAULTS.items() if name not in _RESOLVED}
 _TYPED |= {field.name: field.default for field in dataclasses.fields(TokenizerSpec)}
 """What may be on the command line: flags with their defaults."""
-EPILOG = f"""
-Every flag of the model, of its layout and of the tokenizer is taken, as pretrain_smlp.py takes it,
-and wins over the file; --no-KEY leaves out a key of the file. The tokenizer says how many entries
-the vocabulary has. Flags of the model and the layout:
-
-{
-    textwrap.fill(
-        " ".join(map(flag_of, [*_REQUIRED, *sorted(set(_DEFAULTS) - {*_REQUIRED, *_RESOLVED})])),
-        100,
-        break_on_hyphens=False,
-    )
-}
+EPILOG = """
+The flags of the model, its layout and the tokenizer are those of pretrain_smlp.py, and win over the
+file; --no-KEY leaves out a key of the file. The tokenizer says how many entries the vocabulary has.
 """
 
 
@@ -247,54 +237,41 @@ def uncounted(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def merged(file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+def merged(
+    file: Mapping[str, Any], given: Mapping[str, Any], rest: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the flags of a file, by name, with those of a command line in their place.
 
-    A value is read as in a file: 4, 1e-5, true, text, [0, 1].
+    Args:
+        given: by name; of a flag that is no switch a list of what is typed behind it.
+        rest: what the parser does not know: `--no-KEY` leaves out a key of the file.
 
     Raises:
-        ValueError: a flag is neither of the model, its layout nor the tokenizer, or has no value
-            or a wrong one.
+        ValueError: a word is neither a flag of the model, its layout or the tokenizer, nor a value.
     """
-    values, given = dict(file), dict[str, Any]()
-    for word, typed in _grouped(words):
-        name, (flag, _, value) = spelling(word.partition("=")[0][2:]), word.partition("=")
-        left_out = name.removeprefix("no_")
-        if name not in _TYPED and left_out in {*_TYPED, *file} and not typed and not value:
-            values.pop(left_out, None)
-            continue
-        if name not in _TYPED:
-            near = did_you_mean(flag, map(flag_of, _TYPED), cutoff=0.8) or "`--help` lists them"
+    values = dict(file)
+    for word in rest:
+        key = spelling(word.removeprefix("--no-"))
+        if not word.startswith("--no-") or key not in {*_TYPED, *file}:
+            near = did_you_mean(word, map(flag_of, _TYPED), cutoff=0.8) or "`--help` lists them"
             raise ValueError(
-                f"{flag} is not a flag of the model, its layout or the tokenizer: {near}"
+                f"{word} is not a flag of the model, its layout or the tokenizer: {near}"
             )
-        is_switch = isinstance(_TYPED[name], bool)
-        given[name] = _value(flag, [value, *typed] if value else typed, is_switch=is_switch)
-    values |= given
+        values.pop(key, None)
+    for name, typed in given.items():
+        values[name] = typed[0] if isinstance(typed, list) and len(typed) == 1 else typed
     if values.get("tokenizer_type"):
         spec = TokenizerSpec.from_arguments(argparse.Namespace(**values))
         values["vocab_size"] = read_tokenizer(spec).vocab_size
     return values
 
 
-def _grouped(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each flag with the values that are typed behind it."""
-    starts = [i for i, word in enumerate(words) if word.startswith("--")]
-    if words and starts[:1] != [0]:
-        raise ValueError(f"{words[0]!r} is not a flag: --config names the file")
-    for start, end in itertools.pairwise([*starts, len(words)]):
-        yield words[start], list(words[start + 1 : end])
-
-
-def _value(flag: str, typed: Sequence[str], *, is_switch: bool) -> Any:
-    if is_switch == bool(typed):
-        takes = "is a switch and takes no value" if is_switch else "needs a value"
-        raise ValueError(f"{' '.join([flag, *typed])}: {flag} {takes}")
+def _value(word: str) -> Any:
+    """Read a word as a value of a file: 4, 1e-5, true, text, [0, 1]."""
     try:
-        values = [yaml.load(word, StrictLoader) for word in typed]
+        return yaml.load(word, StrictLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{flag} {' '.join(typed)}: not a number, text or list") from error
-    return True if is_switch else values[0] if len(values) == 1 else values
+        raise argparse.ArgumentTypeError(f"{word}: give a number, text or list") from error
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -329,6 +306,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="estimate.py",
         description="Parameters, FLOPs, memory and communication of a configuration.",
+        usage="%(prog)s [--config FILE ...] [--json] [FLAG ...]",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -338,15 +316,25 @@ def build_parser() -> argparse.ArgumentParser:
         help="YAML file of flags; of several a later one wins",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
+    flags = parser.add_argument_group("flags of the model, its layout and the tokenizer")
+    for name, default in sorted(_TYPED.items()):
+        if isinstance(default, bool):
+            flags.add_argument(flag_of(name), action="store_true", default=argparse.SUPPRESS)
+        else:
+            flags.add_argument(
+                flag_of(name), type=_value, nargs="+", metavar="VALUE", default=argparse.SUPPRESS
+            )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, or 2 if the configuration is refused."""
-    options, words = build_parser().parse_known_args(argv)
     try:
-        keys = read_yaml(*options.config).items()
-        values = merged({spelling(key): value for key, value in keys}, words)
+        options, rest = build_parser().parse_known_args(argv)
+        given = vars(options)
+        config, as_json = given.pop("config"), given.pop("json")
+        file = {spelling(key): value for key, value in read_yaml(*config).items()}
+        values = merged(file, given, rest)
         for name in uncounted(values):
             raise ValueError(
                 f"{flag_of(name)} {values[name]}: memory and traffic with it are not counted here. "
@@ -356,5 +344,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"estimate.py: error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result, indent=2) if options.json else _table(result))
+    print(json.dumps(result, indent=2) if as_json else _table(result))
     return 0

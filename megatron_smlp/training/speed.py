@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
 
 import torch
 
-# Dense bf16 peaks of one device in TFLOP/s, from the vendor's data sheets (no sparsity).
-DENSE_PEAK_TFLOPS = {
-    "GB300": 2500.0,
-    "GB200": 2500.0,
-    "B300": 2250.0,
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H200 NVL": 835.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H800 PCIe": 756.0,
-    "H800": 989.0,
-    "H20": 148.0,
-    "A100": 312.0,
-    "A100X": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "A40": 149.7,
-    "A30": 165.0,
-    "A10": 125.0,
-    "V100": 125.0,
-    "V100S": 130.0,
-}
+from megatron_smlp.accounting import mfu
 
 
 class StepClock:
@@ -83,12 +56,12 @@ def speed_fields(
     steps = max(1, clock.steps)
     seconds = clock.pop_seconds_per_step()
     per_second = tokens / steps / seconds
-    tflops = per_second * flops_per_token / 1e12 / devices
+    tflops = mfu.tflops_per_device(per_second, flops_per_token=flops_per_token, devices=devices)
     return {
         "seconds_per_iteration": seconds,
         "tokens_per_second": per_second,
         "tflops_per_device": tflops,
-        "mfu": tflops / peak if peak else None,
+        "mfu": mfu.mfu(tflops, peak=peak),
         "data_wait_share": waited / steps / seconds,
         "eta_seconds": left * seconds,
     }
@@ -107,8 +80,4 @@ def device_peak_tflops() -> float | None:
     """Dense bf16 peak of this device in TFLOP/s, or None where it is not known."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    if " MIG " in name:  # a slice of it
-        return None
-    found = (peak for key, peak in DENSE_PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name))
-    return next(found, None)
+    return mfu.dense_peak_tflops(torch.cuda.get_device_name())

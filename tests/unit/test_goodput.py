@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_smlp.accounting.goodput import best_interval, goodput, main, rows
+from megatron_smlp.accounting.goodput import best_interval, goodput, main
 from megatron_smlp.errors import UsageError
 
 
@@ -45,13 +45,6 @@ def test_the_best_interval_is_nearly_the_best():
     assert shares[0] < shares[1] < shares[2] > shares[3] > shares[4]
 
 
-def test_more_gpus_fail_more_often_and_save_more_often():
-    small, large = rows([8, 1024], save=20.0, restart=120.0, gpu_hours=50_000)
-    assert small["mtbf"] == pytest.approx(128 * large["mtbf"])
-    assert small["interval"] == pytest.approx(math.sqrt(128) * large["interval"])
-    assert small["best"] > large["best"] > large["triple"]
-
-
 def test_a_run_that_fails_before_each_save_never_gets_on():
     assert goodput(1e6, save=1.0, restart=1.0, mtbf=10.0) == 0.0
 
@@ -60,7 +53,7 @@ def test_the_restarts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     """Their median, which one long wait leaves as it is."""
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"iteration": 1, "loss": 2}) + "\n", encoding="utf-8")
-    with pytest.raises(UsageError, match=r"metrics\.jsonl has no restarts: give --restart-seconds"):
+    with pytest.raises(UsageError, match="--restart-seconds"):
         main(["--save-seconds", "20", "--run", str(tmp_path)])
     with path.open("a", encoding="utf-8") as file:
         for number, seconds in enumerate((600, 30, 60), start=1):
@@ -73,7 +66,7 @@ def test_the_restarts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(output.splitlines()) == 2 + 3
     main(["--save-seconds", "20", "--restart-seconds", "60", "--json", "--gpus", "16"])
     assert [row["gpus"] for row in json.loads(capsys.readouterr().out)] == [16]
-    with pytest.raises(UsageError, match=r"--save-seconds 0\.0: give a number"):
+    with pytest.raises(UsageError, match="--save-seconds"):
         main(["--save-seconds", "0", "--restart-seconds", "60"])
-    with pytest.raises(UsageError, match=r"--gpus 0: give numbers of 1 or more"):
+    with pytest.raises(UsageError, match="--gpus"):
         main(["--save-seconds", "9", "--restart-seconds", "60", "--gpus", "8", "0"])

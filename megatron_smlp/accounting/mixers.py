@@ -1,0 +1,121 @@
+"""The cost of each token mixer with its norm; letters and conventions as in accounting/costs.py."""
+
+from __future__ import annotations
+
+from megatron_smlp.accounting.costs import Cost, ModelShape, column, norm_cost, pairs, row
+from megatron_smlp.systems import LayerSlots
+
+
+def attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """q, k, v and output projections; scores and their product with v are causal."""
+    width, qkv = shape.attention_width, shape.attention_width + 2 * shape.key_value_width
+    rotated = (width + shape.key_value_width) * shape.rotary_positions
+    kept = Cost(kept=qkv + rotated + width)  # q, k, v, rotated q and k, and the mixed values
+    norms = Cost(replicated=2 * shape.norm_parameters * shape.normed_head_width)
+    projections = norm_cost(shape) + norms + column(shape, qkv) + row(shape, width)
+    return projections + pairs(shape, 2 * width) + kept
+
+
+def gating_cost(shape: ModelShape, slots: LayerSlots, *, everywhere: bool = False) -> Cost:
+    """Spatial gating: U, the heads' norm, M and b, V. FLOPs do not depend on the heads, nor on
+    whether M is Toeplitz: it is multiplied by blocks (ops/toeplitz_mix.py).
+
+    Args:
+        everywhere: whether every rank holds all matrices. It also does of a single head, which is
+            split over the whole group.
+    """
+    gate_width, heads = shape.ffn_hidden_size // 2, slots.heads
+    # u behind the GELU; the normed gate and the mixed one. The norm of several heads keeps its
+    # result before the weight as well. Kept as well: u before the GELU, and the product.
+    in_gate = shape.ffn_hidden_size + (3 if heads > 1 else 2) * gate_width
+    return (
+        norm_cost(shape)
+        + column(shape, shape.ffn_hidden_size)
+        + Cost(sharded=2 * gate_width)
+        + _spatial(shape, heads, everywhere=everywhere or heads == 1)
+        + pairs(shape, gate_width)
+        + row(shape, gate_width)
+        + Cost(kept=shape.ffn_hidden_size + in_gate + gate_width, recomputable=in_gate)
+        + Cost(kept_by_split_norm=gate_width if heads == 1 else 0)
+    )
+
+
+def _spatial(shape: ModelShape, count: int, *, everywhere: bool) -> Cost:
+    """Return the cost of so many spatial matrices with their biases, without their products."""
+    parameters = count * shape.matrix_parameters
+    zeros = 0 if shape.options.toeplitz else count * (shape.square - shape.triangle)
+    if everywhere:
+        return Cost(replicated=parameters, summed=parameters, zero_parameters=zeros)
+    return Cost(sharded=parameters, zero_parameters=zeros)
+
+
+def gating_and_attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """amlp: the attention head beside the gate reads the same norm, so it has none of its own."""
+    width, gate_width = shape.options.tiny_attention_width, shape.ffn_hidden_size // 2
+    bias = int(shape.linear_bias)
+    head = Cost(
+        replicated=3 * width * (shape.hidden_size + bias),
+        sharded=gate_width * (width + bias),
+        flops=2 * shape.seq_length * width * (3 * shape.hidden_size + gate_width),
+        kept_everywhere=4 * width,
+        recomputable=-gate_width,  # what it adds to the gate is kept, as the gate's input
+    )
+    return gating_cost(shape, slots) + head + pairs(shape, 2 * width)
+
+
+def feature_moe_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """Spatial gating; with partial prediction also its router, any chunk may choose any expert, and
+    the first P rows are a product of their own, P x P, with its triangle."""
+    prefix, gate_width = shape.prefix_length, shape.ffn_hidden_size // 2
+    if not prefix:
+        return gating_cost(shape, slots)
+    unread = Cost(above_flops=-2 * prefix * (shape.seq_length - prefix) * gate_width)
+    # The mixed values before they are scaled.
+    kept = Cost(kept=gate_width, recomputable=gate_width)
+    router = prefix_router_cost(shape, slots.heads)
+    return gating_cost(shape, slots, everywhere=True) + router + unread + kept
+
+
+def prefix_router_cost(shape: ModelShape, num_experts: int) -> Cost:
+    """Partial prediction: one weight for each prefix position and expert."""
+    parameters = shape.prefix_length * num_experts
+    return Cost(replicated=parameters, flops=2 * shape.num_feature_chunks * parameters)
+
+
+def masked_mixer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """One or two matrices a head over the hidden dimension; a single head's are on every rank."""
+    heads, layers = slots.heads, 1 + shape.options.mixer_expansion
+    return (
+        norm_cost(shape)
+        + _spatial(shape, layers * heads, everywhere=heads == 1)
+        + pairs(shape, layers * shape.hidden_size)
+        # The columns of several heads, and what the GELU reads and writes.
+        + Cost(kept=((heads > 1) + 2 * (layers - 1)) * shape.hidden_size)
+    )
+
+
+def aft_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """q, k, v and output projections; AFT-full's weights, the same on every rank, and the sums over
+    and under its fraction. Running averages are counted as nothing."""
+    width = shape.attention_width
+    projections = norm_cost(shape) + column(shape, 3 * width) + row(shape, width)
+    # The keys and values, sigmoid(q), the averages, and the product of the last two.
+    if shape.options.aft_kind == "simple":
+        return projections + Cost(kept=5 * width)
+    zeros = shape.square - shape.triangle
+    matrix = Cost(replicated=shape.square, summed=shape.square, zero_parameters=zeros)
+    # exp(k) instead of k; both sums and what is summed.
+    return projections + matrix + pairs(shape, 2 * width) + Cost(kept=9 * width)
+
+
+def causal_rn_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
+    """W1, W2 and W3; of the quadratic variant also two multiply-adds a pair and feature, one of the
+    product that normalises the pair and one of its scaled sum. Exponentials count as nothing."""
+    width = shape.options.relation_width or shape.hidden_size
+    projections = norm_cost(shape) + column(shape, 2 * width) + row(shape, width)
+    # x W1 and x W2; then, in fp32, b, the exponentials and their norm.
+    if shape.options.causal_rn_kind == "linear":
+        return projections + Cost(kept=2 * width, kept_in_fp32=3 * width)
+    # Pairs are fp32 too, and count as the run's numbers.
+    kept = Cost(kept=2 * width, kept_in_fp32=4 * width, kept_everywhere=2 * shape.seq_length)
+    return projections + pairs(shape, 2 * width) + kept
