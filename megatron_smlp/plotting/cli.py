@@ -97,17 +97,12 @@ def figures(
     curves = router_figure(runs)
     if curves is not None:
         yield "routers", curves
-    used: set[str] = set()
     for run in runs:
         for evaluation in (False, True):
             load = load_figure(run, evaluation=evaluation)
             if load is not None:
                 label = re.sub(r"[^\w.-]+", "_", run.label)
-                name = f"load-{label}{'-validation' * evaluation}"
-                while name in used:  # labels may differ in nothing that a file's name keeps
-                    name += "_"
-                used.add(name)
-                yield name, load
+                yield f"load-{label}{'-validation' * evaluation}", load
 
 
 def _axes(runs: Sequence[Run], against: Sequence[str] | None) -> list[str]:

@@ -17,7 +17,6 @@ from matplotlib.ticker import (
     FuncFormatter,
     LogLocator,
     MaxNLocator,
-    NullFormatter,
     PercentFormatter,
 )
 
@@ -25,16 +24,14 @@ from megatron_smlp.plotting.records import Run
 from megatron_smlp.plotting.series import (
     AXES,
     Axis,
-    Floats,
     RouterHistory,
     common_unit,
     curve,
     default_window,
     has_losses,
-    part_of,
+    loss_fields,
     router_histories,
     smoothed,
-    ticks_at,
 )
 from megatron_smlp.routers.collapse import COLLAPSED
 
@@ -79,28 +76,17 @@ def _draw_losses(
     panel: Axes, runs: Sequence[Run], *, axis: Axis, window: int | None, suffix: bool
 ) -> None:
     unit, unit_name = common_unit(runs, axis)
-    evaluated: list[Floats] = []
     for run, look in zip(runs, looks(), strict=False):
-        part = part_of(run, suffix=suffix)
-        if part.training is not None:
-            raw = curve(run.training, axis=axis, unit=unit, field=part.training)
-            line = smoothed(raw, window=window or default_window(raw))
-            if line is not raw:
-                panel.plot(raw.x, raw.y, linewidth=0.4, alpha=0.35, color=look["color"])
-            panel.plot(line.x, line.y, linewidth=1.4, **look)
-        dots = curve(run.validation, axis=axis, unit=unit, field=part.validation)
+        training, validation = loss_fields(run, suffix=suffix)
+        raw = curve(run.training, axis=axis, unit=unit, field=training)
+        line = smoothed(raw, window=window or default_window(raw))
+        if line is not raw:
+            panel.plot(raw.x, raw.y, linewidth=0.4, alpha=0.35, color=look["color"])
+        panel.plot(line.x, line.y, linewidth=1.4, **look)
+        dots = curve(run.validation, axis=axis, unit=unit, field=validation)
         panel.plot(dots.x, dots.y, "o", color=look["color"], markersize=4, markeredgecolor="white")
-        evaluated.append(dots.x)
-    ticks = ticks_at(evaluated)
-    if len(ticks) > 1 and ticks[-1] > panel.get_xlim()[1] / 2:  # else most of the axis had none
-        panel.xaxis.set_major_locator(FixedLocator(ticks.tolist()))
     panel.set_xlabel(axis.label.format(unit_name))
-    panel.set_yscale("log")
-    # Round numbers: losses span less than a decade.
-    panel.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.yaxis.set_minor_locator(FixedLocator([]))
+    plain_log(panel, "y")
     tidy(panel)
 
 
@@ -119,13 +105,8 @@ def legend(
     """
     handles = [Line2D([], [], linewidth=1.8, label=name, **look) for name, look in pairs]
     if has_dots:
-        dots: dict[str, Any] = {
-            "linestyle": "",
-            "marker": "o",
-            "color": "0.4",
-            "markeredgecolor": "white",
-        }
-        handles.append(Line2D([], [], label="validation", **dots))
+        dots: dict[str, Any] = {"linestyle": "", "marker": "o", "markeredgecolor": "white"}
+        handles.append(Line2D([], [], label="validation", color="0.4", **dots))
     inches = 0.6 + 0.075 * max(len(str(handle.get_label())) for handle in handles)
     fitting = max(1, int(figure.get_size_inches()[0] / inches))
     figure.legend(

@@ -49,60 +49,24 @@ AXES = {
 }
 
 
-MOST_TICKS = 7
+def loss_fields(run: Run, *, suffix: bool) -> tuple[str, str]:
+    """Return the fields of training and validation that have the losses of all targets of a run, or
+    of those behind a prefix.
 
-
-def ticks_at(evaluated: Sequence[Floats]) -> Floats:
-    """Return where an axis has its ticks, so that they meet the evaluations: at 0, and at every
-    so many-th of those that all runs have there.
-
-    Args:
-        evaluated: <fp64>[evaluations] of each run, ascending; runs without any do not count.
-
-    Returns:
-        nothing where the runs have none in common, as along an axis of time.
+    The `loss` of a step is of what is trained on: the suffix with partial prediction, whose lines
+    then have a `whole_loss`.
     """
-    counted = [values for values in evaluated if len(values)]
-    if not counted:
-        return np.empty(0)
-    shared = np.unique(counted[0])
-    for values in counted[1:]:
-        shared = np.intersect1d(shared, values)
-    stride = max(1, -(-len(shared) // (MOST_TICKS - 1)))
-    chosen = shared[stride - 1 :: stride]
-    return np.unique([0.0, *chosen]) if len(chosen) else chosen
-
-
-@dataclass(frozen=True)
-class Part:
-    """Targets that losses are over: those of all positions, or those behind a prefix."""
-
-    training: str | None
-    """Field of the lines of training; None: the run did not log it."""
-    validation: str
-
-
-def part_of(run: Run, *, suffix: bool) -> Part:
-    """Return the fields that have the losses of all targets of a run, or of its suffix.
-
-    The `loss` of a step is of what is trained on, the suffix with partial prediction, whose lines
-    then have a `whole_loss` (older ones have none, and no `suffix_loss` either).
-    """
-    has = {name for record in run.training for name in record}
-    is_older = "suffix_loss" not in has and any(
-        "validation_suffix_loss" in record for record in run.validation
-    )
     if suffix:
-        return Part("loss" if is_older else "suffix_loss", "validation_suffix_loss")
-    whole = "whole_loss" if "whole_loss" in has else "loss"
-    return Part(None if is_older else whole, "validation_loss")
+        return "suffix_loss", "validation_suffix_loss"
+    has_whole = any("whole_loss" in record for record in run.training)
+    return "whole_loss" if has_whole else "loss", "validation_loss"
 
 
 def has_losses(run: Run, *, suffix: bool) -> tuple[bool, bool]:
     """Return whether there are losses of training, and of validation, to draw."""
-    part = part_of(run, suffix=suffix)
-    trained = any(part.training in record for record in run.training)
-    return trained, any(part.validation in record for record in run.validation)
+    training, validation = loss_fields(run, suffix=suffix)
+    trained = any(training in record for record in run.training)
+    return trained, any(validation in record for record in run.validation)
 
 
 def common_unit(runs: Sequence[Run], axis: Axis) -> tuple[float, str]:

@@ -7,16 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from megatron_smlp.study.statistics import UNDECIDED, Difference, verdict
+from megatron_smlp.study.statistics import Difference
 from megatron_smlp.study.verdicts import Comparison
-
-
-def share(each: Comparison) -> str:
-    if each.unreached:
-        seeds = each.found.n
-        return "never" if each.unreached == seeds else f"{each.unreached} of {seeds} never"
-    text = f"{'≤ ' * each.is_bound}{number(each.found.mean)}"
-    return text if verdict(each.found, null=1.0) == UNDECIDED else f"**{text}**"
 
 
 def visible(each: Comparison) -> str:
@@ -49,8 +41,8 @@ def deviation(losses: Mapping[int, float]) -> float:
     return float(np.std(finite, ddof=1)) if len(finite) > 1 else math.nan
 
 
-def plain_mean(losses: Mapping[int, float]) -> float:
-    return float(np.mean(list(losses.values()))) if losses else math.nan
+def plain_mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
 
 
 def number(value: float, form: str = ".3g") -> str:

@@ -8,7 +8,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from megatron_smlp.errors import UsageError, require_package
 from megatron_smlp.study import leases, state
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.fairness import check_fair, flops_table
-from megatron_smlp.study.plan import Calendar, PlannedRun, identity_of
+from megatron_smlp.study.plan import Calendar, identity_of
 from megatron_smlp.study.running import Worker
 from megatron_smlp.study.state import State
 from megatron_smlp.study.study_file import read_study
@@ -35,45 +35,41 @@ LEAST_EXPIRY = 10.0
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="study.py", description="Compare systems: a study of studies/*.yaml.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in {
-        "plan": "check that the study is fair, and list its runs",
-        "run": "work on it: start as many workers, on as many machines, as you like",
-        "evaluate": "score final checkpoints: zero-shot tasks, and where in a text the loss lies",
-        "status": "what is done, running, failed",
-        "report": "write the tables, figures and verdicts, from the runs and the kept CSV files",
-    }.items():
-        command = commands.add_parser(name, help=text, description=f"{name}: {text}.")
-        _add_arguments(command)
-        if name == "run":
-            command.add_argument(
-                "--processes", type=_processes, default=1, metavar="N", help="of each run"
-            )
-            command.add_argument(
-                "--retry", action="store_true", help="try the runs that failed once more"
-            )
-            command.add_argument(
-                "--expiry", type=seconds, default=leases.EXPIRY, metavar="SECONDS",
-                help="after which this worker counts as dead for others if it gives no sign",
-            )  # fmt: skip
-            command.add_argument(
-                "--speed",
-                action="store_true",
-                help="only time the systems, in turns; nothing else should run on the machine",
-            )
-        if name == "report":
-            command.add_argument(
-                "--accept-other-sources", action="store_true",
-                help="compare runs also where other sources made them that are not known to "
-                "compute the same",
-            )  # fmt: skip
-        if name == "evaluate":
-            command.add_argument(
-                "--tasks", metavar="A,B",
-                help="of lm-evaluation-harness, as copa,piqa,winogrande,hellaswag,record",
-            )  # fmt: skip
-            command.add_argument(
-                "--data-dir", type=Path, metavar="DIR", help="local files of the tasks; no network"
-            )
+    of_command = {}
+    for name, (_, text) in COMMANDS.items():
+        of_command[name] = command = commands.add_parser(
+            name, help=text, description=f"{name}: {text}."
+        )
+        command.add_argument("study", type=Path, metavar="STUDY", help="file of studies/")
+        for flag, default, help_text in (
+            ("--runs", RUNS, f"of all runs ({RUNS})"),
+            ("--data", DATA, f"what examples/study_data.sh made (default: {DATA})"),
+            ("--results", None, "CSV files and report (default: studies/results/NAME/HARDWARE)"),
+        ):
+            command.add_argument(flag, type=Path, default=default, metavar="FOLDER", help=help_text)
+    run, evaluate = of_command["run"], of_command["evaluate"]
+    run.add_argument("--processes", type=_processes, default=1, metavar="N", help="of each run")
+    run.add_argument("--retry", action="store_true", help="try the runs that failed once more")
+    run.add_argument(
+        "--expiry", type=seconds, default=leases.EXPIRY, metavar="SECONDS",
+        help="after which this worker counts as dead for others if it gives no sign",
+    )  # fmt: skip
+    run.add_argument(
+        "--speed", action="store_true",
+        help="only time the systems, in turns; nothing else should run on the machine",
+    )  # fmt: skip
+    of_command["report"].add_argument(
+        "--accept-other-sources", action="store_true",
+        help="compare runs also where other sources made them that are not known to compute the "
+        "same",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--tasks", metavar="A,B",
+        help="of lm-evaluation-harness, as copa,piqa,winogrande,hellaswag,record",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="local files of the tasks; no network"
+    )
     return parser
 
 
@@ -90,21 +86,6 @@ def seconds(text: str) -> float:
     return value
 
 
-def _add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("study", type=Path, metavar="STUDY", help="file of studies/")
-    command.add_argument(
-        "--runs", type=Path, default=RUNS, metavar="FOLDER", help=f"of all runs ({RUNS})"
-    )
-    command.add_argument(
-        "--data", type=Path, default=DATA, metavar="FOLDER",
-        help=f"what examples/study_data.sh made (default: {DATA})",
-    )  # fmt: skip
-    command.add_argument(
-        "--results", type=Path, metavar="FOLDER",
-        help="CSV files and report (default: studies/results/NAME/HARDWARE)",
-    )  # fmt: skip
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit code: 1 where runs failed.
 
@@ -116,10 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     # Leases are given back at the end, for the next one to have them at once.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    work = {
-        "plan": _plan, "run": _run, "evaluate": _evaluate, "status": _status, "report": _report,
-    }  # fmt: skip
-    return work[args.command](args)
+    work, _ = COMMANDS[args.command]
+    return work(args)
 
 
 def read_state(args: argparse.Namespace) -> tuple[State, Results]:
@@ -138,17 +117,13 @@ def read_state(args: argparse.Namespace) -> tuple[State, Results]:
     if args.results is None:
         for line in left_out(results.folder):
             print(f"note: {line}", file=sys.stderr)
-    begun = {
-        place: found
-        for place in (folder, results.folder)
-        if (found := state.read_json(place / state.BEGUN))
-    }
-    if args.command == "run" or not begun:
-        is_needed = args.command == "run"
-        contents = StudyData(args.data).contents() if is_needed or args.data.exists() else {}
-        identity = identity_of(contents)
-    else:
+    found = {place: state.read_json(place / state.BEGUN) for place in (folder, results.folder)}
+    begun = {place: before for place, before in found.items() if before}
+    if begun and args.command != "run":
         identity = json.dumps(next(iter(begun.values()))["identity"], sort_keys=True)
+    else:
+        is_needed = args.command == "run" or args.data.exists()
+        identity = identity_of(StudyData(args.data).contents() if is_needed else {})
     now = state.description(study, systems, identity)
     for place, before in begun.items():
         state.check_unchanged(before, now, where=place)
@@ -188,35 +163,24 @@ def _plan(args: argparse.Namespace) -> int:
     calendar = Calendar.of(known.study, first)
     print(flops_table(known.study, known.systems))
     print(f"\n{'runs of a system':32}{'runs':>8}{'iterations':>12}{'tokens':>18}{'to do':>8}")
-    to_do = {run.key for run in known.to_do(plan)}
+    to_do = {run.key for run in (*known.to_do(plan), *plan.pending)}
     runs = (*plan.runs, *plan.pending)
-    for name in known.systems:
-        own = [run for run in runs if run.system == name]
-        left = [run for run in own if run.key in to_do or run in plan.pending]
-        print(_counts(name, own, left, calendar))
-    left = [run for run in runs if run.key in to_do or run in plan.pending]
-    print(_counts("all", runs, left, calendar))
+    left = [run for run in runs if run.key in to_do]
+    for name in (*known.systems, "all"):
+        own, own_left = ([r for r in of if name in (r.system, "all")] for of in (runs, left))
+        iterations = sum(run.end - run.start for run in own)
+        tokens = iterations * calendar.batch
+        print(f"  {name:30}{len(own):>8}{iterations:>12,}{tokens:>18,}{len(own_left):>8}")
     print()
-    for line in price_lines(known.study, known.systems, left, Tables.of(results)):
-        print(line)
-    for line in warm_up_lines(plan):
-        print(line)
-    for line in lines_on_sources(known, results):
-        print(f"  {line}")
+    lines = price_lines(known.study, known.systems, left, Tables.of(results))
+    sources = (f"  {line}" for line in lines_on_sources(known, results))
+    print(*lines, *warm_up_lines(plan), *sources, sep="\n")
     for name in plan.at_edge:
         print(f"  WARNING: the best rate of {name} is at the edge of the trials")
     print(f"\nevaluation: {evaluation_cost(first, calendar)}")
     for name, system in known.systems.items():
         print(f"  {name:30}{system.evaluation}")
     return 0
-
-
-def _counts(
-    name: str, runs: Sequence[PlannedRun], left: Sequence[PlannedRun], calendar: Calendar
-) -> str:
-    iterations = sum(run.end - run.start for run in runs)
-    total = iterations * calendar.batch
-    return f"  {name:30}{len(runs):>8}{iterations:>12,}{total:>18,}{len(left):>8}"
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -294,3 +258,16 @@ def _report(args: argparse.Namespace) -> int:
     for path in write_report(known, results, accept_other_sources=args.accept_other_sources):
         print(path)
     return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
+    "plan": (_plan, "check that the study is fair, and list its runs"),
+    "run": (_run, "work on it: start as many workers, on as many machines, as you like"),
+    "evaluate": (
+        _evaluate, "score final checkpoints: zero-shot tasks, and where in a text the loss lies"
+    ),
+    "status": (_status, "what is done, running, failed"),
+    "report": (
+        _report, "write the tables, figures and verdicts, from the runs and the kept CSV files"
+    ),
+}  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,15 +15,12 @@ from matplotlib.figure import Figure
 from megatron_smlp.plotting.figures import DPI, legend, looks, plain_log, tidy
 from megatron_smlp.plotting.series import AXES, Floats, unit_for
 from megatron_smlp.study.cells import not_reached, speedup
+from megatron_smlp.study.measured import Measured
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
-from megatron_smlp.study.numbers import numbers, trained_on
 from megatron_smlp.study.rates import Rates
 from megatron_smlp.study.state import DIVERGED
 from megatron_smlp.study.statistics import paired
-from megatron_smlp.study.study_file import Study
-from megatron_smlp.study.systems import System
-from megatron_smlp.study.tables import Tables
-from megatron_smlp.study.verdicts import SECONDS, Comparison, loss_field
+from megatron_smlp.study.verdicts import SECONDS, Comparison
 
 FIELDS = {VALIDATION_LOSS: "", SUFFIX_LOSS: " behind the prefix"}
 PANELS = {
@@ -45,27 +41,17 @@ ENOUGH_FOR_BANDS = 3  # seeds: the interval of two is wider than any figure
 class Drawing:
     """The figures of one study, with one look for each system in all of them."""
 
-    def __init__(
-        self,
-        study: Study,
-        systems: Mapping[str, System],
-        tables: Tables,
-        factors: Mapping[str, float],
-    ) -> None:
-        self.study = study
-        self.systems = systems
-        self.tables = tables
+    def __init__(self, measured: Measured, factors: Mapping[str, float]) -> None:
+        self.measured = measured
+        self.study, self.systems, self.tables = measured.study, measured.systems, measured.tables
         self.factors = factors
         """The learning rate of each system whose tuning is done."""
-        self.numbers = functools.cache(
-            lambda horizon, field: numbers(study, systems, tables, horizon=horizon, field=field)
-        )
-        self.looks = _looks(systems)
-        self.looks[study.subject]["zorder"] = 3  # over the others
+        self.looks = _looks(self.systems)
+        self.looks[self.study.subject]["zorder"] = 3  # over the others
 
     def figures(self, speedups: Sequence[Comparison]) -> Iterator[tuple[str, Figure]]:
         """Yield name and figure of all that there is to draw."""
-        asked = (VALIDATION_LOSS, loss_field(*self.systems.values()))
+        asked = (VALIDATION_LOSS, self.measured.field(*self.systems))
         for field, what in FIELDS.items():
             if field in asked and self.tables.converged[field].notna().any():
                 yield f"loss{what.replace(' ', '-')}", self.losses(field, what)
@@ -91,7 +77,7 @@ class Drawing:
         axes = self._axes()
         figure = Figure(figsize=(4.4 * len(axes), 4.4), layout="constrained", dpi=DPI)
         panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
-        names = trained_on(self.systems, field)
+        names = self.measured.trained_on(field)
         for panel, (label, scale) in zip(panels, axes.items(), strict=True):
             for name in names:
                 self._draw_seeds(panel, name, field, scale(name))
@@ -110,9 +96,8 @@ class Drawing:
         return figure
 
     def _losses_at_the_end(self, field: str, what: str) -> Figure:
-        names = trained_on(self.systems, field)
-        figure = Figure(figsize=(7.4, 1.2 + 0.4 * len(names)), layout="constrained", dpi=DPI)
-        panel = figure.subplots()
+        names = self.measured.trained_on(field)
+        figure, panel = _single(7.4, 1.2 + 0.4 * len(names))
         for line, name in enumerate(names):
             color = self.looks[name]["color"]
             losses = list(self.tables.losses(name, self.study.longest, field).values())
@@ -179,7 +164,7 @@ class Drawing:
         its interval; none that diverged."""
         points = []
         for horizon in sorted(self.study.horizons):
-            found = self.numbers(horizon, field).mean(name)
+            found = self.measured.at(horizon, field).mean(name)
             if math.isfinite(found.mean):
                 is_enough = found.n >= ENOUGH_FOR_BANDS and math.isfinite(found.high)
                 ends = (found.low, found.high) if is_enough else (math.nan, math.nan)
@@ -187,18 +172,15 @@ class Drawing:
         return np.array(points, dtype=np.float64).reshape(-1, 4)
 
     def _evaluations(self, name: str) -> pandas.DataFrame:
-        """Return those of a system's trunks to the last horizon."""
-        trunks = self.tables.trunks(name, self.study.longest)
-        return self.tables.evaluations([key for trunk in trunks for key in trunk["key"]])
+        return self.tables.evaluations(name, self.study.longest)
 
     def evaluations(self) -> Figure:
         """Draw the evaluations of the trunks, and the ends of the decays that leave them."""
-        figure = Figure(figsize=(7.4, 4.8), layout="constrained", dpi=DPI)
-        panel = figure.subplots()
+        figure, panel = _single(7.4, 4.8)
         unit, unit_name = unit_for(AXES["tokens"], self.study.longest)
         names = [
             name
-            for name in trained_on(self.systems, VALIDATION_LOSS)
+            for name in self.measured.trained_on(VALIDATION_LOSS)
             if len(self._evaluations(name))
         ]
         for name in names:
@@ -230,8 +212,7 @@ class Drawing:
 
         The trials of systems with partial prediction are by the loss behind the prefix, and say so.
         """
-        figure = Figure(figsize=(7.4, 5.2), layout="constrained", dpi=DPI)
-        panel = figure.subplots()
+        figure, panel = _single(7.4, 5.2)
         trials = self._trials()
         names = [name for name in self.looks if name in set(trials["system"])]
         for name in names:
@@ -264,7 +245,7 @@ class Drawing:
 
     def _chosen(self, name: str, trials: pandas.DataFrame) -> tuple[Sequence[float], ...]:
         """Return rates and losses, at most one of each."""
-        fit = self.numbers(self.study.longest, loss_field(self.systems[name]))
+        fit = self.measured.at_end(self.measured.field(name))
         if isinstance(fit, Rates):
             rate, found = self.systems[name].flags["lr"] * fit.best(name), fit.mean(name)
             return [rate], [found.mean]
@@ -275,8 +256,7 @@ class Drawing:
     def speedups(self, comparisons: Sequence[Comparison]) -> Figure:
         """Draw how many times sooner the subject comes to the loss at which each other one ends."""
         shown = [each for each in comparisons if each.found.n]
-        figure = Figure(figsize=(6.8, 0.5 * len(shown) + 1.8), layout="constrained", dpi=DPI)
-        panel = figure.subplots()
+        figure, panel = _single(6.8, 0.5 * len(shown) + 1.8)
         for place, each in enumerate(reversed(shown)):
             mean, low, high = speedup(each)
             color = self.looks[each.other]["color"]
@@ -309,8 +289,7 @@ class Drawing:
 
     def load(self) -> Figure:
         """Draw the greatest and the least load of any expert in the evaluations."""
-        figure = Figure(figsize=(7.4, 4.6), layout="constrained", dpi=DPI)
-        panel = figure.subplots()
+        figure, panel = _single(7.4, 4.6)
         unit, unit_name = unit_for(AXES["tokens"], self.study.longest)
         drawn = []
         for name, look in self.looks.items():
@@ -344,7 +323,7 @@ class Drawing:
         first = self.study.subject
         common = {
             name: self._looked_at(kinds[0], name) & self._looked_at(kinds[0], first)
-            for name in trained_on(self.systems, VALIDATION_LOSS)
+            for name in self.measured.trained_on(VALIDATION_LOSS)
         }
         most = max((len(seeds) for name, seeds in common.items() if name != first), default=0)
         there = [name for name, seeds in common.items() if name == first or len(seeds) == most > 0]
@@ -385,6 +364,11 @@ class Drawing:
         titles = {name: system.title for name, system in self.systems.items()} | dict(labels or {})
         pairs = [(titles[name], self.looks[name]) for name in names or self.systems]
         legend(figure, pairs, note=note)
+
+
+def _single(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+    return figure, figure.subplots()
 
 
 def _looks(names: Collection[str]) -> dict[str, dict[str, Any]]:

@@ -24,9 +24,8 @@ from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.hardware import hardware
 from megatron_smlp.study.made_by import NOT_KNOWN, comparison
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
-from megatron_smlp.study.process import made_by_next
+from megatron_smlp.study.process import made_by_next, train_shortly
 from megatron_smlp.study.results import FINGERPRINTS, FOUND, Results
-from megatron_smlp.study.short import train_shortly
 from megatron_smlp.study.state import State
 
 STEPS = 20

@@ -12,10 +12,11 @@ All of them read the data in the order of the longest horizon's.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -134,7 +135,8 @@ def make_plan(
     Args:
         failed: hashes of runs that ended without a loss.
     """
-    tuning, factors = _tuning(study, systems, identity=identity, losses=losses, failed=failed)
+    make = functools.partial(_run, study, identity=identity)
+    tuning, factors = _tuning(study, systems, make, losses=losses, failed=failed)
     # The subject and its rivals come before what only an ablation needs, and of these the first
     # seed of every system: a study that is not whole can decide most claims, or compares them all.
     needed = [name for name in systems if name == study.subject or not systems[name].is_smlp]
@@ -146,11 +148,10 @@ def make_plan(
         for name in group
         for seed, rate in _pairs(study, name)[number : number + 1]
         for run in _pieces(
-            study,
-            systems[name],
-            factor=rate or factors.get(name, 1.0),
-            seed=seed,
-            identity=identity,
+            functools.partial(
+                make, systems[name], phase="main", factor=rate or factors.get(name, 1.0), seed=seed
+            ),
+            study.horizons,
         )
     ]
     known = [run for run in main if run.system in factors]
@@ -165,8 +166,8 @@ def _pairs(study: Study, system: str) -> list[tuple[int, float | None]]:
 def _tuning(
     study: Study,
     systems: Mapping[str, System],
+    make: Callable[..., PlannedRun],
     *,
-    identity: str,
     losses: Losses,
     failed: Collection[str],
 ) -> tuple[list[PlannedRun], dict[str, float]]:
@@ -180,8 +181,13 @@ def _tuning(
     factors = {name: list(tuning.factors(name)) for name in systems}
     for extension in range(tuning.extend_at_edge + 1):
         runs = {
-            name: [_trial(study, systems[name], factor, identity) for factor in factors[name]]
-            for name in systems
+            name: [
+                make(
+                    system, phase="tuning", factor=factor, seed=tuning.seed, horizon=tuning.horizon
+                )
+                for factor in factors[name]
+            ]
+            for name, system in systems.items()
         }
         known = {
             name: [losses.get(run.key) for run in trials]
@@ -255,30 +261,15 @@ class Calendar:
         return end - max(1, round(end * self.decay))
 
 
-def _trial(study: Study, system: System, factor: float, identity: str) -> PlannedRun:
-    assert study.tuning is not None
-    horizon = study.tuning.horizon
-    return _run(
-        study, system, factor=factor, seed=study.tuning.seed, phase="tuning",
-        identity=identity, horizon=horizon, decays_to=horizon,
-    )  # fmt: skip
-
-
-def _pieces(
-    study: Study, system: System, *, factor: float, seed: int, identity: str
-) -> Iterator[PlannedRun]:
+def _pieces(make: Callable[..., PlannedRun], horizons: Sequence[int]) -> Iterator[PlannedRun]:
     """Yield the pieces of one trunk and its branches."""
-    common: dict[str, Any] = {
-        "factor": factor, "seed": seed, "phase": "main", "identity": identity,
-    }  # fmt: skip
+    *earlier, longest = sorted(horizons)
     trunk: PlannedRun | None = None
-    for horizon in sorted(study.horizons)[:-1]:
-        trunk = _run(study, system, **common, horizon=None, decays_to=horizon, parent=trunk)
+    for horizon in earlier:
+        trunk = make(horizon=horizon, is_trunk=True, parent=trunk)
         yield trunk
-        yield _run(study, system, **common, horizon=horizon, decays_to=horizon, parent=trunk)
-    yield _run(
-        study, system, **common, horizon=study.longest, decays_to=study.longest, parent=trunk
-    )
+        yield make(horizon=horizon, parent=trunk)
+    yield make(horizon=longest, parent=trunk)
 
 
 def _run(
@@ -289,22 +280,22 @@ def _run(
     seed: int,
     phase: Literal["tuning", "main"],
     identity: str,
-    horizon: int | None,
-    decays_to: int,
+    horizon: int,
+    is_trunk: bool = False,
     parent: PlannedRun | None = None,
 ) -> PlannedRun:
-    """Make a run to `horizon`; None: the trunk, to where the decay to `decays_to` begins."""
+    """Make a run to `horizon`, or the trunk to where the decay to it begins."""
     calendar = Calendar.of(study, system)
     last = calendar.end(study.longest)
-    end = calendar.start(decays_to) if horizon is None else calendar.end(horizon)
-    decay_end = last if horizon is None else end
+    end = calendar.start(horizon) if is_trunk else calendar.end(horizon)
+    decay_end = last if is_trunk else end
     flags = dict(system.flags) | {
         "seed": seed,
         # Megatron's order of the samples is that of a run of this length.
         "train_iters": last,
         "lr_decay_style": "WSD",
         "lr_decay_iters": decay_end,
-        "lr_wsd_decay_iters": decay_end - calendar.start(horizon or study.longest),
+        "lr_wsd_decay_iters": decay_end - calendar.start(study.longest if is_trunk else horizon),
         "eval_interval": calendar.evaluation,
         "save_interval": calendar.evaluation,
     }
@@ -315,8 +306,9 @@ def _run(
     if end < last:
         flags["exit_interval"] = end
     return PlannedRun(
-        system=system.name, phase=phase, factor=factor, seed=seed, horizon=horizon,
-        start=parent.end if parent else 0, end=end, flags=flags, parent=parent, identity=identity,
+        system=system.name, phase=phase, factor=factor, seed=seed,
+        horizon=None if is_trunk else horizon, start=parent.end if parent else 0, end=end,
+        flags=flags, parent=parent, identity=identity,
     )  # fmt: skip
 
 

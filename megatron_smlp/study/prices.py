@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_smlp.accounting.estimate import estimate, uncounted
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
+from megatron_smlp.study.cells import number
 from megatron_smlp.study.plan import Calendar, Plan, PlannedRun
 from megatron_smlp.study.study_file import Cluster, Study
 from megatron_smlp.study.systems import System
@@ -35,32 +35,20 @@ def price_lines(
     Raises:
         UsageError: a system cannot be laid out on so many GPUs.
     """
-    cluster = study.cluster
-    if cluster is None:
-        yield f"{'hours of one worker':32}{'tokens/s':>12}{'left to do':>14}"
-        total = 0.0
-        for name, system in systems.items():
-            speed = tables.tokens_per_second(name)
-            evaluated = 1 + _evaluation_share(system, Calendar.of(study, system))
-            hours = evaluated * _tokens(system, runs) / speed / 3600
-            total += hours
-            yield f"  {name:30}{_number(speed, ',.0f'):>12}{_number(hours, ',.1f'):>14}"
-        yield f"  {'all':42}{_number(total, ',.1f'):>14}"
-        yield (
-            "  evaluations included; tokens/s: of the quiet timing, or else as trained; n/a: "
-            "nothing has run yet"
-        )
+    if study.cluster is None:
+        yield from _hours_of_a_worker(systems, runs, tables, study)
         return
+    cluster = study.cluster
     share = f"{cluster.utilization:.0%} of {cluster.tflops:g} TFLOP/s in needed FLOPs, assumed"
     yield f"{cluster.gpus} GPUs ({share}), evaluations included"
-    yield (f"  {'':24}{'GPU hours':>12}{'hours':>9}{'memory/GPU':>14}{'checkpoint':>14}  layout")
-    totals = [0.0, 0.0]
+    yield f"  {'':24}{'GPU hours':>12}{'hours':>9}{'memory/GPU':>14}{'checkpoint':>14}  layout"
+    total = 0.0
     for name, system in systems.items():
         # By needed FLOPs, as the `mfu` of a training that may stand in `utilization`.
         tflops = BACKWARD * system.costs["forward_needed_tflops_per_1024_tokens"] / 1024
-        tflops *= 1 + _evaluation_share(system, Calendar.of(study, system))
-        hours = tflops * _tokens(system, runs) / (cluster.tflops * cluster.utilization) / 3600
-        totals = [totals[0] + hours, totals[1] + hours / cluster.gpus]
+        tokens = _tokens(study, system, runs)
+        hours = tflops * tokens / (cluster.tflops * cluster.utilization) / 3600
+        total += hours
         costs = _costs_on(cluster, study, system)
         memory = costs["per_gpu"]["memory_bytes"] / GIB
         saved = _saved_bytes(system) * costs["total_parameters"] / GIB
@@ -68,10 +56,27 @@ def price_lines(
             f"  {name:24}{hours:>12,.0f}{hours / cluster.gpus:>9,.1f}{memory:>10,.1f} GiB"
             f"{saved:>10,.1f} GiB  {_layout(system.flags)}"
         )
-    yield f"  {'all':24}{totals[0]:>12,.0f}{totals[1]:>9,.1f}"
+    yield f"  {'all':24}{total:>12,.0f}{total / cluster.gpus:>9,.1f}"
     ignored = {name for system in systems.values() for name in uncounted(system.flags)}
     if ignored:
         yield f"  not counted in the memory: {', '.join(map(flag_of, sorted(ignored)))}"
+
+
+def _hours_of_a_worker(
+    systems: Mapping[str, System], runs: Sequence[PlannedRun], tables: Tables, study: Study
+) -> Iterator[str]:
+    yield f"{'hours of one worker':32}{'tokens/s':>12}{'left to do':>14}"
+    total = 0.0
+    for name, system in systems.items():
+        speed = tables.tokens_per_second(name)
+        hours = _tokens(study, system, runs) / speed / 3600
+        total += hours
+        yield f"  {name:30}{number(speed, ',.0f'):>12}{number(hours, ',.1f'):>14}"
+    yield f"  {'all':42}{number(total, ',.1f'):>14}"
+    yield (
+        "  evaluations included; tokens/s: of the quiet timing, or else as trained; n/a: "
+        "nothing has run yet"
+    )
 
 
 def evaluation_cost(system: System, calendar: Calendar) -> str:
@@ -121,9 +126,11 @@ def _costs_on(cluster: Cluster, study: Study, system: System) -> dict[str, Any]:
         raise UsageError(f"cluster: gpus: {cluster.gpus}, {system.name}: {error}") from error
 
 
-def _tokens(system: System, runs: Sequence[PlannedRun]) -> int:
-    batch = int(system.flags["global_batch_size"] * system.flags["seq_length"])
-    return batch * sum(run.end - run.start for run in runs if run.system == system.name)
+def _tokens(study: Study, system: System, runs: Sequence[PlannedRun]) -> float:
+    """Return the tokens of a system's runs, and as many more as their evaluations cost."""
+    calendar = Calendar.of(study, system)
+    iterations = sum(run.end - run.start for run in runs if run.system == system.name)
+    return (1 + _evaluation_share(system, calendar)) * calendar.batch * iterations
 
 
 def _layout(flags: Mapping[str, Any]) -> str:
@@ -134,7 +141,3 @@ def _layout(flags: Mapping[str, Any]) -> str:
     }
     parts = [f"{short} {flags[name]}" for short, name in sizes.items() if flags.get(name, 1) > 1]
     return ", ".join(parts) or "data parallel"
-
-
-def _number(value: float, form: str) -> str:
-    return "n/a" if math.isnan(value) else format(value, form)

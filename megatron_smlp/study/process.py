@@ -28,8 +28,12 @@ import yaml
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching.parent import end_with_parent
+from megatron_smlp.metrics_records import FILE_NAME, Record
 from megatron_smlp.platform import choice
 from megatron_smlp.provenance import made_by
+from megatron_smlp.study.data import StudyData
+from megatron_smlp.study.metrics import read_records
+from megatron_smlp.study.systems import System
 
 OUTPUT = "output.log"
 FLAGS = "flags.yaml"
@@ -84,6 +88,31 @@ def run_command(
                 process.wait(POLL_SECONDS)
             watch()
     return process.wait()
+
+
+def train_shortly(
+    system: System,
+    data: StudyData,
+    *,
+    folder: Path,
+    processes: int,
+    stop: threading.Event,
+    **flags: int,
+) -> tuple[int, list[Record]]:
+    """Train a system anew, without its schedule of the learning rate and without a checkpoint, for
+    its speed or its first steps; return the exit code, and what was logged.
+
+    Args:
+        flags: of the training, over the system's.
+    """
+    (folder / FILE_NAME).unlink(missing_ok=True)
+    own = {name: value for name, value in system.flags.items() if not name.startswith("lr_")}
+    command = training_command(
+        folder, own | {"seed": 1} | flags, paths=[*data.flags, "--log-dir", str(folder)],
+        processes=processes,
+    )  # fmt: skip
+    code = run_command(command, folder=folder, stop=stop, watch=lambda: None)
+    return code, read_records(folder)
 
 
 def _may_be_forked(command: Sequence[str]) -> bool:

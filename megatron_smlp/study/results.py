@@ -42,6 +42,8 @@ FINGERPRINTS, FOUND = "fingerprints", "fingerprint.json"
 """A folder of a study's, and the file of one of its own (fingerprints.py)."""
 TASK, ROUTING = "task", "routing"
 """Kinds of numbers in evaluations.csv; the others are those of evaluation/breakdown.py."""
+OF_RUN = ("system", "phase", "factor", "seed", "horizon", "start", "end")
+OF_ENDING = ("status", "loss", "reason", "attempts", "hardware")
 RENAMED = {
     "consumed_tokens": "tokens",
     "consumed_flops": "flops",
@@ -60,21 +62,18 @@ class Results:
 
     @cached_property
     def runs(self) -> pandas.DataFrame:
-        """A line a run that is over; files of earlier versions do not say on what hardware, and by
-        what sources."""
-        return self._read("runs.csv", RUN_COLUMNS, added=("hardware", "commit", "sources"))
+        """A line a run that is over."""
+        return self._read("runs.csv", RUN_COLUMNS)
 
     @cached_property
     def curves(self) -> pandas.DataFrame:
-        """A line a logged step or evaluation of such a run; files of earlier versions do not say
-        what BASE's gates closed."""
-        return self._read("curves.csv", CURVE_COLUMNS, added=("closed_rate",))
+        """A line a logged step or evaluation of such a run."""
+        return self._read("curves.csv", CURVE_COLUMNS)
 
     @cached_property
     def speed(self) -> pandas.DataFrame:
-        """A line a system and round of the quiet timing; files of earlier versions do not say by
-        how many processes and threads, and in how many steps."""
-        return self._read("speed.csv", SPEED_COLUMNS, added=MACHINE[1:])
+        """A line a system and round of the quiet timing."""
+        return self._read("speed.csv", SPEED_COLUMNS)
 
     @cached_property
     def evaluations(self) -> pandas.DataFrame:
@@ -86,9 +85,8 @@ class Results:
         """A line a system, sources and machine of which a fingerprint was made."""
         return self._read("fingerprints.csv", FINGERPRINT_COLUMNS)
 
-    def _read(
-        self, name: str, columns: tuple[str, ...], *, added: tuple[str, ...] = ()
-    ) -> pandas.DataFrame:
+    def _read(self, name: str, columns: tuple[str, ...]) -> pandas.DataFrame:
+        """Read a file; the columns that files of earlier versions lack are empty."""
         path = self.folder / name
         if not path.exists():
             return pandas.DataFrame(columns=list(columns))
@@ -96,8 +94,6 @@ class Results:
             table = pandas.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
         except ValueError as error:
             raise UsageError(f"{path} cannot be read: {error}: restore it from git.") from error
-        if lacking := sorted({*columns} - {*table.columns, *added}):
-            raise UsageError(f"{path} has no column {lacking[0]!r}: restore the file from git.")
         return table.reindex(columns=list(columns))
 
     def endings(self) -> dict[str, dict[str, Any]]:
@@ -127,8 +123,9 @@ class Results:
         }
         if not new:
             return
-        runs = [_run_line(known, run, ending) for run, ending in new.values()]
-        curves = [line for run, _ in new.values() for line in _curve_lines(known, run)]
+        logged = [(run, ending, _records(known, run)) for run, ending in new.values()]
+        runs = [_run_line(known, *each) for each in logged]
+        curves = [line for run, _, records in logged for line in _curve_lines(run, records)]
         all_runs = _joined(self.runs, runs, RUN_COLUMNS).astype({"horizon": "Int64"})
         all_curves = _joined(self.curves, curves, CURVE_COLUMNS)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -162,9 +159,7 @@ class Results:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         new = pandas.DataFrame(lines).assign(hardware=hardware())
-        # Read once: as the file was before this timing.
-        given = {"processes": 1, **{name: new[name].iloc[0] for name in ("threads", "steps")}}
-        before = self.speed.fillna(given)
+        before = self.speed  # read once: as the file was before this timing
         before = before[(before[list(MACHINE)] == new[list(MACHINE)].iloc[0]).all(axis=1)]
         if len(before):
             new["round"] += int(before["round"].max())
@@ -196,27 +191,25 @@ def _joined(
 
 
 def _records(known: state.State, run: PlannedRun) -> list[Record]:
-    return [one for one in read_records(known.folder_of(run)) if one["iteration"] <= run.end]
+    """Return what a run logged up to its end, beyond which a killed one may have been trained."""
+    records = read_records(known.folder_of(run))
+    return [record for record in records if record["iteration"] <= run.end]
 
 
-def _run_line(known: state.State, run: PlannedRun, ending: dict[str, Any]) -> dict[str, Any]:
-    records = _records(known, run)
+def _run_line(
+    known: state.State, run: PlannedRun, ending: dict[str, Any], records: list[Record]
+) -> dict[str, Any]:
     steps = pandas.Series([r["tokens_per_second"] for r in records if "tokens_per_second" in r])
     batch = run.flags["global_batch_size"] * run.flags["seq_length"]
     final = [r for r in records if r["iteration"] == run.end and VALIDATION_LOSS in r]
     return {
         "key": run.key,
         "parent": run.parent.key if run.parent else None,
-        **{name: getattr(run, name) for name in ("system", "phase", "factor", "seed")},
         "lr": run.flags["lr"],
-        **{name: getattr(run, name) for name in ("horizon", "start", "end")},
+        **{name: getattr(run, name) for name in OF_RUN},
         "tokens": run.end * batch,
-        "status": ending["status"],
-        "loss": ending.get("loss"),
+        **{name: ending.get(name) for name in OF_ENDING},
         **({name: final[-1].get(name) for name in LOSSES} if final else {}),
-        "reason": ending.get("reason"),
-        "attempts": ending.get("attempts"),
-        "hardware": ending.get("hardware"),
         **known.made_by(run),
         "logged_seconds": max((float(r.get("wall_seconds", 0)) for r in records), default=None),
         "tokens_per_second": steps.median() if len(steps) else None,
@@ -224,8 +217,8 @@ def _run_line(known: state.State, run: PlannedRun, ending: dict[str, Any]) -> di
     }
 
 
-def _curve_lines(known: state.State, run: PlannedRun) -> Iterator[dict[str, Any]]:
-    for record in _records(known, run):
+def _curve_lines(run: PlannedRun, records: list[Record]) -> Iterator[dict[str, Any]]:
+    for record in records:
         if "loss" not in record and VALIDATION_LOSS not in record:
             continue
         line = {RENAMED.get(name, name): value for name, value in record.items()}

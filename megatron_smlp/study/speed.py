@@ -13,8 +13,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.progress import Progress
 from megatron_smlp.study import leases
 from megatron_smlp.study.data import StudyData
-from megatron_smlp.study.process import last_lines
-from megatron_smlp.study.short import train_shortly
+from megatron_smlp.study.process import last_lines, train_shortly
 from megatron_smlp.study.state import State
 from megatron_smlp.study.systems import System
 

@@ -29,46 +29,49 @@ def key(parse: Callable[[Any], Any], default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _whole(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{value!r}: give a whole number of 1 or more")
-    return value
+def _given(
+    what: str, is_allowed: Callable[[Any], bool], make: Callable[[Any], Any] = lambda value: value
+) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not is_allowed(value):
+            raise ValueError(f"{value!r}: give {what}")
+        return make(value)
+
+    return read
 
 
-def _share(value: Any) -> float:
-    if not isinstance(value, int | float) or not 0 < value < 1:
-        raise ValueError(f"{value!r}: give a number between 0 and 1")
-    return float(value)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _positive(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{value!r}: give a number over 0")
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+", value):
-        raise ValueError(f"{value!r}: give a name of letters, digits, '_', '-' and '.'")
-    return value
-
-
-def _yes_or_no(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{value!r}: give true or false")
-    return value
-
-
-def _titles(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{value!r}: give `system: title` lines")
-    return {_text(name): str(title) for name, title in value.items()}
-
-
-def _flags(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{value!r}: give `flag: value` lines")
-    return {spelling(str(name)): content for name, content in value.items()}
+_whole = _given("a whole number of 1 or more", lambda value: type(value) is int and value >= 1)
+_share = _given("a number between 0 and 1", lambda x: _is_number(x) and 0 < x < 1, float)
+_positive = _given("a number over 0", lambda x: _is_number(x) and x > 0, float)
+_text = _given(
+    "a name of letters, digits, '_', '-' and '.'",
+    lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None,
+)
+_yes_or_no = _given("true or false", lambda value: isinstance(value, bool))
+_titles = _given(
+    "`system: title` lines",
+    lambda value: isinstance(value, dict),
+    lambda value: {_text(name): str(title) for name, title in value.items()},
+)
+_flags = _given(
+    "`flag: value` lines",
+    lambda value: isinstance(value, dict),
+    lambda value: {spelling(str(name)): content for name, content in value.items()},
+)
+_variants = _given(
+    "`name: {from: system, flag: value}` lines",
+    lambda value: isinstance(value, dict),
+    lambda value: {_text(name): _flags(content) for name, content in value.items()},
+)
+_pair = _given(
+    "a pair as [with it, without it]",
+    lambda value: isinstance(value, list) and len(value) == 2,
+    lambda value: (_text(value[0]), _text(value[1])),
+)
 
 
 def tokens(value: Any) -> int:
@@ -104,18 +107,6 @@ def _by_system(parse: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
         return {str(name): parse(items) for name, items in value.items()}
 
     return read
-
-
-def _pair(value: Any) -> tuple[str, str]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError(f"{value!r}: give a pair as [with it, without it]")
-    return (_text(value[0]), _text(value[1]))
-
-
-def _variants(value: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{value!r}: give `name: {{from: system, flag: value}}` lines")
-    return {_text(name): _flags(content) for name, content in value.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,13 +261,11 @@ def _refuse(name: str, known: list[str]) -> Any:
 
 def _check(study: Study) -> None:
     """Check what a single key cannot say."""
-    named = [study.subject, *(name for pair in study.ablations for name in pair)]
-    named += [name for name in study.seeds if name != OTHERS]
-    tuning = study.tuning
-    named += [name for name in tuning.lr if name != OTHERS] if tuning else []
-    named += [*study.variants, *study.titles, *(study.primary or ())]
-    named += [name for name in study.design.lr if name != OTHERS] if study.design else []
-    for name in named:
+    tuning, design = study.tuning, study.design
+    lists = [study.seeds, *(each.lr for each in (tuning, design) if each)]
+    named = {study.subject, *study.variants, *study.titles, *(study.primary or ())}
+    named |= {name for names in (*study.ablations, *lists) for name in names} - {OTHERS}
+    for name in sorted(named):
         if name not in study.systems:
             raise ValueError(f"{name!r} is none of the systems: {', '.join(study.systems)}")
     _check_design(study)

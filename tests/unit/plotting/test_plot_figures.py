@@ -1,14 +1,11 @@
 """The series behind the figures, that they are the ones that are drawn, and the command line."""
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.launches import REPOSITORY
 from test_plot_records import step, validation, write
 
 from megatron_smlp.errors import UsageError
@@ -20,10 +17,8 @@ from megatron_smlp.plotting.series import (
     Curve,
     common_unit,
     curve,
-    part_of,
     router_histories,
     smoothed,
-    ticks_at,
 )
 
 
@@ -120,25 +115,6 @@ class TestFigures:
         assert plain[0].get_ydata().tolist() == raw.get_ydata().tolist()
         assert len(plain) == 2, "the curve, and no dots of a validation"
 
-    def test_ticks_are_where_the_axis_goes_on(self, tmp_path: Path):
-        def ticks(*ends: int) -> list[float]:
-            runs = []
-            for end in ends:
-                lines = [step(n) for n in range(1, end + 1)]
-                lines += [validation(n, 2.0) for n in range(10, end + 1, 10)]
-                lines.sort(key=lambda line: line["iteration"])
-                runs.append(read_run(write(tmp_path / str(end), *lines), label=str(end)))
-            return list(loss_figure(runs, axes=["steps"], window=1).axes[0].get_xticks())
-
-        assert ticks(60, 40) == [0, 10, 20, 30, 40]
-        assert max(ticks(60, 20)) >= 60, "matplotlib's own"
-
-    def test_nine_runs_look_different(self, run: Run):
-        runs = [Run(str(index), run.training, []) for index in range(9)]
-        figure = loss_figure(runs, axes=["steps"], window=1)
-        lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 3]
-        assert len({line.get_color() for line in lines}) == 9
-
     def test_load_draws_every_router(self, run: Run):
         figure = load_figure(run)
         second, fourth = (axes for axes in figure.axes if axes.get_title())
@@ -161,11 +137,6 @@ class TestFigures:
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ["run", "validation"]
 
-    def test_without_routers_there_is_only_the_loss(self, tmp_path: Path):
-        plain = read_run(write(tmp_path / "plain", step(1), step(2)), label="plain")
-        assert load_figure(plain) is None
-        assert router_figure([plain]) is None
-
 
 class TestCommandLine:
     def test_files(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -180,38 +151,15 @@ class TestCommandLine:
         for path in map(Path, written):
             assert path.read_bytes().startswith(starts[path.suffix[1:]])
 
-    def test_labels_that_differ_in_signs_alone(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ):
-        paths = [str(write(tmp_path / name, *routed_lines(1))) for name in ("a", "b")]
-        output = tmp_path / "plots"
-        words = ["--labels", "(b)", "[b]", "--output", str(output), "--formats", "svg"]
-        main([*paths, *words])
-        written = capsys.readouterr().out.splitlines()
-        assert written[2:] == [f"{output}/load-_b_.svg", f"{output}/load-_b__.svg"]
-
-    def test_a_field_that_no_line_has(self, tmp_path: Path):
-        path = write(tmp_path / "old", step(1), step(2))
-        with pytest.raises(UsageError, match=r"old: no line has 'wall_seconds': leave time out"):
-            main([str(path), "--against", "time", "--output", str(tmp_path)])
-
-    def test_a_window_of_nothing(self, tmp_path: Path):
-        with pytest.raises(UsageError, match="--smooth 0: 1 or more"):
-            main([str(tmp_path), "--smooth", "0"])
-
-    def test_an_output_that_is_no_folder(self, tmp_path: Path):
-        path = write(tmp_path, step(1))
-        with pytest.raises(UsageError, match=rf"--output {path}: File exists: give a folder"):
-            main([str(tmp_path), "--output", str(path)])
-
-    def test_an_error_is_one_line_and_exit_code_2(self, tmp_path: Path):
-        done = subprocess.run(
-            [sys.executable, "tools/plot_runs.py", str(tmp_path / "absent")],
-            cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60,
-        )  # fmt: skip
-        assert done.returncode == 2
-        assert done.stderr.startswith("plot_runs.py: error: ")
-        assert len(done.stderr.splitlines()) == 1
+    @pytest.mark.parametrize(
+        ("words", "named"),
+        [("--smooth 0", "--smooth 0"), ("--output {path}", "--output"), ("--against time", "time")],
+    )
+    def test_what_is_refused(self, tmp_path: Path, words: str, named: str):
+        """A window of nothing, a file as the folder, and a field that no line has."""
+        path = write(tmp_path, step(1), step(2))
+        with pytest.raises(UsageError, match=named):
+            main([str(tmp_path), *words.format(path=path).split()])
 
 
 class TestParts:
@@ -244,13 +192,6 @@ class TestParts:
         )
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["partial"]
 
-    def test_older_lines_of_partial_prediction_are_of_the_suffix(self, tmp_path: Path):
-        older = [step(1, 4.0), validation(1, 5.5) | {"validation_suffix_loss": 4.5}]
-        run = read_run(write(tmp_path / "run", *older), label="run")
-        whole, suffix = part_of(run, suffix=False), part_of(run, suffix=True)
-        assert (whole.training, whole.validation) == (None, "validation_loss")
-        assert (suffix.training, suffix.validation) == ("loss", "validation_suffix_loss")
-
     def test_the_suffix_has_a_file_of_its_own(self, tmp_path: Path):
         for name, more in (("plain", {}), ("suffix", {"suffix_loss": 2.0})):
             write(tmp_path / name, step(1, 3.0, **progress(1), **more))
@@ -265,18 +206,3 @@ class TestParts:
 def test_no_two_of_many_runs_look_alike():
     first = [str(look) for look in itertools.islice(looks(), 27)]
     assert len(set(first)) == 27
-
-
-@pytest.mark.parametrize(
-    ("evaluated", "ticks"),
-    [
-        ([[10, 20, 30], [10, 20, 30]], [0, 10, 20, 30]),
-        ([[10, 20, 30, 40], [20, 40]], [0, 20, 40]),
-        ([list(range(5, 100, 5))], [0, 20, 40, 60, 80]),
-        ([[0, 50, 100], []], [0, 50, 100]),
-        ([[1.5, 3.1], [1.4, 3.3]], []),  # of an axis of time: nothing in common
-        ([[], []], []),
-    ],
-)
-def test_ticks_meet_the_evaluations(evaluated: list[list[float]], ticks: list[float]):
-    assert ticks_at([np.array(values, dtype=np.float64) for values in evaluated]).tolist() == ticks

@@ -71,34 +71,19 @@ def test_a_missing_file(tmp_path: Path):
             {"variants": {"switch": {"from": "switch", "ffn-hidden-size": 64}}},
             "full squares .* differ by",
         ),
-        (
-            {"variants": {"switch": {"from": "switch", "global-batch-size": 16}}},
-            "global-batch-size",
-        ),
-        ({"variants": {"switch": {"from": "switch", "micro-batch-size": 4}}}, "micro-batch-size"),
-        ({"variants": {"switch": {"from": "switch", "seq-length": 128}}}, "--seq-length differs"),
         *(
             ({"variants": {"switch": {"from": "switch", flag: value}}}, f"--{flag} differs")
             for flag, value in {
+                "global-batch-size": 16,
+                "seq-length": 128,
                 "weight-decay": 0.0,
-                "clip-grad": 0.1,
-                "hidden-dropout": 0.3,
-                "adam-beta2": 0.5,
-                "init-method-std": 0.2,
                 "min-lr": 5.0e-4,
-                "decoupled-lr": 0.05,
             }.items()
         ),
         ({"fixed": {"seed": 3}}, "a study sets that itself"),
         ({"fixed": {"data-path": "x"}}, "a study sets that itself"),
         (
-            {
-                "tuning": {
-                    "seed": 1,
-                    "horizon": "50K",
-                    "lr": {"smlp_deterministic": [0.5, 1, 2], "others": [1]},
-                }
-            },
+            {"tuning": {"seed": 1, "horizon": "50K", "lr": {"switch": [0.5, 1], "others": [1]}}},
             "different numbers of trials",
         ),
     ],

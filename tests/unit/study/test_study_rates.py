@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import optimize
-from support.studies import pretend, state_of, write_study
+from support.studies import page_of, pretend, state_of, write_study
 
-from megatron_smlp.study import cli
+from megatron_smlp.study.figures import Drawing
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.rates import Rates
-from megatron_smlp.study.report import Page
-from megatron_smlp.study.results import Results
 from megatron_smlp.study.state import State
 
 RATES = (0.5, 0.71, 1.0, 1.41, 2.0)
@@ -148,26 +146,9 @@ def test_a_plan_has_a_whole_training_for_each_pair_of_rate_and_seed(known: State
         assert {run.phase for run in ends} == {"main"}
 
 
-def test_plan_status_and_report_know_a_design(
-    known: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    words = [str(tmp_path / "study.yaml"), "--runs", str(tmp_path / "runs")]
-    words += ["--results", str(tmp_path / "results")]
-    assert cli.main(["plan", *words]) == 0
-    assert "  all                                 75" in capsys.readouterr().out
-    pretend(known, loss_of)
-    assert cli.main(["status", *words]) == 0
-    assert "done      switch, lr x 1.41, seed 24, 0.4M (main)" in capsys.readouterr().out
-    assert cli.main(["report", *words]) == 0
-    figures = {path.stem for path in (tmp_path / "results").glob("*.png")}
-    assert {"loss", "learning-rates"} <= figures
-
-
 def test_a_design_is_compared_by_its_minima(known: State, tmp_path: Path):
     pretend(known, loss_of)
-    results = Results(tmp_path / "results")
-    results.collect(known)
-    made = Page(known, results)
+    made = page_of(known, tmp_path)
     claims = {claim["name"]: claim for claim in json.loads(made.json())["claims"]}
     found = claims["C1"]["comparisons"][0]["found"]
     # 15 runs less 7 coefficients; at one rate the two would differ by another 0.007.
@@ -176,25 +157,14 @@ def test_a_design_is_compared_by_its_minima(known: State, tmp_path: Path):
     assert claims["C1"]["verdict"] == "confirmed"
     text = made.text()
     assert "**Outside of its rates lies the fitted best of: switch**" in text
-    row = next(line for line in text.splitlines() if line.startswith("| switch | 5."))
-    assert "(outside) |" in row
     assert claims["C2"]["verdict"] == "undecided"
     assert "switch is undecided: costs of fitted curves have no interval." in text
     [look] = made.looks
     assert (look.verdict, look.spent, look.found.n) == ("confirmed", 0.05, 5)
-    assert "## Primary comparison" in text
-    assert "looked at once, whole" in text
-    [panel] = next(one for name, one in _figures(made) if name == "learning-rates").axes
+    [panel] = Drawing(made.measured, made.plan.factors).learning_rates().axes
     rings = [line for line in panel.lines if line.get_fillstyle() == "none"]
     lr = known.systems["smlp_deterministic"].flags["lr"]
     assert rings[-1].get_xdata()[0] == pytest.approx(lr * 2**-0.4, rel=0.1)
-
-
-def _figures(made: Page):
-    from megatron_smlp.study.figures import Drawing
-
-    drawing = Drawing(made.study, made.systems, made.tables, made.plan.factors)
-    return list(drawing.figures(made.times))
 
 
 def test_a_design_that_is_not_whole_has_no_look_at_its_primary_comparison(
@@ -206,19 +176,4 @@ def test_a_design_that_is_not_whole_has_no_look_at_its_primary_comparison(
         if (run.system, run.horizon, run.seed) == ("transformer", 400_000, 23)
     ]  # fmt: skip
     (known.folder_of(gone) / "ended.json").unlink()
-    results = Results(tmp_path / "results")
-    results.collect(known)
-    assert "The first look is not due yet." in Page(known, results).text()
-
-
-def test_a_design_is_not_changed_once_it_has_begun(known: State, tmp_path: Path):
-    from megatron_smlp.errors import UsageError
-    from megatron_smlp.study.state import begin, description
-
-    words = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    begin(known.folder, description(known.study, known.systems, known.identity))
-    assert cli.main(["status", str(tmp_path / "study.yaml"), *words]) == 0
-    changed = DESIGN | {"lr": [0.25, *RATES[1:]]}
-    path = write_study(tmp_path, seeds=None, design=changed)
-    with pytest.raises(UsageError, match=r"design\.lr.*\n.*primary"):
-        cli.main(["status", str(path), *words])
+    assert page_of(known, tmp_path).looks == []

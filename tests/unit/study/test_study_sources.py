@@ -8,15 +8,14 @@ from typing import Any
 import pandas
 import pytest
 from support.launches import REPOSITORY
-from support.studies import pretend, state_of, write_study
+from support.studies import page_of, pretend, state_of, write_study
 
 from megatron_smlp import provenance
-from megatron_smlp.study import cli, fingerprints, process, short
+from megatron_smlp.study import cli, fingerprints, process
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.fingerprints import make_fingerprints
 from megatron_smlp.study.made_by import FINGERPRINT_COLUMNS, alike, note
 from megatron_smlp.study.plan import identity_of
-from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results
 from megatron_smlp.study.state import State
 
@@ -94,9 +93,7 @@ def fingerprinted(folder: Path, *lines: tuple[str, str, str, str]) -> None:
 
 
 def report(known: State, folder: Path, **how: bool) -> str:
-    results = Results(folder / "results")
-    results.collect(known)
-    return Page(known, results, **how).text()
+    return page_of(known, folder, **how).text()
 
 
 def words(command: str, folder: Path, *more: str) -> list[str]:
@@ -119,12 +116,7 @@ def test_runs_of_other_sources_are_left_out(known: State, tmp_path: Path):
     text = report(known, tmp_path)
     assert f"left out; --accept-other-sources takes them in: {OTHERS}." in text
     assert "| switch | missing |" in text
-
-
-def test_they_are_compared_where_that_is_asked_for(known: State, tmp_path: Path):
-    made(known, {"transformer": "old", "switch": "new", "smlp_deterministic": "old"})
-    assert cli.main(words("report", tmp_path, "--accept-other-sources")) == 0
-    text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
+    text = report(known, tmp_path, accept_other_sources=True)
     assert f"count by --accept-other-sources: {OTHERS}." in text
     assert "missing" not in text
 
@@ -203,7 +195,7 @@ def test_fingerprints_are_made_where_something_is_to_be_told(
         results.collect(known)
         return {*trained}
 
-    monkeypatch.setattr(short, "run_command", train)
+    monkeypatch.setattr(process, "run_command", train)
     monkeypatch.setattr(StudyData, "flags", [])
     made(known, {"switch": "old"})
     first = next(run for run in known.plan().runs if run.system == "transformer")

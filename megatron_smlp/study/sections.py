@@ -1,0 +1,248 @@
+"""What a report says of systems: sizes and speed, losses, times, crossings, final checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from megatron_smlp.evaluation.reports import PAPER_FIGURES, PAPER_METRICS
+from megatron_smlp.study.cells import (
+    deviation,
+    mean_of,
+    not_reached,
+    number,
+    plain_mean,
+    row,
+    seeds,
+    speedup,
+    table,
+)
+from megatron_smlp.study.fairness import CONVENTIONS, convention_titles, flops_spread
+from megatron_smlp.study.measured import Measured
+from megatron_smlp.study.plan import Plan
+from megatron_smlp.study.rates import Rates
+from megatron_smlp.study.results import ROUTING, TASK
+from megatron_smlp.study.statistics import crossings
+from megatron_smlp.study.tables import QUIET
+from megatron_smlp.study.verdicts import SECONDS, TOKENS, Comparison
+
+BREAKDOWN = ("position", "frequency", "repeat")
+CHANCE = {"copa": 50, "piqa": 50, "storycloze": 50, "winogrande": 50, "hellaswag": 25}
+
+
+def system_lines(measured: Measured, plan: Plan) -> Iterator[str]:
+    """Yield sizes, costs, rates and quiet speeds, and on which machines they were measured."""
+    tables = measured.tables
+    yield from table(
+        "system", "parameters", "active",
+        *(f"TFLOPs, {title}" for title in convention_titles(measured.study)),
+        "lr", "tokens/s, quiet", "share of GEMM speed", "evaluation",
+    )  # fmt: skip
+    for name, system in measured.systems.items():
+        costs = system.costs
+        yield row(
+            system.title, f"{costs['total_parameters']:,}", f"{costs['active_parameters']:,}",
+            *(f"{costs[key]:.5f}" for key in CONVENTIONS), _rate(measured, plan, name),
+            number(1 / tables.seconds_per_token(name), ",.0f"),
+            number(tables.share_of_gemm(name), ".0%"), system.evaluation,
+        )  # fmt: skip
+    yield "\n" + " ".join(_about_systems(measured, plan))
+
+
+def _about_systems(measured: Measured, plan: Plan) -> Iterator[str]:
+    spreads = [f"{flops_spread(measured.systems, key):.1%}" for key in CONVENTIONS]
+    yield (
+        f"TFLOPs are forward, of 1024 tokens; the systems differ by {spreads[0]} and "
+        f"{spreads[1]}. GEMM speed is that of a large square product in the same dtype, timed in "
+        "turns."
+    )
+    # Files of earlier versions do not say it.
+    trained = measured.tables.runs["hardware"].dropna().value_counts()
+    if len(trained):
+        text = " and ".join(f"{name} ({count})" for name, count in sorted(trained.items()))
+        both = ": repeated on the other, a run ends near the same loss, not exactly there"
+        yield f"The runs were trained on {text}{both if len(trained) > 1 else ''}."
+    speed, disturbed = measured.tables.speed, measured.tables.disturbed
+    if len(speed):
+        count = speed["processes"].max()
+        processes = f", by {count:.0f} processes" if count > 1 else ""
+        count = speed["threads"].max()  # files of earlier versions do not say it
+        threads = f", {'1 thread' if count == 1 else f'{count:.0f} threads'} a process"
+        threads = "" if math.isnan(count) else threads
+        timed = " and ".join(sorted(set(speed["hardware"]))) + processes + threads
+        yield f"Quiet timing, and all times from it, are of {timed}."
+    rounds, planned = len({*speed["round"], *disturbed["round"]}), measured.study.speed.rounds
+    if 0 < rounds < planned:
+        yield f"The timing was ended after {rounds} of {planned} rounds."
+    if len(disturbed):
+        yield (
+            f"Of {len(speed) + len(disturbed)} timings {len(disturbed)} are left out: that "
+            f"product, just before, had less than {QUIET:.0%} of its best speed."
+        )
+    if plan.at_edge:
+        names = ", ".join(measured.systems[name].title for name in plan.at_edge)
+        yield (
+            f"Edge: the best rate of {names} is the lowest or highest "
+            "that was tried, and a better one may lie beyond."
+        )
+
+
+def _rate(measured: Measured, plan: Plan, name: str) -> str:
+    """Return the learning rate, which is chosen before a run of it is over."""
+    study, lr = measured.study, measured.systems[name].flags["lr"]
+    if study.design:
+        rates = [lr * rate for rate in study.rates_of(name)]
+        return f"{min(rates):.2g} to {max(rates):.2g}"
+    edge = " (edge)" if name in plan.at_edge else ""
+    return f"{lr * plan.factors[name]:.2g}{edge}" if name in plan.factors else "n/a"
+
+
+def loss_lines(measured: Measured) -> Iterator[str]:
+    """Yield each system's loss at each horizon."""
+    horizons = sorted(measured.study.horizons)
+    heads = [f"{horizon / 1e6:g}M tokens" for horizon in horizons]
+    last = ("runs", "best rate") if measured.study.design else ("seeds", "sd of seeds")
+    yield from table("system", *heads, *last)
+    for name, system in measured.systems.items():
+        field = measured.field(name)
+        losses = [measured.tables.losses(name, horizon, field) for horizon in horizons]
+        cells = [
+            mean_of(measured.at(horizon, field).mean(name), list(own.values()))
+            for horizon, own in zip(horizons, losses, strict=True)
+        ]
+        at_end = measured.at_end(field)
+        fitted = _best(measured, at_end, name) if isinstance(at_end, Rates) else None
+        behind = " (behind the prefix)" if system.predicts_suffix else ""
+        spread = number(deviation(losses[-1]))
+        yield row(f"{system.title}{behind}", *cells, seeds(losses), fitted or spread)
+
+
+def _best(measured: Measured, found: Rates, name: str) -> str:
+    outside = " (outside)" if name in found.outside else ""
+    return number(measured.systems[name].flags["lr"] * found.best(name)) + outside
+
+
+def time_lines(measured: Measured, times: Sequence[Comparison]) -> Iterator[str]:
+    """Yield how much sooner the subject is at each other system's final loss."""
+    unit = times[0].what if times else TOKENS
+    what = "less time" if unit == SECONDS else "fewer tokens (no quiet timing yet)"
+    yield (
+        f"How many times {what} {measured.systems[measured.study.subject].title} needs to the loss "
+        "at which each other system ends, by linear interpolation between converged points; at "
+        "least so many (≥) where a seed is there at its first finite horizon already. The "
+        "interval is of the seeds' tokens and, for time, of the rounds of the timing.\n"
+    )
+    yield from table("to the loss of", "times less", "95 % interval", "seeds")
+    for each in times:
+        mean, low, high = speedup(each)
+        bound = "≥ " if each.is_bound else ""
+        shown = not_reached(each) if each.unreached else f"{bound}{number(mean)}"
+        interval_of = "n/a" if each.is_bound else f"{number(low)} to {number(high)}"
+        yield row(measured.systems[each.other].title, shown, interval_of, each.found.n)
+
+
+def crossing_lines(measured: Measured) -> Iterator[str]:
+    """Yield where the subject's mean curve crosses that of each rival."""
+    yield (
+        "Crossings of the mean curves over the horizons, of the seeds that both have at all of "
+        "them; outside of them nothing is known.\n"
+    )
+    yield from table("with", "at tokens")
+    for name in measured.rivals():
+        yield row(measured.systems[name].title, crossing(measured, name))
+
+
+def crossing(measured: Measured, name: str) -> str:
+    """Return at which tokens the subject's mean curve crosses a system's, or how it ends."""
+    subject, horizons = measured.study.subject, sorted(measured.study.horizons)
+    field = measured.field(name, subject)
+    whole = [
+        {
+            seed: losses
+            for seed, (_, losses) in measured.curves(side, field).items()
+            if len(losses) == len(horizons)
+        }
+        for side in (subject, name)
+    ]
+    common = whole[0].keys() & whole[1].keys()
+    own, other = (
+        [plain_mean([side[seed][place] for seed in common]) for place in range(len(horizons))]
+        for side in whole
+    )
+    found = crossings(own, other, [measured.tables.tokens(horizon) for horizon in horizons])
+    if found:
+        return ", ".join(f"{tokens / 1e6:.3g}M" for tokens in found)
+    if not math.isfinite(own[-1] + other[-1]):
+        return "unknown"
+    where = "below" if own[-1] < other[-1] else "above"
+    return f"none: {measured.systems[subject].title} is {where} at the end"
+
+
+def task_lines(measured: Measured) -> Iterator[str]:
+    """Yield the accuracies of the zero-shot tasks, beside the paper's."""
+    tables, tasks = measured.tables, measured.tables.labels(TASK)
+    if not tasks:
+        yield "None was scored: `tools/study.py evaluate --tasks ...`."
+        return
+    yield (
+        "Accuracy in %, mean over seeds, ± the standard error that the number of examples "
+        "leaves; all seeds see the same examples."
+        + " The paper's figures are of models three orders of magnitude larger; n/a: we have "
+        "no source for it." * measured.study.paper + "\n"
+    )
+    heads = [f"{task} ({PAPER_METRICS.get(task, 'acc')})" for task in tasks]
+    yield from table("system", *heads, "seeds")
+    yield row("chance", *(CHANCE.get(task, "n/a") for task in tasks), "")
+    for name in measured.systems:
+        cells = [tables.values(TASK, task, name) for task in tasks]
+        errors = [tables.sampling_error(task, name) for task in tasks]
+        shown = (
+            f"{100 * plain_mean([*cell.values()]):.1f} ± {100 * error:.1f}" if cell else "missing"
+            for cell, error in zip(cells, errors, strict=True)
+        )
+        yield row(_at_all_positions(measured, name), *shown, seeds(cells))
+    for model, figures in PAPER_FIGURES.items() if measured.study.paper else ():
+        known = dict(zip(PAPER_METRICS, figures, strict=True))
+        yield row(f"paper: {model}", *(known.get(task, "n/a") for task in tasks), "")
+
+
+def breakdown_lines(measured: Measured) -> Iterator[str]:
+    """Yield the loss by kinds of tokens, and by BASE's rules of evaluation."""
+    tables = measured.tables
+    kinds = [kind for kind in BREAKDOWN if tables.labels(kind)]
+    if not kinds:
+        yield "Not looked at: `tools/study.py evaluate`."
+        return
+    yield (
+        "Nats per token of the final checkpoints on windows of the validation documents, mean "
+        "over seeds: by position in the window, by how frequent the token is (1: the most "
+        "frequent fifth of the text), and by what the token repeats (new: not in the window "
+        "before; seen: before, behind another token; after n: it and the n tokens before it "
+        "stood there together, so that it can be copied). Compare rows of the same number of "
+        "seeds."
+    )
+    for kind in kinds:
+        yield ""
+        yield from _means(measured, kind, kind, tables.labels(kind), list(measured.systems))
+    routed = [name for name in measured.systems if tables.values(ROUTING, "prices", name)]
+    if routed:
+        yield "\nBASE balances in training, and evaluates greedily or by the mean prices.\n"
+        rules = [rule for rule in tables.labels(ROUTING) if tables.values(ROUTING, rule, routed[0])]
+        yield from _means(measured, "loss with", ROUTING, rules, routed)
+
+
+def _means(
+    measured: Measured, title: str, kind: str, labels: Sequence[str], names: Sequence[str]
+) -> Iterator[str]:
+    yield from table(title, *labels, "seeds")
+    for name in names:
+        cells = [measured.tables.values(kind, label, name) for label in labels]
+        means = (number(plain_mean([*cell.values()])) for cell in cells)
+        yield row(_at_all_positions(measured, name), *means, seeds(cells))
+
+
+def _at_all_positions(measured: Measured, name: str) -> str:
+    """Return a system's name beside numbers of all positions, also of those that partial
+    prediction never trains on."""
+    system = measured.systems[name]
+    return f"{system.title} (also in the prefix)" if system.predicts_suffix else system.title

@@ -1,0 +1,144 @@
+"""Which claims a study tests, of which comparisons, and why some stay undecided."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from support.studies import (
+    NOISE,
+    claims_and_text,
+    loss_of,
+    page_of,
+    page_of_study,
+    pretend,
+    state_of,
+    write_study,
+)
+
+from megatron_smlp.study.plan import PlannedRun
+from megatron_smlp.study.verdicts import primary_looks
+
+
+def test_one_lucky_seed_is_not_the_best_system(tmp_path: Path):
+    systems = ["switch", "hash", "smlp_deterministic"]
+    seeds = {"switch": [11], "others": [11, 12, 13]}
+    path = write_study(tmp_path, systems=systems, seeds=seeds)
+    known = state_of(path, runs=tmp_path / "runs")
+    pretend(known, lambda run: loss_of(run) - 0.1 * (run.system == "switch"))
+    claims, _ = claims_and_text(known, tmp_path)
+    [comparison] = claims["C2"]["comparisons"]
+    assert (comparison["other"], comparison["found"]["n"]) == ("hash", 3)
+
+
+def test_that_each_part_helps_is_of_parts_alone(tmp_path: Path):
+    """Both MoEs help; that one rule of the feature MoE is worse than the other refutes nothing."""
+    systems = ["gmlp", "gmlp_token_moe", "smlp_deterministic", "smlp_partial"]
+    no_features = {"from": "smlp_deterministic", "feature-router": "none", "num-feature-experts": 1}
+    ablations = [
+        ["smlp_deterministic", "gmlp_token_moe"], ["gmlp_token_moe", "gmlp"],
+        ["smlp_deterministic", "smlp_partial"],
+    ]  # fmt: skip
+    path = write_study(
+        tmp_path, systems=systems, ablations=ablations, variants={"gmlp_token_moe": no_features},
+        **{"flops-tolerance": 0.1, "needed-flops-tolerance": 0.1},
+    )  # fmt: skip
+    known = state_of(path, runs=tmp_path / "runs")
+    losses = dict(zip(systems, (5.0, 4.9, 4.8, 4.0), strict=True))
+    pretend(known, lambda run: losses[run.system] + NOISE[run.seed] * (1 + len(run.system) / 40))
+    made = page_of(known, tmp_path)
+    [claim] = [claim for claim in made.claims if claim.name == "C5"]
+    assert claim.verdict == "confirmed"
+    assert [(each.one, each.other) for each in claim.comparisons] == [
+        ("smlp_deterministic", "gmlp_token_moe"), ("gmlp_token_moe", "gmlp"),
+    ]  # fmt: skip
+    [other] = made.others.comparisons
+    assert (other.other, other.verdict, made.others.verdict) == ("smlp_partial", "refuted", "")
+    assert other.found.p == other.found.holm  # Holm's steps are over these alone
+    assert "| other | loss behind the prefix: smlp_deterministic - smlp_partial |" in made.text()
+    assert len(json.loads(made.json())["others"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("systems", "ablations", "against"),
+    [
+        (["transformer", "gmlp", "mixer"], [["gmlp", "mixer"], ["transformer", "mixer"]],
+         ["transformer", "mixer"]),
+        (["gmlp", "mixer"], [["gmlp", "mixer"]], []),  # which is asked among the others
+    ],
+)  # fmt: skip
+def test_claims_are_those_that_the_systems_can_decide(
+    tmp_path: Path, systems: list[str], ablations: list[list[str]], against: list[str]
+):
+    """Dense ones alone, and a subject that is no sMLP: it has no rival in itself."""
+    path = write_study(
+        tmp_path, systems=systems, subject="gmlp", ablations=ablations,
+        **{"needed-flops-tolerance": 0.1},
+    )  # fmt: skip
+    known = state_of(path, runs=tmp_path / "runs")
+    pretend(known, loss_of)
+    claims, text = claims_and_text(known, tmp_path)
+    assert {
+        name: [each["other"] for each in claim["comparisons"]] for name, claim in claims.items()
+    } == ({"C1": against} if against else {})
+    for pair in ablations:
+        assert f"| other | loss: {' - '.join(pair)} |" in text
+
+
+def noisy(run: PlannedRun) -> float:
+    return 5.0 + run.seed % 3 / 100 * len(run.system) % 7
+
+
+def test_a_study_of_ones_own_is_not_about_the_paper(tmp_path: Path):
+    """A pair that would be of C5, and a rival that is an sMLP itself, are as any other."""
+    pair = ["smlp_deterministic", "smlp_partial"]
+    systems = ["transformer", "switch", *pair]
+    for is_papers, claims in ((True, ["C1", "C2", "C3", "C4"]), (False, ["lowest"])):
+        folder = tmp_path / str(is_papers)
+        folder.mkdir()
+        made = page_of_study(folder, noisy, systems=systems, paper=is_papers, ablations=[pair])
+        assert [claim.name for claim in made.claims] == claims
+        assert ("paper" in made.text()) == is_papers
+    # The pair is asked for already, as that of a claim's.
+    assert [each.other for each in made.claims[0].comparisons] == [
+        "transformer", "switch", "smlp_partial"
+    ]  # fmt: skip
+
+
+def test_it_is_said_why_something_is_undecided(tmp_path: Path):
+    wobble = {11: 0.03, 12: -0.03, 13: 0.0}
+
+    def loss_of(run: PlannedRun) -> float:
+        """Switch is as good; the others are behind, with p below 0.05 but for Holm's steps."""
+        behind = {"switch": 0.0, "transformer": 0.065, "hash": 0.065, "smlp_deterministic": 0.0}
+        return 5.0 + behind[run.system] + wobble[run.seed]
+
+    seeds = {"hash": [11, 12], "others": [11, 12, 13]}
+    systems = ["switch", "transformer", "hash", "smlp_deterministic"]
+    text = page_of_study(tmp_path, loss_of, systems=systems, seeds=seeds).text()
+    why = {"switch": "interval holds 0", "transformer": "0.126 after Holm", "hash": "2 of the 3"}
+    for name, reason in why.items():
+        assert re.search(f"{name} is undecided: .*{reason}", text)
+
+
+def test_the_primary_comparison_is_looked_at_as_seeds_come_in(tmp_path: Path):
+    """In the order of the file: without the second seed of five there is no look yet."""
+    pair = ["smlp_deterministic", "switch"]
+    wobble = {11: 0.0, 12: 0.01, 13: -0.01, 14: 0.005, 15: -0.005}
+
+    def loss_of(run: PlannedRun) -> float:
+        return 5.0 + wobble[run.seed] + 0.04 * (run.system == "switch")
+
+    made = page_of_study(tmp_path, loss_of, seeds=[*wobble], primary=pair)
+    assert [(each.found.n, each.verdict) for each in made.looks] == [
+        (3, "undecided"), (5, "confirmed"),
+    ]  # fmt: skip
+    rows = made.text().split("## Primary comparison")[1].split("## Claims")[0]
+    assert "| 3 | 0.0005 | 0.0005 | -0.04 |" in rows
+    assert "| 5 | 0.0087 | 0.0092 | -0.04 |" in rows
+    assert len(json.loads(made.json())["primary"]) == 2
+    keys = {
+        run.key for run in made.plan.runs
+        if (run.system, run.horizon, run.seed) != ("switch", made.study.longest, 12)
+    }  # fmt: skip
+    assert primary_looks(made.measured.of_runs(keys)) == []

@@ -1,0 +1,115 @@
+"""Final checkpoints: what is scored of them, and the claim on zero-shot tasks."""
+
+from pathlib import Path
+
+import pytest
+from support.studies import NOISE, claims_and_text, loss_of, pretend, state_of, write_study
+
+from megatron_smlp.study import cli
+from megatron_smlp.study.final import what_is_missing
+from megatron_smlp.study.results import Results
+from megatron_smlp.study.state import State
+
+
+def report(known: State, folder: Path) -> None:
+    """Write the report by the command."""
+    words = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
+    words += ["--data", str(folder / "none")]  # not those of whoever runs studies here
+    assert cli.main(["report", str(folder / "study.yaml"), *words]) == 0
+
+
+def test_what_was_looked_at_is_not_looked_at_again(tmp_path: Path):
+    """Tasks may be added to checkpoints whose text is known, and the other way round."""
+    results = Results(tmp_path)
+    lines = [("text", "routing", "greedy"), ("text", "position", "0"), ("tasks", "task", "copa")]
+    for key, kind, label in lines:
+        one = {"key": key, "system": "gmlp", "seed": 1, "kind": kind, "label": label, "value": 1.0}
+        results.add_evaluations([one])
+    tasks = ["copa", "piqa"]
+    assert what_is_missing(results.evaluations, "text", ()) == (False, [])
+    assert what_is_missing(results.evaluations, "text", tasks) == (False, tasks)
+    assert what_is_missing(results.evaluations, "tasks", tasks) == (True, ["piqa"])
+    assert what_is_missing(results.evaluations, "neither", tasks) == (True, tasks)
+    results.add_evaluations([one | {"value": 0.5}])  # as of a group of tasks that is asked again
+    assert list(results.evaluations["value"]) == [1.0, 1.0, 0.5]
+
+
+def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
+    """C4 by hand: two tasks, right answers 3 % more often, with seeds that differ by less."""
+    pretend(known, loss_of)
+    results = Results(tmp_path / "results")
+    results.collect(known)
+    ahead = {"smlp_deterministic": 0.03}
+    finals = results.runs[results.runs["horizon"] == known.study.longest]
+    keys = {(run.system, run.seed): run.key for run in finals.itertuples()}
+    for name in known.systems:
+        for seed, wobble in NOISE.items():
+            right = 0.5 + ahead.get(name, 0.0) + wobble
+            common = {"key": keys[name, seed], "system": name, "seed": seed, "stderr": 0.01}
+            numbers = [
+                ("task", "copa", right), ("task", "piqa", right + 0.1), ("repeat", "new", 6.0),
+                ("repeat", "after 3+", 2.0 - right), ("position", "0", 7.0),
+            ]  # fmt: skip
+            results.add_evaluations([
+                common | {"kind": kind, "label": label, "value": value, "count": 100}
+                for kind, label, value in numbers
+            ])  # fmt: skip
+    report(known, tmp_path)
+    claims, text = claims_and_text(known, tmp_path)
+    assert claims["C4"]["verdict"] == "confirmed"
+    [comparison] = claims["C4"]["comparisons"]
+    assert comparison["other"] == "switch"
+    assert comparison["found"]["mean"] == pytest.approx(-3.0)
+    assert "| smlp_deterministic | 53.0 ± 1.0 | 63.0 ± 1.0 |" in text
+    assert "| smlp_deterministic | 6 | 1.47 |" in text
+    assert (tmp_path / "results" / "where-the-loss-lies.png").stat().st_size > 10_000
+
+
+def test_few_questions_decide_nothing_however_the_seeds_agree(known: State, tmp_path: Path):
+    """Five more of a hundred are right, and three seeds agree: by the questions it is luck."""
+    pretend(known, loss_of)
+    ahead = {"smlp_deterministic": 0.05}
+    Results(tmp_path / "results").add_evaluations([
+        {"key": run.key, "system": run.system, "seed": run.seed, "kind": "task", "label": "copa",
+         "value": 0.55 + ahead.get(run.system, 0.0) + NOISE[run.seed], "stderr": 0.05}
+        for run in known.plan().runs
+        if run.horizon == known.study.longest
+    ])  # fmt: skip
+    claims, _ = claims_and_text(known, tmp_path)
+    [comparison] = claims["C4"]["comparisons"]
+    assert comparison["found"]["mean"] == pytest.approx(-5)
+    half = 1.96 * 5 * 2**0.5
+    assert comparison["found"]["high"] == pytest.approx(-5 + half, rel=0.01)
+    assert claims["C4"]["verdict"] == "undecided"
+
+
+def test_a_rival_that_was_not_scored_leaves_tasks_undecided(tmp_path: Path):
+    """GShard's scores are lower by far, and those of Switch, HASH and one of BASE are not there."""
+    systems = ["switch", "gshard", "base", "hash", "smlp_deterministic"]
+    known = state_of(write_study(tmp_path, systems=systems), runs=tmp_path / "runs")
+    pretend(known, loss_of)
+    tasks = {
+        "smlp_deterministic": ["copa", "piqa"], "gshard": ["copa"], "base": ["copa", "piqa"],
+    }  # fmt: skip
+    Results(tmp_path / "results").add_evaluations([
+        {"key": run.key, "system": run.system, "seed": run.seed, "kind": "task", "label": task,
+         "value": 0.5 + NOISE[run.seed] + (task == "piqa") * 0.2
+         + (run.system == "smlp_deterministic") * (0.1 + 2 * NOISE[run.seed])}
+        for run in known.plan().runs
+        for task in tasks.get(run.system, ())
+        if run.horizon == known.study.longest and (run.system, run.seed) != ("base", 12)
+    ])  # fmt: skip
+    claims, text = claims_and_text(known, tmp_path)
+    found = {each["other"]: each["found"] for each in claims["C4"]["comparisons"]}
+    counts = {name: each["n"] for name, each in found.items()}
+    assert counts == {"switch": 0, "gshard": 3, "base": 2, "hash": 0}
+    assert found["gshard"]["mean"] == pytest.approx(-10, abs=0.1)  # by the task that both have
+    assert claims["C4"]["verdict"] == "undecided"
+    assert claims["C4"]["notes"] == [
+        "of copa, piqa",
+        "switch: seed 11, 12, 13 lacks copa, piqa",
+        "gshard: seed 11, 12, 13 lacks piqa",
+        "base: seed 12 lacks copa, piqa",
+        "hash: seed 11, 12, 13 lacks copa, piqa",
+    ]
+    assert "gshard: seed 11, 12, 13 lacks piqa" in text
