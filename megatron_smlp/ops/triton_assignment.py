@@ -1,6 +1,6 @@
 """Balanced assignment as a fixed sequence of Triton kernels, for devices ahead of their host.
 
-The problem, its three steps and their constants are in host_assignment.py, the slow twin. Here
+The problem, its three steps and their constants are in host_assignment.py, the reference. Here
 every number of rounds is fixed and nothing is asked of the host; the differences are
 
 1. Prices: one Newton step at each temperature, of all tokens; each linear system is solved by a few
@@ -12,6 +12,8 @@ Letters: N tokens, E experts, W = E padded to a power of 2, P programs, C = ceil
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,23 +96,28 @@ def triton_assignment(scores: Tensor) -> tuple[Tensor, Tensor]:
     kernels.fill[(num_experts,)](
         *left, num_tokens, capacity, W=width, BLOCK=min(queue, 1024), num_warps=4, **FUSED
     )
-    for turn in range(_NUM_EXCHANGES + 1):
-        kernels.exchange[(num_experts,)](
-            *(room.gains, room.members, assigned),
-            *(*room.exchanges[(turn + 1) % 2], *room.exchanges[turn % 2]),
-            **size,
-            C=capacity,
-            **tile,
-            BLOCK=min(block, max(16, 1 << (capacity - 1).bit_length())),
-            FIRST=turn == 0,
-            LAST=turn == _NUM_EXCHANGES,
-            SMALLEST_GAIN=twin.SMALLEST_GAIN,
-        )
+    _polish(room, assigned, capacity, BLOCK=block, **size, **tile)
     return assigned, priced
 
 
+def _polish(room: _Workspace, assigned: Tensor, capacity: int, **size: Any) -> None:
+    from megatron_smlp.ops.kernels.exchange import exchange
+
+    size["BLOCK"] = min(size["BLOCK"], max(16, 1 << (capacity - 1).bit_length()))
+    for turn in range(_NUM_EXCHANGES + 1):
+        exchange[(size["E"],)](
+            *(room.gains, room.members, assigned),
+            *(*room.exchanges[(turn + 1) % 2], *room.exchanges[turn % 2]),
+            C=capacity,
+            FIRST=turn == 0,
+            LAST=turn == _NUM_EXCHANGES,
+            SMALLEST_GAIN=twin.SMALLEST_GAIN,
+            **size,
+        )
+
+
 class _Workspace:
-    """All that the kernels hand on, cut from one allocation; see kernels/assignment.py."""
+    """All that the kernels hand on, cut from one allocation; see kernels/."""
 
     def __init__(
         self, device: torch.device, tokens: int, experts: int, width: int, programs: int, slots: int

@@ -70,7 +70,7 @@ CASES = {
     "assignment: accept": Case("assignment:accept", "*fp32", 8, {"BLOCK": 8192}),
     "assignment: fill": Case("assignment:fill", "*fp32", 4, {"W": 64, "BLOCK": 1024}),
     "assignment: exchange": Case(
-        "assignment:exchange", "*fp32", 8, ASSIGNMENT | {"FIRST": False, "LAST": False}
+        "exchange:exchange", "*fp32", 8, ASSIGNMENT | {"FIRST": False, "LAST": False}
     ),
     "gate: forward": Case("gated_mix:gated_mix", "*bf16", 8, PLAIN),
     "gate: dg, du1": Case("gated_mix:gradients_of_gate", "*bf16", 4, PLAIN | {"ROWS": 32}),

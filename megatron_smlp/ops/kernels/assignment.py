@@ -1,4 +1,6 @@
-"""The kernels of balanced assignment; ../triton_assignment.py has the method and calls them.
+"""The kernels of balanced assignment up to the exchanges, which are in exchange.py.
+
+../triton_assignment.py has the method and calls them.
 
 A launch is the only barrier between programs. What a step needs of all tokens, the step before left
 as one partial sum a program, and every program adds them up again for itself, in the same order: no
@@ -148,31 +150,13 @@ def _first_prices(squares, columns, N, E, W: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def balance(
-    scores,
-    token_stride,
-    expert_stride,
-    maxima,
-    squares,
-    columns,
-    gains,
-    prices_before,
-    loads_before,
-    products_before,
-    prices,
-    loads,
-    products,
-    temperature_before,
-    temperature,
-    N,
-    E,
-    W: tl.constexpr,
-    BLOCK: tl.constexpr,
-    P: tl.constexpr,
-    FIRST: tl.constexpr,
-    DAMPING: tl.constexpr,
-    MAX_STEP: tl.constexpr,
+    scores, token_stride, expert_stride, maxima, squares, columns, gains,
+    prices_before, loads_before, products_before, prices, loads, products,
+    temperature_before, temperature,
+    N, E, W: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr,
+    FIRST: tl.constexpr, DAMPING: tl.constexpr, MAX_STEP: tl.constexpr,
     SOLVER_STEPS: tl.constexpr,
-):
+):  # fmt: skip
     """Take the step that the launch before prepared, and prepare the next at this temperature.
 
     q = softmax((gains - prices) / temperature): loads[p, W] = sums of q, products[p, W, W] = q' q.
@@ -231,30 +215,12 @@ def _room(price, N, E, W: tl.constexpr):
 
 @triton.jit
 def choose(
-    gains,
-    maxima,
-    squares,
-    prices_before,
-    loads_before,
-    products_before,
-    prices,
-    priced,
-    assigned,
-    choices,
-    leads,
-    rooms,
-    filled,
-    temperature,
-    N,
-    E,
-    W: tl.constexpr,
-    BLOCK: tl.constexpr,
-    P: tl.constexpr,
-    FIRST: tl.constexpr,
-    DAMPING: tl.constexpr,
-    MAX_STEP: tl.constexpr,
+    gains, maxima, squares, prices_before, loads_before, products_before,
+    prices, priced, assigned, choices, leads, rooms, filled, temperature,
+    N, E, W: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr,
+    FIRST: tl.constexpr, DAMPING: tl.constexpr, MAX_STEP: tl.constexpr,
     SOLVER_STEPS: tl.constexpr,
-):
+):  # fmt: skip
     """Each waiting token names the expert it prefers of those with room, and by how much.
 
     choices: <int32>[N], -1 of a token that has its place; leads: <int32>[N], the lead over the
@@ -390,89 +356,3 @@ def fill(
         seen += tl.sum(waits, axis=0)
     tl.store(members + expert * C + C - 1, -1, mask=room < C)
     tl.store(has_empty + expert, (room < C).to(tl.int32))
-
-
-@triton.jit
-def exchange(
-    gains,
-    members,
-    assigned,
-    best_before,
-    slots_before,
-    movers_before,
-    has_empty_before,
-    best,
-    slots,
-    movers,
-    has_empty,
-    N,
-    E,
-    C,
-    W: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    SMALLEST_GAIN: tl.constexpr,
-):
-    """Program e: carry out what the launch before found for expert e, and look for the next.
-
-    best: <fp32>[E, W], the most that one member of e gains in each other expert; slots and movers:
-    <int32>[E, W], its slot and the token itself. Two experts exchange their best movers if each
-    gains more with the other than with any third. An empty slot moves like a token that gains 0
-    everywhere, but never to an expert that has one already. The last one writes the answer.
-    """
-    expert = tl.program_id(0)
-    row, column = tl.arange(0, W)[:, None], tl.arange(0, W)[None, :]
-    experts = tl.arange(0, W)
-    empties = tl.load(has_empty_before + experts, mask=experts < E, other=1)
-    slot, incoming = -1, -1
-    if not FIRST:
-        pairs = (row < E) & (column < E) & (row != column)
-        there = tl.load(best_before + row * W + column, mask=pairs, other=float("-inf"))
-        back = tl.load(best_before + column * W + row, mask=pairs, other=float("-inf"))
-        total, partner = tl.max(there + back, axis=1, return_indices=True)
-        is_partner = column == partner[:, None]
-        partners_own = tl.sum(tl.where(is_partner, partner[None, :], 0), axis=1)
-        swaps = (partners_own == experts) & (total > SMALLEST_GAIN)
-        out = tl.load(movers_before + row * W + column, mask=pairs & is_partner, other=0)
-        into = tl.load(movers_before + column * W + row, mask=pairs & is_partner, other=0)
-        out, into = tl.sum(out, axis=1), tl.sum(into, axis=1)
-        keeps = (empties > 0) & (out >= 0)
-        empties = tl.where(swaps, ((into < 0) | keeps).to(tl.int32), empties)
-        is_own = experts == expert
-        with_whom = tl.sum(tl.where(is_own, partner, 0), axis=0)
-        if tl.sum((is_own & swaps).to(tl.int32), axis=0) > 0:
-            slot = tl.load(slots_before + expert * W + with_whom)
-            incoming = tl.sum(tl.where(is_own, into, 0), axis=0)
-    top = tl.full([W], float("-inf"), tl.float32)
-    top_slot, top_token = tl.zeros([W], tl.int32), tl.zeros([W], tl.int32)
-    for start in range(0, C, BLOCK):
-        places = start + tl.arange(0, BLOCK)
-        tokens = tl.load(members + expert * C + places, mask=places < C, other=-1)
-        tokens = tl.where(places == slot, incoming, tokens)
-        if not FIRST:
-            tl.store(members + expert * C + places, tokens, mask=places < C)
-        there_is = (places < C) & (tokens >= 0)
-        if LAST:
-            own = tl.full([BLOCK], 0, tl.int64) + expert
-            tl.store(assigned + tokens, own, mask=there_is)
-        else:
-            at = tokens.to(tl.int64) * E
-            own = tl.load(gains + at + expert, mask=there_is, other=0.0)
-            inside = there_is[:, None] & (column < E)
-            gain = tl.load(gains + at[:, None] + column, mask=inside, other=0.0)
-            change = gain - own[:, None]
-            may = (places < C)[:, None] & (there_is[:, None] | (empties[None, :] == 0))
-            change = tl.where(may, change, float("-inf"))
-            most, place = tl.max(change, axis=0, return_indices=True)
-            chosen = tl.arange(0, BLOCK)[:, None] == place[None, :]
-            token = tl.sum(tl.where(chosen, tokens[:, None], 0), axis=0)
-            better = most > top
-            top = tl.where(better, most, top)
-            top_slot = tl.where(better, start + place, top_slot)
-            top_token = tl.where(better, token, top_token)
-    if not LAST:
-        tl.store(best + expert * W + experts, top)
-        tl.store(slots + expert * W + experts, top_slot)
-        tl.store(movers + expert * W + experts, top_token)
-        tl.store(has_empty + expert, tl.sum(tl.where(experts == expert, empties, 0), axis=0))

@@ -53,36 +53,14 @@ def _column_block(block, N, WIDTH: tl.constexpr, ROUTED: tl.constexpr, COLUMNS: 
 
 @triton.jit
 def gated_mix(
-    weight,
-    head_stride,
-    row_stride,
-    bias,
-    bias_stride,
-    values,
-    values_token,
-    values_sample,
-    gate,
-    gate_token,
-    gate_sample,
-    added,
-    added_token,
-    added_sample,
-    experts,
-    scales,
-    out,
-    mixed,
-    out_token,
-    out_sample,
-    T,
-    N,
-    PREFIX,
-    WIDTH: tl.constexpr,
-    HAS_ADDED: tl.constexpr,
-    ROUTED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    weight, head_stride, row_stride, bias, bias_stride,
+    values, values_token, values_sample, gate, gate_token, gate_sample,
+    added, added_token, added_sample, experts, scales,
+    out, mixed, out_token, out_sample,
+    T, N, PREFIX, WIDTH: tl.constexpr, HAS_ADDED: tl.constexpr,
+    ROUTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-):
+):  # fmt: skip
     """Program (i, j, h): rows i and columns j of head h of y = GELU(u1) g and of what is kept.
 
     g = tri(M) v + b + added is kept, or with ROUTED, where g = s tri(M) v + b, the product alone.
@@ -320,26 +298,11 @@ def _weights_part(
 
 @triton.jit
 def gradients_of_weights(
-    upstream,
-    upstream_token,
-    upstream_sample,
-    values,
-    values_token,
-    values_sample,
-    pairs,
-    ends,
-    scales,
-    of_weight,
-    of_bias,
-    T,
-    N,
-    PREFIX,
-    HEADS,
-    WIDTH: tl.constexpr,
-    ROUTED: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    upstream, upstream_token, upstream_sample, values, values_token, values_sample,
+    pairs, ends, scales, of_weight, of_bias,
+    T, N, PREFIX, HEADS, WIDTH: tl.constexpr,
+    ROUTED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """Program (i, j, e): rows i, columns j of dM_e = tril(dg v'); db, sums of dg's rows, for j = 0.
 
     of_weight: [E, T, T], contiguous; of_bias: [E, T]. A matrix is a head's, or with ROUTED, that of
