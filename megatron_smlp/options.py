@@ -9,10 +9,9 @@ flags/our_flags.py builds the parser from them.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin
 
-from megatron_smlp.errors import UsageError
+from megatron_smlp.partial_prediction import prefix_length
 from megatron_smlp.systems import (
     ARCHITECTURES,
     LIMITED,
@@ -452,40 +451,6 @@ def argument_of(name: str) -> dict[str, Any]:
     if choices := choices_of(fields[name]):
         return {"choices": [choice for choice in choices if choice != "none"]}
     return {"type": float if fields[name].type is float else int, "metavar": "N"}
-
-
-def prefix_length(options: Any, *, seq_length: int) -> int:
-    """P = floor(fraction x T), the tokens from which partial prediction routes; 0 without it.
-
-    The fraction is the decimal number that was written: in binary, 0.29 of 100 would be 28.
-
-    Args:
-        options: ModelOptions, or a namespace with its names.
-    """
-    is_partial = options.feature_router == "partial"
-    return int(Fraction(str(options.prefix_fraction)) * seq_length) if is_partial else 0
-
-
-def suffix_start(options: Any) -> int:
-    """P of --suffix-from, or partial prediction's; 0 where no suffix is reported.
-
-    Args:
-        options: a namespace with the names of ModelOptions and RunOptions, and seq_length.
-
-    Raises:
-        UsageError: it is not a position of a sample that has something on both sides.
-    """
-    given, seq_length = options.suffix_from, options.seq_length
-    if given is None:
-        return prefix_length(options, seq_length=seq_length)
-    inside = 0 < given < seq_length
-    position = Fraction(str(given)) * (seq_length if given < 1 else 1) if inside else Fraction(0)
-    if position < 1 or (given >= 1 and position.denominator != 1):
-        raise UsageError(
-            f"--suffix-from {given:g}: give a whole position over 0 and under --seq-length "
-            f"{seq_length}, or a fraction of it that is one, as 0.2; or leave it out."
-        )
-    return int(position)
 
 
 def options_of(values: Any) -> ModelOptions:

@@ -224,7 +224,7 @@ SPECS = [["megatron_smlp.architectures", name] for name in ARCHITECTURES]
 """What --spec may be, in the order of the architectures."""
 POSITIONS = ("learned_absolute", "rope", "none")
 """--position-embedding-type of models that attend."""
-SPATIAL = tuple(name for name, one in ARCHITECTURES.items() if MIXERS[one.mixer].spatial)
+SPATIAL = tuple(name for name, kind in ARCHITECTURES.items() if MIXERS[kind.mixer].spatial)
 
 
 @dataclass(frozen=True)

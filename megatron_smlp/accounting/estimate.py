@@ -25,7 +25,8 @@ from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.flags.check_model import check_attention, check_experts, check_sparse
 from megatron_smlp.flags.yaml_file import StrictLoader, read_yaml, spelling
-from megatron_smlp.options import ModelOptions, choices_of, model_defaults, prefix_length
+from megatron_smlp.options import ModelOptions, choices_of, model_defaults
+from megatron_smlp.partial_prediction import prefix_length
 from megatron_smlp.systems import ARCHITECTURES, TOP_K
 
 _REQUIRED = ("num_layers", "hidden_size", "seq_length")

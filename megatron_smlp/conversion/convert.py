@@ -203,12 +203,15 @@ def _weights(options: Options) -> Weights:
     if options.source == "torch_dist":
         return _of_checkpoint(options)
     values = huggingface.read_config_json(options.load)
+    files = SafetensorsFolder(options.load)
     if options.source == "gpt2" or values["model_type"] == gpt2.MODEL_TYPE:
         config = gpt2.config_of(values, options.load)
-        gpt2_files = gpt2.GPT2Folder(options.load, config)
+        files.rename(gpt2.with_prefix)
+        files.leave_out(gpt2.MASK)
+        if config.tie_word_embeddings:
+            files.leave_out_tied(gpt2.HEAD, gpt2.EMBEDDING)
         build = partial(gpt2.build, values)
-        return _of_files(options, config, gpt2_files, gpt2.import_plan, build, GPT2_DIVISIBLE_BY)
-    files = SafetensorsFolder(options.load)
+        return _of_files(options, config, files, gpt2.import_plan, build, GPT2_DIVISIBLE_BY)
     if values["model_type"] == llama.MODEL_TYPE:
         config = llama.config_of(values, options.load)
         files.leave_out(llama.NO_WEIGHT)

@@ -32,10 +32,10 @@ def fixed_tokens(*, vocab_size: int, length: int) -> Tensor:
     return torch.randint(vocab_size, (SAMPLES, min(length, MOST_TOKENS)), generator=generator)
 
 
-def largest_difference(one: Tensor, other: Tensor) -> float:
+def largest_difference(before: Tensor, after: Tensor) -> float:
     """Compare the logits that both have: padding of the vocabulary may differ."""
-    common = min(one.shape[-1], other.shape[-1])
-    return float((one[..., :common] - other[..., :common]).abs().max())
+    common = min(before.shape[-1], after.shape[-1])
+    return float((before[..., :common] - after[..., :common]).abs().max())
 
 
 def check(before: Tensor, after: Tensor) -> str:

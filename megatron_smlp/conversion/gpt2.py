@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_smlp.checkpoints.tensors import Spec
 from megatron_smlp.conversion.huggingface import impossible
 from megatron_smlp.conversion.names import QKV, HeadShape, Names, join_qkv
 from megatron_smlp.conversion.recipes import Recipe, same
-from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 
@@ -105,35 +103,9 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
         )
 
 
-class GPT2Folder:
-    """The tensors that count of a GPT-2 folder, all under names with the prefix.
-
-    Raises:
-        UsageError: a name twice, or a tied output layer that is not the embedding.
-    """
-
-    def __init__(self, folder: Path, config: SMLPConfig) -> None:
-        self.files = SafetensorsFolder(folder)
-        self.names: dict[str, str] = {}
-        for name in self.files.specs:
-            whole = name if name == HEAD or name.startswith(PREFIX) else PREFIX + name
-            if whole in self.names:
-                raise UsageError(f"{folder} holds both {name} and {self.names[whole]}.")
-            if not MASK.fullmatch(whole):
-                self.names[whole] = name
-        if config.tie_word_embeddings:
-            self.files.leave_out_tied(HEAD, self.names.get(EMBEDDING, EMBEDDING))
-            self.names.pop(HEAD, None)
-
-    @property
-    def specs(self) -> dict[str, Spec]:
-        return {whole: self.files.specs[name] for whole, name in self.names.items()}
-
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        return self.files.read(self.names[name], row)
-
-    def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
-        self.files.read_into(target, self.names[name], start=start)
+def with_prefix(name: str) -> str:
+    """Return the name of a tensor as newer files have it."""
+    return name if name == HEAD or name.startswith(PREFIX) else PREFIX + name
 
 
 def import_plan(names: Iterable[str], flags: Mapping[str, Any]) -> dict[str, Recipe]:

@@ -42,6 +42,21 @@ TENSORS = Names(
         "mlp.linear_fc2": ("mlp.down_proj",),
     },
 )
+# Our configuration's names -> Llama's, of what means the same in both.
+NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "max_position_embeddings": "max_position_embeddings",
+    "add_bias_linear": "attention_bias",
+    "attention_dropout": "attention_dropout",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+}
 KEPT = ("unpadded_vocab_size", "hidden_dropout")
 # What a Llama is, in the words of our configuration.
 IS_LLAMA = {
@@ -66,22 +81,11 @@ def exported(config: SMLPConfig) -> Any:
     # Not Llama's own: transformers keeps them for us.
     kept = {name: value for name in KEPT if (value := getattr(config, name))}
     return LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_query_groups or config.num_attention_heads,
-        max_position_embeddings=config.max_position_embeddings,
+        **{theirs: getattr(config, ours) for ours, theirs in NAMES.items()},
         rms_norm_eps=float(config.layer_norm_epsilon),
+        num_key_value_heads=config.num_query_groups or config.num_attention_heads,
         rope_parameters={"rope_type": "default", "rope_theta": float(config.rotary_base)},
-        attention_bias=config.add_bias_linear,
         mlp_bias=config.add_bias_linear,
-        tie_word_embeddings=config.tie_word_embeddings,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        attention_dropout=config.attention_dropout,
         **kept,
     )
 
@@ -113,23 +117,12 @@ def config_of(values: Mapping[str, Any], folder: Path) -> SMLPConfig:
     with impossible(f"{folder}/config.json"):
         return SMLPConfig(
             **IS_LLAMA,
-            vocab_size=theirs.vocab_size,
-            unpadded_vocab_size=values.get("unpadded_vocab_size") or theirs.vocab_size,
-            hidden_size=theirs.hidden_size,
-            ffn_hidden_size=theirs.intermediate_size,
-            num_layers=theirs.num_hidden_layers,
-            num_attention_heads=heads,
-            num_query_groups=None if groups == heads else groups,
-            max_position_embeddings=theirs.max_position_embeddings,
-            rotary_base=int(base),
+            **{ours: getattr(theirs, name) for ours, name in NAMES.items()},
             layer_norm_epsilon=theirs.rms_norm_eps,
+            unpadded_vocab_size=values.get("unpadded_vocab_size") or theirs.vocab_size,
+            num_query_groups=None if groups == heads else groups,
+            rotary_base=int(base),
             hidden_dropout=values.get("hidden_dropout", 0.0),
-            attention_dropout=theirs.attention_dropout,
-            add_bias_linear=theirs.attention_bias,
-            tie_word_embeddings=theirs.tie_word_embeddings,
-            bos_token_id=theirs.bos_token_id,
-            eos_token_id=theirs.eos_token_id,
-            pad_token_id=theirs.pad_token_id,
         )
 
 

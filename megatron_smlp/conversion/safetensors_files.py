@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ class SafetensorsFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.specs: dict[str, Spec] = {}
-        self._files: dict[str, Path] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
+        """A tensor's name -> its file, and its name there."""
         index = _read_index(self.folder / INDEX)
         if index is None and not (self.folder / SINGLE).is_file():
             raise UsageError(
@@ -61,11 +62,9 @@ class SafetensorsFolder:
 
     def _add(self, path: Path) -> None:
         with _opened(path) as file:
-            for name in _names(path):
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
                 if name in self.specs:
-                    raise UsageError(
-                        f"{path} holds {name} a second time: which one counts is unclear."
-                    )
+                    raise UsageError(f"{path} holds {name}, as another file does: which counts?")
                 tensor = file.get_slice(name)
                 if tensor.get_dtype() not in DTYPES:
                     raise DamagedCheckpointError(
@@ -73,20 +72,21 @@ class SafetensorsFolder:
                         f"{', '.join(DTYPES)}."
                     )
                 self.specs[name] = Spec(tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()])
-                self._files[name] = path
+                self._places[name] = path, name
 
     def _check(self, index: Mapping[str, str]) -> None:
         for name, file in index.items():
-            if name not in self._files or self._files[name].name != file:
+            if name not in self._places or self._places[name][0].name != file:
                 raise DamagedCheckpointError(f"{self.folder / file} lacks {name}, see {INDEX}.")
-        for name, path in self._files.items():
+        for name, (path, _) in self._places.items():
             if name not in index:
                 raise UsageError(f"{path} holds {name}, which {INDEX} does not name.")
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """Return one tensor, or one row of it; its memory is that of the file until it changes."""
-        with _opened(self._files[name]) as file:
-            tensor: Tensor = file.get_tensor(name) if row is None else file.get_slice(name)[row]
+        path, own = self._places[name]
+        with _opened(path) as file:
+            tensor: Tensor = file.get_tensor(own) if row is None else file.get_slice(own)[row]
         return tensor
 
     def read_into(self, target: Tensor, name: str, *, start: int = 0) -> None:
@@ -94,11 +94,24 @@ class SafetensorsFolder:
 
         A file is opened anew for each block, so that what was read of it does not stay in memory.
         """
+        path, own = self._places[name]
         row_bytes = target[:1].nbytes or 1
         for part in target.split(max(1, BLOCK_BYTES // row_bytes)):
-            with _opened(self._files[name]) as file:
-                part.copy_(file.get_slice(name)[start : start + len(part)])
+            with _opened(path) as file:
+                part.copy_(file.get_slice(own)[start : start + len(part)])
             start += len(part)
+
+    def rename(self, renamed: Callable[[str], str]) -> None:
+        """Give the tensors other names.
+
+        Raises:
+            UsageError: two get the same.
+        """
+        for name in list(self.specs):
+            new = renamed(name)
+            if new != name and new in self.specs:
+                raise UsageError(f"{self.folder} holds both {name} and {new}.")
+            self.specs[new], self._places[new] = self.specs.pop(name), self._places.pop(name)
 
     def leave_out(self, names: re.Pattern[str]) -> None:
         """Forget tensors that are no weights."""
@@ -119,10 +132,10 @@ class SafetensorsFolder:
             )
         del self.specs[head]
 
-    def _are_same(self, one: str, other: str) -> bool:
+    def _are_same(self, left: str, right: str) -> bool:
         """Return whether two tensors of one or more dimensions are equal bit by bit."""
-        first, second = self.read(one), self.read(other)
-        return self.specs[one] == self.specs[other] and torch.equal(
+        first, second = self.read(left), self.read(right)
+        return self.specs[left] == self.specs[right] and torch.equal(
             first.view(torch.uint8), second.view(torch.uint8)
         )
 
@@ -149,14 +162,6 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read ({error}).") from error
-
-
-def _names(path: Path) -> list[str]:
-    """Return the names in a sound file's header; the library keeps the last of two equal ones."""
-    with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-    pairs = json.loads(header, object_pairs_hook=list)
-    return [name for name, _ in pairs if name != "__metadata__"]
 
 
 def shards(specs: Mapping[str, Spec], *, limit: int) -> list[list[str]]:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -147,66 +148,80 @@ def plan(
     Args:
         source: the dense checkpoint's tensors.
         expected: the sparse model's tensors.
+        target: the sparse model's flags.
     """
-    dtype = main_dtype(source)
-    return {name: _recipe(name, shape, source, target, dtype) for name, shape in expected.items()}
+    recipes = _Recipes(source, expected, target, main_dtype(source))
+    return {name: recipes.of(name) for name in expected}
 
 
-def _recipe(
-    name: str,
-    shape: tuple[int, ...],
-    source: Mapping[str, Spec],
-    target: Mapping[str, Any],
-    dtype: torch.dtype,
-) -> Recipe:
-    layer = ".".join(name.split(".")[:3]) + "."
-    kind = name.removeprefix(layer)
-    seed = SEED + zlib.crc32(name.encode())
-    fc1, fc2 = f"{layer}mlp.linear_fc1.", f"{layer}mlp.linear_fc2."
-    norm = f"{layer}pre_mlp_layernorm."
-    folds = f"{fc1}bias" in source
-    like = {"shape": shape, "dtype": dtype}
-    if kind == "mlp.router.table":
-        return Recipe((), partial(_table, target))
-    if kind == "mlp.router.prices":
-        return Recipe((), partial(torch.zeros, shape))
-    if kind == "mlp.router.weight":
-        read = target["base_routing_input"] if target["token_router"] == "base" else "norm"
-        return Recipe((), partial(_router, **like, score=ROUTER_SCORE[read], seed=seed))
-    if kind == "self_attention.router.weight" and name not in source:
-        std = ROUTER_SCORE["norm"] / math.sqrt(shape[0])
-        return Recipe((), partial(_normal, **like, std=std, seed=seed))
-    if kind.startswith("mlp.experts."):
-        if f"{fc1}weight" not in source:  # a layer that had no FFN: its experts add nothing yet
-            std = STD if "fc1" in kind else 0.0
-            return Recipe((), partial(_normal, **like, std=std, seed=seed))
-        if "fc1" in kind:
-            names = (f"{fc1}weight", f"{fc1}bias", f"{norm}weight", f"{norm}bias")
-            make = partial(_expert_fc1, shape=shape, seed=seed)
-            return Recipe(names if folds else names[:1], make)
-        scale_of = TOKEN_ROUTERS[target["token_router"]].upcycling_scale
-        assert scale_of is not None, "refused before"
-        scale = scale_of(shape[0])
-        outputs = (f"{fc2}weight", f"{fc2}bias")
-        add_up = partial(_expert_fc2, shape=shape, scale=scale, unit=_unit(target))
-        return Recipe(outputs if folds else outputs[:1], add_up)
-    is_moe_norm = name.startswith(norm) and f"{fc1}weight" not in source
-    becomes_moe = name.startswith(norm) and folds and f"{fc1}weight" in source
-    if is_moe_norm:
-        return Recipe((), partial(torch.full, shape, float(kind.endswith("weight")), dtype=dtype))
-    if becomes_moe and not _stays_dense(layer, target):
-        return Recipe((), partial(torch.ones, shape, dtype=dtype))
-    if kind.startswith("self_attention.spatial.") and source[name].shape != shape:
-        return Recipe((name,), partial(_copied, experts=shape[0]))
-    return Recipe((name,), same)
+@dataclass(frozen=True)
+class _Recipes:
+    source: Mapping[str, Spec]
+    expected: Mapping[str, tuple[int, ...]]
+    target: Mapping[str, Any]
+    dtype: torch.dtype
+
+    def of(self, name: str) -> Recipe:
+        layer = ".".join(name.split(".")[:3]) + "."
+        part = name.removeprefix(layer)
+        if part.startswith("mlp.router."):
+            return self._router(name)
+        if part.startswith("mlp.experts."):
+            return self._experts(name, layer)
+        if part.startswith("pre_mlp_layernorm."):
+            return self._norm(name, layer)
+        if part.startswith("self_attention.router.") and name not in self.source:
+            return self._drawn(name, std=ROUTER_SCORE["norm"] / math.sqrt(self.expected[name][0]))
+        if part.startswith("self_attention.spatial."):
+            heads, experts = self.source[name].shape[0], self.expected[name][0]
+            return Recipe((name,), same if heads == experts else partial(_copied, experts=experts))
+        return Recipe((name,), same)
+
+    def _router(self, name: str) -> Recipe:
+        shape = self.expected[name]
+        if name.endswith(".table"):
+            return Recipe((), partial(_table, self.target))
+        if name.endswith(".prices"):
+            return Recipe((), partial(torch.zeros, shape))
+        is_base = self.target["token_router"] == "base"
+        score = ROUTER_SCORE[self.target["base_routing_input"] if is_base else "norm"]
+        make = partial(_router, shape=shape, dtype=self.dtype, score=score, seed=_seed(name))
+        return Recipe((), make)
+
+    def _experts(self, name: str, layer: str) -> Recipe:
+        shape, is_first = self.expected[name], "linear_fc1" in name
+        ffn, norm = f"{layer}mlp.linear_fc{1 if is_first else 2}.", f"{layer}pre_mlp_layernorm."
+        if f"{ffn}weight" not in self.source:  # there was no FFN: the experts add nothing yet
+            return self._drawn(name, std=STD if is_first else 0.0)
+        names: tuple[str, ...] = (f"{ffn}weight", f"{ffn}bias")
+        if is_first:
+            names += (f"{norm}weight", f"{norm}bias")
+            make = partial(_expert_fc1, shape=shape, seed=_seed(name))
+        else:
+            scale_of = TOKEN_ROUTERS[self.target["token_router"]].upcycling_scale
+            assert scale_of is not None, "refused before"
+            make = partial(
+                _expert_fc2, shape=shape, scale=scale_of(shape[0]), unit=_unit(self.target)
+            )
+        return Recipe(names if f"{ffn}bias" in self.source else names[:1], make)
+
+    def _norm(self, name: str, layer: str) -> Recipe:
+        becomes_moe = f"{layer}mlp.experts.experts.linear_fc1.weight" in self.expected
+        if f"{layer}mlp.linear_fc1.weight" not in self.source:
+            value = float(name.endswith("weight"))
+        elif f"{layer}mlp.linear_fc1.bias" in self.source and becomes_moe:
+            value = 1.0
+        else:
+            return Recipe((name,), same)
+        return Recipe((), partial(torch.full, self.expected[name], value, dtype=self.dtype))
+
+    def _drawn(self, name: str, *, std: float) -> Recipe:
+        shape = self.expected[name]
+        return Recipe((), partial(_normal, shape, self.dtype, std=std, seed=_seed(name)))
 
 
-def _stays_dense(layer: str, target: Mapping[str, Any]) -> bool:
-    """Return true if a Transformer's layer keeps its FFN."""
-    number, frequency = int(layer.split(".")[2]), target["moe_layer_freq"]
-    if isinstance(frequency, int):
-        return number % frequency != 0
-    return not frequency[number]
+def _seed(name: str) -> int:
+    return SEED + zlib.crc32(name.encode())
 
 
 def _unit(flags: Mapping[str, Any]) -> float:

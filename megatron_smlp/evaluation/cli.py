@@ -184,7 +184,7 @@ def evaluate_text(options: argparse.Namespace, megatron_flags: Sequence[str]) ->
 
 def _suffix_from(given: float | None, facts: argparse.Namespace, *, longest: int) -> int:
     """Return P of windows of `longest` tokens; partial prediction's own, unless one is given."""
-    from megatron_smlp.options import suffix_start
+    from megatron_smlp.partial_prediction import suffix_start
 
     of_windows = {} if given is None else {"seq_length": longest}
     start = suffix_start(argparse.Namespace(**vars(facts) | {"suffix_from": given} | of_windows))

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.unused_flags import one_of, refuse_unless
-from megatron_smlp.options import prefix_length
+from megatron_smlp.partial_prediction import prefix_length
 from megatron_smlp.systems import LIMITED, SCORING, TOKEN_ROUTERS, TOP_K, WITH_BALANCE_LOSS
 
 ALLOWED = ", ".join(TOKEN_ROUTERS)

@@ -24,7 +24,7 @@ from megatron_smlp.data.blending import (
 )
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.ranges import check_values
-from megatron_smlp.options import suffix_start
+from megatron_smlp.partial_prediction import suffix_start
 from megatron_smlp.platform import cpu
 
 

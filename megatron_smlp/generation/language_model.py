@@ -147,11 +147,11 @@ def model_of(checkpoint: Any) -> Any:
 def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, str]:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from megatron_smlp.conversion.huggingface import IMPOSSIBLE, check_folder
+    from megatron_smlp.conversion.huggingface import check_folder, impossible
 
     folder = Path(options.hf)
     check_folder(folder)
-    try:
+    with impossible(f"--hf {folder} cannot be loaded"):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto",
@@ -159,9 +159,6 @@ def _exported(options: argparse.Namespace) -> tuple[Any, TokenizerSpec | None, s
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, *IMPOSSIBLE) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"--hf {folder} cannot be loaded: {reason}") from error
     if missing := sorted(loaded["missing_keys"]):
         raise UsageError(f"--hf {folder} has no weights for {missing[0]}, which its model has.")
     # Others of its settings, as a repetition penalty, would be taken where none is asked for.

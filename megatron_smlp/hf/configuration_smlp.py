@@ -41,32 +41,32 @@ _POSITIONS = ("transformer", "aft", "causal_rn")
 """Architectures by what they have: attention, spatial gating, matrices that may be Toeplitz, an FFN
 beside the mixer, learned positions at the input."""
 
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "spatial_heads",
-    "num_feature_experts",
-    "tiny_attention_width",
-    "rotary_base",
-    "hash_count",
-    "filter_size",
-)
-
-# The largest value that each may have; the smallest is 0.
-_LARGEST = {
-    "feature_aux_loss_coeff": math.inf,
-    "moe_aux_loss_coeff": math.inf,
-    "moe_z_loss_coeff": math.inf,
-    "moe_router_bias_update_rate": math.inf,
-    "hidden_dropout": 1,
-    "attention_dropout": 1,
-    "layer_norm_epsilon": 1,
-    "initializer_range": math.inf,
+_TOP_K = ("token_router", ("topk",))
+# A field that is for some values of another one.
+_IS_FOR = {
+    "toeplitz": ("architecture", _TOEPLITZ),
+    "mixer_expansion": ("architecture", ("mixer",)),
+    **dict.fromkeys(("swiglu", "num_query_groups"), ("architecture", _ATTENTION)),
+    **dict.fromkeys(("feature_router", "num_dense_layers"), ("architecture", ("smlp",))),
+    **dict.fromkeys(("moe_router_topk", "moe_router_topk_scaling_factor"), _TOP_K),
+    "moe_router_enable_expert_bias": _TOP_K,
+    "moe_shared_expert_intermediate_size": _TOP_K,
 }
+_POSITIVE = (
+    *("vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads"),
+    *("num_query_groups", "max_position_embeddings", "spatial_heads", "tiny_attention_width"),
+    *("num_feature_experts", "relation_width", "rotary_base", "hash_count", "filter_size"),
+)
+_OVER_ZERO = (
+    *("moe_train_capacity_factor", "moe_eval_capacity_factor", "moe_router_topk_scaling_factor"),
+    "moe_shared_expert_intermediate_size",
+)
+_LARGEST = {
+    **dict.fromkeys(("hidden_dropout", "attention_dropout", "layer_norm_epsilon"), 1),
+    **dict.fromkeys(("feature_aux_loss_coeff", "moe_aux_loss_coeff", "moe_z_loss_coeff"), math.inf),
+    **dict.fromkeys(("moe_router_bias_update_rate", "initializer_range"), math.inf),
+}
+"""The largest value that each may have; the smallest is 0."""
 
 
 @strict
@@ -227,7 +227,6 @@ class SMLPConfig(PreTrainedConfig):
         self._check_input()
         self._check_widths()
         self._check_experts()
-        self._check_top_k()
         self._check_features()
 
     @property
@@ -279,59 +278,52 @@ class SMLPConfig(PreTrainedConfig):
             return index % self.moe_layer_freq == 0
         return bool(self.moe_layer_freq[index])
 
+    def _require(self, name: str, is_possible: bool, what: str) -> None:
+        if not is_possible:
+            raise ValueError(f"{name}={getattr(self, name)}: must {what}")
+
     def _check_choices(self) -> None:
         for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}"
-                )
+            what = f"be one of {', '.join(allowed)}"
+            self._require(name, getattr(self, name) in allowed, what)
+        for name, (field, values) in _IS_FOR.items():
+            value, given = getattr(self, name), getattr(self, field)
+            if value and value != "none" and given not in values:
+                kinds = " or ".join(values)
+                raise ValueError(f"{name}={value} is for {field}={kinds}, not {given}")
         for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
-        if self.relation_width is not None and self.relation_width < 1:
-            raise ValueError(f"relation_width={self.relation_width}: must be 1 or more, or None")
-        if self.unpadded_vocab_size is not None and self.unpadded_vocab_size > self.vocab_size:
-            raise ValueError(
-                f"unpadded_vocab_size={self.unpadded_vocab_size}: must be at most vocab_size="
-                f"{self.vocab_size}, or None"
-            )
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "be 1 or more")
+        for name in _OVER_ZERO:
+            value = getattr(self, name)
+            is_possible = value is None or 0 < value < math.inf
+            self._require(name, is_possible, "be over 0 and finite, or None")
         for name, largest in _LARGEST.items():
             value = getattr(self, name) or 0
-            if not 0 <= value <= largest or math.isinf(value):
-                raise ValueError(f"{name}={value}: must be finite, and lie between 0 and {largest}")
+            is_possible = 0 <= value <= largest and not math.isinf(value)
+            self._require(name, is_possible, f"be finite, and lie between 0 and {largest}")
+        self._require(
+            "unpadded_vocab_size",
+            (self.unpadded_vocab_size or 0) <= self.vocab_size,
+            f"be at most vocab_size={self.vocab_size}, or None",
+        )
 
     def _check_input(self) -> None:
-        if self.input_projection != "minhash":
-            return
-        self.tie_word_embeddings = False  # there is no table that the output layer could share
-        if not 0 <= self.window < self.max_position_embeddings:
-            raise ValueError(
-                f"window={self.window}: must be 0 or more, and under max_position_embeddings="
-                f"{self.max_position_embeddings}"
-            )
+        if self.input_projection == "minhash":
+            self.tie_word_embeddings = False  # there is no table that the output layer could share
+            length = self.max_position_embeddings
+            what = f"be 0 or more, and under max_position_embeddings={length}"
+            self._require("window", 0 <= self.window < length, what)
 
     def _check_widths(self) -> None:
-        if self.toeplitz and self.architecture not in _TOEPLITZ:
-            raise ValueError(
-                f"toeplitz=True is for the spatial matrices of architecture="
-                f"{', '.join(_TOEPLITZ)}; a {self.architecture} has none"
-            )
-        if self.mixer_expansion and self.architecture != "mixer":
-            raise ValueError(
-                f"mixer_expansion=True is for architecture=mixer, not {self.architecture}"
-            )
         if self.architecture in (*_ATTENTION, "aft"):
             self._check_divides("hidden_size=", self.hidden_size, "num_attention_heads")
         if self.architecture in _ATTENTION:
             self._check_heads()
-        elif (
-            self.swiglu or self.num_query_groups or self.position_embedding_type != self._positions
-        ):
-            raise ValueError(
-                f"swiglu={self.swiglu}, position_embedding_type={self.position_embedding_type!r} "
-                f"and num_query_groups={self.num_query_groups} are for architecture=transformer: "
-                "leave them out"
-            )
+        else:
+            what = f"be {self._positions} with architecture={self.architecture}"
+            is_possible = self.position_embedding_type == self._positions
+            self._require("position_embedding_type", is_possible, what)
         if self.architecture == "mixer":
             self._check_divides("hidden_size=", self.hidden_size, "spatial_heads")
         if self.architecture in _GATING:
@@ -345,11 +337,9 @@ class SMLPConfig(PreTrainedConfig):
             raise ValueError(f"{field}={getattr(self, name)} must divide {what}{width:g}")
 
     def _check_heads(self) -> None:
-        groups = self.num_query_groups
-        if groups is not None and (groups < 1 or self.num_attention_heads % groups):
-            raise ValueError(
-                f"num_query_groups={groups} must divide "
-                f"num_attention_heads={self.num_attention_heads}"
+        if self.num_query_groups is not None:
+            self._check_divides(
+                "num_attention_heads=", self.num_attention_heads, "num_query_groups"
             )
         width = self.hidden_size // self.num_attention_heads
         if self.position_embedding_type == "rope" and width % 2:
@@ -362,87 +352,44 @@ class SMLPConfig(PreTrainedConfig):
         if self.token_router == "none":
             return
         fewest = 2 if self.token_router == "gshard" else 1
-        if self.num_experts is None or self.num_experts < fewest:
-            raise ValueError(
-                f"num_experts={self.num_experts}: token_router={self.token_router} needs "
-                f"{fewest} or more"
-            )
+        what = f"be {fewest} or more with token_router={self.token_router}"
+        self._require("num_experts", (self.num_experts or 0) >= fewest, what)
+        if self.token_router == "topk":
+            is_possible = 1 <= (self.moe_router_topk or 0) <= (self.num_experts or 0)
+            what = f"lie between 1 and num_experts={self.num_experts}"
+            self._require("moe_router_topk", is_possible, what)
+            if self.moe_router_enable_expert_bias:
+                is_possible = self.moe_router_score_function == "sigmoid"
+                self._require("moe_router_score_function", is_possible, "be sigmoid, with a bias")
+        layers = self.moe_layer_freq
         if self.architecture != "smlp":
-            self._check_layers_with_experts()
+            is_possible = (
+                layers >= 1
+                if isinstance(layers, int)
+                else (len(layers) == self.num_layers and {*layers} <= {0, 1})
+            )
+            what = f"be 1 or more, or a list with a 0 or 1 for each of num_layers={self.num_layers}"
+            self._require("moe_layer_freq", is_possible, what)
         for name, by_prices in (("base_eval", "prices"), ("base_gate", "price")):
             if getattr(self, name) == by_prices and self.base_prices == "none":
                 raise ValueError(f"{name}={by_prices}: the model has no prices (base_prices=none)")
-        for name in ("moe_train_capacity_factor", "moe_eval_capacity_factor"):
-            factor = getattr(self, name)
-            if factor is not None and factor <= 0:
-                raise ValueError(f"{name}={factor}: must be over 0, or None to drop nothing")
-
-    def _check_layers_with_experts(self) -> None:
-        layers = self.moe_layer_freq
-        if isinstance(layers, int):
-            is_possible = layers >= 1
-        else:
-            is_possible = len(layers) == self.num_layers and set(layers) <= {0, 1}
-        if not is_possible:
-            raise ValueError(
-                f"moe_layer_freq={layers}: must be 1 or more, or a list with a 0 or 1 for each of "
-                f"num_layers={self.num_layers}"
-            )
-
-    def _check_top_k(self) -> None:
-        names = (
-            "moe_router_topk",
-            "moe_router_enable_expert_bias",
-            "moe_router_topk_scaling_factor",
-            "moe_shared_expert_intermediate_size",
-        )
-        if self.token_router != "topk":
-            for name in names:
-                if getattr(self, name):
-                    raise ValueError(
-                        f"{name}={getattr(self, name)} is for token_router=topk, not "
-                        f"{self.token_router}"
-                    )
-            return
-        if not 1 <= (self.moe_router_topk or 0) <= (self.num_experts or 0):
-            raise ValueError(
-                f"moe_router_topk={self.moe_router_topk}: must lie between 1 and "
-                f"num_experts={self.num_experts}"
-            )
-        if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
-            raise ValueError(
-                "moe_router_enable_expert_bias=True is for moe_router_score_function=sigmoid, not "
-                f"{self.moe_router_score_function}"
-            )
-        for name in names[2:]:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value}: must be over 0 and finite, or None")
 
     def _check_features(self) -> None:
         if self.architecture != "smlp":
-            if self.feature_router != "none" or self.num_dense_layers:
-                raise ValueError(
-                    f"feature_router={self.feature_router} and num_dense_layers="
-                    f"{self.num_dense_layers} are for architecture=smlp, not {self.architecture}"
-                )
             return
-        if not 0 <= self.num_dense_layers <= self.num_layers:
-            raise ValueError(
-                f"num_dense_layers={self.num_dense_layers}: must lie between 0 and "
-                f"num_layers={self.num_layers}"
-            )
-        if self.feature_router == "deterministic" and self.num_chunks != self.num_feature_experts:
-            raise ValueError(
-                f"num_feature_chunks={self.num_chunks}: deterministic routing gives chunk i to "
-                f"expert i, so it must equal num_feature_experts={self.num_feature_experts}"
-            )
-        if self.feature_router == "partial" and not (
-            0 < self.prefix_fraction < 1 and self.prefix_length
-        ):
-            raise ValueError(
-                f"prefix_fraction={self.prefix_fraction}: must lie between 0 and 1 and leave at "
-                f"least one of max_position_embeddings={self.max_position_embeddings} tokens"
+        is_possible = 0 <= self.num_dense_layers <= self.num_layers
+        what = f"lie between 0 and num_layers={self.num_layers}"
+        self._require("num_dense_layers", is_possible, what)
+        if self.feature_router == "deterministic":
+            is_possible = self.num_chunks == self.num_feature_experts
+            what = f"equal num_feature_experts={self.num_feature_experts}: chunk i goes to expert i"
+            self._require("num_feature_chunks", is_possible, what)
+        if self.feature_router == "partial":
+            self._require(
+                "prefix_fraction",
+                0 < self.prefix_fraction < 1 and self.prefix_length > 0,
+                "lie between 0 and 1 and leave at least one of max_position_embeddings="
+                f"{self.max_position_embeddings} tokens",
             )
 
 

@@ -2,16 +2,13 @@
 
     g_i = s_i * (M_e(i) LN(u2_i)) + b_e(i)           i = 1..C chunks of F/C features, E experts
 
-Both rules are of Yu et al., arXiv 2203.06850, section 3. Parameters grow by E T T a layer, FLOPs do
-not grow with E.
+e(i) and s_i are those of routers/deterministic.py or routers/prefix.py. Parameters grow by E T T a
+layer, FLOPs do not grow with E.
 
-Deterministic: C = E, e(i) = i, s_i = 1. Nothing is learned and no token is looked at, so it is
-causal, and where tp divides E it needs no communication.
-
-Partial prediction: the first P tokens of a sample choose e(i) and s_i (routers/prefix.py) for its
-rows t >= P. Rows t < P must not see all of the prefix: they use e(i) = i mod E and s_i = 1, as a
-whole sequence of fewer than P tokens does. Tensor parallelism shards the chunks; any of them may
-choose any expert, so every rank holds all M and b, and their gradients are summed over the ranks.
+Partial prediction routes the rows t >= P of a sample by its prefix; rows t < P, and a whole
+sequence of fewer than P tokens, are routed deterministically. Tensor parallelism shards the chunks;
+any of them may choose any expert, so every rank holds all M and b, and their gradients are summed
+over the ranks.
 
 Letters: T tokens of this call, B batch, C' chunks of this rank, f = F/C features of one, E experts,
 P prefix length, R = B C'.
@@ -33,6 +30,7 @@ from megatron_smlp.layers.projections import await_parameters
 from megatron_smlp.layers.spatial_gating import SpatialGating, gating_spec
 from megatron_smlp.ops.gated_mix import Routing, gated_mix
 from megatron_smlp.ops.gelu_norm import gelu_norm
+from megatron_smlp.routers.deterministic import experts_of_chunks
 from megatron_smlp.routers.prefix import Choice, PrefixRouter
 
 
@@ -113,7 +111,7 @@ class PartialFeatureMoE(SpatialGating):
     def _routing(self, means: Tensor) -> Routing:
         """means: <fp32>[T, B, C'] of the chunks."""
         tokens, batch, _ = means.shape
-        experts = self._default_experts(means.device).expand(batch, -1)
+        experts = self._deterministic(means.device).expand(batch, -1)
         choice = Choice(experts, torch.ones(experts.shape, device=means.device))
         if tokens > self.prefix_length:
             choice = self.router(means)
@@ -123,10 +121,11 @@ class PartialFeatureMoE(SpatialGating):
             min(self.prefix_length, tokens),
         )
 
-    def _default_experts(self, device: torch.device) -> Tensor:
+    def _deterministic(self, device: torch.device) -> Tensor:
         """Return the experts of this rank's chunks for the rows of the prefix: <int64>[C']."""
-        chunks = torch.arange(self.local_heads, device=device)
-        return (self.first_chunk + chunks) % self.num_experts
+        return experts_of_chunks(
+            self.first_chunk, self.local_heads, num_experts=self.num_experts, device=device
+        )
 
     def gated(self, u1: Tensor, u2: Tensor, attended: Tensor | None) -> Tensor:
         """See the base class; nothing is attended here."""
@@ -154,7 +153,7 @@ class PartialFeatureMoE(SpatialGating):
             g of the rows t < P, <float>[p, B, C', f].
         """
         rows, batch = chunks.shape[:2]
-        experts = self._default_experts(weight.device)
+        experts = self._deterministic(weight.device)
         weight = self.spatial.first(weight, rows)[experts]
         bias = bias[:, :rows][experts]
         columns = chunks.permute(2, 0, 1, 3).flatten(2)  # [C', p, B f]: one GEMM a chunk

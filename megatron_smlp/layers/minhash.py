@@ -138,18 +138,17 @@ class MinHashProjection(MegatronModule):
         return state
 
 
-def replace_embedding(model: nn.Module) -> MinHashProjection | None:
+def replace_embedding(model: Any) -> MinHashProjection | None:
     """Put the projection in the place of a model's word embeddings, its table all 0.
 
     Returns:
         it, or None where the model, or this stage of it, has none.
     """
-    found: Any = model
-    embedding = getattr(found, "embedding", None)
-    if embedding is None or getattr(found.config, "input_projection", "embedding") != "minhash":
+    embedding = getattr(model, "embedding", None)
+    if embedding is None or getattr(model.config, "input_projection", "embedding") != "minhash":
         return None
     projection = MinHashProjection(
-        found.config,
+        model.config,
         vocab_size=embedding.vocab_size,
         device=embedding.word_embeddings.weight.device,
     )

@@ -126,7 +126,7 @@ class Experts(SequentialMLP):
         return (output * weights.unsqueeze(-1)).to(output.dtype), None
 
     def one_by_one(self, hidden_states: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """f_e(h): <float>[n, D]; the slow twin of `grouped`."""
+        """f_e(h): <float>[n, D]; the reference of `grouped`."""
         groups = hidden_states.split(tokens_per_expert.tolist())
         outputs = [
             expert(group)[0] for expert, group in zip(self.local_experts, groups, strict=True)
@@ -175,13 +175,11 @@ class Experts(SequentialMLP):
         if _leaves_empty_groups_undefined(x) and stacked.requires_grad:
             has_tokens = ends.diff(prepend=ends.new_zeros(1)) > 0
             stacked.register_hook(partial(torch.where, has_tokens[:, None, None], other=0.0))
-        # Not the tensor itself: the graph keeps both functions.
-        place, strides = stacked.untyped_storage().data_ptr(), stacked.stride()
+        strides = stacked.stride()  # not the tensor itself: the graph keeps both functions
 
         def pack(kept: Tensor) -> Tensor | bool:
-            if kept.untyped_storage().data_ptr() != place:
-                return kept
-            return kept.stride() == strides
+            # Of what the product keeps, x, ends and the stack, only this has three dimensions.
+            return kept.stride() == strides if kept.dim() == 3 else kept
 
         def unpack(kept: Tensor | bool) -> Tensor:
             if isinstance(kept, Tensor):

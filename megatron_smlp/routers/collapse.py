@@ -17,7 +17,7 @@ CLOSED = 0.5
 
 
 class CollapseWatch:
-    """Says once of each router, and of each way to collapse, that it did.
+    """Says once of each router, and of each sign of a collapse, that it shows.
 
     Args:
         fixed: kinds of routers whose load they do not choose (HASH).
@@ -30,7 +30,7 @@ class CollapseWatch:
     def warnings(
         self, loads: Mapping[RouterKey, RouterLoad], *, iteration: int, title: str = ""
     ) -> Iterator[str]:
-        """Return a line for each router and way since the last call.
+        """Return a line for each router and sign since the last call.
 
         title: of an evaluation; empty in training.
         """
@@ -38,18 +38,18 @@ class CollapseWatch:
         for key, load in loads.items():
             if key.kind in self.fixed:
                 continue
-            for way, what in _ways(load):
-                if (key, way) in self.warned:
+            for sign, what in _signs(load):
+                if (key, sign) in self.warned:
                     continue
-                self.warned.add((key, way))
+                self.warned.add((key, sign))
                 yield (
                     f"warning: iteration {when}: the {key.kind} router of layer {key.layer} "
                     f"collapses: {what} (docs/metrics.md)"
                 )
 
 
-def _ways(load: RouterLoad) -> Iterator[tuple[str, str]]:
-    """Yield the name of each way in which a router has collapsed, and by what that is seen."""
+def _signs(load: RouterLoad) -> Iterator[tuple[str, str]]:
+    """Yield each sign of a collapse, and what shows it."""
     if load.entropy < COLLAPSED:
         busiest = load.load_share.index(load.load_share_max)
         what = f"entropy {load.entropy:.2f} of log E is under {COLLAPSED}, expert {busiest} gets"

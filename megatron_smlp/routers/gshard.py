@@ -82,7 +82,7 @@ def attach_samples(model: nn.Module, keys: Tensor) -> None:
     is; keys: draws.sample_keys."""
     readers = _readers.get(model)
     if readers is None:  # a walk over thousands of experts takes longer than their launches
-        found = (getattr(module, "samples", None) for module in model.modules())
-        readers = _readers[model] = [one for one in found if isinstance(one, Handed)]
-    for samples in readers:
-        samples.hand(keys)
+        samples = (getattr(module, "samples", None) for module in model.modules())
+        readers = _readers[model] = [it for it in samples if isinstance(it, Handed)]
+    for reader in readers:
+        reader.hand(keys)

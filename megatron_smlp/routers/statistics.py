@@ -116,11 +116,11 @@ class RouterCounter:
     def pop(self, *, training: bool) -> Tensor:
         """Return the sums since the last call: <fp64>[E + FIELDS] on the device."""
         row, on_host = self.sums[int(training)], self.on_host[int(training)]
-        found = row.clone()
-        found[self.num_experts :] += on_host.to(found.device)
+        sums = row.clone()
+        sums[self.num_experts :] += on_host.to(sums.device)
         row.zero_()
         on_host.zero_()
-        return found
+        return sums
 
 
 class CountedRouter:

@@ -3,10 +3,10 @@
     loss = sum over tokens of mask * -log p(label) / number of tokens        of one micro-batch
 
 Megatron averages over micro-batches, or, with --calculate-per-token-loss, over all their tokens.
-Partial prediction (arXiv 2203.06850, section 3) trains on the positions t >= P only. With
---suffix-from P the loss of these is reported beside the whole, whatever the system is.
+Which positions count with partial prediction, and whose loss is reported beside, is said in
+partial_prediction.py.
 
-Letters: B micro-batch, T sequence length, P prefix length.
+Letters: B micro-batch, T sequence length.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_ran
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
-from megatron_smlp.options import prefix_length, suffix_start
+from megatron_smlp.partial_prediction import suffix_start, trained_from
 from megatron_smlp.routers.balance_loss import scale_balance_losses
 from megatron_smlp.routers.draws import sample_keys
 from megatron_smlp.routers.gshard import attach_samples
@@ -91,9 +91,8 @@ class ForwardStep:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """token_losses, loss_mask: <float>[B, T] -> summed loss, number of tokens, report."""
         args = get_args()
-        prefix = prefix_length(args, seq_length=args.seq_length)
         trains = token_losses.requires_grad
-        start = prefix if trains and args.partial_loss == "suffix" else 0
+        start = trained_from(args) if trains else 0
         loss, num_tokens = _masked_sum(token_losses, loss_mask, start=start)
         if trains:
             self._look_at(loss.detach())

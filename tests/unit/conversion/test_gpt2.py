@@ -7,17 +7,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.conversions import from_gpt2, from_hf, run
-from support.in_process import pretrained
-from support.launches import records
+from support.conversions import from_gpt2, from_hf, megatron_logits, run
 from torch import Tensor
-from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
-from megatron_smlp.conversion import megatron_model
 from megatron_smlp.errors import UsageError
-from megatron_smlp.platform.one_process import one_process
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101,
@@ -57,12 +52,6 @@ def their_logits(folder: Path, tokens: Tensor) -> Tensor:
     return logits
 
 
-def our_logits(run_folder: Path, tokens: Tensor) -> Tensor:
-    with one_process():
-        checkpoint = TorchDistCheckpoint(run_folder)
-        return megatron_model.logits(megatron_model.build(checkpoint.flags), checkpoint, tokens)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
     folder = save_gpt2(tmp_path / "gpt2", **VARIANTS[variant])
@@ -70,7 +59,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
     assert "forward check" in said[0]
     tokens = torch.randint(101, (3, 16))
     torch.testing.assert_close(
-        our_logits(tmp_path / "run", tokens)[..., :101],
+        megatron_logits(tmp_path / "run", tokens)[..., :101],
         their_logits(folder, tokens),
         rtol=0,
         atol=1e-4,
@@ -105,48 +94,12 @@ def test_older_files(tmp_path: Path) -> None:
     older["lm_head.weight"] = older["wte.weight"]
     edit(folder, older)
     run(from_hf, folder, tmp_path / "run")  # which sees what it is
-    logits = our_logits(tmp_path / "run", tokens)[..., :101]
+    logits = megatron_logits(tmp_path / "run", tokens)[..., :101]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     older["lm_head.weight"] = older["wte.weight"] + 1
     edit(folder, older)
-    with pytest.raises(UsageError, match=r"lm_head\.weight, which is not wte\.weight"):
+    with pytest.raises(UsageError, match=r"lm_head\.weight, which is not transformer\.wte\.weight"):
         run(from_gpt2, folder, tmp_path / "other")
-
-
-def test_what_was_imported_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first loss is that of transformers on the same tokens, and training lowers it."""
-    folder = save_gpt2(tmp_path / "gpt2")
-    run(from_gpt2, folder, tmp_path / "run", checks=False, divisible_by=1)
-    batches = watch_batches(monkeypatch)
-    words = (
-        f"--use-checkpoint-args --load {tmp_path / 'run'} --save {tmp_path / 'more'} --mock-data "
-        "--tokenizer-type NullTokenizer --vocab-size 101 --train-iters 20 --log-interval 1 "
-        "--lr 1e-2 --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2 "
-        "--global-batch-size 2 --eval-iters 0 --num-workers 0"
-    )
-    with pretrained(words, base=""):
-        losses = [r["loss"] for r in records(tmp_path / "more") if "loss" in r]
-    tokens, labels = batches[0]
-    expected = functional.cross_entropy(
-        their_logits(folder, tokens).flatten(0, 1), labels.flatten()
-    )
-    assert losses[0] == pytest.approx(float(expected), abs=1e-4)
-    assert losses[-1] < losses[0] - 0.5
-
-
-def watch_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """Tokens and labels of the calls of Megatron's model from now on."""
-    from megatron.core.models.gpt import GPTModel
-
-    batches: list[tuple[Tensor, Tensor]] = []
-    original = GPTModel.forward
-
-    def forward(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        batches.append((input_ids.clone(), kwargs["labels"].clone()))
-        return original(self, input_ids, *args, **kwargs)
-
-    monkeypatch.setattr(GPTModel, "forward", forward)
-    return batches
 
 
 @pytest.mark.parametrize(
@@ -166,18 +119,4 @@ def test_what_cannot_be_imported_is_named(
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UsageError, match=message):
-        run(from_gpt2, folder, tmp_path / "run")
-
-
-@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
-def test_a_wrong_tensor_is_named(tmp_path: Path, change: str) -> None:
-    folder = save_gpt2(tmp_path / "gpt2")
-    tensors = load_file(folder / "model.safetensors")
-    name = "transformer.h.1.mlp.c_fc.weight"
-    if change == "missing":
-        del tensors[name]
-    else:
-        tensors["score.weight" if change == "unknown" else name] = torch.ones(3, 7)
-    edit(folder, tensors)
-    with pytest.raises(UsageError, match=r"score\.weight" if change == "unknown" else name):
         run(from_gpt2, folder, tmp_path / "run")
