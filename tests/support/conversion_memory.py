@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.conversions import from_gpt2, from_hf, run
+from support.conversions import from_hf, run
 from torch import Tensor
 
 from megatron_smlp.checkpoints.tensors import Spec
 from megatron_smlp.conversion import convert, huggingface
-from megatron_smlp.conversion.safetensors_files import write_folder
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.platform.allocator import return_large_blocks
 
@@ -43,16 +42,6 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "vocab_size": 25_600,
         },
     ),
-    "transformer in bf16": (
-        {"architecture": "transformer"},
-        {
-            "hidden_size": 1024,
-            "ffn_hidden_size": 4096,
-            "num_layers": 12,
-            "num_attention_heads": 16,
-            "vocab_size": 51_200,
-        },
-    ),
     "smlp": (
         {**MOE, "num_experts": 4},
         {
@@ -71,41 +60,19 @@ def drawn(specs: dict[str, Spec]) -> Iterator[tuple[str, Tensor]]:
     for name, spec in specs.items():
         if not spec.dtype.is_floating_point:
             yield name, torch.zeros(spec.shape, dtype=spec.dtype)
-        elif name.endswith("norm.weight") or ("ln_" in name and name.endswith("weight")):
+        elif name.endswith("norm.weight"):
             yield name, torch.ones(spec.shape, dtype=spec.dtype)
         else:
             yield name, torch.randn(spec.shape, dtype=spec.dtype) * 0.02
 
 
-def write_exported(folder: Path, dtype: torch.dtype, **flags: Any) -> dict[str, Spec]:
+def write_exported(folder: Path, **flags: Any) -> dict[str, Spec]:
     config = SMLPConfig(**flags)
     tensors = huggingface.build(config).state_dict()
     expected = huggingface.expected_shapes(huggingface.build(config))
-    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     specs = {name: Spec(tuple(tensors[name].shape), tensors[name].dtype) for name in expected}
     folder.mkdir(parents=True)
     huggingface.write(folder, config, specs, drawn(specs), shard_limit=SHARD, tokenizer=None)
-    return specs
-
-
-def write_gpt2(folder: Path, **flags: Any) -> dict[str, Spec]:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=flags["vocab_size"] - 43,
-        n_positions=64,
-        n_embd=flags["hidden_size"],
-        n_layer=flags["num_layers"],
-        n_head=flags["num_attention_heads"],
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.device("meta"):
-        parameters = dict(GPT2LMHeadModel(config).named_parameters())
-    specs = {name: Spec(tuple(p.shape), p.dtype) for name, p in parameters.items()}
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    write_folder(folder, specs, drawn(specs), limit=SHARD)
     return specs
 
 
@@ -127,19 +94,14 @@ def _memory(kind: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(folder: Path, kind: str, flags: dict[str, Any]) -> dict[str, Any]:
+def measure(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """Bytes of each conversion, of the largest tensor and of the whole model."""
-    dtype = torch.bfloat16 if kind.endswith("bf16") else torch.float32
-    specs = write_exported(folder / "hf", dtype, **flags)
-    if kind == "transformer":
-        specs |= write_gpt2(folder / "gpt2", **flags)
+    specs = write_exported(folder / "hf", **flags)
     pairs: dict[str, tuple[Any, str, str]] = {
         "hf to torch_dist": (from_hf, "hf", "run"),
         "torch_dist to hf": (convert.torch_dist_to_hf, "run", "again"),
         "torch_dist to torch_dist": (convert.torch_dist_to_torch_dist, "run", "rewritten"),
     }
-    if kind == "transformer":
-        pairs["gpt2 to torch_dist"] = from_gpt2, "gpt2", "imported"
     peaks = {}
     for name, (work, load, save) in pairs.items():
         peak = Peak()
@@ -154,8 +116,8 @@ def main(folder: Path) -> None:
     return_large_blocks()
     found = {}
     for kind, (flags, large) in KINDS.items():
-        measure(folder / f"small {kind}", kind, {**SMALL, **flags})
-        found[kind] = measure(folder / kind, kind, {**SMALL, **flags, **large})
+        measure(folder / f"small {kind}", {**SMALL, **flags})
+        found[kind] = measure(folder / kind, {**SMALL, **flags, **large})
     print(json.dumps(found))
 
 

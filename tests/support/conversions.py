@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.checkpoints.tensors import Source, Spec
-from megatron_smlp.conversion import convert
+from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
+from megatron_smlp.conversion import convert, megatron_model
 from megatron_smlp.conversion.huggingface import expected_shapes, write
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
+from megatron_smlp.platform.one_process import one_process
 
 
 def save_exported(model: SMLPForCausalLM, folder: Path) -> Path:
@@ -49,6 +51,13 @@ def weights(source: Source) -> dict[str, Tensor]:
 
 def folder_weights(folder: Path) -> dict[str, Tensor]:
     return weights(SafetensorsFolder(folder))
+
+
+def megatron_logits(folder: Path, tokens: Tensor) -> Tensor:
+    """<fp32>[B, T, V] of a checkpoint, by Megatron's model."""
+    with one_process():
+        checkpoint = TorchDistCheckpoint(folder)
+        return megatron_model.logits(megatron_model.build(checkpoint.flags), checkpoint, tokens)
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -62,7 +62,7 @@ class Gate:
         return torch.randn(shape).to(self.dtype)
 
     def call(self, operands: list[Tensor], *, twin: bool = False) -> Tensor:
-        """The gate, or its slow twin."""
+        """The gate, or its reference."""
         from megatron_smlp.ops import gated_mix as ops
 
         if self.normed:
@@ -89,7 +89,7 @@ def by_kernels(gate: Gate) -> list[Tensor]:
 
 
 def exactly(gate: Gate) -> list[Tensor]:
-    """The same by the slow twin in fp64, of operands as they are rounded for the kernels."""
+    """The same by the reference in fp64, of operands as they are rounded for the kernels."""
     operands = gate.operands()
     operands[gate.matrix] = operands[gate.matrix].to(gate.dtype)
     operands = [operand.detach().double().requires_grad_() for operand in operands]

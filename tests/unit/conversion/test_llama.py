@@ -15,7 +15,6 @@ from support.conversions import (
     weights,
 )
 from support.in_process import pretrained
-from support.launches import records
 from support.smlp_systems import make_ids
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -116,21 +115,6 @@ def test_a_trained_one_generates_in_transformers_and_comes_back(
     assert_same(weights(checkpoint), weights(again))
     changed = {name for name, value in checkpoint.flags.items() if again.flags[name] != value}
     assert all(name.startswith("moe_") for name in changed), "there are no experts"
-
-
-def test_what_came_back_trains_on(tmp_path: Path) -> None:
-    """By --load, with the loss of the run that it came from."""
-    with pretrained(f"{FLAGS} --save {tmp_path / 'run'}"):
-        pass
-    run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf", checks=False)
-    run(from_hf, tmp_path / "hf", tmp_path / "again", checks=False)
-    losses = []
-    for name, load in (("one", f"{tmp_path / 'run'} --finetune"), ("two", tmp_path / "again")):
-        log = tmp_path / name
-        with pretrained(f"{FLAGS} --load {load} --log-dir {log} --train-iters 2"):
-            losses.append([line["loss"] for line in records(log) if "loss" in line])
-    assert len(losses[1]) == 2
-    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from support.language_models import save_tokenizer
 from support.launches import clean_environment, records
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from megatron_smlp.conversion import cli, convert
-from megatron_smlp.errors import UsageError
+from megatron_smlp.conversion import convert
 
 SYSTEMS = {
     "sparse": "--architecture smlp --num-dense-layers 1 --feature-router deterministic "
@@ -99,24 +98,3 @@ def test_of_an_imported_gpt2_no_training_is_claimed(tmp_path: Path) -> None:
     assert front_matter(tmp_path / "hf").tags == ["megatron-smlp", "smlp", "transformer"]
     assert not re.search(r"\btrained|iteration|validation", text)
     assert "| layers | 2 |" in text
-
-
-def test_a_card_that_was_edited_is_not_lost_unasked(trained: Path, tmp_path: Path) -> None:
-    run(convert.torch_dist_to_hf, trained, tmp_path / "hf", checks=False)
-    card = tmp_path / "hf" / "README.md"
-    card.write_text("mine", encoding="utf-8")
-    with pytest.raises(UsageError, match="is not empty: give another folder, or --overwrite"):
-        run(convert.torch_dist_to_hf, trained, tmp_path / "hf", checks=False)
-    assert card.read_text("utf-8") == "mine"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--to hf --license Apache_2.0", "--license Apache_2.0: give a name of the Hub's"),
-        ("--to torch_dist --license mit", "--license says nothing about --from torch_dist"),
-    ],
-)
-def test_a_license_that_cannot_be(trained: Path, tmp_path: Path, words: str, said: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(said)):
-        cli.main(f"--load {trained} --save {tmp_path / 'hf'} {words}".split())

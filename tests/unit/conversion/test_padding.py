@@ -1,6 +1,5 @@
 """Another padding of the vocabulary: the same logits of real tokens, and back again bitwise."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,6 @@ from support.smlp_systems import make_model
 
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
-from megatron_smlp.conversion.padding import padded_size
-from megatron_smlp.errors import UsageError
-from megatron_smlp.platform.one_process import one_process
 
 DENSE: dict[str, Any] = {"num_experts": None, "moe_ffn_hidden_size": None}
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -25,21 +21,8 @@ TRAINED = (
 )
 
 
-@pytest.fixture
-def one() -> Iterator[None]:
-    with one_process():
-        yield
-
-
-@pytest.mark.parametrize(
-    ("divisible_by", "tensor", "rows"), [(1, 1, 101), (8, 1, 104), (8, 4, 128)]
-)
-def test_sizes(divisible_by: int, tensor: int, rows: int) -> None:
-    assert padded_size(101, divisible_by=divisible_by, tensor_parallel=tensor) == rows
-
-
 @pytest.mark.parametrize("system", ["transformer", "hash", "smlp_deterministic"])
-@pytest.mark.usefixtures("one")
+@pytest.mark.usefixtures("in_one_process")
 def test_there_and_back(tmp_path: Path, system: str) -> None:
     """Every conversion compares the logits of real tokens, and ends with an error otherwise."""
     changes = {"vocab_size": 112, "unpadded_vocab_size": 101, "tiny_attention_width": 64}
@@ -88,12 +71,3 @@ def test_a_run_goes_on_with_its_optimizer(tmp_path: Path) -> None:
     # 24 more rows take part in the softmax, with the small share that one of them has.
     assert len(new) == 2
     assert new == pytest.approx(old[2:], rel=0.05)
-
-
-def test_a_layout_that_needs_it_says_so(tmp_path: Path) -> None:
-    with one_process():
-        model = make_model("gmlp", **DENSE, tiny_attention_width=64)
-        exported = save_exported(model, tmp_path / "hf")
-        layout = {"tensor_model_parallel_size": 2}
-        with pytest.raises(UsageError, match=r"vocabulary 101.*--make-vocab-size-divisible-by"):
-            run(from_hf, exported, tmp_path / "run", layout=layout)

@@ -11,7 +11,7 @@ from support.launches import records
 from support.smlp_systems import make_config
 
 from megatron_smlp.checkpoints import integrity
-from megatron_smlp.checkpoints.folders import checkpoint_of, iteration_folder
+from megatron_smlp.checkpoints.folders import iteration_folder
 from megatron_smlp.checkpoints.run_record import read_run_record
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
@@ -78,26 +78,6 @@ def test_optimizer_state_of_one_layout_resumes_and_is_not_rewritten(tmp_path: Pa
     assert not any("optimizer" in name for name in TorchDistCheckpoint(tmp_path / "new").all_specs)
 
 
-def test_its_flags_are_those_of_the_run_with_the_layout_that_is_meant(tmp_path: Path) -> None:
-    with pretrained(f"{MODEL} --save {tmp_path / 'run'} --train-iters 2"):
-        pass
-    layout = dict(zip(LAYOUT, (2, 1, 1), strict=True))
-    for name, drops in (("state", False), ("weights", True)):
-        folder = tmp_path / name
-        run(
-            convert.torch_dist_to_torch_dist,
-            tmp_path / "run",
-            folder,
-            layout=layout,
-            drops_optimizer=drops,
-        )
-        record = read_run_record(checkpoint_of(folder)) or {}
-        assert record["command_line"][-2:] == ["--tensor-model-parallel-size", "2"]
-        assert "--num-attention-heads" in record["command_line"]
-        assert record["layout"]["tensor_model_parallel_size"] == 2
-        assert record["tokenizer"]["tokenizer_type"] == "NullTokenizer"
-
-
 def test_a_record_keeps_what_still_holds() -> None:
     """The sizes and the data of the run; nothing that another pipeline would refuse."""
     interleaved = ["--num-layers-per-virtual-pipeline-stage", "1"]
@@ -122,11 +102,16 @@ def test_a_record_keeps_what_still_holds() -> None:
 
 @pytest.mark.parametrize(
     ("layout", "words"),
-    [((3, 1, 1), "num-attention-heads"), ((1, 3, 1), "num-layers 4"), ((0, 1, 1), "give 1")],
+    [
+        ((3, 1, 1), "num-attention-heads"),
+        ((1, 3, 1), "num-layers 4"),
+        ((0, 1, 1), "give 1"),
+        ((4, 1, 1), "--make-vocab-size-divisible-by"),
+    ],
 )
 def test_a_layout_that_does_not_fit_is_refused(layout: tuple[int, ...], words: str) -> None:
     flags = flags_of(
-        make_config("transformer", num_layers=4, vocab_size=128, tiny_attention_width=64)
+        make_config("transformer", num_layers=4, vocab_size=126, tiny_attention_width=64)
     )
     with pytest.raises(UsageError, match=words):
         check_layout(flags, dict(zip(LAYOUT, layout, strict=True)))

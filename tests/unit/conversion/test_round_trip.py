@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from support.conversions import assert_same, folder_weights, from_hf, run, save_exported, weights
 from support.in_process import pretrained
 from support.language_models import save_tokenizer
-from support.launches import records
 from support.smlp_systems import SYSTEMS, make_ids, make_model
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -20,15 +18,17 @@ from megatron_smlp.checkpoints.folders import checkpoint_of
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_smlp.conversion import convert
 from megatron_smlp.conversion.huggingface import config_of
-from megatron_smlp.conversion.names import HeadShape, join_qkv, split_qkv
 from megatron_smlp.errors import UsageError
-from megatron_smlp.platform.one_process import one_process
 
 TRAINED = (
     "--architecture smlp --num-dense-layers 1 --num-layers 3 --feature-router partial "
     "--num-feature-experts 2 --num-feature-chunks 4 --num-experts 4 --token-router hash "
     "--moe-ffn-hidden-size 40 --untie-embeddings-and-output-weights --bf16 --lr 1e-2 "
     "--log-interval 1"
+)
+BASE = (
+    "--architecture gmlp --token-router base --num-experts 4 --bf16 --lr 1e-2 --base-eval prices "
+    "--base-gate price --untie-embeddings-and-output-weights"
 )
 
 
@@ -38,12 +38,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("trained")
     with pretrained(f"{TRAINED} --save {folder}"):
         return folder
-
-
-@pytest.fixture
-def one() -> Iterator[None]:
-    with one_process():
-        yield
 
 
 def changed(system: str) -> dict[str, Any]:
@@ -61,7 +55,7 @@ def changed(system: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-@pytest.mark.usefixtures("one")
+@pytest.mark.usefixtures("in_one_process")
 def test_to_megatron_and_back(tmp_path: Path, system: str) -> None:
     model = make_model(system, **changed(system))
     exported = save_exported(model, tmp_path / "hf")
@@ -88,32 +82,32 @@ def test_a_trained_checkpoint_comes_back_bitwise(trained: Path, tmp_path: Path) 
     assert not changed
 
 
-@pytest.mark.parametrize(
-    "kind", [convert.torch_dist_to_hf, convert.torch_dist_to_torch_dist, convert.to_torch_dist]
-)
-def test_the_checkpoint_that_is_read_is_never_replaced(
-    trained: Path, tmp_path: Path, kind: Any
-) -> None:
+def test_prices_of_base_stay_in_fp32(tmp_path: Path) -> None:
+    """In a model of bf16, there and back, and the exported model evaluates by them."""
+    with pretrained(f"{BASE} --save {tmp_path / 'run'}"):
+        pass
+    said = run(convert.torch_dist_to_hf, tmp_path / "run", tmp_path / "hf")
+    assert any("logits" in line for line in said)
+    before = weights(TorchDistCheckpoint(tmp_path / "run"))
+    prices, name = before["decoder.layers.0.mlp.router.prices"], "layers.0.channel.router.prices"
+    assert prices.dtype == torch.float32
+    assert prices.any()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert model.dtype == torch.bfloat16
+    assert (model.config.base_eval, model.config.base_gate) == ("prices", "price")
+    assert torch.equal(model.model.get_buffer(name), prices)
+    run(from_hf, tmp_path / "hf", tmp_path / "back")
+    assert_same(before, weights(TorchDistCheckpoint(tmp_path / "back")))
+
+
+def test_the_checkpoint_that_is_read_is_never_replaced(trained: Path, tmp_path: Path) -> None:
     """Not by name either, where --load is the run that it is the newest of."""
     load = tmp_path / "run"
     shutil.copytree(trained, load)
     newest = checkpoint_of(load)
     with pytest.raises(UsageError, match=f"--save {newest} holds --load .* would be deleted"):
-        run(kind, load, newest, checks=False, overwrite=True)
+        run(convert.torch_dist_to_hf, load, newest, checks=False, overwrite=True)
     assert integrity.verify(newest) == []
-
-
-def test_what_came_back_trains_on(trained: Path, tmp_path: Path) -> None:
-    """By --load, at iteration 0, with the loss of the run that it came from."""
-    run(convert.torch_dist_to_hf, trained, tmp_path / "hf")
-    run(from_hf, tmp_path / "hf", tmp_path / "again", checks=False)
-    losses = []
-    for number, load in enumerate((f"{trained} --finetune", tmp_path / "again")):
-        log = tmp_path / str(number)
-        with pretrained(f"{TRAINED} --load {load} --log-dir {log} --train-iters 2"):
-            losses.append([r["loss"] for r in records(log) if "loss" in r])
-    assert len(losses[1]) == 2
-    assert losses[0] == losses[1]
 
 
 def test_an_exported_folder_is_a_tokenizers_folder_too(
@@ -145,21 +139,10 @@ def test_the_states_of_an_exported_folder(trained: Path, tmp_path: Path) -> None
     torch.testing.assert_close(states, whole.hidden_states[-1])
 
 
-@pytest.mark.usefixtures("one")
+@pytest.mark.usefixtures("in_one_process")
 def test_an_exported_model_drops_no_token_in_evaluation(tmp_path: Path) -> None:
     exported = save_exported(make_model("gshard", moe_eval_capacity_factor=1.0), tmp_path / "hf")
     run(from_hf, exported, tmp_path / "run", checks=False)
     flags = TorchDistCheckpoint(tmp_path / "run").flags
     assert flags["moe_eval_capacity_factor"] == 1
     assert config_of(flags).moe_eval_capacity_factor is None
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_fused_queries_keys_values_split_and_join(groups: int) -> None:
-    heads = HeadShape(groups=groups, queries=4 // groups, width=3)
-    fused = torch.arange(groups * (4 // groups + 2) * 3 * 5.0).view(-1, 5)
-    parts = split_qkv(fused, heads)
-    assert [len(part) for part in parts] == [12, 3 * groups, 3 * groups]
-    assert torch.equal(join_qkv(*parts, heads), fused)
-    # Megatron's order within a group: its queries, its key, its value.
-    assert torch.equal(parts[1][:3], fused[4 // groups * 3 :][:3])

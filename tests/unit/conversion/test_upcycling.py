@@ -1,38 +1,33 @@
 """A dense checkpoint becomes a sparse one whose loss is the same at the start."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.conversions import assert_same, from_gpt2, from_hf, run, save_exported, weights
+from support.conversions import (
+    assert_same,
+    from_gpt2,
+    from_hf,
+    megatron_logits,
+    run,
+    save_exported,
+    weights,
+)
 from support.in_process import pretrained
 from support.launches import records
 from support.smlp_systems import make_model
-from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from megatron_smlp.checkpoints.tensors import Spec
 from megatron_smlp.checkpoints.torch_dist import TorchDistCheckpoint
-from megatron_smlp.conversion import convert, megatron_model, upcycling
-from megatron_smlp.conversion.cli import main
+from megatron_smlp.conversion import convert, upcycling
 from megatron_smlp.errors import UsageError
-from megatron_smlp.platform.one_process import one_process
 from megatron_smlp.systems import TOKEN_ROUTERS
 
 GPT2 = {"vocab_size": 101, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
 GPT2 |= {"bos_token_id": 100, "eos_token_id": 100}
 DENSE: dict[str, Any] = {"num_experts": None, "moe_ffn_hidden_size": None}
-
-
-@pytest.fixture(autouse=True)
-def one(request: pytest.FixtureRequest) -> Iterator[None]:
-    if "trains_on" in request.node.name:
-        yield
-    else:
-        with one_process():
-            yield
 
 
 def dense(folder: Path, system: str, **changes: Any) -> Path:
@@ -42,16 +37,11 @@ def dense(folder: Path, system: str, **changes: Any) -> Path:
     return folder / "dense"
 
 
-def logits(folder: Path, tokens: Tensor) -> Tensor:
-    checkpoint = TorchDistCheckpoint(folder)
-    return megatron_model.logits(megatron_model.build(checkpoint.flags), checkpoint, tokens)
-
-
 def upcycled(source: Path, target: Path, **model: Any) -> tuple[list[str], float]:
     """Return what was printed, and the largest difference of logits relative to the largest one."""
     said = run(convert.upcycle, source, target, model=model)
     tokens = torch.randint(101, (2, 30))
-    before, after = logits(source, tokens), logits(target, tokens)
+    before, after = megatron_logits(source, tokens), megatron_logits(target, tokens)
     return said, float((before - after).abs().max() / before.abs().max())
 
 
@@ -171,11 +161,6 @@ def test_what_cannot_be_upcycled_is_named(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         run(convert.upcycle, dense(tmp_path, "transformer"), tmp_path / "moe", model=model)
-
-
-def test_flags_without_upcycle() -> None:
-    with pytest.raises(UsageError, match="--num-experts says what --upcycle makes"):
-        main(["--load", "a", "--save", "b", "--to", "torch_dist", "--num-experts", "4"])
 
 
 def test_every_layer_draws_its_own_and_fp16_has_steps_for_it() -> None:

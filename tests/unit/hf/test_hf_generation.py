@@ -71,21 +71,6 @@ def test_generate_with_cache_equals_without(system: str):
     assert torch.equal(cached, model.generate(prompts, **options, use_cache=False))
 
 
-@pytest.mark.parametrize("system", ["gmlp_heads", "amlp", "smlp_partial", "hash"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_generates_what_each_prompt_generates_alone(system: str, side: str):
-    model = make_model(system)
-    ids = make_ids(3, 12)
-    prompts, mask = _padded(ids, side)
-    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
-    together = model.generate(prompts, attention_mask=mask, **options)
-    for row, length in enumerate(LENGTHS):
-        prompt = ids[row : row + 1, :length]
-        # Without a mask transformers takes a token that equals `pad_token_id` for padding.
-        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-        assert torch.equal(together[row, -9:], alone[0, -9:])
-
-
 @pytest.mark.parametrize("system", ["gmlp", "amlp", "smlp_partial", "base"])
 def test_beam_search_and_sampling_with_cache_equal_without(system: str):
     """Beams reorder the cache; with the same random numbers samples are the same too."""
@@ -156,17 +141,6 @@ def test_lengths_that_are_given_and_that_are_not(given: dict[str, int]):
     assert make_model("gmlp").generate(make_ids(1, 10), **given).shape == (1, 30)
 
 
-@torch.no_grad()
-def test_a_toeplitz_cache_doubles_behind_position_t_too():
-    model = make_model("gmlp_toeplitz")
-    output = model(make_ids(1, 5), use_cache=True)
-    sizes = set()
-    for token in make_ids(3 * LONGEST, 1)[:, None]:
-        output = model(token, cache=output.cache)
-        sizes.add(output.cache.layers[0].keys.shape[2])
-    assert sizes == {10, 20, 40, 80, 160}
-
-
 def test_too_long_prompts_and_sequences_are_refused():
     model = make_model("gmlp")
     for given in ({"max_new_tokens": 1}, {}):
@@ -235,41 +209,6 @@ def test_one_row_is_multiplied_like_any_other(width: int, has_bias: bool):
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-
-
-def test_one_new_token_reads_one_row_of_the_matrix():
-    """Rows of M other than the new token's may be anything."""
-    model = make_model("gmlp")
-    ids = make_ids(2, 11)
-    cache = model(ids[:, :10], use_cache=True).cache
-    expected = model(ids).logits[:, -1]
-    with torch.no_grad():
-        for layer in model.model.layers:
-            rows = layer.mixer.spatial.weight
-            kept = rows[:, 10].clone()
-            rows.fill_(torch.nan)
-            rows[:, 10, :11] = kept[:, :11]
-    output = model(ids[:, 10:], cache=cache)
-    torch.testing.assert_close(output.logits[:, -1], expected, **TOLERANCE)
-
-
-def test_a_prompt_shorter_than_the_prefix_routes_once_the_prefix_is_there():
-    """P = 8: the routing scores gather token by token, and take effect at position 8."""
-    model = make_model("smlp_partial")
-    ids = make_ids(1, 12)
-    full = model(ids).logits
-    cache, logits = None, []
-    for t in range(12):
-        output = model(ids[:, t : t + 1], cache=cache, use_cache=True)
-        cache = output.cache
-        logits.append(output.logits)
-    torch.testing.assert_close(torch.cat(logits, dim=1), full, **TOLERANCE)
-    with torch.no_grad():
-        for layer in model.model.layers[1:]:
-            layer.mixer.prefix_router.mul_(-3.0)
-    changed = model(ids).logits
-    torch.testing.assert_close(changed[:, :8], full[:, :8], **TOLERANCE)
-    assert not torch.allclose(changed[:, 8:], full[:, 8:], atol=1e-3)
 
 
 def test_the_cache_repeats_and_selects_samples():

@@ -6,75 +6,10 @@ from g_mlp_pytorch import gMLP
 from support.smlp_systems import make_ids, make_model
 from torch import Tensor
 from torch.nn import functional
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def _gpt2_like(model: SMLPForCausalLM, activation: str) -> GPT2LMHeadModel:
-    """transformers' GPT-2 with the weights of our transformer; its linear layers are transposed."""
-    config = model.config
-    gpt2 = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.max_position_embeddings,
-            n_embd=config.hidden_size,
-            n_layer=config.num_layers,
-            n_head=config.num_attention_heads,
-            n_inner=config.ffn_hidden_size,
-            activation_function=activation,
-        )
-    )
-    state = {
-        "transformer.wte.weight": model.model.embed_tokens.weight,
-        "transformer.wpe.weight": model.model.embed_positions.weight,
-        "transformer.ln_f.weight": model.model.final_norm.weight,
-        "transformer.ln_f.bias": model.model.final_norm.bias,
-        "lm_head.weight": model.lm_head.weight,
-    }
-    for index, layer in enumerate(model.model.layers):
-        prefix = f"transformer.h.{index}"
-        qkv = (layer.mixer.q_proj, layer.mixer.k_proj, layer.mixer.v_proj)
-        for kind in ("weight", "bias"):
-            state[f"{prefix}.ln_1.{kind}"] = getattr(layer.mixer_norm, kind)
-            state[f"{prefix}.ln_2.{kind}"] = getattr(layer.channel_norm, kind)
-            state[f"{prefix}.attn.c_attn.{kind}"] = torch.cat([getattr(p, kind) for p in qkv]).t()
-            state[f"{prefix}.attn.c_proj.{kind}"] = getattr(layer.mixer.out_proj, kind).t()
-            state[f"{prefix}.mlp.c_fc.{kind}"] = getattr(layer.channel.up_proj, kind).t()
-            state[f"{prefix}.mlp.c_proj.{kind}"] = getattr(layer.channel.down_proj, kind).t()
-    gpt2.load_state_dict(state)
-    return gpt2.eval()
-
-
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
-@pytest.mark.parametrize("length", [1, 23, 40])
-def test_dense_transformer_equals_gpt2(activation: str, length: int):
-    model = make_model("transformer", hidden_act=activation, layer_norm_epsilon=1e-5)
-    gpt2 = _gpt2_like(model, activation)
-    ids = make_ids(2, length)
-    torch.testing.assert_close(model(ids).logits, gpt2(ids).logits, **TOLERANCE)
-
-
-def test_loss_and_gradients_equal_gpt2():
-    model = make_model("transformer")
-    gpt2 = _gpt2_like(model, "gelu")
-    ids = make_ids(3, 17)
-    ours, theirs = model(ids, labels=ids).loss, gpt2(ids, labels=ids).loss
-    torch.testing.assert_close(ours, theirs, **TOLERANCE)
-    ours.backward()
-    theirs.backward()
-    layer, other = model.model.layers[1], gpt2.transformer.h[1]
-    pairs = [
-        (model.model.embed_tokens.weight, gpt2.transformer.wte.weight),
-        (model.model.embed_positions.weight, gpt2.transformer.wpe.weight),
-        (layer.mixer_norm.weight, other.ln_1.weight),
-    ]
-    for left, right in pairs:
-        torch.testing.assert_close(left.grad, right.grad, **TOLERANCE)
-    up = layer.channel.up_proj.weight.grad
-    torch.testing.assert_close(up, other.mlp.c_fc.weight.grad.T, **TOLERANCE)
 
 
 def _peer(model: SMLPForCausalLM) -> gMLP:
@@ -123,25 +58,6 @@ def test_one_head_equals_g_mlp_pytorch(architecture: str, length: int):
     torch.testing.assert_close(model(ids).logits, peer(ids), **TOLERANCE)
 
 
-def test_gradients_equal_g_mlp_pytorch():
-    model = make_model("gmlp", ffn_hidden_size=64)
-    peer = _peer(model)
-    ids = make_ids(2, 33)
-    model(ids).logits.square().mean().backward()
-    peer(ids).square().mean().backward()
-    for layer, other in zip(model.model.layers, peer.layers, strict=True):
-        block = other.fn.fn.fn
-        pairs = [
-            (layer.mixer.spatial.weight, block.sgu.weight),
-            (layer.mixer.spatial.bias, block.sgu.bias),
-            (layer.mixer.gate_norm.weight, block.sgu.norm.weight),
-            (layer.mixer.up_proj.weight, block.proj_in[0].weight),
-            (layer.mixer.down_proj.weight, block.proj_out.weight),
-        ]
-        for left, right in pairs:
-            torch.testing.assert_close(left.grad, right.grad, rtol=1e-4, atol=1e-5)
-
-
 def _gate_chunks(mixer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """passed [B, T, F], gate before its norm and normed [B, T, C, f]."""
     passed, gate = functional.gelu(mixer.up_proj(hidden)).chunk(2, dim=-1)
@@ -155,15 +71,6 @@ def _gate_chunks(mixer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _row(mixer, expert: int, normed: Tensor, row: int) -> Tensor:
     """normed: <float>[T, f] of one chunk -> M[row, : row + 1] v, [f]."""
     return mixer.spatial.weight[expert, row, : row + 1] @ normed[: row + 1]
-
-
-def _looped_spatial(mixer, hidden: Tensor) -> Tensor:
-    passed, _, normed = _gate_chunks(mixer, hidden)
-    gates = torch.empty_like(normed)
-    for b, t, head in ((b, t, c) for b, t, c, _ in _indices(normed)):
-        bias = mixer.spatial.bias[head, t]
-        gates[b, t, head] = _row(mixer, head, normed[b, :, head], t) + bias
-    return mixer.down_proj(passed * gates.flatten(-2))
 
 
 def _looped_partial(mixer, hidden: Tensor, prefix: int) -> Tensor:
@@ -187,16 +94,6 @@ def _looped_partial(mixer, hidden: Tensor, prefix: int) -> Tensor:
 def _indices(normed: Tensor):
     batch, tokens, chunks, _ = normed.shape
     return ((b, t, c, None) for b in range(batch) for t in range(tokens) for c in range(chunks))
-
-
-@pytest.mark.parametrize("system", ["gmlp_heads", "smlp_deterministic"])
-def test_heads_and_deterministic_routing_equal_a_loop_over_rows(system: str):
-    model = make_model(system, token_router="none").double()
-    mixer = model.model.layers[-1].mixer
-    hidden = torch.randn(2, 13, 32, dtype=torch.float64)
-    layout, _ = model.model._layout(hidden, None, None, None)
-    expected = _looped_spatial(mixer, hidden)
-    torch.testing.assert_close(mixer(hidden, layout, None)[0], expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("length", [5, 8, 9, 21])

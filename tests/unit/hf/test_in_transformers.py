@@ -15,15 +15,13 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    FineGrainedFP8Config,
     Trainer,
     TrainingArguments,
 )
-from transformers.integrations.finegrained_fp8 import FP8Linear, replace_with_fp8_linear
 from transformers.utils import logging
 
 from megatron_smlp.hf import SMLPConfig, SMLPModel
-from megatron_smlp.hf.modeling_smlp import Layout, SMLPForCausalLM, SMLPHashRouter
+from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, SMLPHashRouter
 
 
 def trainer(model: Any, ids: torch.Tensor, folder: Path, **options: Any) -> Trainer:
@@ -78,13 +76,6 @@ def test_the_trainer_refuses_packed_rows(tmp_path: Path):
         row["position_ids"] = torch.arange(12) % 6
     with pytest.raises(ValueError, match="packed documents would mix"):
         its.evaluate()
-
-
-def test_the_trainer_takes_samples_within_the_prefix(tmp_path: Path):
-    model = make_model("smlp_partial")
-    model.config.hidden_dropout = 0.0
-    done = trainer(model, make_ids(1, 8), tmp_path, max_steps=1, learning_rate=0.0).train()
-    assert 0 < done.training_loss < 100
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -252,16 +243,6 @@ def test_projections_are_quantised(system: str):
     torch.testing.assert_close(last, expected[:, 29:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("system", ["amlp", "smlp_unrouted", "minhash"])
-def test_transformers_finds_the_projections(system: str):
-    model = make_model(system)
-    layers = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    kept = ["lm_head", "experts"]  # experts of ours are not those that it knows
-    replace_with_fp8_linear(model, kept, FineGrainedFP8Config())
-    replaced = {n for n, m in model.named_modules() if isinstance(m, FP8Linear)}
-    assert replaced == layers - {"lm_head"}
-
-
 @torch.no_grad()
 def test_a_hook_sees_a_generation_step():
     model, ids = make_model("gmlp"), make_ids(1, 6)
@@ -282,27 +263,6 @@ def test_layers_on_two_devices():
     )
 
 
-def test_what_a_layer_gets_goes_to_its_device():
-    tensors = {"positions": torch.zeros(1, 2), "valid": None, "input_ids": torch.zeros(1, 2)}
-    layout = Layout(**tensors, start=0, end=2, cached=False).to(torch.device("meta"))
-    assert layout.positions.device.type == layout.input_ids.device.type == "meta"
-    assert (layout.valid, layout.start, layout.end) == (None, 0, 2)
-
-
-@pytest.mark.parametrize("system", ["smlp_partial", "hash"])
-def test_layers_on_the_disk(system: str, tmp_path: Path):
-    accelerate = pytest.importorskip("accelerate")
-    model, ids = make_model(system), make_ids(3, 9)
-    options = {"max_new_tokens": 6, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(ids, **options)
-    places = dict.fromkeys(("model.embed_tokens", "model.final_norm", "lm_head"), "cpu")
-    if hasattr(model.model, "embed_positions"):
-        places["model.embed_positions"] = "cpu"
-    places |= {f"model.layers.{number}": ["cpu", "disk"][number > 0] for number in range(3)}
-    model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
-    assert torch.equal(model.generate(ids, **options), expected)
-
-
 @pytest.mark.parametrize(("system", "lacking"), [("gmlp", "gate_norm."), ("minhash", ".fingerp")])
 def test_weights_that_a_folder_lacks(tmp_path: Path, system: str, lacking: str):
     """They start as those of a new model."""
@@ -313,13 +273,6 @@ def test_weights_that_a_folder_lacks(tmp_path: Path, system: str, lacking: str):
     fresh = SMLPForCausalLM(model.config).state_dict()
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, kept.get(name, fresh[name])), name
-
-
-@torch.no_grad()
-def test_the_states_alone_with_a_vocabulary_of_another_size():
-    model = make_model("hash").model
-    model.resize_token_embeddings(VOCABULARY + 7, mean_resizing=False)
-    assert model(torch.tensor([[VOCABULARY + 6]])).last_hidden_state.isfinite().all()
 
 
 def test_a_vocabulary_of_strings_keeps_its_size():

@@ -91,17 +91,10 @@ def test_initial_values(toeplitz: bool):
     assert 0 < wide.spatial_out.weight.abs().max() <= 1e-3 / LENGTH
 
 
-def test_a_longer_sequence_is_refused():
-    with pytest.raises(ValueError, match=r"17 tokens is longer than --seq-length 16"):
-        mixer()(torch.randn(LENGTH + 1, BATCH, 24))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"spatial_heads": 5}, r"--spatial-heads 5 does not divide --hidden-size 24: choose"),
-        ({"spatial_heads": 3, "tensor_model_parallel_size": 2}, r"size 2 does not divide --spat"),
-        ({"tensor_model_parallel_size": 5}, r"size 5 does not divide --hidden-size 24: choose"),
         ({"context_parallel_size": 2}, r"size 2 is not available with a masked mixer"),
     ],
 )

@@ -10,7 +10,6 @@ from support.in_process import layer_config
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_smlp.data.tokenizers.bytes_and_numbers import ByteLevel, Null
 from megatron_smlp.layers.minhash import MinHashProjection, fingerprints
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -65,11 +64,6 @@ def test_words_that_share_trigrams_share_values():
     # 5 trigrams in common; prepare has 5 and the whole, prepared 6 and the whole.
     assert alike == pytest.approx(5 / 8, abs=0.03)
     assert unlike < 0.01
-
-
-def test_the_strings_of_tokenizers():
-    assert Null(9, 8).entries is None
-    assert dict(ByteLevel(300).entries)[65] == b"A"
 
 
 def projection(*, window: int = 2, size: int = 10, **options: Any) -> MinHashProjection:
@@ -128,12 +122,6 @@ def test_later_tokens_and_those_before_the_window_change_nothing():
     other[0, 4] = (ids[0, 4] + 1) % len(WORDS)
     changed = (layer(ids) != layer(other)).any(-1)[0]
     assert changed.tolist() == [t in (4, 5, 6) for t in range(9)]
-
-
-def test_embeddings_start_as_large_as_a_tables():
-    layer = projection(size=512)
-    std = layer(torch.arange(len(WORDS))[None]).std().item()
-    assert std == pytest.approx(0.02, rel=0.25)
 
 
 def test_only_the_norm_and_the_projection_are_trained():

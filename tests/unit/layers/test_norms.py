@@ -74,21 +74,6 @@ def test_a_split_head_is_normed_as_a_whole(size: int):
         )
 
 
-def test_each_whole_head_is_normed_by_itself():
-    heads, features = 3, 12
-    norm = HeadLayerNorm(features, num_heads=heads, eps=EPS, dtype=torch.float32)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
-    x = torch.randn(5, 2, features) * 4 + 1
-    width = features // heads
-    for k in range(heads):
-        chunk = slice(k * width, (k + 1) * width)
-        alone = nn.functional.layer_norm(
-            x[..., chunk], (width,), norm.weight[chunk], norm.bias[chunk], EPS
-        )
-        torch.testing.assert_close(norm(x)[..., chunk], alone)
-
-
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize(
     ("kind", "norm_class"), [("LayerNorm", nn.LayerNorm), ("RMSNorm", nn.RMSNorm)]
@@ -105,14 +90,6 @@ def test_torch_norm_says_whether_its_gradient_is_a_part(kind, norm_class, sequen
     assert {p.shape for p in parameters} == {(8,)}
     assert {p.dtype for p in parameters} == {torch.bfloat16}
     assert {p.sequence_parallel for p in parameters} == {sequence_parallel}
-
-
-def test_other_norms_are_refused_with_the_allowed_ones():
-    config = SimpleNamespace(normalization="BatchNorm", sequence_parallel=False)
-    with pytest.raises(
-        ValueError, match=r"--normalization BatchNorm .* allowed: LayerNorm, RMSNorm"
-    ):
-        TorchNorm(config, hidden_size=8)
 
 
 @pytest.mark.usefixtures("megatron")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from g_mlp_pytorch.g_mlp_pytorch import PreNorm, Residual, gMLPBlock
 from support.in_process import layer_config
+from support.naive_loops import assert_equals
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -34,73 +34,11 @@ def _stir(parameters: Iterable[nn.Parameter]) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
 
 
-def _gradients(
-    function: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    parameters: Iterable[Tensor],
-    upstream: Tensor,
-) -> list[Tensor]:
-    inputs = inputs.detach().requires_grad_()
-    output = function(inputs)
-    return [output.detach(), *torch.autograd.grad(output, [inputs, *parameters], upstream)]
-
-
-def _assert_all_close(
-    names: list[str], left: list[Tensor], right: list[Tensor], *, rtol: float, atol: float
-) -> None:
-    for name, a, b in zip(names, left, right, strict=True):
-        torch.testing.assert_close(
-            a, b, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
 def _forward(layer: SlottedLayer) -> Callable[[Tensor], Tensor]:
     return lambda x: layer(x, attention_mask=None)[0]
 
 
 # g-mlp-pytorch, the best known public implementation, numbers its Residual(PreNorm(block)) so.
-PEER_NAMES = {
-    "input_layernorm": "fn.norm",
-    "self_attention.linear_fc1": "fn.fn.proj_in.0",
-    "self_attention.norm": "fn.fn.sgu.norm",
-    "self_attention.spatial": "fn.fn.sgu",
-    "self_attention.linear_fc2": "fn.fn.proj_out",
-}
-
-
-@pytest.mark.parametrize("tokens", [16, 9])
-def test_layer_equals_g_mlp_pytorch(tokens: int):
-    """One head, causal, same weights: the layer with its norm and residual, also for T' < T."""
-    layer = gmlp_layer()
-    config = layer.config
-    block = gMLPBlock(
-        dim=config.hidden_size,
-        dim_ff=config.ffn_hidden_size,
-        seq_len=config.spatial_length,
-        causal=True,
-    )
-    peer = Residual(PreNorm(config.hidden_size, block))
-    ours, theirs = dict(layer.named_parameters()), dict(peer.named_parameters())
-    pairs = {
-        f"{module}.{kind}": f"{PEER_NAMES[module]}.{kind}"
-        for module in PEER_NAMES
-        for kind in ("weight", "bias")
-    }
-    assert set(pairs) == set(ours)
-    assert set(pairs.values()) == set(theirs)
-    with torch.no_grad():
-        for name, peer_name in pairs.items():
-            theirs[peer_name].copy_(ours[name])
-
-    inputs, upstream = torch.randn(2, tokens, BATCH, config.hidden_size)
-    left = _gradients(_forward(layer), inputs, [ours[name] for name in pairs], upstream)
-    right = _gradients(
-        lambda x: peer(x.transpose(0, 1)).transpose(0, 1),
-        inputs,
-        [theirs[name] for name in pairs.values()],
-        upstream,
-    )
-    _assert_all_close(["output", "input", *pairs], left, right, **TOLERANCE)
 
 
 def naive_gating(mixer: SpatialGating, x: Tensor, *, heads: int) -> Tensor:
@@ -128,26 +66,16 @@ def naive_gating(mixer: SpatialGating, x: Tensor, *, heads: int) -> Tensor:
 def test_heads_equal_the_naive_loop(heads: int, length: int, tokens: int):
     # In double precision: sums of up to 63 terms in another order differ by rounding in single.
     mixer = gmlp_layer(heads=heads, length=length).self_attention.double()
-    parameters = dict(mixer.named_parameters())
-    inputs, upstream = torch.randn(2, tokens, BATCH, mixer.config.hidden_size).double()
+    values = torch.randn(2, tokens, BATCH, mixer.config.hidden_size).double()
 
     def slotted(x: Tensor) -> Tensor:
         output, bias = mixer(x)  # the layer adds the bias, fused with dropout and residual
         return output + bias
 
-    left = _gradients(slotted, inputs, parameters.values(), upstream)
-    right = _gradients(
-        lambda x: naive_gating(mixer, x, heads=heads), inputs, parameters.values(), upstream
-    )
-    _assert_all_close(["output", "input", *parameters], left, right, rtol=1e-10, atol=1e-10)
+    def naive(x: Tensor) -> Tensor:
+        return naive_gating(mixer, x, heads=heads)
 
-
-def test_rows_are_absolute_positions():
-    """A shorter sequence, padded on the right, is a prefix of a longer one."""
-    layer = gmlp_layer(heads=2)
-    inputs = torch.randn(16, BATCH, layer.config.hidden_size)
-    whole = _forward(layer)(inputs)
-    torch.testing.assert_close(_forward(layer)(inputs[:7]), whole[:7], **TOLERANCE)
+    assert_equals(mixer, slotted, naive, values, rtol=1e-10, atol=1e-10)
 
 
 def test_a_longer_sequence_is_refused_with_its_length_and_the_flag():
@@ -196,19 +124,6 @@ def test_initial_values_do_not_depend_on_the_tensor_parallel_size():
     assert torch.equal(torch.cat([draw(1, head) for head in range(4)]), whole)
 
 
-def test_block_starts_as_a_plain_ffn():
-    """With the initial M and b the gate is 1 to a thousandth: y = GELU(x U)_1 V."""
-    config = layer_config(architecture="gmlp", spatial_heads=2)
-    mixer = SlottedLayer(config).self_attention
-    inputs = torch.randn(16, BATCH, config.hidden_size)
-    half = config.ffn_hidden_size // 2
-    hidden = functional.gelu(mixer.linear_fc1(inputs)[0][..., :half])
-    ffn = mixer.linear_fc2(hidden)[0]
-    output, _ = mixer(inputs)
-    assert (output - ffn).norm() < 2e-3 * ffn.norm()
-    assert not torch.equal(output, ffn)
-
-
 @pytest.mark.parametrize("tokens", [16, 5])
 def test_deterministic_feature_moe_equals_heads(tokens: int):
     """Chunk i goes to expert i: as many heads as experts, to the last bit."""
@@ -236,12 +151,6 @@ def test_the_activation_of_a_gated_ffn_is_none_of_a_mixers(kind: dict[str, Any])
     assert torch.equal(gated(inputs)[0], plain(inputs)[0])
 
 
-@pytest.mark.parametrize("heads", [5, 0, -1, 49])
-def test_heads_that_do_not_divide_the_gate_are_refused(heads: int):
-    with pytest.raises(ValueError, match=rf"num_heads {heads} does not divide the gate width 48"):
-        SlottedLayer(layer_config(architecture="gmlp", spatial_heads=heads))
-
-
 def sizes(width: int, tp: int, cp: int) -> Namespace:
     return Namespace(ffn_hidden_size=width, tensor_model_parallel_size=tp, context_parallel_size=cp)
 
@@ -258,11 +167,6 @@ def sizes(width: int, tp: int, cp: int) -> Namespace:
 def test_layouts_that_do_not_fit_are_refused(heads, width, tp, cp, message):
     with pytest.raises(ValueError, match=message):
         check_gate(sizes(width, tp, cp), "--heads", heads)
-
-
-@pytest.mark.parametrize(("heads", "tp"), [(1, 1), (1, 4), (4, 4), (4, 2), (8, 4)])
-def test_layouts_that_fit_pass(heads: int, tp: int):
-    check_gate(sizes(64, tp, 1), "--heads", heads)
 
 
 def test_every_sharded_parameter_is_marked():

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -34,6 +35,15 @@ def moe_config(**changes: Any) -> Any:
     return layer_config(**(values | changes))
 
 
+process_groups = ProcessGroupCollection.use_mpu_process_groups
+
+
+def layer_of(router: Any = TopKRouter, **changes: Any) -> Any:
+    config = moe_config(**changes)
+    build = token_moe_builder(config, get_backend(config.transformer_impl), router=router)
+    return build(config=config, pg_collection=process_groups())
+
+
 class EveryTokenTo(TopKRouter):
     """A router of a test's own: every token to one expert, with one weight."""
 
@@ -50,14 +60,8 @@ class EveryTokenTo(TopKRouter):
 @pytest.mark.parametrize("expert", [0, 3])
 def test_router_plugs_in_and_experts_are_the_equation(expert: int):
     """y = w_e GELU(h A_e) B_e, without a bias although the model's other layers have one."""
-    config = moe_config()
-
-    def router(**kwargs: Any) -> EveryTokenTo:
-        return EveryTokenTo(expert=expert, weight=0.25, **kwargs)
-
-    build = token_moe_builder(config, get_backend(config.transformer_impl), router=router)
-    moe = build(config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
-    hidden = torch.randn(5, 3, config.hidden_size)
+    moe = layer_of(router=partial(EveryTokenTo, expert=expert, weight=0.25))
+    hidden = torch.randn(5, 3, moe.config.hidden_size)
     output, bias = moe(hidden)
     chosen = moe.experts.local_experts[expert]
     expected = 0.25 * functional.linear(
@@ -94,13 +98,9 @@ def test_weighting_outputs_is_weighting_hidden_layers(
     dtype: torch.dtype, close: dict[str, float], counts: list[int]
 ):
     """Ours against Megatron's own forward, of the same experts."""
-    config = moe_config(params_dtype=dtype)
-    backend = get_backend(config.transformer_impl)
-    build = token_moe_builder(config, backend, router=TopKRouter)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    experts = build(config=config, pg_collection=groups).experts
+    experts = layer_of(params_dtype=dtype).experts
     assert type(experts) is Experts
-    hidden = torch.randn(sum(counts), config.hidden_size, dtype=dtype, requires_grad=True)
+    hidden = torch.randn(sum(counts), experts.config.hidden_size, dtype=dtype, requires_grad=True)
     weights = torch.rand(sum(counts), requires_grad=True)
     given = {"hidden": hidden, "counts": counts, "weights": weights}
     ours = gradients_of(experts, Experts.forward, **given)
@@ -124,14 +124,12 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("changes", ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_grouped_gemms_are_the_loop(dtype: torch.dtype, counts: list[int], changes: dict[str, Any]):
     """Outputs and gradients, by grouped_mm on the CPU; and weights are waited for."""
-    config = moe_config(params_dtype=dtype, **changes)
-    build = token_moe_builder(config, get_backend(config.transformer_impl), router=TopKRouter)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    experts = build(config=config, pg_collection=groups).experts
+    experts = layer_of(params_dtype=dtype, **changes).experts
     called = []
     for expert in experts.local_experts:
         expert.linear_fc1.register_forward_pre_hook(lambda layer, _: called.append(layer))
-    hidden = torch.randn(sum(counts), config.hidden_size, dtype=dtype, requires_grad=True)
+    size = (sum(counts), experts.config.hidden_size)
+    hidden = torch.randn(size, dtype=dtype, requires_grad=True)
     answers = []
     for compute in (experts.grouped, experts.one_by_one):
         output = compute(hidden, torch.tensor(counts))
@@ -146,10 +144,7 @@ def test_grouped_gemms_are_the_loop(dtype: torch.dtype, counts: list[int], chang
 
 def test_grouped_gemms_keep_no_copy_of_the_weights(monkeypatch: pytest.MonkeyPatch):
     """As large as all experts of a rank, it would be kept for each micro-batch under way."""
-    config = moe_config()
-    build = token_moe_builder(config, get_backend(config.transformer_impl), router=TopKRouter)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    experts = build(config=config, pg_collection=groups).experts
+    experts = layer_of().experts
     stack, stacked = torch.stack, []
 
     def watched(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -158,7 +153,7 @@ def test_grouped_gemms_keep_no_copy_of_the_weights(monkeypatch: pytest.MonkeyPat
         return made
 
     monkeypatch.setattr(torch, "stack", watched)
-    output = experts.grouped(torch.randn(7, config.hidden_size), torch.tensor([4, 0, 1, 2]))
+    output = experts.grouped(torch.randn(7, experts.config.hidden_size), torch.tensor([4, 0, 1, 2]))
     assert [made() for made in stacked] == [None, None]
     output.backward(torch.ones_like(output))
     assert len(stacked) > 2
@@ -178,10 +173,7 @@ def test_grouped_gemms_keep_no_copy_of_the_weights(monkeypatch: pytest.MonkeyPat
 def test_experts_that_cannot_be_grouped_say_why_once(
     changes: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ):
-    config = moe_config(**({"params_dtype": torch.bfloat16, "hidden_size": 64} | changes))
-    build = token_moe_builder(config, get_backend(config.transformer_impl), router=TopKRouter)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    experts = build(config=config, pg_collection=groups).experts
+    experts = layer_of(**({"params_dtype": torch.bfloat16, "hidden_size": 64} | changes)).experts
     assert reason in experts.cannot_group(torch.bfloat16)
     assert bool(experts.cannot_group(torch.bfloat16)) == bool(reason)
     assert len(caplog.records) == bool(reason)
@@ -190,12 +182,8 @@ def test_experts_that_cannot_be_grouped_say_why_once(
 @pytest.mark.parametrize("topk", [1, 2])
 def test_one_rank_sends_the_same_tokens_without_waiting(topk: int):
     """OneRankDispatcher against Megatron's, of the same layer: outputs and gradients."""
-    config = moe_config(moe_router_topk=topk)
-    build = token_moe_builder(config, get_backend(config.transformer_impl), router=TopKRouter)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    moe = build(config=config, pg_collection=groups)
-    hidden = torch.randn(5, 3, config.hidden_size)
-    hidden.requires_grad_()
+    moe = layer_of(moe_router_topk=topk)
+    hidden = torch.randn(5, 3, moe.config.hidden_size, requires_grad=True)
     inputs = [hidden, *moe.parameters()]
 
     def answers() -> list[torch.Tensor]:
@@ -204,7 +192,7 @@ def test_one_rank_sends_the_same_tokens_without_waiting(topk: int):
         return [output, *torch.autograd.grad(output, inputs, direction)]
 
     megatrons = answers()
-    dispatch_on_one_rank(moe, moe.config, pg_collection=groups)
+    dispatch_on_one_rank(moe, moe.config, pg_collection=process_groups())
     assert type(moe.token_dispatcher) is OneRankDispatcher
     for mine, theirs in zip(answers(), megatrons, strict=True):
         assert torch.equal(mine, theirs)

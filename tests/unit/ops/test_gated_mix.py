@@ -1,4 +1,4 @@
-"""The causal gate's kernels, interpreted, against their slow twin: outputs and gradients."""
+"""The causal gate's kernels, interpreted, against their reference: outputs and gradients."""
 
 from __future__ import annotations
 

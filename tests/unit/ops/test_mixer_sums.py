@@ -1,4 +1,4 @@
-"""AFT's averages and CausalRN's sums against their slow twins, and with large exponents."""
+"""AFT's averages and CausalRN's sums against their references, and with large exponents."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The kernels of balanced assignment, interpreted: the properties of their slow twin."""
+"""The kernels of balanced assignment, interpreted: the properties of their reference."""
 
 from __future__ import annotations
 

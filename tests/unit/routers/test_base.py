@@ -87,13 +87,6 @@ def test_layer_is_the_equation(reads: str, gate: str, training: bool):
         torch.testing.assert_close(mine, reference.expand_as(mine), rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_both_inputs_keep_the_same_tensors():
-    """So that a checkpoint's names do not depend on what is read."""
-    names = [[n for n, _ in base_layer(base_routing_input=r).named_parameters()] for r in READS]
-    assert names[0] == names[1]
-    assert "pre_mlp_layernorm.weight" in names[0]
-
-
 class TestPrices:
     def test_they_even_the_greedy_choice(self):
         """In the unit of the scores, whatever that is."""
@@ -163,20 +156,6 @@ class TestPrices:
         assert shifted.grad.abs().max() > 0.1
         torch.testing.assert_close(shifted.grad.sum((0, 1)), torch.zeros(EXPERTS))
         torch.testing.assert_close(shifted.grad.sum(2), torch.zeros(50, 2))
-
-    def test_priced_gates_in_evaluation(self):
-        router = make_router("base", num_experts=3, base_gate="price").eval()
-        router.prices.copy_(torch.tensor([0.5, 0.0, -0.5]))
-        probs, sent = router(torch.tensor([[[1.0, 0.7, 0.1]], [[0.4, 0.3, 0.2]]]))
-        assert sent.nonzero()[:, 1].tolist() == [1, 2]
-        torch.testing.assert_close(probs.sum(1), torch.tensor([0.7 - 0.6, 0.7 - 0.3]).sigmoid())
-
-    def test_priced_gates_are_open_where_a_token_is_with_its_expert(self):
-        """However low its scores are, and in training too, for all but those at the margin."""
-        router = make_router("base", num_experts=EXPERTS, base_gate="price")
-        tokens = 30 * torch.randn(200, 2, EXPERTS) - 100
-        gates = router(tokens)[0].sum(dim=1)
-        assert (gates > 0.5).float().mean() > 0.99
 
     def test_a_model_may_have_none(self):
         router = make_router("base", num_experts=3, base_prices="none")

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -52,16 +51,6 @@ def test_a_recomputed_pass_finds_its_own_micro_batch():
     assert layer.seen == [(2.0, False), (3.0, False), (2.0, True), (3.0, True)]
 
 
-def test_evaluation_leaves_nothing_behind():
-    layer, x = Layer(), torch.ones(1, requires_grad=True)
-    with torch.no_grad():
-        layer.handed.hand(torch.tensor(9.0))
-        layer(x)
-    layer.handed.hand(torch.tensor(2.0))
-    (gradient,) = torch.autograd.grad(Recomputed.apply(layer, x), x)
-    assert gradient.item() == 2.0
-
-
 def test_an_evaluation_for_which_nothing_is_handed_leaves_nothing_behind():
     """GShard's keys are of training alone; the layer is called all the same."""
     layer, x = Layer(), torch.ones(1, requires_grad=True)
@@ -73,20 +62,3 @@ def test_an_evaluation_for_which_nothing_is_handed_leaves_nothing_behind():
             layer(x)
             layer(x)
     assert gradients == [2.0, 3.0, 4.0]
-
-
-def test_counters_count_a_recomputed_pass_once():
-    from megatron_smlp.routers.statistics import CountedRouter, RouterCounter
-
-    class Router(CountedRouter):
-        def __call__(self, x: Tensor) -> Tensor:
-            if self.counts:
-                one = torch.tensor([0])
-                self.counter.add(training=True, experts=one, asked=torch.ones(1) == 1, gates=1)
-            return x * 2
-
-    router = Router()
-    router.counter = RouterCounter(2, torch.device("cpu"))
-    x = torch.ones(1, requires_grad=True)
-    Recomputed.apply(router, x).sum().backward()
-    assert router.counter.sums[1, 0] == pytest.approx(1)

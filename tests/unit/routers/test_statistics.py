@@ -89,24 +89,8 @@ class TestSwitch:
         logged = get_moe_metrics_tracker().metrics["load_balancing_loss"].values[0]
         assert load_of(statistics, training=True).aux_loss == pytest.approx(logged.item())
 
-    def test_nothing_is_counted_before_it_is_attached(self):
-        make_router("switch", num_experts=2)(probable(SIX))
-        assert RouterStatistics().take(training=True) == {}
-
 
 class TestGShard:
-    def test_in_evaluation_all_ask_twice(self):
-        """Capacity ceil(2 * 0.5 * ceil(6 / 2)) = 3 of six asked choices, on both experts."""
-        router = make_router("gshard", num_experts=2, moe_eval_capacity_factor=0.5).eval()
-        statistics = counted(router)
-        router(probable(SIX))
-        load = load_of(statistics, training=False)
-        assert load.load_share == pytest.approx((0.5, 0.5))
-        assert load.choices == 12
-        assert load.drop_rate == pytest.approx(6 / 12)
-        assert load.mean_gate == pytest.approx(GATE_OF_SIX), "of the first choices"
-        assert load.aux_loss == pytest.approx(LOSS_OF_SIX), "over first choices only"
-
     def test_a_second_choice_that_is_not_used_is_not_counted(self, monkeypatch):
         """Draws of 0.5: asked where 2 g2 / (g1 + g2) > 0.5 (here g1 + g2 = 1): tokens 0, 2, 5."""
         router = make_router("gshard", num_experts=2, moe_train_capacity_factor=0.5)
@@ -249,15 +233,6 @@ class TestPadding:
         assert load.mean_gate == pytest.approx(GATE_OF_SIX)
         assert load.aux_loss == pytest.approx(LOSS_OF_SIX)
 
-    def test_hash_does_not_count_it_either(self):
-        router = make_router("hash", num_experts=2)
-        statistics = counted(router)
-        router.table.copy_(torch.arange(40) % 2)
-        router.token_ids.hand(torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]))
-        statistics.begin(REAL)
-        router(torch.randn(4, 2, 2))
-        assert load_of(statistics, training=True).load_share == pytest.approx((1 / 6, 5 / 6))
-
     def test_a_batch_of_nothing_else_counts_nothing(self):
         for router, tokens in (
             (make_router("switch", num_experts=2), PADDED.transpose(0, 1).contiguous()),
@@ -291,11 +266,6 @@ def test_a_pass_that_is_repeated_for_its_gradient_is_counted_once(kind: str):
     checkpoint(layer, False, means.clone().requires_grad_()).backward()
     choices = {"token": 6, "feature": 4}[kind]
     assert load_of(statistics, training=True, kind=kind).choices == choices
-
-
-def test_one_expert_is_even():
-    load = RouterLoad((1.0,), drop_rate=0, mean_gate=1, **ABSENT, choices=1)
-    assert load.entropy == 1
 
 
 def test_entropy_is_a_share_of_log_e():

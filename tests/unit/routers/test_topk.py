@@ -20,29 +20,6 @@ BIASED = f"{WORDS} --moe-router-score-function sigmoid --moe-router-enable-exper
 
 @pytest.mark.usefixtures("megatron")
 class TestByHand:
-    def test_choices_and_weights(self):
-        router = make_router(
-            "topk", num_experts=3, **TOP_2, moe_router_topk_scaling_factor=2.0
-        ).eval()
-        probs, routing_map = router(probable(THREE))
-        assert routing_map.int().tolist() == [[1, 1, 0], [0, 1, 1], [0, 1, 1]]
-        expected = [[10 / 8, 6 / 8, 0], [0, 12 / 9, 6 / 9], [0, 7 / 7.5, 8 / 7.5]]
-        torch.testing.assert_close(probs, torch.tensor(expected))
-
-    def test_a_bias_chooses_and_does_not_weigh(self):
-        router = make_router(
-            "topk",
-            num_experts=3,
-            moe_router_topk=1,
-            moe_router_score_function="sigmoid",
-            moe_router_enable_expert_bias=True,
-        ).eval()
-        router.expert_bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
-        tokens = torch.tensor([[[2.0, 0.0, -1.0]], [[9.0, 0.0, -9.0]]])
-        probs, routing_map = router(tokens)
-        assert routing_map.int().argmax(dim=1).tolist() == [2, 2]
-        torch.testing.assert_close(probs[:, 2], tokens[:, 0, 2].sigmoid())
-
     def test_what_is_counted(self):
         """All choices, and the balance loss over them: E sum_e f_e P_e."""
         router = make_router("topk", num_experts=3, **TOP_2, moe_aux_loss_coeff=0.01)

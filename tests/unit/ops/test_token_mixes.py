@@ -1,0 +1,274 @@
+"""The triangular and the Toeplitz product against their references: outputs, gradients, causality.
+
+Letters: E heads, T tokens, K weights of a Toeplitz matrix, N columns.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_smlp.ops.causal_mix import causal_mix, causal_mix_reference
+from megatron_smlp.ops.toeplitz_mix import toeplitz_mix, toeplitz_mix_reference
+
+
+class Product(NamedTuple):
+    mix: Callable[[Tensor, Tensor], Tensor]
+    reference: Callable[[Tensor, Tensor], Tensor]
+
+    def shape(self, heads: int, length: int, num_weights: int | None) -> tuple[int, ...]:
+        if self.mix is causal_mix:
+            return (heads, length, length)
+        return (heads, length if num_weights is None else num_weights)
+
+
+CAUSAL = Product(causal_mix, causal_mix_reference)
+TOEPLITZ = Product(toeplitz_mix, toeplitz_mix_reference)
+PRODUCTS = {"causal": CAUSAL, "toeplitz": TOEPLITZ}
+both = pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+# Odd lengths, one leaf, exactly two leaves, several levels with a ragged end.
+LENGTHS = [1, 2, 63, 128, 256, 257, 1000]
+# (T, K): more weights than tokens, and fewer.
+OTHER_WEIGHTS = [(300, 1000), (777, 100), (130, 1)]
+SIZES = [(product, length, None) for product in PRODUCTS.values() for length in LENGTHS]
+SIZES += [(TOEPLITZ, length, num_weights) for length, num_weights in OTHER_WEIGHTS]
+
+
+def _inputs(
+    product: Product,
+    heads: int,
+    length: int,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+    num_weights: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight, the values and the gradient of the output."""
+    generator = torch.Generator().manual_seed(heads * 7919 + length * 31 + columns)
+    weight_shape = product.shape(heads, length, num_weights)
+    shapes = [weight_shape, (heads, length, columns), (heads, length, columns)]
+    weight, values, gradient = (torch.randn(s, generator=generator, dtype=dtype) for s in shapes)
+    return weight, values, gradient
+
+
+def _gradients(function, weight: Tensor, values: Tensor, gradient: Tensor) -> list[Tensor]:
+    weight, values = weight.detach().requires_grad_(), values.detach().requires_grad_()
+    output = function(weight, values)
+    return [output.detach(), *torch.autograd.grad(output, (weight, values), gradient)]
+
+
+def _assert_like_reference(product: Product, inputs: tuple[Tensor, ...], rtol: float) -> None:
+    ours = _gradients(product.mix, *inputs)
+    exact = _gradients(product.reference, *(tensor.double() for tensor in inputs))
+    for name, left, right in zip(("output", "weight", "values"), ours, exact, strict=True):
+        error = (left.double() - right).norm() / right.norm()
+        assert error < rtol, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize(("product", "length", "num_weights"), SIZES)
+@pytest.mark.parametrize(("heads", "columns"), [(1, 17), (3, 5)])
+def test_matches_reference_in_float32(
+    product: Product, length: int, num_weights: int | None, heads: int, columns: int
+):
+    inputs = _inputs(product, heads, length, columns, num_weights=num_weights)
+    _assert_like_reference(product, inputs, rtol=2e-6)
+
+
+@both
+def test_matches_reference_at_2047(product: Product):
+    _assert_like_reference(product, _inputs(product, 1, 2047, 8), rtol=2e-6)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_precision_stays_within_its_rounding(product: Product, dtype: torch.dtype):
+    inputs = _inputs(product, 2, 900, 16, dtype, num_weights=700)
+    _assert_like_reference(product, inputs, rtol=4 * torch.finfo(dtype).eps)
+
+
+def test_a_toeplitz_product_is_the_dense_one_with_its_matrix():
+    weight, values, _ = _inputs(TOEPLITZ, 2, 63, 5)
+    distance = torch.arange(63)[:, None] - torch.arange(63)
+    dense = weight[:, distance.clamp(min=0)].tril()
+    torch.testing.assert_close(toeplitz_mix(weight, values), causal_mix_reference(dense, values))
+
+
+@pytest.mark.parametrize(
+    ("product", "length", "num_weights"),
+    [
+        *((product, length, None) for product in PRODUCTS.values() for length in (1, 5, 130)),
+        *((TOEPLITZ, length, num_weights) for length, num_weights in ((3, 7), (9, 3), (200, 130))),
+    ],
+)
+def test_gradcheck_in_float64(product: Product, length: int, num_weights: int | None):
+    weight, values, _ = _inputs(product, 2, length, 2, torch.float64, num_weights)
+    # What lies above the diagonal has a zero gradient, which gradcheck confirms numerically.
+    inputs = (weight.requires_grad_(), values.requires_grad_())
+    assert torch.autograd.gradcheck(product.mix, inputs, fast_mode=length > 9)
+
+
+@both
+@pytest.mark.parametrize(("needs_weight", "needs_values"), [(True, False), (False, True)])
+def test_computes_only_the_gradients_that_are_asked_for(
+    product: Product, needs_weight: bool, needs_values: bool
+):
+    weight, values, gradient = _inputs(product, 1, 200, 4)
+    weight.requires_grad_(needs_weight)
+    values.requires_grad_(needs_values)
+    product.mix(weight, values).backward(gradient)
+    assert (weight.grad is not None, values.grad is not None) == (needs_weight, needs_values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_lies_above_the_diagonal_does_not_matter(dtype: torch.dtype):
+    weight, values, gradient = _inputs(CAUSAL, 2, 300, 8, dtype)
+    poisoned = weight.clone()
+    poisoned[torch.ones_like(weight, dtype=torch.bool).triu(1)] = torch.nan
+    clean = _gradients(causal_mix, weight, values, gradient)
+    for left, right in zip(_gradients(causal_mix, poisoned, values, gradient), clean, strict=True):
+        assert torch.equal(left, right)
+    assert torch.count_nonzero(clean[1].triu(1)) == 0
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_later_values_never_reach_earlier_rows(product: Product, dtype: torch.dtype):
+    weight, values, _ = _inputs(product, 2, 401, 24, dtype, num_weights=300)
+    before = product.mix(weight, values)
+    for position in (1, 127, 128, 200, 256, 400):
+        changed = values.clone()
+        changed[:, position:] = -1e6 * changed[:, position:] + 1.0
+        after = product.mix(weight, changed)
+        assert torch.equal(after[:, :position], before[:, :position])
+        assert not torch.equal(after[:, position:], before[:, position:])
+
+
+def test_values_further_back_than_the_weights_do_not_matter():
+    weight, values, _ = _inputs(TOEPLITZ, 2, 600, 8, num_weights=150)
+    changed = values.clone()
+    changed[:, :200] = 1e6
+    late = slice(200 + 149, None)
+    before, after = toeplitz_mix(weight, values), toeplitz_mix(weight, changed)
+    torch.testing.assert_close(after[:, late], before[:, late])
+    assert not torch.allclose(after[:, 348], before[:, 348])
+
+
+@both
+@pytest.mark.parametrize("prefix", [1, 63, 128, 300, 999])
+def test_a_prefix_gives_the_same_rows(product: Product, prefix: int):
+    weight, values, _ = _inputs(product, 2, 1000, 24)
+    whole = product.mix(weight, values)[:, :prefix]
+    first = weight[:, :prefix, :prefix] if product is CAUSAL else weight
+    part = product.mix(first, values[:, :prefix])
+    torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-4)
+
+
+def _strided(tensor: Tensor, layout: str) -> Tensor:
+    if layout == "transposed":
+        return tensor.mT.contiguous().mT
+    if layout == "sliced":
+        return torch.cat([tensor, tensor], dim=-1)[..., : tensor.shape[-1]]
+    if layout == "strided":
+        return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+    return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+@both
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "strided", "heads last"])
+def test_any_strides(product: Product, layout: str):
+    inputs = _inputs(product, 3, 150, 12)
+    strided = [_strided(tensor, layout) for tensor in inputs]
+    expected = _gradients(product.mix, *inputs)
+    for left, right in zip(_gradients(product.mix, *strided), expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-4)
+
+
+@both
+def test_an_expanded_gradient(product: Product):
+    weight, values, gradient = _inputs(product, 1, 140, 6)
+    expanded = gradient[:, :1, :1].expand_as(values)
+    ours, exact = (_gradients(f, weight, values, expanded) for f in product)
+    for left, right in zip(ours, exact, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+@both
+def test_autocast_rounds_like_matmul_and_keeps_the_weight_gradient_in_float32(product: Product):
+    weight, values, gradient = _inputs(product, 1, 300, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = _gradients(product.mix, weight, values, gradient.bfloat16())
+    assert (ours[0].dtype, ours[1].dtype) == (torch.bfloat16, torch.float32)
+    exact = _gradients(product.reference, weight, values, gradient)
+    for left, right in zip(ours, exact, strict=True):
+        assert (left - right).norm() / right.norm() < 4 * torch.finfo(torch.bfloat16).eps
+
+
+@both
+def test_under_activation_recompute(product: Product):
+    inputs = _inputs(product, 2, 130, 8)
+    expected = _gradients(product.mix, *inputs)
+    recomputed = _gradients(
+        lambda w, v: checkpoint(product.mix, w, v, use_reentrant=False), *inputs
+    )
+    for left, right in zip(recomputed, expected, strict=True):
+        assert torch.equal(left, right)
+
+
+@both
+def test_under_torch_compile_without_graph_breaks(product: Product):
+    # The `aot_eager` backend traces forward and backward, and needs no C++ compiler.
+    inputs = _inputs(product, 2, 200, 8, num_weights=130)
+
+    def doubled(weight: Tensor, values: Tensor) -> Tensor:
+        return 2 * product.mix(weight, values)
+
+    compiled = torch.compile(doubled, backend="aot_eager", fullgraph=True)
+    expected = _gradients(doubled, *inputs)
+    for left, right in zip(_gradients(compiled, *inputs), expected, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_the_operator_passes_torchs_own_checks(name: str):
+    weight, values, _ = _inputs(PRODUCTS[name], 2, 9, 3, num_weights=12)
+    operator = getattr(torch.ops.megatron_smlp, f"{name}_mix").default
+    torch.library.opcheck(operator, (weight.requires_grad_(), values.requires_grad_()))
+
+
+@both
+def test_nothing_but_its_inputs_is_kept_for_backward(product: Product):
+    weight, values, _ = _inputs(product, 1, 256, 2)
+    weight.requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        product.mix(weight, values)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    assert storages <= {weight.untyped_storage().data_ptr(), values.untyped_storage().data_ptr()}
+
+
+@both
+@pytest.mark.parametrize(("heads", "length", "columns"), [(2, 0, 3), (2, 3, 0), (0, 3, 3)])
+def test_empty_inputs(product: Product, heads: int, length: int, columns: int):
+    inputs = _inputs(product, heads, length, columns, num_weights=4)
+    output, of_weight, of_values = _gradients(product.mix, *inputs)
+    assert output.shape == of_values.shape == inputs[1].shape
+    for left, right in ((output, inputs[1]), (of_values, inputs[1]), (of_weight, inputs[0])):
+        assert torch.equal(left, torch.zeros_like(right))
+
+
+@pytest.mark.parametrize(
+    ("product", "weight", "values"),
+    [
+        *((CAUSAL, *sizes) for sizes in (((2, 5, 5), (2, 4, 3)), ((2, 5, 4), (2, 5, 3)))),
+        *((CAUSAL, *sizes) for sizes in (((1, 5, 5), (2, 5, 3)), ((5, 5), (5, 3)))),
+        *((TOEPLITZ, *sizes) for sizes in (((2, 5, 5), (2, 5, 3)), ((1, 5), (2, 5, 3)))),
+        *((TOEPLITZ, *sizes) for sizes in (((2, 0), (2, 5, 3)), ((5,), (5, 3)))),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    product: Product, weight: tuple[int, ...], values: tuple[int, ...]
+):
+    with pytest.raises(ValueError, match="_mix: weight has shape"):
+        product.mix(torch.ones(weight), torch.ones(values))
