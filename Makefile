@@ -1,4 +1,4 @@
-# make env | quickstart | study | check | test | test-slow | first-gpu | test-gpu | lint | bench | bench-gpu | lock | clean
+# make env | quickstart | study | check | test | test-slow | first-gpu | test-gpu | lint | canary | bench | bench-gpu | lock | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport PYTHON
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help env lock quickstart study test test-slow first-gpu test-gpu lint format check bench bench-gpu clean
+.PHONY: help env lock quickstart study test test-slow first-gpu test-gpu lint format check canary bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,8 +63,7 @@ test: lint ## lint and every test that is not marked slow, in two workers
 	$(TEST) -m "not slow"
 
 QUICK := tests/golden $(addprefix tests/unit/,ops routers layers hf data plotting generation) \
-  $(addprefix tests/unit/test_,arguments.py config_file.py cover.py options.py structure.py \
-  the_suite.py)
+  $(addprefix tests/unit/test_,arguments.py config_file.py options.py structure.py the_suite.py)
 
 check: lint ## lint, and what is quick: the inner loop
 	$(TEST) -m "not slow" $(QUICK) --ignore tests/unit/hf/test_in_transformers.py
@@ -77,6 +76,21 @@ first-gpu: env ## on a machine with a CUDA device: try everything, and write a r
 
 test-gpu: env ## the cases of first-gpu as tests
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+# Of Megatron-LM's sources; their index builder is compiled, which a wheel has done.
+DATASETS = $(MEGATRON)/megatron/core/datasets
+INCLUDES := import sysconfig as s; print('-I' + s.get_path('include'), \
+  '-I' + s.get_path('purelib') + '/torch/include')
+SUFFIX := import sysconfig as s; print(s.get_config_var('EXT_SUFFIX'))
+
+canary: env ## contract, golden losses and layouts against Megatron's sources in MEGATRON=DIR
+	$(if $(wildcard $(DATASETS)/helpers.cpp),,$(error MEGATRON=DIR must name sources of Megatron-LM))
+	$(CXX) -O3 -shared -std=c++17 -fPIC $$($(BIN)/python -c "$(INCLUDES)") \
+	  $(DATASETS)/helpers.cpp -o $(DATASETS)/helpers_cpp$$($(BIN)/python -c "$(SUFFIX)")
+	PYTHONPATH=$(abspath $(MEGATRON)) $(BIN)/python -W ignore -c \
+	  "import megatron.core as m; print('Megatron', m.__version__, 'of', m.__file__)"
+	PYTHONPATH=$(abspath $(MEGATRON)) $(TEST) -m "not slow" tests/contract tests/golden \
+	  tests/invariants/test_layouts.py
 
 # OpenBLAS takes the kernels of this processor, whatever the shell asks for.
 bench: env ## every benchmark, into benchmarks/results/

@@ -14,7 +14,7 @@ resume under another one stops there. On every device:
 * A distributed optimizer gathers its buckets without the padding between them, and then looks for
   each parameter where it lies with the padding: moments behind the first bucket are saved shifted.
   A stage with a tied embedding has two buckets, and so has every overlap of communication. Here
-  they are looked for where they are.
+  they are gathered with the padding.
 * A plain optimizer has no moments before its first update, which fp16 puts off until its loss scale
   fits, and leaves them out; a resume asks for them. Here they are saved as the zeros that they are.
 * What a plain optimizer saved does not name a format that a distributed optimizer could look for.
@@ -53,7 +53,7 @@ def apply() -> None:
         return
     ChainedOptimizer.sharded_state_dict = _without_layout(ChainedOptimizer.sharded_state_dict)
     ChainedOptimizer.load_state_dict = _into_layout(ChainedOptimizer.load_state_dict)
-    DistributedOptimizer.sharded_param_state_fully_reshardable = _looking_past_padding(
+    DistributedOptimizer.sharded_param_state_fully_reshardable = _gathered_with_padding(
         DistributedOptimizer.sharded_param_state_fully_reshardable
     )
     dist_checkpointing.load_content_metadata = _naming_the_format(
@@ -70,35 +70,24 @@ def _naming_the_format(load: Any) -> Any:
     return wrapped
 
 
-def _looking_past_padding(original: Any) -> Any:
+def _gathered_with_padding(original: Any) -> Any:
+    """Let each bucket call its padding its own, so that parameters lie where the buffer says."""
+
     @functools.wraps(original)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        padded = [buffer.param_index_map for buffer in self.buffers]
+        buckets = [bucket for buffer in self.buffers for bucket in buffer.buckets]
+        unpadded = [holder.numel_unpadded for holder in (*self.buffers, *buckets)]
         for buffer in self.buffers:
-            buffer.param_index_map = places_without_padding(buffer)
+            buffer.numel_unpadded = buffer.numel
+        for bucket in buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
         try:
             return original(self, *args, **kwargs)
         finally:
-            for buffer, places in zip(self.buffers, padded, strict=True):
-                buffer.param_index_map = places
+            for holder, count in zip((*self.buffers, *buckets), unpadded, strict=True):
+                holder.numel_unpadded = count
 
     return wrapped
-
-
-def places_without_padding(buffer: Any) -> dict[torch.Tensor, tuple[int, int, int]]:
-    """Return the place of each parameter in a buffer's buckets, put together without padding.
-
-    Returns:
-        parameter -> start, end, number of its bucket; as in the buffer's `param_index_map`.
-    """
-    padding, gathered = {}, 0
-    for bucket in buffer.buckets:
-        padding[bucket.bucket_id] = bucket.offset - gathered
-        gathered += bucket.numel_unpadded
-    return {
-        parameter: (start - padding[number], end - padding[number], number)
-        for parameter, (start, end, number) in buffer.param_index_map.items()
-    }
 
 
 def _without_layout(original: Any) -> Any:

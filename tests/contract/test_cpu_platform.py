@@ -16,8 +16,6 @@ from megatron_smlp.platform import cpu
 PROBE = """
 import importlib, json, sys
 import torch
-cuda = torch.cuda.is_available
-torch.cuda.is_available = lambda: True
 from megatron_smlp.platform import cpu
 
 NAMES = ["torch", "torch.cuda", "torch.cuda.random", "torch.cuda.nvtx",
@@ -50,6 +48,8 @@ def devices():
     with torch.device("meta"):
         return [make(2).device.type for make in (torch.empty, torch.zeros, torch.arange)]
 
+cuda = torch.cuda.is_available
+torch.cuda.is_available = lambda: True
 with_cuda = apply()
 torch.cuda.is_available = cuda
 print(json.dumps({"with_cuda": with_cuda, "without": apply(), "again": apply(),
@@ -127,19 +127,6 @@ def replacements(source: str) -> Iterator[str]:
                 root = root.value
             if root is not target and isinstance(root, ast.Name) and root.id in foreign:
                 yield ast.unparse(target)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import torch\ntorch.cuda.device_count = None",
-        "import torch.nn as n\nn.Module.cuda: object = None",
-        "from megatron.training import training\nsetattr(training, 'evaluate', None)",
-        "from megatron.core import mpu as m\nm.x['a'] = 1",
-    ],
-)
-def test_the_search_finds_a_replacement(line: str):
-    assert list(replacements(line))
 
 
 def test_only_two_folders_replace_anything_in_torch_or_megatron():

@@ -60,6 +60,7 @@ def tokenizer() -> str:
     return folder
 
 
+@functools.cache
 def parsed(path: Path, flags: str, *, processes: int) -> argparse.Namespace:
     """The resolved arguments of rank 0."""
     from megatron_smlp.flags.parse import parse_arguments

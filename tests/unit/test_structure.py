@@ -134,8 +134,3 @@ def test_folders_form_no_circle():
     # The package's own files are at the bottom, and commands.py at the top.
     parts = {name: frozenset(others - {""}) for name, others in folders.items() if name}
     assert circles(parts) == []
-
-
-def test_a_circle_is_found():
-    graph = {"a": frozenset("b"), "b": frozenset("c"), "c": frozenset("b")}
-    assert circles(graph) == [["b", "c", "b"]]

@@ -1,12 +1,11 @@
-"""The suite's own parts: errors of runs come out, GPUs are seen where they are meant."""
+"""The suite's own parts: tables with every kind of system in them, and the canary's command."""
 
 import re
-import sys
+import subprocess
+from pathlib import Path
 
 import pytest
-from support.launches import REPOSITORY
-from support.runs import ending_well
-from support.selection import looks_at_gpus
+from support.launches import REPOSITORY, run_command
 
 from megatron_smlp.systems import ARCHITECTURES, TOKEN_ROUTERS
 
@@ -24,28 +23,20 @@ MATRICES = {
 """Files with a table of systems, in which every kind has to be."""
 
 
-@pytest.mark.parametrize("expression", ["gpu", "gpu and not slow", "gpu or slow"])
-def test_gpus_are_seen(expression: str):
-    assert looks_at_gpus(expression)
-
-
-@pytest.mark.parametrize("expression", ["", "not gpu", "not slow", "slow", "slow or not gpu"])
-def test_gpus_are_hidden(expression: str):
-    assert not looks_at_gpus(expression)
-
-
-@pytest.mark.parametrize("code", [1, "a line that says why"])
-def test_a_run_that_exits_with_an_error_is_not_hidden(code: object):
-    """Megatron ends so where it cannot compile its helper, as an example."""
-    with pytest.raises(SystemExit) as ended, ending_well():
-        sys.exit(code)
-    assert ended.value.code == code
-
-
-@pytest.mark.parametrize("code", [None, 0])
-def test_a_run_that_exits_as_asked_has_ended(code: object):
-    with ending_well():
-        sys.exit(code)
+def test_the_canary_takes_sources_of_megatron(tmp_path: Path):
+    sources = tmp_path / "megatron" / "core" / "datasets"
+    sources.mkdir(parents=True)
+    (sources / "helpers.cpp").touch()
+    command = ["make", "-n", "canary"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "MEGATRON=DIR must name sources of Megatron-LM" in done.stderr.splitlines()[-1]
+    said = run_command([*command, f"MEGATRON={tmp_path}"]).stdout
+    assert f"{sources}/helpers.cpp -o {sources}/helpers_cpp" in said
+    tests = said.partition(f"PYTHONPATH={tmp_path} OMP_NUM_THREADS=1")[2].split()
+    named = {word for word in tests if word.startswith("tests/")}
+    assert named == {"tests/contract", "tests/golden", "tests/invariants/test_layouts.py"}
+    assert all((REPOSITORY / name).exists() for name in named)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Whole runs in this process: what is logged, what is shown, and how a broken loss ends one."""
 
-import json
 import math
 import signal
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from support.in_process import pretrained
+from support.launches import records
 
-from megatron_smlp.errors import NonFiniteLossError, UsageError
+from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.ops import triton_ready
 from megatron_smlp.training import slow_paths
 from megatron_smlp.training.forward import ForwardStep
@@ -18,11 +18,6 @@ from megatron_smlp.training.forward import ForwardStep
 GMLP = "--architecture gmlp --log-interval 1"
 # Steps so large that the weights are useless after the first: the loss of the second is not finite.
 DIVERGING = f"{GMLP} --lr 1e30 --lr-decay-style constant"
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 class TestMetrics:
@@ -244,31 +239,6 @@ class TestNonFiniteLoss:
             steps = [record for record in records(tmp_path) if "loss" in record]
         assert [step["skipped"] for step in steps] == [True] * 4
         assert all(math.isfinite(step["loss"]) for step in steps)
-
-
-class TestData:
-    def test_missing(self):
-        flags = GMLP.replace("--log-interval 1", "")
-        with pytest.raises(UsageError, match=r"--data-path is missing: give the prefix"):
-            run_with_data(flags)
-
-    def test_a_prefix_that_is_not_there(self, tmp_path: Path):
-        with pytest.raises(UsageError, match=rf"{tmp_path}/none") as caught:
-            run_with_data(f"{GMLP} --data-path {tmp_path}/none")
-        assert "\n" not in str(caught.value)
-
-
-def run_with_data(flags: str) -> None:
-    """A run without --mock-data."""
-    from support.in_process import MINIMAL, forget_arguments
-
-    from pretrain_smlp import main
-
-    words = [word for word in MINIMAL.split() if word != "--mock-data"]
-    try:
-        main([*words, *flags.split()])
-    finally:
-        forget_arguments()
 
 
 def test_weights_and_biases_get_the_loss_without_a_folder_for_tensorboard(
