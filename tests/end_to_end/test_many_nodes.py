@@ -4,12 +4,10 @@ Figures are printed (`-s` shows them): steps lost, seconds until a launcher says
 step, exit codes. The losses of a run that was disturbed are, bit by bit, those of one that was not.
 """
 
-import contextlib
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -300,9 +298,6 @@ def test_clocks_that_are_an_hour_apart(variables: dict[str, str], tmp_path: Path
     """Restarts, a second writer and the claim of a dead one: no clock is trusted. The machines see
     their own processes alone, so that a claim's owner can only be watched."""
     ahead = wrong_clock(3600, tmp_path)
-    now = [sys.executable, "-c", "import time; print(time.time())"]
-    shifted = subprocess.run(now, env=os.environ | ahead, capture_output=True, check=True).stdout
-    assert 3500 < float(shifted) - time.time() < 3700
     with network(3, tmp_path, own_processes=True) as net:
         job = Job(net, f"{FLAGS} --train-iters 300", **variables)
         job.start(0)
@@ -506,19 +501,3 @@ def test_bad_input_in_one_line(
     assert job.codes(1, seconds=60) == [2], job.log(1)
     assert len(job.log(1).splitlines()) == 1
     assert message in job.log(1)
-
-
-def test_nothing_is_left_of_machines_whose_test_failed(tmp_path: Path):
-    def names() -> str:
-        links = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
-        spaces = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
-        return links + spaces
-
-    with contextlib.suppress(ZeroDivisionError), network(2, tmp_path) as net:
-        assert net.bridge in names()
-        sleeper = net.start(0, ["sleep", "600"])
-        while not net.processes(0):
-            time.sleep(0.01)
-        _ = 1 / 0
-    assert sleeper.wait(timeout=10) == -signal.SIGKILL
-    assert net.tag not in names()

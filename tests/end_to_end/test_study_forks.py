@@ -1,5 +1,6 @@
 """Trainings of a study that are forks: they compute, fail and end as the commands that they are."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,13 +18,11 @@ from megatron_smlp.checkpoints.folders import tracked_iteration
 from megatron_smlp.errors import NonFiniteLossError
 from megatron_smlp.study.process import OUTPUT, last_lines
 
-Start = Callable[[list[str], Path], subprocess.Popen[bytes]]
-
 WORKER = (
-    "import sys, threading; from pathlib import Path; sys.path.insert(0, '.');"
+    "import json, sys, threading; from pathlib import Path; sys.path.insert(0, '.');"
     "from megatron_smlp.study.process import run_command;"
-    "sys.exit(run_command(sys.argv[2:], folder=Path(sys.argv[1]), stop=threading.Event(),"
-    " watch=lambda: None))"
+    "print([run_command(words, folder=Path(folder), stop=threading.Event(), watch=lambda: None)"
+    " for folder, words in json.loads(sys.argv[1])])"
 )
 """In a process of its own: that of the tests may have forked others, which were made quicker."""
 
@@ -33,53 +32,49 @@ def words_of(folder: Path, more: str) -> list[str]:
     return [sys.executable, str(REPOSITORY / "pretrain_smlp.py"), *words.split()]
 
 
-def worker(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
+def worker(commands: list[tuple[str, list[str]]]) -> subprocess.Popen[bytes]:
+    """Runs commands, each in its folder, one after the other, and prints their exit codes."""
     return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(folder), *command], cwd=REPOSITORY,
-        env=clean_environment(), start_new_session=True, stderr=subprocess.PIPE,
+        [sys.executable, "-c", WORKER, json.dumps(commands)], cwd=REPOSITORY,
+        env=clean_environment(), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def program(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    with (folder / OUTPUT).open("ab") as log:
-        return subprocess.Popen(command, env=clean_environment(), stdout=log, stderr=log)
-
-
-def ended(start: Start, folder: Path, more: str = "") -> int:
-    folder.mkdir()
-    return start(words_of(folder, more), folder).wait(300)
-
-
-def test_the_losses_are_the_same_to_the_bit(tmp_path: Path):
+def test_it_computes_and_fails_as_the_program(tmp_path: Path):
+    """The losses are the same to the bit, and so are the exit code and the last line of an end."""
+    cases, forks, codes = {"trains": "", "diverges": "--lr 1e38"}, [], []
+    for name, more in cases.items():
+        for kind in ("fork", "program"):
+            (tmp_path / kind / name).mkdir(parents=True)
+        forks.append((str(tmp_path / "fork" / name), words_of(tmp_path / "fork" / name, more)))
+        own = tmp_path / "program" / name
+        with (own / OUTPUT).open("ab") as log:
+            command = words_of(own, more)
+            codes.append(subprocess.call(command, env=clean_environment(), stdout=log, stderr=log))
+    assert codes == [0, NonFiniteLossError.exit_code]
+    assert worker(forks).communicate(timeout=300)[0].decode() == f"{codes}\n"
     fork, own = tmp_path / "fork", tmp_path / "program"
-    assert [ended(worker, fork), ended(program, own)] == [0, 0]
-    assert len(steps(own)) == 6
-    assert steps(fork) == steps(own)
+    assert len(steps(own / "trains")) == 6
+    assert steps(fork / "trains") == steps(own / "trains")
+    assert last_lines(own / "diverges")[-1].startswith("pretrain_smlp.py: error: ")
+    assert last_lines(fork / "diverges")[-1] == last_lines(own / "diverges")[-1]
 
 
-def test_it_fails_alike(tmp_path: Path):
-    fork, own = tmp_path / "fork", tmp_path / "program"
-    codes = [
-        ended(start, folder, "--lr 1e38") for start, folder in ((worker, fork), (program, own))
-    ]
-    assert codes == [NonFiniteLossError.exit_code] * 2
-    assert last_lines(own)[-1].startswith("pretrain_smlp.py: error: ")
-    assert last_lines(fork)[-1] == last_lines(own)[-1]
-
-
-@pytest.mark.parametrize("is_killed", [True, False])
+@pytest.mark.parametrize("is_killed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_it_ends_with_its_worker(tmp_path: Path, is_killed: bool):
     """It saves before it ends, whether the worker is killed or Ctrl-C interrupts it."""
-    one = worker(words_of(tmp_path, "--train-iters 100000 --save-interval 100000"), tmp_path)
+    words = words_of(tmp_path, "--train-iters 100000 --save-interval 100000")
+    study = worker([(str(tmp_path), words)])
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists())
     if is_killed:
-        one.kill()
+        study.kill()
     else:
-        os.killpg(one.pid, signal.SIGINT)
+        os.killpg(study.pid, signal.SIGINT)
     wait_for(lambda: tracked_iteration(tmp_path / "checkpoints"))
     wait_for(lambda: "stopped at iteration" in (tmp_path / OUTPUT).read_text(encoding="utf-8"))
-    said = one.communicate(timeout=120)[1].decode()
-    assert one.returncode == (-signal.SIGKILL if is_killed else -signal.SIGINT)
+    said = study.communicate(timeout=120)[1].decode()
+    assert study.returncode == (-signal.SIGKILL if is_killed else -signal.SIGINT)
     assert said.count("Traceback") == (0 if is_killed else 1)  # of the worker above alone
 
 

@@ -81,10 +81,13 @@ def test_the_large_moes_have_the_papers_sizes():
         assert abs(parameters / 9.41e9 - 1) < 0.01
 
 
-@pytest.mark.parametrize(("folder", "system"), CONFIGS)
+@pytest.mark.parametrize(
+    ("folder", "system"),
+    [("cpu", "minhash"), ("paper/regular", "gshard"), ("paper/large", "smlp_partial")],
+)
 def test_dry_run(parse: Callable[..., Any], tmp_path: Path, folder: str, system: str):
-    """Through all checks, ours and Megatron's; the layer table has a row for equal layers, and its
-    numbers are whole at 80 columns and in a log."""
+    """The layer table has a row for equal layers, and its numbers are whole at 80 columns and in a
+    log. (Of every file, tests/golden has the whole text.)"""
     data = f"{DATA} {VOCABULARY[folder]}"
     if system == "minhash":  # which hashes the strings of tokens
         save_tokenizer(tmp_path, entries=VOCABULARY[folder])

@@ -123,14 +123,6 @@ def test_entries_are_as_a_page_shows_them(page: str, entries: dict[str, str]) ->
         assert tables[name][entry] == getattr(systems, name)[entry]
 
 
-def test_the_pages_whose_commands_are_run() -> None:
-    """By end_to_end/test_documentation.py: one whose blocks are no longer found is missed here."""
-    names = ["checkpoints", "data", "evaluation", "generation", "gpus", "library", "metrics"]
-    names.append("resilience")
-    assert [f"docs/{name}.md" for name in names] == documentation.WITH_BLOCKS
-    assert documentation.blocks("README.md")
-
-
 def test_everything_that_is_changed_in_a_page_is_there() -> None:
     pages = documentation.PAGES
     text = "".join(body for page in pages for _, body in documentation.blocks(page))

@@ -85,15 +85,6 @@ def test_the_device():
     assert not torch.cuda.is_available()
 
 
-def test_building_data_iterators_draws_nothing_from_the_models_generator():
-    """A DataLoader draws a seed when it is iterated: the dropout of a resumed run would move."""
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    torch.random.fork_rng(devices=[])(lambda: torch.rand(7))()
-    assert torch.equal(torch.rand(1), expected)
-
-
 def test_split_sizes_become_numpy():
     """gloo's all-to-all refuses tensors as split sizes."""
     from megatron.core.transformer.moe import token_dispatcher
