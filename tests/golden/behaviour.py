@@ -40,6 +40,7 @@ COMBINATIONS = {
         "--recompute-num-layers 1 --use-distributed-optimizer --nonfinite-loss skip",
     ),
 }
+COMBINED = ("cpu/gmlp.yaml", "cpu/smlp_deterministic.yaml")
 # Ours alone, or of this machine and checkout.
 LEFT_OUT = {"command_line", "explicit_flags", "data_contents", "places"}
 LEFT_OUT |= {"config", "tokenizer_model"}
@@ -101,7 +102,7 @@ def namespaces() -> dict[str, dict[str, Any]]:
         name = str(path.relative_to(CONFIGS))
         own = plain(parsed(path, "", processes=1))
         found[name] = beyond(own, defaults)
-        if name.startswith("cpu/"):
+        if name in COMBINED:
             for title, (processes, flags) in COMBINATIONS.items():
                 values = plain(parsed(path, flags, processes=processes))
                 found[f"{name}: {title}"] = beyond(values, own)

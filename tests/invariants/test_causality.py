@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.training import get_args
+from support.cover import slow_unless_in
 from support.in_process import build_model
 from support.language_models import save_tokenizer
 from torch import Tensor
@@ -66,9 +67,16 @@ MODELS = {
     "smlp_partial-toeplitz": f"{LAYERS['smlp_partial']} --toeplitz",
 }
 ROUTED = {name for name, flags in MODELS.items() if EXPERTS in flags}
+# Not slow: each mixer alone and with BASE, each router with two mixers, and what is named above.
+FAST = [
+    name
+    for name in MODELS
+    for layers, _, router in [name.partition("-")]
+    if router not in TOKEN_ROUTERS or router == "base" or layers in ("transformer", "smlp_partial")
+]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=slow_unless_in(FAST, MODELS))
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Any]]:

@@ -8,14 +8,14 @@ sum over ranks, or a message that reaches the wrong stage, can leave the losses 
 
 import itertools
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.checkpoints import checkpoint_tensors
-from support.cover import cover, selected, slow_unless_in
+from support.cover import selected, slow_unless_in
 from support.language_models import save_tokenizer
 from support.launches import Step, launch, records, steps
 
@@ -69,17 +69,6 @@ ARCHITECTURES = {
     "aft_simple_base": f"--architecture aft --aft-kind simple --token-router base {EXPERTS}",
     "feature_moe_partial": f"{SMLP} --feature-router partial",
     "feature_moe_toeplitz": f"{SMLP} --feature-router partial --toeplitz",
-}
-# Architectures whose runs are slow tests, but for these in one layout each.
-SLOW = {"mixer_switch", "aft_simple_base", "causal_rn_gshard", "minhash", "minhash_base"}
-IN_ONE_LAYOUT = {
-    "mixer": "tp2",
-    "aft": "tp2_sp",
-    "causal_rn": "tp2",
-    "transformer_hash": "pp2_recompute",
-    "transformer_gshard": "ep2",
-    "transformer_topk": "tp2_sp",
-    "feature_moe_toeplitz": "tp2_sp",
 }
 ROUTED = {name for name, flags in ARCHITECTURES.items() if EXPERTS in flags}
 
@@ -149,40 +138,28 @@ def _cases(layouts: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(a, layout) for a in ARCHITECTURES for layout in layouts if _applies(layout, a)]
 
 
-# All pairs of these that a case has are in the part of the matrix that is not slow.
-SPLIT = [(part, "parallel") for part in ("mixers", "token router", "feature router")]
-OPTIONS = ("routes", "option")
-
-
-def _facets(case: tuple[str, str]) -> dict[str, Hashable]:
-    """Return where a layout splits a model and what else it does; where an architecture routes."""
-    architecture, layout = case
-    parallel, _, option = layout.partition("_")
-    flags = dict(itertools.pairwise(ARCHITECTURES[architecture].split()))
-    return {
-        "mixers": flags["--architecture"],
-        "parallel": parallel,
-        "option": layout if parallel == "recompute" else option,
-        "token router": flags.get("--token-router", "none"),
-        "feature router": flags.get("--feature-router", "none"),
-        "routes": ("--token-router" in flags, "--feature-router" in flags),
-    }
-
-
-def _without_neighbours(layouts: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [case for case in _cases(layouts) if case[0] not in SLOW | IN_ONE_LAYOUT.keys()]
+# What is not slow: each way to split or to recompute by systems whose parts it could break.
+FAST = {
+    "tp2": ("transformer", "amlp", "mixer", "causal_rn", "feature_moe_partial"),
+    "tp2_sp": (
+        *("transformer_switch", "transformer_topk", "gmlp_1_head", "smlp", "aft"),
+        "feature_moe_toeplitz",
+    ),
+    "pp2": ("amlp", "smlp"),
+    "pp2_interleaved": ("transformer_switch", "smlp", "feature_moe_partial"),
+    "pp2_recompute": ("transformer_hash", "gmlp_1_head", "feature_moe_partial"),
+    "dp2": ("gmlp_4_heads", "amlp"),
+    "dp2_distributed_optimizer": ("transformer_switch", "feature_moe_partial"),
+    "ep2": ("transformer_gshard", "smlp", "smlp_partial"),
+    "recompute_full": ("transformer", "smlp", "feature_moe_partial"),
+    "recompute_selective": ("transformer_switch", "feature_moe_partial"),
+    "tp2_pp2": ("transformer_switch", "smlp"),
+}
+EACH = slow_unless_in({name for names in FAST.values() for name in names}, ARCHITECTURES)
 
 
 def _marked(cases: list[tuple[str, str]]) -> list[Any]:
-    chosen = [
-        *cover(_without_neighbours(TWO_PROCESSES), _facets, [*SPLIT, OPTIONS]),
-        *cover(_without_neighbours(RECOMPUTE), _facets, [*SPLIT[1:], OPTIONS]),
-        *cover(_without_neighbours(FOUR_PROCESSES), _facets, [OPTIONS]),
-    ]
-    return slow_unless_in([*chosen, *IN_ONE_LAYOUT.items()], cases)
-
-
-EACH = slow_unless_in(ARCHITECTURES.keys() - SLOW, ARCHITECTURES)
+    return slow_unless_in([(name, layout) for layout in FAST for name in FAST[layout]], cases)
 
 
 class Runs:

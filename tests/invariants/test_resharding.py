@@ -95,9 +95,7 @@ SHORT: list[Case] = [
     ("transformer", "dp_distributed", "one"),
     ("transformer_bf16", "dp", "dp_parallel_load"),
     ("transformer_bf16", "dp_distributed", "dp"),
-    ("minhash", "one", "tp"),
     ("minhash", "one", "dp_parallel_load"),  # whose table one rank sends to the other
-    ("minhash_base", "one", "tp"),  # whose embeddings are cut along the sequence
     ("smlp", "pp", "ep"),
     ("smlp", "ep_distributed", "tp"),
     ("smlp_partial", "pp", "tp_distributed"),
