@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from support.launcher_variables import is_of_a_launcher
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite holds the CPU platform
 for variable in filter(is_of_a_launcher, list(os.environ)):
     del os.environ[variable]
 
@@ -24,13 +25,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = ("/invariants/", "/cuda_without_a_gpu/", "/end_to_end/", "/evaluation/", "first_gpu")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """The suite holds the CPU platform; only `-m gpu` looks at a GPU that may be there."""
-    marks = config.option.markexpr
-    if "gpu" not in marks or "not gpu" in marks:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from support.cover import slow_unless_in
 from support.language_models import save_tokenizer
 from support.launches import REPOSITORY, start_program
 from support.meta_models import built_parameters, expected_parameters
@@ -160,12 +161,15 @@ STAGES = {"gmlp": 2, "amlp": 1, "smlp_deterministic": 3, "smlp_partial": 3}
 RANKS = 96
 
 
+ENDS = "the first and last of each stage"
+
+
 @pytest.mark.parametrize(
     ("system", "of"),
-    [
-        *((system, "the first and last of each stage") for system in SYSTEMS),
-        pytest.param("smlp_deterministic", "all", marks=pytest.mark.slow),
-    ],
+    slow_unless_in(
+        [("base", ENDS), ("amlp", ENDS), ("smlp_partial", ENDS)],
+        [*((system, ENDS) for system in SYSTEMS), ("smlp_deterministic", "all")],
+    ),
 )
 def test_shards_of_the_large_models(
     parse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, system: str, of: str

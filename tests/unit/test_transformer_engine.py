@@ -1,6 +1,6 @@
 """What Transformer Engine is asked for, held against its signatures by a stand-in that records it.
 
-Nothing is computed: tests/gpu does that where it is installed.
+Nothing is computed: `make first-gpu` does that where it is installed.
 """
 
 import json

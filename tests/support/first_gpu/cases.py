@@ -1,6 +1,6 @@
 """The cases of `make first-gpu`, a machine's first day; each runs in a process of its own.
 
-tests/gpu asserts the same cases. Torch is imported inside them: a conversion hides GPUs before.
+Torch is imported inside them: a conversion hides GPUs before.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ def environment(place: Place, notes: Notes) -> None:
     """Note what is installed."""
     import torch
 
+    from megatron_smlp.platform import cpu
+
     packages = ("torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "triton")
     notes.data = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     notes.data["CUDA of torch"] = str(torch.version.cuda)
@@ -26,6 +28,9 @@ def environment(place: Place, notes: Notes) -> None:
         memory = f"{of.total_memory / 2**30:.0f} GiB, capability {of.major}.{of.minor}"
         notes.data[f"device {number}"] = f"{of.name}, {memory}"
     notes.data["driver"] = driver()
+    before = torch.cuda.current_device, torch.empty
+    cpu.apply()
+    notes.check((torch.cuda.current_device, torch.empty) == before, "no name is a CPU's")
     notes.passed(f"{torch.cuda.device_count()} devices")
 
 

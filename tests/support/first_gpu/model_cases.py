@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import json
 import os
+import sys
 from collections import Counter
 from importlib.util import find_spec
 
@@ -16,7 +19,7 @@ from support.first_gpu.training import (
     train,
     words,
 )
-from support.launches import steps
+from support.launches import REPOSITORY, run_command, steps
 from support.systems import SYSTEMS
 
 ROUNDING = 0.02
@@ -149,11 +152,29 @@ def transformer_engine(place: Place, notes: Notes) -> None:
     if find_spec("transformer_engine") is None:
         notes.not_run("Transformer Engine: it is not installed")
         return
+    _check_signatures(notes)
     for system in SYSTEMS:
         folder, flags = place.folder / "transformer_engine" / system, words(place, system)
         local = train(f"{flags} --transformer-impl local", folder / "local")
         ours = train(f"{flags} --transformer-impl transformer_engine", folder / "te")
         notes.same_steps(f"{system} against local", ours, local, tolerance=ROUNDING)
+
+
+def _check_signatures(notes: Notes) -> None:
+    """The stand-in, which the suite has on a CPU, takes no argument that the package lacks."""
+    import transformer_engine.pytorch as te
+
+    code = (
+        "import json; from transformer_engine.signatures import MODULES\n"
+        "print(json.dumps({name: sum(of, ()) for name, of in MODULES.items()}))"
+    )
+    stand_in = REPOSITORY / "tests" / "support" / "transformer_engine_stub"
+    told = json.loads(run_command([sys.executable, "-c", code], PYTHONPATH=str(stand_in)).stdout)
+    for name, arguments in told.items():
+        classes = inspect.getmro(getattr(te, name))
+        known = {argument for c in classes for argument in inspect.signature(c.__init__).parameters}
+        lacking = ", ".join(sorted({*arguments} - known))
+        notes.check(not lacking, f"arguments of {name} as the suite has them: lacks {lacking}")
 
 
 def one_process(place: Place, notes: Notes) -> None:

@@ -1,7 +1,7 @@
 """Names of the arguments of Transformer Engine's constructors and functions.
 
-Read from the sources of Transformer Engine 2.18.0 (tag v2.18, commit 27486e03). tests/gpu compares
-this table with the package that is installed there.
+Read from the sources of Transformer Engine 2.18.0 (tag v2.18, commit 27486e03). `make first-gpu`
+compares this table with the package that is installed there.
 """
 
 from __future__ import annotations
