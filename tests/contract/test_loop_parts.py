@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MixedPrecisionOptimizer
-from megatron.core.rerun_state_machine import RerunStateMachine
-from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.training import global_vars, training
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 from megatron.training.utils import common_utils
@@ -23,26 +21,6 @@ from megatron_smlp.training.step import GuardedUpdate, _rounded
 @pytest.fixture(scope="module", autouse=True)
 def on_a_cpu(megatron: None) -> None:
     prepare_megatron()
-
-
-@pytest.mark.parametrize(
-    ("function", "leading"),
-    [
-        (training.evaluate, ["forward_step_func", "data_iterator", "model",
-                             "process_non_loss_data_func", "config"]),
-        (training.get_optimizer_param_scheduler, ["optimizer"]),
-        (training.get_megatron_optimizer_config, ["args"]),
-        (training.disable_forward_pre_hook, ["model_chunks", "optimizer", "param_sync"]),
-        (training.enable_forward_pre_hook, ["model_chunks"]),
-        (training.force_param_sync, ["model_chunks", "optimizer"]),
-        (training.should_disable_forward_pre_hook, ["args"]),
-        (training.dummy_train_step, ["data_iterator"]),
-        (RerunStateMachine.should_run_forward_backward, ["self", "data_iterator"]),
-        (MoEMetricsTracker.report, ["self", "loss_scale", "iteration", "writer", "wandb_writer"]),
-    ],
-)  # fmt: skip
-def test_signatures(function: Any, leading: list[str]):
-    assert list(inspect.signature(function).parameters)[: len(leading)] == leading
 
 
 def test_an_evaluation_returns_losses_and_whether_the_time_is_over():
