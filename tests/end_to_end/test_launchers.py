@@ -201,10 +201,10 @@ def is_queued_again(folder: Path, code: int, does: str = "", **variables: str) -
 
 @pytest.mark.parametrize(
     ("code", "does", "expected"),
-    [(code, "saves", False) for code in (0, 1, 2, 3, 76, 93)]
-    + [(code, "", True) for code in (75, 137, 143)]
+    [(code, "saves", False) for code in (0, 76, 93)]
+    + [(code, "", True) for code in (75, 143)]
     + [(0, "is warned", True), (2, "is warned", False)]
-    + [(code, "is warned, saves", code not in (3, 93)) for code in (1, 2, 3, 76, 93, 137)],
+    + [(code, "is warned, saves", code not in (3, 93)) for code in (2, 3, 93, 137)],
 )
 def test_what_slurm_queues_again(code: int, does: str, expected: bool, tmp_path: Path):
     assert is_queued_again(tmp_path, code, does) == expected
