@@ -62,11 +62,11 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfi
 test: lint ## lint and every test that is not marked slow, in two workers
 	$(TEST) -m "not slow"
 
-QUICK := tests/golden $(addprefix tests/unit/,ops routers layers hf data plotting generation) \
+QUICK := $(addprefix tests/golden/test_,golden.py refusals.py) tests/unit/layers tests/unit/routers \
   $(addprefix tests/unit/test_,arguments.py config_file.py options.py structure.py the_suite.py)
 
 check: lint ## lint, and what is quick: the inner loop
-	$(TEST) -m "not slow" $(QUICK) --ignore tests/unit/hf/test_in_transformers.py
+	$(TEST) -m "not slow" $(QUICK)
 
 test-slow: env ## the rest of the matrices, and what takes minutes
 	$(TEST) -m slow
