@@ -184,24 +184,6 @@ def test_data_of_another_vocabulary_are_refused(tmp_path: Path, data: Path):
     assert "VOCABULARY=281" in done.stderr
 
 
-@pytest.mark.slow
-def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, data: Path):
-    broken = {
-        "smlp_deterministic": TINY["variants"]["smlp_deterministic"] | {"no-such-flag": 1},
-        "transformer": {"num-layers": 2},
-    }
-    study = write_study(tmp_path, **TINY | {"variants": broken, "horizons": [2560]})
-    done = ended_worker(study, data)
-    assert done.returncode == 1
-    assert "failed (2): smlp_deterministic" in done.stderr
-    assert "no-such-flag" in done.stderr
-    status = run_command([*TOOL, "status", *words(study, data)]).stdout
-    lines = [line for line in status.splitlines() if "seed" in line]
-    assert [line.split()[0] for line in lines] == ["done", "failed", "failed:"]
-    assert lines[-1].startswith("failed: smlp_deterministic, lr x 1, seed 11")
-    assert lines[-1] in done.stderr
-
-
 def test_a_slurm_task_is_a_worker(tmp_path: Path):
     """The script hands on what it was given, with the program in place of Python."""
     study = write_study(tmp_path)
