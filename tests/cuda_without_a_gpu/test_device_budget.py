@@ -83,12 +83,6 @@ def test_kernels_are_a_fraction_of_the_operators(written: dict[str, Any]):
         assert ours["megabytes"] < without["megabytes"]
 
 
-@pytest.mark.parametrize("system", ["transformer", "gmlp", "amlp"])
-def test_layers_without_routing_never_wait(system: str, measured: dict[str, Any]):
-    for layer in measured[system]["layers"].values():
-        assert layer["synchronisations"] == 0
-
-
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_layer_waits_for_dropped_choices_alone(system: str, measured: dict[str, Any]):
     """Their number is a size. Partial prediction also waits for those of its groups of chunks."""
@@ -125,11 +119,3 @@ def test_all_that_a_run_holds_is_on_the_device(
     for kind in ("gradients", "weights of the optimizer", "moments and steps"):
         assert set(held[kind]) == {"cuda torch.float32"}
     assert all(place.startswith("cuda ") for kind in held.values() for place in kind)
-
-
-def test_it_counts(measured: dict[str, Any]):
-    """A budget of zeros would be kept by anything."""
-    for record in measured.values():
-        assert record["step"]["operators"] > 100
-        assert record["step"]["synchronisations"] > 0
-        assert record["step"]["megabytes"] > 10
