@@ -58,12 +58,10 @@ def _is_of(name: str, group: str) -> bool:
 
 
 # The systems and layouts are held elsewhere: here, that a case of each kind runs and is reported.
-FAST = [
-    name
-    for name in CASES
-    if name in ("train_smlp_deterministic", "one_process", "dp2")
-    or not _is_of(name, "train_,tp2,pp2,ep2,dp2,evaluate,generate,convert,exported,serve")
-]
+FAST = (
+    *("environment", "cpu_losses", "train_smlp_deterministic", "operators", "kernel_times"),
+    *("fp16", "transformer_engine", "text", "one_process", "dp2"),
+)
 
 
 @pytest.fixture(scope="module")
