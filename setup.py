@@ -63,7 +63,7 @@ setup(
     py_modules=["pretrain_smlp"],
     packages=find_packages(include=["megatron_smlp", "megatron_smlp.*"]),
     package_data={
-        "megatron_smlp": ["py.typed", "flags/megatron_flags.json", "evaluation/tasks/*.yaml"]
+        "megatron_smlp": ["py.typed", "flags/megatron_flags.txt", "evaluation/tasks/*.yaml"]
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

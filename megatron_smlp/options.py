@@ -1,9 +1,9 @@
 """Our flags, one field a record: type, default, docstring with its unit, and in its metadata what
 the rest of the program has to know of it. Every list of flags elsewhere is derived from here.
 
-`Facts` names what a record says. Nothing heavy is imported: the accounting and the tools read these
-without torch or Megatron. Annotations stay real types (no `from __future__ import annotations`):
-flags/our_flags.py builds the parser from them.
+`Facts` (flag_facts.py) names what a record says. Nothing heavy is imported: the accounting and the
+tools read these without torch or Megatron. Annotations stay real types (no `from __future__ import
+annotations`): flags/our_flags.py builds the parser from them.
 """
 
 import dataclasses
@@ -11,149 +11,84 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
+from megatron_smlp.flag_facts import MEGATRON_FLAGS, SAME, Facts, named, option
 from megatron_smlp.partial_prediction import prefix_length
-from megatron_smlp.systems import (
-    ARCHITECTURES,
-    LIMITED,
-    SCORING,
-    SPATIAL,
-    TOKEN_ROUTERS,
-    TOP_K,
-    WITH_BALANCE_LOSS,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """Facts of a flag that the rest of the program derives its lists from."""
-
-    architectures: tuple[str, ...] = ()
-    """Architectures it is for, empty: all. With another one a value is refused."""
-    token_routers: tuple[str, ...] = ()
-    """Rules of the token router that it is for, empty: all."""
-    feature_routers: tuple[str, ...] = ()
-    """Rules of the feature router that it is for, empty: all."""
-    input_projections: tuple[str, ...] = ()
-    """Kinds of the input that it is for, empty: all."""
-    least: float | None = None
-    """The smallest value that is allowed."""
-    may_change: bool = False
-    """Whether a run that goes on from a checkpoint may have another value than that."""
-    filled_in: bool = False
-    """Whether a run that is not given it has another value than Megatron's default."""
-    derived: bool = False
-    """Whether it follows from other flags or from the tokenizer."""
-    of_one_start: bool = False
-    """Whether it is about one start of a run, so that --use-checkpoint-args leaves it out."""
-    evaluates: bool = False
-    """Whether an evaluation reads it, although it may change."""
-    hf: str | None = None
-    """Its name in the Hugging Face configuration; None: not there."""
-    hf_default_only: bool = False
-    """Whether a model can be exported only where the flag has its default."""
-    upcycling: bool = False
-    """Whether tools/convert_checkpoint.py --upcycle takes it for the sparse model."""
-
-
-def option(default: Any, *, choices: tuple[str, ...] | None = None, **facts: Any) -> Any:
-    """Make a dataclass field with its facts.
-
-    Args:
-        choices: allowed values, where the type does not say them.
-    """
-    metadata = {"facts": Facts(**facts), "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
+from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS
 
 
 @dataclass
 class ModelOptions:
     """Flags of the model, beyond Megatron's own."""
 
-    architecture: str = option(
-        "transformer", choices=tuple(ARCHITECTURES), hf="architecture", upcycling=True
-    )
+    architecture: str = option("transformer", choices=tuple(ARCHITECTURES), hf=SAME, upcycling=True)
     """The pair of mixers of each layer; megatron_smlp/systems.py is the table."""
 
-    spatial_heads: int = option(1, architectures=SPATIAL, hf="spatial_heads")
+    spatial_heads: int = option(1, architectures=SPATIAL, hf=SAME)
     """Number of heads in a dense layer; each has its own T x T matrix and bias. It must divide
     ffn_hidden_size / 2, of which each head has a LayerNorm, or, of a mixer, hidden_size."""
 
-    toeplitz: bool = option(False, architectures=SPATIAL, hf="toeplitz")
+    toeplitz: bool = option(False, architectures=SPATIAL, hf=SAME)
     """One weight per distance, M[t, s] = m[t - s], and one bias, for each head or
     spatial expert, in place of a T x T matrix and T biases. Such a model can be evaluated on
     sequences longer than --seq-length, of which each token reads the last T. Not in the paper."""
 
-    mixer_expansion: bool = option(False, architectures=("mixer",), hf="mixer_expansion")
+    mixer_expansion: bool = option(False, architectures=("mixer",), hf=SAME)
     """mixer: two T x T matrices a head with a GELU between them, as MLP-Mixer's token MLP, instead
     of one."""
 
-    aft_kind: Literal["full", "simple"] = option("full", architectures=("aft",), hf="aft_kind")
+    aft_kind: Literal["full", "simple"] = option("full", architectures=("aft",), hf=SAME)
     """aft: full: a T x T matrix of weights is added to the keys, one for each pair of positions.
     simple: there is none, so that tokens are averaged by their keys alone."""
 
     causal_rn_kind: Literal["linear", "quadratic"] = option(
-        "linear", architectures=("causal_rn",), hf="causal_rn_kind"
+        "linear", architectures=("causal_rn",), hf=SAME
     )
     """causal_rn: linear: a running sum over tokens. quadratic: a sum over pairs of tokens, each
     normalised by itself, at a cost of T^2 exponentials a feature."""
 
-    relation_width: int | None = option(
-        None, architectures=("causal_rn",), least=1, hf="relation_width"
-    )
+    relation_width: int | None = option(None, architectures=("causal_rn",), least=1, hf=SAME)
     """causal_rn: features in which tokens are compared; left out: hidden_size."""
 
-    tiny_attention_width: int = option(
-        64, architectures=("amlp",), least=1, hf="tiny_attention_width"
-    )
+    tiny_attention_width: int = option(64, architectures=("amlp",), least=1, hf=SAME)
     """amlp: width of the one attention head beside the gate, in features."""
 
-    input_projection: Literal["embedding", "minhash"] = option("embedding", hf="input_projection")
+    input_projection: Literal["embedding", "minhash"] = option("embedding", hf=SAME)
     """What makes vectors of the input's tokens. embedding: a table with a row a token. minhash:
     pNLP-Mixer's projection of counted hashes of the token's characters, which needs the tokenizer's
     strings; the output layer is then a table of its own."""
 
-    hash_count: int = option(64, input_projections=("minhash",), least=1, hf="hash_count")
+    hash_count: int = option(64, input_projections=("minhash",), least=1, hf=SAME)
     """minhash: number of hash functions, values of a token's fingerprint."""
 
-    filter_size: int = option(1024, input_projections=("minhash",), least=1, hf="filter_size")
+    filter_size: int = option(1024, input_projections=("minhash",), least=1, hf=SAME)
     """minhash: number of counters into which a token's values fall."""
 
-    window: int = option(1, input_projections=("minhash",), least=0, hf="window")
+    window: int = option(1, input_projections=("minhash",), least=0, hf=SAME)
     """minhash: tokens before each one whose counters are read with its own."""
 
     feature_router: Literal["none", "deterministic", "partial"] = option(
-        "none", architectures=("smlp",), hf="feature_router", upcycling=True
+        "none", architectures=("smlp",), hf=SAME, upcycling=True
     )
     """smlp: how chunks of the hidden dimension choose their spatial expert in a sparse layer.
     deterministic: chunk i goes to expert i. partial: a sample's prefix decides (see
     --prefix-fraction)."""
 
-    num_feature_experts: int = option(
-        1, architectures=("smlp",), hf="num_feature_experts", upcycling=True
-    )
+    num_feature_experts: int = option(1, architectures=("smlp",), hf=SAME, upcycling=True)
     """smlp: number of spatial experts in a sparse layer. Must divide ffn_hidden_size / 2."""
 
     num_feature_chunks: int | None = option(
-        None, architectures=("smlp",), least=1, hf="num_feature_chunks", upcycling=True
+        None, architectures=("smlp",), least=1, hf=SAME, upcycling=True
     )
     """smlp: number of chunks that a sparse layer cuts its gate features into; must divide
     ffn_hidden_size / 2. Left out: one per spatial expert, as deterministic routing needs it."""
 
     prefix_fraction: float = option(
-        0.2,
-        architectures=("smlp",),
-        feature_routers=("partial",),
-        hf="prefix_fraction",
-        upcycling=True,
+        0.2, architectures=("smlp",), feature_routers=("partial",), hf=SAME, upcycling=True
     )
     """partial: fraction of --seq-length, the tokens from which a sample's chunks are routed."""
 
     partial_loss: Literal["suffix", "all"] = option(
-        "suffix",
-        architectures=("smlp",),
-        feature_routers=("partial",),
-        may_change=True,
-        hf="partial_loss",
+        "suffix", architectures=("smlp",), feature_routers=("partial",), may_change=True, hf=SAME
     )
     """partial: train on targets behind the prefix only, as the paper does, or on all of them."""
 
@@ -163,24 +98,20 @@ class ModelOptions:
         feature_routers=("partial",),
         least=0,
         may_change=True,
-        hf="feature_aux_loss_coeff",
+        hf=SAME,
     )
     """partial: weight of the balance loss over the spatial experts."""
 
-    num_dense_layers: int = option(
-        0, architectures=("smlp",), hf="num_dense_layers", upcycling=True
-    )
+    num_dense_layers: int = option(0, architectures=("smlp",), hf=SAME, upcycling=True)
     """smlp: how many dense spatial gating layers come before the sparse ones (N1 of the paper);
     the other --num-layers minus this many are sparse (N2)."""
 
-    token_router: str = option(
-        "none", choices=("none", *TOKEN_ROUTERS), hf="token_router", upcycling=True
-    )
+    token_router: str = option("none", choices=("none", *TOKEN_ROUTERS), hf=SAME, upcycling=True)
     """The rule by which tokens choose among the --num-experts FFN experts; one file a rule in
     megatron_smlp/routers/. none: there are no token experts."""
 
     moe_train_capacity_factor: float | None = option(
-        None, token_routers=LIMITED, may_change=True, hf="moe_train_capacity_factor"
+        None, token_routers=LIMITED, may_change=True, hf=SAME
     )
     """switch, gshard: choices that an expert serves in training, as a multiple of an even share of
     the micro-batch; the others pass by the residual (see --moe-token-drop-policy). Left out:
@@ -190,35 +121,35 @@ class ModelOptions:
     """switch, gshard: the same in evaluation, where it often is larger or left out."""
 
     base_routing_input: Literal["residual", "norm"] = option(
-        "residual", token_routers=("base",), hf="base_routing_input"
+        "residual", token_routers=("base",), hf=SAME
     )
     """base: what tokens are scored and weighted by. residual: the residual stream as it is, as in
     BASE's source; norm: its LayerNorm, which the experts read either way."""
 
-    base_prices: Literal["mean", "none"] = option("mean", token_routers=("base",), hf="base_prices")
+    base_prices: Literal["mean", "none"] = option("mean", token_routers=("base",), hf=SAME)
     """base: mean: keep, with the model, the running mean of the prices of the experts that balance
     the micro-batches of the training, for --base-eval prices."""
 
-    base_gate: Literal["score", "price"] = option("score", token_routers=("base",), hf="base_gate")
+    base_gate: Literal["score", "price"] = option("score", token_routers=("base",), hf=SAME)
     """base: an expert's weight. score: the sigmoid of its score, as in BASE's source, which in sMLP
     closes most gates; price: of that minus the expert's price, less the mean over the experts: a
     constant on all scores of an expert or of a token does nothing (not in the paper). With price,
     evaluation is by prices."""
 
     base_eval: Literal["greedy", "prices"] = option(
-        "greedy", token_routers=("base",), may_change=True, evaluates=True, hf="base_eval"
+        "greedy", token_routers=("base",), may_change=True, evaluates=True, hf=SAME
     )
     """base: the expert of a token in evaluation. greedy: that of its highest score, as in BASE's
     source; prices: that of its highest score minus the expert's mean price, which evens the load
     (not in the paper)."""
 
     gshard_second_expert: Literal["paper", "all", "raw"] = option(
-        "paper", token_routers=("gshard",), may_change=True, hf="gshard_second_expert"
+        "paper", token_routers=("gshard",), may_change=True, hf=SAME
     )
     """gshard: which second experts training uses. paper: with probability 2 g2 / (g1 + g2), at
     most 1, as in GShard's algorithm 1; all: always, as in fairseq's recipes; raw: 2 g2."""
 
-    hash_seed: int = option(0, token_routers=("hash",), may_change=True, hf="hash_seed")
+    hash_seed: int = option(0, token_routers=("hash",), may_change=True, hf=SAME)
     """hash: seed of the random table of token ids with which a new model starts."""
 
     hash_table: str | None = option(None, token_routers=("hash",), may_change=True)
@@ -283,6 +214,11 @@ class RunOptions:
     data parallel ranks, for a resume under any layout. data_parallel: Megatron's own default,
     written without communication, for a resume with another data parallel size only."""
 
+    allow_untested_flag: list[str] | None = None
+    """Names of flags of Megatron's to take although no test here gives them (docs/flags.md lists
+    those that are tested). They may do nothing, or harm; with --save a save is planned before the
+    first step."""
+
     allow_tokenizer_mismatch: bool = False
     """Train on data whose manifest names another vocabulary than this run's tokenizer has."""
 
@@ -320,105 +256,10 @@ class RunOptions:
     """Dense peak of one device for the MFU figure, in TFLOP/s (default: known GPUs, else n/a)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MegatronFlag(Facts):
-    """A flag of Megatron's that says what the model is, and so is in model.json."""
-
-    default: Any = None
-    """Megatron's own; tests/unit/test_options.py compares."""
-
-
-# Other functions of the same weights.
-_FUNCTIONS = {
-    "openai_gelu": False,
-    "squared_relu": False,
-    "quick_geglu": False,
-    "glu_linear_offset": 0.0,
-    "activation_func_clamp_value": None,
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "rotary_seq_len_interpolation_factor": None,
-    "use_rope_scaling": False,
-    "rope_scaling_factor": 8.0,
-    "no_rope_freq": None,
-    "qk_layernorm": False,
-    "qk_l2_norm": False,
-    "softmax_type": "vanilla",
-    "window_size": None,
-    "window_attn_skip_freq": None,
-    "layernorm_zero_centered_gamma": False,
-    "moe_mlp_glu_interleave_size": None,
-}
-MEGATRON_FLAGS: dict[str, MegatronFlag] = {
-    **{
-        name: MegatronFlag(default=default, hf_default_only=name != "openai_gelu")
-        for name, default in _FUNCTIONS.items()
-    },
-    "num_layers": MegatronFlag(hf="num_layers"),
-    "hidden_size": MegatronFlag(hf="hidden_size"),
-    "ffn_hidden_size": MegatronFlag(hf="ffn_hidden_size"),
-    "num_attention_heads": MegatronFlag(hf="num_attention_heads"),
-    "kv_channels": MegatronFlag(),
-    "group_query_attention": MegatronFlag(default=False),
-    "num_query_groups": MegatronFlag(default=1),
-    "seq_length": MegatronFlag(hf="max_position_embeddings"),
-    "max_position_embeddings": MegatronFlag(),
-    "position_embedding_type": MegatronFlag(
-        default="learned_absolute", hf="position_embedding_type"
-    ),
-    "rotary_base": MegatronFlag(default=10000, hf="rotary_base"),
-    "num_experts": MegatronFlag(hf="num_experts", upcycling=True),
-    "moe_ffn_hidden_size": MegatronFlag(hf="moe_ffn_hidden_size", upcycling=True),
-    "moe_layer_freq": MegatronFlag(default=1, hf="moe_layer_freq", upcycling=True),
-    "moe_router_topk": MegatronFlag(default=2, token_routers=TOP_K),
-    "moe_router_score_function": MegatronFlag(default="softmax", hf="moe_router_score_function"),
-    "moe_router_enable_expert_bias": MegatronFlag(
-        default=False, hf="moe_router_enable_expert_bias"
-    ),
-    "moe_router_topk_scaling_factor": MegatronFlag(hf="moe_router_topk_scaling_factor"),
-    "moe_shared_expert_intermediate_size": MegatronFlag(hf="moe_shared_expert_intermediate_size"),
-    "moe_router_load_balancing_type": MegatronFlag(
-        default="aux_loss", may_change=True, filled_in=True, token_routers=TOP_K
-    ),
-    "moe_aux_loss_coeff": MegatronFlag(
-        default=0.0,
-        may_change=True,
-        filled_in=True,
-        token_routers=WITH_BALANCE_LOSS,
-        hf="moe_aux_loss_coeff",
-    ),
-    "moe_z_loss_coeff": MegatronFlag(may_change=True, token_routers=SCORING, hf="moe_z_loss_coeff"),
-    "moe_router_bias_update_rate": MegatronFlag(
-        default=1e-3,
-        may_change=True,
-        token_routers=TOP_K,
-        hf="moe_router_bias_update_rate",
-    ),
-    "hidden_dropout": MegatronFlag(default=0.1, may_change=True, hf="hidden_dropout"),
-    "attention_dropout": MegatronFlag(default=0.1, may_change=True, hf="attention_dropout"),
-    "moe_token_drop_policy": MegatronFlag(
-        default="probs",
-        may_change=True,
-        filled_in=True,
-        token_routers=LIMITED,
-        hf="moe_drop_policy",
-    ),
-    "normalization": MegatronFlag(default="LayerNorm", hf="normalization"),
-    "layernorm_epsilon": MegatronFlag(default=1e-5, hf="layer_norm_epsilon"),
-    "add_bias_linear": MegatronFlag(default=True, hf="add_bias_linear"),
-    "swiglu": MegatronFlag(default=False, hf="swiglu"),
-    "untie_embeddings_and_output_weights": MegatronFlag(default=False),
-    # The padding grows with the tensor parallel size; Megatron loads across it.
-    "padded_vocab_size": MegatronFlag(may_change=True, derived=True, hf="vocab_size"),
-    "vocab_size": MegatronFlag(derived=True, hf="unpadded_vocab_size"),
-}
-
-
 def facts_of(options: type) -> dict[str, Facts]:
     """Return the facts of each field of ModelOptions or RunOptions, by its name."""
-    return {
-        field.name: field.metadata.get("facts", Facts()) for field in dataclasses.fields(options)
-    }
+    fields = dataclasses.fields(options)
+    return named({field.name: field.metadata.get("facts", Facts()) for field in fields})
 
 
 OUR_FLAGS: dict[str, Facts] = {**facts_of(ModelOptions), **facts_of(RunOptions)}

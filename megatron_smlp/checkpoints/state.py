@@ -78,10 +78,7 @@ def write(parts: Trained, folder: Path, *, iteration: int, cache: dict[str, Any]
     )
 
 
-UNTRIED = (
-    *("optimizer_cpu_offload", "use_precision_aware_optimizer", "fp8", "fp4"),
-    *("overlap_param_gather_with_optimizer_step", "decoupled_lr", "expert_tensor_parallel_size"),
-)
+UNTRIED = ("fp8", "decoupled_lr", "expert_tensor_parallel_size")
 """Flags with which optimizer state has another form, that no test has saved."""
 
 
@@ -93,6 +90,7 @@ def check_saving(parts: Trained) -> None:
     """
     args = parts.args
     given = [name for name in UNTRIED if args.explicit_flags.get(name) not in (None, False)]
+    given += args.allow_untested_flag or []
     if not (args.save and given):
         return
     try:

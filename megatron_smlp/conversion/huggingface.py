@@ -28,10 +28,11 @@ from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
 from megatron_smlp.durable import rust_os_errors
 from megatron_smlp.errors import DataError, UsageError
+from megatron_smlp.flag_facts import MEGATRON_FLAGS
 from megatron_smlp.hf import modeling_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import AUTO_MAP, SMLPForCausalLM
-from megatron_smlp.options import MEGATRON_FLAGS, MODEL_FLAGS, model_defaults
+from megatron_smlp.options import MODEL_FLAGS, model_defaults
 from megatron_smlp.systems import ARCHITECTURES, POSITIONS, TOP_K, experts_of_a_token
 
 # Megatron's flag -> the configuration's name.

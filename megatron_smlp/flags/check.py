@@ -25,7 +25,9 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.data.tokenizers.factory import strings_of_tokens
 from megatron_smlp.data.tokenizers.folder import local_gpt2_files
 from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.check_execution import check_cuda_graphs, check_recomputing
 from megatron_smlp.flags.check_model import check_model
+from megatron_smlp.flags.check_needs import check_choices, check_needs, refuse_unless
 from megatron_smlp.flags.check_routers import check_feature_router, check_token_router
 from megatron_smlp.flags.check_run import (
     check_machine,
@@ -35,22 +37,19 @@ from megatron_smlp.flags.check_run import (
 )
 from megatron_smlp.flags.layout import check_layout
 from megatron_smlp.flags.namespace import Arguments
-from megatron_smlp.flags.unused_flags import refuse_other_programs, refuse_unless, refuse_unused
 from megatron_smlp.platform import choice, cpu
 from megatron_smlp.routers.hash_table import BALANCED, read_table
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
     """Check everything that can be known before Megatron looks.
 
     Raises:
         UsageError: see the messages.
     """
-    refuse_other_programs(parser, args)
     check_ranges(args)
     check_token_router(args)
-    _check_saving(args)
-    _check_eval_tasks(args)
+    check_choices(args)
     _check_load(args)
     choice.check(args.platform)
     cpu.check_flags(args)
@@ -58,32 +57,13 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     refuse_unless(args, "input_projection")
     check_model(args)
     check_feature_router(args)
-    refuse_unused(args)
+    check_needs(args)
+    check_recomputing(args)
+    check_cuda_graphs(args)
     check_schedule(args)
     check_layout(args)
     check_names(args)
     check_machine(args)
-
-
-def _check_saving(args: argparse.Namespace) -> None:
-    if args.async_save and args.explicit_flags.get("async_strategy") == "nvrx":
-        raise UsageError(
-            "--async-strategy nvrx writes checkpoints without the checksums, and without the one "
-            "rename by which a whole checkpoint is known: leave it out, or give mcore."
-        )
-    if args.keep_every and not args.keep_last:
-        raise UsageError(
-            f"--keep-every {args.keep_every} without --keep-last deletes nothing: give both."
-        )
-
-
-def _check_eval_tasks(args: argparse.Namespace) -> None:
-    for name in ("eval_tasks_interval", "eval_tasks_limit", "eval_tasks_data_dir"):
-        value = getattr(args, name)
-        if value is not None and not args.eval_tasks:
-            raise UsageError(
-                f"{flag_of(name)} {value} without --eval-tasks evaluates nothing: give both."
-            )
 
 
 def _check_load(args: argparse.Namespace) -> None:

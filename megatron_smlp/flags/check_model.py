@@ -118,7 +118,7 @@ def check_experts(args: argparse.Namespace) -> None:
         )
     by_number = ARCHITECTURES[args.architecture].sparse_mixer
     is_default = freq == 1 if is_number else all(freq)
-    if by_number and not is_default and not args.load:  # a checkpoint may have recorded it
+    if by_number and not is_default:
         raise UsageError(
             f"--moe-layer-freq {freq} does nothing with --architecture {args.architecture}, of "
             "which --num-dense-layers says where the experts begin: leave it out."

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import netrc
 import os
 import re
 import shutil
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 
@@ -35,12 +33,6 @@ def check_ranges(args: argparse.Namespace) -> None:
         UsageError: with flag, value and range.
     """
     check_values(args)
-    if args.explicit_flags.get("cross_entropy_loss_fusion") and not args.bf16:
-        raise UsageError(
-            "--cross-entropy-loss-fusion without --bf16: Megatron rounds its gradient to bf16 "
-            "whatever the precision is. Give --bf16, or --no-cross-entropy-loss-fusion where a "
-            "--config has it."
-        )
     _check_split(args)
 
 
@@ -86,8 +78,6 @@ def check_schedule(args: argparse.Namespace) -> None:
             f"--eval-iters {args.eval_iters} without data to validate on: give --eval-iters 0, or "
             "--valid-data-path, or a second share of --split over 0."
         )
-    if args.eval_iters and not args.eval_interval:
-        raise UsageError("--eval-iters without --eval-interval: give both, or --eval-iters 0.")
 
 
 def _check_validation_sets(args: argparse.Namespace) -> None:
@@ -100,11 +90,6 @@ def _check_validation_sets(args: argparse.Namespace) -> None:
             f"micro-batches of {rows}: give --eval-micro-batch-size 1."
         )
     if not args.multiple_validation_sets:
-        if args.validation_set_names:
-            raise UsageError(
-                "--validation-set-names is for --multiple-validation-sets: give both, or leave it "
-                "out."
-            )
         return
     valid = (blends_from_arguments(args).per_split or (None, None))[1]
     if valid and valid.weights and len(valid.prefixes) > 1:
@@ -132,12 +117,6 @@ def _check_length(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--train-iters {args.train_iters} and --train-samples {args.train_samples} both say "
             "how long the run is: give one of them."
-        )
-    ramp = args.explicit_flags.get("step_batch_size_schedule")
-    if args.train_iters and ramp:
-        raise UsageError(
-            f"--step-batch-size-schedule {ramp} with --train-iters: Megatron counts samples, of "
-            "which it does not know how many an iteration will have. Give --train-samples."
         )
     other = "samples" if args.train_iters else "iters"
     for name in ("lr_decay", "lr_warmup"):
@@ -200,8 +179,6 @@ def check_names(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--mock-data beside {flag_of(data[0])}: the data would not be read. Give one of them."
         )
-    if args.wandb_project:
-        _check_wandb(args)
 
 
 def _check_tokenizer_path(model: str | None) -> None:
@@ -215,34 +192,6 @@ def _check_tokenizer_path(model: str | None) -> None:
             f"--tokenizer-model {model}: there is no such file or folder, and the Hugging Face hub "
             "has no such names. Give the tokenizer's folder, or NAME or OWNER/NAME of the hub."
         )
-
-
-def _check_wandb(args: argparse.Namespace) -> None:
-    project = f"--wandb-project {args.wandb_project}"
-    if not (args.wandb_exp_name and (args.save or args.wandb_save_dir)):
-        raise UsageError(
-            f"{project} needs --wandb-exp-name, and --save or --wandb-save-dir for its files: give "
-            "them."
-        )
-    if find_spec("wandb") is None:
-        raise UsageError(f"{project} needs the Python package 'wandb': pip install wandb.")
-    is_offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
-    if not (is_offline or os.environ.get("WANDB_API_KEY") or _has_wandb_login()):
-        raise UsageError(
-            f"{project} without a login: run `wandb login`, set WANDB_API_KEY, or keep the files "
-            "here by WANDB_MODE=offline."
-        )
-
-
-def _has_wandb_login() -> bool:
-    own = [Path("~/.netrc").expanduser(), Path("~/_netrc").expanduser()]
-    found = os.environ.get("NETRC") or next((path for path in own if path.exists()), own[0])
-    try:  # of the file that W&B reads
-        hosts = netrc.netrc(Path(found).expanduser()).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return urlsplit(host).hostname in hosts
 
 
 def _check_devices() -> None:
@@ -274,18 +223,11 @@ def _check_compiler() -> None:
 
 
 def _check_transformer_engine(args: argparse.Namespace) -> None:
-    impl = f"--transformer-impl {args.transformer_impl}"
-    if args.transformer_impl == "inference_optimized":
-        raise UsageError(f"{impl} is not for training: give local or transformer_engine.")
     if args.transformer_impl != "local" and find_spec("transformer_engine") is None:
         raise UsageError(
-            f"{impl} needs Transformer Engine, which is not installed: install it (docs/gpus.md), "
-            "or leave it out."
+            f"--transformer-impl {args.transformer_impl} needs Transformer Engine, which is not "
+            "installed: install it (docs/gpus.md), or leave it out."
         )
-
-
-RECOMPUTED_BY_TRANSFORMER_ENGINE = frozenset({"layernorm", "moe_act", "mla_up_proj"})
-"""Modules that `--recompute-modules` recomputes by Transformer Engine."""
 
 
 def check_machine(args: argparse.Namespace) -> None:
@@ -294,34 +236,7 @@ def check_machine(args: argparse.Namespace) -> None:
     Raises:
         UsageError: see the messages.
     """
-    if cpu.needed() and args.profile and not args.use_pytorch_profiler:
-        raise UsageError(
-            "--profile marks a run for NVIDIA's profiler, and there is no GPU: give "
-            "--use-pytorch-profiler too, or leave it out."
-        )
-    if args.profile and args.use_pytorch_profiler and not args.tensorboard_dir:
-        raise UsageError(
-            "--use-pytorch-profiler writes beside the TensorBoard folder, and there is none: give "
-            "--log-dir, --save or --tensorboard-dir."
-        )
     if not cpu.needed():
         _check_devices()
         _check_compiler()
     _check_transformer_engine(args)
-    needing = RECOMPUTED_BY_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ())
-    if needing and find_spec("transformer_engine") is None:
-        raise UsageError(
-            f"--recompute-modules {' '.join(sorted(needing))}: Megatron recomputes this by "
-            "Transformer Engine, which is not installed. Give core_attn, mlp or moe, or leave it "
-            "out."
-        )
-    if args.init_model_with_meta_device:
-        raise UsageError(
-            "--init-model-with-meta-device would start from uninitialised weights: leave it out."
-        )
-    if args.optimizer not in ("adam", "sgd"):
-        raise UsageError(
-            f"--optimizer {args.optimizer} is not available: its state cannot be saved in all "
-            "layouts, and it moves what lies above the diagonal of a T x T matrix. Give "
-            "--optimizer adam or sgd."
-        )

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.flags.config_file import expand_config
+from megatron_smlp.flags.megatron_flags import usable
 from megatron_smlp.flags.our_flags import add_our_flags
 from megatron_smlp.flags.parser_actions import refuse_unknown
 from megatron_smlp.flags.ranges import check_values
@@ -24,22 +26,32 @@ from megatron_smlp.flags.use_checkpoint_args import FLAG as GOES_ON
 from megatron_smlp.options import OUR_FLAGS
 from megatron_smlp.provenance import version_of
 
-TABLE = Path(__file__).with_name("megatron_flags.json")
+TABLE = Path(__file__).with_name("megatron_flags.txt")
+"""Megatron's release; then lines of what some flags take, each before the lines of these flags, as
+`--flag[,--other-spelling]`, with `=name` where that is another one."""
 TYPES = {"int": int, "float": float}
 
 
 def refuse(argv: Sequence[str]) -> None:
-    """Refuse flags that do not exist, and values that are not of their type, choice or range.
+    """Refuse flags that do not exist or are not tested, and values that are not of their type,
+    choice or range.
 
     Raises:
         UsageError: as the real parser would.
     """
-    table = json.loads(TABLE.read_text(encoding="utf-8"))
-    if GOES_ON in argv or table["megatron-core"] != version_of("megatron-core"):
+    release, *lines = TABLE.read_text(encoding="utf-8").splitlines()
+    if GOES_ON in argv or release != version_of("megatron-core"):
         return
     parser = add_our_flags(argparse.ArgumentParser(allow_abbrev=False))
-    for flags, facts in table["flags"].items():
-        _add(parser, flags.split(), **facts)
+    facts: dict[str, Any] = {}
+    for line in lines:
+        if line.startswith("{"):
+            facts = json.loads(line)
+            continue
+        for flags, _, name in (entry.partition("=") for entry in line.split()):
+            first, *others = flags.split(",")
+            dest = name or first.removeprefix("--").replace("-", "_")
+            _add(parser, [first, *others], dest=dest, **facts)
     words, _ = expand_config(parser, argv)
     check_values(refuse_unknown(parser, words))
 
@@ -68,23 +80,30 @@ def megatrons_table() -> str:
     from megatron_smlp.platform import cpu
 
     cpu.apply()
-    lines = (
-        f"{json.dumps(' '.join(action.option_strings))}: {json.dumps(_facts(action))}"
-        for action in build_parser()._actions
-        if action.dest not in {*OUR_FLAGS, "help"}
-    )
-    head = f'{{"megatron-core": {json.dumps(version_of("megatron-core"))}, "flags": {{\n'
-    return head + ",\n".join(sorted(lines)) + "\n}}\n"
+    parser = build_parser()
+    tested = usable(parser)
+    entries: dict[str, list[str]] = {}
+    for action in parser._actions:
+        if action.dest not in {*OUR_FLAGS, "help"}:
+            entry = ",".join(action.option_strings)
+            name = "" if flag_of(action.dest) == action.option_strings[0] else f"={action.dest}"
+            facts = _facts(action, with_choices=action.dest in tested)
+            entries.setdefault(json.dumps(facts), []).append(entry + name)
+    lines = [str(version_of("megatron-core"))]
+    for taken, flags in sorted(entries.items()):
+        text = " ".join(sorted(flags))
+        lines += [taken, *textwrap.wrap(text, 100, break_on_hyphens=False, break_long_words=False)]
+    return "\n".join(lines) + "\n"
 
 
-def _facts(action: argparse.Action) -> dict[str, Any]:
-    facts: dict[str, Any] = {"dest": action.dest}
+def _facts(action: argparse.Action, *, with_choices: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
     if action.nargs is not None:
         facts["nargs"] = action.nargs
     if action.type in TYPES.values():
         facts["type"] = action.type.__name__  # type: ignore[union-attr]
     choices = list(action.choices or ())
-    if choices and all(isinstance(choice, (str, int)) for choice in choices):
+    if with_choices and choices and all(isinstance(choice, (str, int)) for choice in choices):
         facts["choices"] = choices
     return facts
 

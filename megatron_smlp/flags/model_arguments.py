@@ -6,7 +6,9 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_smlp.options import MEGATRON_FLAGS, MODEL_FLAGS, Facts
+from megatron_smlp.flag_facts import MEGATRON_FLAGS, Facts
+from megatron_smlp.flags.megatron_flags import ALLOW, usable
+from megatron_smlp.options import MODEL_FLAGS
 
 
 def model_arguments(
@@ -18,6 +20,7 @@ def model_arguments(
         trains: also those that only training reads, as coefficients of its losses.
     """
     arguments: list[str] = []
+    tested = usable(parser)
     for name, value in flags.items():
         facts = MODEL_FLAGS.get(name, Facts())
         is_model = not facts.derived and (trains or facts.evaluates or not facts.may_change)
@@ -26,7 +29,10 @@ def model_arguments(
             is_model &= flags.get("token_router") in facts.token_routers
         if is_model and value is not None:
             actions = [action for action in parser._actions if action.dest == name]
-            arguments += _arguments_of(actions, value, always=facts.filled_in)
+            given = [*_arguments_of(actions, value, always=facts.filled_in)]
+            if given and name not in tested:
+                arguments += [ALLOW, name]  # as its training did
+            arguments += given
     return arguments
 
 

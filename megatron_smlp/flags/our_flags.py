@@ -9,7 +9,7 @@ import inspect
 import itertools
 import textwrap
 from types import NoneType
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
@@ -34,6 +34,8 @@ def _keywords(field: dataclasses.Field[Any]) -> dict[str, Any]:
         return {"action": "store_true"}
     choices = choices_of(field)
     (kind,) = {str} if choices else {*(get_args(field.type) or [field.type])} - {NoneType}
+    if get_origin(kind) is list:
+        return {"action": "extend", "nargs": "+", "metavar": "NAME"}
     return {"type": kind, "choices": choices, "default": field.default}
 
 

@@ -41,7 +41,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     args = parse(parser, argv)
     fill_in(args)
     args.freeze()
-    check(parser, args)
+    check(args)
     validate(args)
     if args.load:
         check_same_model(args, args.ckpt_step)

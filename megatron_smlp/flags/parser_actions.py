@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from megatron_smlp.command_line import did_you_mean
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.check_routers import MEGATRON_ROUTER_FLAGS, TOP_K_FLAGS
-from megatron_smlp.flags.unused_flags import OTHER_LAYER_FLAGS, OTHER_LAYERS, REFUSED
+from megatron_smlp.flags.megatron_flags import refuse_untested, usable
 
 
 def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -25,29 +24,25 @@ def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozens
 
 def nearest(parser: argparse.ArgumentParser, name: str) -> str:
     """Return what a flag or key that does not exist may have meant, of those that can be used."""
-    refused = {*REFUSED, *OTHER_LAYER_FLAGS, *MEGATRON_ROUTER_FLAGS}.difference(TOP_K_FLAGS)
-    actions = {f: a.dest for f, a in actions_of(parser).items() if a.dest not in refused}
-    known = (flag for flag, dest in actions.items() if not dest.startswith(OTHER_LAYERS))
+    names = usable(parser)
+    known = (flag for flag, action in actions_of(parser).items() if action.dest in names)
     flag = "--" + name.lstrip("-").replace("_", "-")
     hint = did_you_mean(flag, known, most=3, cutoff=0.7)
-    return hint or "`pretrain_smlp.py --help-all` lists every flag."
+    return hint or "docs/flags.md lists every flag."
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Return the flags that are known.
+    """Return the flags, all of which exist and are tested or allowed.
 
     Raises:
         UsageError: there are others, or what belongs to none.
     """
     known, unknown = parser.parse_known_args(list(argv))
-    if known.yaml_cfg:
-        raise UsageError(
-            f"--yaml-cfg {known.yaml_cfg} is Megatron's file of another form: give --config."
-        )
     for word in unknown:
         if word.startswith("-"):
             flag = word.split("=")[0]
             raise UsageError(f"{flag} is not a flag: {nearest(parser, flag)}")
     if unknown:
         raise UsageError(f"'{unknown[0]}' belongs to no flag.")
+    refuse_untested(parser, argv, allowed=known.allow_untested_flag or ())
     return known

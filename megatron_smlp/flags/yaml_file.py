@@ -20,8 +20,6 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.exclusive import replaced_by
 
 CONFIG, INCLUDE = "--config", "include"
-MOST_INCLUDES = 20
-MOST_BYTES = 1 << 20
 SCALARS = (str, int, float, bool, type(None))
 
 
@@ -61,8 +59,6 @@ def _read(
     if path.resolve() in [file.resolve() for file in including]:
         chain = " includes ".join(str(file) for file in (*including, path))
         raise UsageError(f"--config {path} includes itself: {chain}. Remove an `include:` line.")
-    if len(including) > MOST_INCLUDES:
-        raise UsageError(f"--config {including[0]} includes more than {MOST_INCLUDES} files deep.")
     if path.resolve() not in files:
         keys = _mapping(path)
         names = keys.pop(INCLUDE, Setting([], "")).value
@@ -143,7 +139,7 @@ def load_strictly(path: Path, *, name: str, ready: str) -> Any:
 def _parsed(path: Path, *, name: str, ready: str) -> tuple[Any, yaml.Node | None]:
     """Do the same, with the node that it was made of, which knows its lines."""
     try:
-        loader = StrictLoader(_text_of(path))
+        loader = StrictLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         return (None if node is None else loader.construct_document(node)), node
     except FileNotFoundError as error:
@@ -151,14 +147,3 @@ def _parsed(path: Path, *, name: str, ready: str) -> tuple[Any, yaml.Node | None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{name} cannot be read as YAML: {reason}") from error
-
-
-def _text_of(path: Path) -> str:
-    """Return a regular file's text: a device has no end, and a pipe may have no writer."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is not a regular file")
-    with path.open("rb") as file:
-        content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"it has more than {MOST_BYTES} bytes")
-    return content.decode("utf-8")

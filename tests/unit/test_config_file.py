@@ -1,13 +1,28 @@
-"""YAML files that are damaged, or written to do damage: one line, at once."""
+"""YAML files of flags, under the command line's; and damaged ones, in one line, at once."""
 
-import os
+import io
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
+from support.in_process import MINIMAL
+from yaml import safe_load as read_yaml_text
 
+from megatron_smlp.checkpoints import integrity
+from megatron_smlp.checkpoints.folders import TRACKER, iteration_folder
+from megatron_smlp.checkpoints.model_record import model_flags
+from megatron_smlp.checkpoints.run_record import write_records
 from megatron_smlp.errors import UsageError
-from megatron_smlp.flags.yaml_file import MOST_BYTES, read_yaml
+from megatron_smlp.flags.yaml_file import read_yaml
+from megatron_smlp.training.start_screen import print_dry_run
+
+type Parse = Callable[..., Any]
+GMLP = "--architecture gmlp"
+TRANSFORMER = "--architecture transformer --num-attention-heads 4"
 
 
 def laughs(line: str) -> str:
@@ -17,16 +32,9 @@ def laughs(line: str) -> str:
     return "\n".join(lines)
 
 
-def merges() -> str:
-    lines = ["a0: &a0 {x0: 1}"]
-    for n in range(1, 21):
-        lines.append(f"a{n}: &a{n} {{<<: [{','.join([f'*a{n - 1}'] * 9)}]}}")
-    return "\n".join(lines)
-
-
 BAD = {
     "laughs": (laughs("[{}]"), "'a1' is not a number"),
-    "merges": (merges(), "merges: give the keys themselves"),
+    "merges": ("a: &a {x: 1}\n<<: *a", "merges: give the keys themselves"),
     "deep": ("a: " + "[" * 100_000, "cannot be read as YAML"),
     "nested": ("lr: {a: 1}", "'lr' is not a number"),
     "nested list": ("lr: [1, [2]]", "'lr' is not a number"),
@@ -36,7 +44,6 @@ BAD = {
     "no date": ("lr: 2001-99-99", "cannot be read as YAML"),
     "digits": ("seed: " + "9" * 5000, "cannot be read as YAML"),
     "tag": ("lr: !!python/object/apply:os.system [ls]", "cannot be read as YAML"),
-    "long": ("lr: " + "x" * MOST_BYTES, f"more than {MOST_BYTES} bytes"),
     "a list as a key": ("? [1]\n: 2", "cannot be read as YAML"),
 }
 
@@ -58,27 +65,181 @@ def test_a_file_that_does_damage(tmp_path: Path, kind: str, included: bool) -> N
     assert str(path) in str(error.value)
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path):
-        with pytest.raises(UsageError, match="it is not a regular file"):
-            read_yaml(path)
-        (tmp_path / "top.yaml").write_text(f"include: {path}\n", encoding="utf-8")
-        with pytest.raises(UsageError, match="it is not a regular file"):
-            read_yaml(tmp_path / "top.yaml")
-
-
-def test_includes_that_go_on_and_on(tmp_path: Path) -> None:
-    for number in range(1200):
-        text = f"include: {number + 1}.yaml\n"
-        (tmp_path / f"{number}.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(UsageError, match=r"0\.yaml includes more than 20 files deep"):
-        read_yaml(tmp_path / "0.yaml")
-
-
 def test_every_kind_of_value(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("lr: 1.0e-3\nseed: 7\nbf16: true\nsplit: 9,1,0\na: [1, x]\nb: null\n", "utf-8")
     assert read_yaml(path) == {
         "lr": 1e-3, "seed": 7, "bf16": True, "split": "9,1,0", "a": [1, "x"], "b": None,
     }  # fmt: skip
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a config file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(parse: Parse, yaml):
+    path = yaml("lr: 2.0e-3\nseed: 7\narchitecture: gmlp\nspatial_heads: 4\n")
+    base = MINIMAL.replace("--lr 1e-3", "")
+    assert parse(f"--config {path}", base=base).lr == 2e-3
+    args = parse(f"--config {path} --lr 5e-3 --spatial-heads 2", base=base)
+    assert (args.lr, args.spatial_heads, args.seed) == (5e-3, 2, 7)
+    assert parse(TRANSFORMER).seed == 1234, "Megatron's default"
+
+
+@pytest.mark.parametrize("word", ["--config {}", "--config={}"])
+def test_the_place_of_the_flag_does_not_matter(parse: Parse, yaml, word: str):
+    path = yaml("architecture: gmlp\nseed: 7\n")
+    assert parse(f"--seed 8 {word.format(path)}").seed == 8
+
+
+def test_of_several_files_a_later_one_wins(parse: Parse, yaml, tmp_path: Path):
+    """And --dry-run says which has given what, in lines that are YAML."""
+    path = yaml("architecture: gmlp\nseed: 7\nlr-warmup-iters: 1\nsplit: '9,1,0'\n")
+    other = tmp_path / "other.yaml"
+    other.write_text("lr-warmup-fraction: 0.5\nseed: 8\n")
+    args = parse(f"--config {path} --seq-length 32 --config={other}")
+    assert (args.seed, args.lr_warmup_fraction, args.lr_warmup_iters) == (8, 0.5, 0)
+    console = Console(file=io.StringIO(), width=100, soft_wrap=True)
+    print_dry_run(args, console)
+    said = console.file.getvalue()
+    assert re.search(rf"^seed: 8 +# {other}:2$", said, re.MULTILINE)
+    assert re.search(rf"^architecture: gmlp +# {path}:1$", said, re.MULTILINE)
+    assert re.search(r"^seq_length: 32 +# command line$", said, re.MULTILINE)
+    values = read_yaml_text(said.partition("\n\n")[0].partition("\n")[2])
+    assert values["split"] == "9,1,0"
+    assert "lr_warmup_iters" not in values
+    assert parse(f"--config {other} --config {path} {GMLP}").seed == 7
+
+
+def test_switches_and_keys_of_both_spellings(parse: Parse, yaml):
+    """true and false for a flag without a value, also where Megatron names it by its no-."""
+    text = """
+untie-embeddings-and-output-weights: true
+disable-bias-linear: false
+allow_tokenizer_mismatch: true
+spatial-heads: 4
+"""
+    args = parse(f"--config {yaml(text)} {GMLP}")
+    assert args.untie_embeddings_and_output_weights
+    assert args.add_bias_linear
+    assert (args.allow_tokenizer_mismatch, args.spatial_heads) == (True, 4)
+    words = "--no-untie-embeddings-and-output-weights --no-allow-tokenizer-mismatch"
+    args = parse(f"--config {yaml(text)} {GMLP} {words}")
+    assert not args.untie_embeddings_and_output_weights
+    assert not args.allow_tokenizer_mismatch
+
+
+def test_any_key_of_the_file_is_left_out_by_its_no(parse: Parse, yaml):
+    path = yaml("seed: 7\nlr_warmup_fraction: 0.5\nfeature-aux-loss-coeff: 0.3\n")
+    words = "--no-seed --no-lr-warmup-fraction --no-feature-aux-loss-coeff"
+    args = parse(f"--config {path} {GMLP} {words}")
+    assert (args.seed, args.lr_warmup_fraction) == (1234, None)
+    assert args.feature_aux_loss_coeff == 0.01
+    with pytest.raises(UsageError, match="--no-lr-decay-style is not"):
+        parse(f"--config {path} {GMLP} --no-lr-decay-style")
+
+
+def test_a_flag_stands_in_for_keys_of_the_file(parse: Parse, yaml):
+    path = yaml("split: 9,1,0\ntrain_iters: 8\nlr_warmup_fraction: 0.5\nmock_data: true\n")
+    base = MINIMAL.replace("--mock-data", "").replace("--train-iters 4", "")
+    words = f"--config {path} {GMLP}"
+    data = "--train-data-path a --valid-data-path b"
+    args = parse(f"{words} {data}", base=base)
+    assert (args.split, args.mock_data) == (None, False)
+    assert (args.train_data_path, args.valid_data_path) == (["a"], ["b"])
+    assert parse(f"{words} --data-path a", base=base).split == "9,1,0"
+    args = parse(f"{words} --train-samples 16 --lr-warmup-samples 2", base=base)
+    assert (args.train_samples, args.lr_warmup_samples) == (16, 2)
+    assert args.lr_warmup_fraction is None
+    path = yaml("split: 9,1,0\ntrain-data-path: [a]\nvalid-data-path: [b]\nrecompute_method: block")
+    path.write_text(path.read_text() + "\nrecompute_granularity: full\nrecompute_num_layers: 1\n")
+    args = parse(f"--config {path} {GMLP} --train-iters 4", base=base)
+    assert (args.split, args.recompute_method) == (None, "block")
+    args = parse(f"--config {path} {GMLP} --train-iters 4 --recompute-activations", base=base)
+    assert (args.recompute_granularity, args.recompute_method) == ("selective", None)
+    assert args.recompute_num_layers is None
+
+
+def test_a_warm_up_in_the_other_unit_is_named(parse: Parse, yaml):
+    path = yaml("lr_warmup_iters: 2\n")
+    base = MINIMAL.replace("--train-iters 4", "--train-samples 16")
+    message = "--lr-warmup-iters 2 beside --train-samples 16: .*--lr-warmup-samples"
+    with pytest.raises(UsageError, match=message):
+        parse(f"--config {path} {GMLP}", base=base)
+
+
+def test_a_flag_stands_in_for_another_of_its_kind(parse: Parse, yaml):
+    path = yaml("fp16: true\nrecompute-activations: true\n")
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    args = parse(f"--config {path} {GMLP} --bf16 {full}")
+    assert (args.bf16, args.fp16, args.recompute_granularity) == (True, False, "full")
+
+
+def test_a_no_key_holds_against_the_checkpoint_too(parse: Parse, yaml, tmp_path: Path):
+    first = parse(f"{GMLP} --bf16 --seed 7 --platform cpu")
+    folder = iteration_folder(tmp_path, 3)
+    folder.mkdir()
+    (tmp_path / TRACKER).write_text("3")
+    write_records(folder, model_flags(first), {"command_line": first.command_line})
+    integrity.seal(folder)
+    words = f"--use-checkpoint-args --load {tmp_path} --config"
+    path = yaml("bf16: true\nclip-grad: 0.5\n")
+    args = parse(f"{words} {path} --no-bf16 --no-seed --no-clip-grad", base="")
+    assert (args.bf16, args.seed, args.clip_grad) == (False, 1234, 1.0)
+    assert args.platform == "auto", "a start's own"
+    assert parse(f"{words} {path}", base="").bf16
+    assert parse(f"{words} {path} --no-save", base="").save is None
+    with pytest.raises(UsageError, match="--no-bf17 is not a flag"):
+        parse(f"{words} {path} --no-bf17")
+
+
+def test_lists(parse: Parse, yaml):
+    """Several values for one flag, and a list that Megatron reads as one word."""
+    text = "token-router: switch\nnum-experts: 2\nmoe-layer-freq: [0, 1, 0, 1]\n"
+    args = parse(f"--config {yaml(text + 'iterations-to-skip: [3, 5]')} {TRANSFORMER}")
+    assert args.moe_layer_freq == [0, 1, 0, 1]
+    assert args.iterations_to_skip == [3, 5]
+    text = text.replace("[0, 1, 0, 1]", "([0, 1])*2") + 'wandb-exp-name: "a, b"\n'
+    args = parse(f"--config {yaml(text)} {TRANSFORMER}")
+    assert (args.moe_layer_freq, args.wandb_exp_name) == ([0, 1, 0, 1], "a, b")
+
+
+def test_null_is_the_default(parse: Parse, yaml):
+    assert parse(f"--config {yaml('num-experts: null')} {GMLP}").num_experts is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num-lyers: 4", r"unknown key 'num-lyers': did you mean --num-layers"),
+        ("spatial_head: 4", r"unknown key 'spatial_head': did you mean --spatial-heads"),
+        ("zzzzqqqq: 4", r"unknown key 'zzzzqqqq'.*docs/flags.md"),
+        ("bf16: 1", r"'bf16' is a switch: true or false, not 1"),
+        ("lr: [", "cannot be read as YAML: .*line 1"),
+        ("- lr", "must hold `flag: value` lines"),
+        ("just text", "must hold `flag: value` lines"),
+        ("lr: fast", "argument --lr: invalid float value: 'fast'"),
+        ("architecture: gmpl", "--architecture: invalid choice: 'gmpl'.*gmlp"),
+        ("save: no", "'save' takes a value, and False is a switch's: .*quotes"),
+        ("iterations-to-skip: 3 5", r"'3 5' is one text: give a list, as \[a, b\]"),
+    ],
+)
+def test_a_wrong_file_is_named(parse: Parse, yaml, text: str, message: str):
+    path = yaml(text)
+    with pytest.raises(UsageError, match=message) as error:
+        parse(f"--config {path} {TRANSFORMER}")
+    if not message.startswith(("argument", "--arch")):
+        assert str(path) in str(error.value)
+
+
+def test_a_missing_file_is_named(parse: Parse, tmp_path: Path):
+    with pytest.raises(UsageError, match=r"--config .*/none\.yaml: no such file"):
+        parse(f"--config {tmp_path}/none.yaml")

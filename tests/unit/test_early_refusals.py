@@ -22,13 +22,16 @@ WRONG = {
     "--peak-tflops 0": "--peak-tflops 0.0: give a positive number",
     "--lr -1": "--lr -1.0: give 0 or more.",
     "--position-embedding-type bas": "argument --position-embedding-type: invalid choice",
-    "--yaml-cfg a.yaml": "is Megatron's file of another form",
+    "--yaml-cfg a.yaml": "--yaml-cfg is not among the flags of Megatron that are tested here",
+    "--num-layers 2 --sft --allow-untested-flag rl": "--sft is not among",
     "--config {folder}/unknown.yaml": "unknown.yaml:2: unknown key 'token_rooter'",
     "--config {folder}/choice.yaml": "argument --token-router: invalid choice: 'bas'",
     "--config {folder}/none.yaml": "none.yaml: no such file",
 }
 RIGHT = {
-    "--lr 1e-3 --data-path 0.5 a 0.5 b --rl-partial-rollouts --no-rl-skip-bos-token",
+    "--lr 1e-3 --data-path 0.5 a 0.5 b",
+    "--rl-partial-rollouts --no-rl-skip-bos-token "
+    "--allow-untested-flag rl-partial-rollouts rl_skip_bos_token",
     "--config {folder}/right.yaml --no-seed",
     "--use-checkpoint-args --load x --no-seed",  # the seed is that of the checkpoint
 }

@@ -156,8 +156,8 @@ def test_every_flag_has_a_record():
 
 def test_megatrons_defaults_are_those_of_its_parser():
     """Records of Megatron's flags give the accounting and old checkpoints what they leave out."""
+    from megatron_smlp.flag_facts import MEGATRON_FLAGS
     from megatron_smlp.flags.parse import build_parser
-    from megatron_smlp.options import MEGATRON_FLAGS
 
     parsed = build_parser().parse_args([])
     defaults = {name: flag.default for name, flag in MEGATRON_FLAGS.items()}

@@ -15,7 +15,7 @@ ORDER = (
     *("errors", "ctrl_c", "unwritable_log", "program", "durable", "provenance", "restart_note"),
     *("library_logging", "command_line", "metrics_records", "collectives"),
     "first_rank",
-    *("progress", "systems", "partial_prediction", "options"),
+    *("progress", "systems", "flag_facts", "partial_prediction", "options"),
     *("ops", "hf", "routers", "layers", "architectures"),
     *("platform", "data", "checkpoints", "megatron_patches", "flags", "launching"),
     *("accounting", "model", "training", "conversion", "generation", "serving", "evaluation"),

@@ -266,7 +266,10 @@ def test_a_writer_ends_with_its_rank(tmp_path: Path):
     assert rank.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("flag", ["--decoupled-lr 0.01", ""])
+@pytest.mark.parametrize(
+    "flag",
+    ["--decoupled-lr 0.01", "--fim-rate 0.5 --allow-untested-flag fim-rate", ""],
+)
 def test_a_state_that_cannot_be_saved_ends_a_run_before_its_first_step(
     flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -286,7 +289,6 @@ def test_a_state_that_cannot_be_saved_ends_a_run_before_its_first_step(
     with pytest.raises(error, match="no state of this kind") as caught:
         pretrain(words)
     if flag:
-        assert "--decoupled-lr: the state of this run cannot be saved (TypeError" in str(
-            caught.value
-        )
+        message = f"{flag.split()[0]}: the state of this run cannot be saved (TypeError"
+        assert message in str(caught.value)
     assert log.exists() is not bool(flag), "whether a step was made"

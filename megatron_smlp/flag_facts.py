@@ -1,0 +1,147 @@
+"""What the rest of the program has to know of a flag, and the records of Megatron's own flags that
+say what the model is. Ours are in options.py, whose lists are derived from both.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_smlp.systems import LIMITED, SCORING, TOP_K, WITH_BALANCE_LOSS
+
+SAME = "under the same name"
+"""Of `Facts.hf`; records in OUR_FLAGS and MODEL_FLAGS have the name in its place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Facts of a flag that the rest of the program derives its lists from."""
+
+    architectures: tuple[str, ...] = ()
+    """Architectures it is for, empty: all. With another one a value is refused."""
+    token_routers: tuple[str, ...] = ()
+    """Rules of the token router that it is for, empty: all."""
+    feature_routers: tuple[str, ...] = ()
+    """Rules of the feature router that it is for, empty: all."""
+    input_projections: tuple[str, ...] = ()
+    """Kinds of the input that it is for, empty: all."""
+    least: float | None = None
+    """The smallest value that is allowed."""
+    may_change: bool = False
+    """Whether a run that goes on from a checkpoint may have another value than that."""
+    filled_in: bool = False
+    """Whether a run that is not given it has another value than Megatron's default."""
+    derived: bool = False
+    """Whether it follows from other flags or from the tokenizer."""
+    of_one_start: bool = False
+    """Whether it is about one start of a run, so that --use-checkpoint-args leaves it out."""
+    evaluates: bool = False
+    """Whether an evaluation reads it, although it may change."""
+    hf: str | None = None
+    """Its name in the Hugging Face configuration; None: not there."""
+    hf_default_only: bool = False
+    """Whether a model can be exported only where the flag has its default."""
+    upcycling: bool = False
+    """Whether tools/convert_checkpoint.py --upcycle takes it for the sparse model."""
+
+
+def option(default: Any, *, choices: tuple[str, ...] | None = None, **facts: Any) -> Any:
+    """Make a dataclass field with its facts.
+
+    Args:
+        choices: allowed values, where the type does not say them.
+    """
+    metadata = {"facts": Facts(**facts), "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def named[F: Facts](records: dict[str, F]) -> dict[str, F]:
+    """Put the names of the records where they say SAME."""
+    return {
+        name: dataclasses.replace(facts, hf=name) if facts.hf is SAME else facts
+        for name, facts in records.items()
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronFlag(Facts):
+    """A flag of Megatron's that says what the model is, and so is in model.json."""
+
+    default: Any = None
+    """Megatron's own; tests/unit/test_options.py compares."""
+
+
+# Other functions of the same weights.
+_FUNCTIONS = {
+    "openai_gelu": False,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "use_rope_scaling": False,
+    "rope_scaling_factor": 8.0,
+    "no_rope_freq": None,
+    "qk_layernorm": False,
+    "qk_l2_norm": False,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "window_attn_skip_freq": None,
+    "layernorm_zero_centered_gamma": False,
+    "moe_mlp_glu_interleave_size": None,
+}
+MEGATRON_FLAGS = named(
+    {
+        **{
+            name: MegatronFlag(default=default, hf_default_only=name != "openai_gelu")
+            for name, default in _FUNCTIONS.items()
+        },
+        "num_layers": MegatronFlag(hf=SAME),
+        "hidden_size": MegatronFlag(hf=SAME),
+        "ffn_hidden_size": MegatronFlag(hf=SAME),
+        "num_attention_heads": MegatronFlag(hf=SAME),
+        "kv_channels": MegatronFlag(),
+        "group_query_attention": MegatronFlag(default=False),
+        "num_query_groups": MegatronFlag(default=1),
+        "seq_length": MegatronFlag(hf="max_position_embeddings"),
+        "max_position_embeddings": MegatronFlag(),
+        "position_embedding_type": MegatronFlag(default="learned_absolute", hf=SAME),
+        "rotary_base": MegatronFlag(default=10000, hf=SAME),
+        "num_experts": MegatronFlag(hf=SAME, upcycling=True),
+        "moe_ffn_hidden_size": MegatronFlag(hf=SAME, upcycling=True),
+        "moe_layer_freq": MegatronFlag(default=1, hf=SAME, upcycling=True),
+        "moe_router_topk": MegatronFlag(default=2, token_routers=TOP_K),
+        "moe_router_score_function": MegatronFlag(default="softmax", token_routers=TOP_K, hf=SAME),
+        "moe_router_enable_expert_bias": MegatronFlag(default=False, token_routers=TOP_K, hf=SAME),
+        "moe_router_topk_scaling_factor": MegatronFlag(token_routers=TOP_K, hf=SAME),
+        "moe_shared_expert_intermediate_size": MegatronFlag(token_routers=TOP_K, hf=SAME),
+        "moe_router_load_balancing_type": MegatronFlag(
+            default="aux_loss", may_change=True, filled_in=True, token_routers=TOP_K
+        ),
+        "moe_aux_loss_coeff": MegatronFlag(
+            default=0.0, may_change=True, filled_in=True, token_routers=WITH_BALANCE_LOSS, hf=SAME
+        ),
+        "moe_z_loss_coeff": MegatronFlag(may_change=True, token_routers=SCORING, hf=SAME),
+        "moe_router_bias_update_rate": MegatronFlag(
+            default=1e-3, may_change=True, token_routers=TOP_K, hf=SAME
+        ),
+        "hidden_dropout": MegatronFlag(default=0.1, may_change=True, hf=SAME),
+        "attention_dropout": MegatronFlag(default=0.1, may_change=True, hf=SAME),
+        "moe_token_drop_policy": MegatronFlag(
+            default="probs",
+            may_change=True,
+            filled_in=True,
+            token_routers=LIMITED,
+            hf="moe_drop_policy",
+        ),
+        "normalization": MegatronFlag(default="LayerNorm", hf=SAME),
+        "layernorm_epsilon": MegatronFlag(default=1e-5, hf="layer_norm_epsilon"),
+        "add_bias_linear": MegatronFlag(default=True, hf=SAME),
+        "swiglu": MegatronFlag(default=False, hf=SAME),
+        "untie_embeddings_and_output_weights": MegatronFlag(default=False),
+        # The padding grows with the tensor parallel size; Megatron loads across it.
+        "padded_vocab_size": MegatronFlag(may_change=True, derived=True, hf="vocab_size"),
+        "vocab_size": MegatronFlag(derived=True, hf="unpadded_vocab_size"),
+    }
+)

@@ -1,0 +1,252 @@
+"""Flags that mean nothing without something else, and values that do not work: tables of both.
+
+A flag that would be accepted and do nothing is refused. To spell out a default asks for nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.errors import UsageError
+from megatron_smlp.flag_facts import MEGATRON_FLAGS
+from megatron_smlp.flags.check_model import slots_of
+from megatron_smlp.options import DEFAULTS, OUR_FLAGS
+from megatron_smlp.platform import cpu
+from megatron_smlp.systems import ARCHITECTURES, POSITIONS, SPECS
+
+SPELLINGS = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p", "fp8": "--fp8-format"}
+"""Spellings of flags that set something of another name."""
+OFF = {"attention_backend": "auto", "cuda_graph_impl": "none"}
+KNOWN = {**DEFAULTS, **{name: flag.default for name, flag in MEGATRON_FLAGS.items()}}
+FILLED_IN = {name for name, flag in MEGATRON_FLAGS.items() if flag.filled_in}
+VALUES: dict[str, tuple[str, ...]] = {
+    "optimizer": ("adam", "sgd"),  # others move what lies above the diagonal of a T x T matrix
+    "ckpt_format": ("torch_dist",),
+    "async_strategy": ("mcore",),  # nvrx writes without checksums, and not by one rename
+    "dataloader_type": ("single", "cyclic"),
+    "rerun_mode": ("disabled",),  # --nonfinite-loss does without repeated steps
+    "transformer_impl": ("local", "transformer_engine"),
+    "position_embedding_type": POSITIONS,
+    "softmax_type": ("vanilla", "off-by-one"),  # nothing counts the parameters of a learnable one
+    "cuda_graph_impl": ("none", "local"),  # whole steps would be replayed without their Python
+    "moe_router_dtype": ("fp32",),
+    "moe_router_load_balancing_type": ("aux_loss", "none"),
+    "moe_router_score_function": ("softmax", "sigmoid"),
+}
+"""Values of Megatron's flags that work here, where its parser takes others."""
+POSITIONS_WITHOUT_ATTENTION = ("none", "learned_absolute")
+ROTARY_FLAGS = (
+    *("rotary_base", "rotary_percent", "rotary_interleaved", "no_rope_freq"),
+    *("rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor"),
+)
+
+
+class Need(NamedTuple):
+    """What some flags need."""
+
+    what: str
+    is_met: Callable[[argparse.Namespace], Any]
+    flags: tuple[str, ...]
+
+
+def _attends(args: argparse.Namespace) -> bool:
+    return ARCHITECTURES[args.architecture].attends
+
+
+def _rotates(args: argparse.Namespace) -> bool:
+    return args.position_embedding_type == "rope" or args.use_rotary_position_embeddings
+
+
+def _has_ffn(args: argparse.Namespace) -> bool:
+    return any(slots.channel != "none" for slots in slots_of(args))
+
+
+NEEDS = (
+    Need(
+        "attention (--architecture transformer)",
+        _attends,
+        (
+            *("group_query_attention", "num_query_groups", "add_qkv_bias", "qk_layernorm"),
+            *("qk_l2_norm", "softmax_type", "window_size", "attention_backend"),
+            *("use_rotary_position_embeddings", *ROTARY_FLAGS),
+        ),
+    ),
+    Need("--position-embedding-type rope", _rotates, ROTARY_FLAGS),
+    Need("--use-rope-scaling", lambda args: args.use_rope_scaling, ("rope_scaling_factor",)),
+    Need("--group-query-attention", lambda args: args.group_query_attention, ("num_query_groups",)),
+    # Else it would add parameters that nothing here counts.
+    Need("biases (no --disable-bias-linear)", lambda args: args.add_bias_linear, ("add_qkv_bias",)),
+    Need(
+        "a layer with an FFN, which none is",
+        _has_ffn,
+        ("swiglu", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value"),
+    ),
+    Need(
+        "--feature-router",
+        # "none" takes back what an included file gives.
+        lambda args: args.feature_router != "none" or "feature_router" in args.explicit_flags,
+        ("num_feature_experts",),
+    ),
+    Need(
+        "Transformer Engine (--transformer-impl transformer_engine)",
+        lambda args: args.transformer_impl != "local",
+        (
+            *("layernorm_zero_centered_gamma", "qk_layernorm", "softmax_type", "window_size"),
+            *("moe_grouped_gemm", "attention_backend", "tp_comm_overlap", "fp8"),
+        ),
+    ),
+    Need("a CUDA device", lambda args: not cpu.needed(), ("cuda_graph_impl",)),
+    Need(
+        "--moe-router-score-function sigmoid",
+        lambda args: args.moe_router_score_function == "sigmoid",
+        ("moe_router_enable_expert_bias",),
+    ),
+    Need(
+        "--moe-router-enable-expert-bias",
+        lambda args: args.moe_router_enable_expert_bias,
+        ("moe_router_bias_update_rate",),
+    ),
+    Need(
+        "--moe-router-load-balancing-type aux_loss",
+        lambda args: args.moe_router_load_balancing_type != "none",
+        ("moe_aux_loss_coeff",),
+    ),
+    Need(
+        "a CUDA device, or --use-pytorch-profiler",
+        lambda args: args.use_pytorch_profiler or not cpu.needed(),
+        ("profile",),
+    ),
+    Need(
+        "--log-dir, --save or --tensorboard-dir",
+        lambda args: args.tensorboard_dir or not args.profile,
+        ("use_pytorch_profiler",),
+    ),
+    Need(
+        "--wandb-exp-name, and --save or --wandb-save-dir",
+        lambda args: args.wandb_exp_name and (args.save or args.wandb_save_dir),
+        ("wandb_project",),
+    ),
+    Need("the package wandb", lambda args: find_spec("wandb"), ("wandb_project",)),
+    # Megatron rounds its gradient to bf16 whatever the precision is.
+    Need("--bf16", lambda args: args.bf16, ("cross_entropy_loss_fusion",)),
+    # Behind the prefix, the loss would be divided by other tokens than balance losses are.
+    Need(
+        "--partial-loss all",
+        lambda args: args.feature_router != "partial" or args.partial_loss == "all",
+        ("calculate_per_token_loss",),
+    ),
+    # Megatron counts samples, of which it does not know how many an iteration will have.
+    Need("--train-samples", lambda args: args.train_samples, ("step_batch_size_schedule",)),
+    Need(
+        "--eval-interval",
+        lambda args: args.eval_interval or not args.eval_iters,
+        ("eval_iters",),
+    ),
+    Need("--keep-last", lambda args: args.keep_last, ("keep_every",)),
+    Need(
+        "--eval-tasks",
+        lambda args: args.eval_tasks,
+        ("eval_tasks_interval", "eval_tasks_limit", "eval_tasks_data_dir"),
+    ),
+    Need(
+        "--multiple-validation-sets",
+        lambda args: args.multiple_validation_sets,
+        ("validation_set_names",),
+    ),
+)
+
+
+def check_choices(args: argparse.Namespace) -> None:
+    """Refuse values of Megatron's flags that do not work here.
+
+    Raises:
+        UsageError: with the flag, and what is allowed.
+    """
+    for name, allowed in VALUES.items():
+        if name in args.explicit_flags and _text(args.explicit_flags[name]) not in allowed:
+            raise UsageError(
+                f"{said(args, name)} does not work here: give {one_of(allowed)}, or leave it out."
+            )
+    spec = args.explicit_flags.get("spec")
+    if spec and spec not in SPECS:
+        raise UsageError(
+            f"--spec {' '.join(spec)} builds layers that are not described here (parameters, "
+            f"FLOPs, export): give {SPECS[0][0]} with {', '.join(name for _, name in SPECS)}, or "
+            "--architecture."
+        )
+    if spec and spec[1] != args.architecture:
+        raise UsageError(
+            f"--spec {' '.join(spec)} contradicts --architecture {args.architecture}: leave one of "
+            "them out."
+        )
+
+
+def check_needs(args: argparse.Namespace) -> None:
+    """Refuse flags without what they need.
+
+    Raises:
+        UsageError: with the flag, and what it needs.
+    """
+    if not _attends(args) and args.position_embedding_type not in POSITIONS_WITHOUT_ATTENTION:
+        raise UsageError(
+            f"--position-embedding-type {args.position_embedding_type} acts on the queries and "
+            f"keys of attention, which --architecture {args.architecture} does not have: give "
+            f"{one_of(POSITIONS_WITHOUT_ATTENTION)}, or leave it out."
+        )
+    for what, is_met, names in NEEDS:
+        for name in requested(args, names):
+            if not is_met(args):
+                raise UsageError(f"{said(args, name)} needs {what}: give both, or leave it out.")
+
+
+def refuse_unless(args: argparse.Namespace, choice: str) -> None:
+    """Refuse flags that are for another `choice` than the one that was made.
+
+    Args:
+        choice: destination of the flag that chooses; options.Facts has its plural.
+
+    Raises:
+        UsageError: with the flag, and what it is for.
+    """
+    chosen = getattr(args, choice)
+    facts = {**OUR_FLAGS, **MEGATRON_FLAGS}
+    for name in requested(args, facts):
+        allowed = getattr(facts[name], f"{choice}s")
+        if allowed and chosen not in allowed and name != "moe_router_topk":  # check_routers.py
+            raise UsageError(
+                f"{said(args, name)} is for {flag_of(choice)} {one_of(allowed)}, not {chosen}: "
+                "leave it out."
+            )
+
+
+def requested(args: argparse.Namespace, names: Iterable[str]) -> Iterator[str]:
+    """Yield the flags that were given, but for those that ask for nothing."""
+    for name in names:
+        value = args.explicit_flags.get(name)
+        if isinstance(value, list) and len(value) == 1:
+            (value,) = value
+        is_off = value is None or value is False or getattr(value, "name", value) == OFF.get(name)
+        # Where defaults.py fills in another value, Megatron's default asks for something.
+        is_default = name in KNOWN and value == KNOWN[name] and not (value and name in FILLED_IN)
+        if not (is_off or is_default):
+            yield name
+
+
+def said(args: argparse.Namespace, name: str) -> str:
+    """Return the flag with its value, as it was given."""
+    flag, value = SPELLINGS.get(name) or flag_of(name), args.explicit_flags[name]
+    return flag if value is True else f"{flag} {_text(value)}"
+
+
+def _text(value: Any) -> str:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return " ".join(str(getattr(item, "name", item)) for item in values)
+
+
+def one_of(names: tuple[str, ...]) -> str:
+    """Return `a`, `a or b`, `a, b or c`, for a message."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

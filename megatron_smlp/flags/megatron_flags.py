@@ -1,0 +1,141 @@
+"""Megatron's flags that are read here and tested; every other one is refused.
+
+Megatron's parser has 806 flags, for all its models, programs and loops. One that nothing here reads
+would be accepted and do nothing, and one that nobody has tried may do harm in silence. A flag that
+a new Megatron brings is refused until a test uses it. No torch, no Megatron: early.py asks too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.errors import UsageError
+from megatron_smlp.options import OUR_FLAGS
+
+TESTED: dict[str, str] = {
+    "Layers": """
+        num-layers hidden-size ffn-hidden-size num-attention-heads kv-channels
+        group-query-attention num-query-groups add-qkv-bias qk-layernorm qk-l2-norm softmax-type
+        window-size attention-backend attention-softmax-in-fp32 no-masked-softmax-fusion
+        disable-bias-linear normalization norm-epsilon apply-layernorm-1p no-persist-layer-norm
+        swiglu quick-geglu squared-relu openai-gelu glu-linear-offset activation-func-clamp-value
+        no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion
+        hidden-dropout attention-dropout init-method-std embedding-init-method-std
+        untie-embeddings-and-output-weights use-cpu-initialization transformer-impl spec
+        use-mcore-models""",
+    "Positions": """
+        max-position-embeddings position-embedding-type no-position-embedding rotary-base
+        rotary-percent rotary-interleaved rotary-seq-len-interpolation-factor use-rope-scaling
+        rope-scaling-factor no-rope-freq no-rope-fusion use-rotary-position-embeddings""",
+    "Experts": """
+        num-experts moe-ffn-hidden-size moe-layer-freq moe-token-dispatcher-type moe-grouped-gemm
+        moe-aux-loss-coeff moe-z-loss-coeff moe-router-dtype moe-token-drop-policy
+        moe-per-layer-logging moe-router-topk moe-router-load-balancing-type
+        moe-router-score-function moe-router-enable-expert-bias moe-router-bias-update-rate
+        moe-router-topk-scaling-factor moe-shared-expert-intermediate-size""",
+    "Batches and length": """
+        micro-batch-size global-batch-size step-batch-size-schedule seq-length train-iters
+        train-samples exit-interval exit-duration-in-mins exit-signal-handler skip-train
+        iterations-to-skip calculate-per-token-loss eod-mask-loss""",
+    "Optimizer": """
+        optimizer lr min-lr lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-iters
+        lr-warmup-samples lr-warmup-fraction lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters
+        lr-wsd-decay-samples decoupled-lr weight-decay clip-grad adam-beta1 adam-beta2 adam-eps
+        sgd-momentum override-opt_param-scheduler use-checkpoint-opt_param-scheduler""",
+    "Precision": """
+        bf16 fp16 initial-loss-scale accumulate-allreduce-grads-in-fp32 grad-reduce-in-bf16
+        cross-entropy-loss-fusion no-gradient-accumulation-fusion fp8-format fp8-param-gather
+        no-check-for-nan-in-loss-and-grad""",
+    "Layout": """
+        tensor-model-parallel-size pipeline-model-parallel-size expert-model-parallel-size
+        expert-tensor-parallel-size context-parallel-size sequence-parallel
+        num-layers-per-virtual-pipeline-stage use-distributed-optimizer overlap-grad-reduce
+        overlap-param-gather no-align-grad-reduce no-align-param-gather ddp-bucket-size
+        tp-comm-overlap te-rng-tracker distributed-backend distributed-timeout-minutes
+        distributed-timeout-seconds-after-init disable-gloo-process-groups
+        check-weight-hash-across-dp-replicas-interval""",
+    "Memory and speed": """
+        recompute-activations recompute-granularity recompute-method recompute-num-layers
+        recompute-modules cuda-graph-impl manual-gc manual-gc-interval no-manual-gc-eval
+        empty-unused-memory-level train-sync-interval""",
+    "Data and tokenizer": """
+        data-path split train-data-path valid-data-path test-data-path data-args-path
+        per-split-data-args-path data-cache-path mock-data num-workers dataloader-type
+        no-mmap-bin-files num-dataset-builder-threads mid-level-dataset-surplus
+        no-create-attention-mask-in-dataloader tokenizer-type tokenizer-model vocab-size
+        padded-vocab-size make-vocab-size-divisible-by vocab-file merge-file trust-remote-code
+        tokenizer-special-tokens tokenizer-hf-no-include-special-tokens tiktoken-pattern
+        tiktoken-num-special-tokens null-tokenizer-eod-id""",
+    "Validation": """
+        eval-iters eval-interval start-eval-at-iter eval-micro-batch-size eval-global-batch-size
+        full-validation multiple-validation-sets validation-set-names""",
+    "Checkpoints": """
+        save save-interval save-retain-interval load ckpt-step finetune use-checkpoint-args
+        exit-on-missing-checkpoint no-save-optim no-save-rng no-load-optim no-load-rng ckpt-format
+        async-save async-strategy ckpt-fully-parallel-save no-ckpt-fully-parallel-save
+        ckpt-fully-parallel-load ckpt-fully-parallel-load-exchange-algo
+        ckpt-fully-parallel-save-process-group ckpt-fully-parallel-load-process-group
+        ckpt-assume-constant-structure no-ckpt-load-validate-sharding-integrity
+        dist-ckpt-workers dist-ckpt-optim-fully-reshardable
+        distrib-optim-fully-reshardable-mem-efficient rerun-mode""",
+    "Reports": """
+        log-interval log-params-norm log-num-zeros-in-grad timing-log-level timing-log-option
+        no-barrier-with-level-1-timing tensorboard-dir tensorboard-log-interval
+        log-timers-to-tensorboard no-log-loss-scale-to-tensorboard
+        log-validation-ppl-to-tensorboard log-memory-to-tensorboard log-memory-interval
+        log-world-size-to-tensorboard dump-param-to-param-group-map wandb-project wandb-entity
+        wandb-exp-name wandb-save-dir profile profile-ranks profile-step-start profile-step-end
+        use-pytorch-profiler pytorch-profiler-collect-shapes pytorch-profiler-collect-callstack
+        record-shapes nvtx-ranges record-memory-history memory-snapshot-path""",
+    "Random numbers": "seed data-parallel-random-init",
+}
+"""By subject, as they are spelt, without the hyphens; a flag's other spellings are meant too."""
+RENAMED = {
+    "--use-flash-attn": "--attention-backend",
+    "--rampup-batch-size": "--step-batch-size-schedule",
+    "--checkpoint-activations": "--recompute-granularity",
+    "--pretrained-checkpoint": "--load DIR --finetune",
+    "--decoder-seq-length": "--seq-length",
+    "--yaml-cfg": "--config",
+}
+"""What to give in place of flags that recipes have."""
+ALLOW = "--allow-untested-flag"
+
+
+def listed() -> frozenset[str]:
+    """Return the flags of TESTED, as `--num-layers`."""
+    return frozenset(f"--{name}" for names in TESTED.values() for name in names.split())
+
+
+def usable(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the destinations of the flags that can be given: ours, and the tested ones."""
+    actions = parser._option_string_actions
+    return {actions[flag].dest for flag in listed() if flag in actions} | {*OUR_FLAGS, "help"}
+
+
+def refuse_untested(
+    parser: argparse.ArgumentParser, argv: Sequence[str], *, allowed: Iterable[str]
+) -> None:
+    """Refuse each flag of Megatron's that is not listed.
+
+    Args:
+        argv: the command line, with the keys of --config as flags.
+        allowed: the names that --allow-untested-flag gives, with or without hyphens.
+
+    Raises:
+        UsageError: with the flag, and what to do.
+    """
+    let_through = {flag_of(name) for name in allowed}
+    names = usable(parser)
+    for flag in (word.split("=")[0] for word in argv):
+        action = parser._option_string_actions.get(flag)
+        if action is None or action.dest in names:
+            continue
+        if not let_through.intersection((*action.option_strings, flag_of(action.dest))):
+            instead = f"give {RENAMED[flag]} in its place" if flag in RENAMED else "leave it out"
+            raise UsageError(
+                f"{flag} is not among the flags of Megatron that are tested here (docs/flags.md): "
+                f"{instead}, or give {ALLOW} {flag.lstrip('-')}."
+            )

@@ -1,0 +1,393 @@
+"""Of Megatron's flags, those that are tested can be given, where they do something."""
+
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.in_process import MINIMAL, prepare_megatron, pretrained
+from support.launches import REPOSITORY
+
+from megatron_smlp.accounting.costs import ModelShape
+from megatron_smlp.checkpoints.folders import iterations
+from megatron_smlp.data.blending import SPLIT_FLAGS, WHOLE_FLAGS
+from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.check_execution import check_cuda_graphs
+from megatron_smlp.flags.check_needs import NEEDS, VALUES, requested
+from megatron_smlp.flags.megatron_flags import RENAMED, TESTED, listed, refuse_untested, usable
+from megatron_smlp.flags.model_arguments import model_arguments
+from megatron_smlp.flags.parse import build_parser
+from megatron_smlp.model import model_config
+from megatron_smlp.options import OUR_FLAGS, model_defaults
+from megatron_smlp.training.console import data_text
+from megatron_smlp.training.start_screen import summary
+
+TRANSFORMER = "--architecture transformer --num-attention-heads 4"
+EXPERTS = "--token-router base --num-experts 2"
+type Parse = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def parser() -> ArgumentParser:
+    prepare_megatron()
+    return build_parser()
+
+
+class TestTheList:
+    def test_it_has_each_flag_of_megatrons_once(self, parser: ArgumentParser):
+        actions = parser._option_string_actions
+        assert listed() | set(RENAMED) <= set(actions)
+        names = [name for names in TESTED.values() for name in names.split()]
+        assert len(names) == len(set(names))
+        dests = {actions[f"--{name}"].dest for name in names}
+        assert not dests & set(OUR_FLAGS)
+        assert {*VALUES, *(name for need in NEEDS for name in need.flags)} <= usable(parser)
+
+    def test_each_flag_is_in_a_test(self):
+        """Or in a configuration, which the tests train."""
+        paths = [*(REPOSITORY / "tests").rglob("*.py"), *(REPOSITORY / "configs").rglob("*.yaml")]
+        given: set[str] = set()
+        for path in paths:
+            text = path.read_text(encoding="utf-8")
+            given |= set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
+            given |= {
+                key.replace("_", "-") for key in re.findall(r"^([\w-]+):", text, re.MULTILINE)
+            }
+        assert listed() - {f"--{name}" for name in given} == set()
+
+    def test_every_other_flag_is_refused_unless_it_is_allowed(self, parser: ArgumentParser):
+        others = [action for action in parser._actions if action.dest not in usable(parser)]
+        assert len(others) > 500
+        for action in others:
+            for flag in action.option_strings:
+                with pytest.raises(UsageError, match=f"{flag} is not among .*give "):
+                    refuse_untested(parser, [f"{flag}=1"], allowed=("moe-layer",))
+            for name in (flag[2:], action.dest):
+                refuse_untested(parser, ["--lr", "1", flag], allowed=(name,))
+
+    def test_a_flag_of_a_new_megatron_is_refused(self):
+        parser = ArgumentParser()
+        parser.add_argument("--train-faster", action="store_true")
+        with pytest.raises(UsageError, match="--train-faster is not among"):
+            refuse_untested(parser, ["--train-faster"], allowed=())
+
+    def test_it_is_refused_from_a_file_and_let_through_by_either(
+        self, parse: Parse, tmp_path: Path
+    ):
+        path = tmp_path / "config.yaml"
+        path.write_text("architecture: gmlp\nfim-spm-rate: 0.4\n")
+        with pytest.raises(UsageError, match="--fim-spm-rate is not among"):
+            parse(f"--config {path}")
+        assert parse(f"--config {path} --allow-untested-flag fim-spm-rate").fim_spm_rate == 0.4
+        with path.open("a") as file:
+            file.write("allow-untested-flag: [fim_spm_rate]\n")
+        more = "--fim-rate 0.5 --allow-untested-flag x --allow-untested-flag fim-rate y"
+        assert parse(f"--config {path} {more}").allow_untested_flag[-1] == "y"
+
+    def test_a_model_that_was_made_with_one_can_be_made_again(self, parser: ArgumentParser):
+        flags = model_defaults() | {"num_layers": 3, "window_attn_skip_freq": 2}
+        argv = model_arguments(parser, flags)
+        refuse_untested(parser, argv, allowed=parser.parse_args(argv).allow_untested_flag)
+        assert parser.parse_args(argv).window_attn_skip_freq == 2
+
+    def test_the_page_says_which_of_the_most_used_flags_are_listed(self, parser: ArgumentParser):
+        page = (REPOSITORY / "docs" / "from-megatron-lm.md").read_text(encoding="utf-8")
+        page = page[page.index("## The 90 flags that") : page.index("## Existing checkpoints")]
+        taken, refused = page.split("Refused:")
+        here, others = (re.findall(r"`(--[\w-]+)`\s\d+", part) for part in (taken, refused))
+        assert len(here + others) == 90
+        dests = usable(parser)
+        is_usable = {f: parser._option_string_actions[f].dest in dests for f in here + others}
+        assert [flag for flag, usable in is_usable.items() if usable] == here
+
+    def test_flags_of_the_page_are_flags(self, parser: ArgumentParser):
+        page = (REPOSITORY / "docs" / "from-megatron-lm.md").read_text(encoding="utf-8")
+        page = page[page.index("## Other defaults") : page.index("## Existing checkpoints")]
+        named = set(re.findall(r"(?<![\w-])(--[a-z][\w-]*\w)(?![\w-])", page))
+        assert len(named) > 40
+        assert named - set(parser._option_string_actions) == set()
+
+
+TRAINED = {
+    "layers": f"""{TRANSFORMER} --squared-relu --norm-epsilon 1e-6 --add-qkv-bias
+        --embedding-init-method-std 0.01 --attention-softmax-in-fp32 --no-masked-softmax-fusion
+        --no-bias-dropout-fusion --no-bias-swiglu-fusion --no-persist-layer-norm --use-mcore-models
+        --position-embedding-type rope --no-rope-fusion --no-position-embedding
+        --rotary-percent 0.5 --rotary-base 5000 --rotary-interleaved --use-rope-scaling
+        --rotary-seq-len-interpolation-factor 2 --rope-scaling-factor 4""",
+    "rotary": f"""{TRANSFORMER} --use-rotary-position-embeddings --rotary-base 500000 --openai-gelu
+        --no-bias-gelu-fusion --optimizer sgd --sgd-momentum 0.8 --lr-warmup-init 1e-5
+        --lr-warmup-iters 2""",
+    "no positions": f"{TRANSFORMER} --position-embedding-type none --softmax-type vanilla",
+    "precision": """--architecture gmlp --bf16 --adam-beta1 0.8 --adam-eps 1e-7
+        --accumulate-allreduce-grads-in-fp32 --no-gradient-accumulation-fusion
+        --use-distributed-optimizer --no-align-grad-reduce --no-check-for-nan-in-loss-and-grad""",
+    "reduced": "--architecture gmlp --bf16 --grad-reduce-in-bf16",
+    "loop": """--architecture gmlp --exit-signal-handler --rerun-mode disabled --manual-gc
+        --no-manual-gc-eval --train-sync-interval 2 --empty-unused-memory-level 1
+        --eval-global-batch-size 2 --eval-interval 2 --data-parallel-random-init
+        --disable-gloo-process-groups --distributed-timeout-seconds-after-init 60
+        --no-create-attention-mask-in-dataloader --no-mmap-bin-files
+        --num-dataset-builder-threads 2 --mid-level-dataset-surplus 0.01""",
+    "reports": """--architecture gmlp --timing-log-level 2 --timing-log-option max
+        --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard --log-memory-interval 2
+        --no-log-loss-scale-to-tensorboard --log-world-size-to-tensorboard --log-interval 1
+        --no-barrier-with-level-1-timing --tensorboard-dir {0}/curves --profile
+        --use-pytorch-profiler --profile-ranks 0 --profile-step-start 1 --profile-step-end 2
+        --pytorch-profiler-collect-shapes --pytorch-profiler-collect-callstack --record-shapes
+        --nvtx-ranges --dump-param-to-param-group-map {0}/groups.json --wandb-project p
+        --wandb-entity e --wandb-exp-name n --wandb-save-dir {0}""",
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_is_listed_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pretrained(TRAINED[name].format(tmp_path)):
+        pass
+
+
+def test_what_is_listed_saves_and_loads(tmp_path: Path):
+    words = f"""--architecture gmlp --save {tmp_path} --save-interval 2 --ckpt-format torch_dist
+        --async-save --async-strategy mcore --no-ckpt-fully-parallel-save
+        --ckpt-assume-constant-structure --dist-ckpt-workers 1 --use-distributed-optimizer
+        --dist-ckpt-optim-fully-reshardable --ckpt-fully-parallel-save-process-group dp"""
+    with pretrained(f"{words} --exit-interval 2"):
+        assert iterations(tmp_path) == [2]
+    load = """--exit-on-missing-checkpoint
+        --ckpt-fully-parallel-load --ckpt-fully-parallel-load-exchange-algo broadcast
+        --ckpt-fully-parallel-load-process-group dp --no-ckpt-load-validate-sharding-integrity"""
+    with pretrained(f"{words} {load}"):
+        assert iterations(tmp_path) == [2, 4]
+
+
+def test_a_run_by_samples_decays_by_samples():
+    base = MINIMAL.replace("--train-iters 4", "--train-samples 8")
+    words = "--architecture gmlp --lr-decay-samples 6 --lr-warmup-samples 2 --lr-decay-style WSD"
+    with pretrained(f"{words} --lr-wsd-decay-samples 2", base=base):
+        pass
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        # Flags that need something else.
+        f"--qk-layernorm {TRANSFORMER}",
+        f"--apply-layernorm-1p {TRANSFORMER}",
+        f"--window-size 4,0 {TRANSFORMER}",
+        f"--attention-backend flash {TRANSFORMER}",
+        f"--moe-grouped-gemm {TRANSFORMER} {EXPERTS}",
+        "--qk-l2-norm --architecture gmlp",
+        "--group-query-attention --num-query-groups 2 --architecture amlp",
+        "--use-rotary-position-embeddings --architecture gmlp",
+        "--rotary-base 5000 --architecture gmlp",
+        f"--rotary-base 500000 {TRANSFORMER}",
+        f"--use-rope-scaling {TRANSFORMER}",
+        f"--rope-scaling-factor 32 {TRANSFORMER} --position-embedding-type rope",
+        f"--num-query-groups 2 {TRANSFORMER}",
+        f"--add-qkv-bias {TRANSFORMER} --disable-bias-linear",
+        "--position-embedding-type rope --architecture gmlp",
+        "--swiglu --architecture gmlp",
+        "--num-feature-experts 8 --architecture smlp",
+        f"--moe-layer-freq 2 --architecture smlp {EXPERTS}",
+        f"--num-experts 2 {TRANSFORMER} --token-router base --moe-layer-freq [0,0,0,0]",
+        "--num-experts 2 --architecture smlp --num-dense-layers 4 --token-router base",
+        f"--calculate-per-token-loss --architecture smlp --feature-router partial "
+        f"--num-feature-experts 2 {EXPERTS}",
+        "--keep-every 2 --architecture gmlp",
+        "--eval-tasks-limit 2 --architecture gmlp",
+        # Values that do not work.
+        *(
+            f"{flag} --architecture gmlp"
+            for flag in (
+                *("--optimizer muon", "--optimizer lion", "--ckpt-format torch"),
+                *("--async-strategy nvrx", "--dataloader-type external"),
+                *("--rerun-mode report_stats", "--rerun-mode validate_results"),
+                "--transformer-impl inference_optimized",
+            )
+        ),
+        f"--position-embedding-type yarn {TRANSFORMER}",
+        f"--softmax-type learnable {TRANSFORMER}",
+        f"--moe-router-dtype fp64 {TRANSFORMER} {EXPERTS}",
+        "--spec megatron.core foo --architecture gmlp",
+        "--spec megatron_smlp.architectures amlp --architecture gmlp",
+        # Graphs and reports of a device that is not there.
+        f"--cuda-graph-impl local {TRANSFORMER}",
+        f"--cuda-graph-impl full_iteration {TRANSFORMER}",
+        *(
+            f"{flag} --architecture gmlp"
+            for flag in ("--log-memory-to-tensorboard", "--record-memory-history")
+        ),
+    ],
+)
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="it is installed")
+def test_what_does_nothing_or_does_not_work(parse: Parse, words: str):
+    with pytest.raises(UsageError, match=f"^{words.split()[0]}"):
+        parse(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "aft --recompute-granularity selective",
+        "gmlp --recompute-activations --recompute-modules mlp",
+        "gmlp --recompute-granularity selective --recompute-modules moe",
+        "gmlp --recompute-granularity selective --recompute-modules core_attn layernorm",
+    ],
+)
+def test_recomputation_of_what_no_layer_has(parse: Parse, words: str):
+    with pytest.raises(UsageError, match="--recompute-modules"):
+        parse(f"--architecture {words}")
+
+
+@pytest.mark.parametrize("architecture", [TRANSFORMER, "--architecture gmlp"])
+@pytest.mark.parametrize("name", TESTED["Experts"].split())
+def test_flags_of_experts_that_are_not_there(
+    parse: Parse, parser: ArgumentParser, name: str, architecture: str
+):
+    """They would train a dense model in silence."""
+    action = parser._option_string_actions[f"--{name}"]
+    value = "" if action.nargs == 0 else next(iter(action.choices or ["1"]))
+    with pytest.raises(UsageError, match=f"^--{name}.* without --token-router"):
+        parse(f"{architecture} --{name} {value}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"{TRANSFORMER} --softmax-type vanilla --rotary-base 10000 --num-query-groups 1",
+        f"{TRANSFORMER} --group-query-attention --num-query-groups 2",
+        "--architecture amlp --attention-dropout 0.1",
+        f"--architecture gmlp --swiglu {EXPERTS}",
+        "--architecture gmlp --squared-relu --position-embedding-type learned_absolute",
+        "--architecture smlp --num-feature-experts 8 --feature-router none",
+        "--architecture gmlp --profile --use-pytorch-profiler --log-dir x",
+    ],
+)
+def test_what_works_is_allowed(
+    parse: Parse, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # Megatron opens the folder of TensorBoard when it has parsed
+    assert parse(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--data-args-path {}/data --memory-snapshot-path x",
+        "--train-data-path a --valid-data-path b --test-data-path c --tokenizer-special-tokens d e",
+    ],
+)
+def test_names_of_files_are_allowed(parse: Parse, words: str, tmp_path: Path):
+    (tmp_path / "data").write_text("1 a")
+    words = f"--architecture gmlp {words.format(tmp_path)}"
+    assert parse(words, base=MINIMAL.replace("--mock-data", ""))
+
+
+def test_what_asks_for_nothing():
+    given = {"num_query_groups": 1, "softmax_type": "vanilla", "moe_aux_loss_coeff": [0.0]}
+    asks = {"moe_token_drop_policy": "probs", "spatial_heads": 0, "fp8": "hybrid"}
+    args = Namespace(explicit_flags={**given, **asks, "toeplitz": False, "hash_table": None})
+    assert list(requested(args, args.explicit_flags)) == list(asks)
+
+
+@pytest.mark.parametrize(
+    ("system", "message"),
+    [
+        ("gmlp --token-router hash --num-experts 2", "layers that route, and every layer"),
+        ("aft", "the host reads"),
+        ("gmlp --hidden-dropout 0.1", "with dropout"),
+        ("amlp --attention-dropout 0.1", "with dropout"),
+        ("gmlp --eval-micro-batch-size 1", "--eval-micro-batch-size 1 is another"),
+        ("gmlp --eval-tasks copa", "--eval-tasks scores others"),
+        (
+            f"smlp --feature-router deterministic --num-feature-experts 2 --num-dense-layers 3 "
+            f"{EXPERTS}",
+            None,  # layers that do not route may be captured
+        ),
+    ],
+)
+def test_graphs_of_what_a_replay_would_not_do(parse: Parse, system: str, message: str | None):
+    args = parse(f"--architecture {system} --eval-interval 2 --eval-iters 1")
+    with args.thawed():
+        args.cuda_graph_impl = "local"
+        args.explicit_flags = {"cuda_graph_impl": "local"}
+    if message is None:
+        check_cuda_graphs(args)
+    else:
+        with pytest.raises(UsageError, match=f"--cuda-graph-impl local.*{message}"):
+            check_cuda_graphs(args)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("smlp", "note        no layer has experts: this model is that of --architecture gmlp"),
+        (
+            "smlp --token-router base --num-experts 4",
+            "note        no spatial experts (--feature-router none): this is a gmlp with token exp",
+        ),
+        (
+            "smlp --feature-router deterministic --num-feature-experts 4",
+            "note        no token experts (--token-router none): spatial ones alone",
+        ),
+        (
+            "smlp --feature-router deterministic --num-feature-experts 4 --token-router base "
+            "--num-experts 4",
+            "",
+        ),
+        ("gmlp", ""),
+    ],
+)
+def test_an_smlp_that_is_less_is_said(parse: Parse, words: str, said: str):
+    args = parse(f"--architecture {words}")
+    notes = [line for line in summary(args, ModelShape.from_args(args)) if line[:4] == "note"]
+    assert len(notes) == bool(said)
+    assert "".join(notes).startswith(said)
+
+
+def test_data_is_shown_by_its_split():
+    nothing = dict.fromkeys((*WHOLE_FLAGS, *SPLIT_FLAGS))
+    assert data_text(Namespace(**nothing, per_split_data_args_path="f.json")) == "f.json"
+    assert data_text(Namespace(**nothing | {"data_path": [1, "a"]})) == "1 a"
+    given = nothing | {"train_data_path": ["0.5", "a", "0.5", "b"], "valid_data_path": ["c"]}
+    assert data_text(Namespace(**given)) == "train 0.5 a 0.5 b | valid c"
+
+
+def test_batches_by_a_schedule_are_shown_as_such(parse: Parse):
+    base = MINIMAL.replace("--global-batch-size 2", "--step-batch-size-schedule 0:2")
+    base = base.replace("--train-iters 4", "--train-samples 8")
+    args = parse("--architecture gmlp", base=base)
+    last = list(summary(args, ModelShape.from_args(args)))[-1]
+    assert "steps       8 samples in batches by --step-batch-size-schedule '0:2'" in last
+
+
+def test_a_spec_says_which_architecture_it_is(parse: Parse):
+    """As Megatron's own script is told; the record and the checks are of what is built."""
+    assert parse("--spec megatron_smlp.architectures gmlp").architecture == "gmlp"
+    args = parse(f"{TRANSFORMER} --spec megatron_smlp.architectures transformer")
+    spelt = model_config(args).transformer_layer_spec
+    assert spelt is model_config(parse(TRANSFORMER)).transformer_layer_spec
+
+
+def test_a_first_start_may_be_forbidden(parse: Parse, tmp_path: Path):
+    words = f"--architecture gmlp --load {tmp_path} --save {tmp_path}"
+    assert parse(words).load is None
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        parse(f"{words} --exit-on-missing-checkpoint")
+
+
+@pytest.mark.parametrize("dry_run", ["", "--dry-run"])
+def test_what_megatrons_configuration_refuses_is_one_line(dry_run: str):
+    words = f"--architecture gmlp --recompute-granularity full {dry_run}"
+    message = "Megatron refuses these arguments: .*recompute_method"
+    with pytest.raises(UsageError, match=message), pretrained(words):
+        pass
+
+
+def test_rotary_scaling_has_the_factor_that_is_given(parse: Parse):
+    words = "--position-embedding-type rope --use-rope-scaling --rope-scaling-factor 32"
+    assert model_config(parse(f"{TRANSFORMER} {words}")).rope_scaling_factor == 32
