@@ -15,7 +15,7 @@ from typing import Any
 from megatron_smlp.flags import early
 from megatron_smlp.flags.help import answered
 from megatron_smlp.launching.parent import AGENT_PID
-from megatron_smlp.launching.training_words import limit_connections
+from megatron_smlp.launching.training_argv import limit_connections
 from megatron_smlp.platform import choice
 from megatron_smlp.program import readable_errors, undisturbed_exit
 from megatron_smlp.training.captured_output import CapturedOutput

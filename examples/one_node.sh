@@ -10,7 +10,7 @@
 #   TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR, CUDA_CACHE_PATH   default: in TMPDIR, else /tmp
 #   LOCAL_ADDR        address of this machine by which its processes meet (default: 127.0.0.1)
 #   MAX_RESTARTS      times that processes are started again by one agent (default: 3)
-#   SHUTDOWN_TIMEOUT  seconds to save in when the run is told to end (default: 600)
+#   SHUTDOWN_TIMEOUT  seconds to save in when the run is signalled (default: 600)
 #   CUDA_DEVICE_MAX_CONNECTIONS   set to 1 where tensor parallelism needs it
 #
 # With --save a run that fails goes on from its newest checkpoint; after three failures without a

@@ -17,7 +17,7 @@
 #   LOCAL_ADDR        address of this machine (default: that of the way to MASTER_ADDR)
 #   RUN_ID            name of the run, the same on all machines (default: smlp)
 #   MAX_RESTARTS      times that processes are started again by one agent (default: 3)
-#   SHUTDOWN_TIMEOUT  seconds to save in when the run is told to end (default: 600)
+#   SHUTDOWN_TIMEOUT  seconds to save in when the run is signalled (default: 600)
 #   START_TIMEOUT     seconds to reach the store or the folder in at first (default: 180)
 #   REJOIN_TIMEOUT    seconds for all machines to come together again (default: 600)
 #   NPROC_PER_NODE    processes on this machine (default: the number of GPUs, or 1 without any)
@@ -30,7 +30,7 @@
 # --save a run that fails goes on from its newest checkpoint; it ends with 93 after three failures
 # without a newer one, with 75 where a machine is not back within REJOIN_TIMEOUT of the others, with
 # 2 where flags or variables are wrong, with 3 where a loss or gradient is not finite, and with 0
-# when it is over or was told to end (SIGTERM, SIGUSR1). What ends for good is told to the others,
+# when it is over or was signalled (SIGTERM, SIGUSR1). What ends for good is told to the others,
 # which end with 76; where its launcher is killed, they wait for REJOIN_TIMEOUT: see
 # docs/resilience.md.
 

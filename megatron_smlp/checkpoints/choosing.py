@@ -1,6 +1,7 @@
 """Choose the checkpoint that a run starts from: the newest whole one, the same on all ranks.
 
-Rank 0 decides in which order they are tried; the checksums of one are spread over the ranks.
+Rank 0 decides in which order they are tried; the checksums of one are spread over the ranks. A slow
+file system may take longer for that than a collective may (first_rank.py).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,6 +29,10 @@ from megatron_smlp.checkpoints.resume_checks import check_same_model, compare_ru
 from megatron_smlp.collectives import from_first_rank, gathered
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import NoGoodCheckpointError
+from megatron_smlp.first_rank import first_rank_first
+
+SILENCE = 180.0
+"""Seconds without an answer of rank 0's machine after which it is given up."""
 
 Say = Callable[[str], None]
 
@@ -51,10 +55,13 @@ def choose_checkpoint(args: argparse.Namespace, say: Say) -> Chosen:
         UsageError: the one to be loaded holds another model than the flags say, or was trained on
             other data.
     """
-    if args.rank == 0 and args.save:
-        for name in tidy(args.save):
-            say(f"removed {name}, which an interrupted save left in {args.save}")
-    args.load, folders = from_first_rank((args.load, _in_order(args) if args.load else []))
+    folders: list[Path] = []
+    with first_rank_first(args.rank, silence=SILENCE):
+        if args.rank == 0:
+            for name in tidy(args.save) if args.save else []:
+                say(f"removed {name}, which an interrupted save left in {args.save}")
+            folders = _in_order(args) if args.load else []
+    args.load, folders = from_first_rank((args.load, folders))
     if not folders:
         return Chosen(None)
     folder = _first_good(args, folders, say)
@@ -125,8 +132,14 @@ def _refusal(args: argparse.Namespace, refused: list[str]) -> str:
 def problems(folder: Path) -> list[str]:
     """Return the problems of a checkpoint, a sentence each, the same on every rank. Collective."""
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    sums, found = from_first_rank(integrity.plan(folder) if rank == 0 else None)
+    plan: tuple[integrity.Sums, list[str]] | None = None
+    with first_rank_first(rank, silence=SILENCE):
+        if rank == 0:
+            plan = integrity.plan(folder)
+    sums, found = from_first_rank(plan)
     if not found:
-        share: dict[str, Any] = dict(sorted(sums.items())[rank::size])
-        found = [text for part in gathered(integrity.problems_in(folder, share)) for text in part]
+        own = integrity.problems_in(folder, dict(sorted(sums.items())[rank::size]))
+        with first_rank_first(rank, silence=SILENCE):
+            pass  # all have read their share
+        found = [text for part in gathered(own) for text in part]
     return sorted(found)

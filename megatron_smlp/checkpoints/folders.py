@@ -7,7 +7,7 @@
 | `.iter_0000010.partial-4f1c/` | a save in progress, or what an interrupted one left |
 | `.iter_0000010.replaced/` | the older one of this name, for the moment of its replacement |
 | `.iter_0000010.deleted/` | one that retention is deleting |
-| `.writer-000007` | the claim of the run that writes here (claim.py) |
+| `.lease-000007` | the lease of the run that writes here (save_lease.py) |
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import IO, Any
 
 import torch
@@ -18,16 +18,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
 
 from megatron_smlp.errors import DamagedCheckpointError
 
 MOST_DIMENSIONS = 8
+"""A box has 2 ** dimensions corners."""
 
 Box = tuple[Sequence[int], Sequence[int]]
 """Offsets and sizes."""
@@ -35,50 +34,45 @@ Piece = tuple[tuple[int, ...], torch.dtype]
 """Sizes and type."""
 
 
-def check_metadata(metadata: Any) -> None:
+def check_metadata(metadata: Metadata) -> None:
     """Check the whole index, and note at each place of a tensor what has to be there: `piece`.
 
     Raises:
         pickle.UnpicklingError: with what is wrong in it.
+        AttributeError, TypeError: it is not made of what an index is made of.
     """
-    if not isinstance(metadata, Metadata):
-        raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
-    entries, places = metadata.state_dict_metadata, metadata.storage_data or {}
-    if not isinstance(entries, dict) or not isinstance(places, dict):
-        raise pickle.UnpicklingError("it lists no tensors and places")
-    for index, place in places.items():
-        _check_place(index, place)
-    for name, entry in entries.items():
-        _check_entry(name, entry, places)
+    places = metadata.storage_data or {}
+    for place in places.values():
+        _check_place(place)
+    for name, entry in metadata.state_dict_metadata.items():
+        for index, piece in _pieces_of(name, entry).items():
+            if index not in places:
+                raise pickle.UnpicklingError(f"it does not say where {name} is")
+            places[index].piece = piece
 
 
-def _check_place(index: Any, place: Any) -> None:
-    if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
-        raise pickle.UnpicklingError(f"it places {index!r:.60} at {place!r:.60}")
+def _check_place(place: _StorageInfo) -> None:
     path = place.relative_path
-    if not isinstance(path, str) or os.sep in path or path in ("", ".", ".."):
+    if os.sep in path or path in ("", ".", ".."):
         raise pickle.UnpicklingError(f"it names {path!r:.60}, in another folder")
-    if not are_sizes((place.offset, place.length)):
-        raise pickle.UnpicklingError(
-            f"it places {index.fqn!r:.60} at byte {place.offset!r:.20} of length "
-            f"{place.length!r:.20}"
-        )
+    if place.offset < 0 or place.length < 0:
+        raise pickle.UnpicklingError(f"it places {place.length} bytes at byte {place.offset}")
 
 
-def _check_entry(name: Any, entry: Any, places: Mapping[Any, Any]) -> None:
-    wanted: dict[MetadataIndex, Piece | None]
+def _pieces_of(name: str, entry: Any) -> dict[MetadataIndex, Piece | None]:
+    """Return what has to be stored for an entry; None: an object."""
     if isinstance(entry, BytesStorageMetadata):
-        wanted = {MetadataIndex(name): None}
-    elif isinstance(entry, TensorStorageMetadata):
-        _check_tensor(name, entry)
-        dtype = entry.properties.dtype
-        wanted = {MetadataIndex(name, c.offsets): (tuple(c.sizes), dtype) for c in entry.chunks}
-    else:
+        return {MetadataIndex(name): None}
+    if not isinstance(entry, TensorStorageMetadata):
         raise pickle.UnpicklingError(f"it describes {name!r:.60} as {entry!r:.60}")
-    for index, piece in wanted.items():
-        if index not in places:
-            raise pickle.UnpicklingError(f"it does not say where {name} is")
-        places[index].piece = piece
+    dtype = entry.properties.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise pickle.UnpicklingError(f"it does not say of what type {name} is")
+    if not tile([(chunk.offsets, chunk.sizes) for chunk in entry.chunks], entry.size):
+        raise pickle.UnpicklingError(
+            f"the pieces of {name} overlap, leave gaps or lie outside of {list(entry.size)}"
+        )
+    return {MetadataIndex(name, c.offsets): (tuple(c.sizes), dtype) for c in entry.chunks}
 
 
 def check_piece(stored: IO[bytes], piece: Piece, name: str) -> Tensor:
@@ -103,28 +97,6 @@ def check_piece(stored: IO[bytes], piece: Piece, name: str) -> Tensor:
     return written
 
 
-def _check_tensor(name: str, entry: TensorStorageMetadata) -> None:
-    properties, chunks = entry.properties, entry.chunks
-    if not isinstance(properties, TensorProperties) or not isinstance(
-        properties.dtype, torch.dtype
-    ):
-        raise pickle.UnpicklingError(f"it does not say of what type {name} is")
-    is_list = isinstance(chunks, list) and all(isinstance(c, ChunkStorageMetadata) for c in chunks)
-    if not is_list or not are_sizes(entry.size) or len(entry.size) > MOST_DIMENSIONS:
-        raise pickle.UnpicklingError(f"it does not say of what size {name} and its pieces are")
-    if not tile([(chunk.offsets, chunk.sizes) for chunk in chunks], entry.size):
-        raise pickle.UnpicklingError(
-            f"the pieces of {name} overlap, leave gaps or lie outside of {list(entry.size)}"
-        )
-
-
-def are_sizes(values: Any) -> bool:
-    """Return true for a tuple of integers of 0 or more."""
-    return isinstance(values, tuple) and all(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values
-    )
-
-
 def tile(pieces: Sequence[Box], size: Sequence[int]) -> bool:
     """Return true if boxes cover a box from the origin of this size, each place of it once.
 
@@ -133,7 +105,10 @@ def tile(pieces: Sequence[Box], size: Sequence[int]) -> bool:
     volumes add up to that of the whole too, exactly once. No pair of boxes is compared.
     """
     dimensions = len(size)
-    if any(not are_sizes(part) or len(part) != dimensions for box in pieces for part in box):
+    lists = [size, *(values for box in pieces for values in box)]
+    if dimensions > MOST_DIMENSIONS or any(len(values) != dimensions for values in lists):
+        return False
+    if any(value < 0 for values in lists for value in values):
         return False
     if sum(math.prod(sizes) for _, sizes in pieces) != math.prod(size):
         return False

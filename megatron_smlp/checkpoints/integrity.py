@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import MARKER, SUMS, is_ours
 from megatron_smlp.durable import write_durably
+from megatron_smlp.errors import UserError
 
 DIGEST_BYTES = 32
 THREADS = 4  # of each process; hashlib leaves the lock of the interpreter while it computes
@@ -90,32 +91,26 @@ def seal(folder: Path) -> None:
 
 def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
     """Return the checksums of a checkpoint of ours, and the problems of their own two files."""
-    sums, problem = _read(folder / SUMS)
-    marker, marker_problem = _read(folder / MARKER)
-    problems = [text for text in (problem, marker_problem) if text]
-    if problems:
-        return sums, problems
-    if set(marker) != {SUMS}:
-        return sums, [f"{MARKER} is damaged"]
-    if marker[SUMS] != file_sum(folder / SUMS):
-        return sums, [_which_of_both(folder, sums)]
-    return sums, []
-
-
-def _read(path: Path) -> tuple[dict[str, str], str | None]:
-    try:
-        sums = parse_sums(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}, f"{path.name} is missing"
-    except (OSError, UnicodeDecodeError):
-        sums = None
-    return (sums, None) if sums is not None else ({}, f"{path.name} is damaged")
-
-
-def _which_of_both(folder: Path, sums: Sums) -> str:
-    """Name the one that is wrong: the marker, if the checksums are true and name every file."""
-    unnamed = {path.name for path in folder.iterdir()} - {SUMS, MARKER, *sums}
-    return f"{SUMS if unnamed or problems_in(folder, sums) else MARKER} is damaged"
+    found: dict[str, dict[str, str]] = {}
+    problems = []
+    for name in (SUMS, MARKER):
+        try:
+            sums = parse_sums((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+            continue
+        except (OSError, UnicodeDecodeError):
+            sums = None
+        if sums is None:
+            problems.append(f"{name} is damaged")
+        found[name] = sums or {}
+    sums, marker = found.get(SUMS, {}), found.get(MARKER)
+    if not problems and marker != {SUMS: file_sum(folder / SUMS)}:
+        # The marker, where the checksums are true and name every file.
+        unnamed = {path.name for path in folder.iterdir()} - {SUMS, MARKER, *sums}
+        wrong = SUMS if unnamed or problems_in(folder, sums) else MARKER
+        problems.append(f"{wrong} is damaged")
+    return sums, problems
 
 
 def problems_in(folder: Path, sums: Sums) -> list[str]:
@@ -147,9 +142,34 @@ def plan(folder: Path) -> tuple[Sums, list[str]]:
         return {}, ["the folder is missing"]
     if is_ours(folder):
         return read_sums(folder)
-    from megatron_smlp.checkpoints.structure import structural_problems
-
     return {}, structural_problems(folder)
+
+
+def structural_problems(folder: Path) -> list[str]:
+    """Name missing files, shards that are shorter than the index says, a damaged index."""
+    from megatron_smlp.checkpoints.safe_unpickling import read_index  # with torch
+
+    missing = [name for name in ("metadata.json", ".metadata") if not (folder / name).exists()]
+    if missing:
+        return [f"{name} is missing" for name in missing]
+    try:
+        entries = (read_index(folder).storage_data or {}).values()
+    except UserError as error:
+        return [str(error)]
+    ends: dict[str, int] = {}
+    for entry in entries:
+        end = entry.offset + entry.length
+        ends[entry.relative_path] = max(end, ends.get(entry.relative_path, 0))
+    return [problem for name, end in ends.items() if (problem := _short(folder / name, end))]
+
+
+def _short(shard: Path, end: int) -> str | None:
+    if not shard.exists():
+        return f"{shard.name} is missing"
+    size = shard.stat().st_size
+    if size == 0:
+        return f"{shard.name} is empty"
+    return f"{shard.name} is cut off: {size} of {end} bytes" if size < end else None
 
 
 def verify(folder: Path) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import pickle
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -40,22 +39,6 @@ ALLOWED = {
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
 }
-
-UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    AssertionError,  # torch's check of a piece's size
-    AttributeError,
-    EOFError,
-    ImportError,
-    IndexError,
-    KeyError,
-    OSError,
-    RecursionError,
-    RuntimeError,  # torch's zip reader
-    TypeError,
-    ValueError,
-)
 
 
 class _RefusedGlobal(pickle.UnpicklingError):
@@ -115,9 +98,9 @@ def readable(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
-    except UNREADABLE as error:
+    except Exception as error:  # of torch, of its zip reader, of what unpickling builds
         if is_interruption(error):
             raise KeyboardInterrupt from error
         raise _explained(path, error) from error

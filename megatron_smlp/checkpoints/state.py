@@ -105,7 +105,7 @@ def check_saving(parts: Trained) -> None:
 
 def _to_be_saved(parts: Trained, *, iteration: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a training's state, and what Megatron notes of its form."""
-    metadata = _build_sharded_state_dict_metadata(parts.args, dp_cp_group=_replicas(parts))
+    metadata = _build_sharded_state_dict_metadata(parts.args, dp_cp_group=parts.groups.dp_cp)
     return _state(parts, metadata, rng=_rng(parts), iteration=iteration), metadata
 
 
@@ -129,11 +129,7 @@ def _strategy(parts: Trained, cache: dict[str, Any]) -> Any:
 
 def _sharing(parts: Trained, name: str) -> Any:
     """Return the ranks that share the work on shards that they all hold."""
-    return parts.groups.expt_dp if name == "ep_dp" else _replicas(parts)
-
-
-def _replicas(parts: Trained) -> Any:
-    return parts.groups.dp_cp
+    return parts.groups.expt_dp if name == "ep_dp" else parts.groups.dp_cp
 
 
 def _rng(parts: Trained) -> Any:
@@ -183,13 +179,13 @@ def read(parts: Trained, folder: Path) -> int:
     goes_on = not args.finetune and "iteration" in common and folder.name != RELEASE
     same_layout = _layout(saved) == _layout(args)
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
-    metadata["dp_cp_group"] = _replicas(parts)
-    with_optimizer = goes_on and not args.no_load_optim and not _left_out(saved, "no_save_optim")
-    with_optimizer = with_optimizer and parts.optimizer is not None
-    if with_optimizer:
-        _check_optimizer(args, metadata, same_layout=same_layout)
-    with_rng = goes_on and same_layout and not args.no_load_rng
-    with_rng = with_rng and not _left_out(saved, "no_save_rng")
+    metadata["dp_cp_group"] = parts.groups.dp_cp
+    has_optimizer = parts.optimizer is not None and not getattr(saved, "no_save_optim", False)
+    with_optimizer = goes_on and has_optimizer and not args.no_load_optim
+    if with_optimizer and not same_layout:
+        _check_optimizer(args, metadata)
+    has_rng = same_layout and not getattr(saved, "no_save_rng", False)
+    with_rng = goes_on and has_rng and not args.no_load_rng
     wanted = _state(
         parts, metadata, rng=_rng(parts) if with_rng else None, with_optimizer=with_optimizer
     )
@@ -230,22 +226,17 @@ def read_weights(args: argparse.Namespace, model: list[Any], groups: Any, folder
     read(_Weights(args, model, groups), folder)
 
 
-def _left_out(saved: argparse.Namespace, name: str) -> bool:
-    return bool(getattr(saved, name, False))
-
-
 def _layout(args: argparse.Namespace) -> tuple[int, int]:
-    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    return tuple(getattr(args, name, 1) for name in names)  # type: ignore[return-value]
+    return (
+        getattr(args, "tensor_model_parallel_size", 1),
+        getattr(args, "pipeline_model_parallel_size", 1),
+    )
 
 
-def _check_optimizer(
-    args: argparse.Namespace, metadata: dict[str, Any], *, same_layout: bool
-) -> None:
-    if not args.use_distributed_optimizer or same_layout:
-        return
+def _check_optimizer(args: argparse.Namespace, metadata: dict[str, Any]) -> None:
     kind = metadata.get(SHARDING)
-    if kind not in DistributedOptimizer.checkpoint_fully_reshardable_formats:
+    reshardable = DistributedOptimizer.checkpoint_fully_reshardable_formats
+    if args.use_distributed_optimizer and kind not in reshardable:
         raise UsageError(
             f"the checkpoint's optimizer state has the format {kind}, which only the tensor and "
             "pipeline parallel sizes that saved it can load: give these and save with "

@@ -6,16 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import latest_iteration
-from megatron_smlp.launching.training_words import given, is_on
-
-
-def saving_folder(words: Sequence[str]) -> Path | None:
-    """Return where a training with these flags saves, as flags/use_checkpoint_args.py chooses."""
-    save = given("--save", words)
-    goes_on = is_on("--use-checkpoint-args", words) and not is_on("--finetune", words)
-    if save is None and goes_on and "--no-save" not in words:
-        save = given("--load", words)
-    return Path(str(save)) if save else None
+from megatron_smlp.launching.training_argv import given, is_on
 
 
 class Failures:
@@ -24,8 +15,13 @@ class Failures:
     LIMIT = 3
     """So many in a row without a newer checkpoint, and another start would only fail again."""
 
-    def __init__(self, words: Sequence[str]) -> None:
-        self.folder = saving_folder(words)
+    def __init__(self, argv: Sequence[str]) -> None:
+        # As flags/use_checkpoint_args.py chooses it.
+        goes_on = is_on("--use-checkpoint-args", argv) and not is_on("--finetune", argv)
+        is_load = goes_on and "--no-save" not in argv
+        save = given("--save", argv) or (given("--load", argv) if is_load else None)
+        self.folder = Path(str(save)) if save else None
+        """Where a training with these flags saves."""
         self.count = 0
         self.newest = self.latest()
 
@@ -43,11 +39,6 @@ class Failures:
         is_newer = newest is not None and newest > (-1 if self.newest is None else self.newest)
         self.count = within if is_newer else self.count + max(1, within)
         self.newest = newest
-
-    def is_stuck(self) -> bool:
-        """Return whether another start would only fail again: too many failures, or nothing to
-        resume from."""
-        return self.folder is None or self.count >= self.LIMIT
 
     def __str__(self) -> str:
         if self.folder is None:

@@ -18,8 +18,8 @@ CLOSING = "--closing"
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """The way in which the agents of several machines find each other."""
+class Rendezvous:
+    """How the agents of several machines find each other."""
 
     kind: str
     """HOST: machine 0 keeps the store; SERVER: another process does; FILE: a shared folder."""
@@ -28,9 +28,9 @@ class Meeting:
     port: int
     is_host: bool
     """Whether this machine keeps the store."""
-    least: int
+    min_nodes: int
     """Machines without which nothing starts."""
-    most: int
+    max_nodes: int
     """Machines beyond which the others are spares."""
     run: str
     """The run's name, the same on all of its machines."""
@@ -51,14 +51,14 @@ class Settings:
 
     processes: int
     """On this machine."""
-    meeting: Meeting | None
-    """How the machines meet; None on a single machine."""
+    rendezvous: Rendezvous | None
+    """None on a single machine."""
     local_address: str
     """Address under which other machines reach this one; empty if it has to be found out."""
     max_restarts: int
     """Times that an agent starts its ranks again."""
     shutdown_timeout: int
-    """Seconds in which ranks have to save when they are told to end."""
+    """Seconds in which ranks have to save when they are signalled."""
     start_timeout: int
     """Seconds in which the store, or the shared folder, must be reached at the start."""
     rejoin_timeout: int
@@ -72,42 +72,38 @@ def read(environment: Mapping[str, str], *, several: bool) -> Settings:
         UsageError: one is missing, or has a value that it cannot have.
     """
     return Settings(
-        processes=_number(environment, "NPROC_PER_NODE", "1", what="the number of processes"),
-        meeting=_meeting(environment) if several else None,
+        processes=_number(environment, "NPROC_PER_NODE", default="1"),
+        rendezvous=_rendezvous(environment) if several else None,
         local_address=environment.get("LOCAL_ADDR") or "",
-        max_restarts=_number(environment, "MAX_RESTARTS", "3", what="the number of restarts"),
-        shutdown_timeout=_number(environment, "SHUTDOWN_TIMEOUT", "600", what="the time to save"),
-        start_timeout=_number(environment, "START_TIMEOUT", "180", what="the time to meet in"),
-        rejoin_timeout=_number(environment, "REJOIN_TIMEOUT", "600", what="the time to meet again"),
+        max_restarts=_number(environment, "MAX_RESTARTS", default="3"),
+        shutdown_timeout=_number(environment, "SHUTDOWN_TIMEOUT", default="600"),
+        start_timeout=_number(environment, "START_TIMEOUT", default="180"),
+        rejoin_timeout=_number(environment, "REJOIN_TIMEOUT", default="600"),
     )
 
 
-def _meeting(environment: Mapping[str, str]) -> Meeting:
-    least, most = _nodes(_given(environment, "NNODES", "the number of machines"))
-    kind, folder = _rendezvous(environment.get("RENDEZVOUS") or HOST)
-    rank = environment.get("NODE_RANK")
+def _rendezvous(environment: Mapping[str, str]) -> Rendezvous:
+    min_nodes, max_nodes = _nodes(_given(environment, "NNODES", "the number of machines"))
+    kind, folder = _kind_and_folder(environment.get("RENDEZVOUS") or HOST)
     if kind == HOST:
         _given(environment, "NODE_RANK", "the number of this machine, from 0")
-    if rank:
-        spares = _number(environment, "SPARES", "0", what="the number of extra machines")
-        _check_rank(
-            _number(environment, "NODE_RANK", "", what="the number of this machine"), most, spares
-        )
+    rank = _number(environment, "NODE_RANK", default="0")
+    _check_rank(rank, max_nodes, _number(environment, "SPARES", default="0"))
     address, port = folder, 0
     if kind != FILE:
         keeper = "machine 0" if kind == HOST else "the machine with the server"
         address = _given(environment, "MASTER_ADDR", f"the name or address of {keeper}")
         _given(environment, "MASTER_PORT", f"a free port on {keeper}")
-        port = _number(environment, "MASTER_PORT", "", what="a port")
+        port = _number(environment, "MASTER_PORT")
         if not 0 < port < 1 << 16:
             raise UsageError(f"MASTER_PORT={port}: give a port from 1 to 65535.")
-    return Meeting(
+    return Rendezvous(
         kind=kind,
         address=address,
         port=port,
-        is_host=kind == HOST and int(rank or 0) == 0,
-        least=least,
-        most=most,
+        is_host=kind == HOST and rank == 0,
+        min_nodes=min_nodes,
+        max_nodes=max_nodes,
         run=environment.get("RUN_ID") or "smlp",
         master=environment.get("MASTER_ADDR") or "",
     )
@@ -115,17 +111,13 @@ def _meeting(environment: Mapping[str, str]) -> Meeting:
 
 def _nodes(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
-    if match is None:
+    smallest, largest = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= smallest <= largest:
         raise UsageError(
-            f"NNODES is '{text}', but the number of machines is a whole number, or two as MIN:MAX."
+            f"NNODES={text}: give the number of machines as a whole number, or the smallest and "
+            "the largest as in 2:4."
         )
-    least, most = int(match[1]), int(match[2] or match[1])
-    if not 1 <= least <= most:
-        raise UsageError(
-            f"NNODES={text}: MIN must be 1 or more and not over MAX, as in 2:4; one number means "
-            "that the run always has so many."
-        )
-    return least, most
+    return smallest, largest
 
 
 def _check_rank(rank: int, nodes: int, spares: int) -> None:
@@ -137,7 +129,7 @@ def _check_rank(rank: int, nodes: int, spares: int) -> None:
         )
 
 
-def _rendezvous(text: str) -> tuple[str, str]:
+def _kind_and_folder(text: str) -> tuple[str, str]:
     kind, _, folder = text.partition(":")
     if kind == FILE and folder:
         return FILE, folder
@@ -156,8 +148,8 @@ def _given(environment: Mapping[str, str], name: str, what: str) -> str:
     return value
 
 
-def _number(environment: Mapping[str, str], name: str, default: str, *, what: str) -> int:
+def _number(environment: Mapping[str, str], name: str, *, default: str = "") -> int:
     text = environment.get(name) or default
     if not re.fullmatch(r"\d{1,9}", text):
-        raise UsageError(f"{name} is '{text}', but {what} is a whole number.")
+        raise UsageError(f"{name}={text}: give a whole number.")
     return int(text)

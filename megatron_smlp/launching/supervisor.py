@@ -35,10 +35,10 @@ from megatron_smlp.launching.exit_codes import (
     say,
 )
 from megatron_smlp.launching.failures import Failures
-from megatron_smlp.launching.folder_meeting import Presence
+from megatron_smlp.launching.folder_rendezvous import Presence
 from megatron_smlp.launching.parent import LAUNCHER_PID, end_with_launcher
-from megatron_smlp.launching.settings import CLOSING, FILE, HOST, Meeting, Settings, read
-from megatron_smlp.launching.training_words import check_counts, given, limit_connections
+from megatron_smlp.launching.settings import CLOSING, FILE, HOST, Rendezvous, Settings, read
+from megatron_smlp.launching.training_argv import check_counts, given, limit_connections
 from megatron_smlp.restart_note import note_cause
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -65,24 +65,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         UsageError: a variable is wrong, or the other machines cannot be reached.
     """
     options = build_parser().parse_args(argv)
-    if not options.words:
+    if not options.argv:
         what = "the port of the store" if options.what == "serve" else "the script that trains"
         raise UsageError(f"{options.what}: give {what}, for example {EXAMPLES[options.what]}.")
     if options.what == AGENT:
         end_with_launcher()
         from megatron_smlp.launching import agent  # with torch, in a process of its own
 
-        code = agent.main(options.words)
+        code = agent.main(options.argv)
         sys.stdout.flush()
         sys.stderr.flush()
         # The rendezvous' thread may be inside the store: an interpreter that ends aborts on it.
         os._exit(code)
     if options.what == "serve":
-        from megatron_smlp.launching import server
-
-        return server.main(options.words[0])
+        return serve(int(options.argv[0]))
     several = options.what == "several-nodes"
-    return Supervisor(read(os.environ, several=several), options.words).run()
+    return Supervisor(read(os.environ, several=several), options.argv).run()
+
+
+def serve(port: int) -> int:
+    """Keep the store of RENDEZVOUS=server until SIGTERM or Ctrl-C.
+
+    Raises:
+        UsageError: the port is taken.
+    """
+    from torch.distributed import TCPStore
+
+    network.check_port(port)
+    ends = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # in the store's threads too
+    store = TCPStore("0.0.0.0", port, is_master=True, wait_for_workers=False)
+    print(f"serving at port {store.port}", flush=True)
+    signal.sigwait(ends)
+    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("what", choices=list(EXAMPLES), metavar="one-node|several-nodes|serve")
     parser.add_argument(
-        "words", nargs=argparse.REMAINDER, metavar="...",
+        "argv", nargs=argparse.REMAINDER, metavar="...",
         help="the training's script and its flags; of serve: the port",
     )  # fmt: skip
     return parser
@@ -104,25 +119,25 @@ class Supervisor:
     """One launch on this machine.
 
     Args:
-        words: the training's script and flags.
+        argv: the training's script and flags.
     """
 
-    def __init__(self, settings: Settings, words: Sequence[str]) -> None:
+    def __init__(self, settings: Settings, argv: Sequence[str]) -> None:
         self.settings = settings
-        self.words = list(words)
-        if given(TIMEOUT, words) is None:
-            self.words += [TIMEOUT, str(MINUTES)]
-        if settings.meeting:
-            machines = range(settings.meeting.least, settings.meeting.most + 1)
-            check_counts(words, machines=machines, processes=settings.processes)
-        self.failures = Failures(words)
+        self.argv = list(argv)
+        if given(TIMEOUT, argv) is None:
+            self.argv += [TIMEOUT, str(MINUTES)]
+        if settings.rendezvous:
+            machines = range(settings.rendezvous.min_nodes, settings.rendezvous.max_nodes + 1)
+            check_counts(argv, machines=machines, processes=settings.processes)
+        self.failures = Failures(argv)
         self.environment = dict(os.environ)
-        limit_connections(words, self.environment)
+        limit_connections(argv, self.environment)
         self.child: subprocess.Popen[bytes] | None = None
         self.signals = [number for number in SIGNALS if not _is_under_nohup(number)]
-        self.told_to_end = False
+        self.is_signalled = False
         self.warned = False
-        """Whether SIGUSR1 told it to end, after which a queue starts the same command again."""
+        """Whether SIGUSR1 has come, after which a queue starts the same command again."""
         self.first = self.failures.newest
         """Iteration of the checkpoint that was there at the start."""
 
@@ -130,19 +145,19 @@ class Supervisor:
         """Start the agent until it ends for good, and return its exit code."""
         for number in self.signals:
             signal.signal(number, self._hand_on)
-        torchrun = self._meet()
-        if self.told_to_end:
-            return self._end_as_told(0)
+        torchrun = self._prepare()
+        if self.is_signalled:
+            return self._end_signalled(0)
         delay = FIRST_DELAY
         while True:
             began = time.monotonic()
             code = self._run_agent(torchrun)
-            if self.told_to_end:
+            if self.is_signalled:
                 # Before its ranks run, as on a spare, an agent knows no better than to die; then
                 # other machines save.
                 died = -code in SIGNALS
                 wait = self.settings.shutdown_timeout if died else SHARING
-                return self._end_as_told(0 if died else _shells(code), wait=wait)
+                return self._end_signalled(0 if died else _shells(code), wait=wait)
             if code == 0 or code in (*FOR_GOOD, CLOSED, MISSING):
                 return code
             if self.failures.folder is None:
@@ -152,20 +167,20 @@ class Supervisor:
             self.failures.add(within=code - AGAIN if counts else 0)
             code = 1 if counts else code
             ended = f"the agent {end_of(code)} after {time.monotonic() - began:.0f} s"
-            if self.failures.is_stuck():
+            if self.failures.count >= Failures.LIMIT:
                 say(f"{ended}; {self.failures} after {self.failures.count} failures: giving up.")
                 return NO_PROGRESS
             say(f"{ended}; {self.failures}; starting again in {delay} s.")
             cause = f"the agent of {socket.gethostname()} {end_of(code)}"
             note_cause(cause, self.environment)
             is_there = not self._sleep(delay) and self._wait_for_store()
-            if self.told_to_end:
-                return self._end_as_told(0)
+            if self.is_signalled:
+                return self._end_signalled(0)
             if not is_there:
                 return MISSING
             delay = min(2 * delay, LAST_DELAY)
 
-    def _end_as_told(self, code: int, *, wait: float = SHARING) -> int:
+    def _end_signalled(self, code: int, *, wait: float = SHARING) -> int:
         """Return the exit code: NO_PROGRESS if SIGUSR1 came and no checkpoint was made, since a
         queue would start a job again for ever that is too short for one.
 
@@ -176,7 +191,7 @@ class Supervisor:
         while self.warned and self.failures.latest() == self.first:
             if time.monotonic() > deadline:
                 say(
-                    f"told to end by SIGUSR1; {self.failures}, as at the start: giving up. Give "
+                    f"signalled by SIGUSR1; {self.failures}, as at the start: giving up. Give "
                     "the job more time."
                 )
                 return NO_PROGRESS
@@ -185,7 +200,7 @@ class Supervisor:
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         """Tell the agent; a signal that finds none ends the wait for the next."""
-        self.told_to_end = True
+        self.is_signalled = True
         self.warned |= number == signal.SIGUSR1
         if self.child is not None and self.child.poll() is None:
             self.child.send_signal(number)
@@ -193,108 +208,101 @@ class Supervisor:
     def _sleep(self, seconds: float) -> bool:
         """Return whether a signal came in the meantime."""
         deadline = time.monotonic() + seconds
-        while not self.told_to_end and time.monotonic() < deadline:
+        while not self.is_signalled and time.monotonic() < deadline:
             time.sleep(0.1)
-        return self.told_to_end
+        return self.is_signalled
 
     def _wait_for_store(self) -> bool:
         """Return whether the store can be reached: where another machine keeps it, it may die."""
-        meeting, seconds = self.settings.meeting, self.settings.rejoin_timeout
-        if meeting is None or meeting.kind == FILE or meeting.is_host:
+        rendezvous, seconds = self.settings.rendezvous, self.settings.rejoin_timeout
+        if rendezvous is None or rendezvous.kind == FILE or rendezvous.is_host:
             return True
-        is_there = self._answers(meeting, seconds=seconds)
-        if not is_there and not self.told_to_end:
+        answers = self._answers(rendezvous, seconds=seconds)
+        if not answers and not self.is_signalled:
             say(
-                f"the store at {meeting.endpoint} has not answered within REJOIN_TIMEOUT, "
+                f"the store at {rendezvous.endpoint} has not answered within REJOIN_TIMEOUT, "
                 f"{seconds} s: giving up. Start all machines again."
             )
-        return is_there
+        return answers
 
-    def _answers(self, meeting: Meeting, *, seconds: float) -> bool:
+    def _answers(self, rendezvous: Rendezvous, *, seconds: float) -> bool:
         return network.answers(
-            meeting.address, meeting.port, seconds=seconds, gives_up=self._is_told
+            rendezvous.address, rendezvous.port, seconds=seconds, gives_up=lambda: self.is_signalled
         )
-
-    def _is_told(self) -> bool:
-        return self.told_to_end
 
     def _run_agent(self, torchrun: Sequence[str]) -> int:
         # In a group of its own, so that Ctrl-C reaches it once, through this process.
-        command = [sys.executable, sys.argv[0], AGENT, *torchrun, *self.words]
+        command = [sys.executable, sys.argv[0], AGENT, *torchrun, *self.argv]
         self.child = subprocess.Popen(command, env=self.environment, process_group=0)
-        if self.told_to_end:
+        if self.is_signalled:
             self.child.terminate()
         return self.child.wait()
 
-    def _meet(self) -> list[str]:
+    def _prepare(self) -> list[str]:
         """Make sure that the others can be reached, and return torchrun's flags.
 
         Raises:
             UsageError: they cannot.
         """
-        settings, meeting = self.settings, self.settings.meeting
-        flags = [
-            f"--nproc-per-node={settings.processes}",
-            f"--max-restarts={settings.max_restarts}",
-            f"--shutdown-timeout={settings.shutdown_timeout}",
-        ]
-        names = ",".join(number.name for number in (*self.signals, signal.SIGQUIT))
-        flags += [f"--signals-to-handle={names}"]
+        settings, rendezvous = self.settings, self.settings.rendezvous
         # Where the ranks share the agents' store, those of one machine wait for ever after the
         # other's have failed (measured with torch 2.15).
         self.environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         # NCCL's own way: to end a rank, without an abort first that may hang. torchrun's is older.
         self.environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
         self.environment[LAUNCHER_PID] = str(os.getpid())
-        if meeting is None:
+        if rendezvous is None:
             address = settings.local_address or "127.0.0.1"
-            self._set_interface(address)
-            flags += ["--standalone"]
         else:
-            address = self._find(meeting)
-            flags += _rendezvous(meeting, settings)
-        flags += [f"--local-addr={address}"]
-        return [*([CLOSING] if meeting and meeting.kind == HOST else []), *flags]
-
-    def _set_interface(self, address: str) -> None:
-        """Name gloo's interface: by default it looks the hostname up, which may mislead or hang."""
+            # An environment may have a local MASTER_ADDR where nobody keeps a store.
+            ignored = rendezvous.kind == FILE and network.is_local(rendezvous.master)
+            address = network.own_address(
+                settings.local_address,
+                towards="" if ignored else rendezvous.master,
+                has_others=rendezvous.max_nodes > 1,
+            )
+        # By default gloo looks the host name up, which may mislead or hang.
         self.environment[network.GLOO] = network.interface_of(address, self.environment)
+        if rendezvous:
+            self._reach(rendezvous, address)
+        names = ",".join(number.name for number in (*self.signals, signal.SIGQUIT))
+        return [
+            *([CLOSING] if rendezvous and rendezvous.kind == HOST else []),
+            f"--nproc-per-node={settings.processes}",
+            f"--max-restarts={settings.max_restarts}",
+            f"--shutdown-timeout={settings.shutdown_timeout}",
+            f"--signals-to-handle={names}",
+            f"--local-addr={address}",
+            *(_rendezvous_flags(rendezvous, settings) if rendezvous else ["--standalone"]),
+        ]
 
-    def _find(self, meeting: Meeting) -> str:
-        seconds = self.settings.start_timeout
-        master = meeting.master
-        if meeting.kind == FILE and network.is_local(master):
-            master = ""  # as an environment may have it: nobody is met there
-        address = network.own_address(
-            self.settings.local_address, towards=master, has_others=meeting.most > 1
-        )
-        self._set_interface(address)
-        if meeting.kind == FILE:
-            presence = Presence(Path(meeting.address), run=meeting.run, address=address)
-            presence.keep()
-            there = presence.seen(meeting.least, seconds=seconds, gives_up=self._is_told)
-            if len(there) < meeting.least and not self.told_to_end:
+    def _reach(self, rendezvous: Rendezvous, address: str) -> None:
+        """Wait for the other machines in a shared folder, or for a store that is elsewhere."""
+        seconds, least = self.settings.start_timeout, rendezvous.min_nodes
+        if rendezvous.kind == FILE:
+            presence = Presence(Path(rendezvous.address), run=rendezvous.run, address=address)
+            seen = presence.seen(least, seconds=seconds, gives_up=lambda: self.is_signalled)
+            if len(seen) < least and not self.is_signalled:
                 raise UsageError(
-                    f"RENDEZVOUS=file:{meeting.address}: after {seconds} s {len(there)} of "
-                    f"{meeting.least} machines are in it ({', '.join(there)}). Start the others "
-                    f"with RUN_ID={meeting.run}, or give a folder that all machines share."
+                    f"RENDEZVOUS=file:{rendezvous.address}: after {seconds} s {len(seen)} of "
+                    f"{least} machines are in it ({', '.join(seen)}). Start the others with "
+                    f"RUN_ID={rendezvous.run}, or give a folder that all machines share."
                 )
-            return address
-        if meeting.is_host:
-            network.check_port(meeting.port)
-            return address
-        keeper = "machine 0" if meeting.kind == HOST else "its server (tools/launch.py serve)"
-        is_there = self._answers(meeting, seconds=min(seconds, QUIET_WAIT))
-        if not is_there and seconds > QUIET_WAIT and not self.told_to_end:
-            say(f"waiting for {keeper} at {meeting.endpoint}, up to START_TIMEOUT, {seconds} s.")
-            is_there = self._answers(meeting, seconds=seconds - QUIET_WAIT)
-        if not is_there and not self.told_to_end:
+            return
+        if rendezvous.is_host:
+            network.check_port(rendezvous.port)
+            return
+        keeper = "machine 0" if rendezvous.kind == HOST else "its server (tools/launch.py serve)"
+        answers = self._answers(rendezvous, seconds=min(seconds, QUIET_WAIT))
+        if not answers and seconds > QUIET_WAIT and not self.is_signalled:
+            say(f"waiting for {keeper} at {rendezvous.endpoint}, up to START_TIMEOUT, {seconds} s.")
+            answers = self._answers(rendezvous, seconds=seconds - QUIET_WAIT)
+        if not answers and not self.is_signalled:
             raise UsageError(
-                f"MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port} has not answered "
+                f"MASTER_ADDR={rendezvous.address} MASTER_PORT={rendezvous.port} has not answered "
                 f"{address} for {seconds} s: start {keeper}, or check the address, the port and "
                 "the firewall."
             )
-        return address
 
 
 def _is_under_nohup(number: signal.Signals) -> bool:
@@ -302,13 +310,14 @@ def _is_under_nohup(number: signal.Signals) -> bool:
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
-def _rendezvous(meeting: Meeting, settings: Settings) -> list[str]:
-    where = "store_type=file" if meeting.kind == FILE else f"is_host={str(meeting.is_host).lower()}"
+def _rendezvous_flags(rendezvous: Rendezvous, settings: Settings) -> list[str]:
+    is_host = str(rendezvous.is_host).lower()
+    where = "store_type=file" if rendezvous.kind == FILE else f"is_host={is_host}"
     return [
-        f"--nnodes={meeting.least}:{meeting.most}",
+        f"--nnodes={rendezvous.min_nodes}:{rendezvous.max_nodes}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={meeting.endpoint}",
-        f"--rdzv-id={meeting.run}",
+        f"--rdzv-endpoint={rendezvous.endpoint}",
+        f"--rdzv-id={rendezvous.run}",
         f"--rdzv-conf={where},join_timeout={settings.rejoin_timeout}",
     ]
 

@@ -57,7 +57,7 @@ def check(platform: str = "auto") -> None:
 
 
 def limit_connections(args: argparse.Namespace) -> None:
-    """Do what launching.training_words does for a size that only a checkpoint names.
+    """Do what launching.training_argv does for a size that only a checkpoint names.
 
     CUDA has started, and may have read another value: Megatron would stop without it.
     """

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser
 from megatron_smlp.errors import UsageError, require_package
-from megatron_smlp.study import leases, state
+from megatron_smlp.lease import HeldError, acquire
+from megatron_smlp.study import state
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.fairness import check_fair, flops_table
 from megatron_smlp.study.plan import Calendar, identity_of
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--processes", type=_processes, default=1, metavar="N", help="of each run")
     run.add_argument("--retry", action="store_true", help="try the runs that failed once more")
     run.add_argument(
-        "--expiry", type=seconds, default=leases.EXPIRY, metavar="SECONDS",
+        "--expiry", type=seconds, default=state.EXPIRY, metavar="SECONDS",
         help="after which this worker counts as dead for others if it gives no sign",
     )  # fmt: skip
     run.add_argument(
@@ -129,7 +130,7 @@ def read_state(args: argparse.Namespace) -> tuple[State, Results]:
         state.check_unchanged(before, now, where=place)
     known = State(
         study=study, file=args.study, systems=systems, identity=identity, folder=folder,
-        kept=results.endings(), expiry=getattr(args, "expiry", leases.EXPIRY),
+        kept=results.endings(), expiry=getattr(args, "expiry", state.EXPIRY),
     )  # fmt: skip
     return known, results
 
@@ -142,12 +143,11 @@ def _alone(known: State, what: str) -> Iterator[None]:
         UsageError: another one is at it.
     """
     folder = known.folder / what
-    lease = leases.take(folder, expiry=known.expiry)
-    if lease is None:
-        raise UsageError(
-            f"{folder}: another process is doing this. Wait until it ends; if it was killed, until "
-            f"its --expiry has passed ({leases.EXPIRY:g} s by default)."
-        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lease = acquire(folder, expiry=known.expiry)
+    except HeldError as error:
+        raise UsageError(f"{folder}: {error} is doing this: wait until it ends.") from error
     with lease:
         yield
 

@@ -19,7 +19,6 @@ import pandas
 from megatron_smlp.durable import write_durably
 from megatron_smlp.metrics_records import Record
 from megatron_smlp.provenance import HASH_DIGITS
-from megatron_smlp.study import leases
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.hardware import hardware
 from megatron_smlp.study.made_by import NOT_KNOWN, comparison
@@ -42,7 +41,7 @@ def make_fingerprints(known: State, data: StudyData, results: Results, *, proces
         folder = known.folder / FINGERPRINTS / name / _digest(about)
         if (folder / FOUND).exists() or _is_in(results, about):
             continue
-        lease = leases.take(folder, expiry=known.expiry)
+        lease = known.take(folder)
         if lease is None:  # another worker is making it
             continue
         with lease:

@@ -43,7 +43,7 @@ LAUNCH = "from megatron_smlp.commands import launch; launch()"
 """Starts the project's agent, which ends with the code of the rank that failed (torchrun with 1):
 that of a loss that is not finite tells a run that diverged from one that failed."""
 REFUSED = "is being written by"
-"""Of the message of a training whose checkpoints another process writes (checkpoints/claim.py)."""
+"""Of the message of a training whose --save another one holds (checkpoints/save_lease.py)."""
 PATIENCE = 60.0  # seconds, for a run that saves before it ends
 
 

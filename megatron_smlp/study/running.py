@@ -14,10 +14,9 @@ from pathlib import Path
 
 from megatron_smlp.checkpoints.folders import latest_iteration
 from megatron_smlp.errors import NonFiniteLossError
+from megatron_smlp.lease import Lease
 from megatron_smlp.progress import Progress
-from megatron_smlp.study import leases
 from megatron_smlp.study.data import StudyData
-from megatron_smlp.study.leases import Lease
 from megatron_smlp.study.made_by import note
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS, last_step, validation_at
 from megatron_smlp.study.plan import Plan, PlannedRun
@@ -77,7 +76,7 @@ class Worker:
                 if self._end_if_parent_diverged(run, run.parent):
                     return True
             elif run.parent is None or self.state.has_checkpoint(run.parent):
-                lease = leases.take(self.state.folder_of(run), expiry=self.state.expiry)
+                lease = self.state.take(self.state.folder_of(run))
                 if lease is not None:
                     with lease:
                         # Another worker may have ended it since the plan was made. Its checkpoints

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.lease import holder_of
 from megatron_smlp.progress import Progress
-from megatron_smlp.study import leases
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.process import last_lines, train_shortly
 from megatron_smlp.study.state import State
@@ -52,9 +52,9 @@ def time_systems(
 
 def warn_of_others(known: State, when: str) -> None:
     """Warn of runs, of this study and those beside it, that workers train on this machine."""
-    taken = {lease.parent for lease in known.folder.parent.glob("*/*/*/*/lease-*")}
+    taken = {path.parent for path in known.folder.parent.glob("*/*/*/*/.lease-*")}
     here = socket.gethostname()
-    held = sorted(run for run in taken if leases.host_of(run, expiry=known.expiry) == here)
+    held = sorted(run for run in taken if (holder := holder_of(run)) and holder.host == here)
     if held:
         print(
             f"warning: {when}: the machine is not quiet, workers train {', '.join(map(str, held))}",

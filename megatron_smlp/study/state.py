@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from megatron_smlp.checkpoints.folders import latest_iteration
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study import leases
+from megatron_smlp.lease import Lease, Observer, holder_of, take
 from megatron_smlp.study.hardware import hardware
 from megatron_smlp.study.made_by import NOT_KNOWN, noted
 from megatron_smlp.study.plan import Plan, PlannedRun, make_plan
@@ -27,6 +27,7 @@ from megatron_smlp.study.systems import System
 CHECKPOINTS = "checkpoints"
 ENDED = "ended.json"
 BEGUN = "study.json"
+EXPIRY = 120.0  # seconds
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 MAY_CHANGE = ("cluster", "flops_tolerance", "needed_flops_tolerance", "paper", "titles")
 """Keys of a study that no run depends on, and no number of a verdict."""
@@ -44,7 +45,9 @@ class State:
     folder: Path
     kept: Mapping[str, dict[str, Any]]
     """How each run in the results ended, by its hash."""
-    expiry: float = leases.EXPIRY
+    expiry: float = EXPIRY
+    """Seconds without a heartbeat after which the worker of a run is taken for dead."""
+    observer: Observer = field(default_factory=Observer, compare=False, repr=False)
 
     def plan(self) -> Plan:
         """Return the runs that are known by now."""
@@ -100,12 +103,17 @@ class State:
         ending = self.ending(run)
         if ending is not None:
             return str(ending["status"])
-        return "running" if self.is_held(run) else "waiting"
+        return "running" if holder_of(self.folder_of(run)) else "waiting"
 
     def is_held(self, run: PlannedRun) -> bool:
         """Return whether a living worker has a run."""
         folder = self.folder_of(run)
-        return folder.exists() and leases.is_held(folder, expiry=self.expiry)
+        return folder.exists() and self.observer.is_held(folder, expiry=self.expiry)
+
+    def take(self, folder: Path) -> Lease | None:
+        """Take the folder of a run, or of other work; None: another worker has it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return take(folder, expiry=self.expiry, observer=self.observer)
 
     def failures(self, plan: Plan) -> dict[str, int]:
         """Return the runs that failed here, by their hash, and when: another failure of the same

@@ -262,9 +262,10 @@ def _refuse(name: str, known: list[str]) -> Any:
 def _check(study: Study) -> None:
     """Check what a single key cannot say."""
     tuning, design = study.tuning, study.design
-    lists = [study.seeds, *(each.lr for each in (tuning, design) if each)]
-    named = {study.subject, *study.variants, *study.titles, *(study.primary or ())}
-    named |= {name for names in (*study.ablations, *lists) for name in names} - {OTHERS}
+    named = {study.subject, *study.variants, *study.titles, *(study.primary or ()), *study.seeds}
+    named |= {name for names in study.ablations for name in names}
+    named |= {name for each in (tuning, design) if each for name in each.lr}
+    named -= {OTHERS}
     for name in sorted(named):
         if name not in study.systems:
             raise ValueError(f"{name!r} is none of the systems: {', '.join(study.systems)}")

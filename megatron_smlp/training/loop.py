@@ -26,7 +26,6 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training.training import dummy_train_step
 
 from megatron_smlp.checkpoints.choosing import choose_checkpoint
-from megatron_smlp.checkpoints.claim import DONE
 from megatron_smlp.checkpoints.folders import is_same_folder
 from megatron_smlp.checkpoints.state import check_saving, read
 from megatron_smlp.collectives import from_first_rank
@@ -64,7 +63,7 @@ def train(
     """
     start_up = start_up or StartUp()
     run = Run(args, forward=forward, listeners=listeners)
-    start_up.before_ending = lambda: run.saving.release(DONE)
+    start_up.before_ending = lambda: run.saving.lease.release(failed=False)
     with run.session():
         parts = build(args)
         iteration = resume(run, parts)
@@ -91,7 +90,7 @@ def train(
 def resume(run: Run, parts: Parts) -> int:
     """Take the folder, load the newest whole checkpoint, and return its iteration. Collective."""
     args = run.args
-    run.saving.claim()
+    run.saving.take_folder()
     chosen = choose_checkpoint(args, run.reporter.say)
     if is_same_folder(args.load, args.save):
         run.saving.damaged = set(chosen.damaged)
@@ -167,7 +166,7 @@ class Loop:
         if not outcome.skipped:
             self.gathering.begin()
         self.count()
-        self.saving.reached(self.iteration)
+        self.saving.lease.reached(self.iteration)
         self.listeners.stepped(outcome)
 
     def skip_data(self) -> None:

@@ -20,7 +20,7 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 
 from megatron_smlp.accounting.costs import ModelShape
-from megatron_smlp.checkpoints.claim import PreviousOwner
+from megatron_smlp.checkpoints.save_lease import PreviousRun
 from megatron_smlp.collectives import from_rank
 from megatron_smlp.data.blending import has_data
 from megatron_smlp.routers.collapse import CollapseWatch
@@ -62,7 +62,7 @@ class Reporter(Listener):
 
     def __init__(self, args: argparse.Namespace, *, forward: ForwardStep, writers: Writers) -> None:
         self.args, self.forward, self.writers = args, forward, writers
-        self.before: PreviousOwner | None = None
+        self.before: PreviousRun | None = None
         self.restart: Restart | None = None
         self.slow_hosts: SlowHosts | None = None
         self.slow_paths: SlowPaths | None = SlowPaths()
@@ -296,7 +296,7 @@ class Reporter(Listener):
 
     # Listener of checkpoints/saving.py
 
-    def found(self, before: PreviousOwner) -> None:
+    def found(self, before: PreviousRun) -> None:
         """Take note of what the last run in this folder left."""
         self.before = before
 

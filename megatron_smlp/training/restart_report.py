@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_smlp.checkpoints.claim import PreviousOwner
+from megatron_smlp.checkpoints.save_lease import PreviousRun
 from megatron_smlp.collectives import gathered
 from megatron_smlp.restart_note import noted_cause
 from megatron_smlp.training.speed import duration
@@ -46,14 +46,14 @@ def restart_line(record: dict[str, Any]) -> str:
 
 
 def restart(
-    before: PreviousOwner | None, *, iteration: int, logged: int, silent: float | None
+    before: PreviousRun | None, *, iteration: int, logged: int, silent: float | None
 ) -> Restart | None:
     """Find out what has happened; None where the last run ended well.
 
     Collective.
 
     Args:
-        before: what the last run left in its claim; on rank 0 alone.
+        before: what the last run left in its lease; on rank 0 alone.
         iteration: at which this one begins.
         logged: the last iteration in metrics.jsonl.
         silent: seconds since metrics.jsonl was written; None without one.

@@ -129,7 +129,7 @@ def test_a_rank_that_fails_when_others_have_ended(start: Callable[..., Machines]
 
 
 @pytest.mark.parametrize("told", [0, 1])
-def test_a_spare_ends_with_a_run_that_was_told_to_end(start: Callable[..., Machines], told: int):
+def test_a_spare_ends_with_a_run_that_was_signalled(start: Callable[..., Machines], told: int):
     """Whichever machine is told; the ranks of the other one, which agree in training, are too."""
     machines = start("wait", count=2, SPARES="1")
     machines.wait_for(lambda: len(machines.events) == 2)

@@ -18,7 +18,7 @@ import pytest
 from support.launches import REPOSITORY, Step, run_command, steps
 from support.nodes import Job, Network, missing, network, wrong_clock
 
-from megatron_smlp.launching.rendezvous_watch import SILENCE
+from megatron_smlp.launching.rendezvous import SILENCE
 
 REASON = missing()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
@@ -33,7 +33,7 @@ FLAGS = """
 INTERVAL = 5
 BOUND = 60  # seconds of --distributed-timeout-minutes 1
 REJOIN = 60  # seconds of REJOIN_TIMEOUT, where it is to pass
-SLACK = 120  # seconds for ranks that are told to end, and an agent's start, on such a machine
+SLACK = 120  # seconds for ranks that are signalled, and an agent's start, on such a machine
 PATIENCE = 300.0  # seconds for what takes one start on a machine that does other things too
 
 
@@ -295,8 +295,8 @@ def test_a_disk_that_is_full_on_one_machine(
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("cc") is None, reason="a wrong clock needs a C compiler")
 def test_clocks_that_are_an_hour_apart(variables: dict[str, str], tmp_path: Path):
-    """Restarts, a second writer and the claim of a dead one: no clock is trusted. The machines see
-    their own processes alone, so that a claim's owner can only be watched."""
+    """Restarts, a second writer and the lease of a dead one: no clock is trusted. The machines see
+    their own processes alone, so that a lease's holder can only be watched."""
     ahead = wrong_clock(3600, tmp_path)
     with network(3, tmp_path, own_processes=True) as net:
         job = Job(net, f"{FLAGS} --train-iters 300", **variables)

@@ -12,5 +12,5 @@ def names_in(folder: Path) -> list[str]:
 
 
 def hidden_in(run: Path) -> list[str]:
-    """Names that begin with a dot, but for the claim's, which stays."""
-    return [name for name in names_in(run) if name[0] == "." and not name.startswith(".writer-")]
+    """Names that begin with a dot, but for the lease's, which stays."""
+    return [name for name in names_in(run) if name[0] == "." and not name.startswith(".lease-")]

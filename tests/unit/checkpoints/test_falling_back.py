@@ -1,12 +1,17 @@
 """A run that meets damaged checkpoints: it says so, and ends in the bits of the undisturbed run."""
 
 import re
+import time
+from argparse import Namespace
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.checkpoints import assert_ends_like, flip_a_bit, pretrain
 from support.conversions import run as converted
+from support.launches import launch_calls
 
 from megatron_smlp.checkpoints.folders import (
     MARKER,
@@ -137,3 +142,30 @@ def test_weights_alone_are_verified_and_not_overlooked(finished_run: Path, tmp_p
     flip_a_bit(weights / RELEASE / "__0_0.distcp")
     with pytest.raises(NoGoodCheckpointError, match=r"release is damaged .*: restore it, or give"):
         pretrain(f"--load {weights} --save {tmp_path / 'more'}")
+
+
+def test_ranks_wait_for_a_slow_file_system(run: Path, tmp_path: Path):
+    """For longer than a collective may take: the first one's look, and another one's share."""
+    flip_a_bit(iteration_folder(run, 6) / "__0_0.distcp")
+    launch_calls(_read_slowly, str(run), processes=2, log=tmp_path / "log")
+
+
+def _read_slowly(run: str) -> None:
+    import torch
+
+    from megatron_smlp.checkpoints import choosing, integrity
+
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
+    name = ("plan", "problems_in")[torch.distributed.get_rank()]
+    quick = getattr(integrity, name)
+
+    def slow(*args: Any) -> Any:
+        time.sleep(4)
+        return quick(*args)
+
+    setattr(integrity, name, slow)
+    folders = [iteration_folder(run, n) for n in (6, 4)]
+    args = Namespace(strict_load=False, ckpt_step=None)
+    assert choosing._first_good(args, folders, print) == folders[1]

@@ -111,7 +111,7 @@ def test_a_run_from_anothers_weights_goes_on(run: Path, tmp_path: Path, capfd: C
 def test_a_finished_run_leaves_everything_as_it_is(run: Path, capfd: Capture):
     """Megatron would validate once more, on the samples that come next."""
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    for name in ("megatron.log", ".writer-000001"):  # which say that it was started
+    for name in ("megatron.log", ".lease-000001"):  # which say that it was started
         del before[run / name]
     with pretrained(f"{checkpoints.RUN} --save {run}"):
         pass

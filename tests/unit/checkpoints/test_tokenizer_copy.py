@@ -40,11 +40,6 @@ def test_two_files_are_copied(tmp_path: Path, original: Path):
     assert found == [f"{FOLDER}/merges.txt", f"{FOLDER}/tokenizer.json"]
 
 
-def test_a_name_of_the_hub_is_no_file(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
-    assert kept(tmp_path / "run", tokenizer_model="gpt2") == []
-
-
 def test_the_first_copy_stays_until_a_run_starts_from_scratch(tmp_path: Path, original: Path):
     run = tmp_path / "run"
     kept(run, tokenizer_model=str(original))

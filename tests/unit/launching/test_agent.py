@@ -12,14 +12,10 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.launching.agent import (
-    Agent,
-    _ReenterableRendezvous,
-    agree_on_restart,
-    are_alike,
-)
+from megatron_smlp.launching.agent import Agent
 from megatron_smlp.launching.exit_codes import FOR_GOOD, NO_PROGRESS
 from megatron_smlp.launching.failures import Failures
+from megatron_smlp.launching.rendezvous import DONE, Rendezvous, agree_on_restart, are_alike
 from megatron_smlp.restart_note import RESTART, note_cause
 
 LONG_AGO = -1e9
@@ -34,12 +30,12 @@ def causes_after(store: Store, *environments: dict[str, str]) -> list[str | None
     """The causes that each machine's ranks are told in a round of these."""
     store.set_timeout(timedelta(seconds=20))
 
-    def meet(environment: dict[str, str]) -> str | None:
+    def join(environment: dict[str, str]) -> str | None:
         agree_on_restart(store, machines=len(environments), environment=environment)
         return json.loads(environment[RESTART])["cause"] if RESTART in environment else None
 
     with ThreadPoolExecutor(len(environments)) as machines:
-        return list(machines.map(meet, environments))
+        return list(machines.map(join, environments))
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
@@ -64,7 +60,7 @@ def test_the_clock_of_a_note_is_that_of_its_reader():
 
 
 def test_a_machine_with_another_number_of_processes_is_refused():
-    """By itself; the others know that they have to meet again without it."""
+    """By itself; the others know that they have to go on without it."""
     store = HashStore()
     for machine, processes in enumerate((1, 8, 8)):
         store.set(f"processes/{machine}", str(processes))
@@ -84,14 +80,16 @@ def test_a_machine_that_goes_before_it_answers_is_not_waited_for_for_ever():
         agree_on_restart(store, machines=2, environment={})
 
 
-@pytest.mark.parametrize(("machine", "codes"), [(0, FOR_GOOD), (3, (3, NO_PROGRESS))])
+@pytest.mark.parametrize(("machine", "final"), [(0, FOR_GOOD), (3, (3, NO_PROGRESS))])
 def test_wrong_use_is_the_runs_where_the_first_machine_says_so(
-    machine: int, codes: tuple[int, ...]
+    machine: int, final: tuple[int, ...]
 ):
     """Alone, another one lacks something of its own, as a driver."""
-    agent = SimpleNamespace(_worker_group=SimpleNamespace(group_rank=machine))
-    ends = [code for code in (1, 2, 3, 76, NO_PROGRESS, -9) if Agent._ends_all(agent, code)]  # type: ignore[arg-type]
-    assert tuple(ends) == codes
+    agent = Agent.__new__(Agent)
+    agent._worker_group = SimpleNamespace(group_rank=machine)
+    agent._first_machine_ended = lambda: False  # type: ignore[method-assign]
+    codes = (1, 2, 3, 76, NO_PROGRESS, -9)
+    assert tuple(code for code in codes if agent._final_code([code]) != 1) == final
 
 
 def waiting_agent(store: Store, *, least: int, waiting: int, here: int) -> Agent:
@@ -104,7 +102,7 @@ def waiting_agent(store: Store, *, least: int, waiting: int, here: int) -> Agent
         settings=SimpleNamespace(min_nodes=least, max_nodes=2),
         is_over=lambda: False,
         num_nodes_waiting=lambda: waiting,
-        _state_holder=SimpleNamespace(state=state),
+        state=state,
     )
     return agent
 
@@ -129,10 +127,10 @@ def test_ranks_that_ended_start_again_where_a_machine_waits_for_them(
 @pytest.mark.parametrize("kind", ["memory", "file"])
 def test_a_run_is_over_when_the_ranks_of_all_machines_have_ended(kind: str, tmp_path: Path):
     store = store_of(kind, tmp_path)
-    store.set(f"{_ReenterableRendezvous.DONE}/1", "")
+    store.set(f"{DONE}/1", "")
     agent = waiting_agent(store, least=1, waiting=1, here=1)
     assert agent._others_end(60.0)
-    assert store.check([f"{_ReenterableRendezvous.DONE}/0"])
+    assert store.check([f"{DONE}/0"])
 
 
 def test_ranks_that_hang_in_the_kernel_are_a_failure(monkeypatch: pytest.MonkeyPatch):
@@ -173,23 +171,24 @@ def test_what_a_machine_refuses_ends_the_run_if_the_first_one_did(
     assert (agent.code, agent._remaining_restarts) == (code, left)
 
 
-def test_the_others_meet_again_without_a_machine_that_was_refused(
+def test_the_others_go_on_without_a_machine_that_was_refused(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("megatron_smlp.launching.agent._ReenterableRendezvous.LOOKS", 0)
+    monkeypatch.setattr("megatron_smlp.launching.rendezvous.LOOKS", 0)
     monkeypatch.setattr("os.environ", {})
     rounds = [(8, 1), (8, 8)]
 
-    def meet() -> SimpleNamespace:
+    def join() -> SimpleNamespace:
         store, counts = HashStore(), rounds.pop(0)
         store.add("machines that know of restarts", len(counts) - 1)
         for machine, processes in enumerate(counts):
             store.set(f"processes/{machine}", str(processes))
         return SimpleNamespace(store=store, rank=0, world_size=len(counts))
 
-    group = SimpleNamespace(spec=SimpleNamespace(local_world_size=8))
-    handler = SimpleNamespace(next_rendezvous=meet)
-    meeting = _ReenterableRendezvous(handler, SimpleNamespace(_worker_group=group))  # type: ignore[arg-type]
-    meeting.is_new = False
-    assert meeting.next_rendezvous().store is meeting.round
+    handler = SimpleNamespace(next_rendezvous=join)
+    rendezvous = Rendezvous(
+        handler, processes=8, watch=SimpleNamespace(), closes=False, code=lambda: 1
+    )  # type: ignore[arg-type]
+    rendezvous.is_new = False
+    assert rendezvous.next_rendezvous().store is rendezvous.round
     assert not rounds

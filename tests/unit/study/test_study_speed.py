@@ -19,7 +19,7 @@ from support.studies import (
 )
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.study import cli, gemm, leases, process, speed
+from megatron_smlp.study import cli, gemm, process, speed
 from megatron_smlp.study import hardware as hardware_module
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.hardware import hardware
@@ -130,7 +130,7 @@ def test_a_timing_beside_a_worker_is_warned_of(
     monkeypatch.setattr(speed, "_time", lambda *_, **__: {"seconds_per_iteration": 1.0})
     run = known.folder.parent / "other" / "gmlp" / "lr1" / "11-0"
     timings = speed.time_systems(known, StudyData(known.folder), processes=1)
-    lease = leases.take(run)
+    lease = known.take(run)
     assert lease is not None
     with lease:
         next(timings)

@@ -27,42 +27,36 @@ BLACKWELL = 10
 """Compute capability."""
 
 
-def value_of(flag: str, words: Sequence[str]) -> str | None:
-    """Return the last value of `--flag VALUE` or `--flag=VALUE`; None if it is not given."""
-    value = None
-    for at, word in enumerate(words):
-        if word == flag and at + 1 < len(words):
-            value = words[at + 1]
-        elif word.startswith(f"{flag}="):
-            value = word.partition("=")[2]
-    return value
-
-
-def given(flag: str, words: Sequence[str]) -> Any:
-    """Return a flag's value from the command line or, without `--no-FLAG`, from the file of
-    --config.
+def given(flag: str, argv: Sequence[str]) -> Any:
+    """Return a flag's last value on the command line (`--flag VALUE` or `--flag=VALUE`) or, without
+    `--no-FLAG`, in the file of --config.
 
     Raises:
         UsageError: that file cannot be read.
     """
-    value = value_of(flag, words)
-    if value is None and flag.replace("--", "--no-", 1) not in words:
+    value = None
+    for at, word in enumerate(argv):
+        if word == flag and at + 1 < len(argv):
+            value = argv[at + 1]
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    if value is None and flag.replace("--", "--no-", 1) not in argv:
         name = spelling(flag.removeprefix("--"))
-        keys = {spelling(key): entry for key, entry in read_yaml(*config_paths(words)).items()}
+        keys = {spelling(key): entry for key, entry in read_yaml(*config_paths(argv)).items()}
         return keys.get(name)
     return value
 
 
-def is_on(switch: str, words: Sequence[str]) -> bool:
+def is_on(switch: str, argv: Sequence[str]) -> bool:
     """Return whether a flag without a value is given, on the command line or in that file.
 
     Raises:
         UsageError: that file cannot be read.
     """
-    return switch in words or bool(given(switch, words))
+    return switch in argv or bool(given(switch, argv))
 
 
-def limit_connections(words: Sequence[str], environment: MutableMapping[str, str]) -> None:
+def limit_connections(argv: Sequence[str], environment: MutableMapping[str, str]) -> None:
     """Give CUDA one queue, so that communication starts in the order in which it is asked for.
 
     Megatron insists on it for tensor parallelism before Blackwell. CUDA reads the variable as it
@@ -71,7 +65,7 @@ def limit_connections(words: Sequence[str], environment: MutableMapping[str, str
     Raises:
         UsageError: the file of --config cannot be read.
     """
-    size = given("--tensor-model-parallel-size", words)
+    size = given("--tensor-model-parallel-size", argv)
     if environment.get(CONNECTIONS) or str(size) in ("None", "1"):
         return
     if _capability() < BLACKWELL:
@@ -90,7 +84,7 @@ def _capability() -> float:
         return 0
 
 
-def check_counts(words: Sequence[str], *, machines: range, processes: int) -> None:
+def check_counts(argv: Sequence[str], *, machines: range, processes: int) -> None:
     """Check that a run can go on with each number of machines that NNODES=MIN:MAX lets it have.
 
     Args:
@@ -102,11 +96,11 @@ def check_counts(words: Sequence[str], *, machines: range, processes: int) -> No
     if len(machines) == 1:
         return
     nodes = f"NNODES={machines[0]}:{machines[-1]}"
-    batch = given("--global-batch-size", words)
+    batch = given("--global-batch-size", argv)
     if batch is None:
         raise UsageError(f"{nodes} changes the batch with the machines: give --global-batch-size.")
     sizes = {
-        name: int(value) if (value := given(flag_of(name), words)) else default
+        name: int(value) if (value := given(flag_of(name), argv)) else default
         for name, default in SIZES.items()
     }
     for count in machines:

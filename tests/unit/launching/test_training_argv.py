@@ -10,7 +10,7 @@ from support.launches import REPOSITORY, clean_environment
 from megatron_smlp.errors import UsageError
 from megatron_smlp.launching.settings import read
 from megatron_smlp.launching.supervisor import Supervisor
-from megatron_smlp.launching.training_words import limit_connections
+from megatron_smlp.launching.training_argv import limit_connections
 from megatron_smlp.platform.choice import CONNECTIONS
 
 TP_2 = "--tensor-model-parallel-size 2"

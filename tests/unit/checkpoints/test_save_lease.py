@@ -1,0 +1,173 @@
+"""checkpoints/save_lease.py: a run that another one takes over saves nothing more."""
+
+import os
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from support.checkpoints import RUN
+from support.deletion import hidden_in
+from support.in_process import pretrained
+
+from megatron_smlp.checkpoints import background, save_lease
+from megatron_smlp.checkpoints.folders import TRACKER, iterations, tidy, tracked_iteration
+from megatron_smlp.checkpoints.save_lease import SaveLease
+from megatron_smlp.durable import write_durably
+from megatron_smlp.errors import TakenOverError, UsageError
+from megatron_smlp.lease import Holder, Lease
+
+
+def acquired(folder: Path) -> SaveLease:
+    lease = save_lease_of(folder)
+    lease._acquire(folder)
+    return lease
+
+
+def save_lease_of(folder: Path) -> SaveLease:
+    return SaveLease(Namespace(save=str(folder), rank=0, distributed_timeout_minutes=1), print)
+
+
+def take_over(folder: Path) -> None:
+    """As a run that found the one before it silent."""
+    (folder / ".lease-000002").write_bytes(Holder.here(expiry=60.0).content())
+
+
+def test_the_next_run_knows_how_the_last_one_ended(tmp_path: Path):
+    first = acquired(tmp_path)
+    assert first.before is None
+    first.reached(12)
+    first.release(failed=False)
+    second = acquired(tmp_path)
+    assert second.before is not None
+    assert (second.before.iteration, second.before.failed) == (12, False)
+    second.release(failed=True)
+    third = acquired(tmp_path)
+    assert third.before is not None
+    assert third.before.failed
+
+
+def test_a_run_that_was_killed_has_failed(tmp_path: Path):
+    process = os.fork()
+    if not process:
+        killed = acquired(tmp_path)
+        killed.reached(3)
+        assert killed.lease is not None
+        killed.lease.beat()
+        os._exit(9)
+    os.waitpid(process, 0)
+    before = acquired(tmp_path).before
+    assert before is not None
+    assert (before.iteration, before.failed) == (3, True)
+
+
+def test_a_second_writer_is_refused_with_the_name_of_the_first(tmp_path: Path):
+    first = acquired(tmp_path)
+    with pytest.raises(UsageError, match=f"is being written by process {os.getpid()} on "):
+        save_lease_of(tmp_path)._acquire(tmp_path)
+    first.fence()
+
+
+@pytest.fixture
+def late(tmp_path: Path) -> Iterator[SaveLease]:
+    """One that was taken for dead."""
+    old = acquired(tmp_path)
+    take_over(tmp_path)
+    yield old
+    old.release(failed=False)
+
+
+def test_one_that_comes_back_is_refused(late: SaveLease):
+    with pytest.raises(TakenOverError, match=r"was taken over by attempt 2 \(process"):
+        late.fence()
+    with pytest.raises(TakenOverError):
+        late.reached(5)
+
+
+def test_a_frozen_writer_that_has_looked_already_renames_nothing(late: SaveLease):
+    """Frozen between its look at the lease and the rename, which then comes after the cleaning."""
+    assert late.folder is not None
+    tracker = late.folder / TRACKER
+    tracker.write_text("40", encoding="utf-8")
+
+    def wake_up() -> None:
+        assert tidy(tracker.parent) == []
+
+    with pytest.raises(FileNotFoundError):
+        write_durably(tracker, "10", before_rename=wake_up)
+    assert tracked_iteration(tracker.parent) == 40
+
+
+def test_a_run_that_is_taken_over_saves_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """After its second step: what it had saved stays, and no tracker goes back."""
+    run = tmp_path / "run"
+    reached = SaveLease.reached
+
+    def taken_over(self: SaveLease, iteration: int) -> None:
+        reached(self, iteration)
+        if iteration == 3:
+            take_over(run)
+
+    monkeypatch.setattr(SaveLease, "reached", taken_over)
+    with (
+        pytest.raises(TakenOverError, match="nothing is saved by it any more"),
+        pretrained(f"{RUN} --save {run} --on-save-failure continue"),
+    ):
+        pass
+    assert iterations(run) == [2]
+    assert tracked_iteration(run) == 2
+
+
+@pytest.mark.parametrize("how", ["", "--async-save"])
+def test_one_that_is_taken_over_while_it_writes_says_so(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Not that a shard has no folder, which the new owner has removed; nor is anything left of what
+    is still in the background then."""
+    run = tmp_path / "run"
+    prepare, write = FileSystemWriterAsync.prepare_write_data, background.write_and_add_share
+
+    def write_late(*args: Any) -> None:
+        time.sleep(1.0)  # the run is at its next saves by then
+        write(*args)
+
+    monkeypatch.setattr(background, "write_and_add_share", write_late)
+
+    def taken_over(*args: Any) -> None:
+        prepare(*args)
+        if not (run / ".lease-000002").exists():
+            take_over(run)
+            assert len(tidy(run)) == 1
+
+    monkeypatch.setattr(FileSystemWriterAsync, "prepare_write_data", taken_over)
+    with (
+        pytest.raises(TakenOverError, match="nothing is saved by it any more"),
+        pretrained(f"{RUN} --save {run} {how}"),
+    ):
+        pass
+    assert iterations(run) == []
+    assert tracked_iteration(run) is None
+    assert not hidden_in(run)
+
+
+def test_folders_that_are_not_one_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A lease that another machine does not see."""
+    monkeypatch.setattr(save_lease, "SHARING", 0.1)
+    acquire = save_lease.acquire
+
+    def unseen(folder: Path, **options: Any) -> Lease:
+        lease = acquire(folder, **options)
+        lease.path.rename(folder / "elsewhere")
+        return lease
+
+    monkeypatch.setattr(save_lease, "acquire", unseen)
+    with (
+        pytest.raises(UsageError, match=r"is not the folder of that name on .*all machines share"),
+        pretrained(f"{RUN} --save {tmp_path / 'run'}"),
+    ):
+        pass
