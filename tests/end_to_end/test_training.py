@@ -120,7 +120,9 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus: Path, tmp_path: Path) -> 
     assert "Traceback" not in said
 
 
-def test_data_of_another_vocabulary_is_refused(corpus: Path, parse: Callable[..., Any]) -> None:
+def test_data_of_another_vocabulary_or_none_is_refused(
+    corpus: Path, parse: Callable[..., Any]
+) -> None:
     from megatron_smlp.training.data import check_data
 
     words = f"{flags(corpus, tokenizer='other')} --train-iters 2"
@@ -128,3 +130,6 @@ def test_data_of_another_vocabulary_is_refused(corpus: Path, parse: Callable[...
         check_data(parse(words, base=""))
     check_data(parse(f"{words} --allow-tokenizer-mismatch", base=""))
     check_data(parse(f"{flags(corpus)} --train-iters 2", base=""))
+    words = f"{SIZES} --train-iters 2 {tokenizer_flags(corpus / 'tokenizer')}"
+    with pytest.raises(UsageError, match="--data-path is missing"):
+        check_data(parse(words, base=""))
