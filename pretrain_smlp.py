@@ -14,12 +14,12 @@ from typing import Any
 
 from megatron_smlp.flags import early
 from megatron_smlp.flags.help import answered
-from megatron_smlp.launching.parent import AGENT_PID
+from megatron_smlp.launching.parent import AGENT_PID, end_with_agent
 from megatron_smlp.launching.training_argv import limit_connections
 from megatron_smlp.platform import choice
-from megatron_smlp.program import readable_errors, undisturbed_exit
+from megatron_smlp.program import readable_errors
+from megatron_smlp.signals import StartUp, undisturbed_exit
 from megatron_smlp.training.captured_output import CapturedOutput
-from megatron_smlp.training.signals import StartUp
 
 # What imports torch is imported inside: --help does without, --platform cpu hides the GPUs before.
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
         return
     early.refuse(argv)
     choice.choose(argv)
+    end_with_agent()
     with StartUp() as start_up, CapturedOutput() as output:
         if AGENT_PID not in os.environ:  # else its launcher has
             limit_connections(argv, os.environ)

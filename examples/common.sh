@@ -73,12 +73,6 @@ default_python() {
   if [[ -x "$own" ]]; then echo "$own"; else echo python3; fi
 }
 
-# check_common: the variables that every launcher reads.
-check_common() {
-  check_sizes
-  check_python
-}
-
 check_sizes() {
   require CONFIG "the YAML file of the model, for example CONFIG=configs/cpu/gmlp.yaml"
   [[ -f "$CONFIG" ]] || fail "CONFIG=$CONFIG: no such file; ready ones lie in $REPOSITORY/configs"
@@ -106,7 +100,8 @@ start() {
   local machines="$1"
   shift
   answer_help "$@"
-  check_common
+  check_sizes
+  check_python
   keep_caches_local
   export NPROC_PER_NODE
   exec "$PYTHON" "$REPOSITORY/tools/launch.py" "$machines" \

@@ -77,8 +77,8 @@ def docstrings(path: Path) -> list[str]:
     except (SyntaxError, UnicodeDecodeError, OSError, ValueError, RecursionError):
         return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-    return [text for text in found if text and len(text) >= SHORTEST]
+    texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    return [text for text in texts if text and len(text) >= SHORTEST]
 
 
 if __name__ == "__main__":

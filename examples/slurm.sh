@@ -101,7 +101,8 @@ got_on() {
   fi
   ((now > before))
 }
-# The code is the highest of all tasks: one that was refused early may have left a run that went on.
+# The codes: megatron_smlp/launching/exit_codes.py. This is the highest of all tasks: one that was
+# refused early may have left a run that went on.
 goes_on() {
   case "$code" in
     0) $warned ;; # without a newer checkpoint it would be 93

@@ -9,14 +9,12 @@
 #   VOCABULARY   entries of the byte-level BPE tokenizer (default: 4096)
 #   OUTPUT       folder (default: runs/study-data); one that is there is left as it is
 #   PYTHON_BIN   interpreter (default: the project's .venv)
+
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source examples/common.sh
 
-if [[ "${1:-}" == "--help" ]]; then
-  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"
-  exit 0
-fi
+answer_help "$@"
 python=${PYTHON_BIN:-.venv/bin/python}
 output=${OUTPUT:-runs/study-data}
 if [[ -e $output ]]; then

@@ -24,10 +24,7 @@ fi
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$examples/common.sh"
 
-if [[ "${1:-}" == "--help" ]]; then
-  usage
-  exit 0
-fi
+answer_help "$@"
 require STUDY "the study file, for example STUDY=studies/cpu.yaml"
 [[ -f "$STUDY" ]] || fail "STUDY=$STUDY: no such file; ready ones lie in $REPOSITORY/studies"
 NPROC_PER_NODE="${NPROC_PER_NODE:-$(default_processes)}"

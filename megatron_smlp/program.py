@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_smlp.ctrl_c import is_interruption, noting_interruptions
 from megatron_smlp.errors import FileError, UserError
+from megatron_smlp.signals import is_interruption, noting_interruptions
 from megatron_smlp.unwritable_log import to_stderr
 
 
@@ -70,18 +70,6 @@ def _never_collect(error: BaseException) -> None:
     back keeps it, and no more than it: gc.freeze() would keep all, of which nanobind complains.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
-
-
-@contextlib.contextmanager
-def undisturbed_exit() -> Iterator[None]:
-    """Wrap a program's outermost block: after its end, Ctrl-C has nothing left to stop.
-
-    Exit functions take a second, and one that is interrupted prints a traceback.
-    """
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # What the system says without a file's name, and no fault of the program.

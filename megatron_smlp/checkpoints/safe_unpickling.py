@@ -20,8 +20,8 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_smlp.checkpoints.index import check_metadata
-from megatron_smlp.ctrl_c import is_interruption
 from megatron_smlp.errors import DamagedCheckpointError, UnsafeCheckpointError, UserError
+from megatron_smlp.signals import is_interruption
 
 DATA = "torch.distributed.checkpoint.metadata"
 PLANS = "torch.distributed.checkpoint.planner"

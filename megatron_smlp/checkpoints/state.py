@@ -38,10 +38,9 @@ from megatron.training.checkpointing import (
 from megatron.training.training import preprocess_common_state_dict
 
 from megatron_smlp.checkpoints.folders import RELEASE
+from megatron_smlp.checkpoints.optimizer_state import ANY_LAYOUT, FORMAT, AnyLayout
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-
-SHARDING = "distrib_optim_sharding_type"
 
 
 class Trained(Protocol):
@@ -148,11 +147,13 @@ def _state(
     with_optimizer: bool = True,
 ) -> dict[str, Any]:
     """Return what is saved; without an iteration, what is to be filled by a load."""
-    is_loading = iteration is None
+    is_loading, optimizer = iteration is None, None
+    if with_optimizer and parts.optimizer is not None:
+        optimizer = AnyLayout(parts.optimizer)
     state: dict[str, Any] = generate_state_dict(
         parts.args,
         unwrap_model(parts.model),
-        parts.optimizer if with_optimizer else None,
+        optimizer,
         parts.schedule if with_optimizer else None,
         rng,
         iteration=iteration,
@@ -179,6 +180,8 @@ def read(parts: Trained, folder: Path) -> int:
     goes_on = not args.finetune and "iteration" in common and folder.name != RELEASE
     same_layout = _layout(saved) == _layout(args)
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+    if metadata:
+        metadata.setdefault(FORMAT, ANY_LAYOUT)
     metadata["dp_cp_group"] = parts.groups.dp_cp
     has_optimizer = parts.optimizer is not None and not getattr(saved, "no_save_optim", False)
     with_optimizer = goes_on and has_optimizer and not args.no_load_optim
@@ -234,7 +237,7 @@ def _layout(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def _check_optimizer(args: argparse.Namespace, metadata: dict[str, Any]) -> None:
-    kind = metadata.get(SHARDING)
+    kind = metadata.get(FORMAT)
     reshardable = DistributedOptimizer.checkpoint_fully_reshardable_formats
     if args.use_distributed_optimizer and kind not in reshardable:
         raise UsageError(
@@ -268,7 +271,7 @@ def _put(parts: Trained, state: dict[str, Any], *, with_optimizer: bool) -> None
         chunk.load_state_dict(state[name], strict=True)
     if with_optimizer:
         if not parts.optimizer.is_stub_optimizer:
-            parts.optimizer.load_state_dict(state["optimizer"])
+            AnyLayout(parts.optimizer).load_state_dict(state["optimizer"])
         parts.schedule.load_state_dict(state["opt_param_scheduler"])
     elif parts.optimizer is not None and (parts.args.fp16 or parts.args.bf16):
         parts.optimizer.reload_model_params()

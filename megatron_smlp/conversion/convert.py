@@ -36,13 +36,13 @@ from megatron_smlp.conversion.recipes import Converted, Plan, Recipe, same
 from megatron_smlp.conversion.record import SPECIAL, converted_record, sizes
 from megatron_smlp.conversion.safetensors_files import SafetensorsFolder
 from megatron_smlp.conversion.target import check_target
-from megatron_smlp.ctrl_c import interrupt
 from megatron_smlp.data.tokenizers.folder import recorded_tokenizer, tokenizer_folder
 from megatron_smlp.durable import flush_folder, replace_folder
 from megatron_smlp.errors import UsageError
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.platform.one_process import one_process
 from megatron_smlp.progress import written_tensors
+from megatron_smlp.signals import interrupt
 
 Say = Callable[[str], None]
 GPT2_DIVISIBLE_BY = 128

@@ -131,7 +131,7 @@ def validate(args: Arguments) -> None:
 
     with megatrons_refusals(), args.thawed(), local_gpt2_files(args):
         validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
-        # Megatron then forks a process for each save: megatron_patches/async_saving.py.
+        # Megatron then forks a process for each save: megatron_patches/checkpoint_files.py.
         args.use_persistent_ckpt_worker = False
         set_global_variables(args)
     size, padded = get_tokenizer().vocab_size, args.padded_vocab_size

@@ -1,5 +1,9 @@
 """Megatron's writing of a checkpoint's files: errors keep their text, and reach all ranks.
 
+With `--async-save` a process is forked for one save, by Megatron's own writer (decision 21): it
+sees the moment of the fork, without a copy of what does not change; from a GPU the tensors are
+copied to the host before.
+
 The functions, and why each is replaced: table.py.
 """
 
@@ -8,17 +12,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
+import pickle
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
-from megatron_smlp.megatron_patches import async_saving
 from megatron_smlp.megatron_patches.wrapping import wrapped_in
 
 
@@ -32,8 +38,32 @@ def installed(note: Callable[[OSError], None]) -> contextlib.AbstractContextMana
         (FileSystemWriterAsync, "write_preloaded_data", _naming_the_file),
         (FileSystemWriterAsync, "finish", _noting(note)),
         (serialization, "save_config", _noting(note)),
-        (filesystem_async, "get_write_results_queue", async_saving.results_queue),
+        # A writer in this process, or in a fork of it, needs no process to hold its results.
+        (filesystem_async, "get_write_results_queue", lambda _: ForkedQueue),
     )
+
+
+class ForkedQueue:
+    """One object from a forked process to its parent, of any size, in memory without a name."""
+
+    def __init__(self) -> None:
+        self.file: IO[bytes] = (
+            os.fdopen(os.memfd_create("results"), "w+b")
+            if hasattr(os, "memfd_create")
+            else tempfile.TemporaryFile()  # noqa: SIM115
+        )
+
+    def put(self, item: Any) -> None:
+        self.file.write(pickle.dumps(item))
+        self.file.flush()
+
+    def get_nowait(self) -> Any:
+        """Return what was put, or an error where nothing was."""
+        self.file.seek(0)
+        try:
+            return pickle.load(self.file)
+        except (EOFError, pickle.UnpicklingError):
+            return RuntimeError("the process that wrote it was ended (out of memory?)")
 
 
 def _naming_the_file(write: Callable[..., Any]) -> Any:

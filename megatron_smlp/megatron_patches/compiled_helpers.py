@@ -6,10 +6,6 @@ exits, and the others wait for it in a barrier. A source installation that has n
 still compiles.
 """
 
-from __future__ import annotations
-
-import functools
-from collections.abc import Callable
 from importlib.util import find_spec
 
 from megatron.core.datasets import utils
@@ -18,15 +14,10 @@ COMPILED = "megatron.core.datasets.helpers_cpp"
 
 
 def apply() -> None:
-    """Replace Megatron's function, once per process."""
-    if not hasattr(utils.compile_helpers, "__wrapped__"):
-        utils.compile_helpers = _where_missing(utils.compile_helpers)
+    """Replace Megatron's function where there is nothing to compile."""
+    if find_spec(COMPILED) is not None:
+        utils.compile_helpers = _nothing
 
 
-def _where_missing(compile_helpers: Callable[[], None]) -> Callable[[], None]:
-    @functools.wraps(compile_helpers)
-    def wrapped() -> None:
-        if find_spec(COMPILED) is None:
-            compile_helpers()
-
-    return wrapped
+def _nothing() -> None:
+    """Compile nothing."""

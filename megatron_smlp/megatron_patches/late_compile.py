@@ -2,7 +2,7 @@
 
 Megatron decorates its fused functions with `torch.compile` where they are defined. The decorator
 alone imports TorchDynamo and Inductor, a third of the time that Megatron takes to import, and most
-runs call none of these functions (on a CPU no run does: the fusions are off).
+runs call none of these functions (on a CPU the fusions are off; a router's expert bias is left).
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_smlp.checkpoints.optimizer_state import allocate
+
 
 def needed() -> bool:
     """Return whether Megatron falls back to torch's optimizers."""
@@ -47,7 +49,7 @@ def apply() -> None:
         if isinstance(self.optimizer, torch.optim.Adam) and not self.optimizer.state:
             allocate(self.optimizer)
             if not self.optimizer.state:
-                return _of_nothing(self)
+                return _empty_state(self)
         return give(self)
 
     @functools.wraps(take)
@@ -70,8 +72,8 @@ def apply() -> None:
 
 def fuse_steps(optimizer: Any) -> None:
     """Let Megatron's optimizer, or each one of a chain, run torch's Adam as the fused kernel."""
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(inner := one.optimizer, torch.optim.Adam):
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(inner := part.optimizer, torch.optim.Adam):
             inner.register_step_pre_hook(_choose_fused)
 
 
@@ -86,7 +88,7 @@ def _choose_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 state["step"] = state["step"].to(parameter.device)
 
 
-def _of_nothing(optimizer: Any) -> dict[str, Any]:
+def _empty_state(optimizer: Any) -> dict[str, Any]:
     """Return what Megatron's own `state_dict` would, for groups that are all empty."""
     inner = optimizer.optimizer.state_dict()
     groups = [
@@ -97,14 +99,3 @@ def _of_nothing(optimizer: Any) -> dict[str, Any]:
     return {"optimizer": {"param_groups": groups}} | (
         {"grad_scaler": scaler.state_dict()} if scaler else {}
     )
-
-
-def allocate(optimizer: torch.optim.Adam) -> None:
-    """Give every parameter the state that torch's Adam would give it at its first step."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }

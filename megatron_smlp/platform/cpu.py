@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import os
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -47,18 +45,14 @@ GPU_FLAGS = (
 )
 """Flags that ask for what only a GPU has."""
 
-# Tensor factories that Megatron calls with device="cuda" or device=torch.cuda.current_device().
-FACTORIES = (
-    "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn",
-    "tensor", "zeros", "zeros_like", "as_tensor", "linspace", "randint",
-)  # fmt: skip
+FACTORIES = ("empty", "empty_like", "ones", "tensor", "zeros")
+"""Those that Megatron calls with `device="cuda"`, or with pinned memory."""
 
 # The optimizer sorts parameters by these strings.
 CPU_TYPES = {
     "torch.FloatTensor": "torch.cuda.FloatTensor",
     "torch.HalfTensor": "torch.cuda.HalfTensor",
     "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
-    "torch.DoubleTensor": "torch.cuda.DoubleTensor",
 }
 
 
@@ -86,7 +80,6 @@ def apply(*, everywhere: bool = False) -> None:
     _replace_random_state()
     _replace_tensor_placement()
     _replace_tensor_types()
-    _replace_gloo()
     _replace_in_megatron()
 
 
@@ -111,78 +104,40 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def _replace_device_functions() -> None:
-    """Questions about the device: there is one, it is the CPU, and it has no limits to report."""
-    properties = SimpleNamespace(
+    """Questions about the device: there is one, and it is the CPU."""
+    properties = SimpleNamespace(  # of which TorchInductor asks for more than Megatron
         name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=1, warp_size=1
     )
     answers: dict[str, Any] = {
         "current_device": CPU,
         "device_count": 1,  # initialize_megatron builds process groups only for a count over 0
-        "get_device_name": "cpu",
         "get_device_properties": properties,
         "get_device_capability": (0, 0),
-        "memory_allocated": 0,
-        "max_memory_allocated": 0,
-        "memory_reserved": 0,
-        "max_memory_reserved": 0,
-        "memory_stats": {},
         "is_current_stream_capturing": False,
+        "set_device": None,
+        "synchronize": None,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, _constant(answer))
-    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
-        setattr(torch.cuda, name, _constant(None))
-    for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, _constant(None))
-    torch.cuda.nvtx.range = _no_context
-
-
-class CPUEvent(torch.cpu.Event):
-    """`torch.cuda.Event` for work that is done when the call returns: it only keeps the time."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.seconds = 0.0
-
-    def record(self, stream: Any = None) -> None:
-        self.seconds = time.perf_counter()
-
-    def elapsed_time(self, end: CPUEvent) -> float:
-        """Milliseconds between the two records."""
-        return (end.seconds - self.seconds) * 1e3
 
 
 class CPUStream(torch.cpu.Stream):
     """`torch.cuda.Stream` on a device with one queue: order holds without waiting."""
 
-    cuda_stream = 0
-
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def __enter__(self) -> CPUStream:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, event: Any = None) -> CPUEvent:
-        event = event or CPUEvent()
-        event.record()
-        return event
+    def record_event(self, event: Any = None) -> torch.cpu.Event:
+        return event or torch.cpu.Event()
 
 
 def _replace_streams() -> None:
     """Streams and events do nothing: an operation on the CPU is finished when it returns."""
     stream = CPUStream()
-    torch.cuda.Event = CPUEvent
+    torch.cuda.Event = torch.cpu.Event
     torch.cuda.Stream = CPUStream
     torch.cuda.stream = _no_context
     torch.cuda.set_stream = _constant(None)
     torch.cuda.current_stream = _constant(stream)
-    torch.cuda.default_stream = _constant(stream)
 
 
 def _replace_random_state() -> None:
@@ -193,11 +148,10 @@ def _replace_random_state() -> None:
         return generator.get_state()
 
     torch.cuda.default_generators = (generator,)
+    torch.cuda.manual_seed = generator.manual_seed
     for module in (torch.cuda, torch.cuda.random):  # Megatron calls either name
         module.get_rng_state = get_rng_state
         module.set_rng_state = _set_rng_state
-        module.manual_seed = generator.manual_seed
-        module.manual_seed_all = generator.manual_seed
 
 
 def _set_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
@@ -213,8 +167,6 @@ def _replace_tensor_placement() -> None:
     _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    for name in ("new_zeros", "new_empty", "new_ones", "new_tensor", "new_full"):
-        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
 
     def stay(self: Any, *_: Any, **__: Any) -> Any:
         return self
@@ -235,46 +187,6 @@ def _replace_tensor_types() -> None:
         return CPU_TYPES.get(answer, answer) if isinstance(answer, str) else answer
 
     torch.Tensor.type = named
-
-
-def _replace_gloo() -> None:
-    """All groups of a process share its gloo devices.
-
-    torch makes them for each group, each with a thread that wakes a hundred times a second as long
-    as the group lives: Megatron's 25 groups cost 2 to 3 % of a core, of every process.
-    """
-    from torch.distributed import distributed_c10d
-
-    distributed_c10d._create_gloo_process_group = _gloo_group
-
-
-def _gloo_group(settings: Any, backend_options: object | None) -> Any:
-    """`torch.distributed.distributed_c10d._create_gloo_process_group`, with the common device."""
-    from torch.distributed import ProcessGroupGloo
-
-    options = ProcessGroupGloo._Options()
-    options._devices = _gloo_devices(os.getpid())
-    options._threads = 2 * len(options._devices)
-    options._timeout = settings.timeout
-    options.enable_reconfigure = settings.enable_reconfigure
-    group = ProcessGroupGloo(settings.store, settings.group_rank, settings.group_size, options)
-    group.options.global_ranks_in_group = settings.global_ranks_in_group
-    group.options.group_name = settings.group_id
-    return group
-
-
-@functools.cache
-def _gloo_devices(process: int) -> list[Any]:
-    """Return the devices of this process, as torch chooses them for a group.
-
-    The threads of devices do not live on in a fork.
-    """
-    from torch.distributed import ProcessGroupGloo
-
-    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-    if not names:
-        return [ProcessGroupGloo.create_default_device()]
-    return [ProcessGroupGloo.create_device(interface=name) for name in names]
 
 
 def _replace_in_megatron() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_smlp.durable import write_durably
+from megatron_smlp.metrics_records import finite
 from megatron_smlp.study.comparisons import (
     claim_lines,
     comparison_lines,
@@ -32,7 +33,6 @@ from megatron_smlp.study.sections import (
 from megatron_smlp.study.state import FAILED, State
 from megatron_smlp.study.tables import Tables
 from megatron_smlp.study.verdicts import claims_of, costs_to_losses, others_of, primary_looks
-from megatron_smlp.training.metrics_file import finite
 
 
 def write_report(

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 
 from megatron_smlp.data.blending import has_data
-from megatron_smlp.training.data import datasets_of
+from megatron_smlp.training.data import run_datasets
 
 type PerChunk[T] = T | list[T]
 """One, or with interleaved pipeline stages one for each chunk of the model, as in schedules."""
@@ -35,7 +34,7 @@ class EvaluationSet:
 
     def batches(self) -> PerChunk[Iterator[Any]]:
         """Return its micro-batches from the first one on."""
-        return _alone([_endless(loader) for loader in self.loaders])
+        return _per_chunk([_endless(loader) for loader in self.loaders])
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,15 @@ class Batches:
     valid: list[EvaluationSet]
     test: list[EvaluationSet]
 
+    def skip(self, count: int) -> None:
+        """Pass over micro-batches of the training."""
+        for batches in self.train if isinstance(self.train, list) else [self.train]:
+            if batches is not None:
+                for _ in range(count):
+                    next(batches)
 
-def batches_of(args: argparse.Namespace, say: Callable[[str], None], *, chunks: int) -> Batches:
+
+def build_batches(args: argparse.Namespace, say: Callable[[str], None], *, chunks: int) -> Batches:
     """Build datasets and iterators. Collective.
 
     Args:
@@ -56,7 +62,7 @@ def batches_of(args: argparse.Namespace, say: Callable[[str], None], *, chunks: 
         chunks: of the model on this rank.
     """
     stages = [None] if chunks == 1 else list(range(chunks))
-    built = [datasets_of(args, say, vp_stage=stage) for stage in stages]
+    built = [run_datasets(args, say, vp_stage=stage) for stage in stages]
     valid = [
         _evaluation(args, title, [datasets.valid[place] for datasets in built])
         for place, title in enumerate(_titles(args, len(built[0].valid)))
@@ -64,18 +70,17 @@ def batches_of(args: argparse.Namespace, say: Callable[[str], None], *, chunks: 
     test = _evaluation(args, "test", [datasets.test for datasets in built])
     evaluates = args.eval_iters or args.full_validation
     return Batches(
-        train=None if args.skip_train else _alone([_training(args, d.train) for d in built]),
+        train=None if args.skip_train else _per_chunk([_training(args, d.train) for d in built]),
         valid=valid if evaluates and has_data(args, "valid") else [],
         test=[test] if args.eval_iters and has_data(args, "test") else [],
     )
 
 
-def _training(args: argparse.Namespace, dataset: Any) -> RerunDataIterator | None:
+def _training(args: argparse.Namespace, dataset: Any) -> Iterator[Any] | None:
     loader = build_pretraining_data_loader(dataset, args.consumed_train_samples)
     if loader is None:
         return None
-    endless = args.dataloader_type == "cyclic"
-    return RerunDataIterator(_endless(loader) if endless else _begun(loader))
+    return _endless(loader) if args.dataloader_type == "cyclic" else _begun(loader)
 
 
 def _titles(args: argparse.Namespace, count: int) -> list[str]:
@@ -113,5 +118,5 @@ def _begun(loader: Any) -> Iterator[Any]:
         return iter(loader)
 
 
-def _alone[T](of_chunks: list[T]) -> PerChunk[T]:
-    return of_chunks[0] if len(of_chunks) == 1 else of_chunks
+def _per_chunk[T](chunks: list[T]) -> PerChunk[T]:
+    return chunks[0] if len(chunks) == 1 else chunks

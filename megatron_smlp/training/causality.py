@@ -47,8 +47,8 @@ def check_causality(parts: Parts) -> None:
     ]
     ranks = parts.args.tensor_model_parallel_size
     length = min(parts.args.seq_length, LENGTH * ranks)
-    found = [text for layer, rotary in layers for text in _leaks(layer, length, rotary)]
-    _refuse([text for texts in gathered(found) for text in texts])
+    leaks = [leak for layer, rotary in layers for leak in _leaks(layer, length, rotary)]
+    _refuse([leak for rank in gathered(leaks) for leak in rank])
 
 
 def check_causality_of_layers(args: argparse.Namespace) -> None:
@@ -63,7 +63,7 @@ def check_causality_of_layers(args: argparse.Namespace) -> None:
         kinds = {slots[number - 1]: number for number in range(len(slots), 0, -1)}
         length = min(args.seq_length, LENGTH)
         layers = [SlottedLayer(config, number) for number in kinds.values()]
-        _refuse([text for layer in layers for text in _leaks(layer, length, None)])
+        _refuse([leak for layer in layers for leak in _leaks(layer, length, None)])
 
 
 def _alone(config: Any) -> Any:
@@ -75,10 +75,10 @@ def _alone(config: Any) -> Any:
     return alone
 
 
-def _refuse(found: list[str]) -> None:
-    if found:
+def _refuse(leaks: list[str]) -> None:
+    if leaks:
         raise UsageError(
-            f"{found[0]}: a language model that sees what it predicts learns nothing. Correct the "
+            f"{leaks[0]}: a language model that sees what it predicts learns nothing. Correct the "
             "mixer; causal ones read positions up to their own."
         )
 

@@ -44,10 +44,10 @@ class Compute:
             needed FLOPs of one token since the last call.
         """
         new = tokens - self.tokens
-        of_tokens = [load for key, load in loads.items() if key.kind == "token"]
-        if new <= 0 or not of_tokens:
+        token_loads = [load for key, load in loads.items() if key.kind == "token"]
+        if new <= 0 or not token_loads:
             return self.needed - self.unsent
-        sent = sum(load.choices * (1 - load.drop_rate) for load in of_tokens)
+        sent = sum(load.choices * (1 - load.drop_rate) for load in token_loads)
         unsent = (self.choices_per_token - sent / new) * self.per_choice
         self.unsent += (unsent - self.unsent) * new / tokens
         self.tokens = tokens

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_smlp import __version__
 from megatron_smlp.accounting.costs import ModelShape
@@ -35,20 +35,14 @@ class RunConsole:
         stream = cast("TextIO", TolerantStream(terminal(), "standard output"))
         self.console = Console(file=stream, highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
-        self.task: TaskID | None = None
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:
         """Show a progress bar if this is a terminal."""
-        with contextlib.ExitStack() as stack:
-            if self.first_rank and self.console.is_terminal:
-                self.bar = stack.enter_context(self._bar())
-                total = self.args.train_iters or 1
-                self.task = self.bar.add_task("train", total=total, note="starting")
+        if not (self.first_rank and self.console.is_terminal):
             yield
-
-    def _bar(self) -> Progress:
-        return Progress(
+            return
+        bar = Progress(
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
             TextColumn("{task.fields[note]}"),
@@ -57,13 +51,16 @@ class RunConsole:
             redirect_stdout=False,  # what Megatron prints is kept in its log, not shown here
             redirect_stderr=False,
         )
+        bar.add_task("train", total=self.args.train_iters or 1, note="starting")
+        with bar as self.bar:
+            yield
 
     def advance(self, iteration: int, *, note: str) -> None:
         """Move the bar, where there is one."""
-        if self.bar is not None and self.task is not None:
+        if self.bar is not None:
             # With --train-samples Megatron only now knows how many iterations that makes.
             total = self.args.train_iters
-            self.bar.update(self.task, completed=iteration, total=total, note=note)
+            self.bar.update(self.bar.task_ids[0], completed=iteration, total=total, note=note)
 
     def say(self, text: str) -> None:
         """One line."""
@@ -103,5 +100,5 @@ def data_text(args: argparse.Namespace) -> str:
     if args.data_path:
         return " ".join(map(str, args.data_path))
     given = {split: getattr(args, flag) for split, flag in zip(SPLITS, SPLIT_FLAGS, strict=True)}
-    parts = [" ".join([split, *map(str, words)]) for split, words in given.items() if words]
+    parts = [" ".join([split, *map(str, paths)]) for split, paths in given.items() if paths]
     return " | ".join(parts) or str(args.data_args_path or args.per_split_data_args_path)

@@ -62,7 +62,7 @@ class Datasets:
     test: Any
 
 
-def datasets_of(
+def run_datasets(
     args: argparse.Namespace, say: Callable[[str], None], *, vp_stage: int | None = None
 ) -> Datasets:
     """Build the datasets; call on every rank, for each virtual pipeline stage.
@@ -118,8 +118,8 @@ def _build(
     config = dataset_config(args)
     config.random_seed = seed
     for name in ("split_matrix", "blend_per_split"):
-        if (of_all := getattr(config, name)) is not None:
-            kept = [part if split in splits else None for split, part in enumerate(of_all)]
+        if (parts := getattr(config, name)) is not None:
+            kept = [part if split in splits else None for split, part in enumerate(parts)]
             setattr(config, name, kept)
     if args.mock_data:
         builder = BlendedMegatronDatasetBuilder(MockGPTDataset, num_samples, on_rank, config)

@@ -1,4 +1,4 @@
-"""Evaluate the model on each dataset of a run, in every way that is asked for.
+"""Evaluate the model on each dataset of a run, in every mode that is asked for.
 
 One pass is Megatron's `evaluate`: forward passes in evaluation mode, sums over all ranks. With
 --base-eval-both there is a second pass over the same samples, whose losses have a prefix.
@@ -36,14 +36,14 @@ class Evaluator:
 
     def __call__(self, sets: Sequence[EvaluationSet], iteration: int) -> None:
         """Evaluate what has not been evaluated at this iteration."""
-        for each in sets:
-            if (each.title, iteration) in self.seen:
+        for dataset in sets:
+            if (dataset.title, iteration) in self.seen:
                 continue
-            found = self._evaluation(each, iteration)
-            if found is None:  # the time of the run is over
+            evaluation = self._evaluation(dataset, iteration)
+            if evaluation is None:  # the time of the run is over
                 return
-            self.seen.add((each.title, iteration))
-            self.listener.evaluated(found)
+            self.seen.add((dataset.title, iteration))
+            self.listener.evaluated(evaluation)
 
     def _evaluation(self, dataset: EvaluationSet, iteration: int) -> Evaluation | None:
         start = time.perf_counter()
@@ -51,7 +51,7 @@ class Evaluator:
         loads: dict[str, Any] = {}
         for prefix, context in self._passes():
             with context:
-                found, _, out_of_time = evaluate(
+                means, _, out_of_time = evaluate(
                     self.forward,
                     dataset.batches(),
                     self.parts.model,
@@ -63,7 +63,7 @@ class Evaluator:
                 for chunk in self.parts.model:
                     chunk.train()
                 return None
-            losses |= {f"{prefix}{name}": value for name, value in found.items()}
+            losses |= {f"{prefix}{name}": value for name, value in means.items()}
             loads[prefix.strip()] = self.forward.statistics.take(training=False)
         return Evaluation(
             iteration=iteration,
@@ -74,7 +74,7 @@ class Evaluator:
         )
 
     def _passes(self) -> Iterator[tuple[str, contextlib.AbstractContextManager[None]]]:
-        """Yield the prefix of each pass, and how it is made: by --base-eval, then the other way."""
+        """Yield the prefix of each pass, and its mode: that of --base-eval, then the other one."""
         args = self.parts.args
         yield "", contextlib.nullcontext()
         if args.base_eval_both:

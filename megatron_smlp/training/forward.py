@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers
 from torch import Tensor
@@ -63,28 +62,34 @@ class ForwardStep:
             on the last stage the loss of each token, <float>[B, T]; else the stage's output. And
             the function that Megatron calls on it.
         """
-        with self.own_part.timed(getattr(get_args(), "curr_iteration", 0)):
-            return self._forward(data_iterator, model)
-
-    def _forward(
-        self, data_iterator: Iterator[dict[str, Tensor]], model: Any
-    ) -> tuple[Tensor, LossFunction]:
         args, timers = get_args(), get_timers()
-        timers("batch-generator", log_level=2).start()
-        start = time.perf_counter()
-        vp_stage = get_attr_wrapped_model(model, "vp_stage")
-        batch = next_batch(data_iterator, vp_stage)
-        if torch.is_grad_enabled():  # validation does not count, and draws nothing
-            self.data_seconds += time.perf_counter() - start
-            router = args.token_router
-            if router != "none" and token_router_class(router).draws:
-                attach_samples(model, self._keys(self.place.first_sample(args, vp_stage)))
-        timers("batch-generator").stop()
-        self.statistics.begin(real_tokens(batch["loss_mask"]) if may_be_padded(args) else None)
-        if args.feature_router == "partial":
-            scale_balance_losses(model)
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        with self.own_part.timed(getattr(args, "curr_iteration", 0)):
+            timers("batch-generator", log_level=2).start()
+            start = time.perf_counter()
+            vp_stage = get_attr_wrapped_model(model, "vp_stage")
+            batch = next_batch(data_iterator, vp_stage)
+            if torch.is_grad_enabled():  # validation does not count, and draws nothing
+                self.data_seconds += time.perf_counter() - start
+                self._attach_keys(model, vp_stage)
+            timers("batch-generator").stop()
+            self.statistics.begin(real_tokens(batch["loss_mask"]) if may_be_padded(args) else None)
+            if args.feature_router == "partial":
+                scale_balance_losses(model)
+            output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return output, partial(self._loss, batch["loss_mask"])
+
+    def _attach_keys(self, model: Any, vp_stage: int | None) -> None:
+        """Give a router that draws the keys of this micro-batch's samples."""
+        args = get_args()
+        if args.token_router == "none" or not token_router_class(args.token_router).draws:
+            return
+        keys = sample_keys(
+            seed=args.seed,
+            first=self.place.first_sample(args, vp_stage),
+            count=args.micro_batch_size,
+            device=torch.device(torch.cuda.current_device()),
+        )
+        attach_samples(model, keys)
 
     def _loss(
         self, loss_mask: Tensor, token_losses: Tensor
@@ -95,7 +100,9 @@ class ForwardStep:
         start = trained_from(args) if trains else 0
         loss, num_tokens = _masked_sum(token_losses, loss_mask, start=start)
         if trains:
-            self._look_at(loss.detach())
+            # On the device: the host would wait for it at each micro-batch.
+            bad = ~torch.isfinite(loss.detach())
+            self.nonfinite = bad if self.nonfinite is None else self.nonfinite | bad
         reports = {"lm loss": _report(loss, num_tokens)}
         if suffix_from := suffix_start(args):
             suffix = _masked_sum(token_losses, loss_mask, start=suffix_from)
@@ -103,17 +110,6 @@ class ForwardStep:
         if start:
             reports[WHOLE_LOSS] = _report(*_masked_sum(token_losses, loss_mask))
         return loss, num_tokens, reports
-
-    @staticmethod
-    def _keys(first: int) -> Tensor:
-        args, device = get_args(), torch.device(torch.cuda.current_device())
-        count = args.micro_batch_size
-        return sample_keys(seed=args.seed, first=first, count=count, device=device)
-
-    def _look_at(self, loss: Tensor) -> None:
-        # On the device: the host would wait for it at each micro-batch.
-        bad = ~torch.isfinite(loss)
-        self.nonfinite = bad if self.nonfinite is None else self.nonfinite | bad
 
     def pop_nonfinite(self) -> Tensor | None:
         """<bool>[], whether a loss was not finite since the last call; None: there was none."""
@@ -139,7 +135,6 @@ class _PlaceInRun:
         step, number = self._started.get(vp_stage, (before, 0))
         number = number if step == before else 0
         self._started[vp_stage] = (before, number + 1)
-        number %= get_num_microbatches()  # where Megatron runs a step again
         ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
         return before + (number * ranks + rank) * int(args.micro_batch_size)
 

@@ -22,25 +22,25 @@ from megatron.core.num_microbatches_calculator import (
     get_num_microbatches,
     update_num_microbatches,
 )
-from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.training.training import dummy_train_step
 
 from megatron_smlp.checkpoints.choosing import choose_checkpoint
 from megatron_smlp.checkpoints.folders import is_same_folder
 from megatron_smlp.checkpoints.state import check_saving, read
 from megatron_smlp.collectives import from_first_rank
+from megatron_smlp.command_line import flag_of
 from megatron_smlp.routers.base import update_prices
+from megatron_smlp.signals import StartUp
 from megatron_smlp.training.agreement import StepAgreement
-from megatron_smlp.training.batches import Batches, batches_of
+from megatron_smlp.training.batches import Batches, build_batches
 from megatron_smlp.training.causality import check_causality
 from megatron_smlp.training.evaluating import Evaluator
 from megatron_smlp.training.events import Listener, Tasks
 from megatron_smlp.training.forward import ForwardStep
 from megatron_smlp.training.nonfinite import may_update
 from megatron_smlp.training.overlaps import ParameterGathering
+from megatron_smlp.training.parameter_count import check_parameters
 from megatron_smlp.training.parts import Parts, build, release
 from megatron_smlp.training.run import Run
-from megatron_smlp.training.signals import StartUp
 from megatron_smlp.training.step import Step
 from megatron_smlp.training.upkeep import Upkeep, is_due
 
@@ -67,12 +67,12 @@ def train(
     with run.session():
         parts = build(args)
         iteration = resume(run, parts)
+        check_parameters(args, parts.model, run.reporter.say)
+        forward.statistics.attach(parts.model)
         run.listeners.built(parts)
         if tasks:
             tasks.built(parts.model)
-        if is_over(run, iteration):
-            return
-        batches = batches_of(args, run.reporter.say, chunks=len(parts.model))
+        batches = build_batches(args, run.reporter.say, chunks=len(parts.model))
         loop = Loop(run, parts, batches, tasks, iteration=iteration)
         if iteration == 0:
             check_causality(parts)
@@ -95,14 +95,7 @@ def resume(run: Run, parts: Parts) -> int:
     if is_same_folder(args.load, args.save):
         run.saving.damaged = set(chosen.damaged)
     args.iteration = read(parts, chosen.folder) if chosen.folder else 0
-    get_rerun_state_machine().current_iteration = args.iteration
     return int(args.iteration)
-
-
-def is_over(run: Run, iteration: int) -> bool:
-    """Return whether the run was at its end before, evaluations included. Collective."""
-    is_evaluated = from_first_rank(run.reporter.is_evaluated(iteration))
-    return iteration > 0 and run.reporter.tells_end(iteration) and is_evaluated
 
 
 class Loop:
@@ -120,7 +113,7 @@ class Loop:
         self.evaluate = Evaluator(parts, forward=run.forward, listener=run.listeners)
         if self.args.skip_train:
             return
-        titles = [each.title for each in (*batches.valid, *batches.test)]
+        titles = [dataset.title for dataset in (*batches.valid, *batches.test)]
         logged = from_first_rank(run.reporter.evaluated_at(iteration, titles))
         self.evaluate.seen = {(title, iteration) for title in logged}
         self.agreement = StepAgreement(
@@ -138,6 +131,10 @@ class Loop:
 
     def train(self) -> None:
         """Make steps until the last one, or until something ends the run before it."""
+        if self.iteration >= self.args.train_iters:
+            name = "train_samples" if self.args.train_samples else "train_iters"
+            end = f"{flag_of(name)} {getattr(self.args, name)}"
+            self.run.reporter.say(f"nothing is left to train: {end} is reached")
         self.upkeep.begin()
         while self.iteration < self.args.train_iters and not self.stopped:
             self.saving.finish()
@@ -171,7 +168,7 @@ class Loop:
 
     def skip_data(self) -> None:
         """Pass over the data of a step (--iterations-to-skip)."""
-        dummy_train_step(self.batches.train)
+        self.batches.skip(get_num_microbatches())
         self.args.skipped_train_samples += get_current_running_global_batch_size()
         self.count()
 

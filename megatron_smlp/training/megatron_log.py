@@ -45,11 +45,8 @@ TIMERS = (
     "forward-backward-send-forward-backward-recv",
 )
 """Of --timing-log-level 1, and of 2 beside them."""
-ALONE = {"skipped-train-samples"} | {
-    f"mem-{what}"
-    for what in ("reserved-bytes", "allocated-bytes", "max-allocated-bytes", "allocated-count")
-}
-"""Curves that are drawn against steps alone; the others against samples too."""
+ALONE = ("skipped-train-samples", "mem-")
+"""Beginnings of curves that are drawn against steps alone; the others against samples too."""
 
 
 class MegatronLog(Listener):
@@ -79,10 +76,10 @@ class MegatronLog(Listener):
         params_norm = calc_params_l2_norm(self.parts.model) if self.args.log_params_norm else None
         if self.writers and outcome.iteration % self.args.tensorboard_log_interval == 0:
             for name, value in self._curves(outcome, params_norm):
-                self._write(name, value, outcome.iteration, twice=name not in ALONE)
-        of_experts = self._experts(outcome.iteration)
+                self._write(name, value, outcome.iteration, twice=not name.startswith(ALONE))
+        experts = self._experts(outcome.iteration)
         if outcome.iteration % self.args.log_interval == 0:
-            self._line(outcome, of_experts, params_norm)
+            self._line(outcome, experts, params_norm)
 
     def _add(self, outcome: Outcome) -> None:
         if outcome.skipped:
@@ -145,7 +142,7 @@ class MegatronLog(Listener):
         )
         return text
 
-    def _line(self, outcome: Outcome, of_experts: str, params_norm: float | None) -> None:
+    def _line(self, outcome: Outcome, experts: str, params_norm: float | None) -> None:
         args, timers = self.args, get_timers()
         seconds = (time.perf_counter() - self.since) / (self.made + self.skipped)
         if args.log_timers_to_tensorboard:
@@ -161,7 +158,7 @@ class MegatronLog(Listener):
         parts.append(f"global batch size: {get_current_running_global_batch_size():5d}")
         means = {name: float(total) / max(1, self.made) for name, total in self.sums.items()}
         parts += [f"{name}: {mean:.6E}" for name, mean in means.items()]
-        parts += [of_experts.strip(" |")] if of_experts else []
+        parts += [experts.strip(" |")] if experts else []
         parts.append(f"loss scale: {outcome.loss_scale:.1f}")
         if outcome.grad_norm is not None:
             parts.append(f"grad norm: {outcome.grad_norm:.3f}")

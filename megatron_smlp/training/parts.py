@@ -122,16 +122,16 @@ def _connect(parts: Parts) -> None:
     config.grad_scale_func = parts.optimizer.scale_loss if parts.optimizer else None
     overlaps = isinstance(model[0], DistributedDataParallel) and args.overlap_grad_reduce
     if overlaps:
-        config.no_sync_func = _of_each(model, lambda chunk: chunk.no_sync)
+        config.no_sync_func = _per_chunk(model, lambda chunk: chunk.no_sync)
         if args.align_grad_reduce:
-            config.grad_sync_func = _of_each(model, lambda chunk: chunk.start_grad_sync)
+            config.grad_sync_func = _per_chunk(model, lambda chunk: chunk.start_grad_sync)
     if args.overlap_param_gather and args.align_param_gather:
-        config.param_sync_func = _of_each(model, lambda chunk: chunk.start_param_sync)
+        config.param_sync_func = _per_chunk(model, lambda chunk: chunk.start_param_sync)
     if config.finalize_model_grads_func is None:
         config.finalize_model_grads_func = finalize_model_grads
 
 
-def _of_each(model: list[Any], method: Callable[[Any], Any]) -> Any:
+def _per_chunk(model: list[Any], method: Callable[[Any], Any]) -> Any:
     """Return one for a single chunk, and a list for several, as Megatron's schedules take them."""
     methods = [method(chunk) for chunk in model]
     return methods[0] if len(methods) == 1 else methods

@@ -22,7 +22,7 @@ from megatron.core.num_microbatches_calculator import get_current_running_global
 from megatron_smlp.accounting.costs import ModelShape
 from megatron_smlp.checkpoints.save_lease import PreviousRun
 from megatron_smlp.collectives import from_rank
-from megatron_smlp.data.blending import has_data
+from megatron_smlp.metrics_records import MetricsFile
 from megatron_smlp.routers.collapse import CollapseWatch
 from megatron_smlp.systems import SCORING
 from megatron_smlp.training.compute import Compute
@@ -30,10 +30,8 @@ from megatron_smlp.training.console import RunConsole
 from megatron_smlp.training.curves import Writers, run_curves
 from megatron_smlp.training.events import Evaluation, Listener, Outcome, Scores
 from megatron_smlp.training.forward import ForwardStep
-from megatron_smlp.training.metrics_file import MetricsFile
-from megatron_smlp.training.parameter_count import check_parameters
 from megatron_smlp.training.parts import Parts
-from megatron_smlp.training.restart_report import Restart, restart, restart_line
+from megatron_smlp.training.restart_report import Restart, restart
 from megatron_smlp.training.router_report import (
     Loads,
     router_curves,
@@ -65,19 +63,18 @@ class Reporter(Listener):
         self.before: PreviousRun | None = None
         self.restart: Restart | None = None
         self.slow_hosts: SlowHosts | None = None
-        self.slow_paths: SlowPaths | None = SlowPaths()
-        """Until they are told, after the first step."""
-        self.statistics = forward.statistics
+        self.slow_paths = SlowPaths()
         self.collapse = CollapseWatch(fixed=() if args.token_router in SCORING else ("token",))
         self.compute = Compute(ModelShape.from_args(args))
-        self.first_rank = args.rank == 0
         self.screen = RunConsole(args)
         self.say = self.screen.say
-        self.metrics = MetricsFile(args.log_dir) if self.first_rank else None
+        self.metrics = MetricsFile(args.log_dir if args.rank == 0 else None)
         self.peak_tflops = args.peak_tflops or device_peak_tflops()
         self.clock = StepClock()
         self.began = time.perf_counter()
         """`perf_counter()` at which an uninterrupted run would have had its model built."""
+        self.is_under_way = False
+        """A step is made."""
         self.last_saved: int | None = None
         self.tokens_since = 0
         """Tokens of the steps since the last line."""
@@ -85,22 +82,18 @@ class Reporter(Listener):
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Report a run, from its start screen to its last line; a terminal has a progress bar."""
-        assert self.slow_paths is not None
         self.screen.introduce()
         with self.slow_paths.listening(), self.screen.progress():
             yield
 
     def stopping(self, iteration: int) -> None:
         is_saved = self.last_saved is not None
-        where = f"saved to {self.args.save}" if is_saved else "nothing was saved"
-        again = "; the same command goes on from there" if is_saved else ""
-        self.say(f"stopped at iteration {iteration}: {where}{again}")
+        saved = f"saved to {self.args.save}; the same command goes on from there"
+        self.say(f"stopped at iteration {iteration}: {saved if is_saved else 'nothing was saved'}")
 
     def built(self, parts: Parts) -> None:
         iteration = self.args.iteration
-        check_parameters(self.args, parts.model, self.say)
-        self.statistics.attach(parts.model)
-        logged, silent = self.metrics.newest() if self.metrics else (0, None)
+        logged, silent = self.metrics.newest()
         self.restart = restart(self.before, iteration=iteration, logged=logged, silent=silent)
         if self.args.world_size > 1:
             self.slow_hosts = SlowHosts(
@@ -108,7 +101,7 @@ class Reporter(Listener):
                 stage=mpu.get_pipeline_model_parallel_rank(),
                 are_alone=self.args.expert_model_parallel_size == 1,
             )
-        last = self.metrics.drop_after(iteration) if self.metrics else {}
+        last = self.metrics.drop_after(iteration)
         self.compute.resume(last, tokens=self._tokens())
         if iteration:
             given, load = self.args.explicit_flags.get("load"), self.args.load
@@ -120,71 +113,50 @@ class Reporter(Listener):
     def ready(self) -> None:
         self.clock.restart()
 
-    def tells_end(self, iteration: int) -> bool:
-        """Return whether no step is left to make, and say so."""
-        wanted, done = self.args.train_samples, self.args.consumed_train_samples
-        if wanted and done >= wanted:
-            what = f"--train-samples {wanted} are read"
-        elif self.args.train_iters and iteration >= self.args.train_iters:
-            what = f"--train-iters {self.args.train_iters} is reached"
-        else:
-            return False
-        self.say(f"nothing is left to train: {what}")
-        return True
-
-    def is_evaluated(self, iteration: int) -> bool:
-        """Return whether metrics.jsonl has all evaluations of an iteration; on rank 0."""
-        titles = ["validation", *(["test"] if has_data(self.args, "test") else [])]
-        wanted = titles if self.args.eval_iters else []
-        return not self.args.skip_train and self.evaluated_at(iteration, wanted) == wanted
-
     def evaluated_at(self, iteration: int, titles: list[str]) -> list[str]:
         """Return those of the evaluations that metrics.jsonl has; on rank 0, and none elsewhere."""
-        names = {title: f"{title.replace(' ', '_')}_" for title in titles}
         return [
-            t for t in titles if self.metrics and self.metrics.holds(names[t], iteration=iteration)
+            title
+            for title in titles
+            if self.metrics.holds(f"{title.replace(' ', '_')}_", iteration=iteration)
         ]
 
     def stepped(self, outcome: Outcome) -> None:
         self.clock.step()
         self.tokens_since += get_current_running_global_batch_size() * self.args.seq_length
-        self._tell_restart()
-        self._tell_slow_paths()
+        if not self.is_under_way:
+            self._tell_what_came_before()
         iteration = outcome.iteration
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             self._log_step(outcome)
 
-    def _tell_restart(self) -> None:
-        if self.restart and self.metrics:
-            record = self.restart.record()
-            self.metrics.write(record)
-            self.say(restart_line(record))
-        self.restart = None
-
-    def _tell_slow_paths(self) -> None:
-        if self.slow_paths:
-            for text in self.slow_paths.of_all_ranks():
-                self.say(f"WARNING: {text}")
-        self.slow_paths = None
+    def _tell_what_came_before(self) -> None:
+        """After the first step: what a restart has cost, and what runs without its kernels."""
+        self.is_under_way = True
+        if self.restart:
+            self.metrics.write(self.restart.record())
+            self.say(str(self.restart))
+        for text in self.slow_paths.of_all_ranks():
+            self.say(f"WARNING: {text}")
 
     def _tell_slow_hosts(self, *, step: float) -> dict[str, list[dict[str, Any]]]:
         if self.slow_hosts is None:
             self.forward.own_part.forget()
             return {}
-        found = self.slow_hosts.find(self.forward.own_part.pop_seconds(), step=step)
-        for slow in found:
+        slow_ranks = self.slow_hosts.find(self.forward.own_part.pop_seconds(), step=step)
+        for slow in slow_ranks:
             self.say(str(slow))
-        return {"slow_hosts": [asdict(slow) for slow in found]} if found else {}
+        return {"slow_hosts": [asdict(slow) for slow in slow_ranks]} if slow_ranks else {}
 
     def _log_step(self, outcome: Outcome) -> None:
         iteration, numbers = outcome.iteration, _numbers(outcome.losses)
-        loads = self.statistics.take(training=True)
+        loads = self.forward.statistics.take(training=True)
         self._tell_loads(loads, iteration=iteration)
         flops_per_token = self.compute.add(loads, tokens=self._tokens())
         progress, speed = self._progress(), self._speed(iteration, flops_per_token)
         self.writers.add_all(run_curves(progress | speed), iteration)
         slow = self._tell_slow_hosts(step=speed["seconds_per_iteration"] or 0.0)
-        if not self.first_rank:
+        if self.args.rank > 0:  # which may know no learning rate
             return
         loss = numbers.pop("lm loss")
         record = {
@@ -201,7 +173,6 @@ class Reporter(Listener):
             **_unless_empty("routers", loads),
             **slow,
         }
-        assert self.metrics is not None
         self.metrics.write(record)
         self.say(self._line(record, loads))
         self.screen.advance(iteration, note=f"loss {loss:.4f}")
@@ -214,8 +185,6 @@ class Reporter(Listener):
             if value is not None
         }
         self.writers.add_all(values, iteration)
-        if self.metrics is None:
-            return
         self.metrics.write(
             {"iteration": iteration, "tasks": scores, **self._progress(), "seconds": seconds}
         )
@@ -256,8 +225,7 @@ class Reporter(Listener):
         )
 
     def _line(self, record: dict[str, Any], loads: Loads) -> str:
-        norm = record["grad_norm"]
-        mfu = record["mfu"]
+        norm, mfu = record["grad_norm"], record["mfu"]
         texts = [
             f"iteration {record['iteration']}/{self.args.train_iters}",
             f"loss {record['loss']:.4f}",
@@ -277,8 +245,6 @@ class Reporter(Listener):
         passes = {f"{evaluation.title} {name}".strip(): x for name, x in evaluation.loads.items()}
         for title, loads in passes.items():
             self._tell_loads(loads, iteration=iteration, title=title)
-        if self.metrics is None:
-            return
         record = {
             "iteration": iteration,
             **_loss_fields(evaluation.title, numbers),
@@ -327,9 +293,8 @@ def _loss_fields(title: str, losses: dict[str, float]) -> dict[str, float]:
     perplexities. Of several validation sets: validation_books_loss."""
     fields: dict[str, float] = {}
     for name, loss in losses.items():
-        stem = "_".join(
-            [*title.split(), *(word for word in name.split() if word not in ("lm", "loss"))]
-        )
+        words = [word for word in name.split() if word not in ("lm", "loss")]
+        stem = "_".join([*title.split(), *words])
         fields |= {f"{stem}_loss": loss, f"{stem}_perplexity": perplexity(loss)}
     return fields
 

@@ -28,21 +28,21 @@ class Restart:
     since: float
     """Time at which `down` was taken, on the clock of time.monotonic."""
 
+    def seconds_down(self) -> float:
+        """Return them up to now: to be asked when the first step is done."""
+        return self.down + time.monotonic() - self.since
+
     def record(self) -> dict[str, Any]:
-        """Return the record for metrics.jsonl, when the first step is done."""
-        seconds = self.down + time.monotonic() - self.since
-        what = {"cause": self.cause, "lost_steps": self.lost, "seconds_down": seconds}
-        return {"iteration": self.iteration, "restart": what}
+        """Return the record for metrics.jsonl."""
+        cost = {"lost_steps": self.lost, "seconds_down": self.seconds_down()}
+        return {"iteration": self.iteration, "restart": {"cause": self.cause, **cost}}
 
-
-def restart_line(record: dict[str, Any]) -> str:
-    """Return the restart's line for the console."""
-    what = record["restart"]
-    lost = what["lost_steps"]
-    return (
-        f"restarted from iteration {record['iteration']}: {what['cause']} | "
-        f"{lost} {'step' if lost == 1 else 'steps'} lost | {duration(what['seconds_down'])} down"
-    )
+    def __str__(self) -> str:
+        steps = f"{self.lost} {'step' if self.lost == 1 else 'steps'}"
+        return (
+            f"restarted from iteration {self.iteration}: {self.cause} | {steps} lost | "
+            f"{duration(self.seconds_down())} down"
+        )
 
 
 def restart(
@@ -58,11 +58,11 @@ def restart(
         logged: the last iteration in metrics.jsonl.
         silent: seconds since metrics.jsonl was written; None without one.
     """
-    noted = [found for found in gathered(noted_cause()) if found is not None]
-    if before is None or not (before.failed or noted):
+    causes = [cause for cause in gathered(noted_cause()) if cause is not None]
+    if before is None or not (before.failed or causes):
         return None
     # By the age of what each machine has seen: their clocks may differ.
-    cause = max(noted, key=lambda found: found[1])[0] if noted else BY_HAND
+    cause, _ = max(causes, key=lambda cause: cause[1], default=(BY_HAND, 0.0))
     return Restart(
         cause=cause,
         iteration=iteration,

@@ -46,14 +46,14 @@ def router_texts(loads: Loads) -> list[str]:
     """
     texts = []
     for kind, noun in NOUNS.items():
-        of_kind = [load for key, load in loads.items() if key.kind == kind]
-        if not of_kind:
+        routers = [load for key, load in loads.items() if key.kind == kind]
+        if not routers:
             continue
-        least = min(load.load_share_min * len(load.load_share) for load in of_kind)
-        most = max(load.load_share_max * len(load.load_share) for load in of_kind)
-        entropy = min(load.entropy for load in of_kind)
-        choices = sum(load.choices for load in of_kind)
-        dropped = sum(load.drop_rate * load.choices for load in of_kind) / choices
+        least = min(load.load_share_min * len(load.load_share) for load in routers)
+        most = max(load.load_share_max * len(load.load_share) for load in routers)
+        entropy = min(load.entropy for load in routers)
+        choices = sum(load.choices for load in routers)
+        dropped = sum(load.drop_rate * load.choices for load in routers) / choices
         text = f"{noun} {least:.1f}-{most:.1f}x, entropy {entropy:.2f}"
         texts.append(f"{text}, dropped {dropped:.1%}" if kind == "token" else text)
     return texts

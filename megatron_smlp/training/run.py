@@ -13,13 +13,13 @@ from megatron_smlp.checkpoints.saving import Saving
 from megatron_smlp.launching.parent import end_with_parent
 from megatron_smlp.megatron_patches import checkpoint_files
 from megatron_smlp.platform import allocator, cpu
+from megatron_smlp.signals import graceful_signals
 from megatron_smlp.training.curves import Writers
 from megatron_smlp.training.events import Listener, Listeners
 from megatron_smlp.training.forward import ForwardStep
 from megatron_smlp.training.megatron_log import MegatronLog
 from megatron_smlp.training.profiling import Profiler
 from megatron_smlp.training.reporting import Reporter
-from megatron_smlp.training.signals import graceful_signals
 
 
 class Run:

@@ -108,19 +108,13 @@ class SlowHosts:
     def __init__(self, timeout: timedelta, *, stage: int = 0, are_alone: bool = True) -> None:
         self.hosts: list[str] = gathered(socket.gethostname())
         self.stages: list[int] = gathered(stage)
-        leaders = sorted(
-            {host: rank for rank, host in reversed(list(enumerate(self.hosts)))}.values()
-        )
-        self.leaders = leaders
-        self.links = (
-            torch.distributed.new_group(leaders, timeout=timeout, backend="gloo")
-            if len(leaders) > 1
-            else None
-        )
-        slowly = "computes slowly"
-        if not are_alone:
-            slowly = f"{slowly}, or another rank of its expert parallel group does"
-        self.computing, self.sending = _Streak(slowly), _Streak("sends slowly")
+        self.leaders = sorted({self.hosts.index(host) for host in self.hosts})
+        self.links: Any = None
+        if len(self.leaders) > 1:
+            self.links = torch.distributed.new_group(self.leaders, timeout=timeout, backend="gloo")
+        others = "" if are_alone else ", or another rank of its expert parallel group does"
+        self.computing = _Streak(f"computes slowly{others}")
+        self.sending = _Streak("sends slowly")
 
     def find(self, own_part: float, *, step: float) -> list[SlowRank]:
         """Return the ranks that the others wait for, the same on every rank.
@@ -136,11 +130,11 @@ class SlowHosts:
             leader: receiving[self.leaders[(at + 1) % len(self.leaders)]]
             for at, leader in enumerate(self.leaders)
         }
-        found = (
+        slowest = (
             self.computing.next(self._slowest_stage(parts), step=step, hosts=self.hosts),
             self.sending.next(sending if self.links else {}, step=step, hosts=self.hosts),
         )
-        return [rank for rank in found if rank]
+        return [rank for rank in slowest if rank]
 
     def _slowest_stage(self, parts: Sequence[float]) -> dict[int, float]:
         """Return rank -> seconds of the stage with the largest ratio to its own median."""
@@ -194,11 +188,9 @@ class _Streak:
             return None
         rank = max(seconds, key=lambda rank: seconds[rank])
         median = statistics.median_low(seconds.values())
-        is_slow = seconds[rank] > RATIO * median
-        is_slow &= seconds[rank] - median > max(LEAST, SHARE * step)
+        excess = seconds[rank] - median
+        is_slow = excess > max((RATIO - 1) * median, LEAST, SHARE * step)
         host = hosts[rank] if is_slow else ""
         self.lines = self.lines + 1 if host and host == self.host else int(is_slow)
         self.host = host
-        if self.lines != LINES:
-            return None
-        return SlowRank(self.what, rank, host, _ratio(seconds))
+        return SlowRank(self.what, rank, host, _ratio(seconds)) if self.lines == LINES else None

@@ -24,7 +24,6 @@ from megatron.core.num_microbatches_calculator import (
 )
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_timers
 from megatron.training.utils import (
     logical_and_across_model_parallel_group,
@@ -98,23 +97,19 @@ class Step:
     def _gradients(self, data: Any) -> list[dict[str, Tensor]]:
         """Forward and backward over all micro-batches; return the reports of each."""
         args, model = self.parts.args, self.parts.model
-        rerun = get_rerun_state_machine()
-        reports: list[dict[str, Tensor]] = []
-        while rerun.should_run_forward_backward(data):
-            for chunk in model:
-                chunk.zero_grad_buffer()
-            self.parts.optimizer.zero_grad()
-            reports = self.schedule(
-                forward_step_func=self.forward,
-                data_iterator=data,
-                model=model,
-                num_microbatches=get_num_microbatches(),
-                seq_length=args.seq_length,
-                micro_batch_size=args.micro_batch_size,
-                decoder_seq_length=args.decoder_seq_length,
-                forward_only=False,
-            )
-        rerun.should_checkpoint_and_exit()  # which ends its step; it is switched off here
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        self.parts.optimizer.zero_grad()
+        reports: list[dict[str, Tensor]] = self.schedule(
+            forward_step_func=self.forward,
+            data_iterator=data,
+            model=model,
+            num_microbatches=get_num_microbatches(),
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            decoder_seq_length=args.decoder_seq_length,
+            forward_only=False,
+        )
         return reports
 
     def _of_all_stages(
@@ -192,7 +187,7 @@ class GuardedUpdate:
 def scales_losses(optimizer: Any) -> bool:
     """Return whether it scales losses, and so finds overflows: fp16."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return any(getattr(each, "grad_scaler", None) is not None for each in chained)
+    return any(getattr(part, "grad_scaler", None) is not None for part in chained)
 
 
 def _are_alike(optimizer: Any) -> bool:

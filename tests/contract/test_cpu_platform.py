@@ -18,8 +18,7 @@ import importlib, json, sys
 import torch
 from megatron_smlp.platform import cpu
 
-NAMES = ["torch", "torch.cuda", "torch.cuda.random", "torch.cuda.nvtx",
-         "torch.distributed.distributed_c10d",
+NAMES = ["torch", "torch.cuda", "torch.cuda.random",
          "megatron.training.training", "megatron.training.initialize",
          "megatron.core.datasets.utils", "megatron.core.tensor_parallel.mappings",
          "megatron.core.tensor_parallel.random",

@@ -28,9 +28,9 @@ from megatron_smlp.checkpoints.integrity import verify
 from megatron_smlp.checkpoints.reader import TorchDistReader
 from megatron_smlp.conversion import convert
 from megatron_smlp.errors import SaveError, UsageError
+from megatron_smlp.metrics_records import MetricsFile
 from megatron_smlp.program import readable_errors
 from megatron_smlp.training.captured_output import CapturedOutput
-from megatron_smlp.training.metrics_file import MetricsFile
 
 CONVERSIONS: dict[str, Any] = {
     "hf": from_hf,

@@ -10,7 +10,8 @@ from support.launches import REPOSITORY, clean_environment
 # Ends as torch's writers do: an object, held by a frame of the interruption, that complains late.
 INTERRUPTED = """
 import os
-from megatron_smlp.program import readable_errors, undisturbed_exit
+from megatron_smlp.program import readable_errors
+from megatron_smlp.signals import undisturbed_exit
 
 class HalfDone:
     def __del__(self):
@@ -30,7 +31,8 @@ with undisturbed_exit(), readable_errors("program"):
 # Nothing else is kept: objects of nanobind's that nobody collects are listed on stderr.
 LET_GO = """
 import os
-from megatron_smlp.program import readable_errors, undisturbed_exit
+from megatron_smlp.program import readable_errors
+from megatron_smlp.signals import undisturbed_exit
 
 class Other:
     def __init__(self):
@@ -45,7 +47,8 @@ with undisturbed_exit(), readable_errors("program"):
 """
 LATE = """
 import atexit, os, signal, time
-from megatron_smlp.program import readable_errors, undisturbed_exit
+from megatron_smlp.program import readable_errors
+from megatron_smlp.signals import undisturbed_exit
 
 @atexit.register
 def tidy():
@@ -75,7 +78,8 @@ with readable_errors("program"):
 # A worker of the data loader ignores SIGTERM, and multiprocessing waits for it at the end.
 BROKEN = """
 import multiprocessing, signal, time
-from megatron_smlp.program import readable_errors, undisturbed_exit
+from megatron_smlp.program import readable_errors
+from megatron_smlp.signals import undisturbed_exit
 
 def work():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -89,7 +93,7 @@ with undisturbed_exit(), readable_errors("program"):
 """
 INHERITED = """
 import os, signal
-from megatron_smlp.training.signals import graceful_signals
+from megatron_smlp.signals import graceful_signals
 
 signal.signal(signal.SIGTERM, lambda *_: None)
 with graceful_signals(announces=True):
@@ -109,7 +113,7 @@ with graceful_signals(announces=True):
 """
 UNDER_NOHUP = """
 import os, signal
-from megatron_smlp.training.signals import graceful_signals
+from megatron_smlp.signals import graceful_signals
 
 ended = []
 signal.signal(signal.SIGTERM, lambda *_: ended.append(True))

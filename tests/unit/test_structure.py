@@ -12,7 +12,7 @@ from support.launches import REPOSITORY
 PACKAGE = REPOSITORY / "megatron_smlp"
 # Bottom up: a part (a folder, or a file of the package itself) imports only what stands before it.
 ORDER = (
-    *("errors", "ctrl_c", "unwritable_log", "program", "durable", "lease", "provenance"),
+    *("errors", "signals", "unwritable_log", "program", "durable", "lease", "provenance"),
     *("restart_note", "library_logging", "command_line", "metrics_records", "collectives"),
     "first_rank",
     *("progress", "systems", "flag_facts", "partial_prediction", "options"),

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_smlp.command_line import Parser, require_positive
-from megatron_smlp.ctrl_c import interrupt
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec, add_tokenizer_arguments
 from megatron_smlp.errors import UsageError
+from megatron_smlp.signals import interrupt
 
 if TYPE_CHECKING:
     from megatron_smlp.data.pairs.indexed import Index

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Sequence
 
 from megatron_smlp.command_line import Parser
-from megatron_smlp.ctrl_c import interrupt
+from megatron_smlp.signals import interrupt
 
 
 def build_parser() -> argparse.ArgumentParser:

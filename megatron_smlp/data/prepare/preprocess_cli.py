@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_smlp.command_line import Parser, note_ignored
-from megatron_smlp.ctrl_c import interrupt
 from megatron_smlp.data.tokenizers.spec import add_tokenizer_arguments
 from megatron_smlp.errors import UsageError
 from megatron_smlp.progress import Progress
+from megatron_smlp.signals import interrupt
 
 if TYPE_CHECKING:
     from megatron_smlp.data.prepare.output import Counts

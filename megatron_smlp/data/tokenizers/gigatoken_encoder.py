@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_smlp.ctrl_c import is_interruption
 from megatron_smlp.data.tokenizers.ids import join_ids
 from megatron_smlp.data.tokenizers.spec import Encoder
+from megatron_smlp.signals import is_interruption
 
 # Contractions, numbers, code, scripts, combining marks, emoji, controls, special tokens, white
 # space at every place, long runs: what tokenizers differ in.

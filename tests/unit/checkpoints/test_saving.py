@@ -21,7 +21,7 @@ from megatron_smlp.checkpoints.folders import iteration_folder, iterations
 from megatron_smlp.checkpoints.integrity import verify
 from megatron_smlp.checkpoints.save_messages import reason_of
 from megatron_smlp.errors import SaveError, UsageError
-from megatron_smlp.megatron_patches.async_saving import ForkedQueue
+from megatron_smlp.megatron_patches.checkpoint_files import ForkedQueue
 from megatron_smlp.training.events import Outcome
 from megatron_smlp.training.reporting import Reporter
 

@@ -22,7 +22,6 @@ import pytest
 from data_helpers import BYTE_FLAGS, PYTHON, ROOT, assert_same_pair, write_jsonl
 
 from megatron_smlp import __version__, commands
-from megatron_smlp.ctrl_c import is_interruption
 from megatron_smlp.data import hash_table_cli
 from megatron_smlp.data.pairs import inspect_cli, merge_cli
 from megatron_smlp.data.prepare import preprocess_cli
@@ -30,6 +29,7 @@ from megatron_smlp.data.prepare import train_tokenizer_cli as tokenizer_training
 from megatron_smlp.data.prepare.preprocessing import Summary
 from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.program import run_tool
+from megatron_smlp.signals import is_interruption
 
 TOOLS = (
     "preprocess_data",

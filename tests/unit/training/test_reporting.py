@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_smlp.metrics_records import MetricsFile
 from megatron_smlp.training import speed
 from megatron_smlp.training.captured_output import CapturedOutput, FolderError
-from megatron_smlp.training.metrics_file import MetricsFile
 from megatron_smlp.training.reporting import perplexity
 from megatron_smlp.training.speed import StepClock, device_peak_tflops, duration
 

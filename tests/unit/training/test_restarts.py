@@ -193,10 +193,10 @@ def test_building_the_datasets_is_in_no_steps_time(monkeypatch: pytest.MonkeyPat
 
         monkeypatch.setattr(kind, name, noting)
 
-    for kind, name in ((batches, "datasets_of"), (StepClock, "restart"), (StepClock, "step")):
+    for kind, name in ((batches, "run_datasets"), (StepClock, "restart"), (StepClock, "step")):
         note(kind, name)
     with pretrained("--architecture gmlp --train-iters 1"):
         pass
     first = events.index("step")
-    assert "datasets_of" in events[:first]
+    assert "run_datasets" in events[:first]
     assert events[first - 1] == "restart"

@@ -1,4 +1,4 @@
-"""training/signals.py before the first step: SIGTERM ends a run with 0, wherever it is."""
+"""signals.py before the first step: SIGTERM ends a run with 0, wherever it is."""
 
 import os
 import select
@@ -12,7 +12,7 @@ from support.launches import REPOSITORY, clean_environment
 # A main thread that waits in native code, where no Python handler runs: the mutex of a condition.
 BLOCKED = """
 import ctypes, os, sys
-from megatron_smlp.training.signals import StartUp
+from megatron_smlp.signals import StartUp
 
 with StartUp() as start_up:
     start_up.before_ending = lambda: os.write(1, b"released\\n")
@@ -70,10 +70,10 @@ def test_a_rank_ends_with_its_agent():
     """Killed without a chance to end its ranks, as by the kernel when memory is short."""
     rank = (
         "import os, time\n"
-        "from megatron_smlp.training.signals import StartUp\n"
-        "with StartUp():\n"
-        "    print(os.getpid(), flush=True)\n"
-        "    time.sleep(600)\n"
+        "from megatron_smlp.launching.parent import end_with_agent\n"
+        "end_with_agent()\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(600)\n"
     )
     agent = (
         "import os, subprocess, sys, time\n"

@@ -11,7 +11,7 @@ from support.launches import records
 
 from megatron_smlp.data.pairs.indexed import bin_path, idx_path, write_index
 from megatron_smlp.platform.one_process import one_process
-from megatron_smlp.training.data import datasets_of
+from megatron_smlp.training.data import run_datasets
 
 RUN = "--architecture gmlp --lr 0 --eval-interval 2 --eval-iters 2 --log-interval 1"
 
@@ -82,7 +82,7 @@ def test_other_seeds_train_on_others_and_validate_on_the_same(
         args = parse(f"--architecture gmlp --seed {seed} --eval-iters 2", base=base)
         with args.thawed():
             args.iteration = 0
-            found = datasets_of(args, lambda line: None)
+            found = run_datasets(args, lambda line: None)
         parts = (found.train, found.valid[0], found.test)
         return [[part[i]["tokens"].tolist() for i in range(4)] for part in parts]
 

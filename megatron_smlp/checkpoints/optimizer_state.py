@@ -1,6 +1,6 @@
-"""Make the saved optimizer state independent of the layout: TP, PP, EP, DP, distributed or not.
+"""Save optimizer state independent of the layout: TP, PP, EP, DP, distributed or not.
 
-Megatron writes Adam's moments as whole tensors under the names of their parameters, if it is told
+Megatron writes Adam's moments as whole tensors under the names of their parameters, if it is asked
 to (`--dist-ckpt-optim-fully-reshardable`). Around them it keeps what belongs to one layout, and a
 resume under another one stops there. On every device:
 
@@ -11,14 +11,10 @@ resume under another one stops there. On every device:
 * A distributed optimizer calls its fp32 weights `param`, the plain mixed precision one
   `fp32_param`; for an fp32 model only the first saves them, a second time. Here both say
   `fp32_param`, and weights that the model holds in fp32 already are not repeated.
-* A distributed optimizer gathers its buckets without the padding between them, and then looks for
-  each parameter where it lies with the padding: moments behind the first bucket are saved shifted.
-  A stage with a tied embedding has two buckets, and so has every overlap of communication. Here
-  they are gathered with the padding.
 * A plain optimizer has no moments before its first update, which fp16 puts off until its loss scale
   fits, and leaves them out; a resume asks for them. Here they are saved as the zeros that they are.
-* What a plain optimizer saved does not name a format that a distributed optimizer could look for.
-  Here it does.
+* What a plain optimizer saved does not name a format that a distributed optimizer could look for:
+  that is ANY_LAYOUT.
 
 Megatron's format for a change of the data parallel size alone (`dp_reshardable`) passes untouched.
 """
@@ -26,20 +22,16 @@ Megatron's format for a change of the data parallel size alone (`dp_reshardable`
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_smlp.errors import UsageError
-from megatron_smlp.megatron_patches import torch_adam
 
 FORMAT = "distrib_optim_sharding_type"
 ANY_LAYOUT = "fully_reshardable"
@@ -47,99 +39,82 @@ ANY_LAYOUT = "fully_reshardable"
 LOCAL = "of_this_layout"
 
 
-def apply() -> None:
-    """Replace two methods of ChainedOptimizer and two more functions, once per process."""
-    if hasattr(ChainedOptimizer.sharded_state_dict, "__wrapped__"):
-        return
-    ChainedOptimizer.sharded_state_dict = _without_layout(ChainedOptimizer.sharded_state_dict)
-    ChainedOptimizer.load_state_dict = _into_layout(ChainedOptimizer.load_state_dict)
-    DistributedOptimizer.sharded_param_state_fully_reshardable = _gathered_with_padding(
-        DistributedOptimizer.sharded_param_state_fully_reshardable
-    )
-    dist_checkpointing.load_content_metadata = _naming_the_format(
-        dist_checkpointing.load_content_metadata
-    )
+class AnyLayout:
+    """Megatron's optimizer for `generate_state_dict`. See the top of the file.
 
+    Args:
+        optimizer: a ChainedOptimizer, as Megatron builds.
+    """
 
-def _naming_the_format(load: Any) -> Any:
-    @functools.wraps(load)
-    def wrapped(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
-        metadata: dict[str, Any] | None = load(*args, **kwargs)
-        return metadata if metadata is None else {FORMAT: ANY_LAYOUT, **metadata}
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.is_stub_optimizer: bool = optimizer.is_stub_optimizer
 
-    return wrapped
-
-
-def _gathered_with_padding(original: Any) -> Any:
-    """Let each bucket call its padding its own, so that parameters lie where the buffer says."""
-
-    @functools.wraps(original)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        buckets = [bucket for buffer in self.buffers for bucket in buffer.buckets]
-        unpadded = [holder.numel_unpadded for holder in (*self.buffers, *buckets)]
-        for buffer in self.buffers:
-            buffer.numel_unpadded = buffer.numel
-        for bucket in buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            for holder, count in zip((*self.buffers, *buckets), unpadded, strict=True):
-                holder.numel_unpadded = count
-
-    return wrapped
-
-
-def _without_layout(original: Any) -> Any:
-    @functools.wraps(original)
-    def sharded_state_dict(self: Any, model: Any, is_loading: bool = False, **kwargs: Any) -> Any:
-        if (kwargs.get("metadata") or {}).get(FORMAT, ANY_LAYOUT) != ANY_LAYOUT:
-            _check_distributed(self, kwargs["metadata"][FORMAT])
-            return original(self, model, is_loading, **kwargs)
+    def sharded_state_dict(
+        self, model: Any, is_loading: bool = False, *, metadata: dict[str, Any]
+    ) -> Any:
+        """model: its sharded state. Collective."""
+        kind = metadata.get(FORMAT, ANY_LAYOUT)
+        if kind != ANY_LAYOUT:
+            _check_distributed(self.optimizer, kind)
+            return self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
         if not is_loading:
-            _allocate_moments(self)
-        state = original(self, model, is_loading, **kwargs)
-        for optimizer, part in _parts(self, state):
+            _allocate_moments(self.optimizer)
+        state = self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
+        for optimizer, part in _parts(self.optimizer, state):
             if isinstance(optimizer, DistributedOptimizer) and part["param_state"] is not None:
-                _name_weights(part["param_state"], _parameters(optimizer))
-        common = {} if is_loading else {"step": _step(self)} | _grad_scaler(self, state)
+                _name_weights(part["param_state"], model_parameters(optimizer))
+        common = {} if is_loading else self._common(state)
         return common | {LOCAL: _kept_local(state)}
 
-    return sharded_state_dict
+    def _common(self, state: Any) -> dict[str, Any]:
+        """Return the step, and fp16's loss scale with its counters: all chained ones share them."""
+        common: dict[str, Any] = {"step": _step(self.optimizer)}
+        for _, part in _parts(self.optimizer, state):
+            if "grad_scaler" in part:
+                common.setdefault("grad_scaler", part["grad_scaler"])
+        return common
 
-
-def _allocate_moments(optimizer: Any) -> None:
-    """Allocate moments where a plain optimizer has made no update yet."""
-    for one in optimizer.chained_optimizers:
-        if isinstance(one, DistributedOptimizer) or one.optimizer.state:
-            continue
-        if isinstance(one.optimizer, torch.optim.Adam):
-            torch_adam.allocate(one.optimizer)
-        elif one.init_state_fn is not None:
-            one.init_state_fn(one.optimizer, one.config)
-
-
-def _into_layout(original: Any) -> Any:
-    @functools.wraps(original)
-    def load_state_dict(self: Any, state: Any) -> None:
+    def load_state_dict(self, state: Any) -> None:
+        """state: what `sharded_state_dict` asked for, loaded."""
         if LOCAL not in state:
-            original(self, state)
+            self.optimizer.load_state_dict(state)
             return
         local = state[LOCAL]
-        for optimizer, part in _parts(self, local):
+        for optimizer, part in _parts(self.optimizer, local):
             _set_step(optimizer, part, state["step"])
             if "grad_scaler" in state:
                 part["grad_scaler"] = state["grad_scaler"]
             if isinstance(optimizer, DistributedOptimizer):
-                _restore_weights(part["param_state"], _parameters(optimizer))
-        original(self, local)
+                _restore_weights(part["param_state"], model_parameters(optimizer))
+        self.optimizer.load_state_dict(local)
 
-    return load_state_dict
+
+def allocate(optimizer: torch.optim.Adam) -> None:
+    """Give every parameter the state that torch's Adam would give it at its first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def _allocate_moments(optimizer: Any) -> None:
+    """Allocate moments where a plain optimizer has made no update yet."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer) or part.optimizer.state:
+            continue
+        if isinstance(part.optimizer, torch.optim.Adam):
+            allocate(part.optimizer)
+        elif part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer, part.config)
 
 
 def _check_distributed(optimizer: Any, name: str) -> None:
     """Raise UsageError where a plain optimizer meets what a distributed one saved in its format."""
-    if not all(isinstance(one, DistributedOptimizer) for one in optimizer.chained_optimizers):
+    if not all(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers):
         raise UsageError(
             f"the checkpoint's optimizer state has the format {name}, which only a run with "
             "--use-distributed-optimizer in the same tensor, pipeline and expert parallel layout "
@@ -154,10 +129,10 @@ def _parts(optimizer: Any, state: Any) -> Iterator[tuple[Any, Any]]:
     if len(chained) == 1:
         yield chained[0], state
     else:
-        yield from ((one, state[number]) for number, one in enumerate(chained))
+        yield from ((part, state[number]) for number, part in enumerate(chained))
 
 
-def _parameters(optimizer: DistributedOptimizer) -> list[torch.Tensor]:
+def model_parameters(optimizer: DistributedOptimizer) -> list[torch.Tensor]:
     """Return the model's parameters in the order in which Megatron numbers their states."""
     return [parameter for buffer in optimizer.buffers for parameter in buffer.param_index_map]
 
@@ -203,10 +178,9 @@ def _unwrapped(state: Any) -> Any:
 def _step(optimizer: Any) -> int:
     """Return the steps taken, which a rank or group without parameters of its own does not know."""
     steps = [0]
-    for one in optimizer.chained_optimizers:
-        inner = one.optimizer
-        found = [*inner.param_groups, *inner.state.values()]
-        steps += [int(holder["step"]) for holder in found if holder.get("step") is not None]
+    for part in optimizer.chained_optimizers:
+        holders = [*part.optimizer.param_groups, *part.optimizer.state.values()]
+        steps += [int(holder["step"]) for holder in holders if holder.get("step") is not None]
     largest = torch.tensor(max(steps), device=torch.cuda.current_device())
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     return int(largest)
@@ -219,9 +193,3 @@ def _set_step(optimizer: Any, part: dict[str, Any], step: int) -> None:
             group["step"] = step
     else:
         inner["state"]["common_step"] = torch.tensor(float(step))
-
-
-def _grad_scaler(optimizer: Any, state: Any) -> dict[str, Any]:
-    """Return fp16's loss scale and its counters, which all chained optimizers share."""
-    found = [part["grad_scaler"] for _, part in _parts(optimizer, state) if "grad_scaler" in part]
-    return {"grad_scaler": found[0]} if found else {}
