@@ -11,7 +11,7 @@ from support.checkpoints import RUN, assert_ends_like, pretrain
 from support.in_process import pretrained
 from support.launches import records
 
-from megatron_smlp.checkpoints.saving import Saving
+from megatron_smlp.checkpoints.save_lease import SaveLease
 from megatron_smlp.restart_note import RESTART, note_cause
 from megatron_smlp.training import batches, slow_hosts
 from megatron_smlp.training.restart_report import BY_HAND
@@ -22,12 +22,12 @@ from megatron_smlp.training.speed import StepClock
 def fail_at(iteration: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of support/checkpoints.py that ends as a crash does."""
 
-    def reached(self: Saving, done: int) -> None:
+    def reached(self: SaveLease, done: int) -> None:
         if done == iteration:
             raise RuntimeError("a device is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Saving, "reached", reached)
+        patched.setattr(SaveLease, "reached", reached)
         with pytest.raises(RuntimeError, match="a device is gone"), pretrained(f"{RUN} {words}"):
             pass
 
@@ -53,7 +53,7 @@ def test_a_failure_and_its_cost_are_told_once(
     assert_ends_like(run, undisturbed)
 
 
-def test_a_run_that_was_told_to_end_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_was_signalled_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = tmp_path / "run"
     pretrain(f"--save {run} --exit-interval 4")
     pretrain(f"--save {run}")
