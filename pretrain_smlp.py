@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_smlp import plugin_files
 from megatron_smlp.flags import early
 from megatron_smlp.flags.help import answered
 from megatron_smlp.launching.parent import AGENT_PID, end_with_agent
@@ -26,6 +27,7 @@ from megatron_smlp.training.captured_output import CapturedOutput
 
 def main(argv: Sequence[str]) -> None:
     """Run a command line: parse -> patch -> train."""
+    argv = plugin_files.take(argv)
     if answered(argv):  # --help, --version
         return
     early.refuse(argv)

@@ -50,7 +50,7 @@ COMMANDS = ["smlp-pretrain = pretrain_smlp:run"] + [
     for name in (
         *("preprocess", "inspect_dataset", "merge_datasets", "train_tokenizer", "build_hash_table"),
         *("convert", "inspect_checkpoint", "estimate", "evaluate", "generate", "serve", "plot"),
-        *("study", "launch", "goodput"),
+        *("study", "launch", "goodput", "check", "new"),
     )
 ]
 

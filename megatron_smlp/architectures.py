@@ -39,6 +39,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
+from megatron_smlp.layers.hosted import hosted_spec
 from megatron_smlp.layers.norms import norm_builder
 from megatron_smlp.layers.projections import two_projections
 from megatron_smlp.layers.spatial_gating import SpatialProjection
@@ -47,6 +48,7 @@ from megatron_smlp.layers.token_moe import ResidualRoutedMoELayer, token_moe_bui
 from megatron_smlp.options import ModelOptions, options_of
 from megatron_smlp.systems import (
     ARCHITECTURES,
+    CHANNELS,
     LayerSlots,
     layer_slots,
     load,
@@ -158,8 +160,12 @@ def layer_submodules(config: TransformerConfig, slots: LayerSlots) -> Transforme
 def _mixer(
     config: TransformerConfig, slots: LayerSlots, backend: BackendSpecProvider
 ) -> ModuleSpec:
-    options = options_of(config)
-    return load(mixer_of(slots).spec)(
+    options, mixer = options_of(config), mixer_of(slots)
+    if mixer.plugin:
+        return hosted_spec(
+            config, backend, kind=mixer.plugin, sequence_length=_sequence_length(config)
+        )
+    return load(mixer.spec)(
         config,
         backend,
         heads=slots.heads,
@@ -175,6 +181,13 @@ def _channel(config: TransformerConfig, slots: LayerSlots, backend: BackendSpecP
         if name == "none":
             return token_moe_builder(config, backend)
         return token_moe_builder(config, backend, router=token_router_class(name))
+    if slots.channel in CHANNELS:
+        return hosted_spec(
+            config,
+            backend,
+            kind=CHANNELS[slots.channel],
+            sequence_length=_sequence_length(config),
+        )
     return partial(MLP.as_mlp_submodule, submodules=two_projections(backend))
 
 

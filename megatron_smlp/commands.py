@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from functools import partial
 from typing import NoReturn
 
+from megatron_smlp.plugin_texts import ALLOW, FLAG
 from megatron_smlp.program import run_tool
+
+NAMING = {FLAG, ALLOW, "--config"}
+"""Flags by which plugins are named."""
 
 
 def _run(module: str) -> NoReturn:
-    run_tool(importlib.import_module(f"megatron_smlp.{module}").main)
+    run_tool(partial(_main, module))
+
+
+def _main(module: str) -> int | None:
+    """Load the plugins that are named, then the tool, which has them in its tables."""
+    if NAMING & {word.partition("=")[0] for word in sys.argv[1:]}:
+        from megatron_smlp import plugin_files  # with numpy, which --help does without
+
+        sys.argv[1:] = plugin_files.take(sys.argv[1:])
+    code: int | None = importlib.import_module(f"megatron_smlp.{module}").main()
+    return code
 
 
 build_hash_table = partial(_run, "data.hash_table_cli")
+check = partial(_run, "checking.cli")
 convert = partial(_run, "conversion.cli")
 estimate = partial(_run, "accounting.estimate")
 evaluate = partial(_run, "evaluation.cli")
@@ -24,6 +40,7 @@ inspect_dataset = partial(_run, "data.pairs.inspect_cli")
 launch = partial(_run, "launching.supervisor")
 merge_datasets = partial(_run, "data.pairs.merge_cli")
 plot = partial(_run, "plotting.cli")
+new = partial(_run, "checking.new")
 preprocess = partial(_run, "data.prepare.preprocess_cli")
 serve = partial(_run, "serving.cli")
 study = partial(_run, "study.cli")

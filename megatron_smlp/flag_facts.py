@@ -3,6 +3,7 @@ say what the model is. Ours are in options.py, whose lists are derived from both
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ class Facts:
 
     architectures: tuple[str, ...] = ()
     """Architectures it is for, empty: all. With another one a value is refused."""
-    token_routers: tuple[str, ...] = ()
+    token_routers: Sequence[str] = ()
     """Rules of the token router that it is for, empty: all."""
     feature_routers: tuple[str, ...] = ()
     """Rules of the feature router that it is for, empty: all."""
@@ -44,11 +45,11 @@ class Facts:
     """Whether tools/convert_checkpoint.py --upcycle takes it for the sparse model."""
 
 
-def option(default: Any, *, choices: tuple[str, ...] | None = None, **facts: Any) -> Any:
+def option(default: Any, *, choices: Mapping[str, Any] | None = None, **facts: Any) -> Any:
     """Make a dataclass field with its facts.
 
     Args:
-        choices: allowed values, where the type does not say them.
+        choices: the table whose names are allowed, beside the default; plugins may add to it.
     """
     metadata = {"facts": Facts(**facts), "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)

@@ -18,6 +18,7 @@ from megatron_smlp.architectures import SMLPTransformerConfig, block_spec
 from megatron_smlp.data.balanced_experts import experts_of_training_data
 from megatron_smlp.data.tokenizers.factory import strings_of_tokens
 from megatron_smlp.layers.minhash import fingerprints, replace_embedding
+from megatron_smlp.options import PLUGIN_OPTIONS
 from megatron_smlp.routers.hash import attach_token_ids
 from megatron_smlp.routers.hash_table import BALANCED
 
@@ -43,6 +44,8 @@ def transformer_config(args: argparse.Namespace) -> SMLPTransformerConfig:
     """Megatron's own translation of arguments, into our config class."""
     config = core_transformer_config_from_args(args, config_class=SMLPTransformerConfig)
     config.spatial_length = args.seq_length
+    for name in PLUGIN_OPTIONS:
+        setattr(config, name, getattr(args, name))
     if args.openai_gelu:
         config.activation_func = activation(vars(args))
     config.hash_vocab_size = args.padded_vocab_size

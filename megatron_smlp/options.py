@@ -7,7 +7,6 @@ annotations`): flags/our_flags.py builds the parser from them.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -20,7 +19,7 @@ from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS
 class ModelOptions:
     """Flags of the model, beyond Megatron's own."""
 
-    architecture: str = option("transformer", choices=tuple(ARCHITECTURES), hf=SAME, upcycling=True)
+    architecture: str = option("transformer", choices=ARCHITECTURES, hf=SAME, upcycling=True)
     """The pair of mixers of each layer; megatron_smlp/systems.py is the table."""
 
     spatial_heads: int = option(1, architectures=SPATIAL, hf=SAME)
@@ -106,7 +105,7 @@ class ModelOptions:
     """smlp: how many dense spatial gating layers come before the sparse ones (N1 of the paper);
     the other --num-layers minus this many are sparse (N2)."""
 
-    token_router: str = option("none", choices=("none", *TOKEN_ROUTERS), hf=SAME, upcycling=True)
+    token_router: str = option("none", choices=TOKEN_ROUTERS, hf=SAME, upcycling=True)
     """The rule by which tokens choose among the --num-experts FFN experts; one file a rule in
     megatron_smlp/routers/. none: there are no token experts."""
 
@@ -174,6 +173,13 @@ class RunOptions:
     config: str | None = option(None, of_one_start=True)
     """YAML file of flags, with hyphens or underscores; flags on the command line win over it. Given
     several times, a later file wins; `include: FILE` or [A, B] in one takes the keys of others."""
+
+    plugin: str | None = option(None, of_one_start=True)
+    """A file of your own, or the name of an installed plugin, with mixers, routers or architectures
+    (docs/own-mixer.md); may be given several times. In a --config file: a path from its folder."""
+
+    allow_other_plugin: bool = option(False, of_one_start=True)
+    """Go on from a checkpoint, or read one, that was made with another text of a plugin."""
 
     dry_run: bool = option(False, of_one_start=True)
     """Print the resolved configuration, where each value comes from, the layer table, parameters
@@ -268,8 +274,10 @@ DEFAULTS: dict[str, Any] = {
     for kind in (ModelOptions, RunOptions)
     for field in dataclasses.fields(kind)
 }
-MODEL_FLAGS: Mapping[str, Facts] = {**facts_of(ModelOptions), **MEGATRON_FLAGS}
+MODEL_FLAGS: dict[str, Facts] = {**facts_of(ModelOptions), **MEGATRON_FLAGS}
 """Everything that makes the model what it is, in the order of model.json."""
+PLUGIN_OPTIONS: dict[str, Any] = {}
+"""Options of the plugins of this process (plugins.Option), which are in the tables above too."""
 
 
 def model_defaults() -> dict[str, Any]:
@@ -280,8 +288,10 @@ def model_defaults() -> dict[str, Any]:
 
 def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
     """Return the allowed values of a flag, which its type or its metadata says; None: any."""
-    choices: tuple[str, ...] | None = field.metadata.get("choices")
-    return get_args(field.type) if get_origin(field.type) is Literal else choices
+    if get_origin(field.type) is Literal:
+        return get_args(field.type)
+    choices = field.metadata.get("choices")
+    return choices and tuple(dict.fromkeys((field.default, *choices)))
 
 
 def argument_of(name: str) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp import plugin_texts
+
 PACKAGES = ("megatron-core", "torch", "numpy", "transformers", "tokenizers", "safetensors")
 HASH_DIGITS = 12
 NOT_OF_A_STEP = {"commands.py", "conversion", "generation", "plotting", "serving", "study"}
@@ -30,8 +32,8 @@ def made_by() -> dict[str, str | None]:
 
 
 def sources() -> str:
-    """Return a hash of the texts that decide what a step computes: pretrain_smlp.py and the package
-    but for some parts. A text that one adds to them, as a plugin's, belongs here."""
+    """Return a hash of the texts that decide what a step computes: pretrain_smlp.py, the
+    package but for some parts, and the plugins of this process."""
     package = Path(__file__).parent
     files = [package.with_name("pretrain_smlp.py"), *sorted(package.rglob("*.py"))]
     digest = hashlib.sha256()
@@ -39,6 +41,8 @@ def sources() -> str:
         name = file.relative_to(package.parent)
         if not NOT_OF_A_STEP.intersection(name.parts[1:2]):
             digest.update(f"{name}\n{len(text := file.read_bytes())}\n".encode() + text)
+    for plugin, content in plugin_texts.texts().items():
+        digest.update(f"{plugin}\n{len(content.encode())}\n{content}".encode())
     return digest.hexdigest()[:HASH_DIGITS]
 
 

@@ -35,6 +35,8 @@ class TokenRouterRule:
     """Whether it scores tokens by a matrix of its own; else no load means a collapse."""
     reads_ids: bool = False
     """Whether it needs the token ids, which every pipeline stage then reads."""
+    plugin: Any = None
+    """The class of a plugin (megatron_smlp/plugins.py), which the router hosts."""
     upcycling_scale: Callable[[int], float] | None = None
     """One over the sum of a token's weights while all scores are equal, by the number of experts:
     how much larger the copies of a dense FFN have to be. None: it cannot be upcycled to."""
@@ -70,11 +72,11 @@ TOKEN_ROUTERS: dict[str, TokenRouterRule] = {
         has_balance_loss=True,
     ),
 }
-LIMITED = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_capacity)
-WITH_BALANCE_LOSS = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_balance_loss)
-SCORING = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.has_weights)
-READING_IDS = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.reads_ids)
-TOP_K = tuple(name for name, rule in TOKEN_ROUTERS.items() if rule.takes_topk)
+LIMITED = [name for name, rule in TOKEN_ROUTERS.items() if rule.has_capacity]
+WITH_BALANCE_LOSS = [name for name, rule in TOKEN_ROUTERS.items() if rule.has_balance_loss]
+SCORING = [name for name, rule in TOKEN_ROUTERS.items() if rule.has_weights]
+READING_IDS = [name for name, rule in TOKEN_ROUTERS.items() if rule.reads_ids]
+TOP_K = [name for name, rule in TOKEN_ROUTERS.items() if rule.takes_topk]
 
 
 def experts_of_a_token(name: str, topk: int) -> int:
@@ -93,7 +95,8 @@ def weighs_all_experts(name: str, topk: int) -> bool:
 
 def token_router_class(name: str) -> Any:
     """Import the router of a rule."""
-    return load(TOKEN_ROUTERS[name].module)
+    rule = TOKEN_ROUTERS[name]
+    return load(rule.module)(rule.plugin) if rule.plugin else load(rule.module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +127,12 @@ class Mixer:
     """Whether the host reads a tensor of it in a step, so that no CUDA graph can hold it."""
     check: str | None = None
     """The function that raises ValueError for flags of which it cannot be built, `module:name`."""
+    plugin: Any = None
+    """The class of a plugin (megatron_smlp/plugins.py), which spec, cost and check are given."""
 
 
+CHANNELS: dict[str, Any] = {}
+"""Classes of plugins' channel mixers, by name."""
 COSTS = "megatron_smlp.accounting.mixers"
 GATING_CHECK = "megatron_smlp.layers.spatial_gating:check_flags"
 MIXERS: dict[str, Mixer] = {
@@ -196,19 +203,28 @@ class Architecture:
     """The mixers of a model's layers."""
 
     mixer: str
-    channel: Literal["mlp", "none"] = "none"
-    """The channel mixer of layers without token experts."""
+    channel: str = "none"
+    """The channel mixer of layers without token experts: mlp, none or a plugin's."""
     sparse_mixer: str | None = None
     """smlp: the token mixer of the sparse layers, where --feature-router is given."""
+    layers: Callable[[int, int], tuple[str, str]] | None = None
+    """A plugin's: (number from 0, of how many) -> mixer and channel of that layer."""
+    others: tuple[str, ...] = ()
+    """Mixers of its layers beside `mixer`."""
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        return [MIXERS[name] for name in (self.mixer, *self.others)]
 
     @property
     def attends(self) -> bool:
-        return MIXERS[self.mixer].attends
+        return any(mixer.attends for mixer in self.mixers)
 
     @property
     def positions(self) -> Literal["learned_absolute", "none"]:
         """--position-embedding-type where it is not given, and what can be exported."""
-        return "learned_absolute" if MIXERS[self.mixer].learned_positions else "none"
+        learned = any(mixer.learned_positions for mixer in self.mixers)
+        return "learned_absolute" if learned else "none"
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -233,7 +249,8 @@ class LayerSlots:
 
     mixer: str
     """One of MIXERS."""
-    channel: Literal["mlp", "token_moe", "none"]
+    channel: str
+    """mlp, token_moe, none or one of CHANNELS."""
     heads: int
     """Attention heads, spatial heads or spatial experts, whichever the mixer has."""
 
@@ -283,7 +300,10 @@ def layer_slots(options: Any, sizes: Any, *, num_experts: int | None) -> list[La
     kind = ARCHITECTURES[options.architecture]
     slots = []
     for index in range(sizes.num_layers):
-        mixer, is_sparse = kind.mixer, index >= options.num_dense_layers
+        mixer, channel = kind.mixer, kind.channel
+        if kind.layers:
+            mixer, channel = kind.layers(index, sizes.num_layers)
+        is_sparse = index >= options.num_dense_layers
         if kind.sparse_mixer and is_sparse and options.feature_router != "none":
             mixer = kind.sparse_mixer
         routes = num_experts is not None and (
@@ -294,7 +314,7 @@ def layer_slots(options: Any, sizes: Any, *, num_experts: int | None) -> list[La
         slots.append(
             LayerSlots(
                 mixer=mixer,
-                channel="token_moe" if routes else kind.channel,
+                channel="token_moe" if routes else channel,
                 heads=1 if count is None else count,  # None: nothing attends
             )
         )

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from megatron_smlp.options import ModelOptions, options_of
+from megatron_smlp.options import PLUGIN_OPTIONS, ModelOptions, options_of
 from megatron_smlp.systems import (
+    CHANNELS,
     TOKEN_ROUTERS,
     LayerSlots,
     experts_of_a_token,
@@ -29,6 +31,7 @@ from megatron_smlp.systems import (
 )
 
 TOKENS_PER_REPORT = 1024
+PLUGIN_COST = "megatron_smlp.accounting.plugin_costs:plugin_cost"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,8 @@ class ModelShape:
     moe_router_topk: int = 1
     options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     """Our flags of the model, for what a mixer alone reads."""
+    plugin_values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the options of plugins."""
     shared_expert_size: int = 0
     """Width of the FFN that every token visits beside its experts; 0: there is none."""
     prefix_length: int = 0
@@ -150,6 +155,7 @@ class ModelShape:
             moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
             moe_router_topk=experts_of_a_token(options.token_router, args.moe_router_topk),
             options=options,
+            plugin_values={name: getattr(args, name) for name in PLUGIN_OPTIONS},
             shared_expert_size=args.moe_shared_expert_intermediate_size or 0 if num_experts else 0,
             prefix_length=options.prefix_length(args.seq_length),
             num_feature_chunks=options.num_chunks if is_partial else 0,
@@ -279,8 +285,12 @@ def layer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     Raises:
         ValueError: a mixer that systems.py does not describe.
     """
-    mixer: Cost = load(mixer_of(slots).cost)(shape, slots)
+    entry = mixer_of(slots)
+    mixer: Cost = load(entry.cost)(shape, entry.plugin or slots)
     channels = {"mlp": mlp_cost, "token_moe": token_moe_cost, "none": lambda _: Cost()}
+    if slots.channel in CHANNELS:
+        channel: Cost = load(PLUGIN_COST)(shape, CHANNELS[slots.channel])
+        return mixer + channel
     return mixer + channels[slots.channel](shape)
 
 

@@ -23,9 +23,17 @@ from megatron_smlp.accounting.ranks import ParallelLayout, gathers
 from megatron_smlp.command_line import Parser, did_you_mean, flag_of
 from megatron_smlp.data.tokenizers.factory import read_tokenizer
 from megatron_smlp.data.tokenizers.spec import TokenizerSpec
+from megatron_smlp.flag_facts import MEGATRON_FLAGS
 from megatron_smlp.flags.check_model import check_attention, check_experts, check_sparse
+from megatron_smlp.flags.megatron_flags import listed
 from megatron_smlp.flags.yaml_file import StrictLoader, read_yaml, spelling
-from megatron_smlp.options import ModelOptions, choices_of, model_defaults
+from megatron_smlp.options import (
+    DEFAULTS,
+    PLUGIN_OPTIONS,
+    ModelOptions,
+    choices_of,
+    model_defaults,
+)
 from megatron_smlp.partial_prediction import prefix_length
 from megatron_smlp.systems import ARCHITECTURES, TOP_K
 
@@ -84,10 +92,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "position_embedding_type": ("learned_absolute", "rope", "none"),
     "recompute_granularity": ("full", "selective"),
     "recompute_method": ("uniform", "block"),
-} | {
-    field.name: choices
-    for field in dataclasses.fields(ModelOptions)
-    if (choices := choices_of(field)) is not None
 }
 _SIZES = {
     *_REQUIRED,
@@ -152,7 +156,8 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     if missing:
         raise ValueError(f"{', '.join(missing)} missing: give a positive number for each")
     _refuse_wrong(values)
-    args = argparse.Namespace(**(_DEFAULTS | values))
+    plugins = {name: DEFAULTS[name] for name in PLUGIN_OPTIONS}
+    args = argparse.Namespace(**(_DEFAULTS | plugins | values))
     if not isinstance(args.moe_layer_freq, int | list):
         raise ValueError(f"moe_layer_freq {args.moe_layer_freq}: give a number or a list as [0, 1]")
     args.load = None
@@ -198,8 +203,10 @@ def _refuse_misspelt(values: dict[str, Any]) -> None:
 
 def _refuse_wrong(values: Mapping[str, Any]) -> None:
     """Refuse what is not one of the choices, and what is no number, or no size, where it has to."""
+    # A plugin that a study names may have come since this file was imported.
+    ours = {field.name: choices_of(field) for field in dataclasses.fields(ModelOptions)}
     for name, value in values.items():
-        choices = _CHOICES.get(name)
+        choices = _CHOICES.get(name) or ours.get(name)
         if choices and value is not None and value not in choices:
             raise ValueError(f"{flag_of(name)} {value}: give one of {', '.join(choices)}")
         least = 0 if name in _FROM_ZERO else 1
@@ -319,12 +326,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print JSON")
     flags = parser.add_argument_group("flags of the model, its layout and the tokenizer")
     for name, default in sorted(_TYPED.items()):
+        is_shown = name not in MEGATRON_FLAGS or flag_of(name) in listed()
+        how: dict[str, Any] = {"default": argparse.SUPPRESS}
+        how |= {} if is_shown else {"help": argparse.SUPPRESS}  # costs nothing
         if isinstance(default, bool):
-            flags.add_argument(flag_of(name), action="store_true", default=argparse.SUPPRESS)
+            flags.add_argument(flag_of(name), action="store_true", **how)
         else:
-            flags.add_argument(
-                flag_of(name), type=_value, nargs="+", metavar="VALUE", default=argparse.SUPPRESS
-            )
+            flags.add_argument(flag_of(name), type=_value, nargs="+", metavar="VALUE", **how)
     return parser
 
 

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp import plugin_texts
 from megatron_smlp.checkpoints.folders import MODEL, folder_at
 from megatron_smlp.checkpoints.integrity import problems_in, read_sums
 from megatron_smlp.errors import DamagedCheckpointError, UsageError, UserError
@@ -23,6 +24,8 @@ def model_flags(args: argparse.Namespace) -> dict[str, Any]:
 
     flags = {name: getattr(args, name) for name in MODEL_FLAGS}
     flags["vocab_size"] = get_tokenizer().vocab_size
+    if plugins := plugin_texts.recorded():
+        flags["plugins"] = plugins
     if flags["window_size"] is not None:
         flags["window_size"] = str(flags["window_size"])  # JSON has no tuples
     if not args.group_query_attention:
@@ -57,7 +60,7 @@ def flags_in(folder: Path) -> dict[str, Any]:
     """Return the flags in the folder of one checkpoint.
 
     Raises:
-        UsageError: it was not written by us.
+        UsageError: it was not written by us, or with a plugin that is not named.
         DamagedCheckpointError: model.json is not what was written.
     """
     path = folder / MODEL
@@ -71,4 +74,5 @@ def flags_in(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{path} is not JSON ({error}).") from error
     if not isinstance(flags, dict):
         raise DamagedCheckpointError(f"{path} does not hold a JSON object.")
+    plugin_texts.require(flags.get("plugins", {}), str(folder))
     return {**model_defaults(), **flags}

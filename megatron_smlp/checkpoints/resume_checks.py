@@ -27,6 +27,8 @@ def check_same_model(args: argparse.Namespace, iteration: int | None) -> None:
     """
     wanted = model_flags(args)
     for name, there in read_model_flags(args.load, iteration).items():
+        if name == "plugins":  # reading the checkpoint's flags has compared them
+            continue
         here = wanted.get(name, there)
         may_change = name in MODEL_FLAGS and MODEL_FLAGS[name].may_change
         if here != there and not may_change:

@@ -8,6 +8,7 @@
 | flags | the value of every flag, after all defaults of Megatron and the machine |
 | layout | over how many ranks the model was spread, and how |
 | data | what was in each dataset, by its prefix: `data/pairs/content.py` |
+| plugins | the text of each plugin, by its name |
 | software | commit of this repository, hash of its sources, versions of Python and of packages |
 | tokenizer | flags that name it, its size, and the SHA-256 of its vocabulary |
 """
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp import plugin_texts
 from megatron_smlp.checkpoints import integrity
 from megatron_smlp.checkpoints.folders import MODEL, RUN
 from megatron_smlp.durable import write_durably
@@ -59,6 +61,7 @@ def run_record(args: argparse.Namespace, *, iteration: int | None) -> dict[str, 
         "layout": {name: getattr(args, name) for name in LAYOUT},
         "data": args.data_contents,
         "software": software(),
+        "plugins": plugin_texts.texts(),
         "tokenizer": {name: getattr(args, name) for name in TOKENIZER}
         | {"identity": _tokenizer_identity(args)},
         "flags": {name: plain(value) for name, value in sorted(vars(args).items())},

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from megatron_smlp import plugin_files, plugin_texts
 from megatron_smlp.checkpoints.tensors import Source, Spec, check_scale, main_dtype
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.conversion import names
@@ -31,7 +32,7 @@ from megatron_smlp.errors import DataError, UsageError
 from megatron_smlp.flag_facts import MEGATRON_FLAGS
 from megatron_smlp.hf import modeling_smlp
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
-from megatron_smlp.hf.modeling_smlp import AUTO_MAP, SMLPForCausalLM
+from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM
 from megatron_smlp.options import MODEL_FLAGS, model_defaults
 from megatron_smlp.systems import ARCHITECTURES, POSITIONS, TOP_K, experts_of_a_token
 
@@ -76,6 +77,7 @@ def config_of(flags: Mapping[str, Any]) -> SMLPConfig:
     with impossible("the model's flags"):
         return SMLPConfig(
             **{theirs: flags[ours] for ours, theirs in NAMES.items()},
+            plugin=plugin_files.described(flags),
             num_query_groups=flags["num_query_groups"] if flags["group_query_attention"] else None,
             moe_router_topk=flags["moe_router_topk"] if flags["token_router"] in TOP_K else None,
             moe_eval_capacity_factor=None,  # a score must not depend on what else is in its batch
@@ -90,6 +92,8 @@ def flags_of(config: SMLPConfig) -> dict[str, Any]:
     return {
         **UNSUPPORTED,
         **{ours: getattr(config, theirs) for ours, theirs in NAMES.items()},
+        **(config.plugin or {}).get("options", {}),
+        "plugins": (config.plugin or {}).get("files", {}),
         "vocab_size": config.unpadded_vocab_size or config.vocab_size,
         "hash_table": None,
         # All that a zero says: there is no such loss.
@@ -126,7 +130,8 @@ def read_config(folder: Path) -> SMLPConfig:
     """Read the configuration of an exported folder; no code of the folder is run.
 
     Raises:
-        UsageError: it holds another model, or a value that is not possible.
+        UsageError: it holds another model, one of a plugin that is not named, or a value that is
+            not possible.
     """
     values = read_config_json(folder)
     if values["model_type"] != MODEL_TYPE:
@@ -134,6 +139,7 @@ def read_config(folder: Path) -> SMLPConfig:
             f"{folder}/config.json is of a model of type {values['model_type']!r}; what can be "
             f"read is {MODEL_TYPE!r}, which this tool writes, 'llama' and 'gpt2'."
         )
+    plugin_texts.require((values.get("plugin") or {}).get("files", {}), str(folder))
     with impossible(f"{folder}/config.json"):
         return SMLPConfig.from_dict(values)
 
@@ -199,7 +205,17 @@ def build(config: SMLPConfig) -> SMLPForCausalLM:
         UsageError: its sizes are beyond what a tensor can have.
     """
     with impossible("no such model can be built"), torch.device("meta"):
-        return SMLPForCausalLM(config).eval()
+        return model_class(config)(config).eval()
+
+
+def model_class(config: SMLPConfig) -> type[SMLPForCausalLM]:
+    """Return the class of a configuration's model, which transformers' Auto classes take too."""
+    if config.plugin is None:
+        return SMLPForCausalLM
+    from megatron_smlp.hf.modeling_plugin import SMLPPluginForCausalLM
+
+    AutoModelForCausalLM.register(SMLPConfig, SMLPPluginForCausalLM, exist_ok=True)
+    return SMLPPluginForCausalLM
 
 
 def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -244,9 +260,24 @@ def write(
 
 def _add_code(config: SMLPConfig, folder: Path) -> None:
     """Add the model's code; that of its configuration goes along with the configuration."""
-    config.architectures = [SMLPForCausalLM.__name__]
-    config.auto_map = dict(AUTO_MAP)
+    kind = model_class(config)
+    config.architectures = [kind.__name__]
+    config.auto_map = dict(kind.auto_map)
     shutil.copy(modeling_smlp.__file__, folder)
+    if config.plugin is None:
+        return
+    from megatron_smlp import plugins
+    from megatron_smlp.hf import modeling_plugin
+
+    shutil.copy(plugins.__file__, folder)
+    host = plugin_texts.exported(Path(modeling_plugin.__file__).read_text(encoding="utf-8"))
+    for name in config.plugin["files"]:
+        text = plugin_texts.exported(plugin_texts.LOADED[name].text)
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+        host += f"\nfrom .{name} import __name__ as _{name}  # registers what it holds"
+    (folder / f"{modeling_plugin.__name__.rpartition('.')[2]}.py").write_text(
+        f"{host}\n", encoding="utf-8"
+    )
 
 
 def _add_tokenizer(

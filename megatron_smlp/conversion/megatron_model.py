@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from megatron_smlp.checkpoints.tensors import Source
 from megatron_smlp.conversion.streamed_weights import weights_from
 from megatron_smlp.errors import UsageError
+from megatron_smlp.options import PLUGIN_OPTIONS
 
 # As pretrain_smlp.py sets it on a machine without Apex and Transformer Engine, in fp32.
 ON_CPU: dict[str, Any] = {
@@ -88,6 +89,8 @@ def _build(flags: Mapping[str, Any]) -> Any:
         spatial_length=flags["seq_length"],
         hash_vocab_size=flags["padded_vocab_size"],
     )
+    for name in PLUGIN_OPTIONS:
+        setattr(config, name, flags[name])
     with _OnMeta():
         model = GPTModel(
             config,

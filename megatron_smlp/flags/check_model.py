@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.systems import ARCHITECTURES, MIXERS, LayerSlots, layer_slots, load
+from megatron_smlp.systems import ARCHITECTURES, LayerSlots, layer_slots, load
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -24,7 +25,8 @@ def check_model(args: argparse.Namespace) -> None:
     kind = ARCHITECTURES[args.architecture]
     if kind.attends:
         check_attention(args)
-    _call(MIXERS[kind.mixer].check, args)
+    for mixer in kind.mixers:
+        _call(mixer.check, args, *([mixer.plugin] if mixer.plugin else []))
     if args.context_parallel_size > 1:
         # Attention could; the mixers' checks have said why they cannot.
         raise UsageError(
@@ -63,11 +65,11 @@ def check_attention(args: argparse.Namespace) -> None:
         )
 
 
-def _call(check: str | None, args: argparse.Namespace) -> None:
+def _call(check: str | None, *args: Any) -> None:
     if check is None:
         return
     try:
-        load(check)(args)
+        load(check)(*args)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -6,7 +6,7 @@ A flag that would be accepted and do nothing is refused. To spell out a default 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -247,6 +247,6 @@ def _text(value: Any) -> str:
     return " ".join(str(getattr(item, "name", item)) for item in values)
 
 
-def one_of(names: tuple[str, ...]) -> str:
+def one_of(names: Sequence[str]) -> str:
     """Return `a`, `a or b`, `a, b or c`, for a message."""
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -33,6 +33,7 @@ def expand_config(
     flags: list[str] = []
     places: dict[str, str] = {}
     settings = read_settings(config_paths(argv))
+    settings.pop("plugin", None)  # plugin_files.py has loaded what it names
     keys = {
         key: (_action_of(parser, key, setting.place), setting) for key, setting in settings.items()
     }

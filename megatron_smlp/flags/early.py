@@ -56,6 +56,16 @@ def refuse(argv: Sequence[str]) -> None:
     check_values(refuse_unknown(parser, words))
 
 
+def spellings() -> set[str]:
+    """Return every flag of Megatron's, as the table has them."""
+    return {
+        word.partition("=")[0]
+        for line in TABLE.read_text(encoding="utf-8").splitlines()
+        for word in line.replace(",", " ").split()
+        if word.startswith("--")
+    }
+
+
 def _add(
     parser: argparse.ArgumentParser,
     flags: list[str],

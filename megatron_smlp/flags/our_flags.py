@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_args, get_origin
 
 from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
-from megatron_smlp.options import ModelOptions, RunOptions, choices_of
+from megatron_smlp.options import PLUGIN_OPTIONS, ModelOptions, RunOptions, choices_of
 
 GROUPS = {"sparse all-MLP model": ModelOptions, "run": RunOptions}
 
@@ -25,6 +25,14 @@ def add_our_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         meanings = docstrings(options)
         for field in dataclasses.fields(options):
             group.add_argument(flag_of(field.name), **_keywords(field), help=meanings[field.name])
+    group = parser.add_argument_group("plugins", "Options of the files that --plugin names.")
+    for name, it in PLUGIN_OPTIONS.items():
+        kind = (
+            {"action": "store_true"}
+            if it.kind is bool
+            else {"type": it.kind, "choices": it.choices}
+        )
+        group.add_argument(flag_of(name), default=it.default, help=it.help, **kind)
     parser.error = _raise_usage  # type: ignore[method-assign]
     return parser
 

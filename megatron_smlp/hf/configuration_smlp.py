@@ -207,6 +207,7 @@ class SMLPConfig(PreTrainedConfig):
     moe_router_bias_update_rate: float | int = 1e-3
     moe_router_topk_scaling_factor: float | int | None = None
     moe_shared_expert_intermediate_size: int | None = None
+    plugin: dict[str, Any] | None = None
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     layer_norm_epsilon: float | int = 1e-5
@@ -249,14 +250,32 @@ class SMLPConfig(PreTrainedConfig):
         """X, the width of one FFN expert."""
         return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
+    def mixer_name(self, index: int) -> str:
+        """Return what builds the mixer of layer `index`: the architecture, or a plugin's word."""
+        layers = self._plugged_layers
+        return layers[index][0] if layers else self.architecture
+
+    def channel_name(self, index: int) -> str:
+        """Return the channel mixer of layer `index` where it has no token experts."""
+        if layers := self._plugged_layers:
+            return layers[index][1]
+        return "mlp" if self.architecture in _FEED_FORWARD else "none"
+
     @property
-    def has_feed_forward(self) -> bool:
-        """Return whether layers without token experts have an FFN."""
-        return self.architecture in _FEED_FORWARD
+    def _plugged_layers(self) -> list[tuple[str, str]]:
+        """Return the mixers of each layer of a plugin's architecture, else nothing."""
+        return (self.plugin or {}).get("layers") or []
+
+    @property
+    def _attends(self) -> bool:
+        mixers = [mixer for mixer, _ in self._plugged_layers]
+        return self.architecture in _ATTENTION or "attention" in mixers
 
     @property
     def _positions(self) -> str:
         """The position_embedding_type of the architecture, where none is given."""
+        if self._plugged_layers:
+            return self.position_embedding_type or "learned_absolute"
         return "learned_absolute" if self.architecture in _POSITIONS else "none"
 
     @property
@@ -283,9 +302,10 @@ class SMLPConfig(PreTrainedConfig):
             raise ValueError(f"{name}={getattr(self, name)}: must {what}")
 
     def _check_choices(self) -> None:
+        plugged = ("architecture", "token_router") if self.plugin else ()
         for name, allowed in _ALLOWED.items():
             what = f"be one of {', '.join(allowed)}"
-            self._require(name, getattr(self, name) in allowed, what)
+            self._require(name, getattr(self, name) in allowed or name in plugged, what)
         for name, (field, values) in _IS_FOR.items():
             value, given = getattr(self, name), getattr(self, field)
             if value and value != "none" and given not in values:
@@ -316,9 +336,9 @@ class SMLPConfig(PreTrainedConfig):
             self._require("window", 0 <= self.window < length, what)
 
     def _check_widths(self) -> None:
-        if self.architecture in (*_ATTENTION, "aft"):
+        if self._attends or self.architecture == "aft":
             self._check_divides("hidden_size=", self.hidden_size, "num_attention_heads")
-        if self.architecture in _ATTENTION:
+        if self._attends:
             self._check_heads()
         else:
             what = f"be {self._positions} with architecture={self.architecture}"

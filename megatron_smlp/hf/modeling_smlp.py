@@ -265,7 +265,7 @@ class SMLPCache(Cache):
             self.lengths = self.lengths.repeat_interleave(repeats, dim=0)
 
 
-def _so_far(states: Tensor, index: int, layout: Layout, cache: SMLPCache | None) -> Tensor:
+def so_far(states: Tensor, index: int, layout: Layout, cache: SMLPCache | None) -> Tensor:
     """[B, h, T, f] -> those of all positions so far, [B, h, L, f]; index: of the cache's layer."""
     if cache is None:
         return states
@@ -358,7 +358,7 @@ class SMLPMinHashInput(nn.Module):
 
     def forward(self, ids: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
         """ids: <int64>[B, T] of this call -> <float>[B, T, D]."""
-        ids = _so_far(ids[:, None, :, None], -1, layout, cache)[:, 0, :, 0]
+        ids = so_far(ids[:, None, :, None], -1, layout, cache)[:, 0, :, 0]
         offsets = torch.arange(-self.window, 1, device=ids.device)
         places = layout.positions[:, :, None] + offsets
         seen = ids.gather(1, places.clamp(min=0).flatten(1)).view_as(places)
@@ -620,7 +620,7 @@ class SMLPSpatialGating(nn.Module):
     def _mix(
         self, chunks: Tensor, gate: Tensor, layout: Layout, cache: SMLPCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        return self.spatial(_so_far(chunks, self.cache_index, layout, cache), layout), None
+        return self.spatial(so_far(chunks, self.cache_index, layout, cache), layout), None
 
 
 class SMLPPartialPrediction(SMLPSpatialGating):
@@ -653,7 +653,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         probabilities = self._scores(gate, layout, cache).softmax(dim=-1)
         largest, chosen = probabilities.max(dim=-1)
         scale = (largest * self.num_experts).to(chunks.dtype)
-        values = _so_far(chunks, self.cache_index, layout, cache)
+        values = so_far(chunks, self.cache_index, layout, cache)
         mix = self._mix_from_zero if layout.start == 0 else self._mix_step
         mixed = self.spatial(values, layout, partial(mix, chosen=chosen, scale=scale))
         return mixed, self._balance_loss(probabilities, chosen, layout)
@@ -747,9 +747,9 @@ class SMLPMaskedMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
         chunks = hidden.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        mixed = self.spatial(_so_far(chunks, self.cache_index, layout, cache), layout)
+        mixed = self.spatial(so_far(chunks, self.cache_index, layout, cache), layout)
         if self.spatial_out is not None:
-            inner = _so_far(self.activation(mixed), self.cache_index + 1, layout, cache)
+            inner = so_far(self.activation(mixed), self.cache_index + 1, layout, cache)
             mixed = self.spatial_out(inner, layout)
         return mixed.transpose(1, 2).flatten(2), None
 
@@ -774,7 +774,7 @@ class SMLPPositionWeights(nn.Module):
         averages = self._averages(keys.masked_fill(large, 0), values, layout, usual)
         if not large.any():
             return averages
-        has_large = _rows_of_call(large.cumsum(dim=1) > 0, layout)
+        has_large = rows_of_call(large.cumsum(dim=1) > 0, layout)
         exact = self._averages(keys, values, layout, torch.float64)
         return torch.where(has_large, exact, averages)
 
@@ -822,7 +822,7 @@ class SMLPAttentionFree(nn.Module):
             keys, values = states.write(keys[:, None], values[:, None], layout)
             keys, values = keys[:, 0], values[:, 0]
         if self.positions is None:
-            sums = _rows_of_call(_grown(keys, values, torch.float64).cumsum(dim=1), layout)
+            sums = rows_of_call(_grown(keys, values, torch.float64).cumsum(dim=1), layout)
             averages = _ratio(sums).to(hidden.dtype)
         else:
             averages = self.positions(keys, values, layout)
@@ -842,7 +842,7 @@ def _grown(keys: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([grown * values.to(dtype), grown], dim=-1)
 
 
-def _rows_of_call(sums: Tensor, layout: Layout) -> Tensor:
+def rows_of_call(sums: Tensor, layout: Layout) -> Tensor:
     """Map sums [B, L, N] of all positions so far to those of this call's tokens, [B, T, N]."""
     if layout.start is not None:
         return sums[:, layout.start : layout.end]
@@ -872,7 +872,7 @@ class SMLPCausalRN(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
         a, b = (self._n(part) for part in project(self.up_proj, hidden).chunk(2, dim=-1))
-        b = _so_far(b[:, None], self.cache_index, layout, cache)[:, 0]
+        b = so_far(b[:, None], self.cache_index, layout, cache)[:, 0]
         mixed = self._pairwise(a, b, layout) if self.is_quadratic else self._summed(a, b, layout)
         return project(self.down_proj, self._n(mixed).to(hidden.dtype)), None
 
@@ -882,7 +882,7 @@ class SMLPCausalRN(nn.Module):
 
     def _summed(self, a: Tensor, b: Tensor, layout: Layout) -> Tensor:
         """Map a: <fp32>[B, T, F], and b of all positions so far, [B, L, F], to [B, T, F]."""
-        sums = _rows_of_call(b.double().exp().cumsum(dim=1), layout)
+        sums = rows_of_call(b.double().exp().cumsum(dim=1), layout)
         exponents = a + (sums / (layout.positions[..., None] + 1)).log().to(a.dtype)
         return (exponents - exponents.detach().amax(dim=-1, keepdim=True)).exp()
 
@@ -995,7 +995,8 @@ class SMLPTokenMoE(nn.Module):
     def __init__(self, config: SMLPConfig) -> None:
         super().__init__()
         self.experts = SMLPExperts(config)
-        self.router: Any = _ROUTERS[config.token_router](config)
+        build_router = _ROUTERS.get(config.token_router) or HOSTED["router"]
+        self.router: Any = build_router(config)
         self.z_loss_coeff = config.moe_z_loss_coeff if config.token_router != "hash" else None
         is_base = config.token_router == "base"
         self.routes_on_residual = is_base and config.base_routing_input == "residual"
@@ -1037,11 +1038,11 @@ class SMLPTokenMoE(nn.Module):
         """z mean_t (log sum_e exp(h_t w_e))^2, which keeps scores small. tokens: <float>[n, D]."""
         if not (self.z_loss_coeff and self.training and len(tokens)):
             return None
-        scores = _in_fp32(tokens, self.router.weight)
+        scores = in_fp32(tokens, self.router.weight)
         return self.z_loss_coeff * scores.logsumexp(dim=-1).square().mean()
 
 
-def _in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:
+def in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:
     """tokens: <float>[n, D]; weight: <float>[E, D] -> <fp32>[n, E], under autocast too."""
     with maybe_autocast(tokens.device.type, enabled=False):
         return F.linear(tokens.float(), weight.float())
@@ -1065,7 +1066,7 @@ class SMLPSwitchRouter(nn.Module):
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """tokens: <float>[n, D]; ids: <int64>[n]; limited: whether capacity may drop tokens."""
-        probabilities = _in_fp32(tokens, self.weight).softmax(dim=-1)
+        probabilities = in_fp32(tokens, self.weight).softmax(dim=-1)
         loss = None
         if self.training and len(tokens):
             loss = self.loss_coeff * _balance(probabilities, probabilities.argmax(dim=-1))
@@ -1153,7 +1154,7 @@ class SMLPBaseRouter(nn.Module):
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """See SMLPSwitchRouter.forward."""
-        scores = _in_fp32(tokens, self.weight)
+        scores = in_fp32(tokens, self.weight)
         experts, prices = self._choose(scores.detach())
         if self.gate_is_priced:
             if self.training:
@@ -1241,7 +1242,7 @@ class SMLPTopKRouter(nn.Module):
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """See SMLPSwitchRouter.forward; nothing is ever dropped."""
-        logits = _in_fp32(tokens, self.weight)
+        logits = in_fp32(tokens, self.weight)
         scores = logits.sigmoid() if self.is_sigmoid else logits.softmax(dim=-1)
         preferred = scores + self.expert_bias if self.has_bias else scores
         experts = preferred.topk(self.num_choices, dim=-1).indices
@@ -1358,15 +1359,30 @@ _MIXERS: dict[str, Any] = {
     "mixer": SMLPMaskedMixer,
     "aft": SMLPAttentionFree,
     "causal_rn": SMLPCausalRN,
+    # In layers of a plugin's architecture, by their names in Megatron's model.
+    "attention": _attention,
+    "spatial_gating": _spatial_gating,
+    "masked_mixer": SMLPMaskedMixer,
 }
-"""Functions that build the mixer of a layer from the configuration and the layer's number."""
+"""Functions that build the mixer of a layer from the configuration and the layer's number, by the
+architecture."""
+HOSTED: dict[str, Any] = {}
+"""Functions that build what plugins bring: modeling_plugin.py adds them."""
+
+
+def _build_mixer(config: SMLPConfig, index: int) -> nn.Module:
+    name = config.mixer_name(index)
+    return _MIXERS[name](config, index) if name in _MIXERS else HOSTED["mixer"](config, index, name)
 
 
 def _build_channel(config: SMLPConfig, index: int) -> nn.Module | None:
     if config.has_token_moe(index):
         return SMLPTokenMoE(config)
-    if not config.has_feed_forward:
+    name = config.channel_name(index)
+    if name == "none":
         return None
+    if name != "mlp":
+        return HOSTED["channel"](config, index, name)
     return SMLPFeedForward(config, width=config.ffn_hidden_size, bias=config.add_bias_linear)
 
 
@@ -1382,7 +1398,7 @@ class SMLPLayer(GradientCheckpointingLayer):
         super().__init__()
         self.dropout = config.hidden_dropout
         self.mixer_norm = _build_norm(config)
-        self.mixer = _MIXERS[config.architecture](config, index)
+        self.mixer = _build_mixer(config, index)
         self.channel = _build_channel(config, index)
         if self.channel is not None:
             self.channel_norm = _build_norm(config)
@@ -1419,6 +1435,7 @@ class SMLPModelOutput(ModelOutput):
 class SMLPPreTrainedModel(PreTrainedModel):
     config: SMLPConfig
     config_class = SMLPConfig
+    auto_map = AUTO_MAP
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SMLPLayer"]  # noqa: RUF012 - transformers reads it as a class attribute
@@ -1466,7 +1483,7 @@ class SMLPPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """See transformers. The code goes along, under the names of both models."""
-        self.config.auto_map = dict(AUTO_MAP)
+        self.config.auto_map = dict(self.auto_map)
         super().save_pretrained(*args, **kwargs)
 
     def resize_token_embeddings(

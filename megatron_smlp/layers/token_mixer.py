@@ -42,8 +42,8 @@ class TokenMixer(MegatronModule):
     ) -> dict[str, Any]:
         """Megatron's description of which slice of each global tensor this rank holds.
 
-        Of modules that are not Megatron's, a parameter is sharded along dimension 0 where it is
-        marked so, as it has to be for the gradient norm. In the checkpoint [A | B] is one tensor,
+        Of modules that are not Megatron's, a parameter is sharded where it is marked so, as it has
+        to be for the gradient norm. In the checkpoint [A | B] is one tensor,
         A's rows first, for any tensor parallel size.
         """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
@@ -52,7 +52,11 @@ class TokenMixer(MegatronModule):
         for name, child in self.named_children():
             if not hasattr(child, "sharded_state_dict"):
                 own |= child.state_dict(prefix=f"{name}.", keep_vars=True)
-        axes = {name: 0 for name, it in own.items() if getattr(it, "tensor_model_parallel", False)}
+        axes = {
+            name: it.partition_dim
+            for name, it in own.items()
+            if getattr(it, "tensor_model_parallel", False)
+        }
         dp_cp_group = metadata["dp_cp_group"]
         sharded |= make_sharded_tensors_for_checkpoint(
             own, prefix, axes, sharded_offsets, tp_group=self.tp_group, dp_cp_group=dp_cp_group

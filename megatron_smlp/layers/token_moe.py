@@ -51,17 +51,18 @@ def token_moe_builder(
         router=partial(_router, router),
         shared_experts=partial(_shared_experts, two_projections(backend)),
     )
-    return partial(_layer, submodules, getattr(router, "draws", False))
+    skips = getattr(router, "draws", False) or getattr(router, "skips", False)
+    return partial(_layer, submodules, skips)
 
 
 def _layer(
-    submodules: MoESubmodules, draws: bool, *, config: TransformerConfig, **kwargs: Any
+    submodules: MoESubmodules, skips: bool, *, config: TransformerConfig, **kwargs: Any
 ) -> MoELayer:
     if config.cuda_graph_impl != "none":
         # Layers that route are in no graph, and the dispatcher is not to wait as if they were.
         config = copy.copy(config)
         config.cuda_graph_impl = "none"
-    if draws or _has_capacity(config):
+    if skips or _has_capacity(config):
         # A capacity of its own is how Megatron's dispatcher learns that not every token is sent
         # k times. Only its top-k router would drop by it.
         config = copy.copy(config)

@@ -59,12 +59,12 @@ class SwitchRouter(TokenRouter):
         """Slots of one expert."""
         return math.ceil(factor * num_tokens / self.num_experts)
 
-    def balanced(self, probs: Tensor, scores: Tensor, first: Tensor) -> Tensor:
+    def balanced(self, probs: Tensor, scores: Tensor, wanted: Tensor) -> Tensor:
         """Attach the balance loss; each TP rank its tokens' part, the gradients are summed."""
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if not (self.training and torch.is_grad_enabled() and coefficient):
             return probs
-        share = balance_loss(scores.softmax(dim=-1), first)
+        share = balance_loss(scores.softmax(dim=-1), wanted[:, 0])
         return self.attach_and_log_load_balancing_loss(
             probs, coefficient, coefficient * share, "load_balancing_loss", self.tp_cp_group
         )

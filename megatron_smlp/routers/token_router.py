@@ -44,6 +44,8 @@ class TokenRouter(CountedRouter, TopKRouter):
     """
 
     router_kind = "token"
+    skips = False
+    """Whether tokens may visit fewer experts than k, without a capacity."""
     draws = False
     """Whether it draws, by `attach_samples`, which of the choices are sent."""
 
@@ -66,7 +68,7 @@ class TokenRouter(CountedRouter, TopKRouter):
         rows = self.own_rows(len(scores))
         weights = self.weigh(scores, wanted[rows])
         probs, routing_map = as_megatron(weights, wanted[rows], kept[rows], self.num_experts)
-        return self.balanced(probs, scores, wanted[:, 0]), routing_map
+        return self.balanced(probs, scores, wanted), routing_map
 
     def gating(self, input: Tensor) -> Tensor:
         """input: <float>[..., D] -> scores <fp32>[..., E], whatever precision the model has."""
@@ -80,10 +82,10 @@ class TokenRouter(CountedRouter, TopKRouter):
         """scores: <fp32>[n, E]; wanted: <int64>[n, k] -> weights <fp32>[n, k], with gradient."""
         raise NotImplementedError
 
-    def balanced(self, probs: Tensor, scores: Tensor, first: Tensor) -> Tensor:
+    def balanced(self, probs: Tensor, scores: Tensor, wanted: Tensor) -> Tensor:
         """Attach a balance loss to `probs`, for the rules that have one.
 
-        scores: <fp32>[n, E] of this rank; first: <int64>[N], first choices of the group.
+        scores: <fp32>[n, E] of this rank; wanted: <int64>[N, k], choices of the group.
         """
         return probs
 

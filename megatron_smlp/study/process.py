@@ -30,6 +30,8 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.launching.parent import end_with_parent
 from megatron_smlp.metrics_records import FILE_NAME, Record
 from megatron_smlp.platform import choice
+from megatron_smlp.plugin_files import KEY
+from megatron_smlp.plugin_texts import LOADED
 from megatron_smlp.provenance import made_by
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.metrics import read_records
@@ -53,6 +55,8 @@ def training_command(
     """Write the flags of a run to its folder, and return the command that trains by them."""
     folder.mkdir(parents=True, exist_ok=True)
     spelt = {name.replace("_", "-"): value for name, value in sorted(flags.items())}
+    if plugins := spelt.get(KEY):
+        spelt[KEY] = [str(LOADED[Path(name).stem].path) for name in plugins]
     write_durably(folder / FLAGS, yaml.safe_dump(spelt, sort_keys=False))
     several = ["-c", LAUNCH, "agent", "--standalone", f"--nproc-per-node={processes}"]
     return [

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_smlp import plugin_files
 from megatron_smlp.accounting.estimate import estimate
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.exclusive import replaced_by
@@ -102,6 +103,9 @@ def _system(study: Study, name: str, *, folder: Path) -> System:
     source = own.pop("from", name)
     file = folder / study.base / f"{source}.yaml"
     flags = {spelling(key): value for key, value in read_yaml(file).items()}
+    if plugins := [plugin_files.load(path) for path in plugin_files.named_in([file])]:
+        # Names alone: a run is the same on another machine. Its sources have the texts.
+        flags[plugin_files.KEY] = [plugin.path.name for plugin in plugins]
     given = {*study.fixed, *own}
     if clash := sorted(given & set(OWN_FLAGS)):
         raise UsageError(

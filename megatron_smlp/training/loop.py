@@ -28,7 +28,9 @@ from megatron_smlp.checkpoints.folders import is_same_folder
 from megatron_smlp.checkpoints.state import check_saving, read
 from megatron_smlp.collectives import from_first_rank
 from megatron_smlp.command_line import flag_of
+from megatron_smlp.plugins import register
 from megatron_smlp.routers.base import update_prices
+from megatron_smlp.routers.hosted import update_rules
 from megatron_smlp.signals import StartUp
 from megatron_smlp.training.agreement import StepAgreement
 from megatron_smlp.training.batches import Batches, build_batches
@@ -124,7 +126,7 @@ class Loop:
             forward=run.forward,
             agree=self.agreement.send,
             may_update=partial(may_update, self.args, self.agreement, run.reporter.say),
-            updates=[update_prices],
+            updates=[update_prices, update_rules, *register.updates],
         )
         self.gathering = ParameterGathering(parts)
         self.upkeep = Upkeep(parts, self.gathering)

@@ -13,6 +13,7 @@ from megatron_smlp.checkpoints.saving import Saving
 from megatron_smlp.launching.parent import end_with_parent
 from megatron_smlp.megatron_patches import checkpoint_files
 from megatron_smlp.platform import allocator, cpu
+from megatron_smlp.plugins import register
 from megatron_smlp.signals import graceful_signals
 from megatron_smlp.training.curves import Writers
 from megatron_smlp.training.events import Listener, Listeners
@@ -35,7 +36,8 @@ class Run:
         end = partial(end_with_parent, signal.SIGKILL, parent=os.getpid())
         self.saving = Saving(args, self.reporter, before_writing=end)
         own = (self.reporter, MegatronLog(args, self.writers), Profiler(args))
-        self.listeners = Listeners((*own, *listeners))
+        plugged = (kind() for kind in register.listeners)
+        self.listeners = Listeners((*own, *plugged, *listeners))
 
     @contextmanager
     def session(self) -> Iterator[None]:

@@ -1,0 +1,78 @@
+"""`smlp-check FILE`: a table of what was compared, and exit code 1 at the first wrong row.
+
+smlp-check gated_conv.py
+smlp-check gated_conv.py --quick     without trainings: seconds
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from megatron_smlp import plugin_files
+from megatron_smlp.checking.rows import Check
+from megatron_smlp.command_line import Parser
+from megatron_smlp.errors import UsageError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = Parser(prog="smlp-check", description=__doc__.split("\n")[0])
+    parser.add_argument("plugin", metavar="FILE", help="the plugin, as --plugin names it")
+    parser.add_argument("--quick", action="store_true", help="leave out what trains or exports")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the checks of a file, and print a row for each as it ends."""
+    options = build_parser().parse_args(argv)
+    console = Console(highlight=False, soft_wrap=True)
+    began = time.monotonic()
+    plugin_files.load(options.plugin)
+    count = 0
+    with tempfile.TemporaryDirectory(prefix="smlp-check-") as folder:
+        for check in _checks(options.plugin, Path(folder), quick=options.quick):
+            row = check()
+            count += 1
+            mark = "[green]ok   [/]" if row.passed else "[red]WRONG[/]"
+            console.print(
+                f"{mark} {escape(row.subject)}  {escape(row.compared)}  {escape(row.apart)}"
+            )
+            if not row.passed:
+                console.print(f"{options.plugin}: {row.subject}: {row.advice}", markup=False)
+                return 1
+    console.print(f"{options.plugin}: {count} checks passed in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def _checks(plugin: str, folder: Path, *, quick: bool) -> Iterator[Check]:
+    from megatron_smlp.checking import mixers, routers
+    from megatron_smlp.checking.runs import EXPERTS, Runs
+    from megatron_smlp.plugins import register
+
+    mixing = {**register.token_mixers, **register.channel_mixers}
+    if not any(table for _, table in register.tables()):
+        raise UsageError(f"{plugin} registers nothing: decorate a class by @register(NAME).")
+    for name, kind in mixing.items():
+        yield from mixers.checks(name, kind)
+    for name, rule in register.token_routers.items():
+        yield from routers.checks(name, rule)
+    if quick:
+        return
+    if mixing and not register.architectures:
+        raise UsageError(
+            f"{plugin} registers no architecture, so that nothing can be trained: add "
+            f'register.architecture("{next(iter(mixing))}", mixer="{next(iter(mixing))}").'
+        )
+    for number, name in enumerate(register.architectures):
+        model = ["--architecture", name]
+        yield from Runs(name, plugin=plugin, model=model, folder=folder / f"a{number}").checks()
+    for number, name in enumerate(register.token_routers):
+        model = ["--architecture", "transformer", "--token-router", name, *EXPERTS.split()]
+        yield from Runs(name, plugin=plugin, model=model, folder=folder / f"r{number}").checks()

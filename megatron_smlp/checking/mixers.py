@@ -1,0 +1,227 @@
+"""Checks of a mixer's class by itself, in one process: no Megatron, no training.
+
+Letters: B batch, T sequence length, F features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_smlp.checking.rows import Check, Row, close
+from megatron_smlp.plugins import ChannelMixer, Mixer, Weight, options_of
+
+BATCH, LENGTH, WIDTH = 2, 12, 8
+
+
+def checks(name: str, kind: type[Mixer]) -> Iterator[Check]:
+    """Yield the checks of one class, the cheapest to mend first."""
+    yield partial(_runs_alone, name, kind)
+    yield partial(_repeats, name, kind)
+    yield partial(_causal, name, kind, training=True)
+    yield partial(_causal, name, kind, training=False)
+    yield partial(_shorter, name, kind)
+    yield partial(_gradients, name, kind)
+    if not kind.whole:
+        yield partial(_split, name, kind)
+    yield partial(_half, name, kind)
+    yield partial(_flops, name, kind)
+
+
+def built(kind: type[Mixer], *, width: int = WIDTH, dtype: torch.dtype = torch.float64) -> Mixer:
+    """Return a mixer with its options' defaults and drawn parameters."""
+    torch.manual_seed(1)
+    values = {name: it.default for name, it in options_of(kind).items()}
+    mixer = kind(width=width, length=LENGTH, values=values).draw()
+    # Zeros would hide what multiplies them.
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return mixer.to(dtype)
+
+
+def inputs(
+    kind: type[Mixer], *, width: int = WIDTH, length: int = LENGTH, dtype: Any = torch.float64
+) -> list[Tensor]:
+    """Return what the projections would give."""
+    torch.manual_seed(2)
+    shapes = ((BATCH, length, width, *([n] if n > 1 else [])) for n in kind.inner.values())
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def _runs_alone(name: str, kind: type[Mixer]) -> Row:
+    """Run forward, which gives [B, T, F]."""
+    compared, advice = "forward: [B, T, F] -> [B, T, F]", ""
+    try:
+        shape = list(built(kind)(*inputs(kind)).shape)
+    except Exception as error:  # whatever a class of the user's raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Row(subject=name, compared=compared, apart="-", advice=f"forward raises {reason}")
+    if shape != [BATCH, LENGTH, WIDTH]:
+        advice = f"forward returns {shape} for {[BATCH, LENGTH, WIDTH]}: return the inputs' shape"
+    return Row(subject=name, compared=compared, apart=f"{shape}", advice=advice)
+
+
+def _repeats(name: str, kind: type[Mixer]) -> Row:
+    mixer = built(kind).eval()
+    given = inputs(kind)
+    first = mixer(*given).detach().clone()
+    mixer(*(part * 2 for part in given))
+    return close(
+        name, "the same input twice, another between", _apart(first, mixer(*given)), 0.0,
+        "an output depends on an earlier call: keep no state on the object",
+    )  # fmt: skip
+
+
+def _causal(name: str, kind: type[Mixer], *, training: bool) -> Row:
+    """Change each position, and look at all outputs before it; of a channel mixer at all others."""
+    mixer = built(kind).train(training)
+    given = [part.detach() for part in inputs(kind)]
+    torch.manual_seed(3)
+    before = mixer(*given).detach()
+    worst, where = 0.0, 0
+    for t in range(LENGTH):
+        changed = [part.clone() for part in given]
+        for part in changed:
+            part[:, t] += 1.0
+        torch.manual_seed(3)
+        after = mixer(*changed).detach()
+        kept = [s for s in range(LENGTH) if s < t or (issubclass(kind, ChannelMixer) and s > t)]
+        apart = _apart(before[:, kept], after[:, kept]) if kept else 0.0
+        if not apart <= worst:
+            worst, where = apart, t
+    mode = "training" if training else "evaluation"
+    reads = "another token" if issubclass(kind, ChannelMixer) else "a later token"
+    return close(
+        name, f"outputs before a changed token, each of {LENGTH}, {mode}", worst, 0.0,
+        f"in {mode} an output reads {reads}: token {where} changes one that may not know of it",
+    )  # fmt: skip
+
+
+def _shorter(name: str, kind: type[Mixer]) -> Row:
+    """Compare a sequence of fewer than T tokens with the beginning of a longer one."""
+    mixer = built(kind).eval()
+    given = inputs(kind)
+    whole = mixer(*given)
+    shortest = 1 if issubclass(kind, ChannelMixer) else 3
+    short = mixer(*(part[:, :shortest] for part in given))
+    return close(
+        name, f"{shortest} tokens alone and as the first of {LENGTH}",
+        _apart(short, whole[:, :shortest]), 1e-12,
+        "a short sequence is mixed otherwise than the beginning of a long one: forward is given T' "
+        "tokens, at most `length`",
+    )  # fmt: skip
+
+
+def _gradients(name: str, kind: type[Mixer]) -> Row:
+    """Gradients against differences, fp64, by inputs and parameters."""
+    mixer = built(kind, width=3).train()
+    given = inputs(kind, width=3, length=5)
+    parameters = list(mixer.parameters())
+    count = len(given)
+
+    def function(*tensors: Tensor) -> Tensor:
+        names = [key for key, _ in mixer.named_parameters()]
+        values = dict(zip(names, tensors[count:], strict=True))
+        torch.manual_seed(4)
+        mixed: Tensor = torch.func.functional_call(mixer, values, tensors[:count])
+        return mixed
+
+    compared = "gradients and finite differences, fp64"
+    try:
+        torch.autograd.gradcheck(function, (*given, *parameters), atol=1e-6, rtol=1e-5)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:160]
+        advice = f"a gradient is not that of the output: {reason}"
+        return Row(subject=name, compared=compared, apart="-", advice=advice)
+    return Row(subject=name, compared=compared, apart="under 1e-5")
+
+
+def _split(name: str, kind: type[Mixer]) -> Row:
+    """Two ranks with half of the features each give the halves of the whole's output."""
+    whole = built(kind)
+    given = inputs(kind)
+    mixed = whole(*given)
+    advice = (
+        "with half of the features the output is another: a parameter that goes by features needs "
+        "cut=, or the class needs whole = True"
+    )
+    parts = []
+    for part in range(2):
+        half = built(kind, width=WIDTH // 2)
+        for mine, its in zip(_weights(half), _weights(whole), strict=True):
+            values = its.weight.detach()
+            with torch.no_grad():
+                cut = values if its.cut is None else values.chunk(2, dim=its.cut)[part]
+                if cut.shape != mine.weight.shape:
+                    return Row(
+                        subject=name, compared="halves of the features", apart="-",
+                        advice=f"a parameter has {list(mine.weight.shape)} on one of two ranks, "
+                        f"not {list(cut.shape)}: its size or its cut is wrong",
+                    )  # fmt: skip
+                mine.weight.copy_(cut)
+        parts.append(half(*(its.chunk(2, dim=2)[part] for its in given)))
+    return close(
+        name, "halves of the features, as two ranks have them",
+        _apart(torch.cat(parts, dim=-1), mixed), 1e-12, advice,
+    )  # fmt: skip
+
+
+def _half(name: str, kind: type[Mixer]) -> Row:
+    """Compare bf16 with fp32, by the size of what differs."""
+    single = built(kind, dtype=torch.float32)
+    half = copy.deepcopy(single).to(torch.bfloat16)
+    given = inputs(kind, dtype=torch.float32)
+    exact = single(*given)
+    rough = half(*(part.detach().bfloat16() for part in given)).float()
+    scale = max(1e-9, exact.abs().max().item())
+    return close(
+        name, "bf16 and fp32, of the largest output", _apart(rough, exact) / scale, 0.05,
+        "bf16 is far from fp32: compute what is sensitive by x.float() inside of forward",
+    )  # fmt: skip
+
+
+def _flops(name: str, kind: type[Mixer]) -> Row:
+    """Compare what `cost` says with what torch counts, which knows no triangles."""
+    values = {key: it.default for key, it in options_of(kind).items()}
+    said = kind.cost(features=WIDTH, length=LENGTH, values=values)
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"):
+        mixer = kind(width=WIDTH, length=LENGTH, values=values)
+        given = [part.detach()[:1] for part in inputs(kind, dtype=torch.float32)]
+    try:
+        with counter:
+            mixer(*(part.to("meta") for part in given))
+    except (RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:120]
+        advice = f"forward needs tensors on the device of its inputs: on the meta device {reason}"
+        return Row(subject=name, compared="FLOPs counted", apart="-", advice=advice)
+    counted = counter.get_total_flops()
+    needed, square = said or (counted, counted)
+    wrong = not (0.4 * counted <= needed <= square and counted <= 1.1 * square)
+    return Row(
+        subject=name,
+        compared="FLOPs of `cost` and those torch counts" if said else "FLOPs, as torch counts",
+        apart=f"{needed:,} and {counted:,}" if said else f"{counted:,}",
+        advice="`cost` says another number of FLOPs than the products have: forward FLOPs are 2 "
+        "a multiply-add, of one sequence, without the host's projections" if wrong else "",
+    )  # fmt: skip
+
+
+def _weights(mixer: Mixer) -> list[Weight]:
+    return [module for module in mixer.modules() if isinstance(module, Weight)]
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference; NaN counts as infinite."""
+    if one.shape != other.shape:
+        return float("inf")
+    if not one.numel():
+        return 0.0
+    return torch.nan_to_num((one - other).abs(), nan=float("inf")).max().item()

@@ -1,0 +1,101 @@
+"""Checks of a token router's class by itself, in one process.
+
+Letters: N tokens, E experts, k choices of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_smlp.checking.rows import Check, Row, close
+from megatron_smlp.plugins import TokenRouter, options_of
+
+TOKENS, EXPERTS = 24, 4
+
+
+def checks(name: str, kind: type[TokenRouter]) -> Iterator[Check]:
+    """Yield the checks of one class."""
+    yield partial(_chooses, name, kind)
+    yield partial(_alone, name, kind)
+    yield partial(_gradients, name, kind)
+
+
+def _built(kind: type[TokenRouter]) -> TokenRouter:
+    torch.manual_seed(1)
+    values = {name: it.default for name, it in options_of(kind).items()}
+    return kind(num_experts=EXPERTS, values=values)
+
+
+def _scores(dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(2)
+    return torch.randn(TOKENS, EXPERTS, dtype=dtype)
+
+
+def _choices(rule: TokenRouter, scores: Tensor) -> tuple[Tensor, Tensor]:
+    chosen = rule.choose(scores)
+    if isinstance(chosen, tuple):
+        return chosen
+    return chosen, torch.ones_like(chosen, dtype=torch.bool)
+
+
+def _chooses(name: str, kind: type[TokenRouter]) -> Row:
+    """Look whether choices are experts, distinct in a row, and visited unless it may skip."""
+    compared, advice = "choose: [N, E] -> experts [N, k]", ""
+    try:
+        rule = _built(kind).train()
+        chosen, visited = _choices(rule, _scores())
+        is_expert = chosen.dtype == torch.int64 and chosen.min() >= 0 and chosen.max() < EXPERTS
+        weights = rule.weigh(_scores(), chosen) if is_expert else chosen
+    except Exception as error:  # whatever a class of the user's raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Row(subject=name, compared=compared, apart="-", advice=f"it raises {reason}")
+    k = chosen.shape[-1]
+    if chosen.dtype != torch.int64 or chosen.dim() != 2 or len(chosen) != TOKENS:
+        advice = f"choose returns {chosen.dtype} {list(chosen.shape)}: give <int64>[N, k]"
+    elif not is_expert:
+        advice = f"choose returns {int(chosen.max())} of {EXPERTS} experts: give 0 to E - 1"
+    elif any(len(set(row)) < k for row in chosen.tolist()):
+        advice = "a token chooses an expert twice: choices are distinct in a row"
+    elif weights.shape != chosen.shape:
+        advice = f"weigh returns {list(weights.shape)} for {list(chosen.shape)} choices"
+    elif not visited.all() and not kind.may_skip:
+        advice = "tokens skip choices: set may_skip = True, or FLOPs and dispatch are wrong"
+    return Row(subject=name, compared=compared, apart=f"{list(chosen.shape)}", advice=advice)
+
+
+def _alone(name: str, kind: type[TokenRouter]) -> Row:
+    """Look whether in evaluation a token is routed alike alone and among others."""
+    rule = _built(kind).eval()
+    chosen, visited = _choices(rule, _scores())
+    differing = 0
+    for token in range(TOKENS):
+        alone = _choices(rule, _scores()[token : token + 1])
+        rows = (chosen[token][visited[token]], alone[0][0][alone[1][0]])
+        differing += sorted(rows[0].tolist()) != sorted(rows[1].tolist())
+    return Row(
+        subject=name,
+        compared=f"{TOKENS} tokens together and each alone, evaluation",
+        apart=f"{differing} differ",
+        advice="in evaluation a token's experts depend on the others of its batch, and so would "
+        "its score: choose by its own scores where self.training is False" if differing else "",
+    )  # fmt: skip
+
+
+def _gradients(name: str, kind: type[TokenRouter]) -> Row:
+    rule = _built(kind).train()
+    scores = _scores(torch.float64).requires_grad_()
+    chosen, _ = _choices(rule, scores.detach())
+    compared = "weights' gradients and finite differences, fp64"
+    weights = rule.weigh(scores, chosen)
+    if not weights.requires_grad:
+        return close(name, compared, 0.0, 0.0, "")  # fixed weights, as those of HASH
+    try:
+        torch.autograd.gradcheck(lambda x: rule.weigh(x, chosen), (scores,), atol=1e-6)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:160]
+        return Row(subject=name, compared=compared, apart="-", advice=f"weigh: {reason}")
+    return Row(subject=name, compared=compared, apart="under 1e-6")

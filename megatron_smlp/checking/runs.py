@@ -1,0 +1,153 @@
+"""Checks by real runs: layouts, resumes, export, of a tiny model on made data.
+
+Each is a command that a user could give. A seed checkpoint of one process is gone on from in all
+layouts, by loss and gradient norm.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from megatron_smlp.checking.rows import Check, Row, close
+
+SIZES = """
+    --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32
+    --micro-batch-size 2 --global-batch-size 8 --lr 2e-3 --lr-decay-style constant --seed 3
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 255 --split 9,1,0
+    --eval-iters 0 --log-interval 1 --hidden-dropout 0 --attention-dropout 0
+"""
+EXPERTS = """
+    --num-experts 4 --moe-ffn-hidden-size 32 --moe-token-dispatcher-type alltoall
+    --moe-aux-loss-coeff 0.01
+"""
+STEPS, SAVED = 4, 2
+LAYOUTS = {
+    "TP 2, sequence parallel": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "PP 2": "--pipeline-model-parallel-size 2",
+    "DP 2, overlapped gathers": "--use-distributed-optimizer --overlap-param-gather "
+    "--overlap-grad-reduce",
+    "recomputed activations": "--recompute-granularity full --recompute-method uniform "
+    "--recompute-num-layers 1",
+}
+OF_EXPERTS = {"EP 2": "--expert-model-parallel-size 2"}
+LIMITS = {"loss": 2e-5, "grad_norm": 2e-4}
+"""Relative differences of fp32, whose sums are of another order in another layout."""
+
+
+class Runs:
+    """The runs of one architecture or router.
+
+    Args:
+        plugin: what --plugin named.
+        model: flags of the model.
+    """
+
+    def __init__(self, name: str, *, plugin: str, model: Sequence[str], folder: Path) -> None:
+        self.name, self.plugin, self.folder = name, plugin, folder
+        self.model = list(model)
+        self.has_experts = "--num-experts" in self.model
+        self.metrics: dict[str, list[dict[str, float]]] = {}
+
+    def checks(self) -> Iterator[Check]:
+        """Yield them in an order in which each has what it goes on from."""
+        yield self._seed
+        yield partial(self._layout, "exact resume", "", exact=True)
+        layouts = LAYOUTS | (OF_EXPERTS if self.has_experts else {})
+        for title, flags in layouts.items():
+            yield partial(self._layout, title, flags)
+        yield self._export
+        yield self._import
+
+    def _train(self, title: str, flags: Sequence[str]) -> str:
+        """Run a training, and note its metrics; return what it said if it failed."""
+        text = " ".join(flags)
+        count = 2 if "parallel-size 2" in text or "distributed-optimizer" in text else 1
+        logs = self.folder / title.replace(" ", "_").replace(",", "")
+        run = ["-m", "pretrain_smlp"]
+        if count > 1:
+            run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *run]
+        said = self._command([
+            *run, "--plugin", self.plugin, *SIZES.split(), *self.model, *flags,
+            "--log-dir", str(logs), "--platform", "cpu",
+        ])  # fmt: skip
+        path = logs / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        records = [json.loads(line) for line in lines]
+        self.metrics[title] = [record for record in records if "grad_norm" in record]
+        return said
+
+    def _command(self, words: Sequence[str]) -> str:
+        """Run it; return its last line of an error, empty where it ended well."""
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+        if not done.returncode:
+            return ""
+        lines = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines()]
+        errors = [line for line in lines if "rror" in line] or [line for line in lines if line]
+        return errors[-1] if errors else f"exit code {done.returncode}"
+
+    def _seed(self) -> Row:
+        saves = ["--save", str(self.folder / "seed"), "--save-interval", str(SAVED)]
+        said = self._train(
+            "one process", ["--train-iters", str(STEPS), *saves, "--strict-accounting"]
+        )
+        losses = [record["loss"] for record in self.metrics["one process"]]
+        return Row(
+            subject=self.name,
+            compared=f"{STEPS} steps in one process; counted parameters are the built ones",
+            apart=f"loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else "-",
+            advice=said and f"training ends: {said}",
+        )
+
+    def _layout(self, title: str, flags: str, *, exact: bool = False) -> Row:
+        seed = ["--load", str(self.folder / "seed"), "--ckpt-step", str(SAVED)]
+        said = self._train(title, ["--train-iters", str(STEPS), *seed, *flags.split()])
+        compared = f"{title}: losses and gradient norms of steps {SAVED + 1} to {STEPS}"
+        there, here = self.metrics["one process"][SAVED:], self.metrics[title]
+        if said or len(there) != len(here):
+            advice = f"it ends: {said or 'no steps were logged'}"
+            return Row(subject=self.name, compared=compared, apart="-", advice=advice)
+        worst = max(
+            abs(b[key] - a[key]) / abs(a[key]) / (limit if not exact else 1)
+            for a, b in zip(there, here, strict=True)
+            for key, limit in LIMITS.items()
+        )
+        if exact:
+            advice = "a run that goes on computes otherwise: what it reads is not all saved"
+            return close(self.name, compared, worst, 0.0, advice)
+        advice = (
+            "another layout computes otherwise: read parameters by a call, mark what is split by "
+            "cut=, and compute nothing over features that another rank has (or whole = True)"
+        )
+        return close(self.name, f"{compared}, of what rounding allows", worst, 1.0, advice)
+
+    def _export(self) -> Row:
+        said = self._convert("seed", "exported", "--to", "hf")
+        return Row(
+            subject=self.name,
+            compared="logits of the exported model",
+            apart="as trained" if not said else "-",
+            advice=said and f"the export ends: {said}",
+        )
+
+    def _import(self) -> Row:
+        said = self._convert("exported", "again", "--from", "hf", "--to", "torch_dist")
+        said = said or self._command(["-m", GENERATION, str(self.folder / "exported")])
+        return Row(
+            subject=self.name,
+            compared="exported again to Megatron; generation with a cache and without",
+            apart="the same" if not said else "-",
+            advice=said and f"the exported model: {said}",
+        )
+
+    def _convert(self, source: str, target: str, *flags: str) -> str:
+        folders = ["--load", str(self.folder / source), "--save", str(self.folder / target)]
+        program = "from megatron_smlp.commands import convert; convert()"
+        return self._command(["-c", program, "--plugin", self.plugin, *folders, *flags])
+
+
+GENERATION = "megatron_smlp.checking.generation"

@@ -1,0 +1,146 @@
+"""Models with mixers and routers of plugins (plugins.py), for transformers.
+
+A plugin's class stands between plain linears, and is the one that was trained:
+
+    out = mixer(x W_1, x W_2, ...) W                  x = LN(input);  W_i: D x m_i F,  W: F x D
+
+Generation keeps what the projections gave, and mixes all tokens again at each step.
+In an exported folder the last lines import the plugins' files, which register themselves.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from megatron_smlp.hf.configuration_smlp import SMLPConfig
+from megatron_smlp.hf.modeling_smlp import (
+    HOSTED,
+    Layout,
+    Routing,
+    SMLPCache,
+    SMLPForCausalLM,
+    SMLPModel,
+    SMLPPreTrainedModel,
+    in_fp32,
+    project,
+    rows_of_call,
+    so_far,
+    to_residual,
+)
+from megatron_smlp.plugins import Mixer, Weight, options_of, register
+
+
+def _values(config: SMLPConfig, kind: type) -> dict[str, Any]:
+    """Return the values of a class's options."""
+    given = (config.plugin or {})["options"]
+    return {name: given[name] for name in options_of(kind)}
+
+
+class SMLPHostedMixer(nn.Module):
+    """See the top of the file.
+
+    Args:
+        state: the cache's layer, of a token mixer; a channel mixer keeps nothing.
+    """
+
+    def __init__(self, config: SMLPConfig, kind: type[Mixer], state: int | None) -> None:
+        super().__init__()
+        values, bias = _values(config, kind), config.add_bias_linear
+        features = kind.features(
+            hidden_size=config.hidden_size, ffn_hidden_size=config.ffn_hidden_size, values=values
+        )
+        self.state, self.outputs = state, {f"linear_{n}": m for n, m in kind.inner.items()}
+        for name, outputs in self.outputs.items():
+            setattr(self, name, nn.Linear(config.hidden_size, outputs * features, bias=bias))
+        self.mixer = kind(width=features, length=config.max_position_embeddings, values=values)
+        self.linear_out = to_residual(config, features, bias=bias)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, cache: SMLPCache | Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
+        inner = [project(getattr(self, name), hidden) for name in self.outputs]
+        if self.state is not None and isinstance(cache, SMLPCache):
+            widths = [part.shape[-1] for part in inner]
+            together = torch.cat(inner, dim=-1)[:, None]
+            inner = list(so_far(together, self.state, layout, cache)[:, 0].split(widths, dim=-1))
+        shaped = [
+            part if outputs == 1 else part.unflatten(-1, (-1, outputs))
+            for part, outputs in zip(inner, self.outputs.values(), strict=True)
+        ]
+        mixed = self.mixer(*shaped)
+        if self.state is not None:
+            mixed = rows_of_call(mixed, layout)
+        return project(self.linear_out, mixed.to(hidden.dtype)), None
+
+
+class SMLPHostedRouter(nn.Module):
+    """s = h W in fp32; a plugin's rule chooses and weighs."""
+
+    def __init__(self, config: SMLPConfig) -> None:
+        super().__init__()
+        kind = register.token_routers[config.token_router]
+        experts = config.num_experts or 1
+        self.loss_coeff = config.moe_aux_loss_coeff
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+        self.rule = kind(num_experts=experts, values=_values(config, kind))
+
+    def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
+        """tokens: <float>[n, D]."""
+        scores = in_fp32(tokens, self.weight)
+        with torch.no_grad():
+            chosen = self.rule.choose(scores)
+        chosen, visited = chosen if isinstance(chosen, tuple) else (chosen, None)
+        loss = None
+        if self.training and self.loss_coeff and len(scores):
+            loss = self.rule.loss(scores, chosen)
+        weights = self.rule.weigh(scores, chosen)
+        experts = chosen if visited is None else chosen.masked_fill(~visited, -1)
+        return Routing(experts, weights, None if loss is None else self.loss_coeff * loss)
+
+
+def _hosted_mixer(config: SMLPConfig, index: int, name: str) -> nn.Module:
+    return SMLPHostedMixer(config, register.token_mixers[name], index * config.states_per_layer)
+
+
+def _hosted_channel(config: SMLPConfig, index: int, name: str) -> nn.Module:
+    return SMLPHostedMixer(config, register.channel_mixers[name], None)
+
+
+def _hosted_router(config: SMLPConfig) -> nn.Module:
+    return SMLPHostedRouter(config)
+
+
+HOSTED.update(mixer=_hosted_mixer, channel=_hosted_channel, router=_hosted_router)
+
+
+class _Drawing(SMLPPreTrainedModel):
+    """Draws the first values of plugins' parameters, beside all others'."""
+
+    auto_map = {  # noqa: RUF012 - read by its base
+        "AutoModel": "modeling_plugin.SMLPPluginModel",
+        "AutoModelForCausalLM": "modeling_plugin.SMLPPluginForCausalLM",
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Weight):
+            whole = torch.empty(module.weight.shape)
+            module.start(whole)
+            init.copy_(module.weight, whole)
+        elif isinstance(module, SMLPHostedRouter):
+            init.normal_(module.weight, std=self.config.initializer_range)
+
+
+class SMLPPluginModel(_Drawing, SMLPModel):
+    """Embeddings, layers and final norm."""
+
+
+class SMLPPluginForCausalLM(_Drawing, SMLPForCausalLM):
+    """The model with its output layer."""
+
+
+__all__ = ["SMLPPluginForCausalLM", "SMLPPluginModel"]

@@ -1,0 +1,156 @@
+"""A plugin's mixer (megatron_smlp/plugins.py) in one of Megatron's two slots of a layer.
+
+    out = mixer(x W_1, x W_2, ...) W                    x = LN(input);  W_i: D x m_i F,  W: F x D
+
+The LN in front and the residual around it are the slot's. Tensor parallelism splits the F features,
+each projection by itself, and the mixer sees its rank's; a `whole` one sees them all on each rank.
+
+Letters: T sequence, B batch, D hidden, F features, tp tensor parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_smlp.layers.projections import (
+    check_heads,
+    column_projection,
+    row_projection,
+    two_projections,
+)
+from megatron_smlp.layers.token_mixer import TokenMixer
+from megatron_smlp.plugins import Mixer, Weight, options_of
+
+
+def hosted_spec(
+    config: TransformerConfig,
+    backend: BackendSpecProvider,
+    *,
+    kind: type[Mixer],
+    sequence_length: int,
+    **_: Any,
+) -> ModuleSpec:
+    """Return the spec of a layer's mixer of this class; its options are attributes of `config`."""
+    return ModuleSpec(
+        module=HostedMixer,
+        params={
+            "kind": kind,
+            "length": sequence_length,
+            "values": {name: getattr(config, name) for name in options_of(kind)},
+        },
+        submodules=two_projections(backend),
+    )
+
+
+def check_flags(args: Any, kind: type[Mixer]) -> None:
+    """Check that the layout divides F.
+
+    Raises:
+        ValueError: see `check_heads`.
+    """
+    width = features_of(args, kind)
+    check_heads(args, "one head", 1, width=width, width_flag="features", mixer=kind.__name__)
+
+
+def features_of(sizes: Any, kind: type[Mixer]) -> int:
+    """Return F; sizes: Megatron's namespace or config, with the plugin's options."""
+    return kind.features(
+        hidden_size=sizes.hidden_size,
+        ffn_hidden_size=sizes.ffn_hidden_size,
+        values={name: getattr(sizes, name) for name in options_of(kind)},
+    )
+
+
+class HostedMixer(TokenMixer):
+    """See the top of the file.
+
+    Args:
+        length: T.
+        values: of the plugin's options.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        layer_number: int = 1,
+        *,
+        kind: type[Mixer],
+        length: int,
+        values: Mapping[str, Any],
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused_arguments: Any,
+    ) -> None:
+        super().__init__(config, layer_number, pg_collection)
+        parts, part = self.tp_group.size(), self.tp_group.rank()
+        features = features_of(config, kind)
+        project = partial(
+            column_projection, submodules.linear_fc1, config, name="fc1", tp_group=self.tp_group
+        )
+        self.outputs = {f"linear_{name}": outputs for name, outputs in kind.inner.items()}
+        for name, outputs in self.outputs.items():
+            setattr(self, name, project(outputs * features))
+        self.whole = kind.whole and parts > 1
+        width = features if kind.whole else features // parts
+        self.mixer = kind(width=width, length=length, values=values)
+        for module in self.mixer.modules():
+            if isinstance(module, Weight):
+                self._own(module, 1 if kind.whole else parts, part)
+        self.linear_out = row_projection(
+            submodules.linear_fc2, config, features, name="fc2", tp_group=self.tp_group
+        )
+
+    def _own(self, weight: Weight, parts: int, part: int) -> None:
+        """Draw a parameter, and make it one of Megatron's."""
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        weight.draw(parts=parts, part=part)
+        weight.to(device=device, dtype=self.config.params_dtype)
+        if parts > 1 and weight.cut is not None:
+            tensor_parallel.set_tensor_model_parallel_attributes(
+                weight.weight, is_parallel=True, dim=weight.cut, stride=1
+            )
+        elif parts > 1:
+            # Each rank mixes its own features with the same values: the gradient is a sum.
+            weight.read = partial(
+                tensor_parallel.copy_to_tensor_model_parallel_region, group=self.tp_group
+            )
+
+    def forward(
+        self, hidden_states: Tensor, *unused: Any, **unused_names: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: <float>[T', B, D] (normed; [T'/tp, B, D] under sequence parallel).
+
+        Returns:
+            The mixer's output without the bias of W, the same shape and dtype; the bias: [D] or
+            None.
+        """
+        inner = [
+            self._inner(getattr(self, name)(hidden_states)[0], outputs)
+            for name, outputs in self.outputs.items()
+        ]
+        mixed = self.mixer(*inner).transpose(0, 1).contiguous()
+        if self.whole:
+            mixed = tensor_parallel.scatter_to_tensor_model_parallel_region(
+                mixed, group=self.tp_group
+            )
+        return self.linear_out(mixed.to(hidden_states.dtype))
+
+    def _inner(self, projected: Tensor, outputs: int) -> Tensor:
+        """[T', B, m F / tp] -> what the mixer is given, [B, T', F / tp] or [B, T', F / tp, m]."""
+        if self.whole:
+            projected = tensor_parallel.gather_from_tensor_model_parallel_region(
+                projected, group=self.tp_group
+            )
+        projected = projected.transpose(0, 1)
+        return projected if outputs == 1 else projected.unflatten(-1, (-1, outputs))

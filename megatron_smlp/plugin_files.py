@@ -1,0 +1,278 @@
+"""Loads the plugins that a person names, and enters what they register into the tables.
+
+    --plugin FILE.py      a file
+    --plugin NAME         a module, or an entry point of the group megatron_smlp.plugins
+    plugin: FILE.py       in a --config file, from its folder; or a list
+
+Nothing else runs a plugin: no folder, no checkpoint, no exported model. No torch before there is a
+plugin.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from megatron_smlp import options, systems
+from megatron_smlp.command_line import flag_of
+from megatron_smlp.errors import UsageError
+from megatron_smlp.flag_facts import Facts
+from megatron_smlp.flags import early
+from megatron_smlp.flags.yaml_file import config_paths, read_settings
+from megatron_smlp.plugin_texts import ALLOW, ALLOWED, FLAG, LOADED, PluginFile, recorded
+
+KEY = "plugin"
+GROUP = "megatron_smlp.plugins"
+HOSTED = "megatron_smlp.layers.hosted"
+WITHOUT_FLAGS = ("mlp", "none")
+
+
+def take(argv: Sequence[str]) -> list[str]:
+    """Load what --plugin names, note --allow-other-plugin, and return the other arguments.
+
+    Raises:
+        UsageError: see `load`; or the flag has no value.
+    """
+    rest, named = [], named_in(config_paths(argv))
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if word == ALLOW:
+            ALLOWED.add(word)
+        elif flag != FLAG:
+            rest.append(word)
+        elif equals:
+            named.append(value)
+        else:
+            named.append(next(words, ""))
+    for name in named:
+        load(name)
+    return rest
+
+
+def named_in(configs: Iterable[Path]) -> list[str]:
+    """Return what the key `plugin` of --config files names, from the folder of each file."""
+    setting = read_settings(configs).get(KEY)
+    if setting is None:
+        return []
+    names = setting.value if isinstance(setting.value, list) else [setting.value]
+    folder = Path(setting.place.rpartition(":")[0]).parent
+    paths = [os.path.normpath(folder / str(name)) for name in names]
+    return [
+        path if Path(path).is_file() else str(name) for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def load(name: str) -> PluginFile:
+    """Run a plugin's file, once in a process, and enter what it registers.
+
+    Raises:
+        UsageError: it is not there, does not import, or registers what cannot be.
+    """
+    path = _path(name)
+    known = LOADED.get(path.stem)
+    if known is not None and known.path == path:
+        return known
+    if known is not None or not path.stem.isidentifier():
+        why = f"and {known.path} have one name" if known else "has no module's name"
+        raise UsageError(f"{FLAG} {name} {why}: rename the file.")
+    from megatron_smlp.plugins import register
+
+    before = {title: set(table) for title, table in register.tables()}
+    hooks = [(hooks, list(hooks)) for hooks in (register.listeners, register.updates)]
+    text = path.read_text(encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+        _enter(before)
+    except Exception as error:
+        del sys.modules[path.stem]
+        for title, table in register.tables():
+            for added in set(table) - before[title]:
+                del table[added]
+        for registered, were in hooks:
+            registered[:] = were
+        line = next(_lines_in(path, error), None)
+        where = f"{path}:{line}" if line else f"{path}"
+        raise UsageError(
+            f"{FLAG} {name}: {where}: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    parts = {name for title, table in register.tables() for name in set(table) - before[title]}
+    plugin = LOADED[path.stem] = PluginFile(path.stem, path, text, frozenset(parts))
+    return plugin
+
+
+def _path(name: str) -> Path:
+    """Return the file that a name stands for."""
+    path = Path(name)
+    if path.suffix == ".py" or path.is_file():
+        if not path.is_file():
+            raise UsageError(f"{FLAG} {name}: no such file.")
+        return path.resolve()
+    entries = {entry.name: entry.value for entry in entry_points(group=GROUP)}
+    try:
+        spec = importlib.util.find_spec(entries.get(name, name)) if name else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:
+        known = f", or one of {', '.join(sorted(entries))}" if entries else ""
+        raise UsageError(f"{FLAG} {name}: give a file that ends in .py, a module{known}.")
+    return Path(spec.origin)
+
+
+def _lines_in(path: Path, error: BaseException) -> Iterator[int]:
+    """Yield the lines of the file at which an error came, the innermost first."""
+    if isinstance(error, SyntaxError) and error.filename == str(path) and error.lineno:
+        yield error.lineno
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename == str(path) and frame.lineno:
+            yield frame.lineno
+
+
+def _enter(before: dict[str, set[str]]) -> None:
+    """Enter what was registered since into the tables of systems.py and options.py.
+
+    Raises:
+        ValueError: a name is ours, an architecture names what is not there, or an option's name is
+            a flag's.
+    """
+    from megatron_smlp.plugins import register
+
+    tables: dict[str, Any] = {
+        "token mixer": systems.MIXERS,
+        "channel mixer": systems.CHANNELS,
+        "token router": systems.TOKEN_ROUTERS,
+        "architecture": systems.ARCHITECTURES,
+    }
+    make: dict[str, Any] = {
+        "token mixer": _mixer,
+        "channel mixer": lambda _, kind: kind,
+        "token router": _rule,
+        "architecture": _architecture,
+    }
+    added = {title: set(table) - before[title] for title, table in register.tables()}
+    entered: list[tuple[dict[str, Any], str]] = []
+    try:
+        for title, table in register.tables():
+            for name in sorted(added[title]):
+                if name in tables[title] or name in WITHOUT_FLAGS:
+                    raise ValueError(f"the {title} {name!r} is there already: give another name.")
+                tables[title][name] = make[title](name, table[name])
+                entered.append((tables[title], name))
+        for name in sorted(added["token router"]):
+            for names in (systems.SCORING, systems.WITH_BALANCE_LOSS):
+                names.append(name)
+            kind = register.token_routers[name]
+            entered += _enter_options(kind, token_routers=(name,))
+        for name in sorted(added["architecture"]):
+            for kind in _kinds_of(systems.ARCHITECTURES[name]):
+                entered += _enter_options(kind, architectures=(name,))
+    except Exception:
+        for entries, name in entered:
+            entries.pop(name, None)
+        raise
+
+
+def _mixer(name: str, kind: Any) -> systems.Mixer:
+    return systems.Mixer(
+        spec=f"{HOSTED}:hosted_spec",
+        cost="megatron_smlp.accounting.plugin_costs:plugin_cost",
+        title=f"{name} (plugin)",
+        learned_positions=kind.learned_positions,
+        check=f"{HOSTED}:check_flags",
+        plugin=kind,
+    )
+
+
+def _rule(name: str, kind: Any) -> systems.TokenRouterRule:
+    return systems.TokenRouterRule(
+        module="megatron_smlp.routers.hosted:hosting",
+        experts_per_token=kind.experts_per_token,
+        has_balance_loss=True,
+        plugin=kind,
+    )
+
+
+def _architecture(name: str, architecture: Any) -> systems.Architecture:
+    pairs = dict.fromkeys(architecture.layers(number, 64) for number in range(64))
+    for mixer, channel in pairs:
+        if mixer not in systems.MIXERS:
+            known = ", ".join(systems.MIXERS)
+            raise ValueError(f"architecture {name!r}: {mixer!r} is no token mixer of {known}.")
+        if channel not in (*WITHOUT_FLAGS, *systems.CHANNELS):
+            known = ", ".join((*WITHOUT_FLAGS, *systems.CHANNELS))
+            raise ValueError(f"architecture {name!r}: {channel!r} is no channel mixer of {known}.")
+    (mixer, channel), *_ = pairs
+    others = dict.fromkeys(other for other, _ in pairs if other != mixer)
+    return systems.Architecture(
+        mixer=mixer, channel=channel, layers=architecture.layers, others=tuple(others)
+    )
+
+
+def _kinds_of(architecture: systems.Architecture) -> list[Any]:
+    """Return the plugins' classes in its layers."""
+    assert architecture.layers is not None
+    pairs = dict.fromkeys(architecture.layers(number, 64) for number in range(64))
+    kinds = [
+        *(systems.MIXERS[mixer].plugin for mixer, _ in pairs),
+        *(systems.CHANNELS.get(channel) for _, channel in pairs),
+    ]
+    return [kind for kind in dict.fromkeys(kinds) if kind is not None]
+
+
+def _enter_options(kind: Any, **belongs: Any) -> list[tuple[dict[str, Any], str]]:
+    """Enter a class's options for the architecture or router that has it."""
+    from megatron_smlp.plugins import options_of
+
+    entered: list[tuple[dict[str, Any], str]] = []
+    declared = options_of(kind)
+    theirs = early.spellings() if declared else set()
+    for name, it in declared.items():
+        before = options.PLUGIN_OPTIONS.get(name)
+        if before is not None and before == it and "architectures" in belongs:
+            facts = options.OUR_FLAGS[name]
+            belongs = {"architectures": (*facts.architectures, *belongs["architectures"])}
+        elif name in options.MODEL_FLAGS or name in options.OUR_FLAGS or flag_of(name) in theirs:
+            raise ValueError(
+                f"{kind.__name__}.{name} would shadow the flag {flag_of(name)}: rename it."
+            )
+        facts = Facts(least=it.smallest, may_change=it.may_change, **belongs)
+        tables: tuple[dict[str, Any], ...] = (
+            options.OUR_FLAGS,
+            options.MODEL_FLAGS,
+            options.DEFAULTS,
+            options.PLUGIN_OPTIONS,
+        )
+        for table, value in zip(tables, (facts, facts, it.default, it), strict=True):
+            table[name] = value
+            entered.append((table, name))
+    return entered
+
+
+def described(flags: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a Hugging Face configuration says of plugins, for a model's flags; None: nothing
+    of the model is a plugin's."""
+    if not LOADED:
+        return None
+    from megatron_smlp.plugins import register
+
+    architecture = register.architectures.get(flags["architecture"])
+    if architecture is None and flags["token_router"] not in register.token_routers:
+        return None
+    count = flags["num_layers"]
+    return {
+        "files": recorded(),
+        "options": {name: flags[name] for name in options.PLUGIN_OPTIONS},
+        "layers": architecture and [list(architecture.layers(i, count)) for i in range(count)],
+    }

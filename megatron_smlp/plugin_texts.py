@@ -1,0 +1,73 @@
+"""The texts of the plugins of this process: what is recorded with a model that is made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_smlp.errors import UsageError
+
+FLAG, ALLOW = "--plugin", "--allow-other-plugin"
+ALLOWED: set[str] = set()
+"""Holds ALLOW where this process was given it."""
+
+
+@dataclass(frozen=True)
+class PluginFile:
+    """A file that was loaded."""
+
+    name: str
+    """Its module's name."""
+    path: Path
+    text: str
+    parts: frozenset[str] = frozenset()
+    """Names of the model's parts that it registers; listeners and updates are none."""
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+LOADED: dict[str, PluginFile] = {}
+"""The plugins of this process, by their modules' names, in the order in which they were named."""
+
+
+def recorded() -> dict[str, str]:
+    """Return the SHA-256 of the text of each plugin that a model may be made of, for model.json."""
+    return {name: plugin.sha256 for name, plugin in LOADED.items() if plugin.parts}
+
+
+def texts() -> dict[str, str]:
+    """Return the text of each plugin of this process, for run.json."""
+    return {name: plugin.text for name, plugin in LOADED.items()}
+
+
+def require(there: Mapping[str, str], where: str) -> None:
+    """Check that the plugins that a model was made with were named.
+
+    Raises:
+        UsageError: one was not, or has another text and --allow-other-plugin was not given.
+    """
+    for name, digest in there.items():
+        if name not in LOADED:
+            raise UsageError(
+                f"{where} was made with the plugin {name}.py (SHA-256 {digest[:12]}): name it by "
+                f"{FLAG} {name}.py; a plugin is never run unless it is named."
+            )
+        here = LOADED[name]
+        if here.sha256 != digest and not ALLOWED:
+            raise UsageError(
+                f"{where} was made with another text of {name}.py (SHA-256 {digest[:12]}, "
+                f"{here.path} has {here.sha256[:12]}): name that one, or give {ALLOW}."
+            )
+
+
+def exported(text: str) -> str:
+    """Return a text for a folder that needs torch and transformers alone: imports of this package
+    become imports of the files beside it."""
+    return re.sub(
+        r"^from megatron_smlp(?:\.hf)?\.(\w+) import", r"from .\1 import", text, flags=re.M
+    )

@@ -1,0 +1,373 @@
+"""What a file of your own may hold: token mixers, channel mixers, token routers, architectures.
+
+    pretrain_smlp.py --plugin gated_conv.py --architecture gated_conv ...
+
+The file needs this module and torch alone. A class says what it computes between two projections;
+flags, tensor parallelism, checkpoints, costs, metrics, export and generation follow from it, and
+`smlp-check FILE` shows that they do. docs/a-mixer-of-your-own.md is the tutorial.
+
+An exported model holds a copy of this file beside the plugin's, and runs the same classes.
+
+Letters: B batch, T sequence length, D hidden, F features of a mixer, N tokens, E experts, k choices
+of a token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "Architecture",
+    "ChannelMixer",
+    "Mixer",
+    "Option",
+    "TokenMixer",
+    "TokenRouter",
+    "Weight",
+    "normal",
+    "ones",
+    "option",
+    "register",
+    "uniform",
+    "zeros",
+]
+
+Start = Callable[[Tensor], Any]
+"""Draws the first values of a parameter in place: <fp32>, on the CPU."""
+
+
+def zeros(values: Tensor) -> None:
+    """Start at 0."""
+    values.zero_()
+
+
+def ones(values: Tensor) -> None:
+    """Start at 1."""
+    values.fill_(1.0)
+
+
+def normal(std: float) -> Start:
+    """Start at normal values around 0 with this standard deviation."""
+    return lambda values: values.normal_(std=std)
+
+
+def uniform(bound: float) -> Start:
+    """Start at values between -bound and bound."""
+    return lambda values: values.uniform_(-bound, bound)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A flag of a plugin: `taps: int = option(4, "tokens that a position reads", smallest=1)`.
+
+    Its name, with hyphens, is the flag; its annotation says the type: int, float, bool, str, or a
+    Literal of strings.
+    """
+
+    default: Any
+    help: str
+    """What it means, with its unit."""
+    smallest: float | None = None
+    may_change: bool = False
+    """Whether a run that goes on from a checkpoint may have another value."""
+    kind: type = str
+    choices: tuple[str, ...] | None = None
+
+
+def option(
+    default: Any, help: str, *, smallest: float | None = None, may_change: bool = False
+) -> Any:
+    """Declare a flag, as the value of an annotated name in a class; see Option."""
+    return Option(default=default, help=help, smallest=smallest, may_change=may_change)
+
+
+def options_of(kind: type) -> dict[str, Option]:
+    """Return the options that a class and its bases declare, by name.
+
+    Raises:
+        TypeError: one has an annotation of no flag.
+    """
+    declared: dict[str, Option] = {}
+    for base in reversed(kind.__mro__):
+        found = {name: it for name, it in vars(base).items() if isinstance(it, Option)}
+        hints = get_type_hints(base) if found else {}
+        for name, it in found.items():
+            hint = hints.get(name)
+            choices = get_args(hint) if get_origin(hint) is Literal else None
+            type_ = str if choices else hint
+            if type_ not in (int, float, bool, str):
+                raise TypeError(
+                    f"{kind.__name__}.{name} is an option: annotate it as int, float, "
+                    f"bool, str or a Literal of strings, not as {hint}."
+                )
+            declared[name] = dataclasses.replace(it, kind=type_, choices=choices)
+    return declared
+
+
+class Weight(nn.Module):
+    """A parameter of a plugin, read by a call.
+
+    The host hooks the call: gathers are waited for there, and a parameter that all ranks of a
+    tensor parallel group hold whole has its gradient summed over them.
+    """
+
+    def __init__(self, *shape: int, cut: int | None, start: Start) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.cut, self.start = cut, start
+        self.read: Callable[[Tensor], Tensor] | None = None
+
+    @torch.no_grad()
+    def draw(self, *, parts: int = 1, part: int = 0) -> None:
+        """Draw the first values: all ranks draw the whole, and each keeps its part."""
+        shape = list(self.weight.shape)
+        if self.cut is not None:
+            shape[self.cut] *= parts
+        whole = torch.empty(shape)
+        self.start(whole)
+        kept = whole if self.cut is None else whole.chunk(parts, dim=self.cut)[part]
+        self.weight.copy_(kept)
+
+    def forward(self) -> Tensor:
+        return self.weight if self.read is None else self.read(self.weight)
+
+
+class Mixer(nn.Module):
+    """What token mixers and channel mixers share: they stand between two projections of the host.
+
+    Args:
+        width: features of this rank, F / TP, or F where the mixer is `whole`.
+        length: T, tokens.
+        values: of its options.
+    """
+
+    inner: ClassVar[Mapping[str, int]] = {"value": 1}
+    """The projections of the layer's normed input: name -> outputs per feature. `forward` is given
+    them in this order; the projection from F features back to D is the host's."""
+    whole: ClassVar[bool] = False
+    """Whether it needs all F features of a token at once, as a norm over them does. The host then
+    gathers them over the tensor parallel group, and all ranks compute the same."""
+
+    def __init__(self, *, width: int, length: int, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.width, self.length = width, length
+        for name, it in options_of(type(self)).items():
+            setattr(self, name, values.get(name, it.default))
+        self.build(width, length)
+
+    @classmethod
+    def features(cls, *, hidden_size: int, ffn_hidden_size: int, values: Mapping[str, Any]) -> int:
+        """Return F; default: D."""
+        return hidden_size
+
+    def build(self, width: int, length: int) -> None:
+        """Make the parameters, by `self.parameter`."""
+
+    def parameter(self, *shape: int, cut: int | None, start: Start) -> Weight:
+        """Make a parameter, which `forward` reads by a call.
+
+        Args:
+            shape: on this rank.
+            cut: the axis that is split as the features are; None: every rank has all of it.
+            start: draws its first values, as zeros, ones, normal(std) or uniform(bound).
+        """
+        return Weight(*shape, cut=cut, start=start)
+
+    def forward(self, *inner: Tensor) -> Tensor:
+        """Each of `inner`: <float>[B, T', width], or [B, T', width, outputs] where it has several a
+        feature -> <float>[B, T', width]; T' <= T."""
+        raise NotImplementedError
+
+    def draw(self) -> Mixer:
+        """Draw the first values of all parameters, where no host does."""
+        for module in self.modules():
+            if isinstance(module, Weight):
+                module.draw()
+        return self
+
+    @classmethod
+    def cost(
+        cls, *, features: int, length: int, values: Mapping[str, Any]
+    ) -> tuple[int, int] | None:
+        """Return forward FLOPs of one sequence between the projections: those that are needed, and
+        those with full squares in place of triangles. None: torch counts the products, and both are
+        that number."""
+        return None
+
+
+class TokenMixer(Mixer):
+    """Mixes tokens, causally: output t reads inputs 0..t."""
+
+    learned_positions: ClassVar[bool] = True
+    """Whether the model's input has learned positions; else they are the mixer's affair."""
+
+
+class ChannelMixer(Mixer):
+    """Works on each token by itself, in the place of the FFN."""
+
+
+class TokenRouter(nn.Module):
+    """A rule by which N tokens choose among E experts of FFNs.
+
+    The scores are h W in fp32, W: <float>[E, D] the host's. `choose` is called without gradient for
+    the whole micro-batch, `weigh` with it.
+    """
+
+    experts_per_token: ClassVar[int] = 1
+    """k, experts that a token visits, on average at most: FLOPs are counted so."""
+    may_skip: ClassVar[bool] = False
+    """Whether `choose` says which of the choices are visited, so that tokens have fewer or more."""
+
+    def __init__(self, *, num_experts: int, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        for name, it in options_of(type(self)).items():
+            setattr(self, name, values.get(name, it.default))
+
+    def choose(self, scores: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """scores: <fp32>[N, E] -> experts <int64>[N, k], distinct in a row; or these and which of
+        them are visited, <bool>[N, k]. In evaluation no row may depend on another.
+
+        Default: the k highest scores.
+        """
+        return scores.topk(self.experts_per_token, dim=-1).indices
+
+    def weigh(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        """scores: <fp32>[n, E]; chosen: <int64>[n, k] -> weights <fp32>[n, k], with gradient.
+
+        Default: the softmax over all experts, of the chosen ones.
+        """
+        return scores.softmax(dim=-1).gather(1, chosen)
+
+    def loss(self, scores: Tensor, chosen: Tensor) -> Tensor | None:
+        """scores: <fp32>[N, E], chosen: <int64>[N, k] -> a loss that is added with
+        --moe-aux-loss-coeff, or None."""
+        return None
+
+    def update(self, loads: Tensor) -> None:
+        """After a step that was not skipped: change buffers.
+
+        Buffers are fp32, saved with the model and exported unless they are registered as not
+        persistent. What `choose` added to them in a step is averaged over data parallel ranks
+        before.
+
+        Args:
+            loads: <fp32>[E], tokens of all ranks that visited each expert in the step.
+        """
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TokenRouter:
+        """Keep buffers in fp32 where a model is cast, buffers and all, to half precision."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and buffer.is_floating_point():
+                self._buffers[name] = moved.float() if buffer.is_meta else buffer.to(moved.device)
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The fillings of a model's layers."""
+
+    layers: Callable[[int, int], tuple[str, str]]
+    """(number from 0, number of layers) -> (token mixer, channel mixer), names of registered ones
+    or of ours (megatron_smlp/systems.py); the channel mixer `mlp` gives way to token experts in
+    MoE layers, `none` is none."""
+
+
+@dataclass
+class Registry:
+    """All that the plugins of this process have registered, by name."""
+
+    token_mixers: dict[str, type[TokenMixer]] = field(default_factory=dict)
+    channel_mixers: dict[str, type[ChannelMixer]] = field(default_factory=dict)
+    token_routers: dict[str, type[TokenRouter]] = field(default_factory=dict)
+    architectures: dict[str, Architecture] = field(default_factory=dict)
+    listeners: list[Callable[[], Any]] = field(default_factory=list)
+    updates: list[Callable[..., None]] = field(default_factory=list)
+
+    def tables(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Return each table with what its entries are called."""
+        yield "token mixer", self.token_mixers
+        yield "channel mixer", self.channel_mixers
+        yield "token router", self.token_routers
+        yield "architecture", self.architectures
+
+    def kinds(self) -> Iterator[type]:
+        """Return all registered classes."""
+        for table in (self.token_mixers, self.channel_mixers, self.token_routers):
+            yield from table.values()
+
+    def __call__[Kind: type](self, name: str) -> Callable[[Kind], Kind]:
+        """Register a class: `@register("name")`.
+
+        Raises:
+            TypeError: it is none of the bases'.
+            ValueError: the name is taken.
+        """
+
+        def registered(kind: Kind) -> Kind:
+            if issubclass(kind, TokenMixer):
+                self._add(self.token_mixers, name, kind)
+            elif issubclass(kind, ChannelMixer):
+                self._add(self.channel_mixers, name, kind)
+            elif issubclass(kind, TokenRouter):
+                self._add(self.token_routers, name, kind)
+            else:
+                raise TypeError(
+                    f"register({name!r}): {kind.__name__} is no TokenMixer, ChannelMixer or "
+                    "TokenRouter: derive it from one."
+                )
+            options_of(kind)
+            return kind
+
+        return registered
+
+    def architecture(
+        self,
+        name: str,
+        *,
+        mixer: str | None = None,
+        channel: str = "mlp",
+        layers: Callable[[int, int], tuple[str, str]] | None = None,
+    ) -> None:
+        """Register an architecture: one mixer and channel in all layers, or `layers` by number.
+
+        Raises:
+            ValueError: the name is taken, or neither or both of `mixer` and `layers` are given.
+        """
+        if (mixer is None) == (layers is None):
+            raise ValueError(
+                f"register.architecture({name!r}): give mixer= or layers=, one of them."
+            )
+        pair = (str(mixer), channel)
+        self._add(self.architectures, name, Architecture(layers=layers or (lambda _, __: pair)))
+
+    def listener[Kind: type](self, kind: Kind) -> Kind:
+        """Register a class that looks on: `@register.listener` on a training.events.Listener. Each
+        training makes one, behind those of the program. No model is exported with its file."""
+        self.listeners.append(kind)
+        return kind
+
+    def update[Function: Callable[..., None]](self, function: Function) -> Function:
+        """Register a function that changes state once a step, behind the optimizer's update:
+        `f(models, skipped=bool)`, on every rank; see training.events.Update."""
+        self.updates.append(function)
+        return function
+
+    def _add(self, table: dict[str, Any], name: str, value: Any) -> None:
+        if not name.isidentifier():
+            raise ValueError(f"register: {name!r} is no name: use letters, digits and underscores.")
+        if name in table:
+            raise ValueError(f"register: two plugins have the name {name!r}: rename one of them.")
+        table[name] = value
+
+
+register = Registry()

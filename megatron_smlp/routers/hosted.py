@@ -1,0 +1,99 @@
+"""A plugin's token router (megatron_smlp/plugins.py) in Megatron's MoELayer.
+
+    s = h W      e = choose(s)      y = sum over the chosen e of weigh(s)_e f_e(h)
+
+h <float>[n, D] tokens after the norm; W <float>[D, E], kept as [E, D]; s in fp32. `choose` sees the
+whole routing group, a micro-batch, whatever the layout (token_router.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor, nn
+
+from megatron_smlp import plugins
+from megatron_smlp.routers.handed import repeats_a_pass
+from megatron_smlp.routers.token_router import Choices, TokenRouter
+
+AUX_LOSS = "load_balancing_loss"
+
+
+def hosting(rule: type[plugins.TokenRouter]) -> type[HostedRouter]:
+    """Return the router class that hosts a rule."""
+    attributes = {"kind": rule, "skips": rule.may_skip}
+    return type(f"Hosted{rule.__name__}", (HostedRouter,), attributes)
+
+
+class HostedRouter(TokenRouter):
+    """See the top of the file."""
+
+    kind: type[plugins.TokenRouter]
+    has_aux_loss = False  # of a rule's own loss there is no uniform value to compare with
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        values = {name: getattr(config, name) for name in plugins.options_of(self.kind)}
+        self.rule = self.kind(num_experts=self.num_experts, values=values)
+        self.rule.to(self.weight.device)
+        self.loads = torch.zeros(self.num_experts, dtype=torch.float64)
+
+    def choose(self, scores: Tensor) -> Choices:
+        """scores: <fp32>[N, E] of the group."""
+        buffers = list(self.rule.buffers())
+        before = [buffer.clone() for buffer in buffers] if repeats_a_pass() else []
+        chosen = self.rule.choose(scores)
+        for buffer, value in zip(buffers, before, strict=False):
+            buffer.copy_(value)  # the pass before has noted what there was
+        chosen, visited = chosen if isinstance(chosen, tuple) else (chosen, None)
+        visited = torch.ones_like(chosen, dtype=torch.bool) if visited is None else visited
+        if self.training and not repeats_a_pass():
+            loads = chosen[visited].bincount(minlength=self.num_experts)
+            self.loads = self.loads.to(loads.device) + loads
+        return Choices(chosen, visited, visited)
+
+    def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
+        return self.rule.weigh(scores, wanted)
+
+    def balanced(self, probs: Tensor, scores: Tensor, wanted: Tensor) -> Tensor:
+        """Attach the rule's loss: of the whole group on each TP rank, which count once together."""
+        coefficient = self.config.moe_aux_loss_coeff
+        coefficient = coefficient[0] if isinstance(coefficient, list) else coefficient
+        if not (self.training and torch.is_grad_enabled() and coefficient):
+            return probs
+        if self.config.sequence_parallel:
+            scores = gather_from_sequence_parallel_region(scores, group=self.tp_group)
+        loss = self.rule.loss(scores, wanted)
+        if loss is None:
+            return probs
+        share = coefficient * loss / (self.tp_group.size() if self.config.sequence_parallel else 1)
+        return self.attach_and_log_load_balancing_loss(
+            probs, coefficient, share, AUX_LOSS, self.tp_cp_group
+        )
+
+
+def update_rules(models: Iterable[nn.Module], *, skipped: bool) -> None:
+    """After a step: each rule's `update`, by loads and buffers of all data parallel ranks.
+
+    Args:
+        skipped: the step had no update of the weights, and has none of the rules.
+    """
+    modules = (module for model in models for module in model.modules())
+    routers = [module for module in modules if isinstance(module, HostedRouter)]
+    if not routers:
+        return
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    for router in routers:
+        loads, router.loads = router.loads, torch.zeros_like(router.loads)
+        if skipped:
+            continue
+        torch.distributed.all_reduce(loads, group=group)
+        for buffer in router.rule.buffers():
+            if buffer.is_floating_point():
+                torch.distributed.all_reduce(buffer, group=group)
+                buffer /= group.size()
+        router.rule.update(loads.float())

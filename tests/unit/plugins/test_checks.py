@@ -1,0 +1,118 @@
+"""smlp-check: every row of it that needs no training turns red for what it is there for."""
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.launches import REPOSITORY
+
+from megatron_smlp import options, plugin_files, plugin_texts, plugins, systems
+from megatron_smlp.checking import mixers, routers
+
+GOOD = (REPOSITORY / "plugins" / "gated_conv.py").read_text(encoding="utf-8")
+RULE = (REPOSITORY / "plugins" / "threshold.py").read_text(encoding="utf-8")
+ALONE = "if not self.training:\n            return experts, scores > self.bound\n        "
+
+
+@pytest.fixture
+def registry() -> Iterator[plugins.Registry]:
+    """What a test registers is gone after it."""
+    tables = [table for _, table in plugins.register.tables()]
+    tables += [systems.MIXERS, systems.CHANNELS, systems.TOKEN_ROUTERS, systems.ARCHITECTURES]
+    tables += [options.OUR_FLAGS, options.MODEL_FLAGS, options.DEFAULTS, options.PLUGIN_OPTIONS]
+    tables += [plugin_texts.LOADED]
+    lists = [systems.SCORING, systems.WITH_BALANCE_LOSS]
+    before = [dict(table) for table in tables], [list(names) for names in lists]
+    yield plugins.register
+    for table, was in zip(tables, before[0], strict=True):
+        table.clear()
+        table.update(was)
+    for names, were in zip(lists, before[1], strict=True):
+        names[:] = were
+
+
+def advice(registry: plugins.Registry, tmp_path: Path, text: str) -> str:
+    """The first advice for a file of this text; empty: all rows passed."""
+    path = tmp_path / "tried.py"
+    path.write_text(text, encoding="utf-8")
+    plugin_files.load(str(path))
+    checks = [
+        check
+        for table in (registry.token_mixers, registry.channel_mixers)
+        for name, kind in table.items()
+        for check in mixers.checks(name, kind)
+    ]
+    for name, rule in registry.token_routers.items():
+        checks += routers.checks(name, rule)
+    assert checks
+    return next((row.advice for check in checks if not (row := check()).passed), "")
+
+
+@pytest.mark.parametrize("text", [GOOD, RULE], ids=["mixer", "router"])
+def test_what_ships_passes(registry: plugins.Registry, tmp_path: Path, text: str):
+    assert not advice(registry, tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        pytest.param("self.taps - 1, 0))  #", "self.taps - 2, 1))  #", "reads a later", id="leak"),
+        pytest.param("range(self.taps))\n", "range(self.taps)) - value.mean(1, keepdim=True)\n",
+                     "reads a later token", id="mean over T"),
+        pytest.param("cut=0", "cut=None", "cut is wrong", id="not split"),
+        pytest.param("return gate.sigmoid()", "gate = gate.softmax(-1)\n        return gate",
+                     "needs whole", id="over features"),
+        pytest.param("        return gate", "        self.last = mixed = mixed + getattr(self, "
+                     "'last', mixed).detach()\n        return gate", "earlier call", id="state"),
+        pytest.param("gate.sigmoid()", "gate.sigmoid().detach()", "gradient", id="gradient"),
+        pytest.param("gate.sigmoid() * mixed\n", "(gate.sigmoid() * mixed)[:, 1:]\n",
+                     "forward returns", id="shape"),
+        pytest.param("return gate", "return gate.missing", "forward raises", id="raises"),
+        pytest.param("return gate.sigmoid() *", "return (gate * 300 + 1e4 - 1e4).sin() *",
+                     "bf16", id="bf16"),
+        pytest.param("late = pad", "value = value * length\n        late = pad",
+                     "short sequence", id="by its length"),
+    ],
+)  # fmt: skip
+def test_a_mixer_that_is_wrong(
+    registry: plugins.Registry, tmp_path: Path, right: str, wrong: str, said: str
+):
+    assert right in GOOD
+    assert said in advice(registry, tmp_path, GOOD.replace(right, wrong, 1))
+
+
+@pytest.mark.parametrize("share", [1, 10])
+def test_a_cost_is_counted_again(registry: plugins.Registry, tmp_path: Path, share: int):
+    text = textwrap.dedent(f"""
+        import torch
+        from megatron_smlp.plugins import TokenMixer, register
+
+        @register("mean")
+        class Mean(TokenMixer):
+            def forward(self, value):
+                return torch.tril(value.new_ones(value.shape[1], value.shape[1])) @ value
+
+            @classmethod
+            def cost(cls, *, features, length, values):
+                full = 2 * length * length * features // {share}
+                return full // 2, full
+    """)
+    said = advice(registry, tmp_path, text)
+    assert ("another number of FLOPs" in said) == (share == 10)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        pytest.param(ALONE, "", "depend on the others", id="sees the batch"),
+        pytest.param("may_skip = True", "may_skip = False", "may_skip", id="skips"),
+        pytest.param("torch.arange(self", "1 + torch.arange(self", "of 4 experts", id="no expert"),
+        pytest.param("gather(1, chosen)", "gather(1, chosen)[:, :1]", "weigh returns", id="shape"),
+    ],
+)
+def test_a_router_that_is_wrong(
+    registry: plugins.Registry, tmp_path: Path, right: str, wrong: str, said: str
+):
+    assert right in RULE
+    assert said in advice(registry, tmp_path, RULE.replace(right, wrong, 1))

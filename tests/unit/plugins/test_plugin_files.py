@@ -1,0 +1,132 @@
+"""What can be wrong with a plugin is one line with the file and its line; nothing stays behind."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from support.launches import REPOSITORY
+from unit.plugins.test_checks import GOOD, registry  # noqa: F401 - a fixture
+
+from megatron_smlp import options, plugin_files, plugin_texts, plugins, systems
+from megatron_smlp.checking import mixers, new, routers
+from megatron_smlp.errors import UsageError
+
+pytestmark = pytest.mark.usefixtures("registry")
+CLASS = "from megatron_smlp.plugins import *\n@register('{name}')\nclass Mine(TokenMixer):\n    "
+
+
+def written(folder: Path, text: str, name: str = "mine") -> str:
+    path = folder / f"{name}.py"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import nothing_of_this_name\n", r"mine.py:1: ModuleNotFoundError"),
+        ("x = 1\nif x\n", r"mine.py:2: SyntaxError"),
+        ("\nraise RuntimeError('broken')\n", r"mine.py:2: RuntimeError: broken"),
+        (CLASS.format(name="aft") + "pass\n", "'aft' is there already"),
+        (CLASS.format(name="a b") + "pass\n", r"mine.py:2: ValueError: .*'a b' is no name"),
+        (CLASS.format(name="m") + "seed: int = option(1, 'x')\n"
+         "register.architecture('m', mixer='m')\n", "flag --seed"),
+        (CLASS.format(name="m") + "taps: list = option(1, 'x')\n", "annotate it"),
+        ("from megatron_smlp.plugins import register\nregister.architecture('m', mixer='n')\n",
+         "'n' is no token mixer"),
+        ("from megatron_smlp.plugins import register\nregister.architecture('m')\n", "mixer= or"),
+        ("from megatron_smlp.plugins import register\n@register('m')\nclass C: pass\n",
+         "is no TokenMixer"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_one_line_and_leaves_nothing(tmp_path: Path, text: str, said: str):
+    tables = [table for _, table in plugins.register.tables()]
+    before = [len(table) for table in (*tables, systems.MIXERS, options.OUR_FLAGS)]
+    with pytest.raises(UsageError, match=said) as error:
+        plugin_files.load(written(tmp_path, text))
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"--plugin {tmp_path}/mine.py: ")
+    assert [len(table) for table in (*tables, systems.MIXERS, options.OUR_FLAGS)] == before
+    assert not plugin_texts.LOADED
+
+
+@pytest.mark.parametrize("name", ["none.py", "no_module_of_this_name", ""])
+def test_a_name_of_nothing(name: str):
+    with pytest.raises(UsageError, match="--plugin"):
+        plugin_files.load(name)
+
+
+def test_two_files_of_one_name(tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    plugin_files.load(written(tmp_path, GOOD))
+    plugin_files.load(written(tmp_path, GOOD))
+    with pytest.raises(UsageError, match="rename"):
+        plugin_files.load(written(tmp_path / "other", GOOD))
+
+
+def test_two_plugins_of_one_name(tmp_path: Path):
+    plugin_files.load(written(tmp_path, GOOD, "first"))
+    with pytest.raises(UsageError, match=r"second.py:12: .*'gated_conv'"):
+        plugin_files.load(written(tmp_path, GOOD, "second"))
+
+
+def test_flags_and_configurations_name_them():
+    config = REPOSITORY / "plugins/gated_conv.yaml"
+    argv = ["--config", str(config), "--seed", "3"]
+    assert plugin_files.take(argv) == argv
+    assert list(plugin_texts.LOADED) == ["gated_conv"]
+    assert "gated_conv" in systems.ARCHITECTURES
+    facts = options.OUR_FLAGS["taps"]
+    assert (facts.architectures, facts.least, facts.may_change) == (("gated_conv",), 1, False)
+    both = ["--plugin", str(REPOSITORY / "plugins/threshold.py"), "--seed", "3"]
+    assert plugin_files.take(both) == ["--seed", "3"]
+    assert list(plugin_texts.LOADED) == ["gated_conv", "threshold"]
+
+
+def test_a_checkpoint_asks_for_its_plugin_and_for_its_text(tmp_path: Path, monkeypatch):
+    text = hashlib.sha256(GOOD.encode()).hexdigest()
+    with pytest.raises(UsageError, match=r"--plugin mine.py"):
+        plugin_texts.require({"mine": text}, "runs/a")
+    plugin_files.load(written(tmp_path, GOOD))
+    plugin_texts.require({"mine": text}, "runs/a")
+    with pytest.raises(UsageError, match="another text"):
+        plugin_texts.require({"mine": "0" * 64}, "runs/a")
+    monkeypatch.setattr(plugin_texts, "ALLOWED", {plugin_texts.ALLOW})
+    plugin_texts.require({"mine": "0" * 64}, "runs/a")
+
+
+def test_an_architecture_alternates(tmp_path: Path):
+    text = GOOD.replace(
+        'mixer="gated_conv", channel="mlp"',
+        'layers=lambda i, n: ("attention" if i % 2 else "gated_conv", "mlp")',
+    )
+    plugin_files.load(written(tmp_path, text))
+    architecture = systems.ARCHITECTURES["gated_conv"]
+    assert architecture.attends
+    sizes = type("Sizes", (), {"num_layers": 3, "moe_layer_freq": 1, "num_attention_heads": 4})
+    model = options.ModelOptions(architecture="gated_conv")
+    slots = systems.layer_slots(model, sizes, num_experts=None)
+    assert [layer.mixer for layer in slots] == ["gated_conv", "attention", "gated_conv"]
+
+
+@pytest.mark.parametrize("name", ["gated_conv", "threshold"])
+def test_the_page_shows_the_file(name: str):
+    page = {"gated_conv": "own-mixer.md", "threshold": "own-router.md"}[name]
+    text = (REPOSITORY / "plugins" / f"{name}.py").read_text(encoding="utf-8")
+    assert text in (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["mixer", "router"])
+def test_a_new_file_passes_the_checks(kind: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["smlp-new", kind, "my_idea"])
+    new.main()
+    plugin_files.load("my_idea.py")
+    for kinds, checks in (
+        (plugins.register.token_mixers, mixers.checks),
+        (plugins.register.token_routers, routers.checks),
+    ):
+        for name, it in kinds.items():
+            assert [row.advice for check in checks(name, it) if not (row := check()).passed] == []
+    with pytest.raises(UsageError, match="there already"):
+        new.main()

@@ -1,0 +1,85 @@
+"""Plugins in real runs: the whole of smlp-check, what a layout shows, an export without us."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.launches import REPOSITORY, clean_environment
+
+from megatron_smlp.checking.runs import Runs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+CONV = REPOSITORY / "plugins" / "gated_conv.py"
+UNSUMMED = """
+from megatron_smlp.plugins import TokenMixer, ones, register
+
+@register("scaled")
+class Scaled(TokenMixer):
+    def build(self, width, length):
+        self.scale = self.parameter(1, cut=None, start=ones)
+
+    def forward(self, value):
+        return self.scale.weight * value.cumsum(1)
+
+register.architecture("scaled", mixer="scaled")
+"""
+BESIDE = """
+import sys
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("megatron", "megatron_smlp"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+ids = torch.arange(2, 26).view(2, 12)
+mask = torch.ones_like(ids)
+mask[0, :5] = 0
+padded = model(ids, attention_mask=mask).logits[0, 5:]
+assert torch.equal(padded, model(ids[:1, 5:]).logits[0])
+model.save_pretrained(sys.argv[2])
+again = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True).eval()
+assert torch.equal(again(ids).logits, model(ids).logits)
+"""
+
+
+@pytest.mark.parametrize("name", ["gated_conv", "threshold"])
+def test_what_ships_passes_all_checks(name: str, tmp_path: Path):
+    command = [sys.executable, "tools/check_plugin.py", f"plugins/{name}.py"]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "checks passed" in done.stdout
+    assert "TP 2" in done.stdout
+
+
+def test_a_gradient_of_a_part_is_seen_by_a_layout(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    path = tmp_path / "scaled.py"
+    path.write_text(UNSUMMED, encoding="utf-8")
+    runs = Runs(
+        "scaled", plugin=str(path), model=["--architecture", "scaled"], folder=tmp_path / "runs"
+    )
+    seed, resume, split, *_ = runs.checks()
+    assert (seed().advice, resume().advice) == ("", "")
+    assert "another layout computes otherwise" in split().advice
+
+
+def test_an_export_needs_torch_and_transformers_alone(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    runs = Runs(
+        "gated_conv", plugin=str(CONV), model=["--architecture", "gated_conv"], folder=tmp_path
+    )
+    steps = list(runs.checks())
+    assert steps[0]().passed
+    assert steps[-2]().passed  # the export
+    folders = [str(tmp_path / "exported"), str(tmp_path / "again")]
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE, *folders], cwd=tmp_path, env=dict(os.environ),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
