@@ -28,8 +28,6 @@ NOT_HERE = {
     "tools/study.py": "the same, with a study that ends in minutes",
     "make first-gpu": "tests/unit/test_first_gpu.py",
     "pip install": "the environment has the extras",
-    'MIXERS["masked_mixer"]': "an excerpt; tests/unit/test_documented_commands.py compares it",
-    'TOKEN_ROUTERS["switch"]': "the same",
 }
 """Lines that run elsewhere, or a block of Python."""
 STEPS = (
@@ -119,7 +117,7 @@ def variables() -> dict[str, str]:
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder as README.md leaves it, with the files that the other pages start from."""
     folder = tmp_path_factory.mktemp("reader")
-    for name in ("configs", "examples", "megatron_smlp", "tools", "pretrain_smlp.py"):
+    for name in ("configs", "examples", "megatron_smlp", "plugins", "tools", "pretrain_smlp.py"):
         (folder / name).symlink_to(REPOSITORY / name)
     (folder / ".venv").symlink_to(Path(sys.executable).parents[1])
     (folder / "my.yaml").write_text("include: configs/cpu/smlp_deterministic.yaml\n")

@@ -480,7 +480,7 @@ def test_no_progress_three_times(two: Network, variables: dict[str, str], tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"NNODES": "3:2"}, "NNODES=3:2: MIN must be 1 or more and not over MAX"),
+        ({"NNODES": "3:2"}, "NNODES=3:2: give the number of machines"),
         ({"GLOO_SOCKET_IFNAME": "eth9"}, "eth9 is not an interface with an address; this machine"),
         ({"GLOO_SOCKET_IFNAME": "lo"}, "GLOO_SOCKET_IFNAME=lo does not lead to other machines"),
         ({"LOCAL_ADDR": "10.9.9.9"}, "LOCAL_ADDR=10.9.9.9 is not an address of this machine"),

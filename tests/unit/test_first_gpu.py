@@ -200,7 +200,8 @@ def test_what_a_case_measures_on_cuda_alone(tmp_path: Path, monkeypatch: pytest.
     try:
         train(words(place, "gmlp"), tmp_path / "cpu" / "gmlp")
         monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append, raising=False)
-        monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: None)
+        for kind, name in ((torch.cuda.Stream, "synchronize"), (torch.cuda.Event, "synchronize")):
+            monkeypatch.setattr(kind, name, lambda *_: None, raising=False)
         monkeypatch.setattr(StepAgreement, "read", waiting)
         trains(place, notes, system="gmlp")
     finally:

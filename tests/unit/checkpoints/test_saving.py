@@ -151,7 +151,7 @@ def test_old_checkpoints_go_when_the_new_one_is_there(tmp_path: Path, flags: str
     [
         ("--keep-last 0", "--keep-last"),
         ("--keep-last 2 --keep-every -1", "--keep-every -1"),
-        ("--keep-every 10", "without --keep-last"),
+        ("--keep-every 10", "needs --keep-last"),
     ],
 )
 def test_retention_that_makes_no_sense(flags: str, named: str):

@@ -132,7 +132,7 @@ def test_a_limit_scores_that_many_examples(tasks: Path, tokenizer: Path, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--eval-tasks-interval 2", "--eval-tasks-interval 2 without --eval-tasks"),
+        ("--eval-tasks-interval 2", "--eval-tasks-interval 2 needs --eval-tasks"),
         ("--eval-tasks copa --eval-tasks-interval 0", "--eval-tasks-interval 0: give 1 or more"),
         ("--eval-tasks copq --eval-tasks-data-dir {tasks}", "did you mean copa"),
         ("--eval-tasks record --eval-tasks-data-dir {tasks}", "has no record"),
