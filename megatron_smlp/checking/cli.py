@@ -23,7 +23,7 @@ from megatron_smlp.errors import UsageError
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = Parser(prog="smlp-check", description=__doc__.split("\n")[0])
+    parser = Parser(prog="smlp-check", description="Check a plugin, row by row.")
     parser.add_argument("plugin", metavar="FILE", help="the plugin, as --plugin names it")
     parser.add_argument("--quick", action="store_true", help="leave out what trains or exports")
     return parser

@@ -60,7 +60,7 @@ TRAINED = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = Parser(prog="smlp-new", description=(__doc__ or "").strip())
+    parser = Parser(prog="smlp-new", description="Write a plugin's file to begin with.")
     parser.add_argument("kind", choices=tuple(TEXTS))
     parser.add_argument("name", metavar="NAME", help="as it is registered; the file is NAME.py")
     return parser
