@@ -13,6 +13,7 @@ import argparse
 import json
 import textwrap
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def _facts(action: argparse.Action, *, with_choices: bool) -> dict[str, Any]:
         facts["nargs"] = action.nargs
     if action.type in TYPES.values():
         facts["type"] = action.type.__name__  # type: ignore[union-attr]
-    choices = list(action.choices or ())
+    choices = [each.name if isinstance(each, Enum) else each for each in action.choices or ()]
     if with_choices and choices and all(isinstance(choice, (str, int)) for choice in choices):
         facts["choices"] = choices
     return facts

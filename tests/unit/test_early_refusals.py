@@ -91,3 +91,8 @@ def test_the_table_of_megatrons_flags_is_that_of_its_parser(megatron: None):
 def test_another_megatron_waits_for_its_parser(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(early, "version_of", lambda package: "0.19.99")
     early.refuse(["--num-layrs", "3"])
+
+
+def test_a_choice_at_which_megatrons_own_parser_ends_in_a_traceback():
+    with pytest.raises(UsageError, match="--attention-backend: invalid choice: 'flsh'"):
+        early.refuse(["--attention-backend", "flsh"])
