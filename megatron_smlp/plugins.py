@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 __all__ = [
     "Architecture",
@@ -34,11 +35,12 @@ __all__ = [
     "ones",
     "option",
     "register",
+    "small",
     "uniform",
     "zeros",
 ]
 
-Start = Callable[[Tensor], Any]
+Init = Callable[[Tensor], Any]
 """Draws the first values of a parameter in place: <fp32>, on the CPU."""
 
 
@@ -52,12 +54,16 @@ def ones(values: Tensor) -> None:
     values.fill_(1.0)
 
 
-def normal(std: float) -> Start:
+def normal(std: float) -> Init:
     """Start at normal values around 0 with this standard deviation."""
     return lambda values: values.normal_(std=std)
 
 
-def uniform(bound: float) -> Start:
+small = normal(0.02)
+"""Small normal values, as --init-method-std draws them by default."""
+
+
+def uniform(bound: float) -> Init:
     """Start at values between -bound and bound."""
     return lambda values: values.uniform_(-bound, bound)
 
@@ -117,10 +123,10 @@ class Weight(nn.Module):
     tensor parallel group hold whole has its gradient summed over them.
     """
 
-    def __init__(self, *shape: int, cut: int | None, start: Start) -> None:
+    def __init__(self, *shape: int, cut: int | None, init: Init) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
-        self.cut, self.start = cut, start
+        self.cut, self.init = cut, init
         self.read: Callable[[Tensor], Tensor] | None = None
 
     @torch.no_grad()
@@ -130,7 +136,7 @@ class Weight(nn.Module):
         if self.cut is not None:
             shape[self.cut] *= parts
         whole = torch.empty(shape)
-        self.start(whole)
+        self.init(whole)
         kept = whole if self.cut is None else whole.chunk(parts, dim=self.cut)[part]
         self.weight.copy_(kept)
 
@@ -169,15 +175,15 @@ class Mixer(nn.Module):
     def build(self, width: int, length: int) -> None:
         """Make the parameters, by `self.parameter`."""
 
-    def parameter(self, *shape: int, cut: int | None, start: Start) -> Weight:
+    def parameter(self, *shape: int, cut: int | None, init: Init) -> Weight:
         """Make a parameter, which `forward` reads by a call.
 
         Args:
             shape: on this rank.
             cut: the axis that is split as the features are; None: every rank has all of it.
-            start: draws its first values, as zeros, ones, normal(std) or uniform(bound).
+            init: draws its first values, as zeros, ones, normal(std) or uniform(bound).
         """
-        return Weight(*shape, cut=cut, start=start)
+        return Weight(*shape, cut=cut, init=init)
 
     def forward(self, *inner: Tensor) -> Tensor:
         """Each of `inner`: <float>[B, T', width], or [B, T', width, outputs] where it has several a
@@ -215,8 +221,8 @@ class ChannelMixer(Mixer):
 class TokenRouter(nn.Module):
     """A rule by which N tokens choose among E experts of FFNs.
 
-    The scores are h W in fp32, W: <float>[E, D] the host's. `choose` is called without gradient for
-    the whole micro-batch, `weigh` with it.
+    The scores are h W in fp32, W: <float>[E, D] the host's, unless `scores` says otherwise.
+    `choose` is called without gradient for the whole micro-batch, `weigh` with it.
     """
 
     experts_per_token: ClassVar[int] = 1
@@ -229,6 +235,13 @@ class TokenRouter(nn.Module):
         self.num_experts = num_experts
         for name, it in options_of(type(self)).items():
             setattr(self, name, values.get(name, it.default))
+
+    def scores(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """hidden: <float>[..., D], weight: <float>[E, D] -> scores <fp32>[..., E], with gradient.
+
+        Default: their products.
+        """
+        return functional.linear(hidden.float(), weight.float())
 
     def choose(self, scores: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """scores: <fp32>[N, E] -> experts <int64>[N, k], distinct in a row; or these and which of

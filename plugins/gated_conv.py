@@ -15,7 +15,7 @@ class GatedConv(TokenMixer):
     taps: int = option(4, "tokens that a position reads, itself included", smallest=1)
 
     def build(self, width: int, length: int) -> None:
-        self.kernel = self.parameter(width, self.taps, cut=0, start=normal(0.5))
+        self.kernel = self.parameter(width, self.taps, cut=0, init=normal(0.5))
 
     def forward(self, gate: Tensor, value: Tensor) -> Tensor:
         kernel, length = self.kernel(), value.shape[1]

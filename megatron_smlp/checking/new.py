@@ -24,7 +24,7 @@ class CLASS(TokenMixer):
     memory: float = option(1.0, "weight of the past", smallest=0.0)
 
     def build(self, width: int, length: int) -> None:
-        self.scale = self.parameter(width, cut=0, start=ones)
+        self.scale = self.parameter(width, cut=0, init=ones)
 
     def forward(self, value: Tensor) -> Tensor:
         count = value.new_ones(value.shape[1]).cumsum(0)[:, None]

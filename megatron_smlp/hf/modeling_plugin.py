@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.utils.generic import maybe_autocast
 
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import (
@@ -23,7 +24,6 @@ from megatron_smlp.hf.modeling_smlp import (
     SMLPForCausalLM,
     SMLPModel,
     SMLPPreTrainedModel,
-    in_fp32,
     project,
     rows_of_call,
     so_far,
@@ -89,7 +89,8 @@ class SMLPHostedRouter(nn.Module):
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """tokens: <float>[n, D]."""
-        scores = in_fp32(tokens, self.weight)
+        with maybe_autocast(tokens.device.type, enabled=False):
+            scores = self.rule.scores(tokens, self.weight)
         with torch.no_grad():
             chosen = self.rule.choose(scores)
         chosen, visited = chosen if isinstance(chosen, tuple) else (chosen, None)
@@ -129,7 +130,7 @@ class _Drawing(SMLPPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Weight):
             whole = torch.empty(module.weight.shape)
-            module.start(whole)
+            module.init(whole)
             init.copy_(module.weight, whole)
         elif isinstance(module, SMLPHostedRouter):
             init.normal_(module.weight, std=self.config.initializer_range)

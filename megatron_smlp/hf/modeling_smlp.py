@@ -1038,11 +1038,11 @@ class SMLPTokenMoE(nn.Module):
         """z mean_t (log sum_e exp(h_t w_e))^2, which keeps scores small. tokens: <float>[n, D]."""
         if not (self.z_loss_coeff and self.training and len(tokens)):
             return None
-        scores = in_fp32(tokens, self.router.weight)
+        scores = _in_fp32(tokens, self.router.weight)
         return self.z_loss_coeff * scores.logsumexp(dim=-1).square().mean()
 
 
-def in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:
+def _in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:
     """tokens: <float>[n, D]; weight: <float>[E, D] -> <fp32>[n, E], under autocast too."""
     with maybe_autocast(tokens.device.type, enabled=False):
         return F.linear(tokens.float(), weight.float())
@@ -1066,7 +1066,7 @@ class SMLPSwitchRouter(nn.Module):
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """tokens: <float>[n, D]; ids: <int64>[n]; limited: whether capacity may drop tokens."""
-        probabilities = in_fp32(tokens, self.weight).softmax(dim=-1)
+        probabilities = _in_fp32(tokens, self.weight).softmax(dim=-1)
         loss = None
         if self.training and len(tokens):
             loss = self.loss_coeff * _balance(probabilities, probabilities.argmax(dim=-1))
@@ -1154,7 +1154,7 @@ class SMLPBaseRouter(nn.Module):
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """See SMLPSwitchRouter.forward."""
-        scores = in_fp32(tokens, self.weight)
+        scores = _in_fp32(tokens, self.weight)
         experts, prices = self._choose(scores.detach())
         if self.gate_is_priced:
             if self.training:
@@ -1242,7 +1242,7 @@ class SMLPTopKRouter(nn.Module):
 
     def forward(self, tokens: Tensor, ids: Tensor | None, *, limited: bool) -> Routing:
         """See SMLPSwitchRouter.forward; nothing is ever dropped."""
-        logits = in_fp32(tokens, self.weight)
+        logits = _in_fp32(tokens, self.weight)
         scores = logits.sigmoid() if self.is_sigmoid else logits.softmax(dim=-1)
         preferred = scores + self.expert_bias if self.has_bias else scores
         experts = preferred.topk(self.num_choices, dim=-1).indices

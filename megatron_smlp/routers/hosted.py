@@ -42,6 +42,12 @@ class HostedRouter(TokenRouter):
         self.rule.to(self.weight.device)
         self.loads = torch.zeros(self.num_experts, dtype=torch.float64)
 
+    def gating(self, input: Tensor) -> Tensor:
+        """input: <float>[..., D] -> scores <fp32>[..., E]."""
+        if self.kind.scores is plugins.TokenRouter.scores:
+            return super().gating(input)
+        return self.rule.scores(input, self.weight)
+
     def choose(self, scores: Tensor) -> Choices:
         """scores: <fp32>[N, E] of the group."""
         buffers = list(self.rule.buffers())

@@ -18,7 +18,7 @@ from megatron_smlp.plugins import TokenMixer, ones, register
 @register("scaled")
 class Scaled(TokenMixer):
     def build(self, width, length):
-        self.scale = self.parameter(1, cut=None, start=ones)
+        self.scale = self.parameter(1, cut=None, init=ones)
 
     def forward(self, value):
         return self.scale.weight * value.cumsum(1)
