@@ -6,7 +6,7 @@ Letters: B batch, T sequence length, F features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_smlp.checking.rows import Check, Row, close
+from megatron_smlp.checking.rows import Check, DoubleStays, Row, close
 from megatron_smlp.plugins import ChannelMixer, Mixer, Weight, options_of
 
 BATCH, LENGTH, WIDTH = 2, 12, 8
@@ -23,15 +23,16 @@ BATCH, LENGTH, WIDTH = 2, 12, 8
 def checks(name: str, kind: type[Mixer]) -> Iterator[Check]:
     """Yield the checks of one class, the cheapest to mend first."""
     yield partial(_runs_alone, name, kind)
-    yield partial(_repeats, name, kind)
-    yield partial(_causal, name, kind, training=True)
-    yield partial(_causal, name, kind, training=False)
-    yield partial(_shorter, name, kind)
-    yield partial(_gradients, name, kind)
-    if not kind.whole:
-        yield partial(_split, name, kind)
+    for check in (_repeats, _causal_in_training, _causal, _shorter, _gradients, _split):
+        if not (kind.whole and check is _split):
+            yield partial(_in_double, check, name, kind)
     yield partial(_half, name, kind)
     yield partial(_flops, name, kind)
+
+
+def _in_double(check: Callable[..., Row], name: str, kind: type[Mixer]) -> Row:
+    with DoubleStays():
+        return check(name, kind)
 
 
 def built(kind: type[Mixer], *, width: int = WIDTH, dtype: torch.dtype = torch.float64) -> Mixer:
@@ -79,7 +80,11 @@ def _repeats(name: str, kind: type[Mixer]) -> Row:
     )  # fmt: skip
 
 
-def _causal(name: str, kind: type[Mixer], *, training: bool) -> Row:
+def _causal_in_training(name: str, kind: type[Mixer]) -> Row:
+    return _causal(name, kind, training=True)
+
+
+def _causal(name: str, kind: type[Mixer], *, training: bool = False) -> Row:
     """Change each position, and look at all outputs before it; of a channel mixer at all others."""
     mixer = built(kind).train(training)
     given = [part.detach() for part in inputs(kind)]

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_smlp.checking.rows import Check, Row, close
+from megatron_smlp.checking.rows import Check, DoubleStays, Row, close
 from megatron_smlp.plugins import TokenRouter, options_of
 
 TOKENS, EXPERTS = 24, 4
@@ -90,11 +90,11 @@ def _gradients(name: str, kind: type[TokenRouter]) -> Row:
     scores = _scores(torch.float64).requires_grad_()
     chosen, _ = _choices(rule, scores.detach())
     compared = "weights' gradients and finite differences, fp64"
-    weights = rule.weigh(scores, chosen)
-    if not weights.requires_grad:
+    if not rule.weigh(scores, chosen).requires_grad:
         return close(name, compared, 0.0, 0.0, "")  # fixed weights, as those of HASH
     try:
-        torch.autograd.gradcheck(lambda x: rule.weigh(x, chosen), (scores,), atol=1e-6)
+        with DoubleStays():
+            torch.autograd.gradcheck(lambda x: rule.weigh(x, chosen), (scores,), atol=1e-6)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:160]
         return Row(subject=name, compared=compared, apart="-", advice=f"weigh: {reason}")

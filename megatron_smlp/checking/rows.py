@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +38,18 @@ def close(subject: str, compared: str, difference: float, limit: float, advice: 
         apart=f"{difference:.1e} (at most {limit:.0e})",
         advice="" if difference <= limit else advice,  # a NaN is not
     )
+
+
+class DoubleStays(TorchFunctionMode):
+    """Lets x.float() leave fp64 as it is: a plugin means "at least fp32" by it, and in fp64 a
+    rounded number would look like a fault."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            if func is torch.Tensor.to:
+                args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        return func(*args, **(kwargs or {}))

@@ -82,6 +82,12 @@ def test_a_mixer_that_is_wrong(
     assert said in advice(registry, tmp_path, GOOD.replace(right, wrong, 1))
 
 
+def test_fp32_inside_is_no_fault(registry: plugins.Registry, tmp_path: Path):
+    text = GOOD.replace("late = pad(value", "late = pad(value.float().to(torch.float32)")
+    text = text.replace("from torch import Tensor", "import torch\nfrom torch import Tensor")
+    assert not advice(registry, tmp_path, text.replace("* mixed", "* mixed.to(gate.dtype)"))
+
+
 @pytest.mark.parametrize("share", [1, 10])
 def test_a_cost_is_counted_again(registry: plugins.Registry, tmp_path: Path, share: int):
     text = textwrap.dedent(f"""
