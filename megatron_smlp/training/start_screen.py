@@ -94,7 +94,7 @@ def describe(args: argparse.Namespace, slots: LayerSlots) -> tuple[str, str]:
     mixer = mixer_of(slots).title.format_map({**vars(args), "heads": slots.heads})
     if args.toeplitz:
         mixer += ", Toeplitz"
-    return mixer, channels[slots.channel]
+    return mixer, channels.get(slots.channel, f"{slots.channel} (plugin)")
 
 
 def summary(args: argparse.Namespace, shape: ModelShape) -> Iterator[str]:

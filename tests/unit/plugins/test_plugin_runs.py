@@ -46,9 +46,11 @@ assert torch.equal(again(ids).logits, model(ids).logits)
 """
 
 
-@pytest.mark.parametrize("name", ["gated_conv", "threshold"])
-def test_what_ships_passes_all_checks(name: str, tmp_path: Path):
-    command = [sys.executable, "tools/check_plugin.py", f"plugins/{name}.py"]
+@pytest.mark.parametrize(
+    "file", ["plugins/gated_conv.py", "plugins/threshold.py", "tests/support/mixed_plugin.py"]
+)
+def test_a_plugin_passes_all_checks(file: str, tmp_path: Path):
+    command = [sys.executable, "tools/check_plugin.py", file]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True
     )
