@@ -76,6 +76,7 @@ class SMLPConfig(PreTrainedConfig):
     Args:
         architecture: transformer, gmlp, amlp (gmlp and one small attention head), smlp, mixer
             (masked mixer), aft (attention-free) or causal_rn.
+        plugin: hashes of the files whose mixers and routers it has, their options, and layers.
         token_router: how tokens choose FFN experts: none, switch, gshard, base, hash or topk.
         feature_router: smlp only: how chunks of features choose spatial experts.
         ffn_hidden_size: Z; the FFN's width, or twice the gate width F of a spatial gating block.
@@ -250,31 +251,22 @@ class SMLPConfig(PreTrainedConfig):
         """X, the width of one FFN expert."""
         return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
-    def mixer_name(self, index: int) -> str:
-        """Return what builds the mixer of layer `index`: the architecture, or a plugin's word."""
-        layers = self._plugged_layers
-        return layers[index][0] if layers else self.architecture
-
-    def channel_name(self, index: int) -> str:
-        """Return the channel mixer of layer `index` where it has no token experts."""
-        if layers := self._plugged_layers:
-            return layers[index][1]
-        return "mlp" if self.architecture in _FEED_FORWARD else "none"
+    def slots(self, index: int) -> tuple[str, str]:
+        """Return what fills the slots of layer `index`, token experts aside: the architecture or,
+        in a plugin's, its token mixer; and the channel mixer."""
+        if self._plugged:
+            mixer, channel = self._plugged[index]
+            return mixer, channel
+        return self.architecture, "mlp" if self.architecture in _FEED_FORWARD else "none"
 
     @property
-    def _plugged_layers(self) -> list[tuple[str, str]]:
-        """Return the mixers of each layer of a plugin's architecture, else nothing."""
+    def _plugged(self) -> list[tuple[str, str]]:
         return (self.plugin or {}).get("layers") or []
-
-    @property
-    def _attends(self) -> bool:
-        mixers = [mixer for mixer, _ in self._plugged_layers]
-        return self.architecture in _ATTENTION or "attention" in mixers
 
     @property
     def _positions(self) -> str:
         """The position_embedding_type of the architecture, where none is given."""
-        if self._plugged_layers:
+        if self._plugged:
             return self.position_embedding_type or "learned_absolute"
         return "learned_absolute" if self.architecture in _POSITIONS else "none"
 
@@ -336,9 +328,10 @@ class SMLPConfig(PreTrainedConfig):
             self._require("window", 0 <= self.window < length, what)
 
     def _check_widths(self) -> None:
-        if self._attends or self.architecture == "aft":
+        attends = self.architecture in _ATTENTION or "attention" in [m for m, _ in self._plugged]
+        if attends or self.architecture == "aft":
             self._check_divides("hidden_size=", self.hidden_size, "num_attention_heads")
-        if self._attends:
+        if attends:
             self._check_heads()
         else:
             what = f"be {self._positions} with architecture={self.architecture}"

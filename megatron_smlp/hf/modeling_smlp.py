@@ -1371,14 +1371,14 @@ HOSTED: dict[str, Any] = {}
 
 
 def _build_mixer(config: SMLPConfig, index: int) -> nn.Module:
-    name = config.mixer_name(index)
+    name, _ = config.slots(index)
     return _MIXERS[name](config, index) if name in _MIXERS else HOSTED["mixer"](config, index, name)
 
 
 def _build_channel(config: SMLPConfig, index: int) -> nn.Module | None:
     if config.has_token_moe(index):
         return SMLPTokenMoE(config)
-    name = config.channel_name(index)
+    _, name = config.slots(index)
     if name == "none":
         return None
     if name != "mlp":
