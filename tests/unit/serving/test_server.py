@@ -71,7 +71,7 @@ def running(app: Any, *, forced: bool = False) -> Iterator[str]:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         finally:  # also of a test that fails, whose process would not end
             server.should_exit, server.force_exit = True, forced
-            thread.join(timeout=20)
+            thread.join(timeout=120)
         assert not thread.is_alive()
 
 

@@ -247,6 +247,7 @@ def test_weights_and_biases_get_the_loss_without_a_folder_for_tensorboard(
     """Megatron sends W&B what it sends to TensorBoard, and nothing where that has no folder."""
     import wandb
 
+    wandb.teardown()  # a session that another test began has read the environment already
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     words = f"{GMLP} --eval-interval 2 --wandb-project p --wandb-exp-name n --save {tmp_path}"
