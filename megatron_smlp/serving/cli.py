@@ -15,6 +15,9 @@ from megatron_smlp.errors import UsageError, require_package
 from megatron_smlp.generation.cli import add_model_arguments, check_model_arguments
 
 if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
     from megatron_smlp.generation.language_model import LanguageModel
 
 SHUTDOWN_SECONDS = 3
@@ -67,6 +70,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         _serve(load(options), options, listening)
 
 
+def server_config(app: FastAPI) -> uvicorn.Config:
+    """Return how uvicorn serves the application."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS, lifespan="on"
+    )
+
+
 def _serve(lm: LanguageModel, options: argparse.Namespace, listening: socket.socket) -> None:
     import uvicorn
 
@@ -79,12 +91,7 @@ def _serve(lm: LanguageModel, options: argparse.Namespace, listening: socket.soc
         max_body_bytes=options.max_body_bytes,
         max_waiting=options.max_waiting,
     )
-    config = uvicorn.Config(
-        build_app(lm, admission),
-        log_level="warning",
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        lifespan="on",
-    )
+    config = server_config(build_app(lm, admission))
     logging.getLogger("uvicorn.error").addFilter(_is_news)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

@@ -59,7 +59,7 @@ def application(lm: LanguageModel, *, max_waiting: int = 1, **more: Any) -> Any:
 @contextlib.contextmanager
 def running(app: Any, *, forced: bool = False) -> Iterator[str]:
     """The address of a server of the application, in a thread; `forced` ends it at once."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    server = uvicorn.Server(cli.server_config(app))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -71,7 +71,7 @@ def running(app: Any, *, forced: bool = False) -> Iterator[str]:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         finally:  # also of a test that fails, whose process would not end
             server.should_exit, server.force_exit = True, forced
-            thread.join(timeout=120)
+            thread.join(timeout=20)
         assert not thread.is_alive()
 
 
