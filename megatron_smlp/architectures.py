@@ -161,10 +161,7 @@ def _mixer(
     config: TransformerConfig, slots: LayerSlots, backend: BackendSpecProvider
 ) -> ModuleSpec:
     options, mixer = options_of(config), mixer_of(slots)
-    if mixer.plugin:
-        return hosted_spec(
-            config, backend, kind=mixer.plugin, sequence_length=_sequence_length(config)
-        )
+    plugged = {"kind": mixer.plugin} if mixer.plugin else {}
     return load(mixer.spec)(
         config,
         backend,
@@ -172,6 +169,7 @@ def _mixer(
         sequence_length=_sequence_length(config),
         projection=ToeplitzProjection if options.toeplitz else SpatialProjection,
         options=options,
+        **plugged,
     )
 
 

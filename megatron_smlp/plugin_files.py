@@ -15,7 +15,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -86,31 +86,53 @@ def load(name: str) -> PluginFile:
     from megatron_smlp.plugins import register
 
     before = {title: set(table) for title, table in register.tables()}
-    hooks = [(hooks, list(hooks)) for hooks in (register.listeners, register.updates)]
     text = path.read_text(encoding="utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    take_back = snapshot()
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
-        _enter(before)
+        added = {title: sorted({*table} - before[title]) for title, table in register.tables()}
+        _enter(added)
     except Exception as error:
         del sys.modules[path.stem]
-        for title, table in register.tables():
-            for added in set(table) - before[title]:
-                del table[added]
-        for registered, were in hooks:
-            registered[:] = were
+        take_back()
         line = next(_lines_in(path, error), None)
         where = f"{path}:{line}" if line else f"{path}"
         raise UsageError(
             f"{FLAG} {name}: {where}: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
-    parts = {name for title, table in register.tables() for name in set(table) - before[title]}
-    plugin = LOADED[path.stem] = PluginFile(path.stem, path, text, frozenset(parts))
+    parts = frozenset(name for names in added.values() for name in names)
+    plugin = LOADED[path.stem] = PluginFile(path.stem, path, text, parts)
     return plugin
+
+
+def snapshot() -> Callable[[], None]:
+    """Return a function that puts everything back that a plugin adds to, as it is now."""
+    from megatron_smlp.plugins import register
+
+    tables: list[dict[str, Any]] = [
+        *(table for _, table in register.tables()),
+        *(systems.MIXERS, systems.CHANNELS, systems.TOKEN_ROUTERS, systems.ARCHITECTURES),
+        *(options.OUR_FLAGS, options.MODEL_FLAGS, options.DEFAULTS, options.PLUGIN_OPTIONS),
+        LOADED,
+    ]
+    lists: list[list[Any]] = [
+        *(systems.SCORING, systems.WITH_BALANCE_LOSS, register.listeners, register.updates)
+    ]
+    copies = [dict(table) for table in tables], [list(names) for names in lists]
+
+    def take_back() -> None:
+        for table, was in zip(tables, copies[0], strict=True):
+            table.clear()
+            table.update(was)
+        for names, were in zip(lists, copies[1], strict=True):
+            names[:] = were
+
+    return take_back
 
 
 def _path(name: str) -> Path:
@@ -140,8 +162,8 @@ def _lines_in(path: Path, error: BaseException) -> Iterator[int]:
             yield frame.lineno
 
 
-def _enter(before: dict[str, set[str]]) -> None:
-    """Enter what was registered since into the tables of systems.py and options.py.
+def _enter(added: Mapping[str, Sequence[str]]) -> None:
+    """Enter names that were registered into the tables of systems.py and options.py.
 
     Raises:
         ValueError: a name is ours, an architecture names what is not there, or an option's name is
@@ -149,39 +171,25 @@ def _enter(before: dict[str, set[str]]) -> None:
     """
     from megatron_smlp.plugins import register
 
-    tables: dict[str, Any] = {
-        "token mixer": systems.MIXERS,
-        "channel mixer": systems.CHANNELS,
-        "token router": systems.TOKEN_ROUTERS,
-        "architecture": systems.ARCHITECTURES,
+    targets: dict[str, tuple[dict[str, Any], Callable[[str, Any], Any]]] = {
+        "token mixer": (systems.MIXERS, _mixer),
+        "channel mixer": (systems.CHANNELS, lambda _, kind: kind),
+        "token router": (systems.TOKEN_ROUTERS, _rule),
+        "architecture": (systems.ARCHITECTURES, _architecture),
     }
-    make: dict[str, Any] = {
-        "token mixer": _mixer,
-        "channel mixer": lambda _, kind: kind,
-        "token router": _rule,
-        "architecture": _architecture,
-    }
-    added = {title: set(table) - before[title] for title, table in register.tables()}
-    entered: list[tuple[dict[str, Any], str]] = []
-    try:
-        for title, table in register.tables():
-            for name in sorted(added[title]):
-                if name in tables[title] or name in WITHOUT_FLAGS:
-                    raise ValueError(f"the {title} {name!r} is there already: give another name.")
-                tables[title][name] = make[title](name, table[name])
-                entered.append((tables[title], name))
-        for name in sorted(added["token router"]):
-            for names in (systems.SCORING, systems.WITH_BALANCE_LOSS):
-                names.append(name)
-            kind = register.token_routers[name]
-            entered += _enter_options(kind, token_routers=(name,))
-        for name in sorted(added["architecture"]):
-            for kind in _kinds_of(systems.ARCHITECTURES[name]):
-                entered += _enter_options(kind, architectures=(name,))
-    except Exception:
-        for entries, name in entered:
-            entries.pop(name, None)
-        raise
+    for title, table in register.tables():
+        target, make = targets[title]
+        for name in added[title]:
+            if name in target or name in WITHOUT_FLAGS:
+                raise ValueError(f"the {title} {name!r} is there already: give another name.")
+            target[name] = make(name, table[name])
+    for name in added["token router"]:
+        systems.SCORING.append(name)
+        systems.WITH_BALANCE_LOSS.append(name)
+        _enter_options(register.token_routers[name], token_routers=(name,))
+    for name in added["architecture"]:
+        for kind in _kinds_of(register.architectures[name]):
+            _enter_options(kind, architectures=(name,))
 
 
 def _mixer(name: str, kind: Any) -> systems.Mixer:
@@ -205,7 +213,7 @@ def _rule(name: str, kind: Any) -> systems.TokenRouterRule:
 
 
 def _architecture(name: str, architecture: Any) -> systems.Architecture:
-    pairs = dict.fromkeys(architecture.layers(number, 64) for number in range(64))
+    pairs = _pairs_of(architecture)
     for mixer, channel in pairs:
         if mixer not in systems.MIXERS:
             known = ", ".join(systems.MIXERS)
@@ -213,17 +221,21 @@ def _architecture(name: str, architecture: Any) -> systems.Architecture:
         if channel not in (*WITHOUT_FLAGS, *systems.CHANNELS):
             known = ", ".join((*WITHOUT_FLAGS, *systems.CHANNELS))
             raise ValueError(f"architecture {name!r}: {channel!r} is no channel mixer of {known}.")
-    (mixer, channel), *_ = pairs
+    mixer, channel = pairs[0]
     others = dict.fromkeys(other for other, _ in pairs if other != mixer)
     return systems.Architecture(
         mixer=mixer, channel=channel, layers=architecture.layers, others=tuple(others)
     )
 
 
-def _kinds_of(architecture: systems.Architecture) -> list[Any]:
+def _pairs_of(architecture: Any) -> list[tuple[str, str]]:
+    """Return the different pairs of mixers in the layers of a model of 64."""
+    return list(dict.fromkeys(architecture.layers(number, 64) for number in range(64)))
+
+
+def _kinds_of(architecture: Any) -> list[Any]:
     """Return the plugins' classes in its layers."""
-    assert architecture.layers is not None
-    pairs = dict.fromkeys(architecture.layers(number, 64) for number in range(64))
+    pairs = _pairs_of(architecture)
     kinds = [
         *(systems.MIXERS[mixer].plugin for mixer, _ in pairs),
         *(systems.CHANNELS.get(channel) for _, channel in pairs),
@@ -231,33 +243,24 @@ def _kinds_of(architecture: systems.Architecture) -> list[Any]:
     return [kind for kind in dict.fromkeys(kinds) if kind is not None]
 
 
-def _enter_options(kind: Any, **belongs: Any) -> list[tuple[dict[str, Any], str]]:
-    """Enter a class's options for the architecture or router that has it."""
+def _enter_options(kind: Any, **belongs: tuple[str, ...]) -> None:
+    """Enter a class's options for the architecture or router that has it; two architectures with
+    one mixer share its options."""
     from megatron_smlp.plugins import options_of
 
-    entered: list[tuple[dict[str, Any], str]] = []
     declared = options_of(kind)
     theirs = early.spellings() if declared else set()
     for name, it in declared.items():
-        before = options.PLUGIN_OPTIONS.get(name)
-        if before is not None and before == it and "architectures" in belongs:
-            facts = options.OUR_FLAGS[name]
-            belongs = {"architectures": (*facts.architectures, *belongs["architectures"])}
+        owners: dict[str, Any] = dict(belongs)
+        if "architectures" in belongs and options.PLUGIN_OPTIONS.get(name) == it:
+            owners["architectures"] += options.OUR_FLAGS[name].architectures
         elif name in options.MODEL_FLAGS or name in options.OUR_FLAGS or flag_of(name) in theirs:
             raise ValueError(
                 f"{kind.__name__}.{name} would shadow the flag {flag_of(name)}: rename it."
             )
-        facts = Facts(least=it.smallest, may_change=it.may_change, **belongs)
-        tables: tuple[dict[str, Any], ...] = (
-            options.OUR_FLAGS,
-            options.MODEL_FLAGS,
-            options.DEFAULTS,
-            options.PLUGIN_OPTIONS,
-        )
-        for table, value in zip(tables, (facts, facts, it.default, it), strict=True):
-            table[name] = value
-            entered.append((table, name))
-    return entered
+        facts = Facts(least=it.smallest, may_change=it.may_change, **owners)
+        options.OUR_FLAGS[name] = options.MODEL_FLAGS[name] = facts
+        options.DEFAULTS[name], options.PLUGIN_OPTIONS[name] = it.default, it
 
 
 def described(flags: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ of a token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -116,6 +116,17 @@ def options_of(kind: type) -> dict[str, Option]:
     return declared
 
 
+def values_in(kind: type, source: Any) -> dict[str, Any]:
+    """Return the values of a class's options, which are attributes of a namespace or config."""
+    return {name: getattr(source, name) for name in options_of(kind)}
+
+
+def _take(module: nn.Module, values: Mapping[str, Any]) -> None:
+    """Put the values of its options, or their defaults, in the place of the records."""
+    for name, it in options_of(type(module)).items():
+        setattr(module, name, values.get(name, it.default))
+
+
 class Weight(nn.Module):
     """A parameter of a plugin, read by a call.
 
@@ -163,9 +174,23 @@ class Mixer(nn.Module):
     def __init__(self, *, width: int, length: int, values: Mapping[str, Any]) -> None:
         super().__init__()
         self.width, self.length = width, length
-        for name, it in options_of(type(self)).items():
-            setattr(self, name, values.get(name, it.default))
+        _take(self, values)
         self.build(width, length)
+
+    @classmethod
+    def projections(cls) -> dict[str, int]:
+        """Return what a host calls each of `inner`, and its outputs per feature."""
+        return {f"linear_{name}": outputs for name, outputs in cls.inner.items()}
+
+    def mix(self, projected: Sequence[Tensor]) -> Tensor:
+        """Run `forward` on what a host's projections give, <float>[B, T', outputs * width] each."""
+        counts = self.inner.values()
+        return self(
+            *(
+                part if outputs == 1 else part.unflatten(-1, (-1, outputs))
+                for part, outputs in zip(projected, counts, strict=True)
+            )
+        )
 
     @classmethod
     def features(cls, *, hidden_size: int, ffn_hidden_size: int, values: Mapping[str, Any]) -> int:
@@ -233,8 +258,7 @@ class TokenRouter(nn.Module):
     def __init__(self, *, num_experts: int, values: Mapping[str, Any]) -> None:
         super().__init__()
         self.num_experts = num_experts
-        for name, it in options_of(type(self)).items():
-            setattr(self, name, values.get(name, it.default))
+        _take(self, values)
 
     def scores(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden: <float>[..., D], weight: <float>[E, D] -> scores <fp32>[..., E], with gradient.
@@ -250,6 +274,13 @@ class TokenRouter(nn.Module):
         Default: the k highest scores.
         """
         return scores.topk(self.experts_per_token, dim=-1).indices
+
+    def choices(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `choose` says, with the choices that are visited where it says none: all."""
+        chosen = self.choose(scores)
+        if isinstance(chosen, tuple):
+            return chosen
+        return chosen, torch.ones_like(chosen, dtype=torch.bool)
 
     def weigh(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """scores: <fp32>[n, E]; chosen: <int64>[n, k] -> weights <fp32>[n, k], with gradient.

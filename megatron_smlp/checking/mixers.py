@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_smlp.accounting.plugin_costs import counted
 from megatron_smlp.checking.rows import Check, DoubleStays, Row, close
 from megatron_smlp.plugins import ChannelMixer, Mixer, Weight, options_of
 
@@ -38,8 +38,7 @@ def _in_double(check: Callable[..., Row], name: str, kind: type[Mixer]) -> Row:
 def built(kind: type[Mixer], *, width: int = WIDTH, dtype: torch.dtype = torch.float64) -> Mixer:
     """Return a mixer with its options' defaults and drawn parameters."""
     torch.manual_seed(1)
-    values = {name: it.default for name, it in options_of(kind).items()}
-    mixer = kind(width=width, length=LENGTH, values=values).draw()
+    mixer = kind(width=width, length=LENGTH, values={}).draw()
     # Zeros would hide what multiplies them.
     with torch.no_grad():
         for parameter in mixer.parameters():
@@ -196,24 +195,16 @@ def _flops(name: str, kind: type[Mixer]) -> Row:
     """Compare what `cost` says with what torch counts, which knows no triangles."""
     values = {key: it.default for key, it in options_of(kind).items()}
     said = kind.cost(features=WIDTH, length=LENGTH, values=values)
-    counter = FlopCounterMode(display=False)
-    with torch.device("meta"):
-        mixer = kind(width=WIDTH, length=LENGTH, values=values)
-        given = [part.detach()[:1] for part in inputs(kind, dtype=torch.float32)]
     try:
-        with counter:
-            mixer(*(part.to("meta") for part in given))
-    except (RuntimeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:120]
-        advice = f"forward needs tensors on the device of its inputs: on the meta device {reason}"
-        return Row(subject=name, compared="FLOPs counted", apart="-", advice=advice)
-    counted = counter.get_total_flops()
-    needed, square = said or (counted, counted)
-    wrong = not (0.4 * counted <= needed <= square and counted <= 1.1 * square)
+        products = counted(kind, features=WIDTH, length=LENGTH, values=values).flops
+    except ValueError as error:
+        return Row(subject=name, compared="FLOPs counted", apart="-", advice=str(error))
+    needed, square = said or (products, products)
+    wrong = not (0.4 * products <= needed <= square and products <= 1.1 * square)
     return Row(
         subject=name,
         compared="FLOPs of `cost` and those torch counts" if said else "FLOPs, as torch counts",
-        apart=f"{needed:,} and {counted:,}" if said else f"{counted:,}",
+        apart=f"{needed:,} and {products:,}" if said else f"{products:,}",
         advice="`cost` says another number of FLOPs than the products have: forward FLOPs are 2 "
         "a multiply-add, of one sequence, without the host's projections" if wrong else "",
     )  # fmt: skip

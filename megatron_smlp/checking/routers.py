@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_smlp.checking.rows import Check, DoubleStays, Row, close
-from megatron_smlp.plugins import TokenRouter, options_of
+from megatron_smlp.plugins import TokenRouter
 
 TOKENS, EXPERTS = 24, 4
 
@@ -26,8 +26,7 @@ def checks(name: str, kind: type[TokenRouter]) -> Iterator[Check]:
 
 def _built(kind: type[TokenRouter]) -> TokenRouter:
     torch.manual_seed(1)
-    values = {name: it.default for name, it in options_of(kind).items()}
-    return kind(num_experts=EXPERTS, values=values)
+    return kind(num_experts=EXPERTS, values={})
 
 
 def _scores(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -35,19 +34,12 @@ def _scores(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(TOKENS, EXPERTS, dtype=dtype)
 
 
-def _choices(rule: TokenRouter, scores: Tensor) -> tuple[Tensor, Tensor]:
-    chosen = rule.choose(scores)
-    if isinstance(chosen, tuple):
-        return chosen
-    return chosen, torch.ones_like(chosen, dtype=torch.bool)
-
-
 def _chooses(name: str, kind: type[TokenRouter]) -> Row:
     """Look whether choices are experts, distinct in a row, and visited unless it may skip."""
     compared, advice = "choose: [N, E] -> experts [N, k]", ""
     try:
         rule = _built(kind).train()
-        chosen, visited = _choices(rule, _scores())
+        chosen, visited = rule.choices(_scores())
         is_expert = chosen.dtype == torch.int64 and chosen.min() >= 0 and chosen.max() < EXPERTS
         weights = rule.weigh(_scores(), chosen) if is_expert else chosen
     except Exception as error:  # whatever a class of the user's raises
@@ -70,10 +62,10 @@ def _chooses(name: str, kind: type[TokenRouter]) -> Row:
 def _alone(name: str, kind: type[TokenRouter]) -> Row:
     """Look whether in evaluation a token is routed alike alone and among others."""
     rule = _built(kind).eval()
-    chosen, visited = _choices(rule, _scores())
+    chosen, visited = rule.choices(_scores())
     differing = 0
     for token in range(TOKENS):
-        alone = _choices(rule, _scores()[token : token + 1])
+        alone = rule.choices(_scores()[token : token + 1])
         rows = (chosen[token][visited[token]], alone[0][0][alone[1][0]])
         differing += sorted(rows[0].tolist()) != sorted(rows[1].tolist())
     return Row(
@@ -88,7 +80,7 @@ def _alone(name: str, kind: type[TokenRouter]) -> Row:
 def _gradients(name: str, kind: type[TokenRouter]) -> Row:
     rule = _built(kind).train()
     scores = _scores(torch.float64).requires_grad_()
-    chosen, _ = _choices(rule, scores.detach())
+    chosen, _ = rule.choices(scores.detach())
     compared = "weights' gradients and finite differences, fp64"
     if not rule.weigh(scores, chosen).requires_grad:
         return close(name, compared, 0.0, 0.0, "")  # fixed weights, as those of HASH

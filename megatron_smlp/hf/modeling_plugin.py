@@ -51,8 +51,8 @@ class SMLPHostedMixer(nn.Module):
         features = kind.features(
             hidden_size=config.hidden_size, ffn_hidden_size=config.ffn_hidden_size, values=values
         )
-        self.state, self.outputs = state, {f"linear_{n}": m for n, m in kind.inner.items()}
-        for name, outputs in self.outputs.items():
+        self.state = state
+        for name, outputs in kind.projections().items():
             setattr(self, name, nn.Linear(config.hidden_size, outputs * features, bias=bias))
         self.mixer = kind(width=features, length=config.max_position_embeddings, values=values)
         self.linear_out = to_residual(config, features, bias=bias)
@@ -61,16 +61,12 @@ class SMLPHostedMixer(nn.Module):
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
-        inner = [project(getattr(self, name), hidden) for name in self.outputs]
+        inner = [project(getattr(self, name), hidden) for name in self.mixer.projections()]
         if self.state is not None and isinstance(cache, SMLPCache):
             widths = [part.shape[-1] for part in inner]
             together = torch.cat(inner, dim=-1)[:, None]
             inner = list(so_far(together, self.state, layout, cache)[:, 0].split(widths, dim=-1))
-        shaped = [
-            part if outputs == 1 else part.unflatten(-1, (-1, outputs))
-            for part, outputs in zip(inner, self.outputs.values(), strict=True)
-        ]
-        mixed = self.mixer(*shaped)
+        mixed = self.mixer.mix(inner)
         if self.state is not None:
             mixed = rows_of_call(mixed, layout)
         return project(self.linear_out, mixed.to(hidden.dtype)), None
@@ -92,13 +88,12 @@ class SMLPHostedRouter(nn.Module):
         with maybe_autocast(tokens.device.type, enabled=False):
             scores = self.rule.scores(tokens, self.weight)
         with torch.no_grad():
-            chosen = self.rule.choose(scores)
-        chosen, visited = chosen if isinstance(chosen, tuple) else (chosen, None)
+            chosen, visited = self.rule.choices(scores)
         loss = None
         if self.training and self.loss_coeff and len(scores):
             loss = self.rule.loss(scores, chosen)
         weights = self.rule.weigh(scores, chosen)
-        experts = chosen if visited is None else chosen.masked_fill(~visited, -1)
+        experts = chosen.masked_fill(~visited, -1)
         return Routing(experts, weights, None if loss is None else self.loss_coeff * loss)
 
 

@@ -30,7 +30,7 @@ from megatron_smlp.layers.projections import (
     two_projections,
 )
 from megatron_smlp.layers.token_mixer import TokenMixer
-from megatron_smlp.plugins import Mixer, Weight, options_of
+from megatron_smlp.plugins import Mixer, Weight, values_in
 
 
 def hosted_spec(
@@ -47,7 +47,7 @@ def hosted_spec(
         params={
             "kind": kind,
             "length": sequence_length,
-            "values": {name: getattr(config, name) for name in options_of(kind)},
+            "values": values_in(kind, config),
         },
         submodules=two_projections(backend),
     )
@@ -68,7 +68,7 @@ def features_of(sizes: Any, kind: type[Mixer]) -> int:
     return kind.features(
         hidden_size=sizes.hidden_size,
         ffn_hidden_size=sizes.ffn_hidden_size,
-        values={name: getattr(sizes, name) for name in options_of(kind)},
+        values=values_in(kind, sizes),
     )
 
 
@@ -98,8 +98,7 @@ class HostedMixer(TokenMixer):
         project = partial(
             column_projection, submodules.linear_fc1, config, name="fc1", tp_group=self.tp_group
         )
-        self.outputs = {f"linear_{name}": outputs for name, outputs in kind.inner.items()}
-        for name, outputs in self.outputs.items():
+        for name, outputs in kind.projections().items():
             setattr(self, name, project(outputs * features))
         self.whole = kind.whole and parts > 1
         width = features if kind.whole else features // parts
@@ -135,22 +134,21 @@ class HostedMixer(TokenMixer):
             The mixer's output without the bias of W, the same shape and dtype; the bias: [D] or
             None.
         """
-        inner = [
-            self._inner(getattr(self, name)(hidden_states)[0], outputs)
-            for name, outputs in self.outputs.items()
+        projected = [
+            self._gathered(getattr(self, name)(hidden_states)[0]).transpose(0, 1)
+            for name in self.mixer.projections()
         ]
-        mixed = self.mixer(*inner).transpose(0, 1).contiguous()
+        mixed = self.mixer.mix(projected).transpose(0, 1).contiguous()
         if self.whole:
             mixed = tensor_parallel.scatter_to_tensor_model_parallel_region(
                 mixed, group=self.tp_group
             )
         return self.linear_out(mixed.to(hidden_states.dtype))
 
-    def _inner(self, projected: Tensor, outputs: int) -> Tensor:
-        """[T', B, m F / tp] -> what the mixer is given, [B, T', F / tp] or [B, T', F / tp, m]."""
-        if self.whole:
-            projected = tensor_parallel.gather_from_tensor_model_parallel_region(
-                projected, group=self.tp_group
-            )
-        projected = projected.transpose(0, 1)
-        return projected if outputs == 1 else projected.unflatten(-1, (-1, outputs))
+    def _gathered(self, projected: Tensor) -> Tensor:
+        """[T', B, m F / tp] -> the same or, for a `whole` mixer, [T', B, m F]."""
+        if not self.whole:
+            return projected
+        return tensor_parallel.gather_from_tensor_model_parallel_region(
+            projected, group=self.tp_group
+        )

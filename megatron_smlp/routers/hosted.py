@@ -37,7 +37,7 @@ class HostedRouter(TokenRouter):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        values = {name: getattr(config, name) for name in plugins.options_of(self.kind)}
+        values = plugins.values_in(self.kind, config)
         self.rule = self.kind(num_experts=self.num_experts, values=values)
         self.rule.to(self.weight.device)
         self.loads = torch.zeros(self.num_experts, dtype=torch.float64)
@@ -52,14 +52,13 @@ class HostedRouter(TokenRouter):
         """scores: <fp32>[N, E] of the group."""
         buffers = list(self.rule.buffers())
         before = [buffer.clone() for buffer in buffers] if repeats_a_pass() else []
-        chosen = self.rule.choose(scores)
+        chosen, visited = self.rule.choices(scores)
         for buffer, value in zip(buffers, before, strict=False):
             buffer.copy_(value)  # the pass before has noted what there was
-        chosen, visited = chosen if isinstance(chosen, tuple) else (chosen, None)
-        visited = torch.ones_like(chosen, dtype=torch.bool) if visited is None else visited
         if self.training and not repeats_a_pass():
-            loads = chosen[visited].bincount(minlength=self.num_experts)
-            self.loads = self.loads.to(loads.device) + loads
+            self.loads = self.loads.to(chosen.device)
+            # No host waits for a device here, as it would to count rows of a mask.
+            self.loads.index_add_(0, chosen.flatten(), visited.flatten().to(self.loads.dtype))
         return Choices(chosen, visited, visited)
 
     def weigh(self, scores: Tensor, wanted: Tensor) -> Tensor:
@@ -67,8 +66,7 @@ class HostedRouter(TokenRouter):
 
     def balanced(self, probs: Tensor, scores: Tensor, wanted: Tensor) -> Tensor:
         """Attach the rule's loss: of the whole group on each TP rank, which count once together."""
-        coefficient = self.config.moe_aux_loss_coeff
-        coefficient = coefficient[0] if isinstance(coefficient, list) else coefficient
+        coefficient = self.get_aux_loss_coeff("aux_loss")
         if not (self.training and torch.is_grad_enabled() and coefficient):
             return probs
         if self.config.sequence_parallel:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.launches import REPOSITORY
 
-from megatron_smlp import options, plugin_files, plugin_texts, plugins, systems
+from megatron_smlp import plugin_files, plugins
 from megatron_smlp.checking import mixers, routers
 
 GOOD = (REPOSITORY / "plugins" / "gated_conv.py").read_text(encoding="utf-8")
@@ -18,18 +18,9 @@ ALONE = "if not self.training:\n            return experts, scores > self.bound\
 @pytest.fixture
 def registry() -> Iterator[plugins.Registry]:
     """What a test registers is gone after it."""
-    tables = [table for _, table in plugins.register.tables()]
-    tables += [systems.MIXERS, systems.CHANNELS, systems.TOKEN_ROUTERS, systems.ARCHITECTURES]
-    tables += [options.OUR_FLAGS, options.MODEL_FLAGS, options.DEFAULTS, options.PLUGIN_OPTIONS]
-    tables += [plugin_texts.LOADED]
-    lists = [systems.SCORING, systems.WITH_BALANCE_LOSS]
-    before = [dict(table) for table in tables], [list(names) for names in lists]
+    take_back = plugin_files.snapshot()
     yield plugins.register
-    for table, was in zip(tables, before[0], strict=True):
-        table.clear()
-        table.update(was)
-    for names, were in zip(lists, before[1], strict=True):
-        names[:] = were
+    take_back()
 
 
 def advice(registry: plugins.Registry, tmp_path: Path, text: str) -> str:

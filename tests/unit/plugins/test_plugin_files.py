@@ -50,6 +50,27 @@ def test_a_wrong_file_is_one_line_and_leaves_nothing(tmp_path: Path, text: str, 
     assert not plugin_texts.LOADED
 
 
+def test_a_failure_behind_the_first_option_leaves_nothing(tmp_path: Path):
+    """Nor takes away what a file before it has registered; a router's name goes from the lists."""
+    plugin_files.load(written(tmp_path, GOOD, "good"))
+    flags, scoring = dict(options.OUR_FLAGS), list(systems.SCORING)
+    text = (
+        "from megatron_smlp.plugins import *\n@register('r')\nclass R(TokenRouter):\n"
+        "    fresh: int = option(1, 'x')\n    seed: int = option(1, 'x')\n"
+    )
+    with pytest.raises(UsageError, match="flag --seed"):
+        plugin_files.load(written(tmp_path, text))
+    assert (flags, scoring) == (options.OUR_FLAGS, systems.SCORING)
+
+
+def test_options_of_a_mixer_in_two_architectures(tmp_path: Path):
+    text = GOOD.replace("smallest=1)", "smallest=1)\n    more: int = option(2, 'x')")
+    text += "register.architecture('twice', mixer='gated_conv')\n"
+    plugin_files.load(written(tmp_path, text))
+    for name in ("taps", "more"):
+        assert set(options.OUR_FLAGS[name].architectures) == {"gated_conv", "twice"}
+
+
 @pytest.mark.parametrize("name", ["none.py", "no_module_of_this_name", ""])
 def test_a_name_of_nothing(name: str):
     with pytest.raises(UsageError, match="--plugin"):
