@@ -31,16 +31,26 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from megatron_smlp.hf.configuration_smlp import SMLPConfig  # noqa: E402
-from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM  # noqa: E402
+from megatron_smlp.hf.modeling_plugin import SMLPPluginForCausalLM as SMLPForCausalLM  # noqa: E402
+from megatron_smlp.plugin_files import load  # noqa: E402
 
 SYMBOLS = 16
 DELIMITER = SYMBOLS
 WIDTH, LAYERS = 64, 2
+PLUGIN = ROOT / "plugins" / "causal_rn.py"
+
+
+def causal_rn(kind: str) -> dict[str, Any]:
+    options = {"causal_rn_kind": kind, "relation_width": 0}
+    plugin = {"files": {}, "options": options, "layers": [["causal_rn", "mlp"]] * LAYERS}
+    return {"architecture": "causal_rn", "plugin": plugin}
+
+
 SYSTEMS: dict[str, dict[str, Any]] = {
     "transformer": {"architecture": "transformer", "num_attention_heads": 2},
     "gmlp": {"architecture": "gmlp"},
-    "causal_rn_linear": {"architecture": "causal_rn"},
-    "causal_rn_quadratic": {"architecture": "causal_rn", "causal_rn_kind": "quadratic"},
+    "causal_rn_linear": causal_rn("linear"),
+    "causal_rn_quadratic": causal_rn("quadratic"),
 }
 
 
@@ -52,6 +62,8 @@ def sample(batch: int, length: int) -> Tensor:
 
 def config(system: str, *, longest: int, width: int) -> SMLPConfig:
     """Of a model whose FFN, or both halves of whose gate, have `width` features."""
+    if "plugin" in SYSTEMS[system]:
+        load(str(PLUGIN))
     return SMLPConfig(
         vocab_size=SYMBOLS + 1,
         hidden_size=WIDTH,

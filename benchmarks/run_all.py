@@ -26,7 +26,7 @@ from timing import quartiles
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = {
     "bench_causal_mix": "The triangular product against masked dense ones",
-    "bench_mixers": "The neighbouring mixers",
+    "bench_mixers": "Masked mixers",
     "bench_assignment": "Balanced assignment",
     "bench_step": "The whole training step against its peers",
     "bench_systems": "All systems: share of the machine's GEMM speed",

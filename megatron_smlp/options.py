@@ -35,19 +35,6 @@ class ModelOptions:
     """mixer: two T x T matrices a head with a GELU between them, as MLP-Mixer's token MLP, instead
     of one."""
 
-    aft_kind: Literal["full", "simple"] = option("full", architectures=("aft",), hf=SAME)
-    """aft: full: a T x T matrix of weights is added to the keys, one for each pair of positions.
-    simple: there is none, so that tokens are averaged by their keys alone."""
-
-    causal_rn_kind: Literal["linear", "quadratic"] = option(
-        "linear", architectures=("causal_rn",), hf=SAME
-    )
-    """causal_rn: linear: a running sum over tokens. quadratic: a sum over pairs of tokens, each
-    normalised by itself, at a cost of T^2 exponentials a feature."""
-
-    relation_width: int | None = option(None, architectures=("causal_rn",), least=1, hf=SAME)
-    """causal_rn: features in which tokens are compared; left out: hidden_size."""
-
     tiny_attention_width: int = option(64, architectures=("amlp",), least=1, hf=SAME)
     """amlp: width of the one attention head beside the gate, in features."""
 

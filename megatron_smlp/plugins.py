@@ -155,6 +155,11 @@ class Weight(nn.Module):
         return self.weight if self.read is None else self.read(self.weight)
 
 
+def masked_product(weight: Tensor, values: Tensor) -> Tensor:
+    """Mixer.causal_product, where no host has a faster one."""
+    return weight.tril() @ values
+
+
 class Mixer(nn.Module):
     """What token mixers and channel mixers share: they stand between two projections of the host.
 
@@ -170,6 +175,10 @@ class Mixer(nn.Module):
     whole: ClassVar[bool] = False
     """Whether it needs all F features of a token at once, as a norm over them does. The host then
     gathers them over the tensor parallel group, and all ranks compute the same."""
+    causal_product: Callable[[Tensor, Tensor], Tensor] = staticmethod(masked_product)
+    """(weight <float>[T', T'], values <float>[B, T', N]) -> the lower triangle of weight times
+    values, <float>[B, T', N]. Megatron's host computes the triangle alone, and FLOPs are counted
+    so."""
 
     def __init__(self, *, width: int, length: int, values: Mapping[str, Any]) -> None:
         super().__init__()

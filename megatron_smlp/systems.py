@@ -123,8 +123,6 @@ class Mixer:
     """Whether a router sends its chunks to experts."""
     recomputes: bool = False
     """Whether --recompute-granularity selective recomputes something of it."""
-    host_reads: bool = False
-    """Whether the host reads a tensor of it in a step, so that no CUDA graph can hold it."""
     check: str | None = None
     """The function that raises ValueError for flags of which it cannot be built, `module:name`."""
     plugin: Any = None
@@ -180,21 +178,6 @@ MIXERS: dict[str, Mixer] = {
         spatial=True,
         check="megatron_smlp.layers.masked_mixer:check_flags",
     ),
-    "aft": Mixer(
-        spec="megatron_smlp.layers.aft:aft_spec",
-        cost=f"{COSTS}:aft_cost",
-        title="AFT-{aft_kind}",
-        learned_positions=True,
-        host_reads=True,
-        check="megatron_smlp.layers.aft:check_flags",
-    ),
-    "causal_rn": Mixer(
-        spec="megatron_smlp.layers.causal_rn:causal_rn_spec",
-        cost=f"{COSTS}:causal_rn_cost",
-        title="CausalRN, {causal_rn_kind}",
-        learned_positions=True,
-        check="megatron_smlp.layers.causal_rn:check_flags",
-    ),
 }
 
 
@@ -233,8 +216,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "amlp": Architecture(mixer="gating_and_attention"),
     "smlp": Architecture(mixer="spatial_gating", sparse_mixer="feature_moe"),
     "mixer": Architecture(mixer="masked_mixer", channel="mlp"),
-    "aft": Architecture(mixer="aft", channel="mlp"),
-    "causal_rn": Architecture(mixer="causal_rn", channel="mlp"),
 }
 SPECS = [["megatron_smlp.architectures", name] for name in ARCHITECTURES]
 """What --spec may be, in the order of the architectures."""
@@ -291,7 +272,7 @@ def layer_slots(options: Any, sizes: Any, *, num_experts: int | None) -> list[La
     | amlp | spatial gating and a small attention head | the same |
     | smlp, first N1 | spatial gating | none |
     | smlp, then N2 | feature MoE | token MoE if --num-experts is given |
-    | mixer, aft, causal_rn | masked mixer, AFT, CausalRN | mlp; token MoE in MoE layers |
+    | mixer | masked mixer | mlp; token MoE in MoE layers |
 
     Args:
         options: ModelOptions, or anything with its names.

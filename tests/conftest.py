@@ -89,3 +89,13 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
     yield parse_words
     forget_arguments()
+
+
+@pytest.fixture
+def registry() -> Iterator[Any]:
+    """What plugins register; what a test loads is gone after it."""
+    from megatron_smlp import plugin_files, plugins
+
+    take_back = plugin_files.snapshot()
+    yield plugins.register
+    take_back()

@@ -61,8 +61,6 @@ class Cost:
     over the tensor parallel group."""
     recomputable: int = 0
     """Those of them that --recompute-granularity selective gives up for another forward pass."""
-    kept_in_fp32: int = 0
-    """The same of numbers that are fp32 in a run of any precision."""
     kept_by_split_norm: int = 0
     """The same of a norm whose one head is split over several ranks: once, and once in fp32."""
     kept_everywhere: int = 0

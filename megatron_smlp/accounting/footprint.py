@@ -93,9 +93,9 @@ def footprint(shape: ModelShape, layout: ParallelLayout) -> Footprint:
 
 def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerSlots) -> float:
     """Numbers kept for one token's backward pass through one layer, on one rank, without
-    recomputation; those of fp32 count as several of the run's precision."""
+    recomputation."""
     cost = layer_cost(shape, slots)
-    split = cost.kept + cost.kept_in_fp32 * _per_fp32(layout) + _of_split_norms(cost, layout)
+    split = cost.kept + _of_split_norms(cost, layout)
     # A rank dispatches its 1 / tp of the tokens, and an expert's etp ranks get what each of them
     # would: etp / tp of all tokens, of which each rank has 1 / etp of the hidden layer.
     split += cost.kept_at_experts * layout.expert_tensor + cost.kept_in_experts
@@ -103,13 +103,11 @@ def activation_elements(shape: ModelShape, layout: ParallelLayout, slots: LayerS
     return between + split / layout.tensor + cost.kept_everywhere
 
 
-def _per_fp32(layout: ParallelLayout) -> float:
-    return FP32_BYTES / layout.value_bytes
-
-
 def _of_split_norms(cost: Cost, layout: ParallelLayout) -> float:
-    """Numbers of one token, on all ranks."""
-    return cost.kept_by_split_norm * (1 + _per_fp32(layout)) if layout.tensor > 1 else 0
+    """Numbers of one token, on all ranks; those of fp32 count as several of the run's precision."""
+    if layout.tensor == 1:
+        return 0
+    return cost.kept_by_split_norm * (1 + FP32_BYTES / layout.value_bytes)
 
 
 def _slot_elements(shape: ModelShape, layout: ParallelLayout) -> float:

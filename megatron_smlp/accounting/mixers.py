@@ -92,30 +92,3 @@ def masked_mixer_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
         # The columns of several heads, and what the GELU reads and writes.
         + Cost(kept=((heads > 1) + 2 * (layers - 1)) * shape.hidden_size)
     )
-
-
-def aft_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """q, k, v and output projections; AFT-full's weights, the same on every rank, and the sums over
-    and under its fraction. Running averages are counted as nothing."""
-    width = shape.attention_width
-    projections = norm_cost(shape) + column(shape, 3 * width) + row(shape, width)
-    # The keys and values, sigmoid(q), the averages, and the product of the last two.
-    if shape.options.aft_kind == "simple":
-        return projections + Cost(kept=5 * width)
-    zeros = shape.square - shape.triangle
-    matrix = Cost(replicated=shape.square, summed=shape.square, zero_parameters=zeros)
-    # exp(k) instead of k; both sums and what is summed.
-    return projections + matrix + pairs(shape, 2 * width) + Cost(kept=9 * width)
-
-
-def causal_rn_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
-    """W1, W2 and W3; of the quadratic variant also two multiply-adds a pair and feature, one of the
-    product that normalises the pair and one of its scaled sum. Exponentials count as nothing."""
-    width = shape.options.relation_width or shape.hidden_size
-    projections = norm_cost(shape) + column(shape, 2 * width) + row(shape, width)
-    # x W1 and x W2; then, in fp32, b, the exponentials and their norm.
-    if shape.options.causal_rn_kind == "linear":
-        return projections + Cost(kept=2 * width, kept_in_fp32=3 * width)
-    # Pairs are fp32 too, and count as the run's numbers.
-    kept = Cost(kept=2 * width, kept_in_fp32=4 * width, kept_everywhere=2 * shape.seq_length)
-    return projections + pairs(shape, 2 * width) + kept

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megatron_smlp.accounting.costs import Cost, ModelShape, column, norm_cost, row
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_smlp.plugins import Mixer
 
 
@@ -18,6 +20,8 @@ class Counted(NamedTuple):
     """Without values."""
     flops: int
     """Of its products, as torch counts them: full squares."""
+    above: int
+    """Those of them above the diagonals of `causal_product`."""
     kept: int
     """Numbers that the backward pass needs, parameters aside."""
 
@@ -31,12 +35,22 @@ def counted(kind: type[Mixer], *, features: int, length: int, values: Mapping[st
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from megatron_smlp.plugins import masked_product
+
     with torch.device("meta"):
         mixer = kind(width=features, length=length, values=values)
         projected = [
             torch.empty(1, length, outputs * features, requires_grad=True)
             for outputs in kind.inner.values()
         ]
+    above = 0
+
+    def product(weight: Tensor, columns: Tensor) -> Tensor:
+        nonlocal above
+        above += columns.numel() * (len(weight) - 1)
+        return masked_product(weight, columns)
+
+    mixer.causal_product = product
     parameters = {parameter.untyped_storage()._cdata for parameter in mixer.parameters()}
     kept: dict[int, int] = {}
 
@@ -54,7 +68,7 @@ def counted(kind: type[Mixer], *, features: int, length: int, values: Mapping[st
             f"({' '.join(str(error).split())[:150]}): make tensors on the device of its inputs."
         ) from error
     numbers = sum(count for storage, count in kept.items() if storage not in parameters)
-    return Counted(mixer, counter.get_total_flops(), numbers)
+    return Counted(mixer, counter.get_total_flops(), above, numbers)
 
 
 def plugin_cost(shape: ModelShape, kind: type[Mixer]) -> Cost:
@@ -70,9 +84,13 @@ def plugin_cost(shape: ModelShape, kind: type[Mixer]) -> Cost:
     features = kind.features(
         hidden_size=shape.hidden_size, ffn_hidden_size=shape.ffn_hidden_size, values=values
     )
-    mixer, products, kept = counted(kind, features=features, length=shape.seq_length, values=values)
-    said = kind.cost(features=features, length=shape.seq_length, values=values)
-    flops, square = said or (products, products)
+    sizes: dict[str, Any] = {
+        "features": features,
+        "length": shape.seq_length,
+        "values": values,
+    }
+    mixer, square, above, kept = counted(kind, **sizes)
+    flops, square = kind.cost(**sizes) or (square - above, square)
     weights = [module for module in mixer.modules() if isinstance(module, Weight)]
     cut = sum(it.weight.numel() for it in weights if it.cut is not None and not kind.whole)
     every = sum(it.weight.numel() for it in weights) - cut

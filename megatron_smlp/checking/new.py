@@ -53,7 +53,7 @@ class CLASS(TokenRouter):
 '''
 TEXTS = {"mixer": MIXER, "router": ROUTER}
 TRAINED = {
-    "mixer": "--config configs/cpu/aft.yaml --architecture {name}",
+    "mixer": "--config configs/cpu/transformer.yaml --architecture {name}",
     "router": "--config configs/cpu/transformer.yaml --token-router {name} --num-experts 8",
 }
 

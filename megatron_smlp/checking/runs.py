@@ -28,7 +28,8 @@ EXPERTS = """
 STEPS, SAVED = 4, 2
 LAYOUTS = {
     "TP 2, sequence parallel": "--tensor-model-parallel-size 2 --sequence-parallel",
-    "PP 2": "--pipeline-model-parallel-size 2",
+    "PP 2, interleaved": "--pipeline-model-parallel-size 2 "
+    "--num-layers-per-virtual-pipeline-stage 1",
     "DP 2, overlapped gathers": "--use-distributed-optimizer --overlap-param-gather "
     "--overlap-grad-reduce",
     "recomputed activations": "--recompute-granularity full --recompute-method uniform "

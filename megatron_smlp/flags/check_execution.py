@@ -71,10 +71,10 @@ def check_cuda_graphs(args: argparse.Namespace) -> None:
             f"{flag} cannot capture layers that route, and every layer of this model would be "
             "such: a graph runs no Python, which hands routers their inputs. Leave it out."
         )
-    if mixer.host_reads:
+    if mixer.plugin:
         raise UsageError(
-            f"{flag} cannot capture the layers of --architecture {args.architecture}, of which the "
-            "host reads how large some numbers are. Leave it out."
+            f"{flag} is not tried with --architecture {args.architecture}, which is a plugin's: "
+            "where a mixer's Python reads numbers, a replay would not. Leave it out."
         )
     if dropout and args.eval_iters:
         raise UsageError(

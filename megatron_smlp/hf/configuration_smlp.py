@@ -15,9 +15,7 @@ from transformers.utils.versions import require_version
 require_version("transformers>=5.24", "for this model: pip install -U transformers")
 
 _ALLOWED = {
-    "architecture": ("transformer", "gmlp", "amlp", "smlp", "mixer", "aft", "causal_rn"),
-    "causal_rn_kind": ("linear", "quadratic"),
-    "aft_kind": ("full", "simple"),
+    "architecture": ("transformer", "gmlp", "amlp", "smlp", "mixer"),
     "input_projection": ("embedding", "minhash"),
     "token_router": ("none", "switch", "gshard", "base", "hash", "topk"),
     "feature_router": ("none", "deterministic", "partial"),
@@ -36,10 +34,9 @@ _ALLOWED = {
 _ATTENTION = ("transformer",)
 _GATING = ("gmlp", "amlp", "smlp")
 _TOEPLITZ = (*_GATING, "mixer")
-_FEED_FORWARD = ("transformer", "mixer", "aft", "causal_rn")
-_POSITIONS = ("transformer", "aft", "causal_rn")
-"""Architectures by what they have: attention, spatial gating, matrices that may be Toeplitz, an FFN
-beside the mixer, learned positions at the input."""
+_FEED_FORWARD = ("transformer", "mixer")
+"""Architectures by what they have: attention and learned positions, spatial gating, matrices that
+may be Toeplitz, an FFN beside the mixer."""
 
 _TOP_K = ("token_router", ("topk",))
 # A field that is for some values of another one.
@@ -55,7 +52,7 @@ _IS_FOR = {
 _POSITIVE = (
     *("vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads"),
     *("num_query_groups", "max_position_embeddings", "spatial_heads", "tiny_attention_width"),
-    *("num_feature_experts", "relation_width", "rotary_base", "hash_count", "filter_size"),
+    *("num_feature_experts", "rotary_base", "hash_count", "filter_size"),
 )
 _OVER_ZERO = (
     *("moe_train_capacity_factor", "moe_eval_capacity_factor", "moe_router_topk_scaling_factor"),
@@ -75,7 +72,7 @@ class SMLPConfig(PreTrainedConfig):
 
     Args:
         architecture: transformer, gmlp, amlp (gmlp and one small attention head), smlp, mixer
-            (masked mixer), aft (attention-free) or causal_rn.
+            (masked mixer), or a plugin's.
         plugin: hashes of the files whose mixers and routers it has, their options, and layers.
         token_router: how tokens choose FFN experts: none, switch, gshard, base, hash or topk.
         feature_router: smlp only: how chunks of features choose spatial experts.
@@ -87,9 +84,6 @@ class SMLPConfig(PreTrainedConfig):
         toeplitz: whether spatial matrices hold one weight per distance, M[t, s] = m[t - s], and one
             bias; an input may then be longer than T, and every token sees the last T.
         mixer_expansion: mixer: whether there are two matrices with a GELU between them.
-        aft_kind: aft: with weights of position pairs (full) or without (simple).
-        causal_rn_kind: causal_rn: a running sum (linear) or a sum over pairs (quadratic).
-        relation_width: causal_rn: features in which tokens are compared (default: hidden_size).
         input_projection: what makes vectors of tokens: a table (embedding), or counted hashes of
             their strings (minhash), with an output layer that is never tied.
         hash_count, filter_size: minhash: values of a token's fingerprint, and the counters into
@@ -127,8 +121,8 @@ class SMLPConfig(PreTrainedConfig):
         hidden_act: gelu (exact) or gelu_new (tanh approximation).
         swiglu: transformer only: FFNs and experts are SwiGLU instead: silu(a) b of two projections.
         normalization: LayerNorm or RMSNorm, of all norms but that of a gate, which is LayerNorm.
-        position_embedding_type: transformer: learned_absolute (the default), rope or none; aft:
-            learned_absolute; the others have none.
+        position_embedding_type: transformer: learned_absolute (the default), rope or none; the
+            others of ours have none.
         rotary_base: rope: the wavelengths' base.
         num_query_groups: transformer: heads of keys and values, each for as many queries; default:
             one per head.
@@ -168,9 +162,6 @@ class SMLPConfig(PreTrainedConfig):
     spatial_heads: int = 1
     toeplitz: bool = False
     mixer_expansion: bool = False
-    aft_kind: str = "full"
-    causal_rn_kind: str = "linear"
-    relation_width: int | None = None
     input_projection: str = "embedding"
     hash_count: int = 64
     filter_size: int = 1024
@@ -268,7 +259,7 @@ class SMLPConfig(PreTrainedConfig):
         """The position_embedding_type of the architecture, where none is given."""
         if self._plugged:
             return self.position_embedding_type or "learned_absolute"
-        return "learned_absolute" if self.architecture in _POSITIONS else "none"
+        return "learned_absolute" if self.architecture in _ATTENTION else "none"
 
     @property
     def states_per_layer(self) -> int:
@@ -329,7 +320,7 @@ class SMLPConfig(PreTrainedConfig):
 
     def _check_widths(self) -> None:
         attends = self.architecture in _ATTENTION or "attention" in [m for m, _ in self._plugged]
-        if attends or self.architecture == "aft":
+        if attends:
             self._check_divides("hidden_size=", self.hidden_size, "num_attention_heads")
         if attends:
             self._check_heads()

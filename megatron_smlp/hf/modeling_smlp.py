@@ -2,8 +2,7 @@
 
 Every layer has two slots, each with a norm before it and a residual around it,
 
-    x = x + mixer(LN(x))         attention | spatial gating | feature MoE | masked mixer | AFT |
-                                 CausalRN
+    x = x + mixer(LN(x))         attention | spatial gating | feature MoE | masked mixer
     x = x + channel(LN(x))       FFN | token MoE | nothing (then without its norm)
 
     architecture   mixer                                      channel
@@ -11,8 +10,6 @@ Every layer has two slots, each with a norm before it and a residual around it,
     gmlp, amlp     spatial gating (amlp: + tiny attention)    nothing; token MoE likewise
     smlp           spatial gating, then feature MoE           nothing, then token MoE
     mixer          masked mixer                               FFN; token MoE likewise
-    aft            AFT                                        the same
-    causal_rn      CausalRN                                   the same
 
 Sources: gMLP (arXiv 2105.08050), sparse all-MLP (2203.06850), Switch (2101.03961), GShard
 (2006.16668), BASE (2103.16716), hash layers (2106.04426); of modern Transformers: RoPE
@@ -34,7 +31,6 @@ weight is [out, in] in both:
     mixer.gate_norm                          self_attention.norm
     mixer.spatial.weight, .bias              self_attention.spatial.weight, .bias
     mixer.spatial_out.weight, .bias          self_attention.spatial_out.weight, .bias
-    mixer.positions.weight                   self_attention.positions.weight
     channel_norm                             pre_mlp_layernorm
     channel.up_proj, channel.down_proj       mlp.linear_fc1, mlp.linear_fc2
     channel.router.weight                    mlp.router.weight
@@ -754,146 +750,11 @@ class SMLPMaskedMixer(nn.Module):
         return mixed.transpose(1, 2).flatten(2), None
 
 
-class SMLPPositionWeights(nn.Module):
-    """w <float>[T, T]: how much position t looks at position s <= t."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(length, length))
-
-    def forward(self, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
-        """keys, values: <float>[B, L, F] of all positions so far.
-
-        Returns their averages over s <= t by exp(k_s + w_ts), [B, T, F]. Those that a large key is
-        in are computed in double precision, and no others: they do not depend on it.
-        """
-        if self.weight.tril().abs().max() > 20:
-            return self._averages(keys, values, layout, torch.float64)
-        large = keys.abs() > 20
-        usual = torch.promote_types(keys.dtype, torch.bfloat16)
-        averages = self._averages(keys.masked_fill(large, 0), values, layout, usual)
-        if not large.any():
-            return averages
-        has_large = rows_of_call(large.cumsum(dim=1) > 0, layout)
-        exact = self._averages(keys, values, layout, torch.float64)
-        return torch.where(has_large, exact, averages)
-
-    def _averages(self, keys: Tensor, values: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-        sums = self._grown(layout, keys.shape[1], dtype) @ _grown(keys, values, dtype)
-        return _ratio(sums).to(values.dtype)
-
-    def _grown(self, layout: Layout, length: int, dtype: torch.dtype) -> Tensor:
-        """exp(w) of this call's rows, 0 where s > t: <dtype>[T, L] or [B, T, L]."""
-        rows = self.weight[layout.start : layout.end] if layout.start is not None else None
-        rows = self.weight[layout.positions] if rows is None else rows
-        grown = rows[..., :length].to(dtype).exp()
-        if layout.start is not None:
-            return grown.tril(layout.start)
-        return grown.masked_fill(~_visible(layout, length), 0.0)
-
-
-class SMLPAttentionFree(nn.Module):
-    """AFT (2105.14103): averages of earlier values by exp(k_s + w_ts), gated by their queries.
-
-        y_t = sigmoid(q_t) sum over s <= t of exp(k_s + w_ts) v_s / sum of exp(k_s + w_ts)
-
-    aft_kind=simple has no w. Exponents over 20 are computed in double precision.
-    """
-
-    def __init__(self, config: SMLPConfig, layer_index: int) -> None:
-        super().__init__()
-        bias, width = config.add_bias_linear, config.hidden_size
-        self.cache_index = layer_index * config.states_per_layer
-        self.q_proj = nn.Linear(width, width, bias=bias)
-        self.k_proj = nn.Linear(width, width, bias=bias)
-        self.v_proj = nn.Linear(width, width, bias=bias)
-        self.positions: SMLPPositionWeights | None = None
-        if config.aft_kind == "full":
-            self.positions = SMLPPositionWeights(config.max_position_embeddings)
-        self.out_proj = to_residual(config, width, bias=bias)
-
-    def forward(
-        self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
-        keys, values = project(self.k_proj, hidden), project(self.v_proj, hidden)
-        if cache is not None:
-            states = cache.layers[self.cache_index]
-            keys, values = states.write(keys[:, None], values[:, None], layout)
-            keys, values = keys[:, 0], values[:, 0]
-        if self.positions is None:
-            sums = rows_of_call(_grown(keys, values, torch.float64).cumsum(dim=1), layout)
-            averages = _ratio(sums).to(hidden.dtype)
-        else:
-            averages = self.positions(keys, values, layout)
-        mixed = torch.sigmoid(project(self.q_proj, hidden)) * averages
-        return project(self.out_proj, mixed), None
-
-
-def _ratio(sums: Tensor) -> Tensor:
-    """Divide the sums of exp(k) v by those of exp(k)."""
-    above, below = sums.chunk(2, dim=-1)
-    return above / below
-
-
-def _grown(keys: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(k) v and exp(k), side by side."""
-    grown = keys.to(dtype).exp()
-    return torch.cat([grown * values.to(dtype), grown], dim=-1)
-
-
 def rows_of_call(sums: Tensor, layout: Layout) -> Tensor:
     """Map sums [B, L, N] of all positions so far to those of this call's tokens, [B, T, N]."""
     if layout.start is not None:
         return sums[:, layout.start : layout.end]
     return sums.take_along_dim(layout.positions[..., None], dim=1)
-
-
-class SMLPCausalRN(nn.Module):
-    """CausalRN (2406.16168), with a = n(x W1), b = n(x W2), n LayerNorm without weights:
-
-        linear      y_t = n( exp(a_t) (1/t) sum over s <= t of exp(b_s) ) W3          t = 1, 2, ...
-        quadratic   y_t = n( (1/t) sum over s <= t of exp(n(a_t + b_s)) ) W3
-
-    The linear one is n(exp(z - max z)), z the logarithm: n takes a common factor out again.
-    """
-
-    def __init__(self, config: SMLPConfig, layer_index: int) -> None:
-        super().__init__()
-        bias, width = config.add_bias_linear, config.relation_width or config.hidden_size
-        self.cache_index = layer_index * config.states_per_layer
-        self.eps = config.layer_norm_epsilon
-        self.is_quadratic = config.causal_rn_kind == "quadratic"
-        self.up_proj = nn.Linear(config.hidden_size, 2 * width, bias=bias)
-        self.down_proj = to_residual(config, width, bias=bias)
-
-    def forward(
-        self, hidden: Tensor, layout: Layout, cache: SMLPCache | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
-        a, b = (self._n(part) for part in project(self.up_proj, hidden).chunk(2, dim=-1))
-        b = so_far(b[:, None], self.cache_index, layout, cache)[:, 0]
-        mixed = self._pairwise(a, b, layout) if self.is_quadratic else self._summed(a, b, layout)
-        return project(self.down_proj, self._n(mixed).to(hidden.dtype)), None
-
-    def _n(self, x: Tensor) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
-
-    def _summed(self, a: Tensor, b: Tensor, layout: Layout) -> Tensor:
-        """Map a: <fp32>[B, T, F], and b of all positions so far, [B, L, F], to [B, T, F]."""
-        sums = rows_of_call(b.double().exp().cumsum(dim=1), layout)
-        exponents = a + (sums / (layout.positions[..., None] + 1)).log().to(a.dtype)
-        return (exponents - exponents.detach().amax(dim=-1, keepdim=True)).exp()
-
-    def _pairwise(self, a: Tensor, b: Tensor, layout: Layout) -> Tensor:
-        """Compute the same as `_summed`, row by row: all pairs at once would be a tensor [B, T, L,
-        F]."""
-        seen = _visible(layout, b.shape[1])[..., None]
-        rows = [
-            (self._n(a[:, t, None] + b).exp() * seen[:, t]).sum(dim=1) for t in range(a.shape[1])
-        ]
-        return torch.stack(rows, dim=1) / (layout.positions[..., None] + 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1357,8 +1218,6 @@ _MIXERS: dict[str, Any] = {
     "amlp": _spatial_gating,
     "smlp": _spatial_gating,
     "mixer": SMLPMaskedMixer,
-    "aft": SMLPAttentionFree,
-    "causal_rn": SMLPCausalRN,
     # In layers of a plugin's architecture, by their names in Megatron's model.
     "attention": _attention,
     "spatial_gating": _spatial_gating,
@@ -1460,9 +1319,6 @@ class SMLPPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, SMLPMinHashInput):
             init.zeros_(module.fingerprints)
-        elif isinstance(module, SMLPPositionWeights):
-            bound = 1e-3 / len(module.weight)
-            init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, nn.Linear) and hasattr(module, "std_divisor"):
             init.normal_(module.weight, std=std / module.std_divisor)
         elif isinstance(module, SMLPExperts):

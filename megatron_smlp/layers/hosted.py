@@ -30,6 +30,7 @@ from megatron_smlp.layers.projections import (
     two_projections,
 )
 from megatron_smlp.layers.token_mixer import TokenMixer
+from megatron_smlp.ops.causal_mix import causal_mix
 from megatron_smlp.plugins import Mixer, Weight, values_in
 
 
@@ -72,6 +73,12 @@ def features_of(sizes: Any, kind: type[Mixer]) -> int:
     )
 
 
+def causal_product(weight: Tensor, values: Tensor) -> Tensor:
+    """See plugins.Mixer: the samples' columns are those of one product."""
+    columns = values.transpose(0, 1)
+    return causal_mix(weight[None], columns.flatten(1)[None]).view_as(columns).transpose(0, 1)
+
+
 class HostedMixer(TokenMixer):
     """See the top of the file.
 
@@ -103,6 +110,7 @@ class HostedMixer(TokenMixer):
         self.whole = kind.whole and parts > 1
         width = features if kind.whole else features // parts
         self.mixer = kind(width=width, length=length, values=values)
+        self.mixer.causal_product = causal_product
         for module in self.mixer.modules():
             if isinstance(module, Weight):
                 self._own(module, 1 if kind.whole else parts, part)

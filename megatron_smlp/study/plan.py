@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_smlp.plugin_files import KEY as PLUGIN
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 
@@ -58,9 +59,11 @@ class PlannedRun:
 
     @cached_property
     def key(self) -> str:
-        """The hash over flags, data, versions and parent: two runs of one hash are the same."""
+        """The hash over flags, data, versions and parent: two runs of one hash are the same. The
+        texts of plugins are among a run's sources (made_by.py), beside the key."""
         parent = self.parent.key if self.parent else None
-        content = json.dumps([dict(self.flags), self.identity, parent], sort_keys=True)
+        flags = {name: value for name, value in self.flags.items() if name != PLUGIN}
+        content = json.dumps([flags, self.identity, parent], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:HASH_DIGITS]
 
     @property

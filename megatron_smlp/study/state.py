@@ -18,6 +18,7 @@ from megatron_smlp.checkpoints.folders import latest_iteration
 from megatron_smlp.durable import write_durably
 from megatron_smlp.errors import UsageError
 from megatron_smlp.lease import Lease, Observer, holder_of, take
+from megatron_smlp.plugin_files import KEY as PLUGIN
 from megatron_smlp.study.hardware import hardware
 from megatron_smlp.study.made_by import NOT_KNOWN, noted
 from megatron_smlp.study.plan import Plan, PlannedRun, make_plan
@@ -29,8 +30,9 @@ ENDED = "ended.json"
 BEGUN = "study.json"
 EXPIRY = 120.0  # seconds
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
-MAY_CHANGE = ("cluster", "flops_tolerance", "needed_flops_tolerance", "paper", "titles")
-"""Keys of a study that no run depends on, and no number of a verdict."""
+MAY_CHANGE = ("cluster", "flops_tolerance", "needed_flops_tolerance", "paper", "titles", "variants")
+"""Keys of a study that no run depends on, and no number of a verdict; what variants come to are the
+flags."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,16 +215,18 @@ def begin(folder: Path, now: dict[str, Any]) -> None:
 def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path) -> None:
     """Check that a study is the one whose runs or results lie in a folder.
 
-    Seeds may be added, and the keys in MAY_CHANGE may change: existing runs keep their hashes.
+    Systems and seeds may be added, and the keys in MAY_CHANGE may change: existing runs keep their
+    hashes. Where a system's flags are written does not matter, only what they are.
 
     Raises:
         UsageError: with the difference.
     """
-    old, new = (_by_system(side["study"]) for side in (before, now))
-    for name, seeds in old["seeds"].items():
-        if set(seeds) <= set(new["seeds"].get(name, ())):
-            new["seeds"][name] = seeds
-    changes = differences({**before, "study": old}, {**now, "study": new})
+    names = before["study"]["systems"]
+    old, new = (_of_systems(side, names) for side in (before, now))
+    for name, seeds in old["study"]["seeds"].items():
+        if set(seeds) <= set(new["study"]["seeds"][name]):
+            new["study"]["seeds"][name] = seeds
+    changes = differences(old, new)
     if changes:
         lines = "\n".join(f"  {change}" for change in changes)
         raise UsageError(
@@ -231,12 +235,19 @@ def check_unchanged(before: dict[str, Any], now: dict[str, Any], *, where: Path)
         )
 
 
-def _by_system(study: dict[str, Any]) -> dict[str, Any]:
-    """Return what may not change of a study, with the seeds of each system."""
+def _of_systems(content: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return what may not change of what a study is, as far as it is of these systems."""
+    study, flags = content["study"], content["flags"]
     seeds = study["seeds"]
     kept = {name: value for name, value in study.items() if name not in MAY_CHANGE}
-    kept["seeds"] = {name: seeds.get(name, seeds.get(OTHERS, [])) for name in study["systems"]}
-    return kept
+    kept["systems"] = [name for name in names if name in study["systems"]]
+    kept["seeds"] = {name: seeds.get(name, seeds.get(OTHERS, [])) for name in names}
+    own = {
+        name: {key: value for key, value in flags[name].items() if key != PLUGIN}
+        for name in names
+        if name in flags
+    }
+    return {"study": kept, "flags": own, "identity": content["identity"]}
 
 
 def differences(before: Any, now: Any, *, path: Sequence[str] = ()) -> list[str]:

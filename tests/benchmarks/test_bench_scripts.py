@@ -9,7 +9,6 @@ from typing import Any
 import bench_gpu
 import bench_gpu_kernels
 import bench_scaling
-import causal_rn_growth
 import hosted
 import pytest
 import torch
@@ -125,12 +124,3 @@ def test_an_exponent_is_the_slope_over_logarithms() -> None:
     line = bench_scaling.growths(records, "T", divisor=1.0)["gmlp"]
     assert line.exponent() == pytest.approx(1.5)
     assert 0 < line.exponent(expected=True) < 1
-
-
-def test_causal_rns_exponent_is_the_slope_over_logarithms() -> None:
-    """Of a known law; what is measured is positive and grows, whatever else the machine does."""
-    lengths = (64, 256, 1024)
-    law = [7.0 * length**1.25 for length in lengths]
-    assert causal_rn_growth.exponent(lengths, law) == pytest.approx(1.25)
-    times = causal_rn_growth.measure((64, 4096), repeats=2)
-    assert 0 < times[0] < times[1]

@@ -8,6 +8,8 @@ import copying
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("registry")
+
 
 def test_a_sample_is_read_and_copied():
     samples = copying.sample(3, 5)

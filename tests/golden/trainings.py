@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from support.checkpoints import checkpoint_tensors
-from support.launches import launch, launch_on_the_stand_in, records
+from support.launches import REPOSITORY, launch, launch_on_the_stand_in, records
 from support.systems import ATTENTION, EXPERTS, MODEL, SYSTEMS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -41,8 +41,16 @@ VALIDATED = "--eval-iters 2 --eval-interval 8"
 TOPK = f"""{ATTENTION} --token-router topk {EXPERTS} --moe-layer-freq 2 --moe-router-topk 2
     --moe-router-score-function sigmoid --moe-router-enable-expert-bias
     --position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear"""
-ALL = {**SYSTEMS, "topk": TOPK, "mixer": "--architecture mixer", "aft": "--architecture aft",
-       "causal_rn": "--architecture causal_rn"}  # fmt: skip
+ALL = {
+    **SYSTEMS,
+    "topk": TOPK,
+    "mixer": "--architecture mixer",
+    **{
+        name: f"--plugin {REPOSITORY}/plugins/{name}.py --architecture {name}"
+        for name in ("aft", "causal_rn")
+    },
+}
+
 GMLP, SMLP = SYSTEMS["gmlp"], SYSTEMS["smlp_deterministic"]
 PARTIAL, SWITCH = SYSTEMS["smlp_partial"], SYSTEMS["switch"]
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"

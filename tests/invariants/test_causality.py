@@ -34,8 +34,6 @@ VARIANTS = {
     "gmlp": {"": "", "_4_heads": "--spatial-heads 4"},
     "amlp": {"": "--tiny-attention-width 8"},
     "mixer": {"": "", "_expansion": "--spatial-heads 4 --mixer-expansion"},
-    "aft": {"": "", "_simple": "--aft-kind simple"},
-    "causal_rn": {"": "", "_quadratic": "--causal-rn-kind quadratic --relation-width 24"},
     "smlp": {f"_{rule}": f"{SPARSE} --feature-router {rule}" for rule in FEATURE_RULES},
 }
 LAYERS = {

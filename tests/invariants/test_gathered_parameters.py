@@ -23,9 +23,6 @@ MINHASH = "--architecture mixer --input-projection minhash --filter-size 64"
 SYSTEMS = {
     **FLAGS,
     "mixer": "--architecture mixer --mixer-expansion",
-    "aft": "--architecture aft",
-    "causal_rn": "--architecture causal_rn",
-    "causal_rn_quadratic": "--architecture causal_rn --causal-rn-kind quadratic",
     "minhash": MINHASH,
     "gmlp_toeplitz": "--architecture gmlp --toeplitz --recompute-granularity selective",
     "smlp_partial_toeplitz": f"{FLAGS['smlp_partial']} --toeplitz",
@@ -36,7 +33,7 @@ INTERLEAVED = """
 """
 WAYS = {"aligned": "", "each": "--no-align-param-gather"}
 # The modules of these are among those of others.
-COVERED = ("switch", "hash", "gmlp", "causal_rn_quadratic", "smlp_partial")
+COVERED = ("switch", "hash", "gmlp", "smlp_partial")
 
 
 def with_tokenizer(flags: str, folder: Path) -> str:

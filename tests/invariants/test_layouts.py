@@ -62,11 +62,6 @@ ARCHITECTURES = {
     f"{EXPERTS}",
     "minhash": MINHASH,
     "minhash_base": f"{MINHASH} --token-router base {EXPERTS}",
-    "aft": "--architecture aft",
-    "causal_rn": "--architecture causal_rn --relation-width 128",
-    "causal_rn_gshard": "--architecture causal_rn --causal-rn-kind quadratic "
-    f"--token-router gshard {EXPERTS}",
-    "aft_simple_base": f"--architecture aft --aft-kind simple --token-router base {EXPERTS}",
     "feature_moe_partial": f"{SMLP} --feature-router partial",
     "feature_moe_toeplitz": f"{SMLP} --feature-router partial --toeplitz",
 }
@@ -111,10 +106,6 @@ FEWER = {
     "transformer_topk": ("tp2_sp", "ep2", "dp2"),
     "smlp_partial": ("tp2_sp", "pp2", "ep2", "dp2", "tp2_pp2"),
     "feature_moe_toeplitz": ("tp2_sp", "pp2", "dp2_distributed_optimizer"),
-    "causal_rn": ("tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2"),
-    "causal_rn_gshard": ("tp2_sp", "pp2_interleaved", "ep2", "recompute_full"),
-    "aft": ("tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2"),
-    "aft_simple_base": ("tp2_sp", "pp2_interleaved", "ep2", "recompute_full"),
     "mixer": ("tp2", "tp2_sp", "pp2_interleaved", "dp2_distributed_optimizer", "tp2_pp2"),
     "minhash": ("tp2", "tp2_sp", "pp2", "dp2_distributed_optimizer", "tp2_pp2"),
     "minhash_base": ("tp2_sp", "pp2_interleaved", "ep2", "recompute_full"),
@@ -140,9 +131,9 @@ def _cases(layouts: Mapping[str, str]) -> list[tuple[str, str]]:
 
 # What is not slow: each way to split or to recompute by systems whose parts it could break.
 FAST = {
-    "tp2": ("transformer", "amlp", "mixer", "causal_rn", "feature_moe_partial"),
+    "tp2": ("transformer", "amlp", "mixer", "feature_moe_partial"),
     "tp2_sp": (
-        *("transformer_switch", "transformer_topk", "gmlp_1_head", "smlp", "aft"),
+        *("transformer_switch", "transformer_topk", "gmlp_1_head", "smlp"),
         "feature_moe_toeplitz",
     ),
     "pp2": ("amlp", "smlp"),

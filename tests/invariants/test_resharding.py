@@ -51,8 +51,6 @@ SYSTEMS = {
     "gmlp": "--architecture gmlp",
     "amlp": "--architecture amlp --spatial-heads 2 --tiny-attention-width 16",
     "mixer": "--architecture mixer --spatial-heads 2 --mixer-expansion",
-    "aft": "--architecture aft",
-    "causal_rn": "--architecture causal_rn",
     "minhash": MINHASH,
     "minhash_base": f"{MINHASH} --token-router base {EXPERTS}",
     "smlp": f"{SMLP} --feature-router deterministic",

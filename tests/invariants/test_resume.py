@@ -37,8 +37,6 @@ ARCHITECTURES = {
     ),
     "gmlp": "--architecture gmlp",
     "amlp": "--architecture amlp --tiny-attention-width 16",
-    "causal_rn": "--architecture causal_rn",
-    "aft": "--architecture aft",
     "mixer": "--architecture mixer --spatial-heads 2 --mixer-expansion",
     "minhash_base": f"--architecture mixer {MINHASH} --token-router base {MOE}",
     "smlp": SMLP,

@@ -58,14 +58,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     },
     "mixer": {"architecture": "mixer", "spatial_heads": 2, "mixer_expansion": True},
     "mixer_routed": {"architecture": "mixer", "toeplitz": True, "token_router": "switch"},
-    "aft": {"architecture": "aft", "token_router": "base", "moe_layer_freq": 2},
-    "aft_simple": {"architecture": "aft", "aft_kind": "simple"},
-    "causal_rn": {"architecture": "causal_rn", "token_router": "switch", "moe_layer_freq": 2},
-    "causal_rn_quadratic": {
-        "architecture": "causal_rn",
-        "causal_rn_kind": "quadratic",
-        "relation_width": 20,
-    },
     "minhash": {
         "architecture": "mixer",
         "input_projection": "minhash",

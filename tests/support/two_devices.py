@@ -10,8 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 from megatron_smlp.hf.modeling_smlp import SMLPForCausalLM, _add
 
-SYSTEMS = ("transformer", "gmlp", "gmlp_toeplitz", "amlp", "mixer", "aft_simple")
-SYSTEMS += ("causal_rn_quadratic",)
+SYSTEMS = ("transformer", "gmlp", "gmlp_toeplitz", "amlp", "mixer")
 
 
 def on_two_devices(model: SMLPForCausalLM) -> None:

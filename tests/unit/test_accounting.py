@@ -46,9 +46,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "amlp": {"architecture": "amlp", "tiny_attention_width": 16},
     "mixer": {"architecture": "mixer", "spatial_heads": 2, "mixer_expansion": True},
     "mixer_moe": {"architecture": "mixer", "token_router": "hash", "moe_layer_freq": 2},
-    "aft": {"architecture": "aft", "token_router": "hash", "moe_layer_freq": 2},
-    "aft_simple": {"architecture": "aft", "aft_kind": "simple"},
-    "causal_rn": {"architecture": "causal_rn", "relation_width": 96},
     "smlp_deterministic": {**SPARSE, "feature_router": "deterministic", "token_router": "base"},
     "smlp_partial": {
         **SPARSE,
@@ -192,17 +189,6 @@ def test_causal_products_count_the_triangle_once():
     assert cost.square_flops == linear + 2 * 25 * 6
 
 
-def test_the_quadratic_causal_rn_counts_the_pairs_of_its_triangle():
-    """T = 128, F = 128: two multiply-adds a pair and feature more than the linear one, a layer."""
-    config = _config("causal_rn")
-    config.relation_width = None
-    costs = []
-    for config.causal_rn_kind in ("linear", "quadratic"):
-        costs.append(model_cost(ModelShape.from_args(_namespace(config))))
-    assert costs[0].parameters == costs[1].parameters
-    assert costs[1].flops - costs[0].flops == 3 * 2 * 2 * 128 * (LENGTH * (LENGTH + 1) // 2)
-
-
 def test_the_prefix_router_reads_each_prefix_position_of_each_chunk_once():
     """W_r <float>[P, E], a product of P terms for each of C chunks and E experts."""
     shape = ModelShape.from_args(_namespace(_config("smlp_partial")))
@@ -225,8 +211,6 @@ def test_the_prefix_router_reads_each_prefix_position_of_each_chunk_once():
         "--architecture gmlp --spatial-heads 2 --normalization RMSNorm",
         "--architecture amlp --tiny-attention-width 12 --toeplitz --disable-bias-linear",
         "--architecture mixer --spatial-heads 2 --mixer-expansion --toeplitz",
-        "--architecture aft --disable-bias-linear --num-attention-heads 4",
-        "--architecture causal_rn --causal-rn-kind quadratic --relation-width 24",
         "--architecture smlp --num-dense-layers 1 --feature-router partial --prefix-fraction 0.3 "
         "--num-feature-experts 4 --num-feature-chunks 8 --num-experts 4 --token-router switch",
     ],

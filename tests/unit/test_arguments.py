@@ -111,7 +111,6 @@ LAYOUTS = f"""
     --tensor-model-parallel-size 4 .*--spatial-heads 2 | {GMLP} --spatial-heads 2 {TP} 4
     --tensor-model-parallel-size 4 .*-experts 2 | {SMLP} --num-feature-experts 2 {TP} 4
     --tensor-model-parallel-size 8 .*-heads 4 | {TRANSFORMER} {TP} 8
-    --tensor-model-parallel-size 2 .*-heads 1 | --architecture aft --num-attention-heads 1 {TP} 2
     --tensor-model-parallel-size 2 .*-chunks 1 | {PARTIAL} --num-feature-chunks 1 {TP} 2
     --context-parallel-size 2 .*spatial gating | {GMLP} --context-parallel-size 2
     --context-parallel-size 2 .*each rank reads whole | {TRANSFORMER} --context-parallel-size 2

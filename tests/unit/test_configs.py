@@ -34,7 +34,7 @@ SYSTEMS = (
     "llama_moe",
 )
 # Beside the paper's, without a file for its large models.
-NEIGHBOURS = ("mixer", "aft", "causal_rn", "minhash")
+NEIGHBOURS = ("mixer", "minhash")
 TOKEN_MOES = ("gshard", "switch", "base", "hash")
 # The regular Transformer, 24 layers of the width that is known, is 0.827: "about 0.8" in the paper.
 FOLDERS = {"cpu": 0.0134, "paper/regular": 0.827, "paper/large": 2.0}

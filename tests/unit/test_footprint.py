@@ -47,8 +47,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "amlp": {"architecture": "amlp"},
     "mixer": {"architecture": "mixer", "spatial_heads": 4, "num_experts": 8},
     "minhash": {"architecture": "mixer", "input_projection": "minhash", "filter_size": 40},
-    "aft": {"architecture": "aft"},
-    "causal_rn": {"architecture": "causal_rn", "relation_width": 128},
     "smlp": {**SPARSE, "feature_router": "deterministic", "token_router": "base"},
     "smlp_partial": {**SPARSE, "feature_router": "partial", "token_router": "base"},
 }
@@ -302,11 +300,6 @@ KEPT: dict[str, tuple[dict[str, Any], LayerSlots]] = {
         ("amlp", "amlp", {"tiny_attention_width": 16}, ("gating_and_attention", "none", 1)),
         ("mixer_expansion", "mixer", {"spatial_heads": 4, "mixer_expansion": True},
          ("masked_mixer", "mlp", 4)),
-        ("aft", "aft", {}, ("aft", "mlp", 1)),
-        ("aft_simple", "aft", {"aft_kind": "simple"}, ("aft", "mlp", 1)),
-        ("causal_rn", "causal_rn", {}, ("causal_rn", "mlp", 1)),
-        ("causal_rn_quadratic", "causal_rn", {"causal_rn_kind": "quadratic"},
-         ("causal_rn", "mlp", 1)),
         ("partial", "smlp", FEATURES | {"feature_router": "partial"}, ("feature_moe", "none", 4)),
         ("smlp", "smlp", FEATURES | _moe("base"), ("feature_moe", "token_moe", 4)),
         *((router, "transformer", _moe(router), ("attention", "token_moe", 4))
@@ -315,16 +308,8 @@ KEPT: dict[str, tuple[dict[str, Any], LayerSlots]] = {
 }  # fmt: skip
 
 
-# The quadratic CausalRN's pairs are fp32 within bf16 runs, and are counted as the run's numbers.
-IN_ITS_PRECISION = [
-    (case, dtype)
-    for case in KEPT
-    for dtype in (torch.float32, torch.bfloat16)
-    if dtype is torch.float32 or case != "causal_rn_quadratic"
-]
-
-
-@pytest.mark.parametrize(("case", "dtype"), IN_ITS_PRECISION)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", KEPT)
 @pytest.mark.usefixtures("megatron")
 def test_activations_are_what_autograd_keeps_within_ten_percent(case: str, dtype: torch.dtype):
     config, slots = KEPT[case]

@@ -232,7 +232,7 @@ def test_what_does_nothing_or_does_not_work(parse: Parse, words: str):
 @pytest.mark.parametrize(
     "words",
     [
-        "aft --recompute-granularity selective",
+        "mixer --recompute-granularity selective",
         "gmlp --recompute-activations --recompute-modules mlp",
         "gmlp --recompute-granularity selective --recompute-modules moe",
         "gmlp --recompute-granularity selective --recompute-modules core_attn layernorm",
@@ -298,7 +298,6 @@ def test_what_asks_for_nothing():
     ("system", "message"),
     [
         ("gmlp --token-router hash --num-experts 2", "layers that route, and every layer"),
-        ("aft", "the host reads"),
         ("gmlp --hidden-dropout 0.1", "with dropout"),
         ("amlp --attention-dropout 0.1", "with dropout"),
         ("gmlp --eval-micro-batch-size 1", "--eval-micro-batch-size 1 is another"),

@@ -181,7 +181,7 @@ def test_records_of_the_hugging_face_configuration_are_those_of_its_file():
             assert set(choices.strip("{}").split(",")) == set(hf._ALLOWED[name])
     with_ffn = {name for name, one in ARCHITECTURES.items() if one.channel == "mlp"}
     learned = {n for n, one in ARCHITECTURES.items() if one.positions == "learned_absolute"}
-    assert (set(hf._FEED_FORWARD), set(hf._POSITIONS)) == (with_ffn, learned)
+    assert (set(hf._FEED_FORWARD), set(hf._ATTENTION)) == (with_ffn, learned)
     assert set(hf._TOEPLITZ) == set(OUR_FLAGS["toeplitz"].architectures)
 
 

@@ -280,7 +280,7 @@ def test_a_cache_that_cannot_forget():
         model(ids, use_cache=True).cache.crop(3)
 
 
-@pytest.mark.parametrize("system", ["gmlp_heads", "amlp", "aft", "minhash", "transformer"])
+@pytest.mark.parametrize("system", ["gmlp_heads", "amlp", "minhash", "transformer"])
 def test_drafted_tokens_change_no_text(system: str):
     """By prompt lookup and by a smaller model: those that the model would not take are undone."""
     model, helper = make_model(system), make_model("gmlp")

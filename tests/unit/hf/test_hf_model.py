@@ -10,9 +10,7 @@ from torch.nn import functional
 
 from megatron_smlp.hf.configuration_smlp import SMLPConfig
 from megatron_smlp.hf.modeling_smlp import (
-    Layout,
     SMLPForCausalLM,
-    SMLPPositionWeights,
 )
 
 
@@ -127,24 +125,6 @@ def test_samples_within_the_prefix_train_on_what_they_have():
     expected = functional.cross_entropy(logits, targets[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected + output.aux_loss)
     assert model(ids[:, :8], labels=ids[:, :8]).loss.isfinite()
-
-
-@pytest.mark.parametrize("start", [0, None])
-def test_a_large_key_reaches_what_averages_it_alone(start: int | None):
-    """Bitwise, as in ops/aft_mix.py: neither earlier tokens, other samples nor other features."""
-    keys, values = torch.randn(2, 2, 12, 5, dtype=torch.bfloat16)
-    positions = torch.arange(12).expand(2, 12)
-    layout = Layout(positions, start, None, None, end=12, cached=False)
-    weights = SMLPPositionWeights(16).bfloat16()
-    torch.nn.init.normal_(weights.weight)
-    large = keys.clone()
-    large[1, 7, 2] = 25.0
-    averages = weights(large, values, layout)
-    same = averages == weights(keys, values, layout)
-    assert averages.dtype == torch.bfloat16
-    assert not same[1, 7:, 2].all()
-    same[1, 7:, 2] = True
-    assert same.all()
 
 
 def test_bfloat16_runs_and_stays_close():

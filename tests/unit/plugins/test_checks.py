@@ -1,7 +1,6 @@
 """smlp-check: every row of it that needs no training turns red for what it is there for."""
 
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,6 @@ from megatron_smlp.checking import mixers, routers
 GOOD = (REPOSITORY / "plugins" / "gated_conv.py").read_text(encoding="utf-8")
 RULE = (REPOSITORY / "plugins" / "threshold.py").read_text(encoding="utf-8")
 ALONE = "if not self.training:\n            return experts, scores > self.bound\n        "
-
-
-@pytest.fixture
-def registry() -> Iterator[plugins.Registry]:
-    """What a test registers is gone after it."""
-    take_back = plugin_files.snapshot()
-    yield plugins.register
-    take_back()
 
 
 def advice(registry: plugins.Registry, tmp_path: Path, text: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.launches import REPOSITORY
-from unit.plugins.test_checks import GOOD, registry  # noqa: F401 - a fixture
+from unit.plugins.test_checks import GOOD
 
 from megatron_smlp import options, plugin_files, plugin_texts, plugins, systems
 from megatron_smlp.checking import mixers, new, routers
@@ -27,7 +27,7 @@ def written(folder: Path, text: str, name: str = "mine") -> str:
         ("import nothing_of_this_name\n", r"mine.py:1: ModuleNotFoundError"),
         ("x = 1\nif x\n", r"mine.py:2: SyntaxError"),
         ("\nraise RuntimeError('broken')\n", r"mine.py:2: RuntimeError: broken"),
-        (CLASS.format(name="aft") + "pass\n", "'aft' is there already"),
+        (CLASS.format(name="attention") + "pass\n", "'attention' is there already"),
         (CLASS.format(name="a b") + "pass\n", r"mine.py:2: ValueError: .*'a b' is no name"),
         (CLASS.format(name="m") + "seed: int = option(1, 'x')\n"
          "register.architecture('m', mixer='m')\n", "flag --seed"),

@@ -49,8 +49,6 @@ MIXERS = {
     "modern": MODERN,
     "gmlp_rms_norm": "--architecture gmlp --spatial-heads 2 --normalization RMSNorm",
     "mixer": "--architecture mixer --spatial-heads 2 --mixer-expansion",
-    "aft": "--architecture aft",
-    "causal_rn": "--architecture causal_rn",
     "no_positions": "--architecture transformer --num-attention-heads 4 "
     "--position-embedding-type none --group-query-attention --num-query-groups 1",
 }

@@ -207,6 +207,7 @@ def test_a_study_that_changed_is_refused_with_the_difference(tmp_path: Path):
         {"cluster": {"gpus": 8, "tflops": 989, "utilization": 0.4}},
         {"speed": {"rounds": 7}},
         {"titles": {"switch": "Transformer, Switch"}},
+        {"systems": [*SMALL["systems"], "hash"]},
     ],
 )
 def test_what_no_run_depends_on_may_change(tmp_path: Path, changes: dict[str, Any]):
@@ -222,7 +223,13 @@ def test_what_no_run_depends_on_may_change(tmp_path: Path, changes: dict[str, An
 
 
 @pytest.mark.parametrize(
-    "changes", [{"subject": "switch"}, {"horizons": ["100K", "200K"]}, {"decay": 0.3}]
+    "changes",
+    [
+        {"subject": "switch"},
+        {"horizons": ["100K", "200K"]},
+        {"decay": 0.3},
+        {"systems": ["transformer", "smlp_deterministic"]},
+    ],
 )
 def test_what_runs_or_verdicts_depend_on_may_not_change(tmp_path: Path, changes: dict[str, Any]):
     known = state_of(write_study(tmp_path), runs=tmp_path)

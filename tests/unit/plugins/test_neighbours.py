@@ -1,0 +1,177 @@
+"""AFT and CausalRN (plugins/) against their equations, pair by pair: outputs and every gradient."""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from support.launches import REPOSITORY
+from torch import Tensor
+
+from megatron_smlp import plugin_files, plugins
+from megatron_smlp.checking import mixers
+
+BATCH, LONG, WIDTH, EPS = 2, 2048, 5, 1e-5
+
+
+@pytest.fixture(autouse=True)
+def loaded(registry: plugins.Registry) -> dict[str, ModuleType]:
+
+    for name in ("aft", "causal_rn"):
+        plugin_files.load(str(REPOSITORY / "plugins" / f"{name}.py"))
+    return {name: sys.modules[name] for name in ("aft", "causal_rn")}
+
+
+def made(name: str, *, length: int, width: int = WIDTH, **values: Any) -> plugins.Mixer:
+    kind = plugins.register.token_mixers[name]
+    mixer = kind(width=width, length=length, values=values).draw().double()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return mixer
+
+
+def assert_same(mixer: plugins.Mixer, equation: Any, *inputs: Tensor, rtol: float = 1e-9) -> None:
+    leaves = [one.detach().clone().requires_grad_() for one in inputs]
+    wanted = [*leaves, *mixer.parameters()]
+    upstream = torch.randn(mixer(*leaves).shape).double()
+    for ours, theirs in zip(
+        (mixer(*leaves), *torch.autograd.grad(mixer(*leaves), wanted, upstream)),
+        (equation(*leaves), *torch.autograd.grad(equation(*leaves), wanted, upstream)),
+        strict=True,
+    ):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rtol)
+
+
+def aft(qkv: Tensor, weight: Tensor) -> Tensor:
+    """A softmax over all earlier tokens, for each feature."""
+    query, key, value = qkv.unbind(-1)
+    count = key.shape[1]
+    exponents = weight[:count, :count, None] + key[:, None]  # [B, T, T, F]
+    later = torch.ones(count, count, dtype=torch.bool).triu(1)
+    shares = exponents.masked_fill(later[..., None], -torch.inf).softmax(dim=2)
+    return query.sigmoid() * (shares * value[:, None]).sum(dim=2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("kind", ["full", "simple"])
+@pytest.mark.parametrize("count", [1, 63, 130])
+def test_aft_is_its_equation(kind: str, count: int, scale: float):
+    mixer = made("aft", length=130, aft_kind=kind)
+    weight = torch.zeros(130, 130) if kind == "simple" else mixer.positions.weight
+    with torch.no_grad():
+        weight.mul_(scale)
+    qkv = torch.randn(BATCH, count, WIDTH, 3).double() * torch.tensor([1.0, scale, 1.0])
+    assert_same(mixer, lambda x: aft(x, weight), qkv)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_exponents_of_aft(sign: int):
+    """k and w up to 80, of opposite signs too, where neither maximum is near that of the sum."""
+    mixer = made("aft", length=LONG, width=3).float()
+    keys = torch.linspace(-80, 80, LONG)[:, None] * torch.tensor([1.0, -1.0, 0.5])
+    with torch.no_grad():
+        row = sign * torch.linspace(-80, 80, LONG)
+        mixer.positions.weight.copy_((row + torch.randn(LONG, LONG)).clamp(-80, 80))
+    qkv = torch.stack([torch.randn(LONG, 3), keys, torch.randn(LONG, 3)], dim=-1)[None]
+    exact = aft(qkv.double(), mixer.positions.weight.double())
+    torch.testing.assert_close(mixer(qkv).double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_key_reaches_what_averages_it_alone(dtype: torch.dtype):
+    """Bitwise: neither earlier tokens, other samples nor other features."""
+    mixer = made("aft", length=40).to(dtype)
+    qkv = torch.randn(BATCH, 40, WIDTH, 3).to(dtype)
+    large = qkv.clone()
+    large[1, 30, 2, 1] = 25.0
+    same = mixer(large) == mixer(qkv)
+    assert not same[1, 30:, 2].all()
+    same[1, 30:, 2] = True
+    assert same.all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 4e-3)]
+)
+def test_aft_in_other_precisions(dtype: torch.dtype, error: float):
+    mixer, qkv = made("aft", length=130).to(dtype), torch.randn(BATCH, 130, WIDTH, 3).to(dtype)
+    exact = aft(qkv.double(), mixer.positions.weight.double())
+    assert mixer(qkv).dtype == dtype
+    torch.testing.assert_close(mixer(qkv).double(), exact, rtol=error, atol=error)
+
+
+def n(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
+
+
+def causal_rn(left: Tensor, right: Tensor, *, quadratic: bool) -> Tensor:
+    a, b, rows = n(left), n(right), []
+    for t in range(a.shape[1]):
+        if quadratic:
+            pairs = [torch.exp(n(a[:, t] + b[:, s])) for s in range(t + 1)]
+            rows.append(n(sum(pairs) / (t + 1)))
+            continue
+        mean = torch.exp(a[:, t]) * sum(torch.exp(b[:, s]) for s in range(t + 1)) / (t + 1)
+        # Its scale is not seen by n, but for eps: the mixer's is 1 for the largest feature.
+        rows.append(n(mean / mean.amax(-1, keepdim=True)))
+    return torch.stack(rows, dim=1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "quadratic"])
+@pytest.mark.parametrize("count", [1, 7, 33])
+@pytest.mark.parametrize("block", [1, 300, 2**21])
+def test_causal_rn_is_its_equation(
+    kind: str, count: int, block: int, loaded: dict[str, ModuleType], monkeypatch
+):
+    monkeypatch.setattr(loaded["causal_rn"], "BLOCK", block)
+    mixer = made("causal_rn", length=33, width=8, causal_rn_kind=kind)
+    inputs = torch.randn(2, BATCH, count, 8).double()
+    equation = lambda a, b: causal_rn(a, b, quadratic=kind == "quadratic")  # noqa: E731
+    assert_same(mixer, equation, *inputs, rtol=1e-8)
+
+
+def test_the_quadratic_one_never_has_all_pairs(loaded: dict[str, ModuleType], monkeypatch):
+    """The largest tensor of forward and backward is that of one block, not [T, T, F]."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            for each in output if isinstance(output, (tuple, list)) else [output]:
+                if isinstance(each, Tensor):
+                    self.elements = max(self.elements, each.numel())
+            return output
+
+    count, width, block = 96, 64, 2**16
+    monkeypatch.setattr(loaded["causal_rn"], "BLOCK", block)
+    mixer = made("causal_rn", length=count, width=width, causal_rn_kind="quadratic")
+    inputs = torch.randn(2, 1, count, width).double().requires_grad_()
+    with Largest() as seen:
+        mixer(*inputs).sum().backward()
+    assert seen.elements <= block < count * count * width
+
+
+def test_a_width_that_overflows_is_refused():
+    with pytest.raises(ValueError, match=r"--relation-width 6401 .*from 6401 on"):
+        made("causal_rn", length=4, width=6401, causal_rn_kind="quadratic")
+
+
+@pytest.mark.parametrize("name", ["aft", "causal_rn"])
+def test_they_pass_the_checks(name: str):
+    rows = [check() for check in mixers.checks(name, plugins.register.token_mixers[name])]
+    assert [row.advice for row in rows if not row.passed] == []
+
+
+def test_flops_of_a_causal_product_are_its_triangles():
+    from megatron_smlp.accounting.plugin_costs import counted
+
+    count, width = 12, 8
+    kind = plugins.register.token_mixers["aft"]
+    full = counted(kind, features=width, length=count, values={})
+    assert full.flops == 2 * count * count * 2 * width
+    assert full.flops - full.above == count * (count + 1) * 2 * width
