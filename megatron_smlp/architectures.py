@@ -50,6 +50,7 @@ from megatron_smlp.systems import (
     ARCHITECTURES,
     CHANNELS,
     LayerSlots,
+    feature_router_class,
     layer_slots,
     load,
     mixer_of,
@@ -161,7 +162,9 @@ def _mixer(
     config: TransformerConfig, slots: LayerSlots, backend: BackendSpecProvider
 ) -> ModuleSpec:
     options, mixer = options_of(config), mixer_of(slots)
-    plugged = {"kind": mixer.plugin} if mixer.plugin else {}
+    chosen = {"kind": mixer.plugin} if mixer.plugin else {}
+    if mixer.routes:
+        chosen = {"feature_router": feature_router_class(options.feature_router)}
     return load(mixer.spec)(
         config,
         backend,
@@ -169,7 +172,7 @@ def _mixer(
         sequence_length=_sequence_length(config),
         projection=ToeplitzProjection if options.toeplitz else SpatialProjection,
         options=options,
-        **plugged,
+        **chosen,
     )
 
 

@@ -21,7 +21,7 @@ class Facts:
     """Architectures it is for, empty: all. With another one a value is refused."""
     token_routers: Sequence[str] = ()
     """Rules of the token router that it is for, empty: all."""
-    feature_routers: tuple[str, ...] = ()
+    feature_routers: Sequence[str] = ()
     """Rules of the feature router that it is for, empty: all."""
     input_projections: tuple[str, ...] = ()
     """Kinds of the input that it is for, empty: all."""

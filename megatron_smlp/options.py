@@ -12,7 +12,14 @@ from typing import Any, Literal, get_args, get_origin
 
 from megatron_smlp.flag_facts import MEGATRON_FLAGS, SAME, Facts, named, option
 from megatron_smlp.partial_prediction import prefix_length
-from megatron_smlp.systems import ARCHITECTURES, LIMITED, SPATIAL, TOKEN_ROUTERS
+from megatron_smlp.systems import (
+    ARCHITECTURES,
+    BY_PREFIX,
+    FEATURE_ROUTERS,
+    LIMITED,
+    SPATIAL,
+    TOKEN_ROUTERS,
+)
 
 
 @dataclass
@@ -52,8 +59,8 @@ class ModelOptions:
     window: int = option(1, input_projections=("minhash",), least=0, hf=SAME)
     """minhash: tokens before each one whose counters are read with its own."""
 
-    feature_router: Literal["none", "deterministic", "partial"] = option(
-        "none", architectures=("smlp",), hf=SAME, upcycling=True
+    feature_router: str = option(
+        "none", choices=FEATURE_ROUTERS, architectures=("smlp",), hf=SAME, upcycling=True
     )
     """smlp: how chunks of the hidden dimension choose their spatial expert in a sparse layer.
     deterministic: chunk i goes to expert i. partial: a sample's prefix decides (see
@@ -69,19 +76,19 @@ class ModelOptions:
     ffn_hidden_size / 2. Left out: one per spatial expert, as deterministic routing needs it."""
 
     prefix_fraction: float = option(
-        0.2, architectures=("smlp",), feature_routers=("partial",), hf=SAME, upcycling=True
+        0.2, architectures=("smlp",), feature_routers=BY_PREFIX, hf=SAME, upcycling=True
     )
     """partial: fraction of --seq-length, the tokens from which a sample's chunks are routed."""
 
     partial_loss: Literal["suffix", "all"] = option(
-        "suffix", architectures=("smlp",), feature_routers=("partial",), may_change=True, hf=SAME
+        "suffix", architectures=("smlp",), feature_routers=BY_PREFIX, may_change=True, hf=SAME
     )
     """partial: train on targets behind the prefix only, as the paper does, or on all of them."""
 
     feature_aux_loss_coeff: float = option(
         0.01,
         architectures=("smlp",),
-        feature_routers=("partial",),
+        feature_routers=BY_PREFIX,
         least=0,
         may_change=True,
         hf=SAME,

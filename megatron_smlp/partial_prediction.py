@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from megatron_smlp.errors import UsageError
+from megatron_smlp.systems import BY_PREFIX
 
 
 def prefix_length(options: Any, *, seq_length: int) -> int:
@@ -23,7 +24,7 @@ def prefix_length(options: Any, *, seq_length: int) -> int:
     Args:
         options: ModelOptions, or a namespace with its names.
     """
-    is_partial = options.feature_router == "partial"
+    is_partial = options.feature_router in BY_PREFIX
     return int(Fraction(str(options.prefix_fraction)) * seq_length) if is_partial else 0
 
 

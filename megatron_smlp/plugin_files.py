@@ -116,12 +116,14 @@ def snapshot() -> Callable[[], None]:
 
     tables: list[dict[str, Any]] = [
         *(table for _, table in register.tables()),
-        *(systems.MIXERS, systems.CHANNELS, systems.TOKEN_ROUTERS, systems.ARCHITECTURES),
+        *(systems.MIXERS, systems.CHANNELS, systems.TOKEN_ROUTERS, systems.FEATURE_ROUTERS),
+        systems.ARCHITECTURES,
         *(options.OUR_FLAGS, options.MODEL_FLAGS, options.DEFAULTS, options.PLUGIN_OPTIONS),
         LOADED,
     ]
     lists: list[list[Any]] = [
-        *(systems.SCORING, systems.WITH_BALANCE_LOSS, register.listeners, register.updates)
+        *(systems.SCORING, systems.WITH_BALANCE_LOSS, systems.BY_PREFIX),
+        *(register.listeners, register.updates),
     ]
     copies = [dict(table) for table in tables], [list(names) for names in lists]
 
@@ -175,6 +177,7 @@ def _enter(added: Mapping[str, Sequence[str]]) -> None:
         "token mixer": (systems.MIXERS, _mixer),
         "channel mixer": (systems.CHANNELS, lambda _, kind: kind),
         "token router": (systems.TOKEN_ROUTERS, _rule),
+        "feature router": (systems.FEATURE_ROUTERS, _feature_rule),
         "architecture": (systems.ARCHITECTURES, _architecture),
     }
     for title, table in register.tables():
@@ -187,6 +190,9 @@ def _enter(added: Mapping[str, Sequence[str]]) -> None:
         systems.SCORING.append(name)
         systems.WITH_BALANCE_LOSS.append(name)
         _enter_options(register.token_routers[name], token_routers=(name,))
+    for name in added["feature router"]:
+        systems.BY_PREFIX.append(name)
+        _enter_options(register.feature_routers[name], feature_routers=(name,))
     for name in added["architecture"]:
         for kind in _kinds_of(register.architectures[name]):
             _enter_options(kind, architectures=(name,))
@@ -209,6 +215,12 @@ def _rule(name: str, kind: Any) -> systems.TokenRouterRule:
         experts_per_token=kind.experts_per_token,
         has_balance_loss=True,
         plugin=kind,
+    )
+
+
+def _feature_rule(name: str, kind: Any) -> systems.FeatureRouterRule:
+    return systems.FeatureRouterRule(
+        module="megatron_smlp.routers.hosted:hosting_features", plugin=kind
     )
 
 
@@ -271,7 +283,9 @@ def described(flags: Mapping[str, Any]) -> dict[str, Any] | None:
     from megatron_smlp.plugins import register
 
     architecture = register.architectures.get(flags["architecture"])
-    if architecture is None and flags["token_router"] not in register.token_routers:
+    routers = (flags["token_router"], flags["feature_router"])
+    plugged = {*register.token_routers, *register.feature_routers}
+    if architecture is None and plugged.isdisjoint(routers):
         return None
     count = flags["num_layers"]
     return {

@@ -1,15 +1,15 @@
-"""What a file of your own may hold: token mixers, channel mixers, token routers, architectures.
+"""What a file of your own may hold: token mixers, channel mixers, routers, architectures.
 
     pretrain_smlp.py --plugin gated_conv.py --architecture gated_conv ...
 
 The file needs this module and torch alone. A class says what it computes between two projections;
 flags, tensor parallelism, checkpoints, costs, metrics, export and generation follow from it, and
-`smlp-check FILE` shows that they do. docs/a-mixer-of-your-own.md is the tutorial.
+`smlp-check FILE` shows that they do. docs/own-mixer.md is the tutorial.
 
 An exported model holds a copy of this file beside the plugin's, and runs the same classes.
 
 Letters: B batch, T sequence length, D hidden, F features of a mixer, N tokens, E experts, k choices
-of a token.
+of a token, C chunks of features, P prefix length.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.nn import functional
 __all__ = [
     "Architecture",
     "ChannelMixer",
+    "FeatureRouter",
     "Mixer",
     "Option",
     "TokenMixer",
@@ -325,6 +326,45 @@ class TokenRouter(nn.Module):
         return self
 
 
+class FeatureRouter(nn.Module):
+    """A rule by which the C chunks of a sample's features choose among E spatial experts (smlp), by
+    its first P tokens: tokens before P are routed as chunk i to expert i mod E.
+
+    Each chunk is routed by itself: a tensor parallel rank sees C' of them.
+    """
+
+    def __init__(self, *, num_experts: int, prefix_length: int, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.num_experts, self.prefix_length = num_experts, prefix_length
+        _take(self, values)
+        self.build(prefix_length, num_experts)
+
+    def build(self, prefix_length: int, num_experts: int) -> None:
+        """Make the parameters, by `self.parameter`."""
+
+    def parameter(self, *shape: int, init: Init) -> Weight:
+        """Make a parameter, which `scores` reads by a call; every rank has all of it."""
+        return Weight(*shape, cut=None, init=init)
+
+    def scores(self, means: Tensor) -> Tensor:
+        """means: <fp32>[B, P, C'], of each chunk over its features before their norm -> scores
+        <fp32>[B, C', E], with gradient. The balance loss (--feature-aux-loss-coeff) is of their
+        softmax."""
+        raise NotImplementedError
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """scores: <fp32>[B, C', E] -> experts <int64>[B, C']. Default: the highest score."""
+        return scores.argmax(dim=-1)
+
+    def weigh(self, scores: Tensor, experts: Tensor) -> Tensor:
+        """Return what the experts' mixed values are multiplied by, <fp32>[B, C'], with gradient.
+
+        Default: E times the softmax of the chosen one, 1 where all scores are equal.
+        """
+        chosen = scores.softmax(dim=-1).gather(-1, experts[..., None])[..., 0]
+        return self.num_experts * chosen
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The fillings of a model's layers."""
@@ -342,6 +382,7 @@ class Registry:
     token_mixers: dict[str, type[TokenMixer]] = field(default_factory=dict)
     channel_mixers: dict[str, type[ChannelMixer]] = field(default_factory=dict)
     token_routers: dict[str, type[TokenRouter]] = field(default_factory=dict)
+    feature_routers: dict[str, type[FeatureRouter]] = field(default_factory=dict)
     architectures: dict[str, Architecture] = field(default_factory=dict)
     listeners: list[Callable[[], Any]] = field(default_factory=list)
     updates: list[Callable[..., None]] = field(default_factory=list)
@@ -351,12 +392,14 @@ class Registry:
         yield "token mixer", self.token_mixers
         yield "channel mixer", self.channel_mixers
         yield "token router", self.token_routers
+        yield "feature router", self.feature_routers
         yield "architecture", self.architectures
 
     def kinds(self) -> Iterator[type]:
         """Return all registered classes."""
-        for table in (self.token_mixers, self.channel_mixers, self.token_routers):
-            yield from table.values()
+        for title, table in self.tables():
+            if title != "architecture":
+                yield from table.values()
 
     def __call__[Kind: type](self, name: str) -> Callable[[Kind], Kind]:
         """Register a class: `@register("name")`.
@@ -373,10 +416,12 @@ class Registry:
                 self._add(self.channel_mixers, name, kind)
             elif issubclass(kind, TokenRouter):
                 self._add(self.token_routers, name, kind)
+            elif issubclass(kind, FeatureRouter):
+                self._add(self.feature_routers, name, kind)
             else:
                 raise TypeError(
-                    f"register({name!r}): {kind.__name__} is no TokenMixer, ChannelMixer or "
-                    "TokenRouter: derive it from one."
+                    f"register({name!r}): {kind.__name__} is no TokenMixer, ChannelMixer, "
+                    "TokenRouter or FeatureRouter: derive it from one."
                 )
             options_of(kind)
             return kind

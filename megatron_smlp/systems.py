@@ -79,6 +79,31 @@ READING_IDS = [name for name, rule in TOKEN_ROUTERS.items() if rule.reads_ids]
 TOP_K = [name for name, rule in TOKEN_ROUTERS.items() if rule.takes_topk]
 
 
+@dataclass(frozen=True, kw_only=True)
+class FeatureRouterRule:
+    """A rule by which chunks of the hidden dimension choose among spatial experts."""
+
+    module: str | None = None
+    """The class of the router, `module:name`; None: chunk i goes to expert i, without one."""
+    plugin: Any = None
+    """The class of a plugin (megatron_smlp/plugins.py), which the router hosts."""
+
+
+FEATURE_ROUTERS: dict[str, FeatureRouterRule] = {
+    "deterministic": FeatureRouterRule(),
+    "partial": FeatureRouterRule(module="megatron_smlp.routers.prefix:PrefixRouter"),
+}
+BY_PREFIX = [name for name, rule in FEATURE_ROUTERS.items() if rule.module]
+"""Those that route a sample by its first tokens."""
+
+
+def feature_router_class(name: str) -> Any:
+    """Import the router of a rule; None: there is none."""
+    rule = FEATURE_ROUTERS.get(name, FeatureRouterRule())
+    router: Any = load(rule.module) if rule.module else None
+    return router(rule.plugin) if rule.plugin else router
+
+
 def experts_of_a_token(name: str, topk: int) -> int:
     """Return k of a rule; topk: --moe-router-topk, for a rule that takes it or without one."""
     rule = TOKEN_ROUTERS.get(name)

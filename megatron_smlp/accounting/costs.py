@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron_smlp.options import PLUGIN_OPTIONS, ModelOptions, options_of
 from megatron_smlp.systems import (
+    BY_PREFIX,
     CHANNELS,
     TOKEN_ROUTERS,
     LayerSlots,
@@ -138,7 +139,7 @@ class ModelShape:
         options = options_of(args)
         # A namespace of Megatron's own script has experts and no rule of ours.
         num_experts = None if getattr(args, "token_router", "") == "none" else args.num_experts
-        is_partial = options.feature_router == "partial"
+        is_partial = options.feature_router in BY_PREFIX
         positions = args.position_embedding_type
         return cls(
             slots=tuple(layer_slots(options, args, num_experts=num_experts)),

@@ -35,7 +35,7 @@ from megatron_smlp.options import (
     model_defaults,
 )
 from megatron_smlp.partial_prediction import prefix_length
-from megatron_smlp.systems import ARCHITECTURES, TOP_K
+from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX, TOP_K
 
 _REQUIRED = ("num_layers", "hidden_size", "seq_length")
 _LAYOUT: dict[str, Any] = {
@@ -230,7 +230,7 @@ def _refuse_impossible(args: argparse.Namespace) -> None:
     if topk > (args.num_experts or topk):
         raise ValueError(f"--moe-router-topk {topk} of --num-experts {args.num_experts}: give less")
     prefix = prefix_length(args, seq_length=args.seq_length)
-    if args.feature_router == "partial" and not 0 < prefix < args.seq_length:
+    if args.feature_router in BY_PREFIX and not 0 < prefix < args.seq_length:
         raise ValueError(f"--prefix-fraction {args.prefix_fraction}: give a part of the sequence")
     if args.bf16 and args.fp16:
         raise ValueError("--bf16 and --fp16 exclude one another: give one of them")

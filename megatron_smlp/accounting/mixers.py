@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megatron_smlp.accounting.costs import Cost, ModelShape, column, norm_cost, pairs, row
-from megatron_smlp.systems import LayerSlots
+from megatron_smlp.accounting.plugin_costs import feature_router_cost
+from megatron_smlp.systems import FEATURE_ROUTERS, LayerSlots
 
 
 def attention_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
@@ -72,7 +73,11 @@ def feature_moe_cost(shape: ModelShape, slots: LayerSlots) -> Cost:
     unread = Cost(above_flops=-2 * prefix * (shape.seq_length - prefix) * gate_width)
     # The mixed values before they are scaled.
     kept = Cost(kept=gate_width, recomputable=gate_width)
-    router = prefix_router_cost(shape, slots.heads)
+    plugin = FEATURE_ROUTERS[shape.options.feature_router].plugin
+    if plugin:
+        router = feature_router_cost(shape, plugin, num_experts=slots.heads)
+    else:
+        router = prefix_router_cost(shape, slots.heads)
     return gating_cost(shape, slots, everywhere=True) + router + unread + kept
 
 

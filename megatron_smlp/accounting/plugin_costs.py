@@ -10,7 +10,7 @@ from megatron_smlp.accounting.costs import Cost, ModelShape, column, norm_cost, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_smlp.plugins import Mixer
+    from megatron_smlp.plugins import FeatureRouter, Mixer
 
 
 class Counted(NamedTuple):
@@ -69,6 +69,22 @@ def counted(kind: type[Mixer], *, features: int, length: int, values: Mapping[st
         ) from error
     numbers = sum(count for storage, count in kept.items() if storage not in parameters)
     return Counted(mixer, counter.get_total_flops(), above, numbers)
+
+
+def feature_router_cost(shape: ModelShape, kind: type[FeatureRouter], *, num_experts: int) -> Cost:
+    """Return the cost of a plugin's rule, of the scores of all chunks; each rank has all of it."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megatron_smlp.plugins import options_of
+
+    values = {name: shape.plugin_values[name] for name in options_of(kind)}
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), counter:
+        rule = kind(num_experts=num_experts, prefix_length=shape.prefix_length, values=values)
+        rule.scores(torch.empty(1, shape.prefix_length, shape.num_feature_chunks))
+    parameters = sum(parameter.numel() for parameter in rule.parameters())
+    return Cost(replicated=parameters, summed=parameters, flops=counter.get_total_flops())
 
 
 def plugin_cost(shape: ModelShape, kind: type[Mixer]) -> Cost:

@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _checks(plugin: str, folder: Path, *, quick: bool) -> Iterator[Check]:
-    from megatron_smlp.checking import mixers, routers
-    from megatron_smlp.checking.runs import EXPERTS, Runs
+    from megatron_smlp.checking import feature_routers, mixers, routers
+    from megatron_smlp.checking.runs import EXPERTS, FEATURES, Runs
     from megatron_smlp.plugins import register
 
     mixing = {**register.token_mixers, **register.channel_mixers}
@@ -63,6 +63,8 @@ def _checks(plugin: str, folder: Path, *, quick: bool) -> Iterator[Check]:
         yield from mixers.checks(name, kind)
     for name, rule in register.token_routers.items():
         yield from routers.checks(name, rule)
+    for name, router in register.feature_routers.items():
+        yield from feature_routers.checks(name, router)
     if quick:
         return
     if mixing and not register.architectures:
@@ -76,3 +78,6 @@ def _checks(plugin: str, folder: Path, *, quick: bool) -> Iterator[Check]:
     for number, name in enumerate(register.token_routers):
         model = ["--architecture", "transformer", "--token-router", name, *EXPERTS.split()]
         yield from Runs(name, plugin=plugin, model=model, folder=folder / f"r{number}").checks()
+    for number, name in enumerate(register.feature_routers):
+        model = ["--feature-router", name, *FEATURES.split()]
+        yield from Runs(name, plugin=plugin, model=model, folder=folder / f"f{number}").checks()

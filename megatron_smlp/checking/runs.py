@@ -7,6 +7,7 @@ layouts, by loss and gradient norm.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,9 +36,15 @@ LAYOUTS = {
     "recomputed activations": "--recompute-granularity full --recompute-method uniform "
     "--recompute-num-layers 1",
 }
+FEATURES = """
+    --architecture smlp --num-dense-layers 2 --num-feature-experts 4 --num-feature-chunks 8
+    --prefix-fraction 0.25
+"""
 OF_EXPERTS = {"EP 2": "--expert-model-parallel-size 2"}
 LIMITS = {"loss": 2e-5, "grad_norm": 2e-4}
 """Relative differences of fp32, whose sums are of another order in another layout."""
+ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception): |error: ")
+"""The line of a traceback, or of a program that refuses, which says what is wrong."""
 
 
 class Runs:
@@ -88,7 +95,7 @@ class Runs:
         if not done.returncode:
             return ""
         lines = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines()]
-        errors = [line for line in lines if "rror" in line] or [line for line in lines if line]
+        errors = [line for line in lines if ERROR.match(line)] or [line for line in lines if line]
         return errors[-1] if errors else f"exit code {done.returncode}"
 
     def _seed(self) -> Row:

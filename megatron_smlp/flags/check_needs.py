@@ -16,7 +16,7 @@ from megatron_smlp.flag_facts import MEGATRON_FLAGS
 from megatron_smlp.flags.check_model import slots_of
 from megatron_smlp.options import DEFAULTS, OUR_FLAGS
 from megatron_smlp.platform import cpu
-from megatron_smlp.systems import ARCHITECTURES, POSITIONS, SPECS
+from megatron_smlp.systems import ARCHITECTURES, BY_PREFIX, POSITIONS, SPECS
 
 SPELLINGS = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p", "fp8": "--fp8-format"}
 """Spellings of flags that set something of another name."""
@@ -136,7 +136,7 @@ NEEDS = (
     # Behind the prefix, the loss would be divided by other tokens than balance losses are.
     Need(
         "--partial-loss all",
-        lambda args: args.feature_router != "partial" or args.partial_loss == "all",
+        lambda args: args.feature_router not in BY_PREFIX or args.partial_loss == "all",
         ("calculate_per_token_loss",),
     ),
     # Megatron counts samples, of which it does not know how many an iteration will have.

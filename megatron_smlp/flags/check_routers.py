@@ -9,7 +9,7 @@ from megatron_smlp.command_line import flag_of
 from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.check_needs import one_of, refuse_unless, said
 from megatron_smlp.partial_prediction import prefix_length
-from megatron_smlp.systems import TOKEN_ROUTERS
+from megatron_smlp.systems import BY_PREFIX, TOKEN_ROUTERS
 
 CAPACITIES = ("moe_train_capacity_factor", "moe_eval_capacity_factor")
 
@@ -56,7 +56,7 @@ def check_feature_router(args: argparse.Namespace) -> None:
     """
     refuse_unless(args, "feature_router")
     chunks, experts = args.num_feature_chunks, args.num_feature_experts
-    if args.feature_router != "partial":
+    if args.feature_router not in BY_PREFIX:
         if chunks not in (None, experts):
             raise UsageError(
                 f"--num-feature-chunks {chunks} with --feature-router {args.feature_router} must "

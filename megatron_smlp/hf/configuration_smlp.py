@@ -233,6 +233,11 @@ class SMLPConfig(PreTrainedConfig):
         return int(Fraction(str(self.prefix_fraction)) * self.max_position_embeddings)
 
     @property
+    def routes_by_prefix(self) -> bool:
+        """Whether a sample's chunks choose their experts by its first tokens."""
+        return self.feature_router not in ("none", "deterministic")
+
+    @property
     def num_chunks(self) -> int:
         """C, the chunks of features of a sparse block."""
         return self.num_feature_chunks or self.num_feature_experts
@@ -285,7 +290,7 @@ class SMLPConfig(PreTrainedConfig):
             raise ValueError(f"{name}={getattr(self, name)}: must {what}")
 
     def _check_choices(self) -> None:
-        plugged = ("architecture", "token_router") if self.plugin else ()
+        plugged = ("architecture", "token_router", "feature_router") if self.plugin else ()
         for name, allowed in _ALLOWED.items():
             what = f"be one of {', '.join(allowed)}"
             self._require(name, getattr(self, name) in allowed or name in plugged, what)
@@ -388,7 +393,7 @@ class SMLPConfig(PreTrainedConfig):
             is_possible = self.num_chunks == self.num_feature_experts
             what = f"equal num_feature_experts={self.num_feature_experts}: chunk i goes to expert i"
             self._require("num_feature_chunks", is_possible, what)
-        if self.feature_router == "partial":
+        if self.routes_by_prefix:
             self._require(
                 "prefix_fraction",
                 0 < self.prefix_fraction < 1 and self.prefix_length > 0,

@@ -23,6 +23,7 @@ from megatron_smlp.hf.modeling_smlp import (
     SMLPCache,
     SMLPForCausalLM,
     SMLPModel,
+    SMLPPartialPrediction,
     SMLPPreTrainedModel,
     project,
     rows_of_call,
@@ -97,6 +98,40 @@ class SMLPHostedRouter(nn.Module):
         return Routing(experts, weights, None if loss is None else self.loss_coeff * loss)
 
 
+class SMLPHostedPrediction(SMLPPartialPrediction):
+    """Partial prediction whose prefix is scored by a plugin's rule."""
+
+    def _build(self, config: SMLPConfig) -> None:
+        kind = register.feature_routers[config.feature_router]
+        values = _values(config, kind)
+        rule = kind(num_experts=self.num_experts, prefix_length=self.prefix, values=values)
+        self.router = nn.ModuleDict({"rule": rule})
+
+    @property
+    def rule(self) -> Any:
+        return self.router["rule"]
+
+    def _scores(self, gate: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
+        """gate: <float>[B, T, F] -> <fp32>[B, C, E]; the cache keeps the means of the prefix."""
+        means = self._split(gate).float().mean(dim=-1).transpose(1, 2)  # [B, T, C]
+        counts = layout.positions < self.prefix
+        if layout.valid is not None:
+            counts = counts & layout.valid
+        prefix = means.new_zeros(len(means), self.prefix, means.shape[-1])
+        places = layout.positions.clamp(max=self.prefix - 1)[..., None].expand_as(means)
+        prefix = prefix.scatter_add(1, places, means * counts[..., None])
+        if cache is not None:
+            before = cache.layers[self.cache_index].scores
+            prefix = prefix if before is None else before + prefix
+            cache.layers[self.cache_index].scores = prefix
+        with maybe_autocast(means.device.type, enabled=False):
+            return self.rule.scores(prefix)
+
+    def _chosen(self, scores: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        experts = self.rule.choose(scores.detach())
+        return experts, self.rule.weigh(scores, experts)
+
+
 def _hosted_mixer(config: SMLPConfig, index: int, name: str) -> nn.Module:
     return SMLPHostedMixer(config, register.token_mixers[name], index * config.states_per_layer)
 
@@ -109,7 +144,12 @@ def _hosted_router(config: SMLPConfig) -> nn.Module:
     return SMLPHostedRouter(config)
 
 
-HOSTED.update(mixer=_hosted_mixer, channel=_hosted_channel, router=_hosted_router)
+HOSTED.update(
+    mixer=_hosted_mixer,
+    channel=_hosted_channel,
+    router=_hosted_router,
+    features=SMLPHostedPrediction,
+)
 
 
 class _Drawing(SMLPPreTrainedModel):

@@ -640,15 +640,19 @@ class SMLPPartialPrediction(SMLPSpatialGating):
             num_experts=config.num_feature_experts,
         )
         self.num_experts = config.num_feature_experts
-        self.loss_coeff = config.feature_aux_loss_coeff
-        self.prefix_router = nn.Parameter(torch.empty(config.prefix_length, self.num_experts))
+        self.loss_coeff, self.prefix = config.feature_aux_loss_coeff, config.prefix_length
+        self._build(config)
+
+    def _build(self, config: SMLPConfig) -> None:
+        self.prefix_router = nn.Parameter(torch.empty(self.prefix, self.num_experts))
 
     def _mix(
         self, chunks: Tensor, gate: Tensor, layout: Layout, cache: SMLPCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        probabilities = self._scores(gate, layout, cache).softmax(dim=-1)
-        largest, chosen = probabilities.max(dim=-1)
-        scale = (largest * self.num_experts).to(chunks.dtype)
+        scores = self._scores(gate, layout, cache)
+        probabilities = scores.softmax(dim=-1)
+        chosen, scale = self._chosen(scores, probabilities)
+        scale = scale.to(chunks.dtype)
         values = so_far(chunks, self.cache_index, layout, cache)
         mix = self._mix_from_zero if layout.start == 0 else self._mix_step
         mixed = self.spatial(values, layout, partial(mix, chosen=chosen, scale=scale))
@@ -656,7 +660,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
 
     def _scores(self, gate: Tensor, layout: Layout, cache: SMLPCache | None) -> Tensor:
         """gate: <float>[B, T, F]. Returns a: <fp32>[B, C, E], over the prefix tokens so far."""
-        prefix = self.prefix_router.shape[0]
+        prefix = self.prefix
         before = None if cache is None else cache.layers[self.cache_index].scores
         if before is not None and layout.start is not None and layout.start >= prefix:
             return before
@@ -672,6 +676,11 @@ class SMLPPartialPrediction(SMLPSpatialGating):
             cache.layers[self.cache_index].scores = scores
         return scores
 
+    def _chosen(self, scores: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Return e(i), <int64>[B, C], and s_i, <fp32>[B, C]."""
+        largest, experts = probabilities.max(dim=-1)
+        return experts, largest * self.num_experts
+
     def _default_experts(self, device: torch.device) -> Tensor:
         return torch.arange(self.num_heads, device=device) % self.num_experts
 
@@ -683,7 +692,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         values: <float>[B, C, T, f]; chosen: <int64>[B, C]; scale: <float>[B, C].
         """
         default = self._default_experts(values.device)
-        prefix, end = min(self.prefix_router.shape[0], layout.end), layout.end
+        prefix, end = min(self.prefix, layout.end), layout.end
         weight = self.spatial.rows(0, end)
         head = weight[default, :prefix, :prefix] @ values[:, :, :prefix]
         head = head + self.spatial.biases(0, prefix)[default, :, None]
@@ -696,7 +705,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
 
     def _mix_step(self, values: Tensor, layout: Layout, *, chosen: Tensor, scale: Tensor) -> Tensor:
         """Mix a few new rows: same arguments, values [B, C, L, f]; return [B, C, T, f]."""
-        prefix = self.prefix_router.shape[0]
+        prefix = self.prefix
         experts, factor = chosen[..., None], scale[..., None]
         if layout.start is None or layout.start < prefix:
             routed = (layout.positions >= prefix)[:, None]
@@ -709,7 +718,7 @@ class SMLPPartialPrediction(SMLPSpatialGating):
         if not self.training:
             return None
         # Only samples that have tokens behind the prefix made a choice that counts.
-        routed = layout.positions >= self.prefix_router.shape[0]
+        routed = layout.positions >= self.prefix
         if layout.valid is not None:
             routed = routed & layout.valid
         routed = routed.any(dim=1)
@@ -1205,8 +1214,9 @@ def _attention(config: SMLPConfig, index: int) -> nn.Module:
 
 
 def _spatial_gating(config: SMLPConfig, index: int) -> nn.Module:
-    if config.is_sparse_layer(index) and config.feature_router == "partial":
-        return SMLPPartialPrediction(config, index)
+    if config.is_sparse_layer(index) and config.routes_by_prefix:
+        hosted = HOSTED["features"] if config.feature_router != "partial" else SMLPPartialPrediction
+        return hosted(config, index)
     is_routed = config.is_sparse_layer(index) and config.feature_router == "deterministic"
     heads = config.num_feature_experts if is_routed else config.spatial_heads
     return SMLPSpatialGating(config, index, num_heads=heads, num_experts=heads)
@@ -1334,7 +1344,7 @@ class SMLPPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.prices)
         elif isinstance(module, SMLPHashRouter):
             init.copy_(module.table, module.random_table())
-        elif isinstance(module, SMLPPartialPrediction):
+        elif isinstance(module, SMLPPartialPrediction) and hasattr(module, "prefix_router"):
             init.normal_(module.prefix_router, std=std)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -1643,7 +1653,7 @@ class SMLPForCausalLM(SMLPPreTrainedModel, GenerationMixin):
         labels there, as one that ends before P, has no routed row and keeps those that it has.
         """
         config = self.config
-        is_partial = config.feature_router == "partial" and config.partial_loss == "suffix"
+        is_partial = config.routes_by_prefix and config.partial_loss == "suffix"
         if not (self.training and is_partial):
             return labels
         mask = torch.ones_like(labels) if attention_mask is None else attention_mask

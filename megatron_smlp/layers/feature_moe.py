@@ -34,9 +34,15 @@ from megatron_smlp.routers.deterministic import experts_of_chunks
 from megatron_smlp.routers.prefix import Choice, PrefixRouter
 
 
-def feature_moe_spec(*args: Any, options: Any, heads: int, **kwargs: Any) -> ModuleSpec:
-    """Return the spec of a layer of `heads` spatial experts, by the rule of --feature-router."""
-    if options.feature_router == "deterministic":
+def feature_moe_spec(
+    *args: Any, options: Any, heads: int, feature_router: Any, **kwargs: Any
+) -> ModuleSpec:
+    """Return the spec of a layer of `heads` spatial experts, by the rule of --feature-router.
+
+    Args:
+        feature_router: its router's class; None: chunk i goes to expert i.
+    """
+    if feature_router is None:
         return gating_spec(*args, module=DeterministicFeatureMoE, heads=heads, **kwargs)
     return gating_spec(
         *args,
@@ -44,6 +50,7 @@ def feature_moe_spec(*args: Any, options: Any, heads: int, **kwargs: Any) -> Mod
         heads=options.num_chunks,
         num_experts=heads,
         prefix_length=options.prefix_length(kwargs["sequence_length"]),
+        router=feature_router,
         loss_coeff=options.feature_aux_loss_coeff,
         **kwargs,
     )
@@ -60,6 +67,7 @@ class PartialFeatureMoE(SpatialGating):
         num_heads: C; tp must divide it.
         num_experts: E.
         prefix_length: P, tokens.
+        router: PrefixRouter, or what has its face.
         loss_coeff: weight of the balance loss.
 
     Raises:
@@ -74,13 +82,14 @@ class PartialFeatureMoE(SpatialGating):
         *args: Any,
         num_experts: int,
         prefix_length: int,
+        router: type[PrefixRouter],
         loss_coeff: float,
         **kwargs: Any,
     ) -> None:
         self.num_experts, self.prefix_length = num_experts, prefix_length
         super().__init__(config, *args, **kwargs)
         self.first_chunk = self.tp_group.rank() * self.local_heads
-        self.router = PrefixRouter(
+        self.router = router(
             config,
             layer_number=self.layer_number,
             prefix_length=prefix_length,

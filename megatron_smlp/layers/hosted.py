@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -31,7 +30,8 @@ from megatron_smlp.layers.projections import (
 )
 from megatron_smlp.layers.token_mixer import TokenMixer
 from megatron_smlp.ops.causal_mix import causal_mix
-from megatron_smlp.plugins import Mixer, Weight, values_in
+from megatron_smlp.plugin_weights import own_weights
+from megatron_smlp.plugins import Mixer, values_in
 
 
 def hosted_spec(
@@ -100,7 +100,7 @@ class HostedMixer(TokenMixer):
         **unused_arguments: Any,
     ) -> None:
         super().__init__(config, layer_number, pg_collection)
-        parts, part = self.tp_group.size(), self.tp_group.rank()
+        parts = self.tp_group.size()
         features = features_of(config, kind)
         project = partial(
             column_projection, submodules.linear_fc1, config, name="fc1", tp_group=self.tp_group
@@ -111,27 +111,10 @@ class HostedMixer(TokenMixer):
         width = features if kind.whole else features // parts
         self.mixer = kind(width=width, length=length, values=values)
         self.mixer.causal_product = causal_product
-        for module in self.mixer.modules():
-            if isinstance(module, Weight):
-                self._own(module, 1 if kind.whole else parts, part)
+        own_weights(self.mixer, dtype=config.params_dtype, group=self.tp_group, whole=kind.whole)
         self.linear_out = row_projection(
             submodules.linear_fc2, config, features, name="fc2", tp_group=self.tp_group
         )
-
-    def _own(self, weight: Weight, parts: int, part: int) -> None:
-        """Draw a parameter, and make it one of Megatron's."""
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        weight.draw(parts=parts, part=part)
-        weight.to(device=device, dtype=self.config.params_dtype)
-        if parts > 1 and weight.cut is not None:
-            tensor_parallel.set_tensor_model_parallel_attributes(
-                weight.weight, is_parallel=True, dim=weight.cut, stride=1
-            )
-        elif parts > 1:
-            # Each rank mixes its own features with the same values: the gradient is a sum.
-            weight.read = partial(
-                tensor_parallel.copy_to_tensor_model_parallel_region, group=self.tp_group
-            )
 
     def forward(
         self, hidden_states: Tensor, *unused: Any, **unused_names: Any

@@ -1,4 +1,5 @@
-"""A plugin's token router (megatron_smlp/plugins.py) in Megatron's MoELayer.
+"""A plugin's routers (megatron_smlp/plugins.py): a token router in Megatron's MoELayer, a feature
+router in sMLP's sparse layers.
 
     s = h W      e = choose(s)      y = sum over the chosen e of weigh(s)_e f_e(h)
 
@@ -17,7 +18,9 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor, nn
 
 from megatron_smlp import plugins
+from megatron_smlp.plugin_weights import own_weights
 from megatron_smlp.routers.handed import repeats_a_pass
+from megatron_smlp.routers.prefix import PrefixRouter
 from megatron_smlp.routers.token_router import Choices, TokenRouter
 
 AUX_LOSS = "load_balancing_loss"
@@ -78,6 +81,31 @@ class HostedRouter(TokenRouter):
         return self.attach_and_log_load_balancing_loss(
             probs, coefficient, share, AUX_LOSS, self.tp_cp_group
         )
+
+
+def hosting_features(rule: type[plugins.FeatureRouter]) -> type[HostedFeatureRouter]:
+    """Return the class that hosts a rule of feature routing."""
+    return type(f"Hosted{rule.__name__}", (HostedFeatureRouter,), {"kind": rule})
+
+
+class HostedFeatureRouter(PrefixRouter):
+    """A plugin's feature router in the place of W_r (prefix.py)."""
+
+    kind: type[plugins.FeatureRouter]
+
+    def build(self) -> None:
+        values = plugins.values_in(self.kind, self.config)
+        self.rule = self.kind(
+            num_experts=self.num_experts, prefix_length=self.prefix_length, values=values
+        )
+        own_weights(self.rule, dtype=self.config.params_dtype, group=self.tp_group)
+
+    def scores(self, means: Tensor) -> Tensor:
+        return self.rule.scores(means.transpose(0, 1))
+
+    def chosen(self, scores: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        experts = self.rule.choose(scores.detach())
+        return experts, self.rule.weigh(scores, experts)
 
 
 def update_rules(models: Iterable[nn.Module], *, skipped: bool) -> None:

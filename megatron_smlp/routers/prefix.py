@@ -59,23 +59,34 @@ class PrefixRouter(CountedRouter, nn.Module):
         super().__init__()
         self.config, self.tp_group, self.layer_number = config, tp_group, layer_number
         self.num_experts, self.loss_coeff = num_experts, loss_coeff
+        self.prefix_length = prefix_length
+        self.build()
+
+    def build(self) -> None:
+        """Make W_r."""
+        config, shape = self.config, (self.prefix_length, self.num_experts)
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        dtype = config.params_dtype
-        self.weight = nn.Parameter(
-            torch.empty(prefix_length, num_experts, dtype=dtype, device=device)
-        )
+        self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         if config.perform_initialization:
-            drawn = torch.empty(self.weight.shape, device="cpu")
+            drawn = torch.empty(shape, device="cpu")
             config.init_method(drawn)  # on the CPU's generator, the same on all ranks
             self.weight.data.copy_(drawn)
 
+    def scores(self, means: Tensor) -> Tensor:
+        """means: <fp32>[P, B, C'] -> a, <fp32>[B, C', E]."""
+        weight = tensor_parallel.copy_to_tensor_model_parallel_region(self.weight, self.tp_group)
+        return torch.einsum("tbc,te->bce", means, weight.float())
+
+    def chosen(self, scores: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Return e(i), <int64>[B, C'], and s_i, <fp32>[B, C'], of scores and p, [B, C', E]."""
+        largest, experts = probabilities.max(dim=-1)
+        return experts, largest * self.num_experts
+
     def forward(self, means: Tensor) -> Choice:
         """means: <fp32>[T, B, C'] of the chunks of u2, T >= P."""
-        weight = tensor_parallel.copy_to_tensor_model_parallel_region(self.weight, self.tp_group)
-        prefix = means[: len(weight)].float()
-        probabilities = torch.einsum("tbc,te->bce", prefix, weight.float()).softmax(dim=-1)
-        largest, experts = probabilities.max(dim=-1)
-        scale = largest * self.num_experts
+        scores = self.scores(means[: self.prefix_length].float())
+        probabilities = scores.softmax(dim=-1)
+        experts, scale = self.chosen(scores, probabilities)
         attaches = self.training and torch.is_grad_enabled() and bool(self.loss_coeff)
         if not (attaches or self.counts):
             return Choice(experts, scale)
@@ -94,7 +105,7 @@ class PrefixRouter(CountedRouter, nn.Module):
         """Return which samples have tokens behind the prefix, <bool>[B]; or all of them."""
         if self.counter is None or self.counter.real is None:
             return slice(None)
-        return self.counter.real[:, len(self.weight) :].any(dim=1)
+        return self.counter.real[:, self.prefix_length :].any(dim=1)
 
     def _count(self, experts: Tensor, scale: Tensor, loss_part: Tensor) -> None:
         """Add the pairs of sample and chunk of this rank; experts: <int64>[M]."""

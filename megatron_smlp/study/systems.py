@@ -13,6 +13,7 @@ from megatron_smlp.errors import UsageError
 from megatron_smlp.flags.exclusive import replaced_by
 from megatron_smlp.flags.yaml_file import read_yaml, spelling
 from megatron_smlp.study.study_file import Study
+from megatron_smlp.systems import BY_PREFIX
 
 Flags = Mapping[str, Any]
 
@@ -66,7 +67,7 @@ class System:
     @property
     def predicts_suffix(self) -> bool:
         """Return whether it is trained only on what follows a prefix."""
-        is_partial = self.flags.get("feature_router") == "partial"
+        is_partial = self.flags.get("feature_router") in BY_PREFIX
         return is_partial and self.flags.get("partial_loss", "suffix") == "suffix"
 
     @property

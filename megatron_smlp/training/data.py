@@ -22,7 +22,7 @@ from megatron_smlp.data.pairs.content import content_of
 from megatron_smlp.data.pairs.quick_check import verify_for_training
 from megatron_smlp.data.tokenizers.factory import identity_from_arguments
 from megatron_smlp.errors import DataError, UsageError
-from megatron_smlp.systems import READING_IDS
+from megatron_smlp.systems import BY_PREFIX, READING_IDS
 
 EVALUATION_SEED = 1234
 """Seed of the order of validation and test samples, so that runs with other seeds and systems are
@@ -162,7 +162,7 @@ def needs_every_batch(args: argparse.Namespace) -> bool:
     """Return whether every pipeline stage reads the batches: HASH routes by token ids, and no
     router may count padding.
     """
-    has_routers = args.token_router != "none" or args.feature_router == "partial"
+    has_routers = args.token_router != "none" or args.feature_router in BY_PREFIX
     return bool(args.token_router in READING_IDS or (has_routers and may_be_padded(args)))
 
 

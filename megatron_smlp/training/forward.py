@@ -27,7 +27,7 @@ from megatron_smlp.routers.balance_loss import scale_balance_losses
 from megatron_smlp.routers.draws import sample_keys
 from megatron_smlp.routers.gshard import attach_samples
 from megatron_smlp.routers.statistics import RouterStatistics
-from megatron_smlp.systems import token_router_class
+from megatron_smlp.systems import BY_PREFIX, token_router_class
 from megatron_smlp.training.data import may_be_padded, needs_batch, needs_every_batch
 from megatron_smlp.training.slow_hosts import OwnPart
 
@@ -73,7 +73,7 @@ class ForwardStep:
                 self._attach_keys(model, vp_stage)
             timers("batch-generator").stop()
             self.statistics.begin(real_tokens(batch["loss_mask"]) if may_be_padded(args) else None)
-            if args.feature_router == "partial":
+            if args.feature_router in BY_PREFIX:
                 scale_balance_losses(model)
             output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return output, partial(self._loss, batch["loss_mask"])

@@ -195,3 +195,22 @@ def test_a_slurm_task_is_a_worker(tmp_path: Path):
         SLURM_GPUS_ON_NODE="8", SLURM_ARRAY_TASK_ID="3", CUDA_VISIBLE_DEVICES="0",
     )  # fmt: skip
     assert done.stdout.split()[1:] == ["run", str(study), "--processes", "8", "--data", "DATA"]
+
+
+@pytest.mark.slow
+def test_a_plugin_is_a_system_of_a_study(data: Path, tmp_path: Path):
+    """Named by its preset; its text is among the sources of the study's runs."""
+    variants = {
+        "transformer": TINY["variants"]["transformer"],
+        "aft": {"from": "../../plugins/aft", "num-layers": 2},
+    }
+    tiny = TINY | {"systems": ["transformer", "aft"], "subject": "aft", "variants": variants}
+    study = write_study(tmp_path, **tiny)
+    done = ended_worker(study, data)
+    assert done.returncode == 0, done.stderr
+    run_command([*TOOL, "report", *words(study, data)])
+    runs = pandas.read_csv(tmp_path / "results" / "runs.csv")
+    assert set(runs.status) == {"done"}
+    assert set(runs.sources) != {sources()}
+    assert runs.sources.nunique() == 1
+    assert "aft" in (tmp_path / "results" / "report.md").read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ ORDER = (
     "collectives",
     "first_rank",
     *("progress", "systems", "flag_facts", "partial_prediction", "options"),
-    *("ops", "hf", "routers", "layers", "architectures"),
+    *("ops", "hf", "plugin_weights", "routers", "layers", "architectures"),
     *("platform", "data", "checkpoints", "megatron_patches", "flags", "plugin_files", "launching"),
     *("accounting", "model", "training", "conversion", "generation", "serving", "evaluation"),
     *("plotting", "study", "checking", "commands"),
@@ -38,7 +38,7 @@ DATA_ORDER = (
     *("blending", "index_cache", "token_counts", "datasets", "hash_table_cli"),
     "balanced_experts",
 )
-SELF_CONTAINED = ("ops", "hf", "routers", "layers")
+SELF_CONTAINED = ("ops", "hf", "plugin_weights", "routers", "layers")
 
 
 def module_of(path: Path) -> str:

@@ -7,10 +7,11 @@ import pytest
 from support.launches import REPOSITORY
 
 from megatron_smlp import plugin_files, plugins
-from megatron_smlp.checking import mixers, routers
+from megatron_smlp.checking import feature_routers, mixers, routers
 
 GOOD = (REPOSITORY / "plugins" / "gated_conv.py").read_text(encoding="utf-8")
 RULE = (REPOSITORY / "plugins" / "threshold.py").read_text(encoding="utf-8")
+FEATURES = (REPOSITORY / "plugins" / "last_tokens.py").read_text(encoding="utf-8")
 ALONE = "if not self.training:\n            return experts, scores > self.bound\n        "
 
 
@@ -27,11 +28,13 @@ def advice(registry: plugins.Registry, tmp_path: Path, text: str) -> str:
     ]
     for name, rule in registry.token_routers.items():
         checks += routers.checks(name, rule)
+    for name, router in registry.feature_routers.items():
+        checks += feature_routers.checks(name, router)
     assert checks
     return next((row.advice for check in checks if not (row := check()).passed), "")
 
 
-@pytest.mark.parametrize("text", [GOOD, RULE], ids=["mixer", "router"])
+@pytest.mark.parametrize("text", [GOOD, RULE, FEATURES], ids=["mixer", "router", "features"])
 def test_what_ships_passes(registry: plugins.Registry, tmp_path: Path, text: str):
     assert not advice(registry, tmp_path, text)
 
@@ -104,3 +107,21 @@ def test_a_router_that_is_wrong(
 ):
     assert right in RULE
     assert said in advice(registry, tmp_path, RULE.replace(right, wrong, 1))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        pytest.param("average[..., None] * slope", "average[..., None].mean(0) * slope",
+                     "scores returns", id="shape"),
+        pytest.param("return average", "average = average - average.mean(1, keepdim=True)\n"
+                     "        return average", "other samples or chunks", id="sees the chunks"),
+        pytest.param("slope + start", "slope.detach() + start.detach()", "weigh", id="gradient"),
+        pytest.param("count - 1, -1, -1", "count, -1, -1", "it raises", id="raises"),
+    ],
+)  # fmt: skip
+def test_a_feature_router_that_is_wrong(
+    registry: plugins.Registry, tmp_path: Path, right: str, wrong: str, said: str
+):
+    assert right in FEATURES
+    assert said in advice(registry, tmp_path, FEATURES.replace(right, wrong, 1))

@@ -1,5 +1,7 @@
 """Plugins in real runs: the whole of smlp-check, what a layout shows, an export without us."""
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.launches import REPOSITORY, clean_environment
 
-from megatron_smlp.checking.runs import Runs
+from megatron_smlp.checking.runs import SIZES, Runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CONV = REPOSITORY / "plugins" / "gated_conv.py"
@@ -46,8 +48,35 @@ assert torch.equal(again(ids).logits, model(ids).logits)
 """
 
 
+WATCHED = """
+from pathlib import Path
+import torch
+from megatron_smlp.plugins import register
+from megatron_smlp.training.events import Listener
+
+@register.listener
+class Watch(Listener):
+    def stepped(self, outcome):
+        with Path({log!r}).open("a") as log:
+            print("stepped", outcome.iteration, file=log)
+
+@register.update
+def halve(models, *, skipped):
+    with Path({log!r}).open("a") as log:
+        print("updated", skipped, file=log)
+    with torch.no_grad():
+        for model in models:
+            for parameter in model.parameters():
+                parameter.zero_()
+"""
+
+
 @pytest.mark.parametrize(
-    "file", ["plugins/gated_conv.py", "plugins/threshold.py", "tests/support/mixed_plugin.py"]
+    "file",
+    [
+        *("plugins/aft.py", "plugins/causal_rn.py", "plugins/gated_conv.py"),
+        *("plugins/last_tokens.py", "plugins/threshold.py", "tests/support/mixed_plugin.py"),
+    ],
 )
 def test_a_plugin_passes_all_checks(file: str, tmp_path: Path):
     command = [sys.executable, "tools/check_plugin.py", file]
@@ -85,3 +114,21 @@ def test_an_export_needs_torch_and_transformers_alone(tmp_path: Path, monkeypatc
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_listeners_look_and_updates_change_the_model(tmp_path: Path):
+    """In this order in each step; with weights of zero all tokens are as likely."""
+    path, log = tmp_path / "watched.py", tmp_path / "log"
+    path.write_text(WATCHED.format(log=str(log)), encoding="utf-8")
+    flags = "--architecture gmlp --train-iters 2 --bf16 --nonfinite-loss skip"
+    command = [sys.executable, "pretrain_smlp.py", "--plugin", str(path), *SIZES.split()]
+    command += [*flags.split(), "--log-dir", str(tmp_path), "--platform", "cpu"]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert lines == [f"{what} {it}" for step in (1, 2)
+                     for what, it in (("updated", False), ("stepped", step))]  # fmt: skip
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert losses[1] == pytest.approx(math.log(256), abs=1e-3) != losses[0]

@@ -1,0 +1,102 @@
+"""Checks of a feature router's class by itself, in one process.
+
+Letters: B batch, P prefix length, C chunks, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_smlp.checking.rows import Check, DoubleStays, Row, close
+from megatron_smlp.plugins import FeatureRouter, Weight
+
+BATCH, PREFIX, CHUNKS, EXPERTS = 3, 6, 8, 4
+
+
+def checks(name: str, kind: type[FeatureRouter]) -> Iterator[Check]:
+    """Yield the checks of one class."""
+    for check in (_chooses, _apart, _gradients):
+        yield partial(check, name, kind)
+
+
+def _built(kind: type[FeatureRouter]) -> FeatureRouter:
+    torch.manual_seed(1)
+    rule = kind(num_experts=EXPERTS, prefix_length=PREFIX, values={})
+    for module in rule.modules():
+        if isinstance(module, Weight):
+            module.draw()
+            torch.nn.init.normal_(module.weight)  # first values near 0 would hide what they do
+    return rule.double()
+
+
+def _means() -> Tensor:
+    torch.manual_seed(2)
+    return torch.randn(BATCH, PREFIX, CHUNKS, dtype=torch.float64)
+
+
+def _chooses(name: str, kind: type[FeatureRouter]) -> Row:
+    """Look at the shapes, and whether choices are experts."""
+    compared, advice = "scores: [B, P, C] -> [B, C, E]; choose and weigh: [B, C]", ""
+    try:
+        with DoubleStays():
+            rule = _built(kind)
+            scores = rule.scores(_means())
+            experts = rule.choose(scores.detach())
+            weights = rule.weigh(scores, experts)
+    except Exception as error:  # whatever a class of the user's raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Row(subject=name, compared=compared, apart="-", advice=f"it raises {reason}")
+    if scores.shape != (BATCH, CHUNKS, EXPERTS):
+        advice = f"scores returns {list(scores.shape)}: give [B, C, E]"
+    elif experts.dtype != torch.int64 or experts.shape != (BATCH, CHUNKS):
+        advice = f"choose returns {experts.dtype} {list(experts.shape)}: give <int64>[B, C]"
+    elif experts.min() < 0 or experts.max() >= EXPERTS:
+        advice = f"choose returns {int(experts.max())} of {EXPERTS} experts: give 0 to E - 1"
+    elif weights.shape != experts.shape:
+        advice = f"weigh returns {list(weights.shape)}: give [B, C]"
+    return Row(subject=name, compared=compared, apart=f"{list(scores.shape)}", advice=advice)
+
+
+@torch.no_grad()
+def _apart(name: str, kind: type[FeatureRouter]) -> Row:
+    """Look whether a sample and a chunk are scored alike alone and among others."""
+    with DoubleStays():
+        rule = _built(kind).eval()
+        means = _means()
+        whole = rule.scores(means)
+        samples = torch.cat([rule.scores(one[None]) for one in means])
+        halves = torch.cat([rule.scores(part) for part in means.chunk(2, dim=-1)], dim=1)
+    return close(
+        name,
+        "samples each alone, and halves of the chunks, as two ranks have them",
+        max((samples - whole).abs().max().item(), (halves - whole).abs().max().item()),
+        1e-12,
+        "the scores of a chunk depend on other samples or chunks: score each by itself, or another "
+        "batch and another tensor parallel size compute another model",
+    )
+
+
+def _gradients(name: str, kind: type[FeatureRouter]) -> Row:
+    compared = "weights' gradients and finite differences, fp64"
+    with DoubleStays():
+        rule, means = _built(kind), _means().requires_grad_()
+        experts = rule.choose(rule.scores(means).detach())
+        if not rule.weigh(rule.scores(means), experts).requires_grad:
+            return Row(
+                subject=name, compared=compared, apart="-",
+                advice="weigh's result has no gradient: nothing would train the rule",
+            )  # fmt: skip
+        try:
+            torch.autograd.gradcheck(
+                lambda x, *_: rule.weigh(rule.scores(x), experts),
+                (means, *rule.parameters()),
+                atol=1e-6,
+            )
+        except (RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:160]
+            return Row(subject=name, compared=compared, apart="-", advice=f"weigh: {reason}")
+    return Row(subject=name, compared=compared, apart="under 1e-6")

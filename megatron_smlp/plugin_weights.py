@@ -1,0 +1,33 @@
+"""Parameters of a plugin (plugins.Weight) as Megatron has them: drawn, sharded, summed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from torch import nn
+
+from megatron_smlp.plugins import Weight
+
+
+def own_weights(module: nn.Module, *, dtype: torch.dtype, group: Any, whole: bool = False) -> None:
+    """Draw the parameters of a plugin's module, and make them Megatron's.
+
+    Args:
+        group: the tensor parallel group.
+        whole: whether each rank computes the same; else of what is not cut, each computes its part.
+    """
+    parts, part = (1, 0) if whole else (group.size(), group.rank())
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    for weight in (it for it in module.modules() if isinstance(it, Weight)):
+        weight.draw(parts=parts, part=part)
+        weight.to(device=device, dtype=dtype)
+        if parts > 1 and weight.cut is not None:
+            tensor_parallel.set_tensor_model_parallel_attributes(
+                weight.weight, is_parallel=True, dim=weight.cut, stride=1
+            )
+        elif parts > 1:
+            # Each rank computes something of its own with the same values: the gradient is a sum.
+            weight.read = partial(tensor_parallel.copy_to_tensor_model_parallel_region, group=group)
