@@ -1,5 +1,7 @@
 """Package metadata. Tool settings live in pyproject.toml, exact versions in requirements.lock."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 # What Megatron's training loop needs is in its own `training` extra. One minor is pinned: the seams
@@ -54,6 +56,9 @@ COMMANDS = ["smlp-pretrain = pretrain_smlp:run"] + [
     )
 ]
 
+# `--plugin aft` is plugins/aft.py.
+PLUGINS = [path.stem for path in sorted(Path(__file__).with_name("plugins").glob("*.py"))]
+
 setup(
     name="megatron-smlp",
     version="0.1.0",
@@ -61,11 +66,18 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12,<3.14",
     py_modules=["pretrain_smlp"],
-    packages=find_packages(include=["megatron_smlp", "megatron_smlp.*"]),
+    packages=[
+        *find_packages(include=["megatron_smlp", "megatron_smlp.*"]),
+        "megatron_smlp_plugins",
+    ],
+    package_dir={"megatron_smlp_plugins": "plugins"},
     package_data={
         "megatron_smlp": ["py.typed", "flags/megatron_flags.txt", "evaluation/tasks/*.yaml"]
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": COMMANDS},
+    entry_points={
+        "console_scripts": COMMANDS,
+        "megatron_smlp.plugins": [f"{name} = megatron_smlp_plugins.{name}" for name in PLUGINS],
+    },
 )

@@ -156,12 +156,24 @@ class Weight(nn.Module):
         return self.weight if self.read is None else self.read(self.weight)
 
 
+class _WithWeights(nn.Module):
+    """What holds parameters of a plugin."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Weight) and (hasattr(type(self), name) or name in self.__dict__):
+            raise AttributeError(
+                f"{type(self).__name__}.{name} is a parameter, and a name that its base class has: "
+                "give it another."
+            )
+        super().__setattr__(name, value)
+
+
 def masked_product(weight: Tensor, values: Tensor) -> Tensor:
     """Mixer.causal_product, where no host has a faster one."""
     return weight.tril() @ values
 
 
-class Mixer(nn.Module):
+class Mixer(_WithWeights):
     """What token mixers and channel mixers share: they stand between two projections of the host.
 
     Args:
@@ -186,21 +198,6 @@ class Mixer(nn.Module):
         self.width, self.length = width, length
         _take(self, values)
         self.build(width, length)
-
-    @classmethod
-    def projections(cls) -> dict[str, int]:
-        """Return what a host calls each of `inner`, and its outputs per feature."""
-        return {f"linear_{name}": outputs for name, outputs in cls.inner.items()}
-
-    def mix(self, projected: Sequence[Tensor]) -> Tensor:
-        """Run `forward` on what a host's projections give, <float>[B, T', outputs * width] each."""
-        counts = self.inner.values()
-        return self(
-            *(
-                part if outputs == 1 else part.unflatten(-1, (-1, outputs))
-                for part, outputs in zip(projected, counts, strict=True)
-            )
-        )
 
     @classmethod
     def features(cls, *, hidden_size: int, ffn_hidden_size: int, values: Mapping[str, Any]) -> int:
@@ -240,6 +237,23 @@ class Mixer(nn.Module):
         those with full squares in place of triangles. None: torch counts the products, and both are
         that number."""
         return None
+
+
+def projections_of(kind: type[Mixer]) -> dict[str, int]:
+    """Return what a host calls each of `inner`, and its outputs per feature."""
+    return {f"linear_{name}": outputs for name, outputs in kind.inner.items()}
+
+
+def mix(mixer: Mixer, projected: Sequence[Tensor]) -> Tensor:
+    """Run a mixer on what a host's projections give, <float>[B, T', outputs * width] each."""
+    counts = mixer.inner.values()
+    mixed: Tensor = mixer(
+        *(
+            part if outputs == 1 else part.unflatten(-1, (-1, outputs))
+            for part, outputs in zip(projected, counts, strict=True)
+        )
+    )
+    return mixed
 
 
 class TokenMixer(Mixer):
@@ -326,7 +340,7 @@ class TokenRouter(nn.Module):
         return self
 
 
-class FeatureRouter(nn.Module):
+class FeatureRouter(_WithWeights):
     """A rule by which the C chunks of a sample's features choose among E spatial experts (smlp), by
     its first P tokens: tokens before P are routed as chunk i to expert i mod E.
 

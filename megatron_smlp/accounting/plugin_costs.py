@@ -35,7 +35,7 @@ def counted(kind: type[Mixer], *, features: int, length: int, values: Mapping[st
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from megatron_smlp.plugins import masked_product
+    from megatron_smlp.plugins import masked_product, mix
 
     with torch.device("meta"):
         mixer = kind(width=features, length=length, values=values)
@@ -61,7 +61,7 @@ def counted(kind: type[Mixer], *, features: int, length: int, values: Mapping[st
     counter = FlopCounterMode(display=False)
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter:
-            mixer.mix(projected)
+            mix(mixer, projected)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"{kind.__name__}.forward cannot run on the meta device, where its FLOPs are counted "

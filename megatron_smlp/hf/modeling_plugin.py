@@ -30,7 +30,7 @@ from megatron_smlp.hf.modeling_smlp import (
     so_far,
     to_residual,
 )
-from megatron_smlp.plugins import Mixer, Weight, options_of, register
+from megatron_smlp.plugins import Mixer, Weight, mix, options_of, projections_of, register
 
 
 def _values(config: SMLPConfig, kind: type) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class SMLPHostedMixer(nn.Module):
             hidden_size=config.hidden_size, ffn_hidden_size=config.ffn_hidden_size, values=values
         )
         self.state = state
-        for name, outputs in kind.projections().items():
+        for name, outputs in projections_of(kind).items():
             setattr(self, name, nn.Linear(config.hidden_size, outputs * features, bias=bias))
         self.mixer = kind(width=features, length=config.max_position_embeddings, values=values)
         self.linear_out = to_residual(config, features, bias=bias)
@@ -62,12 +62,12 @@ class SMLPHostedMixer(nn.Module):
         self, hidden: Tensor, layout: Layout, cache: SMLPCache | Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden: <float>[B, T, D] -> <float>[B, T, D], and no loss."""
-        inner = [project(getattr(self, name), hidden) for name in self.mixer.projections()]
+        inner = [project(getattr(self, name), hidden) for name in projections_of(type(self.mixer))]
         if self.state is not None and isinstance(cache, SMLPCache):
             widths = [part.shape[-1] for part in inner]
             together = torch.cat(inner, dim=-1)[:, None]
             inner = list(so_far(together, self.state, layout, cache)[:, 0].split(widths, dim=-1))
-        mixed = self.mixer.mix(inner)
+        mixed = mix(self.mixer, inner)
         if self.state is not None:
             mixed = rows_of_call(mixed, layout)
         return project(self.linear_out, mixed.to(hidden.dtype)), None

@@ -31,7 +31,7 @@ from megatron_smlp.layers.projections import (
 from megatron_smlp.layers.token_mixer import TokenMixer
 from megatron_smlp.ops.causal_mix import causal_mix
 from megatron_smlp.plugin_weights import own_weights
-from megatron_smlp.plugins import Mixer, values_in
+from megatron_smlp.plugins import Mixer, mix, projections_of, values_in
 
 
 def hosted_spec(
@@ -105,7 +105,7 @@ class HostedMixer(TokenMixer):
         project = partial(
             column_projection, submodules.linear_fc1, config, name="fc1", tp_group=self.tp_group
         )
-        for name, outputs in kind.projections().items():
+        for name, outputs in projections_of(kind).items():
             setattr(self, name, project(outputs * features))
         self.whole = kind.whole and parts > 1
         width = features if kind.whole else features // parts
@@ -127,9 +127,9 @@ class HostedMixer(TokenMixer):
         """
         projected = [
             self._gathered(getattr(self, name)(hidden_states)[0]).transpose(0, 1)
-            for name in self.mixer.projections()
+            for name in projections_of(type(self.mixer))
         ]
-        mixed = self.mixer.mix(projected).transpose(0, 1).contiguous()
+        mixed = mix(self.mixer, projected).transpose(0, 1).contiguous()
         if self.whole:
             mixed = tensor_parallel.scatter_to_tensor_model_parallel_region(
                 mixed, group=self.tp_group

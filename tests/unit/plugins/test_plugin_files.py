@@ -151,3 +151,12 @@ def test_a_new_file_passes_the_checks(kind: str, tmp_path: Path, monkeypatch):
             assert [row.advice for check in checks(name, it) if not (row := check()).passed] == []
     with pytest.raises(UsageError, match="there already"):
         new.main()
+
+
+@pytest.mark.parametrize("name", ["cost", "draw", "width", "forward"])
+def test_a_parameter_under_a_name_of_the_base_class(tmp_path: Path, name: str):
+    text = GOOD.replace("self.kernel", f"self.{name}")
+    plugin_files.load(written(tmp_path, text))
+    kind = plugins.register.token_mixers["gated_conv"]
+    row = next(iter(mixers.checks("gated_conv", kind)))()
+    assert f"GatedConv.{name} is a parameter" in row.advice
