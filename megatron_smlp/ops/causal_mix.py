@@ -34,6 +34,9 @@ from megatron_smlp.ops.blocks import (
     save_inputs,
 )
 
+IN_TILES = 512
+"""Leaves of bf16 on a CPU with AMX: a masked dense product up to T = 512."""
+
 
 class _Square(NamedTuple):
     """One product below the leaves: every row of it lies below every column."""
@@ -78,7 +81,7 @@ def _leaf_steps(values: Tensor) -> Iterator[tuple[slice, int, slice]]:
     All heads share a product where their leaves lie evenly in memory.
     """
     num_heads, length, _ = values.shape
-    groups = list(_leaves(length, block_length(values)))
+    groups = list(_leaves(length, block_length(values, in_tiles=IN_TILES)))
     if len(groups) == 1:
         return iter([(slice(0, num_heads), *groups[0])])
     return ((slice(head, head + 1), *group) for head in range(num_heads) for group in groups)
@@ -114,7 +117,7 @@ def _mix(weight: Tensor, values: Tensor) -> Tensor:
     values = gemm_ready(values)
     out = values.new_empty(values.shape)
     _multiply_leaves(weight, values, out=out, transposed=False)
-    squares = _squares(values.shape[1], block_length(values))
+    squares = _squares(values.shape[1], block_length(values, in_tiles=IN_TILES))
     for matrix, read, written in by_head(weight, values, out):
         for rows, columns in squares:
             block = matrix[..., rows, columns].to(values.dtype)
@@ -125,7 +128,9 @@ def _mix(weight: Tensor, values: Tensor) -> Tensor:
 def _set_leaf_gradients(gradient: Tensor, values: Tensor, *, out: Tensor) -> None:
     """Set the blocks of tril(g v') on the diagonal."""
     for heads, count, rows in _leaf_steps(values):
-        product = _cut(gradient[heads, rows], count) @ _cut(values[heads, rows], count).mT
+        left, right = (_cut(each[heads, rows], count) for each in (gradient, values))
+        # A stack of one with a transposed operand takes a slow way through oneDNN.
+        product = (left[0] @ right[0].mT)[None] if len(left) == 1 else left @ right.mT
         target = _diagonal(out[heads, rows, rows], count)
         target.copy_(product.tril_().unflatten(0, target.shape[:2]))
 
@@ -139,7 +144,7 @@ def _gradients(weight: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor
     of_weight = values.new_empty(num_heads, length, length)
     _multiply_leaves(weight, gradient, out=of_values, transposed=True)
     _set_leaf_gradients(gradient, values, out=of_weight)
-    squares = _squares(length, block_length(values))
+    squares = _squares(length, block_length(values, in_tiles=IN_TILES))
     stacks = by_head(weight, gradient, values, of_weight, of_values)
     for matrix, given, read, for_matrix, for_values in stacks:
         for rows, columns in squares:

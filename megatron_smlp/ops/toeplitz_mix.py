@@ -102,7 +102,7 @@ def _multiply_blocks(line: Tensor, values: Tensor, steps: Iterator[_Step], *, sp
 @torch.library.custom_op("megatron_smlp::toeplitz_mix", mutates_args=())
 def _mix(weight: Tensor, values: Tensor) -> Tensor:
     values = gemm_ready(values)
-    length, block = values.shape[1], block_length(values)
+    length, block = values.shape[1], block_length(values, in_tiles=256)
     span = _span(weight.shape[1], length, block)
     line = _padded(weight.to(values.dtype), span=span, block=block).flip(1)
     return _multiply_blocks(line, values, _looking_back(length, span=span, block=block), span=span)
@@ -112,7 +112,7 @@ def _mix(weight: Tensor, values: Tensor) -> Tensor:
 def _gradients(weight: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     gradient, values = gemm_ready(gradient), gemm_ready(values)
     heads, length, _ = values.shape
-    block = block_length(values)
+    block = block_length(values, in_tiles=256)
     span = _span(weight.shape[1], length, block)
     line = _padded(weight.to(gradient.dtype), span=span, block=block)
     ahead = _looking_ahead(length, span=span, block=block)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_smlp.ops import blocks
 from megatron_smlp.ops.causal_mix import causal_mix, causal_mix_reference
 from megatron_smlp.ops.toeplitz_mix import toeplitz_mix, toeplitz_mix_reference
 
@@ -81,7 +82,22 @@ def test_matches_reference_at_2047(product: Product):
     _assert_like_reference(product, _inputs(product, 1, 2047, 8), rtol=2e-6)
 
 
+@pytest.fixture(params=[False, True], ids=["", "tiles"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """The cuts of a CPU without and with AMX, whatever this one has."""
+    monkeypatch.setattr(blocks, "multiplies_tiles", lambda: request.param)
+    is_there: bool = request.param
+    return is_there
+
+
+def test_leaves_are_longer_in_tiles(tiles: bool):
+    values = torch.empty(1, 1, 1, dtype=torch.bfloat16)
+    assert blocks.block_length(values, in_tiles=512) == (512 if tiles else 128)
+    assert blocks.block_length(values.float(), in_tiles=512) == 128
+
+
 @both
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_reduced_precision_stays_within_its_rounding(product: Product, dtype: torch.dtype):
     inputs = _inputs(product, 2, 900, 16, dtype, num_weights=700)
@@ -133,11 +149,12 @@ def test_what_lies_above_the_diagonal_does_not_matter(dtype: torch.dtype):
 
 
 @both
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_later_values_never_reach_earlier_rows(product: Product, dtype: torch.dtype):
-    weight, values, _ = _inputs(product, 2, 401, 24, dtype, num_weights=300)
+    weight, values, _ = _inputs(product, 2, 601, 24, dtype, num_weights=300)
     before = product.mix(weight, values)
-    for position in (1, 127, 128, 200, 256, 400):
+    for position in (1, 127, 128, 200, 256, 511, 512, 600):
         changed = values.clone()
         changed[:, position:] = -1e6 * changed[:, position:] + 1.0
         after = product.mix(weight, changed)
