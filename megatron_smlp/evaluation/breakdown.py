@@ -1,10 +1,12 @@
-"""Say where a loss lies: by position in the window, by the token's frequency, by what it repeats.
+"""Say where a loss lies: by position in the window, by the token's frequency, by what it repeats,
+and by document.
 
     repeat(t) = max over s < t of the length of the common run that ends at s and at t
 
 0: token t is new in its window; 1: it was there behind another token; n + 1: the last n tokens and
 it were there together, so that a model which looks them up can copy it. Positions are binned by
 powers of two; frequencies so that each bin has about as many tokens, the most frequent first.
+Documents, as books, are told apart where they are few.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ Floats = npt.NDArray[np.float64]
 
 LONGEST_REPEAT = 4
 FREQUENCY_BINS = 5
+MOST_DOCUMENTS = 100
+DOCUMENT = "document"
 
 
 class Breakdown:
@@ -30,29 +34,33 @@ class Breakdown:
 
     Args:
         counts: int64[V], how often each id occurs in the text that is scored.
+        starts: int64[documents + 1], the place of each document's first token in that text.
     """
 
-    def __init__(self, counts: Ints) -> None:
+    def __init__(self, counts: Ints, starts: Ints) -> None:
         self._rank = frequency_bins(counts, FREQUENCY_BINS)
-        kinds: dict[str, Callable[[Ints, int], Ints]] = {
-            "position": lambda tokens, first: np.arange(first, len(tokens) - 1),
-            "frequency": lambda tokens, first: self._rank[tokens[first + 1 :]],
-            "repeat": lambda tokens, first: repeats(tokens)[first + 1 :],
+        kinds: dict[str, Callable[[Ints, int, Ints], Ints]] = {
+            "position": lambda tokens, first, _: np.arange(first, len(tokens) - 1),
+            "frequency": lambda tokens, first, _: self._rank[tokens[first + 1 :]],
+            "repeat": lambda tokens, first, _: repeats(tokens)[first + 1 :],
         }
+        self._documents = [(number, number, str(number + 1)) for number in range(len(starts) - 1)]
+        if len(self._documents) <= MOST_DOCUMENTS:
+            kinds[DOCUMENT] = lambda _, __, places: np.searchsorted(starts, places, "right") - 1
         self._kinds = kinds
         self._losses: list[Floats] = []
         self._values: dict[str, list[Ints]] = {name: [] for name in kinds}
 
-    def add(self, row: Row, score: RowScore) -> None:
-        """Take the scores of one window."""
+    def add(self, row: Row, score: RowScore, *, place: int) -> None:
+        """Take the scores of one window, the first of which is of the token at `place`."""
         tokens = np.asarray(row.tokens, dtype=np.int64)
         first = len(tokens) - 1 - row.scored
         self._losses.append(-np.asarray(score.logprobs))
         for name, kind in self._kinds.items():
-            self._values[name].append(kind(tokens, first))
+            self._values[name].append(kind(tokens, first, place + np.arange(row.scored)))
 
     def report(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the bins of `position`, `frequency` and `repeat` that have tokens.
+        """Return the bins of `position`, `frequency`, `repeat` and `document` that have tokens.
 
         Each has a label, its number of tokens, their mean loss and its standard deviation over them
         (`sd`), in nats.
@@ -60,7 +68,10 @@ class Breakdown:
         losses = np.concatenate(self._losses)
         values = {name: np.concatenate(found) for name, found in self._values.items()}
         powers = _powers(values["position"])
-        bounds = {"position": powers, "frequency": FIFTHS, "repeat": REPEAT_BINS}
+        bounds = {
+            "position": powers, "frequency": FIFTHS, "repeat": REPEAT_BINS,
+            DOCUMENT: self._documents,
+        }  # fmt: skip
         return {name: list(_bins(losses, values[name], bounds[name])) for name in values}
 
 

@@ -59,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     text.add_argument(
         "--breakdown", action="store_true",
-        help="also the loss by position, by the token's frequency, and by what it repeats",
+        help="also the loss by position, by the token's frequency, by what it repeats, and by "
+        "document, where there are up to 100",
     )  # fmt: skip
     text.add_argument(
         "--allow-tokenizer-mismatch", action="store_true",

@@ -28,7 +28,7 @@ from megatron_smlp.data.pairs.quick_check import verify_for_training
 from megatron_smlp.data.token_counts import counts_in
 from megatron_smlp.data.tokenizers.spec import Tokenizer
 from megatron_smlp.errors import UsageError
-from megatron_smlp.evaluation.breakdown import Breakdown
+from megatron_smlp.evaluation.breakdown import DOCUMENT, Breakdown
 from megatron_smlp.evaluation.rows import Row, Scorer
 
 BEFORE = 16
@@ -166,19 +166,20 @@ def measure(
         raise UsageError(f"--data-path {prefix} has {len(tokens)} tokens: there is none to predict")
     whole: list[float] = []  # -log p, a sum per window
     suffix: list[float] = []
-    num_tokens = num_suffix = num_bytes = 0
+    num_tokens = num_suffix = 0
     cut = windows(len(tokens), longest=scorer.longest, stride=stride, limit=limit)
     text = _Text(part, tokenizer) if tokenizer.identity is not None else None
     breakdown: Breakdown | None = None
     if breaks_down:
         counts = counts_in(tokens, vocab_size=tokenizer.vocab_size, prefix=prefix)
-        breakdown = Breakdown(counts)
+        breakdown = Breakdown(counts, part.documents())
     for some in itertools.batched(cut, CHUNK):
         rows = [window.row(tokens) for window in some]
-        num_bytes += sum(map(text.bytes_of, some)) if text else 0
-        for row, score in zip(rows, scorer.score(rows), strict=True):
+        for window, row, score in zip(some, rows, scorer.score(rows), strict=True):
+            if text is not None:
+                text.count(window)
             if breakdown is not None:
-                breakdown.add(row, score)
+                breakdown.add(row, score, place=window.scored)
             num_tokens += row.scored
             whole.append(-math.fsum(score.logprobs))
             first = len(row.tokens) - 1 - row.scored  # the position of the first score
@@ -188,7 +189,7 @@ def measure(
     nll = math.fsum(whole)
     result: dict[str, Any] = {"tokens": num_tokens, "nll": nll, "stride": stride}
     result["perplexity"] = math.exp(nll / num_tokens)
-    if text and num_bytes:
+    if text and (num_bytes := int(text.bytes.sum())):
         result |= _per_byte(nll, num_bytes)
     if text and num_tokens == len(tokens) - 1 and (num_words := text.words()):
         result["words"] = num_words
@@ -199,6 +200,9 @@ def measure(
         result["suffix_perplexity"] = math.exp(math.fsum(suffix) / num_suffix)
     if breakdown is not None:
         result["breakdown"] = breakdown.report()
+        for document in result["breakdown"].get(DOCUMENT, ()):
+            if text and (num_bytes := int(text.bytes[int(document["label"]) - 1])):
+                document |= _per_byte(document["loss"] * document["tokens"], num_bytes)
     return result
 
 
@@ -215,20 +219,21 @@ class _Text:
         self._start = list(getattr(tokenizer, "start", []))
         self._tokens = part.tokens()
         self._documents = part.documents()
+        self.bytes = np.zeros(len(self._documents) - 1, dtype=np.int64)
+        """Those of each document that were predicted so far."""
 
-    def bytes_of(self, window: Window) -> int:
-        """Return the bytes that a window predicts; a character counts where its last token is."""
+    def count(self, window: Window) -> None:
+        """Count the bytes that a window predicts; a character counts where its last token is."""
         first = max(0, int(np.searchsorted(self._documents, window.scored, side="right")) - 1)
-        total = 0
-        for begin, end in itertools.pairwise(self._documents[first:].tolist()):
+        bounds = itertools.pairwise(self._documents[first:].tolist())
+        for document, (begin, end) in enumerate(bounds, start=first):
             if begin >= window.end:
                 break
             begin = self._behind_start(begin, end)
             low, high = max(begin, window.scored), min(end, window.end)
             if low < high:
                 before = max(begin, low - BEFORE)
-                total += self._size(before, high) - self._size(before, low)
-        return total
+                self.bytes[document] += self._size(before, high) - self._size(before, low)
 
     def words(self) -> int:
         """Return the words of the whole part, without a first token that is not predicted."""

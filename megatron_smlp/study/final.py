@@ -22,7 +22,7 @@ from megatron_smlp.progress import Progress
 from megatron_smlp.study.data import StudyData
 from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.process import last_lines, run_command
-from megatron_smlp.study.results import ROUTING, TASK, Results
+from megatron_smlp.study.results import DOCUMENT, ROUTING, TASK, Results
 from megatron_smlp.study.state import CHECKPOINTS, State
 
 WINDOWS = 2000
@@ -88,6 +88,10 @@ def _of_text(
     found = _evaluated(known, run, [*words, "--breakdown"], watch, name="text")
     for kind, bins in found["breakdown"].items():
         for each in bins:
+            if kind == DOCUMENT:
+                if each.get("bytes"):
+                    yield _line(kind, each["label"], each["bits_per_byte"], count=each["bytes"])
+                continue
             error = each["sd"] / each["tokens"] ** 0.5
             yield _line(kind, each["label"], each["loss"], stderr=error, count=each["tokens"])
     priced = run.flags.get("base_gate") == "price"

@@ -31,10 +31,20 @@ class Measured:
 
     def _at(self, horizon: int, field: str) -> Spread | Rates:
         names = self.trained_on(field)
-        if self.study.design:
-            return Rates.of({name: self.tables.points(name, horizon, field) for name in names})
-        losses = {name: self.tables.losses(name, horizon, field) for name in names}
-        return Spread.of({name: list(own.values()) for name, own in losses.items()})
+        return self.compared({name: self.tables.losses(name, horizon, field) for name in names})
+
+    def compared(self, numbers: Mapping[str, Mapping[int, float]]) -> Spread | Rates:
+        """Return what systems are compared by: a number of each seed, as its loss."""
+        design = self.study.design
+        if design is None:
+            return Spread.of({name: list(own.values()) for name, own in numbers.items()})
+        rates = {
+            name: dict(zip(design.seeds, design.factors(name), strict=True)) for name in numbers
+        }
+        return Rates.of({
+            name: [(rates[name][seed], number) for seed, number in own.items()]
+            for name, own in numbers.items()
+        })  # fmt: skip
 
     def at_end(self, field: str) -> Spread | Rates:
         """Return the losses at the longest horizon."""

@@ -25,6 +25,7 @@ from megatron_smlp.study.results import Results
 from megatron_smlp.study.sections import (
     breakdown_lines,
     crossing_lines,
+    document_lines,
     loss_lines,
     system_lines,
     task_lines,
@@ -101,6 +102,7 @@ class Page:
             *("", "## Systems", "", *system_lines(measured, self.plan)),
             *("", "## Losses", "", *loss_lines(measured)),
             *("", "## Time to the others' losses", "", *time_lines(measured, self.times)),
+            *document_lines(measured),
             *("", "## Where curves cross", "", *crossing_lines(measured)),
             *("", "## Zero-shot tasks", "", *task_lines(measured)),
             *("", "## Where the loss lies", "", *breakdown_lines(measured)),

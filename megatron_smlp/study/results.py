@@ -40,8 +40,9 @@ SPEED_COLUMNS = (
 EVALUATION_COLUMNS = ("key", "system", "seed", "kind", "label", "value", "stderr", "count")
 FINGERPRINTS, FOUND = "fingerprints", "fingerprint.json"
 """A folder of a study's, and the file of one of its own (fingerprints.py)."""
-TASK, ROUTING = "task", "routing"
-"""Kinds of numbers in evaluations.csv; the others are those of evaluation/breakdown.py."""
+TASK, ROUTING, DOCUMENT = "task", "routing", "document"
+"""Kinds of numbers in evaluations.csv; the others are those of evaluation/breakdown.py too. What is
+kept of a document is its bits per byte."""
 OF_RUN = ("system", "phase", "factor", "seed", "horizon", "start", "end")
 OF_ENDING = ("status", "loss", "reason", "attempts", "hardware")
 RENAMED = {

@@ -19,10 +19,11 @@ from megatron_smlp.study.cells import (
 )
 from megatron_smlp.study.fairness import CONVENTIONS, convention_titles, flops_spread
 from megatron_smlp.study.measured import Measured
+from megatron_smlp.study.metrics import VALIDATION_LOSS
 from megatron_smlp.study.plan import Plan
 from megatron_smlp.study.rates import Rates
-from megatron_smlp.study.results import ROUTING, TASK
-from megatron_smlp.study.statistics import crossings
+from megatron_smlp.study.results import DOCUMENT, ROUTING, TASK
+from megatron_smlp.study.statistics import crossings, paired, with_error
 from megatron_smlp.study.tables import QUIET
 from megatron_smlp.study.verdicts import SECONDS, TOKENS, Comparison
 
@@ -229,6 +230,41 @@ def breakdown_lines(measured: Measured) -> Iterator[str]:
         yield "\nBASE balances in training, and evaluates greedily or by the mean prices.\n"
         rules = [rule for rule in tables.labels(ROUTING) if tables.values(ROUTING, rule, routed[0])]
         yield from _means(measured, "loss with", ROUTING, rules, routed)
+
+
+def document_lines(measured: Measured) -> Iterator[str]:
+    """Yield bits per byte, and the subject's differences by seeds and by documents, if there are
+    any of them."""
+    tables, subject = measured.tables, measured.study.subject
+    labels, names = tables.labels(DOCUMENT), measured.trained_on(VALIDATION_LOSS)
+    if not labels or subject not in names:
+        return
+    yield from ("", "## Bits per byte, by document", "")
+    yield (
+        f"Of the final checkpoints on windows of all {len(labels)} validation documents, each "
+        "document as much as another, and the difference from "
+        f"{measured.systems[subject].title}, with 95 % intervals: over seeds, for these "
+        "documents; over documents, for these trainings; and over both, as for other seeds and "
+        "documents of this kind.\n"
+    )
+    yield from table("system", "bits per byte", "difference", "over seeds", "over documents (df)",
+                     "over both", "seeds")  # fmt: skip
+    values = [{name: tables.values(DOCUMENT, label, name) for name in names} for label in labels]
+    means = {
+        name: {seed: plain_mean([one[name][seed] for one in values]) for seed in values[0][name]}
+        for name in names
+    }
+    whole, fits = measured.compared(means), [measured.compared(one) for one in values]
+    for name in names:
+        by_seed = whole.difference(name, subject)
+        gaps = [fit.difference(name, subject).mean for fit in fits]
+        by_document = paired(dict(enumerate(gaps)), dict.fromkeys(range(len(gaps)), 0.0))
+        both = with_error(by_seed, by_document.error, df=by_document.df)
+        intervals = [f"{number(x.low)} to {number(x.high)}" for x in (by_seed, by_document, both)]
+        intervals[1] += f" ({number(by_document.df)})"
+        others = ["", "", "", ""] if name == subject else [number(by_seed.mean), *intervals]
+        yield row(measured.systems[name].title, number(whole.mean(name).mean, ".4f"), *others,
+                  len(means[name]))  # fmt: skip
 
 
 def _means(

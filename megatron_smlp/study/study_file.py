@@ -139,6 +139,9 @@ class Design:
 class Speed:
     """Timing apart from the training, on a quiet machine."""
 
+    def factors(self, system: str) -> tuple[float, ...]:
+        return _of_system(self.lr, system)
+
     rounds: int = key(_whole, 5)
     """How often all systems are timed in turns."""
     steps: int = key(_whole, 40)
@@ -202,7 +205,7 @@ class Study:
     def rates_of(self, system: str) -> tuple[float | None, ...]:
         """Return the multiple of the rate for each of `seeds_of`; None: what the tuning chooses."""
         if self.design:
-            return _of_system(self.design.lr, system)
+            return self.design.factors(system)
         return (None,) * len(self.seeds_of(system))
 
     @property

@@ -106,13 +106,6 @@ class Tables:
             if line["status"] in (DONE, DIVERGED)
         }
 
-    def points(self, system: str, horizon: int, field: str) -> list[tuple[float, float]]:
-        """Return the multiple of a system's rate and the final loss of each run, as `losses`."""
-        losses = self.losses(system, horizon, field)
-        lines = _where(self.converged, system=system, horizon=horizon)
-        factors = dict(zip(lines["seed"], lines["factor"], strict=True))
-        return [(float(factors[seed]), loss) for seed, loss in losses.items()]
-
     def curve(self, system: str, seed: int, field: str) -> tuple[list[float], list[float]]:
         """Return the tokens of each horizon's run and the losses of one seed, ascending."""
         lines = _where(self.converged, system=system, seed=seed)

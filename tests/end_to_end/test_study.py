@@ -140,8 +140,12 @@ def test_a_study_from_data_to_report(tmp_path: Path, data: Path):
     for command, count in ((evaluate, 2), (tasks, 2), (tasks, 0), (evaluate, 0)):
         assert run_command(command).stdout.startswith(f"{count} checkpoints: ")
     run_command([*TOOL, "report", *words(study, data)])
+    text = (tmp_path / "results" / "report.md").read_text(encoding="utf-8")
+    assert "on windows of all 5 validation documents" in text
     found = pandas.read_csv(tmp_path / "results" / "evaluations.csv")
-    assert set(found["kind"]) == {"task", "routing", "position", "frequency", "repeat"}
+    assert set(found["kind"]) == {
+        "task", "routing", "position", "frequency", "repeat", "document",
+    }  # fmt: skip
     routed = found[(found["system"] == "smlp_deterministic") & (found["kind"] == "routing")]
     assert set(routed["label"]) == {"greedy", "prices"}
     runs = pandas.read_csv(tmp_path / "results" / "runs.csv")

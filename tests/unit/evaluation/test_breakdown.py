@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -46,19 +47,23 @@ def test_every_kind_has_all_tokens_and_their_mean():
     draw = np.random.default_rng(0)
     text = draw.integers(9, size=205).tolist()
     counts = np.bincount(text, minlength=9)
-    breakdown = Breakdown(counts)
+    starts = np.array([0, 30, 31, 150, 205])
+    breakdown = Breakdown(counts, starts)
     losses = []
     for window in windows(len(text), longest=16, stride=5):
         row = window.row(text)
         own = draw.gamma(2.0, size=row.scored)
         losses += own.tolist()
-        breakdown.add(row, RowScore(tuple(-own), (False,) * row.scored))
+        breakdown.add(row, RowScore(tuple(-own), (False,) * row.scored), place=window.scored)
     assert len(losses) == len(text) - 1
     report = breakdown.report()
     positions = {each["label"]: each["tokens"] for each in report["position"]}
     # The first window scores all of its 16 positions, each later one its last 5, 11 to 15.
     assert [positions[label] for label in ("0", "1-2", "3-6")] == [1, 2, 4]
-    assert set(report) == {"position", "frequency", "repeat"}
+    assert set(report) == {"position", "frequency", "repeat", "document"}
+    assert [each["tokens"] for each in report["document"]] == [29, 1, 119, 55]
+    by_hand = [np.mean(losses[max(0, a - 1) : b - 1]) for a, b in itertools.pairwise(starts)]
+    assert [each["loss"] for each in report["document"]] == pytest.approx(by_hand)
     for bins in report.values():
         assert sum(each["tokens"] for each in bins) == len(losses)
         total = math.fsum(each["tokens"] * each["loss"] for each in bins)

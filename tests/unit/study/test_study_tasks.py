@@ -1,14 +1,20 @@
 """Final checkpoints: what is scored of them, and the claim on zero-shot tasks."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas
 import pytest
 from support.studies import NOISE, claims_and_text, loss_of, pretend, state_of, write_study
 
 from megatron_smlp.study import cli
 from megatron_smlp.study.final import what_is_missing
+from megatron_smlp.study.measured import Measured
 from megatron_smlp.study.results import Results
+from megatron_smlp.study.sections import document_lines
 from megatron_smlp.study.state import State
+from megatron_smlp.study.tables import Tables
 
 
 def report(known: State, folder: Path) -> None:
@@ -63,6 +69,49 @@ def test_what_final_checkpoints_were_found_to_do(known: State, tmp_path: Path):
     assert "| smlp_deterministic | 53.0 ± 1.0 | 63.0 ± 1.0 |" in text
     assert "| smlp_deterministic | 6 | 1.47 |" in text
     assert (tmp_path / "results" / "where-the-loss-lies.png").stat().st_size > 10_000
+
+
+BOOKS = 10
+
+
+def by_book(
+    known: State, rng: np.random.Generator, *, seeds: float, books: float
+) -> tuple[str, ...]:
+    """Return the cells of Switch's row, which is 0.05 behind sMLP in bits per byte of ten books.
+
+    Books differ in how hard they are, and by `books` in that difference; runs by `seeds`, alike in
+    all books."""
+    hard, behind = rng.normal(2.0, 0.3, BOOKS), rng.normal(0.05, books, BOOKS)
+    lines = [
+        {"system": name, "seed": seed, "kind": "document", "label": str(book + 1), "value": value}
+        for name in known.systems
+        for seed in known.study.seeds_of(name)
+        for book, value in enumerate(hard + rng.normal(0, seeds) + behind * (name == "switch"))
+    ]
+    tables = replace(Tables.of(Results(Path("none"))), found=pandas.DataFrame(lines))
+    made = Measured(known.study, known.systems, tables)
+    [row] = [line for line in document_lines(made) if line.startswith("| switch")]
+    return tuple(cell.strip() for cell in row.strip("|").split("|"))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "books", "too_narrow"), [(0.002, 0.04, "seeds"), (0.03, 0.02, "books")]
+)
+def test_bits_per_byte_are_compared_over_seeds_and_over_books(
+    known: State, seeds: float, books: float, too_narrow: str
+):
+    """An interval over one of the two alone is not of other seeds and other books."""
+    rng, covered = np.random.default_rng(1), {"seeds": [], "books": [], "both": []}
+    for _ in range(40):
+        cells = by_book(known, rng, seeds=seeds, books=books)
+        for own, cell in zip(covered.values(), cells[3:6], strict=True):
+            low, high = map(float, cell.partition(" (")[0].split(" to "))
+            own.append(low < 0.05 < high)
+    shares = {name: np.mean(own) for name, own in covered.items()}
+    assert shares[too_narrow] < 0.75
+    assert shares["both"] > 0.87
+    assert (cells[4].endswith("(9)"), cells[-1]) == (True, "3")
+    assert float(cells[2]) == pytest.approx(0.05, abs=0.1)
 
 
 def test_few_questions_decide_nothing_however_the_seeds_agree(known: State, tmp_path: Path):
