@@ -88,7 +88,8 @@ def deviation_lines(measured: Measured) -> Iterator[str]:
             yield (
                 f"\nLosses{behind} are minima of parabolas in log2(rate), one seed a rate, of "
                 f"{found.curvature:.4f} nats per octave squared for all systems; runs deviate from "
-                f"them by {number(found.sd)} nats (df {found.df})."
+                f"them by {number(found.sd)} nats (df {found.df}); equal deviations of all "
+                f"{len(found.points)}: Bartlett's p = {found.p:.3g}."
                 + f" **Outside of its rates lies the fitted best of: {names}**."
                 * bool(names)
             )

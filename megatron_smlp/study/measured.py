@@ -7,10 +7,13 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
+
 from megatron_smlp.study.metrics import SUFFIX_LOSS, VALIDATION_LOSS
 from megatron_smlp.study.rates import Rates
 from megatron_smlp.study.results import TASK
 from megatron_smlp.study.spread import Spread
+from megatron_smlp.study.statistics import Difference, unknown
 from megatron_smlp.study.study_file import Study
 from megatron_smlp.study.systems import System
 from megatron_smlp.study.tables import Tables
@@ -49,6 +52,35 @@ class Measured:
     def at_end(self, field: str) -> Spread | Rates:
         """Return the losses at the longest horizon."""
         return self.at(self.study.longest, field)
+
+    def slope(self, one: str, other: str) -> Difference:
+        """Return by how much `one` minus `other` grows per doubling of the tokens, by the runs that
+        have a finite loss at every horizon."""
+        horizons, field = sorted(self.study.horizons), self.field(one, other)
+        x = [math.log2(self.tables.tokens(horizon)) for horizon in horizons]
+        losses = {}
+        for name in self.trained_on(field):
+            own = [self.tables.losses(name, horizon, field) for horizon in horizons]
+            losses[name] = {
+                seed: values
+                for seed in own[-1]
+                if np.isfinite(values := [at.get(seed, math.inf) for at in own]).all()
+            }
+        if len(horizons) < 2 or not (losses.get(one) and losses.get(other)):
+            return unknown(math.nan, 0)
+        if self.study.design is None:
+            slopes = {
+                name: {seed: float(np.polyfit(x, values, 1)[0]) for seed, values in own.items()}
+                for name, own in losses.items()
+            }
+            return self.compared(slopes).difference(one, other)
+        at_each = (
+            {name: {seed: values[place] for seed, values in own.items()}
+             for name, own in losses.items()}
+            for place in range(len(horizons))
+        )  # fmt: skip
+        fits = [fit for fit in map(self.compared, at_each) if isinstance(fit, Rates)]
+        return Rates.slope(fits, x, one, other)
 
     def field(self, *names: str) -> str:
         """Return the loss that these are compared by: of what all are trained to predict."""

@@ -8,7 +8,8 @@ with one curvature c for all systems. The number of a system is the minimum, at 
 
 whose error, and that of differences, follow from these and the covariance of the least squares,
 with as many degrees of freedom as there are runs over coefficients. The choice of the rate is so in
-the interval.
+the interval. So is that curvatures are not quite the same, independently by BENDS c: the minimum
+moves by the influences of a system's runs times that times their (x - best)^2.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_smlp.plotting.series import Floats
-from megatron_smlp.study.statistics import Difference, of_error, unknown
+from megatron_smlp.study.spread import bartlett
+from megatron_smlp.study.statistics import Difference, of_error, unknown, with_error
 from megatron_smlp.study.study_file import LEAST_RATES
 
+BENDS = 0.25
+"""Deviation of systems' curvatures, as a share of the mean one: 0.30 in the trials of `cpu`, from
+0.028 to 0.064 nats per octave squared, of which a part is the trials' noise."""
 Point = tuple[float, float]
 """A multiple of the rate of a system's file, and the loss at it."""
 
@@ -38,10 +43,16 @@ class Rates:
     sd: float
     """Of a run around its parabola; NaN where no degree of freedom is left."""
     df: int
+    p: float
+    """Bartlett's, of equal deviations of all systems; NaN where there is no more than one."""
     solution: Floats
     """<float64>[2 systems + 1]: each system's a and b, then c."""
+    rows: Floats
+    """<float64>[runs, 2 systems + 1], of the equations."""
     inverse: Floats
     """The covariance of the solution over sd squared."""
+    residuals: Floats
+    """<float64>[runs]"""
 
     @classmethod
     def of(cls, groups: Mapping[str, Sequence[Point]]) -> Rates:
@@ -56,11 +67,19 @@ class Rates:
         solution, *_ = np.linalg.lstsq(rows, losses) if points else (np.full(size, math.nan),)
         inverse = np.linalg.pinv(rows.T @ rows)
         df = len(losses) - size
-        squares = float(((losses - rows @ solution) ** 2).sum())
-        sd = math.sqrt(squares / df) if df > 0 else math.nan
+        residuals = losses - rows @ solution
+        sd = math.sqrt(residuals @ residuals / df) if df > 0 else math.nan
+        ends = np.cumsum([len(own) for own in points.values()])[:-1]
+        # Each system's two coefficients take two degrees of freedom, and all share the curvature.
+        parts = [
+            (float(own @ own), len(own) - 2 - 1 / len(points))
+            for own in np.split(residuals, ends)
+            if points
+        ]
         return cls(
             points=points, curvature=float(solution[-1]), sd=sd, df=max(0, df),
-            solution=solution, inverse=inverse,
+            p=bartlett(parts) if df > 0 else math.nan,
+            solution=solution, rows=rows, inverse=inverse, residuals=residuals,
         )  # fmt: skip
 
     @property
@@ -87,14 +106,56 @@ class Rates:
         """Return `one` minus `other`; its `n` is the runs of the system that has fewer."""
         return self._weighted({one: 1, other: -1})
 
+    @classmethod
+    def slope(cls, fits: Sequence[Rates], x: Sequence[float], one: str, other: str) -> Difference:
+        """Return the slope over x of `one` minus `other`, of the same runs at each x.
+
+        What a run deviates by at one x it does at the next as well, so that with the covariance S
+        of the residuals, the gradients G of the differences and the weights w of least squares
+
+            slope = sum w_h d_h,    error^2 = sum w_h w_k S_hk (G_h inverse G_k)
+
+        and a system's curvature is another by the same share at all x.
+        """
+        gaps = [fit.difference(one, other) for fit in fits]
+        if not all(math.isfinite(gap.error) for gap in gaps):
+            return unknown(math.nan, min(gap.n for gap in gaps))
+        weights = np.asarray(x) - np.mean(x)
+        weights /= weights @ weights
+        gradients = np.array([fit._gradient(one) - fit._gradient(other) for fit in fits])
+        residuals = np.array([fit.residuals for fit in fits])
+        first = fits[0]
+        covariance = residuals @ residuals.T / first.df * (gradients @ first.inverse @ gradients.T)
+        slope = float(weights @ [gap.mean for gap in gaps])
+        error = math.sqrt(max(0.0, float(weights @ covariance @ weights)))
+        bent = weights @ [fit._bent(own) for fit, own in zip(fits, gradients, strict=True)]
+        found = of_error(slope, error, df=first.df, n=gaps[0].n)
+        return with_error(found, float(np.linalg.norm(bent)))
+
     def _weighted(self, weights: Mapping[str, int]) -> Difference:
         n = min(len(self.points.get(name, ())) for name in weights)
         if n == 0 or self.curvature <= 0:
             return unknown(math.nan, n)
-        gradient = sum(weight * self._gradient(name) for name, weight in weights.items())
+        gradient = np.sum([by * self._gradient(name) for name, by in weights.items()], axis=0)
         mean = sum(weight * self._minimum(name) for name, weight in weights.items())
         error = self.sd * math.sqrt(float(gradient @ self.inverse @ gradient))
-        return of_error(mean, error, df=self.df, n=n)
+        found = of_error(mean, error, df=self.df, n=n)
+        return with_error(found, float(np.linalg.norm(self._bent(gradient))))
+
+    def _bent(self, gradient: Floats) -> Floats:
+        """Return <float64>[systems], by how much what has this gradient is another where a system's
+        curvature is, by BENDS."""
+        octaves = [
+            np.log2([rate for rate, _ in own]) - math.log2(self.best(name))
+            for name, own in self.points.items()
+        ]
+        influence = gradient @ self.inverse @ self.rows.T
+        moved = influence * np.concatenate(octaves) ** 2
+        return BENDS * self.curvature * np.add.reduceat(moved, self._starts())
+
+    def _starts(self) -> list[int]:
+        """Return the first run of each system."""
+        return [0, *np.cumsum([len(own) for own in self.points.values()])[:-1]]
 
     def _place(self, name: str) -> int:
         return 2 * list(self.points).index(name)

@@ -50,7 +50,9 @@ class Spread:
         return cls(
             groups={name: tuple(map(float, losses)) for name, losses in groups.items()},
             pooled=tuple(pooled), outliers=tuple(name for name in several if name not in pooled),
-            sd=math.sqrt(squares / df) if df else math.nan, df=df, p=_bartlett(several),
+            sd=math.sqrt(squares / df) if df else math.nan, df=df,
+            p=bartlett([(_variance(losses) * (n := len(losses) - 1), n)
+                        for losses in several.values()]),
         )  # fmt: skip
 
     def mean(self, name: str) -> Difference:
@@ -105,14 +107,18 @@ def _sum_of_squares(groups: Mapping[str, np.ndarray], names: Sequence[str]) -> t
     return sum(sizes.values()), sum(_variance(groups[name]) * size for name, size in sizes.items())
 
 
-def _bartlett(groups: Mapping[str, np.ndarray]) -> float:
-    """Return scipy's p; 0 if one deviation of several is none at all."""
-    if len(groups) < 2:
+def bartlett(parts: Sequence[tuple[float, float]]) -> float:
+    """Return the p-value of equal deviations, of sums of squares and their degrees of freedom, by
+    Bartlett's test; NaN of fewer than two, and 0 if one deviation of several is none at all."""
+    if len(parts) < 2:
         return math.nan
-    is_none = [_variance(losses) == 0 for losses in groups.values()]
-    if any(is_none):
-        return float(all(is_none))
-    return float(stats.bartlett(*groups.values()).pvalue)
+    squares, dfs = np.array(parts, dtype=np.float64).T
+    if not squares.all():
+        return float(not squares.any())
+    df, k = dfs.sum(), len(dfs)
+    statistic = df * np.log(squares.sum() / df) - dfs @ np.log(squares / dfs)
+    scale = 1 + ((1 / dfs).sum() - 1 / df) / (3 * (k - 1))
+    return float(stats.chi2.sf(statistic / scale, k - 1))
 
 
 def _variance(losses: np.ndarray) -> float:
