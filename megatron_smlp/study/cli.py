@@ -21,7 +21,7 @@ from megatron_smlp.study.fairness import check_fair, flops_table
 from megatron_smlp.study.plan import Calendar, identity_of
 from megatron_smlp.study.running import Worker
 from megatron_smlp.study.state import State
-from megatron_smlp.study.study_file import read_study
+from megatron_smlp.study.study_file import Study, read_studies
 from megatron_smlp.study.systems import read_systems
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(flag, type=Path, default=default, metavar="FOLDER", help=help_text)
     run, evaluate = of_command["run"], of_command["evaluate"]
     run.add_argument("--processes", type=_processes, default=1, metavar="N", help="of each run")
+    run.set_defaults(waits=True)
     run.add_argument("--retry", action="store_true", help="try the runs that failed once more")
     run.add_argument(
         "--expiry", type=seconds, default=state.EXPIRY, metavar="SECONDS",
@@ -99,24 +100,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Leases are given back at the end, for the next one to have them at once.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     work, _ = COMMANDS[args.command]
-    return work(args)
+    states = read_states(args)
+    if len(states) == 1:
+        return work(args, *states[0])
+    if args.command == "report":
+        return _report_sizes(args, states)
+    codes = []
+    for is_last in (False, True) if args.command == "run" and not args.speed else (True,):
+        args.waits = is_last  # for other workers, once no size has a free run left
+        for known, results in states:
+            print(f"== {known.study.name}", flush=True)
+            codes.append(work(args, known, results))
+    return max(codes)
 
 
-def read_state(args: argparse.Namespace) -> tuple[State, Results]:
-    """Read the study, what was kept of it, and with which data its runs were begun.
+def read_states(args: argparse.Namespace) -> list[tuple[State, Results]]:
+    """Read the study, or each of its sizes, what was kept of it, and with which data its runs were
+    begun.
 
     Raises:
-        UsageError: see `read_study`, `read_systems` and `check_fair`; or the study changed.
+        UsageError: see `read_studies`, `read_systems` and `check_fair`; or the study changed.
     """
+    name, studies = read_studies(args.study)
+    return [_read_state(args, name, study) for study in studies]
+
+
+def _read_state(args: argparse.Namespace, name: str, study: Study) -> tuple[State, Results]:
+    """Read a study, or a size of the study `name`, which has a folder in that one's results."""
     from megatron_smlp.study.results import Results, default_folder, left_out
 
-    study = read_study(args.study)
     systems = read_systems(study, folder=args.study.parent)
     check_fair(study, systems)
     folder = args.runs / study.name
-    results = Results(args.results or default_folder(study.name))
+    whole, own = args.results or default_folder(name), study.name if study.name != name else ""
+    results = Results(whole / own)
     if args.results is None:
-        for line in left_out(results.folder):
+        for line in left_out(whole, own):
             print(f"note: {line}", file=sys.stderr)
     found = {place: state.read_json(place / state.BEGUN) for place in (folder, results.folder)}
     begun = {place: before for place, before in found.items() if before}
@@ -152,12 +171,11 @@ def _alone(known: State, what: str) -> Iterator[None]:
         yield
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _plan(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.fingerprints import lines_on_sources
     from megatron_smlp.study.prices import evaluation_cost, price_lines, warm_up_lines
     from megatron_smlp.study.tables import Tables
 
-    known, results = read_state(args)
     plan = known.plan()
     first = next(iter(known.systems.values()))
     calendar = Calendar.of(known.study, first)
@@ -183,10 +201,9 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.fingerprints import lines_on_sources, make_fingerprints
 
-    known, results = read_state(args)
     StudyData(args.data).check_vocabulary(known.study.vocab_size)
     if args.speed:
         return _time(args, known, results)
@@ -196,7 +213,8 @@ def _run(args: argparse.Namespace) -> int:
     make_fingerprints(known, data, results, processes=args.processes)
     for line in lines_on_sources(known, results, processes=args.processes):
         print(f"note: {line}", file=sys.stderr)
-    Worker(state=known, data=data, processes=args.processes, again=again).work()
+    worker = Worker(state=known, data=data, processes=args.processes, again=again)
+    worker.work(waits=args.waits)
     if failure := known.failure(known.plan()):
         print(f"{failure}. See tools/study.py status {args.study}", file=sys.stderr)
     return 1 if failure else 0
@@ -213,10 +231,9 @@ def _time(args: argparse.Namespace, known: State, results: Results) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _evaluate(args: argparse.Namespace, known: State, results: Results) -> int:
     from megatron_smlp.study.final import evaluate_finals
 
-    known, results = read_state(args)
     with _alone(known, "evaluation"):
         results.collect(known)
         done = evaluate_finals(
@@ -228,8 +245,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _status(args: argparse.Namespace) -> int:
-    known, _ = read_state(args)
+def _status(args: argparse.Namespace, known: State, _: Results) -> int:
     plan = known.plan()
     for run in plan.runs:
         status = known.status(run)
@@ -245,22 +261,44 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
-def _report(args: argparse.Namespace) -> int:
-    from megatron_smlp.study.report import write_report
+def _report(args: argparse.Namespace, known: State, results: Results) -> int:
+    from megatron_smlp.study.report import Page, write_report
 
-    known, results = read_state(args)
     results.collect(known)
     if not len(results.runs):
-        raise UsageError(
-            f"{results.folder}: no run of study {known.study.name!r} is over: start "
-            f"`tools/study.py run {args.study}` first."
-        )
-    for path in write_report(known, results, accept_other_sources=args.accept_other_sources):
-        print(path)
+        raise _nothing_to_report(args, known.study.name, results.folder)
+    page = Page(known, results, accept_other_sources=args.accept_other_sources)
+    print(*write_report(page), sep="\n")
     return 0
 
 
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
+def _nothing_to_report(args: argparse.Namespace, name: str, folder: Path) -> UsageError:
+    return UsageError(
+        f"{folder}: no run of study {name!r} is over: start `tools/study.py run {args.study}` "
+        "first."
+    )
+
+
+def _report_sizes(args: argparse.Namespace, states: list[tuple[State, Results]]) -> int:
+    from megatron_smlp.study.report import Page, write_report
+    from megatron_smlp.study.results import default_folder
+    from megatron_smlp.study.sizes import write_sizes
+
+    name, _ = read_studies(args.study)
+    folder, pages = args.results or default_folder(name), []
+    for known, results in states:
+        results.collect(known)
+        pages.append(Page(known, results, accept_other_sources=args.accept_other_sources))
+        if len(results.runs):
+            print(*write_report(pages[-1]), sep="\n")
+    if not any(len(results.runs) for _, results in states):
+        raise _nothing_to_report(args, name, folder)
+    print(*write_sizes(name, pages, folder), sep="\n")
+    return 0
+
+
+Command = Callable[[argparse.Namespace, State, "Results"], int]
+COMMANDS: dict[str, tuple[Command, str]] = {
     "plan": (_plan, "check that the study is fair, and list its runs"),
     "run": (_run, "work on it: start as many workers, on as many machines, as you like"),
     "evaluate": (

@@ -36,18 +36,15 @@ from megatron_smlp.study.tables import Tables
 from megatron_smlp.study.verdicts import claims_of, costs_to_losses, others_of, primary_looks
 
 
-def write_report(
-    known: State, results: Results, *, accept_other_sources: bool = False
-) -> list[Path]:
+def write_report(page: Page) -> list[Path]:
     """Write everything that a reader sees; return the files."""
-    page = Page(known, results, accept_other_sources=accept_other_sources)
     written = []
     for name, figure in Drawing(page.measured, page.plan.factors).figures(page.times):
-        written.append(results.folder / f"{name}.png")
+        written.append(page.folder / f"{name}.png")
         figure.savefig(written[-1])
     page.figures = [path.name for path in written]
     for file, text in (("report.md", page.text()), ("report.json", page.json())):
-        written.append(results.folder / file)
+        written.append(page.folder / file)
         write_durably(written[-1], text)
     return written
 
@@ -58,7 +55,7 @@ class Page:
     def __init__(
         self, known: State, results: Results, *, accept_other_sources: bool = False
     ) -> None:
-        self.study, self.plan = known.study, known.plan()
+        self.study, self.plan, self.folder = known.study, known.plan(), results.folder
         self.file = known.file.absolute()
         if self.file.is_relative_to(Path.cwd()):
             self.file = self.file.relative_to(Path.cwd())
@@ -102,10 +99,10 @@ class Page:
             *("", "## Systems", "", *system_lines(measured, self.plan)),
             *("", "## Losses", "", *loss_lines(measured)),
             *("", "## Time to the others' losses", "", *time_lines(measured, self.times)),
-            *document_lines(measured),
             *("", "## Where curves cross", "", *crossing_lines(measured)),
             *("", "## Zero-shot tasks", "", *task_lines(measured)),
             *("", "## Where the loss lies", "", *breakdown_lines(measured)),
+            *document_lines(measured),
             *("", "## Figures", ""),
             *(f"![{name}]({name})\n" for name in self.figures),
             *(("## What is not comparable with the paper", "", *NOT_COMPARABLE, "")

@@ -237,10 +237,14 @@ def default_folder(name: str) -> Path:
     return ROOT / name / hardware()
 
 
-def left_out(folder: Path) -> Iterator[str]:
-    """Yield what a folder of results lacks and those of other machines beside it have."""
+def left_out(folder: Path, size: str = "") -> Iterator[str]:
+    """Yield what a folder of results lacks and those of other machines beside it have.
+
+    Args:
+        size: the folder in each of them that is looked at.
+    """
     for other in sorted(set(folder.parent.glob("*")) - {folder}):
-        files = [f"{name}.csv" for name in TABLES]
+        files = [str(Path(size) / f"{name}.csv") for name in TABLES]
         there = [name for name in files if (other / name).exists()]
         if lacking := [name for name in there if not (folder / name).exists()]:
             yield (

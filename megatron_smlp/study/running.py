@@ -50,8 +50,9 @@ class Worker:
     again: Mapping[str, int] = field(default_factory=dict)
     """Failures, as of `State.failures`, that are to be tried once more by any of the workers."""
 
-    def work(self) -> None:
-        """Work until every run is over, or waits for one that failed."""
+    def work(self, *, waits: bool = True) -> None:
+        """Work until every run is over, or waits for one that failed, or, unless it `waits`, for
+        one that another worker has."""
         first = self.state.plan()
         total = _iterations((*first.runs, *first.pending))
         with Progress(total) as progress:
@@ -61,7 +62,7 @@ class Worker:
                 to_do = self.state.to_do(plan, again=self.again)
                 if self._run_one(to_do, plan, progress):
                     looks = 0
-                elif any(self.state.is_held(run) for run in to_do):
+                elif waits and any(self.state.is_held(run) for run in to_do):
                     looks = 0
                     over, counts = self._counts(plan)
                     progress.show(over, f"{counts}; waiting for the other workers")

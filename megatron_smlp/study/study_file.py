@@ -18,6 +18,11 @@ OTHERS = "others"
 """The key that stands for every system which a mapping does not name."""
 LEAST_RATES = 3
 """Of a system in a design, for a parabola whose curvature is that of all systems."""
+SIZED = (
+    *("base", "systems", "variants", "fixed", "horizons", "evaluations", "seeds", "tuning"),
+    *("design", "primary", "ablations", "flops_tolerance", "needed_flops_tolerance"),
+)
+"""Keys that a size of a study may have of its own."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -134,13 +139,13 @@ class Design:
     seeds: tuple[int, ...] = key(_list(_whole))
     """One for each rate, in their order; the same for all systems."""
 
+    def factors(self, system: str) -> tuple[float, ...]:
+        return _of_system(self.lr, system)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
     """Timing apart from the training, on a quiet machine."""
-
-    def factors(self, system: str) -> tuple[float, ...]:
-        return _of_system(self.lr, system)
 
     rounds: int = key(_whole, 5)
     """How often all systems are timed in turns."""
@@ -218,19 +223,62 @@ def _of_system(lists: dict[str, tuple[Any, ...]], system: str) -> tuple[Any, ...
     return lists.get(system, lists.get(OTHERS, ()))
 
 
-def read_study(path: Path) -> Study:
-    """Read a study file.
+def read_studies(path: Path) -> tuple[str, list[Study]]:
+    """Read a study file; return its name, and the study, or a study NAME-SIZE for each of `sizes`.
 
     Raises:
         UsageError: it cannot be read, a key is unknown or missing, or a value is not allowed.
     """
     content = load_strictly(path, name=str(path), ready="studies/")
+    name, sizes = str(content.get("name")), content.pop("sizes", None)
+    place = ""
     try:
-        study: Study = _read(Study, content)
-        _check(study)
+        if sizes is None:
+            return name, [_study(content)]
+        studies = []
+        for size, own in _sizes(sizes).items():
+            place = f"sizes: {size}: "
+            studies.append(_study(_of_size(content, own) | {"name": f"{name}-{size}"}))
     except ValueError as error:
-        raise UsageError(f"{path}: {error}") from error
+        raise UsageError(f"{path}: {place}{error}") from error
+    return name, studies
+
+
+def _study(content: dict[str, Any]) -> Study:
+    study: Study = _read(Study, content)
+    _check(study)
     return study
+
+
+_sizes = _given(
+    "`name: keys of the study that are others there` lines",
+    lambda value: (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(own, dict) for own in value.values())
+    ),
+    lambda value: {_text(name): own for name, own in value.items()},
+)
+
+
+def _of_size(content: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a study of one size: its own in place of the file's, but for `fixed` and
+    the `variants` of each system, to which it adds; null: without the key."""
+    content, own = ({spelling(str(key)): value for key, value in side.items()}
+                    for side in (content, own))  # fmt: skip
+    for name in own:
+        if name not in SIZED:
+            _refuse(name, list(SIZED))
+    merged = content | own
+    merged["fixed"] = {**_flags(content.get("fixed", {})), **_flags(own.get("fixed", {}))}
+    variants, more = (_variants(side.get("variants", {})) for side in (content, own))
+    titles, systems = _titles(content.get("titles", {})), merged.get("systems") or ()
+    # Of a size that has some of the systems, those of the others are left out.
+    merged["titles"] = {name: title for name, title in titles.items() if name in systems}
+    merged["variants"] = more | {
+        name: flags | more.get(name, {}) for name, flags in variants.items() if name in systems
+    }
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 def _read(kind: type, content: Any) -> Any:

@@ -17,7 +17,7 @@ from megatron_smlp.study.plan import PlannedRun, identity_of
 from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results
 from megatron_smlp.study.state import DIVERGED, DONE, State
-from megatron_smlp.study.study_file import read_study
+from megatron_smlp.study.study_file import read_studies
 from megatron_smlp.study.systems import read_systems
 
 SMALL: dict[str, Any] = {
@@ -37,13 +37,13 @@ def write_study(folder: Path, **changes: Any) -> Path:
     """Write SMALL with other keys; None leaves one out."""
     content = {key: value for key, value in {**SMALL, **changes}.items() if value is not None}
     path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
 
 
 def state_of(path: Path, *, runs: Path, **more: Any) -> State:
     """Read a study as tools/study.py does, on data that is not there."""
-    study = read_study(path)
+    _, [study] = read_studies(path)
     systems = read_systems(study, folder=path.parent)
     check_fair(study, systems)
     return State(
@@ -114,7 +114,8 @@ def _records(run: PlannedRun, loss: float) -> list[dict[str, Any]]:
     batch = run.flags["global_batch_size"] * run.flags["seq_length"]
     distance = run.flags["eval_interval"]
     records = []
-    for iteration in range(run.start + distance, run.end + 1, distance):
+    first = (run.start // distance + 1) * distance
+    for iteration in range(first, run.end + 1, distance):
         above = 0.1 * (run.end - iteration) / run.end
         common = {"iteration": iteration, "consumed_tokens": iteration * batch}
         step = {"loss": loss + above, "learning_rate": 1e-3, "tokens_per_second": 5000.0}

@@ -9,7 +9,7 @@ from support.studies import write_study
 
 from megatron_smlp.errors import UsageError
 from megatron_smlp.study.fairness import check_fair
-from megatron_smlp.study.study_file import read_study, tokens
+from megatron_smlp.study.study_file import read_studies, tokens
 from megatron_smlp.study.systems import read_systems
 
 FILES = sorted((REPOSITORY / "studies").glob("*.yaml"))
@@ -17,11 +17,12 @@ FILES = sorted((REPOSITORY / "studies").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_study_of_the_project_is_fair(path: Path):
-    study = read_study(path)
-    assert study.name == path.stem
-    systems = read_systems(study, folder=path.parent)
-    check_fair(study, systems)
-    assert list(systems) == list(study.systems)
+    name, studies = read_studies(path)
+    assert name == path.stem
+    for study in studies:
+        systems = read_systems(study, folder=path.parent)
+        check_fair(study, systems)
+        assert list(systems) == list(study.systems)
 
 
 DESIGN = {"lr": [0.5, 1, 2], "seeds": [1, 2, 3]}
@@ -56,12 +57,12 @@ def test_tokens(text: Any, number: int):
 )
 def test_refused(tmp_path: Path, changes: dict[str, Any], message: str):
     with pytest.raises(UsageError, match=message):
-        read_study(write_study(tmp_path, **changes))
+        read_studies(write_study(tmp_path, **changes))
 
 
 def test_a_missing_file(tmp_path: Path):
     with pytest.raises(UsageError, match="no such file"):
-        read_study(tmp_path / "none.yaml")
+        read_studies(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_what_is_not_fair_is_refused_with_a_table(
     tmp_path: Path, changes: dict[str, Any], message: str
 ):
     path = write_study(tmp_path, **changes)
-    study = read_study(path)
+    _, [study] = read_studies(path)
     with pytest.raises(UsageError, match=message) as refusal:
         check_fair(study, read_systems(study, folder=tmp_path))
     if "fixed" not in changes:
@@ -102,13 +103,13 @@ def test_what_is_not_fair_is_refused_with_a_table(
 
 def test_the_needed_convention_is_held_too(tmp_path: Path):
     systems = ["transformer", "gmlp", "smlp_deterministic"]
-    study = read_study(write_study(tmp_path, systems=systems))
+    _, [study] = read_studies(write_study(tmp_path, systems=systems))
     systems = read_systems(study, folder=tmp_path)
     with pytest.raises(UsageError, match=r"needed \(triangles\), differ by 5"):
         check_fair(study, systems)
 
 
 def test_evaluation_drops_nothing(tmp_path: Path):
-    systems = read_systems(read_study(write_study(tmp_path)), folder=tmp_path)
+    systems = read_systems(read_studies(write_study(tmp_path))[1][0], folder=tmp_path)
     assert "moe_eval_capacity_factor" not in systems["switch"].flags
     assert "nothing is dropped" in systems["switch"].evaluation

@@ -29,6 +29,7 @@ from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results
 from megatron_smlp.study.sections import crossing
 from megatron_smlp.study.state import State, begin, description
+from megatron_smlp.study.sizes import Sizes
 
 
 def report(known: State, folder: Path) -> None:
@@ -309,9 +310,26 @@ def test_a_kept_report_is_that_of_its_csv_files(folder: Path, tmp_path: Path):
     """With the study's file, which is what it was begun as: `tools/study.py report` writes it."""
     study = REPOSITORY / "studies" / f"{folder.parent.name}.yaml"
     words = ["report", str(study), "--runs", str(tmp_path), "--results", str(folder)]
-    known, results = cli.read_state(cli.build_parser().parse_args(words))
-    made = Page(known, results)
-    kept = (folder / "report.md").read_text(encoding="utf-8")
-    made.figures = [name for name in re.findall(r"!\[(.+)\]", kept) if (folder / name).exists()]
-    assert made.text() == kept
-    assert made.json() == (folder / "report.json").read_text(encoding="utf-8")
+    pages = []
+    for known, results in cli.read_states(cli.build_parser().parse_args(words)):
+        pages.append(made := Page(known, results))
+        if not len(results.runs):
+            continue
+        kept = (made.folder / "report.md").read_text(encoding="utf-8")
+        named = re.findall(r"!\[(.+)\]", kept)
+        made.figures = [name for name in named if (made.folder / name).exists()]
+        assert made.text() == kept
+        assert made.json() == (made.folder / "report.json").read_text(encoding="utf-8")
+    if len(pages) > 1:
+        kept = (folder / "report.md").read_text(encoding="utf-8")
+        assert Sizes(folder.parent.name, pages).text() == kept
+
+
+def test_verdicts_by_both_rules_are_those_of_the_csv_files():
+    """studies/both_rules.py prints what the page has."""
+    path = REPOSITORY / "studies" / "both_rules.py"
+    spec = importlib.util.spec_from_file_location("both_rules", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (REPOSITORY / "docs" / "study-results.md").read_text(encoding="utf-8")
+    assert "\n".join(module.lines()) in page

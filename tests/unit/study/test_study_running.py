@@ -131,6 +131,18 @@ def test_a_worker_stays_where_the_last_trial_ends_as_it_looks(
     assert {known.status(run) for run in known.plan().runs} == {DONE}
 
 
+def test_a_worker_goes_on_to_the_next_size_where_others_have_the_rest(
+    known: State, trained: list[Path], tmp_path: Path
+):
+    last = known.plan().runs[-1]
+    other = known.take(known.folder_of(last))
+    assert other is not None
+    with other:
+        worker(known, tmp_path).work(waits=False)
+    assert len(trained) == 5
+    assert known.status(last) == "waiting"
+
+
 def test_a_run_that_a_killed_worker_left_whole_is_not_trained_past_its_end(
     known: State, trained: list[Path], tmp_path: Path
 ):
