@@ -1,5 +1,6 @@
 """Results and reports, on runs that were never trained."""
 
+import importlib.util
 import json
 import math
 import re
@@ -28,8 +29,8 @@ from megatron_smlp.study.plan import PlannedRun
 from megatron_smlp.study.report import Page
 from megatron_smlp.study.results import Results
 from megatron_smlp.study.sections import crossing
-from megatron_smlp.study.state import State, begin, description
 from megatron_smlp.study.sizes import Sizes
+from megatron_smlp.study.state import State, begin, description
 
 
 def report(known: State, folder: Path) -> None:
