@@ -1,0 +1,170 @@
+"""Write docs/what-works.md: what the checks of the flags take and refuse, system by system.
+
+    PYTHONPATH=tests python docs/what_works.py
+
+tests/unit/test_what_works.py fails where the page is not what they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+from support.in_process import forget_arguments, prepare_megatron
+
+from megatron_smlp.errors import UsageError
+from megatron_smlp.flags.check import check
+from megatron_smlp.flags.defaults import fill_in
+from megatron_smlp.flags.parse import build_parser, parse, parse_arguments
+from megatron_smlp.flags.yaml_file import read_yaml
+from megatron_smlp.platform import cpu
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "what-works.md"
+PRESETS = "configs/paper/regular"
+SYSTEMS = (
+    *("smlp_deterministic", "smlp_partial", "gmlp", "amlp", "mixer"),
+    *("transformer", "switch", "gshard", "base", "hash", "llama", "llama_moe"),
+)
+DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 50257"
+TP, PP = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size {stages}"
+PROBES = "cuda_without_a_gpu/test_probes.py"
+LAYOUTS = "invariants/test_layouts.py"
+CUDA = "cuda_without_a_gpu/test_training_on_cuda.py"
+
+
+STAGES = 0
+"""As many ranks as the smallest pipeline that divides the layers of a preset."""
+
+
+class Row(NamedTuple):
+    """Something that a run may ask for."""
+
+    title: str
+    flags: str
+    test: str
+    """Of the folder tests/: where small models are trained so."""
+    ranks: int = 1
+    is_for_gpus: bool = False
+
+
+ROWS = (
+    Row("on a CPU", "", LAYOUTS),
+    Row("on a GPU", "", CUDA, is_for_gpus=True),
+    Row("data parallel", "", LAYOUTS, 2),
+    Row("tensor parallel", TP, LAYOUTS, 2),
+    Row("sequence parallel", f"{TP} --sequence-parallel", LAYOUTS, 2),
+    Row("pipeline parallel", PP, LAYOUTS, STAGES),
+    Row("interleaved pipeline", f"{PP} --num-layers-per-virtual-pipeline-stage 1", LAYOUTS, STAGES),
+    Row("expert parallel", "--expert-model-parallel-size 2", LAYOUTS, 2),
+    Row("context parallel", "--context-parallel-size 2", LAYOUTS, 2),
+    Row("distributed optimizer", "--use-distributed-optimizer", LAYOUTS, 2),
+    Row("bf16", "--bf16", LAYOUTS),
+    Row("fp16", "--no-bf16 --no-cross-entropy-loss-fusion --fp16", CUDA, is_for_gpus=True),
+    Row(
+        "full recomputation",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        LAYOUTS,
+    ),
+    Row("selective recomputation", "--recompute-granularity selective", LAYOUTS),
+    Row("CUDA graphs", "--cuda-graph-impl local", PROBES, is_for_gpus=True),
+    Row("Toeplitz matrices", "--toeplitz", LAYOUTS),
+    Row("rotary positions", "--position-embedding-type rope", LAYOUTS),
+    Row("SwiGLU", "--swiglu", LAYOUTS),
+)
+
+
+def refusal(system: str, row: Row) -> str | None:
+    """Return what the checks say against a row for a preset, if anything."""
+    preset = DOCS.parent / PRESETS / f"{system}.yaml"
+    layers = read_yaml(preset)["num-layers"]
+    stages = next(size for size in range(2, layers + 1) if layers % size == 0)
+    argv = f"--config {preset} {DATA} {row.flags.format(stages=stages)}".split()
+    layout = {"WORLD_SIZE": str(row.ranks or stages), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    said_by_megatron = contextlib.redirect_stdout(io.StringIO())
+    with patch.dict(os.environ, layout), said_by_megatron:
+        try:
+            if row.is_for_gpus:
+                with patch.object(cpu, "needed", lambda: False):
+                    check_alone(argv)
+            else:
+                parse_arguments(argv)
+        except UsageError as error:
+            return str(error)
+        finally:
+            forget_arguments()
+    return None
+
+
+def check_alone(argv: list[str]) -> None:
+    """Check without Megatron's own validation, which asks the device."""
+    args = parse(build_parser(), argv)
+    fill_in(args)
+    args.freeze()
+    check(args)
+
+
+def table() -> dict[str, list[str | None]]:
+    """Return a column a system: its refusals, by row."""
+    return {system: [refusal(system, row) for row in ROWS] for system in SYSTEMS}
+
+
+def alike(columns: dict[str, list[str | None]]) -> Iterator[tuple[list[str], list[str | None]]]:
+    """Yield systems of which the same is refused, with the first one's refusals."""
+    groups: dict[tuple[bool, ...], list[str]] = {}
+    for system, column in columns.items():
+        groups.setdefault(tuple(said is None for said in column), []).append(system)
+    for systems in groups.values():
+        yield systems, columns[systems[0]]
+
+
+def page() -> str:
+    """Return the text of the page."""
+    groups = list(alike(table()))
+    reasons: dict[str, int] = {}
+    lines = []
+    for number, row in enumerate(ROWS):
+        cells = []
+        for _, column in groups:
+            said = column[number]
+            mark = "untried" if row.is_for_gpus else "yes"
+            if said is not None:
+                mark = f"no ({reasons.setdefault(said, len(reasons) + 1)})"
+            cells.append(mark)
+        name = Path(row.test).stem.removeprefix("test_").replace("_", " ")
+        is_taken = any(column[number] is None for _, column in groups)
+        link = f"[{name}](../tests/{row.test})" if is_taken else ""
+        lines.append(f"| {row.title} | {' | '.join(cells)} | {link} |")
+    names = ["<br>".join(systems) for systems, _ in groups]
+    return "\n".join(
+        (
+            HEAD,
+            f"| | {' | '.join(names)} | tests |",
+            "|---" * (len(names) + 2) + "|",
+            *lines,
+            "",
+            "Refused:",
+            "",
+            *(f"{number}. {said}" for said, number in reasons.items()),
+            "",
+        )
+    )
+
+
+HEAD = f"""# What works where
+
+What `pretrain_smlp.py` takes of each preset of [{PRESETS}](../{PRESETS}/) on a CPU: *yes*, or *no*,
+with the refusal below. *untried*: on a GPU, where nothing has been tried ([gpus.md](gpus.md)); the
+tests run it with the CPU in place of one. The last column has the tests that train small models so.
+Export, generation, evaluation and checkpoints take all systems. `docs/what_works.py` wrote this.
+"""
+
+
+if __name__ == "__main__":
+    prepare_megatron()
+    PAGE.write_text(page(), encoding="utf-8")
