@@ -1,0 +1,63 @@
+"""Pages that repeat what stands elsewhere say the same: systems, decisions."""
+
+import ast
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from support.launches import REPOSITORY
+
+DOCS = REPOSITORY / "docs"
+SYSTEMS = sorted((DOCS / "models").glob("*.md"))
+STUDIES = {"micro": "micro/intel-xeon", "cpu": "cpu/amd-epyc"}
+RESULT = re.compile(r"([\d.]+)\s+in\s+`(\w+)`\s+\((\d+)M\s+tokens,\s+(one|three)\s+seed")
+TITLE = re.compile(r"# (.+)")
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", SYSTEMS, ids=lambda page: page.stem)
+def test_a_systems_formula_is_that_of_its_code(page: Path):
+    text = text_of(page)
+    (formula,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    files = [page.parent / link for link in re.findall(r"\]\((\S+/megatron_smlp/\S+\.py)\)", text)]
+    docstrings = "".join(ast.get_docstring(ast.parse(text_of(file))) or "" for file in files)
+    for line in formula.splitlines():
+        assert line in docstrings
+    references = re.findall(r"`(SMLP\w+)`", text)
+    modelling = text_of(REPOSITORY / "megatron_smlp" / "hf" / "modeling_smlp.py")
+    assert references
+    assert all(f"class {name}(" in modelling for name in references)
+
+
+@pytest.mark.parametrize("page", SYSTEMS, ids=lambda page: page.stem)
+def test_a_systems_results_are_those_of_the_studies(page: Path):
+    results = RESULT.findall(text_of(page))
+    assert len(results) == (0 if page.stem == "llama" else len(STUDIES))
+    for loss, study, tokens, seeds in results:
+        folder = REPOSITORY / "studies" / "results" / STUDIES[study]
+        losses = json.loads(text_of(folder / "report.json"))["losses"][page.stem]
+        last = max(losses, key=int)
+        assert int(last) == int(tokens) * 10**6
+        assert len(losses[last]) == {"one": 1, "three": 3}[seeds]
+        assert f"{statistics.mean(losses[last].values()):.3f}" == loss
+
+
+def test_every_decision_is_under_one_subject_by_its_title():
+    folder = DOCS / "decisions"
+    listed = re.findall(r"^\* \[(.+?)\]\((0\S+)\)", text_of(folder / "README.md"), re.MULTILINE)
+    records = {path.name: TITLE.match(text_of(path)) for path in folder.glob("0*.md")}
+    assert sorted(listed) == sorted((title[1], name) for name, title in records.items() if title)
+
+
+def test_the_glossary_has_few_words_of_our_own():
+    rows = re.findall(r"^\| ([^|]+) \|", text_of(DOCS / "glossary.md"), re.MULTILINE)[1:]
+    assert len(rows) <= 15
+    others = " ".join(text_of(page) for page in DOCS.glob("*.md") if page.stem != "glossary")
+    for row in rows:
+        for word in row.split(", "):
+            assert re.search(rf"\b{word}", others, re.IGNORECASE), word
