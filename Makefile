@@ -1,4 +1,4 @@
-# make env | quickstart | study | check | test | test-slow | first-gpu | lint | canary | bench | bench-gpu | lock | clean
+# `make help` lists the targets.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport PYTHON
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help env lock quickstart study test test-slow first-gpu lint format check canary bench bench-gpu clean
+.PHONY: help env lock quickstart study test test-slow first-gpu lint format check docs dist canary bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,14 @@ test-slow: env ## the rest of the matrices, and what takes minutes
 
 first-gpu: env ## on a machine with a CUDA device: try everything, and write a report of it
 	PYTHONPATH=tests:. $(BIN)/python -m support.first_gpu $(FIRST_GPU)
+
+docs: env ## the site, into build/docs; a broken link or docstring fails
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs $(or $(HTML),build/docs)
+
+dist: | $(filter .cache/%,$(UV)) ## source distribution and wheel, into build/dist
+	rm -rf build/dist
+	$(UV) build --quiet --out-dir build/dist
+	$(UV) tool run twine check --strict build/dist/*
 
 # Of Megatron-LM's sources; their index builder is compiled, which a wheel has done.
 DATASETS = $(MEGATRON)/megatron/core/datasets

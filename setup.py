@@ -29,6 +29,7 @@ EXTRAS = {
     "study": ["matplotlib>=3.9", "pandas>=2.2", "scipy>=1.14"],
     "eval": ["lm_eval>=0.4.9,<0.5"],
     "serve": ["fastapi>=0.115", "pydantic>=2.9", "uvicorn>=0.32"],
+    "docs": ["sphinx>=9.1", "myst-parser>=5.0", "furo>=2025.12.19"],
     "dev": [
         "pytest>=8.3",
         "pytest-timeout>=2.3",
@@ -63,6 +64,8 @@ setup(
     name="megatron-smlp",
     version="0.1.0",
     description="Sparse all-MLP language models (arXiv 2203.06850) at Megatron scale",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12,<3.14",
     py_modules=["pretrain_smlp"],

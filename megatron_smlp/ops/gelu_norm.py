@@ -2,6 +2,7 @@
 
     a = GELU(u2)    m = mean(a)    v = (a - m) / sqrt(var(a) + eps) * w + b      over a head's f
                                                                                  features
+
 Triton kernels (kernels/gelu_norm.py) for what layers/spatial_gating.py does by torch's functions,
 which are the reference. Letters: T tokens, B samples, H heads, K = H f features.
 """

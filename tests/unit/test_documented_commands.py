@@ -16,7 +16,7 @@ from megatron_smlp.accounting import estimate
 from megatron_smlp.evaluation import cli as evaluation
 from megatron_smlp.flags.parse import build_parser
 
-PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
+PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SHELL = re.compile(r"\$\w+")
 
