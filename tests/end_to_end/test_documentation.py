@@ -19,7 +19,10 @@ import pytest
 from support.launches import REPOSITORY, clean_environment, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first case makes what all read
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md")),
+]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 NOT_HERE = {
