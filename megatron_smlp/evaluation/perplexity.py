@@ -154,19 +154,9 @@ def measure(
             "windows would be left out; give at most that"
         )
     prefix = strip_suffix(prefix)
-    try:
-        identity = None if allows_mismatch else tokenizer.identity
-        verify_for_training(prefix, identity, vocab_size=tokenizer.vocab_size)
-        index = open_index(prefix)
-    except (ValueError, OSError) as error:
-        raise UsageError(f"--data-path {prefix}: {' '.join(str(error).split())}") from error
-    part = validation_part(index, split)
+    part = _part(tokenizer, prefix, split=split, allows_mismatch=allows_mismatch)
     tokens = part.tokens()
-    if len(tokens) < 2:
-        raise UsageError(f"--data-path {prefix} has {len(tokens)} tokens: there is none to predict")
-    whole: list[float] = []  # -log p, a sum per window
-    suffix: list[float] = []
-    num_tokens = num_suffix = 0
+    whole, suffix = _Sum(), _Sum()
     cut = windows(len(tokens), longest=scorer.longest, stride=stride, limit=limit)
     text = _Text(part, tokenizer) if tokenizer.identity is not None else None
     breakdown: Breakdown | None = None
@@ -180,30 +170,54 @@ def measure(
                 text.count(window)
             if breakdown is not None:
                 breakdown.add(row, score, place=window.scored)
-            num_tokens += row.scored
-            whole.append(-math.fsum(score.logprobs))
+            whole.add(score.logprobs)
             first = len(row.tokens) - 1 - row.scored  # the position of the first score
-            behind = score.logprobs[max(0, suffix_from - first) :] if suffix_from else ()
-            suffix.append(-math.fsum(behind))
-            num_suffix += len(behind)
-    nll = math.fsum(whole)
-    result: dict[str, Any] = {"tokens": num_tokens, "nll": nll, "stride": stride}
-    result["perplexity"] = math.exp(nll / num_tokens)
+            suffix.add(score.logprobs[max(0, suffix_from - first) :] if suffix_from else ())
+    nll = whole.nll
+    result: dict[str, Any] = {"tokens": whole.count, "nll": nll, "stride": stride}
+    result["perplexity"] = math.exp(nll / whole.count)
     if text and (num_bytes := int(text.bytes.sum())):
         result |= _per_byte(nll, num_bytes)
-    if text and num_tokens == len(tokens) - 1 and (num_words := text.words()):
-        result["words"] = num_words
-        result["word_perplexity"] = math.exp(min(700.0, nll / num_words))
-    if num_suffix:
-        result["suffix_from"] = suffix_from
-        result["suffix_tokens"] = num_suffix
-        result["suffix_perplexity"] = math.exp(math.fsum(suffix) / num_suffix)
+    if text and whole.count == len(tokens) - 1 and (num_words := text.words()):
+        result |= {"words": num_words, "word_perplexity": math.exp(min(700.0, nll / num_words))}
+    if suffix.count:
+        result |= {"suffix_from": suffix_from, "suffix_tokens": suffix.count}
+        result["suffix_perplexity"] = math.exp(suffix.nll / suffix.count)
     if breakdown is not None:
         result["breakdown"] = breakdown.report()
         for document in result["breakdown"].get(DOCUMENT, ()):
             if text and (num_bytes := int(text.bytes[int(document["label"]) - 1])):
                 document |= _per_byte(document["loss"] * document["tokens"], num_bytes)
     return result
+
+
+class _Sum:
+    """-log p of tokens, a sum per window."""
+
+    def __init__(self) -> None:
+        self.count, self._sums = 0, list[float]()
+
+    def add(self, logprobs: Sequence[float]) -> None:
+        self.count += len(logprobs)
+        self._sums.append(-math.fsum(logprobs))
+
+    @property
+    def nll(self) -> float:
+        return math.fsum(self._sums)
+
+
+def _part(tokenizer: Tokenizer, prefix: str, *, split: str | None, allows_mismatch: bool) -> Part:
+    """Open what is read of a pair, which holds two tokens or more."""
+    try:
+        identity = None if allows_mismatch else tokenizer.identity
+        verify_for_training(prefix, identity, vocab_size=tokenizer.vocab_size)
+        index = open_index(prefix)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--data-path {prefix}: {' '.join(str(error).split())}") from error
+    part = validation_part(index, split)
+    if (count := len(part.tokens())) < 2:
+        raise UsageError(f"--data-path {prefix} has {count} tokens: there is none to predict")
+    return part
 
 
 def _per_byte(nll: float, num_bytes: int) -> dict[str, Any]:
