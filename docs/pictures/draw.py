@@ -11,13 +11,15 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from flows import channel_flow, drawn, mixer_flow, width_of
+from flows import channel_flow, drawn, mixer_flow, plugin_flow, width_of
 from svg import COLOURS, EXPERTS, bar, box, document, text
 
+from megatron_smlp import plugin_files
 from megatron_smlp.accounting.costs import Cost, ModelShape, layer_cost
 from megatron_smlp.accounting.estimate import resolve
 from megatron_smlp.accounting.ranks import ParallelLayout, parameters_on_rank, stage_slots
 from megatron_smlp.flags.yaml_file import read_yaml, spelling
+from megatron_smlp.plugins import register
 from megatron_smlp.systems import LayerSlots
 
 FOLDER = Path(__file__).parent
@@ -213,10 +215,22 @@ def halves_of(shape: ModelShape, slots: LayerSlots) -> list[tuple[str, Cost]]:
     return [(slots.mixer, alone)] + [(slots.channel, channel)] * bool(channel.parameters)
 
 
+def plugin(name: str) -> str:
+    """Draw what stands around the class of a file of plugins/."""
+    take_back = plugin_files.snapshot()
+    plugin_files.load(str(FOLDER.parents[1] / "plugins" / f"{name}.py"))
+    flow = plugin_flow({**register.token_mixers, **register.token_routers}[name])
+    take_back()
+    body, height = drawn(flow, 20, 20)
+    return document(width_of(flow) + 40, height + 30, flow.title, body)
+
+
 def pictures() -> dict[str, str]:
     """Return every picture, by the name of its file."""
     drawings = {"layers": layers(), "chunks": chunks(), "ranks": ranks()}
-    return {f"{name}.svg": it for name, it in (drawings | {n: system(n) for n in SYSTEMS}).items()}
+    drawings |= {name: system(name) for name in SYSTEMS}
+    drawings |= {name: plugin(name) for name in ("gated_conv", "threshold")}
+    return {f"{name}.svg": it for name, it in drawings.items()}
 
 
 if __name__ == "__main__":

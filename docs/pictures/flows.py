@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from svg import COLOURS, box, line, text
 
 from megatron_smlp.accounting.costs import ModelShape
+from megatron_smlp.plugins import TokenRouter, projections_of
 from megatron_smlp.systems import LayerSlots
 
 BOX, GAP, TALL, STEP = 84, 24, 24, 32
@@ -61,6 +62,16 @@ def channel_flow(shape: ModelShape, slots: LayerSlots) -> Flow:
     columns = [[f"router: {router}"], ["FFN 1", "FFN 2", DOTS, f"FFN {experts}"], ["weighed sum"]]
     title = f"channel mixer: token MoE, {shape.moe_router_topk} of {experts} experts a token"
     return Flow(title, COLOURS["token_moe"], columns)
+
+
+def plugin_flow(kind: type) -> Flow:
+    """Return what a host does around the class of a plugin."""
+    colour = COLOURS["token_moe"]
+    if issubclass(kind, TokenRouter):
+        columns = [["s = h W"], ["choose(s)"], ["FFN 1", "FFN 2", DOTS], ["weigh(s)"], ["sum"]]
+        return Flow(f"token MoE: choose and weigh are {kind.__name__}'s", colour, columns)
+    columns = [["LN"], list(projections_of(kind)), ["forward"], ["linear_out"]]
+    return Flow(f"token mixer: forward is {kind.__name__}'s", colour, columns)
 
 
 def width_of(flow: Flow) -> int:
