@@ -241,7 +241,7 @@ class Mixer(_WithWeights):
 
 def projections_of(kind: type[Mixer]) -> dict[str, int]:
     """Return what a host calls each of `inner`, and its outputs per feature."""
-    return {f"linear_{name}": outputs for name, outputs in kind.inner.items()}
+    return {f"inner_{name}": outputs for name, outputs in kind.inner.items()}
 
 
 def mix(mixer: Mixer, projected: Sequence[Tensor]) -> Tensor:
