@@ -52,6 +52,9 @@ NAMED = {
 }
 """The parts that a page leaves out, and what `make` calls once there is an environment."""
 SHORTER = {
+    "--train-iters 200 --eval-interval 50": STEPS,
+    "--vocab-size 2048": "--vocab-size 300",
+    "--megabytes 2": "--megabytes 0.2",
     "--nproc-per-node 8": "--nproc-per-node 2",
     "--expert-model-parallel-size 2 ": "",  # eight processes on two cores take minutes
     "--pipeline-model-parallel-size 2": "",
