@@ -72,8 +72,8 @@ def _experts(sizes: Sizes, device: str) -> Iterator[tuple[str, Call, Call]]:
     hidden = torch.randn(n, sizes.hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
     counts = torch.tensor([n // count + (place < n % count) for place in range(count)])
     counts = counts.to(device)
-    with _one_rank(device):
-        experts = _build_experts(sizes, count, device)
+    with one_rank(device):
+        experts = build_experts(sizes, count, device)
         inputs = [hidden, *experts.parameters()]
         yield (
             f"{count} experts, grouped, against one after another",
@@ -120,7 +120,7 @@ def _with_gradients(function: Callable[[], Tensor], inputs: list[Tensor]) -> Cal
     return call
 
 
-def _build_experts(sizes: Sizes, count: int, device: str) -> Any:
+def build_experts(sizes: Sizes, count: int, device: str) -> Any:
     from megatron.core.models.backends import get_backend
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -150,7 +150,7 @@ def _build_experts(sizes: Sizes, count: int, device: str) -> Any:
 
 
 @contextlib.contextmanager
-def _one_rank(device: str) -> Iterator[None]:
+def one_rank(device: str) -> Iterator[None]:
     """Megatron's groups of this process alone, for as long as a layer is built."""
     from megatron.core import parallel_state
 

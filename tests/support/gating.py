@@ -30,13 +30,14 @@ class Gate:
     """Matrices of a routed gate; 0: one a head."""
     prefix: int = 0
 
-    def operands(self) -> list[Tensor]:
-        """u1, v, M, b, and what is added or the scales; u1 and v are halves of one tensor, as in a
-        layer, b and the scales transposed. Of `gelu_gate`: u, w, b of LN, M, b, and what is added.
+    def operands(self, device: str = "cpu") -> list[Tensor]:
+        """u1, v, M, b, and what is added or the scales, drawn on the CPU; u1 and v are halves of
+        one tensor, as in a layer, b and the scales transposed. Of `gelu_gate`: u, w, b of LN, M, b,
+        and what is added.
         """
         torch.manual_seed(self.tokens)
         features, matrices = self.heads * self.width, self.experts or self.heads
-        both = torch.randn(self.tokens, self.batch, 2 * features).to(self.dtype)
+        both = torch.randn(self.tokens, self.batch, 2 * features).to(device, self.dtype)
         matrix = torch.randn(matrices, self.tokens, self.tokens) / self.tokens**0.5
         if self.garbage:
             upper = torch.ones(self.tokens, self.tokens, dtype=torch.bool).triu(1)
@@ -49,17 +50,18 @@ class Gate:
             operands.append(torch.randn(self.tokens, self.batch, features).to(self.dtype))
         if self.experts:
             operands.append((torch.rand(self.heads, self.batch) * 3).T)
-        return [operand.detach().requires_grad_() for operand in operands]
+        # Halves of one tensor stay that: a copy of them would have other strides.
+        return [operand.detach().to(device).requires_grad_() for operand in operands]
 
     @property
     def matrix(self) -> int:
         """Where M stands among the operands."""
         return 3 if self.normed else 2
 
-    def upstream(self) -> Tensor:
+    def upstream(self, device: str = "cpu") -> Tensor:
         torch.manual_seed(self.tokens + 1)
         shape = (self.tokens, self.batch, self.heads * self.width)
-        return torch.randn(shape).to(self.dtype)
+        return torch.randn(shape).to(device, self.dtype)
 
     def call(self, operands: list[Tensor], *, twin: bool = False) -> Tensor:
         """The gate, or its reference."""
@@ -73,7 +75,8 @@ class Gate:
         if not self.experts:
             return mix(*operands)
         *others, scales = operands
-        return mix(*others, routing=ops.Routing(self.chosen(), scales, self.prefix))
+        chosen = self.chosen().to(scales.device)
+        return mix(*others, routing=ops.Routing(chosen, scales, self.prefix))
 
     def chosen(self) -> Tensor:
         """The experts of the samples' heads; the last expert is nobody's."""
@@ -81,33 +84,33 @@ class Gate:
         return torch.randint(self.experts - 1, (2, self.heads, self.batch)).int().mT
 
 
-def by_kernels(gate: Gate) -> list[Tensor]:
+def by_kernels(gate: Gate, device: str = "cpu") -> list[Tensor]:
     """The output of the operator and its gradients."""
-    operands = gate.operands()
+    operands = gate.operands(device)
     output = gate.call(operands)
-    return [output.detach(), *torch.autograd.grad(output, operands, gate.upstream())]
+    return [output.detach(), *torch.autograd.grad(output, operands, gate.upstream(device))]
 
 
-def exactly(gate: Gate) -> list[Tensor]:
+def exactly(gate: Gate, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """The same by the reference in fp64, of operands as they are rounded for the kernels."""
     operands = gate.operands()
     operands[gate.matrix] = operands[gate.matrix].to(gate.dtype)
-    operands = [operand.detach().double().requires_grad_() for operand in operands]
+    operands = [operand.detach().to(dtype).requires_grad_() for operand in operands]
     output = gate.call(operands, twin=True)
-    return [output.detach(), *torch.autograd.grad(output, operands, gate.upstream().double())]
+    return [output.detach(), *torch.autograd.grad(output, operands, gate.upstream().to(dtype))]
 
 
-def norm_by_kernels(gate: Gate) -> list[Tensor]:
+def norm_by_kernels(gate: Gate, device: str = "cpu") -> list[Tensor]:
     """`gelu_norm` with gradients that come through both of its results."""
     from megatron_smlp.ops.gelu_norm import gelu_norm
 
-    return _norm(gate.operands()[:3], gate, gelu_norm)
+    return _norm(gate.operands(device)[:3], gate, gelu_norm)
 
 
-def norm_exactly(gate: Gate) -> list[Tensor]:
+def norm_exactly(gate: Gate, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     from megatron_smlp.ops.gelu_norm import gelu_norm_reference
 
-    operands = [operand.detach().double().requires_grad_() for operand in gate.operands()[:3]]
+    operands = [operand.detach().to(dtype).requires_grad_() for operand in gate.operands()[:3]]
     return _norm(operands, gate, gelu_norm_reference)
 
 
@@ -116,7 +119,7 @@ def _norm(operands: list[Tensor], gate: Gate, function: Any) -> list[Tensor]:
     _, half = inputs.chunk(2, dim=-1)
     values, means = function(half, weight, bias, gate.heads, EPS)
     # The first tokens alone: a router reads no more of the means.
-    asked = (values * gate.upstream()).sum() + (means[:2] ** 2).sum()
+    asked = (values * gate.upstream().to(values.device)).sum() + (means[:2] ** 2).sum()
     return [values.detach(), means.detach(), *torch.autograd.grad(asked, operands)]
 
 

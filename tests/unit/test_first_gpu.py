@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,20 @@ from support.cover import selected, slow_unless_in
 from support.first_gpu import running
 from support.first_gpu.__main__ import chosen
 from support.first_gpu.cases import CASES, Case
+from support.first_gpu.launched import KERNELS, check_launches
 from support.first_gpu.model_cases import estimated_memory, trains
 from support.first_gpu.notes import Notes, Place
+from support.first_gpu.reference import Reference, Run, compare, distances, group_of, reference
 from support.first_gpu.report import Report
 from support.first_gpu.running import run_case
-from support.first_gpu.training import NUM_STEPS, WAIT, train, words
+from support.first_gpu.sabotage import SABOTAGES
+from support.first_gpu.training import NUM_STEPS, WAIT, run_flags
 from support.launches import REPOSITORY, TIME_LIMIT, Step, clean_environment
 from support.systems import SYSTEMS
 
 from megatron_smlp.training.agreement import StepAgreement
 
-FOR_CUDA = {"environment", "cpu_losses", "fp16", "transformer_engine"}
+FOR_CUDA = {"environment", "fp16", "transformer_engine"}
 """Cases that have no meaning on a CPU."""
 
 
@@ -47,7 +51,7 @@ def command(*flags: str) -> subprocess.CompletedProcess[str]:
 
 # Started one after the other: no single wait is long, on a machine that others use too.
 GROUPS = (
-    "train_,text,one_process,tp2,pp2,ep2,dp2,environment,cpu_losses,operators,kernel_times,"
+    "reference_,train_,text,tp2,pp2,ep2,dp2,environment,operators,kernels,kernel_times,"
     "recompute,dropout,async_save,fp16,transformer_engine",
     "evaluate,generate,convert,exported,serve",
 )
@@ -59,8 +63,8 @@ def _is_of(name: str, group: str) -> bool:
 
 # The systems and layouts are held elsewhere: here, that a case of each kind runs and is reported.
 FAST = (
-    *("environment", "cpu_losses", "train_smlp_deterministic", "operators", "kernel_times"),
-    *("fp16", "transformer_engine", "text", "one_process", "dp2"),
+    *("environment", "reference_smlp_deterministic", "train_smlp_deterministic", "operators"),
+    *("kernel_times", "fp16", "transformer_engine", "text", "reference_layouts", "dp2"),
 )
 
 
@@ -118,8 +122,10 @@ def test_kernels_are_timed_beside_what_they_replace(reports: Callable[[str], dic
 def test_every_system_and_layout_is_a_case():
     assert {f"train_{system}" for system in SYSTEMS} < set(CASES)
     assert {"tp2", "pp2", "ep2", "dp2"} < set(CASES)
+    assert {case for fault in SABOTAGES.values() for case in fault.cases} < set(CASES)
     assert chosen("serve") == ["environment", "text", "convert", "serve"]
-    assert chosen("gmlp,tp2") == ["environment", "train_gmlp", "one_process", "tp2"]
+    with_references = ["reference_gmlp", "reference_layouts", "train_gmlp", "tp2"]
+    assert chosen("train_gmlp,tp2") == ["environment", *with_references]
     assert chosen(None) == list(CASES)
 
 
@@ -198,8 +204,10 @@ def test_what_a_case_measures_on_cuda_alone(tmp_path: Path, monkeypatch: pytest.
         return read(agreement)
 
     try:
-        train(words(place, "gmlp"), tmp_path / "cpu" / "gmlp")
+        reference(place, Notes(), name="gmlp")
         monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append, raising=False)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
         for kind, name in ((torch.cuda.Stream, "synchronize"), (torch.cuda.Event, "synchronize")):
             monkeypatch.setattr(kind, name, lambda *_: None, raising=False)
         monkeypatch.setattr(StepAgreement, "read", waiting)
@@ -210,14 +218,40 @@ def test_what_a_case_measures_on_cuda_alone(tmp_path: Path, monkeypatch: pytest.
     said = [text for _, text in notes.lines]
     assert "against the CPU: bitwise" in said
     assert any(text.startswith("peak memory 0 MiB, estimated ") for text in said)
-    assert set(zip(modes[::2], modes[1::2], strict=True)) == {("warn", "default")}
+    on, off = modes[::2], modes[1::2]
+    assert set(zip(on, off, strict=True)) == {("warn", "default")}
     assert list(notes.data["synchronisations"].values()) == [NUM_STEPS - 1]
     assert any(text.startswith("host synchronisations: 1.0 a step: ") for text in said)
 
 
+@pytest.mark.parametrize(
+    ("capability", "launched", "verdicts"),
+    [
+        ((9, 0), True, ["passed"] * 2),
+        ((9, 0), False, ["failed"] * 2),
+        ((12, 0), False, ["failed", "not run"]),
+        ((7, 5), False, ["not run"] * 2),
+    ],
+)
+def test_a_gpu_has_to_launch_the_kernels_that_it_can_run(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    launched: bool,
+    verdicts: list[str],
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    norm = [f"norm: {name}" for name in KERNELS["norm"][1:]]
+    counts = Counter(dict.fromkeys([*norm, "grouped: grouped_mm"], 2) if launched else {norm[0]: 2})
+    notes = Notes()
+    check_launches(notes, counts, ("norm", "grouped"))
+    assert [verdict for verdict, _ in notes.lines] == verdicts
+    if verdicts[0] == "failed":
+        assert notes.lines[0][1] == "kernels of norm: 2 launches, and none of norm: gradients"
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_estimate_takes_every_cases_flags(tmp_path: Path, system: str):
-    assert estimated_memory(words(Place("cuda", tmp_path), system)) > 2**20
+    assert estimated_memory(run_flags(Place("cuda", tmp_path), system)) > 2**20
 
 
 def test_steps_are_compared():
@@ -234,3 +268,80 @@ def test_steps_are_compared():
         notes = Notes()
         notes.same_steps("these", ours, steps, tolerance=0.02)
         assert notes.verdict == ("passed" if is_good else "failed"), ours
+
+
+M, B, ROUTER = "layers.0.spatial.weight", "layers.0.spatial.bias", "layers.0.mlp.router.weight"
+
+
+def run_of(**changes: Any) -> Run:
+    """Three steps and three parameters, `changes` by the letter of a parameter."""
+    known = {M: torch.ones(2, 8, 8), B: torch.ones(2, 8), ROUTER: torch.ones(4, 4)}
+    return Run(
+        [Step(6.0, 1.0)] * 3, known | {globals()[name]: values for name, values in changes.items()}
+    )
+
+
+def test_gradients_lie_apart_by_group_and_by_row():
+    changed = torch.ones(2, 8)
+    changed[0, 3] = 1.5
+    apart = distances(run_of(B=changed), run_of())
+    quantities = "loss", "gradient norm", "M", "M, worst row", "b", "b, worst row", "routers"
+    assert apart == dict.fromkeys(quantities, 0.0) | {
+        "b": pytest.approx((0.25 / 16) ** 0.5),
+        "b, worst row": pytest.approx((0.25 / 2) ** 0.5),
+    }
+    names = ("layers.1.mlp.experts.experts.linear_fc1.weight", "embedding.word_embeddings.weight")
+    names += ("layers.0.input_layernorm.weight", "layers.0.self_attention.linear_qkv.bias")
+    names += ("layers.1.self_attention.linear_fc1.weight",)
+    groups = ["experts", "embeddings", "norms", "attention", "projections"]
+    assert [group_of(name) for name in names] == groups
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict", "said"),
+    [
+        (run_of(), "passed", "it: bitwise"),
+        (run_of(M=torch.full((2, 8, 8), 1.02)), "passed", "M 2.0, M, worst row 2.0"),
+        (run_of(M=torch.full((2, 8, 8), 1.04)), "failed", ": M 4.0, M, worst row 4.0; 3 are"),
+        (run_of(M=torch.full((2, 8, 8), float("nan"))), "failed", "M nan"),
+        (Run(run_of().steps[:2], run_of().gradients), "failed", "2 steps, where 3"),
+        (
+            Run(run_of().steps, {M: torch.ones(2, 8, 8)}),
+            "failed",
+            f"one of them has: {ROUTER}, {B}",
+        ),
+    ],
+)
+def test_a_run_may_lie_a_few_roundings_away(ours: Run, verdict: str, said: str):
+    notes, rounding = Notes(), distances(run_of(), run_of())
+    known = Reference(run_of(), dict.fromkeys(rounding, 0.01))
+    compare(notes, "it", ours, known)
+    assert notes.verdict == verdict
+    assert said in notes.lines[0][1]
+
+
+def test_without_a_reference_nothing_is_compared():
+    notes = Notes()
+    compare(notes, "it", run_of(), None)
+    assert notes.verdict == "not run"
+
+
+@pytest.mark.parametrize("name", slow_unless_in(("gate-zero",), SABOTAGES))
+def test_a_broken_device_fails_its_cases(tmp_path: Path, name: str):
+    """In a comparison, not with an error; and `test_a_case_runs` is the same without a fault."""
+    cases = SABOTAGES[name].cases
+    only = cases if name != "gate-zero" else ("train_gmlp",)  # the others train elsewhere
+    flags = ("--device", "cpu", "--sabotage", name, "--only", ",".join(only))
+    done = command(*flags, "--output", str(tmp_path / "report"))
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert done.stdout.startswith(
+        f"# First run on the CPU in place of a GPU, sabotaged by {name}\n"
+    )
+    report = json.loads((tmp_path / "report" / "report.json").read_text())["cases"]
+    for case in only:
+        bad = [text for verdict, text in report[case]["lines"] if verdict == "failed"]
+        assert bad
+        assert not [text for text in bad if "Error" in text]
+    assert all(
+        result["verdict"] == "passed" for case, result in report.items() if "reference" in case
+    )

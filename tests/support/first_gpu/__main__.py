@@ -2,7 +2,8 @@
 
     PYTHONPATH=tests:. python -m support.first_gpu [--device cpu] [--only A,B] [--output FOLDER]
 
-A case that raises, crashes or hangs fails, and the others go on. Exit code: 1 where one failed.
+A case that raises, crashes or hangs fails, and the others go on. Exit code: 1 where one failed, and
+with --sabotage where one did not fail that should have.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from support.first_gpu.cases import CASES
 from support.first_gpu.notes import Place
 from support.first_gpu.report import Report
-from support.first_gpu.running import import_once, run_case
+from support.first_gpu.running import MOST_THREADS, forks_use_gpu, import_once, run_case
+from support.first_gpu.sabotage import SABOTAGES
 from support.launches import REPOSITORY
 
 OUTPUT = REPOSITORY / "runs" / "first-gpu"
@@ -28,6 +31,15 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", metavar="A,B", help="cases that hold A or B, and what they need")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="(default runs/first-gpu)")
+    parser.add_argument(
+        "--patience", type=float, default=1.0, metavar="X", help="times the cases' limits, on a GPU"
+    )
+    parser.add_argument(
+        "--sabotage",
+        choices=SABOTAGES,
+        metavar="NAME",
+        help="break the device's side, which its cases have to see: " + ", ".join(SABOTAGES),
+    )
     return parser.parse_args(argv)
 
 
@@ -42,19 +54,22 @@ def chosen(only: str | None) -> list[str]:
     return [name for name in CASES if name in wanted]
 
 
-def has_gpu() -> bool:
+def count_gpus() -> int:
     """Asked in a process of its own: one that has looked at a GPU cannot be forked."""
     import subprocess
 
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return int(done.stdout or 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = options_of(argv)
+    threads = min(int(os.environ.get("OMP_NUM_THREADS", MOST_THREADS)), MOST_THREADS)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif not has_gpu():
+    elif not (gpus := count_gpus()):
         print(
             "first-gpu: error: --device cuda: torch finds no CUDA device (see docs/gpus.md). "
             "--device cpu runs the cases with the CPU in its place.",
@@ -63,15 +78,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     shutil.rmtree(options.output, ignore_errors=True)
     options.output.mkdir(parents=True)
-    place = Place(options.device, options.output.resolve())
-    if place.on_cpu:
-        import_once()
+    import_once()
+    place = Place(options.device, options.output.resolve(), sabotage=options.sabotage)
+    if not place.on_cpu:
+        can_fork = forks_use_gpu()
+        place = replace(place, num_gpus=gpus, can_fork=can_fork, patience=options.patience)
+    broken = SABOTAGES[options.sabotage].cases if options.sabotage else ()
     report = Report(place)
-    for name in chosen(options.only):
+    for name in chosen(options.only or ",".join(broken)):
         report.add(run_case(CASES[name], place, report.results))
         report.write()
     print(report.markdown())
-    return 1 if report.failed else 0
+    if not broken:
+        return 1 if report.failed else 0
+    unseen = [name for name in broken if name in report.results and name not in report.failed]
+    print(f"{options.sabotage} was not seen by: {', '.join(unseen) or 'nobody who should'}")
+    return 1 if unseen else 0
 
 
 if __name__ == "__main__":

@@ -11,19 +11,20 @@ from functools import partial
 
 from support.first_gpu import tool_cases as tools
 from support.first_gpu.device_cases import environment, kernel_times, operators
+from support.first_gpu.kernel_cases import kernels
 from support.first_gpu.model_cases import (
-    LAYOUTS,
+    FLAGS_OF_LAYOUTS,
     async_save,
-    cpu_losses,
     dropout,
     fp16,
     layout,
-    one_process,
     recompute,
     trains,
     transformer_engine,
 )
 from support.first_gpu.notes import Notes, Place
+from support.first_gpu.reference import LAYOUTS, reference
+from support.first_gpu.training import SPARSE
 from support.systems import SYSTEMS
 
 
@@ -36,22 +37,31 @@ class Case:
     needs: tuple[str, ...] = ()
     limit: int = 120
     """Seconds on a GPU; the process is ended after that."""
+    is_reference: bool = False
+    """Whether the CPU runs it, and nothing is broken in it."""
 
 
 def _all() -> dict[str, Case]:
-    cases = [Case("environment", environment), Case("cpu_losses", cpu_losses, limit=240)]
-    cases += [Case(f"train_{name}", partial(trains, system=name)) for name in SYSTEMS]
+    cases = [Case("environment", environment)]
+    references = {name: f"reference_{name}" for name in (*SYSTEMS, LAYOUTS)}
     cases += [
-        Case(f.__name__, f) for f in (operators, kernel_times, recompute, dropout, async_save, fp16)
+        Case(case, partial(reference, name=name), is_reference=True)
+        for name, case in references.items()
     ]
+    cases += [
+        Case(f"train_{name}", partial(trains, system=name), needs=(references[name],))
+        for name in SYSTEMS
+    ]
+    cases += [Case(f.__name__, f) for f in (operators, kernel_times, recompute, dropout)]
+    cases += [Case("kernels", kernels, limit=300)]
+    cases += [Case(f.__name__, f, needs=(references[SPARSE],)) for f in (async_save, fp16)]
     cases += [Case("transformer_engine", transformer_engine, limit=300), Case("text", tools.text)]
     on_checkpoint = (tools.evaluate, tools.generate, tools.convert)
     cases += [Case(f.__name__, f, needs=("text",)) for f in on_checkpoint]
     cases += [Case(f.__name__, f, needs=("convert",)) for f in (tools.exported, tools.serve)]
-    cases += [Case("one_process", one_process)]
     cases += [
-        Case(name, partial(layout, name=name), needs=("one_process",), limit=180)
-        for name in LAYOUTS
+        Case(name, partial(layout, name=name), needs=(references[LAYOUTS],), limit=180)
+        for name in FLAGS_OF_LAYOUTS
     ]
     return {case.name: case for case in cases}
 

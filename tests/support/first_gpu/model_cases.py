@@ -5,70 +5,79 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
+from support.first_gpu.launched import OF_SYSTEMS, check_launches, counted
 from support.first_gpu.notes import Notes, Place
+from support.first_gpu.reference import (
+    LAYOUTS,
+    Reference,
+    Run,
+    compare,
+    forget_checkpoints,
+    saved_run,
+)
 from support.first_gpu.training import (
     NUM_STEPS,
+    RESUMED_FROM,
+    SPARSE,
     Watch,
-    interrupted,
+    first_gradients,
+    from_seed,
+    no_context,
     on_ranks,
+    resumed,
+    run_flags,
+    saving,
     train,
-    words,
 )
-from support.launches import REPOSITORY, run_command, steps
+from support.launches import REPOSITORY, run_command
 from support.systems import SYSTEMS
 
-ROUNDING = 0.02
-"""Relative: bf16 has three digits, and other devices and implementations add in another order."""
 RECOMPUTED = 1e-3
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-LAYOUTS = {
+FLAGS_OF_LAYOUTS = {
     "tp2": "--tensor-model-parallel-size 2 --sequence-parallel",
     "pp2": "--pipeline-model-parallel-size 2",
     "ep2": "--expert-model-parallel-size 2",
     "dp2": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
 }
-SPARSE = "smlp_deterministic"
-"""The system of the cases that need one: gating, chunks and token experts."""
-
-
-def cpu_losses(place: Place, notes: Notes) -> None:
-    """Every system on the CPU, which the suite holds: what the GPU has to give."""
-    if place.on_cpu:
-        notes.not_run("losses of a CPU: it stands in for the GPU, and would be its own reference")
-        return
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    for system in SYSTEMS:
-        train(words(place, system), place.folder / "cpu" / system)
-        notes.passed(f"{system}: {NUM_STEPS} steps")
 
 
 def trains(place: Place, notes: Notes, *, system: str) -> None:
-    """Steps, host synchronisations, memory, save and resume; against the CPU's losses."""
-    folder, flags = place.folder / system, words(place, system)
-    watch = Watch()
-    around = contextlib.nullcontext if place.on_cpu else watch.installed
-    straight = train(flags, folder / "straight", around=around)
-    notes.check(len(straight) == NUM_STEPS, f"{len(straight)} steps in bf16")
+    """Steps, host synchronisations, memory, save and resume; against the CPU's."""
+    folder, flags = place.folder / system, run_flags(place, system)
+    watch, launches = Watch(), Counter[str]()
+
+    @contextlib.contextmanager
+    def watched() -> Iterator[None]:
+        with watch.installed(), counted() as counts:
+            yield
+        launches.update(counts)
+
+    run = saved_run(flags, folder, around=no_context if place.on_cpu else watched)
+    notes.check(len(run.steps) == NUM_STEPS, f"{len(run.steps)} steps in bf16")
     if place.on_cpu:
         notes.not_run("host synchronisations: torch counts them on CUDA alone")
         notes.not_run("peak memory: torch measures that of CUDA alone")
-        notes.not_run("against the CPU's losses: they are these")
+        notes.not_run("kernels: a CPU computes their parts")
     else:
+        check_launches(notes, launches, OF_SYSTEMS.get(system, ()))
         _say_synchronisations(notes, watch.lines)
-        _compare_memory(notes, flags)
-        reference = place.folder / "cpu" / system
-        if (reference / "metrics.jsonl").is_file():
-            expected = steps(reference)
-            notes.same_steps("against the CPU", straight, expected, tolerance=ROUNDING)
-        else:
-            notes.not_run("against the CPU's losses: case cpu_losses left none")
-    resumed = interrupted(flags, folder)
-    notes.same_steps("saved and resumed", resumed, straight, tolerance=RECOMPUTED)
+        _compare_memory(notes, flags, watch.peak)
+    compare(notes, "against the CPU", run, Reference.read(place, system))
+    _check_resumption(notes, "saved and resumed", flags, folder, run)
+
+
+def _check_resumption(notes: Notes, what: str, flags: str, folder: Path, run: Run) -> None:
+    """A run that goes on from the first save, against the one that saved; its checkpoints go."""
+    again = resumed(flags, folder)
+    notes.same_steps(what, again, run.steps[RESUMED_FROM:], tolerance=RECOMPUTED)
+    forget_checkpoints(folder)
 
 
 def _say_synchronisations(notes: Notes, counted: Counter[str]) -> None:
@@ -79,11 +88,8 @@ def _say_synchronisations(notes: Notes, counted: Counter[str]) -> None:
     notes.passed(f"host synchronisations: {per_step:.1f} a step: {most or 'none'}")
 
 
-def _compare_memory(notes: Notes, flags: str) -> None:
-    """The peak of this process against tools/estimate.py, which counts no temporary tensors."""
-    import torch
-
-    peak = torch.cuda.max_memory_allocated()
+def _compare_memory(notes: Notes, flags: str, peak: int) -> None:
+    """The steps' peak against tools/estimate.py, which counts no temporary tensors."""
     estimated = estimated_memory(flags)
     notes.data["memory"] = {"peak": peak, "estimated": estimated}
     text = f"peak memory {peak / 2**20:.0f} MiB, estimated {estimated / 2**20:.0f} MiB"
@@ -109,7 +115,7 @@ def estimated_memory(flags: str) -> int:
 def recompute(place: Place, notes: Notes) -> None:
     """Activations that are computed twice are the same ones."""
     for system in ("smlp_partial", "switch"):
-        folder, flags = place.folder / "recompute" / system, words(place, system)
+        folder, flags = place.folder / "recompute" / system, run_flags(place, system)
         plain = train(flags, folder / "none")
         for kind, flag in {"full": FULL, "selective": "--recompute-granularity selective"}.items():
             again = train(f"{flags} {flag}", folder / kind)
@@ -118,34 +124,34 @@ def recompute(place: Place, notes: Notes) -> None:
 
 def dropout(place: Place, notes: Notes) -> None:
     """The device's random numbers are resumed too."""
-    flags = f"{words(place, 'amlp')} --hidden-dropout 0.1 --attention-dropout 0.1"
-    straight = train(flags, place.folder / "dropout" / "straight")
-    resumed = interrupted(flags, place.folder / "dropout")
-    notes.same_steps("saved and resumed with dropout", resumed, straight, tolerance=RECOMPUTED)
+    folder = place.folder / "dropout"
+    flags = f"{run_flags(place, 'amlp')} --hidden-dropout 0.1 --attention-dropout 0.1"
+    run = saved_run(flags, folder)
+    _check_resumption(notes, "saved and resumed with dropout", flags, folder, run)
 
 
 def async_save(place: Place, notes: Notes) -> None:
     """A checkpoint that is written in the background is the same."""
-    folder, flags = place.folder / "async_save", words(place, SPARSE)
-    straight = train(flags, folder / "straight")
-    resumed = interrupted(f"{flags} --async-save", folder)
-    notes.same_steps("--async-save and resumed", resumed, straight, tolerance=RECOMPUTED)
+    folder, flags = place.folder / "async_save", run_flags(place, SPARSE)
+    run = saved_run(f"{flags} --async-save", folder)
+    compare(notes, "--async-save, against the CPU", run, Reference.read(place, SPARSE))
+    _check_resumption(notes, "--async-save and resumed", flags, folder, run)
 
 
 def fp16(place: Place, notes: Notes) -> None:
-    """The loss scale comes down within a few steps and the losses are those of bf16."""
+    """The loss scale fits from the first step on, and the rounding is no larger than bf16's."""
     if place.on_cpu:
         notes.not_run("--fp16: it needs a CUDA device")
         return
     folder = place.folder / "fp16"
-    expected = train(words(place, SPARSE), folder / "bf16")
     scale = "--initial-loss-scale 1024"  # the default would skip the updates of the first steps
-    ours = train(f"{words(place, SPARSE, precision='--fp16')} {scale}", folder / "fp16")
-    notes.same_steps("against bf16", ours, expected, tolerance=ROUNDING)
+    run = saved_run(f"{run_flags(place, SPARSE, precision='--fp16')} {scale}", folder)
+    compare(notes, "against the CPU's bf16", run, Reference.read(place, SPARSE))
+    forget_checkpoints(folder)
 
 
 def transformer_engine(place: Place, notes: Notes) -> None:
-    """Its layers against Megatron's own."""
+    """Its layers, against the CPU's, which are Megatron's own."""
     if place.on_cpu:
         notes.not_run("Transformer Engine: it needs a CUDA device")
         return
@@ -154,10 +160,10 @@ def transformer_engine(place: Place, notes: Notes) -> None:
         return
     _check_signatures(notes)
     for system in SYSTEMS:
-        folder, flags = place.folder / "transformer_engine" / system, words(place, system)
-        local = train(f"{flags} --transformer-impl local", folder / "local")
-        ours = train(f"{flags} --transformer-impl transformer_engine", folder / "te")
-        notes.same_steps(f"{system} against local", ours, local, tolerance=ROUNDING)
+        folder, flags = place.folder / "transformer_engine" / system, run_flags(place, system)
+        run = saved_run(f"{flags} --transformer-impl transformer_engine", folder)
+        compare(notes, f"{system}, against the CPU", run, Reference.read(place, system))
+        forget_checkpoints(folder)
 
 
 def _check_signatures(notes: Notes) -> None:
@@ -177,29 +183,15 @@ def _check_signatures(notes: Notes) -> None:
         notes.check(not lacking, f"arguments of {name} as the suite has them: lacks {lacking}")
 
 
-def one_process(place: Place, notes: Notes) -> None:
-    """Train in one process: the layouts start from its checkpoint, and must give its losses."""
-    folder, flags = place.folder / "layouts", words(place, SPARSE)
-    short = f"--train-iters 1 --lr-decay-iters {NUM_STEPS} --no-save-optim --no-save-rng"
-    seed = flags.replace(f"--train-iters {NUM_STEPS}", short)
-    train(f"{seed} --save {folder / 'seed'}", folder / "seed_log")
-    found = train(_from_seed(place), folder / "one")
-    notes.check(len(found) == NUM_STEPS, f"{len(found)} steps from a seed checkpoint")
-
-
-def _from_seed(place: Place) -> str:
-    load = f"--load {place.folder / 'layouts' / 'seed'}"
-    return f"{words(place, SPARSE)} {load} --finetune --no-load-optim --no-load-rng"
-
-
 def layout(place: Place, notes: Notes, *, name: str) -> None:
-    """Two processes against one."""
-    if not place.on_cpu:
-        import torch
-
-        if torch.cuda.device_count() < 2:
-            notes.not_run(f"{name}: it needs two GPUs, and here is one")
-            return
-    folder = place.folder / "layouts"
-    ours = on_ranks(place, 2, f"{_from_seed(place)} {LAYOUTS[name]}", folder / name, notes)
-    notes.same_steps("against one process", ours, steps(folder / "one"), tolerance=ROUNDING)
+    """Two processes, from the checkpoint that the reference started from."""
+    if not place.on_cpu and place.num_gpus < 2:
+        notes.not_run(f"{name}: it needs two GPUs, and here is one")
+        return
+    folder = place.folder / name
+    flags = f"{saving(from_seed(place), folder)} {FLAGS_OF_LAYOUTS[name]}"
+    steps = on_ranks(place, 2, flags, folder / "log", notes)
+    if steps:
+        run = Run(steps, first_gradients(folder))
+        compare(notes, "against one process on the CPU", run, Reference.read(place, LAYOUTS))
+    forget_checkpoints(folder)

@@ -19,6 +19,13 @@ class Place:
 
     device: str
     folder: Path
+    num_gpus: int = 0
+    sabotage: str | None = None
+    """What is broken on the device's side (sabotage.py)."""
+    can_fork: bool = True
+    """Whether a process that has imported everything can be forked into one that uses the GPU."""
+    patience: float = 1.0
+    """Times the limits of the cases, on a GPU."""
 
     @property
     def on_cpu(self) -> bool:

@@ -52,7 +52,9 @@ class Report:
         return "\n\n".join([*parts, self._what_to_send()])
 
     def _machine(self) -> str:
-        return "the CPU in place of a GPU" if self.place.on_cpu else "a GPU"
+        machine = "the CPU in place of a GPU" if self.place.on_cpu else "a GPU"
+        broken = self.place.sabotage
+        return f"{machine}, sabotaged by {broken}" if broken else machine
 
     def _environment(self) -> str:
         environment = self.results.get("environment")

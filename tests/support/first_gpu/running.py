@@ -9,17 +9,24 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from support.first_gpu.cases import CASES, Case
 from support.first_gpu.notes import Notes, Place, Verdict
+from support.first_gpu.sabotage import VARIABLE
 from support.launches import REPOSITORY
+from support.ranks import forkserver
 
 LAST_LINES = 5
 ON_CPU = 5
 """Times the limit of a case: a CPU in the place of a GPU is slower, and shared by many."""
+MOST_THREADS = 16
+GPUS = "CUDA_VISIBLE_DEVICES"
+NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+"""With it torch learns from NVML whether there is a GPU, and a process can still be forked."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,47 @@ class Result:
 
 
 def import_once() -> None:
-    """Megatron's imports take longer than a case: on a CPU, processes are forked behind them."""
+    """Megatron's imports take longer than a case: processes are forked behind them."""
+    os.environ[NVML] = "1"
     import support.preloaded  # noqa: F401
+
+
+def forks_use_gpu() -> bool:
+    """Return whether a fork of this process can use the GPU. It cannot where an import has asked
+    CUDA for something; each case is then started anew, which takes longer."""
+    process = multiprocessing.get_context("fork").Process(target=_touch_gpu)
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        process.kill()
+    return process.exitcode == 0
+
+
+def _touch_gpu() -> None:
+    import torch
+
+    torch.zeros(1, device="cuda").item()
+
+
+def context_of(case: Case, place: Place) -> Any:
+    """Return how the process of a case is started."""
+    if case.is_reference and not place.on_cpu:
+        return forkserver()  # its processes saw no GPU when they imported
+    return multiprocessing.get_context("fork" if place.can_fork else "spawn")
+
+
+@contextlib.contextmanager
+def _hidden_gpus(*, hides: bool) -> Iterator[None]:
+    """Whoever is started here has none."""
+    before = os.environ.get(GPUS)
+    if hides:
+        os.environ[GPUS] = ""
+    try:
+        yield
+    finally:
+        os.environ.pop(GPUS, None)
+        if before is not None:
+            os.environ[GPUS] = before
 
 
 def run_case(case: Case, place: Place, before: Mapping[str, Result]) -> Result:
@@ -56,13 +102,13 @@ def run_case(case: Case, place: Place, before: Mapping[str, Result]) -> Result:
 
 
 def _in_a_process(case: Case, place: Place) -> Notes:
-    # A process that has asked for CUDA devices cannot be forked into one that uses them.
-    context = multiprocessing.get_context("fork" if place.on_cpu else "spawn")
+    context = context_of(case, place)
     written = place.folder / f"{case.name}.json"
     log_of(case.name, place).touch()
     process = context.Process(target=_work, args=(case.name, place, written))
-    process.start()
-    limit = case.limit * (ON_CPU if place.on_cpu else 1)
+    with _hidden_gpus(hides=case.is_reference or place.on_cpu):
+        process.start()
+    limit = case.limit * (ON_CPU if place.on_cpu else place.patience)
     is_late = False
     try:
         process.join(limit)
@@ -99,6 +145,9 @@ def _work(name: str, place: Place, written: Path) -> None:
         os.dup2(log, stream.fileno())
     if str(REPOSITORY) not in sys.path:
         sys.path.insert(0, str(REPOSITORY))
+    os.environ.pop(NVML, None)
+    if place.sabotage and not CASES[name].is_reference:
+        os.environ[VARIABLE] = place.sabotage
     notes = Notes()
     try:
         CASES[name].run(place, notes)

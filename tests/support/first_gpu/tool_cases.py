@@ -6,9 +6,8 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from support.first_gpu.model_cases import SPARSE
 from support.first_gpu.notes import Notes, Place
-from support.first_gpu.training import NUM_STEPS, train, words
+from support.first_gpu.training import NUM_STEPS, SPARSE, run_flags, train
 from support.launches import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
@@ -30,7 +29,7 @@ def text(place: Place, notes: Notes) -> None:
     files = f"--input {folder / 'prose.jsonl'} --output-prefix {prefix}"
     preprocess(f"{files} --append-eod {tokenizer}".split())
     mock = "--mock-data --tokenizer-type NullTokenizer --vocab-size 500"
-    flags = " ".join(words(place, SPARSE).split())
+    flags = " ".join(run_flags(place, SPARSE).split())
     flags = flags.replace(mock, f"--data-path {prefix}_text_document --split 90,10,0 {tokenizer}")
     found = train(f"{flags} --save {folder / 'run'}", folder / "log")
     notes.check(len(found) == NUM_STEPS, f"{len(found)} steps on {len(prose):,} characters")

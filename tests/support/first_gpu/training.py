@@ -1,4 +1,8 @@
-"""Short trainings inside a case's process, and what is watched in them. No torch until one runs."""
+"""Short trainings inside a case's process, and what is watched in them. No torch until one runs.
+
+In all of them the gate matters. A new model's M is nearly zero, and nothing depends on it: here its
+entries are as large as 1 / sqrt(T), and above the diagonal they are garbage that nobody may read.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +18,38 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from support.first_gpu import sabotage
 from support.first_gpu.notes import Notes, Place
 from support.launches import Step, steps
 from support.runs import ending_well, forget_run
 from support.systems import MODEL, SYSTEMS
 
-NUM_STEPS = 4
-BETWEEN = 2
-"""The step after which a run is interrupted."""
+SPARSE = "smlp_deterministic"
+"""The system of the cases that need one: gating, chunks and token experts."""
+NUM_STEPS = 3
+RESUMED_FROM = 1
 WAIT = "called a synchronizing CUDA operation"
+MOMENTS = "optimizer.state.exp_avg."
+"""What a checkpoint names Adam's first moments by. After one step they are a tenth of the
+gradients, whole ones, whatever the layout."""
+
+no_context = contextlib.nullcontext
 
 type Around = Callable[[], contextlib.AbstractContextManager[object]]
+type Gradients = dict[str, Any]
+"""Name of a parameter -> <fp32>, of its shape."""
 
 
-def words(place: Place, system: str, *, precision: str = "--bf16") -> str:
-    """Flags of a system's run; weights are drawn on the CPU, as on every device."""
+def run_flags(place: Place, system: str, *, precision: str = "--bf16") -> str:
+    """Flags of a system's run; weights are drawn on the CPU, as on every device.
+
+    Gradients are not clipped: a factor on all of them would be lost.
+    """
     run = f"--train-iters {NUM_STEPS} --use-cpu-initialization --distributed-timeout-minutes 2"
-    return f"{MODEL} {SYSTEMS[system]} {place.size} {precision} {run}"
+    return f"{MODEL} {SYSTEMS[system]} {place.size} {precision} {run} --clip-grad 1e6"
 
 
-def train(flags: str, folder: Path, *, around: Around = contextlib.nullcontext) -> list[Step]:
+def train(flags: str, folder: Path, *, around: Around = no_context) -> list[Step]:
     """Train in this process, as pretrain_smlp.py does with these flags; return the logged steps.
 
     around: is entered when Megatron is imported and patched.
@@ -47,18 +63,64 @@ def train(flags: str, folder: Path, *, around: Around = contextlib.nullcontext) 
         with ending_well(), CapturedOutput() as output:
             args = patched_arguments(argv)
             output.open(args.log_dir, rank=args.rank)
-            with around():
+            with gates_that_matter(), sabotage.installed(), around():
                 pretrain(args)
     finally:
         forget_run()
     return steps(folder) if args.rank == 0 else []
 
 
-def interrupted(flags: str, folder: Path) -> list[Step]:
-    """The steps of a run that ends after BETWEEN of them, and goes on in a second call."""
-    saved = f"{flags} --save {folder / 'checkpoints'}"
-    before = train(f"{saved} --exit-interval {BETWEEN}", folder / "before")
-    return before + train(saved, folder / "after")
+@contextlib.contextmanager
+def gates_that_matter() -> Iterator[None]:
+    """M is drawn as the top of the file says."""
+    from megatron_smlp.layers.spatial_gating import SpatialProjection
+    from megatron_smlp.megatron_patches.wrapping import wrapped_in
+
+    def widely(draw: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(projection: Any, first_head: int, total_heads: int, bound: float) -> None:
+            draw(projection, first_head, total_heads, projection.length**-0.5)
+
+        return wrapped
+
+    with wrapped_in(
+        (SpatialProjection, "_draw", widely),
+        (SpatialProjection, "_causal", lambda _: lambda projection, matrix: matrix),
+    ):
+        yield
+
+
+def saving(flags: str, folder: Path) -> str:
+    """Flags of a run that saves after each step."""
+    return f"{flags} --save {folder / 'checkpoints'} --save-interval 1"
+
+
+def first_gradients(folder: Path) -> Gradients:
+    """Return those of the first step of a run that was `saving`, times a factor."""
+    from megatron_smlp.checkpoints.folders import iteration_folder
+    from megatron_smlp.checkpoints.reader import TorchDistReader
+
+    reader = TorchDistReader(iteration_folder(folder / "checkpoints", 1))
+    names = [name for name in reader.entries if name.startswith(MOMENTS)]
+    return {name.removeprefix(MOMENTS): reader.read(name) for name in names}
+
+
+def make_seed(place: Place) -> None:
+    """Save weights that all layouts start from."""
+    flags = f"--train-iters 1 --lr-decay-iters {NUM_STEPS} --no-save-optim --no-save-rng"
+    flags = run_flags(place, SPARSE).replace(f"--train-iters {NUM_STEPS}", flags)
+    train(f"{flags} --save {place.folder / 'seed'}", place.folder / "seed_log")
+
+
+def from_seed(place: Place, *, precision: str = "--bf16") -> str:
+    """Flags of a run that starts there."""
+    load = f"--load {place.folder / 'seed'} --finetune --no-load-optim --no-load-rng"
+    return f"{run_flags(place, SPARSE, precision=precision)} {load}"
+
+
+def resumed(flags: str, folder: Path) -> list[Step]:
+    """The steps of a run that was `saving`, where another one goes on from its first."""
+    load = f"--load {folder / 'checkpoints'} --ckpt-step {RESUMED_FROM}"
+    return train(f"{flags} {load}", folder / "resumed")
 
 
 class Watch:
@@ -74,6 +136,8 @@ class Watch:
         """Source lines that waited, and how often."""
         self.steps = 0
         self.is_on = False
+        self.peak = 0
+        """Bytes that torch had allocated at once within a step; a save is not part of it."""
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -104,13 +168,17 @@ class Watch:
     def _watching(self, make_step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(make_step)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            import torch
+
             self.steps += 1
             warnings.simplefilter("always")
+            torch.cuda.reset_peak_memory_stats()
             self._switch(self.steps > 1)
             try:
                 return make_step(*args, **kwargs)
             finally:
                 self._switch(False)
+                self.peak = max(self.peak, torch.cuda.max_memory_allocated())
 
         return wrapped
 
@@ -151,7 +219,7 @@ def on_ranks(place: Place, count: int, flags: str, folder: Path, notes: Notes) -
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork" if place.on_cpu else "spawn")
+    context = multiprocessing.get_context("fork" if place.can_fork else "spawn")
     ranks = [
         context.Process(target=_rank, args=(rank, count, port, flags, folder), name=f"rank {rank}")
         for rank in range(count)

@@ -1,0 +1,182 @@
+"""Every kind of launch against fp64: outputs, gradients, and the same bits twice.
+
+A kernel may be as inexact as its reference in the same precision, times ALLOWED, or by one rounding
+of the largest value. Without a GPU Triton interprets the kernels, at small sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from support.first_gpu.launched import check_launches, counted
+from support.first_gpu.notes import Notes, Place
+from support.first_gpu.sabotage import installed
+from support.launches import REPOSITORY
+
+if TYPE_CHECKING:
+    import torch
+    from support.gating import Gate
+    from torch import Tensor
+
+ALLOWED = 3
+"""Times the error of the reference in the same precision, of the largest value."""
+type Answer = tuple[list[float], bool, Counter[str]]
+"""Errors of the output and of each gradient, in units of what is allowed; whether the second call
+gave the same bits; launches."""
+
+
+def kernels(place: Place, notes: Notes) -> None:
+    """The gate, the norm with means, grouped experts; each by what it launches."""
+    import torch
+
+    gates, norms = variants(place)
+    calls = [("gate_answer", gate) for gate in gates.values()]
+    calls += [("norm_answer", gate) for gate in norms.values()]
+    names = [*gates, *norms]
+    if place.on_cpu:
+        from support.interpreted import interpreted
+
+        module = "support.first_gpu.kernel_cases"
+        answers = interpreted([(f"{module}:{name}", (gate, "cpu")) for name, gate in calls])
+    elif torch.cuda.get_device_capability() < (8, 0):
+        notes.not_run("kernels of the gate: they need capability 8.0 or more")
+        answers, names = [], []
+    else:
+        answers = [globals()[name](gate, place.device) for name, gate in calls]
+    launches: Counter[str] = Counter()
+    for name, answer in zip(names, answers, strict=True):
+        _note(notes, name, answer)
+        launches += answer[2]
+    answer = experts_answer(place)
+    _note(notes, "experts, unequal and empty groups, bf16", answer)
+    launches += answer[2]
+    if place.on_cpu:
+        missing = [kind for kind in ("gate", "norm") if not any(kind in key for key in launches)]
+        notes.check(not missing, f"{launches.total()} launches, interpreted")
+        notes.not_run("compiled kernels: the CPU interprets them")
+    else:
+        check_launches(notes, launches, ("gate", "norm", "grouped"))
+
+
+def _note(notes: Notes, name: str, answer: Answer) -> None:
+    errors, is_same, _ = answer
+    worst = max(errors)
+    notes.check(worst <= 1, f"{name}: {worst:.2f} of the error that is allowed")
+    if not is_same:
+        notes.failed(f"{name}: other bits in a second call")
+
+
+def variants(place: Place) -> tuple[dict[str, Gate], dict[str, Gate]]:
+    """Name -> what is asked of the gate, and of the norm with means."""
+    import torch
+    from support.gating import Gate
+
+    tokens, batch = (40, 2) if place.on_cpu else (1000, 4)
+    bf16, fp16 = torch.bfloat16, torch.float16
+    # Each is a dozen kernels to compile; M is in fp32 and in the dtype of v, in turns.
+    shapes = [(1, 128, bf16), (4, 64, bf16), (4, 64, fp16), (8, 32, bf16), (3, 20, fp16)]
+    shapes += [(4, 16, fp16), (3, 20, bf16)]
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {"garbage": True},
+        "added": {"has_added": True},
+        "GELU and norm": {"normed": True},
+        "GELU, norm, added": {"normed": True, "has_added": True},
+        "routed": {"experts": 4, "prefix": tokens // 7},
+    }
+    gates, norms = {}, {}
+    for number, (heads, width, dtype) in enumerate(shapes):
+        size = f"{heads} x {width}, T = {tokens}, {str(dtype).removeprefix('torch.')}"
+        weights = (torch.float32, dtype)[number % 2]
+        # Interpreted, one kind of each shape.
+        asked = [list(kinds)[number % len(kinds)]] if place.on_cpu else list(kinds)
+        for kind in asked:
+            options = kinds[kind]
+            gates[f"{kind}, {size}"] = Gate(tokens, batch, heads, width, dtype, weights, **options)
+        if not place.on_cpu or heads == 3:
+            norm = Gate(tokens, batch, heads, width, dtype, normed=True)
+            norms[f"norm with means, {size}"] = norm
+    return gates, norms
+
+
+def gate_answer(gate: Gate, device: str) -> Answer:
+    from support.gating import by_kernels, exactly
+
+    rounded = exactly(gate, gate.dtype)
+    return _answer(lambda: by_kernels(gate, device), exactly(gate), rounded, gate.dtype)
+
+
+def norm_answer(gate: Gate, device: str) -> Answer:
+    from support.gating import norm_by_kernels, norm_exactly
+
+    exact, rounded = norm_exactly(gate), norm_exactly(gate, gate.dtype)
+    return _answer(lambda: norm_by_kernels(gate, device), exact, rounded, gate.dtype)
+
+
+def _answer(
+    call: Callable[[], list[Tensor]],
+    exact: Sequence[Tensor],
+    rounded: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> Answer:
+    import torch
+
+    with counted() as launches, installed():
+        ours, again = call(), call()
+    is_same = all(torch.equal(first, second) for first, second in zip(ours, again, strict=True))
+    known = zip(ours, exact, rounded, strict=True)
+    unit = torch.finfo(dtype).eps / 2
+    return [_share(*tensors, unit) for tensors in known], is_same, launches
+
+
+def _share(ours: Tensor, exact: Tensor, rounded: Tensor, unit: float) -> float:
+    """The largest error, in units of what is allowed; infinite where it is not a number."""
+    scale = float(exact.abs().max()) or 1.0
+    error, known = (
+        float((tensor.double().cpu() - exact).abs().max()) for tensor in (ours, rounded)
+    )
+    share = error / max(ALLOWED * known, unit * scale)
+    return share if share == share else float("inf")
+
+
+def experts_answer(place: Place) -> Answer:
+    """Experts by grouped products, against one after another, with groups that differ."""
+    import torch
+
+    counts = torch.tensor([5, 0, 11, 2] if place.on_cpu else [700, 0, 3, 1297])
+    with _experts(place) as experts:
+        hidden = torch.randn(int(counts.sum()), experts.config.hidden_size).bfloat16()
+        upstream = torch.randn_like(hidden)
+
+        def gradients(layer: Any, compute: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+            moved = hidden.detach().to(device, dtype).requires_grad_()
+            output = getattr(layer, compute)(moved, counts.to(device))
+            inputs = [moved, *layer.parameters()]
+            asked = upstream.to(device, dtype)
+            return [output.detach(), *torch.autograd.grad(output, inputs, asked)]
+
+        cpu = experts.to("cpu")
+        rounded = gradients(cpu, "one_by_one", "cpu", torch.bfloat16)
+        exact = gradients(cpu.double(), "one_by_one", "cpu", torch.float64)
+        ours = cpu.bfloat16().to(place.device)
+        can_group = place.on_cpu or torch.cuda.get_device_capability()[0] in (9, 10)
+        compute = "grouped" if can_group else "one_by_one"
+        return _answer(
+            lambda: gradients(ours, compute, place.device, torch.bfloat16),
+            exact,
+            rounded,
+            torch.bfloat16,
+        )
+
+
+@contextlib.contextmanager
+def _experts(place: Place) -> Iterator[Any]:
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # scripts, not a package
+    from bench_gpu_kernels import TINY, Sizes, build_experts, one_rank
+
+    sizes = TINY if place.on_cpu else Sizes(hidden=256, expert=1024)
+    with one_rank(place.device):
+        yield build_experts(sizes, 4, "cpu")

@@ -1,0 +1,181 @@
+"""What a run on the device is held against: the same run on the CPU, and what rounding does to it.
+
+The CPU trains in bf16 and in fp32, from the same weights. How far the two lie apart, quantity by
+quantity, is the rounding of bf16, nearly tied choices between experts that fall otherwise included.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from support.first_gpu.notes import Notes, Place, largest_difference
+from support.first_gpu.training import (
+    NUM_STEPS,
+    Around,
+    Gradients,
+    first_gradients,
+    from_seed,
+    make_seed,
+    no_context,
+    run_flags,
+    saving,
+    train,
+)
+from support.launches import Step
+
+ALLOWED = 3
+"""Times the CPU's rounding; independent ones lie 1.4 times as far apart as either from the truth.
+Measured for bf16 runs from weights that differ in their last place: 1.6 times at most, in all
+groups of seven systems at T = 1024."""
+LEAST = 1e-4
+"""Relative, and allowed anyway: by accident a loss is rounded by less."""
+GROUPS = {
+    "M": r"spatial\.weight$",
+    "b": r"spatial\.bias$",
+    "experts": r"\.experts\.",
+    "routers": r"\.router\.",
+    "norms": r"norm[._]",
+    "embeddings": r"embedding|output_layer",
+    "attention": r"linear_qkv|linear_proj|tiny_attention",
+    "projections": "",
+}
+"""Group -> what is in the names of its parameters, if they are in none before."""
+PRECISIONS = {"bf16": "--bf16", "fp32": ""}
+LAYOUTS = "layouts"
+"""Who starts from a checkpoint: pipeline stages draw other weights than one process."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Its steps, and the gradients of the first one."""
+
+    steps: list[Step]
+    gradients: Gradients
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The CPU's run in bf16, and its distance from that in fp32."""
+
+    run: Run
+    rounding: dict[str, float]
+
+    def write(self, folder: Path) -> None:
+        import torch
+
+        folder.mkdir(parents=True, exist_ok=True)
+        steps = [asdict(step) for step in self.run.steps]
+        torch.save((steps, self.run.gradients, self.rounding), folder / "reference.pt")
+
+    @classmethod
+    def read(cls, place: Place, name: str) -> Reference | None:
+        """Of a system, or LAYOUTS; None where its case left none."""
+        import torch
+
+        path = place.folder / "reference" / name / "reference.pt"
+        if not path.is_file():
+            return None
+        steps, gradients, rounding = torch.load(path)
+        return cls(Run([Step(**step) for step in steps], gradients), rounding)
+
+
+def saved_run(flags: str, folder: Path, *, around: Around = no_context) -> Run:
+    """Train, and save after each step; the checkpoints stay."""
+    steps = train(saving(flags, folder), folder / "log", around=around)
+    return Run(steps, first_gradients(folder))
+
+
+def forget_checkpoints(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def reference(place: Place, notes: Notes, *, name: str) -> None:
+    """Train a system, or SPARSE for the layouts, on the CPU in both precisions."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if name == LAYOUTS:
+        make_seed(place)
+    folder, runs = place.folder / "reference" / name, {}
+    for precision, flag in PRECISIONS.items():
+        if name == LAYOUTS:
+            flags = from_seed(place, precision=flag)
+        else:
+            flags = run_flags(place, name, precision=flag)
+        runs[precision] = saved_run(flags, folder / precision)
+        forget_checkpoints(folder / precision)
+    rounding = distances(runs["bf16"], runs["fp32"])
+    Reference(runs["bf16"], rounding).write(folder)
+    notes.data["rounding"] = rounding
+    said = ", ".join(f"{quantity} {distance:.1e}" for quantity, distance in rounding.items())
+    notes.check(len(runs["bf16"].steps) == NUM_STEPS, f"bf16 from fp32, relative: {said}")
+
+
+def distances(ours: Run, other: Run) -> dict[str, float]:
+    """Relative: the largest of losses and of gradient norms over the steps; the gradients' by group
+    (the norm of a difference over that of the other), and in the worst row of M and b.
+
+    Raises:
+        ValueError: they are not of the same steps and parameters.
+    """
+    if len(ours.steps) != len(other.steps):
+        raise ValueError(f"{len(ours.steps)} steps, where {len(other.steps)} were expected")
+    if names := ", ".join(sorted(ours.gradients.keys() ^ other.gradients.keys())):
+        raise ValueError(f"gradients that only one of them has: {names}")
+    result = {
+        "loss": largest_difference([s.loss for s in ours.steps], [s.loss for s in other.steps]),
+        "gradient norm": largest_difference(
+            [s.grad_norm for s in ours.steps], [s.grad_norm for s in other.steps]
+        ),
+    }
+    for group in GROUPS:
+        members = [name for name in other.gradients if group_of(name) == group]
+        if members:
+            result |= _group_distances(group, ours.gradients, other.gradients, members)
+    return result
+
+
+def group_of(name: str) -> str:
+    """Return the group of a parameter."""
+    return next(group for group, part in GROUPS.items() if re.search(part, name))
+
+
+def _group_distances(
+    group: str, ours: Mapping[str, Any], other: Mapping[str, Any], names: list[str]
+) -> dict[str, float]:
+    """Rows of M and b are positions: a fault in one of a thousand tokens is in one row alone."""
+    errors = [(ours[name].double() - other[name].double()).square() for name in names]
+    total = sum(float(other[name].double().square().sum()) for name in names) or 1.0
+    result = {group: (sum(float(error.sum()) for error in errors) / total) ** 0.5}
+    if group in ("M", "b"):  # [matrices, T, T] and [matrices, T]
+        rows = sum(error.sum((0, *range(2, error.dim()))) for error in errors)
+        result[f"{group}, worst row"] = float(rows.max() * len(rows) / total) ** 0.5
+    return result
+
+
+def compare(notes: Notes, what: str, ours: Run, known: Reference | None) -> None:
+    """One line: how far the device's run lies from the CPU's, in units of the CPU's rounding."""
+    if known is None:
+        notes.not_run(f"{what}: its case left no reference")
+        return
+    try:
+        apart = distances(ours, known.run)
+    except ValueError as error:
+        notes.failed(f"{what}: {error}")
+        return
+    notes.data.setdefault("distances", {})[what] = apart
+    if not any(apart.values()):
+        notes.passed(f"{what}: bitwise")
+        return
+    shares = {
+        name: distance / max(known.rounding[name], LEAST / ALLOWED)
+        for name, distance in apart.items()
+    }
+    bad = {name: share for name, share in shares.items() if not share <= ALLOWED}
+    said = ", ".join(f"{name} {share:.1f}" for name, share in (bad or shares).items())
+    text = f"{what}, in units of bf16's rounding: {said}; {ALLOWED} are allowed"
+    notes.check(not bad, text)
